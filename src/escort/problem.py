@@ -1,0 +1,181 @@
+"""What is asked: one convolution, its shapes, its precision and what is fused behind it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+Activation = Literal["none", "relu", "relu6"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+
+#: The storage type behind each precision; ``tf32`` is stored as float32 and multiplied with a 10-bit mantissa.
+TORCH_DTYPE: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What runs behind the convolution, in this order: bias, residual add, activation."""
+
+    bias: bool = False
+    residual: bool = False
+    activation: Activation = "none"
+
+    def __post_init__(self) -> None:
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"activation is one of {get_args(Activation)}, got {self.activation!r}")
+
+    def __str__(self) -> str:
+        parts = [name for name in ("bias", "residual") if getattr(self, name)]
+        return "+".join(parts + ([self.activation] if self.activation != "none" else [])) or "none"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One convolution as asked: ``activation(conv2d(x, w) + bias + residual)``.
+
+    x is (batch, in_channels, height, width), w is (out_channels, in_channels / groups, *kernel), and the result is
+    (batch, out_channels, out_height, out_width), as in :func:`torch.nn.functional.conv2d`.
+
+    Attributes:
+        kernel: (R, S), rows and columns of the filter.
+        padding: zeros added (top, bottom, left, right).
+        dtype: the precision of storage and products; ``fp32`` is strict.
+
+    Raises:
+        ValueError: where no such convolution exists (channels not divisible by groups, input smaller than the kernel).
+    """
+
+    batch: int
+    in_channels: int
+    height: int
+    width: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    dtype: Precision = "fp32"
+    device: str = "cpu"
+    epilogue: Epilogue = field(default_factory=Epilogue)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Precision):
+            raise ValueError(f"dtype is one of {get_args(Precision)}, got {self.dtype!r}")
+        sizes = (self.in_channels, self.height, self.width, self.out_channels, self.groups)
+        if min(*sizes, *self.kernel, *self.stride, *self.dilation) < 1 or min(self.batch, *self.padding) < 0:
+            raise ValueError(f"sizes are positive and batch and padding not negative: {self}")
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise ValueError(
+                f"in_channels {self.in_channels} and out_channels {self.out_channels} must both be divisible by "
+                f"groups {self.groups}"
+            )
+        if self.out_height < 1 or self.out_width < 1:
+            reach = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+            raise ValueError(
+                f"input {self.height}x{self.width} with padding {self.padding} is smaller than the kernel, which spans "
+                f"{reach[0]}x{reach[1]}; use a larger input or more padding"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        conv: nn.Conv2d,
+        input_shape: tuple[int, ...] | torch.Size,
+        *,
+        epilogue: Epilogue | None = None,
+        dtype: Precision = "fp32",
+        device: str = "cpu",
+    ) -> Problem:
+        """The problem that `conv` poses on an input of shape (N, C, H, W)."""
+        if len(input_shape) != 4:
+            raise ValueError(f"a convolution takes (N, C, H, W), got shape {tuple(input_shape)}")
+        batch, channels, height, width = input_shape
+        if channels != conv.in_channels:
+            raise ValueError(f"the convolution takes {conv.in_channels} channels, got shape {tuple(input_shape)}")
+        return cls(
+            batch,
+            channels,
+            height,
+            width,
+            conv.out_channels,
+            (conv.kernel_size[0], conv.kernel_size[1]),
+            (conv.stride[0], conv.stride[1]),
+            explicit_padding(conv.padding, conv.kernel_size, conv.dilation),
+            (conv.dilation[0], conv.dilation[1]),
+            conv.groups,
+            dtype,
+            device,
+            epilogue or Epilogue(bias=conv.bias is not None),
+        )
+
+    @property
+    def out_height(self) -> int:
+        return (self.height + sum(self.padding[:2]) - (self.kernel[0] - 1) * self.dilation[0] - 1) // self.stride[0] + 1
+
+    @property
+    def out_width(self) -> int:
+        return (self.width + sum(self.padding[2:]) - (self.kernel[1] - 1) * self.dilation[1] - 1) // self.stride[1] + 1
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.in_channels, self.height, self.width
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.out_channels, self.out_height, self.out_width
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPE[self.dtype]
+
+    def __str__(self) -> str:
+        text = f"{self.batch}x{self.in_channels}x{self.height}x{self.width} -> {self.out_channels}"
+        text += f", kernel {self.kernel[0]}x{self.kernel[1]}, {self.dtype} on {self.device}"
+        for name, default in (("stride", (1, 1)), ("padding", (0, 0, 0, 0)), ("dilation", (1, 1)), ("groups", 1)):
+            if getattr(self, name) != default:
+                text += f", {name} {getattr(self, name)}"
+        return text + (f", then {self.epilogue}" if str(self.epilogue) != "none" else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; :meth:`from_json` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Problem:
+        """The problem behind :meth:`to_json`'s fields. Raises ValueError on missing, unknown or absurd ones."""
+        try:
+            tuples = {name: tuple(data[name]) for name in ("kernel", "stride", "padding", "dilation")}
+            return cls(**{**data, **tuples, "epilogue": Epilogue(**data["epilogue"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a problem: {error}") from error
+
+
+def explicit_padding(
+    padding: str | tuple[int, ...] | int, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[int, int, int, int]:
+    """torch's padding ('same', 'valid', an int or a pair) as zeros (top, bottom, left, right).
+
+    'same' puts the odd zero at the bottom and right, as torch does.
+    """
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding == "same":
+        total = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+        return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
+    if isinstance(padding, str):
+        raise ValueError(f"padding is 'same', 'valid', an int or a pair, got {padding!r}")
+    rows, columns = (padding, padding) if isinstance(padding, int) else padding
+    return rows, rows, columns, columns

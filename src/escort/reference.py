@@ -1,0 +1,54 @@
+"""The definition of a right answer: float64 convolution plus epilogue, and the comparison every result must pass."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from escort.problem import Problem
+
+#: Largest relative error ``||out - ref|| / ||ref||`` that a result of each precision may have.
+ERROR_BOUND = {"fp32": 1e-5, "tf32": 1e-3, "fp16": 2e-3, "bf16": 1.5e-2}
+
+
+def conv2d(
+    problem: Problem,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``activation(conv2d(x, weight) + bias + residual)`` in float64.
+
+    x: (N, C, H, W), weight: (K, C / groups, R, S), bias: (K,), residual and result: (N, K, out_height, out_width).
+    """
+    top, bottom, left, right = problem.padding
+    padded = F.pad(x.double(), (left, right, top, bottom))
+    y = F.conv2d(
+        padded,
+        weight.double(),
+        None if bias is None else bias.double(),
+        stride=problem.stride,
+        dilation=problem.dilation,
+        groups=problem.groups,
+    )
+    if residual is not None:
+        y = y + residual.double()
+    if problem.epilogue.activation == "none":
+        return y
+    return y.clamp(min=0.0) if problem.epilogue.activation == "relu" else y.clamp(0.0, 6.0)
+
+
+def compare(out: torch.Tensor, ref: torch.Tensor) -> float:
+    """The relative error ``||out - ref|| / ||ref||``; infinite where `out` holds a NaN or has another shape.
+
+    A reference of zeros gives the norm of `out` itself.
+    """
+    if out.shape != ref.shape:
+        return float("inf")
+    ref = ref.double()
+    error = float(torch.linalg.vector_norm(out.double() - ref))
+    norm = float(torch.linalg.vector_norm(ref))
+    if error != error:
+        return float("inf")
+    return error / norm if norm > 0.0 else error

@@ -1,0 +1,85 @@
+"""Problem: shapes as torch computes them, and errors that say what is wrong."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from escort.problem import Epilogue, Problem, explicit_padding
+
+
+@given(
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.integers(1, 3),
+    padding=st.sampled_from([0, 1, (2, 1), "same", "valid"]),
+    dilation=st.integers(1, 3),
+)
+def test_shapes_are_torchs(
+    size: tuple[int, int], kernel: tuple[int, int], stride: int, padding: Any, dilation: int
+) -> None:
+    stride = 1 if padding == "same" else stride
+    conv = nn.Conv2d(4, 6, kernel, stride, padding, dilation, groups=2)
+    x = torch.zeros(3, 4, *size)
+    try:
+        expected = conv(x).shape
+    except RuntimeError:
+        with pytest.raises(ValueError, match="smaller than the kernel"):
+            Problem.of(conv, x.shape)
+        return
+    problem = Problem.of(conv, x.shape)
+    assert problem.output_shape == expected
+    assert problem.weight_shape == conv.weight.shape
+    assert Problem.from_json(json.loads(json.dumps(problem.to_json()))) == problem
+
+
+def test_same_pads_an_even_kernel_at_the_end() -> None:
+    assert explicit_padding("same", (4, 2), (1, 3)) == (1, 2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"groups": 2}, "divisible by groups 2"),
+        ({"kernel": (9, 3)}, "smaller than the kernel, which spans 9x3"),
+        ({"stride": (0, 1)}, "positive"),
+        ({"padding": (0, 0, 0, -1)}, "not negative"),
+        ({"dtype": "int8"}, "dtype is one of"),
+    ],
+)
+def test_an_impossible_problem_says_why(change: dict[str, Any], says: str) -> None:
+    fields: dict[str, Any] = {
+        "batch": 1, "in_channels": 3, "height": 8, "width": 8, "out_channels": 4, "kernel": (3, 3), **change,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=says):
+        Problem(**fields)
+
+
+def test_a_problem_prints_what_is_asked() -> None:
+    problem = Problem(1, 64, 56, 56, 128, (3, 3), (2, 2), (1, 1, 1, 1), epilogue=Epilogue(True, True, "relu"))
+    assert str(problem) == (
+        "1x64x56x56 -> 128, kernel 3x3, fp32 on cpu, stride (2, 2), padding (1, 1, 1, 1), then bias+residual+relu"
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8), (1, 4, 8, 8)])
+def test_of_refuses_another_rank_or_channel_count(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="got shape"):
+        Problem.of(nn.Conv2d(3, 4, 3), shape)
+
+
+@pytest.mark.parametrize("data", [{}, {"batch": 1}, {**Problem(1, 1, 4, 4, 1, (1, 1)).to_json(), "colour": 1}])
+def test_from_json_refuses_what_is_no_problem(data: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not a problem"):
+        Problem.from_json(data)
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match="activation is one of"):
+        Epilogue(activation="gelu")  # type: ignore[arg-type]

@@ -1,0 +1,129 @@
+"""StretchedCSR: lossless, validated, and stretched to the place that each tap reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from escort.sparse import Geometry, StretchedCSR
+from tests.cases import CASES, Case
+
+
+def _filter() -> StretchedCSR:
+    weight = torch.zeros(2, 2, 1, 3)
+    weight[0, 1, 0, 2], weight[1, 0, 0, 0], weight[1, 1, 0, 1] = 5.0, -1.0, 2.0
+    return StretchedCSR.from_dense(weight)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_dense_and_back(case: Case) -> None:
+    weight = case.tensors()[1]
+    filter = StretchedCSR.from_dense(weight, case.problem.groups)
+    assert torch.equal(filter.to_dense(), weight)
+    assert filter.nnz == int((weight != 0).sum())
+    assert filter.sparsity == pytest.approx(1 - filter.nnz / weight.numel())
+
+
+def test_the_arrays_are_those_of_the_format() -> None:
+    filter = _filter()
+    assert filter.indptr.tolist() == [0, 1, 3]
+    assert filter.columns.tolist() == [5, 0, 4]
+    assert filter.values.tolist() == [5.0, -1.0, 2.0]
+    assert [t.tolist() for t in filter.taps] == [[1, 0, 1], [0, 0, 0], [2, 0, 1]]
+    assert filter.rows.tolist() == [0, 1, 1]
+
+
+def test_scipy_and_torch_matrices_are_adopted() -> None:
+    filter = _filter()
+    matrix = filter.to_dense().reshape(2, 6)
+    by_scipy = StretchedCSR.from_csr(scipy.sparse.csr_matrix(matrix.numpy()), filter.shape)
+    by_torch = StretchedCSR.from_csr(matrix.to_sparse_csr(), filter.shape)
+    for other in (by_scipy, by_torch):
+        assert torch.equal(other.to_dense(), filter.to_dense())
+    unsorted = scipy.sparse.csr_matrix((np.array([1.0, 2.0, 3.0]), np.array([4, 0, 4]), np.array([0, 3, 3])), (2, 6))
+    assert StretchedCSR.from_csr(unsorted, filter.shape).values.tolist() == [2.0, 4.0]
+    with pytest.raises(ValueError, match="matrix of 2x6"):
+        StretchedCSR.from_csr(scipy.sparse.csr_matrix((2, 5)), filter.shape)
+    with pytest.raises(ValueError, match="CSR tensor"):
+        StretchedCSR.from_csr(matrix, filter.shape)
+
+
+@given(
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)
+def test_offsets_find_the_input_of_every_tap(stride: tuple[int, int], dilation: tuple[int, int]) -> None:
+    """Splits a padded image into its phases by slicing, and reads it through the offsets."""
+    height, width = 24, 21
+    padded = torch.arange(2 * height * width).reshape(2, height, width)
+    rows, columns = -(-height // stride[0]), -(-width // stride[1])
+    phases = torch.zeros(2, *stride, rows, columns, dtype=torch.long)
+    for i in range(stride[0]):
+        for j in range(stride[1]):
+            part = padded[:, i :: stride[0], j :: stride[1]]
+            phases[:, i, j, : part.shape[1], : part.shape[2]] = part
+    geometry = Geometry(phases[0].numel(), columns, rows * columns, stride, dilation)
+    filter = StretchedCSR.from_dense(torch.ones(1, 2, 3, 3)).stretch(geometry)
+    assert filter.geometry == geometry
+    assert filter.offsets is not None
+    row, column = 2, 1  # an output position
+    found = phases.flatten()[torch.from_numpy(filter.offsets).long() + row * columns + column]
+    c, r, s = (torch.from_numpy(t).long() for t in filter.taps)
+    assert torch.equal(found, padded[c, row * stride[0] + r * dilation[0], column * stride[1] + s * dilation[1]])
+
+
+def test_restretching_needs_no_dense_weights() -> None:
+    filter = _filter()
+    small, large = Geometry(10, 5), Geometry(1000, 50)
+    assert filter.stretch(small).stretch(large).offsets.tolist() == [1002, 0, 1001]  # type: ignore[union-attr]
+
+
+def test_an_offset_beyond_32_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not fit 32 bits"):
+        _filter().stretch(Geometry(2**31, 5))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"indptr": [0, 1]}, "indptr must run"),
+        ({"indptr": [1, 1, 3]}, "indptr must run"),
+        ({"indptr": [0, 4, 3]}, "must not descend"),
+        ({"indptr": [0, 1, 2]}, "indptr must run"),
+        ({"columns": [5, 0]}, "nnz entries"),
+        ({"columns": [6, 0, 4]}, "columns must lie in 0..5"),
+        ({"columns": [-1, 0, 4]}, "columns must lie in 0..5"),
+        ({"columns": [5, 4, 0]}, "ascend"),
+        ({"columns": [5, 4, 4]}, "ascend"),
+        ({"values": [1.0, float("nan"), 2.0]}, "finite"),
+        ({"values": [1.0, float("inf"), 2.0]}, "finite"),
+        ({"shape": (2, 0, 1, 3)}, "a filter has shape"),
+        ({"shape": (2, 2, 1)}, "a filter has shape"),
+        ({"shape": (2, 2**20, 2**20, 3)}, "32-bit columns"),
+        ({"groups": 3}, "a filter has shape"),
+    ],
+)
+def test_what_is_not_a_filter_is_refused(change: dict[str, Any], says: str) -> None:
+    good: dict[str, Any] = {"shape": (2, 2, 1, 3), "groups": 1, "indptr": [0, 1, 3], "columns": [5, 0, 4], "values": [5, -1, 2]}
+    fields = {**good, **change}
+    for name, dtype in (("indptr", np.int32), ("columns", np.int32), ("values", np.float32)):
+        fields[name] = np.array(fields[name], dtype=dtype)
+    with pytest.raises(ValueError, match=says):
+        StretchedCSR(**fields)
+
+
+def test_arrays_of_another_type_are_refused() -> None:
+    filter = _filter()
+    with pytest.raises(ValueError, match="columns is a vector of int32"):
+        StretchedCSR(filter.shape, 1, filter.indptr, filter.columns.astype(np.int64), filter.values)  # type: ignore[arg-type]
+
+
+def test_nan_in_dense_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        StretchedCSR.from_dense(torch.full((1, 1, 1, 1), float("nan")))
