@@ -1,0 +1,101 @@
+"""The one table of convolutions that every method must compute: small odd shapes first, then those of real networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from escort.problem import Epilogue, Problem
+from escort.sparse import StretchedCSR
+
+FULL = Epilogue(bias=True, residual=True, activation="relu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, and the share of weights to keep or a function that draws the mask from the weight's shape."""
+
+    name: str
+    problem: Problem
+    density: float | Callable[[tuple[int, ...]], torch.Tensor] = 0.2
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """x, weight, bias and residual, the same at every call."""
+        generator = torch.Generator().manual_seed(len(self.name))
+        p = self.problem
+        weight = torch.randn(p.weight_shape, generator=generator)
+        if callable(self.density):
+            weight *= self.density(p.weight_shape)
+        else:
+            weight *= torch.rand(p.weight_shape, generator=generator) < self.density
+        x = torch.randn(p.input_shape, generator=generator)
+        bias = torch.randn(p.out_channels, generator=generator) if p.epilogue.bias else None
+        residual = torch.randn(p.output_shape, generator=generator) if p.epilogue.residual else None
+        return x, weight, bias, residual
+
+    def filter(self) -> StretchedCSR:
+        return StretchedCSR.from_dense(self.tensors()[1], self.problem.groups)
+
+
+def _empty_rows(shape: tuple[int, ...]) -> torch.Tensor:
+    mask = (torch.arange(shape[0] * shape[1] * shape[2] * shape[3]).reshape(shape) % 7 == 0).float()
+    mask[::3] = 0
+    return mask
+
+
+def _uneven_rows(shape: tuple[int, ...]) -> torch.Tensor:
+    """One row is full, the others hold about a thirtieth: the imbalance seen in magnitude-pruned networks."""
+    mask = (torch.arange(shape[0] * shape[1] * shape[2] * shape[3]).reshape(shape) % 31 == 0).float()
+    mask[0] = 1
+    return mask
+
+
+def _empty_channels(shape: tuple[int, ...]) -> torch.Tensor:
+    mask = torch.ones(shape)
+    mask[:, : shape[1] // 2] = 0
+    return mask
+
+
+CASES = (
+    Case("pointwise on one pixel", Problem(1, 3, 1, 1, 5, (1, 1))),
+    Case("3x3 on one pixel", Problem(2, 4, 1, 1, 3, (3, 3), padding=(1, 1, 1, 1)), 1.0),
+    Case("two pixels", Problem(3, 2, 1, 2, 2, (1, 2))),
+    Case("one channel", Problem(1, 1, 9, 9, 1, (3, 3), padding=(1, 1, 1, 1)), 1.0),
+    Case("plain 3x3", Problem(1, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1))),
+    Case("3x3 with everything behind it", Problem(2, 8, 13, 13, 16, (3, 3), padding=(1, 1, 1, 1), epilogue=FULL)),
+    Case("relu6", Problem(1, 8, 7, 7, 9, (3, 3), padding=(1, 1, 1, 1), epilogue=Epilogue(True, False, "relu6"))),
+    Case("valid 5x5", Problem(2, 5, 12, 11, 7, (5, 5))),
+    Case("exactly the kernel", Problem(1, 6, 5, 5, 4, (5, 5))),
+    Case("wide kernel", Problem(1, 3, 6, 30, 4, (1, 7), padding=(0, 0, 3, 3))),
+    Case("tall kernel", Problem(1, 3, 30, 6, 4, (7, 1), padding=(3, 3, 0, 0))),
+    Case("even kernel, 'same'", Problem(1, 4, 10, 9, 4, (4, 2), padding=(1, 2, 0, 1))),
+    Case("padding beyond the kernel", Problem(1, 3, 4, 5, 4, (3, 3), padding=(5, 4, 6, 7))),
+    Case("stride 2", Problem(2, 6, 15, 16, 8, (3, 3), (2, 2), (1, 1, 1, 1), epilogue=FULL)),
+    Case("stride 3 by 1", Problem(1, 4, 20, 11, 5, (3, 3), (3, 1), (1, 1, 1, 1))),
+    Case("stride 1 by 3", Problem(1, 4, 11, 20, 5, (3, 3), (1, 3), (1, 1, 1, 1))),
+    Case("stride beyond the kernel", Problem(1, 4, 17, 17, 5, (2, 2), (5, 4))),
+    Case("pointwise stride 2", Problem(2, 16, 14, 14, 8, (1, 1), (2, 2))),
+    Case("pointwise with padding", Problem(1, 5, 6, 6, 3, (1, 1), padding=(1, 1, 1, 1))),
+    Case("dilation", Problem(1, 4, 17, 15, 6, (3, 3), padding=(2, 2, 3, 3), dilation=(2, 3))),
+    Case("dilation and stride", Problem(1, 4, 19, 22, 6, (3, 3), (2, 3), (2, 2, 3, 3), (3, 2))),
+    Case("groups", Problem(2, 6, 9, 9, 9, (3, 3), padding=(1, 1, 1, 1), groups=3, epilogue=FULL)),
+    Case("depthwise", Problem(2, 16, 12, 12, 16, (3, 3), padding=(1, 1, 1, 1), groups=16), 0.5),
+    Case("depthwise stride 2, twofold", Problem(1, 6, 13, 13, 12, (3, 3), (2, 2), (1, 1, 1, 1), groups=6), 0.5),
+    Case("no weights at all", Problem(2, 4, 8, 8, 6, (3, 3), padding=(1, 1, 1, 1), epilogue=FULL), 0.0),
+    Case("every weight", Problem(1, 12, 10, 10, 11, (3, 3), padding=(1, 1, 1, 1)), 1.0),
+    Case("empty rows", Problem(1, 10, 8, 8, 12, (3, 3), padding=(1, 1, 1, 1), epilogue=FULL), _empty_rows),
+    Case("uneven rows", Problem(1, 40, 9, 9, 30, (3, 3), padding=(1, 1, 1, 1)), _uneven_rows),
+    Case("empty channels", Problem(1, 64, 9, 9, 8, (1, 1)), _empty_channels),
+    Case("no images", Problem(0, 4, 8, 8, 6, (3, 3), padding=(1, 1, 1, 1))),
+    Case("seven images", Problem(7, 6, 7, 7, 10, (3, 3), padding=(1, 1, 1, 1))),
+    Case("plane of a page", Problem(1, 9, 32, 32, 4, (1, 1), epilogue=FULL)),
+    Case("stage of a page", Problem(1, 9, 31, 31, 4, (2, 2), padding=(0, 1, 0, 1))),
+    Case("many channels", Problem(1, 600, 4, 4, 20, (1, 1), epilogue=FULL), 0.1),
+    Case("many outputs on one tile", Problem(1, 64, 7, 7, 200, (3, 3), padding=(1, 1, 1, 1)), 0.1),
+    Case("ResNet-50 stem", Problem(1, 3, 56, 56, 64, (7, 7), (2, 2), (3, 3, 3, 3), epilogue=Epilogue(bias=True)), 1.0),
+    Case("ResNet-50 res4", Problem(2, 256, 14, 14, 64, (3, 3), padding=(1, 1, 1, 1)), 0.05),
+    Case("ResNet-50 res2 1x1", Problem(1, 64, 56, 56, 32, (1, 1), epilogue=FULL), 0.1),
+    Case("CaffeNet conv2", Problem(1, 96, 27, 27, 32, (5, 5), padding=(2, 2, 2, 2), groups=2), 0.15),
+)

@@ -1,0 +1,133 @@
+"""Every method, in every config of its search space, against the float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from escort import reference
+from escort.methods import METHODS, Method, by_name
+from escort.methods.direct import ISAS, DirectConfig
+from escort.problem import Epilogue, Problem
+from escort.sparse import StretchedCSR
+from tests.cases import CASES, Case
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_case(method: Method, case: Case) -> None:
+    x, weight, bias, residual = case.tensors()
+    filter = case.filter()
+    expected = reference.conv2d(case.problem, x, weight, bias, residual)
+    assert method.unsupported(case.problem) is None
+    configs = method.configs(case.problem, filter)
+    assert configs
+    for config in configs:
+        y = method.prepare(case.problem, filter, bias, config)(x, residual)
+        assert y.is_contiguous()
+        assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp32"], config
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_direct_on_every_instruction_set(isa: str, case: Case) -> None:
+    x, weight, bias, residual = case.tensors()
+    expected = reference.conv2d(case.problem, x, weight, bias, residual)
+    for vectors in range(1, ISAS[isa][1] + 1):
+        block = 1 + vectors % max(case.filter().shape[1], 1)
+        config = DirectConfig(isa, vectors, channel_block=block, parts=1 + vectors % 3)
+        y = by_name("direct").prepare(case.problem, case.filter(), bias, config)(x, residual)
+        assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp32"], config
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_direct_on_any_shape(data: st.DataObject) -> None:
+    def draw(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
+    groups = draw(1, 3)
+    kernel, stride, dilation = ((draw(1, high), draw(1, high)) for high in (4, 3, 3))
+    padding = (draw(0, 4), draw(0, 4), draw(0, 4), draw(0, 4))
+    activation = data.draw(st.sampled_from(("none", "relu", "relu6")))
+    sizes = (draw(1, 3), groups * draw(1, 8), draw(1, 30), draw(1, 30), groups * draw(1, 8))
+    try:
+        problem = Problem(
+            *sizes, kernel, stride, padding, dilation, groups, epilogue=Epilogue(True, data.draw(st.booleans()), activation)
+        )
+    except ValueError:
+        assume(False)
+        return
+    case = Case(f"{draw(0, 1000)}", problem, data.draw(st.sampled_from((0.0, 0.1, 0.5, 1.0))))
+    x, weight, bias, residual = case.tensors()
+    isa = data.draw(st.sampled_from(sorted(ISAS)))
+    config = DirectConfig(isa, draw(1, ISAS[isa][1]), draw(1, weight.shape[1]), draw(1, 5))
+    y = by_name("direct").prepare(problem, case.filter(), bias, config)(x, residual)
+    expected = reference.conv2d(problem, x, weight, bias, residual)
+    assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp32"]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_runner_takes_any_batch_and_memory_format(method: Method) -> None:
+    case = CASES[4]
+    x, weight, bias, _ = case.tensors()
+    run = method.prepare(case.problem, case.filter(), bias, method.configs(case.problem, case.filter())[0])
+    for images in (0, 1, 3, 8, 17):
+        batch = torch.randn(images, *x.shape[1:]).to(memory_format=torch.channels_last)
+        expected = reference.conv2d(case.problem, batch, weight, bias)
+        assert reference.compare(run(batch), expected) <= reference.ERROR_BOUND["fp32"]
+
+
+def test_threads_share_the_work_without_changing_it() -> None:
+    case = next(case for case in CASES if case.name == "many outputs on one tile")
+    x, _, bias, _ = case.tensors()
+    method, threads = by_name("direct"), torch.get_num_threads()
+    run = method.prepare(case.problem, case.filter(), bias, DirectConfig(next(iter(ISAS)), 7, 20, parts=5))
+    try:
+        torch.set_num_threads(1)
+        alone = run(x)
+        torch.set_num_threads(4)
+        for _ in range(20):
+            assert torch.equal(run(x), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_direct_keeps_nan_as_torch_does(activation: str) -> None:
+    problem = Problem(1, 1, 4, 8, 1, (1, 1), epilogue=Epilogue(activation=activation))  # type: ignore[arg-type]
+    x = torch.full(problem.input_shape, float("nan"))
+    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    method = by_name("direct")
+    for config in method.configs(problem, filter):
+        assert method.prepare(problem, filter, None, config)(x).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("x", "residual", "says"),
+    [
+        (torch.zeros(1, 8, 14, 14, dtype=torch.float64), None, "float32"),
+        (torch.zeros(1, 8, 14, 13), None, "14, 14"),
+        (torch.zeros(1, 8, 14, 14), torch.zeros(1, 16, 14, 13), "residual"),
+        (torch.zeros(1, 8, 14, 14), torch.zeros(1, 16, 14, 14, dtype=torch.int32), "residual"),
+    ],
+)
+def test_direct_never_reads_outside_its_tensors(x: torch.Tensor, residual: torch.Tensor | None, says: str) -> None:
+    case = CASES[4]
+    method = by_name("direct")
+    problem = replace(case.problem, epilogue=Epilogue(residual=residual is not None))
+    run = method.prepare(problem, case.filter(), None, method.configs(problem, case.filter())[0])
+    with pytest.raises(ValueError, match=says):
+        run(x, residual)
+
+
+def test_compare_fails_nan_and_other_shapes() -> None:
+    one = torch.ones(2, 3)
+    assert reference.compare(one, one) == 0.0
+    assert reference.compare(torch.full((2, 3), float("nan")), one) == float("inf")
+    assert reference.compare(one[:1], one) == float("inf")
+    assert reference.compare(one, torch.zeros(2, 3)) > 0.0
