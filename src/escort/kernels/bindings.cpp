@@ -1,11 +1,12 @@
 // Python's door to the kernels: `escort._kernels`.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
 #include <omp.h>
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "direct.hpp"
+#include "pool.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -22,24 +24,29 @@ using namespace nb::literals;
 namespace escort {
 namespace {
 
-// The instruction sets that this build holds and this processor runs, fastest first.
-std::vector<const Isa*> supported_isas() {
-  std::vector<const Isa*> isas;
+struct Kernels {
+  const Isa* direct;
+  PoolPlane pool;
+};
+
+// The kernels that this build holds and this processor runs, fastest first.
+std::vector<Kernels> supported() {
+  std::vector<Kernels> isas;
 #ifdef ESCORT_HAVE_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq"))
-    isas.push_back(&direct_avx512);
+    isas.push_back({&direct_avx512, pool_avx512});
 #endif
 #ifdef ESCORT_HAVE_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(&direct_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back({&direct_avx2, pool_avx2});
 #endif
-  isas.push_back(&direct_generic);
+  isas.push_back({&direct_generic, pool_generic});
   return isas;
 }
 
 const Isa* find_isa(const std::string& name) {
-  for (const Isa* isa : supported_isas())
-    if (name == isa->name) return isa;
+  for (const Kernels& isa : supported())
+    if (name == isa.direct->name) return isa.direct;
   throw std::invalid_argument("instruction set '" + name + "' is not available on this machine");
 }
 
@@ -56,6 +63,21 @@ std::vector<T> records(const Table& table, const char* name) {
 struct Free {
   void operator()(float* p) const { std::free(p); }
 };
+
+// Runs task(i, thread) for every i below `tasks`, handed out one by one.
+template <class Task>
+void parallel(int64_t tasks, int threads, const Task& task) {
+  if (threads <= 1) {
+    for (int64_t i = 0; i < tasks; i++) task(i, 0);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tasks; i++) task(i, thread);
+  }
+}
 
 // Scratch of the calling thread for all its workers; it grows to the largest layer and is then reused.
 float* scratch(int64_t floats) {
@@ -114,20 +136,10 @@ class DirectConvolution {
     const int64_t tasks = images * direct_.tile_count * direct_.job_count;
     if (threads > tasks) threads = static_cast<int>(tasks);
     float* memory = scratch(direct_.scratch_size * (threads > 1 ? threads : 1));
-    const auto task = [&](int64_t i, int thread) {
+    parallel(tasks, threads, [&](int64_t i, int thread) {
       isa_->run(direct_, i, reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(residual),
                 reinterpret_cast<float*>(y), memory + thread * direct_.scratch_size);
-    };
-    if (threads <= 1) {
-      for (int64_t i = 0; i < tasks; i++) task(i, 0);
-      return;
-    }
-#pragma omp parallel num_threads(threads)
-    {
-      const int thread = omp_get_thread_num();
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < tasks; i++) task(i, thread);
-    }
+    });
   }
 
  private:
@@ -142,6 +154,24 @@ class DirectConvolution {
   Direct direct_;
 };
 
+// x and y are addresses of `planes` contiguous float32 planes.
+void max_pool2d(uintptr_t x, uintptr_t y, int64_t planes, std::array<int, 2> in, std::array<int, 2> out,
+                std::array<int, 2> kernel, std::array<int, 2> stride, std::array<int, 2> padding,
+                std::array<int, 2> dilation, int threads) {
+  const nb::gil_scoped_release release;
+  const Pool pool = {in[0],     in[1],     out[0],      out[1],      kernel[0],  kernel[1],
+                     stride[0], stride[1], dilation[0], dilation[1], padding[0], padding[1]};
+  if (threads > planes) threads = static_cast<int>(planes);
+  static const PoolPlane pool_plane = supported().front().pool;
+  // A window that ceil_mode adds may reach beyond the right padding.
+  const int64_t line = pool.left + pool.width + int64_t(pool.columns) * pool.column_dilation + pool.column_stride;
+  float* memory = scratch(line * (threads > 1 ? threads : 1));
+  parallel(planes, threads, [&](int64_t i, int thread) {
+    pool_plane(pool, reinterpret_cast<const float*>(x) + i * pool.height * pool.width,
+               reinterpret_cast<float*>(y) + i * pool.out_height * pool.out_width, memory + thread * line);
+  });
+}
+
 }  // namespace
 }  // namespace escort
 
@@ -152,10 +182,13 @@ NB_MODULE(_kernels, m) {
       "isas",
       [] {
         nb::list result;
-        for (const Isa* isa : supported_isas()) result.append(nb::make_tuple(isa->name, isa->lanes, isa->max_vectors));
+        for (const Kernels& isa : supported())
+          result.append(nb::make_tuple(isa.direct->name, isa.direct->lanes, isa.direct->max_vectors));
         return result;
       },
       "The instruction sets of this machine, fastest first: (name, floats per vector, vectors per tile).");
+  m.def("max_pool2d", &max_pool2d, "x"_a, "y"_a, "planes"_a, "input_size"_a, "output_size"_a, "kernel"_a, "stride"_a,
+        "padding"_a, "dilation"_a, "threads"_a);
   nb::class_<DirectConvolution>(m, "DirectConvolution")
       .def(nb::init<const std::string&, const Table&, const Table&, const Table&, const Table&, const Table&,
                     const Table&, const Table&, bool, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,

@@ -1,31 +1,9 @@
-// The kernel of direct.hpp, compiled once per instruction set (ESCORT_ISA). It uses no library code: an inline function
-// of the standard library compiled here for AVX-512 could be the copy that the linker keeps for every machine.
+// The kernel of direct.hpp, compiled once per instruction set.
 #include "direct.hpp"
-
-#define ESCORT_JOIN2(a, b) a##b
-#define ESCORT_JOIN(a, b) ESCORT_JOIN2(a, b)
-#define ESCORT_TEXT2(a) #a
-#define ESCORT_TEXT(a) ESCORT_TEXT2(a)
+#include "vector.hpp"
 
 namespace escort {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kMaxVectors = 28;  // 32 registers
-#elif defined(__AVX2__)
-constexpr int kBytes = 32, kMaxVectors = 14;  // 16 registers: one for the weight, one to spare
-#elif defined(__aarch64__)
-constexpr int kBytes = 16, kMaxVectors = 28;
-#else
-constexpr int kBytes = 16, kMaxVectors = 12;  // the spare registers hold products where there is no multiply-add
-#endif
-constexpr int kLanes = kBytes / 4;
-
-typedef float Vector __attribute__((vector_size(kBytes)));
-typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
-
-inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
-inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
 // Both bounds let a NaN pass, as torch does.
 template <class T>
@@ -40,6 +18,17 @@ inline T activate(T v, Activation activation) {
   return v;
 }
 
+// Rows of a tile lie a plane apart, each in a page of its own, where no hardware prefetcher follows: asks for the places
+// that a row some way ahead will read and write.
+constexpr int kRowsAhead = 4;
+template <int V>
+inline void prefetch_row(const float* residual, const float* y) {
+  for (int i = 0; i < V * kLanes; i += 16) {
+    if (residual) __builtin_prefetch(residual + i, 0);
+    __builtin_prefetch(y + i, 1);
+  }
+}
+
 // Copies n floats by whole vectors, the last one overlapping the one before it.
 inline void copy(float* to, const float* from, int n) {
   if (n < kLanes) {
@@ -49,6 +38,21 @@ inline void copy(float* to, const float* from, int n) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
   if (i < n) store(to + n - kLanes, load(from + n - kLanes));
+}
+
+// Gathers n floats that lie `stride` apart.
+inline void gather(float* to, const float* from, int n, int stride) {
+  int i = 0;
+  if (stride == 2 && n >= kLanes) {
+    // The second load starts one early and takes the odd lanes, so that nothing behind the last value is read.
+    const auto evens = [&](int j) {
+      store(to + j, pick_evens(load(from + 2 * j), load(from + 2 * j + kLanes - 1)));
+    };
+    for (; i + kLanes <= n; i += kLanes) evens(i);
+    if (i < n) evens(n - kLanes);
+    return;
+  }
+  for (; i < n; i++) to[i] = from[int64_t(i) * stride];
 }
 
 void stage_block(const Direct& d, const Tile& tile, const Block& block, const float* image, float* stage) {
@@ -61,7 +65,7 @@ void stage_block(const Direct& d, const Tile& tile, const Block& block, const fl
       if (d.column_stride == 1) {
         copy(to, from, run.length);
       } else {
-        for (int j = 0; j < run.length; j++) to[j] = from[int64_t(j) * d.column_stride];
+        gather(to, from, run.length, d.column_stride);
       }
       to += run.length;
       for (int j = 0; j < run.zeros; j++) to[j] = 0.0f;
@@ -99,10 +103,15 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, bool firs
   alignas(64) float sums[V * kLanes];
   // The last vector of a tile in place overlaps the one before it, so that nothing outside the tile is touched.
   const int64_t tail = InPlace ? tile.length - kLanes : (V - 1) * kLanes;
+  const int64_t place = InPlace ? 0 : d.segments[tile.first_segment].to;
   for (int i = block.first_row; i < block.end_row; i++) {
     const Row& row = d.rows[i];
     const Entry* end = d.entries + d.rows[i + 1].first_entry;
     float* slot = partial + int64_t(row.slot) * (V * kLanes);
+    if (last && i + kRowsAhead < block.end_row) {
+      const int64_t ahead = d.rows[i + kRowsAhead].channel * d.y_plane + place;
+      prefetch_row<V>(residual ? residual + ahead : nullptr, y + ahead);
+    }
     Vector sum[V];
 #pragma GCC unroll 28
     for (int v = 0; v < V; v++) sum[v] = first ? Vector{} + row.bias : load(slot + v * kLanes);
@@ -176,7 +185,7 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
 
 }  // namespace
 
-extern const Isa ESCORT_JOIN(direct_, ESCORT_ISA);
-const Isa ESCORT_JOIN(direct_, ESCORT_ISA) = {ESCORT_TEXT(ESCORT_ISA), kLanes, kMaxVectors, run_task};
+extern const Isa ESCORT_FOR_ISA(direct);
+const Isa ESCORT_FOR_ISA(direct) = {ESCORT_ISA_NAME, kLanes, kMaxVectors, run_task};
 
 }  // namespace escort

@@ -104,14 +104,14 @@ class Direct:
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             images = len(x)
-            if x.shape[1:] != in_shape or x.dtype is not torch.float32:
+            if x.shape[1:] != in_shape or x.dtype is not torch.float32 or not x.is_cpu:
                 raise ValueError(f"prepared for float32 inputs of shape (N, *{in_shape}), got {x.dtype} {tuple(x.shape)}")
             x = x.contiguous()
             y = torch.empty((images, *out_shape))
             if residual is None:
                 run_kernel(x.data_ptr(), 0, y.data_ptr(), images, threads())
                 return y
-            if residual.shape != y.shape or residual.dtype is not torch.float32:
+            if residual.shape != y.shape or residual.dtype is not torch.float32 or not residual.is_cpu:
                 raise ValueError(f"a residual is float32 of shape {tuple(y.shape)}, got {residual.dtype} {tuple(residual.shape)}")
             residual = residual.contiguous()
             run_kernel(x.data_ptr(), residual.data_ptr(), y.data_ptr(), images, threads())

@@ -1,0 +1,50 @@
+// Vectors of the instruction set that a kernel is compiled for (ESCORT_ISA), by the extensions that GCC and Clang share.
+//
+// Kernels use no library code: an inline function of the standard library compiled here for AVX-512 could be the copy
+// that the linker keeps for every machine. For the same reason everything here has internal linkage.
+#pragma once
+
+#include <cstdint>
+
+#define ESCORT_JOIN2(a, b) a##_##b
+#define ESCORT_JOIN(a, b) ESCORT_JOIN2(a, b)
+#define ESCORT_TEXT2(a) #a
+#define ESCORT_TEXT(a) ESCORT_TEXT2(a)
+#define ESCORT_FOR_ISA(name) ESCORT_JOIN(name, ESCORT_ISA)
+#define ESCORT_ISA_NAME ESCORT_TEXT(ESCORT_ISA)
+
+namespace escort {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kMaxVectors = 28;  // 32 registers
+#elif defined(__AVX2__)
+constexpr int kBytes = 32, kMaxVectors = 14;  // 16 registers: one for the weight, one to spare
+#elif defined(__aarch64__)
+constexpr int kBytes = 16, kMaxVectors = 28;
+#else
+constexpr int kBytes = 16, kMaxVectors = 12;  // the spare registers hold products where there is no multiply-add
+#endif
+constexpr int kLanes = kBytes / 4;
+
+typedef float Vector __attribute__((vector_size(kBytes)));
+typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
+
+inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+// The even lanes of `low` followed by the odd lanes of `high`.
+#if defined(__AVX512F__)
+inline Vector pick_evens(Vector low, Vector high) {
+  return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+#elif defined(__AVX2__)
+inline Vector pick_evens(Vector low, Vector high) {
+  return __builtin_shufflevector(low, high, 0, 2, 4, 6, 9, 11, 13, 15);
+}
+#else
+inline Vector pick_evens(Vector low, Vector high) { return __builtin_shufflevector(low, high, 0, 2, 5, 7); }
+#endif
+
+}  // namespace
+}  // namespace escort
