@@ -1,0 +1,184 @@
+"""The modules of a converted network: a convolution that holds a compressed filter and a plan, and pooling."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from escort import ops
+from escort.methods import Runner
+from escort.planner import Plan
+from escort.problem import Activation, Epilogue, Problem
+from escort.sparse import StretchedCSR
+
+
+class SparseConv2d(nn.Module):
+    """Equivalent to ``activation(F.conv2d(x, w, bias, ...) + residual)``, run as its plan says. Inference only.
+
+    It runs any batch and any input size; the plan's method and config are kept, only its tables are laid out again.
+
+    Args:
+        filter: the weights, (K, C / groups, R, S).
+        bias: (K,) or None.
+        padding: zeros (top, bottom, left, right).
+        residual: whether calls pass a residual to add.
+        plan: what :func:`escort.planner.plan_layer` chose.
+        name: what errors call this layer.
+    """
+
+    values: torch.Tensor
+    columns: torch.Tensor
+    indptr: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        filter: StretchedCSR,
+        bias: torch.Tensor | None,
+        *,
+        stride: tuple[int, int],
+        padding: tuple[int, int, int, int],
+        dilation: tuple[int, int],
+        activation: Activation = "none",
+        residual: bool = False,
+        plan: Plan,
+        name: str = "SparseConv2d",
+    ) -> None:
+        super().__init__()
+        if bias is not None and bias.shape != (filter.shape[0],):
+            raise ValueError(
+                f"bias has one entry for each of {filter.shape[0]} channels, got shape {tuple(bias.shape)}"
+            )
+        for array in ("values", "columns", "indptr"):
+            self.register_buffer(array, torch.from_numpy(getattr(filter, array)))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.filter_shape = filter.shape
+        self.groups = filter.groups
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.activation, self.residual = activation, residual
+        self.plan, self.name = plan, name
+        self._config = json.dumps(plan.config)
+        self._runners: dict[Any, Runner] = {}
+        super().train(False)
+
+    @property
+    def in_channels(self) -> int:
+        return self.filter_shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        return self.filter_shape[0]
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return self.filter_shape[2], self.filter_shape[3]
+
+    @property
+    def filter(self) -> StretchedCSR:
+        return StretchedCSR(
+            self.filter_shape, self.groups, *(t.numpy() for t in (self.indptr, self.columns, self.values))
+        )
+
+    def problem(self, batch: int, height: int, width: int) -> Problem:
+        """What this convolution asks for on an input of shape (batch, in_channels, height, width)."""
+        return Problem(
+            batch,
+            self.in_channels,
+            height,
+            width,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            epilogue=Epilogue(self.bias is not None, self.residual, self.activation),
+        )
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x: (N, C, H, W) float32, residual: (N, K, out_height, out_width) if the module was made for one."""
+        if torch.compiler.is_compiling():
+            return ops.sparse_conv2d(
+                x,
+                residual,
+                self.values,
+                self.columns,
+                self.indptr,
+                self.bias,
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+                self.activation,
+                self.plan.method,
+                self._config,
+            )
+        run = self._runners.get(x.shape[1:])
+        if run is None or x.dtype is not torch.float32 or not x.is_cpu or (residual is not None) is not self.residual:
+            run = self._prepare(x, residual)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()")
+        try:
+            return run(x, residual)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+    def _prepare(self, x: torch.Tensor, residual: torch.Tensor | None) -> Runner:
+        """A runner for a new input size, or the error that a call deserves."""
+        if x.dtype is not torch.float32:
+            raise TypeError(f"{self.name} computes in float32, its input is {x.dtype}; convert it with .float()")
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"{self.name} takes (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
+        if x.device != self.values.device:
+            raise ValueError(f"{self.name} is on {self.values.device}, its input on {x.device}; move one to the other")
+        if (residual is not None) is not self.residual:
+            made = "for" if self.residual else "without"
+            raise TypeError(f"{self.name} was made {made} a residual, and was called otherwise")
+        try:
+            problem = self.problem(*(int(size) for size in (x.shape[0], *x.shape[2:])))
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        run = self._runners[x.shape[1:]] = self.plan.runner(problem, self.filter, self.bias)
+        return run
+
+    def train(self, mode: bool = True) -> SparseConv2d:
+        if mode:
+            raise RuntimeError(f"{self.name} is for inference only: fine-tune the pruned model and convert it again")
+        return self
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> SparseConv2d:
+        super()._apply(fn, recurse)
+        self._runners.clear()
+        if self.values.dtype is not torch.float32:
+            raise TypeError(f"{self.name} computes in float32 only; convert the model again for another dtype")
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._runners.clear()
+
+    def extra_repr(self) -> str:
+        k, _, r, s = self.filter_shape
+        text = f"{self.in_channels}, {k}, kernel_size=({r}, {s}), stride={self.stride}, padding={self.padding}, "
+        text += f"nnz={len(self.values)}, method={self.plan.method}"
+        return text + (f", activation={self.activation}" if self.activation != "none" else "")
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """torch's, with a faster way for float32 (N, C, H, W) on the CPU, where torch does not vectorise. Inference only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim != 4 or x.dtype is not torch.float32 or x.device.type != "cpu":
+            return super().forward(x)
+        pairs = (pair(value) for value in (self.kernel_size, self.stride, self.padding, self.dilation))
+        return ops.max_pool2d(x, *pairs, self.ceil_mode)
+
+
+def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """A size given as one number or two."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,0 +1,187 @@
+"""The modules of a converted network, eager, compiled and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from escort import ops, reference
+from escort.bench import Machine
+from escort.methods import METHODS, by_name
+from escort.nn import MaxPool2d, SparseConv2d
+from escort.planner import Plan
+from escort.problem import Epilogue, Problem
+from escort.sparse import StretchedCSR
+
+EPILOGUE = Epilogue(bias=True, residual=True, activation="relu")
+
+
+def a_layer(method: str = "direct", *, residual: bool = True) -> tuple[SparseConv2d, Problem, torch.Tensor]:
+    """A strided 3x3 layer run by that method, the problem it was planned for, and its dense weight."""
+    torch.manual_seed(0)
+    problem = Problem(
+        2, 6, 11, 12, 8, (3, 3), (2, 1), (1, 1, 1, 1), groups=2, epilogue=Epilogue(True, residual, "relu")
+    )
+    weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.3)
+    filter = StretchedCSR.from_dense(weight, 2)
+    config = by_name(method).configs(problem, filter)[0]
+    plan = Plan(problem, method, dict(vars(config)), (), Machine.here())
+    layer = SparseConv2d(
+        filter,
+        torch.randn(8),
+        stride=problem.stride,
+        padding=problem.padding,
+        dilation=problem.dilation,
+        activation="relu",
+        residual=residual,
+        plan=plan,
+        name="features.3",
+    )
+    return layer, problem, weight
+
+
+def inputs(layer: SparseConv2d, batch: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    problem = layer.problem(batch, height, width)
+    return torch.randn(problem.input_shape), torch.randn(problem.output_shape)
+
+
+@pytest.mark.parametrize("method", [method.name for method in METHODS])
+def test_any_batch_and_size_is_right(method: str) -> None:
+    layer, _, weight = a_layer(method)
+    for batch, height, width in ((2, 11, 12), (1, 11, 12), (5, 7, 30), (0, 11, 12), (1, 1, 1)):
+        x, residual = inputs(layer, batch, height, width)
+        expected = reference.conv2d(layer.problem(batch, height, width), x, weight, layer.bias, residual)
+        assert reference.compare(layer(x, residual), expected) < 1e-5
+
+
+def test_inputs_of_any_strides_are_right() -> None:
+    layer, problem, weight = a_layer(residual=False)
+    base = torch.randn(2, 11, 12, 6)
+    views = (base.permute(0, 3, 1, 2), torch.randn(4, 6, 11, 12)[::2], torch.randn(2, 6, 11, 24)[..., ::2])
+    for x in views:
+        assert reference.compare(layer(x), reference.conv2d(problem, x, weight, layer.bias)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda x, r: (x[0], r), ValueError, r"features.3 takes \(N, 6, H, W\), got shape \(6, 11, 12\)"),
+        (lambda x, r: (x[:, :5], r), ValueError, r"features.3 takes \(N, 6, H, W\)"),
+        (lambda x, r: (x[:, :, :0], r), ValueError, "features.3: sizes are positive"),
+        (lambda x, r: (x.double(), r), TypeError, r"features.3 computes in float32, its input is torch.float64; .*float\(\)"),
+        (lambda x, r: (x.long(), r), TypeError, "features.3 computes in float32"),
+        (lambda x, r: (x,), TypeError, "features.3 was made for a residual"),
+        (lambda x, r: (x, r[:, :, 1:]), ValueError, "features.3: a residual is float32"),
+        (lambda x, r: (x, r.double()), ValueError, "features.3: a residual is float32"),
+        (lambda x, r: (x.requires_grad_(), r), RuntimeError, "features.3 has no gradient: .*no_grad"),
+        (lambda x, r: (x.to("meta"), r), ValueError, "features.3 is on cpu, its input on meta"),
+    ],
+)
+def test_bad_calls_name_the_layer_and_the_remedy(make: Any, error: type[Exception], says: str) -> None:
+    layer, *_ = a_layer()
+    with pytest.raises(error, match=says):
+        layer(*make(*inputs(layer, 2, 11, 12)))
+
+
+def test_training_and_other_dtypes_are_refused() -> None:
+    layer, *_ = a_layer()
+    with pytest.raises(RuntimeError, match="features.3 is for inference"):
+        layer.train()
+    assert layer.eval() is layer
+    with pytest.raises(TypeError, match="features.3 computes in float32 only"):
+        layer.half()
+
+
+def test_the_filter_and_new_state_come_back() -> None:
+    layer, _, weight = a_layer(residual=False)
+    assert torch.equal(layer.filter.to_dense(), weight)
+    x, _ = inputs(layer, 1, 11, 12)
+    before = layer(x)
+    state = {name: tensor * 2 if tensor.is_floating_point() else tensor for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    assert torch.allclose(layer(x), 2 * before, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["direct", "dense"])
+def test_compiles_without_a_graph_break(method: str) -> None:
+    layer, *_ = a_layer(method)
+    x, residual = inputs(layer, 2, 11, 12)
+    expected = layer(x, residual)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x, residual), expected)
+        x, residual = inputs(layer, 3, 9, 9)
+        assert torch.equal(compiled(x, residual), layer(x, residual))
+
+
+def test_an_exported_program_carries_its_filter(tmp_path: Path) -> None:
+    layer, *_ = a_layer(residual=False)
+    x, _ = inputs(layer, 2, 11, 12)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    torch.export.save(torch.export.export(layer, (x,), dynamic_shapes=({0: batch},)), tmp_path / "layer.pt2")
+    program = torch.export.load(tmp_path / "layer.pt2").module()
+    for images in (2, 5):
+        x, _ = inputs(layer, images, 11, 12)
+        assert torch.equal(program(x), layer(x))
+
+
+def test_the_operators_pass_torchs_own_checks() -> None:
+    layer, *_ = a_layer()
+    x, residual = inputs(layer, 2, 11, 12)
+    arguments = (
+        x, residual, layer.values, layer.columns, layer.indptr, layer.bias, [3, 3], [2, 1], [1, 1, 1, 1], [1, 1], 2,
+        "relu", "direct", layer._config,
+    )  # fmt: skip
+    torch.library.opcheck(ops.sparse_conv2d, arguments)
+    torch.library.opcheck(ops.max_pool2d, (x, [3, 3], [2, 2], [1, 1], [1, 1], True))
+
+
+def test_the_operator_notices_changed_weights() -> None:
+    layer, *_ = a_layer(residual=False)
+    x, _ = inputs(layer, 1, 11, 12)
+
+    def call() -> torch.Tensor:
+        return ops.sparse_conv2d(
+            x, None, layer.values, layer.columns, layer.indptr, None, [3, 3], [2, 1], [1] * 4, [1, 1], 2, "none",
+            "direct", layer._config,
+        )  # fmt: skip
+
+    before = call()
+    layer.values.mul_(3.0)
+    assert torch.allclose(call(), 3 * before, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_max_pool_is_torchs(data: st.DataObject) -> None:
+    def draw(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
+    kernel = (draw(1, 5), draw(1, 5))
+    stride, dilation = ((draw(1, 3), draw(1, 3)) for _ in range(2))
+    padding = (draw(0, kernel[0] // 2), draw(0, kernel[1] // 2))
+    pool = nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=data.draw(st.booleans()))
+    ours = MaxPool2d(kernel, stride, padding, dilation, ceil_mode=pool.ceil_mode)
+    x = torch.randn(draw(1, 2), draw(1, 3), draw(1, 40), draw(1, 40))
+    if data.draw(st.booleans()):
+        x.flatten()[draw(0, x.numel() - 1)] = float("nan")
+    try:
+        expected = pool(x)
+    except RuntimeError:
+        with pytest.raises(ValueError, match="smaller than the pooling window"):
+            ours(x)
+        return
+    assert torch.equal(ours(x).nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
+    assert torch.equal(ours(x[0].double()).nan_to_num(nan=1e9), pool(x[0].double()).nan_to_num(nan=1e9))
+
+
+def test_pool_takes_single_numbers_and_a_default_stride() -> None:
+    x = torch.randn(1, 2, 8, 8)
+    assert torch.equal(MaxPool2d(2)(x), nn.MaxPool2d(2)(x))
