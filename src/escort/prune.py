@@ -1,0 +1,211 @@
+"""Magnitude pruning of convolutions: thin recipes on top of :mod:`torch.nn.utils.prune`.
+
+A sparsity is a share of zeros in [0, 1) and always means the final one: ``uniform(model, 0.5)`` followed by
+``uniform(model, 0.9)`` ends at 0.9. Masks only grow: what is pruned stays pruned, and a layer that is already sparser
+than asked is left as it is. Recipes change the model in place, keep every parameter object (an optimizer made before
+stays valid), and change nothing where they raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+
+#: Which convolutions to leave alone: their names, or a predicate of (name, convolution).
+Skip = str | Collection[str] | Callable[[str, nn.Conv2d], bool]
+
+
+def convolutions(model: nn.Module, *, skip: Skip = ()) -> dict[str, nn.Conv2d]:
+    """The model's convolutions by name, in the order of ``model.named_modules()``, without those in `skip`.
+
+    Raises:
+        ValueError: if there are none, if `skip` names an unknown layer or leaves nothing over.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Conv2d to prune; prune the dense model, before escort.convert replaces "
+            "its convolutions"
+        )
+    if callable(skip):
+        kept = {name: conv for name, conv in found.items() if not skip(name, conv)}
+    else:
+        names = {skip} if isinstance(skip, str) else set(skip)
+        for name in names:
+            _check_known(name, model, found)
+        kept = {name: conv for name, conv in found.items() if name not in names}
+    if not kept:
+        raise ValueError(f"skip leaves none of the {len(found)} convolutions to prune")
+    return kept
+
+
+def uniform(model: nn.Module, sparsity: float, *, skip: Skip = ()) -> None:
+    """Prune every convolution to `sparsity`, the weights of smallest magnitude first; each keeps at least one weight.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+        >>> uniform(model, 0.9, skip="0")
+        >>> round(sum(model[2].weight.flatten() == 0).item() / model[2].weight.numel(), 3)
+        0.9
+
+    Raises:
+        ValueError: see :func:`convolutions`; or if `sparsity` is outside [0, 1).
+    """
+    layerwise(model, dict.fromkeys(convolutions(model, skip=skip), sparsity))
+
+
+def layerwise(model: nn.Module, sparsities: Mapping[str, float]) -> None:
+    """Prune each named convolution to its own sparsity, the weights of smallest magnitude first.
+
+    Raises:
+        ValueError: if a name is no convolution of the model, a sparsity lies outside [0, 1), or nothing is named.
+    """
+    found = convolutions(model)
+    if not sparsities:
+        raise ValueError(f"no layer named; give {{name: sparsity}} for some of {_listing(found)}")
+    for name, sparsity in sparsities.items():
+        _check_known(name, model, found)
+        _check_sparsity(sparsity, f"layer {name!r}: ")
+    scores = {name: _scores(name, found[name]) for name in sparsities}
+    for name, sparsity in sparsities.items():
+        _prune([found[name]], [scores[name]], sparsity)
+
+
+def global_magnitude(model: nn.Module, sparsity: float, *, skip: Skip = ()) -> None:
+    """Prune the convolutions to `sparsity` together: the smallest magnitudes go first, in whichever layer they are.
+
+    Layers end at different sparsities, and one whose weights are all small may end empty.
+
+    Raises:
+        ValueError: see :func:`convolutions`; or if `sparsity` is outside [0, 1).
+    """
+    found = convolutions(model, skip=skip)
+    _check_sparsity(sparsity)
+    _prune(list(found.values()), [_scores(name, conv) for name, conv in found.items()], sparsity)
+
+
+@dataclass(frozen=True)
+class GradualSchedule:
+    """Sparsity that rises from `initial` to `final` while training goes on, fast at first and slowly at the end.
+
+    The cubic law of Zhu and Gupta, "To prune, or not to prune" (2017, arXiv 1710.01878, equation 1),
+    ``final + (initial - final) * (1 - (step - begin) / (end - begin)) ** 3``: zero before `begin`, `final` from `end`
+    on. Between two prunings, `every` steps apart, the network gets time to recover.
+
+    Example:
+        >>> schedule = GradualSchedule(final=0.9, begin=0, end=100)
+        >>> [round(schedule.sparsity(step), 3) for step in (0, 50, 100)]
+        [0.0, 0.787, 0.9]
+
+    Raises:
+        ValueError: unless 0 <= begin < end, every >= 1 and 0 <= initial <= final < 1.
+    """
+
+    final: float
+    begin: int
+    end: int
+    every: int = 1
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_sparsity(self.final, "final: ")
+        _check_sparsity(self.initial, "initial: ")
+        if self.initial > self.final:
+            raise ValueError(f"initial must not exceed final, got {self.initial} and {self.final}")
+        if not 0 <= self.begin < self.end:
+            raise ValueError(f"a schedule needs 0 <= begin < end, got begin {self.begin} and end {self.end}")
+        if self.every < 1:
+            raise ValueError(f"every counts training steps and is at least 1, got {self.every}")
+
+    def sparsity(self, step: int) -> float:
+        """The sparsity that training step `step` (counted from 0) works with; it never falls."""
+        if step < self.begin:
+            return 0.0
+        if step >= self.end:
+            return self.final
+        last_pruning = step - (step - self.begin) % self.every
+        left = 1.0 - (last_pruning - self.begin) / (self.end - self.begin)
+        return self.final + (self.initial - self.final) * left**3
+
+    def apply(self, model: nn.Module, step: int, *, across_layers: bool = False, skip: Skip = ()) -> float:
+        """Prune `model` to the sparsity of `step` and return that; call it before or after each optimizer step.
+
+        Args:
+            across_layers: use :func:`global_magnitude` instead of :func:`uniform`.
+        """
+        sparsity = self.sparsity(step)
+        if sparsity > 0.0:
+            (global_magnitude if across_layers else uniform)(model, sparsity, skip=skip)
+        return sparsity
+
+
+def make_permanent(model: nn.Module) -> None:
+    """Write the zeros into the weights and drop the masks; the model is an ordinary dense one again."""
+    for conv in convolutions(model).values():
+        if _mask(conv) is not None:
+            torch_prune.remove(conv, "weight")
+
+
+def sparsity(model: nn.Module) -> dict[str, float]:
+    """The share of zero weights per convolution, and under ``"overall"`` that of all of them together."""
+    weights = {name: _scores(name, conv) for name, conv in convolutions(model).items()}
+    nonzeros = {name: int((weight > 0).sum()) for name, weight in weights.items()}
+    shares = {name: 1.0 - nonzeros[name] / weight.numel() for name, weight in weights.items()}
+    shares["overall"] = 1.0 - sum(nonzeros.values()) / sum(weight.numel() for weight in weights.values())
+    return shares
+
+
+def _mask(conv: nn.Conv2d) -> Tensor | None:
+    mask = getattr(conv, "weight_mask", None)
+    return mask if isinstance(mask, Tensor) else None
+
+
+def _scores(name: str, conv: nn.Conv2d) -> Tensor:
+    """The magnitude of each weight, shaped like the weight; -1 where it is masked, so that it is first to go again."""
+    mask = _mask(conv)
+    # conv.weight itself is stale until the next forward where a mask is set and an optimizer has stepped.
+    weight = conv._parameters.get("weight" if mask is None else "weight_orig")
+    if weight is None:
+        raise ValueError(
+            f"layer {name!r}: its weight is computed by a parametrization; make that permanent before pruning, for "
+            "example with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    magnitude = weight.detach().abs()
+    return magnitude if mask is None else magnitude.masked_fill(mask == 0, -1.0)
+
+
+def _prune(convs: list[nn.Conv2d], scores: list[Tensor], sparsity: float) -> None:
+    """Mask the lowest of all `scores` until a share of `sparsity` is masked; no-op where as many are."""
+    ranked = torch.cat([score.flatten() for score in scores])
+    zeros = min(round(sparsity * ranked.numel()), ranked.numel() - 1)
+    if zeros <= int((ranked < 0).sum()):
+        return
+    keep = torch.ones_like(ranked)
+    keep[torch.topk(ranked, zeros, largest=False, sorted=False).indices] = 0.0
+    for conv, mask in zip(convs, keep.split([score.numel() for score in scores]), strict=True):
+        if _mask(conv) is not None:
+            torch_prune.remove(conv, "weight")  # else torch's container would keep all earlier masks in memory
+        torch_prune.custom_from_mask(conv, "weight", mask.view_as(conv.weight))
+
+
+def _check_sparsity(sparsity: float, prefix: str = "") -> None:
+    if not 0.0 <= sparsity < 1.0:
+        hint = f"; for {sparsity:g} % write {sparsity / 100:g}" if 1.0 < sparsity < 100.0 else ""
+        raise ValueError(f"{prefix}sparsity is the share of zeros and lies in [0, 1), got {sparsity}{hint}")
+
+
+def _check_known(name: str, model: nn.Module, found: Mapping[str, nn.Conv2d]) -> None:
+    if name in found:
+        return
+    module = dict(model.named_modules()).get(name)
+    problem = "does not exist" if module is None else f"is a {type(module).__name__}, not a convolution"
+    raise ValueError(f"layer {name!r} {problem}; the convolutions are {_listing(found)}")
+
+
+def _listing(found: Mapping[str, nn.Conv2d], most: int = 8) -> str:
+    names = list(found)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
