@@ -57,7 +57,13 @@ def test_direct_on_any_shape(data: st.DataObject) -> None:
     sizes = (draw(1, 3), groups * draw(1, 8), draw(1, 30), draw(1, 30), groups * draw(1, 8))
     try:
         problem = Problem(
-            *sizes, kernel, stride, padding, dilation, groups, epilogue=Epilogue(True, data.draw(st.booleans()), activation)
+            *sizes,
+            kernel,
+            stride,
+            padding,
+            dilation,
+            groups,
+            epilogue=Epilogue(True, data.draw(st.booleans()), activation),
         )
     except ValueError:
         assume(False)

@@ -183,6 +183,10 @@ def test_a_converted_model_does_not_train() -> None:
     assert fast.eval() is fast
 
 
+def one_conv(kernel: int = 3, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, kernel, dtype=dtype)).eval()
+
+
 def with_nan(model: nn.Module) -> nn.Module:
     model.second.weight.data[0, 0, 0, 0] = float("nan")  # type: ignore[union-attr, index]
     return model
@@ -200,11 +204,16 @@ def with_nan(model: nn.Module) -> nn.Module:
         (lambda: "resnet50", torch.randn(1, 3), TypeError, "takes an nn.Module, got str"),
         (lambda: pruned(Small()), torch.randn(1, 4, 8, 8), ValueError, "example .*does not run.*channels"),
         (lambda: pruned(Small()), torch.randint(5, (1, 3, 8, 8)), ValueError, "example .*does not run"),
-        (lambda: pruned(nn.Sequential(nn.Conv2d(3, 4, 5))), torch.randn(1, 3, 4, 4), ValueError, "example .*does not run"),
+        (lambda: one_conv(kernel=5), torch.randn(1, 3, 4, 4), ValueError, "example .*does not run"),
         (lambda: pruned(Small()).double(), torch.randn(1, 3, 8, 8).double(), ValueError, "first: .*float64.*float32"),
-        (lambda: pruned(nn.Sequential(nn.Conv2d(3, 4, 3, dtype=torch.complex64))), torch.randn(1, 3, 8, 8, dtype=torch.complex64), ValueError, "layer 0: .*complex64.*float32"),
+        (
+            lambda: one_conv(dtype=torch.complex64),
+            torch.randn(1, 3, 8, 8) + 0j,
+            ValueError,
+            "layer 0: .*complex64.*float32",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(model: Callable[[], Any], example: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         escort.convert(model(), example)

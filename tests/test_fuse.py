@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -101,7 +102,8 @@ def test_whole_networks_stay_equal(name: str) -> None:
     assert result.convs.keys() == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     assert not result.skipped
     assert not set(result.rest) & {"BatchNorm2d", "ReLU6", "add", "relu"}
-    assert {"ReLU"} & set(result.rest) <= ({"ReLU"} if name in ("alexnet", "caffenet", "vgg16", "vgg16_bn") else set())
+    linear = sum(isinstance(m, nn.Linear) for m in model.modules())
+    assert result.rest.count("ReLU") == linear - 1  # those of the classifier
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_residual_adds(add: Callable[[Any, Any], Any]) -> None:
 
     result = fused(pattern)
     assert result.epilogues == {"conv": (False, "none"), "conv2": (True, "relu")}
-    assert result.rest == ["silu"] or "silu" in result.rest[0]
+    assert len(result.rest) == 1
 
 
 @pytest.mark.parametrize(
@@ -294,6 +296,14 @@ def test_writes_in_place_are_neither_dropped_nor_reordered() -> None:
     assert fused(before).epilogues["conv2"] == (True, "none")
 
 
+def test_a_convolution_whose_result_nobody_uses_is_gone() -> None:
+    def pattern(net: Any, x: Any) -> Any:
+        net.conv2(net.conv(x))
+        return net.relu(net.conv(x))
+
+    assert fused(pattern).epilogues == {"conv": (False, "relu")}
+
+
 def test_the_callers_input_is_not_written_to_by_tracing() -> None:
     x = IMAGES.clone()
     trace(Net(lambda net, x: net.conv(net.relu(x))), x)
@@ -369,15 +379,15 @@ def test_a_shared_convolution_becomes_one_module_per_call() -> None:
 
 
 def test_the_model_and_the_traced_graph_are_left_as_they_are() -> None:
-    net = Net(lambda net, x: net.relu(net.norm(net.conv(x))))
-    before = copy.deepcopy(net.state_dict())
+    net = Net(lambda net, x: net.relu(net.conv2(net.norm(net.conv(x)))))
     traced = trace(net, IMAGES)
-    code = traced.code
     network, _ = fuse(traced)
-    for parameter in (*traced.parameters(), *network.parameters()):
-        parameter.data.fill_(7.0)
-    assert traced.code == code and isinstance(traced.conv, nn.Conv2d)
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    for model, other in ((net, traced), (traced, network)):
+        before, code = copy.deepcopy(model.state_dict()), traced.code
+        for parameter in other.parameters():
+            parameter.data.fill_(7.0)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert traced.code == code and isinstance(traced.conv, nn.Conv2d)
     assert net.conv.weight.requires_grad
 
 
@@ -520,7 +530,7 @@ def test_exported_programs(decomposed: bool) -> None:
     file.seek(0)
     result = Fused(torch.export.load(file).module(), IMAGES, others=(IMAGES[:1],))
     assert result.epilogues == {"stem.0": (False, "relu6"), "body.0": (True, "relu"), "head": (False, "relu6")}
-    assert set(result.rest) <= {"GuardsFn", "_guards_fn", "GraphModule", "Module"} or len(result.rest) <= 1
+    assert len(result.rest) <= 1  # torch.export's own check of the input's shape
 
 
 def test_an_exported_resnet() -> None:
@@ -566,7 +576,7 @@ def test_what_is_left_alone_says_why(conv: Any, reason: str) -> None:
     result = Fused(net, IMAGES)
     assert not result.convs and len(result.skipped) == 1
     (text,) = result.skipped.values()
-    assert pytest.raises(AssertionError, match=reason, check=None) if False else __import__("re").search(reason, text)
+    assert re.search(reason, text)
 
 
 def test_hooks_on_what_follows_a_convolution_still_run() -> None:
@@ -578,7 +588,7 @@ def test_hooks_on_what_follows_a_convolution_still_run() -> None:
 # Tracing
 
 
-class Optional(nn.Module):
+class WithOptions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
@@ -589,8 +599,8 @@ class Optional(nn.Module):
 
 
 def test_optional_arguments_are_fixed_at_what_the_example_says() -> None:
-    assert set(Fused(Optional(), IMAGES).convs) == {"conv"}
-    assert set(Fused(Optional(), IMAGES, torch.randn(8, 7)).convs) == {"conv"}
+    assert set(Fused(WithOptions(), IMAGES).convs) == {"conv"}
+    assert set(Fused(WithOptions(), IMAGES, torch.randn(8, 7)).convs) == {"conv"}
 
 
 @pytest.mark.parametrize(
@@ -645,7 +655,7 @@ def blocks(draw: st.DrawFn) -> nn.Module:
 
 
 @given(blocks())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_any_network_stays_equal(model: nn.Module) -> None:
     result = Fused(with_statistics(model), IMAGES, others=(MORE,))
     assert not result.skipped

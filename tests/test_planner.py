@@ -87,7 +87,9 @@ def test_no_method_left_names_every_reason() -> None:
 def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "_HOPELESS", float("inf"))
     monkeypatch.setattr(bench, "race", lambda runs, **_: [float(len(runs) - i) for i in range(len(runs))])
-    plan = plan_layer(PROBLEM, a_filter(), methods=(Fake("a", lambda y: y), Fake("b", lambda y: y), Fake("c", lambda y: y)))
+    plan = plan_layer(
+        PROBLEM, a_filter(), methods=(Fake("a", lambda y: y), Fake("b", lambda y: y), Fake("c", lambda y: y))
+    )
     assert (plan.method, plan.time_us) == ("c", 1.0)
 
 
@@ -112,7 +114,14 @@ def test_a_plan_survives_json_and_runs_at_other_sizes() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"method": "magic"}, {"config": {"knob": 1}}, {"config": 3}, {"machine": {}}, {"problem": {}}, {"candidates": [1]}],
+    [
+        {"method": "magic"},
+        {"config": {"knob": 1}},
+        {"config": 3},
+        {"machine": {}},
+        {"problem": {}},
+        {"candidates": [1]},
+    ],
 )
 def test_nonsense_is_no_plan(change: dict[str, Any]) -> None:
     data = plan_layer(PROBLEM, a_filter()).to_json()

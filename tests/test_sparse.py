@@ -110,7 +110,13 @@ def test_an_offset_beyond_32_bits_is_refused() -> None:
     ],
 )
 def test_what_is_not_a_filter_is_refused(change: dict[str, Any], says: str) -> None:
-    good: dict[str, Any] = {"shape": (2, 2, 1, 3), "groups": 1, "indptr": [0, 1, 3], "columns": [5, 0, 4], "values": [5, -1, 2]}
+    good: dict[str, Any] = {
+        "shape": (2, 2, 1, 3),
+        "groups": 1,
+        "indptr": [0, 1, 3],
+        "columns": [5, 0, 4],
+        "values": [5, -1, 2],
+    }
     fields = {**good, **change}
     for name, dtype in (("indptr", np.int32), ("columns", np.int32), ("values", np.float32)):
         fields[name] = np.array(fields[name], dtype=dtype)

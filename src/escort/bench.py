@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,7 +57,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        return cls(_cpu_name(), next(iter(ISAS)), torch.get_num_threads(), torch.__version__, _own_version())
+        return cls(_cpu_name(), next(iter(ISAS)), torch.get_num_threads(), torch.__version__, version("escort-sparse"))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,11 +83,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-@lru_cache(maxsize=1)
-def _own_version() -> str:
-    try:
-        return version("escort-sparse")
-    except PackageNotFoundError:
-        return "0+unknown"

@@ -143,7 +143,10 @@ def convert(
         with torch.inference_mode():
             expected = model(*inputs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"the example {[tuple(x.shape) for x in inputs]} does not run through the model: {error}") from error
+        raise ValueError(
+            f"the example {[tuple(x.shape) for x in inputs]} does not run through the model: {error}"
+        ) from error
+    network: nn.Module
     try:
         network, skipped = fuse.fuse(fuse.trace(model, inputs))
     except fuse.Untraceable:
@@ -200,7 +203,9 @@ def _check(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     device = inputs[0].device
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and module.weight.dtype is not torch.float32:
-            raise ValueError(f"layer {name}: weights of {module.weight.dtype}; convert the model to float32 with .float()")
+            raise ValueError(
+                f"layer {name}: weights of {module.weight.dtype}; convert the model to float32 with .float()"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the example on {device}; move one to the other")
@@ -277,10 +282,16 @@ def _swap_pools(network: nn.Module) -> None:
         return
     names = "input kernel_size stride padding dilation ceil_mode return_indices".split()
     for node in network.graph.nodes:
-        if node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d, torch.ops.aten.max_pool2d.default):
+        if node.op == "call_function" and node.target in (
+            F.max_pool2d,
+            torch.max_pool2d,
+            torch.ops.aten.max_pool2d.default,
+        ):
             arguments = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
             x = arguments.pop("input")
-            if arguments.pop("return_indices", False) or any(isinstance(value, fx.Node) for value in arguments.values()):
+            if arguments.pop("return_indices", False) or any(
+                isinstance(value, fx.Node) for value in arguments.values()
+            ):
                 continue
             name = f"{node.name}_pool"
             network.add_submodule(name, MaxPool2d(**{k: v for k, v in arguments.items() if v != []}))

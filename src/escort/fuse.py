@@ -19,7 +19,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn.utils import parametrize, prune
 from torch.utils._pytree import tree_leaves
 
@@ -108,7 +107,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> fx.G
             defaults = {p.name: p.default for p in beyond if p.default is not p.empty}
             graph_module = fx.symbolic_trace(copied, defaults or None)
         with torch.no_grad():  # on copies, for an in-place first layer writes into what it is given
-            traced = tree_leaves(ShapeProp(graph_module).propagate(*(x.clone() for x in inputs)))
+            traced = tree_leaves(_Shapes(graph_module).run(*(x.clone() for x in inputs)))
             called = tree_leaves(copied(*(x.clone() for x in inputs)))
         # fx takes `x += y` for `x = x + y`, which differs where x is also known by another name.
         if not all(
@@ -118,12 +117,25 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> fx.G
         ):
             raise ValueError("its graph computes something else, as `x += y` may where x has a second name")
     except Exception as error:  # a model's forward may raise anything
-        # ShapeProp's own message quotes the whole node; its cause says what went wrong.
-        reason = str(error.__cause__ or error).strip().partition("\n\n")[0] or type(error).__name__
+        reason = str(error).strip().partition("\n\n")[0] or type(error).__name__  # fx appends the whole node
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_MODEL)]
         where = f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
         raise Untraceable(f"{type(model).__name__}: {reason}{where}") from error
     return graph_module
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and notes in every node the shape and type of its result."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["shape"] = result.shape, result.dtype
+        return result
+
+
+def _shape(node: Any) -> tuple[torch.Size, torch.dtype] | None:
+    return node.meta.get("shape") if isinstance(node, fx.Node) else None
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -131,8 +143,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     # Pruning leaves the masked weight behind as a computed tensor, which deepcopy refuses without a memo entry.
     tensors = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
     copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})
-    if not isinstance(copied, fx.GraphModule) or copied.training:
-        copied.eval()  # before parametrizations are read: some update themselves in training
+    copied.eval()  # before parametrizations are read: some update themselves in training
     for module in list(copied.modules()):
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
@@ -168,8 +179,8 @@ def fuse(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, str]]:
     """
     graph = copy.deepcopy(graph_module.graph)
     fuser = _Fuser(fx.GraphModule(graph_module, graph), graph)
-    fuser.eliminate_dead_code()
     fuser.find_constants()
+    fuser.eliminate_dead_code()
     fuser.replace_convolutions()
     for node in list(graph.nodes):
         fuser.absorb(node)
@@ -191,8 +202,13 @@ class _Fuser:
     constants: set[fx.Node] = field(default_factory=set)
 
     def eliminate_dead_code(self) -> None:
-        # fx by itself removes an in-place operation whose result is not used, such as the statement `x.relu_()`.
-        self.graph.eliminate_dead_code(lambda node: node.is_impure() or self.mutates(node))
+        def has_effect(node: fx.Node) -> bool:
+            # fx by itself removes an in-place operation whose result is not used, such as the statement `x.relu_()`,
+            # and keeps an exported program's assertions on its weights, which have been checked by now.
+            settled = node.op == "call_function" and self.constants.issuperset(node.all_input_nodes or (node,))
+            return self.mutates(node) or (node.is_impure() and not settled)
+
+        self.graph.eliminate_dead_code(has_effect)
 
     def operation(self, node: fx.Node) -> tuple[str, dict[str, Any]]:
         """What `node` does and its arguments by name, constant weights and statistics as tensors."""
@@ -250,9 +266,9 @@ class _Fuser:
             reason = _NOT_2D
         else:
             return None
-        meta = _meta(arguments.get("input"))
-        if reason is None and meta is not None and len(meta[0]) != 4:
-            reason = f"its input has shape {tuple(meta[0])}; add a batch dimension"
+        shape = _shape(arguments.get("input"))
+        if reason is None and shape is not None and len(shape[0]) != 4:
+            reason = f"its input has shape {tuple(shape[0])}; add a batch dimension"
         return reason
 
     def absorb(self, node: fx.Node) -> None:
@@ -292,7 +308,7 @@ class _Fuser:
     def absorb_add(self, node: fx.Node, arguments: dict[str, Any]) -> None:
         left: Any = arguments.get("input")
         right: Any = arguments.get("other")
-        if left is right or _meta(left) is None or _meta(left) != _meta(right):
+        if left is right or _shape(left) is None or _shape(left) != _shape(right):
             return  # the same operand twice, or a scalar, a broadcast, a promotion
         if arguments.get("alpha", 1) != 1 or "out" in arguments:
             return
@@ -406,9 +422,3 @@ def _scale(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
     weight = conv.weight.double() * scale[:, None, None, None]
     conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
     conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
-
-
-def _meta(node: Any) -> tuple[torch.Size, torch.dtype] | None:
-    """Shape and dtype of a node's result, if they are known."""
-    meta = node.meta.get("tensor_meta", node.meta.get("val")) if isinstance(node, fx.Node) else None
-    return (meta.shape, meta.dtype) if isinstance(meta, TensorMetadata | Tensor) else None

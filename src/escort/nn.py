@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +60,8 @@ class SparseConv2d(nn.Module):
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.activation, self.residual = activation, residual
         self.plan, self.name = plan, name
-        self._config = json.dumps(plan.config)
+        geometry = self.kernel_size, stride, padding, dilation, filter.groups
+        self._spec = ops.Spec(*geometry, activation, plan.method, plan.config).to_json()
         self._runners: dict[Any, Runner] = {}
         super().train(False)
 
@@ -79,9 +79,8 @@ class SparseConv2d(nn.Module):
 
     @property
     def filter(self) -> StretchedCSR:
-        return StretchedCSR(
-            self.filter_shape, self.groups, *(t.numpy() for t in (self.indptr, self.columns, self.values))
-        )
+        indptr, columns, values = (tensor.numpy() for tensor in (self.indptr, self.columns, self.values))
+        return StretchedCSR(self.filter_shape, self.groups, indptr, columns, values)
 
     def problem(self, batch: int, height: int, width: int) -> Problem:
         """What this convolution asks for on an input of shape (batch, in_channels, height, width)."""
@@ -102,22 +101,7 @@ class SparseConv2d(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x: (N, C, H, W) float32, residual: (N, K, out_height, out_width) if the module was made for one."""
         if torch.compiler.is_compiling():
-            return ops.sparse_conv2d(
-                x,
-                residual,
-                self.values,
-                self.columns,
-                self.indptr,
-                self.bias,
-                self.kernel_size,
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.groups,
-                self.activation,
-                self.plan.method,
-                self._config,
-            )
+            return ops.sparse_conv2d(x, residual, self.values, self.columns, self.indptr, self.bias, self._spec)
         run = self._runners.get(x.shape[1:])
         if run is None or x.dtype is not torch.float32 or not x.is_cpu or (residual is not None) is not self.residual:
             run = self._prepare(x, residual)
@@ -170,7 +154,7 @@ class SparseConv2d(nn.Module):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """torch's, with a faster way for float32 (N, C, H, W) on the CPU, where torch does not vectorise. Inference only."""
+    """torch's, with a kernel of our own for float32 (N, C, H, W) on the CPU, where torch does not vectorise."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 4 or x.dtype is not torch.float32 or x.device.type != "cpu":

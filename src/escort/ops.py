@@ -8,24 +8,48 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from escort import _kernels
 from escort.methods import Runner, by_name
-from escort.problem import Epilogue, Problem
+from escort.problem import Activation, Epilogue, Problem
 from escort.sparse import StretchedCSR
 
+# `spec` is a JSON object: one string costs less per call than its dozen values would.
 torch.library.define(
     "escort::sparse_conv2d",
-    "(Tensor x, Tensor? residual, Tensor values, Tensor columns, Tensor indptr, Tensor? bias, SymInt[2] kernel, "
-    "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, int groups, str activation, str method, str config) "
-    "-> Tensor",
+    "(Tensor x, Tensor? residual, Tensor values, Tensor columns, Tensor indptr, Tensor? bias, str spec) -> Tensor",
 )
 
 #: Runners of recent calls. An entry keeps its filter alive, so that an address in a key is never another filter's.
-_runners: OrderedDict[tuple[object, ...], tuple[Runner, tuple[torch.Tensor, ...]]] = OrderedDict()
+_runners: OrderedDict[tuple[object, ...], tuple[Runner, tuple[torch.Tensor | None, ...]]] = OrderedDict()
 _MOST_RUNNERS = 1024
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the operator needs to know of a layer beside its tensors."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+    activation: Activation
+    method: str
+    config: dict[str, Any]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        values = json.loads(text)
+        tuples = {name: tuple(values[name]) for name in ("kernel", "stride", "padding", "dilation")}
+        return cls(**{**values, **tuples})
 
 
 @torch.library.impl("escort::sparse_conv2d", "CPU")
@@ -36,39 +60,37 @@ def _sparse_conv2d(
     columns: torch.Tensor,
     indptr: torch.Tensor,
     bias: torch.Tensor | None,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: str,
-    method: str,
-    config: str,
+    spec: str,
 ) -> torch.Tensor:
-    owners = (values, columns, indptr) if bias is None else (values, columns, indptr, bias)
-    pointers = tuple((t.data_ptr(), len(t), t._version if not t.is_inference() else 0) for t in owners)
-    key = (x.shape[1:], pointers, *map(tuple, (kernel, stride, padding, dilation)), groups, activation, method, config)
-    if key not in _runners:
-        filter = StretchedCSR(
-            (len(indptr) - 1, x.shape[1] // groups, kernel[0], kernel[1]),
-            groups,
-            *(t.numpy() for t in (indptr, columns, values)),
-        )
-        problem = Problem(
-            *x.shape,
-            filter.shape[0],
-            (kernel[0], kernel[1]),
-            (stride[0], stride[1]),
-            (padding[0], padding[1], padding[2], padding[3]),
-            (dilation[0], dilation[1]),
-            groups,
-            epilogue=Epilogue(bias is not None, residual is not None, activation),  # type: ignore[arg-type]
-        )
-        chosen = by_name(method)
-        _runners[key] = chosen.prepare(problem, filter, bias, chosen.config_type(**json.loads(config))), owners
+    version = 0 if values.is_inference() else values._version
+    key: tuple[object, ...] = (values.data_ptr(), columns.data_ptr(), indptr.data_ptr(), version, x.shape[1:], spec)
+    if bias is not None:
+        key += (bias.data_ptr(), 0 if bias.is_inference() else bias._version)
+    entry = _runners.get(key)
+    if entry is None:
+        run = _runner(x, residual, (values, columns, indptr), bias, Spec.from_json(spec))
+        entry = _runners[key] = run, (values, columns, indptr, bias)
         if len(_runners) > _MOST_RUNNERS:
             _runners.popitem(last=False)
-    return _runners[key][0](x, residual)
+    return entry[0](x, residual)
+
+
+def _runner(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    arrays: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    spec: Spec,
+) -> Runner:
+    values, columns, indptr = (tensor.numpy() for tensor in arrays)
+    shape = (len(indptr) - 1, x.shape[1] // spec.groups, *spec.kernel)
+    filter = StretchedCSR(shape, spec.groups, indptr, columns, values)
+    epilogue = Epilogue(bias is not None, residual is not None, spec.activation)
+    geometry = spec.kernel, spec.stride, spec.padding, spec.dilation, spec.groups
+    batch, channels, height, width = x.shape
+    problem = Problem(batch, channels, height, width, shape[0], *geometry, epilogue=epilogue)
+    method = by_name(spec.method)
+    return method.prepare(problem, filter, bias, method.config_type(**spec.config))
 
 
 @torch.library.register_fake("escort::sparse_conv2d")
@@ -79,14 +101,11 @@ def _sparse_conv2d_shape(
     columns: torch.Tensor,
     indptr: torch.Tensor,
     bias: torch.Tensor | None,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    *rest: object,
+    spec: str,
 ) -> torch.Tensor:
+    s = Spec.from_json(spec)
     size = [
-        (x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] - (kernel[i] - 1) * dilation[i] - 1) // stride[i] + 1
+        (x.shape[2 + i] + sum(s.padding[2 * i : 2 * i + 2]) - (s.kernel[i] - 1) * s.dilation[i] - 1) // s.stride[i] + 1
         for i in (0, 1)
     ]
     return x.new_empty((x.shape[0], indptr.shape[0] - 1, *size))

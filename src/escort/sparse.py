@@ -86,7 +86,9 @@ class StretchedCSR:
             raise ValueError("indptr must not descend")
         if nnz:
             if self.columns.min() < 0 or self.columns.max() >= width:
-                raise ValueError(f"columns must lie in 0..{width - 1}, found {self.columns.min()}..{self.columns.max()}")
+                raise ValueError(
+                    f"columns must lie in 0..{width - 1}, found {self.columns.min()}..{self.columns.max()}"
+                )
             ascends = np.diff(self.columns) > 0
             starts = self.indptr[1:-1]
             ascends[starts[(starts > 0) & (starts < nnz)] - 1] = True
@@ -119,7 +121,9 @@ class StretchedCSR:
             matrix.sum_duplicates()
             indptr, columns, values = matrix.indptr, matrix.indices, matrix.data
         if tuple(matrix.shape) != (shape[0], int(np.prod(shape[1:]))):
-            raise ValueError(f"a filter of shape {shape} is a matrix of {shape[0]}x{np.prod(shape[1:])}, got {matrix.shape}")
+            raise ValueError(
+                f"a filter of shape {shape} is a matrix of {shape[0]}x{np.prod(shape[1:])}, got {matrix.shape}"
+            )
         return cls(shape, groups, indptr.astype(np.int32), columns.astype(np.int32), values.astype(np.float32))
 
     def to_dense(self) -> torch.Tensor:

@@ -177,6 +177,7 @@ void max_pool2d(uintptr_t x, uintptr_t y, int64_t planes, std::array<int, 2> in,
 
 NB_MODULE(_kernels, m) {
   using namespace escort;
+  nb::set_leak_warnings(false);  // a model that lives until the interpreter exits is no leak
   m.doc() = "Native kernels; see kernels/direct.hpp for the tables they take.";
   m.def(
       "isas",

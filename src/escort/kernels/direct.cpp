@@ -18,8 +18,8 @@ inline T activate(T v, Activation activation) {
   return v;
 }
 
-// Rows of a tile lie a plane apart, each in a page of its own, where no hardware prefetcher follows: asks for the places
-// that a row some way ahead will read and write.
+// Rows of a tile lie a plane apart, each in a page of its own, where no hardware prefetcher follows: asks for the
+// places that a row some way ahead will read and write.
 constexpr int kRowsAhead = 4;
 template <int V>
 inline void prefetch_row(const float* residual, const float* y) {
@@ -45,9 +45,7 @@ inline void gather(float* to, const float* from, int n, int stride) {
   int i = 0;
   if (stride == 2 && n >= kLanes) {
     // The second load starts one early and takes the odd lanes, so that nothing behind the last value is read.
-    const auto evens = [&](int j) {
-      store(to + j, pick_evens(load(from + 2 * j), load(from + 2 * j + kLanes - 1)));
-    };
+    const auto evens = [&](int j) { store(to + j, pick_evens(load(from + 2 * j), load(from + 2 * j + kLanes - 1))); };
     for (; i + kLanes <= n; i += kLanes) evens(i);
     if (i < n) evens(n - kLanes);
     return;
@@ -173,9 +171,8 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
     const Block& block = d.blocks[b];
     const bool first = b == job.first_block, last = b == job.end_block - 1;
     if (d.in_place) {
-      TileSizes::pick<true>(tile.vectors)(d, tile, block, first, last,
-                                          x + block.first_channel * d.x_plane + tile.start, partial,
-                                          residual ? residual + tile.start : nullptr, y + tile.start);
+      TileSizes::pick<true>(tile.vectors)(d, tile, block, first, last, x + block.first_channel * d.x_plane + tile.start,
+                                          partial, residual ? residual + tile.start : nullptr, y + tile.start);
     } else {
       stage_block(d, tile, block, x, scratch);
       TileSizes::pick<false>(tile.vectors)(d, tile, block, first, last, scratch, partial, residual, y);

@@ -49,7 +49,9 @@ def apply_epilogue(y: torch.Tensor, residual: torch.Tensor | None, activation: s
     """The epilogue behind the bias, by torch operators in place."""
     if residual is not None:
         if residual.shape != y.shape or residual.dtype is not y.dtype:
-            raise ValueError(f"a residual is {y.dtype} of shape {tuple(y.shape)}, got {residual.dtype} {tuple(residual.shape)}")
+            raise ValueError(
+                f"a residual is {y.dtype} of shape {tuple(y.shape)}, got {residual.dtype} {tuple(residual.shape)}"
+            )
         y += residual
     if activation == "relu":
         return y.relu_()

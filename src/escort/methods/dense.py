@@ -33,9 +33,7 @@ class Dense:
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[DenseConfig]:
         return DenseConfig("contiguous"), DenseConfig("channels_last")
 
-    def prepare(
-        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: DenseConfig
-    ) -> Runner:
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: DenseConfig) -> Runner:
         channels_last = config.memory_format == "channels_last"
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         weight = filter.to_dense().contiguous(memory_format=memory_format)

@@ -105,14 +105,18 @@ class Direct:
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             images = len(x)
             if x.shape[1:] != in_shape or x.dtype is not torch.float32 or not x.is_cpu:
-                raise ValueError(f"prepared for float32 inputs of shape (N, *{in_shape}), got {x.dtype} {tuple(x.shape)}")
+                raise ValueError(
+                    f"prepared for float32 inputs of shape (N, *{in_shape}), got {x.dtype} {tuple(x.shape)}"
+                )
             x = x.contiguous()
             y = torch.empty((images, *out_shape))
             if residual is None:
                 run_kernel(x.data_ptr(), 0, y.data_ptr(), images, threads())
                 return y
             if residual.shape != y.shape or residual.dtype is not torch.float32 or not residual.is_cpu:
-                raise ValueError(f"a residual is float32 of shape {tuple(y.shape)}, got {residual.dtype} {tuple(residual.shape)}")
+                raise ValueError(
+                    f"a residual is float32 of shape {tuple(y.shape)}, got {residual.dtype} {tuple(residual.shape)}"
+                )
             residual = residual.contiguous()
             run_kernel(x.data_ptr(), residual.data_ptr(), y.data_ptr(), images, threads())
             return y
@@ -290,7 +294,9 @@ def _schedule(
     stretched = filter.stretch(layout.geometry)
     assert stretched.offsets is not None
     block_of = stretched.taps[0] // channel_block
-    cell_nnz = np.bincount(stretched.rows.astype(np.int64) * block_count + block_of, minlength=out_channels * block_count)
+    cell_nnz = np.bincount(
+        stretched.rows.astype(np.int64) * block_count + block_of, minlength=out_channels * block_count
+    )
     cell_start = np.cumsum(cell_nnz) - cell_nnz  # columns ascend, so a cell's nonzeros lie side by side
     cell_row, cell_block = np.divmod(np.arange(out_channels * block_count), block_count)
     kept = np.flatnonzero((cell_nnz > 0) | (cell_block == 0) | (cell_block == block_count - 1))

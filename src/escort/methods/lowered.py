@@ -1,4 +1,4 @@
-"""Method `lowered`: im2col and one sparse matrix product per group, the paper's baseline (arXiv 1802.10280, section 2)."""
+"""Method `lowered`: im2col and one sparse product per group, the paper's baseline (arXiv 1802.10280, section 2)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,85 @@
+# Two commands do everything on a machine with Python, a C++ compiler and make: `make demo` and `make test`.
+# Each makes .venv when it is missing and brings it up to date when dependencies or kernels changed.
+
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
+# Extra flags for pip, for example PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu", which spares the
+# gigabytes of CUDA libraries that PyPI's torch brings along.
+PIP_FLAGS ?=
+BENCH_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+# The build tools come from .venv, pinned like everything else, and object files are kept under build/.
+BUILD := --no-build-isolation --config-settings=build-dir
+KERNELS := CMakeLists.txt $(wildcard src/escort/kernels/*)
+SOURCES := $(shell find src -name '*.py')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format test-asan wheel wheel-test bench hooks clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Editable: a changed .py file takes effect at once, only the files named here call for another install.
+$(VENV)/.installed: pyproject.toml constraints.txt $(KERNELS)
+	@echo "Setting up $(VENV): a few minutes the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) scikit-build-core nanobind cmake ninja
+	$(INSTALL) $(BUILD)=build/release --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## Train, prune, convert and time a small CNN; results in out/demo
+	$(BIN)/escort demo --out out/demo
+
+# pytest runs last, so that its summary closes the output.
+test: lint test-asan  ## Lint, type check and run all tests, the kernels under the address sanitizer too
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/.installed  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror src/escort/kernels/*.?pp
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## Format all sources and mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i src/escort/kernels/*.?pp
+
+# A second copy of the package, its kernels instrumented. pip keeps the object files, so a changed .py costs seconds.
+build/asan/.installed: $(VENV)/.installed $(SOURCES)
+	$(INSTALL) --no-deps $(BUILD)=build/asan/cmake --config-settings=cmake.define.ESCORT_SANITIZE=ON \
+		--config-settings=install.strip=false --upgrade --target build/asan/site .
+	@touch $@
+
+# -S keeps the editable install's import hook out, which would lead `import escort` past PYTHONPATH to the plain build.
+# The sanitizer must be the first library in the process, and it needs the C++ runtime beside it to see exceptions.
+# Python and torch never free some of their memory: leaks are not looked for. PYTHONMALLOC=malloc shows it every object,
+# and pytest must neither catch the crash (faulthandler) nor swallow the report (captured file descriptors).
+test-asan: build/asan/.installed  ## Run the kernel cases under the address and undefined-behaviour sanitizers
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	PYTHONPATH="build/asan/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	$(BIN)/python -S -m pytest -p no:faulthandler --capture=sys tests/test_cases.py
+
+wheel: $(VENV)/.installed  ## Build a wheel into dist/
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps $(BUILD)=build/release --wheel-dir dist .
+
+wheel-test: wheel  ## Install the wheel into an empty environment and convert a model there
+	rm -rf build/wheel-test
+	$(PYTHON) -m venv build/wheel-test
+	build/wheel-test/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS) dist/*.whl
+	build/wheel-test/bin/python -I tests/check_wheel.py
+
+bench: $(VENV)/.installed  ## Time the paper's layers and ResNet-50 on this machine
+	$(BIN)/escort bench --set paper $(BENCH_FLAGS)
+	$(BIN)/escort bench --network resnet50 --sparsity 0.9 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
+
+hooks: $(VENV)/.installed  ## Check style and types before each commit
+	$(BIN)/pre-commit install
+
+clean:  ## Remove everything that make made, .venv too
+	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
