@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import fx, nn
 
@@ -151,13 +152,16 @@ def convert(
         network, skipped = fuse.fuse(fuse.trace(model, inputs))
     except fuse.Untraceable:
         network, skipped = fuse.plain_copy(model), {}
-    convolutions = [name for name, module in network.named_modules() if _is_planned(module)]
+    convolutions = [name for name, module in network.named_modules() if _is_planned(module) and name not in skipped]
     inner = {f"{name}.conv" for name in convolutions}
     calls = _record_calls(network, [name for name in convolutions if name not in inner], inputs)
     layers: dict[str, Plan] = {}
     for name, shape in _track(calls.items(), len(calls), "planning", progress):
         module = network.get_submodule(name)
-        if isinstance(module, nn.Conv2d) and (reason := fuse.unsupported(module)):
+        reason = fuse.unsupported(module) if isinstance(module, nn.Conv2d) else None
+        if len(shape) != 4:
+            reason = f"is called without a batch, on shape {tuple(shape)}"
+        if reason:
             skipped[name] = reason
             continue
         sparse = _swap(module, shape, name)
@@ -344,7 +348,7 @@ def _finish(
     kept_dense = converted >= dense
     shapes = tuple(tuple(x.shape) for x in inputs)
     plan = NetworkPlan(layers, skipped, shapes, dense, converted, error, kept_dense, Machine.here())
-    return ConvertedModel(copy.deepcopy(model) if kept_dense else network, plan)
+    return ConvertedModel(fuse.plain_copy(model) if kept_dense else network, plan)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -354,5 +358,5 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def _track(items: Any, total: int, what: str, shown: bool) -> Iterator[Any]:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, disable=not shown, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
         yield from bar.track(items, total=total, description=what)

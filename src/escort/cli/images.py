@@ -1,0 +1,111 @@
+"""What `escort run` feeds a model: images of a folder, or a batch from a file."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an image becomes a tensor: resized, scaled to 0..1, then ``(x - mean) / deviation`` per channel.
+
+    Raises:
+        ValueError: unless there are 1 or 3 channels, with as many means and positive deviations.
+    """
+
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...] = ()
+    deviation: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.channels not in _MODES:
+            raise ValueError(f"the model takes {self.channels} channels, an image has 1 or 3; run it on an .npy batch")
+        for name, given, default in (("mean", self.mean, 0), ("deviation", self.deviation, 1)):
+            value = given or (_IMAGENET[default] if self.channels == 3 else (float(default),))
+            if len(value) != self.channels:
+                raise ValueError(f"the model takes {self.channels} channels, got {len(value)} values of the {name}")
+            object.__setattr__(self, name, value)
+        if min(self.deviation) <= 0:
+            raise ValueError(f"deviations are positive, got {self.deviation}")
+
+    def read(self, path: Path) -> Tensor:
+        """The image as (channels, height, width)."""
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise ImportError("reading images needs Pillow: pip install escort-sparse[images]") from error
+        try:
+            with Image.open(path) as image:
+                resized = image.convert(_MODES[self.channels]).resize(
+                    (self.width, self.height), Image.Resampling.BILINEAR
+                )
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} is no readable image ({error}); mend it or take it out of the folder") from error
+        pixels = np.asarray(resized, dtype=np.float32).reshape(self.height, self.width, self.channels) / 255.0
+        normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.deviation, np.float32)
+        return torch.from_numpy(normalised.transpose(2, 0, 1).copy())
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Named inputs that are read batch by batch; an image is opened when its turn comes."""
+
+    names: list[str]
+    array: NDArray[np.float32] | None
+    paths: list[Path]
+    preparation: Preparation | None
+
+    @classmethod
+    def of_folder(cls, folder: Path, preparation: Preparation) -> Inputs:
+        """The images of a folder by name; other files in it are left alone."""
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not paths:
+            raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+        return cls([path.name for path in paths], None, paths, preparation)
+
+    @classmethod
+    def of_file(cls, path: Path, channels: int) -> Inputs:
+        """The (N, channels, H, W) array of an .npy file, or the only one of an .npz."""
+        array = _read_array(path)
+        if array.ndim != 4 or not len(array) or array.shape[1] != channels:
+            raise ValueError(f"{path} holds an array of shape {array.shape}; the model takes (N, {channels}, H, W)")
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ValueError(f"{path} holds {array.dtype}; prepare it as the model was trained, as float32")
+        return cls([str(index) for index in range(len(array))], array, [], None)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """(up to `size`, C, H, W) float32, in order."""
+        for first in range(0, len(self.names), size):
+            if self.array is not None:
+                yield torch.from_numpy(np.ascontiguousarray(self.array[first : first + size], dtype=np.float32))
+            else:
+                assert self.preparation is not None
+                yield torch.stack([self.preparation.read(path) for path in self.paths[first : first + size]])
+
+
+def _read_array(path: Path) -> NDArray[Any]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            if len(loaded.files) != 1:
+                raise ValueError(f"it holds {len(loaded.files)} arrays ({', '.join(loaded.files)}), not one")
+            return loaded[loaded.files[0]]
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no readable .npy or .npz batch: {error}") from error

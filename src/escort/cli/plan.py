@@ -1,0 +1,62 @@
+"""escort plan: what was chosen per layer, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import escort
+from escort import models, report
+from escort.cli.console import CheckpointOption, InputOption, JsonOption, OriginalOption, command, examples, load_saved
+from escort.convert import NetworkPlan
+
+
+def main(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A saved model, package.module:factory, or a torch.export archive.")
+    ],
+    shapes: InputOption = None,
+    checkpoint: CheckpointOption = None,
+    candidates: Annotated[bool, typer.Option("--candidates", help="Every candidate of every layer.")] = False,
+    original: OriginalOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what runs each layer, how long each candidate took, and why a method was refused.
+
+    Of a saved model the stored plan is shown, nothing runs; any other model is planned for --input first.
+    """
+    with command(as_json) as output:
+        if _is_saved(model):
+            if shapes or checkpoint is not None:
+                raise ValueError(f"{model} is saved with its plan and weights; leave out --input and --checkpoint")
+            plan = load_saved(Path(model), original, replan=False).plan
+        else:
+            inputs = examples(shapes)
+            plan = escort.convert(models.load(model, checkpoint), inputs, progress=True).plan
+        output.result = plan.to_json()
+        output.text.print(report.plan_table(plan))
+        if candidates:
+            output.text.print(report.terminal(_candidates(plan)))
+
+
+def _is_saved(model: str) -> bool:
+    """A path, of whatever suffix, that is not one of another kind of file."""
+    return ":" not in model and Path(model).suffix not in (models.ARCHIVE_SUFFIX, *models.CHECKPOINT_SUFFIXES)
+
+
+def _candidates(plan: NetworkPlan) -> report.Table:
+    rows = []
+    for name, layer in plan.layers.items():
+        for candidate in layer.candidates:
+            chosen = (candidate.method, candidate.config) == (layer.method, layer.config)
+            time = "-" if candidate.time_us is None else f"{candidate.time_us:,.1f}"
+            error = "-" if candidate.rel_error is None else f"{candidate.rel_error:.1e}"
+            note = "chosen" if chosen else candidate.reason or ""
+            rows.append((name, candidate.method, _settings(candidate.config), time, error, note))
+    return report.Table("Candidates", ("Layer", "Method", "Config", "Time, µs", "Error", ""), tuple(rows))
+
+
+def _settings(config: dict[str, Any] | None) -> str:
+    return ", ".join(f"{key} {value}" for key, value in (config or {}).items())

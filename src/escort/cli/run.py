@@ -1,0 +1,175 @@
+"""escort run: images through a saved model."""
+
+from __future__ import annotations
+
+import csv
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.table import Table
+
+from escort.cli.console import (
+    JsonOption,
+    OriginalOption,
+    check_writable,
+    command,
+    load_saved,
+    numbers,
+    progress,
+    replace_file,
+)
+from escort.cli.images import Inputs, Preparation
+from escort.convert import ConvertedModel
+
+_SHOWN = 10  # predictions on the terminal
+_OUTPUT_SUFFIXES = (".npz", ".csv")
+
+
+def main(
+    saved: Annotated[Path, typer.Argument(metavar="MODEL.escort", help="What escort convert wrote.")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="A folder of images, or an .npy / .npz batch.")],
+    output_path: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Predictions: .npz (names, top1, outputs) or .csv (input, top1, score)."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Inputs per forward.")] = 8,
+    size: Annotated[
+        str | None, typer.Option(metavar="H,W", help="Resize images to this; by default to the size of the plan.")
+    ] = None,
+    mean: Annotated[
+        str, typer.Option(metavar="R,G,B", help="Subtracted from pixels in 0..1; by default ImageNet's.")
+    ] = "",
+    deviation: Annotated[
+        str, typer.Option("--std", metavar="R,G,B", help="Pixels are divided by it; same default.")
+    ] = "",
+    original: OriginalOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a folder of images or a batch through a saved model; write predictions and throughput."""
+    with command(as_json) as output:
+        if output_path is not None:
+            if output_path.suffix not in _OUTPUT_SUFFIXES:
+                raise ValueError(f"--output {output_path}: predictions are {' or '.join(_OUTPUT_SUFFIXES)}; name it so")
+            check_writable(output_path)
+        if not source.exists():
+            raise FileNotFoundError(f"{source}: there is no such folder of images and no such .npy or .npz file")
+        model = load_saved(saved, original)
+        channels, height, width = _image_shape(model, saved)
+        if source.is_dir():
+            height, width = (height, width) if size is None else _pair(size)
+            preparation = Preparation(channels, height, width, _floats(mean, "--mean"), _floats(deviation, "--std"))
+            inputs = Inputs.of_folder(source, preparation)
+        elif size is not None or mean or deviation:
+            raise ValueError("--size, --mean and --std are for images; an array goes in as it is")
+        else:
+            inputs = Inputs.of_file(source, channels)
+        predictions = _predict(
+            model, inputs, batch, classes_only=output_path is not None and output_path.suffix == ".csv"
+        )
+        if output_path is not None:
+            replace_file(output_path, predictions.write)
+
+        output.result = {
+            "inputs": len(inputs.names),
+            "batch": batch,
+            "threads": torch.get_num_threads(),
+            "model_seconds": predictions.model_seconds,
+            "total_seconds": predictions.total_seconds,
+            "inputs_per_second": len(inputs.names) / predictions.model_seconds,
+            "output": None if output_path is None else str(output_path),
+            "predictions": [dict(zip(("input", "top1", "score"), row, strict=True)) for row in predictions.rows()],
+        }
+        rows = predictions.rows()
+        if rows:
+            table = Table("input", "top1", "score")
+            for name, top1, score in rows[:_SHOWN]:
+                table.add_row(name, str(top1), f"{score:.3g}")
+            output.text.print(table)
+            if len(rows) > _SHOWN:
+                output.text.print(f"... and {len(rows) - _SHOWN} more")
+        output.text.print(
+            f"{len(inputs.names)} inputs at batch {batch}: {output.result['inputs_per_second']:.1f} per second in the "
+            f"model, {len(inputs.names) / predictions.total_seconds:.1f} with reading them"
+        )
+        if output_path is not None:
+            output.text.print(f"wrote {output_path}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Predictions:
+    """What a model said, and how long that took; top1 is None where the outputs are not (N, classes)."""
+
+    names: list[str]
+    outputs: NDArray[np.float32]
+    top1: NDArray[np.int64] | None
+    model_seconds: float
+    total_seconds: float
+
+    def rows(self) -> list[tuple[str, int, float]]:
+        """(input, most likely class, its output) each; empty where outputs are not classes."""
+        if self.top1 is None:
+            return []
+        scores = self.outputs[np.arange(len(self.top1)), self.top1]
+        return list(zip(self.names, self.top1.tolist(), scores.tolist(), strict=True))
+
+    def write(self, path: Path) -> None:
+        if path.suffix == ".csv":
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("input", "top1", "score"), *self.rows()])
+            return
+        arrays: dict[str, Any] = {"names": np.array(self.names), "outputs": self.outputs}
+        if self.top1 is not None:
+            arrays["top1"] = self.top1
+        np.savez_compressed(path, **arrays)
+
+
+def _predict(model: ConvertedModel, inputs: Inputs, batch: int, *, classes_only: bool) -> _Predictions:
+    """Runs all batches. Raises ValueError at the first one where the outputs are no tensor, or no classes if needed."""
+    collected: list[NDArray[np.float32]] = []
+    model_seconds = 0.0
+    begin = time.perf_counter()
+    with progress() as bar, torch.inference_mode():
+        task = bar.add_task("running", total=len(inputs.names))
+        for x in inputs.batches(batch):
+            start = time.perf_counter()
+            y = model(x)
+            model_seconds += time.perf_counter() - start
+            if not isinstance(y, torch.Tensor):
+                raise ValueError(f"the model returns a {type(y).__name__}; run takes models that return one tensor")
+            if classes_only and y.ndim != 2:
+                raise ValueError(
+                    f"the model returns shape {tuple(y.shape)}, no classes; write an .npz instead of a .csv"
+                )
+            collected.append(y.numpy())
+            bar.advance(task, len(x))
+    outputs = np.concatenate(collected)
+    top1 = outputs.argmax(axis=1) if outputs.ndim == 2 else None
+    return _Predictions(inputs.names, outputs, top1, model_seconds, time.perf_counter() - begin)
+
+
+def _image_shape(model: ConvertedModel, saved: Path) -> tuple[int, int, int]:
+    """The (C, H, W) that the model was planned for."""
+    shapes = model.plan.input_shapes
+    if len(shapes) != 1 or len(shapes[0]) != 4:
+        raise ValueError(f"{saved} takes inputs of shapes {shapes}; run feeds models of one image")
+    return shapes[0][1], shapes[0][2], shapes[0][3]
+
+
+def _pair(size: str) -> tuple[int, int]:
+    values = numbers(size, "--size")
+    if len(values) != 2:
+        raise ValueError(f"--size is height,width, got {size!r}")
+    return values[0], values[1]
+
+
+def _floats(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from error

@@ -1,0 +1,94 @@
+"""The demo, on a network of seconds: its files are there and its numbers agree with each other."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+import escort
+from escort import demo
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder and the summary of a quick demo, and what it printed."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    printed = io.StringIO()
+    state = torch.random.get_rng_state()
+    summary = demo.run_demo(out, quick=True, console=Console(file=printed, width=100))
+    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's random numbers are the caller's
+    return out, summary, printed.getvalue()
+
+
+def test_it_writes_its_summary_report_and_model(run):
+    out, summary, _ = run
+    assert {path.name for path in out.iterdir()} == {"summary.json", "report.html", "model.escort"}
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+
+
+def test_the_numbers_agree_with_each_other(run):
+    _, summary, _ = run
+    assert summary["accuracy_dense"] > 0.8
+    assert summary["accuracy_converted"] == pytest.approx(
+        summary["accuracy_pruned"], abs=1.5 / summary["images"]["held_out"]
+    )
+    assert summary["rel_error"] <= 1e-5
+    assert summary["layer_sparsity"][demo.FIRST_CONVOLUTION] == 0.0
+    assert summary["sparsity"] == pytest.approx(demo.QUICK.sparsity, abs=1e-3)
+    assert summary["history"][-1] == {"accuracy": summary["accuracy_pruned"], "sparsity": summary["sparsity"]}
+    assert [row["batch"] for row in summary["times"]] == list(demo.BATCHES)
+    for row in summary["times"]:
+        assert row["speedup"] == row["dense_us"] / row["converted_us"]
+        assert (row["speedup"] == summary["speedup"]) == (row["batch"] == summary["speedup_batch"])
+    assert summary["machine"] == summary["plan"]["machine"]
+
+
+def test_the_saved_model_reads_the_held_out_digits_as_well(run):
+    out, summary, _ = run
+    model = escort.load(out / "model.escort")
+    digits = demo.load_digits(demo.QUICK.size)
+    with torch.inference_mode():
+        right = (model(digits.held_out_images).argmax(1) == digits.held_out_labels).float().mean()
+    assert float(right) == pytest.approx(summary["accuracy_converted"], abs=1.5 / len(digits.held_out_labels))
+
+
+def test_report_and_console_show_the_same_numbers(run):
+    out, summary, printed = run
+    html = (out / "report.html").read_text()
+    for text in (printed, html):
+        assert f"{summary['accuracy_converted']:.1%}" in text
+        assert f"{summary['speedup']:.2f}x" in text
+        assert all(layer in text for layer in summary["layer_sparsity"])
+    assert html.count("<svg") == 3
+
+
+def test_the_split_is_whole_and_follows_the_seed():
+    digits, same, other = (demo.load_digits(8, seed) for seed in (0, 0, 1))
+    assert len(digits.train_labels) + len(digits.held_out_labels) == 1797
+    assert torch.equal(digits.held_out_images, same.held_out_images)
+    assert not torch.equal(digits.held_out_images, other.held_out_images)
+    assert digits.train_images.shape[1:] == (1, 8, 8)
+    assert (digits.train_images.min(), digits.train_images.max()) == (-0.5, 0.5)
+
+
+def test_a_wrong_converted_network_is_reported():
+    model = demo.DigitNet(width=4).eval()
+    with pytest.raises(RuntimeError, match="differs from the pruned one"):
+        demo._verify(torch.nn.Sequential(model, torch.nn.Tanh()), model, torch.randn(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("package", ["sklearn", "matplotlib.figure"])
+def test_a_missing_package_is_named_before_anything_is_done(monkeypatch, tmp_path, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install escort-sparse\[demo\]"):
+        demo.run_demo(tmp_path / "out", quick=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unwritable_folder_raises_before_training(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError):
+        demo.run_demo(tmp_path / "file" / "out", quick=True)

@@ -1,0 +1,104 @@
+"""Models by name: factories, checkpoints and archives, and what is said where one does not load."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from escort import models
+
+TINY = "tests.test_models:tiny"
+
+
+def tiny() -> nn.Module:
+    """In training mode, as factories leave it."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+
+@pytest.fixture(autouse=True)
+def restore_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Naming a model puts the working directory on the import path, for good."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def test_archives_run_at_other_batch_sizes(tmp_path: Path) -> None:
+    path, model = tmp_path / "model.pt2", tiny().eval()
+    torch.export.save(torch.export.export(model, (torch.randn(2, 3, 8, 8),)), path)
+    loaded, x = models.load(str(path)), torch.randn(5, 3, 8, 8)
+    assert not loaded.training
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_models_come_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_nets.py").write_text("from torch import nn\n\nclass Zoo:\n    net = nn.Conv2d(3, 4, 3)\n")
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(models.load("my_nets:Zoo.net"), nn.Conv2d)
+    assert not models.load("my_nets:Zoo.net").training
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def test_checkpoints(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    state = {name: torch.full_like(value, 2) for name, value in tiny().state_dict().items()}
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state, "epoch": 3} if suffix == ".pt" else state, path)
+    assert (models.load(TINY, path).state_dict()["0.weight"] == 2).all()
+
+
+def test_modules_that_fail_on_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needs_more.py").write_text("import missing_dependency\n")
+    (tmp_path / "typo.py").write_text("def net(:\n")
+    monkeypatch.chdir(tmp_path)
+    for name, message in (("needs_more", "No module named 'missing_dependency'"), ("typo", "SyntaxError")):
+        with pytest.raises(ValueError, match=f"importing {name} failed: .*{message}"):
+            models.load(f"{name}:net")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no such file"),
+        (b"not a zip file", "weights_only=True"),
+        ({"0.weight": torch.zeros(8, 3, 3, 3), "extra": torch.zeros(1)}, "it lacks 0.bias, 1.weight, .* and has extra"),
+        ({**tiny().state_dict(), "0.weight": torch.zeros(8, 3, 5, 5)}, "size mismatch for 0.weight"),
+        ([1, 2], "no state dict"),
+        ({"model": nn.ReLU}, "weights_only=True"),
+    ],
+)
+def test_bad_checkpoints(tmp_path: Path, content: Any, message: str) -> None:
+    path = tmp_path / "weights.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        models.load(TINY, path)
+    assert str(path) in str(caught.value)
+
+
+def test_bad_safetensors(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        models.load(TINY, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="ends in one of"):
+        models.load(TINY, tmp_path / "weights.onnx")
+
+
+def test_archives_exported_in_training_mode(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    torch.export.save(torch.export.export(tiny().train(), (torch.randn(2, 3, 8, 8),)), path)
+    with pytest.raises(ValueError, match=r"training mode; call model.eval\(\)"):
+        models.load(str(path))
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"not a torch\.export archive"):
+        models.load(str(path))
+    with pytest.raises(ValueError, match="its own weights"):
+        models.load(str(path), tmp_path / "weights.pt")

@@ -1,0 +1,180 @@
+"""Pages hold what they were given, as text; tables say what a plan says; charts need no other file."""
+
+import re
+import sys
+from html import escape
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from escort import report
+from escort.bench import Machine
+from escort.convert import NetworkPlan
+from escort.planner import Candidate, Plan
+from escort.problem import Problem
+
+HOSTILE = "<script>alert('&\"')</script> [bold]$body$"
+MACHINE = Machine("a CPU", "avx2", 2, "2.13.0", "0.1.0")
+
+
+def network_plan(kept_dense: bool = False) -> NetworkPlan:
+    problem = Problem(8, 64, 16, 16, 128, (3, 3), stride=(2, 2), padding=(1, 1, 1, 1))
+    candidates = (
+        Candidate("direct", {}, 100.0, 1e-7),
+        Candidate("dense", {}, 2500.0, 1e-7),
+        Candidate("lowered", reason="takes no <dilation>"),
+    )
+    layers = {"stem[0]": Plan(problem, "direct", {}, candidates, MACHINE)}
+    return NetworkPlan(
+        layers, {"odd": "pads with 'reflect'"}, ((8, 64, 16, 16),), 3000.0, 1500.0, 1e-7, kept_dense, MACHINE
+    )
+
+
+def every_section() -> list[report.Section]:
+    return [
+        report.Text(HOSTILE, (HOSTILE,)),
+        report.Facts(HOSTILE, {HOSTILE: HOSTILE}),
+        report.Table(HOSTILE, (HOSTILE, "n"), ((HOSTILE, "1,234"),), HOSTILE),
+        report.bar_chart(HOSTILE, [HOSTILE], {HOSTILE: [1.0], "b": [2.0]}, HOSTILE),
+        report.line_chart(HOSTILE, [1, 2], {HOSTILE: [1.0, 3.0]}, HOSTILE, HOSTILE),
+    ]
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags nest."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("page") / "not" / "there" / "page.html"
+    report.write_html(path, HOSTILE, every_section())
+    return path.read_text(encoding="utf-8")
+
+
+def test_everything_is_escaped(html):
+    page = Page(html)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count(HOSTILE) >= 12  # title, headings, and each text of each section
+    assert escape(HOSTILE) in html
+
+
+def test_the_page_asks_the_network_for_nothing(html):
+    for tag, attributes in Page(html).tags:
+        assert tag not in ("link", "img", "iframe", "script")
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#")
+    assert "@import" not in html
+    assert "url(http" not in html
+
+
+def test_the_page_is_accessible(html):
+    page = Page(html)
+    attributes = [a for _, a in page.tags]
+    assert page.tags[0] == ("html", {"lang": "en"})
+    svgs = [a for tag, a in page.tags if tag == "svg"]
+    assert len(svgs) == 2
+    assert all(a["role"] == "img" and a["aria-label"] for a in svgs)
+    headers = [a for tag, a in page.tags if tag == "th"]
+    assert {a["scope"] for a in headers} == {"col", "row"}
+    ids = [a["id"] for a in attributes if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert "prefers-color-scheme: dark" in html
+    assert "currentColor" in html
+    assert not re.search("#0[14]0[25]0[36]", html)  # the stand-in colours are all replaced
+
+
+def test_numbers_are_flush_right_and_words_are_not(tmp_path):
+    table = report.Table("t", ("name", "time", "gain"), (("a", "1,234", "2.00x"), ("b", "-", "-")))
+    report.write_html(tmp_path / "page.html", "t", [table])
+    flush_right = [
+        a.get("class") == "number" for tag, a in Page((tmp_path / "page.html").read_text()).tags if tag == "th"
+    ]
+    assert flush_right[:3] == [False, True, True]
+
+
+def test_a_row_of_the_wrong_length_is_refused():
+    with pytest.raises(ValueError, match="table 'times' has 2 columns"):
+        report.Table("times", ("a", "b"), (("1",),))
+
+
+def test_the_plan_table_says_what_the_plan_says():
+    section = report.plan_section(network_plan())
+    rows = {row[0]: dict(zip(section.columns, row, strict=True)) for row in section.rows}
+    layer = rows["stem[0]"]
+    assert layer["Convolution"] == "64->128 3x3, 16x16 /2"
+    assert (layer["Method"], layer["µs"], layer["Dense µs"], layer["Speedup"]) == ("direct", "100", "2,500", "25.00x")
+    assert "takes no <dilation>" in layer["Others µs"]
+    assert rows["odd"]["Method"] == "left alone"
+    assert rows["odd"]["Others µs"] == "pads with 'reflect'"
+    assert rows["whole network"]["Speedup"] == "2.00x"
+    assert "a CPU, avx2, 2 threads" in section.caption
+
+
+def test_the_plan_table_says_why_the_dense_network_was_kept():
+    plan = network_plan(kept_dense=True)
+    last = report.plan_section(plan).rows[-1]
+    assert last[2] == "kept dense"
+    assert last[-1] == plan.reason
+
+
+def test_the_terminal_prints_brackets_as_they_are():
+    console = Console(width=100, record=True, file=None, quiet=False, force_terminal=False)
+    with console.capture() as capture:
+        console.print(report.plan_table(network_plan()))
+    assert "stem[0]" in capture.get()
+    assert "lowered: takes no <dilation>" in re.sub(r"\s+", " ", capture.get())
+
+
+def test_benchmark_rows_become_one_line_per_layer_with_each_methods_best():
+    key = {"network": "caffenet", "weights": "paper", "layer": "conv2", "batch": 8, "dtype": "fp32"}
+    rows = [
+        {**key, "method": "direct", "time_us": 30.0},
+        {**key, "method": "direct", "time_us": 20.0},
+        {**key, "method": "dense", "time_us": 90.0},
+        {**key, "method": "lowered", "time_us": None},
+        {**key, "layer": "conv3", "method": "dense", "time_us": 50.0},
+    ]
+    section = report.benchmark_section(rows)
+    assert section.columns[5:] == ("direct µs", "dense µs", "Fastest")
+    assert section.rows[0][2:] == ("conv2", "8", "fp32", "20", "90", "direct")
+    assert section.rows[1][2:] == ("conv3", "8", "fp32", "-", "50", "dense")
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install escort-sparse\[demo\]"):
+        report.bar_chart("t", ["a"], {"b": [1.0]}, "µs")
+
+
+def test_an_unwritable_path_raises(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError):
+        report.write_html(tmp_path / "file" / "page.html", "t", [])
+    assert (tmp_path / "file").read_text() == "in the way"
