@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,3 +217,9 @@ def test_each_tensor_is_taken_out_once() -> None:
         read.tensor("w")
     with pytest.raises(ValueError, match="should be float32 of shape"):
         Container(EXAMPLE).filter("w", (3, 4, 1, 1), 1)
+
+
+def test_the_documentation_shows_these_bytes() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+    shown = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ){1,15}[0-9a-f]{2}) ", text, re.MULTILINE)
+    assert bytes.fromhex("".join(shown)) == EXAMPLE

@@ -27,6 +27,7 @@ ORDER = [
     "escort.ops",
     "escort.nn",
     "escort.fuse",
+    "escort.batching",
     "escort.convert",
     "escort.container",
     "escort.graph",

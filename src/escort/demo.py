@@ -45,8 +45,8 @@ class Recipe:
 
     size: int = 16
     width: int = 64
-    epochs: int = 4
-    finetune_epochs: int = 5
+    epochs: int = 3
+    finetune_epochs: int = 4
     batch: int = 32
     learning_rate: float = 2e-3
     sparsity: float = 0.9

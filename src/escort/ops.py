@@ -127,6 +127,11 @@ def _max_pool2d(
 ) -> torch.Tensor:
     if x.ndim != 4 or x.dtype is not torch.float32:
         raise ValueError(f"max_pool2d takes float32 (N, C, H, W), got {x.dtype} of shape {tuple(x.shape)}")
+    if min(*kernel, *stride, *dilation) < 1 or any(not 0 <= 2 * p <= k for p, k in zip(padding, kernel, strict=True)):
+        raise ValueError(
+            f"max_pool2d takes positive sizes and padding of at most half the kernel, got kernel {kernel}, "
+            f"stride {stride}, padding {padding}, dilation {dilation}"
+        )
     y = _max_pool2d_shape(x, kernel, stride, padding, dilation, ceil_mode)
     x = x.contiguous()
     planes, sizes = x.shape[0] * x.shape[1], (x.shape[2:], y.shape[2:], kernel, stride, padding, dilation)

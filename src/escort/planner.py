@@ -27,7 +27,7 @@ class Candidate:
     Attributes:
         config: the method's Config as JSON values; None where the method refused the problem.
         time_us: median time of a call.
-        rel_error: ``||out - ref|| / ||ref||`` against the float64 reference.
+        rel_error: ``||out - ref|| / ||ref||`` against the float64 reference, None where it is not finite.
         reason: why it was refused or not timed, None where it was timed.
     """
 
@@ -147,7 +147,7 @@ def _measure(
                 run = method.prepare(problem, filter, bias, config)
                 candidate = Candidate(method.name, asdict(config))
                 error = reference.compare(run(*one), expected)
-                candidate = replace(candidate, rel_error=error)
+                candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
                 if not error <= bound:
                     settled.append(replace(candidate, reason=f"relative error {error:.1e} exceeds {bound:.0e}"))
                     continue

@@ -225,7 +225,7 @@ def measure_network(
     converted = convert(model, x, progress=progress)
     threads = {"intra_op_num_threads": torch.get_num_threads()}
     rivals: list[tuple[str, dict[str, Any], Callable[[], Tensor]]] = [
-        ("escort", {"kept_dense": converted.plan.kept_dense}, lambda: converted(x)),
+        ("escort", {"kept_dense": converted.plan.kept_dense, "images": converted.plan.images}, lambda: converted(x)),
         ("eager", {"memory_format": "contiguous"}, lambda: model(x)),
         ("eager", {"memory_format": "channels_last"}, lambda: channels_last(x_last)),
         *((name, threads, run) for name, run in zip(against, others, strict=True)),

@@ -163,6 +163,8 @@ class _Layout:
 def _layout(shape: _Shape, lanes: int, most_vectors: int) -> _Layout:
     """Cuts the output plane into tiles of at most `most_vectors` vectors of nearly equal size."""
     plane = shape.height * shape.width
+    if max(plane, shape.out_height * (shape.width + shape.out_width + sum(shape.padding))) > np.iinfo(np.int32).max:
+        raise ValueError(f"an image of {shape.height}x{shape.width} does not fit 32-bit offsets; use a smaller input")
     plain = shape.kernel == (1, 1) and shape.stride == (1, 1) and not any(shape.padding)
     if plain and plane >= lanes:
         starts, counts = _cut(plane, lanes, most_vectors)
