@@ -21,6 +21,7 @@ ORDER = [
     "escort.sparse",
     "escort.reference",
     "escort.paper_layers",
+    "escort.memory",
     "escort.methods",
     "escort.bench",
     "escort.planner",

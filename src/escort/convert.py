@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from escort import batching, bench, fuse, planner, reference
 from escort.bench import Machine
 from escort.fuse import FusedConv2d
+from escort.memory import keep_freed_memory
 from escort.nn import MaxPool2d, SparseConv2d
 from escort.planner import Plan
 from escort.problem import Epilogue, Problem
@@ -111,6 +112,7 @@ class ConvertedModel(nn.Module):
 
     def __init__(self, network: nn.Module, plan: NetworkPlan) -> None:
         super().__init__()
+        keep_freed_memory()
         self.network = network
         self.plan = plan
         super().train(False)
@@ -151,6 +153,7 @@ def convert(
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     _check(model, inputs)
+    keep_freed_memory()  # before anything is timed
     try:
         with torch.inference_mode():
             expected = model(*inputs)
@@ -196,7 +199,7 @@ def replan(model: ConvertedModel, *, progress: bool = False) -> ConvertedModel:
     example = tuple(torch.randn(shape) for shape in model.plan.input_shapes)
     with torch.inference_mode():
         runs, images = _ways_to_run(network, example)
-        times = bench.race(runs, rounds=5, budget_s=2.0)
+        times = bench.race(runs, rounds=4, burst=3, budget_s=2.0)
     plan = replace(
         model.plan,
         layers=layers,
@@ -356,7 +359,7 @@ def _finish(
                 "please report this with the model"
             )
         runs, images = _ways_to_run(network, inputs)
-        dense, *times = bench.race([lambda: original(*inputs), *runs], rounds=7, budget_s=2.0)
+        dense, *times = bench.race([lambda: original(*inputs), *runs], rounds=4, burst=3, budget_s=2.0)
     converted = min(times)
     kept_dense = converted >= dense
     shapes = tuple(tuple(x.shape) for x in inputs)

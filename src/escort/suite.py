@@ -197,8 +197,8 @@ def measure_network(
     network: str,
     weights: str,
     against: Sequence[str] = (),
-    rounds: int = 15,
-    budget_s: float = 20.0,
+    rounds: int = 8,
+    budget_s: float = 30.0,
     progress: bool = False,
 ) -> list[Row]:
     """The model converted, raced against itself in eager mode (both memory formats) and against other engines.
@@ -232,7 +232,7 @@ def measure_network(
     ]
     with torch.inference_mode():
         errors = [_checked(run(), expected, NETWORK_ERROR_BOUND, f"{network} in {name}") for name, _, run in rivals]
-        times = bench.race([run for _, _, run in rivals], rounds=rounds, budget_s=budget_s)
+        times = bench.race([run for _, _, run in rivals], rounds=rounds, burst=4, budget_s=budget_s)
     return [
         Row(network, weights, WHOLE, len(x), "fp32", name, config, round(time, 2), error)
         for (name, config, _), time, error in zip(rivals, times, errors, strict=True)

@@ -5,6 +5,9 @@
 #include <nanobind/stl/string.h>
 
 #include <omp.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include <array>
 #include <cstdlib>
@@ -172,6 +175,16 @@ void max_pool2d(uintptr_t x, uintptr_t y, int64_t planes, std::array<int, 2> in,
   });
 }
 
+// Blocks below `bytes` are neither mapped one by one nor trimmed off the heap when freed.
+bool keep_freed_memory(int bytes) {
+#if defined(__GLIBC__)
+  return mallopt(M_MMAP_THRESHOLD, bytes) == 1 && mallopt(M_TRIM_THRESHOLD, bytes) == 1;
+#else
+  (void)bytes;
+  return false;
+#endif
+}
+
 }  // namespace
 }  // namespace escort
 
@@ -188,6 +201,7 @@ NB_MODULE(_kernels, m) {
         return result;
       },
       "The instruction sets of this machine, fastest first: (name, floats per vector, vectors per tile).");
+  m.def("keep_freed_memory", &keep_freed_memory, "bytes"_a);
   m.def("max_pool2d", &max_pool2d, "x"_a, "y"_a, "planes"_a, "input_size"_a, "output_size"_a, "kernel"_a, "stride"_a,
         "padding"_a, "dilation"_a, "threads"_a);
   nb::class_<DirectConvolution>(m, "DirectConvolution")

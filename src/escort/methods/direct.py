@@ -63,7 +63,8 @@ class Direct:
             lanes, most = ISAS[isa]
             for vectors in (most, most // 2):
                 layout = _layout(_Shape.of(problem), lanes, vectors)
-                tasks = max(problem.batch, 1) * problem.groups * len(layout.tiles)
+                # Enough for the threads with one image, so that the plan serves every batch.
+                tasks = problem.groups * len(layout.tiles)
                 parts = min(-(-4 * torch.get_num_threads() // tasks), problem.out_channels // problem.groups)
                 fits = max(_CACHE_FLOATS // (layout.vectors * lanes if layout.in_place else layout.channel_stride), 1)
                 for block in (fits, 2 * fits, 4 * fits, fits // 2):
