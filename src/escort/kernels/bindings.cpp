@@ -67,17 +67,19 @@ struct Free {
   void operator()(float* p) const { std::free(p); }
 };
 
-// Runs task(i, thread) for every i below `tasks`, handed out one by one.
+// Runs task(i, thread) for every i below `tasks`, handed out in small runs: a task finds what the one before it
+// fetched.
 template <class Task>
 void parallel(int64_t tasks, int threads, const Task& task) {
   if (threads <= 1) {
     for (int64_t i = 0; i < tasks; i++) task(i, 0);
     return;
   }
+  const int64_t run = tasks / (threads * 16) + 1;
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, run)
     for (int64_t i = 0; i < tasks; i++) task(i, thread);
   }
 }
@@ -93,6 +95,8 @@ float* scratch(int64_t floats) {
   }
   return memory.get();
 }
+
+constexpr int64_t kFarFloats = 2 << 20;  // an input of 8 MiB is not in cache when its layer starts
 
 // Owns the tables of one convolution.
 class DirectConvolution {
@@ -121,6 +125,7 @@ class DirectConvolution {
                static_cast<int32_t>(jobs_.size()),
                static_cast<int32_t>(tiles_.size()),
                in_place,
+               false,
                column_stride,
                channel_stride,
                stage_size,
@@ -139,8 +144,10 @@ class DirectConvolution {
     const int64_t tasks = images * direct_.tile_count * direct_.job_count;
     if (threads > tasks) threads = static_cast<int>(tasks);
     float* memory = scratch(direct_.scratch_size * (threads > 1 ? threads : 1));
+    Direct direct = direct_;
+    direct.fetch_ahead = images * direct.x_image > kFarFloats;
     parallel(tasks, threads, [&](int64_t i, int thread) {
-      isa_->run(direct_, i, reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(residual),
+      isa_->run(direct, i, reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(residual),
                 reinterpret_cast<float*>(y), memory + thread * direct_.scratch_size);
     });
   }

@@ -93,22 +93,35 @@ void write_segments(const Direct& d, const Tile& tile, const float* sums, const 
   }
 }
 
+// Input that is read in place and not yet in cache: the next block of this tile or the first of the next tile, which
+// the same thread most likely takes. It is asked for row by row, so that it arrives while this block is computed.
+struct Ahead {
+  const float* x;
+  int channels;
+};
+
 // Accumulates one block into every row of a job, for one tile of V vectors. `x` is where offset 0 of the block lies for
 // this tile; `residual` and `y` are the tile's place in channel 0 (in place) or the plane of channel 0 (staged).
 template <int V, bool InPlace>
 void accumulate(const Direct& d, const Tile& tile, const Block& block, bool first, bool last, const float* x,
-                float* partial, const float* residual, float* y) {
+                Ahead ahead, float* partial, const float* residual, float* y) {
   alignas(64) float sums[V * kLanes];
   // The last vector of a tile in place overlaps the one before it, so that nothing outside the tile is touched.
   const int64_t tail = InPlace ? tile.length - kLanes : (V - 1) * kLanes;
   const int64_t place = InPlace ? 0 : d.segments[tile.first_segment].to;
+  int asked = 0;
   for (int i = block.first_row; i < block.end_row; i++) {
+    if (InPlace && ahead.channels > 0) {
+      const int64_t due = int64_t(ahead.channels) * (i + 1 - block.first_row) / (block.end_row - block.first_row);
+      for (; asked < due; asked++)
+        for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(ahead.x + asked * d.x_plane + j, 0, 2);
+    }
     const Row& row = d.rows[i];
     const Entry* end = d.entries + d.rows[i + 1].first_entry;
     float* slot = partial + int64_t(row.slot) * (V * kLanes);
     if (last && i + kRowsAhead < block.end_row) {
-      const int64_t ahead = d.rows[i + kRowsAhead].channel * d.y_plane + place;
-      prefetch_row<V>(residual ? residual + ahead : nullptr, y + ahead);
+      const int64_t at = d.rows[i + kRowsAhead].channel * d.y_plane + place;
+      prefetch_row<V>(residual ? residual + at : nullptr, y + at);
     }
     Vector sum[V];
 #pragma GCC unroll 28
@@ -139,8 +152,8 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, bool firs
   }
 }
 
-using Accumulate = void (*)(const Direct&, const Tile&, const Block&, bool, bool, const float*, float*, const float*,
-                            float*);
+using Accumulate = void (*)(const Direct&, const Tile&, const Block&, bool, bool, const float*, Ahead, float*,
+                            const float*, float*);
 
 // accumulate<1>, accumulate<2>, ... accumulate<kMaxVectors>, by number.
 template <int... V>
@@ -171,11 +184,15 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
     const Block& block = d.blocks[b];
     const bool first = b == job.first_block, last = b == job.end_block - 1;
     if (d.in_place) {
+      const Block& next = d.blocks[last ? job.first_block : b + 1];
+      const Tile& next_tile = last && &tile != d.tiles + d.tile_count - 1 ? (&tile)[1] : tile;
+      const Ahead ahead = {x + next.first_channel * d.x_plane + next_tile.start,
+                           d.fetch_ahead ? next.end_channel - next.first_channel : 0};
       TileSizes::pick<true>(tile.vectors)(d, tile, block, first, last, x + block.first_channel * d.x_plane + tile.start,
-                                          partial, residual ? residual + tile.start : nullptr, y + tile.start);
+                                          ahead, partial, residual ? residual + tile.start : nullptr, y + tile.start);
     } else {
       stage_block(d, tile, block, x, scratch);
-      TileSizes::pick<false>(tile.vectors)(d, tile, block, first, last, scratch, partial, residual, y);
+      TileSizes::pick<false>(tile.vectors)(d, tile, block, first, last, scratch, {}, partial, residual, y);
     }
   }
 }

@@ -64,6 +64,7 @@ struct Direct {
   const Tile* tiles;
   int32_t job_count, tile_count;
   bool in_place;           // tiles are read from x and written to y directly: a 1x1 kernel without stride or padding
+  bool fetch_ahead;        // in place: whether x is too large to be in cache already; set for each run
   int32_t column_stride;   // between the values that a run gathers
   int32_t channel_stride;  // between staged channels
   int64_t stage_size, partial_size, scratch_size;  // per thread; scratch = stage + partial sums + one tile
