@@ -10,6 +10,7 @@
 #endif
 
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -67,20 +68,32 @@ struct Free {
   void operator()(float* p) const { std::free(p); }
 };
 
-// Runs task(i, thread) for every i below `tasks`, handed out in small runs: a task finds what the one before it
-// fetched.
+// Runs task(i, thread) for every i below `tasks`. Each thread starts with its own share of consecutive tasks, the same
+// in every layer, so that it finds in its cache what it wrote in the layer before; one that is done helps the others.
 template <class Task>
 void parallel(int64_t tasks, int threads, const Task& task) {
   if (threads <= 1) {
     for (int64_t i = 0; i < tasks; i++) task(i, 0);
     return;
   }
-  const int64_t run = tasks / (threads * 16) + 1;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  constexpr int kMostThreads = 256;
+  if (threads > kMostThreads) threads = kMostThreads;
+  Share shares[kMostThreads];
+  for (int t = 0; t < threads; t++) {
+    shares[t].next = tasks * t / threads;
+    shares[t].end = tasks * (t + 1) / threads;
+  }
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
-#pragma omp for schedule(dynamic, run)
-    for (int64_t i = 0; i < tasks; i++) task(i, thread);
+    for (int t = 0; t < threads; t++) {
+      Share& share = shares[(thread + t) % threads];
+      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) task(i, thread);
+    }
   }
 }
 
