@@ -76,6 +76,7 @@ wheel-test: wheel  ## Install the wheel into an empty environment and convert a 
 bench: $(VENV)/.installed  ## Time the paper's layers and ResNet-50 on this machine
 	$(BIN)/escort bench --set paper $(BENCH_FLAGS)
 	$(BIN)/escort bench --network resnet50 --sparsity 0.9 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
+	$(BIN)/escort bench --network resnet50 --sparsity 0.95 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
 
 hooks: $(VENV)/.installed  ## Check style and types before each commit
 	$(BIN)/pre-commit install

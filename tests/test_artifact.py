@@ -358,7 +358,10 @@ ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     "missing weight": (removing("full.weight"), "layer full: tensor full.weight is missing"),
     "missing parameter": (removing("scale"), "tensor scale is missing"),
     "unknown tensor": (setting("tensors", "more", to=torch.ones(3)), "nothing in the network uses its tensor more"),
-    "short bias": (setting("tensors", "stem.0.bias", to=torch.ones(3)), "layer stem.0: bias has one entry"),
+    "short bias": (
+        setting("tensors", "stem.0.bias", to=torch.ones(3)),
+        r"layer stem.0: the plan is for a bias of shape \(8,\), got \(3,\)",
+    ),
     "integer bias": (setting("tensors", "stem.0.bias", to=torch.ones(8, dtype=torch.int32)), "its bias is torch.int32"),
     "double filter": (setting("tensors", "full.weight", to=torch.ones(10, 12, 1, 1).double()), "should be float32"),
     "integer layer": (setting("tensors", "again.bias", to=torch.ones(10).int()), "layer again: bias is of shape"),

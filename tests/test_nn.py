@@ -32,17 +32,7 @@ def a_layer(method: str = "direct", *, residual: bool = True) -> tuple[SparseCon
     filter = StretchedCSR.from_dense(weight, 2)
     config = by_name(method).configs(problem, filter)[0]
     plan = Plan(problem, method, dict(vars(config)), (), Machine.here())
-    layer = SparseConv2d(
-        filter,
-        torch.randn(8),
-        stride=problem.stride,
-        padding=problem.padding,
-        dilation=problem.dilation,
-        activation="relu",
-        residual=residual,
-        plan=plan,
-        name="features.3",
-    )
+    layer = SparseConv2d(filter, torch.randn(8), plan, "features.3")
     return layer, problem, weight
 
 
@@ -91,6 +81,16 @@ def test_bad_calls_name_the_layer_and_the_remedy(make: Any, error: type[Exceptio
     layer, *_ = a_layer()
     with pytest.raises(error, match=says):
         layer(*make(*inputs(layer, 2, 11, 12)))
+
+
+def test_a_filter_or_bias_of_another_problem_is_refused() -> None:
+    layer, *_ = a_layer()
+    other = StretchedCSR.from_dense(torch.ones(8, 2, 3, 3), 2)
+    with pytest.raises(ValueError, match=r"a filter of shape \(8, 3, 3, 3\), got \(8, 2, 3, 3\)"):
+        SparseConv2d(other, layer.bias, layer.plan)
+    for bias in (None, torch.zeros(7)):
+        with pytest.raises(ValueError, match=r"a bias of shape \(8,\), got (None|\(7,\))"):
+            SparseConv2d(layer.filter, bias, layer.plan)
 
 
 def test_training_and_other_dtypes_are_refused() -> None:

@@ -175,17 +175,7 @@ def _build_sparse(name: str, container: Container, plan: Plan) -> SparseConv2d:
     # A kernel trusts its config, so only one that the method itself offers may reach it.
     offered = [asdict(config) for config in by_name(plan.method).configs(problem, filter)]
     config = offered[offered.index(plan.config)] if plan.config in offered else offered[0]
-    return SparseConv2d(
-        filter,
-        bias,
-        stride=problem.stride,
-        padding=problem.padding,
-        dilation=problem.dilation,
-        activation=problem.epilogue.activation,
-        residual=problem.epilogue.residual,
-        plan=replace(plan, config=config),
-        name=name,
-    )
+    return SparseConv2d(filter, bias, replace(plan, config=config), name)
 
 
 def _check_problem(problem: Problem) -> None:

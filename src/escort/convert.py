@@ -195,7 +195,7 @@ def replan(model: ConvertedModel, *, progress: bool = False) -> ConvertedModel:
     for name, module in _track(modules, len(modules), "planning", progress):
         problem = module.plan.problem
         layers[name] = planner.plan_layer(problem, module.filter, module.bias)
-        _set_submodule(network, name, _with_plan(module, layers[name]))
+        _set_submodule(network, name, SparseConv2d(module.filter, module.bias, layers[name], module.name))
     example = tuple(torch.randn(shape) for shape in model.plan.input_shapes)
     with torch.inference_mode():
         runs, images = _ways_to_run(network, example)
@@ -277,17 +277,7 @@ def _swap(module: nn.Module, shape: torch.Size, name: str) -> SparseConv2d:
         plan = planner.plan_layer(problem, filter, bias)
     except ValueError as error:
         raise ValueError(f"layer {name}: {error}") from error
-    return SparseConv2d(
-        filter,
-        bias,
-        stride=problem.stride,
-        padding=problem.padding,
-        dilation=problem.dilation,
-        activation=activation,
-        residual=residual,
-        plan=plan,
-        name=name,
-    )
+    return SparseConv2d(filter, bias, plan, name)
 
 
 def _swap_pools(network: nn.Module) -> None:
@@ -315,20 +305,6 @@ def _swap_pools(network: nn.Module) -> None:
             network.add_submodule(name, MaxPool2d(**{k: v for k, v in arguments.items() if v != []}))
             node.op, node.target, node.args, node.kwargs = "call_module", name, (x,), {}
     network.recompile()
-
-
-def _with_plan(module: SparseConv2d, plan: Plan) -> SparseConv2d:
-    return SparseConv2d(
-        module.filter,
-        module.bias,
-        stride=module.stride,
-        padding=module.padding,
-        dilation=module.dilation,
-        activation=module.activation,
-        residual=module.residual,
-        plan=plan,
-        name=module.name,
-    )
 
 
 def _set_submodule(network: nn.Module, name: str, module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from escort import ops
 from escort.methods import Runner
 from escort.planner import Plan
-from escort.problem import Activation, Epilogue, Problem
+from escort.problem import Problem
 from escort.sparse import StretchedCSR
 
 
@@ -23,10 +24,11 @@ class SparseConv2d(nn.Module):
     Args:
         filter: the weights, (K, C / groups, R, S).
         bias: (K,) or None.
-        padding: zeros (top, bottom, left, right).
-        residual: whether calls pass a residual to add.
-        plan: what :func:`escort.planner.plan_layer` chose.
+        plan: what :func:`escort.planner.plan_layer` chose; its problem says what the layer computes.
         name: what errors call this layer.
+
+    Raises:
+        ValueError: where filter or bias are not those of the plan's problem.
     """
 
     values: torch.Tensor
@@ -34,34 +36,24 @@ class SparseConv2d(nn.Module):
     indptr: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(
-        self,
-        filter: StretchedCSR,
-        bias: torch.Tensor | None,
-        *,
-        stride: tuple[int, int],
-        padding: tuple[int, int, int, int],
-        dilation: tuple[int, int],
-        activation: Activation = "none",
-        residual: bool = False,
-        plan: Plan,
-        name: str = "SparseConv2d",
-    ) -> None:
+    def __init__(self, filter: StretchedCSR, bias: torch.Tensor | None, plan: Plan, name: str = "SparseConv2d") -> None:
         super().__init__()
-        if bias is not None and bias.shape != (filter.shape[0],):
-            raise ValueError(
-                f"bias has one entry for each of {filter.shape[0]} channels, got shape {tuple(bias.shape)}"
-            )
+        problem = plan.problem
+        if (filter.shape, filter.groups) != (problem.weight_shape, problem.groups):
+            raise ValueError(f"the plan is for a filter of shape {problem.weight_shape}, got {filter.shape}")
+        wanted = (filter.shape[0],) if problem.epilogue.bias else None
+        given = None if bias is None else tuple(bias.shape)
+        if given != wanted:
+            raise ValueError(f"the plan is for a bias of shape {wanted}, got {given}")
         for array in ("values", "columns", "indptr"):
             self.register_buffer(array, torch.from_numpy(getattr(filter, array)))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self.filter_shape = filter.shape
-        self.groups = filter.groups
-        self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.activation, self.residual = activation, residual
+        self.filter_shape, self.groups = filter.shape, filter.groups
+        self.stride, self.padding, self.dilation = problem.stride, problem.padding, problem.dilation
+        self.activation, self.residual = problem.epilogue.activation, problem.epilogue.residual
         self.plan, self.name = plan, name
-        geometry = self.kernel_size, stride, padding, dilation, filter.groups
-        self._spec = ops.Spec(*geometry, activation, plan.method, plan.config).to_json()
+        geometry = problem.kernel, problem.stride, problem.padding, problem.dilation, problem.groups
+        self._spec = ops.Spec(*geometry, self.activation, plan.method, plan.config).to_json()
         self._runners: dict[Any, Runner] = {}
         super().train(False)
 
@@ -84,19 +76,7 @@ class SparseConv2d(nn.Module):
 
     def problem(self, batch: int, height: int, width: int) -> Problem:
         """What this convolution asks for on an input of shape (batch, in_channels, height, width)."""
-        return Problem(
-            batch,
-            self.in_channels,
-            height,
-            width,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            epilogue=Epilogue(self.bias is not None, self.residual, self.activation),
-        )
+        return replace(self.plan.problem, batch=batch, height=height, width=width)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x: (N, C, H, W) float32, residual: (N, K, out_height, out_width) if the module was made for one."""

@@ -94,7 +94,9 @@ def main(
             output_path = Path("benchmarks/results/cpu") / f"{name}.json"
             output_path.parent.mkdir(parents=True, exist_ok=True)
 
-        head = suite.header(f"escort {shlex.join(sys.argv[1:])}")
+        # Files by name: where they lie on this machine is nobody's business.
+        words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+        head = suite.header(f"escort {shlex.join(words)}")
         if head["load_average"] > _BUSY * (os.cpu_count() or 1):
             note(
                 f"warning: other processes keep this machine busy (load average {head['load_average']}): ratios to "

@@ -1,0 +1,27 @@
+"""Real pruned patterns, where a folder of them lies beside the repository: their rows are uneven and some are empty."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from escort import reference, suite
+from escort.methods import by_name
+
+FILES = sorted((Path(__file__).parents[2] / "shared" / "data" / "patterns").glob("*.npz"))
+
+
+@pytest.mark.skipif(not FILES, reason="no patterns beside the repository")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_direct_on_real_patterns(file: Path) -> None:
+    layers = suite.pattern_layers(file, batch=1)
+    direct = by_name("direct")
+    for layer in layers[:: max(len(layers) // 8, 1)]:
+        problem = layer.problem
+        x = torch.randn(problem.input_shape)
+        expected = reference.conv2d(problem, x, layer.filter.to_dense())
+        for config in list(direct.configs(problem, layer.filter))[::3]:
+            y = direct.prepare(problem, layer.filter, None, config)(x)
+            assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp32"], layer.name
