@@ -63,11 +63,12 @@ class Direct:
             lanes, most = ISAS[isa]
             for vectors in (most, most // 2):
                 layout = _layout(_Shape.of(problem), lanes, vectors)
-                # Enough for the threads with one image, so that the plan serves every batch.
-                tasks = problem.groups * len(layout.tiles)
-                parts = min(-(-4 * torch.get_num_threads() // tasks), problem.out_channels // problem.groups)
+                # At least a task for each thread with one image, so that the plan serves every batch; four balance
+                # better, but each part stages its input anew.
+                tasks, most_parts = problem.groups * len(layout.tiles), problem.out_channels // problem.groups
+                few, many = (min(-(-n * torch.get_num_threads() // tasks), most_parts) for n in (1, 4))
                 fits = max(_CACHE_FLOATS // (layout.vectors * lanes if layout.in_place else layout.channel_stride), 1)
-                for block in (fits, 2 * fits, 4 * fits, fits // 2):
+                for block, parts in ((fits, few), (2 * fits, few), (4 * fits, few), (fits // 2, few), (fits, many)):
                     # Blocks of equal size: a last one of a few channels would cost as much as a full one.
                     blocks = -(-channels // min(max(block, 1), channels))
                     found[DirectConfig(isa, vectors, -(-channels // blocks), parts)] = None
