@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from escort import reference
-from escort.methods import METHODS, Method, by_name
+from escort.methods import Method, by_name, for_device
 from escort.methods.direct import ISAS, DirectConfig
 from escort.problem import Epilogue, Problem
 from escort.sparse import StretchedCSR
@@ -18,7 +18,7 @@ from tests.cases import CASES, Case
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", for_device("cpu"), ids=lambda method: method.name)
 def test_case(method: Method, case: Case) -> None:
     x, weight, bias, residual = case.tensors()
     filter = case.filter()
@@ -77,7 +77,7 @@ def test_direct_on_any_shape(data: st.DataObject) -> None:
     assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp32"]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", for_device("cpu"), ids=lambda method: method.name)
 def test_a_runner_takes_any_batch_and_memory_format(method: Method) -> None:
     case = CASES[4]
     x, weight, bias, _ = case.tensors()

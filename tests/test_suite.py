@@ -142,7 +142,7 @@ def test_wrong_outputs_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             run = super().prepare(*args)
             return lambda x, residual=None: run(x, residual) * 1.01
 
-    monkeypatch.setattr(suite, "METHODS", (Wrong(),))
+    monkeypatch.setattr(suite, "for_device", lambda device: (Wrong(),))
     monkeypatch.setattr(suite.bench, "race", lambda *args, **kwargs: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match="conv, .*relative error 1.0e-02"):
         suite.measure_layer(tiny_layer())

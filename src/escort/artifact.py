@@ -173,7 +173,7 @@ def _build_sparse(name: str, container: Container, plan: Plan) -> SparseConv2d:
     if bias is not None and bias.dtype is not torch.float32:
         raise ValueError(f"its bias is {bias.dtype}, not float32")
     # A kernel trusts its config, so only one that the method itself offers may reach it.
-    offered = [asdict(config) for config in by_name(plan.method).configs(problem, filter)]
+    offered = [asdict(config) for config in by_name(plan.method, plan.problem.device).configs(problem, filter)]
     config = offered[offered.index(plan.config)] if plan.config in offered else offered[0]
     return SparseConv2d(filter, bias, replace(plan, config=config), name)
 

@@ -89,7 +89,7 @@ def _runner(
     geometry = spec.kernel, spec.stride, spec.padding, spec.dilation, spec.groups
     batch, channels, height, width = x.shape
     problem = Problem(batch, channels, height, width, shape[0], *geometry, epilogue=epilogue)
-    method = by_name(spec.method)
+    method = by_name(spec.method, problem.device)
     return method.prepare(problem, filter, bias, method.config_type(**spec.config))
 
 

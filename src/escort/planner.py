@@ -12,7 +12,7 @@ import torch
 
 from escort import bench, reference
 from escort.bench import Machine
-from escort.methods import METHODS, Method, Runner, by_name
+from escort.methods import Method, Runner, by_name, for_device
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
 
@@ -66,7 +66,7 @@ class Plan:
 
     def runner(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None) -> Runner:
         """The choice, prepared for this filter and for a problem that may have another batch or input size."""
-        method = by_name(self.method)
+        method = by_name(self.method, problem.device)
         return method.prepare(problem, filter, bias, method.config_type(**self.config))
 
     def to_json(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Plan:
                 tuple(Candidate(**candidate) for candidate in data["candidates"]),
                 Machine.from_json(data["machine"]),
             )
-            by_name(plan.method).config_type(**plan.config)
+            by_name(plan.method, plan.problem.device).config_type(**plan.config)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a plan: {error}") from error
         return plan
@@ -100,7 +100,7 @@ def plan_layer(
     filter: StretchedCSR,
     bias: torch.Tensor | None = None,
     *,
-    methods: Sequence[Method] = METHODS,
+    methods: Sequence[Method] | None = None,
     budget_s: float = 0.3,
 ) -> Plan:
     """Measure the ways to run a convolution on this machine and choose the fastest that is right.
@@ -108,11 +108,13 @@ def plan_layer(
     A layer of the same problem and nearly the same number of nonzeros as one planned before takes over its plan.
 
     Args:
+        methods: the candidates, by default all methods of the problem's device.
         budget_s: seconds after which timing stops at three rounds per candidate.
 
     Raises:
         ValueError: where no method can run the problem; the message holds each one's reason.
     """
+    methods = for_device(problem.device) if methods is None else methods
     key = (problem, round(math.log(filter.nnz + 1) / 0.05), tuple(method.name for method in methods), Machine.here())
     if key not in _remembered:
         _remembered[key] = _measure(problem, filter, bias, methods, budget_s)

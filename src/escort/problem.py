@@ -48,6 +48,7 @@ class Problem:
         kernel: (R, S), rows and columns of the filter.
         padding: zeros added (top, bottom, left, right).
         dtype: the precision of storage and products; ``fp32`` is strict.
+        device: as torch writes it, ``cpu`` or ``cuda:0``.
 
     Raises:
         ValueError: where no such convolution exists (channels not divisible by groups, input smaller than the kernel).
@@ -136,6 +137,11 @@ class Problem:
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
         return self.batch, self.out_channels, self.out_height, self.out_width
+
+    @property
+    def device_type(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return self.device.partition(":")[0]
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from escort import bench, prune, reference
 from escort.bench import Machine
 from escort.convert import NETWORK_ERROR_BOUND, convert
-from escort.methods import METHODS
+from escort.methods import for_device
 from escort.paper_layers import PAPER_LAYERS
 from escort.problem import Problem
 from escort.sparse import IntArray, StretchedCSR
@@ -174,7 +174,7 @@ def measure_layer(layer: Layer, *, seed: int = 0, rounds: int = 9, budget_s: flo
     found: list[tuple[str, dict[str, Any], float]] = []
     runs: list[Callable[[], object]] = []
     with torch.inference_mode():
-        for method in METHODS:
+        for method in for_device(problem.device):
             if method.unsupported(problem) is not None:
                 continue
             for config in method.configs(problem, layer.filter):

@@ -10,12 +10,18 @@ from escort.methods.lowered import Lowered
 METHODS: tuple[Method, ...] = (Direct(), Dense(), Lowered())
 
 
-def by_name(name: str) -> Method:
-    """The method of that name. Raises ValueError, naming those there are."""
-    for method in METHODS:
+def by_name(name: str, device: str = "cpu") -> Method:
+    """The method of that name on a device ("cpu", "cuda:0"). Raises ValueError, naming those there are."""
+    there = for_device(device)
+    for method in there:
         if method.name == name:
             return method
-    raise ValueError(f"no method {name!r}; there are {', '.join(method.name for method in METHODS)}")
+    raise ValueError(f"no method {name!r} on {device}; there are {', '.join(method.name for method in there)}")
 
 
-__all__ = ["METHODS", "Config", "Method", "Runner", "by_name"]
+def for_device(device: str) -> tuple[Method, ...]:
+    """The methods that run on a device ("cpu", "cuda:0")."""
+    return tuple(method for method in METHODS if method.device_type == device.partition(":")[0])
+
+
+__all__ = ["METHODS", "Config", "Method", "Runner", "by_name", "for_device"]

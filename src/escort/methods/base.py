@@ -29,11 +29,13 @@ class Method(Protocol):
     ``prepare`` does all work that depends on shapes and weights; the runner it returns only runs.
     """
 
+    #: What plans and results call it. On each type of device a name means one method.
     name: str
+    device_type: str
     config_type: type[Any]
 
     def unsupported(self, problem: Problem) -> str | None:
-        """Why this method cannot run the problem, or None where it can."""
+        """Why this method cannot run a problem on its type of device, or None where it can."""
         ...
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[Any]:
@@ -41,7 +43,7 @@ class Method(Protocol):
         ...
 
     def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Runner:
-        """A runner for this filter and input size. bias: (K,) or None."""
+        """A runner for this filter and input size, on the problem's device. bias: (K,) on any device, or None."""
         ...
 
 

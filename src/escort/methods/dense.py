@@ -25,10 +25,11 @@ class Dense:
     """The dense baseline, and the choice where sparsity does not pay."""
 
     name = "dense"
+    device_type = "cpu"
     config_type = DenseConfig
 
     def unsupported(self, problem: Problem) -> str | None:
-        return None if problem.device == "cpu" else f"runs on CPU, not on {problem.device}"
+        return None
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[DenseConfig]:
         return DenseConfig("contiguous"), DenseConfig("channels_last")

@@ -49,11 +49,10 @@ class Direct:
     """Our kernel: float32 on the CPU, every shape."""
 
     name = "direct"
+    device_type = "cpu"
     config_type = DirectConfig
 
     def unsupported(self, problem: Problem) -> str | None:
-        if problem.device != "cpu":
-            return f"runs on CPU, not on {problem.device}"
         return None if problem.dtype == "fp32" else f"computes in fp32, not in {problem.dtype}"
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[DirectConfig]:

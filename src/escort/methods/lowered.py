@@ -23,10 +23,11 @@ class Lowered:
     """Writes every input patch out as a column and multiplies the CSR filter with that matrix."""
 
     name = "lowered"
+    device_type = "cpu"
     config_type = LoweredConfig
 
     def unsupported(self, problem: Problem) -> str | None:
-        return None if problem.device == "cpu" else f"runs on CPU, not on {problem.device}"
+        return None
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[LoweredConfig]:
         return (LoweredConfig(),)
