@@ -6,23 +6,25 @@ PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null 
 # gigabytes of CUDA libraries that PyPI's torch brings along.
 PIP_FLAGS ?=
 BENCH_FLAGS ?=
+# The Python that runs the GPU tests, .venv's by default.
+ESCORT_PYTHON ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 # The build tools come from .venv, pinned like everything else, and object files are kept under build/.
 BUILD := --no-build-isolation --config-settings=build-dir
-KERNELS := CMakeLists.txt $(wildcard src/escort/kernels/*)
+KERNELS := $(wildcard src/escort/kernels/*)
 SOURCES := $(shell find src -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-asan wheel wheel-test bench hooks clean
+.PHONY: help demo test lint format test-asan test-gpu wheel wheel-test bench hooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Editable: a changed .py file takes effect at once, only the files named here call for another install.
-$(VENV)/.installed: pyproject.toml constraints.txt $(KERNELS)
+# Editable: a changed .py or .cu file takes effect at once, only the files named here call for another install.
+$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(filter-out %.cu %.cuh,$(KERNELS))
 	@echo "Setting up $(VENV): a few minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) scikit-build-core nanobind cmake ninja
@@ -39,13 +41,13 @@ test: lint test-asan  ## Lint, type check and run all tests, the kernels under t
 lint: $(VENV)/.installed  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror src/escort/kernels/*.?pp
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/mypy
 
 format: $(VENV)/.installed  ## Format all sources and mend what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i src/escort/kernels/*.?pp
+	$(BIN)/clang-format -i $(KERNELS)
 
 # A second copy of the package, its kernels instrumented. pip keeps the object files, so a changed .py costs seconds.
 build/asan/.installed: $(VENV)/.installed $(SOURCES)
@@ -62,6 +64,12 @@ test-asan: build/asan/.installed  ## Run the kernel cases under the address and 
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	PYTHONPATH="build/asan/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	$(BIN)/python -S -m pytest -p no:faulthandler --capture=sys tests/test_cases.py
+
+# On a machine that brings its own Python with torch, pytest and hypothesis, and no network:
+#   python3 -m pip install --no-build-isolation --no-deps . && make test-gpu ESCORT_PYTHON=python3
+test-gpu: $(if $(ESCORT_PYTHON),,$(VENV)/.installed)  ## Run the tests that need a GPU
+	@$(or $(ESCORT_PYTHON),$(BIN)/python) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no GPU")'
+	$(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -m gpu
 
 wheel: $(VENV)/.installed  ## Build a wheel into dist/
 	rm -rf dist

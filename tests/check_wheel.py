@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 import escort
+from escort import compiler
 
 
 def main() -> None:
     """Prunes, converts, saves and loads a small network, and compares with the original."""
     assert Path(sys.prefix) in Path(escort.__file__).parents, f"escort comes from {escort.__file__}, not from the wheel"
+    assert (compiler.KERNELS / "direct.cu").is_file(), "the wheel brings the sources that are compiled on users' GPUs"
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, stride=2)).eval()
     with torch.no_grad():

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from escort import artifact, bench
-from escort.artifact import ArtifactError, load, save
+from escort.artifact import ArtifactError, load, load_plan, save
 from escort.bench import Machine
 from escort.convert import ConvertedModel, NetworkPlan, convert
 from escort.nn import SparseConv2d
@@ -236,6 +236,8 @@ def test_nothing_is_pickled(saved: Path) -> None:
 
 
 # What docs/format.md shows: a model that adds a parameter to its input, byte by byte.
+# Version 1 had no GPUs at first; what they brought along may be missing.
+LATER = b',\\"precision\\":\\"fp32\\",\\"device\\":\\"cpu\\",\\"input_dtypes\\":[\\"float32\\"],\\"timer\\":\\"calls\\"'
 TINY_HEADER = (
     b'{"__metadata__":{"sha256":"0000000000000000000000000000000000000000000000000000000000000000",'
     b'"format":"escort","version":"1","escort":"0",'
@@ -249,7 +251,7 @@ TINY_HEADER = (
     b'"plan":"{\\"layers\\":{},\\"skipped\\":{},\\"input_shapes\\":[[2]],\\"dense_time_us\\":2.0,'
     b'\\"converted_time_us\\":1.0,\\"rel_error\\":0.0,\\"kept_dense\\":false,'
     b'\\"machine\\":{\\"device\\":\\"cpu\\",\\"isa\\":\\"generic\\",\\"threads\\":1,'
-    b'\\"torch\\":\\"2.13.0\\",\\"escort\\":\\"0\\"},\\"images\\":null}",'
+    b'\\"torch\\":\\"2.13.0\\",\\"escort\\":\\"0\\"},\\"images\\":null' + LATER + b'}",'
     b'"tensors":"{\\"compressed\\":{},\\"shared\\":{}}"},'
     b'"shift":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 )
@@ -262,14 +264,29 @@ def sealed(header: bytes, data: bytes) -> bytes:
     return whole[:35] + hashlib.sha256(whole).hexdigest().encode() + whole[99:]
 
 
-def test_a_file_put_together_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tiny_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """The machine that the file put together by hand was planned on."""
     machine = Machine("cpu", "generic", 1, "2.13.0", "0")
-    monkeypatch.setattr(Machine, "here", classmethod(lambda cls: machine))
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
+    return machine
+
+
+@pytest.mark.usefixtures("tiny_machine")
+def test_a_file_put_together_by_hand(tmp_path: Path) -> None:
     (tmp_path / "tiny").write_bytes(sealed(TINY_HEADER, TINY_DATA))
     model = load(tmp_path / "tiny")
     assert model(torch.tensor([1.0, 1.0])).tolist() == [2.0, -1.0]
     save(model, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == sealed(TINY_HEADER, TINY_DATA)
+
+
+def test_a_file_from_before_there_were_gpus(tmp_path: Path, tiny_machine: Machine) -> None:
+    assert LATER in TINY_HEADER
+    (tmp_path / "tiny").write_bytes(sealed(TINY_HEADER.replace(LATER, b""), TINY_DATA))
+    plan = load(tmp_path / "tiny").plan
+    assert plan.machine == tiny_machine
+    assert (plan.precision, plan.device, plan.input_types, plan.timer) == ("fp32", "cpu", (torch.float32,), "calls")
 
 
 class Forgery:
@@ -317,6 +334,22 @@ def asking(to: Any, *keys: str) -> Callable[[Forgery], None]:
     return setting("plan", "layers", "stem.0", "problem", *keys, to=to)
 
 
+def problems(forgery: Forgery) -> list[dict[str, Any]]:
+    return [layer["problem"] for layer in forgery.plan["layers"].values()]
+
+
+def in_precision(problem: dict[str, Any], dtype: str) -> None:
+    problem["dtype"] = dtype
+
+
+def on_gpu(layer: dict[str, Any], dtype: str = "fp32") -> dict[str, Any]:
+    """A layer's plan as if it had been measured on a GPU."""
+    config = {"memory_format": "contiguous", "output": "contiguous"}
+    candidate = {"method": "cudnn", "config": config, "time_us": 1.0, "rel_error": 0.0, "reason": None}
+    problem = layer["problem"] | {"device": "cuda:0", "dtype": dtype}
+    return layer | {"problem": problem, "method": "cudnn", "config": config, "candidates": [candidate]}
+
+
 def removing(name: str) -> Callable[[Forgery], None]:
     return lambda forgery: forgery.tensors.pop(name)
 
@@ -348,8 +381,28 @@ ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     "absurd batch": (asking(2**40, "batch"), "layer stem.0: no network asks for"),
     "absurd height": (asking(2**40, "height"), "layer stem.0: no network asks for"),
     "fractional width": (asking(32.5, "width"), "layer stem.0: no network asks for"),
-    "another device": (asking("cuda", "device"), "layer stem.0: no network asks for"),
-    "another dtype": (asking("fp16", "dtype"), "layer stem.0: no network asks for"),
+    "another device": (asking("cuda:0", "device"), "not a plan|its layers are for"),
+    "a layer on a GPU": (
+        lambda f: f.plan["layers"]["stem.0"].update(on_gpu(f.plan["layers"]["stem.0"])),
+        "its layers are for .*'cuda:0'",
+    ),
+    "a device of no kind": (asking("mps", "device"), "no method .* on mps"),
+    "a number for a device": (asking(0, "device"), "not a plan"),
+    "another dtype": (asking("fp16", "dtype"), "its layers are for .*'fp16'"),
+    "another precision": (setting("plan", "precision", to="tf32"), "its layers are for"),
+    "half precision on the CPU": (
+        lambda f: (setting("plan", "precision", to="fp16")(f), [in_precision(p, "fp16") for p in problems(f)]),
+        "layer stem.0: no network asks for",
+    ),
+    "unknown precision": (
+        lambda f: (setting("plan", "precision", to="fp8")(f), [in_precision(p, "fp8") for p in problems(f)]),
+        "dtype is one of",
+    ),
+    "unknown network device": (setting("plan", "device", to="cuda"), "not a network plan: .* the whole for cuda in"),
+    "code for a device": (setting("plan", "device", to="cuda:0\nimport os"), "not a network plan"),
+    "unknown timer": (setting("plan", "timer", to="none"), "not a network plan: .* timed by none"),
+    "unknown input type": (setting("plan", "input_dtypes", to=["load"]), "not a network plan: .*'load'"),
+    "too many input types": (setting("plan", "input_dtypes", to=["float32"] * 2), "not a network plan"),
     "unknown activation": (asking("exp", "epilogue", "activation"), "activation is one of"),
     "bias of another type": (asking("yes", "epilogue", "bias"), "layer stem.0: no network asks for"),
     "no bias": (asking(False, "epilogue", "bias"), "nothing in the network uses its tensor stem.0.bias"),
@@ -467,6 +520,61 @@ def test_another_machine_plans_again(
     monkeypatch.setattr(artifact, "plan_again", lambda model: asked.append(model) or model)
     load(tmp_path / "there")
     assert len(asked) == 1
+
+
+def planned_on_gpu(saved: Path, path: Path, dtype: str) -> Path:
+    """The file as if it had been planned on a GPU, with a node that names the device."""
+    forgery = Forgery(saved.read_bytes())
+    layers = {name: on_gpu(layer, dtype) for name, layer in forgery.plan["layers"].items()}
+    machine = asdict(Machine("A GPU", "sm_90", 0, "2.13.0", "0", "580.1", "13.0", "9.1.0"))
+    forgery.plan |= {"layers": layers, "machine": machine, "device": "cuda:0", "precision": dtype, "timer": "graph"}
+    mean = forgery.node("mean")
+    move = {"op": "call_method", "name": "moved", "target": "to", "args": [{"node": "mean"}, {"device": "cuda:0"}]}
+    nodes = forgery.architecture["graph"]
+    forgery.node("fc")["args"] = [{"node": "moved"}]
+    nodes.insert(nodes.index(mean) + 1, move | {"kwargs": {}})
+    path.write_bytes(forgery.seal())
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "tf32"])
+def test_without_a_gpu_its_plan_is_made_anew_on_the_cpu(
+    saved: Path, tmp_path: Path, converted: ConvertedModel, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = planned_on_gpu(saved, tmp_path / "gpu", dtype)
+    for device in (None, "cpu"):
+        here = load(path, device=device)
+        assert (here.plan.device, here.plan.precision, here.plan.machine) == ("cpu", "fp32", Machine.here())
+        assert {(p.problem.device, p.problem.dtype) for p in here.plan.layers.values()} == {("cpu", "fp32")}
+        assert all(plan.time_us is not None for plan in here.plan.layers.values())
+        with torch.inference_mode():
+            torch.testing.assert_close(here(X), converted(X))
+    assert load_plan(path).layers["stem.0"].method == "cudnn" and load_plan(path).device == "cuda:0"
+    with pytest.raises(ArtifactError, match="gpu: it was planned for cuda:0, not for cpu; leave out replan=False"):
+        load(path, replan=False)
+    with pytest.raises(ValueError, match="cuda:1 needs an NVIDIA GPU"):
+        load(path, device="cuda:1")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_needs_a_gpu(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        ArtifactError, match=f"gpu: it computes in {dtype}, which takes a GPU; load it where there is a GPU, or convert"
+    ):
+        load(planned_on_gpu(saved, tmp_path / "gpu", dtype))
+
+
+def test_a_plan_is_read_without_the_rest(saved: Path, converted: ConvertedModel, tmp_path: Path) -> None:
+    assert load_plan(saved) == converted.plan
+    forgery = Forgery(saved.read_bytes())
+    forgery.plan["layers"]["stem.0"]["method"] = "magic"
+    (tmp_path / "forged").write_bytes(forgery.seal())
+    with pytest.raises(ArtifactError, match="forged: no method 'magic'"):
+        load_plan(tmp_path / "forged")
+    with pytest.raises(FileNotFoundError):
+        load_plan(tmp_path / "none")
 
 
 def test_this_machine_plans_again_only_when_asked(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,11 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import escort
-from escort import artifact, models, planner
+from escort import artifact, cache, models, planner
 from escort.cli import app, doctor
 
 TINY = "tests.test_cli:tiny"
-COMMANDS = ("demo", "prune", "convert", "run", "plan", "bench", "doctor")
+COMMANDS = ("demo", "prune", "convert", "run", "plan", "bench", "cache", "doctor")
 
 
 def tiny() -> nn.Module:
@@ -222,7 +222,7 @@ def test_run_prepares_images_as_asked(saved: Path, images: Path, tmp_path: Path)
 
 
 def test_run_on_a_batch(saved: Path, batch: Path, tmp_path: Path) -> None:
-    result = succeed("run", saved, batch, "--output", tmp_path / "out.npz", "--batch", 2)
+    result = succeed("run", saved, batch, "--output", tmp_path / "out.npz", "--batch", 2, "--device", "cpu")
     assert "5 inputs at batch 2" in result.stdout
     with torch.inference_mode():
         expected = artifact.load(saved)(torch.from_numpy(np.load(batch))).numpy()
@@ -286,7 +286,7 @@ def test_doctor() -> None:
     report = succeed_json("doctor")
     findings = {finding["name"]: finding for finding in report["findings"]}
     assert report["ok"] and findings["torch"]["value"] == torch.__version__
-    assert "CUDA kernels are not part of this version" in findings["gpu"]["value"]
+    assert "NVRTC" in findings["kernel compiler"]["value"]
     assert any(name.startswith("kernel ") and "fastest" in finding["value"] for name, finding in findings.items())
     assert "remedy" in succeed("doctor").stdout
 
@@ -301,6 +301,59 @@ def test_doctor_names_the_remedy_for_what_is_missing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(doctor, "_version", lambda package: None)
     findings = {finding["name"]: finding for finding in succeed_json("doctor")["findings"]}
     assert findings["onnxruntime"]["remedy"] == "pip install escort-sparse[bench]"
+
+
+def test_doctor_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / "cache"))
+
+    def missing() -> str:
+        raise ImportError("no NVRTC")
+
+    monkeypatch.setattr(doctor.compiler, "compiler_version", missing)
+    findings = {finding["name"]: finding for finding in succeed_json("doctor")["findings"]}
+    assert findings["gpu"]["ok"] is None and "without CUDA" in findings["gpu"]["value"]
+    assert findings["kernel compiler"]["ok"] is None
+    assert findings["kernel compiler"]["remedy"] == "pip install escort-sparse[cuda13]"
+    assert findings["kernel cache"]["ok"] and not (tmp_path / "cache").exists()
+
+
+def test_doctor_says_why_the_cache_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    finding = next(finding for finding in succeed_json("doctor")["findings"] if finding["name"] == "kernel cache")
+    assert finding["ok"] is None and "ESCORT_CACHE_DIR" in finding["remedy"]
+
+
+@pytest.mark.gpu
+def test_doctor_runs_the_kernel_of_every_gpu() -> None:
+    findings = {finding["name"]: finding for finding in succeed_json("doctor")["findings"]}
+    for index in range(torch.cuda.device_count()):
+        assert torch.cuda.get_device_name(index) in findings[f"cuda:{index}"]["value"]
+        assert findings[f"kernel on cuda:{index}"]["value"] == "works"
+
+
+def test_cache_lists_and_clears(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path))
+    empty = succeed_json("cache")
+    assert empty["entries"] == [] and empty["total_bytes"] == 0 and empty["folder"] == str(tmp_path)
+    described = {"source": "direct.cu", "arch": "sm_90", "defines": {"ROWS": "4"}, "registers": 40}
+    cache.store("a" * 64, described, b"cubin")
+    (tmp_path / ("b" * 64 + ".kernel")).write_bytes(b"damaged")
+    found = succeed_json("cache")
+    assert {entry.get("source") for entry in found["entries"]} == {"direct.cu", None}
+    assert found["total_bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
+    table = succeed("cache").stdout
+    assert "ROWS=4" in table and "damaged" in table and "of at most 256.0 MB" in table
+    assert succeed_json("cache", "--clear")["removed"] == 2
+    assert not any(tmp_path.iterdir())
+
+
+def test_cache_refuses_a_bad_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESCORT_CACHE_MB", "much")
+    result = invoke("cache")
+    assert result.exit_code == 2 and "ESCORT_CACHE_MB" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -339,7 +392,15 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["prune", TINY, "--sparsity", "0.9", "--output", "{tmp}/p.pt"], "name it so"),
         (["prune", "net.pt2", "--sparsity", "0.9", "--output", "{tmp}/p.safetensors"], "before torch.export"),
         (["plan", "{tmp}/nowhere.escort"], "nowhere.escort"),
+        (["convert", TINY, "--input", "1,3,8,8", "--dtype", "fp16", "--output", "{tmp}/m.escort"], "add --device cuda"),
+        (
+            ["convert", TINY, "--input", "1,3,8,8", "--device", "tpu", "--output", "{tmp}/m.escort"],
+            "'tpu' is no device",
+        ),
+        (["plan", TINY, "--input", "1,3,8,8", "--device", "mps"], "not on mps"),
         (["plan", "{saved}", "--input", "1,3,8,8"], "leave out --input"),
+        (["plan", "{saved}", "--device", "cuda"], "leave out --input, --checkpoint, --device and --dtype"),
+        (["run", "{saved}", "{tmp}", "--device", "cuda:x"], "'cuda:x' is no device"),
         (["run", "{tmp}/nowhere.escort", "{tmp}"], "nowhere.escort"),
         (["run", "{saved}", "{tmp}/nowhere"], "no such folder"),
         (["run", "{saved}", "{tmp}"], "holds no image"),
@@ -366,6 +427,21 @@ def test_bad_input(args: list[str], message: str, tmp_path: Path, saved: Path) -
     error = result.stderr.splitlines()[-1]
     assert error.startswith("error: ") and message in error and result.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["convert", "plan", "run"])
+def test_a_gpu_that_is_not_there(
+    command: str, saved: Path, batch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = ["--input", "1,3,8,8", "--dtype", "fp16"]
+    options = {
+        "convert": [TINY, *model, "--output", tmp_path / "m.escort"],
+        "plan": [TINY, *model],
+        "run": [saved, batch],
+    }
+    result = invoke(command, *options[command], "--device", "cuda")
+    assert result.exit_code == 2 and "cuda needs an NVIDIA GPU and a torch for it" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,17 @@ from torch import nn
 import escort
 from benchmarks.networks import NETWORKS
 from escort import bench, planner, prune, reference
-from escort.convert import NETWORK_ERROR_BOUND, ConvertedModel, NetworkPlan, replan
+from escort.bench import Timing
+from escort.convert import (
+    NETWORK_ERROR_BOUND,
+    ConvertedModel,
+    NetworkPlan,
+    _dense_in,
+    _race,
+    _settle_precision,
+    _tf32_is_allowed,
+    replan,
+)
 from escort.nn import MaxPool2d, SparseConv2d
 
 #: The smallest input that each network takes, so that the tests stay fast.
@@ -91,7 +101,7 @@ def test_every_network_is_the_same_network(name: str) -> None:
                 expected, out = model(x), fast(x)
         except RuntimeError:  # its classifier takes one input size only
             continue
-        assert reference.compare(out, expected) < NETWORK_ERROR_BOUND
+        assert reference.compare(out, expected) < NETWORK_ERROR_BOUND["fp32"]
 
 
 @pytest.mark.usefixtures("always_faster")
@@ -160,6 +170,7 @@ def test_a_slower_network_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_plan_survives_json() -> None:
     plan = converted(pruned(Small()), torch.randn(1, 3, 8, 8)).plan
     assert NetworkPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert (plan.precision, plan.device, plan.timer, plan.input_dtypes) == ("fp32", "cpu", "calls", ("float32",))
     with pytest.raises(ValueError, match="not a network plan"):
         NetworkPlan.from_json({"layers": 1})
 
@@ -183,8 +194,96 @@ def test_a_converted_model_does_not_train() -> None:
     assert fast.eval() is fast
 
 
+@pytest.mark.usefixtures("always_faster")
+def test_what_a_converted_model_refuses_has_changed_nothing() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    fast = converted(pruned(Small()), x)
+    before = fast(x)
+    for move, error in ((fast.half, TypeError), (fast.double, TypeError), (lambda: fast.to("meta"), ValueError)):
+        with pytest.raises(error, match="first .*(convert the model again|convert it there)"):
+            move()
+        assert torch.equal(fast(x), before)
+    assert fast.to("cpu", torch.float32) is fast
+
+
+def test_running_out_of_memory_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_layer = planner.plan_layer
+
+    def plan(problem: Any, *args: Any, **options: Any) -> Any:
+        if problem.epilogue.residual:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 4 bytes free.")
+        return plan_layer(problem, *args, **options)
+
+    monkeypatch.setattr(planner, "plan_layer", plan)
+    with pytest.raises(torch.OutOfMemoryError, match="^layer second: .* allocate 20.00 GiB; .*smaller batch$"):
+        converted(pruned(Small()), torch.randn(1, 3, 8, 8))
+    monkeypatch.undo()
+    assert set(converted(pruned(Small()), torch.randn(1, 3, 8, 8)).plan.layers) == {"first", "second"}
+
+
+def test_a_precision_is_that_of_the_weights_or_tf32() -> None:
+    gpu = torch.device("cuda:0")
+    for dtype, precision in ((torch.float16, "fp16"), (torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        assert _settle_precision(one_conv(dtype=dtype), gpu, precision) == precision
+    assert _settle_precision(one_conv(), gpu, "tf32") == "tf32"
+    assert _settle_precision(one_conv(dtype=torch.float16), gpu, None) == "fp16"
+    for model, asked in ((one_conv(), "fp16"), (one_conv(dtype=torch.float16), "tf32")):
+        with pytest.raises(
+            ValueError, match=rf"precision '{asked}' is for weights of .* first call model.to\(torch.float"
+        ):
+            _settle_precision(model, gpu, asked)
+
+
+def test_strict_float32_where_torch_would_use_tf32_is_said(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with pytest.warns(UserWarning, match="strict float32: pass precision='tf32'"):
+        assert _settle_precision(one_conv(), gpu, None) == "fp32"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert _settle_precision(one_conv(), gpu, None) == "fp32"
+    assert _settle_precision(one_conv(), torch.device("cpu"), None) == "fp32"
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_tf32_is_switched_for_as_long_as_it_is_needed(monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", before)
+    for precision, allowed in (("tf32", True), ("fp32", False)):
+        with pytest.raises(KeyboardInterrupt), _dense_in(precision, torch.device("cuda:0")):
+            assert _tf32_is_allowed() == allowed
+            raise KeyboardInterrupt
+        assert cudnn.allow_tf32 == before
+        with _dense_in(precision, torch.device("cpu")):
+            assert cudnn.allow_tf32 == before
+
+
+def test_whole_networks_are_all_timed_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def race(runs: Any, device: Any, *, capture: bool = True, **_: Any) -> list[Timing]:
+        asked.append(capture)
+        return [Timing(3.0 if capture else 5.0, "graph" if capture and run is able else "events") for run in runs]
+
+    monkeypatch.setattr(bench, "race_on_gpu", race)
+    able, unable = lambda: None, lambda: None
+    gpu = torch.device("cuda:0")
+    assert _race([able, able], gpu) == ([3.0, 3.0], "graph") and asked == [True]
+    assert _race([able, unable], gpu) == ([5.0, 5.0], "events") and asked == [True, True, False]
+    monkeypatch.setattr(bench, "race_on_gpu", lambda *_, **__: [Timing(None, reason="out of device memory: 2 GiB")])
+    with pytest.raises(RuntimeError, match="cannot be timed: out of device memory: 2 GiB; pass .*smaller batch"):
+        _race([able], gpu)
+
+
 def one_conv(kernel: int = 3, dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, kernel, dtype=dtype)).eval()
+
+
+class Overflow(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float("inf")
 
 
 def with_nan(model: nn.Module) -> nn.Module:
@@ -212,8 +311,50 @@ def with_nan(model: nn.Module) -> nn.Module:
             ValueError,
             "layer 0: .*complex64.*float32",
         ),
+        (
+            lambda: one_conv(dtype=torch.float16),
+            torch.randn(1, 3, 8, 8).half(),
+            ValueError,
+            r"layer 0: weights of torch.float16, and the CPU computes in float32; .*\.float\(\), or move it to a GPU",
+        ),
+        (
+            lambda: nn.Sequential(one_conv(), one_conv(dtype=torch.bfloat16)).eval(),
+            torch.randn(1, 3, 8, 8),
+            ValueError,
+            "layer 1.0: weights of torch.bfloat16 among others of torch.float32",
+        ),
+        (
+            lambda: pruned(Small()),
+            (torch.randn(1, 3, 8, 8), torch.randn(1, device="meta")),
+            ValueError,
+            "the example is on cpu and on meta",
+        ),
+        (
+            lambda: nn.Sequential(one_conv(), Overflow()).eval(),
+            torch.randn(1, 3, 8, 8),
+            ValueError,
+            "output .*NaN or infinity",
+        ),
     ],
 )
 def test_bad_input_is_named(model: Callable[[], Any], example: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         escort.convert(model(), example)
+
+
+@pytest.mark.parametrize(
+    ("precision", "says"),
+    [
+        ("fp16", "precision 'fp16' is for weights of torch.float16"),
+        ("tf32", "for NVIDIA GPUs, the model is on the CPU; leave it out"),
+        ("float32", "precision is one of .*'tf32'.* got 'float32'"),
+    ],
+)
+def test_bad_precisions_are_named(precision: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8), precision=precision)
+
+
+def test_autocast_is_refused() -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast is on.* outside of it"):
+        escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8))

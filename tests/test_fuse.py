@@ -660,3 +660,41 @@ def test_any_network_stays_equal(model: nn.Module) -> None:
     result = Fused(with_statistics(model), IMAGES, others=(MORE,))
     assert not result.skipped
     assert {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)} <= set(result.convs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_fold_into_half_precision_with_one_rounding(dtype: torch.dtype) -> None:
+    model = Net(lambda net, x: net.relu(net.norm2(net.conv2(net.relu(net.norm(net.conv(x))))))).to(dtype)
+    exact = copy.deepcopy(model).double()
+    network, _ = fuse(trace(model, IMAGES.to(dtype)))
+    folded, _ = fuse(trace(exact, IMAGES.double()))
+    for name in ("conv", "conv2"):
+        for part in ("weight", "bias"):
+            ours, theirs = (net.get_submodule(name).conv.get_parameter(part) for net in (network, folded))
+            assert ours.dtype is dtype and torch.equal(ours, theirs.to(dtype))
+    with torch.no_grad():
+        x = MORE.to(dtype)
+        assert compare(network(x), exact(x.double())) < {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+
+
+def test_a_norm_that_float16_cannot_hold_is_not_folded() -> None:
+    model = Net(lambda net, x: net.norm2(net.conv2(net.norm(net.conv(x)))))
+    with torch.no_grad():
+        model.conv.weight.fill_(3.0)
+        model.norm.weight.fill_(100.0)
+        model.norm.running_var.zero_()  # epsilon makes it a scale of 316 more, and the weights 95000
+    model.half()
+    x = 1e-3 * IMAGES.half()
+    network, _ = fuse(trace(model, x))
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 1
+    with torch.no_grad():
+        assert model(x).isfinite().all() and compare(network(x), model(x)) < 2e-3
+
+
+def test_running_out_of_memory_is_no_reason_to_give_up_the_graph() -> None:
+    class Large(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 20 GiB"):
+        trace(Large(), IMAGES)

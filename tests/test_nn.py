@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from escort import ops, reference
+from escort import methods, ops, reference
 from escort.bench import Machine
-from escort.methods import by_name, for_device
+from escort.methods import Runner, by_name, for_device
 from escort.nn import MaxPool2d, SparseConv2d
 from escort.planner import Plan
 from escort.problem import Epilogue, Problem
@@ -67,9 +71,9 @@ def test_inputs_of_any_strides_are_right() -> None:
         (
             lambda x, r: (x.double(), r),
             TypeError,
-            r"features.3 computes in float32, its input is torch.float64; .*float\(\)",
+            r"features.3 computes in torch.float32, its input is torch.float64; .*\.to\(torch.float32\)",
         ),
-        (lambda x, r: (x.long(), r), TypeError, "features.3 computes in float32"),
+        (lambda x, r: (x.long(), r), TypeError, "features.3 computes in torch.float32"),
         (lambda x, r: (x,), TypeError, "features.3 was made for a residual"),
         (lambda x, r: (x, r[:, :, 1:]), ValueError, "features.3: a residual is float32"),
         (lambda x, r: (x, r.double()), ValueError, "features.3: a residual is float32"),
@@ -98,8 +102,89 @@ def test_training_and_other_dtypes_are_refused() -> None:
     with pytest.raises(RuntimeError, match="features.3 is for inference"):
         layer.train()
     assert layer.eval() is layer
-    with pytest.raises(TypeError, match="features.3 computes in float32 only"):
+    with pytest.raises(TypeError, match="features.3 computes in torch.float32 only; convert the model again"):
         layer.half()
+    assert layer.values.dtype is torch.float32 and layer.float() is layer.to(torch.float32) is layer
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """A method's config that leaves no choice."""
+
+
+class Rounded:
+    """The reference, rounded to the problem's type: a method of any precision that needs no GPU."""
+
+    name, device_type, config_type = "rounded", "cpu", NoSettings
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return None
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> tuple[NoSettings, ...]:
+        return (NoSettings(),)
+
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: NoSettings) -> Runner:
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            return reference.conv2d(problem, x, filter.to_dense(), bias, residual).to(problem.torch_dtype)
+
+        return run
+
+
+@pytest.fixture
+def half_layer(monkeypatch: pytest.MonkeyPatch) -> SparseConv2d:
+    monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, Rounded()))
+    problem = Problem(2, 6, 11, 12, 8, (3, 3), dtype="fp16", epilogue=Epilogue(bias=True))
+    weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.3)
+    plan = Plan(problem, "rounded", {}, (), Machine.here())
+    return SparseConv2d(StretchedCSR.from_dense(weight), torch.randn(8).half(), plan, "features.3")
+
+
+def test_a_layer_computes_in_the_type_it_was_planned_for(half_layer: SparseConv2d) -> None:
+    x = torch.randn(3, 6, 9, 9).half()
+    expected = reference.conv2d(half_layer.problem(3, 9, 9), x, half_layer.filter.to_dense(), half_layer.bias)
+    y = half_layer(x)
+    assert y.dtype is torch.float16 and reference.compare(y, expected) < reference.ERROR_BOUND["fp16"]
+    for other in (x.float(), x.bfloat16(), x.int()):
+        with pytest.raises(TypeError, match=r"computes in torch.float16, .*convert it with .to\(torch.float16"):
+            half_layer(other)
+    compiled = torch.compile(half_layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), y)
+
+
+def test_weights_stay_float32_whatever_the_layer_computes_in(half_layer: SparseConv2d) -> None:
+    x = torch.randn(1, 6, 9, 9).half()
+    before, values = half_layer(x), half_layer.values.clone()
+    assert half_layer.bias is not None and half_layer.bias.dtype is torch.float32
+    half_layer.half().to("cpu", torch.float16)
+    assert torch.equal(half_layer.values, values) and half_layer.bias.dtype is torch.float32
+    assert torch.equal(half_layer(x), before)
+    for move in (half_layer.float, half_layer.bfloat16, half_layer.double):
+        with pytest.raises(TypeError, match="features.3 computes in torch.float16 only; convert the model again"):
+            move()
+
+
+def test_another_type_of_device_is_refused_before_anything_moves() -> None:
+    layer, *_ = a_layer()
+    for move in (lambda: layer.to("meta"), lambda: layer.to_empty(device="meta")):
+        with pytest.raises(ValueError, match="features.3 was planned for cpu, not for meta; move the original model"):
+            move()
+    assert {buffer.device.type for buffer in layer.buffers()} == {"cpu"}
+
+
+def test_copies_and_pickles_run_by_themselves() -> None:
+    layer, *_ = a_layer(residual=False)
+    x, _ = inputs(layer, 2, 11, 12)
+    expected = layer(x)
+    file = io.BytesIO()
+    torch.save(layer, file)  # after a call: a runner is nothing to copy
+    file.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), expected)
+        other.values.zero_()
+        other.load_state_dict(other.state_dict())
+        assert not torch.equal(other(x), expected)
+    assert torch.equal(layer(x), expected)
 
 
 def test_the_filter_and_new_state_come_back() -> None:
@@ -155,6 +240,24 @@ def test_the_operator_notices_changed_weights() -> None:
     assert before.any()
     layer.values.mul_(3.0)
     assert torch.allclose(call(), 3 * before, atol=1e-5)
+
+
+def test_the_operator_tells_types_and_residuals_apart() -> None:
+    layer, problem, weight = a_layer()
+    x, residual = inputs(layer, 2, 11, 12)
+    arrays = layer.values, layer.columns, layer.indptr, layer.bias, layer._spec
+    with pytest.raises(ValueError, match="takes torch.float32 on the filter's device, cpu, got torch.float64"):
+        ops.sparse_conv2d(x.double(), residual, *arrays)
+    for added in (residual, None, residual):
+        expected = reference.conv2d(problem, x, weight, layer.bias, added)
+        assert reference.compare(ops.sparse_conv2d(x, added, *arrays), expected) < 1e-5
+
+
+def test_programs_exported_before_there_were_precisions_are_in_float32() -> None:
+    layer, *_ = a_layer()
+    fields = json.loads(layer._spec)
+    assert fields.pop("dtype") == "fp32"
+    assert ops.Spec.from_json(json.dumps(fields)) == ops.Spec.from_json(layer._spec)
 
 
 @settings(deadline=None, max_examples=60)

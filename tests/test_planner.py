@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from escort import bench, planner, reference
-from escort.bench import Machine
+from escort.bench import Machine, Timing
 from escort.methods import by_name, for_device
 from escort.planner import Plan, plan_layer
 from escort.problem import Problem
@@ -41,14 +41,17 @@ class Fake:
 
     config_type = FakeConfig
 
-    def __init__(self, name: str, change: Callable[[torch.Tensor], torch.Tensor], refuses: str | None = None) -> None:
+    def __init__(
+        self, name: str, change: Callable[[torch.Tensor], torch.Tensor], refuses: str | None = None, configs: int = 1
+    ) -> None:
         self.name, self.change, self.refuses, self.prepared = name, change, refuses, 0
+        self.space = [FakeConfig(knob) for knob in range(configs)]
 
     def unsupported(self, problem: Problem) -> str | None:
         return self.refuses
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[FakeConfig]:
-        return (FakeConfig(),)
+        return self.space
 
     def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Any:
         self.prepared += 1
@@ -129,8 +132,97 @@ def test_nonsense_is_no_plan(change: dict[str, Any]) -> None:
         Plan.from_json({**data, **change})
 
 
-def test_race_takes_turns_and_reports_medians() -> None:
-    order: list[str] = []
-    times = bench.race([lambda: order.append("a"), lambda: order.append("b")], warmup=1, rounds=4)
-    assert order == ["a", "b"] + ["a", "b"] * 4
-    assert len(times) == 2 and min(times) > 0.0
+def test_a_search_is_bounded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = Fake("large", lambda y: y, configs=planner._MOST_CONFIGS + 5)
+    plan = plan_layer(PROBLEM, a_filter(), methods=(large,))
+    assert large.prepared == planner._MOST_CONFIGS
+    assert [c.reason for c in plan.candidates if c.config is None] == ["5 more configs were not tried"]
+    planner._remembered.clear()
+    monkeypatch.setattr(planner, "_SEARCH_S", 0.0)
+    others = Fake("large", lambda y: y, configs=3), Fake("small", lambda y: y)
+    plan_layer(PROBLEM, a_filter(), methods=others)
+    assert [method.prepared for method in others] == [1, 1]  # each method's best guess is always tried
+
+
+def test_the_last_image_of_the_batch_is_checked() -> None:
+    def spoil(y: torch.Tensor) -> torch.Tensor:
+        y[-1] *= 1.5
+        return y
+
+    batch = replace(PROBLEM, batch=4)
+    plan = plan_layer(batch, a_filter(), methods=(Fake("spoilt", spoil), by_name("dense")))
+    assert "exceeds" in next(c.reason or "" for c in plan.candidates if c.method == "spoilt")
+
+
+ON_GPU = replace(PROBLEM, device="cuda:0")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is the CPU, on which contestants take as long as their name says."""
+    machine = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159", "13.0", "9.19.0")
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
+    inputs = bench.example_inputs
+    monkeypatch.setattr(bench, "example_inputs", lambda problem: 3 * inputs(replace(problem, device="cpu")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(bench, "glance_us", lambda run, device: 100.0)
+
+    def race(runs: Sequence[Sequence[Any]], device: str, **options: Any) -> list[Timing]:
+        assert device == "cuda:0" and all(len(run) == 3 for run in runs)  # every input takes part
+        return [Timing(10.0 * (index + 1)) for index in range(len(runs))]
+
+    monkeypatch.setattr(bench, "race_on_gpu", race)
+
+
+def out_of_memory(y: torch.Tensor) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB. GPU 0 has less.")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_whatever_fails_becomes_a_reason() -> None:
+    class Refused(Fake):
+        def prepare(self, *args: Any) -> Any:
+            raise ValueError("a block of 2048 threads")
+
+    methods = Fake("full", out_of_memory), Refused("refused", lambda y: y), Fake("cudnn", lambda y: y)
+    plan = plan_layer(ON_GPU, a_filter(), methods=methods)
+    assert (plan.method, plan.time_us, plan.dense_time_us) == ("cudnn", 10.0, 10.0)
+    reasons = {c.method: c.reason for c in plan.candidates if c.reason}
+    assert reasons == {
+        "full": "out of device memory: Tried to allocate 9 TiB",
+        "refused": "a block of 2048 threads",
+    }
+    assert {c.timer for c in plan.candidates if c.time_us} == {"graph"}
+    with pytest.raises(ValueError, match="no method can run .* on cuda:0.*: full: out of device memory"):
+        plan_layer(ON_GPU, a_filter(), methods=methods[:1])
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_first_runs_may_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    first_us = iter([20.0, 70.0, 200.0])
+    monkeypatch.setattr(bench, "glance_us", lambda run, device: next(first_us))
+    plan = plan_layer(ON_GPU, a_filter(), methods=[Fake(name, lambda y: y) for name in ("a", "b", "c")])
+    timed = {c.method: (c.time_us, c.timer) for c in plan.candidates}
+    assert timed == {"a": (10.0, "graph"), "b": (20.0, "graph"), "c": (200.0, "events")}
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_a_race_may_be_lost_to_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = [Timing(None, reason="out of device memory"), Timing(9.0, "events", "not captured: it synchronizes")]
+    monkeypatch.setattr(bench, "race_on_gpu", lambda runs, device, **_: timings[: len(runs)])
+    methods = Fake("full", lambda y: y), Fake("synchronizes", lambda y: y)
+    plan = plan_layer(ON_GPU, a_filter(), methods=methods)
+    assert (plan.method, plan.time_us) == ("synchronizes", 9.0)
+    full, synchronizes = plan.candidates
+    assert (full.time_us, full.reason) == (None, "out of device memory")
+    assert (synchronizes.timer, synchronizes.reason) == ("events", None)
+    with pytest.raises(ValueError, match="no method can run"):
+        plan_layer(ON_GPU, a_filter(), methods=methods[:1])
+
+
+def test_plans_of_older_versions_are_read() -> None:
+    data = plan_layer(PROBLEM, a_filter()).to_json()
+    for candidate in data["candidates"]:
+        del candidate["timer"]
+    assert {candidate.timer for candidate in Plan.from_json(data).candidates} == {"calls"}

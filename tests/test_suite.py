@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from escort import prune, suite
-from escort.methods.dense import Dense
+from escort import bench, prune, suite
+from escort.bench import Machine, Timing
+from escort.methods.dense import Dense, DenseConfig
 from escort.paper_layers import PAPER_LAYERS
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
@@ -55,6 +56,16 @@ def test_paper_layers_have_the_published_sparsities_at_random_positions() -> Non
     same, other = suite.paper_layers(2)[0], suite.paper_layers(2, seed=1)[0]
     assert np.array_equal(layers[0].filter.columns, same.filter.columns)
     assert not np.array_equal(layers[0].filter.columns, other.filter.columns)
+
+
+def test_the_papers_batches_and_any_precision() -> None:
+    layers = suite.paper_layers(None, dtype="fp16", device="cuda:0")
+    assert {(layer.network, layer.problem.batch) for layer in layers} == {
+        ("caffenet", 128),
+        ("googlenet", 128),
+        ("resnet50", 32),
+    }
+    assert {(layer.problem.dtype, layer.problem.device) for layer in layers} == {("fp16", "cuda:0")}
 
 
 @pytest.fixture
@@ -124,6 +135,15 @@ def test_damaged_pattern_files(tmp_path: Path, arrays: dict[str, np.ndarray]) ->
         suite.pattern_layers(tmp_path / "nowhere.npz", 1)
 
 
+def test_patterns_may_take_the_papers_batch(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    np.savez(tmp_path / "resnet50_magnitude.npz", **arrays)
+    (layer,) = suite.pattern_layers(tmp_path / "resnet50_magnitude.npz", None, dtype="bf16", device="cuda:1")
+    assert (layer.problem.batch, layer.problem.dtype, layer.problem.device) == (32, "bf16", "cuda:1")
+    np.savez(tmp_path / "lenet.npz", **arrays)
+    with pytest.raises(ValueError, match="the paper knows no lenet, only caffenet, googlenet, resnet50"):
+        suite.pattern_layers(tmp_path / "lenet.npz", None)
+
+
 def test_every_configuration_of_every_method_is_a_row() -> None:
     layer = tiny_layer()
     rows = suite.measure_layer(layer, rounds=1)
@@ -146,6 +166,95 @@ def test_wrong_outputs_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite.bench, "race", lambda *args, **kwargs: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match="conv, .*relative error 1.0e-02"):
         suite.measure_layer(tiny_layer())
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A config of :class:`FakeGpuMethod`: its output is the right one times `factor`."""
+
+    factor: float = 1.0
+    takes_channels_last: bool = False
+
+
+class FakeGpuMethod(Dense):
+    """Runs on the CPU what claims to be on a GPU."""
+
+    name, device_type, config_type = "fake", "cuda", Scaled
+    benchmarks = (Scaled(takes_channels_last=True),)
+
+    def __init__(self, *configs: Scaled) -> None:
+        self.space = configs
+        self.saw_channels_last: list[bool] = []
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Any:
+        return self.space
+
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: Any, config: Any) -> Any:
+        run = super().prepare(problem, filter, bias, DenseConfig())
+
+        def scaled(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            self.saw_channels_last.append(x.is_contiguous(memory_format=torch.channels_last))
+            if config.factor == 0.0:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB. GPU 0 has less.")
+            return run(x) * config.factor
+
+        return scaled
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> suite.Layer:
+    inputs = bench.example_inputs
+    monkeypatch.setattr(bench, "example_inputs", lambda p, seed: 2 * inputs(replace(p, device="cpu"), seed=seed))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    layer = tiny_layer()
+    return replace(layer, problem=replace(layer.problem, device="cuda:0"))
+
+
+def race(runs: Any, device: str, **_: Any) -> list[Timing]:
+    assert device == "cuda:0" and all(len(run) == 2 for run in runs)
+    for run in runs:
+        run[0]()
+    return [Timing(3.14159), Timing(2.0, "events", "not captured"), Timing(None, reason="out of device memory")][
+        : len(runs)
+    ]
+
+
+def test_rows_of_a_gpu(on_gpu: suite.Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "race_on_gpu", race)
+    method = FakeGpuMethod(Scaled())
+    rows = suite.measure_layer(on_gpu, methods=[method])
+    assert [(row.method, row.time_us) for row in rows] == [("fake", 3.14), ("fake", 2.0)]
+    assert rows[0].config == {"factor": 1.0, "takes_channels_last": False}
+    assert rows[1].config == {"factor": 1.0, "takes_channels_last": True, "timer": "events"}
+    assert method.saw_channels_last == [False, True] * 2  # checked, then timed
+
+
+@pytest.mark.parametrize(
+    ("factor", "why"),
+    [(0.0, "out of device memory: Tried to allocate 9 TiB"), (1 + 5e-5, "relative error 5.0e-05 exceeds 1e-05")],
+)
+def test_what_a_gpu_cannot_run_is_left_out(
+    on_gpu: suite.Layer, monkeypatch: pytest.MonkeyPatch, factor: float, why: str
+) -> None:
+    monkeypatch.setattr(bench, "race_on_gpu", race)
+    with pytest.warns(UserWarning, match=f"conv, fake .*{factor}.* is left out: {why}"):
+        rows = suite.measure_layer(on_gpu, methods=[FakeGpuMethod(Scaled(factor), Scaled())])
+    assert [row.config["factor"] for row in rows] == [1.0, 1.0]
+
+
+def test_what_fails_in_the_race_is_left_out(on_gpu: suite.Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "race_on_gpu", race)
+    with pytest.warns(UserWarning, match="is left out: out of device memory"):
+        rows = suite.measure_layer(on_gpu, methods=[FakeGpuMethod(Scaled(), Scaled(1 + 1e-7))])
+    assert len(rows) == 2
+
+
+def test_wrong_outputs_are_not_timed_on_a_gpu(on_gpu: suite.Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "race_on_gpu", lambda *args, **kwargs: pytest.fail("timed"))
+    for factor in (1.001, float("nan")):
+        with pytest.raises(RuntimeError, match="conv, fake .* exceeds 1e-05; please report it"):
+            suite.measure_layer(on_gpu, methods=[FakeGpuMethod(Scaled(factor))])
 
 
 def test_network_against_its_rivals() -> None:
@@ -200,3 +309,16 @@ def test_result_files(tmp_path: Path) -> None:
     head = result["header"]
     assert head["device"] == "cpu" and head["threads"] == torch.get_num_threads() and head["command"] == "escort bench"
     assert {"cpu", "isa", "load_average", "versions", "commit", "date"} <= set(head)
+
+
+def test_header_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159.04", "13.0", "9.19.0")
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
+    head = suite.header("escort bench --device cuda", "cuda:0")
+    assert (head["device"], head["gpu"], head["driver"]) == ("cuda", "NVIDIA H200", "580.159.04")
+    assert (head["versions"]["cuda"], head["versions"]["cudnn"], head["versions"]["torch"]) == (
+        "13.0",
+        "9.19.0",
+        "2.11.0",
+    )
+    assert "replays" in head["timing"] and {"commit", "date", "command"} <= set(head)

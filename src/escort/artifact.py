@@ -22,13 +22,13 @@ from torch import Tensor, fx, nn
 from escort import graph
 from escort.bench import Machine
 from escort.container import Container, pack, parse
-from escort.convert import ConvertedModel, NetworkPlan
 from escort.convert import replan as plan_again
+from escort.converted import ConvertedModel, NetworkPlan, find_device
 from escort.fuse import plain_copy, unsupported
-from escort.methods import by_name
+from escort.methods import for_device
 from escort.nn import MaxPool2d, SparseConv2d
 from escort.planner import Plan
-from escort.problem import Problem
+from escort.problem import Precision, Problem
 from escort.sparse import StretchedCSR
 
 FORMAT = "escort"
@@ -69,31 +69,45 @@ def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
     _write(Path(path), pack(metadata, _tensors(model.network, architecture["layers"])))
 
 
-def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, replan: bool | None = None) -> ConvertedModel:
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    device: str | torch.device | None = None,
+    replan: bool | None = None,
+) -> ConvertedModel:
     """The converted model that :func:`save` wrote. A file from an untrusted source is safe to load.
 
     Args:
         model: for a file without a graph, a new dense model of the same structure; it is copied, not changed.
+        device: what it shall run on: "cpu", "cuda" or "cuda:1"; by default what it was planned for, or the nearest to
+            that which is here.
         replan: whether to measure anew which method is fastest; by default if the file was planned on another
-            machine, with another number of threads, or by other versions.
+            machine or for another type of device, with another number of threads, or by other versions.
 
     Raises:
         ArtifactError: (a ValueError) naming the file, the layer, the problem and the remedy.
+        ValueError: if there is no such device here.
         OSError: if the file cannot be read.
+        torch.OutOfMemoryError: if the GPU cannot hold the model, or run it on the inputs that it was planned for.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a file; name one that escort.save wrote")
-    data = path.read_bytes()
+    asked = None if device is None else find_device(str(device))
+    data = _read(path)
     with _blaming(path, _REMEDY):
-        container = Container(data)
-        _check_version(container.metadata)
-        plan = NetworkPlan.from_json(parse(container.metadata["plan"]))
-        sizes = [size for shape in plan.input_shapes for size in shape]
-        if min(sizes, default=0) < 0 or sum(map(math.prod, plan.input_shapes)) > MAX_NUMBERS:
-            raise ValueError(f"no network takes inputs of shape {plan.input_shapes}")
+        container, plan = _open(data)
         architecture = parse(container.metadata["architecture"])
         nodes = architecture["graph"]
+    planned = torch.device(plan.device)
+    there = _nearest(planned) if asked is None else asked
+    moves = there.type != planned.type
+    if moves and replan is False:
+        raise ArtifactError(f"{path}: it was planned for {planned}, not for {there}; leave out replan=False")
+    if moves and plan.precision in ("fp16", "bf16"):
+        remedy = "load it where there is a GPU, or convert the model in float32 on the CPU"
+        raise ArtifactError(f"{path}: it computes in {plan.precision}, which takes a GPU; {remedy}")
+    with _blaming(path, _REMEDY):
+        plan = _transfer(plan, there)
         layers = {name: _build(name, record, container, plan) for name, record in architecture["layers"].items()}
     if (nodes is None) != (model is not None):
         what = "no graph; pass load a new model of the class" if model is None else "its own graph; leave out the model"
@@ -102,14 +116,67 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, replan
         network = _connect(nodes, layers, container) if model is None else _insert(layers, container, model)
         if container.left:
             raise ValueError(f"nothing in the network uses its tensor {container.left[0]}")
+        if isinstance(network, fx.GraphModule) and there != planned:
+            _redirect(network, planned, there)
+        network.to(there)
     chosen = {name: layer.plan for name, layer in layers.items() if isinstance(layer, SparseConv2d)}
-    converted = ConvertedModel(network, replace(plan, layers=plan.layers | chosen))
+    others = {} if moves else plan.layers  # of a network that stayed dense
+    converted = ConvertedModel(network, replace(plan, layers=others | chosen))
     if replan is None:
-        replan = plan.machine != Machine.here() or any(plan.time_us is None for plan in chosen.values())
+        replan = plan.machine != Machine.here(str(there)) or any(plan.time_us is None for plan in chosen.values())
     if not replan:
         return converted
-    with _blaming(path, "load it with replan=False, then convert the model again on this machine"):
+    remedy = "convert the model again on this machine"
+    with _blaming(path, remedy if moves else f"load it with replan=False, then {remedy}"):
         return plan_again(converted)
+
+
+def load_plan(path: str | os.PathLike[str]) -> NetworkPlan:
+    """The plan in a file that :func:`save` wrote, as it was planned and wherever that was; nothing else is looked at.
+
+    Raises:
+        ArtifactError, OSError: as :func:`load` does.
+    """
+    path = Path(path)
+    data = _read(path)
+    with _blaming(path, _REMEDY):
+        return _open(data)[1]
+
+
+def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file; name one that escort.save wrote")
+    return path.read_bytes()
+
+
+def _open(data: bytes) -> tuple[Container, NetworkPlan]:
+    container = Container(data)
+    _check_version(container.metadata)
+    plan = NetworkPlan.from_json(parse(container.metadata["plan"]))
+    sizes = [size for shape in plan.input_shapes for size in shape]
+    if min(sizes, default=0) < 0 or sum(map(math.prod, plan.input_shapes)) > MAX_NUMBERS:
+        raise ValueError(f"no network takes inputs of shape {plan.input_shapes}")
+    return container, plan
+
+
+def _nearest(planned: torch.device) -> torch.device:
+    """The device here that is most like the one planned for."""
+    if planned.type == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    there = planned.index is not None and planned.index < torch.cuda.device_count()
+    return planned if there else find_device("cuda")
+
+
+def _transfer(plan: NetworkPlan, device: torch.device) -> NetworkPlan:
+    """The plan for another device; on one of another type nothing is chosen yet."""
+    moves = device.type != torch.device(plan.device).type
+    precision: Precision = "fp32" if moves and plan.precision == "tf32" else plan.precision
+    layers = {}
+    for name, layer in plan.layers.items():
+        layer = replace(layer, problem=replace(layer.problem, device=str(device), dtype=precision))
+        layers[name] = replace(layer, method="", candidates=()) if moves else layer
+    images = None if moves else plan.images
+    return replace(plan, layers=layers, device=str(device), precision=precision, images=images)
 
 
 def _describe(model: ConvertedModel) -> dict[str, Any]:
@@ -127,7 +194,7 @@ def _describe(model: ConvertedModel) -> dict[str, Any]:
             layer = network.get_submodule(name)
             if isinstance(layer, SparseConv2d):
                 asked = model.plan.layers[name].problem
-                if layer.problem(asked.batch, asked.height, asked.width) != asked:
+                if replace(layer.problem(asked.batch, asked.height, asked.width), device=asked.device) != asked:
                     raise ValueError("it was changed after it was planned; convert the model again")
                 layers[name] = {"type": _SPARSE}
             else:
@@ -172,10 +239,14 @@ def _build_sparse(name: str, container: Container, plan: Plan) -> SparseConv2d:
     bias = container.tensor(f"{name}.bias") if problem.epilogue.bias else None
     if bias is not None and bias.dtype is not torch.float32:
         raise ValueError(f"its bias is {bias.dtype}, not float32")
-    # A kernel trusts its config, so only one that the method itself offers may reach it.
-    offered = [asdict(config) for config in by_name(plan.method, plan.problem.device).configs(problem, filter)]
+    # A kernel trusts its config, so only one that a method itself offers may reach it.
+    methods = [method for method in for_device(problem.device) if method.unsupported(problem) is None]
+    if not methods:
+        raise ValueError(f"no method here can run {problem}; convert the model on this machine")
+    method = next((method for method in methods if method.name == plan.method), methods[0])
+    offered = [asdict(config) for config in method.configs(problem, filter)]
     config = offered[offered.index(plan.config)] if plan.config in offered else offered[0]
-    return SparseConv2d(filter, bias, replace(plan, config=config), name)
+    return SparseConv2d(filter, bias, replace(plan, method=method.name, config=config), name)
 
 
 def _check_problem(problem: Problem) -> None:
@@ -187,7 +258,7 @@ def _check_problem(problem: Problem) -> None:
         lengths != (2, 2, 2, 4)
         or not all(type(number) is int for number in (*sizes, *windows))
         or not all(type(flag) is bool for flag in flags)
-        or (problem.dtype, problem.device) != ("fp32", "cpu")
+        or (problem.device == "cpu" and problem.dtype != "fp32")
         or max(windows) > MAX_WINDOW
         or max(math.prod(shape[2:]) for shape in (problem.input_shape, problem.output_shape)) > MAX_PLANE
         or max(math.prod(shape) for shape in (problem.input_shape, problem.output_shape)) > MAX_NUMBERS
@@ -219,6 +290,17 @@ def _connect(nodes: list[Mapping[str, Any]], layers: Mapping[str, nn.Module], co
     return graph.build_graph(nodes, roots)
 
 
+def _redirect(network: fx.GraphModule, planned: torch.device, there: torch.device) -> None:
+    """Lets the tensors that a graph makes by itself follow the network to another device."""
+
+    def follow(argument: Any) -> Any:
+        return there if isinstance(argument, torch.device) and argument.type == planned.type else argument
+
+    for node in network.graph.nodes:
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), follow)
+    network.recompile()
+
+
 def _insert(layers: Mapping[str, nn.Module], container: Container, model: nn.Module) -> nn.Module:
     """A copy of a dense model with these layers in the place of those that they were made from."""
     network = plain_copy(model)
@@ -234,7 +316,8 @@ def _insert(layers: Mapping[str, nn.Module], container: Container, model: nn.Mod
 def _check_replaceable(old: nn.Module, new: nn.Module) -> None:
     if isinstance(new, SparseConv2d):
         problem = new.plan.problem
-        if unsupported(old) or Problem.of(old, problem.input_shape) != problem:  # type: ignore[arg-type]
+        where = {"dtype": problem.dtype, "device": problem.device}
+        if unsupported(old) or Problem.of(old, problem.input_shape, **where) != problem:  # type: ignore[arg-type]
             raise ValueError(f"the file holds {new}, the model has {old}")
     elif (
         type(old) is not nn.MaxPool2d
@@ -285,6 +368,8 @@ def _blaming(path: Path, remedy: str) -> Iterator[None]:
     """Turns whatever goes wrong into an ArtifactError. A damaged file may go wrong anywhere, in torch too."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise ArtifactError(f"{path}: {_told(error)}; {remedy}") from error
 

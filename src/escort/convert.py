@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,159 +19,88 @@ from torch.utils._pytree import tree_leaves
 
 from escort import batching, bench, fuse, planner, reference
 from escort.bench import Machine
+from escort.converted import ConvertedModel, NetworkPlan, Timer
 from escort.fuse import FusedConv2d
 from escort.memory import keep_freed_memory
+from escort.methods.base import float32_convolutions
 from escort.nn import MaxPool2d, SparseConv2d
 from escort.planner import Plan
-from escort.problem import Epilogue, Problem
+from escort.problem import TORCH_DTYPE, Epilogue, Precision, Problem
 from escort.sparse import StretchedCSR
 
-#: Largest relative error of a converted network's outputs: fp32 rounding, summed over its layers.
-NETWORK_ERROR_BOUND = 1e-4
+__all__ = ["NETWORK_ERROR_BOUND", "ConvertedModel", "NetworkPlan", "convert", "replan"]
+
+#: Largest relative error of a converted network's outputs: the rounding of its precision, summed over its layers. The
+#: original that it is compared with rounds as much, but never in TF32.
+NETWORK_ERROR_BOUND: dict[str, float] = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2, "bf16": 7.5e-2}
 
 _IMAGES = (1, 2, 4)  # how many images at a time are tried
-
-
-@dataclass(frozen=True)
-class NetworkPlan:
-    """What became of each convolution of a model, and how long the whole takes.
-
-    Attributes:
-        layers: layer name to plan, in the order of execution.
-        skipped: layer name to the reason why it was left alone.
-        input_shapes: the example's shapes.
-        dense_time_us, converted_time_us: median time of a forward on the example, of the model as given and converted.
-        kept_dense: whether the original network was kept because converting it did not pay.
-        rel_error: ``||out - ref|| / ||ref||`` of the converted network against the original.
-        images: how many images of a larger batch run at a time, None for all (see :mod:`escort.batching`).
-    """
-
-    layers: dict[str, Plan]
-    skipped: dict[str, str]
-    input_shapes: tuple[tuple[int, ...], ...]
-    dense_time_us: float
-    converted_time_us: float
-    rel_error: float
-    kept_dense: bool
-    machine: Machine
-    images: int | None = None
-
-    @property
-    def speedup(self) -> float:
-        """Dense time over the time of what was kept."""
-        return 1.0 if self.kept_dense else self.dense_time_us / self.converted_time_us
-
-    @property
-    def reason(self) -> str | None:
-        """Why the original network was kept, None where it was converted."""
-        if not self.kept_dense:
-            return None
-        return (
-            f"the converted network takes {self.converted_time_us:.0f} us, the original {self.dense_time_us:.0f} us: "
-            "the original is kept; prune further or use a larger input"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "layers": {name: plan.to_json() for name, plan in self.layers.items()},
-            "skipped": self.skipped,
-            "input_shapes": [list(shape) for shape in self.input_shapes],
-            "dense_time_us": self.dense_time_us,
-            "converted_time_us": self.converted_time_us,
-            "rel_error": self.rel_error,
-            "kept_dense": self.kept_dense,
-            "machine": self.machine.to_json(),
-            "images": self.images,
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> NetworkPlan:
-        """The plan behind :meth:`to_json`. Raises ValueError on anything else."""
-        try:
-            return cls(
-                {str(name): Plan.from_json(plan) for name, plan in data["layers"].items()},
-                {str(name): str(reason) for name, reason in data["skipped"].items()},
-                tuple(tuple(int(size) for size in shape) for shape in data["input_shapes"]),
-                float(data["dense_time_us"]),
-                float(data["converted_time_us"]),
-                float(data["rel_error"]),
-                bool(data["kept_dense"]),
-                Machine.from_json(data["machine"]),
-                None if data.get("images") is None else max(int(data["images"]), 1),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a network plan: {error}") from error
-
-
-class ConvertedModel(nn.Module):
-    """A drop-in for the model it was made from. Inference only.
-
-    Attributes:
-        network: what runs; an fx.GraphModule where the model could be traced, else the model with swapped layers.
-        plan: what was chosen per layer and why.
-    """
-
-    def __init__(self, network: nn.Module, plan: NetworkPlan) -> None:
-        super().__init__()
-        keep_freed_memory()
-        self.network = network
-        self.plan = plan
-        super().train(False)
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        images = self.plan.images
-        if images and len(inputs) == 1 and not torch.compiler.is_compiling() and len(inputs[0]) > images:
-            return batching.run_in_parts(self.network, inputs[0], images)
-        return self.network(*inputs, **named)
-
-    @property
-    def traced(self) -> bool:
-        """Whether the network is a graph, so that it can be saved without the model's own code."""
-        return isinstance(self.network, fx.GraphModule)
-
-    def train(self, mode: bool = True) -> ConvertedModel:
-        if mode:
-            raise RuntimeError("a converted model is for inference: fine-tune the pruned model, then convert it again")
-        return self
+_PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def convert(
-    model: nn.Module, example_inputs: torch.Tensor | tuple[torch.Tensor, ...], *, progress: bool = False
+    model: nn.Module,
+    example_inputs: torch.Tensor | tuple[torch.Tensor, ...],
+    *,
+    precision: Precision | None = None,
+    progress: bool = False,
 ) -> ConvertedModel:
     """A faster drop-in for a pruned model.
 
-    Folds batch-norms, fuses activations and residual adds, measures every way to run each convolution on this machine
-    and swaps in the fastest. The model itself is not changed. Where the whole is no faster, the original network is
-    kept and ``.plan.reason`` says so.
+    Folds batch-norms, fuses activations and residual adds, measures every way to run each convolution on the model's
+    device and swaps in the fastest. The model itself is not changed. Where the whole is no faster, the original network
+    is kept and ``.plan.reason`` says so.
+
+    Every convolution that is swapped computes in `precision`, whatever torch's global settings say. What is left alone,
+    linear layers for example or the original network where it is kept, computes as those settings say.
 
     Args:
-        model: in eval mode, float32, on the CPU. Models that torch.fx cannot trace are converted layer by layer.
+        model: in eval mode, on the CPU in float32 or on a GPU in float32, float16 or bfloat16. Models that torch.fx
+            cannot trace are converted layer by layer.
         example_inputs: a typical input; timing is done for its shapes, other batch and input sizes stay correct.
+        precision: "fp32", "fp16" and "bf16" are those of the model's weights, which is the default: float32 weights are
+            multiplied as they are. "tf32" allows TF32 products of float32 weights besides, as torch's own convolutions
+            use on GPUs unless ``torch.backends.cudnn.allow_tf32`` is switched off.
         progress: show a progress bar on stderr.
 
     Raises:
         ValueError, TypeError: naming the layer, the problem and the remedy.
+        torch.OutOfMemoryError: naming the layer that did not fit the GPU, which stays usable.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    _check(model, inputs)
-    keep_freed_memory()  # before anything is timed
-    try:
-        with torch.inference_mode():
-            expected = model(*inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"the example {[tuple(x.shape) for x in inputs]} does not run through the model: {error}"
-        ) from error
-    original: nn.Module
-    network: nn.Module
-    try:
-        original = fuse.trace(model, inputs)
-        network, skipped = fuse.fuse(original)
-    except fuse.Untraceable:
-        original, network, skipped = fuse.plain_copy(model), fuse.plain_copy(model), {}
-    convolutions = [name for name, module in network.named_modules() if _is_planned(module) and name not in skipped]
-    inner = {f"{name}.conv" for name in convolutions}
-    calls = _record_calls(network, [name for name in convolutions if name not in inner], inputs)
+    device = _check(model, inputs)
+    precision = _settle_precision(model, device, precision)
+    if device.type == "cpu":
+        keep_freed_memory()  # before anything is timed
+    with _current(device):
+        return _convert(model, inputs, precision, progress)
+
+
+def _convert(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], precision: Precision, progress: bool
+) -> ConvertedModel:
+    with _running_out("the model itself"), _dense_in("fp32", inputs[0].device):
+        try:
+            with torch.inference_mode():
+                expected = _tensors(model(*inputs))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"the example {[tuple(x.shape) for x in inputs]} does not run through the model: {error}"
+            ) from error
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in expected):
+            raise ValueError("the model's output on the example holds NaN or infinity; use an example that it is for")
+        original: nn.Module
+        network: nn.Module
+        try:
+            original = fuse.trace(model, inputs)
+            network, skipped = fuse.fuse(original)
+        except fuse.Untraceable:
+            original, network, skipped = fuse.plain_copy(model), fuse.plain_copy(model), {}
+        convolutions = [name for name, module in network.named_modules() if _is_planned(module) and name not in skipped]
+        inner = {f"{name}.conv" for name in convolutions}
+        calls = _record_calls(network, [name for name in convolutions if name not in inner], inputs)
     layers: dict[str, Plan] = {}
     for name, shape in _track(calls.items(), len(calls), "planning", progress):
         module = network.get_submodule(name)
@@ -180,37 +110,48 @@ def convert(
         if reason:
             skipped[name] = reason
             continue
-        sparse = _swap(module, shape, name)
+        with _running_out(f"layer {name}"):
+            sparse = _swap(module, shape, name, precision)
         layers[name] = sparse.plan
         _set_submodule(network, name, sparse)
     _swap_pools(network)
-    return _finish(original, network, inputs, expected, layers, skipped)
+    with _running_out("the whole network"):
+        return _finish(original, network, inputs, expected, layers, skipped, precision)
 
 
 def replan(model: ConvertedModel, *, progress: bool = False) -> ConvertedModel:
-    """The same network planned anew on this machine, for the input sizes that it was planned for."""
-    network = copy.deepcopy(model.network)
-    layers = dict(model.plan.layers)
-    modules = [(name, m) for name, m in network.named_modules() if isinstance(m, SparseConv2d)]
-    for name, module in _track(modules, len(modules), "planning", progress):
-        problem = module.plan.problem
-        layers[name] = planner.plan_layer(problem, module.filter, module.bias)
-        _set_submodule(network, name, SparseConv2d(module.filter, module.bias, layers[name], module.name))
-    example = tuple(torch.randn(shape) for shape in model.plan.input_shapes)
-    with torch.inference_mode():
-        runs, images = _ways_to_run(network, example)
-        times = bench.race(runs, rounds=4, burst=3, budget_s=2.0)
+    """The same network planned anew on this machine and the device it is on, for the input sizes it was planned for."""
+    tensors = (*model.network.parameters(), *model.network.buffers())
+    device = tensors[0].device if tensors else torch.device("cpu")
+    with _current(device), _running_out("the network"):
+        network = copy.deepcopy(model.network)
+        layers = {
+            name: replace(plan, problem=replace(plan.problem, device=str(device)))
+            for name, plan in model.plan.layers.items()
+        }
+        modules = [(name, m) for name, m in network.named_modules() if isinstance(m, SparseConv2d)]
+        for name, module in _track(modules, len(modules), "planning", progress):
+            asked = module.plan.problem
+            problem = module.problem(asked.batch, asked.height, asked.width)
+            layers[name] = planner.plan_layer(problem, module.filter, module.bias)
+            _set_submodule(network, name, SparseConv2d(module.filter, module.bias, layers[name], module.name))
+        runs, images = _ways_to_run(network, model.plan.example(device))
+        with torch.inference_mode(), _dense_in(model.plan.precision, device):
+            times, timer = _race(runs, device)
     plan = replace(
         model.plan,
         layers=layers,
         converted_time_us=min(times),
-        machine=Machine.here(),
+        machine=Machine.here(str(device)),
         images=images[times.index(min(times))],
+        device=str(device),
+        timer=timer,
     )
     return ConvertedModel(network, plan)
 
 
-def _check(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _check(model: nn.Module, inputs: tuple[Any, ...]) -> torch.device:
+    """The device that model and example are on."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes an nn.Module, got {type(model).__name__}")
     training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
@@ -219,18 +160,88 @@ def _check(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     if not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
         raise TypeError("example_inputs is a tensor or a tuple of tensors")
     device = inputs[0].device
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.weight.dtype is not torch.float32:
-            raise ValueError(
-                f"layer {name}: weights of {module.weight.dtype}; convert the model to float32 with .float()"
-            )
+    for name, dtype in _weight_types(model).items():
+        if dtype not in _PRECISIONS:
+            raise ValueError(f"layer {name}: weights of {dtype}; convert the model to float32 with .float()")
+    for x in inputs:
+        if x.device != device:
+            raise ValueError(f"the example is on {device} and on {x.device}; move all of it to one device")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the example on {device}; move one to the other")
         if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or infinity; a pruned filter cannot skip what is not finite")
-    if device.type != "cpu":
-        raise ValueError(f"this version runs on the CPU, the model is on {device}; move both with .cpu()")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"convolutions run on the CPU and on NVIDIA GPUs; move the model from {device} with .cpu()")
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            "autocast is on, which converted layers do not follow; convert outside of it, the model in one type"
+        )
+    return device
+
+
+def _weight_types(model: nn.Module) -> dict[str, torch.dtype]:
+    """The types of its convolutions' weights, where they are modules; else of all weights that could be filters."""
+    modules = {name: module.weight.dtype for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    return modules or {name: weight.dtype for name, weight in model.named_parameters() if weight.ndim == 4}
+
+
+def _settle_precision(model: nn.Module, device: torch.device, asked: Precision | None) -> Precision:
+    """What the convolutions shall compute in."""
+    if asked is not None and asked not in get_args(Precision):
+        raise ValueError(f"precision is one of {get_args(Precision)}, or None for that of the weights, got {asked!r}")
+    types = _weight_types(model)
+    dtype = next(iter(types.values()), torch.float32)
+    for name, other in types.items():
+        if other is not dtype:
+            raise ValueError(f"layer {name}: weights of {other} among others of {dtype}; convert the model to one type")
+        if other is not torch.float32 and device.type == "cpu":
+            raise ValueError(
+                f"layer {name}: weights of {other}, and the CPU computes in float32; convert the model with .float(), "
+                "or move it to a GPU with .cuda()"
+            )
+    if asked is None:
+        if dtype is torch.float32 and device.type == "cuda" and _tf32_is_allowed():
+            warnings.warn(
+                "torch runs this model's convolutions in TF32, as it may by default; converted, they compute in strict "
+                "float32: pass precision='tf32' to allow TF32, or precision='fp32' to silence this",
+                stacklevel=3,
+            )
+        return _PRECISIONS[dtype]
+    if TORCH_DTYPE[asked] is not dtype:
+        wanted = TORCH_DTYPE[asked]
+        raise ValueError(
+            f"precision {asked!r} is for weights of {wanted}, the model's are {dtype}; first call model.to({wanted})"
+        )
+    if asked == "tf32" and device.type == "cpu":
+        raise ValueError("precision 'tf32' is for NVIDIA GPUs, the model is on the CPU; leave it out")
+    return asked
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one, so that streams, graphs and memory are its own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _running_out(what: str) -> Iterator[None]:
+    """Says what ran out of device memory, and lets go of the tensors that a traceback would keep alive."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = f"{what}: {str(error).partition('. GPU')[0]}; pass an example of a smaller batch"
+        raise torch.OutOfMemoryError(told) from error.with_traceback(None)
+
+
+def _tf32_is_allowed() -> bool:
+    """Whether torch's own convolutions may use TF32."""
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision == "tf32" if hasattr(cudnn, "conv") else cudnn.allow_tf32
+
+
+def _dense_in(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Lets torch's own convolutions on a GPU compute in that precision, whatever the process's setting."""
+    return float32_convolutions(precision) if device.type == "cuda" else nullcontext()
 
 
 def _is_planned(module: nn.Module) -> bool:
@@ -263,15 +274,20 @@ def _hooks() -> Iterator[list[Any]]:
             hook.remove()
 
 
-def _swap(module: nn.Module, shape: torch.Size, name: str) -> SparseConv2d:
+def _swap(module: nn.Module, shape: torch.Size, name: str, precision: Precision) -> SparseConv2d:
     if isinstance(module, FusedConv2d):
         conv, activation, residual = module.conv, module.activation, module.residual
     else:
         assert isinstance(module, nn.Conv2d)
         conv, activation, residual = module, "none", False
     epilogue = Epilogue(conv.bias is not None, residual, activation)
+    if conv.weight.dtype is not TORCH_DTYPE[precision]:
+        raise ValueError(
+            f"layer {name}: weights of {conv.weight.dtype} among others of {TORCH_DTYPE[precision]}; convert the model "
+            "to one type"
+        )
     try:
-        problem = Problem.of(conv, shape, epilogue=epilogue)
+        problem = Problem.of(conv, shape, epilogue=epilogue, dtype=precision, device=str(conv.weight.device))
         filter = StretchedCSR.from_dense(conv.weight, conv.groups)
         bias = None if conv.bias is None else conv.bias.detach()
         plan = planner.plan_layer(problem, filter, bias)
@@ -316,46 +332,70 @@ def _finish(
     original: nn.Module,
     network: nn.Module,
     inputs: tuple[torch.Tensor, ...],
-    expected: Any,
+    expected: list[torch.Tensor],
     layers: dict[str, Plan],
     skipped: dict[str, str],
+    precision: Precision,
 ) -> ConvertedModel:
     """Checks the converted network against the original, times both, and keeps the faster."""
-    with torch.inference_mode():
-        error = max(
-            (
-                reference.compare(out, ref)
-                for out, ref in zip(_tensors(network(*inputs)), _tensors(expected), strict=True)
-            ),
-            default=0.0,
-        )
-        if not error <= NETWORK_ERROR_BOUND:
+    device, bound = inputs[0].device, NETWORK_ERROR_BOUND[precision]
+    with torch.inference_mode(), _dense_in(precision, device):
+        pairs = zip(_tensors(network(*inputs)), expected, strict=True)
+        error = max((reference.compare(out, ref) for out, ref in pairs), default=0.0)
+        if not error <= bound:
             raise RuntimeError(
-                f"the converted network differs from the original by {error:.1e} (bound {NETWORK_ERROR_BOUND:.0e}); "
+                f"the converted network differs from the original by {error:.1e} (bound {bound:.0e}); "
                 "please report this with the model"
             )
         runs, images = _ways_to_run(network, inputs)
-        dense, *times = bench.race([lambda: original(*inputs), *runs], rounds=4, burst=3, budget_s=2.0)
+        (dense, *times), timer = _race([lambda: original(*inputs), *runs], device)
     converted = min(times)
     kept_dense = converted >= dense
-    shapes = tuple(tuple(x.shape) for x in inputs)
     best = None if kept_dense else images[times.index(converted)]
-    plan = NetworkPlan(layers, skipped, shapes, dense, converted, error, kept_dense, Machine.here(), best)
+    plan = NetworkPlan(
+        layers,
+        skipped,
+        tuple(tuple(x.shape) for x in inputs),
+        dense,
+        converted,
+        error,
+        kept_dense,
+        Machine.here(str(device)),
+        best,
+        precision,
+        str(device),
+        tuple(str(x.dtype).removeprefix("torch.") for x in inputs),
+        timer,
+    )
     return ConvertedModel(original if kept_dense else network, plan)
 
 
 def _ways_to_run(
     network: nn.Module, inputs: tuple[torch.Tensor, ...]
 ) -> tuple[list[Callable[[], Any]], list[int | None]]:
-    """The whole batch at once and, where images do not mix, a few images at a time; with the number of images."""
+    """The whole batch at once and, on the CPU where images do not mix, a few at a time; with the number of images."""
     images: list[int | None] = [None]
-    if batching.mixing(network) is None:
+    if inputs[0].device.type == "cpu" and batching.mixing(network) is None:
         images += [count for count in _IMAGES if count < len(inputs[0])]
 
     def run(count: int | None) -> Any:
         return batching.run_in_parts(network, inputs[0], count) if count else network(*inputs)
 
     return [partial(run, count) for count in images], images
+
+
+def _race(runs: list[Callable[[], Any]], device: torch.device) -> tuple[list[float], Timer]:
+    """The median time of each in microseconds, and how all of them were taken."""
+    if device.type == "cpu":
+        return bench.race(runs, rounds=4, burst=3, budget_s=2.0), "calls"
+    timings = bench.race_on_gpu(runs, device, budget_s=2.0)
+    if any(timing.timer != "graph" or timing.time_us is None for timing in timings):
+        timings = bench.race_on_gpu(runs, device, budget_s=2.0, capture=False)
+    times = [timing.time_us for timing in timings if timing.time_us is not None]
+    if len(times) < len(runs):
+        reason = next(timing.reason for timing in timings if timing.time_us is None)
+        raise RuntimeError(f"the whole network cannot be timed: {reason}; pass an example of a smaller batch")
+    return times, timings[0].timer
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -53,6 +53,8 @@ _SPELLINGS: dict[tuple[str, tuple[str, ...]], tuple[Any, ...]] = {
 _OPERATIONS = {spelling: key for key, spellings in _SPELLINGS.items() for spelling in spellings}
 _NOT_THE_MODEL = (str(Path(torch.__file__).parent), __file__, "<")  # files in a traceback through a model's forward
 _NOT_2D = "it is transposed or not 2-d"
+# How far two runs of the same graph may be apart, relative to their size: on a GPU a sum's order is not fixed.
+_SAME = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
 _INPLACE_OPERATOR = re.compile(r"i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|matmul)|setitem|.*[^_]_")
 
 
@@ -96,6 +98,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> fx.G
 
     Raises:
         Untraceable: where control flow depends on the data, or the graph does not compute what the model does.
+        torch.OutOfMemoryError: where the device's memory does not hold the copies.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     try:
@@ -111,17 +114,26 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> fx.G
             called = tree_leaves(copied(*(x.clone() for x in inputs)))
         # fx takes `x += y` for `x = x + y`, which differs where x is also known by another name.
         if not all(
-            torch.allclose(a, b, equal_nan=True)
+            _same(a, b)
             for a, b in zip(traced, called, strict=True)
             if isinstance(a, Tensor) and a.is_floating_point()
         ):
             raise ValueError("its graph computes something else, as `x += y` may where x has a second name")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a model's forward may raise anything
         reason = str(error).strip().partition("\n\n")[0] or type(error).__name__  # fx appends the whole node
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_MODEL)]
         where = f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
         raise Untraceable(f"{type(model).__name__}: {reason}{where}") from error
     return graph_module
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if not a.is_cuda:
+        return torch.allclose(a, b, equal_nan=True)
+    size = float(b.abs().nan_to_num(0.0, 0.0, 0.0).max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=size * _SAME.get(a.dtype, 1e-4), equal_nan=True)
 
 
 class _Shapes(fx.Interpreter):
@@ -295,15 +307,15 @@ class _Fuser:
             return  # it uses the statistics of the batch
         if any(isinstance(value, fx.Node) for key, value in arguments.items() if key != "input"):
             return  # it depends on another input
-        if node.target is _FROZEN:  # gives (output, saved mean, saved deviation), the latter two empty
-            if any(item.target is not operator.getitem or item.args[1] != 0 for item in node.users):
-                return
-            for item in list(node.users):
-                self.merge(item, node)
+        items = list(node.users) if node.target is _FROZEN else []  # (output, saved mean, saved deviation), both empty
+        if any(item.target is not operator.getitem or item.args[1] != 0 for item in items):
+            return
         scale = (variance.double() + arguments.get("eps", 1e-5)).rsqrt()
         scale = scale if weight is None else scale * weight.double()
-        _scale(self.fused[source].conv, scale, (0.0 if bias is None else bias.double()) - mean.double() * scale)
-        self.merge(node, source)
+        shift = (0.0 if bias is None else bias.double()) - mean.double() * scale
+        if _scale(self.fused[source].conv, scale, shift):
+            for merged in (*items, node):
+                self.merge(merged, node if merged in items else source)
 
     def absorb_add(self, node: fx.Node, arguments: dict[str, Any]) -> None:
         left: Any = arguments.get("input")
@@ -416,9 +428,15 @@ def _new_conv2d(weight: Tensor, bias: Tensor | None, *geometry: Any) -> nn.Conv2
     return conv
 
 
-def _scale(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """Turns `conv` into ``conv * scale + shift``, both (K,) float64, rounding once."""
+def _scale(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> bool:
+    """Turns `conv` into ``conv * scale + shift``, both (K,) float64, rounding once.
+
+    False, and `conv` stays as it is, where its type does not hold the result: float16 ends at 65504.
+    """
     bias = shift if conv.bias is None else conv.bias.double() * scale + shift
     weight = conv.weight.double() * scale[:, None, None, None]
-    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
-    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
+    scaled = [tensor.to(conv.weight.dtype) for tensor in (weight, bias)]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in scaled):
+        return False
+    conv.weight, conv.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in scaled)
+    return True

@@ -46,15 +46,18 @@ class SparseConv2d(nn.Module):
         if given != wanted:
             raise ValueError(f"the plan is for a bias of shape {wanted}, got {given}")
         for array in ("values", "columns", "indptr"):
-            self.register_buffer(array, torch.from_numpy(getattr(filter, array)))
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+            self.register_buffer(array, torch.from_numpy(getattr(filter, array)).to(problem.device))
+        bias = None if bias is None else bias.detach().to(problem.device, torch.float32, copy=True)
+        self.register_buffer("bias", bias)
         self.filter_shape, self.groups = filter.shape, filter.groups
         self.stride, self.padding, self.dilation = problem.stride, problem.padding, problem.dilation
         self.activation, self.residual = problem.epilogue.activation, problem.epilogue.residual
         self.plan, self.name = plan, name
         geometry = problem.kernel, problem.stride, problem.padding, problem.dilation, problem.groups
-        self._spec = ops.Spec(*geometry, self.activation, plan.method, plan.config).to_json()
-        self._runners: dict[Any, Runner] = {}
+        self._spec = ops.Spec(*geometry, self.activation, plan.method, plan.config, problem.dtype).to_json()
+        self._dtype = problem.torch_dtype
+        self._runners: dict[Any, Runner] = {}  # by input size, all on _device
+        self._device = self.values.device
         super().train(False)
 
     @property
@@ -71,19 +74,24 @@ class SparseConv2d(nn.Module):
 
     @property
     def filter(self) -> StretchedCSR:
-        indptr, columns, values = (tensor.numpy() for tensor in (self.indptr, self.columns, self.values))
+        indptr, columns, values = (tensor.cpu().numpy() for tensor in (self.indptr, self.columns, self.values))
         return StretchedCSR(self.filter_shape, self.groups, indptr, columns, values)
 
     def problem(self, batch: int, height: int, width: int) -> Problem:
         """What this convolution asks for on an input of shape (batch, in_channels, height, width)."""
-        return replace(self.plan.problem, batch=batch, height=height, width=width)
+        return replace(self.plan.problem, batch=batch, height=height, width=width, device=str(self.values.device))
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x: (N, C, H, W) float32, residual: (N, K, out_height, out_width) if the module was made for one."""
+        """x: (N, C, H, W), residual: (N, K, out_height, out_width) if the module was made for one; the plan's dtype."""
         if torch.compiler.is_compiling():
             return ops.sparse_conv2d(x, residual, self.values, self.columns, self.indptr, self.bias, self._spec)
         run = self._runners.get(x.shape[1:])
-        if run is None or x.dtype is not torch.float32 or not x.is_cpu or (residual is not None) is not self.residual:
+        if (
+            run is None
+            or x.dtype is not self._dtype
+            or x.device != self._device
+            or (residual is not None) is not self.residual
+        ):
             run = self._prepare(x, residual)
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()")
@@ -94,8 +102,9 @@ class SparseConv2d(nn.Module):
 
     def _prepare(self, x: torch.Tensor, residual: torch.Tensor | None) -> Runner:
         """A runner for a new input size, or the error that a call deserves."""
-        if x.dtype is not torch.float32:
-            raise TypeError(f"{self.name} computes in float32, its input is {x.dtype}; convert it with .float()")
+        if x.dtype is not self._dtype:
+            told = f"{self.name} computes in {self._dtype}, its input is {x.dtype}"
+            raise TypeError(f"{told}; convert it with .to({self._dtype})")
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"{self.name} takes (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
         if x.device != self.values.device:
@@ -105,9 +114,11 @@ class SparseConv2d(nn.Module):
             raise TypeError(f"{self.name} was made {made} a residual, and was called otherwise")
         try:
             problem = self.problem(*(int(size) for size in (x.shape[0], *x.shape[2:])))
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
-        run = self._runners[x.shape[1:]] = self.plan.runner(problem, self.filter, self.bias)
+            run = ops.prepare(problem, self.filter, self.bias, self.plan.method, self.plan.config)
+        except (ValueError, RuntimeError) as error:
+            kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)
+            raise next(kind for kind in kinds if isinstance(error, kind))(f"{self.name}: {error}") from error
+        self._runners[x.shape[1:]], self._device = run, self.values.device
         return run
 
     def train(self, mode: bool = True) -> SparseConv2d:
@@ -115,12 +126,36 @@ class SparseConv2d(nn.Module):
             raise RuntimeError(f"{self.name} is for inference only: fine-tune the pruned model and convert it again")
         return self
 
+    def check_move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Raises TypeError or ValueError unless the layer may go where `fn` leads, as ``.to()`` hands it to ``_apply``.
+
+        That is any device of the type that it was planned for, in the precision that it was planned for.
+        """
+        moved = fn(torch.empty(0, dtype=self._dtype, device=self.values.device))
+        if moved.dtype is not self._dtype:
+            raise TypeError(f"{self.name} computes in {self._dtype} only; convert the model again for another dtype")
+        planned = self.plan.problem.device_type
+        if moved.device.type != planned:
+            raise ValueError(
+                f"{self.name} was planned for {planned}, not for {moved.device.type}; move the original model and "
+                "convert it there, or save this one and load it there"
+            )
+
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> SparseConv2d:
-        super()._apply(fn, recurse)
+        self.check_move(fn)
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            # Weights stay float32 in a layer of any precision: its method rounds them to what it stores.
+            moved = fn(tensor)
+            return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
         self._runners.clear()
-        if self.values.dtype is not torch.float32:
-            raise TypeError(f"{self.name} computes in float32 only; convert the model again for another dtype")
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickle: runners hold kernels and pointers, and are made anew where the copy runs."""
+        return {**self.__dict__, "_runners": {}}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from escort import _kernels
 from escort.methods import Runner, by_name
-from escort.problem import Activation, Epilogue, Problem
+from escort.problem import TORCH_DTYPE, Activation, Epilogue, Precision, Problem
 from escort.sparse import StretchedCSR
 
 # `spec` is a JSON object: one string costs less per call than its dozen values would.
@@ -41,6 +42,7 @@ class Spec:
     activation: Activation
     method: str
     config: dict[str, Any]
+    dtype: Precision = "fp32"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -52,7 +54,7 @@ class Spec:
         return cls(**{**values, **tuples})
 
 
-@torch.library.impl("escort::sparse_conv2d", "CPU")
+@torch.library.impl("escort::sparse_conv2d", ("CPU", "CUDA"))
 def _sparse_conv2d(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -63,7 +65,8 @@ def _sparse_conv2d(
     spec: str,
 ) -> torch.Tensor:
     version = 0 if values.is_inference() else values._version
-    key: tuple[object, ...] = (values.data_ptr(), columns.data_ptr(), indptr.data_ptr(), version, x.shape[1:], spec)
+    key: tuple[object, ...] = (x.shape[1:], x.dtype, x.get_device(), residual is None, spec)
+    key += (values.data_ptr(), columns.data_ptr(), indptr.data_ptr(), version)
     if bias is not None:
         key += (bias.data_ptr(), 0 if bias.is_inference() else bias._version)
     entry = _runners.get(key)
@@ -82,15 +85,49 @@ def _runner(
     bias: torch.Tensor | None,
     spec: Spec,
 ) -> Runner:
-    values, columns, indptr = (tensor.numpy() for tensor in arrays)
+    if x.dtype is not TORCH_DTYPE[spec.dtype] or x.device != arrays[0].device:
+        raise ValueError(
+            f"sparse_conv2d takes {TORCH_DTYPE[spec.dtype]} on the filter's device, {arrays[0].device}, got {x.dtype} "
+            f"on {x.device}"
+        )
+    values, columns, indptr = (tensor.cpu().numpy() for tensor in arrays)
     shape = (len(indptr) - 1, x.shape[1] // spec.groups, *spec.kernel)
     filter = StretchedCSR(shape, spec.groups, indptr, columns, values)
     epilogue = Epilogue(bias is not None, residual is not None, spec.activation)
     geometry = spec.kernel, spec.stride, spec.padding, spec.dilation, spec.groups
     batch, channels, height, width = x.shape
-    problem = Problem(batch, channels, height, width, shape[0], *geometry, epilogue=epilogue)
-    method = by_name(spec.method, problem.device)
-    return method.prepare(problem, filter, bias, method.config_type(**spec.config))
+    problem = Problem(batch, channels, height, width, shape[0], *geometry, spec.dtype, str(x.device), epilogue)
+    return prepare(problem, filter, bias, spec.method, spec.config)
+
+
+def prepare(
+    problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, method: str, config: dict[str, Any]
+) -> Runner:
+    """A runner of that method, complete on its device when this returns, so that any stream may call it.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured.
+        ValueError: where the method does not exist on the problem's device or refuses the problem.
+    """
+    chosen = by_name(method, problem.device)
+    prepared = chosen.config_type(**config)
+    if problem.device_type == "cpu":
+        return chosen.prepare(problem, filter, bias, prepared)
+
+    def on_device() -> Runner:
+        with torch.cuda.device(problem.device):
+            run = chosen.prepare(problem, filter, bias, prepared)
+            torch.cuda.current_stream().synchronize()
+            return run
+
+    with torch.cuda.device(problem.device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"a CUDA graph cannot be captured from the first call of its kind, {problem}; call once")
+    bias = None if bias is None else bias.cpu()
+    # On a thread of its own, because torch.compile(mode="reduce-overhead") lends the calling thread a pool of memory
+    # that nothing may keep.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(on_device).result()
 
 
 @torch.library.register_fake("escort::sparse_conv2d")

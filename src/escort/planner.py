@@ -6,18 +6,27 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from escort import bench, reference
-from escort.bench import Machine
+from escort.bench import Machine, Timer
 from escort.methods import Method, Runner, by_name, for_device
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
 
+#: The method that stands for the dense model on each type of device.
+DENSE = {"cpu": "dense", "cuda": "cudnn"}
+
 #: A candidate whose first runs take this much longer than the fastest one's is not timed further.
 _HOPELESS = 1.6
+#: On a GPU first runs hold up to so many microseconds of waiting for the host, which a graph does not.
+_HOST_US = 60.0
+#: Most configs of a method that are tried, and the seconds after which only the first of each method still is.
+_MOST_CONFIGS = 24
+_SEARCH_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -25,10 +34,12 @@ class Candidate:
     """One way to run a problem and what became of it: timed, or refused for a reason.
 
     Attributes:
-        config: the method's Config as JSON values; None where the method refused the problem.
+        config: the method's Config as JSON values; None where the method refused the problem, or for configs that
+            were not tried.
         time_us: median time of a call.
         rel_error: ``||out - ref|| / ||ref||`` against the float64 reference, None where it is not finite.
         reason: why it was refused or not timed, None where it was timed.
+        timer: how it was timed; on a GPU "events" where it was hopeless, or cannot be captured.
     """
 
     method: str
@@ -36,6 +47,7 @@ class Candidate:
     time_us: float | None = None
     rel_error: float | None = None
     reason: str | None = None
+    timer: Timer = "calls"
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class Plan:
     @property
     def dense_time_us(self) -> float | None:
         """Median time of the fastest dense candidate."""
-        return self.best_us("dense")
+        return self.best_us(DENSE[self.problem.device_type])
 
     def best_us(self, method: str) -> float | None:
         """Median time of that method's fastest candidate, None where none was timed."""
@@ -113,9 +125,11 @@ def plan_layer(
 
     Raises:
         ValueError: where no method can run the problem; the message holds each one's reason.
+        torch.OutOfMemoryError: where the device cannot even hold the problem's input.
     """
     methods = for_device(problem.device) if methods is None else methods
-    key = (problem, round(math.log(filter.nnz + 1) / 0.05), tuple(method.name for method in methods), Machine.here())
+    machine = Machine.here(problem.device)
+    key = (problem, round(math.log(filter.nnz + 1) / 0.05), tuple(method.name for method in methods), machine)
     if key not in _remembered:
         _remembered[key] = _measure(problem, filter, bias, methods, budget_s)
     return _remembered[key]
@@ -127,50 +141,84 @@ _remembered: dict[Any, Plan] = {}
 def _measure(
     problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, methods: Sequence[Method], budget_s: float
 ) -> Plan:
-    generator = torch.Generator().manual_seed(0)
-    shape = (max(problem.batch, 1), *problem.input_shape[1:])
-    x = torch.randn(shape, generator=generator)
-    residual = None
-    if problem.epilogue.residual:
-        residual = torch.randn((len(x), *problem.output_shape[1:]), generator=generator)
-    one = x[:1], None if residual is None else residual[:1]
-    expected = reference.conv2d(problem, one[0], filter.to_dense(), bias, one[1])
-    bound = reference.ERROR_BOUND[problem.dtype]
-
-    settled: list[Candidate] = []
-    running: list[tuple[Candidate, Runner]] = []
-    first_times: list[float] = []
     with torch.inference_mode():
-        for method in methods:
-            if reason := method.unsupported(problem):
-                settled.append(Candidate(method.name, reason=reason))
-                continue
-            for config in method.configs(problem, filter):
+        inputs = bench.example_inputs(problem)
+        settled, running = _first_runs(problem, filter, bias, methods, *inputs[0])
+        if not running:
+            reasons = "; ".join(f"{c.method}: {c.reason}" for c in settled)
+            raise ValueError(f"no method can run {problem}: {reasons}")
+        best_us = min(first_us for _, _, first_us in running)
+        limit_us = max(_HOPELESS * best_us, best_us + (_HOST_US if problem.device_type == "cuda" else 0.0))
+        contenders = [(candidate, run) for candidate, run, first_us in running if first_us <= limit_us]
+        settled += _race(problem, contenders, inputs, budget_s)
+    hopeless = [(candidate, first_us) for candidate, _, first_us in running if first_us > limit_us]
+    timer: Timer = "calls" if problem.device_type == "cpu" else "events"
+    settled += [replace(candidate, time_us=first_us, timer=timer) for candidate, first_us in hopeless]
+    timed = [candidate for candidate in settled if candidate.time_us is not None]
+    if not timed:  # each ran once, and failed when it was timed
+        raise ValueError(f"no method can run {problem}: " + "; ".join(f"{c.method}: {c.reason}" for c in settled))
+    best = min(timed, key=lambda candidate: candidate.time_us or 0.0)
+    assert best.config is not None
+    return Plan(problem, best.method, best.config, tuple(settled), Machine.here(problem.device))
+
+
+def _first_runs(
+    problem: Problem,
+    filter: StretchedCSR,
+    bias: torch.Tensor | None,
+    methods: Sequence[Method],
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> tuple[list[Candidate], list[tuple[Candidate, Runner, float]]]:
+    """The candidates that cannot run, and those that are right, with their runner and a rough time in microseconds."""
+    # Of the whole batch the first and the last image: where a kernel's tables depend on the batch, its end is at risk.
+    images = sorted({0, len(x) - 1})
+    some = x[images], None if residual is None else residual[images]
+    expected = reference.conv2d(problem, some[0], filter.to_dense(), bias, some[1])
+    bound = reference.ERROR_BOUND[problem.dtype]
+    settled: list[Candidate] = []
+    running: list[tuple[Candidate, Runner, float]] = []
+    begin = time.perf_counter()
+    for method in methods:
+        if reason := method.unsupported(problem):
+            settled.append(Candidate(method.name, reason=reason))
+            continue
+        configs = method.configs(problem, filter)
+        for tried, config in enumerate(configs):
+            if tried == _MOST_CONFIGS or (tried and time.perf_counter() - begin > _SEARCH_S):
+                settled.append(Candidate(method.name, reason=f"{len(configs) - tried} more configs were not tried"))
+                break
+            candidate = Candidate(method.name, asdict(config))
+            try:
                 run = method.prepare(problem, filter, bias, config)
-                candidate = Candidate(method.name, asdict(config))
-                error = reference.compare(run(*one), expected)
+                error = reference.compare(run(x, residual)[images], expected)
                 candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
                 if not error <= bound:
                     settled.append(replace(candidate, reason=f"relative error {error:.1e} exceeds {bound:.0e}"))
                     continue
-                run(x, residual)
-                first_times.append(min(_seconds(run, x, residual) for _ in range(2)))
-                running.append((candidate, run))
-        if not running:
-            reasons = "; ".join(f"{c.method}: {c.reason}" for c in settled)
-            raise ValueError(f"no method can run {problem}: {reasons}")
-        limit = _HOPELESS * min(first_times)
-        contenders = [pair for pair, first in zip(running, first_times, strict=True) if first <= limit]
-        runs = [lambda run=run: run(x, residual) for _, run in contenders]
-        times = iter(bench.race(runs, warmup=0, rounds=7, budget_s=budget_s))
-    for (candidate, _), first in zip(running, first_times, strict=True):
-        settled.append(replace(candidate, time_us=next(times) if first <= limit else first * 1e6))
-    best = min((c for c in settled if c.time_us is not None), key=lambda c: c.time_us or 0.0)
-    assert best.config is not None
-    return Plan(problem, best.method, best.config, tuple(settled), Machine.here())
+                running.append((candidate, run, bench.glance_us(partial(run, x, residual), problem.device)))
+            except (RuntimeError, ValueError) as failure:
+                if problem.device_type == "cpu":
+                    raise
+                settled.append(replace(candidate, reason=bench.survived(failure)))
+    return settled, running
 
 
-def _seconds(run: Runner, x: torch.Tensor, residual: torch.Tensor | None) -> float:
-    start = time.perf_counter()
-    run(x, residual)
-    return time.perf_counter() - start
+def _race(
+    problem: Problem,
+    contenders: Sequence[tuple[Candidate, Runner]],
+    inputs: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    budget_s: float,
+) -> list[Candidate]:
+    """The contenders with their times."""
+    candidates = [candidate for candidate, _ in contenders]
+    if problem.device_type == "cpu":
+        runs = [partial(run, *inputs[0]) for _, run in contenders]
+        times = bench.race(runs, warmup=0, rounds=7, budget_s=budget_s)
+        return [replace(candidate, time_us=time_us) for candidate, time_us in zip(candidates, times, strict=True)]
+    rotations = [[partial(run, *one) for one in inputs] for _, run in contenders]
+    timings = bench.race_on_gpu(rotations, problem.device, rounds=7, budget_s=budget_s)
+    return [
+        replace(c, time_us=t.time_us, timer=t.timer, reason=t.reason if t.time_us is None else None)
+        for c, t in zip(candidates, timings, strict=True)
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -9,6 +11,8 @@ from escort.problem import Problem
 
 #: Largest relative error ``||out - ref|| / ||ref||`` that a result of each precision may have.
 ERROR_BOUND = {"fp32": 1e-5, "tf32": 1e-3, "fp16": 2e-3, "bf16": 1.5e-2}
+
+_CHUNK = 2**24  # elements of x
 
 
 def conv2d(
@@ -18,25 +22,36 @@ def conv2d(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``activation(conv2d(x, weight) + bias + residual)`` in float64.
+    """``activation(conv2d(x, weight) + bias + residual)`` in float64, which TF32 settings do not touch.
 
-    x: (N, C, H, W), weight: (K, C / groups, R, S), bias: (K,), residual and result: (N, K, out_height, out_width).
+    x: (N, C, H, W), weight: (K, C / groups, R, S), bias: (K,), residual and result: (N, K, out_height, out_width). The
+    result is on the device of x and residual; weight and bias may be on another.
     """
+    weight = weight.to(x.device, torch.float64)
+    bias = None if bias is None else bias.to(x.device, torch.float64)
+    # A few images at a time: in float64, and lowered within torch, a batch may need many times the memory of x.
+    images = max(1, _CHUNK // math.prod(x.shape[1:]))
+    inputs = x.split(images)
+    residuals = [None] * len(inputs) if residual is None else residual.split(images)
+    parts = [_conv2d(problem, *part, weight, bias) for part in zip(inputs, residuals, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _conv2d(
+    problem: Problem,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
     top, bottom, left, right = problem.padding
     padded = F.pad(x.double(), (left, right, top, bottom))
-    y = F.conv2d(
-        padded,
-        weight.double(),
-        None if bias is None else bias.double(),
-        stride=problem.stride,
-        dilation=problem.dilation,
-        groups=problem.groups,
-    )
+    y = F.conv2d(padded, weight, bias, stride=problem.stride, dilation=problem.dilation, groups=problem.groups)
     if residual is not None:
-        y = y + residual.double()
+        y += residual.double()
     if problem.epilogue.activation == "none":
         return y
-    return y.clamp(min=0.0) if problem.epilogue.activation == "relu" else y.clamp(0.0, 6.0)
+    return y.clamp_(min=0.0) if problem.epilogue.activation == "relu" else y.clamp_(0.0, 6.0)
 
 
 def compare(out: torch.Tensor, ref: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Plans and measurements as terminal tables and as one self-contained HTML page with plots.
+"""Plans and measurements as tables for terminals and Markdown, as plots, and as one self-contained HTML page.
 
 A page is a title and a sequence of sections. It holds its styles and plots, asks the network for nothing, follows the
 reader's light or dark theme, and everything in it but the plots is escaped text.
@@ -13,7 +13,7 @@ from html import escape
 from io import StringIO
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import rich.box
 import rich.table
@@ -22,6 +22,7 @@ import rich.text
 from escort.bench import Machine
 from escort.convert import NetworkPlan
 from escort.planner import Plan
+from escort.problem import Problem
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +75,7 @@ def plan_section(plan: NetworkPlan, heading: str = "Plan per layer") -> Table:
     """What runs each convolution, how long it takes there, and what became of the other methods."""
     rows = []
     for name, layer in plan.layers.items():
-        row = (name, _convolution(layer), layer.method, _us(layer.time_us), _us(layer.dense_time_us))
+        row = (name, convolution(layer.problem), layer.method, _us(layer.time_us), _us(layer.dense_time_us))
         rows.append((*row, _ratio(layer.dense_time_us, layer.time_us), _others(layer)))
     rows += [(name, "", "left alone", "-", "-", "-", reason) for name, reason in plan.skipped.items()]
     kept = "kept dense" if plan.kept_dense else "escort"
@@ -87,8 +88,10 @@ def plan_section(plan: NetworkPlan, heading: str = "Plan per layer") -> Table:
 
 def machine_line(machine: Machine) -> str:
     """What a measurement was made on, in a few words."""
-    threads = f"{machine.threads} thread{'' if machine.threads == 1 else 's'}"
-    return f"{machine.device}, {machine.isa}, {threads}, torch {machine.torch}"
+    host = f"{machine.threads} thread{'' if machine.threads == 1 else 's'}"
+    if machine.cuda:
+        host = f"driver {machine.driver}, CUDA {machine.cuda}"
+    return f"{machine.device}, {machine.isa}, {host}, torch {machine.torch}"
 
 
 def plan_table(plan: NetworkPlan) -> rich.table.Table:
@@ -129,6 +132,17 @@ def terminal(table: Table) -> rich.table.Table:
     return out
 
 
+def markdown(table: Table) -> str:
+    """The same rows as a Markdown table, columns of numbers flush right, with the caption as a paragraph behind it."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    rules = ("---:" if _is_numeric(table, index) else "---" for index in range(len(table.columns)))
+    lines = [line(table.columns), line(rules), *(line(row) for row in table.rows)]
+    return "\n".join(lines + ([f"\n{table.caption}"] if table.caption else []))
+
+
 def bar_chart(heading: str, groups: Sequence[str], series: Mapping[str, Sequence[float]], axis: str) -> Figure:
     """Groups of bars that start at zero, one bar per series, each with its number.
 
@@ -151,6 +165,53 @@ def bar_chart(heading: str, groups: Sequence[str], series: Mapping[str, Sequence
         for index, group in enumerate(groups)
     )
     return _figure(heading, draw, len(series) > 1, f"{axis}. {numbers}.")
+
+
+def horizontal_bars(
+    heading: str,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    axis: str,
+    *,
+    stacked: bool = False,
+    mark: float | None = None,
+) -> Figure:
+    """Groups of bars from the left, the first group on top: for many groups, or names that are long.
+
+    Args:
+        series: (len(groups),) values by name; None draws no bar.
+        axis: what the values are, with their unit.
+        stacked: one bar per group, its parts end to end; otherwise a bar per series, each with its number.
+        mark: where to draw a line across all groups.
+    """
+
+    def draw(axes: Axes) -> None:
+        width = 0.8 if stacked else 0.8 / len(series)
+        left = [0.0] * len(groups)
+        for index, (name, values) in enumerate(series.items()):
+            shift = 0.0 if stacked else (index - (len(series) - 1) / 2) * width
+            lengths = [value or 0.0 for value in values]
+            places = [group + shift for group in range(len(groups))]
+            bars = axes.barh(places, lengths, width * 0.94, left=left, label=name, color=_SERIES[index])
+            if stacked:
+                left = [start + length for start, length in zip(left, lengths, strict=True)]
+            else:
+                axes.bar_label(bars, [_short(v) if v else "" for v in values], padding=2, fontsize=7, color=_INK)
+        if mark is not None:
+            axes.axvline(mark, color=_INK, linewidth=0.8)
+        axes.set_yticks(range(len(groups)), groups)
+        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.margins(x=0.08)
+        axes.set_xlabel(axis)
+
+    numbers = "; ".join(
+        f"{group}: "
+        + ", ".join(f"{name} {_short(v) if (v := values[index]) else '-'}" for name, values in series.items())
+        for index, group in enumerate(groups)
+    )
+    bars = len(groups) * (1 if stacked else len(series))
+    height = 1.1 + max(0.13 * bars, 0.24 * len(groups))
+    return _figure(heading, draw, len(series) > 1, f"{axis}. {numbers}.", height, grid="x")
 
 
 def line_chart(
@@ -190,6 +251,13 @@ def write_html(path: str | Path, title: str, sections: Sequence[Section]) -> Non
     Path(path).write_text(page, encoding="utf-8")
 
 
+def write_svg(path: Path, figure: Figure) -> None:
+    """Write the plot as a file of its own, on white."""
+    svg = figure.svg.replace("currentColor", "#1b1f24").replace("var(--rule)", "#d5dae0")
+    name = f'<svg role="img" aria-label="{escape(figure.description)}" style="background: #fff"'
+    path.write_text(svg.replace("<svg", name, 1), encoding="utf-8")
+
+
 def _html(section: Section) -> str:
     heading = f"<section>\n<h2>{escape(section.heading)}</h2>\n"
     if isinstance(section, Text):
@@ -225,8 +293,15 @@ _SERIES = ("#8a8f98", "#3b7dd8", "#d9730d", "#2f9e6e", "#a566cc")  # each at lea
 _MARKS = ("o-", "s--", "^:", "D-.", "v-")
 
 
-def _figure(heading: str, draw: Callable[[Axes], None], legend: bool, description: str) -> Figure:
-    """What `draw` draws on a pair of axes, as an `<svg>` element whose text is text."""
+def _figure(
+    heading: str,
+    draw: Callable[[Axes], None],
+    legend: bool,
+    description: str,
+    height: float = 3.0,
+    grid: Literal["x", "y"] = "y",
+) -> Figure:
+    """What `draw` draws on a pair of axes, `height` inches high, as an `<svg>` element whose text is text."""
     require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure as Canvas
@@ -241,10 +316,10 @@ def _figure(heading: str, draw: Callable[[Axes], None], legend: bool, descriptio
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     style |= dict.fromkeys(("axes.edgecolor", "grid.color"), _RULE)
     with matplotlib.rc_context(style):
-        canvas = Canvas(figsize=(6.8, 3.0), layout="constrained")
+        canvas = Canvas(figsize=(6.8, height), layout="constrained")
         axes = canvas.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", linewidth=0.6)
+        axes.grid(axis=grid, linewidth=0.6)
         axes.set_axisbelow(True)
         draw(axes)
         if legend:
@@ -258,8 +333,8 @@ def _figure(heading: str, draw: Callable[[Axes], None], legend: bool, descriptio
     return Figure(heading, svg.replace(_INK, "currentColor").replace(_RULE, "var(--rule)"), description)
 
 
-def _convolution(plan: Plan) -> str:
-    p = plan.problem
+def convolution(p: Problem) -> str:
+    """A convolution in a few words: channels, kernel, input size, stride and groups."""
     text = f"{p.in_channels}->{p.out_channels} {p.kernel[0]}x{p.kernel[1]}, {p.height}x{p.width}"
     if p.stride != (1, 1):
         text += f" /{p.stride[0]}" if p.stride[0] == p.stride[1] else f" /{p.stride[0]},{p.stride[1]}"

@@ -13,9 +13,11 @@ import subprocess
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -27,17 +29,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from escort import bench, prune, reference
-from escort.bench import Machine
+from escort.bench import Machine, Timing
 from escort.convert import NETWORK_ERROR_BOUND, convert
-from escort.methods import for_device
+from escort.methods import Method, Runner, for_device
+from escort.methods.base import as_taken, benchmark_configs, float32_convolutions, float32_products
 from escort.paper_layers import PAPER_LAYERS
-from escort.problem import Problem
+from escort.problem import Precision, Problem
 from escort.sparse import IntArray, StretchedCSR
 
 #: The `layer` of a row that is about a whole network.
 WHOLE = "all"
-#: The rivals that :func:`measure_network` knows besides eager torch.
-RIVALS = ("onnxruntime",)
+#: The rivals that :func:`measure_network` knows besides eager torch, by type of device.
+RIVALS = {"cpu": ("onnxruntime",), "cuda": ("graph", "compile")}
+
+#: An error within so many times a precision's bound is rounding; what exceeds even that is wrong.
+_ROUNDING = 10.0
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,16 @@ class Row:
     rel_error: float
 
 
-def paper_layers(batch: int, seed: int = 0) -> list[Layer]:
-    """The paper's 39 layers with nonzeros at random positions, as many as were published."""
+def paper_layers(batch: int | None, seed: int = 0, *, dtype: Precision = "fp32", device: str = "cpu") -> list[Layer]:
+    """The paper's 39 layers with nonzeros at random positions, as many as were published.
+
+    Args:
+        batch: images; None for as many as the paper took for each network.
+    """
     rng = np.random.default_rng(seed)
     layers = []
     for entry in PAPER_LAYERS:
-        problem = entry.problem(batch)
+        problem = replace(entry.problem(batch or entry.batch), dtype=dtype, device=device)
         rows, width = problem.out_channels, math.prod(problem.weight_shape[1:])
         nnz = round((1.0 - entry.sparsity) * rows * width)
         positions = np.sort(rng.choice(rows * width, nnz, replace=False))
@@ -91,7 +101,9 @@ def paper_layers(batch: int, seed: int = 0) -> list[Layer]:
     return layers
 
 
-def pattern_layers(path: Path, batch: int, seed: int = 0) -> list[Layer]:
+def pattern_layers(
+    path: Path, batch: int | None, seed: int = 0, *, dtype: Precision = "fp32", device: str = "cpu"
+) -> list[Layer]:
     """The layers of a pattern file, in its order.
 
     The file is an .npz with, per layer, ``<layer>.shape`` (height, width, in channels, out channels, kernel, padding,
@@ -99,11 +111,20 @@ def pattern_layers(path: Path, batch: int, seed: int = 0) -> list[Layer]:
     ``(c * R + r) * S + s``, and perhaps ``<layer>.values``; without, values are random. The network's name is
     the file's up to the first underscore.
 
+    Args:
+        batch: images; None for as many as the paper took for a network of that name.
+
     Raises:
         ValueError, FileNotFoundError: naming the file, the layer and what is wrong.
     """
     rng = np.random.default_rng(seed)
     arrays = _read_arrays(path)
+    network = path.stem.split("_")[0]
+    if batch is None:
+        batches = {entry.network: entry.batch for entry in PAPER_LAYERS}
+        if network not in batches:
+            raise ValueError(f"{path}: the paper knows no {network}, only {', '.join(batches)}; choose a batch size")
+        batch = batches[network]
     names = [key.removesuffix(".shape") for key in arrays if key.endswith(".shape")]
     if not names:
         raise ValueError(f"{path} holds no layer: each needs <layer>.shape, <layer>.indptr and <layer>.indices")
@@ -126,13 +147,15 @@ def pattern_layers(path: Path, batch: int, seed: int = 0) -> list[Layer]:
                 (stride, stride),
                 (padding,) * 4,
                 groups=groups,
+                dtype=dtype,
+                device=device,
             )
             indptr, columns = (_integers(arrays, f"{name}.{part}") for part in ("indptr", "indices"))
             values = arrays.get(f"{name}.values")
             filter = _filter(problem, indptr, columns, rng.standard_normal(len(columns)) if values is None else values)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, layer {name}: {error}") from error
-        layers.append(Layer(path.stem.split("_")[0], path.stem, name, problem, filter))
+        layers.append(Layer(network, path.stem, name, problem, filter))
     return layers
 
 
@@ -162,32 +185,94 @@ def _filter(problem: Problem, indptr: NDArray[Any], columns: NDArray[Any], value
     return StretchedCSR(problem.weight_shape, problem.groups, *parts)
 
 
-def measure_layer(layer: Layer, *, seed: int = 0, rounds: int = 9, budget_s: float = 2.0) -> list[Row]:
-    """Every configuration of every method that takes the problem, raced on one random input.
+def measure_layer(
+    layer: Layer,
+    *,
+    methods: Sequence[Method] | None = None,
+    seed: int = 0,
+    rounds: int = 9,
+    budget_s: float = 2.0,
+) -> list[Row]:
+    """Every configuration of every method that takes the problem, raced on random inputs.
+
+    On a GPU a configuration that the device refuses, that does not fit its memory or that rounds more than its
+    precision allows is left out with a warning.
+
+    Args:
+        methods: by default all of the problem's device.
 
     Raises:
         RuntimeError: where one computes something else than the reference; nothing is timed then.
     """
     problem = layer.problem
-    x = torch.randn(problem.input_shape, generator=torch.Generator().manual_seed(seed))
-    expected = reference.conv2d(problem, x, layer.filter.to_dense())
-    found: list[tuple[str, dict[str, Any], float]] = []
-    runs: list[Callable[[], object]] = []
     with torch.inference_mode():
-        for method in for_device(problem.device):
-            if method.unsupported(problem) is not None:
-                continue
-            for config in method.configs(problem, layer.filter):
-                run = method.prepare(problem, layer.filter, None, config)
-                error = _checked(run(x), expected, reference.ERROR_BOUND[problem.dtype], f"{layer.name}, {config}")
-                found.append((method.name, asdict(config), error))
-                runs.append(lambda run=run: run(x))  # type: ignore[misc]
-        times = bench.race(runs, rounds=rounds, budget_s=budget_s)
+        inputs = [x for x, _ in bench.example_inputs(problem, seed=seed)]
+        entrants = list(_entrants(layer, for_device(problem.device) if methods is None else methods, inputs[0]))
+        runs = [[partial(run, as_taken(config, x)) for x in inputs] for _, config, run, _ in entrants]
+        timings = _race_layer(problem, runs, rounds, budget_s)
     about = layer.network, layer.weights, layer.name, problem.batch, problem.dtype
-    return [
-        Row(*about, method, options, round(time, 2), error)
-        for (method, options, error), time in zip(found, times, strict=True)
-    ]
+    rows = []
+    for (method, config, _, error), timing in zip(entrants, timings, strict=True):
+        if timing.time_us is None:
+            _leave_out(_name(layer, method, config), timing.reason)
+            continue
+        options = asdict(config) | ({"timer": "events"} if timing.timer == "events" else {})
+        rows.append(Row(*about, method, options, round(timing.time_us, 2), error))
+    return rows
+
+
+def _entrants(layer: Layer, methods: Sequence[Method], x: Tensor) -> Iterator[tuple[str, Any, Runner, float]]:
+    """Method, config, runner and relative error of all that compute the layer, as :func:`measure_layer` says."""
+    problem, on_gpu = layer.problem, layer.problem.device_type == "cuda"
+    expected = reference.conv2d(problem, x, layer.filter.to_dense())
+    bound = reference.ERROR_BOUND[problem.dtype]
+    for method in methods:
+        if method.unsupported(problem) is not None:
+            continue
+        for config in benchmark_configs(method, problem, layer.filter):
+            what = _name(layer, method.name, config)
+            try:
+                run = method.prepare(problem, layer.filter, None, config)
+                out = run(as_taken(config, x))
+            except (RuntimeError, ValueError) as failure:
+                if not on_gpu:
+                    raise
+                _leave_out(what, bench.survived(failure))
+                continue
+            error = reference.compare(out, expected)
+            if on_gpu and bound < error <= _ROUNDING * bound:
+                _leave_out(what, f"relative error {error:.1e} exceeds {bound:.0e}")
+                continue
+            _check(error, bound, what)
+            yield method.name, config, run, error
+
+
+def _name(layer: Layer, method: str, config: Any) -> str:
+    return f"{layer.network} {layer.name}, {method} {asdict(config)}"
+
+
+def _race_layer(
+    problem: Problem, runs: Sequence[Sequence[Callable[[], object]]], rounds: int, budget_s: float
+) -> list[Timing]:
+    if problem.device_type == "cpu":
+        return [
+            Timing(time, "calls") for time in bench.race([run for (run,) in runs], rounds=rounds, budget_s=budget_s)
+        ]
+    return bench.race_on_gpu(runs, problem.device, rounds=rounds, budget_s=budget_s)
+
+
+def _leave_out(what: str, reason: str | None) -> None:
+    warnings.warn(f"{what} is left out: {reason}", stacklevel=3)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to run a network: the method and config of its row, and whether a CUDA graph is made of it."""
+
+    method: str
+    config: dict[str, Any]
+    run: Callable[[], Tensor]
+    captured: bool = False
 
 
 def measure_network(
@@ -197,46 +282,87 @@ def measure_network(
     network: str,
     weights: str,
     against: Sequence[str] = (),
+    precision: Precision = "fp32",
     rounds: int = 8,
     budget_s: float = 30.0,
     progress: bool = False,
 ) -> list[Row]:
     """The model converted, raced against itself in eager mode (both memory formats) and against other engines.
 
+    On a GPU calls are timed as a user makes them, with the host's work; ``graph`` times the same in CUDA graphs, the
+    converted network too, and ``compile`` what torch.compile makes of the model, in a graph.
+
     Args:
-        model: dense modules in eval mode; the zeros are already in its weights.
+        model: dense modules in eval mode, on the device of x; the zeros are already in its weights.
         x: (N, C, H, W), what all run on.
         network, weights: for the rows.
-        against: some of :data:`RIVALS`, with as many threads as torch has.
+        against: some of the device's :data:`RIVALS`; onnxruntime gets as many threads as torch has.
+        precision: of all; fp32 is strict.
         progress: show a progress bar while converting.
 
     Raises:
-        RuntimeError: where one computes something else than the model in float64; nothing is timed then.
+        RuntimeError: where one computes something else than the model in float64, or cannot be timed.
         ImportError: if an engine to run against is not installed.
     """
-    unknown = set(against) - set(RIVALS)
+    unknown = set(against) - set(RIVALS[x.device.type])
     if unknown:
-        raise ValueError(f"there is no rival {', '.join(sorted(unknown))}; there are {', '.join(RIVALS)}")
-    others = [_onnxruntime(model, x) for _ in against]  # first, because an engine may not be installed
+        there = ", ".join(RIVALS[x.device.type])
+        raise ValueError(f"there is no rival {', '.join(sorted(unknown))}; there are {there}")
+    engines = [_onnxruntime(model, x) for name in against if name == "onnxruntime"]  # first: it may not be installed
     with torch.inference_mode():
         expected = copy.deepcopy(model).double()(x.double())
     channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x_last = x.contiguous(memory_format=torch.channels_last)
-    converted = convert(model, x, progress=progress)
+    converted = convert(model, x, precision=precision, progress=progress)
+    choice = {"kept_dense": converted.plan.kept_dense, "images": converted.plan.images}
     threads = {"intra_op_num_threads": torch.get_num_threads()}
-    rivals: list[tuple[str, dict[str, Any], Callable[[], Tensor]]] = [
-        ("escort", {"kept_dense": converted.plan.kept_dense, "images": converted.plan.images}, lambda: converted(x)),
-        ("eager", {"memory_format": "contiguous"}, lambda: model(x)),
-        ("eager", {"memory_format": "channels_last"}, lambda: channels_last(x_last)),
-        *((name, threads, run) for name, run in zip(against, others, strict=True)),
+    ways = [
+        _Way("escort", choice, lambda: converted(x)),
+        _Way("eager", {"memory_format": "contiguous"}, lambda: model(x)),
+        _Way("eager", {"memory_format": "channels_last"}, lambda: channels_last(x_last)),
+        *(_Way("onnxruntime", threads, run) for run in engines),
     ]
-    with torch.inference_mode():
-        errors = [_checked(run(), expected, NETWORK_ERROR_BOUND, f"{network} in {name}") for name, _, run in rivals]
-        times = bench.race([run for _, _, run in rivals], rounds=rounds, burst=4, budget_s=budget_s)
+    if "graph" in against:
+        ways += [replace(way, method=way.method.replace("eager", "graph"), captured=True) for way in ways]
+    if "compile" in against:
+        compiled = torch.compile(channels_last, dynamic=False)
+        ways.append(_Way("compile", {"memory_format": "channels_last"}, lambda: compiled(x_last), captured=True))
+    bound = NETWORK_ERROR_BOUND[precision]
+    with torch.inference_mode(), dense_at_its_best(precision):
+        errors = [_checked(way.run(), expected, bound, f"{network} in {way.method}") for way in ways]
+        times = _race_network(ways, x.device, rounds, budget_s)
+    about = network, weights, WHOLE, len(x), precision
     return [
-        Row(network, weights, WHOLE, len(x), "fp32", name, config, round(time, 2), error)
-        for (name, config, _), time, error in zip(rivals, times, errors, strict=True)
+        Row(*about, way.method, way.config | ({"graph": way.captured} if x.is_cuda else {}), round(time, 2), error)
+        for way, time, error in zip(ways, times, errors, strict=True)
     ]
+
+
+@contextmanager
+def dense_at_its_best(precision: Precision) -> Iterator[None]:
+    """Torch's own operators in the precision, and cuDNN's algorithms chosen by trying them."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with float32_products(precision), float32_convolutions(precision):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _race_network(ways: Sequence[_Way], device: torch.device, rounds: int, budget_s: float) -> list[float]:
+    if device.type == "cpu":
+        return bench.race([way.run for way in ways], rounds=rounds, burst=4, budget_s=budget_s)
+    times = [0.0] * len(ways)
+    for captured in (False, True):
+        group = [index for index, way in enumerate(ways) if way.captured is captured]
+        runs = [ways[index].run for index in group]
+        timings = bench.race_on_gpu(runs, device, rounds=rounds, budget_s=budget_s, capture=captured)
+        for index, timing in zip(group, timings, strict=True):
+            if timing.time_us is None or (captured and timing.timer != "graph"):
+                raise RuntimeError(f"{ways[index].method} cannot be timed: {timing.reason}")
+            times[index] = timing.time_us
+    return times
 
 
 def prune_all_but_first(model: nn.Module, sparsity: float) -> None:
@@ -267,9 +393,13 @@ def _onnxruntime(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 
 def _checked(out: Tensor, expected: Tensor, bound: float, what: str) -> float:
     error = reference.compare(out, expected)
+    _check(error, bound, what)
+    return error
+
+
+def _check(error: float, bound: float, what: str) -> None:
     if not error <= bound:
         raise RuntimeError(f"{what}: relative error {error:.1e} exceeds {bound:.0e}; please report it")
-    return error
 
 
 def best_times(rows: Iterable[Row]) -> dict[tuple[str, str, int], dict[str, float]]:
@@ -298,29 +428,34 @@ def geometric_means(rows: Iterable[Row], ours: str) -> dict[str, dict[str, float
     }
 
 
-def header(command: str) -> dict[str, Any]:
+def header(command: str, device: str = "cpu") -> dict[str, Any]:
     """What a result is measured on and by: device, versions, commit, date and command.
 
     Made before the timing: its load average tells whether other processes held the cores. OpenMP code waits for
     threads that are not running then, which makes torch, and dense convolutions above all, slower many times over.
     """
-    machine = Machine.here()
+    machine = Machine.here(device)
+    if device == "cpu":
+        hardware: dict[str, Any] = {"device": "cpu", "cpu": machine.device, "isa": machine.isa}
+        hardware["threads"] = machine.threads
+        libraries: dict[str, str | None] = {name: _version(name) for name in ("numpy", "onnxruntime")}
+        timing = "median of calls taken in turn after warm-up, in microseconds; outputs checked first"
+    else:
+        hardware = {"device": "cuda", "gpu": machine.device, "isa": machine.isa, "driver": machine.driver}
+        packages = {name: _version(name) for name in ("numpy", "cuda-core", "triton")}
+        libraries = {"cuda": machine.cuda, "cudnn": machine.cudnn, **packages}
+        timing = (
+            "device time of a call in microseconds: median of CUDA graph replays taken in turn after warm-up, over "
+            "inputs and outputs twice the L2 cache where one call's are smaller; outputs checked first"
+        )
     return {
-        "device": "cpu",
-        "cpu": machine.device,
-        "isa": machine.isa,
-        "threads": machine.threads,
+        **hardware,
         "load_average": round(os.getloadavg()[0], 2),
-        "versions": {
-            "python": python_version(),
-            "torch": machine.torch,
-            "escort": machine.escort,
-            **{name: _version(name) for name in ("numpy", *RIVALS)},
-        },
+        "versions": {"python": python_version(), "torch": machine.torch, "escort": machine.escort, **libraries},
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        "timing": "median of calls taken in turn after warm-up, in microseconds; outputs checked first",
+        "timing": timing,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from fnmatch import fnmatch
@@ -16,16 +17,22 @@ import typer
 from torch import nn
 
 from escort import models, report, suite
+from escort.bench import Machine
 from escort.cli.console import (
     CheckpointOption,
+    Dtype,
+    DtypeOption,
     JsonOption,
     check_writable,
     command,
     note,
     numbers,
+    place,
     progress,
     replace_file,
 )
+from escort.converted import find_device
+from escort.problem import Precision
 from escort.suite import Row
 
 #: Where networks without a module are looked up: there when run in the repository.
@@ -55,9 +62,19 @@ def main(
         str | None, typer.Option("--input", metavar="C,H,W", help="One input's shape, for package.module:factory.")
     ] = None,
     against: Annotated[
-        list[str] | None, typer.Option(help=f"Another engine to race the network against: {', '.join(suite.RIVALS)}.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Other ways to run the network: "
+            + "; ".join(f"{', '.join(names)} on {device}" for device, names in suite.RIVALS.items())
+            + ".",
+        ),
     ] = None,
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "8",
+    batch: Annotated[
+        str, typer.Option(metavar="N,...", help="Batch sizes; 'paper' for those of the paper's networks.")
+    ] = "8",
+    device: Annotated[str, typer.Option(help="What to measure: cpu, cuda, or cuda:1 and so on.")] = "cpu",
+    dtype: DtypeOption = Dtype.FP32,
     only: Annotated[
         str | None, typer.Option("--layers", metavar="GLOB", help="Only the layers named like this.")
     ] = None,
@@ -66,7 +83,7 @@ def main(
         typer.Option(
             "--output",
             "-o",
-            help="Result file, benchmarks/results/cpu/NAME.json by default; with --layers none by default.",
+            help="Result file, benchmarks/results/DEVICE/NAME.json by default; with --layers none by default.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random positions, weights and inputs.")] = 0,
@@ -76,33 +93,44 @@ def main(
     with command(as_json) as output:
         if sum(choice is not None for choice in (layer_set, patterns, network)) != 1:
             raise ValueError("choose one of --set paper, --patterns FILE.npz and --network NAME")
-        batches = numbers(batch, "--batch")
+        where = str(find_device(device))
+        if where == "cpu" and dtype is not Dtype.FP32:
+            raise ValueError(f"--dtype {dtype.value} is for GPUs, the CPU computes in fp32; add --device cuda")
+        batches = (None,) if batch == "paper" else numbers(batch, "--batch")
+        precision: Precision = dtype.value
+        rivals = [name for names in against or [] for name in names.split(",")]
         torch.manual_seed(seed)
         if network is not None:
             if only is not None:
                 raise ValueError("--layers goes with --set or --patterns; a network is timed as a whole")
+            if batches == (None,):
+                raise ValueError("--batch paper goes with --set or --patterns; give a network's batch sizes as numbers")
             subject = _Subject.of(network, checkpoint, sparsity, size)
             name, ours = f"{subject.name}-{subject.weights}", "escort"
         else:
             if sparsity is not None or against or checkpoint is not None or size is not None:
                 raise ValueError("--sparsity, --against, --checkpoint and --input go with --network")
-            layers = _layers(patterns, batches, only, seed)
+            layers = _layers(patterns, batches, only, seed, precision, where)
             name, ours = layers[0].weights, "direct"
         if output_path is not None:
             check_writable(output_path)
         elif only is None:
-            output_path = Path("benchmarks/results/cpu") / f"{name}.json"
+            stem = name if dtype is Dtype.FP32 else f"{name}-{dtype.value}"
+            output_path = Path("benchmarks/results") / _folder(where) / f"{stem}.json"
             output_path.parent.mkdir(parents=True, exist_ok=True)
 
         # Files by name: where they lie on this machine is nobody's business.
         words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-        head = suite.header(f"escort {shlex.join(words)}")
-        if head["load_average"] > _BUSY * (os.cpu_count() or 1):
+        head = suite.header(f"escort {shlex.join(words)}", where)
+        if where == "cpu" and head["load_average"] > _BUSY * (os.cpu_count() or 1):
             note(
                 f"warning: other processes keep this machine busy (load average {head['load_average']}): ratios to "
                 "dense methods come out far too high; measure on an idle machine"
             )
-        rows = _race_layers(layers, seed) if network is None else _race_network(subject, batches, against or [])
+        if network is None:
+            rows = _race_layers(layers, seed)
+        else:
+            rows = _race_network(subject, [n for n in batches if n], rivals, precision, where)
         if output_path is not None:
             replace_file(output_path, lambda path: suite.write_results(path, head, rows))
         means = suite.geometric_means(rows, ours)
@@ -112,7 +140,7 @@ def main(
             "rows": [asdict(row) for row in rows],
             "geometric_means": means,
         }
-        caption = f"{head['cpu']}, {head['isa']}, {head['threads']} threads, medians in microseconds."
+        caption = f"{report.machine_line(Machine.here(where))}, {dtype.value}, medians in microseconds."
         output.text.print(report.terminal(_times(rows, ours, caption)))
         output.text.print(report.terminal(_means(means, ours)))
         if output_path is not None:
@@ -148,10 +176,22 @@ class _Subject:
         return cls(network.rpartition(":")[2], weights, model, input_size)
 
 
-def _layers(patterns: Path | None, batches: tuple[int, ...], only: str | None, seed: int) -> list[suite.Layer]:
+def _folder(device: str) -> str:
+    """Results are kept by device: `cpu`, or the GPU's name as in `h200`."""
+    if device == "cpu":
+        return "cpu"
+    return torch.cuda.get_device_name(device).removeprefix("NVIDIA ").lower().replace(" ", "-")
+
+
+def _layers(
+    patterns: Path | None, batches: Sequence[int | None], only: str | None, seed: int, dtype: Precision, device: str
+) -> list[suite.Layer]:
     layers: list[suite.Layer] = []
     for batch in batches:
-        layers += suite.paper_layers(batch, seed) if patterns is None else suite.pattern_layers(patterns, batch, seed)
+        if patterns is None:
+            layers += suite.paper_layers(batch, seed, dtype=dtype, device=device)
+        else:
+            layers += suite.pattern_layers(patterns, batch, seed, dtype=dtype, device=device)
     if only is None:
         return layers
     found = [layer for layer in layers if fnmatch(layer.name, only)]
@@ -171,13 +211,22 @@ def _race_layers(layers: list[suite.Layer], seed: int) -> list[Row]:
     return rows
 
 
-def _race_network(subject: _Subject, batches: tuple[int, ...], against: list[str]) -> list[Row]:
+def _race_network(
+    subject: _Subject, batches: Sequence[int], against: list[str], precision: Precision, device: str
+) -> list[Row]:
     rows: list[Row] = []
     for batch in batches:
         note(f"{subject.name}, {subject.weights}, batch {batch}: converting, then timing against eager torch")
         x = torch.randn(batch, *subject.input_size)
+        model, (x,) = place(subject.model, (x,), device, Dtype(precision))
         rows += suite.measure_network(
-            subject.model, x, network=subject.name, weights=subject.weights, against=against, progress=True
+            model,
+            x,
+            network=subject.name,
+            weights=subject.weights,
+            against=against,
+            precision=precision,
+            progress=True,
         )
     return rows
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,9 +16,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
 from escort import artifact, models
-from escort.convert import ConvertedModel
+from escort.converted import ConvertedModel, find_device
+from escort.problem import TORCH_DTYPE
 
 #: Exit codes.
 FAILED, BAD_INPUT = 1, 2
@@ -38,6 +41,21 @@ InputOption = Annotated[
 OriginalOption = Annotated[
     str | None,
     typer.Option("--model", metavar="MODULE:FACTORY", help="The dense model, where it could not be traced to a graph."),
+]
+DeviceOption = Annotated[str, typer.Option(help="What to convert for: cpu, cuda, or cuda:1 and so on.")]
+
+
+class Dtype(str, Enum):
+    """The precisions of a Problem."""
+
+    FP32 = "fp32"
+    TF32 = "tf32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="What convolutions compute in: fp32 is strict; the others are for GPUs.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, and nothing else, to stdout.")]
 
@@ -105,11 +123,25 @@ def note(message: str) -> None:
     Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
 
 
-def load_saved(path: Path, original: str | None, *, replan: bool | None = None) -> ConvertedModel:
+def load_saved(path: Path, original: str | None, device: str | None = None) -> ConvertedModel:
     """A model that `escort convert` wrote; `original` names the dense one, for networks saved without their graph."""
+    check_saved(path)
+    return artifact.load(path, None if original is None else models.load(original), device=device)
+
+
+def check_saved(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; name one that escort convert wrote")
-    return artifact.load(path, None if original is None else models.load(original), replan=replan)
+
+
+def place(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], device: str, dtype: Dtype
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """A model and inputs for it, moved to a device and into the type in which a precision is stored."""
+    there, stored = find_device(device), TORCH_DTYPE[dtype.value]
+    if there.type == "cpu" and dtype is not Dtype.FP32:
+        raise ValueError(f"--dtype {dtype.value} is for GPUs, the CPU computes in fp32; add --device cuda")
+    return model.to(there, stored), tuple(x.to(there, stored) for x in inputs)
 
 
 def examples(shapes: list[str] | None) -> tuple[torch.Tensor, ...]:

@@ -11,12 +11,16 @@ import escort
 from escort import artifact, models, report
 from escort.cli.console import (
     CheckpointOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
     InputOption,
     JsonOption,
     ModelArgument,
     check_writable,
     command,
     examples,
+    place,
 )
 
 
@@ -25,13 +29,16 @@ def main(
     output_path: Annotated[Path, typer.Option("--output", "-o", help="The converted model, for example model.escort.")],
     shapes: InputOption = None,
     checkpoint: CheckpointOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.FP32,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a pruned model: every convolution runs by whichever method measures fastest on this machine."""
     with command(as_json) as output:
         inputs = examples(shapes)
         check_writable(output_path)
-        converted = escort.convert(models.load(model, checkpoint), inputs, progress=True)
+        network, inputs = place(models.load(model, checkpoint), inputs, device, dtype)
+        converted = escort.convert(network, inputs, precision=dtype.value, progress=True)
         artifact.save(converted, output_path)
         plan = converted.plan
         output.result = {"output": str(output_path), "bytes": output_path.stat().st_size, **plan.to_json()}

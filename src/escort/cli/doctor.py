@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from rich.table import Table
 
-from escort import reference
+from escort import cache, compiler, jit, methods, reference
 from escort.bench import Machine
 from escort.cli.console import JsonOption, command
 from escort.methods.direct import ISAS, Direct
@@ -70,8 +71,14 @@ def examine() -> Iterator[Finding]:
     yield Finding("torch oneDNN", *_have(onednn, "dense convolutions are slow; install a build of torch with oneDNN"))
     for isa in ISAS:
         yield _kernel(isa, chosen=isa == machine.isa)
-    yield Finding("compiler", "not needed: the kernels are compiled into the package")
-    yield Finding("gpu", _gpu(), None)
+    yield Finding("compiler", "not needed: the CPU's kernels are compiled into the package")
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() and torch.version.cuda else 0)
+    if not gpus:
+        yield _no_gpu()
+    yield _kernel_compiler(needed=bool(gpus))
+    yield _kernel_cache()
+    for index in gpus:
+        yield from _gpu(f"cuda:{index}")
     for package, (purpose, extra) in _OPTIONAL.items():
         found = _version(package)
         missing = Finding(package, f"not installed, for {purpose}", None, f"pip install escort-sparse[{extra}]")
@@ -91,26 +98,76 @@ def _have(there: bool, remedy: str) -> tuple[str, bool | None, str]:
 
 
 def _kernel(isa: str, *, chosen: bool) -> Finding:
-    """Runs a small convolution on the kernel of that instruction set, against the reference."""
-    problem = Problem(2, 3, 9, 9, 4, (3, 3), padding=(1, 1, 1, 1))
+    direct = Direct()
+    problem, _, filter = _example("cpu")
+    config = replace(direct.configs(problem, filter)[0], isa=isa, vectors=ISAS[isa][1])
+    return _try(f"kernel {isa}", direct, "cpu", config, ", and is the fastest one here" if chosen else "")
+
+
+def _try(name: str, method: methods.Method, device: str, config: methods.Config, praise: str = "") -> Finding:
+    """Runs a small convolution against the reference."""
+    problem, x, filter = _example(device)
+    y = method.prepare(problem, filter, None, config)(x.to(device))
+    error = reference.compare(y.cpu(), reference.conv2d(problem, x, filter.to_dense()))
+    if not error <= reference.ERROR_BOUND["fp32"]:
+        return Finding(name, f"computes wrong, error {error:.1e}", False, "reinstall escort-sparse, report it")
+    return Finding(name, f"works{praise}")
+
+
+def _example(device: str) -> tuple[Problem, torch.Tensor, StretchedCSR]:
+    problem = Problem(2, 3, 9, 9, 4, (3, 3), padding=(1, 1, 1, 1), device=device)
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator) for shape in (problem.input_shape, problem.weight_shape))
-    filter = StretchedCSR.from_dense(weight * (weight > 0.5))
-    direct = Direct()
-    config = replace(direct.configs(problem, filter)[0], isa=isa, vectors=ISAS[isa][1])
-    error = reference.compare(
-        direct.prepare(problem, filter, None, config)(x), reference.conv2d(problem, x, filter.to_dense())
-    )
-    if not error <= reference.ERROR_BOUND["fp32"]:
+    return problem, x, StretchedCSR.from_dense(weight * (weight > 0.5))
+
+
+def _no_gpu() -> Finding:
+    if torch.version.cuda is None:
+        return Finding("gpu", "none: this torch is built without CUDA", None, "for NVIDIA GPUs install a build with it")
+    try:
+        torch.cuda.init()
+        reason = ""
+    except RuntimeError as error:
+        reason = f": {str(error).partition('. ')[0]}"
+    return Finding("gpu", f"none that torch sees{reason}", None, "for NVIDIA GPUs install or update their driver")
+
+
+def _kernel_compiler(*, needed: bool) -> Finding:
+    try:
+        return Finding("kernel compiler", f"{compiler.compiler_version()}, for GPUs")
+    except ImportError:
+        value = "not installed, for GPUs"
         return Finding(
-            f"kernel {isa}", f"computes wrong, error {error:.1e}", False, "reinstall escort-sparse, report it"
+            "kernel compiler", value, False if needed else None, f"pip install escort-sparse[{compiler.extra()}]"
         )
-    return Finding(f"kernel {isa}", "works" + (", and is the fastest one here" if chosen else ""))
 
 
-def _gpu() -> str:
-    there = f"{torch.cuda.get_device_name()}, but" if torch.cuda.is_available() else "none that torch sees;"
-    return f"{there} CUDA kernels are not part of this version"
+def _kernel_cache() -> Finding:
+    try:
+        folder = cache.folder()
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
+            pass
+    except OSError as error:
+        remedy = f"make room, or set {cache.FOLDER_VARIABLE} to a folder that can be written"
+        return Finding("kernel cache", f"cannot be written: {error}", None, remedy)
+    return Finding("kernel cache", f"{folder}, see escort cache")
+
+
+def _gpu(device: str) -> Iterator[Finding]:
+    """What a GPU is, and whether it compiles, loads and runs our kernel."""
+    machine = Machine.here(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    value = f"{machine.device}, compute capability {major}.{minor}"
+    if (major, minor) < jit.LEAST_CAPABILITY:
+        yield Finding(device, value, None, "too old for our kernels; convert for the CPU instead")
+        return
+    yield Finding(device, f"{value}, driver {machine.driver or 'unknown'}, torch for CUDA {machine.cuda}")
+    try:
+        method = methods.by_name("direct", device)
+        problem, _, filter = _example(device)
+        yield _try(f"kernel on {device}", method, device, method.configs(problem, filter)[0])
+    except (ImportError, RuntimeError, ValueError) as error:
+        yield Finding(f"kernel on {device}", "does not run", False, str(error))
 
 
 def _version(package: str) -> str | None:

@@ -8,9 +8,20 @@ from typing import Annotated, Any
 import typer
 
 import escort
-from escort import models, report
-from escort.cli.console import CheckpointOption, InputOption, JsonOption, OriginalOption, command, examples, load_saved
-from escort.convert import NetworkPlan
+from escort import artifact, models, report
+from escort.cli.console import (
+    CheckpointOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    InputOption,
+    JsonOption,
+    check_saved,
+    command,
+    examples,
+    place,
+)
+from escort.converted import NetworkPlan
 
 
 def main(
@@ -19,8 +30,9 @@ def main(
     ],
     shapes: InputOption = None,
     checkpoint: CheckpointOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.FP32,
     candidates: Annotated[bool, typer.Option("--candidates", help="Every candidate of every layer.")] = False,
-    original: OriginalOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what runs each layer, how long each candidate took, and why a method was refused.
@@ -29,12 +41,14 @@ def main(
     """
     with command(as_json) as output:
         if _is_saved(model):
-            if shapes or checkpoint is not None:
-                raise ValueError(f"{model} is saved with its plan and weights; leave out --input and --checkpoint")
-            plan = load_saved(Path(model), original, replan=False).plan
+            if shapes or checkpoint is not None or (device, dtype) != ("cpu", Dtype.FP32):
+                options = "--input, --checkpoint, --device and --dtype"
+                raise ValueError(f"{model} is saved with its plan and weights; leave out {options}")
+            check_saved(Path(model))
+            plan = artifact.load_plan(Path(model))
         else:
-            inputs = examples(shapes)
-            plan = escort.convert(models.load(model, checkpoint), inputs, progress=True).plan
+            network, inputs = place(models.load(model, checkpoint), examples(shapes), device, dtype)
+            plan = escort.convert(network, inputs, precision=dtype.value, progress=True).plan
         output.result = plan.to_json()
         output.text.print(report.plan_table(plan))
         if candidates:

@@ -25,7 +25,7 @@ from escort.cli.console import (
     replace_file,
 )
 from escort.cli.images import Inputs, Preparation
-from escort.convert import ConvertedModel
+from escort.converted import ConvertedModel
 
 _SHOWN = 10  # predictions on the terminal
 _OUTPUT_SUFFIXES = (".npz", ".csv")
@@ -48,6 +48,9 @@ def main(
     deviation: Annotated[
         str, typer.Option("--std", metavar="R,G,B", help="Pixels are divided by it; same default.")
     ] = "",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, or cuda:1; by default what the model was converted for.")
+    ] = None,
     original: OriginalOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -59,7 +62,7 @@ def main(
             check_writable(output_path)
         if not source.exists():
             raise FileNotFoundError(f"{source}: there is no such folder of images and no such .npy or .npz file")
-        model = load_saved(saved, original)
+        model = load_saved(saved, original, device)
         channels, height, width = _image_shape(model, saved)
         if source.is_dir():
             height, width = (height, width) if size is None else _pair(size)
@@ -78,6 +81,7 @@ def main(
         output.result = {
             "inputs": len(inputs.names),
             "batch": batch,
+            "device": model.plan.device,
             "threads": torch.get_num_threads(),
             "model_seconds": predictions.model_seconds,
             "total_seconds": predictions.total_seconds,
@@ -133,12 +137,16 @@ def _predict(model: ConvertedModel, inputs: Inputs, batch: int, *, classes_only:
     """Runs all batches. Raises ValueError at the first one where the outputs are no tensor, or no classes if needed."""
     collected: list[NDArray[np.float32]] = []
     model_seconds = 0.0
+    device, dtype = torch.device(model.plan.device), model.plan.input_types[0]
     begin = time.perf_counter()
     with progress() as bar, torch.inference_mode():
         task = bar.add_task("running", total=len(inputs.names))
         for x in inputs.batches(batch):
+            x = x.to(device, dtype)
             start = time.perf_counter()
             y = model(x)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             model_seconds += time.perf_counter() - start
             if not isinstance(y, torch.Tensor):
                 raise ValueError(f"the model returns a {type(y).__name__}; run takes models that return one tensor")
@@ -146,7 +154,9 @@ def _predict(model: ConvertedModel, inputs: Inputs, batch: int, *, classes_only:
                 raise ValueError(
                     f"the model returns shape {tuple(y.shape)}, no classes; write an .npz instead of a .csv"
                 )
-            collected.append(y.numpy())
+            if y.is_floating_point():  # numpy has no bfloat16
+                y = y.to(torch.promote_types(y.dtype, torch.float32))
+            collected.append(y.cpu().numpy())
             bar.advance(task, len(x))
     outputs = np.concatenate(collected)
     top1 = outputs.argmax(axis=1) if outputs.ndim == 2 else None

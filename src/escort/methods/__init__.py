@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from escort.methods.base import Config, Method, Runner
+from escort.methods.cublas import Cublas
+from escort.methods.cudnn import Cudnn
+from escort.methods.cusparse import Cusparse
 from escort.methods.dense import Dense
 from escort.methods.direct import Direct
+from escort.methods.direct_cuda import DirectCuda
 from escort.methods.lowered import Lowered
 
-METHODS: tuple[Method, ...] = (Direct(), Dense(), Lowered())
+METHODS: tuple[Method, ...] = (Direct(), Dense(), Lowered(), DirectCuda(), Cudnn(), Cublas(), Cusparse())
 
 
 def by_name(name: str, device: str = "cpu") -> Method:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 
-from escort.problem import Problem
+from escort.problem import Precision, Problem
 from escort.sparse import StretchedCSR
 
 
@@ -58,3 +61,107 @@ def apply_epilogue(y: torch.Tensor, residual: torch.Tensor | None, activation: s
     if activation == "relu":
         return y.relu_()
     return y.clamp_(0.0, 6.0) if activation == "relu6" else y
+
+
+def symmetric_padding(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    """x and the zeros (rows, columns) still to be added on both sides of it.
+
+    Torch's operators pad both sides alike: where the problem does not, x comes back padded and nothing is left to add.
+    """
+    top, bottom, left, right = problem.padding
+    if top == bottom and left == right:
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom)), (0, 0)
+
+
+def unfold(problem: Problem, x: torch.Tensor, *, by_image: bool = False) -> torch.Tensor:
+    """im2col: every input patch as a column, (N, groups, C / groups * R * S, positions); N is positive.
+
+    Torch unfolds a batch on a GPU by one kernel per image. Here one kernel does it, since the channels of all images
+    make the columns that the channels of one large image would; a pointwise convolution needs none.
+
+    Args:
+        by_image: leave the batch to torch and unfold a pointwise convolution too.
+    """
+    images, channels, height, width = x.shape
+    shape = images, problem.groups, channels // problem.groups * problem.kernel[0] * problem.kernel[1]
+    pointwise = problem.kernel == problem.stride == (1, 1) and not any(problem.padding)
+    if pointwise and not by_image:
+        return x.reshape(*shape, height * width)
+    x, padding = symmetric_padding(problem, x)
+    if not by_image:
+        x = x.reshape(1, images * channels, *x.shape[2:])
+    columns = F.unfold(x, problem.kernel, problem.dilation, padding, problem.stride)
+    return columns.view(*shape, problem.out_height * problem.out_width)
+
+
+def csr_matrices(
+    filter: StretchedCSR, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """The filter as torch CSR tensors of shape (K / groups, C / groups * R * S), one per group."""
+    rows, width = filter.shape[0] // filter.groups, filter.shape[1] * filter.shape[2] * filter.shape[3]
+    matrices = []
+    for group in range(filter.groups):
+        indptr = torch.from_numpy(filter.indptr[group * rows : (group + 1) * rows + 1])
+        first, end = int(indptr[0]), int(indptr[-1])
+        columns, values = (torch.from_numpy(a[first:end]) for a in (filter.columns, filter.values))
+        with warnings.catch_warnings():  # torch calls its CSR tensors beta
+            warnings.simplefilter("ignore", UserWarning)
+            parts = (indptr - first).to(device), columns.to(device), values.to(device, dtype)
+            matrices.append(torch.sparse_csr_tensor(*parts, (rows, width)))
+    return matrices
+
+
+@contextmanager
+def float32_products(precision: Precision) -> Iterator[None]:
+    """Makes torch's float32 matrix products on GPUs exact, or TF32 where that is the precision asked for.
+
+    The setting is the process's: other threads see it meanwhile, and what the user chose comes back at the end.
+    """
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        with _fp32_precision(torch.backends.cuda.matmul, precision):
+            yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def float32_convolutions(precision: Precision) -> Iterator[None]:
+    """The same for torch's own convolutions."""
+    if hasattr(torch.backends.cudnn, "conv"):
+        with _fp32_precision(torch.backends.cudnn.conv, precision):
+            yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def _fp32_precision(operators: Any, precision: Precision) -> Iterator[None]:
+    """Since torch 2.9 there is a setting per kind of operator, and where it is used the older ones may not be read."""
+    before = operators.fp32_precision
+    operators.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        operators.fp32_precision = before
+
+
+def as_taken(config: Any, x: torch.Tensor) -> torch.Tensor:
+    """x in the memory format in which a config's runner takes it without conversion; for benchmarks."""
+    last = getattr(config, "takes_channels_last", False)
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def benchmark_configs(method: Method, problem: Problem, filter: StretchedCSR) -> list[Any]:
+    """A method's search space, and the configs of it that only benchmarks time, since no plan can choose them."""
+    return [*method.configs(problem, filter), *getattr(method, "benchmarks", ())]

@@ -1,0 +1,65 @@
+"""escort cache: the compiled GPU kernels that this machine keeps."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from escort import cache, report
+from escort.cli.console import JsonOption, command
+
+_UNITS = (("d", 86400), ("h", 3600), ("min", 60))
+
+
+def main(
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove all of them; each is compiled anew when needed.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the compiled GPU kernels that this machine keeps, or remove them."""
+    with command(as_json) as output:
+        folder, limit = cache.folder(), cache.limit_bytes()
+        if clear:
+            removed, size = cache.clear()
+            output.result = {"folder": str(folder), "removed": removed, "bytes": size}
+            output.text.print(f"removed {removed} kernels, {_mb(size)}, from {folder}")
+            return
+        entries = cache.entries()
+        total = sum(entry.bytes for entry in entries)
+        output.result = {
+            "folder": str(folder),
+            "total_bytes": total,
+            "limit_bytes": limit,
+            "entries": [
+                {"file": entry.path.name, "bytes": entry.bytes, "used": entry.used, **entry.description}
+                for entry in entries
+            ],
+        }
+        caption = f"Kernels: {len(entries)}, {_mb(total)} of at most {_mb(limit)}, in {folder}"
+        columns = ("Kernel", "For", "Defines", "Registers", "kB", "Used", "Entry")
+        output.text.print(
+            report.terminal(report.Table("Compiled kernels", columns, tuple(map(_line, entries)), caption))
+        )
+
+
+def _line(entry: cache.Entry) -> tuple[str, ...]:
+    size, age, name = f"{entry.bytes / 1000:,.0f}", _age(time.time() - entry.used), entry.path.name[:12]
+    found = entry.description
+    if not found:
+        return "damaged", "-", "-", "-", size, age, name
+    defines = " ".join(f"{key}={value}" for key, value in found["defines"].items())
+    return found["source"], found["arch"], defines, str(found["registers"]), size, age, name
+
+
+def _age(seconds: float) -> str:
+    for unit, length in _UNITS:
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "just now"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

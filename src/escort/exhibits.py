@@ -1,0 +1,332 @@
+"""A study's results for readers: tables and plots by name, and documents that hold the tables.
+
+No number is written by hand: documents name a table, and :func:`render` puts it there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+from escort import findings, suite
+from escort.breakdown import PARTS
+from escort.counters import METRICS
+from escort.findings import AIMS, LAYERS, OURS, Change, Total, by_sparsity, methods_in
+from escort.report import Figure, Table, convolution, horizontal_bars, line_chart, markdown
+from escort.results import PRECISIONS, STEMS, Result
+from escort.suite import WHOLE, Row
+
+#: A plot that is drawn when it is called.
+Plot = Callable[[], Figure]
+
+
+def tables(results: Mapping[str, Result]) -> dict[str, Table]:
+    """Every table that the results can fill, by the name that documents call it."""
+    return {name: shown for name, shown in _exhibits(results) if isinstance(shown, Table)}
+
+
+def plots(results: Mapping[str, Result]) -> dict[str, Figure]:
+    """Every plot, by the name of its file. Raises ImportError without matplotlib."""
+    return {name: shown() for name, shown in _exhibits(results) if not isinstance(shown, Table)}
+
+
+def _exhibits(results: Mapping[str, Result]) -> Iterator[tuple[str, Table | Plot]]:
+    yield "conditions", _conditions(results)
+    for stem, show in _SHOWN.items():
+        by_dtype = {dtype: results[f"{stem}-{dtype}"] for dtype in PRECISIONS if f"{stem}-{dtype}" in results}
+        if by_dtype:
+            yield from show(by_dtype).items()
+
+
+_BEGIN, _END = re.compile(r"<!-- table: (\S+) -->"), "<!-- end -->"
+
+
+def render(text: str, results: Mapping[str, Result]) -> str:
+    """A Markdown document with its tables replaced by those of the results.
+
+    A table's place is between a line ``<!-- table: NAME -->`` and a line ``<!-- end -->``; the rest stays as it is.
+
+    Raises:
+        ValueError: where there is no such place, one does not end, or the results have no table of that name.
+    """
+    there = tables(results)
+    lines: list[str] = []
+    name = None
+    names = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        begin = _BEGIN.fullmatch(line.strip())
+        if begin and name is not None:
+            raise ValueError(f"line {number}: table {begin[1]} begins before the place of table {name} ended: {_END}")
+        if begin:
+            name = begin[1]
+            names += 1
+            if name not in there:
+                raise ValueError(f"line {number}: the results hold no table {name}; there are {', '.join(there)}")
+            lines += [line, "", markdown(there[name]), ""]
+        elif name is None and line.strip() == _END:
+            raise ValueError(f"line {number}: {_END} ends nothing")
+        elif name is None:
+            lines.append(line)
+        elif line.strip() == _END:
+            lines.append(line)
+            name = None
+    if name is not None:
+        raise ValueError(f"the place of table {name} does not end; put {_END} on a line behind it")
+    if not names:
+        raise ValueError(
+            "there is no place for a table; put <!-- table: totals --> and <!-- end --> on lines of their own"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _conditions(results: Mapping[str, Result]) -> Table:
+    lines = []
+    for stem, result in results.items():
+        head = result.header
+        versions = head.get("versions", {})
+        device = head.get("gpu") or head.get("cpu")
+        device = f"{device}, driver {head['driver']}" if head.get("driver") else device
+        cells = (stem, device, versions.get("torch"), head.get("date"), head.get("commit"))
+        lines.append((*("-" if cell is None else str(cell) for cell in cells), f"`{head.get('command', '-')}`"))
+    return Table("Measured on", ("File", "Device", "torch", "Begun", "Commit", "Command"), tuple(lines))
+
+
+def _layers(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
+    """RQ1 and RQ3."""
+    sums = {dtype: findings.totals(result.rows) for dtype, result in results.items()}
+    found: dict[str, Table | Plot] = {"totals": _totals(sums), "means": _means(results), "aims": _aims(results)}
+    for dtype, result in results.items():
+        found[f"layers-{dtype}"] = _layer_table(dtype, result.rows)
+        best = suite.best_times(result.rows)
+        for network in dict.fromkeys(network for network, _, _ in best):
+            times = {layer: found for (name, layer, _), found in best.items() if name == network and OURS in found}
+            rivals = [method for method in methods_in(times.values()) if method != OURS]
+            series = {f"over {r}": [t[r] / t[OURS] if r in t else None for t in times.values()] for r in rivals}
+            if times and rivals:
+                heading = f"Speedup of direct, {network}, {dtype}"
+                chart = partial(horizontal_bars, heading, list(times), series, "Times faster", mark=1.0)
+                found[f"speedup-{network}-{dtype}"] = chart
+    return found
+
+
+def _totals(sums: Mapping[str, Sequence[Total]]) -> Table:
+    rivals = [m for m in methods_in(total.times for of_dtype in sums.values() for total in of_dtype) if m != OURS]
+    lines = []
+    for dtype, of_dtype in sums.items():
+        for total in of_dtype:
+            count = str(total.layers) if total.layers == total.published else f"{total.layers} of {total.published}"
+            times = [_us(total.times.get(method)) for method in (OURS, *rivals)]
+            ratios = [_times(total.ratio(rival)) for rival in rivals]
+            lines.append((total.network, dtype, str(total.batch), count, *times, *ratios))
+    columns = ("Network", "Precision", "Batch", "Layers", *(f"{method} µs" for method in (OURS, *rivals)))
+    columns += tuple(f"vs {rival}" for rival in rivals)
+    return Table("Sums over the pruned layers", columns, tuple(lines), "A method without a sum did not run all layers.")
+
+
+def _means(results: Mapping[str, Result]) -> Table:
+    means = {dtype: suite.geometric_means(result.rows, OURS) for dtype, result in results.items()}
+    rivals = methods_in(ratios for of_dtype in means.values() for ratios in of_dtype.values())
+    lines = [
+        (network, dtype, *(_times(ratios.get(rival)) for rival in rivals))
+        for dtype, of_dtype in means.items()
+        for network, ratios in of_dtype.items()
+    ]
+    columns = ("Network", "Precision", *(f"vs {rival}" for rival in rivals))
+    return Table("Speedup of direct, geometric means over layers", columns, tuple(lines))
+
+
+def _aims(results: Mapping[str, Result]) -> Table:
+    lines = []
+    for aim in AIMS:
+        rows = results[aim.dtype].rows if aim.dtype in results else []
+        meant = findings.complete(findings.totals(filter(aim.meant, rows), aim.least_sparsity))
+        fastest = findings.complete(findings.totals(rows, aim.least_sparsity))
+        for network, least in aim.least.items():
+            ratio = meant[network].ratio(aim.rival) if network in meant else None
+            best = fastest[network].ratio(aim.rival) if network in fastest else None
+            reached = "not measured" if ratio is None else "yes" if ratio >= least else "no"
+            line = (aim.against, aim.dtype, network, _times(aim.paper), f"{least:g}x", _times(ratio), reached)
+            lines.append((*line, _times(best)))
+    columns = ("Against", "Precision", "Network", "Paper", "Aim", "Measured", "Reached", "Fastest variant")
+    caption = (
+        "Ratios of sums over a network's pruned layers at the paper's batch. The lowerings of the aims unfold a batch "
+        "image by image, as torch does; the last column is against the fastest variant of the rival."
+    )
+    return Table("Aims", columns, tuple(lines), caption)
+
+
+def _layer_table(dtype: str, rows: Sequence[Row]) -> Table:
+    best = suite.best_times(rows)
+    rivals = [method for method in methods_in(best.values()) if method != OURS]
+    lines = []
+    for (network, layer, batch), times in best.items():
+        ours = times.get(OURS)
+        ratios = (_times(times[rival] / ours if ours and rival in times else None) for rival in rivals)
+        lines.append((network, layer, _zeros(network, layer), str(batch), _us(ours), *ratios))
+    columns = ("Network", "Layer", "Zeros", "Batch", "direct µs", *(f"vs {rival}" for rival in rivals))
+    return Table(f"Speedup of direct per layer, {dtype}", columns, tuple(lines))
+
+
+def _ablation(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
+    """RQ2."""
+    found: dict[str, Table | Plot] = {}
+    for dtype, result in results.items():
+        changes = findings.changes_of(result.rows)
+        lines = [
+            (c.network, c.layer, c.field, c.chosen, c.value, _us(c.time_us), f"{c.cost:.2f}x")
+            for c in sorted(changes, key=lambda c: (c.network, c.layer, c.field, c.cost))
+        ]
+        columns = ("Network", "Layer", "Field", "Chosen", "Instead", "µs", "Time")
+        caption = "Time: against the chosen configuration, of which one field is changed at a time."
+        found[f"ablation-{dtype}-all"] = Table(f"Every change, {dtype}", columns, tuple(lines), caption)
+        found[f"ablation-{dtype}"] = _ablation_summary(dtype, changes)
+    return found
+
+
+def _ablation_summary(dtype: str, changes: Sequence[Change]) -> Table:
+    """Per field: over the layers, the cost of its worst and of its best other value."""
+    lines = []
+    for name in dict.fromkeys(change.field for change in changes):
+        costs: dict[tuple[str, str], list[float]] = {}
+        for change in changes:
+            if change.field == name:
+                costs.setdefault((change.network, change.layer), []).append(change.cost)
+        most = max(costs, key=lambda key: max(costs[key]))
+        worst, best = (_geometric_mean([pick(values) for values in costs.values()]) for pick in (max, min))
+        where = f"{max(costs[most]):.2f}x, {most[0]} {most[1]}"
+        lines.append((name, str(len(costs)), f"{worst:.2f}x", f"{best:.2f}x", where))
+    columns = ("Field", "Layers", "Worst other value", "Best other value", "Most")
+    caption = "Time against the chosen configuration with this field alone changed; geometric means over the layers."
+    return Table(f"What each field of the configuration is worth, {dtype}", columns, tuple(lines), caption)
+
+
+def _counters(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
+    """RQ2's evidence."""
+    found: dict[str, Table | Plot] = {}
+    for dtype, result in results.items():
+        lines = [
+            (row.network, row.layer, _us(row.time_us), *(_count(row.config["counters"].get(m)) for m in METRICS))
+            for row in result.rows
+        ]
+        columns = ("Network", "Layer", "µs", *METRICS.values())
+        found[f"counters-{dtype}"] = Table(f"Hardware counters of direct, {dtype}", columns, tuple(lines))
+    return found
+
+
+def _networks(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
+    """RQ4: whole networks."""
+    found: dict[str, Table | Plot] = {}
+    for dtype, result in results.items():
+        best = by_sparsity(result.rows)
+        engines = methods_in(times for curve in best.values() for times in curve.values())
+        rivals = [engine for engine in engines if engine != "escort"]
+        lines = []
+        for (network, _, batch), curve in best.items():
+            for sparsity, times in curve.items():
+                milliseconds = [_ms(times.get(engine)) for engine in engines]
+                ours = times.get("escort")
+                ratios = [_times(times[rival] / ours if ours and rival in times else None) for rival in rivals]
+                lines.append((network, str(batch), f"{sparsity:.0%}", *milliseconds, *ratios))
+            there = methods_in(curve.values())
+            lengths = {engine: [times.get(engine, math.nan) / 1e3 for times in curve.values()] for engine in there}
+            heading, axis = f"{network}, batch {batch}, {dtype}", "Zeros in all convolutions but the first, percent"
+            percent = [100 * sparsity for sparsity in curve]
+            found[f"network-{network}-{dtype}"] = partial(line_chart, heading, percent, lengths, axis, "ms")
+        columns = ("Network", "Batch", "Zeros", *(f"{engine} ms" for engine in engines))
+        columns += tuple(f"vs {rival}" for rival in rivals)
+        found[f"networks-{dtype}"] = Table(f"Whole networks, {dtype}", columns, tuple(lines), _network_crossings(best))
+    return found
+
+
+def _network_crossings(best: Mapping[tuple[str, str, int], Mapping[float, Mapping[str, float]]]) -> str:
+    found = {network: findings.points(curve, "escort") for (network, _, _), curve in best.items()}
+    texts = [f"{network} {_crossing(points)}" for network, points in found.items() if points]
+    return f"Faster than the fastest dense engine from this share of zeros on: {', '.join(texts)}." if texts else ""
+
+
+def _break_evens(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
+    """RQ4: layers."""
+    found: dict[tuple[str, str], dict[str, list[tuple[float, float, float]]]] = {}
+    for dtype, result in results.items():
+        for (network, layer, _), curve in by_sparsity(result.rows).items():
+            if points := findings.points(curve, OURS):
+                found.setdefault((network, layer), {})[dtype] = points
+    lines = []
+    for (network, layer), points_of in found.items():
+        entry = LAYERS[network, layer]
+        cells = (_crossing(points_of[dtype]) if dtype in points_of else "-" for dtype in results)
+        lines.append((network, layer, convolution(entry.problem(entry.batch)), _zeros(network, layer), *cells))
+    columns = ("Network", "Layer", "Convolution", "Zeros in the paper", *results)
+    caption = "Share of zeros from which direct is faster than the dense library at the same precision."
+    table = Table("Break-even sparsity per layer shape", columns, tuple(lines), caption)
+    names = [f"{network} {layer}" for network, layer in found]
+    bars = {dtype: [_bar(points_of.get(dtype)) for points_of in found.values()] for dtype in results}
+    plot = partial(horizontal_bars, "Break-even sparsity per layer shape", names, bars, "Percent zeros")
+    return {"break-even": table, "break-even-plot": plot} if found else {}
+
+
+def _bar(points: Sequence[tuple[float, float, float]] | None) -> float | None:
+    """A break-even sparsity in percent, not below what was measured; None where there is none."""
+    at = findings.break_even(points) if points else math.inf
+    return None if at == math.inf or not points else 100 * max(at, min(points)[0])
+
+
+def _crossing(points: Sequence[tuple[float, float, float]]) -> str:
+    at, sparsities = findings.break_even(points), [sparsity for sparsity, _, _ in points]
+    if at == math.inf:
+        return f"above {max(sparsities):.0%}"
+    return f"below {min(sparsities):.0%}" if at == -math.inf else f"{at:.0%}"
+
+
+def _breakdown(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
+    found: dict[str, Table | Plot] = {}
+    for dtype, result in results.items():
+        sums: dict[tuple[str, str, str], dict[str, float]] = {}
+        for row in result.rows:
+            what = f"all, {findings.sparsity_of(row.weights):.0%} zeros" if row.layer == WHOLE else "pruned layers"
+            parts = sums.setdefault((row.network, what, row.method), dict.fromkeys(PARTS, 0.0))
+            parts[row.config["part"]] += row.time_us
+        lines = []
+        for key, parts in sums.items():
+            total = math.fsum(parts.values())
+            shares = (f"{_us(time)} ({time / total:.0%})" if time else "-" for time in parts.values())
+            lines.append((*key, *shares, _us(total)))
+        columns = ("Network", "Convolutions", "Method", *(f"{part} µs" for part in PARTS), "Sum µs")
+        found[f"breakdown-{dtype}"] = Table(f"Where the time goes, {dtype}", columns, tuple(lines))
+        groups = [" ".join((network, method, what.partition(",")[0])) for network, what, method in sums]
+        series = {part: [parts[part] / 1e3 for parts in sums.values()] for part in PARTS}
+        chart = partial(horizontal_bars, f"Where the time goes, {dtype}", groups, series, "ms", stacked=True)
+        found[f"breakdown-{dtype}-plot"] = chart
+    return found
+
+
+#: What is shown of the result files of each stem, given by precision.
+_SHOWN: dict[str, Callable[[Mapping[str, Result]], dict[str, Table | Plot]]] = dict(
+    zip(STEMS, (_layers, _ablation, _counters, _break_evens, _networks, _breakdown), strict=True)
+)
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def _zeros(network: str, layer: str) -> str:
+    return f"{LAYERS[network, layer].sparsity:.1%}" if (network, layer) in LAYERS else "-"
+
+
+def _us(time_us: float | None) -> str:
+    return "-" if time_us is None else f"{time_us:,.0f}" if time_us >= 100 else f"{time_us:.1f}"
+
+
+def _ms(time_us: float | None) -> str:
+    return "-" if time_us is None else f"{time_us / 1e3:.2f}"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

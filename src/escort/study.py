@@ -1,0 +1,375 @@
+"""The Escoin paper's study (arXiv 1802.10280) on one device, one function per question.
+
+A question is a list of items, an item a few rows that are raced in one go after their outputs were checked. A question
+at one precision is one result file, written anew after every item: a study that was cut off goes on where it stopped.
+:mod:`escort.findings` says what the rows mean.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatch
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from escort import bench, counters, results, suite
+from escort.breakdown import marking, network_part_times, part_times
+from escort.findings import OURS, random_weights
+from escort.methods import Method, Runner, by_name, for_device
+from escort.methods.base import as_taken
+from escort.paper_layers import PAPER_LAYERS
+from escort.planner import DENSE
+from escort.problem import TORCH_DTYPE, Precision, Problem
+from escort.results import Item
+from escort.sparse import StretchedCSR
+from escort.suite import WHOLE, Layer, Row
+
+#: The paper's networks, and the numbers of images that it took for them.
+PAPER_BATCH = {entry.network: entry.batch for entry in PAPER_LAYERS}
+#: Shares of zeros at which networks and shapes of layers are compared.
+SPARSITIES = (0.70, 0.80, 0.85, 0.90, 0.95, 0.98)
+#: Zeros in the whole networks whose time is broken down.
+BREAKDOWN_SPARSITY = 0.90
+
+
+class Network(Protocol):
+    """How to build a network, and the shape (C, H, W) of an input."""
+
+    @property
+    def factory(self) -> Callable[..., nn.Module]: ...
+
+    @property
+    def input_size(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is studied.
+
+    Attributes:
+        device: as torch writes it.
+        networks: names of the paper's.
+        batch: images; None for as many as the paper took for each network.
+        layers: only the paper's layers that are named like this, a glob.
+        sparsities: shares of zeros of networks and layers with random weights.
+        search: most configurations of a method that are tried on a layer, best guesses first.
+        budget_s: seconds of timing per race.
+        seed: of positions, weights and inputs.
+        factories: whole networks by name.
+    """
+
+    device: str = "cpu"
+    networks: tuple[str, ...] = tuple(PAPER_BATCH)
+    batch: int | None = None
+    layers: str = "*"
+    sparsities: tuple[float, ...] = SPARSITIES
+    search: int = 16
+    budget_s: float = 0.5
+    seed: int = 0
+    factories: Mapping[str, Network] = field(default_factory=dict)
+    #: What :func:`compare` found, by network, layer and precision: other questions start from it.
+    raced: dict[tuple[str, str, str], list[Row]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.networks if name not in PAPER_BATCH]
+        if unknown or not self.networks:
+            raise ValueError(f"there is no network {', '.join(unknown)}; there are {', '.join(PAPER_BATCH)}")
+        if not all(0.0 < sparsity < 1.0 for sparsity in self.sparsities) or not self.sparsities:
+            raise ValueError(f"sparsities are shares of zeros between 0 and 1, got {self.sparsities}")
+        if not any(fnmatch(e.layer, self.layers) for e in PAPER_LAYERS if e.network in self.networks):
+            there = ", ".join(e.layer for e in PAPER_LAYERS if e.network in self.networks)
+            raise ValueError(f"no layer is named like {self.layers}; there are {there}")
+
+    @property
+    def device_type(self) -> str:
+        return self.device.partition(":")[0]
+
+    def images(self, network: str) -> int:
+        return self.batch or PAPER_BATCH[network]
+
+    def conditions(self) -> dict[str, Any]:
+        """What two runs must share to go into one file, beside the machine."""
+        return {"device": self.device, "batch": self.batch, "search": self.search, "seed": self.seed}
+
+
+def compare(study: Study, dtype: Precision) -> list[Item]:
+    """RQ1 and RQ3: every method on every layer at the published sparsities."""
+    return [Item(_label(layer), partial(_raced, study, layer)) for layer in _layers(study, dtype)]
+
+
+def ablate(study: Study, dtype: Precision) -> list[Item]:
+    """RQ2: `direct` in its fastest configuration and with one field of it changed at a time.
+
+    The first row of a layer is the configuration that the others change.
+    """
+
+    def measure(layer: Layer) -> list[Row]:
+        method, config = by_name(OURS, study.device), _best_config(study, layer, OURS)
+        changes = [c for changed in neighbours(method, config, layer).values() for c in changed]
+        return _race(study, layer, [Narrowed(method, [config, *changes])])
+
+    return [Item(_label(layer), partial(measure, layer)) for layer in _one_per_map(_layers(study, dtype))]
+
+
+def count(study: Study, dtype: Precision) -> list[Item]:
+    """RQ2's evidence: hardware counters of `direct` on the same layers."""
+
+    def measure(layer: Layer) -> list[Row]:
+        config = _best_config(study, layer, OURS)
+        (checked,) = _race(study, layer, [Narrowed(by_name(OURS, study.device), [config])])
+        time_us, counts = counters.read(layer, OURS, config, study.seed)
+        return [replace(checked, config={**checked.config, "counters": counts}, time_us=round(time_us, 2))]
+
+    return [Item(_label(layer), partial(measure, layer)) for layer in _one_per_map(_layers(study, dtype))]
+
+
+def find_break_even(study: Study, dtype: Precision) -> list[Item]:
+    """RQ4 for layers: `direct` at several sparsities against the dense library, on each shape once."""
+
+    def measure(layer: Layer, sparsity: float) -> list[Row]:
+        filter = random_filter(layer.problem, sparsity, study.seed)
+        methods = [by_name(name, study.device) for name in (OURS, DENSE[study.device_type])]
+        return _race(study, replace(layer, weights=random_weights(sparsity), filter=filter), methods)
+
+    shapes: dict[Problem, Layer] = {}
+    for layer in _layers(study, dtype):
+        shapes.setdefault(layer.problem, layer)
+    return [
+        Item(f"{_label(layer)} {sparsity:.2f}", partial(measure, layer, sparsity))
+        for layer in shapes.values()
+        for sparsity in study.sparsities
+    ]
+
+
+def sweep_networks(study: Study, dtype: Precision) -> list[Item]:
+    """RQ4 for networks: converted ones against torch's ways to run them dense, at several sparsities."""
+
+    def measure(name: str, sparsity: float) -> list[Row]:
+        model, x = _pruned(study, name, sparsity, dtype)
+        against: tuple[str, ...] = () if study.device_type == "cpu" else suite.RIVALS["cuda"]
+        if "compile" in against and (reason := _cannot_compile(study.device)):
+            warnings.warn(f"torch.compile is left out: {reason}", stacklevel=2)
+            against = tuple(rival for rival in against if rival != "compile")
+        weights, budget_s = random_weights(sparsity), 4 * study.budget_s
+        return suite.measure_network(
+            model, x, network=name, weights=weights, against=against, precision=dtype, budget_s=budget_s
+        )
+
+    return [
+        Item(f"{name} {sparsity:.2f}", partial(measure, name, sparsity))
+        for name in study.networks
+        for sparsity in study.sparsities
+    ]
+
+
+def break_down(study: Study, dtype: Precision) -> list[Item]:
+    """Where the time goes: in every method's best configuration on the pruned layers, and in whole networks."""
+
+    def measure(layer: Layer) -> list[Row]:
+        x = bench.example_inputs(layer.problem, seed=study.seed)[0][0]
+        rows = []
+        for row in _best_rows(_raced(study, layer)):
+            method = by_name(row.method, study.device)
+            config = _config(method, row)
+            run = partial(method.prepare(layer.problem, layer.filter, None, config), as_taken(config, x))
+            with torch.inference_mode():
+                parts = part_times(marking(run) if row.method == OURS else run, study.device)
+            rows += [replace(row, config={**row.config, "part": part}, time_us=time) for part, time in parts.items()]
+        return rows
+
+    def measure_network(name: str) -> list[Row]:
+        model, x = _pruned(study, name, BREAKDOWN_SPARSITY, dtype)
+        about = name, random_weights(BREAKDOWN_SPARSITY), WHOLE, len(x), dtype
+        return [
+            Row(*about, method, {**config, "part": part}, time_us, error)
+            for method, config, error, parts in network_part_times(model, x, dtype)
+            for part, time_us in parts.items()
+        ]
+
+    layers = [Item(_label(layer), partial(measure, layer)) for layer in _layers(study, dtype)]
+    return layers + [Item(name, partial(measure_network, name)) for name in study.networks]
+
+
+def _pruned(study: Study, name: str, sparsity: float, dtype: Precision) -> tuple[nn.Module, Tensor]:
+    """A whole network with random weights, pruned by magnitude, and an input for it."""
+    torch.manual_seed(study.seed)
+    network = study.factories[name]
+    model = network.factory().eval()
+    suite.prune_all_but_first(model, sparsity)
+    x = torch.randn(study.images(name), *network.input_size)
+    return model.to(study.device, TORCH_DTYPE[dtype]), x.to(study.device, TORCH_DTYPE[dtype])
+
+
+@lru_cache
+def _cannot_compile(device: str) -> str | None:
+    """Why torch.compile does not work here, None where it does."""
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds: a compiler may be missing, or fail
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A question's rows of one kind: the stem of their files, what measures them, in which precisions by default."""
+
+    stem: str
+    items: Callable[[Study, Precision], list[Item]]
+    dtypes: tuple[Precision, ...]
+
+
+QUESTIONS: dict[str, tuple[Part, ...]] = {
+    "rq1": (Part("layers", compare, ("fp32",)),),
+    "rq3": (Part("layers", compare, ("fp32", "tf32", "fp16", "bf16")),),
+    "rq2": (Part("ablation", ablate, ("fp32", "fp16")),),
+    "rq4": (
+        Part("break-even", find_break_even, ("fp32", "fp16")),
+        Part("networks", sweep_networks, ("fp32", "fp16")),
+    ),
+    "breakdown": (Part("breakdown", break_down, ("fp32",)),),
+}
+COUNTERS = Part("counters", count, ("fp32", "fp16"))
+
+
+def plan(study: Study, parts: Iterable[Part], dtypes: Sequence[Precision] | None = None) -> dict[str, list[Item]]:
+    """What is to be measured: the items of each result file by its stem, in order.
+
+    Args:
+        dtypes: precisions instead of each part's own; the CPU has fp32 only.
+
+    Raises:
+        ValueError: for a precision that the device does not have.
+    """
+    own: tuple[Precision, ...] | None = ("fp32",) if study.device_type == "cpu" else None
+    if own and set(dtypes or own) - set(own):
+        raise ValueError(f"the CPU's methods compute in fp32, not in {', '.join(set(dtypes or ()) - set(own))}")
+    work: dict[str, list[Item]] = {}
+    for part in parts:
+        for dtype in dtypes or own or part.dtypes:
+            work.setdefault(f"{part.stem}-{dtype}", part.items(study, dtype))
+    return work
+
+
+def run(
+    study: Study,
+    work: Mapping[str, Sequence[Item]],
+    folder: Path,
+    command: str,
+    *,
+    again: bool = False,
+    begin: Callable[[str, str], object] = lambda stem, label: None,
+) -> dict[str, str]:
+    """Measures what a folder does not hold yet, and returns what failed, see :func:`escort.results.measure`.
+
+    Args:
+        work: items by the stem of their file, as :func:`plan` makes them.
+        command: for the headers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    head = suite.header(command, study.device) | {"study": study.conditions()}
+    for path in [] if again else folder.glob("layers-*.json"):
+        for row in results.known(path, head).rows:
+            study.raced.setdefault((row.network, row.layer, row.dtype), []).append(row)
+    return results.measure(work, folder, head, again=again, begin=begin)
+
+
+def neighbours(method: Method, config: Any, layer: Layer) -> dict[str, list[Any]]:
+    """For each field of a configuration, those that differ from it in this field alone.
+
+    The method says which; where it does not, a field takes the values that it has in the method's search space.
+    """
+    offer = getattr(method, "neighbours", None)
+    if offer is not None:
+        found: dict[str, list[Any]] = offer(config, layer.problem, layer.filter)
+        return found
+    space = method.configs(layer.problem, layer.filter)
+    values = {f.name: dict.fromkeys(getattr(other, f.name) for other in space) for f in fields(config)}
+    return {
+        name: [replace(config, **{name: value}) for value in found if value != getattr(config, name)]
+        for name, found in values.items()
+    }
+
+
+def random_filter(problem: Problem, sparsity: float, seed: int) -> StretchedCSR:
+    """A filter for the problem with this share of zeros, at random positions."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(problem.weight_shape, generator=generator)
+    zeros = torch.randperm(weight.numel(), generator=generator)[: round(sparsity * weight.numel())]
+    weight.view(-1)[zeros] = 0.0
+    return StretchedCSR.from_dense(weight, problem.groups)
+
+
+class Narrowed:
+    """A method with a smaller search space: the given configurations, or the `most` best guesses."""
+
+    def __init__(self, method: Method, configs: Sequence[Any] | None = None, most: int | None = None) -> None:
+        self.name, self.device_type, self.config_type = method.name, method.device_type, method.config_type
+        self.benchmarks = getattr(method, "benchmarks", ()) if configs is None else ()
+        self._method, self._configs, self._most = method, configs, most
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return self._method.unsupported(problem)
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[Any]:
+        return self._configs or self._method.configs(problem, filter)[: self._most]
+
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Runner:
+        return self._method.prepare(problem, filter, bias, config)
+
+
+def _layers(study: Study, dtype: Precision) -> list[Layer]:
+    """The paper's layers that are studied, in its order."""
+    layers = suite.paper_layers(study.batch, study.seed, dtype=dtype, device=study.device)
+    return [layer for layer in layers if layer.network in study.networks and fnmatch(layer.name, study.layers)]
+
+
+def _one_per_map(layers: Sequence[Layer]) -> list[Layer]:
+    """The first layer of each network on each size of map."""
+    found: dict[tuple[str, int, int], Layer] = {}
+    for layer in layers:
+        found.setdefault((layer.network, layer.problem.height, layer.problem.width), layer)
+    return list(found.values())
+
+
+def _label(layer: Layer) -> str:
+    return f"{layer.network} {layer.name}"
+
+
+def _race(study: Study, layer: Layer, methods: Sequence[Method]) -> list[Row]:
+    narrowed = [m if isinstance(m, Narrowed) else Narrowed(m, most=study.search) for m in methods]
+    return suite.measure_layer(layer, methods=narrowed, seed=study.seed, budget_s=study.budget_s)
+
+
+def _raced(study: Study, layer: Layer) -> list[Row]:
+    """All methods on a layer, measured once per study."""
+    key = layer.network, layer.name, layer.problem.dtype
+    if key not in study.raced:
+        study.raced[key] = _race(study, layer, for_device(study.device))
+    return study.raced[key]
+
+
+def _best_rows(rows: Iterable[Row]) -> list[Row]:
+    """Each method's fastest."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        best[row.method] = min(row, best.get(row.method, row), key=lambda row: row.time_us)
+    return list(best.values())
+
+
+def _best_config(study: Study, layer: Layer, name: str) -> Any:
+    """The fastest configuration of a method on a layer."""
+    method = by_name(name, study.device)
+    rows = study.raced.get((layer.network, layer.name, layer.problem.dtype)) or _race(study, layer, [method])
+    return _config(method, next(row for row in _best_rows(rows) if row.method == name))
+
+
+def _config(method: Method, row: Row) -> Any:
+    """The configuration of a row, which may say more besides."""
+    return method.config_type(**{f.name: row.config[f.name] for f in fields(method.config_type)})

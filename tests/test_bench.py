@@ -1,0 +1,232 @@
+"""The timer and the machine: turns, medians, what happens to a contestant that fails. No speed is asserted here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from escort import bench
+from escort.bench import Machine, Timing
+from escort.problem import Epilogue, Problem
+
+
+def test_race_takes_turns_and_reports_medians() -> None:
+    order: list[str] = []
+    times = bench.race([lambda: order.append("a"), lambda: order.append("b")], warmup=1, rounds=4)
+    assert order == ["a", "b"] + ["a", "b"] * 4
+    assert len(times) == 2 and min(times) > 0.0
+
+
+class Device:
+    """A GPU made of a clock: work takes device time when it runs, and none while it is captured into a graph."""
+
+    def __init__(self) -> None:
+        self.now_us = 0.0
+        self.graph: Graph | None = None
+        self.replays: list[Graph] = []
+        self.ended: list[Any] = []
+
+    def work(self, device_us: float, host_us: float = 0.0) -> Callable[[], None]:
+        """A call that takes so long on the device, or on the host that feeds it if that is longer."""
+
+        def run() -> None:
+            if self.graph is None:
+                self.now_us += max(device_us, host_us)
+            else:
+                self.graph.recorded_us += device_us
+
+        return run
+
+    def elapsed_us(self, starts: list[Callable[[], object]]) -> list[float]:
+        times = []
+        for start in starts:
+            begin = self.now_us
+            start()
+            times.append(self.now_us - begin)
+        return times
+
+
+class Graph:
+    """What torch.cuda.CUDAGraph does, on the clock."""
+
+    device: Device
+
+    def __init__(self) -> None:
+        self.recorded_us = 0.0
+        self.failing = False
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        assert self.device.graph is None
+        self.device.graph = self
+
+    def capture_end(self) -> None:
+        self.device.graph = None
+        if self.failing:
+            raise RuntimeError("the capture was invalidated")
+
+    def replay(self) -> None:
+        assert self.device.graph is None
+        self.device.now_us += self.recorded_us
+        self.device.replays.append(self)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device()
+    monkeypatch.setattr(Graph, "device", device, raising=False)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "device": nullcontext,
+        "stream": nullcontext,
+        "current_stream": lambda: stream,
+        "current_device": lambda: 0,
+        "graph_pool_handle": object,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "CUDAGraph": Graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: device.ended.append(pool), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *pool: None, raising=False)
+    monkeypatch.setattr(bench, "_side_stream", lambda index: stream)
+    monkeypatch.setattr(bench, "_elapsed_us", device.elapsed_us)
+    monkeypatch.setattr(bench, "_WARM_S", 0.0)
+    return device
+
+
+def test_device_times_are_per_call_of_a_replayed_graph(device: Device) -> None:
+    timings = bench.race_on_gpu([device.work(5.0), device.work(20.0), device.work(7000.0)], "cuda:0")
+    assert timings == [Timing(5.0), Timing(20.0), Timing(7000.0)]
+    assert [graph.recorded_us for graph in device.replays[-3:]] == [1000.0, 1000.0, 7000.0]
+
+
+def test_graphs_take_turns(device: Device) -> None:
+    bench.race_on_gpu([device.work(400.0), device.work(600.0)], "cuda:0", rounds=4)
+    first, second = device.replays[-2:]
+    assert device.replays[-8:] == [first, second] * 4
+
+
+def test_a_host_that_is_slow_does_not_shorten_the_graph(device: Device) -> None:
+    assert bench.race_on_gpu([device.work(5.0, host_us=250.0)], "cuda:0") == [Timing(5.0)]
+    assert device.replays[-1].recorded_us == 1000.0
+
+
+def test_without_capture_the_host_counts(device: Device) -> None:
+    timings = bench.race_on_gpu([device.work(5.0, host_us=50.0)], "cuda:0", capture=False)
+    assert timings == [Timing(50.0, "events")] and not device.replays
+
+
+def test_all_inputs_are_called_equally_often(device: Device) -> None:
+    calls = [0, 0, 0]
+    work = device.work(10.0)
+
+    def run(index: int) -> None:
+        calls[index] += 1
+        work()
+
+    (timing,) = bench.race_on_gpu([[lambda i=i: run(i) for i in range(3)]], "cuda:0")
+    assert timing == Timing(10.0)
+    assert calls[0] == calls[1] == calls[2] > 30
+
+
+def test_one_out_of_memory_does_not_end_the_race(device: Device) -> None:
+    def run() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB. GPU 0 has 140 GiB.\nAnd so on.")
+
+    timings = bench.race_on_gpu([device.work(5.0), run, device.work(6.0)], "cuda:0")
+    assert timings == [Timing(5.0), Timing(None, reason="out of device memory: Tried to allocate 9 TiB"), Timing(6.0)]
+
+
+def test_what_cannot_be_captured_is_timed_by_events_and_says_so(device: Device) -> None:
+    work = device.work(5.0, host_us=8.0)
+
+    def synchronizes() -> None:
+        if device.graph is not None:
+            device.graph.failing = True
+            raise RuntimeError("operation not permitted when stream is capturing")
+        work()
+
+    timings = bench.race_on_gpu([synchronizes, device.work(6.0)], "cuda:0")
+    reason = "not captured: operation not permitted when stream is capturing"
+    assert timings == [Timing(8.0, "events", reason), Timing(6.0)]
+    assert len(device.ended) == 1  # torch's allocator is told that the failed capture is over
+
+
+def test_a_lost_device_is_said_to_be_lost(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="lost to this process.*illegal"):
+        bench.race_on_gpu([lost], "cuda:0")
+
+
+def test_a_budget_leaves_three_rounds(device: Device) -> None:
+    bench.race_on_gpu([device.work(1000.0)], "cuda:0", rounds=50, budget_s=0.0)
+    assert len([graph for graph in device.replays if graph is device.replays[-1]]) == 2 + 3  # two before the race
+
+
+def test_nobody_races(device: Device) -> None:
+    assert bench.race_on_gpu([], "cuda:0") == []
+
+
+def test_inputs_have_at_least_one_image() -> None:
+    problem = Problem(0, 3, 8, 8, 4, (3, 3), epilogue=Epilogue(residual=True))
+    ((x, residual),) = bench.example_inputs(problem)
+    assert x.shape == (1, 3, 8, 8) and residual is not None and residual.shape == (1, 4, 6, 6)
+    ((again, _),) = bench.example_inputs(problem)
+    assert torch.equal(x, again)
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "sets"),
+    [
+        (1 << 20, 1 << 40, 120),  # twice the cache
+        (50 << 20, 1 << 40, 3),
+        (200 << 20, 1 << 40, 1),
+        (10 << 20, 240 << 20, 3),  # an eighth of what is free
+        (10 << 20, 1 << 20, 1),
+        (100, 1 << 40, 1024),
+    ],
+)
+def test_inputs_outgrow_the_cache_but_not_the_memory(
+    monkeypatch: pytest.MonkeyPatch, size: int, free: int, sets: int
+) -> None:
+    properties = SimpleNamespace(L2_cache_size=60 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
+    assert bench._sets("cuda:0", size) == sets
+
+
+def test_a_machine_survives_json() -> None:
+    here = Machine.here()
+    assert Machine.from_json(here.to_json()) == here
+    assert set(here.to_json()) == {"device", "isa", "threads", "torch", "escort"}
+    gpu = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159.04", "13.0", "9.19.0")
+    assert Machine.from_json(gpu.to_json()) == gpu
+
+
+@pytest.mark.parametrize(
+    "change", [{"threads": "2"}, {"device": 3}, {"driver": None}, {"cuda": 13}, {"gpu": "x"}, {"isa": ["avx2"]}]
+)
+def test_nonsense_is_no_machine(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not a machine"):
+        Machine.from_json({**Machine.here().to_json(), **change})
+    with pytest.raises(ValueError, match="not a machine"):
+        Machine.from_json({"device": "a CPU"})
+
+
+def test_a_gpu_is_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(bench, "_driver_version", lambda: "580.159.04")
+    machine = Machine.here("cuda:0")
+    assert (machine.device, machine.isa, machine.threads) == ("NVIDIA H200", "sm_90", 0)
+    assert (machine.driver, machine.cuda, machine.cudnn) == ("580.159.04", "13.0", "9.10.2")

@@ -1,0 +1,264 @@
+"""The direct kernel for GPUs: its tables through an interpreter of the kernel, and on a GPU the kernel itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from escort import reference
+from escort.methods.direct_cuda import H200, DirectConfig, DirectCuda, Layout, neighbours, pack, scalars, search
+from escort.problem import Epilogue, Problem
+from escort.sparse import StretchedCSR
+from tests.cases import CASES, Case
+
+Floats = NDArray[np.float64]
+#: The kernel's integer parameters, in the order of kernels/direct.cu.
+PARAMETERS = """channels height width out_channels out_height out_width pitch pitch_magic pitch_shift image_rows rows_magic
+rows_shift width_magic width_shift pairs_magic pairs_shift row_padding column_padding row_stride column_stride phases phase_words channel_words slots chunks
+channel_block stages position_warps row_warps channel_warps producers entry_bytes activation""".split()
+
+
+class Interpreter:
+    """What kernels/direct.cu does, step by step, in numpy and float64."""
+
+    def __init__(self, problem: Problem, filter: StretchedCSR, config: DirectConfig) -> None:
+        self.layout = Layout.of(problem, config.tile)
+        self.tables = pack(problem, filter, config)
+        self.config, self.half = config, self.layout.images_per_word == 2
+        values = scalars(problem, self.layout, self.tables, config)
+        self.p = dict(zip(PARAMETERS, values, strict=True))
+        self.dtype = problem.dtype
+
+    def quotient(self, n: NDArray[np.int64], which: str) -> NDArray[np.int64]:
+        magic = self.p[f"{which}_magic"] & 0xFFFFFFFF
+        high = np.array([int(2 * int(v) * magic) >> 32 for v in n.ravel()]).reshape(n.shape)
+        return high >> self.p[f"{which}_shift"]
+
+    def run(self, x: Floats, tiles: int) -> Floats:
+        p, tables = self.p, self.tables
+        images = len(x)
+        y = np.full((images, p["out_channels"], p["out_height"], p["out_width"]), np.nan)
+        for group in range(len(tables.rows)):
+            first_channel = int(tables.first_channels[group])
+            for tile in range(tiles):
+                first_word = tile * self.config.tile
+                sums = np.zeros((p["row_warps"] * self.config.rows, self.config.tile, 2))
+                for chunk in range(p["chunks"]):
+                    (begin, first), (end, last) = tables.segments[group, chunk : chunk + 2].tolist()
+                    stage = np.zeros((p["channel_block"], p["channel_words"], 2))
+                    assert last - first <= p["channel_block"]
+                    for c in range(last - first):
+                        fill = self.fill_pairs if self.layout.paired else self.fill_words
+                        fill(stage[c], x, first_channel + first + c, first_word)
+                    self.multiply(sums, stage.reshape(-1, 2), tables.entries[begin:end])
+                self.store(y, sums, group, first_word)
+        return y
+
+    def fill_words(self, stage: Floats, x: Floats, channel: int, first_word: int) -> None:
+        p = self.p
+        word = np.arange(p["slots"] * 32)
+        inside = word < p["phases"] * p["phase_words"]
+        phase, within = np.divmod(word, p["phase_words"])
+        phase_row, phase_column = np.divmod(phase, p["column_stride"])
+        position = first_word + within
+        line = self.quotient(position, "pitch")
+        unit = self.quotient(line, "rows")
+        row = (line - unit * p["image_rows"]) * p["row_stride"] + phase_row - p["row_padding"]
+        column = (position - line * p["pitch"]) * p["column_stride"] + phase_column - p["column_padding"]
+        image = unit * (1 + self.half)
+        inside &= (row >= 0) & (row < p["height"]) & (column >= 0) & (column < p["width"]) & (image < len(x))
+        at = word[inside]
+        image, row, column = image[inside], row[inside], column[inside]
+        stage[at, 0] = x[image, channel, row, column]
+        if self.half:
+            stage[at, 1] = x[np.where(image + 1 < len(x), image + 1, image), channel, row, column]
+
+    def fill_pairs(self, stage: Floats, x: Floats, channel: int, first_word: int) -> None:
+        p = self.p
+        plane = p["height"] * p["width"]
+        plane_pairs = (plane + 1) // 2
+        line = first_word // p["pitch"]
+        unit = line // p["image_rows"]
+        row, column = line - unit * p["image_rows"] - p["row_padding"], first_word % p["pitch"] - p["column_padding"]
+        begin = 0 if row < 0 else plane if row >= p["height"] else row * p["width"] + min(max(column, 0), p["width"])
+        flat = x.reshape(len(x), -1)
+        for pair in range(unit * plane_pairs + begin // 2, unit * plane_pairs + begin // 2 + p["slots"] * 32):
+            unit, element = pair // plane_pairs, 2 * (pair % plane_pairs)
+            if 2 * unit >= len(x):
+                continue
+            row, column = divmod(element, p["width"])
+            at = (unit * p["image_rows"] + row + p["row_padding"]) * p["pitch"] + column + p["column_padding"]
+            to = [
+                (element - 1, at - 1 if column > 0 else at - p["pitch"] + p["width"] - 1),
+                (element, at),
+                (element + 1, at + 1 if column + 1 < p["width"] else at + p["pitch"] - p["width"] + 1),
+            ]
+            start = channel * plane + element
+            odd = channel * plane % 2
+            loads = to[0:2] if odd else to[1:3]
+            assert (start - odd) % 2 == 0
+            for k, (e, word) in enumerate(loads):
+                if 0 <= e < plane and 0 <= word - first_word < p["phase_words"]:
+                    source = start - odd + k
+                    stage[word - first_word, 0] = flat[2 * unit, source]
+                    stage[word - first_word, 1] = flat[min(2 * unit + 1, len(x) - 1), source]
+
+    def multiply(self, sums: Floats, stage: Floats, segment: NDArray[np.int32]) -> None:
+        p = self.p
+        words = segment.view(np.uint32).ravel()
+        assert words.nbytes + 32 <= p["entry_bytes"]
+        for slot in range(p["channel_warps"] * len(sums)):
+            start, count = int(words[slot] >> 16) * 4, int(words[slot] & 0xFFFF)
+            if self.half:
+                nonzeros = words[start : start + count]
+                offsets = (nonzeros >> 16) // 4
+                kind = torch.float16 if self.dtype == "fp16" else torch.bfloat16
+                bits = torch.from_numpy(nonzeros.astype(np.uint16).view(np.int16))
+                values = bits.view(kind).double().numpy()
+            else:
+                offsets, values = words[start : start + 2 * count : 2] // 4, words[start + 1 : start + 2 * count : 2]
+                values = values.view(np.float32)
+            for offset, value in zip(offsets.tolist(), values.tolist(), strict=True):
+                sums[slot % len(sums)] += value * stage[offset : offset + self.config.tile]
+
+    def store(self, y: Floats, sums: Floats, group: int, first_word: int) -> None:
+        p = self.p
+        position = first_word + np.arange(self.config.tile)
+        line = self.quotient(position, "pitch")
+        unit = self.quotient(line, "rows")
+        row, column = line - unit * p["image_rows"], position - line * p["pitch"]
+        for k, channel in enumerate(self.tables.rows[group].ravel().tolist()):
+            for neighbour in range(1 + self.half):
+                image = unit * (1 + self.half) + neighbour
+                inside = (row < p["out_height"]) & (column < p["out_width"]) & (image < len(y))
+                if channel >= 0:
+                    at = image[inside], channel, row[inside], column[inside]
+                    assert np.isnan(y[at]).all(), "an output is written twice"
+                    y[at] = sums[k, inside, neighbour]
+
+
+def interpret(problem: Problem, case: Case, config: DirectConfig) -> float:
+    """The relative error of what the kernel would compute, without the epilogue."""
+    x, weight, _, _ = case.tensors()
+    plain = replace(problem, epilogue=Epilogue())
+    machine = Interpreter(plain, case.filter(), config)
+    positions = -(-len(x) // machine.layout.images_per_word) * machine.p["image_rows"] * machine.p["pitch"]
+    y = machine.run(x.double().numpy(), -(-positions // config.tile))
+    if problem.dtype != "fp32":
+        weight = weight.to(problem.torch_dtype).float()
+    return reference.compare(torch.from_numpy(y), reference.conv2d(plain, x, weight))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.problem.batch], ids=lambda case: case.name)
+def test_tables_compute_the_convolution(case: Case, dtype: str) -> None:
+    problem = replace(case.problem, device="cuda:0", dtype=dtype)  # type: ignore[arg-type]
+    filter = case.filter()
+    configs = search(problem, filter, H200)
+    assert configs
+    for config in configs[:1] + configs[-1:]:
+        assert interpret(problem, case, config) < 1e-12, config
+
+
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+def test_tables_of_any_shape(data: st.DataObject) -> None:
+    def draw(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
+    groups = draw(1, 3)
+    kernel, stride, dilation = ((draw(1, high), draw(1, high)) for high in (4, 3, 3))
+    padding = (draw(0, 4), draw(0, 4), draw(0, 4), draw(0, 4))
+    sizes = (draw(1, 5), groups * draw(1, 8), draw(1, 14), draw(1, 14), groups * draw(1, 8))
+    dtype = data.draw(st.sampled_from(("fp32", "fp16", "bf16")))
+    try:
+        problem = Problem(*sizes, kernel, stride, padding, dilation, groups, dtype=dtype, device="cuda:0")
+    except ValueError:
+        assume(False)
+        return
+    case = Case(f"{draw(0, 1000)}", problem, data.draw(st.sampled_from((0.0, 0.1, 0.5, 1.0))))
+    channel_warps = data.draw(st.sampled_from((1, 2, 4)))
+    config = DirectConfig(
+        words=draw(1, 4),
+        rows=data.draw(st.sampled_from((1, 2, 4))),
+        position_warps=draw(1, 2),
+        row_warps=draw(1, 5),
+        channel_warps=channel_warps,
+        producers=4,
+        channel_block=channel_warps * draw(1, 4),
+        stages=2,
+        balanced=data.draw(st.booleans()),
+    )
+    assert interpret(problem, case, config) < 1e-12
+
+
+def test_every_candidate_is_different_and_fits() -> None:
+    case = next(case for case in CASES if case.name == "ResNet-50 res4")
+    for dtype in ("fp32", "fp16", "bf16"):
+        problem = replace(case.problem, batch=32, device="cuda:0", dtype=dtype)  # type: ignore[arg-type]
+        configs = search(problem, case.filter(), H200)
+        assert len(set(configs)) == len(configs) == 12
+        for config in configs:
+            layout, tables = Layout.of(problem, config.tile), pack(problem, case.filter(), config)
+            stage = config.channel_block * layout.channel_words * 4 + tables.entry_bytes + 16
+            assert config.stages * stage * config.blocks <= H200.shared_bytes
+            assert config.threads <= 1024
+
+
+def test_neighbours_differ_in_one_knob() -> None:
+    case = next(case for case in CASES if case.name == "ResNet-50 res4")
+    problem = replace(case.problem, batch=32, device="cuda:0", dtype="fp16")
+    config = search(problem, case.filter(), H200)[0]
+    for name, configs in neighbours(config, problem, case.filter(), H200).items():
+        assert configs
+        for other in configs:
+            assert getattr(other, name) != getattr(config, name)
+            assert replace(other, **{name: getattr(config, name)}) == config
+
+
+def test_uneven_rows_are_dealt_evenly() -> None:
+    case = next(case for case in CASES if case.name == "uneven rows")
+    problem = replace(case.problem, device="cuda:0")
+    config = DirectConfig(1, 4, 1, 2, 1, 4, 8, 2)
+    nnz = np.diff(case.filter().indptr)
+
+    def heaviest(balanced: bool) -> int:
+        rows = pack(problem, case.filter(), replace(config, balanced=balanced)).rows
+        assert sorted(rows[rows >= 0].tolist()) == list(range(problem.out_channels))
+        return max(int(nnz[warp[warp >= 0]].sum()) for warp in rows.reshape(-1, config.rows))
+
+    assert heaviest(balanced=True) < heaviest(balanced=False)
+
+
+def test_a_weight_beyond_half_precision_is_refused() -> None:
+    problem = Problem(1, 1, 4, 4, 1, (1, 1), dtype="fp16", device="cuda:0")
+    filter = StretchedCSR.from_dense(torch.full(problem.weight_shape, 1e5))
+    with pytest.raises(ValueError, match="does not fit fp16; use bf16"):
+        pack(problem, filter, DirectConfig(1, 1, 1, 4, 1, 4, 4, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case_on_the_gpu(case: Case, dtype: str) -> None:
+    method = DirectCuda()
+    problem = replace(case.problem, device="cuda:0", dtype=dtype)  # type: ignore[arg-type]
+    assert method.unsupported(problem) is None
+    x, weight, bias, residual = case.tensors()
+    x, residual = x.to("cuda:0", problem.torch_dtype), residual and residual.to("cuda:0", problem.torch_dtype)
+    expected = reference.conv2d(problem, x, weight.cuda(), bias and bias.cuda(), residual)
+    configs = method.configs(problem, case.filter())
+    assert configs
+    for config in (configs[0], configs[len(configs) // 2], configs[-1]):
+        run = method.prepare(problem, case.filter(), bias, config)
+        y = run(x, residual)
+        assert y.is_contiguous() and y.dtype is problem.torch_dtype
+        bound = reference.ERROR_BOUND["fp32" if dtype == "tf32" else dtype]
+        assert reference.compare(y, expected) <= bound, config
+        assert torch.equal(run(x, residual), y), "not the same twice: a race"

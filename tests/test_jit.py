@@ -1,0 +1,643 @@
+"""Kernels from source to launch. Without a GPU: compiling, and launching through a driver that records its calls."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import sys
+import threading
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from escort import cache, compiler, jit
+from escort.methods import direct_cuda
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+#: y[i] = factor * FACTOR * x[i] + shift for i < count; x may be null, then it counts as ones.
+SCALE = """
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include "shift.cuh"
+
+extern "C" __global__ void scale(const float* x, float* y, float factor, int count) {
+  __shared__ float fixed[32];
+  extern __shared__ float stage[];
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  fixed[threadIdx.x % 32] = SHIFT;
+  if (i < count) stage[threadIdx.x] = x ? x[i] : 1.0f;
+  __syncthreads();
+  if (i < count) y[i] = factor * FACTOR * stage[threadIdx.x] + fixed[(threadIdx.x + 1) % 32];
+}
+"""
+THREADS, SHARED = 128, 512
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def scale(tmp_path: Path) -> Path:
+    (tmp_path / "shift.cuh").write_text("#define SHIFT 0.5f\n")
+    path = tmp_path / "scale.cu"
+    path.write_text(SCALE)
+    return path
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The architectures that were compiled for, one by one."""
+    seen: list[str] = []
+    compile = compiler._compile
+
+    def record(path: Path, macros: Any, arch: str, version: str) -> jit.Binary:
+        seen.append(arch)
+        return compile(path, macros, arch, version)
+
+    monkeypatch.setattr(compiler, "_compile", record)
+    return seen
+
+
+# Compiling
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_keeps_to_its_budget(arch: str) -> None:
+    """Registers are as many as each variant states, and nothing spills or lies in local memory."""
+    variants = direct_cuda.variants()
+    binaries = jit.compile_many([(source, defines) for source, defines, _ in variants], arch)
+    for (source, defines, budget), binary in zip(variants, binaries, strict=True):
+        found = (binary.registers <= budget, binary.spill_bytes, binary.stack_bytes)
+        assert found == (True, 0, 0), f"{source} {defines}: {binary.registers} registers of {budget}"
+
+
+def test_every_source_has_a_budget() -> None:
+    assert {path.name for path in compiler.KERNELS.glob("*.cu")} == {source for source, _, _ in direct_cuda.variants()}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_binary_says_what_it_uses(scale: Path, arch: str) -> None:
+    binary = jit.compile(scale, {"FACTOR": 3}, arch)
+    assert binary.cubin.startswith(b"\x7fELF") and b"scale" in binary.cubin
+    assert 0 < binary.registers < 40 and binary.spill_bytes == binary.stack_bytes == 0
+    assert binary.shared_bytes == 128
+    assert (binary.source, binary.defines, binary.arch) == ("scale.cu", {"FACTOR": "3"}, arch)
+    assert binary.compiler == jit.compiler_version()
+
+
+def test_spills_and_local_memory_are_seen(tmp_path: Path) -> None:
+    path = tmp_path / "spill.cu"
+    path.write_text("""
+extern "C" __global__ void __launch_bounds__(1024, 2) spill(const float* x, float* y, int n) {
+  float a[96];
+#pragma unroll
+  for (int i = 0; i < 96; i++) a[i] = x[i * n];
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < 96; j++) y[j * n] = a[j] * a[95 - j];
+}
+extern "C" __global__ void indexed(const int* x, int* y) {
+  int a[64];
+  for (int i = 0; i < 64; i++) a[x[i]] = i;
+  for (int i = 0; i < 64; i++) y[i] = a[x[64 + i]];
+}
+""")
+    binary = jit.compile(path, {}, "sm_90")
+    assert binary.registers == 32 and binary.spill_bytes > 0 and binary.stack_bytes >= 256
+
+
+def test_a_binary_is_compiled_once(scale: Path, compilations: list[str]) -> None:
+    first = jit.compile(scale, {"FACTOR": 2}, "sm_90")
+    assert jit.compile(scale, {"FACTOR": "2"}, "sm_90") == first and compilations == ["sm_90"]
+
+
+def test_whatever_a_binary_is_made_from_makes_another_one(scale: Path, compilations: list[str]) -> None:
+    def changed() -> bool:
+        before = len(compilations)
+        jit.compile(scale, defines, arch)
+        return len(compilations) > before
+
+    defines, arch = {"FACTOR": 2}, "sm_90"
+    assert changed() and not changed()
+    defines = {"FACTOR": 3}
+    assert changed() and not changed()
+    arch = "sm_80"
+    assert changed() and not changed()
+    scale.write_text(SCALE + "// more\n")
+    assert changed() and not changed()
+    scale.with_name("shift.cuh").write_text("#define SHIFT 1.5f\n")
+    assert changed() and not changed()
+
+
+def test_the_compiler_is_part_of_the_key(scale: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    jit.compile(scale, {"FACTOR": 2}, "sm_90")
+    monkeypatch.setattr(compiler, "compiler_version", lambda: "NVRTC 99.0")
+    jit.compile(scale, {"FACTOR": 2}, "sm_90")
+    assert len(compilations) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"foreign", None])
+def test_a_damaged_entry_is_compiled_anew(scale: Path, compilations: list[str], damage: bytes | None) -> None:
+    first = jit.compile(scale, {"FACTOR": 2}, "sm_90")
+    (entry,) = cache.entries()
+    entry.path.write_bytes(entry.path.read_bytes()[:-100] if damage is None else damage)
+    assert jit.compile(scale, {"FACTOR": 2}, "sm_90").registers == first.registers
+    assert jit.compile(scale, {"FACTOR": 2}, "sm_90").registers == first.registers
+    assert len(compilations) == 2
+
+
+def test_without_a_cache_everything_works(
+    scale: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESCORT_CACHE_MB", "0")
+    for _ in range(2):
+        assert jit.compile(scale, {"FACTOR": 2}, "sm_90").cubin
+    assert len(compilations) == 2
+
+
+def _compile_in_a_process(source: Path, barrier: Any, results: Any) -> None:
+    barrier.wait()
+    results.put(jit.compile(source, {"FACTOR": 2}, "sm_90").cubin)
+
+
+def test_processes_that_compile_the_same_end_right(scale: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=_compile_in_a_process, args=(scale, barrier, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    cubins = {results.get(timeout=1) for _ in processes}
+    (entry,) = cache.entries()
+    assert cubins == {jit.compile(scale, {"FACTOR": 2}, "sm_90").cubin} and entry.description["source"] == "scale.cu"
+    assert [path.name for path in cache.folder().iterdir()] == [entry.path.name]
+
+
+def test_compile_many_keeps_the_order(scale: Path) -> None:
+    binaries = jit.compile_many([(scale, {"FACTOR": factor}) for factor in range(5)], "sm_90", threads=3)
+    assert [binary.defines["FACTOR"] for binary in binaries] == list("01234")
+
+
+def test_an_error_names_file_line_and_defines(scale: Path) -> None:
+    line = 1 + SCALE[: SCALE.index("FACTOR")].count("\n")
+    with pytest.raises(RuntimeError, match=r"scale\.cu does not compile for sm_90.*-DOTHER=1") as caught:
+        jit.compile(scale, {"OTHER": 1}, "sm_90")
+    assert f"scale.cu({line}): error" in str(caught.value) and '"FACTOR" is undefined' in str(caught.value)
+    assert not cache.entries()
+
+
+def test_an_error_in_a_header_names_the_header(scale: Path) -> None:
+    scale.with_name("shift.cuh").write_text("#define SHIFT 0.5f\nint x = nothing;\n")
+    with pytest.raises(RuntimeError, match=r"shift\.cuh\(2\): error"):
+        jit.compile(scale, {"FACTOR": 1}, "sm_90")
+
+
+@pytest.mark.parametrize("arch", ["sm_30", "sm_999", "avx2"])
+def test_an_architecture_that_the_compiler_does_not_know(scale: Path, arch: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot compile for {arch}, only for .*sm_90"):
+        jit.compile(scale, {"FACTOR": 1}, arch)
+
+
+def test_a_missing_source_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match="nothing.cu"):
+        jit.compile("nothing.cu", {}, "sm_90")
+
+
+# What is missing
+
+
+@pytest.fixture
+def forgetful() -> Any:
+    """Nothing is remembered about the compiler, before and after."""
+    remembered = compiler.nvrtc_version, compiler._toolkit_headers
+    for function in remembered:
+        function.cache_clear()
+    yield
+    for function in remembered:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("module", ["cuda.core", "cuda.bindings", "cuda.pathfinder"])
+@pytest.mark.parametrize(
+    ("cuda", "extra"), [(None, "cuda13"), ("11.8", "cuda12"), ("12.8", "cuda12"), ("13.0", "cuda13")]
+)
+@pytest.mark.usefixtures("forgetful")
+def test_a_missing_package_is_named_with_the_extra(
+    scale: Path, monkeypatch: pytest.MonkeyPatch, module: str, cuda: str | None, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(ImportError, match=rf"pip install escort-sparse\[{extra}\]"):
+        jit.compile(scale, {"FACTOR": 1}, "sm_90")
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_missing_compiler_library_is_named_with_the_extra(scale: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import nvrtc
+    from cuda.pathfinder import DynamicLibNotFoundError
+
+    def missing() -> None:
+        raise DynamicLibNotFoundError("no libnvrtc.so")
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
+    with pytest.raises(ImportError, match=r"NVRTC.*escort-sparse\[cuda13\].*no libnvrtc.so"):
+        jit.compile(scale, {"FACTOR": 1}, "sm_90")
+
+
+def test_without_a_gpu(scale: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no NVIDIA GPU.*escort doctor"):
+        jit.kernel(scale, {"FACTOR": 1}, torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="not on cpu"):
+        jit.kernel(scale, {"FACTOR": 1}, torch.device("cpu"))
+
+
+# Launching, through a driver that records
+
+
+class Status(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_INVALID_IMAGE = 200
+    CUDA_ERROR_INVALID_CONTEXT = 201
+    CUDA_ERROR_NOT_FOUND = 500
+    CUDA_ERROR_LAUNCH_FAILED = 719
+
+
+class Tensor(torch.Tensor):
+    """A tensor on the host that says it is on the first GPU."""
+
+    def get_device(self) -> int:
+        return 0
+
+
+class FakeDriver:
+    """The part of cuda.bindings.driver that is called, for kernels with the parameters of `scale`.
+
+    Attributes:
+        calls: what was called with what.
+        launches: parameters, grid, block, shared bytes, stream and attributes of each launch.
+        failing: what a function returns instead of success, by its name.
+        version: of the driver.
+        contexts: of the calling thread, the current one last.
+    """
+
+    CUfunction_attribute = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK="threads", CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared"
+    )
+    CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN="shared")
+    CUlaunchAttributeID = SimpleNamespace(
+        CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster", CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap"
+    )
+    CUlaunchConfig = SimpleNamespace
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.launches: list[SimpleNamespace] = []
+        self.failing: dict[str, Status] = {}
+        self.version = 13000
+        self.contexts = ["primary 0"]
+        self._results: dict[str, Callable[..., Any]] = {
+            "cuDriverGetVersion": lambda: self.version,
+            "cuGetErrorString": lambda status: b"some words",
+            "cuDevicePrimaryCtxRetain": lambda number: "primary 0",
+            "cuDeviceGetAttribute": lambda attribute, number: 232448,
+            "cuFuncGetAttribute": lambda attribute, function: 1024,
+            "cuCtxPushCurrent": self.contexts.append,
+            "cuCtxPopCurrent": self.contexts.pop,
+            "cuLaunchKernelEx": self._record,
+        }
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
+        def call(*args: Any) -> tuple[Any, ...]:
+            self.calls.append((name, *args))
+            if name == "cuLaunchKernelEx" and not self.contexts:
+                return Status.CUDA_ERROR_INVALID_CONTEXT, None
+            result = self._results.get(name, lambda *_: name)(*args)
+            return self.failing.get(name, Status.CUDA_SUCCESS), result
+
+        call.__name__ = name
+        return call
+
+    def CUlaunchAttribute(self) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace()))
+
+    def cuFuncGetParamInfo(self, function: str, index: int) -> tuple[int, int, int]:  # noqa: N802
+        return (1, 0, 0) if index == 4 else (0, 0, (8, 8, 4, 4)[index])
+
+    def _record(self, config: Any, function: str, parameters: int, extra: int) -> None:
+        kinds = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int)
+        addresses = (ctypes.c_void_p * 4).from_address(parameters)
+        launch = SimpleNamespace(
+            values=[kind.from_address(address).value for kind, address in zip(kinds, addresses, strict=True)],
+            grid=(config.gridDimX, config.gridDimY, config.gridDimZ),
+            block=(config.blockDimX, config.blockDimY, config.blockDimZ),
+            shared=config.sharedMemBytes,
+            stream=config.hStream,
+            attributes=[attribute.id for attribute in config.attrs],
+        )
+        self.launches.append(launch)
+
+    def called(self, name: str) -> list[list[Any]]:
+        return [args for called, *args in self.calls if called == name]
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    driver = FakeDriver()
+    monkeypatch.setattr(jit, "_driver", lambda: driver)
+    monkeypatch.setattr(jit, "_kernels", {})
+    monkeypatch.setattr(jit, "_device", jit._Device)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    cuda = {"is_available": lambda: True, "init": lambda: None, "current_device": lambda: 0}
+    cuda |= {"get_device_capability": lambda device: (9, 0), "get_device_name": lambda device: "NVIDIA X"}
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
+    return driver
+
+
+@pytest.fixture
+def kernel(driver: FakeDriver, scale: Path) -> jit.Kernel:
+    return jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))
+
+
+def tensor() -> torch.Tensor:
+    return torch.zeros(4).as_subclass(Tensor)
+
+
+def test_a_kernel_is_loaded_once(kernel: jit.Kernel, scale: Path) -> None:
+    assert jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda")) is kernel
+    assert jit.kernel(scale, {"FACTOR": 3}, torch.device("cuda")) is not kernel
+    assert kernel.entry == "scale" and kernel.device == torch.device("cuda:0") and kernel.binary.arch == "sm_90"
+
+
+def test_launch_passes_what_it_is_given(kernel: jit.Kernel, driver: FakeDriver) -> None:
+    x, y = tensor(), tensor()
+    kernel.launch((3, 2, 1), THREADS, SHARED, (x, y, 2.5, -7))
+    kernel.launch((3, 2, 1), THREADS, SHARED, (None, y, -1.0, 7))
+    first, second = driver.launches
+    assert first.values == [x.data_ptr(), y.data_ptr(), 2.5, -7] and second.values == [None, y.data_ptr(), -1.0, 7]
+    assert (first.grid, first.block, first.shared, first.stream) == ((3, 2, 1), (THREADS, 1, 1), SHARED, 70)
+    assert len(driver.called("cuCtxPushCurrent")) == 1  # while it was loaded
+
+
+def test_a_bound_launch_takes_what_is_left(kernel: jit.Kernel, driver: FakeDriver) -> None:
+    x, y = tensor(), tensor()
+    kernel.bind(THREADS, SHARED, (torch.Tensor, y, 0.5, int))((1, 1, 1), x, 4)
+    kernel.bind(THREADS, SHARED, (None, torch.Tensor, float, 9), cluster=2, overlap=True)((2, 1, 1), y, 3.0)
+    assert driver.launches[0].values == [x.data_ptr(), y.data_ptr(), 0.5, 4] and driver.launches[0].attributes == []
+    assert driver.launches[1].values == [None, y.data_ptr(), 3.0, 9]
+    assert driver.launches[1].attributes == ["cluster", "overlap"]
+
+
+def test_a_bound_tensor_is_kept(kernel: jit.Kernel, driver: FakeDriver) -> None:
+    launch = kernel.bind(THREADS, SHARED, (tensor(), torch.Tensor, 1.0, 1))
+    assert isinstance(launch._fixed[0], torch.Tensor)
+
+
+def test_a_grid_without_blocks_is_no_launch(kernel: jit.Kernel, driver: FakeDriver) -> None:
+    kernel.launch((0, 1, 1), THREADS, SHARED, (None, tensor(), 1.0, 0))
+    assert not driver.launches
+
+
+def test_another_current_device_gives_way(
+    kernel: jit.Kernel, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
+    driver.contexts[:] = ["primary 1"]
+    kernel.launch((1, 1, 1), THREADS, SHARED, (None, tensor(), 1.0, 4))
+    assert driver.called("cuCtxPushCurrent")[-1] == ["primary 0"] and driver.contexts == ["primary 1"]
+    assert len(driver.launches) == 1
+
+
+def test_a_thread_without_a_context_gets_one(kernel: jit.Kernel, driver: FakeDriver) -> None:
+    driver.contexts.clear()
+    kernel.launch((1, 1, 1), THREADS, SHARED, (None, tensor(), 1.0, 4))
+    assert len(driver.launches) == 1 and not driver.contexts
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((None, None, 1.0), TypeError, r"parameters of \[8, 8, 4, 4\] bytes"),
+        ((None, 1.0, None, 1), TypeError, "parameters of"),
+        ((None, None, 1.0, 2**31), ValueError, "32-bit"),
+        ((None, None, 1.0, "1"), TypeError, "not str"),
+        ((None, None, 1.0, True), TypeError, "not bool"),
+        ((torch.zeros(1), None, 1.0, 1), ValueError, "tensor on cpu"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    kernel: jit.Kernel, driver: FakeDriver, args: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        kernel.launch((1, 1, 1), THREADS, SHARED, args)
+    assert not driver.launches
+
+
+def test_a_bound_launch_counts_its_arguments(kernel: jit.Kernel) -> None:
+    with pytest.raises(TypeError, match="takes 2 arguments per launch, got 1"):
+        kernel.bind(THREADS, SHARED, (None, torch.Tensor, float, 1))((1, 1, 1), tensor())
+
+
+def test_much_shared_memory_is_asked_for_once(kernel: jit.Kernel, driver: FakeDriver) -> None:
+    for size in (100_000, 90_000, 120_000, 1000):
+        kernel.bind(THREADS, size, (None, torch.Tensor, float, 1))
+    assert [value for _, _, value in driver.called("cuFuncSetAttribute")] == [100_000, 120_000]
+
+
+@pytest.mark.parametrize("size", [-1, 232449])
+def test_too_much_shared_memory_is_refused(kernel: jit.Kernel, size: int) -> None:
+    with pytest.raises(ValueError, match=rf"asks for {size} bytes .*NVIDIA X has 23\d+: choose a config"):
+        kernel.launch((1, 1, 1), THREADS, size, (None, tensor(), 1.0, 1))
+
+
+@pytest.mark.parametrize("block", [0, 1025])
+def test_a_block_of_a_wrong_size_is_refused(kernel: jit.Kernel, block: int) -> None:
+    with pytest.raises(ValueError, match=f"a block of {block} threads; .* runs 1 to 1024"):
+        kernel.launch((1, 1, 1), block, 0, (None, tensor(), 1.0, 1))
+
+
+def test_a_failed_launch_is_an_error_and_the_next_one_works(kernel: jit.Kernel, driver: FakeDriver) -> None:
+    driver.failing["cuLaunchKernelEx"] = Status.CUDA_ERROR_OUT_OF_MEMORY
+    with pytest.raises(torch.OutOfMemoryError, match=r"\(7, 1, 1\) blocks of 128 threads.*CUDA_ERROR_OUT_OF_MEMORY"):
+        kernel.launch((7, 1, 1), THREADS, SHARED, (None, tensor(), 1.0, 1))
+    driver.failing["cuLaunchKernelEx"] = Status.CUDA_ERROR_LAUNCH_FAILED
+    with pytest.raises(RuntimeError, match="kernel scale of scale.cu on cuda:0.*CUDA_ERROR_LAUNCH_FAILED, some words"):
+        kernel.launch((7, 1, 1), THREADS, SHARED, (None, tensor(), 1.0, 1))
+    driver.failing.clear()
+    kernel.launch((7, 1, 1), THREADS, SHARED, (None, tensor(), 1.0, 1))
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(12040, r"supports CUDA 12.4 .* install escort-sparse\[cuda12\], or update the driver"), (99000, "INVALID_IMAGE")],
+)
+def test_a_driver_that_cannot_load_the_binary(
+    driver: FakeDriver, scale: Path, monkeypatch: pytest.MonkeyPatch, version: int, message: str
+) -> None:
+    monkeypatch.setattr(jit, "nvrtc_version", lambda: (13, 0))
+    driver.version = version
+    driver.failing["cuLibraryLoadData"] = Status.CUDA_ERROR_INVALID_IMAGE
+    with pytest.raises(RuntimeError, match=message) as caught:
+        jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))
+    assert ("update the driver" in str(caught.value)) == (version < 13000)
+
+
+def test_a_driver_that_is_too_old_for_any_binary(driver: FakeDriver, scale: Path) -> None:
+    driver.version = 11080
+    with pytest.raises(RuntimeError, match="supports CUDA 11.8; CUDA kernels need 12.0: update the driver"):
+        jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))
+
+
+def test_a_missing_entry_is_named(driver: FakeDriver, scale: Path) -> None:
+    driver.failing["cuLibraryGetKernel"] = Status.CUDA_ERROR_NOT_FOUND
+    with pytest.raises(RuntimeError, match="kernel other of scale.cu on cuda:0.*NOT_FOUND"):
+        jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"), "other")
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_gpu_that_is_too_old(scale: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(RuntimeError, match="NVIDIA X has compute capability 7.5; CUDA kernels need 8.0"):
+        jit.kernel(scale, {"FACTOR": 1}, torch.device("cuda:0"))
+
+
+# On a GPU
+
+gpu = pytest.mark.gpu
+
+
+def last_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.device_count() - 1)
+
+
+def launch_scale(
+    kernel: jit.Kernel, x: torch.Tensor, y: torch.Tensor, factor: float = 3.0, shared: int = SHARED
+) -> None:
+    kernel.launch((-(-x.numel() // THREADS), 1, 1), THREADS, shared, (x, y, factor, x.numel()))
+
+
+@gpu
+@pytest.mark.parametrize("shared", [SHARED, 100_000])
+def test_a_launch_computes(scale: Path, shared: int) -> None:
+    kernel = jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda"))
+    x, y = torch.randn(1000, device="cuda"), torch.full((1001,), 9.0, device="cuda")
+    launch_scale(kernel, x, y, shared=shared)
+    torch.testing.assert_close(y[:1000], 6 * x + 0.5)
+    assert y[1000] == 9
+    kernel.launch((8, 1, 1), THREADS, shared, (None, y, 1.0, 1000))
+    assert (y[:1000] == 2.5).all()
+    assert kernel.blocks_per_multiprocessor(THREADS, 100_000) >= 1
+
+
+@gpu
+def test_a_second_gpu_need_not_be_the_current_one(scale: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    kernel = jit.kernel(scale, {"FACTOR": 2}, last_device())
+    x = torch.randn(1000, device=last_device())
+    y = torch.empty_like(x)
+    with torch.cuda.device(0):
+        launch_scale(kernel, x, y)
+        assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(y, 6 * x + 0.5)
+    with pytest.raises(ValueError, match="cuda:0"):
+        launch_scale(kernel, x.to("cuda:0"), y)
+
+
+@gpu
+def test_a_launch_runs_on_the_current_stream(scale: Path) -> None:
+    kernel = jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda"))
+    x, y = torch.zeros(1 << 20, device="cuda"), torch.empty(1 << 20, device="cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # about 10 ms, in which a launch on another stream would read x too early
+        x.fill_(1.0)
+        launch_scale(kernel, x, y)
+        y.mul_(2.0)
+    stream.synchronize()
+    assert (y == 13).all()
+
+
+@gpu
+def test_a_launch_is_captured(scale: Path) -> None:
+    kernel = jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda"))
+    x, y = torch.zeros(1000, device="cuda"), torch.zeros(1000, device="cuda")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # the kernel's first launch
+        launch_scale(kernel, x, y)
+    assert (y == 0).all()
+    for value in (1.0, 2.0):
+        x.fill_(value)
+        graph.replay()
+        torch.testing.assert_close(y, 6 * x + 0.5)
+
+
+@gpu
+def test_threads_share_a_bound_launch(scale: Path) -> None:
+    kernel = jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda"))
+    launch = kernel.bind(THREADS, SHARED, (torch.Tensor, torch.Tensor, float, 1000))
+    x = torch.randn(1000, device="cuda")
+    outputs = [torch.empty(1000, device="cuda") for _ in range(8)]
+    torch.cuda.synchronize()
+
+    def work(factor: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(200):
+                launch((8, 1, 1), x, outputs[factor], float(factor))
+        stream.synchronize()
+
+    threads = [threading.Thread(target=work, args=(factor,)) for factor in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for factor, y in enumerate(outputs):
+        torch.testing.assert_close(y, 2 * factor * x + 0.5)
+
+
+@gpu
+def test_a_launch_with_an_overlap_and_a_cluster(scale: Path) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    kernel = jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda"))
+    x, y = torch.randn(1024, device="cuda"), torch.empty(1024, device="cuda")
+    torch.cuda.synchronize()  # this kernel does not wait for the one before it
+    kernel.bind(THREADS, SHARED, (torch.Tensor, y, 3.0, 1024), cluster=2, overlap=True)((8, 1, 1), x)
+    torch.testing.assert_close(y, 6 * x + 0.5)
+
+
+@gpu
+def test_what_the_gpu_has_not_is_refused_and_the_next_launch_works(scale: Path) -> None:
+    kernel = jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda"))
+    x = torch.randn(1000, device="cuda")
+    y = torch.empty_like(x)
+    with pytest.raises(ValueError, match="bytes of shared memory per block"):
+        launch_scale(kernel, x, y, shared=1 << 20)
+    with pytest.raises(RuntimeError, match="cuLaunchKernelEx failed"):
+        kernel.launch((1, 1 << 20, 1), THREADS, SHARED, (x, y, 3.0, 1000))
+    with pytest.raises(TypeError, match="parameters of"):
+        kernel.launch((1, 1, 1), THREADS, SHARED, (x, y, 3.0))
+    launch_scale(kernel, x, y)
+    torch.testing.assert_close(y, 6 * x + 0.5)
+
+
+@gpu
+def test_a_missing_entry_is_named_on_a_gpu(scale: Path) -> None:
+    with pytest.raises(RuntimeError, match="kernel other of scale.cu"):
+        jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda"), "other")

@@ -1,0 +1,475 @@
+"""The study: which rows each question has, how a run goes on, and what the command does. No speed is asserted."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from escort import breakdown, counters, methods, reference, study, suite
+from escort.cli import app
+from escort.problem import Problem
+from escort.results import Item, Result
+from escort.sparse import StretchedCSR
+from escort.study import Study
+from escort.suite import Row
+
+SMALL = "inception_5?/5x5"  # two layers on 7x7 maps, of the same group of shapes but for the channels
+QUICK = Study("cpu", ("googlenet",), 1, SMALL, (0.5, 0.95), 3, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    QUICK.raced.clear()
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(144, 5)
+    )
+
+
+TINY = {"googlenet": SimpleNamespace(factory=tiny, input_size=(3, 8, 8))}
+
+
+def measured(items: Sequence[Item]) -> list[Row]:
+    return [row for item in items for row in item.measure()]
+
+
+def a_row(label: str = "a", time_us: float = 1.0) -> Row:
+    return Row("googlenet", "paper", label, 1, "fp32", "direct", {}, time_us, 0.0)
+
+
+# --- questions
+
+
+def test_every_method_runs_on_every_layer() -> None:
+    rows = measured(study.compare(QUICK, "fp32"))
+    assert {row.layer for row in rows} == {"inception_5a/5x5", "inception_5b/5x5"}
+    assert {row.method for row in rows} == {"direct", "dense", "lowered"}
+    assert all(row.weights == "paper" and row.batch == 1 and row.time_us > 0 for row in rows)
+    assert all(row.rel_error <= reference.ERROR_BOUND["fp32"] for row in rows)
+    assert sum(row.method == "direct" and row.layer == "inception_5a/5x5" for row in rows) <= QUICK.search
+
+
+def test_the_papers_batch_is_the_default() -> None:
+    assert QUICK.images("googlenet") == 1
+    assert {name: Study().images(name) for name in Study().networks} == {
+        "caffenet": 128,
+        "googlenet": 128,
+        "resnet50": 32,
+    }
+
+
+@dataclass(frozen=True)
+class Knobs:
+    size: int = 2
+    balanced: bool = True
+    depth: int = 1
+
+
+class Fake:
+    """A method with knobs."""
+
+    name, device_type, config_type = "direct", "cpu", Knobs
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return None
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[Knobs]:
+        return Knobs(), Knobs(size=4), Knobs(depth=3)
+
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: Any, config: Knobs) -> Callable[..., torch.Tensor]:
+        weight = filter.to_dense()
+        return lambda x, residual=None: reference.conv2d(problem, x, weight).float()
+
+
+class Knowing(Fake):
+    """Says itself which configurations are next to one."""
+
+    def neighbours(self, config: Knobs, problem: Problem, filter: StretchedCSR) -> dict[str, list[Knobs]]:
+        return {
+            "size": [replace(config, size=size) for size in (1, 8)],
+            "balanced": [replace(config, balanced=not config.balanced)],
+        }
+
+
+@pytest.mark.parametrize("method", methods.for_device("cpu"), ids=lambda method: method.name)
+def test_neighbours_differ_in_one_field(method: methods.Method) -> None:
+    layer = suite.paper_layers(1)[0]
+    for config in method.configs(layer.problem, layer.filter):
+        for name, changed in study.neighbours(method, config, layer).items():
+            for other in changed:
+                assert [f.name for f in fields(config) if getattr(config, f.name) != getattr(other, f.name)] == [name]
+
+
+def test_neighbours_take_the_values_of_the_search_space_or_what_the_method_says() -> None:
+    layer = suite.paper_layers(1)[0]
+    assert study.neighbours(Fake(), Knobs(), layer) == {
+        "size": [Knobs(size=4)],
+        "balanced": [],
+        "depth": [Knobs(depth=3)],
+    }
+    assert study.neighbours(Knowing(), Knobs(), layer)["size"] == [Knobs(size=1), Knobs(size=8)]
+
+
+def test_the_ablation_changes_one_field_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "by_name", lambda name, device: Knowing())
+    items = study.ablate(QUICK, "fp32")
+    assert len(items) == 1  # one size of map
+    base, *changes = measured(items)
+    changed = [{k: v for k, v in row.config.items() if v != base.config[k]} for row in changes]
+    assert changed == [{"size": 1}, {"size": 8}, {"balanced": False}]
+
+
+def test_the_ablation_of_the_cpu_method() -> None:
+    base, *changes = measured(study.ablate(QUICK, "fp32"))
+    assert changes and all(sum(v != base.config[k] for k, v in row.config.items()) == 1 for row in changes)
+
+
+def test_break_even_rows_hold_both_sides_at_every_sparsity() -> None:
+    rows = measured(study.find_break_even(QUICK, "fp32"))
+    assert {(row.layer, row.weights) for row in rows} == {
+        (layer, weights)
+        for layer in ("inception_5a/5x5", "inception_5b/5x5")
+        for weights in ("random-0.50", "random-0.95")
+    }
+    assert {row.method for row in rows} == {"direct", "dense"}
+
+
+def test_a_shape_breaks_even_once() -> None:
+    labels = [item.label for item in study.find_break_even(replace(Study(), networks=("resnet50",)), "fp32")]
+    assert len({label.rpartition(" ")[0] for label in labels}) == 4  # four sizes of map, sixteen layers
+    assert labels[0] == "resnet50 res2a_branch2b 0.70"
+
+
+def test_random_filters_have_the_sparsity_asked_for() -> None:
+    problem = Problem(1, 16, 7, 7, 32, (3, 3))
+    assert study.random_filter(problem, 0.9, 0).sparsity == pytest.approx(0.9, abs=1e-3)
+    assert not torch.equal(*(study.random_filter(problem, 0.9, seed).to_dense() for seed in (0, 1)))
+
+
+def test_whole_networks_at_every_sparsity() -> None:
+    rows = measured(study.sweep_networks(replace(QUICK, factories=TINY), "fp32"))
+    assert {row.weights for row in rows} == {"random-0.50", "random-0.95"}
+    assert {row.method for row in rows} == {"escort", "eager"}
+    assert all((row.network, row.layer) == ("googlenet", "all") for row in rows)
+
+
+def test_networks_on_a_gpu_race_against_graphs_and_what_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(study, "_pruned", lambda *_: (None, None))
+    monkeypatch.setattr(suite, "measure_network", lambda *_, against, **__: asked.append(against) or [])
+    on_gpu = replace(QUICK, device="cuda:0", sparsities=(0.9,))
+    for why in (None, "no compiler"):
+        monkeypatch.setattr(study, "_cannot_compile", lambda device, why=why: why)
+        with nullcontext() if why is None else pytest.warns(UserWarning, match="compile is left out: no"):
+            measured(study.sweep_networks(on_gpu, "fp16"))
+    assert asked == [("graph", "compile"), ("graph",)]
+
+
+def test_why_torch_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Any) -> Any:
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert study._cannot_compile.__wrapped__("cpu") == "RuntimeError: no compiler"
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert study._cannot_compile.__wrapped__("cpu") is None
+
+
+def test_a_breakdown_has_every_part_of_layers_and_networks() -> None:
+    rows = measured(study.break_down(replace(QUICK, factories=TINY), "fp32"))
+    runs: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        runs.setdefault((row.layer, row.method), {})[row.config["part"]] = row.time_us
+    assert all(tuple(parts) == breakdown.PARTS for parts in runs.values())
+    assert {method for layer, method in runs if layer == "all"} == {"escort", "eager"}
+    lowered, direct = runs["inception_5a/5x5", "lowered"], runs["inception_5a/5x5", "direct"]
+    assert lowered["im2col"] > 0 and lowered["product"] > 0 and lowered["direct"] == 0
+    assert direct["direct"] > 0 and direct["im2col"] == direct["product"] == direct["padding"] == 0
+    assert runs["all", "eager"]["product"] > 0 and runs["all", "eager"]["direct"] == 0
+
+
+def test_what_the_device_did_is_told_apart_by_name() -> None:
+    def event(name: str, time_us: float, device: str = "CUDA", annotation: bool = False) -> SimpleNamespace:
+        elapsed = SimpleNamespace(elapsed_us=lambda: time_us)
+        kind = SimpleNamespace(name=device)
+        return SimpleNamespace(name=name, device_type=kind, time_range=elapsed, is_user_annotation=annotation)
+
+    events = [
+        event("direct", 1.0),
+        event("void at::native::im2col_kernel<float>(long, float const*)", 2.0),
+        event("sm90_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize128x128x32", 4.0),
+        event("void cusparse::csrmm_v2_kernel<float>", 8.0),
+        event("void cudnn::winograd_nonfused::winogradForwardData4x4<float>", 16.0),
+        event("void cudnn::ops::nchwToNhwcKernel<float>", 32.0),
+        event("void at::native::vectorized_elementwise_kernel<4>", 64.0),
+        event("aten::conv2d", 1000.0, device="CPU"),
+        event("escort::direct", 1000.0),
+        event("ProfilerStep#1", 1000.0, annotation=True),
+    ]
+    times = dict.fromkeys(breakdown.PARTS, 0.0)
+    for part, time_us in breakdown.kernel_times(events):
+        times[part] += time_us
+    assert times == {"padding": 0.0, "im2col": 2.0, "product": 28.0, "direct": 1.0, "other": 96.0}
+
+
+def test_operators_belong_to_the_part_that_calls_them() -> None:
+    pad = SimpleNamespace(name="aten::constant_pad_nd", cpu_parent=None, self_cpu_time_total=1.0)
+    copy = SimpleNamespace(name="aten::copy_", cpu_parent=pad, self_cpu_time_total=2.0)
+    relu = SimpleNamespace(name="aten::relu", cpu_parent=None, self_cpu_time_total=4.0)
+    assert list(breakdown.operator_times([pad, copy, relu])) == [("padding", 1.0), ("padding", 2.0), ("other", 4.0)]
+
+
+def test_the_parts_of_a_run_sum_to_its_time() -> None:
+    x = torch.randn(300, 300)
+    times = breakdown.part_times(lambda: torch.relu(nn.functional.pad(x @ x, (1, 1))), "cpu")
+    assert times["product"] > 0 and times["padding"] > 0 and times["other"] > 0
+    assert times["im2col"] == times["direct"] == 0
+
+
+# --- hardware counters
+
+NCU = """==PROF== Connected to process 7
+escort says something
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
+"Section Name","Metric Name","Metric Unit","Metric Value"
+"0","7","python","h","zero","1","7","(256, 1, 1)","(1, 1, 1)","0","9.0","c","gpu__time_duration.sum","ns","900"
+"1","7","python","h","direct","1","7","(256, 1, 1)","(9, 1, 1)","0","9.0","c","gpu__time_duration.sum","ns","21,500"
+"1","7","python","h","direct","1","7","(256, 1, 1)","(9, 1, 1)","0","9.0","c","smsp__inst_executed.sum","inst","1,234"
+"1","7","python","h","direct","1","7","(256, 1, 1)","(9, 1, 1)","0","9.0","c","not__there.sum","","n/a"
+"""
+
+
+def test_counters_are_those_of_the_longest_launch() -> None:
+    expected = {"gpu__time_duration.sum": 21500.0, "smsp__inst_executed.sum": 1234.0}
+    assert counters.longest_launch(NCU) == expected
+    with pytest.raises(RuntimeError, match="no launch; it said: ==WARNING== No kernels"):
+        counters.longest_launch("==WARNING== No kernels were profiled.")
+
+
+def test_counter_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def run(words: list[str], **_: Any) -> SimpleNamespace:
+        seen.append(words)
+        return SimpleNamespace(stdout=NCU, stderr="", returncode=0)
+
+    monkeypatch.setattr(counters.subprocess, "run", run)
+    (row,) = measured(study.count(QUICK, "fp32"))
+    assert row.time_us == 21.5 and row.config["counters"] == {"smsp__inst_executed.sum": 1234.0}
+    assert 0 <= row.rel_error <= reference.ERROR_BOUND["fp32"]
+    what = json.loads(seen[0][-1])
+    assert (what["network"], what["layer"], what["dtype"]) == ("googlenet", "inception_5a/5x5", "fp32")
+    assert {**what["config"], "counters": row.config["counters"]} == row.config
+    assert seen[0][:3] == ["ncu", "--clock-control", "none"]
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "message"),
+    [
+        ("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", 1, "for administrators"),
+        ("==ERROR== Failed to find metric x", 1, "ncu failed on .*Failed to find metric x"),
+    ],
+)
+def test_counters_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, said: str, code: int, message: str) -> None:
+    done = SimpleNamespace(stdout="", stderr=said, returncode=code)
+    monkeypatch.setattr(counters.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(RuntimeError, match=message):
+        measured(study.count(QUICK, "fp32"))
+
+
+# --- running, going on
+
+
+def work_of(*items: Item, stem: str = "layers-fp32") -> dict[str, list[Item]]:
+    return {stem: list(items)}
+
+
+def test_rows_are_kept_item_by_item(tmp_path: Path) -> None:
+    path = tmp_path / "layers-fp32.json"
+
+    def second() -> list[Row]:
+        now = Result.read(path)
+        assert [row.layer for row in now.rows] == ["a"] and now.header["finished"] == ["a"]
+        assert not now.header["complete"]
+        return [a_row("b")]
+
+    assert study.run(QUICK, work_of(Item("a", lambda: [a_row("a")]), Item("b", second)), tmp_path, "escort paper") == {}
+    result = Result.read(path)
+    assert result.header["complete"] and [row.layer for row in result.rows] == ["a", "b"]
+    assert result.header["command"] == "escort paper" and result.header["study"] == QUICK.conditions()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
+    def cut_off() -> list[Row]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.run(QUICK, work_of(Item("a", lambda: [a_row("a")]), Item("b", cut_off)), tmp_path, "escort paper")
+    never = Item("a", lambda: pytest.fail("measured again"))
+    study.run(QUICK, work_of(never, Item("b", lambda: [a_row("b")])), tmp_path, "escort paper")
+    assert [row.layer for row in Result.read(tmp_path / "layers-fp32.json").rows] == ["a", "b"]
+    anew = work_of(Item("a", lambda: [a_row("a", 7.0)]))
+    study.run(QUICK, anew, tmp_path, "escort paper", again=True)
+    assert [row.time_us for row in Result.read(tmp_path / "layers-fp32.json").rows] == [7.0]
+
+
+def test_what_was_raced_before_is_not_raced_again(tmp_path: Path) -> None:
+    (item, _) = study.compare(QUICK, "fp32")
+    study.run(QUICK, work_of(item), tmp_path, "escort paper")
+    later = replace(QUICK, raced={})
+    study.run(later, work_of(Item("a", lambda: []), stem="ablation-fp32"), tmp_path, "escort paper")
+    assert later.raced["googlenet", "inception_5a/5x5", "fp32"] == Result.read(tmp_path / "layers-fp32.json").rows
+
+
+def test_an_item_that_fails_is_named_and_tried_again(tmp_path: Path) -> None:
+    def fail() -> list[Row]:
+        raise RuntimeError("wrong result")
+
+    work = work_of(Item("a", fail), Item("b", lambda: [a_row("b")]))
+    assert study.run(QUICK, work, tmp_path, "escort paper") == {"layers-fp32, a": "RuntimeError: wrong result"}
+    result = Result.read(tmp_path / "layers-fp32.json")
+    assert result.header["failed"] == {"a": "RuntimeError: wrong result"} and not result.header["complete"]
+    assert study.run(QUICK, work_of(Item("a", lambda: [a_row("a")])), tmp_path, "escort paper") == {}
+    assert [row.layer for row in Result.read(tmp_path / "layers-fp32.json").rows] == ["b", "a"]
+
+
+def test_what_is_left_out_is_named_in_the_header(tmp_path: Path) -> None:
+    def measure() -> list[Row]:
+        warnings.warn("direct {} is left out: out of device memory", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        return [a_row("a")]
+
+    with pytest.warns(UserWarning, match="something else"):
+        study.run(QUICK, work_of(Item("a", measure)), tmp_path, "escort paper")
+    header = Result.read(tmp_path / "layers-fp32.json").header
+    assert header["left_out"] == ["direct {} is left out: out of device memory"]
+
+
+def test_results_of_another_study_are_not_mixed(tmp_path: Path) -> None:
+    study.run(QUICK, work_of(Item("a", lambda: [a_row("a")])), tmp_path, "escort paper")
+    with pytest.raises(ValueError, match="another study .*--again"):
+        study.run(replace(QUICK, seed=1), work_of(Item("b", lambda: pytest.fail("measured"))), tmp_path, "escort paper")
+    (tmp_path / "layers-fp32.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"layers-fp32\.json is not a result file"):
+        study.run(QUICK, work_of(), tmp_path, "escort paper")
+
+
+def test_questions_share_their_files() -> None:
+    both = [part for question in ("rq1", "rq3") for part in study.QUESTIONS[question]]
+    assert list(study.plan(QUICK, both)) == ["layers-fp32"]
+    assert list(study.plan(replace(QUICK, device="cuda:0"), both)) == [
+        f"layers-{dtype}" for dtype in ("fp32", "tf32", "fp16", "bf16")
+    ]
+    with pytest.raises(ValueError, match="in fp32, not in fp16"):
+        study.plan(QUICK, both, ("fp16",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"networks": ("alexnet",)}, "no network alexnet; there are caffenet"),
+        ({"sparsities": (1.0,)}, "between 0 and 1"),
+        ({"layers": "conv9"}, "no layer is named like conv9; there are inception|conv2"),
+    ],
+)
+def test_bad_studies(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(QUICK, **change)
+
+
+# --- the command
+
+
+def invoke(*args: object) -> Any:
+    return CliRunner().invoke(app, ["paper", *map(str, args)])
+
+
+SMALL_RUN = (
+    "--device",
+    "cpu",
+    "--networks",
+    "googlenet",
+    "--layers",
+    "inception_5a/5x5",
+    "--batch",
+    1,
+    "--budget-s",
+    0,
+)
+
+
+def test_the_command_measures_tells_and_renders(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = (*SMALL_RUN, "--questions", "rq1,rq2", "--search", 2, "--out", out)
+    result = invoke(*run)
+    assert result.exit_code == 0, result.output
+    assert "Sums over the pruned layers" in result.output and "not measured" in result.output
+    written = {path.name for path in out.iterdir()}
+    assert {"layers-fp32.json", "ablation-fp32.json", "report.html", "speedup-googlenet-fp32.svg"} <= written
+    before = (out / "layers-fp32.json").read_text()
+
+    told = json.loads(invoke(*run, "--json").stdout)
+    assert json.loads(before)["rows"] == told["rows"]["layers-fp32"] and told["failures"] == {}
+    assert told["tables"]["totals"][0]["Layers"] == "1 of 19"
+
+    document = tmp_path / "paper.md"
+    document.write_text("# Report\n\n<!-- table: totals -->\nold\n<!-- end -->\n\nProse.\n")
+    plots = tmp_path / "plots"
+    result = invoke("--render", out, "--into", document, "--out", plots)
+    assert result.exit_code == 0, result.output
+    assert "| googlenet |" in document.read_text() and "old" not in document.read_text()
+    assert (plots / "report.html").is_file()
+
+
+def test_without_ncu_the_command_says_so_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counters.shutil, "which", lambda _: None)
+    result = invoke(*SMALL_RUN, "--questions", "rq1", "--ncu", "--search", 1, "--out", tmp_path)
+    assert result.exit_code == 0 and "ncu is not on the PATH" in result.stderr
+
+
+def test_a_failure_is_told_and_ends_in_an_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> list[Row]:
+        raise RuntimeError("wrong result")
+
+    monkeypatch.setattr(suite, "measure_layer", fail)
+    result = invoke(*SMALL_RUN, "--questions", "rq1", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "failed: layers-fp32, googlenet inception_5a/5x5: RuntimeError: wrong result" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--questions", "rq9"), "--questions: there is no 'rq9'; there are rq1"),
+        (("--device", "cpu", "--networks", "alexnet"), "--networks: there is no 'alexnet'"),
+        (("--device", "tpu"), "'tpu' is no device"),
+        (("--device", "cpu", "--dtype", "fp16"), "compute in fp32, not in fp16"),
+        (("--device", "cpu", "--sparsity", "most"), "shares of zeros such as 0.9"),
+        (("--into", "paper.md"), "--into goes with --render"),
+        (("--render", "nowhere"), "nowhere holds no results of a study"),
+    ],
+)
+def test_bad_input(args: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    result = invoke(*args, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_default_device_is_a_gpu(tmp_path: Path) -> None:
+    result = invoke("--out", tmp_path)
+    assert result.exit_code == 2 and "use cpu" in result.stderr
