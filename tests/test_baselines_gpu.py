@@ -9,13 +9,14 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from torch import nn
 
 from escort import bench, planner, reference, suite
 from escort.bench import Machine
 from escort.methods import Method, by_name, for_device
 from escort.methods.base import as_taken, benchmark_configs
 from escort.methods.cublas import Cublas
-from escort.problem import Epilogue, Precision, Problem
+from escort.problem import TORCH_DTYPE, Epilogue, Precision, Problem
 from escort.sparse import StretchedCSR
 from tests.cases import CASES, Case
 
@@ -243,7 +244,7 @@ def test_the_machine_is_named_with_its_versions() -> None:
 
 
 def test_inputs_outgrow_the_cache() -> None:
-    problem = Problem(1, 64, 14, 14, 64, (3, 3), padding=(1, 1, 1, 1), dtype="fp16", device=DEVICE)
+    problem = Problem(1, 256, 28, 28, 256, (3, 3), padding=(1, 1, 1, 1), dtype="fp16", device=DEVICE)
     inputs = bench.example_inputs(problem)
     size = sum(x.nbytes for x, _ in inputs) * 2
     assert size >= 2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size
@@ -313,3 +314,24 @@ def test_rows_of_a_layer(dtype: Precision) -> None:
     assert {"memory_format": "channels_last", "output": "as_is"} in [r.config for r in rows if r.method == "cudnn"]
     head = suite.header("escort bench", DEVICE)
     assert head["gpu"] == torch.cuda.get_device_name(DEVICE) and head["driver"] and head["versions"]["cudnn"]
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_rows_of_a_network(precision: Precision) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU()).eval()
+    model = model.to(DEVICE, TORCH_DTYPE[precision])
+    suite.prune_all_but_first(model, 0.9)
+    x = torch.randn(4, 3, 32, 32, device=DEVICE, dtype=TORCH_DTYPE[precision])
+    rows = suite.measure_network(
+        model, x, network="tiny", weights="random-0.90", against=["graph"], precision=precision, budget_s=0.2
+    )
+    assert [(row.method, row.config["graph"]) for row in rows] == [
+        ("escort", False),
+        ("eager", False),
+        ("eager", False),
+        ("escort", True),
+        ("graph", True),
+        ("graph", True),
+    ]
+    assert {(row.dtype, row.batch, row.layer) for row in rows} == {(precision, 4, "all")}

@@ -131,7 +131,7 @@ def test_all_inputs_are_called_equally_often(device: Device) -> None:
 
     (timing,) = bench.race_on_gpu([[lambda i=i: run(i) for i in range(3)]], "cuda:0")
     assert timing == Timing(10.0)
-    assert calls[0] == calls[1] == calls[2] > 30
+    assert calls[0] - 2 == calls[1] == calls[2] > 30  # two to warm up
 
 
 def test_one_out_of_memory_does_not_end_the_race(device: Device) -> None:

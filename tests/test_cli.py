@@ -413,6 +413,9 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["bench", "--set", "paper", "--sparsity", "0.9"], "go with --network"),
         (["bench", "--set", "paper", "--layers", "nothing*"], "no layer is named so"),
         (["bench", "--set", "paper", "--batch", "0"], "--batch takes integers"),
+        (["bench", "--set", "paper", "--dtype", "fp16"], "--dtype fp16 is for GPUs"),
+        (["bench", "--set", "paper", "--device", "tpu"], "'tpu' is no device"),
+        (["bench", "--network", TINY, "--input", "3,8,8", "--batch", "paper"], "--batch paper goes with --set"),
         (["bench", "--network", TINY], "--input 3,224,224"),
         (["bench", "--patterns", "{tmp}/nowhere.npz"], "there is no such file"),
         (

@@ -19,9 +19,10 @@ from tests.cases import CASES, Case
 
 Floats = NDArray[np.float64]
 #: The kernel's integer parameters, in the order of kernels/direct.cu.
-PARAMETERS = """channels height width out_channels out_height out_width pitch pitch_magic pitch_shift image_rows rows_magic
-rows_shift width_magic width_shift pairs_magic pairs_shift row_padding column_padding row_stride column_stride phases phase_words channel_words slots chunks
-channel_block stages position_warps row_warps channel_warps producers entry_bytes activation""".split()
+PARAMETERS = """channels height width out_channels out_height out_width pitch pitch_magic pitch_shift image_rows
+rows_magic rows_shift width_magic width_shift pairs_magic pairs_shift row_padding column_padding row_stride
+column_stride phases phase_words channel_words slots chunks channel_block stages position_warps row_warps channel_warps
+producers entry_bytes activation""".split()
 
 
 class Interpreter:

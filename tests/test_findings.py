@@ -15,7 +15,15 @@ from escort.paper_layers import PAPER_LAYERS
 from escort.results import Result, read_results
 from escort.suite import Row
 
-HEADER = {"cpu": "a CPU", "versions": {"torch": "2.13.0"}, "date": "2026-11-21", "commit": "abc", "command": "escort"}
+HEADER = {
+    "device": "cuda",
+    "gpu": "a GPU",
+    "driver": "580",
+    "versions": {"torch": "2.13.0"},
+    "date": "2026-11-21",
+    "commit": "abc",
+    "command": "escort",
+}
 
 
 def row(
@@ -74,6 +82,13 @@ def test_totals_of_the_sparsest_layers() -> None:
     assert total.layers == total.published == 9  # res4 and res5
 
 
+def test_wins_count_layers() -> None:
+    rows = layer_rows("caffenet", direct=10.0, cudnn=5.0) + layer_rows("resnet50", direct=10.0, cudnn=20.0)
+    (line,) = cells(exhibits.tables(results(layers_fp16=rows))["wins"])
+    assert (line["Against"], line["Layers won"]) == ("cudnn", "16 of 20")
+    assert (line["Least"], line["Most"], line["Geometric mean"]) == ("0.50x", "2.00x", "1.52x")  # 2 ** (12 / 20)
+
+
 def test_aims_are_judged_by_the_rows() -> None:
     rows = layer_rows("caffenet", direct=10.0, cublas=60.0, cudnn=11.0) + layer_rows("resnet50", direct=1.0, cublas=9.0)
     table = cells(exhibits.tables(results(layers_fp32=rows))["aims"])
@@ -91,6 +106,11 @@ def test_aims_are_about_the_papers_lowering_and_show_the_fastest() -> None:
     rows += [row("caffenet", r.layer, "cublas", 20.0, config={"unfold": "at_once"}) for r in rows]
     line = cells(exhibits.tables(results(layers_fp32=rows))["aims"])[0]
     assert (line["Measured"], line["Reached"], line["Fastest variant"]) == ("6.00x", "yes", "2.00x")
+
+
+def test_aims_are_for_gpus() -> None:
+    on_cpu = {"layers-fp32": Result({"device": "cpu"}, layer_rows("caffenet", direct=10.0, dense=60.0))}
+    assert "aims" not in exhibits.tables(on_cpu) and "totals" in exhibits.tables(on_cpu)
 
 
 @pytest.mark.parametrize("change", [{"batch": 8}, {"layer": "conv9"}])
@@ -199,10 +219,14 @@ def test_the_counter_table() -> None:
 
 
 def everything() -> dict[str, Result]:
+    networks = curve("resnet50", "all", "escort", "eager", {0.7: 0.5, 0.9: 2.0})
     return results(
         layers_fp32=layer_rows("caffenet", direct=10.0, cublas=60.0),
+        layers_fp16=layer_rows("caffenet", direct=10.0, cudnn=5.0),
+        ablation_fp32=[row("caffenet", "conv2", "direct", 5.0, config={"words": words}) for words in (7, 1)],
         break_even_fp32=curve("resnet50", "res2a_branch2b", "direct", "cudnn", {0.7: 0.5, 0.9: 0.9}),
-        networks_fp32=curve("resnet50", "all", "escort", "eager", {0.7: 0.5, 0.9: 2.0}),
+        networks_fp32=networks,
+        networks_fp16=networks,
         breakdown_fp32=[row("caffenet", "conv2", "direct", 5.0, config={"part": "direct"})],
     )
 
@@ -210,7 +234,8 @@ def everything() -> dict[str, Result]:
 def test_plots_have_a_name_each_and_can_be_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plots = exhibits.plots(everything())
-    assert set(plots) == {"speedup-caffenet-fp32", "break-even-plot", "network-resnet50-fp32", "breakdown-fp32-plot"}
+    both = {f"{name}-{dtype}" for name in ("speedup-caffenet", "network-resnet50") for dtype in ("fp32", "fp16")}
+    assert set(plots) == {*both, "break-even-plot", "breakdown-fp32-plot"}
     for name, plot in plots.items():
         report.write_svg(tmp_path / f"{name}.svg", plot)
     svg = (tmp_path / "speedup-caffenet-fp32.svg").read_text()
@@ -234,7 +259,7 @@ Between.
 
 def test_documents_get_their_tables_and_keep_their_prose() -> None:
     once = exhibits.render(DOCUMENT, everything())
-    assert "what was here" not in once and "| caffenet | fp32 | 128 | 4 | 40.0 | 240 | 6.00x |" in once
+    assert "what was here" not in once and "| caffenet | fp32 | 128 | 4 | 40.0 | 240 | - | 6.00x | - |" in once
     assert once.startswith("# A report\n\nBefore.\n\n<!-- table: totals -->\n\n|") and "\n\nBetween.\n\n" in once
     assert exhibits.render(once, everything()) == once
 
@@ -260,7 +285,7 @@ def test_files_are_read_back_as_written(tmp_path: Path) -> None:
     (tmp_path / "another.json").write_text("not ours")
     assert read_results(tmp_path) == {"layers-fp16": Result(HEADER, rows)}
     (line,) = cells(exhibits.tables(read_results(tmp_path))["conditions"])
-    assert (line["File"], line["Device"], line["Command"]) == ("layers-fp16", "a CPU", "`escort`")
+    assert (line["File"], line["Device"], line["Command"]) == ("layers-fp16", "a GPU, driver 580", "`escort`")
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"header": {}}', '{"header": {}, "rows": [{"layer": "a"}]}'])
@@ -273,3 +298,17 @@ def test_damaged_files(tmp_path: Path, text: str) -> None:
 def test_a_folder_without_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no results of a study"):
         read_results(tmp_path)
+
+
+ROOT = Path(__file__).parents[1]
+REPORT, RESULTS = ROOT / "docs/paper.md", ROOT / "benchmarks/results/h200"
+
+
+def test_the_report_names_tables_that_there_are() -> None:
+    text = REPORT.read_text()
+    assert exhibits.render(text, everything()).count("\n|") > text.count("<!-- table:")
+
+
+@pytest.mark.skipif(not [*RESULTS.glob("layers-*.json")], reason="no results of a GPU are committed")
+def test_the_report_holds_the_committed_results() -> None:
+    assert exhibits.render(REPORT.read_text(), read_results(RESULTS)) == REPORT.read_text()

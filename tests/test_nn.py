@@ -164,6 +164,39 @@ def test_weights_stay_float32_whatever_the_layer_computes_in(half_layer: SparseC
             move()
 
 
+class Picky(Rounded):
+    """Takes one config, up to a width, and nothing tall."""
+
+    name = "picky"
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return "too tall" if problem.height > 20 else None
+
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: NoSettings) -> Runner:
+        if problem.width > 20:
+            raise ValueError("too wide")
+        return super().prepare(problem, filter, bias, config)
+
+
+@pytest.mark.parametrize(("height", "width"), [(9, 9), (9, 30), (30, 9)])
+def test_a_size_that_the_plan_does_not_fit_runs_by_another_method(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int
+) -> None:
+    picky = Picky()
+    monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, picky))
+    problem = Problem(1, 6, 9, 9, 8, (3, 3))
+    weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.3)
+    layer = SparseConv2d(StretchedCSR.from_dense(weight), None, Plan(problem, "picky", {}, (), Machine.here()), "late")
+    x = torch.randn(2, 6, height, width)
+    expected = reference.conv2d(layer.problem(2, height, width), x, weight)
+    assert reference.compare(layer(x), expected) < 1e-5
+    monkeypatch.setattr(methods, "METHODS", (picky,))
+    layer._runners.clear()
+    if max(height, width) > 20:
+        with pytest.raises(ValueError, match="late: too (tall|wide)"):
+            layer(x)
+
+
 def test_another_type_of_device_is_refused_before_anything_moves() -> None:
     layer, *_ = a_layer()
     for move in (lambda: layer.to("meta"), lambda: layer.to_empty(device="meta")):

@@ -38,6 +38,8 @@ def every_section() -> list[report.Section]:
         report.Table(HOSTILE, (HOSTILE, "n"), ((HOSTILE, "1,234"),), HOSTILE),
         report.bar_chart(HOSTILE, [HOSTILE], {HOSTILE: [1.0], "b": [2.0]}, HOSTILE),
         report.line_chart(HOSTILE, [1, 2], {HOSTILE: [1.0, 3.0]}, HOSTILE, HOSTILE),
+        report.horizontal_bars(HOSTILE, [HOSTILE], {HOSTILE: [1.0], "b": [None]}, HOSTILE, mark=1.0),
+        report.horizontal_bars(HOSTILE, [HOSTILE], {HOSTILE: [1.0], "b": [3.0]}, HOSTILE, stacked=True),
     ]
 
 
@@ -98,7 +100,7 @@ def test_the_page_is_accessible(html):
     attributes = [a for _, a in page.tags]
     assert page.tags[0] == ("html", {"lang": "en"})
     svgs = [a for tag, a in page.tags if tag == "svg"]
-    assert len(svgs) == 2
+    assert len(svgs) == 4
     assert all(a["role"] == "img" and a["aria-label"] for a in svgs)
     headers = [a for tag, a in page.tags if tag == "th"]
     assert {a["scope"] for a in headers} == {"col", "row"}
@@ -116,6 +118,29 @@ def test_numbers_are_flush_right_and_words_are_not(tmp_path):
         a.get("class") == "number" for tag, a in Page((tmp_path / "page.html").read_text()).tags if tag == "th"
     ]
     assert flush_right[:3] == [False, True, True]
+
+
+def test_a_markdown_table():
+    table = report.Table("t", ("name", "time"), (("a|b", "1,234"), ("two\nlines", "-")), "In microseconds.")
+    assert report.markdown(table) == (
+        "| name | time |\n| --- | ---: |\n| a\\|b | 1,234 |\n| two lines | - |\n\nIn microseconds."
+    )
+
+
+def test_bars_say_what_they_show():
+    chart = report.horizontal_bars(
+        "t", ["conv1", "conv2"], {"over a": [1.5, None], "over b": [2.0, 12.0]}, "Times faster"
+    )
+    assert chart.description == "Times faster. conv1: over a 1.5, over b 2; conv2: over a -, over b 12."
+    assert chart.svg.count(">12<") >= 1 and "conv2" in chart.svg
+
+
+def test_a_plot_in_a_file_of_its_own(tmp_path):
+    report.write_svg(tmp_path / "a.svg", report.bar_chart("t", ["a"], {HOSTILE: [1.0]}, HOSTILE))
+    svg = (tmp_path / "a.svg").read_text()
+    (root, attributes), *_ = Page(svg).tags
+    assert root == "svg" and HOSTILE in str(attributes["aria-label"])
+    assert "var(" not in svg and "currentColor" not in svg  # they mean nothing outside of a page
 
 
 def test_a_row_of_the_wrong_length_is_refused():
@@ -178,3 +203,9 @@ def test_an_unwritable_path_raises(tmp_path):
     with pytest.raises(OSError):
         report.write_html(tmp_path / "file" / "page.html", "t", [])
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_gpu_is_named_with_its_driver() -> None:
+    gpu = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159.04", "13.0", "9.19.0")
+    assert report.machine_line(gpu) == "NVIDIA H200, sm_90, driver 580.159.04, CUDA 13.0, torch 2.11.0"
+    assert report.machine_line(MACHINE) == "a CPU, avx2, 2 threads, torch 2.13.0"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from typer.testing import CliRunner
 from escort import breakdown, counters, methods, reference, study, suite
 from escort.cli import app
 from escort.problem import Problem
-from escort.results import Item, Result
+from escort.results import Item, Result, read_results
 from escort.sparse import StretchedCSR
 from escort.study import Study
 from escort.suite import Row
@@ -132,6 +131,15 @@ def test_the_ablation_changes_one_field_at_a_time(monkeypatch: pytest.MonkeyPatc
     assert changed == [{"size": 1}, {"size": 8}, {"balanced": False}]
 
 
+def test_an_ablation_without_its_base_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "by_name", lambda name, device: Knowing())
+    race = suite.measure_layer
+    calls = iter((slice(None), slice(1, None)))  # the first row of the second race is missing
+    monkeypatch.setattr(suite, "measure_layer", lambda *args, **options: race(*args, **options)[next(calls)])
+    with pytest.raises(RuntimeError, match="could not be timed again"):
+        measured(study.ablate(QUICK, "fp32"))
+
+
 def test_the_ablation_of_the_cpu_method() -> None:
     base, *changes = measured(study.ablate(QUICK, "fp32"))
     assert changes and all(sum(v != base.config[k] for k, v in row.config.items()) == 1 for row in changes)
@@ -166,26 +174,14 @@ def test_whole_networks_at_every_sparsity() -> None:
     assert all((row.network, row.layer) == ("googlenet", "all") for row in rows)
 
 
-def test_networks_on_a_gpu_race_against_graphs_and_what_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, ...]] = []
+def test_networks_on_a_gpu_race_against_graphs_and_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
     monkeypatch.setattr(study, "_pruned", lambda *_: (None, None))
-    monkeypatch.setattr(suite, "measure_network", lambda *_, against, **__: asked.append(against) or [])
-    on_gpu = replace(QUICK, device="cuda:0", sparsities=(0.9,))
-    for why in (None, "no compiler"):
-        monkeypatch.setattr(study, "_cannot_compile", lambda device, why=why: why)
-        with nullcontext() if why is None else pytest.warns(UserWarning, match="compile is left out: no"):
-            measured(study.sweep_networks(on_gpu, "fp16"))
-    assert asked == [("graph", "compile"), ("graph",)]
-
-
-def test_why_torch_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: Any) -> Any:
-        raise RuntimeError("no compiler\nand a long story")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    assert study._cannot_compile.__wrapped__("cpu") == "RuntimeError: no compiler"
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    assert study._cannot_compile.__wrapped__("cpu") is None
+    monkeypatch.setattr(suite, "measure_network", lambda *_, **options: asked.append(options) or [])
+    measured(study.sweep_networks(replace(QUICK, device="cuda:0", sparsities=(0.9,)), "fp16"))
+    (options,) = asked
+    assert (options["network"], options["weights"], options["precision"]) == ("googlenet", "random-0.90", "fp16")
+    assert options["against"] == ("graph", "compile")
 
 
 def test_a_breakdown_has_every_part_of_layers_and_networks() -> None:
@@ -372,7 +368,7 @@ def test_questions_share_their_files() -> None:
     both = [part for question in ("rq1", "rq3") for part in study.QUESTIONS[question]]
     assert list(study.plan(QUICK, both)) == ["layers-fp32"]
     assert list(study.plan(replace(QUICK, device="cuda:0"), both)) == [
-        f"layers-{dtype}" for dtype in ("fp32", "tf32", "fp16", "bf16")
+        f"layers-{dtype}" for dtype in ("fp32", "fp16", "tf32", "bf16")
     ]
     with pytest.raises(ValueError, match="in fp32, not in fp16"):
         study.plan(QUICK, both, ("fp16",))
@@ -389,6 +385,23 @@ def test_questions_share_their_files() -> None:
 def test_bad_studies(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(QUICK, **change)
+
+
+@pytest.mark.gpu
+def test_every_question_on_a_gpu(tmp_path: Path) -> None:
+    on_gpu = replace(QUICK, device="cuda:0", batch=2, factories=TINY, raced={})
+    parts = [part for question in study.QUESTIONS.values() for part in question]
+    dtypes = ("fp32", "fp16")
+    assert study.run(on_gpu, study.plan(on_gpu, parts, dtypes), tmp_path, "escort paper") == {}
+    found = read_results(tmp_path)
+    assert set(found) == {f"{part.stem}-{dtype}" for part in parts for dtype in dtypes}
+    for result in found.values():
+        assert result.header["complete"] and result.rows and result.header["gpu"]
+    assert {row.method for row in found["layers-fp16"].rows} == {"direct", "cublas", "cusparse", "cudnn"}
+    assert {"escort", "eager", "graph"} <= {row.method for row in found["networks-fp16"].rows}
+    for stem in ("breakdown-fp32", "breakdown-fp16"):
+        spent = {(row.method, row.config["part"]) for row in found[stem].rows if row.time_us > 0}
+        assert {("direct", "direct"), ("cublas", "im2col"), ("cublas", "product"), ("cudnn", "product")} <= spent
 
 
 # --- the command
@@ -417,7 +430,7 @@ def test_the_command_measures_tells_and_renders(tmp_path: Path) -> None:
     run = (*SMALL_RUN, "--questions", "rq1,rq2", "--search", 2, "--out", out)
     result = invoke(*run)
     assert result.exit_code == 0, result.output
-    assert "Sums over the pruned layers" in result.output and "not measured" in result.output
+    assert "Sums over the pruned layers" in result.output
     written = {path.name for path in out.iterdir()}
     assert {"layers-fp32.json", "ablation-fp32.json", "report.html", "speedup-googlenet-fp32.svg"} <= written
     before = (out / "layers-fp32.json").read_text()

@@ -273,6 +273,37 @@ def test_network_against_its_rivals() -> None:
     assert all(row.layer == "all" and row.batch == 2 and row.rel_error <= 1e-4 for row in rows)
 
 
+def test_network_in_graphs_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = tiny(), torch.randn(2, 3, 8, 8)
+    model(x)
+
+    def race(ways: Any, *_: Any) -> list[Timing]:
+        """The first that is captured cannot be."""
+        timings = [Timing(float(index), "graph" if way.captured else "events") for index, way in enumerate(ways)]
+        timings[3] = Timing(9.0, "events", "not captured: it synchronizes")
+        return timings
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("no compiler\nand many more lines")
+
+    monkeypatch.setitem(suite.RIVALS, "cpu", ("graph", "compile"))
+    monkeypatch.setattr(suite, "_race_network", race)
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: broken)
+    with pytest.warns(UserWarning) as warned:
+        rows = suite.measure_network(model, x, network="tiny", weights="random", against=["graph", "compile"])
+    assert [(row.method, row.time_us) for row in rows] == [
+        ("escort", 0.0),
+        ("eager", 1.0),
+        ("eager", 2.0),
+        ("graph", 4.0),
+        ("graph", 5.0),
+    ]
+    messages = [str(warning.message) for warning in warned if "left out" in str(warning.message)]
+    assert "compile is left out: NotImplementedError: no compiler" in messages[0] and "\n" not in messages[0]
+    assert "escort" in messages[1] and "it synchronizes" in messages[1]
+
+
 def test_unknown_rival() -> None:
     model, x = tiny(), torch.randn(1, 3, 8, 8)
     model(x)

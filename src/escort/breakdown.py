@@ -7,6 +7,7 @@ a product is a dense convolution or a dense or sparse matrix product, whichever 
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ def part_times(run: Callable[[], object], device: str, *, calls: int = 4) -> dic
 
     On the CPU, direct convolutions are seen where they run within :func:`marking`.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would report its own start and stop on stderr
     on_gpu = device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     for count in (2, calls):  # the first calls warm up the profiler too

@@ -289,7 +289,7 @@ def _swap(module: nn.Module, shape: torch.Size, name: str, precision: Precision)
     try:
         problem = Problem.of(conv, shape, epilogue=epilogue, dtype=precision, device=str(conv.weight.device))
         filter = StretchedCSR.from_dense(conv.weight, conv.groups)
-        bias = None if conv.bias is None else conv.bias.detach()
+        bias = None if conv.bias is None else conv.bias.detach().float()
         plan = planner.plan_layer(problem, filter, bias)
     except ValueError as error:
         raise ValueError(f"layer {name}: {error}") from error

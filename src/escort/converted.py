@@ -43,7 +43,7 @@ class NetworkPlan:
         rel_error: ``||out - ref|| / ||ref||`` of the converted network against the original.
         images: how many images of a larger batch run at a time, None for all (see :mod:`escort.batching`).
         precision: what the convolutions compute in.
-        device: what they run on, as torch writes it.
+        device: what they were planned on, as torch writes it.
         input_dtypes: the example's types, as torch writes them without its name.
         timer: how both times were taken (see :mod:`escort.bench`).
     """

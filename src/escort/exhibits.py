@@ -90,13 +90,15 @@ def _conditions(results: Mapping[str, Result]) -> Table:
         device = f"{device}, driver {head['driver']}" if head.get("driver") else device
         cells = (stem, device, versions.get("torch"), head.get("date"), head.get("commit"))
         lines.append((*("-" if cell is None else str(cell) for cell in cells), f"`{head.get('command', '-')}`"))
-    return Table("Measured on", ("File", "Device", "torch", "Begun", "Commit", "Command"), tuple(lines))
+    return Table("Measured on", ("File", "Device", "torch", "Date", "Commit", "Command"), tuple(lines))
 
 
 def _layers(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
     """RQ1 and RQ3."""
     sums = {dtype: findings.totals(result.rows) for dtype, result in results.items()}
-    found: dict[str, Table | Plot] = {"totals": _totals(sums), "means": _means(results), "aims": _aims(results)}
+    found: dict[str, Table | Plot] = {"totals": _totals(sums), "wins": _wins(results)}
+    if any(result.header.get("device") == "cuda" for result in results.values()):
+        found["aims"] = _aims(results)
     for dtype, result in results.items():
         found[f"layers-{dtype}"] = _layer_table(dtype, result.rows)
         best = suite.best_times(result.rows)
@@ -125,16 +127,17 @@ def _totals(sums: Mapping[str, Sequence[Total]]) -> Table:
     return Table("Sums over the pruned layers", columns, tuple(lines), "A method without a sum did not run all layers.")
 
 
-def _means(results: Mapping[str, Result]) -> Table:
-    means = {dtype: suite.geometric_means(result.rows, OURS) for dtype, result in results.items()}
-    rivals = methods_in(ratios for of_dtype in means.values() for ratios in of_dtype.values())
-    lines = [
-        (network, dtype, *(_times(ratios.get(rival)) for rival in rivals))
-        for dtype, of_dtype in means.items()
-        for network, ratios in of_dtype.items()
-    ]
-    columns = ("Network", "Precision", *(f"vs {rival}" for rival in rivals))
-    return Table("Speedup of direct, geometric means over layers", columns, tuple(lines))
+def _wins(results: Mapping[str, Result]) -> Table:
+    lines = []
+    for dtype, result in results.items():
+        best = [times for times in suite.best_times(result.rows).values() if OURS in times]
+        for rival in (method for method in methods_in(best) if method != OURS):
+            ratios = [times[rival] / times[OURS] for times in best if rival in times]
+            faster = f"{sum(ratio > 1.0 for ratio in ratios)} of {len(ratios)}"
+            middle = _times(_geometric_mean(ratios))
+            lines.append((dtype, rival, faster, _times(min(ratios)), middle, _times(max(ratios))))
+    columns = ("Precision", "Against", "Layers won", "Least", "Geometric mean", "Most")
+    return Table("Speedup of direct over all layers", columns, tuple(lines))
 
 
 def _aims(results: Mapping[str, Result]) -> Table:

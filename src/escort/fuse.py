@@ -114,9 +114,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> fx.G
             called = tree_leaves(copied(*(x.clone() for x in inputs)))
         # fx takes `x += y` for `x = x + y`, which differs where x is also known by another name.
         if not all(
-            _same(a, b)
-            for a, b in zip(traced, called, strict=True)
-            if isinstance(a, Tensor) and a.is_floating_point()
+            _same(a, b) for a, b in zip(traced, called, strict=True) if isinstance(a, Tensor) and a.is_floating_point()
         ):
             raise ValueError("its graph computes something else, as `x += y` may where x has a second name")
     except torch.OutOfMemoryError:

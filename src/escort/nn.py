@@ -19,7 +19,8 @@ from escort.sparse import StretchedCSR
 class SparseConv2d(nn.Module):
     """Equivalent to ``activation(F.conv2d(x, w, bias, ...) + residual)``, run as its plan says. Inference only.
 
-    It runs any batch and any input size; the plan's method and config are kept, only its tables are laid out again.
+    It runs any batch and any input size: the plan's method and config are kept, only its tables are laid out again, by
+    the first call on a size. Where they do not fit a size, it is run by what does (see :func:`escort.ops.prepare`).
 
     Args:
         filter: the weights, (K, C / groups, R, S).
@@ -114,6 +115,7 @@ class SparseConv2d(nn.Module):
             raise TypeError(f"{self.name} was made {made} a residual, and was called otherwise")
         try:
             problem = self.problem(*(int(size) for size in (x.shape[0], *x.shape[2:])))
+            ops.check_not_capturing(x.device)
             run = ops.prepare(problem, self.filter, self.bias, self.plan.method, self.plan.config)
         except (ValueError, RuntimeError) as error:
             kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)

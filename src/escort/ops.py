@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from escort import _kernels
-from escort.methods import Runner, by_name
+from escort.methods import Runner, by_name, for_device
 from escort.problem import TORCH_DTYPE, Activation, Epilogue, Precision, Problem
 from escort.sparse import StretchedCSR
 
@@ -90,6 +90,7 @@ def _runner(
             f"sparse_conv2d takes {TORCH_DTYPE[spec.dtype]} on the filter's device, {arrays[0].device}, got {x.dtype} "
             f"on {x.device}"
         )
+    check_not_capturing(x.device)
     values, columns, indptr = (tensor.cpu().numpy() for tensor in arrays)
     shape = (len(indptr) - 1, x.shape[1] // spec.groups, *spec.kernel)
     filter = StretchedCSR(shape, spec.groups, indptr, columns, values)
@@ -100,34 +101,60 @@ def _runner(
     return prepare(problem, filter, bias, spec.method, spec.config)
 
 
+def check_not_capturing(device: torch.device) -> None:
+    """Raises RuntimeError while a CUDA graph is captured on that device: what follows allocates and waits."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a CUDA graph cannot be captured from the first call on this input size; call it once"
+                )
+
+
 def prepare(
     problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, method: str, config: dict[str, Any]
 ) -> Runner:
-    """A runner of that method, complete on its device when this returns, so that any stream may call it.
+    """A runner of that method and config, complete on its device when this returns, so that any stream may call it.
+
+    An input size that the config does not fit runs by the method's own first choice for it, and one that the method
+    refuses by the first other method that takes it.
 
     Raises:
-        RuntimeError: while a CUDA graph is captured.
-        ValueError: where the method does not exist on the problem's device or refuses the problem.
+        ValueError: where no method takes the problem.
     """
-    chosen = by_name(method, problem.device)
-    prepared = chosen.config_type(**config)
     if problem.device_type == "cpu":
-        return chosen.prepare(problem, filter, bias, prepared)
+        return _prepare(problem, filter, bias, method, config)
+    bias = None if bias is None else bias.cpu()
 
     def on_device() -> Runner:
         with torch.cuda.device(problem.device):
-            run = chosen.prepare(problem, filter, bias, prepared)
+            run = _prepare(problem, filter, bias, method, config)
             torch.cuda.current_stream().synchronize()
             return run
 
-    with torch.cuda.device(problem.device):
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"a CUDA graph cannot be captured from the first call of its kind, {problem}; call once")
-    bias = None if bias is None else bias.cpu()
     # On a thread of its own, because torch.compile(mode="reduce-overhead") lends the calling thread a pool of memory
     # that nothing may keep.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(on_device).result()
+
+
+def _prepare(
+    problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, method: str, config: dict[str, Any]
+) -> Runner:
+    chosen = by_name(method, problem.device)
+    refusal = None
+    for candidate in (chosen, *(other for other in for_device(problem.device) if other is not chosen)):
+        if reason := candidate.unsupported(problem):
+            refusal = refusal or ValueError(reason)
+            continue
+        for first_choice in (False, True) if candidate is chosen else (True,):
+            try:
+                knobs = candidate.configs(problem, filter)[0] if first_choice else candidate.config_type(**config)
+                return candidate.prepare(problem, filter, bias, knobs)
+            except ValueError as error:
+                refusal = refusal or error
+    assert refusal is not None
+    raise refusal
 
 
 @torch.library.register_fake("escort::sparse_conv2d")

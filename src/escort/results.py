@@ -105,7 +105,7 @@ def measure(
 def known(path: Path, head: Mapping[str, Any]) -> Result:
     """What a file holds of the same study on the same machine. Raises ValueError where it is of another."""
     found = Result.read(path)
-    for name in ("study", "cpu", "gpu", "threads", "versions"):
+    for name in ("study", "cpu", "gpu", "driver", "threads", "versions"):
         if found.header.get(name) != head.get(name):
             raise ValueError(
                 f"{path} was measured with another {name} ({found.header.get(name)}, now {head.get(name)}); measure it "

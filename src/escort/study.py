@@ -7,11 +7,10 @@ at one precision is one result file, written anew after every item: a study that
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,7 +111,10 @@ def ablate(study: Study, dtype: Precision) -> list[Item]:
     def measure(layer: Layer) -> list[Row]:
         method, config = by_name(OURS, study.device), _best_config(study, layer, OURS)
         changes = [c for changed in neighbours(method, config, layer).values() for c in changed]
-        return _race(study, layer, [Narrowed(method, [config, *changes])])
+        rows = _race(study, layer, [Narrowed(method, [config, *changes])])
+        if not rows or _config(method, rows[0]) != config:
+            raise RuntimeError(f"{config}, which was the fastest, could not be timed again")
+        return rows
 
     return [Item(_label(layer), partial(measure, layer)) for layer in _one_per_map(_layers(study, dtype))]
 
@@ -152,10 +154,7 @@ def sweep_networks(study: Study, dtype: Precision) -> list[Item]:
 
     def measure(name: str, sparsity: float) -> list[Row]:
         model, x = _pruned(study, name, sparsity, dtype)
-        against: tuple[str, ...] = () if study.device_type == "cpu" else suite.RIVALS["cuda"]
-        if "compile" in against and (reason := _cannot_compile(study.device)):
-            warnings.warn(f"torch.compile is left out: {reason}", stacklevel=2)
-            against = tuple(rival for rival in against if rival != "compile")
+        against = () if study.device_type == "cpu" else suite.RIVALS["cuda"]
         weights, budget_s = random_weights(sparsity), 4 * study.budget_s
         return suite.measure_network(
             model, x, network=name, weights=weights, against=against, precision=dtype, budget_s=budget_s
@@ -180,14 +179,15 @@ def break_down(study: Study, dtype: Precision) -> list[Item]:
             run = partial(method.prepare(layer.problem, layer.filter, None, config), as_taken(config, x))
             with torch.inference_mode():
                 parts = part_times(marking(run) if row.method == OURS else run, study.device)
-            rows += [replace(row, config={**row.config, "part": part}, time_us=time) for part, time in parts.items()]
+            for part, time_us in parts.items():
+                rows.append(replace(row, config={**row.config, "part": part}, time_us=round(time_us, 2)))
         return rows
 
     def measure_network(name: str) -> list[Row]:
         model, x = _pruned(study, name, BREAKDOWN_SPARSITY, dtype)
         about = name, random_weights(BREAKDOWN_SPARSITY), WHOLE, len(x), dtype
         return [
-            Row(*about, method, {**config, "part": part}, time_us, error)
+            Row(*about, method, {**config, "part": part}, round(time_us, 2), error)
             for method, config, error, parts in network_part_times(model, x, dtype)
             for part, time_us in parts.items()
         ]
@@ -206,16 +206,6 @@ def _pruned(study: Study, name: str, sparsity: float, dtype: Precision) -> tuple
     return model.to(study.device, TORCH_DTYPE[dtype]), x.to(study.device, TORCH_DTYPE[dtype])
 
 
-@lru_cache
-def _cannot_compile(device: str) -> str | None:
-    """Why torch.compile does not work here, None where it does."""
-    try:
-        torch.compile(torch.neg)(torch.ones(8, device=device))
-    except Exception as error:  # of many kinds: a compiler may be missing, or fail
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return None
-
-
 @dataclass(frozen=True)
 class Part:
     """A question's rows of one kind: the stem of their files, what measures them, in which precisions by default."""
@@ -227,7 +217,7 @@ class Part:
 
 QUESTIONS: dict[str, tuple[Part, ...]] = {
     "rq1": (Part("layers", compare, ("fp32",)),),
-    "rq3": (Part("layers", compare, ("fp32", "tf32", "fp16", "bf16")),),
+    "rq3": (Part("layers", compare, ("fp32", "fp16", "tf32", "bf16")),),
     "rq2": (Part("ablation", ablate, ("fp32", "fp16")),),
     "rq4": (
         Part("break-even", find_break_even, ("fp32", "fp16")),

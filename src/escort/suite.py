@@ -290,7 +290,8 @@ def measure_network(
     """The model converted, raced against itself in eager mode (both memory formats) and against other engines.
 
     On a GPU calls are timed as a user makes them, with the host's work; ``graph`` times the same in CUDA graphs, the
-    converted network too, and ``compile`` what torch.compile makes of the model, in a graph.
+    converted network too, and ``compile`` what torch.compile makes of the model, in a graph. What cannot be timed so
+    is left out with a warning.
 
     Args:
         model: dense modules in eval mode, on the device of x; the zeros are already in its weights.
@@ -301,7 +302,7 @@ def measure_network(
         progress: show a progress bar while converting.
 
     Raises:
-        RuntimeError: where one computes something else than the model in float64, or cannot be timed.
+        RuntimeError: where one computes something else than the model in float64; nothing is timed then.
         ImportError: if an engine to run against is not installed.
     """
     unknown = set(against) - set(RIVALS[x.device.type])
@@ -324,18 +325,27 @@ def measure_network(
     ]
     if "graph" in against:
         ways += [replace(way, method=way.method.replace("eager", "graph"), captured=True) for way in ways]
-    if "compile" in against:
-        compiled = torch.compile(channels_last, dynamic=False)
-        ways.append(_Way("compile", {"memory_format": "channels_last"}, lambda: compiled(x_last), captured=True))
     bound = NETWORK_ERROR_BOUND[precision]
     with torch.inference_mode(), dense_at_its_best(precision):
+        if "compile" in against:
+            compiled = torch.compile(channels_last, dynamic=False)
+            way = _Way("compile", {"memory_format": "channels_last"}, lambda: compiled(x_last), captured=True)
+            try:
+                way.run()
+                ways.append(way)
+            except Exception as failure:  # of many kinds: compilers may be missing, or fail
+                _leave_out(f"{network} in compile", f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}")
         errors = [_checked(way.run(), expected, bound, f"{network} in {way.method}") for way in ways]
-        times = _race_network(ways, x.device, rounds, budget_s)
-    about = network, weights, WHOLE, len(x), precision
-    return [
-        Row(*about, way.method, way.config | ({"graph": way.captured} if x.is_cuda else {}), round(time, 2), error)
-        for way, time, error in zip(ways, times, errors, strict=True)
-    ]
+        timings = _race_network(ways, x.device, rounds, budget_s)
+    rows = []
+    for way, timing, error in zip(ways, timings, errors, strict=True):
+        if timing.time_us is None or (way.captured and timing.timer != "graph"):
+            _leave_out(f"{network} in {way.method} {way.config}", timing.reason)
+            continue
+        config = way.config | ({"graph": way.captured} if x.is_cuda else {})
+        time_us = round(timing.time_us, 2)
+        rows.append(Row(network, weights, WHOLE, len(x), precision, way.method, config, time_us, error))
+    return rows
 
 
 @contextmanager
@@ -350,19 +360,17 @@ def dense_at_its_best(precision: Precision) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _race_network(ways: Sequence[_Way], device: torch.device, rounds: int, budget_s: float) -> list[float]:
+def _race_network(ways: Sequence[_Way], device: torch.device, rounds: int, budget_s: float) -> list[Timing]:
     if device.type == "cpu":
-        return bench.race([way.run for way in ways], rounds=rounds, burst=4, budget_s=budget_s)
-    times = [0.0] * len(ways)
+        times = bench.race([way.run for way in ways], rounds=rounds, burst=4, budget_s=budget_s)
+        return [Timing(time_us, "calls") for time_us in times]
+    timings: dict[int, Timing] = {}
     for captured in (False, True):
         group = [index for index, way in enumerate(ways) if way.captured is captured]
         runs = [ways[index].run for index in group]
-        timings = bench.race_on_gpu(runs, device, rounds=rounds, budget_s=budget_s, capture=captured)
-        for index, timing in zip(group, timings, strict=True):
-            if timing.time_us is None or (captured and timing.timer != "graph"):
-                raise RuntimeError(f"{ways[index].method} cannot be timed: {timing.reason}")
-            times[index] = timing.time_us
-    return times
+        found = bench.race_on_gpu(runs, device, rounds=rounds, budget_s=budget_s, capture=captured)
+        timings |= zip(group, found, strict=True)
+    return [timings[index] for index in range(len(ways))]
 
 
 def prune_all_but_first(model: nn.Module, sparsity: float) -> None:

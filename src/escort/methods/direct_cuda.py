@@ -1,13 +1,13 @@
 """Method `direct` on CUDA: the convolution computed straight from the compressed filter (kernels/direct.cu).
 
-As on the CPU, output positions are numbered row by row, and image by image, in a pitch that leaves room for the padding,
-so that any range of positions is a tile and every nonzero reads its input at one constant distance (the Escoin paper's
-stretched offsets, arXiv 1802.10280, section 3). A tile's input is brought into shared memory block by block of channels,
-its padding resolved on the way. Words of 16-bit storage hold the same position of two neighbouring images, so that
-every offset stays aligned.
+As on the CPU, output positions are numbered row by row, and image by image, in a pitch that leaves room for the
+padding, so that any range of positions is a tile and every nonzero reads its input at one constant distance (the Escoin
+paper's stretched offsets, arXiv 1802.10280, section 3). A tile's input is brought into shared memory block by block of
+channels, its padding resolved on the way. Words of 16-bit storage hold the same position of two neighbouring images, so
+that every offset stays aligned.
 
-This file lays out the tables that the kernel walks and predicts which configs are worth timing. What bounds the kernel is
-shared memory, which delivers one wavefront of 32 words per clock: a wavefront per nonzero and 32 positions.
+This file lays out the tables that the kernel walks and predicts which configs are worth timing. What bounds the kernel
+is shared memory, which delivers one wavefront of 32 words per clock: a wavefront per nonzero and 32 positions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class Gpu:
 
     @classmethod
     def of(cls, device: str) -> Gpu:
-        p = torch.cuda.get_device_properties(device)
+        p: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack some of its attributes
         return cls(p.multi_processor_count, p.shared_memory_per_block_optin, p.regs_per_multiprocessor)
 
 
@@ -137,7 +138,7 @@ class DirectCuda:
         device = torch.device(problem.device)
         shape, tables = _Shape.of(problem), pack(problem, filter, config)
         layout = Layout.of(problem, config.tile)
-        shared = config.stages * (config.channel_block * layout.channel_words * 4 + tables.entry_bytes + 16)
+        shared = int(_shared_bytes(layout, config, tables.entry_bytes))
         kernel = jit.kernel(_SOURCE, defines(config, layout, problem.dtype), device)
         arrays = (tables.entries, tables.segments, tables.rows, tables.first_channels)
         on_device = [torch.from_numpy(array).to(device) for array in arrays]
@@ -331,6 +332,16 @@ def scalars(problem: Problem, layout: Layout, tables: Tables, config: DirectConf
     )
 
 
+def _shared_bytes(layout: Layout, config: Any, entry_bytes: Any) -> Any:
+    """What a block needs: the ring with its barriers and, in its place at the end, sums that channel warps exchange.
+
+    Also for arrays of knobs in place of a config.
+    """
+    ring = config.stages * (config.channel_block * layout.channel_words * 4 + entry_bytes + 16)
+    sums = _LANES * config.words * config.position_warps * config.row_warps * config.rows * layout.images_per_word * 4
+    return np.maximum(ring, (config.channel_warps - 1) * sums)
+
+
 def _divisor(divisor: int) -> tuple[int, int]:
     """(magic, shift) for division by multiplication, magic as the int32 of the same bits; see kernels/direct.cu."""
     shift = (divisor - 1).bit_length()
@@ -493,7 +504,10 @@ _AXES: dict[str, tuple[int, ...]] = {
     "channel_warps": (1, 2, 4, 8),
     "blocks": (1, 2, 3),
 }
-_STAGING_AXES: dict[str, tuple[int, ...]] = {"channel_block": (4, 8, 16, 32, 64, 128), "stages": (2, 3, 4, 6)}
+_STAGING_AXES: dict[str, tuple[int, ...]] = {
+    "channel_block": (4, 8, 16, 24, 32, 48, 64, 96, 128),
+    "stages": (2, 3, 4),
+}
 _Numbers = dict[str, NDArray[Any]]
 
 # What the prediction takes for constants, in clocks of a multiprocessor; docs/performance.md says how well it does.
@@ -541,9 +555,11 @@ def _space(problem: Problem, filter: StretchedCSR | None, gpu: Gpu, packed: bool
     blocks = -(-shape.positions(images) // tile) * groups
 
     group_nnz = nnz / groups
-    entry_bytes = group_nnz / chunks * _unevenness(filter) * (4 if half else 8) + per_group * c["channel_warps"] * 8 + 96
-    shared = stages * (channel_block * layout.channel_words * 4 + entry_bytes + 16) + 256
-    slot_registers = np.maximum(layout.slots, 4) * (5 + 2 * layout.odd if layout.paired else 2 if half else 1) + (44 if half else 30)
+    entry_bytes = group_nnz / chunks * _unevenness(filter) * (4 if half else 8)
+    entry_bytes += per_group * c["channel_warps"] * 8 + 96
+    shared = _shared_bytes(layout, SimpleNamespace(**c), entry_bytes)
+    per_slot = 5 + 2 * layout.odd if layout.paired else layout.images_per_word
+    slot_registers = np.maximum(layout.slots, 4) * per_slot + (44 if half else 30)
     fits = (
         (shared <= gpu.shared_bytes)
         & (c["blocks"] * (shared + 1024) <= gpu.shared_bytes + 1024)
@@ -552,25 +568,25 @@ def _space(problem: Problem, filter: StretchedCSR | None, gpu: Gpu, packed: bool
         & (slot_registers <= c["most_registers"])
         & (channel_block < np.maximum(2 * channels, _STAGING_AXES["channel_block"][0] + 1))
         & (channel_block % c["channel_warps"] == 0)
-        & ((c["channel_warps"] - 1) * c["consumers"] // c["channel_warps"] * c["rows"] * c["words"] * (1 + half) * 128 <= shared)
     )
 
     # Wavefronts of shared memory, instruction slots (four per clock) and the time of a warp on its own.
     sharing = c["position_warps"]  # warps that read the same nonzeros
     cells = per_group * c["channel_warps"] * chunks
     reads = group_nnz * sharing * (c["words"] + 1 / (4 if half else 2)) + cells * sharing * 2
-    writes = channels * (layout.channel_words / _LANES) * (2 if layout.paired else 3 if half else 2)
+    writes = channels * layout.slots * (7 if layout.paired else 4 if half else 2)
     wavefronts = reads + writes + group_nnz / 8 + per_group * tile / _LANES * 2
     per_product = 2 if packed or not half else 5
     instructions = sharing * (group_nnz * (per_product * c["words"] + 2) + cells * (_LOOP + 4 * c["words"] * packed))
-    instructions += channels * layout.slots * (10 if half else 4)
+    instructions += channels * layout.slots * (24 if layout.paired else 12 if half else 5)
     warps = c["row_warps"] * c["channel_warps"]
     alone = group_nnz / warps * (per_product * c["words"] + _ROUND_TRIP / 4) + cells / warps * 2 * _LOOP + chunks * 60
     resident = np.minimum(c["blocks"], -(-blocks // gpu.multiprocessors))
     waves = -(-blocks // (gpu.multiprocessors * resident))
     # A stage is filled by copies that go on by themselves, or by loads and stores in batches that wait for each other.
     if half:
-        fill = _FETCH * -(-channel_block // (2 * producers)) * -(-layout.slots // 4)
+        batches = -(-channel_block * layout.slots // (8 * producers))
+        fill = _FETCH + _FETCH / 2 * batches
     else:
         fill = _FETCH + channel_block * layout.slots * 6 / producers
     busy = np.maximum(np.maximum(wavefronts, instructions / 4) * resident, alone)
@@ -601,11 +617,11 @@ def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int = 12) -> 
         space = _space(problem, filter, gpu, packed)
         taken: dict[tuple[int, ...], int] = {}
         chosen: list[DirectConfig] = []
-        for i in np.argsort(space["clocks"], kind="stable"):
+        for i in np.argsort(space["clocks"], kind="stable") if share else ():
             shape = tuple(int(space[name][i]) for name in _AXES)
             if taken.get(shape, 0) < 2:
                 taken[shape] = taken.get(shape, 0) + 1
-                knobs = {name: int(space[name][i]) for name in (*_AXES, *_STAGING_AXES, "producers")}
+                knobs: dict[str, Any] = {name: int(space[name][i]) for name in (*_AXES, *_STAGING_AXES, "producers")}
                 chosen.append(DirectConfig(**knobs, packed=packed))
             if len(chosen) == share:
                 break
@@ -613,9 +629,7 @@ def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int = 12) -> 
     return found
 
 
-def neighbours(
-    config: DirectConfig, problem: Problem, filter: StretchedCSR, gpu: Gpu
-) -> dict[str, list[DirectConfig]]:
+def neighbours(config: DirectConfig, problem: Problem, filter: StretchedCSR, gpu: Gpu) -> dict[str, list[DirectConfig]]:
     """For each knob, the configs of the search space that differ from `config` in it alone."""
     space = _space(problem, filter, gpu, config.packed)
     names = (*_AXES, *_STAGING_AXES)
@@ -623,10 +637,29 @@ def neighbours(
     found: dict[str, list[DirectConfig]] = {}
     for name in names:
         axis = (_AXES | _STAGING_AXES)[name]
-        others = [replace(config, **{name: value}) for value in axis if value != getattr(config, name)]
+        values: list[Any] = [value for value in axis if value != getattr(config, name)]
+        others = [replace(config, **{name: value}) for value in values]
         found[name] = [c for c in others if tuple(getattr(c, n) for n in names) in there]
     found["producers"] = [replace(config, producers=n) for n in (2, 4, 8) if n != config.producers]
     found["balanced"] = [replace(config, balanced=not config.balanced)]
     if _STORAGE[problem.dtype]:
         found["packed"] = [replace(config, packed=not config.packed)]
     return {name: configs for name, configs in found.items() if configs}
+
+
+def variants() -> list[tuple[str, dict[str, int], int]]:
+    """Kernels to hold the compiler to: (source, macros, most registers per thread).
+
+    The choices of the search for three layers of the paper, in each way to store and to copy.
+    """
+    found = []
+    for dtype in ("fp32", "fp16", "bf16"):
+        for channels, size, stride in ((64, 56, 1), (256, 14, 1), (512, 7, 1), (128, 28, 2)):
+            padding, spread = (1, 1, 1, 1), range(0, 9 * channels * channels, 16)
+            problem = Problem(32, channels, size, size, channels, (3, 3), (stride, stride), padding, dtype=dtype)
+            weight = np.zeros(problem.weight_shape, dtype=np.float32)
+            weight.reshape(-1)[spread] = 1.0
+            config = search(problem, StretchedCSR.from_dense(weight), H200, most=1)[0]
+            macros = defines(config, Layout.of(problem, config.tile), dtype)
+            found.append((_SOURCE, macros, 65536 // (config.threads * config.blocks) // 8 * 8))
+    return found
