@@ -18,7 +18,7 @@ KERNELS := $(wildcard src/escort/kernels/*)
 SOURCES := $(shell find src -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-asan test-gpu wheel wheel-test bench hooks clean
+.PHONY: help demo test lint format test-asan test-gpu test-sanitizer wheel wheel-test bench hooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,13 @@ test-asan: build/asan/.installed  ## Run the kernel cases under the address and 
 test-gpu: $(if $(ESCORT_PYTHON),,$(VENV)/.installed)  ## Run the tests that need a GPU
 	@$(or $(ESCORT_PYTHON),$(BIN)/python) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no GPU")'
 	$(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -m gpu
+
+# Torch's allocator would hide an access beyond a tensor inside its blocks, so it is off. Only our kernels are looked at.
+test-sanitizer:  ## Run the kernel cases on a GPU under compute-sanitizer, whose folder must be on the PATH
+	for tool in memcheck racecheck initcheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-regex kns=direct --error-exitcode 1 \
+			$(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -q -m gpu tests/test_direct_cuda.py -k test_case || exit 1; \
+	done
 
 wheel: $(VENV)/.installed  ## Build a wheel into dist/
 	rm -rf dist

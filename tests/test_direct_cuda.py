@@ -252,8 +252,9 @@ def test_case_on_the_gpu(case: Case, dtype: str) -> None:
     problem = replace(case.problem, device="cuda:0", dtype=dtype)  # type: ignore[arg-type]
     assert method.unsupported(problem) is None
     x, weight, bias, residual = case.tensors()
-    x, residual = x.to("cuda:0", problem.torch_dtype), residual and residual.to("cuda:0", problem.torch_dtype)
-    expected = reference.conv2d(problem, x, weight.cuda(), bias and bias.cuda(), residual)
+    x, weight = x.to("cuda:0", problem.torch_dtype), weight.to("cuda:0")
+    residual = None if residual is None else residual.to("cuda:0", problem.torch_dtype)
+    expected = reference.conv2d(problem, x, weight, None if bias is None else bias.to("cuda:0"), residual)
     configs = method.configs(problem, case.filter())
     assert configs
     for config in (configs[0], configs[len(configs) // 2], configs[-1]):

@@ -138,6 +138,8 @@ def race_on_gpu(
                     laps.append(_lap([run] if callable(run) else run, pool if capture else None))
                 except RuntimeError as error:
                     laps.append(Timing(None, reason=survived(error)))
+                if laps[-1].reason:  # a capture that failed may have left the pool unusable
+                    pool = torch.cuda.graph_pool_handle()
             times = _take_turns([lap for lap in laps if isinstance(lap, _Lap)], rounds, budget_s)
         caller.wait_stream(side)
     medians = iter(times)

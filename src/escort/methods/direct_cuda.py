@@ -502,6 +502,7 @@ _AXES: dict[str, tuple[int, ...]] = {
     "position_warps": (1, 2, 4),
     "row_warps": (1, 2, 4, 8, 12, 13, 16, 20, 24, 26),
     "channel_warps": (1, 2, 4, 8),
+    "producers": (4, 8),
     "blocks": (1, 2, 3),
 }
 _STAGING_AXES: dict[str, tuple[int, ...]] = {
@@ -519,12 +520,12 @@ _ROUND_TRIP = 45  # of four nonzeros of a lone warp, beside its instructions
 
 
 @lru_cache(maxsize=8)
-def _tiles(half: bool, packed: bool, producers: int, registers: int) -> _Numbers:
+def _tiles(half: bool, packed: bool, registers: int) -> _Numbers:
     """The combinations of _AXES whose threads and registers a multiprocessor has."""
     grid = np.meshgrid(*(np.array(axis) for axis in _AXES.values()), indexing="ij")
     tiles = {name: axis.ravel() for name, axis in zip(_AXES, grid, strict=True)}
     consumers = tiles["position_warps"] * tiles["row_warps"] * tiles["channel_warps"]
-    threads = (consumers + producers) * _LANES
+    threads = (consumers + tiles["producers"]) * _LANES
     words, rows = tiles["words"], tiles["rows"]
     needed = rows * words * (1 + half) + words * (1 + packed) + 2 * rows + 24
     most = np.minimum(registers // (threads * tiles["blocks"]) // 8 * 8, 255)
@@ -537,8 +538,7 @@ def _space(problem: Problem, filter: StretchedCSR | None, gpu: Gpu, packed: bool
     """All configs that fit, as arrays, with their predicted clocks under "clocks"."""
     shape, half = _Shape.of(problem), _STORAGE[problem.dtype] != 0
     nnz = filter.nnz if filter is not None else 0
-    producers = 8 if half else 4
-    tiles = _tiles(half, packed, producers, gpu.registers)
+    tiles = _tiles(half, packed, gpu.registers)
     grid = np.meshgrid(np.arange(len(tiles["words"])), *map(np.array, _STAGING_AXES.values()), indexing="ij")
     index, channel_block, stages = (axis.ravel() for axis in grid)
     c = {name: numbers[index] for name, numbers in tiles.items()} | {"channel_block": channel_block, "stages": stages}
@@ -585,17 +585,16 @@ def _space(problem: Problem, filter: StretchedCSR | None, gpu: Gpu, packed: bool
     waves = -(-blocks // (gpu.multiprocessors * resident))
     # A stage is filled by copies that go on by themselves, or by loads and stores in batches that wait for each other.
     if half:
-        batches = -(-channel_block * layout.slots // (8 * producers))
+        batches = -(-channel_block * layout.slots // (8 * c["producers"]))
         fill = _FETCH + _FETCH / 2 * batches
     else:
-        fill = _FETCH + channel_block * layout.slots * 6 / producers
+        fill = _FETCH + channel_block * layout.slots * 6 / c["producers"]
     busy = np.maximum(np.maximum(wavefronts, instructions / 4) * resident, alone)
     busy = np.maximum(busy, chunks * fill / (stages - 1))
     # Blocks beside each other cover each other's first stage and epilogue.
     edges = fill + _EPILOGUE * c["rows"] * c["words"] * (1 + half)
     c["clocks"] = waves * (busy + edges / resident**2) + _LAUNCH
-    c["producers"] = np.full_like(index, producers)
-    return {name: c[name][fits] for name in (*_AXES, *_STAGING_AXES, "producers", "clocks")}
+    return {name: c[name][fits] for name in (*_AXES, *_STAGING_AXES, "clocks")}
 
 
 def _unevenness(filter: StretchedCSR | None) -> float:
@@ -607,7 +606,7 @@ def _unevenness(filter: StretchedCSR | None) -> float:
 
 
 def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int = 12) -> list[DirectConfig]:
-    """The most promising configs by predicted time, at most two of one tile shape.
+    """The most promising configs by predicted time, at most two that differ in staging alone.
 
     For 16-bit storage a quarter of them add every product in float32, in case the others are not exact enough.
     """
@@ -618,10 +617,10 @@ def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int = 12) -> 
         taken: dict[tuple[int, ...], int] = {}
         chosen: list[DirectConfig] = []
         for i in np.argsort(space["clocks"], kind="stable") if share else ():
-            shape = tuple(int(space[name][i]) for name in _AXES)
+            shape = tuple(int(space[name][i]) for name in _AXES if name != "producers")
             if taken.get(shape, 0) < 2:
                 taken[shape] = taken.get(shape, 0) + 1
-                knobs: dict[str, Any] = {name: int(space[name][i]) for name in (*_AXES, *_STAGING_AXES, "producers")}
+                knobs: dict[str, Any] = {name: int(space[name][i]) for name in (*_AXES, *_STAGING_AXES)}
                 chosen.append(DirectConfig(**knobs, packed=packed))
             if len(chosen) == share:
                 break
@@ -640,7 +639,6 @@ def neighbours(config: DirectConfig, problem: Problem, filter: StretchedCSR, gpu
         values: list[Any] = [value for value in axis if value != getattr(config, name)]
         others = [replace(config, **{name: value}) for value in values]
         found[name] = [c for c in others if tuple(getattr(c, n) for n in names) in there]
-    found["producers"] = [replace(config, producers=n) for n in (2, 4, 8) if n != config.producers]
     found["balanced"] = [replace(config, balanced=not config.balanced)]
     if _STORAGE[problem.dtype]:
         found["packed"] = [replace(config, packed=not config.packed)]
