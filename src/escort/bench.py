@@ -193,12 +193,15 @@ def _passes(passes: int, elapsed_us: float) -> int:
 def _captured(calls: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
     """The calls as a graph, whose memory comes from the pool."""
     graph = torch.cuda.CUDAGraph()
+    random = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = random.clone_state()
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
         calls()
     except BaseException:
         with suppress(RuntimeError):
             _end(graph, pool)
+        random.graphsafe_set_state(state)  # the one that the capture used would refuse every call from now on
         raise
     _end(graph, pool)
     return graph

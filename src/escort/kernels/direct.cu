@@ -260,8 +260,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
 #if PAIRED
     // A load brings two columns, aligned to 4 bytes: it begins one element earlier in a channel that starts at an odd
-    // one. What belongs to no word of the tile goes to the last word of the channel, which is not read.
-    const u32 none = channel_words - 1, plane_pairs = (plane + 1) / 2;
+    // one.
+    const u32 none = 0xffffffff, plane_pairs = (plane + 1) / 2;
     // Half of the lanes first store what goes to an even word and the other half what goes to an odd one, so that
     // hardly two lanes of a warp meet in a bank. The lowest bit of a place says that the right column comes first.
     u32 to[SLOTS][1 + ODD][2];  // [of a channel that starts at an even or odd element][first or second store]
@@ -291,9 +291,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int odd = 0; odd < 1 + ODD; odd++) {
           const u32 low = word[1 - odd], high = word[2 - odd];
-          const bool swap = (low & 1) != lane / (LANES / 2);
-          to[i][odd][0] = 4 * (swap ? high : low) | swap;
-          to[i][odd][1] = 4 * (swap ? low : high);
+          const bool swap = low == none || (high != none && (low & 1) != lane / (LANES / 2));
+          const u32 first = swap ? high : low, second = swap ? low : high;
+          to[i][odd][0] = first == none ? none : 4 * first | swap;
+          to[i][odd][1] = second == none ? none : 4 * second;
         }
       }
     }
@@ -377,8 +378,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
               if (i < slots) {
                 const u32 first_to = odd ? to[i][ODD][0] : to[i][0][0], second_to = odd ? to[i][ODD][1] : to[i][0][1];
                 const u32 select = first_to & 1 ? 0x7632 : 0x5410;
-                store4(to_channel + (first_to & ~1), __byte_perm(low[c][i], high[c][i], select));
-                store4(to_channel + second_to, __byte_perm(low[c][i], high[c][i], select ^ (0x5410 ^ 0x7632)));
+                if (first_to != none) store4(to_channel + (first_to & ~1), __byte_perm(low[c][i], high[c][i], select));
+                if (second_to != none)
+                  store4(to_channel + second_to, __byte_perm(low[c][i], high[c][i], select ^ (0x5410 ^ 0x7632)));
               }
             }
           }

@@ -253,7 +253,7 @@ class Layout:
         paired: two neighbouring columns of 16-bit storage are read at once.
         odd: a channel has an odd number of elements.
         phase_words: words of each phase: the tile and what its last position reaches.
-        channel_words: words of a channel, whole rows of banks; where paired, the last is for what has no place.
+        channel_words: words of a channel, whole rows of banks.
         slots: words, or pairs of words, that a lane copies per channel.
     """
 
@@ -279,7 +279,7 @@ class Layout:
             slots = -(-(columns // 2 + 2 * images) // _LANES)
         slots = slots if np.ndim(slots) else int(slots)
         odd = bool(problem.height * problem.width % 2)
-        return cls(1 + half, paired, odd, phase_words, -(-(words + paired) // _LANES) * _LANES, slots)
+        return cls(1 + half, paired, odd, phase_words, -(-words // _LANES) * _LANES, slots)
 
 
 def defines(config: DirectConfig, layout: Layout, dtype: str) -> dict[str, int]:
