@@ -30,6 +30,7 @@ class Device:
         self.graph: Graph | None = None
         self.replays: list[Graph] = []
         self.ended: list[Any] = []
+        self.restored: list[Any] = []
 
     def work(self, device_us: float, host_us: float = 0.0) -> Callable[[], None]:
         """A call that takes so long on the device, or on the host that feeds it if that is longer."""
@@ -80,6 +81,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
     monkeypatch.setattr(Graph, "device", device, raising=False)
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    random = SimpleNamespace(clone_state=lambda: "state", graphsafe_set_state=device.restored.append)
     for name, value in {
         "device": nullcontext,
         "stream": nullcontext,
@@ -89,6 +91,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
         "CUDAGraph": Graph,
+        "default_generators": (random,),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: device.ended.append(pool), raising=False)
@@ -155,6 +158,7 @@ def test_what_cannot_be_captured_is_timed_by_events_and_says_so(device: Device) 
     reason = "not captured: operation not permitted when stream is capturing"
     assert timings == [Timing(8.0, "events", reason), Timing(6.0)]
     assert len(device.ended) == 1  # torch's allocator is told that the failed capture is over
+    assert device.restored == ["state"]  # and its random numbers leave it
 
 
 def test_a_lost_device_is_said_to_be_lost(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
