@@ -414,7 +414,8 @@ def test_from_one_gpu_to_another(tmp_path: Path) -> None:
 
 
 def network() -> nn.Module:
-    """What the command line converts."""
+    """What the command line converts, the same at every call."""
+    torch.manual_seed(0)
     return pruned(Mixed())
 
 

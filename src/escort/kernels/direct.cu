@@ -232,12 +232,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   const int channel_bytes = channel_words * 4, stage_bytes = channel_block * channel_bytes + entry_bytes;
   const int tile_words = LANES * WORDS * position_warps, first_word = tile * tile_words;
-  const u32 ring = shared_address(shared), full = ring + stages * stage_bytes, empty = full + 8 * stages;
+  const u32 ring = shared_address(shared), full = ring + stages * stage_bytes;  // barriers, one per stage
+  const u32 empty = full + 8 * stages, clean = empty + 8 * stages;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < stages; stage++) {
       // Each producer thread arrives for its copies, and each producer warp for its stores.
       barrier_init(full + 8 * stage, producers * (LANES + 1));
       barrier_init(empty + 8 * stage, consumers);
+      barrier_init(clean + 8 * stage, consumers * LANES);
     }
   }
   __syncthreads();
@@ -351,7 +353,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
     for (int chunk = 0; chunk < chunks; chunk++) {
       if (chunk + 1 < chunks) after = segment[chunk + 2];
-      barrier_wait(empty + 8 * stage, parity);
+      if (chunk < stages)
+        barrier_wait(clean + 8 * stage, 0);
+      else
+        barrier_wait(empty + 8 * stage, parity ^ 1);
       const u32 to_stage = ring + stage * stage_bytes;
       const u32 to_entries = to_stage + channel_block * channel_bytes;
       for (int i = thread; i < next.x - here.x; i += producers * LANES)
@@ -428,8 +433,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     uint4* const words = (uint4*)(shared + stage * stage_bytes);
     for (int i = threadIdx.x; i < channel_block * channel_bytes / 16; i += consumers * LANES)
       words[i] = make_uint4(0, 0, 0, 0);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    barrier_arrive(clean + 8 * stage);
   }
   const int position_warp = warp % position_warps, rest = warp / position_warps;
   const int row_warp = rest % row_warps, channel_warp = rest / row_warps;

@@ -337,7 +337,7 @@ def _shared_bytes(layout: Layout, config: Any, entry_bytes: Any) -> Any:
 
     Also for arrays of knobs in place of a config.
     """
-    ring = config.stages * (config.channel_block * layout.channel_words * 4 + entry_bytes + 16)
+    ring = config.stages * (config.channel_block * layout.channel_words * 4 + entry_bytes + 24)
     sums = _LANES * config.words * config.position_warps * config.row_warps * config.rows * layout.images_per_word * 4
     return np.maximum(ring, (config.channel_warps - 1) * sums)
 
@@ -527,7 +527,7 @@ def _tiles(half: bool, packed: bool, registers: int) -> _Numbers:
     consumers = tiles["position_warps"] * tiles["row_warps"] * tiles["channel_warps"]
     threads = (consumers + tiles["producers"]) * _LANES
     words, rows = tiles["words"], tiles["rows"]
-    needed = rows * words * (1 + half) + words * (1 + packed) + 2 * rows + 24
+    needed = rows * words * (1 + half) + words * (1 + packed) + 2 * rows + (24 if half else 20)
     most = np.minimum(registers // (threads * tiles["blocks"]) // 8 * 8, 255)
     fits = (threads <= 1024) & (consumers >= 4) & (needed <= most) & (most >= 64)
     tiles |= {"consumers": consumers, "threads": threads, "most_registers": most}
