@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -184,13 +186,14 @@ def _first_runs(
             settled.append(Candidate(method.name, reason=reason))
             continue
         configs = method.configs(problem, filter)
+        prepared = _prepared(method, problem, filter, bias, configs[:_MOST_CONFIGS])
         for tried, config in enumerate(configs):
             if tried == _MOST_CONFIGS or (tried and time.perf_counter() - begin > _SEARCH_S):
                 settled.append(Candidate(method.name, reason=f"{len(configs) - tried} more configs were not tried"))
                 break
             candidate = Candidate(method.name, asdict(config))
             try:
-                run = method.prepare(problem, filter, bias, config)
+                run = next(prepared)()
                 error = reference.compare(run(x, residual)[images], expected)
                 candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
                 if not error <= bound:
@@ -202,6 +205,18 @@ def _first_runs(
                     raise
                 settled.append(replace(candidate, reason=bench.survived(failure)))
     return settled, running
+
+
+def _prepared(
+    method: Method, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, configs: Sequence[Any]
+) -> Iterator[Callable[[], Runner]]:
+    """What gives each config its runner, or raises. On a GPU all are prepared at once: each may compile a kernel."""
+    jobs = [partial(method.prepare, problem, filter, bias, config) for config in configs]
+    if problem.device_type == "cpu":
+        yield from jobs
+        return
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield from [future.result for future in [pool.submit(job) for job in jobs]]
 
 
 def _race(
