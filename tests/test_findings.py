@@ -224,6 +224,7 @@ def everything() -> dict[str, Result]:
         layers_fp32=layer_rows("caffenet", direct=10.0, cublas=60.0),
         layers_fp16=layer_rows("caffenet", direct=10.0, cudnn=5.0),
         ablation_fp32=[row("caffenet", "conv2", "direct", 5.0, config={"words": words}) for words in (7, 1)],
+        counters_fp32=[row("caffenet", "conv2", "direct", 5.0, config={"counters": {}})],
         break_even_fp32=curve("resnet50", "res2a_branch2b", "direct", "cudnn", {0.7: 0.5, 0.9: 0.9}),
         networks_fp32=networks,
         networks_fp16=networks,

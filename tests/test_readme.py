@@ -31,12 +31,15 @@ def test_the_commands_run_in_order(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "photos").mkdir()
     image.new("RGB", (300, 260), "teal").save(tmp_path / "photos" / "one.png")
-    assert [shlex.split(command)[1] for command in COMMANDS] == ["prune", "convert", "plan", "run", "bench", "doctor"]
+    names = "prune convert plan run bench paper cache doctor".split()
+    assert [shlex.split(command)[1] for command in COMMANDS] == names
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in COMMANDS:
         words = shlex.split(command)[1:]
         if words[0] == "bench":
             words += ["--layers", "inception_5b/5x5"]  # all of them take a minute and a half
+        if words[0] == "paper":
+            words += "--device cpu --questions rq1 --layers inception_5b/5x5 --batch 1 --budget-s 0.1".split()
         program = [sys.executable, "-c", "from escort.cli import app; app()", *words]
         done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
