@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from escort import reference
-from escort.methods.direct_cuda import H200, DirectConfig, DirectCuda, Layout, neighbours, pack, scalars, search
+from escort.methods.direct_cuda import (
+    H200,
+    DirectConfig,
+    DirectCuda,
+    Layout,
+    most_images,
+    neighbours,
+    pack,
+    scalars,
+    search,
+)
 from escort.problem import Epilogue, Problem
 from escort.sparse import StretchedCSR
 from tests.cases import CASES, Case
@@ -235,6 +245,18 @@ def test_uneven_rows_are_dealt_evenly() -> None:
         return max(int(nnz[warp[warp >= 0]].sum()) for warp in rows.reshape(-1, config.rows))
 
     assert heaviest(balanced=True) < heaviest(balanced=False)
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("fp16", 2)])
+def test_batches_end_where_32_bits_do(dtype: str, itemsize: int) -> None:
+    problem = Problem(1, 64, 112, 112, 8, (3, 3), dtype=dtype, device="cuda:0")  # type: ignore[arg-type]
+    image = 64 * 112 * 112 * itemsize
+    most = most_images(problem)
+    assert most * image < 2**32 <= (most + 1) * image
+    reason = DirectCuda().unsupported(replace(problem, batch=most + 1))
+    assert reason is not None and f"{most} images" in reason
+    wide = replace(problem, in_channels=1, out_channels=128)
+    assert most_images(wide) * 128 * 110 * 110 < 2**31
 
 
 def test_a_weight_beyond_half_precision_is_refused() -> None:

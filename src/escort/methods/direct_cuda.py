@@ -110,14 +110,11 @@ class DirectCuda:
     config_type = DirectConfig
 
     def unsupported(self, problem: Problem) -> str | None:
-        sizes = (problem.input_shape, problem.output_shape)
-        if max(int(np.prod(shape, dtype=object)) for shape in sizes) > _MOST_INDEX:
-            return "more than 2^31 elements; use a smaller batch"
-        positions = _Shape.of(problem).positions(max(problem.batch, 1))
-        if positions > _MOST_INDEX // 2:
-            return f"{positions} padded positions do not fit 31 bits; use a smaller batch"
+        if problem.batch > (most := most_images(problem)):
+            return f"the kernel addresses {most} images of this size at most; use a smaller batch"
         try:
             jit.compiler_version()
+            jit.arch(torch.device(problem.device))
             gpu = Gpu.of(problem.device)
         except (ImportError, RuntimeError) as error:
             return str(error)
@@ -154,8 +151,7 @@ class DirectCuda:
         )
         torch.cuda.synchronize(device)  # the tables are there before any stream reads them
         in_shape, out_shape, dtype = problem.input_shape[1:], problem.output_shape[1:], problem.torch_dtype
-        in_size, out_size = int(np.prod(in_shape)), int(np.prod(out_shape))
-        most_images = min(_MOST_INDEX // max(in_size, out_size), shape.most_images) * layout.images_per_word
+        most = most_images(problem)
         groups, tile = len(tables.first_channels), config.tile
         takes_residual = problem.epilogue.residual
 
@@ -166,8 +162,8 @@ class DirectCuda:
                     f"prepared for {dtype} inputs of shape (N, *{in_shape}) on {device}, got {x.dtype} "
                     f"{tuple(x.shape)} on {x.device}"
                 )
-            if images > most_images:
-                raise ValueError(f"a batch of {images} has more than 2^31 positions; use {most_images} images or fewer")
+            if images > most:
+                raise ValueError(f"the kernel addresses {most} images of this size at most, got {images}")
             x = x.contiguous()
             if layout.paired and x.data_ptr() % 4:
                 x = x.clone()  # the kernel reads two columns at once
@@ -235,10 +231,6 @@ class _Shape:
         ]
         return last[0] * self.stride[1] + last[1] + 1
 
-    @property
-    def most_images(self) -> int:
-        return _MOST_INDEX // 2 // (self.image_rows * self.pitch)
-
     def positions(self, images: int) -> int:
         """Of so many images, up to the last output."""
         unused = (self.image_rows - self.out_height) * self.pitch + self.pitch - self.out_width
@@ -280,6 +272,15 @@ class Layout:
         slots = slots if np.ndim(slots) else int(slots)
         odd = bool(problem.height * problem.width % 2)
         return cls(1 + half, paired, odd, phase_words, -(-words // _LANES) * _LANES, slots)
+
+
+def most_images(problem: Problem) -> int:
+    """What the kernel's 32-bit numbers reach: bytes of the input, elements of the output, positions."""
+    shape, dtype = _Shape.of(problem), problem.torch_dtype
+    in_size, out_size = (int(np.prod(s[1:], dtype=object)) for s in (problem.input_shape, problem.output_shape))
+    positions = _MOST_INDEX // 2 // (shape.image_rows * shape.pitch)
+    images_per_word = 1 if _STORAGE[problem.dtype] == 0 else 2
+    return min((2**32 - 1) // (in_size * dtype.itemsize), _MOST_INDEX // out_size, positions * images_per_word)
 
 
 def defines(config: DirectConfig, layout: Layout, dtype: str) -> dict[str, int]:
