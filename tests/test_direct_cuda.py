@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from escort import reference
-from escort.methods.direct_cuda import (
-    H200,
-    DirectConfig,
-    DirectCuda,
-    Layout,
-    most_images,
-    neighbours,
-    pack,
-    scalars,
-    search,
-)
+from escort.methods.direct_cuda import DirectCuda
+from escort.methods.direct_cuda.layout import DirectConfig, Layout, most_images
+from escort.methods.direct_cuda.search import H200, neighbours, search
+from escort.methods.direct_cuda.tables import pack, scalars
 from escort.problem import Epilogue, Problem
 from escort.sparse import StretchedCSR
 from tests.cases import CASES, Case

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -26,6 +27,8 @@ Defines = Mapping[str, "str | int"]
 
 #: -v makes ptxas say what a kernel uses. Add "lineinfo": True to see source lines in a profiler; it triples a binary.
 _OPTIONS = {"std": "c++17", "ptxas_options": ["-v"]}
+#: cuda.core rearranges itself while it is imported; a second thread would find it half done.
+_importing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ def _read(path: Path, modified: int) -> tuple[bytes, list[str]]:
 
 def _compile(path: Path, macros: Mapping[str, str], arch: str, compiler: str) -> Binary:
     try:
-        from cuda.core import Program, ProgramOptions
+        with _importing:
+            from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise missing("cuda.core", error) from error
     options = ProgramOptions(

@@ -4,7 +4,7 @@
 // leaves room for the zeros between rows and between images, so any range of positions is a tile and every nonzero
 // reads its input at one constant distance from the output position. A block owns a tile of positions and a group of
 // output channels. Producer warps copy the tile's input, one block of channels after the other, into a ring of stages
-// in shared memory, together with the nonzeros of those channels; consumer warps multiply. methods/direct_cuda.py lays
+// in shared memory, together with the nonzeros of those channels; consumer warps multiply. methods/direct_cuda lays
 // out the tables and says what each means.
 //
 // Compiled once per

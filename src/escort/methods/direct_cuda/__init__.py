@@ -1,0 +1,133 @@
+"""Method `direct` on CUDA: the convolution computed straight from the compressed filter (kernels/direct.cu).
+
+As on the CPU, output positions are numbered row by row, and image by image, in a pitch that leaves room for the
+padding, so that any range of positions is a tile and every nonzero reads its input at one constant distance (the Escoin
+paper's stretched offsets, arXiv 1802.10280, section 3). A tile's input is brought into shared memory block by block of
+channels, its padding resolved on the way. Words of 16-bit storage hold the same position of two neighbouring images, so
+that every offset stays aligned.
+
+`layout` has the knobs and the sequence of positions, `tables` lays a filter out, and `search` predicts which configs
+are worth timing. What bounds the kernel is shared memory, which delivers one wavefront of 32 words per clock: a
+wavefront per nonzero and 32 positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from escort import jit
+from escort.methods.base import Runner
+from escort.methods.direct_cuda.layout import DirectConfig, Layout, Shape, most_images, shared_bytes
+from escort.methods.direct_cuda.search import H200, Gpu, candidates, neighbours, search
+from escort.methods.direct_cuda.tables import defines, pack, scalars
+from escort.problem import Problem
+from escort.sparse import StretchedCSR
+
+_SOURCE = "direct.cu"
+#: Blocks along y; more tiles than these continue along z.
+_MOST_TILES_Y = 32768
+
+
+class DirectCuda:
+    """Our kernel for NVIDIA GPUs: fp32, fp16 and bf16; a TF32 problem is computed in fp32, which is more precise."""
+
+    name = "direct"
+    device_type = "cuda"
+    config_type = DirectConfig
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.batch > (most := most_images(problem)):
+            return f"the kernel addresses {most} images of this size at most; use a smaller batch"
+        try:
+            jit.compiler_version()
+            jit.arch(torch.device(problem.device))
+            gpu = Gpu.of(problem.device)
+        except (ImportError, RuntimeError) as error:
+            return str(error)
+        if not len(candidates(problem, None, gpu, packed=False)["clocks"]):
+            return "the input of the smallest tile, with its halo, does not fit into shared memory"
+        return None
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[DirectConfig]:
+        return search(problem, filter, Gpu.of(problem.device))
+
+    def neighbours(self, config: DirectConfig, problem: Problem, filter: StretchedCSR) -> dict[str, list[DirectConfig]]:
+        """For each knob, the configs that differ from `config` in it alone, as far as the device can run them."""
+        return neighbours(config, problem, filter, Gpu.of(problem.device))
+
+    def prepare(
+        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: DirectConfig
+    ) -> Runner:
+        device = torch.device(problem.device)
+        shape, tables = Shape.of(problem), pack(problem, filter, config)
+        layout = Layout.of(problem, config.tile)
+        shared = int(shared_bytes(layout, config, tables.entry_bytes))
+        kernel = jit.kernel(_SOURCE, defines(config, layout, problem.dtype), device)
+        arrays = (tables.entries, tables.segments, tables.rows, tables.first_channels)
+        on_device = [torch.from_numpy(array).to(device) for array in arrays]
+        offsets = None if bias is None else bias.detach().to(device, torch.float32).contiguous()
+        launch = kernel.bind(
+            config.threads,
+            shared,
+            (
+                *(torch.Tensor, torch.Tensor, torch.Tensor, offsets, *on_device, int, int),
+                *scalars(problem, layout, tables, config),
+            ),
+            overlap=torch.cuda.get_device_capability(device) >= (9, 0),
+        )
+        torch.cuda.synchronize(device)  # the tables are there before any stream reads them
+        in_shape, out_shape, dtype = problem.input_shape[1:], problem.output_shape[1:], problem.torch_dtype
+        most = most_images(problem)
+        groups, tile = len(tables.first_channels), config.tile
+        takes_residual = problem.epilogue.residual
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            images = len(x)
+            if x.shape[1:] != in_shape or x.dtype is not dtype or x.device != device:
+                raise ValueError(
+                    f"prepared for {dtype} inputs of shape (N, *{in_shape}) on {device}, got {x.dtype} "
+                    f"{tuple(x.shape)} on {x.device}"
+                )
+            if images > most:
+                raise ValueError(f"the kernel addresses {most} images of this size at most, got {images}")
+            x = x.contiguous()
+            if layout.paired and x.data_ptr() % 4:
+                x = x.clone()  # the kernel reads two columns at once
+            y = torch.empty((images, *out_shape), dtype=dtype, device=device)
+            if (residual is not None) is not takes_residual:
+                raise ValueError(f"prepared {'for' if takes_residual else 'without'} a residual, and called otherwise")
+            if residual is not None:
+                if residual.shape != y.shape or residual.dtype is not dtype or residual.device != device:
+                    raise ValueError(
+                        f"a residual is {dtype} of shape {tuple(y.shape)} on {device}, got {residual.dtype} "
+                        f"{tuple(residual.shape)} on {residual.device}"
+                    )
+                residual = residual.contiguous()
+            if images:
+                tiles = -(-shape.positions(-(-images // layout.images_per_word)) // tile)
+                grid = groups, min(tiles, _MOST_TILES_Y), -(-tiles // _MOST_TILES_Y)
+                launch(grid, x, y, residual, images, tiles)
+            return y
+
+        return run
+
+
+def variants() -> list[tuple[str, dict[str, int], int]]:
+    """Kernels to hold the compiler to: (source, macros, most registers per thread).
+
+    The choices of the search for three layers of the paper, in each way to store and to copy.
+    """
+    found = []
+    for dtype in ("fp32", "fp16", "bf16"):
+        for channels, size, stride in ((64, 56, 1), (256, 14, 1), (512, 7, 1), (128, 28, 2)):
+            padding, spread = (1, 1, 1, 1), range(0, 9 * channels * channels, 16)
+            problem = Problem(32, channels, size, size, channels, (3, 3), (stride, stride), padding, dtype=dtype)
+            weight = np.zeros(problem.weight_shape, dtype=np.float32)
+            weight.reshape(-1)[spread] = 1.0
+            config = search(problem, StretchedCSR.from_dense(weight), H200, most=1)[0]
+            macros = defines(config, Layout.of(problem, config.tile), dtype)
+            found.append((_SOURCE, macros, 65536 // (config.threads * config.blocks) // 8 * 8))
+    return found

@@ -1,0 +1,169 @@
+"""The knobs of the direct kernel, the sequence of its positions, and how a stage holds a tile's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from escort.problem import Problem
+
+LANES = 32
+STORAGE = {"fp32": 0, "tf32": 0, "fp16": 1, "bf16": 2}
+MOST_INDEX = np.iinfo(np.int32).max
+#: Most words (pairs of words where two columns are read at once) that a lane copies per channel; kernels are compiled
+#: for the least of these that suffices.
+SLOT_CLASSES = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class DirectConfig:
+    """The knobs of the direct kernel. A block computes ``32 * words * position_warps`` positions of
+    ``row_warps * rows`` output channels.
+
+    Attributes:
+        words: positions per lane.
+        rows: output channels per warp.
+        position_warps, row_warps, channel_warps: consumer warps along positions, output channels and input channels.
+            Channel warps share the nonzeros of an output channel and add up their sums at the end.
+        producers: warps that copy the input.
+        channel_block: input channels per stage.
+        stages: of the ring in shared memory.
+        blocks: per multiprocessor that registers leave room for.
+        packed: 16-bit storage: sums of up to 32 products are kept in 16 bits, two images per instruction. Else every
+            product is added in float32, as it always is for fp32.
+        balanced: output channels are dealt to warps by their nonzeros, else in their own order.
+    """
+
+    words: int
+    rows: int
+    position_warps: int
+    row_warps: int
+    channel_warps: int
+    producers: int
+    channel_block: int
+    stages: int
+    blocks: int = 1
+    packed: bool = False
+    balanced: bool = True
+
+    @property
+    def consumers(self) -> int:
+        return self.position_warps * self.row_warps * self.channel_warps
+
+    @property
+    def threads(self) -> int:
+        return (self.consumers + self.producers) * LANES
+
+    @property
+    def tile(self) -> int:
+        """Words of a tile."""
+        return LANES * self.words * self.position_warps
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sequence of positions: what it depends on, without batch, channels and epilogue."""
+
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+
+    @classmethod
+    def of(cls, p: Problem) -> Shape:
+        return cls(p.height, p.width, p.out_height, p.out_width, p.kernel, p.stride, p.padding, p.dilation)
+
+    @property
+    def pitch(self) -> int:
+        """Positions from row to row. Without stride the right padding of a row is the left padding of the next."""
+        if self.stride[1] == 1:
+            return max(self.width + max(self.padding[2:]), self.out_width)
+        return self.out_width + (self.kernel[1] - 1) * self.dilation[1] // self.stride[1]
+
+    @property
+    def image_rows(self) -> int:
+        """Rows from image to image; the padding between two images is shared as well."""
+        if self.stride[0] == 1:
+            return max(self.height + max(self.padding[:2]), self.out_height)
+        return self.out_height + (self.kernel[0] - 1) * self.dilation[0] // self.stride[0]
+
+    @property
+    def reach(self) -> int:
+        """How far behind a position its last tap reads."""
+        rows, columns = ((k - 1) * d // s for k, d, s in zip(self.kernel, self.dilation, self.stride, strict=True))
+        return rows * self.pitch + columns
+
+    @property
+    def phases(self) -> int:
+        """Phases of a strided input that are kept, see :class:`escort.sparse.Geometry`."""
+        last = [
+            max(i * d % s for i in range(k)) for k, d, s in zip(self.kernel, self.dilation, self.stride, strict=True)
+        ]
+        return last[0] * self.stride[1] + last[1] + 1
+
+    def positions(self, images: int) -> int:
+        """Of so many images, up to the last output."""
+        unused = (self.image_rows - self.out_height) * self.pitch + self.pitch - self.out_width
+        return images * self.image_rows * self.pitch - unused
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stage holds a tile's input.
+
+    Attributes:
+        paired: two neighbouring columns of 16-bit storage are read at once.
+        odd: a channel has an odd number of elements.
+        phase_words: words of each phase: the tile and what its last position reaches.
+        channel_words: words of a channel, whole rows of banks.
+        slots: words, or pairs of words, that a lane copies per channel.
+    """
+
+    images_per_word: int
+    paired: bool
+    odd: bool
+    phase_words: int
+    channel_words: int
+    slots: int
+
+    @classmethod
+    def of(cls, problem: Problem, tile: Any) -> Layout:
+        """The layout for a tile of so many words; with an array of tile sizes, arrays of what depends on them."""
+        shape, half = Shape.of(problem), STORAGE[problem.dtype] != 0
+        phase_words = tile + shape.reach
+        words = phase_words * shape.phases
+        paired = half and shape.stride == (1, 1) and int(np.prod(problem.input_shape[1:])) % 2 == 0
+        slots = -(-words // LANES)
+        if paired:
+            # Columns in any window of so many positions, and for each image that it meets a pair at either end.
+            columns = phase_words // shape.pitch * shape.width + np.minimum(phase_words % shape.pitch, shape.width)
+            images = phase_words // (shape.pitch * shape.image_rows) + 2
+            slots = -(-(columns // 2 + 2 * images) // LANES)
+        slots = slots if np.ndim(slots) else int(slots)
+        odd = bool(problem.height * problem.width % 2)
+        return cls(1 + half, paired, odd, phase_words, -(-words // LANES) * LANES, slots)
+
+
+def most_images(problem: Problem) -> int:
+    """What the kernel's 32-bit numbers reach: bytes of the input, elements of the output, positions."""
+    shape, dtype = Shape.of(problem), problem.torch_dtype
+    in_size, out_size = (int(np.prod(s[1:], dtype=object)) for s in (problem.input_shape, problem.output_shape))
+    positions = MOST_INDEX // 2 // (shape.image_rows * shape.pitch)
+    images_per_word = 1 if STORAGE[problem.dtype] == 0 else 2
+    return min((2**32 - 1) // (in_size * dtype.itemsize), MOST_INDEX // out_size, positions * images_per_word)
+
+
+def shared_bytes(layout: Layout, config: Any, entry_bytes: Any) -> Any:
+    """What a block needs: the ring with its barriers and, in its place at the end, sums that channel warps exchange.
+
+    Also for arrays of knobs in place of a config.
+    """
+    ring = config.stages * (config.channel_block * layout.channel_words * 4 + entry_bytes + 24)
+    sums = LANES * config.words * config.position_warps * config.row_warps * config.rows * layout.images_per_word * 4
+    return np.maximum(ring, (config.channel_warps - 1) * sums)
