@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from escort import reference
+from escort import jit, reference
 from escort.methods.direct_cuda import DirectCuda
 from escort.methods.direct_cuda.layout import DirectConfig, Layout, most_images
 from escort.methods.direct_cuda.search import H200, neighbours, search
@@ -279,3 +280,75 @@ def test_case_on_the_gpu(case: Case, dtype: str) -> None:
         bound = reference.ERROR_BOUND["fp32" if dtype == "tf32" else dtype]
         assert reference.compare(y, expected) <= bound, config
         assert torch.equal(run(x, residual), y), "not the same twice: a race"
+
+
+class Launches:
+    """Stands in for a compiled kernel and records its launches."""
+
+    def __init__(self) -> None:
+        self.bound: tuple[Any, ...] = ()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def bind(self, block: int, shared_bytes: int, args: tuple[Any, ...], *, overlap: bool) -> Any:
+        self.bound = (block, shared_bytes, args, overlap)
+        return lambda grid, *given: self.calls.append((grid, *given))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    kernel = Launches()
+    monkeypatch.setattr(jit, "kernel", lambda source, defines, device: kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return kernel
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_runner_launches_a_tile_per_block(launches: Launches, dtype: str) -> None:
+    problem = Problem(4, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
+    config = DirectConfig(2, 2, 1, 4, 1, 4, 4, 2)
+    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    run = DirectCuda().prepare(problem, filter, torch.zeros(16), config)
+    for images in (0, 1, 4, 7):
+        x = torch.zeros(images, 8, 14, 14, dtype=problem.torch_dtype)
+        y = run(x)
+        assert y.shape == (images, 16, 14, 14) and y.dtype is problem.torch_dtype
+    words = (1, 4, 7) if dtype == "fp32" else (1, 2, 4)
+    # 15 x 15 positions per image, up to the last output; 2 groups of 8 output channels.
+    assert [grid for grid, *_ in launches.calls] == [(2, -(-(n * 225 - 16) // config.tile), 1) for n in words]
+    for images, (grid, *passed) in zip((1, 4, 7), launches.calls, strict=True):
+        assert passed[3:] == [images, grid[1]]
+    block, shared_bytes, args, overlap = launches.bound
+    assert block == config.threads and overlap and args.count(int) == 2
+    assert shared_bytes > config.stages * config.channel_block * Layout.of(problem, config.tile).channel_words * 4
+
+
+@pytest.mark.parametrize(
+    ("x", "residual", "says"),
+    [
+        (torch.zeros(1, 8, 14, 14), None, "torch.float16"),
+        (torch.zeros(1, 8, 14, 13, dtype=torch.float16), None, "14, 13"),
+        (torch.zeros(1, 8, 14, 14, dtype=torch.float16), None, "prepared for a residual"),
+        (torch.zeros(1, 8, 14, 14, dtype=torch.float16), torch.zeros(1, 16, 14, 14), "residual is torch.float16"),
+        (torch.zeros(2, 8, 14, 14, dtype=torch.float16), torch.zeros(1, 16, 14, 14, dtype=torch.float16), "residual"),
+    ],
+)
+def test_a_runner_refuses_other_tensors(
+    launches: Launches, x: torch.Tensor, residual: torch.Tensor | None, says: str
+) -> None:
+    problem = Problem(1, 8, 14, 14, 16, (3, 3), padding=(1,) * 4, dtype="fp16", epilogue=Epilogue(residual=True))
+    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    run = DirectCuda().prepare(problem, filter, None, DirectConfig(2, 2, 1, 4, 1, 4, 4, 2))
+    with pytest.raises(ValueError, match=says):
+        run(x, residual)
+    assert not launches.calls
+
+
+def test_columns_that_are_read_in_pairs_are_aligned(launches: Launches) -> None:
+    problem = Problem(1, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1), dtype="fp16")
+    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    run = DirectCuda().prepare(problem, filter, None, DirectConfig(2, 2, 1, 4, 1, 4, 4, 2))
+    odd = torch.zeros(8 * 14 * 14 + 1, dtype=torch.float16)[1:].view(1, 8, 14, 14)
+    assert odd.data_ptr() % 4 == 2
+    run(odd)
+    assert launches.calls[0][1].data_ptr() % 4 == 0
