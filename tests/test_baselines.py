@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -86,25 +85,6 @@ def settings() -> tuple[Any, ...]:
     if hasattr(matmul, "fp32_precision"):
         return matmul.fp32_precision, cudnn.conv.fp32_precision
     return torch.get_float32_matmul_precision(), cudnn.allow_tf32
-
-
-@pytest.fixture(params=["default", "old settings", "new settings"])
-def hostile(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What a user may have chosen for the process: TF32 everywhere, by torch's older or newer settings."""
-    if request.param == "new settings" and not hasattr(torch.backends, "fp32_precision"):
-        pytest.skip("this torch has the old settings only")
-    matmul = torch.get_float32_matmul_precision()
-    try:
-        if request.param == "old settings":
-            torch.set_float32_matmul_precision("medium")
-            torch.backends.cudnn.allow_tf32 = True
-        elif request.param == "new settings":
-            torch.backends.fp32_precision = "tf32"
-        yield
-    finally:
-        if request.param == "new settings":
-            torch.backends.fp32_precision = "none"
-        torch.set_float32_matmul_precision(matmul)
 
 
 @pytest.mark.usefixtures("hostile")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -53,25 +53,6 @@ def test_case(method: Method, case: Case, dtype: Precision) -> None:
         assert (y.dtype, y.device) == (problem.torch_dtype, x.device)
         assert y.is_contiguous() or getattr(config, "takes_channels_last", False)
         assert reference.compare(y, expected) <= reference.ERROR_BOUND[dtype], config
-
-
-@pytest.fixture(params=["old settings", "new settings"])
-def hostile(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A user who allowed TF32 everywhere, by torch's older or newer settings."""
-    if request.param == "new settings" and not hasattr(torch.backends, "fp32_precision"):
-        pytest.skip("this torch has the old settings only")
-    matmul = torch.get_float32_matmul_precision()
-    try:
-        if request.param == "old settings":
-            torch.set_float32_matmul_precision("high")
-            torch.backends.cudnn.allow_tf32 = True
-        else:
-            torch.backends.fp32_precision = "tf32"
-        yield
-    finally:
-        if request.param == "new settings":
-            torch.backends.fp32_precision = "none"
-        torch.set_float32_matmul_precision(matmul)
 
 
 @pytest.mark.usefixtures("hostile")

@@ -320,6 +320,7 @@ def test_a_runner_launches_a_tile_per_block(launches: Launches, dtype: str) -> N
         assert passed[3:] == [images, grid[1]]
     block, shared_bytes, args, overlap = launches.bound
     assert block == config.threads and overlap and args.count(int) == 2
+    assert not any(isinstance(arg, np.generic) for arg in args)  # a launch takes no numbers of numpy
     assert shared_bytes > config.stages * config.channel_block * Layout.of(problem, config.tile).channel_words * 4
 
 

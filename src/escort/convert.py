@@ -18,8 +18,8 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from escort import batching, bench, fuse, planner, reference
-from escort.bench import Machine
-from escort.converted import ConvertedModel, NetworkPlan, Timer
+from escort.bench import Machine, Timer
+from escort.converted import ConvertedModel, NetworkPlan
 from escort.fuse import FusedConv2d
 from escort.memory import keep_freed_memory
 from escort.methods.base import float32_convolutions

@@ -5,20 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import fx, nn
 
 from escort import batching
-from escort.bench import Machine
+from escort.bench import Machine, Timer
 from escort.memory import keep_freed_memory
 from escort.nn import SparseConv2d
 from escort.planner import Plan
 from escort.problem import Precision
-
-#: How whole networks are timed: plain calls on the CPU; on a GPU replays of CUDA graphs, or calls between two events.
-Timer = Literal["calls", "graph", "events"]
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype

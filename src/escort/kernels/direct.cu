@@ -30,7 +30,6 @@ typedef float Element;
 #endif
 
 typedef unsigned int u32;
-typedef unsigned long long u64;
 
 #define LANES 32
 #define INFINITY __int_as_float(0x7f800000)

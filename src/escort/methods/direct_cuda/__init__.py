@@ -20,7 +20,7 @@ import torch
 
 from escort import jit
 from escort.methods.base import Runner
-from escort.methods.direct_cuda.layout import DirectConfig, Layout, Shape, most_images, shared_bytes
+from escort.methods.direct_cuda.layout import DirectConfig, Layout, Positions, most_images, shared_bytes
 from escort.methods.direct_cuda.search import H200, Gpu, candidates, neighbours, search
 from escort.methods.direct_cuda.tables import defines, pack, scalars
 from escort.problem import Problem
@@ -62,7 +62,7 @@ class DirectCuda:
         self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: DirectConfig
     ) -> Runner:
         device = torch.device(problem.device)
-        shape, tables = Shape.of(problem), pack(problem, filter, config)
+        positions, tables = Positions(problem), pack(problem, filter, config)
         layout = Layout.of(problem, config.tile)
         shared = int(shared_bytes(layout, config, tables.entry_bytes))
         kernel = jit.kernel(_SOURCE, defines(config, layout, problem.dtype), device)
@@ -107,7 +107,7 @@ class DirectCuda:
                     )
                 residual = residual.contiguous()
             if images:
-                tiles = -(-shape.positions(-(-images // layout.images_per_word)) // tile)
+                tiles = -(-positions.count(-(-images // layout.images_per_word)) // tile)
                 grid = groups, min(tiles, _MOST_TILES_Y), -(-tiles // _MOST_TILES_Y)
                 launch(grid, x, y, residual, images, tiles)
             return y
@@ -118,7 +118,7 @@ class DirectCuda:
 def variants() -> list[tuple[str, dict[str, int], int]]:
     """Kernels to hold the compiler to: (source, macros, most registers per thread).
 
-    The choices of the search for three layers of the paper, in each way to store and to copy.
+    The choices of the search for four layers, one of them strided, in each way to store and to copy.
     """
     found = []
     for dtype in ("fp32", "fp16", "bf16"):

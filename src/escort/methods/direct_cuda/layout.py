@@ -63,53 +63,45 @@ class DirectConfig:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sequence of positions: what it depends on, without batch, channels and epilogue."""
+class Positions:
+    """The sequence of a problem's output positions, through rows and images."""
 
-    height: int
-    width: int
-    out_height: int
-    out_width: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-
-    @classmethod
-    def of(cls, p: Problem) -> Shape:
-        return cls(p.height, p.width, p.out_height, p.out_width, p.kernel, p.stride, p.padding, p.dilation)
+    problem: Problem
 
     @property
     def pitch(self) -> int:
         """Positions from row to row. Without stride the right padding of a row is the left padding of the next."""
-        if self.stride[1] == 1:
-            return max(self.width + max(self.padding[2:]), self.out_width)
-        return self.out_width + (self.kernel[1] - 1) * self.dilation[1] // self.stride[1]
+        p = self.problem
+        if p.stride[1] == 1:
+            return max(p.width + max(p.padding[2:]), p.out_width)
+        return p.out_width + (p.kernel[1] - 1) * p.dilation[1] // p.stride[1]
 
     @property
     def image_rows(self) -> int:
         """Rows from image to image; the padding between two images is shared as well."""
-        if self.stride[0] == 1:
-            return max(self.height + max(self.padding[:2]), self.out_height)
-        return self.out_height + (self.kernel[0] - 1) * self.dilation[0] // self.stride[0]
+        p = self.problem
+        if p.stride[0] == 1:
+            return max(p.height + max(p.padding[:2]), p.out_height)
+        return p.out_height + (p.kernel[0] - 1) * p.dilation[0] // p.stride[0]
 
     @property
     def reach(self) -> int:
         """How far behind a position its last tap reads."""
-        rows, columns = ((k - 1) * d // s for k, d, s in zip(self.kernel, self.dilation, self.stride, strict=True))
+        p = self.problem
+        rows, columns = ((k - 1) * d // s for k, d, s in zip(p.kernel, p.dilation, p.stride, strict=True))
         return rows * self.pitch + columns
 
     @property
     def phases(self) -> int:
         """Phases of a strided input that are kept, see :class:`escort.sparse.Geometry`."""
-        last = [
-            max(i * d % s for i in range(k)) for k, d, s in zip(self.kernel, self.dilation, self.stride, strict=True)
-        ]
-        return last[0] * self.stride[1] + last[1] + 1
+        p = self.problem
+        last = [max(i * d % s for i in range(k)) for k, d, s in zip(p.kernel, p.dilation, p.stride, strict=True)]
+        return last[0] * p.stride[1] + last[1] + 1
 
-    def positions(self, images: int) -> int:
-        """Of so many images, up to the last output."""
-        unused = (self.image_rows - self.out_height) * self.pitch + self.pitch - self.out_width
+    def count(self, images: int) -> int:
+        """Positions of so many images, up to the last output."""
+        p = self.problem
+        unused = (self.image_rows - p.out_height) * self.pitch + self.pitch - p.out_width
         return images * self.image_rows * self.pitch - unused
 
 
@@ -135,15 +127,16 @@ class Layout:
     @classmethod
     def of(cls, problem: Problem, tile: Any) -> Layout:
         """The layout for a tile of so many words; with an array of tile sizes, arrays of what depends on them."""
-        shape, half = Shape.of(problem), STORAGE[problem.dtype] != 0
-        phase_words = tile + shape.reach
-        words = phase_words * shape.phases
-        paired = half and shape.stride == (1, 1) and int(np.prod(problem.input_shape[1:])) % 2 == 0
+        positions, half = Positions(problem), STORAGE[problem.dtype] != 0
+        phase_words = tile + positions.reach
+        words = phase_words * positions.phases
+        paired = half and problem.stride == (1, 1) and int(np.prod(problem.input_shape[1:])) % 2 == 0
         slots = -(-words // LANES)
         if paired:
             # Columns in any window of so many positions, and for each image that it meets a pair at either end.
-            columns = phase_words // shape.pitch * shape.width + np.minimum(phase_words % shape.pitch, shape.width)
-            images = phase_words // (shape.pitch * shape.image_rows) + 2
+            pitch, width = positions.pitch, problem.width
+            columns = phase_words // pitch * width + np.minimum(phase_words % pitch, width)
+            images = phase_words // (pitch * positions.image_rows) + 2
             slots = -(-(columns // 2 + 2 * images) // LANES)
         slots = slots if np.ndim(slots) else int(slots)
         odd = bool(problem.height * problem.width % 2)
@@ -152,11 +145,12 @@ class Layout:
 
 def most_images(problem: Problem) -> int:
     """What the kernel's 32-bit numbers reach: bytes of the input, elements of the output, positions."""
-    shape, dtype = Shape.of(problem), problem.torch_dtype
+    positions = Positions(problem)
     in_size, out_size = (int(np.prod(s[1:], dtype=object)) for s in (problem.input_shape, problem.output_shape))
-    positions = MOST_INDEX // 2 // (shape.image_rows * shape.pitch)
+    most_positions = MOST_INDEX // 2 // (positions.image_rows * positions.pitch)
     images_per_word = 1 if STORAGE[problem.dtype] == 0 else 2
-    return min((2**32 - 1) // (in_size * dtype.itemsize), MOST_INDEX // out_size, positions * images_per_word)
+    most_bytes, itemsize = 2**32 - 1, problem.torch_dtype.itemsize
+    return min(most_bytes // (in_size * itemsize), MOST_INDEX // out_size, most_positions * images_per_word)
 
 
 def shared_bytes(layout: Layout, config: Any, entry_bytes: Any) -> Any:
@@ -167,3 +161,9 @@ def shared_bytes(layout: Layout, config: Any, entry_bytes: Any) -> Any:
     ring = config.stages * (config.channel_block * layout.channel_words * 4 + entry_bytes + 24)
     sums = LANES * config.words * config.position_warps * config.row_warps * config.rows * layout.images_per_word * 4
     return np.maximum(ring, (config.channel_warps - 1) * sums)
+
+
+def grouping(problem: Problem, per_group: Any) -> tuple[int, Any]:
+    """Output channels per group of the convolution, and how many such groups a block of so many rows takes together."""
+    group_rows = problem.out_channels // problem.groups
+    return group_rows, np.minimum(np.maximum(per_group // group_rows, 1), problem.groups)

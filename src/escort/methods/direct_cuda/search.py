@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escort.methods.direct_cuda.layout import LANES, SLOT_CLASSES, STORAGE, DirectConfig, Layout, Shape, shared_bytes
+from escort.methods.direct_cuda.layout import (
+    LANES,
+    SLOT_CLASSES,
+    STORAGE,
+    DirectConfig,
+    Layout,
+    Positions,
+    grouping,
+    shared_bytes,
+)
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
 
@@ -73,7 +82,7 @@ def _tiles(half: bool, packed: bool, registers: int) -> _Numbers:
 
 def candidates(problem: Problem, filter: StretchedCSR | None, gpu: Gpu, packed: bool) -> _Numbers:
     """All configs that fit, as arrays, with their predicted clocks under "clocks"."""
-    shape, half = Shape.of(problem), STORAGE[problem.dtype] != 0
+    half = STORAGE[problem.dtype] != 0
     nnz = filter.nnz if filter is not None else 0
     tiles = _tiles(half, packed, gpu.registers)
     grid = np.meshgrid(np.arange(len(tiles["words"])), *map(np.array, STAGING_AXES.values()), indexing="ij")
@@ -83,13 +92,12 @@ def candidates(problem: Problem, filter: StretchedCSR | None, gpu: Gpu, packed: 
     tile = LANES * c["words"] * c["position_warps"]
     layout = Layout.of(problem, tile)
     per_group = c["row_warps"] * c["rows"]
-    group_rows = problem.out_channels // problem.groups
-    merged = np.minimum(np.maximum(per_group // group_rows, 1), problem.groups)
+    group_rows, merged = grouping(problem, per_group)
     groups = -(-problem.groups // merged) * -(-group_rows * merged // per_group)
     channels = merged * (problem.in_channels // problem.groups)
     chunks = -(-channels // channel_block)
     images = -(-max(problem.batch, 1) // layout.images_per_word)
-    blocks = -(-shape.positions(images) // tile) * groups
+    blocks = -(-Positions(problem).count(images) // tile) * groups
 
     group_nnz = nnz / groups
     entry_bytes = group_nnz / chunks * _unevenness(filter) * (4 if half else 8)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escort.methods.direct_cuda.layout import SLOT_CLASSES, STORAGE, DirectConfig, Layout, Shape
+from escort.methods.direct_cuda.layout import SLOT_CLASSES, STORAGE, DirectConfig, Layout, Positions, grouping
 from escort.problem import Problem
 from escort.sparse import Geometry, IntArray, StretchedCSR
 
@@ -33,24 +33,24 @@ def defines(config: DirectConfig, layout: Layout, dtype: str) -> dict[str, int]:
 
 def scalars(problem: Problem, layout: Layout, tables: Tables, config: DirectConfig) -> tuple[int, ...]:
     """The kernel's last parameters, the same in every launch."""
-    shape = Shape.of(problem)
+    positions = Positions(problem)
     return (
         problem.in_channels,
-        shape.height,
-        shape.width,
+        problem.height,
+        problem.width,
         problem.out_channels,
-        shape.out_height,
-        shape.out_width,
-        shape.pitch,
-        *_divisor(shape.pitch),
-        shape.image_rows,
-        *_divisor(shape.image_rows),
-        *_divisor(shape.width),
-        *_divisor(-(-shape.height * shape.width // 2)),
-        shape.padding[0],
-        shape.padding[2],
-        *shape.stride,
-        shape.phases,
+        problem.out_height,
+        problem.out_width,
+        positions.pitch,
+        *_divisor(positions.pitch),
+        positions.image_rows,
+        *_divisor(positions.image_rows),
+        *_divisor(problem.width),
+        *_divisor(-(-problem.height * problem.width // 2)),
+        problem.padding[0],
+        problem.padding[2],
+        *problem.stride,
+        positions.phases,
         layout.phase_words,
         layout.channel_words,
         layout.slots,
@@ -102,10 +102,10 @@ class Tables:
 
 def pack(problem: Problem, filter: StretchedCSR, config: DirectConfig) -> Tables:
     """Lays a filter out for a config. Raises ValueError where a weight does not fit the storage type."""
-    shape, layout = Shape.of(problem), Layout.of(problem, config.tile)
+    positions, layout = Positions(problem), Layout.of(problem, config.tile)
     half = layout.images_per_word == 2
     per_group = config.row_warps * config.rows
-    group_rows, merged = _grouping(problem, per_group)
+    group_rows, merged = grouping(problem, per_group)
     super_rows, super_channels = group_rows * merged, filter.shape[1] * merged
     nnz = np.diff(filter.indptr)
     groups: list[NDArray[np.int64]] = []
@@ -120,7 +120,7 @@ def pack(problem: Problem, filter: StretchedCSR, config: DirectConfig) -> Tables
     slot_of[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
 
     # A cell is what a warp does of one row in one stage; cells lie in the order (group, chunk, channel warp, slot).
-    geometry = Geometry(layout.channel_words, shape.pitch, layout.phase_words, shape.stride, shape.dilation)
+    geometry = Geometry(layout.channel_words, positions.pitch, layout.phase_words, problem.stride, problem.dilation)
     starts = _chunk_starts(super_channels, config)
     chunks, warps = len(starts) - 1, config.channel_warps
     row, (channel, r, s) = filter.rows.astype(np.int64), filter.taps
@@ -171,12 +171,6 @@ def pack(problem: Problem, filter: StretchedCSR, config: DirectConfig) -> Tables
         chunks,
         int(segment_units.max(initial=1)) * 16 + 32,
     )
-
-
-def _grouping(problem: Problem, per_group: int) -> tuple[int, int]:
-    """Output channels per group of the convolution, and how many such groups a block takes together."""
-    group_rows = problem.out_channels // problem.groups
-    return group_rows, min(max(per_group // group_rows, 1), problem.groups)
 
 
 def _chunk_starts(channels: int, config: DirectConfig) -> IntArray:
