@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from escort import jit, reference
+from escort.gpu import H200
 from escort.methods.direct_cuda import DirectCuda
 from escort.methods.direct_cuda.layout import DirectConfig, Layout, most_images
-from escort.methods.direct_cuda.search import H200, neighbours, search
+from escort.methods.direct_cuda.search import neighbours, search
 from escort.methods.direct_cuda.tables import pack, scalars
 from escort.problem import Epilogue, Problem
 from escort.sparse import StretchedCSR

@@ -25,6 +25,8 @@ ORDER = [
     "escort.cache",
     "escort.compiler",
     "escort.jit",
+    "escort.codegen",
+    "escort.gpu",
     "escort.methods",
     "escort.bench",
     "escort.planner",

@@ -9,9 +9,10 @@ from escort.methods.cusparse import Cusparse
 from escort.methods.dense import Dense
 from escort.methods.direct import Direct
 from escort.methods.direct_cuda import DirectCuda
+from escort.methods.generated import Generated
 from escort.methods.lowered import Lowered
 
-METHODS: tuple[Method, ...] = (Direct(), Dense(), Lowered(), DirectCuda(), Cudnn(), Cublas(), Cusparse())
+METHODS: tuple[Method, ...] = (Direct(), Dense(), Lowered(), DirectCuda(), Generated(), Cudnn(), Cublas(), Cusparse())
 
 
 def by_name(name: str, device: str = "cpu") -> Method:

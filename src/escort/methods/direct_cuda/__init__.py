@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from escort import jit
+from escort.gpu import H200, Gpu
 from escort.methods.base import Runner
 from escort.methods.direct_cuda.layout import DirectConfig, Layout, Positions, most_images, shared_bytes
-from escort.methods.direct_cuda.search import H200, Gpu, candidates, neighbours, search
+from escort.methods.direct_cuda.search import has_room, neighbours, search
 from escort.methods.direct_cuda.tables import defines, pack, scalars
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
@@ -47,7 +48,7 @@ class DirectCuda:
             gpu = Gpu.of(problem.device)
         except (ImportError, RuntimeError) as error:
             return str(error)
-        if not len(candidates(problem, None, gpu, packed=False)["clocks"]):
+        if not has_room(problem, gpu):
             return "the input of the smallest tile, with its halo, does not fit into shared memory"
         return None
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from escort.gpu import Gpu
 from escort.methods.direct_cuda.layout import (
     LANES,
     SLOT_CLASSES,
@@ -23,23 +24,6 @@ from escort.methods.direct_cuda.layout import (
 )
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the search needs to know of a device."""
-
-    multiprocessors: int
-    shared_bytes: int  # of a block at most
-    registers: int = 65536  # of a multiprocessor
-
-    @classmethod
-    def of(cls, device: str) -> Gpu:
-        p: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack some of its attributes
-        return cls(p.multi_processor_count, p.shared_memory_per_block_optin, p.regs_per_multiprocessor)
-
-
-H200 = Gpu(multiprocessors=132, shared_bytes=232448)
 
 #: The search space. Every combination that the device can run is ranked by the predicted time.
 AXES: dict[str, tuple[int, ...]] = {
@@ -66,54 +50,78 @@ _ROUND_TRIP = 45  # of four nonzeros of a lone warp, beside its instructions
 
 
 @lru_cache(maxsize=8)
-def _tiles(half: bool, packed: bool, registers: int) -> _Numbers:
-    """The combinations of AXES whose threads and registers a multiprocessor has."""
-    grid = np.meshgrid(*(np.array(axis) for axis in AXES.values()), indexing="ij")
-    tiles = {name: axis.ravel() for name, axis in zip(AXES, grid, strict=True)}
+def _space(half: bool, packed: bool, registers: int) -> _Numbers:
+    """The combinations of AXES whose threads and registers a multiprocessor has, each with all of STAGING_AXES.
+
+    All axes ascend, so that no config needs less room than the first.
+    """
+    tiles = _product(AXES)
     consumers = tiles["position_warps"] * tiles["row_warps"] * tiles["channel_warps"]
     threads = (consumers + tiles["producers"]) * LANES
     words, rows = tiles["words"], tiles["rows"]
     needed = rows * words * (1 + half) + words * (1 + packed) + 2 * rows + (24 if half else 20)
     most = np.minimum(registers // (threads * tiles["blocks"]) // 8 * 8, 255)
-    fits = (threads <= 1024) & (consumers >= 4) & (needed <= most) & (most >= 64)
-    tiles |= {"consumers": consumers, "threads": threads, "most_registers": most}
-    return {name: numbers[fits] for name, numbers in tiles.items()}
+    found = np.flatnonzero((threads <= 1024) & (consumers >= 4) & (needed <= most) & (most >= 64))
+    space = _product({"tile": found, **STAGING_AXES})
+    at = space.pop("tile")
+    return {name: numbers[at] for name, numbers in (tiles | {"most_registers": most}).items()} | space
 
 
-def candidates(problem: Problem, filter: StretchedCSR | None, gpu: Gpu, packed: bool) -> _Numbers:
-    """All configs that fit, as arrays, with their predicted clocks under "clocks"."""
-    half = STORAGE[problem.dtype] != 0
-    nnz = filter.nnz if filter is not None else 0
-    tiles = _tiles(half, packed, gpu.registers)
-    grid = np.meshgrid(np.arange(len(tiles["words"])), *map(np.array, STAGING_AXES.values()), indexing="ij")
-    index, channel_block, stages = (axis.ravel() for axis in grid)
-    c = {name: numbers[index] for name, numbers in tiles.items()} | {"channel_block": channel_block, "stages": stages}
+def _product(axes: Mapping[str, Any]) -> _Numbers:
+    grid = np.meshgrid(*map(np.asarray, axes.values()), indexing="ij")
+    return {name: axis.ravel() for name, axis in zip(axes, grid, strict=True)}
 
-    tile = LANES * c["words"] * c["position_warps"]
-    layout = Layout.of(problem, tile)
+
+def _shares(problem: Problem, filter: StretchedCSR | None, c: _Numbers) -> tuple[NDArray[Any], ...]:
+    """Groups of output channels, and of each its input channels, its nonzeros, and its stages."""
     per_group = c["row_warps"] * c["rows"]
     group_rows, merged = grouping(problem, per_group)
     groups = -(-problem.groups // merged) * -(-group_rows * merged // per_group)
     channels = merged * (problem.in_channels // problem.groups)
-    chunks = -(-channels // channel_block)
-    images = -(-max(problem.batch, 1) // layout.images_per_word)
-    blocks = -(-Positions(problem).count(images) // tile) * groups
+    return groups, channels, (filter.nnz if filter is not None else 0) / groups, -(-channels // c["channel_block"])
 
-    group_nnz = nnz / groups
-    entry_bytes = group_nnz / chunks * _unevenness(filter) * (4 if half else 8)
-    entry_bytes += per_group * c["channel_warps"] * 8 + 96
+
+def _fits(problem: Problem, filter: StretchedCSR | None, gpu: Gpu, c: _Numbers) -> NDArray[np.bool_]:
+    """Which configs find room in a multiprocessor's shared memory and registers."""
+    half = STORAGE[problem.dtype] != 0
+    layout = Layout.of(problem, LANES * c["words"] * c["position_warps"])
+    _, channels, nnz, chunks = _shares(problem, filter, c)
+    entry_bytes = nnz / chunks * _unevenness(filter) * (4 if half else 8)
+    entry_bytes += c["row_warps"] * c["rows"] * c["channel_warps"] * 8 + 96
     shared = shared_bytes(layout, SimpleNamespace(**c), entry_bytes)
     per_slot = 5 + 2 * layout.odd if layout.paired else layout.images_per_word
     slot_registers = np.maximum(layout.slots, 4) * per_slot + (44 if half else 30)
-    fits = (
+    fits: NDArray[np.bool_] = (
         (shared <= gpu.shared_bytes)
         & (c["blocks"] * (shared + 1024) <= gpu.shared_bytes + 1024)
         & (layout.slots <= SLOT_CLASSES[-1])
-        & ((not half) | (channel_block * layout.channel_words * 4 <= 0x10000))
+        & ((not half) | (c["channel_block"] * layout.channel_words * 4 <= 0x10000))
         & (slot_registers <= c["most_registers"])
-        & (channel_block < np.maximum(2 * channels, STAGING_AXES["channel_block"][0] + 1))
-        & (channel_block % c["channel_warps"] == 0)
+        & (c["channel_block"] < np.maximum(2 * channels, STAGING_AXES["channel_block"][0] + 1))
+        & (c["channel_block"] % c["channel_warps"] == 0)
     )
+    return fits
+
+
+def has_room(problem: Problem, gpu: Gpu) -> bool:
+    """Whether a device can run any config of the search space."""
+    first = {name: numbers[:1] for name, numbers in _space(STORAGE[problem.dtype] != 0, False, gpu.registers).items()}
+    return bool(_fits(problem, None, gpu, first)[0])
+
+
+def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu, packed: bool) -> _Numbers:
+    """All configs that fit, as arrays, with their predicted clocks under "clocks"."""
+    half = STORAGE[problem.dtype] != 0
+    space = _space(half, packed, gpu.registers)
+    fits = _fits(problem, filter, gpu, space)
+    c = {name: numbers[fits] for name, numbers in space.items()}
+
+    tile, channel_block, stages = LANES * c["words"] * c["position_warps"], c["channel_block"], c["stages"]
+    layout = Layout.of(problem, tile)
+    per_group = c["row_warps"] * c["rows"]
+    groups, channels, group_nnz, chunks = _shares(problem, filter, c)
+    images = -(-max(problem.batch, 1) // layout.images_per_word)
+    blocks = -(-Positions(problem).count(images) // tile) * groups
 
     # Wavefronts of shared memory, instruction slots (four per clock) and the time of a warp on its own.
     sharing = c["position_warps"]  # warps that read the same nonzeros
@@ -139,7 +147,7 @@ def candidates(problem: Problem, filter: StretchedCSR | None, gpu: Gpu, packed: 
     # Blocks beside each other cover each other's first stage and epilogue.
     edges = fill + _EPILOGUE * c["rows"] * c["words"] * (1 + half)
     c["clocks"] = waves * (busy + edges / resident**2) + _LAUNCH
-    return {name: c[name][fits] for name in (*AXES, *STAGING_AXES, "clocks")}
+    return c
 
 
 def _unevenness(filter: StretchedCSR | None) -> float:

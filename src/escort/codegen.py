@@ -1,0 +1,510 @@
+"""Weights as code: a filter as a CUDA kernel in which every nonzero is one multiply-add with the weight inside.
+
+A kernel that keeps its weights in memory reads a word of the input per multiply-add, which caps it at a quarter of a
+GPU's arithmetic. Here a thread holds the sums of many output channels, reads a word once per tap and uses it for all of
+them: the index of a sum must be known when the code is made, so the code is made for the filter.
+
+    program = Program.of(problem, filter, config)    what the kernel does, step by step
+    text = program.text(bias)                        CUDA C++ around kernels/generated.cuh, the steps as inline PTX
+    y = program.run(x)                               the same in numpy, for tests
+
+All are pure functions of their arguments.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from escort.problem import Problem
+from escort.sparse import StretchedCSR
+
+LANES = 32
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GeneratedConfig:
+    """The knobs of generated kernels.
+
+    Attributes:
+        rows: output channels per piece of the code. A block runs a piece for a tile of ``32 * consumers`` words, a
+            thread per word.
+        consumers: warps that run the code.
+        producers: warps that copy the input.
+        channel_block: input channels per stage.
+        copy: words per copy, 1, 2 or 4; 0 gathers the elements of a word one by one.
+        stages: of the ring in shared memory.
+        blocks: per multiprocessor that registers must leave room for.
+        entries: places in the cycle of chunks at which tiles begin, so that multiprocessors that share an instruction
+            cache bring in different parts of the code for each other.
+        flush: 16-bit storage: products that are summed in 16 bits before they are added to a sum in float32; 0 sums
+            all of them in 16 bits.
+    """
+
+    rows: int
+    consumers: int
+    producers: int
+    channel_block: int
+    copy: int = 1
+    stages: int = 3
+    blocks: int = 1
+    entries: int = 1
+    flush: int = 0
+
+    @property
+    def threads(self) -> int:
+        return (self.consumers + self.producers) * LANES
+
+    @property
+    def tile(self) -> int:
+        """Words of a tile."""
+        return self.consumers * LANES
+
+
+@dataclass(frozen=True)
+class Load:
+    """``x[to] = stage[word + offset]``, offset in words from the stage's first channel."""
+
+    to: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Join:
+    """``x[to]`` = the second element of ``x[low]`` and the first of ``x[high]``: a word at an odd distance."""
+
+    to: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class MultiplyAdd:
+    """``sum[row] += x[source] * weight``."""
+
+    row: int
+    source: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Flush:
+    """Adds the 16-bit sum of a row to its float32 sum and empties it."""
+
+    row: int
+
+
+Step = Load | Join | MultiplyAdd | Flush
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Input channels that are staged together, counted over the whole input, and what is done with them."""
+
+    channels: range
+    steps: tuple[Step, ...]
+
+    @property
+    def registers(self) -> int:
+        """Words of x that the steps name."""
+        return sum(isinstance(step, (Load, Join)) for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The code of some output channels; a sum is named by its place among `rows`."""
+
+    rows: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Words:
+    """The sequence of words that tiles are cut from: all images' rows, in a pitch that leaves room for the padding.
+
+    A word is one position, or for 16-bit storage two neighbouring columns of a row.
+
+    Attributes:
+        per_word: elements of a word.
+        pitch: words from row to row, a multiple of what is copied at once.
+        image_rows: rows from image to image.
+        left: columns in front of column 0 of the input in a row, so many that a row begins with a whole copy.
+    """
+
+    problem: Problem
+    per_word: int
+    pitch: int
+    image_rows: int
+    left: int
+
+    @classmethod
+    def of(cls, problem: Problem, copy: int) -> Words:
+        top, bottom, before, behind = problem.padding
+        per_word = elements_per_word(problem)
+        step = max(copy * per_word, 1)
+        left = -(-before // step) * step
+        columns = max(problem.width + max(left, behind), problem.out_width)
+        pitch = -(-columns // max(step, per_word)) * max(copy, 1)
+        return cls(problem, per_word, pitch, max(problem.height + max(top, bottom), problem.out_height), left)
+
+    def element(self, r: int, s: int) -> int:
+        """The distance in elements from a position to what tap (r, s) reads for it in a channel of a stage."""
+        p = self.problem
+        column = s * p.dilation[1] - p.padding[2] + self.left
+        return r * p.dilation[0] * self.pitch * self.per_word + column
+
+    @property
+    def reach(self) -> int:
+        """How many words behind a word its last tap reads."""
+        return -(-self.element(self.problem.kernel[0] - 1, self.problem.kernel[1] - 1) // self.per_word)
+
+    def count(self, images: int) -> int:
+        """Words of so many images, up to the last output."""
+        p = self.problem
+        unused = (self.image_rows - p.out_height) * self.pitch + self.pitch - -(-p.out_width // self.per_word)
+        return images * self.image_rows * self.pitch - unused if images else 0
+
+    def positions(self, words: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(image, row, column) of words, column that of the first element."""
+        line = words // self.pitch
+        return line // self.image_rows, line % self.image_rows, words % self.pitch * self.per_word
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a generated kernel does. `of` makes it."""
+
+    problem: Problem
+    config: GeneratedConfig
+    words: Words
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, problem: Problem, filter: StretchedCSR, config: GeneratedConfig) -> Program:
+        """The program for a filter of stride 1."""
+        words = Words.of(problem, config.copy)
+        rows, nnz = problem.out_channels // problem.groups, np.diff(filter.indptr)
+        pieces = [
+            _piece(problem, filter, config, words, group, [group * rows + row for row in hand])
+            for group in range(problem.groups)
+            for hand in _deal(nnz[group * rows : (group + 1) * rows], config.rows)
+        ]
+        return cls(problem, config, words, tuple(pieces))
+
+    @cached_property
+    def channel_words(self) -> int:
+        """Words that a stage holds of a channel."""
+        return channel_words(self.words, self.config)
+
+    @property
+    def shared_bytes(self) -> int:
+        """The ring, with two barriers per stage."""
+        return self.config.stages * (self.config.channel_block * self.channel_words * 4 + 16)
+
+    @property
+    def steps(self) -> int:
+        return sum(len(chunk.steps) for piece in self.pieces for chunk in piece.chunks)
+
+    def tiles(self, images: int) -> int:
+        return -(-self.words.count(images) // self.config.tile)
+
+    def text(self, bias: NDArray[np.float32] | None = None) -> str:
+        """The kernel `generated(x, y, residual, images, tiles)`, for a grid of any number of blocks.
+
+        Args:
+            bias: (K,), becomes part of the code.
+        """
+        return "\n".join(_text(self, bias)) + "\n"
+
+    def run(self, x: Floats) -> Floats:
+        """The convolution of x (N, C, H, W), in float64 and without epilogue; for tests."""
+        p, w, images = self.problem, self.words, len(x)
+        y = np.full((images, p.out_channels, p.out_height, p.out_width), np.nan)
+        for tile in range(self.tiles(images)):
+            first = tile * self.config.tile
+            for piece in self.pieces:
+                sums = np.zeros((2, len(piece.rows), self.config.tile, w.per_word))
+                for chunk in piece.chunks:
+                    self._run_chunk(chunk, self._stage(x, chunk, first), sums)
+                image, row, column = w.positions(first + np.arange(self.config.tile))
+                for element in range(w.per_word):
+                    inside = (row < p.out_height) & (image < images) & (column + element < p.out_width)
+                    at = image[inside], row[inside], column[inside] + element
+                    for place, channel in enumerate(piece.rows):
+                        y[at[0], channel, at[1], at[2]] = sums.sum(0)[place, inside, element]
+        return y
+
+    def _stage(self, x: Floats, chunk: Chunk, first_word: int) -> Floats:
+        p, w = self.problem, self.words
+        stage = np.full((self.config.channel_block, self.channel_words, w.per_word), np.nan)
+        image, line, column = w.positions(first_word + np.arange(self.config.tile + w.reach))
+        row = line - p.padding[0]
+        for element in range(w.per_word):
+            c = column - w.left + element
+            inside = (row >= 0) & (row < p.height) & (c >= 0) & (c < p.width) & (image < len(x))
+            for place, channel in enumerate(chunk.channels):
+                values = np.zeros(len(inside))
+                values[inside] = x[image[inside], channel, row[inside], c[inside]]
+                stage[place, : len(inside), element] = values
+        return stage.reshape(-1, w.per_word)
+
+    def _run_chunk(self, chunk: Chunk, stage: Floats, sums: Floats) -> None:
+        word: dict[int, Floats] = {}
+        for step in chunk.steps:
+            match step:
+                case Load(to, offset):
+                    word[to] = stage[offset : offset + self.config.tile]
+                case Join(to, low, high):
+                    word[to] = np.stack((word[low][:, 1], word[high][:, 0]), axis=1)
+                case MultiplyAdd(row, source, weight):
+                    sums[0, row] += word[source] * weight
+                case Flush(row):
+                    sums[1, row] += sums[0, row]
+                    sums[0, row] = 0.0
+
+
+def elements_per_word(problem: Problem) -> int:
+    return 1 if problem.dtype in ("fp32", "tf32") else 2
+
+
+def channel_words(words: Words, config: GeneratedConfig) -> int:
+    """Words that a stage holds of a channel, whole copies."""
+    return -(-(config.tile + words.reach) // 4) * 4
+
+
+def _deal(nnz: NDArray[np.int32], rows: int) -> list[list[int]]:
+    """Deals rows to pieces of at most so many rows and about as many nonzeros each."""
+    count = -(-len(nnz) // rows)
+    room = -(-len(nnz) // count)
+    hands: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, hand) for hand in range(count)]
+    for row in np.argsort(-nnz, kind="stable").tolist():  # the heaviest row to the lightest hand with room
+        load, hand = heapq.heappop(loads)
+        hands[hand].append(row)
+        if len(hands[hand]) < room:
+            heapq.heappush(loads, (load + int(nnz[row]), hand))
+    return [sorted(hand) for hand in hands]
+
+
+def _piece(
+    problem: Problem, filter: StretchedCSR, config: GeneratedConfig, words: Words, group: int, rows: list[int]
+) -> Piece:
+    """The code of some rows of a group: chunk by chunk, channel by channel, tap by tap."""
+    span = [np.arange(filter.indptr[row], filter.indptr[row + 1]) for row in rows]
+    entry = np.concatenate(span)
+    place = np.repeat(np.arange(len(rows)), [len(part) for part in span])
+    channel, r, s = (taps[entry].astype(np.int64) for taps in filter.taps)
+    element = np.array([words.element(int(i), int(j)) for i, j in zip(r, s, strict=True)], dtype=np.int64)
+    order = np.lexsort((place, element, channel))
+    nonzeros = zip(
+        *(a[order].tolist() for a in (channel, element, place, filter.values[entry].astype(np.float64))), strict=True
+    )
+    channels, block = problem.in_channels // problem.groups, config.channel_block
+    # Whole rounds of the ring: a chunk then always meets the same stage. The last chunks may be empty.
+    used = -(-channels // block)
+    count = -(-used // config.stages) * config.stages
+    steps: list[list[Step]] = [[] for _ in range(count)]
+    held: dict[int, int] = {}  # words of the present channel, by offset
+    registers = [0] * count
+    pending = [0] * len(rows)
+    last: tuple[int, int] | None = None
+    source = 0
+    for c, e, row, weight in nonzeros:
+        chunk = c // block
+        code = steps[chunk]
+        if (c, e) != last:
+            if last is None or c != last[0]:
+                held = {}
+            last = c, e
+            offset = c % block * channel_words(words, config) + e // words.per_word
+            odd = e % words.per_word
+            for wanted in (offset, offset + 1)[: 1 + odd]:
+                if wanted not in held:
+                    held[wanted] = registers[chunk]
+                    code.append(Load(registers[chunk], wanted))
+                    registers[chunk] += 1
+            source = held[offset]
+            if odd:
+                code.append(Join(registers[chunk], held[offset], held[offset + 1]))
+                source = registers[chunk]
+                registers[chunk] += 1
+        code.append(MultiplyAdd(row, source, weight))
+        pending[row] += 1
+        if config.flush and pending[row] == config.flush:
+            code.append(Flush(row))
+            pending[row] = 0
+    first = group * channels
+    bounds = [first + min(i * block, channels) for i in range(count + 1)]
+    chunks = [Chunk(range(bounds[i], bounds[i + 1]), tuple(code)) for i, code in enumerate(steps)]
+    return Piece(tuple(rows), tuple(chunks))
+
+
+def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
+    p, c, w = program.problem, program.config, program.words
+    products = sum(isinstance(s, MultiplyAdd) for q in program.pieces for chunk in q.chunks for s in chunk.steps)
+    yield f"// {p}"
+    yield f"// {c}"
+    yield f"// {len(program.pieces)} pieces of code, {products} multiply-adds among {program.steps} steps"
+    macros = {
+        "STORAGE": w.per_word - 1,
+        "CONSUMERS": c.consumers,
+        "PRODUCERS": c.producers,
+        "THREADS": c.threads,
+        "BLOCKS": c.blocks,
+        "PIECES": len(program.pieces),
+        "PIECES_PER_GROUP": len(program.pieces) // p.groups,
+        "CHUNKS": len(program.pieces[0].chunks),
+        "CHANNEL_BLOCK": c.channel_block,
+        "STAGES": c.stages,
+        "ENTRIES": c.entries,
+        "GATHER": int(c.copy == 0),
+        "COPY": max(c.copy, 1),
+        "CHANNELS": p.in_channels,
+        "GROUP_CHANNELS": p.in_channels // p.groups,
+        "HEIGHT": p.height,
+        "WIDTH": p.width,
+        "OUT_CHANNELS": p.out_channels,
+        "OUT_HEIGHT": p.out_height,
+        "OUT_WIDTH": p.out_width,
+        "PITCH": w.pitch,
+        "IMAGE_ROWS": w.image_rows,
+        "TOP": p.padding[0],
+        "LEFT": w.left,
+        "CHANNEL_WORDS": program.channel_words,
+        "TILE_WORDS": c.tile,
+        "STAGE_WORDS": c.tile + w.reach,
+    }
+    yield from (f"#define {name} {value}" for name, value in macros.items())
+    yield '#include "generated.cuh"'
+    yield ""
+    yield "GENERATED {"
+    yield "  BEGIN"
+    for i, piece in enumerate(program.pieces):
+        yield f"  case {i}:"
+        yield "    asm volatile("
+        yield from (f'        "{line}\\n"' for line in _code(program, piece, bias))
+        yield "        OPERANDS);"
+        yield "    break;"
+    yield "  END"
+    yield "}"
+
+
+#: The operands of a piece of code, see generated.cuh.
+_PARITY, _WORDS, _FULL, _INSIDE, _FIRST_CHUNK, _RESIDUAL, _Y = (f"%{i}" for i in range(7))
+
+
+def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> Iterator[str]:
+    """What a consumer does of a piece, as PTX: s are sums, f float32 sums behind 16-bit ones, x words of the input."""
+    c, fp32, rows = program.config, program.words.per_word == 1, len(piece.rows)
+    words = max(1, *(chunk.registers for chunk in piece.chunks))
+    kind = "f32" if fp32 else "b32"
+    yield f"{{ .reg .{kind} s<{rows}>; .reg .{kind} x<{words}>; .reg .f32 f<{2 * rows}>; .reg .f32 u; .reg .f32 v;"
+    yield ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;"
+    yield ".reg .b64 d; .reg .pred first;"
+    yield "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;"
+    for row, channel in enumerate(piece.rows):
+        start = _f32(0.0 if bias is None else bias[channel])
+        if fp32:
+            yield f"mov.f32 s{row}, {start};"
+        else:
+            yield f"mov.b32 s{row}, 0;"
+            if c.flush:
+                yield f"mov.f32 f{2 * row}, {start}; mov.f32 f{2 * row + 1}, {start};"
+    count = len(piece.chunks)
+    if c.entries > 1:
+        yield f"mov.b32 left, {count};"
+        for entry in sorted({e * (count // c.stages) // c.entries * c.stages for e in range(1, c.entries)} - {0}):
+            yield f"setp.eq.u32 p, {_FIRST_CHUNK}, {entry}; @p bra CHUNK{entry};"
+    for i, chunk in enumerate(piece.chunks):
+        stage = i % c.stages
+        at = stage * c.channel_block * program.channel_words
+        yield f'CHUNK{i}: mbarrier." WAIT ".parity.shared.b64 p, [{_FULL}+{stage * 8}], {_PARITY}; @!p bra CHUNK{i};'
+        for step in chunk.steps:
+            yield _instruction(step, at, fp32)
+        yield "bar.warp.sync 0xffffffff;"
+        yield f"@first mbarrier.arrive.shared.b64 d, [{_FULL}+{(c.stages + stage) * 8}];"
+        if stage == c.stages - 1:
+            yield f"xor.b32 {_PARITY}, {_PARITY}, 1;"
+            if c.entries > 1:
+                yield f"sub.u32 left, left, {c.stages}; setp.eq.u32 p, left, 0; @p bra END;"
+    if c.entries > 1:
+        yield "bra CHUNK0;"
+        yield "END:"
+    yield from _epilogue(program, piece, bias)
+    yield "}"
+
+
+def _instruction(step: Step, stage: int, fp32: bool) -> str:
+    match step:
+        case Load(to, offset):
+            return f"ld.shared.{'f32' if fp32 else 'b32'} x{to}, [{_WORDS}+{(stage + offset) * 4}];"
+        case Join(to, low, high):
+            return f"prmt.b32 x{to}, x{low}, x{high}, 0x5432;"
+        case MultiplyAdd(row, source, weight):
+            if fp32:
+                return f"fma.rn.f32 s{row}, x{source}, {_f32(weight)}, s{row};"
+            return f"mov.b32 t, {_half2(weight)}; fma.rn.f16x2 s{row}, x{source}, t, s{row};"
+        case Flush(row):
+            a, b = f"f{2 * row}", f"f{2 * row + 1}"
+            return f"{_halves(row)} add.f32 {a}, {a}, u; add.f32 {b}, {b}, v; mov.b32 s{row}, 0;"
+
+
+def _halves(row: int) -> str:
+    """Both elements of a 16-bit sum as u and v."""
+    return f"mov.b32 {{h, g}}, s{row}; cvt.f32.f16 u, h; cvt.f32.f16 v, g;"
+
+
+def _epilogue(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> Iterator[str]:
+    p, c, fp32 = program.problem, program.config, program.words.per_word == 1
+    size = 4 if fp32 else 2
+    yield f"and.b32 t, {_INSIDE}, 1; setp.ne.u32 a, t, 0; and.b32 t, {_INSIDE}, 2; setp.ne.u32 b, t, 0;"
+    yield f"add.u64 d, {_Y}, {_RESIDUAL};"
+    whole = fp32 or p.out_width % 2 == 0  # both elements of a word are outputs, or none is
+    for row, channel in enumerate(piece.rows):
+        at = channel * p.out_height * p.out_width * size
+        if fp32:
+            values = [f"s{row}"]
+        else:
+            values = ["u", "v"]
+            yield _halves(row)
+            start = _f32(0.0 if bias is None else bias[channel])
+            terms = (f"f{2 * row}", f"f{2 * row + 1}") if c.flush else (start, start)
+            yield f"add.f32 u, u, {terms[0]}; add.f32 v, v, {terms[1]};"
+        if p.epilogue.residual:
+            if fp32:
+                yield f"mov.f32 f0, 0f00000000; @a ld.global.f32 f0, [d+{at}]; add.f32 s{row}, s{row}, f0;"
+            else:
+                yield "mov.b16 h, 0; mov.b16 g, 0;"
+                yield f"@a ld.global.b16 h, [d+{at}]; @b ld.global.b16 g, [d+{at + 2}];"
+                yield "{ .reg .f32 r; cvt.f32.f16 r, h; add.f32 u, u, r; cvt.f32.f16 r, g; add.f32 v, v, r; }"
+        for value in values:
+            if p.epilogue.activation != "none":
+                yield f"max.NaN.f32 {value}, {value}, 0f00000000;"
+            if p.epilogue.activation == "relu6":
+                yield f"min.NaN.f32 {value}, {value}, {_f32(6.0)};"
+        if fp32:
+            yield f"@a st.global.f32 [{_Y}+{at}], s{row};"
+        elif whole:
+            yield f"cvt.rn.f16x2.f32 s{row}, v, u; @a st.global.b32 [{_Y}+{at}], s{row};"
+        else:
+            yield "cvt.rn.f16.f32 h, u; cvt.rn.f16.f32 g, v;"
+            yield f"@a st.global.b16 [{_Y}+{at}], h; @b st.global.b16 [{_Y}+{at + 2}], g;"
+
+
+def _f32(value: float) -> str:
+    return f"0f{np.float32(value).view(np.uint32):08X}"
+
+
+def _half2(value: float) -> str:
+    """A weight in both halves of a word; raises ValueError where it does not fit."""
+    with np.errstate(over="ignore"):
+        half = np.float16(value)
+    if not np.isfinite(half):
+        raise ValueError(f"a weight of {value:.3g} does not fit fp16; use fp32")
+    return "0x" + f"{int(half.view(np.uint16)):04X}" * 2

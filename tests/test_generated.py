@@ -1,0 +1,133 @@
+"""Method `generated`: what it refuses, its search, and on a GPU its kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from escort import jit, reference
+from escort.codegen import GeneratedConfig, Program
+from escort.gpu import H200
+from escort.methods import generated
+from escort.methods.generated import Generated, candidates, predict_us
+from escort.problem import Problem
+from escort.sparse import StretchedCSR
+from tests.cases import CASES, Case
+
+RES3 = Problem(32, 128, 28, 28, 128, (3, 3), padding=(1, 1, 1, 1), device="cuda:0")
+
+
+def sparse(problem: Problem, density: float) -> StretchedCSR:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(problem.weight_shape, generator=generator)
+    return StretchedCSR.from_dense(weight * (torch.rand(weight.shape, generator=generator) < density), problem.groups)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"stride": (2, 2)}, "stride 1 only"),
+        ({"dtype": "bf16"}, "fp32 and fp16"),
+        ({"groups": 32}, "fewer than 8 output channels"),
+        ({"height": 4096, "width": 4096}, "2 GiB"),
+    ],
+)
+def test_refusals(change: dict[str, object], reason: str) -> None:
+    refused = Generated().unsupported(replace(RES3, **change))  # type: ignore[arg-type]
+    assert refused is not None and reason in refused
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_the_search_space_fits_the_device(dtype: str) -> None:
+    problem = replace(RES3, dtype=dtype)  # type: ignore[arg-type]
+    filter = sparse(problem, 0.08)
+    space = list(candidates(problem, filter, H200))
+    assert len(space) > 100
+    for config in space:
+        assert config.consumers > 0 and config.blocks * config.threads <= 1024
+        assert 65536 // (config.threads * config.blocks) >= config.rows
+    some = Program.of(problem, filter, space[0])
+    assert some.shared_bytes <= H200.shared_bytes
+
+
+def test_predictions_follow_the_work() -> None:
+    config = GeneratedConfig(32, 26, 6, 8)
+    times = [predict_us(RES3, sparse(RES3, density), config, H200) for density in (0.02, 0.08, 0.3)]
+    assert times == sorted(times)
+    assert predict_us(replace(RES3, batch=128), sparse(RES3, 0.08), config, H200) > 2 * times[1]
+
+
+def test_the_step_estimate_is_near() -> None:
+    for dtype in ("fp32", "fp16"):
+        problem = replace(RES3, dtype=dtype)  # type: ignore[arg-type]
+        filter, config = sparse(problem, 0.08), GeneratedConfig(32, 8, 4, 8)
+        estimate = generated._pieces(problem, config) * generated._piece_steps(problem, filter, config)
+        assert estimate == pytest.approx(Program.of(problem, filter, config).steps, rel=0.1)
+
+
+def test_code_that_takes_too_long_is_refused() -> None:
+    filter = sparse(replace(RES3, in_channels=512, out_channels=512), 0.9)
+    problem = replace(RES3, in_channels=512, out_channels=512)
+    with pytest.raises(ValueError, match="to assemble"):
+        Generated().prepare(problem, filter, None, GeneratedConfig(32, 8, 4, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case_on_the_gpu(case: Case, dtype: str) -> None:
+    method = Generated()
+    problem = replace(case.problem, device="cuda:0", dtype=dtype)  # type: ignore[arg-type]
+    if method.unsupported(problem) is not None:
+        pytest.skip("refused, with a reason")
+    x, weight, bias, residual = case.tensors()
+    x, weight = x.to("cuda:0", problem.torch_dtype), weight.to("cuda:0")
+    residual = None if residual is None else residual.to("cuda:0", problem.torch_dtype)
+    expected = reference.conv2d(problem, x, weight, None if bias is None else bias.to("cuda:0"), residual)
+    configs = method.configs(problem, case.filter())
+    assert configs
+    for config in (configs[0], configs[-1]):
+        try:
+            run = method.prepare(problem, case.filter(), bias, config)
+        except ValueError as error:
+            assert "to assemble" in str(error)
+            continue
+        y = run(x, residual)
+        assert y.is_contiguous() and y.dtype is problem.torch_dtype
+        bound = reference.ERROR_BOUND["fp32" if dtype == "tf32" else dtype]
+        assert reference.compare(y, expected) <= bound, config
+        assert torch.equal(run(x, residual), y), "not the same twice: a race"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_other_batches_and_places_on_the_gpu(dtype: str) -> None:
+    """One runner for any batch, for slices that are not aligned, and for tiles that begin at other chunks."""
+    problem = replace(RES3, dtype=dtype, batch=4)  # type: ignore[arg-type]
+    filter = sparse(problem, 0.08)
+    per_copy = (1, 2) if dtype == "fp16" else (1, 2, 4)
+    for copy in per_copy:
+        run = Generated().prepare(
+            problem,
+            filter,
+            None,
+            GeneratedConfig(32, 8, 4, 8, copy=copy, entries=5, flush=32 if dtype == "fp16" else 0),
+        )
+        for batch in (0, 1, 4, 7):
+            x = torch.randn(batch * 128 * 28 * 28 + 1, device="cuda", dtype=problem.torch_dtype)[1:]
+            x = x.view(batch, 128, 28, 28)
+            expected = reference.conv2d(replace(problem, batch=batch), x, filter.to_dense().cuda())
+            y = run(x)
+            assert y.shape == expected.shape
+            assert batch == 0 or reference.compare(y, expected) <= reference.ERROR_BOUND[dtype]
+
+
+@pytest.mark.gpu
+def test_the_kernel_is_kept() -> None:
+    problem = replace(RES3, batch=1)
+    config = GeneratedConfig(32, 8, 4, 8)
+    text = Program.of(problem, sparse(problem, 0.02), config).text()
+    assert generated._kernel(text, torch.device("cuda:0")) is generated._kernel(text, torch.device("cuda:0"))
+    assert isinstance(generated._kernel(text, torch.device("cuda:0")), jit.Kernel)
