@@ -73,8 +73,10 @@ test-gpu: $(if $(ESCORT_PYTHON),,$(VENV)/.installed)  ## Run the tests that need
 
 # Torch's allocator would hide an access beyond a tensor inside its blocks, so it is off. Libraries ask the driver for what
 # it lacks and go on: calls that fail are not reported. initcheck must see torch's own kernels write what ours read.
+# racecheck gets kernels whose barriers every lane joins, as direct.cu says of SIGNALS.
 test-sanitizer:  ## Run the kernel cases on a GPU under compute-sanitizer, which must be on the PATH
 	for check in "memcheck --kernel-name kns=direct" "racecheck --kernel-name kns=direct" initcheck; do \
+		ESCORT_EVERY_LANE=$$(case $$check in racecheck*) echo 1; esac) \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$check --report-api-errors no --error-exitcode 1 \
 			$(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -q -m gpu tests/test_direct_cuda.py -k test_case || exit 1; \
 	done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +183,38 @@ def test_json_stays_clean_when_the_model_prints(tmp_path: Path) -> None:
 
 
 def test_plan_of_a_saved_file_is_the_stored_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "plan_layer", lambda *args, **kwargs: pytest.fail("measured again"))
+    monkeypatch.setattr(planner, "plan_layers", lambda *args, **kwargs: pytest.fail("measured again"))
     report = succeed_json("plan", saved)
     assert report["input_shapes"] == [[2, 3, 16, 16]]
     methods = {candidate["method"] for candidate in report["layers"]["3"]["candidates"]}
     assert methods == {"direct", "dense", "lowered"}
     text = succeed("plan", saved, "--candidates").stdout
     assert "chosen" in text and "memory_format channels_last" in text
+
+
+def test_the_compile_budget_is_for_the_whole_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    plan_layers = planner.plan_layers
+
+    def record(layers: Any, compile_budget_s: float, *rest: Any) -> Any:
+        given.append(compile_budget_s)
+        return plan_layers(layers, compile_budget_s, *rest)
+
+    monkeypatch.setattr(planner, "plan_layers", record)
+    for command in (["plan"], ["convert", "--output", tmp_path / "model.escort"]):
+        succeed(*command, TINY, "--input", "1,3,8,8")
+        succeed(*command, TINY, "--input", "1,3,8,8", "--compile-budget", "12.5")
+    assert given == [300.0, 12.5] * 2
+
+
+def test_plan_says_what_was_compiled_for_a_filter(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = artifact.load_plan(saved)
+    layer = plan.layers["3"]
+    compiled = replace(layer.candidates[0], compile_s=12.34, code_bytes=2_186_400)
+    layers = plan.layers | {"3": replace(layer, candidates=(compiled, *layer.candidates[1:]))}
+    monkeypatch.setattr(artifact, "load_plan", lambda path: replace(plan, layers=layers))
+    assert succeed("plan", saved, "--candidates").stdout.count("2,186 kB in 12.3 s") == 1
+    assert succeed_json("plan", saved)["layers"]["3"]["candidates"][0]["compile_s"] == 12.34
 
 
 def test_plan_of_an_exported_archive(tmp_path: Path) -> None:
@@ -399,7 +425,9 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         ),
         (["plan", TINY, "--input", "1,3,8,8", "--device", "mps"], "not on mps"),
         (["plan", "{saved}", "--input", "1,3,8,8"], "leave out --input"),
-        (["plan", "{saved}", "--device", "cuda"], "leave out --input, --checkpoint, --device and --dtype"),
+        (["plan", "{saved}", "--device", "cuda"], "leave out --input, --checkpoint, --device, --dtype"),
+        (["plan", "{saved}", "--compile-budget", "5"], "--dtype and --compile-budget"),
+        (["plan", TINY, "--input", "1,3,8,8", "--compile-budget", "nan"], "compile_budget_s is a number of seconds"),
         (["run", "{saved}", "{tmp}", "--device", "cuda:x"], "'cuda:x' is no device"),
         (["run", "{tmp}/nowhere.escort", "{tmp}"], "nowhere.escort"),
         (["run", "{saved}", "{tmp}/nowhere"], "no such folder"),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.progress import Progress
 from torch import nn
 
 import escort
 from benchmarks.networks import NETWORKS
-from escort import bench, planner, prune, reference
+from escort import bench, methods, planner, prune, reference
 from escort.bench import Timing
 from escort.convert import (
     NETWORK_ERROR_BOUND,
@@ -25,7 +27,11 @@ from escort.convert import (
     _tf32_is_allowed,
     replan,
 )
+from escort.methods import Runner
+from escort.methods.dense import Dense, DenseConfig
 from escort.nn import MaxPool2d, SparseConv2d
+from escort.problem import Problem
+from escort.sparse import StretchedCSR
 
 #: The smallest input that each network takes, so that the tests stay fast.
 SIZES = {"googlenet": 64, "caffenet": 227, "alexnet": 127}
@@ -207,18 +213,82 @@ def test_what_a_converted_model_refuses_has_changed_nothing() -> None:
 
 
 def test_running_out_of_memory_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_layer = planner.plan_layer
+    example_inputs = bench.example_inputs
 
-    def plan(problem: Any, *args: Any, **options: Any) -> Any:
+    def draw(problem: Problem) -> Any:
         if problem.epilogue.residual:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 4 bytes free.")
-        return plan_layer(problem, *args, **options)
+        return example_inputs(problem)
 
-    monkeypatch.setattr(planner, "plan_layer", plan)
+    planner._remembered.clear()
+    monkeypatch.setattr(bench, "example_inputs", draw)
     with pytest.raises(torch.OutOfMemoryError, match="^layer second: .* allocate 20.00 GiB; .*smaller batch$"):
         converted(pruned(Small()), torch.randn(1, 3, 8, 8))
     monkeypatch.undo()
     assert set(converted(pruned(Small()), torch.randn(1, 3, 8, 8)).plan.layers) == {"first", "second"}
+
+
+class Compiled(Dense):
+    """A method that takes ten seconds of all cores to compile each of its two configs."""
+
+    name = "compiled"
+
+    def __init__(self) -> None:
+        self.prepared: list[str] = []
+
+    def compile_s(self, problem: Problem, filter: StretchedCSR, config: DenseConfig) -> float:
+        return 10.0 * planner._cores()
+
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: DenseConfig) -> Runner:
+        self.prepared.append(config.memory_format)
+        return super().prepare(problem, filter, bias, config)
+
+
+def three_convolutions() -> nn.Module:
+    """The second is like the first."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(2)), nn.Conv2d(4, 4, 3)).eval()
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, told = Compiled(), list[str]()
+    monkeypatch.setattr(methods, "METHODS", (compiled, Dense()))
+    monkeypatch.setattr(planner, "_HOPELESS", float("inf"))
+    # Of the candidates of a layer, the method that compiles wins.
+    monkeypatch.setattr(
+        planner,
+        "_race",
+        lambda problem, contenders, *_: [
+            replace(candidate, time_us=1.0 if candidate.method == "compiled" else 2.0) for candidate, _ in contenders
+        ],
+    )
+    monkeypatch.setattr(Progress, "update", lambda bar, task, description: told.append(description))
+    x = torch.randn(1, 4, 8, 8)
+    # Shares of 25 s, 27.5 s and 45 s: both configs, the choice alone, both configs.
+    fast = escort.convert(three_convolutions(), x, compile_budget_s=75.0, progress=True)
+    assert [plan.method for plan in fast.plan.layers.values()] == ["compiled"] * 3
+    assert fast.plan.layers["1"] is fast.plan.layers["0"]
+    # Four candidates are compiled before any is timed, then what the layers run.
+    assert len(compiled.prepared) == 4 + 3
+    planning = [f"planning, compiling {done} of 4 kernels" for done in range(4)] + ["planning"]
+    assert told == [*planning, *(f"planning, compiling {done} of 3 kernels" for done in range(3)), "planning"]
+    # Now only the first config fits a share: 15 s, 20 s.
+    planner._remembered.clear()
+    again = replan(fast, compile_budget_s=45.0)
+    assert again.plan.layers["0"].method == "compiled"
+    left_out = [c.reason for c in again.plan.layers["0"].candidates if c.reason]
+    assert len(left_out) == 1 and "takes about 10 s" in left_out[0] and "more than the 5 s left" in left_out[0]
+    compiled.prepared.clear()
+    without = replan(fast, compile_budget_s=0.0)
+    assert {plan.method for plan in without.plan.layers.values()} == {"dense"} and not compiled.prepared
+    with torch.no_grad():
+        assert torch.allclose(without(x), fast(x), atol=1e-5)
+
+
+def test_a_compile_budget_is_a_number_of_seconds() -> None:
+    with pytest.raises(ValueError, match="compile_budget_s is a number of seconds, .* got -1"):
+        escort.convert(three_convolutions(), torch.randn(1, 4, 8, 8), compile_budget_s=-1)
 
 
 def test_a_precision_is_that_of_the_weights_or_tf32() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 
 from escort import jit, reference
 from escort.gpu import H200
+from escort.methods import direct_cuda
 from escort.methods.direct_cuda import DirectCuda
-from escort.methods.direct_cuda.layout import DirectConfig, Layout, most_images
-from escort.methods.direct_cuda.search import neighbours, search
-from escort.methods.direct_cuda.tables import pack, scalars
+from escort.methods.direct_cuda.layout import LANES, STORAGE, DirectConfig, Layout, most_images
+from escort.methods.direct_cuda.search import candidates, has_room, neighbours, search
+from escort.methods.direct_cuda.tables import defines, pack, scalars
 from escort.problem import Epilogue, Problem
 from escort.sparse import StretchedCSR
 from tests.cases import CASES, Case
@@ -28,6 +30,11 @@ PARAMETERS = """channels height width out_channels out_height out_width pitch pi
 rows_magic rows_shift width_magic width_shift pairs_magic pairs_shift row_padding column_padding row_stride
 column_stride phases phase_words channel_words slots chunks channel_block stages position_warps row_warps channel_warps
 producers entry_bytes activation""".split()
+
+
+def small_ring(problem: Problem) -> DirectConfig:
+    """Two stages of two input channels: from the fifth channel on they are used again."""
+    return DirectConfig(1, 1, 2, 2, 2, 4, channel_block=2, stages=2, packed=STORAGE[problem.dtype] != 0)
 
 
 class Interpreter:
@@ -217,6 +224,17 @@ def test_every_candidate_is_different_and_fits() -> None:
             assert config.threads <= 1024
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_there_is_room_where_a_config_fits(dtype: str) -> None:
+    rooms = []
+    for width in (8, 60, 250, 1000, 4000):
+        problem = Problem(1, 4, 32, width, 8, (9, 9), padding=(4,) * 4, dtype=dtype, device="cuda:0")  # type: ignore[arg-type]
+        filter = StretchedCSR.from_dense(torch.zeros(problem.weight_shape))
+        rooms.append(has_room(problem, H200))
+        assert rooms[-1] == (len(candidates(problem, filter, H200, packed=False)["clocks"]) > 0)
+    assert rooms[0] and not rooms[-1]
+
+
 def test_neighbours_differ_in_one_knob() -> None:
     case = next(case for case in CASES if case.name == "ResNet-50 res4")
     problem = replace(case.problem, batch=32, device="cuda:0", dtype="fp16")
@@ -264,7 +282,9 @@ def test_a_weight_beyond_half_precision_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case_on_the_gpu(case: Case, dtype: str) -> None:
+def test_case_on_the_gpu(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.environ.get("ESCORT_EVERY_LANE"):  # for racecheck, as kernels/direct.cu says of SIGNALS
+        monkeypatch.setattr(direct_cuda, "defines", lambda *of: defines(*of) | {"SIGNALS": LANES})
     method = DirectCuda()
     problem = replace(case.problem, device="cuda:0", dtype=dtype)  # type: ignore[arg-type]
     assert method.unsupported(problem) is None
@@ -274,7 +294,7 @@ def test_case_on_the_gpu(case: Case, dtype: str) -> None:
     expected = reference.conv2d(problem, x, weight, None if bias is None else bias.to("cuda:0"), residual)
     configs = method.configs(problem, case.filter())
     assert configs
-    for config in (configs[0], configs[len(configs) // 2], configs[-1]):
+    for config in (configs[0], configs[len(configs) // 2], configs[-1], small_ring(problem)):
         run = method.prepare(problem, case.filter(), bias, config)
         y = run(x, residual)
         assert y.is_contiguous() and y.dtype is problem.torch_dtype
@@ -328,10 +348,10 @@ def test_a_runner_launches_a_tile_per_block(launches: Launches, dtype: str) -> N
 @pytest.mark.parametrize(
     ("x", "residual", "says"),
     [
-        (torch.zeros(1, 8, 14, 14), None, "torch.float16"),
+        (torch.zeros(1, 8, 14, 14), None, "prepared for float16 .* got torch.float32"),
         (torch.zeros(1, 8, 14, 13, dtype=torch.float16), None, "14, 13"),
         (torch.zeros(1, 8, 14, 14, dtype=torch.float16), None, "prepared for a residual"),
-        (torch.zeros(1, 8, 14, 14, dtype=torch.float16), torch.zeros(1, 16, 14, 14), "residual is torch.float16"),
+        (torch.zeros(1, 8, 14, 14, dtype=torch.float16), torch.zeros(1, 16, 14, 14), "residual is float16"),
         (torch.zeros(2, 8, 14, 14, dtype=torch.float16), torch.zeros(1, 16, 14, 14, dtype=torch.float16), "residual"),
     ],
 )

@@ -67,13 +67,6 @@ def test_the_step_estimate_is_near() -> None:
         assert estimate == pytest.approx(Program.of(problem, filter, config).steps, rel=0.1)
 
 
-def test_code_that_takes_too_long_is_refused() -> None:
-    filter = sparse(replace(RES3, in_channels=512, out_channels=512), 0.9)
-    problem = replace(RES3, in_channels=512, out_channels=512)
-    with pytest.raises(ValueError, match="to assemble"):
-        Generated().prepare(problem, filter, None, GeneratedConfig(32, 8, 4, 8))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -88,12 +81,10 @@ def test_case_on_the_gpu(case: Case, dtype: str) -> None:
     expected = reference.conv2d(problem, x, weight, None if bias is None else bias.to("cuda:0"), residual)
     configs = method.configs(problem, case.filter())
     assert configs
+    if method.compile_s(problem, case.filter(), configs[0]) > 60.0:
+        pytest.skip("takes more than a minute to compile")
     for config in (configs[0], configs[-1]):
-        try:
-            run = method.prepare(problem, case.filter(), bias, config)
-        except ValueError as error:
-            assert "to assemble" in str(error)
-            continue
+        run = method.prepare(problem, case.filter(), bias, config)
         y = run(x, residual)
         assert y.is_contiguous() and y.dtype is problem.torch_dtype
         bound = reference.ERROR_BOUND["fp32" if dtype == "tf32" else dtype]

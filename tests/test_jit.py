@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import sys
 import threading
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +79,8 @@ MOST_SPILLED = 96
 def test_every_kernel_keeps_to_its_budget(arch: str) -> None:
     """Registers are as many as each variant states; at most a few values outside the inner loops are spilled."""
     variants = direct_cuda.variants()
-    binaries = jit.compile_many([(source, defines) for source, defines, _ in variants], arch)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        binaries = list(pool.map(lambda variant: jit.compile(*variant[:2], arch), variants))
     for (source, defines, budget), binary in zip(variants, binaries, strict=True):
         used = f"{source} {defines}: {binary.registers} registers of {budget}, {binary.spill_bytes} bytes spilled"
         assert binary.registers <= budget and binary.spill_bytes <= MOST_SPILLED and binary.stack_bytes <= 32, used
@@ -185,11 +190,6 @@ def test_processes_that_compile_the_same_end_right(scale: Path) -> None:
     assert [path.name for path in cache.folder().iterdir()] == [entry.path.name]
 
 
-def test_compile_many_keeps_the_order(scale: Path) -> None:
-    binaries = jit.compile_many([(scale, {"FACTOR": factor}) for factor in range(5)], "sm_90", threads=3)
-    assert [binary.defines["FACTOR"] for binary in binaries] == list("01234")
-
-
 def test_an_error_names_file_line_and_defines(scale: Path) -> None:
     line = 1 + SCALE[: SCALE.index("FACTOR")].count("\n")
     with pytest.raises(RuntimeError, match=r"scale\.cu does not compile for sm_90.*-DOTHER=1") as caught:
@@ -213,6 +213,59 @@ def test_an_architecture_that_the_compiler_does_not_know(scale: Path, arch: str)
 def test_a_missing_source_is_named() -> None:
     with pytest.raises(FileNotFoundError, match="nothing.cu"):
         jit.compile("nothing.cu", {}, "sm_90")
+
+
+# Generated texts
+
+
+def test_a_text_is_compiled_like_a_file(scale: Path) -> None:
+    """Its errors and its entry in the cache bear its name; headers of `kernels` and of the toolkit are found."""
+    text = jit.Text("generated.cu", scale.read_text().replace('#include "shift.cuh"', "#define SHIFT 0.5f"))
+    binary, file = jit.compile(text, {"FACTOR": 3}, "sm_90"), jit.compile(scale, {"FACTOR": 3}, "sm_90")
+    assert binary.source == "generated.cu" and b"scale" in binary.cubin
+    assert (binary.registers, binary.shared_bytes) == (file.registers, file.shared_bytes)
+    assert "generated.cu" in {entry.description["source"] for entry in cache.entries()}
+    with pytest.raises(RuntimeError) as caught:
+        jit.compile(jit.Text("generated.cu", "typedef int x;\nnothing y;\n"), {}, "sm_90")
+    version = compiler.compiler_version()
+    assert str(caught.value).startswith(f"generated.cu does not compile for sm_90 ({version}): ")
+    assert 'generated.cu(2): error: identifier "nothing" is undefined' in str(caught.value)
+
+
+def test_what_a_text_is_made_from_makes_another_binary(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compilations: list[str]
+) -> None:
+    monkeypatch.setattr(compiler, "KERNELS", tmp_path)
+    header = tmp_path / "generated.cuh"
+    header.write_text("#define WORDS 1\n")
+    text = jit.Text(
+        "generated.cu", '#include "generated.cuh"\nextern "C" __global__ void generated(int* y) { *y = WORDS; }\n'
+    )
+
+    def changed() -> bool:
+        before = len(compilations)
+        jit.compile(text, {}, "sm_90")
+        return len(compilations) > before
+
+    assert changed() and not changed()
+    header.write_text("#define WORDS 2\n")
+    assert changed() and not changed()
+    text = replace(text, text=text.text + "// more\n")
+    assert changed() and not changed()
+    text = replace(text, name="other.cu")
+    assert changed() and not changed()
+
+
+def test_how_long_compiling_took_is_remembered(scale: Path) -> None:
+    first = jit.compile(scale, {"FACTOR": 2}, "sm_90")
+    assert 0.0 < first.compile_s < 60.0 and jit.compile(scale, {"FACTOR": 2}, "sm_90").compile_s == first.compile_s
+
+
+def test_no_error_holds_a_text() -> None:
+    text = jit.Text("generated.cu", "much code")
+    with pytest.raises(ValueError, match="^generated.cu runs on CUDA devices, not on cpu$"):
+        jit.kernel(text, {}, torch.device("cpu"))
+    assert "much code" not in f"{text!r} {text}"
 
 
 # What is missing
@@ -298,9 +351,7 @@ class FakeDriver:
         CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK="threads", CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared"
     )
     CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN="shared")
-    CUlaunchAttributeID = SimpleNamespace(
-        CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster", CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap"
-    )
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap")
     CUlaunchConfig = SimpleNamespace
 
     def __init__(self) -> None:
@@ -332,7 +383,7 @@ class FakeDriver:
         return call
 
     def CUlaunchAttribute(self) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace()))
+        return SimpleNamespace(value=SimpleNamespace())
 
     def cuFuncGetParamInfo(self, function: str, index: int) -> tuple[int, int, int]:  # noqa: N802
         return (1, 0, 0) if index == 4 else (0, 0, (8, 8, 4, 4)[index])
@@ -379,16 +430,36 @@ def tensor() -> torch.Tensor:
     return torch.zeros(4).as_subclass(Tensor)
 
 
+def bind(kernel: jit.Kernel, block: int = THREADS, shared: int = SHARED) -> jit.Launch:
+    """A launch of `scale` that is given all its arguments."""
+    return kernel.bind(block, shared, (torch.Tensor, torch.Tensor, float, int))
+
+
 def test_a_kernel_is_loaded_once(kernel: jit.Kernel, scale: Path) -> None:
     assert jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda")) is kernel
     assert jit.kernel(scale, {"FACTOR": 3}, torch.device("cuda")) is not kernel
     assert kernel.entry == "scale" and kernel.device == torch.device("cuda:0") and kernel.binary.arch == "sm_90"
 
 
+@pytest.mark.usefixtures("driver")
+def test_a_text_is_loaded_once_and_not_kept() -> None:
+    def text(value: int) -> jit.Text:
+        return jit.Text("some.cu", f'extern "C" __global__ void some(int* y) {{ *y = {value}; }}')
+
+    first = text(1)
+    kernel = jit.kernel(first, {}, torch.device("cuda"))
+    assert kernel.entry == "some" and jit.kernel(text(1), {}, torch.device("cuda")) is kernel
+    assert jit.kernel(text(2), {}, torch.device("cuda")) is not kernel
+    kept = weakref.ref(first)
+    del first
+    gc.collect()
+    assert kept() is None
+
+
 def test_launch_passes_what_it_is_given(kernel: jit.Kernel, driver: FakeDriver) -> None:
-    x, y = tensor(), tensor()
-    kernel.launch((3, 2, 1), THREADS, SHARED, (x, y, 2.5, -7))
-    kernel.launch((3, 2, 1), THREADS, SHARED, (None, y, -1.0, 7))
+    x, y, launch = tensor(), tensor(), bind(kernel)
+    launch((3, 2, 1), x, y, 2.5, -7)
+    launch((3, 2, 1), None, y, -1.0, 7)
     first, second = driver.launches
     assert first.values == [x.data_ptr(), y.data_ptr(), 2.5, -7] and second.values == [None, y.data_ptr(), -1.0, 7]
     assert (first.grid, first.block, first.shared, first.stream) == ((3, 2, 1), (THREADS, 1, 1), SHARED, 70)
@@ -398,10 +469,10 @@ def test_launch_passes_what_it_is_given(kernel: jit.Kernel, driver: FakeDriver) 
 def test_a_bound_launch_takes_what_is_left(kernel: jit.Kernel, driver: FakeDriver) -> None:
     x, y = tensor(), tensor()
     kernel.bind(THREADS, SHARED, (torch.Tensor, y, 0.5, int))((1, 1, 1), x, 4)
-    kernel.bind(THREADS, SHARED, (None, torch.Tensor, float, 9), cluster=2, overlap=True)((2, 1, 1), y, 3.0)
+    kernel.bind(THREADS, SHARED, (None, torch.Tensor, float, 9), overlap=True)((2, 1, 1), y, 3.0)
     assert driver.launches[0].values == [x.data_ptr(), y.data_ptr(), 0.5, 4] and driver.launches[0].attributes == []
     assert driver.launches[1].values == [None, y.data_ptr(), 3.0, 9]
-    assert driver.launches[1].attributes == ["cluster", "overlap"]
+    assert driver.launches[1].attributes == ["overlap"]
 
 
 def test_a_bound_tensor_is_kept(kernel: jit.Kernel, driver: FakeDriver) -> None:
@@ -410,7 +481,7 @@ def test_a_bound_tensor_is_kept(kernel: jit.Kernel, driver: FakeDriver) -> None:
 
 
 def test_a_grid_without_blocks_is_no_launch(kernel: jit.Kernel, driver: FakeDriver) -> None:
-    kernel.launch((0, 1, 1), THREADS, SHARED, (None, tensor(), 1.0, 0))
+    bind(kernel)((0, 1, 1), None, tensor(), 1.0, 0)
     assert not driver.launches
 
 
@@ -419,14 +490,14 @@ def test_another_current_device_gives_way(
 ) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
     driver.contexts[:] = ["primary 1"]
-    kernel.launch((1, 1, 1), THREADS, SHARED, (None, tensor(), 1.0, 4))
+    bind(kernel)((1, 1, 1), None, tensor(), 1.0, 4)
     assert driver.called("cuCtxPushCurrent")[-1] == ["primary 0"] and driver.contexts == ["primary 1"]
     assert len(driver.launches) == 1
 
 
 def test_a_thread_without_a_context_gets_one(kernel: jit.Kernel, driver: FakeDriver) -> None:
     driver.contexts.clear()
-    kernel.launch((1, 1, 1), THREADS, SHARED, (None, tensor(), 1.0, 4))
+    bind(kernel)((1, 1, 1), None, tensor(), 1.0, 4)
     assert len(driver.launches) == 1 and not driver.contexts
 
 
@@ -445,7 +516,18 @@ def test_wrong_arguments_are_refused(
     kernel: jit.Kernel, driver: FakeDriver, args: tuple[Any, ...], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        kernel.launch((1, 1, 1), THREADS, SHARED, args)
+        kernel.bind(THREADS, SHARED, args)((1, 1, 1))
+    assert not driver.launches
+
+
+@pytest.mark.parametrize(
+    ("args", "message"), [((None, None, 1.0, 2**31), "32-bit"), ((torch.zeros(1), None, 1.0, 1), "tensor on cpu")]
+)
+def test_wrong_arguments_of_a_launch_are_refused(
+    kernel: jit.Kernel, driver: FakeDriver, args: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        bind(kernel)((1, 1, 1), *args)
     assert not driver.launches
 
 
@@ -463,24 +545,25 @@ def test_much_shared_memory_is_asked_for_once(kernel: jit.Kernel, driver: FakeDr
 @pytest.mark.parametrize("size", [-1, 232449])
 def test_too_much_shared_memory_is_refused(kernel: jit.Kernel, size: int) -> None:
     with pytest.raises(ValueError, match=rf"asks for {size} bytes .*NVIDIA X has 23\d+: choose a config"):
-        kernel.launch((1, 1, 1), THREADS, size, (None, tensor(), 1.0, 1))
+        bind(kernel, shared=size)
 
 
 @pytest.mark.parametrize("block", [0, 1025])
 def test_a_block_of_a_wrong_size_is_refused(kernel: jit.Kernel, block: int) -> None:
     with pytest.raises(ValueError, match=f"a block of {block} threads; .* runs 1 to 1024"):
-        kernel.launch((1, 1, 1), block, 0, (None, tensor(), 1.0, 1))
+        bind(kernel, block=block)
 
 
 def test_a_failed_launch_is_an_error_and_the_next_one_works(kernel: jit.Kernel, driver: FakeDriver) -> None:
+    launch = bind(kernel)
     driver.failing["cuLaunchKernelEx"] = Status.CUDA_ERROR_OUT_OF_MEMORY
     with pytest.raises(torch.OutOfMemoryError, match=r"\(7, 1, 1\) blocks of 128 threads.*CUDA_ERROR_OUT_OF_MEMORY"):
-        kernel.launch((7, 1, 1), THREADS, SHARED, (None, tensor(), 1.0, 1))
+        launch((7, 1, 1), None, tensor(), 1.0, 1)
     driver.failing["cuLaunchKernelEx"] = Status.CUDA_ERROR_LAUNCH_FAILED
     with pytest.raises(RuntimeError, match="kernel scale of scale.cu on cuda:0.*CUDA_ERROR_LAUNCH_FAILED, some words"):
-        kernel.launch((7, 1, 1), THREADS, SHARED, (None, tensor(), 1.0, 1))
+        launch((7, 1, 1), None, tensor(), 1.0, 1)
     driver.failing.clear()
-    kernel.launch((7, 1, 1), THREADS, SHARED, (None, tensor(), 1.0, 1))
+    launch((7, 1, 1), None, tensor(), 1.0, 1)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +612,7 @@ def last_device() -> torch.device:
 def launch_scale(
     kernel: jit.Kernel, x: torch.Tensor, y: torch.Tensor, factor: float = 3.0, shared: int = SHARED
 ) -> None:
-    kernel.launch((-(-x.numel() // THREADS), 1, 1), THREADS, shared, (x, y, factor, x.numel()))
+    bind(kernel, shared=shared)((-(-x.numel() // THREADS), 1, 1), x, y, factor, x.numel())
 
 
 @gpu
@@ -540,9 +623,8 @@ def test_a_launch_computes(scale: Path, shared: int) -> None:
     launch_scale(kernel, x, y, shared=shared)
     torch.testing.assert_close(y[:1000], 6 * x + 0.5)
     assert y[1000] == 9
-    kernel.launch((8, 1, 1), THREADS, shared, (None, y, 1.0, 1000))
+    bind(kernel, shared=shared)((8, 1, 1), None, y, 1.0, 1000)
     assert (y[:1000] == 2.5).all()
-    assert kernel.blocks_per_multiprocessor(THREADS, 100_000) >= 1
 
 
 @gpu
@@ -615,13 +697,13 @@ def test_threads_share_a_bound_launch(scale: Path) -> None:
 
 
 @gpu
-def test_a_launch_with_an_overlap_and_a_cluster(scale: Path) -> None:
+def test_a_launch_with_an_overlap(scale: Path) -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs compute capability 9.0")
     kernel = jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda"))
     x, y = torch.randn(1024, device="cuda"), torch.empty(1024, device="cuda")
     torch.cuda.synchronize()  # this kernel does not wait for the one before it
-    kernel.bind(THREADS, SHARED, (torch.Tensor, y, 3.0, 1024), cluster=2, overlap=True)((8, 1, 1), x)
+    kernel.bind(THREADS, SHARED, (torch.Tensor, y, 3.0, 1024), overlap=True)((8, 1, 1), x)
     torch.testing.assert_close(y, 6 * x + 0.5)
 
 
@@ -633,9 +715,9 @@ def test_what_the_gpu_has_not_is_refused_and_the_next_launch_works(scale: Path) 
     with pytest.raises(ValueError, match="bytes of shared memory per block"):
         launch_scale(kernel, x, y, shared=1 << 20)
     with pytest.raises(RuntimeError, match="cuLaunchKernelEx failed"):
-        kernel.launch((1, 1 << 20, 1), THREADS, SHARED, (x, y, 3.0, 1000))
+        bind(kernel)((1, 1 << 20, 1), x, y, 3.0, 1000)
     with pytest.raises(TypeError, match="parameters of"):
-        kernel.launch((1, 1, 1), THREADS, SHARED, (x, y, 3.0))
+        kernel.bind(THREADS, SHARED, (x, y, 3.0))
     launch_scale(kernel, x, y)
     torch.testing.assert_close(y, 6 * x + 0.5)
 

@@ -197,6 +197,36 @@ def test_a_size_that_the_plan_does_not_fit_runs_by_another_method(
             layer(x)
 
 
+def test_a_layer_can_be_prepared_for_the_size_of_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, problem, _ = a_layer(residual=False)
+    layer.prepare()
+    monkeypatch.setattr(ops, "prepare", lambda *args: pytest.fail("prepared again"))
+    assert layer(torch.randn(problem.input_shape)).shape == problem.output_shape
+
+
+class Compiling(Picky):
+    """One that would compile a kernel for each filter."""
+
+    name = "compiling"
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return None
+
+    def compile_s(self, problem: Problem, filter: StretchedCSR, config: NoSettings) -> float:
+        return 60.0
+
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: NoSettings) -> Runner:
+        pytest.fail("compiled where another method would do")
+
+
+def test_nothing_is_compiled_for_a_size_that_another_method_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "METHODS", (Picky(), Compiling(), *methods.METHODS))
+    problem = Problem(1, 6, 9, 9, 8, (3, 3))
+    filter = StretchedCSR.from_dense(torch.randn(problem.weight_shape))
+    layer = SparseConv2d(filter, None, Plan(problem, "picky", {}, (), Machine.here()))
+    assert layer(torch.randn(1, 6, 30, 30)).shape == (1, 8, 28, 28)
+
+
 def test_another_type_of_device_is_refused_before_anything_moves() -> None:
     layer, *_ = a_layer()
     for move in (lambda: layer.to("meta"), lambda: layer.to_empty(device="meta")):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from escort import bench, planner, reference
+from escort import bench, methods, planner, reference
 from escort.bench import Machine, Timing
 from escort.methods import by_name, for_device
-from escort.planner import Plan, plan_layer
+from escort.planner import Plan, plan_layer, plan_layers
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
 
@@ -40,6 +42,7 @@ class Fake:
     """A method made of the reference, changed by what a test wants to see."""
 
     config_type = FakeConfig
+    device_type = "cpu"
 
     def __init__(
         self, name: str, change: Callable[[torch.Tensor], torch.Tensor], refuses: str | None = None, configs: int = 1
@@ -224,5 +227,194 @@ def test_on_a_gpu_a_race_may_be_lost_to_memory(monkeypatch: pytest.MonkeyPatch) 
 def test_plans_of_older_versions_are_read() -> None:
     data = plan_layer(PROBLEM, a_filter()).to_json()
     for candidate in data["candidates"]:
-        del candidate["timer"]
+        for key in ("timer", "compile_s", "code_bytes"):
+            del candidate[key]
     assert {candidate.timer for candidate in Plan.from_json(data).candidates} == {"calls"}
+
+
+# Methods that compile a kernel for each filter
+
+
+class Compiled(Fake):
+    """A method whose configs take so many seconds of one core to compile, at the filter's seconds per nonzero."""
+
+    def __init__(self, *seconds: float, per_nnz: float = 0.0) -> None:
+        super().__init__("compiled", lambda y: y, configs=len(seconds))
+        self.seconds, self.per_nnz = seconds, per_nnz
+
+    def compile_s(self, problem: Problem, filter: StretchedCSR, config: FakeConfig) -> float:
+        return self.seconds[config.knob] + self.per_nnz * filter.nnz
+
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Any:
+        run = super().prepare(problem, filter, bias, config)
+
+        def compiled(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            return run(x, residual)
+
+        compiled.binary = SimpleNamespace(compile_s=1.5, cubin=bytes(7 + config.knob))  # type: ignore[attr-defined]
+        return compiled
+
+
+@pytest.fixture
+def first_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The candidate that was tried first takes the least time."""
+    monkeypatch.setattr(planner, "_HOPELESS", float("inf"))
+    monkeypatch.setattr(bench, "race", lambda runs, **_: [float(i + 1) for i in range(len(runs))])
+
+
+@pytest.fixture
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_cores", lambda: 1)
+
+
+def test_configs_are_compiled_as_long_as_the_budget_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_cores", lambda: 4)
+    method = Compiled(20.0, 160.0, 8.0)
+    plan = plan_layer(PROBLEM, a_filter(), methods=(method, by_name("dense")), compile_budget_s=12.0)
+    assert method.prepared == 2
+    found = {c.config["knob"]: c for c in plan.candidates if c.method == "compiled" and c.config}
+    assert found[0].time_us is not None and found[2].time_us is not None
+    assert (found[1].time_us, found[1].reason) == (
+        None,
+        "compiling it takes about 40 s of all 4 cores, more than the 7 s left of the layer's compile budget; "
+        "raise compile_budget_s",
+    )
+
+
+def test_a_budget_of_nothing_rules_a_method_out() -> None:
+    method = Compiled(0.0)
+    plan = plan_layer(PROBLEM, a_filter(), methods=(method, by_name("dense")), compile_budget_s=0)
+    assert (plan.method, method.prepared) == ("dense", 0)
+    (refused,) = (c for c in plan.candidates if c.method == "compiled")
+    assert refused.config is None and "compile budget of 0 s rules out; raise compile_budget_s" in str(refused.reason)
+
+
+@pytest.mark.parametrize("budget", [-1.0, float("nan")])
+def test_a_budget_is_a_number_of_seconds(budget: float) -> None:
+    with pytest.raises(ValueError, match=f"compile_budget_s is a number of seconds.* got {budget}"):
+        plan_layer(PROBLEM, a_filter(), compile_budget_s=budget)
+    with pytest.raises(ValueError, match="compile_budget_s is a number of seconds"):
+        next(plan_layers([(PROBLEM, a_filter(), None)], budget))
+
+
+def test_a_plan_tells_what_was_compiled() -> None:
+    plan = plan_layer(PROBLEM, a_filter(), methods=(Compiled(1.0, 1.0), by_name("dense")))
+    told = {(c.method, (c.config or {}).get("knob")): (c.compile_s, c.code_bytes) for c in plan.candidates}
+    assert told.pop(("compiled", 0)) == (1.5, 7) and told.pop(("compiled", 1)) == (1.5, 8)
+    assert set(told.values()) == {(None, None)}
+    data = json.loads(json.dumps(plan.to_json()))["candidates"]
+    assert {(c["compile_s"], c["code_bytes"]) for c in data} == {(1.5, 7), (1.5, 8), (None, None)}
+
+
+@pytest.mark.usefixtures("first_wins", "one_core")
+def test_a_plan_is_taken_over_within_the_budget() -> None:
+    method, dense = Compiled(1.0, 4.0), by_name("dense")
+
+    def plan(budget: float, filter: StretchedCSR) -> Plan:
+        return plan_layer(PROBLEM, filter, methods=(method, dense), compile_budget_s=budget)
+
+    cut = plan(4.0, a_filter(seed=1))  # the second config needs one second more
+    assert (cut.method, method.prepared) == ("compiled", 1)
+    like = a_filter(seed=1)
+    assert plan(1.0, like) is cut and plan(8.0, like) is cut
+    without = plan(0.9, like)  # the choice does not fit any more
+    assert (without.method, method.prepared) == ("dense", 1)
+    assert plan(1.8, like) is without
+    assert plan(9.0, like).method == "compiled" and method.prepared == 3
+    whole = plan(9.0, like)
+    assert plan(900.0, like) is whole and method.prepared == 3  # nothing was left out
+
+
+@pytest.mark.usefixtures("first_wins")
+def test_compiling_takes_nothing_from_the_time_to_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_SEARCH_S", 0.5)
+    slow, other = Compiled(1.0, 1.0, 1.0), Fake("other", lambda y: y, configs=3)
+    prepare = slow.prepare
+    monkeypatch.setattr(slow, "prepare", lambda *args: (time.sleep(0.3), prepare(*args))[1])
+    plan_layer(PROBLEM, a_filter(), methods=(slow, other))
+    assert (slow.prepared, other.prepared) == (3, 3)
+    planner._remembered.clear()
+    monkeypatch.setattr(planner, "_SEARCH_S", 0.0)
+    plan_layer(PROBLEM, a_filter(), methods=(slow, other))
+    assert (slow.prepared, other.prepared) == (6, 4)  # what was compiled is tried
+
+
+LAYERS = [replace(PROBLEM, batch=batch) for batch in (1, 2, 3)]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    """The planner's methods are dense and one that compiles: one config, 0.1 seconds per nonzero."""
+    method = Compiled(0.0, per_nnz=0.1)
+    monkeypatch.setattr(methods, "METHODS", (method, by_name("dense")))
+    return method
+
+
+def layer(problem: Problem, nnz: int) -> tuple[Problem, StretchedCSR, None]:
+    weight = torch.zeros(PROBLEM.weight_shape)
+    weight.view(-1)[:nnz] = 1.0
+    return problem, StretchedCSR.from_dense(weight), None
+
+
+@pytest.mark.usefixtures("first_wins", "one_core")
+def test_layers_share_a_budget_and_leave_the_rest_to_others(compiled: Compiled) -> None:
+    refuses = replace(PROBLEM, batch=4)
+    compiled.unsupported = lambda problem: "no" if problem is refuses else None  # type: ignore[method-assign]
+    layers = [layer(LAYERS[0], 40), layer(refuses, 40), layer(LAYERS[1], 120), layer(LAYERS[2], 150)]
+    plans = list(plan_layers(layers, 30.0))
+    # 4 of 10 s, then 12 of 13 s, then 15 of 14 s: it is not compiled.
+    assert [plan.method for plan in plans] == ["compiled", "dense", "compiled", "dense"]
+    assert [plan.problem for plan in plans] == [problem for problem, _, _ in layers]
+    (reason,) = (c.reason for c in plans[3].candidates if c.method == "compiled")
+    assert reason is not None and "takes about 15 s of all 1 cores, more than the 14 s left" in reason
+    assert compiled.prepared == 2
+
+
+@pytest.mark.usefixtures("first_wins", "one_core")
+def test_a_layer_that_takes_over_a_plan_needs_its_choice(compiled: Compiled) -> None:
+    layers = [layer(LAYERS[0], 60), layer(LAYERS[0], 60), layer(LAYERS[1], 120)]
+    plans = list(plan_layers(layers, 24.0))  # 6 of 8 s, 6 of 9 s, 12 of 12 s
+    assert plans[1] is plans[0] and [plan.method for plan in plans] == ["compiled"] * 3
+    assert compiled.prepared == 2
+    again = list(plan_layers(layers, 24.0))
+    assert all(new is old for new, old in zip(again, plans, strict=True)) and compiled.prepared == 2
+    # The remembered choice counts too: 6 of 7.6 s, 6 of 8.4 s, and 12 of 10.8 s is too much.
+    assert [plan.method for plan in plan_layers(layers, 22.8)] == ["compiled", "compiled", "dense"]
+
+
+@pytest.mark.usefixtures("first_wins")
+def test_all_is_compiled_before_the_first_layer_is_timed(compiled: Compiled) -> None:
+    told: list[tuple[int, int]] = []
+    plans = plan_layers([layer(problem, 40) for problem in LAYERS], 60.0, lambda *counts: told.append(counts))
+    assert next(plans).method == "compiled"
+    assert compiled.prepared == 3 and told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert [plan.method for plan in plans] == ["compiled", "compiled"]
+    assert compiled.prepared == 3 and len(told) == 4  # none is prepared again
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_fails_to_compile_ahead_becomes_a_reason(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("generated.cu does not compile")
+
+    monkeypatch.setattr(compiled, "prepare", fail)
+    monkeypatch.setattr(methods, "METHODS", (compiled, Fake("cudnn", lambda y: y)))
+    monkeypatch.setattr(Fake, "device_type", "cuda")
+    (plan,) = plan_layers([(ON_GPU, a_filter(), None)], 60.0)
+    assert plan.method == "cudnn"
+    assert [c.reason for c in plan.candidates if c.method == "compiled"] == ["generated.cu does not compile"]
+
+
+@pytest.mark.usefixtures("one_core")
+def test_the_first_job_that_fails_ends_the_rest() -> None:
+    began: list[int] = []
+
+    def job(number: int) -> None:
+        began.append(number)
+        time.sleep(0.05)  # so that the error arrives while jobs are left
+        if number == 1:
+            raise RuntimeError("job 1 failed")
+
+    with pytest.raises(RuntimeError, match="job 1 failed"):
+        planner.on_all_cores([lambda number=number: job(number) for number in range(30)])  # type: ignore[misc]
+    assert began[:2] == [0, 1] and len(began) < 30

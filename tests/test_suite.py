@@ -19,7 +19,7 @@ from escort.methods.dense import Dense, DenseConfig
 from escort.paper_layers import PAPER_LAYERS
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
-from escort.suite import Row
+from escort.suite import Row, layers, networks
 
 ROW_FIELDS = ["network", "weights", "layer", "batch", "dtype", "method", "config", "time_us", "rel_error"]
 
@@ -162,8 +162,8 @@ def test_wrong_outputs_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             run = super().prepare(*args)
             return lambda x, residual=None: run(x, residual) * 1.01
 
-    monkeypatch.setattr(suite, "for_device", lambda device: (Wrong(),))
-    monkeypatch.setattr(suite.bench, "race", lambda *args, **kwargs: pytest.fail("timed"))
+    monkeypatch.setattr(layers, "for_device", lambda device: (Wrong(),))
+    monkeypatch.setattr(bench, "race", lambda *args, **kwargs: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match="conv, .*relative error 1.0e-02"):
         suite.measure_layer(tiny_layer())
 
@@ -288,7 +288,7 @@ def test_network_in_graphs_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None
         raise NotImplementedError("no compiler\nand many more lines")
 
     monkeypatch.setitem(suite.RIVALS, "cpu", ("graph", "compile"))
-    monkeypatch.setattr(suite, "_race_network", race)
+    monkeypatch.setattr(networks, "_race_network", race)
     monkeypatch.setattr(torch, "compile", lambda module, dynamic: broken)
     with pytest.warns(UserWarning) as warned:
         rows = suite.measure_network(model, x, network="tiny", weights="random", against=["graph", "compile"])

@@ -10,10 +10,10 @@ import io
 import json
 import re
 import threading
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from functools import lru_cache
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -24,6 +24,30 @@ from escort import cache
 KERNELS = Path(__file__).parent / "kernels"
 
 Defines = Mapping[str, "str | int"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A source that was generated, and may be megabytes long. It includes files of `escort/kernels` by their names.
+
+    Attributes:
+        name: what errors and the cache call it, such as "generated.cu".
+    """
+
+    name: str
+    text: str = field(repr=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = str | Path | Text
+
 
 #: -v makes ptxas say what a kernel uses. Add "lineinfo": True to see source lines in a profiler; it triples a binary.
 _OPTIONS = {"std": "c++17", "ptxas_options": ["-v"]}
@@ -40,6 +64,7 @@ class Binary:
         spill_bytes: stored and loaded because registers ran out, all functions together.
         stack_bytes: of local memory per thread, of the largest function; arrays that are not in registers.
         shared_bytes: of statically declared shared memory, of the entry function that uses most.
+        compile_s: seconds of one core that compiling took, whenever that was.
         cubin: device code for `arch` and its minor successors.
     """
 
@@ -51,14 +76,17 @@ class Binary:
     spill_bytes: int
     stack_bytes: int
     shared_bytes: int
+    compile_s: float
     cubin: bytes
 
 
-def compile(source: str | Path, defines: Defines, arch: str) -> Binary:
+def compile(source: Source, defines: Defines, arch: str) -> Binary:
     """Compiles a source, or finds its binary in the cache. Needs no GPU.
 
+    Threads that compile do so at the same time: the compiler runs outside Python's lock.
+
     Args:
-        source: a file of `escort/kernels`, or an absolute path.
+        source: a file of `escort/kernels`, an absolute path, or a generated text.
         defines: macros.
         arch: such as "sm_90".
 
@@ -67,12 +95,12 @@ def compile(source: str | Path, defines: Defines, arch: str) -> Binary:
         ValueError: the compiler knows no such architecture.
         RuntimeError: the source does not compile; names file and line.
     """
-    path = KERNELS / source
+    source = source if isinstance(source, Text) else KERNELS / source
     compiler = compiler_version()
     macros = {name: str(value) for name, value in sorted(defines.items())}
     made_from = {
-        "texts": {name: hashlib.sha256(text).hexdigest() for name, text in _texts(path).items()},
-        "source": path.name,
+        "texts": _digests(source),
+        "source": source.name,
         "defines": macros,
         "arch": arch,
         "compiler": compiler,
@@ -83,16 +111,10 @@ def compile(source: str | Path, defines: Defines, arch: str) -> Binary:
     if (found := cache.load(key)) is not None:
         return Binary(**found[0], cubin=found[1])
     _check_arch(arch)
-    binary = _compile(path, macros, arch, compiler)
+    binary = _compile(source, macros, arch, compiler)
     described = {field.name: getattr(binary, field.name) for field in fields(Binary) if field.name != "cubin"}
     cache.store(key, described, binary.cubin)
     return binary
-
-
-def compile_many(requests: Iterable[tuple[str | Path, Defines]], arch: str, threads: int | None = None) -> list[Binary]:
-    """Compiles several (source, defines) at once, on all cores by default; the compiler runs outside Python's lock."""
-    with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
-        return list(pool.map(lambda request: compile(request[0], request[1], arch), requests))
 
 
 def compiler_version() -> str:
@@ -151,53 +173,68 @@ def _toolkit_headers() -> Path:
     return Path(found)
 
 
-def _texts(path: Path) -> dict[str, bytes]:
-    """The text of a source and of every header that it may include, by name."""
-    texts: dict[str, bytes] = {}
-    wanted = [path]
+def _digests(source: Path | Text) -> dict[str, str]:
+    """The digest of a source and of every header that it may include, by name."""
+    digests: dict[str, str] = {}
+    wanted = [source]
     while wanted:
-        path = wanted.pop()
-        if path.name in texts:
+        source = wanted.pop()
+        if source.name in digests:
             continue
-        texts[path.name], included = _read(path, path.stat().st_mtime_ns)
+        if isinstance(source, Text):
+            digests[source.name], included = source.digest, _included(source.text.encode())
+        else:
+            digests[source.name], included = _read(source, source.stat().st_mtime_ns)
         for name in included:
-            folders = (path.parent, KERNELS, _toolkit_headers())
-            wanted += [folder / name for folder in folders if (folder / name).is_file()][:1]
-    return texts
+            wanted += [folder / name for folder in _folders(source) if (folder / name).is_file()][:1]
+    return digests
+
+
+def _folders(source: Path | Text) -> list[Path]:
+    """Where what a source includes is looked up, in this order."""
+    return [*([] if isinstance(source, Text) else [source.parent]), KERNELS, _toolkit_headers()]
 
 
 @lru_cache(maxsize=256)
-def _read(path: Path, modified: int) -> tuple[bytes, list[str]]:
-    """A file's text and the names that it includes, wherever conditions might leave them out."""
+def _read(path: Path, modified: int) -> tuple[str, list[str]]:
+    """A file's digest and the names that it includes."""
     text = path.read_bytes()
-    return text, [name.decode() for name in re.findall(rb'^\s*#\s*include\s*[<"]([^>"]+)[>"]', text, re.MULTILINE)]
+    return hashlib.sha256(text).hexdigest(), _included(text)
 
 
-def _compile(path: Path, macros: Mapping[str, str], arch: str, compiler: str) -> Binary:
+def _included(text: bytes) -> list[str]:
+    """The names that a text includes, wherever conditions might leave them out."""
+    return [name.decode() for name in re.findall(rb'^\s*#\s*include\s*[<"]([^>"]+)[>"]', text, re.MULTILINE)]
+
+
+def _compile(source: Path | Text, macros: Mapping[str, str], arch: str, compiler: str) -> Binary:
     try:
         with _importing:
             from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise missing("cuda.core", error) from error
     options = ProgramOptions(
-        name=path.name,
+        name=source.name,
         arch=arch,
         define_macro=list(macros.items()) or None,  # an empty list is refused
-        include_path=[str(path.parent), str(KERNELS), str(_toolkit_headers())],
+        include_path=[str(folder) for folder in _folders(source)],
         **_OPTIONS,
     )
+    text = source.text if isinstance(source, Text) else source.read_text()
     log = io.StringIO()
+    begin = time.thread_time()  # of this thread alone: others compile at the same time
     try:
-        cubin = Program(path.read_text(), "c++", options).compile("cubin", logs=log).code
+        cubin = Program(text, "c++", options).compile("cubin", logs=log).code
     except Exception as error:  # cuda.core's errors have no public name
-        given = " ".join(f"-D{name}={value}" for name, value in macros.items())
-        raise RuntimeError(f"{path.name} does not compile for {arch} ({compiler} {given}): {error}") from error
+        made_by = " ".join([compiler, *(f"-D{name}={value}" for name, value in macros.items())])
+        told = str(error).rstrip("\0\n ")
+        raise RuntimeError(f"{source.name} does not compile for {arch} ({made_by}): {told}") from error
 
     def numbers(pattern: str) -> list[int]:
         return [int(found) for found in re.findall(pattern, log.getvalue())] or [0]
 
     return Binary(
-        source=path.name,
+        source=source.name,
         defines=dict(macros),
         arch=arch,
         compiler=compiler,
@@ -205,5 +242,6 @@ def _compile(path: Path, macros: Mapping[str, str], arch: str, compiler: str) ->
         spill_bytes=sum(numbers(r"(\d+) bytes spill")),
         stack_bytes=max(numbers(r"(\d+) bytes stack frame")),
         shared_bytes=max(numbers(r"(\d+) bytes smem")),
+        compile_s=round(time.thread_time() - begin, 3),
         cubin=bytes(cubin),
     )

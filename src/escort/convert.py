@@ -22,6 +22,7 @@ from escort.bench import Machine, Timer
 from escort.converted import ConvertedModel, NetworkPlan
 from escort.fuse import FusedConv2d
 from escort.memory import keep_freed_memory
+from escort.methods import by_name
 from escort.methods.base import float32_convolutions
 from escort.nn import MaxPool2d, SparseConv2d
 from escort.planner import Plan
@@ -30,12 +31,19 @@ from escort.sparse import StretchedCSR
 
 __all__ = ["NETWORK_ERROR_BOUND", "ConvertedModel", "NetworkPlan", "convert", "replan"]
 
+#: Seconds that compiling kernels for the filters of a network may take.
+COMPILE_BUDGET_S = 300.0
+
 #: Largest relative error of a converted network's outputs: the rounding of its precision, summed over its layers. The
 #: original that it is compared with rounds as much, but never in TF32.
 NETWORK_ERROR_BOUND: dict[str, float] = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2, "bf16": 7.5e-2}
 
+_PLANNING = "planning"
 _IMAGES = (1, 2, 4)  # how many images at a time are tried
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+#: A layer to plan: its problem, filter and bias.
+_Asked = tuple[Problem, StretchedCSR, torch.Tensor | None]
 
 
 def convert(
@@ -43,6 +51,7 @@ def convert(
     example_inputs: torch.Tensor | tuple[torch.Tensor, ...],
     *,
     precision: Precision | None = None,
+    compile_budget_s: float = COMPILE_BUDGET_S,
     progress: bool = False,
 ) -> ConvertedModel:
     """A faster drop-in for a pruned model.
@@ -61,6 +70,10 @@ def convert(
         precision: "fp32", "fp16" and "bf16" are those of the model's weights, which is the default: float32 weights are
             multiplied as they are. "tf32" allows TF32 products of float32 weights besides, as torch's own convolutions
             use on GPUs unless ``torch.backends.cudnn.allow_tf32`` is switched off.
+        compile_budget_s: seconds that compiling kernels for the filters may take on a GPU, five minutes by default, by
+            estimate and with all cores at work. Every layer that could have such kernels gets an equal share of what is
+            left. Beyond its share a layer falls back on the other methods, and its plan says so; 0 compiles none.
+            Kernels stay on disk (`escort cache`).
         progress: show a progress bar on stderr.
 
     Raises:
@@ -72,12 +85,13 @@ def convert(
     precision = _settle_precision(model, device, precision)
     if device.type == "cpu":
         keep_freed_memory()  # before anything is timed
+    planner.check_compile_budget(compile_budget_s)
     with _current(device):
-        return _convert(model, inputs, precision, progress)
+        return _convert(model, inputs, precision, compile_budget_s, progress)
 
 
 def _convert(
-    model: nn.Module, inputs: tuple[torch.Tensor, ...], precision: Precision, progress: bool
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], precision: Precision, compile_budget_s: float, progress: bool
 ) -> ConvertedModel:
     with _running_out("the model itself"), _dense_in("fp32", inputs[0].device):
         try:
@@ -101,8 +115,8 @@ def _convert(
         convolutions = [name for name, module in network.named_modules() if _is_planned(module) and name not in skipped]
         inner = {f"{name}.conv" for name in convolutions}
         calls = _record_calls(network, [name for name in convolutions if name not in inner], inputs)
-    layers: dict[str, Plan] = {}
-    for name, shape in _track(calls.items(), len(calls), "planning", progress):
+    asked: dict[str, _Asked] = {}
+    for name, shape in calls.items():
         module = network.get_submodule(name)
         reason = fuse.unsupported(module) if isinstance(module, nn.Conv2d) else None
         if len(shape) != 4:
@@ -111,32 +125,35 @@ def _convert(
             skipped[name] = reason
             continue
         with _running_out(f"layer {name}"):
-            sparse = _swap(module, shape, name, precision)
-        layers[name] = sparse.plan
-        _set_submodule(network, name, sparse)
+            asked[name] = _ask(module, shape, name, precision)
+    layers = _plan(network, asked, compile_budget_s, progress)
     _swap_pools(network)
     with _running_out("the whole network"):
         return _finish(original, network, inputs, expected, layers, skipped, precision)
 
 
-def replan(model: ConvertedModel, *, progress: bool = False) -> ConvertedModel:
-    """The same network planned anew on this machine and the device it is on, for the input sizes it was planned for."""
+def replan(
+    model: ConvertedModel, *, compile_budget_s: float = COMPILE_BUDGET_S, progress: bool = False
+) -> ConvertedModel:
+    """The same network planned anew on this machine and the device it is on, for the input sizes it was planned for.
+
+    Args:
+        compile_budget_s, progress: as of :func:`convert`.
+    """
+    planner.check_compile_budget(compile_budget_s)
     tensors = (*model.network.parameters(), *model.network.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
-    with _current(device), _running_out("the network"):
-        network = copy.deepcopy(model.network)
+    with _current(device):
+        with _running_out("the network"):
+            network = copy.deepcopy(model.network)
         layers = {
             name: replace(plan, problem=replace(plan.problem, device=str(device)))
             for name, plan in model.plan.layers.items()
         }
-        modules = [(name, m) for name, m in network.named_modules() if isinstance(m, SparseConv2d)]
-        for name, module in _track(modules, len(modules), "planning", progress):
-            asked = module.plan.problem
-            problem = module.problem(asked.batch, asked.height, asked.width)
-            layers[name] = planner.plan_layer(problem, module.filter, module.bias)
-            _set_submodule(network, name, SparseConv2d(module.filter, module.bias, layers[name], module.name))
-        runs, images = _ways_to_run(network, model.plan.example(device))
-        with torch.inference_mode(), _dense_in(model.plan.precision, device):
+        modules = [(name, module) for name, module in network.named_modules() if isinstance(module, SparseConv2d)]
+        layers |= _plan(network, {name: _ask_again(module) for name, module in modules}, compile_budget_s, progress)
+        with _running_out("the network"), torch.inference_mode(), _dense_in(model.plan.precision, device):
+            runs, images = _ways_to_run(network, model.plan.example(device))
             times, timer = _race(runs, device)
     plan = replace(
         model.plan,
@@ -233,6 +250,15 @@ def _running_out(what: str) -> Iterator[None]:
         raise torch.OutOfMemoryError(told) from error.with_traceback(None)
 
 
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Says which layer a ValueError is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer {name}: {error}") from error
+
+
 def _tf32_is_allowed() -> bool:
     """Whether torch's own convolutions may use TF32."""
     cudnn = torch.backends.cudnn
@@ -274,7 +300,7 @@ def _hooks() -> Iterator[list[Any]]:
             hook.remove()
 
 
-def _swap(module: nn.Module, shape: torch.Size, name: str, precision: Precision) -> SparseConv2d:
+def _ask(module: nn.Module, shape: torch.Size, name: str, precision: Precision) -> _Asked:
     if isinstance(module, FusedConv2d):
         conv, activation, residual = module.conv, module.activation, module.residual
     else:
@@ -286,14 +312,34 @@ def _swap(module: nn.Module, shape: torch.Size, name: str, precision: Precision)
             f"layer {name}: weights of {conv.weight.dtype} among others of {TORCH_DTYPE[precision]}; convert the model "
             "to one type"
         )
-    try:
+    with _naming(name):
         problem = Problem.of(conv, shape, epilogue=epilogue, dtype=precision, device=str(conv.weight.device))
         filter = StretchedCSR.from_dense(conv.weight, conv.groups)
-        bias = None if conv.bias is None else conv.bias.detach().float()
-        plan = planner.plan_layer(problem, filter, bias)
-    except ValueError as error:
-        raise ValueError(f"layer {name}: {error}") from error
-    return SparseConv2d(filter, bias, plan, name)
+    return problem, filter, None if conv.bias is None else conv.bias.detach().float()
+
+
+def _ask_again(module: SparseConv2d) -> _Asked:
+    asked = module.plan.problem
+    return module.problem(asked.batch, asked.height, asked.width), module.filter, module.bias
+
+
+def _plan(network: nn.Module, asked: dict[str, _Asked], compile_budget_s: float, progress: bool) -> dict[str, Plan]:
+    """Plans layers of a network and swaps them for convolutions that run as planned."""
+    plans: dict[str, Plan] = {}
+    compiled: list[SparseConv2d] = []
+    with _progress(len(asked), progress) as (advance, compiling):
+        planned = planner.plan_layers(list(asked.values()), compile_budget_s, compiling)
+        for name, (_, filter, bias) in asked.items():
+            with _running_out(f"layer {name}"), _naming(name):
+                plans[name] = next(planned)
+                sparse = SparseConv2d(filter, bias, plans[name], name)
+            _set_submodule(network, name, sparse)
+            if planner.is_compiled(by_name(plans[name].method, plans[name].problem.device)):
+                compiled.append(sparse)
+            advance()
+        with _running_out("the whole network"):  # those that took over a plan have their kernels still to compile
+            planner.on_all_cores([sparse.prepare for sparse in compiled], compiling)
+    return plans
 
 
 def _swap_pools(network: nn.Module) -> None:
@@ -403,7 +449,15 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def _track(items: Any, total: int, what: str, shown: bool) -> Iterator[Any]:
+@contextmanager
+def _progress(layers: int, shown: bool) -> Iterator[tuple[Callable[[], None], Callable[[int, int], None]]]:
+    """A progress bar on stderr: what to call when a layer is planned, and when some of the kernels are compiled."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
-        yield from bar.track(items, total=total, description=what)
+        task = bar.add_task(_PLANNING, total=layers)
+
+        def compiling(done: int, kernels: int) -> None:
+            told = f"{_PLANNING}, compiling {done} of {kernels} kernels" if done < kernels else _PLANNING
+            bar.update(task, description=told)
+
+        yield lambda: bar.advance(task), compiling

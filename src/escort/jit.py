@@ -20,7 +20,17 @@ from typing import Any
 
 import torch
 
-from escort.compiler import Binary, Defines, compile, compile_many, compiler_version, dotted, missing, nvrtc_version
+from escort.compiler import (
+    Binary,
+    Defines,
+    Source,
+    Text,
+    compile,
+    compiler_version,
+    dotted,
+    missing,
+    nvrtc_version,
+)
 
 #: Kernels need at least this compute capability and a driver for this CUDA.
 LEAST_CAPABILITY, LEAST_DRIVER = (8, 0), (12, 0)
@@ -41,16 +51,17 @@ __all__ = [
     "Grid",
     "Kernel",
     "Launch",
+    "Source",
+    "Text",
     "arch",
     "compile",
-    "compile_many",
     "compiler_version",
     "driver_version",
     "kernel",
 ]
 
 
-def kernel(source: str | Path, defines: Defines, device: torch.device, entry: str | None = None) -> Kernel:
+def kernel(source: Source, defines: Defines, device: torch.device, entry: str | None = None) -> Kernel:
     """A kernel ready for launch on a device, the same object each time.
 
     Args:
@@ -65,11 +76,13 @@ def kernel(source: str | Path, defines: Defines, device: torch.device, entry: st
     if device.type != "cuda":
         raise ValueError(f"{source} runs on CUDA devices, not on {device}")
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = (source, tuple(sorted(defines.items())), index, entry)
+    name = source.name if isinstance(source, Text) else source
+    digest = source.digest if isinstance(source, Text) else None  # the table outlives texts
+    key = (name, digest, tuple(sorted(defines.items())), index, entry)
     if (known := _kernels.get(key)) is None:
         binary = compile(source, defines, arch(torch.device("cuda", index)))
         # Two threads may come here at once; both then use the kernel of the first.
-        known = _kernels.setdefault(key, Kernel(binary, _device(index), entry or Path(source).stem))
+        known = _kernels.setdefault(key, Kernel(binary, _device(index), entry or Path(name).stem))
     return known
 
 
@@ -108,7 +121,6 @@ class Kernel:
         driver = _driver()
         self.binary, self.device, self.entry = binary, torch.device("cuda", device.index), entry
         self._device = device
-        self._launches: dict[tuple[Any, ...], Launch] = {}
         self._lock = threading.Lock()
         with device.current():
             try:
@@ -123,31 +135,7 @@ class Kernel:
         self._parameter_bytes = self._measure_parameters()
         self._shared_bytes = min(_PLAIN_SHARED_BYTES, device.most_shared_bytes) - binary.shared_bytes
 
-    def launch(self, grid: Grid, block: int, shared_bytes: int, args: Sequence[Argument], *, cluster: int = 1) -> None:
-        """Runs the kernel on the current stream of its device.
-
-        Args:
-            grid: blocks in x, y and z; a grid without blocks does nothing.
-            block: threads per block.
-            shared_bytes: of dynamic shared memory per block.
-            args: in the order of the kernel's parameters.
-            cluster: blocks per cluster, along x.
-        """
-        kinds = tuple(torch.Tensor if arg is None or isinstance(arg, torch.Tensor) else type(arg) for arg in args)
-        key = (block, shared_bytes, kinds, cluster)
-        if (bound := self._launches.get(key)) is None:
-            bound = self._launches[key] = self.bind(block, shared_bytes, kinds, cluster=cluster)
-        bound(grid, *args)
-
-    def bind(
-        self,
-        block: int,
-        shared_bytes: int,
-        args: Sequence[Argument | type],
-        *,
-        cluster: int = 1,
-        overlap: bool = False,
-    ) -> Launch:
+    def bind(self, block: int, shared_bytes: int, args: Sequence[Argument | type], *, overlap: bool = False) -> Launch:
         """Prepares launches that differ in little, at the least cost per launch.
 
         Args:
@@ -155,7 +143,6 @@ class Kernel:
             shared_bytes: of dynamic shared memory per block.
             args: in the order of the kernel's parameters: a value where it is the same in all launches, else its type
                 (`torch.Tensor`, `int` or `float`).
-            cluster: blocks per cluster, along x.
             overlap: the kernel may start while the one before it in the stream still runs, and waits for its results
                 itself (programmatic dependent launch, from compute capability 9.0).
 
@@ -163,14 +150,7 @@ class Kernel:
             ValueError: more threads or shared memory than the device has for this kernel.
         """
         self._reserve(block, shared_bytes)
-        return Launch(self, block, shared_bytes, args, cluster, overlap)
-
-    def blocks_per_multiprocessor(self, block: int, shared_bytes: int) -> int:
-        """How many blocks of so many threads and bytes of dynamic shared memory run on a multiprocessor at once."""
-        self._reserve(block, shared_bytes)
-        occupancy = _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor
-        with self._device.current():
-            return int(_call(occupancy, self._function, block, shared_bytes))
+        return Launch(self, block, shared_bytes, args, overlap)
 
     def _reserve(self, block: int, shared_bytes: int) -> None:
         """Lets blocks have so much dynamic shared memory."""
@@ -227,13 +207,7 @@ class Launch:
     """
 
     def __init__(
-        self,
-        kernel: Kernel,
-        block: int,
-        shared_bytes: int,
-        args: Sequence[Argument | type],
-        cluster: int,
-        overlap: bool,
+        self, kernel: Kernel, block: int, shared_bytes: int, args: Sequence[Argument | type], overlap: bool
     ) -> None:
         driver = _driver()
         self._kernel, self._device, self._index = kernel, kernel._device, kernel._device.index
@@ -264,12 +238,6 @@ class Launch:
         config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
         config.sharedMemBytes = shared_bytes
         attributes = []
-        if cluster > 1:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            size = attribute.value.clusterDim
-            size.x, size.y, size.z = cluster, 1, 1
-            attributes.append(attribute)
         if overlap:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

@@ -101,6 +101,15 @@ class SparseConv2d(nn.Module):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
+    def prepare(self) -> None:
+        """Does for the input size of the plan what the first call on it would do: lays out tables, compiles a kernel.
+
+        Raises:
+            ValueError, RuntimeError: as a call does.
+        """
+        problem = self.plan.problem
+        self._lay_out(problem.batch, problem.height, problem.width)
+
     def _prepare(self, x: torch.Tensor, residual: torch.Tensor | None) -> Runner:
         """A runner for a new input size, or the error that a call deserves."""
         if x.dtype is not self._dtype:
@@ -113,14 +122,17 @@ class SparseConv2d(nn.Module):
         if (residual is not None) is not self.residual:
             made = "for" if self.residual else "without"
             raise TypeError(f"{self.name} was made {made} a residual, and was called otherwise")
+        return self._lay_out(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]))
+
+    def _lay_out(self, batch: int, height: int, width: int) -> Runner:
         try:
-            problem = self.problem(*(int(size) for size in (x.shape[0], *x.shape[2:])))
-            ops.check_not_capturing(x.device)
+            problem, device = self.problem(batch, height, width), self.values.device
+            ops.check_not_capturing(device)
             run = ops.prepare(problem, self.filter, self.bias, self.plan.method, self.plan.config)
         except (ValueError, RuntimeError) as error:
             kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)
             raise next(kind for kind in kinds if isinstance(error, kind))(f"{self.name}: {error}") from error
-        self._runners[x.shape[1:]], self._device = run, self.values.device
+        self._runners[torch.Size((self.in_channels, height, width))], self._device = run, device
         return run
 
     def train(self, mode: bool = True) -> SparseConv2d:

@@ -16,6 +16,7 @@ import torch
 
 from escort import _kernels
 from escort.methods import Runner, by_name, for_device
+from escort.planner import is_compiled
 from escort.problem import TORCH_DTYPE, Activation, Epilogue, Precision, Problem
 from escort.sparse import StretchedCSR
 
@@ -142,8 +143,9 @@ def _prepare(
     problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, method: str, config: dict[str, Any]
 ) -> Runner:
     chosen = by_name(method, problem.device)
+    others = [other for other in for_device(problem.device) if other is not chosen]
     refusal = None
-    for candidate in (chosen, *(other for other in for_device(problem.device) if other is not chosen)):
+    for candidate in (chosen, *sorted(others, key=is_compiled)):  # what compiles for minutes comes last
         if reason := candidate.unsupported(problem):
             refusal = refusal or ValueError(reason)
             continue

@@ -6,8 +6,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,8 @@ _HOST_US = 60.0
 #: Most configs of a method that are tried, and the seconds after which only the first of each method still is.
 _MOST_CONFIGS = 24
 _SEARCH_S = 20.0
+#: Seconds after which a layer's race stops at three rounds per candidate.
+_BUDGET_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Candidate:
         rel_error: ``||out - ref|| / ||ref||`` against the float64 reference, None where it is not finite.
         reason: why it was refused or not timed, None where it was timed.
         timer: how it was timed; on a GPU "events" where it was hopeless, or cannot be captured.
+        compile_s: seconds of one core that compiling its kernel took, whenever that was; None where nothing says so.
+        code_bytes: size of that kernel's binary; None likewise.
     """
 
     method: str
@@ -50,6 +55,8 @@ class Candidate:
     rel_error: float | None = None
     reason: str | None = None
     timer: Timer = "calls"
+    compile_s: float | None = None
+    code_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,37 +122,243 @@ def plan_layer(
     bias: torch.Tensor | None = None,
     *,
     methods: Sequence[Method] | None = None,
-    budget_s: float = 0.3,
+    budget_s: float = _BUDGET_S,
+    compile_budget_s: float = 60.0,
 ) -> Plan:
     """Measure the ways to run a convolution on this machine and choose the fastest that is right.
 
-    A layer of the same problem and nearly the same number of nonzeros as one planned before takes over its plan.
+    A layer of the same problem and nearly the same number of nonzeros as one planned before takes over its plan. It is
+    measured anew where compiling the choice for its filter exceeds the budget, and where the budget cut the search for
+    that plan short and is now at least twice as large.
 
     Args:
         methods: the candidates, by default all methods of the problem's device.
         budget_s: seconds after which timing stops at three rounds per candidate.
+        compile_budget_s: seconds that compiling kernels for this filter may take, by the methods' estimates and with
+            all cores at work. A config beyond it is not tried, and its candidate says so; 0 rules out the methods that
+            compile for each filter. What other methods compile is not counted.
 
     Raises:
         ValueError: where no method can run the problem; the message holds each one's reason.
         torch.OutOfMemoryError: where the device cannot even hold the problem's input.
     """
+    check_compile_budget(compile_budget_s)
     methods = for_device(problem.device) if methods is None else methods
-    machine = Machine.here(problem.device)
-    key = (problem, round(math.log(filter.nnz + 1) / 0.05), tuple(method.name for method in methods), machine)
-    if key not in _remembered:
-        _remembered[key] = _measure(problem, filter, bias, methods, budget_s)
-    return _remembered[key]
+    key = _key(problem, filter, methods)
+    if recalled := _recall(key, problem, filter, methods, compile_budget_s):
+        return recalled[0]
+    space = _search_space(problem, filter, methods, compile_budget_s)
+    return _remember(key, space, _measure(problem, filter, bias, space, budget_s))
 
 
-_remembered: dict[Any, Plan] = {}
+def plan_layers(
+    layers: Sequence[tuple[Problem, StretchedCSR, torch.Tensor | None]],
+    compile_budget_s: float,
+    compiling: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Plan]:
+    """The plans of a network's layers one by one, as :func:`plan_layer` makes them.
+
+    What all of them will try is compiled before the first is timed, so that every core has work. Each layer that has
+    something to compile gets an equal share of what is left of the budget, and what it does not need goes to those
+    behind it. A layer that takes over a plan compiles no more than the choice, when it is first run.
+
+    Args:
+        layers: problem, filter and bias of each.
+        compile_budget_s: as of a layer, for all of them together.
+        compiling: is told how many kernels are compiled, and of how many.
+
+    Raises:
+        ValueError, torch.OutOfMemoryError: as `plan_layer`, where the layer's plan is due.
+    """
+    check_compile_budget(compile_budget_s)
+    spaces, shares = _share_out(layers, compile_budget_s)
+    jobs = [
+        partial(_prepare_ahead, space, method, *layers[index], config)
+        for index, space in spaces.items()
+        for method, configs in space.tried
+        for config in configs
+        if is_compiled(method)
+    ]
+    on_all_cores(jobs, compiling)
+    jobs.clear()
+    for index, layer in enumerate(layers):
+        if space := spaces.pop(index, None):
+            key = _key(*layer[:2], for_device(layer[0].device))
+            yield _remember(key, space, _measure(*layer, space, _BUDGET_S))
+        else:
+            yield plan_layer(*layer, compile_budget_s=shares[index])
 
 
-def _measure(
-    problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, methods: Sequence[Method], budget_s: float
-) -> Plan:
+def on_all_cores(
+    jobs: Sequence[Callable[[], object]], done: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Runs jobs that spend their time outside Python's lock. The first error is raised, and what had not begun is not.
+
+    Args:
+        done: is told how many are done, and of how many.
+    """
+    if jobs:
+        done(0, len(jobs))
+    with _threads() as pool:
+        for count, future in enumerate(as_completed([pool.submit(job) for job in jobs]), 1):
+            future.result()
+            done(count, len(jobs))
+
+
+def is_compiled(method: Method) -> bool:
+    """Whether a method compiles a kernel for each filter, which takes so long that it has a budget."""
+    return hasattr(method, "compile_s")
+
+
+def check_compile_budget(compile_budget_s: float) -> None:
+    """Raises ValueError for what is no number of seconds."""
+    if not compile_budget_s >= 0.0:
+        raise ValueError(f"compile_budget_s is a number of seconds, 0 to compile nothing, got {compile_budget_s}")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A plan that like layers take over, and the compile budget that it was made with."""
+
+    plan: Plan
+    compile_budget_s: float
+    is_cut: bool
+
+
+@dataclass(frozen=True)
+class _Space:
+    """What is tried of the methods' search spaces.
+
+    Attributes:
+        tried: methods with their configs, best guess first.
+        refused: the candidates that are not tried.
+        compile_s: of each config that is tried and compiled, about how long all cores together take.
+        is_cut: whether a larger compile budget would let more be tried.
+        runners: those that were prepared ahead, by method and config.
+    """
+
+    tried: list[tuple[Method, list[Any]]]
+    refused: list[Candidate]
+    compile_s: list[float]
+    compile_budget_s: float
+    is_cut: bool
+    runners: dict[tuple[str, Any], Runner] = field(default_factory=dict)
+
+
+_remembered: dict[Any, _Known] = {}
+
+
+def _key(problem: Problem, filter: StretchedCSR, methods: Sequence[Method]) -> Any:
+    """The same for layers that share a plan."""
+    names, machine = tuple(method.name for method in methods), Machine.here(problem.device)
+    return problem, round(math.log(filter.nnz + 1) / 0.05), names, machine
+
+
+def _remember(key: Any, space: _Space, plan: Plan) -> Plan:
+    _remembered[key] = _Known(plan, space.compile_budget_s, space.is_cut)
+    return plan
+
+
+def _recall(
+    key: Any, problem: Problem, filter: StretchedCSR, methods: Sequence[Method], compile_budget_s: float
+) -> tuple[Plan, float] | None:
+    """The plan to take over, if any, and about how long all cores together compile its choice."""
+    known = _remembered.get(key)
+    if known is None or _is_outgrown(known, compile_budget_s):
+        return None
+    method = next(method for method in methods if method.name == known.plan.method)
+    if not is_compiled(method):
+        return known.plan, 0.0
+    needed_s = _compile_s(method, problem, filter, method.config_type(**known.plan.config))
+    return (known.plan, needed_s) if _fits(needed_s, compile_budget_s) else None
+
+
+def _is_outgrown(before: _Known | _Space, compile_budget_s: float) -> bool:
+    """Whether a budget is worth another search. The shares of a network's layers differ, but mostly by little."""
+    return before.is_cut and compile_budget_s > before.compile_budget_s * 2.0
+
+
+def _share_out(
+    layers: Sequence[tuple[Problem, StretchedCSR, torch.Tensor | None]], compile_budget_s: float
+) -> tuple[dict[int, _Space], list[float]]:
+    """What to compile for the layers, by their index, that will not take over a plan; and each one's share."""
+    all_methods = [for_device(problem.device) for problem, _, _ in layers]
+    wanting = [
+        any(is_compiled(method) and method.unsupported(layer[0]) is None for method in methods)
+        for layer, methods in zip(layers, all_methods, strict=True)
+    ]
+    left_s = compile_budget_s
+    spaces, shares = dict[int, _Space](), list[float]()
+    first: dict[Any, _Space] = {}  # of those layers whose plans others will take over
+    for index, (problem, filter, _) in enumerate(layers):
+        share = left_s / max(sum(wanting[index:]), 1)
+        shares.append(share)
+        if not wanting[index]:
+            continue
+        key = _key(problem, filter, all_methods[index])
+        if recalled := _recall(key, problem, filter, all_methods[index], share):
+            left_s -= recalled[1]
+        elif key in first and not _is_outgrown(first[key], share):
+            left_s -= max(first[key].compile_s, default=0.0)  # which of them it will be is not known yet
+        else:
+            spaces[index] = first[key] = _search_space(problem, filter, all_methods[index], share)
+            left_s -= sum(first[key].compile_s)
+    return spaces, shares
+
+
+def _search_space(problem: Problem, filter: StretchedCSR, methods: Sequence[Method], compile_budget_s: float) -> _Space:
+    tried: list[tuple[Method, list[Any]]] = []
+    refused: list[Candidate] = []
+    compile_s: list[float] = []
+    is_cut = False
+    for method in methods:
+        if reason := method.unsupported(problem):
+            refused.append(Candidate(method.name, reason=reason))
+            continue
+        if is_compiled(method) and compile_budget_s == 0.0:
+            reason = "it is compiled for each filter, which a compile budget of 0 s rules out; raise compile_budget_s"
+            refused.append(Candidate(method.name, reason=reason))
+            is_cut = True
+            continue
+        configs = list(method.configs(problem, filter))
+        if len(configs) > _MOST_CONFIGS:
+            refused.append(Candidate(method.name, reason=f"{len(configs) - _MOST_CONFIGS} more configs were not tried"))
+        fitting = []
+        for config in configs[:_MOST_CONFIGS]:
+            if is_compiled(method):
+                needed_s, left_s = _compile_s(method, problem, filter, config), compile_budget_s - sum(compile_s)
+                if not _fits(needed_s, left_s):
+                    reason = (
+                        f"compiling it takes about {_seconds(needed_s)} of all {_cores()} cores, more than the "
+                        f"{_seconds(left_s)} left of the layer's compile budget; raise compile_budget_s"
+                    )
+                    refused.append(Candidate(method.name, asdict(config), reason=reason))
+                    is_cut = True
+                    continue
+                compile_s.append(needed_s)
+            fitting.append(config)
+        tried.append((method, fitting))
+    return _Space(tried, refused, compile_s, compile_budget_s, is_cut)
+
+
+def _compile_s(method: Any, problem: Problem, filter: StretchedCSR, config: Any) -> float:
+    """About how long all cores together compile a config of a method that `is_compiled`."""
+    estimate_s: float = method.compile_s(problem, filter, config)
+    return estimate_s / _cores()
+
+
+def _fits(needed_s: float, left_s: float) -> bool:
+    return left_s > 0.0 and needed_s <= left_s
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value >= 10.0 else f"{value:.2g} s"
+
+
+def _measure(problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, space: _Space, budget_s: float) -> Plan:
     with torch.inference_mode():
         inputs = bench.example_inputs(problem)
-        settled, running = _first_runs(problem, filter, bias, methods, *inputs[0])
+        settled, running = _first_runs(problem, filter, bias, space, *inputs[0])
         if not running:
             reasons = "; ".join(f"{c.method}: {c.reason}" for c in settled)
             raise ValueError(f"no method can run {problem}: {reasons}")
@@ -168,7 +381,7 @@ def _first_runs(
     problem: Problem,
     filter: StretchedCSR,
     bias: torch.Tensor | None,
-    methods: Sequence[Method],
+    space: _Space,
     x: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> tuple[list[Candidate], list[tuple[Candidate, Runner, float]]]:
@@ -178,45 +391,77 @@ def _first_runs(
     some = x[images], None if residual is None else residual[images]
     expected = reference.conv2d(problem, some[0], filter.to_dense(), bias, some[1])
     bound = reference.ERROR_BOUND[problem.dtype]
-    settled: list[Candidate] = []
+    settled = list(space.refused)
     running: list[tuple[Candidate, Runner, float]] = []
-    begin = time.perf_counter()
-    for method in methods:
-        if reason := method.unsupported(problem):
-            settled.append(Candidate(method.name, reason=reason))
-            continue
-        configs = method.configs(problem, filter)
-        prepared = _prepared(method, problem, filter, bias, configs[:_MOST_CONFIGS])
+    searched_s = 0.0
+    for method, configs in space.tried:
+        prepared = _prepared(method, problem, filter, bias, configs, space.runners)
         for tried, config in enumerate(configs):
-            if tried == _MOST_CONFIGS or (tried and time.perf_counter() - begin > _SEARCH_S):
+            # What was compiled for the filter is tried whatever it took, which is bounded by a budget of its own.
+            if tried and searched_s > _SEARCH_S and not is_compiled(method):
                 settled.append(Candidate(method.name, reason=f"{len(configs) - tried} more configs were not tried"))
                 break
-            candidate = Candidate(method.name, asdict(config))
+            candidate, begin = Candidate(method.name, asdict(config)), time.perf_counter()
             try:
                 run = next(prepared)()
+                if is_compiled(method):
+                    begin = time.perf_counter()
+                if binary := getattr(run, "binary", None):
+                    candidate = replace(candidate, compile_s=binary.compile_s, code_bytes=len(binary.cubin))
                 error = reference.compare(run(x, residual)[images], expected)
                 candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
-                if not error <= bound:
+                if error <= bound:
+                    running.append((candidate, run, bench.glance_us(partial(run, x, residual), problem.device)))
+                else:
                     settled.append(replace(candidate, reason=f"relative error {error:.1e} exceeds {bound:.0e}"))
-                    continue
-                running.append((candidate, run, bench.glance_us(partial(run, x, residual), problem.device)))
             except (RuntimeError, ValueError) as failure:
                 if problem.device_type == "cpu":
                     raise
                 settled.append(replace(candidate, reason=bench.survived(failure)))
+            searched_s += time.perf_counter() - begin
     return settled, running
 
 
+def _prepare_ahead(
+    space: _Space, method: Method, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any
+) -> None:
+    with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
+        space.runners[method.name, config] = method.prepare(problem, filter, bias, config)
+
+
 def _prepared(
-    method: Method, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, configs: Sequence[Any]
+    method: Method,
+    problem: Problem,
+    filter: StretchedCSR,
+    bias: torch.Tensor | None,
+    configs: Sequence[Any],
+    ahead: dict[tuple[str, Any], Runner],
 ) -> Iterator[Callable[[], Runner]]:
     """What gives each config its runner, or raises. On a GPU all are prepared at once: each may compile a kernel."""
-    jobs = [partial(method.prepare, problem, filter, bias, config) for config in configs]
+
+    def prepare(config: Any) -> Runner:
+        return ahead.pop((method.name, config), None) or method.prepare(problem, filter, bias, config)
+
+    jobs = [partial(prepare, config) for config in configs]
     if problem.device_type == "cpu":
         yield from jobs
         return
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with _threads() as pool:
         yield from [future.result for future in [pool.submit(job) for job in jobs]]
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """As many as there are cores. At the end, or once an error passes through, what has not begun never will."""
+    pool = ThreadPoolExecutor(_cores())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _race(

@@ -57,6 +57,15 @@ class Dtype(str, Enum):
 DtypeOption = Annotated[
     Dtype, typer.Option(help="What convolutions compute in: fp32 is strict; the others are for GPUs.")
 ]
+CompileBudgetOption = Annotated[
+    float,
+    typer.Option(
+        "--compile-budget",
+        metavar="SECONDS",
+        min=0,
+        help="Time that compiling GPU kernels for the weights may take; a layer beyond its share runs without.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, and nothing else, to stdout.")]
 
 

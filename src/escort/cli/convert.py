@@ -11,6 +11,7 @@ import escort
 from escort import artifact, models, report
 from escort.cli.console import (
     CheckpointOption,
+    CompileBudgetOption,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -22,6 +23,7 @@ from escort.cli.console import (
     examples,
     place,
 )
+from escort.convert import COMPILE_BUDGET_S
 
 
 def main(
@@ -31,6 +33,7 @@ def main(
     checkpoint: CheckpointOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.FP32,
+    compile_budget: CompileBudgetOption = COMPILE_BUDGET_S,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a pruned model: every convolution runs by whichever method measures fastest on this machine."""
@@ -38,7 +41,9 @@ def main(
         inputs = examples(shapes)
         check_writable(output_path)
         network, inputs = place(models.load(model, checkpoint), inputs, device, dtype)
-        converted = escort.convert(network, inputs, precision=dtype.value, progress=True)
+        converted = escort.convert(
+            network, inputs, precision=dtype.value, compile_budget_s=compile_budget, progress=True
+        )
         artifact.save(converted, output_path)
         plan = converted.plan
         output.result = {"output": str(output_path), "bytes": output_path.stat().st_size, **plan.to_json()}

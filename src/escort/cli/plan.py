@@ -11,6 +11,7 @@ import escort
 from escort import artifact, models, report
 from escort.cli.console import (
     CheckpointOption,
+    CompileBudgetOption,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -21,7 +22,9 @@ from escort.cli.console import (
     examples,
     place,
 )
+from escort.convert import COMPILE_BUDGET_S
 from escort.converted import NetworkPlan
+from escort.planner import Candidate
 
 
 def main(
@@ -32,6 +35,7 @@ def main(
     checkpoint: CheckpointOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.FP32,
+    compile_budget: CompileBudgetOption = COMPILE_BUDGET_S,
     candidates: Annotated[bool, typer.Option("--candidates", help="Every candidate of every layer.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -41,14 +45,17 @@ def main(
     """
     with command(as_json) as output:
         if _is_saved(model):
-            if shapes or checkpoint is not None or (device, dtype) != ("cpu", Dtype.FP32):
-                options = "--input, --checkpoint, --device and --dtype"
+            chosen = device, dtype, compile_budget
+            if shapes or checkpoint is not None or chosen != ("cpu", Dtype.FP32, COMPILE_BUDGET_S):
+                options = "--input, --checkpoint, --device, --dtype and --compile-budget"
                 raise ValueError(f"{model} is saved with its plan and weights; leave out {options}")
             check_saved(Path(model))
             plan = artifact.load_plan(Path(model))
         else:
             network, inputs = place(models.load(model, checkpoint), examples(shapes), device, dtype)
-            plan = escort.convert(network, inputs, precision=dtype.value, progress=True).plan
+            plan = escort.convert(
+                network, inputs, precision=dtype.value, compile_budget_s=compile_budget, progress=True
+            ).plan
         output.result = plan.to_json()
         output.text.print(report.plan_table(plan))
         if candidates:
@@ -68,8 +75,17 @@ def _candidates(plan: NetworkPlan) -> report.Table:
             time = "-" if candidate.time_us is None else f"{candidate.time_us:,.1f}"
             error = "-" if candidate.rel_error is None else f"{candidate.rel_error:.1e}"
             note = "chosen" if chosen else candidate.reason or ""
-            rows.append((name, candidate.method, _settings(candidate.config), time, error, note))
-    return report.Table("Candidates", ("Layer", "Method", "Config", "Time, µs", "Error", ""), tuple(rows))
+            kernel = _kernel(candidate)
+            rows.append((name, candidate.method, _settings(candidate.config), time, error, kernel, note))
+    columns = "Layer", "Method", "Config", "Time, µs", "Error", "Kernel", ""
+    return report.Table("Candidates", columns, tuple(rows))
+
+
+def _kernel(candidate: Candidate) -> str:
+    """The size of what was compiled for the filter, and how long that took."""
+    if candidate.compile_s is None or candidate.code_bytes is None:
+        return "-"
+    return f"{candidate.code_bytes / 1000:,.0f} kB in {candidate.compile_s:,.1f} s"
 
 
 def _settings(config: dict[str, Any] | None) -> str:

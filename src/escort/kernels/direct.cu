@@ -17,6 +17,8 @@
 //   ODD       where PAIRED, whether a channel has an odd number of elements
 //   SLOTS     most words (pairs of words where PAIRED) per lane that a producer warp copies per channel
 //   THREADS, BLOCKS   threads per block, and blocks per multiprocessor that registers must leave room for
+//   SIGNALS   lanes of a warp that arrive when the warp is done with a stage: the first one, or all. compute-sanitizer
+//             does not follow that __syncwarp puts all lanes' accesses before the first lane's arrival
 #if STORAGE == 1
 #include <cuda_fp16.h>
 typedef unsigned short Element;
@@ -37,6 +39,9 @@ typedef unsigned int u32;
 #define BATCH (SLOTS < 8 ? 8 / SLOTS : 1)        // channels that a producer warp copies at a time where PAIRED
 #define SUMS (STORAGE == 0 ? WORDS : 2 * WORDS)  // per lane and output channel
 #define FLUSH 32                                 // nonzeros that are summed in 16 bits
+#ifndef SIGNALS
+#define SIGNALS 1
+#endif
 
 // Division by a run-time constant: exact below 2^31 for magic = ceil(2^(31 + shift) / divisor), 2^shift >= divisor.
 struct Divisor {
@@ -236,8 +241,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < stages; stage++) {
       // Each producer thread arrives for its copies, and each producer warp for its stores.
-      barrier_init(full + 8 * stage, producers * (LANES + 1));
-      barrier_init(empty + 8 * stage, consumers);
+      barrier_init(full + 8 * stage, producers * (LANES + SIGNALS));
+      barrier_init(empty + 8 * stage, consumers * SIGNALS);
       barrier_init(clean + 8 * stage, consumers * LANES);
     }
   }
@@ -418,7 +423,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       next = after;
       barrier_arrive_after_copies(full + 8 * stage);
       __syncwarp();
-      if (lane == 0) barrier_arrive(full + 8 * stage);
+      if (lane < SIGNALS) barrier_arrive(full + 8 * stage);
       if (++stage == stages) {
         stage = 0;
         parity ^= 1;
@@ -506,7 +511,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    if (lane < SIGNALS) barrier_arrive(empty + 8 * stage);
     if (++stage == stages) {
       stage = 0;
       parity ^= 1;

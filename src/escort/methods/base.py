@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
@@ -21,7 +21,10 @@ class Config(Protocol):
 
 
 class Runner(Protocol):
-    """A prepared convolution: x (N, C, H, W) and residual (N, K, out_height, out_width) to y like residual, any N."""
+    """A prepared convolution: x (N, C, H, W) and residual (N, K, out_height, out_width) to y like residual, any N.
+
+    It may have ``binary``, the :class:`escort.compiler.Binary` of a kernel made for it, which a plan then tells of.
+    """
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor: ...
 
@@ -30,6 +33,9 @@ class Method(Protocol):
     """One way to run a problem.
 
     ``prepare`` does all work that depends on shapes and weights; the runner it returns only runs.
+
+    A method that compiles a kernel for each filter has ``compile_s(problem, filter, config) -> float`` besides, about
+    how many seconds of one core that takes. The planner keeps it within its compile budget.
     """
 
     #: What plans and results call it. On each type of device a name means one method.
@@ -48,6 +54,35 @@ class Method(Protocol):
     def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Runner:
         """A runner for this filter and input size, on the problem's device. bias: (K,) on any device, or None."""
         ...
+
+
+def input_check(problem: Problem) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
+    """A check that raises ValueError where a runner is called with another shape, type or device than prepared for.
+
+    It takes x (N, C, H, W) and, if the problem has a residual, residual (N, K, out_height, out_width), of any N.
+    """
+    in_shape, out_shape, dtype = problem.input_shape[1:], problem.output_shape[1:], problem.torch_dtype
+    device, takes_residual = torch.device(problem.device), problem.epilogue.residual
+    name = str(dtype).removeprefix("torch.")
+
+    def check(x: torch.Tensor, residual: torch.Tensor | None) -> None:
+        if x.shape[1:] != in_shape or x.dtype is not dtype or x.device != device:
+            raise ValueError(
+                f"prepared for {name} inputs of shape (N, *{in_shape}) on {device}, got {x.dtype} {tuple(x.shape)} "
+                f"on {x.device}"
+            )
+        if (residual is not None) is not takes_residual:
+            raise ValueError(f"prepared {'for' if takes_residual else 'without'} a residual, and called otherwise")
+        if residual is None:
+            return
+        shape = len(x), *out_shape
+        if residual.shape != shape or residual.dtype is not dtype or residual.device != device:
+            raise ValueError(
+                f"a residual is {name} of shape {shape} on {device}, got {residual.dtype} {tuple(residual.shape)} "
+                f"on {residual.device}"
+            )
+
+    return check
 
 
 def apply_epilogue(y: torch.Tensor, residual: torch.Tensor | None, activation: str) -> torch.Tensor:

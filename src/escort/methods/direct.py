@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from escort import _kernels
-from escort.methods.base import Runner
+from escort.methods.base import Runner, input_check
 from escort.problem import Problem
 from escort.sparse import Geometry, IntArray, StretchedCSR
 
@@ -101,25 +101,16 @@ class Direct:
             activation=_ACTIVATIONS[problem.epilogue.activation],
         )
         run_kernel, threads = convolution.run, torch.get_num_threads
-        in_shape, out_shape = problem.input_shape[1:], problem.output_shape[1:]
+        check, out_shape = input_check(problem), problem.output_shape[1:]
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            images = len(x)
-            if x.shape[1:] != in_shape or x.dtype is not torch.float32 or not x.is_cpu:
-                raise ValueError(
-                    f"prepared for float32 inputs of shape (N, *{in_shape}), got {x.dtype} {tuple(x.shape)}"
-                )
-            x = x.contiguous()
+            check(x, residual)
+            images, x = len(x), x.contiguous()
             y = torch.empty((images, *out_shape))
-            if residual is None:
-                run_kernel(x.data_ptr(), 0, y.data_ptr(), images, threads())
-                return y
-            if residual.shape != y.shape or residual.dtype is not torch.float32 or not residual.is_cpu:
-                raise ValueError(
-                    f"a residual is float32 of shape {tuple(y.shape)}, got {residual.dtype} {tuple(residual.shape)}"
-                )
-            residual = residual.contiguous()
-            run_kernel(x.data_ptr(), residual.data_ptr(), y.data_ptr(), images, threads())
+            if residual is not None:
+                residual = residual.contiguous()
+            at = 0 if residual is None else residual.data_ptr()
+            run_kernel(x.data_ptr(), at, y.data_ptr(), images, threads())
             return y
 
         return run

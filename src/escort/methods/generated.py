@@ -8,11 +8,9 @@ all warps of a multiprocessor together. So the search wants many warps per block
 
 from __future__ import annotations
 
-import hashlib
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,12 +18,11 @@ import torch
 from escort import codegen, jit
 from escort.codegen import LANES, GeneratedConfig, Program, Words
 from escort.gpu import Gpu
-from escort.methods.base import Runner
+from escort.methods.base import Runner, input_check
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
 
-#: Steps that one core assembles per second, and the seconds that the configs of one layer may take.
-_STEPS_PER_S, _LAYER_S = 4000.0, 60.0
+_STEPS_PER_S = 4000.0  # that one core assembles
 _MOST_CONFIGS = 8
 _MOST_BYTES = 2**31 - 1
 #: Products of a row that may be summed in fp16 alone: a relative error of about 1.7e-3, of 2e-3 allowed.
@@ -68,19 +65,17 @@ class Generated:
         return None
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[GeneratedConfig]:
-        """The configs of least predicted time whose code can be assembled in a minute of one core, the first always."""
+        """The configs of least predicted time, no two of them alike."""
         gpu = Gpu.of(problem.device)
         ranked = sorted(candidates(problem, filter, gpu), key=lambda c: predict_us(problem, filter, c, gpu))
-        left, chosen, alike = _LAYER_S, list[GeneratedConfig](), dict[tuple[int, ...], int]()
+        chosen, alike = list[GeneratedConfig](), set[tuple[int, ...]]()
         for config in ranked:
             shape = config.rows, config.threads * config.blocks, config.entries
-            alike[shape] = alike.get(shape, 0) + 1
-            if alike[shape] > 1:
-                continue
-            left -= self.compile_s(problem, filter, config)
-            if chosen and (left < 0 or len(chosen) == _MOST_CONFIGS):
+            if shape not in alike:
+                alike.add(shape)
+                chosen.append(config)
+            if len(chosen) == _MOST_CONFIGS:
                 break
-            chosen.append(config)
         return chosen
 
     def compile_s(self, problem: Problem, filter: StretchedCSR, config: GeneratedConfig) -> float:
@@ -90,64 +85,47 @@ class Generated:
     def prepare(
         self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: GeneratedConfig
     ) -> Runner:
-        seconds = self.compile_s(problem, filter, config)
-        if seconds > _LAYER_S:
-            raise ValueError(f"its code takes about {seconds:.0f} s to assemble, more than {_LAYER_S:.0f} s")
         device = torch.device(problem.device)
         program = Program.of(problem, filter, config)
-        kernel = _kernel(program.text(None if bias is None else bias.detach().float().cpu().numpy()), device)
+        text = program.text(None if bias is None else bias.detach().float().cpu().numpy())
+        kernel = jit.kernel(jit.Text("generated.cu", text), {}, device)
         launch = kernel.bind(
             config.threads,
             program.shared_bytes,
             (torch.Tensor, torch.Tensor, torch.Tensor, int, int),
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )
-        in_shape, out_shape, dtype = problem.input_shape[1:], problem.output_shape[1:], problem.torch_dtype
+        check, out_shape, most = input_check(problem), problem.output_shape[1:], _most_images(program)
         blocks = Gpu.of(problem.device).multiprocessors * config.blocks
-        alignment = max(config.copy * 4, dtype.itemsize)
-        takes_residual, pieces = problem.epilogue.residual, len(program.pieces)
-        most = _most_images(program)
+        alignment = max(config.copy * 4, problem.torch_dtype.itemsize)
+        pieces = len(program.pieces)
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            check(x, residual)
             images = len(x)
-            if x.shape[1:] != in_shape or x.dtype is not dtype or x.device != device:
-                raise ValueError(
-                    f"prepared for {dtype} inputs of shape (N, *{in_shape}) on {device}, got {x.dtype} "
-                    f"{tuple(x.shape)} on {x.device}"
-                )
             if images > most:
                 raise ValueError(f"the kernel addresses {most} images of this size at most, got {images}")
             x = x.contiguous()
             if x.data_ptr() % alignment:
                 x = x.clone()  # the kernel copies several elements at once
-            y = torch.empty((images, *out_shape), dtype=dtype, device=device)
-            if (residual is not None) is not takes_residual:
-                raise ValueError(f"prepared {'for' if takes_residual else 'without'} a residual, and called otherwise")
             if residual is not None:
-                if residual.shape != y.shape or residual.dtype is not dtype or residual.device != device:
-                    raise ValueError(
-                        f"a residual is {dtype} of shape {tuple(y.shape)} on {device}, got {residual.dtype} "
-                        f"{tuple(residual.shape)} on {residual.device}"
-                    )
                 residual = residual.contiguous()
+            y = torch.empty((images, *out_shape), dtype=x.dtype, device=device)
             if images:
                 tiles = program.tiles(images)
                 launch((min(tiles * pieces, blocks), 1, 1), x, y, residual, images, tiles)
             return y
 
-        return run
+        return _Generated(kernel.binary, run)
 
 
-def _kernel(text: str, device: torch.device) -> jit.Kernel:
-    """The compiled text; the file that the compiler reads is named by its content."""
-    folder = Path(tempfile.gettempdir()) / f"escort-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-    folder.mkdir(exist_ok=True)
-    source = folder / "generated.cu"
-    source.write_text(text)
-    try:
-        return jit.kernel(source, {}, device)
-    finally:
-        source.unlink(missing_ok=True)
+@dataclass(frozen=True)
+class _Generated:
+    binary: jit.Binary
+    run: Runner
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return self.run(x, residual)
 
 
 def _most_images(program: Program) -> int:

@@ -20,7 +20,7 @@ import torch
 
 from escort import jit
 from escort.gpu import H200, Gpu
-from escort.methods.base import Runner
+from escort.methods.base import Runner, input_check
 from escort.methods.direct_cuda.layout import DirectConfig, Layout, Positions, most_images, shared_bytes
 from escort.methods.direct_cuda.search import has_room, neighbours, search
 from escort.methods.direct_cuda.tables import defines, pack, scalars
@@ -80,33 +80,20 @@ class DirectCuda:
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )
         torch.cuda.synchronize(device)  # the tables are there before any stream reads them
-        in_shape, out_shape, dtype = problem.input_shape[1:], problem.output_shape[1:], problem.torch_dtype
-        most = most_images(problem)
+        check, out_shape, most = input_check(problem), problem.output_shape[1:], most_images(problem)
         groups, tile = len(tables.first_channels), config.tile
-        takes_residual = problem.epilogue.residual
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            check(x, residual)
             images = len(x)
-            if x.shape[1:] != in_shape or x.dtype is not dtype or x.device != device:
-                raise ValueError(
-                    f"prepared for {dtype} inputs of shape (N, *{in_shape}) on {device}, got {x.dtype} "
-                    f"{tuple(x.shape)} on {x.device}"
-                )
             if images > most:
                 raise ValueError(f"the kernel addresses {most} images of this size at most, got {images}")
             x = x.contiguous()
             if layout.paired and x.data_ptr() % 4:
                 x = x.clone()  # the kernel reads two columns at once
-            y = torch.empty((images, *out_shape), dtype=dtype, device=device)
-            if (residual is not None) is not takes_residual:
-                raise ValueError(f"prepared {'for' if takes_residual else 'without'} a residual, and called otherwise")
             if residual is not None:
-                if residual.shape != y.shape or residual.dtype is not dtype or residual.device != device:
-                    raise ValueError(
-                        f"a residual is {dtype} of shape {tuple(y.shape)} on {device}, got {residual.dtype} "
-                        f"{tuple(residual.shape)} on {residual.device}"
-                    )
                 residual = residual.contiguous()
+            y = torch.empty((images, *out_shape), dtype=x.dtype, device=device)
             if images:
                 tiles = -(-positions.count(-(-images // layout.images_per_word)) // tile)
                 grid = groups, min(tiles, _MOST_TILES_Y), -(-tiles // _MOST_TILES_Y)
