@@ -62,7 +62,6 @@ CompileBudgetOption = Annotated[
     typer.Option(
         "--compile-budget",
         metavar="SECONDS",
-        min=0,
         help="Time that compiling GPU kernels for the weights may take; a layer beyond its share runs without.",
     ),
 ]
