@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from escort import jit, reference
+from escort import reference
 from escort.codegen import GeneratedConfig, Program
 from escort.gpu import H200
 from escort.methods import generated
 from escort.methods.generated import Generated, candidates, predict_us
-from escort.problem import Problem
+from escort.problem import Epilogue, Problem
 from escort.sparse import StretchedCSR
-from tests.cases import CASES, Case
+from tests.cases import CASES, FULL, Case
 
 RES3 = Problem(32, 128, 28, 28, 128, (3, 3), padding=(1, 1, 1, 1), device="cuda:0")
 
@@ -92,33 +92,42 @@ def test_case_on_the_gpu(case: Case, dtype: str) -> None:
         assert torch.equal(run(x, residual), y), "not the same twice: a race"
 
 
+def stagings(flush: int) -> list[GeneratedConfig]:
+    """Every way to stage the input; tiles begin at different chunks, and parts of channels are uneven."""
+    return [
+        GeneratedConfig(32, 8, 4, 8, copy=1, entries=5, flush=flush),
+        GeneratedConfig(32, 8, 4, 8, copy=2, flush=flush),
+        GeneratedConfig(32, 8, 4, 8, copy=4, arranged=True, entries=5, flush=flush),
+        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, entries=5, flush=flush),
+        GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, flush=flush),
+        GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=4, entries=2, split=3, flush=flush),
+        GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=2, blocks=2, split=8, flush=flush),
+    ]
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("epilogue", [Epilogue(), FULL], ids=["plain", "full"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_other_batches_and_places_on_the_gpu(dtype: str) -> None:
-    """One runner for any batch, for slices that are not aligned, and for tiles that begin at other chunks."""
-    problem = replace(RES3, dtype=dtype, batch=4)  # type: ignore[arg-type]
+def test_any_batch_in_any_place_on_the_gpu(dtype: str, epilogue: Epilogue) -> None:
+    """One runner for any batch, and for slices that are not aligned."""
+    problem = replace(RES3, dtype=dtype, batch=4, epilogue=epilogue)  # type: ignore[arg-type]
     filter = sparse(problem, 0.08)
-    per_copy = (1, 2) if dtype == "fp16" else (1, 2, 4)
-    for copy in per_copy:
-        run = Generated().prepare(
-            problem,
-            filter,
-            None,
-            GeneratedConfig(32, 8, 4, 8, copy=copy, entries=5, flush=32 if dtype == "fp16" else 0),
-        )
+    bias = torch.randn(128) if epilogue.bias else None
+    for config in stagings(32 if dtype == "fp16" else 0):
+        run = Generated().prepare(problem, filter, bias, config)
         for batch in (0, 1, 4, 7):
             x = torch.randn(batch * 128 * 28 * 28 + 1, device="cuda", dtype=problem.torch_dtype)[1:]
             x = x.view(batch, 128, 28, 28)
-            expected = reference.conv2d(replace(problem, batch=batch), x, filter.to_dense().cuda())
-            y = run(x)
+            residual = torch.randn_like(x) if epilogue.residual else None
+            y = run(x, residual)
+            weight, more = filter.to_dense().cuda(), None if bias is None else bias.cuda()
+            expected = reference.conv2d(replace(problem, batch=batch), x, weight, more, residual)
             assert y.shape == expected.shape
-            assert batch == 0 or reference.compare(y, expected) <= reference.ERROR_BOUND[dtype]
+            assert batch == 0 or reference.compare(y, expected) <= reference.ERROR_BOUND[dtype], (config, batch)
+            assert torch.equal(run(x, residual), y), "not the same twice: a race"
 
 
 @pytest.mark.gpu
-def test_the_kernel_is_kept() -> None:
-    problem = replace(RES3, batch=1)
-    config = GeneratedConfig(32, 8, 4, 8)
-    text = Program.of(problem, sparse(problem, 0.02), config).text()
-    assert generated._kernel(text, torch.device("cuda:0")) is generated._kernel(text, torch.device("cuda:0"))
-    assert isinstance(generated._kernel(text, torch.device("cuda:0")), jit.Kernel)
+def test_the_binary_is_told() -> None:
+    run = Generated().prepare(replace(RES3, batch=1), sparse(RES3, 0.02), None, GeneratedConfig(32, 8, 4, 8))
+    assert len(run.binary.cubin) > 100_000  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -38,13 +38,17 @@ class GeneratedConfig:
         consumers: warps that run the code.
         producers: warps that copy the input.
         channel_block: input channels per stage.
-        copy: words per copy, 1, 2 or 4; 0 gathers the elements of a word one by one.
+        copy: words per copy, 1, 2 or 4; 0 copies all words of a channel at once, of an arranged input.
         stages: of the ring in shared memory.
         blocks: per multiprocessor that registers must leave room for.
         entries: places in the cycle of chunks at which tiles begin, so that multiprocessors that share an instruction
             cache bring in different parts of the code for each other.
         flush: 16-bit storage: products that are summed in 16 bits before they are added to a sum in float32; 0 sums
             all of them in 16 bits.
+        arranged: a kernel of its own (kernels/arrange.cu) lays out the input as words before, padding included. Words
+            of 16-bit storage then hold two images, so that no tap lies between words.
+        split: blocks of a cluster that share a tile and its rows, each for a part of the input channels; in the end
+            each adds up all parts of some rows.
     """
 
     rows: int
@@ -56,6 +60,8 @@ class GeneratedConfig:
     blocks: int = 1
     entries: int = 1
     flush: int = 0
+    arranged: bool = False
+    split: int = 1
 
     @property
     def threads(self) -> int:
@@ -118,7 +124,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Piece:
-    """The code of some output channels; a sum is named by its place among `rows`."""
+    """The code of some output channels and a part of the input channels; a sum is named by its place among `rows`."""
 
     rows: tuple[int, ...]
     chunks: tuple[Chunk, ...]
@@ -128,52 +134,54 @@ class Piece:
 class Words:
     """The sequence of words that tiles are cut from: all images' rows, in a pitch that leaves room for the padding.
 
-    A word is one position, or for 16-bit storage two neighbouring columns of a row.
+    A word is one position; for 16-bit storage two neighbouring columns of a row, or a position of two images.
 
     Attributes:
-        per_word: elements of a word.
+        columns, images: of a word; one of them is 1.
         pitch: words from row to row, a multiple of what is copied at once.
-        image_rows: rows from image to image.
+        image_rows: rows from image to image, or from pair to pair.
         left: columns in front of column 0 of the input in a row, so many that a row begins with a whole copy.
     """
 
     problem: Problem
-    per_word: int
+    columns: int
+    images: int
     pitch: int
     image_rows: int
     left: int
 
     @classmethod
-    def of(cls, problem: Problem, copy: int) -> Words:
+    def of(cls, problem: Problem, config: GeneratedConfig) -> Words:
         top, bottom, before, behind = problem.padding
-        per_word = elements_per_word(problem)
-        step = max(copy * per_word, 1)
+        elements, copy = elements_per_word(problem), 1 if config.arranged else config.copy
+        columns, images = (1, elements) if config.arranged else (elements, 1)
+        step = copy * columns
         left = -(-before // step) * step
-        columns = max(problem.width + max(left, behind), problem.out_width)
-        pitch = -(-columns // max(step, per_word)) * max(copy, 1)
-        return cls(problem, per_word, pitch, max(problem.height + max(top, bottom), problem.out_height), left)
+        width = max(problem.width + max(left, behind), problem.out_width)
+        rows = max(problem.height + max(top, bottom), problem.out_height)
+        return cls(problem, columns, images, -(-width // step) * copy, rows, left)
 
     def element(self, r: int, s: int) -> int:
         """The distance in elements from a position to what tap (r, s) reads for it in a channel of a stage."""
         p = self.problem
         column = s * p.dilation[1] - p.padding[2] + self.left
-        return r * p.dilation[0] * self.pitch * self.per_word + column
+        return r * p.dilation[0] * self.pitch * self.columns + column
 
     @property
     def reach(self) -> int:
         """How many words behind a word its last tap reads."""
-        return -(-self.element(self.problem.kernel[0] - 1, self.problem.kernel[1] - 1) // self.per_word)
+        return -(-self.element(self.problem.kernel[0] - 1, self.problem.kernel[1] - 1) // self.columns)
 
     def count(self, images: int) -> int:
         """Words of so many images, up to the last output."""
         p = self.problem
-        unused = (self.image_rows - p.out_height) * self.pitch + self.pitch - -(-p.out_width // self.per_word)
-        return images * self.image_rows * self.pitch - unused if images else 0
+        unused = (self.image_rows - p.out_height) * self.pitch + self.pitch - -(-p.out_width // self.columns)
+        return -(-images // self.images) * self.image_rows * self.pitch - unused if images else 0
 
     def positions(self, words: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """(image, row, column) of words, column that of the first element."""
+        """(image, row, column) of the first elements of words."""
         line = words // self.pitch
-        return line // self.image_rows, line % self.image_rows, words % self.pitch * self.per_word
+        return line // self.image_rows * self.images, line % self.image_rows, words % self.pitch * self.columns
 
 
 @dataclass(frozen=True)
@@ -187,13 +195,18 @@ class Program:
 
     @classmethod
     def of(cls, problem: Problem, filter: StretchedCSR, config: GeneratedConfig) -> Program:
-        """The program for a filter of stride 1."""
-        words = Words.of(problem, config.copy)
+        """The program for a filter of stride 1. TF32 problems have the one of fp32."""
+        if problem.dtype == "tf32":
+            problem = replace(problem, dtype="fp32")
+        if not config.arranged and (config.copy == 0 or problem.width % elements_per_word(problem)):
+            raise ValueError(f"{config} needs an arranged input: rows of {problem.width} elements are not whole copies")
+        words = Words.of(problem, config)
         rows, nnz = problem.out_channels // problem.groups, np.diff(filter.indptr)
         pieces = [
-            _piece(problem, filter, config, words, group, [group * rows + row for row in hand])
+            _piece(problem, filter, config, words, group, part, [group * rows + row for row in hand])
             for group in range(problem.groups)
             for hand in _deal(nnz[group * rows : (group + 1) * rows], config.rows)
+            for part in range(config.split)
         ]
         return cls(problem, config, words, tuple(pieces))
 
@@ -204,8 +217,17 @@ class Program:
 
     @property
     def shared_bytes(self) -> int:
-        """The ring, with two barriers per stage."""
-        return self.config.stages * (self.config.channel_block * self.channel_words * 4 + 16)
+        """The ring with two barriers per stage, and what channels that are split need to add up their sums."""
+        return shared_bytes(self.words, self.config, max(len(piece.rows) for piece in self.pieces))
+
+    @property
+    def hands(self) -> int:
+        """Into so many pieces the output channels are dealt."""
+        return len(self.pieces) // self.config.split
+
+    def arranged_words(self, images: int) -> int:
+        """Words of a channel of the arranged input."""
+        return self.tiles(images) * self.config.tile + self.channel_words - self.config.tile
 
     @property
     def steps(self) -> int:
@@ -228,31 +250,33 @@ class Program:
         y = np.full((images, p.out_channels, p.out_height, p.out_width), np.nan)
         for tile in range(self.tiles(images)):
             first = tile * self.config.tile
-            for piece in self.pieces:
-                sums = np.zeros((2, len(piece.rows), self.config.tile, w.per_word))
-                for chunk in piece.chunks:
+            for begin in range(0, len(self.pieces), self.config.split):
+                parts = self.pieces[begin : begin + self.config.split]
+                sums = np.zeros((2, len(parts[0].rows), self.config.tile, w.columns * w.images))
+                for chunk in (chunk for part in parts for chunk in part.chunks):
                     self._run_chunk(chunk, self._stage(x, chunk, first), sums)
                 image, row, column = w.positions(first + np.arange(self.config.tile))
-                for element in range(w.per_word):
-                    inside = (row < p.out_height) & (image < images) & (column + element < p.out_width)
-                    at = image[inside], row[inside], column[inside] + element
-                    for place, channel in enumerate(piece.rows):
+                for element in range(w.columns * w.images):
+                    n, c = image + element % w.images, column + element % w.columns
+                    inside = (row < p.out_height) & (n < images) & (c < p.out_width)
+                    at = n[inside], row[inside], c[inside]
+                    for place, channel in enumerate(parts[0].rows):
                         y[at[0], channel, at[1], at[2]] = sums.sum(0)[place, inside, element]
         return y
 
     def _stage(self, x: Floats, chunk: Chunk, first_word: int) -> Floats:
         p, w = self.problem, self.words
-        stage = np.full((self.config.channel_block, self.channel_words, w.per_word), np.nan)
+        stage = np.full((self.config.channel_block, self.channel_words, w.columns * w.images), np.nan)
         image, line, column = w.positions(first_word + np.arange(self.config.tile + w.reach))
         row = line - p.padding[0]
-        for element in range(w.per_word):
-            c = column - w.left + element
-            inside = (row >= 0) & (row < p.height) & (c >= 0) & (c < p.width) & (image < len(x))
+        for element in range(w.columns * w.images):
+            n, c = image + element % w.images, column - w.left + element % w.columns
+            inside = (row >= 0) & (row < p.height) & (c >= 0) & (c < p.width) & (n < len(x))
             for place, channel in enumerate(chunk.channels):
                 values = np.zeros(len(inside))
-                values[inside] = x[image[inside], channel, row[inside], c[inside]]
+                values[inside] = x[n[inside], channel, row[inside], c[inside]]
                 stage[place, : len(inside), element] = values
-        return stage.reshape(-1, w.per_word)
+        return stage.reshape(-1, w.columns * w.images)
 
     def _run_chunk(self, chunk: Chunk, stage: Floats, sums: Floats) -> None:
         word: dict[int, Floats] = {}
@@ -278,6 +302,26 @@ def channel_words(words: Words, config: GeneratedConfig) -> int:
     return -(-(config.tile + words.reach) // 4) * 4
 
 
+def shared_bytes(words: Words, config: GeneratedConfig, rows: int) -> int:
+    """Of a program with so many rows per piece, as generated.cuh lays it out."""
+    barriers = config.stages * 16
+    if config.split == 1:
+        return _ring_bytes(words, config, rows) + barriers
+    share = -(-rows // config.split)
+    return _ring_bytes(words, config, rows) + barriers + 16 + (config.split - 1) * share * config.tile * 4
+
+
+def _ring_bytes(words: Words, config: GeneratedConfig, rows: int) -> int:
+    """The stages; where channels are split the sums take their place."""
+    stages = config.stages * config.channel_block * channel_words(words, config) * 4
+    return stages if config.split == 1 else max(stages, -(-rows // config.split) * config.split * config.tile * 4)
+
+
+def part_channels(problem: Problem, config: GeneratedConfig) -> int:
+    """Input channels of a part, the last of which may have fewer."""
+    return -(-(problem.in_channels // problem.groups) // config.split)
+
+
 def _deal(nnz: NDArray[np.int32], rows: int) -> list[list[int]]:
     """Deals rows to pieces of at most so many rows and about as many nonzeros each."""
     count = -(-len(nnz) // rows)
@@ -293,21 +337,31 @@ def _deal(nnz: NDArray[np.int32], rows: int) -> list[list[int]]:
 
 
 def _piece(
-    problem: Problem, filter: StretchedCSR, config: GeneratedConfig, words: Words, group: int, rows: list[int]
+    problem: Problem,
+    filter: StretchedCSR,
+    config: GeneratedConfig,
+    words: Words,
+    group: int,
+    part: int,
+    rows: list[int],
 ) -> Piece:
-    """The code of some rows of a group: chunk by chunk, channel by channel, tap by tap."""
+    """The code of some rows of a group and a part of its channels: chunk by chunk, channel by channel, tap by tap."""
     span = [np.arange(filter.indptr[row], filter.indptr[row + 1]) for row in rows]
     entry = np.concatenate(span)
     place = np.repeat(np.arange(len(rows)), [len(part) for part in span])
+    each, channels = part_channels(problem, config), problem.in_channels // problem.groups
+    mine = filter.taps[0][entry] // each == part
+    entry, place = entry[mine], place[mine]
     channel, r, s = (taps[entry].astype(np.int64) for taps in filter.taps)
+    channel -= part * each
     element = np.array([words.element(int(i), int(j)) for i, j in zip(r, s, strict=True)], dtype=np.int64)
     order = np.lexsort((place, element, channel))
     nonzeros = zip(
         *(a[order].tolist() for a in (channel, element, place, filter.values[entry].astype(np.float64))), strict=True
     )
-    channels, block = problem.in_channels // problem.groups, config.channel_block
+    block = config.channel_block
     # Whole rounds of the ring: a chunk then always meets the same stage. The last chunks may be empty.
-    used = -(-channels // block)
+    used = -(-each // block)
     count = -(-used // config.stages) * config.stages
     steps: list[list[Step]] = [[] for _ in range(count)]
     held: dict[int, int] = {}  # words of the present channel, by offset
@@ -322,8 +376,8 @@ def _piece(
             if last is None or c != last[0]:
                 held = {}
             last = c, e
-            offset = c % block * channel_words(words, config) + e // words.per_word
-            odd = e % words.per_word
+            offset = c % block * channel_words(words, config) + e // words.columns
+            odd = e % words.columns
             for wanted in (offset, offset + 1)[: 1 + odd]:
                 if wanted not in held:
                     held[wanted] = registers[chunk]
@@ -339,8 +393,8 @@ def _piece(
         if config.flush and pending[row] == config.flush:
             code.append(Flush(row))
             pending[row] = 0
-    first = group * channels
-    bounds = [first + min(i * block, channels) for i in range(count + 1)]
+    first = part * each
+    bounds = [group * channels + min(first + min(i * block, each), channels) for i in range(count + 1)]
     chunks = [Chunk(range(bounds[i], bounds[i + 1]), tuple(code)) for i, code in enumerate(steps)]
     return Piece(tuple(rows), tuple(chunks))
 
@@ -352,35 +406,41 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
     yield f"// {c}"
     yield f"// {len(program.pieces)} pieces of code, {products} multiply-adds among {program.steps} steps"
     macros = {
-        "STORAGE": w.per_word - 1,
+        **_layout_macros(program),
+        "ARRANGED": int(c.arranged),
+        "BULK": int(c.copy == 0),
         "CONSUMERS": c.consumers,
         "PRODUCERS": c.producers,
         "THREADS": c.threads,
         "BLOCKS": c.blocks,
-        "PIECES": len(program.pieces),
-        "PIECES_PER_GROUP": len(program.pieces) // p.groups,
+        "PIECES": program.hands,
+        "PIECES_PER_GROUP": program.hands // p.groups,
+        "SPLIT": c.split,
         "CHUNKS": len(program.pieces[0].chunks),
         "CHANNEL_BLOCK": c.channel_block,
         "STAGES": c.stages,
         "ENTRIES": c.entries,
-        "GATHER": int(c.copy == 0),
         "COPY": max(c.copy, 1),
-        "CHANNELS": p.in_channels,
         "GROUP_CHANNELS": p.in_channels // p.groups,
-        "HEIGHT": p.height,
-        "WIDTH": p.width,
+        "PART_CHANNELS": part_channels(p, c),
         "OUT_CHANNELS": p.out_channels,
         "OUT_HEIGHT": p.out_height,
         "OUT_WIDTH": p.out_width,
-        "PITCH": w.pitch,
-        "IMAGE_ROWS": w.image_rows,
-        "TOP": p.padding[0],
-        "LEFT": w.left,
         "CHANNEL_WORDS": program.channel_words,
         "TILE_WORDS": c.tile,
         "STAGE_WORDS": c.tile + w.reach,
     }
+    if c.split > 1:
+        rows = max(len(piece.rows) for piece in program.pieces)
+        macros |= {
+            "ROWS": rows,
+            "RING_BYTES": _ring_bytes(w, c, rows),
+            "RESIDUAL": int(p.epilogue.residual),
+            "ACTIVATION": ["none", "relu", "relu6"].index(p.epilogue.activation),
+        }
     yield from (f"#define {name} {value}" for name, value in macros.items())
+    if c.split > 1:
+        yield from _tables(program, bias)
     yield '#include "generated.cuh"'
     yield ""
     yield "GENERATED {"
@@ -395,18 +455,52 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
     yield "}"
 
 
+def arrange_defines(program: Program, threads: int) -> dict[str, int]:
+    """The macros of kernels/arrange.cu."""
+    return {**_layout_macros(program), "THREADS": threads}
+
+
+def _layout_macros(program: Program) -> dict[str, int]:
+    p, w = program.problem, program.words
+    return {
+        "STORAGE": int(w.columns * w.images == 2),
+        "COLUMNS": w.columns,
+        "IMAGES": w.images,
+        "CHANNELS": p.in_channels,
+        "HEIGHT": p.height,
+        "WIDTH": p.width,
+        "PITCH": w.pitch,
+        "IMAGE_ROWS": w.image_rows,
+        "TOP": p.padding[0],
+        "LEFT": w.left,
+    }
+
+
+def _tables(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
+    """Which output channel each row of a piece is, -1 for none, and the bias of each output channel."""
+    p, split = program.problem, program.config.split
+    share = -(-max(len(piece.rows) for piece in program.pieces) // split)
+    channels = [list(piece.rows) for piece in program.pieces[::split]]
+    padded = [channel for rows in channels for channel in rows + [-1] * (share * split - len(rows))]
+    yield f"__constant__ int CHANNEL_OF[] = {{{', '.join(map(str, padded))}}};"
+    values = np.zeros(p.out_channels, np.float32) if bias is None else bias
+    yield f"__constant__ float BIAS[] = {{{', '.join(f'{float(value).hex()}f' for value in values)}}};"
+
+
 #: The operands of a piece of code, see generated.cuh.
 _PARITY, _WORDS, _FULL, _INSIDE, _FIRST_CHUNK, _RESIDUAL, _Y = (f"%{i}" for i in range(7))
 
 
 def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> Iterator[str]:
     """What a consumer does of a piece, as PTX: s are sums, f float32 sums behind 16-bit ones, x words of the input."""
-    c, fp32, rows = program.config, program.words.per_word == 1, len(piece.rows)
+    c, fp32, rows = program.config, _is_fp32(program), len(piece.rows)
+    if c.split > 1:
+        bias = None  # it is added when the parts are
     words = max(1, *(chunk.registers for chunk in piece.chunks))
     kind = "f32" if fp32 else "b32"
     yield f"{{ .reg .{kind} s<{rows}>; .reg .{kind} x<{words}>; .reg .f32 f<{2 * rows}>; .reg .f32 u; .reg .f32 v;"
     yield ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;"
-    yield ".reg .b64 d; .reg .pred first;"
+    yield ".reg .b64 d; .reg .b64 e; .reg .pred first;"
     yield "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;"
     for row, channel in enumerate(piece.rows):
         start = _f32(0.0 if bias is None else bias[channel])
@@ -436,7 +530,7 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
     if c.entries > 1:
         yield "bra CHUNK0;"
         yield "END:"
-    yield from _epilogue(program, piece, bias)
+    yield from _hand_over(program, piece) if c.split > 1 else _epilogue(program, piece, bias)
     yield "}"
 
 
@@ -460,14 +554,30 @@ def _halves(row: int) -> str:
     return f"mov.b32 {{h, g}}, s{row}; cvt.f32.f16 u, h; cvt.f32.f16 v, g;"
 
 
+def _hand_over(program: Program, piece: Piece) -> Iterator[str]:
+    """Writes the sums to shared memory, where the ring was."""
+    c, fp32 = program.config, _is_fp32(program)
+    yield f"bar.sync 1, {c.tile};"
+    for row in range(len(piece.rows)):
+        if c.flush:
+            yield f"{_halves(row)} add.f32 u, u, f{2 * row}; add.f32 v, v, f{2 * row + 1};"
+            yield f"cvt.rn.f16x2.f32 s{row}, v, u;"
+        yield f"st.shared.{'f32' if fp32 else 'b32'} [{_WORDS}+{row * c.tile * 4}], s{row};"
+
+
 def _epilogue(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> Iterator[str]:
-    p, c, fp32 = program.problem, program.config, program.words.per_word == 1
-    size = 4 if fp32 else 2
+    p, c, w, fp32 = program.problem, program.config, program.words, _is_fp32(program)
+    size, plane = (4 if fp32 else 2), p.out_height * p.out_width
     yield f"and.b32 t, {_INSIDE}, 1; setp.ne.u32 a, t, 0; and.b32 t, {_INSIDE}, 2; setp.ne.u32 b, t, 0;"
     yield f"add.u64 d, {_Y}, {_RESIDUAL};"
-    whole = fp32 or p.out_width % 2 == 0  # both elements of a word are outputs, or none is
+    # Where the second element of a word goes, and where its residual is.
+    second, second_residual, step = _Y, "d", 2
+    if w.images > 1:
+        second, second_residual, step = "e", "r", 0
+        yield f".reg .b64 r; add.u64 e, {_Y}, {p.out_channels * plane * size}; add.u64 r, e, {_RESIDUAL};"
+    whole = w.columns == 2 and p.out_width % 2 == 0  # both elements of a word are outputs, or none is
     for row, channel in enumerate(piece.rows):
-        at = channel * p.out_height * p.out_width * size
+        at = channel * plane * size
         if fp32:
             values = [f"s{row}"]
         else:
@@ -481,8 +591,8 @@ def _epilogue(program: Program, piece: Piece, bias: NDArray[np.float32] | None) 
                 yield f"mov.f32 f0, 0f00000000; @a ld.global.f32 f0, [d+{at}]; add.f32 s{row}, s{row}, f0;"
             else:
                 yield "mov.b16 h, 0; mov.b16 g, 0;"
-                yield f"@a ld.global.b16 h, [d+{at}]; @b ld.global.b16 g, [d+{at + 2}];"
-                yield "{ .reg .f32 r; cvt.f32.f16 r, h; add.f32 u, u, r; cvt.f32.f16 r, g; add.f32 v, v, r; }"
+                yield f"@a ld.global.b16 h, [d+{at}]; @b ld.global.b16 g, [{second_residual}+{at + step}];"
+                yield "{ .reg .f32 z; cvt.f32.f16 z, h; add.f32 u, u, z; cvt.f32.f16 z, g; add.f32 v, v, z; }"
         for value in values:
             if p.epilogue.activation != "none":
                 yield f"max.NaN.f32 {value}, {value}, 0f00000000;"
@@ -494,7 +604,11 @@ def _epilogue(program: Program, piece: Piece, bias: NDArray[np.float32] | None) 
             yield f"cvt.rn.f16x2.f32 s{row}, v, u; @a st.global.b32 [{_Y}+{at}], s{row};"
         else:
             yield "cvt.rn.f16.f32 h, u; cvt.rn.f16.f32 g, v;"
-            yield f"@a st.global.b16 [{_Y}+{at}], h; @b st.global.b16 [{_Y}+{at + 2}], g;"
+            yield f"@a st.global.b16 [{_Y}+{at}], h; @b st.global.b16 [{second}+{at + step}], g;"
+
+
+def _is_fp32(program: Program) -> bool:
+    return elements_per_word(program.problem) == 1
 
 
 def _f32(value: float) -> str:

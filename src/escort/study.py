@@ -8,16 +8,17 @@ at one precision is one result file, written anew after every item: a study that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from escort import bench, counters, results, suite
+from escort import bench, counters, planner, results, suite
 from escort.breakdown import marking, network_part_times, part_times
 from escort.findings import OURS, random_weights
 from escort.methods import Method, Runner, by_name, for_device
@@ -74,6 +75,8 @@ class Study:
     factories: Mapping[str, Network] = field(default_factory=dict)
     #: What :func:`compare` found, by network, layer and precision: other questions start from it.
     raced: dict[tuple[str, str, str], list[Row]] = field(default_factory=dict, repr=False)
+    #: Methods with what they prepared for layers still to be raced, by layer and method.
+    narrowed: dict[tuple[tuple[str, str, str], str], Narrowed] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.networks if name not in PAPER_BATCH]
@@ -98,8 +101,18 @@ class Study:
 
 
 def compare(study: Study, dtype: Precision) -> list[Item]:
-    """RQ1 and RQ3: every method on every layer at the published sparsities."""
-    return [Item(_label(layer), partial(_raced, study, layer)) for layer in _layers(study, dtype)]
+    """RQ1 and RQ3: every method on every layer at the published sparsities.
+
+    What is compiled for the layers' filters is compiled when the first of them is measured, all side by side.
+    """
+    layers = _layers(study, dtype)
+    compiled = cache(partial(_compile_ahead, study, layers))
+
+    def measure(layer: Layer) -> list[Row]:
+        compiled()
+        return _raced(study, layer)
+
+    return [Item(_label(layer), partial(measure, layer)) for layer in layers]
 
 
 def ablate(study: Study, dtype: Precision) -> list[Item]:
@@ -303,6 +316,7 @@ class Narrowed:
         self.name, self.device_type, self.config_type = method.name, method.device_type, method.config_type
         self.benchmarks = getattr(method, "benchmarks", ()) if configs is None else ()
         self._method, self._configs, self._most = method, configs, most
+        self._ready: dict[Any, Runner] = {}
 
     def unsupported(self, problem: Problem) -> str | None:
         return self._method.unsupported(problem)
@@ -311,7 +325,13 @@ class Narrowed:
         return self._configs or self._method.configs(problem, filter)[: self._most]
 
     def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Runner:
-        return self._method.prepare(problem, filter, bias, config)
+        ready = self._ready.pop(config, None)
+        return ready or self._method.prepare(problem, filter, bias, config)
+
+    def prepare_ahead(self, layer: Layer, config: Any) -> None:
+        """For a later `prepare` of the layer, which is told what fails here."""
+        with suppress(RuntimeError, ValueError):
+            self._ready[config] = self._method.prepare(layer.problem, layer.filter, None, config)
 
 
 def _layers(study: Study, dtype: Precision) -> list[Layer]:
@@ -332,14 +352,36 @@ def _label(layer: Layer) -> str:
     return f"{layer.network} {layer.name}"
 
 
+def _compile_ahead(study: Study, layers: Sequence[Layer]) -> None:
+    """Prepares the methods that compile a kernel for each filter, for the layers that are still to be raced."""
+    jobs = []
+    for layer in layers:
+        if _key(layer) in study.raced:
+            continue
+        for method in for_device(study.device):
+            if planner.is_compiled(method) and method.unsupported(layer.problem) is None:
+                configs = list(method.configs(layer.problem, layer.filter)[: study.search])
+                narrowed = study.narrowed[_key(layer), method.name] = Narrowed(method, configs)
+                jobs += [partial(narrowed.prepare_ahead, layer, config) for config in configs]
+    planner.on_all_cores(jobs)
+
+
 def _race(study: Study, layer: Layer, methods: Sequence[Method]) -> list[Row]:
-    narrowed = [m if isinstance(m, Narrowed) else Narrowed(m, most=study.search) for m in methods]
+    def narrow(method: Method) -> Method:
+        ready = study.narrowed.pop((_key(layer), method.name), None)
+        return ready or Narrowed(method, most=study.search)
+
+    narrowed = [m if isinstance(m, Narrowed) else narrow(m) for m in methods]
     return suite.measure_layer(layer, methods=narrowed, seed=study.seed, budget_s=study.budget_s)
+
+
+def _key(layer: Layer) -> tuple[str, str, str]:
+    return layer.network, layer.name, layer.problem.dtype
 
 
 def _raced(study: Study, layer: Layer) -> list[Row]:
     """All methods on a layer, measured once per study."""
-    key = layer.network, layer.name, layer.problem.dtype
+    key = _key(layer)
     if key not in study.raced:
         study.raced[key] = _race(study, layer, for_device(study.device))
     return study.raced[key]

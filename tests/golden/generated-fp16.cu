@@ -1,30 +1,35 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp16 on cpu, padding (1, 1, 1, 1), then bias+relu6
-// GeneratedConfig(rows=3, consumers=1, producers=1, channel_block=2, copy=1, stages=2, blocks=1, entries=1, flush=1)
+// GeneratedConfig(rows=3, consumers=1, producers=1, channel_block=2, copy=1, stages=2, blocks=1, entries=1, flush=1, arranged=False, split=1)
 // 1 pieces of code, 4 multiply-adds among 15 steps
 #define STORAGE 1
+#define COLUMNS 2
+#define IMAGES 1
+#define CHANNELS 2
+#define HEIGHT 6
+#define WIDTH 6
+#define PITCH 4
+#define IMAGE_ROWS 7
+#define TOP 1
+#define LEFT 2
+#define ARRANGED 0
+#define BULK 0
 #define CONSUMERS 1
 #define PRODUCERS 1
 #define THREADS 64
 #define BLOCKS 1
 #define PIECES 1
 #define PIECES_PER_GROUP 1
+#define SPLIT 1
 #define CHUNKS 2
 #define CHANNEL_BLOCK 2
 #define STAGES 2
 #define ENTRIES 1
-#define GATHER 0
 #define COPY 1
-#define CHANNELS 2
 #define GROUP_CHANNELS 2
-#define HEIGHT 6
-#define WIDTH 6
+#define PART_CHANNELS 2
 #define OUT_CHANNELS 3
 #define OUT_HEIGHT 6
 #define OUT_WIDTH 6
-#define PITCH 4
-#define IMAGE_ROWS 7
-#define TOP 1
-#define LEFT 2
 #define CHANNEL_WORDS 44
 #define TILE_WORDS 32
 #define STAGE_WORDS 42
@@ -36,7 +41,7 @@ GENERATED {
     asm volatile(
         "{ .reg .b32 s<3>; .reg .b32 x<7>; .reg .f32 f<6>; .reg .f32 u; .reg .f32 v;\n"
         ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;\n"
-        ".reg .b64 d; .reg .pred first;\n"
+        ".reg .b64 d; .reg .b64 e; .reg .pred first;\n"
         "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;\n"
         "mov.b32 s0, 0;\n"
         "mov.f32 f0, 0f3F800000; mov.f32 f1, 0f3F800000;\n"

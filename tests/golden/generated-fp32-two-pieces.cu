@@ -1,30 +1,35 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp32 on cpu, padding (1, 1, 1, 1), then bias+residual+relu
-// GeneratedConfig(rows=2, consumers=1, producers=1, channel_block=1, copy=2, stages=2, blocks=1, entries=2, flush=0)
+// GeneratedConfig(rows=2, consumers=1, producers=1, channel_block=1, copy=2, stages=2, blocks=1, entries=2, flush=0, arranged=False, split=1)
 // 2 pieces of code, 4 multiply-adds among 8 steps
 #define STORAGE 0
+#define COLUMNS 1
+#define IMAGES 1
+#define CHANNELS 2
+#define HEIGHT 6
+#define WIDTH 6
+#define PITCH 8
+#define IMAGE_ROWS 7
+#define TOP 1
+#define LEFT 2
+#define ARRANGED 0
+#define BULK 0
 #define CONSUMERS 1
 #define PRODUCERS 1
 #define THREADS 64
 #define BLOCKS 1
 #define PIECES 2
 #define PIECES_PER_GROUP 2
+#define SPLIT 1
 #define CHUNKS 2
 #define CHANNEL_BLOCK 1
 #define STAGES 2
 #define ENTRIES 2
-#define GATHER 0
 #define COPY 2
-#define CHANNELS 2
 #define GROUP_CHANNELS 2
-#define HEIGHT 6
-#define WIDTH 6
+#define PART_CHANNELS 2
 #define OUT_CHANNELS 3
 #define OUT_HEIGHT 6
 #define OUT_WIDTH 6
-#define PITCH 8
-#define IMAGE_ROWS 7
-#define TOP 1
-#define LEFT 2
 #define CHANNEL_WORDS 52
 #define TILE_WORDS 32
 #define STAGE_WORDS 51
@@ -36,7 +41,7 @@ GENERATED {
     asm volatile(
         "{ .reg .f32 s<1>; .reg .f32 x<1>; .reg .f32 f<2>; .reg .f32 u; .reg .f32 v;\n"
         ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;\n"
-        ".reg .b64 d; .reg .pred first;\n"
+        ".reg .b64 d; .reg .b64 e; .reg .pred first;\n"
         "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;\n"
         "mov.f32 s0, 0f3F800000;\n"
         "mov.b32 left, 2;\n"
@@ -66,7 +71,7 @@ GENERATED {
     asm volatile(
         "{ .reg .f32 s<2>; .reg .f32 x<1>; .reg .f32 f<4>; .reg .f32 u; .reg .f32 v;\n"
         ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;\n"
-        ".reg .b64 d; .reg .pred first;\n"
+        ".reg .b64 d; .reg .b64 e; .reg .pred first;\n"
         "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;\n"
         "mov.f32 s0, 0fBF800000;\n"
         "mov.f32 s1, 0f00000000;\n"

@@ -9,8 +9,8 @@ all warps of a multiprocessor together. So the search wants many warps per block
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,18 +24,29 @@ from escort.sparse import StretchedCSR
 
 _STEPS_PER_S = 4000.0  # that one core assembles
 _MOST_CONFIGS = 8
+_LEAST_ROWS, _MOST_ROWS = 8, 128  # of a piece
+_INSTRUCTION_BYTES = 16
+_APART_STAGES = 2  # few, so that there are places to begin at
+_ARRANGE_THREADS, _ARRANGE_WORDS = 128, 4  # of a block, and words of a thread
 _MOST_BYTES = 2**31 - 1
 #: Products of a row that may be summed in fp16 alone: a relative error of about 1.7e-3, of 2e-3 allowed.
 _MOST_HALF_SUMS = 144
 
-# The model of the machine, in clocks of a multiprocessor, as measured on an H200 (docs/performance.md).
-_CLOCK_MHZ = 1980.0
-_LAUNCH = 8000.0
-_ISSUE = 2.4  # instructions per clock, all warps together
-_COLD, _SHARED = 0.105, 0.16  # instructions per clock that arrive from the L2 cache, and where tiles begin apart
-_HOT_STEPS = 6000  # what stays in the instruction cache that multiprocessors share
-_COPY = 60.0  # per copy of a producer warp
-_CHUNK, _ROW = 10, 3  # instructions around the steps of a chunk, and per output
+# The model of the machine, in clocks of a multiprocessor, fitted to 261 timings on an H200 (docs/performance.md).
+_CLOCK_MHZ = 1850.0
+_LAUNCH_US = 2.5
+_ISSUE = 2.8  # instructions per clock, all warps together
+_COLD = 0.125  # instructions per clock that arrive from the L2 cache
+_HOT_BYTES, _LOST_BYTES = 120e3, 144e3  # code that stays in an instruction cache, and code of which nothing stays
+_LOST, _APART = 0.37, 0.09  # lost code arrives so much later; so much of that is left where tiles begin apart
+_SECOND_BLOCK = 0.2  # so much later arrives code for two blocks, which are seldom at the same place of it
+_L2 = 17.0  # bytes per clock that reach a multiprocessor when all of them read
+_COPY, _COPY_ISSUE = 50.0, 8.4  # per copy of a producer warp, and instructions for it
+_CHUNK, _ROW = 8.0, 8.8  # instructions around the steps of a chunk, and per element of an output
+_SPARE_REGISTERS, _TIGHT = 28, 1.1  # with fewer beside the sums, reads come right before their use
+_ADD_PARTS = 7000.0  # of channels that are split
+_CLUSTERED = 0.91  # of the multiprocessors take part where clusters of more than two blocks must fit
+_ARRANGE_US, _ARRANGE_RATE = 3.0, 3.3e6  # of the kernel that lays out the input; bytes per us
 
 
 class Generated:
@@ -70,7 +81,7 @@ class Generated:
         ranked = sorted(candidates(problem, filter, gpu), key=lambda c: predict_us(problem, filter, c, gpu))
         chosen, alike = list[GeneratedConfig](), set[tuple[int, ...]]()
         for config in ranked:
-            shape = config.rows, config.threads * config.blocks, config.entries
+            shape = config.rows, config.threads * config.blocks // 128, config.arranged, config.split
             if shape not in alike:
                 alike.add(shape)
                 chosen.append(config)
@@ -98,7 +109,7 @@ class Generated:
         check, out_shape, most = input_check(problem), problem.output_shape[1:], _most_images(program)
         blocks = Gpu.of(problem.device).multiprocessors * config.blocks
         alignment = max(config.copy * 4, problem.torch_dtype.itemsize)
-        pieces = len(program.pieces)
+        arrange = _arrange(program, device) if config.arranged else None
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
@@ -106,14 +117,21 @@ class Generated:
             if images > most:
                 raise ValueError(f"the kernel addresses {most} images of this size at most, got {images}")
             x = x.contiguous()
-            if x.data_ptr() % alignment:
-                x = x.clone()  # the kernel copies several elements at once
             if residual is not None:
                 residual = residual.contiguous()
             y = torch.empty((images, *out_shape), dtype=x.dtype, device=device)
-            if images:
-                tiles = program.tiles(images)
-                launch((min(tiles * pieces, blocks), 1, 1), x, y, residual, images, tiles)
+            if not images:
+                return y
+            if arrange is not None:
+                x = arrange(x)
+            elif x.data_ptr() % alignment:
+                x = x.clone()  # the kernel copies several elements at once
+            tiles = program.tiles(images)
+            items = tiles * program.hands
+            # Blocks take several items in turn, but clusters only one.
+            launch(
+                (items * config.split if config.split > 1 else min(items, blocks), 1, 1), x, y, residual, images, tiles
+            )
             return y
 
         return _Generated(kernel.binary, run)
@@ -128,37 +146,72 @@ class _Generated:
         return self.run(x, residual)
 
 
+def _arrange(program: Program, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What lays out an input, as kernels/arrange.cu says."""
+    problem, defines = program.problem, codegen.arrange_defines(program, _ARRANGE_THREADS)
+    kernel = jit.kernel("arrange.cu", defines, device)
+    overlap = torch.cuda.get_device_capability(device) >= (9, 0)
+    launch = kernel.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, int, int), overlap=overlap)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        words = program.arranged_words(len(x))
+        arranged = torch.empty((problem.in_channels, words), dtype=torch.int32, device=device)
+        blocks = -(-words // (_ARRANGE_WORDS * _ARRANGE_THREADS)), min(problem.in_channels, 65535), 1
+        launch(blocks, x, arranged, len(x), words)
+        return arranged
+
+    return run
+
+
 def _most_images(program: Program) -> int:
     """What 32-bit numbers of words reach, with a tile to spare."""
-    return (_MOST_BYTES - program.config.tile - program.words.reach) // (program.words.image_rows * program.words.pitch)
+    return (
+        (_MOST_BYTES - program.config.tile - program.words.reach)
+        // (program.words.image_rows * program.words.pitch)
+        * program.words.images
+    )
 
 
 def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[GeneratedConfig]:
-    """The search space: every config that fits the device."""
-    per_word, group_rows = codegen.elements_per_word(problem), problem.out_channels // problem.groups
-    copies = [0] if per_word == 2 and problem.width % 2 else [1, 2, 4]
+    """The search space: every config that fits the device and leaves few multiprocessors idle in the last round."""
+    half, group_rows = codegen.elements_per_word(problem) == 2, problem.out_channels // problem.groups
     nnz = int(np.diff(filter.indptr).max(initial=0))
-    for rows in sorted({min(rows, group_rows) for rows in (16, 24, 32, 40, 48, 64, 96, 128)}):
-        for warps, blocks in ((12, 1), (16, 1), (20, 1), (24, 1), (28, 1), (32, 1), (10, 2), (12, 2), (16, 2)):
-            registers = min(65536 // (LANES * -(-warps * blocks // 4) * 4) // 8 * 8, 255)
-            flush = 32 if per_word == 2 and nnz > _MOST_HALF_SUMS else 0
-            if rows * (3 if flush else 1) + 14 > registers:
-                continue
-            for producers in (2, 3, 4, 6, 8):
-                for copy in copies:
-                    step = copy * per_word * problem.torch_dtype.itemsize
-                    row_bytes = problem.width * problem.torch_dtype.itemsize
-                    if copy and (row_bytes % (copy * 4) or (step and row_bytes * problem.height % (copy * 4))):
+    channels = problem.in_channels // problem.groups
+    hands = range(-(-group_rows // _MOST_ROWS), max(group_rows // _LEAST_ROWS, 1) + 1)
+    for copy, arranged, producers, split in _stagings(problem, gpu):
+        words = Words.of(problem, GeneratedConfig(1, 1, 1, 1, copy=copy, arranged=arranged))
+        flush = 32 if half and nnz > _MOST_HALF_SUMS * split else 0
+        for rows in sorted({-(-group_rows // hand) for hand in hands}):
+            for blocks, consumers in ((b, c) for b in (1, 2) for c in range(6, 32 // b - producers + 1)):
+                registers = _registers(GeneratedConfig(rows, consumers, producers, 1, blocks=blocks), gpu)
+                if rows * (3 if flush else 1) + 14 > registers:
+                    continue
+                for block in (8, 4, 16):
+                    chunks = -(-channels // (split * block))
+                    stages = min((4, 3, 2), key=lambda stages: -(-chunks // stages) * stages)
+                    config = GeneratedConfig(
+                        rows, consumers, producers, block, copy, stages, blocks, 1, flush, arranged, split
+                    )
+                    if blocks * (codegen.shared_bytes(words, config, rows) + 1024) > gpu.shared_bytes + 1024:
                         continue
-                    for block in (4, 8, 16):
-                        for entries in (1, 8):
-                            config = GeneratedConfig(
-                                rows, warps - producers, producers, block, copy, 3, blocks, entries, flush
-                            )
-                            words = Words.of(problem, copy)
-                            ring = config.stages * (block * codegen.channel_words(words, config) * 4 + 16)
-                            if blocks * (ring + 1024) <= gpu.shared_bytes + 1024:
-                                yield config
+                    items, slots = _items(problem, words, config), _slots(config, gpu)
+                    if items > slots and items < 0.75 * slots * -(-items // slots):
+                        continue
+                    yield config
+                    if items > slots and chunks >= 4 * _APART_STAGES:
+                        yield replace(config, stages=_APART_STAGES, entries=8)
+
+
+def _stagings(problem: Problem, gpu: Gpu) -> Iterator[tuple[int, bool, int, int]]:
+    """The ways to stage the input: (copy, arranged, producers, split)."""
+    per_word, itemsize = codegen.elements_per_word(problem), problem.torch_dtype.itemsize
+    for copy in (4, 2, 1):
+        if problem.width * itemsize % (copy * 4) == 0 and problem.width % per_word == 0:
+            yield from ((copy, False, producers, 1) for producers in (2, 3, 4, 6, 8))
+    if gpu.capability < (9, 0):
+        yield from ((4, True, producers, 1) for producers in (2, 4))
+    else:
+        yield from ((0, True, 1, split) for split in (1, 2, 4) if split <= problem.in_channels // problem.groups)
 
 
 def _pieces(problem: Problem, config: GeneratedConfig) -> int:
@@ -171,29 +224,56 @@ def _piece_steps(problem: Problem, filter: StretchedCSR, config: GeneratedConfig
     rows = problem.out_channels / pieces
     density = filter.nnz / math.prod(problem.weight_shape)
     taps = math.prod(problem.weight_shape[1:])
-    reads = 1.0 if codegen.elements_per_word(problem) == 1 else 1.6  # odd taps join two words
-    return filter.nnz / pieces + reads * taps * (1.0 - (1.0 - density) ** rows)
+    reads = 1.0 if config.arranged or codegen.elements_per_word(problem) == 1 else 1.6  # odd taps join two words
+    return (filter.nnz / pieces + reads * taps * (1.0 - (1.0 - density) ** rows)) / config.split
+
+
+def _items(problem: Problem, words: Words, config: GeneratedConfig) -> int:
+    """Pairs of a piece and a tile, for each part of the channels."""
+    return _pieces(problem, config) * config.split * -(-words.count(max(problem.batch, 1)) // config.tile)
+
+
+def _registers(config: GeneratedConfig, gpu: Gpu) -> int:
+    """That a thread may have; each quarter of a multiprocessor shares its own among its warps."""
+    warps = -(-(config.consumers + config.producers) * config.blocks // 4) * 4
+    return min(gpu.registers // (LANES * warps) // 8 * 8, 255)
+
+
+def _slots(config: GeneratedConfig, gpu: Gpu) -> int:
+    """Blocks that run at a time."""
+    if config.split <= 2:
+        return gpu.multiprocessors * config.blocks
+    return int(gpu.multiprocessors * _CLUSTERED) // config.split * config.split * config.blocks
 
 
 def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, gpu: Gpu) -> float:
     """The model of the machine: what bounds a tile, times the tiles that a multiprocessor computes in turn."""
-    words = Words.of(problem, config.copy)
-    pieces, tiles = _pieces(problem, config), -(-words.count(max(problem.batch, 1)) // config.tile)
-    channels = problem.in_channels // problem.groups
-    chunks = -(-channels // config.channel_block)
-    steps = _piece_steps(problem, filter, config) + _CHUNK * chunks + _ROW * config.rows
-    copied = max(config.copy, 1) * LANES * config.producers
-    slots = -(-(config.tile + words.reach) // copied)
-    copies = slots * channels * (2 if config.copy == 0 else 1)
-    issue = (steps * config.consumers + 5 * copies * config.producers) / _ISSUE * config.blocks
-    registers = 65536 // (LANES * (config.consumers + config.producers) * config.blocks)
-    if registers < config.rows + 28:  # reads are not hidden behind multiply-adds
-        issue *= 1.1
-    fetch = _SHARED if config.entries > 1 else _COLD
-    rounds = -(-pieces * tiles // (gpu.multiprocessors * config.blocks))
-    cold = rounds if steps * min(pieces, rounds) > _HOT_STEPS else 1
-    busy = max(issue, copies * _COPY)
-    if rounds == 1 and config.entries > 1:
-        fetch = _COLD  # too few tiles run the same code at the same time
-    clocks = cold * max(busy, steps / fetch) + (rounds - cold) * busy
-    return (_LAUNCH + clocks) / _CLOCK_MHZ
+    words = Words.of(problem, config)
+    items, slots = _items(problem, words, config), _slots(config, gpu)
+    tiles, rounds = items // (_pieces(problem, config) * config.split), -(-items // slots)
+    channels = codegen.part_channels(problem, config)
+    chunks = -(-channels // (config.channel_block * config.stages)) * config.stages
+    elements = words.columns * words.images
+    steps = _piece_steps(problem, filter, config) + _CHUNK * chunks + _ROW * config.rows * elements
+    issued, copying = steps * config.consumers, 0.0
+    stage_bytes = channels * codegen.channel_words(words, config) * 4
+    if config.copy:
+        copies = -(-(config.tile + words.reach) // (config.copy * LANES * config.producers)) * channels
+        issued, copying = issued + _COPY_ISSUE * copies * config.producers, _COPY * copies
+    if _registers(config, gpu) < config.rows + _SPARE_REGISTERS:
+        issued *= _TIGHT
+    busy = max(issued / _ISSUE * config.blocks, stage_bytes / _L2 * config.blocks, copying)
+    # Code is cold when a multiprocessor meets it first, and each time where it does not stay.
+    lost = min(max((steps * _INSTRUCTION_BYTES - _HOT_BYTES) / (_LOST_BYTES - _HOT_BYTES), 0.0), 1.0)
+    late = 1.0 + lost * _LOST * (1.0 if min(config.entries, chunks // config.stages) < 4 else _APART)
+    cold = max(busy, steps / _COLD * late * (1.0 + _SECOND_BLOCK * (config.blocks - 1)))
+    first = min(rounds, -(-rounds * min(items, slots) // tiles), items // tiles)
+    met = first + lost * (rounds - first)
+    clocks = met * cold + (rounds - met) * busy + (_ADD_PARTS if config.split > 1 else 0.0)
+    arrange_us = 0.0
+    if config.arranged:
+        arranged = problem.in_channels * words.count(max(problem.batch, 1)) * 4
+        arrange_us = (
+            _ARRANGE_US + (arranged + math.prod(problem.input_shape) * problem.torch_dtype.itemsize) / _ARRANGE_RATE
+        )
+    return _LAUNCH_US + arrange_us + clocks / _CLOCK_MHZ
