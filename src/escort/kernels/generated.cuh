@@ -36,6 +36,8 @@ typedef Element Input;
 #define RING_BYTES (STAGES * STAGE_BYTES)
 #endif
 
+#define SIDE_BY_SIDE 4  // channels, whose copies then need one address
+
 extern __shared__ __align__(128) char shared[];
 
 // Shared addresses: the stages, then a barrier per stage that says it is full, and one that says it is empty.
@@ -159,6 +161,16 @@ __device__ __forceinline__ void copy_or_zero(u32 to, const Input* from, bool zer
                : "memory");
 }
 
+// This thread's copies of a channel that lies `ahead` of where `from` points.
+__device__ __forceinline__ void copy_channel(u32 to, const Input* const* from, long long ahead, const bool* inside) {
+  const u32 thread = threadIdx.x - CONSUMERS * LANES;
+#pragma unroll
+  for (int i = 0; i < SLOTS; i++) {
+    if ((i + 1) * PRODUCERS * LANES * COPY <= STAGE_WORDS || (i * PRODUCERS * LANES + thread) * COPY < STAGE_WORDS)
+      copy_or_zero(to + i * PRODUCERS * LANES * COPY * 4, from[i] + ahead, !inside[i]);
+  }
+}
+
 // Fills the ring with the input of one tile after the other.
 __device__ __forceinline__ void produce(const Ring ring, const Input* x, int images, u32 tiles, u32 part) {
   const u32 thread = threadIdx.x - CONSUMERS * LANES;
@@ -193,15 +205,20 @@ __device__ __forceinline__ void produce(const Ring ring, const Input* x, int ima
       const int channels = min(CHANNEL_BLOCK, part_channels(part) - (int)chunk * CHANNEL_BLOCK);
       u32 to = ring.stages + stage * STAGE_BYTES + thread * COPY * 4;
       barrier_wait(ring.empty + stage * 8, parity);
+      int c = 0;
 #pragma unroll 1
-      for (int c = 0; c < channels; c++) {
+      for (; c + SIDE_BY_SIDE <= channels; c += SIDE_BY_SIDE) {
 #pragma unroll
-        for (int i = 0; i < SLOTS; i++) {
-          if ((i + 1) * PRODUCERS * LANES * COPY <= STAGE_WORDS ||
-              (i * PRODUCERS * LANES + thread) * COPY < STAGE_WORDS)
-            copy_or_zero(to + i * PRODUCERS * LANES * COPY * 4, from[i], !inside[i]);
-          from[i] += channel_step;
-        }
+        for (int b = 0; b < SIDE_BY_SIDE; b++) copy_channel(to + b * CHANNEL_WORDS * 4, from, b * channel_step, inside);
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++) from[i] += SIDE_BY_SIDE * channel_step;
+        to += SIDE_BY_SIDE * CHANNEL_WORDS * 4;
+      }
+#pragma unroll 1
+      for (; c < channels; c++) {
+        copy_channel(to, from, 0, inside);
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++) from[i] += channel_step;
         to += CHANNEL_WORDS * 4;
       }
       asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(ring.full + stage * 8) : "memory");

@@ -32,19 +32,18 @@ _MOST_BYTES = 2**31 - 1
 #: Products of a row that may be summed in fp16 alone: a relative error of about 1.7e-3, of 2e-3 allowed.
 _MOST_HALF_SUMS = 144
 
-# The model of the machine, in clocks of a multiprocessor, fitted to 261 timings on an H200 (docs/performance.md).
+# The model of the machine, in clocks of a multiprocessor, fitted to 573 timings on an H200 (docs/performance.md).
 _CLOCK_MHZ = 1850.0
-_LAUNCH_US = 2.5
-_ISSUE = 2.8  # instructions per clock, all warps together
-_COLD = 0.125  # instructions per clock that arrive from the L2 cache
-_HOT_BYTES, _LOST_BYTES = 120e3, 144e3  # code that stays in an instruction cache, and code of which nothing stays
-_LOST, _APART = 0.37, 0.09  # lost code arrives so much later; so much of that is left where tiles begin apart
-_SECOND_BLOCK = 0.2  # so much later arrives code for two blocks, which are seldom at the same place of it
+_LAUNCH_US = 2.0
+_ISSUE = 3.05  # instructions per clock, all warps together
+_COLD, _SHARERS = 0.168, 350.0  # instructions per clock that arrive from the L2 cache; half of that for so many at once
+_HOT_BYTES, _LOST_BYTES = 88e3, 214e3  # code that stays in the instruction caches, and code of which nothing stays
+_LOST = 0.43  # lost code arrives so much later
 _L2 = 17.0  # bytes per clock that reach a multiprocessor when all of them read
-_COPY, _COPY_ISSUE = 50.0, 8.4  # per copy of a producer warp, and instructions for it
-_CHUNK, _ROW = 8.0, 8.8  # instructions around the steps of a chunk, and per element of an output
-_SPARE_REGISTERS, _TIGHT = 28, 1.1  # with fewer beside the sums, reads come right before their use
-_ADD_PARTS = 7000.0  # of channels that are split
+_COPY, _COPY_ISSUE = 34.0, 8.0  # per copy of a producer warp, and instructions for it
+_CHUNK, _ROW = 18.0, 7.0  # instructions around the steps of a chunk, and per element of an output
+_SPARE_REGISTERS, _TIGHT = 28, 1.12  # with fewer beside the sums, reads come right before their use
+_ADD_PARTS = 4700.0  # of channels that are split
 _CLUSTERED = 0.91  # of the multiprocessors take part where clusters of more than two blocks must fit
 _ARRANGE_US, _ARRANGE_RATE = 3.0, 3.3e6  # of the kernel that lays out the input; bytes per us
 
@@ -263,10 +262,13 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
     if _registers(config, gpu) < config.rows + _SPARE_REGISTERS:
         issued *= _TIGHT
     busy = max(issued / _ISSUE * config.blocks, stage_bytes / _L2 * config.blocks, copying)
-    # Code is cold when a multiprocessor meets it first, and each time where it does not stay.
-    lost = min(max((steps * _INSTRUCTION_BYTES - _HOT_BYTES) / (_LOST_BYTES - _HOT_BYTES), 0.0), 1.0)
-    late = 1.0 + lost * _LOST * (1.0 if min(config.entries, chunks // config.stages) < 4 else _APART)
-    cold = max(busy, steps / _COLD * late * (1.0 + _SECOND_BLOCK * (config.blocks - 1)))
+    # Code is cold when a multiprocessor meets it first, and each time where it does not stay. What wants to stay is
+    # the code of all pieces that run at the same time.
+    code = steps * _INSTRUCTION_BYTES * min(items / tiles, 1.0 + slots / tiles)
+    lost = min(max((code - _HOT_BYTES) / (_LOST_BYTES - _HOT_BYTES), 0.0), 1.0)
+    places = max(min(config.entries, chunks // config.stages), 1)
+    late = (1.0 + min(tiles, slots) / places / _SHARERS) * (1.0 + _LOST * lost)
+    cold = max(busy, steps / _COLD * late)
     first = min(rounds, -(-rounds * min(items, slots) // tiles), items // tiles)
     met = first + lost * (rounds - first)
     clocks = met * cold + (rounds - met) * busy + (_ADD_PARTS if config.split > 1 else 0.0)
