@@ -28,7 +28,6 @@ def sparse(problem: Problem, density: float) -> StretchedCSR:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"stride": (2, 2)}, "stride 1 only"),
         ({"dtype": "bf16"}, "fp32 and fp16"),
         ({"groups": 32}, "fewer than 8 output channels"),
         ({"height": 4096, "width": 4096}, "2 GiB"),

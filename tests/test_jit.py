@@ -20,7 +20,10 @@ import pytest
 import torch
 
 from escort import cache, compiler, jit
+from escort.codegen import GeneratedConfig, Program, arrange_defines
 from escort.methods import direct_cuda
+from escort.problem import Problem
+from escort.sparse import StretchedCSR
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 #: y[i] = factor * FACTOR * x[i] + shift for i < count; x may be null, then it counts as ones.
@@ -75,10 +78,21 @@ MOST_SPILLED = 96
 # Compiling
 
 
+def arrange_variants() -> list[tuple[str, dict[str, int | str], int]]:
+    """Source, defines and budget of registers of what lays out inputs: one image or two per word, one plane or four."""
+    config = GeneratedConfig(8, 4, 1, 4, copy=0, arranged=True)
+    variants = []
+    for dtype, stride in (("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)):
+        problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
+        filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+        variants.append(("arrange.cu", arrange_defines(Program.of(problem, filter, config), 128), 48))
+    return variants
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_keeps_to_its_budget(arch: str) -> None:
     """Registers are as many as each variant states; at most a few values outside the inner loops are spilled."""
-    variants = direct_cuda.variants()
+    variants = direct_cuda.variants() + arrange_variants()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         binaries = list(pool.map(lambda variant: jit.compile(*variant[:2], arch), variants))
     for (source, defines, budget), binary in zip(variants, binaries, strict=True):
@@ -87,7 +101,8 @@ def test_every_kernel_keeps_to_its_budget(arch: str) -> None:
 
 
 def test_every_source_has_a_budget() -> None:
-    assert {path.name for path in compiler.KERNELS.glob("*.cu")} == {source for source, _, _ in direct_cuda.variants()}
+    variants = direct_cuda.variants() + arrange_variants()
+    assert {path.name for path in compiler.KERNELS.glob("*.cu")} == {source for source, _, _ in variants}
 
 
 @pytest.mark.parametrize("arch", ARCHS)

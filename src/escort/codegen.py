@@ -134,13 +134,17 @@ class Piece:
 class Words:
     """The sequence of words that tiles are cut from: all images' rows, in a pitch that leaves room for the padding.
 
-    A word is one position; for 16-bit storage two neighbouring columns of a row, or a position of two images.
+    A word is one position; for 16-bit storage two neighbouring columns of a row, or a position of two images. A strided
+    convolution has a plane of words for each phase, the input's rows and columns at a distance of the stride: between
+    planes it has stride 1.
 
     Attributes:
         columns, images: of a word; one of them is 1.
         pitch: words from row to row, a multiple of what is copied at once.
         image_rows: rows from image to image, or from pair to pair.
-        left: columns in front of column 0 of the input in a row, so many that a row begins with a whole copy.
+        top, left: rows above and columns in front of the first of the input in a plane, the latter so many that a row
+            begins with a whole copy.
+        phases: first row and column of each plane; one plane holds all where the stride is 1.
     """
 
     problem: Problem
@@ -148,29 +152,45 @@ class Words:
     images: int
     pitch: int
     image_rows: int
+    top: int
     left: int
+    phases: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, problem: Problem, config: GeneratedConfig) -> Words:
-        top, bottom, before, behind = problem.padding
         elements, copy = elements_per_word(problem), 1 if config.arranged else config.copy
         columns, images = (1, elements) if config.arranged else (elements, 1)
         step = copy * columns
-        left = -(-before // step) * step
-        width = max(problem.width + max(left, behind), problem.out_width)
-        rows = max(problem.height + max(top, bottom), problem.out_height)
-        return cls(problem, columns, images, -(-width // step) * copy, rows, left)
+        ahead = [
+            [divmod(at, stride) for at in taps] for taps, stride in zip(_taps(problem), problem.stride, strict=True)
+        ]
+        top, left = (max(-min(places)[0], 0) for places in ahead)
+        left = -(-left // step) * step
+        # A row's padding behind it is the next row's in front of it, and so for images.
+        rows, width = (
+            max(outputs, outputs + max(places)[0], min(-(-inputs // stride), outputs + max(places)[0]) + before)
+            for outputs, inputs, stride, places, before in zip(
+                problem.output_shape[2:], problem.input_shape[2:], problem.stride, ahead, (top, left), strict=True
+            )
+        )
+        phases = sorted({(row, column) for _, row in ahead[0] for _, column in ahead[1]})
+        return cls(problem, columns, images, -(-width // step) * copy, rows, top, left, tuple(phases))
 
-    def element(self, r: int, s: int) -> int:
-        """The distance in elements from a position to what tap (r, s) reads for it in a channel of a stage."""
-        p = self.problem
-        column = s * p.dilation[1] - p.padding[2] + self.left
-        return r * p.dilation[0] * self.pitch * self.columns + column
+    def tap(self, r: int, s: int) -> tuple[int, int]:
+        """The plane that tap (r, s) reads, and there the distance in elements from a position."""
+        rows, columns = _taps(self.problem)
+        (down, row), (right, column) = (
+            divmod(rows[r], self.problem.stride[0]),
+            divmod(columns[s], self.problem.stride[1]),
+        )
+        return self.phases.index((row, column)), (down + self.top) * self.pitch * self.columns + right + self.left
 
     @property
     def reach(self) -> int:
         """How many words behind a word its last tap reads."""
-        return -(-self.element(self.problem.kernel[0] - 1, self.problem.kernel[1] - 1) // self.columns)
+        kernel = self.problem.kernel
+        last = max(self.tap(r, s)[1] for r in range(kernel[0]) for s in range(kernel[1]))
+        return -(-last // self.columns)
 
     def count(self, images: int) -> int:
         """Words of so many images, up to the last output."""
@@ -195,11 +215,12 @@ class Program:
 
     @classmethod
     def of(cls, problem: Problem, filter: StretchedCSR, config: GeneratedConfig) -> Program:
-        """The program for a filter of stride 1. TF32 problems have the one of fp32."""
+        """The program for a filter. TF32 problems have the one of fp32."""
         if problem.dtype == "tf32":
             problem = replace(problem, dtype="fp32")
-        if not config.arranged and (config.copy == 0 or problem.width % elements_per_word(problem)):
-            raise ValueError(f"{config} needs an arranged input: rows of {problem.width} elements are not whole copies")
+        whole = config.copy > 0 and problem.width % elements_per_word(problem) == 0
+        if not config.arranged and (not whole or problem.stride != (1, 1)):
+            raise ValueError(f"{config} needs an arranged input for stride {problem.stride} and width {problem.width}")
         words = Words.of(problem, config)
         rows, nnz = problem.out_channels // problem.groups, np.diff(filter.indptr)
         pieces = [
@@ -266,16 +287,18 @@ class Program:
 
     def _stage(self, x: Floats, chunk: Chunk, first_word: int) -> Floats:
         p, w = self.problem, self.words
-        stage = np.full((self.config.channel_block, self.channel_words, w.columns * w.images), np.nan)
+        planes = len(w.phases)
+        stage = np.full((self.config.channel_block * planes, self.channel_words, w.columns * w.images), np.nan)
         image, line, column = w.positions(first_word + np.arange(self.config.tile + w.reach))
-        row = line - p.padding[0]
-        for element in range(w.columns * w.images):
-            n, c = image + element % w.images, column - w.left + element % w.columns
-            inside = (row >= 0) & (row < p.height) & (c >= 0) & (c < p.width) & (n < len(x))
-            for place, channel in enumerate(chunk.channels):
-                values = np.zeros(len(inside))
-                values[inside] = x[n[inside], channel, row[inside], c[inside]]
-                stage[place, : len(inside), element] = values
+        for plane, (below, behind) in enumerate(w.phases):
+            row = (line - w.top) * p.stride[0] + below
+            for element in range(w.columns * w.images):
+                n, c = image + element % w.images, (column - w.left + element % w.columns) * p.stride[1] + behind
+                inside = (row >= 0) & (row < p.height) & (c >= 0) & (c < p.width) & (n < len(x))
+                for place, channel in enumerate(chunk.channels):
+                    values = np.zeros(len(inside))
+                    values[inside] = x[n[inside], channel, row[inside], c[inside]]
+                    stage[place * planes + plane, : len(inside), element] = values
         return stage.reshape(-1, w.columns * w.images)
 
     def _run_chunk(self, chunk: Chunk, stage: Floats, sums: Floats) -> None:
@@ -291,6 +314,12 @@ class Program:
                 case Flush(row):
                     sums[1, row] += sums[0, row]
                     sums[0, row] = 0.0
+
+
+def _taps(problem: Problem) -> tuple[list[int], list[int]]:
+    """Where the taps of the output at row and column 0 read, in rows and in columns."""
+    (rows, columns), (down, right), padding = problem.kernel, problem.dilation, problem.padding
+    return [r * down - padding[0] for r in range(rows)], [s * right - padding[2] for s in range(columns)]
 
 
 def elements_per_word(problem: Problem) -> int:
@@ -313,7 +342,7 @@ def shared_bytes(words: Words, config: GeneratedConfig, rows: int) -> int:
 
 def _ring_bytes(words: Words, config: GeneratedConfig, rows: int) -> int:
     """The stages; where channels are split the sums take their place."""
-    stages = config.stages * config.channel_block * channel_words(words, config) * 4
+    stages = config.stages * config.channel_block * len(words.phases) * channel_words(words, config) * 4
     return stages if config.split == 1 else max(stages, -(-rows // config.split) * config.split * config.tile * 4)
 
 
@@ -354,29 +383,30 @@ def _piece(
     entry, place = entry[mine], place[mine]
     channel, r, s = (taps[entry].astype(np.int64) for taps in filter.taps)
     channel -= part * each
-    element = np.array([words.element(int(i), int(j)) for i, j in zip(r, s, strict=True)], dtype=np.int64)
-    order = np.lexsort((place, element, channel))
+    taps = np.array([[words.tap(i, j) for j in range(problem.kernel[1])] for i in range(problem.kernel[0])])
+    plane, element = channel * len(words.phases) + taps[r, s, 0], taps[r, s, 1]
+    order = np.lexsort((place, element, plane))
     nonzeros = zip(
-        *(a[order].tolist() for a in (channel, element, place, filter.values[entry].astype(np.float64))), strict=True
+        *(a[order].tolist() for a in (plane, element, place, filter.values[entry].astype(np.float64))), strict=True
     )
-    block = config.channel_block
+    block, planes = config.channel_block, config.channel_block * len(words.phases)
     # Whole rounds of the ring: a chunk then always meets the same stage. The last chunks may be empty.
     used = -(-each // block)
     count = -(-used // config.stages) * config.stages
     steps: list[list[Step]] = [[] for _ in range(count)]
-    held: dict[int, int] = {}  # words of the present channel, by offset
+    held: dict[int, int] = {}  # words of the present plane, by offset
     registers = [0] * count
     pending = [0] * len(rows)
     last: tuple[int, int] | None = None
     source = 0
     for c, e, row, weight in nonzeros:
-        chunk = c // block
+        chunk = c // planes
         code = steps[chunk]
         if (c, e) != last:
             if last is None or c != last[0]:
                 held = {}
             last = c, e
-            offset = c % block * channel_words(words, config) + e // words.columns
+            offset = c % planes * channel_words(words, config) + e // words.columns
             odd = e % words.columns
             for wanted in (offset, offset + 1)[: 1 + odd]:
                 if wanted not in held:
@@ -405,6 +435,7 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
     yield f"// {p}"
     yield f"// {c}"
     yield f"// {len(program.pieces)} pieces of code, {products} multiply-adds among {program.steps} steps"
+    planes = len(w.phases)  # the kernel takes them for channels
     macros = {
         **_layout_macros(program),
         "ARRANGED": int(c.arranged),
@@ -417,12 +448,12 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         "PIECES_PER_GROUP": program.hands // p.groups,
         "SPLIT": c.split,
         "CHUNKS": len(program.pieces[0].chunks),
-        "CHANNEL_BLOCK": c.channel_block,
+        "CHANNEL_BLOCK": c.channel_block * planes,
         "STAGES": c.stages,
         "ENTRIES": c.entries,
         "COPY": max(c.copy, 1),
-        "GROUP_CHANNELS": p.in_channels // p.groups,
-        "PART_CHANNELS": part_channels(p, c),
+        "GROUP_CHANNELS": p.in_channels // p.groups * planes,
+        "PART_CHANNELS": part_channels(p, c) * planes,
         "OUT_CHANNELS": p.out_channels,
         "OUT_HEIGHT": p.out_height,
         "OUT_WIDTH": p.out_width,
@@ -455,9 +486,18 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
     yield "}"
 
 
-def arrange_defines(program: Program, threads: int) -> dict[str, int]:
+def arrange_defines(program: Program, threads: int) -> dict[str, int | str]:
     """The macros of kernels/arrange.cu."""
-    return {**_layout_macros(program), "THREADS": threads}
+    p, phases = program.problem, program.words.phases
+    return {
+        **_layout_macros(program),
+        "THREADS": threads,
+        "STRIDE_DOWN": p.stride[0],
+        "STRIDE_RIGHT": p.stride[1],
+        "PLANES": len(phases),
+        "FIRST_ROWS": ",".join(str(row) for row, _ in phases),
+        "FIRST_COLUMNS": ",".join(str(column) for _, column in phases),
+    }
 
 
 def _layout_macros(program: Program) -> dict[str, int]:
@@ -471,7 +511,7 @@ def _layout_macros(program: Program) -> dict[str, int]:
         "WIDTH": p.width,
         "PITCH": w.pitch,
         "IMAGE_ROWS": w.image_rows,
-        "TOP": p.padding[0],
+        "TOP": w.top,
         "LEFT": w.left,
     }
 

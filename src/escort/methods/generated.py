@@ -32,32 +32,30 @@ _MOST_BYTES = 2**31 - 1
 #: Products of a row that may be summed in fp16 alone: a relative error of about 1.7e-3, of 2e-3 allowed.
 _MOST_HALF_SUMS = 144
 
-# The model of the machine, in clocks of a multiprocessor, fitted to 573 timings on an H200 (docs/performance.md).
+# The model of the machine, in clocks of a multiprocessor, fitted to 733 timings on an H200 (docs/performance.md).
 _CLOCK_MHZ = 1850.0
 _LAUNCH_US = 2.0
-_ISSUE = 3.05  # instructions per clock, all warps together
-_COLD, _SHARERS = 0.168, 350.0  # instructions per clock that arrive from the L2 cache; half of that for so many at once
-_HOT_BYTES, _LOST_BYTES = 88e3, 214e3  # code that stays in the instruction caches, and code of which nothing stays
-_LOST = 0.43  # lost code arrives so much later
+_ISSUE = 2.9  # instructions per clock, all warps together
+_COLD, _SHARERS = 0.159, 390.0  # instructions per clock that arrive from the L2 cache; half of that for so many at once
+_HOT_BYTES, _LOST_BYTES = 99e3, 215e3  # code that stays in the instruction caches, and code of which nothing stays
+_LOST = 0.35  # lost code arrives so much later
 _L2 = 17.0  # bytes per clock that reach a multiprocessor when all of them read
-_COPY, _COPY_ISSUE = 34.0, 8.0  # per copy of a producer warp, and instructions for it
-_CHUNK, _ROW = 18.0, 7.0  # instructions around the steps of a chunk, and per element of an output
-_SPARE_REGISTERS, _TIGHT = 28, 1.12  # with fewer beside the sums, reads come right before their use
+_COPY, _COPY_ISSUE = 50.0, 12.0  # per copy of a producer warp, and instructions for it
+_CHUNK, _ROW = 18.0, 8.7  # instructions around the steps of a chunk, and per element of an output
+_SPARE_REGISTERS, _TIGHT = 28, 1.15  # with fewer beside the sums, reads come right before their use
 _ADD_PARTS = 4700.0  # of channels that are split
 _CLUSTERED = 0.91  # of the multiprocessors take part where clusters of more than two blocks must fit
 _ARRANGE_US, _ARRANGE_RATE = 3.0, 3.3e6  # of the kernel that lays out the input; bytes per us
 
 
 class Generated:
-    """Weights as code for NVIDIA GPUs: fp32 and fp16, stride 1; TF32 problems are computed in fp32."""
+    """Weights as code for NVIDIA GPUs: fp32 and fp16; TF32 problems are computed in fp32."""
 
     name = "generated"
     device_type = "cuda"
     config_type = GeneratedConfig
 
     def unsupported(self, problem: Problem) -> str | None:
-        if problem.stride != (1, 1):
-            return "code is generated for stride 1 only"
         if problem.dtype == "bf16":
             return "bf16 sums would lose too much; code is generated for fp32 and fp16"
         if problem.out_channels // problem.groups < 8:
@@ -147,15 +145,15 @@ class _Generated:
 
 def _arrange(program: Program, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """What lays out an input, as kernels/arrange.cu says."""
-    problem, defines = program.problem, codegen.arrange_defines(program, _ARRANGE_THREADS)
-    kernel = jit.kernel("arrange.cu", defines, device)
+    planes = program.problem.in_channels * len(program.words.phases)
+    kernel = jit.kernel("arrange.cu", codegen.arrange_defines(program, _ARRANGE_THREADS), device)
     overlap = torch.cuda.get_device_capability(device) >= (9, 0)
     launch = kernel.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, int, int), overlap=overlap)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         words = program.arranged_words(len(x))
-        arranged = torch.empty((problem.in_channels, words), dtype=torch.int32, device=device)
-        blocks = -(-words // (_ARRANGE_WORDS * _ARRANGE_THREADS)), min(problem.in_channels, 65535), 1
+        arranged = torch.empty((planes, words), dtype=torch.int32, device=device)
+        blocks = -(-words // (_ARRANGE_WORDS * _ARRANGE_THREADS)), min(planes, 65535), 1
         launch(blocks, x, arranged, len(x), words)
         return arranged
 
@@ -204,7 +202,7 @@ def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[Gen
 def _stagings(problem: Problem, gpu: Gpu) -> Iterator[tuple[int, bool, int, int]]:
     """The ways to stage the input: (copy, arranged, producers, split)."""
     per_word, itemsize = codegen.elements_per_word(problem), problem.torch_dtype.itemsize
-    for copy in (4, 2, 1):
+    for copy in (4, 2, 1) if problem.stride == (1, 1) else ():
         if problem.width * itemsize % (copy * 4) == 0 and problem.width % per_word == 0:
             yield from ((copy, False, producers, 1) for producers in (2, 3, 4, 6, 8))
     if gpu.capability < (9, 0):
@@ -255,9 +253,11 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
     elements = words.columns * words.images
     steps = _piece_steps(problem, filter, config) + _CHUNK * chunks + _ROW * config.rows * elements
     issued, copying = steps * config.consumers, 0.0
-    stage_bytes = channels * codegen.channel_words(words, config) * 4
+    stage_bytes = channels * len(words.phases) * codegen.channel_words(words, config) * 4
     if config.copy:
-        copies = -(-(config.tile + words.reach) // (config.copy * LANES * config.producers)) * channels
+        copies = (
+            -(-(config.tile + words.reach) // (config.copy * LANES * config.producers)) * channels * len(words.phases)
+        )
         issued, copying = issued + _COPY_ISSUE * copies * config.producers, _COPY * copies
     if _registers(config, gpu) < config.rows + _SPARE_REGISTERS:
         issued *= _TIGHT
@@ -274,7 +274,7 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
     clocks = met * cold + (rounds - met) * busy + (_ADD_PARTS if config.split > 1 else 0.0)
     arrange_us = 0.0
     if config.arranged:
-        arranged = problem.in_channels * words.count(max(problem.batch, 1)) * 4
+        arranged = problem.in_channels * len(words.phases) * words.count(max(problem.batch, 1)) * 4
         arrange_us = (
             _ARRANGE_US + (arranged + math.prod(problem.input_shape) * problem.torch_dtype.itemsize) / _ARRANGE_RATE
         )
