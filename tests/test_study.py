@@ -93,6 +93,36 @@ class Fake:
         return lambda x, residual=None: reference.conv2d(problem, x, weight).float()
 
 
+class Compiled(Fake):
+    """Compiles a kernel for each filter, as it were; one of them fails."""
+
+    def __init__(self) -> None:
+        self.prepared: list[tuple[int, Knobs]] = []
+
+    def compile_s(self, problem: Problem, filter: StretchedCSR, config: Knobs) -> float:
+        return 1.0
+
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: Any, config: Knobs) -> Callable[..., torch.Tensor]:
+        self.prepared.append((problem.in_channels, config))
+        return super().prepare(problem, filter, bias, config)
+
+
+def test_what_is_compiled_is_compiled_for_all_layers_before_the_first_is_raced(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, at_the_first_race = Compiled(), list[int]()
+    race = suite.measure_layer
+    monkeypatch.setattr(study, "for_device", lambda device: [method])
+
+    def watched(*args: Any, **given: Any) -> list[Row]:
+        at_the_first_race.append(len(method.prepared))
+        return race(*args, **given)
+
+    monkeypatch.setattr(suite, "measure_layer", watched)
+    first, second = study.compare(QUICK, "fp32")
+    assert len(first.measure()) == len(second.measure()) == 3
+    assert at_the_first_race[0] == 6, "three configs of two layers"
+    assert len(method.prepared) == len(set(method.prepared)) == 6, "each once"
+
+
 class Knowing(Fake):
     """Says itself which configurations are next to one."""
 
