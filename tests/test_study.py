@@ -94,7 +94,7 @@ class Fake:
 
 
 class Compiled(Fake):
-    """Compiles a kernel for each filter, as it were; one of them fails."""
+    """Compiles a kernel for each filter, as it were."""
 
     def __init__(self) -> None:
         self.prepared: list[tuple[int, Knobs]] = []
