@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from escort import exhibits, findings, report, suite
+from escort.codegen import GeneratedConfig
 from escort.findings import break_even
+from escort.gpu import H200
+from escort.methods.generated import predict_us
 from escort.paper_layers import PAPER_LAYERS
 from escort.results import Result, read_results
 from escort.suite import Row
@@ -24,6 +28,7 @@ HEADER = {
     "commit": "abc",
     "command": "escort",
 }
+ON_H200 = {**HEADER, "gpu": "NVIDIA H200", "study": {"seed": 3}}
 
 
 def row(
@@ -42,6 +47,7 @@ def row(
     )
 
 
+CONFIGS = (GeneratedConfig(32, 13, 3, 8), GeneratedConfig(64, 20, 4, 8))
 PLAIN = {"unfold": "by_image", "product": "by_group"}
 
 
@@ -87,6 +93,115 @@ def test_wins_count_layers() -> None:
     (line,) = cells(exhibits.tables(results(layers_fp16=rows))["wins"])
     assert (line["Against"], line["Layers won"]) == ("cudnn", "16 of 20")
     assert (line["Least"], line["Most"], line["Geometric mean"]) == ("0.50x", "2.00x", "1.52x")  # 2 ** (12 / 20)
+
+
+def test_the_tables_of_direct_have_no_other_sparse_method_for_a_rival() -> None:
+    rows = layer_rows("caffenet", direct=10.0, generated=5.0, cudnn=20.0)
+    there = exhibits.tables(results(layers_fp32=rows))
+    for name in ("totals", "layers-fp32"):
+        assert [c for c in there[name].columns if c.startswith("vs ")] == ["vs cudnn"]
+        assert all(line["vs cudnn"] == "2.00x" for line in cells(there[name]))
+    assert [line["Against"] for line in cells(there["wins"])] == ["cudnn"]
+
+
+def test_aims_of_sparse_methods_are_geometric_means_over_layers() -> None:
+    rows = layer_rows("caffenet", direct=10.0, generated=8.0, cudnn=16.0)
+    rows = [r for r in rows if r.layer != "conv5"]  # gains 2x thrice, and 32x on this one, where direct is the faster
+    times = {"direct": 0.5, "generated": 1.0, "cudnn": 16.0}
+    rows += [row("caffenet", "conv5", method, time_us) for method, time_us in times.items()]
+    half = layer_rows("resnet50", direct=5.0, cudnn=4.0) + layer_rows("caffenet", generated=5.0, cudnn=10.0)
+    found = results(layers_fp32=rows, layers_fp16=half, layers_tf32=layer_rows("googlenet", direct=1.0, cudnn=1.2))
+    table = {(line["Against"], line["Network"]): line for line in cells(exhibits.tables(found)["sparse-aims"])}
+    mixed = table["cuDNN strict fp32", "caffenet"]
+    assert [mixed[name] for name in ("Layers", "Measured", "Reached", "Layers won", "Ratio of sums")] == [
+        "4",
+        "4.00x",  # (2 * 2 * 2 * 32) ** (1 / 4)
+        "floor",
+        "4 of 4",
+        "2.61x",  # 64 / 24.5
+    ]
+    assert (
+        table["cuDNN fp16", "caffenet"]["Reached"] == "goal" and table["cuDNN TF32", "googlenet"]["Reached"] == "floor"
+    )
+    assert (table["cuDNN fp16", "resnet50"]["Reached"], table["cuDNN fp16", "resnet50"]["Layers won"]) == (
+        "no",
+        "0 of 16",
+    )
+    assert table["cuDNN TF32", "caffenet"]["Reached"] == "not measured"
+
+
+@pytest.mark.parametrize("lost", ["generated", "cudnn"])
+def test_aims_of_sparse_methods_need_every_layer(lost: str) -> None:
+    rows = layer_rows("caffenet", generated=1.0, cudnn=16.0)
+    assert findings.against_cudnn(rows, "caffenet") == [(16.0, 1.0)] * 4
+    assert findings.against_cudnn([r for r in rows if (r.layer, r.method) != ("conv5", lost)], "caffenet") == []
+    assert findings.against_cudnn([Row(**{**vars(r), "batch": 8}) for r in rows], "caffenet") == []
+
+
+def test_the_real_work_of_a_layer() -> None:
+    # 384 filters of 256 channels and 3x3 taps, 93.1 % of them zeros, on 13x13 positions of 2 images
+    nonzeros = round((1.0 - findings.LAYERS["caffenet", "conv3"].sparsity) * 384 * 256 * 9)
+    assert findings.flop("caffenet", "conv3", 2) == 2 * nonzeros * 2 * 13 * 13
+    (layer,) = (layer for layer in suite.paper_layers(2) if layer.name == "conv2")
+    assert findings.flop("caffenet", "conv2", 2) == 2 * layer.filter.nnz * 2 * 27 * 27
+
+
+def test_the_fastest_sparse_method_per_layer() -> None:
+    peak_us = {layer: findings.flop("caffenet", layer, 128) / 67e6 for layer in ("conv2", "conv3", "conv4", "conv5")}
+    rows = [row("caffenet", layer, "direct", 4 * time_us) for layer, time_us in peak_us.items()]
+    first, second = map(asdict, CONFIGS)
+    rows += [row("caffenet", "conv2", "generated", 3 * peak_us["conv2"], config=first)]
+    rows += [row("caffenet", "conv2", "generated", 2 * peak_us["conv2"], config=second)]
+    rows += [row("caffenet", "conv3", "generated", 5 * peak_us["conv3"], config=first)]
+    rows += [row("caffenet", "conv2", "cudnn", peak_us["conv2"])]
+    shown = exhibits.tables({"layers-fp32": Result(ON_H200, rows)})["sparse-layers-fp32"]
+    lines = [[line[name] for name in ("Layer", "Fastest", "vs cudnn", "FMA peak")] for line in cells(shown)]
+    assert lines[:2] == [["conv2", "generated", "0.50x", "50%"], ["conv3", "direct", "-", "25%"]]
+    assert "at most 50.0%, caffenet conv2." in shown.caption
+    assert "92 % zeros or less: 25.0%." in shown.caption  # conv2, conv4, conv5; conv3 has more
+    elsewhere = exhibits.tables(results(layers_fp32=rows))["sparse-layers-fp32"]
+    assert "FMA peak" not in elsewhere.columns and not elsewhere.caption
+
+
+def test_the_floor_of_direct_is_a_quarter_of_the_peak() -> None:
+    half = findings.flop("caffenet", "conv2", 128) / 134e6
+    found = {"layers-fp16": Result(ON_H200, [row("caffenet", "conv2", "direct", 8 * half)])}
+    (line,) = cells(exhibits.tables(found)["floor"])
+    assert line["fp16 of the floor"] == "50%"
+    assert "floor" not in exhibits.tables(results(layers_fp16=found["layers-fp16"].rows))
+
+
+def generated_rows(layer: str, times: Sequence[float]) -> list[Row]:
+    """One per config, in their order, with what results may say besides."""
+    return [
+        row("resnet50", layer, "generated", time_us, config={**asdict(config), "timer": "events"})
+        for config, time_us in zip(CONFIGS, times, strict=True)
+    ]
+
+
+def test_predictions_are_of_the_layers_that_were_measured() -> None:
+    rows = generated_rows("res2a_branch2b", (10.0, 20.0))
+    (found,) = findings.predictions(Result(ON_H200, [*rows, *layer_rows("resnet50", direct=1.0)]))
+    (layer,) = (layer for layer in suite.paper_layers(None, 3) if layer.name == "res2a_branch2b")
+    expected = [predict_us(layer.problem, layer.filter, config, H200) for config in CONFIGS]
+    assert found.timings == ((expected[0], 10.0), (expected[1], 20.0)) and expected[0] != expected[1]
+    assert findings.predictions(Result(HEADER, rows)) == []
+
+
+def test_costs_and_errors_of_predictions() -> None:
+    layer = findings.Predicted(((12.0, 15.0), (8.0, 10.0), (9.0, 5.0)))
+    assert layer.errors == pytest.approx([0.2, 0.2, 0.8])
+    assert (layer.first_cost, layer.tried_cost) == (2.0, 3.0)
+
+
+def test_the_prediction_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [findings.Predicted(((11.0, 10.0), (30.0, 20.0))), findings.Predicted(((6.0, 8.0), (5.0, 2.0)))]
+    monkeypatch.setattr(findings, "predictions", lambda result: layers)
+    found = {f"layers-{dtype}": Result(ON_H200, []) for dtype in ("fp32", "tf32")}
+    (line,) = cells(exhibits.tables(found)["prediction"])  # errors 0.1, 0.5, 0.25 and 1.5
+    assert [line[name] for name in ("Precision", "Timings", "Median error")] == ["fp32", "4", "37.5%"]
+    assert line["90th percentile"] == "120.0%"
+    assert (line["Ranked first"], line["Tried first"]) == ("1.00x, at worst 1.00x", "2.00x, at worst 4.00x")
 
 
 def test_aims_are_judged_by_the_rows() -> None:
@@ -220,9 +335,12 @@ def test_the_counter_table() -> None:
 
 def everything() -> dict[str, Result]:
     networks = curve("resnet50", "all", "escort", "eager", {0.7: 0.5, 0.9: 2.0})
-    return results(
-        layers_fp32=layer_rows("caffenet", direct=10.0, cublas=60.0),
-        layers_fp16=layer_rows("caffenet", direct=10.0, cudnn=5.0),
+    layers = {
+        "layers-fp32": Result(ON_H200, layer_rows("caffenet", direct=10.0, cublas=60.0)),
+        "layers-tf32": Result(ON_H200, layer_rows("caffenet", generated=10.0)),
+        "layers-fp16": Result(ON_H200, layer_rows("caffenet", direct=10.0, cudnn=5.0)),
+    }
+    return layers | results(
         ablation_fp32=[row("caffenet", "conv2", "direct", 5.0, config={"words": words}) for words in (7, 1)],
         counters_fp32=[row("caffenet", "conv2", "direct", 5.0, config={"counters": {}})],
         break_even_fp32=curve("resnet50", "res2a_branch2b", "direct", "cudnn", {0.7: 0.5, 0.9: 0.9}),
@@ -236,7 +354,7 @@ def test_plots_have_a_name_each_and_can_be_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plots = exhibits.plots(everything())
     both = {f"{name}-{dtype}" for name in ("speedup-caffenet", "network-resnet50") for dtype in ("fp32", "fp16")}
-    assert set(plots) == {*both, "break-even-plot", "breakdown-fp32-plot"}
+    assert set(plots) == {*both, "sparse-caffenet-fp16", "break-even-plot", "breakdown-fp32-plot"}
     for name, plot in plots.items():
         report.write_svg(tmp_path / f"{name}.svg", plot)
     svg = (tmp_path / "speedup-caffenet-fp32.svg").read_text()
@@ -302,14 +420,17 @@ def test_a_folder_without_results(tmp_path: Path) -> None:
 
 
 ROOT = Path(__file__).parents[1]
-REPORT, RESULTS = ROOT / "docs/paper.md", ROOT / "benchmarks/results/h200"
+REPORTS = [ROOT / "docs/paper.md", ROOT / "docs/performance.md"]
+RESULTS = ROOT / "benchmarks/results/h200"
 
 
-def test_the_report_names_tables_that_there_are() -> None:
-    text = REPORT.read_text()
+@pytest.mark.parametrize("document", REPORTS, ids=lambda path: path.name)
+def test_the_reports_name_tables_that_there_are(document: Path) -> None:
+    text = document.read_text()
     assert exhibits.render(text, everything()).count("\n|") > text.count("<!-- table:")
 
 
+@pytest.mark.parametrize("document", REPORTS, ids=lambda path: path.name)
 @pytest.mark.skipif(not [*RESULTS.glob("layers-*.json")], reason="no results of a GPU are committed")
-def test_the_report_holds_the_committed_results() -> None:
-    assert exhibits.render(REPORT.read_text(), read_results(RESULTS)) == REPORT.read_text()
+def test_the_reports_hold_the_committed_results(document: Path) -> None:
+    assert exhibits.render(document.read_text(), read_results(RESULTS)) == document.read_text()

@@ -9,11 +9,27 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from statistics import median
+
+import numpy as np
 
 from escort import findings, suite
 from escort.breakdown import PARTS
 from escort.counters import METRICS
-from escort.findings import AIMS, LAYERS, OURS, Change, Total, by_sparsity, methods_in
+from escort.findings import (
+    AIMS,
+    GPUS,
+    LAYERS,
+    OURS,
+    PEAK_TFLOPS,
+    SPARSE,
+    SPARSE_AIMS,
+    Change,
+    Total,
+    by_sparsity,
+    methods_in,
+    rivals_in,
+)
 from escort.report import Figure, Table, convolution, horizontal_bars, line_chart, markdown
 from escort.results import PRECISIONS, STEMS, Result
 from escort.suite import WHOLE, Row
@@ -99,12 +115,17 @@ def _layers(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
     found: dict[str, Table | Plot] = {"totals": _totals(sums), "wins": _wins(results)}
     if any(result.header.get("device") == "cuda" for result in results.values()):
         found["aims"] = _aims(results)
+        found["sparse-aims"] = _sparse_aims(results)
+        found |= _sparse_layers(results)
+    known = {dtype: result for dtype, result in results.items() if result.header.get("gpu") in GPUS}
+    if known:
+        found |= {"floor": _floor(known), "prediction": _prediction(known)}
     for dtype, result in results.items():
         found[f"layers-{dtype}"] = _layer_table(dtype, result.rows)
         best = suite.best_times(result.rows)
         for network in dict.fromkeys(network for network, _, _ in best):
             times = {layer: found for (name, layer, _), found in best.items() if name == network and OURS in found}
-            rivals = [method for method in methods_in(times.values()) if method != OURS]
+            rivals = rivals_in(times.values())
             series = {f"over {r}": [t[r] / t[OURS] if r in t else None for t in times.values()] for r in rivals}
             if times and rivals:
                 heading = f"Speedup of direct, {network}, {dtype}"
@@ -114,7 +135,7 @@ def _layers(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
 
 
 def _totals(sums: Mapping[str, Sequence[Total]]) -> Table:
-    rivals = [m for m in methods_in(total.times for of_dtype in sums.values() for total in of_dtype) if m != OURS]
+    rivals = rivals_in(total.times for of_dtype in sums.values() for total in of_dtype)
     lines = []
     for dtype, of_dtype in sums.items():
         for total in of_dtype:
@@ -131,7 +152,7 @@ def _wins(results: Mapping[str, Result]) -> Table:
     lines = []
     for dtype, result in results.items():
         best = [times for times in suite.best_times(result.rows).values() if OURS in times]
-        for rival in (method for method in methods_in(best) if method != OURS):
+        for rival in rivals_in(best):
             ratios = [times[rival] / times[OURS] for times in best if rival in times]
             faster = f"{sum(ratio > 1.0 for ratio in ratios)} of {len(ratios)}"
             middle = _times(_geometric_mean(ratios))
@@ -162,7 +183,7 @@ def _aims(results: Mapping[str, Result]) -> Table:
 
 def _layer_table(dtype: str, rows: Sequence[Row]) -> Table:
     best = suite.best_times(rows)
-    rivals = [method for method in methods_in(best.values()) if method != OURS]
+    rivals = rivals_in(best.values())
     lines = []
     for (network, layer, batch), times in best.items():
         ours = times.get(OURS)
@@ -170,6 +191,107 @@ def _layer_table(dtype: str, rows: Sequence[Row]) -> Table:
         lines.append((network, layer, _zeros(network, layer), str(batch), _us(ours), *ratios))
     columns = ("Network", "Layer", "Zeros", "Batch", "direct µs", *(f"vs {rival}" for rival in rivals))
     return Table(f"Speedup of direct per layer, {dtype}", columns, tuple(lines))
+
+
+def _sparse_aims(results: Mapping[str, Result]) -> Table:
+    lines = []
+    for aim in SPARSE_AIMS:
+        rows = results[aim.dtype].rows if aim.dtype in results else []
+        for network, (floor, goal) in aim.wanted.items():
+            asked = f"{floor:g}x", f"{goal:g}x"
+            times = findings.against_cudnn(rows, network)
+            if not times:
+                lines.append((aim.against, network, "-", *asked, "-", "not measured", "-", "-"))
+                continue
+            ratios = [cudnn / ours for cudnn, ours in times]
+            mean = _geometric_mean(ratios)
+            reached = "goal" if mean >= goal else "floor" if mean >= floor else "no"
+            won = f"{sum(ratio > 1.0 for ratio in ratios)} of {len(ratios)}"
+            cudnn, ours = (math.fsum(column) for column in zip(*times, strict=True))
+            line = (aim.against, network, str(len(times)), *asked, _times(mean), reached, won, _times(cudnn / ours))
+            lines.append(line)
+    columns = ("Against", "Network", "Layers", "Floor", "Goal", "Measured", "Reached", "Layers won", "Ratio of sums")
+    caption = (
+        "Measured: the geometric mean, over a network's pruned layers at the paper's batch, of cuDNN's time by that of "
+        f"the faster of {' and '.join(SPARSE)}. The ratio of sums is of the same times: large layers count more in it."
+    )
+    return Table("Aims of the sparse methods", columns, tuple(lines), caption)
+
+
+def _sparse_layers(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
+    """Per precision the faster of our sparse methods on each layer, and plots of both against cuDNN."""
+    found: dict[str, Table | Plot] = {}
+    for dtype, result in results.items():
+        peak = _peak(dtype, result)
+        layers = findings.fastest_sparse(result.rows)
+        lines = []
+        for f in layers:
+            share = (f"{f.share(peak):.0%}",) if peak else ()
+            line = (f.network, f.layer, _zeros(f.network, f.layer), str(f.batch), f.method, _us(f.time_us))
+            lines.append((*line, _times(f.speedup), *share))
+        columns = ("Network", "Layer", "Zeros", "Batch", "Fastest", "µs", "vs cudnn", *(("FMA peak",) if peak else ()))
+        caption = ""
+        if peak and layers:
+            most = max(layers, key=lambda f: f.share(peak))
+            large = [f.share(peak) for f in layers if f.batch >= 128 and LAYERS[f.network, f.layer].sparsity <= 0.92]
+            middle = f" The median over layers of 128 images or more and 92 % zeros or less: {median(large):.1%}."
+            caption = (
+                f"FMA peak: the real work's share of {peak:g} TFLOP/s; at most {most.share(peak):.1%}, {most.network} "
+                f"{most.layer}.{middle if large else ''}"
+            )
+        found[f"sparse-layers-{dtype}"] = Table(f"Fastest sparse method, {dtype}", columns, tuple(lines), caption)
+        best = suite.best_times(result.rows)
+        for network in dict.fromkeys(f.network for f in layers):
+            times = {layer: t for (name, layer, _), t in best.items() if name == network and "cudnn" in t}
+            ours = [method for method in SPARSE if any(method in t for t in times.values())]
+            series = {m: [t["cudnn"] / t[m] if m in t else None for t in times.values()] for m in ours}
+            if series:
+                heading = f"Sparse methods against cudnn, {network}, {dtype}"
+                chart = partial(horizontal_bars, heading, list(times), series, "Times faster", mark=1.0)
+                found[f"sparse-{network}-{dtype}"] = chart
+    return found
+
+
+def _floor(results: Mapping[str, Result]) -> Table:
+    """Direct beside the time in which shared memory delivers a word of the input for each of its multiply-adds."""
+    peaks = {dtype: peak for dtype, result in results.items() if (peak := _peak(dtype, result))}
+    best = {dtype: suite.best_times(results[dtype].rows) for dtype in peaks}
+    lines = []
+    for network, layer, batch in dict.fromkeys(key for times in best.values() for key in times if key[:2] in LAYERS):
+        cells: list[str] = []
+        for dtype, times in best.items():
+            time_us = times.get((network, layer, batch), {}).get(OURS)
+            # The arithmetic could take four words in the time that shared memory takes for one.
+            floor_us = findings.flop(network, layer, batch) / (peaks[dtype] / 4 * 1e6)
+            cells += [_us(time_us), f"{floor_us / time_us:.0%}" if time_us else "-"]
+        lines.append((network, layer, _zeros(network, layer), *cells))
+    columns = ("Network", "Layer", "Zeros", *(f"{dtype} {what}" for dtype in best for what in ("µs", "of the floor")))
+    return Table("How near direct comes to its floor", columns, tuple(lines))
+
+
+def _prediction(results: Mapping[str, Result]) -> Table:
+    """Not of TF32, whose problems run the kernels of fp32."""
+    lines = []
+    for dtype, result in results.items():
+        layers = findings.predictions(result) if dtype != "tf32" else []
+        if layers:
+            errors = [error for layer in layers for error in layer.errors]
+            spread = (f"{np.median(errors):.1%}", f"{np.quantile(errors, 0.9):.1%}")
+            costs = [layer.first_cost for layer in layers], [layer.tried_cost for layer in layers]
+            first, tried = (f"{_geometric_mean(cost):.2f}x, at worst {max(cost):.2f}x" for cost in costs)
+            lines.append((dtype, str(len(errors)), *spread, first, tried))
+    columns = ("Precision", "Timings", "Median error", "90th percentile", "Ranked first", "Tried first")
+    caption = (
+        "Error: predicted by measured time of a generated kernel, less one, by the model as it is now. Ranked first: "
+        "the time of a layer's config of least prediction by that of the fastest one timed, geometric mean over the "
+        "layers. Tried first: the same for the config that the model of then put first, before anything was timed."
+    )
+    return Table("The model of generated kernels", columns, tuple(lines), caption)
+
+
+def _peak(dtype: str, result: Result) -> float | None:
+    """TFLOP/s, where the GPU is known."""
+    return PEAK_TFLOPS.get(result.header.get("gpu", ""), {}).get(dtype)
 
 
 def _ablation(results: Mapping[str, Result]) -> dict[str, Table | Plot]:

@@ -1,4 +1,5 @@
-"""What the rows of a study say, in numbers: sums and aims, where two methods break even, what a change costs.
+"""What the rows of a study say, in numbers: sums and aims, where two methods break even, what a change costs, how well
+the model of generated kernels predicts.
 
 Everything is computed from result files, which :mod:`escort.study` writes; nothing is measured here. A method always
 counts with its fastest configuration. :mod:`escort.exhibits` shows it.
@@ -8,17 +9,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any
 
 from escort import suite
+from escort.codegen import GeneratedConfig
+from escort.gpu import H200
+from escort.methods.generated import Generated, predict_us
 from escort.paper_layers import PAPER_LAYERS
-from escort.suite import Row
+from escort.results import Result
+from escort.suite import Layer, Row
 
 #: The paper's layers by network and name.
 LAYERS = {(entry.network, entry.layer): entry for entry in PAPER_LAYERS}
-#: The method that all others are compared with.
+#: The paper's method, which its questions compare with all rivals.
 OURS = "direct"
+#: Our sparse methods; all others are rivals.
+SPARSE = (OURS, Generated.name)
+#: GPUs that the model of generated kernels knows, as results name them.
+GPUS = {"NVIDIA H200": H200}
+#: Their TFLOP/s of multiply-adds outside of the tensor cores, by precision: NVIDIA's data sheet gives 67 in fp32, which
+#: is 2 flop * 128 lanes * 132 multiprocessors * 1.98 GHz, and packed fp16 does two multiply-adds per lane.
+PEAK_TFLOPS = {"NVIDIA H200": {"fp32": 67.0, "fp16": 134.0}}
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,27 @@ AIMS = (
     ),
     Aim("cuDNN strict fp32", "cudnn", "fp32", {"caffenet": 1.2, "googlenet": 1.5, "resnet50": 4}),
     Aim("cuDNN, layers of at least 96 %", "cudnn", "fp16", {"googlenet": 1.4, "resnet50": 1.4}, least_sparsity=0.96),
+)
+
+
+@dataclass(frozen=True)
+class SparseAim:
+    """What the faster of our sparse methods is to gain over cuDNN at the same precision.
+
+    Attributes:
+        wanted: by network a floor and a goal for the geometric mean, over its layers at the paper's batch, of
+            ``cudnn / fastest sparse method``.
+    """
+
+    against: str
+    dtype: str
+    wanted: Mapping[str, tuple[float, float]]
+
+
+SPARSE_AIMS = (
+    SparseAim("cuDNN strict fp32", "fp32", {"caffenet": (2.5, 5), "googlenet": (3.5, 6), "resnet50": (6.5, 10)}),
+    SparseAim("cuDNN TF32", "tf32", {"caffenet": (0.9, 1.5), "googlenet": (1, 1.5), "resnet50": (1.3, 1.8)}),
+    SparseAim("cuDNN fp16", "fp16", {"caffenet": (0.9, 1.5), "googlenet": (1, 1.5), "resnet50": (1.25, 2)}),
 )
 
 
@@ -111,6 +145,117 @@ def complete(sums: Iterable[Total]) -> dict[str, Total]:
         for total in sums
         if total.layers == total.published and total.batch == batches[total.network]
     }
+
+
+def flop(network: str, layer: str, batch: int) -> int:
+    """The real work of one of the paper's layers: a multiplication and an addition per nonzero and output position."""
+    entry = LAYERS[network, layer]
+    problem = entry.problem(batch)
+    nnz = round((1.0 - entry.sparsity) * math.prod(problem.weight_shape))
+    return 2 * nnz * batch * problem.out_height * problem.out_width
+
+
+@dataclass(frozen=True)
+class Fastest:
+    """One of the paper's layers with the faster of our sparse methods; times in microseconds.
+
+    Attributes:
+        cudnn_us: None where cuDNN was not timed.
+    """
+
+    network: str
+    layer: str
+    batch: int
+    method: str
+    time_us: float
+    cudnn_us: float | None
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster than cuDNN."""
+        return None if self.cudnn_us is None else self.cudnn_us / self.time_us
+
+    def share(self, peak_tflops: float) -> float:
+        """The real work per time, of that peak."""
+        return flop(self.network, self.layer, self.batch) / (self.time_us * 1e6 * peak_tflops)
+
+
+def fastest_sparse(rows: Iterable[Row]) -> list[Fastest]:
+    """The paper's layers that a sparse method ran, of rows of one precision."""
+    found = []
+    for (network, layer, batch), times in suite.best_times(rows).items():
+        ours = [method for method in SPARSE if method in times]
+        if ours and (network, layer) in LAYERS:
+            method = min(ours, key=times.__getitem__)
+            found.append(Fastest(network, layer, batch, method, times[method], times.get("cudnn")))
+    return found
+
+
+def against_cudnn(rows: Iterable[Row], network: str) -> list[tuple[float, float]]:
+    """The times of cuDNN and of the faster sparse method, in microseconds, on a network's layers at the paper's batch.
+
+    Nothing where one of the two did not run all of them.
+    """
+    published = {(entry.layer, entry.batch) for entry in PAPER_LAYERS if entry.network == network}
+    found = [
+        (f.cudnn_us, f.time_us)
+        for f in fastest_sparse(rows)
+        if f.network == network and (f.layer, f.batch) in published and f.cudnn_us is not None
+    ]
+    return found if len(found) == len(published) else []
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A layer's timings of generated kernels beside the model's predictions.
+
+    Attributes:
+        timings: predicted and measured microseconds, in the order in which the search tried them.
+    """
+
+    timings: tuple[tuple[float, float], ...]
+
+    @property
+    def errors(self) -> list[float]:
+        """``|predicted / measured - 1|``."""
+        return [abs(predicted / measured - 1.0) for predicted, measured in self.timings]
+
+    @property
+    def first_cost(self) -> float:
+        """How many times slower than the fastest the one with the least prediction is."""
+        return min(self.timings)[1] / self._least
+
+    @property
+    def tried_cost(self) -> float:
+        """How many times slower than the fastest the one that was tried first is."""
+        return self.timings[0][1] / self._least
+
+    @property
+    def _least(self) -> float:
+        return min(measured for _, measured in self.timings)
+
+
+def predictions(result: Result) -> list[Predicted]:
+    """What today's model of generated kernels says of a result's timings, per layer; none of GPUs it does not know."""
+    gpu = GPUS.get(result.header.get("gpu", ""))
+    if gpu is None:
+        return []
+    layers = _paper_layers(result.header.get("study", {}).get("seed", 0))
+    names = [f.name for f in fields(GeneratedConfig)]
+    found: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    for row in result.rows:
+        if row.method == Generated.name and (row.network, row.layer) in layers:
+            layer = layers[row.network, row.layer]
+            config = GeneratedConfig(**{name: row.config[name] for name in names if name in row.config})
+            problem = replace(layer.problem, batch=row.batch, dtype=row.dtype)  # type: ignore[arg-type]
+            predicted = predict_us(problem, layer.filter, config, gpu)
+            found.setdefault((row.network, row.layer, row.batch), []).append((predicted, row.time_us))
+    return [Predicted(tuple(timings)) for timings in found.values()]
+
+
+@cache
+def _paper_layers(seed: int) -> dict[tuple[str, str], Layer]:
+    return {(layer.network, layer.name): layer for layer in suite.paper_layers(None, seed)}
 
 
 def break_even(points: Sequence[tuple[float, float, float]]) -> float:
@@ -190,3 +335,8 @@ def sparsity_of(weights: str) -> float:
 
 def methods_in(times: Iterable[Mapping[str, float]]) -> list[str]:
     return list(dict.fromkeys(method for found in times for method in found))
+
+
+def rivals_in(times: Iterable[Mapping[str, float]]) -> list[str]:
+    """The methods that are not our sparse ones."""
+    return [method for method in methods_in(times) if method not in SPARSE]

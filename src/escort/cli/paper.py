@@ -137,7 +137,7 @@ def _show(output: Output, found: dict[str, Result]) -> None:
     """In short: sums and aims, whole networks, and where layers break even."""
     tables = exhibits.tables(found)
     for name, table in tables.items():
-        if name in ("totals", "aims", "break-even") or name.startswith("networks-"):
+        if name in ("totals", "aims", "sparse-aims", "break-even") or name.startswith("networks-"):
             output.text.print(report.terminal(table))
     output.result = {
         "tables": {name: _as_json(table) for name, table in tables.items()},
