@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from escort import reference
 from escort.codegen import GeneratedConfig, Program
 from escort.gpu import H200
-from escort.methods import generated
-from escort.methods.generated import Generated, candidates, predict_us
+from escort.methods.generated import Generated
+from escort.methods.generated.search import candidates, piece_count, piece_steps, predict_us, search
 from escort.problem import Epilogue, Problem
 from escort.sparse import StretchedCSR
 from tests.cases import CASES, FULL, Case
@@ -43,12 +44,16 @@ def test_the_search_space_fits_the_device(dtype: str) -> None:
     problem = replace(RES3, dtype=dtype)  # type: ignore[arg-type]
     filter = sparse(problem, 0.08)
     space = list(candidates(problem, filter, H200))
-    assert len(space) > 100
-    for config in space:
-        assert config.consumers > 0 and config.blocks * config.threads <= 1024
-        assert 65536 // (config.threads * config.blocks) >= config.rows
-    some = Program.of(problem, filter, space[0])
-    assert some.shared_bytes <= H200.shared_bytes
+    assert sum(len(many.rows) for many in space) > 100  # type: ignore[arg-type]
+    for many in space:
+        assert np.all(many.consumers > 0) and np.all(many.blocks * many.threads <= 1024)
+        assert np.all(65536 // (many.threads * many.blocks) >= many.rows)
+    found = search(problem, filter, H200, 6)
+    assert len(found) == len(set(found)) == 6 and all(type(config.rows) is int for config in found)
+    for config in found:
+        assert Program.of(problem, filter, config).shared_bytes * config.blocks <= H200.shared_bytes
+    times = [predict_us(problem, filter, config, H200) for config in found]
+    assert times == sorted(times) and times[0] == min(predict_us(problem, filter, many, H200).min() for many in space)
 
 
 def test_predictions_follow_the_work() -> None:
@@ -62,7 +67,7 @@ def test_the_step_estimate_is_near() -> None:
     for dtype in ("fp32", "fp16"):
         problem = replace(RES3, dtype=dtype)  # type: ignore[arg-type]
         filter, config = sparse(problem, 0.08), GeneratedConfig(32, 8, 4, 8)
-        estimate = generated._pieces(problem, config) * generated._piece_steps(problem, filter, config)
+        estimate = piece_count(problem, config) * piece_steps(problem, filter, config)
         assert estimate == pytest.approx(Program.of(problem, filter, config).steps, rel=0.1)
 
 

@@ -17,6 +17,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -239,7 +240,7 @@ class Program:
     @property
     def shared_bytes(self) -> int:
         """The ring with two barriers per stage, and what channels that are split need to add up their sums."""
-        return shared_bytes(self.words, self.config, max(len(piece.rows) for piece in self.pieces))
+        return int(shared_bytes(self.words, self.config, max(len(piece.rows) for piece in self.pieces)))
 
     @property
     def hands(self) -> int:
@@ -331,8 +332,8 @@ def channel_words(words: Words, config: GeneratedConfig) -> int:
     return -(-(config.tile + words.reach) // 4) * 4
 
 
-def shared_bytes(words: Words, config: GeneratedConfig, rows: int) -> int:
-    """Of a program with so many rows per piece, as generated.cuh lays it out."""
+def shared_bytes(words: Words, config: GeneratedConfig, rows: Any) -> Any:
+    """Of a program with so many rows per piece, as generated.cuh lays it out; for fields that are arrays too."""
     barriers = config.stages * 16
     if config.split == 1:
         return _ring_bytes(words, config, rows) + barriers
@@ -340,10 +341,11 @@ def shared_bytes(words: Words, config: GeneratedConfig, rows: int) -> int:
     return _ring_bytes(words, config, rows) + barriers + 16 + (config.split - 1) * share * config.tile * 4
 
 
-def _ring_bytes(words: Words, config: GeneratedConfig, rows: int) -> int:
+def _ring_bytes(words: Words, config: GeneratedConfig, rows: Any) -> Any:
     """The stages; where channels are split the sums take their place."""
     stages = config.stages * config.channel_block * len(words.phases) * channel_words(words, config) * 4
-    return stages if config.split == 1 else max(stages, -(-rows // config.split) * config.split * config.tile * 4)
+    sums = -(-rows // config.split) * config.split * config.tile * 4
+    return stages if config.split == 1 else np.maximum(stages, sums)
 
 
 def part_channels(problem: Problem, config: GeneratedConfig) -> int:

@@ -1,0 +1,195 @@
+"""The search for the config of a generated kernel: a space, and a model of the machine that ranks it.
+
+Tens of thousands of configs are ranked at once: where a function says so, the fields of a `GeneratedConfig` may be
+arrays of one length, many configs side by side, and so may its result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+
+from escort import codegen
+from escort.codegen import LANES, GeneratedConfig, Words
+from escort.gpu import Gpu
+from escort.problem import Problem
+from escort.sparse import StretchedCSR
+
+_LEAST_ROWS, _MOST_ROWS = 8, 128  # of a piece
+_INSTRUCTION_BYTES = 16
+_APART_STAGES = 2  # few, so that there are places to begin at
+_LEAST_BUSY = 0.75  # of the multiprocessors' time, where there are several rounds of tiles
+_BEST = 256  # of a way to stage the input, among which those that are not alike are found
+#: Products of a row that may be summed in fp16 alone: a relative error of about 1.7e-3, of 2e-3 allowed.
+_MOST_HALF_SUMS = 144
+
+# The model of the machine, in clocks of a multiprocessor, fitted to 733 timings on an H200 (docs/performance.md).
+_CLOCK_MHZ = 1850.0
+_LAUNCH_US = 2.0
+_ISSUE = 2.9  # instructions per clock, all warps together
+_COLD, _SHARERS = 0.159, 390.0  # instructions per clock that arrive from the L2 cache; half of that for so many at once
+_HOT_BYTES, _LOST_BYTES = 99e3, 215e3  # code that stays in the instruction caches, and code of which nothing stays
+_LOST = 0.35  # lost code arrives so much later
+_L2 = 17.0  # bytes per clock that reach a multiprocessor when all of them read
+_COPY, _COPY_ISSUE = 50.0, 12.0  # per copy of a producer warp, and instructions for it
+_CHUNK, _ROW = 18.0, 8.7  # instructions around the steps of a chunk, and per element of an output
+_SPARE_REGISTERS, _TIGHT = 28, 1.15  # with fewer beside the sums, reads come right before their use
+_ADD_PARTS = 4700.0  # of channels that are split
+_CLUSTERED = 0.91  # of the multiprocessors take part where clusters of more than two blocks must fit
+_ARRANGE_US, _ARRANGE_RATE = 3.0, 3.3e6  # of the kernel that lays out the input; bytes per us
+
+
+def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int) -> list[GeneratedConfig]:
+    """The configs of least predicted time, no two of them alike."""
+    ranked: list[tuple[float, int, GeneratedConfig]] = []
+    for many in candidates(problem, filter, gpu):
+        times = predict_us(problem, filter, many, gpu)
+        ranked += [
+            (times[i], len(ranked) + k, _one(many, i)) for k, i in enumerate(np.argsort(times, kind="stable")[:_BEST])
+        ]
+    chosen: dict[tuple[int, ...], GeneratedConfig] = {}
+    for _, _, config in sorted(ranked, key=lambda found: found[:2]):
+        chosen.setdefault((config.rows, config.threads * config.blocks // 128, config.arranged, config.split), config)
+        if len(chosen) == most:
+            break
+    return list(chosen.values())
+
+
+def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[GeneratedConfig]:
+    """The search space: every config that fits the device and leaves few multiprocessors idle in the last round.
+
+    Yields configs with arrays as fields, those of each way to stage the input together.
+    """
+    half, group_rows = codegen.elements_per_word(problem) == 2, problem.out_channels // problem.groups
+    nnz = int(np.diff(filter.indptr).max(initial=0))
+    channels = problem.in_channels // problem.groups
+    hands = range(-(-group_rows // _MOST_ROWS), max(group_rows // _LEAST_ROWS, 1) + 1)
+    knobs = sorted({-(-group_rows // hand) for hand in hands}), (1, 2), range(6, 32), (8, 4, 16)
+    rows, blocks, consumers, block = (knob.ravel() for knob in np.meshgrid(*knobs, indexing="ij"))
+    for copy, arranged, producers, split in _stagings(problem, gpu):
+        words = Words.of(problem, GeneratedConfig(1, 1, 1, 1, copy=copy, arranged=arranged))
+        flush = 32 if half and nnz > _MOST_HALF_SUMS * split else 0
+        chunks = -(-channels // (split * block))
+        depths = np.array([4, 3, 2])
+        stages = depths[np.argmin([-(-chunks // depth) * depth for depth in depths], axis=0)]
+        many = _configs(rows, consumers, producers, block, copy, stages, blocks, 1, flush, arranged, split)
+        room = blocks * (codegen.shared_bytes(words, many, rows) + 1024)
+        items, slots = _items(problem, words, many), _slots(many, gpu)
+        fits = (
+            (blocks * (consumers + producers) <= 32)
+            & (rows * (3 if flush else 1) + 14 <= _registers(many, gpu))
+            & (room <= gpu.shared_bytes + 1024)
+            & ((items <= slots) | (items >= _LEAST_BUSY * slots * -(-items // slots)))
+        )
+        apart = fits & (items > slots) & (chunks >= 4 * _APART_STAGES)
+        if fits.any():
+            yield _some(many, fits)
+        if apart.any():
+            yield replace(_some(many, apart), stages=_APART_STAGES, entries=8)
+
+
+def _configs(*values: Any) -> GeneratedConfig:
+    return GeneratedConfig(*values)
+
+
+def _some(many: GeneratedConfig, which: Any) -> GeneratedConfig:
+    """Those configs of many that an index or a mask takes."""
+    values = (getattr(many, field.name) for field in fields(many))
+    return _configs(*(value[which] if isinstance(value, np.ndarray) else value for value in values))
+
+
+def _one(many: GeneratedConfig, index: int) -> GeneratedConfig:
+    values = (getattr(many, field.name) for field in fields(many))
+    return _configs(*(value[index].item() if isinstance(value, np.ndarray) else value for value in values))
+
+
+def _stagings(problem: Problem, gpu: Gpu) -> Iterator[tuple[int, bool, int, int]]:
+    """The ways to stage the input: (copy, arranged, producers, split)."""
+    per_word, itemsize = codegen.elements_per_word(problem), problem.torch_dtype.itemsize
+    for copy in (4, 2, 1) if problem.stride == (1, 1) else ():
+        if problem.width * itemsize % (copy * 4) == 0 and problem.width % per_word == 0:
+            yield from ((copy, False, producers, 1) for producers in (2, 3, 4, 6, 8))
+    if gpu.capability < (9, 0):
+        yield from ((4, True, producers, 1) for producers in (2, 4))
+    else:
+        yield from ((0, True, 1, split) for split in (1, 2, 4) if split <= problem.in_channels // problem.groups)
+
+
+def piece_count(problem: Problem, config: GeneratedConfig) -> Any:
+    """Into so many pieces the output channels are dealt; for arrays too."""
+    return problem.groups * -(-problem.out_channels // problem.groups // config.rows)
+
+
+def piece_steps(problem: Problem, filter: StretchedCSR, config: GeneratedConfig) -> Any:
+    """About how many steps a piece takes: its multiply-adds, and a read for each tap that any of its rows needs.
+
+    For arrays too.
+    """
+    pieces = piece_count(problem, config)
+    rows = problem.out_channels / pieces
+    density = filter.nnz / math.prod(problem.weight_shape)
+    taps = math.prod(problem.weight_shape[1:])
+    reads = 1.0 if config.arranged or codegen.elements_per_word(problem) == 1 else 1.6  # odd taps join two words
+    return (filter.nnz / pieces + reads * taps * (1.0 - (1.0 - density) ** rows)) / config.split
+
+
+def _items(problem: Problem, words: Words, config: GeneratedConfig) -> Any:
+    """Pairs of a piece and a tile, for each part of the channels."""
+    return piece_count(problem, config) * config.split * -(-words.count(max(problem.batch, 1)) // config.tile)
+
+
+def _registers(config: GeneratedConfig, gpu: Gpu) -> Any:
+    """That a thread may have; each quarter of a multiprocessor shares its own among its warps."""
+    warps = -(-(config.consumers + config.producers) * config.blocks // 4) * 4
+    return np.minimum(gpu.registers // (LANES * warps) // 8 * 8, 255)
+
+
+def _slots(config: GeneratedConfig, gpu: Gpu) -> Any:
+    """Blocks that run at a time."""
+    if config.split <= 2:
+        return gpu.multiprocessors * config.blocks
+    return int(gpu.multiprocessors * _CLUSTERED) // config.split * config.split * config.blocks
+
+
+def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, gpu: Gpu) -> Any:
+    """The model of the machine: what bounds a tile, times the tiles that a multiprocessor computes in turn.
+
+    Fields of the config that differ between ways to stage the input are numbers, the others may be arrays.
+    """
+    words = Words.of(problem, config)
+    items, slots = _items(problem, words, config), _slots(config, gpu)
+    tiles, rounds = items // (piece_count(problem, config) * config.split), -(-items // slots)
+    channels = codegen.part_channels(problem, config)
+    chunks = -(-channels // (config.channel_block * config.stages)) * config.stages
+    elements = words.columns * words.images
+    steps = piece_steps(problem, filter, config) + _CHUNK * chunks + _ROW * config.rows * elements
+    issued, copying = steps * config.consumers, 0.0
+    stage_bytes = channels * len(words.phases) * codegen.channel_words(words, config) * 4
+    if config.copy:
+        copies = (
+            -(-(config.tile + words.reach) // (config.copy * LANES * config.producers)) * channels * len(words.phases)
+        )
+        issued, copying = issued + _COPY_ISSUE * copies * config.producers, _COPY * copies
+    issued = issued * np.where(_registers(config, gpu) < config.rows + _SPARE_REGISTERS, _TIGHT, 1.0)
+    busy = np.maximum(np.maximum(issued / _ISSUE, stage_bytes / _L2) * config.blocks, copying)
+    # Code is cold when a multiprocessor meets it first, and each time where it does not stay. What wants to stay is
+    # the code of all pieces that run at the same time.
+    code = steps * _INSTRUCTION_BYTES * np.minimum(items / tiles, 1.0 + slots / tiles)
+    lost = np.clip((code - _HOT_BYTES) / (_LOST_BYTES - _HOT_BYTES), 0.0, 1.0)
+    places = np.maximum(np.minimum(config.entries, chunks // config.stages), 1)
+    late = (1.0 + np.minimum(tiles, slots) / places / _SHARERS) * (1.0 + _LOST * lost)
+    cold = np.maximum(busy, steps / _COLD * late)
+    first = np.minimum(np.minimum(rounds, -(-rounds * np.minimum(items, slots) // tiles)), items // tiles)
+    met = first + lost * (rounds - first)
+    clocks = met * cold + (rounds - met) * busy + (_ADD_PARTS if config.split > 1 else 0.0)
+    arrange_us = 0.0
+    if config.arranged:
+        arranged = problem.in_channels * len(words.phases) * words.count(max(problem.batch, 1)) * 4
+        arrange_us = (
+            _ARRANGE_US + (arranged + math.prod(problem.input_shape) * problem.torch_dtype.itemsize) / _ARRANGE_RATE
+        )
+    return _LAUNCH_US + arrange_us + clocks / _CLOCK_MHZ
