@@ -287,6 +287,12 @@ def test_bench_writes_results_where_they_belong(tmp_path: Path, monkeypatch: pyt
     assert str(path) in text and "vs eager" in text
 
 
+def test_a_short_search_tries_the_best_guesses() -> None:
+    report = succeed_json("bench", "--set", "paper", "--batch", 1, "--layers", "res5a_*", "--search", 1)
+    methods = [row["method"] for row in report["rows"]]
+    assert methods.count("direct") == 1 and "dense" in methods
+
+
 def test_bench_of_one_paper_layer_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     report = succeed_json("bench", "--set", "paper", "--batch", 1, "--layers", "res5a_*")
@@ -445,6 +451,7 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["bench", "--set", "paper", "--device", "tpu"], "'tpu' is no device"),
         (["bench", "--network", TINY, "--input", "3,8,8", "--batch", "paper"], "--batch paper goes with --set"),
         (["bench", "--network", TINY], "--input 3,224,224"),
+        (["bench", "--network", TINY, "--input", "3,8,8", "--search", "2"], "--search go with --set"),
         (["bench", "--patterns", "{tmp}/nowhere.npz"], "there is no such file"),
         (
             ["bench", "--network", TINY, "--input", "3,8,8", "--against", "fastnet", "--output", "{tmp}/r.json"],

@@ -8,7 +8,6 @@ at one precision is one result file, written anew after every item: a study that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
 from functools import cache, partial
@@ -18,17 +17,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from escort import bench, counters, planner, results, suite
+from escort import bench, counters, results, suite
 from escort.breakdown import marking, network_part_times, part_times
 from escort.findings import OURS, random_weights
-from escort.methods import Method, Runner, by_name, for_device
+from escort.methods import Method, by_name, for_device
 from escort.methods.base import as_taken
 from escort.paper_layers import PAPER_LAYERS
 from escort.planner import DENSE
 from escort.problem import TORCH_DTYPE, Precision, Problem
 from escort.results import Item
 from escort.sparse import StretchedCSR
-from escort.suite import WHOLE, Layer, Row
+from escort.suite import WHOLE, Layer, Narrowed, Row
 
 #: The paper's networks, and the numbers of images that it took for them.
 PAPER_BATCH = {entry.network: entry.batch for entry in PAPER_LAYERS}
@@ -75,8 +74,6 @@ class Study:
     factories: Mapping[str, Network] = field(default_factory=dict)
     #: What :func:`compare` found, by network, layer and precision: other questions start from it.
     raced: dict[tuple[str, str, str], list[Row]] = field(default_factory=dict, repr=False)
-    #: Methods with what they prepared for layers still to be raced, by layer and method.
-    narrowed: dict[tuple[tuple[str, str, str], str], Narrowed] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.networks if name not in PAPER_BATCH]
@@ -106,10 +103,16 @@ def compare(study: Study, dtype: Precision) -> list[Item]:
     What is compiled for the layers' filters is compiled when the first of them is measured, all side by side.
     """
     layers = _layers(study, dtype)
-    compiled = cache(partial(_compile_ahead, study, layers))
+
+    @cache
+    def ahead() -> dict[tuple[str, str, str], list[Narrowed]]:
+        missing = [layer for layer in layers if _key(layer) not in study.raced]
+        methods = suite.narrowed(missing, for_device(study.device), study.search)
+        return dict(zip(map(_key, missing), methods, strict=True))
 
     def measure(layer: Layer) -> list[Row]:
-        compiled()
+        if methods := ahead().pop(_key(layer), None):
+            study.raced[_key(layer)] = _race(study, layer, methods)
         return _raced(study, layer)
 
     return [Item(_label(layer), partial(measure, layer)) for layer in layers]
@@ -309,31 +312,6 @@ def random_filter(problem: Problem, sparsity: float, seed: int) -> StretchedCSR:
     return StretchedCSR.from_dense(weight, problem.groups)
 
 
-class Narrowed:
-    """A method with a smaller search space: the given configurations, or the `most` best guesses."""
-
-    def __init__(self, method: Method, configs: Sequence[Any] | None = None, most: int | None = None) -> None:
-        self.name, self.device_type, self.config_type = method.name, method.device_type, method.config_type
-        self.benchmarks = getattr(method, "benchmarks", ()) if configs is None else ()
-        self._method, self._configs, self._most = method, configs, most
-        self._ready: dict[Any, Runner] = {}
-
-    def unsupported(self, problem: Problem) -> str | None:
-        return self._method.unsupported(problem)
-
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[Any]:
-        return self._configs or self._method.configs(problem, filter)[: self._most]
-
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Runner:
-        ready = self._ready.pop(config, None)
-        return ready or self._method.prepare(problem, filter, bias, config)
-
-    def prepare_ahead(self, layer: Layer, config: Any) -> None:
-        """For a later `prepare` of the layer, which is told what fails here."""
-        with suppress(RuntimeError, ValueError):
-            self._ready[config] = self._method.prepare(layer.problem, layer.filter, None, config)
-
-
 def _layers(study: Study, dtype: Precision) -> list[Layer]:
     """The paper's layers that are studied, in its order."""
     layers = suite.paper_layers(study.batch, study.seed, dtype=dtype, device=study.device)
@@ -352,26 +330,8 @@ def _label(layer: Layer) -> str:
     return f"{layer.network} {layer.name}"
 
 
-def _compile_ahead(study: Study, layers: Sequence[Layer]) -> None:
-    """Prepares the methods that compile a kernel for each filter, for the layers that are still to be raced."""
-    jobs = []
-    for layer in layers:
-        if _key(layer) in study.raced:
-            continue
-        for method in for_device(study.device):
-            if planner.is_compiled(method) and method.unsupported(layer.problem) is None:
-                configs = list(method.configs(layer.problem, layer.filter)[: study.search])
-                narrowed = study.narrowed[_key(layer), method.name] = Narrowed(method, configs)
-                jobs += [partial(narrowed.prepare_ahead, layer, config) for config in configs]
-    planner.on_all_cores(jobs)
-
-
 def _race(study: Study, layer: Layer, methods: Sequence[Method]) -> list[Row]:
-    def narrow(method: Method) -> Method:
-        ready = study.narrowed.pop((_key(layer), method.name), None)
-        return ready or Narrowed(method, most=study.search)
-
-    narrowed = [m if isinstance(m, Narrowed) else narrow(m) for m in methods]
+    narrowed = [m if isinstance(m, Narrowed) else Narrowed(m, most=study.search) for m in methods]
     return suite.measure_layer(layer, methods=narrowed, seed=study.seed, budget_s=study.budget_s)
 
 

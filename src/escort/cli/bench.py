@@ -32,6 +32,7 @@ from escort.cli.console import (
     replace_file,
 )
 from escort.converted import find_device
+from escort.methods import for_device
 from escort.problem import Precision
 from escort.suite import Row
 
@@ -86,6 +87,10 @@ def main(
             help="Result file, benchmarks/results/DEVICE/NAME.json by default; with --layers none by default.",
         ),
     ] = None,
+    search: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most configurations of a method that are tried on a layer; all by default."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of random positions, weights and inputs.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -101,8 +106,8 @@ def main(
         rivals = [name for names in against or [] for name in names.split(",")]
         torch.manual_seed(seed)
         if network is not None:
-            if only is not None:
-                raise ValueError("--layers goes with --set or --patterns; a network is timed as a whole")
+            if only is not None or search is not None:
+                raise ValueError("--layers and --search go with --set or --patterns; a network is timed as a whole")
             if batches == (None,):
                 raise ValueError("--batch paper goes with --set or --patterns; give a network's batch sizes as numbers")
             subject = _Subject.of(network, checkpoint, sparsity, size)
@@ -128,7 +133,7 @@ def main(
                 "dense methods come out far too high; measure on an idle machine"
             )
         if network is None:
-            rows = _race_layers(layers, seed)
+            rows = _race_layers(layers, where, search, seed)
         else:
             rows = _race_network(subject, [n for n in batches if n], rivals, precision, where)
         if output_path is not None:
@@ -200,13 +205,14 @@ def _layers(
     return found
 
 
-def _race_layers(layers: list[suite.Layer], seed: int) -> list[Row]:
+def _race_layers(layers: list[suite.Layer], device: str, search: int | None, seed: int) -> list[Row]:
     rows: list[Row] = []
     with progress() as bar:
-        task = bar.add_task("timing", total=len(layers))
+        task = bar.add_task("compiling", total=len(layers))
+        methods = suite.narrowed(layers, for_device(device), search)
         for layer in layers:
             bar.update(task, description=f"timing {layer.network} {layer.name}")
-            rows += suite.measure_layer(layer, seed=seed)
+            rows += suite.measure_layer(layer, methods=methods.pop(0), seed=seed)
             bar.advance(task)
     return rows
 
