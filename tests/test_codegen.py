@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from escort import compiler, reference
-from escort.codegen import Flush, GeneratedConfig, Join, Load, MultiplyAdd, Program, Words, arrange_defines
+from escort.codegen import GeneratedConfig, Join, Load, MultiplyAdd, Program, Words, arrange_defines
 from escort.problem import Epilogue, Problem
 from escort.sparse import StretchedCSR
 from tests.cases import CASES, FULL, Case
@@ -25,9 +25,9 @@ CONFIGS = {
         GeneratedConfig(16, 3, 2, 2, copy=4, stages=2),
     ],
     "fp16": [
-        GeneratedConfig(5, 1, 1, 3, copy=0, arranged=True, flush=2),
+        GeneratedConfig(5, 1, 1, 3, copy=0, arranged=True, sums=2),
         GeneratedConfig(64, 2, 1, 4, copy=4, arranged=True, entries=4),
-        GeneratedConfig(16, 3, 1, 2, copy=0, arranged=True, split=2, flush=3),
+        GeneratedConfig(16, 3, 1, 2, copy=0, arranged=True, split=2, sums=3),
         GeneratedConfig(16, 3, 2, 2, copy=2),
     ],
 }
@@ -65,7 +65,7 @@ def small(name: str) -> tuple[Program, np.ndarray | None]:
         return Program.of(problem, filter, GeneratedConfig(2, 1, 1, 1, copy=2, stages=2, entries=2)), bias
     problem = replace(problem, dtype="fp16", epilogue=Epilogue(True, False, "relu6"))
     if name == "fp16":
-        return Program.of(problem, filter, GeneratedConfig(3, 1, 1, 2, stages=2, flush=1)), bias
+        return Program.of(problem, filter, GeneratedConfig(3, 1, 1, 2, stages=2, sums=2)), bias
     return Program.of(problem, filter, GeneratedConfig(3, 1, 1, 1, copy=0, stages=2, arranged=True, split=2)), bias
 
 
@@ -89,8 +89,8 @@ def test_everything_assembles_without_spills(arch: str, dtype: str, copy: int, a
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 16, 3, 3, generator=generator) * (torch.rand(64, 16, 3, 3, generator=generator) < 0.1)
     problem = Problem(2, 16, 14, 14, 64, (3, 3), padding=(1, 1, 1, 1), dtype=dtype, epilogue=FULL)  # type: ignore[arg-type]
-    flush = 32 if dtype == "fp16" else 0
-    config = GeneratedConfig(32, 12, 4 if copy else 1, 4, copy=copy, flush=flush, arranged=arranged, split=split)
+    sums = 2 if dtype == "fp16" else 1
+    config = GeneratedConfig(32, 12, 4 if copy else 1, 4, copy=copy, sums=sums, arranged=arranged, split=split)
     program = Program.of(problem, StretchedCSR.from_dense(weight), config)
     binary = compiler.compile(compiler.Text("generated.cu", program.text(np.ones(64, np.float32))), {}, arch)
     assert binary.registers <= 128 and binary.spill_bytes == binary.stack_bytes == 0
@@ -110,8 +110,16 @@ def test_a_word_is_read_once_for_all_rows() -> None:
         )
         (piece,) = program.pieces
         steps = [step for chunk in piece.chunks for step in chunk.steps]
-        counts = [sum(isinstance(step, kind) for step in steps) for kind in (Load, Join, MultiplyAdd, Flush)]
-        assert counts == [reads, joins, 8 * 27, 0]
+        counts = [sum(isinstance(step, kind) for step in steps) for kind in (Load, Join, MultiplyAdd)]
+        assert counts == [reads, joins, 8 * 27]
+
+
+def test_sums_share_the_products_of_a_row() -> None:
+    problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype="fp16")
+    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    (piece,) = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True, sums=4)).pieces
+    places = [step.place for chunk in piece.chunks for step in chunk.steps if isinstance(step, MultiplyAdd)]
+    assert np.bincount(places).tolist() == [7] * 24 + [6] * 8
 
 
 def test_pieces_share_the_nonzeros_evenly() -> None:

@@ -44,8 +44,8 @@ class GeneratedConfig:
         blocks: per multiprocessor that registers must leave room for.
         entries: places in the cycle of chunks at which tiles begin, so that multiprocessors that share an instruction
             cache bring in different parts of the code for each other.
-        flush: 16-bit storage: products that are summed in 16 bits before they are added to a sum in float32; 0 sums
-            all of them in 16 bits.
+        sums: 16-bit storage: sums per output channel, each of a share of the products, which are added up in float32
+            in the end.
         arranged: a kernel of its own (kernels/arrange.cu) lays out the input as words before, padding included. Words
             of 16-bit storage then hold two images, so that no tap lies between words.
         split: blocks of a cluster that share a tile and its rows, each for a part of the input channels; in the end
@@ -60,7 +60,7 @@ class GeneratedConfig:
     stages: int = 3
     blocks: int = 1
     entries: int = 1
-    flush: int = 0
+    sums: int = 1
     arranged: bool = False
     split: int = 1
 
@@ -93,21 +93,14 @@ class Join:
 
 @dataclass(frozen=True)
 class MultiplyAdd:
-    """``sum[row] += x[source] * weight``."""
+    """``sum[place] += x[source] * weight``; the sums of a row are as far apart as the piece has rows."""
 
-    row: int
+    place: int
     source: int
     weight: float
 
 
-@dataclass(frozen=True)
-class Flush:
-    """Adds the 16-bit sum of a row to its float32 sum and empties it."""
-
-    row: int
-
-
-Step = Load | Join | MultiplyAdd | Flush
+Step = Load | Join | MultiplyAdd
 
 
 @dataclass(frozen=True)
@@ -274,7 +267,7 @@ class Program:
             first = tile * self.config.tile
             for begin in range(0, len(self.pieces), self.config.split):
                 parts = self.pieces[begin : begin + self.config.split]
-                sums = np.zeros((2, len(parts[0].rows), self.config.tile, w.columns * w.images))
+                sums = np.zeros((self.config.sums * len(parts[0].rows), self.config.tile, w.columns * w.images))
                 for chunk in (chunk for part in parts for chunk in part.chunks):
                     self._run_chunk(chunk, self._stage(x, chunk, first), sums)
                 image, row, column = w.positions(first + np.arange(self.config.tile))
@@ -283,7 +276,7 @@ class Program:
                     inside = (row < p.out_height) & (n < images) & (c < p.out_width)
                     at = n[inside], row[inside], c[inside]
                     for place, channel in enumerate(parts[0].rows):
-                        y[at[0], channel, at[1], at[2]] = sums.sum(0)[place, inside, element]
+                        y[at[0], channel, at[1], at[2]] = sums[place :: len(parts[0].rows)].sum(0)[inside, element]
         return y
 
     def _stage(self, x: Floats, chunk: Chunk, first_word: int) -> Floats:
@@ -310,11 +303,8 @@ class Program:
                     word[to] = stage[offset : offset + self.config.tile]
                 case Join(to, low, high):
                     word[to] = np.stack((word[low][:, 1], word[high][:, 0]), axis=1)
-                case MultiplyAdd(row, source, weight):
-                    sums[0, row] += word[source] * weight
-                case Flush(row):
-                    sums[1, row] += sums[0, row]
-                    sums[0, row] = 0.0
+                case MultiplyAdd(place, source, weight):
+                    sums[place] += word[source] * weight
 
 
 def _taps(problem: Problem) -> tuple[list[int], list[int]]:
@@ -398,7 +388,8 @@ def _piece(
     steps: list[list[Step]] = [[] for _ in range(count)]
     held: dict[int, int] = {}  # words of the present plane, by offset
     registers = [0] * count
-    pending = [0] * len(rows)
+    share = -(-np.bincount(place, minlength=len(rows)) // config.sums)
+    done = [0] * len(rows)
     last: tuple[int, int] | None = None
     source = 0
     for c, e, row, weight in nonzeros:
@@ -420,11 +411,8 @@ def _piece(
                 code.append(Join(registers[chunk], held[offset], held[offset + 1]))
                 source = registers[chunk]
                 registers[chunk] += 1
-        code.append(MultiplyAdd(row, source, weight))
-        pending[row] += 1
-        if config.flush and pending[row] == config.flush:
-            code.append(Flush(row))
-            pending[row] = 0
+        code.append(MultiplyAdd(done[row] // share[row] * len(rows) + row, source, weight))
+        done[row] += 1
     first = part * each
     bounds = [group * channels + min(first + min(i * block, each), channels) for i in range(count + 1)]
     chunks = [Chunk(range(bounds[i], bounds[i + 1]), tuple(code)) for i, code in enumerate(steps)]
@@ -534,24 +522,19 @@ _PARITY, _WORDS, _FULL, _INSIDE, _FIRST_CHUNK, _RESIDUAL, _Y = (f"%{i}" for i in
 
 
 def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> Iterator[str]:
-    """What a consumer does of a piece, as PTX: s are sums, f float32 sums behind 16-bit ones, x words of the input."""
+    """What a consumer does of a piece, as PTX: s are sums, x words of the input."""
     c, fp32, rows = program.config, _is_fp32(program), len(piece.rows)
     if c.split > 1:
         bias = None  # it is added when the parts are
     words = max(1, *(chunk.registers for chunk in piece.chunks))
     kind = "f32" if fp32 else "b32"
-    yield f"{{ .reg .{kind} s<{rows}>; .reg .{kind} x<{words}>; .reg .f32 f<{2 * rows}>; .reg .f32 u; .reg .f32 v;"
+    yield f"{{ .reg .{kind} s<{c.sums * rows}>; .reg .{kind} x<{words}>; .reg .f32 u; .reg .f32 v; .reg .f32 w;"
     yield ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;"
     yield ".reg .b64 d; .reg .b64 e; .reg .pred first;"
     yield "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;"
-    for row, channel in enumerate(piece.rows):
-        start = _f32(0.0 if bias is None else bias[channel])
-        if fp32:
-            yield f"mov.f32 s{row}, {start};"
-        else:
-            yield f"mov.b32 s{row}, 0;"
-            if c.flush:
-                yield f"mov.f32 f{2 * row}, {start}; mov.f32 f{2 * row + 1}, {start};"
+    for place in range(c.sums * rows):
+        start = 0.0 if bias is None or not fp32 or place >= rows else bias[piece.rows[place]]
+        yield f"mov.{kind} s{place}, {_f32(start) if fp32 else 0};"
     count = len(piece.chunks)
     if c.entries > 1:
         yield f"mov.b32 left, {count};"
@@ -582,18 +565,17 @@ def _instruction(step: Step, stage: int, fp32: bool) -> str:
             return f"ld.shared.{'f32' if fp32 else 'b32'} x{to}, [{_WORDS}+{(stage + offset) * 4}];"
         case Join(to, low, high):
             return f"prmt.b32 x{to}, x{low}, x{high}, 0x5432;"
-        case MultiplyAdd(row, source, weight):
+        case MultiplyAdd(place, source, weight):
             if fp32:
-                return f"fma.rn.f32 s{row}, x{source}, {_f32(weight)}, s{row};"
-            return f"mov.b32 t, {_half2(weight)}; fma.rn.f16x2 s{row}, x{source}, t, s{row};"
-        case Flush(row):
-            a, b = f"f{2 * row}", f"f{2 * row + 1}"
-            return f"{_halves(row)} add.f32 {a}, {a}, u; add.f32 {b}, {b}, v; mov.b32 s{row}, 0;"
+                return f"fma.rn.f32 s{place}, x{source}, {_f32(weight)}, s{place};"
+            return f"mov.b32 t, {_half2(weight)}; fma.rn.f16x2 s{place}, x{source}, t, s{place};"
 
 
-def _halves(row: int) -> str:
-    """Both elements of a 16-bit sum as u and v."""
-    return f"mov.b32 {{h, g}}, s{row}; cvt.f32.f16 u, h; cvt.f32.f16 v, g;"
+def _halves(row: int, rows: int, sums: int) -> Iterator[str]:
+    """Both elements of a row's 16-bit sums, added up, as u and v."""
+    yield f"mov.b32 {{h, g}}, s{row}; cvt.f32.f16 u, h; cvt.f32.f16 v, g;"
+    for place in range(row + rows, sums * rows, rows):
+        yield f"mov.b32 {{h, g}}, s{place}; cvt.f32.f16 w, h; add.f32 u, u, w; cvt.f32.f16 w, g; add.f32 v, v, w;"
 
 
 def _hand_over(program: Program, piece: Piece) -> Iterator[str]:
@@ -601,8 +583,8 @@ def _hand_over(program: Program, piece: Piece) -> Iterator[str]:
     c, fp32 = program.config, _is_fp32(program)
     yield f"bar.sync 1, {c.tile};"
     for row in range(len(piece.rows)):
-        if c.flush:
-            yield f"{_halves(row)} add.f32 u, u, f{2 * row}; add.f32 v, v, f{2 * row + 1};"
+        if c.sums > 1:
+            yield from _halves(row, len(piece.rows), c.sums)
             yield f"cvt.rn.f16x2.f32 s{row}, v, u;"
         yield f"st.shared.{'f32' if fp32 else 'b32'} [{_WORDS}+{row * c.tile * 4}], s{row};"
 
@@ -624,17 +606,16 @@ def _epilogue(program: Program, piece: Piece, bias: NDArray[np.float32] | None) 
             values = [f"s{row}"]
         else:
             values = ["u", "v"]
-            yield _halves(row)
-            start = _f32(0.0 if bias is None else bias[channel])
-            terms = (f"f{2 * row}", f"f{2 * row + 1}") if c.flush else (start, start)
-            yield f"add.f32 u, u, {terms[0]}; add.f32 v, v, {terms[1]};"
+            yield from _halves(row, len(piece.rows), c.sums)
+            if bias is not None:
+                yield f"add.f32 u, u, {_f32(bias[channel])}; add.f32 v, v, {_f32(bias[channel])};"
         if p.epilogue.residual:
             if fp32:
-                yield f"mov.f32 f0, 0f00000000; @a ld.global.f32 f0, [d+{at}]; add.f32 s{row}, s{row}, f0;"
+                yield f"mov.f32 w, 0f00000000; @a ld.global.f32 w, [d+{at}]; add.f32 s{row}, s{row}, w;"
             else:
                 yield "mov.b16 h, 0; mov.b16 g, 0;"
                 yield f"@a ld.global.b16 h, [d+{at}]; @b ld.global.b16 g, [{second_residual}+{at + step}];"
-                yield "{ .reg .f32 z; cvt.f32.f16 z, h; add.f32 u, u, z; cvt.f32.f16 z, g; add.f32 v, v, z; }"
+                yield "cvt.f32.f16 w, h; add.f32 u, u, w; cvt.f32.f16 w, g; add.f32 v, v, w;"
         for value in values:
             if p.epilogue.activation != "none":
                 yield f"max.NaN.f32 {value}, {value}, 0f00000000;"

@@ -1,5 +1,5 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp16 on cpu, padding (1, 1, 1, 1), then bias+relu6
-// GeneratedConfig(rows=3, consumers=1, producers=1, channel_block=1, copy=0, stages=2, blocks=1, entries=1, flush=0, arranged=True, split=2)
+// GeneratedConfig(rows=3, consumers=1, producers=1, channel_block=1, copy=0, stages=2, blocks=1, entries=1, sums=1, arranged=True, split=2)
 // 2 pieces of code, 4 multiply-adds among 7 steps
 #define STORAGE 1
 #define COLUMNS 1
@@ -45,7 +45,7 @@ GENERATED {
   BEGIN
   case 0:
     asm volatile(
-        "{ .reg .b32 s<3>; .reg .b32 x<1>; .reg .f32 f<6>; .reg .f32 u; .reg .f32 v;\n"
+        "{ .reg .b32 s<3>; .reg .b32 x<1>; .reg .f32 u; .reg .f32 v; .reg .f32 w;\n"
         ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;\n"
         ".reg .b64 d; .reg .b64 e; .reg .pred first;\n"
         "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;\n"
@@ -71,7 +71,7 @@ GENERATED {
     break;
   case 1:
     asm volatile(
-        "{ .reg .b32 s<3>; .reg .b32 x<2>; .reg .f32 f<6>; .reg .f32 u; .reg .f32 v;\n"
+        "{ .reg .b32 s<3>; .reg .b32 x<2>; .reg .f32 u; .reg .f32 v; .reg .f32 w;\n"
         ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;\n"
         ".reg .b64 d; .reg .b64 e; .reg .pred first;\n"
         "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;\n"

@@ -1,5 +1,5 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp32 on cpu, padding (1, 1, 1, 1), then bias+residual+relu
-// GeneratedConfig(rows=2, consumers=1, producers=1, channel_block=1, copy=2, stages=2, blocks=1, entries=2, flush=0, arranged=False, split=1)
+// GeneratedConfig(rows=2, consumers=1, producers=1, channel_block=1, copy=2, stages=2, blocks=1, entries=2, sums=1, arranged=False, split=1)
 // 2 pieces of code, 4 multiply-adds among 8 steps
 #define STORAGE 0
 #define COLUMNS 1
@@ -39,7 +39,7 @@ GENERATED {
   BEGIN
   case 0:
     asm volatile(
-        "{ .reg .f32 s<1>; .reg .f32 x<1>; .reg .f32 f<2>; .reg .f32 u; .reg .f32 v;\n"
+        "{ .reg .f32 s<1>; .reg .f32 x<1>; .reg .f32 u; .reg .f32 v; .reg .f32 w;\n"
         ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;\n"
         ".reg .b64 d; .reg .b64 e; .reg .pred first;\n"
         "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;\n"
@@ -61,7 +61,7 @@ GENERATED {
         "END:\n"
         "and.b32 t, %3, 1; setp.ne.u32 a, t, 0; and.b32 t, %3, 2; setp.ne.u32 b, t, 0;\n"
         "add.u64 d, %6, %5;\n"
-        "mov.f32 f0, 0f00000000; @a ld.global.f32 f0, [d+0]; add.f32 s0, s0, f0;\n"
+        "mov.f32 w, 0f00000000; @a ld.global.f32 w, [d+0]; add.f32 s0, s0, w;\n"
         "max.NaN.f32 s0, s0, 0f00000000;\n"
         "@a st.global.f32 [%6+0], s0;\n"
         "}\n"
@@ -69,7 +69,7 @@ GENERATED {
     break;
   case 1:
     asm volatile(
-        "{ .reg .f32 s<2>; .reg .f32 x<1>; .reg .f32 f<4>; .reg .f32 u; .reg .f32 v;\n"
+        "{ .reg .f32 s<2>; .reg .f32 x<1>; .reg .f32 u; .reg .f32 v; .reg .f32 w;\n"
         ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;\n"
         ".reg .b64 d; .reg .b64 e; .reg .pred first;\n"
         "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;\n"
@@ -92,10 +92,10 @@ GENERATED {
         "END:\n"
         "and.b32 t, %3, 1; setp.ne.u32 a, t, 0; and.b32 t, %3, 2; setp.ne.u32 b, t, 0;\n"
         "add.u64 d, %6, %5;\n"
-        "mov.f32 f0, 0f00000000; @a ld.global.f32 f0, [d+144]; add.f32 s0, s0, f0;\n"
+        "mov.f32 w, 0f00000000; @a ld.global.f32 w, [d+144]; add.f32 s0, s0, w;\n"
         "max.NaN.f32 s0, s0, 0f00000000;\n"
         "@a st.global.f32 [%6+144], s0;\n"
-        "mov.f32 f0, 0f00000000; @a ld.global.f32 f0, [d+288]; add.f32 s1, s1, f0;\n"
+        "mov.f32 w, 0f00000000; @a ld.global.f32 w, [d+288]; add.f32 s1, s1, w;\n"
         "max.NaN.f32 s1, s1, 0f00000000;\n"
         "@a st.global.f32 [%6+288], s1;\n"
         "}\n"

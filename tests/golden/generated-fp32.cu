@@ -1,5 +1,5 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp32 on cpu, padding (1, 1, 1, 1)
-// GeneratedConfig(rows=3, consumers=1, producers=1, channel_block=2, copy=1, stages=2, blocks=1, entries=1, flush=0, arranged=False, split=1)
+// GeneratedConfig(rows=3, consumers=1, producers=1, channel_block=2, copy=1, stages=2, blocks=1, entries=1, sums=1, arranged=False, split=1)
 // 1 pieces of code, 4 multiply-adds among 7 steps
 #define STORAGE 0
 #define COLUMNS 1
@@ -39,7 +39,7 @@ GENERATED {
   BEGIN
   case 0:
     asm volatile(
-        "{ .reg .f32 s<3>; .reg .f32 x<3>; .reg .f32 f<6>; .reg .f32 u; .reg .f32 v;\n"
+        "{ .reg .f32 s<3>; .reg .f32 x<3>; .reg .f32 u; .reg .f32 v; .reg .f32 w;\n"
         ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;\n"
         ".reg .b64 d; .reg .b64 e; .reg .pred first;\n"
         "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;\n"

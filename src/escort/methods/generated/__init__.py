@@ -60,7 +60,8 @@ class Generated:
 
     def compile_s(self, problem: Problem, filter: StretchedCSR, config: GeneratedConfig) -> float:
         """About how long one core takes to assemble a config's code."""
-        return float(piece_count(problem, config) * piece_steps(problem, filter, config) / _STEPS_PER_S)
+        pieces = piece_count(problem, config) * config.split
+        return float(pieces * piece_steps(problem, filter, config) / _STEPS_PER_S)
 
     def prepare(
         self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: GeneratedConfig

@@ -24,8 +24,8 @@ _INSTRUCTION_BYTES = 16
 _APART_STAGES = 2  # few, so that there are places to begin at
 _LEAST_BUSY = 0.75  # of the multiprocessors' time, where there are several rounds of tiles
 _BEST = 256  # of a way to stage the input, among which those that are not alike are found
-#: Products of a row that may be summed in fp16 alone: a relative error of about 1.7e-3, of 2e-3 allowed.
-_MOST_HALF_SUMS = 144
+#: Products that a sum in fp16 may have: a relative error of about 1.8e-3, of 2e-3 allowed.
+_MOST_PRODUCTS = 165.0
 
 # The model of the machine, in clocks of a multiprocessor, fitted to 733 timings on an H200 (docs/performance.md).
 _CLOCK_MHZ = 1850.0
@@ -65,23 +65,25 @@ def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[Gen
     Yields configs with arrays as fields, those of each way to stage the input together.
     """
     half, group_rows = codegen.elements_per_word(problem) == 2, problem.out_channels // problem.groups
-    nnz = int(np.diff(filter.indptr).max(initial=0))
+    nnz = np.diff(filter.indptr).astype(np.float64)
+    # Products of a row as they count in the error of all outputs, whose size grows with them.
+    products = float((nnz * nnz).sum() / max(nnz.sum(), 1.0))
     channels = problem.in_channels // problem.groups
     hands = range(-(-group_rows // _MOST_ROWS), max(group_rows // _LEAST_ROWS, 1) + 1)
     knobs = sorted({-(-group_rows // hand) for hand in hands}), (1, 2), range(6, 32), (8, 4, 16)
     rows, blocks, consumers, block = (knob.ravel() for knob in np.meshgrid(*knobs, indexing="ij"))
     for copy, arranged, producers, split in _stagings(problem, gpu):
         words = Words.of(problem, GeneratedConfig(1, 1, 1, 1, copy=copy, arranged=arranged))
-        flush = 32 if half and nnz > _MOST_HALF_SUMS * split else 0
+        sums = math.ceil(max(products, 1.0) / (_MOST_PRODUCTS * split)) if half else 1
         chunks = -(-channels // (split * block))
         depths = np.array([4, 3, 2])
         stages = depths[np.argmin([-(-chunks // depth) * depth for depth in depths], axis=0)]
-        many = _configs(rows, consumers, producers, block, copy, stages, blocks, 1, flush, arranged, split)
+        many = _configs(rows, consumers, producers, block, copy, stages, blocks, 1, sums, arranged, split)
         room = blocks * (codegen.shared_bytes(words, many, rows) + 1024)
         items, slots = _items(problem, words, many), _slots(many, gpu)
         fits = (
             (blocks * (consumers + producers) <= 32)
-            & (rows * (3 if flush else 1) + 14 <= _registers(many, gpu))
+            & (rows * sums + 14 <= _registers(many, gpu))
             & (room <= gpu.shared_bytes + 1024)
             & ((items <= slots) | (items >= _LEAST_BUSY * slots * -(-items // slots)))
         )
@@ -174,7 +176,7 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
             -(-(config.tile + words.reach) // (config.copy * LANES * config.producers)) * channels * len(words.phases)
         )
         issued, copying = issued + _COPY_ISSUE * copies * config.producers, _COPY * copies
-    issued = issued * np.where(_registers(config, gpu) < config.rows + _SPARE_REGISTERS, _TIGHT, 1.0)
+    issued = issued * np.where(_registers(config, gpu) < config.rows * config.sums + _SPARE_REGISTERS, _TIGHT, 1.0)
     busy = np.maximum(np.maximum(issued / _ISSUE, stage_bytes / _L2) * config.blocks, copying)
     # Code is cold when a multiprocessor meets it first, and each time where it does not stay. What wants to stay is
     # the code of all pieces that run at the same time.
