@@ -159,3 +159,84 @@ class StretchedCSR:
 
     def __repr__(self) -> str:
         return f"StretchedCSR(shape={self.shape}, groups={self.groups}, nnz={self.nnz}, sparsity={self.sparsity:.1%})"
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A filter as the sum of two: one of so regular a pattern that tensor cores can take it, and what is left.
+
+    Attributes:
+        structured: at most `kept` of each `of` neighbouring channels of a tap are nonzero, as in 2:4 sparsity.
+        residual: the other nonzeros.
+        channels: (C / groups,) which channel stands at each place where neighbours are counted.
+    """
+
+    structured: StretchedCSR
+    residual: StretchedCSR
+    kept: int
+    of: int
+    channels: IntArray
+
+    @property
+    def share(self) -> float:
+        """The residual's share of the nonzeros, 0..1."""
+        return self.residual.nnz / max(self.residual.nnz + self.structured.nnz, 1)
+
+
+def split(filter: StretchedCSR, kept: int = 2, of: int = 4, channels: IntArray | None = None) -> Split:
+    """Splits a filter exactly: each group of neighbours keeps its largest weights, the residual has the rest.
+
+    Args:
+        kept, of: 2 of 4 for 16-bit types, 1 of 2 for TF32.
+        channels: an order of the channels of a group, the same for all taps; by default their own.
+
+    Raises:
+        ValueError: unless ``0 < kept <= of`` and `channels` is a permutation.
+    """
+    width = filter.shape[1]
+    channels = np.arange(width, dtype=np.int32) if channels is None else channels
+    if not 0 < kept <= of:
+        raise ValueError(f"a group of {of} cannot keep {kept} weights")
+    if not np.array_equal(np.sort(channels), np.arange(width)):
+        raise ValueError(f"channels must be an order of 0..{width - 1}")
+    c, r, s = filter.taps
+    place = np.empty(width, dtype=np.int64)
+    place[channels] = np.arange(width)
+    tap = (filter.rows.astype(np.int64) * filter.shape[2] + r) * filter.shape[3] + s
+    group = tap * -(-width // of) + place[c] // of
+    order = np.lexsort((place[c], -np.abs(filter.values), group))
+    first = np.flatnonzero(np.diff(group[order], prepend=-1))
+    rank = np.empty(filter.nnz, dtype=np.int64)
+    rank[order] = np.arange(filter.nnz) - np.repeat(first, np.diff(first, append=filter.nnz))
+    return Split(_part(filter, rank < kept), _part(filter, rank >= kept), kept, of, channels)
+
+
+def spread_channels(filter: StretchedCSR, kept: int = 2, of: int = 4) -> IntArray:
+    """An order of the channels for :func:`split` that leaves a small residual.
+
+    Channels are placed one by one, those with most nonzeros first, where least of theirs exceed what a group keeps.
+    """
+    width, taps = filter.shape[1], filter.shape[2] * filter.shape[3]
+    c, r, s = filter.taps
+    tap = (filter.rows.astype(np.int64) * filter.shape[2] + r) * filter.shape[3] + s
+    by_channel = np.split(tap[np.argsort(c, kind="stable")], np.cumsum(np.bincount(c, minlength=width))[:-1])
+    room = np.full(-(-width // of), of)
+    room[-1] -= len(room) * of - width
+    held = np.zeros((len(room), filter.shape[0] * taps), dtype=np.uint8)
+    load = np.zeros(len(room), dtype=np.int64)
+    members: list[list[int]] = [[] for _ in room]
+    for channel in sorted(range(width), key=lambda channel: -len(by_channel[channel])):
+        mine = by_channel[channel]
+        exceeding = (held[:, mine] >= kept).sum(axis=1)
+        group = min(np.flatnonzero(room), key=lambda group: (exceeding[group], load[group]))
+        members[group].append(channel)
+        room[group] -= 1
+        held[group, mine] += 1
+        load[group] += len(mine)
+    return np.array([channel for group in members for channel in sorted(group)], dtype=np.int32)
+
+
+def _part(filter: StretchedCSR, which: NDArray[np.bool_]) -> StretchedCSR:
+    """The nonzeros of a filter that a mask takes."""
+    indptr = np.concatenate(([0], np.cumsum(which)))[filter.indptr].astype(np.int32)
+    return StretchedCSR(filter.shape, filter.groups, indptr, filter.columns[which], filter.values[which])
