@@ -1,7 +1,7 @@
-"""kernels/generated.cuh without a GPU: how producers fill a stage, compiled for the CPU, against the interpreter.
+"""kernels/generated.cuh without a GPU: the ring and its producers, compiled for the CPU, a thread for each of theirs.
 
-Copies are carried out when they are issued, and barriers do nothing: a ring with room for all chunks of a tile needs
-none.
+Barriers count arrivals and bytes as the GPU's do, so that a mistake in the protocol shows as a wrong stage or as a wait
+that does not end. Consumers only look on: what they find in a stage is compared with what the interpreter reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from tests.test_arrange import arranged
 #: What the source needs of CUDA. Shared addresses are offsets into `shared`.
 CUDA_ON_A_CPU = """
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <vector>
 #define __device__
 #define __global__
 #define __constant__ static
@@ -35,11 +42,10 @@ CUDA_ON_A_CPU = """
 #define __restrict__
 #define NOTHING(...)
 struct Index { unsigned x; };
-static Index blockIdx, threadIdx, gridDim;
+static Index blockIdx, gridDim;
+static thread_local Index threadIdx;
 template <class A, class B> static auto min(A a, B b) { return a < b ? a : b; }
 template <class A, class B> static auto max(A a, B b) { return a > b ? a : b; }
-static void __syncthreads() {}
-static void __syncwarp() {}
 static unsigned __cvta_generic_to_shared(const void*) { return 0; }
 static float __uint_as_float(unsigned bits) { float value; std::memcpy(&value, &bits, 4); return value; }
 static unsigned __float_as_uint(float value) { unsigned bits; std::memcpy(&bits, &value, 4); return bits; }
@@ -47,37 +53,108 @@ static float __half2float(unsigned short) { return 0.0f; }
 static unsigned short __ushort_as_half(unsigned short bits) { return bits; }
 static unsigned short __half_as_ushort(unsigned short bits) { return bits; }
 static unsigned short __float2half_rn(float) { return 0; }
+static void __syncthreads() {}
 char shared[1 << 20];
-"""
-RUN = """
-extern "C" void run(const void* x, int images, unsigned tiles, unsigned block, void* to) {
-  std::memset(shared, 0xff, sizeof shared);
-  blockIdx.x = block;
-  gridDim.x = PIECES * tiles * SPLIT;
-  for (threadIdx.x = CONSUMERS * LANES; threadIdx.x < THREADS; threadIdx.x++)
-    produce(make_ring(), static_cast<const Input*>(x), images, tiles, block % SPLIT);
-  std::memcpy(to, shared, STAGES * STAGE_BYTES);
+
+// A barrier in shared memory: its phase ends when all have arrived and all bytes that were announced have come.
+static std::atomic<bool> stuck;
+struct Barrier {
+  std::mutex mutex;
+  std::condition_variable ended;
+  int all = 0, left = 0, bytes = 0;
+  unsigned phase = 0;
+  void change(int arrivals, int more_bytes) {
+    std::lock_guard<std::mutex> lock(mutex);
+    left -= arrivals;
+    bytes += more_bytes;
+    if (left == 0 && bytes == 0) {
+      phase ^= 1;
+      left = all;
+      ended.notify_all();
+    }
+  }
+  void wait(unsigned parity) {
+    std::unique_lock<std::mutex> lock(mutex);
+    if (!ended.wait_for(lock, std::chrono::seconds(stuck ? 0 : 20), [&] { return phase != parity; })) stuck = true;
+  }
+};
+static std::map<unsigned, Barrier> barriers;  // by address; of warps behind all addresses
+static void init(unsigned at, int count) { barriers[at].all = barriers[at].left = count; }
+static void arrive(unsigned at) { barriers.at(at).change(1, 0); }
+static void __syncwarp() {
+  Barrier& warp = barriers.at(~0u - threadIdx.x / 32);
+  std::unique_lock<std::mutex> lock(warp.mutex);
+  const unsigned phase = warp.phase;
+  lock.unlock();
+  warp.change(1, 0);
+  warp.wait(phase);
 }
 """
+RUN = """
+extern "C" int run(const void* x, int images, unsigned tiles, unsigned block, unsigned grid, char* to) {
+  std::memset(shared, 0xff, sizeof shared);
+  barriers.clear();
+  stuck = false;
+  blockIdx.x = block;
+  gridDim.x = grid;
+  for (unsigned warp = 0; warp < THREADS / LANES; warp++) init(~0u - warp, LANES);
+  Ring ring;
+  for (threadIdx.x = 0; threadIdx.x < LANES; threadIdx.x++) ring = make_ring();
+  std::vector<std::thread> threads;
+  for (unsigned thread = CONSUMERS * LANES; thread < THREADS; thread++)
+    threads.emplace_back([=] {
+      threadIdx.x = thread;
+      produce(ring, static_cast<const Input*>(x), images, tiles, block % SPLIT);
+    });
+  for (unsigned warp = 0; warp < CONSUMERS; warp++)
+    threads.emplace_back([=] {
+      unsigned stage = 0, parity = 0, seen = 0;
+      for (unsigned item = block / SPLIT; item < PIECES * tiles; item += grid / SPLIT, seen++) {
+        unsigned chunk = Work(item, tiles).begin;
+        for (unsigned count = 0; count < CHUNKS; count++) {
+          barriers.at(ring.full + stage * 8).wait(parity);
+          if (warp == seen % CONSUMERS)
+            std::memcpy(to + (seen * CHUNKS + chunk) * STAGE_BYTES, shared + stage * STAGE_BYTES, STAGE_BYTES);
+          arrive(ring.empty + stage * 8);
+          if (++chunk == CHUNKS) chunk = 0;
+          if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+          }
+        }
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  return stuck;
+}
+"""
+#: The source's instructions, as patterns, and what they are here. The others are left out.
+INSTRUCTIONS = (
+    (r'asm volatile\("mbarrier\.init.*?;"\s*::"r"\(barrier\), "r"\(count\).*?;', "init(barrier, count);"),
+    (r'asm volatile\("\{ \.reg \.pred done;.*?"memory"\);', "barriers.at(barrier).wait(parity);"),
+    (
+        r'asm volatile\(\s*"\{ \.reg \.b64 state; mbarrier\.arrive\.expect_tx.*?"memory"\);',
+        "barriers.at(barrier).change(1, bytes);",
+    ),
+    (r'asm volatile\("cp\.async\.mbarrier\.arrive.*?"r"\((.*?)\)\s*: "memory"\);', r"arrive(\1);"),
+    (
+        r'asm volatile\("\{ \.reg \.pred zero;.*?"memory"\);',
+        "zero ? std::memset(shared + to, 0, COPY * 4) : std::memcpy(shared + to, from, COPY * 4);",
+    ),
+    (
+        r'asm volatile\("cp\.async\.bulk\.shared::cluster\.global.*?'
+        r'"r"\(\s*(.*?)\),\s*"l"\((.*?)\), "n"\((.*?)\), "r"\((.*?)\).*?;',
+        r"std::memcpy(shared + (\1), \2, \3), barriers.at(\4).change(0, -(\3));",
+    ),
+)
 
 
 def host_source(program: Program) -> str:
-    """The program's macros and generated.cuh, its copies as memcpy and its other instructions left out."""
+    """The program's macros and generated.cuh for the CPU."""
     text = (KERNELS / "generated.cuh").read_text()
-    text, copies = re.subn(
-        r'asm volatile\("\{ \.reg \.pred zero;.*?: "memory"\);',
-        "zero ? std::memset(shared + to, 0, COPY * 4) : std::memcpy(shared + to, from, COPY * 4);",
-        text,
-        flags=re.DOTALL,
-    )
-    text, bulk_copies = re.subn(
-        r'asm volatile\("cp\.async\.bulk\.shared::cluster\.global.*?'
-        r'"r"\(\s*(.*?)\),\s*"l"\((.*?)\), "n"\((.*?)\), "r".*?;',
-        r"std::memcpy(shared + (\1), \2, \3);",
-        text,
-        flags=re.DOTALL,
-    )
-    assert (copies, bulk_copies) == (1, 1)
+    for pattern, here in INSTRUCTIONS:
+        text, count = re.subn(pattern, here, text, flags=re.DOTALL)
+        assert count == 1, pattern
     text = re.sub(r"\basm( volatile)?\(", "NOTHING(", text.replace("#include <cuda_fp16.h>", ""))
     macros, _ = program.text().split('#include "generated.cuh"')
     return CUDA_ON_A_CPU + macros + text + RUN
@@ -88,7 +165,7 @@ def host_source(program: Program) -> str:
     [
         ("fp32", GeneratedConfig(4, 3, 2, 3, copy=1, stages=2)),
         ("fp32", GeneratedConfig(4, 3, 1, 3, copy=2, stages=2)),
-        ("fp32", GeneratedConfig(4, 2, 2, 5, copy=4, stages=2)),
+        ("fp32", GeneratedConfig(4, 2, 2, 5, copy=4, stages=2, entries=2)),
         ("fp16", GeneratedConfig(4, 3, 2, 3, copy=1, stages=2)),
         ("fp16", GeneratedConfig(4, 3, 2, 6, copy=2, stages=2)),
         ("fp32", GeneratedConfig(4, 3, 2, 3, copy=4, stages=2, arranged=True)),
@@ -98,30 +175,32 @@ def host_source(program: Program) -> str:
     ],
     ids=str,
 )
-def test_producers_fill_stages_as_the_interpreter_reads_them(
-    dtype: str, config: GeneratedConfig, tmp_path: Path
-) -> None:
-    channels = 5 if config.split == 1 else 7  # of a group: the last chunk, and the last part, have fewer
+def test_the_ring_holds_what_the_interpreter_reads(dtype: str, config: GeneratedConfig, tmp_path: Path) -> None:
+    channels = 14 if config.split == 1 else 15  # of a group: the last chunk, and the last part, have fewer
     problem = Problem(3, 2 * channels, 10, 8, 16, (3, 3), padding=(1, 1, 1, 1), groups=2, dtype=dtype)  # type: ignore[arg-type]
     weight = torch.ones(problem.weight_shape)
     program = Program.of(problem, StretchedCSR.from_dense(weight, 2), config)
-    assert all(len(piece.chunks) == config.stages for piece in program.pieces)
     x = np.random.default_rng(0).standard_normal(problem.input_shape)
     x = x.astype(np.float32 if dtype == "fp32" else np.float16)
     source = arranged(program, x, tmp_path) if config.arranged else x
     (tmp_path / "staging.cpp").write_text(host_source(program))
-    command = ["g++", "-std=c++17", "-w", "-shared", "-fPIC", "staging.cpp", "-o", "staging.so"]
+    command = ["g++", "-std=c++17", "-w", "-pthread", "-shared", "-fPIC", "staging.cpp", "-o", "staging.so"]
     subprocess.run(command, cwd=tmp_path, check=True)
     run = ctypes.CDLL(str(tmp_path / "staging.so")).run
-    tiles, planes = program.tiles(3), config.channel_block * program.channel_words
-    to = np.empty((config.stages, planes), dtype=np.uint32)
-    for tile in (0, tiles // 2, tiles - 1):
-        for place, piece in enumerate(program.pieces):
-            block = (place // config.split * tiles + tile) * config.split + place % config.split
-            pointers = (ctypes.c_void_p(source.ctypes.data), 3, tiles, block, ctypes.c_void_p(to.ctypes.data))
-            run(*pointers)
-            for stage, chunk in zip(to, piece.chunks, strict=True):
-                filled = stage.view(x.dtype).reshape(config.channel_block, program.channel_words, -1)
-                expected = program._stage(x.astype(np.float64), chunk, tile * config.tile)
-                expected = expected.reshape(*filled.shape)[: len(chunk.channels), : config.tile + program.words.reach]
-                assert np.array_equal(filled[: len(chunk.channels), : expected.shape[1]], expected), (tile, place)
+    tiles, chunks = program.tiles(3), len(program.pieces[0].chunks)
+    assert chunks > config.stages, "stages are filled several times"
+    grid = 3 if config.split == 1 else config.split  # blocks that are left one item more, or clusters
+    for block in range(grid):
+        items = range(block // config.split, program.hands * tiles, grid // config.split)
+        found = np.empty((len(items), chunks, config.channel_block, program.channel_words), dtype=np.uint32)
+        pointers = (ctypes.c_void_p(source.ctypes.data), 3, tiles, block, grid, ctypes.c_void_p(found.ctypes.data))
+        assert run(*pointers) == 0, "a barrier was waited for in vain"
+        for item, stages in zip(items, found, strict=True):
+            piece = program.pieces[item // tiles * config.split + block % config.split]
+            for stage, chunk in zip(stages, piece.chunks, strict=True):
+                filled = stage.view(x.dtype).reshape(*stage.shape, -1)[: len(chunk.channels)]
+                expected = program._stage(x.astype(np.float64), chunk, item % tiles * config.tile)
+                expected = expected.reshape(*stage.shape, -1)[
+                    : len(chunk.channels), : config.tile + program.words.reach
+                ]
+                assert np.array_equal(filled[:, : expected.shape[1]], expected), (item, chunk.channels)
