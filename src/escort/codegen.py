@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from escort.problem import Problem
-from escort.sparse import StretchedCSR
+from escort.sparse import IntArray, StretchedCSR
 
 LANES = 32
 Floats = NDArray[np.float64]
@@ -179,7 +179,7 @@ class Words:
         )
         return self.phases.index((row, column)), (down + self.top) * self.pitch * self.columns + right + self.left
 
-    @property
+    @cached_property
     def reach(self) -> int:
         """How many words behind a word its last tap reads."""
         kernel = self.problem.kernel
@@ -216,9 +216,9 @@ class Program:
         if not config.arranged and (not whole or problem.stride != (1, 1)):
             raise ValueError(f"{config} needs an arranged input for stride {problem.stride} and width {problem.width}")
         words = Words.of(problem, config)
-        rows, nnz = problem.out_channels // problem.groups, np.diff(filter.indptr)
+        rows, nnz, taps = problem.out_channels // problem.groups, np.diff(filter.indptr), filter.taps
         pieces = [
-            _piece(problem, filter, config, words, group, part, [group * rows + row for row in hand])
+            _piece(problem, filter, taps, config, words, group, part, [group * rows + row for row in hand])
             for group in range(problem.groups)
             for hand in _deal(nnz[group * rows : (group + 1) * rows], config.rows)
             for part in range(config.split)
@@ -233,7 +233,12 @@ class Program:
     @property
     def shared_bytes(self) -> int:
         """The ring with two barriers per stage, and what channels that are split need to add up their sums."""
-        return int(shared_bytes(self.words, self.config, max(len(piece.rows) for piece in self.pieces)))
+        return int(shared_bytes(self.words, self.config, self.rows))
+
+    @property
+    def rows(self) -> int:
+        """Output channels of the largest piece."""
+        return max(len(piece.rows) for piece in self.pieces)
 
     @property
     def hands(self) -> int:
@@ -360,28 +365,33 @@ def _deal(nnz: NDArray[np.int32], rows: int) -> list[list[int]]:
 def _piece(
     problem: Problem,
     filter: StretchedCSR,
+    taps: tuple[IntArray, IntArray, IntArray],
     config: GeneratedConfig,
     words: Words,
     group: int,
     part: int,
     rows: list[int],
 ) -> Piece:
-    """The code of some rows of a group and a part of its channels: chunk by chunk, channel by channel, tap by tap."""
+    """The code of some rows of a group and a part of its channels: chunk by chunk, channel by channel, tap by tap.
+
+    Args:
+        taps: of the filter, which takes a while to find them.
+    """
     span = [np.arange(filter.indptr[row], filter.indptr[row + 1]) for row in rows]
     entry = np.concatenate(span)
     place = np.repeat(np.arange(len(rows)), [len(part) for part in span])
     each, channels = part_channels(problem, config), problem.in_channels // problem.groups
-    mine = filter.taps[0][entry] // each == part
+    mine = taps[0][entry] // each == part
     entry, place = entry[mine], place[mine]
-    channel, r, s = (taps[entry].astype(np.int64) for taps in filter.taps)
+    channel, r, s = (of_tap[entry].astype(np.int64) for of_tap in taps)
     channel -= part * each
-    taps = np.array([[words.tap(i, j) for j in range(problem.kernel[1])] for i in range(problem.kernel[0])])
-    plane, element = channel * len(words.phases) + taps[r, s, 0], taps[r, s, 1]
+    read = np.array([[words.tap(i, j) for j in range(problem.kernel[1])] for i in range(problem.kernel[0])])
+    plane, element = channel * len(words.phases) + read[r, s, 0], read[r, s, 1]
     order = np.lexsort((place, element, plane))
     nonzeros = zip(
         *(a[order].tolist() for a in (plane, element, place, filter.values[entry].astype(np.float64))), strict=True
     )
-    block, planes = config.channel_block, config.channel_block * len(words.phases)
+    block, planes, pitch = config.channel_block, config.channel_block * len(words.phases), channel_words(words, config)
     # Whole rounds of the ring: a chunk then always meets the same stage. The last chunks may be empty.
     used = -(-each // block)
     count = -(-used // config.stages) * config.stages
@@ -399,7 +409,7 @@ def _piece(
             if last is None or c != last[0]:
                 held = {}
             last = c, e
-            offset = c % planes * channel_words(words, config) + e // words.columns
+            offset = c % planes * pitch + e // words.columns
             odd = e % words.columns
             for wanted in (offset, offset + 1)[: 1 + odd]:
                 if wanted not in held:
@@ -452,10 +462,9 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         "STAGE_WORDS": c.tile + w.reach,
     }
     if c.split > 1:
-        rows = max(len(piece.rows) for piece in program.pieces)
         macros |= {
-            "ROWS": rows,
-            "RING_BYTES": _ring_bytes(w, c, rows),
+            "ROWS": program.rows,
+            "RING_BYTES": _ring_bytes(w, c, program.rows),
             "RESIDUAL": int(p.epilogue.residual),
             "ACTIVATION": ["none", "relu", "relu6"].index(p.epilogue.activation),
         }
@@ -509,7 +518,7 @@ def _layout_macros(program: Program) -> dict[str, int]:
 def _tables(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
     """Which output channel each row of a piece is, -1 for none, and the bias of each output channel."""
     p, split = program.problem, program.config.split
-    share = -(-max(len(piece.rows) for piece in program.pieces) // split)
+    share = -(-program.rows // split)
     channels = [list(piece.rows) for piece in program.pieces[::split]]
     padded = [channel for rows in channels for channel in rows + [-1] * (share * split - len(rows))]
     yield f"__constant__ int CHANNEL_OF[] = {{{', '.join(map(str, padded))}}};"

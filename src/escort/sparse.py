@@ -199,10 +199,9 @@ def split(filter: StretchedCSR, kept: int = 2, of: int = 4, channels: IntArray |
         raise ValueError(f"a group of {of} cannot keep {kept} weights")
     if not np.array_equal(np.sort(channels), np.arange(width)):
         raise ValueError(f"channels must be an order of 0..{width - 1}")
-    c, r, s = filter.taps
+    c, tap = _channels_and_taps(filter)
     place = np.empty(width, dtype=np.int64)
     place[channels] = np.arange(width)
-    tap = (filter.rows.astype(np.int64) * filter.shape[2] + r) * filter.shape[3] + s
     group = tap * -(-width // of) + place[c] // of
     order = np.lexsort((place[c], -np.abs(filter.values), group))
     first = np.flatnonzero(np.diff(group[order], prepend=-1))
@@ -217,8 +216,7 @@ def spread_channels(filter: StretchedCSR, kept: int = 2, of: int = 4) -> IntArra
     Channels are placed one by one, those with most nonzeros first, where least of theirs exceed what a group keeps.
     """
     width, taps = filter.shape[1], filter.shape[2] * filter.shape[3]
-    c, r, s = filter.taps
-    tap = (filter.rows.astype(np.int64) * filter.shape[2] + r) * filter.shape[3] + s
+    c, tap = _channels_and_taps(filter)
     by_channel = np.split(tap[np.argsort(c, kind="stable")], np.cumsum(np.bincount(c, minlength=width))[:-1])
     room = np.full(-(-width // of), of)
     room[-1] -= len(room) * of - width
@@ -234,6 +232,13 @@ def spread_channels(filter: StretchedCSR, kept: int = 2, of: int = 4) -> IntArra
         held[group, mine] += 1
         load[group] += len(mine)
     return np.array([channel for group in members for channel in sorted(group)], dtype=np.int32)
+
+
+def _channels_and_taps(filter: StretchedCSR) -> tuple[IntArray, NDArray[np.int64]]:
+    """Each nonzero's channel, and its tap counted over all output channels."""
+    taps = filter.shape[2] * filter.shape[3]
+    channel, tap = np.divmod(filter.columns, np.int32(taps))
+    return channel, filter.rows.astype(np.int64) * taps + tap
 
 
 def _part(filter: StretchedCSR, which: NDArray[np.bool_]) -> StretchedCSR:

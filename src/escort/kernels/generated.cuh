@@ -8,7 +8,9 @@
 #if STORAGE == 0
 typedef float Element;
 #else
-#include <cuda_fp16.h>
+#if SPLIT > 1
+#include <cuda_fp16.h>  // takes long to compile, and only sums of parts need it
+#endif
 typedef unsigned short Element;
 #endif
 typedef unsigned int u32;
@@ -119,11 +121,16 @@ __device__ __forceinline__ int part_channels(u32 part) {
   return min(PART_CHANNELS, GROUP_CHANNELS - (int)part * PART_CHANNELS);
 }
 
+// Words of a channel of an arranged input.
+__device__ __forceinline__ long long arranged_words(u32 tiles) {
+  return tiles * (long long)TILE_WORDS + CHANNEL_WORDS - TILE_WORDS;
+}
+
 #if BULK
 // Fills the ring with the input of one tile after the other. The first thread does it all.
 __device__ __forceinline__ void produce(const Ring ring, const Input* x, int images, u32 tiles, u32 part) {
   if (threadIdx.x != CONSUMERS * LANES) return;
-  const long long words = tiles * (long long)TILE_WORDS + CHANNEL_WORDS - TILE_WORDS;
+  const long long words = arranged_words(tiles);
   u32 stage = 0, parity = 1;
   for (u32 item = blockIdx.x / SPLIT; item < PIECES * tiles; item += gridDim.x / SPLIT) {
     const Work work(item, tiles);
@@ -175,7 +182,7 @@ __device__ __forceinline__ void copy_channel(u32 to, const Input* const* from, l
 __device__ __forceinline__ void produce(const Ring ring, const Input* x, int images, u32 tiles, u32 part) {
   const u32 thread = threadIdx.x - CONSUMERS * LANES;
 #if ARRANGED
-  const long long channel_step = tiles * (long long)TILE_WORDS + CHANNEL_WORDS - TILE_WORDS;
+  const long long channel_step = arranged_words(tiles);
 #else
   const int channel_step = PLANE;
 #endif

@@ -7,11 +7,12 @@ arrays of one length, many configs side by side, and so may its result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from escort import codegen
 from escort.codegen import LANES, GeneratedConfig, Words
@@ -95,18 +96,21 @@ def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[Gen
 
 
 def _configs(*values: Any) -> GeneratedConfig:
+    """A config whose fields may be arrays, which its type does not say."""
     return GeneratedConfig(*values)
 
 
-def _some(many: GeneratedConfig, which: Any) -> GeneratedConfig:
-    """Those configs of many that an index or a mask takes."""
-    values = (getattr(many, field.name) for field in fields(many))
-    return _configs(*(value[which] if isinstance(value, np.ndarray) else value for value in values))
+def _some(many: GeneratedConfig, mask: NDArray[np.bool_]) -> GeneratedConfig:
+    return _picked(many, lambda values: values[mask])
 
 
 def _one(many: GeneratedConfig, index: int) -> GeneratedConfig:
+    return _picked(many, lambda values: values[index].item())
+
+
+def _picked(many: GeneratedConfig, pick: Callable[[NDArray[Any]], Any]) -> GeneratedConfig:
     values = (getattr(many, field.name) for field in fields(many))
-    return _configs(*(value[index].item() if isinstance(value, np.ndarray) else value for value in values))
+    return _configs(*(pick(value) if isinstance(value, np.ndarray) else value for value in values))
 
 
 def _stagings(problem: Problem, gpu: Gpu) -> Iterator[tuple[int, bool, int, int]]:
