@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +98,22 @@ def test_everything_assembles_without_spills(arch: str, dtype: str, copy: int, a
     if arranged:
         binary = compiler.compile("arrange.cu", arrange_defines(program, 128), arch)
         assert binary.registers <= 64 and binary.spill_bytes == binary.stack_bytes == 0
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
+def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
+    problem = Problem(1, 12, 9, 9, 8, (3, 3), stride, padding=(1, 1, 1, 1))
+    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    program = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 2, copy=0, arranged=True))
+    text = program.text()
+    (stage_bytes,) = (int(size) for size in re.findall(r"#define STAGE_BYTES (\d+)", text))
+    reads = iter(int(at) for at in re.findall(r"ld\.shared\.f32 x\d+, \[%1\+(\d+)\]", text))
+    for i, chunk in enumerate(program.pieces[0].chunks):
+        for step in chunk.steps:
+            if isinstance(step, Load):
+                assert step.offset * 4 < stage_bytes
+                assert next(reads) == i % program.config.stages * stage_bytes + step.offset * 4
+    assert program.shared_bytes == program.config.stages * (stage_bytes + 16) and not list(reads)
 
 
 def test_a_word_is_read_once_for_all_rows() -> None:

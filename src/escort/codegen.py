@@ -323,8 +323,12 @@ def elements_per_word(problem: Problem) -> int:
 
 
 def channel_words(words: Words, config: GeneratedConfig) -> int:
-    """Words that a stage holds of a channel, whole copies."""
+    """Words that a stage holds of a plane of a channel, whole copies."""
     return -(-(config.tile + words.reach) // 4) * 4
+
+
+def stage_words(words: Words, config: GeneratedConfig) -> int:
+    return config.channel_block * len(words.phases) * channel_words(words, config)
 
 
 def shared_bytes(words: Words, config: GeneratedConfig, rows: Any) -> Any:
@@ -338,7 +342,7 @@ def shared_bytes(words: Words, config: GeneratedConfig, rows: Any) -> Any:
 
 def _ring_bytes(words: Words, config: GeneratedConfig, rows: Any) -> Any:
     """The stages; where channels are split the sums take their place."""
-    stages = config.stages * config.channel_block * len(words.phases) * channel_words(words, config) * 4
+    stages = config.stages * stage_words(words, config) * 4
     sums = -(-rows // config.split) * config.split * config.tile * 4
     return stages if config.split == 1 else np.maximum(stages, sums)
 
@@ -458,6 +462,7 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         "OUT_HEIGHT": p.out_height,
         "OUT_WIDTH": p.out_width,
         "CHANNEL_WORDS": program.channel_words,
+        "STAGE_BYTES": stage_words(w, c) * 4,
         "TILE_WORDS": c.tile,
         "STAGE_WORDS": c.tile + w.reach,
     }
@@ -551,7 +556,7 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
             yield f"setp.eq.u32 p, {_FIRST_CHUNK}, {entry}; @p bra CHUNK{entry};"
     for i, chunk in enumerate(piece.chunks):
         stage = i % c.stages
-        at = stage * c.channel_block * program.channel_words
+        at = stage * stage_words(program.words, c)
         yield f'CHUNK{i}: mbarrier." WAIT ".parity.shared.b64 p, [{_FULL}+{stage * 8}], {_PARITY}; @!p bra CHUNK{i};'
         for step in chunk.steps:
             yield _instruction(step, at, fp32)

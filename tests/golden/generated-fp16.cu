@@ -31,6 +31,7 @@
 #define OUT_HEIGHT 6
 #define OUT_WIDTH 6
 #define CHANNEL_WORDS 44
+#define STAGE_BYTES 352
 #define TILE_WORDS 32
 #define STAGE_WORDS 42
 #include "generated.cuh"

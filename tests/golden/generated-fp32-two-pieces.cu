@@ -31,6 +31,7 @@
 #define OUT_HEIGHT 6
 #define OUT_WIDTH 6
 #define CHANNEL_WORDS 52
+#define STAGE_BYTES 208
 #define TILE_WORDS 32
 #define STAGE_WORDS 51
 #include "generated.cuh"

@@ -29,7 +29,6 @@ typedef Element Input;
 #define LANES 32
 #define PLANE (HEIGHT * WIDTH)
 #define OUT_PLANE (OUT_HEIGHT * OUT_WIDTH)
-#define STAGE_BYTES (CHANNEL_BLOCK * CHANNEL_WORDS * 4)
 #define SLOTS \
   ((STAGE_WORDS + PRODUCERS * LANES * COPY - 1) / (PRODUCERS * LANES * COPY))  // copies per channel and thread
 #if SPLIT > 1
