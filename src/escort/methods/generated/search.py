@@ -54,7 +54,7 @@ def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int) -> list[
         ]
     chosen: dict[tuple[int, ...], GeneratedConfig] = {}
     for _, _, config in sorted(ranked, key=lambda found: found[:2]):
-        chosen.setdefault((config.rows, config.threads * config.blocks // 128, config.arranged, config.split), config)
+        chosen.setdefault((config.rows, config.consumers * config.blocks // 4, config.arranged, config.split), config)
         if len(chosen) == most:
             break
     return list(chosen.values())
