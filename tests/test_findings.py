@@ -138,6 +138,24 @@ def test_aims_of_sparse_methods_need_every_layer(lost: str) -> None:
     assert findings.against_cudnn([Row(**{**vars(r), "batch": 8}) for r in rows], "caffenet") == []
 
 
+def test_aims_on_real_patterns_count_the_layers_they_are_about() -> None:
+    aim, other = findings.PATTERN_AIMS
+    names = [f"module{i}_conv2d_2" for i in range(aim.count - 1)] + ["module8_0_module3_1_conv2d_0"]
+    rows = [
+        row("resnet50", name, method, time_us, weights=weights, batch=128)
+        for name in (*names, "conv2d_26")
+        for weights, sparse_us in ((aim.weights, 2.0), (other.weights, 1.0))
+        for method, time_us in (("direct", 9.0), ("generated", sparse_us), ("cudnn", 6.0))
+    ]
+    assert findings.against_cudnn_on_patterns(rows, aim) == [(6.0, 2.0)] * aim.count
+    assert findings.against_cudnn_on_patterns(rows, other) == [], "not all of its layers are there"
+    table = cells(exhibits.tables(results(patterns_fp32=rows))["pattern-aims"])
+    assert [line["Reached"] for line in table] == ["floor", *["not measured"] * 5]
+    assert table[0]["Measured"] == "3.00x"
+    (first, *_) = cells(exhibits.tables(results(patterns_fp32=rows))["patterns-fp32"])
+    assert (first["Fastest"], first["vs cudnn"], first["Patterns"]) == ("generated", "3.00x", aim.weights)
+
+
 def test_the_real_work_of_a_layer() -> None:
     # 384 filters of 256 channels and 3x3 taps, 93.1 % of them zeros, on 13x13 positions of 2 images
     nonzeros = round((1.0 - findings.LAYERS["caffenet", "conv3"].sparsity) * 384 * 256 * 9)

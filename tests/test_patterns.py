@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 
 from escort import reference, suite
+from escort.findings import PATTERN_AIMS, PatternAim
 from escort.methods import by_name
 
 FILES = sorted((Path(__file__).parents[2] / "shared" / "data" / "patterns").glob("*.npz"))
@@ -25,3 +27,14 @@ def test_direct_on_real_patterns(file: Path) -> None:
         for config in list(direct.configs(problem, layer.filter))[::3]:
             y = direct.prepare(problem, layer.filter, None, config)(x)
             assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp32"], layer.name
+
+
+@pytest.mark.skipif(not FILES, reason="no patterns beside the repository")
+@pytest.mark.parametrize("aim", PATTERN_AIMS, ids=lambda aim: aim.weights)
+def test_the_layers_of_aims_are_those_of_the_files(aim: PatternAim) -> None:
+    (file,) = (file for file in FILES if file.stem == aim.weights)
+    layers = suite.pattern_layers(file, aim.batch)
+    meant = [layer for layer in layers if any(fnmatch(layer.name, pattern) for pattern in aim.layers)]
+    kernels = {kernel for kernel in (1, 3) if f"{kernel}x{kernel}" in aim.kind}
+    assert len(meant) == aim.count and {layer.problem.kernel[0] for layer in meant} == kernels
+    assert not kernels & {layer.problem.kernel[0] for layer in layers if layer not in meant}

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -47,6 +48,15 @@ def measured(items: Sequence[Item]) -> list[Row]:
 
 def a_row(label: str = "a", time_us: float = 1.0) -> Row:
     return Row("googlenet", "paper", label, 1, "fp32", "direct", {}, time_us, 0.0)
+
+
+def write_patterns(folder: Path, name: str = "net_l1") -> Path:
+    """Two layers of 8 filters for 4 channels, 3x3 on 6x6 maps."""
+    layer = {"shape": [6, 6, 4, 8, 3, 1, 1, 1], "indptr": range(0, 17, 2), "indices": [3, 21] * 8}
+    np.savez(
+        folder / f"{name}.npz", **{f"conv{i}.{key}": np.array(part) for i in (1, 2) for key, part in layer.items()}
+    )
+    return folder / f"{name}.npz"
 
 
 # --- questions
@@ -394,6 +404,20 @@ def test_results_of_another_study_are_not_mixed(tmp_path: Path) -> None:
         study.run(QUICK, work_of(), tmp_path, "escort paper")
 
 
+def test_sparse_methods_meet_the_dense_one_on_real_patterns(tmp_path: Path) -> None:
+    files = write_patterns(tmp_path), write_patterns(tmp_path, "net_l2")
+    asked = replace(QUICK, layers="conv2,other", patterns=files, batch=2)
+    items = study.compare_on_patterns(asked, "fp32")
+    assert [item.label for item in items] == ["net_l1 conv2", "net_l2 conv2"]
+    rows = measured(items)
+    assert {(row.weights, row.layer, row.batch) for row in rows} == {("net_l1", "conv2", 2), ("net_l2", "conv2", 2)}
+    assert {row.method for row in rows} == {"direct", "dense"}
+    with pytest.raises(ValueError, match=r"net_l1\.npz: no layer is named like conv3; there are conv1, conv2"):
+        study.compare_on_patterns(replace(asked, layers="conv3"), "fp32")
+    with pytest.raises(ValueError, match="name them with --patterns"):
+        study.compare_on_patterns(QUICK, "fp32")
+
+
 def test_questions_share_their_files() -> None:
     both = [part for question in ("rq1", "rq3") for part in study.QUESTIONS[question]]
     assert list(study.plan(QUICK, both)) == ["layers-fp32"]
@@ -419,7 +443,8 @@ def test_bad_studies(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.gpu
 def test_every_question_on_a_gpu(tmp_path: Path) -> None:
-    on_gpu = replace(QUICK, device="cuda:0", batch=2, factories=TINY, raced={})
+    files = (write_patterns(tmp_path),)
+    on_gpu = replace(QUICK, device="cuda:0", batch=2, factories=TINY, raced={}, layers=f"{SMALL},conv?", patterns=files)
     parts = [part for question in study.QUESTIONS.values() for part in question]
     dtypes = ("fp32", "fp16")
     assert study.run(on_gpu, study.plan(on_gpu, parts, dtypes), tmp_path, "escort paper") == {}
@@ -427,7 +452,8 @@ def test_every_question_on_a_gpu(tmp_path: Path) -> None:
     assert set(found) == {f"{part.stem}-{dtype}" for part in parts for dtype in dtypes}
     for result in found.values():
         assert result.header["complete"] and result.rows and result.header["gpu"]
-    assert {row.method for row in found["layers-fp16"].rows} == {"direct", "cublas", "cusparse", "cudnn"}
+    assert {row.method for row in found["layers-fp16"].rows} == {"direct", "generated", "cublas", "cusparse", "cudnn"}
+    assert {row.method for row in found["patterns-fp16"].rows} == {"direct", "generated", "cudnn"}
     assert {"escort", "eager", "graph"} <= {row.method for row in found["networks-fp16"].rows}
     for stem in ("breakdown-fp32", "breakdown-fp16"):
         spent = {(row.method, row.config["part"]) for row in found[stem].rows if row.time_us > 0}
@@ -476,6 +502,16 @@ def test_the_command_measures_tells_and_renders(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "| googlenet |" in document.read_text() and "old" not in document.read_text()
     assert (plots / "report.html").is_file()
+
+
+def test_the_command_takes_files_of_patterns(tmp_path: Path) -> None:
+    path = write_patterns(tmp_path)
+    options = ("--device", "cpu", "--budget-s", 0, "--search", 1, "--batch", 1, "--out", tmp_path / "out")
+    result = invoke("--questions", "patterns", "--patterns", path, "--layers", "conv1", *options)
+    assert result.exit_code == 0, result.output
+    assert read_results(tmp_path / "out")["patterns-fp32"].header["finished"] == ["net_l1 conv1"]
+    result = invoke("--questions", "patterns", *options)
+    assert result.exit_code == 2 and "name them with --patterns FILE.npz" in result.stderr
 
 
 def test_without_ncu_the_command_says_so_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

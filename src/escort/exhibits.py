@@ -21,6 +21,7 @@ from escort.findings import (
     GPUS,
     LAYERS,
     OURS,
+    PATTERN_AIMS,
     PEAK_TFLOPS,
     SPARSE,
     SPARSE_AIMS,
@@ -198,24 +199,55 @@ def _sparse_aims(results: Mapping[str, Result]) -> Table:
     for aim in SPARSE_AIMS:
         rows = results[aim.dtype].rows if aim.dtype in results else []
         for network, (floor, goal) in aim.wanted.items():
-            asked = f"{floor:g}x", f"{goal:g}x"
-            times = findings.against_cudnn(rows, network)
-            if not times:
-                lines.append((aim.against, network, "-", *asked, "-", "not measured", "-", "-"))
-                continue
-            ratios = [cudnn / ours for cudnn, ours in times]
-            mean = _geometric_mean(ratios)
-            reached = "goal" if mean >= goal else "floor" if mean >= floor else "no"
-            won = f"{sum(ratio > 1.0 for ratio in ratios)} of {len(ratios)}"
-            cudnn, ours = (math.fsum(column) for column in zip(*times, strict=True))
-            line = (aim.against, network, str(len(times)), *asked, _times(mean), reached, won, _times(cudnn / ours))
-            lines.append(line)
-    columns = ("Against", "Network", "Layers", "Floor", "Goal", "Measured", "Reached", "Layers won", "Ratio of sums")
+            lines.append((aim.against, network, *_reached(findings.against_cudnn(rows, network), floor, goal)))
     caption = (
         "Measured: the geometric mean, over a network's pruned layers at the paper's batch, of cuDNN's time by that of "
         f"the faster of {' and '.join(SPARSE)}. The ratio of sums is of the same times: large layers count more in it."
     )
-    return Table("Aims of the sparse methods", columns, tuple(lines), caption)
+    return Table("Aims of the sparse methods", ("Against", "Network", *_REACHED), tuple(lines), caption)
+
+
+_REACHED = ("Layers", "Floor", "Goal", "Measured", "Reached", "Layers won", "Ratio of sums")
+
+
+def _reached(times: Sequence[tuple[float, float]], floor: float, goal: float) -> tuple[str, ...]:
+    """An aim's cells, from the times of cuDNN and of ours per layer; none where they were not measured."""
+    asked = f"{floor:g}x", f"{goal:g}x"
+    if not times:
+        return ("-", *asked, "-", "not measured", "-", "-")
+    ratios = [cudnn / ours for cudnn, ours in times]
+    mean = _geometric_mean(ratios)
+    reached = "goal" if mean >= goal else "floor" if mean >= floor else "no"
+    won = f"{sum(ratio > 1.0 for ratio in ratios)} of {len(ratios)}"
+    cudnn, ours = (math.fsum(column) for column in zip(*times, strict=True))
+    return (str(len(times)), *asked, _times(mean), reached, won, _times(cudnn / ours))
+
+
+def _patterns(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
+    """Layers that were really pruned."""
+    lines = [
+        (aim.weights, aim.kind, dtype, *_reached(times, floor, goal))
+        for aim in PATTERN_AIMS
+        for dtype, (floor, goal) in aim.wanted.items()
+        for times in [findings.against_cudnn_on_patterns(results[dtype].rows if dtype in results else [], aim)]
+    ]
+    caption = f"As above, at {', '.join({f'{aim.batch} images' for aim in PATTERN_AIMS})}; fp32 is strict."
+    columns = ("Patterns", "Layers of", "cuDNN in", *_REACHED)
+    found: dict[str, Table | Plot] = {"pattern-aims": Table("Aims on real patterns", columns, tuple(lines), caption)}
+    return found | {f"patterns-{dtype}": _pattern_layers(dtype, result.rows) for dtype, result in results.items()}
+
+
+def _pattern_layers(dtype: str, rows: Sequence[Row]) -> Table:
+    lines = []
+    for weights in dict.fromkeys(row.weights for row in rows):
+        for (_, layer, batch), times in suite.best_times(row for row in rows if row.weights == weights).items():
+            ours = [method for method in SPARSE if method in times]
+            if ours:
+                method = min(ours, key=times.__getitem__)
+                ratio = _times(times["cudnn"] / times[method] if "cudnn" in times else None)
+                lines.append((weights, layer, str(batch), method, _us(times[method]), ratio))
+    columns = ("Patterns", "Layer", "Batch", "Fastest", "µs", "vs cudnn")
+    return Table(f"Fastest sparse method on real patterns, {dtype}", columns, tuple(lines))
 
 
 def _sparse_layers(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
@@ -429,7 +461,7 @@ def _breakdown(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
 
 #: What is shown of the result files of each stem, given by precision.
 _SHOWN: dict[str, Callable[[Mapping[str, Result]], dict[str, Table | Plot]]] = dict(
-    zip(STEMS, (_layers, _ablation, _counters, _break_evens, _networks, _breakdown), strict=True)
+    zip(STEMS, (_layers, _ablation, _counters, _break_evens, _networks, _breakdown, _patterns), strict=True)
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatch
 from functools import cache
 from typing import Any
 
@@ -94,6 +95,46 @@ SPARSE_AIMS = (
     SparseAim("cuDNN strict fp32", "fp32", {"caffenet": (2.5, 5), "googlenet": (3.5, 6), "resnet50": (6.5, 10)}),
     SparseAim("cuDNN TF32", "tf32", {"caffenet": (0.9, 1.5), "googlenet": (1, 1.5), "resnet50": (1.3, 1.8)}),
     SparseAim("cuDNN fp16", "fp16", {"caffenet": (0.9, 1.5), "googlenet": (1, 1.5), "resnet50": (1.25, 2)}),
+)
+
+
+@dataclass(frozen=True)
+class PatternAim:
+    """As :class:`SparseAim`, on layers that were really pruned.
+
+    Attributes:
+        weights: the stem of the pattern file.
+        kind: which layers, for readers.
+        layers: globs of their names.
+        count: how many there are.
+        wanted: by precision a floor and a goal.
+    """
+
+    weights: str
+    kind: str
+    layers: tuple[str, ...]
+    count: int
+    batch: int
+    wanted: Mapping[str, tuple[float, float]]
+
+
+PATTERN_AIMS = (
+    PatternAim(
+        "resnet50_magnitude_90",
+        "3x3",
+        ("*_conv2d_2", "*_module3_1_conv2d_0"),
+        16,
+        128,
+        {"fp32": (2.5, 4), "tf32": (0.8, 1.3), "fp16": (0.7, 1.2)},
+    ),
+    PatternAim(
+        "resnet50_magnitude_95",
+        "3x3 and 1x1",
+        ("module*", "conv2d_[!0]*"),
+        52,
+        128,
+        {"fp32": (3.5, 6), "tf32": (1.2, 1.8), "fp16": (1, 1.6)},
+    ),
 )
 
 
@@ -203,6 +244,21 @@ def against_cudnn(rows: Iterable[Row], network: str) -> list[tuple[float, float]
         if f.network == network and (f.layer, f.batch) in published and f.cudnn_us is not None
     ]
     return found if len(found) == len(published) else []
+
+
+def against_cudnn_on_patterns(rows: Iterable[Row], aim: PatternAim) -> list[tuple[float, float]]:
+    """As :func:`against_cudnn`, on the layers of an aim."""
+    best = suite.best_times(
+        row
+        for row in rows
+        if (row.weights, row.batch) == (aim.weights, aim.batch) and any(fnmatch(row.layer, g) for g in aim.layers)
+    )
+    found = [
+        (times["cudnn"], min(times[method] for method in SPARSE if method in times))
+        for times in best.values()
+        if "cudnn" in times and any(method in times for method in SPARSE)
+    ]
+    return found if len(found) == aim.count else []
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from escort.problem import Precision
 from escort.suite import Row
 
 #: The stems of a study's result files, each followed by a precision: ``layers-fp32.json``.
-STEMS = ("layers", "ablation", "counters", "break-even", "networks", "breakdown")
+STEMS = ("layers", "ablation", "counters", "break-even", "networks", "breakdown", "patterns")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 

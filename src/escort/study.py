@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from escort import bench, counters, results, suite
 from escort.breakdown import marking, network_part_times, part_times
-from escort.findings import OURS, random_weights
+from escort.findings import OURS, SPARSE, random_weights
 from escort.methods import Method, by_name, for_device
 from escort.methods.base import as_taken
 from escort.paper_layers import PAPER_LAYERS
@@ -55,12 +55,13 @@ class Study:
         device: as torch writes it.
         networks: names of the paper's.
         batch: images; None for as many as the paper took for each network.
-        layers: only the paper's layers that are named like this, a glob.
+        layers: only layers that are named like this, globs with commas between them.
         sparsities: shares of zeros of networks and layers with random weights.
         search: most configurations of a method that are tried on a layer, best guesses first.
         budget_s: seconds of timing per race.
         seed: of positions, weights and inputs.
         factories: whole networks by name.
+        patterns: files of real patterns, see :func:`escort.suite.pattern_layers`.
     """
 
     device: str = "cpu"
@@ -72,6 +73,7 @@ class Study:
     budget_s: float = 0.5
     seed: int = 0
     factories: Mapping[str, Network] = field(default_factory=dict)
+    patterns: tuple[Path, ...] = ()
     #: What :func:`compare` found, by network, layer and precision: other questions start from it.
     raced: dict[tuple[str, str, str], list[Row]] = field(default_factory=dict, repr=False)
 
@@ -81,13 +83,17 @@ class Study:
             raise ValueError(f"there is no network {', '.join(unknown)}; there are {', '.join(PAPER_BATCH)}")
         if not all(0.0 < sparsity < 1.0 for sparsity in self.sparsities) or not self.sparsities:
             raise ValueError(f"sparsities are shares of zeros between 0 and 1, got {self.sparsities}")
-        if not any(fnmatch(e.layer, self.layers) for e in PAPER_LAYERS if e.network in self.networks):
+        if not self.patterns and not any(self.has(e.layer) for e in PAPER_LAYERS if e.network in self.networks):
             there = ", ".join(e.layer for e in PAPER_LAYERS if e.network in self.networks)
             raise ValueError(f"no layer is named like {self.layers}; there are {there}")
 
     @property
     def device_type(self) -> str:
         return self.device.partition(":")[0]
+
+    def has(self, layer: str) -> bool:
+        """Whether layers of this name are studied."""
+        return any(fnmatch(layer, pattern) for pattern in self.layers.split(","))
 
     def images(self, network: str) -> int:
         return self.batch or PAPER_BATCH[network]
@@ -116,6 +122,32 @@ def compare(study: Study, dtype: Precision) -> list[Item]:
         return _raced(study, layer)
 
     return [Item(_label(layer), partial(measure, layer)) for layer in layers]
+
+
+def compare_on_patterns(study: Study, dtype: Precision) -> list[Item]:
+    """Our sparse methods against the dense library on layers that were really pruned.
+
+    Raises:
+        ValueError: without files of patterns, for one that is none, and where no layer is named as asked.
+    """
+    if not study.patterns:
+        raise ValueError("real patterns come from files: name them with --patterns FILE.npz,...")
+    return [item for path in study.patterns for item in _pattern_items(study, path, dtype)]
+
+
+def _pattern_items(study: Study, path: Path, dtype: Precision) -> list[Item]:
+    there = suite.pattern_layers(path, study.batch, study.seed, dtype=dtype, device=study.device)
+    layers = [layer for layer in there if study.has(layer.name)]
+    if not layers:
+        names = ", ".join(layer.name for layer in there)
+        raise ValueError(f"{path}: no layer is named like {study.layers}; there are {names}")
+    methods = [method for method in for_device(study.device) if method.name in (*SPARSE, DENSE[study.device_type])]
+    ahead = cache(partial(suite.narrowed, layers, methods, study.search))
+
+    def measure(place: int) -> list[Row]:
+        return _race(study, layers[place], ahead()[place])
+
+    return [Item(f"{layer.weights} {layer.name}", partial(measure, i)) for i, layer in enumerate(layers)]
 
 
 def ablate(study: Study, dtype: Precision) -> list[Item]:
@@ -240,7 +272,10 @@ QUESTIONS: dict[str, tuple[Part, ...]] = {
         Part("networks", sweep_networks, ("fp32", "fp16")),
     ),
     "breakdown": (Part("breakdown", break_down, ("fp32",)),),
+    "patterns": (Part("patterns", compare_on_patterns, ("fp32", "tf32", "fp16")),),
 }
+#: Those that need nothing but a device.
+PAPER_QUESTIONS = tuple(name for name in QUESTIONS if name != "patterns")
 COUNTERS = Part("counters", count, ("fp32", "fp16"))
 
 
@@ -315,7 +350,7 @@ def random_filter(problem: Problem, sparsity: float, seed: int) -> StretchedCSR:
 def _layers(study: Study, dtype: Precision) -> list[Layer]:
     """The paper's layers that are studied, in its order."""
     layers = suite.paper_layers(study.batch, study.seed, dtype=dtype, device=study.device)
-    return [layer for layer in layers if layer.network in study.networks and fnmatch(layer.name, study.layers)]
+    return [layer for layer in layers if layer.network in study.networks and study.has(layer.name)]
 
 
 def _one_per_map(layers: Sequence[Layer]) -> list[Layer]:

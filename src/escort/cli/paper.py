@@ -20,7 +20,7 @@ from escort.report import Section, Table
 from escort.results import Item, Result, read_results
 from escort.study import QUESTIONS, Study
 
-_QUESTIONS, _NETWORKS = ",".join(QUESTIONS), ",".join(study.PAPER_BATCH)
+_QUESTIONS, _NETWORKS = ",".join(study.PAPER_QUESTIONS), ",".join(study.PAPER_BATCH)
 _SPARSITIES = ",".join(f"{sparsity:g}" for sparsity in study.SPARSITIES)
 
 
@@ -32,10 +32,13 @@ def main(
         str | None,
         typer.Option(metavar="P,...", help="Precisions, those that each question is about by default."),
     ] = None,
-    only: Annotated[str, typer.Option("--layers", metavar="GLOB", help="Only the layers named like this.")] = "*",
+    only: Annotated[str, typer.Option("--layers", metavar="GLOB,...", help="Only layers named like these.")] = "*",
     sparsities: Annotated[
         str, typer.Option("--sparsity", metavar="S,...", help="Shares of zeros of networks and break-even layers.")
     ] = _SPARSITIES,
+    patterns: Annotated[
+        str, typer.Option(metavar="FILE.npz,...", help="Files of sparsity patterns, for the question of that name.")
+    ] = "",
     device: Annotated[str, typer.Option(help="cuda, cuda:1 or cpu.")] = "cuda",
     search: Annotated[int, typer.Option(min=1, help="Most configurations of a method that are tried on a layer.")] = 16,
     budget_s: Annotated[float, typer.Option(min=0.0, help="Seconds of timing per layer.")] = 0.5,
@@ -78,6 +81,7 @@ def main(
             budget_s,
             seed,
             models.attribute(f"{NETWORKS}:NETWORKS") if {"rq4", "breakdown"} & set(wanted) else {},
+            tuple(Path(name) for name in patterns.split(",") if name),
         )
         parts = [part for name in wanted for part in QUESTIONS[name]]
         if ncu and (reason := counters.unavailable()):
@@ -100,7 +104,7 @@ def main(
 
 def _measure(asked: Study, work: dict[str, list[Item]], out: Path, again: bool) -> dict[str, str]:
     # Files by name: where they lie on this machine is nobody's business.
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    words = [",".join(Path(name).name for name in word.split(",")) if "/" in word else word for word in sys.argv[1:]]
     with progress() as bar:
         task = bar.add_task("starting", total=sum(map(len, work.values())))
 
@@ -137,7 +141,7 @@ def _show(output: Output, found: dict[str, Result]) -> None:
     """In short: sums and aims, whole networks, and where layers break even."""
     tables = exhibits.tables(found)
     for name, table in tables.items():
-        if name in ("totals", "aims", "sparse-aims", "break-even") or name.startswith("networks-"):
+        if name in ("totals", "aims", "sparse-aims", "pattern-aims", "break-even") or name.startswith("networks-"):
             output.text.print(report.terminal(table))
     output.result = {
         "tables": {name: _as_json(table) for name, table in tables.items()},
