@@ -82,16 +82,30 @@ def test_texts_are_the_golden_ones(name: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize(
-    ("copy", "arranged", "split"), [(1, False, 1), (2, False, 1), (4, True, 1), (0, True, 1), (0, True, 2)]
+    ("copy", "arranged", "split", "together", "scouts"),
+    [(1, False, 1, 1, 0), (2, False, 1, 1, 2), (4, True, 1, 1, 0), (0, True, 1, 8, 1), (0, True, 2, 1, 2)],
 )
-def test_everything_assembles_without_spills(arch: str, dtype: str, copy: int, arranged: bool, split: int) -> None:
+def test_everything_assembles_without_spills(
+    arch: str, dtype: str, copy: int, arranged: bool, split: int, together: int, scouts: int
+) -> None:
     if copy == 0 and arch < "sm_90":
-        pytest.skip("bulk copies need compute capability 9.0")
+        pytest.skip("bulk copies and clusters need compute capability 9.0")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 16, 3, 3, generator=generator) * (torch.rand(64, 16, 3, 3, generator=generator) < 0.1)
     problem = Problem(2, 16, 14, 14, 64, (3, 3), padding=(1, 1, 1, 1), dtype=dtype, epilogue=FULL)  # type: ignore[arg-type]
     sums = 2 if dtype == "fp16" else 1
-    config = GeneratedConfig(32, 12, 4 if copy else 1, 4, copy=copy, sums=sums, arranged=arranged, split=split)
+    config = GeneratedConfig(
+        32,
+        12,
+        4 if copy else 1,
+        4,
+        copy=copy,
+        sums=sums,
+        arranged=arranged,
+        split=split,
+        together=together,
+        scouts=scouts,
+    )
     program = Program.of(problem, StretchedCSR.from_dense(weight), config)
     binary = compiler.compile(compiler.Text("generated.cu", program.text(np.ones(64, np.float32))), {}, arch)
     assert binary.registers <= 128 and binary.spill_bytes == binary.stack_bytes == 0
@@ -114,6 +128,31 @@ def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
                 assert step.offset * 4 < stage_bytes
                 assert next(reads) == i % program.config.stages * stage_bytes + step.offset * 4
     assert program.shared_bytes == program.config.stages * (stage_bytes + 16) and not list(reads)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_scouts_jump_where_no_word_is_held(dtype: str) -> None:
+    problem = Problem(1, 24, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
+    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    for scouts in (0, 1, 3):
+        program = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 4, scouts=scouts))
+        code = re.findall(r'^        "(.*)\\n"', program.text(), flags=re.MULTILINE)
+        held: set[str] = set()
+        jumps: dict[str, str] = {}
+        for line in code:
+            if jump := re.match(r"(LOOK\w+): @scout bra.uni (\w+);", line):
+                jumps[jump[1]] = jump[2]
+                held = set()
+            elif made := re.match(r"(?:ld\.shared\.\w+|prmt\.b32) (x\d+),(.*)", line):
+                assert set(re.findall(r"\bx\d+", made[2])) <= held
+                held.add(made[1])
+            elif line.startswith(("fma", "mov.b32 t,")):
+                assert set(re.findall(r"\bx\d+", line)) <= held, line
+        # Scouts see all places of a chunk and then its end, which leaves the stage.
+        ends = {to for to in jumps.values() if to not in jumps}
+        chunks = len(program.pieces[0].chunks)
+        assert ends == ({f"SEEN{i}" for i in range(chunks)} if scouts else set())
+        assert not scouts or len(jumps) > 2 * chunks
 
 
 def test_a_word_is_read_once_for_all_rows() -> None:

@@ -97,7 +97,7 @@ def test_case_on_the_gpu(case: Case, dtype: str) -> None:
 
 
 def stagings(sums: int) -> list[GeneratedConfig]:
-    """Every way to stage the input; tiles begin at different chunks, and parts of channels are uneven."""
+    """Every way to stage the input and of clusters; tiles begin at different chunks, parts of channels are uneven."""
     return [
         GeneratedConfig(32, 8, 4, 8, copy=1, entries=5, sums=sums),
         GeneratedConfig(32, 8, 4, 8, copy=2, sums=sums),
@@ -106,6 +106,9 @@ def stagings(sums: int) -> list[GeneratedConfig]:
         GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums),
         GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=4, entries=2, split=3, sums=sums),
         GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=2, blocks=2, split=8, sums=sums),
+        GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums, scouts=2),
+        GeneratedConfig(32, 8, 4, 8, copy=2, sums=sums, together=4, scouts=1),
+        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, entries=5, sums=sums, together=8, scouts=3),
     ]
 
 

@@ -101,16 +101,17 @@ extern "C" int run(const void* x, int images, unsigned tiles, unsigned block, un
   Ring ring;
   for (threadIdx.x = 0; threadIdx.x < LANES; threadIdx.x++) ring = make_ring();
   std::vector<std::thread> threads;
-  for (unsigned thread = CONSUMERS * LANES; thread < THREADS; thread++)
+  for (unsigned thread = CONSUMERS * LANES; thread < (CONSUMERS + PRODUCERS) * LANES; thread++)
     threads.emplace_back([=] {
       threadIdx.x = thread;
       produce(ring, static_cast<const Input*>(x), images, tiles, block % SPLIT);
     });
-  for (unsigned warp = 0; warp < CONSUMERS; warp++)
+  for (unsigned warp = 0; warp < CONSUMERS + SCOUTS; warp++)
     threads.emplace_back([=] {
       unsigned stage = 0, parity = 0, seen = 0;
-      for (unsigned item = block / SPLIT; item < PIECES * tiles; item += grid / SPLIT, seen++) {
-        unsigned chunk = Work(item, tiles).begin;
+      for (Work work(tiles); work.left(); work.next()) {
+        if (TOGETHER > 1 && work.tile >= tiles) continue;
+        unsigned chunk = work.begin;
         for (unsigned count = 0; count < CHUNKS; count++) {
           barriers.at(ring.full + stage * 8).wait(parity);
           if (warp == seen % CONSUMERS)
@@ -122,6 +123,7 @@ extern "C" int run(const void* x, int images, unsigned tiles, unsigned block, un
             parity ^= 1;
           }
         }
+        seen++;
       }
     });
   for (std::thread& thread : threads) thread.join();
@@ -172,6 +174,8 @@ def host_source(program: Program) -> str:
         ("fp16", GeneratedConfig(4, 3, 2, 3, copy=4, stages=2, arranged=True)),
         ("fp32", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2, arranged=True)),
         ("fp16", GeneratedConfig(4, 3, 1, 2, copy=0, stages=2, arranged=True, split=2)),
+        ("fp32", GeneratedConfig(4, 2, 2, 5, copy=2, stages=2, entries=2, together=2, scouts=2)),
+        ("fp16", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2, arranged=True, together=4, scouts=1)),
     ],
     ids=str,
 )
@@ -189,18 +193,22 @@ def test_the_ring_holds_what_the_interpreter_reads(dtype: str, config: Generated
     run = ctypes.CDLL(str(tmp_path / "staging.so")).run
     tiles, chunks = program.tiles(3), len(program.pieces[0].chunks)
     assert chunks > config.stages, "stages are filled several times"
-    grid = 3 if config.split == 1 else config.split  # blocks that are left one item more, or clusters
+    cluster = config.split * config.together
+    grid = 3 * config.together if config.split == 1 else config.split  # some are left one item more
+    groups = -(-tiles // config.together)
     for block in range(grid):
-        items = range(block // config.split, program.hands * tiles, grid // config.split)
+        mine = range(block // cluster, program.hands * groups, grid // cluster)
+        items = [(i // groups, i % groups * config.together + block % config.together) for i in mine]
+        items = [(hand, tile) for hand, tile in items if tile < tiles]
         found = np.empty((len(items), chunks, config.channel_block, program.channel_words), dtype=np.uint32)
         pointers = (ctypes.c_void_p(source.ctypes.data), 3, tiles, block, grid, ctypes.c_void_p(found.ctypes.data))
         assert run(*pointers) == 0, "a barrier was waited for in vain"
-        for item, stages in zip(items, found, strict=True):
-            piece = program.pieces[item // tiles * config.split + block % config.split]
+        for (hand, tile), stages in zip(items, found, strict=True):
+            piece = program.pieces[hand * config.split + block % config.split]
             for stage, chunk in zip(stages, piece.chunks, strict=True):
                 filled = stage.view(x.dtype).reshape(*stage.shape, -1)[: len(chunk.channels)]
-                expected = program._stage(x.astype(np.float64), chunk, item % tiles * config.tile)
+                expected = program._stage(x.astype(np.float64), chunk, tile * config.tile)
                 expected = expected.reshape(*stage.shape, -1)[
                     : len(chunk.channels), : config.tile + program.words.reach
                 ]
-                assert np.array_equal(filled[:, : expected.shape[1]], expected), (item, chunk.channels)
+                assert np.array_equal(filled[:, : expected.shape[1]], expected), (hand, tile, chunk.channels)

@@ -50,6 +50,10 @@ class GeneratedConfig:
             of 16-bit storage then hold two images, so that no tap lies between words.
         split: blocks of a cluster that share a tile and its rows, each for a part of the input channels; in the end
             each adds up all parts of some rows.
+        together: blocks of a cluster that run the same rows for neighbouring tiles. Its multiprocessors share an
+            instruction cache, through which the code then comes once for all of them. One of split and together is 1.
+        scouts: warps that only jump through the code, ahead of the consumers, so that it is in the instruction caches
+            when they come.
     """
 
     rows: int
@@ -63,10 +67,12 @@ class GeneratedConfig:
     sums: int = 1
     arranged: bool = False
     split: int = 1
+    together: int = 1
+    scouts: int = 0
 
     @property
     def threads(self) -> int:
-        return (self.consumers + self.producers) * LANES
+        return (self.consumers + self.producers + self.scouts) * LANES
 
     @property
     def tile(self) -> int:
@@ -212,6 +218,8 @@ class Program:
         """The program for a filter. TF32 problems have the one of fp32."""
         if problem.dtype == "tf32":
             problem = replace(problem, dtype="fp32")
+        if config.split > 1 and config.together > 1:
+            raise ValueError(f"{config}: the blocks of a cluster share either a tile or the rows")
         whole = config.copy > 0 and problem.width % elements_per_word(problem) == 0
         if not config.arranged and (not whole or problem.stride != (1, 1)):
             raise ValueError(f"{config} needs an arranged input for stride {problem.stride} and width {problem.width}")
@@ -446,11 +454,13 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         "BULK": int(c.copy == 0),
         "CONSUMERS": c.consumers,
         "PRODUCERS": c.producers,
+        "SCOUTS": c.scouts,
         "THREADS": c.threads,
         "BLOCKS": c.blocks,
         "PIECES": program.hands,
         "PIECES_PER_GROUP": program.hands // p.groups,
         "SPLIT": c.split,
+        "TOGETHER": c.together,
         "CHUNKS": len(program.pieces[0].chunks),
         "CHANNEL_BLOCK": c.channel_block * planes,
         "STAGES": c.stages,
@@ -532,11 +542,16 @@ def _tables(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]
 
 
 #: The operands of a piece of code, see generated.cuh.
-_PARITY, _WORDS, _FULL, _INSIDE, _FIRST_CHUNK, _RESIDUAL, _Y = (f"%{i}" for i in range(7))
+_PARITY, _WORDS, _FULL, _INSIDE, _FIRST_CHUNK, _RESIDUAL, _Y, _SCOUT = (f"%{i}" for i in range(8))
+_LOOK = 32  # steps at least from one place that scouts touch to the next
 
 
 def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> Iterator[str]:
-    """What a consumer does of a piece, as PTX: s are sums, x words of the input."""
+    """What a consumer does of a piece, as PTX: s are sums, x words of the input.
+
+    Scouts take the chunks in turn. They jump from one place of a chunk to the next, and wait for stages and leave them
+    as consumers do, so that they are ahead by the ring's stages at most.
+    """
     c, fp32, rows = program.config, _is_fp32(program), len(piece.rows)
     if c.split > 1:
         bias = None  # it is added when the parts are
@@ -546,6 +561,12 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
     yield ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;"
     yield ".reg .b64 d; .reg .b64 e; .reg .pred first;"
     yield "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;"
+    if c.scouts:
+        # A vote tells the assembler that all lanes agree, and so do the jumps.
+        yield f".reg .pred scout; setp.ge.s32 scout, {_SCOUT}, 0; vote.sync.any.pred scout, scout, 0xffffffff;"
+        for mine in range(c.scouts):
+            yield f".reg .pred other{mine}; setp.ne.and.s32 other{mine}, {_SCOUT}, {mine}, scout;"
+            yield f"vote.sync.any.pred other{mine}, other{mine}, 0xffffffff;"
     for place in range(c.sums * rows):
         start = 0.0 if bias is None or not fp32 or place >= rows else bias[piece.rows[place]]
         yield f"mov.{kind} s{place}, {_f32(start) if fp32 else 0};"
@@ -558,8 +579,16 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
         stage = i % c.stages
         at = stage * stage_words(program.words, c)
         yield f'CHUNK{i}: mbarrier." WAIT ".parity.shared.b64 p, [{_FULL}+{stage * 8}], {_PARITY}; @!p bra CHUNK{i};'
-        for step in chunk.steps:
+        places = _places(program, chunk) if c.scouts else []
+        if c.scouts > 1:
+            yield f"@other{i % c.scouts} bra.uni SEEN{i};"
+        for number, step in enumerate(chunk.steps):
+            if number in places:
+                here = places.index(number) + 1
+                yield f"LOOK{i}_{here}: @scout bra.uni {f'LOOK{i}_{here + 1}' if here < len(places) else f'SEEN{i}'};"
             yield _instruction(step, at, fp32)
+        if c.scouts:
+            yield f"SEEN{i}:"
         yield "bar.warp.sync 0xffffffff;"
         yield f"@first mbarrier.arrive.shared.b64 d, [{_FULL}+{(c.stages + stage) * 8}];"
         if stage == c.stages - 1:
@@ -569,8 +598,28 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
     if c.entries > 1:
         yield "bra CHUNK0;"
         yield "END:"
+    if c.scouts:
+        yield "@scout bra.uni DONE;"
     yield from _hand_over(program, piece) if c.split > 1 else _epilogue(program, piece, bias)
+    if c.scouts:
+        yield "DONE:"
     yield "}"
+
+
+def _places(program: Program, chunk: Chunk) -> list[int]:
+    """The steps of a chunk in front of which scouts may jump: no word of the input is held there.
+
+    Words that were held would have to be kept in registers from the beginning, as far as the assembler knows.
+    """
+    places: list[int] = []
+    last = None
+    for number, step in enumerate(chunk.steps):
+        if isinstance(step, Load):
+            plane = step.offset // program.channel_words
+            if plane != last and (not places or number >= places[-1] + _LOOK):
+                places.append(number)
+            last = plane
+    return places
 
 
 def _instruction(step: Step, stage: int, fp32: bool) -> str:

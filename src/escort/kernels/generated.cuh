@@ -5,6 +5,8 @@
 //   ARRANGED  the input was laid out by arrange.cu, words of all images channel by channel
 //   BULK      one thread copies a channel of a stage at a time
 //   SPLIT     blocks of a cluster that run the same rows for the same tile, each for a part of the channels
+//   TOGETHER  blocks of a cluster that run the same rows for neighbouring tiles
+//   SCOUTS    warps that run ahead through the code, behind consumers and producers
 #if STORAGE == 0
 typedef float Element;
 #else
@@ -77,7 +79,7 @@ __device__ __forceinline__ Ring make_ring() {
   ring.others = ring.landed + 16;
   if (threadIdx.x < STAGES) {
     barrier_init(ring.full + threadIdx.x * 8, BULK ? 1 : PRODUCERS * LANES);
-    barrier_init(ring.empty + threadIdx.x * 8, CONSUMERS);
+    barrier_init(ring.empty + threadIdx.x * 8, CONSUMERS + SCOUTS);
   }
 #if SPLIT > 1
   if (threadIdx.x == 0) {
@@ -98,16 +100,24 @@ __device__ __forceinline__ Ring make_ring() {
   return ring;
 }
 
-// The chunk with which a tile begins.
-__device__ __forceinline__ u32 first_chunk(u32 tile) { return tile % ENTRIES * (CHUNKS / STAGES) / ENTRIES * STAGES; }
-
-// The item of work: some rows (and channels) of the filter for a tile of the words.
+// What a block does, one after the other: some rows (and channels) of the filter for a tile of the words, and the chunk
+// to begin with. The blocks of a cluster go through the same rows at the same time.
 struct Work {
-  u32 piece, tile, begin;
-  __device__ __forceinline__ Work(u32 item, u32 tiles) {
-    piece = item / tiles;
-    tile = item - piece * tiles;
-    begin = first_chunk(tile);
+  u32 tiles, item, piece, tile, begin;
+  __device__ __forceinline__ Work(u32 tiles) : tiles(tiles), item(blockIdx.x / (SPLIT * TOGETHER)) { find(); }
+  __device__ __forceinline__ bool left() const { return item < PIECES * groups(); }
+  __device__ __forceinline__ void next() {
+    item += gridDim.x / (SPLIT * TOGETHER);
+    find();
+  }
+
+ private:
+  __device__ __forceinline__ u32 groups() const { return (tiles + TOGETHER - 1) / TOGETHER; }
+  __device__ __forceinline__ void find() {
+    piece = item / groups();
+    const u32 group = item - piece * groups();
+    tile = group * TOGETHER + blockIdx.x % TOGETHER;  // may lie behind the last one
+    begin = group % ENTRIES * (CHUNKS / STAGES) / ENTRIES * STAGES;
   }
 };
 
@@ -131,8 +141,8 @@ __device__ __forceinline__ void produce(const Ring ring, const Input* x, int ima
   if (threadIdx.x != CONSUMERS * LANES) return;
   const long long words = arranged_words(tiles);
   u32 stage = 0, parity = 1;
-  for (u32 item = blockIdx.x / SPLIT; item < PIECES * tiles; item += gridDim.x / SPLIT) {
-    const Work work(item, tiles);
+  for (Work work(tiles); work.left(); work.next()) {
+    if (TOGETHER > 1 && work.tile >= tiles) continue;
     const Input* const first = x + first_channel(work.piece, part) * words + work.tile * TILE_WORDS;
     u32 chunk = work.begin;
     for (u32 count = 0; count < CHUNKS; count++) {
@@ -186,8 +196,8 @@ __device__ __forceinline__ void produce(const Ring ring, const Input* x, int ima
   const int channel_step = PLANE;
 #endif
   u32 stage = 0, parity = 1;
-  for (u32 item = blockIdx.x / SPLIT; item < PIECES * tiles; item += gridDim.x / SPLIT) {
-    const Work work(item, tiles);
+  for (Work work(tiles); work.left(); work.next()) {
+    if (TOGETHER > 1 && work.tile >= tiles) continue;
     const Input* const first = x + first_channel(work.piece, part) * (long long)channel_step;
     const Input* from[SLOTS];
     bool inside[SLOTS];
@@ -332,21 +342,25 @@ __device__ __forceinline__ void leave() {
 __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 #endif
 
-// A generated kernel is GENERATED { BEGIN case 0: asm volatile(code OPERANDS); break; ... END }. Blocks (clusters where
-// channels are split) take one pair of piece and tile after the other, all tiles of a piece first.
+// A generated kernel is GENERATED { BEGIN case 0: asm volatile(code OPERANDS); break; ... END }. Blocks (clusters,
+// where there are any) take one pair of piece and tile after the other, all tiles of a piece first.
 #if SPLIT > 1
 #define CLUSTER __cluster_dims__(SPLIT, 1, 1)
-#define FINISH                                      \
-  meet();                                           \
-  finish(ring, part, work.piece, out, to_residual); \
-  leave();                                          \
+#define FINISH                                                     \
+  meet();                                                          \
+  if (scout < 0) finish(ring, part, work.piece, out, to_residual); \
+  leave();                                                         \
   return;
 #define PRODUCED \
   __syncwarp();  \
   meet();        \
   leave();
 #else
+#if TOGETHER > 1
+#define CLUSTER __cluster_dims__(TOGETHER, 1, 1)
+#else
 #define CLUSTER
+#endif
 #define FINISH
 #define PRODUCED
 #endif
@@ -354,24 +368,25 @@ __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acqu
   extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)                                     \
       generated(const Input* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual, \
                 int images, u32 tiles)
-#define BEGIN                                                                             \
-  const Ring ring = make_ring();                                                          \
-  const u32 part = blockIdx.x % SPLIT;                                                    \
-  if (threadIdx.x >= CONSUMERS * LANES) {                                                 \
-    produce(ring, x, images, tiles, part);                                                \
-    PRODUCED                                                                              \
-    return;                                                                               \
-  }                                                                                       \
-  const u32 words = ring.stages + threadIdx.x * 4;                                        \
-  const long long to_residual = (const char*)residual - (const char*)y;                   \
-  u32 parity = 0;                                                                         \
-  for (u32 item = blockIdx.x / SPLIT; item < PIECES * tiles; item += gridDim.x / SPLIT) { \
-    const Work work(item, tiles);                                                         \
-    const Output out = output(y, images, work.tile);                                      \
+#define BEGIN                                                                                         \
+  const Ring ring = make_ring();                                                                      \
+  const u32 part = blockIdx.x % SPLIT;                                                                \
+  const int scout = (int)(threadIdx.x / LANES) - (CONSUMERS + PRODUCERS); /* of others less than 0 */ \
+  if (scout < 0 && threadIdx.x >= CONSUMERS * LANES) {                                                \
+    produce(ring, x, images, tiles, part);                                                            \
+    PRODUCED                                                                                          \
+    return;                                                                                           \
+  }                                                                                                   \
+  const u32 words = ring.stages + threadIdx.x * 4;                                                    \
+  const long long to_residual = (const char*)residual - (const char*)y;                               \
+  u32 parity = 0;                                                                                     \
+  for (Work work(tiles); work.left(); work.next()) {                                                  \
+    if (TOGETHER > 1 && work.tile >= tiles) continue;                                                 \
+    const Output out = output(y, images, work.tile);                                                  \
     switch (work.piece * SPLIT + part) {
 #define END \
   }         \
   FINISH    \
   }
 #define OPERANDS \
-  : "+r"(parity) : "r"(words), "r"(ring.full), "r"(out.inside), "r"(work.begin), "l"(to_residual), "l"(out.to) : "memory"
+  : "+r"(parity) : "r"(words), "r"(ring.full), "r"(out.inside), "r"(work.begin), "l"(to_residual), "l"(out.to), "r"(scout) : "memory"

@@ -18,7 +18,7 @@ from escort import codegen, jit
 from escort.codegen import GeneratedConfig, Program
 from escort.gpu import Gpu
 from escort.methods.base import Runner, input_check
-from escort.methods.generated.search import piece_count, piece_steps, predict_us, search
+from escort.methods.generated.search import piece_count, piece_steps, predict_us, resident, search
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
 
@@ -77,7 +77,7 @@ class Generated:
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )
         check, out_shape, most = input_check(problem), problem.output_shape[1:], _most_images(program)
-        blocks = Gpu.of(problem.device).multiprocessors * config.blocks
+        clusters = resident(config, Gpu.of(problem.device)) // (config.split * config.together)
         alignment = max(config.copy * 4, problem.torch_dtype.itemsize)
         arrange = _arrange(program, device) if config.arranged else None
 
@@ -97,11 +97,10 @@ class Generated:
             elif x.data_ptr() % alignment:
                 x = x.clone()  # the kernel copies several elements at once
             tiles = program.tiles(images)
-            items = tiles * program.hands
-            # Blocks take several items in turn, but clusters only one.
-            launch(
-                (items * config.split if config.split > 1 else min(items, blocks), 1, 1), x, y, residual, images, tiles
-            )
+            items = -(-tiles // config.together) * program.hands
+            # Blocks take several items in turn, but those that share a tile only one.
+            grid = items * config.split if config.split > 1 else min(items, clusters) * config.together
+            launch((grid, 1, 1), x, y, residual, images, tiles)
             return y
 
         return _Generated(kernel.binary, run)

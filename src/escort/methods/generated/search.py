@@ -81,7 +81,7 @@ def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[Gen
         stages = depths[np.argmin([-(-chunks // depth) * depth for depth in depths], axis=0)]
         many = _configs(rows, consumers, producers, block, copy, stages, blocks, 1, sums, arranged, split)
         room = blocks * (codegen.shared_bytes(words, many, rows) + 1024)
-        items, slots = _items(problem, words, many), _slots(many, gpu)
+        items, slots = _items(problem, words, many), resident(many, gpu)
         fits = (
             (blocks * (consumers + producers) <= 32)
             & (rows * sums + 14 <= _registers(many, gpu))
@@ -154,11 +154,12 @@ def _registers(config: GeneratedConfig, gpu: Gpu) -> Any:
     return np.minimum(gpu.registers // (LANES * warps) // 8 * 8, 255)
 
 
-def _slots(config: GeneratedConfig, gpu: Gpu) -> Any:
-    """Blocks that run at a time."""
-    if config.split <= 2:
+def resident(config: GeneratedConfig, gpu: Gpu) -> Any:
+    """Blocks that run at a time; for arrays too."""
+    cluster = config.split * config.together
+    if cluster <= 2:
         return gpu.multiprocessors * config.blocks
-    return int(gpu.multiprocessors * _CLUSTERED) // config.split * config.split * config.blocks
+    return int(gpu.multiprocessors * _CLUSTERED) // cluster * cluster * config.blocks
 
 
 def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, gpu: Gpu) -> Any:
@@ -167,7 +168,7 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
     Fields of the config that differ between ways to stage the input are numbers, the others may be arrays.
     """
     words = Words.of(problem, config)
-    items, slots = _items(problem, words, config), _slots(config, gpu)
+    items, slots = _items(problem, words, config), resident(config, gpu)
     tiles, rounds = items // (piece_count(problem, config) * config.split), -(-items // slots)
     channels = codegen.part_channels(problem, config)
     chunks = -(-channels // (config.channel_block * config.stages)) * config.stages
