@@ -6,6 +6,7 @@ arrays of one length, many configs side by side, and so may its result.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -28,20 +29,23 @@ _BEST = 256  # of a way to stage the input, among which those that are not alike
 #: Products that a sum in fp16 may have: a relative error of about 1.8e-3, of 2e-3 allowed.
 _MOST_PRODUCTS = 165.0
 
-# The model of the machine, in clocks of a multiprocessor, fitted to 733 timings on an H200 (docs/performance.md).
+# The model of the machine, in clocks of a multiprocessor, fitted to 1087 timings on an H200 (docs/performance.md).
 _CLOCK_MHZ = 1850.0
-_LAUNCH_US = 2.0
-_ISSUE = 2.9  # instructions per clock, all warps together
-_COLD, _SHARERS = 0.159, 390.0  # instructions per clock that arrive from the L2 cache; half of that for so many at once
-_HOT_BYTES, _LOST_BYTES = 99e3, 215e3  # code that stays in the instruction caches, and code of which nothing stays
-_LOST = 0.35  # lost code arrives so much later
-_L2 = 17.0  # bytes per clock that reach a multiprocessor when all of them read
-_COPY, _COPY_ISSUE = 50.0, 12.0  # per copy of a producer warp, and instructions for it
-_CHUNK, _ROW = 18.0, 8.7  # instructions around the steps of a chunk, and per element of an output
-_SPARE_REGISTERS, _TIGHT = 28, 1.15  # with fewer beside the sums, reads come right before their use
-_ADD_PARTS = 4700.0  # of channels that are split
+_LAUNCH_US = 1.8
+_ISSUE = 3.1  # instructions per clock, all warps together
+_COLD, _SHARERS = 0.176, 500.0  # instructions per clock that arrive when asked for; half of that for so many at once
+_SCOUT = 0.29  # each scout makes them arrive so much faster
+_FILL, _SCOUTED = 2.3, 0.89  # instructions per clock that the multiprocessors of a group get, share of it with scouts
+_GROUP = 16.5  # multiprocessors of a group, which share an instruction cache
+_HOT_BYTES, _LOST_BYTES = 92e3, 141e3  # code that stays in the instruction caches, and code of which nothing stays
+_L2, _BULK = 15.4, 0.9  # bytes per clock that reach a multiprocessor when all of them read; share of it in bulk copies
+_COPY, _COPY_ISSUE = 21.5, 10.0  # per copy of a producer warp, and instructions for it
+_CHUNK, _ROW = 69.0, 15.0  # instructions around the steps of a chunk, and per element of an output
+_SPARE_REGISTERS, _TIGHT = 28, 1.28  # with fewer beside the sums, reads come right before their use
+_ADD_PARTS = 200.0  # of channels that are split
 _CLUSTERED = 0.91  # of the multiprocessors take part where clusters of more than two blocks must fit
-_ARRANGE_US, _ARRANGE_RATE = 3.0, 3.3e6  # of the kernel that lays out the input; bytes per us
+_ARRANGE_US, _ARRANGE_RATE = 2.4, 2.2e6  # of the kernel that lays out the input; bytes per us
+_MEMORY_RATE = 4.2e6  # bytes per us
 
 
 def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int) -> list[GeneratedConfig]:
@@ -54,7 +58,8 @@ def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int) -> list[
         ]
     chosen: dict[tuple[int, ...], GeneratedConfig] = {}
     for _, _, config in sorted(ranked, key=lambda found: found[:2]):
-        chosen.setdefault((config.rows, config.consumers * config.blocks // 4, config.arranged, config.split), config)
+        size = config.rows, config.consumers * config.blocks // 4
+        chosen.setdefault((*size, config.arranged, config.split, config.together, config.scouts), config)
         if len(chosen) == most:
             break
     return list(chosen.values())
@@ -73,17 +78,22 @@ def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[Gen
     hands = range(-(-group_rows // _MOST_ROWS), max(group_rows // _LEAST_ROWS, 1) + 1)
     knobs = sorted({-(-group_rows // hand) for hand in hands}), (1, 2), range(6, 32), (8, 4, 16)
     rows, blocks, consumers, block = (knob.ravel() for knob in np.meshgrid(*knobs, indexing="ij"))
-    for copy, arranged, producers, split in _stagings(problem, gpu):
+    stagings, clusters = list(_stagings(problem, gpu)), _clusters(problem, gpu)
+    for (copy, arranged, producers), (split, together, scouts) in itertools.product(stagings, clusters):
+        if split > 1 and copy:
+            continue  # nothing to gain where producers take most of the time
         words = Words.of(problem, GeneratedConfig(1, 1, 1, 1, copy=copy, arranged=arranged))
         sums = math.ceil(max(products, 1.0) / (_MOST_PRODUCTS * split)) if half else 1
         chunks = -(-channels // (split * block))
         depths = np.array([4, 3, 2])
         stages = depths[np.argmin([-(-chunks // depth) * depth for depth in depths], axis=0)]
-        many = _configs(rows, consumers, producers, block, copy, stages, blocks, 1, sums, arranged, split)
+        many = _configs(
+            rows, consumers, producers, block, copy, stages, blocks, 1, sums, arranged, split, together, scouts
+        )
         room = blocks * (codegen.shared_bytes(words, many, rows) + 1024)
-        items, slots = _items(problem, words, many), resident(many, gpu)
+        (_, items), slots = _items(problem, words, many), resident(many, gpu)
         fits = (
-            (blocks * (consumers + producers) <= 32)
+            (blocks * (consumers + producers + scouts) <= 32)
             & (rows * sums + 14 <= _registers(many, gpu))
             & (room <= gpu.shared_bytes + 1024)
             & ((items <= slots) | (items >= _LEAST_BUSY * slots * -(-items // slots)))
@@ -113,16 +123,24 @@ def _picked(many: GeneratedConfig, pick: Callable[[NDArray[Any]], Any]) -> Gener
     return _configs(*(pick(value) if isinstance(value, np.ndarray) else value for value in values))
 
 
-def _stagings(problem: Problem, gpu: Gpu) -> Iterator[tuple[int, bool, int, int]]:
-    """The ways to stage the input: (copy, arranged, producers, split)."""
+def _stagings(problem: Problem, gpu: Gpu) -> Iterator[tuple[int, bool, int]]:
+    """The ways to stage the input: (copy, arranged, producers)."""
     per_word, itemsize = codegen.elements_per_word(problem), problem.torch_dtype.itemsize
     for copy in (4, 2, 1) if problem.stride == (1, 1) else ():
         if problem.width * itemsize % (copy * 4) == 0 and problem.width % per_word == 0:
-            yield from ((copy, False, producers, 1) for producers in (2, 3, 4, 6, 8))
+            yield from ((copy, False, producers) for producers in (2, 3, 4, 6, 8))
     if gpu.capability < (9, 0):
-        yield from ((4, True, producers, 1) for producers in (2, 4))
+        yield from ((4, True, producers) for producers in (2, 4))
     else:
-        yield from ((0, True, 1, split) for split in (1, 2, 4) if split <= problem.in_channels // problem.groups)
+        yield 0, True, 1
+
+
+def _clusters(problem: Problem, gpu: Gpu) -> list[tuple[int, int, int]]:
+    """What blocks of a cluster share, and who brings the code: (split, together, scouts)."""
+    alone = [(1, 1, 0), (1, 1, 2)]
+    if gpu.capability < (9, 0):
+        return alone
+    return alone + [(1, 8, 2)] + [(split, 1, 0) for split in (2, 4) if split <= problem.in_channels // problem.groups]
 
 
 def piece_count(problem: Problem, config: GeneratedConfig) -> Any:
@@ -143,14 +161,16 @@ def piece_steps(problem: Problem, filter: StretchedCSR, config: GeneratedConfig)
     return (filter.nnz / pieces + reads * taps * (1.0 - (1.0 - density) ** rows)) / config.split
 
 
-def _items(problem: Problem, words: Words, config: GeneratedConfig) -> Any:
-    """Pairs of a piece and a tile, for each part of the channels."""
-    return piece_count(problem, config) * config.split * -(-words.count(max(problem.batch, 1)) // config.tile)
+def _items(problem: Problem, words: Words, config: GeneratedConfig) -> tuple[Any, Any]:
+    """Tiles, and what blocks do: pairs of a piece and a tile, for each part of the channels. For arrays too."""
+    tiles = -(-words.count(max(problem.batch, 1)) // config.tile)
+    tiles = -(-tiles // config.together) * config.together
+    return tiles, piece_count(problem, config) * config.split * tiles
 
 
 def _registers(config: GeneratedConfig, gpu: Gpu) -> Any:
     """That a thread may have; each quarter of a multiprocessor shares its own among its warps."""
-    warps = -(-(config.consumers + config.producers) * config.blocks // 4) * 4
+    warps = -(-(config.consumers + config.producers + config.scouts) * config.blocks // 4) * 4
     return np.minimum(gpu.registers // (LANES * warps) // 8 * 8, 255)
 
 
@@ -168,8 +188,8 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
     Fields of the config that differ between ways to stage the input are numbers, the others may be arrays.
     """
     words = Words.of(problem, config)
-    items, slots = _items(problem, words, config), resident(config, gpu)
-    tiles, rounds = items // (piece_count(problem, config) * config.split), -(-items // slots)
+    (tiles, items), slots = _items(problem, words, config), resident(config, gpu)
+    rounds = -(-items // slots)
     channels = codegen.part_channels(problem, config)
     chunks = -(-channels // (config.channel_block * config.stages)) * config.stages
     elements = words.columns * words.images
@@ -182,21 +202,26 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
         )
         issued, copying = issued + _COPY_ISSUE * copies * config.producers, _COPY * copies
     issued = issued * np.where(_registers(config, gpu) < config.rows * config.sums + _SPARE_REGISTERS, _TIGHT, 1.0)
-    busy = np.maximum(np.maximum(issued / _ISSUE, stage_bytes / _L2) * config.blocks, copying)
+    staging = stage_bytes / (_L2 * (_BULK if config.arranged else 1.0))
+    busy = np.maximum(np.maximum(issued / _ISSUE, staging) * config.blocks, copying)
     # Code is cold when a multiprocessor meets it first, and each time where it does not stay. What wants to stay is
     # the code of all pieces that run at the same time.
-    code = steps * _INSTRUCTION_BYTES * np.minimum(items / tiles, 1.0 + slots / tiles)
-    lost = np.clip((code - _HOT_BYTES) / (_LOST_BYTES - _HOT_BYTES), 0.0, 1.0)
+    pieces = np.minimum(items / tiles, 1.0 + slots / tiles)
+    lost = np.clip((steps * _INSTRUCTION_BYTES * pieces - _HOT_BYTES) / (_LOST_BYTES - _HOT_BYTES), 0.0, 1.0)
+    # It arrives line by line, later where many ask for the same, and a group of multiprocessors can bring in only so
+    # much for all the places at which its own are.
     places = np.maximum(np.minimum(config.entries, chunks // config.stages), 1)
-    late = (1.0 + np.minimum(tiles, slots) / places / _SHARERS) * (1.0 + _LOST * lost)
-    cold = np.maximum(busy, steps / _COLD * late)
+    asked = _COLD / (1.0 + np.minimum(tiles, slots) / places / _SHARERS) * (1.0 + _SCOUT * config.scouts)
+    apart = np.minimum(pieces * places, _GROUP) if config.together == 1 else max(_GROUP / config.together, 1.0)
+    filled = _FILL * (_SCOUTED if config.scouts else 1.0) / apart
+    cold = np.maximum(busy, steps / np.minimum(asked, filled))
     first = np.minimum(np.minimum(rounds, -(-rounds * np.minimum(items, slots) // tiles)), items // tiles)
     met = first + lost * (rounds - first)
     clocks = met * cold + (rounds - met) * busy + (_ADD_PARTS if config.split > 1 else 0.0)
+    moved = (math.prod(problem.input_shape) + math.prod(problem.output_shape)) * problem.torch_dtype.itemsize
     arrange_us = 0.0
     if config.arranged:
         arranged = problem.in_channels * len(words.phases) * words.count(max(problem.batch, 1)) * 4
-        arrange_us = (
-            _ARRANGE_US + (arranged + math.prod(problem.input_shape) * problem.torch_dtype.itemsize) / _ARRANGE_RATE
-        )
-    return _LAUNCH_US + arrange_us + clocks / _CLOCK_MHZ
+        read = math.prod(problem.input_shape) * problem.torch_dtype.itemsize
+        arrange_us = _ARRANGE_US + (arranged + read) / _ARRANGE_RATE
+    return np.hypot(_LAUNCH_US + arrange_us + clocks / _CLOCK_MHZ, moved / _MEMORY_RATE)
