@@ -21,7 +21,7 @@ from escort.gpu import Gpu
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
 
-_LEAST_ROWS, _MOST_ROWS = 8, 128  # of a piece
+_LEAST_ROWS, _MOST_ROWS = 8, 208  # of a piece
 _INSTRUCTION_BYTES = 16
 _APART_STAGES = 2  # few, so that there are places to begin at
 _LEAST_BUSY = 0.75  # of the multiprocessors' time, where there are several rounds of tiles
@@ -32,19 +32,23 @@ _MOST_PRODUCTS = 165.0
 # The model of the machine, in clocks of a multiprocessor, fitted to 1087 timings on an H200 (docs/performance.md).
 _CLOCK_MHZ = 1850.0
 _LAUNCH_US = 1.8
-_ISSUE = 3.1  # instructions per clock, all warps together
-_COLD, _SHARERS = 0.176, 500.0  # instructions per clock that arrive when asked for; half of that for so many at once
-_SCOUT = 0.29  # each scout makes them arrive so much faster
-_FILL, _SCOUTED = 2.3, 0.89  # instructions per clock that the multiprocessors of a group get, share of it with scouts
-_GROUP = 16.5  # multiprocessors of a group, which share an instruction cache
-_HOT_BYTES, _LOST_BYTES = 92e3, 141e3  # code that stays in the instruction caches, and code of which nothing stays
-_L2, _BULK = 15.4, 0.9  # bytes per clock that reach a multiprocessor when all of them read; share of it in bulk copies
-_COPY, _COPY_ISSUE = 21.5, 10.0  # per copy of a producer warp, and instructions for it
-_CHUNK, _ROW = 69.0, 15.0  # instructions around the steps of a chunk, and per element of an output
+_ISSUE, _ALONE = 3.2, 2.0  # instructions per clock, all warps together; clocks per instruction of a warp alone
+_COLD = 0.23  # instructions per clock that arrive when asked for
+_SHARERS, _LOST_SHARERS = (
+    860.0,
+    35.0,
+)  # half of that where so many ask for the same, for code that stays and that is lost
+_LOST = 0.28  # lost code arrives so much later in any case
+_SCOUT, _JUMPS = 0.92, 1.09  # each scout makes code arrive so much faster; instructions with those for scouts
+_FILL, _GROUP = 2.9, 16.5  # instructions per clock for a group of so many multiprocessors with one instruction cache
+_HOT_BYTES, _LOST_BYTES = 460e3, 830e3  # code that stays in the instruction caches, and code of which nothing stays
+_L2, _BULK = 16.5, 0.87  # bytes per clock that reach a multiprocessor when all of them read; share of it in bulk copies
+_COPY, _COPY_ISSUE = 21.5, 8.0  # per copy of a producer warp, and instructions for it
+_CHUNK, _ROW = 15.0, 17.0  # instructions around the steps of a chunk, and per element of an output
 _SPARE_REGISTERS, _TIGHT = 28, 1.28  # with fewer beside the sums, reads come right before their use
-_ADD_PARTS = 200.0  # of channels that are split
+_ADD_PARTS = 1000.0  # of channels that are split
 _CLUSTERED = 0.91  # of the multiprocessors take part where clusters of more than two blocks must fit
-_ARRANGE_US, _ARRANGE_RATE = 2.4, 2.2e6  # of the kernel that lays out the input; bytes per us
+_ARRANGE_US, _ARRANGE_RATE = 1.4, 2.5e6  # of the kernel that lays out the input; bytes per us
 _MEMORY_RATE = 4.2e6  # bytes per us
 
 
@@ -76,7 +80,7 @@ def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[Gen
     products = float((nnz * nnz).sum() / max(nnz.sum(), 1.0))
     channels = problem.in_channels // problem.groups
     hands = range(-(-group_rows // _MOST_ROWS), max(group_rows // _LEAST_ROWS, 1) + 1)
-    knobs = sorted({-(-group_rows // hand) for hand in hands}), (1, 2), range(6, 32), (8, 4, 16)
+    knobs = sorted({-(-group_rows // hand) for hand in hands}), (1, 2), range(4, 32), (8, 4, 16)
     rows, blocks, consumers, block = (knob.ravel() for knob in np.meshgrid(*knobs, indexing="ij"))
     stagings, clusters = list(_stagings(problem, gpu)), _clusters(problem, gpu)
     for (copy, arranged, producers), (split, together, scouts) in itertools.product(stagings, clusters):
@@ -194,6 +198,7 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
     chunks = -(-channels // (config.channel_block * config.stages)) * config.stages
     elements = words.columns * words.images
     steps = piece_steps(problem, filter, config) + _CHUNK * chunks + _ROW * config.rows * elements
+    steps = steps * (_JUMPS if config.scouts else 1.0)
     issued, copying = steps * config.consumers, 0.0
     stage_bytes = channels * len(words.phases) * codegen.channel_words(words, config) * 4
     if config.copy:
@@ -203,7 +208,7 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
         issued, copying = issued + _COPY_ISSUE * copies * config.producers, _COPY * copies
     issued = issued * np.where(_registers(config, gpu) < config.rows * config.sums + _SPARE_REGISTERS, _TIGHT, 1.0)
     staging = stage_bytes / (_L2 * (_BULK if config.arranged else 1.0))
-    busy = np.maximum(np.maximum(issued / _ISSUE, staging) * config.blocks, copying)
+    busy = _side_by_side(issued / _ISSUE * config.blocks, staging * config.blocks, copying, _ALONE * steps)
     # Code is cold when a multiprocessor meets it first, and each time where it does not stay. What wants to stay is
     # the code of all pieces that run at the same time.
     pieces = np.minimum(items / tiles, 1.0 + slots / tiles)
@@ -211,10 +216,10 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
     # It arrives line by line, later where many ask for the same, and a group of multiprocessors can bring in only so
     # much for all the places at which its own are.
     places = np.maximum(np.minimum(config.entries, chunks // config.stages), 1)
-    asked = _COLD / (1.0 + np.minimum(tiles, slots) / places / _SHARERS) * (1.0 + _SCOUT * config.scouts)
+    sharers = np.minimum(tiles, slots) / places
+    late = (1.0 + sharers / _SHARERS + lost * sharers / _LOST_SHARERS) / (1.0 + _SCOUT * config.scouts)
     apart = np.minimum(pieces * places, _GROUP) if config.together == 1 else max(_GROUP / config.together, 1.0)
-    filled = _FILL * (_SCOUTED if config.scouts else 1.0) / apart
-    cold = np.maximum(busy, steps / np.minimum(asked, filled))
+    cold = _side_by_side(busy, steps * (1.0 + _LOST * lost) * np.maximum(late / _COLD, apart / _FILL))
     first = np.minimum(np.minimum(rounds, -(-rounds * np.minimum(items, slots) // tiles)), items // tiles)
     met = first + lost * (rounds - first)
     clocks = met * cold + (rounds - met) * busy + (_ADD_PARTS if config.split > 1 else 0.0)
@@ -225,3 +230,8 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
         read = math.prod(problem.input_shape) * problem.torch_dtype.itemsize
         arrange_us = _ARRANGE_US + (arranged + read) / _ARRANGE_RATE
     return np.hypot(_LAUNCH_US + arrange_us + clocks / _CLOCK_MHZ, moved / _MEMORY_RATE)
+
+
+def _side_by_side(*clocks: Any) -> Any:
+    """What runs at the same time takes a little longer than the longest."""
+    return sum(np.asarray(part) ** 4 for part in clocks) ** 0.25
