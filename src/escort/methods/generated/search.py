@@ -34,10 +34,7 @@ _CLOCK_MHZ = 1850.0
 _LAUNCH_US = 1.8
 _ISSUE, _ALONE = 3.2, 2.0  # instructions per clock, all warps together; clocks per instruction of a warp alone
 _COLD = 0.23  # instructions per clock that arrive when asked for
-_SHARERS, _LOST_SHARERS = (
-    860.0,
-    35.0,
-)  # half of that where so many ask for the same, for code that stays and that is lost
+_SHARERS, _LOST_SHARERS = 860.0, 35.0  # half of that where so many ask for the same; and for lost code
 _LOST = 0.28  # lost code arrives so much later in any case
 _SCOUT, _JUMPS = 0.92, 1.09  # each scout makes code arrive so much faster; instructions with those for scouts
 _FILL, _GROUP = 2.9, 16.5  # instructions per clock for a group of so many multiprocessors with one instruction cache
