@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,18 @@ def test_spread_channels_leave_less() -> None:
         order = spread_channels(filter)
         assert sorted(order.tolist()) == list(range(64))
         assert split(filter, channels=order).share <= most * split(filter).share
+
+
+def test_no_swap_of_two_channels_leaves_less() -> None:
+    weight = (np.random.default_rng(0).random((24, 16, 2, 2)) < 0.2).astype(float)
+    filter = StretchedCSR.from_dense(weight)
+    order = spread_channels(filter)
+    least = split(filter, channels=order).residual.nnz
+    assert 0 < least < split(filter).residual.nnz
+    for a, b in itertools.combinations(range(16), 2):
+        swapped = order.copy()
+        swapped[[a, b]] = order[[b, a]]
+        assert split(filter, channels=swapped).residual.nnz >= least
 
 
 @pytest.mark.parametrize(

@@ -210,28 +210,65 @@ def split(filter: StretchedCSR, kept: int = 2, of: int = 4, channels: IntArray |
     return Split(_part(filter, rank < kept), _part(filter, rank >= kept), kept, of, channels)
 
 
+_MOST_SWEEPS = 4  # over all channels; most of what swaps gain comes with the first
+
+
 def spread_channels(filter: StretchedCSR, kept: int = 2, of: int = 4) -> IntArray:
     """An order of the channels for :func:`split` that leaves a small residual.
 
     Channels are placed one by one, those with most nonzeros first, where least of theirs exceed what a group keeps.
+    Then two channels of different groups swap places as long as less exceeds it afterwards.
     """
-    width, taps = filter.shape[1], filter.shape[2] * filter.shape[3]
-    c, tap = _channels_and_taps(filter)
-    by_channel = np.split(tap[np.argsort(c, kind="stable")], np.cumsum(np.bincount(c, minlength=width))[:-1])
+    width, sites = filter.shape[1], filter.shape[0] * filter.shape[2] * filter.shape[3]
+    c, site = _channels_and_taps(filter)
+    nonzero = np.zeros((width, sites), dtype=np.int8)
+    nonzero[c, site] = 1
     room = np.full(-(-width // of), of)
     room[-1] -= len(room) * of - width
-    held = np.zeros((len(room), filter.shape[0] * taps), dtype=np.uint8)
-    load = np.zeros(len(room), dtype=np.int64)
-    members: list[list[int]] = [[] for _ in room]
-    for channel in sorted(range(width), key=lambda channel: -len(by_channel[channel])):
-        mine = by_channel[channel]
-        exceeding = (held[:, mine] >= kept).sum(axis=1)
+    group_of = np.zeros(width, dtype=np.int64)
+    held = np.zeros((len(room), sites), dtype=np.int8)  # nonzeros of a group's channels
+    for channel in np.argsort(-nonzero.sum(axis=1, dtype=np.int64), kind="stable"):
+        exceeding = (held[:, nonzero[channel] > 0] >= kept).sum(axis=1)
+        load = held.sum(axis=1, dtype=np.int64)
         group = min(np.flatnonzero(room), key=lambda group: (exceeding[group], load[group]))
-        members[group].append(channel)
+        group_of[channel] = group
         room[group] -= 1
-        held[group, mine] += 1
-        load[group] += len(mine)
-    return np.array([channel for group in members for channel in sorted(group)], dtype=np.int32)
+        held[group] += nonzero[channel]
+    _swap(nonzero, group_of, held, kept)
+    return np.argsort(group_of, kind="stable").astype(np.int32)
+
+
+def _swap(nonzero: NDArray[np.int8], group_of: NDArray[np.int64], held: NDArray[np.int8], kept: int) -> None:
+    """Swaps channels of different groups as long as less exceeds what groups keep afterwards, in place."""
+
+    def relief(channels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How much less exceeds in a channel's group without it."""
+        less: NDArray[np.int64] = (nonzero[channels] * (held[group_of[channels]] > kept)).sum(axis=1, dtype=np.int64)
+        return less
+
+    everyone = np.arange(len(nonzero))
+    reliefs = relief(everyone)
+    for _ in range(_MOST_SWEEPS):
+        swaps = 0
+        for channel in everyone[reliefs > 0]:
+            mine, sites = group_of[channel], np.flatnonzero(nonzero[channel])
+            full = held[mine] - nonzero[channel] >= kept
+            here = nonzero[:, full].sum(axis=1, dtype=np.int64)  # that exceed with another in its place
+            there = (held[group_of][:, sites] - nonzero[:, sites] >= kept).sum(axis=1)
+            gain = reliefs[channel] + reliefs - here - there
+            gain[group_of == mine] = 0
+            other = int(gain.argmax())
+            if gain[other] <= 0:
+                continue
+            theirs = group_of[other]
+            held[mine] += nonzero[other] - nonzero[channel]
+            held[theirs] += nonzero[channel] - nonzero[other]
+            group_of[channel], group_of[other] = theirs, mine
+            changed = np.flatnonzero((group_of == mine) | (group_of == theirs))
+            reliefs[changed] = relief(changed)
+            swaps += 1
+        if not swaps:
+            break
 
 
 def _channels_and_taps(filter: StretchedCSR) -> tuple[IntArray, NDArray[np.int64]]:
