@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from escort.problem import Epilogue, Problem
+from escort import reference
+from escort.methods import Method
+from escort.problem import Epilogue, Precision, Problem
 from escort.sparse import StretchedCSR
 
 FULL = Epilogue(bias=True, residual=True, activation="relu")
@@ -37,6 +40,27 @@ class Case:
 
     def filter(self) -> StretchedCSR:
         return StretchedCSR.from_dense(self.tensors()[1], self.problem.groups)
+
+    def on(self, device: str, dtype: Precision = "fp32") -> tuple[Problem, Any, Any, Any, Any]:
+        """The problem there, x, weight, bias and residual; weight and bias stay in float32 on the host."""
+        problem = replace(self.problem, dtype=dtype, device=device)
+        x, weight, bias, residual = self.tensors()
+        x = x.to(device, problem.torch_dtype)
+        residual = None if residual is None else residual.to(device, problem.torch_dtype)
+        return problem, x, weight, bias, residual
+
+
+def check_kernels(method: Method, case: Case, device: str, dtype: Precision, configs: Iterable[Any]) -> None:
+    """Each config of our own kernels computes a case, and the same when it runs again."""
+    problem, x, weight, bias, residual = case.on(device, dtype)
+    expected = reference.conv2d(problem, x, weight, bias, residual)
+    bound = reference.ERROR_BOUND["fp32" if dtype == "tf32" else dtype]
+    for config in configs:
+        run = method.prepare(problem, case.filter(), bias, config)
+        y = run(x, residual)
+        assert y.is_contiguous() and y.dtype is problem.torch_dtype
+        assert reference.compare(y, expected) <= bound, config
+        assert torch.equal(run(x, residual), y), "not the same twice: a race"
 
 
 def _empty_rows(shape: tuple[int, ...]) -> torch.Tensor:

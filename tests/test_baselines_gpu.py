@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -29,20 +28,11 @@ BY_NAME = {case.name: case for case in CASES}
 TOO_MUCH = 1 << 46
 
 
-def on_gpu(case: Case, dtype: Precision = "fp32", device: str = DEVICE) -> tuple[Problem, Any, Any, Any, Any]:
-    """The case's problem there, x, weight, bias and residual; the weight and the bias stay in float32 on the host."""
-    problem = replace(case.problem, dtype=dtype, device=device)
-    x, weight, bias, residual = case.tensors()
-    x = x.to(device, problem.torch_dtype)
-    residual = None if residual is None else residual.to(device, problem.torch_dtype)
-    return problem, x, weight, bias, residual
-
-
 @pytest.mark.parametrize("dtype", get_args(Precision))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.name)
 def test_case(method: Method, case: Case, dtype: Precision) -> None:
-    problem, x, weight, bias, residual = on_gpu(case, dtype)
+    problem, x, weight, bias, residual = case.on(DEVICE, dtype)
     if (method.name, dtype) == ("cusparse", "tf32"):
         assert method.unsupported(problem)
         return
@@ -59,7 +49,7 @@ def test_case(method: Method, case: Case, dtype: Precision) -> None:
 @pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.name)
 def test_strict_fp32_is_strict_whatever_the_user_set(method: Method) -> None:
     case = BY_NAME["ResNet-50 res4"]
-    problem, x, weight, _, _ = on_gpu(case)
+    problem, x, weight, _, _ = case.on(DEVICE)
     expected = reference.conv2d(problem, x, weight)
     plain = torch.nn.functional.conv2d(x, weight.to(DEVICE), padding=1)
     assert reference.compare(plain, expected) > 1e-5  # the user's setting does what it says
@@ -73,7 +63,7 @@ def test_strict_fp32_is_strict_whatever_the_user_set(method: Method) -> None:
 @pytest.mark.parametrize("method", BASELINES[:2], ids=lambda method: method.name)
 def test_tf32_is_used_where_it_is_asked_for(method: Method) -> None:
     case = BY_NAME["ResNet-50 res4"]
-    problem, x, weight, _, _ = on_gpu(case, "tf32")
+    problem, x, weight, _, _ = case.on(DEVICE, "tf32")
     expected = reference.conv2d(problem, x, weight)
     for config in benchmark_configs(method, problem, case.filter()):
         y = method.prepare(problem, case.filter(), None, config)(as_taken(config, x))
@@ -83,7 +73,7 @@ def test_tf32_is_used_where_it_is_asked_for(method: Method) -> None:
 @pytest.mark.usefixtures("hostile")
 def test_the_reference_is_exact_on_a_gpu() -> None:
     for case in CASES[::5]:
-        problem, x, weight, bias, residual = on_gpu(case)
+        problem, x, weight, bias, residual = case.on(DEVICE)
         there = reference.conv2d(problem, x, weight, bias, residual)
         tensors = (None if t is None else t.cpu() for t in (x, weight, bias, residual))
         assert reference.compare(there.cpu(), reference.conv2d(problem, *tensors)) < 1e-12  # type: ignore[arg-type]
@@ -92,7 +82,7 @@ def test_the_reference_is_exact_on_a_gpu() -> None:
 @pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.name)
 def test_a_runner_takes_any_batch_and_memory_format(method: Method) -> None:
     case = BY_NAME["plain 3x3"]
-    problem, x, weight, bias, _ = on_gpu(case)
+    problem, x, weight, bias, _ = case.on(DEVICE)
     run = method.prepare(problem, case.filter(), bias, method.configs(problem, case.filter())[0])
     for images in (0, 1, 3, 8, 17):
         batch = torch.randn(2 * images, *x.shape[1:], device=DEVICE)
@@ -104,7 +94,7 @@ def test_a_runner_takes_any_batch_and_memory_format(method: Method) -> None:
 @pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.name)
 def test_a_runner_can_be_captured(method: Method) -> None:
     case = BY_NAME["groups"]
-    problem, x, weight, bias, residual = on_gpu(case)
+    problem, x, weight, bias, residual = case.on(DEVICE)
     for config in benchmark_configs(method, problem, case.filter()):
         run = method.prepare(problem, case.filter(), bias, config)
         side = torch.cuda.Stream(DEVICE)
@@ -128,7 +118,7 @@ def test_a_second_gpu_need_not_be_the_current_one(method: Method) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     case = BY_NAME["3x3 with everything behind it"]
-    problem, x, weight, bias, residual = on_gpu(case, device="cuda:1")
+    problem, x, weight, bias, residual = case.on("cuda:1")
     with torch.cuda.device(0):
         run = method.prepare(problem, case.filter(), bias, method.configs(problem, case.filter())[0])
         assert reference.compare(run(x, residual), reference.conv2d(problem, x, weight, bias, residual)) <= 1e-5
@@ -136,7 +126,7 @@ def test_a_second_gpu_need_not_be_the_current_one(method: Method) -> None:
 
 def test_cusparse_does_not_read_what_its_output_overwrites() -> None:
     case = BY_NAME["seven images"]
-    problem, x, weight, _, _ = on_gpu(case)
+    problem, x, weight, _, _ = case.on(DEVICE)
     method = by_name("cusparse", DEVICE)
     run = method.prepare(problem, case.filter(), None, method.configs(problem, case.filter())[0])
     expected = reference.conv2d(problem, x, weight)
@@ -275,7 +265,7 @@ def test_a_candidate_out_of_memory_is_a_reason_and_the_next_one_runs() -> None:
             return lambda x, residual=None: (torch.empty(TOO_MUCH, device=DEVICE), run(x, residual))[1]
 
     case = BY_NAME["plain 3x3"]
-    problem = on_gpu(case)[0]
+    problem = case.on(DEVICE)[0]
     plan = planner.plan_layer(problem, case.filter(), methods=(Greedy(), by_name("cudnn", DEVICE)))
     assert plan.method == "cudnn"
     greedy = [candidate for candidate in plan.candidates if candidate.method == "greedy"]

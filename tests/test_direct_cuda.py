@@ -20,9 +20,9 @@ from escort.methods.direct_cuda import DirectCuda
 from escort.methods.direct_cuda.layout import LANES, STORAGE, DirectConfig, Layout, most_images
 from escort.methods.direct_cuda.search import candidates, has_room, neighbours, search
 from escort.methods.direct_cuda.tables import defines, pack, scalars
-from escort.problem import Epilogue, Problem
+from escort.problem import Epilogue, Precision, Problem
 from escort.sparse import StretchedCSR
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, check_kernels
 
 Floats = NDArray[np.float64]
 #: The kernel's integer parameters, in the order of kernels/direct.cu.
@@ -282,25 +282,15 @@ def test_a_weight_beyond_half_precision_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case_on_the_gpu(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_on_the_gpu(case: Case, dtype: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("ESCORT_EVERY_LANE"):  # for racecheck, as kernels/direct.cu says of SIGNALS
         monkeypatch.setattr(direct_cuda, "defines", lambda *of: defines(*of) | {"SIGNALS": LANES})
-    method = DirectCuda()
-    problem = replace(case.problem, device="cuda:0", dtype=dtype)  # type: ignore[arg-type]
+    method, filter = DirectCuda(), case.filter()
+    problem = replace(case.problem, device="cuda:0", dtype=dtype)
     assert method.unsupported(problem) is None
-    x, weight, bias, residual = case.tensors()
-    x, weight = x.to("cuda:0", problem.torch_dtype), weight.to("cuda:0")
-    residual = None if residual is None else residual.to("cuda:0", problem.torch_dtype)
-    expected = reference.conv2d(problem, x, weight, None if bias is None else bias.to("cuda:0"), residual)
-    configs = method.configs(problem, case.filter())
-    assert configs
-    for config in (configs[0], configs[len(configs) // 2], configs[-1], small_ring(problem)):
-        run = method.prepare(problem, case.filter(), bias, config)
-        y = run(x, residual)
-        assert y.is_contiguous() and y.dtype is problem.torch_dtype
-        bound = reference.ERROR_BOUND["fp32" if dtype == "tf32" else dtype]
-        assert reference.compare(y, expected) <= bound, config
-        assert torch.equal(run(x, residual), y), "not the same twice: a race"
+    configs = method.configs(problem, filter)
+    chosen = (configs[0], configs[len(configs) // 2], configs[-1], small_ring(problem))
+    check_kernels(method, case, "cuda:0", dtype, chosen)
 
 
 class Launches:

@@ -13,9 +13,9 @@ from escort.codegen import GeneratedConfig, Program
 from escort.gpu import H200
 from escort.methods.generated import Generated
 from escort.methods.generated.search import candidates, piece_count, piece_steps, predict_us, search
-from escort.problem import Epilogue, Problem
+from escort.problem import Epilogue, Precision, Problem
 from escort.sparse import StretchedCSR
-from tests.cases import CASES, FULL, Case
+from tests.cases import CASES, FULL, Case, check_kernels
 
 RES3 = Problem(32, 128, 28, 28, 128, (3, 3), padding=(1, 1, 1, 1), device="cuda:0")
 
@@ -74,26 +74,15 @@ def test_the_step_estimate_is_near() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case_on_the_gpu(case: Case, dtype: str) -> None:
-    method = Generated()
-    problem = replace(case.problem, device="cuda:0", dtype=dtype)  # type: ignore[arg-type]
+def test_case_on_the_gpu(case: Case, dtype: Precision) -> None:
+    method, filter = Generated(), case.filter()
+    problem = replace(case.problem, device="cuda:0", dtype=dtype)
     if method.unsupported(problem) is not None:
         pytest.skip("refused, with a reason")
-    x, weight, bias, residual = case.tensors()
-    x, weight = x.to("cuda:0", problem.torch_dtype), weight.to("cuda:0")
-    residual = None if residual is None else residual.to("cuda:0", problem.torch_dtype)
-    expected = reference.conv2d(problem, x, weight, None if bias is None else bias.to("cuda:0"), residual)
-    configs = method.configs(problem, case.filter())
-    assert configs
-    if method.compile_s(problem, case.filter(), configs[0]) > 60.0:
+    configs = method.configs(problem, filter)
+    if method.compile_s(problem, filter, configs[0]) > 60.0:
         pytest.skip("takes more than a minute to compile")
-    for config in (configs[0], configs[-1]):
-        run = method.prepare(problem, case.filter(), bias, config)
-        y = run(x, residual)
-        assert y.is_contiguous() and y.dtype is problem.torch_dtype
-        bound = reference.ERROR_BOUND["fp32" if dtype == "tf32" else dtype]
-        assert reference.compare(y, expected) <= bound, config
-        assert torch.equal(run(x, residual), y), "not the same twice: a race"
+    check_kernels(method, case, "cuda:0", dtype, (configs[0], configs[-1]))
 
 
 def stagings(sums: int) -> list[GeneratedConfig]:
