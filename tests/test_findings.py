@@ -365,6 +365,7 @@ def everything() -> dict[str, Result]:
         networks_fp32=networks,
         networks_fp16=networks,
         breakdown_fp32=[row("caffenet", "conv2", "direct", 5.0, config={"part": "direct"})],
+        patterns_fp32=[row("resnet50", "conv2d_4", "direct", 5.0, weights="resnet50_magnitude_90", batch=128)],
     )
 
 
