@@ -51,14 +51,13 @@ _MEMORY_RATE = 4.2e6  # bytes per us
 
 def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int) -> list[GeneratedConfig]:
     """The configs of least predicted time, no two of them alike."""
-    ranked: list[tuple[float, int, GeneratedConfig]] = []
-    for many in candidates(problem, filter, gpu):
+    ranked: list[tuple[float, int, int, GeneratedConfig]] = []
+    for number, many in enumerate(candidates(problem, filter, gpu)):
         times = predict_us(problem, filter, many, gpu)
-        ranked += [
-            (times[i], len(ranked) + k, _one(many, i)) for k, i in enumerate(np.argsort(times, kind="stable")[:_BEST])
-        ]
+        ranked += [(times[i], number, i, many) for i in np.argsort(times, kind="stable")[:_BEST].tolist()]
     chosen: dict[tuple[int, ...], GeneratedConfig] = {}
-    for _, _, config in sorted(ranked, key=lambda found: found[:2]):
+    for _, _, i, many in sorted(ranked, key=lambda found: found[:3]):
+        config = _one(many, i)
         size = config.rows, config.consumers * config.blocks // 4
         chosen.setdefault((*size, config.arranged, config.split, config.together, config.scouts), config)
         if len(chosen) == most:
