@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from escort.codegen import GeneratedConfig, Program
 from escort.gpu import H200
 from escort.methods.generated import Generated
 from escort.methods.generated.search import candidates, piece_count, piece_steps, predict_us, search
+from escort.planner import on_all_cores
 from escort.problem import Epilogue, Precision, Problem
 from escort.sparse import StretchedCSR
 from tests.cases import CASES, FULL, Case, check_kernels
@@ -71,18 +73,39 @@ def test_the_step_estimate_is_near() -> None:
         assert estimate == pytest.approx(Program.of(problem, filter, config).steps, rel=0.1)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case_on_the_gpu(case: Case, dtype: Precision) -> None:
+def on_the_gpu(case: Case, dtype: Precision) -> tuple[Problem, list[GeneratedConfig]]:
+    """The case there, and some configs of it; none where it is refused or takes more than a minute to compile."""
     method, filter = Generated(), case.filter()
     problem = replace(case.problem, device="cuda:0", dtype=dtype)
     if method.unsupported(problem) is not None:
-        pytest.skip("refused, with a reason")
+        return problem, []
     configs = method.configs(problem, filter)
-    if method.compile_s(problem, filter, configs[0]) > 60.0:
-        pytest.skip("takes more than a minute to compile")
-    check_kernels(method, case, "cuda:0", dtype, (configs[0], configs[-1]))
+    quick = method.compile_s(problem, filter, configs[0]) <= 60.0
+    return problem, [configs[0], configs[-1]] if quick else []
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> None:
+    """The kernels of the cases that were asked for, compiled side by side: one by one they take ten minutes."""
+
+    def prepare(case: Case, dtype: Precision) -> None:
+        problem, configs = on_the_gpu(case, dtype)
+        for config in configs:
+            Generated().prepare(problem, case.filter(), case.tensors()[2], config)
+
+    wanted = [item.callspec.params for item in request.session.items if getattr(item, "function", None) is test_case]
+    on_all_cores([partial(prepare, **params) for params in wanted])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case: Case, dtype: Precision) -> None:
+    _, configs = on_the_gpu(case, dtype)
+    if not configs:
+        pytest.skip("refused, or takes more than a minute to compile")
+    check_kernels(Generated(), case, "cuda:0", dtype, configs)
 
 
 def stagings(sums: int) -> list[GeneratedConfig]:
