@@ -580,12 +580,12 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
         at = stage * stage_words(program.words, c)
         yield f'CHUNK{i}: mbarrier." WAIT ".parity.shared.b64 p, [{_FULL}+{stage * 8}], {_PARITY}; @!p bra CHUNK{i};'
         places = _places(program, chunk) if c.scouts else []
+        jumps = dict(zip(places, [*(f"LOOK{i}_{place}" for place in places[1:]), f"SEEN{i}"], strict=False))
         if c.scouts > 1:
             yield f"@other{i % c.scouts} bra.uni SEEN{i};"
         for number, step in enumerate(chunk.steps):
-            if number in places:
-                here = places.index(number) + 1
-                yield f"LOOK{i}_{here}: @scout bra.uni {f'LOOK{i}_{here + 1}' if here < len(places) else f'SEEN{i}'};"
+            if number in jumps:
+                yield f"LOOK{i}_{number}: @scout bra.uni {jumps[number]};"
             yield _instruction(step, at, fp32)
         if c.scouts:
             yield f"SEEN{i}:"

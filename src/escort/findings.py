@@ -107,6 +107,7 @@ class PatternAim:
         kind: which layers, for readers.
         layers: globs of their names.
         count: how many there are.
+        batch: images.
         wanted: by precision a floor and a goal.
     """
 
@@ -116,6 +117,11 @@ class PatternAim:
     count: int
     batch: int
     wanted: Mapping[str, tuple[float, float]]
+
+    def meant(self, row: Row) -> bool:
+        """Whether the row counts."""
+        named = any(fnmatch(row.layer, pattern) for pattern in self.layers)
+        return named and (row.weights, row.batch) == (self.weights, self.batch)
 
 
 PATTERN_AIMS = (
@@ -198,7 +204,7 @@ def flop(network: str, layer: str, batch: int) -> int:
 
 @dataclass(frozen=True)
 class Fastest:
-    """One of the paper's layers with the faster of our sparse methods; times in microseconds.
+    """A layer with the faster of our sparse methods; times in microseconds.
 
     Attributes:
         cudnn_us: None where cuDNN was not timed.
@@ -217,16 +223,16 @@ class Fastest:
         return None if self.cudnn_us is None else self.cudnn_us / self.time_us
 
     def share(self, peak_tflops: float) -> float:
-        """The real work per time, of that peak."""
+        """The real work per time, of that peak; for the paper's layers."""
         return flop(self.network, self.layer, self.batch) / (self.time_us * 1e6 * peak_tflops)
 
 
 def fastest_sparse(rows: Iterable[Row]) -> list[Fastest]:
-    """The paper's layers that a sparse method ran, of rows of one precision."""
+    """The layers that a sparse method ran, of rows of one precision and with the same weights."""
     found = []
     for (network, layer, batch), times in suite.best_times(rows).items():
         ours = [method for method in SPARSE if method in times]
-        if ours and (network, layer) in LAYERS:
+        if ours:
             method = min(ours, key=times.__getitem__)
             found.append(Fastest(network, layer, batch, method, times[method], times.get("cudnn")))
     return found
@@ -248,16 +254,8 @@ def against_cudnn(rows: Iterable[Row], network: str) -> list[tuple[float, float]
 
 def against_cudnn_on_patterns(rows: Iterable[Row], aim: PatternAim) -> list[tuple[float, float]]:
     """As :func:`against_cudnn`, on the layers of an aim."""
-    best = suite.best_times(
-        row
-        for row in rows
-        if (row.weights, row.batch) == (aim.weights, aim.batch) and any(fnmatch(row.layer, g) for g in aim.layers)
-    )
-    found = [
-        (times["cudnn"], min(times[method] for method in SPARSE if method in times))
-        for times in best.values()
-        if "cudnn" in times and any(method in times for method in SPARSE)
-    ]
+    mine = fastest_sparse(row for row in rows if aim.meant(row))
+    found = [(f.cudnn_us, f.time_us) for f in mine if f.cudnn_us is not None]
     return found if len(found) == aim.count else []
 
 

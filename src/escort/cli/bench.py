@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -25,6 +23,7 @@ from escort.cli.console import (
     JsonOption,
     check_writable,
     command,
+    command_line,
     note,
     numbers,
     place,
@@ -124,9 +123,7 @@ def main(
             output_path = Path("benchmarks/results") / _folder(where) / f"{stem}.json"
             output_path.parent.mkdir(parents=True, exist_ok=True)
 
-        # Files by name: where they lie on this machine is nobody's business.
-        words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-        head = suite.header(f"escort {shlex.join(words)}", where)
+        head = suite.header(command_line(), where)
         if where == "cpu" and head["load_average"] > _BUSY * (os.cpu_count() or 1):
             note(
                 f"warning: other processes keep this machine busy (load average {head['load_average']}): ratios to "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,12 @@ OriginalOption = Annotated[
     typer.Option("--model", metavar="MODULE:FACTORY", help="The dense model, where it could not be traced to a graph."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="What to convert for: cpu, cuda, or cuda:1 and so on.")]
+
+
+def command_line() -> str:
+    """This process's, for results. Files by name: where they lie on this machine is nobody's business."""
+    words = [",".join(Path(name).name for name in word.split(",")) if "/" in word else word for word in sys.argv[1:]]
+    return f"escort {shlex.join(words)}"
 
 
 class Dtype(str, Enum):

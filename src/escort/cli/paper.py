@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +11,7 @@ import typer
 
 from escort import counters, exhibits, models, report, study
 from escort.cli.bench import NETWORKS
-from escort.cli.console import JsonOption, Output, check_writable, command, note, progress, replace_file
+from escort.cli.console import JsonOption, Output, check_writable, command, command_line, note, progress, replace_file
 from escort.converted import find_device
 from escort.problem import Precision
 from escort.report import Section, Table
@@ -103,8 +101,6 @@ def main(
 
 
 def _measure(asked: Study, work: dict[str, list[Item]], out: Path, again: bool) -> dict[str, str]:
-    # Files by name: where they lie on this machine is nobody's business.
-    words = [",".join(Path(name).name for name in word.split(",")) if "/" in word else word for word in sys.argv[1:]]
     with progress() as bar:
         task = bar.add_task("starting", total=sum(map(len, work.values())))
 
@@ -112,7 +108,7 @@ def _measure(asked: Study, work: dict[str, list[Item]], out: Path, again: bool) 
             bar.update(task, description=f"{stem}: {label}")
             bar.advance(task)
 
-        return study.run(asked, work, out, f"escort {shlex.join(words)}", again=again, begin=begin)
+        return study.run(asked, work, out, command_line(), again=again, begin=begin)
 
 
 def _write(out: Path, found: dict[str, Result]) -> None:

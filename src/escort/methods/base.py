@@ -56,10 +56,15 @@ class Method(Protocol):
         ...
 
 
-def input_check(problem: Problem) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
+def input_check(
+    problem: Problem, most_images: int | None = None
+) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
     """A check that raises ValueError where a runner is called with another shape, type or device than prepared for.
 
     It takes x (N, C, H, W) and, if the problem has a residual, residual (N, K, out_height, out_width), of any N.
+
+    Args:
+        most_images: that the kernel can address; raises beyond, too.
     """
     in_shape, out_shape, dtype = problem.input_shape[1:], problem.output_shape[1:], problem.torch_dtype
     device, takes_residual = torch.device(problem.device), problem.epilogue.residual
@@ -73,6 +78,8 @@ def input_check(problem: Problem) -> Callable[[torch.Tensor, torch.Tensor | None
             )
         if (residual is not None) is not takes_residual:
             raise ValueError(f"prepared {'for' if takes_residual else 'without'} a residual, and called otherwise")
+        if most_images is not None and len(x) > most_images:
+            raise ValueError(f"the kernel addresses {most_images} images of this size at most, got {len(x)}")
         if residual is None:
             return
         shape = len(x), *out_shape

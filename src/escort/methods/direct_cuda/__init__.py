@@ -80,14 +80,12 @@ class DirectCuda:
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )
         torch.cuda.synchronize(device)  # the tables are there before any stream reads them
-        check, out_shape, most = input_check(problem), problem.output_shape[1:], most_images(problem)
+        check, out_shape = input_check(problem, most_images(problem)), problem.output_shape[1:]
         groups, tile = len(tables.first_channels), config.tile
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
             images = len(x)
-            if images > most:
-                raise ValueError(f"the kernel addresses {most} images of this size at most, got {images}")
             x = x.contiguous()
             if layout.paired and x.data_ptr() % 4:
                 x = x.clone()  # the kernel reads two columns at once

@@ -1,9 +1,9 @@
 """Method `generated`: a kernel made for the filter, its weights inside the instructions (codegen.py).
 
 A block runs one piece of the code, the nonzeros of some output channels, for a tile of positions, one per thread: a
-word of the input is read from shared memory once per tap for all of the piece's channels. What bounds it is the supply
-of instructions: code that does not stay in the instruction caches arrives at about one instruction in ten clocks, for
-all warps of a multiprocessor together. So the search wants many warps per block, and little code per piece.
+word of the input is read from shared memory once per tap for all of the piece's channels. What bounds it is mostly the
+supply of instructions, which arrive slowly where no cache holds them, and on small maps the input's way into shared
+memory: search.py weighs both.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Generated:
             (torch.Tensor, torch.Tensor, torch.Tensor, int, int),
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )
-        check, out_shape, most = input_check(problem), problem.output_shape[1:], _most_images(program)
+        check, out_shape = input_check(problem, _most_images(program)), problem.output_shape[1:]
         clusters = resident(config, Gpu.of(problem.device)) // (config.split * config.together)
         alignment = max(config.copy * 4, problem.torch_dtype.itemsize)
         arrange = _arrange(program, device) if config.arranged else None
@@ -84,8 +84,6 @@ class Generated:
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
             images = len(x)
-            if images > most:
-                raise ValueError(f"the kernel addresses {most} images of this size at most, got {images}")
             x = x.contiguous()
             if residual is not None:
                 residual = residual.contiguous()
