@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from escort import compiler, reference
-from escort.codegen import GeneratedConfig, Join, Load, MultiplyAdd, Program, Words, arrange_defines
+from escort.codegen import (
+    GeneratedConfig,
+    Join,
+    Load,
+    MultiplyAdd,
+    Program,
+    Words,
+    arrange_defines,
+    computed,
+    copies_planes,
+)
 from escort.problem import Epilogue, Problem
 from escort.sparse import StretchedCSR
 from tests.cases import CASES, FULL, Case
@@ -24,12 +34,14 @@ CONFIGS = {
         GeneratedConfig(64, 2, 1, 4, entries=4),
         GeneratedConfig(16, 3, 1, 2, copy=0, arranged=True, split=3),
         GeneratedConfig(16, 3, 2, 2, copy=4, stages=2),
+        GeneratedConfig(8, 3, 1, 2, copy=0),
     ],
     "fp16": [
         GeneratedConfig(5, 1, 1, 3, copy=0, arranged=True, sums=2),
         GeneratedConfig(64, 2, 1, 4, copy=4, arranged=True, entries=4),
         GeneratedConfig(16, 3, 1, 2, copy=0, arranged=True, split=2, sums=3),
         GeneratedConfig(16, 3, 2, 2, copy=2),
+        GeneratedConfig(8, 3, 1, 2, copy=0),
     ],
 }
 
@@ -43,12 +55,13 @@ def test_programs_compute_the_convolution(case: Case, dtype: str) -> None:
     x, weight = case.tensors()[0][: p.batch].double(), case.tensors()[1]
     expected = reference.conv2d(replace(p, dtype="fp32"), x, weight)
     for config in CONFIGS[dtype][: 1 if p.out_channels * p.height * p.width > 40000 else None]:
-        if not config.arranged and (p.stride != (1, 1) or (dtype == "fp16" and p.width % 2)):
+        odd = dtype == "fp16" and computed(p).width % 2
+        if not config.arranged and (p.stride != (1, 1) or odd or (not config.copy and not copies_planes(p))):
             with pytest.raises(ValueError, match="needs an arranged input"):
                 Program.of(p, case.filter(), config)
             continue
         program = Program.of(p, case.filter(), config)
-        y = torch.from_numpy(program.run(x.numpy()))
+        y = torch.from_numpy(program.run(x.numpy())).reshape(expected.shape)
         assert reference.compare(y, expected) <= 1e-12 if len(x) else y.shape == expected.shape, config
 
 
@@ -82,17 +95,27 @@ def test_texts_are_the_golden_ones(name: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize(
-    ("copy", "arranged", "split", "together", "scouts"),
-    [(1, False, 1, 1, 0), (2, False, 1, 1, 2), (4, True, 1, 1, 0), (0, True, 1, 8, 1), (0, True, 2, 1, 2)],
+    ("copy", "arranged", "split", "together", "peers", "scouts"),
+    [
+        (1, False, 1, 1, 1, 0),
+        (2, False, 1, 1, 1, 2),
+        (4, True, 1, 1, 1, 0),
+        (0, True, 1, 8, 1, 1),
+        (0, True, 2, 1, 1, 2),
+        (0, True, 1, 1, 2, 1),
+        (0, False, 1, 1, 2, 0),
+    ],
 )
 def test_everything_assembles_without_spills(
-    arch: str, dtype: str, copy: int, arranged: bool, split: int, together: int, scouts: int
+    arch: str, dtype: str, copy: int, arranged: bool, split: int, together: int, peers: int, scouts: int
 ) -> None:
     if copy == 0 and arch < "sm_90":
         pytest.skip("bulk copies and clusters need compute capability 9.0")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 16, 3, 3, generator=generator) * (torch.rand(64, 16, 3, 3, generator=generator) < 0.1)
     problem = Problem(2, 16, 14, 14, 64, (3, 3), padding=(1, 1, 1, 1), dtype=dtype, epilogue=FULL)  # type: ignore[arg-type]
+    if not copy and not arranged:
+        problem, weight = replace(problem, height=28, kernel=(1, 1), padding=(0, 0, 0, 0)), weight[:, :, :1, :1]
     sums = 2 if dtype == "fp16" else 1
     config = GeneratedConfig(
         32,
@@ -104,9 +127,11 @@ def test_everything_assembles_without_spills(
         arranged=arranged,
         split=split,
         together=together,
+        peers=peers,
         scouts=scouts,
     )
     program = Program.of(problem, StretchedCSR.from_dense(weight), config)
+    arch += "a" if peers > 1 else ""
     binary = compiler.compile(compiler.Text("generated.cu", program.text(np.ones(64, np.float32))), {}, arch)
     assert binary.registers <= 128 and binary.spill_bytes == binary.stack_bytes == 0
     if arranged:

@@ -108,9 +108,14 @@ def test_case(case: Case, dtype: Precision) -> None:
     check_kernels(Generated(), case, "cuda:0", dtype, configs)
 
 
-def stagings(sums: int) -> list[GeneratedConfig]:
+def stagings(sums: int, pointwise: bool) -> list[GeneratedConfig]:
     """Every way to stage the input and of clusters; tiles begin at different chunks, parts of channels are uneven."""
-    return [
+    planes = [
+        GeneratedConfig(32, 8, 1, 8, copy=0, entries=5, sums=sums),
+        GeneratedConfig(24, 8, 1, 8, copy=0, split=2, sums=sums, scouts=2),
+        GeneratedConfig(32, 8, 1, 8, copy=0, sums=sums, peers=4, scouts=2),
+    ]
+    return (planes if pointwise else []) + [
         GeneratedConfig(32, 8, 4, 8, copy=1, entries=5, sums=sums),
         GeneratedConfig(32, 8, 4, 8, copy=2, sums=sums),
         GeneratedConfig(32, 8, 4, 8, copy=4, arranged=True, entries=5, sums=sums),
@@ -121,18 +126,23 @@ def stagings(sums: int) -> list[GeneratedConfig]:
         GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums, scouts=2),
         GeneratedConfig(32, 8, 4, 8, copy=2, sums=sums, together=4, scouts=1),
         GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, entries=5, sums=sums, together=8, scouts=3),
+        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, entries=5, sums=sums, peers=2),
+        GeneratedConfig(16, 8, 1, 8, copy=0, arranged=True, sums=sums, peers=4, scouts=2),
     ]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("epilogue", [Epilogue(), FULL], ids=["plain", "full"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_any_batch_in_any_place_on_the_gpu(dtype: str, epilogue: Epilogue) -> None:
+@pytest.mark.parametrize("pointwise", [False, True], ids=["3x3", "1x1"])
+def test_any_batch_in_any_place_on_the_gpu(dtype: str, epilogue: Epilogue, pointwise: bool) -> None:
     """One runner for any batch, and for slices that are not aligned."""
     problem = replace(RES3, dtype=dtype, batch=4, epilogue=epilogue)  # type: ignore[arg-type]
+    if pointwise:
+        problem = replace(problem, kernel=(1, 1), padding=(0, 0, 0, 0))
     filter = sparse(problem, 0.08)
     bias = torch.randn(128) if epilogue.bias else None
-    for config in stagings(2 if dtype == "fp16" else 1):
+    for config in stagings(2 if dtype == "fp16" else 1, pointwise):
         run = Generated().prepare(problem, filter, bias, config)
         for batch in (0, 1, 4, 7):
             x = torch.randn(batch * 128 * 28 * 28 + 1, device="cuda", dtype=problem.torch_dtype)[1:]

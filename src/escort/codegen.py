@@ -39,7 +39,8 @@ class GeneratedConfig:
         consumers: warps that run the code.
         producers: warps that copy the input.
         channel_block: input channels per stage.
-        copy: words per copy, 1, 2 or 4; 0 copies all words of a channel at once, of an arranged input.
+        copy: words per copy, 1, 2 or 4; 0 copies all words of a channel at once, of an arranged input, or image by
+            image where a pointwise convolution needs no other arrangement.
         stages: of the ring in shared memory.
         blocks: per multiprocessor that registers must leave room for.
         entries: places in the cycle of chunks at which tiles begin, so that multiprocessors that share an instruction
@@ -51,7 +52,9 @@ class GeneratedConfig:
         split: blocks of a cluster that share a tile and its rows, each for a part of the input channels; in the end
             each adds up all parts of some rows.
         together: blocks of a cluster that run the same rows for neighbouring tiles. Its multiprocessors share an
-            instruction cache, through which the code then comes once for all of them. One of split and together is 1.
+            instruction cache, through which the code then comes once for all of them.
+        peers: blocks of a cluster that run different rows for the same tile; each copies a part of the channels into
+            the stages of all. Of split, together and peers two are 1 at least.
         scouts: warps that only jump through the code, ahead of the consumers, so that it is in the instruction caches
             when they come.
     """
@@ -68,6 +71,7 @@ class GeneratedConfig:
     arranged: bool = False
     split: int = 1
     together: int = 1
+    peers: int = 1
     scouts: int = 0
 
     @property
@@ -78,6 +82,11 @@ class GeneratedConfig:
     def tile(self) -> int:
         """Words of a tile."""
         return self.consumers * LANES
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.split * self.together * self.peers
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ class Words:
 
     @classmethod
     def of(cls, problem: Problem, config: GeneratedConfig) -> Words:
-        elements, copy = elements_per_word(problem), 1 if config.arranged else config.copy
+        elements, copy = elements_per_word(problem), 1 if config.arranged else max(config.copy, 1)
         columns, images = (1, elements) if config.arranged else (elements, 1)
         step = copy * columns
         ahead = [
@@ -215,12 +224,14 @@ class Program:
 
     @classmethod
     def of(cls, problem: Problem, filter: StretchedCSR, config: GeneratedConfig) -> Program:
-        """The program for a filter. TF32 problems have the one of fp32."""
-        if problem.dtype == "tf32":
-            problem = replace(problem, dtype="fp32")
-        if config.split > 1 and config.together > 1:
-            raise ValueError(f"{config}: the blocks of a cluster share either a tile or the rows")
-        whole = config.copy > 0 and problem.width % elements_per_word(problem) == 0
+        """The program for a filter."""
+        problem = computed(problem)
+        if sorted((config.split, config.together, config.peers))[1] > 1:
+            raise ValueError(f"{config}: the blocks of a cluster share one thing only")
+        hands = -(-problem.out_channels // problem.groups // config.rows)
+        if config.peers > 1 and (config.copy or hands % config.peers):
+            raise ValueError(f"{config}: peers copy whole channels, and each has one of a group's {hands} pieces")
+        whole = problem.width % elements_per_word(problem) == 0 and (config.copy or copies_planes(problem))
         if not config.arranged and (not whole or problem.stride != (1, 1)):
             raise ValueError(f"{config} needs an arranged input for stride {problem.stride} and width {problem.width}")
         words = Words.of(problem, config)
@@ -273,8 +284,12 @@ class Program:
         return "\n".join(_text(self, bias)) + "\n"
 
     def run(self, x: Floats) -> Floats:
-        """The convolution of x (N, C, H, W), in float64 and without epilogue; for tests."""
+        """The convolution of x (N, C, H, W), in float64 and without epilogue; for tests.
+
+        A pointwise convolution comes as (N, K, 1, out_height * out_width).
+        """
         p, w, images = self.problem, self.words, len(x)
+        x = x.reshape(images, *p.input_shape[1:])
         y = np.full((images, p.out_channels, p.out_height, p.out_width), np.nan)
         for tile in range(self.tiles(images)):
             first = tile * self.config.tile
@@ -318,6 +333,21 @@ class Program:
                     word[to] = np.stack((word[low][:, 1], word[high][:, 0]), axis=1)
                 case MultiplyAdd(place, source, weight):
                     sums[place] += word[source] * weight
+
+
+def computed(problem: Problem) -> Problem:
+    """The problem that programs compute: that of fp32 for TF32, and of one long row for a pointwise convolution."""
+    if problem.dtype == "tf32":
+        problem = replace(problem, dtype="fp32")
+    if problem.kernel == problem.stride == (1, 1) and not any(problem.padding):
+        problem = replace(problem, height=1, width=problem.height * problem.width)
+    return problem
+
+
+def copies_planes(problem: Problem) -> bool:
+    """Whether bulk copies can bring the input as it is: no padding, and planes of whole copies."""
+    pointwise = problem.kernel == problem.stride == (1, 1) and not any(problem.padding)
+    return pointwise and problem.height * problem.width * problem.torch_dtype.itemsize % 16 == 0
 
 
 def _taps(problem: Problem) -> tuple[list[int], list[int]]:
@@ -461,6 +491,7 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         "PIECES_PER_GROUP": program.hands // p.groups,
         "SPLIT": c.split,
         "TOGETHER": c.together,
+        "PEERS": c.peers,
         "CHUNKS": len(program.pieces[0].chunks),
         "CHANNEL_BLOCK": c.channel_block * planes,
         "STAGES": c.stages,
@@ -561,6 +592,9 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
     yield ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;"
     yield ".reg .b64 d; .reg .b64 e; .reg .pred first;"
     yield "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;"
+    if c.peers > 1:  # each of the first lanes arrives at the barriers of one of them
+        yield f".reg .pred peers; .reg .b32 peer; setp.lt.u32 peers, t, {c.peers};"
+        yield f"@peers mapa.shared::cluster.u32 peer, {_FULL}, t;"
     if c.scouts:
         # A vote tells the assembler that all lanes agree, and so do the jumps.
         yield f".reg .pred scout; setp.ge.s32 scout, {_SCOUT}, 0; vote.sync.any.pred scout, scout, 0xffffffff;"
@@ -590,7 +624,11 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
         if c.scouts:
             yield f"SEEN{i}:"
         yield "bar.warp.sync 0xffffffff;"
-        yield f"@first mbarrier.arrive.shared.b64 d, [{_FULL}+{(c.stages + stage) * 8}];"
+        empty = (c.stages + stage) * 8
+        if c.peers > 1:
+            yield f"@peers mbarrier.arrive.release.cluster.shared::cluster.b64 _, [peer+{empty}];"
+        else:
+            yield f"@first mbarrier.arrive.shared.b64 d, [{_FULL}+{empty}];"
         if stage == c.stages - 1:
             yield f"xor.b32 {_PARITY}, {_PARITY}, 1;"
             if c.entries > 1:

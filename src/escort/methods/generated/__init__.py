@@ -69,7 +69,8 @@ class Generated:
         device = torch.device(problem.device)
         program = Program.of(problem, filter, config)
         text = program.text(None if bias is None else bias.detach().float().cpu().numpy())
-        kernel = jit.kernel(jit.Text("generated.cu", text), {}, device)
+        # Copies into several blocks are slow in code that is not for the one architecture.
+        kernel = jit.kernel(jit.Text("generated.cu", text), {}, device, native=config.peers > 1)
         launch = kernel.bind(
             config.threads,
             program.shared_bytes,
@@ -77,8 +78,8 @@ class Generated:
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )
         check, out_shape = input_check(problem, _most_images(program)), problem.output_shape[1:]
-        clusters = resident(config, Gpu.of(problem.device)) // (config.split * config.together)
-        alignment = max(config.copy * 4, problem.torch_dtype.itemsize)
+        clusters = resident(config, Gpu.of(problem.device)) // config.cluster
+        alignment = config.copy * 4 or 16
         arrange = _arrange(program, device) if config.arranged else None
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -95,9 +96,9 @@ class Generated:
             elif x.data_ptr() % alignment:
                 x = x.clone()  # the kernel copies several elements at once
             tiles = program.tiles(images)
-            items = -(-tiles // config.together) * program.hands
-            # Blocks take several items in turn, but those that share a tile only one.
-            grid = items * config.split if config.split > 1 else min(items, clusters) * config.together
+            items = -(-tiles // config.together) * program.hands // config.peers
+            # Clusters take several items in turn, but those that split channels only one.
+            grid = (items if config.split > 1 else min(items, clusters)) * config.cluster
             launch((grid, 1, 1), x, y, residual, images, tiles)
             return y
 
