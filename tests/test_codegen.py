@@ -111,12 +111,15 @@ def test_everything_assembles_without_spills(
 ) -> None:
     if copy == 0 and arch < "sm_90":
         pytest.skip("bulk copies and clusters need compute capability 9.0")
+    sums = 2 if dtype == "fp16" else 1
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 16, 3, 3, generator=generator) * (torch.rand(64, 16, 3, 3, generator=generator) < 0.1)
     problem = Problem(2, 16, 14, 14, 64, (3, 3), padding=(1, 1, 1, 1), dtype=dtype, epilogue=FULL)  # type: ignore[arg-type]
+    if peers > 1:  # sums that end in 16 bits
+        problem = replace(problem, epilogue=Epilogue(True, False, "relu6"))
+        sums = 1
     if not copy and not arranged:
         problem, weight = replace(problem, height=28, kernel=(1, 1), padding=(0, 0, 0, 0)), weight[:, :, :1, :1]
-    sums = 2 if dtype == "fp16" else 1
     config = GeneratedConfig(
         32,
         12,
@@ -178,6 +181,27 @@ def test_scouts_jump_where_no_word_is_held(dtype: str) -> None:
         chunks = len(program.pieces[0].chunks)
         assert ends == ({f"SEEN{i}" for i in range(chunks)} if scouts else set())
         assert not scouts or len(jumps) > 2 * chunks
+
+
+@pytest.mark.parametrize(
+    ("sums", "residual", "bias", "short"),
+    [
+        (1, False, None, True),
+        (1, False, 0.5, True),
+        (1, False, 0.1, False),
+        (1, True, 0.5, False),
+        (2, False, 0.5, False),
+    ],
+)
+def test_16_bit_sums_end_as_they_are_where_that_is_exact(
+    sums: int, residual: bool, bias: float | None, short: bool
+) -> None:
+    epilogue = Epilogue(bias is not None, residual, "relu")
+    problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype="fp16", epilogue=epilogue)
+    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    program = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 3, sums=sums))
+    text = program.text(None if bias is None else np.full(8, bias, dtype=np.float32))
+    assert ("max.NaN.f16x2" in text) is short and ("cvt.f32.f16" in text) is not short
 
 
 def test_a_word_is_read_once_for_all_rows() -> None:

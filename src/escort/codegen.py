@@ -701,34 +701,45 @@ def _epilogue(program: Program, piece: Piece, bias: NDArray[np.float32] | None) 
         second, second_residual, step = "e", "r", 0
         yield f".reg .b64 r; add.u64 e, {_Y}, {p.out_channels * plane * size}; add.u64 r, e, {_RESIDUAL};"
     whole = w.columns == 2 and p.out_width % 2 == 0  # both elements of a word are outputs, or none is
+    # 16-bit sums end as they are where nothing is added that 16 bits do not hold: the results are the same.
+    held = bias is None or np.array_equal(bias[list(piece.rows)].astype(np.float16), bias[list(piece.rows)])
+    short = not fp32 and c.sums == 1 and held and not p.epilogue.residual
     for row, channel in enumerate(piece.rows):
         at = channel * plane * size
         if fp32:
-            values = [f"s{row}"]
+            if p.epilogue.residual:
+                yield f"mov.f32 w, 0f00000000; @a ld.global.f32 w, [d+{at}]; add.f32 s{row}, s{row}, w;"
+            yield from _activate(p, "f32", f"s{row}")
+            yield f"@a st.global.f32 [{_Y}+{at}], s{row};"
+            continue
+        if short:
+            if bias is not None:
+                yield f"mov.b32 t, {_half2(bias[channel])}; add.rn.f16x2 s{row}, s{row}, t;"
+            yield from _activate(p, "f16x2", f"s{row}")
         else:
-            values = ["u", "v"]
             yield from _halves(row, len(piece.rows), c.sums)
             if bias is not None:
                 yield f"add.f32 u, u, {_f32(bias[channel])}; add.f32 v, v, {_f32(bias[channel])};"
-        if p.epilogue.residual:
-            if fp32:
-                yield f"mov.f32 w, 0f00000000; @a ld.global.f32 w, [d+{at}]; add.f32 s{row}, s{row}, w;"
-            else:
+            if p.epilogue.residual:
                 yield "mov.b16 h, 0; mov.b16 g, 0;"
                 yield f"@a ld.global.b16 h, [d+{at}]; @b ld.global.b16 g, [{second_residual}+{at + step}];"
                 yield "cvt.f32.f16 w, h; add.f32 u, u, w; cvt.f32.f16 w, g; add.f32 v, v, w;"
-        for value in values:
-            if p.epilogue.activation != "none":
-                yield f"max.NaN.f32 {value}, {value}, 0f00000000;"
-            if p.epilogue.activation == "relu6":
-                yield f"min.NaN.f32 {value}, {value}, {_f32(6.0)};"
-        if fp32:
-            yield f"@a st.global.f32 [{_Y}+{at}], s{row};"
-        elif whole:
-            yield f"cvt.rn.f16x2.f32 s{row}, v, u; @a st.global.b32 [{_Y}+{at}], s{row};"
+            yield from _activate(p, "f32", "u")
+            yield from _activate(p, "f32", "v")
+            yield f"cvt.rn.f16x2.f32 s{row}, v, u;"
+        if whole:
+            yield f"@a st.global.b32 [{_Y}+{at}], s{row};"
         else:
-            yield "cvt.rn.f16.f32 h, u; cvt.rn.f16.f32 g, v;"
+            yield f"mov.b32 {{h, g}}, s{row};"
             yield f"@a st.global.b16 [{_Y}+{at}], h; @b st.global.b16 [{second}+{at + step}], g;"
+
+
+def _activate(problem: Problem, kind: str, value: str) -> Iterator[str]:
+    """The activation of a float, or of both halves of a word."""
+    zero, six = (_f32(0.0), _f32(6.0)) if kind == "f32" else (_half2(0.0), _half2(6.0))
+    steps = {"none": (), "relu": (("max", zero),), "relu6": (("max", zero), ("min", six))}
+    for step, bound in steps[problem.epilogue.activation]:
+        yield f"mov.b32 t, {bound}; {step}.NaN.{kind} {value}, {value}, t;"
 
 
 def _is_fp32(program: Program) -> bool:

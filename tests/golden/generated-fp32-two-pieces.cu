@@ -66,7 +66,7 @@ GENERATED {
         "and.b32 t, %3, 1; setp.ne.u32 a, t, 0; and.b32 t, %3, 2; setp.ne.u32 b, t, 0;\n"
         "add.u64 d, %6, %5;\n"
         "mov.f32 w, 0f00000000; @a ld.global.f32 w, [d+0]; add.f32 s0, s0, w;\n"
-        "max.NaN.f32 s0, s0, 0f00000000;\n"
+        "mov.b32 t, 0f00000000; max.NaN.f32 s0, s0, t;\n"
         "@a st.global.f32 [%6+0], s0;\n"
         "}\n"
         OPERANDS);
@@ -97,10 +97,10 @@ GENERATED {
         "and.b32 t, %3, 1; setp.ne.u32 a, t, 0; and.b32 t, %3, 2; setp.ne.u32 b, t, 0;\n"
         "add.u64 d, %6, %5;\n"
         "mov.f32 w, 0f00000000; @a ld.global.f32 w, [d+144]; add.f32 s0, s0, w;\n"
-        "max.NaN.f32 s0, s0, 0f00000000;\n"
+        "mov.b32 t, 0f00000000; max.NaN.f32 s0, s0, t;\n"
         "@a st.global.f32 [%6+144], s0;\n"
         "mov.f32 w, 0f00000000; @a ld.global.f32 w, [d+288]; add.f32 s1, s1, w;\n"
-        "max.NaN.f32 s1, s1, 0f00000000;\n"
+        "mov.b32 t, 0f00000000; max.NaN.f32 s1, s1, t;\n"
         "@a st.global.f32 [%6+288], s1;\n"
         "}\n"
         OPERANDS);
