@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from escort.codegen import Chunk, GeneratedConfig, Program, arrange_defines
+from escort.codegen import arrange_defines
 from escort.compiler import KERNELS
 from escort.problem import Problem
+from escort.program import Chunk, GeneratedConfig, Program
 from escort.sparse import StretchedCSR
 
 THREADS = 32

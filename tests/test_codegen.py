@@ -10,19 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from escort import compiler, reference
-from escort.codegen import (
-    GeneratedConfig,
-    Join,
-    Load,
-    MultiplyAdd,
-    Program,
-    Words,
-    arrange_defines,
-    computed,
-    copies_planes,
-)
+from escort import codegen, compiler, reference
+from escort.codegen import arrange_defines
 from escort.problem import Epilogue, Problem
+from escort.program import GeneratedConfig, Join, Load, MultiplyAdd, Program, Words, computed, copies_planes
 from escort.sparse import StretchedCSR
 from tests.cases import CASES, FULL, Case
 
@@ -87,9 +78,9 @@ def small(name: str) -> tuple[Program, np.ndarray | None]:
 def test_texts_are_the_golden_ones(name: str) -> None:
     """After a change that is meant: write `text` into the file, and read the difference."""
     program, bias = small(name)
-    text = program.text(bias)
+    text = codegen.text(program, bias)
     assert text == (GOLDEN / f"generated-{name}.cu").read_text()
-    assert text == program.text(bias), "the same twice"
+    assert text == codegen.text(program, bias), "the same twice"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -135,7 +126,7 @@ def test_everything_assembles_without_spills(
     )
     program = Program.of(problem, StretchedCSR.from_dense(weight), config)
     arch += "a" if peers > 1 else ""
-    binary = compiler.compile(compiler.Text("generated.cu", program.text(np.ones(64, np.float32))), {}, arch)
+    binary = compiler.compile(compiler.Text("generated.cu", codegen.text(program, np.ones(64, np.float32))), {}, arch)
     assert binary.registers <= 128 and binary.spill_bytes == binary.stack_bytes == 0
     if arranged:
         binary = compiler.compile("arrange.cu", arrange_defines(program, 128), arch)
@@ -147,7 +138,7 @@ def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
     problem = Problem(1, 12, 9, 9, 8, (3, 3), stride, padding=(1, 1, 1, 1))
     filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
     program = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 2, copy=0, arranged=True))
-    text = program.text()
+    text = codegen.text(program)
     (stage_bytes,) = (int(size) for size in re.findall(r"#define STAGE_BYTES (\d+)", text))
     reads = iter(int(at) for at in re.findall(r"ld\.shared\.f32 x\d+, \[%1\+(\d+)\]", text))
     for i, chunk in enumerate(program.pieces[0].chunks):
@@ -164,7 +155,7 @@ def test_scouts_jump_where_no_word_is_held(dtype: str) -> None:
     filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
     for scouts in (0, 1, 3):
         program = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 4, scouts=scouts))
-        code = re.findall(r'^        "(.*)\\n"', program.text(), flags=re.MULTILINE)
+        code = re.findall(r'^        "(.*)\\n"', codegen.text(program), flags=re.MULTILINE)
         held: set[str] = set()
         jumps: dict[str, str] = {}
         for line in code:
@@ -200,7 +191,7 @@ def test_16_bit_sums_end_as_they_are_where_that_is_exact(
     problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype="fp16", epilogue=epilogue)
     filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
     program = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 3, sums=sums))
-    text = program.text(None if bias is None else np.full(8, bias, dtype=np.float32))
+    text = codegen.text(program, None if bias is None else np.full(8, bias, dtype=np.float32))
     assert ("max.NaN.f16x2" in text) is short and ("cvt.f32.f16" in text) is not short
 
 
@@ -255,4 +246,4 @@ def test_a_weight_beyond_half_precision_is_refused() -> None:
     problem = Problem(1, 1, 4, 4, 1, (1, 1), dtype="fp16")
     filter = StretchedCSR.from_dense(torch.full(problem.weight_shape, 1e5))
     with pytest.raises(ValueError, match="does not fit fp16; use fp32"):
-        Program.of(problem, filter, GeneratedConfig(1, 1, 1, 1)).text()
+        codegen.text(Program.of(problem, filter, GeneratedConfig(1, 1, 1, 1)))

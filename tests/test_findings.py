@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from escort import exhibits, findings, report, suite
-from escort.codegen import GeneratedConfig
 from escort.findings import break_even
 from escort.gpu import H200
 from escort.methods.generated import predict_us
 from escort.paper_layers import PAPER_LAYERS
+from escort.program import GeneratedConfig
 from escort.results import Result, read_results
 from escort.suite import Row
 

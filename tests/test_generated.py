@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from escort import reference
-from escort.codegen import GeneratedConfig, Program
 from escort.gpu import H200
 from escort.methods.generated import Generated
 from escort.methods.generated.search import candidates, piece_count, piece_steps, predict_us, search
 from escort.planner import on_all_cores
 from escort.problem import Epilogue, Precision, Problem
+from escort.program import GeneratedConfig, Program
 from escort.sparse import StretchedCSR
 from tests.cases import CASES, FULL, Case, check_kernels
 

@@ -25,6 +25,7 @@ ORDER = [
     "escort.cache",
     "escort.compiler",
     "escort.jit",
+    "escort.program",
     "escort.codegen",
     "escort.gpu",
     "escort.methods",

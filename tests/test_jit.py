@@ -20,9 +20,10 @@ import pytest
 import torch
 
 from escort import cache, compiler, jit
-from escort.codegen import GeneratedConfig, Program, arrange_defines
+from escort.codegen import arrange_defines
 from escort.methods import direct_cuda
 from escort.problem import Problem
+from escort.program import GeneratedConfig, Program
 from escort.sparse import StretchedCSR
 
 ARCHS = ("sm_80", "sm_90", "sm_100")

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from escort.codegen import GeneratedConfig, Program
+from escort import codegen
 from escort.compiler import KERNELS
 from escort.problem import Problem
+from escort.program import GeneratedConfig, Program
 from escort.sparse import StretchedCSR
 from tests.test_arrange import arranged
 
@@ -176,7 +177,7 @@ def host_source(program: Program) -> str:
         text, count = re.subn(pattern, here, text, flags=re.DOTALL)
         assert count == 1, pattern
     text = re.sub(r"\basm( volatile)?\(", "NOTHING(", text.replace("#include <cuda_fp16.h>", ""))
-    macros, _ = program.text().split('#include "generated.cuh"')
+    macros, _ = codegen.text(program).split('#include "generated.cuh"')
     return f"#define PEERS {program.config.peers}\n" + CUDA_ON_A_CPU + macros + text + RUN
 
 

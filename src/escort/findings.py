@@ -15,10 +15,10 @@ from functools import cache
 from typing import Any
 
 from escort import suite
-from escort.codegen import GeneratedConfig
 from escort.gpu import H200
 from escort.methods.generated import Generated, predict_us
 from escort.paper_layers import PAPER_LAYERS
+from escort.program import GeneratedConfig
 from escort.results import Result
 from escort.suite import Layer, Row
 

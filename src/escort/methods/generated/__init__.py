@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from escort import codegen, jit
-from escort.codegen import GeneratedConfig, Program
 from escort.gpu import Gpu
 from escort.methods.base import Runner, input_check
 from escort.methods.generated.search import piece_count, piece_steps, predict_us, resident, search
 from escort.problem import Problem
+from escort.program import GeneratedConfig, Program
 from escort.sparse import StretchedCSR
 
 __all__ = ["Generated", "predict_us"]
@@ -68,7 +68,7 @@ class Generated:
     ) -> Runner:
         device = torch.device(problem.device)
         program = Program.of(problem, filter, config)
-        text = program.text(None if bias is None else bias.detach().float().cpu().numpy())
+        text = codegen.text(program, None if bias is None else bias.detach().float().cpu().numpy())
         # Copies into several blocks are slow in code that is not for the one architecture.
         kernel = jit.kernel(jit.Text("generated.cu", text), {}, device, native=config.peers > 1)
         launch = kernel.bind(

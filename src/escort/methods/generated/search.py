@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escort import codegen
-from escort.codegen import LANES, GeneratedConfig, Words
+from escort import program
 from escort.gpu import Gpu
 from escort.problem import Problem
+from escort.program import LANES, GeneratedConfig, Words
 from escort.sparse import StretchedCSR
 
 _LEAST_ROWS, _MOST_ROWS = 8, 208  # of a piece
@@ -71,8 +71,8 @@ def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[Gen
 
     Yields configs with arrays as fields, those of each way to stage the input together.
     """
-    problem = codegen.computed(problem)
-    half, group_rows = codegen.elements_per_word(problem) == 2, problem.out_channels // problem.groups
+    problem = program.computed(problem)
+    half, group_rows = program.elements_per_word(problem) == 2, problem.out_channels // problem.groups
     nnz = np.diff(filter.indptr).astype(np.float64)
     # Products of a row as they count in the error of all outputs, whose size grows with them.
     products = float((nnz * nnz).sum() / max(nnz.sum(), 1.0))
@@ -92,7 +92,7 @@ def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[Gen
         many = _configs(
             rows, consumers, producers, block, copy, stages, blocks, 1, sums, arranged, split, together, peers, scouts
         )
-        room = blocks * (codegen.shared_bytes(words, many, rows) + 1024)
+        room = blocks * (program.shared_bytes(words, many, rows) + 1024)
         (_, items), slots = _items(problem, words, many), resident(many, gpu)
         fits = (
             (blocks * (consumers + producers + scouts) <= 32)
@@ -128,7 +128,7 @@ def _picked(many: GeneratedConfig, pick: Callable[[NDArray[Any]], Any]) -> Gener
 
 def _stagings(problem: Problem, gpu: Gpu) -> Iterator[tuple[int, bool, int]]:
     """The ways to stage the input: (copy, arranged, producers)."""
-    per_word, itemsize = codegen.elements_per_word(problem), problem.torch_dtype.itemsize
+    per_word, itemsize = program.elements_per_word(problem), problem.torch_dtype.itemsize
     for copy in (4, 2, 1) if problem.stride == (1, 1) else ():
         if problem.width * itemsize % (copy * 4) == 0 and problem.width % per_word == 0:
             yield from ((copy, False, producers) for producers in (2, 3, 4, 6, 8))
@@ -136,7 +136,7 @@ def _stagings(problem: Problem, gpu: Gpu) -> Iterator[tuple[int, bool, int]]:
         yield from ((4, True, producers) for producers in (2, 4))
     else:
         yield 0, True, 1
-        if codegen.copies_planes(problem):
+        if program.copies_planes(problem):
             yield 0, False, 1
 
 
@@ -163,7 +163,7 @@ def piece_steps(problem: Problem, filter: StretchedCSR, config: GeneratedConfig)
     rows = problem.out_channels / pieces
     density = filter.nnz / math.prod(problem.weight_shape)
     taps = math.prod(problem.weight_shape[1:])
-    reads = 1.0 if config.arranged or codegen.elements_per_word(problem) == 1 else 1.6  # odd taps join two words
+    reads = 1.0 if config.arranged or program.elements_per_word(problem) == 1 else 1.6  # odd taps join two words
     return (filter.nnz / pieces + reads * taps * (1.0 - (1.0 - density) ** rows)) / config.split
 
 
@@ -192,17 +192,17 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
 
     Fields of the config that differ between ways to stage the input are numbers, the others may be arrays.
     """
-    problem = codegen.computed(problem)
+    problem = program.computed(problem)
     words = Words.of(problem, config)
     (tiles, items), slots = _items(problem, words, config), resident(config, gpu)
     rounds = -(-items // slots)
-    channels = codegen.part_channels(problem, config)
+    channels = program.part_channels(problem, config)
     chunks = -(-channels // (config.channel_block * config.stages)) * config.stages
     elements = words.columns * words.images
     steps = piece_steps(problem, filter, config) + _CHUNK * chunks + _ROW * config.rows * elements
     steps = steps * (_JUMPS if config.scouts else 1.0)
     issued, copying = steps * config.consumers, 0.0
-    stage_bytes = channels * len(words.phases) * codegen.channel_words(words, config) * 4
+    stage_bytes = channels * len(words.phases) * program.channel_words(words, config) * 4
     if config.copy:
         copies = (
             -(-(config.tile + words.reach) // (config.copy * LANES * config.producers)) * channels * len(words.phases)
