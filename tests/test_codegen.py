@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from escort import codegen, compiler, reference
 from escort.codegen import arrange_defines
 from escort.problem import Epilogue, Problem
-from escort.program import GeneratedConfig, Join, Load, MultiplyAdd, Program, Words, computed, copies_planes
+from escort.program import GeneratedConfig, Join, Load, MultiplyAdd, Program, Words, computed
 from escort.sparse import StretchedCSR
 from tests.cases import CASES, FULL, Case
 
@@ -46,8 +47,10 @@ def test_programs_compute_the_convolution(case: Case, dtype: str) -> None:
     x, weight = case.tensors()[0][: p.batch].double(), case.tensors()[1]
     expected = reference.conv2d(replace(p, dtype="fp32"), x, weight)
     for config in CONFIGS[dtype][: 1 if p.out_channels * p.height * p.width > 40000 else None]:
-        odd = dtype == "fp16" and computed(p).width % 2
-        if not config.arranged and (p.stride != (1, 1) or odd or (not config.copy and not copies_planes(p))):
+        copied = math.prod(p.input_shape[2:]) if not config.copy else computed(p).width  # elements, in whole copies
+        odd = copied * p.torch_dtype.itemsize % (4 * config.copy or 16)
+        padded = not config.copy and (p.kernel != (1, 1) or any(p.padding))
+        if not config.arranged and (p.stride != (1, 1) or odd or padded):
             with pytest.raises(ValueError, match="needs an arranged input"):
                 Program.of(p, case.filter(), config)
             continue
@@ -105,12 +108,12 @@ def test_everything_assembles_without_spills(
     sums = 2 if dtype == "fp16" else 1
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 16, 3, 3, generator=generator) * (torch.rand(64, 16, 3, 3, generator=generator) < 0.1)
-    problem = Problem(2, 16, 14, 14, 64, (3, 3), padding=(1, 1, 1, 1), dtype=dtype, epilogue=FULL)  # type: ignore[arg-type]
+    problem = Problem(2, 16, 14, 16, 64, (3, 3), padding=(1, 1, 1, 1), dtype=dtype, epilogue=FULL)  # type: ignore[arg-type]
     if peers > 1:  # sums that end in 16 bits
         problem = replace(problem, epilogue=Epilogue(True, False, "relu6"))
         sums = 1
     if not copy and not arranged:
-        problem, weight = replace(problem, height=28, kernel=(1, 1), padding=(0, 0, 0, 0)), weight[:, :, :1, :1]
+        problem, weight = replace(problem, kernel=(1, 1), padding=(0, 0, 0, 0)), weight[:, :, :1, :1]
     config = GeneratedConfig(
         32,
         12,

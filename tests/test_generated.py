@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from escort import reference
+from escort import ops, reference
 from escort.gpu import H200
 from escort.methods.generated import Generated
 from escort.methods.generated.search import candidates, piece_count, piece_steps, predict_us, search
@@ -154,6 +154,22 @@ def test_any_batch_in_any_place_on_the_gpu(dtype: str, epilogue: Epilogue, point
             assert y.shape == expected.shape
             assert batch == 0 or reference.compare(y, expected) <= reference.ERROR_BOUND[dtype], (config, batch)
             assert torch.equal(run(x, residual), y), "not the same twice: a race"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("copy", [0, 1, 2, 4])
+def test_an_input_size_that_the_config_does_not_fit(dtype: str, copy: int) -> None:
+    """Another config then: copies of several words would meet the middle of a row."""
+    config = GeneratedConfig(32, 4, 1, 4, copy=copy)
+    kernel, padding = ((3, 3), (1, 1, 1, 1)) if copy else ((1, 1), (0, 0, 0, 0))
+    problem = Problem(2, 16, 16, 16, 32, kernel, padding=padding, dtype=dtype, device="cuda:0")  # type: ignore[arg-type]
+    filter = sparse(problem, 0.1)
+    for height, width in ((16, 16), (5, 18), (13, 13)):
+        p = replace(problem, height=height, width=width)
+        x = torch.randn(p.input_shape, device="cuda", dtype=p.torch_dtype)
+        y = ops.prepare(p, filter, None, "generated", asdict(config))(x)
+        assert reference.compare(y, reference.conv2d(p, x, filter.to_dense().cuda())) <= reference.ERROR_BOUND[p.dtype]
 
 
 @pytest.mark.gpu

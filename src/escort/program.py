@@ -230,8 +230,7 @@ class Program:
         hands = -(-problem.out_channels // problem.groups // config.rows)
         if config.peers > 1 and (config.copy or hands % config.peers):
             raise ValueError(f"{config}: peers copy whole channels, and each has one of a group's {hands} pieces")
-        whole = problem.width % elements_per_word(problem) == 0 and (config.copy or copies_planes(problem))
-        if not config.arranged and (not whole or problem.stride != (1, 1)):
+        if not config.arranged and not copies_as_it_is(problem, config.copy):
             raise ValueError(f"{config} needs an arranged input for stride {problem.stride} and width {problem.width}")
         words = Words.of(problem, config)
         rows, nnz, taps = problem.out_channels // problem.groups, np.diff(filter.indptr), filter.taps
@@ -335,9 +334,16 @@ def computed(problem: Problem) -> Problem:
     return problem
 
 
-def copies_planes(problem: Problem) -> bool:
-    """Whether bulk copies can bring the input as it is: no padding, and planes of whole copies."""
-    pointwise = problem.kernel == problem.stride == (1, 1) and not any(problem.padding)
+def copies_as_it_is(problem: Problem, copy: int) -> bool:
+    """Whether copies of so many words can bring the input without a kernel that arranges it.
+
+    They must begin and end with its rows; bulk copies (0), which leave no room for padding, with its planes.
+    """
+    if problem.stride != (1, 1):
+        return False
+    if copy:
+        return problem.width % (copy * elements_per_word(problem)) == 0
+    pointwise = problem.kernel == (1, 1) and not any(problem.padding)
     return pointwise and problem.height * problem.width * problem.torch_dtype.itemsize % 16 == 0
 
 

@@ -128,15 +128,14 @@ def _picked(many: GeneratedConfig, pick: Callable[[NDArray[Any]], Any]) -> Gener
 
 def _stagings(problem: Problem, gpu: Gpu) -> Iterator[tuple[int, bool, int]]:
     """The ways to stage the input: (copy, arranged, producers)."""
-    per_word, itemsize = program.elements_per_word(problem), problem.torch_dtype.itemsize
-    for copy in (4, 2, 1) if problem.stride == (1, 1) else ():
-        if problem.width * itemsize % (copy * 4) == 0 and problem.width % per_word == 0:
+    for copy in (4, 2, 1):
+        if program.copies_as_it_is(problem, copy):
             yield from ((copy, False, producers) for producers in (2, 3, 4, 6, 8))
     if gpu.capability < (9, 0):
         yield from ((4, True, producers) for producers in (2, 4))
     else:
         yield 0, True, 1
-        if program.copies_planes(problem):
+        if program.copies_as_it_is(problem, 0):
             yield 0, False, 1
 
 
