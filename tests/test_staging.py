@@ -7,10 +7,8 @@ that does not end. Consumers only look on: what they find in a stage is compared
 from __future__ import annotations
 
 import ctypes
-import itertools
 import re
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +22,12 @@ from escort.program import GeneratedConfig, Program
 from escort.sparse import StretchedCSR
 from tests.test_arrange import arranged
 
-#: What the source needs of CUDA. Shared addresses are offsets into a block's `shared`.
+#: What the source needs of CUDA. Shared addresses are offsets into `shared`.
 CUDA_ON_A_CPU = """
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstdint>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -46,8 +43,8 @@ CUDA_ON_A_CPU = """
 #define __restrict__
 #define NOTHING(...)
 struct Index { unsigned x; };
-static Index gridDim;
-static thread_local Index blockIdx, threadIdx;
+static Index blockIdx, gridDim;
+static thread_local Index threadIdx;
 template <class A, class B> static auto min(A a, B b) { return a < b ? a : b; }
 template <class A, class B> static auto max(A a, B b) { return a > b ? a : b; }
 static unsigned __cvta_generic_to_shared(const void*) { return 0; }
@@ -58,9 +55,7 @@ static unsigned short __ushort_as_half(unsigned short bits) { return bits; }
 static unsigned short __half_as_ushort(unsigned short bits) { return bits; }
 static unsigned short __float2half_rn(float) { return 0; }
 static void __syncthreads() {}
-static char memory[8][1 << 18];  // of the blocks of a cluster
-static unsigned rank() { return blockIdx.x % PEERS; }
-#define shared memory[rank()]
+char shared[1 << 20];
 
 // A barrier in shared memory: its phase ends when all have arrived and all bytes that were announced have come.
 static std::atomic<bool> stuck;
@@ -84,19 +79,11 @@ struct Barrier {
     if (!ended.wait_for(lock, std::chrono::seconds(stuck ? 0 : 20), [&] { return phase != parity; })) stuck = true;
   }
 };
-static std::map<unsigned, Barrier> barriers[8];  // by address; of warps behind all addresses
-static void init(unsigned at, int count) { barriers[rank()][at].all = barriers[rank()][at].left = count; }
-static Barrier& barrier_at(unsigned at) { return barriers[rank()].at(at); }
-static void arrive(unsigned at) { barrier_at(at).change(1, 0); }
-static void copy_to_all(unsigned to, const void* from, unsigned bytes, unsigned full) {
-  if ((to | bytes | reinterpret_cast<std::uintptr_t>(from)) % 16) stuck = true;  // bulk copies take no other
-  for (unsigned peer = 0; peer < PEERS; peer++) {
-    std::memcpy(memory[peer] + to, from, bytes);
-    barriers[peer].at(full).change(0, -int(bytes));
-  }
-}
+static std::map<unsigned, Barrier> barriers;  // by address; of warps behind all addresses
+static void init(unsigned at, int count) { barriers[at].all = barriers[at].left = count; }
+static void arrive(unsigned at) { barriers.at(at).change(1, 0); }
 static void __syncwarp() {
-  Barrier& warp = barrier_at(~0u - threadIdx.x / 32);
+  Barrier& warp = barriers.at(~0u - threadIdx.x / 32);
   std::unique_lock<std::mutex> lock(warp.mutex);
   const unsigned phase = warp.phase;
   lock.unlock();
@@ -105,49 +92,41 @@ static void __syncwarp() {
 }
 """
 RUN = """
-// The blocks of a cluster of peers from `block` on, side by side; other blocks one by one.
-extern "C" int run(const void* x, int images, unsigned tiles, unsigned block, unsigned grid, char* to, unsigned items) {
-  std::memset(memory, 0xff, sizeof memory);
+extern "C" int run(const void* x, int images, unsigned tiles, unsigned block, unsigned grid, char* to) {
+  std::memset(shared, 0xff, sizeof shared);
+  barriers.clear();
   stuck = false;
+  blockIdx.x = block;
   gridDim.x = grid;
-  std::vector<std::thread> threads;
+  for (unsigned warp = 0; warp < THREADS / LANES; warp++) init(~0u - warp, LANES);
   Ring ring;
-  for (unsigned peer = 0; peer < PEERS; peer++) {
-    blockIdx.x = block + peer;
-    barriers[peer].clear();
-    for (unsigned warp = 0; warp < THREADS / LANES; warp++) init(~0u - warp, LANES);
-    for (threadIdx.x = 0; threadIdx.x < LANES; threadIdx.x++) ring = make_ring();
-  }
-  for (unsigned peer = 0; peer < PEERS; peer++) {
-    for (unsigned thread = CONSUMERS * LANES; thread < (CONSUMERS + PRODUCERS) * LANES; thread++)
-      threads.emplace_back([=] {
-        blockIdx.x = block + peer;
-        threadIdx.x = thread;
-        produce(ring, static_cast<const Input*>(x), images, tiles, block % SPLIT);
-      });
-    for (unsigned warp = 0; warp < CONSUMERS + SCOUTS; warp++)
-      threads.emplace_back([=] {
-        blockIdx.x = block + peer;
-        unsigned stage = 0, parity = 0, seen = 0;
-        for (Work work(tiles); work.left(); work.next()) {
-          if (TOGETHER > 1 && work.tile >= tiles) continue;
-          unsigned chunk = work.begin;
-          for (unsigned count = 0; count < CHUNKS; count++) {
-            barrier_at(ring.full + stage * 8).wait(parity);
-            if (warp == seen % CONSUMERS)
-              std::memcpy(to + ((peer * items + seen) * CHUNKS + chunk) * STAGE_BYTES, shared + stage * STAGE_BYTES,
-                          STAGE_BYTES);
-            for (unsigned other = 0; other < PEERS; other++) barriers[other].at(ring.empty + stage * 8).change(1, 0);
-            if (++chunk == CHUNKS) chunk = 0;
-            if (++stage == STAGES) {
-              stage = 0;
-              parity ^= 1;
-            }
+  for (threadIdx.x = 0; threadIdx.x < LANES; threadIdx.x++) ring = make_ring();
+  std::vector<std::thread> threads;
+  for (unsigned thread = CONSUMERS * LANES; thread < (CONSUMERS + PRODUCERS) * LANES; thread++)
+    threads.emplace_back([=] {
+      threadIdx.x = thread;
+      produce(ring, static_cast<const Input*>(x), images, tiles, block % SPLIT);
+    });
+  for (unsigned warp = 0; warp < CONSUMERS + SCOUTS; warp++)
+    threads.emplace_back([=] {
+      unsigned stage = 0, parity = 0, seen = 0;
+      for (Work work(tiles); work.left(); work.next()) {
+        if (TOGETHER > 1 && work.tile >= tiles) continue;
+        unsigned chunk = work.begin;
+        for (unsigned count = 0; count < CHUNKS; count++) {
+          barriers.at(ring.full + stage * 8).wait(parity);
+          if (warp == seen % CONSUMERS)
+            std::memcpy(to + (seen * CHUNKS + chunk) * STAGE_BYTES, shared + stage * STAGE_BYTES, STAGE_BYTES);
+          arrive(ring.empty + stage * 8);
+          if (++chunk == CHUNKS) chunk = 0;
+          if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
           }
-          seen++;
         }
-      });
-  }
+        seen++;
+      }
+    });
   for (std::thread& thread : threads) thread.join();
   return stuck;
 }
@@ -155,18 +134,21 @@ extern "C" int run(const void* x, int images, unsigned tiles, unsigned block, un
 #: The source's instructions, as patterns, and what they are here. The others are left out.
 INSTRUCTIONS = (
     (r'asm volatile\("mbarrier\.init.*?;"\s*::"r"\(barrier\), "r"\(count\).*?;', "init(barrier, count);"),
-    (r'asm volatile\("\{ \.reg \.pred done;.*?"memory"\);', "barrier_at(barrier).wait(parity);"),
+    (r'asm volatile\("\{ \.reg \.pred done;.*?"memory"\);', "barriers.at(barrier).wait(parity);"),
     (
         r'asm volatile\(\s*"\{ \.reg \.b64 state; mbarrier\.arrive\.expect_tx.*?"memory"\);',
-        "barrier_at(barrier).change(1, bytes);",
+        "barriers.at(barrier).change(1, bytes);",
     ),
     (r'asm volatile\("cp\.async\.mbarrier\.arrive.*?"r"\((.*?)\)\s*: "memory"\);', r"arrive(\1);"),
     (
         r'asm volatile\("\{ \.reg \.pred zero;.*?"memory"\);',
         "zero ? std::memset(shared + to, 0, COPY * 4) : std::memcpy(shared + to, from, COPY * 4);",
     ),
-    (r"extern __shared__.*?;", ""),
-    (r"(void copy_bulk\([^)]*\) \{).*?\n\}", r"\1 copy_to_all(to, from, bytes, full); }"),
+    (
+        r'asm volatile\("cp\.async\.bulk\.shared::cluster\.global.*?'
+        r'"r"\(\s*(.*?)\),\s*"l"\((.*?)\), "n"\((.*?)\), "r"\((.*?)\).*?;',
+        r"std::memcpy(shared + (\1), \2, \3), barriers.at(\4).change(0, -(\3));",
+    ),
 )
 
 
@@ -178,7 +160,7 @@ def host_source(program: Program) -> str:
         assert count == 1, pattern
     text = re.sub(r"\basm( volatile)?\(", "NOTHING(", text.replace("#include <cuda_fp16.h>", ""))
     macros, _ = codegen.text(program).split('#include "generated.cuh"')
-    return f"#define PEERS {program.config.peers}\n" + CUDA_ON_A_CPU + macros + text + RUN
+    return CUDA_ON_A_CPU + macros + text + RUN
 
 
 @pytest.mark.parametrize(
@@ -195,24 +177,16 @@ def host_source(program: Program) -> str:
         ("fp16", GeneratedConfig(4, 3, 1, 2, copy=0, stages=2, arranged=True, split=2)),
         ("fp32", GeneratedConfig(4, 2, 2, 5, copy=2, stages=2, entries=2, together=2, scouts=2)),
         ("fp16", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2, arranged=True, together=4, scouts=1)),
-        ("fp32", GeneratedConfig(4, 3, 1, 5, copy=0, stages=2, arranged=True, peers=2)),
-        ("fp16", GeneratedConfig(2, 3, 1, 3, copy=0, stages=2, arranged=True, peers=4, scouts=1)),
-        ("fp32", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2)),
-        ("fp16", GeneratedConfig(4, 2, 1, 5, copy=0, stages=2, peers=2)),
     ],
     ids=str,
 )
 def test_the_ring_holds_what_the_interpreter_reads(dtype: str, config: GeneratedConfig, tmp_path: Path) -> None:
     channels = 14 if config.split == 1 else 15  # of a group: the last chunk, and the last part, have fewer
     problem = Problem(3, 2 * channels, 10, 8, 16, (3, 3), padding=(1, 1, 1, 1), groups=2, dtype=dtype)  # type: ignore[arg-type]
-    in_planes = not config.copy and not config.arranged
-    if in_planes:
-        problem = replace(problem, kernel=(1, 1), padding=(0, 0, 0, 0))
     weight = torch.ones(problem.weight_shape)
     program = Program.of(problem, StretchedCSR.from_dense(weight, 2), config)
     x = np.random.default_rng(0).standard_normal(problem.input_shape)
     x = x.astype(np.float32 if dtype == "fp32" else np.float16)
-    x = x.reshape(3, *program.problem.input_shape[1:])
     source = arranged(program, x, tmp_path) if config.arranged else x
     (tmp_path / "staging.cpp").write_text(host_source(program))
     command = ["g++", "-std=c++17", "-w", "-pthread", "-shared", "-fPIC", "staging.cpp", "-o", "staging.so"]
@@ -220,23 +194,22 @@ def test_the_ring_holds_what_the_interpreter_reads(dtype: str, config: Generated
     run = ctypes.CDLL(str(tmp_path / "staging.so")).run
     tiles, chunks = program.tiles(3), len(program.pieces[0].chunks)
     assert chunks > config.stages, "stages are filled several times"
-    grid = config.cluster * (3 if config.split == 1 else 1)  # some are left one item more
+    cluster = config.split * config.together
+    grid = 3 * config.together if config.split == 1 else config.split  # some are left one item more
     groups = -(-tiles // config.together)
-    for block in range(0, grid, config.peers):
-        mine = range(block // config.cluster, program.hands // config.peers * groups, grid // config.cluster)
-        items = [(i // groups * config.peers, i % groups * config.together + block % config.together) for i in mine]
+    for block in range(grid):
+        mine = range(block // cluster, program.hands * groups, grid // cluster)
+        items = [(i // groups, i % groups * config.together + block % config.together) for i in mine]
         items = [(hand, tile) for hand, tile in items if tile < tiles]
-        shape = config.peers, len(items), chunks, config.channel_block, program.channel_words
-        found = np.empty(shape, dtype=np.uint32)
+        found = np.empty((len(items), chunks, config.channel_block, program.channel_words), dtype=np.uint32)
         pointers = (ctypes.c_void_p(source.ctypes.data), 3, tiles, block, grid, ctypes.c_void_p(found.ctypes.data))
-        assert run(*pointers, len(items)) == 0, "a barrier was waited for in vain, or a copy is not aligned"
-        for peer, (place, (hand, tile)) in itertools.product(range(config.peers), enumerate(items)):
-            piece = program.pieces[(hand + peer) * config.split + block % config.split]
-            for stage, chunk in zip(found[peer, place], piece.chunks, strict=True):
+        assert run(*pointers) == 0, "a barrier was waited for in vain"
+        for (hand, tile), stages in zip(items, found, strict=True):
+            piece = program.pieces[hand * config.split + block % config.split]
+            for stage, chunk in zip(stages, piece.chunks, strict=True):
                 filled = stage.view(x.dtype).reshape(*stage.shape, -1)[: len(chunk.channels)]
                 expected = program._stage(x.astype(np.float64), chunk, tile * config.tile)
-                expected = expected.reshape(*stage.shape, -1)[: len(chunk.channels)]
-                words = config.tile + program.words.reach
-                if in_planes:  # nothing is written behind the last image
-                    words = min(words, program.words.count(3) - tile * config.tile)
-                assert np.array_equal(filled[:, :words], expected[:, :words]), (hand + peer, tile, chunk.channels)
+                expected = expected.reshape(*stage.shape, -1)[
+                    : len(chunk.channels), : config.tile + program.words.reach
+                ]
+                assert np.array_equal(filled[:, : expected.shape[1]], expected), (hand, tile, chunk.channels)

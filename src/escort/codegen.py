@@ -55,7 +55,6 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         "PIECES_PER_GROUP": program.hands // p.groups,
         "SPLIT": c.split,
         "TOGETHER": c.together,
-        "PEERS": c.peers,
         "CHUNKS": len(program.pieces[0].chunks),
         "CHANNEL_BLOCK": c.channel_block * planes,
         "STAGES": c.stages,
@@ -156,9 +155,6 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
     yield ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;"
     yield ".reg .b64 d; .reg .b64 e; .reg .pred first;"
     yield "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;"
-    if c.peers > 1:  # each of the first lanes arrives at the barriers of one of them
-        yield f".reg .pred peers; .reg .b32 peer; setp.lt.u32 peers, t, {c.peers};"
-        yield f"@peers mapa.shared::cluster.u32 peer, {_FULL}, t;"
     if c.scouts:
         # A vote tells the assembler that all lanes agree, and so do the jumps.
         yield f".reg .pred scout; setp.ge.s32 scout, {_SCOUT}, 0; vote.sync.any.pred scout, scout, 0xffffffff;"
@@ -188,11 +184,7 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
         if c.scouts:
             yield f"SEEN{i}:"
         yield "bar.warp.sync 0xffffffff;"
-        empty = (c.stages + stage) * 8
-        if c.peers > 1:
-            yield f"@peers mbarrier.arrive.release.cluster.shared::cluster.b64 _, [peer+{empty}];"
-        else:
-            yield f"@first mbarrier.arrive.shared.b64 d, [{_FULL}+{empty}];"
+        yield f"@first mbarrier.arrive.shared.b64 d, [{_FULL}+{(c.stages + stage) * 8}];"
         if stage == c.stages - 1:
             yield f"xor.b32 {_PARITY}, {_PARITY}, 1;"
             if c.entries > 1:

@@ -61,9 +61,7 @@ __all__ = [
 ]
 
 
-def kernel(
-    source: Source, defines: Defines, device: torch.device, entry: str | None = None, *, native: bool = False
-) -> Kernel:
+def kernel(source: Source, defines: Defines, device: torch.device, entry: str | None = None) -> Kernel:
     """A kernel ready for launch on a device, the same object each time.
 
     Args:
@@ -71,7 +69,6 @@ def kernel(
         defines: as for `compile`.
         device: a CUDA device, which need not be the current one.
         entry: the name of the `extern "C"` function, by default the source's name without suffix.
-        native: compile for what this architecture alone has, such as sm_90a.
 
     Raises:
         RuntimeError: there is no GPU, it is too old, or its driver is older than the compiler; and as `compile`.
@@ -81,9 +78,9 @@ def kernel(
     index = torch.cuda.current_device() if device.index is None else device.index
     name = source.name if isinstance(source, Text) else source
     digest = source.digest if isinstance(source, Text) else None  # the table outlives texts
-    key = (name, digest, tuple(sorted(defines.items())), index, entry, native)
+    key = (name, digest, tuple(sorted(defines.items())), index, entry)
     if (known := _kernels.get(key)) is None:
-        binary = compile(source, defines, arch(torch.device("cuda", index)) + ("a" if native else ""))
+        binary = compile(source, defines, arch(torch.device("cuda", index)))
         # Two threads may come here at once; both then use the kernel of the first.
         known = _kernels.setdefault(key, Kernel(binary, _device(index), entry or Path(name).stem))
     return known

@@ -38,8 +38,7 @@ class GeneratedConfig:
         consumers: warps that run the code.
         producers: warps that copy the input.
         channel_block: input channels per stage.
-        copy: words per copy, 1, 2 or 4; 0 copies all words of a channel at once, of an arranged input, or image by
-            image where a pointwise convolution needs no other arrangement.
+        copy: words per copy, 1, 2 or 4; 0 copies all words of a channel at once, of an arranged input.
         stages: of the ring in shared memory.
         blocks: per multiprocessor that registers must leave room for.
         entries: places in the cycle of chunks at which tiles begin, so that multiprocessors that share an instruction
@@ -51,9 +50,7 @@ class GeneratedConfig:
         split: blocks of a cluster that share a tile and its rows, each for a part of the input channels; in the end
             each adds up all parts of some rows.
         together: blocks of a cluster that run the same rows for neighbouring tiles. Its multiprocessors share an
-            instruction cache, through which the code then comes once for all of them.
-        peers: blocks of a cluster that run different rows for the same tile; each copies a part of the channels into
-            the stages of all. Of split, together and peers two are 1 at least.
+            instruction cache, through which the code then comes once for all of them. One of split and together is 1.
         scouts: warps that only jump through the code, ahead of the consumers, so that it is in the instruction caches
             when they come.
     """
@@ -70,7 +67,6 @@ class GeneratedConfig:
     arranged: bool = False
     split: int = 1
     together: int = 1
-    peers: int = 1
     scouts: int = 0
 
     @property
@@ -85,7 +81,7 @@ class GeneratedConfig:
     @property
     def cluster(self) -> int:
         """Blocks of a cluster."""
-        return self.split * self.together * self.peers
+        return self.split * self.together
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,7 @@ class Words:
 
     @classmethod
     def of(cls, problem: Problem, config: GeneratedConfig) -> Words:
-        elements, copy = elements_per_word(problem), 1 if config.arranged else max(config.copy, 1)
+        elements, copy = elements_per_word(problem), 1 if config.arranged else config.copy
         columns, images = (1, elements) if config.arranged else (elements, 1)
         step = copy * columns
         ahead = [
@@ -225,11 +221,8 @@ class Program:
     def of(cls, problem: Problem, filter: StretchedCSR, config: GeneratedConfig) -> Program:
         """The program for a filter."""
         problem = computed(problem)
-        if sorted((config.split, config.together, config.peers))[1] > 1:
-            raise ValueError(f"{config}: the blocks of a cluster share one thing only")
-        hands = -(-problem.out_channels // problem.groups // config.rows)
-        if config.peers > 1 and (config.copy or hands % config.peers):
-            raise ValueError(f"{config}: peers copy whole channels, and each has one of a group's {hands} pieces")
+        if config.split > 1 and config.together > 1:
+            raise ValueError(f"{config}: the blocks of a cluster share either a tile or the rows")
         if not config.arranged and not copies_as_it_is(problem, config.copy):
             raise ValueError(f"{config} needs an arranged input for stride {problem.stride} and width {problem.width}")
         words = Words.of(problem, config)
@@ -335,16 +328,8 @@ def computed(problem: Problem) -> Problem:
 
 
 def copies_as_it_is(problem: Problem, copy: int) -> bool:
-    """Whether copies of so many words can bring the input without a kernel that arranges it.
-
-    They must begin and end with its rows; bulk copies (0), which leave no room for padding, with its planes.
-    """
-    if problem.stride != (1, 1):
-        return False
-    if copy:
-        return problem.width % (copy * elements_per_word(problem)) == 0
-    pointwise = problem.kernel == (1, 1) and not any(problem.padding)
-    return pointwise and problem.height * problem.width * problem.torch_dtype.itemsize % 16 == 0
+    """Whether copies of so many words can bring the input without a kernel that arranges it: rows are whole copies."""
+    return copy > 0 and problem.stride == (1, 1) and problem.width % (copy * elements_per_word(problem)) == 0
 
 
 def _taps(problem: Problem) -> tuple[list[int], list[int]]:

@@ -3,10 +3,9 @@
 //   STORAGE   0: float, 1: half
 //   COLUMNS, IMAGES   elements of a word: neighbouring columns of a row, or the same position of neighbouring images
 //   ARRANGED  the input was laid out by arrange.cu, words of all images channel by channel
-//   BULK      the producer's lanes copy a channel of a stage at a time, of an arranged input or of planes without
-//   padding SPLIT     blocks of a cluster that run the same rows for the same tile, each for a part of the channels
+//   BULK      one thread copies a channel of a stage at a time
+//   SPLIT     blocks of a cluster that run the same rows for the same tile, each for a part of the channels
 //   TOGETHER  blocks of a cluster that run the same rows for neighbouring tiles
-//   PEERS     blocks of a cluster that run different rows for the same tile, and copy its channels for each other
 //   SCOUTS    warps that run ahead through the code, behind consumers and producers
 #if STORAGE == 0
 typedef float Element;
@@ -62,24 +61,12 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
                : "memory");
 }
 
-#define CLUSTER_BLOCKS (SPLIT * TOGETHER * PEERS)
-
 #if BULK || SPLIT > 1
 // Arrives, and says how many bytes bulk copies will bring.
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-#endif
-
-#if SPLIT > 1 || PEERS > 1
-// No block may leave before its sums have been read, and before others have stopped to write or to arrive here.
-__device__ __forceinline__ void leave() {
-  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// All blocks of the cluster have begun, and set up their barriers.
-__device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 #endif
 
 // Sets up the ring. What the kernel before this one wrote may be read afterwards.
@@ -92,7 +79,7 @@ __device__ __forceinline__ Ring make_ring() {
   ring.others = ring.landed + 16;
   if (threadIdx.x < STAGES) {
     barrier_init(ring.full + threadIdx.x * 8, BULK ? 1 : PRODUCERS * LANES);
-    barrier_init(ring.empty + threadIdx.x * 8, (CONSUMERS + SCOUTS) * PEERS);
+    barrier_init(ring.empty + threadIdx.x * 8, CONSUMERS + SCOUTS);
   }
 #if SPLIT > 1
   if (threadIdx.x == 0) {
@@ -104,11 +91,8 @@ __device__ __forceinline__ Ring make_ring() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
   __syncthreads();
-#if SPLIT > 1 || PEERS > 1
+#if SPLIT > 1
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-#if PEERS > 1
-  meet();
 #endif
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
@@ -117,21 +101,21 @@ __device__ __forceinline__ Ring make_ring() {
 }
 
 // What a block does, one after the other: some rows (and channels) of the filter for a tile of the words, and the chunk
-// to begin with. The blocks of a cluster do as much as one another, at the same time.
+// to begin with. The blocks of a cluster go through the same rows at the same time.
 struct Work {
   u32 tiles, item, piece, tile, begin;
-  __device__ __forceinline__ Work(u32 tiles) : tiles(tiles), item(blockIdx.x / CLUSTER_BLOCKS) { find(); }
-  __device__ __forceinline__ bool left() const { return item < PIECES / PEERS * groups(); }
+  __device__ __forceinline__ Work(u32 tiles) : tiles(tiles), item(blockIdx.x / (SPLIT * TOGETHER)) { find(); }
+  __device__ __forceinline__ bool left() const { return item < PIECES * groups(); }
   __device__ __forceinline__ void next() {
-    item += gridDim.x / CLUSTER_BLOCKS;
+    item += gridDim.x / (SPLIT * TOGETHER);
     find();
   }
 
  private:
   __device__ __forceinline__ u32 groups() const { return (tiles + TOGETHER - 1) / TOGETHER; }
   __device__ __forceinline__ void find() {
-    const u32 some = item / groups(), group = item - some * groups();
-    piece = some * PEERS + blockIdx.x % PEERS;
+    piece = item / groups();
+    const u32 group = item - piece * groups();
     tile = group * TOGETHER + blockIdx.x % TOGETHER;  // may lie behind the last one
     begin = group % ENTRIES * (CHUNKS / STAGES) / ENTRIES * STAGES;
   }
@@ -152,68 +136,25 @@ __device__ __forceinline__ long long arranged_words(u32 tiles) {
 }
 
 #if BULK
-// A copy into the stages of all peers.
-__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 full) {
-#if PEERS > 1
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
-      "%4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(full), "h"((unsigned short)((1 << PEERS) - 1))
-      : "memory");
-#else
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(full)
-               : "memory");
-#endif
-}
-
-#if ARRANGED
-__device__ __forceinline__ u32 channel_bytes(u32 tile, int images) { return CHANNEL_WORDS * 4; }
-
-__device__ __forceinline__ void copy_channel(u32 to, const Input* x, u32 channel, u32 tile, u32 tiles, int images,
-                                             u32 full) {
-  copy_bulk(to, x + channel * arranged_words(tiles) + tile * TILE_WORDS, CHANNEL_WORDS * 4, full);
-}
-#else
-// Up to the last image's last word.
-__device__ __forceinline__ u32 channel_bytes(u32 tile, int images) {
-  return min(TILE_WORDS, images * PITCH - tile * TILE_WORDS) * 4;
-}
-
-// Image by image.
-__device__ __forceinline__ void copy_channel(u32 to, const Input* x, u32 channel, u32 tile, u32 tiles, int images,
-                                             u32 full) {
-  const u32 end = tile * TILE_WORDS + channel_bytes(tile, images) / 4;
-#pragma unroll 1
-  for (u32 position = tile * TILE_WORDS; position < end;) {
-    const u32 image = position / PITCH, words = min((image + 1) * PITCH, end) - position;
-    const long long plane = image * (long long)CHANNELS + channel;
-    copy_bulk(to, x + (plane * PITCH + (position - image * PITCH)) * COLUMNS, words * 4, full);
-    position += words;
-    to += words * 4;
-  }
-}
-#endif
-
-// Fills the ring with the input of one tile after the other. The lanes of a warp take the channels in turn, those that
-// are this block's to copy.
+// Fills the ring with the input of one tile after the other. The first thread does it all.
 __device__ __forceinline__ void produce(const Ring ring, const Input* x, int images, u32 tiles, u32 part) {
-  const u32 lane = threadIdx.x % LANES;
-  if (threadIdx.x >= (CONSUMERS + 1) * LANES) return;
+  if (threadIdx.x != CONSUMERS * LANES) return;
+  const long long words = arranged_words(tiles);
   u32 stage = 0, parity = 1;
   for (Work work(tiles); work.left(); work.next()) {
     if (TOGETHER > 1 && work.tile >= tiles) continue;
-    const u32 first = first_channel(work.piece, part);
+    const Input* const first = x + first_channel(work.piece, part) * words + work.tile * TILE_WORDS;
     u32 chunk = work.begin;
     for (u32 count = 0; count < CHUNKS; count++) {
       const int channels = max(0, min(CHANNEL_BLOCK, part_channels(part) - (int)chunk * CHANNEL_BLOCK));
-      const u32 full = ring.full + stage * 8, to = ring.stages + stage * STAGE_BYTES;
+      const u32 full = ring.full + stage * 8;
       barrier_wait(ring.empty + stage * 8, parity);
-      __syncwarp();  // a lane without copies must not fall behind: it would take a later phase for the one it waits for
-      // What peers copy may come before this, but the barrier waits for it.
-      if (lane == 0) barrier_expect(full, channels * channel_bytes(work.tile, images));
-      for (int c = blockIdx.x % PEERS + lane * PEERS; c < channels; c += LANES * PEERS)
-        copy_channel(to + c * CHANNEL_WORDS * 4, x, first + chunk * CHANNEL_BLOCK + c, work.tile, tiles, images, full);
+      barrier_expect(full, channels * CHANNEL_WORDS * 4);
+      for (int c = 0; c < channels; c++)
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         ring.stages + stage * STAGE_BYTES + c * CHANNEL_WORDS * 4),
+                     "l"(first + (chunk * CHANNEL_BLOCK + c) * words), "n"(CHANNEL_WORDS * 4), "r"(full)
+                     : "memory");
       if (++chunk == CHUNKS) chunk = 0;
       if (++stage == STAGES) {
         stage = 0;
@@ -391,16 +332,20 @@ __device__ __forceinline__ void finish(const Ring ring, u32 part, u32 piece, con
     }
   }
 }
+
+// No block may leave before its sums have been read.
+__device__ __forceinline__ void leave() {
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// All blocks of the cluster have begun, and set up their barriers.
+__device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 #endif
 
 // A generated kernel is GENERATED { BEGIN case 0: asm volatile(code OPERANDS); break; ... END }. Blocks (clusters,
 // where there are any) take one pair of piece and tile after the other, all tiles of a piece first.
-#if CLUSTER_BLOCKS > 1
-#define CLUSTER __cluster_dims__(CLUSTER_BLOCKS, 1, 1)
-#else
-#define CLUSTER
-#endif
 #if SPLIT > 1
+#define CLUSTER __cluster_dims__(SPLIT, 1, 1)
 #define FINISH                                                     \
   meet();                                                          \
   if (scout < 0) finish(ring, part, work.piece, out, to_residual); \
@@ -410,17 +355,14 @@ __device__ __forceinline__ void finish(const Ring ring, u32 part, u32 piece, con
   __syncwarp();  \
   meet();        \
   leave();
-#define CONSUMED
-#elif PEERS > 1
-#define FINISH
-#define PRODUCED \
-  __syncwarp();  \
-  leave();
-#define CONSUMED leave();
 #else
+#if TOGETHER > 1
+#define CLUSTER __cluster_dims__(TOGETHER, 1, 1)
+#else
+#define CLUSTER
+#endif
 #define FINISH
 #define PRODUCED
-#define CONSUMED
 #endif
 #define GENERATED                                                                                           \
   extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)                                     \
@@ -445,7 +387,6 @@ __device__ __forceinline__ void finish(const Ring ring, u32 part, u32 piece, con
 #define END \
   }         \
   FINISH    \
-  }         \
-  CONSUMED
+  }
 #define OPERANDS \
   : "+r"(parity) : "r"(words), "r"(ring.full), "r"(out.inside), "r"(work.begin), "l"(to_residual), "l"(out.to), "r"(scout) : "memory"

@@ -69,8 +69,7 @@ class Generated:
         device = torch.device(problem.device)
         program = Program.of(problem, filter, config)
         text = codegen.text(program, None if bias is None else bias.detach().float().cpu().numpy())
-        # Copies into several blocks are slow in code that is not for the one architecture.
-        kernel = jit.kernel(jit.Text("generated.cu", text), {}, device, native=config.peers > 1)
+        kernel = jit.kernel(jit.Text("generated.cu", text), {}, device)
         launch = kernel.bind(
             config.threads,
             program.shared_bytes,
@@ -79,7 +78,7 @@ class Generated:
         )
         check, out_shape = input_check(problem, _most_images(program)), problem.output_shape[1:]
         clusters = resident(config, Gpu.of(problem.device)) // config.cluster
-        alignment = config.copy * 4 or 16
+        alignment = max(config.copy * 4, problem.torch_dtype.itemsize)
         arrange = _arrange(program, device) if config.arranged else None
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -96,7 +95,7 @@ class Generated:
             elif x.data_ptr() % alignment:
                 x = x.clone()  # the kernel copies several elements at once
             tiles = program.tiles(images)
-            items = -(-tiles // config.together) * program.hands // config.peers
+            items = -(-tiles // config.together) * program.hands
             # Clusters take several items in turn, but those that split channels only one.
             grid = (items if config.split > 1 else min(items, clusters)) * config.cluster
             launch((grid, 1, 1), x, y, residual, images, tiles)

@@ -40,7 +40,6 @@ _SCOUT, _JUMPS = 0.92, 1.09  # each scout makes code arrive so much faster; inst
 _FILL, _GROUP = 2.9, 16.5  # instructions per clock for a group of so many multiprocessors with one instruction cache
 _HOT_BYTES, _LOST_BYTES = 460e3, 830e3  # code that stays in the instruction caches, and code of which nothing stays
 _L2, _BULK = 16.5, 0.87  # bytes per clock that reach a multiprocessor when all of them read; share of it in bulk copies
-_INGRESS = 0.35  # least share of that time where copies reach several at once; a guess
 _COPY, _COPY_ISSUE = 21.5, 8.0  # per copy of a producer warp, and instructions for it
 _CHUNK, _ROW = 15.0, 17.0  # instructions around the steps of a chunk, and per element of an output
 _SPARE_REGISTERS, _TIGHT = 28, 1.28  # with fewer beside the sums, reads come right before their use
@@ -60,7 +59,7 @@ def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int) -> list[
     for _, _, i, many in sorted(ranked, key=lambda found: found[:3]):
         config = _one(many, i)
         size = config.rows, config.consumers * config.blocks // 4
-        chosen.setdefault((*size, config.arranged, config.split, config.together, config.peers, config.scouts), config)
+        chosen.setdefault((*size, config.arranged, config.split, config.together, config.scouts), config)
         if len(chosen) == most:
             break
     return list(chosen.values())
@@ -81,8 +80,8 @@ def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[Gen
     knobs = sorted({-(-group_rows // hand) for hand in hands}), (1, 2), range(4, 32), (8, 4, 16)
     rows, blocks, consumers, block = (knob.ravel() for knob in np.meshgrid(*knobs, indexing="ij"))
     stagings, clusters = list(_stagings(problem, gpu)), _clusters(problem, gpu)
-    for (copy, arranged, producers), (split, together, peers, scouts) in itertools.product(stagings, clusters):
-        if copy and (split > 1 or peers > 1):
+    for (copy, arranged, producers), (split, together, scouts) in itertools.product(stagings, clusters):
+        if copy and split > 1:
             continue  # nothing to gain where producers take most of the time
         words = Words.of(problem, GeneratedConfig(1, 1, 1, 1, copy=copy, arranged=arranged))
         sums = math.ceil(max(products, 1.0) / (_MOST_PRODUCTS * split)) if half else 1
@@ -90,13 +89,12 @@ def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[Gen
         depths = np.array([4, 3, 2])
         stages = depths[np.argmin([-(-chunks // depth) * depth for depth in depths], axis=0)]
         many = _configs(
-            rows, consumers, producers, block, copy, stages, blocks, 1, sums, arranged, split, together, peers, scouts
+            rows, consumers, producers, block, copy, stages, blocks, 1, sums, arranged, split, together, scouts
         )
         room = blocks * (program.shared_bytes(words, many, rows) + 1024)
         (_, items), slots = _items(problem, words, many), resident(many, gpu)
         fits = (
             (blocks * (consumers + producers + scouts) <= 32)
-            & (-(-group_rows // rows) % peers == 0)
             & (rows * sums + 14 <= _registers(many, gpu))
             & (room <= gpu.shared_bytes + 1024)
             & ((items <= slots) | (items >= _LEAST_BUSY * slots * -(-items // slots)))
@@ -135,17 +133,15 @@ def _stagings(problem: Problem, gpu: Gpu) -> Iterator[tuple[int, bool, int]]:
         yield from ((4, True, producers) for producers in (2, 4))
     else:
         yield 0, True, 1
-        if program.copies_as_it_is(problem, 0):
-            yield 0, False, 1
 
 
-def _clusters(problem: Problem, gpu: Gpu) -> list[tuple[int, int, int, int]]:
-    """What blocks of a cluster share, and who brings the code: (split, together, peers, scouts)."""
-    alone = [(1, 1, 1, 0), (1, 1, 1, 2)]
+def _clusters(problem: Problem, gpu: Gpu) -> list[tuple[int, int, int]]:
+    """What blocks of a cluster share, and who brings the code: (split, together, scouts)."""
+    alone = [(1, 1, 0), (1, 1, 2)]
     if gpu.capability < (9, 0):
         return alone
-    splits = [(split, 1, 1, 0) for split in (2, 4) if split <= problem.in_channels // problem.groups]
-    return [*alone, (1, 8, 1, 2), *splits, (1, 1, 2, 2), (1, 1, 4, 2)]
+    splits = [(split, 1, 0) for split in (2, 4) if split <= problem.in_channels // problem.groups]
+    return [*alone, (1, 8, 2), *splits]
 
 
 def piece_count(problem: Problem, config: GeneratedConfig) -> Any:
@@ -209,7 +205,6 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
         issued, copying = issued + _COPY_ISSUE * copies * config.producers, _COPY * copies
     issued = issued * np.where(_registers(config, gpu) < config.rows * config.sums + _SPARE_REGISTERS, _TIGHT, 1.0)
     staging = stage_bytes / (_L2 * (1.0 if config.copy else _BULK))
-    staging = max(1.0 / config.peers, _INGRESS) * staging
     busy = _side_by_side(issued / _ISSUE * config.blocks, staging * config.blocks, copying, _ALONE * steps)
     # Code is cold when a multiprocessor meets it first, and each time where it does not stay. What wants to stay is
     # the code of all pieces that run at the same time.
