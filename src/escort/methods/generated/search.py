@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
@@ -26,43 +27,55 @@ _INSTRUCTION_BYTES = 16
 _APART_STAGES = 2  # few, so that there are places to begin at
 _LEAST_BUSY = 0.75  # of the multiprocessors' time, where there are several rounds of tiles
 _BEST = 256  # of a way to stage the input, among which those that are not alike are found
+_KIN = 1.05  # a further config of a kind counts as if it took so much longer
 #: Products that a sum in fp16 may have: a relative error of about 1.8e-3, of 2e-3 allowed.
 _MOST_PRODUCTS = 165.0
 
-# The model of the machine, in clocks of a multiprocessor, fitted to 1087 timings on an H200 (docs/performance.md).
+# The model of the machine, in clocks of a multiprocessor, fitted to 1006 timings on an H200 (docs/performance.md).
 _CLOCK_MHZ = 1850.0
 _LAUNCH_US = 1.8
-_ISSUE, _ALONE = 3.2, 2.0  # instructions per clock, all warps together; clocks per instruction of a warp alone
-_COLD = 0.23  # instructions per clock that arrive when asked for
-_SHARERS, _LOST_SHARERS = 860.0, 35.0  # half of that where so many ask for the same; and for lost code
-_LOST = 0.28  # lost code arrives so much later in any case
-_SCOUT, _JUMPS = 0.92, 1.09  # each scout makes code arrive so much faster; instructions with those for scouts
-_FILL, _GROUP = 2.9, 16.5  # instructions per clock for a group of so many multiprocessors with one instruction cache
-_HOT_BYTES, _LOST_BYTES = 460e3, 830e3  # code that stays in the instruction caches, and code of which nothing stays
-_L2, _BULK = 16.5, 0.87  # bytes per clock that reach a multiprocessor when all of them read; share of it in bulk copies
+_ISSUE, _ALONE = 3.14, 1.9  # instructions per clock, all warps together; clocks per instruction of a warp alone
+_COLD = 0.26  # instructions per clock that arrive when asked for
+_LOST_SHARERS = 31.4  # half of that where so many ask for the same lost code
+_LOST = 0.48  # lost code arrives so much later in any case
+_SCOUT, _JUMPS = 0.29, 1.05  # each scout makes code arrive so much faster; instructions with those for scouts
+_FILL, _GROUP = 3.4, 16.5  # instructions per clock for a group of so many multiprocessors with one instruction cache
+_HOT_BYTES, _LOST_BYTES = 166e3, 957e3  # code that stays in the instruction caches, and code of which nothing stays
+_L2, _BULK = 19.0, 0.88  # bytes per clock that reach a multiprocessor when all of them read; share of it in bulk copies
 _COPY, _COPY_ISSUE = 21.5, 8.0  # per copy of a producer warp, and instructions for it
-_CHUNK, _ROW = 15.0, 17.0  # instructions around the steps of a chunk, and per element of an output
-_SPARE_REGISTERS, _TIGHT = 28, 1.28  # with fewer beside the sums, reads come right before their use
+_CHUNK, _ROW = 21.0, 13.0  # instructions around the steps of a chunk, and per element of an output
+_SPARE_REGISTERS, _TIGHT = 28, 1.16  # with fewer beside the sums, reads come right before their use
 _ADD_PARTS = 1000.0  # of channels that are split
 _CLUSTERED = 0.91  # of the multiprocessors take part where clusters of more than two blocks must fit
-_ARRANGE_US, _ARRANGE_RATE = 1.4, 2.5e6  # of the kernel that lays out the input; bytes per us
+_ARRANGE_US, _ARRANGE_RATE = 2.5, 2.4e6  # of the kernel that lays out the input; bytes per us
 _MEMORY_RATE = 4.2e6  # bytes per us
 
 
 def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int) -> list[GeneratedConfig]:
-    """The configs of least predicted time, no two of them alike."""
-    ranked: list[tuple[float, int, int, GeneratedConfig]] = []
-    for number, many in enumerate(candidates(problem, filter, gpu)):
+    """The configs of least predicted time, no two of them alike, and not all of one kind.
+
+    The model errs in the same way for all of a kind, so each further one of it must be better by a share.
+    """
+    best: dict[tuple[int, ...], tuple[float, GeneratedConfig]] = {}  # by kind and size
+    for many in candidates(problem, filter, gpu):
         times = predict_us(problem, filter, many, gpu)
-        ranked += [(times[i], number, i, many) for i in np.argsort(times, kind="stable")[:_BEST].tolist()]
-    chosen: dict[tuple[int, ...], GeneratedConfig] = {}
-    for _, _, i, many in sorted(ranked, key=lambda found: found[:3]):
-        config = _one(many, i)
-        size = config.rows, config.consumers * config.blocks // 4
-        chosen.setdefault((*size, config.arranged, config.split, config.together, config.scouts), config)
-        if len(chosen) == most:
-            break
-    return list(chosen.values())
+        for i in np.argsort(times, kind="stable")[:_BEST].tolist():
+            config = _one(many, i)
+            alike = (*_kind(config), config.rows, config.consumers * config.blocks // 4)
+            if alike not in best or times[i] < best[alike][0]:
+                best[alike] = float(times[i]), config
+    ranked: list[tuple[float, float, GeneratedConfig]] = []
+    of_kind: Counter[tuple[int, ...]] = Counter()
+    for time, config in sorted(best.values(), key=lambda found: found[0]):
+        ranked.append((time * _KIN ** of_kind[_kind(config)], time, config))
+        of_kind[_kind(config)] += 1
+    chosen = sorted(ranked, key=lambda found: found[0])[:most]
+    return [config for _, _, config in sorted(chosen, key=lambda found: found[1])]
+
+
+def _kind(config: GeneratedConfig) -> tuple[int, ...]:
+    """What configs have in common about which the model errs in the same way."""
+    return config.arranged, config.split, config.together, config.scouts
 
 
 def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[GeneratedConfig]:
@@ -210,11 +223,11 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
     # the code of all pieces that run at the same time.
     pieces = np.minimum(items / tiles, 1.0 + slots / tiles)
     lost = np.clip((steps * _INSTRUCTION_BYTES * pieces - _HOT_BYTES) / (_LOST_BYTES - _HOT_BYTES), 0.0, 1.0)
-    # It arrives line by line, later where many ask for the same, and a group of multiprocessors can bring in only so
-    # much for all the places at which its own are.
+    # It arrives line by line, later where it is lost and many ask for the same, and a group of multiprocessors can
+    # bring in only so much for all the places at which its own are.
     places = np.maximum(np.minimum(config.entries, chunks // config.stages), 1)
     sharers = np.minimum(tiles, slots) / places
-    late = (1.0 + sharers / _SHARERS + lost * sharers / _LOST_SHARERS) / (1.0 + _SCOUT * config.scouts)
+    late = (1.0 + lost * sharers / _LOST_SHARERS) / (1.0 + _SCOUT * config.scouts)
     apart = np.minimum(pieces * places, _GROUP) if config.together == 1 else max(_GROUP / config.together, 1.0)
     cold = _side_by_side(busy, steps * (1.0 + _LOST * lost) * np.maximum(late / _COLD, apart / _FILL))
     first = np.minimum(np.minimum(rounds, -(-rounds * np.minimum(items, slots) // tiles)), items // tiles)
