@@ -27,27 +27,28 @@ _INSTRUCTION_BYTES = 16
 _APART_STAGES = 2  # few, so that there are places to begin at
 _LEAST_BUSY = 0.75  # of the multiprocessors' time, where there are several rounds of tiles
 _BEST = 256  # of a way to stage the input, among which those that are not alike are found
-_KIN = 1.05  # a further config of a kind counts as if it took so much longer
+_KIN = 1.08  # a further config of a kind counts as if it took so much longer
 #: Products that a sum in fp16 may have: a relative error of about 1.8e-3, of 2e-3 allowed.
 _MOST_PRODUCTS = 165.0
 
-# The model of the machine, in clocks of a multiprocessor, fitted to 1006 timings on an H200 (docs/performance.md).
+# The model of the machine, in clocks of a multiprocessor, fitted to 1522 timings on an H200 (docs/performance.md).
 _CLOCK_MHZ = 1850.0
 _LAUNCH_US = 1.8
-_ISSUE, _ALONE = 3.14, 1.9  # instructions per clock, all warps together; clocks per instruction of a warp alone
-_COLD = 0.26  # instructions per clock that arrive when asked for
-_LOST_SHARERS = 31.4  # half of that where so many ask for the same lost code
-_LOST = 0.48  # lost code arrives so much later in any case
-_SCOUT, _JUMPS = 0.29, 1.05  # each scout makes code arrive so much faster; instructions with those for scouts
-_FILL, _GROUP = 3.4, 16.5  # instructions per clock for a group of so many multiprocessors with one instruction cache
-_HOT_BYTES, _LOST_BYTES = 166e3, 957e3  # code that stays in the instruction caches, and code of which nothing stays
-_L2, _BULK = 19.0, 0.88  # bytes per clock that reach a multiprocessor when all of them read; share of it in bulk copies
+_ISSUE, _ALONE = 3.1, 3.7  # instructions per clock, all warps together; clocks per instruction of a warp alone
+_COLD = 0.28  # instructions per clock that arrive when asked for
+_LOST_SHARERS = 23.0  # half of that where so many ask for the same lost code
+_LOST = 0.2  # lost code arrives so much later in any case
+_SCOUT, _JUMPS = 0.27, 1.06  # each scout makes code arrive so much faster; instructions with those for scouts
+_FILL, _GROUP = 2.5, 16.5  # instructions per clock for a group of so many multiprocessors with one instruction cache
+_SCOUTED = 0.7  # share of them where scouts ask for code that is not the next
+_HOT_BYTES, _LOST_BYTES = 62e3, 808e3  # code that stays in the instruction caches, and code of which nothing stays
+_L2 = 18.6  # bytes per clock that reach a multiprocessor when all of them read
 _COPY, _COPY_ISSUE = 21.5, 8.0  # per copy of a producer warp, and instructions for it
-_CHUNK, _ROW = 21.0, 13.0  # instructions around the steps of a chunk, and per element of an output
-_SPARE_REGISTERS, _TIGHT = 28, 1.16  # with fewer beside the sums, reads come right before their use
+_CHUNK, _ROW = 18.0, 9.4  # instructions around the steps of a chunk, and per element of an output
+_SPARE_REGISTERS, _TIGHT = 28, 1.23  # with fewer beside the sums, reads come right before their use
 _ADD_PARTS = 1000.0  # of channels that are split
 _CLUSTERED = 0.91  # of the multiprocessors take part where clusters of more than two blocks must fit
-_ARRANGE_US, _ARRANGE_RATE = 2.5, 2.4e6  # of the kernel that lays out the input; bytes per us
+_ARRANGE_US, _ARRANGE_RATE = 3.0, 2.15e6  # of the kernel that lays out the input; bytes per us
 _MEMORY_RATE = 4.2e6  # bytes per us
 
 
@@ -217,7 +218,7 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
         )
         issued, copying = issued + _COPY_ISSUE * copies * config.producers, _COPY * copies
     issued = issued * np.where(_registers(config, gpu) < config.rows * config.sums + _SPARE_REGISTERS, _TIGHT, 1.0)
-    staging = stage_bytes / (_L2 * (1.0 if config.copy else _BULK))
+    staging = stage_bytes / _L2
     busy = _side_by_side(issued / _ISSUE * config.blocks, staging * config.blocks, copying, _ALONE * steps)
     # Code is cold when a multiprocessor meets it first, and each time where it does not stay. What wants to stay is
     # the code of all pieces that run at the same time.
@@ -229,7 +230,8 @@ def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, 
     sharers = np.minimum(tiles, slots) / places
     late = (1.0 + lost * sharers / _LOST_SHARERS) / (1.0 + _SCOUT * config.scouts)
     apart = np.minimum(pieces * places, _GROUP) if config.together == 1 else max(_GROUP / config.together, 1.0)
-    cold = _side_by_side(busy, steps * (1.0 + _LOST * lost) * np.maximum(late / _COLD, apart / _FILL))
+    fill = _FILL * (_SCOUTED if config.scouts else 1.0)
+    cold = _side_by_side(busy, steps * (1.0 + _LOST * lost) * np.maximum(late / _COLD, apart / fill))
     first = np.minimum(np.minimum(rounds, -(-rounds * np.minimum(items, slots) // tiles)), items // tiles)
     met = first + lost * (rounds - first)
     clocks = met * cold + (rounds - met) * busy + (_ADD_PARTS if config.split > 1 else 0.0)
