@@ -76,7 +76,7 @@ def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int) -> list[
 
 def _kind(config: GeneratedConfig) -> tuple[int, ...]:
     """What configs have in common about which the model errs in the same way."""
-    return config.arranged, config.split, config.together, config.scouts
+    return config.arranged, config.split, config.together, config.scouts, config.entries
 
 
 def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[GeneratedConfig]:
