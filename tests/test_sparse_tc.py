@@ -31,7 +31,7 @@ from tests.test_sparse_tc_layout import structured, uneven
 SAME = (1, 1, 1, 1)
 RES4 = Problem(128, 256, 14, 14, 256, (3, 3), padding=SAME, dtype="fp16", device="cuda:0")
 POINTWISE = replace(RES4, out_channels=1024, kernel=(1, 1), padding=(0, 0, 0, 0))
-STRIDED = replace(RES4, stride=(2, 2))
+STRIDED = replace(RES4, stride=(2, 1), padding=(1, 1, 0, 2))
 LAST: Layout = "channels_last"
 
 
@@ -243,6 +243,14 @@ class Model:
         nhwc = flat.double().numpy().reshape(images, p.height, p.width, -1)
         whole = tiling.config.fill != "flat"
         assert x_map.sizes == (nhwc.shape[3], *((p.width, p.height, images) if whole else (flat[..., 0].numel(), 1, 1)))
+        if tiling.config.fill == "im2col":
+            top, bottom, left, right = p.padding
+            corners = (-left, -top), (right - p.kernel[1] + 1, bottom - p.kernel[0] + 1)
+            assert x_map.how == (*corners, 64, tiling.config.pixels, (p.stride[1], p.stride[0]))
+        else:
+            assert x_map.how == (tiling.load,)
+        if last:
+            assert args[0].how == args[1].how == (tiling.store,)
         y = torch.from_numpy(emulate(tiling, Packed(a, first, steps.view(np.uint32), rows), nhwc))
         by_channel = torch.zeros(p.out_channels, dtype=torch.float64)
         by_channel[rows[rows >= 0]] = torch.from_numpy(bias[rows >= 0]).double()
@@ -258,8 +266,9 @@ def test_a_runner_launches_its_kernels(
     problem = replace(problem, device="cpu", batch=2, in_channels=72, out_channels=136)
     monkeypatch.setattr("escort.jit.kernel", Model.of)
     monkeypatch.setattr("escort.gpu.Gpu.of", lambda device: H200)
-    monkeypatch.setattr("escort.tensor_maps.tiled", lambda x, sizes, box: SimpleNamespace(x=x, sizes=sizes, box=box))
-    monkeypatch.setattr("escort.tensor_maps.im2col", lambda x, sizes, *args: SimpleNamespace(x=x, sizes=sizes))
+    for kind in ("tiled", "im2col"):
+        name = f"escort.tensor_maps.{kind}"
+        monkeypatch.setattr(name, lambda x, sizes, *how: SimpleNamespace(x=x, sizes=sizes, how=how))
     monkeypatch.setattr(Model, "tiling", Tiling.of(problem, config, H200.shared_bytes), raising=False)
     weight = torch.from_numpy(uneven(problem.weight_shape))
     bias = torch.randn(136) if problem.epilogue.bias else None

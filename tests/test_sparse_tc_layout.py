@@ -54,7 +54,7 @@ def uneven(shape: tuple[int, int, int, int]) -> np.ndarray:
     rows, channels = generator.lognormal(size=(shape[0], 1, 1, 1)), generator.lognormal(size=(1, shape[1], 1, 1))
     importance = rows * channels * np.abs(generator.standard_normal(shape))
     kept = importance > np.quantile(importance, 0.9)
-    kept[0], kept[1] = True, False
+    kept[17], kept[1] = True, False
     return np.where(kept, generator.standard_normal(shape), 0).astype(np.float32)
 
 

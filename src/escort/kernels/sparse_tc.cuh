@@ -517,7 +517,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
   constexpr bool JOINT = ALONG == 2 && FILL != IM2COL;
   const int store_id = JOINT ? 1 : 1 + group, store_threads = JOINT ? CONSUMERS : WARPGROUP;
   const bool leads = threadIdx.x == (JOINT ? 0 : group * WARPGROUP);
-  const u32 residual_here = base + RESIDUAL_HERE + (JOINT ? 0 : 8 * group);
+  [[maybe_unused]] const u32 residual_here = base + RESIDUAL_HERE + (JOINT ? 0 : 8 * group);
   const u32 staging = base + STAGING + across * M_BLOCKS * STAGING_BYTES + along * PIXELS * PIXEL_BYTES;
   const u32 box = JOINT ? base + STAGING : staging;
   [[maybe_unused]] u32 residual_parity = 0;
