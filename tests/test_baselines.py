@@ -67,7 +67,7 @@ def test_only_benchmarks_leave_the_output_in_channels_last(cudnn: list[dict[str,
     case = CASES[4]
     method = by_name("cudnn", "cuda")
     assert all(config.output == "contiguous" for config in method.configs(case.problem, case.filter()))
-    (config,) = method.benchmarks  # type: ignore[attr-defined]
+    (config,) = method.benchmarks(case.problem, case.filter())  # type: ignore[attr-defined]
     x, _, bias, _ = case.tensors()
     x = x.contiguous(memory_format=torch.channels_last)
     y = method.prepare(case.problem, case.filter(), bias, config)(x)

@@ -25,6 +25,7 @@ ORDER = [
     "escort.cache",
     "escort.compiler",
     "escort.jit",
+    "escort.tensor_maps",
     "escort.program",
     "escort.codegen",
     "escort.gpu",

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from escort import cache, compiler, jit
+from escort import cache, compiler, jit, tensor_maps
 from escort.codegen import arrange_defines
 from escort.methods import direct_cuda
 from escort.problem import Problem
@@ -44,6 +44,36 @@ extern "C" __global__ void scale(const float* x, float* y, float factor, int cou
 }
 """
 THREADS, SHARED = 128, 512
+#: y (PIXELS, 64): what one copy brings from (c, w, h, n) on; with TAP, of the tap at (right, down).
+COPY = """
+struct __align__(64) TensorMap { unsigned long long opaque[16]; };
+#define BYTES (PIXELS * 128)
+
+extern "C" __global__ void copy(const __grid_constant__ TensorMap map, uint4* y, int c, int w, int h, int n, int right,
+                                int down) {
+  __shared__ __align__(1024) uint4 stage[BYTES / 16];
+  __shared__ unsigned long long barrier;
+  const unsigned to = (unsigned)__cvta_generic_to_shared(stage), full = (unsigned)__cvta_generic_to_shared(&barrier);
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"(full) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "n"(BYTES) : "memory");
+#if TAP
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(to), "l"(&map), "r"(full), "r"(c), "r"(w),
+                 "r"(h), "r"(n), "h"((unsigned short)right), "h"((unsigned short)down) : "memory");
+#else
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to), "l"(&map), "r"(full), "r"(c), "r"(w), "r"(h), "r"(n)
+                 : "memory");
+#endif
+  }
+  __syncthreads();
+  for (unsigned done = 0; !done;)
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(full) : "memory");
+  for (int i = threadIdx.x; i < BYTES / 16; i += blockDim.x) y[i] = stage[i ^ i / 8 % 8];
+}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +86,13 @@ def scale(tmp_path: Path) -> Path:
     (tmp_path / "shift.cuh").write_text("#define SHIFT 0.5f\n")
     path = tmp_path / "scale.cu"
     path.write_text(SCALE)
+    return path
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    path = tmp_path / "copy.cu"
+    path.write_text(COPY)
     return path
 
 
@@ -226,6 +263,20 @@ def test_an_architecture_that_the_compiler_does_not_know(scale: Path, arch: str)
         jit.compile(scale, {"FACTOR": 1}, arch)
 
 
+def test_an_architecture_has_what_no_other_one_has(tmp_path: Path) -> None:
+    path = tmp_path / "fence.cu"
+    path.write_text('extern "C" __global__ void fence() { asm volatile("wgmma.fence.sync.aligned;"); }')
+    assert jit.compile(path, {}, "sm_90a").arch == "sm_90a"
+    with pytest.raises(RuntimeError, match=r"fence\.cu does not compile for sm_90 "):
+        jit.compile(path, {}, "sm_90")
+
+
+@pytest.mark.parametrize("tap", [0, 1])
+def test_a_copy_by_a_tensor_map_compiles(copy: Path, tap: int) -> None:
+    binary = jit.compile(copy, {"PIXELS": 64, "TAP": tap}, "sm_90a")
+    assert binary.stack_bytes == 0  # the map is read where it is, and no local copy made
+
+
 def test_a_missing_source_is_named() -> None:
     with pytest.raises(FileNotFoundError, match="nothing.cu"):
         jit.compile("nothing.cu", {}, "sm_90")
@@ -338,6 +389,7 @@ def test_without_a_gpu(scale: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 class Status(IntEnum):
     CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_INVALID_IMAGE = 200
     CUDA_ERROR_INVALID_CONTEXT = 201
@@ -352,12 +404,24 @@ class Tensor(torch.Tensor):
         return 0
 
 
+_HEAD = (  # result; map, type, rank, address, sizes, strides
+    *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p),
+    *[ctypes.POINTER(ctypes.c_uint64)] * 2,
+)
+_INTS, _STEPS = ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_uint32)
+#: The driver's functions: between head and modes box and steps, or corners, channels, pixels and steps.
+ENCODE_TILED = ctypes.CFUNCTYPE(*_HEAD, _STEPS, _STEPS, *[ctypes.c_int] * 4)
+ENCODE_IM2COL = ctypes.CFUNCTYPE(*_HEAD, _INTS, _INTS, ctypes.c_uint32, ctypes.c_uint32, _STEPS, *[ctypes.c_int] * 4)
+
+
 class FakeDriver:
-    """The part of cuda.bindings.driver that is called, for kernels with the parameters of `scale`.
+    """The part of cuda.bindings.driver that is called.
 
     Attributes:
+        parameters: of the kernels, at first those of `scale`.
         calls: what was called with what.
-        launches: parameters, grid, block, shared bytes, stream and attributes of each launch.
+        launches: parameters and where they lie, grid, block, shared bytes, stream and attributes of each launch.
+        maps: what tensor maps were made from, by the arguments of the driver's function.
         failing: what a function returns instead of success, by its name.
         version: of the driver.
         contexts: of the calling thread, the current one last.
@@ -369,10 +433,17 @@ class FakeDriver:
     CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN="shared")
     CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap")
     CUlaunchConfig = SimpleNamespace
+    CUresult = Status
 
     def __init__(self) -> None:
+        self.parameters: list[Any] = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int]
         self.calls: list[tuple[Any, ...]] = []
         self.launches: list[SimpleNamespace] = []
+        self.maps: list[tuple[Any, ...]] = []
+        self._encoders = {
+            "cuTensorMapEncodeTiled": ENCODE_TILED(self._encode_tiled),
+            "cuTensorMapEncodeIm2col": ENCODE_IM2COL(self._encode_im2col),
+        }
         self.failing: dict[str, Status] = {}
         self.version = 13000
         self.contexts = ["primary 0"]
@@ -385,6 +456,9 @@ class FakeDriver:
             "cuCtxPushCurrent": self.contexts.append,
             "cuCtxPopCurrent": self.contexts.pop,
             "cuLaunchKernelEx": self._record,
+            "cuGetProcAddress": lambda name, version, flags: (
+                ctypes.cast(self._encoders[name.decode()], ctypes.c_void_p).value
+            ),
         }
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
@@ -402,13 +476,13 @@ class FakeDriver:
         return SimpleNamespace(value=SimpleNamespace())
 
     def cuFuncGetParamInfo(self, function: str, index: int) -> tuple[int, int, int]:  # noqa: N802
-        return (1, 0, 0) if index == 4 else (0, 0, (8, 8, 4, 4)[index])
+        return (0, 0, ctypes.sizeof(self.parameters[index])) if index < len(self.parameters) else (1, 0, 0)
 
     def _record(self, config: Any, function: str, parameters: int, extra: int) -> None:
-        kinds = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int)
-        addresses = (ctypes.c_void_p * 4).from_address(parameters)
+        addresses = list((ctypes.c_void_p * len(self.parameters)).from_address(parameters))
         launch = SimpleNamespace(
-            values=[kind.from_address(address).value for kind, address in zip(kinds, addresses, strict=True)],
+            values=[kind.from_address(address).value for kind, address in zip(self.parameters, addresses, strict=True)],
+            addresses=addresses,
             grid=(config.gridDimX, config.gridDimY, config.gridDimZ),
             block=(config.blockDimX, config.blockDimY, config.blockDimZ),
             shared=config.sharedMemBytes,
@@ -416,6 +490,39 @@ class FakeDriver:
             attributes=[attribute.id for attribute in config.attrs],
         )
         self.launches.append(launch)
+
+    def _encode_tiled(
+        self, to: int, type: int, rank: int, x: int, sizes: Any, strides: Any, box: Any, steps: Any, *modes: int
+    ) -> int:
+        shape = sizes[:rank], strides[: rank - 1], box[:rank], steps[:rank]
+        return self._encode("cuTensorMapEncodeTiled", to, type, x, *shape, *modes)
+
+    def _encode_im2col(
+        self,
+        to: int,
+        type: int,
+        rank: int,
+        x: int,
+        sizes: Any,
+        strides: Any,
+        lower: Any,
+        upper: Any,
+        channels: int,
+        pixels: int,
+        steps: Any,
+        *modes: int,
+    ) -> int:
+        shape = sizes[:rank], strides[: rank - 1], lower[: rank - 2], upper[: rank - 2], channels, pixels, steps[:rank]
+        return self._encode("cuTensorMapEncodeIm2col", to, type, x, *shape, *modes)
+
+    def _encode(self, name: str, to: int, *args: Any) -> int:
+        """Writes the number of maps so far all over the map."""
+        assert self.contexts[-1] == "primary 0"
+        if to % 64:
+            return Status.CUDA_ERROR_INVALID_VALUE
+        self.maps.append(args)
+        ctypes.memset(to, len(self.maps), 128)
+        return self.failing.get(name, Status.CUDA_SUCCESS)
 
     def called(self, name: str) -> list[list[Any]]:
         return [args for called, *args in self.calls if called == name]
@@ -427,6 +534,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(jit, "_driver", lambda: driver)
     monkeypatch.setattr(jit, "_kernels", {})
     monkeypatch.setattr(jit, "_device", jit._Device)
+    tensor_maps._encode.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     cuda = {"is_available": lambda: True, "init": lambda: None, "current_device": lambda: 0}
     cuda |= {"get_device_capability": lambda device: (9, 0), "get_device_name": lambda device: "NVIDIA X"}
@@ -489,6 +597,130 @@ def test_a_bound_launch_takes_what_is_left(kernel: jit.Kernel, driver: FakeDrive
     assert driver.launches[0].values == [x.data_ptr(), y.data_ptr(), 0.5, 4] and driver.launches[0].attributes == []
     assert driver.launches[1].values == [None, y.data_ptr(), 3.0, 9]
     assert driver.launches[1].attributes == ["overlap"]
+
+
+def tensor_map(value: int) -> jit.TensorMap:
+    return jit.TensorMap(bytes([value]) * 128)
+
+
+@pytest.fixture
+def mapped(driver: FakeDriver, scale: Path) -> jit.Kernel:
+    """A kernel with the parameters (pointer, map, int, map, float)."""
+    map = ctypes.c_char * 128
+    driver.parameters = [ctypes.c_void_p, map, ctypes.c_int, map, ctypes.c_float]
+    return jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))
+
+
+def test_tensor_maps_are_passed_bound_or_per_launch(mapped: jit.Kernel, driver: FakeDriver) -> None:
+    x, first, second = tensor(), tensor_map(1), tensor_map(2)
+    kinds = (torch.Tensor, jit.TensorMap, int, jit.TensorMap, float)
+    values = (x, first, -3, second, 1.5)
+    passed = [x.data_ptr(), first.opaque, -3, second.opaque, 1.5]
+    for fixed in ((), (1,), (3,), (1, 3), (0, 2, 4), (0, 1, 2, 3, 4)):
+        launch = mapped.bind(THREADS, 0, [values[i] if i in fixed else kinds[i] for i in range(5)])
+        for _ in range(2):
+            launch((1, 1, 1), *[values[i] for i in range(5) if i not in fixed])
+            assert driver.launches[-1].values == passed
+            assert all(address % 64 == 0 for address in driver.launches[-1].addresses)
+
+
+def test_wrong_tensor_maps_are_refused(mapped: jit.Kernel, driver: FakeDriver) -> None:
+    map = tensor_map(1)
+    with pytest.raises(ValueError, match="a tensor map has 128 bytes, got 64"):
+        jit.TensorMap(bytes(64))
+    with pytest.raises(TypeError, match=r"parameters of \[8, 128, 4, 128, 4\] bytes, got .*Tensor.*TensorMap"):
+        mapped.bind(THREADS, 0, (torch.Tensor, None, 1, map, 1.0))
+    launch = mapped.bind(THREADS, 0, (None, jit.TensorMap, 1, map, 1.0))
+    for wrong in (tensor(), None, 1, bytes(128)):
+        with pytest.raises(TypeError, match=f"takes a tensor map where it got {type(wrong).__name__}"):
+            launch((1, 1, 1), wrong)
+    assert not driver.launches and "opaque" not in repr(map)
+
+
+def test_a_native_kernel_is_another_one(kernel: jit.Kernel, scale: Path) -> None:
+    native = jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda"), native=True)
+    assert (kernel.binary.arch, native.binary.arch) == ("sm_90", "sm_90a")
+    assert jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda"), native=True) is native
+    assert jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda")) is kernel
+
+
+@pytest.mark.usefixtures("driver")
+def test_no_native_kernels_before_hopper(scale: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(RuntimeError, match="NVIDIA X has compute capability 8.6; this kernel needs 9.0 or more"):
+        jit.kernel(scale, {"FACTOR": 1}, torch.device("cuda:0"), native=True)
+
+
+# Tensor maps
+
+SIZES = (64, 13, 9, 5)
+
+
+def halves(dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.zeros(SIZES[::-1], dtype=dtype).as_subclass(Tensor)
+
+
+def test_a_tensor_map_of_boxes(driver: FakeDriver) -> None:
+    x = halves()
+    map = tensor_maps.tiled(x, SIZES, (64, 15, 4, 1))
+    assert map == tensor_map(1)
+    box, modes = ([64, 15, 4, 1], [1, 1, 1, 1]), (0, 3, 3, 0)  # plain, 128 bytes, 256 bytes, zeros
+    assert driver.maps == [(6, x.data_ptr(), [*SIZES], [128, 13 * 128, 9 * 13 * 128], *box, *modes)]
+    x = halves(torch.bfloat16)
+    tensor_maps.tiled(x, SIZES, (32, 8, 8, 2), (256, 4096, 65536), swizzle=64, promotion=0)
+    assert driver.maps[1:] == [(9, x.data_ptr(), [*SIZES], [256, 4096, 65536], [32, 8, 8, 2], [1, 1, 1, 1], 0, 2, 0, 0)]
+
+
+def test_a_tensor_map_of_taps(driver: FakeDriver) -> None:
+    x = halves()
+    assert tensor_maps.im2col(x, SIZES, (-1, -2), (-3, 4), 64, 1024, stride=2) == tensor_map(1)
+    tensor_maps.im2col(x, SIZES, (0, 0), (0, 0), 64, 8, (1, 3), swizzle=0, promotion=128)
+    head = (6, x.data_ptr(), [*SIZES], [128, 13 * 128, 9 * 13 * 128])
+    assert driver.maps == [
+        (*head, [-1, -2], [-3, 4], 64, 1024, [1, 2, 2, 1], 0, 3, 3, 0),
+        (*head, [0, 0], [0, 0], 64, 8, [1, 1, 3, 1], 0, 0, 2, 0),
+    ]
+
+
+def test_a_tensor_map_is_made_once(driver: FakeDriver) -> None:
+    x, y = halves(), halves()
+    first = tensor_maps.tiled(x, SIZES, (64, 8, 1, 1))
+    driver.contexts.clear()  # a thread of its own has none
+    driver.contexts.append("primary 1")
+    assert tensor_maps.tiled(x, SIZES, (64, 8, 1, 1)) is first
+    assert tensor_maps.tiled(y, SIZES, (64, 8, 1, 1)) == tensor_map(2)
+    assert tensor_maps.tiled(x, (*SIZES[:3], 4), (64, 8, 1, 1)) == tensor_map(3)
+    assert len(driver.maps) == 3 and driver.contexts == ["primary 1"]
+
+
+def test_a_refused_tensor_map_says_what_was_asked_for(driver: FakeDriver) -> None:
+    x = halves()
+    driver.failing["cuTensorMapEncodeTiled"] = Status.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(ValueError) as caught:
+        tensor_maps.tiled(x, SIZES, (64, 8, 512, 1))
+    for part in (
+        "float16",
+        "sizes (64, 13, 9, 5)",
+        "box (64, 8, 512, 1)",
+        "INVALID_VALUE, some words; ",
+        "at most 256",
+    ):
+        assert part in str(caught.value)
+    driver.failing["cuTensorMapEncodeIm2col"] = Status.CUDA_ERROR_NOT_FOUND
+    with pytest.raises(RuntimeError, match=r"lower \(-1, -1\), upper \(-1, -1\), channels 64.*CUDA_ERROR_NOT_FOUND"):
+        tensor_maps.im2col(x, SIZES, (-1, -1), (-1, -1), 64, 8)
+    driver.failing.clear()
+    assert tensor_maps.tiled(x, SIZES, (64, 8, 512, 1)).opaque  # no failure is remembered
+
+
+def test_what_no_tensor_map_is_made_of(driver: FakeDriver) -> None:
+    with pytest.raises(ValueError, match="torch.float16 or torch.bfloat16, not torch.float32"):
+        tensor_maps.tiled(halves(torch.float32), SIZES, (64, 8, 1, 1))
+    with pytest.raises(ValueError, match="a tensor on a GPU; move it there"):
+        tensor_maps.tiled(torch.zeros(64, dtype=torch.float16), SIZES, (64, 8, 1, 1))
+    with pytest.raises(ValueError, match="swizzle 48 .*, promotion 256 .*: choose one of these"):
+        tensor_maps.tiled(halves(), SIZES, (64, 8, 1, 1), swizzle=48)
+    assert not driver.maps
 
 
 def test_a_bound_tensor_is_kept(kernel: jit.Kernel, driver: FakeDriver) -> None:
@@ -742,3 +974,53 @@ def test_what_the_gpu_has_not_is_refused_and_the_next_launch_works(scale: Path) 
 def test_a_missing_entry_is_named_on_a_gpu(scale: Path) -> None:
     with pytest.raises(RuntimeError, match="kernel other of scale.cu"):
         jit.kernel(scale, {"FACTOR": 2}, torch.device("cuda"), "other")
+
+
+def needs_hopper() -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_box_is_copied_with_zeros_around_the_tensor(copy: Path, dtype: torch.dtype, bound: bool) -> None:
+    needs_hopper()
+    kernel = jit.kernel(copy, {"PIXELS": 8 * 4 * 2, "TAP": 0}, torch.device("cuda"), native=True)
+    x = torch.randn(2, 5, 7, 128, device="cuda", dtype=dtype)
+    map = tensor_maps.tiled(x, (128, 7, 5, 2), (64, 8, 4, 2))
+    kinds = (torch.Tensor, int, int, int, int, 0, 0)
+    launch = kernel.bind(THREADS, 0, (map if bound else jit.TensorMap, *kinds))
+    around = torch.nn.functional.pad(x, (0, 0, 1, 9, 2, 9, 0, 2))
+    for c, w, h, n in ((0, -1, -2, 0), (64, 3, 2, 1), (64, 0, 0, 0)):
+        y = torch.full((2, 4, 8, 64), 9.0, device="cuda", dtype=dtype)
+        launch((1, 1, 1), *([] if bound else [map]), y, c, w, h, n)
+        assert torch.equal(y, around[n : n + 2, h + 2 : h + 6, w + 1 : w + 9, c : c + 64])
+
+
+@gpu
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_a_tap_is_copied_with_its_padding(copy: Path, stride: int, dilation: int) -> None:
+    """3x3 with padding 1: every tap of the first 40 outputs; with a stride of 2 they reach the second image."""
+    needs_hopper()
+    kernel = jit.kernel(copy, {"PIXELS": 40, "TAP": 1}, torch.device("cuda"), native=True)
+    x = torch.randn(3, 9, 13, 64, device="cuda", dtype=torch.float16)
+    upper = 1 - dilation * 2
+    map = tensor_maps.im2col(x, (64, 13, 9, 3), (-1, -1), (upper, upper), 64, 40, stride)
+    launch = kernel.bind(THREADS, 0, (map, torch.Tensor, 0, -1, -1, 0, int, int))
+    around = torch.nn.functional.pad(x, (0, 0, 1, 1, 1, 1))
+    out_h, out_w = ((size + upper) // stride + 1 for size in (9, 13))
+    for r in range(3):
+        for s in range(3):
+            y = torch.full((40, 64), 9.0, device="cuda", dtype=torch.float16)
+            launch((1, 1, 1), y, s * dilation, r * dilation)
+            tap = around[:, r * dilation :: stride, s * dilation :: stride][:, :out_h, :out_w]
+            assert torch.equal(y, tap.reshape(-1, 64)[:40])
+
+
+@gpu
+def test_the_driver_refuses_a_box_that_is_too_large() -> None:
+    needs_hopper()
+    x = torch.zeros(2, 5, 7, 128, device="cuda", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"box \(128, 8, 4, 2\).*INVALID_VALUE"):
+        tensor_maps.tiled(x, (128, 7, 5, 2), (128, 8, 4, 2))

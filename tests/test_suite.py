@@ -180,11 +180,13 @@ class FakeGpuMethod(Dense):
     """Runs on the CPU what claims to be on a GPU."""
 
     name, device_type, config_type = "fake", "cuda", Scaled
-    benchmarks = (Scaled(takes_channels_last=True),)
 
     def __init__(self, *configs: Scaled) -> None:
         self.space = configs
         self.saw_channels_last: list[bool] = []
+
+    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Any:
+        return (Scaled(takes_channels_last=True),)
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Any:
         return self.space

@@ -4,7 +4,7 @@
     launch = kernel.bind(256, 64 * 1024, (torch.Tensor, torch.Tensor, filter_table, int))
     launch((blocks, 1, 1), x, y, images)                                      on torch's current stream
 
-Kernels are `extern "C"`, and their parameters are pointers, 32-bit integers and 32-bit floats.
+Kernels are `extern "C"`, and their parameters are pointers, 32-bit integers, 32-bit floats and tensor maps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,70 @@ from escort.compiler import (
 
 #: Kernels need at least this compute capability and a driver for this CUDA.
 LEAST_CAPABILITY, LEAST_DRIVER = (8, 0), (12, 0)
+#: From this compute capability on there are instructions that one architecture alone has, and tensor maps.
+NATIVE_CAPABILITY = (9, 0)
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """How the copy engine of a GPU sees a tensor (`CUtensorMap`). The functions of `tensor_maps` make it.
+
+    A kernel takes it as `const __grid_constant__ T map`, where T has 128 bytes and is aligned to 64. It is an address
+    and no more: whoever launches the kernel keeps the tensor alive.
+
+    Attributes:
+        opaque: its 128 bytes, whose meaning the driver keeps to itself.
+    """
+
+    opaque: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.opaque) != _BYTES[TensorMap]:
+            raise ValueError(f"a tensor map has {_BYTES[TensorMap]} bytes, got {len(self.opaque)}")
+
+    @classmethod
+    def encode(cls, what: str, device: int, function: str, *args: Any) -> TensorMap:
+        """What a function of the driver writes.
+
+        Args:
+            what: is described, for errors.
+            device: the index of the GPU that has the tensor.
+            function: such as "cuTensorMapEncodeTiled".
+            args: what it takes behind the place for the map: C ints, and ctypes values for all else.
+
+        Raises:
+            ValueError: the driver finds a value that no tensor map may have.
+            RuntimeError: the driver refused for another reason.
+        """
+        driver = _driver()
+        place = _aligned(_BYTES[cls])
+        with _device(device).current():
+            # By its address: cuda.bindings has the map written wherever Python's allocator puts one, which need not be
+            # at a multiple of 64 bytes as the driver demands.
+            address = _call(driver.cuGetProcAddress, function.encode(), _TENSOR_MAP_DRIVER, 0)
+            status = driver.CUresult(ctypes.CFUNCTYPE(ctypes.c_int)(address)(place, *args))
+        if status:
+            error = _DriverError(function, status)
+            if error.name == "CUDA_ERROR_INVALID_VALUE":
+                raise ValueError(f"{what}: {error.text}; {_TENSOR_MAP_RULES}")
+            raise error.of(what)
+        return cls(place.raw)
+
 
 Grid = tuple[int, int, int]
-#: What a kernel takes: a tensor on its device, None (the null pointer), an int32 or a float32.
-Argument = torch.Tensor | int | float | None
+#: What a kernel takes: a tensor on its device, None (the null pointer), an int32, a float32 or a tensor map.
+Argument = torch.Tensor | int | float | TensorMap | None
 
 _PLAIN_SHARED_BYTES = 48 * 1024  # per block, what a kernel gets without asking
-_SLOT = 8  # bytes in which each argument is kept
-_FORMATS = {torch.Tensor: "P", int: "i4x", float: "f4x"}
-_BYTES = {torch.Tensor: 8, int: 4, float: 4}
+_BYTES = {torch.Tensor: 8, int: 4, float: 4, TensorMap: 128}
+_ALIGNMENT = 64  # bytes, of tensor maps
+#: How each argument is kept: in whole multiples of the alignment, so that every one of them has it.
+_FORMATS = {torch.Tensor: "P56x", int: "i60x", float: "f60x", TensorMap: "128s"}
+_TENSOR_MAP_DRIVER = 12000  # the CUDA whose version of the driver's functions is called
+_TENSOR_MAP_RULES = (
+    "address, strides and the bytes of a copy's channels must be multiples of 16, no size may be 0, a box has at most "
+    "256 along each dimension, channels have no more bytes than the swizzle, and corners are within -128 and 127"
+)
 
 __all__ = [
     "Argument",
@@ -52,6 +109,7 @@ __all__ = [
     "Kernel",
     "Launch",
     "Source",
+    "TensorMap",
     "Text",
     "arch",
     "compile",
@@ -61,7 +119,9 @@ __all__ = [
 ]
 
 
-def kernel(source: Source, defines: Defines, device: torch.device, entry: str | None = None) -> Kernel:
+def kernel(
+    source: Source, defines: Defines, device: torch.device, entry: str | None = None, *, native: bool = False
+) -> Kernel:
     """A kernel ready for launch on a device, the same object each time.
 
     Args:
@@ -69,6 +129,7 @@ def kernel(source: Source, defines: Defines, device: torch.device, entry: str | 
         defines: as for `compile`.
         device: a CUDA device, which need not be the current one.
         entry: the name of the `extern "C"` function, by default the source's name without suffix.
+        native: the source uses what the device's architecture alone has, such as the `wgmma` of "sm_90a".
 
     Raises:
         RuntimeError: there is no GPU, it is too old, or its driver is older than the compiler; and as `compile`.
@@ -78,9 +139,9 @@ def kernel(source: Source, defines: Defines, device: torch.device, entry: str | 
     index = torch.cuda.current_device() if device.index is None else device.index
     name = source.name if isinstance(source, Text) else source
     digest = source.digest if isinstance(source, Text) else None  # the table outlives texts
-    key = (name, digest, tuple(sorted(defines.items())), index, entry)
+    key = (name, digest, tuple(sorted(defines.items())), index, entry, native)
     if (known := _kernels.get(key)) is None:
-        binary = compile(source, defines, arch(torch.device("cuda", index)))
+        binary = compile(source, defines, arch(torch.device("cuda", index), native=native))
         # Two threads may come here at once; both then use the kernel of the first.
         known = _kernels.setdefault(key, Kernel(binary, _device(index), entry or Path(name).stem))
     return known
@@ -89,8 +150,12 @@ def kernel(source: Source, defines: Defines, device: torch.device, entry: str | 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 
 
-def arch(device: torch.device) -> str:
-    """The architecture to compile for, such as "sm_90"."""
+def arch(device: torch.device, *, native: bool = False) -> str:
+    """The architecture to compile for, such as "sm_90"; "sm_90a" for what no other one has, its successors included.
+
+    Raises:
+        RuntimeError: there is no GPU, or it is too old.
+    """
     if not torch.cuda.is_available() or torch.version.cuda is None:
         raise RuntimeError("torch sees no NVIDIA GPU; `escort doctor` says what is missing")
     major, minor = torch.cuda.get_device_capability(device)
@@ -99,7 +164,12 @@ def arch(device: torch.device) -> str:
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; CUDA kernels need "
             f"{dotted(LEAST_CAPABILITY)} or more: convert for the CPU instead"
         )
-    return f"sm_{major}{minor}"
+    if native and (major, minor) < NATIVE_CAPABILITY:
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; this kernel needs "
+            f"{dotted(NATIVE_CAPABILITY)} or more: choose another method"
+        )
+    return f"sm_{major}{minor}" + ("a" if native else "")
 
 
 def driver_version() -> tuple[int, int]:
@@ -142,7 +212,7 @@ class Kernel:
             block: threads per block.
             shared_bytes: of dynamic shared memory per block.
             args: in the order of the kernel's parameters: a value where it is the same in all launches, else its type
-                (`torch.Tensor`, `int` or `float`).
+                (`torch.Tensor`, `int`, `float` or `TensorMap`).
             overlap: the kernel may start while the one before it in the stream still runs, and waits for its results
                 itself (programmatic dependent launch, from compute capability 9.0).
 
@@ -221,16 +291,16 @@ class Launch:
         fixed = [position for position, arg in enumerate(args) if not isinstance(arg, type)]
         self._kinds = [_kind(args[position]) for position in given]
         self._fixed = [args[position] for position in fixed]
-        # Slots of 8 bytes, first what is given in each launch, then what is fixed; the driver is told their addresses
-        # in the order of the parameters.
-        self._slots = ctypes.create_string_buffer(max(len(args), 1) * _SLOT)
+        # First what is given in each launch, then what is fixed; the driver is told where each lies in the order of the
+        # parameters.
         kinds = [_kind(arg) for arg in self._fixed]
-        self._format = struct.Struct("".join(_FORMATS[kind] for kind in self._kinds))
-        fixed_format = struct.Struct("".join(_FORMATS[kind] for kind in kinds))
-        self._write(fixed_format, len(given) * _SLOT, self._values(kinds, self._fixed))
-        slot_of = {position: slot for slot, position in enumerate(given + fixed)}
-        base = ctypes.addressof(self._slots)
-        addresses = [base + slot_of[position] * _SLOT for position in range(len(args))]
+        self._format, fixed_format = _format(self._kinds), _format(kinds)
+        self._slots = _aligned(self._format.size + fixed_format.size)
+        self._write(fixed_format, self._format.size, self._values(kinds, self._fixed))
+        sizes = [_format([kind]).size for kind in self._kinds + kinds]
+        starts = accumulate(sizes, initial=ctypes.addressof(self._slots))
+        address_of = dict(zip(given + fixed, starts, strict=False))  # starts has the end besides
+        addresses = [address_of[position] for position in range(len(args))]
         self._addresses = (ctypes.c_void_p * max(len(args), 1))(*addresses)
         self._parameters = ctypes.addressof(self._addresses)
 
@@ -282,7 +352,7 @@ class Launch:
             return self._launch(config, self._function, self._parameters, 0)[0]
 
     def _values(self, kinds: Sequence[type], args: Sequence[Any]) -> list[Any]:
-        """Addresses for tensors, numbers as they are."""
+        """Addresses for tensors, bytes for tensor maps, numbers as they are."""
         values = []
         for kind, arg in zip(kinds, args, strict=True):
             if kind is torch.Tensor:
@@ -292,6 +362,10 @@ class Launch:
                     arg = arg.data_ptr()
                 else:
                     raise ValueError(f"{self._kernel} got a tensor on {arg.device}; move it to the kernel's device")
+            elif kind is TensorMap:
+                if not isinstance(arg, TensorMap):
+                    raise TypeError(f"{self._kernel} takes a tensor map where it got {type(arg).__name__}")
+                arg = arg.opaque
             values.append(arg)
         return values
 
@@ -308,13 +382,24 @@ class Launch:
 
 
 def _kind(arg: Argument | type) -> type:
-    """torch.Tensor, int or float."""
+    """torch.Tensor, int, float or TensorMap."""
     kind = arg if isinstance(arg, type) else torch.Tensor if arg is None else type(arg)
     if issubclass(kind, torch.Tensor):
         return torch.Tensor
     if kind not in _FORMATS:
-        raise TypeError(f"a kernel takes tensors, None, int and float, not {kind.__name__}")
+        raise TypeError(f"a kernel takes tensors, None, int, float and tensor maps, not {kind.__name__}")
     return kind
+
+
+def _format(kinds: Sequence[type]) -> struct.Struct:
+    """What writes arguments one behind the other."""
+    return struct.Struct("".join(_FORMATS[kind] for kind in kinds))
+
+
+def _aligned(size: int) -> ctypes.Array[ctypes.c_char]:
+    """So many zero bytes at an address that tensor maps may have."""
+    memory = ctypes.create_string_buffer(size + _ALIGNMENT)
+    return (ctypes.c_char * size).from_buffer(memory, -ctypes.addressof(memory) % _ALIGNMENT)
 
 
 class _Device:

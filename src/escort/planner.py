@@ -47,6 +47,7 @@ class Candidate:
         timer: how it was timed; on a GPU "events" where it was hopeless, or cannot be captured.
         compile_s: seconds of one core that compiling its kernel took, whenever that was; None where nothing says so.
         code_bytes: size of that kernel's binary; None likewise.
+        residual_share: of the filter's nonzeros, that a method for structured filters adds separately; None for others.
     """
 
     method: str
@@ -57,6 +58,7 @@ class Candidate:
     timer: Timer = "calls"
     compile_s: float | None = None
     code_bytes: int | None = None
+    residual_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -408,6 +410,7 @@ def _first_runs(
                     begin = time.perf_counter()
                 if binary := getattr(run, "binary", None):
                     candidate = replace(candidate, compile_s=binary.compile_s, code_bytes=len(binary.cubin))
+                candidate = replace(candidate, residual_share=getattr(run, "residual_share", None))
                 error = reference.compare(run(x, residual)[images], expected)
                 candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
                 if error <= bound:

@@ -11,8 +11,19 @@ from escort.methods.direct import Direct
 from escort.methods.direct_cuda import DirectCuda
 from escort.methods.generated import Generated
 from escort.methods.lowered import Lowered
+from escort.methods.sparse_tc import SparseTc
 
-METHODS: tuple[Method, ...] = (Direct(), Dense(), Lowered(), DirectCuda(), Generated(), Cudnn(), Cublas(), Cusparse())
+METHODS: tuple[Method, ...] = (
+    Direct(),
+    Dense(),
+    Lowered(),
+    DirectCuda(),
+    Generated(),
+    SparseTc(),
+    Cudnn(),
+    Cublas(),
+    Cusparse(),
+)
 
 
 def by_name(name: str, device: str = "cpu") -> Method:

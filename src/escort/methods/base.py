@@ -23,7 +23,8 @@ class Config(Protocol):
 class Runner(Protocol):
     """A prepared convolution: x (N, C, H, W) and residual (N, K, out_height, out_width) to y like residual, any N.
 
-    It may have ``binary``, the :class:`escort.compiler.Binary` of a kernel made for it, which a plan then tells of.
+    It may have ``binary``, the :class:`escort.compiler.Binary` of a kernel made for it, and ``residual_share``, the
+    share of the filter's nonzeros that its :class:`escort.sparse.Split` leaves over; a plan then tells of them.
     """
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor: ...
@@ -33,6 +34,8 @@ class Method(Protocol):
     """One way to run a problem.
 
     ``prepare`` does all work that depends on shapes and weights; the runner it returns only runs.
+
+    Where no plan can choose some of its configs, ``benchmarks(problem, filter)`` lists them for measurements.
 
     A method that compiles a kernel for each filter has ``compile_s(problem, filter, config) -> float`` besides, about
     how many seconds of one core that takes. The planner keeps it within its compile budget.
@@ -205,5 +208,11 @@ def as_taken(config: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def benchmark_configs(method: Method, problem: Problem, filter: StretchedCSR) -> list[Any]:
-    """A method's search space, and the configs of it that only benchmarks time, since no plan can choose them."""
-    return [*method.configs(problem, filter), *getattr(method, "benchmarks", ())]
+    """A method's search space, and the configs of it that only benchmarks time."""
+    return [*method.configs(problem, filter), *only_for_benchmarks(method, problem, filter)]
+
+
+def only_for_benchmarks(method: Method, problem: Problem, filter: StretchedCSR) -> Sequence[Any]:
+    """The configs that a method's `benchmarks` lists, if it has any."""
+    listed = getattr(method, "benchmarks", None)
+    return listed(problem, filter) if listed else ()

@@ -33,11 +33,13 @@ class Cublas:
     name = "cublas"
     device_type = "cuda"
     config_type = CublasConfig
-    #: Lowering as torch alone does it: a batched ``F.unfold``, then one product per group.
-    benchmarks = (CublasConfig("by_image", "by_group"),)
 
     def unsupported(self, problem: Problem) -> str | None:
         return None
+
+    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[CublasConfig]:
+        """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""
+        return (CublasConfig("by_image", "by_group"),)
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[CublasConfig]:
         return CublasConfig("at_once", "by_image"), CublasConfig("at_once", "by_group")

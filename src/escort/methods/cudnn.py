@@ -40,8 +40,6 @@ class Cudnn:
     name = "cudnn"
     device_type = "cuda"
     config_type = CudnnConfig
-    #: What a network that stays in channels_last throughout would run: x comes so, and nothing is converted.
-    benchmarks = (CudnnConfig("channels_last", "as_is"),)
 
     def unsupported(self, problem: Problem) -> str | None:
         return None if torch.backends.cudnn.is_available() else "this torch was built without cuDNN"
@@ -50,6 +48,10 @@ class Cudnn:
         formats = CudnnConfig("contiguous"), CudnnConfig("channels_last")
         # Tensor cores read channels_last; strict fp32 does not use them.
         return formats if problem.dtype == "fp32" else formats[::-1]
+
+    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[CudnnConfig]:
+        """What a network that stays in channels_last throughout would run: x comes so, and nothing is converted."""
+        return (CudnnConfig("channels_last", "as_is"),)
 
     def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: CudnnConfig) -> Runner:
         channels_last = config.memory_format == "channels_last"

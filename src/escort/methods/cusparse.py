@@ -29,11 +29,13 @@ class Cusparse:
     name = "cusparse"
     device_type = "cuda"
     config_type = CusparseConfig
-    #: Lowering as torch alone does it: a batched ``F.unfold``, then one product per group.
-    benchmarks = (CusparseConfig("by_image"),)
 
     def unsupported(self, problem: Problem) -> str | None:
         return "cuSPARSE's CSR product knows no TF32; ask for fp32" if problem.dtype == "tf32" else None
+
+    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[CusparseConfig]:
+        """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""
+        return (CusparseConfig("by_image"),)
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[CusparseConfig]:
         return (CusparseConfig(),)

@@ -11,6 +11,7 @@ import torch
 
 from escort import planner
 from escort.methods import Method, Runner
+from escort.methods.base import only_for_benchmarks
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
 from escort.suite.layers import Layer
@@ -21,7 +22,6 @@ class Narrowed:
 
     def __init__(self, method: Method, configs: Sequence[Any] | None = None, most: int | None = None) -> None:
         self.name, self.device_type, self.config_type = method.name, method.device_type, method.config_type
-        self.benchmarks = getattr(method, "benchmarks", ()) if configs is None else ()
         self._method, self._configs, self._most = method, configs, most
         self._ready: dict[Any, Runner] = {}
 
@@ -30,6 +30,9 @@ class Narrowed:
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[Any]:
         return self._configs or self._method.configs(problem, filter)[: self._most]
+
+    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[Any]:
+        return () if self._configs is not None else only_for_benchmarks(self._method, problem, filter)
 
     def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Runner:
         ready = self._ready.pop(config, None)

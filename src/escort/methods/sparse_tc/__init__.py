@@ -1,0 +1,186 @@
+"""Method `sparse_tc`: sparse tensor cores, which skip two of each four weights (kernels/sparse_tc.cuh).
+
+An unstructured filter is the exact sum of one that keeps at most two of four neighbouring input channels and of what is
+left over, which is a second one and mostly empty (packing.py). Tensor cores read channels_last: x is laid out so by a
+kernel of its own, which puts the channels in an order that leaves little over; y is written in NCHW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from escort import jit, tensor_maps
+from escort.gpu import Gpu
+from escort.methods.base import Runner, input_check
+from escort.methods.sparse_tc.packing import ordered, pack
+from escort.methods.sparse_tc.search import candidates, resident, search
+from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, im2col_corners
+from escort.problem import Problem
+from escort.sparse import IntArray, StretchedCSR
+
+__all__ = ["SparseTc", "SparseTcConfig"]
+
+_MOST_CONFIGS, _MOST_BENCHMARKS = 8, 3
+_THREADS = 384
+_ARRANGE_THREADS, _ARRANGE_PIXELS = 256, 128  # of a block of channels_last.cu
+_MOST_ELEMENTS = 2**31 - 1
+_STORAGE = {"fp16": 1, "bf16": 2}
+_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
+
+
+class SparseTc:
+    """Sparse tensor cores of NVIDIA GPUs of compute capability 9.0: fp16 and bf16, summed in fp32."""
+
+    name = "sparse_tc"
+    device_type = "cuda"
+    config_type = SparseTcConfig
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.dtype not in _STORAGE:
+            return (
+                "sparse tensor cores multiply no fp32, and of TF32 they keep one of two at half the rate; "
+                "ask for fp16 or bf16"
+            )
+        if problem.groups > 1:
+            return "each group would fill blocks of 64 channels of its own, mostly with zeros; groups must be 1"
+        if math.prod(problem.output_shape[1:]) + 1024 > _MOST_ELEMENTS:
+            return "an image has more outputs than 32 bits number; use a smaller input"
+        try:
+            jit.compiler_version()
+            arch = jit.arch(torch.device(problem.device), native=True)
+        except (ImportError, RuntimeError) as error:
+            return str(error)
+        if arch != "sm_90a":
+            return f"the kernel is made of instructions that compute capability 9.0 alone has, and this is {arch}"
+        if next(candidates(problem, Gpu.of(problem.device), "contiguous"), None) is None:
+            return "no tiling fits its kernel, stride, padding and dilation"
+        return None
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[SparseTcConfig]:
+        return search(problem, filter, Gpu.of(problem.device), _MOST_CONFIGS, "contiguous")
+
+    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[SparseTcConfig]:
+        """What a network that stays in channels_last throughout would run: nothing is converted."""
+        return search(problem, filter, Gpu.of(problem.device), _MOST_BENCHMARKS, "channels_last")
+
+    def prepare(
+        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: SparseTcConfig
+    ) -> Runner:
+        device, gpu = torch.device(problem.device), Gpu.of(problem.device)
+        tiling = Tiling.of(problem, config, gpu.shared_bytes)
+        places = ordered(filter, config.layout)
+        packed = pack(places, tiling)
+        tables = [packed.images, _by_row(bias, packed.row_channel), packed.first, packed.steps.view(np.int32)]
+        filter_tables = [torch.from_numpy(table).to(device) for table in tables]
+        defines = tiling.defines | {
+            "STORAGE": _STORAGE[problem.dtype],
+            "ACTIVATION": _ACTIVATIONS[problem.epilogue.activation],
+            "RESIDUAL": int(problem.epilogue.residual),
+        }
+        kernel = jit.kernel(tiling.source, defines, device, native=True)
+        last = config.takes_channels_last
+        output = (
+            (jit.TensorMap, jit.TensorMap)
+            if last
+            else (torch.from_numpy(packed.row_channel).to(device), torch.Tensor, torch.Tensor)
+        )
+        launch = kernel.bind(
+            _THREADS, tiling.shared_bytes, (jit.TensorMap, *filter_tables, *output, int, int), overlap=True
+        )
+        check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + 1024))
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        alignment = 16 if last else 2 * int(tiling.defines["VECTOR"])  # bytes
+        arrange = None if last else _arrange(problem, places.channels, device)
+        clusters, out_shape = resident(config, gpu), problem.output_shape[1:]
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            check(x, residual)
+            images = len(x)
+            y = torch.empty((images, *out_shape), dtype=x.dtype, device=device, memory_format=memory_format)
+            if not images:
+                return y
+            x = x.contiguous(memory_format=memory_format)
+            x = _aligned(x, 16) if arrange is None else arrange(x)
+            if residual is not None:
+                residual = _aligned(residual.contiguous(memory_format=memory_format), alignment)
+            groups = tiling.groups(images)
+            grid = min(groups * tiling.channel_tiles, clusters) * config.cluster, 1, 1
+            x_map = _x_map(tiling, x, images)
+            if last:
+                y_map = _y_map(tiling, y)
+                launch(grid, x_map, y_map, y_map if residual is None else _y_map(tiling, residual), images, groups)
+            else:
+                launch(grid, x_map, y, residual, images, groups)
+            return y
+
+        return _SparseTc(kernel.binary, places.split.share, run)
+
+
+@dataclass(frozen=True)
+class _SparseTc:
+    binary: jit.Binary
+    residual_share: float
+    run: Runner
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return self.run(x, residual)
+
+
+def _by_row(bias: torch.Tensor | None, row_channel: IntArray) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    values = np.zeros(len(row_channel), dtype=np.float32)
+    if bias is not None:
+        values[row_channel >= 0] = bias.detach().float().cpu().numpy()[row_channel[row_channel >= 0]]
+    return values
+
+
+def _aligned(x: torch.Tensor, bytes: int) -> torch.Tensor:
+    """x, or a copy of it where it lies at no multiple of so many bytes."""
+    return x.clone() if x.data_ptr() % bytes else x
+
+
+def _x_map(tiling: Tiling, x: torch.Tensor, images: int) -> jit.TensorMap:
+    p, config = tiling.problem, tiling.config
+    sizes = tiling.channels, p.width, p.height, images
+    if config.fill == "im2col":
+        lower, upper = im2col_corners(p)
+        return tensor_maps.im2col(x, sizes, lower, upper, tiling.load[0], config.pixels, p.stride[::-1])
+    if config.fill == "flat":
+        sizes = tiling.channels, images * p.height * p.width, 1, 1
+    return tensor_maps.tiled(x, sizes, tiling.load)
+
+
+def _y_map(tiling: Tiling, y: torch.Tensor) -> jit.TensorMap:
+    images, channels, height, width = y.shape
+    whole_rows = tiling.config.fill in ("columns", "halo")
+    sizes = (channels, width, height, images) if whole_rows else (channels, images * height * width, 1, 1)
+    return tensor_maps.tiled(y, sizes, tiling.store)
+
+
+def _arrange(problem: Problem, channels: IntArray, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What lays out x as the tensor cores read it, as kernels/channels_last.cu says."""
+    plane = problem.height * problem.width
+    vector, pieces, piece = arrange_pieces(plane)
+    kernel = jit.kernel("channels_last.cu", {"VECTOR": vector}, device)
+    order = torch.from_numpy(channels).to(device)
+    fixed = order, problem.in_channels, plane, pieces, piece
+    launch = kernel.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, *fixed), overlap=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        x = _aligned(x, 2 * vector)
+        arranged = torch.empty((len(x), plane, len(channels)), dtype=x.dtype, device=device)
+        launch((len(x) * pieces, len(channels) // 64, 1), x, arranged)
+        return arranged
+
+    return run
+
+
+def arrange_pieces(plane: int) -> tuple[int, int, int]:
+    """Elements that are read at once, the pieces of a plane, and the elements of each but the last, a multiple of 8."""
+    pieces = -(-plane // _ARRANGE_PIXELS)
+    piece = -(-plane // (pieces * 8)) * 8
+    return next(v for v in (8, 4, 2, 1) if plane % v == 0), -(-plane // piece), piece

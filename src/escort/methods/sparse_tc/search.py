@@ -1,0 +1,121 @@
+"""The search for configs: a space, and a model of the machine that ranks it.
+
+A step is one image of the filter times one fill. A sparse wgmma of N pixels reads 64 N + 2048 bytes of shared memory in
+N / 2 clocks of the tensor cores, at 128 bytes a clock: shared memory bounds it always, small N most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from escort.gpu import Gpu
+from escort.methods.sparse_tc.packing import ordered
+from escort.methods.sparse_tc.tiling import BLOCK_BYTES, PIXEL_BYTES, Fill, Layout, SparseTcConfig, Tiling, UnfitError
+from escort.problem import Problem
+from escort.sparse import StretchedCSR
+
+_CLUSTERED = 0.91  # of the multiprocessors take part where clusters of more than two blocks must fit
+_PIXELS = (48, 64, 96, 112, 128, 192, 256)  # of products whose tiles are not rows
+_IMAGES = (2, 3, 4, 6, 8)  # of a tile of several
+_LEAST_USED = 0.5  # of a tile's channels
+_ALIKE = 2  # configs that differ in their clusters only
+
+# The model, in clocks of a multiprocessor, from timings on an H200.
+_CLOCK_MHZ = 1700.0
+_LAUNCH_US = 1.5
+_SHARED_BYTES = 128.0  # a clock
+_PRODUCT_BYTES = 2048  # of the filter and its metadata that an instruction reads
+_L2_BYTES = 36.0  # a clock that reach a multiprocessor when all of them read
+_LEAST_STEP = 90.0  # from one step to the next: barriers, and the start of the products
+_EXTRA = 1.4  # a step of what is left over, of the time of another
+_WAIT = {1: 1.0, 2: 1.0, 4: 1.1, 8: 1.4}  # blocks of a cluster wait for one another
+_TILE = 700.0  # around the steps of a tile
+_STORED = {"contiguous": 4.0, "channels_last": 24.0}  # outputs a clock
+_UNALIGNED = 0.8  # of them where staging is read one by one
+_MEMORY_BYTES = 4.0e6  # a us
+_ARRANGE_US, _ARRANGE_BYTES = 1.0, 3.7e6  # of the kernel that lays out x; a us
+
+
+def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int, layout: Layout) -> list[SparseTcConfig]:
+    """The configs of least predicted time, of some variety."""
+    places = ordered(filter, layout)
+    extra = {channels: places.extra_images(channels) for channels in (64, 128, 256)}  # by a tile's channels
+    tilings = sorted(
+        candidates(problem, gpu, layout),
+        key=lambda tiling: predict_us(tiling, extra[tiling.config.tile_channels], gpu),
+    )
+    chosen: list[SparseTcConfig] = []
+    for tiling in tilings:
+        alike = [other for other in chosen if replace(other, cluster=tiling.config.cluster) == tiling.config]
+        if len(chosen) < most and len(alike) < _ALIKE:
+            chosen.append(tiling.config)
+    return chosen
+
+
+def candidates(problem: Problem, gpu: Gpu, layout: Layout) -> Iterator[Tiling]:
+    """Every config that fits, of tiles that are not mostly empty."""
+    for across, blocks in ((2, 1), (2, 2), (1, 1), (1, 2)):
+        if across * blocks > 1 and problem.out_channels < _LEAST_USED * 64 * across * blocks:
+            continue
+        for fill, pixels, rows, images in _tiles(problem, across, blocks):
+            for cluster in _WAIT:
+                config = SparseTcConfig(fill, pixels, across, blocks, rows, images, cluster, layout)
+                try:
+                    tiling = Tiling.of(problem, config, gpu.shared_bytes)
+                except UnfitError:
+                    break
+                if cluster == 1 or tiling.tiles(max(problem.batch, 1)) >= cluster:
+                    yield tiling
+
+
+def _tiles(p: Problem, across: int, blocks: int) -> Iterator[tuple[Fill, int, int, int]]:
+    """(fill, pixels of a warpgroup, rows, images)."""
+    pointwise = p.kernel == p.stride == (1, 1) and not any(p.padding)
+    yield from (("flat" if pointwise else "im2col", pixels, 0, 1) for pixels in _PIXELS)
+    down = (p.kernel[0] - 1) * p.dilation[0]
+    # The least rows for so many tiles; and several images, which have all their rows.
+    rows = {-(-p.out_height // tiles) for tiles in range(1, p.out_height + 1)}
+    shapes = [(rows, 1) for rows in sorted(rows)] + [(p.out_height, images) for images in _IMAGES]
+    pitches: tuple[tuple[Fill, int, int], ...] = (
+        ("columns", -(-p.out_width // 8) * 8, p.out_height + down),
+        ("halo", p.width + max(p.padding[2:]), p.height + max(p.padding[:2])),
+    )
+    for fill, pitch, tall in pitches:
+        for tile_rows, images in shapes:
+            outputs = ((images - 1) * tall + tile_rows - 1) * pitch + p.out_width
+            pixels = -(-outputs * across // 16) * 8
+            if p.kernel != (1, 1) and pixels * blocks <= 256:
+                yield fill, pixels, tile_rows, images
+
+
+def predict_us(tiling: Tiling, extra_images: float, gpu: Gpu) -> float:
+    """What bounds a step, times the steps that a multiprocessor computes in turn; and memory.
+
+    Args:
+        extra_images: of the filter in tiles of so many channels, `Ordered.extra_images`.
+    """
+    p, config = tiling.problem, tiling.config
+    rounds = -(-tiling.groups(max(p.batch, 1)) * tiling.channel_tiles // resident(config, gpu))
+    image_bytes = config.tile_channels // 64 * BLOCK_BYTES
+    fill_bytes = tiling.load[1] * tiling.load[2] * tiling.load[3] * PIXEL_BYTES / len(tiling.fills[0])
+    products = 4 * config.blocks * (config.pixels * 64 + _PRODUCT_BYTES)
+    step = max(
+        (products + image_bytes + fill_bytes) / _SHARED_BYTES,
+        (image_bytes / config.cluster + fill_bytes) / _L2_BYTES,
+        _LEAST_STEP,
+    )
+    steps = len(tiling.fills) * len(tiling.fills[0]) * (1.0 + _EXTRA * extra_images)
+    stored = _STORED[config.layout] * (_UNALIGNED if tiling.defines["UNALIGNED"] else 1.0)
+    tile = steps * step * _WAIT[config.cluster] + _TILE + config.tile_pixels * config.tile_channels / stored
+    input_bytes = p.batch * tiling.channels * p.height * p.width * 2
+    output_bytes = p.batch * p.out_channels * p.out_height * p.out_width * 2
+    compute, memory = rounds * tile / _CLOCK_MHZ, (input_bytes + output_bytes) / _MEMORY_BYTES
+    arrange = 0.0 if config.takes_channels_last else _ARRANGE_US + 2 * input_bytes / _ARRANGE_BYTES
+    return _LAUNCH_US + arrange + max(compute, memory) + 0.2 * min(compute, memory)
+
+
+def resident(config: SparseTcConfig, gpu: Gpu) -> int:
+    """Clusters that run at a time."""
+    share = _CLUSTERED if config.cluster > 2 else 1.0
+    return int(gpu.multiprocessors * share) // config.cluster

@@ -1,0 +1,321 @@
+"""How a config cuts a convolution up: the macros of kernels/sparse_tc.cuh, its loads and stores, its list of taps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+from escort.compiler import Text
+from escort.problem import Problem
+
+K_BLOCK = 64  # input channels of an image of the filter
+PIXEL_BYTES = 2 * K_BLOCK  # of a fill
+BLOCK_BYTES = 64 * 64 + 512  # 64 output channels of an image of the filter: values, then metadata
+
+_BARRIER_BYTES = 1024
+_MOST_BOX = 256  # along each dimension
+_MOST_STAGES = 8
+_MOST_SUMS = 128  # of a thread
+_MOST_REACH = {"stride": 8, "corner": 128, "offset": 255}  # of im2col copies
+
+Fill = Literal["im2col", "columns", "halo", "flat"]
+Layout = Literal["contiguous", "channels_last"]
+
+
+@dataclass(frozen=True)
+class SparseTcConfig:
+    """How the tensor cores' work is cut up.
+
+    Attributes:
+        fill: what is copied at a time: "im2col", the pixels that one tap of a tile reads; "columns", whole rows for a
+            column of taps; "halo", whole rows for all taps; "flat", pixels in a row, for pointwise convolutions.
+        pixels: of a warpgroup's products, a multiple of 8 up to 256.
+        across: of the two warpgroups, so many take different output channels; the others different pixels.
+        blocks: of 64 output channels that a warpgroup computes.
+        rows, images: columns and halo: of the output in a tile; several images only where all rows of each are.
+        cluster: thread blocks that copy the filter to one another.
+        layout: of x, residual and y. "channels_last" converts nothing, and only benchmarks have it.
+    """
+
+    fill: Fill
+    pixels: int
+    across: int = 2
+    blocks: int = 1
+    rows: int = 0
+    images: int = 1
+    cluster: int = 1
+    layout: Layout = "contiguous"
+
+    @property
+    def takes_channels_last(self) -> bool:
+        return self.layout == "channels_last"
+
+    @property
+    def tile_channels(self) -> int:
+        return 64 * self.across * self.blocks
+
+    @property
+    def tile_pixels(self) -> int:
+        return 2 // self.across * self.pixels
+
+
+class UnfitError(ValueError):
+    """This config does not suit this convolution."""
+
+
+class Tap(NamedTuple):
+    """A tap (row, column) of the filter for a block of 64 input channels, and its first pixel in its fill."""
+
+    block: int
+    row: int
+    column: int
+    start: int
+
+
+class _Rows(NamedTuple):
+    """How a fill of whole rows lies: pixels from row to row, rows from image to image, zeros that must follow."""
+
+    pitch: int
+    tall: int
+    zeros: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A config's view of a problem.
+
+    Attributes:
+        channels: of x as the kernel reads it; whole blocks of 64 where x is laid out for it.
+        fills: the taps of each fill, in the order of the fills.
+        load: what a copy brings: a box (channels, columns, rows, images), or so many pixels by im2col.
+        store: the box that is stored at a time in NHWC.
+        defines: of the kernel, but for what the epilogue needs.
+        shared_bytes: of a thread block.
+    """
+
+    problem: Problem
+    config: SparseTcConfig
+    channels: int
+    fills: tuple[tuple[Tap, ...], ...]
+    load: tuple[int, int, int, int]
+    store: tuple[int, int, int, int]
+    defines: dict[str, int | str]
+    shared_bytes: int
+
+    @property
+    def channel_tiles(self) -> int:
+        return -(-self.problem.out_channels // self.config.tile_channels)
+
+    def tiles(self, images: int) -> int:
+        """Pixel tiles of so many images."""
+        p, config = self.problem, self.config
+        if config.fill in ("im2col", "flat"):
+            return -(-images * p.out_height * p.out_width // config.tile_pixels)
+        return -(-images // config.images) * -(-p.out_height // _tile_rows(p, config))
+
+    def groups(self, images: int) -> int:
+        """Pixel tiles of so many images, by the cluster."""
+        return -(-self.tiles(images) // self.config.cluster)
+
+    @property
+    def source(self) -> Text:
+        return _source(self.config.pixels, self.problem.dtype)
+
+    @classmethod
+    def of(cls, problem: Problem, config: SparseTcConfig, shared_bytes: int) -> Tiling:
+        """The tiling, on a device whose thread blocks have so much shared memory. Raises UnfitError."""
+        p = problem
+        blocks = -(-p.in_channels // K_BLOCK)
+        if config.takes_channels_last and (p.in_channels % 8 or p.out_channels % 8):
+            raise UnfitError("in channels_last the channels must be multiples of 8: choose the contiguous layout")
+        if config.pixels % 8 or not 0 < config.pixels * config.blocks <= 2 * _MOST_SUMS:
+            raise UnfitError(f"{config.pixels} pixels by {config.blocks} blocks of channels do not fit a warpgroup")
+        if config.fill == "im2col":
+            _check_im2col(p)
+        elif p.stride != (1, 1):
+            raise UnfitError(f"{config.fill} is for stride 1, got {p.stride}; choose im2col")
+        rows = _rows(p, config) if config.fill in ("columns", "halo") else _Rows(1, 1, 0)
+        if config.fill == "flat":
+            if p.kernel != (1, 1) or any(p.padding):
+                raise UnfitError("flat is for pointwise convolutions without padding; choose im2col")
+            load = store = (K_BLOCK, config.tile_pixels, 1, 1)
+        elif config.fill == "im2col":
+            load, store = (K_BLOCK, config.tile_pixels, 1, 1), (K_BLOCK, config.pixels, 1, 1)
+        else:
+            load = (K_BLOCK, rows.pitch, rows.tall, config.images)
+            stored = rows.tall if config.images > 1 else _tile_rows(p, config)
+            store = (K_BLOCK, rows.pitch, stored, config.images)
+        if max(store) > _MOST_BOX or (config.fill != "im2col" and max(load) > _MOST_BOX):
+            raise UnfitError(f"a copy of {load[1:]} or {store[1:]} pixels is larger than the device's copies are")
+        loaded, box = load[1] * load[2] * load[3], store[1] * store[2] * store[3]
+        vector, unaligned = _vector(p, config, rows)
+        staging_row = (config.tile_pixels // 8 | 1) * 16  # odd: rows one below the other lie in different banks
+        staging_bytes = max(config.tile_pixels, box) * PIXEL_BYTES if config.takes_channels_last else 64 * staging_row
+        staging_bytes = _up(staging_bytes, 1024)
+        fills = _fills(p, config, blocks, rows)
+        stage_bytes, a_bytes = _up((loaded + rows.zeros) * PIXEL_BYTES, 1024), config.tile_channels // 64 * BLOCK_BYTES
+        staged_bytes = config.tile_channels // 64 * staging_bytes
+        a_stages, b_stages = _stages(
+            shared_bytes - _BARRIER_BYTES - staged_bytes - 1024, a_bytes, stage_bytes, len(fills[0])
+        )
+        staging = _up(_BARRIER_BYTES + b_stages * stage_bytes + a_stages * a_bytes, 1024)
+        # What lies behind a fill is read too, and what it gives is cut off; but it must be shared memory.
+        reach = _BARRIER_BYTES + (b_stages - 1) * stage_bytes
+        reach += (max(tap.start for tap in fills[0]) + config.tile_pixels) * PIXEL_BYTES
+        if reach > staging + staged_bytes:
+            raise UnfitError("a tile's last pixels would be read from beyond shared memory")
+        tile_rows = _tile_rows(p, config)
+        defines: dict[str, int | str] = {
+            "FILL": config.fill.upper(),
+            "PIXELS": config.pixels,
+            "ACROSS": config.across,
+            "M_BLOCKS": config.blocks,
+            "CLUSTER": config.cluster,
+            "OUT_NCHW": int(not config.takes_channels_last),
+            "M_TILES": -(-p.out_channels // config.tile_channels),
+            "FILLS": len(fills),
+            "KERNEL_ROWS": p.kernel[0],
+            "KERNEL_COLUMNS": p.kernel[1],
+            "STRIDE_DOWN": p.stride[0],
+            "STRIDE_RIGHT": p.stride[1],
+            "DILATION_DOWN": p.dilation[0],
+            "DILATION_RIGHT": p.dilation[1],
+            "TOP": p.padding[0],
+            "LEFT": p.padding[2],
+            "OUT_CHANNELS": p.out_channels,
+            "OUT_HEIGHT": p.out_height,
+            "OUT_WIDTH": p.out_width,
+            "TILE_ROWS": tile_rows,
+            "TILE_IMAGES": config.images,
+            "TILES_PER_IMAGE": -(-p.out_height // tile_rows),
+            "PITCH": rows.pitch,
+            "IMAGE_PITCH": rows.tall * rows.pitch,
+            "LOAD_PIXELS": loaded,
+            "BOX_PIXELS": box,
+            "ZERO_PIXELS": rows.zeros,
+            "A_STAGES": a_stages,
+            "B_STAGES": b_stages,
+            "B_STAGE_BYTES": stage_bytes,
+            "STAGING_BYTES": staging_bytes,
+            "STAGING_ROW": staging_row,
+            "VECTOR": vector,
+            "UNALIGNED": int(unaligned),
+            "SHARED_BYTES": staging + staged_bytes,
+        }
+        channels = p.in_channels if config.takes_channels_last else blocks * K_BLOCK
+        return cls(p, config, channels, fills, load, store, defines, staging + staged_bytes)
+
+
+def _tile_rows(problem: Problem, config: SparseTcConfig) -> int:
+    return max(1, min(config.rows, problem.out_height))
+
+
+def _check_im2col(p: Problem) -> None:
+    lower, upper = im2col_corners(p)
+    offset = max((size - 1) * step for size, step in zip(p.kernel, p.dilation, strict=True))
+    if (
+        max(p.stride) > _MOST_REACH["stride"]
+        or max(map(abs, lower + upper)) >= _MOST_REACH["corner"]
+        or offset > _MOST_REACH["offset"]
+    ):
+        raise UnfitError("the device's im2col copies reach no such stride, padding or dilation")
+
+
+def im2col_corners(p: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(column, row) of the first output's first tap, and how far beyond x's end an output's first tap may lie."""
+    top, bottom, left, right = p.padding
+    reach = [(size - 1) * step for size, step in zip(p.kernel, p.dilation, strict=True)]
+    return (-left, -top), (right - reach[1], bottom - reach[0])
+
+
+def _rows(p: Problem, config: SparseTcConfig) -> _Rows:
+    """Of a fill. Raises UnfitError where a tile's outputs are more than its pixels."""
+    top, bottom, left, right = p.padding
+    reach = [(size - 1) * step for size, step in zip(p.kernel, p.dilation, strict=True)]
+    rows = _tile_rows(p, config)
+    whole = rows == p.out_height
+    if config.images > 1 and not whole:
+        raise UnfitError("a tile of several images has all their rows")
+    if config.fill == "columns":
+        found = _Rows(_up(p.out_width, 8), rows + reach[0], 0)
+    else:
+        # What follows a row pads it on the right and the next one on the left, and so for an image's bottom and top.
+        if min(left, right) > reach[1] or min(top, bottom) > reach[0]:
+            raise UnfitError("halo is for padding within the filter's reach; choose columns")
+        pitch, zeros = p.width + max(left, right), min(left, right)
+        if whole:
+            found = _Rows(pitch, p.height + max(top, bottom), min(top, bottom) * pitch + zeros)
+        else:
+            found = _Rows(pitch, rows + reach[0], zeros)
+    outputs = ((config.images - 1) * found.tall + rows - 1) * found.pitch + p.out_width
+    if outputs > config.tile_pixels:
+        raise UnfitError(f"{config.tile_pixels} pixels of a tile do not hold its {outputs} outputs")
+    return found
+
+
+def _fills(p: Problem, config: SparseTcConfig, blocks: int, rows: _Rows) -> tuple[tuple[Tap, ...], ...]:
+    taps_down, taps_right = (range(size) for size in p.kernel)
+    down, right = p.dilation[0] * rows.pitch, p.dilation[1]
+    found: list[tuple[Tap, ...]] = []
+    for b in range(blocks):
+        if config.fill == "halo":
+            found.append(tuple(Tap(b, r, s, r * down + s * right) for r in taps_down for s in taps_right))
+        elif config.fill == "columns":
+            found += [tuple(Tap(b, r, s, r * down) for r in taps_down) for s in taps_right]
+        else:
+            found += [(Tap(b, r, s, 0),) for r in taps_down for s in taps_right]
+    return tuple(found)
+
+
+def _stages(room: int, a_bytes: int, stage_bytes: int, taps: int) -> tuple[int, int]:
+    """Of A and of B. A stage is free when the next step is under way, which needs another."""
+    if taps == 1:
+        a_stages = b_stages = min(_MOST_STAGES, room // (a_bytes + stage_bytes))
+    else:
+        b_stages = 2
+        a_stages = min(_MOST_STAGES, (room - b_stages * stage_bytes) // a_bytes)
+    if min(a_stages, b_stages) < 2:
+        raise UnfitError("two stages do not fit shared memory; choose smaller tiles")
+    return a_stages, b_stages
+
+
+def _vector(p: Problem, config: SparseTcConfig, rows: _Rows) -> tuple[int, bool]:
+    """How many outputs are stored at once in NCHW, neighbours in y, and whether they lie unaligned in staging."""
+    if config.fill in ("im2col", "flat"):
+        return next(v for v in (8, 4, 2, 1) if p.out_height * p.out_width % v == 0), False
+    vector = next(v for v in (8, 4, 2, 1) if p.out_width % v == 0)
+    unaligned = vector > 1 and rows.pitch % vector > 0
+    return min(vector, 2) if unaligned else vector, unaligned
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@lru_cache
+def _source(pixels: int, dtype: str) -> Text:
+    """The kernel for products of so many pixels, whose registers are named one by one."""
+    sums, kind = pixels // 2, {"fp16": "f16", "bf16": "bf16"}[dtype]
+    registers = ", ".join(f"%{i}" for i in range(sums))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(sums))
+    return Text(
+        "sparse_tc.cu",
+        f"""using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+// d (64 x {pixels}) = a (64 x 32, compressed) * b, or += a * b.
+template <int SELECTOR>
+__device__ __forceinline__ void mma(float (&d)[{sums}], u64 a, u64 b, u32 metadata, int accumulate) {{
+  asm volatile(
+      "{{ .reg .pred p; setp.ne.b32 p, %{sums + 3}, 0; "
+      "wgmma.mma_async.sp.sync.aligned.m64n{pixels}k32.f32.{kind}.{kind} {{{registers}}}, "
+      "%{sums}, %{sums + 1}, %{sums + 2}, %{sums + 4}, p, 1, 1, 0, 0; }}"
+      : {outputs}
+      : "l"(a), "l"(b), "r"(metadata), "r"(accumulate), "n"(SELECTOR));
+}}
+#include "sparse_tc.cuh"
+""",
+    )

@@ -1,0 +1,252 @@
+"""What kernels/sparse_tc.cuh and the device's copies do, in numpy: a decoder of packed filters, and the kernel.
+
+Both follow the documents of the hardware (PTX ISA: swizzles, metadata of sparse wgmma, im2col and tiled copies) and the
+kernel's source, and share no code with what they test.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from escort.methods.sparse_tc.packing import Ordered, Packed
+from escort.methods.sparse_tc.tiling import Tiling, im2col_corners
+
+#: Numpy has no bfloat16: its bits are the upper half of a float32.
+DECODED = {
+    "fp16": lambda bits: bits.view(np.float16).astype(np.float64),
+    "bf16": lambda bits: (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64),
+}
+
+
+def decode_images(images: np.ndarray, dtype: str) -> np.ndarray:
+    """(images, rows, 64): what sparse tensor cores see in images (images, bytes)."""
+    blocks = images.shape[1] // (4096 + 512)
+    decoded = np.zeros((len(images), blocks, 64, 64))
+    row, half = np.meshgrid(np.arange(64), np.arange(32), indexing="ij")
+    address = row * 64 + half * 2
+    address ^= (address >> 7 & 3) << 4  # 64-byte swizzle: bits 4 and 5 are xored with bits 7 and 8
+    row, four = np.meshgrid(np.arange(64), np.arange(16), indexing="ij")
+    selector, within = np.divmod(four, 8)
+    thread = row // 16 * 32 + row % 8 * 4 + selector * 2 + within // 4
+    shift = np.where(row % 16 >= 8, 16, 0) + within % 4 * 4
+    for image, of in zip(images, decoded, strict=True):
+        for block in range(blocks):
+            values = DECODED[dtype](image[block * 4096 :][:4096].view(np.uint16)[address // 2])
+            words = image[blocks * 4096 + block * 512 :][:512].view(np.uint32)
+            nibbles = (words[thread] >> shift & 15).astype(np.int64)
+            assert (nibbles & 3 < nibbles >> 2).all(), "positions ascend"
+            for kept, position in enumerate((nibbles & 3, nibbles >> 2)):
+                of[block][row, four * 4 + position] = values[:, kept::2]
+    return decoded.reshape(len(images), blocks * 64, 64)
+
+
+def decode(packed: Packed, places: Ordered, tiling: Tiling) -> np.ndarray:
+    """The (K, C, R, S) filter that a list of images amounts to."""
+    p, config = tiling.problem, tiling.config
+    seen = decode_images(packed.images, p.dtype).reshape(len(packed.images), config.across, -1, 2, 32)
+    weight = np.zeros((p.out_channels, len(places.channels), *p.kernel))
+    rows = packed.row_channel.reshape(tiling.channel_tiles, config.across, -1)
+    at = 0
+    for tile in range(tiling.channel_tiles):
+        for number, fill in enumerate(tiling.fills):
+            assert packed.first[tile * len(tiling.fills) + number] == at
+            last = False
+            while not last:
+                word = int(packed.steps[at])
+                (tap,) = (tap for tap in fill if tap.start * 8 == word & 0xFFFF)
+                for across, half in np.ndindex(config.across, 2):
+                    values = seen[at, across, :, half]
+                    if not word >> (16 + 2 * across + half) & 1:
+                        assert not values.any(), "left out, and not empty"
+                        continue
+                    inside = rows[tile, across] >= 0
+                    assert not values[~inside].any()
+                    place = slice(tap.block * 64 + half * 32, tap.block * 64 + half * 32 + 32)
+                    weight[rows[tile, across][inside], place, tap.row, tap.column] += values[inside]
+                last, at = bool(word >> 31), at + 1
+    assert at == len(packed.images) == packed.first[-1]
+    there = places.channels >= 0
+    assert not weight[:, ~there].any()
+    restored = np.zeros(p.weight_shape)
+    restored[:, places.channels[there]] = weight[:, there]
+    return restored
+
+
+def laid_out(x: np.ndarray, places: Ordered, tiling: Tiling) -> np.ndarray:
+    """x (N, C, H, W) as (N, H, W, C) with the channels in their places."""
+    nhwc = np.zeros((*x.shape[:1], *x.shape[2:], tiling.channels))
+    there = np.flatnonzero(places.channels >= 0)
+    nhwc[..., there] = x[:, places.channels[there]].transpose(0, 2, 3, 1)
+    return nhwc
+
+
+def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
+    """y (N, K, out_height, out_width) of the whole kernel, without epilogue, for x (N, H, W, C) in places.
+
+    Shared memory begins as NaN, so that what is read from beyond what was loaded, and is not cut off, shows.
+    """
+    p, config, d = tiling.problem, tiling.config, SimpleNamespace(**tiling.defines)
+    along, m_tile = 2 // config.across, config.tile_channels
+    images = len(nhwc)
+    whole_rows = config.fill in ("columns", "halo")
+    read = nhwc if whole_rows or config.fill == "im2col" else nhwc.reshape(1, 1, -1, tiling.channels)
+    filters = decode_images(packed.images, p.dtype)
+    y = np.full((images, p.out_channels, p.out_height, p.out_width), np.nan)
+    written = (
+        y.transpose(0, 2, 3, 1) if whole_rows else np.full((1, 1, y.size // p.out_channels, p.out_channels), np.nan)
+    )
+    stage_pixels = d.B_STAGE_BYTES // 128
+    shared = np.full(((d.SHARED_BYTES - 1024) // 128, 64), np.nan)
+    for stage in range(d.B_STAGES):
+        shared[stage * stage_pixels + d.LOAD_PIXELS :][: d.ZERO_PIXELS] = 0.0
+    filled = 0
+    for item in range(d.M_TILES * tiling.groups(images)):
+        for rank in range(config.cluster):
+            m, tile = item % d.M_TILES, item // d.M_TILES * config.cluster + rank
+            first_row, first_image = tile % d.TILES_PER_IMAGE * d.TILE_ROWS, tile // d.TILES_PER_IMAGE * d.TILE_IMAGES
+            sums = np.full((m_tile, config.tile_pixels), np.nan)
+            accumulate, c, r, s = False, 0, 0, 0
+            at = packed.first[m * d.FILLS]
+            for fill in range(d.FILLS):
+                to, filled = filled % d.B_STAGES * stage_pixels, filled + 1
+                if config.fill == "im2col":
+                    for part in range(along):
+                        row, column = divmod(tile * config.tile_pixels + part * config.pixels, d.OUT_WIDTH)
+                        corner = column * d.STRIDE_RIGHT - d.LEFT, row % d.OUT_HEIGHT * d.STRIDE_DOWN - d.TOP
+                        offset = s * d.DILATION_RIGHT, r * d.DILATION_DOWN
+                        shared[to + part * config.pixels :][: config.pixels] = load_im2col(
+                            tiling, read, c, corner, row // d.OUT_HEIGHT, offset
+                        )
+                    s += 1
+                    if s == d.KERNEL_COLUMNS:
+                        s, r = 0, r + 1
+                    if r == d.KERNEL_ROWS:
+                        r, c = 0, c + 64
+                else:
+                    if config.fill == "flat":
+                        box = load_box(read, tiling.load, c, tile * config.tile_pixels, 0, 0)
+                    else:
+                        column = s * d.DILATION_RIGHT - d.LEFT
+                        box = load_box(read, tiling.load, c, column, first_row - d.TOP, first_image)
+                    assert len(box) == d.LOAD_PIXELS
+                    shared[to:][: len(box)] = box
+                    s += config.fill == "columns"
+                    if config.fill != "columns" or s == d.KERNEL_COLUMNS:
+                        s, c = 0, c + 64
+                produced, more = packed.first[m * d.FILLS + fill + 1], True
+                while more:
+                    word = int(packed.steps[at])
+                    start = to + (word & 0xFFFF) // 8
+                    pixels = shared[start : start + config.tile_pixels]
+                    assert len(pixels) == config.tile_pixels, "read from beyond shared memory"
+                    for across in range(config.across):
+                        rows = slice(across * m_tile // config.across, (across + 1) * m_tile // config.across)
+                        halves = word >> (16 + 2 * across) & 3
+                        if not accumulate:
+                            assert halves == 3
+                            sums[rows] = 0.0
+                        for half in (0, 1):
+                            k = slice(half * 32, half * 32 + 32)
+                            if halves >> half & 1:
+                                sums[rows] += filters[at, rows, k] @ pixels[:, k].T
+                    more, accumulate, at = word >> 31 == 0, True, at + 1
+                assert at == produced, "the producer counts as many"
+            for block in range(m_tile // 64):
+                of = sums[block * 64 :][:64]
+                if config.takes_channels_last:
+                    place = (0, first_row, first_image) if whole_rows else (tile * config.tile_pixels, 0, 0)
+                    boxes = along if config.fill == "im2col" else 1
+                    for part in range(boxes):
+                        column = place[0] + part * config.pixels
+                        staged = of.T[part * config.pixels :] if boxes > 1 else of.T
+                        store_box(written, tiling.store, m * m_tile + block * 64, (column, *place[1:]), staged)
+                else:
+                    row_channel = packed.row_channel[m * m_tile + block * 64 :][:64]
+                    store_rows(d, tiling, y, tile, of, row_channel, first_row, first_image)
+    if config.takes_channels_last and not whole_rows:
+        y[:] = written.reshape(images, p.out_height, p.out_width, -1).transpose(0, 3, 1, 2)
+    return y
+
+
+def load_im2col(
+    tiling: Tiling, x: np.ndarray, c: int, corner: tuple[int, int], n: int, offset: tuple[int, int]
+) -> np.ndarray:
+    """Pixels from (column, row) of image n on in the bounding box, shifted by the tap."""
+    lower, upper = im2col_corners(tiling.problem)
+    images, height, width, _ = x.shape
+    (column, row), pixels = corner, []
+    for _ in range(tiling.config.pixels):
+        h, w = row + offset[1], column + offset[0]
+        inside = n < images and 0 <= h < height and 0 <= w < width
+        pixels.append(channels_of(x[n, h, w], c) if inside else np.zeros(64))
+        column += tiling.problem.stride[1]
+        if column >= width + upper[0]:
+            column, row = lower[0], row + tiling.problem.stride[0]
+            if row >= height + upper[1]:
+                row, n = lower[1], n + 1
+    return np.array(pixels)
+
+
+def channels_of(pixel: np.ndarray, c: int) -> np.ndarray:
+    """64 channels from c on, with zeros beyond the last."""
+    return np.pad(pixel[c : c + 64], (0, 64 - len(pixel[c : c + 64])))
+
+
+def load_box(x: np.ndarray, box: tuple[int, ...], c: int, w: int, h: int, n: int) -> np.ndarray:
+    """A box of x (N, H, W, C), row by row, with zeros outside."""
+    _, width, height, images = box
+    out = np.zeros((images, height, width, 64))
+    for i, j, k in np.ndindex(images, height, width):
+        if n + i < x.shape[0] and 0 <= h + j < x.shape[1] and 0 <= w + k < x.shape[2]:
+            out[i, j, k] = channels_of(x[n + i, h + j, w + k], c)
+    return out.reshape(-1, 64)
+
+
+def store_box(y: np.ndarray, box: tuple[int, ...], c: int, place: tuple[int, int, int], staged: np.ndarray) -> None:
+    """Writes a box where it lies inside y (N, H, W, K), once."""
+    (w, h, n), (_, width, height, images) = place, box
+    for number, (i, j, k) in enumerate(np.ndindex(images, height, width)):
+        if n + i < y.shape[0] and h + j < y.shape[1] and w + k < y.shape[2] and c < y.shape[3]:
+            at = y[n + i, h + j, w + k, c : c + 64]
+            assert np.isnan(at).all(), "stored twice"
+            at[:] = staged[number, : len(at)]
+
+
+def store_rows(
+    d: SimpleNamespace,
+    tiling: Tiling,
+    y: np.ndarray,
+    tile: int,
+    sums: np.ndarray,
+    row_channel: np.ndarray,
+    first_row: int,
+    first_image: int,
+) -> None:
+    """The kernel's stores of 64 rows to y in NCHW, VECTOR neighbouring elements at a time."""
+    flat, images, plane = y.reshape(-1), len(y), d.OUT_HEIGHT * d.OUT_WIDTH
+    assert d.STAGING_ROW * 64 <= d.STAGING_BYTES and d.STAGING_ROW // 16 % 2 == 1
+    assert sums.shape[1] * 2 <= d.STAGING_ROW
+    rows = min(d.TILE_ROWS, d.OUT_HEIGHT - first_row)
+    if tiling.config.fill in ("columns", "halo"):
+        count = rows * d.OUT_WIDTH * min(d.TILE_IMAGES, images - first_image)
+    else:
+        count = min(sums.shape[1], images * plane - tile * sums.shape[1])
+    for unit in range(0, max(count, 0), d.VECTOR):
+        if tiling.config.fill in ("columns", "halo"):
+            of_tile, rest = divmod(unit, rows * d.OUT_WIDTH)
+            row, column = divmod(rest, d.OUT_WIDTH)
+            image, pixel = first_image + of_tile, first_row * d.OUT_WIDTH + rest
+            staged = of_tile * d.IMAGE_PITCH + row * d.PITCH + column
+            assert column + d.VECTOR <= d.OUT_WIDTH
+        else:
+            image, pixel = divmod(tile * sums.shape[1] + unit, plane)
+            staged = unit
+            assert pixel + d.VECTOR <= plane
+        assert d.UNALIGNED or staged % d.VECTOR == 0
+        for row, channel in enumerate(row_channel):
+            if channel >= 0:
+                to = image * d.OUT_CHANNELS * plane + pixel + channel * plane
+                assert to % d.VECTOR == 0 and np.isnan(flat[to : to + d.VECTOR]).all(), "unaligned, or stored twice"
+                flat[to : to + d.VECTOR] = sums[row, staged : staged + d.VECTOR]

@@ -1,0 +1,381 @@
+"""Method `sparse_tc`: what it refuses, its search, its kernels' machine code, and on a GPU their results."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from escort import compiler, reference
+from escort.gpu import H200
+from escort.methods.sparse_tc import SparseTc, SparseTcConfig
+from escort.methods.sparse_tc.packing import Packed
+from escort.methods.sparse_tc.search import candidates, predict_us, search
+from escort.methods.sparse_tc.tiling import Layout, Tiling
+from escort.problem import Epilogue, Precision, Problem
+from escort.sparse import StretchedCSR
+from tests.cases import CASES, FULL, Case, check_kernels
+from tests.sparse_tc_model import emulate
+from tests.test_sparse_tc_layout import structured, uneven
+
+SAME = (1, 1, 1, 1)
+RES4 = Problem(128, 256, 14, 14, 256, (3, 3), padding=SAME, dtype="fp16", device="cuda:0")
+POINTWISE = replace(RES4, out_channels=1024, kernel=(1, 1), padding=(0, 0, 0, 0))
+STRIDED = replace(RES4, stride=(2, 1), padding=(1, 1, 0, 2))
+LAST: Layout = "channels_last"
+
+
+def filter_of(problem: Problem) -> StretchedCSR:
+    return StretchedCSR.from_dense(uneven(problem.weight_shape))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "fp32"}, "ask for fp16 or bf16"),
+        ({"dtype": "tf32"}, "ask for fp16 or bf16"),
+        ({"groups": 2}, "groups must be 1"),
+        ({"height": 4096, "width": 4096}, "use a smaller input"),
+    ],
+)
+def test_refusals(change: dict[str, object], reason: str) -> None:
+    refused = SparseTc().unsupported(replace(RES4, **change))  # type: ignore[arg-type]
+    assert refused is not None and reason in refused
+
+
+def test_a_device_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("escort.jit.arch", lambda device, *, native: "sm_100a" if native else "sm_100")
+    assert "this is sm_100a" in str(SparseTc().unsupported(RES4))
+    monkeypatch.setattr("escort.jit.arch", lambda device, *, native: "sm_90a" if native else "sm_90")
+    monkeypatch.setattr("escort.gpu.Gpu.of", lambda device: H200)
+    assert SparseTc().unsupported(RES4) is None
+    assert "no tiling fits" in str(SparseTc().unsupported(replace(RES4, stride=(9, 9))))
+
+
+@pytest.mark.parametrize("problem", [RES4, POINTWISE, STRIDED], ids=str)
+def test_the_search_ranks_what_fits(problem: Problem) -> None:
+    filter = filter_of(problem)
+    for layout in ("contiguous", "channels_last"):
+        found = search(problem, filter, H200, 6, layout)  # type: ignore[arg-type]
+        assert len(set(found)) == 6 and {config.layout for config in found} == {layout}
+        tilings = [Tiling.of(problem, config, H200.shared_bytes) for config in found]
+        assert all(tiling.shared_bytes <= H200.shared_bytes for tiling in tilings)
+        times = [predict_us(tiling, 0.0, H200) for tiling in candidates(problem, H200, layout)]  # type: ignore[arg-type]
+        assert min(predict_us(tiling, 0.0, H200) for tiling in tilings) < 1.1 * min(times)
+        assert len({replace(config, cluster=1) for config in found}) >= 3, "of some variety"
+
+
+def test_predictions_follow_the_work() -> None:
+    tiling = Tiling.of(RES4, SparseTcConfig("halo", 216, rows=14), H200.shared_bytes)
+    less = Tiling.of(replace(RES4, batch=32), tiling.config, H200.shared_bytes)
+    assert predict_us(less, 0.0, H200) < predict_us(tiling, 0.0, H200) < predict_us(tiling, 1.0, H200)
+
+
+# One of each kind of kernel: fills, warpgroups, blocks of channels, clusters, layouts, epilogues, vectors
+VARIANTS = {
+    "halo": (RES4, SparseTcConfig("halo", 216, rows=14, cluster=2)),
+    "halo along": (replace(RES4, epilogue=FULL), SparseTcConfig("halo", 112, across=1, rows=14)),
+    "halo, uneven": (replace(RES4, epilogue=FULL, width=13), SparseTcConfig("halo", 120, blocks=2, rows=8)),
+    "columns": (replace(RES4, epilogue=FULL, dtype="bf16"), SparseTcConfig("columns", 224, rows=14, cluster=4)),
+    "columns of 16": (replace(RES4, epilogue=FULL, width=16), SparseTcConfig("columns", 224, rows=14)),
+    "flat": (POINTWISE, SparseTcConfig("flat", 128, blocks=2, cluster=8)),
+    "flat, one block": (POINTWISE, SparseTcConfig("flat", 256)),
+    "im2col": (replace(STRIDED, epilogue=FULL), SparseTcConfig("im2col", 256)),
+    "im2col along": (STRIDED, SparseTcConfig("im2col", 128, across=1, blocks=2)),
+    "halo, last": (RES4, SparseTcConfig("halo", 216, rows=14, layout=LAST)),
+    "halo of images, last": (
+        replace(RES4, epilogue=FULL),
+        SparseTcConfig("halo", 224, across=1, rows=14, images=2, layout=LAST),
+    ),
+    "columns, last": (
+        replace(RES4, epilogue=FULL, dtype="bf16"),
+        SparseTcConfig("columns", 120, across=1, rows=15, layout=LAST),
+    ),
+    "flat, last": (
+        replace(POINTWISE, epilogue=FULL),
+        SparseTcConfig("flat", 128, blocks=2, cluster=2, layout=LAST),
+    ),
+    "im2col, last": (
+        replace(STRIDED, epilogue=FULL),
+        SparseTcConfig("im2col", 128, across=1, blocks=2, layout=LAST),
+    ),
+}
+of_each_kind = pytest.mark.parametrize(("problem", "config"), VARIANTS.values(), ids=VARIANTS)
+
+
+def compiled(problem: Problem, config: SparseTcConfig) -> compiler.Binary:
+    tiling = Tiling.of(problem, config, H200.shared_bytes)
+    epilogue = {"ACTIVATION": 2, "RESIDUAL": int(problem.epilogue.residual), "STORAGE": 2 - (problem.dtype == "fp16")}
+    return compiler.compile(tiling.source, tiling.defines | epilogue, "sm_90a")
+
+
+@of_each_kind
+def test_everything_assembles_without_spills(problem: Problem, config: SparseTcConfig) -> None:
+    binary = compiled(problem, config)
+    assert binary.spill_bytes == binary.stack_bytes == 0
+
+
+@pytest.mark.parametrize("vector", [1, 2, 4, 8])
+def test_the_kernel_that_lays_out_x_assembles_without_spills(vector: int) -> None:
+    binary = compiler.compile("channels_last.cu", {"VECTOR": vector}, "sm_90")
+    assert binary.registers <= 48 and binary.spill_bytes == binary.stack_bytes == 0
+
+
+def machine_code(binary: compiler.Binary, folder: Path) -> tuple[list[str], dict[str, int]]:
+    """The instructions, and where labels point. Skips where there is no disassembler."""
+    beside = Path(np.__file__).parents[1].glob("nvidia/*/bin/nvdisasm")
+    disassembler = shutil.which("nvdisasm") or next(map(str, beside), None)
+    if disassembler is None:
+        pytest.skip("nvdisasm is not installed (nvidia-cuda-nvcc or the CUDA toolkit has it)")
+    (folder / "kernel.cubin").write_bytes(binary.cubin)
+    command = [disassembler, "-c", str(folder / "kernel.cubin")]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?) ;", line):
+            code.append(instruction[1].strip())
+    return code, labels
+
+
+def overwritten(code: list[str], labels: dict[str, int], sets: int) -> list[str]:
+    """Instructions that write a register of metadata while a sparse product may still read it, on any way through.
+
+    A register is free, or read by the group of products that is being issued, by the last one or by an older one.
+    """
+    metadata = {at: int(re.findall(r"\bR(\d+)\b", text)[-1]) for at, text in enumerate(code) if "HGMMA.SP" in text}
+    registers = sorted(set(metadata.values()))
+    assert len(registers) == sets
+    writes: dict[int, list[int]] = {}
+    for at, text in enumerate(code):
+        found = re.match(r"(?:@!?U?P\d+ )?([A-Z0-9_.]+) (?:U?P[0-9T]+, )*R(\d+)\b", text)
+        if at in metadata or not found or re.match(r"(ST|SYNCS|UTMA|UBLK|BRA|RED)", found[1]):
+            continue
+        wide = 4 if ".128" in found[1] or ".M88.4" in found[1] else 2 if re.search(r"\.64|WIDE|\.2\b", found[1]) else 1
+        writes[at] = [register for register in registers if int(found[2]) <= register < int(found[2]) + wide]
+    ways = [(0, ("free",) * len(registers))]
+    seen: set[tuple[int, tuple[str, ...]]] = set()
+    bad: dict[int, str] = {}
+    while ways:
+        at, state = ways.pop()
+        if at >= len(code) or (at, state) in seen:
+            continue
+        seen.add((at, state))
+        text, now = code[at], list(state)
+        if at in metadata:
+            now[registers.index(metadata[at])] = "open"
+            if "gsb0" in text:  # closes the group
+                now = [{"last": "older", "open": "last"}.get(readers, readers) for readers in now]
+        elif wait := re.search(r"DEPBAR.LE gsb0, 0x([0-9]+)", text):
+            done = ("older", "last") if wait[1] == "0" else ("older",)
+            now = ["free" if readers in done else readers for readers in now]
+        touched = [now[registers.index(register)] for register in writes.get(at, [])]
+        if text.startswith("LDS") and "last" in touched:
+            continue  # steps take turns with the sets, so there is no such way
+        if any(readers != "free" for readers in touched):
+            bad[at] = text
+        if target := re.search(r"\bBRA[A-Z0-9_.]* .*`\((\.L_x_\d+)\)", text):
+            ways.append((labels[target[1]], tuple(now)))
+        if not text.startswith(("BRA ", "EXIT", "RET", "BPT.TRAP")):
+            ways.append((at + 1, tuple(now)))
+    return list(bad.values())
+
+
+@of_each_kind
+def test_metadata_stays_while_products_read_it(problem: Problem, config: SparseTcConfig, tmp_path: Path) -> None:
+    code, labels = machine_code(compiled(problem, config), tmp_path)
+    assert overwritten(code, labels, 2 * config.blocks) == []
+    # Three ways to issue a step, for each set; more groups would mean that the compiler waits for each product.
+    assert sum("HGMMA.SP" in text and "gsb0" in text for text in code) == 6
+
+
+def test_the_check_of_metadata_notices(tmp_path: Path) -> None:
+    code, labels = machine_code(compiled(*VARIANTS["halo"]), tmp_path)
+    first = next(at for at, text in enumerate(code) if "HGMMA.SP" in text and "gsb0" in text)
+    register = re.findall(r"\bR(\d+)\b", code[first])[-1]
+    code[first + 1] = f"IMAD.MOV.U32 R{register}, RZ, RZ, R1"
+    assert overwritten(code, labels, 2) == [code[first + 1]]
+
+
+class Model:
+    """A kernel on the CPU: what its source does, in numpy, with what it is launched with."""
+
+    def __init__(self, source: compiler.Source, defines: compiler.Defines, device: torch.device, native: bool) -> None:
+        self.source, self.defines, self.binary = str(source), defines, None
+
+    @classmethod
+    def of(cls, source: Any, defines: Any, device: torch.device, *, native: bool = False) -> Model:
+        assert native is (str(source) == "sparse_tc.cu")
+        return cls(source, defines, device, native)
+
+    def bind(self, block: int, shared_bytes: int, args: Sequence[Any], *, overlap: bool) -> Any:
+        assert overlap and block == (384 if self.source == "sparse_tc.cu" else 256)
+        if self.source != "sparse_tc.cu":
+            return partial(self.lay_out, args[2])
+        assert shared_bytes == self.defines["SHARED_BYTES"]
+        return partial(self.multiply, args)
+
+    def lay_out(self, order: torch.Tensor, grid: Any, x: torch.Tensor, to: torch.Tensor) -> None:
+        padded = torch.nn.functional.pad(x.flatten(2), (0, 0, 0, 1))  # the last channel is none
+        to[:] = padded[:, order.long()].transpose(1, 2)
+
+    def multiply(self, bound: Sequence[Any], grid: Any, x_map: Any, *args: Any) -> None:
+        images, groups = args[-2:]
+        tiling, last = Model.tiling, Model.tiling.config.takes_channels_last
+        assert groups == tiling.groups(images) and grid[0] % tiling.config.cluster == 0
+        a, bias, first, steps = (bound[i].numpy() for i in (1, 2, 3, 4))
+        rows = np.arange(len(bias)) if last else bound[5].numpy()
+        rows = np.where(rows < tiling.problem.out_channels, rows, -1).astype(np.int32)
+        flat = x_map.x.permute(0, 2, 3, 1) if last else x_map.x
+        p = tiling.problem
+        nhwc = flat.double().numpy().reshape(images, p.height, p.width, -1)
+        whole = tiling.config.fill != "flat"
+        assert x_map.sizes == (nhwc.shape[3], *((p.width, p.height, images) if whole else (flat[..., 0].numel(), 1, 1)))
+        if tiling.config.fill == "im2col":
+            top, bottom, left, right = p.padding
+            corners = (-left, -top), (right - p.kernel[1] + 1, bottom - p.kernel[0] + 1)
+            assert x_map.how == (*corners, 64, tiling.config.pixels, (p.stride[1], p.stride[0]))
+        else:
+            assert x_map.how == (tiling.load,)
+        if last:
+            assert args[0].how == args[1].how == (tiling.store,)
+        y = torch.from_numpy(emulate(tiling, Packed(a, first, steps.view(np.uint32), rows), nhwc))
+        by_channel = torch.zeros(p.out_channels, dtype=torch.float64)
+        by_channel[rows[rows >= 0]] = torch.from_numpy(bias[rows >= 0]).double()
+        out, residual = (m.x if last else m for m in args[:2])
+        y = y + by_channel.view(-1, 1, 1) + (residual.double() if p.epilogue.residual else 0.0)
+        out[:] = y.clamp_min(0.0) if p.epilogue.activation == "relu" else y
+
+
+@of_each_kind
+def test_a_runner_launches_its_kernels(
+    problem: Problem, config: SparseTcConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = replace(problem, device="cpu", batch=2, in_channels=72, out_channels=136)
+    monkeypatch.setattr("escort.jit.kernel", Model.of)
+    monkeypatch.setattr("escort.gpu.Gpu.of", lambda device: H200)
+    for kind in ("tiled", "im2col"):
+        name = f"escort.tensor_maps.{kind}"
+        monkeypatch.setattr(name, lambda x, sizes, *how: SimpleNamespace(x=x, sizes=sizes, how=how))
+    monkeypatch.setattr(Model, "tiling", Tiling.of(problem, config, H200.shared_bytes), raising=False)
+    weight = torch.from_numpy(uneven(problem.weight_shape))
+    bias = torch.randn(136) if problem.epilogue.bias else None
+    run = SparseTc().prepare(problem, StretchedCSR.from_dense(weight), bias, config)
+    assert run.residual_share > 0.0  # type: ignore[attr-defined]
+    for batch in (0, 1, 3):
+        x = torch.randn(batch, *problem.input_shape[1:]).to(problem.torch_dtype)
+        residual = None
+        if problem.epilogue.residual:
+            residual = torch.randn(batch, *problem.output_shape[1:]).to(problem.torch_dtype)
+        expected = reference.conv2d(replace(problem, batch=batch), x, weight, bias, residual)
+        for given in (x, x.contiguous(memory_format=torch.channels_last)):
+            y = run(given, residual)
+            assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.dtype]
+            layout = torch.channels_last if config.takes_channels_last else torch.contiguous_format
+            assert y.is_contiguous(memory_format=layout)
+
+
+# On a GPU
+
+
+def on_the_gpu(case: Case, dtype: Precision) -> list[SparseTcConfig]:
+    """Some configs of a case there: of every fill, and in both layouts."""
+    method, problem = SparseTc(), replace(case.problem, device="cuda:0", dtype=dtype)
+    if (reason := method.unsupported(problem)) is not None:
+        pytest.skip(reason)
+    configs = list(method.configs(problem, case.filter()))
+    fills = {tiling.config.fill: tiling.config for tiling in candidates(problem, H200, "contiguous")}
+    return list(dict.fromkeys([configs[0], configs[-1], *fills.values()]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case: Case, dtype: Precision) -> None:
+    check_kernels(SparseTc(), case, "cuda:0", dtype, on_the_gpu(case, dtype))
+
+
+def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches: tuple[int, ...]) -> None:
+    """One runner for any batch, twice the same, for x in both layouts and in no one's."""
+    filter = StretchedCSR.from_dense(weight)
+    bias = torch.randn(problem.out_channels) if problem.epilogue.bias else None
+    run = SparseTc().prepare(problem, filter, bias, config)
+    for batch in batches:
+        shape = batch, *problem.input_shape[1:]
+        x = torch.randn(shape, device="cuda", dtype=problem.torch_dtype)
+        odd = torch.randn(x.numel() + 1, device="cuda", dtype=x.dtype)[1:].view(shape)  # not aligned
+        others = (x.contiguous(memory_format=torch.channels_last), x.flip(3), odd) if batch < 8 else ()
+        for given in (x, *others):
+            out_shape = batch, *problem.output_shape[1:]
+            residual = torch.randn(out_shape, device="cuda", dtype=x.dtype) if problem.epilogue.residual else None
+            y = run(given, residual)
+            expected = reference.conv2d(replace(problem, batch=batch), given, filter.to_dense().cuda(), bias, residual)
+            last = config.takes_channels_last
+            assert y.shape == expected.shape
+            assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+            assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.dtype], (config, batch)
+            assert torch.equal(run(given, residual), y), "not the same twice: a race"
+
+
+@pytest.mark.gpu
+@of_each_kind
+def test_any_batch_in_any_layout_on_the_gpu(problem: Problem, config: SparseTcConfig) -> None:
+    check(problem, uneven(problem.weight_shape), config, (0, 1, 3, 70))
+
+
+@pytest.mark.gpu
+@of_each_kind
+def test_structured_filters_on_the_gpu(problem: Problem, config: SparseTcConfig) -> None:
+    weight = structured(problem.weight_shape)
+    run = SparseTc().prepare(problem, StretchedCSR.from_dense(weight), None, config)
+    assert run.residual_share == 0.0  # type: ignore[attr-defined]
+    check(problem, weight, config, (2,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(13, 17), (1, 1), (28, 28)])
+def test_other_input_sizes_on_the_gpu(size: tuple[int, int]) -> None:
+    problem = replace(RES4, batch=2, height=size[0], width=size[1])
+    for config in SparseTc().configs(problem, filter_of(problem))[:3]:
+        check(problem, uneven(problem.weight_shape), config, (2, 5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+def test_a_nan_stays_one_on_the_gpu(activation: str) -> None:
+    problem = replace(RES4, batch=1, epilogue=Epilogue(activation=activation))  # type: ignore[arg-type]
+    filter = StretchedCSR.from_dense(np.ones(problem.weight_shape, dtype=np.float32))
+    x = torch.zeros(problem.input_shape, device="cuda", dtype=torch.float16)
+    x[0, 5, 7, 7] = float("nan")
+    for config in (VARIANTS["halo"][1], VARIANTS["halo, last"][1]):
+        y = SparseTc().prepare(problem, filter, None, config)(x)
+        assert y[0, :, 6:9, 6:9].isnan().all() and int(y.isnan().sum()) == 9 * problem.out_channels
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph() -> None:
+    """Tensor maps of the tensors that were captured, and kernels that overlap."""
+    problem = replace(RES4, batch=4)
+    run = SparseTc().prepare(problem, filter_of(problem), None, VARIANTS["halo"][1])
+    x = torch.randn(problem.input_shape, device="cuda", dtype=torch.float16)
+    expected = run(run(x))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(run(x))
+    graph.replay()
+    assert torch.equal(y, expected)
+    x.zero_()
+    graph.replay()
+    assert int(y.count_nonzero()) == 0

@@ -1,0 +1,219 @@
+"""Method `sparse_tc` without a GPU: packed filters, and the kernel's coordinates, against their models in numpy."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from escort.gpu import H200
+from escort.methods.sparse_tc.packing import ordered, pack
+from escort.methods.sparse_tc.search import candidates
+from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, UnfitError
+from escort.problem import Problem
+from escort.sparse import StretchedCSR, split
+from tests.sparse_tc_model import decode, emulate, laid_out
+
+SAME = (1, 1, 1, 1)
+CASES = {
+    "3x3": (Problem(3, 64, 14, 14, 72, (3, 3), padding=SAME), 0.1),
+    "few channels": (Problem(2, 8, 9, 9, 24, (3, 3), padding=SAME), 0.3),
+    "channels beyond a block": (Problem(2, 72, 7, 7, 136, (3, 3), padding=SAME), 0.1),
+    "pointwise": (Problem(3, 128, 7, 7, 200, (1, 1)), 0.2),
+    "pointwise, even plane": (Problem(3, 64, 8, 6, 64, (1, 1)), 0.9),
+    "every weight": (Problem(2, 64, 8, 8, 64, (3, 3), padding=SAME), 1.0),
+    "no weights": (Problem(2, 64, 8, 8, 64, (3, 3), padding=SAME), 0.0),
+    "stride 2": (Problem(2, 64, 9, 11, 64, (3, 3), (2, 2), SAME), 0.1),
+    "pointwise stride 2": (Problem(2, 64, 8, 8, 64, (1, 1), (2, 2)), 0.1),
+    "stride 1 by 3, uneven padding": (Problem(2, 64, 6, 13, 64, (3, 2), (1, 3), (0, 2, 1, 0)), 0.1),
+    "valid 5x5": (Problem(2, 64, 12, 11, 64, (5, 5)), 0.1),
+    "wide kernel": (Problem(2, 64, 5, 18, 64, (1, 7), padding=(0, 0, 3, 3)), 0.1),
+    "tall kernel": (Problem(2, 64, 18, 5, 64, (7, 1), padding=(3, 3, 0, 0)), 0.1),
+    "even kernel, uneven padding": (Problem(3, 64, 10, 9, 64, (4, 2), padding=(1, 2, 0, 1)), 0.1),
+    "padding on the right and below": (Problem(3, 64, 7, 6, 64, (3, 3), padding=(0, 2, 0, 2)), 0.1),
+    "padding on the left and above": (Problem(3, 64, 7, 6, 64, (3, 3), padding=(2, 0, 2, 0)), 0.1),
+    "padding beyond the kernel": (Problem(1, 64, 4, 5, 64, (3, 3), padding=(5, 4, 6, 7)), 0.1),
+    "dilation": (Problem(2, 64, 11, 10, 64, (3, 3), padding=(2, 2, 3, 3), dilation=(2, 3)), 0.1),
+    "dilation and stride": (Problem(1, 64, 13, 16, 64, (3, 3), (2, 3), (2, 2, 3, 3), (3, 2)), 0.1),
+}
+
+
+def integers(shape: tuple[int, ...], density: float) -> np.ndarray:
+    """Small ones, of which any precision holds every sum."""
+    generator = np.random.default_rng(0)
+    return np.where(generator.random(shape) < density, generator.integers(1, 5, shape), 0).astype(np.float32)
+
+
+def uneven(shape: tuple[int, int, int, int]) -> np.ndarray:
+    """A tenth is kept; some rows and channels hold most of it, one row all and one nothing."""
+    generator = np.random.default_rng(0)
+    rows, channels = generator.lognormal(size=(shape[0], 1, 1, 1)), generator.lognormal(size=(1, shape[1], 1, 1))
+    importance = rows * channels * np.abs(generator.standard_normal(shape))
+    kept = importance > np.quantile(importance, 0.9)
+    kept[17], kept[1] = True, False
+    return np.where(kept, generator.standard_normal(shape), 0).astype(np.float32)
+
+
+def structured(shape: tuple[int, int, int, int]) -> np.ndarray:
+    """The two largest of four neighbouring input channels, as ASP and torchao prune."""
+    whole = StretchedCSR.from_dense(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    return split(whole).structured.to_dense().numpy()
+
+
+def some_tilings(problem: Problem, fill: str, layout: str) -> list[Tiling]:
+    """A few that differ in what matters: warpgroups, blocks, clusters, several images, uneven pixels."""
+    found = [t for t in candidates(problem, H200, layout) if t.config.fill == fill]  # type: ignore[arg-type]
+    wanted = (
+        lambda c: c.across == 2 and c.blocks == 1,
+        lambda c: c.across == 1 and c.cluster == 2,
+        lambda c: c.across == 1 and c.blocks == 2,
+        lambda c: c.images > 1 and c.pixels % 16,
+        lambda c: 1 < c.rows < problem.out_height,
+    )
+    picked: dict[SparseTcConfig, Tiling] = {}
+    for want in wanted:
+        picked.update({tiling.config: tiling for tiling in [t for t in found if want(t.config)][:1]})
+    return list(picked.values())
+
+
+def fills(problem: Problem) -> tuple[str, ...]:
+    """Those that can be had."""
+    if problem.stride != (1, 1):
+        return ("im2col",)
+    if problem.kernel == (1, 1):
+        return ("flat",)
+    return ("im2col", "columns") if problem.padding[0] > 3 else ("im2col", "columns", "halo")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("name", "fill"), [(name, fill) for name in CASES for fill in fills(CASES[name][0])])
+def test_the_kernels_coordinates_make_a_convolution(name: str, fill: str, layout: str) -> None:
+    problem, density = CASES[name]
+    problem = replace(problem, dtype="fp16")
+    tilings = some_tilings(problem, fill, layout)
+    assert tilings
+    weight = integers(problem.weight_shape, density)
+    filter = StretchedCSR.from_dense(weight)
+    x = np.random.default_rng(1).integers(-3, 4, problem.input_shape).astype(np.float64)
+    top, bottom, left, right = problem.padding
+    padded = F.pad(torch.from_numpy(x), (left, right, top, bottom))
+    expected = F.conv2d(
+        padded, torch.from_numpy(weight).double(), stride=problem.stride, dilation=problem.dilation
+    ).numpy()
+    places = ordered(filter, layout)  # type: ignore[arg-type]
+    for tiling in tilings:
+        packed = pack(places, tiling)
+        assert np.array_equal(emulate(tiling, packed, laid_out(x, places, tiling)), expected), tiling.config
+
+
+RES4 = Problem(8, 256, 14, 14, 192, (3, 3), padding=SAME, dtype="fp16")
+CONFIGS = [
+    SparseTcConfig("halo", 216, rows=14),
+    SparseTcConfig("columns", 112, across=1, rows=14),
+    SparseTcConfig("im2col", 64, across=2, blocks=2),
+    SparseTcConfig("im2col", 64, layout="channels_last"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: str) -> None:
+    problem = replace(RES4, dtype=dtype)  # type: ignore[arg-type]
+    weight = uneven(problem.weight_shape)
+    filter = StretchedCSR.from_dense(weight)
+    tiling, places = Tiling.of(problem, config, H200.shared_bytes), ordered(filter, config.layout)
+    packed = pack(places, tiling)
+    stored = torch.from_numpy(weight).to(problem.torch_dtype).double().numpy()
+    assert np.array_equal(decode(packed, places, tiling), stored)
+    regular = tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
+    assert len(packed.images) - regular == round(places.extra_images(config.tile_channels) * regular) > 0
+    assert 0.0 < places.split.share < 0.2
+
+
+def test_the_decoder_notices() -> None:
+    filter = StretchedCSR.from_dense(uneven(RES4.weight_shape))
+    tiling, places = Tiling.of(RES4, CONFIGS[0], H200.shared_bytes), ordered(filter, "contiguous")
+    packed = pack(places, tiling)
+    expected = decode(packed, places, tiling)
+    for at in (17, 2 * 4096 + 5):  # a value, metadata
+        images = packed.images.copy()
+        images[3, at] ^= 0x11
+        try:
+            assert not np.array_equal(decode(replace(packed, images=images), places, tiling), expected)
+        except AssertionError as error:
+            assert "ascend" in str(error)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig) -> None:
+    weight = structured(RES4.weight_shape)
+    filter = StretchedCSR.from_dense(weight)
+    tiling, places = Tiling.of(RES4, config, H200.shared_bytes), ordered(filter, config.layout)
+    packed = pack(places, tiling)
+    assert places.split.residual.nnz == 0 and places.extra_images(config.tile_channels) == 0.0
+    assert len(packed.images) == tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
+    assert np.array_equal(decode(packed, places, tiling), torch.from_numpy(weight).half().double().numpy())
+
+
+def test_the_order_leaves_less_over_in_fewer_images() -> None:
+    filter = StretchedCSR.from_dense(uneven((256, 256, 3, 3)))
+    spread, natural = ordered(filter, "contiguous"), ordered(filter, "channels_last")
+    assert spread.split.share < natural.split.share
+    assert spread.extra_images(128) < natural.extra_images(128)
+    assert ordered(filter, "contiguous") is spread, "remembered"
+
+
+def test_empty_halves_of_images_are_not_multiplied() -> None:
+    problem, _ = CASES["few channels"]
+    filter = StretchedCSR.from_dense(integers(problem.weight_shape, 0.3))
+    tiling = Tiling.of(replace(problem, dtype="fp16"), SparseTcConfig("halo", 96, rows=9), H200.shared_bytes)
+    packed = pack(ordered(filter, "channels_last"), tiling)
+    halves = packed.steps[:-1] >> 16 & 3
+    assert halves[0] == 3 and set(halves[1:].tolist()) == {1}
+
+
+def test_a_weight_beyond_half_precision_is_refused() -> None:
+    weight = integers(RES4.weight_shape, 0.1)
+    weight[0, 0, 0, 0] = 1e6
+    filter = StretchedCSR.from_dense(weight)
+    with pytest.raises(ValueError, match="1e\\+06 is too large for fp16.*bf16"):
+        pack(ordered(filter, "contiguous"), Tiling.of(RES4, CONFIGS[0], H200.shared_bytes))
+
+
+def test_packing_is_quick() -> None:
+    problem = Problem(32, 512, 7, 7, 512, (3, 3), padding=SAME, dtype="fp16")
+    filter = StretchedCSR.from_dense(uneven(problem.weight_shape))
+    tiling = Tiling.of(problem, SparseTcConfig("halo", 248, rows=7, images=4), H200.shared_bytes)
+    places = ordered(filter, "channels_last")
+    begin = time.thread_time()
+    pack(places, tiling)
+    assert time.thread_time() - begin < 1.0
+
+
+@pytest.mark.parametrize(
+    ("problem", "config", "reason"),
+    [
+        (CASES["stride 2"][0], SparseTcConfig("halo", 96, rows=4), "stride 1, got"),
+        (RES4, SparseTcConfig("flat", 96), "flat is for pointwise"),
+        (RES4, SparseTcConfig("halo", 208, rows=14), "208 pixels of a tile do not hold its 209 outputs"),
+        (RES4, SparseTcConfig("halo", 216, rows=7, images=2), "has all their rows"),
+        (RES4, SparseTcConfig("im2col", 256, blocks=2), "do not fit a warpgroup"),
+        (RES4, SparseTcConfig("im2col", 100), "do not fit a warpgroup"),
+        (CASES["pointwise"][0], SparseTcConfig("flat", 256, across=1), "larger than the device's copies"),
+        (CASES["padding beyond the kernel"][0], SparseTcConfig("halo", 256, rows=4), "choose columns"),
+        (replace(RES4, stride=(9, 1)), SparseTcConfig("im2col", 64), "reach no such stride"),
+        (replace(RES4, out_channels=20), SparseTcConfig("im2col", 64, layout="channels_last"), "multiples of 8"),
+    ],
+)
+def test_configs_that_do_not_fit(problem: Problem, config: SparseTcConfig, reason: str) -> None:
+    with pytest.raises(UnfitError, match=reason):
+        Tiling.of(problem, config, H200.shared_bytes)
+
+
+def test_shared_memory_that_is_too_small() -> None:
+    with pytest.raises(UnfitError, match="two stages"):
+        Tiling.of(RES4, CONFIGS[0], 100 * 1024)
