@@ -117,9 +117,13 @@ MOST_SPILLED = 96
 
 
 def arrange_variants() -> list[tuple[str, dict[str, int | str], int]]:
-    """Source, defines and budget of registers of what lays out inputs: one image or two per word, one plane or four."""
+    """Source, defines and budget of registers of what lays out inputs.
+
+    One image or two per word, one plane or four; and channels_last.
+    """
     config = GeneratedConfig(8, 4, 1, 4, copy=0, arranged=True)
-    variants = []
+    variants: list[tuple[str, dict[str, int | str], int]]
+    variants = [("channels_last.cu", {"VECTOR": vector}, 48) for vector in (1, 2, 4, 8)]
     for dtype, stride in (("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)):
         problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
         filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))

@@ -203,7 +203,7 @@ def test_packing_is_quick() -> None:
         (RES4, SparseTcConfig("halo", 216, rows=7, images=2), "has all their rows"),
         (RES4, SparseTcConfig("im2col", 256, blocks=2), "do not fit a warpgroup"),
         (RES4, SparseTcConfig("im2col", 100), "do not fit a warpgroup"),
-        (CASES["pointwise"][0], SparseTcConfig("flat", 256, across=1), "larger than the device's copies"),
+        (CASES["pointwise"][0], SparseTcConfig("flat", 256, across=1), "larger than what the device copies"),
         (CASES["padding beyond the kernel"][0], SparseTcConfig("halo", 256, rows=4), "choose columns"),
         (replace(RES4, stride=(9, 1)), SparseTcConfig("im2col", 64), "reach no such stride"),
         (replace(RES4, out_channels=20), SparseTcConfig("im2col", 64, layout="channels_last"), "multiples of 8"),

@@ -26,7 +26,7 @@ from escort.sparse import IntArray, StretchedCSR
 __all__ = ["SparseTc", "SparseTcConfig"]
 
 _MOST_CONFIGS, _MOST_BENCHMARKS = 8, 3
-_THREADS = 384
+_THREADS = 384  # of a block of sparse_tc.cuh
 _ARRANGE_THREADS, _ARRANGE_PIXELS = 256, 128  # of a block of channels_last.cu
 _MOST_ELEMENTS = 2**31 - 1
 _STORAGE = {"fp16": 1, "bf16": 2}
@@ -75,23 +75,19 @@ class SparseTc:
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
         places = ordered(filter, config.layout)
         packed = pack(places, tiling)
+        last = config.takes_channels_last
         tables = [packed.images, _by_row(bias, packed.row_channel), packed.first, packed.steps.view(np.int32)]
-        filter_tables = [torch.from_numpy(table).to(device) for table in tables]
+        if not last:
+            tables.append(packed.row_channel)
+        fixed = [torch.from_numpy(table).to(device) for table in tables]
+        given = (jit.TensorMap if last else torch.Tensor,) * 2  # y and residual
         defines = tiling.defines | {
             "STORAGE": _STORAGE[problem.dtype],
             "ACTIVATION": _ACTIVATIONS[problem.epilogue.activation],
             "RESIDUAL": int(problem.epilogue.residual),
         }
         kernel = jit.kernel(tiling.source, defines, device, native=True)
-        last = config.takes_channels_last
-        output = (
-            (jit.TensorMap, jit.TensorMap)
-            if last
-            else (torch.from_numpy(packed.row_channel).to(device), torch.Tensor, torch.Tensor)
-        )
-        launch = kernel.bind(
-            _THREADS, tiling.shared_bytes, (jit.TensorMap, *filter_tables, *output, int, int), overlap=True
-        )
+        launch = kernel.bind(_THREADS, tiling.shared_bytes, (jit.TensorMap, *fixed, *given, int, int), overlap=True)
         check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + 1024))
         memory_format = torch.channels_last if last else torch.contiguous_format
         alignment = 16 if last else 2 * int(tiling.defines["VECTOR"])  # bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -21,6 +22,7 @@ _MOST_REACH = {"stride": 8, "corner": 128, "offset": 255}  # of im2col copies
 
 Fill = Literal["im2col", "columns", "halo", "flat"]
 Layout = Literal["contiguous", "channels_last"]
+Box = tuple[int, int, int, int]  # channels, columns, rows, images
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ class Tiling:
     config: SparseTcConfig
     channels: int
     fills: tuple[tuple[Tap, ...], ...]
-    load: tuple[int, int, int, int]
-    store: tuple[int, int, int, int]
+    load: Box
+    store: Box
     defines: dict[str, int | str]
     shared_bytes: int
 
@@ -125,93 +127,42 @@ class Tiling:
     @classmethod
     def of(cls, problem: Problem, config: SparseTcConfig, shared_bytes: int) -> Tiling:
         """The tiling, on a device whose thread blocks have so much shared memory. Raises UnfitError."""
-        p = problem
-        blocks = -(-p.in_channels // K_BLOCK)
-        if config.takes_channels_last and (p.in_channels % 8 or p.out_channels % 8):
-            raise UnfitError("in channels_last the channels must be multiples of 8: choose the contiguous layout")
-        if config.pixels % 8 or not 0 < config.pixels * config.blocks <= 2 * _MOST_SUMS:
-            raise UnfitError(f"{config.pixels} pixels by {config.blocks} blocks of channels do not fit a warpgroup")
-        if config.fill == "im2col":
-            _check_im2col(p)
-        elif p.stride != (1, 1):
-            raise UnfitError(f"{config.fill} is for stride 1, got {p.stride}; choose im2col")
-        rows = _rows(p, config) if config.fill in ("columns", "halo") else _Rows(1, 1, 0)
-        if config.fill == "flat":
-            if p.kernel != (1, 1) or any(p.padding):
-                raise UnfitError("flat is for pointwise convolutions without padding; choose im2col")
-            load = store = (K_BLOCK, config.tile_pixels, 1, 1)
-        elif config.fill == "im2col":
-            load, store = (K_BLOCK, config.tile_pixels, 1, 1), (K_BLOCK, config.pixels, 1, 1)
-        else:
-            load = (K_BLOCK, rows.pitch, rows.tall, config.images)
-            stored = rows.tall if config.images > 1 else _tile_rows(p, config)
-            store = (K_BLOCK, rows.pitch, stored, config.images)
-        if max(store) > _MOST_BOX or (config.fill != "im2col" and max(load) > _MOST_BOX):
-            raise UnfitError(f"a copy of {load[1:]} or {store[1:]} pixels is larger than the device's copies are")
-        loaded, box = load[1] * load[2] * load[3], store[1] * store[2] * store[3]
-        vector, unaligned = _vector(p, config, rows)
-        staging_row = (config.tile_pixels // 8 | 1) * 16  # odd: rows one below the other lie in different banks
-        staging_bytes = max(config.tile_pixels, box) * PIXEL_BYTES if config.takes_channels_last else 64 * staging_row
-        staging_bytes = _up(staging_bytes, 1024)
-        fills = _fills(p, config, blocks, rows)
-        stage_bytes, a_bytes = _up((loaded + rows.zeros) * PIXEL_BYTES, 1024), config.tile_channels // 64 * BLOCK_BYTES
-        staged_bytes = config.tile_channels // 64 * staging_bytes
-        a_stages, b_stages = _stages(
-            shared_bytes - _BARRIER_BYTES - staged_bytes - 1024, a_bytes, stage_bytes, len(fills[0])
-        )
-        staging = _up(_BARRIER_BYTES + b_stages * stage_bytes + a_stages * a_bytes, 1024)
-        # What lies behind a fill is read too, and what it gives is cut off; but it must be shared memory.
-        reach = _BARRIER_BYTES + (b_stages - 1) * stage_bytes
-        reach += (max(tap.start for tap in fills[0]) + config.tile_pixels) * PIXEL_BYTES
-        if reach > staging + staged_bytes:
-            raise UnfitError("a tile's last pixels would be read from beyond shared memory")
-        tile_rows = _tile_rows(p, config)
-        defines: dict[str, int | str] = {
-            "FILL": config.fill.upper(),
-            "PIXELS": config.pixels,
-            "ACROSS": config.across,
-            "M_BLOCKS": config.blocks,
-            "CLUSTER": config.cluster,
-            "OUT_NCHW": int(not config.takes_channels_last),
-            "M_TILES": -(-p.out_channels // config.tile_channels),
+        _check(problem, config)
+        blocks = -(-problem.in_channels // K_BLOCK)
+        rows = _rows(problem, config) if config.fill in ("columns", "halo") else _Rows(1, 1, 0)
+        fills = _fills(problem, config, blocks, rows)
+        load, store = _boxes(problem, config, rows)
+        memory = _Memory.of(config, fills[0], rows, load, store, shared_bytes)
+        defines = _defines(problem, config) | {
             "FILLS": len(fills),
-            "KERNEL_ROWS": p.kernel[0],
-            "KERNEL_COLUMNS": p.kernel[1],
-            "STRIDE_DOWN": p.stride[0],
-            "STRIDE_RIGHT": p.stride[1],
-            "DILATION_DOWN": p.dilation[0],
-            "DILATION_RIGHT": p.dilation[1],
-            "TOP": p.padding[0],
-            "LEFT": p.padding[2],
-            "OUT_CHANNELS": p.out_channels,
-            "OUT_HEIGHT": p.out_height,
-            "OUT_WIDTH": p.out_width,
-            "TILE_ROWS": tile_rows,
-            "TILE_IMAGES": config.images,
-            "TILES_PER_IMAGE": -(-p.out_height // tile_rows),
             "PITCH": rows.pitch,
             "IMAGE_PITCH": rows.tall * rows.pitch,
-            "LOAD_PIXELS": loaded,
-            "BOX_PIXELS": box,
+            "LOAD_PIXELS": math.prod(load[1:]),
+            "BOX_PIXELS": math.prod(store[1:]),
             "ZERO_PIXELS": rows.zeros,
-            "A_STAGES": a_stages,
-            "B_STAGES": b_stages,
-            "B_STAGE_BYTES": stage_bytes,
-            "STAGING_BYTES": staging_bytes,
-            "STAGING_ROW": staging_row,
-            "VECTOR": vector,
-            "UNALIGNED": int(unaligned),
-            "SHARED_BYTES": staging + staged_bytes,
+            "A_STAGES": memory.a_stages,
+            "B_STAGES": memory.b_stages,
+            "B_STAGE_BYTES": memory.b_stage_bytes,
+            "STAGING_BYTES": memory.staging_bytes,
+            "STAGING_ROW": memory.staging_row,
+            "SHARED_BYTES": memory.bytes,
         }
-        channels = p.in_channels if config.takes_channels_last else blocks * K_BLOCK
-        return cls(p, config, channels, fills, load, store, defines, staging + staged_bytes)
+        defines["VECTOR"], defines["UNALIGNED"] = _vector(problem, config, rows)
+        channels = problem.in_channels if config.takes_channels_last else blocks * K_BLOCK
+        return cls(problem, config, channels, fills, load, store, defines, memory.bytes)
 
 
-def _tile_rows(problem: Problem, config: SparseTcConfig) -> int:
-    return max(1, min(config.rows, problem.out_height))
-
-
-def _check_im2col(p: Problem) -> None:
+def _check(p: Problem, config: SparseTcConfig) -> None:
+    if config.takes_channels_last and (p.in_channels % 8 or p.out_channels % 8):
+        raise UnfitError("in channels_last the channels must be multiples of 8: choose the contiguous layout")
+    if config.pixels % 8 or not 0 < config.pixels * config.blocks <= 2 * _MOST_SUMS:
+        raise UnfitError(f"{config.pixels} pixels by {config.blocks} blocks of channels do not fit a warpgroup")
+    if config.fill == "flat" and (p.kernel != (1, 1) or any(p.padding)):
+        raise UnfitError("flat is for pointwise convolutions without padding; choose im2col")
+    if config.fill != "im2col":
+        if p.stride != (1, 1):
+            raise UnfitError(f"{config.fill} is for stride 1, got {p.stride}; choose im2col")
+        return
     lower, upper = im2col_corners(p)
     offset = max((size - 1) * step for size, step in zip(p.kernel, p.dilation, strict=True))
     if (
@@ -222,6 +173,10 @@ def _check_im2col(p: Problem) -> None:
         raise UnfitError("the device's im2col copies reach no such stride, padding or dilation")
 
 
+def _tile_rows(problem: Problem, config: SparseTcConfig) -> int:
+    return max(1, min(config.rows, problem.out_height))
+
+
 def im2col_corners(p: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
     """(column, row) of the first output's first tap, and how far beyond x's end an output's first tap may lie."""
     top, bottom, left, right = p.padding
@@ -230,7 +185,7 @@ def im2col_corners(p: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _rows(p: Problem, config: SparseTcConfig) -> _Rows:
-    """Of a fill. Raises UnfitError where a tile's outputs are more than its pixels."""
+    """How a fill lies. Raises UnfitError where a tile's outputs are more than its pixels."""
     top, bottom, left, right = p.padding
     reach = [(size - 1) * step for size, step in zip(p.kernel, p.dilation, strict=True)]
     rows = _tile_rows(p, config)
@@ -268,25 +223,94 @@ def _fills(p: Problem, config: SparseTcConfig, blocks: int, rows: _Rows) -> tupl
     return tuple(found)
 
 
-def _stages(room: int, a_bytes: int, stage_bytes: int, taps: int) -> tuple[int, int]:
-    """Of A and of B. A stage is free when the next step is under way, which needs another."""
-    if taps == 1:
-        a_stages = b_stages = min(_MOST_STAGES, room // (a_bytes + stage_bytes))
+def _boxes(p: Problem, config: SparseTcConfig, rows: _Rows) -> tuple[Box, Box]:
+    """What is loaded for a fill, and stored at a time in NHWC."""
+    load: Box = K_BLOCK, config.tile_pixels, 1, 1
+    if config.fill == "im2col":  # each warpgroup's own
+        copied = store = K_BLOCK, config.pixels, 1, 1
+    elif config.fill == "flat":
+        copied = store = load
     else:
-        b_stages = 2
-        a_stages = min(_MOST_STAGES, (room - b_stages * stage_bytes) // a_bytes)
-    if min(a_stages, b_stages) < 2:
-        raise UnfitError("two stages do not fit shared memory; choose smaller tiles")
-    return a_stages, b_stages
+        copied = load = K_BLOCK, rows.pitch, rows.tall, config.images
+        store = K_BLOCK, rows.pitch, rows.tall if config.images > 1 else _tile_rows(p, config), config.images
+    if max(copied + store) > _MOST_BOX:
+        raise UnfitError(f"a box of {copied[1:]} or {store[1:]} pixels is larger than what the device copies")
+    return load, store
 
 
-def _vector(p: Problem, config: SparseTcConfig, rows: _Rows) -> tuple[int, bool]:
+class _Memory(NamedTuple):
+    """Shared memory: barriers, stages of B, stages of A, staging of outputs."""
+
+    a_stages: int
+    b_stages: int
+    b_stage_bytes: int
+    staging_row: int  # bytes from one channel to the next, in NCHW
+    staging_bytes: int  # of 64 channels
+    bytes: int
+
+    @classmethod
+    def of(
+        cls, config: SparseTcConfig, taps: tuple[Tap, ...], rows: _Rows, load: Box, store: Box, most: int
+    ) -> _Memory:
+        blocks = config.tile_channels // 64
+        staging_row = (config.tile_pixels // 8 | 1) * 16  # odd: rows one below the other lie in different banks
+        if config.takes_channels_last:
+            staging_bytes = _up(max(config.tile_pixels, math.prod(store[1:])) * PIXEL_BYTES, 1024)
+        else:
+            staging_bytes = _up(64 * staging_row, 1024)
+        a_bytes, b_stage_bytes = blocks * BLOCK_BYTES, _up((math.prod(load[1:]) + rows.zeros) * PIXEL_BYTES, 1024)
+        room = most - _BARRIER_BYTES - blocks * staging_bytes - 1024
+        if len(taps) == 1:
+            a_stages = b_stages = min(_MOST_STAGES, room // (a_bytes + b_stage_bytes))
+        else:
+            b_stages = 2
+            a_stages = min(_MOST_STAGES, (room - b_stages * b_stage_bytes) // a_bytes)
+        if min(a_stages, b_stages) < 2:  # a stage is free when the next step is under way, which needs another
+            raise UnfitError("two stages do not fit shared memory; choose smaller tiles")
+        b_end = _BARRIER_BYTES + b_stages * b_stage_bytes
+        end = _up(b_end + a_stages * a_bytes, 1024) + blocks * staging_bytes
+        # What lies behind a fill is read too, and what it gives is cut off; but it must be shared memory.
+        reach = (max(tap.start for tap in taps) + config.tile_pixels) * PIXEL_BYTES
+        if b_end - b_stage_bytes + reach > end:
+            raise UnfitError("a tile's last pixels would be read from beyond shared memory")
+        return cls(a_stages, b_stages, b_stage_bytes, staging_row, staging_bytes, end)
+
+
+def _defines(p: Problem, config: SparseTcConfig) -> dict[str, int | str]:
+    """What the problem and the config alone say."""
+    rows = _tile_rows(p, config)
+    return {
+        "FILL": config.fill.upper(),
+        "PIXELS": config.pixels,
+        "ACROSS": config.across,
+        "M_BLOCKS": config.blocks,
+        "CLUSTER": config.cluster,
+        "OUT_NCHW": int(not config.takes_channels_last),
+        "M_TILES": -(-p.out_channels // config.tile_channels),
+        "KERNEL_ROWS": p.kernel[0],
+        "KERNEL_COLUMNS": p.kernel[1],
+        "STRIDE_DOWN": p.stride[0],
+        "STRIDE_RIGHT": p.stride[1],
+        "DILATION_DOWN": p.dilation[0],
+        "DILATION_RIGHT": p.dilation[1],
+        "TOP": p.padding[0],
+        "LEFT": p.padding[2],
+        "OUT_CHANNELS": p.out_channels,
+        "OUT_HEIGHT": p.out_height,
+        "OUT_WIDTH": p.out_width,
+        "TILE_ROWS": rows,
+        "TILE_IMAGES": config.images,
+        "TILES_PER_IMAGE": -(-p.out_height // rows),
+    }
+
+
+def _vector(p: Problem, config: SparseTcConfig, rows: _Rows) -> tuple[int, int]:
     """How many outputs are stored at once in NCHW, neighbours in y, and whether they lie unaligned in staging."""
     if config.fill in ("im2col", "flat"):
-        return next(v for v in (8, 4, 2, 1) if p.out_height * p.out_width % v == 0), False
+        return next(v for v in (8, 4, 2, 1) if p.out_height * p.out_width % v == 0), 0
     vector = next(v for v in (8, 4, 2, 1) if p.out_width % v == 0)
     unaligned = vector > 1 and rows.pitch % vector > 0
-    return min(vector, 2) if unaligned else vector, unaligned
+    return min(vector, 2) if unaligned else vector, int(unaligned)
 
 
 def _up(value: int, multiple: int) -> int:
