@@ -17,6 +17,7 @@ from typing import Any
 from escort import suite
 from escort.gpu import H200
 from escort.methods.generated import Generated, predict_us
+from escort.methods.sparse_tc import SparseTc
 from escort.paper_layers import PAPER_LAYERS
 from escort.program import GeneratedConfig
 from escort.results import Result
@@ -26,8 +27,9 @@ from escort.suite import Layer, Row
 LAYERS = {(entry.network, entry.layer): entry for entry in PAPER_LAYERS}
 #: The paper's method, which its questions compare with all rivals.
 OURS = "direct"
-#: Our sparse methods; all others are rivals.
-SPARSE = (OURS, Generated.name)
+#: Our methods that multiply outside of the tensor cores, and all our sparse ones; the others are rivals.
+ON_FMA = (OURS, Generated.name)
+SPARSE = (*ON_FMA, SparseTc.name)
 #: GPUs that the model of generated kernels knows, as results name them.
 GPUS = {"NVIDIA H200": H200}
 #: Their TFLOP/s of multiply-adds outside of the tensor cores, by precision: NVIDIA's data sheet gives 67 in fp32, which
@@ -227,11 +229,11 @@ class Fastest:
         return flop(self.network, self.layer, self.batch) / (self.time_us * 1e6 * peak_tflops)
 
 
-def fastest_sparse(rows: Iterable[Row]) -> list[Fastest]:
-    """The layers that a sparse method ran, of rows of one precision and with the same weights."""
+def fastest_sparse(rows: Iterable[Row], methods: Sequence[str] = SPARSE) -> list[Fastest]:
+    """The layers that one of these methods ran, of rows of one precision and with the same weights."""
     found = []
     for (network, layer, batch), times in suite.best_times(rows).items():
-        ours = [method for method in SPARSE if method in times]
+        ours = [method for method in methods if method in times]
         if ours:
             method = min(ours, key=times.__getitem__)
             found.append(Fastest(network, layer, batch, method, times[method], times.get("cudnn")))
@@ -239,7 +241,7 @@ def fastest_sparse(rows: Iterable[Row]) -> list[Fastest]:
 
 
 def against_cudnn(rows: Iterable[Row], network: str) -> list[tuple[float, float]]:
-    """The times of cuDNN and of the faster sparse method, in microseconds, on a network's layers at the paper's batch.
+    """The times of cuDNN and of the fastest sparse method, in microseconds, on a network's layers at the paper's batch.
 
     Nothing where one of the two did not run all of them.
     """
