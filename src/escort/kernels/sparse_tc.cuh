@@ -1,14 +1,12 @@
 // y = activation(conv2d(x, w) + bias + residual) on the sparse tensor cores of compute capability 9.0, as an implicit
 // matrix product D[channel, pixel] = A[channel, k] * B[k, pixel] with sums in float.
 //
-//   A  the filter. An image of it is M_TILE channels x 64 input channels of one tap, compressed to two of each four,
-//   with
-//      metadata that say which two: packed by packing.py just as the tensor cores read shared memory. What a filter has
-//      beyond two of four is further images. Blocks of a cluster compute different pixels of the same channels, and
-//      each copies a part of every image to all of them.
+//   A  the filter. An image of it is M_TILE channels x 64 input channels of one tap, compressed to two of each four and
+//      with metadata that say which two: packed by packing.py just as the tensor cores read shared memory. What a
+//      filter has beyond two of four is further images. Blocks of a cluster compute different pixels of the same
+//      channels, and each copies a part of every image to all of them.
 //   B  x in NHWC, 64 channels (128 bytes, in 128-byte swizzle) of many pixels: a fill, brought by the copy engine. A
-//   list
-//      says which images multiply it and at which pixel of it they begin:
+//      list says which images multiply it and at which pixel of it they begin:
 //        IM2COL   the pixels that one tap of the tile reads (any stride): one tap per fill;
 //        COLUMNS  the tile's input rows from one column of taps on: the taps of that column, rows apart;
 //        HALO     the tile's input rows: all taps. A row's padding is the next row's padding, too, so columns of the
