@@ -198,7 +198,7 @@ def test_break_even_rows_hold_both_sides_at_every_sparsity() -> None:
 def test_a_shape_breaks_even_once() -> None:
     labels = [item.label for item in study.find_break_even(replace(Study(), networks=("resnet50",)), "fp32")]
     assert len({label.rpartition(" ")[0] for label in labels}) == 4  # four sizes of map, sixteen layers
-    assert labels[0] == "resnet50 res2a_branch2b 0.70"
+    assert labels[0] == "resnet50 res2a_branch2b N=32 0.70"
 
 
 def test_random_filters_have_the_sparsity_asked_for() -> None:
@@ -368,7 +368,7 @@ def test_what_was_raced_before_is_not_raced_again(tmp_path: Path) -> None:
     study.run(QUICK, work_of(item), tmp_path, "escort paper")
     later = replace(QUICK, raced={})
     study.run(later, work_of(Item("a", lambda: []), stem="ablation-fp32"), tmp_path, "escort paper")
-    assert later.raced["googlenet", "inception_5a/5x5", "fp32"] == Result.read(tmp_path / "layers-fp32.json").rows
+    assert later.raced["googlenet", "inception_5a/5x5", 1, "fp32"] == Result.read(tmp_path / "layers-fp32.json").rows
 
 
 def test_an_item_that_fails_is_named_and_tried_again(tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_sparse_methods_meet_the_dense_one_on_real_patterns(tmp_path: Path) -> N
     files = write_patterns(tmp_path), write_patterns(tmp_path, "net_l2")
     asked = replace(QUICK, layers="conv2,other", patterns=files, batch=2)
     items = study.compare_on_patterns(asked, "fp32")
-    assert [item.label for item in items] == ["net_l1 conv2", "net_l2 conv2"]
+    assert [item.label for item in items] == ["net_l1 conv2 N=2", "net_l2 conv2 N=2"]
     rows = measured(items)
     assert {(row.weights, row.layer, row.batch) for row in rows} == {("net_l1", "conv2", 2), ("net_l2", "conv2", 2)}
     assert {row.method for row in rows} == {"direct", "dense"}
@@ -509,7 +509,7 @@ def test_the_command_takes_files_of_patterns(tmp_path: Path) -> None:
     options = ("--device", "cpu", "--budget-s", 0, "--search", 1, "--batch", 1, "--out", tmp_path / "out")
     result = invoke("--questions", "patterns", "--patterns", path, "--layers", "conv1", *options)
     assert result.exit_code == 0, result.output
-    assert read_results(tmp_path / "out")["patterns-fp32"].header["finished"] == ["net_l1 conv1"]
+    assert read_results(tmp_path / "out")["patterns-fp32"].header["finished"] == ["net_l1 conv1 N=1"]
     result = invoke("--questions", "patterns", *options)
     assert result.exit_code == 2 and "name them with --patterns FILE.npz" in result.stderr
 
@@ -527,7 +527,7 @@ def test_a_failure_is_told_and_ends_in_an_exit_code(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(suite, "measure_layer", fail)
     result = invoke(*SMALL_RUN, "--questions", "rq1", "--out", tmp_path)
     assert result.exit_code == 1
-    assert "failed: layers-fp32, googlenet inception_5a/5x5: RuntimeError: wrong result" in result.stderr
+    assert "failed: layers-fp32, googlenet inception_5a/5x5 N=1: RuntimeError: wrong result" in result.stderr
 
 
 @pytest.mark.parametrize(

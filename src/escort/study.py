@@ -74,8 +74,8 @@ class Study:
     seed: int = 0
     factories: Mapping[str, Network] = field(default_factory=dict)
     patterns: tuple[Path, ...] = ()
-    #: What :func:`compare` found, by network, layer and precision: other questions start from it.
-    raced: dict[tuple[str, str, str], list[Row]] = field(default_factory=dict, repr=False)
+    #: What :func:`compare` found, by network, layer, batch and precision: other questions start from it.
+    raced: dict[tuple[str, str, int, str], list[Row]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.networks if name not in PAPER_BATCH]
@@ -100,7 +100,7 @@ class Study:
 
     def conditions(self) -> dict[str, Any]:
         """What two runs must share to go into one file, beside the machine."""
-        return {"device": self.device, "batch": self.batch, "search": self.search, "seed": self.seed}
+        return {"device": self.device, "search": self.search, "seed": self.seed}
 
 
 def compare(study: Study, dtype: Precision) -> list[Item]:
@@ -111,7 +111,7 @@ def compare(study: Study, dtype: Precision) -> list[Item]:
     layers = _layers(study, dtype)
 
     @cache
-    def ahead() -> dict[tuple[str, str, str], list[Narrowed]]:
+    def ahead() -> dict[tuple[str, str, int, str], list[Narrowed]]:
         missing = [layer for layer in layers if _key(layer) not in study.raced]
         methods = suite.narrowed(missing, for_device(study.device), study.search)
         return dict(zip(map(_key, missing), methods, strict=True))
@@ -147,7 +147,10 @@ def _pattern_items(study: Study, path: Path, dtype: Precision) -> list[Item]:
     def measure(place: int) -> list[Row]:
         return _race(study, layers[place], ahead()[place])
 
-    return [Item(f"{layer.weights} {layer.name}", partial(measure, i)) for i, layer in enumerate(layers)]
+    return [
+        Item(f"{layer.weights} {layer.name} N={layer.problem.batch}", partial(measure, i))
+        for i, layer in enumerate(layers)
+    ]
 
 
 def ablate(study: Study, dtype: Precision) -> list[Item]:
@@ -209,7 +212,7 @@ def sweep_networks(study: Study, dtype: Precision) -> list[Item]:
         )
 
     return [
-        Item(f"{name} {sparsity:.2f}", partial(measure, name, sparsity))
+        Item(f"{name} {sparsity:.2f} N={study.images(name)}", partial(measure, name, sparsity))
         for name in study.networks
         for sparsity in study.sparsities
     ]
@@ -241,7 +244,7 @@ def break_down(study: Study, dtype: Precision) -> list[Item]:
         ]
 
     layers = [Item(_label(layer), partial(measure, layer)) for layer in _layers(study, dtype)]
-    return layers + [Item(name, partial(measure_network, name)) for name in study.networks]
+    return layers + [Item(f"{name} N={study.images(name)}", partial(measure_network, name)) for name in study.networks]
 
 
 def _pruned(study: Study, name: str, sparsity: float, dtype: Precision) -> tuple[nn.Module, Tensor]:
@@ -317,7 +320,7 @@ def run(
     head = suite.header(command, study.device) | {"study": study.conditions()}
     for path in [] if again else folder.glob("layers-*.json"):
         for row in results.known(path, head).rows:
-            study.raced.setdefault((row.network, row.layer, row.dtype), []).append(row)
+            study.raced.setdefault((row.network, row.layer, row.batch, row.dtype), []).append(row)
     return results.measure(work, folder, head, again=again, begin=begin)
 
 
@@ -362,7 +365,7 @@ def _one_per_map(layers: Sequence[Layer]) -> list[Layer]:
 
 
 def _label(layer: Layer) -> str:
-    return f"{layer.network} {layer.name}"
+    return f"{layer.network} {layer.name} N={layer.problem.batch}"
 
 
 def _race(study: Study, layer: Layer, methods: Sequence[Method]) -> list[Row]:
@@ -370,8 +373,8 @@ def _race(study: Study, layer: Layer, methods: Sequence[Method]) -> list[Row]:
     return suite.measure_layer(layer, methods=narrowed, seed=study.seed, budget_s=study.budget_s)
 
 
-def _key(layer: Layer) -> tuple[str, str, str]:
-    return layer.network, layer.name, layer.problem.dtype
+def _key(layer: Layer) -> tuple[str, str, int, str]:
+    return layer.network, layer.name, layer.problem.batch, layer.problem.dtype
 
 
 def _raced(study: Study, layer: Layer) -> list[Row]:
@@ -393,7 +396,7 @@ def _best_rows(rows: Iterable[Row]) -> list[Row]:
 def _best_config(study: Study, layer: Layer, name: str) -> Any:
     """The fastest configuration of a method on a layer."""
     method = by_name(name, study.device)
-    rows = study.raced.get((layer.network, layer.name, layer.problem.dtype)) or _race(study, layer, [method])
+    rows = study.raced.get(_key(layer)) or _race(study, layer, [method])
     return _config(method, next(row for row in _best_rows(rows) if row.method == name))
 
 
