@@ -82,10 +82,13 @@ def _candidates(plan: NetworkPlan) -> report.Table:
 
 
 def _kernel(candidate: Candidate) -> str:
-    """The size of what was compiled for the filter, and how long that took."""
-    if candidate.compile_s is None or candidate.code_bytes is None:
-        return "-"
-    return f"{candidate.code_bytes / 1000:,.0f} kB in {candidate.compile_s:,.1f} s"
+    """The size of what was compiled, how long that took, and what share of the filter it adds separately."""
+    told = []
+    if candidate.compile_s is not None and candidate.code_bytes is not None:
+        told.append(f"{candidate.code_bytes / 1000:,.0f} kB in {candidate.compile_s:,.1f} s")
+    if candidate.residual_share is not None:
+        told.append(f"{candidate.residual_share:.1%} left over")
+    return ", ".join(told) or "-"
 
 
 def _settings(config: dict[str, Any] | None) -> str:

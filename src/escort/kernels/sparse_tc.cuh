@@ -1,12 +1,12 @@
 // y = activation(conv2d(x, w) + bias + residual) on the sparse tensor cores of compute capability 9.0, as an implicit
 // matrix product D[channel, pixel] = A[channel, k] * B[k, pixel] with sums in float.
 //
-//   A  the filter. An image of it is M_TILE channels x 64 input channels of one tap, compressed to two of each four and
+//   A  The filter. An image of it is M_TILE channels x 64 input channels of one tap, compressed to two of each four,
 //      with metadata that say which two: packed by packing.py just as the tensor cores read shared memory. What a
 //      filter has beyond two of four is further images. Blocks of a cluster compute different pixels of the same
 //      channels, and each copies a part of every image to all of them.
 //   B  x in NHWC, 64 channels (128 bytes, in 128-byte swizzle) of many pixels: a fill, brought by the copy engine. A
-//      list says which images multiply it and at which pixel of it they begin:
+//      list says which images multiply a fill, and at which pixel of it they begin:
 //        IM2COL   the pixels that one tap of the tile reads (any stride): one tap per fill;
 //        COLUMNS  the tile's input rows from one column of taps on: the taps of that column, rows apart;
 //        HALO     the tile's input rows: all taps. A row's padding is the next row's padding, too, so columns of the
@@ -14,8 +14,8 @@
 //        FLAT     pixels in a row (pointwise): its only tap.
 //
 // Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
-// PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent. tiling.py defines the capitals and
-// puts mma<SELECTOR>(d, a, b, metadata, accumulate) before this file.
+// PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent. tiling.py defines the capitals,
+// and puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate) before this file.
 #if STORAGE == 1
 #include <cuda_fp16.h>
 #else
@@ -178,8 +178,7 @@ struct Ring {
   __device__ int previous() const { return stage == 0 ? STAGES - 1 : stage - 1; }
 };
 
-// What a cluster computes, one after the other: tiles of channels of a group of pixel tiles, one for each of its
-// blocks.
+// What a cluster computes, one after the other: a tile of channels for a group of pixel tiles, one for each block.
 struct Work {
   int items, item;
   __device__ explicit Work(int groups) : items(M_TILES * groups), item(blockIdx.x / CLUSTER) {}
@@ -329,8 +328,8 @@ __device__ Vector add(Vector v, Vector residual) {
 }
 
 // A warp's ROWS channels of staging to y. Each lane takes VECTOR neighbouring pixels, so that a store of the warp
-// writes one piece of a plane; pixels that are no outputs are passed over. y is rounded before the residual is added to
-// it.
+// writes one piece of a plane; pixels that are no outputs are passed over. Sums are rounded before the residual is
+// added.
 template <int ROWS>
 __device__ void store_rows(u32 staging, const int* __restrict__ channels, int tile, int images, u16* __restrict__ y,
                            const u16* __restrict__ residual) {
@@ -418,8 +417,7 @@ __device__ void stage(const float (&d)[PIXELS / 2], u32 staging, float bias_low,
   }
 }
 
-__device__ void load_or_store(bool load, const TensorMap& map, int c, int tile, int first_pixel, u32 shared,
-                              u32 barrier) {
+__device__ void copy_boxes(bool load, const TensorMap& map, int c, int tile, int first_pixel, u32 shared, u32 barrier) {
   const Place at(tile);
   const int w = WHOLE_ROWS ? 0 : tile * TILE_PIXELS + first_pixel;
   const int h = WHOLE_ROWS ? at.row : 0, n = WHOLE_ROWS ? at.image : 0;
@@ -527,7 +525,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
     if (leads) {
       store_wait();
       barrier_expect(residual_here, M_BLOCKS * BOX_PIXELS * PIXEL_BYTES);
-      load_or_store(true, out.residual_map, row, work.tile(), along * PIXELS, box, residual_here);
+      copy_boxes(true, out.residual_map, row, work.tile(), along * PIXELS, box, residual_here);
     }
 #endif
     // The first step overwrites the sums: they need no registers through the end of the tile before.
@@ -612,7 +610,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
     async_fence();
     sync(store_id, store_threads);
     if (leads) {
-      load_or_store(false, out.y_map, row, work.tile(), along * PIXELS, box, 0);
+      copy_boxes(false, out.y_map, row, work.tile(), along * PIXELS, box, 0);
       store_commit();
     }
 #endif
@@ -629,7 +627,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
 #endif
 
 // a: images of the filter; bias: one per row of all tiles; first: (M_TILES * FILLS + 1), a fill's first image; steps:
-// one per image. NCHW: row_channel says which output channel a row is, -1: none.
+// one per image, and one more that is only read.
 extern "C" __global__ void CLUSTERED __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,
               const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS, int images, int groups) {
@@ -656,6 +654,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(CONSUMERS + WARPGROUP, 1)
   async_fence();
   __syncthreads();
   meet();
+  // What the kernel before this one wrote may be read afterwards.
   asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
 
   if (threadIdx.x >= CONSUMERS) {

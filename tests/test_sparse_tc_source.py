@@ -1,0 +1,390 @@
+"""kernels/sparse_tc.cuh without a GPU: the source compiled for the CPU, a thread for each of a cluster's.
+
+Products, copies and barriers do what the documents of the hardware say, in byte addresses of a shared memory, but at
+once: that instructions in flight are waited for is what tests/test_sparse_tc.py reads in the machine code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from escort import reference
+from escort.compiler import KERNELS
+from escort.gpu import H200
+from escort.methods.sparse_tc.packing import ordered, pack
+from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, im2col_corners
+from escort.sparse import StretchedCSR
+from tests.cases import FULL
+from tests.sparse_tc_model import laid_out
+from tests.test_sparse_tc_layout import CASES, integers
+
+CUDA_ON_A_CPU = """
+#include <pthread.h>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <vector>
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#define __grid_constant__
+#define __restrict__
+struct Index { unsigned x; };
+struct uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct float2 { float x, y; };
+static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static int min(int a, int b) { return a < b ? a : b; }
+template <class T> static T __ldg(const T* from) {
+  if (reinterpret_cast<std::uintptr_t>(from) % sizeof(T)) std::abort();
+  return *from;
+}
+
+struct __nv_bfloat162 { u16 x, y; };
+static float widened(u16 bits) { const u32 word = u32(bits) << 16; float v; std::memcpy(&v, &word, 4); return v; }
+static u16 rounded(float v) {
+  u32 word;
+  std::memcpy(&word, &v, 4);
+  return (word + 0x7fff + (word >> 16 & 1)) >> 16;
+}
+static float2 __bfloat1622float2(__nv_bfloat162 v) { return {widened(v.x), widened(v.y)}; }
+static __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {rounded(x), rounded(y)}; }
+
+// Threads that meet.
+struct Meeting {
+  pthread_barrier_t barrier;
+  u32 words[128];
+  void of(int threads) { pthread_barrier_init(&barrier, nullptr, threads); }
+  void wait() { pthread_barrier_wait(&barrier); }
+};
+// A barrier in shared memory: its phase ends when all have arrived and all bytes that were announced have come.
+static bool stuck;
+struct Barrier {
+  std::mutex mutex;
+  std::condition_variable ended;
+  int all = 0, left = 0, bytes = 0;
+  unsigned phase = 0;
+  void change(int arrivals, int more_bytes) {
+    std::lock_guard<std::mutex> lock(mutex);
+    left -= arrivals;
+    bytes += more_bytes;
+    if (left == 0 && bytes == 0) {
+      phase ^= 1;
+      left = all;
+      ended.notify_all();
+    }
+  }
+  void wait(unsigned parity) {
+    std::unique_lock<std::mutex> lock(mutex);
+    if (!ended.wait_for(lock, std::chrono::seconds(stuck ? 0 : 20), [&] { return phase != parity; })) stuck = true;
+  }
+};
+struct Block {
+  alignas(1024) u8 shared[SHARED_BYTES];
+  std::map<u32, Barrier> barriers;
+  Meeting all, warps[12], warpgroups[3], named[3];
+};
+static Block* blocks;
+static Meeting cluster;
+static Index gridDim;
+static thread_local Index blockIdx, threadIdx;
+static thread_local Block* block;
+static u32 __cvta_generic_to_shared(const void*) { return 0; }
+static void __syncthreads() { block->all.wait(); }
+static void __syncwarp() { block->warps[threadIdx.x / 32].wait(); }
+template <class T> static T __shfl_sync(u32, T value, int lane) {
+  Meeting& warp = block->warps[threadIdx.x / 32];
+  warp.words[threadIdx.x % 32] = value;
+  warp.wait();
+  const T v = warp.words[lane];
+  warp.wait();
+  return v;
+}
+template <int SELECTOR>
+void mma(float (&d)[PIXELS / 2], u64 a, u64 b, u32 metadata, int accumulate) {
+  Meeting& group = block->warpgroups[threadIdx.x / 128];
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  group.words[thread] = metadata;
+  group.wait();
+  if (a >> 32 != (512 / 16 | 2u << 30) || b >> 32 != (1024 / 16 | 1u << 30)) std::abort();
+  for (int i = 0; i < PIXELS / 2; i++) {
+    const int row = thread / 32 * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    float sum = accumulate ? d[i] : 0.0f;
+    for (int k = 0; k < 16; k++) {
+      const u32 word = group.words[thread / 32 * 32 + row % 8 * 4 + SELECTOR * 2 + k / 8];
+      const u32 nibble = word >> (row % 16 >= 8 ? 16 : 0) >> k / 2 % 4 * 4 & 15;
+      const int channel = k / 2 * 4 + (k % 2 ? nibble >> 2 : nibble & 3);
+      u32 at = (a & 0x3fff) * 16 + row * 64 + k * 2, from = (b & 0x3fff) * 16 + column * 128 + channel * 2;
+      at ^= (at >> 7 & 3) << 4;
+      from ^= (from >> 7 & 7) << 4;
+      u16 x, w;
+      std::memcpy(&w, block->shared + at, 2);
+      std::memcpy(&x, block->shared + from, 2);
+      sum += widened(w) * widened(x);
+    }
+    d[i] = sum;
+  }
+  group.wait();
+}
+"""
+#: In place of the section of PTX.
+INSTRUCTIONS = """
+struct TensorMap {
+  u16* tensor;  // channels innermost
+  int sizes[4], box[4], lower[2], upper[2], stride[2], pixels;
+  u16 zero;
+  u16* at(int c, int w, int h, int n) const {
+    const bool inside = c < sizes[0] && 0 <= w && w < sizes[1] && 0 <= h && h < sizes[2] && n < sizes[3];
+    return inside ? tensor + ((n * (long long)sizes[2] + h) * sizes[1] + w) * sizes[0] + c : nullptr;
+  }
+};
+void barrier_init(u32 barrier, int count) { block->barriers[barrier].all = block->barriers[barrier].left = count; }
+void barrier_expect(u32 barrier, int bytes) { block->barriers.at(barrier).change(1, bytes); }
+void barrier_arrive(u32 barrier) { block->barriers.at(barrier).change(1, 0); }
+void barrier_arrive_at(u32 barrier, u32 other) { blocks[other].barriers.at(barrier).change(1, 0); }
+void barrier_wait(u32 barrier, u32 parity) { block->barriers.at(barrier).wait(parity); }
+void load_part(u32 to, const u8* from, u32 barrier) {
+  for (int other = 0; other < CLUSTER; other++) {
+    std::memcpy(blocks[other].shared + to, from, A_BYTES / CLUSTER);
+    blocks[other].barriers.at(barrier).change(0, -A_BYTES / CLUSTER);
+  }
+}
+// 64 channels of a pixel, or zeros, in 128-byte swizzle.
+u8* swizzled(u32 at, int byte) { return block->shared + ((at + byte) ^ ((at >> 7 & 7) << 4)); }
+void load_pixel(u32 to, const TensorMap& map, int c, int w, int h, int n) {
+  for (int i = 0; i < 64; i++) {
+    const u16* const from = map.at(c + i, w, h, n);
+    std::memcpy(swizzled(to, i * 2), from ? from : &map.zero, 2);
+  }
+}
+void load_box(u32 to, const TensorMap& map, int c, int w, int h, int n, u32 barrier) {
+  const u32 begin = to;
+  for (int i = 0; i < map.box[3]; i++)
+    for (int j = 0; j < map.box[2]; j++)
+      for (int k = 0; k < map.box[1]; k++, to += 128) load_pixel(to, map, c, w + k, h + j, n + i);
+  block->barriers.at(barrier).change(0, -int(to - begin));
+}
+void load_im2col(u32 to, const TensorMap& map, int c, int w, int h, int n, int right, int down, u32 barrier) {
+  for (int i = 0; i < map.pixels; i++) {
+    load_pixel(to + i * 128, map, c, w + right, h + down, n);
+    w += map.stride[0];
+    if (w < map.sizes[1] + map.upper[0]) continue;
+    w = map.lower[0], h += map.stride[1];
+    if (h >= map.sizes[2] + map.upper[1]) h = map.lower[1], n++;
+  }
+  block->barriers.at(barrier).change(0, -map.pixels * 128);
+}
+void store_box(const TensorMap& map, int c, int w, int h, int n, u32 from) {
+  for (int i = 0; i < map.box[3]; i++)
+    for (int j = 0; j < map.box[2]; j++)
+      for (int k = 0; k < map.box[1]; k++, from += 128)
+        for (int e = 0; e < 64; e++)
+          if (u16* const to = map.at(c + e, w + k, h + j, n + i)) std::memcpy(to, swizzled(from, e * 2), 2);
+}
+void store_commit() {}
+void store_wait() {}
+void async_fence() {}
+void meet() { cluster.wait(); }
+void sync(int id, int threads) { (threads == CONSUMERS ? block->named[0] : block->named[id]).wait(); }
+void mma_fence() {}
+void mma_commit() {}
+template <int IN_FLIGHT> void mma_wait() { __syncwarp(); }  // as it says: .sync
+u32 load_word(u32 address) { u32 v; std::memcpy(&v, block->shared + address, 4); return v; }
+void keep(u32, u32, u32) {}
+// Matrices of 8 x 8 between registers and shared memory; a lane has the address of a row.
+void addresses(u32 address, u32* rows) {
+  Meeting& warp = block->warps[threadIdx.x / 32];
+  warp.words[threadIdx.x % 32] = address;
+  warp.wait();
+  for (int i = 0; i < 32; i++) rows[i] = warp.words[i];
+  warp.wait();
+}
+template <int COUNT, bool TRANSPOSED> void store_matrices(u32 address, const u32* v) {
+  u32 row[32];
+  addresses(address, row);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < COUNT; i++)
+    for (int e = 0; e < 2; e++) {
+      const u16 half = v[i] >> 16 * e;
+      const int r = TRANSPOSED ? lane % 4 * 2 + e : lane / 4, c = TRANSPOSED ? lane / 4 : lane % 4 * 2 + e;
+      std::memcpy(block->shared + row[i * 8 + r] + c * 2, &half, 2);
+    }
+  __syncwarp();
+}
+template <int COUNT> void load_matrices(u32 address, u32* v) {  // transposed
+  u32 row[32];
+  addresses(address, row);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < COUNT; i++) {
+    u16 half[2];
+    for (int e = 0; e < 2; e++) std::memcpy(half + e, block->shared + row[i * 8 + lane % 4 * 2 + e] + lane / 4 * 2, 2);
+    v[i] = half[0] | u32(half[1]) << 16;
+  }
+  __syncwarp();
+}
+"""
+RUN = """
+extern "C" int run(const TensorMap* x, const u8* a, const float* bias, const int* first, const u32* steps,
+                   const int* row_channel, TensorMap* y, TensorMap* residual, int images, int groups, int clusters) {
+  stuck = false;
+  gridDim.x = clusters * CLUSTER;
+  for (int number = 0; number < clusters; number++) {
+    std::vector<Block> memory(CLUSTER);
+    blocks = memory.data();
+    cluster.of(384 * CLUSTER);
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < CLUSTER; rank++) {
+      Block& of = memory[rank];
+      std::memset(of.shared, 0xff, sizeof of.shared);
+      of.all.of(384);
+      for (Meeting& warp : of.warps) warp.of(32);
+      for (Meeting& group : of.warpgroups) group.of(128);
+      of.named[0].of(256), of.named[1].of(128), of.named[2].of(128);
+      for (unsigned thread = 0; thread < 384; thread++)
+        threads.emplace_back([=, &of] {
+          block = &of;
+          blockIdx.x = number * CLUSTER + rank;
+          threadIdx.x = thread;
+#if OUT_NCHW
+          sparse_tc(*x, a, bias, first, steps, row_channel, y->tensor, residual->tensor, images, groups);
+#else
+          sparse_tc(*x, a, bias, first, steps, *y, *residual, images, groups);
+#endif
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+  return stuck;
+}
+"""
+
+
+class TensorMap(ctypes.Structure):
+    _fields_ = (
+        ("tensor", ctypes.c_void_p),
+        ("sizes", ctypes.c_int * 4),
+        ("box", ctypes.c_int * 4),
+        ("lower", ctypes.c_int * 2),
+        ("upper", ctypes.c_int * 2),
+        ("stride", ctypes.c_int * 2),
+        ("pixels", ctypes.c_int),
+        ("zero", ctypes.c_uint16),
+    )
+
+
+def host(match: re.Match[str]) -> str:
+    """What stands for an instruction outside the section of PTX."""
+    text = match[1]
+    if found := re.search(r"stmatrix.*?\.x(\d)(\.trans)?.*?::\"r\"\((.*?)\),\s*\"r\"\(v\[0\]\)", text, re.DOTALL):
+        return f"store_matrices<{found[1]}, {'true' if found[2] else 'false'}>({found[3]}, v);\n"
+    if found := re.search(r"ldmatrix.*?\.x(\d)\.trans.*?: \"r\"\((.*?)\)\s*: \"memory\"", text, re.DOTALL):
+        return f"load_matrices<{found[1]}>({found[2]}, r);\n"
+    if "max.NaN" in text:
+        return "sum = std::fmax(sum, 0.0f);\n"
+    if "min.NaN" in text:
+        return "sum = std::fmin(sum, 6.0f);\n"
+    if '"=f"(d[i][j])' in text:
+        return "d[i][j] = NAN;\n"
+    if "ld.shared" in text:
+        register = re.search(r'"=[hr]"\((\w+)', text)[1]  # type: ignore[index]
+        offset = 2 if "[%1 + 2]" in text else 0
+        return f"std::memcpy(&{register}, block->shared + from + {offset}, sizeof {register});\n"
+    assert re.search(r"fence\.|griddepcontrol|setmaxnreg", text), text
+    return ";\n"
+
+
+def host_source() -> str:
+    text = (KERNELS / "sparse_tc.cuh").read_text()
+    begin, end = text.index("struct __align__(64) TensorMap"), text.index("// Matrix descriptors")
+    text = text[:begin] + INSTRUCTIONS + text[end:]
+    text = re.sub(r"#include <cuda_\w+\.h>", "", text)
+    text = text.replace("extern __shared__ __align__(1024) u8 memory[];", "u8* const memory = block->shared;")
+    return CUDA_ON_A_CPU + re.sub(r"asm(?: volatile)?\((.*?)\);\n", host, text, flags=re.DOTALL) + RUN
+
+
+#: A case, a config, and the layout that comes with an epilogue.
+KINDS = {
+    "halo": ("3x3", SparseTcConfig("halo", 112, rows=7, cluster=2), "contiguous"),
+    "halo along": ("3x3", SparseTcConfig("halo", 56, across=1, blocks=2, rows=7), "channels_last"),
+    "columns": ("even kernel, uneven padding", SparseTcConfig("columns", 80, rows=5), "contiguous"),
+    "columns of images": (
+        "dilation",
+        SparseTcConfig("columns", 208, across=1, rows=11, images=2, cluster=2),
+        "channels_last",
+    ),
+    "im2col": ("stride 1 by 3, uneven padding", SparseTcConfig("im2col", 24, across=1, blocks=1), "channels_last"),
+    "im2col across": ("dilation and stride", SparseTcConfig("im2col", 40), "contiguous"),
+    "flat": ("pointwise", SparseTcConfig("flat", 48, blocks=2, cluster=2), "contiguous"),
+    "flat along": ("pointwise, even plane", SparseTcConfig("flat", 24, across=1), "channels_last"),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_source_computes_the_convolution(kind: str, layout: str, tmp_path: Path) -> None:
+    name, config, with_epilogue = KINDS[kind]
+    full = layout == with_epilogue
+    problem, density = CASES[name]
+    problem = replace(problem, dtype="bf16", epilogue=FULL if full else problem.epilogue)
+    config = replace(config, layout=layout)  # type: ignore[arg-type]
+    tiling = Tiling.of(problem, config, H200.shared_bytes)
+    weight = integers(problem.weight_shape, density)
+    places = ordered(StretchedCSR.from_dense(weight), config.layout)
+    packed = pack(places, tiling)
+    generator = np.random.default_rng(1)
+    x = generator.integers(-3, 4, problem.input_shape).astype(np.float64)
+    bias = np.where(packed.row_channel >= 0, packed.row_channel % 5, 0).astype(np.float32) * full
+    last = config.takes_channels_last
+    shape = problem.output_shape if not last else tuple(problem.output_shape[i] for i in (0, 2, 3, 1))
+    residual = torch.from_numpy(generator.integers(-9, 9, shape)).bfloat16()
+    y = torch.full(shape, float("nan"), dtype=torch.bfloat16)
+    nhwc = torch.from_numpy(laid_out(x, places, tiling)).bfloat16().contiguous()
+    images, height, width, channels = nhwc.shape
+    x_map = TensorMap(nhwc.data_ptr(), (channels, width, height, images), tiling.load)
+    whole_rows = config.fill in ("columns", "halo")
+    plane = problem.out_height * problem.out_width
+    sizes = (problem.out_width, problem.out_height, images) if whole_rows else (images * plane, 1, 1)
+    y_map, residual_map = (TensorMap(t.data_ptr(), (problem.out_channels, *sizes), tiling.store) for t in (y, residual))
+    if config.fill == "im2col":
+        x_map.lower, x_map.upper = im2col_corners(problem)
+        x_map.stride, x_map.pixels = problem.stride[::-1], config.pixels
+    elif config.fill == "flat":
+        x_map.sizes = channels, images * height * width, 1, 1
+    defines = tiling.defines | {"STORAGE": 2, "ACTIVATION": int(full), "RESIDUAL": int(full)}
+    (tmp_path / "host.cpp").write_text(host_source())
+    macros = [f"-D{key}={value}" for key, value in defines.items()]
+    command = ["g++", "-std=c++17", "-O1", "-w", "-pthread", "-shared", "-fPIC", *macros, "host.cpp", "-o", "host.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    tables = (packed.images, bias, packed.first, packed.steps, packed.row_channel)
+    pointers = [ctypes.c_void_p(np.ascontiguousarray(table).ctypes.data) for table in tables]
+    maps = [ctypes.byref(one) for one in (y_map, residual_map)]
+    groups = tiling.groups(images)
+    clusters = max(groups * tiling.channel_tiles // 2, 1)  # some compute several tiles
+    run = ctypes.CDLL(str(tmp_path / "host.so")).run
+    assert run(ctypes.byref(x_map), *pointers, *maps, images, groups, clusters) == 0, "a barrier was waited for in vain"
+    by_channel = torch.arange(problem.out_channels) % 5.0 * full
+    added = (residual.permute(0, 3, 1, 2) if last else residual) if full else None
+    expected = reference.conv2d(problem, torch.from_numpy(x), torch.from_numpy(weight), by_channel, added)
+    found = (y.permute(0, 3, 1, 2) if last else y).double()
+    assert reference.compare(found, expected) <= 2**-8
+    assert torch.equal(found[expected.abs() < 128], expected[expected.abs() < 128]), "small integers are exact"
