@@ -208,7 +208,23 @@ def test_tables_of_any_shape(data: st.DataObject) -> None:
         stages=2,
         balanced=data.draw(st.booleans()),
     )
+    try:
+        error = interpret(problem, case, config)
+    except ValueError as refusal:
+        assert "64 KiB" in str(refusal) and dtype != "fp32"
+        return
+    assert error < 1e-12
+
+
+def test_a_stage_beyond_16_bit_offsets_is_refused() -> None:
+    """Of a config that was chosen for smaller inputs, for which it was right."""
+    problem = Problem(1, 12, 3, 2, 2, (3, 2), (3, 3), groups=2, dtype="fp16", device="cuda:0")
+    case = Case("strided", problem, 1.0)
+    config = DirectConfig(1, 1, 2, 2, 2, 4, channel_block=12, stages=2)
     assert interpret(problem, case, config) < 1e-12
+    with pytest.raises(ValueError, match="use a smaller channel_block"):
+        pack(problem, case.filter(), replace(config, words=3))
+    assert interpret(replace(problem, dtype="fp32"), case, replace(config, words=3)) < 1e-12
 
 
 def test_every_candidate_is_different_and_fits() -> None:

@@ -12,6 +12,7 @@ from escort.problem import Problem
 LANES = 32
 STORAGE = {"fp32": 0, "tf32": 0, "fp16": 1, "bf16": 2}
 MOST_INDEX = np.iinfo(np.int32).max
+HALF_REACH = 0x10000  # bytes of a stage that the offsets of 16-bit nonzeros reach
 #: Most words (pairs of words where two columns are read at once) that a lane copies per channel; kernels are compiled
 #: for the least of these that suffices.
 SLOT_CLASSES = (2, 4, 8, 16, 32)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from escort.gpu import Gpu
 from escort.methods.direct_cuda.layout import (
+    HALF_REACH,
     LANES,
     SLOT_CLASSES,
     STORAGE,
@@ -95,7 +96,7 @@ def _fits(problem: Problem, filter: StretchedCSR | None, gpu: Gpu, c: _Numbers) 
         (shared <= gpu.shared_bytes)
         & (c["blocks"] * (shared + 1024) <= gpu.shared_bytes + 1024)
         & (layout.slots <= SLOT_CLASSES[-1])
-        & ((not half) | (c["channel_block"] * layout.channel_words * 4 <= 0x10000))
+        & ((not half) | (c["channel_block"] * layout.channel_words * 4 <= HALF_REACH))
         & (slot_registers <= c["most_registers"])
         & (c["channel_block"] < np.maximum(2 * channels, STAGING_AXES["channel_block"][0] + 1))
         & (c["channel_block"] % c["channel_warps"] == 0)

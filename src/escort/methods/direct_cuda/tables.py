@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escort.methods.direct_cuda.layout import SLOT_CLASSES, STORAGE, DirectConfig, Layout, Positions, grouping
+from escort.methods.direct_cuda.layout import (
+    HALF_REACH,
+    SLOT_CLASSES,
+    STORAGE,
+    DirectConfig,
+    Layout,
+    Positions,
+    grouping,
+)
 from escort.problem import Problem
 from escort.sparse import Geometry, IntArray, StretchedCSR
 
@@ -150,6 +158,8 @@ def pack(problem: Problem, filter: StretchedCSR, config: DirectConfig) -> Tables
     words[header.ravel()] = (start_in_segment.astype(np.uint32) << 16 | count.reshape(units.shape)).ravel()
 
     offset = geometry.offset(channel.astype(np.int32), r, s)[order]
+    if half and offset.max(initial=0) * 4 >= HALF_REACH:
+        raise ValueError("a stage's input exceeds 64 KiB, which is what 16 bits address; use a smaller channel_block")
     value = filter.values[order]
     sorted_cell = cell[order]
     first = np.cumsum(count) - count
