@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from escort import exhibits, findings, report, suite
 from escort.findings import break_even
 from escort.gpu import H200
 from escort.methods.generated import predict_us
+from escort.methods.generated.search import search
 from escort.paper_layers import PAPER_LAYERS
 from escort.program import GeneratedConfig
 from escort.results import Result, read_results
@@ -222,6 +224,92 @@ def test_the_prediction_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (line["Ranked first"], line["Tried first"]) == ("1.00x, at worst 1.00x", "2.00x, at worst 4.00x")
 
 
+FORECAST_ROWS = [
+    row("resnet50", "res2b_branch2b", "cudnn", 30.0, config={"output": "contiguous"}),
+    row("resnet50", "res2b_branch2b", "cudnn", 20.0, config={"output": "as_is"}),
+]
+
+
+def falling(at_none: float) -> findings.Model:
+    """A model whose time falls in proportion to the zeros."""
+    return lambda problem, filter, gpu: at_none * (1.0 - filter.sparsity)
+
+
+def test_forecasts_are_where_models_cross_the_time_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    always, never = (lambda *_: 1.0), (lambda *_: 100.0)
+    models = {"direct": (falling(200e3),), "generated": (falling(100.0),), "sparse_tc": (never, always)}
+    monkeypatch.setattr(findings, "MODELS", models)
+    monkeypatch.setattr(findings, "direct_mhz", lambda result, dtype: [1000.0, 1500.0, 9000.0])
+    other = [row("resnet50", "res2b_branch2b", "cudnn", 1.0, batch=1), row("caffenet", "conv3", "cudnn", 1.0)]
+    found = findings.forecasts({"layers-fp16": Result(ON_H200, [*FORECAST_ROWS, *other])}, "fp16")
+    assert [(f.layout, f.cudnn_us, f.problem.dtype) for f in found] == [("NCHW", 30.0, "fp16"), ("any", 20.0, "fp16")]
+    nchw, best = (f.least for f in found)
+    assert nchw == {
+        "direct": pytest.approx(0.775, abs=0.01),
+        "generated": pytest.approx(0.7, abs=0.01),
+        "sparse_tc": math.inf,
+    }
+    assert best["direct"] > nchw["direct"] and best["generated"] == pytest.approx(0.8, abs=0.01)
+    assert best["sparse_tc"] == -math.inf
+
+
+def test_forecasts_are_of_what_was_timed_and_of_known_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(findings, "MODELS", {name: (falling(100.0),) for name in findings.SPARSE})
+    pointwise = row("resnet50", "module9_1_module0_1_conv2d_0", "cudnn", 20.0, weights="95", batch=128)
+    (found,) = findings.forecasts({"patterns-fp32": Result(ON_H200, [pointwise])}, "fp32")
+    assert (found.problem.in_channels, found.problem.kernel, found.layout) == (1024, (1, 1), "NCHW")
+    assert list(found.least) == ["generated"], (
+        "without timings of direct its clocks say nothing, and no fp32 on tensors"
+    )
+    assert findings.forecasts({"layers-fp16": Result(HEADER, FORECAST_ROWS)}, "fp16") == []
+    assert findings.forecasts({}, "fp16") == []
+
+
+@pytest.mark.parametrize("method", findings.SPARSE)
+def test_models_predict_less_time_of_more_zeros(method: str) -> None:
+    problem = replace(findings.SHAPES["googlenet", "inception_3b/5x5"], dtype="fp16")
+    filters = [suite.random_filter(problem, sparsity, 0) for sparsity in (0.5, 0.8, 0.98)]
+    for model in findings.MODELS[method]:
+        times = [model(problem, filter, H200) for filter in filters]
+        assert times == sorted(times, reverse=True) and times[-1] < times[0]
+
+
+def test_models_are_of_the_config_that_a_search_puts_first() -> None:
+    problem = replace(findings.SHAPES["googlenet", "inception_3b/5x5"], dtype="fp16")
+    filter = suite.random_filter(problem, 0.9, 0)
+    (first,) = search(problem, filter, H200, 1)
+    assert findings.MODELS["generated"][0](problem, filter, H200) == predict_us(problem, filter, first, H200)
+
+
+def test_the_clocks_of_direct_per_time_measured() -> None:
+    times = {"conv3": 100.0, "conv4": 50.0}
+    rows = [row("caffenet", layer, "direct", slower * us) for layer, us in times.items() for slower in (1.0, 3.0)]
+    found = Result(ON_H200, [*rows, *FORECAST_ROWS])
+    layers = {layer.name: layer for layer in suite.paper_layers(None, 3)}
+    expected = [findings.MODELS["direct"][0](layers[n].problem, layers[n].filter, H200) / us for n, us in times.items()]
+    assert findings.direct_mhz(found, "fp32") == expected
+    assert findings.direct_mhz(Result(HEADER, rows), "fp32") == []
+
+
+def test_the_forecast_table_and_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = findings.SHAPES["resnet50", "res2b_branch2b"]
+    least = {"direct": math.inf, "generated": 0.751, "sparse_tc": -math.inf}
+    monkeypatch.setattr(
+        findings, "forecasts", lambda results, dtype: [findings.Forecast(problem, "NCHW", 51.27, least)]
+    )
+    monkeypatch.setattr(findings, "direct_mhz", lambda result, dtype: [1000.0, 1500.0, 3000.0])
+    table = exhibits.tables(everything())["forecast-fp16"]
+    (line,) = cells(table)
+    assert (line["Convolution"], line["Images"], line["cudnn µs"]) == ("64->64 3x3, 56x56", "32", "51.3")
+    assert [line[method] for method in least] == ["never", "75%", "below 50%"]
+    assert "1.50 GHz" in table.caption and "channels_last" not in table.caption
+    pytest.importorskip("matplotlib")
+    (plot,) = exhibits.illustrations(
+        "![a](forecast-fp16-plot.svg) ![b](logo.svg) [c](break-even.svg)", everything()
+    ).values()
+    assert "64->64 3x3, 56x56, 32 images, NCHW: direct -, generated 75.1, sparse_tc 50" in plot.description
+
+
 def test_aims_are_judged_by_the_rows() -> None:
     rows = layer_rows("caffenet", direct=10.0, cublas=60.0, cudnn=11.0) + layer_rows("resnet50", direct=1.0, cublas=9.0)
     table = cells(exhibits.tables(results(layers_fp32=rows))["aims"])
@@ -354,9 +442,9 @@ def test_the_counter_table() -> None:
 def everything() -> dict[str, Result]:
     networks = curve("resnet50", "all", "escort", "eager", {0.7: 0.5, 0.9: 2.0})
     layers = {
-        "layers-fp32": Result(ON_H200, layer_rows("caffenet", direct=10.0, cublas=60.0)),
+        "layers-fp32": Result(ON_H200, [*layer_rows("caffenet", direct=10.0, cublas=60.0), *FORECAST_ROWS]),
         "layers-tf32": Result(ON_H200, layer_rows("caffenet", generated=10.0)),
-        "layers-fp16": Result(ON_H200, layer_rows("caffenet", direct=10.0, cudnn=5.0)),
+        "layers-fp16": Result(ON_H200, [*layer_rows("caffenet", direct=10.0, cudnn=5.0), *FORECAST_ROWS]),
     }
     return layers | results(
         ablation_fp32=[row("caffenet", "conv2", "direct", 5.0, config={"words": words}) for words in (7, 1)],
@@ -373,6 +461,7 @@ def test_plots_have_a_name_each_and_can_be_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plots = exhibits.plots(everything())
     both = {f"{name}-{dtype}" for name in ("speedup-caffenet", "network-resnet50") for dtype in ("fp32", "fp16")}
+    both |= {f"forecast-{dtype}-plot" for dtype in ("fp32", "fp16")}
     assert set(plots) == {*both, "sparse-caffenet-fp16", "break-even-plot", "breakdown-fp32-plot"}
     for name, plot in plots.items():
         report.write_svg(tmp_path / f"{name}.svg", plot)
@@ -453,3 +542,16 @@ def test_the_reports_name_tables_that_there_are(document: Path) -> None:
 @pytest.mark.skipif(not [*RESULTS.glob("layers-*.json")], reason="no results of a GPU are committed")
 def test_the_reports_hold_the_committed_results(document: Path) -> None:
     assert exhibits.render(document.read_text(), read_results(RESULTS)) == document.read_text()
+
+
+@pytest.mark.parametrize("document", REPORTS, ids=lambda path: path.name)
+@pytest.mark.skipif(not [*RESULTS.glob("layers-*.json")], reason="no results of a GPU are committed")
+def test_the_plots_in_the_reports_are_of_the_committed_results(document: Path, tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    for name, plot in exhibits.illustrations(document.read_text(), read_results(RESULTS)).items():
+        there = (document.parent / f"{name}.svg").read_text()
+        assert escape(plot.description) in there
+        # Other releases may place things otherwise.
+        if f"matplotlib=={matplotlib.__version__}\n" in (ROOT / "constraints.txt").read_text():
+            report.write_svg(tmp_path / "drawn.svg", plot)
+            assert (tmp_path / "drawn.svg").read_text() == there

@@ -203,8 +203,8 @@ def test_a_shape_breaks_even_once() -> None:
 
 def test_random_filters_have_the_sparsity_asked_for() -> None:
     problem = Problem(1, 16, 7, 7, 32, (3, 3))
-    assert study.random_filter(problem, 0.9, 0).sparsity == pytest.approx(0.9, abs=1e-3)
-    assert not torch.equal(*(study.random_filter(problem, 0.9, seed).to_dense() for seed in (0, 1)))
+    assert suite.random_filter(problem, 0.9, 0).sparsity == pytest.approx(0.9, abs=1e-3)
+    assert not torch.equal(*(suite.random_filter(problem, 0.9, seed).to_dense() for seed in (0, 1)))
 
 
 def test_whole_networks_at_every_sparsity() -> None:
@@ -496,12 +496,15 @@ def test_the_command_measures_tells_and_renders(tmp_path: Path) -> None:
     assert told["tables"]["totals"][0]["Layers"] == "1 of 19"
 
     document = tmp_path / "paper.md"
-    document.write_text("# Report\n\n<!-- table: totals -->\nold\n<!-- end -->\n\nProse.\n")
+    image = "![bars](speedup-googlenet-fp32.svg)"
+    document.write_text(f"# Report\n\n<!-- table: totals -->\nold\n<!-- end -->\n\n{image}\n")
     plots = tmp_path / "plots"
     result = invoke("--render", out, "--into", document, "--out", plots)
     assert result.exit_code == 0, result.output
     assert "| googlenet |" in document.read_text() and "old" not in document.read_text()
     assert (plots / "report.html").is_file()
+    drawn = {path.read_text() for path in tmp_path.rglob("speedup-googlenet-fp32.svg")}
+    assert len(drawn) == 1 and (tmp_path / "speedup-googlenet-fp32.svg").is_file()
 
 
 def test_the_command_takes_files_of_patterns(tmp_path: Path) -> None:

@@ -32,10 +32,13 @@ from escort.findings import (
     methods_in,
     rivals_in,
 )
+from escort.problem import Precision
 from escort.report import Figure, Table, convolution, horizontal_bars, line_chart, markdown
 from escort.results import PRECISIONS, STEMS, Result
 from escort.suite import WHOLE, Row
 
+#: The precisions that there is a forecast of.
+FORECAST: tuple[Precision, ...] = ("fp16", "fp32")
 #: A plot that is drawn when it is called.
 Plot = Callable[[], Figure]
 
@@ -56,9 +59,12 @@ def _exhibits(results: Mapping[str, Result]) -> Iterator[tuple[str, Table | Plot
         by_dtype = {dtype: results[f"{stem}-{dtype}"] for dtype in PRECISIONS if f"{stem}-{dtype}" in results}
         if by_dtype:
             yield from show(by_dtype).items()
+    for dtype in FORECAST:
+        yield from _forecast(results, dtype).items()
 
 
 _BEGIN, _END = re.compile(r"<!-- table: (\S+) -->"), "<!-- end -->"
+_IMAGE = re.compile(r"!\[[^]]*\]\(([\w-]+)\.svg\)")
 
 
 def render(text: str, results: Mapping[str, Result]) -> str:
@@ -97,6 +103,12 @@ def render(text: str, results: Mapping[str, Result]) -> str:
             "there is no place for a table; put <!-- table: totals --> and <!-- end --> on lines of their own"
         )
     return "\n".join(lines) + "\n"
+
+
+def illustrations(text: str, results: Mapping[str, Result]) -> dict[str, Figure]:
+    """The plots that a document shows as images of their names beside it. Raises ImportError without matplotlib."""
+    named = set(_IMAGE.findall(text))
+    return {name: shown() for name, shown in _exhibits(results) if name in named and not isinstance(shown, Table)}
 
 
 def _conditions(results: Mapping[str, Result]) -> Table:
@@ -319,6 +331,46 @@ def _prediction(results: Mapping[str, Result]) -> Table:
     return Table("The model of generated kernels", columns, tuple(lines), caption)
 
 
+def _forecast(results: Mapping[str, Result], dtype: Precision) -> dict[str, Table | Plot]:
+    found = findings.forecasts(results, dtype)
+    if not found:
+        return {}
+    methods = methods_in(forecast.least for forecast in found)
+    lines = []
+    for f in found:
+        shares = (_least(f.least[method]) for method in methods)
+        lines.append((convolution(f.problem), str(f.problem.batch), f.layout, _us(f.cudnn_us), *shares))
+    lowest, highest = 100 * findings.SHARES[0], 100 * findings.SHARES[-1]
+    caption = (
+        "Share of zeros, at random positions, from which a method's model predicts less than the time measured of "
+        f"cuDNN; never: not at {highest:g} % either."
+    )
+    if any(f.layout == "any" for f in found):
+        caption += (
+            " Tensors in NCHW are what a plan runs; in any layout, each method takes them as suits it best and nothing "
+            "is converted, which for cuDNN and sparse_tc means channels_last."
+        )
+    if OURS in methods:
+        rates = findings.direct_mhz(results[f"layers-{dtype}"], dtype)
+        low, middle, high = np.quantile(rates, (0.1, 0.5, 0.9)) / 1e3
+        caption += (
+            f" The model of direct counts clocks: {middle:.2f} GHz are taken, the median over the paper's layers of "
+            f"its clocks by the time measured (10th percentile {low:.2f}, 90th {high:.2f})."
+        )
+    columns = ("Convolution", "Images", "Tensors", "cudnn µs", *methods)
+    heading = f"Forecast of break-even sparsity, {dtype}"
+    names = [f"{convolution(f.problem)}, {f.problem.batch} images, {f.layout}" for f in found]
+    bars = {method: [_length(f.least[method], findings.SHARES[0]) for f in found] for method in methods}
+    plot = partial(horizontal_bars, heading, names, bars, f"Percent zeros, no less than {lowest:g}")
+    return {f"forecast-{dtype}": Table(heading, columns, tuple(lines), caption), f"forecast-{dtype}-plot": plot}
+
+
+def _least(share: float) -> str:
+    if share == math.inf:
+        return "never"
+    return f"below {findings.SHARES[0]:.0%}" if share == -math.inf else f"{share:.0%}"
+
+
 def _peak(dtype: str, result: Result) -> float | None:
     """TFLOP/s, where the GPU is known."""
     return PEAK_TFLOPS.get(result.header.get("gpu", ""), {}).get(dtype)
@@ -424,8 +476,11 @@ def _break_evens(results: Mapping[str, Result]) -> dict[str, Table | Plot]:
 
 def _bar(points: Sequence[tuple[float, float, float]] | None) -> float | None:
     """A break-even sparsity in percent, not below what was measured; None where there is none."""
-    at = findings.break_even(points) if points else math.inf
-    return None if at == math.inf or not points else 100 * max(at, min(points)[0])
+    return _length(findings.break_even(points), min(points)[0]) if points else None
+
+
+def _length(share: float, lowest: float) -> float | None:
+    return None if share == math.inf else 100 * max(share, lowest)
 
 
 def _crossing(points: Sequence[tuple[float, float, float]]) -> str:

@@ -8,19 +8,29 @@ counts with its fastest configuration. :mod:`escort.exhibits` shows it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, lru_cache, partial
+from statistics import median
 from typing import Any
 
 from escort import suite
-from escort.gpu import H200
+from escort.gpu import H200, Gpu
+from escort.methods.direct_cuda.search import candidates as direct_candidates
 from escort.methods.generated import Generated, predict_us
+from escort.methods.generated.search import candidates as generated_candidates
 from escort.methods.sparse_tc import SparseTc
+from escort.methods.sparse_tc.packing import ordered
+from escort.methods.sparse_tc.search import predict_us as predict_sparse_tc_us
+from escort.methods.sparse_tc.search import search as search_sparse_tc
+from escort.methods.sparse_tc.tiling import Layout, Tiling
 from escort.paper_layers import PAPER_LAYERS
+from escort.problem import Precision, Problem
 from escort.program import GeneratedConfig
 from escort.results import Result
+from escort.sparse import StretchedCSR
 from escort.suite import Layer, Row
 
 #: The paper's layers by network and name.
@@ -30,7 +40,7 @@ OURS = "direct"
 #: Our methods that multiply outside of the tensor cores, and all our sparse ones; the others are rivals.
 ON_FMA = (OURS, Generated.name)
 SPARSE = (*ON_FMA, SparseTc.name)
-#: GPUs that the model of generated kernels knows, as results name them.
+#: GPUs that the methods' models know, as results name them.
 GPUS = {"NVIDIA H200": H200}
 #: Their TFLOP/s of multiply-adds outside of the tensor cores, by precision: NVIDIA's data sheet gives 67 in fp32, which
 #: is 2 flop * 128 lanes * 132 multiprocessors * 1.98 GHz, and packed fp16 does two multiply-adds per lane.
@@ -330,6 +340,146 @@ def break_even(points: Sequence[tuple[float, float, float]]) -> float:
         return math.inf
     (left, loss), (right, gain) = gains[slower[-1] : slower[-1] + 2]
     return left + (right - left) * loss / (loss - gain)
+
+
+#: Shares of zeros, rising, at which the methods' models are asked where a method begins to pay.
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+#: What forecasts are made of: by network and name some of the paper's layers, one per kind of shape, and two pointwise
+#: ones of the pattern files, whose rows do not tell their shapes.
+SHAPES: dict[tuple[str, str], Problem] = {
+    (network, layer): LAYERS[network, layer].problem(LAYERS[network, layer].batch)
+    for network, layer in (
+        ("resnet50", "res2b_branch2b"),
+        ("resnet50", "res3b_branch2b"),
+        ("resnet50", "res4b_branch2b"),
+        ("resnet50", "res5b_branch2b"),
+        ("googlenet", "conv2/3x3"),
+        ("googlenet", "inception_3b/5x5"),
+        ("googlenet", "inception_4e/3x3"),
+    )
+} | {
+    ("resnet50", "module9_1_module0_1_conv2d_4"): Problem(128, 256, 14, 14, 1024, (1, 1)),
+    ("resnet50", "module9_1_module0_1_conv2d_0"): Problem(128, 1024, 14, 14, 256, (1, 1)),
+}
+#: The least that a method's model predicts: microseconds, and of direct clocks.
+Model = Callable[[Problem, StretchedCSR, Gpu], float]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """From which share of zeros on methods are faster than cuDNN, as their models say; nothing of theirs was timed.
+
+    Attributes:
+        layout: "NCHW" on both ends, or "any": tensors lie as suits each method best, and nothing is converted.
+        cudnn_us: measured, microseconds.
+        least: by method a share as :func:`break_even` gives it, within :data:`SHARES`.
+    """
+
+    problem: Problem
+    layout: str
+    cudnn_us: float
+    least: Mapping[str, float]
+
+
+def forecasts(results: Mapping[str, Result], dtype: Precision) -> list[Forecast]:
+    """Of those of :data:`SHAPES` that cuDNN was timed on, with nonzeros at random positions.
+
+    None on GPUs that the models do not know.
+
+    Args:
+        results: by the stems of their files, ``layers-fp16`` and the like.
+    """
+    units = dict.fromkeys(SPARSE if dtype == "fp16" else ON_FMA, 1.0)
+    rates = direct_mhz(results[f"layers-{dtype}"], dtype) if f"layers-{dtype}" in results else []
+    if rates:
+        units[OURS] = median(rates)
+    else:
+        del units[OURS]
+    found = []
+    for result in (results[stem] for stem in (f"layers-{dtype}", f"patterns-{dtype}") if stem in results):
+        gpu, seed = GPUS.get(result.header.get("gpu", "")), result.header.get("study", {}).get("seed", 0)
+        for (problem, layout), cudnn_us in _cudnn_us(result.rows, dtype).items():
+            if gpu is not None:
+                least = {}
+                for method, unit in units.items():
+                    models = MODELS[method] if layout == "any" else MODELS[method][:1]
+                    least[method] = _least_share(models, problem, seed, gpu, cudnn_us * unit)
+                found.append(Forecast(problem, layout, cudnn_us, least))
+    return found
+
+
+def _cudnn_us(rows: Iterable[Row], dtype: Precision) -> dict[tuple[Problem, str], float]:
+    """Its least time by shape and layout, that of any layout where it is less than in NCHW."""
+    found: dict[tuple[Problem, str], float] = {}
+    for row in rows:
+        shape = SHAPES.get((row.network, row.layer))
+        if row.method == "cudnn" and shape is not None and row.batch == shape.batch:
+            for layout in ("any",) if row.config.get("output") == "as_is" else ("NCHW", "any"):
+                key = replace(shape, dtype=dtype), layout
+                found[key] = min(row.time_us, found.get(key, math.inf))
+    return {key: us for key, us in found.items() if key[1] == "NCHW" or us < found.get((key[0], "NCHW"), math.inf)}
+
+
+def _least_share(models: Sequence[Model], problem: Problem, seed: int, gpu: Gpu, limit: float) -> float:
+    """The share of zeros from which one of the models predicts less than a limit; by bisection, as more take less."""
+
+    def predicted(sparsity: float) -> float:
+        return min(_predicted(model, problem, sparsity, seed, gpu) for model in models)
+
+    first = bisect_left(SHARES, True, key=lambda sparsity: predicted(sparsity) < limit)
+    around = SHARES[max(first - 1, 0) : first + 1]
+    return break_even([(sparsity, predicted(sparsity), limit) for sparsity in around])
+
+
+@cache
+def _predicted(model: Model, problem: Problem, sparsity: float, seed: int, gpu: Gpu) -> float:
+    return model(problem, _random_filter(problem, sparsity, seed), gpu)
+
+
+_random_filter = lru_cache(maxsize=len(SHARES))(suite.random_filter)
+
+
+def direct_mhz(result: Result, dtype: Precision) -> list[float]:
+    """The clocks that direct's model predicts for the paper's layers, by their measured time: megahertz.
+
+    None on GPUs that the model does not know.
+    """
+    gpu, seed = GPUS.get(result.header.get("gpu", "")), result.header.get("study", {}).get("seed", 0)
+    return [
+        _clocks_of_layer(network, layer, batch, dtype, seed, gpu) / times[OURS]
+        for (network, layer, batch), times in suite.best_times(result.rows).items()
+        if gpu and OURS in times and (network, layer) in LAYERS
+    ]
+
+
+@cache
+def _clocks_of_layer(network: str, layer: str, batch: int, dtype: Precision, seed: int, gpu: Gpu) -> float:
+    measured = _paper_layers(seed)[network, layer]
+    return _direct_clocks(replace(measured.problem, batch=batch, dtype=dtype), measured.filter, gpu)
+
+
+def _direct_clocks(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> float:
+    return float(direct_candidates(problem, filter, gpu, packed=problem.dtype == "fp16")["clocks"].min())
+
+
+def _generated_us(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> float:
+    return min(
+        float(predict_us(problem, filter, many, gpu).min()) for many in generated_candidates(problem, filter, gpu)
+    )
+
+
+def _sparse_tc_us(problem: Problem, filter: StretchedCSR, gpu: Gpu, layout: Layout) -> float:
+    (config,) = search_sparse_tc(problem, filter, gpu, 1, layout)
+    extra = ordered(filter, layout).extra_images(config.tile_channels)
+    return predict_sparse_tc_us(Tiling.of(problem, config, gpu.shared_bytes), extra, gpu)
+
+
+#: The models by method: of tensors in NCHW first, then of those that lie otherwise.
+MODELS: dict[str, tuple[Model, ...]] = {
+    OURS: (_direct_clocks,),
+    Generated.name: (_generated_us,),
+    SparseTc.name: tuple(partial(_sparse_tc_us, layout=layout) for layout in ("contiguous", "channels_last")),
+}
 
 
 @dataclass(frozen=True)

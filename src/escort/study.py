@@ -26,7 +26,6 @@ from escort.paper_layers import PAPER_LAYERS
 from escort.planner import DENSE
 from escort.problem import TORCH_DTYPE, Precision, Problem
 from escort.results import Item
-from escort.sparse import StretchedCSR
 from escort.suite import WHOLE, Layer, Narrowed, Row
 
 #: The paper's networks, and the numbers of images that it took for them.
@@ -186,7 +185,7 @@ def find_break_even(study: Study, dtype: Precision) -> list[Item]:
     """RQ4 for layers: `direct` at several sparsities against the dense library, on each shape once."""
 
     def measure(layer: Layer, sparsity: float) -> list[Row]:
-        filter = random_filter(layer.problem, sparsity, study.seed)
+        filter = suite.random_filter(layer.problem, sparsity, study.seed)
         methods = [by_name(name, study.device) for name in (OURS, DENSE[study.device_type])]
         return _race(study, replace(layer, weights=random_weights(sparsity), filter=filter), methods)
 
@@ -339,15 +338,6 @@ def neighbours(method: Method, config: Any, layer: Layer) -> dict[str, list[Any]
         name: [replace(config, **{name: value}) for value in found if value != getattr(config, name)]
         for name, found in values.items()
     }
-
-
-def random_filter(problem: Problem, sparsity: float, seed: int) -> StretchedCSR:
-    """A filter for the problem with this share of zeros, at random positions."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(problem.weight_shape, generator=generator)
-    zeros = torch.randperm(weight.numel(), generator=generator)[: round(sparsity * weight.numel())]
-    weight.view(-1)[zeros] = 0.0
-    return StretchedCSR.from_dense(weight, problem.groups)
 
 
 def _layers(study: Study, dtype: Precision) -> list[Layer]:

@@ -50,7 +50,8 @@ def main(
         Path | None, typer.Option("--render", metavar="DIR", help="Measure nothing: tables and plots of these results.")
     ] = None,
     document: Annotated[
-        Path | None, typer.Option("--into", metavar="FILE.md", help="With --render: replace the tables in this file.")
+        Path | None,
+        typer.Option("--into", metavar="FILE.md", help="With --render: replace this file's tables and plots."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -131,6 +132,11 @@ def _render(document: Path, results: Path, found: dict[str, Result]) -> None:
     except ValueError as error:
         raise ValueError(f"{document}, with {results}: {error}") from error
     replace_file(document, lambda path: path.write_text(rendered, encoding="utf-8"))
+    try:
+        for name, plot in exhibits.illustrations(rendered, found).items():
+            report.write_svg(document.parent / f"{name}.svg", plot)
+    except ImportError as error:
+        note(f"the plots of {document} stay as they are: {error}")
 
 
 def _show(output: Output, found: dict[str, Result]) -> None:

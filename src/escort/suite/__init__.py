@@ -6,7 +6,7 @@ A rival is timed only after its output was compared with a float64 reference, an
 
 from __future__ import annotations
 
-from escort.suite.layers import Layer, measure_layer, paper_layers, pattern_layers
+from escort.suite.layers import Layer, measure_layer, paper_layers, pattern_layers, random_filter
 from escort.suite.narrowed import Narrowed, narrowed
 from escort.suite.networks import RIVALS, dense_at_its_best, measure_network, prune_all_but_first
 from escort.suite.rows import WHOLE, Row, best_times, geometric_means, header, write_results
@@ -27,5 +27,6 @@ __all__ = [
     "paper_layers",
     "pattern_layers",
     "prune_all_but_first",
+    "random_filter",
     "write_results",
 ]

@@ -121,6 +121,15 @@ def pattern_layers(
     return layers
 
 
+def random_filter(problem: Problem, sparsity: float, seed: int) -> StretchedCSR:
+    """A filter for the problem with this share of zeros, at random positions."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(problem.weight_shape, generator=generator)
+    zeros = torch.randperm(weight.numel(), generator=generator)[: round(sparsity * weight.numel())]
+    weight.view(-1)[zeros] = 0.0
+    return StretchedCSR.from_dense(weight, problem.groups)
+
+
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; name an .npz of sparsity patterns")
