@@ -23,18 +23,17 @@ from escort.methods.sparse_tc.packing import ordered, pack
 from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, im2col_corners
 from escort.sparse import StretchedCSR
 from tests.cases import FULL
+from tests.mbarrier import MBARRIER
 from tests.sparse_tc_model import laid_out
 from tests.test_sparse_tc_layout import CASES, integers
 
 CUDA_ON_A_CPU = """
 #include <pthread.h>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <map>
-#include <mutex>
 #include <thread>
 #include <vector>
 using u8 = unsigned char;
@@ -77,28 +76,8 @@ struct Meeting {
   void of(int threads) { pthread_barrier_init(&barrier, nullptr, threads); }
   void wait() { pthread_barrier_wait(&barrier); }
 };
-// A barrier in shared memory: its phase ends when all have arrived and all bytes that were announced have come.
-static bool stuck;
-struct Barrier {
-  std::mutex mutex;
-  std::condition_variable ended;
-  int all = 0, left = 0, bytes = 0;
-  unsigned phase = 0;
-  void change(int arrivals, int more_bytes) {
-    std::lock_guard<std::mutex> lock(mutex);
-    left -= arrivals;
-    bytes += more_bytes;
-    if (left == 0 && bytes == 0) {
-      phase ^= 1;
-      left = all;
-      ended.notify_all();
-    }
-  }
-  void wait(unsigned parity) {
-    std::unique_lock<std::mutex> lock(mutex);
-    if (!ended.wait_for(lock, std::chrono::seconds(stuck ? 0 : 20), [&] { return phase != parity; })) stuck = true;
-  }
-};
+"""
+BLOCKS = """
 struct Block {
   alignas(1024) u8 shared[SHARED_BYTES];
   std::map<u32, Barrier> barriers;
@@ -319,7 +298,8 @@ def host_source() -> str:
     text = text[:begin] + INSTRUCTIONS + text[end:]
     text = re.sub(r"#include <cuda_\w+\.h>", "", text)
     text = text.replace("extern __shared__ __align__(1024) u8 memory[];", "u8* const memory = block->shared;")
-    return CUDA_ON_A_CPU + re.sub(r"asm(?: volatile)?\((.*?)\);\n", host, text, flags=re.DOTALL) + RUN
+    source = re.sub(r"asm(?: volatile)?\((.*?)\);\n", host, text, flags=re.DOTALL)
+    return CUDA_ON_A_CPU + MBARRIER + BLOCKS + source + RUN
 
 
 #: A case, a config, and the layout that comes with an epilogue.

@@ -20,17 +20,14 @@ from escort.compiler import KERNELS
 from escort.problem import Problem
 from escort.program import GeneratedConfig, Program
 from escort.sparse import StretchedCSR
+from tests.mbarrier import MBARRIER
 from tests.test_arrange import arranged
 
 #: What the source needs of CUDA. Shared addresses are offsets into `shared`.
 CUDA_ON_A_CPU = """
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
 #include <cstring>
 #include <map>
-#include <mutex>
 #include <thread>
 #include <vector>
 #define __device__
@@ -57,28 +54,8 @@ static unsigned short __float2half_rn(float) { return 0; }
 static void __syncthreads() {}
 char shared[1 << 20];
 
-// A barrier in shared memory: its phase ends when all have arrived and all bytes that were announced have come.
-static std::atomic<bool> stuck;
-struct Barrier {
-  std::mutex mutex;
-  std::condition_variable ended;
-  int all = 0, left = 0, bytes = 0;
-  unsigned phase = 0;
-  void change(int arrivals, int more_bytes) {
-    std::lock_guard<std::mutex> lock(mutex);
-    left -= arrivals;
-    bytes += more_bytes;
-    if (left == 0 && bytes == 0) {
-      phase ^= 1;
-      left = all;
-      ended.notify_all();
-    }
-  }
-  void wait(unsigned parity) {
-    std::unique_lock<std::mutex> lock(mutex);
-    if (!ended.wait_for(lock, std::chrono::seconds(stuck ? 0 : 20), [&] { return phase != parity; })) stuck = true;
-  }
-};
+"""
+BARRIERS = """
 static std::map<unsigned, Barrier> barriers;  // by address; of warps behind all addresses
 static void init(unsigned at, int count) { barriers[at].all = barriers[at].left = count; }
 static void arrive(unsigned at) { barriers.at(at).change(1, 0); }
@@ -160,7 +137,7 @@ def host_source(program: Program) -> str:
         assert count == 1, pattern
     text = re.sub(r"\basm( volatile)?\(", "NOTHING(", text.replace("#include <cuda_fp16.h>", ""))
     macros, _ = codegen.text(program).split('#include "generated.cuh"')
-    return CUDA_ON_A_CPU + macros + text + RUN
+    return CUDA_ON_A_CPU + MBARRIER + BARRIERS + macros + text + RUN
 
 
 @pytest.mark.parametrize(
