@@ -369,6 +369,11 @@ def test_what_was_raced_before_is_not_raced_again(tmp_path: Path) -> None:
     later = replace(QUICK, raced={})
     study.run(later, work_of(Item("a", lambda: []), stem="ablation-fp32"), tmp_path, "escort paper")
     assert later.raced["googlenet", "inception_5a/5x5", 1, "fp32"] == Result.read(tmp_path / "layers-fp32.json").rows
+    other = replace(QUICK, search=QUICK.search + 1, raced={})
+    with pytest.raises(ValueError, match="another study"):
+        study.run(other, work_of(Item("a", lambda: []), stem="ablation-fp32"), tmp_path, "escort paper")
+    study.run(other, work_of(Item("a", lambda: []), stem="break-even-fp32"), tmp_path, "escort paper")
+    assert not other.raced, "what does not start from it takes another study's folder"
 
 
 def test_an_item_that_fails_is_named_and_tried_again(tmp_path: Path) -> None:

@@ -258,11 +258,15 @@ def _pruned(study: Study, name: str, sparsity: float, dtype: Precision) -> tuple
 
 @dataclass(frozen=True)
 class Part:
-    """A question's rows of one kind: the stem of their files, what measures them, in which precisions by default."""
+    """A question's rows of one kind: the stem of their files, what measures them, in which precisions by default.
+
+    `raced` says whether it starts from the methods raced on the paper's layers, which `layers` files hold.
+    """
 
     stem: str
     items: Callable[[Study, Precision], list[Item]]
     dtypes: tuple[Precision, ...]
+    raced: bool = True
 
 
 QUESTIONS: dict[str, tuple[Part, ...]] = {
@@ -270,11 +274,11 @@ QUESTIONS: dict[str, tuple[Part, ...]] = {
     "rq3": (Part("layers", compare, ("fp32", "fp16", "tf32", "bf16")),),
     "rq2": (Part("ablation", ablate, ("fp32", "fp16")),),
     "rq4": (
-        Part("break-even", find_break_even, ("fp32", "fp16")),
-        Part("networks", sweep_networks, ("fp32", "fp16")),
+        Part("break-even", find_break_even, ("fp32", "fp16"), raced=False),
+        Part("networks", sweep_networks, ("fp32", "fp16"), raced=False),
     ),
     "breakdown": (Part("breakdown", break_down, ("fp32",)),),
-    "patterns": (Part("patterns", compare_on_patterns, ("fp32", "tf32", "fp16")),),
+    "patterns": (Part("patterns", compare_on_patterns, ("fp32", "tf32", "fp16"), raced=False),),
 }
 #: Those that need nothing but a device.
 PAPER_QUESTIONS = tuple(name for name in QUESTIONS if name != "patterns")
@@ -317,7 +321,9 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     head = suite.header(command, study.device) | {"study": study.conditions()}
-    for path in [] if again else folder.glob("layers-*.json"):
+    apart = {part.stem for parts in QUESTIONS.values() for part in parts if not part.raced}
+    needed = not again and any(stem.rpartition("-")[0] not in apart for stem in work)
+    for path in folder.glob("layers-*.json") if needed else ():
         for row in results.known(path, head).rows:
             study.raced.setdefault((row.network, row.layer, row.batch, row.dtype), []).append(row)
     return results.measure(work, folder, head, again=again, begin=begin)
