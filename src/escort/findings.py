@@ -95,18 +95,22 @@ class SparseAim:
 
     Attributes:
         wanted: by network a floor and a goal for the geometric mean, over its layers at the paper's batch, of
-            ``cudnn / fastest sparse method``.
+            ``cudnn / fastest sparse method``; "all" for the layers of all networks.
+        sparsities: only layers with shares of zeros from the first to the second count.
     """
 
     against: str
     dtype: str
     wanted: Mapping[str, tuple[float, float]]
+    sparsities: tuple[float, float] = (0.0, 1.0)
 
 
 SPARSE_AIMS = (
     SparseAim("cuDNN strict fp32", "fp32", {"caffenet": (2.5, 5), "googlenet": (3.5, 6), "resnet50": (6.5, 10)}),
     SparseAim("cuDNN TF32", "tf32", {"caffenet": (0.9, 1.5), "googlenet": (1, 1.5), "resnet50": (1.3, 1.8)}),
     SparseAim("cuDNN fp16", "fp16", {"caffenet": (0.9, 1.5), "googlenet": (1, 1.5), "resnet50": (1.25, 2)}),
+    SparseAim("cuDNN fp16, layers of 75 to 92 %", "fp16", {"all": (1.2, 1.6)}, (0.75, 0.92)),
+    SparseAim("cuDNN TF32, layers of 75 to 92 %", "tf32", {"all": (1.2, 1.6)}, (0.75, 0.92)),
 )
 
 
@@ -136,6 +140,8 @@ class PatternAim:
         return named and (row.weights, row.batch) == (self.weights, self.batch)
 
 
+#: Names of the layers of a ResNet-50 but its first, in the pattern files.
+_BUT_THE_FIRST = ("module*", "conv2d_[!0]*")
 PATTERN_AIMS = (
     PatternAim(
         "resnet50_magnitude_90",
@@ -145,10 +151,16 @@ PATTERN_AIMS = (
         128,
         {"fp32": (2.5, 4), "tf32": (0.8, 1.3), "fp16": (0.7, 1.2)},
     ),
+    *(
+        PatternAim(
+            "resnet50_magnitude_90", "3x3 and 1x1", _BUT_THE_FIRST, 52, batch, {"tf32": (1.2, 1.6), "fp16": (1.2, 1.6)}
+        )
+        for batch in (32, 128)
+    ),
     PatternAim(
         "resnet50_magnitude_95",
         "3x3 and 1x1",
-        ("module*", "conv2d_[!0]*"),
+        _BUT_THE_FIRST,
         52,
         128,
         {"fp32": (3.5, 6), "tf32": (1.2, 1.8), "fp16": (1, 1.6)},
@@ -250,16 +262,26 @@ def fastest_sparse(rows: Iterable[Row], methods: Sequence[str] = SPARSE) -> list
     return found
 
 
-def against_cudnn(rows: Iterable[Row], network: str) -> list[tuple[float, float]]:
-    """The times of cuDNN and of the fastest sparse method, in microseconds, on a network's layers at the paper's batch.
+def against_cudnn(
+    rows: Iterable[Row], network: str, sparsities: tuple[float, float] = (0.0, 1.0)
+) -> list[tuple[float, float]]:
+    """The times of cuDNN and of the fastest sparse method, in microseconds, on layers at the paper's batch.
 
     Nothing where one of the two did not run all of them.
+
+    Args:
+        network: whose layers; "all" for those of all networks.
+        sparsities: shares of zeros, from the first to the second.
     """
-    published = {(entry.layer, entry.batch) for entry in PAPER_LAYERS if entry.network == network}
+    published = {
+        (entry.network, entry.layer, entry.batch)
+        for entry in PAPER_LAYERS
+        if network in (entry.network, "all") and sparsities[0] <= entry.sparsity <= sparsities[1]
+    }
     found = [
         (f.cudnn_us, f.time_us)
         for f in fastest_sparse(rows)
-        if f.network == network and (f.layer, f.batch) in published and f.cudnn_us is not None
+        if (f.network, f.layer, f.batch) in published and f.cudnn_us is not None
     ]
     return found if len(found) == len(published) else []
 
