@@ -75,7 +75,7 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
             "ROWS": program.rows,
             "RING_BYTES": ring_bytes(w, c, program.rows),
             "RESIDUAL": int(p.epilogue.residual),
-            "ACTIVATION": ["none", "relu", "relu6"].index(p.epilogue.activation),
+            "ACTIVATION": p.epilogue.activation_number,
         }
     yield from (f"#define {name} {value}" for name, value in macros.items())
     if c.split > 1:

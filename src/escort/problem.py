@@ -32,6 +32,11 @@ class Epilogue:
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation is one of {get_args(Activation)}, got {self.activation!r}")
 
+    @property
+    def activation_number(self) -> int:
+        """What kernels call the activation: its place in `Activation`."""
+        return get_args(Activation).index(self.activation)
+
     def __str__(self) -> str:
         parts = [name for name in ("bias", "residual") if getattr(self, name)]
         return "+".join(parts + ([self.activation] if self.activation != "none" else [])) or "none"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 
+from escort.compiler import Binary
 from escort.problem import Precision, Problem
 from escort.sparse import StretchedCSR
 
@@ -28,6 +30,18 @@ class Runner(Protocol):
     """
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class CompiledRunner:
+    """A runner by a kernel that was compiled for it, and what a plan tells of that."""
+
+    run: Runner
+    binary: Binary
+    residual_share: float | None = None
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return self.run(x, residual)
 
 
 class Method(Protocol):
@@ -93,6 +107,11 @@ def input_check(
             )
 
     return check
+
+
+def aligned(x: torch.Tensor, bytes: int) -> torch.Tensor:
+    """x, or a copy of it where it lies at no multiple of so many bytes, for kernels that copy as many at once."""
+    return x.clone() if x.data_ptr() % bytes else x
 
 
 def apply_epilogue(y: torch.Tensor, residual: torch.Tensor | None, activation: str) -> torch.Tensor:

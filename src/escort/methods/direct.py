@@ -24,7 +24,6 @@ from escort.sparse import Geometry, IntArray, StretchedCSR
 #: name -> (floats per vector, largest tile in vectors), fastest first.
 ISAS: dict[str, tuple[int, int]] = {name: (lanes, vectors) for name, lanes, vectors in _kernels.isas()}
 
-_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 _CACHE_FLOATS = 6 * 1024  # of a 32 KiB level-1 cache, leaving room for the filter stream and the partial sums
 
 
@@ -98,7 +97,7 @@ class Direct:
             x_plane=height * width,
             y_image=problem.out_channels * out_height * out_width,
             y_plane=out_height * out_width,
-            activation=_ACTIVATIONS[problem.epilogue.activation],
+            activation=problem.epilogue.activation_number,
         )
         run_kernel, threads = convolution.run, torch.get_num_threads
         check, out_shape = input_check(problem), problem.output_shape[1:]

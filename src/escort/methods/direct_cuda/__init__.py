@@ -20,7 +20,7 @@ import torch
 
 from escort import jit
 from escort.gpu import H200, Gpu
-from escort.methods.base import Runner, input_check
+from escort.methods.base import Runner, aligned, input_check
 from escort.methods.direct_cuda.layout import DirectConfig, Layout, Positions, most_images, shared_bytes
 from escort.methods.direct_cuda.search import has_room, neighbours, search
 from escort.methods.direct_cuda.tables import defines, pack, scalars
@@ -87,8 +87,8 @@ class DirectCuda:
             check(x, residual)
             images = len(x)
             x = x.contiguous()
-            if layout.paired and x.data_ptr() % 4:
-                x = x.clone()  # the kernel reads two columns at once
+            if layout.paired:
+                x = aligned(x, 4)  # the kernel reads two columns at once
             if residual is not None:
                 residual = residual.contiguous()
             y = torch.empty((images, *out_shape), dtype=x.dtype, device=device)

@@ -21,8 +21,6 @@ from escort.methods.direct_cuda.layout import (
 from escort.problem import Problem
 from escort.sparse import Geometry, IntArray, StretchedCSR
 
-_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
-
 
 def defines(config: DirectConfig, layout: Layout, dtype: str) -> dict[str, int]:
     """The macros that a config is compiled with; kernels/direct.cu says what each means."""
@@ -70,7 +68,7 @@ def scalars(problem: Problem, layout: Layout, tables: Tables, config: DirectConf
         config.channel_warps,
         config.producers,
         tables.entry_bytes,
-        _ACTIVATIONS[problem.epilogue.activation],
+        problem.epilogue.activation_number,
     )
 
 

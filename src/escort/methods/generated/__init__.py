@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from escort import codegen, jit
 from escort.gpu import Gpu
-from escort.methods.base import Runner, input_check
+from escort.methods.base import CompiledRunner, Runner, aligned, input_check
 from escort.methods.generated.search import piece_count, piece_steps, predict_us, resident, search
 from escort.problem import Problem
 from escort.program import GeneratedConfig, Program
@@ -90,10 +89,7 @@ class Generated:
             y = torch.empty((images, *out_shape), dtype=x.dtype, device=device)
             if not images:
                 return y
-            if arrange is not None:
-                x = arrange(x)
-            elif x.data_ptr() % alignment:
-                x = x.clone()  # the kernel copies several elements at once
+            x = aligned(x, alignment) if arrange is None else arrange(x)  # the kernel copies several elements at once
             tiles = program.tiles(images)
             items = -(-tiles // config.together) * program.hands
             # Clusters take several items in turn, but those that split channels only one.
@@ -101,16 +97,7 @@ class Generated:
             launch((grid, 1, 1), x, y, residual, images, tiles)
             return y
 
-        return _Generated(kernel.binary, run)
-
-
-@dataclass(frozen=True)
-class _Generated:
-    binary: jit.Binary
-    run: Runner
-
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return self.run(x, residual)
+        return CompiledRunner(run, kernel.binary)
 
 
 def _arrange(program: Program, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -47,7 +47,6 @@ _COPY, _COPY_ISSUE = 21.5, 8.0  # per copy of a producer warp, and instructions 
 _CHUNK, _ROW = 18.0, 9.4  # instructions around the steps of a chunk, and per element of an output
 _SPARE_REGISTERS, _TIGHT = 28, 1.23  # with fewer beside the sums, reads come right before their use
 _ADD_PARTS = 1000.0  # of channels that are split
-_CLUSTERED = 0.91  # of the multiprocessors take part where clusters of more than two blocks must fit
 _ARRANGE_US, _ARRANGE_RATE = 3.0, 2.15e6  # of the kernel that lays out the input; bytes per us
 _MEMORY_RATE = 4.2e6  # bytes per us
 
@@ -191,9 +190,7 @@ def _registers(config: GeneratedConfig, gpu: Gpu) -> Any:
 
 def resident(config: GeneratedConfig, gpu: Gpu) -> Any:
     """Blocks that run at a time; for arrays too."""
-    if config.cluster <= 2:
-        return gpu.multiprocessors * config.blocks
-    return int(gpu.multiprocessors * _CLUSTERED) // config.cluster * config.cluster * config.blocks
+    return gpu.clusters(config.cluster) * config.cluster * config.blocks
 
 
 def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, gpu: Gpu) -> Any:

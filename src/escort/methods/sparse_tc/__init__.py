@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from escort import jit, tensor_maps
 from escort.gpu import Gpu
-from escort.methods.base import Runner, input_check
+from escort.methods.base import CompiledRunner, Runner, aligned, input_check
 from escort.methods.sparse_tc.packing import ordered, pack
-from escort.methods.sparse_tc.search import candidates, resident, search
-from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, im2col_corners
+from escort.methods.sparse_tc.search import candidates, search
+from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, at_once, im2col_corners
 from escort.problem import Problem
 from escort.sparse import IntArray, StretchedCSR
 
@@ -30,7 +29,6 @@ _THREADS = 384  # of a block of sparse_tc.cuh
 _ARRANGE_THREADS, _ARRANGE_PIXELS = 256, 128  # of a block of channels_last.cu
 _MOST_ELEMENTS = 2**31 - 1
 _STORAGE = {"fp16": 1, "bf16": 2}
-_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 
 
 class SparseTc:
@@ -83,7 +81,7 @@ class SparseTc:
         given = (jit.TensorMap if last else torch.Tensor,) * 2  # y and residual
         defines = tiling.defines | {
             "STORAGE": _STORAGE[problem.dtype],
-            "ACTIVATION": _ACTIVATIONS[problem.epilogue.activation],
+            "ACTIVATION": problem.epilogue.activation_number,
             "RESIDUAL": int(problem.epilogue.residual),
         }
         kernel = jit.kernel(tiling.source, defines, device, native=True)
@@ -92,7 +90,7 @@ class SparseTc:
         memory_format = torch.channels_last if last else torch.contiguous_format
         alignment = 16 if last else 2 * int(tiling.defines["VECTOR"])  # bytes
         arrange = None if last else _arrange(problem, places.channels, device)
-        clusters, out_shape = resident(config, gpu), problem.output_shape[1:]
+        clusters, out_shape = gpu.clusters(config.cluster), problem.output_shape[1:]
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
@@ -101,9 +99,9 @@ class SparseTc:
             if not images:
                 return y
             x = x.contiguous(memory_format=memory_format)
-            x = _aligned(x, 16) if arrange is None else arrange(x)
+            x = aligned(x, 16) if arrange is None else arrange(x)
             if residual is not None:
-                residual = _aligned(residual.contiguous(memory_format=memory_format), alignment)
+                residual = aligned(residual.contiguous(memory_format=memory_format), alignment)
             groups = tiling.groups(images)
             grid = min(groups * tiling.channel_tiles, clusters) * config.cluster, 1, 1
             x_map = _x_map(tiling, x, images)
@@ -114,17 +112,7 @@ class SparseTc:
                 launch(grid, x_map, y, residual, images, groups)
             return y
 
-        return _SparseTc(kernel.binary, places.split.share, run)
-
-
-@dataclass(frozen=True)
-class _SparseTc:
-    binary: jit.Binary
-    residual_share: float
-    run: Runner
-
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return self.run(x, residual)
+        return CompiledRunner(run, kernel.binary, places.split.share)
 
 
 def _by_row(bias: torch.Tensor | None, row_channel: IntArray) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
@@ -132,11 +120,6 @@ def _by_row(bias: torch.Tensor | None, row_channel: IntArray) -> np.ndarray[tupl
     if bias is not None:
         values[row_channel >= 0] = bias.detach().float().cpu().numpy()[row_channel[row_channel >= 0]]
     return values
-
-
-def _aligned(x: torch.Tensor, bytes: int) -> torch.Tensor:
-    """x, or a copy of it where it lies at no multiple of so many bytes."""
-    return x.clone() if x.data_ptr() % bytes else x
 
 
 def _x_map(tiling: Tiling, x: torch.Tensor, images: int) -> jit.TensorMap:
@@ -167,7 +150,7 @@ def _arrange(problem: Problem, channels: IntArray, device: torch.device) -> Call
     launch = kernel.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, *fixed), overlap=True)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        x = _aligned(x, 2 * vector)
+        x = aligned(x, 2 * vector)
         arranged = torch.empty((len(x), plane, len(channels)), dtype=x.dtype, device=device)
         launch((len(x) * pieces, len(channels) // 64, 1), x, arranged)
         return arranged
@@ -179,4 +162,4 @@ def arrange_pieces(plane: int) -> tuple[int, int, int]:
     """Elements that are read at once, the pieces of a plane, and the elements of each but the last, a multiple of 8."""
     pieces = -(-plane // _ARRANGE_PIXELS)
     piece = -(-plane // (pieces * 8)) * 8
-    return next(v for v in (8, 4, 2, 1) if plane % v == 0), -(-plane // piece), piece
+    return at_once(plane), -(-plane // piece), piece

@@ -1,7 +1,8 @@
 """The search for configs: a space, and a model of the machine that ranks it.
 
 A step is one image of the filter times one fill. A sparse wgmma of N pixels reads 64 N + 2048 bytes of shared memory in
-N / 2 clocks of the tensor cores, at 128 bytes a clock: shared memory bounds it always, small N most.
+N / 2 clocks of the tensor cores, at 128 bytes a clock: shared memory bounds it, and for small N the least time that any
+step takes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from escort.methods.sparse_tc.tiling import BLOCK_BYTES, PIXEL_BYTES, Fill, Layo
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
 
-_CLUSTERED = 0.91  # of the multiprocessors take part where clusters of more than two blocks must fit
 _PIXELS = (48, 64, 96, 112, 128, 192, 256)  # of products whose tiles are not rows
 _IMAGES = (2, 3, 4, 6, 8)  # of a tile of several
 _LEAST_USED = 0.5  # of a tile's channels
@@ -95,7 +95,7 @@ def predict_us(tiling: Tiling, extra_images: float, gpu: Gpu) -> float:
         extra_images: of the filter in tiles of so many channels, `Ordered.extra_images`.
     """
     p, config = tiling.problem, tiling.config
-    rounds = -(-tiling.groups(max(p.batch, 1)) * tiling.channel_tiles // resident(config, gpu))
+    rounds = -(-tiling.groups(max(p.batch, 1)) * tiling.channel_tiles // gpu.clusters(config.cluster))
     image_bytes = config.tile_channels // 64 * BLOCK_BYTES
     fill_bytes = tiling.load[1] * tiling.load[2] * tiling.load[3] * PIXEL_BYTES / len(tiling.fills[0])
     products = 4 * config.blocks * (config.pixels * 64 + _PRODUCT_BYTES)
@@ -112,9 +112,3 @@ def predict_us(tiling: Tiling, extra_images: float, gpu: Gpu) -> float:
     compute, memory = rounds * tile / _CLOCK_MHZ, (input_bytes + output_bytes) / _MEMORY_BYTES
     arrange = 0.0 if config.takes_channels_last else _ARRANGE_US + 2 * input_bytes / _ARRANGE_BYTES
     return _LAUNCH_US + arrange + max(compute, memory) + 0.2 * min(compute, memory)
-
-
-def resident(config: SparseTcConfig, gpu: Gpu) -> int:
-    """Clusters that run at a time."""
-    share = _CLUSTERED if config.cluster > 2 else 1.0
-    return int(gpu.multiprocessors * share) // config.cluster

@@ -307,10 +307,15 @@ def _defines(p: Problem, config: SparseTcConfig) -> dict[str, int | str]:
 def _vector(p: Problem, config: SparseTcConfig, rows: _Rows) -> tuple[int, int]:
     """How many outputs are stored at once in NCHW, neighbours in y, and whether they lie unaligned in staging."""
     if config.fill in ("im2col", "flat"):
-        return next(v for v in (8, 4, 2, 1) if p.out_height * p.out_width % v == 0), 0
-    vector = next(v for v in (8, 4, 2, 1) if p.out_width % v == 0)
+        return at_once(p.out_height * p.out_width), 0
+    vector = at_once(p.out_width)
     unaligned = vector > 1 and rows.pitch % vector > 0
     return min(vector, 2) if unaligned else vector, int(unaligned)
+
+
+def at_once(elements: int) -> int:
+    """How many of 16 bits one instruction moves, so that whole ones make up a run of so many."""
+    return next(v for v in (8, 4, 2, 1) if elements % v == 0)
 
 
 def _up(value: int, multiple: int) -> int:
