@@ -18,8 +18,8 @@ import torch
 
 from escort import compiler, ops, reference
 from escort.gpu import H200
-from escort.methods.sparse_tc import SparseTc, SparseTcConfig, check_fills
-from escort.methods.sparse_tc.packing import Packed, ordered, pack
+from escort.methods.sparse_tc import SparseTc, SparseTcConfig
+from escort.methods.sparse_tc.packing import Packed
 from escort.methods.sparse_tc.search import candidates, predict_us, search
 from escort.methods.sparse_tc.tiling import Layout, Tiling
 from escort.problem import Epilogue, Precision, Problem
@@ -84,7 +84,6 @@ def test_predictions_follow_the_work() -> None:
 # One of each kind of kernel: fills, warpgroups, blocks of channels, clusters, layouts, epilogues, vectors
 VARIANTS = {
     "halo": (RES4, SparseTcConfig("halo", 216, rows=14, cluster=2)),
-    "halo, three in flight": (RES4, SparseTcConfig("halo", 104, rows=7, cluster=2, in_flight=3)),
     "halo along": (replace(RES4, epilogue=FULL), SparseTcConfig("halo", 112, across=1, rows=14)),
     "halo, uneven": (replace(RES4, epilogue=FULL, width=13), SparseTcConfig("halo", 120, blocks=2, rows=8)),
     "columns": (replace(RES4, epilogue=FULL, dtype="bf16"), SparseTcConfig("columns", 224, rows=14, cluster=4)),
@@ -145,10 +144,10 @@ def machine_code(binary: compiler.Binary, folder: Path) -> tuple[list[str], dict
     return code, labels
 
 
-def overwritten(code: list[str], labels: dict[str, int], sets: int, in_flight: int = 1) -> list[str]:
+def overwritten(code: list[str], labels: dict[str, int], sets: int) -> list[str]:
     """Instructions that write a register of metadata while a sparse product may still read it, on any way through.
 
-    A register is free, or read by a group of products: the one that is being issued (0), the last one (1), ...
+    A register is free, or read by the group of products that is being issued, by the last one or by an older one.
     """
     metadata = {at: int(re.findall(r"\bR(\d+)\b", text)[-1]) for at, text in enumerate(code) if "HGMMA.SP" in text}
     registers = sorted(set(metadata.values()))
@@ -160,8 +159,8 @@ def overwritten(code: list[str], labels: dict[str, int], sets: int, in_flight: i
             continue
         wide = 4 if ".128" in found[1] or ".M88.4" in found[1] else 2 if re.search(r"\.64|WIDE|\.2\b", found[1]) else 1
         writes[at] = [register for register in registers if int(found[2]) <= register < int(found[2]) + wide]
-    ways: list[tuple[int, tuple[int | None, ...]]] = [(0, (None,) * len(registers))]
-    seen: set[tuple[int, tuple[int | None, ...]]] = set()
+    ways = [(0, ("free",) * len(registers))]
+    seen: set[tuple[int, tuple[str, ...]]] = set()
     bad: dict[int, str] = {}
     while ways:
         at, state = ways.pop()
@@ -170,15 +169,16 @@ def overwritten(code: list[str], labels: dict[str, int], sets: int, in_flight: i
         seen.add((at, state))
         text, now = code[at], list(state)
         if at in metadata:
-            now[registers.index(metadata[at])] = 0
+            now[registers.index(metadata[at])] = "open"
             if "gsb0" in text:  # closes the group
-                now = [None if age is None else min(age + 1, in_flight + 1) for age in now]
+                now = [{"last": "older", "open": "last"}.get(readers, readers) for readers in now]
         elif wait := re.search(r"DEPBAR.LE gsb0, 0x([0-9]+)", text):
-            now = [None if age is not None and age > int(wait[1]) else age for age in now]
+            done = ("older", "last") if wait[1] == "0" else ("older",)
+            now = ["free" if readers in done else readers for readers in now]
         touched = [now[registers.index(register)] for register in writes.get(at, [])]
-        if text.startswith("LDS") and any(age is not None and 0 < age <= in_flight for age in touched):
+        if text.startswith("LDS") and "last" in touched:
             continue  # steps take turns with the sets, so there is no such way
-        if any(age is not None for age in touched):
+        if any(readers != "free" for readers in touched):
             bad[at] = text
         if target := re.search(r"\bBRA[A-Z0-9_.]* .*`\((\.L_x_\d+)\)", text):
             ways.append((labels[target[1]], tuple(now)))
@@ -190,10 +190,9 @@ def overwritten(code: list[str], labels: dict[str, int], sets: int, in_flight: i
 @of_each_kind
 def test_metadata_stays_while_products_read_it(problem: Problem, config: SparseTcConfig, tmp_path: Path) -> None:
     code, labels = machine_code(compiled(problem, config), tmp_path)
-    sets = config.in_flight + 1
-    assert overwritten(code, labels, sets * config.blocks, config.in_flight) == []
+    assert overwritten(code, labels, 2 * config.blocks) == []
     # Three ways to issue a step, for each set; more groups would mean that the compiler waits for each product.
-    assert sum("HGMMA.SP" in text and "gsb0" in text for text in code) == 3 * sets
+    assert sum("HGMMA.SP" in text and "gsb0" in text for text in code) == 6
 
 
 def test_the_check_of_metadata_notices(tmp_path: Path) -> None:
@@ -252,17 +251,6 @@ class Model:
         out, residual = (m.x if last else m for m in args[:2])
         y = y + by_channel.view(-1, 1, 1) + (residual.double() if p.epilogue.residual else 0.0)
         out[:] = y.clamp_min(0.0) if p.epilogue.activation == "relu" else y
-
-
-def test_more_steps_in_flight_than_a_fill_has_are_refused() -> None:
-    """All stages of B would wait to be released, and the next fill would never come."""
-    tiling = Tiling.of(RES4, SparseTcConfig("halo", 104, rows=7, in_flight=3), H200.shared_bytes)
-    assert tiling.defines["B_STAGES"] == 2
-    packed = pack(ordered(filter_of(RES4), "contiguous"), tiling)
-    check_fills(packed, tiling)
-    few = replace(packed, first=np.array([0, 3, 5, 9], dtype=np.int32))
-    with pytest.raises(ValueError, match="a fill has 2 steps, fewer than the 3 in flight"):
-        check_fills(few, tiling)
 
 
 @of_each_kind

@@ -215,5 +215,5 @@ def test_configs_that_do_not_fit(problem: Problem, config: SparseTcConfig, reaso
 
 
 def test_shared_memory_that_is_too_small() -> None:
-    with pytest.raises(UnfitError, match="stages"):
+    with pytest.raises(UnfitError, match="two stages"):
         Tiling.of(RES4, CONFIGS[0], 100 * 1024)

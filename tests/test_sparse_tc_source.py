@@ -187,7 +187,7 @@ void meet() { cluster.wait(); }
 void sync(int id, int threads) { (threads == CONSUMERS ? block->named[0] : block->named[id]).wait(); }
 void mma_fence() {}
 void mma_commit() {}
-template <int PENDING> void mma_wait() { __syncwarp(); }  // as it says: .sync
+template <int IN_FLIGHT> void mma_wait() { __syncwarp(); }  // as it says: .sync
 u32 load_word(u32 address) { u32 v; std::memcpy(&v, block->shared + address, 4); return v; }
 void keep(u32, u32, u32) {}
 // Matrices of 8 x 8 between registers and shared memory; a lane has the address of a row.
@@ -315,8 +315,6 @@ KINDS = {
     "im2col": ("stride 1 by 3, uneven padding", SparseTcConfig("im2col", 24, across=1, blocks=1), "channels_last"),
     "im2col across": ("dilation and stride", SparseTcConfig("im2col", 40), "contiguous"),
     "flat": ("pointwise", SparseTcConfig("flat", 48, blocks=2, cluster=2), "contiguous"),
-    "halo, three in flight": ("3x3", SparseTcConfig("halo", 112, rows=7, cluster=2, in_flight=3), "channels_last"),
-    "im2col, two in flight": ("dilation and stride", SparseTcConfig("im2col", 40, in_flight=2), "channels_last"),
     "flat along": ("pointwise, even plane", SparseTcConfig("flat", 24, across=1), "channels_last"),
 }
 

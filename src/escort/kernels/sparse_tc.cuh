@@ -38,7 +38,6 @@ constexpr bool WHOLE_ROWS = FILL == COLUMNS || FILL == HALO;  // tiles are rows 
 constexpr u32 FULL_A = 0, EMPTY_A = FULL_A + 8 * A_STAGES, FULL_B = EMPTY_A + 8 * A_STAGES;
 constexpr u32 EMPTY_B = FULL_B + 8 * B_STAGES, RESIDUAL_HERE = EMPTY_B + 8 * B_STAGES, UNUSED = RESIDUAL_HERE + 16;
 constexpr u32 B = 1024, A = B + B_STAGES * B_STAGE_BYTES, STAGING = (A + A_STAGES * A_BYTES + 1023) / 1024 * 1024;
-static_assert(1 <= IN_FLIGHT && IN_FLIGHT <= 3);
 static_assert(UNUSED + 8 <= B && STAGING + TILE_BLOCKS * STAGING_BYTES == SHARED_BYTES);
 
 struct __align__(64) TensorMap {
@@ -116,9 +115,9 @@ __device__ void sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r
 
 __device__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
+template <int IN_FLIGHT>
 __device__ void mma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
 }
 
 __device__ u32 load_word(u32 address) {
@@ -176,6 +175,7 @@ struct Ring {
   __device__ void next() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
+  __device__ int previous() const { return stage == 0 ? STAGES - 1 : stage - 1; }
 };
 
 // What a cluster computes, one after the other: a tile of channels for a group of pixel tiles, one for each block.
@@ -460,27 +460,23 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
   Ring<A_STAGES> ring_a;
   Ring<B_STAGES> ring_b;
   float d[M_BLOCKS][PIXELS / 2];
-  u32 metadata[IN_FLIGHT + 1][M_BLOCKS] = {};
+  u32 metadata[2][M_BLOCKS] = {};
   int set = 0;
   const u32 never = images < 0;
 
-  // The oldest step whose products may still run is done: its image, and its fill if it was the last to use that.
-  Ring<A_STAGES> oldest_a;
-  Ring<B_STAGES> oldest_b;
-  const auto release = [&](bool last) {
-    if (lane < CLUSTER) barrier_arrive_at(base + EMPTY_A + 8 * oldest_a.stage, lane);
-    oldest_a.next();
-    if (!last) return;
-    if (lane == 0) barrier_arrive(base + EMPTY_B + 8 * oldest_b.stage);
-    oldest_b.next();
+  const auto release_a = [&](int stage) {
+    if (lane < CLUSTER) barrier_arrive_at(base + EMPTY_A + 8 * stage, lane);
+  };
+  const auto release_b = [&](int stage) {
+    if (lane == 0) barrier_arrive(base + EMPTY_B + 8 * stage);
   };
 
   // A sparse wgmma reads its metadata register while it runs, and the assembler takes the register for free as soon as
-  // the instruction is issued: the metadata of a step would overwrite those of steps in flight. So steps take turns
-  // with sets of registers, and all are kept alive until behind the wait for what reads them.
+  // the instruction is issued: with two steps in flight the second's metadata would overwrite that of the first. So
+  // steps take turns with two sets of registers, and both are kept alive until behind the wait for what reads them.
   const auto keep_metadata = [&] {
 #pragma unroll
-    for (int i = 0; i <= IN_FLIGHT; i++)
+    for (int i = 0; i < 2; i++)
 #pragma unroll
       for (int j = 0; j < M_BLOCKS; j++) keep(metadata[i][j], never, base + UNUSED);
   };
@@ -539,8 +535,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
       for (int j = 0; j < PIXELS / 2; j++) asm volatile("" : "=f"(d[i][j]));
     const u32* listed = steps + __ldg(first + work.m_tile() * FILLS);
     u32 step = __ldg(listed);
-    int accumulate = 0, flying = 0;  // steps that are not released
-    u32 lasts = 0;                   // which of them were the last of their fills, the newest in bit 0
+    int accumulate = 0;
     // Neither loop may be unrolled or peeled: of products in several places the compiler waits for each.
 #pragma unroll 1
     for (int fill = 0; fill < FILLS; fill++) {
@@ -548,7 +543,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
       const u32 b_fill = b_first + ring_b.stage * (B_STAGE_BYTES / 16);
       bool more = true;
 #pragma unroll 1
-      while (more) {
+      for (int tap = 0; more; tap++) {
         // Bits 0-15: where the tap begins in the fill; from bit 16 two for each warpgroup across: which halves of the
         // input channels there are for it; bit 31: the fill's last.
         const u32 now = __shfl_sync(~0u, step, 0);
@@ -560,20 +555,15 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
         const u32 from = metadata_first + ring_a.stage * A_BYTES, halves = now >> (16 + 2 * across) & 3;
         if (set == 0)
           issue(metadata[0], from, a, b, halves, accumulate);
-        else if (IN_FLIGHT == 1 || set == 1)
+        else
           issue(metadata[1], from, a, b, halves, accumulate);
-        else if (IN_FLIGHT == 2 || set == 2)
-          issue(metadata[IN_FLIGHT == 1 ? 1 : 2], from, a, b, halves, accumulate);
-        else
-          issue(metadata[IN_FLIGHT], from, a, b, halves, accumulate);
-        set = set == IN_FLIGHT ? 0 : set + 1;
-        lasts = lasts << 1 | !more;
-        mma_wait<IN_FLIGHT>();
+        set ^= 1;
+        mma_wait<1>();
         keep_metadata();
-        if (flying == IN_FLIGHT)
-          release(lasts >> IN_FLIGHT & 1);
-        else
-          flying++;
+        if (accumulate) {  // the step before this one is done with its stages
+          release_a(ring_a.previous());
+          if (tap == 0) release_b(ring_b.previous());
+        }
         accumulate = 1;
         ring_a.next();
       }
@@ -588,7 +578,8 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
     }
     mma_wait<0>();
     keep_metadata();
-    for (; flying > 0; flying--) release(lasts >> (flying - 1) & 1);
+    release_a(ring_a.previous());
+    release_b(ring_b.previous());
 
 #if OUT_NCHW
     // A warp stores what it has staged itself; but warpgroups that have the same channels store half of them each.

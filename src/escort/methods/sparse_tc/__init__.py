@@ -16,9 +16,9 @@ import torch
 from escort import jit, tensor_maps
 from escort.gpu import Gpu
 from escort.methods.base import CompiledRunner, Runner, aligned, input_check
-from escort.methods.sparse_tc.packing import Packed, ordered, pack
+from escort.methods.sparse_tc.packing import ordered, pack
 from escort.methods.sparse_tc.search import candidates, search
-from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, UnfitError, at_once, im2col_corners
+from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, at_once, im2col_corners
 from escort.problem import Problem
 from escort.sparse import IntArray, StretchedCSR
 
@@ -73,7 +73,6 @@ class SparseTc:
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
         places = ordered(filter, config.layout)
         packed = pack(places, tiling)
-        check_fills(packed, tiling)
         last = config.takes_channels_last
         tables = [packed.images, _by_row(bias, packed.row_channel), packed.first, packed.steps.view(np.int32)]
         if not last:
@@ -114,13 +113,6 @@ class SparseTc:
             return y
 
         return CompiledRunner(run, kernel.binary, places.split.share)
-
-
-def check_fills(packed: Packed, tiling: Tiling) -> None:
-    """Raises UnfitError where steps in flight could hold all stages of B, so that the next fill never comes."""
-    least = int(np.diff(packed.first).min())
-    if tiling.config.in_flight > least * (int(tiling.defines["B_STAGES"]) - 1):
-        raise UnfitError(f"a fill has {least} steps, fewer than the {tiling.config.in_flight} in flight; choose fewer")
 
 
 def _by_row(bias: torch.Tensor | None, row_channel: IntArray) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

@@ -59,7 +59,7 @@ def candidates(problem: Problem, gpu: Gpu, layout: Layout) -> Iterator[Tiling]:
             continue
         for fill, pixels, rows, images in _tiles(problem, across, blocks):
             for cluster in _WAIT:
-                config = SparseTcConfig(fill, pixels, across, blocks, rows, images, cluster, layout=layout)
+                config = SparseTcConfig(fill, pixels, across, blocks, rows, images, cluster, layout)
                 try:
                     tiling = Tiling.of(problem, config, gpu.shared_bytes)
                 except UnfitError:

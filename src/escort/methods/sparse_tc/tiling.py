@@ -37,7 +37,6 @@ class SparseTcConfig:
         blocks: of 64 output channels that a warpgroup computes.
         rows, images: columns and halo: of the output in a tile; several images only where all rows of each are.
         cluster: thread blocks that copy the filter to one another.
-        in_flight: steps whose products may still run when the next one is issued.
         layout: of x, residual and y. "channels_last" converts nothing, and only benchmarks have it.
     """
 
@@ -48,7 +47,6 @@ class SparseTcConfig:
     rows: int = 0
     images: int = 1
     cluster: int = 1
-    in_flight: int = 1
     layout: Layout = "contiguous"
 
     @property
@@ -267,9 +265,8 @@ class _Memory(NamedTuple):
         else:
             b_stages = 2
             a_stages = min(_MOST_STAGES, (room - b_stages * b_stage_bytes) // a_bytes)
-        # A stage is free when so many further steps are under way, which need others.
-        if a_stages <= config.in_flight or b_stages < 2 or (len(taps) == 1 and b_stages <= config.in_flight):
-            raise UnfitError("the stages of steps in flight do not fit shared memory; choose smaller tiles")
+        if min(a_stages, b_stages) < 2:  # a stage is free when the next step is under way, which needs another
+            raise UnfitError("two stages do not fit shared memory; choose smaller tiles")
         b_end = _BARRIER_BYTES + b_stages * b_stage_bytes
         end = _up(b_end + a_stages * a_bytes, 1024) + blocks * staging_bytes
         # What lies behind a fill is read too, and what it gives is cut off; but it must be shared memory.
@@ -288,7 +285,6 @@ def _defines(p: Problem, config: SparseTcConfig) -> dict[str, int | str]:
         "ACROSS": config.across,
         "M_BLOCKS": config.blocks,
         "CLUSTER": config.cluster,
-        "IN_FLIGHT": config.in_flight,
         "OUT_NCHW": int(not config.takes_channels_last),
         "M_TILES": -(-p.out_channels // config.tile_channels),
         "KERNEL_ROWS": p.kernel[0],
