@@ -35,6 +35,7 @@ ORDER = [
     "escort.ops",
     "escort.nn",
     "escort.fuse",
+    "escort.channels_last",
     "escort.batching",
     "escort.converted",
     "escort.convert",

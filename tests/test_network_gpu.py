@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,39 @@ def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "_remembered", {})
 
 
+@pytest.fixture(autouse=True)
+def memory_formats(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Those in which networks are tried: NCHW where a test does not name others."""
+    formats: tuple[str, ...] = getattr(request, "param", ("contiguous",))
+    module: Any = sys.modules["escort.convert"]
+    tried = module._by_memory_format
+
+    def some(*asked: Any) -> dict[str, nn.Module]:
+        return {name: network for name, network in tried(*asked).items() if name in formats}
+
+    monkeypatch.setattr(module, "_by_memory_format", some)
+    return formats
+
+
+def in_formats(*formats: tuple[str, ...]) -> Any:
+    return pytest.mark.parametrize("memory_formats", formats, indirect=True, ids="-".join)
+
+
+BOTH = in_formats(("contiguous",), ("channels_last",))
+
+
+def each(*precisions: Precision) -> Any:
+    """These precisions in each memory format that they have."""
+    found = [
+        (p, (name,))
+        for p in precisions
+        for name in ("contiguous", "channels_last")
+        if p != "fp32" or name == "contiguous"
+    ]
+    ids = ["-".join((precision, *formats)) for precision, formats in found]
+    return pytest.mark.parametrize(("precision", "memory_formats"), found, indirect=["memory_formats"], ids=ids)
+
+
 @pytest.fixture
 def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Leaves the planner one method to choose."""
@@ -155,6 +189,7 @@ def test_any_input_is_right(precision: Precision, method: str, only: Callable[[s
         assert fast(images(precision)[:0]).shape == (0, 10)
 
 
+@in_formats(("contiguous", "channels_last"))
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_resnet_18_is_the_same_network(precision: Precision) -> None:
     torch.manual_seed(0)
@@ -169,6 +204,34 @@ def test_resnet_18_is_the_same_network(precision: Precision) -> None:
         assert_close(fast, model, images(precision, *shape), precision)
 
 
+@in_formats(("channels_last",))
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("method", [None, "cudnn"])
+def test_a_network_in_channels_last_is_right(
+    precision: Precision, method: str | None, only: Callable[[str], None]
+) -> None:
+    if method:
+        only(method)
+    model = on_gpu(pruned(Mixed()), precision)
+    fast = converted(precision, model)
+    assert fast.plan.memory_format == "channels_last" and len(fast.plan.layers) == 4 and not fast.plan.skipped
+    for shape in ((2, 3, 32, 32), (1, 3, 32, 32), (7, 3, 32, 32), (2, 3, 45, 37), (3, 3, 9, 70)):
+        x = images(precision, *shape)
+        assert_close(fast, model, x, precision)
+        assert_close(fast, model, x.contiguous(memory_format=torch.channels_last), precision)
+    lying = []
+    for layer in fast.network.modules():
+        if isinstance(layer, SparseConv2d):
+            layer.register_forward_hook(
+                lambda *called: lying.append(called[2].is_contiguous(memory_format=torch.channels_last))
+            )
+    with torch.inference_mode():
+        fast(images(precision))
+        assert fast(images(precision)[:0]).shape == (0, 10)
+    assert lying and all(lying)
+
+
+@BOTH
 def test_a_model_in_channels_last_stays_right() -> None:
     model = on_gpu(pruned(Mixed()), "fp16").to(memory_format=torch.channels_last)
     x = images("fp16").contiguous(memory_format=torch.channels_last)
@@ -220,6 +283,7 @@ def test_another_stream() -> None:
         assert_same(y, fast(x * 2.0))
 
 
+@in_formats(("contiguous", "channels_last"))
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_captured_graph_follows_its_input(precision: Precision) -> None:
     fast, x = converted(precision), images(precision)
@@ -250,6 +314,7 @@ def test_what_was_not_laid_out_before_a_capture_says_so() -> None:
         layer(x, x)
 
 
+@BOTH
 def test_compiled_and_exported(tmp_path: Path) -> None:
     fast, x = converted("fp16"), images("fp16")
     torch._dynamo.reset()
@@ -272,7 +337,7 @@ def test_compiled_with_graphs_of_its_own() -> None:
             assert_same(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@each("fp32", "bf16")
 def test_the_operator_passes_torchs_own_checks(precision: Precision) -> None:
     layer = converted(precision).network.get_submodule("grouped")
     x = images(precision, 2, 16, 8, 8)
@@ -282,7 +347,7 @@ def test_the_operator_passes_torchs_own_checks(precision: Precision) -> None:
         ops.sparse_conv2d(x, x, *(array.cpu() for array in arrays[:3]), *arrays[3:])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each(*PRECISIONS)
 def test_saved_and_loaded(precision: Precision, tmp_path: Path) -> None:
     fast, x = converted(precision), images(precision)
     escort.save(fast, tmp_path / "model")

@@ -119,6 +119,8 @@ def load(
         if isinstance(network, fx.GraphModule) and there != planned:
             _redirect(network, planned, there)
         network.to(there)
+        if plan.memory_format == "channels_last" and not plan.kept_dense:  # for what is left of torch's convolutions
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     chosen = {name: layer.plan for name, layer in layers.items() if isinstance(layer, SparseConv2d)}
     others = {} if moves else plan.layers  # of a network that stayed dense
     converted = ConvertedModel(network, replace(plan, layers=others | chosen))
@@ -173,7 +175,7 @@ def _transfer(plan: NetworkPlan, device: torch.device) -> NetworkPlan:
     precision: Precision = "fp32" if moves and plan.precision == "tf32" else plan.precision
     layers = {}
     for name, layer in plan.layers.items():
-        layer = replace(layer, problem=replace(layer.problem, device=str(device), dtype=precision))
+        layer = replace(layer, problem=replace(layer.problem.on(str(device)), dtype=precision))
         layers[name] = replace(layer, method="", candidates=()) if moves else layer
     images = None if moves else plan.images
     return replace(plan, layers=layers, device=str(device), precision=precision, images=images)

@@ -269,7 +269,8 @@ def example_inputs(problem: Problem, *, seed: int = 0) -> list[tuple[torch.Tenso
     shapes = [(max(problem.batch, 1), *shape[1:]) for shape in (problem.input_shape, problem.output_shape)]
 
     def draw(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=problem.torch_dtype, device=problem.device)
+        drawn = torch.randn(shape, generator=generator, dtype=problem.torch_dtype, device=problem.device)
+        return drawn.contiguous(memory_format=problem.torch_memory_format)
 
     sets = 1
     if problem.device_type == "cuda":

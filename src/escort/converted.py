@@ -15,7 +15,7 @@ from escort.bench import Machine, Timer
 from escort.memory import keep_freed_memory
 from escort.nn import SparseConv2d
 from escort.planner import Plan
-from escort.problem import Precision
+from escort.problem import MemoryFormat, Precision
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -63,6 +63,11 @@ class NetworkPlan:
     def speedup(self) -> float:
         """Dense time over the time of what was kept."""
         return 1.0 if self.kept_dense else self.dense_time_us / self.converted_time_us
+
+    @property
+    def memory_format(self) -> MemoryFormat:
+        """In which its convolutions hand on tensors, all of them."""
+        return next((layer.problem.memory_format for layer in self.layers.values()), "contiguous")
 
     @property
     def reason(self) -> str | None:
@@ -124,14 +129,15 @@ class NetworkPlan:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a network plan: {error}") from error
-        asked = {(layer.problem.device, layer.problem.dtype) for layer in plan.layers.values()}
+        problems = [layer.problem for layer in plan.layers.values()]
+        asked = {(problem.device, problem.dtype, problem.memory_format) for problem in problems}
         if (
             not re.fullmatch(r"cpu|cuda:\d{1,3}", plan.device)
             or plan.precision not in get_args(Precision)
             or plan.timer not in get_args(Timer)
             or len(plan.input_dtypes) not in (0, len(plan.input_shapes))
             or not all(name in _DTYPES for name in plan.input_dtypes)
-            or not asked <= {(plan.device, plan.precision)}
+            or not asked <= {(plan.device, plan.precision, plan.memory_format)}
         ):
             raise ValueError(
                 f"not a network plan: its layers are for {asked}, the whole for {plan.device} in {plan.precision}, "

@@ -216,7 +216,7 @@ class _Fuser:
             # fx by itself removes an in-place operation whose result is not used, such as the statement `x.relu_()`,
             # and keeps an exported program's assertions on its weights, which have been checked by now.
             settled = node.op == "call_function" and self.constants.issuperset(node.all_input_nodes or (node,))
-            return self.mutates(node) or (node.is_impure() and not settled)
+            return mutates(self.root, node) or (node.is_impure() and not settled)
 
         self.graph.eliminate_dead_code(has_effect)
 
@@ -329,11 +329,11 @@ class _Fuser:
         residual = left if conv is right else right
         if residual in self.constants:
             return  # it keeps the example's batch size for ever, so the shapes agree by chance
-        if self.mutates(node) and not (left in self.fused and len(left.users) == 1):
+        if mutates(self.root, node) and not (left in self.fused and len(left.users) == 1):
             return  # somebody else may look at the operand that is written to; the fused sum is a new tensor
         between = conv.next
         while between is not node:
-            if self.mutates(between):
+            if mutates(self.root, between):
                 return  # perhaps to what the convolution reads, which moves down to the add
             between = between.next
         node.prepend(conv)
@@ -352,22 +352,13 @@ class _Fuser:
     def module(self, node: fx.Node) -> nn.Module | None:
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def mutates(self, node: fx.Node) -> bool:
-        """Whether `node` writes to one of its inputs."""
-        if node.op == "call_module":
-            return bool(getattr(self.module(node), "inplace", False))
-        if isinstance(node.target, torch._ops.OpOverload):
-            return node.target._schema.is_mutable
-        if node.op not in ("call_function", "call_method"):
-            return False
-        name = getattr(node.target, "__name__", node.target)
-        return bool(_INPLACE_OPERATOR.fullmatch(str(name)) or node.kwargs.get("inplace") or "out" in node.kwargs)
-
     def find_constants(self) -> None:
         """Marks what no input takes part in: attributes and what is computed from them, say a masked weight."""
         for node in self.graph.nodes:
             inputs = node.all_input_nodes
-            computed = node.op in ("call_function", "call_method") and not (node.is_impure() or self.mutates(node))
+            computed = node.op in ("call_function", "call_method") and not (
+                node.is_impure() or mutates(self.root, node)
+            )
             if node.op == "get_attr" or (computed and inputs and self.constants.issuperset(inputs)):
                 self.constants.add(node)
 
@@ -382,6 +373,18 @@ class _Fuser:
             if argument.op == "call_function":
                 return argument.target(*args, **kwargs)
             return getattr(args[0], argument.target)(*args[1:], **kwargs)
+
+
+def mutates(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node of a network's graph writes to one of its inputs."""
+    if node.op == "call_module":
+        return bool(getattr(network.get_submodule(str(node.target)), "inplace", False))
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = getattr(node.target, "__name__", node.target)
+    return bool(_INPLACE_OPERATOR.fullmatch(str(name)) or node.kwargs.get("inplace") or "out" in node.kwargs)
 
 
 def _name_of(node: fx.Node) -> str:

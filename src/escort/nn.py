@@ -55,7 +55,8 @@ class SparseConv2d(nn.Module):
         self.activation, self.residual = problem.epilogue.activation, problem.epilogue.residual
         self.plan, self.name = plan, name
         geometry = problem.kernel, problem.stride, problem.padding, problem.dilation, problem.groups
-        self._spec = ops.Spec(*geometry, self.activation, plan.method, plan.config, problem.dtype).to_json()
+        choice = self.activation, plan.method, plan.config, problem.dtype, problem.memory_format
+        self._spec = ops.Spec(*geometry, *choice).to_json()
         self._dtype = problem.torch_dtype
         self._runners: dict[Any, Runner] = {}  # by input size, all on _device
         self._device = self.values.device
@@ -83,7 +84,10 @@ class SparseConv2d(nn.Module):
         return replace(self.plan.problem, batch=batch, height=height, width=width, device=str(self.values.device))
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x: (N, C, H, W), residual: (N, K, out_height, out_width) if the module was made for one; the plan's dtype."""
+        """x: (N, C, H, W), residual: (N, K, out_height, out_width) if the module was made for one; the plan's dtype.
+
+        Both in any memory format; the result is in the plan's.
+        """
         if torch.compiler.is_compiling():
             return ops.sparse_conv2d(x, residual, self.values, self.columns, self.indptr, self.bias, self._spec)
         run = self._runners.get(x.shape[1:])

@@ -17,7 +17,7 @@ import torch
 from escort import _kernels
 from escort.methods import Runner, by_name, for_device
 from escort.planner import is_compiled
-from escort.problem import TORCH_DTYPE, Activation, Epilogue, Precision, Problem
+from escort.problem import TORCH_DTYPE, TORCH_MEMORY_FORMAT, Activation, Epilogue, MemoryFormat, Precision, Problem
 from escort.sparse import StretchedCSR
 
 # `spec` is a JSON object: one string costs less per call than its dozen values would.
@@ -44,6 +44,7 @@ class Spec:
     method: str
     config: dict[str, Any]
     dtype: Precision = "fp32"
+    memory_format: MemoryFormat = "contiguous"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -98,7 +99,8 @@ def _runner(
     epilogue = Epilogue(bias is not None, residual is not None, spec.activation)
     geometry = spec.kernel, spec.stride, spec.padding, spec.dilation, spec.groups
     batch, channels, height, width = x.shape
-    problem = Problem(batch, channels, height, width, shape[0], *geometry, spec.dtype, str(x.device), epilogue)
+    asked = spec.dtype, str(x.device), epilogue, spec.memory_format
+    problem = Problem(batch, channels, height, width, shape[0], *geometry, *asked)
     return prepare(problem, filter, bias, spec.method, spec.config)
 
 
@@ -174,7 +176,8 @@ def _sparse_conv2d_shape(
         (x.shape[2 + i] + sum(s.padding[2 * i : 2 * i + 2]) - (s.kernel[i] - 1) * s.dilation[i] - 1) // s.stride[i] + 1
         for i in (0, 1)
     ]
-    return x.new_empty((x.shape[0], indptr.shape[0] - 1, *size))
+    y = x.new_empty((x.shape[0], indptr.shape[0] - 1, *size))
+    return y.contiguous(memory_format=TORCH_MEMORY_FORMAT[s.memory_format])
 
 
 sparse_conv2d: Callable[..., torch.Tensor] = torch.ops.escort.sparse_conv2d.default

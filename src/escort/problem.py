@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 Activation = Literal["none", "relu", "relu6"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+MemoryFormat = Literal["contiguous", "channels_last"]
 
 #: The storage type behind each precision; ``tf32`` is stored as float32 and multiplied with a 10-bit mantissa.
 TORCH_DTYPE: dict[str, torch.dtype] = {
@@ -17,6 +18,12 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
     "tf32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
+}
+
+#: torch's name of each memory format: NCHW, and NHWC seen as (N, C, H, W).
+TORCH_MEMORY_FORMAT: dict[MemoryFormat, torch.memory_format] = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
 }
 
 
@@ -54,9 +61,12 @@ class Problem:
         padding: zeros added (top, bottom, left, right).
         dtype: the precision of storage and products; ``fp32`` is strict.
         device: as torch writes it, ``cpu`` or ``cuda:0``.
+        memory_format: in which x and residual are given and the result is asked, each the other one too, at the cost of
+            converting it. ``channels_last`` is for GPUs.
 
     Raises:
-        ValueError: where no such convolution exists (channels not divisible by groups, input smaller than the kernel).
+        ValueError: where no such convolution exists (channels not divisible by groups, input smaller than the kernel),
+            or is asked of a CPU in channels_last.
     """
 
     batch: int
@@ -72,10 +82,15 @@ class Problem:
     dtype: Precision = "fp32"
     device: str = "cpu"
     epilogue: Epilogue = field(default_factory=Epilogue)
+    memory_format: MemoryFormat = "contiguous"
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Precision):
             raise ValueError(f"dtype is one of {get_args(Precision)}, got {self.dtype!r}")
+        if self.memory_format not in get_args(MemoryFormat):
+            raise ValueError(f"memory_format is one of {get_args(MemoryFormat)}, got {self.memory_format!r}")
+        if self.memory_format != "contiguous" and self.device_type == "cpu":
+            raise ValueError("channels_last is for GPUs: on the CPU tensors are contiguous")
         sizes = (self.in_channels, self.height, self.width, self.out_channels, self.groups)
         if min(*sizes, *self.kernel, *self.stride, *self.dilation) < 1 or min(self.batch, *self.padding) < 0:
             raise ValueError(f"sizes are positive and batch and padding not negative: {self}")
@@ -123,6 +138,11 @@ class Problem:
             epilogue or Epilogue(bias=conv.bias is not None),
         )
 
+    def on(self, device: str) -> Problem:
+        """The same on another device, contiguous if that is the CPU."""
+        memory_format = self.memory_format if device.partition(":")[0] == "cuda" else "contiguous"
+        return replace(self, device=device, memory_format=memory_format)
+
     @property
     def out_height(self) -> int:
         return (self.height + sum(self.padding[:2]) - (self.kernel[0] - 1) * self.dilation[0] - 1) // self.stride[0] + 1
@@ -152,12 +172,17 @@ class Problem:
     def torch_dtype(self) -> torch.dtype:
         return TORCH_DTYPE[self.dtype]
 
+    @property
+    def torch_memory_format(self) -> torch.memory_format:
+        return TORCH_MEMORY_FORMAT[self.memory_format]
+
     def __str__(self) -> str:
         text = f"{self.batch}x{self.in_channels}x{self.height}x{self.width} -> {self.out_channels}"
         text += f", kernel {self.kernel[0]}x{self.kernel[1]}, {self.dtype} on {self.device}"
         for name, default in (("stride", (1, 1)), ("padding", (0, 0, 0, 0)), ("dilation", (1, 1)), ("groups", 1)):
             if getattr(self, name) != default:
                 text += f", {name} {getattr(self, name)}"
+        text += f", {self.memory_format}" if self.memory_format != "contiguous" else ""
         return text + (f", then {self.epilogue}" if str(self.epilogue) != "none" else "")
 
     def to_json(self) -> dict[str, Any]:

@@ -83,7 +83,9 @@ def plan_section(plan: NetworkPlan, heading: str = "Plan per layer") -> Table:
     rows.append(("whole network", "", kept, *times, plan.reason or ""))
     columns = ("Layer", "Convolution", "Method", "µs", "Dense µs", "Speedup", "Others µs")
     shapes = ", ".join("x".join(map(str, shape)) for shape in plan.input_shapes)
-    return Table(heading, columns, tuple(rows), f"Medians for an input of {shapes} on {machine_line(plan.machine)}.")
+    lying = "" if plan.memory_format == "contiguous" else f", tensors in {plan.memory_format}"
+    caption = f"Medians for an input of {shapes}{lying}, on {machine_line(plan.machine)}."
+    return Table(heading, columns, tuple(rows), caption)
 
 
 def machine_line(machine: Machine) -> str:

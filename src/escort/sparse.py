@@ -214,10 +214,11 @@ _MOST_SWEEPS = 4  # over all channels; most of what swaps gain comes with the fi
 
 
 def spread_channels(filter: StretchedCSR, kept: int = 2, of: int = 4) -> IntArray:
-    """An order of the channels for :func:`split` that leaves a small residual.
+    """An order of the channels for :func:`split` that leaves a small residual, most of it in the last channels.
 
     Channels are placed one by one, those with most nonzeros first, where least of theirs exceed what a group keeps.
-    Then two channels of different groups swap places as long as less exceeds it afterwards.
+    Then two channels of different groups swap places as long as less exceeds it afterwards. Groups follow one another
+    by what exceeds in them, but for the last, which may be smaller than the others.
     """
     width, sites = filter.shape[1], filter.shape[0] * filter.shape[2] * filter.shape[3]
     c, site = _channels_and_taps(filter)
@@ -235,7 +236,11 @@ def spread_channels(filter: StretchedCSR, kept: int = 2, of: int = 4) -> IntArra
         room[group] -= 1
         held[group] += nonzero[channel]
     _swap(nonzero, group_of, held, kept)
-    return np.argsort(group_of, kind="stable").astype(np.int32)
+    excess = np.maximum(held - kept, 0).sum(axis=1, dtype=np.int64)
+    if width % of:
+        excess[-1] = np.iinfo(np.int64).max
+    place_of = np.argsort(np.argsort(excess, kind="stable"))
+    return np.argsort(place_of[group_of], kind="stable").astype(np.int32)
 
 
 def _swap(nonzero: NDArray[np.int8], group_of: NDArray[np.int64], held: NDArray[np.int8], kept: int) -> None:

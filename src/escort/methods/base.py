@@ -25,6 +25,8 @@ class Config(Protocol):
 class Runner(Protocol):
     """A prepared convolution: x (N, C, H, W) and residual (N, K, out_height, out_width) to y like residual, any N.
 
+    x and residual may lie in any memory format, and y lies in the problem's.
+
     It may have ``binary``, the :class:`escort.compiler.Binary` of a kernel made for it, and ``residual_share``, the
     share of the filter's nonzeros that its :class:`escort.sparse.Split` leaves over; a plan then tells of them.
     """
@@ -107,6 +109,11 @@ def input_check(
             )
 
     return check
+
+
+def contiguous_only(problem: Problem) -> str | None:
+    """Why a method that knows NCHW only cannot run a problem in another memory format, or None where it can."""
+    return None if problem.memory_format == "contiguous" else "it reads and writes NCHW; plan it in that memory format"
 
 
 def aligned(x: torch.Tensor, bytes: int) -> torch.Tensor:

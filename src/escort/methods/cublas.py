@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from escort.methods.base import Runner, apply_epilogue, float32_products, unfold
+from escort.methods.base import Runner, apply_epilogue, contiguous_only, float32_products, unfold
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
 
@@ -35,7 +35,7 @@ class Cublas:
     config_type = CublasConfig
 
     def unsupported(self, problem: Problem) -> str | None:
-        return None
+        return contiguous_only(problem)
 
     def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[CublasConfig]:
         """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""

@@ -9,21 +9,25 @@ from typing import Literal
 import torch
 
 from escort.methods.base import Runner, apply_epilogue, symmetric_padding
-from escort.problem import Problem
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 from escort.sparse import StretchedCSR
+
+_FUSED_DTYPES = ("fp16", "bf16")
 
 
 @dataclass(frozen=True)
 class CudnnConfig:
-    """How the tensors lie.
+    """How the tensors lie, and who computes the epilogue.
 
     Attributes:
         memory_format: of filter, input and output within cuDNN.
         output: "contiguous" gives NCHW, whatever it costs to convert; "as_is" leaves the output as cuDNN wrote it.
+        fused: cuDNN computes bias, residual and ReLU itself, by an algorithm that it chooses untried.
     """
 
-    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    memory_format: MemoryFormat = "contiguous"
     output: Literal["contiguous", "as_is"] = "contiguous"
+    fused: bool = False
 
     @property
     def takes_channels_last(self) -> bool:
@@ -45,36 +49,50 @@ class Cudnn:
         return None if torch.backends.cudnn.is_available() else "this torch was built without cuDNN"
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[CudnnConfig]:
+        # Fused convolutions go by the process's setting of TF32, which types of 16 bits do not need.
+        fuses = problem.epilogue.activation == "relu" and problem.dtype in _FUSED_DTYPES
+        if problem.memory_format == "channels_last":
+            return [CudnnConfig("channels_last", "as_is", fused) for fused in (True, False)[not fuses :]]
         formats = CudnnConfig("contiguous"), CudnnConfig("channels_last")
         # Tensor cores read channels_last; strict fp32 does not use them.
         return formats if problem.dtype == "fp32" else formats[::-1]
 
     def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[CudnnConfig]:
-        """What a network that stays in channels_last throughout would run: x comes so, and nothing is converted."""
-        return (CudnnConfig("channels_last", "as_is"),)
+        """What it would run if x and y were in channels_last, and nothing converted."""
+        return () if problem.memory_format == "channels_last" else (CudnnConfig("channels_last", "as_is"),)
 
     def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: CudnnConfig) -> Runner:
-        channels_last = config.memory_format == "channels_last"
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
         device, dtype = torch.device(problem.device), problem.torch_dtype
         weight = filter.to_dense().to(device, dtype).contiguous(memory_format=memory_format)
-        addend = None if bias is None else bias.detach().to(device, dtype).view(-1, 1, 1)
+        addend = None if bias is None else bias.detach().to(device, dtype)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups
         out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
         allow_tf32, convert = problem.dtype == "tf32", config.output == "contiguous"
 
-        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            if len(x) == 0:
-                return apply_epilogue(x.new_empty(0, *out_shape), residual, activation)
-            x, padding = symmetric_padding(problem, x)
-            x = x.contiguous(memory_format=memory_format)
+        def convolve(x: torch.Tensor, padding: tuple[int, int], residual: torch.Tensor | None) -> torch.Tensor:
             y = torch.cudnn_convolution(
                 x, weight, padding, stride, dilation, groups, benchmark=True, deterministic=False, allow_tf32=allow_tf32
             )
             if convert:
                 y = y.contiguous()
             if addend is not None:
-                y += addend
+                y += addend.view(-1, 1, 1)
             return apply_epilogue(y, residual, activation)
+
+        def convolve_fused(x: torch.Tensor, padding: tuple[int, int], residual: torch.Tensor | None) -> torch.Tensor:
+            geometry = stride, padding, dilation, groups
+            if residual is None:
+                return torch.cudnn_convolution_relu(x, weight, addend, *geometry)
+            residual = residual.contiguous(memory_format=memory_format)
+            return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, addend, *geometry)
+
+        chosen = convolve_fused if config.fused else convolve
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            if len(x) == 0:
+                return apply_epilogue(x.new_empty(0, *out_shape), residual, activation)
+            x, padding = symmetric_padding(problem, x)
+            return chosen(x.contiguous(memory_format=memory_format), padding, residual)
 
         return run

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from escort.methods.base import Runner, apply_epilogue, csr_matrices, unfold
+from escort.methods.base import Runner, apply_epilogue, contiguous_only, csr_matrices, unfold
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
 
@@ -31,7 +31,9 @@ class Cusparse:
     config_type = CusparseConfig
 
     def unsupported(self, problem: Problem) -> str | None:
-        return "cuSPARSE's CSR product knows no TF32; ask for fp32" if problem.dtype == "tf32" else None
+        if problem.dtype == "tf32":
+            return "cuSPARSE's CSR product knows no TF32; ask for fp32"
+        return contiguous_only(problem)
 
     def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[CusparseConfig]:
         """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""

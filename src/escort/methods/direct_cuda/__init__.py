@@ -20,7 +20,7 @@ import torch
 
 from escort import jit
 from escort.gpu import H200, Gpu
-from escort.methods.base import Runner, aligned, input_check
+from escort.methods.base import Runner, aligned, contiguous_only, input_check
 from escort.methods.direct_cuda.layout import DirectConfig, Layout, Positions, most_images, shared_bytes
 from escort.methods.direct_cuda.search import has_room, neighbours, search
 from escort.methods.direct_cuda.tables import defines, pack, scalars
@@ -40,6 +40,8 @@ class DirectCuda:
     config_type = DirectConfig
 
     def unsupported(self, problem: Problem) -> str | None:
+        if reason := contiguous_only(problem):
+            return reason
         if problem.batch > (most := most_images(problem)):
             return f"the kernel addresses {most} images of this size at most; use a smaller batch"
         try:

@@ -15,7 +15,7 @@ import torch
 
 from escort import codegen, jit
 from escort.gpu import Gpu
-from escort.methods.base import CompiledRunner, Runner, aligned, input_check
+from escort.methods.base import CompiledRunner, Runner, aligned, contiguous_only, input_check
 from escort.methods.generated.search import piece_count, piece_steps, predict_us, resident, search
 from escort.problem import Problem
 from escort.program import GeneratedConfig, Program
@@ -37,6 +37,8 @@ class Generated:
     config_type = GeneratedConfig
 
     def unsupported(self, problem: Problem) -> str | None:
+        if reason := contiguous_only(problem):
+            return reason
         if problem.dtype == "bf16":
             return "bf16 sums would lose too much; code is generated for fp32 and fp16"
         if problem.out_channels // problem.groups < 8:

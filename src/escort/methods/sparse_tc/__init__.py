@@ -55,15 +55,17 @@ class SparseTc:
             return str(error)
         if arch != "sm_90a":
             return f"the kernel is made of instructions that compute capability 9.0 alone has, and this is {arch}"
-        if next(candidates(problem, Gpu.of(problem.device), "contiguous"), None) is None:
+        if next(candidates(problem, Gpu.of(problem.device), problem.memory_format), None) is None:
             return "no tiling fits its kernel, stride, padding and dilation"
         return None
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[SparseTcConfig]:
-        return search(problem, filter, Gpu.of(problem.device), _MOST_CONFIGS, "contiguous")
+        return search(problem, filter, Gpu.of(problem.device), _MOST_CONFIGS, problem.memory_format)
 
     def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[SparseTcConfig]:
-        """What a network that stays in channels_last throughout would run: nothing is converted."""
+        """What it would run if x and y were in channels_last, and nothing converted."""
+        if problem.memory_format == "channels_last":
+            return ()
         return search(problem, filter, Gpu.of(problem.device), _MOST_BENCHMARKS, "channels_last")
 
     def prepare(

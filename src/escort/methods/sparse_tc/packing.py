@@ -83,11 +83,9 @@ def _gathered(filter: StretchedCSR) -> Ordered:
         return natural
     parts = split(whole, channels=spread_channels(whole))
     left = Ordered(parts, parts.channels, natural.rows)
-    row, place, _ = left.places(parts.residual)
-    groups = np.argsort(np.bincount(place // _OF, minlength=len(parts.channels) // _OF), kind="stable")
-    channels = parts.channels.reshape(-1, _OF)[groups].ravel()
+    row, _, _ = left.places(parts.residual)
     rows = np.argsort(-np.bincount(row, minlength=len(natural.rows)), kind="stable").astype(np.int32)
-    return Ordered(parts, np.where(channels < filter.shape[1], channels, -1).astype(np.int32), rows)
+    return Ordered(parts, np.where(parts.channels < filter.shape[1], parts.channels, -1).astype(np.int32), rows)
 
 
 def _whole_blocks(filter: StretchedCSR) -> StretchedCSR:

@@ -1,0 +1,147 @@
+"""Networks in channels_last: the rewritten graph computes the same, and channels lie so that little is left over."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from escort import channels_last, fuse
+from escort.fuse import FusedConv2d
+from escort.problem import Problem
+from escort.sparse import StretchedCSR, split
+
+FREE = {"reduce", "spatial"}  # whose outputs convolutions alone read
+
+
+class Bottleneck(nn.Module):
+    """A residual block, a view of a map, and convolutions whose channels are not free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.reduce, self.norm = nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64)
+        self.spatial = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        self.expand = nn.Conv2d(64, 64, 1)
+        self.grouped = nn.Conv2d(64, 64, 3, padding=1, groups=4)
+        self.last = nn.Conv2d(64, 8, 3, padding=1)
+        self.head = nn.Linear(8 * 6 * 6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = F.relu(self.norm(self.reduce(x)))
+        x = F.relu(self.expand(F.relu(self.spatial(y))) + x)
+        x = F.max_pool2d(self.last(self.grouped(x)), 2)
+        return self.head(x.view(x.shape[0], -1))
+
+
+def pruned(sparsity: float = 0.8) -> nn.Module:
+    torch.manual_seed(0)
+    model = Bottleneck().eval()
+    nn.init.uniform_(model.norm.running_mean)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and module is not model.stem:
+                module.weight *= torch.rand_like(module.weight) > sparsity
+    return model
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+def fused(model: nn.Module, x: Tensor) -> torch.fx.GraphModule:
+    network, skipped = fuse.fuse(fuse.trace(model, x))
+    assert not skipped
+    return network
+
+
+def left_over(module: FusedConv2d, kept: int, of: int) -> float:
+    return split(StretchedCSR.from_dense(module.conv.weight, module.conv.groups), kept, of).share
+
+
+@pytest.mark.parametrize(("precision", "kept", "of"), [("fp16", 2, 4), ("bf16", 2, 4), ("tf32", 1, 2)])
+def test_a_rewritten_network_computes_the_same_and_leaves_less_over(
+    x: Tensor, precision: str, kept: int, of: int
+) -> None:
+    model = pruned()
+    network = fused(model, x)
+    before = copy.deepcopy(network)
+    assert channels_last.precluded(network, precision) is None
+    last = channels_last.rewrite(network, precision)
+    with torch.inference_mode():
+        expected = model.double()(x.double())
+        out = last.double()(x.double().contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    for (name, old), (_, new) in zip(before.named_modules(), last.named_modules(), strict=True):
+        if not isinstance(old, FusedConv2d):
+            continue
+        assert new.conv.weight.is_contiguous(memory_format=torch.channels_last)
+        reads_free = name in ("spatial", "expand")
+        assert (left_over(new, kept, of) < 0.7 * left_over(old, kept, of)) is reads_free, name
+        torch.testing.assert_close(network.get_submodule(name).conv.weight, old.conv.weight, rtol=0, atol=0)
+
+
+def test_channels_that_others_read_keep_their_order(x: Tensor) -> None:
+    network = fused(pruned(), x)
+    last = channels_last.rewrite(network, "fp16")
+    changed = set()
+    for name, module in network.named_modules():
+        if isinstance(module, FusedConv2d):
+            old, new = (each.conv.weight.double().sum((1, 2, 3)) for each in (module, last.get_submodule(name)))
+            if not torch.allclose(old, new):
+                changed.add(name)
+    assert changed == FREE
+
+
+def test_what_is_left_over_gathers_in_the_last_channels(x: Tensor) -> None:
+    filter = StretchedCSR.from_dense(channels_last.rewrite(fused(pruned(0.7), x), "fp16").spatial.conv.weight)
+    columns = split(filter).residual.columns // 9
+    first, last = (columns < 32).sum(), (columns >= 32).sum()
+    assert 0 <= first < last
+
+
+class Lying(nn.Module):
+    """Something done with the map between two convolutions."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.between == "strides":
+            y = y.as_strided((2, 8, 10, 10), (800, 100, 10, 1))
+        elif self.between == "bits":
+            y = y.view(torch.int32).view(torch.float32)
+        elif self.between == "write":
+            y.view(2, -1).mul_(2.0)
+        return self.b(y)
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [("strides", "depends on how"), ("bits", "depends on how"), ("write", "written to"), ("nothing", None)],
+)
+def test_what_depends_on_how_tensors_lie_is_not_rewritten(x: Tensor, between: str, reason: str | None) -> None:
+    network = fused(Lying(between).eval(), x)
+    found = channels_last.precluded(network, "fp16")
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_strict_float32_stays_as_it_is(x: Tensor) -> None:
+    assert "fp32" in str(channels_last.precluded(fused(pruned(), x), "fp32"))
+
+
+def test_a_problem_knows_its_memory_format() -> None:
+    problem = Problem(2, 8, 9, 9, 8, (3, 3), dtype="fp16", device="cuda:0", memory_format="channels_last")
+    assert Problem.from_json(problem.to_json()) == problem and "channels_last" in str(problem)
+    assert problem.on("cpu").memory_format == "contiguous" and problem.on("cuda:1").memory_format == "channels_last"
+    with pytest.raises(ValueError, match="channels_last is for GPUs"):
+        Problem(2, 8, 9, 9, 8, (3, 3), memory_format="channels_last")
+    with pytest.raises(ValueError, match="memory_format is one of"):
+        Problem(2, 8, 9, 9, 8, (3, 3), memory_format="nhwc")  # type: ignore[arg-type]
