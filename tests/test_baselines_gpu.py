@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -43,6 +44,21 @@ def test_case(method: Method, case: Case, dtype: Precision) -> None:
         assert (y.dtype, y.device) == (problem.torch_dtype, x.device)
         assert y.is_contiguous() or getattr(config, "takes_channels_last", False)
         assert reference.compare(y, expected) <= reference.ERROR_BOUND[dtype], config
+
+
+@pytest.mark.parametrize("dtype", ["tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case_in_channels_last(case: Case, dtype: Precision) -> None:
+    problem, x, weight, bias, residual = case.on(DEVICE, dtype)
+    problem = replace(problem, memory_format="channels_last")
+    expected = reference.conv2d(problem, x, weight, bias, residual)
+    assert all(method.unsupported(problem) for method in BASELINES[1:])
+    for config in BASELINES[0].configs(problem, case.filter()):
+        run = BASELINES[0].prepare(problem, case.filter(), bias, config)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            y = run(x.contiguous(memory_format=memory_format), residual)
+            assert y.dtype is problem.torch_dtype and y.is_contiguous(memory_format=torch.channels_last)
+            assert reference.compare(y, expected) <= reference.ERROR_BOUND[dtype], config
 
 
 @pytest.mark.usefixtures("hostile")
@@ -282,7 +298,9 @@ def test_rows_of_a_layer(dtype: Precision) -> None:
     expected = {m.name for m in for_device(DEVICE) if m.unsupported(layer.problem) is None}
     assert {row.method for row in rows} == expected
     assert all(row.rel_error <= reference.ERROR_BOUND[dtype] and "timer" not in row.config for row in rows)
-    assert {"memory_format": "channels_last", "output": "as_is"} in [r.config for r in rows if r.method == "cudnn"]
+    assert {"memory_format": "channels_last", "output": "as_is", "fused": False} in [
+        r.config for r in rows if r.method == "cudnn"
+    ]
     head = suite.header("escort bench", DEVICE)
     assert head["gpu"] == torch.cuda.get_device_name(DEVICE) and head["driver"] and head["versions"]["cudnn"]
 

@@ -398,4 +398,6 @@ def _best_config(study: Study, layer: Layer, name: str) -> Any:
 
 def _config(method: Method, row: Row) -> Any:
     """The configuration of a row, which may say more besides."""
-    return method.config_type(**{f.name: row.config[f.name] for f in fields(method.config_type)})
+    return method.config_type(
+        **{f.name: row.config[f.name] for f in fields(method.config_type) if f.name in row.config}
+    )

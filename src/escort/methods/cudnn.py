@@ -12,7 +12,14 @@ from escort.methods.base import Runner, apply_epilogue, symmetric_padding
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 from escort.sparse import StretchedCSR
 
-_FUSED_DTYPES = ("fp16", "bf16")
+
+def _fuses(problem: Problem) -> bool:
+    """Whether cuDNN computes the epilogue on tensor cores, whatever the input size.
+
+    It would go by the process's setting of TF32, which types of 16 bits do not need.
+    """
+    whole = problem.groups == 1 and problem.in_channels % 8 == problem.out_channels % 8 == 0
+    return whole and problem.epilogue.activation == "relu" and problem.dtype in ("fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,8 @@ class Cudnn:
         return None if torch.backends.cudnn.is_available() else "this torch was built without cuDNN"
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[CudnnConfig]:
-        # Fused convolutions go by the process's setting of TF32, which types of 16 bits do not need.
-        fuses = problem.epilogue.activation == "relu" and problem.dtype in _FUSED_DTYPES
         if problem.memory_format == "channels_last":
-            return [CudnnConfig("channels_last", "as_is", fused) for fused in (True, False)[not fuses :]]
+            return [CudnnConfig("channels_last", "as_is", fused) for fused in (False, True)[: 1 + _fuses(problem)]]
         formats = CudnnConfig("contiguous"), CudnnConfig("channels_last")
         # Tensor cores read channels_last; strict fp32 does not use them.
         return formats if problem.dtype == "fp32" else formats[::-1]
