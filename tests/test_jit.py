@@ -660,23 +660,26 @@ def test_no_native_kernels_before_hopper(scale: Path, monkeypatch: pytest.Monkey
 SIZES = (64, 13, 9, 5)
 
 
-def halves(dtype: torch.dtype = torch.float16) -> torch.Tensor:
+def tensor_of(dtype: torch.dtype = torch.float16) -> torch.Tensor:
     return torch.zeros(SIZES[::-1], dtype=dtype).as_subclass(Tensor)
 
 
 def test_a_tensor_map_of_boxes(driver: FakeDriver) -> None:
-    x = halves()
+    x = tensor_of()
     map = tensor_maps.tiled(x, SIZES, (64, 15, 4, 1))
     assert map == tensor_map(1)
     box, modes = ([64, 15, 4, 1], [1, 1, 1, 1]), (0, 3, 3, 0)  # plain, 128 bytes, 256 bytes, zeros
     assert driver.maps == [(6, x.data_ptr(), [*SIZES], [128, 13 * 128, 9 * 13 * 128], *box, *modes)]
-    x = halves(torch.bfloat16)
+    x = tensor_of(torch.bfloat16)
     tensor_maps.tiled(x, SIZES, (32, 8, 8, 2), (256, 4096, 65536), swizzle=64, promotion=0)
     assert driver.maps[1:] == [(9, x.data_ptr(), [*SIZES], [256, 4096, 65536], [32, 8, 8, 2], [1, 1, 1, 1], 0, 2, 0, 0)]
+    x = tensor_of(torch.float32)
+    tensor_maps.tiled(x, SIZES, (32, 8, 1, 1))
+    assert driver.maps[2][:4] == (11, x.data_ptr(), [*SIZES], [256, 13 * 256, 9 * 13 * 256]), "TF32"
 
 
 def test_a_tensor_map_of_taps(driver: FakeDriver) -> None:
-    x = halves()
+    x = tensor_of()
     assert tensor_maps.im2col(x, SIZES, (-1, -2), (-3, 4), 64, 1024, stride=2) == tensor_map(1)
     tensor_maps.im2col(x, SIZES, (0, 0), (0, 0), 64, 8, (1, 3), swizzle=0, promotion=128)
     head = (6, x.data_ptr(), [*SIZES], [128, 13 * 128, 9 * 13 * 128])
@@ -687,7 +690,7 @@ def test_a_tensor_map_of_taps(driver: FakeDriver) -> None:
 
 
 def test_a_tensor_map_is_made_once(driver: FakeDriver) -> None:
-    x, y = halves(), halves()
+    x, y = tensor_of(), tensor_of()
     first = tensor_maps.tiled(x, SIZES, (64, 8, 1, 1))
     driver.contexts.clear()  # a thread of its own has none
     driver.contexts.append("primary 1")
@@ -698,7 +701,7 @@ def test_a_tensor_map_is_made_once(driver: FakeDriver) -> None:
 
 
 def test_a_refused_tensor_map_says_what_was_asked_for(driver: FakeDriver) -> None:
-    x = halves()
+    x = tensor_of()
     driver.failing["cuTensorMapEncodeTiled"] = Status.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(ValueError) as caught:
         tensor_maps.tiled(x, SIZES, (64, 8, 512, 1))
@@ -718,12 +721,12 @@ def test_a_refused_tensor_map_says_what_was_asked_for(driver: FakeDriver) -> Non
 
 
 def test_what_no_tensor_map_is_made_of(driver: FakeDriver) -> None:
-    with pytest.raises(ValueError, match="torch.float16 or torch.bfloat16, not torch.float32"):
-        tensor_maps.tiled(halves(torch.float32), SIZES, (64, 8, 1, 1))
+    with pytest.raises(ValueError, match="torch.float16, torch.bfloat16, torch.float32, not torch.float64"):
+        tensor_maps.tiled(tensor_of(torch.float64), SIZES, (64, 8, 1, 1))
     with pytest.raises(ValueError, match="a tensor on a GPU; move it there"):
         tensor_maps.tiled(torch.zeros(64, dtype=torch.float16), SIZES, (64, 8, 1, 1))
     with pytest.raises(ValueError, match="swizzle 48 .*, promotion 256 .*: choose one of these"):
-        tensor_maps.tiled(halves(), SIZES, (64, 8, 1, 1), swizzle=48)
+        tensor_maps.tiled(tensor_of(), SIZES, (64, 8, 1, 1), swizzle=48)
     assert not driver.maps
 
 

@@ -3,9 +3,9 @@
     rows = tiled(x, (64, 56, 56, 32), (64, 58, 6, 1))          x is (32, 56, 56, 64), channels innermost
     taps = im2col(x, (64, 56, 56, 32), (-1, -1), (-1, -1), 64, 128)     3x3, padding 1: 128 pixels of any tap
 
-Tensors are fp16 or bf16 of four dimensions, given innermost first: channels, columns, rows, images. What a copy reads
-out of bounds is zero, and what it would write there is left out. Maps are remembered by what they are made from, the
-tensor's address included, so that asking again on every call costs little.
+Tensors are fp16, bf16 or float32 (mapped as TF32) of four dimensions, given innermost first: channels, columns, rows,
+images. What a copy reads out of bounds is zero, and what it would write there is left out. Maps are remembered by what
+they are made from, the tensor's address included, so that asking again on every call costs little.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from escort.jit import TensorMap
 Four = tuple[int, int, int, int]
 
 # Values of the driver's enumerations.
-_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+_TYPES = {torch.float16: 6, torch.bfloat16: 9, torch.float32: 11}
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _PROMOTIONS = {0: 0, 64: 1, 128: 2, 256: 3}
 _NOT_INTERLEAVED = _FILLED_WITH_ZEROS = 0
@@ -108,7 +108,7 @@ def _encode(
     if device < 0:
         raise ValueError("a tensor map is made of a tensor on a GPU; move it there")
     if dtype not in _TYPES:
-        raise ValueError(f"a tensor map is made of torch.float16 or torch.bfloat16, not {dtype}")
+        raise ValueError(f"a tensor map is made of a tensor of {', '.join(map(str, _TYPES))}, not {dtype}")
     if swizzle not in _SWIZZLES or promotion not in _PROMOTIONS:
         raise ValueError(
             f"swizzle {swizzle} of {[*_SWIZZLES]}, promotion {promotion} of {[*_PROMOTIONS]}: choose one of these"
