@@ -13,22 +13,27 @@ import numpy as np
 from escort.methods.sparse_tc.packing import Ordered, Packed
 from escort.methods.sparse_tc.tiling import Tiling, im2col_corners
 
-#: Numpy has no bfloat16: its bits are the upper half of a float32.
+#: Numpy has no bfloat16: its bits are the upper half of a float32. TF32 is one without its last 13 bits.
 DECODED = {
     "fp16": lambda bits: bits.view(np.float16).astype(np.float64),
     "bf16": lambda bits: (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64),
+    "tf32": lambda bits: (bits.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32).astype(np.float64),
 }
+#: Input channels of a block: 128 bytes of a pixel.
+BLOCK = {"fp16": 64, "bf16": 64, "tf32": 32}
+#: In TF32 what tells that the first or the second of two values is kept.
+FIRST, SECOND = 0b0100, 0b1110
 
 
 def decode_images(images: np.ndarray, dtype: str) -> np.ndarray:
-    """(images, rows, 64): what sparse tensor cores see in images (images, bytes)."""
-    blocks = images.shape[1] // (4096 + 512)
-    decoded = np.zeros((len(images), blocks, 64, 64))
+    """(images, rows, channels of a block): what sparse tensor cores see in images (images, bytes)."""
+    blocks, channels = images.shape[1] // (4096 + 512), BLOCK[dtype]
+    decoded = np.zeros((len(images), blocks, 64, channels))
     row, half = np.meshgrid(np.arange(64), np.arange(32), indexing="ij")
     address = row * 64 + half * 2
     address ^= (address >> 7 & 3) << 4  # 64-byte swizzle: bits 4 and 5 are xored with bits 7 and 8
-    row, four = np.meshgrid(np.arange(64), np.arange(16), indexing="ij")
-    selector, within = np.divmod(four, 8)
+    row, group = np.meshgrid(np.arange(64), np.arange(16), indexing="ij")
+    selector, within = np.divmod(group, 8)
     thread = row // 16 * 32 + row % 8 * 4 + selector * 2 + within // 4
     shift = np.where(row % 16 >= 8, 16, 0) + within % 4 * 4
     for image, of in zip(images, decoded, strict=True):
@@ -36,16 +41,21 @@ def decode_images(images: np.ndarray, dtype: str) -> np.ndarray:
             values = DECODED[dtype](image[block * 4096 :][:4096].view(np.uint16)[address // 2])
             words = image[blocks * 4096 + block * 512 :][:512].view(np.uint32)
             nibbles = (words[thread] >> shift & 15).astype(np.int64)
+            if dtype == "tf32":
+                assert np.isin(nibbles, (FIRST, SECOND)).all(), "no other means anything"
+                of[block][row, group * 2 + (nibbles == SECOND)] = values
+                continue
             assert (nibbles & 3 < nibbles >> 2).all(), "positions ascend"
             for kept, position in enumerate((nibbles & 3, nibbles >> 2)):
-                of[block][row, four * 4 + position] = values[:, kept::2]
-    return decoded.reshape(len(images), blocks * 64, 64)
+                of[block][row, group * 4 + position] = values[:, kept::2]
+    return decoded.reshape(len(images), blocks * 64, channels)
 
 
 def decode(packed: Packed, places: Ordered, tiling: Tiling) -> np.ndarray:
     """The (K, C, R, S) filter that a list of images amounts to."""
     p, config = tiling.problem, tiling.config
-    seen = decode_images(packed.images, p.dtype).reshape(len(packed.images), config.across, -1, 2, 32)
+    depth = BLOCK[p.dtype] // 2  # of a product
+    seen = decode_images(packed.images, p.dtype).reshape(len(packed.images), config.across, -1, 2, depth)
     weight = np.zeros((p.out_channels, len(places.channels), *p.kernel))
     rows = packed.row_channel.reshape(tiling.channel_tiles, config.across, -1)
     at = 0
@@ -63,7 +73,7 @@ def decode(packed: Packed, places: Ordered, tiling: Tiling) -> np.ndarray:
                         continue
                     inside = rows[tile, across] >= 0
                     assert not values[~inside].any()
-                    place = slice(tap.block * 64 + half * 32, tap.block * 64 + half * 32 + 32)
+                    place = slice((tap.block * 2 + half) * depth, (tap.block * 2 + half + 1) * depth)
                     weight[rows[tile, across][inside], place, tap.row, tap.column] += values[inside]
                 last, at = bool(word >> 31), at + 1
     assert at == len(packed.images) == packed.first[-1]
@@ -88,7 +98,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
     Shared memory begins as NaN, so that what is read from beyond what was loaded, and is not cut off, shows.
     """
     p, config, d = tiling.problem, tiling.config, SimpleNamespace(**tiling.defines)
-    along, m_tile = 2 // config.across, config.tile_channels
+    along, m_tile, depth = 2 // config.across, config.tile_channels, BLOCK[p.dtype] // 2
     images = len(nhwc)
     whole_rows = config.fill in ("columns", "halo")
     read = nhwc if whole_rows or config.fill == "im2col" else nhwc.reshape(1, 1, -1, tiling.channels)
@@ -98,7 +108,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
         y.transpose(0, 2, 3, 1) if whole_rows else np.full((1, 1, y.size // p.out_channels, p.out_channels), np.nan)
     )
     stage_pixels = d.B_STAGE_BYTES // 128
-    shared = np.full(((d.SHARED_BYTES - 1024) // 128, 64), np.nan)
+    shared = np.full(((d.SHARED_BYTES - 1024) // 128, 2 * depth), np.nan)
     for stage in range(d.B_STAGES):
         shared[stage * stage_pixels + d.LOAD_PIXELS :][: d.ZERO_PIXELS] = 0.0
     filled = 0
@@ -123,7 +133,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                     if s == d.KERNEL_COLUMNS:
                         s, r = 0, r + 1
                     if r == d.KERNEL_ROWS:
-                        r, c = 0, c + 64
+                        r, c = 0, c + 2 * depth
                 else:
                     if config.fill == "flat":
                         box = load_box(read, tiling.load, c, tile * config.tile_pixels, 0, 0)
@@ -134,7 +144,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                     shared[to:][: len(box)] = box
                     s += config.fill == "columns"
                     if config.fill != "columns" or s == d.KERNEL_COLUMNS:
-                        s, c = 0, c + 64
+                        s, c = 0, c + 2 * depth
                 produced, more = packed.first[m * d.FILLS + fill + 1], True
                 while more:
                     word = int(packed.steps[at])
@@ -148,14 +158,17 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                             assert halves == 3
                             sums[rows] = 0.0
                         for half in (0, 1):
-                            k = slice(half * 32, half * 32 + 32)
+                            k = slice(half * depth, (half + 1) * depth)
                             if halves >> half & 1:
                                 sums[rows] += filters[at, rows, k] @ pixels[:, k].T
                     more, accumulate, at = word >> 31 == 0, True, at + 1
                 assert at == produced, "the producer counts as many"
             for block in range(m_tile // 64):
                 of = sums[block * 64 :][:64]
-                if config.takes_channels_last:
+                row_channel = packed.row_channel[m * m_tile + block * 64 :][:64]
+                if p.dtype == "tf32":
+                    store_floats(d, tiling, y, tile, of, row_channel)
+                elif config.takes_channels_last:
                     place = (0, first_row, first_image) if whole_rows else (tile * config.tile_pixels, 0, 0)
                     boxes = along if config.fill == "im2col" else 1
                     for part in range(boxes):
@@ -163,9 +176,8 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                         staged = of.T[part * config.pixels :] if boxes > 1 else of.T
                         store_box(written, tiling.store, m * m_tile + block * 64, (column, *place[1:]), staged)
                 else:
-                    row_channel = packed.row_channel[m * m_tile + block * 64 :][:64]
                     store_rows(d, tiling, y, tile, of, row_channel, first_row, first_image)
-    if config.takes_channels_last and not whole_rows:
+    if tiling.stores_boxes and not whole_rows:
         y[:] = written.reshape(images, p.out_height, p.out_width, -1).transpose(0, 3, 1, 2)
     return y
 
@@ -180,7 +192,7 @@ def load_im2col(
     for _ in range(tiling.config.pixels):
         h, w = row + offset[1], column + offset[0]
         inside = n < images and 0 <= h < height and 0 <= w < width
-        pixels.append(channels_of(x[n, h, w], c) if inside else np.zeros(64))
+        pixels.append(channels_of(x[n, h, w], c, tiling.load[0]) if inside else np.zeros(tiling.load[0]))
         column += tiling.problem.stride[1]
         if column >= width + upper[0]:
             column, row = lower[0], row + tiling.problem.stride[0]
@@ -189,19 +201,19 @@ def load_im2col(
     return np.array(pixels)
 
 
-def channels_of(pixel: np.ndarray, c: int) -> np.ndarray:
-    """64 channels from c on, with zeros beyond the last."""
-    return np.pad(pixel[c : c + 64], (0, 64 - len(pixel[c : c + 64])))
+def channels_of(pixel: np.ndarray, c: int, count: int) -> np.ndarray:
+    """So many channels from c on, with zeros beyond the last."""
+    return np.pad(pixel[c : c + count], (0, count - len(pixel[c : c + count])))
 
 
 def load_box(x: np.ndarray, box: tuple[int, ...], c: int, w: int, h: int, n: int) -> np.ndarray:
     """A box of x (N, H, W, C), row by row, with zeros outside."""
-    _, width, height, images = box
-    out = np.zeros((images, height, width, 64))
+    channels, width, height, images = box
+    out = np.zeros((images, height, width, channels))
     for i, j, k in np.ndindex(images, height, width):
         if n + i < x.shape[0] and 0 <= h + j < x.shape[1] and 0 <= w + k < x.shape[2]:
-            out[i, j, k] = channels_of(x[n + i, h + j, w + k], c)
-    return out.reshape(-1, 64)
+            out[i, j, k] = channels_of(x[n + i, h + j, w + k], c, channels)
+    return out.reshape(-1, channels)
 
 
 def store_box(y: np.ndarray, box: tuple[int, ...], c: int, place: tuple[int, int, int], staged: np.ndarray) -> None:
@@ -250,3 +262,25 @@ def store_rows(
                 to = image * d.OUT_CHANNELS * plane + pixel + channel * plane
                 assert to % d.VECTOR == 0 and np.isnan(flat[to : to + d.VECTOR]).all(), "unaligned, or stored twice"
                 flat[to : to + d.VECTOR] = sums[row, staged : staged + d.VECTOR]
+
+
+def store_floats(
+    d: SimpleNamespace, tiling: Tiling, y: np.ndarray, tile: int, sums: np.ndarray, row_channel: np.ndarray
+) -> None:
+    """The kernel's stores of 64 rows of floats to y: each pixel of a tile that is an output."""
+    pixel = np.arange(sums.shape[1])
+    if tiling.config.fill in ("columns", "halo"):
+        of_tile, rest = np.divmod(pixel, d.IMAGE_PITCH)
+        of_image, column = np.divmod(rest, d.PITCH)
+        image = tile // d.TILES_PER_IMAGE * d.TILE_IMAGES + of_tile
+        row = tile % d.TILES_PER_IMAGE * d.TILE_ROWS + of_image
+        inside = (of_tile < d.TILE_IMAGES) & (of_image < d.TILE_ROWS) & (row < d.OUT_HEIGHT) & (column < d.OUT_WIDTH)
+    else:
+        image, rest = np.divmod(tile * sums.shape[1] + pixel, d.OUT_HEIGHT * d.OUT_WIDTH)
+        row, column = np.divmod(rest, d.OUT_WIDTH)
+        inside = pixel >= 0
+    inside &= image < len(y)
+    there = row_channel >= 0
+    at = image[inside], row_channel[there, None], row[inside], column[inside]
+    assert np.isnan(y[at]).all(), "stored twice"
+    y[at] = sums[there][:, inside]

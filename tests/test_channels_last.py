@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from escort.compiler import KERNELS
 from escort.methods.sparse_tc import arrange_pieces
+from escort.methods.sparse_tc.tiling import ELEMENTS
 
 #: What the kernel needs of CUDA, and a loop over its blocks. Loads and stores check that they are aligned.
 CUDA_ON_A_CPU = """
@@ -39,8 +41,13 @@ template <class T> static T __ldg(const T* from) {
   if (reinterpret_cast<std::uintptr_t>(from) % sizeof(T)) std::abort();
   return *from;
 }
-#include "channels_last.cu"
-extern "C" void run(const u16* x, uint4* to, const int2* order, int channels, int plane, int pieces, int piece,
+// To TF32, the nearest, those in the middle away from zero.
+static unsigned rounded(unsigned bits) {
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  return nan ? 0x7fffffff : (bits + 0x1000) & ~0x1fffu;
+}
+KERNEL
+extern "C" void run(const Element* x, uint4* to, const Channels* order, int channels, int plane, int pieces, int piece,
                     unsigned grid_x, unsigned grid_y) {
   gridDim = {grid_x, grid_y};
   pthread_barrier_init(&barrier, nullptr, THREADS);
@@ -58,24 +65,50 @@ extern "C" void run(const u16* x, uint4* to, const int2* order, int channels, in
 """
 
 
+def host_source() -> str:
+    text, asm = (KERNELS / "channels_last.cu").read_text(), r"asm\(\"cvt\.rna\.tf32\.f32 .*?\"r\"\((.*?)\)\);\n"
+    return CUDA_ON_A_CPU.replace("KERNEL", re.sub(asm, r"rounded = ::rounded(\1);\n", text))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 @pytest.mark.parametrize(
     ("images", "channels", "plane"),
     [(2, 64, 49), (1, 100, 196), (2, 8, 150), (1, 130, 12 * 12), (1, 3, 1), (1, 70, 336)],
 )
-def test_channels_are_laid_out_in_order(images: int, channels: int, plane: int, tmp_path: Path) -> None:
-    vector, pieces, piece = arrange_pieces(plane)
-    assert plane % vector == 0 and piece % 8 == 0 and piece <= 128 and 0 < plane - (pieces - 1) * piece <= piece
-    (tmp_path / "host.cpp").write_text(CUDA_ON_A_CPU)
-    command = ["g++", "-std=c++17", "-O1", "-w", "-pthread", "-shared", "-fPIC", f"-I{KERNELS}", f"-DVECTOR={vector}"]
-    subprocess.run([*command, "host.cpp", "-o", "host.so"], cwd=tmp_path, check=True)
+def test_channels_are_laid_out_in_order(images: int, channels: int, plane: int, dtype: str, tmp_path: Path) -> None:
+    element = ELEMENTS[dtype]
+    vector, pieces, piece = arrange_pieces(plane, element)
+    assert vector * element.bytes <= 16 and plane % vector == 0
+    assert piece % 8 == 0 and piece <= 128 and 0 < plane - (pieces - 1) * piece <= piece
+    (tmp_path / "host.cpp").write_text(host_source())
+    macros = f"-DBYTES={element.bytes}", f"-DVECTOR={vector}"
+    command = ["g++", "-std=c++17", "-O1", "-w", "-pthread", "-shared", "-fPIC", *macros, "host.cpp", "-o", "host.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
     generator = np.random.default_rng(0)
-    places = -(-channels // 64) * 64
+    places = -(-channels // element.block) * element.block
     order = generator.permutation(places).astype(np.int32)
     order[order >= channels] = -1
-    x = generator.integers(1, 1 << 16, (images, channels, plane)).astype(np.uint16)
-    to = np.full((images, plane, places), 0xDEAD, dtype=np.uint16)
+    x = generator.integers(1, 1 << 8 * element.bytes, (images, channels, plane)).astype(f"u{element.bytes}")
+    if dtype == "tf32":
+        special = np.array([0x7F800000, 0xFF800000, 0x7FFFFFFF, 0x7F800001, 0x3F801000], dtype=np.uint32)
+        x.flat[: len(special)] = special[: x.size]
+    to = np.full((images, plane, places), 0xDEAD, dtype=x.dtype)
     pointers = (ctypes.c_void_p(array.ctypes.data) for array in (x, to, order))
-    grid = images * pieces, places // 64
+    grid = images * pieces, places // element.block
     ctypes.CDLL(str(tmp_path / "host.so")).run(*pointers, channels, plane, pieces, piece, *grid)
-    expected = np.where(order >= 0, x.transpose(0, 2, 1)[..., order], 0)
-    assert np.array_equal(to, expected)
+    expected = np.where(order >= 0, x.transpose(0, 2, 1)[..., order], x.dtype.type(0))
+    if dtype == "tf32":
+        check_rounded(to, expected)
+    else:
+        assert np.array_equal(to, expected)
+
+
+def check_rounded(found: np.ndarray, given: np.ndarray) -> None:
+    """That floats, as bits, are the nearest TF32, which has 13 bits less; infinity and NaN stay what they are."""
+    with np.errstate(invalid="ignore"):
+        y, x = (np.ascontiguousarray(bits).view(np.float32).astype(np.float64) for bits in (found, given))
+    finite = np.abs(x) < 2.0**127
+    assert np.array_equal(np.isnan(y), np.isnan(x)) and np.array_equal(y[np.isinf(x)], x[np.isinf(x)])
+    half = np.spacing(np.abs(x[finite]).astype(np.float32)) * 2.0**12
+    assert (np.abs(y[finite] - x[finite]) <= half).all()
+    assert not (found[finite] & 0x1FFF).any()

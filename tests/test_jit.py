@@ -119,11 +119,12 @@ MOST_SPILLED = 96
 def arrange_variants() -> list[tuple[str, dict[str, int | str], int]]:
     """Source, defines and budget of registers of what lays out inputs.
 
-    One image or two per word, one plane or four; and channels_last.
+    One image or two per word, one plane or four; and channels_last of either size of elements.
     """
     config = GeneratedConfig(8, 4, 1, 4, copy=0, arranged=True)
     variants: list[tuple[str, dict[str, int | str], int]]
-    variants = [("channels_last.cu", {"VECTOR": vector}, 48) for vector in (1, 2, 4, 8)]
+    vectors = ((2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4))
+    variants = [("channels_last.cu", {"BYTES": bytes, "VECTOR": vector}, 48) for bytes, vector in vectors]
     for dtype, stride in (("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)):
         problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
         filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))

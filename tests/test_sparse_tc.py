@@ -42,8 +42,7 @@ def filter_of(problem: Problem) -> StretchedCSR:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": "fp32"}, "ask for fp16 or bf16"),
-        ({"dtype": "tf32"}, "ask for fp16 or bf16"),
+        ({"dtype": "fp32"}, "ask for TF32, fp16 or bf16"),
         ({"groups": 2}, "groups must be 1"),
         ({"height": 4096, "width": 4096}, "use a smaller input"),
     ],
@@ -58,11 +57,11 @@ def test_a_device_without_the_instructions_is_refused(monkeypatch: pytest.Monkey
     assert "this is sm_100a" in str(SparseTc().unsupported(RES4))
     monkeypatch.setattr("escort.jit.arch", lambda device, *, native: "sm_90a" if native else "sm_90")
     monkeypatch.setattr("escort.gpu.Gpu.of", lambda device: H200)
-    assert SparseTc().unsupported(RES4) is None
+    assert SparseTc().unsupported(RES4) is SparseTc().unsupported(replace(RES4, dtype="tf32")) is None
     assert "no tiling fits" in str(SparseTc().unsupported(replace(RES4, stride=(9, 9))))
 
 
-@pytest.mark.parametrize("problem", [RES4, POINTWISE, STRIDED], ids=str)
+@pytest.mark.parametrize("problem", [RES4, POINTWISE, STRIDED, replace(RES4, dtype="tf32")], ids=str)
 def test_the_search_ranks_what_fits(problem: Problem) -> None:
     filter = filter_of(problem)
     for layout in ("contiguous", "channels_last"):
@@ -79,6 +78,8 @@ def test_predictions_follow_the_work() -> None:
     tiling = Tiling.of(RES4, SparseTcConfig("halo", 216, rows=14), H200.shared_bytes)
     less = Tiling.of(replace(RES4, batch=32), tiling.config, H200.shared_bytes)
     assert predict_us(less, 0.0, H200) < predict_us(tiling, 0.0, H200) < predict_us(tiling, 1.0, H200)
+    twice = Tiling.of(replace(RES4, dtype="tf32"), tiling.config, H200.shared_bytes)
+    assert 1.5 < predict_us(twice, 0.0, H200) / predict_us(tiling, 0.0, H200) < 2.5, "half the channels in a step"
 
 
 # One of each kind of kernel: fills, warpgroups, blocks of channels, clusters, layouts, epilogues, vectors
@@ -110,12 +111,18 @@ VARIANTS = {
         SparseTcConfig("im2col", 128, across=1, blocks=2, layout=LAST),
     ),
 }
+IN_TF32 = ("halo", "halo along", "halo, uneven", "columns", "flat", "im2col", "im2col along", *list(VARIANTS)[-5:])
+VARIANTS |= {
+    f"{name}, tf32": (replace(problem, dtype="tf32"), config)
+    for name, (problem, config) in VARIANTS.items()
+    if name in IN_TF32
+}
 of_each_kind = pytest.mark.parametrize(("problem", "config"), VARIANTS.values(), ids=VARIANTS)
 
 
 def compiled(problem: Problem, config: SparseTcConfig) -> compiler.Binary:
     tiling = Tiling.of(problem, config, H200.shared_bytes)
-    epilogue = {"ACTIVATION": 2, "RESIDUAL": int(problem.epilogue.residual), "STORAGE": 2 - (problem.dtype == "fp16")}
+    epilogue = {"ACTIVATION": 2, "RESIDUAL": int(problem.epilogue.residual)}
     return compiler.compile(tiling.source, tiling.defines | epilogue, "sm_90a")
 
 
@@ -230,7 +237,8 @@ class Model:
         tiling, last = Model.tiling, Model.tiling.config.takes_channels_last
         assert groups == tiling.groups(images) and grid[0] % tiling.config.cluster == 0
         a, bias, first, steps = (bound[i].numpy() for i in (1, 2, 3, 4))
-        rows = np.arange(len(bias)) if last else bound[5].numpy()
+        boxes = tiling.stores_boxes
+        rows = np.arange(len(bias)) if boxes else bound[5].numpy()
         rows = np.where(rows < tiling.problem.out_channels, rows, -1).astype(np.int32)
         flat = x_map.x.permute(0, 2, 3, 1) if last else x_map.x
         p = tiling.problem
@@ -240,15 +248,15 @@ class Model:
         if tiling.config.fill == "im2col":
             top, bottom, left, right = p.padding
             corners = (-left, -top), (right - p.kernel[1] + 1, bottom - p.kernel[0] + 1)
-            assert x_map.how == (*corners, 64, tiling.config.pixels, (p.stride[1], p.stride[0]))
+            assert x_map.how == (*corners, 128 // x_map.x.itemsize, tiling.config.pixels, (p.stride[1], p.stride[0]))
         else:
             assert x_map.how == (tiling.load,)
-        if last:
+        if boxes:
             assert args[0].how == args[1].how == (tiling.store,)
         y = torch.from_numpy(emulate(tiling, Packed(a, first, steps.view(np.uint32), rows), nhwc))
         by_channel = torch.zeros(p.out_channels, dtype=torch.float64)
         by_channel[rows[rows >= 0]] = torch.from_numpy(bias[rows >= 0]).double()
-        out, residual = (m.x if last else m for m in args[:2])
+        out, residual = (m.x if boxes else m for m in args[:2])
         y = y + by_channel.view(-1, 1, 1) + (residual.double() if p.epilogue.residual else 0.0)
         out[:] = y.clamp_min(0.0) if p.epilogue.activation == "relu" else y
 
@@ -295,10 +303,10 @@ def on_the_gpu(case: Case, dtype: Precision) -> list[SparseTcConfig]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "tf32"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, dtype: Precision) -> None:
-    check_kernels(SparseTc(), case, "cuda:0", dtype, on_the_gpu(case, dtype))
+    check_kernels(SparseTc(), case, "cuda:0", dtype, on_the_gpu(case, dtype), tensor_cores=True)
 
 
 def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches: tuple[int, ...]) -> None:
@@ -332,17 +340,18 @@ def test_any_batch_in_any_layout_on_the_gpu(problem: Problem, config: SparseTcCo
 @pytest.mark.gpu
 @of_each_kind
 def test_structured_filters_on_the_gpu(problem: Problem, config: SparseTcConfig) -> None:
-    weight = structured(problem.weight_shape)
+    weight = structured(problem.weight_shape, problem.dtype)
     run = SparseTc().prepare(problem, StretchedCSR.from_dense(weight), None, config)
     assert run.residual_share == 0.0  # type: ignore[attr-defined]
     check(problem, weight, config, (2,))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 @pytest.mark.parametrize("size", [(13, 17), (1, 1), (28, 28)])
-def test_other_input_sizes_on_the_gpu(size: tuple[int, int]) -> None:
+def test_other_input_sizes_on_the_gpu(size: tuple[int, int], dtype: Precision) -> None:
     """Another config where a tile's pixels do not hold its outputs."""
-    problem = replace(RES4, batch=2, height=size[0], width=size[1])
+    problem = replace(RES4, batch=2, height=size[0], width=size[1], dtype=dtype)
     filter = filter_of(problem)
     x = torch.randn(problem.input_shape, device="cuda", dtype=problem.torch_dtype)
     expected = reference.conv2d(problem, x, filter.to_dense())
@@ -352,15 +361,32 @@ def test_other_input_sizes_on_the_gpu(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
-def test_a_nan_stays_one_on_the_gpu(activation: str) -> None:
-    problem = replace(RES4, batch=1, epilogue=Epilogue(activation=activation))  # type: ignore[arg-type]
+def test_nan_and_infinity_stay_what_they_are_on_the_gpu(activation: str, dtype: Precision) -> None:
+    problem = replace(RES4, batch=1, epilogue=Epilogue(activation=activation), dtype=dtype)  # type: ignore[arg-type]
     filter = StretchedCSR.from_dense(np.ones(problem.weight_shape, dtype=np.float32))
-    x = torch.zeros(problem.input_shape, device="cuda", dtype=torch.float16)
-    x[0, 5, 7, 7] = float("nan")
+    x = torch.zeros(problem.input_shape, device="cuda", dtype=problem.torch_dtype)
     for config in (VARIANTS["halo"][1], VARIANTS["halo, last"][1]):
-        y = SparseTc().prepare(problem, filter, None, config)(x)
+        run = SparseTc().prepare(problem, filter, None, config)
+        x[0, 5, 7, 7] = float("nan")
+        y = run(x)
         assert y[0, :, 6:9, 6:9].isnan().all() and int(y.isnan().sum()) == 9 * problem.out_channels
+        x[0, 5, 7, 7] = float("inf")
+        assert torch.equal(run(x), reference.conv2d(problem, x, filter.to_dense()).to(x.dtype))
+
+
+@pytest.mark.gpu
+def test_inputs_are_rounded_to_tf32_on_the_gpu() -> None:
+    """In NCHW to the nearest; where x lies as it is read, it may be cut off."""
+    problem = Problem(4, 64, 14, 14, 64, (1, 1), dtype="tf32", device="cuda:0")
+    identity = StretchedCSR.from_dense(np.eye(64, dtype=np.float32)[:, :, None, None])
+    x = torch.randn(problem.input_shape, device="cuda")
+    for layout, bits in (("contiguous", 11), ("channels_last", 10)):
+        config = SparseTcConfig("flat", 128, across=1, layout=layout)  # type: ignore[arg-type]
+        y = SparseTc().prepare(problem, identity, None, config)(x)
+        assert ((y - x).abs() <= x.abs() * 2.0**-bits).all()
+        assert not (y.view(torch.int32) & 0x1FFF).any()
 
 
 @pytest.mark.gpu

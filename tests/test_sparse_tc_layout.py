@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from escort.gpu import H200
 from escort.methods.sparse_tc.packing import ordered, pack
 from escort.methods.sparse_tc.search import candidates
-from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, UnfitError
-from escort.problem import Problem
+from escort.methods.sparse_tc.tiling import ELEMENTS, SparseTcConfig, Tiling, UnfitError
+from escort.problem import TORCH_DTYPE, Precision, Problem
 from escort.sparse import StretchedCSR, split
 from tests.sparse_tc_model import decode, emulate, laid_out
 
@@ -58,10 +58,18 @@ def uneven(shape: tuple[int, int, int, int]) -> np.ndarray:
     return np.where(kept, generator.standard_normal(shape), 0).astype(np.float32)
 
 
-def structured(shape: tuple[int, int, int, int]) -> np.ndarray:
-    """The two largest of four neighbouring input channels, as ASP and torchao prune."""
+def structured(shape: tuple[int, int, int, int], dtype: Precision = "fp16") -> np.ndarray:
+    """The two largest of four neighbouring input channels, as ASP and torchao prune; for TF32 the larger of two."""
     whole = StretchedCSR.from_dense(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
-    return split(whole).structured.to_dense().numpy()
+    return split(whole, ELEMENTS[dtype].kept, ELEMENTS[dtype].of).structured.to_dense().numpy()
+
+
+def rounded(weight: np.ndarray, dtype: Precision) -> np.ndarray:
+    """To what a precision holds, the nearest."""
+    if dtype != "tf32":
+        return torch.from_numpy(weight).to(TORCH_DTYPE[dtype]).double().numpy()
+    mantissa, exponent = np.frexp(weight.astype(np.float64))
+    return np.ldexp(np.rint(mantissa * 2**11), exponent - 11)
 
 
 def some_tilings(problem: Problem, fill: str, layout: str) -> list[Tiling]:
@@ -89,11 +97,12 @@ def fills(problem: Problem) -> tuple[str, ...]:
     return ("im2col", "columns") if problem.padding[0] > 3 else ("im2col", "columns", "halo")
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("name", "fill"), [(name, fill) for name in CASES for fill in fills(CASES[name][0])])
-def test_the_kernels_coordinates_make_a_convolution(name: str, fill: str, layout: str) -> None:
+def test_the_kernels_coordinates_make_a_convolution(name: str, fill: str, layout: str, dtype: Precision) -> None:
     problem, density = CASES[name]
-    problem = replace(problem, dtype="fp16")
+    problem = replace(problem, dtype=dtype)
     tilings = some_tilings(problem, fill, layout)
     assert tilings
     weight = integers(problem.weight_shape, density)
@@ -104,7 +113,7 @@ def test_the_kernels_coordinates_make_a_convolution(name: str, fill: str, layout
     expected = F.conv2d(
         padded, torch.from_numpy(weight).double(), stride=problem.stride, dilation=problem.dilation
     ).numpy()
-    places = ordered(filter, layout)  # type: ignore[arg-type]
+    places = ordered(filter, layout, ELEMENTS[dtype])  # type: ignore[arg-type]
     for tiling in tilings:
         packed = pack(places, tiling)
         assert np.array_equal(emulate(tiling, packed, laid_out(x, places, tiling)), expected), tiling.config
@@ -119,76 +128,89 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "tf32"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: str) -> None:
-    problem = replace(RES4, dtype=dtype)  # type: ignore[arg-type]
+def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision) -> None:
+    problem = replace(RES4, dtype=dtype)
     weight = uneven(problem.weight_shape)
     filter = StretchedCSR.from_dense(weight)
-    tiling, places = Tiling.of(problem, config, H200.shared_bytes), ordered(filter, config.layout)
+    tiling, places = Tiling.of(problem, config, H200.shared_bytes), ordered(filter, config.layout, ELEMENTS[dtype])
     packed = pack(places, tiling)
-    stored = torch.from_numpy(weight).to(problem.torch_dtype).double().numpy()
-    assert np.array_equal(decode(packed, places, tiling), stored)
+    assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
     regular = tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
     assert len(packed.images) - regular == round(places.extra_images(config.tile_channels) * regular) > 0
     assert 0.0 < places.split.share < 0.2
 
 
-def test_the_decoder_notices() -> None:
+@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
+def test_the_decoder_notices(dtype: Precision) -> None:
     filter = StretchedCSR.from_dense(uneven(RES4.weight_shape))
-    tiling, places = Tiling.of(RES4, CONFIGS[0], H200.shared_bytes), ordered(filter, "contiguous")
+    tiling = Tiling.of(replace(RES4, dtype=dtype), CONFIGS[0], H200.shared_bytes)
+    places = ordered(filter, "contiguous", tiling.element)
     packed = pack(places, tiling)
     expected = decode(packed, places, tiling)
-    for at in (17, 2 * 4096 + 5):  # a value, metadata
+    for at in (18, 2 * 4096 + 5):  # a value, metadata
         images = packed.images.copy()
         images[3, at] ^= 0x11
         try:
             assert not np.array_equal(decode(replace(packed, images=images), places, tiling), expected)
         except AssertionError as error:
-            assert "ascend" in str(error)
+            assert "ascend" in str(error) or "means anything" in str(error)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig) -> None:
-    weight = structured(RES4.weight_shape)
+def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: Precision) -> None:
+    weight = structured(RES4.weight_shape, dtype)
     filter = StretchedCSR.from_dense(weight)
-    tiling, places = Tiling.of(RES4, config, H200.shared_bytes), ordered(filter, config.layout)
+    tiling = Tiling.of(replace(RES4, dtype=dtype), config, H200.shared_bytes)
+    places = ordered(filter, config.layout, tiling.element)
     packed = pack(places, tiling)
     assert places.split.residual.nnz == 0 and places.extra_images(config.tile_channels) == 0.0
     assert len(packed.images) == tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
-    assert np.array_equal(decode(packed, places, tiling), torch.from_numpy(weight).half().double().numpy())
+    assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
 
 
-def test_the_order_leaves_less_over_in_fewer_images() -> None:
-    filter = StretchedCSR.from_dense(uneven((256, 256, 3, 3)))
-    spread, natural = ordered(filter, "contiguous"), ordered(filter, "channels_last")
+@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
+def test_the_order_leaves_less_over_in_fewer_images(dtype: Precision) -> None:
+    filter, element = StretchedCSR.from_dense(uneven((256, 256, 3, 3))), ELEMENTS[dtype]
+    spread, natural = ordered(filter, "contiguous", element), ordered(filter, "channels_last", element)
     assert spread.split.share < natural.split.share
     assert spread.extra_images(128) < natural.extra_images(128)
-    assert ordered(filter, "contiguous") is spread, "remembered"
+    assert ordered(filter, "contiguous", element) is spread, "remembered"
 
 
 def test_empty_halves_of_images_are_not_multiplied() -> None:
     problem, _ = CASES["few channels"]
     filter = StretchedCSR.from_dense(integers(problem.weight_shape, 0.3))
     tiling = Tiling.of(replace(problem, dtype="fp16"), SparseTcConfig("halo", 96, rows=9), H200.shared_bytes)
-    packed = pack(ordered(filter, "channels_last"), tiling)
+    packed = pack(ordered(filter, "channels_last", tiling.element), tiling)
     halves = packed.steps[:-1] >> 16 & 3
     assert halves[0] == 3 and set(halves[1:].tolist()) == {1}
 
 
-def test_a_weight_beyond_half_precision_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "large", "message"),
+    [
+        ("fp16", 1e6, r"1e\+06 is too large for fp16; scale the filter, or choose bf16"),
+        ("bf16", 3.4e38, r"3.4e\+38 is too large for bf16; scale the filter$"),
+        ("tf32", 3.4028e38, r"3.4028e\+38 is too large for tf32; scale the filter$"),
+    ],
+)
+def test_a_weight_beyond_the_precision_is_refused(dtype: Precision, large: float, message: str) -> None:
     weight = integers(RES4.weight_shape, 0.1)
-    weight[0, 0, 0, 0] = 1e6
+    weight[0, 0, 0, 0] = large
     filter = StretchedCSR.from_dense(weight)
-    with pytest.raises(ValueError, match="1e\\+06 is too large for fp16.*bf16"):
-        pack(ordered(filter, "contiguous"), Tiling.of(RES4, CONFIGS[0], H200.shared_bytes))
+    tiling = Tiling.of(replace(RES4, dtype=dtype), CONFIGS[0], H200.shared_bytes)
+    with pytest.raises(ValueError, match=message):
+        pack(ordered(filter, "contiguous", tiling.element), tiling)
 
 
 def test_packing_is_quick() -> None:
     problem = Problem(32, 512, 7, 7, 512, (3, 3), padding=SAME, dtype="fp16")
     filter = StretchedCSR.from_dense(uneven(problem.weight_shape))
     tiling = Tiling.of(problem, SparseTcConfig("halo", 248, rows=7, images=4), H200.shared_bytes)
-    places = ordered(filter, "channels_last")
+    places = ordered(filter, "channels_last", tiling.element)
     begin = time.thread_time()
     pack(places, tiling)
     assert time.thread_time() - begin < 1.0
@@ -207,11 +229,16 @@ def test_packing_is_quick() -> None:
         (CASES["padding beyond the kernel"][0], SparseTcConfig("halo", 256, rows=4), "choose columns"),
         (replace(RES4, stride=(9, 1)), SparseTcConfig("im2col", 64), "reach no such stride"),
         (replace(RES4, out_channels=20), SparseTcConfig("im2col", 64, layout="channels_last"), "multiples of 8"),
+        (
+            replace(RES4, in_channels=22, dtype="tf32"),
+            SparseTcConfig("im2col", 64, layout="channels_last"),
+            "multiples of 4",
+        ),
     ],
 )
 def test_configs_that_do_not_fit(problem: Problem, config: SparseTcConfig, reason: str) -> None:
     with pytest.raises(UnfitError, match=reason):
-        Tiling.of(problem, config, H200.shared_bytes)
+        Tiling.of(replace(problem, dtype="fp16") if problem.dtype == "fp32" else problem, config, H200.shared_bytes)
 
 
 def test_shared_memory_that_is_too_small() -> None:

@@ -21,6 +21,7 @@ from escort.compiler import KERNELS
 from escort.gpu import H200
 from escort.methods.sparse_tc.packing import ordered, pack
 from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, im2col_corners
+from escort.problem import Precision
 from escort.sparse import StretchedCSR
 from tests.cases import FULL
 from tests.mbarrier import MBARRIER
@@ -51,6 +52,9 @@ struct Index { unsigned x; };
 struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static int min(int a, int b) { return a < b ? a : b; }
@@ -99,6 +103,15 @@ template <class T> static T __shfl_sync(u32, T value, int lane) {
   warp.wait();
   return v;
 }
+// What tensor cores see: bf16, or TF32, which is the upper 19 bits of a float.
+static float multiplied(const u8* from) {
+  u32 bits = 0;
+  std::memcpy(STORAGE ? (u8*)&bits + 2 : (u8*)&bits, from, STORAGE ? 2 : 4);
+  bits &= ~0x1fffu;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
 template <int SELECTOR>
 void mma(float (&d)[PIXELS / 2], u64 a, u64 b, u32 metadata, int accumulate) {
   Meeting& group = block->warpgroups[threadIdx.x / 128];
@@ -106,20 +119,20 @@ void mma(float (&d)[PIXELS / 2], u64 a, u64 b, u32 metadata, int accumulate) {
   group.words[thread] = metadata;
   group.wait();
   if (a >> 32 != (512 / 16 | 2u << 30) || b >> 32 != (1024 / 16 | 1u << 30)) std::abort();
+  constexpr int BYTES = STORAGE ? 2 : 4;
   for (int i = 0; i < PIXELS / 2; i++) {
     const int row = thread / 32 * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
     float sum = accumulate ? d[i] : 0.0f;
-    for (int k = 0; k < 16; k++) {
-      const u32 word = group.words[thread / 32 * 32 + row % 8 * 4 + SELECTOR * 2 + k / 8];
-      const u32 nibble = word >> (row % 16 >= 8 ? 16 : 0) >> k / 2 % 4 * 4 & 15;
-      const int channel = k / 2 * 4 + (k % 2 ? nibble >> 2 : nibble & 3);
-      u32 at = (a & 0x3fff) * 16 + row * 64 + k * 2, from = (b & 0x3fff) * 16 + column * 128 + channel * 2;
+    for (int k = 0; k < 32 / BYTES; k++) {
+      const int kept = 4 / BYTES, group_of = k / kept;
+      const u32 word = group.words[thread / 32 * 32 + row % 8 * 4 + SELECTOR * 2 + group_of / 4];
+      const u32 nibble = word >> (row % 16 >= 8 ? 16 : 0) >> group_of % 4 * 4 & 15;
+      if (BYTES == 4 && nibble != 0b0100 && nibble != 0b1110) std::abort();
+      const int channel = BYTES == 4 ? k * 2 + (nibble == 0b1110) : group_of * 4 + (k % 2 ? nibble >> 2 : nibble & 3);
+      u32 at = (a & 0x3fff) * 16 + row * 64 + k * BYTES, from = (b & 0x3fff) * 16 + column * 128 + channel * BYTES;
       at ^= (at >> 7 & 3) << 4;
       from ^= (from >> 7 & 7) << 4;
-      u16 x, w;
-      std::memcpy(&w, block->shared + at, 2);
-      std::memcpy(&x, block->shared + from, 2);
-      sum += widened(w) * widened(x);
+      sum += multiplied(block->shared + at) * multiplied(block->shared + from);
     }
     d[i] = sum;
   }
@@ -128,11 +141,16 @@ void mma(float (&d)[PIXELS / 2], u64 a, u64 b, u32 metadata, int accumulate) {
 """
 #: In place of the section of PTX.
 INSTRUCTIONS = """
+#if STORAGE
+using Element = u16;
+#else
+using Element = float;
+#endif
 struct TensorMap {
-  u16* tensor;  // channels innermost
+  Element* tensor;  // channels innermost
   int sizes[4], box[4], lower[2], upper[2], stride[2], pixels;
-  u16 zero;
-  u16* at(int c, int w, int h, int n) const {
+  Element zero;
+  Element* at(int c, int w, int h, int n) const {
     const bool inside = c < sizes[0] && 0 <= w && w < sizes[1] && 0 <= h && h < sizes[2] && n < sizes[3];
     return inside ? tensor + ((n * (long long)sizes[2] + h) * sizes[1] + w) * sizes[0] + c : nullptr;
   }
@@ -148,12 +166,12 @@ void load_part(u32 to, const u8* from, u32 barrier) {
     blocks[other].barriers.at(barrier).change(0, -A_BYTES / CLUSTER);
   }
 }
-// 64 channels of a pixel, or zeros, in 128-byte swizzle.
+// A block of channels of a pixel, or zeros, in 128-byte swizzle.
 u8* swizzled(u32 at, int byte) { return block->shared + ((at + byte) ^ ((at >> 7 & 7) << 4)); }
 void load_pixel(u32 to, const TensorMap& map, int c, int w, int h, int n) {
-  for (int i = 0; i < 64; i++) {
-    const u16* const from = map.at(c + i, w, h, n);
-    std::memcpy(swizzled(to, i * 2), from ? from : &map.zero, 2);
+  for (int i = 0; i < K_BLOCK; i++) {
+    const Element* const from = map.at(c + i, w, h, n);
+    std::memcpy(swizzled(to, i * sizeof(Element)), from ? from : &map.zero, sizeof(Element));
   }
 }
 void load_box(u32 to, const TensorMap& map, int c, int w, int h, int n, u32 barrier) {
@@ -178,7 +196,7 @@ void store_box(const TensorMap& map, int c, int w, int h, int n, u32 from) {
     for (int j = 0; j < map.box[2]; j++)
       for (int k = 0; k < map.box[1]; k++, from += 128)
         for (int e = 0; e < 64; e++)
-          if (u16* const to = map.at(c + e, w + k, h + j, n + i)) std::memcpy(to, swizzled(from, e * 2), 2);
+          if (Element* const to = map.at(c + e, w + k, h + j, n + i)) std::memcpy(to, swizzled(from, e * 2), 2);
 }
 void store_commit() {}
 void store_wait() {}
@@ -189,6 +207,14 @@ void mma_fence() {}
 void mma_commit() {}
 template <int IN_FLIGHT> void mma_wait() { __syncwarp(); }  // as it says: .sync
 u32 load_word(u32 address) { u32 v; std::memcpy(&v, block->shared + address, 4); return v; }
+template <class T> void load_shared(u32 address, T& v) {
+  if (address % sizeof v) std::abort();
+  std::memcpy(&v, block->shared + address, sizeof v);
+}
+template <class T> void store_shared(u32 address, T v) {
+  if (address % sizeof v) std::abort();
+  std::memcpy(block->shared + address, &v, sizeof v);
+}
 void keep(u32, u32, u32) {}
 // Matrices of 8 x 8 between registers and shared memory; a lane has the address of a row.
 void addresses(u32 address, u32* rows) {
@@ -244,10 +270,10 @@ extern "C" int run(const TensorMap* x, const u8* a, const float* bias, const int
           block = &of;
           blockIdx.x = number * CLUSTER + rank;
           threadIdx.x = thread;
-#if OUT_NCHW
-          sparse_tc(*x, a, bias, first, steps, row_channel, y->tensor, residual->tensor, images, groups);
-#else
+#if BOXES_OUT
           sparse_tc(*x, a, bias, first, steps, *y, *residual, images, groups);
+#else
+          sparse_tc(*x, a, bias, first, steps, row_channel, y->tensor, residual->tensor, images, groups);
 #endif
         });
     }
@@ -267,7 +293,7 @@ class TensorMap(ctypes.Structure):
         ("upper", ctypes.c_int * 2),
         ("stride", ctypes.c_int * 2),
         ("pixels", ctypes.c_int),
-        ("zero", ctypes.c_uint16),
+        ("zero", ctypes.c_uint32),  # of 16 bits or of 32
     )
 
 
@@ -288,6 +314,8 @@ def host(match: re.Match[str]) -> str:
         register = re.search(r'"=[hr]"\((\w+)', text)[1]  # type: ignore[index]
         offset = 2 if "[%1 + 2]" in text else 0
         return f"std::memcpy(&{register}, block->shared + from + {offset}, sizeof {register});\n"
+    if '"+r"(of_tile)' in text:
+        return ";\n"
     assert re.search(r"fence\.|griddepcontrol|setmaxnreg", text), text
     return ";\n"
 
@@ -319,26 +347,27 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "tf32"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_source_computes_the_convolution(kind: str, layout: str, tmp_path: Path) -> None:
+def test_the_source_computes_the_convolution(kind: str, layout: str, dtype: Precision, tmp_path: Path) -> None:
     name, config, with_epilogue = KINDS[kind]
     full = layout == with_epilogue
     problem, density = CASES[name]
-    problem = replace(problem, dtype="bf16", epilogue=FULL if full else problem.epilogue)
+    problem = replace(problem, dtype=dtype, epilogue=FULL if full else problem.epilogue)
     config = replace(config, layout=layout)  # type: ignore[arg-type]
     tiling = Tiling.of(problem, config, H200.shared_bytes)
     weight = integers(problem.weight_shape, density)
-    places = ordered(StretchedCSR.from_dense(weight), config.layout)
+    places = ordered(StretchedCSR.from_dense(weight), config.layout, tiling.element)
     packed = pack(places, tiling)
     generator = np.random.default_rng(1)
     x = generator.integers(-3, 4, problem.input_shape).astype(np.float64)
     bias = np.where(packed.row_channel >= 0, packed.row_channel % 5, 0).astype(np.float32) * full
     last = config.takes_channels_last
     shape = problem.output_shape if not last else tuple(problem.output_shape[i] for i in (0, 2, 3, 1))
-    residual = torch.from_numpy(generator.integers(-9, 9, shape)).bfloat16()
-    y = torch.full(shape, float("nan"), dtype=torch.bfloat16)
-    nhwc = torch.from_numpy(laid_out(x, places, tiling)).bfloat16().contiguous()
+    residual = torch.from_numpy(generator.integers(-9, 9, shape)).to(problem.torch_dtype)
+    y = torch.full(shape, float("nan"), dtype=problem.torch_dtype)
+    nhwc = torch.from_numpy(laid_out(x, places, tiling)).to(problem.torch_dtype).contiguous()
     images, height, width, channels = nhwc.shape
     x_map = TensorMap(nhwc.data_ptr(), (channels, width, height, images), tiling.load)
     whole_rows = config.fill in ("columns", "halo")
@@ -350,7 +379,7 @@ def test_the_source_computes_the_convolution(kind: str, layout: str, tmp_path: P
         x_map.stride, x_map.pixels = problem.stride[::-1], config.pixels
     elif config.fill == "flat":
         x_map.sizes = channels, images * height * width, 1, 1
-    defines = tiling.defines | {"STORAGE": 2, "ACTIVATION": int(full), "RESIDUAL": int(full)}
+    defines = tiling.defines | {"ACTIVATION": int(full), "RESIDUAL": int(full)}
     (tmp_path / "host.cpp").write_text(host_source())
     macros = [f"-D{key}={value}" for key, value in defines.items()]
     command = ["g++", "-std=c++17", "-O1", "-w", "-pthread", "-shared", "-fPIC", *macros, "host.cpp", "-o", "host.so"]
@@ -367,4 +396,5 @@ def test_the_source_computes_the_convolution(kind: str, layout: str, tmp_path: P
     expected = reference.conv2d(problem, torch.from_numpy(x), torch.from_numpy(weight), by_channel, added)
     found = (y.permute(0, 3, 1, 2) if last else y).double()
     assert reference.compare(found, expected) <= 2**-8
-    assert torch.equal(found[expected.abs() < 128], expected[expected.abs() < 128]), "small integers are exact"
+    exact = expected.abs() < (128 if dtype == "bf16" else 2**24)
+    assert torch.equal(found[exact], expected[exact]), "small integers are exact"

@@ -411,7 +411,7 @@ def forecasts(results: Mapping[str, Result], dtype: Precision) -> list[Forecast]
     Args:
         results: by the stems of their files, ``layers-fp16`` and the like.
     """
-    units = dict.fromkeys(SPARSE if dtype == "fp16" else ON_FMA, 1.0)
+    units = dict.fromkeys(ON_FMA if dtype == "fp32" else SPARSE, 1.0)
     rates = direct_mhz(results[f"layers-{dtype}"], dtype) if f"layers-{dtype}" in results else []
     if rates:
         units[OURS] = median(rates)
@@ -492,8 +492,8 @@ def _generated_us(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> float:
 
 def _sparse_tc_us(problem: Problem, filter: StretchedCSR, gpu: Gpu, layout: Layout) -> float:
     (config,) = search_sparse_tc(problem, filter, gpu, 1, layout)
-    extra = ordered(filter, layout).extra_images(config.tile_channels)
-    return predict_sparse_tc_us(Tiling.of(problem, config, gpu.shared_bytes), extra, gpu)
+    tiling = Tiling.of(problem, config, gpu.shared_bytes)
+    return predict_sparse_tc_us(tiling, ordered(filter, layout, tiling.element).extra_images(config.tile_channels), gpu)
 
 
 #: The models by method: of tensors in NCHW first, then of those that lie otherwise.

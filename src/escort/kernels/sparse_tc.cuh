@@ -1,12 +1,12 @@
 // y = activation(conv2d(x, w) + bias + residual) on the sparse tensor cores of compute capability 9.0, as an implicit
 // matrix product D[channel, pixel] = A[channel, k] * B[k, pixel] with sums in float.
 //
-//   A  The filter. An image of it is M_TILE channels x 64 input channels of one tap, compressed to two of each four,
-//      with metadata that say which two: packed by packing.py just as the tensor cores read shared memory. What a
-//      filter has beyond two of four is further images. Blocks of a cluster compute different pixels of the same
-//      channels, and each copies a part of every image to all of them.
-//   B  x in NHWC, 64 channels (128 bytes, in 128-byte swizzle) of many pixels: a fill, brought by the copy engine. A
-//      list says which images multiply a fill, and at which pixel of it they begin:
+//   A  The filter. An image of it is M_TILE channels x K_BLOCK input channels of one tap, compressed to two of each
+//      four (TF32: one of two), with metadata that say which: packed by packing.py just as the tensor cores read shared
+//      memory. What a filter has beyond that is further images. Blocks of a cluster compute different pixels of the
+//      same channels, and each copies a part of every image to all of them.
+//   B  x in NHWC, K_BLOCK channels (128 bytes, in 128-byte swizzle) of many pixels: a fill, brought by the copy engine.
+//      A list says which images multiply a fill, and at which pixel of it they begin:
 //        IM2COL   the pixels that one tap of the tile reads (any stride): one tap per fill;
 //        COLUMNS  the tile's input rows from one column of taps on: the taps of that column, rows apart;
 //        HALO     the tile's input rows: all taps. A row's padding is the next row's padding, too, so columns of the
@@ -16,11 +16,13 @@
 // Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
 // PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent. tiling.py defines the capitals,
 // and puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate) before this file.
+// STORAGE 0 is float, multiplied in TF32, 1 fp16, 2 bf16.
 #if STORAGE == 1
 #include <cuda_fp16.h>
-#else
+#elif STORAGE == 2
 #include <cuda_bf16.h>
 #endif
+#define BOXES_OUT (STORAGE && !OUT_NCHW)  // the copy engine stores y and loads the residual; else warps do
 
 enum Fill { IM2COL, COLUMNS, HALO, FLAT };
 
@@ -28,9 +30,10 @@ constexpr int ALONG = 2 / ACROSS;  // warpgroups side by side along the pixels
 constexpr int TILE_BLOCKS = ACROSS * M_BLOCKS, M_TILE = 64 * TILE_BLOCKS, TILE_PIXELS = ALONG * PIXELS;
 constexpr int A_BLOCK = 64 * 64, METADATA_BLOCK = 512;  // bytes of 64 channels
 constexpr int A_BYTES = TILE_BLOCKS * (A_BLOCK + METADATA_BLOCK);
-constexpr int PIXEL_BYTES = 128;
+constexpr int PIXEL_BYTES = 128, K_BLOCK = PIXEL_BYTES / (STORAGE ? 2 : 4);
 constexpr int WARPGROUP = 128, CONSUMERS = 2 * WARPGROUP, CONSUMER_WARPS = CONSUMERS / 32;
 constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
+constexpr int STAGINGS = STORAGE ? TILE_BLOCKS : CONSUMER_WARPS;
 constexpr int OUT_PLANE = OUT_HEIGHT * OUT_WIDTH;
 constexpr bool WHOLE_ROWS = FILL == COLUMNS || FILL == HALO;  // tiles are rows of the output; else any pixels in a row
 
@@ -38,7 +41,7 @@ constexpr bool WHOLE_ROWS = FILL == COLUMNS || FILL == HALO;  // tiles are rows 
 constexpr u32 FULL_A = 0, EMPTY_A = FULL_A + 8 * A_STAGES, FULL_B = EMPTY_A + 8 * A_STAGES;
 constexpr u32 EMPTY_B = FULL_B + 8 * B_STAGES, RESIDUAL_HERE = EMPTY_B + 8 * B_STAGES, UNUSED = RESIDUAL_HERE + 16;
 constexpr u32 B = 1024, A = B + B_STAGES * B_STAGE_BYTES, STAGING = (A + A_STAGES * A_BYTES + 1023) / 1024 * 1024;
-static_assert(UNUSED + 8 <= B && STAGING + TILE_BLOCKS * STAGING_BYTES == SHARED_BYTES);
+static_assert(UNUSED + 8 <= B && STAGING + STAGINGS * STAGING_BYTES == SHARED_BYTES);
 
 struct __align__(64) TensorMap {
   u64 opaque[16];
@@ -126,6 +129,22 @@ __device__ u32 load_word(u32 address) {
   return v;
 }
 
+__device__ void load_shared(u32 address, float& v) {
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+}
+__device__ void load_shared(u32 address, float4& v) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+}
+__device__ void store_shared(u32 address, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+__device__ void store_shared(u32 address, float2 v) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
 // A use of a register, so that it holds its value until here. It is a store that is never done, since the compiler may
 // move calculations to before a wait for the tensor cores.
 __device__ void keep(u32 value, u32 never, u32 unused) {
@@ -137,17 +156,23 @@ __device__ void keep(u32 value, u32 never, u32 unused) {
 // Matrix descriptors, k innermost: A has rows of 64 bytes in 64-byte swizzle, B rows of 128 in 128-byte swizzle. Starts
 // are in units of 16 bytes.
 constexpr u32 A_ROWS = 512 / 16 | 2u << 30, B_ROWS = 1024 / 16 | 1u << 30;
-constexpr u32 A_HALF = 32 / 16, B_HALF = 64 / 16;  // from the first 32 of 64 input channels to the others
+constexpr u32 A_HALF = 32 / 16, B_HALF = 64 / 16;  // from the first half of the input channels to the others
 __device__ u64 descriptor(u32 start, u32 rows) { return static_cast<u64>(rows) << 32 | 1u << 16 | start; }
 
 // ------------------------------------------------------------------------------------------------------ elements ----
+#if STORAGE == 0
+using Element = float;
+#else
+using Element = u16;
+#endif
+
 #if STORAGE == 1
 __device__ float2 unpack(u32 pair) { return __half22float2(reinterpret_cast<const __half2&>(pair)); }
 __device__ u32 pack(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return reinterpret_cast<const u32&>(pair);
 }
-#else
+#elif STORAGE == 2
 __device__ float2 unpack(u32 pair) { return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair)); }
 __device__ u32 pack(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -159,11 +184,6 @@ __device__ float activate(float sum) {  // a NaN stays one
   if (ACTIVATION > 0) asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(sum));
   if (ACTIVATION > 1) asm("min.NaN.f32 %0, %0, 0f40C00000;" : "+f"(sum));
   return sum;
-}
-
-__device__ u32 add_pair(u32 pair, u32 residual) {
-  const float2 v = unpack(pair), r = unpack(residual);
-  return pack(activate(v.x + r.x), activate(v.y + r.y));
 }
 
 // --------------------------------------------------------------------------------------------------------- tiles ----
@@ -218,14 +238,14 @@ __device__ void produce(u32 base, const TensorMap& x_map, const u8* __restrict__
                       barrier);
         }
         if (++s == KERNEL_COLUMNS) s = 0, r++;
-        if (r == KERNEL_ROWS) r = 0, c += 64;
+        if (r == KERNEL_ROWS) r = 0, c += K_BLOCK;
       } else if constexpr (FILL == FLAT) {
         load_box(to, x_map, c, work.tile() * TILE_PIXELS, 0, 0, barrier);
-        c += 64;
+        c += K_BLOCK;
       } else {
         const Place at(work.tile());
         load_box(to, x_map, c, s * DILATION_RIGHT - LEFT, at.row - TOP, at.image, barrier);
-        if (FILL == HALO || ++s == KERNEL_COLUMNS) s = 0, c += 64;
+        if (FILL == HALO || ++s == KERNEL_COLUMNS) s = 0, c += K_BLOCK;
       }
       ring_b.next();
       for (const int end = __ldg(firsts + fill + 1); image < end; image++) {
@@ -242,6 +262,101 @@ __device__ void produce(u32 base, const TensorMap& x_map, const u8* __restrict__
 }
 
 // ------------------------------------------------------------------------------------------------------ epilogue ----
+// Where y goes, and where the residual is.
+#if BOXES_OUT
+#define OUTPUTS const __grid_constant__ TensorMap y_map, const __grid_constant__ TensorMap residual_map
+struct Outputs {
+  const TensorMap &y_map, &residual_map;
+};
+#define MAKE_OUTPUTS y_map, residual_map
+#else
+#define OUTPUTS const int* __restrict__ row_channel, Element* __restrict__ y, const Element* __restrict__ residual
+struct Outputs {
+  const int* row_channel;  // the output channel of a row, -1: none
+  Element* y;
+  const Element* residual;
+};
+#define MAKE_OUTPUTS row_channel, y, residual
+#endif
+
+#if STORAGE == 0
+// Floats reach y through a staging of each warp, 32 pixels of its 16 channels at a time: in NCHW a lane stores a pixel,
+// so that the warp writes a piece of a plane, in NHWC four channels of one.
+#if OUT_NCHW
+using Vector = float;
+constexpr int CHANNEL_STRIDE = OUT_PLANE, PIXEL_STRIDE = 1;  // in y
+constexpr int CHANNEL_BYTES = 160, NEXT_BYTES = 4;           // from a channel, and a pixel, to the next in staging
+#else
+using Vector = float4;
+constexpr int CHANNEL_STRIDE = 1, PIXEL_STRIDE = OUT_CHANNELS;
+constexpr int CHANNEL_BYTES = 4, NEXT_BYTES = 80;
+#endif
+constexpr int STAGED = 32, VECTORS = 16 * STAGED * sizeof(float) / sizeof(Vector) / 32;  // pixels; of a lane
+static_assert(15 * CHANNEL_BYTES + (STAGED - 1) * NEXT_BYTES + sizeof(float) <= STAGING_BYTES);
+
+__device__ float finish(float sum, float residual) { return activate(RESIDUAL ? sum + residual : sum); }
+__device__ float4 finish(float4 sum, float4 residual) {
+  return make_float4(finish(sum.x, residual.x), finish(sum.y, residual.y), finish(sum.z, residual.z),
+                     finish(sum.w, residual.w));
+}
+
+// Where the first channel of a tile's pixel lies in y; -1: it is no output.
+__device__ int place_of(int pixel, int tile, int images) {
+  if constexpr (WHOLE_ROWS) {
+    const Place at(tile);
+    const int of_tile = pixel / IMAGE_PITCH, rest = pixel % IMAGE_PITCH, of_image = rest / PITCH;
+    const int image = at.image + of_tile, row = at.row + of_image, column = rest % PITCH;
+    if (of_tile >= TILE_IMAGES || image >= images || of_image >= TILE_ROWS || row >= OUT_HEIGHT || column >= OUT_WIDTH)
+      return -1;
+    return image * (OUT_CHANNELS * OUT_PLANE) + (row * OUT_WIDTH + column) * PIXEL_STRIDE;
+  } else {
+    const int whole = tile * TILE_PIXELS + pixel, image = whole / OUT_PLANE;
+    return image < images ? image * (OUT_CHANNELS * OUT_PLANE) + whole % OUT_PLANE * PIXEL_STRIDE : -1;
+  }
+}
+
+// A warp's sums: of each 8 pixels lane l has those from 2 (l % 4) on, of channel l / 4 and of channel l / 4 + 8.
+__device__ void store(const float (&d)[PIXELS / 2], u32 staging, float bias_low, float bias_high,
+                      const int* __restrict__ channels, int tile, int first_pixel, int images, const Outputs& out) {
+  const int lane = threadIdx.x % 32, channel = __ldg(channels + lane % 16);
+  const u32 to = staging + lane / 4 * CHANNEL_BYTES + lane % 4 * 2 * NEXT_BYTES;
+#pragma unroll
+  for (int begin = 0; begin < PIXELS; begin += STAGED) {
+    // Without this the compiler finds all places beforehand and has no registers for them.
+    int of_tile = first_pixel + begin;
+    asm volatile("" : "+r"(of_tile));
+    int row[VECTORS], pixel[VECTORS], place[VECTORS];
+    Vector residuals[VECTORS] = {};
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+      row[i] = OUT_NCHW ? i : lane % 4 * 4, pixel[i] = OUT_NCHW ? lane : i * 8 + lane / 4;
+      const int of = __shfl_sync(~0u, channel, row[i]), first = place_of(of_tile + pixel[i], tile, images);
+      place[i] = of >= 0 && first >= 0 && begin + pixel[i] < PIXELS ? first + of * CHANNEL_STRIDE : -1;
+      if (RESIDUAL && place[i] >= 0) residuals[i] = __ldg(reinterpret_cast<const Vector*>(out.residual + place[i]));
+    }
+    __syncwarp();  // what was staged before has been read
+#pragma unroll
+    for (int j = begin; j < begin + STAGED && j < PIXELS; j += 8) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float bias = half ? bias_high : bias_low, *const sums = d + j / 2 + 2 * half;
+        const u32 at = to + half * 8 * CHANNEL_BYTES + (j - begin) * NEXT_BYTES;
+        if constexpr (OUT_NCHW)
+          store_shared(at, make_float2(sums[0] + bias, sums[1] + bias));
+        else
+          store_shared(at, sums[0] + bias), store_shared(at + NEXT_BYTES, sums[1] + bias);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+      Vector sums;
+      load_shared(staging + row[i] * CHANNEL_BYTES + pixel[i] * NEXT_BYTES, sums);
+      if (place[i] >= 0) *reinterpret_cast<Vector*>(out.y + place[i]) = finish(sums, residuals[i]);
+    }
+  }
+}
+#else
 // 8 channels twice x 8 pixels of sums, 4 a lane, with bias as two words of outputs.
 __device__ void finish(const float* d, float bias_low, float bias_high, bool residual, const u32* residuals, u32* out) {
   float v[4] = {d[0] + bias_low, d[1] + bias_low, d[2] + bias_high, d[3] + bias_high};
@@ -314,6 +429,11 @@ __device__ Vector load_vector(u32 from) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
 #endif
   return v;
+}
+
+__device__ u32 add_pair(u32 pair, u32 residual) {
+  const float2 v = unpack(pair), r = unpack(residual);
+  return pack(activate(v.x + r.x), activate(v.y + r.y));
 }
 
 __device__ Vector add(Vector v, Vector residual) {
@@ -430,22 +550,6 @@ __device__ void copy_boxes(bool load, const TensorMap& map, int c, int tile, int
   }
 }
 #endif
-
-// Where y goes, and where the residual is.
-#if OUT_NCHW
-#define OUTPUTS const int* __restrict__ row_channel, u16* __restrict__ y, const u16* __restrict__ residual
-struct Outputs {
-  const int* row_channel;  // the output channel of a row, -1: none
-  u16* y;
-  const u16* residual;
-};
-#define MAKE_OUTPUTS row_channel, y, residual
-#else
-#define OUTPUTS const __grid_constant__ TensorMap y_map, const __grid_constant__ TensorMap residual_map
-struct Outputs {
-  const TensorMap &y_map, &residual_map;
-};
-#define MAKE_OUTPUTS y_map, residual_map
 #endif
 
 __device__ void consume(u32 base, const float* __restrict__ bias, const int* __restrict__ first,
@@ -508,7 +612,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
     }
   };
 
-#if !OUT_NCHW
+#if BOXES_OUT
   // A box of pixels may belong to both warpgroups, which then store it together.
   constexpr bool JOINT = ALONG == 2 && FILL != IM2COL;
   const int store_id = JOINT ? 1 : 1 + group, store_threads = JOINT ? CONSUMERS : WARPGROUP;
@@ -521,7 +625,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
 
   for (Work work(groups); work.left(); work.next()) {
     const int row = work.m_tile() * M_TILE + across * M_BLOCKS * 64;
-#if !OUT_NCHW && RESIDUAL
+#if BOXES_OUT && RESIDUAL
     if (leads) {
       store_wait();
       barrier_expect(residual_here, M_BLOCKS * BOX_PIXELS * PIXEL_BYTES);
@@ -581,7 +685,14 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
     release_a(ring_a.previous());
     release_b(ring_b.previous());
 
-#if OUT_NCHW
+#if STORAGE == 0
+    const u32 staging = base + STAGING + threadIdx.x / 32 * STAGING_BYTES;
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS; i++) {
+      const int* const channels = out.row_channel + row + i * 64 + threadIdx.x / 32 % 4 * 16;
+      store(d[i], staging, bias_low[i], bias_high[i], channels, work.tile(), along * PIXELS, images, out);
+    }
+#elif OUT_NCHW
     // A warp stores what it has staged itself; but warpgroups that have the same channels store half of them each.
     constexpr int ROWS = 16 / ALONG;
     if (ALONG == 2) sync(1, CONSUMERS);
@@ -615,7 +726,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
     }
 #endif
   }
-#if !OUT_NCHW
+#if BOXES_OUT
   if (leads) store_wait();
 #endif
 }

@@ -1,8 +1,9 @@
 """Method `sparse_tc`: sparse tensor cores, which skip two of each four weights (kernels/sparse_tc.cuh).
 
-An unstructured filter is the exact sum of one that keeps at most two of four neighbouring input channels and of what is
-left over, which is a second one and mostly empty (packing.py). Tensor cores read channels_last: x is laid out so by a
-kernel of its own, which puts the channels in an order that leaves little over; y is written in NCHW.
+An unstructured filter is the exact sum of one that keeps at most two of four neighbouring input channels (in TF32 one
+of two) and of what is left over, which is a second one and mostly empty (packing.py). Tensor cores read channels_last:
+x is laid out so by a kernel of its own, which puts the channels in an order that leaves little over; y is written in
+NCHW.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from escort.gpu import Gpu
 from escort.methods.base import CompiledRunner, Runner, aligned, input_check
 from escort.methods.sparse_tc.packing import ordered, pack
 from escort.methods.sparse_tc.search import candidates, search
-from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, at_once, im2col_corners
+from escort.methods.sparse_tc.tiling import ELEMENTS, Element, SparseTcConfig, Tiling, at_once, im2col_corners
 from escort.problem import Problem
 from escort.sparse import IntArray, StretchedCSR
 
@@ -28,24 +29,20 @@ _MOST_CONFIGS, _MOST_BENCHMARKS = 8, 3
 _THREADS = 384  # of a block of sparse_tc.cuh
 _ARRANGE_THREADS, _ARRANGE_PIXELS = 256, 128  # of a block of channels_last.cu
 _MOST_ELEMENTS = 2**31 - 1
-_STORAGE = {"fp16": 1, "bf16": 2}
 
 
 class SparseTc:
-    """Sparse tensor cores of NVIDIA GPUs of compute capability 9.0: fp16 and bf16, summed in fp32."""
+    """Sparse tensor cores of NVIDIA GPUs of compute capability 9.0: TF32, fp16 and bf16, summed in fp32."""
 
     name = "sparse_tc"
     device_type = "cuda"
     config_type = SparseTcConfig
 
     def unsupported(self, problem: Problem) -> str | None:
-        if problem.dtype not in _STORAGE:
-            return (
-                "sparse tensor cores multiply no fp32, and of TF32 they keep one of two at half the rate; "
-                "ask for fp16 or bf16"
-            )
+        if problem.dtype not in ELEMENTS:
+            return "sparse tensor cores multiply no fp32; ask for TF32, fp16 or bf16"
         if problem.groups > 1:
-            return "each group would fill blocks of 64 channels of its own, mostly with zeros; groups must be 1"
+            return "each group would fill blocks of channels of its own, mostly with zeros; groups must be 1"
         if math.prod(problem.output_shape[1:]) + 1024 > _MOST_ELEMENTS:
             return "an image has more outputs than 32 bits number; use a smaller input"
         try:
@@ -73,16 +70,15 @@ class SparseTc:
     ) -> Runner:
         device, gpu = torch.device(problem.device), Gpu.of(problem.device)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
-        places = ordered(filter, config.layout)
+        places = ordered(filter, config.layout, tiling.element)
         packed = pack(places, tiling)
-        last = config.takes_channels_last
+        last, boxes = config.takes_channels_last, tiling.stores_boxes
         tables = [packed.images, _by_row(bias, packed.row_channel), packed.first, packed.steps.view(np.int32)]
-        if not last:
+        if not boxes:
             tables.append(packed.row_channel)
         fixed = [torch.from_numpy(table).to(device) for table in tables]
-        given = (jit.TensorMap if last else torch.Tensor,) * 2  # y and residual
+        given = (jit.TensorMap if boxes else torch.Tensor,) * 2  # y and residual
         defines = tiling.defines | {
-            "STORAGE": _STORAGE[problem.dtype],
             "ACTIVATION": problem.epilogue.activation_number,
             "RESIDUAL": int(problem.epilogue.residual),
         }
@@ -90,8 +86,8 @@ class SparseTc:
         launch = kernel.bind(_THREADS, tiling.shared_bytes, (jit.TensorMap, *fixed, *given, int, int), overlap=True)
         check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + 1024))
         memory_format = torch.channels_last if last else torch.contiguous_format
-        alignment = 16 if last else 2 * int(tiling.defines["VECTOR"])  # bytes
-        arrange = None if last else _arrange(problem, places.channels, device)
+        alignment = 16 if last else tiling.element.bytes * int(tiling.defines["VECTOR"])
+        arrange = None if last else _arrange(problem, tiling.element, places.channels, device)
         clusters, out_shape = gpu.clusters(config.cluster), problem.output_shape[1:]
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -107,7 +103,7 @@ class SparseTc:
             groups = tiling.groups(images)
             grid = min(groups * tiling.channel_tiles, clusters) * config.cluster, 1, 1
             x_map = _x_map(tiling, x, images)
-            if last:
+            if boxes:
                 y_map = _y_map(tiling, y)
                 launch(grid, x_map, y_map, y_map if residual is None else _y_map(tiling, residual), images, groups)
             else:
@@ -142,26 +138,28 @@ def _y_map(tiling: Tiling, y: torch.Tensor) -> jit.TensorMap:
     return tensor_maps.tiled(y, sizes, tiling.store)
 
 
-def _arrange(problem: Problem, channels: IntArray, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+def _arrange(
+    problem: Problem, element: Element, channels: IntArray, device: torch.device
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """What lays out x as the tensor cores read it, as kernels/channels_last.cu says."""
     plane = problem.height * problem.width
-    vector, pieces, piece = arrange_pieces(plane)
-    kernel = jit.kernel("channels_last.cu", {"VECTOR": vector}, device)
+    vector, pieces, piece = arrange_pieces(plane, element)
+    kernel = jit.kernel("channels_last.cu", {"BYTES": element.bytes, "VECTOR": vector}, device)
     order = torch.from_numpy(channels).to(device)
     fixed = order, problem.in_channels, plane, pieces, piece
     launch = kernel.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, *fixed), overlap=True)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        x = aligned(x, 2 * vector)
+        x = aligned(x, element.bytes * vector)
         arranged = torch.empty((len(x), plane, len(channels)), dtype=x.dtype, device=device)
-        launch((len(x) * pieces, len(channels) // 64, 1), x, arranged)
+        launch((len(x) * pieces, len(channels) // element.block, 1), x, arranged)
         return arranged
 
     return run
 
 
-def arrange_pieces(plane: int) -> tuple[int, int, int]:
+def arrange_pieces(plane: int, element: Element) -> tuple[int, int, int]:
     """Elements that are read at once, the pieces of a plane, and the elements of each but the last, a multiple of 8."""
     pieces = -(-plane // _ARRANGE_PIXELS)
     piece = -(-plane // (pieces * 8)) * 8
-    return at_once(plane), -(-plane // piece), piece
+    return at_once(plane, element), -(-plane // piece), piece

@@ -1,34 +1,35 @@
 """Filters as kernels/sparse_tc.cuh reads them: images of values and metadata, and the list of what multiplies what.
 
-An image is one tap of 64 input channels for the output channels of a tile, in blocks of 64 of them. A row keeps 32
-values of its 64, at most two of each four: 64 bytes in 64-byte swizzle, which puts the 16-byte chunk j of row i at
-j ^ (i >> 1 & 3). Behind the blocks' values comes their metadata (PTX ISA, "Sparse wgmma", m64nNk32 with .f16): 4 bits
-per four channels, the position of the first kept value in the low two and that of the second, which is greater, in the
-high two. The word of thread t of a warpgroup, with warp w = t / 32, g = t % 32 / 4 and q = t % 4, belongs to channels
-32 (q / 2) + 16 (q % 2) and the 15 after them: bits 0-15 for row 16 w + g, bits 16-31 for row 16 w + g + 8. Selector 0
-takes the words of q = 0 and 1, selector 1 those of q = 2 and 3, so that a register serves both halves of the channels.
+An image is one tap of a block of input channels (128 bytes of a pixel) for the output channels of a tile, in blocks of
+64 of them. A row has 16 groups of neighbouring channels and keeps half of each, at most two of four 16-bit weights or
+one of two in TF32: 64 bytes in 64-byte swizzle, which puts the 16-byte chunk j of row i at j ^ (i >> 1 & 3). Behind the
+blocks' values comes their metadata (PTX ISA, "Sparse wgmma"): 4 bits per group, the position of the first kept value in
+the low two and that of the second, which is greater, in the high two; a TF32 value counts as two, the halves of it. The
+word of thread t of a warpgroup, with warp w = t / 32, g = t % 32 / 4 and q = t % 4, belongs to the four groups from 4 q
+on: bits 0-15 for row 16 w + g, bits 16-31 for row 16 w + g + 8. Selector 0 takes the words of q = 0 and 1, selector 1
+those of q = 2 and 3, so that a register serves both halves of the channels.
 
-A filter is the sum of two of at most two of four (`sparse.split`): the second holds what is left over, and only those
-of its images are kept that are not empty. The orders of channels and rows see to it that few are not.
+A filter is the sum of two of such a pattern (`sparse.split`): the second holds what is left over, and only those of its
+images are kept that are not empty. The orders of channels and rows see to it that few are not.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escort.methods.sparse_tc.tiling import K_BLOCK, PIXEL_BYTES, Layout, SparseTcConfig, Tiling
-from escort.sparse import IntArray, Split, StretchedCSR, split, spread_channels
+from escort.methods.sparse_tc.tiling import BLOCK_BYTES, PIXEL_BYTES, Element, Layout, SparseTcConfig, Tiling
+from escort.sparse import FloatArray, IntArray, Split, StretchedCSR, split, spread_channels
 
-_OF = 4  # of which two are kept
 _LEAST_SPARSITY = 0.65  # in denser filters every image has something left over in any order
 _LAST_OF_FILL = 1 << 31
-Bits = NDArray[np.uint16]
+Bits = NDArray[np.unsignedinteger[Any]]  # of elements as they are stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +37,13 @@ class Ordered:
     """A filter's split, with places for its channels and rows.
 
     Attributes:
-        channels: which input channel stands at each place, a whole number of blocks of 64; -1: none.
+        block: input channels of an image.
+        channels: which input channel stands at each place, a whole number of blocks; -1: none.
         rows: which output channel stands at each place.
     """
 
     split: Split
+    block: int
     channels: IntArray
     rows: IntArray
 
@@ -53,45 +56,47 @@ class Ordered:
         """Images of what is left over, as a share of the others."""
         row, place, tap = self.places(self.split.residual)
         _, _, r, s = self.split.residual.shape
-        shape = -(-len(self.rows) // tile_channels), len(self.channels) // K_BLOCK, r * s
-        where = np.ravel_multi_index((row // tile_channels, place // K_BLOCK, tap), shape)
+        shape = -(-len(self.rows) // tile_channels), len(self.channels) // self.block, r * s
+        where = np.ravel_multi_index((row // tile_channels, place // self.block, tap), shape)
         return len(np.unique(where)) / math.prod(shape)
 
 
-_known: WeakKeyDictionary[StretchedCSR, dict[Layout, Ordered]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[StretchedCSR, dict[tuple[Layout, int], Ordered]] = WeakKeyDictionary()
 
 
-def ordered(filter: StretchedCSR, layout: Layout) -> Ordered:
+def ordered(filter: StretchedCSR, layout: Layout, element: Element) -> Ordered:
     """Places for a layout of x: where x is laid out anyway those that leave little over, else everyone's own."""
-    known = _known.setdefault(filter, {})
-    if layout not in known:
-        known[layout] = _as_it_is(filter) if layout == "channels_last" else _gathered(filter)
-    return known[layout]
+    known, key = _known.setdefault(filter, {}), (layout, element.bytes)
+    if key not in known:
+        known[key] = _as_it_is(filter, element) if layout == "channels_last" else _gathered(filter, element)
+    return known[key]
 
 
-def _as_it_is(filter: StretchedCSR) -> Ordered:
-    whole = _whole_blocks(filter)
+def _as_it_is(filter: StretchedCSR, element: Element) -> Ordered:
+    whole = _whole_blocks(filter, element.block)
     rows, channels = (np.arange(size, dtype=np.int32) for size in whole.shape[:2])
     channels[filter.shape[1] :] = -1
-    return Ordered(split(whole), channels, rows)
+    return Ordered(split(whole, element.kept, element.of), element.block, channels, rows)
 
 
-def _gathered(filter: StretchedCSR) -> Ordered:
+def _gathered(filter: StretchedCSR, element: Element) -> Ordered:
     """What is left over, made small by the order of the channels, in as few images as sorting gets it."""
-    natural, whole = _as_it_is(filter), _whole_blocks(filter)
+    natural, whole = _as_it_is(filter, element), _whole_blocks(filter, element.block)
     if natural.split.residual.nnz == 0 or filter.sparsity < _LEAST_SPARSITY:
         return natural
-    parts = split(whole, channels=spread_channels(whole))
-    left = Ordered(parts, parts.channels, natural.rows)
+    parts = split(whole, element.kept, element.of, spread_channels(whole, element.kept, element.of))
+    left = replace(natural, split=parts, channels=parts.channels)
     row, _, _ = left.places(parts.residual)
     rows = np.argsort(-np.bincount(row, minlength=len(natural.rows)), kind="stable").astype(np.int32)
-    return Ordered(parts, np.where(parts.channels < filter.shape[1], parts.channels, -1).astype(np.int32), rows)
+    return replace(
+        left, channels=np.where(parts.channels < filter.shape[1], parts.channels, -1).astype(np.int32), rows=rows
+    )
 
 
-def _whole_blocks(filter: StretchedCSR) -> StretchedCSR:
+def _whole_blocks(filter: StretchedCSR, block: int) -> StretchedCSR:
     """With further channels, which have no weights."""
     k, c, r, s = filter.shape
-    return replace(filter, shape=(k, -(-c // K_BLOCK) * K_BLOCK, r, s))
+    return replace(filter, shape=(k, -(-c // block) * block, r, s))
 
 
 def _inverse(channels: IntArray) -> IntArray:
@@ -110,8 +115,8 @@ class Packed:
         images: (images, bytes) uint8.
         first: (tiles of channels * fills + 1,) the first image of each fill.
         steps: (images + 1,) uint32, one per image: bits 0-15 where its tap begins in the fill, in units of 16 bytes;
-            from bit 16 two bits for each warpgroup across: which halves of the 64 channels it has for it; bit 31: it is
-            the fill's last.
+            from bit 16 two bits for each warpgroup across: which halves of the block's channels it has for it; bit 31:
+            it is the fill's last.
         row_channel: the output channel of each row of all tiles, -1: none.
     """
 
@@ -143,53 +148,63 @@ def pack(ordered: Ordered, tiling: Tiling) -> Packed:
             steps[-1] |= _LAST_OF_FILL
             first.append(len(listed))
     which = np.array(listed)
-    images = np.empty((len(listed), config.tile_channels // 64 * (64 * K_BLOCK + 512)), dtype=np.uint8)
+    images = np.empty((len(listed), config.tile_channels // 64 * BLOCK_BYTES), dtype=np.uint8)
     for part, bits in enumerate(parts):
         mine = which[:, 0] == part
         if mine.any():
-            images[mine] = _images(bits[which[mine, 1], which[mine, 2]])
+            images[mine] = _images(bits[which[mine, 1], which[mine, 2]], tiling.element)
     row_channel = np.full(tiling.channel_tiles * config.tile_channels, -1, dtype=np.int32)
     row_channel[: len(ordered.rows)] = ordered.rows
     return Packed(images, np.array(first, np.int32), np.array([*steps, 0], np.uint32), row_channel)
 
 
 def _tiles(ordered: Ordered, part: StretchedCSR, tiling: Tiling) -> Bits:
-    """(tiles, taps of blocks of channels, rows, 64) of a part of the split, as stored."""
-    dtype = tiling.problem.torch_dtype
-    stored = torch.from_numpy(part.values).to(dtype)
-    if not bool(stored.isfinite().all()):
-        largest = float(np.abs(part.values).max())
-        raise ValueError(
-            f"a weight of {largest:g} is too large for {tiling.problem.dtype}; scale the filter, or choose bf16"
-        )
+    """(tiles, taps of blocks of channels, rows, channels) of a part of the split, as stored."""
+    stored, block = _stored(part.values, tiling), ordered.block
     row, place, tap = ordered.places(part)
     rows, taps = tiling.config.tile_channels, part.shape[2] * part.shape[3]
-    bits = np.zeros((tiling.channel_tiles, len(ordered.channels) // K_BLOCK * taps, rows, K_BLOCK), dtype=np.uint16)
-    where = row // rows, place // K_BLOCK * taps + tap, row % rows, place % K_BLOCK
-    bits[where] = stored.view(torch.int16).numpy().view(np.uint16)
+    bits = np.zeros((tiling.channel_tiles, len(ordered.channels) // block * taps, rows, block), stored.dtype)
+    bits[row // rows, place // block * taps + tap, row % rows, place % block] = stored
+    return bits
+
+
+def _stored(values: FloatArray, tiling: Tiling) -> Bits:
+    """Rounded to the nearest. Raises ValueError where the precision does not hold a weight."""
+    dtype, bits = tiling.problem.dtype, values.view(np.uint32)
+    if dtype == "tf32":  # the upper 19 bits
+        bits = bits + np.uint32(0xFFF) + (bits >> 13 & 1) & ~np.uint32(0x1FFF)
+        finite = np.isfinite(bits.view(np.float32))
+    else:
+        stored = torch.from_numpy(values).to(tiling.problem.torch_dtype)
+        bits, finite = stored.view(torch.int16).numpy().view(np.uint16), stored.isfinite().numpy()
+    if not finite.all():
+        largest, instead = float(np.abs(values).max()), ", or choose bf16" if dtype == "fp16" else ""
+        raise ValueError(f"a weight of {largest:g} is too large for {dtype}; scale the filter{instead}")
     return bits
 
 
 def _halves(bits: Bits, config: SparseTcConfig) -> NDArray[np.uint32]:
     """(tiles, taps) two bits for each warpgroup across: which halves of its rows' channels are not empty."""
-    there = (bits != 0).reshape(*bits.shape[:2], config.across, -1, 2, K_BLOCK // 2).any(axis=(3, 5))
+    there = (bits != 0).reshape(*bits.shape[:2], config.across, -1, 2, bits.shape[-1] // 2).any(axis=(3, 5))
     weights = 1 << np.arange(2 * config.across, dtype=np.uint32)
     return (there.reshape(*bits.shape[:2], -1) * weights).sum(axis=-1, dtype=np.uint32)
 
 
-def _images(bits: Bits) -> NDArray[np.uint8]:
-    """(images, bytes) of (images, rows, 64)."""
-    groups = bits.reshape(len(bits), -1, 64, K_BLOCK // _OF, _OF)
-    kept = np.argsort(groups == 0, axis=-1, kind="stable")[..., :2]  # values first, filled up with zeros
+def _images(bits: Bits, element: Element) -> NDArray[np.uint8]:
+    """(images, bytes) of (images, rows, channels)."""
+    groups = bits.reshape(len(bits), -1, 64, element.block // element.of, element.of)
+    kept = np.argsort(groups == 0, axis=-1, kind="stable")[..., : element.kept]  # values first, filled up with zeros
     positions = np.sort(kept, axis=-1)
     values = np.take_along_axis(groups, positions, axis=-1)
-    nibbles = (positions[..., 0] | positions[..., 1] << 2).astype(np.uint32)
+    words = 2 // element.kept  # of 16 bits, of a value
+    halves = (positions[..., None] * words + np.arange(words)).reshape(*positions.shape[:-1], 2)
+    nibbles = (halves[..., 0] | halves[..., 1] << 2).astype(np.uint32)
     parts = _swizzled(values.reshape(*groups.shape[:3], -1)), _metadata(nibbles)
     return np.concatenate([np.ascontiguousarray(part).view(np.uint8).reshape(len(bits), -1) for part in parts], axis=1)
 
 
 def _swizzled(values: Bits) -> Bits:
-    chunks = values.reshape(*values.shape[:-1], 4, 8)
+    chunks = values.reshape(*values.shape[:-1], 4, -1)
     chunk = np.arange(4) ^ (np.arange(64)[:, None] >> 1 & 3)  # its own inverse
     return chunks[:, :, np.arange(64)[:, None], chunk]
 

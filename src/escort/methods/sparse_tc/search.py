@@ -2,7 +2,7 @@
 
 A step is one image of the filter times one fill. A sparse wgmma of N pixels reads 64 N + 2048 bytes of shared memory in
 N / 2 clocks of the tensor cores, at 128 bytes a clock: shared memory bounds it, and for small N the least time that any
-step takes.
+step takes. In TF32 the same bytes are half as many channels, and the clocks are the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from dataclasses import replace
 
 from escort.gpu import Gpu
 from escort.methods.sparse_tc.packing import ordered
-from escort.methods.sparse_tc.tiling import BLOCK_BYTES, PIXEL_BYTES, Fill, Layout, SparseTcConfig, Tiling, UnfitError
+from escort.methods.sparse_tc.tiling import (
+    BLOCK_BYTES,
+    ELEMENTS,
+    PIXEL_BYTES,
+    Fill,
+    Layout,
+    SparseTcConfig,
+    Tiling,
+    UnfitError,
+)
 from escort.problem import Problem
 from escort.sparse import StretchedCSR
 
@@ -21,7 +30,8 @@ _IMAGES = (2, 3, 4, 6, 8)  # of a tile of several
 _LEAST_USED = 0.5  # of a tile's channels
 _ALIKE = 2  # configs that differ in their clusters only
 
-# The model, in clocks of a multiprocessor, fitted to 120 timings on an H200: median error 5 %, 90th percentile 14 %.
+# The model, in clocks of a multiprocessor, fitted to 120 timings in fp16 on an H200: median error 5 %, 90th percentile
+# 14 %. What TF32 has of its own is estimated.
 _CLOCK_MHZ = 1750.0
 _LAUNCH_US = 3.2
 _SHARED_BYTES = 128.0  # a clock
@@ -31,14 +41,15 @@ _LEAST_STEP = 390.0  # from one step to the next: barriers, metadata, and the st
 _EXTRA = 1.1  # a step of what is left over, of the time of another
 _WAIT = {1: 1.0, 2: 1.0, 4: 1.1, 8: 1.4}  # blocks of a cluster wait for one another
 _TILE = 690.0  # around the steps of a tile
-_STORED = {"contiguous": 8.5, "channels_last": 94.0}  # outputs a clock
+_STORED = {"contiguous": 17.0, "channels_last": 188.0}  # bytes of outputs a clock
+_FLOATS_STORED = 32.0  # the same in TF32, in either layout
 _MEMORY_BYTES = 4.4e6  # a us
 _ARRANGE_US, _ARRANGE_BYTES = 2.6, 3.3e6  # of the kernel that lays out x; a us
 
 
 def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int, layout: Layout) -> list[SparseTcConfig]:
     """The configs of least predicted time, of some variety."""
-    places = ordered(filter, layout)
+    places = ordered(filter, layout, ELEMENTS[problem.dtype])
     extra = {channels: places.extra_images(channels) for channels in (64, 128, 256)}  # by a tile's channels
     tilings = sorted(
         candidates(problem, gpu, layout),
@@ -94,7 +105,7 @@ def predict_us(tiling: Tiling, extra_images: float, gpu: Gpu) -> float:
     Args:
         extra_images: of the filter in tiles of so many channels, `Ordered.extra_images`.
     """
-    p, config = tiling.problem, tiling.config
+    p, config, element = tiling.problem, tiling.config, tiling.element
     rounds = -(-tiling.groups(max(p.batch, 1)) * tiling.channel_tiles // gpu.clusters(config.cluster))
     image_bytes = config.tile_channels // 64 * BLOCK_BYTES
     fill_bytes = tiling.load[1] * tiling.load[2] * tiling.load[3] * PIXEL_BYTES / len(tiling.fills[0])
@@ -106,9 +117,10 @@ def predict_us(tiling: Tiling, extra_images: float, gpu: Gpu) -> float:
     )
     steps = len(tiling.fills) * len(tiling.fills[0]) * (1.0 + _EXTRA * extra_images)
     tile = steps * step * _WAIT[config.cluster] + _TILE
-    tile += config.tile_pixels * config.tile_channels / _STORED[config.layout]
-    input_bytes = p.batch * tiling.channels * p.height * p.width * 2
-    output_bytes = p.batch * p.out_channels * p.out_height * p.out_width * 2
+    stored = _STORED[config.layout] if element.bytes == 2 else _FLOATS_STORED
+    tile += config.tile_pixels * config.tile_channels * element.bytes / stored
+    input_bytes = p.batch * tiling.channels * p.height * p.width * element.bytes
+    output_bytes = p.batch * p.out_channels * p.out_height * p.out_width * element.bytes
     compute, memory = rounds * tile / _CLOCK_MHZ, (input_bytes + output_bytes) / _MEMORY_BYTES
     arrange = 0.0 if config.takes_channels_last else _ARRANGE_US + 2 * input_bytes / _ARRANGE_BYTES
     return _LAUNCH_US + arrange + max(compute, memory) + 0.2 * min(compute, memory)

@@ -10,8 +10,7 @@ from typing import Literal, NamedTuple
 from escort.compiler import Text
 from escort.problem import Problem
 
-K_BLOCK = 64  # input channels of an image of the filter
-PIXEL_BYTES = 2 * K_BLOCK  # of a fill
+PIXEL_BYTES = 128  # of a fill: a block of input channels
 BLOCK_BYTES = 64 * 64 + 512  # 64 output channels of an image of the filter: values, then metadata
 
 _BARRIER_BYTES = 1024
@@ -19,10 +18,41 @@ _MOST_BOX = 256  # along each dimension
 _MOST_STAGES = 8
 _MOST_SUMS = 128  # of a thread
 _MOST_REACH = {"stride": 8, "corner": 128, "offset": 255}  # of im2col copies
+_FLOAT_STAGINGS, _FLOAT_STAGING_BYTES = 8, 2560  # one for each warp: 16 channels of 32 pixels, with gaps
 
 Fill = Literal["im2col", "columns", "halo", "flat"]
 Layout = Literal["contiguous", "channels_last"]
 Box = tuple[int, int, int, int]  # channels, columns, rows, images
+
+
+@dataclass(frozen=True)
+class Element:
+    """How sparse tensor cores take a precision.
+
+    Attributes:
+        storage: the kernel's number for it.
+        bytes: of an element of x, residual and y.
+        kept, of: of so many neighbouring input channels, how many may be nonzero.
+        type: what the instruction calls it.
+    """
+
+    storage: int
+    bytes: int
+    kept: int
+    of: int
+    type: str
+
+    @property
+    def block(self) -> int:
+        """Input channels of an image of the filter."""
+        return PIXEL_BYTES // self.bytes
+
+
+ELEMENTS: dict[str, Element] = {
+    "tf32": Element(0, 4, 1, 2, "tf32"),
+    "fp16": Element(1, 2, 2, 4, "f16"),
+    "bf16": Element(2, 2, 2, 4, "bf16"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +97,7 @@ class UnfitError(ValueError):
 
 
 class Tap(NamedTuple):
-    """A tap (row, column) of the filter for a block of 64 input channels, and its first pixel in its fill."""
+    """A tap (row, column) of the filter for a block of input channels, and its first pixel in its fill."""
 
     block: int
     row: int
@@ -88,11 +118,11 @@ class Tiling:
     """A config's view of a problem.
 
     Attributes:
-        channels: of x as the kernel reads it; whole blocks of 64 where x is laid out for it.
+        channels: of x as the kernel reads it; whole blocks where x is laid out for it.
         fills: the taps of each fill, in the order of the fills.
         load: what a copy brings: a box (channels, columns, rows, images), or so many pixels by im2col.
-        store: the box that is stored at a time in NHWC.
-        defines: of the kernel, but for what the epilogue needs.
+        store: the box of 16-bit elements that is stored at a time in NHWC.
+        defines: of the kernel, but for the epilogue.
         shared_bytes: of a thread block.
     """
 
@@ -104,6 +134,15 @@ class Tiling:
     store: Box
     defines: dict[str, int | str]
     shared_bytes: int
+
+    @property
+    def element(self) -> Element:
+        return ELEMENTS[self.problem.dtype]
+
+    @property
+    def stores_boxes(self) -> bool:
+        """Whether the copy engine stores y and loads the residual; else warps do."""
+        return self.config.takes_channels_last and self.element.bytes == 2
 
     @property
     def channel_tiles(self) -> int:
@@ -122,18 +161,20 @@ class Tiling:
 
     @property
     def source(self) -> Text:
-        return _source(self.config.pixels, self.problem.dtype)
+        return _source(self.config.pixels, self.element)
 
     @classmethod
     def of(cls, problem: Problem, config: SparseTcConfig, shared_bytes: int) -> Tiling:
         """The tiling, on a device whose thread blocks have so much shared memory. Raises UnfitError."""
-        _check(problem, config)
-        blocks = -(-problem.in_channels // K_BLOCK)
+        element = ELEMENTS[problem.dtype]
+        _check(problem, config, element)
+        blocks = -(-problem.in_channels // element.block)
         rows = _rows(problem, config) if config.fill in ("columns", "halo") else _Rows(1, 1, 0)
         fills = _fills(problem, config, blocks, rows)
-        load, store = _boxes(problem, config, rows)
-        memory = _Memory.of(config, fills[0], rows, load, store, shared_bytes)
+        load, store = _boxes(problem, config, rows, element.block)
+        memory = _Memory.of(config, element, fills[0], rows, load, store, shared_bytes)
         defines = _defines(problem, config) | {
+            "STORAGE": element.storage,
             "FILLS": len(fills),
             "PITCH": rows.pitch,
             "IMAGE_PITCH": rows.tall * rows.pitch,
@@ -147,14 +188,15 @@ class Tiling:
             "STAGING_ROW": memory.staging_row,
             "SHARED_BYTES": memory.bytes,
         }
-        defines["VECTOR"], defines["UNALIGNED"] = _vector(problem, config, rows)
-        channels = problem.in_channels if config.takes_channels_last else blocks * K_BLOCK
+        defines["VECTOR"], defines["UNALIGNED"] = _vector(problem, config, rows, element)
+        channels = problem.in_channels if config.takes_channels_last else blocks * element.block
         return cls(problem, config, channels, fills, load, store, defines, memory.bytes)
 
 
-def _check(p: Problem, config: SparseTcConfig) -> None:
-    if config.takes_channels_last and (p.in_channels % 8 or p.out_channels % 8):
-        raise UnfitError("in channels_last the channels must be multiples of 8: choose the contiguous layout")
+def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
+    least = 16 // element.bytes
+    if config.takes_channels_last and (p.in_channels % least or p.out_channels % least):
+        raise UnfitError(f"in channels_last the channels must be multiples of {least}: choose the contiguous layout")
     if config.pixels % 8 or not 0 < config.pixels * config.blocks <= 2 * _MOST_SUMS:
         raise UnfitError(f"{config.pixels} pixels by {config.blocks} blocks of channels do not fit a warpgroup")
     if config.fill == "flat" and (p.kernel != (1, 1) or any(p.padding)):
@@ -223,16 +265,16 @@ def _fills(p: Problem, config: SparseTcConfig, blocks: int, rows: _Rows) -> tupl
     return tuple(found)
 
 
-def _boxes(p: Problem, config: SparseTcConfig, rows: _Rows) -> tuple[Box, Box]:
+def _boxes(p: Problem, config: SparseTcConfig, rows: _Rows, channels: int) -> tuple[Box, Box]:
     """What is loaded for a fill, and stored at a time in NHWC."""
-    load: Box = K_BLOCK, config.tile_pixels, 1, 1
+    load: Box = channels, config.tile_pixels, 1, 1
     if config.fill == "im2col":  # each warpgroup's own
-        copied = store = K_BLOCK, config.pixels, 1, 1
+        copied = store = channels, config.pixels, 1, 1
     elif config.fill == "flat":
         copied = store = load
     else:
-        copied = load = K_BLOCK, rows.pitch, rows.tall, config.images
-        store = K_BLOCK, rows.pitch, rows.tall if config.images > 1 else _tile_rows(p, config), config.images
+        copied = load = channels, rows.pitch, rows.tall, config.images
+        store = channels, rows.pitch, rows.tall if config.images > 1 else _tile_rows(p, config), config.images
     if max(copied + store) > _MOST_BOX:
         raise UnfitError(f"a box of {copied[1:]} or {store[1:]} pixels is larger than what the device copies")
     return load, store
@@ -244,22 +286,32 @@ class _Memory(NamedTuple):
     a_stages: int
     b_stages: int
     b_stage_bytes: int
-    staging_row: int  # bytes from one channel to the next, in NCHW
-    staging_bytes: int  # of 64 channels
+    staging_row: int  # bytes from one channel to the next, of 16-bit elements in NCHW
+    staging_bytes: int  # of 64 channels, or of floats of a warp
     bytes: int
 
     @classmethod
     def of(
-        cls, config: SparseTcConfig, taps: tuple[Tap, ...], rows: _Rows, load: Box, store: Box, most: int
+        cls,
+        config: SparseTcConfig,
+        element: Element,
+        taps: tuple[Tap, ...],
+        rows: _Rows,
+        load: Box,
+        store: Box,
+        most: int,
     ) -> _Memory:
         blocks = config.tile_channels // 64
         staging_row = (config.tile_pixels // 8 | 1) * 16  # odd: rows one below the other lie in different banks
-        if config.takes_channels_last:
+        stagings = blocks
+        if element.bytes == 4:
+            stagings, staging_bytes = _FLOAT_STAGINGS, _FLOAT_STAGING_BYTES
+        elif config.takes_channels_last:
             staging_bytes = _up(max(config.tile_pixels, math.prod(store[1:])) * PIXEL_BYTES, 1024)
         else:
             staging_bytes = _up(64 * staging_row, 1024)
         a_bytes, b_stage_bytes = blocks * BLOCK_BYTES, _up((math.prod(load[1:]) + rows.zeros) * PIXEL_BYTES, 1024)
-        room = most - _BARRIER_BYTES - blocks * staging_bytes - 1024
+        room = most - _BARRIER_BYTES - stagings * staging_bytes - 1024
         if len(taps) == 1:
             a_stages = b_stages = min(_MOST_STAGES, room // (a_bytes + b_stage_bytes))
         else:
@@ -268,7 +320,7 @@ class _Memory(NamedTuple):
         if min(a_stages, b_stages) < 2:  # a stage is free when the next step is under way, which needs another
             raise UnfitError("two stages do not fit shared memory; choose smaller tiles")
         b_end = _BARRIER_BYTES + b_stages * b_stage_bytes
-        end = _up(b_end + a_stages * a_bytes, 1024) + blocks * staging_bytes
+        end = _up(b_end + a_stages * a_bytes, 1024) + stagings * staging_bytes
         # What lies behind a fill is read too, and what it gives is cut off; but it must be shared memory.
         reach = (max(tap.start for tap in taps) + config.tile_pixels) * PIXEL_BYTES
         if b_end - b_stage_bytes + reach > end:
@@ -304,18 +356,20 @@ def _defines(p: Problem, config: SparseTcConfig) -> dict[str, int | str]:
     }
 
 
-def _vector(p: Problem, config: SparseTcConfig, rows: _Rows) -> tuple[int, int]:
-    """How many outputs are stored at once in NCHW, neighbours in y, and whether they lie unaligned in staging."""
+def _vector(p: Problem, config: SparseTcConfig, rows: _Rows, element: Element) -> tuple[int, int]:
+    """How many outputs a lane stores at once in NCHW, neighbours in y, and whether they lie unaligned in staging."""
+    if element.bytes == 4:
+        return 1, 0
     if config.fill in ("im2col", "flat"):
-        return at_once(p.out_height * p.out_width), 0
-    vector = at_once(p.out_width)
+        return at_once(p.out_height * p.out_width, element), 0
+    vector = at_once(p.out_width, element)
     unaligned = vector > 1 and rows.pitch % vector > 0
     return min(vector, 2) if unaligned else vector, int(unaligned)
 
 
-def at_once(elements: int) -> int:
-    """How many of 16 bits one instruction moves, so that whole ones make up a run of so many."""
-    return next(v for v in (8, 4, 2, 1) if elements % v == 0)
+def at_once(elements: int, element: Element) -> int:
+    """How many elements one instruction moves, so that whole ones make up a run of so many."""
+    return math.gcd(elements, 16 // element.bytes)
 
 
 def _up(value: int, multiple: int) -> int:
@@ -323,9 +377,10 @@ def _up(value: int, multiple: int) -> int:
 
 
 @lru_cache
-def _source(pixels: int, dtype: str) -> Text:
+def _source(pixels: int, element: Element) -> Text:
     """The kernel for products of so many pixels, whose registers are named one by one."""
-    sums, kind = pixels // 2, {"fp16": "f16", "bf16": "bf16"}[dtype]
+    sums, depth, kind = pixels // 2, element.block // 2, element.type
+    transposed = ", 0, 0" if element.bytes == 2 else ""  # matrices of other types cannot be
     registers = ", ".join(f"%{i}" for i in range(sums))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(sums))
     return Text(
@@ -335,13 +390,13 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
-// d (64 x {pixels}) = a (64 x 32, compressed) * b, or += a * b.
+// d (64 x {pixels}) = a (64 x {depth}, compressed) * b, or += a * b.
 template <int SELECTOR>
 __device__ __forceinline__ void mma(float (&d)[{sums}], u64 a, u64 b, u32 metadata, int accumulate) {{
   asm volatile(
       "{{ .reg .pred p; setp.ne.b32 p, %{sums + 3}, 0; "
-      "wgmma.mma_async.sp.sync.aligned.m64n{pixels}k32.f32.{kind}.{kind} {{{registers}}}, "
-      "%{sums}, %{sums + 1}, %{sums + 2}, %{sums + 4}, p, 1, 1, 0, 0; }}"
+      "wgmma.mma_async.sp.sync.aligned.m64n{pixels}k{depth}.f32.{kind}.{kind} {{{registers}}}, "
+      "%{sums}, %{sums + 1}, %{sums + 2}, %{sums + 4}, p, 1, 1{transposed}; }}"
       : {outputs}
       : "l"(a), "l"(b), "r"(metadata), "r"(accumulate), "n"(SELECTOR));
 }}
