@@ -14,17 +14,17 @@ import torch
 from torch import fx
 
 from escort.fuse import FusedConv2d, mutates
+from escort.methods.sparse_tc.tiling import ELEMENTS, Element
 from escort.problem import Precision
 from escort.sparse import StretchedCSR, spread_channels
 
 _VIEWS = {"view": "reshape", torch.ops.aten.view.default: torch.ops.aten.reshape.default}
 _LYING = ("as_strided", "view_as", "stride", "is_contiguous", "storage_offset", "data_ptr")
-_KEPT_OF: dict[Precision, tuple[int, int]] = {"tf32": (1, 2), "fp16": (2, 4), "bf16": (2, 4)}
 
 
 def precluded(network: fx.GraphModule, precision: Precision) -> str | None:
     """Why a network of FusedConv2d's is not tried in channels_last, or None where it is."""
-    if precision not in _KEPT_OF:
+    if precision not in ELEMENTS:
         return f"tensor cores multiply no {precision}"
     for node in network.graph.nodes:
         if node.op not in ("call_function", "call_method"):
@@ -45,11 +45,11 @@ def rewrite(network: fx.GraphModule, precision: Precision) -> fx.GraphModule:
             node.target = _VIEWS.get(node.target, node.target)
     network.recompile()
     for node in network.graph.nodes:
-        _reorder(network, node, *_KEPT_OF[precision])
+        _reorder(network, node, ELEMENTS[precision])
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _reorder(network: fx.GraphModule, node: fx.Node, kept: int, of: int) -> None:
+def _reorder(network: fx.GraphModule, node: fx.Node, element: Element) -> None:
     """Changes the order of the channels that a convolution writes, if convolutions alone read them."""
     writer, readers = _convolution(network, node), [_convolution(network, user) for user in node.users]
     if writer is None or writer.residual or writer.conv.groups > 1:
@@ -58,7 +58,7 @@ def _reorder(network: fx.GraphModule, node: fx.Node, kept: int, of: int) -> None
     if len(weights) < len(readers) or not weights or any(node in user.args[1:] for user in node.users):
         return
     taps = torch.cat([weight.permute(0, 2, 3, 1).flatten(0, 2) for weight in weights])
-    order = spread_channels(StretchedCSR.from_dense(taps[:, :, None, None]), kept, of)
+    order = spread_channels(StretchedCSR.from_dense(taps[:, :, None, None]), element.kept, element.of)
     channels = torch.from_numpy(order).long().to(taps.device)
     with torch.no_grad():
         for tensor in (writer.conv.weight, writer.conv.bias):
