@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from escort.methods.base import Runner, apply_epilogue, symmetric_padding
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 from escort.sparse import StretchedCSR
+
+_ALIGNED = 8  # channels that tensor cores read at once
 
 
 def _fuses(problem: Problem) -> bool:
@@ -18,7 +21,7 @@ def _fuses(problem: Problem) -> bool:
 
     It would go by the process's setting of TF32, which types of 16 bits do not need.
     """
-    whole = problem.groups == 1 and problem.in_channels % 8 == problem.out_channels % 8 == 0
+    whole = problem.groups == 1 and problem.out_channels % _ALIGNED == 0
     return whole and problem.epilogue.activation == "relu" and problem.dtype in ("fp16", "bf16")
 
 
@@ -29,7 +32,8 @@ class CudnnConfig:
     Attributes:
         memory_format: of filter, input and output within cuDNN.
         output: "contiguous" gives NCHW, whatever it costs to convert; "as_is" leaves the output as cuDNN wrote it.
-        fused: cuDNN computes bias, residual and ReLU itself, by an algorithm that it chooses untried.
+        fused: cuDNN computes bias, residual and ReLU itself, by an algorithm that it chooses untried. Channels of zeros
+            are added to x where tensor cores need more, as those of an image are too few.
     """
 
     memory_format: MemoryFormat = "contiguous"
@@ -69,7 +73,9 @@ class Cudnn:
     def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: CudnnConfig) -> Runner:
         memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
         device, dtype = torch.device(problem.device), problem.torch_dtype
-        weight = filter.to_dense().to(device, dtype).contiguous(memory_format=memory_format)
+        more = -problem.in_channels % _ALIGNED if config.fused else 0
+        weight = F.pad(filter.to_dense(), (0, 0, 0, 0, 0, more)).to(device, dtype)
+        weight = weight.contiguous(memory_format=memory_format)
         addend = None if bias is None else bias.detach().to(device, dtype)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups
         out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
@@ -87,6 +93,8 @@ class Cudnn:
 
         def convolve_fused(x: torch.Tensor, padding: tuple[int, int], residual: torch.Tensor | None) -> torch.Tensor:
             geometry = stride, padding, dilation, groups
+            if more:
+                x = F.pad(x, (0, 0, 0, 0, 0, more))
             if residual is None:
                 return torch.cudnn_convolution_relu(x, weight, addend, *geometry)
             residual = residual.contiguous(memory_format=memory_format)
@@ -96,7 +104,8 @@ class Cudnn:
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             if len(x) == 0:
-                return apply_epilogue(x.new_empty(0, *out_shape), residual, activation)
+                nothing = x.new_empty(0, *out_shape).contiguous(memory_format=problem.torch_memory_format)
+                return apply_epilogue(nothing, residual, activation)
             x, padding = symmetric_padding(problem, x)
             return chosen(x.contiguous(memory_format=memory_format), padding, residual)
 
