@@ -74,14 +74,15 @@ test-gpu: $(if $(ESCORT_PYTHON),,$(VENV)/.installed)  ## Run the tests that need
 # Torch's allocator would hide an access beyond a tensor inside its blocks, so it is off. Libraries ask the driver for what
 # it lacks and go on: calls that fail are not reported. initcheck must see torch's own kernels write what ours read.
 # racecheck does not follow a lane that arrives at a barrier for its whole warp: it gets kernels of `direct` whose
-# barriers every lane joins, as direct.cu says of SIGNALS, and none that are generated.
+# barriers every lane joins, as direct.cu says of SIGNALS, and no others.
 SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --error-exitcode 1
 CASES_ON_GPU = $(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -q -m gpu -k "test_case or test_any_batch"
+WITH_CASES = tests/test_direct_cuda.py tests/test_generated.py tests/test_sparse_tc.py
 test-sanitizer:  ## Run the kernel cases on a GPU under compute-sanitizer, which must be on the PATH
-	$(SANITIZER) --tool memcheck --kernel-name kns=direct --kernel-name kns=generated --kernel-name kns=arrange \
-		$(CASES_ON_GPU) tests/test_direct_cuda.py tests/test_generated.py
+	$(SANITIZER) --tool memcheck $(addprefix --kernel-name kns=,direct generated arrange sparse_tc channels_last) \
+		$(CASES_ON_GPU) $(WITH_CASES)
 	ESCORT_EVERY_LANE=1 $(SANITIZER) --tool racecheck --kernel-name kns=direct $(CASES_ON_GPU) tests/test_direct_cuda.py
-	$(SANITIZER) --tool initcheck $(CASES_ON_GPU) tests/test_direct_cuda.py tests/test_generated.py
+	$(SANITIZER) --tool initcheck $(CASES_ON_GPU) $(WITH_CASES)
 
 wheel: $(VENV)/.installed  ## Build a wheel into dist/
 	rm -rf dist

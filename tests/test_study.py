@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from escort import breakdown, counters, methods, reference, study, suite
 from escort.cli import app
-from escort.problem import Problem
+from escort.methods.sparse_tc.tiling import ELEMENTS
+from escort.problem import Precision, Problem
 from escort.results import Item, Result, read_results
-from escort.sparse import StretchedCSR
+from escort.sparse import StretchedCSR, split
 from escort.study import Study
 from escort.suite import Row
 
@@ -560,3 +561,24 @@ def test_bad_input(args: tuple[str, ...], message: str, tmp_path: Path) -> None:
 def test_the_default_device_is_a_gpu(tmp_path: Path) -> None:
     result = invoke("--out", tmp_path)
     assert result.exit_code == 2 and "use cpu" in result.stderr
+
+
+@pytest.mark.parametrize(("dtype", "kernel", "less"), [("fp16", 3, True), ("tf32", 3, True), ("fp16", 1, False)])
+def test_patterns_have_their_channels_in_the_order_of_a_network_in_channels_last(
+    tmp_path: Path, dtype: Precision, kernel: int, less: bool
+) -> None:
+    pattern = random_pattern(kernel)
+    np.savez(tmp_path / "resnet50_tiny.npz", **{f"layer.{name}": array for name, array in pattern.items()})
+    (layer,) = suite.pattern_layers(tmp_path / "resnet50_tiny.npz", 2, dtype=dtype, device="cuda:0")
+    ordered, element = study._ordered(layer), ELEMENTS[dtype]
+    before, after = (split(each.filter, element.kept, element.of).share for each in (layer, ordered))
+    assert after < 0.7 * before if less else after == before
+    assert np.array_equal(np.sort(ordered.filter.values), np.sort(layer.filter.values))
+
+
+def random_pattern(kernel: int) -> dict[str, Any]:
+    filter = StretchedCSR.from_dense(
+        torch.rand(32, 64, kernel, kernel, generator=torch.Generator().manual_seed(0)).sub(0.8).relu()
+    )
+    shape = np.array([7, 7, 64, 32, kernel, kernel // 2, 1, 1])
+    return {"shape": shape, "indptr": filter.indptr, "indices": filter.columns, "values": filter.values}

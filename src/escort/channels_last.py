@@ -9,6 +9,7 @@ leave little over.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -49,6 +50,13 @@ def rewrite(network: fx.GraphModule, precision: Precision) -> fx.GraphModule:
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def best_order(weights: Sequence[torch.Tensor], element: Element) -> torch.Tensor:
+    """The order of their input channels, (C,) int64, for weights (K, C, R, S) that read the same tensor."""
+    taps = torch.cat([weight.permute(0, 2, 3, 1).flatten(0, 2) for weight in weights])
+    order = spread_channels(StretchedCSR.from_dense(taps[:, :, None, None]), element.kept, element.of)
+    return torch.from_numpy(order).long().to(taps.device)
+
+
 def _reorder(network: fx.GraphModule, node: fx.Node, element: Element) -> None:
     """Changes the order of the channels that a convolution writes, if convolutions alone read them."""
     writer, readers = _convolution(network, node), [_convolution(network, user) for user in node.users]
@@ -57,9 +65,7 @@ def _reorder(network: fx.GraphModule, node: fx.Node, element: Element) -> None:
     weights = [reader.conv.weight for reader in readers if reader is not None and reader.conv.groups == 1]
     if len(weights) < len(readers) or not weights or any(node in user.args[1:] for user in node.users):
         return
-    taps = torch.cat([weight.permute(0, 2, 3, 1).flatten(0, 2) for weight in weights])
-    order = spread_channels(StretchedCSR.from_dense(taps[:, :, None, None]), element.kept, element.of)
-    channels = torch.from_numpy(order).long().to(taps.device)
+    channels = best_order(weights, element)
     with torch.no_grad():
         for tensor in (writer.conv.weight, writer.conv.bias):
             if tensor is not None:

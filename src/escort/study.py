@@ -19,13 +19,17 @@ from torch import Tensor, nn
 
 from escort import bench, counters, results, suite
 from escort.breakdown import marking, network_part_times, part_times
+from escort.channels_last import best_order
+from escort.convert import COMPILE_BUDGET_S
 from escort.findings import OURS, SPARSE, random_weights
 from escort.methods import Method, by_name, for_device
 from escort.methods.base import as_taken
+from escort.methods.sparse_tc.tiling import ELEMENTS
 from escort.paper_layers import PAPER_LAYERS
 from escort.planner import DENSE
 from escort.problem import TORCH_DTYPE, Precision, Problem
 from escort.results import Item
+from escort.sparse import StretchedCSR
 from escort.suite import WHOLE, Layer, Narrowed, Row
 
 #: The paper's networks, and the numbers of images that it took for them.
@@ -58,6 +62,7 @@ class Study:
         sparsities: shares of zeros of networks and layers with random weights.
         search: most configurations of a method that are tried on a layer, best guesses first.
         budget_s: seconds of timing per race.
+        compile_budget_s: of whole networks, as of :func:`escort.convert`.
         seed: of positions, weights and inputs.
         factories: whole networks by name.
         patterns: files of real patterns, see :func:`escort.suite.pattern_layers`.
@@ -70,6 +75,7 @@ class Study:
     sparsities: tuple[float, ...] = SPARSITIES
     search: int = 16
     budget_s: float = 0.5
+    compile_budget_s: float = COMPILE_BUDGET_S
     seed: int = 0
     factories: Mapping[str, Network] = field(default_factory=dict)
     patterns: tuple[Path, ...] = ()
@@ -136,7 +142,7 @@ def compare_on_patterns(study: Study, dtype: Precision) -> list[Item]:
 
 def _pattern_items(study: Study, path: Path, dtype: Precision) -> list[Item]:
     there = suite.pattern_layers(path, study.batch, study.seed, dtype=dtype, device=study.device)
-    layers = [layer for layer in there if study.has(layer.name)]
+    layers = [_ordered(layer) for layer in there if study.has(layer.name)]
     if not layers:
         names = ", ".join(layer.name for layer in there)
         raise ValueError(f"{path}: no layer is named like {study.layers}; there are {names}")
@@ -150,6 +156,18 @@ def _pattern_items(study: Study, path: Path, dtype: Precision) -> list[Item]:
         Item(f"{layer.weights} {layer.name} N={layer.problem.batch}", partial(measure, i))
         for i, layer in enumerate(layers)
     ]
+
+
+def _ordered(layer: Layer) -> Layer:
+    """A layer of a bottleneck as a network in channels_last has it.
+
+    Nothing else reads the input of a kernel larger than 1x1 there, so its channels are in the order that is best.
+    """
+    element = ELEMENTS.get(layer.problem.dtype)
+    if element is None or layer.problem.kernel == (1, 1) or layer.problem.groups > 1:
+        return layer
+    weight = layer.filter.to_dense()
+    return replace(layer, filter=StretchedCSR.from_dense(weight[:, best_order([weight], element)]))
 
 
 def ablate(study: Study, dtype: Precision) -> list[Item]:
@@ -205,9 +223,15 @@ def sweep_networks(study: Study, dtype: Precision) -> list[Item]:
     def measure(name: str, sparsity: float) -> list[Row]:
         model, x = _pruned(study, name, sparsity, dtype)
         against = () if study.device_type == "cpu" else suite.RIVALS["cuda"]
-        weights, budget_s = random_weights(sparsity), 4 * study.budget_s
         return suite.measure_network(
-            model, x, network=name, weights=weights, against=against, precision=dtype, budget_s=budget_s
+            model,
+            x,
+            network=name,
+            weights=random_weights(sparsity),
+            against=against,
+            precision=dtype,
+            budget_s=4 * study.budget_s,
+            compile_budget_s=study.compile_budget_s,
         )
 
     return [

@@ -12,6 +12,7 @@ import typer
 from escort import counters, exhibits, models, report, study
 from escort.cli.bench import NETWORKS
 from escort.cli.console import JsonOption, Output, check_writable, command, command_line, note, progress, replace_file
+from escort.convert import COMPILE_BUDGET_S
 from escort.converted import find_device
 from escort.problem import Precision
 from escort.report import Section, Table
@@ -40,6 +41,9 @@ def main(
     device: Annotated[str, typer.Option(help="cuda, cuda:1 or cpu.")] = "cuda",
     search: Annotated[int, typer.Option(min=1, help="Most configurations of a method that are tried on a layer.")] = 16,
     budget_s: Annotated[float, typer.Option(min=0.0, help="Seconds of timing per layer.")] = 0.5,
+    compile_budget_s: Annotated[
+        float, typer.Option(min=0.0, help="Seconds of compiling kernels for the weights of a whole network.")
+    ] = COMPILE_BUDGET_S,
     seed: Annotated[int, typer.Option(help="Of random positions, weights and inputs.")] = 0,
     ncu: Annotated[bool, typer.Option("--ncu", help="Read hardware counters, with NVIDIA Nsight Compute.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of results, plots and a page; results it holds are kept.")] = Path(
@@ -78,6 +82,7 @@ def main(
             tuple(_share(text) for text in sparsities.split(",")),
             search,
             budget_s,
+            compile_budget_s,
             seed,
             models.attribute(f"{NETWORKS}:NETWORKS") if {"rq4", "breakdown"} & set(wanted) else {},
             tuple(Path(name) for name in patterns.split(",") if name),

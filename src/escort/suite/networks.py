@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from escort import bench, prune, reference
 from escort.bench import Timing
-from escort.convert import NETWORK_ERROR_BOUND, convert
+from escort.convert import COMPILE_BUDGET_S, NETWORK_ERROR_BOUND, convert
 from escort.methods.base import float32_convolutions, float32_products
 from escort.problem import Precision
 from escort.suite.rows import WHOLE, Row, check, leave_out
@@ -45,6 +45,7 @@ def measure_network(
     precision: Precision = "fp32",
     rounds: int = 8,
     budget_s: float = 30.0,
+    compile_budget_s: float = COMPILE_BUDGET_S,
     progress: bool = False,
 ) -> list[Row]:
     """The model converted, raced against itself in eager mode (both memory formats) and against other engines.
@@ -59,6 +60,7 @@ def measure_network(
         network, weights: for the rows.
         against: some of the device's :data:`RIVALS`; onnxruntime gets as many threads as torch has.
         precision: of all; fp32 is strict.
+        compile_budget_s: as of :func:`escort.convert`.
         progress: show a progress bar while converting.
 
     Raises:
@@ -74,8 +76,9 @@ def measure_network(
         expected = copy.deepcopy(model).double()(x.double())
     channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x_last = x.contiguous(memory_format=torch.channels_last)
-    converted = convert(model, x, precision=precision, progress=progress)
-    choice = {"kept_dense": converted.plan.kept_dense, "images": converted.plan.images}
+    converted = convert(model, x, precision=precision, compile_budget_s=compile_budget_s, progress=progress)
+    plan = converted.plan
+    choice = {"kept_dense": plan.kept_dense, "images": plan.images, "memory_format": plan.memory_format}
     threads = {"intra_op_num_threads": torch.get_num_threads()}
     ways = [
         _Way("escort", choice, lambda: converted(x)),
