@@ -582,3 +582,12 @@ def random_pattern(kernel: int) -> dict[str, Any]:
     )
     shape = np.array([7, 7, 64, 32, kernel, kernel // 2, 1, 1])
     return {"shape": shape, "indptr": filter.indptr, "indices": filter.columns, "values": filter.values}
+
+
+def test_methods_that_are_named_are_compared_alone() -> None:
+    asked = replace(QUICK, methods=("dense", "lowered"))
+    (item, *_) = study.compare(asked, "fp32")
+    assert {row.method for row in item.measure()} == {"dense", "lowered"}
+    assert asked.conditions()["methods"] == ["dense", "lowered"] and "methods" not in QUICK.conditions()
+    with pytest.raises(ValueError, match="there is no method sparse; there are direct, dense, lowered"):
+        replace(QUICK, methods=("sparse",))

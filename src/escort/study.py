@@ -66,6 +66,7 @@ class Study:
         seed: of positions, weights and inputs.
         factories: whole networks by name.
         patterns: files of real patterns, see :func:`escort.suite.pattern_layers`.
+        methods: names of those that are compared, all where none are named.
     """
 
     device: str = "cpu"
@@ -79,6 +80,7 @@ class Study:
     seed: int = 0
     factories: Mapping[str, Network] = field(default_factory=dict)
     patterns: tuple[Path, ...] = ()
+    methods: tuple[str, ...] = ()
     #: What :func:`compare` found, by network, layer, batch and precision: other questions start from it.
     raced: dict[tuple[str, str, int, str], list[Row]] = field(default_factory=dict, repr=False)
 
@@ -86,6 +88,9 @@ class Study:
         unknown = [name for name in self.networks if name not in PAPER_BATCH]
         if unknown or not self.networks:
             raise ValueError(f"there is no network {', '.join(unknown)}; there are {', '.join(PAPER_BATCH)}")
+        if strangers := set(self.methods) - {method.name for method in for_device(self.device)}:
+            there = ", ".join(method.name for method in for_device(self.device))
+            raise ValueError(f"there is no method {', '.join(sorted(strangers))}; there are {there}")
         if not all(0.0 < sparsity < 1.0 for sparsity in self.sparsities) or not self.sparsities:
             raise ValueError(f"sparsities are shares of zeros between 0 and 1, got {self.sparsities}")
         if not self.patterns and not any(self.has(e.layer) for e in PAPER_LAYERS if e.network in self.networks):
@@ -103,9 +108,14 @@ class Study:
     def images(self, network: str) -> int:
         return self.batch or PAPER_BATCH[network]
 
+    @property
+    def compared(self) -> list[Method]:
+        return [method for method in for_device(self.device) if not self.methods or method.name in self.methods]
+
     def conditions(self) -> dict[str, Any]:
         """What two runs must share to go into one file, beside the machine."""
-        return {"device": self.device, "search": self.search, "seed": self.seed}
+        named = {"methods": list(self.methods)} if self.methods else {}
+        return {"device": self.device, "search": self.search, "seed": self.seed, **named}
 
 
 def compare(study: Study, dtype: Precision) -> list[Item]:
@@ -118,7 +128,7 @@ def compare(study: Study, dtype: Precision) -> list[Item]:
     @cache
     def ahead() -> dict[tuple[str, str, int, str], list[Narrowed]]:
         missing = [layer for layer in layers if _key(layer) not in study.raced]
-        methods = suite.narrowed(missing, for_device(study.device), study.search)
+        methods = suite.narrowed(missing, study.compared, study.search)
         return dict(zip(map(_key, missing), methods, strict=True))
 
     def measure(layer: Layer) -> list[Row]:
@@ -146,7 +156,7 @@ def _pattern_items(study: Study, path: Path, dtype: Precision) -> list[Item]:
     if not layers:
         names = ", ".join(layer.name for layer in there)
         raise ValueError(f"{path}: no layer is named like {study.layers}; there are {names}")
-    methods = [method for method in for_device(study.device) if method.name in (*SPARSE, DENSE[study.device_type])]
+    methods = [method for method in study.compared if method.name in (*SPARSE, DENSE[study.device_type])]
     ahead = cache(partial(suite.narrowed, layers, methods, study.search))
 
     def measure(place: int) -> list[Row]:
@@ -401,7 +411,7 @@ def _raced(study: Study, layer: Layer) -> list[Row]:
     """All methods on a layer, measured once per study."""
     key = _key(layer)
     if key not in study.raced:
-        study.raced[key] = _race(study, layer, for_device(study.device))
+        study.raced[key] = _race(study, layer, study.compared)
     return study.raced[key]
 
 

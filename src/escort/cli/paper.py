@@ -38,6 +38,9 @@ def main(
     patterns: Annotated[
         str, typer.Option(metavar="FILE.npz,...", help="Files of sparsity patterns, for the question of that name.")
     ] = "",
+    methods: Annotated[
+        str, typer.Option(metavar="M,...", help="Compare only these methods, as those of a file must all be.")
+    ] = "",
     device: Annotated[str, typer.Option(help="cuda, cuda:1 or cpu.")] = "cuda",
     search: Annotated[int, typer.Option(min=1, help="Most configurations of a method that are tried on a layer.")] = 16,
     budget_s: Annotated[float, typer.Option(min=0.0, help="Seconds of timing per layer.")] = 0.5,
@@ -86,6 +89,7 @@ def main(
             seed,
             models.attribute(f"{NETWORKS}:NETWORKS") if {"rq4", "breakdown"} & set(wanted) else {},
             tuple(Path(name) for name in patterns.split(",") if name),
+            tuple(name for name in methods.split(",") if name),
         )
         parts = [part for name in wanted for part in QUESTIONS[name]]
         if ncu and (reason := counters.unavailable()):
