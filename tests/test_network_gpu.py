@@ -194,7 +194,7 @@ def test_any_input_is_right(precision: Precision, method: str, only: Callable[[s
 def test_resnet_18_is_the_same_network(precision: Precision) -> None:
     torch.manual_seed(0)
     model = on_gpu(pruned(NETWORKS["resnet18"].factory(num_classes=10), 0.9), precision)
-    fast = escort.convert(model, images(precision, 2, 3, 64, 64), precision=precision, compile_budget_s=10.0)
+    fast = escort.convert(model, images(precision, 2, 3, 64, 64), precision=precision, compile_budget_s=0.0)
     assert len(fast.plan.layers) == 20 and not fast.plan.skipped and not fast.plan.kept_dense
     assert fast.plan.timer == "graph" and fast.plan.machine == Machine.here("cuda:0") and fast.plan.images is None
     for plan in fast.plan.layers.values():
