@@ -271,8 +271,8 @@ def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.Monk
     assert fast.plan.layers["1"] is fast.plan.layers["0"]
     # Four candidates are compiled before any is timed, then what the layers run.
     assert len(compiled.prepared) == 4 + 3
-    planning = [f"planning, compiling {done} of 4 kernels" for done in range(4)] + ["planning"]
-    assert told == [*planning, *(f"planning, compiling {done} of 3 kernels" for done in range(3)), "planning"]
+    planning = [f"planning, preparing {done} of 4 kernels" for done in range(4)] + ["planning"]
+    assert told == [*planning, *(f"planning, preparing {done} of 3 kernels" for done in range(3)), "planning"]
     # Now only the first config fits a share: 15 s, 20 s.
     planner._remembered.clear()
     again = replan(fast, compile_budget_s=45.0)

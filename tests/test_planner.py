@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from escort import bench, methods, planner, reference
+from escort import bench, methods, ops, planner, reference
 from escort.bench import Machine, Timing
 from escort.methods import by_name, for_device
 from escort.planner import Plan, plan_layer, plan_layers
@@ -393,6 +394,20 @@ def test_all_is_compiled_before_the_first_layer_is_timed(compiled: Compiled) -> 
 
 
 @pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_all_is_prepared_before_the_first_layer_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = Fake("cudnn", lambda y: y, configs=2)
+    monkeypatch.setattr(methods, "METHODS", (dense,))
+    monkeypatch.setattr(Fake, "device_type", "cuda")
+    told: list[tuple[int, int]] = []
+    layers = [(replace(ON_GPU, batch=batch), a_filter(), None) for batch in (1, 2, 1)]
+    plans = plan_layers(layers, 60.0, lambda *counts: told.append(counts))
+    first = next(plans)
+    assert dense.prepared == 4 and told[-1] == (4, 4)
+    assert [plan.method for plan in plans] == ["cudnn", "cudnn"] and dense.prepared == 4
+    assert {c.time_us for c in first.candidates} == {10.0, 20.0}
+
+
+@pytest.mark.usefixtures("gpu")
 def test_what_fails_to_compile_ahead_becomes_a_reason(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
     def fail(*args: Any) -> Any:
         raise RuntimeError("generated.cu does not compile")
@@ -403,6 +418,28 @@ def test_what_fails_to_compile_ahead_becomes_a_reason(monkeypatch: pytest.Monkey
     (plan,) = plan_layers([(ON_GPU, a_filter(), None)], 60.0)
     assert plan.method == "cudnn"
     assert [c.reason for c in plan.candidates if c.method == "compiled"] == ["generated.cu does not compile"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "planned", "runs"),
+    [
+        (60.0, None, "compiled"),
+        (60.0, (PROBLEM.height, PROBLEM.width), "compiled"),
+        (0.1, (PROBLEM.height + 1, PROBLEM.width), "compiled"),
+        (60.0, (PROBLEM.height + 1, PROBLEM.width), "dense"),
+    ],
+)
+def test_a_call_does_not_wait_for_a_kernel_of_a_size_that_was_not_planned(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, planned: tuple[int, int] | None, runs: str
+) -> None:
+    method, filter = Compiled(seconds), a_filter()
+    monkeypatch.setattr(methods, "METHODS", (method, by_name("dense")))
+    warned = pytest.warns(UserWarning, match="run by dense, as compiling") if runs == "dense" else nullcontext()
+    with warned:
+        run = ops.prepare(PROBLEM, filter, None, "compiled", {"knob": 0}, planned)
+    assert method.prepared == (runs == "compiled")
+    x = torch.randn(PROBLEM.input_shape)
+    assert reference.compare(run(x), reference.conv2d(PROBLEM, x, filter.to_dense())) < 1e-5
 
 
 @pytest.mark.usefixtures("one_core")

@@ -366,8 +366,8 @@ def _plan(network: nn.Module, asked: dict[str, _Asked], compile_budget_s: float,
     """Plans layers of a network and swaps them for convolutions that run as planned."""
     plans: dict[str, Plan] = {}
     compiled: list[SparseConv2d] = []
-    with _progress(len(asked), progress) as (advance, compiling):
-        planned = planner.plan_layers(list(asked.values()), compile_budget_s, compiling)
+    with _progress(len(asked), progress) as (advance, preparing):
+        planned = planner.plan_layers(list(asked.values()), compile_budget_s, preparing)
         for name, (_, filter, bias) in asked.items():
             with _running_out(f"layer {name}"), _naming(name):
                 plans[name] = next(planned)
@@ -377,7 +377,7 @@ def _plan(network: nn.Module, asked: dict[str, _Asked], compile_budget_s: float,
                 compiled.append(sparse)
             advance()
         with _running_out("the whole network"):  # those that took over a plan have their kernels still to compile
-            planner.on_all_cores([sparse.prepare for sparse in compiled], compiling)
+            planner.on_all_cores([sparse.prepare for sparse in compiled], preparing)
     return plans
 
 
@@ -498,8 +498,8 @@ def _progress(layers: int, shown: bool) -> Iterator[tuple[Callable[[], None], Ca
     with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
         task = bar.add_task(_PLANNING, total=layers)
 
-        def compiling(done: int, kernels: int) -> None:
-            told = f"{_PLANNING}, compiling {done} of {kernels} kernels" if done < kernels else _PLANNING
+        def preparing(done: int, kernels: int) -> None:
+            told = f"{_PLANNING}, preparing {done} of {kernels} kernels" if done < kernels else _PLANNING
             bar.update(task, description=told)
 
-        yield lambda: bar.advance(task), compiling
+        yield lambda: bar.advance(task), preparing

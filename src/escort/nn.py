@@ -20,7 +20,8 @@ class SparseConv2d(nn.Module):
     """Equivalent to ``activation(F.conv2d(x, w, bias, ...) + residual)``, run as its plan says. Inference only.
 
     It runs any batch and any input size: the plan's method and config are kept, only its tables are laid out again, by
-    the first call on a size. Where they do not fit a size, it is run by what does (see :func:`escort.ops.prepare`).
+    the first call on a size. Where they do not fit a size, or a kernel would take long to compile for it, it is run by
+    what does (see :func:`escort.ops.prepare`).
 
     Args:
         filter: the weights, (K, C / groups, R, S).
@@ -56,7 +57,7 @@ class SparseConv2d(nn.Module):
         self.plan, self.name = plan, name
         geometry = problem.kernel, problem.stride, problem.padding, problem.dilation, problem.groups
         choice = self.activation, plan.method, plan.config, problem.dtype, problem.memory_format
-        self._spec = ops.Spec(*geometry, *choice).to_json()
+        self._spec = ops.Spec(*geometry, *choice, planned=(problem.height, problem.width)).to_json()
         self._dtype = problem.torch_dtype
         self._runners: dict[Any, Runner] = {}  # by input size, all on _device
         self._device = self.values.device
@@ -132,7 +133,8 @@ class SparseConv2d(nn.Module):
         try:
             problem, device = self.problem(batch, height, width), self.values.device
             ops.check_not_capturing(device)
-            run = ops.prepare(problem, self.filter, self.bias, self.plan.method, self.plan.config)
+            planned = self.plan.problem.height, self.plan.problem.width
+            run = ops.prepare(problem, self.filter, self.bias, self.plan.method, self.plan.config, planned)
         except (ValueError, RuntimeError) as error:
             kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)
             raise next(kind for kind in kinds if isinstance(error, kind))(f"{self.name}: {error}") from error

@@ -6,6 +6,8 @@ Everything an operator needs is in its arguments, so an exported program carries
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,8 @@ torch.library.define(
 #: Runners of recent calls. An entry keeps its filter alive, so that an address in a key is never another filter's.
 _runners: OrderedDict[tuple[object, ...], tuple[Runner, tuple[torch.Tensor | None, ...]]] = OrderedDict()
 _MOST_RUNNERS = 1024
+#: Seconds that a call may take to compile a kernel for an input size that was not planned.
+_PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Spec:
     config: dict[str, Any]
     dtype: Precision = "fp32"
     memory_format: MemoryFormat = "contiguous"
+    planned: tuple[int, int] | None = None  # the input size, None in programs exported before it was told
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -52,7 +57,8 @@ class Spec:
     @classmethod
     def from_json(cls, text: str) -> Spec:
         values = json.loads(text)
-        tuples = {name: tuple(values[name]) for name in ("kernel", "stride", "padding", "dilation")}
+        names = "kernel", "stride", "padding", "dilation", "planned"
+        tuples = {name: tuple(values[name]) for name in names if values.get(name) is not None}
         return cls(**{**values, **tuples})
 
 
@@ -101,7 +107,7 @@ def _runner(
     batch, channels, height, width = x.shape
     asked = spec.dtype, str(x.device), epilogue, spec.memory_format
     problem = Problem(batch, channels, height, width, shape[0], *geometry, *asked)
-    return prepare(problem, filter, bias, spec.method, spec.config)
+    return prepare(problem, filter, bias, spec.method, spec.config, spec.planned)
 
 
 def check_not_capturing(device: torch.device) -> None:
@@ -115,23 +121,32 @@ def check_not_capturing(device: torch.device) -> None:
 
 
 def prepare(
-    problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, method: str, config: dict[str, Any]
+    problem: Problem,
+    filter: StretchedCSR,
+    bias: torch.Tensor | None,
+    method: str,
+    config: dict[str, Any],
+    planned: tuple[int, int] | None = None,
 ) -> Runner:
     """A runner of that method and config, complete on its device when this returns, so that any stream may call it.
 
     An input size that the config does not fit runs by the method's own first choice for it, and one that the method
-    refuses by the first other method that takes it.
+    refuses by the first other method that takes it. So does, with a warning, one that was not planned and takes long to
+    compile for: a call must not take minutes.
+
+    Args:
+        planned: the input size (height, width) that method and config were chosen for, None for this one.
 
     Raises:
         ValueError: where no method takes the problem.
     """
     if problem.device_type == "cpu":
-        return _prepare(problem, filter, bias, method, config)
+        return _prepare(problem, filter, bias, method, config, planned)
     bias = None if bias is None else bias.cpu()
 
     def on_device() -> Runner:
         with torch.cuda.device(problem.device):
-            run = _prepare(problem, filter, bias, method, config)
+            run = _prepare(problem, filter, bias, method, config, planned)
             torch.cuda.current_stream().synchronize()
             return run
 
@@ -142,23 +157,52 @@ def prepare(
 
 
 def _prepare(
-    problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, method: str, config: dict[str, Any]
+    problem: Problem,
+    filter: StretchedCSR,
+    bias: torch.Tensor | None,
+    method: str,
+    config: dict[str, Any],
+    planned: tuple[int, int] | None,
 ) -> Runner:
     chosen = by_name(method, problem.device)
     others = [other for other in for_device(problem.device) if other is not chosen]
+    candidates = [chosen, *sorted(others, key=is_compiled)]  # what compiles for minutes comes last
+    size = problem.height, problem.width
+    takes_long = planned not in (None, size) and _compile_s(chosen, problem, filter, config) > _PATIENCE_S
+    if takes_long:
+        candidates.sort(key=is_compiled)
     refusal = None
-    for candidate in (chosen, *sorted(others, key=is_compiled)):  # what compiles for minutes comes last
+    for candidate in candidates:
         if reason := candidate.unsupported(problem):
             refusal = refusal or ValueError(reason)
             continue
         for first_choice in (False, True) if candidate is chosen else (True,):
             try:
                 knobs = candidate.configs(problem, filter)[0] if first_choice else candidate.config_type(**config)
-                return candidate.prepare(problem, filter, bias, knobs)
+                run = candidate.prepare(problem, filter, bias, knobs)
             except ValueError as error:
                 refusal = refusal or error
+                continue
+            if takes_long and candidate is not chosen:
+                warnings.warn(
+                    f"{problem.in_channels} to {problem.out_channels} channels, planned for inputs of {planned}: those "
+                    f"of {size} run by {candidate.name}, as compiling a {method} kernel for them takes long; convert "
+                    "the model with such an example if they matter",
+                    stacklevel=2,
+                )
+            return run
     assert refusal is not None
     raise refusal
+
+
+def _compile_s(method: Any, problem: Problem, filter: StretchedCSR, config: dict[str, Any]) -> float:
+    """About how many seconds of one core it takes until a config can run; no end where it does not fit."""
+    if not is_compiled(method):
+        return 0.0
+    try:
+        return float(method.compile_s(problem, filter, method.config_type(**config)))
+    except ValueError:
+        return math.inf
 
 
 @torch.library.register_fake("escort::sparse_conv2d")

@@ -156,18 +156,19 @@ def plan_layer(
 def plan_layers(
     layers: Sequence[tuple[Problem, StretchedCSR, torch.Tensor | None]],
     compile_budget_s: float,
-    compiling: Callable[[int, int], None] = lambda done, total: None,
+    preparing: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Plan]:
     """The plans of a network's layers one by one, as :func:`plan_layer` makes them.
 
-    What all of them will try is compiled before the first is timed, so that every core has work. Each layer that has
-    something to compile gets an equal share of what is left of the budget, and what it does not need goes to those
-    behind it. A layer that takes over a plan compiles no more than the choice, when it is first run.
+    What all of them will try on a GPU is prepared before the first is timed, since that means to compile it, and every
+    core has work then. Each layer that has something to compile for its filter gets an equal share of what is left of
+    the budget, and what it does not need goes to those behind it. A layer that takes over a plan compiles no more than
+    the choice, when it is first run.
 
     Args:
         layers: problem, filter and bias of each.
         compile_budget_s: as of a layer, for all of them together.
-        compiling: is told how many kernels are compiled, and of how many.
+        preparing: is told how many candidates are prepared, and of how many.
 
     Raises:
         ValueError, torch.OutOfMemoryError: as `plan_layer`, where the layer's plan is due.
@@ -179,9 +180,9 @@ def plan_layers(
         for index, space in spaces.items()
         for method, configs in space.tried
         for config in configs
-        if is_compiled(method)
+        if is_compiled(method) or layers[index][0].device_type == "cuda"
     ]
-    on_all_cores(jobs, compiling)
+    on_all_cores(jobs, preparing)
     jobs.clear()
     for index, layer in enumerate(layers):
         if space := spaces.pop(index, None):
@@ -283,7 +284,7 @@ def _is_outgrown(before: _Known | _Space, compile_budget_s: float) -> bool:
 def _share_out(
     layers: Sequence[tuple[Problem, StretchedCSR, torch.Tensor | None]], compile_budget_s: float
 ) -> tuple[dict[int, _Space], list[float]]:
-    """What to compile for the layers, by their index, that will not take over a plan; and each one's share."""
+    """What is tried for the layers, by their index, that will not take over a plan; and each one's share."""
     all_methods = [for_device(problem.device) for problem, _, _ in layers]
     wanting = [
         any(is_compiled(method) and method.unsupported(layer[0]) is None for method in methods)
@@ -295,8 +296,8 @@ def _share_out(
     for index, (problem, filter, _) in enumerate(layers):
         share = left_s / max(sum(wanting[index:]), 1)
         shares.append(share)
-        if not wanting[index]:
-            continue
+        if not wanting[index] and problem.device_type == "cpu":
+            continue  # nothing takes time before it is timed
         key = _key(problem, filter, all_methods[index])
         if recalled := _recall(key, problem, filter, all_methods[index], share):
             left_s -= recalled[1]
