@@ -403,6 +403,8 @@ ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     "unknown timer": (setting("plan", "timer", to="none"), "not a network plan: .* timed by none"),
     "unknown input type": (setting("plan", "input_dtypes", to=["load"]), "not a network plan: .*'load'"),
     "too many input types": (setting("plan", "input_dtypes", to=["float32"] * 2), "not a network plan"),
+    "unknown memory format": (asking("nhwc", "memory_format"), "memory_format is one of"),
+    "channels_last on the CPU": (asking("channels_last", "memory_format"), "channels_last is for GPUs"),
     "unknown activation": (asking("exp", "epilogue", "activation"), "activation is one of"),
     "bias of another type": (asking("yes", "epilogue", "bias"), "layer stem.0: no network asks for"),
     "no bias": (asking(False, "epilogue", "bias"), "nothing in the network uses its tensor stem.0.bias"),
