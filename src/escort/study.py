@@ -152,32 +152,49 @@ def compare_on_patterns(study: Study, dtype: Precision) -> list[Item]:
 
 def _pattern_items(study: Study, path: Path, dtype: Precision) -> list[Item]:
     there = suite.pattern_layers(path, study.batch, study.seed, dtype=dtype, device=study.device)
-    layers = [_ordered(layer) for layer in there if study.has(layer.name)]
-    if not layers:
+    places = [place for place, layer in enumerate(there) if study.has(layer.name)]
+    if not places:
         names = ", ".join(layer.name for layer in there)
         raise ValueError(f"{path}: no layer is named like {study.layers}; there are {names}")
     methods = [method for method in study.compared if method.name in (*SPARSE, DENSE[study.device_type])]
-    ahead = cache(partial(suite.narrowed, layers, methods, study.search))
+
+    @cache
+    def ahead() -> dict[int, tuple[Layer, list[Narrowed]]]:
+        ordered = in_order_of_channels_last(there)
+        layers = [ordered[place] for place in places]
+        return dict(zip(places, zip(layers, suite.narrowed(layers, methods, study.search), strict=True), strict=True))
 
     def measure(place: int) -> list[Row]:
-        return _race(study, layers[place], ahead()[place])
+        return _race(study, *ahead()[place])
 
-    return [
-        Item(f"{layer.weights} {layer.name} N={layer.problem.batch}", partial(measure, i))
-        for i, layer in enumerate(layers)
-    ]
+    return [Item(f"{there[i].weights} {there[i].name} N={there[i].problem.batch}", partial(measure, i)) for i in places]
 
 
-def _ordered(layer: Layer) -> Layer:
-    """A layer of a bottleneck as a network in channels_last has it.
+def in_order_of_channels_last(layers: Sequence[Layer]) -> list[Layer]:
+    """A residual network's layers with their input channels in the order that it gives them in channels_last.
 
-    Nothing else reads the input of a kernel larger than 1x1 there, so its channels are in the order that is best.
+    A larger kernel, or a pointwise one that widens, alone reads its input, which gets the order that is best for it.
+    Other pointwise layers that read maps of the same shape read the sums of one stage, which has one order for all of
+    them; it is free unless the stage is the last, which no layer of stride 2 reads.
     """
-    element = ELEMENTS.get(layer.problem.dtype)
-    if element is None or layer.problem.kernel == (1, 1) or layer.problem.groups > 1:
-        return layer
-    weight = layer.filter.to_dense()
-    return replace(layer, filter=StretchedCSR.from_dense(weight[:, best_order([weight], element)]))
+    alone: list[list[int]] = []
+    sums: dict[tuple[int, ...], list[int]] = {}
+    for place, layer in enumerate(layers):
+        p = layer.problem
+        if p.dtype not in ELEMENTS or p.groups > 1:
+            continue
+        if p.kernel != (1, 1) or (p.stride == (1, 1) and p.out_channels > p.in_channels):
+            alone.append([place])
+        else:
+            sums.setdefault(p.input_shape, []).append(place)
+    free = [places for places in sums.values() if any(layers[place].problem.stride != (1, 1) for place in places)]
+    found = list(layers)
+    for places in alone + free:
+        weights = [layers[place].filter.to_dense() for place in places]
+        channels = best_order(weights, ELEMENTS[layers[places[0]].problem.dtype])
+        for place, weight in zip(places, weights, strict=True):
+            found[place] = replace(layers[place], filter=StretchedCSR.from_dense(weight[:, channels]))
+    return found
 
 
 def ablate(study: Study, dtype: Precision) -> list[Item]:
