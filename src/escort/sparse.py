@@ -7,6 +7,7 @@ the input at a constant distance from the output position, so the inner loop of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -222,55 +223,69 @@ def spread_channels(filter: StretchedCSR, kept: int = 2, of: int = 4) -> IntArra
     """
     width, sites = filter.shape[1], filter.shape[0] * filter.shape[2] * filter.shape[3]
     c, site = _channels_and_taps(filter)
-    nonzero = np.zeros((width, sites), dtype=np.int8)
-    nonzero[c, site] = 1
+    nonzero = np.zeros((sites, width), dtype=np.int8)
+    nonzero[site, c] = 1
+    where = np.split(site[np.argsort(c, kind="stable")], np.cumsum(np.bincount(c, minlength=width))[:-1])
     room = np.full(-(-width // of), of)
     room[-1] -= len(room) * of - width
-    group_of = np.zeros(width, dtype=np.int64)
-    held = np.zeros((len(room), sites), dtype=np.int8)  # nonzeros of a group's channels
-    for channel in np.argsort(-nonzero.sum(axis=1, dtype=np.int64), kind="stable"):
-        exceeding = (held[:, nonzero[channel] > 0] >= kept).sum(axis=1)
-        load = held.sum(axis=1, dtype=np.int64)
+    group_of, load = np.zeros(width, dtype=np.int64), np.zeros(len(room), dtype=np.int64)
+    held = np.zeros((sites, len(room)), dtype=np.int8)  # nonzeros of a group's channels
+    for channel in sorted(range(width), key=lambda channel: -len(where[channel])):
+        exceeding = (held[where[channel]] >= kept).sum(axis=0)
         group = min(np.flatnonzero(room), key=lambda group: (exceeding[group], load[group]))
         group_of[channel] = group
         room[group] -= 1
-        held[group] += nonzero[channel]
-    _swap(nonzero, group_of, held, kept)
-    excess = np.maximum(held - kept, 0).sum(axis=1, dtype=np.int64)
+        held[where[channel], group] += 1
+        load[group] += len(where[channel])
+    _swap(nonzero, where, group_of, held, kept)
+    excess = np.maximum(held - kept, 0).sum(axis=0, dtype=np.int64)
     if width % of:
         excess[-1] = np.iinfo(np.int64).max
     place_of = np.argsort(np.argsort(excess, kind="stable"))
     return np.argsort(place_of[group_of], kind="stable").astype(np.int32)
 
 
-def _swap(nonzero: NDArray[np.int8], group_of: NDArray[np.int64], held: NDArray[np.int8], kept: int) -> None:
-    """Swaps channels of different groups as long as less exceeds what groups keep afterwards, in place."""
+def _swap(
+    nonzero: NDArray[np.int8],
+    where: Sequence[NDArray[np.int64]],
+    group_of: NDArray[np.int64],
+    held: NDArray[np.int8],
+    kept: int,
+) -> None:
+    """Swaps channels of different groups as long as less exceeds what groups keep afterwards, in place.
 
-    def relief(channels: NDArray[np.int64]) -> NDArray[np.int64]:
+    Args:
+        nonzero: (sites, channels) 1 where there is a nonzero.
+        where: the sites of each channel's nonzeros.
+        group_of: (channels,)
+        held: (sites, groups) nonzeros of a group's channels.
+    """
+
+    def relief(channel: int) -> int:
         """How much less exceeds in a channel's group without it."""
-        less: NDArray[np.int64] = (nonzero[channels] * (held[group_of[channels]] > kept)).sum(axis=1, dtype=np.int64)
-        return less
+        return int((held[where[channel], group_of[channel]] > kept).sum())
 
-    everyone = np.arange(len(nonzero))
-    reliefs = relief(everyone)
+    reliefs = np.array([relief(channel) for channel in range(len(group_of))])
     for _ in range(_MOST_SWEEPS):
         swaps = 0
-        for channel in everyone[reliefs > 0]:
-            mine, sites = group_of[channel], np.flatnonzero(nonzero[channel])
-            full = held[mine] - nonzero[channel] >= kept
-            here = nonzero[:, full].sum(axis=1, dtype=np.int64)  # that exceed with another in its place
-            there = (held[group_of][:, sites] - nonzero[:, sites] >= kept).sum(axis=1)
+        for channel in np.flatnonzero(reliefs > 0).tolist():
+            mine, sites = group_of[channel], where[channel]
+            full = np.flatnonzero(held[:, mine] - nonzero[:, channel] >= kept)
+            here = nonzero[full].sum(axis=0, dtype=np.int32)  # that exceed with another in its place
+            there = (held[sites].take(group_of, axis=1) - nonzero[sites] >= kept).sum(axis=0, dtype=np.int32)
             gain = reliefs[channel] + reliefs - here - there
             gain[group_of == mine] = 0
             other = int(gain.argmax())
             if gain[other] <= 0:
                 continue
             theirs = group_of[other]
-            held[mine] += nonzero[other] - nonzero[channel]
-            held[theirs] += nonzero[channel] - nonzero[other]
-            group_of[channel], group_of[other] = theirs, mine
-            changed = np.flatnonzero((group_of == mine) | (group_of == theirs))
-            reliefs[changed] = relief(changed)
+            for leaving, group in ((channel, mine), (other, theirs)):
+                held[where[leaving], group] -= 1
+            for coming, group in ((channel, theirs), (other, mine)):
+                held[where[coming], group] += 1
+                group_of[coming] = group
+            for changed in np.flatnonzero((group_of == mine) | (group_of == theirs)).tolist():
+                reliefs[changed] = relief(changed)
             swaps += 1
         if not swaps:
             break
