@@ -21,8 +21,8 @@ from escort.gpu import H200
 from escort.methods.sparse_tc import SparseTc, SparseTcConfig
 from escort.methods.sparse_tc.packing import Packed
 from escort.methods.sparse_tc.search import candidates, predict_us, search
-from escort.methods.sparse_tc.tiling import Layout, Tiling
-from escort.problem import Epilogue, Precision, Problem
+from escort.methods.sparse_tc.tiling import Tiling
+from escort.problem import Epilogue, MemoryFormat, Precision, Problem
 from escort.sparse import StretchedCSR
 from tests.cases import CASES, FULL, Case, check_kernels
 from tests.sparse_tc_model import emulate
@@ -32,7 +32,7 @@ SAME = (1, 1, 1, 1)
 RES4 = Problem(128, 256, 14, 14, 256, (3, 3), padding=SAME, dtype="fp16", device="cuda:0")
 POINTWISE = replace(RES4, out_channels=1024, kernel=(1, 1), padding=(0, 0, 0, 0))
 STRIDED = replace(RES4, stride=(2, 1), padding=(1, 1, 0, 2))
-LAST: Layout = "channels_last"
+LAST: MemoryFormat = "channels_last"
 
 
 def filter_of(problem: Problem) -> StretchedCSR:

@@ -351,8 +351,10 @@ def _ask(module: nn.Module, shape: torch.Size, name: str, precision: Precision, 
             "to one type"
         )
     with _naming(name):
-        problem = Problem.of(conv, shape, epilogue=epilogue, dtype=precision, device=str(conv.weight.device))
-        problem = replace(problem, memory_format=memory_format)
+        device = str(conv.weight.device)
+        problem = Problem.of(
+            conv, shape, epilogue=epilogue, dtype=precision, device=device, memory_format=memory_format
+        )
         filter = StretchedCSR.from_dense(conv.weight, conv.groups)
     return problem, filter, None if conv.bias is None else conv.bias.detach().float()
 

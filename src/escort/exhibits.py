@@ -348,8 +348,8 @@ def _forecast(results: Mapping[str, Result], dtype: Precision) -> dict[str, Tabl
     )
     if any(f.layout == "any" for f in found):
         caption += (
-            " Tensors in NCHW are what a plan runs; in any layout, each method takes them as suits it best and nothing "
-            "is converted, which for cuDNN and sparse_tc means channels_last."
+            " Tensors in any layout: each method takes them as suits it best and nothing is converted, which for cuDNN "
+            "and sparse_tc means channels_last, as a network that is channels_last throughout has them."
         )
     if OURS in methods:
         rates = findings.direct_mhz(results[f"layers-{dtype}"], dtype)

@@ -25,9 +25,9 @@ from escort.methods.sparse_tc import SparseTc
 from escort.methods.sparse_tc.packing import ordered
 from escort.methods.sparse_tc.search import predict_us as predict_sparse_tc_us
 from escort.methods.sparse_tc.search import search as search_sparse_tc
-from escort.methods.sparse_tc.tiling import Layout, Tiling
+from escort.methods.sparse_tc.tiling import Tiling
 from escort.paper_layers import PAPER_LAYERS
-from escort.problem import Precision, Problem
+from escort.problem import MemoryFormat, Precision, Problem
 from escort.program import GeneratedConfig
 from escort.results import Result
 from escort.sparse import StretchedCSR
@@ -490,7 +490,7 @@ def _generated_us(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> float:
     )
 
 
-def _sparse_tc_us(problem: Problem, filter: StretchedCSR, gpu: Gpu, layout: Layout) -> float:
+def _sparse_tc_us(problem: Problem, filter: StretchedCSR, gpu: Gpu, layout: MemoryFormat) -> float:
     (config,) = search_sparse_tc(problem, filter, gpu, 1, layout)
     tiling = Tiling.of(problem, config, gpu.shared_bytes)
     return predict_sparse_tc_us(tiling, ordered(filter, layout, tiling.element).extra_images(config.tile_channels), gpu)

@@ -115,6 +115,7 @@ class Problem:
         epilogue: Epilogue | None = None,
         dtype: Precision = "fp32",
         device: str = "cpu",
+        memory_format: MemoryFormat = "contiguous",
     ) -> Problem:
         """The problem that `conv` poses on an input of shape (N, C, H, W)."""
         if len(input_shape) != 4:
@@ -136,6 +137,7 @@ class Problem:
             dtype,
             device,
             epilogue or Epilogue(bias=conv.bias is not None),
+            memory_format,
         )
 
     def on(self, device: str) -> Problem:

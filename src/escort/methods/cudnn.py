@@ -77,6 +77,7 @@ class Cudnn:
         weight = F.pad(filter.to_dense(), (0, 0, 0, 0, 0, more)).to(device, dtype)
         weight = weight.contiguous(memory_format=memory_format)
         addend = None if bias is None else bias.detach().to(device, dtype)
+        column = None if addend is None else addend.view(-1, 1, 1)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups
         out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
         allow_tf32, convert = problem.dtype == "tf32", config.output == "contiguous"
@@ -87,8 +88,8 @@ class Cudnn:
             )
             if convert:
                 y = y.contiguous()
-            if addend is not None:
-                y += addend.view(-1, 1, 1)
+            if column is not None:
+                y += column
             return apply_epilogue(y, residual, activation)
 
         def convolve_fused(x: torch.Tensor, padding: tuple[int, int], residual: torch.Tensor | None) -> torch.Tensor:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from escort.methods.base import Runner, apply_epilogue
-from escort.problem import Problem
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 from escort.sparse import StretchedCSR
 
 
@@ -18,7 +17,7 @@ from escort.sparse import StretchedCSR
 class DenseConfig:
     """memory_format: how the filter lies; torch converts the input to it and the result is NCHW either way."""
 
-    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    memory_format: MemoryFormat = "contiguous"
 
 
 class Dense:
@@ -35,8 +34,7 @@ class Dense:
         return DenseConfig("contiguous"), DenseConfig("channels_last")
 
     def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: DenseConfig) -> Runner:
-        channels_last = config.memory_format == "channels_last"
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
         weight = filter.to_dense().contiguous(memory_format=memory_format)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups
         activation = problem.epilogue.activation

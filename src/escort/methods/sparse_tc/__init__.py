@@ -2,8 +2,8 @@
 
 An unstructured filter is the exact sum of one that keeps at most two of four neighbouring input channels (in TF32 one
 of two) and of what is left over, which is a second one and mostly empty (packing.py). Tensor cores read channels_last:
-x is laid out so by a kernel of its own, which puts the channels in an order that leaves little over; y is written in
-NCHW.
+x in NCHW is laid out so by a kernel of its own, which puts the channels in an order that leaves little over, and y is
+written in NCHW. What is in channels_last is taken and given as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from escort.methods.base import CompiledRunner, Runner, aligned, input_check
 from escort.methods.sparse_tc.packing import ordered, pack
 from escort.methods.sparse_tc.search import candidates, search
 from escort.methods.sparse_tc.tiling import ELEMENTS, Element, SparseTcConfig, Tiling, at_once, im2col_corners
-from escort.problem import Problem
+from escort.problem import TORCH_MEMORY_FORMAT, Problem
 from escort.sparse import IntArray, StretchedCSR
 
 __all__ = ["SparseTc", "SparseTcConfig"]
@@ -85,7 +85,7 @@ class SparseTc:
         kernel = jit.kernel(tiling.source, defines, device, native=True)
         launch = kernel.bind(_THREADS, tiling.shared_bytes, (jit.TensorMap, *fixed, *given, int, int), overlap=True)
         check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + 1024))
-        memory_format = torch.channels_last if last else torch.contiguous_format
+        memory_format = TORCH_MEMORY_FORMAT[config.layout]
         alignment = 16 if last else tiling.element.bytes * int(tiling.defines["VECTOR"])
         arrange = None if last else _arrange(problem, tiling.element, places.channels, device)
         clusters, out_shape = gpu.clusters(config.cluster), problem.output_shape[1:]

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escort.methods.sparse_tc.tiling import BLOCK_BYTES, PIXEL_BYTES, Element, Layout, SparseTcConfig, Tiling
+from escort.methods.sparse_tc.tiling import BLOCK_BYTES, PIXEL_BYTES, Element, SparseTcConfig, Tiling
+from escort.problem import MemoryFormat
 from escort.sparse import FloatArray, IntArray, Split, StretchedCSR, split, spread_channels
 
 _LEAST_SPARSITY = 0.65  # in denser filters every image has something left over in any order
@@ -61,10 +62,10 @@ class Ordered:
         return len(np.unique(where)) / math.prod(shape)
 
 
-_known: WeakKeyDictionary[StretchedCSR, dict[tuple[Layout, int], Ordered]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[StretchedCSR, dict[tuple[MemoryFormat, int], Ordered]] = WeakKeyDictionary()
 
 
-def ordered(filter: StretchedCSR, layout: Layout, element: Element) -> Ordered:
+def ordered(filter: StretchedCSR, layout: MemoryFormat, element: Element) -> Ordered:
     """Places for a layout of x: where x is laid out anyway those that leave little over, else everyone's own."""
     known, key = _known.setdefault(filter, {}), (layout, element.bytes)
     if key not in known:

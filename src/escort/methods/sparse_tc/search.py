@@ -17,12 +17,11 @@ from escort.methods.sparse_tc.tiling import (
     ELEMENTS,
     PIXEL_BYTES,
     Fill,
-    Layout,
     SparseTcConfig,
     Tiling,
     UnfitError,
 )
-from escort.problem import Problem
+from escort.problem import MemoryFormat, Problem
 from escort.sparse import StretchedCSR
 
 _PIXELS = (48, 64, 96, 112, 128, 192, 256)  # of products whose tiles are not rows
@@ -47,7 +46,7 @@ _MEMORY_BYTES = 4.4e6  # a us
 _ARRANGE_US, _ARRANGE_BYTES = 2.6, 3.3e6  # of the kernel that lays out x; a us
 
 
-def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int, layout: Layout) -> list[SparseTcConfig]:
+def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int, layout: MemoryFormat) -> list[SparseTcConfig]:
     """The configs of least predicted time, of some variety."""
     places = ordered(filter, layout, ELEMENTS[problem.dtype])
     extra = {channels: places.extra_images(channels) for channels in (64, 128, 256)}  # by a tile's channels
@@ -63,7 +62,7 @@ def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int, layout: 
     return chosen
 
 
-def candidates(problem: Problem, gpu: Gpu, layout: Layout) -> Iterator[Tiling]:
+def candidates(problem: Problem, gpu: Gpu, layout: MemoryFormat) -> Iterator[Tiling]:
     """Every config that fits, of tiles that are not mostly empty."""
     for across, blocks in ((2, 1), (2, 2), (1, 1), (1, 2)):
         if across * blocks > 1 and problem.out_channels < _LEAST_USED * 64 * across * blocks:

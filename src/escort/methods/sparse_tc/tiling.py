@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from escort.compiler import Text
-from escort.problem import Problem
+from escort.problem import MemoryFormat, Problem
 
 PIXEL_BYTES = 128  # of a fill: a block of input channels
 BLOCK_BYTES = 64 * 64 + 512  # 64 output channels of an image of the filter: values, then metadata
@@ -21,7 +21,6 @@ _MOST_REACH = {"stride": 8, "corner": 128, "offset": 255}  # of im2col copies
 _FLOAT_STAGINGS, _FLOAT_STAGING_BYTES = 8, 2560  # one for each warp: 16 channels of 32 pixels, with gaps
 
 Fill = Literal["im2col", "columns", "halo", "flat"]
-Layout = Literal["contiguous", "channels_last"]
 Box = tuple[int, int, int, int]  # channels, columns, rows, images
 
 
@@ -67,7 +66,8 @@ class SparseTcConfig:
         blocks: of 64 output channels that a warpgroup computes.
         rows, images: columns and halo: of the output in a tile; several images only where all rows of each are.
         cluster: thread blocks that copy the filter to one another.
-        layout: of x, residual and y. "channels_last" converts nothing, and only benchmarks have it.
+        layout: of x, residual and y. For "contiguous" a kernel lays x out before, and y is written in NCHW;
+            "channels_last" converts nothing.
     """
 
     fill: Fill
@@ -77,7 +77,7 @@ class SparseTcConfig:
     rows: int = 0
     images: int = 1
     cluster: int = 1
-    layout: Layout = "contiguous"
+    layout: MemoryFormat = "contiguous"
 
     @property
     def takes_channels_last(self) -> bool:
