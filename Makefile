@@ -65,18 +65,21 @@ test-asan: build/asan/.installed  ## Run the kernel cases under the address and 
 	PYTHONPATH="build/asan/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	$(BIN)/python -S -m pytest -p no:faulthandler --capture=sys tests/test_cases.py
 
-# On a machine that brings its own Python with torch, pytest and hypothesis, and no network:
+# Several processes share the GPU, as most of the time goes into compiling kernels and into references.
+ON_GPU = --numprocesses 8
+# On a machine that brings its own Python with torch, pytest, pytest-xdist and hypothesis, and no network:
 #   python3 -m pip install --no-build-isolation --no-deps . && make test-gpu ESCORT_PYTHON=python3
 test-gpu: $(if $(ESCORT_PYTHON),,$(VENV)/.installed)  ## Run the tests that need a GPU
 	@$(or $(ESCORT_PYTHON),$(BIN)/python) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no GPU")'
-	$(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -m gpu
+	$(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -m gpu $(ON_GPU)
 
 # Torch's allocator would hide an access beyond a tensor inside its blocks, so it is off. Libraries ask the driver for what
 # it lacks and go on: calls that fail are not reported. initcheck must see torch's own kernels write what ours read.
 # racecheck does not follow a lane that arrives at a barrier for its whole warp: it gets kernels of `direct` whose
 # barriers every lane joins, as direct.cu says of SIGNALS, and no others.
-SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --error-exitcode 1
-CASES_ON_GPU = $(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -q -m gpu -k "test_case or test_any_batch"
+SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --report-api-errors no \
+	--error-exitcode 1
+CASES_ON_GPU = $(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -q -m gpu $(ON_GPU) -k "test_case or test_any_batch"
 WITH_CASES = tests/test_direct_cuda.py tests/test_generated.py tests/test_sparse_tc.py
 test-sanitizer:  ## Run the kernel cases on a GPU under compute-sanitizer, which must be on the PATH
 	$(SANITIZER) --tool memcheck $(addprefix --kernel-name kns=,direct generated arrange sparse_tc channels_last) \

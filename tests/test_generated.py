@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from escort import ops, reference
 from escort.gpu import H200
 from escort.methods.generated import Generated
 from escort.methods.generated.search import candidates, piece_count, piece_steps, predict_us, search
-from escort.planner import on_all_cores
 from escort.problem import Epilogue, Precision, Problem
 from escort.program import GeneratedConfig, Program
 from escort.sparse import StretchedCSR
@@ -86,21 +84,7 @@ def on_the_gpu(case: Case, dtype: Precision) -> tuple[Problem, list[GeneratedCon
     return problem, [configs[0], configs[-1]] if quick else []
 
 
-@pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> None:
-    """The kernels of the cases that were asked for, compiled side by side: one by one they take ten minutes."""
-
-    def prepare(case: Case, dtype: Precision) -> None:
-        problem, configs = on_the_gpu(case, dtype)
-        for config in configs:
-            Generated().prepare(problem, case.filter(), case.tensors()[2], config)
-
-    wanted = [item.callspec.params for item in request.session.items if getattr(item, "function", None) is test_case]
-    on_all_cores([partial(prepare, **params) for params in wanted])
-
-
 @pytest.mark.gpu
-@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, dtype: Precision) -> None:
