@@ -74,7 +74,8 @@ test-gpu: $(if $(ESCORT_PYTHON),,$(VENV)/.installed)  ## Run the tests that need
 	$(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -m gpu $(ON_GPU)
 
 # Torch's allocator would hide an access beyond a tensor inside its blocks, so it is off. Libraries ask the driver for what
-# it lacks and go on: calls that fail are not reported. initcheck must see torch's own kernels write what ours read.
+# it lacks and go on: calls that fail are not reported. initcheck must see torch's own kernels write what ours read, and does
+# not see what the copy engine writes by descriptors, as sparse_tc does in channels_last.
 # racecheck does not follow a lane that arrives at a barrier for its whole warp: it gets kernels of `direct` whose
 # barriers every lane joins, as direct.cu says of SIGNALS, and no others.
 SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --report-api-errors no \
@@ -85,7 +86,7 @@ test-sanitizer:  ## Run the kernel cases on a GPU under compute-sanitizer, which
 	$(SANITIZER) --tool memcheck $(addprefix --kernel-name kns=,direct generated arrange sparse_tc channels_last) \
 		$(CASES_ON_GPU) $(WITH_CASES)
 	ESCORT_EVERY_LANE=1 $(SANITIZER) --tool racecheck --kernel-name kns=direct $(CASES_ON_GPU) tests/test_direct_cuda.py
-	$(SANITIZER) --tool initcheck $(CASES_ON_GPU) $(WITH_CASES)
+	$(SANITIZER) --tool initcheck $(CASES_ON_GPU) -k "(test_case or test_any_batch) and not last" $(WITH_CASES)
 
 wheel: $(VENV)/.installed  ## Build a wheel into dist/
 	rm -rf dist
