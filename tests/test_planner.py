@@ -434,9 +434,9 @@ def test_a_call_does_not_wait_for_a_kernel_of_a_size_that_was_not_planned(
 ) -> None:
     method, filter = Compiled(seconds), a_filter()
     monkeypatch.setattr(methods, "METHODS", (method, by_name("dense")))
-    warned = pytest.warns(UserWarning, match="run by dense, as compiling") if runs == "dense" else nullcontext()
-    with warned:
-        run = ops.prepare(PROBLEM, filter, None, "compiled", {"knob": 0}, planned)
+    told = pytest.warns(UserWarning, match=r"^layer1.conv, .* run by dense, as compiling")
+    with told if runs == "dense" else nullcontext():
+        run = ops.prepare(PROBLEM, filter, None, "compiled", {"knob": 0}, planned, "layer1.conv")
     assert method.prepared == (runs == "compiled")
     x = torch.randn(PROBLEM.input_shape)
     assert reference.compare(run(x), reference.conv2d(PROBLEM, x, filter.to_dense())) < 1e-5

@@ -134,7 +134,8 @@ class SparseConv2d(nn.Module):
             problem, device = self.problem(batch, height, width), self.values.device
             ops.check_not_capturing(device)
             planned = self.plan.problem.height, self.plan.problem.width
-            run = ops.prepare(problem, self.filter, self.bias, self.plan.method, self.plan.config, planned)
+            choice = self.plan.method, self.plan.config, planned, self.name
+            run = ops.prepare(problem, self.filter, self.bias, *choice)
         except (ValueError, RuntimeError) as error:
             kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)
             raise next(kind for kind in kinds if isinstance(error, kind))(f"{self.name}: {error}") from error

@@ -127,6 +127,7 @@ def prepare(
     method: str,
     config: dict[str, Any],
     planned: tuple[int, int] | None = None,
+    name: str = "a convolution",
 ) -> Runner:
     """A runner of that method and config, complete on its device when this returns, so that any stream may call it.
 
@@ -136,17 +137,18 @@ def prepare(
 
     Args:
         planned: the input size (height, width) that method and config were chosen for, None for this one.
+        name: what the warning calls the layer.
 
     Raises:
         ValueError: where no method takes the problem.
     """
     if problem.device_type == "cpu":
-        return _prepare(problem, filter, bias, method, config, planned)
+        return _prepare(problem, filter, bias, method, config, planned, name)
     bias = None if bias is None else bias.cpu()
 
     def on_device() -> Runner:
         with torch.cuda.device(problem.device):
-            run = _prepare(problem, filter, bias, method, config, planned)
+            run = _prepare(problem, filter, bias, method, config, planned, name)
             torch.cuda.current_stream().synchronize()
             return run
 
@@ -163,6 +165,7 @@ def _prepare(
     method: str,
     config: dict[str, Any],
     planned: tuple[int, int] | None,
+    name: str,
 ) -> Runner:
     chosen = by_name(method, problem.device)
     others = [other for other in for_device(problem.device) if other is not chosen]
@@ -185,9 +188,9 @@ def _prepare(
                 continue
             if takes_long and candidate is not chosen:
                 warnings.warn(
-                    f"{problem.in_channels} to {problem.out_channels} channels, planned for inputs of {planned}: those "
-                    f"of {size} run by {candidate.name}, as compiling a {method} kernel for them takes long; convert "
-                    "the model with such an example if they matter",
+                    f"{name}, {problem.in_channels} to {problem.out_channels} channels, was planned for inputs of "
+                    f"{planned}; those of {size} run by {candidate.name}, as compiling a {method} kernel would take "
+                    "long: convert the model with such an example if they matter",
                     stacklevel=2,
                 )
             return run
