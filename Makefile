@@ -66,27 +66,28 @@ test-asan: build/asan/.installed  ## Run the kernel cases under the address and 
 	$(BIN)/python -S -m pytest -p no:faulthandler --capture=sys tests/test_cases.py
 
 # Several processes share the GPU, as most of the time goes into compiling kernels and into references.
-ON_GPU = --numprocesses 8
+TEST_ON_GPU = $(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -m gpu --numprocesses 8
 # On a machine that brings its own Python with torch, pytest, pytest-xdist and hypothesis, and no network:
 #   python3 -m pip install --no-build-isolation --no-deps . && make test-gpu ESCORT_PYTHON=python3
 test-gpu: $(if $(ESCORT_PYTHON),,$(VENV)/.installed)  ## Run the tests that need a GPU
 	@$(or $(ESCORT_PYTHON),$(BIN)/python) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no GPU")'
-	$(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -m gpu $(ON_GPU)
+	$(TEST_ON_GPU)
 
 # Torch's allocator would hide an access beyond a tensor inside its blocks, so it is off. Libraries ask the driver for what
-# it lacks and go on: calls that fail are not reported. initcheck must see torch's own kernels write what ours read, and does
-# not see what the copy engine writes by descriptors, as sparse_tc does in channels_last.
+# it lacks and go on: calls that fail are not reported. initcheck must see torch's own kernels write what ours read; what the
+# copy engine writes by descriptors it does not see, as sparse_tc does in channels_last but for floats.
 # racecheck does not follow a lane that arrives at a barrier for its whole warp: it gets kernels of `direct` whose
 # barriers every lane joins, as direct.cu says of SIGNALS, and no others.
 SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --report-api-errors no \
 	--error-exitcode 1
-CASES_ON_GPU = $(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -q -m gpu $(ON_GPU) -k "test_case or test_any_batch"
+CASES = test_case or test_any_batch
 WITH_CASES = tests/test_direct_cuda.py tests/test_generated.py tests/test_sparse_tc.py
 test-sanitizer:  ## Run the kernel cases on a GPU under compute-sanitizer, which must be on the PATH
 	$(SANITIZER) --tool memcheck $(addprefix --kernel-name kns=,direct generated arrange sparse_tc channels_last) \
-		$(CASES_ON_GPU) $(WITH_CASES)
-	ESCORT_EVERY_LANE=1 $(SANITIZER) --tool racecheck --kernel-name kns=direct $(CASES_ON_GPU) tests/test_direct_cuda.py
-	$(SANITIZER) --tool initcheck $(CASES_ON_GPU) -k "(test_case or test_any_batch) and not last" $(WITH_CASES)
+		$(TEST_ON_GPU) -q -k "$(CASES)" $(WITH_CASES)
+	ESCORT_EVERY_LANE=1 $(SANITIZER) --tool racecheck --kernel-name kns=direct \
+		$(TEST_ON_GPU) -q -k "$(CASES)" tests/test_direct_cuda.py
+	$(SANITIZER) --tool initcheck $(TEST_ON_GPU) -q -k "($(CASES)) and (not last or tf32)" $(WITH_CASES)
 
 wheel: $(VENV)/.installed  ## Build a wheel into dist/
 	rm -rf dist
