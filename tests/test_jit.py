@@ -132,10 +132,18 @@ def arrange_variants() -> list[tuple[str, dict[str, int | str], int]]:
     return variants
 
 
+def pool_variants() -> list[tuple[str, dict[str, int | str], int]]:
+    """The same of max pooling."""
+    window: dict[str, int | str] = {"ROWS": 3, "COLUMNS": 3, "DOWN": 2, "RIGHT": 2, "TOP": 1, "LEFT": 1}
+    window |= {"DILATION_DOWN": 1, "DILATION_RIGHT": 1}
+    vectors = ((0, 1), (0, 4), (1, 1), (1, 8), (2, 2), (2, 8))
+    return [("max_pool.cu", {"STORAGE": storage, "VECTOR": vector, **window}, 40) for storage, vector in vectors]
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_keeps_to_its_budget(arch: str) -> None:
     """Registers are as many as each variant states; at most a few values outside the inner loops are spilled."""
-    variants = direct_cuda.variants() + arrange_variants()
+    variants = direct_cuda.variants() + arrange_variants() + pool_variants()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         binaries = list(pool.map(lambda variant: jit.compile(*variant[:2], arch), variants))
     for (source, defines, budget), binary in zip(variants, binaries, strict=True):
@@ -144,7 +152,7 @@ def test_every_kernel_keeps_to_its_budget(arch: str) -> None:
 
 
 def test_every_source_has_a_budget() -> None:
-    variants = direct_cuda.variants() + arrange_variants()
+    variants = direct_cuda.variants() + arrange_variants() + pool_variants()
     assert {path.name for path in compiler.KERNELS.glob("*.cu")} == {source for source, _, _ in variants}
 
 

@@ -12,12 +12,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 
-from escort import _kernels
+from escort import _kernels, jit
 from escort.methods import Runner, by_name, for_device
+from escort.methods.base import aligned
 from escort.planner import is_compiled
 from escort.problem import TORCH_DTYPE, TORCH_MEMORY_FORMAT, Activation, Epilogue, MemoryFormat, Precision, Problem
 from escort.sparse import StretchedCSR
@@ -235,24 +237,89 @@ torch.library.define(
 )
 
 Pair = tuple[int, int]
+#: What max_pool2d takes on a GPU, in the order of the kernel's numbers for them.
+POOLED_ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
+_POOL_THREADS, _MOST_VECTORS = 256, 2**31 - 256
 
 
 @torch.library.impl("escort::max_pool2d", "CPU")
 def _max_pool2d(
     x: torch.Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> torch.Tensor:
-    if x.ndim != 4 or x.dtype is not torch.float32:
-        raise ValueError(f"max_pool2d takes float32 (N, C, H, W), got {x.dtype} of shape {tuple(x.shape)}")
+    _check_pool(x, kernel, stride, padding, dilation)
+    x = x.contiguous()
+    y = _max_pool2d_shape(x, kernel, stride, padding, dilation, ceil_mode)
+    planes, sizes = x.shape[0] * x.shape[1], (x.shape[2:], y.shape[2:], kernel, stride, padding, dilation)
+    _kernels.max_pool2d(x.data_ptr(), y.data_ptr(), planes, *sizes, torch.get_num_threads())
+    return y
+
+
+def _max_pool2d_on_gpu(
+    x: torch.Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> torch.Tensor:
+    _check_pool(x, kernel, stride, padding, dilation)
+    last = _in_channels_last(x)
+    x = x.contiguous(memory_format=TORCH_MEMORY_FORMAT["channels_last" if last else "contiguous"])
+    y = _max_pool2d_shape(x, kernel, stride, padding, dilation, ceil_mode)
+    pitch = x.shape[1] if last else 1
+    vector = math.gcd(pitch, 16 // x.element_size())
+    vectors = y.numel() // vector
+    if vectors > _MOST_VECTORS:
+        raise ValueError(f"max_pool2d numbers {_MOST_VECTORS} outputs at most, got {y.numel()}; use a smaller batch")
+    launch = _pool_launch(x.device, x.dtype, vector, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+    blocks = -(-vectors // _POOL_THREADS)
+    launch((blocks, 1, 1), aligned(x, vector * x.element_size()), y, vectors, pitch, *x.shape[2:], *y.shape[2:])
+    return y
+
+
+torch.library.impl("escort::max_pool2d", "CUDA", _max_pool2d_on_gpu)
+
+
+@lru_cache(_MOST_RUNNERS)
+def _pool_launch(
+    device: torch.device, dtype: torch.dtype, vector: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
+) -> jit.Launch:
+    """Of kernels/max_pool.cu, compiled for a window."""
+    check_not_capturing(device)
+    names = "ROWS COLUMNS DOWN RIGHT TOP LEFT DILATION_DOWN DILATION_RIGHT".split()
+    window = dict(zip(names, (*kernel, *stride, *padding, *dilation), strict=True))
+    compiled = jit.kernel("max_pool.cu", {"STORAGE": POOLED_ON_GPU.index(dtype), "VECTOR": vector, **window}, device)
+    return compiled.bind(_POOL_THREADS, 0, (torch.Tensor, torch.Tensor, *[int] * 6), overlap=True)
+
+
+@torch.compiler.assume_constant_result
+def pools(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether max_pool2d takes what lies there; a GPU may be too old, or what compiles for it not installed."""
+    if device.type != "cuda":
+        return device.type == "cpu" and dtype is torch.float32
+    return dtype in POOLED_ON_GPU and _compiles_for(device)
+
+
+@cache
+def _compiles_for(device: torch.device) -> bool:
+    try:
+        jit.compiler_version()
+        jit.arch(device)
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+def _in_channels_last(x: torch.Tensor) -> bool:
+    """Whether a pool's output is, as its input; the CPU's kernel has planes."""
+    return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _check_pool(x: torch.Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> None:
+    taken = POOLED_ON_GPU if x.is_cuda else (torch.float32,)
+    if x.ndim != 4 or x.dtype not in taken:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in taken)
+        raise ValueError(f"max_pool2d takes {wanted} (N, C, H, W), got {x.dtype} of shape {tuple(x.shape)}")
     if min(*kernel, *stride, *dilation) < 1 or any(not 0 <= 2 * p <= k for p, k in zip(padding, kernel, strict=True)):
         raise ValueError(
             f"max_pool2d takes positive sizes and padding of at most half the kernel, got kernel {kernel}, "
             f"stride {stride}, padding {padding}, dilation {dilation}"
         )
-    y = _max_pool2d_shape(x, kernel, stride, padding, dilation, ceil_mode)
-    x = x.contiguous()
-    planes, sizes = x.shape[0] * x.shape[1], (x.shape[2:], y.shape[2:], kernel, stride, padding, dilation)
-    _kernels.max_pool2d(x.data_ptr(), y.data_ptr(), planes, *sizes, torch.get_num_threads())
-    return y
 
 
 @torch.library.register_fake("escort::max_pool2d")
@@ -267,7 +334,8 @@ def _max_pool2d_shape(
         size.append(out - 1 if ceil_mode and (out - 1) * stride[i] >= x.shape[2 + i] + padding[i] else out)
     if min(size) < 1:
         raise ValueError(f"input {tuple(x.shape)} is smaller than the pooling window {kernel} with padding {padding}")
-    return x.new_empty((*x.shape[:2], *size))
+    memory_format = TORCH_MEMORY_FORMAT["channels_last" if _in_channels_last(x) else "contiguous"]
+    return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 max_pool2d: Callable[..., torch.Tensor] = torch.ops.escort.max_pool2d.default
