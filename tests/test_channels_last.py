@@ -82,7 +82,20 @@ def test_channels_are_laid_out_in_order(images: int, channels: int, plane: int, 
     assert piece % 8 == 0 and piece <= 128 and 0 < plane - (pieces - 1) * piece <= piece
     (tmp_path / "host.cpp").write_text(host_source())
     macros = f"-DBYTES={element.bytes}", f"-DVECTOR={vector}"
-    command = ["g++", "-std=c++17", "-O1", "-w", "-pthread", "-shared", "-fPIC", *macros, "host.cpp", "-o", "host.so"]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-w",
+        "-pthread",
+        "-shared",
+        "-fPIC",
+        f"-I{KERNELS}",
+        *macros,
+        "host.cpp",
+        "-o",
+        "host.so",
+    ]
     subprocess.run(command, cwd=tmp_path, check=True)
     generator = np.random.default_rng(0)
     places = -(-channels // element.block) * element.block

@@ -80,7 +80,19 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             folder.mkdir()
             (folder / "host.cpp").write_text(host_source(ops.POOLED_ON_GPU[defines["STORAGE"]]))
             macros = [f"-D{key}={value}" for key, value in defines.items()]
-            command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, "host.cpp", "-o", "host.so"]
+            command = [
+                "g++",
+                "-std=c++17",
+                "-O1",
+                "-w",
+                "-shared",
+                "-fPIC",
+                f"-I{KERNELS}",
+                *macros,
+                "host.cpp",
+                "-o",
+                "host.so",
+            ]
             subprocess.run(command, cwd=folder, check=True)
             self.run = ctypes.CDLL(str(folder / "host.so")).run
 

@@ -7,28 +7,15 @@
 // Stores are 128 bytes of a pixel.
 // BYTES    of an element: 2, or 4: floats
 // VECTOR   elements of 16 bytes at most, a divisor of the plane
-typedef unsigned short u16;
-typedef unsigned int u32;
-
 #define THREADS 256
 #define MOST_PIXELS 128  // of a piece
 #define ROW 33
 
-#if BYTES * VECTOR == 16
-typedef uint4 Vector;
-#elif BYTES * VECTOR == 8
-typedef uint2 Vector;
-#elif BYTES * VECTOR == 4
-typedef u32 Vector;
-#else
-typedef u16 Vector;
-#endif
+#include "neighbours.cuh"
 
 #if BYTES == 2
-typedef u16 Element;
 typedef int2 Channels;  // of a word
 #else
-typedef u32 Element;
 typedef int Channels;
 #endif
 

@@ -5,37 +5,23 @@
 // STORAGE   0: float, 1: fp16, 2: bf16
 // VECTOR    elements of 16 bytes at most, a divisor of the pitch
 // ROWS, COLUMNS, DOWN, RIGHT, TOP, LEFT, DILATION_DOWN, DILATION_RIGHT   the window, its stride, padding and dilation
-typedef unsigned short u16;
-typedef unsigned int u32;
-
 #define THREADS 256
 
 #if STORAGE == 0
-typedef u32 Element;
 #define BYTES 4
 #define LOWEST 0xff800000u  // minus infinity
 #define LARGER "max.NaN.f32"
 #elif STORAGE == 1
-typedef u16 Element;
 #define BYTES 2
 #define LOWEST 0xfc00fc00u
 #define LARGER "max.NaN.f16x2"
 #else
-typedef u16 Element;
 #define BYTES 2
 #define LOWEST 0xff80ff80u
 #define LARGER "max.NaN.bf16x2"
 #endif
 
-#if BYTES * VECTOR == 16
-typedef uint4 Vector;
-#elif BYTES * VECTOR == 8
-typedef uint2 Vector;
-#elif BYTES * VECTOR == 4
-typedef u32 Vector;
-#else
-typedef u16 Vector;
-#endif
+#include "neighbours.cuh"
 
 #define WORDS ((BYTES * VECTOR + 3) / 4)
 union Elements {
