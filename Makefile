@@ -80,10 +80,10 @@ test-gpu: $(if $(ESCORT_PYTHON),,$(VENV)/.installed)  ## Run the tests that need
 # barriers every lane joins, as direct.cu says of SIGNALS, and no others.
 SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --report-api-errors no \
 	--error-exitcode 1
-CASES = test_case or test_any_batch
-WITH_CASES = tests/test_direct_cuda.py tests/test_generated.py tests/test_sparse_tc.py
+CASES = test_case or test_any_batch or test_pools
+WITH_CASES = tests/test_direct_cuda.py tests/test_generated.py tests/test_sparse_tc.py tests/test_max_pool.py
 test-sanitizer:  ## Run the kernel cases on a GPU under compute-sanitizer, which must be on the PATH
-	$(SANITIZER) --tool memcheck $(addprefix --kernel-name kns=,direct generated arrange sparse_tc channels_last) \
+	$(SANITIZER) --tool memcheck $(addprefix --kernel-name kns=,direct generated arrange sparse_tc channels_last max_pool) \
 		$(TEST_ON_GPU) -q -k "$(CASES)" $(WITH_CASES)
 	ESCORT_EVERY_LANE=1 $(SANITIZER) --tool racecheck --kernel-name kns=direct \
 		$(TEST_ON_GPU) -q -k "$(CASES)" tests/test_direct_cuda.py

@@ -458,8 +458,9 @@ def test_every_question_on_a_gpu(tmp_path: Path) -> None:
     assert set(found) == {f"{part.stem}-{dtype}" for part in parts for dtype in dtypes}
     for result in found.values():
         assert result.header["complete"] and result.rows and result.header["gpu"]
-    assert {row.method for row in found["layers-fp16"].rows} == {"direct", "generated", "cublas", "cusparse", "cudnn"}
-    assert {row.method for row in found["patterns-fp16"].rows} == {"direct", "generated", "cudnn"}
+    own = {"direct", "generated", *(["sparse_tc"] if torch.cuda.get_device_capability() == (9, 0) else [])}
+    assert {row.method for row in found["layers-fp16"].rows} == {*own, "cublas", "cusparse", "cudnn"}
+    assert {row.method for row in found["patterns-fp16"].rows} == {*own, "cudnn"}
     assert {"escort", "eager", "graph"} <= {row.method for row in found["networks-fp16"].rows}
     for stem in ("breakdown-fp32", "breakdown-fp16"):
         spent = {(row.method, row.config["part"]) for row in found[stem].rows if row.time_us > 0}
