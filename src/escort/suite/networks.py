@@ -50,9 +50,9 @@ def measure_network(
 ) -> list[Row]:
     """The model converted, raced against itself in eager mode (both memory formats) and against other engines.
 
-    On a GPU calls are timed as a user makes them, with the host's work; ``graph`` times the same in CUDA graphs, the
-    converted network too, and ``compile`` what torch.compile makes of the model, in a graph. What cannot be timed so
-    is left out with a warning.
+    On a GPU calls are timed as a user makes them, with the host's work; ``graph`` times the same in CUDA graphs, and
+    ``compile`` what torch.compile makes of the model, in a graph; either times the converted network so, too. What
+    cannot be timed so is left out with a warning.
 
     Args:
         model: dense modules in eval mode, on the device of x; the zeros are already in its weights.
@@ -91,13 +91,16 @@ def measure_network(
     bound = NETWORK_ERROR_BOUND[precision]
     with torch.inference_mode(), dense_at_its_best(precision):
         if "compile" in against:
-            compiled = torch.compile(channels_last, dynamic=False)
-            way = _Way("compile", {"memory_format": "channels_last"}, lambda: compiled(x_last), captured=True)
-            try:
-                way.run()
-                ways.append(way)
-            except Exception as failure:  # of many kinds: compilers may be missing, or fail
-                leave_out(f"{network} in compile", f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}")
+            for way in (
+                _Way("compile", {"memory_format": "channels_last"}, _compiled(channels_last, x_last), captured=True),
+                _Way("escort", choice | {"compiled": True}, _compiled(converted, x), captured=True),
+            ):
+                try:
+                    way.run()
+                    ways.append(way)
+                except Exception as failure:  # of many kinds: compilers may be missing, or fail
+                    reason = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+                    leave_out(f"{network} in {way.method} by torch.compile", reason)
         errors = [_checked(way.run(), expected, bound, f"{network} in {way.method}") for way in ways]
         timings = _race_network(ways, x.device, rounds, budget_s)
     rows = []
@@ -109,6 +112,11 @@ def measure_network(
         time_us = round(timing.time_us, 2)
         rows.append(Row(network, weights, WHOLE, len(x), precision, way.method, config, time_us, error))
     return rows
+
+
+def _compiled(network: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    compiled = torch.compile(network, dynamic=False)
+    return lambda: compiled(x)
 
 
 @contextmanager
