@@ -15,6 +15,7 @@ from torch import nn
 
 from escort import bench, prune, suite
 from escort.bench import Machine, Timing
+from escort.converted import ConvertedModel
 from escort.methods.dense import Dense, DenseConfig
 from escort.paper_layers import PAPER_LAYERS
 from escort.problem import Problem
@@ -291,7 +292,9 @@ def test_network_in_graphs_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setitem(suite.RIVALS, "cpu", ("graph", "compile"))
     monkeypatch.setattr(networks, "_race_network", race)
-    monkeypatch.setattr(torch, "compile", lambda module, dynamic: broken)
+    monkeypatch.setattr(
+        torch, "compile", lambda module, dynamic: module if isinstance(module, ConvertedModel) else broken
+    )
     with pytest.warns(UserWarning) as warned:
         rows = suite.measure_network(model, x, network="tiny", weights="random", against=["graph", "compile"])
     assert [(row.method, row.time_us) for row in rows] == [
@@ -300,9 +303,14 @@ def test_network_in_graphs_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None
         ("eager", 2.0),
         ("graph", 4.0),
         ("graph", 5.0),
+        ("escort", 6.0),
     ]
+    assert rows[-1].config["compiled"]
     messages = [str(warning.message) for warning in warned if "left out" in str(warning.message)]
-    assert "compile is left out: NotImplementedError: no compiler" in messages[0] and "\n" not in messages[0]
+    assert (
+        "compile by torch.compile is left out: NotImplementedError: no compiler" in messages[0]
+        and "\n" not in messages[0]
+    )
     assert "escort" in messages[1] and "it synchronizes" in messages[1]
 
 
