@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,10 @@ import pytest
 import torch
 
 from escort.codegen import arrange_defines
-from escort.compiler import KERNELS
 from escort.problem import Problem
 from escort.program import Chunk, GeneratedConfig, Program
 from escort.sparse import StretchedCSR
+from tests.host import compiled
 
 THREADS = 32
 #: What the kernel needs of CUDA, and a loop over its blocks and threads.
@@ -43,13 +42,9 @@ extern "C" void run(const void* x, void* to, int images, unsigned words, unsigne
 
 def arranged(program: Program, x: np.ndarray, folder: Path) -> np.ndarray:
     """What the kernel makes of x (N, C, H, W), as (planes, words) of 32 bits."""
-    (folder / "host.cpp").write_text(CUDA_ON_A_CPU)
-    defines = [f"-D{name}={value}" for name, value in arrange_defines(program, THREADS).items()]
-    command = ["g++", "-std=c++17", "-shared", "-fPIC", f"-I{KERNELS}", *defines, "host.cpp", "-o", "host.so"]
-    subprocess.run(command, cwd=folder, check=True)
+    run = compiled(CUDA_ON_A_CPU, folder, arrange_defines(program, THREADS)).run
     words = program.arranged_words(len(x))
     to = np.full((x.shape[1] * len(program.words.phases), words), 0xDEADBEEF, dtype=np.uint32)
-    run = ctypes.CDLL(str(folder / "host.so")).run
     pointers = (ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(to.ctypes.data))
     run(*pointers, len(x), words, -(-words // (4 * THREADS)), max(len(to) // 2, 1))  # some blocks take several planes
     return to

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from escort.compiler import KERNELS
 from escort.methods.sparse_tc import arrange_pieces
 from escort.methods.sparse_tc.tiling import ELEMENTS
+from tests.host import compiled
 
 #: What the kernel needs of CUDA, and a loop over its blocks. Loads and stores check that they are aligned.
 CUDA_ON_A_CPU = """
@@ -80,23 +80,7 @@ def test_channels_are_laid_out_in_order(images: int, channels: int, plane: int, 
     vector, pieces, piece = arrange_pieces(plane, element)
     assert vector * element.bytes <= 16 and plane % vector == 0
     assert piece % 8 == 0 and piece <= 128 and 0 < plane - (pieces - 1) * piece <= piece
-    (tmp_path / "host.cpp").write_text(host_source())
-    macros = f"-DBYTES={element.bytes}", f"-DVECTOR={vector}"
-    command = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-w",
-        "-pthread",
-        "-shared",
-        "-fPIC",
-        f"-I{KERNELS}",
-        *macros,
-        "host.cpp",
-        "-o",
-        "host.so",
-    ]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    library = compiled(host_source(), tmp_path, {"BYTES": element.bytes, "VECTOR": vector})
     generator = np.random.default_rng(0)
     places = -(-channels // element.block) * element.block
     order = generator.permutation(places).astype(np.int32)
@@ -108,7 +92,7 @@ def test_channels_are_laid_out_in_order(images: int, channels: int, plane: int, 
     to = np.full((images, plane, places), 0xDEAD, dtype=x.dtype)
     pointers = (ctypes.c_void_p(array.ctypes.data) for array in (x, to, order))
     grid = images * pieces, places // element.block
-    ctypes.CDLL(str(tmp_path / "host.so")).run(*pointers, channels, plane, pieces, piece, *grid)
+    library.run(*pointers, channels, plane, pieces, piece, *grid)
     expected = np.where(order >= 0, x.transpose(0, 2, 1)[..., order], x.dtype.type(0))
     if dtype == "tf32":
         check_rounded(to, expected)

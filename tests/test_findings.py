@@ -463,6 +463,7 @@ def everything() -> dict[str, Result]:
         counters_fp32=[row("caffenet", "conv2", "direct", 5.0, config={"counters": {}})],
         break_even_fp32=curve("resnet50", "res2a_branch2b", "direct", "cudnn", {0.7: 0.5, 0.9: 0.9}),
         networks_fp32=networks,
+        networks_tf32=networks,
         networks_fp16=networks,
         breakdown_fp32=[row("caffenet", "conv2", "direct", 5.0, config={"part": "direct"})],
         patterns_fp32=[row("resnet50", "conv2d_4", "direct", 5.0, weights="resnet50_magnitude_90", batch=128)],
@@ -472,7 +473,8 @@ def everything() -> dict[str, Result]:
 def test_plots_have_a_name_each_and_can_be_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plots = exhibits.plots(everything())
-    both = {f"{name}-{dtype}" for name in ("speedup-caffenet", "network-resnet50") for dtype in ("fp32", "fp16")}
+    both = {f"speedup-caffenet-{dtype}" for dtype in ("fp32", "fp16")}
+    both |= {f"network-resnet50-{dtype}" for dtype in ("fp32", "tf32", "fp16")}
     both |= {f"forecast-{dtype}-plot" for dtype in ("fp32", "fp16")}
     assert set(plots) == {*both, "sparse-caffenet-fp16", "break-even-plot", "breakdown-fp32-plot"}
     for name, plot in plots.items():

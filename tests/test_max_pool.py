@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from escort import jit, ops
 from escort.compiler import KERNELS
 from escort.nn import MaxPool2d
+from tests.host import compiled
 
 #: What the kernel needs of CUDA, and a loop over its threads. Loads check that they are aligned.
 CUDA_ON_A_CPU = """
@@ -76,25 +76,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Kernel:
         def __init__(self, source: str, defines: dict[str, Any], device: torch.device) -> None:
             assert source == "max_pool.cu"
-            folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-            folder.mkdir()
-            (folder / "host.cpp").write_text(host_source(ops.POOLED_ON_GPU[defines["STORAGE"]]))
-            macros = [f"-D{key}={value}" for key, value in defines.items()]
-            command = [
-                "g++",
-                "-std=c++17",
-                "-O1",
-                "-w",
-                "-shared",
-                "-fPIC",
-                f"-I{KERNELS}",
-                *macros,
-                "host.cpp",
-                "-o",
-                "host.so",
-            ]
-            subprocess.run(command, cwd=folder, check=True)
-            self.run = ctypes.CDLL(str(folder / "host.so")).run
+            self.run = compiled(host_source(ops.POOLED_ON_GPU[defines["STORAGE"]]), tmp_path, defines).run
 
         def bind(self, block: int, shared_bytes: int, args: Any, *, overlap: bool) -> Any:
             assert (block, shared_bytes, len(args)) == (256, 0, 8) and overlap

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, im2col_corne
 from escort.problem import Precision
 from escort.sparse import StretchedCSR
 from tests.cases import FULL
+from tests.host import compiled
 from tests.mbarrier import MBARRIER
 from tests.sparse_tc_model import laid_out
 from tests.test_sparse_tc_layout import CASES, integers
@@ -380,16 +380,12 @@ def test_the_source_computes_the_convolution(kind: str, layout: str, dtype: Prec
     elif config.fill == "flat":
         x_map.sizes = channels, images * height * width, 1, 1
     defines = tiling.defines | {"ACTIVATION": int(full), "RESIDUAL": int(full)}
-    (tmp_path / "host.cpp").write_text(host_source())
-    macros = [f"-D{key}={value}" for key, value in defines.items()]
-    command = ["g++", "-std=c++17", "-O1", "-w", "-pthread", "-shared", "-fPIC", *macros, "host.cpp", "-o", "host.so"]
-    subprocess.run(command, cwd=tmp_path, check=True)
     tables = (packed.images, bias, packed.first, packed.steps, packed.row_channel)
     pointers = [ctypes.c_void_p(np.ascontiguousarray(table).ctypes.data) for table in tables]
     maps = [ctypes.byref(one) for one in (y_map, residual_map)]
     groups = tiling.groups(images)
     clusters = max(groups * tiling.channel_tiles // 2, 1)  # some compute several tiles
-    run = ctypes.CDLL(str(tmp_path / "host.so")).run
+    run = compiled(host_source(), tmp_path, defines).run
     assert run(ctypes.byref(x_map), *pointers, *maps, images, groups, clusters) == 0, "a barrier was waited for in vain"
     by_channel = torch.arange(problem.out_channels) % 5.0 * full
     added = (residual.permute(0, 3, 1, 2) if last else residual) if full else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from escort.compiler import KERNELS
 from escort.problem import Problem
 from escort.program import GeneratedConfig, Program
 from escort.sparse import StretchedCSR
+from tests.host import compiled
 from tests.mbarrier import MBARRIER
 from tests.test_arrange import arranged
 
@@ -165,10 +165,7 @@ def test_the_ring_holds_what_the_interpreter_reads(dtype: str, config: Generated
     x = np.random.default_rng(0).standard_normal(problem.input_shape)
     x = x.astype(np.float32 if dtype == "fp32" else np.float16)
     source = arranged(program, x, tmp_path) if config.arranged else x
-    (tmp_path / "staging.cpp").write_text(host_source(program))
-    command = ["g++", "-std=c++17", "-w", "-pthread", "-shared", "-fPIC", "staging.cpp", "-o", "staging.so"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    run = ctypes.CDLL(str(tmp_path / "staging.so")).run
+    run = compiled(host_source(program), tmp_path).run
     tiles, chunks = program.tiles(3), len(program.pieces[0].chunks)
     assert chunks > config.stages, "stages are filled several times"
     cluster = config.split * config.together

@@ -1,0 +1,21 @@
+"""Sources of kernels compiled for the CPU, where tests run them in place of a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from escort.compiler import KERNELS
+
+
+def compiled(source: str, folder: Path, macros: Mapping[str, object] | None = None) -> ctypes.CDLL:
+    """A library of C++, made in a folder of its own inside that one."""
+    own = Path(tempfile.mkdtemp(dir=folder))
+    (own / "host.cpp").write_text(source)
+    defined = [f"-D{name}={value}" for name, value in (macros or {}).items()]
+    options = ["-std=c++17", "-O1", "-w", "-pthread", "-shared", "-fPIC", f"-I{KERNELS}", *defined]
+    subprocess.run(["g++", *options, "host.cpp", "-o", "host.so"], cwd=own, check=True)
+    return ctypes.CDLL(str(own / "host.so"))
