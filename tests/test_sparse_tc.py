@@ -20,7 +20,7 @@ from escort import compiler, ops, reference
 from escort.gpu import H200
 from escort.methods.sparse_tc import SparseTc, SparseTcConfig
 from escort.methods.sparse_tc.packing import Packed
-from escort.methods.sparse_tc.search import candidates, predict_us, search
+from escort.methods.sparse_tc.search import Extra, candidates, predict_us, search
 from escort.methods.sparse_tc.tiling import Tiling
 from escort.problem import Epilogue, MemoryFormat, Precision, Problem
 from escort.sparse import StretchedCSR
@@ -33,6 +33,7 @@ RES4 = Problem(128, 256, 14, 14, 256, (3, 3), padding=SAME, dtype="fp16", device
 POINTWISE = replace(RES4, out_channels=1024, kernel=(1, 1), padding=(0, 0, 0, 0))
 STRIDED = replace(RES4, stride=(2, 1), padding=(1, 1, 0, 2))
 LAST: MemoryFormat = "channels_last"
+NONE, ALL = (Extra(dict.fromkeys((64, 128, 256), share), dict.fromkeys((64, 128), share)) for share in (0.0, 1.0))
 
 
 def filter_of(problem: Problem) -> StretchedCSR:
@@ -69,17 +70,17 @@ def test_the_search_ranks_what_fits(problem: Problem) -> None:
         assert len(set(found)) == 6 and {config.layout for config in found} == {layout}
         tilings = [Tiling.of(problem, config, H200.shared_bytes) for config in found]
         assert all(tiling.shared_bytes <= H200.shared_bytes for tiling in tilings)
-        times = [predict_us(tiling, 0.0, H200) for tiling in candidates(problem, H200, layout)]  # type: ignore[arg-type]
-        assert min(predict_us(tiling, 0.0, H200) for tiling in tilings) < 1.1 * min(times)
+        times = [predict_us(tiling, NONE, H200) for tiling in candidates(problem, H200, layout)]  # type: ignore[arg-type]
+        assert min(predict_us(tiling, NONE, H200) for tiling in tilings) < 1.1 * min(times)
         assert len({replace(config, cluster=1) for config in found}) >= 3, "of some variety"
 
 
 def test_predictions_follow_the_work() -> None:
     tiling = Tiling.of(RES4, SparseTcConfig("halo", 216, rows=14), H200.shared_bytes)
     less = Tiling.of(replace(RES4, batch=32), tiling.config, H200.shared_bytes)
-    assert predict_us(less, 0.0, H200) < predict_us(tiling, 0.0, H200) < predict_us(tiling, 1.0, H200)
+    assert predict_us(less, NONE, H200) < predict_us(tiling, NONE, H200) < predict_us(tiling, ALL, H200)
     twice = Tiling.of(replace(RES4, dtype="tf32"), tiling.config, H200.shared_bytes)
-    assert 1.5 < predict_us(twice, 0.0, H200) / predict_us(tiling, 0.0, H200) < 2.5, "half the channels in a step"
+    assert 1.5 < predict_us(twice, NONE, H200) / predict_us(tiling, NONE, H200) < 2.5, "half the channels in a step"
 
 
 # One of each kind of kernel: fills, warpgroups, blocks of channels, clusters, layouts, epilogues, vectors

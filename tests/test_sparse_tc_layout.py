@@ -138,7 +138,7 @@ def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision)
     packed = pack(places, tiling)
     assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
     regular = tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
-    assert len(packed.images) - regular == round(places.extra_images(config.tile_channels) * regular) > 0
+    assert len(packed.images) - regular == round(places.extra(config.tile_channels, places.block) * regular) > 0
     assert 0.0 < places.split.share < 0.2
 
 
@@ -166,7 +166,7 @@ def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: 
     tiling = Tiling.of(replace(RES4, dtype=dtype), config, H200.shared_bytes)
     places = ordered(filter, config.layout, tiling.element)
     packed = pack(places, tiling)
-    assert places.split.residual.nnz == 0 and places.extra_images(config.tile_channels) == 0.0
+    assert places.split.residual.nnz == 0 and places.extra(64, places.block) == 0.0
     assert len(packed.images) == tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
     assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
 
@@ -176,7 +176,7 @@ def test_the_order_leaves_less_over_in_fewer_images(dtype: Precision) -> None:
     filter, element = StretchedCSR.from_dense(uneven((256, 256, 3, 3))), ELEMENTS[dtype]
     spread, natural = ordered(filter, "contiguous", element), ordered(filter, "channels_last", element)
     assert spread.split.share < natural.split.share
-    assert spread.extra_images(128) < natural.extra_images(128)
+    assert spread.extra(128, spread.block) < natural.extra(128, natural.block)
     assert ordered(filter, "contiguous", element) is spread, "remembered"
 
 

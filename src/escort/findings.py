@@ -23,6 +23,7 @@ from escort.methods.generated import Generated, predict_us
 from escort.methods.generated.search import candidates as generated_candidates
 from escort.methods.sparse_tc import SparseTc
 from escort.methods.sparse_tc.packing import ordered
+from escort.methods.sparse_tc.search import Extra
 from escort.methods.sparse_tc.search import predict_us as predict_sparse_tc_us
 from escort.methods.sparse_tc.search import search as search_sparse_tc
 from escort.methods.sparse_tc.tiling import Tiling
@@ -493,7 +494,7 @@ def _generated_us(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> float:
 def _sparse_tc_us(problem: Problem, filter: StretchedCSR, gpu: Gpu, layout: MemoryFormat) -> float:
     (config,) = search_sparse_tc(problem, filter, gpu, 1, layout)
     tiling = Tiling.of(problem, config, gpu.shared_bytes)
-    return predict_sparse_tc_us(tiling, ordered(filter, layout, tiling.element).extra_images(config.tile_channels), gpu)
+    return predict_sparse_tc_us(tiling, Extra.of(ordered(filter, layout, tiling.element)), gpu)
 
 
 #: The models by method: of tensors in NCHW first, then of those that lie otherwise.

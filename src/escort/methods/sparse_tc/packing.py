@@ -53,12 +53,12 @@ class Ordered:
         c, tap = np.divmod(part.columns, np.int32(part.shape[2] * part.shape[3]))
         return np.argsort(self.rows).astype(np.int32)[part.rows], _inverse(self.channels)[c], tap
 
-    def extra_images(self, tile_channels: int) -> float:
-        """Images of what is left over, as a share of the others."""
+    def extra(self, rows: int, channels: int) -> float:
+        """The share of all pieces of a tap, so many rows by so many channels, in which something is left over."""
         row, place, tap = self.places(self.split.residual)
         _, _, r, s = self.split.residual.shape
-        shape = -(-len(self.rows) // tile_channels), len(self.channels) // self.block, r * s
-        where = np.ravel_multi_index((row // tile_channels, place // self.block, tap), shape)
+        shape = -(-len(self.rows) // rows), len(self.channels) // channels, r * s
+        where = np.ravel_multi_index((row // rows, place // channels, tap), shape)
         return len(np.unique(where)) / math.prod(shape)
 
 
