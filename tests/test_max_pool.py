@@ -135,6 +135,17 @@ def test_the_source_pools_as_torch_does(window: Any, dtype: torch.dtype, layout:
     check(ops._max_pool2d_on_gpu(x, *window[:5]), x, window)
 
 
+@pytest.mark.usefixtures("on_the_cpu")
+@both_layouts
+def test_more_outputs_than_are_numbered_are_torchs(
+    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_MOST_VECTORS", 7)
+    monkeypatch.setattr(jit, "kernel", None)  # none is made
+    x = example(WINDOWS[1], torch.float32, layout)
+    check(ops._max_pool2d_on_gpu(x, *WINDOWS[1][:5]), x, WINDOWS[1])
+
+
 @pytest.mark.gpu
 @both_layouts
 @any_type

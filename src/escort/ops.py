@@ -16,6 +16,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from escort import _kernels, jit
 from escort.methods import Runner, by_name, for_device
@@ -264,8 +265,8 @@ def _max_pool2d_on_gpu(
     pitch = x.shape[1] if last else 1
     vector = math.gcd(pitch, 16 // x.element_size())
     vectors = y.numel() // vector
-    if vectors > _MOST_VECTORS:
-        raise ValueError(f"max_pool2d numbers {_MOST_VECTORS} outputs at most, got {y.numel()}; use a smaller batch")
+    if vectors > _MOST_VECTORS:  # torch's has no such limit
+        return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
     launch = _pool_launch(x.device, x.dtype, vector, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
     blocks = -(-vectors // _POOL_THREADS)
     launch((blocks, 1, 1), aligned(x, vector * x.element_size()), y, vectors, pitch, *x.shape[2:], *y.shape[2:])
