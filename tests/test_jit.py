@@ -140,10 +140,14 @@ def pool_variants() -> list[tuple[str, dict[str, int | str], int]]:
     return [("max_pool.cu", {"STORAGE": storage, "VECTOR": vector, **window}, 40) for storage, vector in vectors]
 
 
+def every_variant() -> list[tuple[str, dict[str, int | str], int]]:
+    return direct_cuda.variants() + arrange_variants() + pool_variants()
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_keeps_to_its_budget(arch: str) -> None:
     """Registers are as many as each variant states; at most a few values outside the inner loops are spilled."""
-    variants = direct_cuda.variants() + arrange_variants() + pool_variants()
+    variants = every_variant()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         binaries = list(pool.map(lambda variant: jit.compile(*variant[:2], arch), variants))
     for (source, defines, budget), binary in zip(variants, binaries, strict=True):
@@ -152,8 +156,7 @@ def test_every_kernel_keeps_to_its_budget(arch: str) -> None:
 
 
 def test_every_source_has_a_budget() -> None:
-    variants = direct_cuda.variants() + arrange_variants() + pool_variants()
-    assert {path.name for path in compiler.KERNELS.glob("*.cu")} == {source for source, _, _ in variants}
+    assert {path.name for path in compiler.KERNELS.glob("*.cu")} == {source for source, _, _ in every_variant()}
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -172,6 +172,16 @@ def arch(device: torch.device, *, native: bool = False) -> str:
     return f"sm_{major}{minor}" + ("a" if native else "")
 
 
+def unavailable(device: torch.device, *, native: bool = False) -> str | None:
+    """Why no kernel can be compiled for a device, or None where one can; `native` as of :func:`arch`."""
+    try:
+        compiler_version()
+        arch(device, native=native)
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
 def driver_version() -> tuple[int, int]:
     """The newest CUDA that the driver of this machine supports, such as (13, 0)."""
     version = int(_call(_driver().cuDriverGetVersion))

@@ -298,12 +298,7 @@ def pools(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def _compiles_for(device: torch.device) -> bool:
-    try:
-        jit.compiler_version()
-        jit.arch(device)
-    except (ImportError, RuntimeError):
-        return False
-    return True
+    return jit.unavailable(device) is None
 
 
 def _in_channels_last(x: torch.Tensor) -> bool:

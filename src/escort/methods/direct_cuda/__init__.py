@@ -44,13 +44,9 @@ class DirectCuda:
             return reason
         if problem.batch > (most := most_images(problem)):
             return f"the kernel addresses {most} images of this size at most; use a smaller batch"
-        try:
-            jit.compiler_version()
-            jit.arch(torch.device(problem.device))
-            gpu = Gpu.of(problem.device)
-        except (ImportError, RuntimeError) as error:
-            return str(error)
-        if not has_room(problem, gpu):
+        if reason := jit.unavailable(torch.device(problem.device)):
+            return reason
+        if not has_room(problem, Gpu.of(problem.device)):
             return "the input of the smallest tile, with its halo, does not fit into shared memory"
         return None
 

@@ -48,12 +48,7 @@ class Generated:
             or math.prod(problem.input_shape[1:]) * 4 > _MOST_BYTES
         ):
             return "an image exceeds 2 GiB; use a smaller input"
-        try:
-            jit.compiler_version()
-            jit.arch(torch.device(problem.device))
-        except (ImportError, RuntimeError) as error:
-            return str(error)
-        return None
+        return jit.unavailable(torch.device(problem.device))
 
     def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[GeneratedConfig]:
         """The configs of least predicted time, no two of them alike."""

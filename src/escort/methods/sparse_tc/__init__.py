@@ -45,12 +45,10 @@ class SparseTc:
             return "each group would fill blocks of channels of its own, mostly with zeros; groups must be 1"
         if math.prod(problem.output_shape[1:]) + 1024 > _MOST_ELEMENTS:
             return "an image has more outputs than 32 bits number; use a smaller input"
-        try:
-            jit.compiler_version()
-            arch = jit.arch(torch.device(problem.device), native=True)
-        except (ImportError, RuntimeError) as error:
-            return str(error)
-        if arch != "sm_90a":
+        device = torch.device(problem.device)
+        if reason := jit.unavailable(device, native=True):
+            return reason
+        if (arch := jit.arch(device, native=True)) != "sm_90a":
             return f"the kernel is made of instructions that compute capability 9.0 alone has, and this is {arch}"
         if next(candidates(problem, Gpu.of(problem.device), problem.memory_format), None) is None:
             return "no tiling fits its kernel, stride, padding and dilation"
