@@ -286,6 +286,32 @@ CODE = "relu(__import__('os').system('touch HACKED'))"
         [node("placeholder", "y", "torch"), OUTPUT],
         [node("placeholder", "y", "class"), OUTPUT],
         [node("placeholder", "y", "y: print(1)"), OUTPUT],
+        [node("placeholder", "y", "self"), OUTPUT],
+        [node("placeholder", "y", "*self"), OUTPUT],
+        [node("placeholder", "y", "__class__"), OUTPUT],
+        [
+            node("placeholder", "y", "y", {"layer": {"type": "LeakyReLU", "arguments": {"negative_slope": CODE}}}),
+            OUTPUT,
+        ],
+        a_call("torch.relu", {"layer": {"type": "LeakyReLU", "arguments": {"negative_slope": CODE}}}),
+        a_call("torch.relu", [{"tuple": [{"layer": {"type": "Identity", "arguments": {}}}]}]),
+        a_call("torch.add", **{"__class__": 1}),
+        [
+            X,
+            node("call_function", "self", "torch.relu", {"node": "x"}),
+            node("output", "output", "output", {"node": "self"}),
+        ],
+        [X, node("call_function", "__y", "torch.relu", {"node": "x"}), OUTPUT],
+        a_call("conv.__builtins__.get", "eval", op="call_module"),
+        a_call("backward.__builtins__", op="get_attr"),
+        [X, node("call_function", "y", "operator.pow", 9**18, 10**7), OUTPUT],
+        [X, node("call_function", "y", "operator.mul", "a", 2**60), OUTPUT],
+        [X, node("call_function", "y", "math.prod", [2] * 100), OUTPUT],
+        a_call("operator.pow", 10**7),
+        a_call("operator.mul", {"tuple": [1]}),
+        [X, node("call_function", "y", "operator.mul", {"tuple": [{"node": "x"}]}, 2**60), OUTPUT],
+        a_call("operator.ipow", {"node": "x"}),
+        a_call("operator.mul", "a"),
         [*a_call("torch.relu"), OUTPUT],
         [OUTPUT, *a_call("torch.relu")],
         [*a_call("torch.relu"), node("call_function", "z", "torch.relu", Y)],
@@ -308,7 +334,10 @@ def test_text_in_arguments_stays_text() -> None:
     assert graph.build_graph(nodes, {})(1) == [1, text, {text: text}]
 
 
-@pytest.mark.parametrize("path", ["", ".", "a..b", "a b", "a.b;c", "forward", "a.training", "_modules", "é", "a\n", 3])
+@pytest.mark.parametrize(
+    "path",
+    ["", ".", "a..b", "a b", "a.b;c", "forward", "a.training", "_modules", "é", "a\n", 3, "__class__", "a.__b__"],
+)
 def test_a_path_that_could_be_more_than_a_name_is_refused(path: Any) -> None:
     with pytest.raises(ValueError, match="rename it"):
         graph.check_path(path)

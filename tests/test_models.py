@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import pickle
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +95,45 @@ def test_bad_safetensors(tmp_path: Path) -> None:
         models.load(TINY, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="ends in one of"):
         models.load(TINY, tmp_path / "weights.onnx")
+
+
+class _Attack:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize(
+    "part", ["data/sample_inputs/model.pt", "data/weights/weight_0", "data/constants/opaque_obj_0"]
+)
+def test_what_is_pickled_in_an_archive_does_not_run(part: str, tmp_path: Path) -> None:
+    path, forged, mark = tmp_path / "model.pt2", tmp_path / "forged.pt2", tmp_path / "ran"
+    model = tiny().eval()
+    torch.export.save(torch.export.export(model, (torch.randn(1, 3, 8, 8),)), path)
+    pickled = io.BytesIO()
+    if "constants" in part:
+        pickle.dump(_Attack(mark), pickled)
+    else:
+        torch.save((_Attack(mark),), pickled)
+    with zipfile.ZipFile(path) as good, zipfile.ZipFile(forged, "w") as bad:
+        for name in good.namelist():
+            data = good.read(name)
+            if name.endswith("model_weights_config.json") and "weights" in part:
+                data = data.replace(b'"use_pickle": false', b'"use_pickle": true')
+            if name.endswith("model_constants_config.json") and "constants" in part:
+                entry = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
+                data = json.dumps({"config": {"a": entry}}).encode()
+            if not name.endswith(part):
+                bad.writestr(name, data)
+        bad.writestr(good.namelist()[0].partition("/")[0] + "/" + part, pickled.getvalue())
+    with pytest.raises(ValueError, match="is not a torch.export archive"):
+        models.load(str(forged))
+    assert not mark.exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_archives_exported_in_training_mode(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A network as JSON: its layers, and the fx graph that calls them. Reading it back runs nothing that it names.
 
-What a graph may call is a closed list, and names are checked before fx writes them into the source of a forward.
+What a graph may call is a closed list, and fx writes names and arguments into the source of a forward: names must be
+plain labels and arguments plain values, whose `repr` is theirs and nothing else.
 """
 
 from __future__ import annotations
@@ -110,9 +111,14 @@ FUNCTIONS = _functions()
 METHODS = frozenset(_TENSOR + _METHODS + _INPLACE)
 _FUNCTION_NAMES = {function: name for name, function in reversed(FUNCTIONS.items())}
 
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+# A label: an identifier in ASCII without Python's own `__names__`. The numbered children of a container are labels of a
+# path, too.
+_IDENTIFIER = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]*")
+_PATH = re.compile(r"(?!__)[A-Za-z0-9_]+(\.(?!__)[A-Za-z0-9_]+)*")
 _RESERVED = frozenset(dir(fx.GraphModule({}, fx.Graph())))
+#: What these names mean in the generated forward; a node or an input of such a name would stand in its place.
+_TAKEN = frozenset("self torch operator math device inf nan getattr slice".split())
+_MOST_POWER = 64  # of a power with a constant exponent
 #: kind of tensor option -> its values by name.
 _OPTIONS = {
     cls.__name__: {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, cls)}
@@ -137,7 +143,9 @@ def describe_layer(layer: nn.Module) -> dict[str, Any]:
         else:
             value = getattr(layer, parameter.name, parameter.default)
         if isinstance(value, nn.Module) or value is not parameter.default:
-            arguments[parameter.name] = encode(value)
+            arguments[parameter.name] = (
+                {"layer": describe_layer(value)} if isinstance(value, nn.Module) else encode(value)
+            )
     record = {"type": name, "arguments": arguments}
     twin = build_layer(record)
     if _settings(twin) != {key: getattr(layer, key, None) for key in _settings(twin)} or _shapes(twin) != _shapes(
@@ -153,7 +161,10 @@ def build_layer(record: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"there is no layer of type {record['type']!r}")
     if not {"device", "dtype"}.isdisjoint(record["arguments"]):
         raise ValueError("where a layer lies and its type are not for the file to say")
-    arguments = {name: decode(value, {}) for name, value in record["arguments"].items()}
+    arguments = {
+        name: build_layer(value["layer"]) if isinstance(value, dict) and [*value] == ["layer"] else decode(value, {})
+        for name, value in record["arguments"].items()
+    }
     with torch.device("meta"):
         layer = LAYERS[record["type"]](**arguments)
     if isinstance(layer, escort_nn.MaxPool2d):
@@ -181,7 +192,7 @@ def _check_window(pool: nn.MaxPool2d) -> None:
 
 
 def encode(value: Any) -> Any:
-    """An argument as JSON. Raises ValueError for what is no number, text, tensor option, node or layer."""
+    """An argument as JSON. Raises ValueError for what is no number, text, tensor option or node."""
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, float):
@@ -200,8 +211,6 @@ def encode(value: Any) -> Any:
         return {"node": value.name}
     if isinstance(value, torch.device):
         return {"device": str(value)}
-    if isinstance(value, nn.Module):
-        return {"layer": describe_layer(value)}
     if isinstance(value, torch.dtype | torch.memory_format | torch.layout):
         return {type(value).__name__: str(value).removeprefix("torch.")}
     raise ValueError(f"{value!r} of type {type(value).__name__} cannot be saved")
@@ -218,9 +227,9 @@ def decode(data: Any, nodes: Mapping[str, fx.Node]) -> Any:
     ((kind, content),) = data.items()
     if kind == "node":
         return nodes[content]
-    if kind == "layer":
-        return build_layer(content)
     if kind == "dict":
+        if not all(isinstance(key, str) for key in content):
+            raise ValueError("the keys of a dict are text")
         return {key: decode(item, nodes) for key, item in content.items()}
     if kind == "tuple":
         return tuple(decode(content, nodes))
@@ -293,15 +302,15 @@ def check_path(path: str) -> None:
 def _check_node(record: Mapping[str, Any]) -> None:
     """fx writes names, targets and keywords into source, so none may be more than what it pretends to be."""
     op, name, target, args, kwargs = (record[key] for key in ("op", "name", "target", "args", "kwargs"))
-    for identifier in (name, *kwargs):
-        if not _IDENTIFIER.fullmatch(identifier) or keyword.iskeyword(identifier):
-            raise ValueError(f"{identifier!r} cannot be a name in a saved graph; rename it")
+    for label in (name, *kwargs):
+        if not _is_label(label) or (label == name and label in _TAKEN):
+            raise ValueError(f"{label!r} cannot be a name in a saved graph; rename it")
     if "out" in kwargs:
         raise ValueError("a call that writes to out= cannot be saved; use its result instead")
     if op in ("call_module", "get_attr"):
         check_path(target)
     elif op == "placeholder":
-        if not _IDENTIFIER.fullmatch(target.lstrip("*")) or target in ("self", "torch", "operator", "math", "getattr"):
+        if not _is_label(target.lstrip("*")) or target.lstrip("*") in _TAKEN:
             raise ValueError(f"{target!r} cannot name an input; rename it")
     elif op == "call_function" and target == "getattr":
         if kwargs or len(args) != 2 or args[1] not in _ATTRIBUTES:
@@ -315,3 +324,35 @@ def _check_node(record: Mapping[str, Any]) -> None:
             f"{op} of {target} cannot be saved; compute it with functions of torch or torch.nn.functional, or outside "
             "the model"
         )
+    if op == "call_function" and target.startswith(("operator.", "math.")):
+        _check_arithmetic(record)
+
+
+def _is_label(text: str) -> bool:
+    return isinstance(text, str) and _IDENTIFIER.fullmatch(text) is not None and not keyword.iskeyword(text)
+
+
+def _check_arithmetic(record: Mapping[str, Any]) -> None:
+    """Python's operators compute whatever they are given, and of constants alone that may take forever."""
+    target, args = record["target"], record["args"]
+    if record["kwargs"] or not _has_node(args) or any(isinstance(arg, str) for arg in args):
+        raise ValueError(f"{target} computes with constants alone or with text; compute it before converting")
+    if target in ("operator.mul", "operator.imul") and any(
+        isinstance(arg, list | dict) and not _is_scalar(arg) for arg in args
+    ):
+        raise ValueError(f"{target} repeats a sequence; write it out before converting")
+    if target in ("operator.pow", "operator.ipow"):
+        exponent = args[1]
+        if not isinstance(exponent, int | float) or not abs(exponent) <= _MOST_POWER:
+            raise ValueError(f"{target} takes an exponent of at most {_MOST_POWER}; use torch.pow")
+
+
+def _has_node(data: Any) -> bool:
+    """Whether an encoded argument refers to a node."""
+    if isinstance(data, dict):
+        return "node" in data or any(map(_has_node, data.values()))
+    return isinstance(data, list) and any(map(_has_node, data))
+
+
+def _is_scalar(data: Any) -> bool:
+    return isinstance(data, dict) and [*data] in (["node"], ["float"])

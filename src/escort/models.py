@@ -6,6 +6,9 @@ import importlib
 import operator
 import os
 import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from torch import Tensor, fx, nn
 
 ARCHIVE_SUFFIX = ".pt2"
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
+#: Parts of an archive that torch would unpickle whatever they hold.
+_PICKLED_PARTS = ("custom_obj_", "opaque_obj_")
 
 
 def load(spec: str, checkpoint: Path | None = None) -> nn.Module:
@@ -23,7 +28,9 @@ def load(spec: str, checkpoint: Path | None = None) -> nn.Module:
 
     Args:
         spec: ``package.module:factory``, importable from the working directory, where factory takes no argument and
-            returns an nn.Module (or is one); or the path of a ``torch.export`` archive (.pt2).
+            returns an nn.Module (or is one); or the path of a ``torch.export`` archive (.pt2). An archive names the
+            functions of torch that it calls, so it is code: load those of people you trust only. What is pickled in
+            it is refused unless it is tensors.
         checkpoint: weights for the factory's model: .safetensors, or .pt / .pth holding a state dict or a dict with
             one under "state_dict".
 
@@ -130,7 +137,9 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
 def _from_archive(path: Path) -> nn.Module:
     _check_is_file(path)
     try:
-        exported = torch.export.load(path)
+        _refuse_pickled_objects(path)
+        with _weights_only():
+            exported = torch.export.load(path)
     except Exception as error:
         raise ValueError(f"{path} is not a torch.export archive of this torch version: {_told(error)}") from error
     # Tracing leaves behind what the archive asserts about its input: its operators decide which shapes they take.
@@ -139,6 +148,31 @@ def _from_archive(path: Path) -> nn.Module:
         if node.target is torch.ops.aten.batch_norm.default and node.args[5]:
             raise ValueError(f"{path} was exported in training mode; call model.eval() before torch.export.export")
     return network.eval()
+
+
+def _refuse_pickled_objects(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if Path(name).name.startswith(_PICKLED_PARTS):
+                raise ValueError(f"{name} in it is a pickled object, which may run code; export a model of tensors")
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Lets torch unpickle tensors and plain containers only, where it would go on to run what a pickle says.
+
+    An archive's sample inputs are tried in this way first, and then without.
+    """
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def _check_is_file(path: Path) -> None:

@@ -30,7 +30,11 @@ _NAMED_BY_THE_USER = (FileNotFoundError, PermissionError, NotADirectoryError, Is
 _PIPE_WIDTH = 160  # columns of a table that no terminal shows
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="package.module:factory, or a torch.export archive (.pt2).")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="package.module:factory, or a torch.export archive (.pt2); both are code, so use what you trust.",
+    ),
 ]
 CheckpointOption = Annotated[
     Path | None, typer.Option(help="Weights for the factory's model: .safetensors, or .pt / .pth with a state dict.")
