@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 # The build tools come from .venv, pinned like everything else, and object files are kept under build/.
 BUILD := --no-build-isolation --config-settings=build-dir
-KERNELS := $(wildcard src/escort/kernels/*)
+KERNELS := $(wildcard src/escort/kernels/cpu/*.?pp src/escort/kernels/cuda/*)
 SOURCES := $(shell find src -name '*.py')
 
 .DEFAULT_GOAL := help
@@ -83,7 +83,7 @@ SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processe
 CASES = test_case or test_any_batch or test_pools
 WITH_CASES = tests/test_direct_cuda.py tests/test_generated.py tests/test_sparse_tc.py tests/test_max_pool.py
 test-sanitizer:  ## Run the kernel cases on a GPU under compute-sanitizer, which must be on the PATH
-	$(SANITIZER) --tool memcheck $(addprefix --kernel-name kns=,direct generated arrange sparse_tc channels_last max_pool) \
+	$(SANITIZER) --tool memcheck $(addprefix --kernel-name kns=,direct generated sparse_tc max_pool) \
 		$(TEST_ON_GPU) -q -k "$(CASES)" $(WITH_CASES)
 	ESCORT_EVERY_LANE=1 $(SANITIZER) --tool racecheck --kernel-name kns=direct \
 		$(TEST_ON_GPU) -q -k "$(CASES)" tests/test_direct_cuda.py
@@ -100,9 +100,9 @@ wheel-test: wheel  ## Install the wheel into an empty environment and convert a 
 	build/wheel-test/bin/python -I tests/check_wheel.py
 
 bench: $(VENV)/.installed  ## Time the paper's layers and ResNet-50 on this machine
-	$(BIN)/escort bench --set paper $(BENCH_FLAGS)
-	$(BIN)/escort bench --network resnet50 --sparsity 0.9 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
-	$(BIN)/escort bench --network resnet50 --sparsity 0.95 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks bench --set paper $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks bench --network resnet50 --sparsity 0.9 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks bench --network resnet50 --sparsity 0.95 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
 
 hooks: $(VENV)/.installed  ## Check style and types before each commit
 	$(BIN)/pre-commit install

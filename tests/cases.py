@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from escort import reference
+from escort.filter import StretchedCSR
 from escort.methods import Method
 from escort.problem import Epilogue, Precision, Problem
-from escort.sparse import StretchedCSR
 
 FULL = Epilogue(bias=True, residual=True, activation="relu")
 

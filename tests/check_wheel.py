@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import escort
-from escort import compiler
+from escort.cuda import compiler
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from escort.compiler import KERNELS
+from escort.cuda.compiler import KERNELS
 
 
 def compiled(source: str, folder: Path, macros: Mapping[str, object] | None = None) -> ctypes.CDLL:

@@ -1,4 +1,4 @@
-"""What kernels/sparse_tc.cuh and the device's copies do, in numpy: a decoder of packed filters, and the kernel.
+"""What kernels/cuda/sparse_tc.cuh and the device's copies do, in numpy: a decoder of packed filters, and the kernel.
 
 Both follow the documents of the hardware (PTX ISA: swizzles, metadata of sparse wgmma, im2col and tiled copies) and the
 kernel's source, and share no code with what they test.
@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from escort.methods.sparse_tc.packing import Ordered, Packed
-from escort.methods.sparse_tc.tiling import Tiling, im2col_corners
+from escort.methods.cuda.sparse_tc.packing import Ordered, Packed
+from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
 
 #: Numpy has no bfloat16: its bits are the upper half of a float32. TF32 is one without its last 13 bits.
 DECODED = {

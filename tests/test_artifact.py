@@ -18,11 +18,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from escort import artifact, bench
-from escort.artifact import ArtifactError, load, load_plan, save
-from escort.bench import Machine
-from escort.convert import ConvertedModel, NetworkPlan, convert
-from escort.nn import SparseConv2d
+from escort.artifact import artifact
+from escort.artifact.artifact import ArtifactError, load, load_plan, save
+from escort.layers.nn import SparseConv2d
+from escort.network.convert import ConvertedModel, NetworkPlan, convert
+from escort.planner import timing as bench
+from escort.planner.timing import Machine
 
 ELSEWHERE = Machine("another", "none", 99, "2.0", "0")
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from escort import reference
+from escort.filter import StretchedCSR
 from escort.methods import Method, by_name
 from escort.methods.base import benchmark_configs, float32_convolutions, float32_products
 from escort.problem import Precision, Problem
-from escort.sparse import StretchedCSR
 from tests.cases import CASES, Case
 
 BASELINES = [by_name(name, "cuda") for name in ("cudnn", "cublas", "cusparse")]

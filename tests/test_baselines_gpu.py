@@ -11,13 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from escort import bench, planner, reference, suite
-from escort.bench import Machine
+from benchmarks import suite
+from escort import reference
+from escort.filter import StretchedCSR
 from escort.methods import Method, by_name, for_device
 from escort.methods.base import as_taken, benchmark_configs
-from escort.methods.cublas import Cublas
+from escort.methods.cuda.cublas import Cublas
+from escort.planner import planner
+from escort.planner import timing as bench
+from escort.planner.timing import Machine
 from escort.problem import TORCH_DTYPE, Epilogue, Precision, Problem
-from escort.sparse import StretchedCSR
 from tests.cases import CASES, Case
 
 pytestmark = pytest.mark.gpu

@@ -12,7 +12,8 @@ from torch import fx, nn
 
 import escort
 from benchmarks.networks import NETWORKS
-from escort import batching, bench
+from escort.network import batching
+from escort.planner import timing as bench
 from tests.test_convert import Small, pruned
 
 

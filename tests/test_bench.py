@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from escort import bench
-from escort.bench import Machine, Timing
+from escort.planner import timing as bench
+from escort.planner.timing import Machine, Timing
 from escort.problem import Epilogue, Problem
 
 

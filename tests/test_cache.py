@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from escort import cache
+from escort.cuda import cache
 
 KEY, OTHER = "a" * 64, "b" * 64
 DESCRIPTION = {"source": "direct.cu", "registers": 40}

@@ -10,10 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from escort import reference
+from escort.filter import StretchedCSR
 from escort.methods import Method, by_name, for_device
-from escort.methods.direct import ISAS, DirectConfig
+from escort.methods.cpu.direct import ISAS, DirectConfig
 from escort.problem import Epilogue, Problem
-from escort.sparse import StretchedCSR
 from tests.cases import CASES, Case
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from escort import channels_last, fuse
-from escort.fuse import FusedConv2d
+from escort.filter import StretchedCSR, split
+from escort.network import channels_last, fuse
+from escort.network.fuse import FusedConv2d
 from escort.problem import Problem
-from escort.sparse import StretchedCSR, split
 
 FREE = {"stem", "reduce", "spatial", "expand", "again"}  # whose outputs convolutions alone read, or add
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from escort import codegen, compiler, reference
-from escort.codegen import arrange_defines
+from escort import reference
+from escort.cuda import compiler
+from escort.filter import StretchedCSR
+from escort.methods.cuda.generated import codegen
+from escort.methods.cuda.generated.codegen import arrange_defines
+from escort.methods.cuda.generated.steps import GeneratedConfig, Join, Load, MultiplyAdd, Program, Words, computed
 from escort.problem import Epilogue, Problem
-from escort.program import GeneratedConfig, Join, Load, MultiplyAdd, Program, Words, computed
-from escort.sparse import StretchedCSR
 from tests.cases import CASES, FULL, Case
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -121,7 +123,7 @@ def test_everything_assembles_without_spills(
     binary = compiler.compile(compiler.Text("generated.cu", codegen.text(program, np.ones(64, np.float32))), {}, arch)
     assert binary.registers <= 128 and binary.spill_bytes == binary.stack_bytes == 0
     if arranged:
-        binary = compiler.compile("arrange.cu", arrange_defines(program, 128), arch)
+        binary = compiler.compile("generated_arrange.cu", arrange_defines(program, 128), arch)
         assert binary.registers <= 64 and binary.spill_bytes == binary.stack_bytes == 0
 
 

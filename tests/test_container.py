@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from escort import container
-from escort.container import Container, pack
-from escort.sparse import StretchedCSR
+from escort.artifact import container
+from escort.artifact.container import Container, pack
+from escort.filter import StretchedCSR
 
 
 def sealed(header: bytes, data: bytes) -> bytes:

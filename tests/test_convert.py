@@ -15,9 +15,12 @@ from torch import nn
 
 import escort
 from benchmarks.networks import NETWORKS
-from escort import bench, methods, planner, prune, reference
-from escort.bench import Timing
-from escort.convert import (
+from escort import methods, prune, reference
+from escort.filter import StretchedCSR
+from escort.layers.nn import MaxPool2d, SparseConv2d
+from escort.methods import Runner
+from escort.methods.cpu.dense import Dense, DenseConfig
+from escort.network.convert import (
     NETWORK_ERROR_BOUND,
     ConvertedModel,
     NetworkPlan,
@@ -27,11 +30,10 @@ from escort.convert import (
     _tf32_is_allowed,
     replan,
 )
-from escort.methods import Runner
-from escort.methods.dense import Dense, DenseConfig
-from escort.nn import MaxPool2d, SparseConv2d
+from escort.planner import planner
+from escort.planner import timing as bench
+from escort.planner.timing import Timing
 from escort.problem import Problem
-from escort.sparse import StretchedCSR
 
 #: The smallest input that each network takes, so that the tests stay fast.
 SIZES = {"googlenet": 64, "caffenet": 227, "alexnet": 127}

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from escort.bench import Machine
-from escort.converted import NetworkPlan, find_device
+from escort.network.model import NetworkPlan, find_device
+from escort.planner.timing import Machine
 
 PLAN = NetworkPlan({}, {}, ((2, 3), (4,), (5, 1)), 3.0, 2.0, 0.0, False, Machine("A GPU", "sm_90", 0, "2.11", "0"))
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import escort
-from escort import demo
+from escort.cli.demo import digits as demo
 
 
 @pytest.fixture(scope="module")

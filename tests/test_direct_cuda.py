@@ -13,19 +13,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from escort import jit, reference
-from escort.gpu import H200
-from escort.methods import direct_cuda
-from escort.methods.direct_cuda import DirectCuda
-from escort.methods.direct_cuda.layout import LANES, STORAGE, DirectConfig, Layout, most_images
-from escort.methods.direct_cuda.search import candidates, has_room, neighbours, search
-from escort.methods.direct_cuda.tables import defines, pack, scalars
+from escort import reference
+from escort.cuda import kernel as jit
+from escort.cuda.gpu import H200
+from escort.filter import StretchedCSR
+from escort.methods.cuda import direct as direct_cuda
+from escort.methods.cuda.direct import DirectCuda
+from escort.methods.cuda.direct.layout import LANES, STORAGE, DirectConfig, Layout, most_images
+from escort.methods.cuda.direct.search import candidates, has_room, neighbours, search
+from escort.methods.cuda.direct.tables import defines, pack, scalars
 from escort.problem import Epilogue, Precision, Problem
-from escort.sparse import StretchedCSR
 from tests.cases import CASES, Case, check_kernels
 
 Floats = NDArray[np.float64]
-#: The kernel's integer parameters, in the order of kernels/direct.cu.
+#: The kernel's integer parameters, in the order of kernels/cuda/direct.cu.
 PARAMETERS = """channels height width out_channels out_height out_width pitch pitch_magic pitch_shift image_rows
 rows_magic rows_shift width_magic width_shift pairs_magic pairs_shift row_padding column_padding row_stride
 column_stride phases phase_words channel_words slots chunks channel_block stages position_warps row_warps channel_warps
@@ -38,7 +39,7 @@ def small_ring(problem: Problem) -> DirectConfig:
 
 
 class Interpreter:
-    """What kernels/direct.cu does, step by step, in numpy and float64."""
+    """What kernels/cuda/direct.cu does, step by step, in numpy and float64."""
 
     def __init__(self, problem: Problem, filter: StretchedCSR, config: DirectConfig) -> None:
         self.layout = Layout.of(problem, config.tile)
@@ -299,7 +300,7 @@ def test_a_weight_beyond_half_precision_is_refused() -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case_on_the_gpu(case: Case, dtype: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
-    if os.environ.get("ESCORT_EVERY_LANE"):  # for racecheck, as kernels/direct.cu says of SIGNALS
+    if os.environ.get("ESCORT_EVERY_LANE"):  # for racecheck, as kernels/cuda/direct.cu says of SIGNALS
         monkeypatch.setattr(direct_cuda, "defines", lambda *of: defines(*of) | {"SIGNALS": LANES})
     method, filter = DirectCuda(), case.filter()
     problem = replace(case.problem, device="cuda:0", dtype=dtype)

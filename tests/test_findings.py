@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from escort import exhibits, findings, report, suite
-from escort.findings import break_even
-from escort.gpu import H200
-from escort.methods.generated import predict_us
-from escort.methods.generated.search import search
-from escort.paper_layers import PAPER_LAYERS
-from escort.program import GeneratedConfig
-from escort.results import Result, read_results
-from escort.suite import Row
+from benchmarks import exhibits, findings, suite
+from benchmarks.findings import break_even
+from benchmarks.paper_layers import PAPER_LAYERS
+from benchmarks.result_files import Result, read_results
+from benchmarks.suite import Row
+from escort import report
+from escort.cuda.gpu import H200
+from escort.methods.cuda.generated import predict_us
+from escort.methods.cuda.generated.search import search
+from escort.methods.cuda.generated.steps import GeneratedConfig
 
 HEADER = {
     "device": "cuda",

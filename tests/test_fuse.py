@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from benchmarks.networks import NETWORKS
-from escort.fuse import FusedConv2d, Untraceable, fuse, plain_copy, trace
+from escort.network.fuse import FusedConv2d, Untraceable, fuse, plain_copy, trace
 from escort.reference import compare
 
 #: Inputs smaller than the networks' own where the classifier allows it.

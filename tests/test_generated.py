@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from escort import ops, reference
-from escort.gpu import H200
-from escort.methods.generated import Generated
-from escort.methods.generated.search import candidates, piece_count, piece_steps, predict_us, search
+from escort import reference
+from escort.cuda.gpu import H200
+from escort.filter import StretchedCSR
+from escort.layers import ops
+from escort.methods.cuda.generated import Generated
+from escort.methods.cuda.generated.search import candidates, piece_count, piece_steps, predict_us, search
+from escort.methods.cuda.generated.steps import GeneratedConfig, Program
 from escort.problem import Epilogue, Precision, Problem
-from escort.program import GeneratedConfig, Program
-from escort.sparse import StretchedCSR
 from tests.cases import CASES, FULL, Case, check_kernels
 
 RES3 = Problem(32, 128, 28, 28, 128, (3, 3), padding=(1, 1, 1, 1), device="cuda:0")

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import prune as torch_prune
 
-from escort import graph
-from escort.fuse import FusedConv2d
-from escort.nn import MaxPool2d
+from escort.artifact import graph
+from escort.layers.nn import MaxPool2d
+from escort.network.fuse import FusedConv2d
 
 
 def through_json(value: Any) -> Any:

@@ -19,12 +19,14 @@ from typing import Any
 import pytest
 import torch
 
-from escort import cache, compiler, jit, tensor_maps
-from escort.codegen import arrange_defines
-from escort.methods import direct_cuda
+from escort.cuda import cache, compiler
+from escort.cuda import kernel as jit
+from escort.cuda import tensor_map as tensor_maps
+from escort.filter import StretchedCSR
+from escort.methods.cuda import direct as direct_cuda
+from escort.methods.cuda.generated.codegen import arrange_defines
+from escort.methods.cuda.generated.steps import GeneratedConfig, Program
 from escort.problem import Problem
-from escort.program import GeneratedConfig, Program
-from escort.sparse import StretchedCSR
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 #: y[i] = factor * FACTOR * x[i] + shift for i < count; x may be null, then it counts as ones.
@@ -124,11 +126,11 @@ def arrange_variants() -> list[tuple[str, dict[str, int | str], int]]:
     config = GeneratedConfig(8, 4, 1, 4, copy=0, arranged=True)
     variants: list[tuple[str, dict[str, int | str], int]]
     vectors = ((2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4))
-    variants = [("channels_last.cu", {"BYTES": bytes, "VECTOR": vector}, 48) for bytes, vector in vectors]
+    variants = [("sparse_tc_arrange.cu", {"BYTES": bytes, "VECTOR": vector}, 48) for bytes, vector in vectors]
     for dtype, stride in (("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)):
         problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
         filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
-        variants.append(("arrange.cu", arrange_defines(Program.of(problem, filter, config), 128), 48))
+        variants.append(("generated_arrange.cu", arrange_defines(Program.of(problem, filter, config), 128), 48))
     return variants
 
 

@@ -1,4 +1,4 @@
-"""kernels/max_pool.cu: its source compiled for the CPU, a loop in place of the threads; and on a GPU."""
+"""kernels/cuda/max_pool.cu: its source compiled for the CPU, a loop in place of the threads; and on a GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from escort import jit, ops
-from escort.compiler import KERNELS
-from escort.nn import MaxPool2d
+from escort.cuda import kernel as jit
+from escort.cuda.compiler import KERNELS
+from escort.layers import ops
+from escort.layers.nn import MaxPool2d
 from tests.host import compiled
 
 #: What the kernel needs of CUDA, and a loop over its threads. Loads check that they are aligned.

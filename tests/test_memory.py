@@ -7,7 +7,8 @@ import resource
 import pytest
 import torch
 
-from escort import _kernels, memory
+from escort.kernels import _cpu
+from escort.network import memory
 
 
 def test_large_blocks_come_back_without_page_faults() -> None:
@@ -27,5 +28,5 @@ def test_large_blocks_come_back_without_page_faults() -> None:
 
 def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(memory.VARIABLE, "0")
-    monkeypatch.setattr(_kernels, "keep_freed_memory", lambda bytes: pytest.fail("the allocator was changed"))
+    monkeypatch.setattr(_cpu, "keep_freed_memory", lambda bytes: pytest.fail("the allocator was changed"))
     assert not memory.keep_freed_memory()

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from escort import models
+from escort.cli import models
 
 TINY = "tests.test_models:tiny"
 

@@ -20,12 +20,15 @@ from typer.testing import CliRunner
 
 import escort
 from benchmarks.networks import NETWORKS
-from escort import bench, ops, planner, prune, reference
-from escort.bench import Machine
+from escort import prune, reference
 from escort.cli import app
-from escort.convert import NETWORK_ERROR_BOUND, ConvertedModel
+from escort.layers import ops
+from escort.layers.nn import SparseConv2d
 from escort.methods import by_name
-from escort.nn import SparseConv2d
+from escort.network.convert import NETWORK_ERROR_BOUND, ConvertedModel
+from escort.planner import planner
+from escort.planner import timing as bench
+from escort.planner.timing import Machine
 from escort.problem import TORCH_DTYPE, Precision
 
 pytestmark = pytest.mark.gpu
@@ -100,7 +103,7 @@ def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 def memory_formats(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """Those in which networks are tried: NCHW where a test does not name others."""
     formats: tuple[str, ...] = getattr(request, "param", ("contiguous",))
-    module: Any = sys.modules["escort.convert"]
+    module: Any = sys.modules["escort.network.convert"]
     tried = module._by_memory_format
 
     def some(*asked: Any) -> dict[str, nn.Module]:

@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from escort import methods, ops, reference
-from escort.bench import Machine
+from escort import methods, reference
+from escort.filter import StretchedCSR
+from escort.layers import ops
+from escort.layers.nn import MaxPool2d, SparseConv2d
 from escort.methods import Runner, by_name, for_device
-from escort.nn import MaxPool2d, SparseConv2d
-from escort.planner import Plan
+from escort.planner.planner import Plan
+from escort.planner.timing import Machine
 from escort.problem import Epilogue, Problem
-from escort.sparse import StretchedCSR
 
 EPILOGUE = Epilogue(bias=True, residual=True, activation="relu")
 

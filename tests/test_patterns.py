@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from escort import reference, suite
-from escort.findings import PATTERN_AIMS, PatternAim
+from benchmarks import suite
+from benchmarks.findings import PATTERN_AIMS, PatternAim
+from escort import reference
 from escort.methods import by_name
 
 FILES = sorted((Path(__file__).parents[2] / "shared" / "data" / "patterns").glob("*.npz"))

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from escort import bench, methods, ops, planner, reference
-from escort.bench import Machine, Timing
+from escort import methods, reference
+from escort.filter import StretchedCSR
+from escort.layers import ops
 from escort.methods import by_name, for_device
-from escort.planner import Plan, plan_layer, plan_layers
+from escort.planner import planner
+from escort.planner import timing as bench
+from escort.planner.planner import Plan, plan_layer, plan_layers
+from escort.planner.timing import Machine, Timing
 from escort.problem import Problem
-from escort.sparse import StretchedCSR
 
 PROBLEM = Problem(2, 6, 9, 9, 8, (3, 3), padding=(1, 1, 1, 1))
 

@@ -31,7 +31,7 @@ def test_the_commands_run_in_order(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "photos").mkdir()
     image.new("RGB", (300, 260), "teal").save(tmp_path / "photos" / "one.png")
-    names = "prune convert plan run bench paper cache doctor".split()
+    names = "prune convert plan run cache doctor".split()
     assert [shlex.split(command)[1] for command in COMMANDS] == names
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in COMMANDS:

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from escort import report
-from escort.bench import Machine
-from escort.convert import NetworkPlan
-from escort.planner import Candidate, Plan
+from escort.network.convert import NetworkPlan
+from escort.planner.planner import Candidate, Plan
+from escort.planner.timing import Machine
 from escort.problem import Problem
 
 HOSTILE = "<script>alert('&\"')</script> [bold]$body$"

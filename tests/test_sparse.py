@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from escort.sparse import Geometry, StretchedCSR, split, spread_channels
+from escort.filter import Geometry, StretchedCSR, split, spread_channels
 from tests.cases import CASES, Case
 
 

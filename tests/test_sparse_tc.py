@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from escort import compiler, ops, reference
-from escort.gpu import H200
-from escort.methods.sparse_tc import SparseTc, SparseTcConfig
-from escort.methods.sparse_tc.packing import Packed
-from escort.methods.sparse_tc.search import Extra, candidates, predict_us, search
-from escort.methods.sparse_tc.tiling import Tiling
+from escort import reference
+from escort.cuda import compiler
+from escort.cuda.gpu import H200
+from escort.filter import StretchedCSR
+from escort.layers import ops
+from escort.methods.cuda.sparse_tc import SparseTc, SparseTcConfig
+from escort.methods.cuda.sparse_tc.packing import Packed
+from escort.methods.cuda.sparse_tc.search import Extra, candidates, predict_us, search
+from escort.methods.cuda.sparse_tc.tiling import Tiling
 from escort.problem import Epilogue, MemoryFormat, Precision, Problem
-from escort.sparse import StretchedCSR
 from tests.cases import CASES, FULL, Case, check_kernels
 from tests.sparse_tc_model import emulate
 from tests.test_sparse_tc_layout import structured, uneven
@@ -54,10 +56,10 @@ def test_refusals(change: dict[str, object], reason: str) -> None:
 
 
 def test_a_device_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("escort.jit.arch", lambda device, *, native: "sm_100a" if native else "sm_100")
+    monkeypatch.setattr("escort.cuda.kernel.arch", lambda device, *, native: "sm_100a" if native else "sm_100")
     assert "this is sm_100a" in str(SparseTc().unsupported(RES4))
-    monkeypatch.setattr("escort.jit.arch", lambda device, *, native: "sm_90a" if native else "sm_90")
-    monkeypatch.setattr("escort.gpu.Gpu.of", lambda device: H200)
+    monkeypatch.setattr("escort.cuda.kernel.arch", lambda device, *, native: "sm_90a" if native else "sm_90")
+    monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
     assert SparseTc().unsupported(RES4) is SparseTc().unsupported(replace(RES4, dtype="tf32")) is None
     assert "no tiling fits" in str(SparseTc().unsupported(replace(RES4, stride=(9, 9))))
 
@@ -267,10 +269,10 @@ def test_a_runner_launches_its_kernels(
     problem: Problem, config: SparseTcConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = replace(problem, device="cpu", batch=2, in_channels=72, out_channels=136)
-    monkeypatch.setattr("escort.jit.kernel", Model.of)
-    monkeypatch.setattr("escort.gpu.Gpu.of", lambda device: H200)
+    monkeypatch.setattr("escort.cuda.kernel.kernel", Model.of)
+    monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
     for kind in ("tiled", "im2col"):
-        name = f"escort.tensor_maps.{kind}"
+        name = f"escort.cuda.tensor_map.{kind}"
         monkeypatch.setattr(name, lambda x, sizes, *how: SimpleNamespace(x=x, sizes=sizes, how=how))
     monkeypatch.setattr(Model, "tiling", Tiling.of(problem, config, H200.shared_bytes), raising=False)
     weight = torch.from_numpy(uneven(problem.weight_shape))

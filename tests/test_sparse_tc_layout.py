@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from escort.gpu import H200
-from escort.methods.sparse_tc.packing import ordered, pack
-from escort.methods.sparse_tc.search import candidates
-from escort.methods.sparse_tc.tiling import ELEMENTS, SparseTcConfig, Tiling, UnfitError
+from escort.cuda.gpu import H200
+from escort.filter import StretchedCSR, split
+from escort.methods.cuda.sparse_tc.packing import ordered, pack
+from escort.methods.cuda.sparse_tc.search import candidates
+from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, SparseTcConfig, Tiling, UnfitError
 from escort.problem import TORCH_DTYPE, Precision, Problem
-from escort.sparse import StretchedCSR, split
 from tests.sparse_tc_model import decode, emulate, laid_out
 
 SAME = (1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""kernels/sparse_tc.cuh without a GPU: the source compiled for the CPU, a thread for each of a cluster's.
+"""kernels/cuda/sparse_tc.cuh without a GPU: the source compiled for the CPU, a thread for each of a cluster's.
 
 Products, copies and barriers do what the documents of the hardware say, in byte addresses of a shared memory, but at
 once: that instructions in flight are waited for is what tests/test_sparse_tc.py reads in the machine code.
@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from escort import reference
-from escort.compiler import KERNELS
-from escort.gpu import H200
-from escort.methods.sparse_tc.packing import ordered, pack
-from escort.methods.sparse_tc.tiling import SparseTcConfig, Tiling, im2col_corners
+from escort.cuda.compiler import KERNELS
+from escort.cuda.gpu import H200
+from escort.filter import StretchedCSR
+from escort.methods.cuda.sparse_tc.packing import ordered, pack
+from escort.methods.cuda.sparse_tc.tiling import SparseTcConfig, Tiling, im2col_corners
 from escort.problem import Precision
-from escort.sparse import StretchedCSR
 from tests.cases import FULL
 from tests.host import compiled
 from tests.mbarrier import MBARRIER

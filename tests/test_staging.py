@@ -1,4 +1,4 @@
-"""kernels/generated.cuh without a GPU: the ring and its producers, compiled for the CPU, a thread for each of theirs.
+"""generated.cuh without a GPU: the ring and its producers, compiled for the CPU, a thread for each of theirs.
 
 Barriers count arrivals and bytes as the GPU's do, so that a mistake in the protocol shows as a wrong stage or as a wait
 that does not end. Consumers only look on: what they find in a stage is compared with what the interpreter reads.
@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from escort import codegen
-from escort.compiler import KERNELS
+from escort.cuda.compiler import KERNELS
+from escort.filter import StretchedCSR
+from escort.methods.cuda.generated import codegen
+from escort.methods.cuda.generated.steps import GeneratedConfig, Program
 from escort.problem import Problem
-from escort.program import GeneratedConfig, Program
-from escort.sparse import StretchedCSR
 from tests.host import compiled
 from tests.mbarrier import MBARRIER
 from tests.test_arrange import arranged

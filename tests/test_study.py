@@ -16,14 +16,15 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from escort import breakdown, counters, methods, reference, study, suite
-from escort.cli import app
-from escort.methods.sparse_tc.tiling import ELEMENTS
+from benchmarks import breakdown, counters, study, suite
+from benchmarks.__main__ import app
+from benchmarks.result_files import Item, Result, read_results
+from benchmarks.study import Study
+from benchmarks.suite import Layer, Row
+from escort import methods, reference
+from escort.filter import StretchedCSR, split
+from escort.methods.cuda.sparse_tc.tiling import ELEMENTS
 from escort.problem import Precision, Problem
-from escort.results import Item, Result, read_results
-from escort.sparse import StretchedCSR, split
-from escort.study import Study
-from escort.suite import Layer, Row
 
 SMALL = "inception_5?/5x5"  # two layers on 7x7 maps, of the same group of shapes but for the channels
 QUICK = Study("cpu", ("googlenet",), 1, SMALL, (0.5, 0.95), 3, 0.0)

@@ -13,14 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from escort import bench, prune, suite
-from escort.bench import Machine, Timing
-from escort.converted import ConvertedModel
-from escort.methods.dense import Dense, DenseConfig
-from escort.paper_layers import PAPER_LAYERS
+from benchmarks import suite
+from benchmarks.paper_layers import PAPER_LAYERS
+from benchmarks.suite import Row, layers, networks
+from escort import prune
+from escort.filter import StretchedCSR
+from escort.methods.cpu.dense import Dense, DenseConfig
+from escort.network.model import ConvertedModel
+from escort.planner import timing as bench
+from escort.planner.timing import Machine, Timing
 from escort.problem import Problem
-from escort.sparse import StretchedCSR
-from escort.suite import Row, layers, networks
 
 ROW_FIELDS = ["network", "weights", "layer", "batch", "dtype", "method", "config", "time_us", "rel_error"]
 

@@ -3,10 +3,10 @@
 from importlib.metadata import version
 
 from escort import prune
-from escort.artifact import load, save
-from escort.convert import ConvertedModel, NetworkPlan, convert
+from escort.artifact.artifact import load, save
+from escort.filter import StretchedCSR
+from escort.network.convert import ConvertedModel, NetworkPlan, convert
 from escort.problem import Epilogue, Problem
-from escort.sparse import StretchedCSR
 
 __version__ = version("escort-sparse")
 

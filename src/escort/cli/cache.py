@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from escort import cache, report
+from escort import report
 from escort.cli.console import JsonOption, command
+from escort.cuda import cache
 
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 

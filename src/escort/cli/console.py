@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from escort import artifact, models
-from escort.converted import ConvertedModel, find_device
+from escort.artifact import artifact
+from escort.cli import models
+from escort.network.model import ConvertedModel, find_device
 from escort.problem import TORCH_DTYPE
 
 #: Exit codes.

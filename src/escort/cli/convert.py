@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 import escort
-from escort import artifact, models, report
+from escort import report
+from escort.artifact import artifact
+from escort.cli import models
 from escort.cli.console import (
     CheckpointOption,
     CompileBudgetOption,
@@ -23,7 +25,7 @@ from escort.cli.console import (
     examples,
     place,
 )
-from escort.convert import COMPILE_BUDGET_S
+from escort.network.convert import COMPILE_BUDGET_S
 
 
 def main(

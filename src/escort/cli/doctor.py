@@ -12,12 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from rich.table import Table
 
-from escort import cache, compiler, jit, methods, reference
-from escort.bench import Machine
+from escort import methods, reference
 from escort.cli.console import JsonOption, command
-from escort.methods.direct import ISAS, Direct
+from escort.cuda import cache, compiler
+from escort.cuda import kernel as jit
+from escort.filter import StretchedCSR
+from escort.methods.cpu.direct import ISAS, Direct
+from escort.planner.timing import Machine
 from escort.problem import Problem
-from escort.sparse import StretchedCSR
 
 #: Package to what it is good for and the extra that brings it.
 _OPTIONAL = {

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 import escort
-from escort import artifact, models, report
+from escort import report
+from escort.artifact import artifact
+from escort.cli import models
 from escort.cli.console import (
     CheckpointOption,
     CompileBudgetOption,
@@ -22,9 +24,9 @@ from escort.cli.console import (
     examples,
     place,
 )
-from escort.convert import COMPILE_BUDGET_S
-from escort.converted import NetworkPlan
-from escort.planner import Candidate
+from escort.network.convert import COMPILE_BUDGET_S
+from escort.network.model import NetworkPlan
+from escort.planner.planner import Candidate
 
 
 def main(

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 from safetensors.torch import save
 
-from escort import models, prune
+from escort import prune
+from escort.cli import models
 from escort.cli.console import CheckpointOption, JsonOption, ModelArgument, check_writable, command, replace_file
 
 

@@ -25,7 +25,7 @@ from escort.cli.console import (
     replace_file,
 )
 from escort.cli.images import Inputs, Preparation
-from escort.converted import ConvertedModel
+from escort.network.model import ConvertedModel
 
 _SHOWN = 10  # predictions on the terminal
 _OUTPUT_SUFFIXES = (".npz", ".csv")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from escort.methods.base import Config, Method, Runner
-from escort.methods.cublas import Cublas
-from escort.methods.cudnn import Cudnn
-from escort.methods.cusparse import Cusparse
-from escort.methods.dense import Dense
-from escort.methods.direct import Direct
-from escort.methods.direct_cuda import DirectCuda
-from escort.methods.generated import Generated
-from escort.methods.lowered import Lowered
-from escort.methods.sparse_tc import SparseTc
+from escort.methods.cpu.dense import Dense
+from escort.methods.cpu.direct import Direct
+from escort.methods.cpu.lowered import Lowered
+from escort.methods.cuda.cublas import Cublas
+from escort.methods.cuda.cudnn import Cudnn
+from escort.methods.cuda.cusparse import Cusparse
+from escort.methods.cuda.direct import DirectCuda
+from escort.methods.cuda.generated import Generated
+from escort.methods.cuda.sparse_tc import SparseTc
 
 METHODS: tuple[Method, ...] = (
     Direct(),

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 import torch.nn.functional as F
 
-from escort.compiler import Binary
+from escort.cuda.compiler import Binary
+from escort.filter import StretchedCSR
 from escort.problem import Precision, Problem
-from escort.sparse import StretchedCSR
 
 
 class Config(Protocol):
@@ -27,8 +27,8 @@ class Runner(Protocol):
 
     x and residual may lie in any memory format, and y lies in the problem's.
 
-    It may have ``binary``, the :class:`escort.compiler.Binary` of a kernel made for it, and ``residual_share``, the
-    share of the filter's nonzeros that its :class:`escort.sparse.Split` leaves over; a plan then tells of them.
+    It may have ``binary``, the :class:`escort.cuda.compiler.Binary` of a kernel made for it, and ``residual_share``,
+    the share of the filter's nonzeros that its :class:`escort.filter.Split` leaves over; a plan then tells of them.
     """
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor: ...

@@ -1,0 +1,19 @@
+"""The command line of the benchmarks: python -m benchmarks COMMAND."""
+
+from __future__ import annotations
+
+import typer
+
+from benchmarks import bench, paper
+
+app = typer.Typer(
+    help="Measure what Escort's documents quote.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+for module in (bench, paper):
+    app.command(module.__name__.rpartition(".")[2])(module.main)
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

@@ -1,0 +1,61 @@
+"""Methods with a part of their search spaces, and with what they compile made before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.suite.layers import Layer
+from escort.filter import StretchedCSR
+from escort.methods import Method, Runner
+from escort.methods.base import only_for_benchmarks
+from escort.planner import planner
+from escort.problem import Problem
+
+
+class Narrowed:
+    """A method with a smaller search space: the given configurations, or the `most` best guesses."""
+
+    def __init__(self, method: Method, configs: Sequence[Any] | None = None, most: int | None = None) -> None:
+        self.name, self.device_type, self.config_type = method.name, method.device_type, method.config_type
+        self._method, self._configs, self._most = method, configs, most
+        self._ready: dict[Any, Runner] = {}
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return self._method.unsupported(problem)
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[Any]:
+        return self._configs or self._method.configs(problem, filter)[: self._most]
+
+    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[Any]:
+        return () if self._configs is not None else only_for_benchmarks(self._method, problem, filter)
+
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Runner:
+        ready = self._ready.pop(config, None)
+        return ready or self._method.prepare(problem, filter, bias, config)
+
+    def prepare_ahead(self, layer: Layer, config: Any) -> None:
+        """For a later `prepare` of the layer, which is told what fails here."""
+        with suppress(RuntimeError, ValueError):
+            self._ready[config] = self._method.prepare(layer.problem, layer.filter, None, config)
+
+
+def narrowed(layers: Sequence[Layer], methods: Sequence[Method], most: int | None = None) -> list[list[Narrowed]]:
+    """For each layer the methods with their `most` best guesses, by default all.
+
+    What methods compile for the filters is compiled here, side by side for all layers.
+    """
+    found, jobs = [], []
+    for layer in layers:
+        found.append([Narrowed(method, most=most) for method in methods])
+        for place, method in enumerate(methods):
+            if planner.is_compiled(method) and method.unsupported(layer.problem) is None:
+                configs = list(method.configs(layer.problem, layer.filter)[:most])
+                ready = found[-1][place] = Narrowed(method, configs)
+                jobs += [partial(ready.prepare_ahead, layer, config) for config in configs]
+    planner.on_all_cores(jobs)
+    return found

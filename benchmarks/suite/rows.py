@@ -1,0 +1,135 @@
+"""Rows, one per timed way to run something: how they come to be, what they say together, and files of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+from escort.planner.timing import Machine
+
+#: The `layer` of a row that is about a whole network.
+WHOLE = "all"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One timed way to run a layer or a network; the fields of a result file.
+
+    Attributes:
+        time_us: median time of a call.
+        rel_error: ``||out - ref|| / ||ref||`` against float64, checked before timing.
+    """
+
+    network: str
+    weights: str
+    layer: str
+    batch: int
+    dtype: str
+    method: str
+    config: dict[str, Any]
+    time_us: float
+    rel_error: float
+
+
+def check(error: float, bound: float, what: str) -> None:
+    """Raises RuntimeError where an output's error exceeds its bound or is NaN."""
+    if not error <= bound:
+        raise RuntimeError(f"{what}: relative error {error:.1e} exceeds {bound:.0e}; please report it")
+
+
+def leave_out(what: str, reason: str | None) -> None:
+    """Warns that something has no row."""
+    warnings.warn(f"{what} is left out: {reason}", stacklevel=3)
+
+
+def best_times(rows: Iterable[Row]) -> dict[tuple[str, str, int], dict[str, float]]:
+    """(network, layer, batch) to method to the time in microseconds of its fastest configuration."""
+    best: dict[tuple[str, str, int], dict[str, float]] = {}
+    for row in rows:
+        times = best.setdefault((row.network, row.layer, row.batch), {})
+        times[row.method] = min(row.time_us, times.get(row.method, math.inf))
+    return best
+
+
+def geometric_means(rows: Iterable[Row], ours: str) -> dict[str, dict[str, float]]:
+    """How many times faster `ours` is than each rival: the geometric mean per network, and under "all" of all rows.
+
+    Each method counts with its fastest configuration; a layer counts where both were timed.
+    """
+    logs: dict[str, dict[str, list[float]]] = {}
+    for (network, _, _), times in best_times(rows).items():
+        for rival, time in times.items():
+            if rival != ours and ours in times:
+                for name in (network, "all"):
+                    logs.setdefault(name, {}).setdefault(rival, []).append(math.log(time / times[ours]))
+    return {
+        name: {rival: math.exp(sum(log) / len(log)) for rival, log in rivals.items()}
+        for name, rivals in sorted(logs.items(), key=lambda item: item[0] == "all")
+    }
+
+
+def header(command: str, device: str = "cpu") -> dict[str, Any]:
+    """What a result is measured on and by: device, versions, commit, date and command.
+
+    Made before the timing: its load average tells whether other processes held the cores. OpenMP code waits for
+    threads that are not running then, which makes torch, and dense convolutions above all, slower many times over.
+    """
+    machine = Machine.here(device)
+    if device == "cpu":
+        hardware: dict[str, Any] = {"device": "cpu", "cpu": machine.device, "isa": machine.isa}
+        hardware["threads"] = machine.threads
+        libraries: dict[str, str | None] = {name: _version(name) for name in ("numpy", "onnxruntime")}
+        timing = "median of calls taken in turn after warm-up, in microseconds; outputs checked first"
+    else:
+        hardware = {"device": "cuda", "gpu": machine.device, "isa": machine.isa, "driver": machine.driver}
+        packages = {name: _version(name) for name in ("numpy", "cuda-core", "triton")}
+        libraries = {"cuda": machine.cuda, "cudnn": machine.cudnn, **packages}
+        timing = (
+            "device time of a call in microseconds: median of CUDA graph replays taken in turn after warm-up, over "
+            "inputs and outputs twice the L2 cache where one call's are smaller; outputs checked first"
+        )
+    return {
+        **hardware,
+        "load_average": round(os.getloadavg()[0], 2),
+        "versions": {"python": python_version(), "torch": machine.torch, "escort": machine.escort, **libraries},
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "timing": timing,
+    }
+
+
+def write_results(path: Path, head: dict[str, Any], rows: Iterable[Row]) -> None:
+    """Writes a result file: ``{"header": ..., "rows": [...]}``, one row a line."""
+    lines = ",\n".join("  " + json.dumps(asdict(row), allow_nan=False) for row in rows)
+    path.write_text(f'{{"header": {json.dumps(head, indent=2)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit that this file was run from, "-dirty" where tracked files differ; None outside of its repository."""
+    # An installed copy may lie inside another project's repository: only a tracked file tells of the right one.
+    tracked = ["git", "ls-files", "--error-unmatch", __file__]
+    describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]
+    try:
+        subprocess.run(tracked, cwd=Path(__file__).parent, capture_output=True, check=True)
+        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, check=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,1 @@
+"""Converted models in one file; docs/format.md describes it byte by byte."""

@@ -1,0 +1,1 @@
+"""CUDA kernels from source to launch: compiled, kept on disk, loaded, bound. Knows of no convolution."""

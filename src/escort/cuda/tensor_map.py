@@ -1,0 +1,133 @@
+"""Tensor maps: what a kernel's bulk copies between a tensor and shared memory go by (compute capability 9.0 or newer).
+
+    rows = tiled(x, (64, 56, 56, 32), (64, 58, 6, 1))          x is (32, 56, 56, 64), channels innermost
+    taps = im2col(x, (64, 56, 56, 32), (-1, -1), (-1, -1), 64, 128)     3x3, padding 1: 128 pixels of any tap
+
+Tensors are fp16, bf16 or float32 (mapped as TF32) of four dimensions, given innermost first: channels, columns, rows,
+images. What a copy reads out of bounds is zero, and what it would write there is left out. Maps are remembered by what
+they are made from, the tensor's address included, so that asking again on every call costs little.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from math import prod
+
+import torch
+
+from escort.cuda.kernel import TensorMap
+
+Four = tuple[int, int, int, int]
+
+# Values of the driver's enumerations.
+_TYPES = {torch.float16: 6, torch.bfloat16: 9, torch.float32: 11}
+_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+_PROMOTIONS = {0: 0, 64: 1, 128: 2, 256: 3}
+_NOT_INTERLEAVED = _FILLED_WITH_ZEROS = 0
+
+
+def tiled(
+    x: torch.Tensor,
+    sizes: Four,
+    box: Four,
+    strides: tuple[int, int, int] | None = None,
+    *,
+    swizzle: int = 128,
+    promotion: int = 256,
+) -> TensorMap:
+    """A map for copies of boxes, either way (`cp.async.bulk.tensor.4d`).
+
+    Args:
+        x: where the first element lies; its own shape does not matter.
+        sizes: channels, columns, rows and images.
+        box: of a copy, each at most 256; with a swizzle its channels have at most so many bytes.
+        strides: bytes from one column, row and image to the next, multiples of 16; by default nothing lies between.
+        swizzle: 128: the sixteen-byte pieces of each 128 bytes in shared memory are permuted by the number of the 128
+            bytes modulo 8 (exclusive or); 64 or 32: alike, of shorter rows; 0: not at all.
+        promotion: bytes that the level-2 cache fetches at once: 0, 64, 128 or 256.
+
+    Raises:
+        ValueError: x is on no GPU or of another type; or the driver refuses, which says what it was asked for.
+        RuntimeError: the driver failed.
+    """
+    place = x.get_device(), x.dtype, x.data_ptr(), sizes, strides, swizzle, promotion
+    return _encode("cuTensorMapEncodeTiled", *place, box=box, steps=(1, 1, 1, 1))
+
+
+def im2col(
+    x: torch.Tensor,
+    sizes: Four,
+    lower: tuple[int, int],
+    upper: tuple[int, int],
+    channels: int,
+    pixels: int,
+    stride: int | tuple[int, int] = 1,
+    strides: tuple[int, int, int] | None = None,
+    *,
+    swizzle: int = 128,
+    promotion: int = 256,
+) -> TensorMap:
+    """A map for copies of what one tap of a filter reads for consecutive outputs (`cp.async.bulk.tensor.4d.im2col`).
+
+    A copy starts at the first tap's (column, row, image), goes on from output to output through rows and images, and
+    reads each at an offset (columns, rows), 0 to 255, that the copy itself is given: dilation times the tap.
+
+    Args:
+        x, sizes, strides, swizzle, promotion: as for `tiled`.
+        lower: the (column, row) of the first output's first tap: the padding on the left and on top, negated.
+        upper: how far beyond the last (column, row) of x an output's first tap may lie: the padding on the right and
+            at the bottom, less dilation * (taps - 1). As `lower`, between -128 and 127.
+        channels: of a copy, at most 256; with a swizzle at most so many bytes.
+        pixels: of a copy, at most 1024.
+        stride: of the convolution, or those of its (columns, rows), at most 8.
+
+    Raises:
+        ValueError, RuntimeError: as for `tiled`.
+    """
+    right, down = (stride, stride) if isinstance(stride, int) else stride
+    place = x.get_device(), x.dtype, x.data_ptr(), sizes, strides, swizzle, promotion
+    copied = {"lower": lower, "upper": upper, "channels": channels, "pixels": pixels, "steps": (1, right, down, 1)}
+    return _encode("cuTensorMapEncodeIm2col", *place, **copied)
+
+
+# A map depends on nothing but these values, so that one may be used again for another tensor at the same address.
+@lru_cache(maxsize=4096)
+def _encode(
+    function: str,
+    device: int,
+    dtype: torch.dtype,
+    address: int,
+    sizes: Four,
+    strides: tuple[int, int, int] | None,
+    swizzle: int,
+    promotion: int,
+    **copied: int | tuple[int, ...],
+) -> TensorMap:
+    """Asks the driver; `copied` is what its function takes between strides and interleaving, in that order."""
+    if device < 0:
+        raise ValueError("a tensor map is made of a tensor on a GPU; move it there")
+    if dtype not in _TYPES:
+        raise ValueError(f"a tensor map is made of a tensor of {', '.join(map(str, _TYPES))}, not {dtype}")
+    if swizzle not in _SWIZZLES or promotion not in _PROMOTIONS:
+        raise ValueError(
+            f"swizzle {swizzle} of {[*_SWIZZLES]}, promotion {promotion} of {[*_PROMOTIONS]}: choose one of these"
+        )
+    if strides is None:
+        strides = (dtype.itemsize * sizes[0], dtype.itemsize * prod(sizes[:2]), dtype.itemsize * prod(sizes[:3]))
+    asked = {"sizes": sizes, "strides": strides, **copied, "swizzle": swizzle}
+    return TensorMap.encode(
+        f"a tensor map of {dtype} at {address:#x}, " + ", ".join(f"{name} {value}" for name, value in asked.items()),
+        device,
+        function,
+        _TYPES[dtype],
+        len(sizes),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * len(sizes))(*sizes),
+        (ctypes.c_uint64 * len(strides))(*strides),
+        *[(ctypes.c_int * len(part))(*part) if isinstance(part, tuple) else part for part in copied.values()],
+        _NOT_INTERLEAVED,
+        _SWIZZLES[swizzle],
+        _PROMOTIONS[promotion],
+        _FILLED_WITH_ZEROS,
+    )

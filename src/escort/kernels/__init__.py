@@ -1,0 +1,1 @@
+"""The kernels: `cpu/` is compiled into `_cpu` with the package, `cuda/` where it runs."""

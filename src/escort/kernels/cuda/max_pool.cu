@@ -1,0 +1,72 @@
+// The largest element of each window of x (outer, height, width, pitch), NaN where one is NaN, as torch pools. NHWC has
+// images outside and channels as pitch, NCHW planes outside and a pitch of 1.
+//
+// A thread computes VECTOR neighbouring outputs. Nothing is shared: windows overlap in the first-level cache.
+// STORAGE   0: float, 1: fp16, 2: bf16
+// VECTOR    elements of 16 bytes at most, a divisor of the pitch
+// ROWS, COLUMNS, DOWN, RIGHT, TOP, LEFT, DILATION_DOWN, DILATION_RIGHT   the window, its stride, padding and dilation
+#define THREADS 256
+
+#if STORAGE == 0
+#define BYTES 4
+#define LOWEST 0xff800000u  // minus infinity
+#define LARGER "max.NaN.f32"
+#elif STORAGE == 1
+#define BYTES 2
+#define LOWEST 0xfc00fc00u
+#define LARGER "max.NaN.f16x2"
+#else
+#define BYTES 2
+#define LOWEST 0xff80ff80u
+#define LARGER "max.NaN.bf16x2"
+#endif
+
+#include "vectors.cuh"
+
+#define WORDS ((BYTES * VECTOR + 3) / 4)
+union Elements {
+  u32 words[WORDS];
+  Vector vector;
+};
+
+__device__ __forceinline__ void take_larger(u32& word, u32 other) {
+#if STORAGE == 0
+  float larger = __uint_as_float(word);
+  asm(LARGER " %0, %0, %1;" : "+f"(larger) : "f"(__uint_as_float(other)));
+  word = __float_as_uint(larger);
+#else
+  asm(LARGER " %0, %0, %1;" : "+r"(word) : "r"(other));
+#endif
+}
+
+// vectors: how many there are in y, which fit 32 bits.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    max_pool(const Element* __restrict__ x, Element* __restrict__ y, int vectors, int pitch, int height, int width,
+             int out_height, int out_width) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
+#endif
+  const u32 number = blockIdx.x * THREADS + threadIdx.x;
+  if (number >= (u32)vectors) return;
+  const u32 of_pixel = pitch / VECTOR, pixel = number / of_pixel, line = pixel / out_width, outer = line / out_height;
+  const int top = (int)(line - outer * out_height) * DOWN - TOP, left = (int)(pixel - line * out_width) * RIGHT - LEFT;
+  const Element* const from = x + (long long)outer * height * width * pitch + (number - pixel * of_pixel) * VECTOR;
+  Elements largest;
+#pragma unroll
+  for (int i = 0; i < WORDS; i++) largest.words[i] = LOWEST;
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    const int row = top + r * DILATION_DOWN;
+    if (row < 0 || row >= height) continue;
+#pragma unroll
+    for (int s = 0; s < COLUMNS; s++) {
+      const int column = left + s * DILATION_RIGHT;
+      if (column < 0 || column >= width) continue;
+      Elements here = {};
+      here.vector = __ldg((const Vector*)(from + ((long long)row * width + column) * pitch));
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) take_larger(largest.words[i], here.words[i]);
+    }
+  }
+  *(Vector*)(y + (long long)number * VECTOR) = largest.vector;
+}

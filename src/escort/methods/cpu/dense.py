@@ -1,0 +1,52 @@
+"""Method `dense`: torch's own convolution on the dense filter, in the better of its two memory formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from escort.filter import StretchedCSR
+from escort.methods.base import Runner, apply_epilogue
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """memory_format: how the filter lies; torch converts the input to it and the result is NCHW either way."""
+
+    memory_format: MemoryFormat = "contiguous"
+
+
+class Dense:
+    """The dense baseline, and the choice where sparsity does not pay."""
+
+    name = "dense"
+    device_type = "cpu"
+    config_type = DenseConfig
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return None
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[DenseConfig]:
+        return DenseConfig("contiguous"), DenseConfig("channels_last")
+
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: DenseConfig) -> Runner:
+        memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
+        weight = filter.to_dense().contiguous(memory_format=memory_format)
+        stride, dilation, groups = problem.stride, problem.dilation, problem.groups
+        activation = problem.epilogue.activation
+        top, bottom, left, right = problem.padding
+        symmetric = top == bottom and left == right
+        padding = (top, left) if symmetric else (0, 0)
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            if not symmetric:
+                x = F.pad(x, (left, right, top, bottom))
+            x = x.contiguous(memory_format=memory_format)
+            y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+            return apply_epilogue(y.contiguous(), residual, activation)
+
+        return run

@@ -1,0 +1,49 @@
+"""Method `lowered`: im2col and one sparse product per group, the paper's baseline (arXiv 1802.10280, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from escort.filter import StretchedCSR
+from escort.methods.base import Runner, apply_epilogue, csr_matrices, unfold
+from escort.problem import Problem
+
+
+@dataclass(frozen=True)
+class LoweredConfig:
+    """Nothing to tune."""
+
+
+class Lowered:
+    """Writes every input patch out as a column and multiplies the CSR filter with that matrix."""
+
+    name = "lowered"
+    device_type = "cpu"
+    config_type = LoweredConfig
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return None
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[LoweredConfig]:
+        return (LoweredConfig(),)
+
+    def prepare(
+        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: LoweredConfig
+    ) -> Runner:
+        matrices = csr_matrices(filter)
+        out = problem.out_height, problem.out_width
+        activation = problem.epilogue.activation
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            images = len(x)
+            columns = unfold(problem, x, by_image=True).permute(1, 2, 0, 3).flatten(2)
+            y = torch.stack([matrix @ lowered for matrix, lowered in zip(matrices, columns, strict=True)])
+            y = y.view(problem.out_channels, images, *out).transpose(0, 1).contiguous()
+            if bias is not None:
+                y += bias.view(-1, 1, 1)
+            return apply_epilogue(y, residual, activation)
+
+        return run

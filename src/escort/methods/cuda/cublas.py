@@ -1,0 +1,85 @@
+"""Method `cublas`: im2col and dense products by cuBLAS, a baseline of the paper (arXiv 1802.10280, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from escort.filter import StretchedCSR
+from escort.methods.base import Runner, apply_epilogue, contiguous_only, float32_products, unfold
+from escort.problem import Problem
+
+
+@dataclass(frozen=True)
+class CublasConfig:
+    """How the batch is cut.
+
+    Attributes:
+        unfold: "at_once" writes the columns of all images by one kernel, "by_image" by one kernel per image.
+        product: "by_image" multiplies each image's columns where they lie and writes NCHW, all images in one batched
+            call; "by_group" moves them side by side for one large product per group, and its result back to NCHW.
+    """
+
+    unfold: Literal["at_once", "by_image"] = "at_once"
+    product: Literal["by_image", "by_group"] = "by_image"
+
+
+class Cublas:
+    """Writes every input patch out as a column and multiplies the dense filter with that matrix."""
+
+    name = "cublas"
+    device_type = "cuda"
+    config_type = CublasConfig
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return contiguous_only(problem)
+
+    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[CublasConfig]:
+        """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""
+        return (CublasConfig("by_image", "by_group"),)
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[CublasConfig]:
+        return CublasConfig("at_once", "by_image"), CublasConfig("at_once", "by_group")
+
+    def prepare(
+        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: CublasConfig
+    ) -> Runner:
+        device, dtype = torch.device(problem.device), problem.torch_dtype
+        rows = problem.out_channels // problem.groups
+        weight = filter.to_dense().view(problem.groups, rows, -1).to(device, dtype)
+        addend = None if bias is None else bias.detach().to(device, dtype).view(-1, 1, 1)
+        out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
+        groups, positions, precision = problem.groups, problem.out_height * problem.out_width, problem.dtype
+        by_image, by_group = config.unfold == "by_image", config.product == "by_group"
+
+        def multiply_by_image(columns: torch.Tensor) -> torch.Tensor:
+            images = len(columns)
+            y = columns.new_empty(images, groups, rows, positions)
+            for group in range(groups):
+                filters = weight[group].expand(images, -1, -1)
+                torch.bmm(filters, columns[:, group], out=y[:, group])
+            y = y.view(images, *out_shape)
+            return y if addend is None else y.add_(addend)
+
+        def multiply_by_group(columns: torch.Tensor) -> torch.Tensor:
+            images = len(columns)
+            side_by_side = columns.permute(1, 2, 0, 3).flatten(2)
+            y = columns.new_empty(groups, rows, images * positions)
+            torch.bmm(weight, side_by_side, out=y)
+            y = y.view(out_shape[0], images, *out_shape[1:]).transpose(0, 1)
+            # One pass over y adds the bias and moves it.
+            return y.contiguous() if addend is None else torch.add(y, addend, out=y.new_empty(y.shape))
+
+        multiply = multiply_by_group if by_group else multiply_by_image
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            if len(x) == 0:
+                return apply_epilogue(x.new_empty(0, *out_shape), residual, activation)
+            with float32_products(precision):
+                y = multiply(unfold(problem, x, by_image=by_image))
+            return apply_epilogue(y, residual, activation)
+
+        return run

@@ -1,0 +1,113 @@
+"""Method `cudnn`: NVIDIA's dense convolution on the dense filter, in the better of its two memory formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from escort.filter import StretchedCSR
+from escort.methods.base import Runner, apply_epilogue, symmetric_padding
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
+
+_ALIGNED = 8  # channels that tensor cores read at once
+
+
+def _fuses(problem: Problem) -> bool:
+    """Whether cuDNN computes the epilogue on tensor cores, whatever the input size.
+
+    It would go by the process's setting of TF32, which types of 16 bits do not need.
+    """
+    whole = problem.groups == 1 and problem.out_channels % _ALIGNED == 0
+    return whole and problem.epilogue.activation == "relu" and problem.dtype in ("fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class CudnnConfig:
+    """How the tensors lie, and who computes the epilogue.
+
+    Attributes:
+        memory_format: of filter, input and output within cuDNN.
+        output: "contiguous" gives NCHW, whatever it costs to convert; "as_is" leaves the output as cuDNN wrote it.
+        fused: cuDNN computes bias, residual and ReLU itself, by an algorithm that it chooses untried. Channels of zeros
+            are added to x where tensor cores need more, as those of an image are too few.
+    """
+
+    memory_format: MemoryFormat = "contiguous"
+    output: Literal["contiguous", "as_is"] = "contiguous"
+    fused: bool = False
+
+    @property
+    def takes_channels_last(self) -> bool:
+        return (self.memory_format, self.output) == ("channels_last", "as_is")
+
+
+class Cudnn:
+    """The dense baseline on GPUs, and the choice where sparsity does not pay.
+
+    cuDNN tries its algorithms on the first call of each shape (benchmark mode) and is told with each call whether
+    TF32 is allowed, so that no setting of the process is read or changed: fp32 is strict whatever it says.
+    """
+
+    name = "cudnn"
+    device_type = "cuda"
+    config_type = CudnnConfig
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return None if torch.backends.cudnn.is_available() else "this torch was built without cuDNN"
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[CudnnConfig]:
+        if problem.memory_format == "channels_last":
+            return [CudnnConfig("channels_last", "as_is", fused) for fused in (False, True)[: 1 + _fuses(problem)]]
+        formats = CudnnConfig("contiguous"), CudnnConfig("channels_last")
+        # Tensor cores read channels_last; strict fp32 does not use them.
+        return formats if problem.dtype == "fp32" else formats[::-1]
+
+    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[CudnnConfig]:
+        """What it would run if x and y were in channels_last, and nothing converted."""
+        return () if problem.memory_format == "channels_last" else (CudnnConfig("channels_last", "as_is"),)
+
+    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: CudnnConfig) -> Runner:
+        memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
+        device, dtype = torch.device(problem.device), problem.torch_dtype
+        more = -problem.in_channels % _ALIGNED if config.fused else 0
+        weight = F.pad(filter.to_dense(), (0, 0, 0, 0, 0, more)).to(device, dtype)
+        weight = weight.contiguous(memory_format=memory_format)
+        addend = None if bias is None else bias.detach().to(device, dtype)
+        column = None if addend is None else addend.view(-1, 1, 1)
+        stride, dilation, groups = problem.stride, problem.dilation, problem.groups
+        out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
+        allow_tf32, convert = problem.dtype == "tf32", config.output == "contiguous"
+
+        def convolve(x: torch.Tensor, padding: tuple[int, int], residual: torch.Tensor | None) -> torch.Tensor:
+            y = torch.cudnn_convolution(
+                x, weight, padding, stride, dilation, groups, benchmark=True, deterministic=False, allow_tf32=allow_tf32
+            )
+            if convert:
+                y = y.contiguous()
+            if column is not None:
+                y += column
+            return apply_epilogue(y, residual, activation)
+
+        def convolve_fused(x: torch.Tensor, padding: tuple[int, int], residual: torch.Tensor | None) -> torch.Tensor:
+            geometry = stride, padding, dilation, groups
+            if more:
+                x = F.pad(x, (0, 0, 0, 0, 0, more))
+            if residual is None:
+                return torch.cudnn_convolution_relu(x, weight, addend, *geometry)
+            residual = residual.contiguous(memory_format=memory_format)
+            return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, addend, *geometry)
+
+        chosen = convolve_fused if config.fused else convolve
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            if len(x) == 0:
+                nothing = x.new_empty(0, *out_shape).contiguous(memory_format=problem.torch_memory_format)
+                return apply_epilogue(nothing, residual, activation)
+            x, padding = symmetric_padding(problem, x)
+            return chosen(x.contiguous(memory_format=memory_format), padding, residual)
+
+        return run

@@ -1,0 +1,67 @@
+"""Method `cusparse`: im2col and sparse products by cuSPARSE, a baseline of the paper (arXiv 1802.10280, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from escort.filter import StretchedCSR
+from escort.methods.base import Runner, apply_epilogue, contiguous_only, csr_matrices, unfold
+from escort.problem import Problem
+
+
+@dataclass(frozen=True)
+class CusparseConfig:
+    """unfold: "at_once" writes the columns of all images by one kernel, "by_image" by one kernel per image."""
+
+    unfold: Literal["at_once", "by_image"] = "at_once"
+
+
+class Cusparse:
+    """Writes every input patch out as a column and multiplies the CSR filter with that matrix, once per group.
+
+    Torch's product of a CSR matrix calls cuSPARSE's SpMM. Given its output, which it overwrites, it copies nothing.
+    """
+
+    name = "cusparse"
+    device_type = "cuda"
+    config_type = CusparseConfig
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.dtype == "tf32":
+            return "cuSPARSE's CSR product knows no TF32; ask for fp32"
+        return contiguous_only(problem)
+
+    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[CusparseConfig]:
+        """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""
+        return (CusparseConfig("by_image"),)
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[CusparseConfig]:
+        return (CusparseConfig(),)
+
+    def prepare(
+        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: CusparseConfig
+    ) -> Runner:
+        device, dtype = torch.device(problem.device), problem.torch_dtype
+        matrices = csr_matrices(filter, device, dtype)
+        addend = None if bias is None else bias.detach().to(device, dtype).view(-1, 1, 1)
+        out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
+        rows, by_image = problem.out_channels // problem.groups, config.unfold == "by_image"
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            images = len(x)
+            if images == 0:
+                return apply_epilogue(x.new_empty(0, *out_shape), residual, activation)
+            columns = unfold(problem, x, by_image=by_image).permute(1, 2, 0, 3).flatten(2)
+            y = x.new_empty(len(matrices), rows, columns.shape[2])
+            for matrix, lowered, product in zip(matrices, columns, y, strict=True):
+                torch.addmm(product, matrix, lowered, beta=0, out=product)
+            y = y.view(out_shape[0], images, *out_shape[1:]).transpose(0, 1)
+            # One pass over y adds the bias and moves it.
+            y = y.contiguous() if addend is None else torch.add(y, addend, out=y.new_empty(y.shape))
+            return apply_epilogue(y, residual, activation)
+
+        return run

@@ -1,0 +1,117 @@
+"""Method `direct` on CUDA: the convolution computed straight from the compressed filter (kernels/cuda/direct.cu).
+
+As on the CPU, output positions are numbered row by row, and image by image, in a pitch that leaves room for the
+padding, so that any range of positions is a tile and every nonzero reads its input at one constant distance (the Escoin
+paper's stretched offsets, arXiv 1802.10280, section 3). A tile's input is brought into shared memory block by block of
+channels, its padding resolved on the way. Words of 16-bit storage hold the same position of two neighbouring images, so
+that every offset stays aligned.
+
+`layout` has the knobs and the sequence of positions, `tables` lays a filter out, and `search` predicts which configs
+are worth timing. What bounds the kernel is shared memory, which delivers one wavefront of 32 words per clock: a
+wavefront per nonzero and 32 positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from escort.cuda import kernel as jit
+from escort.cuda.gpu import H200, Gpu
+from escort.filter import StretchedCSR
+from escort.methods.base import Runner, aligned, contiguous_only, input_check
+from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_images, shared_bytes
+from escort.methods.cuda.direct.search import has_room, neighbours, search
+from escort.methods.cuda.direct.tables import defines, pack, scalars
+from escort.problem import Problem
+
+_SOURCE = "direct.cu"
+#: Blocks along y; more tiles than these continue along z.
+_MOST_TILES_Y = 32768
+
+
+class DirectCuda:
+    """Our kernel for NVIDIA GPUs: fp32, fp16 and bf16; a TF32 problem is computed in fp32, which is more precise."""
+
+    name = "direct"
+    device_type = "cuda"
+    config_type = DirectConfig
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if reason := contiguous_only(problem):
+            return reason
+        if problem.batch > (most := most_images(problem)):
+            return f"the kernel addresses {most} images of this size at most; use a smaller batch"
+        if reason := jit.unavailable(torch.device(problem.device)):
+            return reason
+        if not has_room(problem, Gpu.of(problem.device)):
+            return "the input of the smallest tile, with its halo, does not fit into shared memory"
+        return None
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[DirectConfig]:
+        return search(problem, filter, Gpu.of(problem.device))
+
+    def neighbours(self, config: DirectConfig, problem: Problem, filter: StretchedCSR) -> dict[str, list[DirectConfig]]:
+        """For each knob, the configs that differ from `config` in it alone, as far as the device can run them."""
+        return neighbours(config, problem, filter, Gpu.of(problem.device))
+
+    def prepare(
+        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: DirectConfig
+    ) -> Runner:
+        device = torch.device(problem.device)
+        positions, tables = Positions(problem), pack(problem, filter, config)
+        layout = Layout.of(problem, config.tile)
+        shared = int(shared_bytes(layout, config, tables.entry_bytes))
+        kernel = jit.kernel(_SOURCE, defines(config, layout, problem.dtype), device)
+        arrays = (tables.entries, tables.segments, tables.rows, tables.first_channels)
+        on_device = [torch.from_numpy(array).to(device) for array in arrays]
+        offsets = None if bias is None else bias.detach().to(device, torch.float32).contiguous()
+        launch = kernel.bind(
+            config.threads,
+            shared,
+            (
+                *(torch.Tensor, torch.Tensor, torch.Tensor, offsets, *on_device, int, int),
+                *scalars(problem, layout, tables, config),
+            ),
+            overlap=torch.cuda.get_device_capability(device) >= (9, 0),
+        )
+        torch.cuda.synchronize(device)  # the tables are there before any stream reads them
+        check, out_shape = input_check(problem, most_images(problem)), problem.output_shape[1:]
+        groups, tile = len(tables.first_channels), config.tile
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            check(x, residual)
+            images = len(x)
+            x = x.contiguous()
+            if layout.paired:
+                x = aligned(x, 4)  # the kernel reads two columns at once
+            if residual is not None:
+                residual = residual.contiguous()
+            y = torch.empty((images, *out_shape), dtype=x.dtype, device=device)
+            if images:
+                tiles = -(-positions.count(-(-images // layout.images_per_word)) // tile)
+                grid = groups, min(tiles, _MOST_TILES_Y), -(-tiles // _MOST_TILES_Y)
+                launch(grid, x, y, residual, images, tiles)
+            return y
+
+        return run
+
+
+def variants() -> list[tuple[str, dict[str, int], int]]:
+    """Kernels to hold the compiler to: (source, macros, most registers per thread).
+
+    The choices of the search for four layers, one of them strided, in each way to store and to copy.
+    """
+    found = []
+    for dtype in ("fp32", "fp16", "bf16"):
+        for channels, size, stride in ((64, 56, 1), (256, 14, 1), (512, 7, 1), (128, 28, 2)):
+            padding, spread = (1, 1, 1, 1), range(0, 9 * channels * channels, 16)
+            problem = Problem(32, channels, size, size, channels, (3, 3), (stride, stride), padding, dtype=dtype)
+            weight = np.zeros(problem.weight_shape, dtype=np.float32)
+            weight.reshape(-1)[spread] = 1.0
+            config = search(problem, StretchedCSR.from_dense(weight), H200, most=1)[0]
+            macros = defines(config, Layout.of(problem, config.tile), dtype)
+            found.append((_SOURCE, macros, 65536 // (config.threads * config.blocks) // 8 * 8))
+    return found

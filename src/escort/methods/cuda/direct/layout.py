@@ -1,0 +1,170 @@
+"""The knobs of the direct kernel, the sequence of its positions, and how a stage holds a tile's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from escort.problem import Problem
+
+LANES = 32
+STORAGE = {"fp32": 0, "tf32": 0, "fp16": 1, "bf16": 2}
+MOST_INDEX = np.iinfo(np.int32).max
+HALF_REACH = 0x10000  # bytes of a stage that the offsets of 16-bit nonzeros reach
+#: Most words (pairs of words where two columns are read at once) that a lane copies per channel; kernels are compiled
+#: for the least of these that suffices.
+SLOT_CLASSES = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class DirectConfig:
+    """The knobs of the direct kernel. A block computes ``32 * words * position_warps`` positions of
+    ``row_warps * rows`` output channels.
+
+    Attributes:
+        words: positions per lane.
+        rows: output channels per warp.
+        position_warps, row_warps, channel_warps: consumer warps along positions, output channels and input channels.
+            Channel warps share the nonzeros of an output channel and add up their sums at the end.
+        producers: warps that copy the input.
+        channel_block: input channels per stage.
+        stages: of the ring in shared memory.
+        blocks: per multiprocessor that registers leave room for.
+        packed: 16-bit storage: sums of up to 32 products are kept in 16 bits, two images per instruction. Else every
+            product is added in float32, as it always is for fp32.
+        balanced: output channels are dealt to warps by their nonzeros, else in their own order.
+    """
+
+    words: int
+    rows: int
+    position_warps: int
+    row_warps: int
+    channel_warps: int
+    producers: int
+    channel_block: int
+    stages: int
+    blocks: int = 1
+    packed: bool = False
+    balanced: bool = True
+
+    @property
+    def consumers(self) -> int:
+        return self.position_warps * self.row_warps * self.channel_warps
+
+    @property
+    def threads(self) -> int:
+        return (self.consumers + self.producers) * LANES
+
+    @property
+    def tile(self) -> int:
+        """Words of a tile."""
+        return LANES * self.words * self.position_warps
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The sequence of a problem's output positions, through rows and images."""
+
+    problem: Problem
+
+    @property
+    def pitch(self) -> int:
+        """Positions from row to row. Without stride the right padding of a row is the left padding of the next."""
+        p = self.problem
+        if p.stride[1] == 1:
+            return max(p.width + max(p.padding[2:]), p.out_width)
+        return p.out_width + (p.kernel[1] - 1) * p.dilation[1] // p.stride[1]
+
+    @property
+    def image_rows(self) -> int:
+        """Rows from image to image; the padding between two images is shared as well."""
+        p = self.problem
+        if p.stride[0] == 1:
+            return max(p.height + max(p.padding[:2]), p.out_height)
+        return p.out_height + (p.kernel[0] - 1) * p.dilation[0] // p.stride[0]
+
+    @property
+    def reach(self) -> int:
+        """How far behind a position its last tap reads."""
+        p = self.problem
+        rows, columns = ((k - 1) * d // s for k, d, s in zip(p.kernel, p.dilation, p.stride, strict=True))
+        return rows * self.pitch + columns
+
+    @property
+    def phases(self) -> int:
+        """Phases of a strided input that are kept, see :class:`escort.filter.Geometry`."""
+        p = self.problem
+        last = [max(i * d % s for i in range(k)) for k, d, s in zip(p.kernel, p.dilation, p.stride, strict=True)]
+        return last[0] * p.stride[1] + last[1] + 1
+
+    def count(self, images: int) -> int:
+        """Positions of so many images, up to the last output."""
+        p = self.problem
+        unused = (self.image_rows - p.out_height) * self.pitch + self.pitch - p.out_width
+        return images * self.image_rows * self.pitch - unused
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stage holds a tile's input.
+
+    Attributes:
+        paired: two neighbouring columns of 16-bit storage are read at once.
+        odd: a channel has an odd number of elements.
+        phase_words: words of each phase: the tile and what its last position reaches.
+        channel_words: words of a channel, whole rows of banks.
+        slots: words, or pairs of words, that a lane copies per channel.
+    """
+
+    images_per_word: int
+    paired: bool
+    odd: bool
+    phase_words: int
+    channel_words: int
+    slots: int
+
+    @classmethod
+    def of(cls, problem: Problem, tile: Any) -> Layout:
+        """The layout for a tile of so many words; with an array of tile sizes, arrays of what depends on them."""
+        positions, half = Positions(problem), STORAGE[problem.dtype] != 0
+        phase_words = tile + positions.reach
+        words = phase_words * positions.phases
+        paired = half and problem.stride == (1, 1) and int(np.prod(problem.input_shape[1:])) % 2 == 0
+        slots = -(-words // LANES)
+        if paired:
+            # Columns in any window of so many positions, and for each image that it meets a pair at either end.
+            pitch, width = positions.pitch, problem.width
+            columns = phase_words // pitch * width + np.minimum(phase_words % pitch, width)
+            images = phase_words // (pitch * positions.image_rows) + 2
+            slots = -(-(columns // 2 + 2 * images) // LANES)
+        slots = slots if np.ndim(slots) else int(slots)
+        odd = bool(problem.height * problem.width % 2)
+        return cls(1 + half, paired, odd, phase_words, -(-words // LANES) * LANES, slots)
+
+
+def most_images(problem: Problem) -> int:
+    """What the kernel's 32-bit numbers reach: bytes of the input, elements of the output, positions."""
+    positions = Positions(problem)
+    in_size, out_size = (int(np.prod(s[1:], dtype=object)) for s in (problem.input_shape, problem.output_shape))
+    most_positions = MOST_INDEX // 2 // (positions.image_rows * positions.pitch)
+    images_per_word = 1 if STORAGE[problem.dtype] == 0 else 2
+    most_bytes, itemsize = 2**32 - 1, problem.torch_dtype.itemsize
+    return min(most_bytes // (in_size * itemsize), MOST_INDEX // out_size, most_positions * images_per_word)
+
+
+def shared_bytes(layout: Layout, config: Any, entry_bytes: Any) -> Any:
+    """What a block needs: the ring with its barriers and, in its place at the end, sums that channel warps exchange.
+
+    Also for arrays of knobs in place of a config.
+    """
+    ring = config.stages * (config.channel_block * layout.channel_words * 4 + entry_bytes + 24)
+    sums = LANES * config.words * config.position_warps * config.row_warps * config.rows * layout.images_per_word * 4
+    return np.maximum(ring, (config.channel_warps - 1) * sums)
+
+
+def grouping(problem: Problem, per_group: Any) -> tuple[int, Any]:
+    """Output channels per group of the convolution, and how many such groups a block of so many rows takes together."""
+    group_rows = problem.out_channels // problem.groups
+    return group_rows, np.minimum(np.maximum(per_group // group_rows, 1), problem.groups)

@@ -1,0 +1,124 @@
+"""Method `generated`: a kernel made for the filter, its weights inside the instructions (codegen.py).
+
+A block runs one piece of the code, the nonzeros of some output channels, for a tile of positions, one per thread: a
+word of the input is read from shared memory once per tap for all of the piece's channels. What bounds it is mostly the
+supply of instructions, which arrive slowly where no cache holds them, and on small maps the input's way into shared
+memory: search.py weighs both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from escort.cuda import kernel as jit
+from escort.cuda.gpu import Gpu
+from escort.filter import StretchedCSR
+from escort.methods.base import CompiledRunner, Runner, aligned, contiguous_only, input_check
+from escort.methods.cuda.generated import codegen
+from escort.methods.cuda.generated.search import piece_count, piece_steps, predict_us, resident, search
+from escort.methods.cuda.generated.steps import GeneratedConfig, Program
+from escort.problem import Problem
+
+__all__ = ["Generated", "predict_us"]
+
+_STEPS_PER_S = 4000.0  # that one core assembles
+_MOST_CONFIGS = 8
+_ARRANGE_THREADS, _ARRANGE_WORDS = 128, 4  # of a block, and words of a thread
+_MOST_BYTES = 2**31 - 1
+
+
+class Generated:
+    """Weights as code for NVIDIA GPUs: fp32 and fp16; TF32 problems are computed in fp32."""
+
+    name = "generated"
+    device_type = "cuda"
+    config_type = GeneratedConfig
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if reason := contiguous_only(problem):
+            return reason
+        if problem.dtype == "bf16":
+            return "bf16 sums would lose too much; code is generated for fp32 and fp16"
+        if problem.out_channels // problem.groups < 8:
+            return "fewer than 8 output channels share an input: too few to gain from one read for all of them"
+        if (
+            math.prod(problem.output_shape[1:]) * 4 > _MOST_BYTES
+            or math.prod(problem.input_shape[1:]) * 4 > _MOST_BYTES
+        ):
+            return "an image exceeds 2 GiB; use a smaller input"
+        return jit.unavailable(torch.device(problem.device))
+
+    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[GeneratedConfig]:
+        """The configs of least predicted time, no two of them alike."""
+        return search(problem, filter, Gpu.of(problem.device), _MOST_CONFIGS)
+
+    def compile_s(self, problem: Problem, filter: StretchedCSR, config: GeneratedConfig) -> float:
+        """About how long one core takes to assemble a config's code."""
+        pieces = piece_count(problem, config) * config.split
+        return float(pieces * piece_steps(problem, filter, config) / _STEPS_PER_S)
+
+    def prepare(
+        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: GeneratedConfig
+    ) -> Runner:
+        device = torch.device(problem.device)
+        program = Program.of(problem, filter, config)
+        text = codegen.text(program, None if bias is None else bias.detach().float().cpu().numpy())
+        kernel = jit.kernel(jit.Text("generated.cu", text), {}, device)
+        launch = kernel.bind(
+            config.threads,
+            program.shared_bytes,
+            (torch.Tensor, torch.Tensor, torch.Tensor, int, int),
+            overlap=torch.cuda.get_device_capability(device) >= (9, 0),
+        )
+        check, out_shape = input_check(problem, _most_images(program)), problem.output_shape[1:]
+        clusters = resident(config, Gpu.of(problem.device)) // config.cluster
+        alignment = max(config.copy * 4, problem.torch_dtype.itemsize)
+        arrange = _arrange(program, device) if config.arranged else None
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            check(x, residual)
+            images = len(x)
+            x = x.contiguous()
+            if residual is not None:
+                residual = residual.contiguous()
+            y = torch.empty((images, *out_shape), dtype=x.dtype, device=device)
+            if not images:
+                return y
+            x = aligned(x, alignment) if arrange is None else arrange(x)  # the kernel copies several elements at once
+            tiles = program.tiles(images)
+            items = -(-tiles // config.together) * program.hands
+            # Clusters take several items in turn, but those that split channels only one.
+            grid = (items if config.split > 1 else min(items, clusters)) * config.cluster
+            launch((grid, 1, 1), x, y, residual, images, tiles)
+            return y
+
+        return CompiledRunner(run, kernel.binary)
+
+
+def _arrange(program: Program, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What lays out an input, as kernels/cuda/generated_arrange.cu says."""
+    planes = program.problem.in_channels * len(program.words.phases)
+    kernel = jit.kernel("generated_arrange.cu", codegen.arrange_defines(program, _ARRANGE_THREADS), device)
+    overlap = torch.cuda.get_device_capability(device) >= (9, 0)
+    launch = kernel.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, int, int), overlap=overlap)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        words = program.arranged_words(len(x))
+        arranged = torch.empty((planes, words), dtype=torch.int32, device=device)
+        blocks = -(-words // (_ARRANGE_WORDS * _ARRANGE_THREADS)), min(planes, 65535), 1
+        launch(blocks, x, arranged, len(x), words)
+        return arranged
+
+    return run
+
+
+def _most_images(program: Program) -> int:
+    """What 32-bit numbers of words reach, with a tile to spare."""
+    return (
+        (_MOST_BYTES - program.config.tile - program.words.reach)
+        // (program.words.image_rows * program.words.pitch)
+        * program.words.images
+    )

@@ -1,0 +1,103 @@
+"""Depth first: a batch run through a network a few images at a time, so that activations stay in cache.
+
+Layer by layer, a batch of large images writes and reads every activation from memory; image by image the next layer
+finds it in cache. That is only the same computation if no operation mixes images, which is decided here.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from escort.layers.nn import MaxPool2d, SparseConv2d
+
+# Modules and functions that treat each image for itself, whatever their arguments.
+_MODULES = (
+    SparseConv2d,
+    MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AvgPool2d,
+    nn.BatchNorm2d,
+    nn.Conv2d,
+    nn.Dropout,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Identity,
+    nn.Linear,
+    nn.LocalResponseNorm,
+    nn.MaxPool2d,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.Sigmoid,
+)
+_FUNCTIONS = {
+    F.adaptive_avg_pool2d,
+    F.avg_pool2d,
+    F.dropout,
+    F.hardsigmoid,
+    F.hardswish,
+    F.max_pool2d,
+    F.relu,
+    F.relu6,
+    F.sigmoid,
+    F.silu,
+    operator.add,
+    operator.iadd,
+    operator.mul,
+    torch.add,
+    torch.mul,
+    torch.relu,
+    torch.sigmoid,
+    "relu",
+    "sigmoid",
+}
+
+
+def mixing(network: nn.Module) -> str | None:
+    """Why the images of a batch cannot be run apart from each other, or None where they can."""
+    if not isinstance(network, fx.GraphModule):
+        return "the network could not be traced"
+    if sum(node.op == "placeholder" for node in network.graph.nodes) != 1:
+        return "the network takes several inputs"
+    for node in network.graph.nodes:
+        if node.op not in ("placeholder", "output") and not _keeps_apart(network, node):
+            return f"{node.format_node()} may mix images"
+    return None
+
+
+def _keeps_apart(network: fx.GraphModule, node: fx.Node) -> bool:
+    # Operands other than activations and plain numbers could carry a batch of their own.
+    if node.op == "get_attr":
+        return False
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        return type(module) in _MODULES or (type(module) is nn.Flatten and module.start_dim == 1)
+    if node.target in (torch.flatten, "flatten"):
+        return _argument(node, 1, "start_dim", 0) == 1
+    if node.target in (torch.cat, torch.concat):
+        return _argument(node, 1, "dim", 0) == 1
+    if node.target in (torch.mean, "mean"):
+        dims = _argument(node, 1, "dim", 0)
+        return all(dim > 0 for dim in (dims if isinstance(dims, (tuple, list)) else (dims,)))
+    return node.target in _FUNCTIONS
+
+
+def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def run_in_parts(network: Callable[[torch.Tensor], Any], x: torch.Tensor, images: int) -> Any:
+    """``network(x)``, for a network that does not mix images, `images` of them at a time.
+
+    x: (N, ...). The parts of every output tensor are joined along the batch.
+    """
+    parts = [network(part) for part in x.split(images)]
+    return pytree.tree_map(lambda *tensors: torch.cat(tensors), *parts)

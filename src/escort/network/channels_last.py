@@ -1,0 +1,114 @@
+"""A network's graph in channels_last, which tensor cores read.
+
+Every torch operator hands on the memory format of what it is given, so a network stays in channels_last from the first
+convolution that is asked for it. What must change: a ``view`` of NCHW tensors is none of others; and where our
+convolutions alone write and read a tensor, the order of its channels is free, and becomes the one that lets the
+filters' :func:`escort.filter.split` leave little over. A tensor that is added to another has that one's order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from escort.filter import StretchedCSR, spread_channels
+from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, Element
+from escort.network.fuse import FusedConv2d, mutates
+from escort.problem import Precision
+
+aten = torch.ops.aten
+
+_VIEWS = {"view": "reshape", aten.view.default: aten.reshape.default}
+_PER_CHANNEL = (F.max_pool2d, torch.max_pool2d, aten.max_pool2d.default, F.avg_pool2d, aten.avg_pool2d.default)
+_LYING = ("as_strided", "view_as", "stride", "is_contiguous", "storage_offset", "data_ptr")
+
+
+def precluded(network: fx.GraphModule, precision: Precision) -> str | None:
+    """Why a network of FusedConv2d's is not tried in channels_last, or None where it is."""
+    if precision not in ELEMENTS:
+        return f"tensor cores multiply no {precision}"
+    for node in network.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+        if name in _LYING or (name == "view" and any(isinstance(value, torch.dtype) for value in node.args)):
+            return f"{node.name} depends on how a tensor lies"
+        if node.target in _VIEWS and any(mutates(network, user) for user in node.users):
+            return f"what {node.name} shows is written to"
+    return None
+
+
+def rewrite(network: fx.GraphModule, precision: Precision) -> fx.GraphModule:
+    """A copy of a network, computing the same, for tensors in channels_last; nothing may have `precluded` it."""
+    network = copy.deepcopy(network)
+    for node in network.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            node.target = _VIEWS.get(node.target, node.target)
+    network.recompile()
+    for alike in _alike(network):
+        _reorder(network, alike, ELEMENTS[precision])
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def best_order(weights: Sequence[torch.Tensor], element: Element) -> torch.Tensor:
+    """The order of their input channels, (C,) int64, for weights (K, C, R, S) that read the same tensor."""
+    taps = torch.cat([weight.permute(0, 2, 3, 1).flatten(0, 2) for weight in weights])
+    order = spread_channels(StretchedCSR.from_dense(taps[:, :, None, None]), element.kept, element.of)
+    return torch.from_numpy(order).long().to(taps.device)
+
+
+def _alike(network: fx.GraphModule) -> list[list[fx.Node]]:
+    """The tensors of a network, together where their channels must have one order: what is added up, or pooled."""
+    groups = {node: [node] for node in network.graph.nodes}
+    for node in network.graph.nodes:
+        convolution, added = _convolution(network, node), node.args[1:2]
+        source = added[0] if convolution and added else node.args[0] if _is_per_channel(network, node) else None
+        if isinstance(source, fx.Node) and groups[source] is not groups[node]:
+            groups[source] += groups[node]
+            for other in groups[node]:
+                groups[other] = groups[source]
+    return list({id(group): group for group in groups.values()}.values())
+
+
+def _reorder(network: fx.GraphModule, alike: list[fx.Node], element: Element) -> None:
+    """Changes the order of the channels of some tensors, if our convolutions alone write and read them."""
+    writers: list[FusedConv2d] = []
+    readers: list[FusedConv2d] = []
+    for node in alike:
+        convolution = _convolution(network, node)
+        if convolution is not None:
+            writers.append(convolution)
+        elif not _is_per_channel(network, node):
+            return
+        for user in node.users:
+            reader = _convolution(network, user)
+            if reader is not None and user.args[0] is node:
+                readers.append(reader)
+            elif reader is None and not _is_per_channel(network, user):
+                return
+    if not readers or any(convolution.conv.groups > 1 for convolution in writers + readers):
+        return
+    channels = best_order([reader.conv.weight for reader in readers], element)
+    with torch.no_grad():
+        for writer in writers:
+            for tensor in (writer.conv.weight, writer.conv.bias):
+                if tensor is not None:
+                    tensor.copy_(tensor[channels])
+        for reader in readers:
+            reader.conv.weight.copy_(reader.conv.weight[:, channels])
+
+
+def _convolution(network: fx.GraphModule, node: fx.Node) -> FusedConv2d | None:
+    module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, FusedConv2d) else None
+
+
+def _is_per_channel(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node computes each channel from the same one of its input."""
+    if node.op == "call_module":
+        return isinstance(network.get_submodule(str(node.target)), nn.MaxPool2d | nn.AvgPool2d | nn.ReLU | nn.ReLU6)
+    return node.op == "call_function" and node.target in _PER_CHANNEL

@@ -1,0 +1,207 @@
+"""What a conversion results in: a network that runs as planned, and the plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import fx, nn
+
+from escort.layers.nn import SparseConv2d
+from escort.network import batching
+from escort.network.memory import keep_freed_memory
+from escort.planner.planner import Plan
+from escort.planner.timing import Machine, Timer
+from escort.problem import MemoryFormat, Precision
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+
+
+@dataclass(frozen=True)
+class NetworkPlan:
+    """What became of each convolution of a model, and how long the whole takes.
+
+    Attributes:
+        layers: layer name to plan, in the order of execution.
+        skipped: layer name to the reason why it was left alone.
+        input_shapes: the example's shapes.
+        dense_time_us, converted_time_us: median time of a forward on the example, of the model as given and converted,
+            both in `precision`.
+        kept_dense: whether the original network was kept because converting it did not pay.
+        rel_error: ``||out - ref|| / ||ref||`` of the converted network against the original.
+        images: how many images of a larger batch run at a time, None for all (see :mod:`escort.network.batching`).
+        precision: what the convolutions compute in.
+        device: what they were planned on, as torch writes it.
+        input_dtypes: the example's types, as torch writes them without its name.
+        timer: how both times were taken (see :mod:`escort.planner.timing`).
+    """
+
+    layers: dict[str, Plan]
+    skipped: dict[str, str]
+    input_shapes: tuple[tuple[int, ...], ...]
+    dense_time_us: float
+    converted_time_us: float
+    rel_error: float
+    kept_dense: bool
+    machine: Machine
+    images: int | None = None
+    precision: Precision = "fp32"
+    device: str = "cpu"
+    input_dtypes: tuple[str, ...] = ()
+    timer: Timer = "calls"
+
+    @property
+    def speedup(self) -> float:
+        """Dense time over the time of what was kept."""
+        return 1.0 if self.kept_dense else self.dense_time_us / self.converted_time_us
+
+    @property
+    def memory_format(self) -> MemoryFormat:
+        """In which its convolutions hand on tensors, all of them."""
+        return next((layer.problem.memory_format for layer in self.layers.values()), "contiguous")
+
+    @property
+    def reason(self) -> str | None:
+        """Why the original network was kept, None where it was converted."""
+        if not self.kept_dense:
+            return None
+        return (
+            f"the converted network takes {self.converted_time_us:.0f} us, the original {self.dense_time_us:.0f} us: "
+            "the original is kept; prune further or use a larger input"
+        )
+
+    @property
+    def input_types(self) -> tuple[torch.dtype, ...]:
+        """The example's types."""
+        return tuple(_DTYPES[name] for name in self.input_dtypes) or (torch.float32,) * len(self.input_shapes)
+
+    def example(self, device: torch.device | str) -> tuple[torch.Tensor, ...]:
+        """Random inputs like those that the network was planned for; zeros where they are no floating-point numbers."""
+        return tuple(
+            (torch.randn if dtype.is_floating_point else torch.zeros)(shape, dtype=dtype, device=device)
+            for shape, dtype in zip(self.input_shapes, self.input_types, strict=True)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layers": {name: plan.to_json() for name, plan in self.layers.items()},
+            "skipped": self.skipped,
+            "input_shapes": [list(shape) for shape in self.input_shapes],
+            "dense_time_us": self.dense_time_us,
+            "converted_time_us": self.converted_time_us,
+            "rel_error": self.rel_error,
+            "kept_dense": self.kept_dense,
+            "machine": self.machine.to_json(),
+            "images": self.images,
+            "precision": self.precision,
+            "device": self.device,
+            "input_dtypes": list(self.input_dtypes),
+            "timer": self.timer,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> NetworkPlan:
+        """The plan behind :meth:`to_json`. Raises ValueError on anything else."""
+        try:
+            plan = cls(
+                {str(name): Plan.from_json(plan) for name, plan in data["layers"].items()},
+                {str(name): str(reason) for name, reason in data["skipped"].items()},
+                tuple(tuple(int(size) for size in shape) for shape in data["input_shapes"]),
+                float(data["dense_time_us"]),
+                float(data["converted_time_us"]),
+                float(data["rel_error"]),
+                bool(data["kept_dense"]),
+                Machine.from_json(data["machine"]),
+                None if data.get("images") is None else max(int(data["images"]), 1),
+                data.get("precision", "fp32"),
+                str(data.get("device", "cpu")),
+                tuple(str(name) for name in data.get("input_dtypes", ())),
+                data.get("timer", "calls"),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a network plan: {error}") from error
+        problems = [layer.problem for layer in plan.layers.values()]
+        asked = {(problem.device, problem.dtype, problem.memory_format) for problem in problems}
+        if (
+            not re.fullmatch(r"cpu|cuda:\d{1,3}", plan.device)
+            or plan.precision not in get_args(Precision)
+            or plan.timer not in get_args(Timer)
+            or len(plan.input_dtypes) not in (0, len(plan.input_shapes))
+            or not all(name in _DTYPES for name in plan.input_dtypes)
+            or not asked <= {(plan.device, plan.precision, plan.memory_format)}
+        ):
+            raise ValueError(
+                f"not a network plan: its layers are for {asked}, the whole for {plan.device} in {plan.precision}, "
+                f"inputs of {plan.input_dtypes}, timed by {plan.timer}"
+            )
+        return plan
+
+
+class ConvertedModel(nn.Module):
+    """A drop-in for the model it was made from. Inference only.
+
+    It stays on the type of device and in the precision that it was planned for: convert the model again for another.
+
+    Attributes:
+        network: what runs; an fx.GraphModule where the model could be traced, else the model with swapped layers.
+        plan: what was chosen per layer and why.
+    """
+
+    def __init__(self, network: nn.Module, plan: NetworkPlan) -> None:
+        super().__init__()
+        if plan.device == "cpu":
+            keep_freed_memory()
+        self.network = network
+        self.plan = plan
+        super().train(False)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        images = self.plan.images
+        if images and len(inputs) == 1 and not torch.compiler.is_compiling() and len(inputs[0]) > images:
+            return batching.run_in_parts(self.network, inputs[0], images)
+        return self.network(*inputs, **named)
+
+    @property
+    def traced(self) -> bool:
+        """Whether the network is a graph, so that it can be saved without the model's own code."""
+        return isinstance(self.network, fx.GraphModule)
+
+    def train(self, mode: bool = True) -> ConvertedModel:
+        if mode:
+            raise RuntimeError("a converted model is for inference: fine-tune the pruned model, then convert it again")
+        return self
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> ConvertedModel:
+        for module in self.modules():  # all of them first: what is refused has changed nothing
+            if isinstance(module, SparseConv2d):
+                module.check_move(fn)
+        super()._apply(fn, recurse)
+        return self
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, "cpu", "cuda" or "cuda:1", with its number. Raises ValueError where it is not here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device; name cpu, cuda or cuda:0") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ValueError(f"convolutions run on the CPU and on NVIDIA GPUs, not on {name}; use cpu or cuda")
+    if not torch.cuda.is_available():
+        raise ValueError(f"{name} needs an NVIDIA GPU and a torch for it, and torch sees none; use cpu")
+    count = torch.cuda.device_count()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= count:
+        raise ValueError(f"there is no {name}; torch sees {count} GPU{'' if count == 1 else 's'}, cuda:0 first")
+    return torch.device("cuda", index)

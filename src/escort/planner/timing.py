@@ -1,0 +1,355 @@
+"""The only timer, and what a measurement was made on.
+
+On the CPU a time is the median of calls, taken in turn after warm-up, with the threads that torch has.
+
+On a GPU it is device time: the median over replays of a CUDA graph, divided by the calls in it. Each contestant is
+captured after warm-up, with as many calls as fill a millisecond, so that neither the host nor the start of a graph
+counts, and the graphs take turns. :func:`example_inputs` makes so many inputs that together with the outputs they are
+twice the size of the L2 cache; a graph runs through all of them, so that what a call reads was not just written or read
+by the one before. What cannot be captured is timed by calls one after the other, and says so (:class:`Timing`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+
+from escort.methods.cpu.direct import ISAS
+from escort.problem import Problem
+
+_LAP_US = 1000.0  # device time between two events, which are good for about half a microsecond
+_WARM_S = 0.05  # of replays before the first that counts, for the clocks to rise
+_MOST_SETS = 1024
+_VERSIONS = ("driver", "cuda", "cudnn")
+
+#: How a time was taken: by calls on the CPU, by replays of a CUDA graph, or by calls between CUDA events, which hold
+#: what the host makes the GPU wait.
+Timer = Literal["calls", "graph", "events"]
+#: A call, or the same call on each of several inputs.
+Contestant = Callable[[], object] | Sequence[Callable[[], object]]
+
+
+def median_us(run: Callable[[], object], *, warmup: int = 2, rounds: int = 9, budget_s: float = 1.0) -> float:
+    """The median time of a call in microseconds: `rounds` calls after the warm-up, fewer (at least 3) over budget."""
+    return race([run], warmup=warmup, rounds=rounds, budget_s=budget_s)[0]
+
+
+def race(
+    runs: Sequence[Callable[[], object]], *, warmup: int = 2, rounds: int = 9, burst: int = 1, budget_s: float = 1.0
+) -> list[float]:
+    """The median time of each of several calls in microseconds, taken in turn so that a machine's moods hit all alike.
+
+    For work on the CPU; :func:`race_on_gpu` times a GPU's.
+
+    Args:
+        burst: timed calls per turn. Above one, a call that is not timed leads each turn: it brings a contestant's
+            weights back into cache and lets the threads of the one before it go to sleep.
+        budget_s: seconds after which no further round starts once there were three.
+    """
+    for run in runs:
+        for _ in range(warmup):
+            run()
+    times: list[list[float]] = [[] for _ in runs]
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - begin > budget_s:
+            break
+        for run, taken in zip(runs, times, strict=True):
+            if burst > 1:
+                run()
+            for _ in range(burst):
+                start = time.perf_counter()
+                run()
+                taken.append(time.perf_counter() - start)
+    return [median(taken) * 1e6 for taken in times]
+
+
+def glance_us(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """A rough time of a call that ran before: the least of a few. On a GPU it includes what the host makes it wait."""
+    if torch.device(device).type != "cpu":
+        with torch.cuda.device(device):
+            return min(_elapsed_us([run] * 4))
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times) * 1e6
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What became of a contestant.
+
+    Attributes:
+        time_us: median time of a call; None where it cannot run.
+        timer: on a GPU "events" where it was not captured.
+        reason: why it cannot run, or why it was not captured though that was asked for.
+    """
+
+    time_us: float | None
+    timer: Timer = "graph"
+    reason: str | None = None
+
+
+def race_on_gpu(
+    runs: Sequence[Contestant],
+    device: torch.device | str,
+    *,
+    rounds: int = 9,
+    budget_s: float = 1.0,
+    capture: bool = True,
+) -> list[Timing]:
+    """The device time of each of several calls, taken in turn.
+
+    A contestant that runs out of device memory, or is refused by the device, is out with a reason; the others go on.
+
+    Args:
+        runs: what to call, on `device` and on torch's current stream; all that one holds is called in turn.
+        rounds: of one turn each.
+        budget_s: seconds after which no further round starts once there were three.
+        capture: False to time calls as a user without CUDA graphs would see them.
+
+    Raises:
+        RuntimeError: where a contestant leaves the device unusable to this process.
+    """
+    device = torch.device(device)
+    laps: list[_Lap | Timing] = []
+    with torch.cuda.device(device):
+        caller, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
+        side.wait_stream(caller)
+        with torch.cuda.stream(side):
+            # Graphs that never run at the same time can share their memory, as no result outlives its graph.
+            pool = torch.cuda.graph_pool_handle()
+            for run in runs:
+                try:
+                    laps.append(_lap([run] if callable(run) else run, pool if capture else None))
+                except RuntimeError as error:
+                    laps.append(Timing(None, reason=survived(error)))
+                if laps[-1].reason:  # a capture that failed may have left the pool unusable
+                    pool = torch.cuda.graph_pool_handle()
+            times = _take_turns([lap for lap in laps if isinstance(lap, _Lap)], rounds, budget_s)
+        caller.wait_stream(side)
+    medians = iter(times)
+    return [lap if isinstance(lap, Timing) else Timing(next(medians), lap.timer, lap.reason) for lap in laps]
+
+
+@dataclass
+class _Lap:
+    """A contestant made ready: `start` launches `calls` calls on the current stream."""
+
+    start: Callable[[], object]
+    calls: int
+    timer: Timer = "events"
+    reason: str | None = None
+
+
+def _lap(runs: Sequence[Callable[[], object]], pool: Any) -> _Lap:
+    """Warms up and captures, where `pool` is not None."""
+
+    def calls(passes: int) -> Callable[[], object]:
+        def start() -> None:
+            for _ in range(passes):
+                outputs = [run() for run in runs]  # alive together, so that each call writes to memory of its own
+                del outputs
+
+        return start
+
+    for _ in range(2):  # algorithms are chosen, workspaces allocated
+        runs[0]()
+    passes = _passes(1, _elapsed_us([calls(1)])[0])
+    plain = _Lap(calls(passes), passes * len(runs))
+    if pool is None:
+        return plain
+    try:
+        graph = _captured(calls(passes), pool)
+        graph.replay()
+        enough = _passes(passes, _elapsed_us([graph.replay])[0])
+        if enough >= 2 * passes:  # the host was what took its time
+            graph, passes = _captured(calls(enough), pool), enough
+    except RuntimeError as error:
+        plain.reason = f"not captured: {survived(error)}"
+        return plain
+    return _Lap(graph.replay, passes * len(runs), "graph")
+
+
+def _passes(passes: int, elapsed_us: float) -> int:
+    """How many passes fill a lap, where so many took so long."""
+    return max(1, math.ceil(passes * _LAP_US / max(elapsed_us, 1.0)))
+
+
+def _captured(calls: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    """The calls as a graph, whose memory comes from the pool."""
+    graph = torch.cuda.CUDAGraph()
+    random = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = random.clone_state()
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        calls()
+    except BaseException:
+        with suppress(RuntimeError):
+            _end(graph, pool)
+        random.graphsafe_set_state(state)  # the one that the capture used would refuse every call from now on
+        raise
+    _end(graph, pool)
+    return graph
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        # Torch leaves its allocator in the capture that failed, which would end the next one too.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        raise
+
+
+def _take_turns(laps: Sequence[_Lap], rounds: int, budget_s: float) -> list[float]:
+    """The median time of a call in each lap."""
+    if not laps:
+        return []
+    starts = [lap.start for lap in laps]
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < _WARM_S:
+        _elapsed_us(starts)
+    taken: list[list[float]] = []
+    begin = time.perf_counter()
+    while len(taken) < rounds and (len(taken) < 3 or time.perf_counter() - begin <= budget_s):
+        taken.append(_elapsed_us(starts))
+    return [median(times) / lap.calls for lap, times in zip(laps, zip(*taken, strict=True), strict=True)]
+
+
+def _elapsed_us(starts: Sequence[Callable[[], object]]) -> list[float]:
+    """The device time of each of several launches in a row, in microseconds."""
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in starts]
+    for start, (begin, end) in zip(starts, marks, strict=True):
+        begin.record()
+        start()
+        end.record()
+    torch.cuda.current_stream().synchronize()
+    return [begin.elapsed_time(end) * 1e3 for begin, end in marks]
+
+
+@lru_cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Graphs are captured on a stream of their own; one per device, as libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+def survived(error: Exception) -> str:
+    """What failed, in a line, on a device that lives on; its unused memory is given back. Raises where it is lost."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as lost:
+        raise RuntimeError(f"the device is lost to this process, start another: {error}") from lost
+    torch.cuda.empty_cache()
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of device memory: {line.removeprefix('CUDA out of memory. ').partition('. GPU')[0]}"
+    return line
+
+
+def example_inputs(problem: Problem, *, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Random inputs and residuals, at least one image each; on a GPU as many as the L2 cache cannot hold."""
+    generator = torch.Generator(problem.device).manual_seed(seed)
+    shapes = [(max(problem.batch, 1), *shape[1:]) for shape in (problem.input_shape, problem.output_shape)]
+
+    def draw(shape: tuple[int, ...]) -> torch.Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=problem.torch_dtype, device=problem.device)
+        return drawn.contiguous(memory_format=problem.torch_memory_format)
+
+    sets = 1
+    if problem.device_type == "cuda":
+        tensors = shapes + shapes[1:] * problem.epilogue.residual
+        sets = _sets(problem.device, sum(map(math.prod, tensors)) * problem.torch_dtype.itemsize)
+    return [(draw(shapes[0]), draw(shapes[1]) if problem.epilogue.residual else None) for _ in range(sets)]
+
+
+def _sets(device: str, size: int) -> int:
+    """How many inputs of `size` bytes, outputs included, are twice the L2 cache, in an eighth of the free memory."""
+    wanted = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    affordable = torch.cuda.mem_get_info(device)[0] // 8
+    return min(max(1, min(math.ceil(wanted / size), affordable // size)), _MOST_SETS)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan or a result was measured on. Plans measured on another machine are measured again.
+
+    Attributes:
+        device: the name of the processor or GPU.
+        isa: its instruction set, such as ``avx2`` or ``sm_90``.
+        threads: that torch uses on the CPU; 0 for a GPU.
+        driver, cuda, cudnn: versions; empty for the CPU.
+    """
+
+    device: str
+    isa: str
+    threads: int
+    torch: str
+    escort: str
+    driver: str = ""
+    cuda: str = ""
+    cudnn: str = ""
+
+    @classmethod
+    def here(cls, device: str = "cpu") -> Machine:
+        """This machine, by its CPU or by one of its GPUs ("cuda:0")."""
+        own = version("escort-sparse")
+        if device.partition(":")[0] == "cpu":
+            return cls(_cpu_name(), next(iter(ISAS)), torch.get_num_threads(), torch.__version__, own)
+        gpu = torch.cuda.get_device_properties(device)
+        cudnn = torch.backends.cudnn.version() or 0
+        versions = _driver_version(), torch.version.cuda or "", f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
+        return cls(gpu.name, f"sm_{gpu.major}{gpu.minor}", 0, torch.__version__, own, *versions)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; of the versions those that there are."""
+        return {name: value for name, value in asdict(self).items() if value or name not in _VERSIONS}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Machine:
+        """Raises ValueError where the fields are not a machine's. Those that came later may be missing."""
+        try:
+            machine = cls(**data)
+        except TypeError as error:
+            raise ValueError(f"not a machine: {error}") from error
+        if not all(isinstance(value, int if name == "threads" else str) for name, value in asdict(machine).items()):
+            raise ValueError(f"not a machine: {data}")
+        return machine
+
+
+@lru_cache(maxsize=1)
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@lru_cache(maxsize=1)
+def _driver_version() -> str:
+    """As nvidia-smi prints it, from the library that it asks too; "" where that is missing."""
+    text = ctypes.create_string_buffer(96)
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        known = nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0
+    except (OSError, AttributeError):
+        return ""
+    return text.value.decode() if known else ""
