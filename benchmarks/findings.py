@@ -21,7 +21,7 @@ from benchmarks.paper_layers import PAPER_LAYERS
 from benchmarks.result_files import Result
 from benchmarks.suite import Layer, Row
 from escort.cuda.gpu import H200, Gpu
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.cuda.direct.search import candidates as direct_candidates
 from escort.methods.cuda.generated import Generated, predict_us
 from escort.methods.cuda.generated.search import candidates as generated_candidates
@@ -385,7 +385,7 @@ SHAPES: dict[tuple[str, str], Problem] = {
     ("resnet50", "module9_1_module0_1_conv2d_0"): Problem(128, 1024, 14, 14, 256, (1, 1)),
 }
 #: The least that a method's model predicts: microseconds, and of direct clocks.
-Model = Callable[[Problem, StretchedCSR, Gpu], float]
+Model = Callable[[Problem, SparseFilter, Gpu], float]
 
 
 @dataclass(frozen=True)
@@ -481,17 +481,17 @@ def _clocks_of_layer(network: str, layer: str, batch: int, dtype: Precision, see
     return _direct_clocks(replace(measured.problem, batch=batch, dtype=dtype), measured.filter, gpu)
 
 
-def _direct_clocks(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> float:
+def _direct_clocks(problem: Problem, filter: SparseFilter, gpu: Gpu) -> float:
     return float(direct_candidates(problem, filter, gpu, packed=problem.dtype == "fp16")["clocks"].min())
 
 
-def _generated_us(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> float:
+def _generated_us(problem: Problem, filter: SparseFilter, gpu: Gpu) -> float:
     return min(
         float(predict_us(problem, filter, many, gpu).min()) for many in generated_candidates(problem, filter, gpu)
     )
 
 
-def _sparse_tc_us(problem: Problem, filter: StretchedCSR, gpu: Gpu, layout: MemoryFormat) -> float:
+def _sparse_tc_us(problem: Problem, filter: SparseFilter, gpu: Gpu, layout: MemoryFormat) -> float:
     (config,) = search_sparse_tc(problem, filter, gpu, 1, layout)
     tiling = Tiling.of(problem, config, gpu.shared_bytes)
     return predict_sparse_tc_us(tiling, Extra.of(ordered(filter, layout, tiling.element)), gpu)

@@ -24,7 +24,7 @@ from benchmarks.findings import OURS, SPARSE, random_weights
 from benchmarks.paper_layers import PAPER_LAYERS
 from benchmarks.result_files import Item
 from benchmarks.suite import WHOLE, Layer, Narrowed, Row
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods import Method, by_name, for_device
 from escort.methods.base import as_taken
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS
@@ -195,7 +195,7 @@ def in_order_of_channels_last(layers: Sequence[Layer]) -> list[Layer]:
         weights = [layers[place].filter.to_dense() for place in places]
         channels = best_order(weights, ELEMENTS[layers[places[0]].problem.dtype])
         for place, weight in zip(places, weights, strict=True):
-            found[place] = replace(layers[place], filter=StretchedCSR.from_dense(weight[:, channels]))
+            found[place] = replace(layers[place], filter=SparseFilter.from_dense(weight[:, channels]))
     return found
 
 

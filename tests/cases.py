@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from escort import reference
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods import Method
 from escort.problem import Epilogue, Precision, Problem
 
@@ -38,8 +38,8 @@ class Case:
         residual = torch.randn(p.output_shape, generator=generator) if p.epilogue.residual else None
         return x, weight, bias, residual
 
-    def filter(self) -> StretchedCSR:
-        return StretchedCSR.from_dense(self.tensors()[1], self.problem.groups)
+    def filter(self) -> SparseFilter:
+        return SparseFilter.from_dense(self.tensors()[1], self.problem.groups)
 
     def on(self, device: str, dtype: Precision = "fp32") -> tuple[Problem, Any, Any, Any, Any]:
         """The problem there, x, weight, bias and residual; weight and bias stay in float32 on the host."""

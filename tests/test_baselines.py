@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from escort import reference
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods import Method, by_name
 from escort.methods.base import benchmark_configs, float32_convolutions, float32_products
 from escort.problem import Precision, Problem
@@ -51,7 +51,7 @@ def test_case(method: Method, case: Case) -> None:
 @pytest.mark.parametrize(("dtype", "allowed"), [("fp32", False), ("tf32", True), ("fp16", False)])
 def test_cudnn_is_told_the_precision_by_each_call(cudnn: list[dict[str, Any]], dtype: Precision, allowed: bool) -> None:
     problem = Problem(2, 8, 6, 6, 8, (3, 3), dtype=dtype)
-    filter = StretchedCSR.from_dense(torch.randn(problem.weight_shape))
+    filter = SparseFilter.from_dense(torch.randn(problem.weight_shape))
     method = by_name("cudnn", "cuda")
     for config in benchmark_configs(method, problem, filter):
         method.prepare(problem, filter, None, config)(torch.randn(problem.input_shape).to(problem.torch_dtype))

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks import suite
 from escort import reference
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods import Method, by_name, for_device
 from escort.methods.base import as_taken, benchmark_configs
 from escort.methods.cuda.cublas import Cublas
@@ -262,7 +262,7 @@ def test_a_plan_weighs_every_method(dtype: Precision) -> None:
         epilogue=Epilogue(True, True, "relu"),
     )
     weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.1)
-    filter, bias = StretchedCSR.from_dense(weight), torch.randn(64)
+    filter, bias = SparseFilter.from_dense(weight), torch.randn(64)
     plan = planner.plan_layer(problem, filter, bias)
     assert {candidate.method for candidate in plan.candidates} == {method.name for method in for_device(DEVICE)}
     assert plan.time_us is not None and plan.dense_time_us is not None and plan.time_us <= plan.dense_time_us

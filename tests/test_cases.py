@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from escort import reference
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods import Method, by_name, for_device
 from escort.methods.cpu.direct import ISAS, DirectConfig
 from escort.problem import Epilogue, Problem
@@ -107,7 +107,7 @@ def test_threads_share_the_work_without_changing_it() -> None:
 def test_direct_keeps_nan_as_torch_does(activation: str) -> None:
     problem = Problem(1, 1, 4, 8, 1, (1, 1), epilogue=Epilogue(activation=activation))  # type: ignore[arg-type]
     x = torch.full(problem.input_shape, float("nan"))
-    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     method = by_name("direct")
     for config in method.configs(problem, filter):
         assert method.prepare(problem, filter, None, config)(x).isnan().all()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from escort.filter import StretchedCSR, split
+from escort.filter import SparseFilter, split
 from escort.network import channels_last, fuse
 from escort.network.fuse import FusedConv2d
 from escort.problem import Problem
@@ -64,7 +64,7 @@ def fused(model: nn.Module, x: Tensor) -> torch.fx.GraphModule:
 
 
 def left_over(module: FusedConv2d, kept: int, of: int) -> float:
-    return split(StretchedCSR.from_dense(module.conv.weight, module.conv.groups), kept, of).share
+    return split(SparseFilter.from_dense(module.conv.weight, module.conv.groups), kept, of).share
 
 
 @pytest.mark.parametrize(("precision", "kept", "of"), [("fp16", 2, 4), ("bf16", 2, 4), ("tf32", 1, 2)])
@@ -102,7 +102,7 @@ def test_channels_that_others_read_keep_their_order(x: Tensor) -> None:
 
 
 def test_what_is_left_over_gathers_in_the_last_channels(x: Tensor) -> None:
-    filter = StretchedCSR.from_dense(channels_last.rewrite(fused(pruned(0.7), x), "fp16").spatial.conv.weight)
+    filter = SparseFilter.from_dense(channels_last.rewrite(fused(pruned(0.7), x), "fp16").spatial.conv.weight)
     columns = split(filter).residual.columns // 9
     first, last = (columns < 32).sum(), (columns >= 32).sum()
     assert 0 <= first < last

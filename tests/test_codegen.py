@@ -12,7 +12,7 @@ import torch
 
 from escort import reference
 from escort.cuda import compiler
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.cuda.generated import codegen
 from escort.methods.cuda.generated.codegen import arrange_defines
 from escort.methods.cuda.generated.steps import GeneratedConfig, Join, Load, MultiplyAdd, Program, Words, computed
@@ -62,7 +62,7 @@ def small(name: str) -> tuple[Program, np.ndarray | None]:
     weight[0, 0, 0, 0], weight[0, 1, 1, 2], weight[1, 0, 0, 0], weight[2, 1, 2, 1] = 0.5, -2.0, 3.0, 0.25
     bias = np.array([1.0, -1.0, 0.0], dtype=np.float32)
     problem = Problem(1, 2, 6, 6, 3, (3, 3), padding=(1, 1, 1, 1))
-    filter = StretchedCSR.from_dense(weight)
+    filter = SparseFilter.from_dense(weight)
     if name == "fp32":
         return Program.of(problem, filter, GeneratedConfig(3, 1, 1, 2, stages=2)), None
     if name == "fp32-two-pieces":
@@ -119,7 +119,7 @@ def test_everything_assembles_without_spills(
         together=together,
         scouts=scouts,
     )
-    program = Program.of(problem, StretchedCSR.from_dense(weight), config)
+    program = Program.of(problem, SparseFilter.from_dense(weight), config)
     binary = compiler.compile(compiler.Text("generated.cu", codegen.text(program, np.ones(64, np.float32))), {}, arch)
     assert binary.registers <= 128 and binary.spill_bytes == binary.stack_bytes == 0
     if arranged:
@@ -130,7 +130,7 @@ def test_everything_assembles_without_spills(
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
 def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
     problem = Problem(1, 12, 9, 9, 8, (3, 3), stride, padding=(1, 1, 1, 1))
-    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     program = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 2, copy=0, arranged=True))
     text = codegen.text(program)
     (stage_bytes,) = (int(size) for size in re.findall(r"#define STAGE_BYTES (\d+)", text))
@@ -146,7 +146,7 @@ def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_scouts_jump_where_no_word_is_held(dtype: str) -> None:
     problem = Problem(1, 24, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
-    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     for scouts in (0, 1, 3):
         program = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 4, scouts=scouts))
         code = re.findall(r'^        "(.*)\\n"', codegen.text(program), flags=re.MULTILINE)
@@ -183,7 +183,7 @@ def test_16_bit_sums_end_as_they_are_where_that_is_exact(
 ) -> None:
     epilogue = Epilogue(bias is not None, residual, "relu")
     problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype="fp16", epilogue=epilogue)
-    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     program = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 3, sums=sums))
     text = codegen.text(program, None if bias is None else np.full(8, bias, dtype=np.float32))
     assert ("max.NaN.f16x2" in text) is short and ("cvt.f32.f16" in text) is not short
@@ -195,7 +195,7 @@ def test_a_word_is_read_once_for_all_rows() -> None:
     for dtype, reads, joins in (("fp32", 27, 0), ("fp16", 27, 18)):
         program = Program.of(
             replace(problem, dtype=dtype),  # type: ignore[arg-type]
-            StretchedCSR.from_dense(weight),
+            SparseFilter.from_dense(weight),
             GeneratedConfig(8, 1, 1, 3, stages=2),
         )
         (piece,) = program.pieces
@@ -206,7 +206,7 @@ def test_a_word_is_read_once_for_all_rows() -> None:
 
 def test_sums_share_the_products_of_a_row() -> None:
     problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype="fp16")
-    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     (piece,) = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True, sums=4)).pieces
     places = [step.place for chunk in piece.chunks for step in chunk.steps if isinstance(step, MultiplyAdd)]
     assert np.bincount(places).tolist() == [7] * 24 + [6] * 8
@@ -238,6 +238,6 @@ def test_arranged_words_hold_two_images_and_no_more_padding_than_needed() -> Non
 
 def test_a_weight_beyond_half_precision_is_refused() -> None:
     problem = Problem(1, 1, 4, 4, 1, (1, 1), dtype="fp16")
-    filter = StretchedCSR.from_dense(torch.full(problem.weight_shape, 1e5))
+    filter = SparseFilter.from_dense(torch.full(problem.weight_shape, 1e5))
     with pytest.raises(ValueError, match="does not fit fp16; use fp32"):
         codegen.text(Program.of(problem, filter, GeneratedConfig(1, 1, 1, 1)))

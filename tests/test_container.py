@@ -16,7 +16,7 @@ from safetensors.torch import load
 
 from escort.artifact import container
 from escort.artifact.container import Container, pack
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 
 
 def sealed(header: bytes, data: bytes) -> bytes:
@@ -100,7 +100,7 @@ def test_negative_zeros_are_zeros() -> None:
 
 def test_a_filter_keeps_its_own_zeros() -> None:
     parts = np.array([0, 1, 3], np.int32), np.array([2, 0, 1], np.int32), np.array([0.0, -0.0, 3.0], np.float32)
-    filter = StretchedCSR((2, 3, 1, 1), 1, *parts)
+    filter = SparseFilter((2, 3, 1, 1), 1, *parts)
     back = Container(pack({}, {"f": filter})).filter("f", (2, 3, 1, 1), 1)
     for name in ("indptr", "columns", "values"):
         assert getattr(back, name).tobytes() == getattr(filter, name).tobytes()
@@ -110,7 +110,7 @@ def test_a_filter_keeps_its_own_zeros() -> None:
 def test_grouped_filters_come_back(density: float) -> None:
     torch.manual_seed(0)
     weight = torch.randn(6, 5, 3, 2) * (torch.rand(6, 5, 3, 2) < density)
-    back = Container(pack({}, {"f": StretchedCSR.from_dense(weight, 3)})).filter("f", (6, 5, 3, 2), 3)
+    back = Container(pack({}, {"f": SparseFilter.from_dense(weight, 3)})).filter("f", (6, 5, 3, 2), 3)
     assert back.groups == 3
     assert torch.equal(back.to_dense(), weight)
 

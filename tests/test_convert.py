@@ -16,7 +16,7 @@ from torch import nn
 import escort
 from benchmarks.networks import NETWORKS
 from escort import methods, prune, reference
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.layers.nn import MaxPool2d, SparseConv2d
 from escort.methods import Runner
 from escort.methods.cpu.dense import Dense, DenseConfig
@@ -238,10 +238,10 @@ class Compiled(Dense):
     def __init__(self) -> None:
         self.prepared: list[str] = []
 
-    def compile_s(self, problem: Problem, filter: StretchedCSR, config: DenseConfig) -> float:
+    def compile_s(self, problem: Problem, filter: SparseFilter, config: DenseConfig) -> float:
         return 10.0 * planner._cores()
 
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: DenseConfig) -> Runner:
+    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig) -> Runner:
         self.prepared.append(config.memory_format)
         return super().prepare(problem, filter, bias, config)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from escort import reference
 from escort.cuda import kernel as jit
 from escort.cuda.gpu import H200
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.cuda import direct as direct_cuda
 from escort.methods.cuda.direct import DirectCuda
 from escort.methods.cuda.direct.layout import LANES, STORAGE, DirectConfig, Layout, most_images
@@ -41,7 +41,7 @@ def small_ring(problem: Problem) -> DirectConfig:
 class Interpreter:
     """What kernels/cuda/direct.cu does, step by step, in numpy and float64."""
 
-    def __init__(self, problem: Problem, filter: StretchedCSR, config: DirectConfig) -> None:
+    def __init__(self, problem: Problem, filter: SparseFilter, config: DirectConfig) -> None:
         self.layout = Layout.of(problem, config.tile)
         self.tables = pack(problem, filter, config)
         self.config, self.half = config, self.layout.images_per_word == 2
@@ -246,7 +246,7 @@ def test_there_is_room_where_a_config_fits(dtype: str) -> None:
     rooms = []
     for width in (8, 60, 250, 1000, 4000):
         problem = Problem(1, 4, 32, width, 8, (9, 9), padding=(4,) * 4, dtype=dtype, device="cuda:0")  # type: ignore[arg-type]
-        filter = StretchedCSR.from_dense(torch.zeros(problem.weight_shape))
+        filter = SparseFilter.from_dense(torch.zeros(problem.weight_shape))
         rooms.append(has_room(problem, H200))
         assert rooms[-1] == (len(candidates(problem, filter, H200, packed=False)["clocks"]) > 0)
     assert rooms[0] and not rooms[-1]
@@ -291,7 +291,7 @@ def test_batches_end_where_32_bits_do(dtype: str, itemsize: int) -> None:
 
 def test_a_weight_beyond_half_precision_is_refused() -> None:
     problem = Problem(1, 1, 4, 4, 1, (1, 1), dtype="fp16", device="cuda:0")
-    filter = StretchedCSR.from_dense(torch.full(problem.weight_shape, 1e5))
+    filter = SparseFilter.from_dense(torch.full(problem.weight_shape, 1e5))
     with pytest.raises(ValueError, match="does not fit fp16; use bf16"):
         pack(problem, filter, DirectConfig(1, 1, 1, 4, 1, 4, 4, 2))
 
@@ -335,7 +335,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 def test_a_runner_launches_a_tile_per_block(launches: Launches, dtype: str) -> None:
     problem = Problem(4, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
     config = DirectConfig(2, 2, 1, 4, 1, 4, 4, 2)
-    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     run = DirectCuda().prepare(problem, filter, torch.zeros(16), config)
     for images in (0, 1, 4, 7):
         x = torch.zeros(images, 8, 14, 14, dtype=problem.torch_dtype)
@@ -366,7 +366,7 @@ def test_a_runner_refuses_other_tensors(
     launches: Launches, x: torch.Tensor, residual: torch.Tensor | None, says: str
 ) -> None:
     problem = Problem(1, 8, 14, 14, 16, (3, 3), padding=(1,) * 4, dtype="fp16", epilogue=Epilogue(residual=True))
-    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     run = DirectCuda().prepare(problem, filter, None, DirectConfig(2, 2, 1, 4, 1, 4, 4, 2))
     with pytest.raises(ValueError, match=says):
         run(x, residual)
@@ -375,7 +375,7 @@ def test_a_runner_refuses_other_tensors(
 
 def test_columns_that_are_read_in_pairs_are_aligned(launches: Launches) -> None:
     problem = Problem(1, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1), dtype="fp16")
-    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     run = DirectCuda().prepare(problem, filter, None, DirectConfig(2, 2, 1, 4, 1, 4, 4, 2))
     odd = torch.zeros(8 * 14 * 14 + 1, dtype=torch.float16)[1:].view(1, 8, 14, 14)
     assert odd.data_ptr() % 4 == 2

@@ -10,7 +10,7 @@ import torch
 
 from escort import reference
 from escort.cuda.gpu import H200
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.methods.cuda.generated import Generated
 from escort.methods.cuda.generated.search import candidates, piece_count, piece_steps, predict_us, search
@@ -21,10 +21,10 @@ from tests.cases import CASES, FULL, Case, check_kernels
 RES3 = Problem(32, 128, 28, 28, 128, (3, 3), padding=(1, 1, 1, 1), device="cuda:0")
 
 
-def sparse(problem: Problem, density: float) -> StretchedCSR:
+def sparse(problem: Problem, density: float) -> SparseFilter:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(problem.weight_shape, generator=generator)
-    return StretchedCSR.from_dense(weight * (torch.rand(weight.shape, generator=generator) < density), problem.groups)
+    return SparseFilter.from_dense(weight * (torch.rand(weight.shape, generator=generator) < density), problem.groups)
 
 
 @pytest.mark.parametrize(

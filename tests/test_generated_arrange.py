@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.cuda.generated.codegen import arrange_defines
 from escort.methods.cuda.generated.steps import Chunk, GeneratedConfig, Program
 from escort.problem import Problem
@@ -71,7 +71,7 @@ def test_the_input_is_laid_out_as_the_interpreter_reads_it(
     tmp_path: Path,
 ) -> None:
     problem = Problem(3, 2, 9, 8, 4, kernel, stride, padding, dilation, dtype=dtype)  # type: ignore[arg-type]
-    filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     program = Program.of(problem, filter, GeneratedConfig(4, 12, 1, 2, copy=0, arranged=True))
     assert program.tiles(3) == 1 and len(program.words.phases) == planes
     x = (

@@ -22,7 +22,7 @@ import torch
 from escort.cuda import cache, compiler
 from escort.cuda import kernel as jit
 from escort.cuda import tensor_map as tensor_maps
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.cuda import direct as direct_cuda
 from escort.methods.cuda.generated.codegen import arrange_defines
 from escort.methods.cuda.generated.steps import GeneratedConfig, Program
@@ -129,7 +129,7 @@ def arrange_variants() -> list[tuple[str, dict[str, int | str], int]]:
     variants = [("sparse_tc_arrange.cu", {"BYTES": bytes, "VECTOR": vector}, 48) for bytes, vector in vectors]
     for dtype, stride in (("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)):
         problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
-        filter = StretchedCSR.from_dense(torch.ones(problem.weight_shape))
+        filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
         variants.append(("generated_arrange.cu", arrange_defines(Program.of(problem, filter, config), 128), 48))
     return variants
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from escort import methods, reference
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.layers.nn import MaxPool2d, SparseConv2d
 from escort.methods import Runner, by_name, for_device
@@ -34,7 +34,7 @@ def a_layer(method: str = "direct", *, residual: bool = True) -> tuple[SparseCon
         2, 6, 11, 12, 8, (3, 3), (2, 1), (1, 1, 1, 1), groups=2, epilogue=Epilogue(True, residual, "relu")
     )
     weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.3)
-    filter = StretchedCSR.from_dense(weight, 2)
+    filter = SparseFilter.from_dense(weight, 2)
     config = by_name(method).configs(problem, filter)[0]
     plan = Plan(problem, method, dict(vars(config)), (), Machine.here())
     layer = SparseConv2d(filter, torch.randn(8), plan, "features.3")
@@ -90,7 +90,7 @@ def test_bad_calls_name_the_layer_and_the_remedy(make: Any, error: type[Exceptio
 
 def test_a_filter_or_bias_of_another_problem_is_refused() -> None:
     layer, *_ = a_layer()
-    other = StretchedCSR.from_dense(torch.ones(8, 2, 3, 3), 2)
+    other = SparseFilter.from_dense(torch.ones(8, 2, 3, 3), 2)
     with pytest.raises(ValueError, match=r"a filter of shape \(8, 3, 3, 3\), got \(8, 2, 3, 3\)"):
         SparseConv2d(other, layer.bias, layer.plan)
     for bias in (None, torch.zeros(7)):
@@ -121,10 +121,10 @@ class Rounded:
     def unsupported(self, problem: Problem) -> str | None:
         return None
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> tuple[NoSettings, ...]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> tuple[NoSettings, ...]:
         return (NoSettings(),)
 
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: NoSettings) -> Runner:
+    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings) -> Runner:
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             return reference.conv2d(problem, x, filter.to_dense(), bias, residual).to(problem.torch_dtype)
 
@@ -137,7 +137,7 @@ def half_layer(monkeypatch: pytest.MonkeyPatch) -> SparseConv2d:
     problem = Problem(2, 6, 11, 12, 8, (3, 3), dtype="fp16", epilogue=Epilogue(bias=True))
     weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.3)
     plan = Plan(problem, "rounded", {}, (), Machine.here())
-    return SparseConv2d(StretchedCSR.from_dense(weight), torch.randn(8).half(), plan, "features.3")
+    return SparseConv2d(SparseFilter.from_dense(weight), torch.randn(8).half(), plan, "features.3")
 
 
 def test_a_layer_computes_in_the_type_it_was_planned_for(half_layer: SparseConv2d) -> None:
@@ -173,7 +173,7 @@ class Picky(Rounded):
     def unsupported(self, problem: Problem) -> str | None:
         return "too tall" if problem.height > 20 else None
 
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: NoSettings) -> Runner:
+    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings) -> Runner:
         if problem.width > 20:
             raise ValueError("too wide")
         return super().prepare(problem, filter, bias, config)
@@ -187,7 +187,7 @@ def test_a_size_that_the_plan_does_not_fit_runs_by_another_method(
     monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, picky))
     problem = Problem(1, 6, 9, 9, 8, (3, 3))
     weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.3)
-    layer = SparseConv2d(StretchedCSR.from_dense(weight), None, Plan(problem, "picky", {}, (), Machine.here()), "late")
+    layer = SparseConv2d(SparseFilter.from_dense(weight), None, Plan(problem, "picky", {}, (), Machine.here()), "late")
     x = torch.randn(2, 6, height, width)
     expected = reference.conv2d(layer.problem(2, height, width), x, weight)
     assert reference.compare(layer(x), expected) < 1e-5
@@ -213,17 +213,17 @@ class Compiling(Picky):
     def unsupported(self, problem: Problem) -> str | None:
         return None
 
-    def compile_s(self, problem: Problem, filter: StretchedCSR, config: NoSettings) -> float:
+    def compile_s(self, problem: Problem, filter: SparseFilter, config: NoSettings) -> float:
         return 60.0
 
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: NoSettings) -> Runner:
+    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings) -> Runner:
         pytest.fail("compiled where another method would do")
 
 
 def test_nothing_is_compiled_for_a_size_that_another_method_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "METHODS", (Picky(), Compiling(), *methods.METHODS))
     problem = Problem(1, 6, 9, 9, 8, (3, 3))
-    filter = StretchedCSR.from_dense(torch.randn(problem.weight_shape))
+    filter = SparseFilter.from_dense(torch.randn(problem.weight_shape))
     layer = SparseConv2d(filter, None, Plan(problem, "picky", {}, (), Machine.here()))
     assert layer(torch.randn(1, 6, 30, 30)).shape == (1, 8, 28, 28)
 

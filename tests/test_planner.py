@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from escort import methods, reference
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.methods import by_name, for_device
 from escort.planner import planner
@@ -31,10 +31,10 @@ def forget() -> None:
     planner._remembered.clear()
 
 
-def a_filter(density: float = 0.3, seed: int = 0) -> StretchedCSR:
+def a_filter(density: float = 0.3, seed: int = 0) -> SparseFilter:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(PROBLEM.weight_shape, generator=generator)
-    return StretchedCSR.from_dense(weight * (torch.rand(weight.shape, generator=generator) < density))
+    return SparseFilter.from_dense(weight * (torch.rand(weight.shape, generator=generator) < density))
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Fake:
     def unsupported(self, problem: Problem) -> str | None:
         return self.refuses
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[FakeConfig]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[FakeConfig]:
         return self.space
 
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Any:
+    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
         self.prepared += 1
         weight = filter.to_dense()
         return lambda x, residual=None: self.change(reference.conv2d(problem, x, weight, bias, residual).float())
@@ -246,10 +246,10 @@ class Compiled(Fake):
         super().__init__("compiled", lambda y: y, configs=len(seconds))
         self.seconds, self.per_nnz = seconds, per_nnz
 
-    def compile_s(self, problem: Problem, filter: StretchedCSR, config: FakeConfig) -> float:
+    def compile_s(self, problem: Problem, filter: SparseFilter, config: FakeConfig) -> float:
         return self.seconds[config.knob] + self.per_nnz * filter.nnz
 
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Any:
+    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
         run = super().prepare(problem, filter, bias, config)
 
         def compiled(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -314,7 +314,7 @@ def test_a_plan_tells_what_was_compiled() -> None:
 def test_a_plan_is_taken_over_within_the_budget() -> None:
     method, dense = Compiled(1.0, 4.0), by_name("dense")
 
-    def plan(budget: float, filter: StretchedCSR) -> Plan:
+    def plan(budget: float, filter: SparseFilter) -> Plan:
         return plan_layer(PROBLEM, filter, methods=(method, dense), compile_budget_s=budget)
 
     cut = plan(4.0, a_filter(seed=1))  # the second config needs one second more
@@ -354,10 +354,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
     return method
 
 
-def layer(problem: Problem, nnz: int) -> tuple[Problem, StretchedCSR, None]:
+def layer(problem: Problem, nnz: int) -> tuple[Problem, SparseFilter, None]:
     weight = torch.zeros(PROBLEM.weight_shape)
     weight.view(-1)[:nnz] = 1.0
-    return problem, StretchedCSR.from_dense(weight), None
+    return problem, SparseFilter.from_dense(weight), None
 
 
 @pytest.mark.usefixtures("first_wins", "one_core")

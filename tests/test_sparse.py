@@ -1,4 +1,4 @@
-"""StretchedCSR: lossless, validated, and stretched to the place that each tap reads."""
+"""SparseFilter: lossless, validated, and stretched to the place that each tap reads."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from escort.filter import Geometry, StretchedCSR, split, spread_channels
+from escort.filter import Geometry, SparseFilter, split, spread_channels
 from tests.cases import CASES, Case
 
 
-def _filter() -> StretchedCSR:
+def _filter() -> SparseFilter:
     weight = torch.zeros(2, 2, 1, 3)
     weight[0, 1, 0, 2], weight[1, 0, 0, 0], weight[1, 1, 0, 1] = 5.0, -1.0, 2.0
-    return StretchedCSR.from_dense(weight)
+    return SparseFilter.from_dense(weight)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_dense_and_back(case: Case) -> None:
     weight = case.tensors()[1]
-    filter = StretchedCSR.from_dense(weight, case.problem.groups)
+    filter = SparseFilter.from_dense(weight, case.problem.groups)
     assert torch.equal(filter.to_dense(), weight)
     assert filter.nnz == int((weight != 0).sum())
     assert filter.sparsity == pytest.approx(1 - filter.nnz / weight.numel())
@@ -43,16 +43,16 @@ def test_the_arrays_are_those_of_the_format() -> None:
 def test_scipy_and_torch_matrices_are_adopted() -> None:
     filter = _filter()
     matrix = filter.to_dense().reshape(2, 6)
-    by_scipy = StretchedCSR.from_csr(scipy.sparse.csr_matrix(matrix.numpy()), filter.shape)
-    by_torch = StretchedCSR.from_csr(matrix.to_sparse_csr(), filter.shape)
+    by_scipy = SparseFilter.from_csr(scipy.sparse.csr_matrix(matrix.numpy()), filter.shape)
+    by_torch = SparseFilter.from_csr(matrix.to_sparse_csr(), filter.shape)
     for other in (by_scipy, by_torch):
         assert torch.equal(other.to_dense(), filter.to_dense())
     unsorted = scipy.sparse.csr_matrix((np.array([1.0, 2.0, 3.0]), np.array([4, 0, 4]), np.array([0, 3, 3])), (2, 6))
-    assert StretchedCSR.from_csr(unsorted, filter.shape).values.tolist() == [2.0, 4.0]
+    assert SparseFilter.from_csr(unsorted, filter.shape).values.tolist() == [2.0, 4.0]
     with pytest.raises(ValueError, match="matrix of 2x6"):
-        StretchedCSR.from_csr(scipy.sparse.csr_matrix((2, 5)), filter.shape)
+        SparseFilter.from_csr(scipy.sparse.csr_matrix((2, 5)), filter.shape)
     with pytest.raises(ValueError, match="CSR tensor"):
-        StretchedCSR.from_csr(matrix, filter.shape)
+        SparseFilter.from_csr(matrix, filter.shape)
 
 
 @given(
@@ -70,7 +70,7 @@ def test_offsets_find_the_input_of_every_tap(stride: tuple[int, int], dilation: 
             part = padded[:, i :: stride[0], j :: stride[1]]
             phases[:, i, j, : part.shape[1], : part.shape[2]] = part
     geometry = Geometry(phases[0].numel(), columns, rows * columns, stride, dilation)
-    filter = StretchedCSR.from_dense(torch.ones(1, 2, 3, 3)).stretch(geometry)
+    filter = SparseFilter.from_dense(torch.ones(1, 2, 3, 3)).stretch(geometry)
     assert filter.geometry == geometry
     assert filter.offsets is not None
     row, column = 2, 1  # an output position
@@ -122,27 +122,27 @@ def test_what_is_not_a_filter_is_refused(change: dict[str, Any], says: str) -> N
     for name, dtype in (("indptr", np.int32), ("columns", np.int32), ("values", np.float32)):
         fields[name] = np.array(fields[name], dtype=dtype)
     with pytest.raises(ValueError, match=says):
-        StretchedCSR(**fields)
+        SparseFilter(**fields)
 
 
 def test_arrays_of_another_type_are_refused() -> None:
     filter = _filter()
     with pytest.raises(ValueError, match="columns is a vector of int32"):
-        StretchedCSR(filter.shape, 1, filter.indptr, filter.columns.astype(np.int64), filter.values)  # type: ignore[arg-type]
+        SparseFilter(filter.shape, 1, filter.indptr, filter.columns.astype(np.int64), filter.values)  # type: ignore[arg-type]
 
 
 def test_nan_in_dense_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
-        StretchedCSR.from_dense(torch.full((1, 1, 1, 1), float("nan")))
+        SparseFilter.from_dense(torch.full((1, 1, 1, 1), float("nan")))
 
 
 # --- a part for tensor cores, and the rest
 
 
-def random_filter(seed: int, density: float, channels: int = 10, groups: int = 1) -> StretchedCSR:
+def random_filter(seed: int, density: float, channels: int = 10, groups: int = 1) -> SparseFilter:
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((6, channels, 2, 3)) * (rng.random((6, channels, 2, 3)) < density)
-    return StretchedCSR.from_dense(weight, groups)
+    return SparseFilter.from_dense(weight, groups)
 
 
 @given(st.integers(0, 1000), st.floats(0.0, 1.0), st.sampled_from([(2, 4), (1, 2), (4, 4)]), st.booleans())
@@ -166,7 +166,7 @@ def test_a_split_is_exact_and_keeps_the_largest(
 def test_a_filter_of_that_pattern_leaves_nothing() -> None:
     weight = torch.randn(8, 16, 3, 3)
     weight.view(8, 4, 4, 3, 3)[:, :, :2] = 0.0
-    parts = split(StretchedCSR.from_dense(weight, groups=2))
+    parts = split(SparseFilter.from_dense(weight, groups=2))
     assert parts.residual.nnz == 0 and parts.share == 0.0
     assert torch.equal(parts.structured.to_dense(), weight) and parts.structured.groups == 2
 
@@ -177,7 +177,7 @@ def test_spread_channels_leave_less() -> None:
     uneven = (rng.random((64, 64, 3, 3)) < np.repeat([0.4, 0.02, 0.02, 0.02], 16)[:, None, None]).astype(float)
     even = (rng.random((64, 64, 3, 3)) < 0.1).astype(float)
     for weight, most in ((uneven, 0.2), (even, 0.6)):
-        filter = StretchedCSR.from_dense(weight)
+        filter = SparseFilter.from_dense(weight)
         order = spread_channels(filter)
         assert sorted(order.tolist()) == list(range(64))
         assert split(filter, channels=order).share <= most * split(filter).share
@@ -185,7 +185,7 @@ def test_spread_channels_leave_less() -> None:
 
 def test_no_swap_of_two_channels_leaves_less() -> None:
     weight = (np.random.default_rng(0).random((24, 16, 2, 2)) < 0.2).astype(float)
-    filter = StretchedCSR.from_dense(weight)
+    filter = SparseFilter.from_dense(weight)
     order = spread_channels(filter)
     least = split(filter, channels=order).residual.nnz
     assert 0 < least < split(filter).residual.nnz

@@ -19,7 +19,7 @@ import torch
 from escort import reference
 from escort.cuda import compiler
 from escort.cuda.gpu import H200
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.methods.cuda.sparse_tc import SparseTc, SparseTcConfig
 from escort.methods.cuda.sparse_tc.packing import Packed
@@ -38,8 +38,8 @@ LAST: MemoryFormat = "channels_last"
 NONE, ALL = (Extra(dict.fromkeys((64, 128, 256), share), dict.fromkeys((64, 128), share)) for share in (0.0, 1.0))
 
 
-def filter_of(problem: Problem) -> StretchedCSR:
-    return StretchedCSR.from_dense(uneven(problem.weight_shape))
+def filter_of(problem: Problem) -> SparseFilter:
+    return SparseFilter.from_dense(uneven(problem.weight_shape))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_a_runner_launches_its_kernels(
     monkeypatch.setattr(Model, "tiling", Tiling.of(problem, config, H200.shared_bytes), raising=False)
     weight = torch.from_numpy(uneven(problem.weight_shape))
     bias = torch.randn(136) if problem.epilogue.bias else None
-    run = SparseTc().prepare(problem, StretchedCSR.from_dense(weight), bias, config)
+    run = SparseTc().prepare(problem, SparseFilter.from_dense(weight), bias, config)
     assert run.residual_share > 0.0  # type: ignore[attr-defined]
     for batch in (0, 1, 3):
         x = torch.randn(batch, *problem.input_shape[1:]).to(problem.torch_dtype)
@@ -314,7 +314,7 @@ def test_case(case: Case, dtype: Precision) -> None:
 
 def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches: tuple[int, ...]) -> None:
     """One runner for any batch, twice the same, for x in both layouts and in no one's."""
-    filter = StretchedCSR.from_dense(weight)
+    filter = SparseFilter.from_dense(weight)
     bias = torch.randn(problem.out_channels) if problem.epilogue.bias else None
     run = SparseTc().prepare(problem, filter, bias, config)
     for batch in batches:
@@ -344,7 +344,7 @@ def test_any_batch_in_any_layout_on_the_gpu(problem: Problem, config: SparseTcCo
 @of_each_kind
 def test_structured_filters_on_the_gpu(problem: Problem, config: SparseTcConfig) -> None:
     weight = structured(problem.weight_shape, problem.dtype)
-    run = SparseTc().prepare(problem, StretchedCSR.from_dense(weight), None, config)
+    run = SparseTc().prepare(problem, SparseFilter.from_dense(weight), None, config)
     assert run.residual_share == 0.0  # type: ignore[attr-defined]
     check(problem, weight, config, (2,))
 
@@ -368,7 +368,7 @@ def test_other_input_sizes_on_the_gpu(size: tuple[int, int], dtype: Precision) -
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
 def test_nan_and_infinity_stay_what_they_are_on_the_gpu(activation: str, dtype: Precision) -> None:
     problem = replace(RES4, batch=1, epilogue=Epilogue(activation=activation), dtype=dtype)  # type: ignore[arg-type]
-    filter = StretchedCSR.from_dense(np.ones(problem.weight_shape, dtype=np.float32))
+    filter = SparseFilter.from_dense(np.ones(problem.weight_shape, dtype=np.float32))
     x = torch.zeros(problem.input_shape, device="cuda", dtype=problem.torch_dtype)
     for config in (VARIANTS["halo"][1], VARIANTS["halo, last"][1]):
         run = SparseTc().prepare(problem, filter, None, config)
@@ -383,7 +383,7 @@ def test_nan_and_infinity_stay_what_they_are_on_the_gpu(activation: str, dtype: 
 def test_inputs_are_rounded_to_tf32_on_the_gpu() -> None:
     """In NCHW to the nearest; where x lies as it is read, it may be cut off."""
     problem = Problem(4, 64, 14, 14, 64, (1, 1), dtype="tf32", device="cuda:0")
-    identity = StretchedCSR.from_dense(np.eye(64, dtype=np.float32)[:, :, None, None])
+    identity = SparseFilter.from_dense(np.eye(64, dtype=np.float32)[:, :, None, None])
     x = torch.randn(problem.input_shape, device="cuda")
     for layout, bits in (("contiguous", 11), ("channels_last", 10)):
         config = SparseTcConfig("flat", 128, across=1, layout=layout)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from escort.cuda.gpu import H200
-from escort.filter import StretchedCSR, split
+from escort.filter import SparseFilter, split
 from escort.methods.cuda.sparse_tc.packing import ordered, pack
 from escort.methods.cuda.sparse_tc.search import candidates
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, SparseTcConfig, Tiling, UnfitError
@@ -60,7 +60,7 @@ def uneven(shape: tuple[int, int, int, int]) -> np.ndarray:
 
 def structured(shape: tuple[int, int, int, int], dtype: Precision = "fp16") -> np.ndarray:
     """The two largest of four neighbouring input channels, as ASP and torchao prune; for TF32 the larger of two."""
-    whole = StretchedCSR.from_dense(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    whole = SparseFilter.from_dense(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
     return split(whole, ELEMENTS[dtype].kept, ELEMENTS[dtype].of).structured.to_dense().numpy()
 
 
@@ -106,7 +106,7 @@ def test_the_kernels_coordinates_make_a_convolution(name: str, fill: str, layout
     tilings = some_tilings(problem, fill, layout)
     assert tilings
     weight = integers(problem.weight_shape, density)
-    filter = StretchedCSR.from_dense(weight)
+    filter = SparseFilter.from_dense(weight)
     x = np.random.default_rng(1).integers(-3, 4, problem.input_shape).astype(np.float64)
     top, bottom, left, right = problem.padding
     padded = F.pad(torch.from_numpy(x), (left, right, top, bottom))
@@ -133,7 +133,7 @@ CONFIGS = [
 def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision) -> None:
     problem = replace(RES4, dtype=dtype)
     weight = uneven(problem.weight_shape)
-    filter = StretchedCSR.from_dense(weight)
+    filter = SparseFilter.from_dense(weight)
     tiling, places = Tiling.of(problem, config, H200.shared_bytes), ordered(filter, config.layout, ELEMENTS[dtype])
     packed = pack(places, tiling)
     assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
@@ -144,7 +144,7 @@ def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision)
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 def test_the_decoder_notices(dtype: Precision) -> None:
-    filter = StretchedCSR.from_dense(uneven(RES4.weight_shape))
+    filter = SparseFilter.from_dense(uneven(RES4.weight_shape))
     tiling = Tiling.of(replace(RES4, dtype=dtype), CONFIGS[0], H200.shared_bytes)
     places = ordered(filter, "contiguous", tiling.element)
     packed = pack(places, tiling)
@@ -162,7 +162,7 @@ def test_the_decoder_notices(dtype: Precision) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: Precision) -> None:
     weight = structured(RES4.weight_shape, dtype)
-    filter = StretchedCSR.from_dense(weight)
+    filter = SparseFilter.from_dense(weight)
     tiling = Tiling.of(replace(RES4, dtype=dtype), config, H200.shared_bytes)
     places = ordered(filter, config.layout, tiling.element)
     packed = pack(places, tiling)
@@ -173,7 +173,7 @@ def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: 
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 def test_the_order_leaves_less_over_in_fewer_images(dtype: Precision) -> None:
-    filter, element = StretchedCSR.from_dense(uneven((256, 256, 3, 3))), ELEMENTS[dtype]
+    filter, element = SparseFilter.from_dense(uneven((256, 256, 3, 3))), ELEMENTS[dtype]
     spread, natural = ordered(filter, "contiguous", element), ordered(filter, "channels_last", element)
     assert spread.split.share < natural.split.share
     assert spread.extra(128, spread.block) < natural.extra(128, natural.block)
@@ -182,7 +182,7 @@ def test_the_order_leaves_less_over_in_fewer_images(dtype: Precision) -> None:
 
 def test_empty_halves_of_images_are_not_multiplied() -> None:
     problem, _ = CASES["few channels"]
-    filter = StretchedCSR.from_dense(integers(problem.weight_shape, 0.3))
+    filter = SparseFilter.from_dense(integers(problem.weight_shape, 0.3))
     tiling = Tiling.of(replace(problem, dtype="fp16"), SparseTcConfig("halo", 96, rows=9), H200.shared_bytes)
     packed = pack(ordered(filter, "channels_last", tiling.element), tiling)
     halves = packed.steps[:-1] >> 16 & 3
@@ -200,7 +200,7 @@ def test_empty_halves_of_images_are_not_multiplied() -> None:
 def test_a_weight_beyond_the_precision_is_refused(dtype: Precision, large: float, message: str) -> None:
     weight = integers(RES4.weight_shape, 0.1)
     weight[0, 0, 0, 0] = large
-    filter = StretchedCSR.from_dense(weight)
+    filter = SparseFilter.from_dense(weight)
     tiling = Tiling.of(replace(RES4, dtype=dtype), CONFIGS[0], H200.shared_bytes)
     with pytest.raises(ValueError, match=message):
         pack(ordered(filter, "contiguous", tiling.element), tiling)
@@ -208,7 +208,7 @@ def test_a_weight_beyond_the_precision_is_refused(dtype: Precision, large: float
 
 def test_packing_is_quick() -> None:
     problem = Problem(32, 512, 7, 7, 512, (3, 3), padding=SAME, dtype="fp16")
-    filter = StretchedCSR.from_dense(uneven(problem.weight_shape))
+    filter = SparseFilter.from_dense(uneven(problem.weight_shape))
     tiling = Tiling.of(problem, SparseTcConfig("halo", 248, rows=7, images=4), H200.shared_bytes)
     places = ordered(filter, "channels_last", tiling.element)
     begin = time.thread_time()

@@ -18,7 +18,7 @@ import torch
 from escort import reference
 from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.cuda.sparse_tc.packing import ordered, pack
 from escort.methods.cuda.sparse_tc.tiling import SparseTcConfig, Tiling, im2col_corners
 from escort.problem import Precision
@@ -358,7 +358,7 @@ def test_the_source_computes_the_convolution(kind: str, layout: str, dtype: Prec
     config = replace(config, layout=layout)  # type: ignore[arg-type]
     tiling = Tiling.of(problem, config, H200.shared_bytes)
     weight = integers(problem.weight_shape, density)
-    places = ordered(StretchedCSR.from_dense(weight), config.layout, tiling.element)
+    places = ordered(SparseFilter.from_dense(weight), config.layout, tiling.element)
     packed = pack(places, tiling)
     generator = np.random.default_rng(1)
     x = generator.integers(-3, 4, problem.input_shape).astype(np.float64)

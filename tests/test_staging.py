@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from escort.cuda.compiler import KERNELS
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.cuda.generated import codegen
 from escort.methods.cuda.generated.steps import GeneratedConfig, Program
 from escort.problem import Problem
@@ -161,7 +161,7 @@ def test_the_ring_holds_what_the_interpreter_reads(dtype: str, config: Generated
     channels = 14 if config.split == 1 else 15  # of a group: the last chunk, and the last part, have fewer
     problem = Problem(3, 2 * channels, 10, 8, 16, (3, 3), padding=(1, 1, 1, 1), groups=2, dtype=dtype)  # type: ignore[arg-type]
     weight = torch.ones(problem.weight_shape)
-    program = Program.of(problem, StretchedCSR.from_dense(weight, 2), config)
+    program = Program.of(problem, SparseFilter.from_dense(weight, 2), config)
     x = np.random.default_rng(0).standard_normal(problem.input_shape)
     x = x.astype(np.float32 if dtype == "fp32" else np.float16)
     source = arranged(program, x, tmp_path) if config.arranged else x

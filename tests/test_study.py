@@ -22,7 +22,7 @@ from benchmarks.result_files import Item, Result, read_results
 from benchmarks.study import Study
 from benchmarks.suite import Layer, Row
 from escort import methods, reference
-from escort.filter import StretchedCSR, split
+from escort.filter import SparseFilter, split
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS
 from escort.problem import Precision, Problem
 
@@ -97,10 +97,10 @@ class Fake:
     def unsupported(self, problem: Problem) -> str | None:
         return None
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[Knobs]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[Knobs]:
         return Knobs(), Knobs(size=4), Knobs(depth=3)
 
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: Any, config: Knobs) -> Callable[..., torch.Tensor]:
+    def prepare(self, problem: Problem, filter: SparseFilter, bias: Any, config: Knobs) -> Callable[..., torch.Tensor]:
         weight = filter.to_dense()
         return lambda x, residual=None: reference.conv2d(problem, x, weight).float()
 
@@ -111,10 +111,10 @@ class Compiled(Fake):
     def __init__(self) -> None:
         self.prepared: list[tuple[int, Knobs]] = []
 
-    def compile_s(self, problem: Problem, filter: StretchedCSR, config: Knobs) -> float:
+    def compile_s(self, problem: Problem, filter: SparseFilter, config: Knobs) -> float:
         return 1.0
 
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: Any, config: Knobs) -> Callable[..., torch.Tensor]:
+    def prepare(self, problem: Problem, filter: SparseFilter, bias: Any, config: Knobs) -> Callable[..., torch.Tensor]:
         self.prepared.append((problem.in_channels, config))
         return super().prepare(problem, filter, bias, config)
 
@@ -138,7 +138,7 @@ def test_what_is_compiled_is_compiled_for_all_layers_before_the_first_is_raced(m
 class Knowing(Fake):
     """Says itself which configurations are next to one."""
 
-    def neighbours(self, config: Knobs, problem: Problem, filter: StretchedCSR) -> dict[str, list[Knobs]]:
+    def neighbours(self, config: Knobs, problem: Problem, filter: SparseFilter) -> dict[str, list[Knobs]]:
         return {
             "size": [replace(config, size=size) for size in (1, 8)],
             "balanced": [replace(config, balanced=not config.balanced)],

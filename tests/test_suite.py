@@ -17,7 +17,7 @@ from benchmarks import suite
 from benchmarks.paper_layers import PAPER_LAYERS
 from benchmarks.suite import Row, layers, networks
 from escort import prune
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.cpu.dense import Dense, DenseConfig
 from escort.network.model import ConvertedModel
 from escort.planner import timing as bench
@@ -36,7 +36,7 @@ def tiny() -> nn.Module:
 def tiny_layer() -> suite.Layer:
     problem = Problem(2, 4, 6, 6, 8, (3, 3), padding=(1, 1, 1, 1))
     weight = torch.randn(problem.weight_shape, generator=torch.Generator().manual_seed(0))
-    return suite.Layer("tiny", "random", "conv", problem, StretchedCSR.from_dense(weight * (weight > 1)))
+    return suite.Layer("tiny", "random", "conv", problem, SparseFilter.from_dense(weight * (weight > 1)))
 
 
 def row(network: str, layer: str, method: str, time_us: float) -> Row:
@@ -188,13 +188,13 @@ class FakeGpuMethod(Dense):
         self.space = configs
         self.saw_channels_last: list[bool] = []
 
-    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Any:
+    def benchmarks(self, problem: Problem, filter: SparseFilter) -> Any:
         return (Scaled(takes_channels_last=True),)
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Any:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Any:
         return self.space
 
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: Any, config: Any) -> Any:
+    def prepare(self, problem: Problem, filter: SparseFilter, bias: Any, config: Any) -> Any:
         run = super().prepare(problem, filter, bias, DenseConfig())
 
         def scaled(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:

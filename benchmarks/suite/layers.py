@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.paper_layers import PAPER_LAYERS
 from benchmarks.suite.rows import Row, check, leave_out
 from escort import reference
-from escort.filter import IntArray, StretchedCSR
+from escort.filter import IntArray, SparseFilter
 from escort.methods import Method, Runner, for_device
 from escort.methods.base import as_taken, benchmark_configs
 from escort.planner import timing as bench
@@ -41,7 +41,7 @@ class Layer:
     weights: str
     name: str
     problem: Problem
-    filter: StretchedCSR
+    filter: SparseFilter
 
 
 def paper_layers(batch: int | None, seed: int = 0, *, dtype: Precision = "fp32", device: str = "cpu") -> list[Layer]:
@@ -122,13 +122,13 @@ def pattern_layers(
     return layers
 
 
-def random_filter(problem: Problem, sparsity: float, seed: int) -> StretchedCSR:
+def random_filter(problem: Problem, sparsity: float, seed: int) -> SparseFilter:
     """A filter for the problem with this share of zeros, at random positions."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(problem.weight_shape, generator=generator)
     zeros = torch.randperm(weight.numel(), generator=generator)[: round(sparsity * weight.numel())]
     weight.view(-1)[zeros] = 0.0
-    return StretchedCSR.from_dense(weight, problem.groups)
+    return SparseFilter.from_dense(weight, problem.groups)
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -152,9 +152,9 @@ def _integers(arrays: dict[str, NDArray[Any]], key: str) -> IntArray:
     return array.astype(np.int32)
 
 
-def _filter(problem: Problem, indptr: NDArray[Any], columns: NDArray[Any], values: NDArray[Any]) -> StretchedCSR:
+def _filter(problem: Problem, indptr: NDArray[Any], columns: NDArray[Any], values: NDArray[Any]) -> SparseFilter:
     parts = indptr.astype(np.int32), columns.astype(np.int32), values.astype(np.float32)
-    return StretchedCSR(problem.weight_shape, problem.groups, *parts)
+    return SparseFilter(problem.weight_shape, problem.groups, *parts)
 
 
 def measure_layer(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.suite.layers import Layer
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods import Method, Runner
 from escort.methods.base import only_for_benchmarks
 from escort.planner import planner
@@ -28,13 +28,13 @@ class Narrowed:
     def unsupported(self, problem: Problem) -> str | None:
         return self._method.unsupported(problem)
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[Any]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[Any]:
         return self._configs or self._method.configs(problem, filter)[: self._most]
 
-    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[Any]:
+    def benchmarks(self, problem: Problem, filter: SparseFilter) -> Sequence[Any]:
         return () if self._configs is not None else only_for_benchmarks(self._method, problem, filter)
 
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Runner:
+    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Runner:
         ready = self._ready.pop(config, None)
         return ready or self._method.prepare(problem, filter, bias, config)
 

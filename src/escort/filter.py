@@ -21,7 +21,7 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a padded input lies in memory, in elements; the offsets of a :class:`StretchedCSR` belong to one.
+    """How a padded input lies in memory, in elements; the offsets of a :class:`SparseFilter` belong to one.
 
     A strided convolution reads its input split into ``stride[0] * stride[1]`` phases, phase (i, j) holding the rows
     i, i + stride[0], ... and the columns j, j + stride[1], ...: within a phase neighbouring outputs read neighbouring
@@ -46,7 +46,7 @@ class Geometry:
 
 
 @dataclass(frozen=True, eq=False)
-class StretchedCSR:
+class SparseFilter:
     """A convolution filter of shape (K, C / groups, R, S) that stores its nonzeros only.
 
     One CSR matrix per group, one below the other: row k holds output channel k, and channel numbers count within the
@@ -99,7 +99,7 @@ class StretchedCSR:
                 raise ValueError("weights must be finite, found NaN or infinity")
 
     @classmethod
-    def from_dense(cls, weight: torch.Tensor | NDArray[Any], groups: int = 1) -> StretchedCSR:
+    def from_dense(cls, weight: torch.Tensor | NDArray[Any], groups: int = 1) -> SparseFilter:
         """Compress a dense (K, C / groups, R, S) filter; exact zeros are dropped."""
         dense = weight.detach().cpu().float().numpy() if isinstance(weight, torch.Tensor) else np.asarray(weight)
         if dense.ndim != 4:
@@ -110,7 +110,7 @@ class StretchedCSR:
         return cls(dense.shape, groups, indptr.astype(np.int32), columns.astype(np.int32), matrix[rows, columns])
 
     @classmethod
-    def from_csr(cls, matrix: Any, shape: tuple[int, int, int, int], groups: int = 1) -> StretchedCSR:
+    def from_csr(cls, matrix: Any, shape: tuple[int, int, int, int], groups: int = 1) -> SparseFilter:
         """Adopt a scipy CSR matrix or a torch CSR tensor of shape (K, C / groups * R * S)."""
         if isinstance(matrix, torch.Tensor):
             if matrix.layout != torch.sparse_csr:
@@ -133,7 +133,7 @@ class StretchedCSR:
         matrix[self.rows, self.columns] = self.values
         return torch.from_numpy(matrix.reshape(self.shape))
 
-    def stretch(self, geometry: Geometry) -> StretchedCSR:
+    def stretch(self, geometry: Geometry) -> SparseFilter:
         """The same filter with offsets into a padded input of this geometry; the dense weights are not needed."""
         return replace(self, geometry=geometry, offsets=geometry.offset(*self.taps))
 
@@ -159,7 +159,7 @@ class StretchedCSR:
         return c, r, s
 
     def __repr__(self) -> str:
-        return f"StretchedCSR(shape={self.shape}, groups={self.groups}, nnz={self.nnz}, sparsity={self.sparsity:.1%})"
+        return f"SparseFilter(shape={self.shape}, groups={self.groups}, nnz={self.nnz}, sparsity={self.sparsity:.1%})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +172,8 @@ class Split:
         channels: (C / groups,) which channel stands at each place where neighbours are counted.
     """
 
-    structured: StretchedCSR
-    residual: StretchedCSR
+    structured: SparseFilter
+    residual: SparseFilter
     kept: int
     of: int
     channels: IntArray
@@ -184,7 +184,7 @@ class Split:
         return self.residual.nnz / max(self.residual.nnz + self.structured.nnz, 1)
 
 
-def split(filter: StretchedCSR, kept: int = 2, of: int = 4, channels: IntArray | None = None) -> Split:
+def split(filter: SparseFilter, kept: int = 2, of: int = 4, channels: IntArray | None = None) -> Split:
     """Splits a filter exactly: each group of neighbours keeps its largest weights, the residual has the rest.
 
     Args:
@@ -214,7 +214,7 @@ def split(filter: StretchedCSR, kept: int = 2, of: int = 4, channels: IntArray |
 _MOST_SWEEPS = 4  # over all channels; most of what swaps gain comes with the first
 
 
-def spread_channels(filter: StretchedCSR, kept: int = 2, of: int = 4) -> IntArray:
+def spread_channels(filter: SparseFilter, kept: int = 2, of: int = 4) -> IntArray:
     """An order of the channels for :func:`split` that leaves a small residual, most of it in the last channels.
 
     Channels are placed one by one, those with most nonzeros first, where least of theirs exceed what a group keeps.
@@ -291,14 +291,14 @@ def _swap(
             break
 
 
-def _channels_and_taps(filter: StretchedCSR) -> tuple[IntArray, NDArray[np.int64]]:
+def _channels_and_taps(filter: SparseFilter) -> tuple[IntArray, NDArray[np.int64]]:
     """Each nonzero's channel, and its tap counted over all output channels."""
     taps = filter.shape[2] * filter.shape[3]
     channel, tap = np.divmod(filter.columns, np.int32(taps))
     return channel, filter.rows.astype(np.int64) * taps + tap
 
 
-def _part(filter: StretchedCSR, which: NDArray[np.bool_]) -> StretchedCSR:
+def _part(filter: SparseFilter, which: NDArray[np.bool_]) -> SparseFilter:
     """The nonzeros of a filter that a mask takes."""
     indptr = np.concatenate(([0], np.cumsum(which)))[filter.indptr].astype(np.int32)
-    return StretchedCSR(filter.shape, filter.groups, indptr, filter.columns[which], filter.values[which])
+    return SparseFilter(filter.shape, filter.groups, indptr, filter.columns[which], filter.values[which])

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from escort.artifact import graph
 from escort.artifact.container import Container, pack, parse
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.layers.nn import MaxPool2d, SparseConv2d
 from escort.methods import for_device
 from escort.network.convert import replan as plan_again
@@ -204,7 +204,7 @@ def _describe(model: ConvertedModel) -> dict[str, Any]:
     return {"layers": layers, "graph": nodes}
 
 
-def _tensors(network: nn.Module, layers: Collection[str]) -> dict[str, Tensor | StretchedCSR]:
+def _tensors(network: nn.Module, layers: Collection[str]) -> dict[str, Tensor | SparseFilter]:
     """What the file holds, by qualified name; a sparse convolution's filter is its weight."""
     state: dict[str, Any] = network.state_dict()
     if isinstance(network, fx.GraphModule):  # only what its nodes refer to, which may be plain attributes
@@ -218,7 +218,7 @@ def _tensors(network: nn.Module, layers: Collection[str]) -> dict[str, Tensor | 
                 del state[f"{name}.{buffer}"]
             state[f"{name}.weight"] = layer.filter
     for name, value in state.items():
-        if not isinstance(value, Tensor | StretchedCSR):
+        if not isinstance(value, Tensor | SparseFilter):
             raise TypeError(f"{name} is a {type(value).__name__}, not a tensor; make it a buffer of the model")
     return state
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 
 #: Header and metadata are text about the tensors; more than this is no network's.
 MAX_HEADER_BYTES = 16 << 20
@@ -37,7 +37,7 @@ _UNSIGNED = (np.uint8, np.uint16, np.uint32)
 _PARTS = ("values", "row_lengths", "column_gaps")
 
 
-def pack(metadata: Mapping[str, str], tensors: Mapping[str, Tensor | StretchedCSR]) -> bytes:
+def pack(metadata: Mapping[str, str], tensors: Mapping[str, Tensor | SparseFilter]) -> bytes:
     """The bytes of a file that holds these strings and tensors. The same content gives the same bytes.
 
     Filters and float32 tensors of two or more dimensions are compressed unless more than half full; names of one and
@@ -101,9 +101,9 @@ def _digest(data: bytes | bytearray) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _compressible(tensor: Tensor | StretchedCSR) -> StretchedCSR | None:
+def _compressible(tensor: Tensor | SparseFilter) -> SparseFilter | None:
     """The tensor as rows of nonzeros if that is what should be stored."""
-    if isinstance(tensor, StretchedCSR):
+    if isinstance(tensor, SparseFilter):
         # A filter may hold zeros of its own; only the compressed form keeps them.
         return tensor if tensor.sparsity >= 0.5 or not tensor.values.all() else None
     if tensor.dtype is not torch.float32 or tensor.ndim < 2 or not 0 < tensor.numel() <= MAX_WEIGHTS:
@@ -114,10 +114,10 @@ def _compressible(tensor: Tensor | StretchedCSR) -> StretchedCSR | None:
         return None
     indptr = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(matrix)))))
     shape = (*matrix.shape, 1, 1)
-    return StretchedCSR(shape, 1, indptr.astype(np.int32), columns.astype(np.int32), matrix[rows, columns])
+    return SparseFilter(shape, 1, indptr.astype(np.int32), columns.astype(np.int32), matrix[rows, columns])
 
 
-def _compress(filter: StretchedCSR) -> tuple[Tensor, Tensor, Tensor]:
+def _compress(filter: SparseFilter) -> tuple[Tensor, Tensor, Tensor]:
     """(values, row_lengths, column_gaps), the integers in the smallest unsigned type that holds them.
 
     The gap of a nonzero is the number of zeros between it and the nonzero before it in its row, or the row's start.
@@ -143,7 +143,7 @@ class _Compressed:
     row_lengths: Tensor
     column_gaps: Tensor
 
-    def filter(self, groups: int) -> StretchedCSR:
+    def filter(self, groups: int) -> SparseFilter:
         """Raises ValueError unless the parts describe a filter; what is returned is safe to index with."""
         if self.values.dtype is not torch.float32 or not {p.dtype for p in (self.row_lengths, self.column_gaps)} <= {
             torch.uint8,
@@ -161,7 +161,7 @@ class _Compressed:
         if nnz and columns.max() >= width:
             raise ValueError(f"columns must lie in 0..{width - 1}, found {columns.max()}")
         shape = self.shape if len(self.shape) == 4 else (rows, width, 1, 1)
-        return StretchedCSR(shape, groups, indptr.astype(np.int32), columns.astype(np.int32), self.values.numpy())
+        return SparseFilter(shape, groups, indptr.astype(np.int32), columns.astype(np.int32), self.values.numpy())
 
     @cached_property
     def dense(self) -> Tensor:
@@ -222,13 +222,13 @@ class Container:
         with _naming(name):
             return content if isinstance(content, Tensor) else content.dense
 
-    def filter(self, name: str, shape: tuple[int, ...], groups: int) -> StretchedCSR:
+    def filter(self, name: str, shape: tuple[int, ...], groups: int) -> SparseFilter:
         """Takes out a convolution's filter of shape (K, C / groups, R, S)."""
         content = _take(self._contents, name)
         with _naming(name):
             if content.shape != shape or (isinstance(content, Tensor) and content.dtype is not torch.float32):
                 raise ValueError(f"should be float32 of shape {shape}, is of shape {tuple(content.shape)}")
-            return StretchedCSR.from_dense(content, groups) if isinstance(content, Tensor) else content.filter(groups)
+            return SparseFilter.from_dense(content, groups) if isinstance(content, Tensor) else content.filter(groups)
 
     @property
     def left(self) -> list[str]:

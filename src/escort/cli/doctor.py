@@ -16,7 +16,7 @@ from escort import methods, reference
 from escort.cli.console import JsonOption, command
 from escort.cuda import cache, compiler
 from escort.cuda import kernel as jit
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.cpu.direct import ISAS, Direct
 from escort.planner.timing import Machine
 from escort.problem import Problem
@@ -116,11 +116,11 @@ def _try(name: str, method: methods.Method, device: str, config: methods.Config,
     return Finding(name, f"works{praise}")
 
 
-def _example(device: str) -> tuple[Problem, torch.Tensor, StretchedCSR]:
+def _example(device: str) -> tuple[Problem, torch.Tensor, SparseFilter]:
     problem = Problem(2, 3, 9, 9, 4, (3, 3), padding=(1, 1, 1, 1), device=device)
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator) for shape in (problem.input_shape, problem.weight_shape))
-    return problem, x, StretchedCSR.from_dense(weight * (weight > 0.5))
+    return problem, x, SparseFilter.from_dense(weight * (weight > 0.5))
 
 
 def _no_gpu() -> Finding:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.methods import Runner
 from escort.planner.planner import Plan
@@ -38,7 +38,7 @@ class SparseConv2d(nn.Module):
     indptr: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, filter: StretchedCSR, bias: torch.Tensor | None, plan: Plan, name: str = "SparseConv2d") -> None:
+    def __init__(self, filter: SparseFilter, bias: torch.Tensor | None, plan: Plan, name: str = "SparseConv2d") -> None:
         super().__init__()
         problem = plan.problem
         if (filter.shape, filter.groups) != (problem.weight_shape, problem.groups):
@@ -76,9 +76,9 @@ class SparseConv2d(nn.Module):
         return self.filter_shape[2], self.filter_shape[3]
 
     @property
-    def filter(self) -> StretchedCSR:
+    def filter(self) -> SparseFilter:
         indptr, columns, values = (tensor.cpu().numpy() for tensor in (self.indptr, self.columns, self.values))
-        return StretchedCSR(self.filter_shape, self.groups, indptr, columns, values)
+        return SparseFilter(self.filter_shape, self.groups, indptr, columns, values)
 
     def problem(self, batch: int, height: int, width: int) -> Problem:
         """What this convolution asks for on an input of shape (batch, in_channels, height, width)."""

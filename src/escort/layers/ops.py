@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from escort.cuda import kernel as jit
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.kernels import _cpu
 from escort.methods import Runner, by_name, for_device
 from escort.methods.base import aligned
@@ -105,7 +105,7 @@ def _runner(
     check_not_capturing(x.device)
     values, columns, indptr = (tensor.cpu().numpy() for tensor in arrays)
     shape = (len(indptr) - 1, x.shape[1] // spec.groups, *spec.kernel)
-    filter = StretchedCSR(shape, spec.groups, indptr, columns, values)
+    filter = SparseFilter(shape, spec.groups, indptr, columns, values)
     epilogue = Epilogue(bias is not None, residual is not None, spec.activation)
     geometry = spec.kernel, spec.stride, spec.padding, spec.dilation, spec.groups
     batch, channels, height, width = x.shape
@@ -126,7 +126,7 @@ def check_not_capturing(device: torch.device) -> None:
 
 def prepare(
     problem: Problem,
-    filter: StretchedCSR,
+    filter: SparseFilter,
     bias: torch.Tensor | None,
     method: str,
     config: dict[str, Any],
@@ -164,7 +164,7 @@ def prepare(
 
 def _prepare(
     problem: Problem,
-    filter: StretchedCSR,
+    filter: SparseFilter,
     bias: torch.Tensor | None,
     method: str,
     config: dict[str, Any],
@@ -202,7 +202,7 @@ def _prepare(
     raise refusal
 
 
-def _compile_s(method: Any, problem: Problem, filter: StretchedCSR, config: dict[str, Any]) -> float:
+def _compile_s(method: Any, problem: Problem, filter: SparseFilter, config: dict[str, Any]) -> float:
     """About how many seconds of one core it takes until a config can run; no end where it does not fit."""
     if not is_compiled(method):
         return 0.0

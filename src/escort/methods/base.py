@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from escort.cuda.compiler import Binary
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.problem import Precision, Problem
 
 
@@ -66,11 +66,11 @@ class Method(Protocol):
         """Why this method cannot run a problem on its type of device, or None where it can."""
         ...
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[Any]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[Any]:
         """The search space for this problem, best guess first."""
         ...
 
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any) -> Runner:
+    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Runner:
         """A runner for this filter and input size, on the problem's device. bias: (K,) on any device, or None."""
         ...
 
@@ -167,7 +167,7 @@ def unfold(problem: Problem, x: torch.Tensor, *, by_image: bool = False) -> torc
 
 
 def csr_matrices(
-    filter: StretchedCSR, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    filter: SparseFilter, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[torch.Tensor]:
     """The filter as torch CSR tensors of shape (K / groups, C / groups * R * S), one per group."""
     rows, width = filter.shape[0] // filter.groups, filter.shape[1] * filter.shape[2] * filter.shape[3]
@@ -233,12 +233,12 @@ def as_taken(config: Any, x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def benchmark_configs(method: Method, problem: Problem, filter: StretchedCSR) -> list[Any]:
+def benchmark_configs(method: Method, problem: Problem, filter: SparseFilter) -> list[Any]:
     """A method's search space, and the configs of it that only benchmarks time."""
     return [*method.configs(problem, filter), *only_for_benchmarks(method, problem, filter)]
 
 
-def only_for_benchmarks(method: Method, problem: Problem, filter: StretchedCSR) -> Sequence[Any]:
+def only_for_benchmarks(method: Method, problem: Problem, filter: SparseFilter) -> Sequence[Any]:
     """The configs that a method's `benchmarks` lists, if it has any."""
     listed = getattr(method, "benchmarks", None)
     return listed(problem, filter) if listed else ()

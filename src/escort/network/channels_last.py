@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from escort.filter import StretchedCSR, spread_channels
+from escort.filter import SparseFilter, spread_channels
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, Element
 from escort.network.fuse import FusedConv2d, mutates
 from escort.problem import Precision
@@ -57,7 +57,7 @@ def rewrite(network: fx.GraphModule, precision: Precision) -> fx.GraphModule:
 def best_order(weights: Sequence[torch.Tensor], element: Element) -> torch.Tensor:
     """The order of their input channels, (C,) int64, for weights (K, C, R, S) that read the same tensor."""
     taps = torch.cat([weight.permute(0, 2, 3, 1).flatten(0, 2) for weight in weights])
-    order = spread_channels(StretchedCSR.from_dense(taps[:, :, None, None]), element.kept, element.of)
+    order = spread_channels(SparseFilter.from_dense(taps[:, :, None, None]), element.kept, element.of)
     return torch.from_numpy(order).long().to(taps.device)
 
 

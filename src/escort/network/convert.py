@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from escort import reference
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.layers.nn import MaxPool2d, SparseConv2d
 from escort.methods import by_name
 from escort.methods.base import float32_convolutions
@@ -46,7 +46,7 @@ _IMAGES = (1, 2, 4)  # how many images at a time are tried
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 #: A layer to plan: its problem, filter and bias.
-_Asked = tuple[Problem, StretchedCSR, torch.Tensor | None]
+_Asked = tuple[Problem, SparseFilter, torch.Tensor | None]
 
 
 def convert(
@@ -358,7 +358,7 @@ def _ask(module: nn.Module, shape: torch.Size, name: str, precision: Precision, 
         problem = Problem.of(
             conv, shape, epilogue=epilogue, dtype=precision, device=device, memory_format=memory_format
         )
-        filter = StretchedCSR.from_dense(conv.weight, conv.groups)
+        filter = SparseFilter.from_dense(conv.weight, conv.groups)
     return problem, filter, None if conv.bias is None else conv.bias.detach().float()
 
 

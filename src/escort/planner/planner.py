@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from escort import reference
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods import Method, Runner, by_name, for_device
 from escort.planner import timing as bench
 from escort.planner.timing import Machine, Timer
@@ -88,7 +88,7 @@ class Plan:
         times = [c.time_us for c in self.candidates if c.method == method and c.time_us is not None]
         return min(times, default=None)
 
-    def runner(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None) -> Runner:
+    def runner(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None) -> Runner:
         """The choice, prepared for this filter and for a problem that may have another batch or input size."""
         method = by_name(self.method, problem.device)
         return method.prepare(problem, filter, bias, method.config_type(**self.config))
@@ -121,7 +121,7 @@ class Plan:
 
 def plan_layer(
     problem: Problem,
-    filter: StretchedCSR,
+    filter: SparseFilter,
     bias: torch.Tensor | None = None,
     *,
     methods: Sequence[Method] | None = None,
@@ -155,7 +155,7 @@ def plan_layer(
 
 
 def plan_layers(
-    layers: Sequence[tuple[Problem, StretchedCSR, torch.Tensor | None]],
+    layers: Sequence[tuple[Problem, SparseFilter, torch.Tensor | None]],
     compile_budget_s: float,
     preparing: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Plan]:
@@ -252,7 +252,7 @@ class _Space:
 _remembered: dict[Any, _Known] = {}
 
 
-def _key(problem: Problem, filter: StretchedCSR, methods: Sequence[Method]) -> Any:
+def _key(problem: Problem, filter: SparseFilter, methods: Sequence[Method]) -> Any:
     """The same for layers that share a plan."""
     names, machine = tuple(method.name for method in methods), Machine.here(problem.device)
     return problem, round(math.log(filter.nnz + 1) / 0.05), names, machine
@@ -264,7 +264,7 @@ def _remember(key: Any, space: _Space, plan: Plan) -> Plan:
 
 
 def _recall(
-    key: Any, problem: Problem, filter: StretchedCSR, methods: Sequence[Method], compile_budget_s: float
+    key: Any, problem: Problem, filter: SparseFilter, methods: Sequence[Method], compile_budget_s: float
 ) -> tuple[Plan, float] | None:
     """The plan to take over, if any, and about how long all cores together compile its choice."""
     known = _remembered.get(key)
@@ -283,7 +283,7 @@ def _is_outgrown(before: _Known | _Space, compile_budget_s: float) -> bool:
 
 
 def _share_out(
-    layers: Sequence[tuple[Problem, StretchedCSR, torch.Tensor | None]], compile_budget_s: float
+    layers: Sequence[tuple[Problem, SparseFilter, torch.Tensor | None]], compile_budget_s: float
 ) -> tuple[dict[int, _Space], list[float]]:
     """What is tried for the layers, by their index, that will not take over a plan; and each one's share."""
     all_methods = [for_device(problem.device) for problem, _, _ in layers]
@@ -310,7 +310,7 @@ def _share_out(
     return spaces, shares
 
 
-def _search_space(problem: Problem, filter: StretchedCSR, methods: Sequence[Method], compile_budget_s: float) -> _Space:
+def _search_space(problem: Problem, filter: SparseFilter, methods: Sequence[Method], compile_budget_s: float) -> _Space:
     tried: list[tuple[Method, list[Any]]] = []
     refused: list[Candidate] = []
     compile_s: list[float] = []
@@ -345,7 +345,7 @@ def _search_space(problem: Problem, filter: StretchedCSR, methods: Sequence[Meth
     return _Space(tried, refused, compile_s, compile_budget_s, is_cut)
 
 
-def _compile_s(method: Any, problem: Problem, filter: StretchedCSR, config: Any) -> float:
+def _compile_s(method: Any, problem: Problem, filter: SparseFilter, config: Any) -> float:
     """About how long all cores together compile a config of a method that `is_compiled`."""
     estimate_s: float = method.compile_s(problem, filter, config)
     return estimate_s / _cores()
@@ -359,7 +359,7 @@ def _seconds(value: float) -> str:
     return f"{value:.0f} s" if value >= 10.0 else f"{value:.2g} s"
 
 
-def _measure(problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, space: _Space, budget_s: float) -> Plan:
+def _measure(problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, space: _Space, budget_s: float) -> Plan:
     with torch.inference_mode():
         inputs = bench.example_inputs(problem)
         settled, running = _first_runs(problem, filter, bias, space, *inputs[0])
@@ -383,7 +383,7 @@ def _measure(problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, 
 
 def _first_runs(
     problem: Problem,
-    filter: StretchedCSR,
+    filter: SparseFilter,
     bias: torch.Tensor | None,
     space: _Space,
     x: torch.Tensor,
@@ -428,7 +428,7 @@ def _first_runs(
 
 
 def _prepare_ahead(
-    space: _Space, method: Method, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: Any
+    space: _Space, method: Method, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: Any
 ) -> None:
     with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
         space.runners[method.name, config] = method.prepare(problem, filter, bias, config)
@@ -437,7 +437,7 @@ def _prepare_ahead(
 def _prepared(
     method: Method,
     problem: Problem,
-    filter: StretchedCSR,
+    filter: SparseFilter,
     bias: torch.Tensor | None,
     configs: Sequence[Any],
     ahead: dict[tuple[str, Any], Runner],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.base import Runner, apply_epilogue
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 
@@ -30,10 +30,10 @@ class Dense:
     def unsupported(self, problem: Problem) -> str | None:
         return None
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[DenseConfig]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[DenseConfig]:
         return DenseConfig("contiguous"), DenseConfig("channels_last")
 
-    def prepare(self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: DenseConfig) -> Runner:
+    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig) -> Runner:
         memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
         weight = filter.to_dense().contiguous(memory_format=memory_format)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escort.filter import Geometry, IntArray, StretchedCSR
+from escort.filter import Geometry, IntArray, SparseFilter
 from escort.kernels import _cpu
 from escort.methods.base import Runner, input_check
 from escort.problem import Problem
@@ -54,7 +54,7 @@ class Direct:
     def unsupported(self, problem: Problem) -> str | None:
         return None if problem.dtype == "fp32" else f"computes in fp32, not in {problem.dtype}"
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[DirectConfig]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[DirectConfig]:
         channels = filter.shape[1]
         found: dict[DirectConfig, None] = {}
         for isa in [name for name in ISAS if name != "generic"] or ["generic"]:
@@ -73,7 +73,7 @@ class Direct:
         return tuple(found)
 
     def prepare(
-        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: DirectConfig
+        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
     ) -> Runner:
         lanes, most = ISAS[config.isa]
         layout = _layout(_Shape.of(problem), lanes, min(config.vectors, most))
@@ -261,7 +261,7 @@ class _Schedule:
 
 
 def _schedule(
-    filter: StretchedCSR, layout: _Layout, bias: torch.Tensor | None, channel_block: int, parts: int
+    filter: SparseFilter, layout: _Layout, bias: torch.Tensor | None, channel_block: int, parts: int
 ) -> _Schedule:
     """Sorts the filter by job, block of input channels and row.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.base import Runner, apply_epilogue, csr_matrices, unfold
 from escort.problem import Problem
 
@@ -27,11 +27,11 @@ class Lowered:
     def unsupported(self, problem: Problem) -> str | None:
         return None
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[LoweredConfig]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[LoweredConfig]:
         return (LoweredConfig(),)
 
     def prepare(
-        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: LoweredConfig
+        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: LoweredConfig
     ) -> Runner:
         matrices = csr_matrices(filter)
         out = problem.out_height, problem.out_width

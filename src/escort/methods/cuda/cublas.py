@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.base import Runner, apply_epilogue, contiguous_only, float32_products, unfold
 from escort.problem import Problem
 
@@ -37,15 +37,15 @@ class Cublas:
     def unsupported(self, problem: Problem) -> str | None:
         return contiguous_only(problem)
 
-    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[CublasConfig]:
+    def benchmarks(self, problem: Problem, filter: SparseFilter) -> Sequence[CublasConfig]:
         """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""
         return (CublasConfig("by_image", "by_group"),)
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[CublasConfig]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[CublasConfig]:
         return CublasConfig("at_once", "by_image"), CublasConfig("at_once", "by_group")
 
     def prepare(
-        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: CublasConfig
+        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: CublasConfig
     ) -> Runner:
         device, dtype = torch.device(problem.device), problem.torch_dtype
         rows = problem.out_channels // problem.groups

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.base import Runner, apply_epilogue, contiguous_only, csr_matrices, unfold
 from escort.problem import Problem
 
@@ -35,15 +35,15 @@ class Cusparse:
             return "cuSPARSE's CSR product knows no TF32; ask for fp32"
         return contiguous_only(problem)
 
-    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[CusparseConfig]:
+    def benchmarks(self, problem: Problem, filter: SparseFilter) -> Sequence[CusparseConfig]:
         """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""
         return (CusparseConfig("by_image"),)
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[CusparseConfig]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[CusparseConfig]:
         return (CusparseConfig(),)
 
     def prepare(
-        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: CusparseConfig
+        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: CusparseConfig
     ) -> Runner:
         device, dtype = torch.device(problem.device), problem.torch_dtype
         matrices = csr_matrices(filter, device, dtype)

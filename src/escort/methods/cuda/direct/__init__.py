@@ -20,7 +20,7 @@ import torch
 
 from escort.cuda import kernel as jit
 from escort.cuda.gpu import H200, Gpu
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.base import Runner, aligned, contiguous_only, input_check
 from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_images, shared_bytes
 from escort.methods.cuda.direct.search import has_room, neighbours, search
@@ -50,15 +50,15 @@ class DirectCuda:
             return "the input of the smallest tile, with its halo, does not fit into shared memory"
         return None
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[DirectConfig]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[DirectConfig]:
         return search(problem, filter, Gpu.of(problem.device))
 
-    def neighbours(self, config: DirectConfig, problem: Problem, filter: StretchedCSR) -> dict[str, list[DirectConfig]]:
+    def neighbours(self, config: DirectConfig, problem: Problem, filter: SparseFilter) -> dict[str, list[DirectConfig]]:
         """For each knob, the configs that differ from `config` in it alone, as far as the device can run them."""
         return neighbours(config, problem, filter, Gpu.of(problem.device))
 
     def prepare(
-        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: DirectConfig
+        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
     ) -> Runner:
         device = torch.device(problem.device)
         positions, tables = Positions(problem), pack(problem, filter, config)
@@ -111,7 +111,7 @@ def variants() -> list[tuple[str, dict[str, int], int]]:
             problem = Problem(32, channels, size, size, channels, (3, 3), (stride, stride), padding, dtype=dtype)
             weight = np.zeros(problem.weight_shape, dtype=np.float32)
             weight.reshape(-1)[spread] = 1.0
-            config = search(problem, StretchedCSR.from_dense(weight), H200, most=1)[0]
+            config = search(problem, SparseFilter.from_dense(weight), H200, most=1)[0]
             macros = defines(config, Layout.of(problem, config.tile), dtype)
             found.append((_SOURCE, macros, 65536 // (config.threads * config.blocks) // 8 * 8))
     return found

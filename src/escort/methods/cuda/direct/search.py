@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from escort.cuda.gpu import Gpu
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.cuda.direct.layout import (
     HALF_REACH,
     LANES,
@@ -73,7 +73,7 @@ def _product(axes: Mapping[str, Any]) -> _Numbers:
     return {name: axis.ravel() for name, axis in zip(axes, grid, strict=True)}
 
 
-def _shares(problem: Problem, filter: StretchedCSR | None, c: _Numbers) -> tuple[NDArray[Any], ...]:
+def _shares(problem: Problem, filter: SparseFilter | None, c: _Numbers) -> tuple[NDArray[Any], ...]:
     """Groups of output channels, and of each its input channels, its nonzeros, and its stages."""
     per_group = c["row_warps"] * c["rows"]
     group_rows, merged = grouping(problem, per_group)
@@ -82,7 +82,7 @@ def _shares(problem: Problem, filter: StretchedCSR | None, c: _Numbers) -> tuple
     return groups, channels, (filter.nnz if filter is not None else 0) / groups, -(-channels // c["channel_block"])
 
 
-def _fits(problem: Problem, filter: StretchedCSR | None, gpu: Gpu, c: _Numbers) -> NDArray[np.bool_]:
+def _fits(problem: Problem, filter: SparseFilter | None, gpu: Gpu, c: _Numbers) -> NDArray[np.bool_]:
     """Which configs find room in a multiprocessor's shared memory and registers."""
     half = STORAGE[problem.dtype] != 0
     layout = Layout.of(problem, LANES * c["words"] * c["position_warps"])
@@ -110,7 +110,7 @@ def has_room(problem: Problem, gpu: Gpu) -> bool:
     return bool(_fits(problem, None, gpu, first)[0])
 
 
-def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu, packed: bool) -> _Numbers:
+def candidates(problem: Problem, filter: SparseFilter, gpu: Gpu, packed: bool) -> _Numbers:
     """All configs that fit, as arrays, with their predicted clocks under "clocks"."""
     half = STORAGE[problem.dtype] != 0
     space = _space(half, packed, gpu.registers)
@@ -151,7 +151,7 @@ def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu, packed: bool) -
     return c
 
 
-def _unevenness(filter: StretchedCSR | None) -> float:
+def _unevenness(filter: SparseFilter | None) -> float:
     """Nonzeros of the fullest four neighbouring input channels over the average."""
     if filter is None or not filter.nnz:
         return 1.0
@@ -159,7 +159,7 @@ def _unevenness(filter: StretchedCSR | None) -> float:
     return 1.2 * float(per_channel.max() / (filter.nnz / -(-filter.shape[1] // 4)))
 
 
-def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int = 12) -> list[DirectConfig]:
+def search(problem: Problem, filter: SparseFilter, gpu: Gpu, most: int = 12) -> list[DirectConfig]:
     """The most promising configs by predicted time, at most two that differ in staging alone.
 
     For 16-bit storage a quarter of them add every product in float32, in case the others are not exact enough.
@@ -182,7 +182,7 @@ def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int = 12) -> 
     return found
 
 
-def neighbours(config: DirectConfig, problem: Problem, filter: StretchedCSR, gpu: Gpu) -> dict[str, list[DirectConfig]]:
+def neighbours(config: DirectConfig, problem: Problem, filter: SparseFilter, gpu: Gpu) -> dict[str, list[DirectConfig]]:
     """For each knob, the configs of the search space that differ from `config` in it alone."""
     space = candidates(problem, filter, gpu, config.packed)
     names = (*AXES, *STAGING_AXES)

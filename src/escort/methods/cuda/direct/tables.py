@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escort.filter import Geometry, IntArray, StretchedCSR
+from escort.filter import Geometry, IntArray, SparseFilter
 from escort.methods.cuda.direct.layout import (
     HALF_REACH,
     SLOT_CLASSES,
@@ -106,7 +106,7 @@ class Tables:
     entry_bytes: int
 
 
-def pack(problem: Problem, filter: StretchedCSR, config: DirectConfig) -> Tables:
+def pack(problem: Problem, filter: SparseFilter, config: DirectConfig) -> Tables:
     """Lays a filter out for a config. Raises ValueError where a weight does not fit the storage type."""
     positions, layout = Positions(problem), Layout.of(problem, config.tile)
     half = layout.images_per_word == 2

@@ -15,7 +15,7 @@ import torch
 
 from escort.cuda import kernel as jit
 from escort.cuda.gpu import Gpu
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.base import CompiledRunner, Runner, aligned, contiguous_only, input_check
 from escort.methods.cuda.generated import codegen
 from escort.methods.cuda.generated.search import piece_count, piece_steps, predict_us, resident, search
@@ -51,17 +51,17 @@ class Generated:
             return "an image exceeds 2 GiB; use a smaller input"
         return jit.unavailable(torch.device(problem.device))
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[GeneratedConfig]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[GeneratedConfig]:
         """The configs of least predicted time, no two of them alike."""
         return search(problem, filter, Gpu.of(problem.device), _MOST_CONFIGS)
 
-    def compile_s(self, problem: Problem, filter: StretchedCSR, config: GeneratedConfig) -> float:
+    def compile_s(self, problem: Problem, filter: SparseFilter, config: GeneratedConfig) -> float:
         """About how long one core takes to assemble a config's code."""
         pieces = piece_count(problem, config) * config.split
         return float(pieces * piece_steps(problem, filter, config) / _STEPS_PER_S)
 
     def prepare(
-        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: GeneratedConfig
+        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: GeneratedConfig
     ) -> Runner:
         device = torch.device(problem.device)
         program = Program.of(problem, filter, config)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from escort.cuda.gpu import Gpu
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.cuda.generated import steps as program
 from escort.methods.cuda.generated.steps import LANES, GeneratedConfig, Words
 from escort.problem import Problem
@@ -51,7 +51,7 @@ _ARRANGE_US, _ARRANGE_RATE = 3.0, 2.15e6  # of the kernel that lays out the inpu
 _MEMORY_RATE = 4.2e6  # bytes per us
 
 
-def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int) -> list[GeneratedConfig]:
+def search(problem: Problem, filter: SparseFilter, gpu: Gpu, most: int) -> list[GeneratedConfig]:
     """The configs of least predicted time, no two of them alike, and not all of one kind.
 
     The model errs in the same way for all of a kind, so each further one of it must be better by a share.
@@ -78,7 +78,7 @@ def _kind(config: GeneratedConfig) -> tuple[int, ...]:
     return config.arranged, config.split, config.together, config.scouts, config.entries
 
 
-def candidates(problem: Problem, filter: StretchedCSR, gpu: Gpu) -> Iterator[GeneratedConfig]:
+def candidates(problem: Problem, filter: SparseFilter, gpu: Gpu) -> Iterator[GeneratedConfig]:
     """The search space: every config that fits the device and leaves few multiprocessors idle in the last round.
 
     Yields configs with arrays as fields, those of each way to stage the input together.
@@ -162,7 +162,7 @@ def piece_count(problem: Problem, config: GeneratedConfig) -> Any:
     return problem.groups * -(-problem.out_channels // problem.groups // config.rows)
 
 
-def piece_steps(problem: Problem, filter: StretchedCSR, config: GeneratedConfig) -> Any:
+def piece_steps(problem: Problem, filter: SparseFilter, config: GeneratedConfig) -> Any:
     """About how many steps a piece takes: its multiply-adds, and a read for each tap that any of its rows needs.
 
     For arrays too.
@@ -193,7 +193,7 @@ def resident(config: GeneratedConfig, gpu: Gpu) -> Any:
     return gpu.clusters(config.cluster) * config.cluster * config.blocks
 
 
-def predict_us(problem: Problem, filter: StretchedCSR, config: GeneratedConfig, gpu: Gpu) -> Any:
+def predict_us(problem: Problem, filter: SparseFilter, config: GeneratedConfig, gpu: Gpu) -> Any:
     """The model of the machine: what bounds a tile, times the tiles that a multiprocessor computes in turn.
 
     Fields of the config that differ between ways to stage the input are numbers, the others may be arrays.

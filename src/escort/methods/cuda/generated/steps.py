@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from escort.filter import IntArray, StretchedCSR
+from escort.filter import IntArray, SparseFilter
 from escort.problem import Problem
 
 LANES = 32
@@ -218,7 +218,7 @@ class Program:
     pieces: tuple[Piece, ...]
 
     @classmethod
-    def of(cls, problem: Problem, filter: StretchedCSR, config: GeneratedConfig) -> Program:
+    def of(cls, problem: Problem, filter: SparseFilter, config: GeneratedConfig) -> Program:
         """The program for a filter."""
         problem = computed(problem)
         if config.split > 1 and config.together > 1:
@@ -388,7 +388,7 @@ def _deal(nnz: NDArray[np.int32], rows: int) -> list[list[int]]:
 
 def _piece(
     problem: Problem,
-    filter: StretchedCSR,
+    filter: SparseFilter,
     taps: tuple[IntArray, IntArray, IntArray],
     config: GeneratedConfig,
     words: Words,

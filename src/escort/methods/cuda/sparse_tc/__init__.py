@@ -17,7 +17,7 @@ import torch
 from escort.cuda import kernel as jit
 from escort.cuda import tensor_map as tensor_maps
 from escort.cuda.gpu import Gpu
-from escort.filter import IntArray, StretchedCSR
+from escort.filter import IntArray, SparseFilter
 from escort.methods.base import CompiledRunner, Runner, aligned, input_check
 from escort.methods.cuda.sparse_tc.packing import ordered, pack
 from escort.methods.cuda.sparse_tc.search import candidates, search
@@ -55,17 +55,17 @@ class SparseTc:
             return "no tiling fits its kernel, stride, padding and dilation"
         return None
 
-    def configs(self, problem: Problem, filter: StretchedCSR) -> Sequence[SparseTcConfig]:
+    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[SparseTcConfig]:
         return search(problem, filter, Gpu.of(problem.device), _MOST_CONFIGS, problem.memory_format)
 
-    def benchmarks(self, problem: Problem, filter: StretchedCSR) -> Sequence[SparseTcConfig]:
+    def benchmarks(self, problem: Problem, filter: SparseFilter) -> Sequence[SparseTcConfig]:
         """What it would run if x and y were in channels_last, and nothing converted."""
         if problem.memory_format == "channels_last":
             return ()
         return search(problem, filter, Gpu.of(problem.device), _MOST_BENCHMARKS, "channels_last")
 
     def prepare(
-        self, problem: Problem, filter: StretchedCSR, bias: torch.Tensor | None, config: SparseTcConfig
+        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: SparseTcConfig
     ) -> Runner:
         device, gpu = torch.device(problem.device), Gpu.of(problem.device)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)

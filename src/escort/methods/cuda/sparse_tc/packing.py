@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escort.filter import FloatArray, IntArray, Split, StretchedCSR, split, spread_channels
+from escort.filter import FloatArray, IntArray, SparseFilter, Split, split, spread_channels
 from escort.methods.cuda.sparse_tc.tiling import BLOCK_BYTES, PIXEL_BYTES, Element, SparseTcConfig, Tiling
 from escort.problem import MemoryFormat
 
@@ -48,7 +48,7 @@ class Ordered:
     channels: IntArray
     rows: IntArray
 
-    def places(self, part: StretchedCSR) -> tuple[IntArray, IntArray, IntArray]:
+    def places(self, part: SparseFilter) -> tuple[IntArray, IntArray, IntArray]:
         """(row's place, channel's place, tap) of each nonzero of a part of the split."""
         c, tap = np.divmod(part.columns, np.int32(part.shape[2] * part.shape[3]))
         return np.argsort(self.rows).astype(np.int32)[part.rows], _inverse(self.channels)[c], tap
@@ -62,10 +62,10 @@ class Ordered:
         return len(np.unique(where)) / math.prod(shape)
 
 
-_known: WeakKeyDictionary[StretchedCSR, dict[tuple[MemoryFormat, int], Ordered]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[SparseFilter, dict[tuple[MemoryFormat, int], Ordered]] = WeakKeyDictionary()
 
 
-def ordered(filter: StretchedCSR, layout: MemoryFormat, element: Element) -> Ordered:
+def ordered(filter: SparseFilter, layout: MemoryFormat, element: Element) -> Ordered:
     """Places for a layout of x: where x is laid out anyway those that leave little over, else everyone's own."""
     known, key = _known.setdefault(filter, {}), (layout, element.bytes)
     if key not in known:
@@ -73,14 +73,14 @@ def ordered(filter: StretchedCSR, layout: MemoryFormat, element: Element) -> Ord
     return known[key]
 
 
-def _as_it_is(filter: StretchedCSR, element: Element) -> Ordered:
+def _as_it_is(filter: SparseFilter, element: Element) -> Ordered:
     whole = _whole_blocks(filter, element.block)
     rows, channels = (np.arange(size, dtype=np.int32) for size in whole.shape[:2])
     channels[filter.shape[1] :] = -1
     return Ordered(split(whole, element.kept, element.of), element.block, channels, rows)
 
 
-def _gathered(filter: StretchedCSR, element: Element) -> Ordered:
+def _gathered(filter: SparseFilter, element: Element) -> Ordered:
     """What is left over, made small by the order of the channels, in as few images as sorting gets it."""
     natural, whole = _as_it_is(filter, element), _whole_blocks(filter, element.block)
     if natural.split.residual.nnz == 0 or filter.sparsity < _LEAST_SPARSITY:
@@ -94,7 +94,7 @@ def _gathered(filter: StretchedCSR, element: Element) -> Ordered:
     )
 
 
-def _whole_blocks(filter: StretchedCSR, block: int) -> StretchedCSR:
+def _whole_blocks(filter: SparseFilter, block: int) -> SparseFilter:
     """With further channels, which have no weights."""
     k, c, r, s = filter.shape
     return replace(filter, shape=(k, -(-c // block) * block, r, s))
@@ -159,7 +159,7 @@ def pack(ordered: Ordered, tiling: Tiling) -> Packed:
     return Packed(images, np.array(first, np.int32), np.array([*steps, 0], np.uint32), row_channel)
 
 
-def _tiles(ordered: Ordered, part: StretchedCSR, tiling: Tiling) -> Bits:
+def _tiles(ordered: Ordered, part: SparseFilter, tiling: Tiling) -> Bits:
     """(tiles, taps of blocks of channels, rows, channels) of a part of the split, as stored."""
     stored, block = _stored(part.values, tiling), ordered.block
     row, place, tap = ordered.places(part)

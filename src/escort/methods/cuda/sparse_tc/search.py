@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from escort.cuda.gpu import Gpu
-from escort.filter import StretchedCSR
+from escort.filter import SparseFilter
 from escort.methods.cuda.sparse_tc.packing import Ordered, ordered
 from escort.methods.cuda.sparse_tc.tiling import (
     BLOCK_BYTES,
@@ -69,7 +69,7 @@ class Extra(NamedTuple):
         )
 
 
-def search(problem: Problem, filter: StretchedCSR, gpu: Gpu, most: int, layout: MemoryFormat) -> list[SparseTcConfig]:
+def search(problem: Problem, filter: SparseFilter, gpu: Gpu, most: int, layout: MemoryFormat) -> list[SparseTcConfig]:
     """The configs of least predicted time, of some variety."""
     extra = Extra.of(ordered(filter, layout, ELEMENTS[problem.dtype]))
     tilings = sorted(candidates(problem, gpu, layout), key=lambda tiling: predict_us(tiling, extra, gpu))
