@@ -481,20 +481,21 @@ def _clocks_of_layer(network: str, layer: str, batch: int, dtype: Precision, see
     return _direct_clocks(replace(measured.problem, batch=batch, dtype=dtype), measured.filter, gpu)
 
 
-def _direct_clocks(problem: Problem, filter: SparseFilter, gpu: Gpu) -> float:
-    return float(direct_candidates(problem, filter, gpu, packed=problem.dtype == "fp16")["clocks"].min())
+def _direct_clocks(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> float:
+    return float(direct_candidates(problem, sparse_filter, gpu, packed=problem.dtype == "fp16")["clocks"].min())
 
 
-def _generated_us(problem: Problem, filter: SparseFilter, gpu: Gpu) -> float:
+def _generated_us(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> float:
     return min(
-        float(predict_us(problem, filter, many, gpu).min()) for many in generated_candidates(problem, filter, gpu)
+        float(predict_us(problem, sparse_filter, many, gpu).min())
+        for many in generated_candidates(problem, sparse_filter, gpu)
     )
 
 
-def _sparse_tc_us(problem: Problem, filter: SparseFilter, gpu: Gpu, layout: MemoryFormat) -> float:
-    (config,) = search_sparse_tc(problem, filter, gpu, 1, layout)
+def _sparse_tc_us(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, layout: MemoryFormat) -> float:
+    (config,) = search_sparse_tc(problem, sparse_filter, gpu, 1, layout)
     tiling = Tiling.of(problem, config, gpu.shared_bytes)
-    return predict_sparse_tc_us(tiling, Extra.of(ordered(filter, layout, tiling.element)), gpu)
+    return predict_sparse_tc_us(tiling, Extra.of(ordered(sparse_filter, layout, tiling.element)), gpu)
 
 
 #: The models by method: of tensors in NCHW first, then of those that lie otherwise.

@@ -232,9 +232,9 @@ def find_break_even(study: Study, dtype: Precision) -> list[Item]:
     """RQ4 for layers: `direct` at several sparsities against the dense library, on each shape once."""
 
     def measure(layer: Layer, sparsity: float) -> list[Row]:
-        filter = suite.random_filter(layer.problem, sparsity, study.seed)
+        sparse_filter = suite.random_filter(layer.problem, sparsity, study.seed)
         methods = [by_name(name, study.device) for name in (OURS, DENSE[study.device_type])]
-        return _race(study, replace(layer, weights=random_weights(sparsity), filter=filter), methods)
+        return _race(study, replace(layer, weights=random_weights(sparsity), filter=sparse_filter), methods)
 
     shapes: dict[Problem, Layer] = {}
     for layer in _layers(study, dtype):

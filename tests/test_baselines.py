@@ -51,10 +51,10 @@ def test_case(method: Method, case: Case) -> None:
 @pytest.mark.parametrize(("dtype", "allowed"), [("fp32", False), ("tf32", True), ("fp16", False)])
 def test_cudnn_is_told_the_precision_by_each_call(cudnn: list[dict[str, Any]], dtype: Precision, allowed: bool) -> None:
     problem = Problem(2, 8, 6, 6, 8, (3, 3), dtype=dtype)
-    filter = SparseFilter.from_dense(torch.randn(problem.weight_shape))
+    sparse_filter = SparseFilter.from_dense(torch.randn(problem.weight_shape))
     method = by_name("cudnn", "cuda")
-    for config in benchmark_configs(method, problem, filter):
-        method.prepare(problem, filter, None, config)(torch.randn(problem.input_shape).to(problem.torch_dtype))
+    for config in benchmark_configs(method, problem, sparse_filter):
+        method.prepare(problem, sparse_filter, None, config)(torch.randn(problem.input_shape).to(problem.torch_dtype))
         asked = cudnn[-1]
         last = config.memory_format == "channels_last"
         assert (asked["allow_tf32"], asked["benchmark"]) == (allowed, True)

@@ -262,15 +262,15 @@ def test_a_plan_weighs_every_method(dtype: Precision) -> None:
         epilogue=Epilogue(True, True, "relu"),
     )
     weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.1)
-    filter, bias = SparseFilter.from_dense(weight), torch.randn(64)
-    plan = planner.plan_layer(problem, filter, bias)
+    sparse_filter, bias = SparseFilter.from_dense(weight), torch.randn(64)
+    plan = planner.plan_layer(problem, sparse_filter, bias)
     assert {candidate.method for candidate in plan.candidates} == {method.name for method in for_device(DEVICE)}
     assert plan.time_us is not None and plan.dense_time_us is not None and plan.time_us <= plan.dense_time_us
     assert plan.machine == Machine.here(DEVICE)
     assert any(candidate.timer == "graph" for candidate in plan.candidates)
     again = planner.Plan.from_json(plan.to_json())
     ((x, residual), *_) = bench.example_inputs(problem, seed=1)
-    y = again.runner(problem, filter, bias)(x, residual)
+    y = again.runner(problem, sparse_filter, bias)(x, residual)
     assert reference.compare(y, reference.conv2d(problem, x, weight, bias, residual)) <= reference.ERROR_BOUND[dtype]
 
 

@@ -21,13 +21,13 @@ from tests.cases import CASES, Case
 @pytest.mark.parametrize("method", for_device("cpu"), ids=lambda method: method.name)
 def test_case(method: Method, case: Case) -> None:
     x, weight, bias, residual = case.tensors()
-    filter = case.filter()
+    sparse_filter = case.filter()
     expected = reference.conv2d(case.problem, x, weight, bias, residual)
     assert method.unsupported(case.problem) is None
-    configs = method.configs(case.problem, filter)
+    configs = method.configs(case.problem, sparse_filter)
     assert configs
     for config in configs:
-        y = method.prepare(case.problem, filter, bias, config)(x, residual)
+        y = method.prepare(case.problem, sparse_filter, bias, config)(x, residual)
         assert y.is_contiguous()
         assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp32"], config
 
@@ -107,10 +107,10 @@ def test_threads_share_the_work_without_changing_it() -> None:
 def test_direct_keeps_nan_as_torch_does(activation: str) -> None:
     problem = Problem(1, 1, 4, 8, 1, (1, 1), epilogue=Epilogue(activation=activation))  # type: ignore[arg-type]
     x = torch.full(problem.input_shape, float("nan"))
-    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
+    sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     method = by_name("direct")
-    for config in method.configs(problem, filter):
-        assert method.prepare(problem, filter, None, config)(x).isnan().all()
+    for config in method.configs(problem, sparse_filter):
+        assert method.prepare(problem, sparse_filter, None, config)(x).isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,8 @@ def test_channels_that_others_read_keep_their_order(x: Tensor) -> None:
 
 
 def test_what_is_left_over_gathers_in_the_last_channels(x: Tensor) -> None:
-    filter = SparseFilter.from_dense(channels_last.rewrite(fused(pruned(0.7), x), "fp16").spatial.conv.weight)
-    columns = split(filter).residual.columns // 9
+    sparse_filter = SparseFilter.from_dense(channels_last.rewrite(fused(pruned(0.7), x), "fp16").spatial.conv.weight)
+    columns = split(sparse_filter).residual.columns // 9
     first, last = (columns < 32).sum(), (columns >= 32).sum()
     assert 0 <= first < last
 

@@ -62,16 +62,18 @@ def small(name: str) -> tuple[Program, np.ndarray | None]:
     weight[0, 0, 0, 0], weight[0, 1, 1, 2], weight[1, 0, 0, 0], weight[2, 1, 2, 1] = 0.5, -2.0, 3.0, 0.25
     bias = np.array([1.0, -1.0, 0.0], dtype=np.float32)
     problem = Problem(1, 2, 6, 6, 3, (3, 3), padding=(1, 1, 1, 1))
-    filter = SparseFilter.from_dense(weight)
+    sparse_filter = SparseFilter.from_dense(weight)
     if name == "fp32":
-        return Program.of(problem, filter, GeneratedConfig(3, 1, 1, 2, stages=2)), None
+        return Program.of(problem, sparse_filter, GeneratedConfig(3, 1, 1, 2, stages=2)), None
     if name == "fp32-two-pieces":
         problem = replace(problem, epilogue=FULL)
-        return Program.of(problem, filter, GeneratedConfig(2, 1, 1, 1, copy=2, stages=2, entries=2)), bias
+        return Program.of(problem, sparse_filter, GeneratedConfig(2, 1, 1, 1, copy=2, stages=2, entries=2)), bias
     problem = replace(problem, dtype="fp16", epilogue=Epilogue(True, False, "relu6"))
     if name == "fp16":
-        return Program.of(problem, filter, GeneratedConfig(3, 1, 1, 2, stages=2, sums=2)), bias
-    return Program.of(problem, filter, GeneratedConfig(3, 1, 1, 1, copy=0, stages=2, arranged=True, split=2)), bias
+        return Program.of(problem, sparse_filter, GeneratedConfig(3, 1, 1, 2, stages=2, sums=2)), bias
+    return Program.of(
+        problem, sparse_filter, GeneratedConfig(3, 1, 1, 1, copy=0, stages=2, arranged=True, split=2)
+    ), bias
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp32-two-pieces", "fp16", "fp16-split"])
@@ -130,8 +132,8 @@ def test_everything_assembles_without_spills(
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
 def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
     problem = Problem(1, 12, 9, 9, 8, (3, 3), stride, padding=(1, 1, 1, 1))
-    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    program = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 2, copy=0, arranged=True))
+    sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
+    program = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 2, copy=0, arranged=True))
     text = codegen.text(program)
     (stage_bytes,) = (int(size) for size in re.findall(r"#define STAGE_BYTES (\d+)", text))
     reads = iter(int(at) for at in re.findall(r"ld\.shared\.f32 x\d+, \[%1\+(\d+)\]", text))
@@ -146,9 +148,9 @@ def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_scouts_jump_where_no_word_is_held(dtype: str) -> None:
     problem = Problem(1, 24, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
-    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
+    sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     for scouts in (0, 1, 3):
-        program = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 4, scouts=scouts))
+        program = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 4, scouts=scouts))
         code = re.findall(r'^        "(.*)\\n"', codegen.text(program), flags=re.MULTILINE)
         held: set[str] = set()
         jumps: dict[str, str] = {}
@@ -183,8 +185,8 @@ def test_16_bit_sums_end_as_they_are_where_that_is_exact(
 ) -> None:
     epilogue = Epilogue(bias is not None, residual, "relu")
     problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype="fp16", epilogue=epilogue)
-    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    program = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 3, sums=sums))
+    sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
+    program = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 3, sums=sums))
     text = codegen.text(program, None if bias is None else np.full(8, bias, dtype=np.float32))
     assert ("max.NaN.f16x2" in text) is short and ("cvt.f32.f16" in text) is not short
 
@@ -206,18 +208,18 @@ def test_a_word_is_read_once_for_all_rows() -> None:
 
 def test_sums_share_the_products_of_a_row() -> None:
     problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype="fp16")
-    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    (piece,) = Program.of(problem, filter, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True, sums=4)).pieces
+    sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
+    (piece,) = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True, sums=4)).pieces
     places = [step.place for chunk in piece.chunks for step in chunk.steps if isinstance(step, MultiplyAdd)]
     assert np.bincount(places).tolist() == [7] * 24 + [6] * 8
 
 
 def test_pieces_share_the_nonzeros_evenly() -> None:
     case = next(case for case in CASES if case.name == "uneven rows")
-    filter, config = case.filter(), GeneratedConfig(4, 1, 1, 4)
-    program = Program.of(case.problem, filter, config)
+    sparse_filter, config = case.filter(), GeneratedConfig(4, 1, 1, 4)
+    program = Program.of(case.problem, sparse_filter, config)
     assert sorted(row for piece in program.pieces for row in piece.rows) == list(range(case.problem.out_channels))
-    nnz = np.diff(filter.indptr)
+    nnz = np.diff(sparse_filter.indptr)
     loads = [int(nnz[list(piece.rows)].sum()) for piece in program.pieces]
     assert max(loads) - min(loads) <= nnz.max()
 
@@ -238,6 +240,6 @@ def test_arranged_words_hold_two_images_and_no_more_padding_than_needed() -> Non
 
 def test_a_weight_beyond_half_precision_is_refused() -> None:
     problem = Problem(1, 1, 4, 4, 1, (1, 1), dtype="fp16")
-    filter = SparseFilter.from_dense(torch.full(problem.weight_shape, 1e5))
+    sparse_filter = SparseFilter.from_dense(torch.full(problem.weight_shape, 1e5))
     with pytest.raises(ValueError, match="does not fit fp16; use fp32"):
-        codegen.text(Program.of(problem, filter, GeneratedConfig(1, 1, 1, 1)))
+        codegen.text(Program.of(problem, sparse_filter, GeneratedConfig(1, 1, 1, 1)))

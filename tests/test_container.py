@@ -100,10 +100,10 @@ def test_negative_zeros_are_zeros() -> None:
 
 def test_a_filter_keeps_its_own_zeros() -> None:
     parts = np.array([0, 1, 3], np.int32), np.array([2, 0, 1], np.int32), np.array([0.0, -0.0, 3.0], np.float32)
-    filter = SparseFilter((2, 3, 1, 1), 1, *parts)
-    back = Container(pack({}, {"f": filter})).filter("f", (2, 3, 1, 1), 1)
+    sparse_filter = SparseFilter((2, 3, 1, 1), 1, *parts)
+    back = Container(pack({}, {"f": sparse_filter})).filter("f", (2, 3, 1, 1), 1)
     for name in ("indptr", "columns", "values"):
-        assert getattr(back, name).tobytes() == getattr(filter, name).tobytes()
+        assert getattr(back, name).tobytes() == getattr(sparse_filter, name).tobytes()
 
 
 @pytest.mark.parametrize("density", [0.1, 0.9])

@@ -238,12 +238,14 @@ class Compiled(Dense):
     def __init__(self) -> None:
         self.prepared: list[str] = []
 
-    def compile_s(self, problem: Problem, filter: SparseFilter, config: DenseConfig) -> float:
+    def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: DenseConfig) -> float:
         return 10.0 * planner._cores()
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig) -> Runner:
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig
+    ) -> Runner:
         self.prepared.append(config.memory_format)
-        return super().prepare(problem, filter, bias, config)
+        return super().prepare(problem, sparse_filter, bias, config)
 
 
 def three_convolutions() -> nn.Module:

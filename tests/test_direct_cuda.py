@@ -41,9 +41,9 @@ def small_ring(problem: Problem) -> DirectConfig:
 class Interpreter:
     """What kernels/cuda/direct.cu does, step by step, in numpy and float64."""
 
-    def __init__(self, problem: Problem, filter: SparseFilter, config: DirectConfig) -> None:
+    def __init__(self, problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> None:
         self.layout = Layout.of(problem, config.tile)
-        self.tables = pack(problem, filter, config)
+        self.tables = pack(problem, sparse_filter, config)
         self.config, self.half = config, self.layout.images_per_word == 2
         values = scalars(problem, self.layout, self.tables, config)
         self.p = dict(zip(PARAMETERS, values, strict=True))
@@ -173,8 +173,8 @@ def interpret(problem: Problem, case: Case, config: DirectConfig) -> float:
 @pytest.mark.parametrize("case", [c for c in CASES if c.problem.batch], ids=lambda case: case.name)
 def test_tables_compute_the_convolution(case: Case, dtype: str) -> None:
     problem = replace(case.problem, device="cuda:0", dtype=dtype)  # type: ignore[arg-type]
-    filter = case.filter()
-    configs = search(problem, filter, H200)
+    sparse_filter = case.filter()
+    configs = search(problem, sparse_filter, H200)
     assert configs
     for config in configs[:1] + configs[-1:]:
         assert interpret(problem, case, config) < 1e-12, config
@@ -246,9 +246,9 @@ def test_there_is_room_where_a_config_fits(dtype: str) -> None:
     rooms = []
     for width in (8, 60, 250, 1000, 4000):
         problem = Problem(1, 4, 32, width, 8, (9, 9), padding=(4,) * 4, dtype=dtype, device="cuda:0")  # type: ignore[arg-type]
-        filter = SparseFilter.from_dense(torch.zeros(problem.weight_shape))
+        sparse_filter = SparseFilter.from_dense(torch.zeros(problem.weight_shape))
         rooms.append(has_room(problem, H200))
-        assert rooms[-1] == (len(candidates(problem, filter, H200, packed=False)["clocks"]) > 0)
+        assert rooms[-1] == (len(candidates(problem, sparse_filter, H200, packed=False)["clocks"]) > 0)
     assert rooms[0] and not rooms[-1]
 
 
@@ -291,9 +291,9 @@ def test_batches_end_where_32_bits_do(dtype: str, itemsize: int) -> None:
 
 def test_a_weight_beyond_half_precision_is_refused() -> None:
     problem = Problem(1, 1, 4, 4, 1, (1, 1), dtype="fp16", device="cuda:0")
-    filter = SparseFilter.from_dense(torch.full(problem.weight_shape, 1e5))
+    sparse_filter = SparseFilter.from_dense(torch.full(problem.weight_shape, 1e5))
     with pytest.raises(ValueError, match="does not fit fp16; use bf16"):
-        pack(problem, filter, DirectConfig(1, 1, 1, 4, 1, 4, 4, 2))
+        pack(problem, sparse_filter, DirectConfig(1, 1, 1, 4, 1, 4, 4, 2))
 
 
 @pytest.mark.gpu
@@ -302,10 +302,10 @@ def test_a_weight_beyond_half_precision_is_refused() -> None:
 def test_case_on_the_gpu(case: Case, dtype: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("ESCORT_EVERY_LANE"):  # for racecheck, as kernels/cuda/direct.cu says of SIGNALS
         monkeypatch.setattr(direct_cuda, "defines", lambda *of: defines(*of) | {"SIGNALS": LANES})
-    method, filter = DirectCuda(), case.filter()
+    method, sparse_filter = DirectCuda(), case.filter()
     problem = replace(case.problem, device="cuda:0", dtype=dtype)
     assert method.unsupported(problem) is None
-    configs = method.configs(problem, filter)
+    configs = method.configs(problem, sparse_filter)
     chosen = (configs[0], configs[len(configs) // 2], configs[-1], small_ring(problem))
     check_kernels(method, case, "cuda:0", dtype, chosen)
 
@@ -335,8 +335,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 def test_a_runner_launches_a_tile_per_block(launches: Launches, dtype: str) -> None:
     problem = Problem(4, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
     config = DirectConfig(2, 2, 1, 4, 1, 4, 4, 2)
-    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    run = DirectCuda().prepare(problem, filter, torch.zeros(16), config)
+    sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
+    run = DirectCuda().prepare(problem, sparse_filter, torch.zeros(16), config)
     for images in (0, 1, 4, 7):
         x = torch.zeros(images, 8, 14, 14, dtype=problem.torch_dtype)
         y = run(x)
@@ -366,8 +366,8 @@ def test_a_runner_refuses_other_tensors(
     launches: Launches, x: torch.Tensor, residual: torch.Tensor | None, says: str
 ) -> None:
     problem = Problem(1, 8, 14, 14, 16, (3, 3), padding=(1,) * 4, dtype="fp16", epilogue=Epilogue(residual=True))
-    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    run = DirectCuda().prepare(problem, filter, None, DirectConfig(2, 2, 1, 4, 1, 4, 4, 2))
+    sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
+    run = DirectCuda().prepare(problem, sparse_filter, None, DirectConfig(2, 2, 1, 4, 1, 4, 4, 2))
     with pytest.raises(ValueError, match=says):
         run(x, residual)
     assert not launches.calls
@@ -375,8 +375,8 @@ def test_a_runner_refuses_other_tensors(
 
 def test_columns_that_are_read_in_pairs_are_aligned(launches: Launches) -> None:
     problem = Problem(1, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1), dtype="fp16")
-    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    run = DirectCuda().prepare(problem, filter, None, DirectConfig(2, 2, 1, 4, 1, 4, 4, 2))
+    sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
+    run = DirectCuda().prepare(problem, sparse_filter, None, DirectConfig(2, 2, 1, 4, 1, 4, 4, 2))
     odd = torch.zeros(8 * 14 * 14 + 1, dtype=torch.float16)[1:].view(1, 8, 14, 14)
     assert odd.data_ptr() % 4 == 2
     run(odd)

@@ -245,7 +245,7 @@ FORECAST_ROWS = [
 
 def falling(at_none: float) -> findings.Model:
     """A model whose time falls in proportion to the zeros."""
-    return lambda problem, filter, gpu: at_none * (1.0 - filter.sparsity)
+    return lambda problem, sparse_filter, gpu: at_none * (1.0 - sparse_filter.sparsity)
 
 
 def test_forecasts_are_where_models_cross_the_time_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,15 +283,17 @@ def test_models_predict_less_time_of_more_zeros(method: str) -> None:
     problem = replace(findings.SHAPES["googlenet", "inception_3b/5x5"], dtype="fp16")
     filters = [suite.random_filter(problem, sparsity, 0) for sparsity in (0.5, 0.8, 0.98)]
     for model in findings.MODELS[method]:
-        times = [model(problem, filter, H200) for filter in filters]
+        times = [model(problem, sparse_filter, H200) for sparse_filter in filters]
         assert times == sorted(times, reverse=True) and times[-1] < times[0]
 
 
 def test_models_are_of_the_config_that_a_search_puts_first() -> None:
     problem = replace(findings.SHAPES["googlenet", "inception_3b/5x5"], dtype="fp16")
-    filter = suite.random_filter(problem, 0.9, 0)
-    (first,) = search(problem, filter, H200, 1)
-    assert findings.MODELS["generated"][0](problem, filter, H200) == predict_us(problem, filter, first, H200)
+    sparse_filter = suite.random_filter(problem, 0.9, 0)
+    (first,) = search(problem, sparse_filter, H200, 1)
+    assert findings.MODELS["generated"][0](problem, sparse_filter, H200) == predict_us(
+        problem, sparse_filter, first, H200
+    )
 
 
 def test_the_clocks_of_direct_per_time_measured() -> None:

@@ -43,19 +43,19 @@ def test_refusals(change: dict[str, object], reason: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_the_search_space_fits_the_device(dtype: str) -> None:
     problem = replace(RES3, dtype=dtype)  # type: ignore[arg-type]
-    filter = sparse(problem, 0.08)
-    space = list(candidates(problem, filter, H200))
+    sparse_filter = sparse(problem, 0.08)
+    space = list(candidates(problem, sparse_filter, H200))
     assert sum(len(many.rows) for many in space) > 100  # type: ignore[arg-type]
     for many in space:
         assert np.all(many.consumers > 0) and np.all(many.blocks * many.threads <= 1024)
         assert np.all(65536 // (many.threads * many.blocks) >= many.rows)
-    found = search(problem, filter, H200, 6)
+    found = search(problem, sparse_filter, H200, 6)
     assert len(found) == len(set(found)) == 6 and all(type(config.rows) is int for config in found)
     for config in found:
-        assert Program.of(problem, filter, config).shared_bytes * config.blocks <= H200.shared_bytes
-    times = [predict_us(problem, filter, config, H200) for config in found]
+        assert Program.of(problem, sparse_filter, config).shared_bytes * config.blocks <= H200.shared_bytes
+    times = [predict_us(problem, sparse_filter, config, H200) for config in found]
     assert times == pytest.approx(sorted(times))
-    assert times[0] == pytest.approx(min(predict_us(problem, filter, many, H200).min() for many in space))
+    assert times[0] == pytest.approx(min(predict_us(problem, sparse_filter, many, H200).min() for many in space))
     assert len({(config.arranged, config.split, config.together, config.scouts) for config in found}) > 1
 
 
@@ -69,19 +69,19 @@ def test_predictions_follow_the_work() -> None:
 def test_the_step_estimate_is_near() -> None:
     for dtype in ("fp32", "fp16"):
         problem = replace(RES3, dtype=dtype)  # type: ignore[arg-type]
-        filter, config = sparse(problem, 0.08), GeneratedConfig(32, 8, 4, 8)
-        estimate = piece_count(problem, config) * piece_steps(problem, filter, config)
-        assert estimate == pytest.approx(Program.of(problem, filter, config).steps, rel=0.1)
+        sparse_filter, config = sparse(problem, 0.08), GeneratedConfig(32, 8, 4, 8)
+        estimate = piece_count(problem, config) * piece_steps(problem, sparse_filter, config)
+        assert estimate == pytest.approx(Program.of(problem, sparse_filter, config).steps, rel=0.1)
 
 
 def on_the_gpu(case: Case, dtype: Precision) -> tuple[Problem, list[GeneratedConfig]]:
     """The case there, and some configs of it; none where it is refused or takes more than a minute to compile."""
-    method, filter = Generated(), case.filter()
+    method, sparse_filter = Generated(), case.filter()
     problem = replace(case.problem, device="cuda:0", dtype=dtype)
     if method.unsupported(problem) is not None:
         return problem, []
-    configs = method.configs(problem, filter)
-    quick = method.compile_s(problem, filter, configs[0]) <= 60.0
+    configs = method.configs(problem, sparse_filter)
+    quick = method.compile_s(problem, sparse_filter, configs[0]) <= 60.0
     return problem, [configs[0], configs[-1]] if quick else []
 
 
@@ -120,16 +120,16 @@ def test_any_batch_in_any_place_on_the_gpu(dtype: str, epilogue: Epilogue, point
     problem = replace(RES3, dtype=dtype, batch=4, epilogue=epilogue)  # type: ignore[arg-type]
     if pointwise:
         problem = replace(problem, kernel=(1, 1), padding=(0, 0, 0, 0))
-    filter = sparse(problem, 0.08)
+    sparse_filter = sparse(problem, 0.08)
     bias = torch.randn(128) if epilogue.bias else None
     for config in stagings(2 if dtype == "fp16" else 1):
-        run = Generated().prepare(problem, filter, bias, config)
+        run = Generated().prepare(problem, sparse_filter, bias, config)
         for batch in (0, 1, 4, 7):
             x = torch.randn(batch * 128 * 28 * 28 + 1, device="cuda", dtype=problem.torch_dtype)[1:]
             x = x.view(batch, 128, 28, 28)
             residual = torch.randn_like(x) if epilogue.residual else None
             y = run(x, residual)
-            weight, more = filter.to_dense().cuda(), None if bias is None else bias.cuda()
+            weight, more = sparse_filter.to_dense().cuda(), None if bias is None else bias.cuda()
             expected = reference.conv2d(replace(problem, batch=batch), x, weight, more, residual)
             assert y.shape == expected.shape
             assert batch == 0 or reference.compare(y, expected) <= reference.ERROR_BOUND[dtype], (config, batch)
@@ -143,12 +143,15 @@ def test_an_input_size_that_the_config_does_not_fit(dtype: str, copy: int) -> No
     """Another config then: copies of several words would meet the middle of a row."""
     config = GeneratedConfig(32, 4, 1, 4, copy=copy)
     problem = Problem(2, 16, 16, 16, 32, (3, 3), padding=(1, 1, 1, 1), dtype=dtype, device="cuda:0")  # type: ignore[arg-type]
-    filter = sparse(problem, 0.1)
+    sparse_filter = sparse(problem, 0.1)
     for height, width in ((16, 16), (5, 18), (13, 13)):
         p = replace(problem, height=height, width=width)
         x = torch.randn(p.input_shape, device="cuda", dtype=p.torch_dtype)
-        y = ops.prepare(p, filter, None, "generated", asdict(config))(x)
-        assert reference.compare(y, reference.conv2d(p, x, filter.to_dense().cuda())) <= reference.ERROR_BOUND[p.dtype]
+        y = ops.prepare(p, sparse_filter, None, "generated", asdict(config))(x)
+        assert (
+            reference.compare(y, reference.conv2d(p, x, sparse_filter.to_dense().cuda()))
+            <= reference.ERROR_BOUND[p.dtype]
+        )
 
 
 @pytest.mark.gpu

@@ -71,8 +71,8 @@ def test_the_input_is_laid_out_as_the_interpreter_reads_it(
     tmp_path: Path,
 ) -> None:
     problem = Problem(3, 2, 9, 8, 4, kernel, stride, padding, dilation, dtype=dtype)  # type: ignore[arg-type]
-    filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    program = Program.of(problem, filter, GeneratedConfig(4, 12, 1, 2, copy=0, arranged=True))
+    sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
+    program = Program.of(problem, sparse_filter, GeneratedConfig(4, 12, 1, 2, copy=0, arranged=True))
     assert program.tiles(3) == 1 and len(program.words.phases) == planes
     x = (
         np.random.default_rng(0)

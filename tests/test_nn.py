@@ -34,10 +34,10 @@ def a_layer(method: str = "direct", *, residual: bool = True) -> tuple[SparseCon
         2, 6, 11, 12, 8, (3, 3), (2, 1), (1, 1, 1, 1), groups=2, epilogue=Epilogue(True, residual, "relu")
     )
     weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.3)
-    filter = SparseFilter.from_dense(weight, 2)
-    config = by_name(method).configs(problem, filter)[0]
+    sparse_filter = SparseFilter.from_dense(weight, 2)
+    config = by_name(method).configs(problem, sparse_filter)[0]
     plan = Plan(problem, method, dict(vars(config)), (), Machine.here())
-    layer = SparseConv2d(filter, torch.randn(8), plan, "features.3")
+    layer = SparseConv2d(sparse_filter, torch.randn(8), plan, "features.3")
     return layer, problem, weight
 
 
@@ -121,12 +121,14 @@ class Rounded:
     def unsupported(self, problem: Problem) -> str | None:
         return None
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> tuple[NoSettings, ...]:
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> tuple[NoSettings, ...]:
         return (NoSettings(),)
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings) -> Runner:
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
+    ) -> Runner:
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            return reference.conv2d(problem, x, filter.to_dense(), bias, residual).to(problem.torch_dtype)
+            return reference.conv2d(problem, x, sparse_filter.to_dense(), bias, residual).to(problem.torch_dtype)
 
         return run
 
@@ -173,10 +175,12 @@ class Picky(Rounded):
     def unsupported(self, problem: Problem) -> str | None:
         return "too tall" if problem.height > 20 else None
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings) -> Runner:
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
+    ) -> Runner:
         if problem.width > 20:
             raise ValueError("too wide")
-        return super().prepare(problem, filter, bias, config)
+        return super().prepare(problem, sparse_filter, bias, config)
 
 
 @pytest.mark.parametrize(("height", "width"), [(9, 9), (9, 30), (30, 9)])
@@ -213,18 +217,20 @@ class Compiling(Picky):
     def unsupported(self, problem: Problem) -> str | None:
         return None
 
-    def compile_s(self, problem: Problem, filter: SparseFilter, config: NoSettings) -> float:
+    def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: NoSettings) -> float:
         return 60.0
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings) -> Runner:
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
+    ) -> Runner:
         pytest.fail("compiled where another method would do")
 
 
 def test_nothing_is_compiled_for_a_size_that_another_method_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "METHODS", (Picky(), Compiling(), *methods.METHODS))
     problem = Problem(1, 6, 9, 9, 8, (3, 3))
-    filter = SparseFilter.from_dense(torch.randn(problem.weight_shape))
-    layer = SparseConv2d(filter, None, Plan(problem, "picky", {}, (), Machine.here()))
+    sparse_filter = SparseFilter.from_dense(torch.randn(problem.weight_shape))
+    layer = SparseConv2d(sparse_filter, None, Plan(problem, "picky", {}, (), Machine.here()))
     assert layer(torch.randn(1, 6, 30, 30)).shape == (1, 8, 28, 28)
 
 

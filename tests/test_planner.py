@@ -57,12 +57,12 @@ class Fake:
     def unsupported(self, problem: Problem) -> str | None:
         return self.refuses
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[FakeConfig]:
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[FakeConfig]:
         return self.space
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
+    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
         self.prepared += 1
-        weight = filter.to_dense()
+        weight = sparse_filter.to_dense()
         return lambda x, residual=None: self.change(reference.conv2d(problem, x, weight, bias, residual).float())
 
 
@@ -113,13 +113,13 @@ def test_a_like_layer_takes_over_the_plan_and_another_does_not() -> None:
 
 
 def test_a_plan_survives_json_and_runs_at_other_sizes() -> None:
-    filter = a_filter()
-    plan = Plan.from_json(json.loads(json.dumps(plan_layer(PROBLEM, filter).to_json())))
-    assert plan == plan_layer(PROBLEM, filter)
+    sparse_filter = a_filter()
+    plan = Plan.from_json(json.loads(json.dumps(plan_layer(PROBLEM, sparse_filter).to_json())))
+    assert plan == plan_layer(PROBLEM, sparse_filter)
     other = replace(PROBLEM, batch=5, height=12, width=7)
     x = torch.randn(other.input_shape)
-    expected = reference.conv2d(other, x, filter.to_dense())
-    assert reference.compare(plan.runner(other, filter, None)(x), expected) < 1e-5
+    expected = reference.conv2d(other, x, sparse_filter.to_dense())
+    assert reference.compare(plan.runner(other, sparse_filter, None)(x), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -246,11 +246,11 @@ class Compiled(Fake):
         super().__init__("compiled", lambda y: y, configs=len(seconds))
         self.seconds, self.per_nnz = seconds, per_nnz
 
-    def compile_s(self, problem: Problem, filter: SparseFilter, config: FakeConfig) -> float:
-        return self.seconds[config.knob] + self.per_nnz * filter.nnz
+    def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: FakeConfig) -> float:
+        return self.seconds[config.knob] + self.per_nnz * sparse_filter.nnz
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
-        run = super().prepare(problem, filter, bias, config)
+    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
+        run = super().prepare(problem, sparse_filter, bias, config)
 
         def compiled(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             return run(x, residual)
@@ -314,8 +314,8 @@ def test_a_plan_tells_what_was_compiled() -> None:
 def test_a_plan_is_taken_over_within_the_budget() -> None:
     method, dense = Compiled(1.0, 4.0), by_name("dense")
 
-    def plan(budget: float, filter: SparseFilter) -> Plan:
-        return plan_layer(PROBLEM, filter, methods=(method, dense), compile_budget_s=budget)
+    def plan(budget: float, sparse_filter: SparseFilter) -> Plan:
+        return plan_layer(PROBLEM, sparse_filter, methods=(method, dense), compile_budget_s=budget)
 
     cut = plan(4.0, a_filter(seed=1))  # the second config needs one second more
     assert (cut.method, method.prepared) == ("compiled", 1)
@@ -435,14 +435,14 @@ def test_what_fails_to_compile_ahead_becomes_a_reason(monkeypatch: pytest.Monkey
 def test_a_call_does_not_wait_for_a_kernel_of_a_size_that_was_not_planned(
     monkeypatch: pytest.MonkeyPatch, seconds: float, planned: tuple[int, int] | None, runs: str
 ) -> None:
-    method, filter = Compiled(seconds), a_filter()
+    method, sparse_filter = Compiled(seconds), a_filter()
     monkeypatch.setattr(methods, "METHODS", (method, by_name("dense")))
     told = pytest.warns(UserWarning, match=r"^layer1.conv, .* run by dense, as compiling")
     with told if runs == "dense" else nullcontext():
-        run = ops.prepare(PROBLEM, filter, None, "compiled", {"knob": 0}, planned, "layer1.conv")
+        run = ops.prepare(PROBLEM, sparse_filter, None, "compiled", {"knob": 0}, planned, "layer1.conv")
     assert method.prepared == (runs == "compiled")
     x = torch.randn(PROBLEM.input_shape)
-    assert reference.compare(run(x), reference.conv2d(PROBLEM, x, filter.to_dense())) < 1e-5
+    assert reference.compare(run(x), reference.conv2d(PROBLEM, x, sparse_filter.to_dense())) < 1e-5
 
 
 @pytest.mark.usefixtures("one_core")

@@ -25,34 +25,34 @@ def _filter() -> SparseFilter:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_dense_and_back(case: Case) -> None:
     weight = case.tensors()[1]
-    filter = SparseFilter.from_dense(weight, case.problem.groups)
-    assert torch.equal(filter.to_dense(), weight)
-    assert filter.nnz == int((weight != 0).sum())
-    assert filter.sparsity == pytest.approx(1 - filter.nnz / weight.numel())
+    sparse_filter = SparseFilter.from_dense(weight, case.problem.groups)
+    assert torch.equal(sparse_filter.to_dense(), weight)
+    assert sparse_filter.nnz == int((weight != 0).sum())
+    assert sparse_filter.sparsity == pytest.approx(1 - sparse_filter.nnz / weight.numel())
 
 
 def test_the_arrays_are_those_of_the_format() -> None:
-    filter = _filter()
-    assert filter.indptr.tolist() == [0, 1, 3]
-    assert filter.columns.tolist() == [5, 0, 4]
-    assert filter.values.tolist() == [5.0, -1.0, 2.0]
-    assert [t.tolist() for t in filter.taps] == [[1, 0, 1], [0, 0, 0], [2, 0, 1]]
-    assert filter.rows.tolist() == [0, 1, 1]
+    sparse_filter = _filter()
+    assert sparse_filter.indptr.tolist() == [0, 1, 3]
+    assert sparse_filter.columns.tolist() == [5, 0, 4]
+    assert sparse_filter.values.tolist() == [5.0, -1.0, 2.0]
+    assert [t.tolist() for t in sparse_filter.taps] == [[1, 0, 1], [0, 0, 0], [2, 0, 1]]
+    assert sparse_filter.rows.tolist() == [0, 1, 1]
 
 
 def test_scipy_and_torch_matrices_are_adopted() -> None:
-    filter = _filter()
-    matrix = filter.to_dense().reshape(2, 6)
-    by_scipy = SparseFilter.from_csr(scipy.sparse.csr_matrix(matrix.numpy()), filter.shape)
-    by_torch = SparseFilter.from_csr(matrix.to_sparse_csr(), filter.shape)
+    sparse_filter = _filter()
+    matrix = sparse_filter.to_dense().reshape(2, 6)
+    by_scipy = SparseFilter.from_csr(scipy.sparse.csr_matrix(matrix.numpy()), sparse_filter.shape)
+    by_torch = SparseFilter.from_csr(matrix.to_sparse_csr(), sparse_filter.shape)
     for other in (by_scipy, by_torch):
-        assert torch.equal(other.to_dense(), filter.to_dense())
+        assert torch.equal(other.to_dense(), sparse_filter.to_dense())
     unsorted = scipy.sparse.csr_matrix((np.array([1.0, 2.0, 3.0]), np.array([4, 0, 4]), np.array([0, 3, 3])), (2, 6))
-    assert SparseFilter.from_csr(unsorted, filter.shape).values.tolist() == [2.0, 4.0]
+    assert SparseFilter.from_csr(unsorted, sparse_filter.shape).values.tolist() == [2.0, 4.0]
     with pytest.raises(ValueError, match="matrix of 2x6"):
-        SparseFilter.from_csr(scipy.sparse.csr_matrix((2, 5)), filter.shape)
+        SparseFilter.from_csr(scipy.sparse.csr_matrix((2, 5)), sparse_filter.shape)
     with pytest.raises(ValueError, match="CSR tensor"):
-        SparseFilter.from_csr(matrix, filter.shape)
+        SparseFilter.from_csr(matrix, sparse_filter.shape)
 
 
 @given(
@@ -70,19 +70,19 @@ def test_offsets_find_the_input_of_every_tap(stride: tuple[int, int], dilation: 
             part = padded[:, i :: stride[0], j :: stride[1]]
             phases[:, i, j, : part.shape[1], : part.shape[2]] = part
     geometry = Geometry(phases[0].numel(), columns, rows * columns, stride, dilation)
-    filter = SparseFilter.from_dense(torch.ones(1, 2, 3, 3)).stretch(geometry)
-    assert filter.geometry == geometry
-    assert filter.offsets is not None
+    sparse_filter = SparseFilter.from_dense(torch.ones(1, 2, 3, 3)).stretch(geometry)
+    assert sparse_filter.geometry == geometry
+    assert sparse_filter.offsets is not None
     row, column = 2, 1  # an output position
-    found = phases.flatten()[torch.from_numpy(filter.offsets).long() + row * columns + column]
-    c, r, s = (torch.from_numpy(t).long() for t in filter.taps)
+    found = phases.flatten()[torch.from_numpy(sparse_filter.offsets).long() + row * columns + column]
+    c, r, s = (torch.from_numpy(t).long() for t in sparse_filter.taps)
     assert torch.equal(found, padded[c, row * stride[0] + r * dilation[0], column * stride[1] + s * dilation[1]])
 
 
 def test_restretching_needs_no_dense_weights() -> None:
-    filter = _filter()
+    sparse_filter = _filter()
     small, large = Geometry(10, 5), Geometry(1000, 50)
-    assert filter.stretch(small).stretch(large).offsets.tolist() == [1002, 0, 1001]  # type: ignore[union-attr]
+    assert sparse_filter.stretch(small).stretch(large).offsets.tolist() == [1002, 0, 1001]  # type: ignore[union-attr]
 
 
 def test_an_offset_beyond_32_bits_is_refused() -> None:
@@ -126,9 +126,11 @@ def test_what_is_not_a_filter_is_refused(change: dict[str, Any], says: str) -> N
 
 
 def test_arrays_of_another_type_are_refused() -> None:
-    filter = _filter()
+    sparse_filter = _filter()
     with pytest.raises(ValueError, match="columns is a vector of int32"):
-        SparseFilter(filter.shape, 1, filter.indptr, filter.columns.astype(np.int64), filter.values)  # type: ignore[arg-type]
+        SparseFilter(
+            sparse_filter.shape, 1, sparse_filter.indptr, sparse_filter.columns.astype(np.int64), sparse_filter.values
+        )  # type: ignore[arg-type]
 
 
 def test_nan_in_dense_weights_is_refused() -> None:
@@ -149,11 +151,11 @@ def random_filter(seed: int, density: float, channels: int = 10, groups: int = 1
 def test_a_split_is_exact_and_keeps_the_largest(
     seed: int, density: float, shape: tuple[int, int], spread: bool
 ) -> None:
-    filter, (kept, of) = random_filter(seed, density), shape
-    parts = split(filter, kept, of, spread_channels(filter, kept, of) if spread else None)
+    sparse_filter, (kept, of) = random_filter(seed, density), shape
+    parts = split(sparse_filter, kept, of, spread_channels(sparse_filter, kept, of) if spread else None)
     structured, residual = parts.structured.to_dense(), parts.residual.to_dense()
-    assert torch.equal(structured + residual, filter.to_dense()) and not (structured * residual).any()
-    assert parts.share == pytest.approx(parts.residual.nnz / max(filter.nnz, 1))
+    assert torch.equal(structured + residual, sparse_filter.to_dense()) and not (structured * residual).any()
+    assert parts.share == pytest.approx(parts.residual.nnz / max(sparse_filter.nnz, 1))
     for first in range(0, 10, of):
         near = torch.from_numpy(parts.channels[first : first + of]).long()
         mine, left = structured[:, near].abs(), residual[:, near].abs()
@@ -177,22 +179,22 @@ def test_spread_channels_leave_less() -> None:
     uneven = (rng.random((64, 64, 3, 3)) < np.repeat([0.4, 0.02, 0.02, 0.02], 16)[:, None, None]).astype(float)
     even = (rng.random((64, 64, 3, 3)) < 0.1).astype(float)
     for weight, most in ((uneven, 0.2), (even, 0.6)):
-        filter = SparseFilter.from_dense(weight)
-        order = spread_channels(filter)
+        sparse_filter = SparseFilter.from_dense(weight)
+        order = spread_channels(sparse_filter)
         assert sorted(order.tolist()) == list(range(64))
-        assert split(filter, channels=order).share <= most * split(filter).share
+        assert split(sparse_filter, channels=order).share <= most * split(sparse_filter).share
 
 
 def test_no_swap_of_two_channels_leaves_less() -> None:
     weight = (np.random.default_rng(0).random((24, 16, 2, 2)) < 0.2).astype(float)
-    filter = SparseFilter.from_dense(weight)
-    order = spread_channels(filter)
-    least = split(filter, channels=order).residual.nnz
-    assert 0 < least < split(filter).residual.nnz
+    sparse_filter = SparseFilter.from_dense(weight)
+    order = spread_channels(sparse_filter)
+    least = split(sparse_filter, channels=order).residual.nnz
+    assert 0 < least < split(sparse_filter).residual.nnz
     for a, b in itertools.combinations(range(16), 2):
         swapped = order.copy()
         swapped[[a, b]] = order[[b, a]]
-        assert split(filter, channels=swapped).residual.nnz >= least
+        assert split(sparse_filter, channels=swapped).residual.nnz >= least
 
 
 @pytest.mark.parametrize(

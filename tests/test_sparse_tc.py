@@ -66,9 +66,9 @@ def test_a_device_without_the_instructions_is_refused(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("problem", [RES4, POINTWISE, STRIDED, replace(RES4, dtype="tf32")], ids=str)
 def test_the_search_ranks_what_fits(problem: Problem) -> None:
-    filter = filter_of(problem)
+    sparse_filter = filter_of(problem)
     for layout in ("contiguous", "channels_last"):
-        found = search(problem, filter, H200, 6, layout)  # type: ignore[arg-type]
+        found = search(problem, sparse_filter, H200, 6, layout)  # type: ignore[arg-type]
         assert len(set(found)) == 6 and {config.layout for config in found} == {layout}
         tilings = [Tiling.of(problem, config, H200.shared_bytes) for config in found]
         assert all(tiling.shared_bytes <= H200.shared_bytes for tiling in tilings)
@@ -314,9 +314,9 @@ def test_case(case: Case, dtype: Precision) -> None:
 
 def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches: tuple[int, ...]) -> None:
     """One runner for any batch, twice the same, for x in both layouts and in no one's."""
-    filter = SparseFilter.from_dense(weight)
+    sparse_filter = SparseFilter.from_dense(weight)
     bias = torch.randn(problem.out_channels) if problem.epilogue.bias else None
-    run = SparseTc().prepare(problem, filter, bias, config)
+    run = SparseTc().prepare(problem, sparse_filter, bias, config)
     for batch in batches:
         shape = batch, *problem.input_shape[1:]
         x = torch.randn(shape, device="cuda", dtype=problem.torch_dtype)
@@ -326,7 +326,9 @@ def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches:
             out_shape = batch, *problem.output_shape[1:]
             residual = torch.randn(out_shape, device="cuda", dtype=x.dtype) if problem.epilogue.residual else None
             y = run(given, residual)
-            expected = reference.conv2d(replace(problem, batch=batch), given, filter.to_dense().cuda(), bias, residual)
+            expected = reference.conv2d(
+                replace(problem, batch=batch), given, sparse_filter.to_dense().cuda(), bias, residual
+            )
             last = config.takes_channels_last
             assert y.shape == expected.shape
             assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -355,11 +357,11 @@ def test_structured_filters_on_the_gpu(problem: Problem, config: SparseTcConfig)
 def test_other_input_sizes_on_the_gpu(size: tuple[int, int], dtype: Precision) -> None:
     """Another config where a tile's pixels do not hold its outputs."""
     problem = replace(RES4, batch=2, height=size[0], width=size[1], dtype=dtype)
-    filter = filter_of(problem)
+    sparse_filter = filter_of(problem)
     x = torch.randn(problem.input_shape, device="cuda", dtype=problem.torch_dtype)
-    expected = reference.conv2d(problem, x, filter.to_dense())
+    expected = reference.conv2d(problem, x, sparse_filter.to_dense())
     for config in (VARIANTS["halo"][1], VARIANTS["columns"][1], VARIANTS["im2col"][1]):
-        y = ops.prepare(problem, filter, None, "sparse_tc", asdict(config))(x)
+        y = ops.prepare(problem, sparse_filter, None, "sparse_tc", asdict(config))(x)
         assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.dtype], config
 
 
@@ -368,15 +370,15 @@ def test_other_input_sizes_on_the_gpu(size: tuple[int, int], dtype: Precision) -
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
 def test_nan_and_infinity_stay_what_they_are_on_the_gpu(activation: str, dtype: Precision) -> None:
     problem = replace(RES4, batch=1, epilogue=Epilogue(activation=activation), dtype=dtype)  # type: ignore[arg-type]
-    filter = SparseFilter.from_dense(np.ones(problem.weight_shape, dtype=np.float32))
+    sparse_filter = SparseFilter.from_dense(np.ones(problem.weight_shape, dtype=np.float32))
     x = torch.zeros(problem.input_shape, device="cuda", dtype=problem.torch_dtype)
     for config in (VARIANTS["halo"][1], VARIANTS["halo, last"][1]):
-        run = SparseTc().prepare(problem, filter, None, config)
+        run = SparseTc().prepare(problem, sparse_filter, None, config)
         x[0, 5, 7, 7] = float("nan")
         y = run(x)
         assert y[0, :, 6:9, 6:9].isnan().all() and int(y.isnan().sum()) == 9 * problem.out_channels
         x[0, 5, 7, 7] = float("inf")
-        assert torch.equal(run(x), reference.conv2d(problem, x, filter.to_dense()).to(x.dtype))
+        assert torch.equal(run(x), reference.conv2d(problem, x, sparse_filter.to_dense()).to(x.dtype))
 
 
 @pytest.mark.gpu

@@ -106,14 +106,14 @@ def test_the_kernels_coordinates_make_a_convolution(name: str, fill: str, layout
     tilings = some_tilings(problem, fill, layout)
     assert tilings
     weight = integers(problem.weight_shape, density)
-    filter = SparseFilter.from_dense(weight)
+    sparse_filter = SparseFilter.from_dense(weight)
     x = np.random.default_rng(1).integers(-3, 4, problem.input_shape).astype(np.float64)
     top, bottom, left, right = problem.padding
     padded = F.pad(torch.from_numpy(x), (left, right, top, bottom))
     expected = F.conv2d(
         padded, torch.from_numpy(weight).double(), stride=problem.stride, dilation=problem.dilation
     ).numpy()
-    places = ordered(filter, layout, ELEMENTS[dtype])  # type: ignore[arg-type]
+    places = ordered(sparse_filter, layout, ELEMENTS[dtype])  # type: ignore[arg-type]
     for tiling in tilings:
         packed = pack(places, tiling)
         assert np.array_equal(emulate(tiling, packed, laid_out(x, places, tiling)), expected), tiling.config
@@ -133,8 +133,11 @@ CONFIGS = [
 def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision) -> None:
     problem = replace(RES4, dtype=dtype)
     weight = uneven(problem.weight_shape)
-    filter = SparseFilter.from_dense(weight)
-    tiling, places = Tiling.of(problem, config, H200.shared_bytes), ordered(filter, config.layout, ELEMENTS[dtype])
+    sparse_filter = SparseFilter.from_dense(weight)
+    tiling, places = (
+        Tiling.of(problem, config, H200.shared_bytes),
+        ordered(sparse_filter, config.layout, ELEMENTS[dtype]),
+    )
     packed = pack(places, tiling)
     assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
     regular = tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
@@ -144,9 +147,9 @@ def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision)
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 def test_the_decoder_notices(dtype: Precision) -> None:
-    filter = SparseFilter.from_dense(uneven(RES4.weight_shape))
+    sparse_filter = SparseFilter.from_dense(uneven(RES4.weight_shape))
     tiling = Tiling.of(replace(RES4, dtype=dtype), CONFIGS[0], H200.shared_bytes)
-    places = ordered(filter, "contiguous", tiling.element)
+    places = ordered(sparse_filter, "contiguous", tiling.element)
     packed = pack(places, tiling)
     expected = decode(packed, places, tiling)
     for at in (18, 2 * 4096 + 5):  # a value, metadata
@@ -162,9 +165,9 @@ def test_the_decoder_notices(dtype: Precision) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: Precision) -> None:
     weight = structured(RES4.weight_shape, dtype)
-    filter = SparseFilter.from_dense(weight)
+    sparse_filter = SparseFilter.from_dense(weight)
     tiling = Tiling.of(replace(RES4, dtype=dtype), config, H200.shared_bytes)
-    places = ordered(filter, config.layout, tiling.element)
+    places = ordered(sparse_filter, config.layout, tiling.element)
     packed = pack(places, tiling)
     assert places.split.residual.nnz == 0 and places.extra(64, places.block) == 0.0
     assert len(packed.images) == tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
@@ -173,18 +176,18 @@ def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: 
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 def test_the_order_leaves_less_over_in_fewer_images(dtype: Precision) -> None:
-    filter, element = SparseFilter.from_dense(uneven((256, 256, 3, 3))), ELEMENTS[dtype]
-    spread, natural = ordered(filter, "contiguous", element), ordered(filter, "channels_last", element)
+    sparse_filter, element = SparseFilter.from_dense(uneven((256, 256, 3, 3))), ELEMENTS[dtype]
+    spread, natural = ordered(sparse_filter, "contiguous", element), ordered(sparse_filter, "channels_last", element)
     assert spread.split.share < natural.split.share
     assert spread.extra(128, spread.block) < natural.extra(128, natural.block)
-    assert ordered(filter, "contiguous", element) is spread, "remembered"
+    assert ordered(sparse_filter, "contiguous", element) is spread, "remembered"
 
 
 def test_empty_halves_of_images_are_not_multiplied() -> None:
     problem, _ = CASES["few channels"]
-    filter = SparseFilter.from_dense(integers(problem.weight_shape, 0.3))
+    sparse_filter = SparseFilter.from_dense(integers(problem.weight_shape, 0.3))
     tiling = Tiling.of(replace(problem, dtype="fp16"), SparseTcConfig("halo", 96, rows=9), H200.shared_bytes)
-    packed = pack(ordered(filter, "channels_last", tiling.element), tiling)
+    packed = pack(ordered(sparse_filter, "channels_last", tiling.element), tiling)
     halves = packed.steps[:-1] >> 16 & 3
     assert halves[0] == 3 and set(halves[1:].tolist()) == {1}
 
@@ -200,17 +203,17 @@ def test_empty_halves_of_images_are_not_multiplied() -> None:
 def test_a_weight_beyond_the_precision_is_refused(dtype: Precision, large: float, message: str) -> None:
     weight = integers(RES4.weight_shape, 0.1)
     weight[0, 0, 0, 0] = large
-    filter = SparseFilter.from_dense(weight)
+    sparse_filter = SparseFilter.from_dense(weight)
     tiling = Tiling.of(replace(RES4, dtype=dtype), CONFIGS[0], H200.shared_bytes)
     with pytest.raises(ValueError, match=message):
-        pack(ordered(filter, "contiguous", tiling.element), tiling)
+        pack(ordered(sparse_filter, "contiguous", tiling.element), tiling)
 
 
 def test_packing_is_quick() -> None:
     problem = Problem(32, 512, 7, 7, 512, (3, 3), padding=SAME, dtype="fp16")
-    filter = SparseFilter.from_dense(uneven(problem.weight_shape))
+    sparse_filter = SparseFilter.from_dense(uneven(problem.weight_shape))
     tiling = Tiling.of(problem, SparseTcConfig("halo", 248, rows=7, images=4), H200.shared_bytes)
-    places = ordered(filter, "channels_last", tiling.element)
+    places = ordered(sparse_filter, "channels_last", tiling.element)
     begin = time.thread_time()
     pack(places, tiling)
     assert time.thread_time() - begin < 1.0

@@ -21,7 +21,7 @@ from escort.methods.cuda.generated.steps import GeneratedConfig, Program
 from escort.problem import Problem
 from tests.host import compiled
 from tests.mbarrier import MBARRIER
-from tests.test_arrange import arranged
+from tests.test_generated_arrange import arranged
 
 #: What the source needs of CUDA. Shared addresses are offsets into `shared`.
 CUDA_ON_A_CPU = """

@@ -97,11 +97,13 @@ class Fake:
     def unsupported(self, problem: Problem) -> str | None:
         return None
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[Knobs]:
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Knobs]:
         return Knobs(), Knobs(size=4), Knobs(depth=3)
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: Any, config: Knobs) -> Callable[..., torch.Tensor]:
-        weight = filter.to_dense()
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: Any, config: Knobs
+    ) -> Callable[..., torch.Tensor]:
+        weight = sparse_filter.to_dense()
         return lambda x, residual=None: reference.conv2d(problem, x, weight).float()
 
 
@@ -111,12 +113,14 @@ class Compiled(Fake):
     def __init__(self) -> None:
         self.prepared: list[tuple[int, Knobs]] = []
 
-    def compile_s(self, problem: Problem, filter: SparseFilter, config: Knobs) -> float:
+    def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: Knobs) -> float:
         return 1.0
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: Any, config: Knobs) -> Callable[..., torch.Tensor]:
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: Any, config: Knobs
+    ) -> Callable[..., torch.Tensor]:
         self.prepared.append((problem.in_channels, config))
-        return super().prepare(problem, filter, bias, config)
+        return super().prepare(problem, sparse_filter, bias, config)
 
 
 def test_what_is_compiled_is_compiled_for_all_layers_before_the_first_is_raced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +142,7 @@ def test_what_is_compiled_is_compiled_for_all_layers_before_the_first_is_raced(m
 class Knowing(Fake):
     """Says itself which configurations are next to one."""
 
-    def neighbours(self, config: Knobs, problem: Problem, filter: SparseFilter) -> dict[str, list[Knobs]]:
+    def neighbours(self, config: Knobs, problem: Problem, sparse_filter: SparseFilter) -> dict[str, list[Knobs]]:
         return {
             "size": [replace(config, size=size) for size in (1, 8)],
             "balanced": [replace(config, balanced=not config.balanced)],

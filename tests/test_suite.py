@@ -188,14 +188,14 @@ class FakeGpuMethod(Dense):
         self.space = configs
         self.saw_channels_last: list[bool] = []
 
-    def benchmarks(self, problem: Problem, filter: SparseFilter) -> Any:
+    def benchmarks(self, problem: Problem, sparse_filter: SparseFilter) -> Any:
         return (Scaled(takes_channels_last=True),)
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Any:
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Any:
         return self.space
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: Any, config: Any) -> Any:
-        run = super().prepare(problem, filter, bias, DenseConfig())
+    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: Any, config: Any) -> Any:
+        run = super().prepare(problem, sparse_filter, bias, DenseConfig())
 
         def scaled(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             self.saw_channels_last.append(x.is_contiguous(memory_format=torch.channels_last))

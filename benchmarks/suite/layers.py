@@ -59,8 +59,8 @@ def paper_layers(batch: int | None, seed: int = 0, *, dtype: Precision = "fp32",
         positions = np.sort(rng.choice(rows * width, nnz, replace=False))
         row, columns = np.divmod(positions, width)
         indptr = np.searchsorted(row, np.arange(rows + 1))
-        filter = _filter(problem, indptr, columns, rng.standard_normal(nnz))
-        layers.append(Layer(entry.network, "paper", entry.layer, problem, filter))
+        sparse_filter = _filter(problem, indptr, columns, rng.standard_normal(nnz))
+        layers.append(Layer(entry.network, "paper", entry.layer, problem, sparse_filter))
     return layers
 
 
@@ -115,10 +115,12 @@ def pattern_layers(
             )
             indptr, columns = (_integers(arrays, f"{name}.{part}") for part in ("indptr", "indices"))
             values = arrays.get(f"{name}.values")
-            filter = _filter(problem, indptr, columns, rng.standard_normal(len(columns)) if values is None else values)
+            sparse_filter = _filter(
+                problem, indptr, columns, rng.standard_normal(len(columns)) if values is None else values
+            )
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, layer {name}: {error}") from error
-        layers.append(Layer(network, path.stem, name, problem, filter))
+        layers.append(Layer(network, path.stem, name, problem, sparse_filter))
     return layers
 
 

@@ -28,15 +28,15 @@ class Narrowed:
     def unsupported(self, problem: Problem) -> str | None:
         return self._method.unsupported(problem)
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[Any]:
-        return self._configs or self._method.configs(problem, filter)[: self._most]
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Any]:
+        return self._configs or self._method.configs(problem, sparse_filter)[: self._most]
 
-    def benchmarks(self, problem: Problem, filter: SparseFilter) -> Sequence[Any]:
-        return () if self._configs is not None else only_for_benchmarks(self._method, problem, filter)
+    def benchmarks(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Any]:
+        return () if self._configs is not None else only_for_benchmarks(self._method, problem, sparse_filter)
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Runner:
+    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Runner:
         ready = self._ready.pop(config, None)
-        return ready or self._method.prepare(problem, filter, bias, config)
+        return ready or self._method.prepare(problem, sparse_filter, bias, config)
 
     def prepare_ahead(self, layer: Layer, config: Any) -> None:
         """For a later `prepare` of the layer, which is told what fails here."""

@@ -184,7 +184,7 @@ class Split:
         return self.residual.nnz / max(self.residual.nnz + self.structured.nnz, 1)
 
 
-def split(filter: SparseFilter, kept: int = 2, of: int = 4, channels: IntArray | None = None) -> Split:
+def split(sparse_filter: SparseFilter, kept: int = 2, of: int = 4, channels: IntArray | None = None) -> Split:
     """Splits a filter exactly: each group of neighbours keeps its largest weights, the residual has the rest.
 
     Args:
@@ -194,35 +194,35 @@ def split(filter: SparseFilter, kept: int = 2, of: int = 4, channels: IntArray |
     Raises:
         ValueError: unless ``0 < kept <= of`` and `channels` is a permutation.
     """
-    width = filter.shape[1]
+    width = sparse_filter.shape[1]
     channels = np.arange(width, dtype=np.int32) if channels is None else channels
     if not 0 < kept <= of:
         raise ValueError(f"a group of {of} cannot keep {kept} weights")
     if not np.array_equal(np.sort(channels), np.arange(width)):
         raise ValueError(f"channels must be an order of 0..{width - 1}")
-    c, tap = _channels_and_taps(filter)
+    c, tap = _channels_and_taps(sparse_filter)
     place = np.empty(width, dtype=np.int64)
     place[channels] = np.arange(width)
     group = tap * -(-width // of) + place[c] // of
-    order = np.lexsort((place[c], -np.abs(filter.values), group))
+    order = np.lexsort((place[c], -np.abs(sparse_filter.values), group))
     first = np.flatnonzero(np.diff(group[order], prepend=-1))
-    rank = np.empty(filter.nnz, dtype=np.int64)
-    rank[order] = np.arange(filter.nnz) - np.repeat(first, np.diff(first, append=filter.nnz))
-    return Split(_part(filter, rank < kept), _part(filter, rank >= kept), kept, of, channels)
+    rank = np.empty(sparse_filter.nnz, dtype=np.int64)
+    rank[order] = np.arange(sparse_filter.nnz) - np.repeat(first, np.diff(first, append=sparse_filter.nnz))
+    return Split(_part(sparse_filter, rank < kept), _part(sparse_filter, rank >= kept), kept, of, channels)
 
 
 _MOST_SWEEPS = 4  # over all channels; most of what swaps gain comes with the first
 
 
-def spread_channels(filter: SparseFilter, kept: int = 2, of: int = 4) -> IntArray:
+def spread_channels(sparse_filter: SparseFilter, kept: int = 2, of: int = 4) -> IntArray:
     """An order of the channels for :func:`split` that leaves a small residual, most of it in the last channels.
 
     Channels are placed one by one, those with most nonzeros first, where least of theirs exceed what a group keeps.
     Then two channels of different groups swap places as long as less exceeds it afterwards. Groups follow one another
     by what exceeds in them, but for the last, which may be smaller than the others.
     """
-    width, sites = filter.shape[1], filter.shape[0] * filter.shape[2] * filter.shape[3]
-    c, site = _channels_and_taps(filter)
+    width, sites = sparse_filter.shape[1], sparse_filter.shape[0] * sparse_filter.shape[2] * sparse_filter.shape[3]
+    c, site = _channels_and_taps(sparse_filter)
     nonzero = np.zeros((sites, width), dtype=np.int8)
     nonzero[site, c] = 1
     where = np.split(site[np.argsort(c, kind="stable")], np.cumsum(np.bincount(c, minlength=width))[:-1])
@@ -291,14 +291,16 @@ def _swap(
             break
 
 
-def _channels_and_taps(filter: SparseFilter) -> tuple[IntArray, NDArray[np.int64]]:
+def _channels_and_taps(sparse_filter: SparseFilter) -> tuple[IntArray, NDArray[np.int64]]:
     """Each nonzero's channel, and its tap counted over all output channels."""
-    taps = filter.shape[2] * filter.shape[3]
-    channel, tap = np.divmod(filter.columns, np.int32(taps))
-    return channel, filter.rows.astype(np.int64) * taps + tap
+    taps = sparse_filter.shape[2] * sparse_filter.shape[3]
+    channel, tap = np.divmod(sparse_filter.columns, np.int32(taps))
+    return channel, sparse_filter.rows.astype(np.int64) * taps + tap
 
 
-def _part(filter: SparseFilter, which: NDArray[np.bool_]) -> SparseFilter:
+def _part(sparse_filter: SparseFilter, which: NDArray[np.bool_]) -> SparseFilter:
     """The nonzeros of a filter that a mask takes."""
-    indptr = np.concatenate(([0], np.cumsum(which)))[filter.indptr].astype(np.int32)
-    return SparseFilter(filter.shape, filter.groups, indptr, filter.columns[which], filter.values[which])
+    indptr = np.concatenate(([0], np.cumsum(which)))[sparse_filter.indptr].astype(np.int32)
+    return SparseFilter(
+        sparse_filter.shape, sparse_filter.groups, indptr, sparse_filter.columns[which], sparse_filter.values[which]
+    )

@@ -237,7 +237,7 @@ def _build(name: str, record: Mapping[str, Any], container: Container, plan: Net
 def _build_sparse(name: str, container: Container, plan: Plan) -> SparseConv2d:
     problem = plan.problem
     _check_problem(problem)
-    filter = container.filter(f"{name}.weight", problem.weight_shape, problem.groups)
+    sparse_filter = container.filter(f"{name}.weight", problem.weight_shape, problem.groups)
     bias = container.tensor(f"{name}.bias") if problem.epilogue.bias else None
     if bias is not None and bias.dtype is not torch.float32:
         raise ValueError(f"its bias is {bias.dtype}, not float32")
@@ -246,9 +246,9 @@ def _build_sparse(name: str, container: Container, plan: Plan) -> SparseConv2d:
     if not methods:
         raise ValueError(f"no method here can run {problem}; convert the model on this machine")
     method = next((method for method in methods if method.name == plan.method), methods[0])
-    offered = [asdict(config) for config in method.configs(problem, filter)]
+    offered = [asdict(config) for config in method.configs(problem, sparse_filter)]
     config = offered[offered.index(plan.config)] if plan.config in offered else offered[0]
-    return SparseConv2d(filter, bias, replace(plan, method=method.name, config=config), name)
+    return SparseConv2d(sparse_filter, bias, replace(plan, method=method.name, config=config), name)
 
 
 def _check_problem(problem: Problem) -> None:

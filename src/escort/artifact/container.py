@@ -63,10 +63,10 @@ def pack(metadata: Mapping[str, str], tensors: Mapping[str, Tensor | SparseFilte
             if tensor.numel() and owners.setdefault(key, name) != name:
                 shared[name] = owners[key]
                 continue
-        filter = _compressible(tensor)
-        if filter is not None:
+        sparse_filter = _compressible(tensor)
+        if sparse_filter is not None:
             compressed[name] = list(tensor.shape)
-            for part, array in zip(_PARTS, _compress(filter), strict=True):
+            for part, array in zip(_PARTS, _compress(sparse_filter), strict=True):
                 store(f"{name}.{part}", array)
         else:
             store(name, tensor if isinstance(tensor, Tensor) else tensor.to_dense())
@@ -117,16 +117,16 @@ def _compressible(tensor: Tensor | SparseFilter) -> SparseFilter | None:
     return SparseFilter(shape, 1, indptr.astype(np.int32), columns.astype(np.int32), matrix[rows, columns])
 
 
-def _compress(filter: SparseFilter) -> tuple[Tensor, Tensor, Tensor]:
+def _compress(sparse_filter: SparseFilter) -> tuple[Tensor, Tensor, Tensor]:
     """(values, row_lengths, column_gaps), the integers in the smallest unsigned type that holds them.
 
     The gap of a nonzero is the number of zeros between it and the nonzero before it in its row, or the row's start.
     """
-    lengths = np.diff(filter.indptr)
-    gaps = np.diff(filter.columns, prepend=np.int32(0)) - 1
-    firsts = filter.indptr[:-1][lengths > 0]
-    gaps[firsts] = filter.columns[firsts]
-    return torch.from_numpy(filter.values), _smallest(lengths), _smallest(gaps)
+    lengths = np.diff(sparse_filter.indptr)
+    gaps = np.diff(sparse_filter.columns, prepend=np.int32(0)) - 1
+    firsts = sparse_filter.indptr[:-1][lengths > 0]
+    gaps[firsts] = sparse_filter.columns[firsts]
+    return torch.from_numpy(sparse_filter.values), _smallest(lengths), _smallest(gaps)
 
 
 def _smallest(array: NDArray[Any]) -> Tensor:

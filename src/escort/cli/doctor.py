@@ -101,16 +101,16 @@ def _have(there: bool, remedy: str) -> tuple[str, bool | None, str]:
 
 def _kernel(isa: str, *, chosen: bool) -> Finding:
     direct = Direct()
-    problem, _, filter = _example("cpu")
-    config = replace(direct.configs(problem, filter)[0], isa=isa, vectors=ISAS[isa][1])
+    problem, _, sparse_filter = _example("cpu")
+    config = replace(direct.configs(problem, sparse_filter)[0], isa=isa, vectors=ISAS[isa][1])
     return _try(f"kernel {isa}", direct, "cpu", config, ", and is the fastest one here" if chosen else "")
 
 
 def _try(name: str, method: methods.Method, device: str, config: methods.Config, praise: str = "") -> Finding:
     """Runs a small convolution against the reference."""
-    problem, x, filter = _example(device)
-    y = method.prepare(problem, filter, None, config)(x.to(device))
-    error = reference.compare(y.cpu(), reference.conv2d(problem, x, filter.to_dense()))
+    problem, x, sparse_filter = _example(device)
+    y = method.prepare(problem, sparse_filter, None, config)(x.to(device))
+    error = reference.compare(y.cpu(), reference.conv2d(problem, x, sparse_filter.to_dense()))
     if not error <= reference.ERROR_BOUND["fp32"]:
         return Finding(name, f"computes wrong, error {error:.1e}", False, "reinstall escort-sparse, report it")
     return Finding(name, f"works{praise}")
@@ -166,8 +166,8 @@ def _gpu(device: str) -> Iterator[Finding]:
     yield Finding(device, f"{value}, driver {machine.driver or 'unknown'}, torch for CUDA {machine.cuda}")
     try:
         method = methods.by_name("direct", device)
-        problem, _, filter = _example(device)
-        yield _try(f"kernel on {device}", method, device, method.configs(problem, filter)[0])
+        problem, _, sparse_filter = _example(device)
+        yield _try(f"kernel on {device}", method, device, method.configs(problem, sparse_filter)[0])
     except (ImportError, RuntimeError, ValueError) as error:
         yield Finding(f"kernel on {device}", "does not run", False, str(error))
 

@@ -24,7 +24,7 @@ class SparseConv2d(nn.Module):
     what does (see :func:`escort.layers.ops.prepare`).
 
     Args:
-        filter: the weights, (K, C / groups, R, S).
+        sparse_filter: the weights, (K, C / groups, R, S).
         bias: (K,) or None.
         plan: what :func:`escort.planner.planner.plan_layer` chose; its problem says what the layer computes.
         name: what errors call this layer.
@@ -38,20 +38,22 @@ class SparseConv2d(nn.Module):
     indptr: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, filter: SparseFilter, bias: torch.Tensor | None, plan: Plan, name: str = "SparseConv2d") -> None:
+    def __init__(
+        self, sparse_filter: SparseFilter, bias: torch.Tensor | None, plan: Plan, name: str = "SparseConv2d"
+    ) -> None:
         super().__init__()
         problem = plan.problem
-        if (filter.shape, filter.groups) != (problem.weight_shape, problem.groups):
-            raise ValueError(f"the plan is for a filter of shape {problem.weight_shape}, got {filter.shape}")
-        wanted = (filter.shape[0],) if problem.epilogue.bias else None
+        if (sparse_filter.shape, sparse_filter.groups) != (problem.weight_shape, problem.groups):
+            raise ValueError(f"the plan is for a filter of shape {problem.weight_shape}, got {sparse_filter.shape}")
+        wanted = (sparse_filter.shape[0],) if problem.epilogue.bias else None
         given = None if bias is None else tuple(bias.shape)
         if given != wanted:
             raise ValueError(f"the plan is for a bias of shape {wanted}, got {given}")
         for array in ("values", "columns", "indptr"):
-            self.register_buffer(array, torch.from_numpy(getattr(filter, array)).to(problem.device))
+            self.register_buffer(array, torch.from_numpy(getattr(sparse_filter, array)).to(problem.device))
         bias = None if bias is None else bias.detach().to(problem.device, torch.float32, copy=True)
         self.register_buffer("bias", bias)
-        self.filter_shape, self.groups = filter.shape, filter.groups
+        self.filter_shape, self.groups = sparse_filter.shape, sparse_filter.groups
         self.stride, self.padding, self.dilation = problem.stride, problem.padding, problem.dilation
         self.activation, self.residual = problem.epilogue.activation, problem.epilogue.residual
         self.plan, self.name = plan, name

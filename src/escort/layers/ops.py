@@ -105,13 +105,13 @@ def _runner(
     check_not_capturing(x.device)
     values, columns, indptr = (tensor.cpu().numpy() for tensor in arrays)
     shape = (len(indptr) - 1, x.shape[1] // spec.groups, *spec.kernel)
-    filter = SparseFilter(shape, spec.groups, indptr, columns, values)
+    sparse_filter = SparseFilter(shape, spec.groups, indptr, columns, values)
     epilogue = Epilogue(bias is not None, residual is not None, spec.activation)
     geometry = spec.kernel, spec.stride, spec.padding, spec.dilation, spec.groups
     batch, channels, height, width = x.shape
     asked = spec.dtype, str(x.device), epilogue, spec.memory_format
     problem = Problem(batch, channels, height, width, shape[0], *geometry, *asked)
-    return prepare(problem, filter, bias, spec.method, spec.config, spec.planned)
+    return prepare(problem, sparse_filter, bias, spec.method, spec.config, spec.planned)
 
 
 def check_not_capturing(device: torch.device) -> None:
@@ -126,7 +126,7 @@ def check_not_capturing(device: torch.device) -> None:
 
 def prepare(
     problem: Problem,
-    filter: SparseFilter,
+    sparse_filter: SparseFilter,
     bias: torch.Tensor | None,
     method: str,
     config: dict[str, Any],
@@ -147,12 +147,12 @@ def prepare(
         ValueError: where no method takes the problem.
     """
     if problem.device_type == "cpu":
-        return _prepare(problem, filter, bias, method, config, planned, name)
+        return _prepare(problem, sparse_filter, bias, method, config, planned, name)
     bias = None if bias is None else bias.cpu()
 
     def on_device() -> Runner:
         with torch.cuda.device(problem.device):
-            run = _prepare(problem, filter, bias, method, config, planned, name)
+            run = _prepare(problem, sparse_filter, bias, method, config, planned, name)
             torch.cuda.current_stream().synchronize()
             return run
 
@@ -164,7 +164,7 @@ def prepare(
 
 def _prepare(
     problem: Problem,
-    filter: SparseFilter,
+    sparse_filter: SparseFilter,
     bias: torch.Tensor | None,
     method: str,
     config: dict[str, Any],
@@ -175,7 +175,7 @@ def _prepare(
     others = [other for other in for_device(problem.device) if other is not chosen]
     candidates = [chosen, *sorted(others, key=is_compiled)]  # what compiles for minutes comes last
     size = problem.height, problem.width
-    takes_long = planned not in (None, size) and _compile_s(chosen, problem, filter, config) > _PATIENCE_S
+    takes_long = planned not in (None, size) and _compile_s(chosen, problem, sparse_filter, config) > _PATIENCE_S
     if takes_long:
         candidates.sort(key=is_compiled)
     refusal = None
@@ -185,8 +185,10 @@ def _prepare(
             continue
         for first_choice in (False, True) if candidate is chosen else (True,):
             try:
-                knobs = candidate.configs(problem, filter)[0] if first_choice else candidate.config_type(**config)
-                run = candidate.prepare(problem, filter, bias, knobs)
+                knobs = (
+                    candidate.configs(problem, sparse_filter)[0] if first_choice else candidate.config_type(**config)
+                )
+                run = candidate.prepare(problem, sparse_filter, bias, knobs)
             except ValueError as error:
                 refusal = refusal or error
                 continue
@@ -202,12 +204,12 @@ def _prepare(
     raise refusal
 
 
-def _compile_s(method: Any, problem: Problem, filter: SparseFilter, config: dict[str, Any]) -> float:
+def _compile_s(method: Any, problem: Problem, sparse_filter: SparseFilter, config: dict[str, Any]) -> float:
     """About how many seconds of one core it takes until a config can run; no end where it does not fit."""
     if not is_compiled(method):
         return 0.0
     try:
-        return float(method.compile_s(problem, filter, method.config_type(**config)))
+        return float(method.compile_s(problem, sparse_filter, method.config_type(**config)))
     except ValueError:
         return math.inf
 

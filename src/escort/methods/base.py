@@ -51,9 +51,9 @@ class Method(Protocol):
 
     ``prepare`` does all work that depends on shapes and weights; the runner it returns only runs.
 
-    Where no plan can choose some of its configs, ``benchmarks(problem, filter)`` lists them for measurements.
+    Where no plan can choose some of its configs, ``benchmarks(problem, sparse_filter)`` lists them for measurements.
 
-    A method that compiles a kernel for each filter has ``compile_s(problem, filter, config) -> float`` besides, about
+    A method that compiles a kernel for each filter has ``compile_s(problem, sparse_filter, config) -> float`` besides, about
     how many seconds of one core that takes. The planner keeps it within its compile budget.
     """
 
@@ -66,11 +66,11 @@ class Method(Protocol):
         """Why this method cannot run a problem on its type of device, or None where it can."""
         ...
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[Any]:
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Any]:
         """The search space for this problem, best guess first."""
         ...
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Runner:
+    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Runner:
         """A runner for this filter and input size, on the problem's device. bias: (K,) on any device, or None."""
         ...
 
@@ -167,15 +167,18 @@ def unfold(problem: Problem, x: torch.Tensor, *, by_image: bool = False) -> torc
 
 
 def csr_matrices(
-    filter: SparseFilter, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    sparse_filter: SparseFilter, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[torch.Tensor]:
     """The filter as torch CSR tensors of shape (K / groups, C / groups * R * S), one per group."""
-    rows, width = filter.shape[0] // filter.groups, filter.shape[1] * filter.shape[2] * filter.shape[3]
+    rows, width = (
+        sparse_filter.shape[0] // sparse_filter.groups,
+        sparse_filter.shape[1] * sparse_filter.shape[2] * sparse_filter.shape[3],
+    )
     matrices = []
-    for group in range(filter.groups):
-        indptr = torch.from_numpy(filter.indptr[group * rows : (group + 1) * rows + 1])
+    for group in range(sparse_filter.groups):
+        indptr = torch.from_numpy(sparse_filter.indptr[group * rows : (group + 1) * rows + 1])
         first, end = int(indptr[0]), int(indptr[-1])
-        columns, values = (torch.from_numpy(a[first:end]) for a in (filter.columns, filter.values))
+        columns, values = (torch.from_numpy(a[first:end]) for a in (sparse_filter.columns, sparse_filter.values))
         with warnings.catch_warnings():  # torch calls its CSR tensors beta
             warnings.simplefilter("ignore", UserWarning)
             parts = (indptr - first).to(device), columns.to(device), values.to(device, dtype)
@@ -233,12 +236,12 @@ def as_taken(config: Any, x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def benchmark_configs(method: Method, problem: Problem, filter: SparseFilter) -> list[Any]:
+def benchmark_configs(method: Method, problem: Problem, sparse_filter: SparseFilter) -> list[Any]:
     """A method's search space, and the configs of it that only benchmarks time."""
-    return [*method.configs(problem, filter), *only_for_benchmarks(method, problem, filter)]
+    return [*method.configs(problem, sparse_filter), *only_for_benchmarks(method, problem, sparse_filter)]
 
 
-def only_for_benchmarks(method: Method, problem: Problem, filter: SparseFilter) -> Sequence[Any]:
+def only_for_benchmarks(method: Method, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Any]:
     """The configs that a method's `benchmarks` lists, if it has any."""
     listed = getattr(method, "benchmarks", None)
-    return listed(problem, filter) if listed else ()
+    return listed(problem, sparse_filter) if listed else ()

@@ -358,8 +358,8 @@ def _ask(module: nn.Module, shape: torch.Size, name: str, precision: Precision, 
         problem = Problem.of(
             conv, shape, epilogue=epilogue, dtype=precision, device=device, memory_format=memory_format
         )
-        filter = SparseFilter.from_dense(conv.weight, conv.groups)
-    return problem, filter, None if conv.bias is None else conv.bias.detach().float()
+        sparse_filter = SparseFilter.from_dense(conv.weight, conv.groups)
+    return problem, sparse_filter, None if conv.bias is None else conv.bias.detach().float()
 
 
 def _ask_again(module: SparseConv2d) -> _Asked:
@@ -373,10 +373,10 @@ def _plan(network: nn.Module, asked: dict[str, _Asked], compile_budget_s: float,
     compiled: list[SparseConv2d] = []
     with _progress(len(asked), progress) as (advance, preparing):
         planned = planner.plan_layers(list(asked.values()), compile_budget_s, preparing)
-        for name, (_, filter, bias) in asked.items():
+        for name, (_, sparse_filter, bias) in asked.items():
             with _running_out(f"layer {name}"), _naming(name):
                 plans[name] = next(planned)
-                sparse = SparseConv2d(filter, bias, plans[name], name)
+                sparse = SparseConv2d(sparse_filter, bias, plans[name], name)
             _set_submodule(network, name, sparse)
             if planner.is_compiled(by_name(plans[name].method, plans[name].problem.device)):
                 compiled.append(sparse)

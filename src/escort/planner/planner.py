@@ -88,10 +88,10 @@ class Plan:
         times = [c.time_us for c in self.candidates if c.method == method and c.time_us is not None]
         return min(times, default=None)
 
-    def runner(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None) -> Runner:
+    def runner(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None) -> Runner:
         """The choice, prepared for this filter and for a problem that may have another batch or input size."""
         method = by_name(self.method, problem.device)
-        return method.prepare(problem, filter, bias, method.config_type(**self.config))
+        return method.prepare(problem, sparse_filter, bias, method.config_type(**self.config))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -121,7 +121,7 @@ class Plan:
 
 def plan_layer(
     problem: Problem,
-    filter: SparseFilter,
+    sparse_filter: SparseFilter,
     bias: torch.Tensor | None = None,
     *,
     methods: Sequence[Method] | None = None,
@@ -147,11 +147,11 @@ def plan_layer(
     """
     check_compile_budget(compile_budget_s)
     methods = for_device(problem.device) if methods is None else methods
-    key = _key(problem, filter, methods)
-    if recalled := _recall(key, problem, filter, methods, compile_budget_s):
+    key = _key(problem, sparse_filter, methods)
+    if recalled := _recall(key, problem, sparse_filter, methods, compile_budget_s):
         return recalled[0]
-    space = _search_space(problem, filter, methods, compile_budget_s)
-    return _remember(key, space, _measure(problem, filter, bias, space, budget_s))
+    space = _search_space(problem, sparse_filter, methods, compile_budget_s)
+    return _remember(key, space, _measure(problem, sparse_filter, bias, space, budget_s))
 
 
 def plan_layers(
@@ -252,10 +252,10 @@ class _Space:
 _remembered: dict[Any, _Known] = {}
 
 
-def _key(problem: Problem, filter: SparseFilter, methods: Sequence[Method]) -> Any:
+def _key(problem: Problem, sparse_filter: SparseFilter, methods: Sequence[Method]) -> Any:
     """The same for layers that share a plan."""
     names, machine = tuple(method.name for method in methods), Machine.here(problem.device)
-    return problem, round(math.log(filter.nnz + 1) / 0.05), names, machine
+    return problem, round(math.log(sparse_filter.nnz + 1) / 0.05), names, machine
 
 
 def _remember(key: Any, space: _Space, plan: Plan) -> Plan:
@@ -264,7 +264,7 @@ def _remember(key: Any, space: _Space, plan: Plan) -> Plan:
 
 
 def _recall(
-    key: Any, problem: Problem, filter: SparseFilter, methods: Sequence[Method], compile_budget_s: float
+    key: Any, problem: Problem, sparse_filter: SparseFilter, methods: Sequence[Method], compile_budget_s: float
 ) -> tuple[Plan, float] | None:
     """The plan to take over, if any, and about how long all cores together compile its choice."""
     known = _remembered.get(key)
@@ -273,7 +273,7 @@ def _recall(
     method = next(method for method in methods if method.name == known.plan.method)
     if not is_compiled(method):
         return known.plan, 0.0
-    needed_s = _compile_s(method, problem, filter, method.config_type(**known.plan.config))
+    needed_s = _compile_s(method, problem, sparse_filter, method.config_type(**known.plan.config))
     return (known.plan, needed_s) if _fits(needed_s, compile_budget_s) else None
 
 
@@ -294,23 +294,25 @@ def _share_out(
     left_s = compile_budget_s
     spaces, shares = dict[int, _Space](), list[float]()
     first: dict[Any, _Space] = {}  # of those layers whose plans others will take over
-    for index, (problem, filter, _) in enumerate(layers):
+    for index, (problem, sparse_filter, _) in enumerate(layers):
         share = left_s / max(sum(wanting[index:]), 1)
         shares.append(share)
         if not wanting[index] and problem.device_type == "cpu":
             continue  # nothing takes time before it is timed
-        key = _key(problem, filter, all_methods[index])
-        if recalled := _recall(key, problem, filter, all_methods[index], share):
+        key = _key(problem, sparse_filter, all_methods[index])
+        if recalled := _recall(key, problem, sparse_filter, all_methods[index], share):
             left_s -= recalled[1]
         elif key in first and not _is_outgrown(first[key], share):
             left_s -= max(first[key].compile_s, default=0.0)  # which of them it will be is not known yet
         else:
-            spaces[index] = first[key] = _search_space(problem, filter, all_methods[index], share)
+            spaces[index] = first[key] = _search_space(problem, sparse_filter, all_methods[index], share)
             left_s -= sum(first[key].compile_s)
     return spaces, shares
 
 
-def _search_space(problem: Problem, filter: SparseFilter, methods: Sequence[Method], compile_budget_s: float) -> _Space:
+def _search_space(
+    problem: Problem, sparse_filter: SparseFilter, methods: Sequence[Method], compile_budget_s: float
+) -> _Space:
     tried: list[tuple[Method, list[Any]]] = []
     refused: list[Candidate] = []
     compile_s: list[float] = []
@@ -324,13 +326,13 @@ def _search_space(problem: Problem, filter: SparseFilter, methods: Sequence[Meth
             refused.append(Candidate(method.name, reason=reason))
             is_cut = True
             continue
-        configs = list(method.configs(problem, filter))
+        configs = list(method.configs(problem, sparse_filter))
         if len(configs) > _MOST_CONFIGS:
             refused.append(Candidate(method.name, reason=f"{len(configs) - _MOST_CONFIGS} more configs were not tried"))
         fitting = []
         for config in configs[:_MOST_CONFIGS]:
             if is_compiled(method):
-                needed_s, left_s = _compile_s(method, problem, filter, config), compile_budget_s - sum(compile_s)
+                needed_s, left_s = _compile_s(method, problem, sparse_filter, config), compile_budget_s - sum(compile_s)
                 if not _fits(needed_s, left_s):
                     reason = (
                         f"compiling it takes about {_seconds(needed_s)} of all {_cores()} cores, more than the "
@@ -345,9 +347,9 @@ def _search_space(problem: Problem, filter: SparseFilter, methods: Sequence[Meth
     return _Space(tried, refused, compile_s, compile_budget_s, is_cut)
 
 
-def _compile_s(method: Any, problem: Problem, filter: SparseFilter, config: Any) -> float:
+def _compile_s(method: Any, problem: Problem, sparse_filter: SparseFilter, config: Any) -> float:
     """About how long all cores together compile a config of a method that `is_compiled`."""
-    estimate_s: float = method.compile_s(problem, filter, config)
+    estimate_s: float = method.compile_s(problem, sparse_filter, config)
     return estimate_s / _cores()
 
 
@@ -359,10 +361,12 @@ def _seconds(value: float) -> str:
     return f"{value:.0f} s" if value >= 10.0 else f"{value:.2g} s"
 
 
-def _measure(problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, space: _Space, budget_s: float) -> Plan:
+def _measure(
+    problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, space: _Space, budget_s: float
+) -> Plan:
     with torch.inference_mode():
         inputs = bench.example_inputs(problem)
-        settled, running = _first_runs(problem, filter, bias, space, *inputs[0])
+        settled, running = _first_runs(problem, sparse_filter, bias, space, *inputs[0])
         if not running:
             reasons = "; ".join(f"{c.method}: {c.reason}" for c in settled)
             raise ValueError(f"no method can run {problem}: {reasons}")
@@ -383,7 +387,7 @@ def _measure(problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, 
 
 def _first_runs(
     problem: Problem,
-    filter: SparseFilter,
+    sparse_filter: SparseFilter,
     bias: torch.Tensor | None,
     space: _Space,
     x: torch.Tensor,
@@ -393,13 +397,13 @@ def _first_runs(
     # Of the whole batch the first and the last image: where a kernel's tables depend on the batch, its end is at risk.
     images = sorted({0, len(x) - 1})
     some = x[images], None if residual is None else residual[images]
-    expected = reference.conv2d(problem, some[0], filter.to_dense(), bias, some[1])
+    expected = reference.conv2d(problem, some[0], sparse_filter.to_dense(), bias, some[1])
     bound = reference.ERROR_BOUND[problem.dtype]
     settled = list(space.refused)
     running: list[tuple[Candidate, Runner, float]] = []
     searched_s = 0.0
     for method, configs in space.tried:
-        prepared = _prepared(method, problem, filter, bias, configs, space.runners)
+        prepared = _prepared(method, problem, sparse_filter, bias, configs, space.runners)
         for tried, config in enumerate(configs):
             # What was compiled for the filter is tried whatever it took, which is bounded by a budget of its own.
             if tried and searched_s > _SEARCH_S and not is_compiled(method):
@@ -428,16 +432,16 @@ def _first_runs(
 
 
 def _prepare_ahead(
-    space: _Space, method: Method, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: Any
+    space: _Space, method: Method, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any
 ) -> None:
     with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
-        space.runners[method.name, config] = method.prepare(problem, filter, bias, config)
+        space.runners[method.name, config] = method.prepare(problem, sparse_filter, bias, config)
 
 
 def _prepared(
     method: Method,
     problem: Problem,
-    filter: SparseFilter,
+    sparse_filter: SparseFilter,
     bias: torch.Tensor | None,
     configs: Sequence[Any],
     ahead: dict[tuple[str, Any], Runner],
@@ -445,7 +449,7 @@ def _prepared(
     """What gives each config its runner, or raises. On a GPU all are prepared at once: each may compile a kernel."""
 
     def prepare(config: Any) -> Runner:
-        return ahead.pop((method.name, config), None) or method.prepare(problem, filter, bias, config)
+        return ahead.pop((method.name, config), None) or method.prepare(problem, sparse_filter, bias, config)
 
     jobs = [partial(prepare, config) for config in configs]
     if problem.device_type == "cpu":

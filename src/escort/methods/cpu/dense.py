@@ -30,12 +30,14 @@ class Dense:
     def unsupported(self, problem: Problem) -> str | None:
         return None
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[DenseConfig]:
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[DenseConfig]:
         return DenseConfig("contiguous"), DenseConfig("channels_last")
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig) -> Runner:
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig
+    ) -> Runner:
         memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
-        weight = filter.to_dense().contiguous(memory_format=memory_format)
+        weight = sparse_filter.to_dense().contiguous(memory_format=memory_format)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups
         activation = problem.epilogue.activation
         top, bottom, left, right = problem.padding

@@ -54,8 +54,8 @@ class Direct:
     def unsupported(self, problem: Problem) -> str | None:
         return None if problem.dtype == "fp32" else f"computes in fp32, not in {problem.dtype}"
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[DirectConfig]:
-        channels = filter.shape[1]
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[DirectConfig]:
+        channels = sparse_filter.shape[1]
         found: dict[DirectConfig, None] = {}
         for isa in [name for name in ISAS if name != "generic"] or ["generic"]:
             lanes, most = ISAS[isa]
@@ -73,11 +73,11 @@ class Direct:
         return tuple(found)
 
     def prepare(
-        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
     ) -> Runner:
         lanes, most = ISAS[config.isa]
         layout = _layout(_Shape.of(problem), lanes, min(config.vectors, most))
-        work = _schedule(filter, layout, bias, config.channel_block, config.parts)
+        work = _schedule(sparse_filter, layout, bias, config.channel_block, config.parts)
         height, width, out_height, out_width = problem.height, problem.width, problem.out_height, problem.out_width
         convolution = _cpu.DirectConvolution(
             isa=config.isa,
@@ -261,30 +261,30 @@ class _Schedule:
 
 
 def _schedule(
-    filter: SparseFilter, layout: _Layout, bias: torch.Tensor | None, channel_block: int, parts: int
+    sparse_filter: SparseFilter, layout: _Layout, bias: torch.Tensor | None, channel_block: int, parts: int
 ) -> _Schedule:
     """Sorts the filter by job, block of input channels and row.
 
     Rows are dealt to the parts by falling nnz, so that the parts weigh the same. Within a block rows ascend by nnz:
     neighbours then leave the inner loop after as many rounds as the one before, which the branch predictor learns.
     """
-    out_channels, group_channels = filter.shape[:2]
-    group_rows = out_channels // filter.groups
+    out_channels, group_channels = sparse_filter.shape[:2]
+    group_rows = out_channels // sparse_filter.groups
     parts = min(parts, group_rows)
     block_count = -(-group_channels // channel_block)
 
-    nnz = np.diff(filter.indptr).reshape(filter.groups, group_rows)
+    nnz = np.diff(sparse_filter.indptr).reshape(sparse_filter.groups, group_rows)
     rank = np.argsort(np.argsort(-nnz, axis=1, kind="stable"), axis=1, kind="stable")
     lap, seat = np.divmod(rank, parts)
     part = np.where(lap % 2 == 0, seat, parts - 1 - seat)
-    job = (np.arange(filter.groups)[:, None] * parts + part).ravel()
+    job = (np.arange(sparse_filter.groups)[:, None] * parts + part).ravel()
     by_job = np.argsort(job, kind="stable")
     slot = np.empty(out_channels, dtype=np.int64)
-    job_sizes = np.bincount(job, minlength=filter.groups * parts)
+    job_sizes = np.bincount(job, minlength=sparse_filter.groups * parts)
     slot[by_job] = np.arange(out_channels) - np.repeat(np.cumsum(job_sizes) - job_sizes, job_sizes)
 
     # A cell is one row within one block. The first and the last block hold every row: one starts the sums, one ends.
-    stretched = filter.stretch(layout.geometry)
+    stretched = sparse_filter.stretch(layout.geometry)
     assert stretched.offsets is not None
     block_of = stretched.taps[0] // channel_block
     cell_nnz = np.bincount(
@@ -299,14 +299,14 @@ def _schedule(
 
     count = cell_nnz[cells]
     first_entry = np.cumsum(count) - count
-    source = np.arange(filter.nnz) + np.repeat(cell_start[cells] - first_entry, count)
-    entries = np.empty((filter.nnz, 2), dtype=np.int32)
+    source = np.arange(sparse_filter.nnz) + np.repeat(cell_start[cells] - first_entry, count)
+    entries = np.empty((sparse_filter.nnz, 2), dtype=np.int32)
     entries[:, 0] = (stretched.offsets - block_of * (channel_block * layout.channel_stride) + layout.origin)[source]
-    entries[:, 1] = filter.values[source].view(np.int32)
+    entries[:, 1] = sparse_filter.values[source].view(np.int32)
 
     rows = np.zeros((len(cells) + 1, 4), dtype=np.int32)
     rows[:-1, 0], rows[:-1, 1], rows[:-1, 2] = cell_row[cells], slot[cell_row[cells]], first_entry
-    rows[-1, 2] = filter.nnz
+    rows[-1, 2] = sparse_filter.nnz
     if bias is not None:
         rows[:-1, 3] = bias.detach().numpy().astype(np.float32).view(np.int32)[cell_row[cells]]
 
@@ -315,7 +315,7 @@ def _schedule(
     first_channel = block_job // parts * group_channels + block * channel_block
     end_channel = np.minimum(first_channel + channel_block, (block_job // parts + 1) * group_channels)
     blocks = np.stack((first_channel, end_channel, first_row, np.append(first_row[1:], len(cells))), axis=1)
-    edges = np.searchsorted(block_job, np.arange(filter.groups * parts + 1))
+    edges = np.searchsorted(block_job, np.arange(sparse_filter.groups * parts + 1))
     return _Schedule(
         entries,
         rows,

@@ -27,13 +27,13 @@ class Lowered:
     def unsupported(self, problem: Problem) -> str | None:
         return None
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[LoweredConfig]:
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[LoweredConfig]:
         return (LoweredConfig(),)
 
     def prepare(
-        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: LoweredConfig
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: LoweredConfig
     ) -> Runner:
-        matrices = csr_matrices(filter)
+        matrices = csr_matrices(sparse_filter)
         out = problem.out_height, problem.out_width
         activation = problem.epilogue.activation
 

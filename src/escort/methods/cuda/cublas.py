@@ -37,19 +37,19 @@ class Cublas:
     def unsupported(self, problem: Problem) -> str | None:
         return contiguous_only(problem)
 
-    def benchmarks(self, problem: Problem, filter: SparseFilter) -> Sequence[CublasConfig]:
+    def benchmarks(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CublasConfig]:
         """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""
         return (CublasConfig("by_image", "by_group"),)
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[CublasConfig]:
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CublasConfig]:
         return CublasConfig("at_once", "by_image"), CublasConfig("at_once", "by_group")
 
     def prepare(
-        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: CublasConfig
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: CublasConfig
     ) -> Runner:
         device, dtype = torch.device(problem.device), problem.torch_dtype
         rows = problem.out_channels // problem.groups
-        weight = filter.to_dense().view(problem.groups, rows, -1).to(device, dtype)
+        weight = sparse_filter.to_dense().view(problem.groups, rows, -1).to(device, dtype)
         addend = None if bias is None else bias.detach().to(device, dtype).view(-1, 1, 1)
         out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
         groups, positions, precision = problem.groups, problem.out_height * problem.out_width, problem.dtype

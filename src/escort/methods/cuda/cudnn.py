@@ -59,22 +59,24 @@ class Cudnn:
     def unsupported(self, problem: Problem) -> str | None:
         return None if torch.backends.cudnn.is_available() else "this torch was built without cuDNN"
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[CudnnConfig]:
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CudnnConfig]:
         if problem.memory_format == "channels_last":
             return [CudnnConfig("channels_last", "as_is", fused) for fused in (False, True)[: 1 + _fuses(problem)]]
         formats = CudnnConfig("contiguous"), CudnnConfig("channels_last")
         # Tensor cores read channels_last; strict fp32 does not use them.
         return formats if problem.dtype == "fp32" else formats[::-1]
 
-    def benchmarks(self, problem: Problem, filter: SparseFilter) -> Sequence[CudnnConfig]:
+    def benchmarks(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CudnnConfig]:
         """What it would run if x and y were in channels_last, and nothing converted."""
         return () if problem.memory_format == "channels_last" else (CudnnConfig("channels_last", "as_is"),)
 
-    def prepare(self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: CudnnConfig) -> Runner:
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: CudnnConfig
+    ) -> Runner:
         memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
         device, dtype = torch.device(problem.device), problem.torch_dtype
         more = -problem.in_channels % _ALIGNED if config.fused else 0
-        weight = F.pad(filter.to_dense(), (0, 0, 0, 0, 0, more)).to(device, dtype)
+        weight = F.pad(sparse_filter.to_dense(), (0, 0, 0, 0, 0, more)).to(device, dtype)
         weight = weight.contiguous(memory_format=memory_format)
         addend = None if bias is None else bias.detach().to(device, dtype)
         column = None if addend is None else addend.view(-1, 1, 1)

@@ -35,18 +35,18 @@ class Cusparse:
             return "cuSPARSE's CSR product knows no TF32; ask for fp32"
         return contiguous_only(problem)
 
-    def benchmarks(self, problem: Problem, filter: SparseFilter) -> Sequence[CusparseConfig]:
+    def benchmarks(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CusparseConfig]:
         """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""
         return (CusparseConfig("by_image"),)
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[CusparseConfig]:
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CusparseConfig]:
         return (CusparseConfig(),)
 
     def prepare(
-        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: CusparseConfig
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: CusparseConfig
     ) -> Runner:
         device, dtype = torch.device(problem.device), problem.torch_dtype
-        matrices = csr_matrices(filter, device, dtype)
+        matrices = csr_matrices(sparse_filter, device, dtype)
         addend = None if bias is None else bias.detach().to(device, dtype).view(-1, 1, 1)
         out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
         rows, by_image = problem.out_channels // problem.groups, config.unfold == "by_image"

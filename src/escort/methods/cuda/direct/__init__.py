@@ -50,18 +50,20 @@ class DirectCuda:
             return "the input of the smallest tile, with its halo, does not fit into shared memory"
         return None
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[DirectConfig]:
-        return search(problem, filter, Gpu.of(problem.device))
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[DirectConfig]:
+        return search(problem, sparse_filter, Gpu.of(problem.device))
 
-    def neighbours(self, config: DirectConfig, problem: Problem, filter: SparseFilter) -> dict[str, list[DirectConfig]]:
+    def neighbours(
+        self, config: DirectConfig, problem: Problem, sparse_filter: SparseFilter
+    ) -> dict[str, list[DirectConfig]]:
         """For each knob, the configs that differ from `config` in it alone, as far as the device can run them."""
-        return neighbours(config, problem, filter, Gpu.of(problem.device))
+        return neighbours(config, problem, sparse_filter, Gpu.of(problem.device))
 
     def prepare(
-        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
     ) -> Runner:
         device = torch.device(problem.device)
-        positions, tables = Positions(problem), pack(problem, filter, config)
+        positions, tables = Positions(problem), pack(problem, sparse_filter, config)
         layout = Layout.of(problem, config.tile)
         shared = int(shared_bytes(layout, config, tables.entry_bytes))
         kernel = jit.kernel(_SOURCE, defines(config, layout, problem.dtype), device)

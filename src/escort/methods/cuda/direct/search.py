@@ -73,21 +73,26 @@ def _product(axes: Mapping[str, Any]) -> _Numbers:
     return {name: axis.ravel() for name, axis in zip(axes, grid, strict=True)}
 
 
-def _shares(problem: Problem, filter: SparseFilter | None, c: _Numbers) -> tuple[NDArray[Any], ...]:
+def _shares(problem: Problem, sparse_filter: SparseFilter | None, c: _Numbers) -> tuple[NDArray[Any], ...]:
     """Groups of output channels, and of each its input channels, its nonzeros, and its stages."""
     per_group = c["row_warps"] * c["rows"]
     group_rows, merged = grouping(problem, per_group)
     groups = -(-problem.groups // merged) * -(-group_rows * merged // per_group)
     channels = merged * (problem.in_channels // problem.groups)
-    return groups, channels, (filter.nnz if filter is not None else 0) / groups, -(-channels // c["channel_block"])
+    return (
+        groups,
+        channels,
+        (sparse_filter.nnz if sparse_filter is not None else 0) / groups,
+        -(-channels // c["channel_block"]),
+    )
 
 
-def _fits(problem: Problem, filter: SparseFilter | None, gpu: Gpu, c: _Numbers) -> NDArray[np.bool_]:
+def _fits(problem: Problem, sparse_filter: SparseFilter | None, gpu: Gpu, c: _Numbers) -> NDArray[np.bool_]:
     """Which configs find room in a multiprocessor's shared memory and registers."""
     half = STORAGE[problem.dtype] != 0
     layout = Layout.of(problem, LANES * c["words"] * c["position_warps"])
-    _, channels, nnz, chunks = _shares(problem, filter, c)
-    entry_bytes = nnz / chunks * _unevenness(filter) * (4 if half else 8)
+    _, channels, nnz, chunks = _shares(problem, sparse_filter, c)
+    entry_bytes = nnz / chunks * _unevenness(sparse_filter) * (4 if half else 8)
     entry_bytes += c["row_warps"] * c["rows"] * c["channel_warps"] * 8 + 96
     shared = shared_bytes(layout, SimpleNamespace(**c), entry_bytes)
     per_slot = 5 + 2 * layout.odd if layout.paired else layout.images_per_word
@@ -110,17 +115,17 @@ def has_room(problem: Problem, gpu: Gpu) -> bool:
     return bool(_fits(problem, None, gpu, first)[0])
 
 
-def candidates(problem: Problem, filter: SparseFilter, gpu: Gpu, packed: bool) -> _Numbers:
+def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, packed: bool) -> _Numbers:
     """All configs that fit, as arrays, with their predicted clocks under "clocks"."""
     half = STORAGE[problem.dtype] != 0
     space = _space(half, packed, gpu.registers)
-    fits = _fits(problem, filter, gpu, space)
+    fits = _fits(problem, sparse_filter, gpu, space)
     c = {name: numbers[fits] for name, numbers in space.items()}
 
     tile, channel_block, stages = LANES * c["words"] * c["position_warps"], c["channel_block"], c["stages"]
     layout = Layout.of(problem, tile)
     per_group = c["row_warps"] * c["rows"]
-    groups, channels, group_nnz, chunks = _shares(problem, filter, c)
+    groups, channels, group_nnz, chunks = _shares(problem, sparse_filter, c)
     images = -(-max(problem.batch, 1) // layout.images_per_word)
     blocks = -(-Positions(problem).count(images) // tile) * groups
 
@@ -151,15 +156,15 @@ def candidates(problem: Problem, filter: SparseFilter, gpu: Gpu, packed: bool) -
     return c
 
 
-def _unevenness(filter: SparseFilter | None) -> float:
+def _unevenness(sparse_filter: SparseFilter | None) -> float:
     """Nonzeros of the fullest four neighbouring input channels over the average."""
-    if filter is None or not filter.nnz:
+    if sparse_filter is None or not sparse_filter.nnz:
         return 1.0
-    per_channel = np.bincount(filter.taps[0] // 4)
-    return 1.2 * float(per_channel.max() / (filter.nnz / -(-filter.shape[1] // 4)))
+    per_channel = np.bincount(sparse_filter.taps[0] // 4)
+    return 1.2 * float(per_channel.max() / (sparse_filter.nnz / -(-sparse_filter.shape[1] // 4)))
 
 
-def search(problem: Problem, filter: SparseFilter, gpu: Gpu, most: int = 12) -> list[DirectConfig]:
+def search(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int = 12) -> list[DirectConfig]:
     """The most promising configs by predicted time, at most two that differ in staging alone.
 
     For 16-bit storage a quarter of them add every product in float32, in case the others are not exact enough.
@@ -167,7 +172,7 @@ def search(problem: Problem, filter: SparseFilter, gpu: Gpu, most: int = 12) -> 
     half = STORAGE[problem.dtype] != 0
     found: list[DirectConfig] = []
     for packed, share in ((True, most - most // 4), (False, most // 4)) if half else ((False, most),):
-        space = candidates(problem, filter, gpu, packed)
+        space = candidates(problem, sparse_filter, gpu, packed)
         taken: dict[tuple[int, ...], int] = {}
         chosen: list[DirectConfig] = []
         for i in np.argsort(space["clocks"], kind="stable") if share else ():
@@ -182,9 +187,11 @@ def search(problem: Problem, filter: SparseFilter, gpu: Gpu, most: int = 12) -> 
     return found
 
 
-def neighbours(config: DirectConfig, problem: Problem, filter: SparseFilter, gpu: Gpu) -> dict[str, list[DirectConfig]]:
+def neighbours(
+    config: DirectConfig, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu
+) -> dict[str, list[DirectConfig]]:
     """For each knob, the configs of the search space that differ from `config` in it alone."""
-    space = candidates(problem, filter, gpu, config.packed)
+    space = candidates(problem, sparse_filter, gpu, config.packed)
     names = (*AXES, *STAGING_AXES)
     there = set(zip(*(space[name].tolist() for name in names), strict=True))
     found: dict[str, list[DirectConfig]] = {}

@@ -106,20 +106,20 @@ class Tables:
     entry_bytes: int
 
 
-def pack(problem: Problem, filter: SparseFilter, config: DirectConfig) -> Tables:
+def pack(problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> Tables:
     """Lays a filter out for a config. Raises ValueError where a weight does not fit the storage type."""
     positions, layout = Positions(problem), Layout.of(problem, config.tile)
     half = layout.images_per_word == 2
     per_group = config.row_warps * config.rows
     group_rows, merged = grouping(problem, per_group)
-    super_rows, super_channels = group_rows * merged, filter.shape[1] * merged
-    nnz = np.diff(filter.indptr)
+    super_rows, super_channels = group_rows * merged, sparse_filter.shape[1] * merged
+    nnz = np.diff(sparse_filter.indptr)
     groups: list[NDArray[np.int64]] = []
     first_channels: list[int] = []
     for start in range(0, problem.out_channels, super_rows):
         dealt = _deal(nnz[start : start + super_rows], config)
         groups += [np.where(rows >= 0, rows + start, -1) for rows in dealt]
-        first_channels += [start // group_rows * filter.shape[1]] * len(dealt)
+        first_channels += [start // group_rows * sparse_filter.shape[1]] * len(dealt)
     rows = np.stack(groups)
     slot_of = np.empty(problem.out_channels, dtype=np.int64)  # place of a row among all (group, warp, row)
     flat = rows.ravel()
@@ -129,8 +129,8 @@ def pack(problem: Problem, filter: SparseFilter, config: DirectConfig) -> Tables
     geometry = Geometry(layout.channel_words, positions.pitch, layout.phase_words, problem.stride, problem.dilation)
     starts = _chunk_starts(super_channels, config)
     chunks, warps = len(starts) - 1, config.channel_warps
-    row, (channel, r, s) = filter.rows.astype(np.int64), filter.taps
-    channel = channel + row // group_rows % merged * filter.shape[1]
+    row, (channel, r, s) = sparse_filter.rows.astype(np.int64), sparse_filter.taps
+    channel = channel + row // group_rows % merged * sparse_filter.shape[1]
     chunk = np.searchsorted(starts, channel, side="right") - 1
     channel = channel - starts[chunk]
     channel_warp = channel // -(-np.diff(starts) // warps)[chunk]
@@ -158,11 +158,11 @@ def pack(problem: Problem, filter: SparseFilter, config: DirectConfig) -> Tables
     offset = geometry.offset(channel.astype(np.int32), r, s)[order]
     if half and offset.max(initial=0) * 4 >= HALF_REACH:
         raise ValueError("a stage's input exceeds 64 KiB, which is what 16 bits address; use a smaller channel_block")
-    value = filter.values[order]
+    value = sparse_filter.values[order]
     sorted_cell = cell[order]
     first = np.cumsum(count) - count
     at = (segment_start[:-1, None] + start_in_segment).reshape(-1)[sorted_cell] * 4
-    place = np.arange(filter.nnz) - first[sorted_cell]
+    place = np.arange(sparse_filter.nnz) - first[sorted_cell]
     if half:
         words[at + place] = offset.astype(np.uint32) << 18 | _bits(value, problem.dtype)
     else:

@@ -51,20 +51,20 @@ class Generated:
             return "an image exceeds 2 GiB; use a smaller input"
         return jit.unavailable(torch.device(problem.device))
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[GeneratedConfig]:
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[GeneratedConfig]:
         """The configs of least predicted time, no two of them alike."""
-        return search(problem, filter, Gpu.of(problem.device), _MOST_CONFIGS)
+        return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_CONFIGS)
 
-    def compile_s(self, problem: Problem, filter: SparseFilter, config: GeneratedConfig) -> float:
+    def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig) -> float:
         """About how long one core takes to assemble a config's code."""
         pieces = piece_count(problem, config) * config.split
-        return float(pieces * piece_steps(problem, filter, config) / _STEPS_PER_S)
+        return float(pieces * piece_steps(problem, sparse_filter, config) / _STEPS_PER_S)
 
     def prepare(
-        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: GeneratedConfig
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: GeneratedConfig
     ) -> Runner:
         device = torch.device(problem.device)
-        program = Program.of(problem, filter, config)
+        program = Program.of(problem, sparse_filter, config)
         text = codegen.text(program, None if bias is None else bias.detach().float().cpu().numpy())
         kernel = jit.kernel(jit.Text("generated.cu", text), {}, device)
         launch = kernel.bind(

@@ -51,14 +51,14 @@ _ARRANGE_US, _ARRANGE_RATE = 3.0, 2.15e6  # of the kernel that lays out the inpu
 _MEMORY_RATE = 4.2e6  # bytes per us
 
 
-def search(problem: Problem, filter: SparseFilter, gpu: Gpu, most: int) -> list[GeneratedConfig]:
+def search(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int) -> list[GeneratedConfig]:
     """The configs of least predicted time, no two of them alike, and not all of one kind.
 
     The model errs in the same way for all of a kind, so each further one of it must be better by a share.
     """
     best: dict[tuple[int, ...], tuple[float, GeneratedConfig]] = {}  # by kind and size
-    for many in candidates(problem, filter, gpu):
-        times = predict_us(problem, filter, many, gpu)
+    for many in candidates(problem, sparse_filter, gpu):
+        times = predict_us(problem, sparse_filter, many, gpu)
         for i in np.argsort(times, kind="stable")[:_BEST].tolist():
             config = _one(many, i)
             alike = (*_kind(config), config.rows, config.consumers * config.blocks // 4)
@@ -78,14 +78,14 @@ def _kind(config: GeneratedConfig) -> tuple[int, ...]:
     return config.arranged, config.split, config.together, config.scouts, config.entries
 
 
-def candidates(problem: Problem, filter: SparseFilter, gpu: Gpu) -> Iterator[GeneratedConfig]:
+def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Iterator[GeneratedConfig]:
     """The search space: every config that fits the device and leaves few multiprocessors idle in the last round.
 
     Yields configs with arrays as fields, those of each way to stage the input together.
     """
     problem = program.computed(problem)
     half, group_rows = program.elements_per_word(problem) == 2, problem.out_channels // problem.groups
-    nnz = np.diff(filter.indptr).astype(np.float64)
+    nnz = np.diff(sparse_filter.indptr).astype(np.float64)
     # Products of a row as they count in the error of all outputs, whose size grows with them.
     products = float((nnz * nnz).sum() / max(nnz.sum(), 1.0))
     channels = problem.in_channels // problem.groups
@@ -162,17 +162,17 @@ def piece_count(problem: Problem, config: GeneratedConfig) -> Any:
     return problem.groups * -(-problem.out_channels // problem.groups // config.rows)
 
 
-def piece_steps(problem: Problem, filter: SparseFilter, config: GeneratedConfig) -> Any:
+def piece_steps(problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig) -> Any:
     """About how many steps a piece takes: its multiply-adds, and a read for each tap that any of its rows needs.
 
     For arrays too.
     """
     pieces = piece_count(problem, config)
     rows = problem.out_channels / pieces
-    density = filter.nnz / math.prod(problem.weight_shape)
+    density = sparse_filter.nnz / math.prod(problem.weight_shape)
     taps = math.prod(problem.weight_shape[1:])
     reads = 1.0 if config.arranged or program.elements_per_word(problem) == 1 else 1.6  # odd taps join two words
-    return (filter.nnz / pieces + reads * taps * (1.0 - (1.0 - density) ** rows)) / config.split
+    return (sparse_filter.nnz / pieces + reads * taps * (1.0 - (1.0 - density) ** rows)) / config.split
 
 
 def _items(problem: Problem, words: Words, config: GeneratedConfig) -> tuple[Any, Any]:
@@ -193,7 +193,7 @@ def resident(config: GeneratedConfig, gpu: Gpu) -> Any:
     return gpu.clusters(config.cluster) * config.cluster * config.blocks
 
 
-def predict_us(problem: Problem, filter: SparseFilter, config: GeneratedConfig, gpu: Gpu) -> Any:
+def predict_us(problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig, gpu: Gpu) -> Any:
     """The model of the machine: what bounds a tile, times the tiles that a multiprocessor computes in turn.
 
     Fields of the config that differ between ways to stage the input are numbers, the others may be arrays.
@@ -205,7 +205,7 @@ def predict_us(problem: Problem, filter: SparseFilter, config: GeneratedConfig, 
     channels = program.part_channels(problem, config)
     chunks = -(-channels // (config.channel_block * config.stages)) * config.stages
     elements = words.columns * words.images
-    steps = piece_steps(problem, filter, config) + _CHUNK * chunks + _ROW * config.rows * elements
+    steps = piece_steps(problem, sparse_filter, config) + _CHUNK * chunks + _ROW * config.rows * elements
     steps = steps * (_JUMPS if config.scouts else 1.0)
     issued, copying = steps * config.consumers, 0.0
     stage_bytes = channels * len(words.phases) * program.channel_words(words, config) * 4

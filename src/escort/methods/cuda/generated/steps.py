@@ -4,7 +4,7 @@ A kernel that keeps its weights in memory reads a word of the input per multiply
 GPU's arithmetic. Here a thread holds the sums of many output channels, reads a word once per tap and uses it for all of
 them: the index of a sum must be known when the code is made, so the code is made for the filter.
 
-    program = Program.of(problem, filter, config)
+    program = Program.of(problem, sparse_filter, config)
     y = program.run(x)                              the same as the kernel, in numpy, for tests
     text = codegen.text(program, bias)              the kernel
 
@@ -218,7 +218,7 @@ class Program:
     pieces: tuple[Piece, ...]
 
     @classmethod
-    def of(cls, problem: Problem, filter: SparseFilter, config: GeneratedConfig) -> Program:
+    def of(cls, problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig) -> Program:
         """The program for a filter."""
         problem = computed(problem)
         if config.split > 1 and config.together > 1:
@@ -226,9 +226,9 @@ class Program:
         if not config.arranged and not copies_as_it_is(problem, config.copy):
             raise ValueError(f"{config} needs an arranged input for stride {problem.stride} and width {problem.width}")
         words = Words.of(problem, config)
-        rows, nnz, taps = problem.out_channels // problem.groups, np.diff(filter.indptr), filter.taps
+        rows, nnz, taps = problem.out_channels // problem.groups, np.diff(sparse_filter.indptr), sparse_filter.taps
         pieces = [
-            _piece(problem, filter, taps, config, words, group, part, [group * rows + row for row in hand])
+            _piece(problem, sparse_filter, taps, config, words, group, part, [group * rows + row for row in hand])
             for group in range(problem.groups)
             for hand in _deal(nnz[group * rows : (group + 1) * rows], config.rows)
             for part in range(config.split)
@@ -388,7 +388,7 @@ def _deal(nnz: NDArray[np.int32], rows: int) -> list[list[int]]:
 
 def _piece(
     problem: Problem,
-    filter: SparseFilter,
+    sparse_filter: SparseFilter,
     taps: tuple[IntArray, IntArray, IntArray],
     config: GeneratedConfig,
     words: Words,
@@ -401,7 +401,7 @@ def _piece(
     Args:
         taps: of the filter, which takes a while to find them.
     """
-    span = [np.arange(filter.indptr[row], filter.indptr[row + 1]) for row in rows]
+    span = [np.arange(sparse_filter.indptr[row], sparse_filter.indptr[row + 1]) for row in rows]
     entry = np.concatenate(span)
     place = np.repeat(np.arange(len(rows)), [len(part) for part in span])
     each, channels = part_channels(problem, config), problem.in_channels // problem.groups
@@ -413,7 +413,8 @@ def _piece(
     plane, element = channel * len(words.phases) + read[r, s, 0], read[r, s, 1]
     order = np.lexsort((place, element, plane))
     nonzeros = zip(
-        *(a[order].tolist() for a in (plane, element, place, filter.values[entry].astype(np.float64))), strict=True
+        *(a[order].tolist() for a in (plane, element, place, sparse_filter.values[entry].astype(np.float64))),
+        strict=True,
     )
     block, planes, pitch = config.channel_block, config.channel_block * len(words.phases), channel_words(words, config)
     # Whole rounds of the ring: a chunk then always meets the same stage. The last chunks may be empty.

@@ -55,21 +55,21 @@ class SparseTc:
             return "no tiling fits its kernel, stride, padding and dilation"
         return None
 
-    def configs(self, problem: Problem, filter: SparseFilter) -> Sequence[SparseTcConfig]:
-        return search(problem, filter, Gpu.of(problem.device), _MOST_CONFIGS, problem.memory_format)
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
+        return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_CONFIGS, problem.memory_format)
 
-    def benchmarks(self, problem: Problem, filter: SparseFilter) -> Sequence[SparseTcConfig]:
+    def benchmarks(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         """What it would run if x and y were in channels_last, and nothing converted."""
         if problem.memory_format == "channels_last":
             return ()
-        return search(problem, filter, Gpu.of(problem.device), _MOST_BENCHMARKS, "channels_last")
+        return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_BENCHMARKS, "channels_last")
 
     def prepare(
-        self, problem: Problem, filter: SparseFilter, bias: torch.Tensor | None, config: SparseTcConfig
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: SparseTcConfig
     ) -> Runner:
         device, gpu = torch.device(problem.device), Gpu.of(problem.device)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
-        places = ordered(filter, config.layout, tiling.element)
+        places = ordered(sparse_filter, config.layout, tiling.element)
         packed = pack(places, tiling)
         last, boxes = config.takes_channels_last, tiling.stores_boxes
         tables = [packed.images, _by_row(bias, packed.row_channel), packed.first, packed.steps.view(np.int32)]

@@ -65,39 +65,41 @@ class Ordered:
 _known: WeakKeyDictionary[SparseFilter, dict[tuple[MemoryFormat, int], Ordered]] = WeakKeyDictionary()
 
 
-def ordered(filter: SparseFilter, layout: MemoryFormat, element: Element) -> Ordered:
+def ordered(sparse_filter: SparseFilter, layout: MemoryFormat, element: Element) -> Ordered:
     """Places for a layout of x: where x is laid out anyway those that leave little over, else everyone's own."""
-    known, key = _known.setdefault(filter, {}), (layout, element.bytes)
+    known, key = _known.setdefault(sparse_filter, {}), (layout, element.bytes)
     if key not in known:
-        known[key] = _as_it_is(filter, element) if layout == "channels_last" else _gathered(filter, element)
+        known[key] = (
+            _as_it_is(sparse_filter, element) if layout == "channels_last" else _gathered(sparse_filter, element)
+        )
     return known[key]
 
 
-def _as_it_is(filter: SparseFilter, element: Element) -> Ordered:
-    whole = _whole_blocks(filter, element.block)
+def _as_it_is(sparse_filter: SparseFilter, element: Element) -> Ordered:
+    whole = _whole_blocks(sparse_filter, element.block)
     rows, channels = (np.arange(size, dtype=np.int32) for size in whole.shape[:2])
-    channels[filter.shape[1] :] = -1
+    channels[sparse_filter.shape[1] :] = -1
     return Ordered(split(whole, element.kept, element.of), element.block, channels, rows)
 
 
-def _gathered(filter: SparseFilter, element: Element) -> Ordered:
+def _gathered(sparse_filter: SparseFilter, element: Element) -> Ordered:
     """What is left over, made small by the order of the channels, in as few images as sorting gets it."""
-    natural, whole = _as_it_is(filter, element), _whole_blocks(filter, element.block)
-    if natural.split.residual.nnz == 0 or filter.sparsity < _LEAST_SPARSITY:
+    natural, whole = _as_it_is(sparse_filter, element), _whole_blocks(sparse_filter, element.block)
+    if natural.split.residual.nnz == 0 or sparse_filter.sparsity < _LEAST_SPARSITY:
         return natural
     parts = split(whole, element.kept, element.of, spread_channels(whole, element.kept, element.of))
     left = replace(natural, split=parts, channels=parts.channels)
     row, _, _ = left.places(parts.residual)
     rows = np.argsort(-np.bincount(row, minlength=len(natural.rows)), kind="stable").astype(np.int32)
     return replace(
-        left, channels=np.where(parts.channels < filter.shape[1], parts.channels, -1).astype(np.int32), rows=rows
+        left, channels=np.where(parts.channels < sparse_filter.shape[1], parts.channels, -1).astype(np.int32), rows=rows
     )
 
 
-def _whole_blocks(filter: SparseFilter, block: int) -> SparseFilter:
+def _whole_blocks(sparse_filter: SparseFilter, block: int) -> SparseFilter:
     """With further channels, which have no weights."""
-    k, c, r, s = filter.shape
-    return replace(filter, shape=(k, -(-c // block) * block, r, s))
+    k, c, r, s = sparse_filter.shape
+    return replace(sparse_filter, shape=(k, -(-c // block) * block, r, s))
 
 
 def _inverse(channels: IntArray) -> IntArray:

@@ -69,9 +69,11 @@ class Extra(NamedTuple):
         )
 
 
-def search(problem: Problem, filter: SparseFilter, gpu: Gpu, most: int, layout: MemoryFormat) -> list[SparseTcConfig]:
+def search(
+    problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int, layout: MemoryFormat
+) -> list[SparseTcConfig]:
     """The configs of least predicted time, of some variety."""
-    extra = Extra.of(ordered(filter, layout, ELEMENTS[problem.dtype]))
+    extra = Extra.of(ordered(sparse_filter, layout, ELEMENTS[problem.dtype]))
     tilings = sorted(candidates(problem, gpu, layout), key=lambda tiling: predict_us(tiling, extra, gpu))
     chosen: list[SparseTcConfig] = []
     for tiling in tilings:
