@@ -51,7 +51,7 @@ def command(layer: Layer, method: str, config: Any, seed: int) -> list[str]:
         "network": layer.network,
         "layer": layer.name,
         "batch": layer.problem.batch,
-        "dtype": layer.problem.dtype,
+        "dtype": layer.problem.precision,
         "device": layer.problem.device,
         "seed": seed,
         "method": method,
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     problem = layer.problem
     method = by_name(what["method"], problem.device)
     run = method.prepare(problem, layer.filter, None, method.config_type(**what["config"]))
-    x = torch.randn(problem.input_shape, dtype=problem.torch_dtype, device=problem.device)
+    x = torch.randn(problem.input_shape, dtype=problem.storage, device=problem.device)
     with torch.inference_mode():
         run(x)
         torch.cuda.synchronize(x.device)

@@ -336,7 +336,7 @@ def predictions(result: Result) -> list[Predicted]:
         if row.method == Generated.name and (row.network, row.layer) in layers:
             layer = layers[row.network, row.layer]
             config = GeneratedConfig(**{name: row.config[name] for name in names if name in row.config})
-            problem = replace(layer.problem, batch=row.batch, dtype=row.dtype)  # type: ignore[arg-type]
+            problem = replace(layer.problem, batch=row.batch, precision=row.dtype)  # type: ignore[arg-type]
             predicted = predict_us(problem, layer.filter, config, gpu)
             found.setdefault((row.network, row.layer, row.batch), []).append((predicted, row.time_us))
     return [Predicted(tuple(timings)) for timings in found.values()]
@@ -438,7 +438,7 @@ def _cudnn_us(rows: Iterable[Row], dtype: Precision) -> dict[tuple[Problem, str]
         shape = SHAPES.get((row.network, row.layer))
         if row.method == "cudnn" and shape is not None and row.batch == shape.batch:
             for layout in ("any",) if row.config.get("output") == "as_is" else ("NCHW", "any"):
-                key = replace(shape, dtype=dtype), layout
+                key = replace(shape, precision=dtype), layout
                 found[key] = min(row.time_us, found.get(key, math.inf))
     return {key: us for key, us in found.items() if key[1] == "NCHW" or us < found.get((key[0], "NCHW"), math.inf)}
 
@@ -478,11 +478,11 @@ def direct_mhz(result: Result, dtype: Precision) -> list[float]:
 @cache
 def _clocks_of_layer(network: str, layer: str, batch: int, dtype: Precision, seed: int, gpu: Gpu) -> float:
     measured = _paper_layers(seed)[network, layer]
-    return _direct_clocks(replace(measured.problem, batch=batch, dtype=dtype), measured.filter, gpu)
+    return _direct_clocks(replace(measured.problem, batch=batch, precision=dtype), measured.filter, gpu)
 
 
 def _direct_clocks(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> float:
-    return float(direct_candidates(problem, sparse_filter, gpu, packed=problem.dtype == "fp16")["clocks"].min())
+    return float(direct_candidates(problem, sparse_filter, gpu, packed=problem.precision == "fp16")["clocks"].min())
 
 
 def _generated_us(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> float:

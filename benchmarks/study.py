@@ -25,13 +25,11 @@ from benchmarks.paper_layers import PAPER_LAYERS
 from benchmarks.result_files import Item
 from benchmarks.suite import WHOLE, Layer, Narrowed, Row
 from escort.filter import SparseFilter
-from escort.methods import Method, by_name, for_device
-from escort.methods.base import as_taken
+from escort.methods import Method, by_name, dense_for, for_device
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS
 from escort.network.channels_last import best_order
 from escort.network.convert import COMPILE_BUDGET_S
 from escort.planner import timing as bench
-from escort.planner.planner import DENSE
 from escort.problem import TORCH_DTYPE, Precision, Problem
 
 #: The paper's networks, and the numbers of images that it took for them.
@@ -158,7 +156,7 @@ def _pattern_items(study: Study, path: Path, dtype: Precision) -> list[Item]:
     if not places:
         names = ", ".join(layer.name for layer in there)
         raise ValueError(f"{path}: no layer is named like {study.layers}; there are {names}")
-    methods = [method for method in study.compared if method.name in (*SPARSE, DENSE[study.device_type])]
+    methods = [method for method in study.compared if method.name in (*SPARSE, dense_for(study.device).name)]
 
     @cache
     def ahead() -> dict[int, tuple[Layer, list[Narrowed]]]:
@@ -183,9 +181,9 @@ def in_order_of_channels_last(layers: Sequence[Layer]) -> list[Layer]:
     sums: dict[tuple[int, ...], list[int]] = {}
     for place, layer in enumerate(layers):
         p = layer.problem
-        if p.dtype not in ELEMENTS or p.groups > 1:
+        if p.precision not in ELEMENTS or p.groups > 1:
             continue
-        if p.kernel != (1, 1) or (p.stride == (1, 1) and p.out_channels > p.in_channels):
+        if p.kernel_size != (1, 1) or (p.stride == (1, 1) and p.out_channels > p.in_channels):
             alone.append([place])
         else:
             sums.setdefault(p.input_shape, []).append(place)
@@ -193,7 +191,7 @@ def in_order_of_channels_last(layers: Sequence[Layer]) -> list[Layer]:
     found = list(layers)
     for places in alone + free:
         weights = [layers[place].filter.to_dense() for place in places]
-        channels = best_order(weights, ELEMENTS[layers[places[0]].problem.dtype])
+        channels = best_order(weights, ELEMENTS[layers[places[0]].problem.precision])
         for place, weight in zip(places, weights, strict=True):
             found[place] = replace(layers[place], filter=SparseFilter.from_dense(weight[:, channels]))
     return found
@@ -207,7 +205,7 @@ def ablate(study: Study, dtype: Precision) -> list[Item]:
 
     def measure(layer: Layer) -> list[Row]:
         method, config = by_name(OURS, study.device), _best_config(study, layer, OURS)
-        changes = [c for changed in neighbours(method, config, layer).values() for c in changed]
+        changes = [c for changed in method.neighbours(config, layer.problem, layer.filter).values() for c in changed]
         rows = _race(study, layer, [Narrowed(method, [config, *changes])])
         if not rows or _config(method, rows[0]) != config:
             raise RuntimeError(f"{config}, which was the fastest, could not be timed again")
@@ -233,7 +231,7 @@ def find_break_even(study: Study, dtype: Precision) -> list[Item]:
 
     def measure(layer: Layer, sparsity: float) -> list[Row]:
         sparse_filter = suite.random_filter(layer.problem, sparsity, study.seed)
-        methods = [by_name(name, study.device) for name in (OURS, DENSE[study.device_type])]
+        methods = [by_name(name, study.device) for name in (OURS, dense_for(study.device).name)]
         return _race(study, replace(layer, weights=random_weights(sparsity), filter=sparse_filter), methods)
 
     shapes: dict[Problem, Layer] = {}
@@ -279,7 +277,7 @@ def break_down(study: Study, dtype: Precision) -> list[Item]:
         for row in _best_rows(_raced(study, layer)):
             method = by_name(row.method, study.device)
             config = _config(method, row)
-            run = partial(method.prepare(layer.problem, layer.filter, None, config), as_taken(config, x))
+            run = partial(method.prepare(layer.problem, layer.filter, None, config), suite.as_taken(method, config, x))
             with torch.inference_mode():
                 parts = part_times(marking(run) if row.method == OURS else run, study.device)
             for part, time_us in parts.items():
@@ -382,23 +380,6 @@ def run(
     return results.measure(work, folder, head, again=again, begin=begin)
 
 
-def neighbours(method: Method, config: Any, layer: Layer) -> dict[str, list[Any]]:
-    """For each field of a configuration, those that differ from it in this field alone.
-
-    The method says which; where it does not, a field takes the values that it has in the method's search space.
-    """
-    offer = getattr(method, "neighbours", None)
-    if offer is not None:
-        found: dict[str, list[Any]] = offer(config, layer.problem, layer.filter)
-        return found
-    space = method.configs(layer.problem, layer.filter)
-    values = {f.name: dict.fromkeys(getattr(other, f.name) for other in space) for f in fields(config)}
-    return {
-        name: [replace(config, **{name: value}) for value in found if value != getattr(config, name)]
-        for name, found in values.items()
-    }
-
-
 def _layers(study: Study, dtype: Precision) -> list[Layer]:
     """The paper's layers that are studied, in its order."""
     layers = suite.paper_layers(study.batch, study.seed, dtype=dtype, device=study.device)
@@ -423,7 +404,7 @@ def _race(study: Study, layer: Layer, methods: Sequence[Method]) -> list[Row]:
 
 
 def _key(layer: Layer) -> tuple[str, str, int, str]:
-    return layer.network, layer.name, layer.problem.batch, layer.problem.dtype
+    return layer.network, layer.name, layer.problem.batch, layer.problem.precision
 
 
 def _raced(study: Study, layer: Layer) -> list[Row]:

@@ -11,7 +11,7 @@ import torch
 from escort import reference
 from escort.filter import SparseFilter
 from escort.methods import Method
-from escort.problem import Epilogue, Precision, Problem
+from escort.problem import TORCH_MEMORY_FORMAT, Epilogue, Precision, Problem
 
 FULL = Epilogue(bias=True, residual=True, activation="relu")
 
@@ -43,10 +43,10 @@ class Case:
 
     def on(self, device: str, dtype: Precision = "fp32") -> tuple[Problem, Any, Any, Any, Any]:
         """The problem there, x, weight, bias and residual; weight and bias stay in float32 on the host."""
-        problem = replace(self.problem, dtype=dtype, device=device)
+        problem = replace(self.problem, precision=dtype, device=device)
         x, weight, bias, residual = self.tensors()
-        x = x.to(device, problem.torch_dtype)
-        residual = None if residual is None else residual.to(device, problem.torch_dtype)
+        x = x.to(device, problem.storage)
+        residual = None if residual is None else residual.to(device, problem.storage)
         return problem, x, weight, bias, residual
 
 
@@ -62,9 +62,19 @@ def check_kernels(
     for config in configs:
         run = method.prepare(problem, case.filter(), bias, config)
         y = run(x, residual)
-        assert y.is_contiguous() and y.dtype is problem.torch_dtype
+        assert y.is_contiguous() and y.dtype is problem.storage
         assert reference.compare(y, expected) <= bound, config
         assert torch.equal(run(x, residual), y), "not the same twice: a race"
+
+
+def benchmark_configs(method: Method, problem: Problem, sparse_filter: SparseFilter) -> list[Any]:
+    """A method's search space, and the configs of it that only benchmarks time."""
+    return [*method.configs(problem, sparse_filter), *method.benchmark_configs(problem, sparse_filter)]
+
+
+def as_taken(method: Method, config: Any, x: torch.Tensor) -> torch.Tensor:
+    """x in the memory format in which a config takes it without conversion."""
+    return x.contiguous(memory_format=TORCH_MEMORY_FORMAT[method.input_format(config)])
 
 
 def _empty_rows(shape: tuple[int, ...]) -> torch.Tensor:

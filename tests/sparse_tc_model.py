@@ -54,9 +54,9 @@ def decode_images(images: np.ndarray, dtype: str) -> np.ndarray:
 def decode(packed: Packed, places: Ordered, tiling: Tiling) -> np.ndarray:
     """The (K, C, R, S) filter that a list of images amounts to."""
     p, config = tiling.problem, tiling.config
-    depth = BLOCK[p.dtype] // 2  # of a product
-    seen = decode_images(packed.images, p.dtype).reshape(len(packed.images), config.across, -1, 2, depth)
-    weight = np.zeros((p.out_channels, len(places.channels), *p.kernel))
+    depth = BLOCK[p.precision] // 2  # of a product
+    seen = decode_images(packed.images, p.precision).reshape(len(packed.images), config.across, -1, 2, depth)
+    weight = np.zeros((p.out_channels, len(places.channels), *p.kernel_size))
     rows = packed.row_channel.reshape(tiling.channel_tiles, config.across, -1)
     at = 0
     for tile in range(tiling.channel_tiles):
@@ -98,11 +98,11 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
     Shared memory begins as NaN, so that what is read from beyond what was loaded, and is not cut off, shows.
     """
     p, config, d = tiling.problem, tiling.config, SimpleNamespace(**tiling.defines)
-    along, m_tile, depth = 2 // config.across, config.tile_channels, BLOCK[p.dtype] // 2
+    along, m_tile, depth = 2 // config.across, config.tile_channels, BLOCK[p.precision] // 2
     images = len(nhwc)
     whole_rows = config.fill in ("columns", "halo")
     read = nhwc if whole_rows or config.fill == "im2col" else nhwc.reshape(1, 1, -1, tiling.channels)
-    filters = decode_images(packed.images, p.dtype)
+    filters = decode_images(packed.images, p.precision)
     y = np.full((images, p.out_channels, p.out_height, p.out_width), np.nan)
     written = (
         y.transpose(0, 2, 3, 1) if whole_rows else np.full((1, 1, y.size // p.out_channels, p.out_channels), np.nan)
@@ -166,7 +166,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
             for block in range(m_tile // 64):
                 of = sums[block * 64 :][:64]
                 row_channel = packed.row_channel[m * m_tile + block * 64 :][:64]
-                if p.dtype == "tf32":
+                if p.precision == "tf32":
                     store_floats(d, tiling, y, tile, of, row_channel)
                 elif config.takes_channels_last:
                     place = (0, first_row, first_image) if whole_rows else (tile * config.tile_pixels, 0, 0)

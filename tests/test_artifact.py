@@ -340,14 +340,14 @@ def problems(forgery: Forgery) -> list[dict[str, Any]]:
 
 
 def in_precision(problem: dict[str, Any], dtype: str) -> None:
-    problem["dtype"] = dtype
+    problem["precision"] = dtype
 
 
 def on_gpu(layer: dict[str, Any], dtype: str = "fp32") -> dict[str, Any]:
     """A layer's plan as if it had been measured on a GPU."""
     config = {"memory_format": "contiguous", "output": "contiguous"}
     candidate = {"method": "cudnn", "config": config, "time_us": 1.0, "rel_error": 0.0, "reason": None}
-    problem = layer["problem"] | {"device": "cuda:0", "dtype": dtype}
+    problem = layer["problem"] | {"device": "cuda:0", "precision": dtype}
     return layer | {"problem": problem, "method": "cudnn", "config": config, "candidates": [candidate]}
 
 
@@ -389,7 +389,7 @@ ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     ),
     "a device of no kind": (asking("mps", "device"), "no method .* on mps"),
     "a number for a device": (asking(0, "device"), "not a plan"),
-    "another dtype": (asking("fp16", "dtype"), "its layers are for .*'fp16'"),
+    "another dtype": (asking("fp16", "precision"), "its layers are for .*'fp16'"),
     "another precision": (setting("plan", "precision", to="tf32"), "its layers are for"),
     "half precision on the CPU": (
         lambda f: (setting("plan", "precision", to="fp16")(f), [in_precision(p, "fp16") for p in problems(f)]),
@@ -397,7 +397,7 @@ ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     ),
     "unknown precision": (
         lambda f: (setting("plan", "precision", to="fp8")(f), [in_precision(p, "fp8") for p in problems(f)]),
-        "dtype is one of",
+        "precision is one of",
     ),
     "unknown network device": (setting("plan", "device", to="cuda"), "not a network plan: .* the whole for cuda in"),
     "code for a device": (setting("plan", "device", to="cuda:0\nimport os"), "not a network plan"),
@@ -549,7 +549,7 @@ def test_without_a_gpu_its_plan_is_made_anew_on_the_cpu(
     for device in (None, "cpu"):
         here = load(path, device=device)
         assert (here.plan.device, here.plan.precision, here.plan.machine) == ("cpu", "fp32", Machine.here())
-        assert {(p.problem.device, p.problem.dtype) for p in here.plan.layers.values()} == {("cpu", "fp32")}
+        assert {(p.problem.device, p.problem.precision) for p in here.plan.layers.values()} == {("cpu", "fp32")}
         assert all(plan.time_us is not None for plan in here.plan.layers.values())
         with torch.inference_mode():
             torch.testing.assert_close(here(X), converted(X))

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from escort import reference
 from escort.filter import SparseFilter
 from escort.methods import Method, by_name
-from escort.methods.base import benchmark_configs, float32_convolutions, float32_products
+from escort.methods.base import float32_convolutions, float32_products
 from escort.problem import Precision, Problem
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, benchmark_configs
 
 BASELINES = [by_name(name, "cuda") for name in ("cudnn", "cublas", "cusparse")]
 
@@ -45,20 +45,20 @@ def test_case(method: Method, case: Case) -> None:
         for memory_format in (torch.contiguous_format, torch.channels_last):
             y = run(x.contiguous(memory_format=memory_format), residual)
             assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp32"], config
-            assert y.is_contiguous() or getattr(config, "takes_channels_last", False), config
+            assert y.is_contiguous() or method.input_format(config) == "channels_last", config
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [("fp32", False), ("tf32", True), ("fp16", False)])
 def test_cudnn_is_told_the_precision_by_each_call(cudnn: list[dict[str, Any]], dtype: Precision, allowed: bool) -> None:
-    problem = Problem(2, 8, 6, 6, 8, (3, 3), dtype=dtype)
+    problem = Problem(2, 8, 6, 6, 8, (3, 3), precision=dtype)
     sparse_filter = SparseFilter.from_dense(torch.randn(problem.weight_shape))
     method = by_name("cudnn", "cuda")
     for config in benchmark_configs(method, problem, sparse_filter):
-        method.prepare(problem, sparse_filter, None, config)(torch.randn(problem.input_shape).to(problem.torch_dtype))
+        method.prepare(problem, sparse_filter, None, config)(torch.randn(problem.input_shape).to(problem.storage))
         asked = cudnn[-1]
         last = config.memory_format == "channels_last"
         assert (asked["allow_tf32"], asked["benchmark"]) == (allowed, True)
-        assert asked["weight"].dtype is problem.torch_dtype
+        assert asked["weight"].dtype is problem.storage
         for tensor in (asked["x"], asked["weight"]):
             assert tensor.is_contiguous(memory_format=torch.channels_last) is last
 
@@ -67,7 +67,7 @@ def test_only_benchmarks_leave_the_output_in_channels_last(cudnn: list[dict[str,
     case = CASES[4]
     method = by_name("cudnn", "cuda")
     assert all(config.output == "contiguous" for config in method.configs(case.problem, case.filter()))
-    (config,) = method.benchmarks(case.problem, case.filter())  # type: ignore[attr-defined]
+    (config,) = method.benchmark_configs(case.problem, case.filter())
     x, _, bias, _ = case.tensors()
     x = x.contiguous(memory_format=torch.channels_last)
     y = method.prepare(case.problem, case.filter(), bias, config)(x)
@@ -75,7 +75,7 @@ def test_only_benchmarks_leave_the_output_in_channels_last(cudnn: list[dict[str,
 
 
 def test_cusparse_refuses_tf32_with_a_reason() -> None:
-    problem = replace(CASES[4].problem, dtype="tf32", device="cuda:0")
+    problem = replace(CASES[4].problem, precision="tf32", device="cuda:0")
     assert "ask for fp32" in (by_name("cusparse", "cuda").unsupported(problem) or "")
     assert by_name("cublas", "cuda").unsupported(problem) is None
 

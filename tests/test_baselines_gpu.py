@@ -15,13 +15,12 @@ from benchmarks import suite
 from escort import reference
 from escort.filter import SparseFilter
 from escort.methods import Method, by_name, for_device
-from escort.methods.base import as_taken, benchmark_configs
 from escort.methods.cuda.cublas import Cublas
 from escort.planner import planner
 from escort.planner import timing as bench
 from escort.planner.timing import Machine
 from escort.problem import TORCH_DTYPE, Epilogue, Precision, Problem
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, as_taken, benchmark_configs
 
 pytestmark = pytest.mark.gpu
 
@@ -43,8 +42,8 @@ def test_case(method: Method, case: Case, dtype: Precision) -> None:
     assert method.unsupported(problem) is None
     expected = reference.conv2d(problem, x, weight, bias, residual)
     for config in benchmark_configs(method, problem, case.filter()):
-        y = method.prepare(problem, case.filter(), bias, config)(as_taken(config, x), residual)
-        assert (y.dtype, y.device) == (problem.torch_dtype, x.device)
+        y = method.prepare(problem, case.filter(), bias, config)(as_taken(method, config, x), residual)
+        assert (y.dtype, y.device) == (problem.storage, x.device)
         assert y.is_contiguous() or getattr(config, "takes_channels_last", False)
         assert reference.compare(y, expected) <= reference.ERROR_BOUND[dtype], config
 
@@ -60,7 +59,7 @@ def test_case_in_channels_last(case: Case, dtype: Precision) -> None:
         run = BASELINES[0].prepare(problem, case.filter(), bias, config)
         for memory_format in (torch.contiguous_format, torch.channels_last):
             y = run(x.contiguous(memory_format=memory_format), residual)
-            assert y.dtype is problem.torch_dtype and y.is_contiguous(memory_format=torch.channels_last)
+            assert y.dtype is problem.storage and y.is_contiguous(memory_format=torch.channels_last)
             assert reference.compare(y, expected) <= reference.ERROR_BOUND[dtype], config
 
 
@@ -73,7 +72,7 @@ def test_strict_fp32_is_strict_whatever_the_user_set(method: Method) -> None:
     plain = torch.nn.functional.conv2d(x, weight.to(DEVICE), padding=1)
     assert reference.compare(plain, expected) > 1e-5  # the user's setting does what it says
     for config in benchmark_configs(method, problem, case.filter()):
-        y = method.prepare(problem, case.filter(), None, config)(as_taken(config, x))
+        y = method.prepare(problem, case.filter(), None, config)(as_taken(method, config, x))
         assert reference.compare(y, expected) <= 1e-5, config
     again = torch.nn.functional.conv2d(x, weight.to(DEVICE), padding=1)
     assert reference.compare(again, expected) > 1e-5  # and does so still
@@ -85,7 +84,7 @@ def test_tf32_is_used_where_it_is_asked_for(method: Method) -> None:
     problem, x, weight, _, _ = case.on(DEVICE, "tf32")
     expected = reference.conv2d(problem, x, weight)
     for config in benchmark_configs(method, problem, case.filter()):
-        y = method.prepare(problem, case.filter(), None, config)(as_taken(config, x))
+        y = method.prepare(problem, case.filter(), None, config)(as_taken(method, config, x))
         assert 1e-5 < reference.compare(y, expected) <= 1e-3, config
 
 
@@ -234,7 +233,7 @@ def test_the_machine_is_named_with_its_versions() -> None:
 
 
 def test_inputs_outgrow_the_cache() -> None:
-    problem = Problem(1, 256, 28, 28, 256, (3, 3), padding=(1, 1, 1, 1), dtype="fp16", device=DEVICE)
+    problem = Problem(1, 256, 28, 28, 256, (3, 3), padding=(1, 1, 1, 1), precision="fp16", device=DEVICE)
     inputs = bench.example_inputs(problem)
     size = sum(x.nbytes for x, _ in inputs) * 2
     assert size >= 2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size
@@ -257,7 +256,7 @@ def test_a_plan_weighs_every_method(dtype: Precision) -> None:
         64,
         (3, 3),
         padding=(1, 1, 1, 1),
-        dtype=dtype,
+        precision=dtype,
         device=DEVICE,
         epilogue=Epilogue(True, True, "relu"),
     )

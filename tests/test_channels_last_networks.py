@@ -141,7 +141,7 @@ def test_strict_float32_stays_as_it_is(x: Tensor) -> None:
 
 
 def test_a_problem_knows_its_memory_format() -> None:
-    problem = Problem(2, 8, 9, 9, 8, (3, 3), dtype="fp16", device="cuda:0", memory_format="channels_last")
+    problem = Problem(2, 8, 9, 9, 8, (3, 3), precision="fp16", device="cuda:0", memory_format="channels_last")
     assert Problem.from_json(problem.to_json()) == problem and "channels_last" in str(problem)
     assert problem.on("cpu").memory_format == "contiguous" and problem.on("cuda:1").memory_format == "channels_last"
     with pytest.raises(ValueError, match="channels_last is for GPUs"):

@@ -213,7 +213,7 @@ def test_the_compile_budget_is_for_the_whole_network(tmp_path: Path, monkeypatch
 def test_plan_says_what_was_compiled_for_a_filter(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = artifact.load_plan(saved)
     layer = plan.layers["3"]
-    compiled = replace(layer.candidates[0], compile_s=12.34, code_bytes=2_186_400, residual_share=0.0123)
+    compiled = replace(layer.candidates[0], compile_s=12.34, code_bytes=2_186_400, remainder_share=0.0123)
     layers = plan.layers | {"3": replace(layer, candidates=(compiled, *layer.candidates[1:]))}
     monkeypatch.setattr(artifact, "load_plan", lambda path: replace(plan, layers=layers))
     assert succeed("plan", saved, "--candidates").stdout.count("2,186 kB in 12.3 s, 1.2% left over") == 1

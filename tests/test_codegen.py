@@ -40,13 +40,13 @@ CONFIGS = {
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_programs_compute_the_convolution(case: Case, dtype: str) -> None:
-    p = replace(case.problem, dtype=dtype, epilogue=Epilogue())  # type: ignore[arg-type]
+    p = replace(case.problem, precision=dtype, epilogue=Epilogue())  # type: ignore[arg-type]
     if max(p.height, p.width) > 40 or p.in_channels * p.out_channels > 5000:
         p = replace(p, batch=min(p.batch, 1))
     x, weight = case.tensors()[0][: p.batch].double(), case.tensors()[1]
-    expected = reference.conv2d(replace(p, dtype="fp32"), x, weight)
+    expected = reference.conv2d(replace(p, precision="fp32"), x, weight)
     for config in CONFIGS[dtype][: 1 if p.out_channels * p.height * p.width > 40000 else None]:
-        odd = not config.arranged and computed(p).width * p.torch_dtype.itemsize % (4 * config.copy)
+        odd = not config.arranged and computed(p).width * p.storage.itemsize % (4 * config.copy)
         if not config.arranged and (p.stride != (1, 1) or odd):
             with pytest.raises(ValueError, match="needs an arranged input"):
                 Program.of(p, case.filter(), config)
@@ -68,7 +68,7 @@ def small(name: str) -> tuple[Program, np.ndarray | None]:
     if name == "fp32-two-pieces":
         problem = replace(problem, epilogue=FULL)
         return Program.of(problem, sparse_filter, GeneratedConfig(2, 1, 1, 1, copy=2, stages=2, entries=2)), bias
-    problem = replace(problem, dtype="fp16", epilogue=Epilogue(True, False, "relu6"))
+    problem = replace(problem, precision="fp16", epilogue=Epilogue(True, False, "relu6"))
     if name == "fp16":
         return Program.of(problem, sparse_filter, GeneratedConfig(3, 1, 1, 2, stages=2, sums=2)), bias
     return Program.of(
@@ -105,7 +105,7 @@ def test_everything_assembles_without_spills(
     sums = 2 if dtype == "fp16" else 1
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 16, 3, 3, generator=generator) * (torch.rand(64, 16, 3, 3, generator=generator) < 0.1)
-    problem = Problem(2, 16, 14, 16, 64, (3, 3), padding=(1, 1, 1, 1), dtype=dtype, epilogue=FULL)  # type: ignore[arg-type]
+    problem = Problem(2, 16, 14, 16, 64, (3, 3), padding=(1, 1, 1, 1), precision=dtype, epilogue=FULL)  # type: ignore[arg-type]
     if together > 1:  # sums that end in 16 bits
         problem = replace(problem, epilogue=Epilogue(True, False, "relu6"))
         sums = 1
@@ -147,7 +147,7 @@ def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_scouts_jump_where_no_word_is_held(dtype: str) -> None:
-    problem = Problem(1, 24, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
+    problem = Problem(1, 24, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), precision=dtype)  # type: ignore[arg-type]
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     for scouts in (0, 1, 3):
         program = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 4, scouts=scouts))
@@ -184,7 +184,7 @@ def test_16_bit_sums_end_as_they_are_where_that_is_exact(
     sums: int, residual: bool, bias: float | None, short: bool
 ) -> None:
     epilogue = Epilogue(bias is not None, residual, "relu")
-    problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype="fp16", epilogue=epilogue)
+    problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), precision="fp16", epilogue=epilogue)
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     program = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 3, sums=sums))
     text = codegen.text(program, None if bias is None else np.full(8, bias, dtype=np.float32))
@@ -196,7 +196,7 @@ def test_a_word_is_read_once_for_all_rows() -> None:
     problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1))
     for dtype, reads, joins in (("fp32", 27, 0), ("fp16", 27, 18)):
         program = Program.of(
-            replace(problem, dtype=dtype),  # type: ignore[arg-type]
+            replace(problem, precision=dtype),  # type: ignore[arg-type]
             SparseFilter.from_dense(weight),
             GeneratedConfig(8, 1, 1, 3, stages=2),
         )
@@ -207,7 +207,7 @@ def test_a_word_is_read_once_for_all_rows() -> None:
 
 
 def test_sums_share_the_products_of_a_row() -> None:
-    problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), dtype="fp16")
+    problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), precision="fp16")
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     (piece,) = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True, sums=4)).pieces
     places = [step.place for chunk in piece.chunks for step in chunk.steps if isinstance(step, MultiplyAdd)]
@@ -227,19 +227,19 @@ def test_pieces_share_the_nonzeros_evenly() -> None:
 def test_rows_begin_with_whole_copies() -> None:
     problem = Problem(1, 3, 28, 28, 8, (3, 3), padding=(1, 1, 1, 1))
     for dtype, copy, pitch, left in (("fp32", 1, 29, 1), ("fp32", 4, 32, 4), ("fp16", 1, 15, 2), ("fp16", 2, 16, 4)):
-        words = Words.of(replace(problem, dtype=dtype), GeneratedConfig(8, 1, 1, 3, copy=copy))  # type: ignore[arg-type]
+        words = Words.of(replace(problem, precision=dtype), GeneratedConfig(8, 1, 1, 3, copy=copy))  # type: ignore[arg-type]
         assert (words.pitch, words.left) == (pitch, left)
 
 
 def test_arranged_words_hold_two_images_and_no_more_padding_than_needed() -> None:
-    problem = Problem(5, 3, 13, 13, 8, (3, 3), padding=(1, 1, 1, 1), dtype="fp16")
+    problem = Problem(5, 3, 13, 13, 8, (3, 3), padding=(1, 1, 1, 1), precision="fp16")
     words = Words.of(problem, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True))
     assert (words.images, words.columns, words.pitch, words.image_rows, words.left) == (2, 1, 14, 14, 1)
     assert words.count(5) == 3 * 14 * 14 - 14 - 1
 
 
 def test_a_weight_beyond_half_precision_is_refused() -> None:
-    problem = Problem(1, 1, 4, 4, 1, (1, 1), dtype="fp16")
+    problem = Problem(1, 1, 4, 4, 1, (1, 1), precision="fp16")
     sparse_filter = SparseFilter.from_dense(torch.full(problem.weight_shape, 1e5))
     with pytest.raises(ValueError, match="does not fit fp16; use fp32"):
         codegen.text(Program.of(problem, sparse_filter, GeneratedConfig(1, 1, 1, 1)))

@@ -18,7 +18,7 @@ from benchmarks.networks import NETWORKS
 from escort import methods, prune, reference
 from escort.filter import SparseFilter
 from escort.layers.nn import MaxPool2d, SparseConv2d
-from escort.methods import Runner
+from escort.methods import Prepared
 from escort.methods.cpu.dense import Dense, DenseConfig
 from escort.network.convert import (
     NETWORK_ERROR_BOUND,
@@ -234,6 +234,8 @@ class Compiled(Dense):
     """A method that takes ten seconds of all cores to compile each of its two configs."""
 
     name = "compiled"
+    is_dense = False
+    compiles_per_filter = True
 
     def __init__(self) -> None:
         self.prepared: list[str] = []
@@ -243,7 +245,7 @@ class Compiled(Dense):
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig
-    ) -> Runner:
+    ) -> Prepared:
         self.prepared.append(config.memory_format)
         return super().prepare(problem, sparse_filter, bias, config)
 

@@ -35,7 +35,7 @@ producers entry_bytes activation""".split()
 
 def small_ring(problem: Problem) -> DirectConfig:
     """Two stages of two input channels: from the fifth channel on they are used again."""
-    return DirectConfig(1, 1, 2, 2, 2, 4, channel_block=2, stages=2, packed=STORAGE[problem.dtype] != 0)
+    return DirectConfig(1, 1, 2, 2, 2, 4, channel_block=2, stages=2, packed=STORAGE[problem.precision] != 0)
 
 
 class Interpreter:
@@ -47,7 +47,7 @@ class Interpreter:
         self.config, self.half = config, self.layout.images_per_word == 2
         values = scalars(problem, self.layout, self.tables, config)
         self.p = dict(zip(PARAMETERS, values, strict=True))
-        self.dtype = problem.dtype
+        self.dtype = problem.precision
 
     def quotient(self, n: NDArray[np.int64], which: str) -> NDArray[np.int64]:
         magic = self.p[f"{which}_magic"] & 0xFFFFFFFF
@@ -164,15 +164,15 @@ def interpret(problem: Problem, case: Case, config: DirectConfig) -> float:
     machine = Interpreter(plain, case.filter(), config)
     positions = -(-len(x) // machine.layout.images_per_word) * machine.p["image_rows"] * machine.p["pitch"]
     y = machine.run(x.double().numpy(), -(-positions // config.tile))
-    if problem.dtype != "fp32":
-        weight = weight.to(problem.torch_dtype).float()
+    if problem.precision != "fp32":
+        weight = weight.to(problem.storage).float()
     return reference.compare(torch.from_numpy(y), reference.conv2d(plain, x, weight))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.problem.batch], ids=lambda case: case.name)
 def test_tables_compute_the_convolution(case: Case, dtype: str) -> None:
-    problem = replace(case.problem, device="cuda:0", dtype=dtype)  # type: ignore[arg-type]
+    problem = replace(case.problem, device="cuda:0", precision=dtype)  # type: ignore[arg-type]
     sparse_filter = case.filter()
     configs = search(problem, sparse_filter, H200)
     assert configs
@@ -192,7 +192,7 @@ def test_tables_of_any_shape(data: st.DataObject) -> None:
     sizes = (draw(1, 5), groups * draw(1, 8), draw(1, 14), draw(1, 14), groups * draw(1, 8))
     dtype = data.draw(st.sampled_from(("fp32", "fp16", "bf16")))
     try:
-        problem = Problem(*sizes, kernel, stride, padding, dilation, groups, dtype=dtype, device="cuda:0")
+        problem = Problem(*sizes, kernel, stride, padding, dilation, groups, precision=dtype, device="cuda:0")
     except ValueError:
         assume(False)
         return
@@ -219,19 +219,19 @@ def test_tables_of_any_shape(data: st.DataObject) -> None:
 
 def test_a_stage_beyond_16_bit_offsets_is_refused() -> None:
     """Of a config that was chosen for smaller inputs, for which it was right."""
-    problem = Problem(1, 12, 3, 2, 2, (3, 2), (3, 3), groups=2, dtype="fp16", device="cuda:0")
+    problem = Problem(1, 12, 3, 2, 2, (3, 2), (3, 3), groups=2, precision="fp16", device="cuda:0")
     case = Case("strided", problem, 1.0)
     config = DirectConfig(1, 1, 2, 2, 2, 4, channel_block=12, stages=2)
     assert interpret(problem, case, config) < 1e-12
     with pytest.raises(ValueError, match="use a smaller channel_block"):
         pack(problem, case.filter(), replace(config, words=3))
-    assert interpret(replace(problem, dtype="fp32"), case, replace(config, words=3)) < 1e-12
+    assert interpret(replace(problem, precision="fp32"), case, replace(config, words=3)) < 1e-12
 
 
 def test_every_candidate_is_different_and_fits() -> None:
     case = next(case for case in CASES if case.name == "ResNet-50 res4")
     for dtype in ("fp32", "fp16", "bf16"):
-        problem = replace(case.problem, batch=32, device="cuda:0", dtype=dtype)  # type: ignore[arg-type]
+        problem = replace(case.problem, batch=32, device="cuda:0", precision=dtype)  # type: ignore[arg-type]
         configs = search(problem, case.filter(), H200)
         assert len(set(configs)) == len(configs) == 12
         for config in configs:
@@ -245,7 +245,7 @@ def test_every_candidate_is_different_and_fits() -> None:
 def test_there_is_room_where_a_config_fits(dtype: str) -> None:
     rooms = []
     for width in (8, 60, 250, 1000, 4000):
-        problem = Problem(1, 4, 32, width, 8, (9, 9), padding=(4,) * 4, dtype=dtype, device="cuda:0")  # type: ignore[arg-type]
+        problem = Problem(1, 4, 32, width, 8, (9, 9), padding=(4,) * 4, precision=dtype, device="cuda:0")  # type: ignore[arg-type]
         sparse_filter = SparseFilter.from_dense(torch.zeros(problem.weight_shape))
         rooms.append(has_room(problem, H200))
         assert rooms[-1] == (len(candidates(problem, sparse_filter, H200, packed=False)["clocks"]) > 0)
@@ -254,7 +254,7 @@ def test_there_is_room_where_a_config_fits(dtype: str) -> None:
 
 def test_neighbours_differ_in_one_knob() -> None:
     case = next(case for case in CASES if case.name == "ResNet-50 res4")
-    problem = replace(case.problem, batch=32, device="cuda:0", dtype="fp16")
+    problem = replace(case.problem, batch=32, device="cuda:0", precision="fp16")
     config = search(problem, case.filter(), H200)[0]
     for name, configs in neighbours(config, problem, case.filter(), H200).items():
         assert configs
@@ -279,7 +279,7 @@ def test_uneven_rows_are_dealt_evenly() -> None:
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("fp16", 2)])
 def test_batches_end_where_32_bits_do(dtype: str, itemsize: int) -> None:
-    problem = Problem(1, 64, 112, 112, 8, (3, 3), dtype=dtype, device="cuda:0")  # type: ignore[arg-type]
+    problem = Problem(1, 64, 112, 112, 8, (3, 3), precision=dtype, device="cuda:0")  # type: ignore[arg-type]
     image = 64 * 112 * 112 * itemsize
     most = most_images(problem)
     assert most * image < 2**32 <= (most + 1) * image
@@ -290,7 +290,7 @@ def test_batches_end_where_32_bits_do(dtype: str, itemsize: int) -> None:
 
 
 def test_a_weight_beyond_half_precision_is_refused() -> None:
-    problem = Problem(1, 1, 4, 4, 1, (1, 1), dtype="fp16", device="cuda:0")
+    problem = Problem(1, 1, 4, 4, 1, (1, 1), precision="fp16", device="cuda:0")
     sparse_filter = SparseFilter.from_dense(torch.full(problem.weight_shape, 1e5))
     with pytest.raises(ValueError, match="does not fit fp16; use bf16"):
         pack(problem, sparse_filter, DirectConfig(1, 1, 1, 4, 1, 4, 4, 2))
@@ -303,7 +303,7 @@ def test_case_on_the_gpu(case: Case, dtype: Precision, monkeypatch: pytest.Monke
     if os.environ.get("ESCORT_EVERY_LANE"):  # for racecheck, as kernels/cuda/direct.cu says of SIGNALS
         monkeypatch.setattr(direct_cuda, "defines", lambda *of: defines(*of) | {"SIGNALS": LANES})
     method, sparse_filter = DirectCuda(), case.filter()
-    problem = replace(case.problem, device="cuda:0", dtype=dtype)
+    problem = replace(case.problem, device="cuda:0", precision=dtype)
     assert method.unsupported(problem) is None
     configs = method.configs(problem, sparse_filter)
     chosen = (configs[0], configs[len(configs) // 2], configs[-1], small_ring(problem))
@@ -333,14 +333,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_runner_launches_a_tile_per_block(launches: Launches, dtype: str) -> None:
-    problem = Problem(4, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
+    problem = Problem(4, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1), precision=dtype)  # type: ignore[arg-type]
     config = DirectConfig(2, 2, 1, 4, 1, 4, 4, 2)
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     run = DirectCuda().prepare(problem, sparse_filter, torch.zeros(16), config)
     for images in (0, 1, 4, 7):
-        x = torch.zeros(images, 8, 14, 14, dtype=problem.torch_dtype)
+        x = torch.zeros(images, 8, 14, 14, dtype=problem.storage)
         y = run(x)
-        assert y.shape == (images, 16, 14, 14) and y.dtype is problem.torch_dtype
+        assert y.shape == (images, 16, 14, 14) and y.dtype is problem.storage
     words = (1, 4, 7) if dtype == "fp32" else (1, 2, 4)
     # 15 x 15 positions per image, up to the last output; 2 groups of 8 output channels.
     assert [grid for grid, *_ in launches.calls] == [(2, -(-(n * 225 - 16) // config.tile), 1) for n in words]
@@ -365,7 +365,7 @@ def test_a_runner_launches_a_tile_per_block(launches: Launches, dtype: str) -> N
 def test_a_runner_refuses_other_tensors(
     launches: Launches, x: torch.Tensor, residual: torch.Tensor | None, says: str
 ) -> None:
-    problem = Problem(1, 8, 14, 14, 16, (3, 3), padding=(1,) * 4, dtype="fp16", epilogue=Epilogue(residual=True))
+    problem = Problem(1, 8, 14, 14, 16, (3, 3), padding=(1,) * 4, precision="fp16", epilogue=Epilogue(residual=True))
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     run = DirectCuda().prepare(problem, sparse_filter, None, DirectConfig(2, 2, 1, 4, 1, 4, 4, 2))
     with pytest.raises(ValueError, match=says):
@@ -374,7 +374,7 @@ def test_a_runner_refuses_other_tensors(
 
 
 def test_columns_that_are_read_in_pairs_are_aligned(launches: Launches) -> None:
-    problem = Problem(1, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1), dtype="fp16")
+    problem = Problem(1, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1), precision="fp16")
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     run = DirectCuda().prepare(problem, sparse_filter, None, DirectConfig(2, 2, 1, 4, 1, 4, 4, 2))
     odd = torch.zeros(8 * 14 * 14 + 1, dtype=torch.float16)[1:].view(1, 8, 14, 14)

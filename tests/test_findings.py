@@ -255,7 +255,10 @@ def test_forecasts_are_where_models_cross_the_time_measured(monkeypatch: pytest.
     monkeypatch.setattr(findings, "direct_mhz", lambda result, dtype: [1000.0, 1500.0, 9000.0])
     other = [row("resnet50", "res2b_branch2b", "cudnn", 1.0, batch=1), row("caffenet", "conv3", "cudnn", 1.0)]
     found = findings.forecasts({"layers-fp16": Result(ON_H200, [*FORECAST_ROWS, *other])}, "fp16")
-    assert [(f.layout, f.cudnn_us, f.problem.dtype) for f in found] == [("NCHW", 30.0, "fp16"), ("any", 20.0, "fp16")]
+    assert [(f.layout, f.cudnn_us, f.problem.precision) for f in found] == [
+        ("NCHW", 30.0, "fp16"),
+        ("any", 20.0, "fp16"),
+    ]
     nchw, best = (f.least for f in found)
     assert nchw == {
         "direct": pytest.approx(0.775, abs=0.01),
@@ -270,7 +273,7 @@ def test_forecasts_are_of_what_was_timed_and_of_known_gpus(monkeypatch: pytest.M
     monkeypatch.setattr(findings, "MODELS", {name: (falling(100.0),) for name in findings.SPARSE})
     pointwise = row("resnet50", "module9_1_module0_1_conv2d_0", "cudnn", 20.0, weights="95", batch=128)
     (found,) = findings.forecasts({"patterns-fp32": Result(ON_H200, [pointwise])}, "fp32")
-    assert (found.problem.in_channels, found.problem.kernel, found.layout) == (1024, (1, 1), "NCHW")
+    assert (found.problem.in_channels, found.problem.kernel_size, found.layout) == (1024, (1, 1), "NCHW")
     assert list(found.least) == ["generated"], (
         "without timings of direct its clocks say nothing, and no fp32 on tensors"
     )
@@ -280,7 +283,7 @@ def test_forecasts_are_of_what_was_timed_and_of_known_gpus(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("method", findings.SPARSE)
 def test_models_predict_less_time_of_more_zeros(method: str) -> None:
-    problem = replace(findings.SHAPES["googlenet", "inception_3b/5x5"], dtype="fp16")
+    problem = replace(findings.SHAPES["googlenet", "inception_3b/5x5"], precision="fp16")
     filters = [suite.random_filter(problem, sparsity, 0) for sparsity in (0.5, 0.8, 0.98)]
     for model in findings.MODELS[method]:
         times = [model(problem, sparse_filter, H200) for sparse_filter in filters]
@@ -288,7 +291,7 @@ def test_models_predict_less_time_of_more_zeros(method: str) -> None:
 
 
 def test_models_are_of_the_config_that_a_search_puts_first() -> None:
-    problem = replace(findings.SHAPES["googlenet", "inception_3b/5x5"], dtype="fp16")
+    problem = replace(findings.SHAPES["googlenet", "inception_3b/5x5"], precision="fp16")
     sparse_filter = suite.random_filter(problem, 0.9, 0)
     (first,) = search(problem, sparse_filter, H200, 1)
     assert findings.MODELS["generated"][0](problem, sparse_filter, H200) == predict_us(

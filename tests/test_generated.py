@@ -30,7 +30,7 @@ def sparse(problem: Problem, density: float) -> SparseFilter:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": "bf16"}, "fp32 and fp16"),
+        ({"precision": "bf16"}, "fp32 and fp16"),
         ({"groups": 32}, "fewer than 8 output channels"),
         ({"height": 4096, "width": 4096}, "2 GiB"),
     ],
@@ -42,7 +42,7 @@ def test_refusals(change: dict[str, object], reason: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_the_search_space_fits_the_device(dtype: str) -> None:
-    problem = replace(RES3, dtype=dtype)  # type: ignore[arg-type]
+    problem = replace(RES3, precision=dtype)  # type: ignore[arg-type]
     sparse_filter = sparse(problem, 0.08)
     space = list(candidates(problem, sparse_filter, H200))
     assert sum(len(many.rows) for many in space) > 100  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def test_predictions_follow_the_work() -> None:
 
 def test_the_step_estimate_is_near() -> None:
     for dtype in ("fp32", "fp16"):
-        problem = replace(RES3, dtype=dtype)  # type: ignore[arg-type]
+        problem = replace(RES3, precision=dtype)  # type: ignore[arg-type]
         sparse_filter, config = sparse(problem, 0.08), GeneratedConfig(32, 8, 4, 8)
         estimate = piece_count(problem, config) * piece_steps(problem, sparse_filter, config)
         assert estimate == pytest.approx(Program.of(problem, sparse_filter, config).steps, rel=0.1)
@@ -77,7 +77,7 @@ def test_the_step_estimate_is_near() -> None:
 def on_the_gpu(case: Case, dtype: Precision) -> tuple[Problem, list[GeneratedConfig]]:
     """The case there, and some configs of it; none where it is refused or takes more than a minute to compile."""
     method, sparse_filter = Generated(), case.filter()
-    problem = replace(case.problem, device="cuda:0", dtype=dtype)
+    problem = replace(case.problem, device="cuda:0", precision=dtype)
     if method.unsupported(problem) is not None:
         return problem, []
     configs = method.configs(problem, sparse_filter)
@@ -117,15 +117,15 @@ def stagings(sums: int) -> list[GeneratedConfig]:
 @pytest.mark.parametrize("pointwise", [False, True], ids=["3x3", "1x1"])
 def test_any_batch_in_any_place_on_the_gpu(dtype: str, epilogue: Epilogue, pointwise: bool) -> None:
     """One runner for any batch, and for slices that are not aligned."""
-    problem = replace(RES3, dtype=dtype, batch=4, epilogue=epilogue)  # type: ignore[arg-type]
+    problem = replace(RES3, precision=dtype, batch=4, epilogue=epilogue)  # type: ignore[arg-type]
     if pointwise:
-        problem = replace(problem, kernel=(1, 1), padding=(0, 0, 0, 0))
+        problem = replace(problem, kernel_size=(1, 1), padding=(0, 0, 0, 0))
     sparse_filter = sparse(problem, 0.08)
     bias = torch.randn(128) if epilogue.bias else None
     for config in stagings(2 if dtype == "fp16" else 1):
         run = Generated().prepare(problem, sparse_filter, bias, config)
         for batch in (0, 1, 4, 7):
-            x = torch.randn(batch * 128 * 28 * 28 + 1, device="cuda", dtype=problem.torch_dtype)[1:]
+            x = torch.randn(batch * 128 * 28 * 28 + 1, device="cuda", dtype=problem.storage)[1:]
             x = x.view(batch, 128, 28, 28)
             residual = torch.randn_like(x) if epilogue.residual else None
             y = run(x, residual)
@@ -142,19 +142,19 @@ def test_any_batch_in_any_place_on_the_gpu(dtype: str, epilogue: Epilogue, point
 def test_an_input_size_that_the_config_does_not_fit(dtype: str, copy: int) -> None:
     """Another config then: copies of several words would meet the middle of a row."""
     config = GeneratedConfig(32, 4, 1, 4, copy=copy)
-    problem = Problem(2, 16, 16, 16, 32, (3, 3), padding=(1, 1, 1, 1), dtype=dtype, device="cuda:0")  # type: ignore[arg-type]
+    problem = Problem(2, 16, 16, 16, 32, (3, 3), padding=(1, 1, 1, 1), precision=dtype, device="cuda:0")  # type: ignore[arg-type]
     sparse_filter = sparse(problem, 0.1)
     for height, width in ((16, 16), (5, 18), (13, 13)):
         p = replace(problem, height=height, width=width)
-        x = torch.randn(p.input_shape, device="cuda", dtype=p.torch_dtype)
+        x = torch.randn(p.input_shape, device="cuda", dtype=p.storage)
         y = ops.prepare(p, sparse_filter, None, "generated", asdict(config))(x)
         assert (
             reference.compare(y, reference.conv2d(p, x, sparse_filter.to_dense().cuda()))
-            <= reference.ERROR_BOUND[p.dtype]
+            <= reference.ERROR_BOUND[p.precision]
         )
 
 
 @pytest.mark.gpu
 def test_the_binary_is_told() -> None:
     run = Generated().prepare(replace(RES3, batch=1), sparse(RES3, 0.02), None, GeneratedConfig(32, 8, 4, 8))
-    assert len(run.binary.cubin) > 100_000  # type: ignore[attr-defined]
+    assert len(run.binary.cubin) > 100_000

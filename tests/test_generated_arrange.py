@@ -70,7 +70,7 @@ def test_the_input_is_laid_out_as_the_interpreter_reads_it(
     dtype: str,
     tmp_path: Path,
 ) -> None:
-    problem = Problem(3, 2, 9, 8, 4, kernel, stride, padding, dilation, dtype=dtype)  # type: ignore[arg-type]
+    problem = Problem(3, 2, 9, 8, 4, kernel, stride, padding, dilation, precision=dtype)  # type: ignore[arg-type]
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     program = Program.of(problem, sparse_filter, GeneratedConfig(4, 12, 1, 2, copy=0, arranged=True))
     assert program.tiles(3) == 1 and len(program.words.phases) == planes

@@ -128,7 +128,7 @@ def arrange_variants() -> list[tuple[str, dict[str, int | str], int]]:
     vectors = ((2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4))
     variants = [("sparse_tc_arrange.cu", {"BYTES": bytes, "VECTOR": vector}, 48) for bytes, vector in vectors]
     for dtype, stride in (("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)):
-        problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), dtype=dtype)  # type: ignore[arg-type]
+        problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), precision=dtype)  # type: ignore[arg-type]
         sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
         variants.append(("generated_arrange.cu", arrange_defines(Program.of(problem, sparse_filter, config), 128), 48))
     return variants

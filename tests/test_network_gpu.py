@@ -175,7 +175,7 @@ def test_any_input_is_right(precision: Precision, method: str, only: Callable[[s
     model = on_gpu(pruned(Mixed()), precision)
     fast = converted(precision, model)
     assert len(fast.plan.layers) == 4 and not fast.plan.skipped and fast.traced
-    assert {(p.method, p.problem.dtype, p.problem.device) for p in fast.plan.layers.values()} == {
+    assert {(p.method, p.problem.precision, p.problem.device) for p in fast.plan.layers.values()} == {
         (method, precision, "cuda:0")
     }
     for shape in ((2, 3, 32, 32), (1, 3, 32, 32), (7, 3, 32, 32), (2, 3, 45, 37), (3, 3, 9, 70)):

@@ -19,7 +19,7 @@ from escort import methods, reference
 from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.layers.nn import MaxPool2d, SparseConv2d
-from escort.methods import Runner, by_name, for_device
+from escort.methods import Method, Prepared, by_name, for_device
 from escort.planner.planner import Plan
 from escort.planner.timing import Machine
 from escort.problem import Epilogue, Problem
@@ -113,7 +113,7 @@ class NoSettings:
     """A method's config that leaves no choice."""
 
 
-class Rounded:
+class Rounded(Method):
     """The reference, rounded to the problem's type: a method of any precision that needs no GPU."""
 
     name, device_type, config_type = "rounded", "cpu", NoSettings
@@ -126,17 +126,17 @@ class Rounded:
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
-    ) -> Runner:
+    ) -> Prepared:
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            return reference.conv2d(problem, x, sparse_filter.to_dense(), bias, residual).to(problem.torch_dtype)
+            return reference.conv2d(problem, x, sparse_filter.to_dense(), bias, residual).to(problem.storage)
 
-        return run
+        return Prepared(run)
 
 
 @pytest.fixture
 def half_layer(monkeypatch: pytest.MonkeyPatch) -> SparseConv2d:
     monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, Rounded()))
-    problem = Problem(2, 6, 11, 12, 8, (3, 3), dtype="fp16", epilogue=Epilogue(bias=True))
+    problem = Problem(2, 6, 11, 12, 8, (3, 3), precision="fp16", epilogue=Epilogue(bias=True))
     weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.3)
     plan = Plan(problem, "rounded", {}, (), Machine.here())
     return SparseConv2d(SparseFilter.from_dense(weight), torch.randn(8).half(), plan, "features.3")
@@ -177,7 +177,7 @@ class Picky(Rounded):
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
-    ) -> Runner:
+    ) -> Prepared:
         if problem.width > 20:
             raise ValueError("too wide")
         return super().prepare(problem, sparse_filter, bias, config)
@@ -213,6 +213,7 @@ class Compiling(Picky):
     """One that would compile a kernel for each filter."""
 
     name = "compiling"
+    compiles_per_filter = True
 
     def unsupported(self, problem: Problem) -> str | None:
         return None
@@ -222,7 +223,7 @@ class Compiling(Picky):
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
-    ) -> Runner:
+    ) -> Prepared:
         pytest.fail("compiled where another method would do")
 
 

@@ -37,5 +37,5 @@ def test_the_layers_of_aims_are_those_of_the_files(aim: PatternAim) -> None:
     layers = suite.pattern_layers(file, aim.batch)
     meant = [layer for layer in layers if any(fnmatch(layer.name, pattern) for pattern in aim.layers)]
     kernels = {kernel for kernel in (1, 3) if f"{kernel}x{kernel}" in aim.kind}
-    assert len(meant) == aim.count and {layer.problem.kernel[0] for layer in meant} == kernels
-    assert not kernels & {layer.problem.kernel[0] for layer in layers if layer not in meant}
+    assert len(meant) == aim.count and {layer.problem.kernel_size[0] for layer in meant} == kernels
+    assert not kernels & {layer.problem.kernel_size[0] for layer in layers if layer not in meant}

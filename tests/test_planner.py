@@ -16,7 +16,7 @@ import torch
 from escort import methods, reference
 from escort.filter import SparseFilter
 from escort.layers import ops
-from escort.methods import by_name, for_device
+from escort.methods import Method, Prepared, by_name, for_device
 from escort.planner import planner
 from escort.planner import timing as bench
 from escort.planner.planner import Plan, plan_layer, plan_layers
@@ -42,7 +42,7 @@ class FakeConfig:
     knob: int = 0
 
 
-class Fake:
+class Fake(Method):
     """A method made of the reference, changed by what a test wants to see."""
 
     config_type = FakeConfig
@@ -63,7 +63,9 @@ class Fake:
     def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
         self.prepared += 1
         weight = sparse_filter.to_dense()
-        return lambda x, residual=None: self.change(reference.conv2d(problem, x, weight, bias, residual).float())
+        return Prepared(
+            lambda x, residual=None: self.change(reference.conv2d(problem, x, weight, bias, residual).float())
+        )
 
 
 def test_every_candidate_is_timed_or_has_a_reason() -> None:
@@ -231,7 +233,7 @@ def test_on_a_gpu_a_race_may_be_lost_to_memory(monkeypatch: pytest.MonkeyPatch) 
 def test_plans_of_older_versions_are_read() -> None:
     data = plan_layer(PROBLEM, a_filter()).to_json()
     for candidate in data["candidates"]:
-        for key in ("timer", "compile_s", "code_bytes", "residual_share"):
+        for key in ("timer", "compile_s", "code_bytes", "remainder_share"):
             del candidate[key]
     assert {candidate.timer for candidate in Plan.from_json(data).candidates} == {"calls"}
 
@@ -242,6 +244,8 @@ def test_plans_of_older_versions_are_read() -> None:
 class Compiled(Fake):
     """A method whose configs take so many seconds of one core to compile, at the filter's seconds per nonzero."""
 
+    compiles_per_filter = True
+
     def __init__(self, *seconds: float, per_nnz: float = 0.0) -> None:
         super().__init__("compiled", lambda y: y, configs=len(seconds))
         self.seconds, self.per_nnz = seconds, per_nnz
@@ -250,13 +254,8 @@ class Compiled(Fake):
         return self.seconds[config.knob] + self.per_nnz * sparse_filter.nnz
 
     def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
-        run = super().prepare(problem, sparse_filter, bias, config)
-
-        def compiled(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            return run(x, residual)
-
-        compiled.binary = SimpleNamespace(compile_s=1.5, cubin=bytes(7 + config.knob))  # type: ignore[attr-defined]
-        return compiled
+        binary: Any = SimpleNamespace(compile_s=1.5, cubin=bytes(7 + config.knob))
+        return replace(super().prepare(problem, sparse_filter, bias, config), binary=binary)
 
 
 @pytest.fixture

@@ -47,15 +47,15 @@ def test_same_pads_an_even_kernel_at_the_end() -> None:
     ("change", "says"),
     [
         ({"groups": 2}, "divisible by groups 2"),
-        ({"kernel": (9, 3)}, "smaller than the kernel, which spans 9x3"),
+        ({"kernel_size": (9, 3)}, "smaller than the kernel, which spans 9x3"),
         ({"stride": (0, 1)}, "positive"),
         ({"padding": (0, 0, 0, -1)}, "not negative"),
-        ({"dtype": "int8"}, "dtype is one of"),
+        ({"precision": "int8"}, "precision is one of"),
     ],
 )
 def test_an_impossible_problem_says_why(change: dict[str, Any], says: str) -> None:
     fields: dict[str, Any] = {
-        "batch": 1, "in_channels": 3, "height": 8, "width": 8, "out_channels": 4, "kernel": (3, 3), **change,
+        "batch": 1, "in_channels": 3, "height": 8, "width": 8, "out_channels": 4, "kernel_size": (3, 3), **change,
     }  # fmt: skip
     with pytest.raises(ValueError, match=says):
         Problem(**fields)

@@ -31,8 +31,8 @@ from tests.sparse_tc_model import emulate
 from tests.test_sparse_tc_layout import structured, uneven
 
 SAME = (1, 1, 1, 1)
-RES4 = Problem(128, 256, 14, 14, 256, (3, 3), padding=SAME, dtype="fp16", device="cuda:0")
-POINTWISE = replace(RES4, out_channels=1024, kernel=(1, 1), padding=(0, 0, 0, 0))
+RES4 = Problem(128, 256, 14, 14, 256, (3, 3), padding=SAME, precision="fp16", device="cuda:0")
+POINTWISE = replace(RES4, out_channels=1024, kernel_size=(1, 1), padding=(0, 0, 0, 0))
 STRIDED = replace(RES4, stride=(2, 1), padding=(1, 1, 0, 2))
 LAST: MemoryFormat = "channels_last"
 NONE, ALL = (Extra(dict.fromkeys((64, 128, 256), share), dict.fromkeys((64, 128), share)) for share in (0.0, 1.0))
@@ -45,7 +45,7 @@ def filter_of(problem: Problem) -> SparseFilter:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": "fp32"}, "ask for TF32, fp16 or bf16"),
+        ({"precision": "fp32"}, "ask for TF32, fp16 or bf16"),
         ({"groups": 2}, "groups must be 1"),
         ({"height": 4096, "width": 4096}, "use a smaller input"),
     ],
@@ -60,11 +60,11 @@ def test_a_device_without_the_instructions_is_refused(monkeypatch: pytest.Monkey
     assert "this is sm_100a" in str(SparseTc().unsupported(RES4))
     monkeypatch.setattr("escort.cuda.kernel.arch", lambda device, *, native: "sm_90a" if native else "sm_90")
     monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
-    assert SparseTc().unsupported(RES4) is SparseTc().unsupported(replace(RES4, dtype="tf32")) is None
+    assert SparseTc().unsupported(RES4) is SparseTc().unsupported(replace(RES4, precision="tf32")) is None
     assert "no tiling fits" in str(SparseTc().unsupported(replace(RES4, stride=(9, 9))))
 
 
-@pytest.mark.parametrize("problem", [RES4, POINTWISE, STRIDED, replace(RES4, dtype="tf32")], ids=str)
+@pytest.mark.parametrize("problem", [RES4, POINTWISE, STRIDED, replace(RES4, precision="tf32")], ids=str)
 def test_the_search_ranks_what_fits(problem: Problem) -> None:
     sparse_filter = filter_of(problem)
     for layout in ("contiguous", "channels_last"):
@@ -81,7 +81,7 @@ def test_predictions_follow_the_work() -> None:
     tiling = Tiling.of(RES4, SparseTcConfig("halo", 216, rows=14), H200.shared_bytes)
     less = Tiling.of(replace(RES4, batch=32), tiling.config, H200.shared_bytes)
     assert predict_us(less, NONE, H200) < predict_us(tiling, NONE, H200) < predict_us(tiling, ALL, H200)
-    twice = Tiling.of(replace(RES4, dtype="tf32"), tiling.config, H200.shared_bytes)
+    twice = Tiling.of(replace(RES4, precision="tf32"), tiling.config, H200.shared_bytes)
     assert 1.5 < predict_us(twice, NONE, H200) / predict_us(tiling, NONE, H200) < 2.5, "half the channels in a step"
 
 
@@ -90,7 +90,7 @@ VARIANTS = {
     "halo": (RES4, SparseTcConfig("halo", 216, rows=14, cluster=2)),
     "halo along": (replace(RES4, epilogue=FULL), SparseTcConfig("halo", 112, across=1, rows=14)),
     "halo, uneven": (replace(RES4, epilogue=FULL, width=13), SparseTcConfig("halo", 120, blocks=2, rows=8)),
-    "columns": (replace(RES4, epilogue=FULL, dtype="bf16"), SparseTcConfig("columns", 224, rows=14, cluster=4)),
+    "columns": (replace(RES4, epilogue=FULL, precision="bf16"), SparseTcConfig("columns", 224, rows=14, cluster=4)),
     "columns of 16": (replace(RES4, epilogue=FULL, width=16), SparseTcConfig("columns", 224, rows=14)),
     "flat": (POINTWISE, SparseTcConfig("flat", 128, blocks=2, cluster=8)),
     "flat, one block": (POINTWISE, SparseTcConfig("flat", 256)),
@@ -102,7 +102,7 @@ VARIANTS = {
         SparseTcConfig("halo", 224, across=1, rows=14, images=2, layout=LAST),
     ),
     "columns, last": (
-        replace(RES4, epilogue=FULL, dtype="bf16"),
+        replace(RES4, epilogue=FULL, precision="bf16"),
         SparseTcConfig("columns", 120, across=1, rows=14, layout=LAST),
     ),
     "flat, last": (
@@ -116,7 +116,7 @@ VARIANTS = {
 }
 IN_TF32 = ("halo", "halo along", "halo, uneven", "columns", "flat", "im2col", "im2col along", *list(VARIANTS)[-5:])
 VARIANTS |= {
-    f"{name}, tf32": (replace(problem, dtype="tf32"), config)
+    f"{name}, tf32": (replace(problem, precision="tf32"), config)
     for name, (problem, config) in VARIANTS.items()
     if name in IN_TF32
 }
@@ -250,7 +250,7 @@ class Model:
         assert x_map.sizes == (nhwc.shape[3], *((p.width, p.height, images) if whole else (flat[..., 0].numel(), 1, 1)))
         if tiling.config.fill == "im2col":
             top, bottom, left, right = p.padding
-            corners = (-left, -top), (right - p.kernel[1] + 1, bottom - p.kernel[0] + 1)
+            corners = (-left, -top), (right - p.kernel_size[1] + 1, bottom - p.kernel_size[0] + 1)
             assert x_map.how == (*corners, 128 // x_map.x.itemsize, tiling.config.pixels, (p.stride[1], p.stride[0]))
         else:
             assert x_map.how == (tiling.load,)
@@ -278,16 +278,16 @@ def test_a_runner_launches_its_kernels(
     weight = torch.from_numpy(uneven(problem.weight_shape))
     bias = torch.randn(136) if problem.epilogue.bias else None
     run = SparseTc().prepare(problem, SparseFilter.from_dense(weight), bias, config)
-    assert run.residual_share > 0.0  # type: ignore[attr-defined]
+    assert run.notes["remainder_share"] > 0.0
     for batch in (0, 1, 3):
-        x = torch.randn(batch, *problem.input_shape[1:]).to(problem.torch_dtype)
+        x = torch.randn(batch, *problem.input_shape[1:]).to(problem.storage)
         residual = None
         if problem.epilogue.residual:
-            residual = torch.randn(batch, *problem.output_shape[1:]).to(problem.torch_dtype)
+            residual = torch.randn(batch, *problem.output_shape[1:]).to(problem.storage)
         expected = reference.conv2d(replace(problem, batch=batch), x, weight, bias, residual)
         for given in (x, x.contiguous(memory_format=torch.channels_last)):
             y = run(given, residual)
-            assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.dtype]
+            assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.precision]
             layout = torch.channels_last if config.takes_channels_last else torch.contiguous_format
             assert y.is_contiguous(memory_format=layout)
 
@@ -297,7 +297,7 @@ def test_a_runner_launches_its_kernels(
 
 def on_the_gpu(case: Case, dtype: Precision) -> list[SparseTcConfig]:
     """Some configs of a case there: of every fill, and in both layouts."""
-    method, problem = SparseTc(), replace(case.problem, device="cuda:0", dtype=dtype)
+    method, problem = SparseTc(), replace(case.problem, device="cuda:0", precision=dtype)
     if (reason := method.unsupported(problem)) is not None:
         pytest.skip(reason)
     configs = list(method.configs(problem, case.filter()))
@@ -319,7 +319,7 @@ def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches:
     run = SparseTc().prepare(problem, sparse_filter, bias, config)
     for batch in batches:
         shape = batch, *problem.input_shape[1:]
-        x = torch.randn(shape, device="cuda", dtype=problem.torch_dtype)
+        x = torch.randn(shape, device="cuda", dtype=problem.storage)
         odd = torch.randn(x.numel() + 1, device="cuda", dtype=x.dtype)[1:].view(shape)  # not aligned
         others = (x.contiguous(memory_format=torch.channels_last), x.flip(3), odd) if batch < 8 else ()
         for given in (x, *others):
@@ -332,7 +332,7 @@ def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches:
             last = config.takes_channels_last
             assert y.shape == expected.shape
             assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-            assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.dtype], (config, batch)
+            assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.precision], (config, batch)
             assert torch.equal(run(given, residual), y), "not the same twice: a race"
 
 
@@ -345,9 +345,9 @@ def test_any_batch_in_any_layout_on_the_gpu(problem: Problem, config: SparseTcCo
 @pytest.mark.gpu
 @of_each_kind
 def test_structured_filters_on_the_gpu(problem: Problem, config: SparseTcConfig) -> None:
-    weight = structured(problem.weight_shape, problem.dtype)
+    weight = structured(problem.weight_shape, problem.precision)
     run = SparseTc().prepare(problem, SparseFilter.from_dense(weight), None, config)
-    assert run.residual_share == 0.0  # type: ignore[attr-defined]
+    assert run.notes["remainder_share"] == 0.0
     check(problem, weight, config, (2,))
 
 
@@ -356,22 +356,22 @@ def test_structured_filters_on_the_gpu(problem: Problem, config: SparseTcConfig)
 @pytest.mark.parametrize("size", [(13, 17), (1, 1), (28, 28)])
 def test_other_input_sizes_on_the_gpu(size: tuple[int, int], dtype: Precision) -> None:
     """Another config where a tile's pixels do not hold its outputs."""
-    problem = replace(RES4, batch=2, height=size[0], width=size[1], dtype=dtype)
+    problem = replace(RES4, batch=2, height=size[0], width=size[1], precision=dtype)
     sparse_filter = filter_of(problem)
-    x = torch.randn(problem.input_shape, device="cuda", dtype=problem.torch_dtype)
+    x = torch.randn(problem.input_shape, device="cuda", dtype=problem.storage)
     expected = reference.conv2d(problem, x, sparse_filter.to_dense())
     for config in (VARIANTS["halo"][1], VARIANTS["columns"][1], VARIANTS["im2col"][1]):
         y = ops.prepare(problem, sparse_filter, None, "sparse_tc", asdict(config))(x)
-        assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.dtype], config
+        assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.precision], config
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
 def test_nan_and_infinity_stay_what_they_are_on_the_gpu(activation: str, dtype: Precision) -> None:
-    problem = replace(RES4, batch=1, epilogue=Epilogue(activation=activation), dtype=dtype)  # type: ignore[arg-type]
+    problem = replace(RES4, batch=1, epilogue=Epilogue(activation=activation), precision=dtype)  # type: ignore[arg-type]
     sparse_filter = SparseFilter.from_dense(np.ones(problem.weight_shape, dtype=np.float32))
-    x = torch.zeros(problem.input_shape, device="cuda", dtype=problem.torch_dtype)
+    x = torch.zeros(problem.input_shape, device="cuda", dtype=problem.storage)
     for config in (VARIANTS["halo"][1], VARIANTS["halo, last"][1]):
         run = SparseTc().prepare(problem, sparse_filter, None, config)
         x[0, 5, 7, 7] = float("nan")
@@ -384,7 +384,7 @@ def test_nan_and_infinity_stay_what_they_are_on_the_gpu(activation: str, dtype: 
 @pytest.mark.gpu
 def test_inputs_are_rounded_to_tf32_on_the_gpu() -> None:
     """In NCHW to the nearest; where x lies as it is read, it may be cut off."""
-    problem = Problem(4, 64, 14, 14, 64, (1, 1), dtype="tf32", device="cuda:0")
+    problem = Problem(4, 64, 14, 14, 64, (1, 1), precision="tf32", device="cuda:0")
     identity = SparseFilter.from_dense(np.eye(64, dtype=np.float32)[:, :, None, None])
     x = torch.randn(problem.input_shape, device="cuda")
     for layout, bits in (("contiguous", 11), ("channels_last", 10)):

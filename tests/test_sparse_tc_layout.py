@@ -92,7 +92,7 @@ def fills(problem: Problem) -> tuple[str, ...]:
     """Those that can be had."""
     if problem.stride != (1, 1):
         return ("im2col",)
-    if problem.kernel == (1, 1):
+    if problem.kernel_size == (1, 1):
         return ("flat",)
     return ("im2col", "columns") if problem.padding[0] > 3 else ("im2col", "columns", "halo")
 
@@ -102,7 +102,7 @@ def fills(problem: Problem) -> tuple[str, ...]:
 @pytest.mark.parametrize(("name", "fill"), [(name, fill) for name in CASES for fill in fills(CASES[name][0])])
 def test_the_kernels_coordinates_make_a_convolution(name: str, fill: str, layout: str, dtype: Precision) -> None:
     problem, density = CASES[name]
-    problem = replace(problem, dtype=dtype)
+    problem = replace(problem, precision=dtype)
     tilings = some_tilings(problem, fill, layout)
     assert tilings
     weight = integers(problem.weight_shape, density)
@@ -119,7 +119,7 @@ def test_the_kernels_coordinates_make_a_convolution(name: str, fill: str, layout
         assert np.array_equal(emulate(tiling, packed, laid_out(x, places, tiling)), expected), tiling.config
 
 
-RES4 = Problem(8, 256, 14, 14, 192, (3, 3), padding=SAME, dtype="fp16")
+RES4 = Problem(8, 256, 14, 14, 192, (3, 3), padding=SAME, precision="fp16")
 CONFIGS = [
     SparseTcConfig("halo", 216, rows=14),
     SparseTcConfig("columns", 112, across=1, rows=14),
@@ -131,7 +131,7 @@ CONFIGS = [
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "tf32"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision) -> None:
-    problem = replace(RES4, dtype=dtype)
+    problem = replace(RES4, precision=dtype)
     weight = uneven(problem.weight_shape)
     sparse_filter = SparseFilter.from_dense(weight)
     tiling, places = (
@@ -148,7 +148,7 @@ def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision)
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 def test_the_decoder_notices(dtype: Precision) -> None:
     sparse_filter = SparseFilter.from_dense(uneven(RES4.weight_shape))
-    tiling = Tiling.of(replace(RES4, dtype=dtype), CONFIGS[0], H200.shared_bytes)
+    tiling = Tiling.of(replace(RES4, precision=dtype), CONFIGS[0], H200.shared_bytes)
     places = ordered(sparse_filter, "contiguous", tiling.element)
     packed = pack(places, tiling)
     expected = decode(packed, places, tiling)
@@ -166,7 +166,7 @@ def test_the_decoder_notices(dtype: Precision) -> None:
 def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: Precision) -> None:
     weight = structured(RES4.weight_shape, dtype)
     sparse_filter = SparseFilter.from_dense(weight)
-    tiling = Tiling.of(replace(RES4, dtype=dtype), config, H200.shared_bytes)
+    tiling = Tiling.of(replace(RES4, precision=dtype), config, H200.shared_bytes)
     places = ordered(sparse_filter, config.layout, tiling.element)
     packed = pack(places, tiling)
     assert places.split.residual.nnz == 0 and places.extra(64, places.block) == 0.0
@@ -186,7 +186,7 @@ def test_the_order_leaves_less_over_in_fewer_images(dtype: Precision) -> None:
 def test_empty_halves_of_images_are_not_multiplied() -> None:
     problem, _ = CASES["few channels"]
     sparse_filter = SparseFilter.from_dense(integers(problem.weight_shape, 0.3))
-    tiling = Tiling.of(replace(problem, dtype="fp16"), SparseTcConfig("halo", 96, rows=9), H200.shared_bytes)
+    tiling = Tiling.of(replace(problem, precision="fp16"), SparseTcConfig("halo", 96, rows=9), H200.shared_bytes)
     packed = pack(ordered(sparse_filter, "channels_last", tiling.element), tiling)
     halves = packed.steps[:-1] >> 16 & 3
     assert halves[0] == 3 and set(halves[1:].tolist()) == {1}
@@ -204,13 +204,13 @@ def test_a_weight_beyond_the_precision_is_refused(dtype: Precision, large: float
     weight = integers(RES4.weight_shape, 0.1)
     weight[0, 0, 0, 0] = large
     sparse_filter = SparseFilter.from_dense(weight)
-    tiling = Tiling.of(replace(RES4, dtype=dtype), CONFIGS[0], H200.shared_bytes)
+    tiling = Tiling.of(replace(RES4, precision=dtype), CONFIGS[0], H200.shared_bytes)
     with pytest.raises(ValueError, match=message):
         pack(ordered(sparse_filter, "contiguous", tiling.element), tiling)
 
 
 def test_packing_is_quick() -> None:
-    problem = Problem(32, 512, 7, 7, 512, (3, 3), padding=SAME, dtype="fp16")
+    problem = Problem(32, 512, 7, 7, 512, (3, 3), padding=SAME, precision="fp16")
     sparse_filter = SparseFilter.from_dense(uneven(problem.weight_shape))
     tiling = Tiling.of(problem, SparseTcConfig("halo", 248, rows=7, images=4), H200.shared_bytes)
     places = ordered(sparse_filter, "channels_last", tiling.element)
@@ -233,7 +233,7 @@ def test_packing_is_quick() -> None:
         (replace(RES4, stride=(9, 1)), SparseTcConfig("im2col", 64), "reach no such stride"),
         (replace(RES4, out_channels=20), SparseTcConfig("im2col", 64, layout="channels_last"), "multiples of 8"),
         (
-            replace(RES4, in_channels=22, dtype="tf32"),
+            replace(RES4, in_channels=22, precision="tf32"),
             SparseTcConfig("im2col", 64, layout="channels_last"),
             "multiples of 4",
         ),
@@ -241,7 +241,9 @@ def test_packing_is_quick() -> None:
 )
 def test_configs_that_do_not_fit(problem: Problem, config: SparseTcConfig, reason: str) -> None:
     with pytest.raises(UnfitError, match=reason):
-        Tiling.of(replace(problem, dtype="fp16") if problem.dtype == "fp32" else problem, config, H200.shared_bytes)
+        Tiling.of(
+            replace(problem, precision="fp16") if problem.precision == "fp32" else problem, config, H200.shared_bytes
+        )
 
 
 def test_shared_memory_that_is_too_small() -> None:

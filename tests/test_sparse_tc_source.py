@@ -354,7 +354,7 @@ def test_the_source_computes_the_convolution(kind: str, layout: str, dtype: Prec
     name, config, with_epilogue = KINDS[kind]
     full = layout == with_epilogue
     problem, density = CASES[name]
-    problem = replace(problem, dtype=dtype, epilogue=FULL if full else problem.epilogue)
+    problem = replace(problem, precision=dtype, epilogue=FULL if full else problem.epilogue)
     config = replace(config, layout=layout)  # type: ignore[arg-type]
     tiling = Tiling.of(problem, config, H200.shared_bytes)
     weight = integers(problem.weight_shape, density)
@@ -365,9 +365,9 @@ def test_the_source_computes_the_convolution(kind: str, layout: str, dtype: Prec
     bias = np.where(packed.row_channel >= 0, packed.row_channel % 5, 0).astype(np.float32) * full
     last = config.takes_channels_last
     shape = problem.output_shape if not last else tuple(problem.output_shape[i] for i in (0, 2, 3, 1))
-    residual = torch.from_numpy(generator.integers(-9, 9, shape)).to(problem.torch_dtype)
-    y = torch.full(shape, float("nan"), dtype=problem.torch_dtype)
-    nhwc = torch.from_numpy(laid_out(x, places, tiling)).to(problem.torch_dtype).contiguous()
+    residual = torch.from_numpy(generator.integers(-9, 9, shape)).to(problem.storage)
+    y = torch.full(shape, float("nan"), dtype=problem.storage)
+    nhwc = torch.from_numpy(laid_out(x, places, tiling)).to(problem.storage).contiguous()
     images, height, width, channels = nhwc.shape
     x_map = TensorMap(nhwc.data_ptr(), (channels, width, height, images), tiling.load)
     whole_rows = config.fill in ("columns", "halo")

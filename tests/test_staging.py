@@ -159,7 +159,7 @@ def host_source(program: Program) -> str:
 )
 def test_the_ring_holds_what_the_interpreter_reads(dtype: str, config: GeneratedConfig, tmp_path: Path) -> None:
     channels = 14 if config.split == 1 else 15  # of a group: the last chunk, and the last part, have fewer
-    problem = Problem(3, 2 * channels, 10, 8, 16, (3, 3), padding=(1, 1, 1, 1), groups=2, dtype=dtype)  # type: ignore[arg-type]
+    problem = Problem(3, 2 * channels, 10, 8, 16, (3, 3), padding=(1, 1, 1, 1), groups=2, precision=dtype)  # type: ignore[arg-type]
     weight = torch.ones(problem.weight_shape)
     program = Program.of(problem, SparseFilter.from_dense(weight, 2), config)
     x = np.random.default_rng(0).standard_normal(problem.input_shape)

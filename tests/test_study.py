@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,7 +89,7 @@ class Knobs:
     depth: int = 1
 
 
-class Fake:
+class Fake(methods.Method):
     """A method with knobs."""
 
     name, device_type, config_type = "direct", "cpu", Knobs
@@ -100,15 +100,15 @@ class Fake:
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Knobs]:
         return Knobs(), Knobs(size=4), Knobs(depth=3)
 
-    def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: Any, config: Knobs
-    ) -> Callable[..., torch.Tensor]:
+    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: Any, config: Knobs) -> methods.Prepared:
         weight = sparse_filter.to_dense()
-        return lambda x, residual=None: reference.conv2d(problem, x, weight).float()
+        return methods.Prepared(lambda x, residual=None: reference.conv2d(problem, x, weight).float())
 
 
 class Compiled(Fake):
     """Compiles a kernel for each filter, as it were."""
+
+    compiles_per_filter = True
 
     def __init__(self) -> None:
         self.prepared: list[tuple[int, Knobs]] = []
@@ -116,9 +116,7 @@ class Compiled(Fake):
     def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: Knobs) -> float:
         return 1.0
 
-    def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: Any, config: Knobs
-    ) -> Callable[..., torch.Tensor]:
+    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: Any, config: Knobs) -> methods.Prepared:
         self.prepared.append((problem.in_channels, config))
         return super().prepare(problem, sparse_filter, bias, config)
 
@@ -153,19 +151,19 @@ class Knowing(Fake):
 def test_neighbours_differ_in_one_field(method: methods.Method) -> None:
     layer = suite.paper_layers(1)[0]
     for config in method.configs(layer.problem, layer.filter):
-        for name, changed in study.neighbours(method, config, layer).items():
+        for name, changed in method.neighbours(config, layer.problem, layer.filter).items():
             for other in changed:
                 assert [f.name for f in fields(config) if getattr(config, f.name) != getattr(other, f.name)] == [name]
 
 
 def test_neighbours_take_the_values_of_the_search_space_or_what_the_method_says() -> None:
     layer = suite.paper_layers(1)[0]
-    assert study.neighbours(Fake(), Knobs(), layer) == {
+    assert Fake().neighbours(Knobs(), layer.problem, layer.filter) == {
         "size": [Knobs(size=4)],
         "balanced": [],
         "depth": [Knobs(depth=3)],
     }
-    assert study.neighbours(Knowing(), Knobs(), layer)["size"] == [Knobs(size=1), Knobs(size=8)]
+    assert Knowing().neighbours(Knobs(), layer.problem, layer.filter)["size"] == [Knobs(size=1), Knobs(size=8)]
 
 
 def test_the_ablation_changes_one_field_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,7 +571,7 @@ def test_the_default_device_is_a_gpu(tmp_path: Path) -> None:
 def test_patterns_have_their_channels_in_the_order_of_a_network_in_channels_last(dtype: Precision) -> None:
     def layer(name: str, kernel: int, out_channels: int, stride: int, channels: int = 64) -> Layer:
         geometry = (kernel, kernel), (stride, stride), (kernel // 2,) * 4
-        problem = Problem(2, channels, 7, 7, out_channels, *geometry, dtype=dtype, device="cuda:0")
+        problem = Problem(2, channels, 7, 7, out_channels, *geometry, precision=dtype, device="cuda:0")
         return Layer("resnet50", "tiny", name, problem, suite.random_filter(problem, 0.8, seed=out_channels))
 
     layers = [
@@ -593,7 +591,7 @@ def test_patterns_have_their_channels_in_the_order_of_a_network_in_channels_last
         before, after = layers[i].filter.to_dense(), ordered[i].filter.to_dense()
         orders.append([next(c for c in range(64) if torch.equal(before[:, c], after[:, p])) for p in range(64)])
     assert orders[0] == orders[1] != list(range(64)), "what reads the same sum has one order"
-    strict = replace(layers[0], problem=replace(layers[0].problem, dtype="fp32"))
+    strict = replace(layers[0], problem=replace(layers[0].problem, precision="fp32"))
     assert study.in_order_of_channels_last([strict]) == [strict]
 
 

@@ -18,11 +18,12 @@ from benchmarks.paper_layers import PAPER_LAYERS
 from benchmarks.suite import Row, layers, networks
 from escort import prune
 from escort.filter import SparseFilter
+from escort.methods import Prepared
 from escort.methods.cpu.dense import Dense, DenseConfig
 from escort.network.model import ConvertedModel
 from escort.planner import timing as bench
 from escort.planner.timing import Machine, Timing
-from escort.problem import Problem
+from escort.problem import MemoryFormat, Problem
 
 ROW_FIELDS = ["network", "weights", "layer", "batch", "dtype", "method", "config", "time_us", "rel_error"]
 
@@ -68,7 +69,7 @@ def test_the_papers_batches_and_any_precision() -> None:
         ("googlenet", 128),
         ("resnet50", 32),
     }
-    assert {(layer.problem.dtype, layer.problem.device) for layer in layers} == {("fp16", "cuda:0")}
+    assert {(layer.problem.precision, layer.problem.device) for layer in layers} == {("fp16", "cuda:0")}
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ def test_damaged_pattern_files(tmp_path: Path, arrays: dict[str, np.ndarray]) ->
 def test_patterns_may_take_the_papers_batch(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     np.savez(tmp_path / "resnet50_magnitude.npz", **arrays)
     (layer,) = suite.pattern_layers(tmp_path / "resnet50_magnitude.npz", None, dtype="bf16", device="cuda:1")
-    assert (layer.problem.batch, layer.problem.dtype, layer.problem.device) == (32, "bf16", "cuda:1")
+    assert (layer.problem.batch, layer.problem.precision, layer.problem.device) == (32, "bf16", "cuda:1")
     np.savez(tmp_path / "lenet.npz", **arrays)
     with pytest.raises(ValueError, match="the paper knows no lenet, only caffenet, googlenet, resnet50"):
         suite.pattern_layers(tmp_path / "lenet.npz", None)
@@ -163,7 +164,7 @@ def test_wrong_outputs_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(Dense):
         def prepare(self, *args: Any) -> Any:
             run = super().prepare(*args)
-            return lambda x, residual=None: run(x, residual) * 1.01
+            return Prepared(lambda x, residual=None: run(x, residual) * 1.01)
 
     monkeypatch.setattr(layers, "for_device", lambda device: (Wrong(),))
     monkeypatch.setattr(bench, "race", lambda *args, **kwargs: pytest.fail("timed"))
@@ -188,11 +189,14 @@ class FakeGpuMethod(Dense):
         self.space = configs
         self.saw_channels_last: list[bool] = []
 
-    def benchmarks(self, problem: Problem, sparse_filter: SparseFilter) -> Any:
+    def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Any:
         return (Scaled(takes_channels_last=True),)
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Any:
         return self.space
+
+    def input_format(self, config: Scaled) -> MemoryFormat:
+        return "channels_last" if config.takes_channels_last else "contiguous"
 
     def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: Any, config: Any) -> Any:
         run = super().prepare(problem, sparse_filter, bias, DenseConfig())
@@ -203,7 +207,7 @@ class FakeGpuMethod(Dense):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB. GPU 0 has less.")
             return run(x) * config.factor
 
-        return scaled
+        return Prepared(scaled)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ A rival is timed only after its output was compared with a float64 reference, an
 
 from __future__ import annotations
 
-from benchmarks.suite.layers import Layer, measure_layer, paper_layers, pattern_layers, random_filter
+from benchmarks.suite.layers import Layer, as_taken, measure_layer, paper_layers, pattern_layers, random_filter
 from benchmarks.suite.narrowed import Narrowed, narrowed
 from benchmarks.suite.networks import RIVALS, dense_at_its_best, measure_network, prune_all_but_first
 from benchmarks.suite.rows import WHOLE, Row, best_times, geometric_means, header, write_results
@@ -17,6 +17,7 @@ __all__ = [
     "Layer",
     "Narrowed",
     "Row",
+    "as_taken",
     "best_times",
     "dense_at_its_best",
     "geometric_means",

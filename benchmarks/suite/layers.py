@@ -20,10 +20,9 @@ from benchmarks.suite.rows import Row, check, leave_out
 from escort import reference
 from escort.filter import IntArray, SparseFilter
 from escort.methods import Method, Runner, for_device
-from escort.methods.base import as_taken, benchmark_configs
 from escort.planner import timing as bench
 from escort.planner.timing import Timing
-from escort.problem import Precision, Problem
+from escort.problem import TORCH_MEMORY_FORMAT, Precision, Problem
 
 #: An error within so many times a precision's bound is rounding; what exceeds even that is wrong.
 _ROUNDING = 10.0
@@ -53,7 +52,7 @@ def paper_layers(batch: int | None, seed: int = 0, *, dtype: Precision = "fp32",
     rng = np.random.default_rng(seed)
     layers = []
     for entry in PAPER_LAYERS:
-        problem = replace(entry.problem(batch or entry.batch), dtype=dtype, device=device)
+        problem = replace(entry.problem(batch or entry.batch), precision=dtype, device=device)
         rows, width = problem.out_channels, math.prod(problem.weight_shape[1:])
         nnz = round((1.0 - entry.sparsity) * rows * width)
         positions = np.sort(rng.choice(rows * width, nnz, replace=False))
@@ -110,7 +109,7 @@ def pattern_layers(
                 (stride, stride),
                 (padding,) * 4,
                 groups=groups,
-                dtype=dtype,
+                precision=dtype,
                 device=device,
             )
             indptr, columns = (_integers(arrays, f"{name}.{part}") for part in ("indptr", "indices"))
@@ -182,32 +181,32 @@ def measure_layer(
     with torch.inference_mode():
         inputs = [x for x, _ in bench.example_inputs(problem, seed=seed)]
         entrants = list(_entrants(layer, for_device(problem.device) if methods is None else methods, inputs[0]))
-        runs = [[partial(run, as_taken(config, x)) for x in inputs] for _, config, run, _ in entrants]
+        runs = [[partial(run, as_taken(m, config, x)) for x in inputs] for m, config, run, _ in entrants]
         timings = _race_layer(problem, runs, rounds, budget_s)
-    about = layer.network, layer.weights, layer.name, problem.batch, problem.dtype
+    about = layer.network, layer.weights, layer.name, problem.batch, problem.precision
     rows = []
     for (method, config, _, error), timing in zip(entrants, timings, strict=True):
         if timing.time_us is None:
-            leave_out(_name(layer, method, config), timing.reason)
+            leave_out(_name(layer, method.name, config), timing.reason)
             continue
         options = asdict(config) | ({"timer": "events"} if timing.timer == "events" else {})
-        rows.append(Row(*about, method, options, round(timing.time_us, 2), error))
+        rows.append(Row(*about, method.name, options, round(timing.time_us, 2), error))
     return rows
 
 
-def _entrants(layer: Layer, methods: Sequence[Method], x: Tensor) -> Iterator[tuple[str, Any, Runner, float]]:
+def _entrants(layer: Layer, methods: Sequence[Method], x: Tensor) -> Iterator[tuple[Method, Any, Runner, float]]:
     """Method, config, runner and relative error of all that compute the layer, as :func:`measure_layer` says."""
     problem, on_gpu = layer.problem, layer.problem.device_type == "cuda"
     expected = reference.conv2d(problem, x, layer.filter.to_dense())
-    bound = reference.ERROR_BOUND[problem.dtype]
+    bound = reference.ERROR_BOUND[problem.precision]
     for method in methods:
         if method.unsupported(problem) is not None:
             continue
-        for config in benchmark_configs(method, problem, layer.filter):
+        for config in (*method.configs(problem, layer.filter), *method.benchmark_configs(problem, layer.filter)):
             what = _name(layer, method.name, config)
             try:
-                run = method.prepare(problem, layer.filter, None, config)
-                out = run(as_taken(config, x))
+                run = method.prepare(problem, layer.filter, None, config).run
+                out = run(as_taken(method, config, x))
             except (RuntimeError, ValueError) as failure:
                 if not on_gpu:
                     raise
@@ -218,7 +217,12 @@ def _entrants(layer: Layer, methods: Sequence[Method], x: Tensor) -> Iterator[tu
                 leave_out(what, f"relative error {error:.1e} exceeds {bound:.0e}")
                 continue
             check(error, bound, what)
-            yield method.name, config, run, error
+            yield method, config, run, error
+
+
+def as_taken(method: Method, config: Any, x: Tensor) -> Tensor:
+    """x in the memory format in which a config takes it without conversion."""
+    return x.contiguous(memory_format=TORCH_MEMORY_FORMAT[method.input_format(config)])
 
 
 def _name(layer: Layer, method: str, config: Any) -> str:

@@ -11,30 +11,33 @@ import torch
 
 from benchmarks.suite.layers import Layer
 from escort.filter import SparseFilter
-from escort.methods import Method, Runner
-from escort.methods.base import only_for_benchmarks
+from escort.methods import Method, Prepared
 from escort.planner import planner
 from escort.problem import Problem
 
 
-class Narrowed:
+class Narrowed(Method):
     """A method with a smaller search space: the given configurations, or the `most` best guesses."""
 
     def __init__(self, method: Method, configs: Sequence[Any] | None = None, most: int | None = None) -> None:
-        self.name, self.device_type, self.config_type = method.name, method.device_type, method.config_type
         self._method, self._configs, self._most = method, configs, most
-        self._ready: dict[Any, Runner] = {}
+        self._ready: dict[Any, Prepared] = {}
 
-    def unsupported(self, problem: Problem) -> str | None:
-        return self._method.unsupported(problem)
+    def __getattribute__(self, name: str) -> Any:
+        own = ("configs", "benchmark_configs", "prepare", "prepare_ahead")
+        if name.startswith("_") or name in own:
+            return super().__getattribute__(name)
+        return getattr(self._method, name)
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Any]:
         return self._configs or self._method.configs(problem, sparse_filter)[: self._most]
 
-    def benchmarks(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Any]:
-        return () if self._configs is not None else only_for_benchmarks(self._method, problem, sparse_filter)
+    def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Any]:
+        return () if self._configs is not None else self._method.benchmark_configs(problem, sparse_filter)
 
-    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Runner:
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any
+    ) -> Prepared:
         ready = self._ready.pop(config, None)
         return ready or self._method.prepare(problem, sparse_filter, bias, config)
 
@@ -53,7 +56,7 @@ def narrowed(layers: Sequence[Layer], methods: Sequence[Method], most: int | Non
     for layer in layers:
         found.append([Narrowed(method, most=most) for method in methods])
         for place, method in enumerate(methods):
-            if planner.is_compiled(method) and method.unsupported(layer.problem) is None:
+            if method.compiles_per_filter and method.unsupported(layer.problem) is None:
                 configs = list(method.configs(layer.problem, layer.filter)[:most])
                 ready = found[-1][place] = Narrowed(method, configs)
                 jobs += [partial(ready.prepare_ahead, layer, config) for config in configs]

@@ -57,9 +57,9 @@ class Problem:
     (batch, out_channels, out_height, out_width), as in :func:`torch.nn.functional.conv2d`.
 
     Attributes:
-        kernel: (R, S), rows and columns of the filter.
+        kernel_size: (R, S), rows and columns of the filter.
         padding: zeros added (top, bottom, left, right).
-        dtype: the precision of storage and products; ``fp32`` is strict.
+        precision: of storage and products; ``fp32`` is strict.
         device: as torch writes it, ``cpu`` or ``cuda:0``.
         memory_format: in which x and residual are given and the result is asked, each the other one too, at the cost of
             converting it. ``channels_last`` is for GPUs.
@@ -74,25 +74,25 @@ class Problem:
     height: int
     width: int
     out_channels: int
-    kernel: tuple[int, int]
+    kernel_size: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
-    dtype: Precision = "fp32"
+    precision: Precision = "fp32"
     device: str = "cpu"
     epilogue: Epilogue = field(default_factory=Epilogue)
     memory_format: MemoryFormat = "contiguous"
 
     def __post_init__(self) -> None:
-        if self.dtype not in get_args(Precision):
-            raise ValueError(f"dtype is one of {get_args(Precision)}, got {self.dtype!r}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision is one of {get_args(Precision)}, got {self.precision!r}")
         if self.memory_format not in get_args(MemoryFormat):
             raise ValueError(f"memory_format is one of {get_args(MemoryFormat)}, got {self.memory_format!r}")
         if self.memory_format != "contiguous" and self.device_type == "cpu":
             raise ValueError("channels_last is for GPUs: on the CPU tensors are contiguous")
         sizes = (self.in_channels, self.height, self.width, self.out_channels, self.groups)
-        if min(*sizes, *self.kernel, *self.stride, *self.dilation) < 1 or min(self.batch, *self.padding) < 0:
+        if min(*sizes, *self.kernel_size, *self.stride, *self.dilation) < 1 or min(self.batch, *self.padding) < 0:
             raise ValueError(f"sizes are positive and batch and padding not negative: {self}")
         if self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(
@@ -100,7 +100,7 @@ class Problem:
                 f"groups {self.groups}"
             )
         if self.out_height < 1 or self.out_width < 1:
-            reach = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+            reach = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
             raise ValueError(
                 f"input {self.height}x{self.width} with padding {self.padding} is smaller than the kernel, which spans "
                 f"{reach[0]}x{reach[1]}; use a larger input or more padding"
@@ -113,7 +113,7 @@ class Problem:
         input_shape: tuple[int, ...] | torch.Size,
         *,
         epilogue: Epilogue | None = None,
-        dtype: Precision = "fp32",
+        precision: Precision = "fp32",
         device: str = "cpu",
         memory_format: MemoryFormat = "contiguous",
     ) -> Problem:
@@ -134,7 +134,7 @@ class Problem:
             explicit_padding(conv.padding, conv.kernel_size, conv.dilation),
             (conv.dilation[0], conv.dilation[1]),
             conv.groups,
-            dtype,
+            precision,
             device,
             epilogue or Epilogue(bias=conv.bias is not None),
             memory_format,
@@ -147,11 +147,15 @@ class Problem:
 
     @property
     def out_height(self) -> int:
-        return (self.height + sum(self.padding[:2]) - (self.kernel[0] - 1) * self.dilation[0] - 1) // self.stride[0] + 1
+        return (self.height + sum(self.padding[:2]) - (self.kernel_size[0] - 1) * self.dilation[0] - 1) // self.stride[
+            0
+        ] + 1
 
     @property
     def out_width(self) -> int:
-        return (self.width + sum(self.padding[2:]) - (self.kernel[1] - 1) * self.dilation[1] - 1) // self.stride[1] + 1
+        return (self.width + sum(self.padding[2:]) - (self.kernel_size[1] - 1) * self.dilation[1] - 1) // self.stride[
+            1
+        ] + 1
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
@@ -159,7 +163,7 @@ class Problem:
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
-        return self.out_channels, self.in_channels // self.groups, *self.kernel
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
@@ -171,8 +175,8 @@ class Problem:
         return self.device.partition(":")[0]
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return TORCH_DTYPE[self.dtype]
+    def storage(self) -> torch.dtype:
+        return TORCH_DTYPE[self.precision]
 
     @property
     def torch_memory_format(self) -> torch.memory_format:
@@ -180,7 +184,7 @@ class Problem:
 
     def __str__(self) -> str:
         text = f"{self.batch}x{self.in_channels}x{self.height}x{self.width} -> {self.out_channels}"
-        text += f", kernel {self.kernel[0]}x{self.kernel[1]}, {self.dtype} on {self.device}"
+        text += f", kernel {self.kernel_size[0]}x{self.kernel_size[1]}, {self.precision} on {self.device}"
         for name, default in (("stride", (1, 1)), ("padding", (0, 0, 0, 0)), ("dilation", (1, 1)), ("groups", 1)):
             if getattr(self, name) != default:
                 text += f", {name} {getattr(self, name)}"
@@ -195,7 +199,7 @@ class Problem:
     def from_json(cls, data: dict[str, Any]) -> Problem:
         """The problem behind :meth:`to_json`'s fields. Raises ValueError on missing, unknown or absurd ones."""
         try:
-            tuples = {name: tuple(data[name]) for name in ("kernel", "stride", "padding", "dilation")}
+            tuples = {name: tuple(data[name]) for name in ("kernel_size", "stride", "padding", "dilation")}
             return cls(**{**data, **tuples, "epilogue": Epilogue(**data["epilogue"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a problem: {error}") from error

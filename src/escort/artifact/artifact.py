@@ -175,7 +175,7 @@ def _transfer(plan: NetworkPlan, device: torch.device) -> NetworkPlan:
     precision: Precision = "fp32" if moves and plan.precision == "tf32" else plan.precision
     layers = {}
     for name, layer in plan.layers.items():
-        layer = replace(layer, problem=replace(layer.problem.on(str(device)), dtype=precision))
+        layer = replace(layer, problem=replace(layer.problem.on(str(device)), precision=precision))
         layers[name] = replace(layer, method="", candidates=()) if moves else layer
     images = None if moves else plan.images
     return replace(plan, layers=layers, device=str(device), precision=precision, images=images)
@@ -253,14 +253,14 @@ def _build_sparse(name: str, container: Container, plan: Plan) -> SparseConv2d:
 
 def _check_problem(problem: Problem) -> None:
     sizes = (*problem.input_shape, problem.out_channels, problem.groups)
-    windows = (*problem.kernel, *problem.stride, *problem.dilation, *problem.padding)
-    lengths = len(problem.kernel), len(problem.stride), len(problem.dilation), len(problem.padding)
+    windows = (*problem.kernel_size, *problem.stride, *problem.dilation, *problem.padding)
+    lengths = len(problem.kernel_size), len(problem.stride), len(problem.dilation), len(problem.padding)
     flags = problem.epilogue.bias, problem.epilogue.residual
     if (
         lengths != (2, 2, 2, 4)
         or not all(type(number) is int for number in (*sizes, *windows))
         or not all(type(flag) is bool for flag in flags)
-        or (problem.device == "cpu" and problem.dtype != "fp32")
+        or (problem.device == "cpu" and problem.precision != "fp32")
         or max(windows) > MAX_WINDOW
         or max(math.prod(shape[2:]) for shape in (problem.input_shape, problem.output_shape)) > MAX_PLANE
         or max(math.prod(shape) for shape in (problem.input_shape, problem.output_shape)) > MAX_NUMBERS
@@ -318,7 +318,7 @@ def _insert(layers: Mapping[str, nn.Module], container: Container, model: nn.Mod
 def _check_replaceable(old: nn.Module, new: nn.Module) -> None:
     if isinstance(new, SparseConv2d):
         problem = new.plan.problem
-        where = {"dtype": problem.dtype, "device": problem.device}
+        where = {"precision": problem.precision, "device": problem.device}
         if unsupported(old) or Problem.of(old, problem.input_shape, **where) != problem:  # type: ignore[arg-type]
             raise ValueError(f"the file holds {new}, the model has {old}")
     elif (

@@ -88,8 +88,8 @@ def _kernel(candidate: Candidate) -> str:
     told = []
     if candidate.compile_s is not None and candidate.code_bytes is not None:
         told.append(f"{candidate.code_bytes / 1000:,.0f} kB in {candidate.compile_s:,.1f} s")
-    if candidate.residual_share is not None:
-        told.append(f"{candidate.residual_share:.1%} left over")
+    if candidate.remainder_share is not None:
+        told.append(f"{candidate.remainder_share:.1%} left over")
     return ", ".join(told) or "-"
 
 

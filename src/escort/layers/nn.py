@@ -57,10 +57,10 @@ class SparseConv2d(nn.Module):
         self.stride, self.padding, self.dilation = problem.stride, problem.padding, problem.dilation
         self.activation, self.residual = problem.epilogue.activation, problem.epilogue.residual
         self.plan, self.name = plan, name
-        geometry = problem.kernel, problem.stride, problem.padding, problem.dilation, problem.groups
-        choice = self.activation, plan.method, plan.config, problem.dtype, problem.memory_format
+        geometry = problem.kernel_size, problem.stride, problem.padding, problem.dilation, problem.groups
+        choice = self.activation, plan.method, plan.config, problem.precision, problem.memory_format
         self._spec = ops.Spec(*geometry, *choice, planned=(problem.height, problem.width)).to_json()
-        self._dtype = problem.torch_dtype
+        self._dtype = problem.storage
         self._runners: dict[Any, Runner] = {}  # by input size, all on _device
         self._device = self.values.device
         super().train(False)

@@ -23,7 +23,6 @@ from escort.filter import SparseFilter
 from escort.kernels import _cpu
 from escort.methods import Runner, by_name, for_device
 from escort.methods.base import aligned
-from escort.planner.planner import is_compiled
 from escort.problem import TORCH_DTYPE, TORCH_MEMORY_FORMAT, Activation, Epilogue, MemoryFormat, Precision, Problem
 
 # `spec` is a JSON object: one string costs less per call than its dozen values would.
@@ -173,11 +172,11 @@ def _prepare(
 ) -> Runner:
     chosen = by_name(method, problem.device)
     others = [other for other in for_device(problem.device) if other is not chosen]
-    candidates = [chosen, *sorted(others, key=is_compiled)]  # what compiles for minutes comes last
+    candidates = [chosen, *sorted(others, key=lambda other: other.compiles_per_filter)]  # what takes minutes, last
     size = problem.height, problem.width
     takes_long = planned not in (None, size) and _compile_s(chosen, problem, sparse_filter, config) > _PATIENCE_S
     if takes_long:
-        candidates.sort(key=is_compiled)
+        candidates.sort(key=lambda other: other.compiles_per_filter)
     refusal = None
     for candidate in candidates:
         if reason := candidate.unsupported(problem):
@@ -188,7 +187,7 @@ def _prepare(
                 knobs = (
                     candidate.configs(problem, sparse_filter)[0] if first_choice else candidate.config_type(**config)
                 )
-                run = candidate.prepare(problem, sparse_filter, bias, knobs)
+                run = candidate.prepare(problem, sparse_filter, bias, knobs).run
             except ValueError as error:
                 refusal = refusal or error
                 continue
@@ -206,7 +205,7 @@ def _prepare(
 
 def _compile_s(method: Any, problem: Problem, sparse_filter: SparseFilter, config: dict[str, Any]) -> float:
     """About how many seconds of one core it takes until a config can run; no end where it does not fit."""
-    if not is_compiled(method):
+    if not method.compiles_per_filter:
         return 0.0
     try:
         return float(method.compile_s(problem, sparse_filter, method.config_type(**config)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from escort.methods.base import Config, Method, Runner
+from escort.methods.base import Config, Method, Prepared, Runner
 from escort.methods.cpu.dense import Dense
 from escort.methods.cpu.direct import Direct
 from escort.methods.cpu.lowered import Lowered
@@ -40,4 +40,9 @@ def for_device(device: str) -> tuple[Method, ...]:
     return tuple(method for method in METHODS if method.device_type == device.partition(":")[0])
 
 
-__all__ = ["METHODS", "Config", "Method", "Runner", "by_name", "for_device"]
+def dense_for(device: str) -> Method:
+    """The method that stands for the dense model on a device."""
+    return next(method for method in for_device(device) if method.is_dense)
+
+
+__all__ = ["METHODS", "Config", "Method", "Prepared", "Runner", "by_name", "dense_for", "for_device"]

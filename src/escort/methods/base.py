@@ -3,76 +3,121 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from escort.cuda.compiler import Binary
+from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
-from escort.problem import Precision, Problem
+from escort.problem import MemoryFormat, Precision, Problem
 
-
-class Config(Protocol):
-    """The tuning knobs of a method: a frozen dataclass of JSON values, so that a plan can store and compare it."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+Config = Any  # a frozen dataclass of scalars: the tuning knobs of a method, which a plan stores and compares
 
 
 class Runner(Protocol):
-    """A prepared convolution: x (N, C, H, W) and residual (N, K, out_height, out_width) to y like residual, any N.
+    """Runs a prepared convolution: x (N, C, H, W) and residual (N, K, out_height, out_width) to y like residual, any N.
 
     x and residual may lie in any memory format, and y lies in the problem's.
-
-    It may have ``binary``, the :class:`escort.cuda.compiler.Binary` of a kernel made for it, and ``residual_share``,
-    the share of the filter's nonzeros that its :class:`escort.filter.Split` leaves over; a plan then tells of them.
     """
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
-class CompiledRunner:
-    """A runner by a kernel that was compiled for it, and what a plan tells of that."""
+class Prepared:
+    """A convolution that is ready to run.
+
+    Attributes:
+        run: what runs it.
+        binary: the kernel, where one was compiled for this filter.
+        notes: what a plan tells besides, by name: numbers only.
+    """
 
     run: Runner
-    binary: Binary
-    residual_share: float | None = None
+    binary: Binary | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return self.run(x, residual)
 
 
-class Method(Protocol):
-    """One way to run a problem.
+class Method(ABC):
+    """One way to run a convolution.
 
-    ``prepare`` does all work that depends on shapes and weights; the runner it returns only runs.
+    A method states what it cannot do, lists the configs that are worth a try and prepares one of them. Everything that
+    depends on shapes and weights happens in `prepare`; what it returns only runs.
 
-    Where no plan can choose some of its configs, ``benchmarks(problem, sparse_filter)`` lists them for measurements.
-
-    A method that compiles a kernel for each filter has ``compile_s(problem, sparse_filter, config) -> float`` besides, about
-    how many seconds of one core that takes. The planner keeps it within its compile budget.
+    Attributes:
+        name: what plans and results call it. On each type of device a name means one method.
+        device_type: "cpu" or "cuda".
+        config_type: the class of its configs.
+        is_dense: whether it multiplies the zeros as well: the fastest of these stands for the dense model.
+        compiles_per_filter: whether `prepare` compiles a kernel for the filter; that takes long and has a budget.
     """
 
-    #: What plans and results call it. On each type of device a name means one method.
-    name: str
-    device_type: str
-    config_type: type[Any]
+    name: ClassVar[str]
+    device_type: ClassVar[Literal["cpu", "cuda"]]
+    config_type: ClassVar[type[Any]]
+    is_dense: ClassVar[bool] = False
+    compiles_per_filter: ClassVar[bool] = False
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method cannot run a problem on its type of device, or None where it can."""
-        ...
+        return None
 
-    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Any]:
+    @abstractmethod
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Config]:
         """The search space for this problem, best guess first."""
-        ...
 
-    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Runner:
-        """A runner for this filter and input size, on the problem's device. bias: (K,) on any device, or None."""
-        ...
+    @abstractmethod
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Config
+    ) -> Prepared:
+        """What runs this filter on this input size, on the problem's device. bias: (K,) on any device, or None.
+
+        Raises:
+            ValueError: where the config does not fit, or a weight does not fit the storage type.
+            RuntimeError: where the device refuses.
+        """
+
+    def predict_us(
+        self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: Config | None = None
+    ) -> float | None:
+        """The time that the method's model predicts for a config, by default the least of all; None without a model."""
+        return None
+
+    def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: Config) -> float:
+        """About how many seconds of one core it takes to compile a config for the filter."""
+        return 0.0
+
+    def channel_order(self, weights: Sequence[torch.Tensor], precision: Precision) -> torch.Tensor | None:
+        """The order of their input channels, (C,) int64, that suits weights (K, C, R, S) of one tensor best, if any."""
+        return None
+
+    # For benchmarks alone.
+
+    def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Config]:
+        """Configs that no plan can choose, which benchmarks time besides."""
+        return ()
+
+    def input_format(self, config: Config) -> MemoryFormat:
+        """The memory format in which a config takes its input without conversion."""
+        return "contiguous"
+
+    def neighbours(self, config: Config, problem: Problem, sparse_filter: SparseFilter) -> dict[str, list[Config]]:
+        """For each knob, the configs that differ from `config` in it alone."""
+        space = self.configs(problem, sparse_filter)
+        values = {f.name: dict.fromkeys(getattr(other, f.name) for other in space) for f in fields(config)}
+        return {
+            name: [replace(config, **{name: value}) for value in found if value != getattr(config, name)]
+            for name, found in values.items()
+        }
 
 
 def input_check(
@@ -85,7 +130,7 @@ def input_check(
     Args:
         most_images: that the kernel can address; raises beyond, too.
     """
-    in_shape, out_shape, dtype = problem.input_shape[1:], problem.output_shape[1:], problem.torch_dtype
+    in_shape, out_shape, dtype = problem.input_shape[1:], problem.output_shape[1:], problem.storage
     device, takes_residual = torch.device(problem.device), problem.epilogue.residual
     name = str(dtype).removeprefix("torch.")
 
@@ -155,14 +200,14 @@ def unfold(problem: Problem, x: torch.Tensor, *, by_image: bool = False) -> torc
         by_image: leave the batch to torch and unfold a pointwise convolution too.
     """
     images, channels, height, width = x.shape
-    shape = images, problem.groups, channels // problem.groups * problem.kernel[0] * problem.kernel[1]
-    pointwise = problem.kernel == problem.stride == (1, 1) and not any(problem.padding)
+    shape = images, problem.groups, channels // problem.groups * problem.kernel_size[0] * problem.kernel_size[1]
+    pointwise = problem.kernel_size == problem.stride == (1, 1) and not any(problem.padding)
     if pointwise and not by_image:
         return x.reshape(*shape, height * width)
     x, padding = symmetric_padding(problem, x)
     if not by_image:
         x = x.reshape(1, images * channels, *x.shape[2:])
-    columns = F.unfold(x, problem.kernel, problem.dilation, padding, problem.stride)
+    columns = F.unfold(x, problem.kernel_size, problem.dilation, padding, problem.stride)
     return columns.view(*shape, problem.out_height * problem.out_width)
 
 
@@ -228,20 +273,3 @@ def _fp32_precision(operators: Any, precision: Precision) -> Iterator[None]:
         yield
     finally:
         operators.fp32_precision = before
-
-
-def as_taken(config: Any, x: torch.Tensor) -> torch.Tensor:
-    """x in the memory format in which a config's runner takes it without conversion; for benchmarks."""
-    last = getattr(config, "takes_channels_last", False)
-    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def benchmark_configs(method: Method, problem: Problem, sparse_filter: SparseFilter) -> list[Any]:
-    """A method's search space, and the configs of it that only benchmarks time."""
-    return [*method.configs(problem, sparse_filter), *only_for_benchmarks(method, problem, sparse_filter)]
-
-
-def only_for_benchmarks(method: Method, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Any]:
-    """The configs that a method's `benchmarks` lists, if it has any."""
-    listed = getattr(method, "benchmarks", None)
-    return listed(problem, sparse_filter) if listed else ()

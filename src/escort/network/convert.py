@@ -356,7 +356,7 @@ def _ask(module: nn.Module, shape: torch.Size, name: str, precision: Precision, 
     with _naming(name):
         device = str(conv.weight.device)
         problem = Problem.of(
-            conv, shape, epilogue=epilogue, dtype=precision, device=device, memory_format=memory_format
+            conv, shape, epilogue=epilogue, precision=precision, device=device, memory_format=memory_format
         )
         sparse_filter = SparseFilter.from_dense(conv.weight, conv.groups)
     return problem, sparse_filter, None if conv.bias is None else conv.bias.detach().float()
@@ -378,7 +378,7 @@ def _plan(network: nn.Module, asked: dict[str, _Asked], compile_budget_s: float,
                 plans[name] = next(planned)
                 sparse = SparseConv2d(sparse_filter, bias, plans[name], name)
             _set_submodule(network, name, sparse)
-            if planner.is_compiled(by_name(plans[name].method, plans[name].problem.device)):
+            if by_name(plans[name].method, plans[name].problem.device).compiles_per_filter:
                 compiled.append(sparse)
             advance()
         with _running_out("the whole network"):  # those that took over a plan have their kernels still to compile

@@ -130,7 +130,7 @@ class NetworkPlan:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a network plan: {error}") from error
         problems = [layer.problem for layer in plan.layers.values()]
-        asked = {(problem.device, problem.dtype, problem.memory_format) for problem in problems}
+        asked = {(problem.device, problem.precision, problem.memory_format) for problem in problems}
         if (
             not re.fullmatch(r"cpu|cuda:\d{1,3}", plan.device)
             or plan.precision not in get_args(Precision)

@@ -16,13 +16,10 @@ import torch
 
 from escort import reference
 from escort.filter import SparseFilter
-from escort.methods import Method, Runner, by_name, for_device
+from escort.methods import Method, Prepared, Runner, by_name, dense_for, for_device
 from escort.planner import timing as bench
 from escort.planner.timing import Machine, Timer
 from escort.problem import Problem
-
-#: The method that stands for the dense model on each type of device.
-DENSE = {"cpu": "dense", "cuda": "cudnn"}
 
 #: A candidate whose first runs take this much longer than the fastest one's is not timed further.
 _HOPELESS = 1.6
@@ -48,7 +45,7 @@ class Candidate:
         timer: how it was timed; on a GPU "events" where it was hopeless, or cannot be captured.
         compile_s: seconds of one core that compiling its kernel took, whenever that was; None where nothing says so.
         code_bytes: size of that kernel's binary; None likewise.
-        residual_share: of the filter's nonzeros, that a method for structured filters adds separately; None for others.
+        remainder_share: of the filter's nonzeros, that a method for structured filters adds separately, else None.
     """
 
     method: str
@@ -59,7 +56,7 @@ class Candidate:
     timer: Timer = "calls"
     compile_s: float | None = None
     code_bytes: int | None = None
-    residual_share: float | None = None
+    remainder_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,14 +78,14 @@ class Plan:
     @property
     def dense_time_us(self) -> float | None:
         """Median time of the fastest dense candidate."""
-        return self.best_us(DENSE[self.problem.device_type])
+        return self.best_us(dense_for(self.problem.device).name)
 
     def best_us(self, method: str) -> float | None:
         """Median time of that method's fastest candidate, None where none was timed."""
         times = [c.time_us for c in self.candidates if c.method == method and c.time_us is not None]
         return min(times, default=None)
 
-    def runner(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None) -> Runner:
+    def runner(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None) -> Prepared:
         """The choice, prepared for this filter and for a problem that may have another batch or input size."""
         method = by_name(self.method, problem.device)
         return method.prepare(problem, sparse_filter, bias, method.config_type(**self.config))
@@ -181,7 +178,7 @@ def plan_layers(
         for index, space in spaces.items()
         for method, configs in space.tried
         for config in configs
-        if is_compiled(method) or layers[index][0].device_type == "cuda"
+        if method.compiles_per_filter or layers[index][0].device_type == "cuda"
     ]
     on_all_cores(jobs, preparing)
     jobs.clear()
@@ -207,11 +204,6 @@ def on_all_cores(
         for count, future in enumerate(as_completed([pool.submit(job) for job in jobs]), 1):
             future.result()
             done(count, len(jobs))
-
-
-def is_compiled(method: Method) -> bool:
-    """Whether a method compiles a kernel for each filter, which takes so long that it has a budget."""
-    return hasattr(method, "compile_s")
 
 
 def check_compile_budget(compile_budget_s: float) -> None:
@@ -246,7 +238,7 @@ class _Space:
     compile_s: list[float]
     compile_budget_s: float
     is_cut: bool
-    runners: dict[tuple[str, Any], Runner] = field(default_factory=dict)
+    runners: dict[tuple[str, Any], Prepared] = field(default_factory=dict)
 
 
 _remembered: dict[Any, _Known] = {}
@@ -271,7 +263,7 @@ def _recall(
     if known is None or _is_outgrown(known, compile_budget_s):
         return None
     method = next(method for method in methods if method.name == known.plan.method)
-    if not is_compiled(method):
+    if not method.compiles_per_filter:
         return known.plan, 0.0
     needed_s = _compile_s(method, problem, sparse_filter, method.config_type(**known.plan.config))
     return (known.plan, needed_s) if _fits(needed_s, compile_budget_s) else None
@@ -288,7 +280,7 @@ def _share_out(
     """What is tried for the layers, by their index, that will not take over a plan; and each one's share."""
     all_methods = [for_device(problem.device) for problem, _, _ in layers]
     wanting = [
-        any(is_compiled(method) and method.unsupported(layer[0]) is None for method in methods)
+        any(method.compiles_per_filter and method.unsupported(layer[0]) is None for method in methods)
         for layer, methods in zip(layers, all_methods, strict=True)
     ]
     left_s = compile_budget_s
@@ -321,7 +313,7 @@ def _search_space(
         if reason := method.unsupported(problem):
             refused.append(Candidate(method.name, reason=reason))
             continue
-        if is_compiled(method) and compile_budget_s == 0.0:
+        if method.compiles_per_filter and compile_budget_s == 0.0:
             reason = "it is compiled for each filter, which a compile budget of 0 s rules out; raise compile_budget_s"
             refused.append(Candidate(method.name, reason=reason))
             is_cut = True
@@ -331,7 +323,7 @@ def _search_space(
             refused.append(Candidate(method.name, reason=f"{len(configs) - _MOST_CONFIGS} more configs were not tried"))
         fitting = []
         for config in configs[:_MOST_CONFIGS]:
-            if is_compiled(method):
+            if method.compiles_per_filter:
                 needed_s, left_s = _compile_s(method, problem, sparse_filter, config), compile_budget_s - sum(compile_s)
                 if not _fits(needed_s, left_s):
                     reason = (
@@ -348,7 +340,7 @@ def _search_space(
 
 
 def _compile_s(method: Any, problem: Problem, sparse_filter: SparseFilter, config: Any) -> float:
-    """About how long all cores together compile a config of a method that `is_compiled`."""
+    """About how long all cores together compile a config of a method that compiles per filter."""
     estimate_s: float = method.compile_s(problem, sparse_filter, config)
     return estimate_s / _cores()
 
@@ -398,7 +390,7 @@ def _first_runs(
     images = sorted({0, len(x) - 1})
     some = x[images], None if residual is None else residual[images]
     expected = reference.conv2d(problem, some[0], sparse_filter.to_dense(), bias, some[1])
-    bound = reference.ERROR_BOUND[problem.dtype]
+    bound = reference.ERROR_BOUND[problem.precision]
     settled = list(space.refused)
     running: list[tuple[Candidate, Runner, float]] = []
     searched_s = 0.0
@@ -406,17 +398,18 @@ def _first_runs(
         prepared = _prepared(method, problem, sparse_filter, bias, configs, space.runners)
         for tried, config in enumerate(configs):
             # What was compiled for the filter is tried whatever it took, which is bounded by a budget of its own.
-            if tried and searched_s > _SEARCH_S and not is_compiled(method):
+            if tried and searched_s > _SEARCH_S and not method.compiles_per_filter:
                 settled.append(Candidate(method.name, reason=f"{len(configs) - tried} more configs were not tried"))
                 break
             candidate, begin = Candidate(method.name, asdict(config)), time.perf_counter()
             try:
-                run = next(prepared)()
-                if is_compiled(method):
+                ready = next(prepared)()
+                run = ready.run
+                if method.compiles_per_filter:
                     begin = time.perf_counter()
-                if binary := getattr(run, "binary", None):
+                if binary := ready.binary:
                     candidate = replace(candidate, compile_s=binary.compile_s, code_bytes=len(binary.cubin))
-                candidate = replace(candidate, residual_share=getattr(run, "residual_share", None))
+                candidate = replace(candidate, remainder_share=ready.notes.get("remainder_share"))
                 error = reference.compare(run(x, residual)[images], expected)
                 candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
                 if error <= bound:
@@ -444,11 +437,11 @@ def _prepared(
     sparse_filter: SparseFilter,
     bias: torch.Tensor | None,
     configs: Sequence[Any],
-    ahead: dict[tuple[str, Any], Runner],
-) -> Iterator[Callable[[], Runner]]:
+    ahead: dict[tuple[str, Any], Prepared],
+) -> Iterator[Callable[[], Prepared]]:
     """What gives each config its runner, or raises. On a GPU all are prepared at once: each may compile a kernel."""
 
-    def prepare(config: Any) -> Runner:
+    def prepare(config: Any) -> Prepared:
         return ahead.pop((method.name, config), None) or method.prepare(problem, sparse_filter, bias, config)
 
     jobs = [partial(prepare, config) for config in configs]

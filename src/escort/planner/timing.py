@@ -269,13 +269,13 @@ def example_inputs(problem: Problem, *, seed: int = 0) -> list[tuple[torch.Tenso
     shapes = [(max(problem.batch, 1), *shape[1:]) for shape in (problem.input_shape, problem.output_shape)]
 
     def draw(shape: tuple[int, ...]) -> torch.Tensor:
-        drawn = torch.randn(shape, generator=generator, dtype=problem.torch_dtype, device=problem.device)
+        drawn = torch.randn(shape, generator=generator, dtype=problem.storage, device=problem.device)
         return drawn.contiguous(memory_format=problem.torch_memory_format)
 
     sets = 1
     if problem.device_type == "cuda":
         tensors = shapes + shapes[1:] * problem.epilogue.residual
-        sets = _sets(problem.device, sum(map(math.prod, tensors)) * problem.torch_dtype.itemsize)
+        sets = _sets(problem.device, sum(map(math.prod, tensors)) * problem.storage.itemsize)
     return [(draw(shapes[0]), draw(shapes[1]) if problem.epilogue.residual else None) for _ in range(sets)]
 
 

@@ -337,7 +337,7 @@ def _figure(
 
 def convolution(p: Problem) -> str:
     """A convolution in a few words: channels, kernel, input size, stride and groups."""
-    text = f"{p.in_channels}->{p.out_channels} {p.kernel[0]}x{p.kernel[1]}, {p.height}x{p.width}"
+    text = f"{p.in_channels}->{p.out_channels} {p.kernel_size[0]}x{p.kernel_size[1]}, {p.height}x{p.width}"
     if p.stride != (1, 1):
         text += f" /{p.stride[0]}" if p.stride[0] == p.stride[1] else f" /{p.stride[0]},{p.stride[1]}"
     return text + (f", {p.groups} groups" if p.groups > 1 else "")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from escort.filter import SparseFilter
-from escort.methods.base import Runner, apply_epilogue
+from escort.methods.base import Method, Prepared, apply_epilogue
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 
 
@@ -20,10 +20,11 @@ class DenseConfig:
     memory_format: MemoryFormat = "contiguous"
 
 
-class Dense:
+class Dense(Method):
     """The dense baseline, and the choice where sparsity does not pay."""
 
     name = "dense"
+    is_dense = True
     device_type = "cpu"
     config_type = DenseConfig
 
@@ -35,7 +36,7 @@ class Dense:
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig
-    ) -> Runner:
+    ) -> Prepared:
         memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
         weight = sparse_filter.to_dense().contiguous(memory_format=memory_format)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups
@@ -51,4 +52,4 @@ class Dense:
             y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
             return apply_epilogue(y.contiguous(), residual, activation)
 
-        return run
+        return Prepared(run)

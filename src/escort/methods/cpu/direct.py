@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from escort.filter import Geometry, IntArray, SparseFilter
 from escort.kernels import _cpu
-from escort.methods.base import Runner, input_check
+from escort.methods.base import Method, Prepared, input_check
 from escort.problem import Problem
 
 #: name -> (floats per vector, largest tile in vectors), fastest first.
@@ -44,7 +44,7 @@ class DirectConfig:
     parts: int = 1
 
 
-class Direct:
+class Direct(Method):
     """Our kernel: float32 on the CPU, every shape."""
 
     name = "direct"
@@ -52,7 +52,7 @@ class Direct:
     config_type = DirectConfig
 
     def unsupported(self, problem: Problem) -> str | None:
-        return None if problem.dtype == "fp32" else f"computes in fp32, not in {problem.dtype}"
+        return None if problem.precision == "fp32" else f"computes in fp32, not in {problem.precision}"
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[DirectConfig]:
         channels = sparse_filter.shape[1]
@@ -74,7 +74,7 @@ class Direct:
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
-    ) -> Runner:
+    ) -> Prepared:
         lanes, most = ISAS[config.isa]
         layout = _layout(_Shape.of(problem), lanes, min(config.vectors, most))
         work = _schedule(sparse_filter, layout, bias, config.channel_block, config.parts)
@@ -112,7 +112,7 @@ class Direct:
             run_kernel(x.data_ptr(), at, y.data_ptr(), images, threads())
             return y
 
-        return run
+        return Prepared(run)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class _Shape:
 
     @classmethod
     def of(cls, p: Problem) -> _Shape:
-        return cls(p.height, p.width, p.out_height, p.out_width, p.kernel, p.stride, p.padding, p.dilation)
+        return cls(p.height, p.width, p.out_height, p.out_width, p.kernel_size, p.stride, p.padding, p.dilation)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods.base import Runner, apply_epilogue, csr_matrices, unfold
+from escort.methods.base import Method, Prepared, apply_epilogue, csr_matrices, unfold
 from escort.problem import Problem
 
 
@@ -17,7 +17,7 @@ class LoweredConfig:
     """Nothing to tune."""
 
 
-class Lowered:
+class Lowered(Method):
     """Writes every input patch out as a column and multiplies the CSR filter with that matrix."""
 
     name = "lowered"
@@ -32,7 +32,7 @@ class Lowered:
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: LoweredConfig
-    ) -> Runner:
+    ) -> Prepared:
         matrices = csr_matrices(sparse_filter)
         out = problem.out_height, problem.out_width
         activation = problem.epilogue.activation
@@ -46,4 +46,4 @@ class Lowered:
                 y += bias.view(-1, 1, 1)
             return apply_epilogue(y, residual, activation)
 
-        return run
+        return Prepared(run)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods.base import Runner, apply_epilogue, contiguous_only, float32_products, unfold
+from escort.methods.base import Method, Prepared, apply_epilogue, contiguous_only, float32_products, unfold
 from escort.problem import Problem
 
 
@@ -27,7 +27,7 @@ class CublasConfig:
     product: Literal["by_image", "by_group"] = "by_image"
 
 
-class Cublas:
+class Cublas(Method):
     """Writes every input patch out as a column and multiplies the dense filter with that matrix."""
 
     name = "cublas"
@@ -37,7 +37,7 @@ class Cublas:
     def unsupported(self, problem: Problem) -> str | None:
         return contiguous_only(problem)
 
-    def benchmarks(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CublasConfig]:
+    def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CublasConfig]:
         """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""
         return (CublasConfig("by_image", "by_group"),)
 
@@ -46,13 +46,13 @@ class Cublas:
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: CublasConfig
-    ) -> Runner:
-        device, dtype = torch.device(problem.device), problem.torch_dtype
+    ) -> Prepared:
+        device, dtype = torch.device(problem.device), problem.storage
         rows = problem.out_channels // problem.groups
         weight = sparse_filter.to_dense().view(problem.groups, rows, -1).to(device, dtype)
         addend = None if bias is None else bias.detach().to(device, dtype).view(-1, 1, 1)
         out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
-        groups, positions, precision = problem.groups, problem.out_height * problem.out_width, problem.dtype
+        groups, positions, precision = problem.groups, problem.out_height * problem.out_width, problem.precision
         by_image, by_group = config.unfold == "by_image", config.product == "by_group"
 
         def multiply_by_image(columns: torch.Tensor) -> torch.Tensor:
@@ -82,4 +82,4 @@ class Cublas:
                 y = multiply(unfold(problem, x, by_image=by_image))
             return apply_epilogue(y, residual, activation)
 
-        return run
+        return Prepared(run)

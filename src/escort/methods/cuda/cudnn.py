@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from escort.filter import SparseFilter
-from escort.methods.base import Runner, apply_epilogue, symmetric_padding
+from escort.methods.base import Method, Prepared, apply_epilogue, symmetric_padding
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 
 _ALIGNED = 8  # channels that tensor cores read at once
@@ -22,7 +22,7 @@ def _fuses(problem: Problem) -> bool:
     It would go by the process's setting of TF32, which types of 16 bits do not need.
     """
     whole = problem.groups == 1 and problem.out_channels % _ALIGNED == 0
-    return whole and problem.epilogue.activation == "relu" and problem.dtype in ("fp16", "bf16")
+    return whole and problem.epilogue.activation == "relu" and problem.precision in ("fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,8 @@ class CudnnConfig:
     output: Literal["contiguous", "as_is"] = "contiguous"
     fused: bool = False
 
-    @property
-    def takes_channels_last(self) -> bool:
-        return (self.memory_format, self.output) == ("channels_last", "as_is")
 
-
-class Cudnn:
+class Cudnn(Method):
     """The dense baseline on GPUs, and the choice where sparsity does not pay.
 
     cuDNN tries its algorithms on the first call of each shape (benchmark mode) and is told with each call whether
@@ -53,6 +49,7 @@ class Cudnn:
     """
 
     name = "cudnn"
+    is_dense = True
     device_type = "cuda"
     config_type = CudnnConfig
 
@@ -64,17 +61,20 @@ class Cudnn:
             return [CudnnConfig("channels_last", "as_is", fused) for fused in (False, True)[: 1 + _fuses(problem)]]
         formats = CudnnConfig("contiguous"), CudnnConfig("channels_last")
         # Tensor cores read channels_last; strict fp32 does not use them.
-        return formats if problem.dtype == "fp32" else formats[::-1]
+        return formats if problem.precision == "fp32" else formats[::-1]
 
-    def benchmarks(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CudnnConfig]:
+    def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CudnnConfig]:
         """What it would run if x and y were in channels_last, and nothing converted."""
         return () if problem.memory_format == "channels_last" else (CudnnConfig("channels_last", "as_is"),)
 
+    def input_format(self, config: CudnnConfig) -> MemoryFormat:
+        return config.memory_format if config.output == "as_is" else "contiguous"
+
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: CudnnConfig
-    ) -> Runner:
+    ) -> Prepared:
         memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
-        device, dtype = torch.device(problem.device), problem.torch_dtype
+        device, dtype = torch.device(problem.device), problem.storage
         more = -problem.in_channels % _ALIGNED if config.fused else 0
         weight = F.pad(sparse_filter.to_dense(), (0, 0, 0, 0, 0, more)).to(device, dtype)
         weight = weight.contiguous(memory_format=memory_format)
@@ -82,7 +82,7 @@ class Cudnn:
         column = None if addend is None else addend.view(-1, 1, 1)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups
         out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
-        allow_tf32, convert = problem.dtype == "tf32", config.output == "contiguous"
+        allow_tf32, convert = problem.precision == "tf32", config.output == "contiguous"
 
         def convolve(x: torch.Tensor, padding: tuple[int, int], residual: torch.Tensor | None) -> torch.Tensor:
             y = torch.cudnn_convolution(
@@ -112,4 +112,4 @@ class Cudnn:
             x, padding = symmetric_padding(problem, x)
             return chosen(x.contiguous(memory_format=memory_format), padding, residual)
 
-        return run
+        return Prepared(run)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods.base import Runner, apply_epilogue, contiguous_only, csr_matrices, unfold
+from escort.methods.base import Method, Prepared, apply_epilogue, contiguous_only, csr_matrices, unfold
 from escort.problem import Problem
 
 
@@ -20,7 +20,7 @@ class CusparseConfig:
     unfold: Literal["at_once", "by_image"] = "at_once"
 
 
-class Cusparse:
+class Cusparse(Method):
     """Writes every input patch out as a column and multiplies the CSR filter with that matrix, once per group.
 
     Torch's product of a CSR matrix calls cuSPARSE's SpMM. Given its output, which it overwrites, it copies nothing.
@@ -31,11 +31,11 @@ class Cusparse:
     config_type = CusparseConfig
 
     def unsupported(self, problem: Problem) -> str | None:
-        if problem.dtype == "tf32":
+        if problem.precision == "tf32":
             return "cuSPARSE's CSR product knows no TF32; ask for fp32"
         return contiguous_only(problem)
 
-    def benchmarks(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CusparseConfig]:
+    def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CusparseConfig]:
         """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""
         return (CusparseConfig("by_image"),)
 
@@ -44,8 +44,8 @@ class Cusparse:
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: CusparseConfig
-    ) -> Runner:
-        device, dtype = torch.device(problem.device), problem.torch_dtype
+    ) -> Prepared:
+        device, dtype = torch.device(problem.device), problem.storage
         matrices = csr_matrices(sparse_filter, device, dtype)
         addend = None if bias is None else bias.detach().to(device, dtype).view(-1, 1, 1)
         out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
@@ -64,4 +64,4 @@ class Cusparse:
             y = y.contiguous() if addend is None else torch.add(y, addend, out=y.new_empty(y.shape))
             return apply_epilogue(y, residual, activation)
 
-        return run
+        return Prepared(run)

@@ -21,7 +21,7 @@ import torch
 from escort.cuda import kernel as jit
 from escort.cuda.gpu import H200, Gpu
 from escort.filter import SparseFilter
-from escort.methods.base import Runner, aligned, contiguous_only, input_check
+from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
 from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_images, shared_bytes
 from escort.methods.cuda.direct.search import has_room, neighbours, search
 from escort.methods.cuda.direct.tables import defines, pack, scalars
@@ -32,7 +32,7 @@ _SOURCE = "direct.cu"
 _MOST_TILES_Y = 32768
 
 
-class DirectCuda:
+class DirectCuda(Method):
     """Our kernel for NVIDIA GPUs: fp32, fp16 and bf16; a TF32 problem is computed in fp32, which is more precise."""
 
     name = "direct"
@@ -61,12 +61,12 @@ class DirectCuda:
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
-    ) -> Runner:
+    ) -> Prepared:
         device = torch.device(problem.device)
         positions, tables = Positions(problem), pack(problem, sparse_filter, config)
         layout = Layout.of(problem, config.tile)
         shared = int(shared_bytes(layout, config, tables.entry_bytes))
-        kernel = jit.kernel(_SOURCE, defines(config, layout, problem.dtype), device)
+        kernel = jit.kernel(_SOURCE, defines(config, layout, problem.precision), device)
         arrays = (tables.entries, tables.segments, tables.rows, tables.first_channels)
         on_device = [torch.from_numpy(array).to(device) for array in arrays]
         offsets = None if bias is None else bias.detach().to(device, torch.float32).contiguous()
@@ -98,7 +98,7 @@ class DirectCuda:
                 launch(grid, x, y, residual, images, tiles)
             return y
 
-        return run
+        return Prepared(run)
 
 
 def variants() -> list[tuple[str, dict[str, int], int]]:
@@ -110,7 +110,7 @@ def variants() -> list[tuple[str, dict[str, int], int]]:
     for dtype in ("fp32", "fp16", "bf16"):
         for channels, size, stride in ((64, 56, 1), (256, 14, 1), (512, 7, 1), (128, 28, 2)):
             padding, spread = (1, 1, 1, 1), range(0, 9 * channels * channels, 16)
-            problem = Problem(32, channels, size, size, channels, (3, 3), (stride, stride), padding, dtype=dtype)
+            problem = Problem(32, channels, size, size, channels, (3, 3), (stride, stride), padding, precision=dtype)
             weight = np.zeros(problem.weight_shape, dtype=np.float32)
             weight.reshape(-1)[spread] = 1.0
             config = search(problem, SparseFilter.from_dense(weight), H200, most=1)[0]

@@ -75,7 +75,7 @@ class Positions:
         p = self.problem
         if p.stride[1] == 1:
             return max(p.width + max(p.padding[2:]), p.out_width)
-        return p.out_width + (p.kernel[1] - 1) * p.dilation[1] // p.stride[1]
+        return p.out_width + (p.kernel_size[1] - 1) * p.dilation[1] // p.stride[1]
 
     @property
     def image_rows(self) -> int:
@@ -83,20 +83,20 @@ class Positions:
         p = self.problem
         if p.stride[0] == 1:
             return max(p.height + max(p.padding[:2]), p.out_height)
-        return p.out_height + (p.kernel[0] - 1) * p.dilation[0] // p.stride[0]
+        return p.out_height + (p.kernel_size[0] - 1) * p.dilation[0] // p.stride[0]
 
     @property
     def reach(self) -> int:
         """How far behind a position its last tap reads."""
         p = self.problem
-        rows, columns = ((k - 1) * d // s for k, d, s in zip(p.kernel, p.dilation, p.stride, strict=True))
+        rows, columns = ((k - 1) * d // s for k, d, s in zip(p.kernel_size, p.dilation, p.stride, strict=True))
         return rows * self.pitch + columns
 
     @property
     def phases(self) -> int:
         """Phases of a strided input that are kept, see :class:`escort.filter.Geometry`."""
         p = self.problem
-        last = [max(i * d % s for i in range(k)) for k, d, s in zip(p.kernel, p.dilation, p.stride, strict=True)]
+        last = [max(i * d % s for i in range(k)) for k, d, s in zip(p.kernel_size, p.dilation, p.stride, strict=True)]
         return last[0] * p.stride[1] + last[1] + 1
 
     def count(self, images: int) -> int:
@@ -128,7 +128,7 @@ class Layout:
     @classmethod
     def of(cls, problem: Problem, tile: Any) -> Layout:
         """The layout for a tile of so many words; with an array of tile sizes, arrays of what depends on them."""
-        positions, half = Positions(problem), STORAGE[problem.dtype] != 0
+        positions, half = Positions(problem), STORAGE[problem.precision] != 0
         phase_words = tile + positions.reach
         words = phase_words * positions.phases
         paired = half and problem.stride == (1, 1) and int(np.prod(problem.input_shape[1:])) % 2 == 0
@@ -149,8 +149,8 @@ def most_images(problem: Problem) -> int:
     positions = Positions(problem)
     in_size, out_size = (int(np.prod(s[1:], dtype=object)) for s in (problem.input_shape, problem.output_shape))
     most_positions = MOST_INDEX // 2 // (positions.image_rows * positions.pitch)
-    images_per_word = 1 if STORAGE[problem.dtype] == 0 else 2
-    most_bytes, itemsize = 2**32 - 1, problem.torch_dtype.itemsize
+    images_per_word = 1 if STORAGE[problem.precision] == 0 else 2
+    most_bytes, itemsize = 2**32 - 1, problem.storage.itemsize
     return min(most_bytes // (in_size * itemsize), MOST_INDEX // out_size, most_positions * images_per_word)
 
 

@@ -89,7 +89,7 @@ def _shares(problem: Problem, sparse_filter: SparseFilter | None, c: _Numbers) -
 
 def _fits(problem: Problem, sparse_filter: SparseFilter | None, gpu: Gpu, c: _Numbers) -> NDArray[np.bool_]:
     """Which configs find room in a multiprocessor's shared memory and registers."""
-    half = STORAGE[problem.dtype] != 0
+    half = STORAGE[problem.precision] != 0
     layout = Layout.of(problem, LANES * c["words"] * c["position_warps"])
     _, channels, nnz, chunks = _shares(problem, sparse_filter, c)
     entry_bytes = nnz / chunks * _unevenness(sparse_filter) * (4 if half else 8)
@@ -111,13 +111,15 @@ def _fits(problem: Problem, sparse_filter: SparseFilter | None, gpu: Gpu, c: _Nu
 
 def has_room(problem: Problem, gpu: Gpu) -> bool:
     """Whether a device can run any config of the search space."""
-    first = {name: numbers[:1] for name, numbers in _space(STORAGE[problem.dtype] != 0, False, gpu.registers).items()}
+    first = {
+        name: numbers[:1] for name, numbers in _space(STORAGE[problem.precision] != 0, False, gpu.registers).items()
+    }
     return bool(_fits(problem, None, gpu, first)[0])
 
 
 def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, packed: bool) -> _Numbers:
     """All configs that fit, as arrays, with their predicted clocks under "clocks"."""
-    half = STORAGE[problem.dtype] != 0
+    half = STORAGE[problem.precision] != 0
     space = _space(half, packed, gpu.registers)
     fits = _fits(problem, sparse_filter, gpu, space)
     c = {name: numbers[fits] for name, numbers in space.items()}
@@ -169,7 +171,7 @@ def search(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int = 
 
     For 16-bit storage a quarter of them add every product in float32, in case the others are not exact enough.
     """
-    half = STORAGE[problem.dtype] != 0
+    half = STORAGE[problem.precision] != 0
     found: list[DirectConfig] = []
     for packed, share in ((True, most - most // 4), (False, most // 4)) if half else ((False, most),):
         space = candidates(problem, sparse_filter, gpu, packed)
@@ -201,6 +203,6 @@ def neighbours(
         others = [replace(config, **{name: value}) for value in values]
         found[name] = [c for c in others if tuple(getattr(c, n) for n in names) in there]
     found["balanced"] = [replace(config, balanced=not config.balanced)]
-    if STORAGE[problem.dtype]:
+    if STORAGE[problem.precision]:
         found["packed"] = [replace(config, packed=not config.packed)]
     return {name: configs for name, configs in found.items() if configs}

@@ -164,7 +164,7 @@ def pack(problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) ->
     at = (segment_start[:-1, None] + start_in_segment).reshape(-1)[sorted_cell] * 4
     place = np.arange(sparse_filter.nnz) - first[sorted_cell]
     if half:
-        words[at + place] = offset.astype(np.uint32) << 18 | _bits(value, problem.dtype)
+        words[at + place] = offset.astype(np.uint32) << 18 | _bits(value, problem.precision)
     else:
         words[at + 2 * place] = offset.astype(np.uint32) * 4
         words[at + 2 * place + 1] = value.view(np.uint32)

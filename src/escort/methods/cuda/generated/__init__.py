@@ -16,7 +16,7 @@ import torch
 from escort.cuda import kernel as jit
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
-from escort.methods.base import CompiledRunner, Runner, aligned, contiguous_only, input_check
+from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
 from escort.methods.cuda.generated import codegen
 from escort.methods.cuda.generated.search import piece_count, piece_steps, predict_us, resident, search
 from escort.methods.cuda.generated.steps import GeneratedConfig, Program
@@ -30,17 +30,18 @@ _ARRANGE_THREADS, _ARRANGE_WORDS = 128, 4  # of a block, and words of a thread
 _MOST_BYTES = 2**31 - 1
 
 
-class Generated:
+class Generated(Method):
     """Weights as code for NVIDIA GPUs: fp32 and fp16; TF32 problems are computed in fp32."""
 
     name = "generated"
+    compiles_per_filter = True
     device_type = "cuda"
     config_type = GeneratedConfig
 
     def unsupported(self, problem: Problem) -> str | None:
         if reason := contiguous_only(problem):
             return reason
-        if problem.dtype == "bf16":
+        if problem.precision == "bf16":
             return "bf16 sums would lose too much; code is generated for fp32 and fp16"
         if problem.out_channels // problem.groups < 8:
             return "fewer than 8 output channels share an input: too few to gain from one read for all of them"
@@ -62,7 +63,7 @@ class Generated:
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: GeneratedConfig
-    ) -> Runner:
+    ) -> Prepared:
         device = torch.device(problem.device)
         program = Program.of(problem, sparse_filter, config)
         text = codegen.text(program, None if bias is None else bias.detach().float().cpu().numpy())
@@ -75,7 +76,7 @@ class Generated:
         )
         check, out_shape = input_check(problem, _most_images(program)), problem.output_shape[1:]
         clusters = resident(config, Gpu.of(problem.device)) // config.cluster
-        alignment = max(config.copy * 4, problem.torch_dtype.itemsize)
+        alignment = max(config.copy * 4, problem.storage.itemsize)
         arrange = _arrange(program, device) if config.arranged else None
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -95,7 +96,7 @@ class Generated:
             launch((grid, 1, 1), x, y, residual, images, tiles)
             return y
 
-        return CompiledRunner(run, kernel.binary)
+        return Prepared(run, kernel.binary)
 
 
 def _arrange(program: Program, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -232,11 +232,11 @@ def predict_us(problem: Problem, sparse_filter: SparseFilter, config: GeneratedC
     first = np.minimum(np.minimum(rounds, -(-rounds * np.minimum(items, slots) // tiles)), items // tiles)
     met = first + lost * (rounds - first)
     clocks = met * cold + (rounds - met) * busy + (_ADD_PARTS if config.split > 1 else 0.0)
-    moved = (math.prod(problem.input_shape) + math.prod(problem.output_shape)) * problem.torch_dtype.itemsize
+    moved = (math.prod(problem.input_shape) + math.prod(problem.output_shape)) * problem.storage.itemsize
     arrange_us = 0.0
     if config.arranged:
         arranged = problem.in_channels * len(words.phases) * words.count(max(problem.batch, 1)) * 4
-        read = math.prod(problem.input_shape) * problem.torch_dtype.itemsize
+        read = math.prod(problem.input_shape) * problem.storage.itemsize
         arrange_us = _ARRANGE_US + (arranged + read) / _ARRANGE_RATE
     return np.hypot(_LAUNCH_US + arrange_us + clocks / _CLOCK_MHZ, moved / _MEMORY_RATE)
 

@@ -192,7 +192,7 @@ class Words:
     @cached_property
     def reach(self) -> int:
         """How many words behind a word its last tap reads."""
-        kernel = self.problem.kernel
+        kernel = self.problem.kernel_size
         last = max(self.tap(r, s)[1] for r in range(kernel[0]) for s in range(kernel[1]))
         return -(-last // self.columns)
 
@@ -320,9 +320,9 @@ class Program:
 
 def computed(problem: Problem) -> Problem:
     """The problem that programs compute: that of fp32 for TF32, and of one long row for a pointwise convolution."""
-    if problem.dtype == "tf32":
-        problem = replace(problem, dtype="fp32")
-    if problem.kernel == problem.stride == (1, 1) and not any(problem.padding):
+    if problem.precision == "tf32":
+        problem = replace(problem, precision="fp32")
+    if problem.kernel_size == problem.stride == (1, 1) and not any(problem.padding):
         problem = replace(problem, height=1, width=problem.height * problem.width)
     return problem
 
@@ -334,12 +334,12 @@ def copies_as_it_is(problem: Problem, copy: int) -> bool:
 
 def _taps(problem: Problem) -> tuple[list[int], list[int]]:
     """Where the taps of the output at row and column 0 read, in rows and in columns."""
-    (rows, columns), (down, right), padding = problem.kernel, problem.dilation, problem.padding
+    (rows, columns), (down, right), padding = problem.kernel_size, problem.dilation, problem.padding
     return [r * down - padding[0] for r in range(rows)], [s * right - padding[2] for s in range(columns)]
 
 
 def elements_per_word(problem: Problem) -> int:
-    return 1 if problem.dtype in ("fp32", "tf32") else 2
+    return 1 if problem.precision in ("fp32", "tf32") else 2
 
 
 def channel_words(words: Words, config: GeneratedConfig) -> int:
@@ -409,7 +409,7 @@ def _piece(
     entry, place = entry[mine], place[mine]
     channel, r, s = (of_tap[entry].astype(np.int64) for of_tap in taps)
     channel -= part * each
-    read = np.array([[words.tap(i, j) for j in range(problem.kernel[1])] for i in range(problem.kernel[0])])
+    read = np.array([[words.tap(i, j) for j in range(problem.kernel_size[1])] for i in range(problem.kernel_size[0])])
     plane, element = channel * len(words.phases) + read[r, s, 0], read[r, s, 1]
     order = np.lexsort((place, element, plane))
     nonzeros = zip(

@@ -18,11 +18,11 @@ from escort.cuda import kernel as jit
 from escort.cuda import tensor_map as tensor_maps
 from escort.cuda.gpu import Gpu
 from escort.filter import IntArray, SparseFilter
-from escort.methods.base import CompiledRunner, Runner, aligned, input_check
+from escort.methods.base import Method, Prepared, aligned, input_check
 from escort.methods.cuda.sparse_tc.packing import ordered, pack
 from escort.methods.cuda.sparse_tc.search import candidates, search
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, Element, SparseTcConfig, Tiling, at_once, im2col_corners
-from escort.problem import TORCH_MEMORY_FORMAT, Problem
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 
 __all__ = ["SparseTc", "SparseTcConfig"]
 
@@ -32,7 +32,7 @@ _ARRANGE_THREADS, _ARRANGE_PIXELS = 256, 128  # of a block of sparse_tc_arrange.
 _MOST_ELEMENTS = 2**31 - 1
 
 
-class SparseTc:
+class SparseTc(Method):
     """Sparse tensor cores of NVIDIA GPUs of compute capability 9.0: TF32, fp16 and bf16, summed in fp32."""
 
     name = "sparse_tc"
@@ -40,7 +40,7 @@ class SparseTc:
     config_type = SparseTcConfig
 
     def unsupported(self, problem: Problem) -> str | None:
-        if problem.dtype not in ELEMENTS:
+        if problem.precision not in ELEMENTS:
             return "sparse tensor cores multiply no fp32; ask for TF32, fp16 or bf16"
         if problem.groups > 1:
             return "each group would fill blocks of channels of its own, mostly with zeros; groups must be 1"
@@ -58,15 +58,18 @@ class SparseTc:
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_CONFIGS, problem.memory_format)
 
-    def benchmarks(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
+    def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         """What it would run if x and y were in channels_last, and nothing converted."""
         if problem.memory_format == "channels_last":
             return ()
         return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_BENCHMARKS, "channels_last")
 
+    def input_format(self, config: SparseTcConfig) -> MemoryFormat:
+        return config.layout
+
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: SparseTcConfig
-    ) -> Runner:
+    ) -> Prepared:
         device, gpu = torch.device(problem.device), Gpu.of(problem.device)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
         places = ordered(sparse_filter, config.layout, tiling.element)
@@ -109,7 +112,7 @@ class SparseTc:
                 launch(grid, x_map, y, residual, images, groups)
             return y
 
-        return CompiledRunner(run, kernel.binary, places.split.share)
+        return Prepared(run, kernel.binary, {"remainder_share": places.split.share})
 
 
 def _by_row(bias: torch.Tensor | None, row_channel: IntArray) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

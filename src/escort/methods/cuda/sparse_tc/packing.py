@@ -140,7 +140,7 @@ def pack(ordered: Ordered, tiling: Tiling) -> Packed:
     for tile in range(tiling.channel_tiles):
         for number, fill in enumerate(tiling.fills):
             for tap in fill:
-                at = (tap.block * p.kernel[0] + tap.row) * p.kernel[1] + tap.column
+                at = (tap.block * p.kernel_size[0] + tap.row) * p.kernel_size[1] + tap.column
                 for part in (0, 1):
                     there = halves[part][tile, at]
                     if number == 0 and len(listed) == first[-1]:
@@ -173,12 +173,12 @@ def _tiles(ordered: Ordered, part: SparseFilter, tiling: Tiling) -> Bits:
 
 def _stored(values: FloatArray, tiling: Tiling) -> Bits:
     """Rounded to the nearest. Raises ValueError where the precision does not hold a weight."""
-    dtype, bits = tiling.problem.dtype, values.view(np.uint32)
+    dtype, bits = tiling.problem.precision, values.view(np.uint32)
     if dtype == "tf32":  # the upper 19 bits
         bits = bits + np.uint32(0xFFF) + (bits >> 13 & 1) & ~np.uint32(0x1FFF)
         finite = np.isfinite(bits.view(np.float32))
     else:
-        stored = torch.from_numpy(values).to(tiling.problem.torch_dtype)
+        stored = torch.from_numpy(values).to(tiling.problem.storage)
         bits, finite = stored.view(torch.int16).numpy().view(np.uint16), stored.isfinite().numpy()
     if not finite.all():
         largest, instead = float(np.abs(values).max()), ", or choose bf16" if dtype == "fp16" else ""

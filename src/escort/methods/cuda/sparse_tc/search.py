@@ -73,7 +73,7 @@ def search(
     problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int, layout: MemoryFormat
 ) -> list[SparseTcConfig]:
     """The configs of least predicted time, of some variety."""
-    extra = Extra.of(ordered(sparse_filter, layout, ELEMENTS[problem.dtype]))
+    extra = Extra.of(ordered(sparse_filter, layout, ELEMENTS[problem.precision]))
     tilings = sorted(candidates(problem, gpu, layout), key=lambda tiling: predict_us(tiling, extra, gpu))
     chosen: list[SparseTcConfig] = []
     for tiling in tilings:
@@ -101,9 +101,9 @@ def candidates(problem: Problem, gpu: Gpu, layout: MemoryFormat) -> Iterator[Til
 
 def _tiles(p: Problem, across: int, blocks: int) -> Iterator[tuple[Fill, int, int, int]]:
     """(fill, pixels of a warpgroup, rows, images)."""
-    pointwise = p.kernel == p.stride == (1, 1) and not any(p.padding)
+    pointwise = p.kernel_size == p.stride == (1, 1) and not any(p.padding)
     yield from (("flat" if pointwise else "im2col", pixels, 0, 1) for pixels in _PIXELS)
-    down = (p.kernel[0] - 1) * p.dilation[0]
+    down = (p.kernel_size[0] - 1) * p.dilation[0]
     # The least rows for so many tiles; and several images, which have all their rows.
     rows = {-(-p.out_height // tiles) for tiles in range(1, p.out_height + 1)}
     shapes = [(rows, 1) for rows in sorted(rows)] + [(p.out_height, images) for images in _IMAGES]
@@ -115,7 +115,7 @@ def _tiles(p: Problem, across: int, blocks: int) -> Iterator[tuple[Fill, int, in
         for tile_rows, images in shapes:
             outputs = ((images - 1) * tall + tile_rows - 1) * pitch + p.out_width
             pixels = -(-outputs * across // 16) * 8
-            if p.kernel != (1, 1) and pixels * blocks <= 256:
+            if p.kernel_size != (1, 1) and pixels * blocks <= 256:
                 yield fill, pixels, tile_rows, images
 
 
@@ -138,7 +138,7 @@ def predict_us(tiling: Tiling, extra: Extra, gpu: Gpu) -> float:
     tile *= len(tiling.fills) * len(tiling.fills[0]) * _WAIT[config.cluster]
     tile += _TILE + config.tile_pixels * config.tile_channels * element.bytes / _stored(tiling)
     pixels, out_pixels = p.height * p.width, p.out_height * p.out_width
-    read = min(pixels, out_pixels * math.prod(p.kernel))  # a stride passes over some
+    read = min(pixels, out_pixels * math.prod(p.kernel_size))  # a stride passes over some
     in_bytes, out_bytes = (p.batch * channels * element.bytes for channels in (tiling.channels, p.out_channels))
     compute, memory = rounds * tile / _CLOCK_MHZ, (in_bytes * read + out_bytes * out_pixels) / _MEMORY_BYTES
     arrange = 0.0 if config.takes_channels_last else _ARRANGE_US + 2 * in_bytes * pixels / _ARRANGE_BYTES

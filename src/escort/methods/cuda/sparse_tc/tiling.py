@@ -137,7 +137,7 @@ class Tiling:
 
     @property
     def element(self) -> Element:
-        return ELEMENTS[self.problem.dtype]
+        return ELEMENTS[self.problem.precision]
 
     @property
     def stores_boxes(self) -> bool:
@@ -166,7 +166,7 @@ class Tiling:
     @classmethod
     def of(cls, problem: Problem, config: SparseTcConfig, shared_bytes: int) -> Tiling:
         """The tiling, on a device whose thread blocks have so much shared memory. Raises UnfitError."""
-        element = ELEMENTS[problem.dtype]
+        element = ELEMENTS[problem.precision]
         _check(problem, config, element)
         blocks = -(-problem.in_channels // element.block)
         rows = _rows(problem, config) if config.fill in ("columns", "halo") else _Rows(1, 1, 0)
@@ -199,14 +199,14 @@ def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
         raise UnfitError(f"in channels_last the channels must be multiples of {least}: choose the contiguous layout")
     if config.pixels % 8 or not 0 < config.pixels * config.blocks <= 2 * _MOST_SUMS:
         raise UnfitError(f"{config.pixels} pixels by {config.blocks} blocks of channels do not fit a warpgroup")
-    if config.fill == "flat" and (p.kernel != (1, 1) or any(p.padding)):
+    if config.fill == "flat" and (p.kernel_size != (1, 1) or any(p.padding)):
         raise UnfitError("flat is for pointwise convolutions without padding; choose im2col")
     if config.fill != "im2col":
         if p.stride != (1, 1):
             raise UnfitError(f"{config.fill} is for stride 1, got {p.stride}; choose im2col")
         return
     lower, upper = im2col_corners(p)
-    offset = max((size - 1) * step for size, step in zip(p.kernel, p.dilation, strict=True))
+    offset = max((size - 1) * step for size, step in zip(p.kernel_size, p.dilation, strict=True))
     if (
         max(p.stride) > _MOST_REACH["stride"]
         or max(map(abs, lower + upper)) >= _MOST_REACH["corner"]
@@ -222,14 +222,14 @@ def _tile_rows(problem: Problem, config: SparseTcConfig) -> int:
 def im2col_corners(p: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
     """(column, row) of the first output's first tap, and how far beyond x's end an output's first tap may lie."""
     top, bottom, left, right = p.padding
-    reach = [(size - 1) * step for size, step in zip(p.kernel, p.dilation, strict=True)]
+    reach = [(size - 1) * step for size, step in zip(p.kernel_size, p.dilation, strict=True)]
     return (-left, -top), (right - reach[1], bottom - reach[0])
 
 
 def _rows(p: Problem, config: SparseTcConfig) -> _Rows:
     """How a fill lies. Raises UnfitError where a tile's outputs are more than its pixels."""
     top, bottom, left, right = p.padding
-    reach = [(size - 1) * step for size, step in zip(p.kernel, p.dilation, strict=True)]
+    reach = [(size - 1) * step for size, step in zip(p.kernel_size, p.dilation, strict=True)]
     rows = _tile_rows(p, config)
     whole = rows == p.out_height
     if config.images > 1 and not whole:
@@ -252,7 +252,7 @@ def _rows(p: Problem, config: SparseTcConfig) -> _Rows:
 
 
 def _fills(p: Problem, config: SparseTcConfig, blocks: int, rows: _Rows) -> tuple[tuple[Tap, ...], ...]:
-    taps_down, taps_right = (range(size) for size in p.kernel)
+    taps_down, taps_right = (range(size) for size in p.kernel_size)
     down, right = p.dilation[0] * rows.pitch, p.dilation[1]
     found: list[tuple[Tap, ...]] = []
     for b in range(blocks):
@@ -339,8 +339,8 @@ def _defines(p: Problem, config: SparseTcConfig) -> dict[str, int | str]:
         "CLUSTER": config.cluster,
         "OUT_NCHW": int(not config.takes_channels_last),
         "M_TILES": -(-p.out_channels // config.tile_channels),
-        "KERNEL_ROWS": p.kernel[0],
-        "KERNEL_COLUMNS": p.kernel[1],
+        "KERNEL_ROWS": p.kernel_size[0],
+        "KERNEL_COLUMNS": p.kernel_size[1],
         "STRIDE_DOWN": p.stride[0],
         "STRIDE_RIGHT": p.stride[1],
         "DILATION_DOWN": p.dilation[0],
