@@ -33,8 +33,7 @@ from escort.cli.console import (
     replace_file,
 )
 from escort.methods import for_device
-from escort.network.model import find_device
-from escort.planner.timing import Machine
+from escort.planner.machine import Machine, find_device
 from escort.problem import Precision
 
 #: Where networks without a module are looked up: there when run in the repository.

@@ -17,7 +17,7 @@ from escort import report
 from escort.cli import models
 from escort.cli.console import JsonOption, Output, check_writable, command, command_line, note, progress, replace_file
 from escort.network.convert import COMPILE_BUDGET_S
-from escort.network.model import find_device
+from escort.planner.machine import find_device
 from escort.problem import Precision
 from escort.report import Section, Table
 

@@ -23,7 +23,7 @@ from escort.artifact.artifact import ArtifactError, load, load_plan, save
 from escort.layers.nn import SparseConv2d
 from escort.network.convert import ConvertedModel, NetworkPlan, convert
 from escort.planner import timing as bench
-from escort.planner.timing import Machine
+from escort.planner.machine import Machine
 
 ELSEWHERE = Machine("another", "none", 99, "2.0", "0")
 

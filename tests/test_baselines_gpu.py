@@ -18,7 +18,7 @@ from escort.methods import Method, by_name, for_device
 from escort.methods.cuda.cublas import Cublas
 from escort.planner import planner
 from escort.planner import timing as bench
-from escort.planner.timing import Machine
+from escort.planner.machine import Machine
 from escort.problem import TORCH_DTYPE, Epilogue, Precision, Problem
 from tests.cases import CASES, Case, as_taken, benchmark_configs
 

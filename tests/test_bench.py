@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from escort.planner import machine
 from escort.planner import timing as bench
-from escort.planner.timing import Machine, Timing
+from escort.planner.machine import Machine
+from escort.planner.timing import Timing
 from escort.problem import Epilogue, Problem
 
 
@@ -230,7 +232,7 @@ def test_a_gpu_is_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(bench, "_driver_version", lambda: "580.159.04")
+    monkeypatch.setattr(machine, "_driver_version", lambda: "580.159.04")
     machine = Machine.here("cuda:0")
     assert (machine.device, machine.isa, machine.threads) == ("NVIDIA H200", "sm_90", 0)
     assert (machine.driver, machine.cuda, machine.cudnn) == ("580.159.04", "13.0", "9.10.2")

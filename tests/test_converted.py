@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from escort.network.model import NetworkPlan, find_device
-from escort.planner.timing import Machine
+from escort.network.model import NetworkPlan
+from escort.planner.machine import Machine, find_device
 
 PLAN = NetworkPlan({}, {}, ((2, 3), (4,), (5, 1)), 3.0, 2.0, 0.0, False, Machine("A GPU", "sm_90", 0, "2.11", "0"))
 

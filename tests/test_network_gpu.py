@@ -28,7 +28,7 @@ from escort.methods import by_name
 from escort.network.convert import NETWORK_ERROR_BOUND, ConvertedModel
 from escort.planner import planner
 from escort.planner import timing as bench
-from escort.planner.timing import Machine
+from escort.planner.machine import Machine
 from escort.problem import TORCH_DTYPE, Precision
 
 pytestmark = pytest.mark.gpu

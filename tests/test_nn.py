@@ -20,8 +20,8 @@ from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.layers.nn import MaxPool2d, SparseConv2d
 from escort.methods import Method, Prepared, by_name, for_device
+from escort.planner.machine import Machine
 from escort.planner.planner import Plan
-from escort.planner.timing import Machine
 from escort.problem import Epilogue, Problem
 
 EPILOGUE = Epilogue(bias=True, residual=True, activation="relu")

@@ -19,8 +19,9 @@ from escort.layers import ops
 from escort.methods import Method, Prepared, by_name, for_device
 from escort.planner import planner
 from escort.planner import timing as bench
+from escort.planner.machine import Machine
 from escort.planner.planner import Plan, plan_layer, plan_layers
-from escort.planner.timing import Machine, Timing
+from escort.planner.timing import Timing
 from escort.problem import Problem
 
 PROBLEM = Problem(2, 6, 9, 9, 8, (3, 3), padding=(1, 1, 1, 1))

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from escort import report
 from escort.network.convert import NetworkPlan
+from escort.planner.machine import Machine
 from escort.planner.planner import Candidate, Plan
-from escort.planner.timing import Machine
 from escort.problem import Problem
 
 HOSTILE = "<script>alert('&\"')</script> [bold]$body$"

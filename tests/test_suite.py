@@ -22,7 +22,8 @@ from escort.methods import Prepared
 from escort.methods.cpu.dense import Dense, DenseConfig
 from escort.network.model import ConvertedModel
 from escort.planner import timing as bench
-from escort.planner.timing import Machine, Timing
+from escort.planner.machine import Machine
+from escort.planner.timing import Timing
 from escort.problem import MemoryFormat, Problem
 
 ROW_FIELDS = ["network", "weights", "layer", "batch", "dtype", "method", "config", "time_us", "rel_error"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from escort.planner.timing import Machine
+from escort.planner.machine import Machine
 
 #: The `layer` of a row that is about a whole network.
 WHOLE = "all"

@@ -26,9 +26,9 @@ from escort.layers.nn import MaxPool2d, SparseConv2d
 from escort.methods import for_device
 from escort.network.convert import replan as plan_again
 from escort.network.fuse import plain_copy, unsupported
-from escort.network.model import ConvertedModel, NetworkPlan, find_device
+from escort.network.model import ConvertedModel, NetworkPlan
+from escort.planner.machine import Machine, find_device
 from escort.planner.planner import Plan
-from escort.planner.timing import Machine
 from escort.problem import Precision, Problem
 
 FORMAT = "escort"

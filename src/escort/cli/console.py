@@ -21,7 +21,8 @@ from torch import nn
 
 from escort.artifact import artifact
 from escort.cli import models
-from escort.network.model import ConvertedModel, find_device
+from escort.network.model import ConvertedModel
+from escort.planner.machine import find_device
 from escort.problem import TORCH_DTYPE
 
 #: Exit codes.

@@ -18,7 +18,7 @@ from escort.cuda import cache, compiler
 from escort.cuda import kernel as jit
 from escort.filter import SparseFilter
 from escort.methods.cpu.direct import ISAS, Direct
-from escort.planner.timing import Machine
+from escort.planner.machine import Machine
 from escort.problem import Problem
 
 #: Package to what it is good for and the extra that brings it.

@@ -28,8 +28,9 @@ from escort.network.memory import keep_freed_memory
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.planner import planner
 from escort.planner import timing as bench
+from escort.planner.machine import Machine
 from escort.planner.planner import Plan
-from escort.planner.timing import Machine, Timer
+from escort.planner.timing import Timer
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Precision, Problem
 
 __all__ = ["NETWORK_ERROR_BOUND", "ConvertedModel", "NetworkPlan", "convert", "replan"]

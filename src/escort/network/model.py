@@ -13,8 +13,9 @@ from torch import fx, nn
 from escort.layers.nn import SparseConv2d
 from escort.network import batching
 from escort.network.memory import keep_freed_memory
+from escort.planner.machine import Machine
 from escort.planner.planner import Plan
-from escort.planner.timing import Machine, Timer
+from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision
 
 _DTYPES = {
@@ -186,22 +187,3 @@ class ConvertedModel(nn.Module):
                 module.check_move(fn)
         super()._apply(fn, recurse)
         return self
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name, "cpu", "cuda" or "cuda:1", with its number. Raises ValueError where it is not here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"{name!r} is no device; name cpu, cuda or cuda:0") from error
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise ValueError(f"convolutions run on the CPU and on NVIDIA GPUs, not on {name}; use cpu or cuda")
-    if not torch.cuda.is_available():
-        raise ValueError(f"{name} needs an NVIDIA GPU and a torch for it, and torch sees none; use cpu")
-    count = torch.cuda.device_count()
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= count:
-        raise ValueError(f"there is no {name}; torch sees {count} GPU{'' if count == 1 else 's'}, cuda:0 first")
-    return torch.device("cuda", index)

@@ -18,7 +18,8 @@ from escort import reference
 from escort.filter import SparseFilter
 from escort.methods import Method, Prepared, Runner, by_name, dense_for, for_device
 from escort.planner import timing as bench
-from escort.planner.timing import Machine, Timer
+from escort.planner.machine import Machine
+from escort.planner.timing import Timer
 from escort.problem import Problem
 
 #: A candidate whose first runs take this much longer than the fastest one's is not timed further.

@@ -1,4 +1,4 @@
-"""The only timer, and what a measurement was made on.
+"""The only timer.
 
 On the CPU a time is the median of calls, taken in turn after warm-up, with the threads that torch has.
 
@@ -11,28 +11,22 @@ by the one before. What cannot be captured is timed by calls one after the other
 
 from __future__ import annotations
 
-import ctypes
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import torch
 
-from escort.methods.cpu.direct import ISAS
 from escort.problem import Problem
 
 _LAP_US = 1000.0  # device time between two events, which are good for about half a microsecond
 _WARM_S = 0.05  # of replays before the first that counts, for the clocks to rise
 _MOST_SETS = 1024
-_VERSIONS = ("driver", "cuda", "cudnn")
 
 #: How a time was taken: by calls on the CPU, by replays of a CUDA graph, or by calls between CUDA events, which hold
 #: what the host makes the GPU wait.
@@ -284,72 +278,3 @@ def _sets(device: str, size: int) -> int:
     wanted = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     affordable = torch.cuda.mem_get_info(device)[0] // 8
     return min(max(1, min(math.ceil(wanted / size), affordable // size)), _MOST_SETS)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a plan or a result was measured on. Plans measured on another machine are measured again.
-
-    Attributes:
-        device: the name of the processor or GPU.
-        isa: its instruction set, such as ``avx2`` or ``sm_90``.
-        threads: that torch uses on the CPU; 0 for a GPU.
-        driver, cuda, cudnn: versions; empty for the CPU.
-    """
-
-    device: str
-    isa: str
-    threads: int
-    torch: str
-    escort: str
-    driver: str = ""
-    cuda: str = ""
-    cudnn: str = ""
-
-    @classmethod
-    def here(cls, device: str = "cpu") -> Machine:
-        """This machine, by its CPU or by one of its GPUs ("cuda:0")."""
-        own = version("escort-sparse")
-        if device.partition(":")[0] == "cpu":
-            return cls(_cpu_name(), next(iter(ISAS)), torch.get_num_threads(), torch.__version__, own)
-        gpu = torch.cuda.get_device_properties(device)
-        cudnn = torch.backends.cudnn.version() or 0
-        versions = _driver_version(), torch.version.cuda or "", f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
-        return cls(gpu.name, f"sm_{gpu.major}{gpu.minor}", 0, torch.__version__, own, *versions)
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; of the versions those that there are."""
-        return {name: value for name, value in asdict(self).items() if value or name not in _VERSIONS}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Machine:
-        """Raises ValueError where the fields are not a machine's. Those that came later may be missing."""
-        try:
-            machine = cls(**data)
-        except TypeError as error:
-            raise ValueError(f"not a machine: {error}") from error
-        if not all(isinstance(value, int if name == "threads" else str) for name, value in asdict(machine).items()):
-            raise ValueError(f"not a machine: {data}")
-        return machine
-
-
-@lru_cache(maxsize=1)
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-@lru_cache(maxsize=1)
-def _driver_version() -> str:
-    """As nvidia-smi prints it, from the library that it asks too; "" where that is missing."""
-    text = ctypes.create_string_buffer(96)
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        known = nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0
-    except (OSError, AttributeError):
-        return ""
-    return text.value.decode() if known else ""

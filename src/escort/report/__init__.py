@@ -20,8 +20,8 @@ import rich.table
 import rich.text
 
 from escort.network.convert import NetworkPlan
+from escort.planner.machine import Machine
 from escort.planner.planner import Plan
-from escort.planner.timing import Machine
 from escort.problem import Problem
 
 if TYPE_CHECKING:

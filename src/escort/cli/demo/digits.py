@@ -23,7 +23,7 @@ import escort
 from escort import prune, reference, report
 from escort.network.convert import ConvertedModel
 from escort.planner import timing as bench
-from escort.planner.timing import Machine
+from escort.planner.machine import Machine
 
 #: The convolution that reads the image has few weights and many effects: it stays dense, as is usual.
 FIRST_CONVOLUTION = "stem.0"

@@ -23,11 +23,12 @@ from escort.cuda.gpu import H200, Gpu
 from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
 from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_images, shared_bytes
-from escort.methods.cuda.direct.search import has_room, neighbours, search
+from escort.methods.cuda.direct.search import has_room, neighbours, predicted_clocks, search
 from escort.methods.cuda.direct.tables import defines, pack, scalars
 from escort.problem import Problem
 
 _SOURCE = "direct.cu"
+_CLOCK_MHZ = 1755.0  # of an H200 under load
 #: Blocks along y; more tiles than these continue along z.
 _MOST_TILES_Y = 32768
 
@@ -52,6 +53,12 @@ class DirectCuda(Method):
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[DirectConfig]:
         return search(problem, sparse_filter, Gpu.of(problem.device))
+
+    def predict_us(
+        self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: DirectConfig | None = None
+    ) -> float:
+        packed = problem.precision == "fp16" if config is None else config.packed
+        return predicted_clocks(problem, sparse_filter, gpu, packed, config) / _CLOCK_MHZ
 
     def neighbours(
         self, config: DirectConfig, problem: Problem, sparse_filter: SparseFilter

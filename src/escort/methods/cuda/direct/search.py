@@ -158,6 +158,17 @@ def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, packed: 
     return c
 
 
+def predicted_clocks(
+    problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, packed: bool, config: DirectConfig | None
+) -> float:
+    """The clocks that the model predicts for a config, or the least of all that fit."""
+    space = candidates(problem, sparse_filter, gpu, packed)
+    if config is None:
+        return float(space["clocks"].min())
+    is_config = np.all([space[name] == getattr(config, name) for name in (*AXES, *STAGING_AXES)], axis=0)
+    return float(space["clocks"][is_config].min())
+
+
 def _unevenness(sparse_filter: SparseFilter | None) -> float:
     """Nonzeros of the fullest four neighbouring input channels over the average."""
     if sparse_filter is None or not sparse_filter.nnz:

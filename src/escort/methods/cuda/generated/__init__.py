@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from escort.cuda import kernel as jit
@@ -18,7 +19,7 @@ from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
 from escort.methods.cuda.generated import codegen
-from escort.methods.cuda.generated.search import piece_count, piece_steps, predict_us, resident, search
+from escort.methods.cuda.generated.search import candidates, piece_count, piece_steps, predict_us, resident, search
 from escort.methods.cuda.generated.steps import GeneratedConfig, Program
 from escort.problem import Problem
 
@@ -55,6 +56,12 @@ class Generated(Method):
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[GeneratedConfig]:
         """The configs of least predicted time, no two of them alike."""
         return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_CONFIGS)
+
+    def predict_us(
+        self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: GeneratedConfig | None = None
+    ) -> float:
+        spaces = [config] if config is not None else candidates(problem, sparse_filter, gpu)
+        return min(float(np.min(predict_us(problem, sparse_filter, many, gpu))) for many in spaces)
 
     def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig) -> float:
         """About how long one core takes to assemble a config's code."""

@@ -20,7 +20,7 @@ from escort.cuda.gpu import Gpu
 from escort.filter import IntArray, SparseFilter
 from escort.methods.base import Method, Prepared, aligned, input_check
 from escort.methods.cuda.sparse_tc.packing import ordered, pack
-from escort.methods.cuda.sparse_tc.search import candidates, search
+from escort.methods.cuda.sparse_tc.search import Extra, candidates, predict_us, search
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, Element, SparseTcConfig, Tiling, at_once, im2col_corners
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 
@@ -57,6 +57,14 @@ class SparseTc(Method):
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_CONFIGS, problem.memory_format)
+
+    def predict_us(
+        self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: SparseTcConfig | None = None
+    ) -> float:
+        if config is None:
+            (config,) = search(problem, sparse_filter, gpu, 1, problem.memory_format)
+        tiling = Tiling.of(problem, config, gpu.shared_bytes)
+        return predict_us(tiling, Extra.of(ordered(sparse_filter, config.layout, tiling.element)), gpu)
 
     def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         """What it would run if x and y were in channels_last, and nothing converted."""
