@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from escort import reference
 from escort.filter import SparseFilter
 from escort.methods import Method, by_name
-from escort.methods.base import float32_convolutions, float32_products
+from escort.methods.precision import float32_convolutions, float32_products
 from escort.problem import Precision, Problem
 from tests.cases import CASES, Case, benchmark_configs
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.suite.rows import WHOLE, Row, check, leave_out
 from escort import prune, reference
-from escort.methods.base import float32_convolutions, float32_products
+from escort.methods.precision import float32_convolutions, float32_products
 from escort.network.convert import COMPILE_BUDGET_S, NETWORK_ERROR_BOUND, convert
 from escort.planner import timing as bench
 from escort.planner.timing import Timing

@@ -27,12 +27,11 @@ METHODS: tuple[Method, ...] = (
 
 
 def by_name(name: str, device: str = "cpu") -> Method:
-    """The method of that name on a device ("cpu", "cuda:0"). Raises ValueError, naming those there are."""
-    there = for_device(device)
-    for method in there:
-        if method.name == name:
-            return method
-    raise ValueError(f"no method {name!r} on {device}; there are {', '.join(method.name for method in there)}")
+    """The method of that name on a device ("cpu", "cuda:0"). Raises ValueError that names the methods there are."""
+    methods = {method.name: method for method in for_device(device)}
+    if name not in methods:
+        raise ValueError(f"no method {name!r} on {device}; there are {', '.join(methods)}")
+    return methods[name]
 
 
 def for_device(device: str) -> tuple[Method, ...]:

@@ -21,7 +21,7 @@ from escort import reference
 from escort.filter import SparseFilter
 from escort.layers.nn import MaxPool2d, SparseConv2d
 from escort.methods import by_name
-from escort.methods.base import float32_convolutions
+from escort.methods.precision import float32_convolutions
 from escort.network import batching, channels_last, fuse
 from escort.network.fuse import FusedConv2d
 from escort.network.memory import keep_freed_memory

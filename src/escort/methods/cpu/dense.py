@@ -10,12 +10,13 @@ import torch.nn.functional as F
 
 from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, apply_epilogue
+from escort.methods.lowering import symmetric_padding
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """memory_format: how the filter lies; torch converts the input to it and the result is NCHW either way."""
+    """memory_format: in which the filter lies. Torch converts the input to it; the result is NCHW either way."""
 
     memory_format: MemoryFormat = "contiguous"
 
@@ -28,9 +29,6 @@ class Dense(Method):
     device_type = "cpu"
     config_type = DenseConfig
 
-    def unsupported(self, problem: Problem) -> str | None:
-        return None
-
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[DenseConfig]:
         return DenseConfig("contiguous"), DenseConfig("channels_last")
 
@@ -41,13 +39,9 @@ class Dense(Method):
         weight = sparse_filter.to_dense().contiguous(memory_format=memory_format)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups
         activation = problem.epilogue.activation
-        top, bottom, left, right = problem.padding
-        symmetric = top == bottom and left == right
-        padding = (top, left) if symmetric else (0, 0)
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            if not symmetric:
-                x = F.pad(x, (left, right, top, bottom))
+            x, padding = symmetric_padding(problem, x)
             x = x.contiguous(memory_format=memory_format)
             y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
             return apply_epilogue(y.contiguous(), residual, activation)

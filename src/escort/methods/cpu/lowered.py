@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods.base import Method, Prepared, apply_epilogue, csr_matrices, unfold
+from escort.methods.base import Method, Prepared, apply_epilogue
+from escort.methods.lowering import csr_matrices, unfold
 from escort.problem import Problem
 
 
@@ -24,9 +25,6 @@ class Lowered(Method):
     device_type = "cpu"
     config_type = LoweredConfig
 
-    def unsupported(self, problem: Problem) -> str | None:
-        return None
-
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[LoweredConfig]:
         return (LoweredConfig(),)
 
@@ -38,10 +36,10 @@ class Lowered(Method):
         activation = problem.epilogue.activation
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            images = len(x)
-            columns = unfold(problem, x, by_image=True).permute(1, 2, 0, 3).flatten(2)
+            samples = len(x)
+            columns = unfold(problem, x, by_sample=True).permute(1, 2, 0, 3).flatten(2)
             y = torch.stack([matrix @ lowered for matrix, lowered in zip(matrices, columns, strict=True)])
-            y = y.view(problem.out_channels, images, *out).transpose(0, 1).contiguous()
+            y = y.view(problem.out_channels, samples, *out).transpose(0, 1).contiguous()
             if bias is not None:
                 y += bias.view(-1, 1, 1)
             return apply_epilogue(y, residual, activation)

@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods.base import Method, Prepared, apply_epilogue, contiguous_only, float32_products, unfold
+from escort.methods.base import Method, Prepared, apply_epilogue, contiguous_only
+from escort.methods.lowering import unfold
+from escort.methods.precision import float32_products
 from escort.problem import Problem
 
 
@@ -18,13 +20,13 @@ class CublasConfig:
     """How the batch is cut.
 
     Attributes:
-        unfold: "at_once" writes the columns of all images by one kernel, "by_image" by one kernel per image.
-        product: "by_image" multiplies each image's columns where they lie and writes NCHW, all images in one batched
-            call; "by_group" moves them side by side for one large product per group, and its result back to NCHW.
+        unfold: "at_once" writes the columns of all samples by one kernel, "by_sample" by one kernel per sample.
+        product: "by_sample" multiplies each sample's columns where they lie and writes NCHW, all samples in one batched
+            call. "by_group" moves them side by side for one large product per group, and its result back to NCHW.
     """
 
-    unfold: Literal["at_once", "by_image"] = "at_once"
-    product: Literal["by_image", "by_group"] = "by_image"
+    unfold: Literal["at_once", "by_sample"] = "at_once"
+    product: Literal["by_sample", "by_group"] = "by_sample"
 
 
 class Cublas(Method):
@@ -39,47 +41,47 @@ class Cublas(Method):
 
     def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CublasConfig]:
         """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""
-        return (CublasConfig("by_image", "by_group"),)
+        return (CublasConfig("by_sample", "by_group"),)
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CublasConfig]:
-        return CublasConfig("at_once", "by_image"), CublasConfig("at_once", "by_group")
+        return CublasConfig("at_once", "by_sample"), CublasConfig("at_once", "by_group")
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: CublasConfig
     ) -> Prepared:
         device, dtype = torch.device(problem.device), problem.storage
-        rows = problem.out_channels // problem.groups
-        weight = sparse_filter.to_dense().view(problem.groups, rows, -1).to(device, dtype)
+        channels = problem.out_channels // problem.groups
+        weight = sparse_filter.to_dense().view(problem.groups, channels, -1).to(device, dtype)
         addend = None if bias is None else bias.detach().to(device, dtype).view(-1, 1, 1)
         out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
         groups, positions, precision = problem.groups, problem.out_height * problem.out_width, problem.precision
-        by_image, by_group = config.unfold == "by_image", config.product == "by_group"
+        by_sample, by_group = config.unfold == "by_sample", config.product == "by_group"
 
-        def multiply_by_image(columns: torch.Tensor) -> torch.Tensor:
-            images = len(columns)
-            y = columns.new_empty(images, groups, rows, positions)
+        def multiply_by_sample(columns: torch.Tensor) -> torch.Tensor:
+            samples = len(columns)
+            y = columns.new_empty(samples, groups, channels, positions)
             for group in range(groups):
-                filters = weight[group].expand(images, -1, -1)
+                filters = weight[group].expand(samples, -1, -1)
                 torch.bmm(filters, columns[:, group], out=y[:, group])
-            y = y.view(images, *out_shape)
+            y = y.view(samples, *out_shape)
             return y if addend is None else y.add_(addend)
 
         def multiply_by_group(columns: torch.Tensor) -> torch.Tensor:
-            images = len(columns)
+            samples = len(columns)
             side_by_side = columns.permute(1, 2, 0, 3).flatten(2)
-            y = columns.new_empty(groups, rows, images * positions)
+            y = columns.new_empty(groups, channels, samples * positions)
             torch.bmm(weight, side_by_side, out=y)
-            y = y.view(out_shape[0], images, *out_shape[1:]).transpose(0, 1)
+            y = y.view(out_shape[0], samples, *out_shape[1:]).transpose(0, 1)
             # One pass over y adds the bias and moves it.
             return y.contiguous() if addend is None else torch.add(y, addend, out=y.new_empty(y.shape))
 
-        multiply = multiply_by_group if by_group else multiply_by_image
+        multiply = multiply_by_group if by_group else multiply_by_sample
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             if len(x) == 0:
                 return apply_epilogue(x.new_empty(0, *out_shape), residual, activation)
             with float32_products(precision):
-                y = multiply(unfold(problem, x, by_image=by_image))
+                y = multiply(unfold(problem, x, by_sample=by_sample))
             return apply_epilogue(y, residual, activation)
 
         return Prepared(run)

@@ -10,30 +10,31 @@ import torch
 import torch.nn.functional as F
 
 from escort.filter import SparseFilter
-from escort.methods.base import Method, Prepared, apply_epilogue, symmetric_padding
+from escort.methods.base import Method, Prepared, apply_epilogue
+from escort.methods.lowering import symmetric_padding
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 
-_ALIGNED = 8  # channels that tensor cores read at once
+_CHANNEL_MULTIPLE = 8  # channels that tensor cores read at once
 
 
 def _fuses(problem: Problem) -> bool:
     """Whether cuDNN computes the epilogue on tensor cores, whatever the input size.
 
-    It would go by the process's setting of TF32, which types of 16 bits do not need.
+    In float32 it would obey the process's setting of TF32, which 16-bit types do not need.
     """
-    whole = problem.groups == 1 and problem.out_channels % _ALIGNED == 0
-    return whole and problem.epilogue.activation == "relu" and problem.precision in ("fp16", "bf16")
+    suits = problem.groups == 1 and problem.out_channels % _CHANNEL_MULTIPLE == 0
+    return suits and problem.epilogue.activation == "relu" and problem.precision in ("fp16", "bf16")
 
 
 @dataclass(frozen=True)
 class CudnnConfig:
-    """How the tensors lie, and who computes the epilogue.
+    """In which memory format cuDNN works, and who computes the epilogue.
 
     Attributes:
         memory_format: of filter, input and output within cuDNN.
         output: "contiguous" gives NCHW, whatever it costs to convert; "as_is" leaves the output as cuDNN wrote it.
-        fused: cuDNN computes bias, residual and ReLU itself, by an algorithm that it chooses untried. Channels of zeros
-            are added to x where tensor cores need more, as those of an image are too few.
+        fused: cuDNN computes bias, residual and ReLU itself, by an algorithm that it chooses without trying. Where x
+            has too few channels for tensor cores, as a picture does, channels of zeros are added.
     """
 
     memory_format: MemoryFormat = "contiguous"
@@ -44,8 +45,8 @@ class CudnnConfig:
 class Cudnn(Method):
     """The dense baseline on GPUs, and the choice where sparsity does not pay.
 
-    cuDNN tries its algorithms on the first call of each shape (benchmark mode) and is told with each call whether
-    TF32 is allowed, so that no setting of the process is read or changed: fp32 is strict whatever it says.
+    cuDNN tries its algorithms on the first call of each shape (benchmark mode). Each call says whether TF32 is allowed,
+    so that no setting of the process is read or changed: fp32 is strict whatever the setting says.
     """
 
     name = "cudnn"
@@ -64,7 +65,7 @@ class Cudnn(Method):
         return formats if problem.precision == "fp32" else formats[::-1]
 
     def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CudnnConfig]:
-        """What it would run if x and y were in channels_last, and nothing converted."""
+        """The config that would run if x and y lay in channels_last and nothing were converted."""
         return () if problem.memory_format == "channels_last" else (CudnnConfig("channels_last", "as_is"),)
 
     def input_format(self, config: CudnnConfig) -> MemoryFormat:
@@ -75,8 +76,8 @@ class Cudnn(Method):
     ) -> Prepared:
         memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
         device, dtype = torch.device(problem.device), problem.storage
-        more = -problem.in_channels % _ALIGNED if config.fused else 0
-        weight = F.pad(sparse_filter.to_dense(), (0, 0, 0, 0, 0, more)).to(device, dtype)
+        added_channels = -problem.in_channels % _CHANNEL_MULTIPLE if config.fused else 0
+        weight = F.pad(sparse_filter.to_dense(), (0, 0, 0, 0, 0, added_channels)).to(device, dtype)
         weight = weight.contiguous(memory_format=memory_format)
         addend = None if bias is None else bias.detach().to(device, dtype)
         column = None if addend is None else addend.view(-1, 1, 1)
@@ -96,20 +97,20 @@ class Cudnn(Method):
 
         def convolve_fused(x: torch.Tensor, padding: tuple[int, int], residual: torch.Tensor | None) -> torch.Tensor:
             geometry = stride, padding, dilation, groups
-            if more:
-                x = F.pad(x, (0, 0, 0, 0, 0, more))
+            if added_channels:
+                x = F.pad(x, (0, 0, 0, 0, 0, added_channels))
             if residual is None:
                 return torch.cudnn_convolution_relu(x, weight, addend, *geometry)
             residual = residual.contiguous(memory_format=memory_format)
             return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, addend, *geometry)
 
-        chosen = convolve_fused if config.fused else convolve
+        compute = convolve_fused if config.fused else convolve
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             if len(x) == 0:
-                nothing = x.new_empty(0, *out_shape).contiguous(memory_format=problem.torch_memory_format)
-                return apply_epilogue(nothing, residual, activation)
+                empty = x.new_empty(0, *out_shape).contiguous(memory_format=problem.torch_memory_format)
+                return apply_epilogue(empty, residual, activation)
             x, padding = symmetric_padding(problem, x)
-            return chosen(x.contiguous(memory_format=memory_format), padding, residual)
+            return compute(x.contiguous(memory_format=memory_format), padding, residual)
 
         return Prepared(run)

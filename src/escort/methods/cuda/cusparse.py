@@ -9,21 +9,22 @@ from typing import Literal
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods.base import Method, Prepared, apply_epilogue, contiguous_only, csr_matrices, unfold
+from escort.methods.base import Method, Prepared, apply_epilogue, contiguous_only
+from escort.methods.lowering import csr_matrices, unfold
 from escort.problem import Problem
 
 
 @dataclass(frozen=True)
 class CusparseConfig:
-    """unfold: "at_once" writes the columns of all images by one kernel, "by_image" by one kernel per image."""
+    """unfold: "at_once" writes the columns of all samples by one kernel, "by_sample" by one kernel per sample."""
 
-    unfold: Literal["at_once", "by_image"] = "at_once"
+    unfold: Literal["at_once", "by_sample"] = "at_once"
 
 
 class Cusparse(Method):
     """Writes every input patch out as a column and multiplies the CSR filter with that matrix, once per group.
 
-    Torch's product of a CSR matrix calls cuSPARSE's SpMM. Given its output, which it overwrites, it copies nothing.
+    Torch multiplies a CSR matrix by cuSPARSE's SpMM. It copies nothing when it is given an output to overwrite.
     """
 
     name = "cusparse"
@@ -37,7 +38,7 @@ class Cusparse(Method):
 
     def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CusparseConfig]:
         """Lowering as torch alone does it: a batched ``F.unfold``, then one product per group."""
-        return (CusparseConfig("by_image"),)
+        return (CusparseConfig("by_sample"),)
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CusparseConfig]:
         return (CusparseConfig(),)
@@ -49,17 +50,17 @@ class Cusparse(Method):
         matrices = csr_matrices(sparse_filter, device, dtype)
         addend = None if bias is None else bias.detach().to(device, dtype).view(-1, 1, 1)
         out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
-        rows, by_image = problem.out_channels // problem.groups, config.unfold == "by_image"
+        channels, by_sample = problem.out_channels // problem.groups, config.unfold == "by_sample"
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            images = len(x)
-            if images == 0:
+            samples = len(x)
+            if samples == 0:
                 return apply_epilogue(x.new_empty(0, *out_shape), residual, activation)
-            columns = unfold(problem, x, by_image=by_image).permute(1, 2, 0, 3).flatten(2)
-            y = x.new_empty(len(matrices), rows, columns.shape[2])
+            columns = unfold(problem, x, by_sample=by_sample).permute(1, 2, 0, 3).flatten(2)
+            y = x.new_empty(len(matrices), channels, columns.shape[2])
             for matrix, lowered, product in zip(matrices, columns, y, strict=True):
                 torch.addmm(product, matrix, lowered, beta=0, out=product)
-            y = y.view(out_shape[0], images, *out_shape[1:]).transpose(0, 1)
+            y = y.view(out_shape[0], samples, *out_shape[1:]).transpose(0, 1)
             # One pass over y adds the bias and moves it.
             y = y.contiguous() if addend is None else torch.add(y, addend, out=y.new_empty(y.shape))
             return apply_epilogue(y, residual, activation)
