@@ -1,46 +1,25 @@
-"""What kernels/bindings.cpp offers; kernels/cpu/direct.hpp describes the tables."""
+"""What kernels/cpu/bindings.cpp offers; kernels/cpu/direct.hpp describes the tables."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from escort.filter import IntArray
+from numpy.typing import NDArray
 
 def isas() -> list[tuple[str, int, int]]: ...
-def max_pool2d(
-    x: int,
-    y: int,
-    planes: int,
-    input_size: Sequence[int],
-    output_size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    threads: int,
-) -> None: ...
+def keep_freed_memory(most_bytes: int) -> bool: ...
 
 class DirectConvolution:
+    def __init__(self, isa: str, tables: dict[str, NDArray[Any]]) -> None: ...
+    def run(self, x: int, residual: int, y: int, samples: int, threads: int) -> None: ...
+
+class MaxPool2d:
     def __init__(
         self,
-        *,
-        isa: str,
-        entries: IntArray,
-        rows: IntArray,
-        blocks: IntArray,
-        jobs: IntArray,
-        runs: IntArray,
-        segments: IntArray,
-        tiles: IntArray,
-        in_place: bool,
-        column_stride: int,
-        channel_stride: int,
-        stage_size: int,
-        partial_size: int,
-        x_image: int,
-        x_plane: int,
-        y_image: int,
-        y_plane: int,
-        activation: int,
+        input_size: Sequence[int],
+        output_size: Sequence[int],
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
     ) -> None: ...
-    def run(self, x: int, residual: int, y: int, images: int, threads: int) -> None: ...
-
-def keep_freed_memory(bytes: int) -> bool: ...
+    def run(self, x: int, y: int, planes: int, threads: int) -> None: ...

@@ -253,7 +253,7 @@ def _max_pool2d(
     x = x.contiguous()
     y = _max_pool2d_shape(x, kernel, stride, padding, dilation, ceil_mode)
     planes, sizes = x.shape[0] * x.shape[1], (x.shape[2:], y.shape[2:], kernel, stride, padding, dilation)
-    _cpu.max_pool2d(x.data_ptr(), y.data_ptr(), planes, *sizes, torch.get_num_threads())
+    _cpu.MaxPool2d(*sizes).run(x.data_ptr(), y.data_ptr(), planes, torch.get_num_threads())
     return y
 
 

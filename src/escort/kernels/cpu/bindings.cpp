@@ -1,6 +1,5 @@
-// Python's door to the kernels: `escort.kernels._cpu`.
+// Offers the kernels to Python as `escort.kernels._cpu`.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 
@@ -12,7 +11,6 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -21,6 +19,7 @@
 
 #include "direct.hpp"
 #include "max_pool.hpp"
+#include "tables.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -54,22 +53,13 @@ const Isa* find_isa(const std::string& name) {
   throw std::invalid_argument("instruction set '" + name + "' is not available on this machine");
 }
 
-// A numpy table of 32-bit records as a vector of structs.
-using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-template <class T>
-std::vector<T> records(const Table& table, const char* name) {
-  if (table.shape(1) * sizeof(int32_t) != sizeof(T)) throw std::invalid_argument(std::string(name) + ": wrong columns");
-  std::vector<T> result(table.shape(0));
-  if (!result.empty()) std::memcpy(result.data(), table.data(), result.size() * sizeof(T));
-  return result;
-}
-
 struct Free {
   void operator()(float* p) const { std::free(p); }
 };
 
 // Runs task(i, thread) for every i below `tasks`. Each thread starts with its own share of consecutive tasks, the same
-// in every layer, so that it finds in its cache what it wrote in the layer before; one that is done helps the others.
+// share in every layer, so that it finds in its cache what it wrote in the layer before. A thread that is done helps
+// the others.
 template <class Task>
 void parallel(int64_t tasks, int threads, const Task& task) {
   if (threads <= 1) {
@@ -114,22 +104,23 @@ constexpr int64_t kFarFloats = 2 << 20;  // an input of 8 MiB is not in cache wh
 // Owns the tables of one convolution.
 class DirectConvolution {
  public:
-  DirectConvolution(const std::string& isa, const Table& entries, const Table& rows, const Table& blocks,
-                    const Table& jobs, const Table& runs, const Table& segments, const Table& tiles, bool in_place,
-                    int column_stride, int channel_stride, int64_t stage_size, int64_t partial_size, int64_t x_image,
-                    int64_t x_plane, int64_t y_image, int64_t y_plane, int activation)
+  // tables: arrays of records by name, each of the structs of direct.hpp; params is an array of one record.
+  DirectConvolution(const std::string& isa, const nb::dict& tables)
       : isa_(find_isa(isa)),
-        entries_(records<Entry>(entries, "entries")),
-        rows_(records<Row>(rows, "rows")),
-        blocks_(records<Block>(blocks, "blocks")),
-        jobs_(records<Job>(jobs, "jobs")),
-        runs_(records<Run>(runs, "runs")),
-        segments_(records<Segment>(segments, "segments")),
-        tiles_(records<Tile>(tiles, "tiles")) {
+        nonzeros_(records<Nonzero>(tables, "nonzeros")),
+        out_channels_(records<OutChannel>(tables, "out_channels")),
+        blocks_(records<Block>(tables, "blocks")),
+        jobs_(records<Job>(tables, "jobs")),
+        runs_(records<Run>(tables, "runs")),
+        segments_(records<Segment>(tables, "segments")),
+        tiles_(records<Tile>(tables, "tiles")) {
+    const std::vector<Params> params = records<Params>(tables, "params");
+    if (params.size() != 1) throw std::invalid_argument("params: one record");
     for (const Tile& tile : tiles_)
       if (tile.vectors < 1 || tile.vectors > isa_->max_vectors) throw std::invalid_argument("tile: too many vectors");
-    direct_ = {entries_.data(),
-               rows_.data(),
+    direct_ = {params[0],
+               nonzeros_.data(),
+               out_channels_.data(),
                blocks_.data(),
                jobs_.data(),
                runs_.data(),
@@ -137,28 +128,18 @@ class DirectConvolution {
                tiles_.data(),
                static_cast<int32_t>(jobs_.size()),
                static_cast<int32_t>(tiles_.size()),
-               in_place,
-               false,
-               column_stride,
-               channel_stride,
-               stage_size,
-               partial_size,
-               (stage_size + partial_size + 15) / 16 * 16,
-               x_image,
-               x_plane,
-               y_image,
-               y_plane,
-               static_cast<Activation>(activation)};
+               (params[0].stage_size + params[0].partial_size + 15) / 16 * 16,
+               false};
   }
 
-  // x, residual (or 0) and y are addresses of contiguous float32 tensors of `images` images.
-  void run(uintptr_t x, uintptr_t residual, uintptr_t y, int64_t images, int threads) const {
+  // x, residual (or 0) and y are addresses of contiguous float32 tensors of `samples` samples.
+  void run(uintptr_t x, uintptr_t residual, uintptr_t y, int64_t samples, int threads) const {
     const nb::gil_scoped_release release;
-    const int64_t tasks = images * direct_.tile_count * direct_.job_count;
+    const int64_t tasks = samples * direct_.tile_count * direct_.job_count;
     if (threads > tasks) threads = static_cast<int>(tasks);
     float* memory = scratch(direct_.scratch_size * (threads > 1 ? threads : 1));
     Direct direct = direct_;
-    direct.fetch_ahead = images * direct.x_image > kFarFloats;
+    direct.fetch_ahead = samples * direct.x_sample_stride > kFarFloats;
     parallel(tasks, threads, [&](int64_t i, int thread) {
       isa_->run(direct, i, reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(residual),
                 reinterpret_cast<float*>(y), memory + thread * direct_.scratch_size);
@@ -167,8 +148,8 @@ class DirectConvolution {
 
  private:
   const Isa* isa_;
-  std::vector<Entry> entries_;
-  std::vector<Row> rows_;
+  std::vector<Nonzero> nonzeros_;
+  std::vector<OutChannel> out_channels_;
   std::vector<Block> blocks_;
   std::vector<Job> jobs_;
   std::vector<Run> runs_;
@@ -177,30 +158,41 @@ class DirectConvolution {
   Direct direct_;
 };
 
-// x and y are addresses of `planes` contiguous float32 planes.
-void max_pool2d(uintptr_t x, uintptr_t y, int64_t planes, std::array<int, 2> in, std::array<int, 2> out,
-                std::array<int, 2> kernel, std::array<int, 2> stride, std::array<int, 2> padding,
-                std::array<int, 2> dilation, int threads) {
-  const nb::gil_scoped_release release;
-  const Pool pool = {in[0],     in[1],     out[0],      out[1],      kernel[0],  kernel[1],
-                     stride[0], stride[1], dilation[0], dilation[1], padding[0], padding[1]};
-  if (threads > planes) threads = static_cast<int>(planes);
-  static const PoolPlane pool_plane = supported().front().pool;
-  // A window that ceil_mode adds may reach beyond the right padding.
-  const int64_t line = pool.left + pool.width + int64_t(pool.columns) * pool.column_dilation + pool.column_stride;
-  float* memory = scratch(line * (threads > 1 ? threads : 1));
-  parallel(planes, threads, [&](int64_t i, int thread) {
-    pool_plane(pool, reinterpret_cast<const float*>(x) + i * pool.height * pool.width,
-               reinterpret_cast<float*>(y) + i * pool.out_height * pool.out_width, memory + thread * line);
-  });
-}
+// Max pooling of planes of one size. Pairs are (rows, columns).
+class MaxPool2d {
+ public:
+  using Pair = std::array<int, 2>;
 
-// Blocks below `bytes` are neither mapped one by one nor trimmed off the heap when freed.
-bool keep_freed_memory(int bytes) {
+  MaxPool2d(Pair input_size, Pair output_size, Pair kernel_size, Pair stride, Pair padding, Pair dilation)
+      : pool_{input_size[0], input_size[1], output_size[0], output_size[1], kernel_size[0], kernel_size[1],
+              stride[0],     stride[1],     dilation[0],    dilation[1],    padding[0],     padding[1]} {}
+
+  // x and y are addresses of `planes` contiguous float32 planes.
+  void run(uintptr_t x, uintptr_t y, int64_t planes, int threads) const {
+    const nb::gil_scoped_release release;
+    if (threads > planes) threads = static_cast<int>(planes);
+    static const PoolPlane pool_plane = supported().front().pool;
+    // A window that ceil_mode adds may reach beyond the right padding.
+    const int64_t line_size =
+        pool_.left + pool_.width + int64_t(pool_.columns) * pool_.column_dilation + pool_.column_stride;
+    float* memory = scratch(line_size * (threads > 1 ? threads : 1));
+    parallel(planes, threads, [&](int64_t i, int thread) {
+      pool_plane(pool_, reinterpret_cast<const float*>(x) + i * pool_.height * pool_.width,
+                 reinterpret_cast<float*>(y) + i * pool_.out_height * pool_.out_width, memory + thread * line_size);
+    });
+  }
+
+ private:
+  Pool pool_;
+};
+
+// Makes glibc's allocator keep freed memory: what is smaller than `most_bytes` is neither mapped on its own nor given
+// back. False where the allocator is another one.
+bool keep_freed_memory(int most_bytes) {
 #if defined(__GLIBC__)
-  return mallopt(M_MMAP_THRESHOLD, bytes) == 1 && mallopt(M_TRIM_THRESHOLD, bytes) == 1;
+  return mallopt(M_MMAP_THRESHOLD, most_bytes) == 1 && mallopt(M_TRIM_THRESHOLD, most_bytes) == 1;
 #else
-  (void)bytes;
+  (void)most_bytes;
   return false;
 #endif
 }
@@ -221,15 +213,13 @@ NB_MODULE(_cpu, m) {
         return result;
       },
       "The instruction sets of this machine, fastest first: (name, floats per vector, vectors per tile).");
-  m.def("keep_freed_memory", &keep_freed_memory, "bytes"_a);
-  m.def("max_pool2d", &max_pool2d, "x"_a, "y"_a, "planes"_a, "input_size"_a, "output_size"_a, "kernel"_a, "stride"_a,
-        "padding"_a, "dilation"_a, "threads"_a);
+  m.def("keep_freed_memory", &keep_freed_memory, "most_bytes"_a);
   nb::class_<DirectConvolution>(m, "DirectConvolution")
-      .def(nb::init<const std::string&, const Table&, const Table&, const Table&, const Table&, const Table&,
-                    const Table&, const Table&, bool, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                    int>(),
-           nb::kw_only(), "isa"_a, "entries"_a, "rows"_a, "blocks"_a, "jobs"_a, "runs"_a, "segments"_a, "tiles"_a,
-           "in_place"_a, "column_stride"_a, "channel_stride"_a, "stage_size"_a, "partial_size"_a, "x_image"_a,
-           "x_plane"_a, "y_image"_a, "y_plane"_a, "activation"_a)
-      .def("run", &DirectConvolution::run, "x"_a, "residual"_a, "y"_a, "images"_a, "threads"_a);
+      .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a)
+      .def("run", &DirectConvolution::run, "x"_a, "residual"_a, "y"_a, "samples"_a, "threads"_a);
+  using Pair = MaxPool2d::Pair;
+  nb::class_<MaxPool2d>(m, "MaxPool2d")
+      .def(nb::init<Pair, Pair, Pair, Pair, Pair, Pair>(), "input_size"_a, "output_size"_a, "kernel_size"_a, "stride"_a,
+           "padding"_a, "dilation"_a)
+      .def("run", &MaxPool2d::run, "x"_a, "y"_a, "planes"_a, "threads"_a);
 }

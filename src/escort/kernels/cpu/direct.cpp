@@ -18,11 +18,11 @@ inline T activate(T v, Activation activation) {
   return v;
 }
 
-// Rows of a tile lie a plane apart, each in a page of its own, where no hardware prefetcher follows: asks for the
-// places that a row some way ahead will read and write.
-constexpr int kRowsAhead = 4;
+// The output channels of a tile lie a plane apart, each in a page of its own, where no hardware prefetcher follows:
+// asks for the places that a channel some way ahead will read and write.
+constexpr int kChannelsAhead = 4;
 template <int V>
-inline void prefetch_row(const float* residual, const float* y) {
+inline void prefetch_channel(const float* residual, const float* y) {
   for (int i = 0; i < V * kLanes; i += 16) {
     if (residual) __builtin_prefetch(residual + i, 0);
     __builtin_prefetch(y + i, 1);
@@ -53,13 +53,14 @@ inline void gather(float* to, const float* from, int n, int stride) {
   for (; i < n; i++) to[i] = from[int64_t(i) * stride];
 }
 
-void stage_block(const Direct& d, const Tile& tile, const Block& block, const float* image, float* stage) {
+// Copies a tile's part of the block's input channels, with zeros where the padding is. `x` is one sample.
+void stage_block(const Direct& d, const Tile& tile, const Block& block, const float* x, float* stage) {
   for (int channel = block.first_channel; channel < block.end_channel; channel++, stage += d.channel_stride) {
-    const float* plane = image + channel * d.x_plane;
+    const float* plane = x + channel * d.x_plane_stride;
     for (int i = tile.first_run; i < tile.end_run; i++) {
       const Run& run = d.runs[i];
-      float* to = stage + run.to;
-      const float* from = plane + run.from;
+      float* to = stage + run.stage_position;
+      const float* from = plane + run.plane_position;
       if (d.column_stride == 1) {
         copy(to, from, run.length);
       } else {
@@ -71,19 +72,19 @@ void stage_block(const Direct& d, const Tile& tile, const Block& block, const fl
   }
 }
 
-// Writes a finished tile of one output channel, row piece by row piece; what the tile holds between rows is dropped.
+// Writes a finished tile of one output channel, segment by segment; what the tile holds between rows is dropped.
 void write_segments(const Direct& d, const Tile& tile, const float* sums, const float* residual, float* y) {
   const auto vector = [&](const Segment& s, int i) {
-    Vector v = load(sums + s.from + i);
-    if (residual) v += load(residual + s.to + i);
-    store(y + s.to + i, activate(v, d.activation));
+    Vector v = load(sums + s.tile_position + i);
+    if (residual) v += load(residual + s.plane_position + i);
+    store(y + s.plane_position + i, activate(v, d.activation));
   };
   for (int n = tile.first_segment; n < tile.end_segment; n++) {
     const Segment& s = d.segments[n];
     if (s.length < kLanes) {
       for (int i = 0; i < s.length; i++) {
-        const float v = sums[s.from + i] + (residual ? residual[s.to + i] : 0.0f);
-        y[s.to + i] = activate(v, d.activation);
+        const float v = sums[s.tile_position + i] + (residual ? residual[s.plane_position + i] : 0.0f);
+        y[s.plane_position + i] = activate(v, d.activation);
       }
       continue;
     }
@@ -93,42 +94,52 @@ void write_segments(const Direct& d, const Tile& tile, const float* sums, const 
   }
 }
 
+// Where a block is read, accumulated and written for one tile.
+struct Places {
+  const float* x;         // offset 0 of the block
+  float* partial;         // the job's partial sums
+  const float* residual;  // like y, or null
+  float* y;               // the tile's place in channel 0 (in place) or the plane of channel 0 (staged)
+  bool first, last;       // whether the block starts the sums, and whether it finishes them
+};
+
 // Input that is read in place and not yet in cache: the next block of this tile or the first of the next tile, which
-// the same thread most likely takes. It is asked for row by row, so that it arrives while this block is computed.
+// the same thread most likely takes. It is asked for channel by channel, so that it arrives while this block is
+// computed.
 struct Ahead {
   const float* x;
   int channels;
 };
 
-// Accumulates one block into every row of a job, for one tile of V vectors. `x` is where offset 0 of the block lies for
-// this tile; `residual` and `y` are the tile's place in channel 0 (in place) or the plane of channel 0 (staged).
+// Accumulates one block into every output channel of a job, for one tile of V vectors.
 template <int V, bool InPlace>
-void accumulate(const Direct& d, const Tile& tile, const Block& block, bool first, bool last, const float* x,
-                Ahead ahead, float* partial, const float* residual, float* y) {
+void accumulate(const Direct& d, const Tile& tile, const Block& block, Places places, Ahead ahead) {
+  const auto [x, partial, residual, y, first, last] = places;
   alignas(64) float sums[V * kLanes];
   // The last vector of a tile in place overlaps the one before it, so that nothing outside the tile is touched.
   const int64_t tail = InPlace ? tile.length - kLanes : (V - 1) * kLanes;
-  const int64_t place = InPlace ? 0 : d.segments[tile.first_segment].to;
-  int asked = 0;
-  for (int i = block.first_row; i < block.end_row; i++) {
+  const int64_t place = InPlace ? 0 : d.segments[tile.first_segment].plane_position;
+  int fetched = 0;  // channels of `ahead`
+  for (int i = block.first_record; i < block.end_record; i++) {
     if (InPlace && ahead.channels > 0) {
-      const int64_t due = int64_t(ahead.channels) * (i + 1 - block.first_row) / (block.end_row - block.first_row);
-      for (; asked < due; asked++)
-        for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(ahead.x + asked * d.x_plane + j, 0, 2);
+      const int64_t due =
+          int64_t(ahead.channels) * (i + 1 - block.first_record) / (block.end_record - block.first_record);
+      for (; fetched < due; fetched++)
+        for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(ahead.x + fetched * d.x_plane_stride + j, 0, 2);
     }
-    const Row& row = d.rows[i];
-    const Entry* end = d.entries + d.rows[i + 1].first_entry;
-    float* slot = partial + int64_t(row.slot) * (V * kLanes);
-    if (last && i + kRowsAhead < block.end_row) {
-      const int64_t at = d.rows[i + kRowsAhead].channel * d.y_plane + place;
-      prefetch_row<V>(residual ? residual + at : nullptr, y + at);
+    const OutChannel& out = d.out_channels[i];
+    const Nonzero* end = d.nonzeros + d.out_channels[i + 1].first_nonzero;
+    float* slot = partial + int64_t(out.slot) * (V * kLanes);
+    if (last && i + kChannelsAhead < block.end_record) {
+      const int64_t at = d.out_channels[i + kChannelsAhead].channel * d.y_plane_stride + place;
+      prefetch_channel<V>(residual ? residual + at : nullptr, y + at);
     }
     Vector sum[V];
 #pragma GCC unroll 28
-    for (int v = 0; v < V; v++) sum[v] = first ? Vector{} + row.bias : load(slot + v * kLanes);
-    for (const Entry* entry = d.entries + row.first_entry; entry < end; entry++) {
-      const Vector weight = Vector{} + entry->value;
-      const float* p = x + entry->offset;
+    for (int v = 0; v < V; v++) sum[v] = first ? Vector{} + out.bias : load(slot + v * kLanes);
+    for (const Nonzero* nonzero = d.nonzeros + out.first_nonzero; nonzero < end; nonzero++) {
+      const Vector weight = Vector{} + nonzero->value;
+      const float* p = x + nonzero->offset;
 #pragma GCC unroll 28
       for (int v = 0; v < V - 1; v++) sum[v] += weight * load(p + v * kLanes);
       sum[V - 1] += weight * load(p + tail);
@@ -137,14 +148,14 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, bool firs
 #pragma GCC unroll 28
       for (int v = 0; v < V; v++) store(slot + v * kLanes, sum[v]);
     } else if (InPlace) {
-      const int64_t plane = row.channel * d.y_plane;
+      const int64_t plane = out.channel * d.y_plane_stride;
 #pragma GCC unroll 28
       for (int v = 0; v < V; v++) {
         const int64_t at = plane + (v == V - 1 ? tail : v * kLanes);
         store(y + at, activate(residual ? sum[v] + load(residual + at) : sum[v], d.activation));
       }
     } else {
-      const int64_t plane = row.channel * d.y_plane;
+      const int64_t plane = out.channel * d.y_plane_stride;
 #pragma GCC unroll 28
       for (int v = 0; v < V; v++) store(sums + v * kLanes, sum[v]);
       write_segments(d, tile, sums, residual ? residual + plane : nullptr, y + plane);
@@ -152,8 +163,7 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, bool firs
   }
 }
 
-using Accumulate = void (*)(const Direct&, const Tile&, const Block&, bool, bool, const float*, Ahead, float*,
-                            const float*, float*);
+using Accumulate = void (*)(const Direct&, const Tile&, const Block&, Places, Ahead);
 
 // accumulate<1>, accumulate<2>, ... accumulate<kMaxVectors>, by number.
 template <int... V>
@@ -175,10 +185,10 @@ using TileSizes = CountTo<kMaxVectors>::type;
 void run_task(const Direct& d, int64_t task, const float* x, const float* residual, float* y, float* scratch) {
   const Job& job = d.jobs[task % d.job_count];
   const Tile& tile = d.tiles[task / d.job_count % d.tile_count];
-  const int64_t image = task / d.job_count / d.tile_count;
-  x += image * d.x_image;
-  y += image * d.y_image;
-  if (residual) residual += image * d.y_image;
+  const int64_t sample = task / d.job_count / d.tile_count;
+  x += sample * d.x_sample_stride;
+  y += sample * d.y_sample_stride;
+  if (residual) residual += sample * d.y_sample_stride;
   float* partial = scratch + d.stage_size;
   for (int b = job.first_block; b < job.end_block; b++) {
     const Block& block = d.blocks[b];
@@ -186,13 +196,20 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
     if (d.in_place) {
       const Block& next = d.blocks[last ? job.first_block : b + 1];
       const Tile& next_tile = last && &tile != d.tiles + d.tile_count - 1 ? (&tile)[1] : tile;
-      const Ahead ahead = {x + next.first_channel * d.x_plane + next_tile.start,
+      const Ahead ahead = {x + next.first_channel * d.x_plane_stride + next_tile.start,
                            d.fetch_ahead ? next.end_channel - next.first_channel : 0};
-      TileSizes::pick<true>(tile.vectors)(d, tile, block, first, last, x + block.first_channel * d.x_plane + tile.start,
-                                          ahead, partial, residual ? residual + tile.start : nullptr, y + tile.start);
+      const Places places = {
+          x + block.first_channel * d.x_plane_stride + tile.start,
+          partial,
+          residual ? residual + tile.start : nullptr,
+          y + tile.start,
+          first,
+          last,
+      };
+      TileSizes::pick<true>(tile.vectors)(d, tile, block, places, ahead);
     } else {
       stage_block(d, tile, block, x, scratch);
-      TileSizes::pick<false>(tile.vectors)(d, tile, block, first, last, scratch, {}, partial, residual, y);
+      TileSizes::pick<false>(tile.vectors)(d, tile, block, {scratch, partial, residual, y, first, last}, {});
     }
   }
 }

@@ -1,47 +1,49 @@
-// Direct sparse convolution on the CPU: what the planner hands to the kernel.
+// Direct sparse convolution on the CPU: the tables and parameters that the kernel walks.
 //
-// The output plane of an image is cut into tiles of consecutive positions in a row pitch that leaves room for padding;
-// every nonzero of a filter row then reads the input at one constant distance from the tile, so a tile's accumulators
-// stay in registers while the row's nonzeros stream by:
+// The output plane of a sample is cut into tiles of consecutive positions in a row pitch that leaves room for padding.
+// Every nonzero of an output channel then reads the input at one constant distance from the tile, so a tile's
+// accumulators stay in registers while the nonzeros stream by:
 //
 //     for each tile, for each block of input channels:
 //         stage the block's part of the input (with its zero padding) into cache
 //         for each output channel: accumulator[0:vectors] += value * stage[offset + 0:vectors]
 //
-// All tables below are made in Python (methods/direct.py); counts are in floats unless said otherwise.
+// Python makes every table as a numpy array of records with the same field names (methods/cpu/direct/), and
+// bindings.cpp checks that they agree. Counts are in floats unless a comment says otherwise.
 #pragma once
 
 #include <cstdint>
 
 namespace escort {
 
-struct Entry {  // one nonzero
+struct Nonzero {
   int32_t offset;
   float value;
 };
 
-struct Row {  // one output channel within one block of input channels; its entries end where the next row's begin
+// One output channel within one block of input channels; its nonzeros end where those of the next record begin.
+struct OutChannel {
   int32_t channel;
   int32_t slot;  // which of the job's partial sums it accumulates into
-  int32_t first_entry;
+  int32_t first_nonzero;
   float bias;
 };
 
-struct Block {  // input channels that are staged together, and the rows that read them
+struct Block {  // input channels that are staged together, and the records of the output channels that read them
   int32_t first_channel, end_channel;
-  int32_t first_row, end_row;
+  int32_t first_record, end_record;
 };
 
 struct Job {  // a share of the output channels of one group: its blocks, in the order of accumulation
   int32_t first_block, end_block;
 };
 
-struct Run {  // a piece of an image row to stage: `length` values, then `zeros` zeros
-  int32_t to, from, length, zeros;
+struct Run {  // a piece of a map row to stage: `length` values, then `zeros` zeros
+  int32_t stage_position, plane_position, length, zeros;
 };
 
 struct Segment {  // a piece of a tile that lies in one output row
-  int32_t to, from, length;
+  int32_t plane_position, tile_position, length;
 };
 
 struct Tile {
@@ -53,26 +55,30 @@ struct Tile {
 
 enum class Activation : int32_t { none, relu, relu6 };
 
-// One convolution, ready to run for any number of images. Every pointer stays the owner's.
-struct Direct {
-  const Entry* entries;
-  const Row* rows;  // one more than there are, to end the last one's entries
+struct Params {                      // what all tiles have in common
+  int64_t stage_size, partial_size;  // scratch of a thread: the staged block and the partial sums
+  int64_t x_sample_stride, x_plane_stride, y_sample_stride, y_plane_stride;
+  int32_t column_stride;   // between the values that a run gathers
+  int32_t channel_stride;  // between staged channels
+  int32_t in_place;        // whether tiles are read from x and written to y directly: 1x1 without stride or padding
+  Activation activation;
+};
+
+// One convolution, ready to run for any number of samples. Every pointer stays the owner's.
+struct Direct : Params {
+  const Nonzero* nonzeros;
+  const OutChannel* out_channels;  // one more than there are, to end the last one's nonzeros
   const Block* blocks;
   const Job* jobs;
   const Run* runs;
   const Segment* segments;
   const Tile* tiles;
   int32_t job_count, tile_count;
-  bool in_place;           // tiles are read from x and written to y directly: a 1x1 kernel without stride or padding
-  bool fetch_ahead;        // in place: whether x is too large to be in cache already; set for each run
-  int32_t column_stride;   // between the values that a run gathers
-  int32_t channel_stride;  // between staged channels
-  int64_t stage_size, partial_size, scratch_size;  // per thread; scratch = stage + partial sums + one tile
-  int64_t x_image, x_plane, y_image, y_plane;
-  Activation activation;
+  int64_t scratch_size;  // of a thread
+  bool fetch_ahead;      // in place: whether x is too large to be in cache already; set for each call
 };
 
-// Runs one task: task = (image * tile_count + tile) * job_count + job. `residual` may be null; `scratch` holds
+// Runs one task: task = (sample * tile_count + tile) * job_count + job. `residual` may be null; `scratch` holds
 // scratch_size floats, aligned to 64 bytes.
 using RunTask = void (*)(const Direct&, int64_t task, const float* x, const float* residual, float* y, float* scratch);
 

@@ -10,7 +10,7 @@ namespace {
 inline Vector larger(Vector a, Vector b) { return (a > b) | (a != a) ? a : b; }
 inline float larger(float a, float b) { return (a > b || a != a) ? a : b; }
 
-// The maximum over the window's rows, along the whole image row.
+// The maximum over the rows of output row i's windows, for each column of the input.
 void pool_rows(const Pool& p, const float* x, int i, float* line) {
   bool first = true;
   for (int r = 0; r < p.rows; r++) {
@@ -25,10 +25,10 @@ void pool_rows(const Pool& p, const float* x, int i, float* line) {
     for (; j < p.width; j++) line[j] = first ? from[j] : larger(from[j], line[j]);
     first = false;
   }
-  for (int j = 0; first && j < p.width; j++) line[j] = -__builtin_inff();  // a dilated window can miss a small image
+  for (int j = 0; first && j < p.width; j++) line[j] = -__builtin_inff();  // a dilated window can miss a small plane
 }
 
-// The maximum over the window's columns. `line` starts with the left padding.
+// One row of outputs: the maximum over the columns of its windows. `line` starts with the left padding.
 void pool_columns(const Pool& p, const float* line, float* y) {
   int j = 0;
   if (p.column_stride <= 2) {

@@ -1,0 +1,130 @@
+// The structs of direct.hpp as numpy describes them, and numpy's arrays of records as vectors of these structs.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "direct.hpp"
+
+namespace escort {
+
+struct Field {
+  const char* name;
+  const char* type;  // as numpy writes it
+  size_t offset;
+};
+
+template <class T>
+constexpr const char* type_of() {
+  if constexpr (std::is_same_v<T, float>) return "f4";
+  if constexpr (std::is_same_v<T, int64_t>) return "i8";
+  static_assert(sizeof(T) == 4 || std::is_same_v<T, int64_t>, "a number of 32 bits, or an int64_t");
+  return "i4";
+}
+
+// Fields<T>::list holds the fields of T in their order.
+template <class Struct>
+struct Fields;
+
+#define ESCORT_FIELD(field) {#field, type_of<decltype(T::field)>(), offsetof(T, field)}
+
+template <>
+struct Fields<Nonzero> {
+  using T = Nonzero;
+  static constexpr Field list[] = {ESCORT_FIELD(offset), ESCORT_FIELD(value)};
+};
+
+template <>
+struct Fields<OutChannel> {
+  using T = OutChannel;
+  static constexpr Field list[] = {ESCORT_FIELD(channel), ESCORT_FIELD(slot), ESCORT_FIELD(first_nonzero),
+                                   ESCORT_FIELD(bias)};
+};
+
+template <>
+struct Fields<Block> {
+  using T = Block;
+  static constexpr Field list[] = {ESCORT_FIELD(first_channel), ESCORT_FIELD(end_channel), ESCORT_FIELD(first_record),
+                                   ESCORT_FIELD(end_record)};
+};
+
+template <>
+struct Fields<Job> {
+  using T = Job;
+  static constexpr Field list[] = {ESCORT_FIELD(first_block), ESCORT_FIELD(end_block)};
+};
+
+template <>
+struct Fields<Run> {
+  using T = Run;
+  static constexpr Field list[] = {ESCORT_FIELD(stage_position), ESCORT_FIELD(plane_position), ESCORT_FIELD(length),
+                                   ESCORT_FIELD(zeros)};
+};
+
+template <>
+struct Fields<Segment> {
+  using T = Segment;
+  static constexpr Field list[] = {ESCORT_FIELD(plane_position), ESCORT_FIELD(tile_position), ESCORT_FIELD(length)};
+};
+
+template <>
+struct Fields<Tile> {
+  using T = Tile;
+  static constexpr Field list[] = {ESCORT_FIELD(first_run),   ESCORT_FIELD(end_run), ESCORT_FIELD(first_segment),
+                                   ESCORT_FIELD(end_segment), ESCORT_FIELD(start),   ESCORT_FIELD(length),
+                                   ESCORT_FIELD(vectors)};
+};
+
+template <>
+struct Fields<Params> {
+  using T = Params;
+  static constexpr Field list[] = {ESCORT_FIELD(stage_size),      ESCORT_FIELD(partial_size),
+                                   ESCORT_FIELD(x_sample_stride), ESCORT_FIELD(x_plane_stride),
+                                   ESCORT_FIELD(y_sample_stride), ESCORT_FIELD(y_plane_stride),
+                                   ESCORT_FIELD(column_stride),   ESCORT_FIELD(channel_stride),
+                                   ESCORT_FIELD(in_place),        ESCORT_FIELD(activation)};
+};
+
+#undef ESCORT_FIELD
+
+// The dtype whose records lie in memory as T does.
+template <class T>
+nanobind::object dtype_of() {
+  nanobind::list names, formats, offsets;
+  for (const Field& field : Fields<T>::list) {
+    names.append(field.name);
+    formats.append(field.type);
+    offsets.append(field.offset);
+  }
+  nanobind::dict dtype;
+  dtype["names"] = names;
+  dtype["formats"] = formats;
+  dtype["offsets"] = offsets;
+  dtype["itemsize"] = sizeof(T);
+  return nanobind::module_::import_("numpy").attr("dtype")(dtype);
+}
+
+// The table of that name, an array of records of shape (n,), as a vector of structs. Raises TypeError where names,
+// types or places of its fields are not those of T.
+template <class T>
+std::vector<T> records(const nanobind::dict& tables, const char* name) {
+  using Bytes = nanobind::ndarray<const uint8_t, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
+  const nanobind::object array = tables[name], expected = dtype_of<T>();
+  if (!array.attr("dtype").equal(expected)) {
+    const std::string message = std::string(name) + " are records of " + nanobind::str(expected).c_str();
+    throw nanobind::type_error(message.c_str());
+  }
+  const auto bytes = nanobind::cast<Bytes>(array.attr("view")("u1"));
+  std::vector<T> result(bytes.size() / sizeof(T));
+  if (!result.empty()) std::memcpy(result.data(), bytes.data(), bytes.size());
+  return result;
+}
+
+}  // namespace escort

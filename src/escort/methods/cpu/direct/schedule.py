@@ -1,0 +1,156 @@
+"""A filter in the order in which the direct kernel walks it: by job, block of input channels and output channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from escort.filter import IntArray, SparseFilter
+from escort.methods.cpu.direct.layout import Layout, Records, records
+
+# The structs of kernels/cpu/direct.hpp, which says what the fields mean.
+NONZERO = np.dtype([("offset", "i4"), ("value", "f4")])
+OUT_CHANNEL = np.dtype([("channel", "i4"), ("slot", "i4"), ("first_nonzero", "i4"), ("bias", "f4")])
+BLOCK = np.dtype([(name, "i4") for name in ("first_channel", "end_channel", "first_record", "end_record")])
+JOB = np.dtype([(name, "i4") for name in ("first_block", "end_block")])
+
+_Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The tables of a filter.
+
+    Attributes:
+        nonzeros: records of NONZERO.
+        out_channels: records of OUT_CHANNEL, one more than there are.
+        blocks: records of BLOCK.
+        jobs: records of JOB.
+        partial_sums: output channels whose sums a job keeps from block to block; none where there is one block.
+    """
+
+    nonzeros: Records
+    out_channels: Records
+    blocks: Records
+    jobs: Records
+    partial_sums: int
+
+    @classmethod
+    def of(
+        cls, sparse_filter: SparseFilter, layout: Layout, bias: torch.Tensor | None, channel_block: int, parts: int
+    ) -> Schedule:
+        """Sorts a filter into the tables of the kernel.
+
+        Args:
+            bias: (K,) or None.
+            channel_block: input channels of a block.
+            parts: jobs among which the output channels of a group are dealt.
+        """
+        parts = min(parts, sparse_filter.shape[0] // sparse_filter.groups)
+        job, slot = _deal(sparse_filter, parts)
+        block_of = sparse_filter.taps[0] // channel_block
+        cells = _cells(sparse_filter, job, block_of, -(-sparse_filter.shape[1] // channel_block))
+        first_nonzero = np.cumsum(cells.nnz) - cells.nnz
+
+        out_channels = records(OUT_CHANNEL, len(cells.channel) + 1)
+        out_channels["first_nonzero"] = np.append(first_nonzero, sparse_filter.nnz)
+        out_channels["channel"][:-1] = cells.channel
+        out_channels["slot"][:-1] = slot[cells.channel]
+        if bias is not None:
+            out_channels["bias"][:-1] = bias.detach().numpy().astype(np.float32)[cells.channel]
+
+        stretched = sparse_filter.stretch(layout.geometry)
+        assert stretched.offsets is not None
+        in_block = stretched.offsets - block_of * (channel_block * layout.channel_stride)
+        source = np.arange(sparse_filter.nnz) + np.repeat(cells.source - first_nonzero, cells.nnz)
+        nonzeros = records(
+            NONZERO, sparse_filter.nnz, offset=(in_block + layout.origin)[source], value=sparse_filter.values[source]
+        )
+
+        blocks, jobs = _blocks_and_jobs(sparse_filter, cells, channel_block, parts)
+        one_block = channel_block >= sparse_filter.shape[1]
+        return cls(nonzeros, out_channels, blocks, jobs, 0 if one_block else int(slot.max()) + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """The parts of output channels within one block of input channels, in the kernel's order; each (cells,).
+
+    Attributes:
+        channel: the output channel.
+        job: that computes it.
+        block: of input channels.
+        nnz: how many nonzeros it has.
+        source: which of the filter's nonzeros is its first.
+    """
+
+    channel: _Numbers
+    job: _Numbers
+    block: _Numbers
+    nnz: _Numbers
+    source: _Numbers
+
+
+def _deal(sparse_filter: SparseFilter, parts: int) -> tuple[_Numbers, _Numbers]:
+    """Deals the output channels of each group to so many jobs.
+
+    They are dealt by falling nnz, in rounds that turn at the last job, so that all jobs weigh the same.
+
+    Returns:
+        Of each output channel, (K,): its job, counted over all groups, and its slot in the job.
+    """
+    out_channels, groups = sparse_filter.shape[0], sparse_filter.groups
+    nnz = np.diff(sparse_filter.indptr).reshape(groups, -1)
+    rank = np.argsort(np.argsort(-nnz, axis=1, kind="stable"), axis=1, kind="stable")
+    dealt, seat = np.divmod(rank, parts)
+    part = np.where(dealt % 2 == 0, seat, parts - 1 - seat)
+    job = (np.arange(groups)[:, None] * parts + part).ravel()
+    sizes = np.bincount(job, minlength=groups * parts)
+    slot = np.empty(out_channels, dtype=np.int64)
+    slot[np.argsort(job, kind="stable")] = np.arange(out_channels) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return job, slot
+
+
+def _cells(sparse_filter: SparseFilter, job: _Numbers, block_of: IntArray, block_count: int) -> _Cells:
+    """The cells that the kernel visits: all with nonzeros, and of each output channel the first and the last.
+
+    The first block starts the sums and the last one ends them. Within a block nnz rises: neighbours leave the inner
+    loop after as many rounds as the one before, which the branch predictor learns.
+
+    Args:
+        job: (K,) of each output channel.
+        block_of: (nnz,) the block of each nonzero's input channel.
+    """
+    out_channels = sparse_filter.shape[0]
+    cell_of = sparse_filter.rows.astype(np.int64) * block_count + block_of
+    nnz = np.bincount(cell_of, minlength=out_channels * block_count)
+    source = np.cumsum(nnz) - nnz  # columns ascend, so a cell's nonzeros lie side by side
+    channel, block = np.divmod(np.arange(out_channels * block_count), block_count)
+    kept = np.flatnonzero((nnz > 0) | (block == 0) | (block == block_count - 1))
+    kept = kept[np.lexsort((nnz[kept], block[kept], job[channel[kept]]))]
+    return _Cells(channel[kept], job[channel[kept]], block[kept], nnz[kept], source[kept])
+
+
+def _blocks_and_jobs(
+    sparse_filter: SparseFilter, cells: _Cells, channel_block: int, parts: int
+) -> tuple[Records, Records]:
+    """The blocks of each job that hold a cell, and the blocks of each job."""
+    group_channels = sparse_filter.shape[1]
+    starts = (np.diff(cells.job, prepend=-1) != 0) | (np.diff(cells.block, prepend=-1) != 0)
+    first_record = np.flatnonzero(starts)
+    job, block = cells.job[first_record], cells.block[first_record]
+    first_of_group = job // parts * group_channels
+    first_channel = first_of_group + block * channel_block
+    blocks = records(
+        BLOCK,
+        len(first_record),
+        first_channel=first_channel,
+        end_channel=np.minimum(first_channel + channel_block, first_of_group + group_channels),
+        first_record=first_record,
+        end_record=np.append(first_record[1:], len(cells.channel)),
+    )
+    edges = np.searchsorted(job, np.arange(sparse_filter.groups * parts + 1))
+    return blocks, records(JOB, len(edges) - 1, first_block=edges[:-1], end_block=edges[1:])
