@@ -21,10 +21,10 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a padded input lies in memory, in elements; the offsets of a :class:`SparseFilter` belong to one.
+    """How a padded input lies in memory, in elements; the offsets of a :class:`SparseFilter` belong to one geometry.
 
-    A strided convolution reads its input split into ``stride[0] * stride[1]`` phases, phase (i, j) holding the rows
-    i, i + stride[0], ... and the columns j, j + stride[1], ...: within a phase neighbouring outputs read neighbouring
+    A strided convolution reads its input split into ``stride[0] * stride[1]`` phases. Phase (i, j) holds the rows
+    i, i + stride[0], ... and the columns j, j + stride[1], ... Within a phase neighbouring outputs read neighbouring
     inputs, so one constant offset per nonzero serves every output position. Without stride there is one phase.
     """
 
@@ -35,7 +35,11 @@ class Geometry:
     dilation: tuple[int, int] = (1, 1)
 
     def offset(self, c: IntArray, r: IntArray, s: IntArray) -> IntArray:
-        """The distance from an output position to the input that tap (c, r, s) reads."""
+        """The distance from an output position to the input that tap (c, r, s) reads.
+
+        Raises:
+            ValueError: if a distance does not fit 32 bits.
+        """
         row, row_phase = np.divmod(r * self.dilation[0], self.stride[0])
         column, column_phase = np.divmod(s * self.dilation[1], self.stride[1])
         phase = row_phase * self.stride[1] + column_phase
@@ -49,17 +53,18 @@ class Geometry:
 class SparseFilter:
     """A convolution filter of shape (K, C / groups, R, S) that stores its nonzeros only.
 
-    One CSR matrix per group, one below the other: row k holds output channel k, and channel numbers count within the
-    group. Columns ascend within a row.
+    The filter is one CSR matrix per group, one below the other. Row k holds output channel k, columns ascend within a
+    row, and input channels are counted within their group.
 
     Attributes:
         indptr: (K + 1,) int32, row k's nonzeros are ``indptr[k]:indptr[k + 1]``.
         columns: (nnz,) int32, ``(c * R + r) * S + s``.
         values: (nnz,) float32.
-        geometry, offsets: the padded input this filter was stretched to and (nnz,) int32 offsets into it, or None.
+        geometry: the padded input to which this filter was stretched, or None.
+        offsets: (nnz,) int32 offsets into that input, or None.
 
     Raises:
-        ValueError: unless the arrays describe a filter of that shape; what is accepted here is safe to index with.
+        ValueError: unless the arrays describe a filter of that shape. Arrays that are accepted are safe to index with.
     """
 
     shape: tuple[int, int, int, int]
@@ -100,7 +105,11 @@ class SparseFilter:
 
     @classmethod
     def from_dense(cls, weight: torch.Tensor | NDArray[Any], groups: int = 1) -> SparseFilter:
-        """Compress a dense (K, C / groups, R, S) filter; exact zeros are dropped."""
+        """Compresses a dense (K, C / groups, R, S) filter; exact zeros are dropped.
+
+        Raises:
+            ValueError: if it has another rank, or holds NaN or infinity.
+        """
         dense = weight.detach().cpu().float().numpy() if isinstance(weight, torch.Tensor) else np.asarray(weight)
         if dense.ndim != 4:
             raise ValueError(f"a filter has shape (K, C / groups, R, S), got {dense.shape}")
@@ -111,7 +120,11 @@ class SparseFilter:
 
     @classmethod
     def from_csr(cls, matrix: Any, shape: tuple[int, int, int, int], groups: int = 1) -> SparseFilter:
-        """Adopt a scipy CSR matrix or a torch CSR tensor of shape (K, C / groups * R * S)."""
+        """Takes over a scipy CSR matrix or a torch CSR tensor of shape (K, C / groups * R * S).
+
+        Raises:
+            ValueError: if it has another shape, is no CSR tensor, or holds NaN or infinity.
+        """
         if isinstance(matrix, torch.Tensor):
             if matrix.layout != torch.sparse_csr:
                 raise ValueError(f"expected a torch CSR tensor, got layout {matrix.layout}")
@@ -134,7 +147,7 @@ class SparseFilter:
         return torch.from_numpy(matrix.reshape(self.shape))
 
     def stretch(self, geometry: Geometry) -> SparseFilter:
-        """The same filter with offsets into a padded input of this geometry; the dense weights are not needed."""
+        """The same filter with offsets into a padded input of this geometry."""
         return replace(self, geometry=geometry, offsets=geometry.offset(*self.taps))
 
     @property
@@ -153,7 +166,7 @@ class SparseFilter:
 
     @property
     def taps(self) -> tuple[IntArray, IntArray, IntArray]:
-        """(c, r, s) of each nonzero, c counted within its group."""
+        """(c, r, s) of each nonzero, each (nnz,); c is counted within its group."""
         rest, s = np.divmod(self.columns, np.int32(self.shape[3]))
         c, r = np.divmod(rest, np.int32(self.shape[2]))
         return c, r, s

@@ -1,4 +1,4 @@
-"""What is asked: one convolution, its shapes, its precision and what is fused behind it."""
+"""What a user asks for: one convolution, its shapes, its precision and what is fused behind it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Activation = Literal["none", "relu", "relu6"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 
-#: The storage type behind each precision; ``tf32`` is stored as float32 and multiplied with a 10-bit mantissa.
+#: The storage type of each precision. ``tf32`` is stored as float32 and multiplied with a 10-bit mantissa.
 TORCH_DTYPE: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -20,7 +20,7 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 
-#: torch's name of each memory format: NCHW, and NHWC seen as (N, C, H, W).
+#: Torch's name of each memory format: NCHW, and NHWC seen as (N, C, H, W).
 TORCH_MEMORY_FORMAT: dict[MemoryFormat, torch.memory_format] = {
     "contiguous": torch.contiguous_format,
     "channels_last": torch.channels_last,
@@ -29,7 +29,11 @@ TORCH_MEMORY_FORMAT: dict[MemoryFormat, torch.memory_format] = {
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What runs behind the convolution, in this order: bias, residual add, activation."""
+    """What is fused behind the convolution, in this order: bias, residual add, activation.
+
+    Raises:
+        ValueError: if the activation is unknown.
+    """
 
     bias: bool = False
     residual: bool = False
@@ -41,7 +45,7 @@ class Epilogue:
 
     @property
     def activation_number(self) -> int:
-        """What kernels call the activation: its place in `Activation`."""
+        """The activation's number in kernels: its place in `Activation`."""
         return get_args(Activation).index(self.activation)
 
     def __str__(self) -> str:
@@ -51,9 +55,9 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class Problem:
-    """One convolution as asked: ``activation(conv2d(x, w) + bias + residual)``.
+    """One convolution: ``activation(conv2d(x, w) + bias + residual)``.
 
-    x is (batch, in_channels, height, width), w is (out_channels, in_channels / groups, *kernel), and the result is
+    x is (batch, in_channels, height, width), w is (out_channels, in_channels / groups, *kernel_size), and the result is
     (batch, out_channels, out_height, out_width), as in :func:`torch.nn.functional.conv2d`.
 
     Attributes:
@@ -61,12 +65,12 @@ class Problem:
         padding: zeros added (top, bottom, left, right).
         precision: of storage and products; ``fp32`` is strict.
         device: as torch writes it, ``cpu`` or ``cuda:0``.
-        memory_format: in which x and residual are given and the result is asked, each the other one too, at the cost of
-            converting it. ``channels_last`` is for GPUs.
+        memory_format: of x, residual and result. x and residual may come in the other one too and are then converted.
+            ``channels_last`` is for GPUs.
 
     Raises:
-        ValueError: where no such convolution exists (channels not divisible by groups, input smaller than the kernel),
-            or is asked of a CPU in channels_last.
+        ValueError: if no such convolution exists (channels not divisible by groups, input smaller than the kernel), or
+            if its device is a CPU and its memory format is channels_last.
     """
 
     batch: int
@@ -100,10 +104,10 @@ class Problem:
                 f"groups {self.groups}"
             )
         if self.out_height < 1 or self.out_width < 1:
-            reach = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+            span = [(size - 1) * dilation + 1 for size, dilation in zip(self.kernel_size, self.dilation, strict=True)]
             raise ValueError(
                 f"input {self.height}x{self.width} with padding {self.padding} is smaller than the kernel, which spans "
-                f"{reach[0]}x{reach[1]}; use a larger input or more padding"
+                f"{span[0]}x{span[1]}; use a larger input or more padding"
             )
 
     @classmethod
@@ -117,7 +121,14 @@ class Problem:
         device: str = "cpu",
         memory_format: MemoryFormat = "contiguous",
     ) -> Problem:
-        """The problem that `conv` poses on an input of shape (N, C, H, W)."""
+        """The problem of running `conv` on an input of shape (N, C, H, W).
+
+        Args:
+            epilogue: by default the convolution's own bias and nothing else.
+
+        Raises:
+            ValueError: if the shape is not one that the convolution takes.
+        """
         if len(input_shape) != 4:
             raise ValueError(f"a convolution takes (N, C, H, W), got shape {tuple(input_shape)}")
         batch, channels, height, width = input_shape
@@ -141,21 +152,19 @@ class Problem:
         )
 
     def on(self, device: str) -> Problem:
-        """The same on another device, contiguous if that is the CPU."""
+        """The same problem on another device; on a CPU its memory format is contiguous."""
         memory_format = self.memory_format if device.partition(":")[0] == "cuda" else "contiguous"
         return replace(self, device=device, memory_format=memory_format)
 
     @property
     def out_height(self) -> int:
-        return (self.height + sum(self.padding[:2]) - (self.kernel_size[0] - 1) * self.dilation[0] - 1) // self.stride[
-            0
-        ] + 1
+        span = (self.kernel_size[0] - 1) * self.dilation[0] + 1
+        return (self.height + sum(self.padding[:2]) - span) // self.stride[0] + 1
 
     @property
     def out_width(self) -> int:
-        return (self.width + sum(self.padding[2:]) - (self.kernel_size[1] - 1) * self.dilation[1] - 1) // self.stride[
-            1
-        ] + 1
+        span = (self.kernel_size[1] - 1) * self.dilation[1] + 1
+        return (self.width + sum(self.padding[2:]) - span) // self.stride[1] + 1
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
@@ -197,7 +206,11 @@ class Problem:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Problem:
-        """The problem behind :meth:`to_json`'s fields. Raises ValueError on missing, unknown or absurd ones."""
+        """The problem of :meth:`to_json`'s fields.
+
+        Raises:
+            ValueError: if fields are missing, unknown or make no problem.
+        """
         try:
             tuples = {name: tuple(data[name]) for name in ("kernel_size", "stride", "padding", "dilation")}
             return cls(**{**data, **tuples, "epilogue": Epilogue(**data["epilogue"])})
@@ -206,16 +219,19 @@ class Problem:
 
 
 def explicit_padding(
-    padding: str | tuple[int, ...] | int, kernel: tuple[int, ...], dilation: tuple[int, ...]
+    padding: str | tuple[int, ...] | int, kernel_size: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[int, int, int, int]:
-    """torch's padding ('same', 'valid', an int or a pair) as zeros (top, bottom, left, right).
+    """Torch's padding ('same', 'valid', an int or a pair) as zeros (top, bottom, left, right).
 
     'same' puts the odd zero at the bottom and right, as torch does.
+
+    Raises:
+        ValueError: if the padding is another string.
     """
     if padding == "valid":
         return 0, 0, 0, 0
     if padding == "same":
-        total = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+        total = [(size - 1) * step for size, step in zip(kernel_size, dilation, strict=True)]
         return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
     if isinstance(padding, str):
         raise ValueError(f"padding is 'same', 'valid', an int or a pair, got {padding!r}")

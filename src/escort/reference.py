@@ -1,4 +1,4 @@
-"""The definition of a right answer: float64 convolution plus epilogue, and the comparison every result must pass."""
+"""What is a right answer: the float64 convolution with its epilogue, and the comparison that every result must pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from escort.problem import Problem
 #: Largest relative error ``||out - ref|| / ||ref||`` that a result of each precision may have.
 ERROR_BOUND = {"fp32": 1e-5, "tf32": 1e-3, "fp16": 2e-3, "bf16": 1.5e-2}
 
-_CHUNK = 2**24  # elements of x
+_CHUNK = 2**24  # elements of x that are computed at a time
 
 
 def conv2d(
@@ -24,15 +24,21 @@ def conv2d(
 ) -> torch.Tensor:
     """``activation(conv2d(x, weight) + bias + residual)`` in float64, which TF32 settings do not touch.
 
-    x: (N, C, H, W), weight: (K, C / groups, R, S), bias: (K,), residual and result: (N, K, out_height, out_width). The
-    result is on the device of x and residual; weight and bias may be on another.
+    Args:
+        x: (N, C, H, W)
+        weight: (K, C / groups, R, S), on any device.
+        bias: (K,), on any device.
+        residual: (N, K, out_height, out_width), on the device of x.
+
+    Returns:
+        (N, K, out_height, out_width) float64, on the device of x.
     """
     weight = weight.to(x.device, torch.float64)
     bias = None if bias is None else bias.to(x.device, torch.float64)
-    # A few images at a time: in float64, and lowered within torch, a batch may need many times the memory of x.
-    images = max(1, _CHUNK // math.prod(x.shape[1:]))
-    inputs = x.split(images)
-    residuals = [None] * len(inputs) if residual is None else residual.split(images)
+    # A few samples at a time: in float64, and lowered within torch, a batch may need many times the memory of x.
+    samples = max(1, _CHUNK // math.prod(x.shape[1:]))
+    inputs = x.split(samples)
+    residuals = [None] * len(inputs) if residual is None else residual.split(samples)
     parts = [_conv2d(problem, *part, weight, bias) for part in zip(inputs, residuals, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -55,15 +61,15 @@ def _conv2d(
 
 
 def compare(out: torch.Tensor, ref: torch.Tensor) -> float:
-    """The relative error ``||out - ref|| / ||ref||``; infinite where `out` holds a NaN or has another shape.
+    """The relative error ``||out - ref|| / ||ref||``.
 
-    A reference of zeros gives the norm of `out` itself.
+    It is infinite where `out` holds a NaN or has another shape. Where the reference is zero it is the norm of `out`.
     """
     if out.shape != ref.shape:
         return float("inf")
     ref = ref.double()
     error = float(torch.linalg.vector_norm(out.double() - ref))
     norm = float(torch.linalg.vector_norm(ref))
-    if error != error:
+    if math.isnan(error):
         return float("inf")
     return error / norm if norm > 0.0 else error

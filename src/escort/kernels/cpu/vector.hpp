@@ -1,8 +1,8 @@
-// Vectors of the instruction set that a kernel is compiled for (ESCORT_ISA), by the extensions that GCC and Clang
+// Vectors of the instruction set that a kernel is compiled for (ESCORT_ISA), in the extensions that GCC and Clang
 // share.
 //
-// Kernels use no library code: an inline function of the standard library compiled here for AVX-512 could be the copy
-// that the linker keeps for every machine. For the same reason everything here has internal linkage.
+// Kernels use no library code: were an inline function of the standard library compiled here for AVX-512, the linker
+// could keep that copy for every machine. For the same reason everything here has internal linkage.
 #pragma once
 
 #include <cstdint>
