@@ -1,4 +1,8 @@
-"""The one table of convolutions that every method must compute: small odd shapes first, then those of real networks."""
+"""The one table of convolutions that every method must compute: small odd shapes first, then those of real networks.
+
+test_cases.py runs it through torch's methods on every device and through our CPU kernel. The tests of a GPU kernel take
+it by :data:`every_case`, through what interprets the kernel on a CPU and, by :func:`check_kernels`, on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 
 from escort import reference
@@ -18,7 +23,7 @@ FULL = Epilogue(bias=True, residual=True, activation="relu")
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, and the share of weights to keep or a function that draws the mask from the weight's shape."""
+    """A problem, and its weights: the share that is kept, or a function from the weight's shape to the mask."""
 
     name: str
     problem: Problem
@@ -41,24 +46,41 @@ class Case:
     def filter(self) -> SparseFilter:
         return SparseFilter.from_dense(self.tensors()[1], self.problem.groups)
 
-    def on(self, device: str, dtype: Precision = "fp32") -> tuple[Problem, Any, Any, Any, Any]:
-        """The problem there, x, weight, bias and residual; weight and bias stay in float32 on the host."""
-        problem = replace(self.problem, precision=dtype, device=device)
+    def on(self, device: str, precision: Precision = "fp32") -> tuple[Problem, Any, Any, Any, Any]:
+        """The problem on a device, x, weight, bias and residual; weight and bias stay in float32 on the host."""
+        problem = replace(self.problem, precision=precision, device=device)
         x, weight, bias, residual = self.tensors()
         x = x.to(device, problem.storage)
         residual = None if residual is None else residual.to(device, problem.storage)
         return problem, x, weight, bias, residual
 
 
-def check_kernels(
-    method: Method, case: Case, device: str, dtype: Precision, configs: Iterable[Any], *, tensor_cores: bool = False
-) -> None:
-    """Each config of our own kernels computes a case, and the same when it runs again; without them TF32 as exactly
-    as fp32.
-    """
-    problem, x, weight, bias, residual = case.on(device, dtype)
+def check(method: Method, case: Case, device: str, precision: Precision) -> None:
+    """Each config of a method computes a case, in whichever memory format x comes."""
+    problem, x, weight, bias, residual = case.on(device, precision)
     expected = reference.conv2d(problem, x, weight, bias, residual)
-    bound = reference.ERROR_BOUND["fp32" if dtype == "tf32" and not tensor_cores else dtype]
+    configs = benchmark_configs(method, problem, case.filter())
+    assert configs
+    for config in configs:
+        run = method.prepare(problem, case.filter(), bias, config)
+        for memory_format in TORCH_MEMORY_FORMAT.values():
+            y = run(x.contiguous(memory_format=memory_format), residual)
+            assert (y.dtype, y.device) == (problem.storage, x.device)
+            assert y.is_contiguous() or method.input_format(config) == "channels_last", config
+            assert reference.compare(y, expected) <= reference.ERROR_BOUND[precision], config
+
+
+def check_kernels(
+    method: Method, case: Case, device: str, precision: Precision, configs: Iterable[Any], *, tensor_cores: bool = False
+) -> None:
+    """Each config of our own kernels computes a case, and the same when it runs again.
+
+    Args:
+        tensor_cores: whether the kernels use them; without them TF32 is as exact as fp32.
+    """
+    problem, x, weight, bias, residual = case.on(device, precision)
+    expected = reference.conv2d(problem, x, weight, bias, residual)
+    bound = reference.ERROR_BOUND["fp32" if precision == "tf32" and not tensor_cores else precision]
     for config in configs:
         run = method.prepare(problem, case.filter(), bias, config)
         y = run(x, residual)
@@ -68,7 +90,7 @@ def check_kernels(
 
 
 def benchmark_configs(method: Method, problem: Problem, sparse_filter: SparseFilter) -> list[Any]:
-    """A method's search space, and the configs of it that only benchmarks time."""
+    """A method's search space, and the configs that only benchmarks time."""
     return [*method.configs(problem, sparse_filter), *method.benchmark_configs(problem, sparse_filter)]
 
 
@@ -77,14 +99,14 @@ def as_taken(method: Method, config: Any, x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=TORCH_MEMORY_FORMAT[method.input_format(config)])
 
 
-def _empty_rows(shape: tuple[int, ...]) -> torch.Tensor:
+def _empty_out_channels(shape: tuple[int, ...]) -> torch.Tensor:
     mask = (torch.arange(shape[0] * shape[1] * shape[2] * shape[3]).reshape(shape) % 7 == 0).float()
     mask[::3] = 0
     return mask
 
 
-def _uneven_rows(shape: tuple[int, ...]) -> torch.Tensor:
-    """One row is full, the others hold about a thirtieth: the imbalance seen in magnitude-pruned networks."""
+def _uneven_out_channels(shape: tuple[int, ...]) -> torch.Tensor:
+    """One output channel is full, the others hold about a thirtieth, as unevenly as magnitude pruning leaves them."""
     mask = (torch.arange(shape[0] * shape[1] * shape[2] * shape[3]).reshape(shape) % 31 == 0).float()
     mask[0] = 1
     return mask
@@ -123,11 +145,11 @@ CASES = (
     Case("depthwise stride 2, twofold", Problem(1, 6, 13, 13, 12, (3, 3), (2, 2), (1, 1, 1, 1), groups=6), 0.5),
     Case("no weights at all", Problem(2, 4, 8, 8, 6, (3, 3), padding=(1, 1, 1, 1), epilogue=FULL), 0.0),
     Case("every weight", Problem(1, 12, 10, 10, 11, (3, 3), padding=(1, 1, 1, 1)), 1.0),
-    Case("empty rows", Problem(1, 10, 8, 8, 12, (3, 3), padding=(1, 1, 1, 1), epilogue=FULL), _empty_rows),
-    Case("uneven rows", Problem(1, 40, 9, 9, 30, (3, 3), padding=(1, 1, 1, 1)), _uneven_rows),
+    Case("empty rows", Problem(1, 10, 8, 8, 12, (3, 3), padding=(1, 1, 1, 1), epilogue=FULL), _empty_out_channels),
+    Case("uneven rows", Problem(1, 40, 9, 9, 30, (3, 3), padding=(1, 1, 1, 1)), _uneven_out_channels),
     Case("empty channels", Problem(1, 64, 9, 9, 8, (1, 1)), _empty_channels),
-    Case("no images", Problem(0, 4, 8, 8, 6, (3, 3), padding=(1, 1, 1, 1))),
-    Case("seven images", Problem(7, 6, 7, 7, 10, (3, 3), padding=(1, 1, 1, 1))),
+    Case("no samples", Problem(0, 4, 8, 8, 6, (3, 3), padding=(1, 1, 1, 1))),
+    Case("seven samples", Problem(7, 6, 7, 7, 10, (3, 3), padding=(1, 1, 1, 1))),
     Case("plane of a page", Problem(1, 9, 32, 32, 4, (1, 1), epilogue=FULL)),
     Case("stage of a page", Problem(1, 9, 31, 31, 4, (2, 2), padding=(0, 1, 0, 1))),
     Case("many channels", Problem(1, 600, 4, 4, 20, (1, 1), epilogue=FULL), 0.1),
@@ -137,3 +159,6 @@ CASES = (
     Case("ResNet-50 res2 1x1", Problem(1, 64, 56, 56, 32, (1, 1), epilogue=FULL), 0.1),
     Case("CaffeNet conv2", Problem(1, 96, 27, 27, 32, (5, 5), padding=(2, 2, 2, 2), groups=2), 0.15),
 )
+
+#: Runs a test over the whole table.
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

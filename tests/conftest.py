@@ -1,11 +1,13 @@
-"""Tests marked `gpu` are skipped where there is none; a fixture that several files use."""
+"""Tests marked `gpu` are skipped where there is none; fixtures that several files use."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -30,3 +32,18 @@ def hostile(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.param == "new settings":
             torch.backends.fp32_precision = "none"
         torch.set_float32_matmul_precision(matmul)
+
+
+@pytest.fixture
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Stands in for cuDNN on the CPU, and notes the arguments of each call."""
+    calls: list[dict[str, Any]] = []
+
+    def convolution(
+        x: torch.Tensor, weight: torch.Tensor, padding: Any, stride: Any, dilation: Any, groups: int, **options: Any
+    ) -> torch.Tensor:
+        calls.append({**options, "x": x, "weight": weight})
+        return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+    monkeypatch.setattr(torch, "cudnn_convolution", convolution)
+    return calls

@@ -20,7 +20,7 @@ from escort.planner import planner
 from escort.planner import timing as bench
 from escort.planner.machine import Machine
 from escort.problem import TORCH_DTYPE, Epilogue, Precision, Problem
-from tests.cases import CASES, Case, as_taken, benchmark_configs
+from tests.cases import CASES, Case, as_taken, benchmark_configs, every_case
 
 pytestmark = pytest.mark.gpu
 
@@ -31,25 +31,8 @@ BY_NAME = {case.name: case for case in CASES}
 TOO_MUCH = 1 << 46
 
 
-@pytest.mark.parametrize("dtype", get_args(Precision))
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.name)
-def test_case(method: Method, case: Case, dtype: Precision) -> None:
-    problem, x, weight, bias, residual = case.on(DEVICE, dtype)
-    if (method.name, dtype) == ("cusparse", "tf32"):
-        assert method.unsupported(problem)
-        return
-    assert method.unsupported(problem) is None
-    expected = reference.conv2d(problem, x, weight, bias, residual)
-    for config in benchmark_configs(method, problem, case.filter()):
-        y = method.prepare(problem, case.filter(), bias, config)(as_taken(method, config, x), residual)
-        assert (y.dtype, y.device) == (problem.storage, x.device)
-        assert y.is_contiguous() or getattr(config, "takes_channels_last", False)
-        assert reference.compare(y, expected) <= reference.ERROR_BOUND[dtype], config
-
-
 @pytest.mark.parametrize("dtype", ["tf32", "fp16", "bf16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_case
 def test_case_in_channels_last(case: Case, dtype: Precision) -> None:
     problem, x, weight, bias, residual = case.on(DEVICE, dtype)
     problem = replace(problem, memory_format="channels_last")
@@ -92,9 +75,9 @@ def test_tf32_is_used_where_it_is_asked_for(method: Method) -> None:
 def test_the_reference_is_exact_on_a_gpu() -> None:
     for case in CASES[::5]:
         problem, x, weight, bias, residual = case.on(DEVICE)
-        there = reference.conv2d(problem, x, weight, bias, residual)
+        on_gpu = reference.conv2d(problem, x, weight, bias, residual)
         tensors = (None if t is None else t.cpu() for t in (x, weight, bias, residual))
-        assert reference.compare(there.cpu(), reference.conv2d(problem, *tensors)) < 1e-12  # type: ignore[arg-type]
+        assert reference.compare(on_gpu.cpu(), reference.conv2d(problem, *tensors)) < 1e-12  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.name)
@@ -102,11 +85,10 @@ def test_a_runner_takes_any_batch_and_memory_format(method: Method) -> None:
     case = BY_NAME["plain 3x3"]
     problem, x, weight, bias, _ = case.on(DEVICE)
     run = method.prepare(problem, case.filter(), bias, method.configs(problem, case.filter())[0])
-    for images in (0, 1, 3, 8, 17):
-        batch = torch.randn(2 * images, *x.shape[1:], device=DEVICE)
-        for given in (batch[:images], batch[:images].contiguous(memory_format=torch.channels_last), batch[::2]):
-            expected = reference.conv2d(problem, given, weight, bias)
-            assert reference.compare(run(given), expected) <= 1e-5
+    for samples in (0, 1, 3, 8, 17):
+        batch = torch.randn(2 * samples, *x.shape[1:], device=DEVICE)
+        for x in (batch[:samples], batch[:samples].contiguous(memory_format=torch.channels_last), batch[::2]):
+            assert reference.compare(run(x), reference.conv2d(problem, x, weight, bias)) <= 1e-5
 
 
 @pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.name)
@@ -143,7 +125,7 @@ def test_a_second_gpu_need_not_be_the_current_one(method: Method) -> None:
 
 
 def test_cusparse_does_not_read_what_its_output_overwrites() -> None:
-    case = BY_NAME["seven images"]
+    case = BY_NAME["seven samples"]
     problem, x, weight, _, _ = case.on(DEVICE)
     method = by_name("cusparse", DEVICE)
     run = method.prepare(problem, case.filter(), None, method.configs(problem, case.filter())[0])

@@ -1,8 +1,12 @@
-"""Every method, in every config of its search space, against the float64 reference."""
+"""The table of cases against the float64 reference: torch's methods on every device, and our CPU kernel.
+
+Our GPU kernels take the same table in their own tests (test_direct_cuda.py, test_generated.py, test_sparse_tc.py).
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -13,27 +17,43 @@ from escort import reference
 from escort.filter import SparseFilter
 from escort.methods import Method, by_name, for_device
 from escort.methods.cpu.direct import ISAS, DirectConfig
-from escort.problem import Epilogue, Problem
-from tests.cases import CASES, Case
+from escort.problem import Epilogue, Precision, Problem
+from tests.cases import CASES, Case, check, every_case
+
+#: cuDNN, cuBLAS and cuSPARSE are called through torch, whose CPU operators stand in for them.
+BASELINES = [by_name(name, "cuda") for name in ("cudnn", "cublas", "cusparse")]
+WAYS = [
+    *(pytest.param(method, "cpu", "fp32", id=f"{method.name} on the CPU") for method in for_device("cpu")),
+    *(pytest.param(method, "cpu", "fp32", id=f"{method.name} by a stand-in") for method in BASELINES),
+    *(
+        pytest.param(method, "cuda:0", precision, id=f"{method.name} in {precision}", marks=pytest.mark.gpu)
+        for method in BASELINES
+        for precision in get_args(Precision)
+    ),
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("method", for_device("cpu"), ids=lambda method: method.name)
-def test_case(method: Method, case: Case) -> None:
-    x, weight, bias, residual = case.tensors()
-    sparse_filter = case.filter()
-    expected = reference.conv2d(case.problem, x, weight, bias, residual)
-    assert method.unsupported(case.problem) is None
-    configs = method.configs(case.problem, sparse_filter)
-    assert configs
-    for config in configs:
-        y = method.prepare(case.problem, sparse_filter, bias, config)(x, residual)
-        assert y.is_contiguous()
-        assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp32"], config
+@pytest.fixture
+def stand_ins(request: pytest.FixtureRequest) -> None:
+    """On a CPU, what torch offers for GPUs only."""
+    if request.node.callspec.params["device"] == "cpu":
+        request.getfixturevalue("cudnn")
+
+
+@pytest.mark.usefixtures("stand_ins")
+@every_case
+@pytest.mark.parametrize(("method", "device", "precision"), WAYS)
+def test_case(method: Method, device: str, precision: Precision, case: Case) -> None:
+    if method.device_type == device.partition(":")[0]:
+        reason = method.unsupported(case.on(device, precision)[0])
+        assert (reason is None) is ((method.name, precision) != ("cusparse", "tf32")), reason
+        if reason is not None:
+            return
+    check(method, case, device, precision)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_case
 def test_direct_on_every_instruction_set(isa: str, case: Case) -> None:
     x, weight, bias, residual = case.tensors()
     expected = reference.conv2d(case.problem, x, weight, bias, residual)
@@ -82,8 +102,8 @@ def test_a_runner_takes_any_batch_and_memory_format(method: Method) -> None:
     case = CASES[4]
     x, weight, bias, _ = case.tensors()
     run = method.prepare(case.problem, case.filter(), bias, method.configs(case.problem, case.filter())[0])
-    for images in (0, 1, 3, 8, 17):
-        batch = torch.randn(images, *x.shape[1:]).to(memory_format=torch.channels_last)
+    for samples in (0, 1, 3, 8, 17):
+        batch = torch.randn(samples, *x.shape[1:]).to(memory_format=torch.channels_last)
         expected = reference.conv2d(case.problem, batch, weight, bias)
         assert reference.compare(run(batch), expected) <= reference.ERROR_BOUND["fp32"]
 

@@ -12,14 +12,14 @@ from tests.cases import CASES, Case
 BY_NAME = {case.name: case for case in CASES}
 
 
-@pytest.mark.parametrize("name", ["3x3 with everything behind it", "no images", "seven images", "groups", "dilation"])
+@pytest.mark.parametrize("name", ["3x3 with everything behind it", "no samples", "seven samples", "groups", "dilation"])
 def test_a_batch_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = BY_NAME[name]
     x, weight, bias, residual = case.tensors()
     whole = reference.conv2d(case.problem, x, weight, bias, residual)
     assert whole.dtype is torch.float64 and whole.shape == case.problem.output_shape
-    for images in (1, 2, 3):
-        monkeypatch.setattr(reference, "_CHUNK", images * x[:1].numel() + 1)
+    for samples in (1, 2, 3):
+        monkeypatch.setattr(reference, "_CHUNK", samples * x[:1].numel() + 1)
         parts = reference.conv2d(case.problem, x, weight, bias, residual)
         assert parts.shape == whole.shape
         assert reference.compare(parts, whole) < 1e-14
@@ -35,7 +35,7 @@ def test_stored_types_are_taken_as_they_are(dtype: torch.dtype) -> None:
     assert torch.equal(reference.conv2d(case.problem, x, weight, bias, residual), plain.clamp(min=0.0))
 
 
-def test_a_residual_has_as_many_images_as_the_input() -> None:
+def test_a_residual_has_as_many_samples_as_the_input() -> None:
     case = BY_NAME["3x3 with everything behind it"]
     x, weight, bias, residual = case.tensors()
     assert residual is not None

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from escort.filter import Geometry, SparseFilter, split, spread_channels
-from tests.cases import CASES, Case
+from tests.cases import Case, every_case
 
 
 def _filter() -> SparseFilter:
@@ -22,7 +22,7 @@ def _filter() -> SparseFilter:
     return SparseFilter.from_dense(weight)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_case
 def test_dense_and_back(case: Case) -> None:
     weight = case.tensors()[1]
     sparse_filter = SparseFilter.from_dense(weight, case.problem.groups)
@@ -60,7 +60,7 @@ def test_scipy_and_torch_matrices_are_adopted() -> None:
     dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
 )
 def test_offsets_find_the_input_of_every_tap(stride: tuple[int, int], dilation: tuple[int, int]) -> None:
-    """Splits a padded image into its phases by slicing, and reads it through the offsets."""
+    """Splits a padded plane into its phases by slicing, and reads it through the offsets."""
     height, width = 24, 21
     padded = torch.arange(2 * height * width).reshape(2, height, width)
     rows, columns = -(-height // stride[0]), -(-width // stride[1])
