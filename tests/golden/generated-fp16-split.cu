@@ -1,5 +1,5 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp16 on cpu, padding (1, 1, 1, 1), then bias+relu6
-// GeneratedConfig(rows=3, consumers=1, producers=1, channel_block=1, copy=0, stages=2, blocks=1, entries=1, sums=1, arranged=True, split=2, together=1, scouts=0)
+// rows=3, consumers=1, producers=1, channel_block=1, copy=0, stages=2, arranged=True, split=2
 // 2 pieces of code, 4 multiply-adds among 7 steps
 #define STORAGE 1
 #define COLUMNS 1

@@ -1,5 +1,5 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp32 on cpu, padding (1, 1, 1, 1)
-// GeneratedConfig(rows=3, consumers=1, producers=1, channel_block=2, copy=1, stages=2, blocks=1, entries=1, sums=1, arranged=False, split=1, together=1, scouts=0)
+// rows=3, consumers=1, producers=1, channel_block=2, stages=2
 // 1 pieces of code, 4 multiply-adds among 7 steps
 #define STORAGE 0
 #define COLUMNS 1

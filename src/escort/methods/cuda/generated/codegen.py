@@ -6,12 +6,14 @@ The text is CUDA C++ around kernels/cuda/generated.cuh, with the program's steps
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from escort.methods.cuda.generated.steps import (
     Chunk,
+    GeneratedConfig,
     Join,
     Load,
     MultiplyAdd,
@@ -39,7 +41,7 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
     p, c, w = program.problem, program.config, program.words
     products = sum(isinstance(s, MultiplyAdd) for q in program.pieces for chunk in q.chunks for s in chunk.steps)
     yield f"// {p}"
-    yield f"// {c}"
+    yield f"// {_described(c)}"
     yield f"// {len(program.pieces)} pieces of code, {products} multiply-adds among {program.steps} steps"
     planes = len(w.phases)  # the kernel takes them for channels
     macros = {
@@ -92,6 +94,12 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         yield "    break;"
     yield "  END"
     yield "}"
+
+
+def _described(config: GeneratedConfig) -> str:
+    """The knobs that differ from their defaults."""
+    knobs = ((knob.name, getattr(config, knob.name), knob.default) for knob in fields(config))
+    return ", ".join(f"{name}={value}" for name, value, default in knobs if value != default)
 
 
 def arrange_defines(program: Program, threads: int) -> dict[str, int | str]:
