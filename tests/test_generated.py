@@ -45,12 +45,12 @@ def test_the_search_space_fits_the_device(dtype: str) -> None:
     problem = replace(RES3, precision=dtype)  # type: ignore[arg-type]
     sparse_filter = sparse(problem, 0.08)
     space = list(candidates(problem, sparse_filter, H200))
-    assert sum(len(many.rows) for many in space) > 100  # type: ignore[arg-type]
+    assert sum(len(many.out_channels) for many in space) > 100  # type: ignore[arg-type]
     for many in space:
         assert np.all(many.consumers > 0) and np.all(many.blocks * many.threads <= 1024)
-        assert np.all(65536 // (many.threads * many.blocks) >= many.rows)
+        assert np.all(65536 // (many.threads * many.blocks) >= many.out_channels)
     found = search(problem, sparse_filter, H200, 6)
-    assert len(found) == len(set(found)) == 6 and all(type(config.rows) is int for config in found)
+    assert len(found) == len(set(found)) == 6 and all(type(config.out_channels) is int for config in found)
     for config in found:
         assert Program.of(problem, sparse_filter, config).shared_bytes * config.blocks <= H200.shared_bytes
     times = [predict_us(problem, sparse_filter, config, H200) for config in found]

@@ -61,7 +61,7 @@ def search(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int) -
         times = predict_us(problem, sparse_filter, many, gpu)
         for i in np.argsort(times, kind="stable")[:_BEST].tolist():
             config = _one(many, i)
-            alike = (*_kind(config), config.rows, config.consumers * config.blocks // 4)
+            alike = (*_kind(config), config.out_channels, config.consumers * config.blocks // 4)
             if alike not in best or times[i] < best[alike][0]:
                 best[alike] = float(times[i]), config
     ranked: list[tuple[float, float, GeneratedConfig]] = []
@@ -159,7 +159,7 @@ def _clusters(problem: Problem, gpu: Gpu) -> list[tuple[int, int, int]]:
 
 def piece_count(problem: Problem, config: GeneratedConfig) -> Any:
     """Into so many pieces the output channels are dealt; for arrays too."""
-    return problem.groups * -(-problem.out_channels // problem.groups // config.rows)
+    return problem.groups * -(-problem.out_channels // problem.groups // config.out_channels)
 
 
 def piece_steps(problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig) -> Any:
@@ -205,7 +205,7 @@ def predict_us(problem: Problem, sparse_filter: SparseFilter, config: GeneratedC
     channels = program.part_channels(problem, config)
     chunks = -(-channels // (config.channel_block * config.stages)) * config.stages
     elements = words.columns * words.images
-    steps = piece_steps(problem, sparse_filter, config) + _CHUNK * chunks + _ROW * config.rows * elements
+    steps = piece_steps(problem, sparse_filter, config) + _CHUNK * chunks + _ROW * config.out_channels * elements
     steps = steps * (_JUMPS if config.scouts else 1.0)
     issued, copying = steps * config.consumers, 0.0
     stage_bytes = channels * len(words.phases) * program.channel_words(words, config) * 4
@@ -214,7 +214,7 @@ def predict_us(problem: Problem, sparse_filter: SparseFilter, config: GeneratedC
             -(-(config.tile + words.reach) // (config.copy * LANES * config.producers)) * channels * len(words.phases)
         )
         issued, copying = issued + _COPY_ISSUE * copies * config.producers, _COPY * copies
-    issued = issued * np.where(_registers(config, gpu) < config.rows * config.sums + _SPARE_REGISTERS, _TIGHT, 1.0)
+    issued = issued * np.where(_registers(config, gpu) < config.out_channels * config.sums + _SPARE_REGISTERS, _TIGHT, 1.0)
     staging = stage_bytes / _L2
     busy = _side_by_side(issued / _ISSUE * config.blocks, staging * config.blocks, copying, _ALONE * steps)
     # Code is cold when a multiprocessor meets it first, and each time where it does not stay. What wants to stay is

@@ -33,7 +33,7 @@ class GeneratedConfig:
     """The knobs of generated kernels.
 
     Attributes:
-        rows: output channels per piece of the code. A block runs a piece for a tile of ``32 * consumers`` words, a
+        out_channels: output channels per piece of the code. A block runs a piece for a tile of ``32 * consumers`` words, a
             thread per word.
         consumers: warps that run the code.
         producers: warps that copy the input.
@@ -55,7 +55,7 @@ class GeneratedConfig:
             when they come.
     """
 
-    rows: int
+    out_channels: int
     consumers: int
     producers: int
     channel_block: int
@@ -230,7 +230,7 @@ class Program:
         pieces = [
             _piece(problem, sparse_filter, taps, config, words, group, part, [group * rows + row for row in hand])
             for group in range(problem.groups)
-            for hand in _deal(nnz[group * rows : (group + 1) * rows], config.rows)
+            for hand in _deal(nnz[group * rows : (group + 1) * rows], config.out_channels)
             for part in range(config.split)
         ]
         return cls(problem, config, words, tuple(pieces))
