@@ -47,12 +47,12 @@ def test_the_search_space_fits_the_device(dtype: str) -> None:
     space = list(candidates(problem, sparse_filter, H200))
     assert sum(len(many.out_channels) for many in space) > 100  # type: ignore[arg-type]
     for many in space:
-        assert np.all(many.consumers > 0) and np.all(many.blocks * many.threads <= 1024)
-        assert np.all(65536 // (many.threads * many.blocks) >= many.out_channels)
+        assert np.all(many.consumers > 0) and np.all(many.occupancy * many.threads <= 1024)
+        assert np.all(65536 // (many.threads * many.occupancy) >= many.out_channels)
     found = search(problem, sparse_filter, H200, 6)
     assert len(found) == len(set(found)) == 6 and all(type(config.out_channels) is int for config in found)
     for config in found:
-        assert Program.of(problem, sparse_filter, config).shared_bytes * config.blocks <= H200.shared_bytes
+        assert Program.of(problem, sparse_filter, config).shared_bytes * config.occupancy <= H200.shared_bytes
     times = [predict_us(problem, sparse_filter, config, H200) for config in found]
     assert times == pytest.approx(sorted(times))
     assert times[0] == pytest.approx(min(predict_us(problem, sparse_filter, many, H200).min() for many in space))
@@ -104,7 +104,7 @@ def stagings(sums: int) -> list[GeneratedConfig]:
         GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, entries=5, sums=sums),
         GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums),
         GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=4, entries=2, split=3, sums=sums),
-        GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=2, blocks=2, split=8, sums=sums),
+        GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=2, occupancy=2, split=8, sums=sums),
         GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums, scouts=2),
         GeneratedConfig(32, 8, 4, 8, copy=2, sums=sums, together=4, scouts=1),
         GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, entries=5, sums=sums, together=8, scouts=3),

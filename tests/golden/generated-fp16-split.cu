@@ -1,5 +1,5 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp16 on cpu, padding (1, 1, 1, 1), then bias+relu6
-// rows=3, consumers=1, producers=1, channel_block=1, copy=0, stages=2, arranged=True, split=2
+// out_channels=3, consumers=1, producers=1, channel_block=1, copy=0, stages=2, arranged=True, split=2
 // 2 pieces of code, 4 multiply-adds among 7 steps
 #define STORAGE 1
 #define COLUMNS 1
@@ -17,7 +17,7 @@
 #define PRODUCERS 1
 #define SCOUTS 0
 #define THREADS 64
-#define BLOCKS 1
+#define OCCUPANCY 1
 #define PIECES 1
 #define PIECES_PER_GROUP 1
 #define SPLIT 2

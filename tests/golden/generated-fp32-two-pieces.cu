@@ -1,5 +1,5 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp32 on cpu, padding (1, 1, 1, 1), then bias+residual+relu
-// rows=2, consumers=1, producers=1, channel_block=1, copy=2, stages=2, entries=2
+// out_channels=2, consumers=1, producers=1, channel_block=1, copy=2, stages=2, entries=2
 // 2 pieces of code, 4 multiply-adds among 8 steps
 #define STORAGE 0
 #define COLUMNS 1
@@ -17,7 +17,7 @@
 #define PRODUCERS 1
 #define SCOUTS 0
 #define THREADS 64
-#define BLOCKS 1
+#define OCCUPANCY 1
 #define PIECES 2
 #define PIECES_PER_GROUP 2
 #define SPLIT 1

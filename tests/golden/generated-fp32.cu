@@ -1,5 +1,5 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp32 on cpu, padding (1, 1, 1, 1)
-// rows=3, consumers=1, producers=1, channel_block=2, stages=2
+// out_channels=3, consumers=1, producers=1, channel_block=2, stages=2
 // 1 pieces of code, 4 multiply-adds among 7 steps
 #define STORAGE 0
 #define COLUMNS 1
@@ -17,7 +17,7 @@
 #define PRODUCERS 1
 #define SCOUTS 0
 #define THREADS 64
-#define BLOCKS 1
+#define OCCUPANCY 1
 #define PIECES 1
 #define PIECES_PER_GROUP 1
 #define SPLIT 1

@@ -365,7 +365,7 @@ __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acqu
 #define PRODUCED
 #endif
 #define GENERATED                                                                                           \
-  extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)                                     \
+  extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, OCCUPANCY)                                     \
       generated(const Input* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual, \
                 int images, u32 tiles)
 #define BEGIN                                                                                         \

@@ -52,7 +52,7 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         "PRODUCERS": c.producers,
         "SCOUTS": c.scouts,
         "THREADS": c.threads,
-        "BLOCKS": c.blocks,
+        "OCCUPANCY": c.occupancy,
         "PIECES": program.hands,
         "PIECES_PER_GROUP": program.hands // p.groups,
         "SPLIT": c.split,

@@ -61,7 +61,7 @@ def search(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int) -
         times = predict_us(problem, sparse_filter, many, gpu)
         for i in np.argsort(times, kind="stable")[:_BEST].tolist():
             config = _one(many, i)
-            alike = (*_kind(config), config.out_channels, config.consumers * config.blocks // 4)
+            alike = (*_kind(config), config.out_channels, config.consumers * config.occupancy // 4)
             if alike not in best or times[i] < best[alike][0]:
                 best[alike] = float(times[i]), config
     ranked: list[tuple[float, float, GeneratedConfig]] = []
@@ -91,7 +91,7 @@ def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Itera
     channels = problem.in_channels // problem.groups
     hands = range(-(-group_rows // _MOST_ROWS), max(group_rows // _LEAST_ROWS, 1) + 1)
     knobs = sorted({-(-group_rows // hand) for hand in hands}), (1, 2), range(4, 32), (8, 4, 16)
-    rows, blocks, consumers, block = (knob.ravel() for knob in np.meshgrid(*knobs, indexing="ij"))
+    rows, occupancy, consumers, block = (knob.ravel() for knob in np.meshgrid(*knobs, indexing="ij"))
     stagings, clusters = list(_stagings(problem, gpu)), _clusters(problem, gpu)
     for (copy, arranged, producers), (split, together, scouts) in itertools.product(stagings, clusters):
         if copy and split > 1:
@@ -102,12 +102,12 @@ def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Itera
         depths = np.array([4, 3, 2])
         stages = depths[np.argmin([-(-chunks // depth) * depth for depth in depths], axis=0)]
         many = _configs(
-            rows, consumers, producers, block, copy, stages, blocks, 1, sums, arranged, split, together, scouts
+            rows, consumers, producers, block, copy, stages, occupancy, 1, sums, arranged, split, together, scouts
         )
-        room = blocks * (program.shared_bytes(words, many, rows) + 1024)
+        room = occupancy * (program.shared_bytes(words, many, rows) + 1024)
         (_, items), slots = _items(problem, words, many), resident(many, gpu)
         fits = (
-            (blocks * (consumers + producers + scouts) <= 32)
+            (occupancy * (consumers + producers + scouts) <= 32)
             & (rows * sums + 14 <= _registers(many, gpu))
             & (room <= gpu.shared_bytes + 1024)
             & ((items <= slots) | (items >= _LEAST_BUSY * slots * -(-items // slots)))
@@ -184,13 +184,13 @@ def _items(problem: Problem, words: Words, config: GeneratedConfig) -> tuple[Any
 
 def _registers(config: GeneratedConfig, gpu: Gpu) -> Any:
     """That a thread may have; each quarter of a multiprocessor shares its own among its warps."""
-    warps = -(-(config.consumers + config.producers + config.scouts) * config.blocks // 4) * 4
+    warps = -(-(config.consumers + config.producers + config.scouts) * config.occupancy // 4) * 4
     return np.minimum(gpu.registers // (LANES * warps) // 8 * 8, 255)
 
 
 def resident(config: GeneratedConfig, gpu: Gpu) -> Any:
     """Blocks that run at a time; for arrays too."""
-    return gpu.clusters(config.cluster) * config.cluster * config.blocks
+    return gpu.clusters(config.cluster) * config.cluster * config.occupancy
 
 
 def predict_us(problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig, gpu: Gpu) -> Any:
@@ -214,9 +214,10 @@ def predict_us(problem: Problem, sparse_filter: SparseFilter, config: GeneratedC
             -(-(config.tile + words.reach) // (config.copy * LANES * config.producers)) * channels * len(words.phases)
         )
         issued, copying = issued + _COPY_ISSUE * copies * config.producers, _COPY * copies
-    issued = issued * np.where(_registers(config, gpu) < config.out_channels * config.sums + _SPARE_REGISTERS, _TIGHT, 1.0)
+    spare = _registers(config, gpu) - config.out_channels * config.sums
+    issued = issued * np.where(spare < _SPARE_REGISTERS, _TIGHT, 1.0)
     staging = stage_bytes / _L2
-    busy = _side_by_side(issued / _ISSUE * config.blocks, staging * config.blocks, copying, _ALONE * steps)
+    busy = _side_by_side(issued / _ISSUE * config.occupancy, staging * config.occupancy, copying, _ALONE * steps)
     # Code is cold when a multiprocessor meets it first, and each time where it does not stay. What wants to stay is
     # the code of all pieces that run at the same time.
     pieces = np.minimum(items / tiles, 1.0 + slots / tiles)

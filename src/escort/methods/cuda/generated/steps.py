@@ -33,14 +33,14 @@ class GeneratedConfig:
     """The knobs of generated kernels.
 
     Attributes:
-        out_channels: output channels per piece of the code. A block runs a piece for a tile of ``32 * consumers`` words, a
-            thread per word.
+        out_channels: per piece of the code. A block runs a piece for a tile of ``32 * consumers`` words, a thread per
+            word.
         consumers: warps that run the code.
         producers: warps that copy the input.
         channel_block: input channels per stage.
         copy: words per copy, 1, 2 or 4; 0 copies all words of a channel at once, of an arranged input.
         stages: of the ring in shared memory.
-        blocks: per multiprocessor that registers must leave room for.
+        occupancy: blocks per multiprocessor that registers must leave room for.
         entries: places in the cycle of chunks at which tiles begin, so that multiprocessors that share an instruction
             cache bring in different parts of the code for each other.
         sums: 16-bit storage: sums per output channel, each of a share of the products, which are added up in float32
@@ -61,7 +61,7 @@ class GeneratedConfig:
     channel_block: int
     copy: int = 1
     stages: int = 3
-    blocks: int = 1
+    occupancy: int = 1
     entries: int = 1
     sums: int = 1
     arranged: bool = False
