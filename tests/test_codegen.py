@@ -24,13 +24,13 @@ SMALL = [case for case in CASES if case.problem.batch < 8]
 CONFIGS = {
     "fp32": [
         GeneratedConfig(5, 1, 1, 3),
-        GeneratedConfig(64, 2, 1, 4, entries=4),
+        GeneratedConfig(64, 2, 1, 4, start_points=4),
         GeneratedConfig(16, 3, 1, 2, copy=0, arranged=True, split=3),
         GeneratedConfig(16, 3, 2, 2, copy=4, stages=2),
     ],
     "fp16": [
         GeneratedConfig(5, 1, 1, 3, copy=0, arranged=True, sums=2),
-        GeneratedConfig(64, 2, 1, 4, copy=4, arranged=True, entries=4),
+        GeneratedConfig(64, 2, 1, 4, copy=4, arranged=True, start_points=4),
         GeneratedConfig(16, 3, 1, 2, copy=0, arranged=True, split=2, sums=3),
         GeneratedConfig(16, 3, 2, 2, copy=2),
     ],
@@ -67,7 +67,7 @@ def small(name: str) -> tuple[Program, np.ndarray | None]:
         return Program.of(problem, sparse_filter, GeneratedConfig(3, 1, 1, 2, stages=2)), None
     if name == "fp32-two-pieces":
         problem = replace(problem, epilogue=FULL)
-        return Program.of(problem, sparse_filter, GeneratedConfig(2, 1, 1, 1, copy=2, stages=2, entries=2)), bias
+        return Program.of(problem, sparse_filter, GeneratedConfig(2, 1, 1, 1, copy=2, stages=2, start_points=2)), bias
     problem = replace(problem, precision="fp16", epilogue=Epilogue(True, False, "relu6"))
     if name == "fp16":
         return Program.of(problem, sparse_filter, GeneratedConfig(3, 1, 1, 2, stages=2, sums=2)), bias

@@ -98,16 +98,16 @@ def test_case(case: Case, dtype: Precision) -> None:
 def stagings(sums: int) -> list[GeneratedConfig]:
     """Every way to stage the input and of clusters; tiles begin at different chunks, parts of channels are uneven."""
     return [
-        GeneratedConfig(32, 8, 4, 8, copy=1, entries=5, sums=sums),
+        GeneratedConfig(32, 8, 4, 8, copy=1, start_points=5, sums=sums),
         GeneratedConfig(32, 8, 4, 8, copy=2, sums=sums),
-        GeneratedConfig(32, 8, 4, 8, copy=4, arranged=True, entries=5, sums=sums),
-        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, entries=5, sums=sums),
+        GeneratedConfig(32, 8, 4, 8, copy=4, arranged=True, start_points=5, sums=sums),
+        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, start_points=5, sums=sums),
         GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums),
-        GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=4, entries=2, split=3, sums=sums),
+        GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=4, start_points=2, split=3, sums=sums),
         GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=2, occupancy=2, split=8, sums=sums),
         GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums, scouts=2),
         GeneratedConfig(32, 8, 4, 8, copy=2, sums=sums, together=4, scouts=1),
-        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, entries=5, sums=sums, together=8, scouts=3),
+        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, start_points=5, sums=sums, together=8, scouts=3),
     ]
 
 

@@ -25,7 +25,7 @@
 #define CHUNKS 2
 #define CHANNEL_BLOCK 1
 #define STAGES 2
-#define ENTRIES 1
+#define START_POINTS 1
 #define COPY 1
 #define GROUP_CHANNELS 2
 #define PART_CHANNELS 1

@@ -1,5 +1,5 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp32 on cpu, padding (1, 1, 1, 1), then bias+residual+relu
-// out_channels=2, consumers=1, producers=1, channel_block=1, copy=2, stages=2, entries=2
+// out_channels=2, consumers=1, producers=1, channel_block=1, copy=2, stages=2, start_points=2
 // 2 pieces of code, 4 multiply-adds among 8 steps
 #define STORAGE 0
 #define COLUMNS 1
@@ -25,7 +25,7 @@
 #define CHUNKS 2
 #define CHANNEL_BLOCK 1
 #define STAGES 2
-#define ENTRIES 2
+#define START_POINTS 2
 #define COPY 2
 #define GROUP_CHANNELS 2
 #define PART_CHANNELS 2

@@ -117,7 +117,7 @@ struct Work {
     piece = item / groups();
     const u32 group = item - piece * groups();
     tile = group * TOGETHER + blockIdx.x % TOGETHER;  // may lie behind the last one
-    begin = group % ENTRIES * (CHUNKS / STAGES) / ENTRIES * STAGES;
+    begin = group % START_POINTS * (CHUNKS / STAGES) / START_POINTS * STAGES;
   }
 };
 

@@ -60,7 +60,7 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         "CHUNKS": len(program.pieces[0].chunks),
         "CHANNEL_BLOCK": c.channel_block * planes,
         "STAGES": c.stages,
-        "ENTRIES": c.entries,
+        "START_POINTS": c.start_points,
         "COPY": max(c.copy, 1),
         "GROUP_CHANNELS": p.in_channels // p.groups * planes,
         "PART_CHANNELS": part_channels(p, c) * planes,
@@ -173,10 +173,12 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
         start = 0.0 if bias is None or not fp32 or place >= rows else bias[piece.rows[place]]
         yield f"mov.{kind} s{place}, {_f32(start) if fp32 else 0};"
     count = len(piece.chunks)
-    if c.entries > 1:
+    if c.start_points > 1:
         yield f"mov.b32 left, {count};"
-        for entry in sorted({e * (count // c.stages) // c.entries * c.stages for e in range(1, c.entries)} - {0}):
-            yield f"setp.eq.u32 p, {_FIRST_CHUNK}, {entry}; @p bra CHUNK{entry};"
+        for start in sorted(
+            {number * (count // c.stages) // c.start_points * c.stages for number in range(1, c.start_points)} - {0}
+        ):
+            yield f"setp.eq.u32 p, {_FIRST_CHUNK}, {start}; @p bra CHUNK{start};"
     for i, chunk in enumerate(piece.chunks):
         stage = i % c.stages
         at = stage * stage_words(program.words, c)
@@ -195,9 +197,9 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
         yield f"@first mbarrier.arrive.shared.b64 d, [{_FULL}+{(c.stages + stage) * 8}];"
         if stage == c.stages - 1:
             yield f"xor.b32 {_PARITY}, {_PARITY}, 1;"
-            if c.entries > 1:
+            if c.start_points > 1:
                 yield f"sub.u32 left, left, {c.stages}; setp.eq.u32 p, left, 0; @p bra END;"
-    if c.entries > 1:
+    if c.start_points > 1:
         yield "bra CHUNK0;"
         yield "END:"
     if c.scouts:

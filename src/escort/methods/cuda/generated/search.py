@@ -75,7 +75,7 @@ def search(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int) -
 
 def _kind(config: GeneratedConfig) -> tuple[int, ...]:
     """What configs have in common about which the model errs in the same way."""
-    return config.arranged, config.split, config.together, config.scouts, config.entries
+    return config.arranged, config.split, config.together, config.scouts, config.start_points
 
 
 def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Iterator[GeneratedConfig]:
@@ -116,7 +116,7 @@ def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Itera
         if fits.any():
             yield _some(many, fits)
         if apart.any():
-            yield replace(_some(many, apart), stages=_APART_STAGES, entries=8)
+            yield replace(_some(many, apart), stages=_APART_STAGES, start_points=8)
 
 
 def _configs(*values: Any) -> GeneratedConfig:
@@ -224,7 +224,7 @@ def predict_us(problem: Problem, sparse_filter: SparseFilter, config: GeneratedC
     lost = np.clip((steps * _INSTRUCTION_BYTES * pieces - _HOT_BYTES) / (_LOST_BYTES - _HOT_BYTES), 0.0, 1.0)
     # It arrives line by line, later where it is lost and many ask for the same, and a group of multiprocessors can
     # bring in only so much for all the places at which its own are.
-    places = np.maximum(np.minimum(config.entries, chunks // config.stages), 1)
+    places = np.maximum(np.minimum(config.start_points, chunks // config.stages), 1)
     sharers = np.minimum(tiles, slots) / places
     late = (1.0 + lost * sharers / _LOST_SHARERS) / (1.0 + _SCOUT * config.scouts)
     apart = np.minimum(pieces * places, _GROUP) if config.together == 1 else max(_GROUP / config.together, 1.0)

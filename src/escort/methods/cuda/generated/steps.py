@@ -41,7 +41,7 @@ class GeneratedConfig:
         copy: words per copy, 1, 2 or 4; 0 copies all words of a channel at once, of an arranged input.
         stages: of the ring in shared memory.
         occupancy: blocks per multiprocessor that registers must leave room for.
-        entries: places in the cycle of chunks at which tiles begin, so that multiprocessors that share an instruction
+        start_points: places in the cycle of chunks at which tiles begin, so that multiprocessors that share an instruction
             cache bring in different parts of the code for each other.
         sums: 16-bit storage: sums per output channel, each of a share of the products, which are added up in float32
             in the end.
@@ -62,7 +62,7 @@ class GeneratedConfig:
     copy: int = 1
     stages: int = 3
     occupancy: int = 1
-    entries: int = 1
+    start_points: int = 1
     sums: int = 1
     arranged: bool = False
     split: int = 1
