@@ -88,7 +88,7 @@ def test_texts_are_the_golden_ones(name: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize(
-    ("copy", "arranged", "split", "together", "scouts"),
+    ("copy", "arranged", "split", "multicast", "scouts"),
     [
         (1, False, 1, 1, 0),
         (2, False, 1, 1, 2),
@@ -98,7 +98,7 @@ def test_texts_are_the_golden_ones(name: str) -> None:
     ],
 )
 def test_everything_assembles_without_spills(
-    arch: str, dtype: str, copy: int, arranged: bool, split: int, together: int, scouts: int
+    arch: str, dtype: str, copy: int, arranged: bool, split: int, multicast: int, scouts: int
 ) -> None:
     if copy == 0 and arch < "sm_90":
         pytest.skip("bulk copies and clusters need compute capability 9.0")
@@ -106,7 +106,7 @@ def test_everything_assembles_without_spills(
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 16, 3, 3, generator=generator) * (torch.rand(64, 16, 3, 3, generator=generator) < 0.1)
     problem = Problem(2, 16, 14, 16, 64, (3, 3), padding=(1, 1, 1, 1), precision=dtype, epilogue=FULL)  # type: ignore[arg-type]
-    if together > 1:  # sums that end in 16 bits
+    if multicast > 1:  # sums that end in 16 bits
         problem = replace(problem, epilogue=Epilogue(True, False, "relu6"))
         sums = 1
     config = GeneratedConfig(
@@ -118,7 +118,7 @@ def test_everything_assembles_without_spills(
         sums=sums,
         arranged=arranged,
         split=split,
-        together=together,
+        multicast=multicast,
         scouts=scouts,
     )
     program = Program.of(problem, SparseFilter.from_dense(weight), config)

@@ -88,7 +88,7 @@ extern "C" int run(const void* x, int images, unsigned tiles, unsigned block, un
     threads.emplace_back([=] {
       unsigned stage = 0, parity = 0, seen = 0;
       for (Work work(tiles); work.left(); work.next()) {
-        if (TOGETHER > 1 && work.tile >= tiles) continue;
+        if (MULTICAST > 1 && work.tile >= tiles) continue;
         unsigned chunk = work.begin;
         for (unsigned count = 0; count < CHUNKS; count++) {
           barriers.at(ring.full + stage * 8).wait(parity);
@@ -152,8 +152,8 @@ def host_source(program: Program) -> str:
         ("fp16", GeneratedConfig(4, 3, 2, 3, copy=4, stages=2, arranged=True)),
         ("fp32", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2, arranged=True)),
         ("fp16", GeneratedConfig(4, 3, 1, 2, copy=0, stages=2, arranged=True, split=2)),
-        ("fp32", GeneratedConfig(4, 2, 2, 5, copy=2, stages=2, start_points=2, together=2, scouts=2)),
-        ("fp16", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2, arranged=True, together=4, scouts=1)),
+        ("fp32", GeneratedConfig(4, 2, 2, 5, copy=2, stages=2, start_points=2, multicast=2, scouts=2)),
+        ("fp16", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2, arranged=True, multicast=4, scouts=1)),
     ],
     ids=str,
 )
@@ -168,12 +168,12 @@ def test_the_ring_holds_what_the_interpreter_reads(dtype: str, config: Generated
     run = compiled(host_source(program), tmp_path).run
     tiles, chunks = program.tiles(3), len(program.pieces[0].chunks)
     assert chunks > config.stages, "stages are filled several times"
-    cluster = config.split * config.together
-    grid = 3 * config.together if config.split == 1 else config.split  # some are left one item more
-    groups = -(-tiles // config.together)
+    cluster = config.split * config.multicast
+    grid = 3 * config.multicast if config.split == 1 else config.split  # some are left one item more
+    groups = -(-tiles // config.multicast)
     for block in range(grid):
         mine = range(block // cluster, program.hands * groups, grid // cluster)
-        items = [(i // groups, i % groups * config.together + block % config.together) for i in mine]
+        items = [(i // groups, i % groups * config.multicast + block % config.multicast) for i in mine]
         items = [(hand, tile) for hand, tile in items if tile < tiles]
         found = np.empty((len(items), chunks, config.channel_block, program.channel_words), dtype=np.uint32)
         pointers = (ctypes.c_void_p(source.ctypes.data), 3, tiles, block, grid, ctypes.c_void_p(found.ctypes.data))

@@ -21,7 +21,7 @@
 #define PIECES 1
 #define PIECES_PER_GROUP 1
 #define SPLIT 1
-#define TOGETHER 1
+#define MULTICAST 1
 #define CHUNKS 2
 #define CHANNEL_BLOCK 2
 #define STAGES 2

@@ -21,7 +21,7 @@
 #define PIECES 2
 #define PIECES_PER_GROUP 2
 #define SPLIT 1
-#define TOGETHER 1
+#define MULTICAST 1
 #define CHUNKS 2
 #define CHANNEL_BLOCK 1
 #define STAGES 2

@@ -5,7 +5,7 @@
 //   ARRANGED  the input was laid out by generated_arrange.cu, words of all images channel by channel
 //   BULK      one thread copies a channel of a stage at a time
 //   SPLIT     blocks of a cluster that run the same rows for the same tile, each for a part of the channels
-//   TOGETHER  blocks of a cluster that run the same rows for neighbouring tiles
+//   MULTICAST  blocks of a cluster that run the same rows for neighbouring tiles
 //   SCOUTS    warps that run ahead through the code, behind consumers and producers
 #if STORAGE == 0
 typedef float Element;
@@ -104,19 +104,19 @@ __device__ __forceinline__ Ring make_ring() {
 // to begin with. The blocks of a cluster go through the same rows at the same time.
 struct Work {
   u32 tiles, item, piece, tile, begin;
-  __device__ __forceinline__ Work(u32 tiles) : tiles(tiles), item(blockIdx.x / (SPLIT * TOGETHER)) { find(); }
+  __device__ __forceinline__ Work(u32 tiles) : tiles(tiles), item(blockIdx.x / (SPLIT * MULTICAST)) { find(); }
   __device__ __forceinline__ bool left() const { return item < PIECES * groups(); }
   __device__ __forceinline__ void next() {
-    item += gridDim.x / (SPLIT * TOGETHER);
+    item += gridDim.x / (SPLIT * MULTICAST);
     find();
   }
 
  private:
-  __device__ __forceinline__ u32 groups() const { return (tiles + TOGETHER - 1) / TOGETHER; }
+  __device__ __forceinline__ u32 groups() const { return (tiles + MULTICAST - 1) / MULTICAST; }
   __device__ __forceinline__ void find() {
     piece = item / groups();
     const u32 group = item - piece * groups();
-    tile = group * TOGETHER + blockIdx.x % TOGETHER;  // may lie behind the last one
+    tile = group * MULTICAST + blockIdx.x % MULTICAST;  // may lie behind the last one
     begin = group % START_POINTS * (CHUNKS / STAGES) / START_POINTS * STAGES;
   }
 };
@@ -142,7 +142,7 @@ __device__ __forceinline__ void produce(const Ring ring, const Input* x, int ima
   const long long words = arranged_words(tiles);
   u32 stage = 0, parity = 1;
   for (Work work(tiles); work.left(); work.next()) {
-    if (TOGETHER > 1 && work.tile >= tiles) continue;
+    if (MULTICAST > 1 && work.tile >= tiles) continue;
     const Input* const first = x + first_channel(work.piece, part) * words + work.tile * TILE_WORDS;
     u32 chunk = work.begin;
     for (u32 count = 0; count < CHUNKS; count++) {
@@ -197,7 +197,7 @@ __device__ __forceinline__ void produce(const Ring ring, const Input* x, int ima
 #endif
   u32 stage = 0, parity = 1;
   for (Work work(tiles); work.left(); work.next()) {
-    if (TOGETHER > 1 && work.tile >= tiles) continue;
+    if (MULTICAST > 1 && work.tile >= tiles) continue;
     const Input* const first = x + first_channel(work.piece, part) * (long long)channel_step;
     const Input* from[SLOTS];
     bool inside[SLOTS];
@@ -356,8 +356,8 @@ __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acqu
   meet();        \
   leave();
 #else
-#if TOGETHER > 1
-#define CLUSTER __cluster_dims__(TOGETHER, 1, 1)
+#if MULTICAST > 1
+#define CLUSTER __cluster_dims__(MULTICAST, 1, 1)
 #else
 #define CLUSTER
 #endif
@@ -381,7 +381,7 @@ __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acqu
   const long long to_residual = (const char*)residual - (const char*)y;                               \
   u32 parity = 0;                                                                                     \
   for (Work work(tiles); work.left(); work.next()) {                                                  \
-    if (TOGETHER > 1 && work.tile >= tiles) continue;                                                 \
+    if (MULTICAST > 1 && work.tile >= tiles) continue;                                                 \
     const Output out = output(y, images, work.tile);                                                  \
     switch (work.piece * SPLIT + part) {
 #define END \

@@ -97,7 +97,7 @@ class Generated(Method):
                 return y
             x = aligned(x, alignment) if arrange is None else arrange(x)  # the kernel copies several elements at once
             tiles = program.tiles(images)
-            items = -(-tiles // config.together) * program.hands
+            items = -(-tiles // config.multicast) * program.hands
             # Clusters take several items in turn, but those that split channels only one.
             grid = (items if config.split > 1 else min(items, clusters)) * config.cluster
             launch((grid, 1, 1), x, y, residual, images, tiles)

@@ -56,7 +56,7 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         "PIECES": program.hands,
         "PIECES_PER_GROUP": program.hands // p.groups,
         "SPLIT": c.split,
-        "TOGETHER": c.together,
+        "MULTICAST": c.multicast,
         "CHUNKS": len(program.pieces[0].chunks),
         "CHANNEL_BLOCK": c.channel_block * planes,
         "STAGES": c.stages,

@@ -34,7 +34,7 @@ _MOST_PRODUCTS = 165.0
 # The model of the machine, in clocks of a multiprocessor, fitted to 1522 timings on an H200 (docs/performance.md).
 _CLOCK_MHZ = 1850.0
 _LAUNCH_US = 1.8
-_ISSUE, _ALONE = 3.1, 3.7  # instructions per clock, all warps together; clocks per instruction of a warp alone
+_ISSUE, _ALONE = 3.1, 3.7  # instructions per clock, all warps multicast; clocks per instruction of a warp alone
 _COLD = 0.28  # instructions per clock that arrive when asked for
 _LOST_SHARERS = 23.0  # half of that where so many ask for the same lost code
 _LOST = 0.2  # lost code arrives so much later in any case
@@ -75,7 +75,7 @@ def search(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int) -
 
 def _kind(config: GeneratedConfig) -> tuple[int, ...]:
     """What configs have in common about which the model errs in the same way."""
-    return config.arranged, config.split, config.together, config.scouts, config.start_points
+    return config.arranged, config.split, config.multicast, config.scouts, config.start_points
 
 
 def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Iterator[GeneratedConfig]:
@@ -93,7 +93,7 @@ def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Itera
     knobs = sorted({-(-group_rows // hand) for hand in hands}), (1, 2), range(4, 32), (8, 4, 16)
     rows, occupancy, consumers, block = (knob.ravel() for knob in np.meshgrid(*knobs, indexing="ij"))
     stagings, clusters = list(_stagings(problem, gpu)), _clusters(problem, gpu)
-    for (copy, arranged, producers), (split, together, scouts) in itertools.product(stagings, clusters):
+    for (copy, arranged, producers), (split, multicast, scouts) in itertools.product(stagings, clusters):
         if copy and split > 1:
             continue  # nothing to gain where producers take most of the time
         words = Words.of(problem, GeneratedConfig(1, 1, 1, 1, copy=copy, arranged=arranged))
@@ -102,7 +102,7 @@ def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Itera
         depths = np.array([4, 3, 2])
         stages = depths[np.argmin([-(-chunks // depth) * depth for depth in depths], axis=0)]
         many = _configs(
-            rows, consumers, producers, block, copy, stages, occupancy, 1, sums, arranged, split, together, scouts
+            rows, consumers, producers, block, copy, stages, occupancy, 1, sums, arranged, split, multicast, scouts
         )
         room = occupancy * (program.shared_bytes(words, many, rows) + 1024)
         (_, items), slots = _items(problem, words, many), resident(many, gpu)
@@ -178,7 +178,7 @@ def piece_steps(problem: Problem, sparse_filter: SparseFilter, config: Generated
 def _items(problem: Problem, words: Words, config: GeneratedConfig) -> tuple[Any, Any]:
     """Tiles, and what blocks do: pairs of a piece and a tile, for each part of the channels. For arrays too."""
     tiles = -(-words.count(max(problem.batch, 1)) // config.tile)
-    tiles = -(-tiles // config.together) * config.together
+    tiles = -(-tiles // config.multicast) * config.multicast
     return tiles, piece_count(problem, config) * config.split * tiles
 
 
@@ -227,7 +227,7 @@ def predict_us(problem: Problem, sparse_filter: SparseFilter, config: GeneratedC
     places = np.maximum(np.minimum(config.start_points, chunks // config.stages), 1)
     sharers = np.minimum(tiles, slots) / places
     late = (1.0 + lost * sharers / _LOST_SHARERS) / (1.0 + _SCOUT * config.scouts)
-    apart = np.minimum(pieces * places, _GROUP) if config.together == 1 else max(_GROUP / config.together, 1.0)
+    apart = np.minimum(pieces * places, _GROUP) if config.multicast == 1 else max(_GROUP / config.multicast, 1.0)
     fill = _FILL * (_SCOUTED if config.scouts else 1.0)
     cold = _side_by_side(busy, steps * (1.0 + _LOST * lost) * np.maximum(late / _COLD, apart / fill))
     first = np.minimum(np.minimum(rounds, -(-rounds * np.minimum(items, slots) // tiles)), items // tiles)

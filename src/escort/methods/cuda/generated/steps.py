@@ -49,8 +49,8 @@ class GeneratedConfig:
             of 16-bit storage then hold two images, so that no tap lies between words.
         split: blocks of a cluster that share a tile and its rows, each for a part of the input channels; in the end
             each adds up all parts of some rows.
-        together: blocks of a cluster that run the same rows for neighbouring tiles. Its multiprocessors share an
-            instruction cache, through which the code then comes once for all of them. One of split and together is 1.
+        multicast: blocks of a cluster that run the same rows for neighbouring tiles. Its multiprocessors share an
+            instruction cache, through which the code then comes once for all of them. One of split and multicast is 1.
         scouts: warps that only jump through the code, ahead of the consumers, so that it is in the instruction caches
             when they come.
     """
@@ -66,7 +66,7 @@ class GeneratedConfig:
     sums: int = 1
     arranged: bool = False
     split: int = 1
-    together: int = 1
+    multicast: int = 1
     scouts: int = 0
 
     @property
@@ -81,7 +81,7 @@ class GeneratedConfig:
     @property
     def cluster(self) -> int:
         """Blocks of a cluster."""
-        return self.split * self.together
+        return self.split * self.multicast
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Program:
     def of(cls, problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig) -> Program:
         """The program for a filter."""
         problem = computed(problem)
-        if config.split > 1 and config.together > 1:
+        if config.split > 1 and config.multicast > 1:
             raise ValueError(f"{config}: the blocks of a cluster share either a tile or the rows")
         if not config.arranged and not copies_as_it_is(problem, config.copy):
             raise ValueError(f"{config} needs an arranged input for stride {problem.stride} and width {problem.width}")
