@@ -88,7 +88,7 @@ def test_texts_are_the_golden_ones(name: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize(
-    ("copy", "arranged", "split", "multicast", "scouts"),
+    ("copy", "arranged", "split", "multicast", "prefetch_warps"),
     [
         (1, False, 1, 1, 0),
         (2, False, 1, 1, 2),
@@ -98,7 +98,7 @@ def test_texts_are_the_golden_ones(name: str) -> None:
     ],
 )
 def test_everything_assembles_without_spills(
-    arch: str, dtype: str, copy: int, arranged: bool, split: int, multicast: int, scouts: int
+    arch: str, dtype: str, copy: int, arranged: bool, split: int, multicast: int, prefetch_warps: int
 ) -> None:
     if copy == 0 and arch < "sm_90":
         pytest.skip("bulk copies and clusters need compute capability 9.0")
@@ -119,7 +119,7 @@ def test_everything_assembles_without_spills(
         arranged=arranged,
         split=split,
         multicast=multicast,
-        scouts=scouts,
+        prefetch_warps=prefetch_warps,
     )
     program = Program.of(problem, SparseFilter.from_dense(weight), config)
     binary = compiler.compile(compiler.Text("generated.cu", codegen.text(program, np.ones(64, np.float32))), {}, arch)
@@ -146,16 +146,16 @@ def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_scouts_jump_where_no_word_is_held(dtype: str) -> None:
+def test_prefetch_warps_jump_where_no_word_is_held(dtype: str) -> None:
     problem = Problem(1, 24, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), precision=dtype)  # type: ignore[arg-type]
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    for scouts in (0, 1, 3):
-        program = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 4, scouts=scouts))
+    for prefetch_warps in (0, 1, 3):
+        program = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 4, prefetch_warps=prefetch_warps))
         code = re.findall(r'^        "(.*)\\n"', codegen.text(program), flags=re.MULTILINE)
         held: set[str] = set()
         jumps: dict[str, str] = {}
         for line in code:
-            if jump := re.match(r"(LOOK\w+): @scout bra.uni (\w+);", line):
+            if jump := re.match(r"(LOOK\w+): @prefetch bra.uni (\w+);", line):
                 jumps[jump[1]] = jump[2]
                 held = set()
             elif made := re.match(r"(?:ld\.shared\.\w+|prmt\.b32) (x\d+),(.*)", line):
@@ -163,11 +163,11 @@ def test_scouts_jump_where_no_word_is_held(dtype: str) -> None:
                 held.add(made[1])
             elif line.startswith(("fma", "mov.b32 t,")):
                 assert set(re.findall(r"\bx\d+", line)) <= held, line
-        # Scouts see all places of a chunk and then its end, which leaves the stage.
+        # Prefetch warps see all places of a chunk and then its end, which leaves the stage.
         ends = {to for to in jumps.values() if to not in jumps}
         chunks = len(program.pieces[0].chunks)
-        assert ends == ({f"SEEN{i}" for i in range(chunks)} if scouts else set())
-        assert not scouts or len(jumps) > 2 * chunks
+        assert ends == ({f"SEEN{i}" for i in range(chunks)} if prefetch_warps else set())
+        assert not prefetch_warps or len(jumps) > 2 * chunks
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_the_search_space_fits_the_device(dtype: str) -> None:
     times = [predict_us(problem, sparse_filter, config, H200) for config in found]
     assert times == pytest.approx(sorted(times))
     assert times[0] == pytest.approx(min(predict_us(problem, sparse_filter, many, H200).min() for many in space))
-    assert len({(config.arranged, config.split, config.multicast, config.scouts) for config in found}) > 1
+    assert len({(config.arranged, config.split, config.multicast, config.prefetch_warps) for config in found}) > 1
 
 
 def test_predictions_follow_the_work() -> None:
@@ -105,9 +105,9 @@ def stagings(sums: int) -> list[GeneratedConfig]:
         GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums),
         GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=4, start_points=2, split=3, sums=sums),
         GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=2, occupancy=2, split=8, sums=sums),
-        GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums, scouts=2),
-        GeneratedConfig(32, 8, 4, 8, copy=2, sums=sums, multicast=4, scouts=1),
-        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, start_points=5, sums=sums, multicast=8, scouts=3),
+        GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums, prefetch_warps=2),
+        GeneratedConfig(32, 8, 4, 8, copy=2, sums=sums, multicast=4, prefetch_warps=1),
+        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, start_points=5, sums=sums, multicast=8, prefetch_warps=3),
     ]
 
 

@@ -84,7 +84,7 @@ extern "C" int run(const void* x, int images, unsigned tiles, unsigned block, un
       threadIdx.x = thread;
       produce(ring, static_cast<const Input*>(x), images, tiles, block % SPLIT);
     });
-  for (unsigned warp = 0; warp < CONSUMERS + SCOUTS; warp++)
+  for (unsigned warp = 0; warp < CONSUMERS + PREFETCH_WARPS; warp++)
     threads.emplace_back([=] {
       unsigned stage = 0, parity = 0, seen = 0;
       for (Work work(tiles); work.left(); work.next()) {
@@ -152,8 +152,8 @@ def host_source(program: Program) -> str:
         ("fp16", GeneratedConfig(4, 3, 2, 3, copy=4, stages=2, arranged=True)),
         ("fp32", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2, arranged=True)),
         ("fp16", GeneratedConfig(4, 3, 1, 2, copy=0, stages=2, arranged=True, split=2)),
-        ("fp32", GeneratedConfig(4, 2, 2, 5, copy=2, stages=2, start_points=2, multicast=2, scouts=2)),
-        ("fp16", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2, arranged=True, multicast=4, scouts=1)),
+        ("fp32", GeneratedConfig(4, 2, 2, 5, copy=2, stages=2, start_points=2, multicast=2, prefetch_warps=2)),
+        ("fp16", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2, arranged=True, multicast=4, prefetch_warps=1)),
     ],
     ids=str,
 )

@@ -15,7 +15,7 @@
 #define BULK 1
 #define CONSUMERS 1
 #define PRODUCERS 1
-#define SCOUTS 0
+#define PREFETCH_WARPS 0
 #define THREADS 64
 #define OCCUPANCY 1
 #define PIECES 1

@@ -6,7 +6,7 @@
 //   BULK      one thread copies a channel of a stage at a time
 //   SPLIT     blocks of a cluster that run the same rows for the same tile, each for a part of the channels
 //   MULTICAST  blocks of a cluster that run the same rows for neighbouring tiles
-//   SCOUTS    warps that run ahead through the code, behind consumers and producers
+//   PREFETCH_WARPS    warps that run ahead through the code, behind consumers and producers
 #if STORAGE == 0
 typedef float Element;
 #else
@@ -79,7 +79,7 @@ __device__ __forceinline__ Ring make_ring() {
   ring.others = ring.landed + 16;
   if (threadIdx.x < STAGES) {
     barrier_init(ring.full + threadIdx.x * 8, BULK ? 1 : PRODUCERS * LANES);
-    barrier_init(ring.empty + threadIdx.x * 8, CONSUMERS + SCOUTS);
+    barrier_init(ring.empty + threadIdx.x * 8, CONSUMERS + PREFETCH_WARPS);
   }
 #if SPLIT > 1
   if (threadIdx.x == 0) {
@@ -346,10 +346,10 @@ __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acqu
 // where there are any) take one pair of piece and tile after the other, all tiles of a piece first.
 #if SPLIT > 1
 #define CLUSTER __cluster_dims__(SPLIT, 1, 1)
-#define FINISH                                                     \
-  meet();                                                          \
-  if (scout < 0) finish(ring, part, work.piece, out, to_residual); \
-  leave();                                                         \
+#define FINISH                                                             \
+  meet();                                                                  \
+  if (prefetch_warp < 0) finish(ring, part, work.piece, out, to_residual); \
+  leave();                                                                 \
   return;
 #define PRODUCED \
   __syncwarp();  \
@@ -365,28 +365,28 @@ __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acqu
 #define PRODUCED
 #endif
 #define GENERATED                                                                                           \
-  extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, OCCUPANCY)                                     \
+  extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, OCCUPANCY)                                  \
       generated(const Input* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual, \
                 int images, u32 tiles)
-#define BEGIN                                                                                         \
-  const Ring ring = make_ring();                                                                      \
-  const u32 part = blockIdx.x % SPLIT;                                                                \
-  const int scout = (int)(threadIdx.x / LANES) - (CONSUMERS + PRODUCERS); /* of others less than 0 */ \
-  if (scout < 0 && threadIdx.x >= CONSUMERS * LANES) {                                                \
-    produce(ring, x, images, tiles, part);                                                            \
-    PRODUCED                                                                                          \
-    return;                                                                                           \
-  }                                                                                                   \
-  const u32 words = ring.stages + threadIdx.x * 4;                                                    \
-  const long long to_residual = (const char*)residual - (const char*)y;                               \
-  u32 parity = 0;                                                                                     \
-  for (Work work(tiles); work.left(); work.next()) {                                                  \
-    if (MULTICAST > 1 && work.tile >= tiles) continue;                                                 \
-    const Output out = output(y, images, work.tile);                                                  \
+#define BEGIN                                                                                                 \
+  const Ring ring = make_ring();                                                                              \
+  const u32 part = blockIdx.x % SPLIT;                                                                        \
+  const int prefetch_warp = (int)(threadIdx.x / LANES) - (CONSUMERS + PRODUCERS); /* of others less than 0 */ \
+  if (prefetch_warp < 0 && threadIdx.x >= CONSUMERS * LANES) {                                                \
+    produce(ring, x, images, tiles, part);                                                                    \
+    PRODUCED                                                                                                  \
+    return;                                                                                                   \
+  }                                                                                                           \
+  const u32 words = ring.stages + threadIdx.x * 4;                                                            \
+  const long long to_residual = (const char*)residual - (const char*)y;                                       \
+  u32 parity = 0;                                                                                             \
+  for (Work work(tiles); work.left(); work.next()) {                                                          \
+    if (MULTICAST > 1 && work.tile >= tiles) continue;                                                        \
+    const Output out = output(y, images, work.tile);                                                          \
     switch (work.piece * SPLIT + part) {
 #define END \
   }         \
   FINISH    \
   }
 #define OPERANDS \
-  : "+r"(parity) : "r"(words), "r"(ring.full), "r"(out.inside), "r"(work.begin), "l"(to_residual), "l"(out.to), "r"(scout) : "memory"
+  : "+r"(parity) : "r"(words), "r"(ring.full), "r"(out.inside), "r"(work.begin), "l"(to_residual), "l"(out.to), "r"(prefetch_warp) : "memory"

@@ -50,7 +50,7 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         "BULK": int(c.copy == 0),
         "CONSUMERS": c.consumers,
         "PRODUCERS": c.producers,
-        "SCOUTS": c.scouts,
+        "PREFETCH_WARPS": c.prefetch_warps,
         "THREADS": c.threads,
         "OCCUPANCY": c.occupancy,
         "PIECES": program.hands,
@@ -144,15 +144,15 @@ def _tables(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]
 
 
 #: The operands of a piece of code, see generated.cuh.
-_PARITY, _WORDS, _FULL, _INSIDE, _FIRST_CHUNK, _RESIDUAL, _Y, _SCOUT = (f"%{i}" for i in range(8))
-_LOOK = 32  # steps at least from one place that scouts touch to the next
+_PARITY, _WORDS, _FULL, _INSIDE, _FIRST_CHUNK, _RESIDUAL, _Y, _PREFETCH_WARP = (f"%{i}" for i in range(8))
+_LOOK = 32  # steps at least from one place that prefetch warps touch to the next
 
 
 def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> Iterator[str]:
     """What a consumer does of a piece, as PTX: s are sums, x words of the input.
 
-    Scouts take the chunks in turn. They jump from one place of a chunk to the next, and wait for stages and leave them
-    as consumers do, so that they are ahead by the ring's stages at most.
+    Prefetch warps take the chunks in turn. They jump from one place of a chunk to the next. They wait for stages and
+    leave them as consumers do, so that they are ahead by the ring's stages at most.
     """
     c, fp32, rows = program.config, _is_fp32(program), len(piece.rows)
     if c.split > 1:
@@ -163,12 +163,13 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
     yield ".reg .b16 h; .reg .b16 g; .reg .pred a; .reg .pred b; .reg .pred p; .reg .b32 t; .reg .b32 left;"
     yield ".reg .b64 d; .reg .b64 e; .reg .pred first;"
     yield "mov.u32 t, %%laneid; setp.eq.u32 first, t, 0;"
-    if c.scouts:
+    if c.prefetch_warps:
         # A vote tells the assembler that all lanes agree, and so do the jumps.
-        yield f".reg .pred scout; setp.ge.s32 scout, {_SCOUT}, 0; vote.sync.any.pred scout, scout, 0xffffffff;"
-        for mine in range(c.scouts):
-            yield f".reg .pred other{mine}; setp.ne.and.s32 other{mine}, {_SCOUT}, {mine}, scout;"
-            yield f"vote.sync.any.pred other{mine}, other{mine}, 0xffffffff;"
+        yield f".reg .pred prefetch; setp.ge.s32 prefetch, {_PREFETCH_WARP}, 0;"
+        yield "vote.sync.any.pred prefetch, prefetch, 0xffffffff;"
+        for other in range(c.prefetch_warps):
+            yield f".reg .pred other{other}; setp.ne.and.s32 other{other}, {_PREFETCH_WARP}, {other}, prefetch;"
+            yield f"vote.sync.any.pred other{other}, other{other}, 0xffffffff;"
     for place in range(c.sums * rows):
         start = 0.0 if bias is None or not fp32 or place >= rows else bias[piece.rows[place]]
         yield f"mov.{kind} s{place}, {_f32(start) if fp32 else 0};"
@@ -183,15 +184,15 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
         stage = i % c.stages
         at = stage * stage_words(program.words, c)
         yield f'CHUNK{i}: mbarrier." WAIT ".parity.shared.b64 p, [{_FULL}+{stage * 8}], {_PARITY}; @!p bra CHUNK{i};'
-        places = _places(program, chunk) if c.scouts else []
+        places = _places(program, chunk) if c.prefetch_warps else []
         jumps = dict(zip(places, [*(f"LOOK{i}_{place}" for place in places[1:]), f"SEEN{i}"], strict=False))
-        if c.scouts > 1:
-            yield f"@other{i % c.scouts} bra.uni SEEN{i};"
+        if c.prefetch_warps > 1:
+            yield f"@other{i % c.prefetch_warps} bra.uni SEEN{i};"
         for number, step in enumerate(chunk.steps):
             if number in jumps:
-                yield f"LOOK{i}_{number}: @scout bra.uni {jumps[number]};"
+                yield f"LOOK{i}_{number}: @prefetch bra.uni {jumps[number]};"
             yield _instruction(step, at, fp32)
-        if c.scouts:
+        if c.prefetch_warps:
             yield f"SEEN{i}:"
         yield "bar.warp.sync 0xffffffff;"
         yield f"@first mbarrier.arrive.shared.b64 d, [{_FULL}+{(c.stages + stage) * 8}];"
@@ -202,16 +203,16 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
     if c.start_points > 1:
         yield "bra CHUNK0;"
         yield "END:"
-    if c.scouts:
-        yield "@scout bra.uni DONE;"
+    if c.prefetch_warps:
+        yield "@prefetch bra.uni DONE;"
     yield from _hand_over(program, piece) if c.split > 1 else _epilogue(program, piece, bias)
-    if c.scouts:
+    if c.prefetch_warps:
         yield "DONE:"
     yield "}"
 
 
 def _places(program: Program, chunk: Chunk) -> list[int]:
-    """The steps of a chunk in front of which scouts may jump: no word of the input is held there.
+    """The steps of a chunk in front of which prefetch warps may jump: no word of the input is held there.
 
     Words that were held would have to be kept in registers from the beginning, as far as the assembler knows.
     """

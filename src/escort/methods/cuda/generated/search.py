@@ -34,13 +34,16 @@ _MOST_PRODUCTS = 165.0
 # The model of the machine, in clocks of a multiprocessor, fitted to 1522 timings on an H200 (docs/performance.md).
 _CLOCK_MHZ = 1850.0
 _LAUNCH_US = 1.8
-_ISSUE, _ALONE = 3.1, 3.7  # instructions per clock, all warps multicast; clocks per instruction of a warp alone
+_ISSUE, _ALONE = 3.1, 3.7  # instructions per clock, all warps together; clocks per instruction of a warp alone
 _COLD = 0.28  # instructions per clock that arrive when asked for
 _LOST_SHARERS = 23.0  # half of that where so many ask for the same lost code
 _LOST = 0.2  # lost code arrives so much later in any case
-_SCOUT, _JUMPS = 0.27, 1.06  # each scout makes code arrive so much faster; instructions with those for scouts
+_PREFETCH, _JUMPS = (
+    0.27,
+    1.06,
+)  # each prefetch warp makes code arrive so much faster; the instructions that its jumps add
 _FILL, _GROUP = 2.5, 16.5  # instructions per clock for a group of so many multiprocessors with one instruction cache
-_SCOUTED = 0.7  # share of them where scouts ask for code that is not the next
+_PREFETCH_FILL = 0.7  # share of them where prefetch warps ask for code that is not the next
 _HOT_BYTES, _LOST_BYTES = 62e3, 808e3  # code that stays in the instruction caches, and code of which nothing stays
 _L2 = 18.6  # bytes per clock that reach a multiprocessor when all of them read
 _COPY, _COPY_ISSUE = 21.5, 8.0  # per copy of a producer warp, and instructions for it
@@ -75,7 +78,7 @@ def search(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int) -
 
 def _kind(config: GeneratedConfig) -> tuple[int, ...]:
     """What configs have in common about which the model errs in the same way."""
-    return config.arranged, config.split, config.multicast, config.scouts, config.start_points
+    return config.arranged, config.split, config.multicast, config.prefetch_warps, config.start_points
 
 
 def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Iterator[GeneratedConfig]:
@@ -93,7 +96,7 @@ def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Itera
     knobs = sorted({-(-group_rows // hand) for hand in hands}), (1, 2), range(4, 32), (8, 4, 16)
     rows, occupancy, consumers, block = (knob.ravel() for knob in np.meshgrid(*knobs, indexing="ij"))
     stagings, clusters = list(_stagings(problem, gpu)), _clusters(problem, gpu)
-    for (copy, arranged, producers), (split, multicast, scouts) in itertools.product(stagings, clusters):
+    for (copy, arranged, producers), (split, multicast, prefetch_warps) in itertools.product(stagings, clusters):
         if copy and split > 1:
             continue  # nothing to gain where producers take most of the time
         words = Words.of(problem, GeneratedConfig(1, 1, 1, 1, copy=copy, arranged=arranged))
@@ -102,12 +105,24 @@ def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Itera
         depths = np.array([4, 3, 2])
         stages = depths[np.argmin([-(-chunks // depth) * depth for depth in depths], axis=0)]
         many = _configs(
-            rows, consumers, producers, block, copy, stages, occupancy, 1, sums, arranged, split, multicast, scouts
+            rows,
+            consumers,
+            producers,
+            block,
+            copy,
+            stages,
+            occupancy,
+            1,
+            sums,
+            arranged,
+            split,
+            multicast,
+            prefetch_warps,
         )
         room = occupancy * (program.shared_bytes(words, many, rows) + 1024)
         (_, items), slots = _items(problem, words, many), resident(many, gpu)
         fits = (
-            (occupancy * (consumers + producers + scouts) <= 32)
+            (occupancy * (consumers + producers + prefetch_warps) <= 32)
             & (rows * sums + 14 <= _registers(many, gpu))
             & (room <= gpu.shared_bytes + 1024)
             & ((items <= slots) | (items >= _LEAST_BUSY * slots * -(-items // slots)))
@@ -149,7 +164,7 @@ def _stagings(problem: Problem, gpu: Gpu) -> Iterator[tuple[int, bool, int]]:
 
 
 def _clusters(problem: Problem, gpu: Gpu) -> list[tuple[int, int, int]]:
-    """What blocks of a cluster share, and who brings the code: (split, together, scouts)."""
+    """What blocks of a cluster share, and who brings the code: (split, multicast, prefetch_warps)."""
     alone = [(1, 1, 0), (1, 1, 2)]
     if gpu.capability < (9, 0):
         return alone
@@ -184,7 +199,7 @@ def _items(problem: Problem, words: Words, config: GeneratedConfig) -> tuple[Any
 
 def _registers(config: GeneratedConfig, gpu: Gpu) -> Any:
     """That a thread may have; each quarter of a multiprocessor shares its own among its warps."""
-    warps = -(-(config.consumers + config.producers + config.scouts) * config.occupancy // 4) * 4
+    warps = -(-(config.consumers + config.producers + config.prefetch_warps) * config.occupancy // 4) * 4
     return np.minimum(gpu.registers // (LANES * warps) // 8 * 8, 255)
 
 
@@ -206,7 +221,7 @@ def predict_us(problem: Problem, sparse_filter: SparseFilter, config: GeneratedC
     chunks = -(-channels // (config.channel_block * config.stages)) * config.stages
     elements = words.columns * words.images
     steps = piece_steps(problem, sparse_filter, config) + _CHUNK * chunks + _ROW * config.out_channels * elements
-    steps = steps * (_JUMPS if config.scouts else 1.0)
+    steps = steps * (_JUMPS if config.prefetch_warps else 1.0)
     issued, copying = steps * config.consumers, 0.0
     stage_bytes = channels * len(words.phases) * program.channel_words(words, config) * 4
     if config.copy:
@@ -226,9 +241,9 @@ def predict_us(problem: Problem, sparse_filter: SparseFilter, config: GeneratedC
     # bring in only so much for all the places at which its own are.
     places = np.maximum(np.minimum(config.start_points, chunks // config.stages), 1)
     sharers = np.minimum(tiles, slots) / places
-    late = (1.0 + lost * sharers / _LOST_SHARERS) / (1.0 + _SCOUT * config.scouts)
+    late = (1.0 + lost * sharers / _LOST_SHARERS) / (1.0 + _PREFETCH * config.prefetch_warps)
     apart = np.minimum(pieces * places, _GROUP) if config.multicast == 1 else max(_GROUP / config.multicast, 1.0)
-    fill = _FILL * (_SCOUTED if config.scouts else 1.0)
+    fill = _FILL * (_PREFETCH_FILL if config.prefetch_warps else 1.0)
     cold = _side_by_side(busy, steps * (1.0 + _LOST * lost) * np.maximum(late / _COLD, apart / fill))
     first = np.minimum(np.minimum(rounds, -(-rounds * np.minimum(items, slots) // tiles)), items // tiles)
     met = first + lost * (rounds - first)

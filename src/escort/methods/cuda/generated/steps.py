@@ -41,8 +41,8 @@ class GeneratedConfig:
         copy: words per copy, 1, 2 or 4; 0 copies all words of a channel at once, of an arranged input.
         stages: of the ring in shared memory.
         occupancy: blocks per multiprocessor that registers must leave room for.
-        start_points: places in the cycle of chunks at which tiles begin, so that multiprocessors that share an instruction
-            cache bring in different parts of the code for each other.
+        start_points: places in the cycle of chunks at which tiles begin, so that multiprocessors that share an
+            instruction cache bring in different parts of the code for each other.
         sums: 16-bit storage: sums per output channel, each of a share of the products, which are added up in float32
             in the end.
         arranged: a kernel of its own (generated_arrange.cu) lays out the input as words before, padding included. Words
@@ -51,8 +51,8 @@ class GeneratedConfig:
             each adds up all parts of some rows.
         multicast: blocks of a cluster that run the same rows for neighbouring tiles. Its multiprocessors share an
             instruction cache, through which the code then comes once for all of them. One of split and multicast is 1.
-        scouts: warps that only jump through the code, ahead of the consumers, so that it is in the instruction caches
-            when they come.
+        prefetch_warps: warps that only jump through the code, ahead of the consumers, so that it is in the instruction
+            caches when they come.
     """
 
     out_channels: int
@@ -67,11 +67,11 @@ class GeneratedConfig:
     arranged: bool = False
     split: int = 1
     multicast: int = 1
-    scouts: int = 0
+    prefetch_warps: int = 0
 
     @property
     def threads(self) -> int:
-        return (self.consumers + self.producers + self.scouts) * LANES
+        return (self.consumers + self.producers + self.prefetch_warps) * LANES
 
     @property
     def tile(self) -> int:
