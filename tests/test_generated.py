@@ -14,7 +14,7 @@ from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.methods.cuda.generated import Generated
 from escort.methods.cuda.generated.search import candidates, piece_count, piece_steps, predict_us, search
-from escort.methods.cuda.generated.steps import GeneratedConfig, Program
+from escort.methods.cuda.generated.steps import GeneratedConfig, KernelSteps
 from escort.problem import Epilogue, Precision, Problem
 from tests.cases import CASES, FULL, Case, check_kernels
 
@@ -52,7 +52,7 @@ def test_the_search_space_fits_the_device(dtype: str) -> None:
     found = search(problem, sparse_filter, H200, 6)
     assert len(found) == len(set(found)) == 6 and all(type(config.out_channels) is int for config in found)
     for config in found:
-        assert Program.of(problem, sparse_filter, config).shared_bytes * config.occupancy <= H200.shared_bytes
+        assert KernelSteps.of(problem, sparse_filter, config).shared_bytes * config.occupancy <= H200.shared_bytes
     times = [predict_us(problem, sparse_filter, config, H200) for config in found]
     assert times == pytest.approx(sorted(times))
     assert times[0] == pytest.approx(min(predict_us(problem, sparse_filter, many, H200).min() for many in space))
@@ -71,7 +71,7 @@ def test_the_step_estimate_is_near() -> None:
         problem = replace(RES3, precision=dtype)  # type: ignore[arg-type]
         sparse_filter, config = sparse(problem, 0.08), GeneratedConfig(32, 8, 4, 8)
         estimate = piece_count(problem, config) * piece_steps(problem, sparse_filter, config)
-        assert estimate == pytest.approx(Program.of(problem, sparse_filter, config).steps, rel=0.1)
+        assert estimate == pytest.approx(KernelSteps.of(problem, sparse_filter, config).steps, rel=0.1)
 
 
 def on_the_gpu(case: Case, dtype: Precision) -> tuple[Problem, list[GeneratedConfig]]:

@@ -11,7 +11,7 @@ import torch
 
 from escort.filter import SparseFilter
 from escort.methods.cuda.generated.codegen import arrange_defines
-from escort.methods.cuda.generated.steps import Chunk, GeneratedConfig, Program
+from escort.methods.cuda.generated.steps import Chunk, GeneratedConfig, KernelSteps
 from escort.problem import Problem
 from tests.host import compiled
 
@@ -40,11 +40,11 @@ extern "C" void run(const void* x, void* to, int images, unsigned words, unsigne
 """
 
 
-def arranged(program: Program, x: np.ndarray, folder: Path) -> np.ndarray:
+def arranged(kernel_steps: KernelSteps, x: np.ndarray, folder: Path) -> np.ndarray:
     """What the kernel makes of x (N, C, H, W), as (planes, words) of 32 bits."""
-    run = compiled(CUDA_ON_A_CPU, folder, arrange_defines(program, THREADS)).run
-    words = program.arranged_words(len(x))
-    to = np.full((x.shape[1] * len(program.words.phases), words), 0xDEADBEEF, dtype=np.uint32)
+    run = compiled(CUDA_ON_A_CPU, folder, arrange_defines(kernel_steps, THREADS)).run
+    words = kernel_steps.arranged_words(len(x))
+    to = np.full((x.shape[1] * len(kernel_steps.words.phases), words), 0xDEADBEEF, dtype=np.uint32)
     pointers = (ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(to.ctypes.data))
     run(*pointers, len(x), words, -(-words // (4 * THREADS)), max(len(to) // 2, 1))  # some blocks take several planes
     return to
@@ -72,16 +72,16 @@ def test_the_input_is_laid_out_as_the_interpreter_reads_it(
 ) -> None:
     problem = Problem(3, 2, 9, 8, 4, kernel, stride, padding, dilation, precision=dtype)  # type: ignore[arg-type]
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    program = Program.of(problem, sparse_filter, GeneratedConfig(4, 12, 1, 2, copy=0, arranged=True))
-    assert program.tiles(3) == 1 and len(program.words.phases) == planes
+    kernel_steps = KernelSteps.of(problem, sparse_filter, GeneratedConfig(4, 12, 1, 2, copy=0, arranged=True))
+    assert kernel_steps.tiles(3) == 1 and len(kernel_steps.words.phases) == planes
     x = (
         np.random.default_rng(0)
         .standard_normal(problem.input_shape)
         .astype(np.float32 if dtype == "fp32" else np.float16)
     )
-    to = arranged(program, x, tmp_path)
-    stage = program._stage(x.astype(np.float64), Chunk(range(2), ()), 0)
+    to = arranged(kernel_steps, x, tmp_path)
+    stage = kernel_steps._stage(x.astype(np.float64), Chunk(range(2), ()), 0)
     elements = to.view(x.dtype).reshape(*to.shape, -1)
     expected = stage.reshape(len(to), -1, elements.shape[-1])
-    there = program.config.tile + program.words.reach
+    there = kernel_steps.config.tile + kernel_steps.words.reach
     assert np.array_equal(elements[:, :there], expected[:, :there])

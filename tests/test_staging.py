@@ -17,7 +17,7 @@ import torch
 from escort.cuda.compiler import KERNELS
 from escort.filter import SparseFilter
 from escort.methods.cuda.generated import codegen
-from escort.methods.cuda.generated.steps import GeneratedConfig, Program
+from escort.methods.cuda.generated.steps import GeneratedConfig, KernelSteps
 from escort.problem import Problem
 from tests.host import compiled
 from tests.mbarrier import MBARRIER
@@ -129,14 +129,14 @@ INSTRUCTIONS = (
 )
 
 
-def host_source(program: Program) -> str:
-    """The program's macros and generated.cuh for the CPU."""
+def host_source(kernel_steps: KernelSteps) -> str:
+    """The kernel's macros and generated.cuh for the CPU."""
     text = (KERNELS / "generated.cuh").read_text()
     for pattern, here in INSTRUCTIONS:
         text, count = re.subn(pattern, here, text, flags=re.DOTALL)
         assert count == 1, pattern
     text = re.sub(r"\basm( volatile)?\(", "NOTHING(", text.replace("#include <cuda_fp16.h>", ""))
-    macros, _ = codegen.text(program).split('#include "generated.cuh"')
+    macros, _ = codegen.text(kernel_steps).split('#include "generated.cuh"')
     return CUDA_ON_A_CPU + MBARRIER + BARRIERS + macros + text + RUN
 
 
@@ -161,29 +161,29 @@ def test_the_ring_holds_what_the_interpreter_reads(dtype: str, config: Generated
     channels = 14 if config.split == 1 else 15  # of a group: the last chunk, and the last part, have fewer
     problem = Problem(3, 2 * channels, 10, 8, 16, (3, 3), padding=(1, 1, 1, 1), groups=2, precision=dtype)  # type: ignore[arg-type]
     weight = torch.ones(problem.weight_shape)
-    program = Program.of(problem, SparseFilter.from_dense(weight, 2), config)
+    kernel_steps = KernelSteps.of(problem, SparseFilter.from_dense(weight, 2), config)
     x = np.random.default_rng(0).standard_normal(problem.input_shape)
     x = x.astype(np.float32 if dtype == "fp32" else np.float16)
-    source = arranged(program, x, tmp_path) if config.arranged else x
-    run = compiled(host_source(program), tmp_path).run
-    tiles, chunks = program.tiles(3), len(program.pieces[0].chunks)
+    source = arranged(kernel_steps, x, tmp_path) if config.arranged else x
+    run = compiled(host_source(kernel_steps), tmp_path).run
+    tiles, chunks = kernel_steps.tiles(3), len(kernel_steps.pieces[0].chunks)
     assert chunks > config.stages, "stages are filled several times"
     cluster = config.split * config.multicast
     grid = 3 * config.multicast if config.split == 1 else config.split  # some are left one item more
     groups = -(-tiles // config.multicast)
     for block in range(grid):
-        mine = range(block // cluster, program.hands * groups, grid // cluster)
+        mine = range(block // cluster, kernel_steps.hands * groups, grid // cluster)
         items = [(i // groups, i % groups * config.multicast + block % config.multicast) for i in mine]
         items = [(hand, tile) for hand, tile in items if tile < tiles]
-        found = np.empty((len(items), chunks, config.channel_block, program.channel_words), dtype=np.uint32)
+        found = np.empty((len(items), chunks, config.channel_block, kernel_steps.channel_words), dtype=np.uint32)
         pointers = (ctypes.c_void_p(source.ctypes.data), 3, tiles, block, grid, ctypes.c_void_p(found.ctypes.data))
         assert run(*pointers) == 0, "a barrier was waited for in vain"
         for (hand, tile), stages in zip(items, found, strict=True):
-            piece = program.pieces[hand * config.split + block % config.split]
+            piece = kernel_steps.pieces[hand * config.split + block % config.split]
             for stage, chunk in zip(stages, piece.chunks, strict=True):
                 filled = stage.view(x.dtype).reshape(*stage.shape, -1)[: len(chunk.channels)]
-                expected = program._stage(x.astype(np.float64), chunk, tile * config.tile)
+                expected = kernel_steps._stage(x.astype(np.float64), chunk, tile * config.tile)
                 expected = expected.reshape(*stage.shape, -1)[
-                    : len(chunk.channels), : config.tile + program.words.reach
+                    : len(chunk.channels), : config.tile + kernel_steps.words.reach
                 ]
                 assert np.array_equal(filled[:, : expected.shape[1]], expected), (hand, tile, chunk.channels)

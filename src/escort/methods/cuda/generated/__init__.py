@@ -20,7 +20,7 @@ from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
 from escort.methods.cuda.generated import codegen
 from escort.methods.cuda.generated.search import candidates, piece_count, piece_steps, predict_us, resident, search
-from escort.methods.cuda.generated.steps import GeneratedConfig, Program
+from escort.methods.cuda.generated.steps import GeneratedConfig, KernelSteps
 from escort.problem import Problem
 
 __all__ = ["Generated", "predict_us"]
@@ -72,19 +72,19 @@ class Generated(Method):
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: GeneratedConfig
     ) -> Prepared:
         device = torch.device(problem.device)
-        program = Program.of(problem, sparse_filter, config)
-        text = codegen.text(program, None if bias is None else bias.detach().float().cpu().numpy())
+        kernel_steps = KernelSteps.of(problem, sparse_filter, config)
+        text = codegen.text(kernel_steps, None if bias is None else bias.detach().float().cpu().numpy())
         kernel = jit.kernel(jit.Text("generated.cu", text), {}, device)
         launch = kernel.bind(
             config.threads,
-            program.shared_bytes,
+            kernel_steps.shared_bytes,
             (torch.Tensor, torch.Tensor, torch.Tensor, int, int),
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )
-        check, out_shape = input_check(problem, _most_images(program)), problem.output_shape[1:]
+        check, out_shape = input_check(problem, _most_images(kernel_steps)), problem.output_shape[1:]
         clusters = resident(config, Gpu.of(problem.device)) // config.cluster
         alignment = max(config.copy * 4, problem.storage.itemsize)
-        arrange = _arrange(program, device) if config.arranged else None
+        arrange = _arrange(kernel_steps, device) if config.arranged else None
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
@@ -96,8 +96,8 @@ class Generated(Method):
             if not images:
                 return y
             x = aligned(x, alignment) if arrange is None else arrange(x)  # the kernel copies several elements at once
-            tiles = program.tiles(images)
-            items = -(-tiles // config.multicast) * program.hands
+            tiles = kernel_steps.tiles(images)
+            items = -(-tiles // config.multicast) * kernel_steps.hands
             # Clusters take several items in turn, but those that split channels only one.
             grid = (items if config.split > 1 else min(items, clusters)) * config.cluster
             launch((grid, 1, 1), x, y, residual, images, tiles)
@@ -106,15 +106,15 @@ class Generated(Method):
         return Prepared(run, kernel.binary)
 
 
-def _arrange(program: Program, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+def _arrange(kernel_steps: KernelSteps, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """What lays out an input, as kernels/cuda/generated_arrange.cu says."""
-    planes = program.problem.in_channels * len(program.words.phases)
-    kernel = jit.kernel("generated_arrange.cu", codegen.arrange_defines(program, _ARRANGE_THREADS), device)
+    planes = kernel_steps.problem.in_channels * len(kernel_steps.words.phases)
+    kernel = jit.kernel("generated_arrange.cu", codegen.arrange_defines(kernel_steps, _ARRANGE_THREADS), device)
     overlap = torch.cuda.get_device_capability(device) >= (9, 0)
     launch = kernel.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, int, int), overlap=overlap)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        words = program.arranged_words(len(x))
+        words = kernel_steps.arranged_words(len(x))
         arranged = torch.empty((planes, words), dtype=torch.int32, device=device)
         blocks = -(-words // (_ARRANGE_WORDS * _ARRANGE_THREADS)), min(planes, 65535), 1
         launch(blocks, x, arranged, len(x), words)
@@ -123,10 +123,10 @@ def _arrange(program: Program, device: torch.device) -> Callable[[torch.Tensor],
     return run
 
 
-def _most_images(program: Program) -> int:
+def _most_images(kernel_steps: KernelSteps) -> int:
     """What 32-bit numbers of words reach, with a tile to spare."""
     return (
-        (_MOST_BYTES - program.config.tile - program.words.reach)
-        // (program.words.image_rows * program.words.pitch)
-        * program.words.images
+        (_MOST_BYTES - kernel_steps.config.tile - kernel_steps.words.reach)
+        // (kernel_steps.words.image_rows * kernel_steps.words.pitch)
+        * kernel_steps.words.images
     )

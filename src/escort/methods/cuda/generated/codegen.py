@@ -1,6 +1,6 @@
-"""Weights as code: a program as a CUDA kernel in which every nonzero is one multiply-add with the weight inside.
+"""Weights as code: kernel steps as CUDA source in which every nonzero is one multiply-add with the weight inside.
 
-The text is CUDA C++ around kernels/cuda/generated.cuh, with the program's steps as inline PTX.
+The text is CUDA C++ around kernels/cuda/generated.cuh, with the steps as inline PTX.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from escort.methods.cuda.generated.steps import (
     Chunk,
     GeneratedConfig,
     Join,
+    KernelSteps,
     Load,
     MultiplyAdd,
     Piece,
-    Program,
     Step,
     elements_per_word,
     part_channels,
@@ -28,24 +28,24 @@ from escort.methods.cuda.generated.steps import (
 from escort.problem import Problem
 
 
-def text(program: Program, bias: NDArray[np.float32] | None = None) -> str:
+def text(kernel_steps: KernelSteps, bias: NDArray[np.float32] | None = None) -> str:
     """The kernel `generated(x, y, residual, images, tiles)`, for a grid of any number of blocks (clusters).
 
     Args:
         bias: (K,), becomes part of the code.
     """
-    return "\n".join(_text(program, bias)) + "\n"
+    return "\n".join(_text(kernel_steps, bias)) + "\n"
 
 
-def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
-    p, c, w = program.problem, program.config, program.words
-    products = sum(isinstance(s, MultiplyAdd) for q in program.pieces for chunk in q.chunks for s in chunk.steps)
+def _text(kernel_steps: KernelSteps, bias: NDArray[np.float32] | None) -> Iterator[str]:
+    p, c, w = kernel_steps.problem, kernel_steps.config, kernel_steps.words
+    products = sum(isinstance(s, MultiplyAdd) for q in kernel_steps.pieces for chunk in q.chunks for s in chunk.steps)
     yield f"// {p}"
     yield f"// {_described(c)}"
-    yield f"// {len(program.pieces)} pieces of code, {products} multiply-adds among {program.steps} steps"
+    yield f"// {len(kernel_steps.pieces)} pieces of code, {products} multiply-adds among {kernel_steps.steps} steps"
     planes = len(w.phases)  # the kernel takes them for channels
     macros = {
-        **_layout_macros(program),
+        **_layout_macros(kernel_steps),
         "ARRANGED": int(c.arranged),
         "BULK": int(c.copy == 0),
         "CONSUMERS": c.consumers,
@@ -53,11 +53,11 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         "PREFETCH_WARPS": c.prefetch_warps,
         "THREADS": c.threads,
         "OCCUPANCY": c.occupancy,
-        "PIECES": program.hands,
-        "PIECES_PER_GROUP": program.hands // p.groups,
+        "PIECES": kernel_steps.hands,
+        "PIECES_PER_GROUP": kernel_steps.hands // p.groups,
         "SPLIT": c.split,
         "MULTICAST": c.multicast,
-        "CHUNKS": len(program.pieces[0].chunks),
+        "CHUNKS": len(kernel_steps.pieces[0].chunks),
         "CHANNEL_BLOCK": c.channel_block * planes,
         "STAGES": c.stages,
         "START_POINTS": c.start_points,
@@ -67,29 +67,29 @@ def _text(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
         "OUT_CHANNELS": p.out_channels,
         "OUT_HEIGHT": p.out_height,
         "OUT_WIDTH": p.out_width,
-        "CHANNEL_WORDS": program.channel_words,
+        "CHANNEL_WORDS": kernel_steps.channel_words,
         "STAGE_BYTES": stage_words(w, c) * 4,
         "TILE_WORDS": c.tile,
         "STAGE_WORDS": c.tile + w.reach,
     }
     if c.split > 1:
         macros |= {
-            "ROWS": program.rows,
-            "RING_BYTES": ring_bytes(w, c, program.rows),
+            "ROWS": kernel_steps.rows,
+            "RING_BYTES": ring_bytes(w, c, kernel_steps.rows),
             "RESIDUAL": int(p.epilogue.residual),
             "ACTIVATION": p.epilogue.activation_number,
         }
     yield from (f"#define {name} {value}" for name, value in macros.items())
     if c.split > 1:
-        yield from _tables(program, bias)
+        yield from _tables(kernel_steps, bias)
     yield '#include "generated.cuh"'
     yield ""
     yield "GENERATED {"
     yield "  BEGIN"
-    for i, piece in enumerate(program.pieces):
+    for i, piece in enumerate(kernel_steps.pieces):
         yield f"  case {i}:"
         yield "    asm volatile("
-        yield from (f'        "{line}\\n"' for line in _code(program, piece, bias))
+        yield from (f'        "{line}\\n"' for line in _code(kernel_steps, piece, bias))
         yield "        OPERANDS);"
         yield "    break;"
     yield "  END"
@@ -102,11 +102,11 @@ def _described(config: GeneratedConfig) -> str:
     return ", ".join(f"{name}={value}" for name, value, default in knobs if value != default)
 
 
-def arrange_defines(program: Program, threads: int) -> dict[str, int | str]:
+def arrange_defines(kernel_steps: KernelSteps, threads: int) -> dict[str, int | str]:
     """The macros of kernels/cuda/generated_arrange.cu."""
-    p, phases = program.problem, program.words.phases
+    p, phases = kernel_steps.problem, kernel_steps.words.phases
     return {
-        **_layout_macros(program),
+        **_layout_macros(kernel_steps),
         "THREADS": threads,
         "STRIDE_DOWN": p.stride[0],
         "STRIDE_RIGHT": p.stride[1],
@@ -116,8 +116,8 @@ def arrange_defines(program: Program, threads: int) -> dict[str, int | str]:
     }
 
 
-def _layout_macros(program: Program) -> dict[str, int]:
-    p, w = program.problem, program.words
+def _layout_macros(kernel_steps: KernelSteps) -> dict[str, int]:
+    p, w = kernel_steps.problem, kernel_steps.words
     return {
         "STORAGE": int(w.columns * w.images == 2),
         "COLUMNS": w.columns,
@@ -132,11 +132,11 @@ def _layout_macros(program: Program) -> dict[str, int]:
     }
 
 
-def _tables(program: Program, bias: NDArray[np.float32] | None) -> Iterator[str]:
+def _tables(kernel_steps: KernelSteps, bias: NDArray[np.float32] | None) -> Iterator[str]:
     """Which output channel each row of a piece is, -1 for none, and the bias of each output channel."""
-    p, split = program.problem, program.config.split
-    share = -(-program.rows // split)
-    channels = [list(piece.rows) for piece in program.pieces[::split]]
+    p, split = kernel_steps.problem, kernel_steps.config.split
+    share = -(-kernel_steps.rows // split)
+    channels = [list(piece.rows) for piece in kernel_steps.pieces[::split]]
     padded = [channel for rows in channels for channel in rows + [-1] * (share * split - len(rows))]
     yield f"__constant__ int CHANNEL_OF[] = {{{', '.join(map(str, padded))}}};"
     values = np.zeros(p.out_channels, np.float32) if bias is None else bias
@@ -148,13 +148,13 @@ _PARITY, _WORDS, _FULL, _INSIDE, _FIRST_CHUNK, _RESIDUAL, _Y, _PREFETCH_WARP = (
 _LOOK = 32  # steps at least from one place that prefetch warps touch to the next
 
 
-def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> Iterator[str]:
+def _code(kernel_steps: KernelSteps, piece: Piece, bias: NDArray[np.float32] | None) -> Iterator[str]:
     """What a consumer does of a piece, as PTX: s are sums, x words of the input.
 
     Prefetch warps take the chunks in turn. They jump from one place of a chunk to the next. They wait for stages and
     leave them as consumers do, so that they are ahead by the ring's stages at most.
     """
-    c, fp32, rows = program.config, _is_fp32(program), len(piece.rows)
+    c, fp32, rows = kernel_steps.config, _is_fp32(kernel_steps), len(piece.rows)
     if c.split > 1:
         bias = None  # it is added when the parts are
     words = max(1, *(chunk.registers for chunk in piece.chunks))
@@ -182,9 +182,9 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
             yield f"setp.eq.u32 p, {_FIRST_CHUNK}, {start}; @p bra CHUNK{start};"
     for i, chunk in enumerate(piece.chunks):
         stage = i % c.stages
-        at = stage * stage_words(program.words, c)
+        at = stage * stage_words(kernel_steps.words, c)
         yield f'CHUNK{i}: mbarrier." WAIT ".parity.shared.b64 p, [{_FULL}+{stage * 8}], {_PARITY}; @!p bra CHUNK{i};'
-        places = _places(program, chunk) if c.prefetch_warps else []
+        places = _places(kernel_steps, chunk) if c.prefetch_warps else []
         jumps = dict(zip(places, [*(f"LOOK{i}_{place}" for place in places[1:]), f"SEEN{i}"], strict=False))
         if c.prefetch_warps > 1:
             yield f"@other{i % c.prefetch_warps} bra.uni SEEN{i};"
@@ -205,13 +205,13 @@ def _code(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> I
         yield "END:"
     if c.prefetch_warps:
         yield "@prefetch bra.uni DONE;"
-    yield from _hand_over(program, piece) if c.split > 1 else _epilogue(program, piece, bias)
+    yield from _hand_over(kernel_steps, piece) if c.split > 1 else _epilogue(kernel_steps, piece, bias)
     if c.prefetch_warps:
         yield "DONE:"
     yield "}"
 
 
-def _places(program: Program, chunk: Chunk) -> list[int]:
+def _places(kernel_steps: KernelSteps, chunk: Chunk) -> list[int]:
     """The steps of a chunk in front of which prefetch warps may jump: no word of the input is held there.
 
     Words that were held would have to be kept in registers from the beginning, as far as the assembler knows.
@@ -220,7 +220,7 @@ def _places(program: Program, chunk: Chunk) -> list[int]:
     last = None
     for number, step in enumerate(chunk.steps):
         if isinstance(step, Load):
-            plane = step.offset // program.channel_words
+            plane = step.offset // kernel_steps.channel_words
             if plane != last and (not places or number >= places[-1] + _LOOK):
                 places.append(number)
             last = plane
@@ -246,9 +246,9 @@ def _halves(row: int, rows: int, sums: int) -> Iterator[str]:
         yield f"mov.b32 {{h, g}}, s{place}; cvt.f32.f16 w, h; add.f32 u, u, w; cvt.f32.f16 w, g; add.f32 v, v, w;"
 
 
-def _hand_over(program: Program, piece: Piece) -> Iterator[str]:
+def _hand_over(kernel_steps: KernelSteps, piece: Piece) -> Iterator[str]:
     """Writes the sums to shared memory, where the ring was."""
-    c, fp32 = program.config, _is_fp32(program)
+    c, fp32 = kernel_steps.config, _is_fp32(kernel_steps)
     yield f"bar.sync 1, {c.tile};"
     for row in range(len(piece.rows)):
         if c.sums > 1:
@@ -257,8 +257,8 @@ def _hand_over(program: Program, piece: Piece) -> Iterator[str]:
         yield f"st.shared.{'f32' if fp32 else 'b32'} [{_WORDS}+{row * c.tile * 4}], s{row};"
 
 
-def _epilogue(program: Program, piece: Piece, bias: NDArray[np.float32] | None) -> Iterator[str]:
-    p, c, w, fp32 = program.problem, program.config, program.words, _is_fp32(program)
+def _epilogue(kernel_steps: KernelSteps, piece: Piece, bias: NDArray[np.float32] | None) -> Iterator[str]:
+    p, c, w, fp32 = kernel_steps.problem, kernel_steps.config, kernel_steps.words, _is_fp32(kernel_steps)
     size, plane = (4 if fp32 else 2), p.out_height * p.out_width
     yield f"and.b32 t, {_INSIDE}, 1; setp.ne.u32 a, t, 0; and.b32 t, {_INSIDE}, 2; setp.ne.u32 b, t, 0;"
     yield f"add.u64 d, {_Y}, {_RESIDUAL};"
@@ -309,8 +309,8 @@ def _activate(problem: Problem, kind: str, value: str) -> Iterator[str]:
         yield f"mov.b32 t, {bound}; {step}.NaN.{kind} {value}, {value}, t;"
 
 
-def _is_fp32(program: Program) -> bool:
-    return elements_per_word(program.problem) == 1
+def _is_fp32(kernel_steps: KernelSteps) -> bool:
+    return elements_per_word(kernel_steps.problem) == 1
 
 
 def _f32(value: float) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
-from escort.methods.cuda.generated import steps as program
+from escort.methods.cuda.generated import steps as kernel_steps
 from escort.methods.cuda.generated.steps import LANES, GeneratedConfig, Words
 from escort.problem import Problem
 
@@ -86,8 +86,8 @@ def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Itera
 
     Yields configs with arrays as fields, those of each way to stage the input together.
     """
-    problem = program.computed(problem)
-    half, group_rows = program.elements_per_word(problem) == 2, problem.out_channels // problem.groups
+    problem = kernel_steps.computed(problem)
+    half, group_rows = kernel_steps.elements_per_word(problem) == 2, problem.out_channels // problem.groups
     nnz = np.diff(sparse_filter.indptr).astype(np.float64)
     # Products of a row as they count in the error of all outputs, whose size grows with them.
     products = float((nnz * nnz).sum() / max(nnz.sum(), 1.0))
@@ -119,7 +119,7 @@ def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Itera
             multicast,
             prefetch_warps,
         )
-        room = occupancy * (program.shared_bytes(words, many, rows) + 1024)
+        room = occupancy * (kernel_steps.shared_bytes(words, many, rows) + 1024)
         (_, items), slots = _items(problem, words, many), resident(many, gpu)
         fits = (
             (occupancy * (consumers + producers + prefetch_warps) <= 32)
@@ -155,7 +155,7 @@ def _picked(many: GeneratedConfig, pick: Callable[[NDArray[Any]], Any]) -> Gener
 def _stagings(problem: Problem, gpu: Gpu) -> Iterator[tuple[int, bool, int]]:
     """The ways to stage the input: (copy, arranged, producers)."""
     for copy in (4, 2, 1):
-        if program.copies_as_it_is(problem, copy):
+        if kernel_steps.copies_as_it_is(problem, copy):
             yield from ((copy, False, producers) for producers in (2, 3, 4, 6, 8))
     if gpu.capability < (9, 0):
         yield from ((4, True, producers) for producers in (2, 4))
@@ -186,7 +186,7 @@ def piece_steps(problem: Problem, sparse_filter: SparseFilter, config: Generated
     rows = problem.out_channels / pieces
     density = sparse_filter.nnz / math.prod(problem.weight_shape)
     taps = math.prod(problem.weight_shape[1:])
-    reads = 1.0 if config.arranged or program.elements_per_word(problem) == 1 else 1.6  # odd taps join two words
+    reads = 1.0 if config.arranged or kernel_steps.elements_per_word(problem) == 1 else 1.6  # odd taps join two words
     return (sparse_filter.nnz / pieces + reads * taps * (1.0 - (1.0 - density) ** rows)) / config.split
 
 
@@ -213,17 +213,17 @@ def predict_us(problem: Problem, sparse_filter: SparseFilter, config: GeneratedC
 
     Fields of the config that differ between ways to stage the input are numbers, the others may be arrays.
     """
-    problem = program.computed(problem)
+    problem = kernel_steps.computed(problem)
     words = Words.of(problem, config)
     (tiles, items), slots = _items(problem, words, config), resident(config, gpu)
     rounds = -(-items // slots)
-    channels = program.part_channels(problem, config)
+    channels = kernel_steps.part_channels(problem, config)
     chunks = -(-channels // (config.channel_block * config.stages)) * config.stages
     elements = words.columns * words.images
     steps = piece_steps(problem, sparse_filter, config) + _CHUNK * chunks + _ROW * config.out_channels * elements
     steps = steps * (_JUMPS if config.prefetch_warps else 1.0)
     issued, copying = steps * config.consumers, 0.0
-    stage_bytes = channels * len(words.phases) * program.channel_words(words, config) * 4
+    stage_bytes = channels * len(words.phases) * kernel_steps.channel_words(words, config) * 4
     if config.copy:
         copies = (
             -(-(config.tile + words.reach) // (config.copy * LANES * config.producers)) * channels * len(words.phases)

@@ -4,9 +4,9 @@ A kernel that keeps its weights in memory reads a word of the input per multiply
 GPU's arithmetic. Here a thread holds the sums of many output channels, reads a word once per tap and uses it for all of
 them: the index of a sum must be known when the code is made, so the code is made for the filter.
 
-    program = Program.of(problem, sparse_filter, config)
-    y = program.run(x)                              the same as the kernel, in numpy, for tests
-    text = codegen.text(program, bias)              the kernel
+    kernel_steps = KernelSteps.of(problem, sparse_filter, config)
+    y = kernel_steps.run(x)                              the same as the kernel, in numpy, for tests
+    text = codegen.text(kernel_steps, bias)              the kernel
 
 All are pure functions of their arguments.
 """
@@ -209,7 +209,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Program:
+class KernelSteps:
     """What a generated kernel does. `of` makes it."""
 
     problem: Problem
@@ -218,8 +218,8 @@ class Program:
     pieces: tuple[Piece, ...]
 
     @classmethod
-    def of(cls, problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig) -> Program:
-        """The program for a filter."""
+    def of(cls, problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig) -> KernelSteps:
+        """The steps for a filter."""
         problem = computed(problem)
         if config.split > 1 and config.multicast > 1:
             raise ValueError(f"{config}: the blocks of a cluster share either a tile or the rows")
@@ -319,7 +319,7 @@ class Program:
 
 
 def computed(problem: Problem) -> Problem:
-    """The problem that programs compute: that of fp32 for TF32, and of one long row for a pointwise convolution."""
+    """The problem that kernel steps compute: that of fp32 for TF32, and of one long row for a pointwise convolution."""
     if problem.precision == "tf32":
         problem = replace(problem, precision="fp32")
     if problem.kernel_size == problem.stride == (1, 1) and not any(problem.padding):
@@ -352,7 +352,7 @@ def stage_words(words: Words, config: GeneratedConfig) -> int:
 
 
 def shared_bytes(words: Words, config: GeneratedConfig, rows: Any) -> Any:
-    """Of a program with so many rows per piece, as generated.cuh lays it out; for fields that are arrays too."""
+    """Of a kernel with so many rows per piece, as generated.cuh lays it out; for fields that are arrays too."""
     barriers = config.stages * 16
     if config.split == 1:
         return ring_bytes(words, config, rows) + barriers
