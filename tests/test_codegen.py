@@ -237,10 +237,10 @@ def test_rows_begin_with_whole_copies() -> None:
         assert (words.pitch, words.left) == (pitch, left)
 
 
-def test_arranged_words_hold_two_images_and_no_more_padding_than_needed() -> None:
+def test_arranged_words_hold_two_samples_and_no_more_padding_than_needed() -> None:
     problem = Problem(5, 3, 13, 13, 8, (3, 3), padding=(1, 1, 1, 1), precision="fp16")
     words = Words.of(problem, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True))
-    assert (words.images, words.columns, words.pitch, words.image_rows, words.left) == (2, 1, 14, 14, 1)
+    assert (words.samples, words.columns, words.pitch, words.sample_rows, words.left) == (2, 1, 14, 14, 1)
     assert words.count(5) == 3 * 14 * 14 - 14 - 1
 
 

@@ -30,12 +30,12 @@ static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 template <class T> static T __ldg(const T* from) { return *from; }
 static unsigned __float_as_uint(float value) { unsigned bits; std::memcpy(&bits, &value, 4); return bits; }
 #include "generated_arrange.cu"
-extern "C" void run(const void* x, void* to, int images, unsigned words, unsigned blocks, unsigned rows) {
+extern "C" void run(const void* x, void* to, int samples, unsigned words, unsigned blocks, unsigned rows) {
   gridDim = {blocks, rows};
   for (blockIdx.y = 0; blockIdx.y < rows; blockIdx.y++)
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
       for (threadIdx.x = 0; threadIdx.x < THREADS; threadIdx.x++)
-        generated_arrange(static_cast<const Element*>(x), static_cast<uint4*>(to), images, words);
+        generated_arrange(static_cast<const Element*>(x), static_cast<uint4*>(to), samples, words);
 }
 """
 

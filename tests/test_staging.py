@@ -69,7 +69,7 @@ static void __syncwarp() {
 }
 """
 RUN = """
-extern "C" int run(const void* x, int images, unsigned tiles, unsigned block, unsigned grid, char* to) {
+extern "C" int run(const void* x, int samples, unsigned tiles, unsigned block, unsigned grid, char* to) {
   std::memset(shared, 0xff, sizeof shared);
   barriers.clear();
   stuck = false;
@@ -82,7 +82,7 @@ extern "C" int run(const void* x, int images, unsigned tiles, unsigned block, un
   for (unsigned thread = CONSUMERS * LANES; thread < (CONSUMERS + PRODUCERS) * LANES; thread++)
     threads.emplace_back([=] {
       threadIdx.x = thread;
-      produce(ring, static_cast<const Input*>(x), images, tiles, block % SPLIT);
+      produce(ring, static_cast<const Input*>(x), samples, tiles, block % SPLIT);
     });
   for (unsigned warp = 0; warp < CONSUMERS + PREFETCH_WARPS; warp++)
     threads.emplace_back([=] {

@@ -3,12 +3,12 @@
 // 1 pieces of code, 4 multiply-adds among 7 steps
 #define STORAGE 0
 #define COLUMNS 1
-#define IMAGES 1
+#define SAMPLES 1
 #define CHANNELS 2
 #define HEIGHT 6
 #define WIDTH 6
 #define PITCH 7
-#define IMAGE_ROWS 7
+#define SAMPLE_ROWS 7
 #define TOP 1
 #define LEFT 1
 #define ARRANGED 0

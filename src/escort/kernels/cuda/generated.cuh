@@ -1,8 +1,8 @@
 // What generated kernels have in common: the ring of stages, its producers, and where a consumer's outputs go.
 // codegen.py defines the capitals and writes the kernel, whose consumers run the code made for the filter.
 //   STORAGE   0: float, 1: half
-//   COLUMNS, IMAGES   elements of a word: neighbouring columns of a row, or the same position of neighbouring images
-//   ARRANGED  the input was laid out by generated_arrange.cu, words of all images channel by channel
+//   COLUMNS, SAMPLES   elements of a word: neighbouring columns of a row, or the same position of neighbouring samples
+//   ARRANGED  the input was laid out by generated_arrange.cu, words of all samples channel by channel
 //   BULK      one thread copies a channel of a stage at a time
 //   SPLIT     blocks of a cluster that run the same rows for the same tile, each for a part of the channels
 //   MULTICAST  blocks of a cluster that run the same rows for neighbouring tiles
@@ -137,7 +137,7 @@ __device__ __forceinline__ long long arranged_words(u32 tiles) {
 
 #if BULK
 // Fills the ring with the input of one tile after the other. The first thread does it all.
-__device__ __forceinline__ void produce(const Ring ring, const Input* x, int images, u32 tiles, u32 part) {
+__device__ __forceinline__ void produce(const Ring ring, const Input* x, int samples, u32 tiles, u32 part) {
   if (threadIdx.x != CONSUMERS * LANES) return;
   const long long words = arranged_words(tiles);
   u32 stage = 0, parity = 1;
@@ -188,7 +188,7 @@ __device__ __forceinline__ void copy_channel(u32 to, const Input* const* from, l
 }
 
 // Fills the ring with the input of one tile after the other.
-__device__ __forceinline__ void produce(const Ring ring, const Input* x, int images, u32 tiles, u32 part) {
+__device__ __forceinline__ void produce(const Ring ring, const Input* x, int samples, u32 tiles, u32 part) {
   const u32 thread = threadIdx.x - CONSUMERS * LANES;
 #if ARRANGED
   const long long channel_step = arranged_words(tiles);
@@ -208,11 +208,11 @@ __device__ __forceinline__ void produce(const Ring ring, const Input* x, int ima
       inside[i] = true;
       from[i] = first + position;
 #else
-      const u32 line = position / PITCH, image = line / IMAGE_ROWS;
-      const int row = (int)(line - image * IMAGE_ROWS) - TOP;
+      const u32 line = position / PITCH, sample = line / SAMPLE_ROWS;
+      const int row = (int)(line - sample * SAMPLE_ROWS) - TOP;
       const int column = (int)(position - line * PITCH) * COLUMNS - LEFT;
-      inside[i] = row >= 0 && row < HEIGHT && image < images && column >= 0 && column < WIDTH;
-      from[i] = inside[i] ? first + image * (long long)(CHANNELS * PLANE) + row * WIDTH + column : first;
+      inside[i] = row >= 0 && row < HEIGHT && sample < samples && column >= 0 && column < WIDTH;
+      from[i] = inside[i] ? first + sample * (long long)(CHANNELS * PLANE) + row * WIDTH + column : first;
 #endif
       from[i] += work.begin * CHANNEL_BLOCK * (long long)channel_step;
     }
@@ -258,14 +258,14 @@ struct Output {
   u32 inside;   // a bit per element
 };
 
-__device__ __forceinline__ Output output(Element* y, int images, u32 tile) {
+__device__ __forceinline__ Output output(Element* y, int samples, u32 tile) {
   const u32 position = tile * TILE_WORDS + threadIdx.x;
-  const u32 line = position / PITCH, image = line / IMAGE_ROWS * IMAGES;
-  const u32 row = line % IMAGE_ROWS, column = (position - line * PITCH) * COLUMNS;
-  const bool first = row < OUT_HEIGHT && column < OUT_WIDTH && image < images;
+  const u32 line = position / PITCH, sample = line / SAMPLE_ROWS * SAMPLES;
+  const u32 row = line % SAMPLE_ROWS, column = (position - line * PITCH) * COLUMNS;
+  const bool first = row < OUT_HEIGHT && column < OUT_WIDTH && sample < samples;
   Output out;
-  out.to = y + image * (long long)(OUT_CHANNELS * OUT_PLANE) + row * OUT_WIDTH + column;
-  out.inside = (u32)first | (u32)(first && column + COLUMNS - 1 < OUT_WIDTH && image + IMAGES - 1 < images) << 1;
+  out.to = y + sample * (long long)(OUT_CHANNELS * OUT_PLANE) + row * OUT_WIDTH + column;
+  out.inside = (u32)first | (u32)(first && column + COLUMNS - 1 < OUT_WIDTH && sample + SAMPLES - 1 < samples) << 1;
   return out;
 }
 
@@ -294,14 +294,14 @@ __device__ __forceinline__ void finish(const Ring ring, u32 part, u32 piece, con
     }
   }
   barrier_wait(ring.landed, 0);
-  const long long second = IMAGES > 1 ? (long long)OUT_CHANNELS * OUT_PLANE : 1;  // from a word's first element
+  const long long second = SAMPLES > 1 ? (long long)OUT_CHANNELS * OUT_PLANE : 1;  // from a word's first element
 #pragma unroll 2
   for (u32 i = 0; i < SHARE; i++) {
     const int channel = CHANNEL_OF[piece * (SHARE * SPLIT) + part * SHARE + i];
     if (channel < 0) break;
-    float sum[COLUMNS * IMAGES];
+    float sum[COLUMNS * SAMPLES];
 #pragma unroll
-    for (int e = 0; e < COLUMNS * IMAGES; e++) sum[e] = BIAS[channel];
+    for (int e = 0; e < COLUMNS * SAMPLES; e++) sum[e] = BIAS[channel];
 #pragma unroll
     for (u32 k = 0; k < SPLIT; k++) {  // in the order of the parts, whichever block adds them
       // That of part k came with i = part - k (mod SPLIT), so its slot is SPLIT - 1 - i.
@@ -319,7 +319,7 @@ __device__ __forceinline__ void finish(const Ring ring, u32 part, u32 piece, con
     }
     Element* const to = out.to + channel * OUT_PLANE;
 #pragma unroll
-    for (int e = 0; e < COLUMNS * IMAGES; e++) {
+    for (int e = 0; e < COLUMNS * SAMPLES; e++) {
       if (!(out.inside >> e & 1)) continue;
       Element* const y = to + (e ? second : 0);
       const Element* const residual = (const Element*)((const char*)y + to_residual);
@@ -367,13 +367,13 @@ __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acqu
 #define GENERATED                                                                                           \
   extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, OCCUPANCY)                                  \
       generated(const Input* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual, \
-                int images, u32 tiles)
+                int samples, u32 tiles)
 #define BEGIN                                                                                                 \
   const Ring ring = make_ring();                                                                              \
   const u32 part = blockIdx.x % SPLIT;                                                                        \
   const int prefetch_warp = (int)(threadIdx.x / LANES) - (CONSUMERS + PRODUCERS); /* of others less than 0 */ \
   if (prefetch_warp < 0 && threadIdx.x >= CONSUMERS * LANES) {                                                \
-    produce(ring, x, images, tiles, part);                                                                    \
+    produce(ring, x, samples, tiles, part);                                                                   \
     PRODUCED                                                                                                  \
     return;                                                                                                   \
   }                                                                                                           \
@@ -382,7 +382,7 @@ __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acqu
   u32 parity = 0;                                                                                             \
   for (Work work(tiles); work.left(); work.next()) {                                                          \
     if (MULTICAST > 1 && work.tile >= tiles) continue;                                                        \
-    const Output out = output(y, images, work.tile);                                                          \
+    const Output out = output(y, samples, work.tile);                                                         \
     switch (work.piece * SPLIT + part) {
 #define END \
   }         \

@@ -50,7 +50,7 @@ class Generated(Method):
             math.prod(problem.output_shape[1:]) * 4 > _MOST_BYTES
             or math.prod(problem.input_shape[1:]) * 4 > _MOST_BYTES
         ):
-            return "an image exceeds 2 GiB; use a smaller input"
+            return "an sample exceeds 2 GiB; use a smaller input"
         return jit.unavailable(torch.device(problem.device))
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[GeneratedConfig]:
@@ -81,26 +81,26 @@ class Generated(Method):
             (torch.Tensor, torch.Tensor, torch.Tensor, int, int),
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )
-        check, out_shape = input_check(problem, _most_images(kernel_steps)), problem.output_shape[1:]
+        check, out_shape = input_check(problem, _most_samples(kernel_steps)), problem.output_shape[1:]
         clusters = resident(config, Gpu.of(problem.device)) // config.cluster
         alignment = max(config.copy * 4, problem.storage.itemsize)
         arrange = _arrange(kernel_steps, device) if config.arranged else None
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
-            images = len(x)
+            samples = len(x)
             x = x.contiguous()
             if residual is not None:
                 residual = residual.contiguous()
-            y = torch.empty((images, *out_shape), dtype=x.dtype, device=device)
-            if not images:
+            y = torch.empty((samples, *out_shape), dtype=x.dtype, device=device)
+            if not samples:
                 return y
             x = aligned(x, alignment) if arrange is None else arrange(x)  # the kernel copies several elements at once
-            tiles = kernel_steps.tiles(images)
+            tiles = kernel_steps.tiles(samples)
             items = -(-tiles // config.multicast) * kernel_steps.hands
             # Clusters take several items in turn, but those that split channels only one.
             grid = (items if config.split > 1 else min(items, clusters)) * config.cluster
-            launch((grid, 1, 1), x, y, residual, images, tiles)
+            launch((grid, 1, 1), x, y, residual, samples, tiles)
             return y
 
         return Prepared(run, kernel.binary)
@@ -123,10 +123,10 @@ def _arrange(kernel_steps: KernelSteps, device: torch.device) -> Callable[[torch
     return run
 
 
-def _most_images(kernel_steps: KernelSteps) -> int:
+def _most_samples(kernel_steps: KernelSteps) -> int:
     """What 32-bit numbers of words reach, with a tile to spare."""
     return (
         (_MOST_BYTES - kernel_steps.config.tile - kernel_steps.words.reach)
-        // (kernel_steps.words.image_rows * kernel_steps.words.pitch)
-        * kernel_steps.words.images
+        // (kernel_steps.words.sample_rows * kernel_steps.words.pitch)
+        * kernel_steps.words.samples
     )

@@ -29,7 +29,7 @@ from escort.problem import Problem
 
 
 def text(kernel_steps: KernelSteps, bias: NDArray[np.float32] | None = None) -> str:
-    """The kernel `generated(x, y, residual, images, tiles)`, for a grid of any number of blocks (clusters).
+    """The kernel `generated(x, y, residual, samples, tiles)`, for a grid of any number of blocks (clusters).
 
     Args:
         bias: (K,), becomes part of the code.
@@ -119,14 +119,14 @@ def arrange_defines(kernel_steps: KernelSteps, threads: int) -> dict[str, int | 
 def _layout_macros(kernel_steps: KernelSteps) -> dict[str, int]:
     p, w = kernel_steps.problem, kernel_steps.words
     return {
-        "STORAGE": int(w.columns * w.images == 2),
+        "STORAGE": int(w.columns * w.samples == 2),
         "COLUMNS": w.columns,
-        "IMAGES": w.images,
+        "SAMPLES": w.samples,
         "CHANNELS": p.in_channels,
         "HEIGHT": p.height,
         "WIDTH": p.width,
         "PITCH": w.pitch,
-        "IMAGE_ROWS": w.image_rows,
+        "SAMPLE_ROWS": w.sample_rows,
         "TOP": w.top,
         "LEFT": w.left,
     }
@@ -264,7 +264,7 @@ def _epilogue(kernel_steps: KernelSteps, piece: Piece, bias: NDArray[np.float32]
     yield f"add.u64 d, {_Y}, {_RESIDUAL};"
     # Where the second element of a word goes, and where its residual is.
     second, second_residual, step = _Y, "d", 2
-    if w.images > 1:
+    if w.samples > 1:
         second, second_residual, step = "e", "r", 0
         yield f".reg .b64 r; add.u64 e, {_Y}, {p.out_channels * plane * size}; add.u64 r, e, {_RESIDUAL};"
     whole = w.columns == 2 and p.out_width % 2 == 0  # both elements of a word are outputs, or none is

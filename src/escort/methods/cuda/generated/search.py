@@ -219,7 +219,7 @@ def predict_us(problem: Problem, sparse_filter: SparseFilter, config: GeneratedC
     rounds = -(-items // slots)
     channels = kernel_steps.part_channels(problem, config)
     chunks = -(-channels // (config.channel_block * config.stages)) * config.stages
-    elements = words.columns * words.images
+    elements = words.columns * words.samples
     steps = piece_steps(problem, sparse_filter, config) + _CHUNK * chunks + _ROW * config.out_channels * elements
     steps = steps * (_JUMPS if config.prefetch_warps else 1.0)
     issued, copying = steps * config.consumers, 0.0

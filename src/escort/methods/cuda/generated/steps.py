@@ -46,7 +46,7 @@ class GeneratedConfig:
         sums: 16-bit storage: sums per output channel, each of a share of the products, which are added up in float32
             in the end.
         arranged: a kernel of its own (generated_arrange.cu) lays out the input as words before, padding included. Words
-            of 16-bit storage then hold two images, so that no tap lies between words.
+            of 16-bit storage then hold two samples, so that no tap lies between words.
         split: blocks of a cluster that share a tile and its rows, each for a part of the input channels; in the end
             each adds up all parts of some rows.
         multicast: blocks of a cluster that run the same rows for neighbouring tiles. Its multiprocessors share an
@@ -136,16 +136,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Words:
-    """The sequence of words that tiles are cut from: all images' rows, in a pitch that leaves room for the padding.
+    """The sequence of words that tiles are cut from: all samples' rows, in a pitch that leaves room for the padding.
 
-    A word is one position; for 16-bit storage two neighbouring columns of a row, or a position of two images. A strided
-    convolution has a plane of words for each phase, the input's rows and columns at a distance of the stride: between
-    planes it has stride 1.
+    A word is one position; for 16-bit storage two neighbouring columns of a row, or a position of two samples. A
+    strided convolution has a plane of words for each phase, the input's rows and columns at a distance of the stride:
+    between planes it has stride 1.
 
     Attributes:
-        columns, images: of a word; one of them is 1.
+        columns, samples: of a word; one of them is 1.
         pitch: words from row to row, a multiple of what is copied at once.
-        image_rows: rows from image to image, or from pair to pair.
+        sample_rows: rows from sample to sample, or from pair to pair.
         top, left: rows above and columns in front of the first of the input in a plane, the latter so many that a row
             begins with a whole copy.
         phases: first row and column of each plane; one plane holds all where the stride is 1.
@@ -153,9 +153,9 @@ class Words:
 
     problem: Problem
     columns: int
-    images: int
+    samples: int
     pitch: int
-    image_rows: int
+    sample_rows: int
     top: int
     left: int
     phases: tuple[tuple[int, int], ...]
@@ -163,14 +163,14 @@ class Words:
     @classmethod
     def of(cls, problem: Problem, config: GeneratedConfig) -> Words:
         elements, copy = elements_per_word(problem), 1 if config.arranged else config.copy
-        columns, images = (1, elements) if config.arranged else (elements, 1)
+        columns, samples = (1, elements) if config.arranged else (elements, 1)
         step = copy * columns
         ahead = [
             [divmod(at, stride) for at in taps] for taps, stride in zip(_taps(problem), problem.stride, strict=True)
         ]
         top, left = (max(-min(places)[0], 0) for places in ahead)
         left = -(-left // step) * step
-        # A row's padding behind it is the next row's in front of it, and so for images.
+        # A row's padding behind it is the next row's in front of it, and so for samples.
         rows, width = (
             max(outputs, outputs + max(places)[0], min(-(-inputs // stride), outputs + max(places)[0]) + before)
             for outputs, inputs, stride, places, before in zip(
@@ -178,7 +178,7 @@ class Words:
             )
         )
         phases = sorted({(row, column) for _, row in ahead[0] for _, column in ahead[1]})
-        return cls(problem, columns, images, -(-width // step) * copy, rows, top, left, tuple(phases))
+        return cls(problem, columns, samples, -(-width // step) * copy, rows, top, left, tuple(phases))
 
     def tap(self, r: int, s: int) -> tuple[int, int]:
         """The plane that tap (r, s) reads, and there the distance in elements from a position."""
@@ -196,16 +196,16 @@ class Words:
         last = max(self.tap(r, s)[1] for r in range(kernel[0]) for s in range(kernel[1]))
         return -(-last // self.columns)
 
-    def count(self, images: int) -> int:
-        """Words of so many images, up to the last output."""
+    def count(self, samples: int) -> int:
+        """Words of so many samples, up to the last output."""
         p = self.problem
-        unused = (self.image_rows - p.out_height) * self.pitch + self.pitch - -(-p.out_width // self.columns)
-        return -(-images // self.images) * self.image_rows * self.pitch - unused if images else 0
+        unused = (self.sample_rows - p.out_height) * self.pitch + self.pitch - -(-p.out_width // self.columns)
+        return -(-samples // self.samples) * self.sample_rows * self.pitch - unused if samples else 0
 
     def positions(self, words: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """(image, row, column) of the first elements of words."""
+        """(sample, row, column) of the first elements of words."""
         line = words // self.pitch
-        return line // self.image_rows * self.images, line % self.image_rows, words % self.pitch * self.columns
+        return line // self.sample_rows * self.samples, line % self.sample_rows, words % self.pitch * self.columns
 
 
 @dataclass(frozen=True)
@@ -255,36 +255,36 @@ class KernelSteps:
         """Into so many pieces the output channels are dealt."""
         return len(self.pieces) // self.config.split
 
-    def arranged_words(self, images: int) -> int:
+    def arranged_words(self, samples: int) -> int:
         """Words of a channel of the arranged input."""
-        return self.tiles(images) * self.config.tile + self.channel_words - self.config.tile
+        return self.tiles(samples) * self.config.tile + self.channel_words - self.config.tile
 
     @property
     def steps(self) -> int:
         return sum(len(chunk.steps) for piece in self.pieces for chunk in piece.chunks)
 
-    def tiles(self, images: int) -> int:
-        return -(-self.words.count(images) // self.config.tile)
+    def tiles(self, samples: int) -> int:
+        return -(-self.words.count(samples) // self.config.tile)
 
     def run(self, x: Floats) -> Floats:
         """The convolution of x (N, C, H, W), in float64 and without epilogue; for tests.
 
         A pointwise convolution comes as (N, K, 1, out_height * out_width).
         """
-        p, w, images = self.problem, self.words, len(x)
-        x = x.reshape(images, *p.input_shape[1:])
-        y = np.full((images, p.out_channels, p.out_height, p.out_width), np.nan)
-        for tile in range(self.tiles(images)):
+        p, w, samples = self.problem, self.words, len(x)
+        x = x.reshape(samples, *p.input_shape[1:])
+        y = np.full((samples, p.out_channels, p.out_height, p.out_width), np.nan)
+        for tile in range(self.tiles(samples)):
             first = tile * self.config.tile
             for begin in range(0, len(self.pieces), self.config.split):
                 parts = self.pieces[begin : begin + self.config.split]
-                sums = np.zeros((self.config.sums * len(parts[0].rows), self.config.tile, w.columns * w.images))
+                sums = np.zeros((self.config.sums * len(parts[0].rows), self.config.tile, w.columns * w.samples))
                 for chunk in (chunk for part in parts for chunk in part.chunks):
                     self._run_chunk(chunk, self._stage(x, chunk, first), sums)
-                image, row, column = w.positions(first + np.arange(self.config.tile))
-                for element in range(w.columns * w.images):
-                    n, c = image + element % w.images, column + element % w.columns
-                    inside = (row < p.out_height) & (n < images) & (c < p.out_width)
+                sample, row, column = w.positions(first + np.arange(self.config.tile))
+                for element in range(w.columns * w.samples):
+                    n, c = sample + element % w.samples, column + element % w.columns
+                    inside = (row < p.out_height) & (n < samples) & (c < p.out_width)
                     at = n[inside], row[inside], c[inside]
                     for place, channel in enumerate(parts[0].rows):
                         y[at[0], channel, at[1], at[2]] = sums[place :: len(parts[0].rows)].sum(0)[inside, element]
@@ -293,18 +293,18 @@ class KernelSteps:
     def _stage(self, x: Floats, chunk: Chunk, first_word: int) -> Floats:
         p, w = self.problem, self.words
         planes = len(w.phases)
-        stage = np.full((self.config.channel_block * planes, self.channel_words, w.columns * w.images), np.nan)
-        image, line, column = w.positions(first_word + np.arange(self.config.tile + w.reach))
+        stage = np.full((self.config.channel_block * planes, self.channel_words, w.columns * w.samples), np.nan)
+        sample, line, column = w.positions(first_word + np.arange(self.config.tile + w.reach))
         for plane, (below, behind) in enumerate(w.phases):
             row = (line - w.top) * p.stride[0] + below
-            for element in range(w.columns * w.images):
-                n, c = image + element % w.images, (column - w.left + element % w.columns) * p.stride[1] + behind
+            for element in range(w.columns * w.samples):
+                n, c = sample + element % w.samples, (column - w.left + element % w.columns) * p.stride[1] + behind
                 inside = (row >= 0) & (row < p.height) & (c >= 0) & (c < p.width) & (n < len(x))
                 for place, channel in enumerate(chunk.channels):
                     values = np.zeros(len(inside))
                     values[inside] = x[n[inside], channel, row[inside], c[inside]]
                     stage[place * planes + plane, : len(inside), element] = values
-        return stage.reshape(-1, w.columns * w.images)
+        return stage.reshape(-1, w.columns * w.samples)
 
     def _run_chunk(self, chunk: Chunk, stage: Floats, sums: Floats) -> None:
         word: dict[int, Floats] = {}
