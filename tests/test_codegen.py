@@ -15,8 +15,11 @@ from escort.cuda import compiler
 from escort.filter import SparseFilter
 from escort.methods.cuda.generated import codegen
 from escort.methods.cuda.generated.codegen import arrange_defines
-from escort.methods.cuda.generated.steps import GeneratedConfig, Join, KernelSteps, Load, MultiplyAdd, Words, computed
+from escort.methods.cuda.generated.config import GeneratedConfig
+from escort.methods.cuda.generated.steps import Join, KernelSteps, Load, MultiplyAdd
+from escort.methods.cuda.generated.words import Words, computed
 from escort.problem import Epilogue, Problem
+from tests import generated_interpreter
 from tests.cases import CASES, FULL, Case
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -52,7 +55,7 @@ def test_kernel_steps_compute_the_convolution(case: Case, dtype: str) -> None:
                 KernelSteps.of(p, case.filter(), config)
             continue
         kernel_steps = KernelSteps.of(p, case.filter(), config)
-        y = torch.from_numpy(kernel_steps.run(x.numpy())).reshape(expected.shape)
+        y = torch.from_numpy(generated_interpreter.run(kernel_steps, x.numpy())).reshape(expected.shape)
         assert reference.compare(y, expected) <= 1e-12 if len(x) else y.shape == expected.shape, config
 
 
@@ -65,7 +68,7 @@ def small(name: str) -> tuple[KernelSteps, np.ndarray | None]:
     sparse_filter = SparseFilter.from_dense(weight)
     if name == "fp32":
         return KernelSteps.of(problem, sparse_filter, GeneratedConfig(3, 1, 1, 2, stages=2)), None
-    if name == "fp32-two-pieces":
+    if name == "fp32-two-parts":
         problem = replace(problem, epilogue=FULL)
         return KernelSteps.of(
             problem, sparse_filter, GeneratedConfig(2, 1, 1, 1, copy=2, stages=2, start_points=2)
@@ -78,7 +81,7 @@ def small(name: str) -> tuple[KernelSteps, np.ndarray | None]:
     ), bias
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp32-two-pieces", "fp16", "fp16-split"])
+@pytest.mark.parametrize("name", ["fp32", "fp32-two-parts", "fp16", "fp16-split"])
 def test_texts_are_the_golden_ones(name: str) -> None:
     """After a change that is meant: write `text` into the file, and read the difference."""
     kernel_steps, bias = small(name)
@@ -141,7 +144,7 @@ def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
     text = codegen.text(kernel_steps)
     (stage_bytes,) = (int(size) for size in re.findall(r"#define STAGE_BYTES (\d+)", text))
     reads = iter(int(at) for at in re.findall(r"ld\.shared\.f32 x\d+, \[%1\+(\d+)\]", text))
-    for i, chunk in enumerate(kernel_steps.pieces[0].chunks):
+    for i, chunk in enumerate(kernel_steps.parts[0].slices[0]):
         for step in chunk.steps:
             if isinstance(step, Load):
                 assert step.offset * 4 < stage_bytes
@@ -171,7 +174,7 @@ def test_prefetch_warps_jump_where_no_word_is_held(dtype: str) -> None:
                 assert set(re.findall(r"\bx\d+", line)) <= held, line
         # Prefetch warps see all places of a chunk and then its end, which leaves the stage.
         ends = {to for to in jumps.values() if to not in jumps}
-        chunks = len(kernel_steps.pieces[0].chunks)
+        chunks = len(kernel_steps.parts[0].slices[0])
         assert ends == ({f"SEEN{i}" for i in range(chunks)} if prefetch_warps else set())
         assert not prefetch_warps or len(jumps) > 2 * chunks
 
@@ -197,7 +200,7 @@ def test_16_bit_sums_end_as_they_are_where_that_is_exact(
     assert ("max.NaN.f16x2" in text) is short and ("cvt.f32.f16" in text) is not short
 
 
-def test_a_word_is_read_once_for_all_rows() -> None:
+def test_a_word_is_read_once_for_all_channels() -> None:
     weight = torch.ones(8, 3, 3, 3)
     problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1))
     for dtype, reads, joins in (("fp32", 27, 0), ("fp16", 27, 18)):
@@ -206,40 +209,42 @@ def test_a_word_is_read_once_for_all_rows() -> None:
             SparseFilter.from_dense(weight),
             GeneratedConfig(8, 1, 1, 3, stages=2),
         )
-        (piece,) = kernel_steps.pieces
-        steps = [step for chunk in piece.chunks for step in chunk.steps]
+        (part,) = kernel_steps.parts
+        steps = [step for chunk in part.slices[0] for step in chunk.steps]
         counts = [sum(isinstance(step, kind) for step in steps) for kind in (Load, Join, MultiplyAdd)]
         assert counts == [reads, joins, 8 * 27]
 
 
-def test_sums_share_the_products_of_a_row() -> None:
+def test_sums_share_the_products_of_a_channel() -> None:
     problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), precision="fp16")
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    (piece,) = KernelSteps.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True, sums=4)).pieces
-    places = [step.place for chunk in piece.chunks for step in chunk.steps if isinstance(step, MultiplyAdd)]
+    (part,) = KernelSteps.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True, sums=4)).parts
+    places = [step.to for chunk in part.slices[0] for step in chunk.steps if isinstance(step, MultiplyAdd)]
     assert np.bincount(places).tolist() == [7] * 24 + [6] * 8
 
 
-def test_pieces_share_the_nonzeros_evenly() -> None:
+def test_parts_share_the_nonzeros_evenly() -> None:
     case = next(case for case in CASES if case.name == "uneven rows")
     sparse_filter, config = case.filter(), GeneratedConfig(4, 1, 1, 4)
     kernel_steps = KernelSteps.of(case.problem, sparse_filter, config)
-    assert sorted(row for piece in kernel_steps.pieces for row in piece.rows) == list(range(case.problem.out_channels))
+    assert sorted(channel for part in kernel_steps.parts for channel in part.channels) == list(
+        range(case.problem.out_channels)
+    )
     nnz = np.diff(sparse_filter.indptr)
-    loads = [int(nnz[list(piece.rows)].sum()) for piece in kernel_steps.pieces]
+    loads = [int(nnz[list(part.channels)].sum()) for part in kernel_steps.parts]
     assert max(loads) - min(loads) <= nnz.max()
 
 
 def test_rows_begin_with_whole_copies() -> None:
     problem = Problem(1, 3, 28, 28, 8, (3, 3), padding=(1, 1, 1, 1))
     for dtype, copy, pitch, left in (("fp32", 1, 29, 1), ("fp32", 4, 32, 4), ("fp16", 1, 15, 2), ("fp16", 2, 16, 4)):
-        words = Words.of(replace(problem, precision=dtype), GeneratedConfig(8, 1, 1, 3, copy=copy))  # type: ignore[arg-type]
+        words = Words.of(replace(problem, precision=dtype), copy=copy)  # type: ignore[arg-type]
         assert (words.pitch, words.left) == (pitch, left)
 
 
 def test_arranged_words_hold_two_samples_and_no_more_padding_than_needed() -> None:
     problem = Problem(5, 3, 13, 13, 8, (3, 3), padding=(1, 1, 1, 1), precision="fp16")
-    words = Words.of(problem, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True))
+    words = Words.of(problem, copy=0, arranged=True)
     assert (words.samples, words.columns, words.pitch, words.sample_rows, words.left) == (2, 1, 14, 14, 1)
     assert words.count(5) == 3 * 14 * 14 - 14 - 1
 

@@ -13,8 +13,10 @@ from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.methods.cuda.generated import Generated
-from escort.methods.cuda.generated.search import candidates, piece_count, piece_steps, predict_us, search
-from escort.methods.cuda.generated.steps import GeneratedConfig, KernelSteps
+from escort.methods.cuda.generated.config import GeneratedConfig
+from escort.methods.cuda.generated.model import part_count, part_steps, predict_us, space_of
+from escort.methods.cuda.generated.search import candidates, search
+from escort.methods.cuda.generated.steps import KernelSteps
 from escort.problem import Epilogue, Precision, Problem
 from tests.cases import CASES, FULL, Case, check_kernels
 
@@ -44,34 +46,36 @@ def test_refusals(change: dict[str, object], reason: str) -> None:
 def test_the_search_space_fits_the_device(dtype: str) -> None:
     problem = replace(RES3, precision=dtype)  # type: ignore[arg-type]
     sparse_filter = sparse(problem, 0.08)
-    space = list(candidates(problem, sparse_filter, H200))
-    assert sum(len(many.out_channels) for many in space) > 100  # type: ignore[arg-type]
-    for many in space:
-        assert np.all(many.consumers > 0) and np.all(many.occupancy * many.threads <= 1024)
-        assert np.all(65536 // (many.threads * many.occupancy) >= many.out_channels)
+    spaces = list(candidates(problem, sparse_filter, H200))
+    assert sum(map(len, spaces)) > 100
+    for space in spaces:
+        threads = 32 * (space["consumers"] + space["producers"] + space["prefetch_warps"])
+        assert np.all(space["consumers"] > 0) and np.all(space["occupancy"] * threads <= 1024)
+        assert np.all(65536 // (threads * space["occupancy"]) >= space["out_channels"])
     found = search(problem, sparse_filter, H200, 6)
     assert len(found) == len(set(found)) == 6 and all(type(config.out_channels) is int for config in found)
     for config in found:
         assert KernelSteps.of(problem, sparse_filter, config).shared_bytes * config.occupancy <= H200.shared_bytes
-    times = [predict_us(problem, sparse_filter, config, H200) for config in found]
+    times = [Generated().predict_us(problem, sparse_filter, H200, config) for config in found]
     assert times == pytest.approx(sorted(times))
-    assert times[0] == pytest.approx(min(predict_us(problem, sparse_filter, many, H200).min() for many in space))
+    assert times[0] == pytest.approx(min(predict_us(problem, sparse_filter, space, H200).min() for space in spaces))
     assert len({(config.arranged, config.split, config.multicast, config.prefetch_warps) for config in found}) > 1
 
 
 def test_predictions_follow_the_work() -> None:
     config = GeneratedConfig(32, 26, 6, 8)
-    times = [predict_us(RES3, sparse(RES3, density), config, H200) for density in (0.02, 0.08, 0.3)]
+    times = [Generated().predict_us(RES3, sparse(RES3, density), H200, config) for density in (0.02, 0.08, 0.3)]
     assert times == sorted(times)
-    assert predict_us(replace(RES3, batch=128), sparse(RES3, 0.08), config, H200) > 2 * times[1]
+    assert Generated().predict_us(replace(RES3, batch=128), sparse(RES3, 0.08), H200, config) > 2 * times[1]
 
 
 def test_the_step_estimate_is_near() -> None:
     for dtype in ("fp32", "fp16"):
         problem = replace(RES3, precision=dtype)  # type: ignore[arg-type]
         sparse_filter, config = sparse(problem, 0.08), GeneratedConfig(32, 8, 4, 8)
-        estimate = piece_count(problem, config) * piece_steps(problem, sparse_filter, config)
-        assert estimate == pytest.approx(KernelSteps.of(problem, sparse_filter, config).steps, rel=0.1)
+        space = space_of(config)
+        (estimate,) = part_count(problem, space) * part_steps(problem, sparse_filter, space)
+        assert estimate == pytest.approx(KernelSteps.of(problem, sparse_filter, config).step_count, rel=0.1)
 
 
 def on_the_gpu(case: Case, dtype: Precision) -> tuple[Problem, list[GeneratedConfig]]:

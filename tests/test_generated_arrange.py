@@ -11,8 +11,10 @@ import torch
 
 from escort.filter import SparseFilter
 from escort.methods.cuda.generated.codegen import arrange_defines
-from escort.methods.cuda.generated.steps import Chunk, GeneratedConfig, KernelSteps
+from escort.methods.cuda.generated.config import GeneratedConfig
+from escort.methods.cuda.generated.steps import Chunk, KernelSteps
 from escort.problem import Problem
+from tests import generated_interpreter
 from tests.host import compiled
 
 THREADS = 32
@@ -80,8 +82,8 @@ def test_the_input_is_laid_out_as_the_interpreter_reads_it(
         .astype(np.float32 if dtype == "fp32" else np.float16)
     )
     to = arranged(kernel_steps, x, tmp_path)
-    stage = kernel_steps._stage(x.astype(np.float64), Chunk(range(2), ()), 0)
+    stage = generated_interpreter.stage(kernel_steps, x.astype(np.float64), Chunk(range(2), ()), 0)
     elements = to.view(x.dtype).reshape(*to.shape, -1)
     expected = stage.reshape(len(to), -1, elements.shape[-1])
-    there = kernel_steps.config.tile + kernel_steps.words.reach
-    assert np.array_equal(elements[:, :there], expected[:, :there])
+    read = kernel_steps.config.tile + kernel_steps.words.reach
+    assert np.array_equal(elements[:, :read], expected[:, :read])

@@ -25,7 +25,8 @@ from escort.cuda import tensor_map as tensor_maps
 from escort.filter import SparseFilter
 from escort.methods.cuda import direct as direct_cuda
 from escort.methods.cuda.generated.codegen import arrange_defines
-from escort.methods.cuda.generated.steps import GeneratedConfig, KernelSteps
+from escort.methods.cuda.generated.config import GeneratedConfig
+from escort.methods.cuda.generated.steps import KernelSteps
 from escort.problem import Problem
 
 ARCHS = ("sm_80", "sm_90", "sm_100")

@@ -17,8 +17,10 @@ import torch
 from escort.cuda.compiler import KERNELS
 from escort.filter import SparseFilter
 from escort.methods.cuda.generated import codegen
-from escort.methods.cuda.generated.steps import GeneratedConfig, KernelSteps
+from escort.methods.cuda.generated.config import GeneratedConfig
+from escort.methods.cuda.generated.steps import KernelSteps
 from escort.problem import Problem
+from tests import generated_interpreter
 from tests.host import compiled
 from tests.mbarrier import MBARRIER
 from tests.test_generated_arrange import arranged
@@ -166,24 +168,23 @@ def test_the_ring_holds_what_the_interpreter_reads(dtype: str, config: Generated
     x = x.astype(np.float32 if dtype == "fp32" else np.float16)
     source = arranged(kernel_steps, x, tmp_path) if config.arranged else x
     run = compiled(host_source(kernel_steps), tmp_path).run
-    tiles, chunks = kernel_steps.tiles(3), len(kernel_steps.pieces[0].chunks)
+    tiles, chunks = kernel_steps.tiles(3), len(kernel_steps.parts[0].slices[0])
     assert chunks > config.stages, "stages are filled several times"
-    cluster = config.split * config.multicast
     grid = 3 * config.multicast if config.split == 1 else config.split  # some are left one item more
     groups = -(-tiles // config.multicast)
     for block in range(grid):
-        mine = range(block // cluster, kernel_steps.hands * groups, grid // cluster)
-        items = [(i // groups, i % groups * config.multicast + block % config.multicast) for i in mine]
-        items = [(hand, tile) for hand, tile in items if tile < tiles]
-        found = np.empty((len(items), chunks, config.channel_block, kernel_steps.channel_words), dtype=np.uint32)
+        items = range(block // config.cluster, len(kernel_steps.parts) * groups, grid // config.cluster)
+        work = [(i // groups, i % groups * config.multicast + block % config.multicast) for i in items]
+        work = [(part, tile) for part, tile in work if tile < tiles]
+        found = np.empty((len(work), chunks, config.channel_block, kernel_steps.stage.channel_words), dtype=np.uint32)
         pointers = (ctypes.c_void_p(source.ctypes.data), 3, tiles, block, grid, ctypes.c_void_p(found.ctypes.data))
         assert run(*pointers) == 0, "a barrier was waited for in vain"
-        for (hand, tile), stages in zip(items, found, strict=True):
-            piece = kernel_steps.pieces[hand * config.split + block % config.split]
-            for stage, chunk in zip(stages, piece.chunks, strict=True):
+        for (part, tile), stages in zip(work, found, strict=True):
+            own_chunks = kernel_steps.parts[part].slices[block % config.split]
+            for stage, chunk in zip(stages, own_chunks, strict=True):
                 filled = stage.view(x.dtype).reshape(*stage.shape, -1)[: len(chunk.channels)]
-                expected = kernel_steps._stage(x.astype(np.float64), chunk, tile * config.tile)
+                expected = generated_interpreter.stage(kernel_steps, x.astype(np.float64), chunk, tile * config.tile)
                 expected = expected.reshape(*stage.shape, -1)[
                     : len(chunk.channels), : config.tile + kernel_steps.words.reach
                 ]
-                assert np.array_equal(filled[:, : expected.shape[1]], expected), (hand, tile, chunk.channels)
+                assert np.array_equal(filled[:, : expected.shape[1]], expected), (part, tile, chunk.channels)

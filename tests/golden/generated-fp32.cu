@@ -1,6 +1,6 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp32 on cpu, padding (1, 1, 1, 1)
 // out_channels=3, consumers=1, producers=1, channel_block=2, stages=2
-// 1 pieces of code, 4 multiply-adds among 7 steps
+// 1 parts in 1 slices, 4 multiply-adds among 7 steps
 #define STORAGE 0
 #define COLUMNS 1
 #define SAMPLES 1
@@ -18,8 +18,8 @@
 #define PREFETCH_WARPS 0
 #define THREADS 64
 #define OCCUPANCY 1
-#define PIECES 1
-#define PIECES_PER_GROUP 1
+#define PARTS 1
+#define PARTS_PER_GROUP 1
 #define SPLIT 1
 #define MULTICAST 1
 #define CHUNKS 2
@@ -28,7 +28,7 @@
 #define START_POINTS 1
 #define COPY 1
 #define GROUP_CHANNELS 2
-#define PART_CHANNELS 2
+#define SLICE_CHANNELS 2
 #define OUT_CHANNELS 3
 #define OUT_HEIGHT 6
 #define OUT_WIDTH 6

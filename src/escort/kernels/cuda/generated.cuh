@@ -34,7 +34,7 @@ typedef Element Input;
 #define SLOTS \
   ((STAGE_WORDS + PRODUCERS * LANES * COPY - 1) / (PRODUCERS * LANES * COPY))  // copies per channel and thread
 #if SPLIT > 1
-#define SHARE ((ROWS + SPLIT - 1) / SPLIT)  // rows that a block of a cluster finishes
+#define SHARE ((PART_OUT_CHANNELS + SPLIT - 1) / SPLIT)  // rows that a block of a cluster finishes
 #else
 #define RING_BYTES (STAGES * STAGE_BYTES)
 #endif
@@ -103,9 +103,9 @@ __device__ __forceinline__ Ring make_ring() {
 // What a block does, one after the other: some rows (and channels) of the filter for a tile of the words, and the chunk
 // to begin with. The blocks of a cluster go through the same rows at the same time.
 struct Work {
-  u32 tiles, item, piece, tile, begin;
+  u32 tiles, item, part, tile, begin;
   __device__ __forceinline__ Work(u32 tiles) : tiles(tiles), item(blockIdx.x / (SPLIT * MULTICAST)) { find(); }
-  __device__ __forceinline__ bool left() const { return item < PIECES * groups(); }
+  __device__ __forceinline__ bool left() const { return item < PARTS * groups(); }
   __device__ __forceinline__ void next() {
     item += gridDim.x / (SPLIT * MULTICAST);
     find();
@@ -114,20 +114,20 @@ struct Work {
  private:
   __device__ __forceinline__ u32 groups() const { return (tiles + MULTICAST - 1) / MULTICAST; }
   __device__ __forceinline__ void find() {
-    piece = item / groups();
-    const u32 group = item - piece * groups();
+    part = item / groups();
+    const u32 group = item - part * groups();
     tile = group * MULTICAST + blockIdx.x % MULTICAST;  // may lie behind the last one
     begin = group % START_POINTS * (CHUNKS / STAGES) / START_POINTS * STAGES;
   }
 };
 
-// The first channel of a piece, and how many there are.
-__device__ __forceinline__ u32 first_channel(u32 piece, u32 part) {
-  return piece / PIECES_PER_GROUP * GROUP_CHANNELS + part * PART_CHANNELS;
+// The first channel of a part, and how many there are.
+__device__ __forceinline__ u32 first_channel(u32 part, u32 slice) {
+  return part / PARTS_PER_GROUP * GROUP_CHANNELS + slice * SLICE_CHANNELS;
 }
 
-__device__ __forceinline__ int part_channels(u32 part) {
-  return min(PART_CHANNELS, GROUP_CHANNELS - (int)part * PART_CHANNELS);
+__device__ __forceinline__ int slice_channels(u32 slice) {
+  return min(SLICE_CHANNELS, GROUP_CHANNELS - (int)slice * SLICE_CHANNELS);
 }
 
 // Words of a channel of an arranged input.
@@ -137,16 +137,16 @@ __device__ __forceinline__ long long arranged_words(u32 tiles) {
 
 #if BULK
 // Fills the ring with the input of one tile after the other. The first thread does it all.
-__device__ __forceinline__ void produce(const Ring ring, const Input* x, int samples, u32 tiles, u32 part) {
+__device__ __forceinline__ void produce(const Ring ring, const Input* x, int samples, u32 tiles, u32 slice) {
   if (threadIdx.x != CONSUMERS * LANES) return;
   const long long words = arranged_words(tiles);
   u32 stage = 0, parity = 1;
   for (Work work(tiles); work.left(); work.next()) {
     if (MULTICAST > 1 && work.tile >= tiles) continue;
-    const Input* const first = x + first_channel(work.piece, part) * words + work.tile * TILE_WORDS;
+    const Input* const first = x + first_channel(work.part, slice) * words + work.tile * TILE_WORDS;
     u32 chunk = work.begin;
     for (u32 count = 0; count < CHUNKS; count++) {
-      const int channels = max(0, min(CHANNEL_BLOCK, part_channels(part) - (int)chunk * CHANNEL_BLOCK));
+      const int channels = max(0, min(CHANNEL_BLOCK, slice_channels(slice) - (int)chunk * CHANNEL_BLOCK));
       const u32 full = ring.full + stage * 8;
       barrier_wait(ring.empty + stage * 8, parity);
       barrier_expect(full, channels * CHANNEL_WORDS * 4);
@@ -188,7 +188,7 @@ __device__ __forceinline__ void copy_channel(u32 to, const Input* const* from, l
 }
 
 // Fills the ring with the input of one tile after the other.
-__device__ __forceinline__ void produce(const Ring ring, const Input* x, int samples, u32 tiles, u32 part) {
+__device__ __forceinline__ void produce(const Ring ring, const Input* x, int samples, u32 tiles, u32 slice) {
   const u32 thread = threadIdx.x - CONSUMERS * LANES;
 #if ARRANGED
   const long long channel_step = arranged_words(tiles);
@@ -198,7 +198,7 @@ __device__ __forceinline__ void produce(const Ring ring, const Input* x, int sam
   u32 stage = 0, parity = 1;
   for (Work work(tiles); work.left(); work.next()) {
     if (MULTICAST > 1 && work.tile >= tiles) continue;
-    const Input* const first = x + first_channel(work.piece, part) * (long long)channel_step;
+    const Input* const first = x + first_channel(work.part, slice) * (long long)channel_step;
     const Input* from[SLOTS];
     bool inside[SLOTS];
 #pragma unroll
@@ -218,7 +218,7 @@ __device__ __forceinline__ void produce(const Ring ring, const Input* x, int sam
     }
     u32 chunk = work.begin;
     for (u32 count = 0; count < CHUNKS; count++) {
-      const int channels = min(CHANNEL_BLOCK, part_channels(part) - (int)chunk * CHANNEL_BLOCK);
+      const int channels = min(CHANNEL_BLOCK, slice_channels(slice) - (int)chunk * CHANNEL_BLOCK);
       u32 to = ring.stages + stage * STAGE_BYTES + thread * COPY * 4;
       barrier_wait(ring.empty + stage * 8, parity);
       int c = 0;
@@ -241,7 +241,7 @@ __device__ __forceinline__ void produce(const Ring ring, const Input* x, int sam
       if (++chunk == CHUNKS) {
         chunk = 0;
 #pragma unroll
-        for (int i = 0; i < SLOTS; i++) from[i] -= part_channels(part) * (long long)channel_step;
+        for (int i = 0; i < SLOTS; i++) from[i] -= slice_channels(slice) * (long long)channel_step;
       }
       if (++stage == STAGES) {
         stage = 0;
@@ -277,13 +277,13 @@ __device__ __forceinline__ float activate(float sum) {
 }
 
 // Sends each block of the cluster its share of the rows' sums, adds those that came, and writes the outputs.
-__device__ __forceinline__ void finish(const Ring ring, u32 part, u32 piece, const Output out,
+__device__ __forceinline__ void finish(const Ring ring, u32 slice, u32 part, const Output out,
                                        const long long to_residual) {
   asm volatile("fence.proxy.async; bar.sync 1, %0;" ::"n"(CONSUMERS * LANES) : "memory");
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (u32 i = 1; i < SPLIT; i++) {
-      const u32 other = (part + i) % SPLIT, slot = SPLIT - 1 - i;
+      const u32 other = (slice + i) % SPLIT, slot = SPLIT - 1 - i;
       u32 to, landed;
       asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(ring.others), "r"(other));
       asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(landed) : "r"(ring.landed), "r"(other));
@@ -297,7 +297,7 @@ __device__ __forceinline__ void finish(const Ring ring, u32 part, u32 piece, con
   const long long second = SAMPLES > 1 ? (long long)OUT_CHANNELS * OUT_PLANE : 1;  // from a word's first element
 #pragma unroll 2
   for (u32 i = 0; i < SHARE; i++) {
-    const int channel = CHANNEL_OF[piece * (SHARE * SPLIT) + part * SHARE + i];
+    const int channel = CHANNEL_OF[part * (SHARE * SPLIT) + slice * SHARE + i];
     if (channel < 0) break;
     float sum[COLUMNS * SAMPLES];
 #pragma unroll
@@ -305,9 +305,9 @@ __device__ __forceinline__ void finish(const Ring ring, u32 part, u32 piece, con
 #pragma unroll
     for (u32 k = 0; k < SPLIT; k++) {  // in the order of the parts, whichever block adds them
       // That of part k came with i = part - k (mod SPLIT), so its slot is SPLIT - 1 - i.
-      const u32 slot = SPLIT - 1 - (part + SPLIT - k) % SPLIT;
+      const u32 slot = SPLIT - 1 - (slice + SPLIT - k) % SPLIT;
       const u32 from =
-          k == part ? ring.stages + part * SHARE * TILE_WORDS * 4 : ring.others + slot * SHARE * TILE_WORDS * 4;
+          k == slice ? ring.stages + slice * SHARE * TILE_WORDS * 4 : ring.others + slot * SHARE * TILE_WORDS * 4;
       u32 word;
       asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from + (i * TILE_WORDS + threadIdx.x) * 4));
 #if STORAGE == 0
@@ -343,12 +343,12 @@ __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acqu
 #endif
 
 // A generated kernel is GENERATED { BEGIN case 0: asm volatile(code OPERANDS); break; ... END }. Blocks (clusters,
-// where there are any) take one pair of piece and tile after the other, all tiles of a piece first.
+// where there are any) take one pair of part and tile after the other, all tiles of a part first.
 #if SPLIT > 1
 #define CLUSTER __cluster_dims__(SPLIT, 1, 1)
 #define FINISH                                                             \
   meet();                                                                  \
-  if (prefetch_warp < 0) finish(ring, part, work.piece, out, to_residual); \
+  if (prefetch_warp < 0) finish(ring, slice, work.part, out, to_residual); \
   leave();                                                                 \
   return;
 #define PRODUCED \
@@ -370,10 +370,10 @@ __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acqu
                 int samples, u32 tiles)
 #define BEGIN                                                                                                 \
   const Ring ring = make_ring();                                                                              \
-  const u32 part = blockIdx.x % SPLIT;                                                                        \
+  const u32 slice = blockIdx.x % SPLIT;                                                                       \
   const int prefetch_warp = (int)(threadIdx.x / LANES) - (CONSUMERS + PRODUCERS); /* of others less than 0 */ \
   if (prefetch_warp < 0 && threadIdx.x >= CONSUMERS * LANES) {                                                \
-    produce(ring, x, samples, tiles, part);                                                                   \
+    produce(ring, x, samples, tiles, slice);                                                                  \
     PRODUCED                                                                                                  \
     return;                                                                                                   \
   }                                                                                                           \
@@ -383,7 +383,7 @@ __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acqu
   for (Work work(tiles); work.left(); work.next()) {                                                          \
     if (MULTICAST > 1 && work.tile >= tiles) continue;                                                        \
     const Output out = output(y, samples, work.tile);                                                         \
-    switch (work.piece * SPLIT + part) {
+    switch (work.part * SPLIT + slice) {
 #define END \
   }         \
   FINISH    \

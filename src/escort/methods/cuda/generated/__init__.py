@@ -1,9 +1,9 @@
 """Method `generated`: a kernel made for the filter, its weights inside the instructions (codegen.py).
 
-A block runs one piece of the code, the nonzeros of some output channels, for a tile of positions, one per thread: a
-word of the input is read from shared memory once per tap for all of the piece's channels. What bounds it is mostly the
-supply of instructions, which arrive slowly where no cache holds them, and on small maps the input's way into shared
-memory: search.py weighs both.
+A block runs one part of the code, the nonzeros of some output channels, for a tile of positions, one per thread: a word
+of the input is read from shared memory once per tap for all of the part's channels. What bounds it is mostly the supply
+of instructions, which arrive slowly where no cache holds them, and on small maps the input's way into shared memory:
+model.py weighs both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from escort.cuda import kernel as jit
@@ -19,11 +18,13 @@ from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
 from escort.methods.cuda.generated import codegen
-from escort.methods.cuda.generated.search import candidates, piece_count, piece_steps, predict_us, resident, search
-from escort.methods.cuda.generated.steps import GeneratedConfig, KernelSteps
+from escort.methods.cuda.generated.config import GeneratedConfig
+from escort.methods.cuda.generated.model import part_count, part_steps, predict_us, space_of
+from escort.methods.cuda.generated.search import candidates, search
+from escort.methods.cuda.generated.steps import KernelSteps
 from escort.problem import Problem
 
-__all__ = ["Generated", "predict_us"]
+__all__ = ["Generated", "GeneratedConfig"]
 
 _STEPS_PER_S = 4000.0  # that one core assembles
 _MOST_CONFIGS = 8
@@ -60,13 +61,14 @@ class Generated(Method):
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: GeneratedConfig | None = None
     ) -> float:
-        spaces = [config] if config is not None else candidates(problem, sparse_filter, gpu)
-        return min(float(np.min(predict_us(problem, sparse_filter, many, gpu))) for many in spaces)
+        spaces = candidates(problem, sparse_filter, gpu) if config is None else [space_of(config)]
+        return min(float(predict_us(problem, sparse_filter, space, gpu).min()) for space in spaces)
 
     def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig) -> float:
         """About how long one core takes to assemble a config's code."""
-        pieces = piece_count(problem, config) * config.split
-        return float(pieces * piece_steps(problem, sparse_filter, config) / _STEPS_PER_S)
+        space = space_of(config)
+        steps = part_count(problem, space) * config.split * part_steps(problem, sparse_filter, space)
+        return float(steps[0] / _STEPS_PER_S)
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: GeneratedConfig
@@ -82,7 +84,7 @@ class Generated(Method):
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )
         check, out_shape = input_check(problem, _most_samples(kernel_steps)), problem.output_shape[1:]
-        clusters = resident(config, Gpu.of(problem.device)) // config.cluster
+        clusters = config.clusters(Gpu.of(problem.device))
         alignment = max(config.copy * 4, problem.storage.itemsize)
         arrange = _arrange(kernel_steps, device) if config.arranged else None
 
@@ -97,7 +99,7 @@ class Generated(Method):
                 return y
             x = aligned(x, alignment) if arrange is None else arrange(x)  # the kernel copies several elements at once
             tiles = kernel_steps.tiles(samples)
-            items = -(-tiles // config.multicast) * kernel_steps.hands
+            items = -(-tiles // config.multicast) * len(kernel_steps.parts)
             # Clusters take several items in turn, but those that split channels only one.
             grid = (items if config.split > 1 else min(items, clusters)) * config.cluster
             launch((grid, 1, 1), x, y, residual, samples, tiles)

@@ -1,6 +1,6 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp32 on cpu, padding (1, 1, 1, 1), then bias+residual+relu
 // out_channels=2, consumers=1, producers=1, channel_block=1, copy=2, stages=2, start_points=2
-// 2 pieces of code, 4 multiply-adds among 8 steps
+// 2 parts in 1 slices, 4 multiply-adds among 8 steps
 #define STORAGE 0
 #define COLUMNS 1
 #define SAMPLES 1
@@ -18,8 +18,8 @@
 #define PREFETCH_WARPS 0
 #define THREADS 64
 #define OCCUPANCY 1
-#define PIECES 2
-#define PIECES_PER_GROUP 2
+#define PARTS 2
+#define PARTS_PER_GROUP 2
 #define SPLIT 1
 #define MULTICAST 1
 #define CHUNKS 2
@@ -28,7 +28,7 @@
 #define START_POINTS 2
 #define COPY 2
 #define GROUP_CHANNELS 2
-#define PART_CHANNELS 2
+#define SLICE_CHANNELS 2
 #define OUT_CHANNELS 3
 #define OUT_HEIGHT 6
 #define OUT_WIDTH 6
