@@ -21,6 +21,8 @@ THREADS = 32
 #: What the kernel needs of CUDA, and a loop over its blocks and threads.
 CUDA_ON_A_CPU = """
 #include <cstring>
+#define __device__
+#define __forceinline__ inline
 #define __global__
 #define __constant__ static
 #define __launch_bounds__(threads)
@@ -30,6 +32,7 @@ struct uint4 { unsigned x, y, z, w; };
 static Index blockIdx, threadIdx, gridDim;
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 template <class T> static T __ldg(const T* from) { return *from; }
+static unsigned __cvta_generic_to_shared(const void*) { return 0; }
 static unsigned __float_as_uint(float value) { unsigned bits; std::memcpy(&bits, &value, 4); return bits; }
 #include "generated_arrange.cu"
 extern "C" void run(const void* x, void* to, int samples, unsigned words, unsigned blocks, unsigned rows) {

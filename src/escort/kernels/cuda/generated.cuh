@@ -1,31 +1,37 @@
 // What generated kernels have in common: the ring of stages, its producers, and where a consumer's outputs go.
-// codegen.py defines the capitals and writes the kernel, whose consumers run the code made for the filter.
-//   STORAGE   0: float, 1: half
-//   COLUMNS, SAMPLES   elements of a word: neighbouring columns of a row, or the same position of neighbouring samples
-//   ARRANGED  the input was laid out by generated_arrange.cu, words of all samples channel by channel
-//   BULK      one thread copies a channel of a stage at a time
-//   SPLIT     blocks of a cluster that run the same rows for the same tile, each for a part of the channels
-//   MULTICAST  blocks of a cluster that run the same rows for neighbouring tiles
-//   PREFETCH_WARPS    warps that run ahead through the code, behind consumers and producers
+// codegen.py defines the capitals and writes the kernel, whose consumers run the code made for the filter. Planes of
+// strided inputs count as channels here. Of the capitals:
+//   STORAGE            0: float, 1: half
+//   COLUMNS            elements of a word that are neighbouring columns of a row
+//   SAMPLES            elements of a word that are the same position of neighbouring samples
+//   PITCH              words from row to row
+//   SAMPLE_ROWS        rows from one word's samples to the next
+//   TOP, LEFT          rows above and columns in front of the input's first
+//   ARRANGED           the input was laid out by generated_arrange.cu, words of all samples channel by channel
+//   BULK               one thread copies a channel of a stage at a time; else each copies COPY words
+//   PREFETCH_WARPS     warps that run ahead through the code, behind CONSUMERS and PRODUCERS
+//   PARTS              of the code, each with some output channels
+//   SPLIT              blocks of a cluster that share part and tile, each for a slice of the input channels
+//   MULTICAST          blocks of a cluster that run the same part for neighbouring tiles
+//   GROUP_CHANNELS     input channels of a group; there are SLICE_CHANNELS in a slice, CHANNEL_BLOCK in a stage
+//   CHUNKS             stages that a slice fills; at START_POINTS of them tiles begin
+//   STAGE_WORDS        words of a channel that TILE_WORDS positions read; a stage has room for CHANNEL_WORDS
+//   PART_OUT_CHANNELS  output channels of the largest part, where input channels are split
+//   CHANNEL_OF, BIAS   then tables: the output channels of each part, and what is added to each
+#include "ptx.cuh"
+
 #if STORAGE == 0
 typedef float Element;
 #else
 #if SPLIT > 1
-#include <cuda_fp16.h>  // takes long to compile, and only sums of parts need it
+#include <cuda_fp16.h>  // takes long to compile, and only sums of slices need it
 #endif
 typedef unsigned short Element;
 #endif
-typedef unsigned int u32;
 #if ARRANGED
 typedef u32 Input;
 #else
 typedef Element Input;
-#endif
-
-#if __CUDA_ARCH__ >= 900
-#define WAIT "try_wait"  // sleeps for a while
-#else
-#define WAIT "test_wait"
 #endif
 
 #define LANES 32
@@ -34,7 +40,7 @@ typedef Element Input;
 #define SLOTS \
   ((STAGE_WORDS + PRODUCERS * LANES * COPY - 1) / (PRODUCERS * LANES * COPY))  // copies per channel and thread
 #if SPLIT > 1
-#define SHARE ((PART_OUT_CHANNELS + SPLIT - 1) / SPLIT)  // rows that a block of a cluster finishes
+#define SHARE ((PART_OUT_CHANNELS + SPLIT - 1) / SPLIT)  // output channels that a block of a cluster finishes
 #else
 #define RING_BYTES (STAGES * STAGE_BYTES)
 #endif
@@ -44,35 +50,16 @@ typedef Element Input;
 extern __shared__ __align__(128) char shared[];
 
 // Shared addresses: the stages, then a barrier per stage that says it is full, and one that says it is empty.
-// Where channels are split the sums of all rows take the place of the stages in the end; a further barrier says that
-// those of the other blocks have landed, behind it.
+// Where channels are split, the sums of all output channels take the place of the stages in the end. A further barrier
+// says that those of the other blocks have landed, behind it.
 struct Ring {
   u32 stages, full, empty, landed, others;
 };
 
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile("{ .reg .pred done; WAIT: mbarrier." WAIT
-               ".parity.shared.b64 done, [%0], %1; @!done bra WAIT; }" ::"r"(barrier),
-               "r"(parity)
-               : "memory");
-}
-
-#if BULK || SPLIT > 1
-// Arrives, and says how many bytes bulk copies will bring.
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-#endif
-
 // Sets up the ring. What the kernel before this one wrote may be read afterwards.
 __device__ __forceinline__ Ring make_ring() {
   Ring ring;
-  ring.stages = (u32)__cvta_generic_to_shared(shared);
+  ring.stages = shared_address(shared);
   ring.full = ring.stages + RING_BYTES;
   ring.empty = ring.full + STAGES * 8;
   ring.landed = ring.empty + STAGES * 8;
@@ -94,14 +81,13 @@ __device__ __forceinline__ Ring make_ring() {
 #if SPLIT > 1
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
-#endif
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   return ring;
 }
 
-// What a block does, one after the other: some rows (and channels) of the filter for a tile of the words, and the chunk
-// to begin with. The blocks of a cluster go through the same rows at the same time.
+// What a block does, one after the other: a part of the code (or a slice of it) for a tile of the words, and the chunk
+// to begin with. The blocks of a cluster go through the same part at the same time.
 struct Work {
   u32 tiles, item, part, tile, begin;
   __device__ __forceinline__ Work(u32 tiles) : tiles(tiles), item(blockIdx.x / (SPLIT * MULTICAST)) { find(); }
@@ -121,7 +107,7 @@ struct Work {
   }
 };
 
-// The first channel of a part, and how many there are.
+// The first input channel of a slice of a part, and how many there are.
 __device__ __forceinline__ u32 first_channel(u32 part, u32 slice) {
   return part / PARTS_PER_GROUP * GROUP_CHANNELS + slice * SLICE_CHANNELS;
 }
@@ -136,6 +122,13 @@ __device__ __forceinline__ long long arranged_words(u32 tiles) {
 }
 
 #if BULK
+// Copies a channel of a stage; the barrier counts the bytes.
+__device__ __forceinline__ void copy_channel(u32 to, const Input* from, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "n"(CHANNEL_WORDS * 4), "r"(barrier)
+               : "memory");
+}
+
 // Fills the ring with the input of one tile after the other. The first thread does it all.
 __device__ __forceinline__ void produce(const Ring ring, const Input* x, int samples, u32 tiles, u32 slice) {
   if (threadIdx.x != CONSUMERS * LANES) return;
@@ -148,13 +141,11 @@ __device__ __forceinline__ void produce(const Ring ring, const Input* x, int sam
     for (u32 count = 0; count < CHUNKS; count++) {
       const int channels = max(0, min(CHANNEL_BLOCK, slice_channels(slice) - (int)chunk * CHANNEL_BLOCK));
       const u32 full = ring.full + stage * 8;
-      barrier_wait(ring.empty + stage * 8, parity);
+      barrier_wait_opaque(ring.empty + stage * 8, parity);
       barrier_expect(full, channels * CHANNEL_WORDS * 4);
       for (int c = 0; c < channels; c++)
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                         ring.stages + stage * STAGE_BYTES + c * CHANNEL_WORDS * 4),
-                     "l"(first + (chunk * CHANNEL_BLOCK + c) * words), "n"(CHANNEL_WORDS * 4), "r"(full)
-                     : "memory");
+        copy_channel(ring.stages + stage * STAGE_BYTES + c * CHANNEL_WORDS * 4,
+                     first + (chunk * CHANNEL_BLOCK + c) * words, full);
       if (++chunk == CHUNKS) chunk = 0;
       if (++stage == STAGES) {
         stage = 0;
@@ -220,7 +211,7 @@ __device__ __forceinline__ void produce(const Ring ring, const Input* x, int sam
     for (u32 count = 0; count < CHUNKS; count++) {
       const int channels = min(CHANNEL_BLOCK, slice_channels(slice) - (int)chunk * CHANNEL_BLOCK);
       u32 to = ring.stages + stage * STAGE_BYTES + thread * COPY * 4;
-      barrier_wait(ring.empty + stage * 8, parity);
+      barrier_wait_opaque(ring.empty + stage * 8, parity);
       int c = 0;
 #pragma unroll 1
       for (; c + SIDE_BY_SIDE <= channels; c += SIDE_BY_SIDE) {
@@ -237,7 +228,7 @@ __device__ __forceinline__ void produce(const Ring ring, const Input* x, int sam
         for (int i = 0; i < SLOTS; i++) from[i] += channel_step;
         to += CHANNEL_WORDS * 4;
       }
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(ring.full + stage * 8) : "memory");
+      barrier_arrive_after_copies(ring.full + stage * 8);
       if (++chunk == CHUNKS) {
         chunk = 0;
 #pragma unroll
@@ -276,7 +267,22 @@ __device__ __forceinline__ float activate(float sum) {
   return sum;
 }
 
-// Sends each block of the cluster its share of the rows' sums, adds those that came, and writes the outputs.
+// The address of the same place in another block of the cluster.
+__device__ __forceinline__ u32 in_block(u32 other, u32 address) {
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(other));
+  return there;
+}
+
+// Sends a share of this block's sums to another; the barrier, which is the other's, counts the bytes.
+__device__ __forceinline__ void send_share(u32 to, u32 from, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "r"(from), "n"(SHARE * TILE_WORDS * 4), "r"(barrier)
+               : "memory");
+}
+
+// Sends each block of the cluster the sums of its share of the output channels, adds those that came, and writes the
+// outputs.
 __device__ __forceinline__ void finish(const Ring ring, u32 slice, u32 part, const Output out,
                                        const long long to_residual) {
   asm volatile("fence.proxy.async; bar.sync 1, %0;" ::"n"(CONSUMERS * LANES) : "memory");
@@ -284,16 +290,11 @@ __device__ __forceinline__ void finish(const Ring ring, u32 slice, u32 part, con
 #pragma unroll 1
     for (u32 i = 1; i < SPLIT; i++) {
       const u32 other = (slice + i) % SPLIT, slot = SPLIT - 1 - i;
-      u32 to, landed;
-      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(ring.others), "r"(other));
-      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(landed) : "r"(ring.landed), "r"(other));
-      asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                       to + slot * SHARE * TILE_WORDS * 4),
-                   "r"(ring.stages + other * SHARE * TILE_WORDS * 4), "n"(SHARE * TILE_WORDS * 4), "r"(landed)
-                   : "memory");
+      const u32 to = in_block(other, ring.others), landed = in_block(other, ring.landed);
+      send_share(to + slot * SHARE * TILE_WORDS * 4, ring.stages + other * SHARE * TILE_WORDS * 4, landed);
     }
   }
-  barrier_wait(ring.landed, 0);
+  barrier_wait_opaque(ring.landed, 0);
   const long long second = SAMPLES > 1 ? (long long)OUT_CHANNELS * OUT_PLANE : 1;  // from a word's first element
 #pragma unroll 2
   for (u32 i = 0; i < SHARE; i++) {
@@ -303,13 +304,12 @@ __device__ __forceinline__ void finish(const Ring ring, u32 slice, u32 part, con
 #pragma unroll
     for (int e = 0; e < COLUMNS * SAMPLES; e++) sum[e] = BIAS[channel];
 #pragma unroll
-    for (u32 k = 0; k < SPLIT; k++) {  // in the order of the parts, whichever block adds them
-      // That of part k came with i = part - k (mod SPLIT), so its slot is SPLIT - 1 - i.
+    for (u32 k = 0; k < SPLIT; k++) {  // in the order of the slices, whichever block adds them
+      // That of slice k came with i = slice - k (mod SPLIT), so its slot is SPLIT - 1 - i.
       const u32 slot = SPLIT - 1 - (slice + SPLIT - k) % SPLIT;
       const u32 from =
           k == slice ? ring.stages + slice * SHARE * TILE_WORDS * 4 : ring.others + slot * SHARE * TILE_WORDS * 4;
-      u32 word;
-      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from + (i * TILE_WORDS + threadIdx.x) * 4));
+      const u32 word = load4(from + (i * TILE_WORDS + threadIdx.x) * 4);
 #if STORAGE == 0
       sum[0] += __uint_as_float(word);
 #else
@@ -342,8 +342,9 @@ __device__ __forceinline__ void leave() {
 __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 #endif
 
-// A generated kernel is GENERATED { BEGIN case 0: asm volatile(code OPERANDS); break; ... END }. Blocks (clusters,
-// where there are any) take one pair of part and tile after the other, all tiles of a part first.
+// A generated kernel is GENERATED { BEGIN case 0: asm volatile(code OPERANDS); break; ... END }, with a case for each
+// slice of each part. Blocks (clusters, where there are any) take one pair of part and tile after the other, all tiles
+// of a part first.
 #if SPLIT > 1
 #define CLUSTER __cluster_dims__(SPLIT, 1, 1)
 #define FINISH                                                             \

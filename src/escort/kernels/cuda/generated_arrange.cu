@@ -1,11 +1,12 @@
 // Lays the input out for generated kernels that stage it by whole channels: the words of all samples one after the
 // other, channel by channel, with zeros for the padding. codegen.py defines the capitals as in generated.cuh.
+#include "ptx.cuh"
+
 #if STORAGE == 0
 typedef float Element;
 #else
 typedef unsigned short Element;
 #endif
-typedef unsigned int u32;
 #define PLANE (HEIGHT * WIDTH)
 #define WORDS 4  // per thread, side by side
 
@@ -16,9 +17,8 @@ __constant__ int first_row[] = {FIRST_ROWS}, first_column[] = {FIRST_COLUMNS};  
 // blocks along y the planes.
 extern "C" __global__ void __launch_bounds__(THREADS)
     generated_arrange(const Element* __restrict__ x, uint4* __restrict__ to, int samples, u32 words) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
-#endif
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const u32 thread = blockIdx.x * THREADS + threadIdx.x;
   if (thread * WORDS >= words) return;
   for (u32 plane = blockIdx.y; plane < CHANNELS * PLANES; plane += gridDim.y) {
