@@ -161,17 +161,17 @@ def test_prefetch_warps_jump_where_no_word_is_held(dtype: str) -> None:
             problem, sparse_filter, GeneratedConfig(8, 1, 1, 4, prefetch_warps=prefetch_warps)
         )
         code = re.findall(r'^        "(.*)\\n"', codegen.text(kernel_steps), flags=re.MULTILINE)
-        held: set[str] = set()
+        loaded: set[str] = set()
         jumps: dict[str, str] = {}
         for line in code:
             if jump := re.match(r"(LOOK\w+): @prefetch bra.uni (\w+);", line):
                 jumps[jump[1]] = jump[2]
-                held = set()
-            elif made := re.match(r"(?:ld\.shared\.\w+|prmt\.b32) (x\d+),(.*)", line):
-                assert set(re.findall(r"\bx\d+", made[2])) <= held
-                held.add(made[1])
+                loaded = set()
+            elif load := re.match(r"(?:ld\.shared\.\w+|prmt\.b32) (x\d+),(.*)", line):
+                assert set(re.findall(r"\bx\d+", load[2])) <= loaded
+                loaded.add(load[1])
             elif line.startswith(("fma", "mov.b32 t,")):
-                assert set(re.findall(r"\bx\d+", line)) <= held, line
+                assert set(re.findall(r"\bx\d+", line)) <= loaded, line
         # Prefetch warps see all places of a chunk and then its end, which leaves the stage.
         ends = {to for to in jumps.values() if to not in jumps}
         chunks = len(kernel_steps.parts[0].slices[0])

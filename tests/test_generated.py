@@ -62,6 +62,12 @@ def test_the_search_space_fits_the_device(dtype: str) -> None:
     assert len({(config.arranged, config.split, config.multicast, config.prefetch_warps) for config in found}) > 1
 
 
+def test_a_config_holds_scalars() -> None:
+    for value in (np.arange(3), np.int64(3), 3.0):
+        with pytest.raises(TypeError, match="out_channels takes a whole number"):
+            GeneratedConfig(value, 1, 1, 1)  # type: ignore[arg-type]
+
+
 def test_predictions_follow_the_work() -> None:
     config = GeneratedConfig(32, 26, 6, 8)
     times = [Generated().predict_us(RES3, sparse(RES3, density), H200, config) for density in (0.02, 0.08, 0.3)]
@@ -79,7 +85,7 @@ def test_the_step_estimate_is_near() -> None:
 
 
 def on_the_gpu(case: Case, dtype: Precision) -> tuple[Problem, list[GeneratedConfig]]:
-    """The case there, and some configs of it; none where it is refused or takes more than a minute to compile."""
+    """The case on the GPU, and some configs of it; none where it is refused or takes more than a minute to compile."""
     method, sparse_filter = Generated(), case.filter()
     problem = replace(case.problem, device="cuda:0", precision=dtype)
     if method.unsupported(problem) is not None:
@@ -159,6 +165,6 @@ def test_an_input_size_that_the_config_does_not_fit(dtype: str, copy: int) -> No
 
 
 @pytest.mark.gpu
-def test_the_binary_is_told() -> None:
+def test_the_binary_is_reported() -> None:
     run = Generated().prepare(replace(RES3, batch=1), sparse(RES3, 0.02), None, GeneratedConfig(32, 8, 4, 8))
     assert len(run.binary.cubin) > 100_000

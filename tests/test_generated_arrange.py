@@ -35,10 +35,10 @@ template <class T> static T __ldg(const T* from) { return *from; }
 static unsigned __cvta_generic_to_shared(const void*) { return 0; }
 static unsigned __float_as_uint(float value) { unsigned bits; std::memcpy(&bits, &value, 4); return bits; }
 #include "generated_arrange.cu"
-extern "C" void run(const void* x, void* to, int samples, unsigned words, unsigned blocks, unsigned rows) {
-  gridDim = {blocks, rows};
-  for (blockIdx.y = 0; blockIdx.y < rows; blockIdx.y++)
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+extern "C" void run(const void* x, void* to, int samples, unsigned words, unsigned blocks_x, unsigned blocks_y) {
+  gridDim = {blocks_x, blocks_y};
+  for (blockIdx.y = 0; blockIdx.y < blocks_y; blockIdx.y++)
+    for (blockIdx.x = 0; blockIdx.x < blocks_x; blockIdx.x++)
       for (threadIdx.x = 0; threadIdx.x < THREADS; threadIdx.x++)
         generated_arrange(static_cast<const Element*>(x), static_cast<uint4*>(to), samples, words);
 }

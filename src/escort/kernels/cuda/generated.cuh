@@ -5,7 +5,7 @@
 //   COLUMNS            elements of a word that are neighbouring columns of a row
 //   SAMPLES            elements of a word that are the same position of neighbouring samples
 //   PITCH              words from row to row
-//   SAMPLE_ROWS        rows from one word's samples to the next
+//   SAMPLE_ROWS        rows from sample to sample, or from pair to pair
 //   TOP, LEFT          rows above and columns in front of the input's first
 //   ARRANGED           the input was laid out by generated_arrange.cu, words of all samples channel by channel
 //   BULK               one thread copies a channel of a stage at a time; else each copies COPY words
@@ -269,9 +269,9 @@ __device__ __forceinline__ float activate(float sum) {
 
 // The address of the same place in another block of the cluster.
 __device__ __forceinline__ u32 in_block(u32 other, u32 address) {
-  u32 there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(other));
-  return there;
+  u32 mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(other));
+  return mapped;
 }
 
 // Sends a share of this block's sums to another; the barrier, which is the other's, counts the bytes.

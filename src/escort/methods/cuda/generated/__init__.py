@@ -1,9 +1,11 @@
-"""Method `generated`: a kernel made for the filter, its weights inside the instructions (codegen.py).
+"""Method `generated`: a kernel made for the filter, its weights inside the instructions.
 
 A block runs one part of the code, the nonzeros of some output channels, for a tile of positions, one per thread: a word
 of the input is read from shared memory once per tap for all of the part's channels. What bounds it is mostly the supply
-of instructions, which arrive slowly where no cache holds them, and on small maps the input's way into shared memory:
-model.py weighs both.
+of instructions, which arrive slowly where no cache holds them, and on small maps the input's way into shared memory.
+
+`words` and `staging` say how the input lies, `steps` what the kernel does with it, `ptx` and `codegen` write that down,
+`model` predicts how long it takes, and `search` chooses the configs (`config`).
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from escort.cuda import kernel as jit
+from escort.cuda.compiler import Text
 from escort.cuda.gpu import Gpu
+from escort.cuda.kernel import kernel, unavailable
 from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
 from escort.methods.cuda.generated import codegen
@@ -27,8 +30,9 @@ from escort.problem import Problem
 __all__ = ["Generated", "GeneratedConfig"]
 
 _STEPS_PER_S = 4000.0  # that one core assembles
-_MOST_CONFIGS = 8
+_MOST_CONFIGS = 8  # that a plan may time
 _ARRANGE_THREADS, _ARRANGE_WORDS = 128, 4  # of a block, and words of a thread
+_MOST_BLOCKS_Y = 65535
 _MOST_BYTES = 2**31 - 1
 
 
@@ -52,7 +56,7 @@ class Generated(Method):
             or math.prod(problem.input_shape[1:]) * 4 > _MOST_BYTES
         ):
             return "an sample exceeds 2 GiB; use a smaller input"
-        return jit.unavailable(torch.device(problem.device))
+        return unavailable(torch.device(problem.device))
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[GeneratedConfig]:
         """The configs of least predicted time, no two of them alike."""
@@ -76,8 +80,8 @@ class Generated(Method):
         device = torch.device(problem.device)
         kernel_steps = KernelSteps.of(problem, sparse_filter, config)
         text = codegen.text(kernel_steps, None if bias is None else bias.detach().float().cpu().numpy())
-        kernel = jit.kernel(jit.Text("generated.cu", text), {}, device)
-        launch = kernel.bind(
+        compiled = kernel(Text("generated.cu", text), {}, device)
+        launch = compiled.bind(
             config.threads,
             kernel_steps.shared_bytes,
             (torch.Tensor, torch.Tensor, torch.Tensor, int, int),
@@ -105,20 +109,20 @@ class Generated(Method):
             launch((grid, 1, 1), x, y, residual, samples, tiles)
             return y
 
-        return Prepared(run, kernel.binary)
+        return Prepared(run, compiled.binary)
 
 
 def _arrange(kernel_steps: KernelSteps, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What lays out an input, as kernels/cuda/generated_arrange.cu says."""
+    """Lays out an input x (N, C, H, W) as (planes, words) of 32 bits, by kernels/cuda/generated_arrange.cu."""
     planes = kernel_steps.problem.in_channels * len(kernel_steps.words.phases)
-    kernel = jit.kernel("generated_arrange.cu", codegen.arrange_defines(kernel_steps, _ARRANGE_THREADS), device)
+    compiled = kernel("generated_arrange.cu", codegen.arrange_defines(kernel_steps, _ARRANGE_THREADS), device)
     overlap = torch.cuda.get_device_capability(device) >= (9, 0)
-    launch = kernel.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, int, int), overlap=overlap)
+    launch = compiled.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, int, int), overlap=overlap)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         words = kernel_steps.arranged_words(len(x))
         arranged = torch.empty((planes, words), dtype=torch.int32, device=device)
-        blocks = -(-words // (_ARRANGE_WORDS * _ARRANGE_THREADS)), min(planes, 65535), 1
+        blocks = -(-words // (_ARRANGE_WORDS * _ARRANGE_THREADS)), min(planes, _MOST_BLOCKS_Y), 1
         launch(blocks, x, arranged, len(x), words)
         return arranged
 
@@ -126,7 +130,7 @@ def _arrange(kernel_steps: KernelSteps, device: torch.device) -> Callable[[torch
 
 
 def _most_samples(kernel_steps: KernelSteps) -> int:
-    """What 32-bit numbers of words reach, with a tile to spare."""
+    """So many samples that 32 bits number their words, with a tile to spare."""
     return (
         (_MOST_BYTES - kernel_steps.config.tile - kernel_steps.words.reach)
         // (kernel_steps.words.sample_rows * kernel_steps.words.pitch)
