@@ -23,9 +23,7 @@ from benchmarks.suite import Layer, Row
 from escort.cuda.gpu import H200, Gpu
 from escort.filter import SparseFilter
 from escort.methods.cuda.direct.search import candidates as direct_candidates
-from escort.methods.cuda.generated import Generated, predict_us
-from escort.methods.cuda.generated.search import candidates as generated_candidates
-from escort.methods.cuda.generated.steps import GeneratedConfig
+from escort.methods.cuda.generated import Generated, GeneratedConfig
 from escort.methods.cuda.sparse_tc import SparseTc
 from escort.methods.cuda.sparse_tc.packing import ordered
 from escort.methods.cuda.sparse_tc.search import Extra
@@ -337,7 +335,7 @@ def predictions(result: Result) -> list[Predicted]:
             layer = layers[row.network, row.layer]
             config = GeneratedConfig(**{name: row.config[name] for name in names if name in row.config})
             problem = replace(layer.problem, batch=row.batch, precision=row.dtype)  # type: ignore[arg-type]
-            predicted = predict_us(problem, layer.filter, config, gpu)
+            predicted = Generated().predict_us(problem, layer.filter, gpu, config)
             found.setdefault((row.network, row.layer, row.batch), []).append((predicted, row.time_us))
     return [Predicted(tuple(timings)) for timings in found.values()]
 
@@ -486,10 +484,7 @@ def _direct_clocks(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> f
 
 
 def _generated_us(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> float:
-    return min(
-        float(predict_us(problem, sparse_filter, many, gpu).min())
-        for many in generated_candidates(problem, sparse_filter, gpu)
-    )
+    return Generated().predict_us(problem, sparse_filter, gpu)
 
 
 def _sparse_tc_us(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, layout: MemoryFormat) -> float:

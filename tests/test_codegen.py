@@ -1,4 +1,4 @@
-"""Generated programs: run by their interpreter against the reference, their text, and that it assembles."""
+"""Kernel steps: run by their interpreter against the reference, their text, and that it assembles."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from escort.cuda import compiler
 from escort.filter import SparseFilter
 from escort.methods.cuda.generated import codegen
 from escort.methods.cuda.generated.codegen import arrange_defines
-from escort.methods.cuda.generated.steps import GeneratedConfig, Join, Load, MultiplyAdd, Program, Words, computed
+from escort.methods.cuda.generated.config import GeneratedConfig
+from escort.methods.cuda.generated.steps import Join, KernelSteps, Load, MultiplyAdd
+from escort.methods.cuda.generated.words import Words, computed
 from escort.problem import Epilogue, Problem
+from tests import generated_interpreter
 from tests.cases import CASES, FULL, Case
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -24,13 +27,13 @@ SMALL = [case for case in CASES if case.problem.batch < 8]
 CONFIGS = {
     "fp32": [
         GeneratedConfig(5, 1, 1, 3),
-        GeneratedConfig(64, 2, 1, 4, entries=4),
+        GeneratedConfig(64, 2, 1, 4, start_points=4),
         GeneratedConfig(16, 3, 1, 2, copy=0, arranged=True, split=3),
         GeneratedConfig(16, 3, 2, 2, copy=4, stages=2),
     ],
     "fp16": [
         GeneratedConfig(5, 1, 1, 3, copy=0, arranged=True, sums=2),
-        GeneratedConfig(64, 2, 1, 4, copy=4, arranged=True, entries=4),
+        GeneratedConfig(64, 2, 1, 4, copy=4, arranged=True, start_points=4),
         GeneratedConfig(16, 3, 1, 2, copy=0, arranged=True, split=2, sums=3),
         GeneratedConfig(16, 3, 2, 2, copy=2),
     ],
@@ -39,7 +42,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_programs_compute_the_convolution(case: Case, dtype: str) -> None:
+def test_kernel_steps_compute_the_convolution(case: Case, dtype: str) -> None:
     p = replace(case.problem, precision=dtype, epilogue=Epilogue())  # type: ignore[arg-type]
     if max(p.height, p.width) > 40 or p.in_channels * p.out_channels > 5000:
         p = replace(p, batch=min(p.batch, 1))
@@ -49,46 +52,48 @@ def test_programs_compute_the_convolution(case: Case, dtype: str) -> None:
         odd = not config.arranged and computed(p).width * p.storage.itemsize % (4 * config.copy)
         if not config.arranged and (p.stride != (1, 1) or odd):
             with pytest.raises(ValueError, match="needs an arranged input"):
-                Program.of(p, case.filter(), config)
+                KernelSteps.of(p, case.filter(), config)
             continue
-        program = Program.of(p, case.filter(), config)
-        y = torch.from_numpy(program.run(x.numpy())).reshape(expected.shape)
+        kernel_steps = KernelSteps.of(p, case.filter(), config)
+        y = torch.from_numpy(generated_interpreter.run(kernel_steps, x.numpy())).reshape(expected.shape)
         assert reference.compare(y, expected) <= 1e-12 if len(x) else y.shape == expected.shape, config
 
 
-def small(name: str) -> tuple[Program, np.ndarray | None]:
-    """Programs small enough to be read."""
+def small(name: str) -> tuple[KernelSteps, np.ndarray | None]:
+    """Kernel steps small enough to be read."""
     weight = torch.zeros(3, 2, 3, 3)
     weight[0, 0, 0, 0], weight[0, 1, 1, 2], weight[1, 0, 0, 0], weight[2, 1, 2, 1] = 0.5, -2.0, 3.0, 0.25
     bias = np.array([1.0, -1.0, 0.0], dtype=np.float32)
     problem = Problem(1, 2, 6, 6, 3, (3, 3), padding=(1, 1, 1, 1))
     sparse_filter = SparseFilter.from_dense(weight)
     if name == "fp32":
-        return Program.of(problem, sparse_filter, GeneratedConfig(3, 1, 1, 2, stages=2)), None
-    if name == "fp32-two-pieces":
+        return KernelSteps.of(problem, sparse_filter, GeneratedConfig(3, 1, 1, 2, stages=2)), None
+    if name == "fp32-two-parts":
         problem = replace(problem, epilogue=FULL)
-        return Program.of(problem, sparse_filter, GeneratedConfig(2, 1, 1, 1, copy=2, stages=2, entries=2)), bias
+        return KernelSteps.of(
+            problem, sparse_filter, GeneratedConfig(2, 1, 1, 1, copy=2, stages=2, start_points=2)
+        ), bias
     problem = replace(problem, precision="fp16", epilogue=Epilogue(True, False, "relu6"))
     if name == "fp16":
-        return Program.of(problem, sparse_filter, GeneratedConfig(3, 1, 1, 2, stages=2, sums=2)), bias
-    return Program.of(
+        return KernelSteps.of(problem, sparse_filter, GeneratedConfig(3, 1, 1, 2, stages=2, sums=2)), bias
+    return KernelSteps.of(
         problem, sparse_filter, GeneratedConfig(3, 1, 1, 1, copy=0, stages=2, arranged=True, split=2)
     ), bias
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp32-two-pieces", "fp16", "fp16-split"])
+@pytest.mark.parametrize("name", ["fp32", "fp32-two-parts", "fp16", "fp16-split"])
 def test_texts_are_the_golden_ones(name: str) -> None:
     """After a change that is meant: write `text` into the file, and read the difference."""
-    program, bias = small(name)
-    text = codegen.text(program, bias)
+    kernel_steps, bias = small(name)
+    text = codegen.text(kernel_steps, bias)
     assert text == (GOLDEN / f"generated-{name}.cu").read_text()
-    assert text == codegen.text(program, bias), "the same twice"
+    assert text == codegen.text(kernel_steps, bias), "the same twice"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize(
-    ("copy", "arranged", "split", "together", "scouts"),
+    ("copy", "arranged", "split", "multicast", "prefetch_warps"),
     [
         (1, False, 1, 1, 0),
         (2, False, 1, 1, 2),
@@ -98,7 +103,7 @@ def test_texts_are_the_golden_ones(name: str) -> None:
     ],
 )
 def test_everything_assembles_without_spills(
-    arch: str, dtype: str, copy: int, arranged: bool, split: int, together: int, scouts: int
+    arch: str, dtype: str, copy: int, arranged: bool, split: int, multicast: int, prefetch_warps: int
 ) -> None:
     if copy == 0 and arch < "sm_90":
         pytest.skip("bulk copies and clusters need compute capability 9.0")
@@ -106,7 +111,7 @@ def test_everything_assembles_without_spills(
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 16, 3, 3, generator=generator) * (torch.rand(64, 16, 3, 3, generator=generator) < 0.1)
     problem = Problem(2, 16, 14, 16, 64, (3, 3), padding=(1, 1, 1, 1), precision=dtype, epilogue=FULL)  # type: ignore[arg-type]
-    if together > 1:  # sums that end in 16 bits
+    if multicast > 1:  # sums that end in 16 bits
         problem = replace(problem, epilogue=Epilogue(True, False, "relu6"))
         sums = 1
     config = GeneratedConfig(
@@ -118,14 +123,16 @@ def test_everything_assembles_without_spills(
         sums=sums,
         arranged=arranged,
         split=split,
-        together=together,
-        scouts=scouts,
+        multicast=multicast,
+        prefetch_warps=prefetch_warps,
     )
-    program = Program.of(problem, SparseFilter.from_dense(weight), config)
-    binary = compiler.compile(compiler.Text("generated.cu", codegen.text(program, np.ones(64, np.float32))), {}, arch)
+    kernel_steps = KernelSteps.of(problem, SparseFilter.from_dense(weight), config)
+    binary = compiler.compile(
+        compiler.Text("generated.cu", codegen.text(kernel_steps, np.ones(64, np.float32))), {}, arch
+    )
     assert binary.registers <= 128 and binary.spill_bytes == binary.stack_bytes == 0
     if arranged:
-        binary = compiler.compile("generated_arrange.cu", arrange_defines(program, 128), arch)
+        binary = compiler.compile("generated_arrange.cu", arrange_defines(kernel_steps, 128), arch)
         assert binary.registers <= 64 and binary.spill_bytes == binary.stack_bytes == 0
 
 
@@ -133,41 +140,43 @@ def test_everything_assembles_without_spills(
 def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
     problem = Problem(1, 12, 9, 9, 8, (3, 3), stride, padding=(1, 1, 1, 1))
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    program = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 2, copy=0, arranged=True))
-    text = codegen.text(program)
+    kernel_steps = KernelSteps.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 2, copy=0, arranged=True))
+    text = codegen.text(kernel_steps)
     (stage_bytes,) = (int(size) for size in re.findall(r"#define STAGE_BYTES (\d+)", text))
     reads = iter(int(at) for at in re.findall(r"ld\.shared\.f32 x\d+, \[%1\+(\d+)\]", text))
-    for i, chunk in enumerate(program.pieces[0].chunks):
+    for i, chunk in enumerate(kernel_steps.parts[0].slices[0]):
         for step in chunk.steps:
             if isinstance(step, Load):
                 assert step.offset * 4 < stage_bytes
-                assert next(reads) == i % program.config.stages * stage_bytes + step.offset * 4
-    assert program.shared_bytes == program.config.stages * (stage_bytes + 16) and not list(reads)
+                assert next(reads) == i % kernel_steps.config.stages * stage_bytes + step.offset * 4
+    assert kernel_steps.shared_bytes == kernel_steps.config.stages * (stage_bytes + 16) and not list(reads)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_scouts_jump_where_no_word_is_held(dtype: str) -> None:
+def test_prefetch_warps_jump_where_no_word_is_held(dtype: str) -> None:
     problem = Problem(1, 24, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), precision=dtype)  # type: ignore[arg-type]
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    for scouts in (0, 1, 3):
-        program = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 4, scouts=scouts))
-        code = re.findall(r'^        "(.*)\\n"', codegen.text(program), flags=re.MULTILINE)
-        held: set[str] = set()
+    for prefetch_warps in (0, 1, 3):
+        kernel_steps = KernelSteps.of(
+            problem, sparse_filter, GeneratedConfig(8, 1, 1, 4, prefetch_warps=prefetch_warps)
+        )
+        code = re.findall(r'^        "(.*)\\n"', codegen.text(kernel_steps), flags=re.MULTILINE)
+        loaded: set[str] = set()
         jumps: dict[str, str] = {}
         for line in code:
-            if jump := re.match(r"(LOOK\w+): @scout bra.uni (\w+);", line):
+            if jump := re.match(r"(LOOK\w+): @prefetch bra.uni (\w+);", line):
                 jumps[jump[1]] = jump[2]
-                held = set()
-            elif made := re.match(r"(?:ld\.shared\.\w+|prmt\.b32) (x\d+),(.*)", line):
-                assert set(re.findall(r"\bx\d+", made[2])) <= held
-                held.add(made[1])
+                loaded = set()
+            elif load := re.match(r"(?:ld\.shared\.\w+|prmt\.b32) (x\d+),(.*)", line):
+                assert set(re.findall(r"\bx\d+", load[2])) <= loaded
+                loaded.add(load[1])
             elif line.startswith(("fma", "mov.b32 t,")):
-                assert set(re.findall(r"\bx\d+", line)) <= held, line
-        # Scouts see all places of a chunk and then its end, which leaves the stage.
+                assert set(re.findall(r"\bx\d+", line)) <= loaded, line
+        # Prefetch warps see all places of a chunk and then its end, which leaves the stage.
         ends = {to for to in jumps.values() if to not in jumps}
-        chunks = len(program.pieces[0].chunks)
-        assert ends == ({f"SEEN{i}" for i in range(chunks)} if scouts else set())
-        assert not scouts or len(jumps) > 2 * chunks
+        chunks = len(kernel_steps.parts[0].slices[0])
+        assert ends == ({f"SEEN{i}" for i in range(chunks)} if prefetch_warps else set())
+        assert not prefetch_warps or len(jumps) > 2 * chunks
 
 
 @pytest.mark.parametrize(
@@ -186,55 +195,57 @@ def test_16_bit_sums_end_as_they_are_where_that_is_exact(
     epilogue = Epilogue(bias is not None, residual, "relu")
     problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), precision="fp16", epilogue=epilogue)
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    program = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 3, sums=sums))
-    text = codegen.text(program, None if bias is None else np.full(8, bias, dtype=np.float32))
+    kernel_steps = KernelSteps.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 3, sums=sums))
+    text = codegen.text(kernel_steps, None if bias is None else np.full(8, bias, dtype=np.float32))
     assert ("max.NaN.f16x2" in text) is short and ("cvt.f32.f16" in text) is not short
 
 
-def test_a_word_is_read_once_for_all_rows() -> None:
+def test_a_word_is_read_once_for_all_channels() -> None:
     weight = torch.ones(8, 3, 3, 3)
     problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1))
     for dtype, reads, joins in (("fp32", 27, 0), ("fp16", 27, 18)):
-        program = Program.of(
+        kernel_steps = KernelSteps.of(
             replace(problem, precision=dtype),  # type: ignore[arg-type]
             SparseFilter.from_dense(weight),
             GeneratedConfig(8, 1, 1, 3, stages=2),
         )
-        (piece,) = program.pieces
-        steps = [step for chunk in piece.chunks for step in chunk.steps]
+        (part,) = kernel_steps.parts
+        steps = [step for chunk in part.slices[0] for step in chunk.steps]
         counts = [sum(isinstance(step, kind) for step in steps) for kind in (Load, Join, MultiplyAdd)]
         assert counts == [reads, joins, 8 * 27]
 
 
-def test_sums_share_the_products_of_a_row() -> None:
+def test_sums_share_the_products_of_a_channel() -> None:
     problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), precision="fp16")
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    (piece,) = Program.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True, sums=4)).pieces
-    places = [step.place for chunk in piece.chunks for step in chunk.steps if isinstance(step, MultiplyAdd)]
+    (part,) = KernelSteps.of(problem, sparse_filter, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True, sums=4)).parts
+    places = [step.to for chunk in part.slices[0] for step in chunk.steps if isinstance(step, MultiplyAdd)]
     assert np.bincount(places).tolist() == [7] * 24 + [6] * 8
 
 
-def test_pieces_share_the_nonzeros_evenly() -> None:
+def test_parts_share_the_nonzeros_evenly() -> None:
     case = next(case for case in CASES if case.name == "uneven rows")
     sparse_filter, config = case.filter(), GeneratedConfig(4, 1, 1, 4)
-    program = Program.of(case.problem, sparse_filter, config)
-    assert sorted(row for piece in program.pieces for row in piece.rows) == list(range(case.problem.out_channels))
+    kernel_steps = KernelSteps.of(case.problem, sparse_filter, config)
+    assert sorted(channel for part in kernel_steps.parts for channel in part.channels) == list(
+        range(case.problem.out_channels)
+    )
     nnz = np.diff(sparse_filter.indptr)
-    loads = [int(nnz[list(piece.rows)].sum()) for piece in program.pieces]
+    loads = [int(nnz[list(part.channels)].sum()) for part in kernel_steps.parts]
     assert max(loads) - min(loads) <= nnz.max()
 
 
 def test_rows_begin_with_whole_copies() -> None:
     problem = Problem(1, 3, 28, 28, 8, (3, 3), padding=(1, 1, 1, 1))
     for dtype, copy, pitch, left in (("fp32", 1, 29, 1), ("fp32", 4, 32, 4), ("fp16", 1, 15, 2), ("fp16", 2, 16, 4)):
-        words = Words.of(replace(problem, precision=dtype), GeneratedConfig(8, 1, 1, 3, copy=copy))  # type: ignore[arg-type]
+        words = Words.of(replace(problem, precision=dtype), copy=copy)  # type: ignore[arg-type]
         assert (words.pitch, words.left) == (pitch, left)
 
 
-def test_arranged_words_hold_two_images_and_no_more_padding_than_needed() -> None:
+def test_arranged_words_hold_two_samples_and_no_more_padding_than_needed() -> None:
     problem = Problem(5, 3, 13, 13, 8, (3, 3), padding=(1, 1, 1, 1), precision="fp16")
-    words = Words.of(problem, GeneratedConfig(8, 1, 1, 3, copy=0, arranged=True))
-    assert (words.images, words.columns, words.pitch, words.image_rows, words.left) == (2, 1, 14, 14, 1)
+    words = Words.of(problem, copy=0, arranged=True)
+    assert (words.samples, words.columns, words.pitch, words.sample_rows, words.left) == (2, 1, 14, 14, 1)
     assert words.count(5) == 3 * 14 * 14 - 14 - 1
 
 
@@ -242,4 +253,4 @@ def test_a_weight_beyond_half_precision_is_refused() -> None:
     problem = Problem(1, 1, 4, 4, 1, (1, 1), precision="fp16")
     sparse_filter = SparseFilter.from_dense(torch.full(problem.weight_shape, 1e5))
     with pytest.raises(ValueError, match="does not fit fp16; use fp32"):
-        codegen.text(Program.of(problem, sparse_filter, GeneratedConfig(1, 1, 1, 1)))
+        codegen.text(KernelSteps.of(problem, sparse_filter, GeneratedConfig(1, 1, 1, 1)))

@@ -18,9 +18,8 @@ from benchmarks.result_files import Result, read_results
 from benchmarks.suite import Row
 from escort import report
 from escort.cuda.gpu import H200
-from escort.methods.cuda.generated import predict_us
+from escort.methods.cuda.generated import Generated, GeneratedConfig
 from escort.methods.cuda.generated.search import search
-from escort.methods.cuda.generated.steps import GeneratedConfig
 
 HEADER = {
     "device": "cuda",
@@ -216,7 +215,7 @@ def test_predictions_are_of_the_layers_that_were_measured() -> None:
     rows = generated_rows("res2a_branch2b", (10.0, 20.0))
     (found,) = findings.predictions(Result(ON_H200, [*rows, *layer_rows("resnet50", direct=1.0)]))
     (layer,) = (layer for layer in suite.paper_layers(None, 3) if layer.name == "res2a_branch2b")
-    expected = [predict_us(layer.problem, layer.filter, config, H200) for config in CONFIGS]
+    expected = [Generated().predict_us(layer.problem, layer.filter, H200, config) for config in CONFIGS]
     assert found.timings == ((expected[0], 10.0), (expected[1], 20.0)) and expected[0] != expected[1]
     assert findings.predictions(Result(HEADER, rows)) == []
 
@@ -294,8 +293,8 @@ def test_models_are_of_the_config_that_a_search_puts_first() -> None:
     problem = replace(findings.SHAPES["googlenet", "inception_3b/5x5"], precision="fp16")
     sparse_filter = suite.random_filter(problem, 0.9, 0)
     (first,) = search(problem, sparse_filter, H200, 1)
-    assert findings.MODELS["generated"][0](problem, sparse_filter, H200) == predict_us(
-        problem, sparse_filter, first, H200
+    assert findings.MODELS["generated"][0](problem, sparse_filter, H200) == Generated().predict_us(
+        problem, sparse_filter, H200, first
     )
 
 

@@ -13,8 +13,10 @@ from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.methods.cuda.generated import Generated
-from escort.methods.cuda.generated.search import candidates, piece_count, piece_steps, predict_us, search
-from escort.methods.cuda.generated.steps import GeneratedConfig, Program
+from escort.methods.cuda.generated.config import GeneratedConfig
+from escort.methods.cuda.generated.model import part_count, part_steps, predict_us, space_of
+from escort.methods.cuda.generated.search import candidates, search
+from escort.methods.cuda.generated.steps import KernelSteps
 from escort.problem import Epilogue, Precision, Problem
 from tests.cases import CASES, FULL, Case, check_kernels
 
@@ -44,38 +46,46 @@ def test_refusals(change: dict[str, object], reason: str) -> None:
 def test_the_search_space_fits_the_device(dtype: str) -> None:
     problem = replace(RES3, precision=dtype)  # type: ignore[arg-type]
     sparse_filter = sparse(problem, 0.08)
-    space = list(candidates(problem, sparse_filter, H200))
-    assert sum(len(many.rows) for many in space) > 100  # type: ignore[arg-type]
-    for many in space:
-        assert np.all(many.consumers > 0) and np.all(many.blocks * many.threads <= 1024)
-        assert np.all(65536 // (many.threads * many.blocks) >= many.rows)
+    spaces = list(candidates(problem, sparse_filter, H200))
+    assert sum(map(len, spaces)) > 100
+    for space in spaces:
+        threads = 32 * (space["consumers"] + space["producers"] + space["prefetch_warps"])
+        assert np.all(space["consumers"] > 0) and np.all(space["occupancy"] * threads <= 1024)
+        assert np.all(65536 // (threads * space["occupancy"]) >= space["out_channels"])
     found = search(problem, sparse_filter, H200, 6)
-    assert len(found) == len(set(found)) == 6 and all(type(config.rows) is int for config in found)
+    assert len(found) == len(set(found)) == 6 and all(type(config.out_channels) is int for config in found)
     for config in found:
-        assert Program.of(problem, sparse_filter, config).shared_bytes * config.blocks <= H200.shared_bytes
-    times = [predict_us(problem, sparse_filter, config, H200) for config in found]
+        assert KernelSteps.of(problem, sparse_filter, config).shared_bytes * config.occupancy <= H200.shared_bytes
+    times = [Generated().predict_us(problem, sparse_filter, H200, config) for config in found]
     assert times == pytest.approx(sorted(times))
-    assert times[0] == pytest.approx(min(predict_us(problem, sparse_filter, many, H200).min() for many in space))
-    assert len({(config.arranged, config.split, config.together, config.scouts) for config in found}) > 1
+    assert times[0] == pytest.approx(min(predict_us(problem, sparse_filter, space, H200).min() for space in spaces))
+    assert len({(config.arranged, config.split, config.multicast, config.prefetch_warps) for config in found}) > 1
+
+
+def test_a_config_holds_scalars() -> None:
+    for value in (np.arange(3), np.int64(3), 3.0):
+        with pytest.raises(TypeError, match="out_channels takes a whole number"):
+            GeneratedConfig(value, 1, 1, 1)  # type: ignore[arg-type]
 
 
 def test_predictions_follow_the_work() -> None:
     config = GeneratedConfig(32, 26, 6, 8)
-    times = [predict_us(RES3, sparse(RES3, density), config, H200) for density in (0.02, 0.08, 0.3)]
+    times = [Generated().predict_us(RES3, sparse(RES3, density), H200, config) for density in (0.02, 0.08, 0.3)]
     assert times == sorted(times)
-    assert predict_us(replace(RES3, batch=128), sparse(RES3, 0.08), config, H200) > 2 * times[1]
+    assert Generated().predict_us(replace(RES3, batch=128), sparse(RES3, 0.08), H200, config) > 2 * times[1]
 
 
 def test_the_step_estimate_is_near() -> None:
     for dtype in ("fp32", "fp16"):
         problem = replace(RES3, precision=dtype)  # type: ignore[arg-type]
         sparse_filter, config = sparse(problem, 0.08), GeneratedConfig(32, 8, 4, 8)
-        estimate = piece_count(problem, config) * piece_steps(problem, sparse_filter, config)
-        assert estimate == pytest.approx(Program.of(problem, sparse_filter, config).steps, rel=0.1)
+        space = space_of(config)
+        (estimate,) = part_count(problem, space) * part_steps(problem, sparse_filter, space)
+        assert estimate == pytest.approx(KernelSteps.of(problem, sparse_filter, config).step_count, rel=0.1)
 
 
 def on_the_gpu(case: Case, dtype: Precision) -> tuple[Problem, list[GeneratedConfig]]:
-    """The case there, and some configs of it; none where it is refused or takes more than a minute to compile."""
+    """The case on the GPU, and some configs of it; none where it is refused or takes more than a minute to compile."""
     method, sparse_filter = Generated(), case.filter()
     problem = replace(case.problem, device="cuda:0", precision=dtype)
     if method.unsupported(problem) is not None:
@@ -98,16 +108,16 @@ def test_case(case: Case, dtype: Precision) -> None:
 def stagings(sums: int) -> list[GeneratedConfig]:
     """Every way to stage the input and of clusters; tiles begin at different chunks, parts of channels are uneven."""
     return [
-        GeneratedConfig(32, 8, 4, 8, copy=1, entries=5, sums=sums),
+        GeneratedConfig(32, 8, 4, 8, copy=1, start_points=5, sums=sums),
         GeneratedConfig(32, 8, 4, 8, copy=2, sums=sums),
-        GeneratedConfig(32, 8, 4, 8, copy=4, arranged=True, entries=5, sums=sums),
-        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, entries=5, sums=sums),
+        GeneratedConfig(32, 8, 4, 8, copy=4, arranged=True, start_points=5, sums=sums),
+        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, start_points=5, sums=sums),
         GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums),
-        GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=4, entries=2, split=3, sums=sums),
-        GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=2, blocks=2, split=8, sums=sums),
-        GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums, scouts=2),
-        GeneratedConfig(32, 8, 4, 8, copy=2, sums=sums, together=4, scouts=1),
-        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, entries=5, sums=sums, together=8, scouts=3),
+        GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=4, start_points=2, split=3, sums=sums),
+        GeneratedConfig(32, 4, 1, 4, copy=0, arranged=True, stages=2, occupancy=2, split=8, sums=sums),
+        GeneratedConfig(24, 8, 1, 8, copy=0, arranged=True, split=2, sums=sums, prefetch_warps=2),
+        GeneratedConfig(32, 8, 4, 8, copy=2, sums=sums, multicast=4, prefetch_warps=1),
+        GeneratedConfig(32, 8, 1, 8, copy=0, arranged=True, start_points=5, sums=sums, multicast=8, prefetch_warps=3),
     ]
 
 
@@ -155,6 +165,6 @@ def test_an_input_size_that_the_config_does_not_fit(dtype: str, copy: int) -> No
 
 
 @pytest.mark.gpu
-def test_the_binary_is_told() -> None:
+def test_the_binary_is_reported() -> None:
     run = Generated().prepare(replace(RES3, batch=1), sparse(RES3, 0.02), None, GeneratedConfig(32, 8, 4, 8))
     assert len(run.binary.cubin) > 100_000

@@ -25,7 +25,8 @@ from escort.cuda import tensor_map as tensor_maps
 from escort.filter import SparseFilter
 from escort.methods.cuda import direct as direct_cuda
 from escort.methods.cuda.generated.codegen import arrange_defines
-from escort.methods.cuda.generated.steps import GeneratedConfig, Program
+from escort.methods.cuda.generated.config import GeneratedConfig
+from escort.methods.cuda.generated.steps import KernelSteps
 from escort.problem import Problem
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
@@ -130,7 +131,9 @@ def arrange_variants() -> list[tuple[str, dict[str, int | str], int]]:
     for dtype, stride in (("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)):
         problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), precision=dtype)  # type: ignore[arg-type]
         sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-        variants.append(("generated_arrange.cu", arrange_defines(Program.of(problem, sparse_filter, config), 128), 48))
+        variants.append(
+            ("generated_arrange.cu", arrange_defines(KernelSteps.of(problem, sparse_filter, config), 128), 48)
+        )
     return variants
 
 

@@ -17,8 +17,10 @@ import torch
 from escort.cuda.compiler import KERNELS
 from escort.filter import SparseFilter
 from escort.methods.cuda.generated import codegen
-from escort.methods.cuda.generated.steps import GeneratedConfig, Program
+from escort.methods.cuda.generated.config import GeneratedConfig
+from escort.methods.cuda.generated.steps import KernelSteps
 from escort.problem import Problem
+from tests import generated_interpreter
 from tests.host import compiled
 from tests.mbarrier import MBARRIER
 from tests.test_generated_arrange import arranged
@@ -44,7 +46,6 @@ static Index blockIdx, gridDim;
 static thread_local Index threadIdx;
 template <class A, class B> static auto min(A a, B b) { return a < b ? a : b; }
 template <class A, class B> static auto max(A a, B b) { return a > b ? a : b; }
-static unsigned __cvta_generic_to_shared(const void*) { return 0; }
 static float __uint_as_float(unsigned bits) { float value; std::memcpy(&value, &bits, 4); return value; }
 static unsigned __float_as_uint(float value) { unsigned bits; std::memcpy(&bits, &value, 4); return bits; }
 static float __half2float(unsigned short) { return 0.0f; }
@@ -55,10 +56,19 @@ static void __syncthreads() {}
 char shared[1 << 20];
 
 """
-BARRIERS = """
-static std::map<unsigned, Barrier> barriers;  // by address; of warps behind all addresses
-static void init(unsigned at, int count) { barriers[at].all = barriers[at].left = count; }
-static void arrive(unsigned at) { barriers.at(at).change(1, 0); }
+#: What ptx.cuh declares, and barriers of warps.
+PTX = """
+typedef unsigned u32;
+static std::map<u32, Barrier> barriers;  // by address; of warps behind all addresses
+static void barrier_init(u32 at, u32 count) { barriers[at].all = barriers[at].left = count; }
+static void barrier_arrive(u32 at) { barriers.at(at).change(1, 0); }
+static void barrier_arrive_after_copies(u32 at) { barrier_arrive(at); }
+static void barrier_expect(u32 at, u32 bytes) { barriers.at(at).change(1, bytes); }
+static void barrier_wait_opaque(u32 at, u32 parity) { barriers.at(at).wait(parity); }
+static u32 shared_address(const void*) { return 0; }
+static u32 load4(u32 from) { return 0; }
+static void let_next_kernel_start() {}
+static void wait_for_previous_kernel() {}
 static void __syncwarp() {
   Barrier& warp = barriers.at(~0u - threadIdx.x / 32);
   std::unique_lock<std::mutex> lock(warp.mutex);
@@ -69,32 +79,32 @@ static void __syncwarp() {
 }
 """
 RUN = """
-extern "C" int run(const void* x, int images, unsigned tiles, unsigned block, unsigned grid, char* to) {
+extern "C" int run(const void* x, int samples, unsigned tiles, unsigned block, unsigned grid, char* to) {
   std::memset(shared, 0xff, sizeof shared);
   barriers.clear();
   stuck = false;
   blockIdx.x = block;
   gridDim.x = grid;
-  for (unsigned warp = 0; warp < THREADS / LANES; warp++) init(~0u - warp, LANES);
+  for (unsigned warp = 0; warp < THREADS / LANES; warp++) barrier_init(~0u - warp, LANES);
   Ring ring;
   for (threadIdx.x = 0; threadIdx.x < LANES; threadIdx.x++) ring = make_ring();
   std::vector<std::thread> threads;
   for (unsigned thread = CONSUMERS * LANES; thread < (CONSUMERS + PRODUCERS) * LANES; thread++)
     threads.emplace_back([=] {
       threadIdx.x = thread;
-      produce(ring, static_cast<const Input*>(x), images, tiles, block % SPLIT);
+      produce(ring, static_cast<const Input*>(x), samples, tiles, block % SPLIT);
     });
-  for (unsigned warp = 0; warp < CONSUMERS + SCOUTS; warp++)
+  for (unsigned warp = 0; warp < CONSUMERS + PREFETCH_WARPS; warp++)
     threads.emplace_back([=] {
       unsigned stage = 0, parity = 0, seen = 0;
       for (Work work(tiles); work.left(); work.next()) {
-        if (TOGETHER > 1 && work.tile >= tiles) continue;
+        if (MULTICAST > 1 && work.tile >= tiles) continue;
         unsigned chunk = work.begin;
         for (unsigned count = 0; count < CHUNKS; count++) {
           barriers.at(ring.full + stage * 8).wait(parity);
           if (warp == seen % CONSUMERS)
             std::memcpy(to + (seen * CHUNKS + chunk) * STAGE_BYTES, shared + stage * STAGE_BYTES, STAGE_BYTES);
-          arrive(ring.empty + stage * 8);
+          barrier_arrive(ring.empty + stage * 8);
           if (++chunk == CHUNKS) chunk = 0;
           if (++stage == STAGES) {
             stage = 0;
@@ -108,36 +118,28 @@ extern "C" int run(const void* x, int images, unsigned tiles, unsigned block, un
   return stuck;
 }
 """
-#: The source's instructions, as patterns, and what they are here. The others are left out.
+#: The source's other instructions, as patterns, and what they are here. The rest is left out.
 INSTRUCTIONS = (
-    (r'asm volatile\("mbarrier\.init.*?;"\s*::"r"\(barrier\), "r"\(count\).*?;', "init(barrier, count);"),
-    (r'asm volatile\("\{ \.reg \.pred done;.*?"memory"\);', "barriers.at(barrier).wait(parity);"),
-    (
-        r'asm volatile\(\s*"\{ \.reg \.b64 state; mbarrier\.arrive\.expect_tx.*?"memory"\);',
-        "barriers.at(barrier).change(1, bytes);",
-    ),
-    (r'asm volatile\("cp\.async\.mbarrier\.arrive.*?"r"\((.*?)\)\s*: "memory"\);', r"arrive(\1);"),
     (
         r'asm volatile\("\{ \.reg \.pred zero;.*?"memory"\);',
         "zero ? std::memset(shared + to, 0, COPY * 4) : std::memcpy(shared + to, from, COPY * 4);",
     ),
     (
-        r'asm volatile\("cp\.async\.bulk\.shared::cluster\.global.*?'
-        r'"r"\(\s*(.*?)\),\s*"l"\((.*?)\), "n"\((.*?)\), "r"\((.*?)\).*?;',
-        r"std::memcpy(shared + (\1), \2, \3), barriers.at(\4).change(0, -(\3));",
+        r'asm volatile\("cp\.async\.bulk\.shared::cluster\.global.*?"n"\((.*?)\).*?"memory"\);',
+        r"std::memcpy(shared + to, from, \1), barriers.at(barrier).change(0, -(\1));",
     ),
 )
 
 
-def host_source(program: Program) -> str:
-    """The program's macros and generated.cuh for the CPU."""
+def host_source(kernel_steps: KernelSteps) -> str:
+    """The kernel's macros and generated.cuh for the CPU."""
     text = (KERNELS / "generated.cuh").read_text()
     for pattern, here in INSTRUCTIONS:
         text, count = re.subn(pattern, here, text, flags=re.DOTALL)
         assert count == 1, pattern
-    text = re.sub(r"\basm( volatile)?\(", "NOTHING(", text.replace("#include <cuda_fp16.h>", ""))
-    macros, _ = codegen.text(program).split('#include "generated.cuh"')
-    return CUDA_ON_A_CPU + MBARRIER + BARRIERS + macros + text + RUN
+    text = re.sub(r"\basm( volatile)?\(", "NOTHING(", re.sub("#include .*", "", text))
+    macros, _ = codegen.text(kernel_steps).split('#include "generated.cuh"')
+    return CUDA_ON_A_CPU + MBARRIER + PTX + macros + text + RUN
 
 
 @pytest.mark.parametrize(
@@ -145,15 +147,15 @@ def host_source(program: Program) -> str:
     [
         ("fp32", GeneratedConfig(4, 3, 2, 3, copy=1, stages=2)),
         ("fp32", GeneratedConfig(4, 3, 1, 3, copy=2, stages=2)),
-        ("fp32", GeneratedConfig(4, 2, 2, 5, copy=4, stages=2, entries=2)),
+        ("fp32", GeneratedConfig(4, 2, 2, 5, copy=4, stages=2, start_points=2)),
         ("fp16", GeneratedConfig(4, 3, 2, 3, copy=1, stages=2)),
         ("fp16", GeneratedConfig(4, 3, 2, 6, copy=2, stages=2)),
         ("fp32", GeneratedConfig(4, 3, 2, 3, copy=4, stages=2, arranged=True)),
         ("fp16", GeneratedConfig(4, 3, 2, 3, copy=4, stages=2, arranged=True)),
         ("fp32", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2, arranged=True)),
         ("fp16", GeneratedConfig(4, 3, 1, 2, copy=0, stages=2, arranged=True, split=2)),
-        ("fp32", GeneratedConfig(4, 2, 2, 5, copy=2, stages=2, entries=2, together=2, scouts=2)),
-        ("fp16", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2, arranged=True, together=4, scouts=1)),
+        ("fp32", GeneratedConfig(4, 2, 2, 5, copy=2, stages=2, start_points=2, multicast=2, prefetch_warps=2)),
+        ("fp16", GeneratedConfig(4, 3, 1, 3, copy=0, stages=2, arranged=True, multicast=4, prefetch_warps=1)),
     ],
     ids=str,
 )
@@ -161,29 +163,28 @@ def test_the_ring_holds_what_the_interpreter_reads(dtype: str, config: Generated
     channels = 14 if config.split == 1 else 15  # of a group: the last chunk, and the last part, have fewer
     problem = Problem(3, 2 * channels, 10, 8, 16, (3, 3), padding=(1, 1, 1, 1), groups=2, precision=dtype)  # type: ignore[arg-type]
     weight = torch.ones(problem.weight_shape)
-    program = Program.of(problem, SparseFilter.from_dense(weight, 2), config)
+    kernel_steps = KernelSteps.of(problem, SparseFilter.from_dense(weight, 2), config)
     x = np.random.default_rng(0).standard_normal(problem.input_shape)
     x = x.astype(np.float32 if dtype == "fp32" else np.float16)
-    source = arranged(program, x, tmp_path) if config.arranged else x
-    run = compiled(host_source(program), tmp_path).run
-    tiles, chunks = program.tiles(3), len(program.pieces[0].chunks)
+    source = arranged(kernel_steps, x, tmp_path) if config.arranged else x
+    run = compiled(host_source(kernel_steps), tmp_path).run
+    tiles, chunks = kernel_steps.tiles(3), len(kernel_steps.parts[0].slices[0])
     assert chunks > config.stages, "stages are filled several times"
-    cluster = config.split * config.together
-    grid = 3 * config.together if config.split == 1 else config.split  # some are left one item more
-    groups = -(-tiles // config.together)
+    grid = 3 * config.multicast if config.split == 1 else config.split  # some are left one item more
+    groups = -(-tiles // config.multicast)
     for block in range(grid):
-        mine = range(block // cluster, program.hands * groups, grid // cluster)
-        items = [(i // groups, i % groups * config.together + block % config.together) for i in mine]
-        items = [(hand, tile) for hand, tile in items if tile < tiles]
-        found = np.empty((len(items), chunks, config.channel_block, program.channel_words), dtype=np.uint32)
+        items = range(block // config.cluster, len(kernel_steps.parts) * groups, grid // config.cluster)
+        work = [(i // groups, i % groups * config.multicast + block % config.multicast) for i in items]
+        work = [(part, tile) for part, tile in work if tile < tiles]
+        found = np.empty((len(work), chunks, config.channel_block, kernel_steps.stage.channel_words), dtype=np.uint32)
         pointers = (ctypes.c_void_p(source.ctypes.data), 3, tiles, block, grid, ctypes.c_void_p(found.ctypes.data))
         assert run(*pointers) == 0, "a barrier was waited for in vain"
-        for (hand, tile), stages in zip(items, found, strict=True):
-            piece = program.pieces[hand * config.split + block % config.split]
-            for stage, chunk in zip(stages, piece.chunks, strict=True):
+        for (part, tile), stages in zip(work, found, strict=True):
+            own_chunks = kernel_steps.parts[part].slices[block % config.split]
+            for stage, chunk in zip(stages, own_chunks, strict=True):
                 filled = stage.view(x.dtype).reshape(*stage.shape, -1)[: len(chunk.channels)]
-                expected = program._stage(x.astype(np.float64), chunk, tile * config.tile)
+                expected = generated_interpreter.stage(kernel_steps, x.astype(np.float64), chunk, tile * config.tile)
                 expected = expected.reshape(*stage.shape, -1)[
-                    : len(chunk.channels), : config.tile + program.words.reach
+                    : len(chunk.channels), : config.tile + kernel_steps.words.reach
                 ]
-                assert np.array_equal(filled[:, : expected.shape[1]], expected), (hand, tile, chunk.channels)
+                assert np.array_equal(filled[:, : expected.shape[1]], expected), (part, tile, chunk.channels)

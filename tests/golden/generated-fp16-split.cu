@@ -1,34 +1,34 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp16 on cpu, padding (1, 1, 1, 1), then bias+relu6
-// GeneratedConfig(rows=3, consumers=1, producers=1, channel_block=1, copy=0, stages=2, blocks=1, entries=1, sums=1, arranged=True, split=2, together=1, scouts=0)
-// 2 pieces of code, 4 multiply-adds among 7 steps
+// out_channels=3, consumers=1, producers=1, channel_block=1, copy=0, stages=2, arranged=True, split=2
+// 1 parts in 2 slices, 4 multiply-adds among 7 steps
 #define STORAGE 1
 #define COLUMNS 1
-#define IMAGES 2
+#define SAMPLES 2
 #define CHANNELS 2
 #define HEIGHT 6
 #define WIDTH 6
 #define PITCH 7
-#define IMAGE_ROWS 7
+#define SAMPLE_ROWS 7
 #define TOP 1
 #define LEFT 1
 #define ARRANGED 1
 #define BULK 1
 #define CONSUMERS 1
 #define PRODUCERS 1
-#define SCOUTS 0
+#define PREFETCH_WARPS 0
 #define THREADS 64
-#define BLOCKS 1
-#define PIECES 1
-#define PIECES_PER_GROUP 1
+#define OCCUPANCY 1
+#define PARTS 1
+#define PARTS_PER_GROUP 1
 #define SPLIT 2
-#define TOGETHER 1
+#define MULTICAST 1
 #define CHUNKS 2
 #define CHANNEL_BLOCK 1
 #define STAGES 2
-#define ENTRIES 1
+#define START_POINTS 1
 #define COPY 1
 #define GROUP_CHANNELS 2
-#define PART_CHANNELS 1
+#define SLICE_CHANNELS 1
 #define OUT_CHANNELS 3
 #define OUT_HEIGHT 6
 #define OUT_WIDTH 6
@@ -36,7 +36,7 @@
 #define STAGE_BYTES 192
 #define TILE_WORDS 32
 #define STAGE_WORDS 48
-#define ROWS 3
+#define PART_OUT_CHANNELS 3
 #define RING_BYTES 512
 #define RESIDUAL 0
 #define ACTIVATION 2

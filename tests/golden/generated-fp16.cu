@@ -1,34 +1,34 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp16 on cpu, padding (1, 1, 1, 1), then bias+relu6
-// GeneratedConfig(rows=3, consumers=1, producers=1, channel_block=2, copy=1, stages=2, blocks=1, entries=1, sums=2, arranged=False, split=1, together=1, scouts=0)
-// 1 pieces of code, 4 multiply-adds among 11 steps
+// out_channels=3, consumers=1, producers=1, channel_block=2, stages=2, sums=2
+// 1 parts in 1 slices, 4 multiply-adds among 11 steps
 #define STORAGE 1
 #define COLUMNS 2
-#define IMAGES 1
+#define SAMPLES 1
 #define CHANNELS 2
 #define HEIGHT 6
 #define WIDTH 6
 #define PITCH 4
-#define IMAGE_ROWS 7
+#define SAMPLE_ROWS 7
 #define TOP 1
 #define LEFT 2
 #define ARRANGED 0
 #define BULK 0
 #define CONSUMERS 1
 #define PRODUCERS 1
-#define SCOUTS 0
+#define PREFETCH_WARPS 0
 #define THREADS 64
-#define BLOCKS 1
-#define PIECES 1
-#define PIECES_PER_GROUP 1
+#define OCCUPANCY 1
+#define PARTS 1
+#define PARTS_PER_GROUP 1
 #define SPLIT 1
-#define TOGETHER 1
+#define MULTICAST 1
 #define CHUNKS 2
 #define CHANNEL_BLOCK 2
 #define STAGES 2
-#define ENTRIES 1
+#define START_POINTS 1
 #define COPY 1
 #define GROUP_CHANNELS 2
-#define PART_CHANNELS 2
+#define SLICE_CHANNELS 2
 #define OUT_CHANNELS 3
 #define OUT_HEIGHT 6
 #define OUT_WIDTH 6

@@ -1,9 +1,11 @@
-"""Method `generated`: a kernel made for the filter, its weights inside the instructions (codegen.py).
+"""Method `generated`: a kernel made for the filter, its weights inside the instructions.
 
-A block runs one piece of the code, the nonzeros of some output channels, for a tile of positions, one per thread: a
-word of the input is read from shared memory once per tap for all of the piece's channels. What bounds it is mostly the
-supply of instructions, which arrive slowly where no cache holds them, and on small maps the input's way into shared
-memory: search.py weighs both.
+A block runs one part of the code, the nonzeros of some output channels, for a tile of positions, one per thread: a word
+of the input is read from shared memory once per tap for all of the part's channels. What bounds it is mostly the supply
+of instructions, which arrive slowly where no cache holds them, and on small maps the input's way into shared memory.
+
+`words` and `staging` say how the input lies, `steps` what the kernel does with it, `ptx` and `codegen` write that down,
+`model` predicts how long it takes, and `search` chooses the configs (`config`).
 """
 
 from __future__ import annotations
@@ -11,23 +13,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
-from escort.cuda import kernel as jit
+from escort.cuda.compiler import Text
 from escort.cuda.gpu import Gpu
+from escort.cuda.kernel import kernel, unavailable
 from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
 from escort.methods.cuda.generated import codegen
-from escort.methods.cuda.generated.search import candidates, piece_count, piece_steps, predict_us, resident, search
-from escort.methods.cuda.generated.steps import GeneratedConfig, Program
+from escort.methods.cuda.generated.config import GeneratedConfig
+from escort.methods.cuda.generated.model import part_count, part_steps, predict_us, space_of
+from escort.methods.cuda.generated.search import candidates, search
+from escort.methods.cuda.generated.steps import KernelSteps
 from escort.problem import Problem
 
-__all__ = ["Generated", "predict_us"]
+__all__ = ["Generated", "GeneratedConfig"]
 
 _STEPS_PER_S = 4000.0  # that one core assembles
-_MOST_CONFIGS = 8
+_MOST_CONFIGS = 8  # that a plan may time
 _ARRANGE_THREADS, _ARRANGE_WORDS = 128, 4  # of a block, and words of a thread
+_MOST_BLOCKS_Y = 65535
 _MOST_BYTES = 2**31 - 1
 
 
@@ -50,8 +55,8 @@ class Generated(Method):
             math.prod(problem.output_shape[1:]) * 4 > _MOST_BYTES
             or math.prod(problem.input_shape[1:]) * 4 > _MOST_BYTES
         ):
-            return "an image exceeds 2 GiB; use a smaller input"
-        return jit.unavailable(torch.device(problem.device))
+            return "an sample exceeds 2 GiB; use a smaller input"
+        return unavailable(torch.device(problem.device))
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[GeneratedConfig]:
         """The configs of least predicted time, no two of them alike."""
@@ -60,73 +65,74 @@ class Generated(Method):
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: GeneratedConfig | None = None
     ) -> float:
-        spaces = [config] if config is not None else candidates(problem, sparse_filter, gpu)
-        return min(float(np.min(predict_us(problem, sparse_filter, many, gpu))) for many in spaces)
+        spaces = candidates(problem, sparse_filter, gpu) if config is None else [space_of(config)]
+        return min(float(predict_us(problem, sparse_filter, space, gpu).min()) for space in spaces)
 
     def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig) -> float:
         """About how long one core takes to assemble a config's code."""
-        pieces = piece_count(problem, config) * config.split
-        return float(pieces * piece_steps(problem, sparse_filter, config) / _STEPS_PER_S)
+        space = space_of(config)
+        steps = part_count(problem, space) * config.split * part_steps(problem, sparse_filter, space)
+        return float(steps[0] / _STEPS_PER_S)
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: GeneratedConfig
     ) -> Prepared:
         device = torch.device(problem.device)
-        program = Program.of(problem, sparse_filter, config)
-        text = codegen.text(program, None if bias is None else bias.detach().float().cpu().numpy())
-        kernel = jit.kernel(jit.Text("generated.cu", text), {}, device)
-        launch = kernel.bind(
+        kernel_steps = KernelSteps.of(problem, sparse_filter, config)
+        text = codegen.text(kernel_steps, None if bias is None else bias.detach().float().cpu().numpy())
+        compiled = kernel(Text("generated.cu", text), {}, device)
+        launch = compiled.bind(
             config.threads,
-            program.shared_bytes,
+            kernel_steps.shared_bytes,
             (torch.Tensor, torch.Tensor, torch.Tensor, int, int),
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )
-        check, out_shape = input_check(problem, _most_images(program)), problem.output_shape[1:]
-        clusters = resident(config, Gpu.of(problem.device)) // config.cluster
+        check, out_shape = input_check(problem, _most_samples(kernel_steps)), problem.output_shape[1:]
+        clusters = config.clusters(Gpu.of(problem.device))
         alignment = max(config.copy * 4, problem.storage.itemsize)
-        arrange = _arrange(program, device) if config.arranged else None
+        arrange = _arrange(kernel_steps, device) if config.arranged else None
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
-            images = len(x)
+            samples = len(x)
             x = x.contiguous()
             if residual is not None:
                 residual = residual.contiguous()
-            y = torch.empty((images, *out_shape), dtype=x.dtype, device=device)
-            if not images:
+            y = torch.empty((samples, *out_shape), dtype=x.dtype, device=device)
+            if not samples:
                 return y
             x = aligned(x, alignment) if arrange is None else arrange(x)  # the kernel copies several elements at once
-            tiles = program.tiles(images)
-            items = -(-tiles // config.together) * program.hands
+            tiles = kernel_steps.tiles(samples)
+            items = -(-tiles // config.multicast) * len(kernel_steps.parts)
             # Clusters take several items in turn, but those that split channels only one.
             grid = (items if config.split > 1 else min(items, clusters)) * config.cluster
-            launch((grid, 1, 1), x, y, residual, images, tiles)
+            launch((grid, 1, 1), x, y, residual, samples, tiles)
             return y
 
-        return Prepared(run, kernel.binary)
+        return Prepared(run, compiled.binary)
 
 
-def _arrange(program: Program, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What lays out an input, as kernels/cuda/generated_arrange.cu says."""
-    planes = program.problem.in_channels * len(program.words.phases)
-    kernel = jit.kernel("generated_arrange.cu", codegen.arrange_defines(program, _ARRANGE_THREADS), device)
+def _arrange(kernel_steps: KernelSteps, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Lays out an input x (N, C, H, W) as (planes, words) of 32 bits, by kernels/cuda/generated_arrange.cu."""
+    planes = kernel_steps.problem.in_channels * len(kernel_steps.words.phases)
+    compiled = kernel("generated_arrange.cu", codegen.arrange_defines(kernel_steps, _ARRANGE_THREADS), device)
     overlap = torch.cuda.get_device_capability(device) >= (9, 0)
-    launch = kernel.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, int, int), overlap=overlap)
+    launch = compiled.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, int, int), overlap=overlap)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        words = program.arranged_words(len(x))
+        words = kernel_steps.arranged_words(len(x))
         arranged = torch.empty((planes, words), dtype=torch.int32, device=device)
-        blocks = -(-words // (_ARRANGE_WORDS * _ARRANGE_THREADS)), min(planes, 65535), 1
+        blocks = -(-words // (_ARRANGE_WORDS * _ARRANGE_THREADS)), min(planes, _MOST_BLOCKS_Y), 1
         launch(blocks, x, arranged, len(x), words)
         return arranged
 
     return run
 
 
-def _most_images(program: Program) -> int:
-    """What 32-bit numbers of words reach, with a tile to spare."""
+def _most_samples(kernel_steps: KernelSteps) -> int:
+    """So many samples that 32 bits number their words, with a tile to spare."""
     return (
-        (_MOST_BYTES - program.config.tile - program.words.reach)
-        // (program.words.image_rows * program.words.pitch)
-        * program.words.images
+        (_MOST_BYTES - kernel_steps.config.tile - kernel_steps.words.reach)
+        // (kernel_steps.words.sample_rows * kernel_steps.words.pitch)
+        * kernel_steps.words.samples
     )

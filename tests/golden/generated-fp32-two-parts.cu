@@ -1,34 +1,34 @@
 // 1x2x6x6 -> 3, kernel 3x3, fp32 on cpu, padding (1, 1, 1, 1), then bias+residual+relu
-// GeneratedConfig(rows=2, consumers=1, producers=1, channel_block=1, copy=2, stages=2, blocks=1, entries=2, sums=1, arranged=False, split=1, together=1, scouts=0)
-// 2 pieces of code, 4 multiply-adds among 8 steps
+// out_channels=2, consumers=1, producers=1, channel_block=1, copy=2, stages=2, start_points=2
+// 2 parts in 1 slices, 4 multiply-adds among 8 steps
 #define STORAGE 0
 #define COLUMNS 1
-#define IMAGES 1
+#define SAMPLES 1
 #define CHANNELS 2
 #define HEIGHT 6
 #define WIDTH 6
 #define PITCH 8
-#define IMAGE_ROWS 7
+#define SAMPLE_ROWS 7
 #define TOP 1
 #define LEFT 2
 #define ARRANGED 0
 #define BULK 0
 #define CONSUMERS 1
 #define PRODUCERS 1
-#define SCOUTS 0
+#define PREFETCH_WARPS 0
 #define THREADS 64
-#define BLOCKS 1
-#define PIECES 2
-#define PIECES_PER_GROUP 2
+#define OCCUPANCY 1
+#define PARTS 2
+#define PARTS_PER_GROUP 2
 #define SPLIT 1
-#define TOGETHER 1
+#define MULTICAST 1
 #define CHUNKS 2
 #define CHANNEL_BLOCK 1
 #define STAGES 2
-#define ENTRIES 2
+#define START_POINTS 2
 #define COPY 2
 #define GROUP_CHANNELS 2
-#define PART_CHANNELS 2
+#define SLICE_CHANNELS 2
 #define OUT_CHANNELS 3
 #define OUT_HEIGHT 6
 #define OUT_WIDTH 6
