@@ -9,13 +9,13 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from benchmarks import counters, study
+from benchmarks import counters
 from benchmarks.commands.options import EffortOption, SeedOption, command, command_line, effort_of
 from benchmarks.commands.pages import show, write_page
 from benchmarks.networks import NETWORKS
 from benchmarks.paper_layers import PAPER_BATCH
 from benchmarks.result_files import Item, read_results
-from benchmarks.study import QUESTIONS, Study
+from benchmarks.study import COUNTERS, PAPER_QUESTIONS, QUESTIONS, SPARSITIES, Study, plan, run
 from escort.cli.console import Output, note, progress
 from escort.planner.machine import find_device
 from escort.problem import Precision
@@ -26,7 +26,7 @@ class SubjectOptions:
     """What is studied."""
 
     questions: Annotated[str, typer.Option(metavar="Q,...", help=f"Some of {', '.join(QUESTIONS)}.")] = ",".join(
-        study.PAPER_QUESTIONS
+        PAPER_QUESTIONS
     )
     networks: Annotated[str, typer.Option(metavar="NAME,...", help="Some of the paper's.")] = ",".join(PAPER_BATCH)
     batch: Annotated[int | None, typer.Option(min=1, help="Samples, as many as in the paper by default.")] = None
@@ -37,7 +37,7 @@ class SubjectOptions:
     only: Annotated[str, typer.Option("--layers", metavar="GLOB,...", help="Only layers named like these.")] = "*"
     sparsity: Annotated[
         str, typer.Option(metavar="S,...", help="Shares of zeros of networks and break-even layers.")
-    ] = ",".join(f"{sparsity:g}" for sparsity in study.SPARSITIES)
+    ] = ",".join(f"{sparsity:g}" for sparsity in SPARSITIES)
     patterns: Annotated[
         str, typer.Option(metavar="FILE.npz,...", help="Files of sparsity patterns, for the question of that name.")
     ] = ""
@@ -69,14 +69,14 @@ def main(subject: SubjectOptions, measure: MeasureOptions, output: Output) -> No
     Results are written after every measurement; the same command goes on where a run was cut off.
     """
     questions = _names(subject.questions, "--questions", QUESTIONS)
-    asked = _study(subject, measure)
+    study = _study(subject, measure)
     parts = [part for name in questions for part in QUESTIONS[name]]
     if measure.ncu and (reason := counters.unavailable()):
         note(f"no hardware counters: {reason}")
     elif measure.ncu:
-        parts.append(study.COUNTERS)
+        parts.append(COUNTERS)
     dtypes = None if subject.precision is None else _names(subject.precision, "--precision", get_args(Precision))
-    failures = _measure(asked, study.plan(asked, parts, dtypes), measure)
+    failures = _measure(study, plan(study, parts, dtypes), measure)
     results = read_results(measure.out)
     write_page(measure.out, results)
     show(output, results)
@@ -106,7 +106,7 @@ def _study(subject: SubjectOptions, measure: MeasureOptions) -> Study:
     )
 
 
-def _measure(asked: Study, work: dict[str, list[Item]], options: MeasureOptions) -> dict[str, str]:
+def _measure(study: Study, work: dict[str, list[Item]], options: MeasureOptions) -> dict[str, str]:
     with progress() as bar:
         task = bar.add_task("starting", total=sum(map(len, work.values())))
 
@@ -114,7 +114,7 @@ def _measure(asked: Study, work: dict[str, list[Item]], options: MeasureOptions)
             bar.update(task, description=f"{stem}: {label}")
             bar.advance(task)
 
-        return study.run(asked, work, options.out, command_line(), again=options.again, begin=begin)
+        return run(study, work, options.out, command_line(), again=options.again, begin=begin)
 
 
 def _names(text: str, option: str, known: Iterable[str]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""python -m benchmarks render: tables and plots of results that are there; nothing is measured."""
+"""python -m benchmarks render: tables and plots of results; nothing is measured."""
 
 from __future__ import annotations
 

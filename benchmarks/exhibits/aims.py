@@ -21,10 +21,10 @@ def aims_table(results: Mapping[str, Result]) -> Table:
     lines = []
     for aim in read_aims().direct:
         rows = results[aim.dtype].rows if aim.dtype in results else []
-        meant = complete(totals(filter(aim.meant, rows), aim.least_sparsity))
+        aimed = complete(totals(filter(aim.counts, rows), aim.least_sparsity))
         fastest = complete(totals(rows, aim.least_sparsity))
         for network, least in aim.least.items():
-            ratio = meant[network].ratio(aim.rival) if network in meant else None
+            ratio = aimed[network].ratio(aim.rival) if network in aimed else None
             best = fastest[network].ratio(aim.rival) if network in fastest else None
             reached = "not measured" if ratio is None else "yes" if ratio >= least else "no"
             ratios = times_faster(aim.paper), f"{least:g}x", times_faster(ratio)

@@ -22,7 +22,7 @@ class Aim:
     Attributes:
         against: the rival, for readers.
         least: by network.
-        config: what tells the rival's configurations that are meant from its other ones; by default its fastest counts.
+        config: what tells the rival's configurations that count from its other ones; by default the fastest of all counts.
         least_sparsity: only layers with at least this share of zeros count.
         paper: the speedup that the paper reports over all networks, None where it does not compare.
     """
@@ -35,7 +35,7 @@ class Aim:
     least_sparsity: float = 0.0
     paper: float | None = None
 
-    def meant(self, row: Row) -> bool:
+    def counts(self, row: Row) -> bool:
         """Whether the row counts."""
         return row.method != self.rival or self.config.items() <= row.config.items()
 
@@ -93,7 +93,7 @@ class PatternAim:
     def from_json(cls, data: dict[str, Any]) -> PatternAim:
         return cls(**{**data, "wanted": _wanted(data), "layers": tuple(data["layers"])})
 
-    def meant(self, row: Row) -> bool:
+    def counts(self, row: Row) -> bool:
         """Whether the row counts."""
         named = any(fnmatch(row.layer, pattern) for pattern in self.layers)
         return named and (row.weights, row.batch) == (self.weights, self.batch)

@@ -71,7 +71,7 @@ def forecasts(results: Mapping[str, Result], dtype: Precision) -> list[Forecast]
     slower = {name: 1.0 for name in (ON_FMA if dtype == "fp32" else SPARSE) if rates or name != OURS}
     if rates:
         slower[OURS] = DIRECT_MHZ / median(rates)
-    found = []
+    predictions: list[Forecast] = []
     for result in (results[stem] for stem in (f"layers-{dtype}", f"patterns-{dtype}") if stem in results):
         gpu, seed = gpu_of(result), seed_of(result)
         for (problem, layout), cudnn_us in _cudnn_us(result.rows, dtype).items():
@@ -83,8 +83,8 @@ def forecasts(results: Mapping[str, Result], dtype: Precision) -> list[Forecast]
                 name: _least_share(by_name(name, "cuda"), problems, seed, gpu, cudnn_us / factor)
                 for name, factor in slower.items()
             }
-            found.append(Forecast(problem, layout, cudnn_us, least))
-    return found
+            predictions.append(Forecast(problem, layout, cudnn_us, least))
+    return predictions
 
 
 #: The models are asked of both. One that knows NCHW alone says the same of both.

@@ -132,6 +132,6 @@ def against_cudnn(
 
 def against_cudnn_on_patterns(rows: Iterable[Row], aim: PatternAim) -> list[tuple[float, float]]:
     """As :func:`against_cudnn`, on the layers of an aim."""
-    fastest = fastest_sparse(row for row in rows if aim.meant(row))
+    fastest = fastest_sparse(row for row in rows if aim.counts(row))
     times = [(f.cudnn_us, f.time_us) for f in fastest if f.cudnn_us is not None]
     return times if len(times) == aim.count else []

@@ -66,8 +66,8 @@ def _entrants(layer: Layer, methods: Sequence[Method], x: Tensor) -> Iterator[tu
     for method in methods:
         if method.unsupported(problem) is not None:
             continue
-        asked = problem, layer.sparse_filter
-        for config in (*method.configs(*asked), *method.benchmark_configs(*asked)):
+        given = problem, layer.sparse_filter
+        for config in (*method.configs(*given), *method.benchmark_configs(*given)):
             what = _name(layer, method.name, config)
             try:
                 run = method.prepare(problem, layer.sparse_filter, None, config).run

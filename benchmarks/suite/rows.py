@@ -89,7 +89,7 @@ def geometric_means(rows: Iterable[Row], ours: str) -> dict[str, dict[str, float
 def header(command: str, device: str = "cpu") -> dict[str, Any]:
     """What a result is measured on and by: device, versions, commit, date and command.
 
-    Made before the timing: its load average tells whether other processes held the cores. OpenMP code waits for
+    Made before the timing: its load average tells whether other processes kept the cores busy. OpenMP code waits for
     threads that are not running then, which makes torch, and dense convolutions above all, slower many times over.
     """
     machine = Machine.here(device)
