@@ -32,7 +32,7 @@ def aims_table(results: Mapping[str, Result]) -> Table:
     columns = ("Against", "Precision", "Network", "Paper", "Aim", "Measured", "Reached", "Fastest variant")
     caption = (
         "Ratios of sums over a network's pruned layers at the paper's batch. The lowerings of the aims unfold a batch "
-        "image by image, as torch does; the last column is against the fastest variant of the rival."
+        "sample by sample, as torch does; the last column is against the fastest variant of the rival."
     )
     return Table("Aims", columns, tuple(lines), caption)
 

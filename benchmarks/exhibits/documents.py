@@ -10,7 +10,7 @@ from benchmarks.result_files import Result
 from escort.report import Figure, Table, markdown
 
 _BEGIN, _END = re.compile(r"<!-- table: (\S+) -->"), "<!-- end -->"
-_IMAGE = re.compile(r"!\[[^]]*\]\(([\w-]+)\.svg\)")
+_PLOT = re.compile(r"!\[[^]]*\]\(([\w-]+)\.svg\)")
 
 
 def render(text: str, results: Mapping[str, Result]) -> str:
@@ -52,6 +52,6 @@ def render(text: str, results: Mapping[str, Result]) -> str:
 
 
 def illustrations(text: str, results: Mapping[str, Result]) -> dict[str, Figure]:
-    """The plots that a document shows as images of their names beside it. Raises ImportError without matplotlib."""
-    named = set(_IMAGE.findall(text))
+    """The plots that a document shows by the names of their files. Raises ImportError without matplotlib."""
+    named = set(_PLOT.findall(text))
     return {name: shown() for name, shown in exhibits(results) if name in named and not isinstance(shown, Table)}

@@ -45,9 +45,9 @@ def show_forecast(results: Mapping[str, Result], dtype: Precision) -> Shown:
             f" The model of direct counts clocks: {middle:.2f} GHz are taken, the median over the paper's layers of "
             f"its clocks by the time measured (10th percentile {low:.2f}, 90th {high:.2f})."
         )
-    columns = ("Convolution", "Images", "Tensors", "cudnn µs", *methods)
+    columns = ("Convolution", "Samples", "Tensors", "cudnn µs", *methods)
     heading = f"Forecast of break-even sparsity, {dtype}"
-    names = [f"{convolution(f.problem)}, {f.problem.batch} images, {f.layout}" for f in forecasts]
+    names = [f"{convolution(f.problem)}, {f.problem.batch} samples, {f.layout}" for f in forecasts]
     bars = {method: [bar_length(f.least[method], forecast.SHARES[0]) for f in forecasts] for method in methods}
     plot = partial(horizontal_bars, heading, names, bars, f"Percent zeros, no less than {lowest:g}")
     return {f"forecast-{dtype}": Table(heading, columns, tuple(lines), caption), f"forecast-{dtype}-plot": plot}

@@ -37,7 +37,7 @@ def show_sparse_layers(results: Mapping[str, Result]) -> Shown:
         if peak and on_fma:
             most = max(on_fma, key=lambda f: f.share(peak))
             large = [f.share(peak) for f in on_fma if f.batch >= 128 and LAYERS[f.network, f.layer].sparsity <= 0.92]
-            middle = f" The median over layers of 128 images or more and 92 % zeros or less: {median(large):.1%}."
+            middle = f" The median over layers of 128 samples or more and 92 % zeros or less: {median(large):.1%}."
             caption = (
                 f"FMA peak: the real work's share of {peak:g} TFLOP/s, outside of the tensor cores; at most "
                 f"{most.share(peak):.1%}, {most.network} {most.layer}.{middle if large else ''}"

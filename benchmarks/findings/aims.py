@@ -22,7 +22,7 @@ class Aim:
     Attributes:
         against: the rival, for readers.
         least: by network.
-        config: what tells the rival's configurations that count from its other ones; by default the fastest of all counts.
+        config: what the rival's configurations that count have in common; by default the fastest of all counts.
         least_sparsity: only layers with at least this share of zeros count.
         paper: the speedup that the paper reports over all networks, None where it does not compare.
     """

@@ -117,7 +117,7 @@ def _ways(model: nn.Module, x: Tensor, race: NetworkRace) -> list[_Way]:
         model, x, precision=race.precision, compile_budget_s=float(compile_budget_s), progress=race.progress
     )
     plan = converted.plan
-    choice = {"kept_dense": plan.kept_dense, "images": plan.images, "memory_format": plan.memory_format}
+    choice = {"kept_dense": plan.kept_dense, "samples": plan.images, "memory_format": plan.memory_format}
     ways = [
         _Way("escort", choice, lambda: converted(x)),
         _Way("eager", {"memory_format": "contiguous"}, lambda: model(x)),

@@ -125,11 +125,11 @@ def test_the_forecast_table_and_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "direct_mhz", lambda result, dtype: [1000.0, 1500.0, 3000.0])
     table = exhibits.tables(everything())["forecast-fp16"]
     (line,) = cells(table)
-    assert (line["Convolution"], line["Images"], line["cudnn µs"]) == ("64->64 3x3, 56x56", "32", "51.3")
+    assert (line["Convolution"], line["Samples"], line["cudnn µs"]) == ("64->64 3x3, 56x56", "32", "51.3")
     assert [line[method] for method in least] == ["never", "75%", "below 50%"]
     assert "1.50 GHz" in table.caption and "channels_last" not in table.caption
     pytest.importorskip("matplotlib")
     (plot,) = exhibits.illustrations(
         "![a](forecast-fp16-plot.svg) ![b](logo.svg) [c](break-even.svg)", everything()
     ).values()
-    assert "64->64 3x3, 56x56, 32 images, NCHW: direct -, generated 75.1, sparse_tc 50" in plot.description
+    assert "64->64 3x3, 56x56, 32 samples, NCHW: direct -, generated 75.1, sparse_tc 50" in plot.description
