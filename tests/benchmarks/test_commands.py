@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from benchmarks.__main__ import app
 
-TINY = "tests.test_cli:tiny"
+TINY = "tests.benchmarks.small:tiny"
 
 
 @pytest.fixture(autouse=True)
