@@ -100,9 +100,9 @@ wheel-test: wheel  ## Install the wheel into an empty environment and convert a 
 	build/wheel-test/bin/python -I tests/check_wheel.py
 
 bench: $(VENV)/.installed  ## Time the paper's layers and ResNet-50 on this machine
-	$(BIN)/python -m benchmarks bench --set paper $(BENCH_FLAGS)
-	$(BIN)/python -m benchmarks bench --network resnet50 --sparsity 0.9 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
-	$(BIN)/python -m benchmarks bench --network resnet50 --sparsity 0.95 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks layers $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks networks resnet50 --sparsity 0.9 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks networks resnet50 --sparsity 0.95 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
 
 hooks: $(VENV)/.installed  ## Check style and types before each commit
 	$(BIN)/pre-commit install

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str]) -> None:
     layer = next(layer for layer in layers if (layer.network, layer.name) == (what["network"], what["layer"]))
     problem = layer.problem
     method = by_name(what["method"], problem.device)
-    run = method.prepare(problem, layer.filter, None, method.config_type(**what["config"]))
+    run = method.prepare(problem, layer.sparse_filter, None, method.config_type(**what["config"]))
     x = torch.randn(problem.input_shape, dtype=problem.storage, device=problem.device)
     with torch.inference_mode():
         run(x)

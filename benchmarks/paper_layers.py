@@ -12,13 +12,13 @@ from escort.problem import Problem
 
 
 class PaperLayer(NamedTuple):
-    """One pruned convolution; maps are height x width, kernels square, `batch` is the one the paper timed."""
+    """One pruned convolution; maps are height x width, filters square, `batch` is the one the paper timed."""
 
     network: str
     layer: str
     in_channels: int
     out_channels: int
-    kernel: int
+    kernel_size: int
     stride: int
     padding: int
     height: int
@@ -28,14 +28,14 @@ class PaperLayer(NamedTuple):
     batch: int
 
     def problem(self, batch: int) -> Problem:
-        """This layer as a float32 problem on `batch` images, without epilogue."""
+        """This layer as a float32 problem on `batch` samples, without epilogue."""
         return Problem(
             batch,
             self.in_channels,
             self.height,
             self.width,
             self.out_channels,
-            (self.kernel, self.kernel),
+            (self.kernel_size, self.kernel_size),
             (self.stride, self.stride),
             (self.padding,) * 4,
             groups=self.groups,
@@ -86,3 +86,8 @@ PAPER_LAYERS: tuple[PaperLayer, ...] = tuple(PaperLayer(*row) for row in (
     ("resnet50", "res5c_branch2b", 512, 512, 3, 1, 1, 7, 7, 1, 0.9792, 32),
 ))
 # fmt: on
+
+#: The same by network and name.
+LAYERS = {(entry.network, entry.layer): entry for entry in PAPER_LAYERS}
+#: The paper's networks, and the numbers of samples that it took for them.
+PAPER_BATCH = {entry.network: entry.batch for entry in PAPER_LAYERS}

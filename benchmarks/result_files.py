@@ -37,12 +37,17 @@ class Result:
             raise ValueError(f"{path} is not a result file: {error}") from error
 
 
+def seed_of(result: Result) -> int:
+    """The seed of a study's weights and inputs."""
+    return int(result.header.get("study", {}).get("seed", 0))
+
+
 def read_results(folder: Path) -> dict[str, Result]:
     """The study's files in a folder, by name without ending. Raises ValueError where there are none."""
-    found = {f"{stem}-{dtype}": folder / f"{stem}-{dtype}.json" for stem in STEMS for dtype in PRECISIONS}
-    results = {stem: Result.read(path) for stem, path in found.items() if path.is_file()}
+    paths = {f"{stem}-{dtype}": folder / f"{stem}-{dtype}.json" for stem in STEMS for dtype in PRECISIONS}
+    results = {stem: Result.read(path) for stem, path in paths.items() if path.is_file()}
     if not results:
-        raise ValueError(f"{folder} holds no results of a study; run: escort paper --out {folder}")
+        raise ValueError(f"{folder} holds no results of a study; run: python -m benchmarks paper --out {folder}")
     return results
 
 
@@ -77,11 +82,11 @@ def measure(
         ValueError: where a file is of another study or machine; nothing is measured then.
     """
     paths = {stem: folder / f"{stem}.json" for stem in work}
-    there = {stem: known(path, head) for stem, path in paths.items() if path.is_file() and not again}
+    earlier = {stem: known(path, head) for stem, path in paths.items() if path.is_file() and not again}
     failures: dict[str, str] = {}
     for stem, items in work.items():
-        found = there.get(stem, Result({}, []))
-        rows, finished, left_out = found.rows, found.header.get("finished", []), found.header.get("left_out", [])
+        before = earlier.get(stem, Result({}, []))
+        rows, finished, left_out = before.rows, before.header.get("finished", []), before.header.get("left_out", [])
         failed: dict[str, str] = {}
         for item in items:
             begin(stem, item.label)
@@ -91,12 +96,12 @@ def measure(
                 with _noting(left_out):
                     rows += item.measure()
                 finished.append(item.label)
-            except Exception as error:  # whatever it is: the next item may do well, and the failure is told
+            except Exception as error:  # whatever it is: the next item may do well, and the header names the failure
                 failed[item.label] = f"{type(error).__name__}: {error}"
             complete = all(other.label in finished for other in items)
             state = {"complete": complete, "finished": finished, "failed": failed, "left_out": left_out}
-            if found.header:
-                state["continues"] = {name: found.header.get(name) for name in ("date", "commit", "command")}
+            if before.header:
+                state["continues"] = {name: before.header.get(name) for name in ("date", "commit", "command")}
             _write(paths[stem], {**head, **state}, rows)
         failures |= {f"{stem}, {label}": why for label, why in failed.items()}
     return failures
@@ -104,14 +109,14 @@ def measure(
 
 def known(path: Path, head: Mapping[str, Any]) -> Result:
     """What a file holds of the same study on the same machine. Raises ValueError where it is of another."""
-    found = Result.read(path)
+    result = Result.read(path)
     for name in ("study", "cpu", "gpu", "driver", "threads", "versions"):
-        if found.header.get(name) != head.get(name):
+        if result.header.get(name) != head.get(name):
             raise ValueError(
-                f"{path} was measured with another {name} ({found.header.get(name)}, now {head.get(name)}); measure it "
-                "anew with --again, or write elsewhere with --out"
+                f"{path} was measured with another {name} ({result.header.get(name)}, now {head.get(name)}); measure "
+                "it anew with --again, or write elsewhere with --out"
             )
-    return found
+    return result
 
 
 def _write(path: Path, head: Mapping[str, Any], rows: Iterable[Row]) -> None:
@@ -124,10 +129,10 @@ def _write(path: Path, head: Mapping[str, Any], rows: Iterable[Row]) -> None:
 @contextmanager
 def _noting(left_out: list[str]) -> Iterator[None]:
     """Adds what warnings say was left out; other warnings go their way."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    for warning in told:
+    for warning in caught:
         if " is left out: " in str(warning.message):
             left_out.append(str(warning.message))
         else:

@@ -285,7 +285,7 @@ def test_rows_of_a_layer(dtype: Precision) -> None:
     assert {"memory_format": "channels_last", "output": "as_is", "fused": False} in [
         r.config for r in rows if r.method == "cudnn"
     ]
-    head = suite.header("escort bench", DEVICE)
+    head = suite.header("layers", DEVICE)
     assert head["gpu"] == torch.cuda.get_device_name(DEVICE) and head["driver"] and head["versions"]["cudnn"]
 
 
@@ -296,9 +296,8 @@ def test_rows_of_a_network(precision: Precision) -> None:
     model = model.to(DEVICE, TORCH_DTYPE[precision])
     suite.prune_all_but_first(model, 0.9)
     x = torch.randn(4, 3, 32, 32, device=DEVICE, dtype=TORCH_DTYPE[precision])
-    rows = suite.measure_network(
-        model, x, network="tiny", weights="random-0.90", against=suite.RIVALS["cuda"], precision=precision, budget_s=0.2
-    )
+    race = suite.NetworkRace(against=suite.RIVALS["cuda"], precision=precision, budget_s=0.2)
+    rows = suite.measure_network(model, x, network="tiny", weights="random-0.90", race=race)
     assert [(row.method, row.config["graph"], "compiled" in row.config) for row in rows] == [
         ("escort", False, False),
         ("eager", False, False),

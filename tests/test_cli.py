@@ -17,7 +17,6 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import escort
-from benchmarks.__main__ import app as benchmarks_app
 from escort.artifact import artifact
 from escort.cli import app, doctor, models
 from escort.cuda import cache
@@ -85,7 +84,7 @@ def restore_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def invoke(*args: object) -> Result:
-    return CliRunner().invoke(benchmarks_app if args[:1] == ("bench",) else app, [str(arg) for arg in args])
+    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 def succeed(*args: object) -> Result:
@@ -269,54 +268,6 @@ def test_run_of_a_model_without_classes_and_without_graph(tmp_path: Path, batch:
     assert result.exit_code == 2 and "write an .npz" in result.stderr
 
 
-def test_bench_of_patterns(tmp_path: Path) -> None:
-    arrays = {"shape": [4, 4, 2, 3, 3, 1, 1, 1], "indptr": [0, 2, 2, 3], "indices": [0, 17, 4]}
-    np.savez(tmp_path / "net_l1.npz", **{f"conv{i}.{k}": np.array(v) for i in (1, 2) for k, v in arrays.items()})
-    path = tmp_path / "result.json"
-    report = succeed_json("bench", "--patterns", tmp_path / "net_l1.npz", "--batch", "1,2", "--output", path)
-    assert json.loads(path.read_text())["rows"] == report["rows"]
-    assert {(row["layer"], row["batch"]) for row in report["rows"]} == {(f"conv{i}", n) for i in (1, 2) for n in (1, 2)}
-    assert set(report["geometric_means"]) == {"net", "all"}
-
-
-def test_bench_writes_results_where_they_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = succeed("bench", "--network", TINY, "--input", "3,8,8", "--sparsity", 0.5, "--batch", "1,2").stdout
-    path = Path("benchmarks/results/cpu/tiny-random-0.50.json")
-    rows = json.loads(path.read_text())["rows"]
-    assert [(row["batch"], row["method"]) for row in rows] == [
-        (n, m) for n in (1, 2) for m in ("escort", "eager", "eager")
-    ]
-    assert str(path) in text and "vs eager" in text
-
-
-def test_a_short_search_tries_the_best_guesses() -> None:
-    report = succeed_json("bench", "--set", "paper", "--batch", 1, "--layers", "res5a_*", "--search", 1)
-    methods = [row["method"] for row in report["rows"]]
-    assert methods.count("direct") == 1 and "dense" in methods
-
-
-def test_bench_of_one_paper_layer_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    report = succeed_json("bench", "--set", "paper", "--batch", 1, "--layers", "res5a_*")
-    assert {row["layer"] for row in report["rows"]} == {"res5a_branch2b"}
-    assert report["output"] is None and not list(tmp_path.iterdir())
-
-
-def test_bench_warns_of_a_busy_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.savez(tmp_path / "net.npz", **{"c.shape": [4, 4, 1, 1, 1, 0, 1, 1], "c.indptr": [0, 1], "c.indices": [0]})
-    for load, warned in ((0.0, False), (1000.0, True)):
-        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
-        result = succeed("bench", "--patterns", tmp_path / "net.npz", "--output", tmp_path / "r.json")
-        assert ("idle machine" in result.stderr) == warned
-        assert json.loads((tmp_path / "r.json").read_text())["header"]["load_average"] == load
-
-
-def test_bench_of_a_named_network() -> None:
-    result = invoke("bench", "--network", "nonet")
-    assert result.exit_code == 2 and "resnet50" in result.stderr
-
-
 def test_doctor() -> None:
     report = succeed_json("doctor")
     findings = {finding["name"]: finding for finding in report["findings"]}
@@ -445,21 +396,6 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["run", "{saved}", "{tmp}", "--std", "0,1,1"], "deviations are positive"),
         (["run", "{saved}", "{tmp}", "--size", "8"], "height,width"),
         (["run", "{saved}", "{tmp}", "--output", "{tmp}/out.txt"], ".npz or .csv"),
-        (["bench"], "choose one of"),
-        (["bench", "--set", "paper", "--network", "resnet50"], "choose one of"),
-        (["bench", "--set", "paper", "--sparsity", "0.9"], "go with --network"),
-        (["bench", "--set", "paper", "--layers", "nothing*"], "no layer is named so"),
-        (["bench", "--set", "paper", "--batch", "0"], "--batch takes integers"),
-        (["bench", "--set", "paper", "--dtype", "fp16"], "--dtype fp16 is for GPUs"),
-        (["bench", "--set", "paper", "--device", "tpu"], "'tpu' is no device"),
-        (["bench", "--network", TINY, "--input", "3,8,8", "--batch", "paper"], "--batch paper goes with --set"),
-        (["bench", "--network", TINY], "--input 3,224,224"),
-        (["bench", "--network", TINY, "--input", "3,8,8", "--search", "2"], "--search go with --set"),
-        (["bench", "--patterns", "{tmp}/nowhere.npz"], "there is no such file"),
-        (
-            ["bench", "--network", TINY, "--input", "3,8,8", "--against", "fastnet", "--output", "{tmp}/r.json"],
-            "no rival",
-        ),
     ],
 )
 def test_bad_input(args: list[str], message: str, tmp_path: Path, saved: Path) -> None:

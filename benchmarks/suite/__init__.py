@@ -1,31 +1,37 @@
 """Benchmark suites: the paper's layers, real patterns and whole networks, each raced against its rivals in one run.
 
 A rival is timed only after its output was compared with a float64 reference, and every one that was timed is a row.
-`layers` and `networks` measure, `narrowed` limits what is tried, `rows` has the result files.
+`layers` and `patterns` have the layers, `race` and `networks` measure, `limited` limits what is tried, `rows` has the
+result files.
 """
 
 from __future__ import annotations
 
-from benchmarks.suite.layers import Layer, as_taken, measure_layer, paper_layers, pattern_layers, random_filter
-from benchmarks.suite.narrowed import Narrowed, narrowed
-from benchmarks.suite.networks import RIVALS, dense_at_its_best, measure_network, prune_all_but_first
-from benchmarks.suite.rows import WHOLE, Row, best_times, geometric_means, header, write_results
+from benchmarks.suite.layers import Layer, paper_layers, paper_layers_by_name, random_filter
+from benchmarks.suite.limited import Limited, limited
+from benchmarks.suite.networks import RIVALS, NetworkRace, dense_at_its_best, measure_network, prune_all_but_first
+from benchmarks.suite.patterns import pattern_layers
+from benchmarks.suite.race import as_taken, measure_layer
+from benchmarks.suite.rows import WHOLE, Row, best_times, config_of, geometric_means, header, write_results
 
 __all__ = [
     "RIVALS",
     "WHOLE",
     "Layer",
-    "Narrowed",
+    "Limited",
+    "NetworkRace",
     "Row",
     "as_taken",
     "best_times",
+    "config_of",
     "dense_at_its_best",
     "geometric_means",
     "header",
+    "limited",
     "measure_layer",
     "measure_network",
-    "narrowed",
     "paper_layers",
+    "paper_layers_by_name",
     "pattern_layers",
     "prune_all_but_first",
     "random_filter",

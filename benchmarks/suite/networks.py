@@ -18,36 +18,56 @@ from benchmarks.suite.rows import WHOLE, Row, check, leave_out
 from escort import prune, reference
 from escort.methods.precision import float32_convolutions, float32_products
 from escort.network.convert import COMPILE_BUDGET_S, NETWORK_ERROR_BOUND, convert
-from escort.planner import timing as bench
+from escort.planner import timing
 from escort.planner.timing import Timing
 from escort.problem import Precision
 
 #: The rivals that :func:`measure_network` knows besides eager torch, by type of device.
 RIVALS = {"cpu": ("onnxruntime",), "cuda": ("graph", "compile")}
+#: Seconds of compiling by the name of an effort.
+_COMPILE_S: dict[str | float, float] = {"fast": 0.0, "best": COMPILE_BUDGET_S}
 
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to run a network: the method and config of its row, and whether a CUDA graph is made of it."""
+    """One way to run a network.
+
+    Attributes:
+        method, config: of its row.
+        captured: whether a CUDA graph is made of it.
+        is_compiled: whether torch.compile made it.
+    """
 
     method: str
     config: dict[str, Any]
     run: Callable[[], Tensor]
     captured: bool = False
+    is_compiled: bool = False
+
+
+@dataclass(frozen=True)
+class NetworkRace:
+    """How a network is raced.
+
+    Attributes:
+        against: some of the device's :data:`RIVALS`; onnxruntime gets as many threads as torch has.
+        precision: of all; fp32 is strict.
+        effort: what compiling kernels for the weights may take, "fast", "best" or seconds, see :func:`escort.convert`.
+        rounds: of timed calls at most.
+        budget_s: seconds of timing.
+        progress: show a progress bar while converting.
+    """
+
+    against: Sequence[str] = ()
+    precision: Precision = "fp32"
+    effort: str | float = "best"
+    rounds: int = 8
+    budget_s: float = 30.0
+    progress: bool = False
 
 
 def measure_network(
-    model: nn.Module,
-    x: Tensor,
-    *,
-    network: str,
-    weights: str,
-    against: Sequence[str] = (),
-    precision: Precision = "fp32",
-    rounds: int = 8,
-    budget_s: float = 30.0,
-    compile_budget_s: float = COMPILE_BUDGET_S,
-    progress: bool = False,
+    model: nn.Module, x: Tensor, *, network: str, weights: str, race: NetworkRace | None = None
 ) -> list[Row]:
     """The model converted, raced against itself in eager mode (both memory formats) and against other engines.
 
@@ -59,60 +79,73 @@ def measure_network(
         model: dense modules in eval mode, on the device of x; the zeros are already in its weights.
         x: (N, C, H, W), what all run on.
         network, weights: for the rows.
-        against: some of the device's :data:`RIVALS`; onnxruntime gets as many threads as torch has.
-        precision: of all; fp32 is strict.
-        compile_budget_s: as of :func:`escort.convert`.
-        progress: show a progress bar while converting.
 
     Raises:
         RuntimeError: where one computes something else than the model in float64; nothing is timed then.
         ImportError: if an engine to run against is not installed.
     """
-    unknown = set(against) - set(RIVALS[x.device.type])
-    if unknown:
-        there = ", ".join(RIVALS[x.device.type])
-        raise ValueError(f"there is no rival {', '.join(sorted(unknown))}; there are {there}")
-    engines = [_onnxruntime(model, x) for name in against if name == "onnxruntime"]  # first: it may not be installed
+    race = race or NetworkRace()
+    if unknown := set(race.against) - set(RIVALS[x.device.type]):
+        rivals = ", ".join(RIVALS[x.device.type])
+        raise ValueError(f"there is no rival {', '.join(sorted(unknown))}; there are {rivals}")
+    ways = _ways(model, x, race)
     with torch.inference_mode():
         expected = copy.deepcopy(model).double()(x.double())
+    bound = NETWORK_ERROR_BOUND[race.precision]
+    with torch.inference_mode(), dense_at_its_best(race.precision):
+        ways = [way for way in ways if _starts(way, network)]
+        errors = [_checked(way.run(), expected, bound, f"{network} in {way.method}") for way in ways]
+        timings = _race_network(ways, x.device, race.rounds, race.budget_s)
+    rows = []
+    for way, taken, error in zip(ways, timings, errors, strict=True):
+        if taken.time_us is None or (way.captured and taken.timer != "graph"):
+            leave_out(f"{network} in {way.method} {way.config}", taken.reason)
+            continue
+        config = way.config | ({"graph": way.captured} if x.is_cuda else {})
+        time_us = round(taken.time_us, 2)
+        rows.append(Row(network, weights, WHOLE, len(x), race.precision, way.method, config, time_us, error))
+    return rows
+
+
+def _ways(model: nn.Module, x: Tensor, race: NetworkRace) -> list[_Way]:
+    """All ways to run the network, the converted one first."""
+    engines = [_onnxruntime(model, x) for name in race.against if name == "onnxruntime"]  # may not be installed
     channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x_last = x.contiguous(memory_format=torch.channels_last)
-    converted = convert(model, x, precision=precision, compile_budget_s=compile_budget_s, progress=progress)
+    compile_budget_s = _COMPILE_S.get(race.effort, race.effort)
+    converted = convert(
+        model, x, precision=race.precision, compile_budget_s=float(compile_budget_s), progress=race.progress
+    )
     plan = converted.plan
-    choice = {"kept_dense": plan.kept_dense, "images": plan.images, "memory_format": plan.memory_format}
-    threads = {"intra_op_num_threads": torch.get_num_threads()}
+    choice = {"kept_dense": plan.kept_dense, "samples": plan.images, "memory_format": plan.memory_format}
     ways = [
         _Way("escort", choice, lambda: converted(x)),
         _Way("eager", {"memory_format": "contiguous"}, lambda: model(x)),
         _Way("eager", {"memory_format": "channels_last"}, lambda: channels_last(x_last)),
-        *(_Way("onnxruntime", threads, run) for run in engines),
+        *(_Way("onnxruntime", {"intra_op_num_threads": torch.get_num_threads()}, run) for run in engines),
     ]
-    if "graph" in against:
+    if "graph" in race.against:
         ways += [replace(way, method=way.method.replace("eager", "graph"), captured=True) for way in ways]
-    bound = NETWORK_ERROR_BOUND[precision]
-    with torch.inference_mode(), dense_at_its_best(precision):
-        if "compile" in against:
-            for way in (
-                _Way("compile", {"memory_format": "channels_last"}, _compiled(channels_last, x_last), captured=True),
-                _Way("escort", choice | {"compiled": True}, _compiled(converted, x), captured=True),
-            ):
-                try:
-                    way.run()
-                    ways.append(way)
-                except Exception as failure:  # of many kinds: compilers may be missing, or fail
-                    reason = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
-                    leave_out(f"{network} in {way.method} by torch.compile", reason)
-        errors = [_checked(way.run(), expected, bound, f"{network} in {way.method}") for way in ways]
-        timings = _race_network(ways, x.device, rounds, budget_s)
-    rows = []
-    for way, timing, error in zip(ways, timings, errors, strict=True):
-        if timing.time_us is None or (way.captured and timing.timer != "graph"):
-            leave_out(f"{network} in {way.method} {way.config}", timing.reason)
-            continue
-        config = way.config | ({"graph": way.captured} if x.is_cuda else {})
-        time_us = round(timing.time_us, 2)
-        rows.append(Row(network, weights, WHOLE, len(x), precision, way.method, config, time_us, error))
-    return rows
+    if "compile" in race.against:
+        last = {"memory_format": "channels_last"}
+        ways += [
+            _Way("compile", last, _compiled(channels_last, x_last), captured=True, is_compiled=True),
+            _Way("escort", choice | {"compiled": True}, _compiled(converted, x), captured=True, is_compiled=True),
+        ]
+    return ways
+
+
+def _starts(way: _Way, network: str) -> bool:
+    """Whether a way runs at all; what torch.compile makes may not."""
+    if not way.is_compiled:
+        return True
+    try:
+        way.run()
+    except Exception as failure:  # of many kinds: compilers may be missing, or fail
+        reason = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+        leave_out(f"{network} in {way.method} by torch.compile", reason)
+        return False
+    return True
 
 
 def _compiled(network: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -134,19 +167,19 @@ def dense_at_its_best(precision: Precision) -> Iterator[None]:
 
 def _race_network(ways: Sequence[_Way], device: torch.device, rounds: int, budget_s: float) -> list[Timing]:
     if device.type == "cpu":
-        times = bench.race([way.run for way in ways], rounds=rounds, burst=4, budget_s=budget_s)
+        times = timing.race([way.run for way in ways], rounds=rounds, burst=4, budget_s=budget_s)
         return [Timing(time_us, "calls") for time_us in times]
     timings: dict[int, Timing] = {}
     for captured in (False, True):
         group = [index for index, way in enumerate(ways) if way.captured is captured]
         runs = [ways[index].run for index in group]
-        found = bench.race_on_gpu(runs, device, rounds=rounds, budget_s=budget_s, capture=captured)
-        timings |= zip(group, found, strict=True)
+        taken = timing.race_on_gpu(runs, device, rounds=rounds, budget_s=budget_s, capture=captured)
+        timings |= zip(group, taken, strict=True)
     return [timings[index] for index in range(len(ways))]
 
 
 def prune_all_but_first(model: nn.Module, sparsity: float) -> None:
-    """Prunes every convolution but the first, which sees the image and has few weights, by magnitude and for good."""
+    """Prunes every convolution but the first, which sees the picture and has few weights, by magnitude and for good."""
     prune.uniform(model, sparsity, skip=next(iter(prune.convolutions(model))))
     prune.make_permanent(model)
 

@@ -8,13 +8,15 @@ import os
 import subprocess
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
+from statistics import geometric_mean
 from typing import Any
 
+from escort.methods import Method
 from escort.planner.machine import Machine
 
 #: The `layer` of a row that is about a whole network.
@@ -39,6 +41,12 @@ class Row:
     config: dict[str, Any]
     time_us: float
     rel_error: float
+
+
+def config_of(method: Method, row: Row) -> Any:
+    """The configuration of a method in a row, which may say more besides."""
+    names = [field.name for field in fields(method.config_type)]
+    return method.config_type(**{name: row.config[name] for name in names if name in row.config})
 
 
 def check(error: float, bound: float, what: str) -> None:
@@ -66,22 +74,22 @@ def geometric_means(rows: Iterable[Row], ours: str) -> dict[str, dict[str, float
 
     Each method counts with its fastest configuration; a layer counts where both were timed.
     """
-    logs: dict[str, dict[str, list[float]]] = {}
+    ratios: dict[str, dict[str, list[float]]] = {}
     for (network, _, _), times in best_times(rows).items():
         for rival, time in times.items():
             if rival != ours and ours in times:
                 for name in (network, "all"):
-                    logs.setdefault(name, {}).setdefault(rival, []).append(math.log(time / times[ours]))
+                    ratios.setdefault(name, {}).setdefault(rival, []).append(time / times[ours])
     return {
-        name: {rival: math.exp(sum(log) / len(log)) for rival, log in rivals.items()}
-        for name, rivals in sorted(logs.items(), key=lambda item: item[0] == "all")
+        name: {rival: geometric_mean(of_rival) for rival, of_rival in rivals.items()}
+        for name, rivals in sorted(ratios.items(), key=lambda item: item[0] == "all")
     }
 
 
 def header(command: str, device: str = "cpu") -> dict[str, Any]:
     """What a result is measured on and by: device, versions, commit, date and command.
 
-    Made before the timing: its load average tells whether other processes held the cores. OpenMP code waits for
+    Made before the timing: its load average tells whether other processes kept the cores busy. OpenMP code waits for
     threads that are not running then, which makes torch, and dense convolutions above all, slower many times over.
     """
     machine = Machine.here(device)

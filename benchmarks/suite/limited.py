@@ -16,7 +16,7 @@ from escort.planner import planner
 from escort.problem import Problem
 
 
-class Narrowed(Method):
+class Limited(Method):
     """A method with a smaller search space: the given configurations, or the `most` best guesses."""
 
     def __init__(self, method: Method, configs: Sequence[Any] | None = None, most: int | None = None) -> None:
@@ -42,23 +42,23 @@ class Narrowed(Method):
         return ready or self._method.prepare(problem, sparse_filter, bias, config)
 
     def prepare_ahead(self, layer: Layer, config: Any) -> None:
-        """For a later `prepare` of the layer, which is told what fails here."""
+        """Keeps what a later `prepare` of the layer returns. What fails here fails there again, and is reported."""
         with suppress(RuntimeError, ValueError):
-            self._ready[config] = self._method.prepare(layer.problem, layer.filter, None, config)
+            self._ready[config] = self._method.prepare(layer.problem, layer.sparse_filter, None, config)
 
 
-def narrowed(layers: Sequence[Layer], methods: Sequence[Method], most: int | None = None) -> list[list[Narrowed]]:
+def limited(layers: Sequence[Layer], methods: Sequence[Method], most: int | None = None) -> list[list[Limited]]:
     """For each layer the methods with their `most` best guesses, by default all.
 
     What methods compile for the filters is compiled here, side by side for all layers.
     """
-    found, jobs = [], []
+    by_layer, jobs = [], []
     for layer in layers:
-        found.append([Narrowed(method, most=most) for method in methods])
-        for place, method in enumerate(methods):
+        by_layer.append([Limited(method, most=most) for method in methods])
+        for index, method in enumerate(methods):
             if method.compiles_per_filter and method.unsupported(layer.problem) is None:
-                configs = list(method.configs(layer.problem, layer.filter)[:most])
-                ready = found[-1][place] = Narrowed(method, configs)
+                configs = list(method.configs(layer.problem, layer.sparse_filter)[:most])
+                ready = by_layer[-1][index] = Limited(method, configs)
                 jobs += [partial(ready.prepare_ahead, layer, config) for config in configs]
     planner.on_all_cores(jobs)
-    return found
+    return by_layer

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks import suite
-from benchmarks.findings import PATTERN_AIMS, PatternAim
+from benchmarks.findings.aims import PatternAim, read_aims
 from escort import reference
 from escort.methods import by_name
 
-FILES = sorted((Path(__file__).parents[2] / "shared" / "data" / "patterns").glob("*.npz"))
+FILES = sorted((Path(__file__).parents[3] / "shared" / "data" / "patterns").glob("*.npz"))
 
 
 @pytest.mark.skipif(not FILES, reason="no patterns beside the repository")
@@ -24,14 +24,14 @@ def test_direct_on_real_patterns(file: Path) -> None:
     for layer in layers[:: max(len(layers) // 8, 1)]:
         problem = layer.problem
         x = torch.randn(problem.input_shape)
-        expected = reference.conv2d(problem, x, layer.filter.to_dense())
-        for config in list(direct.configs(problem, layer.filter))[::3]:
-            y = direct.prepare(problem, layer.filter, None, config)(x)
+        expected = reference.conv2d(problem, x, layer.sparse_filter.to_dense())
+        for config in list(direct.configs(problem, layer.sparse_filter))[::3]:
+            y = direct.prepare(problem, layer.sparse_filter, None, config)(x)
             assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp32"], layer.name
 
 
 @pytest.mark.skipif(not FILES, reason="no patterns beside the repository")
-@pytest.mark.parametrize("aim", PATTERN_AIMS, ids=lambda aim: aim.weights)
+@pytest.mark.parametrize("aim", read_aims().patterns, ids=lambda aim: aim.weights)
 def test_the_layers_of_aims_are_those_of_the_files(aim: PatternAim) -> None:
     (file,) = (file for file in FILES if file.stem == aim.weights)
     layers = suite.pattern_layers(file, aim.batch)

@@ -15,13 +15,13 @@ from torch import nn
 
 from benchmarks import suite
 from benchmarks.paper_layers import PAPER_LAYERS
-from benchmarks.suite import Row, layers, networks
+from benchmarks.suite import NetworkRace, Row, networks, race
 from escort import prune
 from escort.filter import SparseFilter
 from escort.methods import Prepared
 from escort.methods.cpu.dense import Dense, DenseConfig
 from escort.network.model import ConvertedModel
-from escort.planner import timing as bench
+from escort.planner import timing
 from escort.planner.machine import Machine
 from escort.planner.timing import Timing
 from escort.problem import MemoryFormat, Problem
@@ -56,11 +56,11 @@ def test_paper_table() -> None:
 def test_paper_layers_have_the_published_sparsities_at_random_positions() -> None:
     layers = suite.paper_layers(2)
     for layer, entry in zip(layers, PAPER_LAYERS, strict=True):
-        assert layer.filter.sparsity == pytest.approx(entry.sparsity, abs=1e-3)
-        assert layer.problem.batch == 2 and layer.filter.shape == layer.problem.weight_shape
+        assert layer.sparse_filter.sparsity == pytest.approx(entry.sparsity, abs=1e-3)
+        assert layer.problem.batch == 2 and layer.sparse_filter.shape == layer.problem.weight_shape
     same, other = suite.paper_layers(2)[0], suite.paper_layers(2, seed=1)[0]
-    assert np.array_equal(layers[0].filter.columns, same.filter.columns)
-    assert not np.array_equal(layers[0].filter.columns, other.filter.columns)
+    assert np.array_equal(layers[0].sparse_filter.columns, same.sparse_filter.columns)
+    assert not np.array_equal(layers[0].sparse_filter.columns, other.sparse_filter.columns)
 
 
 def test_the_papers_batches_and_any_precision() -> None:
@@ -89,14 +89,14 @@ def test_patterns_are_read_as_documented(tmp_path: Path, arrays: dict[str, np.nd
     (layer,) = suite.pattern_layers(tmp_path / "net_l1.npz", batch=3)
     assert (layer.network, layer.weights, layer.name) == ("net", "net_l1", "conv")
     assert layer.problem == Problem(3, 4, 5, 7, 3, (3, 3), (2, 2), (1, 1, 1, 1))
-    dense = layer.filter.to_dense()
+    dense = layer.sparse_filter.to_dense()
     assert dense.count_nonzero() == 3
     assert (dense[0, 0, 0, 0], dense[0, 3, 2, 2], dense[2, 1, 0, 0]) == (1.5, -2.0, 3.0)
 
 
 def test_patterns_without_values_get_random_ones(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     np.savez(tmp_path / "net.npz", **arrays)
-    first, again = (suite.pattern_layers(tmp_path / "net.npz", 1)[0].filter for _ in range(2))
+    first, again = (suite.pattern_layers(tmp_path / "net.npz", 1)[0].sparse_filter for _ in range(2))
     assert first.nnz == 3 and np.all(first.values != 0) and np.array_equal(first.values, again.values)
 
 
@@ -167,8 +167,8 @@ def test_wrong_outputs_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             run = super().prepare(*args)
             return Prepared(lambda x, residual=None: run(x, residual) * 1.01)
 
-    monkeypatch.setattr(layers, "for_device", lambda device: (Wrong(),))
-    monkeypatch.setattr(bench, "race", lambda *args, **kwargs: pytest.fail("timed"))
+    monkeypatch.setattr(race, "for_device", lambda device: (Wrong(),))
+    monkeypatch.setattr(timing, "race", lambda *args, **kwargs: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match="conv, .*relative error 1.0e-02"):
         suite.measure_layer(tiny_layer())
 
@@ -213,15 +213,15 @@ class FakeGpuMethod(Dense):
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> suite.Layer:
-    inputs = bench.example_inputs
-    monkeypatch.setattr(bench, "example_inputs", lambda p, seed: 2 * inputs(replace(p, device="cpu"), seed=seed))
+    inputs = timing.example_inputs
+    monkeypatch.setattr(timing, "example_inputs", lambda p, seed: 2 * inputs(replace(p, device="cpu"), seed=seed))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     layer = tiny_layer()
     return replace(layer, problem=replace(layer.problem, device="cuda:0"))
 
 
-def race(runs: Any, device: str, **_: Any) -> list[Timing]:
+def take_turns(runs: Any, device: str, **_: Any) -> list[Timing]:
     assert device == "cuda:0" and all(len(run) == 2 for run in runs)
     for run in runs:
         run[0]()
@@ -231,7 +231,7 @@ def race(runs: Any, device: str, **_: Any) -> list[Timing]:
 
 
 def test_rows_of_a_gpu(on_gpu: suite.Layer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "race_on_gpu", race)
+    monkeypatch.setattr(timing, "race_on_gpu", take_turns)
     method = FakeGpuMethod(Scaled())
     rows = suite.measure_layer(on_gpu, methods=[method])
     assert [(row.method, row.time_us) for row in rows] == [("fake", 3.14), ("fake", 2.0)]
@@ -247,21 +247,21 @@ def test_rows_of_a_gpu(on_gpu: suite.Layer, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_a_gpu_cannot_run_is_left_out(
     on_gpu: suite.Layer, monkeypatch: pytest.MonkeyPatch, factor: float, why: str
 ) -> None:
-    monkeypatch.setattr(bench, "race_on_gpu", race)
+    monkeypatch.setattr(timing, "race_on_gpu", take_turns)
     with pytest.warns(UserWarning, match=f"conv, fake .*{factor}.* is left out: {why}"):
         rows = suite.measure_layer(on_gpu, methods=[FakeGpuMethod(Scaled(factor), Scaled())])
     assert [row.config["factor"] for row in rows] == [1.0, 1.0]
 
 
 def test_what_fails_in_the_race_is_left_out(on_gpu: suite.Layer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "race_on_gpu", race)
+    monkeypatch.setattr(timing, "race_on_gpu", take_turns)
     with pytest.warns(UserWarning, match="is left out: out of device memory"):
         rows = suite.measure_layer(on_gpu, methods=[FakeGpuMethod(Scaled(), Scaled(1 + 1e-7))])
     assert len(rows) == 2
 
 
 def test_wrong_outputs_are_not_timed_on_a_gpu(on_gpu: suite.Layer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "race_on_gpu", lambda *args, **kwargs: pytest.fail("timed"))
+    monkeypatch.setattr(timing, "race_on_gpu", lambda *args, **kwargs: pytest.fail("timed"))
     for factor in (1.001, float("nan")):
         with pytest.raises(RuntimeError, match="conv, fake .* exceeds 1e-05; please report it"):
             suite.measure_layer(on_gpu, methods=[FakeGpuMethod(Scaled(factor))])
@@ -275,9 +275,8 @@ def test_network_against_its_rivals() -> None:
     suite.prune_all_but_first(model, 0.8)
     shares = prune.sparsity(model)
     assert shares["0"] == 0.0 and shares["2"] == pytest.approx(0.8, abs=0.01)
-    rows = suite.measure_network(
-        model, x, network="tiny", weights="random-0.80", against=["onnxruntime"], rounds=1, budget_s=0.0
-    )
+    quick = NetworkRace(against=["onnxruntime"], rounds=1, budget_s=0.0)
+    rows = suite.measure_network(model, x, network="tiny", weights="random-0.80", race=quick)
     assert [row.method for row in rows] == ["escort", "eager", "eager", "onnxruntime"]
     assert rows[3].config == {"intra_op_num_threads": torch.get_num_threads()}
     assert all(row.layer == "all" and row.batch == 2 and row.rel_error <= 1e-4 for row in rows)
@@ -288,7 +287,7 @@ def test_network_in_graphs_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None
     model, x = tiny(), torch.randn(2, 3, 8, 8)
     model(x)
 
-    def race(ways: Any, *_: Any) -> list[Timing]:
+    def timings(ways: Any, *_: Any) -> list[Timing]:
         """The first that is captured cannot be."""
         timings = [Timing(float(index), "graph" if way.captured else "events") for index, way in enumerate(ways)]
         timings[3] = Timing(9.0, "events", "not captured: it synchronizes")
@@ -298,12 +297,13 @@ def test_network_in_graphs_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None
         raise NotImplementedError("no compiler\nand many more lines")
 
     monkeypatch.setitem(suite.RIVALS, "cpu", ("graph", "compile"))
-    monkeypatch.setattr(networks, "_race_network", race)
+    monkeypatch.setattr(networks, "_race_network", timings)
     monkeypatch.setattr(
         torch, "compile", lambda module, dynamic: module if isinstance(module, ConvertedModel) else broken
     )
     with pytest.warns(UserWarning) as warned:
-        rows = suite.measure_network(model, x, network="tiny", weights="random", against=["graph", "compile"])
+        against = NetworkRace(against=["graph", "compile"])
+        rows = suite.measure_network(model, x, network="tiny", weights="random", race=against)
     assert [(row.method, row.time_us) for row in rows] == [
         ("escort", 0.0),
         ("eager", 1.0),
@@ -325,7 +325,7 @@ def test_unknown_rival() -> None:
     model, x = tiny(), torch.randn(1, 3, 8, 8)
     model(x)
     with pytest.raises(ValueError, match="there is no rival fastnet; there are onnxruntime"):
-        suite.measure_network(model, x, network="tiny", weights="random", against=["fastnet"])
+        suite.measure_network(model, x, network="tiny", weights="random", race=NetworkRace(against=["fastnet"]))
 
 
 def test_means_take_the_best_configuration_and_are_geometric() -> None:
@@ -351,18 +351,18 @@ def test_means_take_the_best_configuration_and_are_geometric() -> None:
 
 def test_result_files(tmp_path: Path) -> None:
     assert [field.name for field in fields(Row)] == ROW_FIELDS
-    suite.write_results(tmp_path / "a.json", suite.header("escort bench"), [row("a", "1", "dense", 2.0)])
+    suite.write_results(tmp_path / "a.json", suite.header("layers"), [row("a", "1", "dense", 2.0)])
     result = json.loads((tmp_path / "a.json").read_text())
     assert list(result["rows"][0]) == ROW_FIELDS
     head = result["header"]
-    assert head["device"] == "cpu" and head["threads"] == torch.get_num_threads() and head["command"] == "escort bench"
+    assert head["device"] == "cpu" and head["threads"] == torch.get_num_threads() and head["command"] == "layers"
     assert {"cpu", "isa", "load_average", "versions", "commit", "date"} <= set(head)
 
 
 def test_header_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159.04", "13.0", "9.19.0")
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
-    head = suite.header("escort bench --device cuda", "cuda:0")
+    head = suite.header("layers --device cuda", "cuda:0")
     assert (head["device"], head["gpu"], head["driver"]) == ("cuda", "NVIDIA H200", "580.159.04")
     assert (head["versions"]["cuda"], head["versions"]["cudnn"], head["versions"]["torch"]) == (
         "13.0",

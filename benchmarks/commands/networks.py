@@ -1,0 +1,95 @@
+"""python -m benchmarks networks: a whole network, converted, against other ways to run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+from benchmarks import suite
+from benchmarks.commands.options import EffortOption, RunOptions, command, effort_of
+from benchmarks.commands.rows import Results
+from benchmarks.networks import NETWORKS
+from benchmarks.suite import NetworkRace, Row
+from escort.cli import models
+from escort.cli.console import CheckpointOption, Output, note, numbers
+from escort.problem import TORCH_DTYPE
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Which network, what is pruned of it, and what it is raced against."""
+
+    network: Annotated[
+        str, typer.Argument(metavar="NETWORK", help=f"{', '.join(NETWORKS)}, or package.module:factory.")
+    ]
+    sparsity: Annotated[
+        float | None, typer.Option(help="Prune every convolution of the network but the first to this share of zeros.")
+    ] = None
+    checkpoint: CheckpointOption = None
+    size: Annotated[
+        str | None, typer.Option("--input", metavar="C,H,W", help="One input's shape, for package.module:factory.")
+    ] = None
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Other ways to run the network: "
+            + "; ".join(f"{', '.join(names)} on {device}" for device, names in suite.RIVALS.items())
+            + ".",
+        ),
+    ] = None
+    effort: EffortOption = "best"
+
+    @property
+    def rivals(self) -> list[str]:
+        return [name for names in self.against or [] for name in names.split(",")]
+
+
+@command
+def main(chosen: NetworkOptions, options: RunOptions, output: Output) -> None:
+    """Time a whole network, converted, against eager torch and other engines; outputs are checked before timings."""
+    device = options.find_device()
+    race = NetworkRace(chosen.rivals, options.dtype, effort_of(chosen.effort), progress=True)
+    batches = options.batches
+    torch.manual_seed(options.seed)
+    subject = _Subject.of(chosen)
+    results = Results.begin(options, device, f"{subject.name}-{subject.weights}", "escort")
+    rows: list[Row] = []
+    for batch in batches:
+        note(f"{subject.name}, {subject.weights}, batch {batch}: converting, then timing against eager torch")
+        x = torch.randn(batch, *subject.input_size).to(device, TORCH_DTYPE[options.dtype])
+        model = subject.model.to(device, TORCH_DTYPE[options.dtype])
+        rows += suite.measure_network(model, x, network=subject.name, weights=subject.weights, race=race)
+    results.finish(output, rows)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A network to be timed; `input_size` is (C, H, W)."""
+
+    name: str
+    weights: str
+    model: nn.Module
+    input_size: tuple[int, ...]
+
+    @classmethod
+    def of(cls, chosen: NetworkOptions) -> _Subject:
+        network, checkpoint = chosen.network, chosen.checkpoint
+        input_size = None if chosen.size is None else numbers(chosen.size, "--input")
+        if ":" not in network:
+            if network not in NETWORKS:
+                raise ValueError(f"{network}: there are {', '.join(NETWORKS)}, and package.module:factory")
+            input_size = input_size or NETWORKS[network].input_size
+            network = f"benchmarks.networks:{NETWORKS[network].factory.__name__}"
+        model = models.load(network, checkpoint)
+        if input_size is None or len(input_size) != 3:
+            raise ValueError(f"{network} takes samples of one size; give it, for example --input 3,224,224")
+        weights = "random" if checkpoint is None else checkpoint.stem
+        if chosen.sparsity is not None:
+            suite.prune_all_but_first(model, chosen.sparsity)
+            weights += f"-{chosen.sparsity:.2f}"
+        return cls(chosen.network.rpartition(":")[2], weights, model, input_size)

@@ -1,0 +1,107 @@
+"""What becomes of the rows that a command measured: a result file, JSON, and tables for the terminal."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import suite
+from benchmarks.commands.options import RunOptions, command_line
+from benchmarks.suite import Row
+from escort import report
+from escort.cli.console import Output, check_writable, note, replace_file
+from escort.planner.machine import Machine
+
+#: Share of the cores that may be in use by others before a result is worth a warning.
+_BUSY = 0.4
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows to come, and where they go.
+
+    Attributes:
+        path: the result file; None for none.
+        head: its header, made before anything is timed.
+        ours: the method that is compared with all others.
+        device: that all of it is measured on.
+        dtype: the precision.
+    """
+
+    path: Path | None
+    head: dict[str, Any]
+    ours: str
+    device: str
+    dtype: str
+
+    @classmethod
+    def begin(cls, options: RunOptions, device: str, name: str, ours: str, *, kept: bool = True) -> Results:
+        """Finds out where the rows go, and warns of a busy machine.
+
+        Args:
+            name: of the result file, unless one is given.
+            kept: whether there is one though none is given.
+        """
+        path = options.output_path
+        if path is not None:
+            check_writable(path)
+        elif kept:
+            stem = name if options.dtype == "fp32" else f"{name}-{options.dtype}"
+            path = Path("benchmarks/results") / _folder(device) / f"{stem}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+        head = suite.header(command_line(), device)
+        if device == "cpu" and head["load_average"] > _BUSY * (os.cpu_count() or 1):
+            note(
+                f"warning: other processes keep this machine busy (load average {head['load_average']}): ratios to "
+                "dense methods come out far too high; measure on an idle machine"
+            )
+        return cls(path, head, ours, device, options.dtype)
+
+    def finish(self, output: Output, rows: list[Row]) -> None:
+        """Writes and prints them."""
+        if self.path is not None:
+            replace_file(self.path, lambda path: suite.write_results(path, self.head, rows))
+        means = suite.geometric_means(rows, self.ours)
+        output.result = {
+            "output": None if self.path is None else str(self.path),
+            "header": self.head,
+            "rows": [asdict(row) for row in rows],
+            "geometric_means": means,
+        }
+        caption = f"{report.machine_line(Machine.here(self.device))}, {self.dtype}, medians in microseconds."
+        output.text.print(report.terminal(_times(rows, self.ours, caption)))
+        output.text.print(report.terminal(_means(means, self.ours)))
+        if self.path is not None:
+            output.text.print(f"wrote {self.path}")
+
+
+def _folder(device: str) -> str:
+    """Results are kept by device: `cpu`, or the GPU's name as in `h200`."""
+    if device == "cpu":
+        return "cpu"
+    return torch.cuda.get_device_name(device).removeprefix("NVIDIA ").lower().replace(" ", "-")
+
+
+def _times(rows: list[Row], ours: str, caption: str) -> report.Table:
+    """One line per layer and batch: the best time of each method, and how many times faster ours is."""
+    best = suite.best_times(rows)
+    rivals = list(dict.fromkeys(row.method for row in rows if row.method != ours))
+    methods = (ours, *rivals)
+    columns = ("Network", "Layer", "Batch", *(f"{m}, µs" for m in methods), *(f"vs {rival}" for rival in rivals))
+    lines = []
+    for (network, layer, batch), times in best.items():
+        cells = [f"{times[m]:,.0f}" if m in times else "-" for m in methods]
+        ratios = [f"{times[m] / times[ours]:.2f}x" if m in times and ours in times else "-" for m in rivals]
+        lines.append((network, layer, str(batch), *cells, *ratios))
+    return report.Table("Best time of each method", columns, tuple(lines), caption)
+
+
+def _means(means: dict[str, dict[str, float]], ours: str) -> report.Table:
+    rivals = list(dict.fromkeys(rival for ratios in means.values() for rival in ratios))
+    lines = [(name, *(f"{ratios[m]:.2f}x" if m in ratios else "-" for m in rivals)) for name, ratios in means.items()]
+    columns = ("Network", *(f"vs {rival}" for rival in rivals))
+    return report.Table(f"How many times faster {ours} is, geometric mean", columns, tuple(lines))

@@ -1,0 +1,59 @@
+"""Tables and plots of forecasts: from which share of zeros on methods should be faster than cuDNN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+
+from benchmarks.exhibits.cells import Shown, bar_length, microseconds
+from benchmarks.findings import forecast
+from benchmarks.findings.methods import OURS, methods_in
+from benchmarks.result_files import Result
+from escort.problem import Precision
+from escort.report import Table, convolution, horizontal_bars
+
+#: The precisions that there is a forecast of.
+FORECAST: tuple[Precision, ...] = ("fp16", "fp32")
+
+
+def show_forecast(results: Mapping[str, Result], dtype: Precision) -> Shown:
+    forecasts = forecast.forecasts(results, dtype)
+    if not forecasts:
+        return {}
+    methods = methods_in(f.least for f in forecasts)
+    lines = []
+    for f in forecasts:
+        shares = (_least(f.least[method]) for method in methods)
+        lines.append((convolution(f.problem), str(f.problem.batch), f.layout, microseconds(f.cudnn_us), *shares))
+    lowest, highest = 100 * forecast.SHARES[0], 100 * forecast.SHARES[-1]
+    caption = (
+        "Share of zeros, at random positions, from which a method's model predicts less than the time measured of "
+        f"cuDNN; never: not at {highest:g} % either."
+    )
+    if any(f.layout == "any" for f in forecasts):
+        caption += (
+            " Tensors in any layout: each method takes them as suits it best and nothing is converted, which for cuDNN "
+            "and sparse_tc means channels_last, as a network that is channels_last throughout has them."
+        )
+    if OURS in methods:
+        rates = forecast.direct_mhz(results[f"layers-{dtype}"], dtype)
+        low, middle, high = np.quantile(rates, (0.1, 0.5, 0.9)) / 1e3
+        caption += (
+            f" The model of direct counts clocks: {middle:.2f} GHz are taken, the median over the paper's layers of "
+            f"its clocks by the time measured (10th percentile {low:.2f}, 90th {high:.2f})."
+        )
+    columns = ("Convolution", "Samples", "Tensors", "cudnn µs", *methods)
+    heading = f"Forecast of break-even sparsity, {dtype}"
+    names = [f"{convolution(f.problem)}, {f.problem.batch} samples, {f.layout}" for f in forecasts]
+    bars = {method: [bar_length(f.least[method], forecast.SHARES[0]) for f in forecasts] for method in methods}
+    plot = partial(horizontal_bars, heading, names, bars, f"Percent zeros, no less than {lowest:g}")
+    return {f"forecast-{dtype}": Table(heading, columns, tuple(lines), caption), f"forecast-{dtype}-plot": plot}
+
+
+def _least(share: float) -> str:
+    if share == math.inf:
+        return "never"
+    return f"below {forecast.SHARES[0]:.0%}" if share == -math.inf else f"{share:.0%}"

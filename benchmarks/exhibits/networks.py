@@ -1,0 +1,78 @@
+"""Tables and plots of RQ4: from which share of zeros on networks and layers are faster than dense ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from benchmarks.exhibits.cells import Shown, bar_length, milliseconds, times_faster, zeros_in_paper
+from benchmarks.findings.break_even import Point, break_even, by_sparsity, points_of
+from benchmarks.findings.methods import OURS, methods_in
+from benchmarks.paper_layers import LAYERS
+from benchmarks.result_files import Result
+from escort.report import Table, convolution, horizontal_bars, line_chart
+
+
+def show_networks(results: Mapping[str, Result]) -> Shown:
+    """RQ4: whole networks."""
+    shown: Shown = {}
+    for dtype, result in results.items():
+        best = by_sparsity(result.rows)
+        engines = methods_in(times for curve in best.values() for times in curve.values())
+        rivals = [engine for engine in engines if engine != "escort"]
+        lines = []
+        for (network, _, batch), curve in best.items():
+            for sparsity, times in curve.items():
+                times_ms = [milliseconds(times.get(engine)) for engine in engines]
+                ours = times.get("escort")
+                ratios = [times_faster(times[rival] / ours if ours and rival in times else None) for rival in rivals]
+                lines.append((network, str(batch), f"{sparsity:.0%}", *times_ms, *ratios))
+            timed = methods_in(curve.values())
+            lengths = {engine: [times.get(engine, math.nan) / 1e3 for times in curve.values()] for engine in timed}
+            heading, axis = f"{network}, batch {batch}, {dtype}", "Zeros in all convolutions but the first, percent"
+            percent = [100 * sparsity for sparsity in curve]
+            shown[f"network-{network}-{dtype}"] = partial(line_chart, heading, percent, lengths, axis, "ms")
+        columns = ("Network", "Batch", "Zeros", *(f"{engine} ms" for engine in engines))
+        columns += tuple(f"vs {rival}" for rival in rivals)
+        shown[f"networks-{dtype}"] = Table(f"Whole networks, {dtype}", columns, tuple(lines), _network_crossings(best))
+    return shown
+
+
+def _network_crossings(best: Mapping[tuple[str, str, int], Mapping[float, Mapping[str, float]]]) -> str:
+    curves = {network: points_of(curve, "escort") for (network, _, _), curve in best.items()}
+    texts = [f"{network} {_crossing(points)}" for network, points in curves.items() if points]
+    return f"Faster than the fastest dense engine from this share of zeros on: {', '.join(texts)}." if texts else ""
+
+
+def show_break_evens(results: Mapping[str, Result]) -> Shown:
+    """RQ4: layers."""
+    layers: dict[tuple[str, str], dict[str, list[Point]]] = {}
+    for dtype, result in results.items():
+        for (network, layer, _), curve in by_sparsity(result.rows).items():
+            if points := points_of(curve, OURS):
+                layers.setdefault((network, layer), {})[dtype] = points
+    lines = []
+    for (network, layer), by_dtype in layers.items():
+        entry = LAYERS[network, layer]
+        cells = (_crossing(by_dtype[dtype]) if dtype in by_dtype else "-" for dtype in results)
+        lines.append((network, layer, convolution(entry.problem(entry.batch)), zeros_in_paper(network, layer), *cells))
+    columns = ("Network", "Layer", "Convolution", "Zeros in the paper", *results)
+    caption = "Share of zeros from which direct is faster than the dense library at the same precision."
+    table = Table("Break-even sparsity per layer shape", columns, tuple(lines), caption)
+    names = [f"{network} {layer}" for network, layer in layers]
+    bars = {dtype: [_bar(by_dtype.get(dtype)) for by_dtype in layers.values()] for dtype in results}
+    plot = partial(horizontal_bars, "Break-even sparsity per layer shape", names, bars, "Percent zeros")
+    return {"break-even": table, "break-even-plot": plot} if layers else {}
+
+
+def _bar(points: Sequence[Point] | None) -> float | None:
+    """A break-even sparsity in percent, not below what was measured; None where there is none."""
+    return bar_length(break_even(points), min(points)[0]) if points else None
+
+
+def _crossing(points: Sequence[Point]) -> str:
+    at, sparsities = break_even(points), [sparsity for sparsity, _, _ in points]
+    if at == math.inf:
+        return f"above {max(sparsities):.0%}"
+    return f"below {min(sparsities):.0%}" if at == -math.inf else f"{at:.0%}"

@@ -1,0 +1,126 @@
+"""What the methods are to reach. The numbers are data: :data:`AIMS_FILE`, beside the results that they judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite import Row
+
+AIMS_FILE = Path(__file__).parents[1] / "results" / "aims.json"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A least ratio of total times, ``rival / direct``, over the layers of a network at the paper's batch.
+
+    Attributes:
+        against: the rival, for readers.
+        least: by network.
+        config: what the rival's configurations that count have in common; by default the fastest of all counts.
+        least_sparsity: only layers with at least this share of zeros count.
+        paper: the speedup that the paper reports over all networks, None where it does not compare.
+    """
+
+    against: str
+    rival: str
+    dtype: str
+    least: Mapping[str, float]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    least_sparsity: float = 0.0
+    paper: float | None = None
+
+    def counts(self, row: Row) -> bool:
+        """Whether the row counts."""
+        return row.method != self.rival or self.config.items() <= row.config.items()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The geometric mean of ``cudnn / fastest sparse method`` over some layers: what it must be, and what it should."""
+
+    floor: float
+    goal: float
+
+
+@dataclass(frozen=True)
+class SparseAim:
+    """What the faster of our sparse methods is to gain over cuDNN at the same precision.
+
+    Attributes:
+        against: cuDNN and its precision, for readers.
+        wanted: by network, over its layers at the paper's batch; "all" for the layers of all networks.
+        sparsities: only layers with shares of zeros from the first to the second count.
+    """
+
+    against: str
+    dtype: str
+    wanted: Mapping[str, Wanted]
+    sparsities: tuple[float, float] = (0.0, 1.0)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> SparseAim:
+        sparsities = data.get("sparsities", (0.0, 1.0))
+        return cls(**{**data, "wanted": _wanted(data), "sparsities": tuple(sparsities)})
+
+
+@dataclass(frozen=True)
+class PatternAim:
+    """As :class:`SparseAim`, on layers that were really pruned.
+
+    Attributes:
+        weights: the stem of the pattern file.
+        kind: which layers, for readers.
+        layers: globs of their names.
+        count: how many there are.
+        batch: samples.
+        wanted: by precision.
+    """
+
+    weights: str
+    kind: str
+    layers: tuple[str, ...]
+    count: int
+    batch: int
+    wanted: Mapping[str, Wanted]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PatternAim:
+        return cls(**{**data, "wanted": _wanted(data), "layers": tuple(data["layers"])})
+
+    def counts(self, row: Row) -> bool:
+        """Whether the row counts."""
+        named = any(fnmatch(row.layer, pattern) for pattern in self.layers)
+        return named and (row.weights, row.batch) == (self.weights, self.batch)
+
+
+def _wanted(data: dict[str, Any]) -> dict[str, Wanted]:
+    return {name: Wanted(**ratios) for name, ratios in data["wanted"].items()}
+
+
+@dataclass(frozen=True)
+class Aims:
+    """All aims, each kind in the order in which it is shown."""
+
+    direct: tuple[Aim, ...]
+    sparse: tuple[SparseAim, ...]
+    patterns: tuple[PatternAim, ...]
+
+
+@cache
+def read_aims(path: Path = AIMS_FILE) -> Aims:
+    """The aims in a file. Raises ValueError, naming the file, where they are none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Aims(
+            direct=tuple(Aim(**aim) for aim in data["direct"]),
+            sparse=tuple(map(SparseAim.from_json, data["sparse"])),
+            patterns=tuple(map(PatternAim.from_json, data["patterns"])),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no aims: {error}") from error

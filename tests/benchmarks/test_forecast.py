@@ -1,0 +1,135 @@
+"""Forecasts: where the methods' models cross a time that was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import exhibits, suite
+from benchmarks.findings import forecast, methods
+from benchmarks.result_files import Result
+from escort.cuda.gpu import H200, Gpu
+from escort.filter import SparseFilter
+from escort.methods import by_name
+from escort.methods.cuda.direct.search import predicted_clocks
+from escort.methods.cuda.generated.search import search
+from escort.problem import Problem
+from tests.benchmarks.made_up import (
+    FORECAST_ROWS,
+    HEADER,
+    ON_H200,
+    cells,
+    everything,
+    row,
+)
+
+
+class Modelled:
+    """A method of which nothing is known but what its model predicts, in microseconds."""
+
+    name = "modelled"
+
+    def __init__(self, predicted: Callable[[Problem, SparseFilter], float]) -> None:
+        self._predicted = predicted
+
+    def predict_us(self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> float:
+        return self._predicted(problem, sparse_filter)
+
+
+def falling(at_none: float) -> Modelled:
+    """A model whose time falls in proportion to the zeros."""
+    return Modelled(lambda problem, sparse_filter: at_none * (1.0 - sparse_filter.sparsity))
+
+
+def test_forecasts_are_where_models_cross_the_time_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_channels_last = Modelled(lambda problem, _: 1.0 if problem.memory_format == "channels_last" else 100.0)
+    models = {
+        "direct": falling(200e3 / forecast.DIRECT_MHZ),
+        "generated": falling(100.0),
+        "sparse_tc": in_channels_last,
+    }
+    monkeypatch.setattr(forecast, "by_name", lambda name, device: models[name])
+    monkeypatch.setattr(forecast, "direct_mhz", lambda result, dtype: [1000.0, 1500.0, 9000.0])
+    other = [row("resnet50", "res2b_branch2b", "cudnn", 1.0, batch=1), row("caffenet", "conv3", "cudnn", 1.0)]
+    found = forecast.forecasts({"layers-fp16": Result(ON_H200, [*FORECAST_ROWS, *other])}, "fp16")
+    assert [(f.layout, f.cudnn_us, f.problem.precision) for f in found] == [
+        ("NCHW", 30.0, "fp16"),
+        ("any", 20.0, "fp16"),
+    ]
+    nchw, best = (f.least for f in found)
+    assert nchw == {
+        "direct": pytest.approx(0.775, abs=0.01),
+        "generated": pytest.approx(0.7, abs=0.01),
+        "sparse_tc": math.inf,
+    }
+    assert best["direct"] > nchw["direct"] and best["generated"] == pytest.approx(0.8, abs=0.01)
+    assert best["sparse_tc"] == -math.inf
+
+
+def test_forecasts_are_of_what_was_timed_and_of_known_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = falling(100.0)
+    monkeypatch.setattr(forecast, "by_name", lambda name, device: model)
+    pointwise = row("resnet50", "module9_1_module0_1_conv2d_0", "cudnn", 20.0, weights="95", batch=128)
+    (found,) = forecast.forecasts({"patterns-fp32": Result(ON_H200, [pointwise])}, "fp32")
+    assert (found.problem.in_channels, found.problem.kernel_size, found.layout) == (1024, (1, 1), "NCHW")
+    assert list(found.least) == ["generated"], (
+        "without timings of direct its clocks say nothing, and no fp32 on tensors"
+    )
+    assert forecast.forecasts({"layers-fp16": Result(HEADER, FORECAST_ROWS)}, "fp16") == []
+    assert forecast.forecasts({}, "fp16") == []
+
+
+@pytest.mark.parametrize("method", methods.SPARSE)
+def test_models_predict_less_time_of_more_zeros(method: str) -> None:
+    problem = replace(forecast.SHAPES["googlenet", "inception_3b/5x5"], precision="fp16")
+    filters = [suite.random_filter(problem, sparsity, 0) for sparsity in (0.5, 0.8, 0.98)]
+    for memory_format in ("contiguous", "channels_last"):
+        problem = replace(problem, device="cuda:0", memory_format=memory_format)
+        times = [by_name(method, "cuda").predict_us(problem, sparse_filter, H200) for sparse_filter in filters]
+        assert times == sorted(times, reverse=True) and times[-1] < times[0]
+
+
+def test_models_are_of_the_config_that_a_search_puts_first() -> None:
+    problem = replace(forecast.SHAPES["googlenet", "inception_3b/5x5"], precision="fp16")
+    sparse_filter = suite.random_filter(problem, 0.9, 0)
+    (first,) = search(problem, sparse_filter, H200, 1)
+    generated = by_name("generated", "cuda")
+    least = generated.predict_us(problem, sparse_filter, H200)
+    assert least == generated.predict_us(problem, sparse_filter, H200, first)
+
+
+def test_the_clocks_of_direct_per_time_measured() -> None:
+    times = {"conv3": 100.0, "conv4": 50.0}
+    rows = [row("caffenet", layer, "direct", slower * us) for layer, us in times.items() for slower in (1.0, 3.0)]
+    found = Result(ON_H200, [*rows, *FORECAST_ROWS])
+    layers, direct = {layer.name: layer for layer in suite.paper_layers(None, 3)}, by_name("direct", "cuda")
+    expected = [
+        forecast.DIRECT_MHZ * direct.predict_us(layers[name].problem, layers[name].sparse_filter, H200) / us
+        for name, us in times.items()
+    ]
+    assert forecast.direct_mhz(found, "fp32") == expected
+    assert forecast.direct_mhz(Result(HEADER, rows), "fp32") == []
+    conv3 = layers["conv3"].problem, layers["conv3"].sparse_filter
+    assert expected[0] * times["conv3"] == pytest.approx(predicted_clocks(*conv3, H200, False, None))
+
+
+def test_the_forecast_table_and_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = forecast.SHAPES["resnet50", "res2b_branch2b"]
+    least = {"direct": math.inf, "generated": 0.751, "sparse_tc": -math.inf}
+    monkeypatch.setattr(
+        forecast, "forecasts", lambda results, dtype: [forecast.Forecast(problem, "NCHW", 51.27, least)]
+    )
+    monkeypatch.setattr(forecast, "direct_mhz", lambda result, dtype: [1000.0, 1500.0, 3000.0])
+    table = exhibits.tables(everything())["forecast-fp16"]
+    (line,) = cells(table)
+    assert (line["Convolution"], line["Samples"], line["cudnn µs"]) == ("64->64 3x3, 56x56", "32", "51.3")
+    assert [line[method] for method in least] == ["never", "75%", "below 50%"]
+    assert "1.50 GHz" in table.caption and "channels_last" not in table.caption
+    pytest.importorskip("matplotlib")
+    (plot,) = exhibits.illustrations(
+        "![a](forecast-fp16-plot.svg) ![b](logo.svg) [c](break-even.svg)", everything()
+    ).values()
+    assert "64->64 3x3, 56x56, 32 samples, NCHW: direct -, generated 75.1, sparse_tc 50" in plot.description
