@@ -44,6 +44,15 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   } while (!done);
 }
 
+// The same as one statement, whose loop the compiler does not see; which of the two costs fewer registers depends on
+// the kernel.
+__device__ __forceinline__ void barrier_wait_opaque(u32 barrier, u32 parity) {
+  asm volatile("{ .reg .pred done; WAIT: mbarrier." WAIT
+               ".parity.shared.b64 done, [%0], %1; @!done bra WAIT; }" ::"r"(barrier),
+               "r"(parity)
+               : "memory");
+}
+
 // ------------------------------------------------------------------------------------------------- shared memory ----
 __device__ __forceinline__ void copy4(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
