@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
-from escort.cuda import kernel as jit
-from escort.cuda.gpu import H200, Gpu
+from escort.cuda.gpu import Gpu
+from escort.cuda.kernel import kernel, unavailable
 from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
 from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_images, shared_bytes
@@ -45,7 +44,7 @@ class DirectCuda(Method):
             return reason
         if problem.batch > (most := most_images(problem)):
             return f"the kernel addresses {most} images of this size at most; use a smaller batch"
-        if reason := jit.unavailable(torch.device(problem.device)):
+        if reason := unavailable(torch.device(problem.device)):
             return reason
         if not has_room(problem, Gpu.of(problem.device)):
             return "the input of the smallest tile, with its halo, does not fit into shared memory"
@@ -73,11 +72,11 @@ class DirectCuda(Method):
         positions, tables = Positions(problem), pack(problem, sparse_filter, config)
         layout = Layout.of(problem, config.tile)
         shared = int(shared_bytes(layout, config, tables.entry_bytes))
-        kernel = jit.kernel(_SOURCE, defines(config, layout, problem.precision), device)
+        compiled = kernel(_SOURCE, defines(config, layout, problem.precision), device)
         arrays = (tables.entries, tables.segments, tables.rows, tables.first_channels)
         on_device = [torch.from_numpy(array).to(device) for array in arrays]
         offsets = None if bias is None else bias.detach().to(device, torch.float32).contiguous()
-        launch = kernel.bind(
+        launch = compiled.bind(
             config.threads,
             shared,
             (
@@ -106,21 +105,3 @@ class DirectCuda(Method):
             return y
 
         return Prepared(run)
-
-
-def variants() -> list[tuple[str, dict[str, int], int]]:
-    """Kernels to hold the compiler to: (source, macros, most registers per thread).
-
-    The choices of the search for four layers, one of them strided, in each way to store and to copy.
-    """
-    found = []
-    for dtype in ("fp32", "fp16", "bf16"):
-        for channels, size, stride in ((64, 56, 1), (256, 14, 1), (512, 7, 1), (128, 28, 2)):
-            padding, spread = (1, 1, 1, 1), range(0, 9 * channels * channels, 16)
-            problem = Problem(32, channels, size, size, channels, (3, 3), (stride, stride), padding, precision=dtype)
-            weight = np.zeros(problem.weight_shape, dtype=np.float32)
-            weight.reshape(-1)[spread] = 1.0
-            config = search(problem, SparseFilter.from_dense(weight), H200, most=1)[0]
-            macros = defines(config, Layout.of(problem, config.tile), dtype)
-            found.append((_SOURCE, macros, 65536 // (config.threads * config.blocks) // 8 * 8))
-    return found
