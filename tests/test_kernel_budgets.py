@@ -13,8 +13,8 @@ from escort.cuda import compiler
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
 from escort.methods.cuda.direct.layout import Layout
+from escort.methods.cuda.direct.params import defines
 from escort.methods.cuda.direct.search import search
-from escort.methods.cuda.direct.tables import defines
 from escort.methods.cuda.generated.codegen import arrange_defines
 from escort.methods.cuda.generated.steps import GeneratedConfig, Program
 from escort.problem import Problem
@@ -42,7 +42,7 @@ def direct_variants() -> list[Variant]:
             weight.reshape(-1)[spread] = 1.0
             config = search(problem, SparseFilter.from_dense(weight), H200, most=1)[0]
             macros = defines(config, Layout.of(problem, config.tile), dtype)
-            variants.append(("direct.cu", macros, 65536 // (config.threads * config.blocks) // 8 * 8))
+            variants.append(("direct.cu", macros, 65536 // (config.threads * config.occupancy) // 8 * 8))
     return variants
 
 
