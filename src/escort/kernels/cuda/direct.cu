@@ -128,6 +128,18 @@ __device__ __forceinline__ float high(u32 word) {
 #include "direct_finish.cuh"
 #include "direct_produce.cuh"
 
+__device__ __forceinline__ void set_up(const Shape& p, const Ring& ring) {
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < p.stages; stage++) {
+      // Each producer thread arrives for its copies, and each producer warp for its stores.
+      barrier_init(ring.full + 8 * stage, p.producers * (LANES + SIGNALS));
+      barrier_init(ring.empty + 8 * stage, p.consumers * SIGNALS);
+      barrier_init(ring.clean + 8 * stage, p.consumers * LANES);
+    }
+  }
+  __syncthreads();
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
     direct(const Element* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual,
            const float* __restrict__ bias, const uint4* __restrict__ entries, const Segment* __restrict__ segments,
@@ -139,15 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
   if (number >= tiles) return;
   const Tile tile = {(int)blockIdx.x, number * (LANES * WORDS * p.position_warps), samples};
   const Ring ring(p, shared);
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < p.stages; stage++) {
-      // Each producer thread arrives for its copies, and each producer warp for its stores.
-      barrier_init(ring.full + 8 * stage, p.producers * (LANES + SIGNALS));
-      barrier_init(ring.empty + 8 * stage, p.consumers * SIGNALS);
-      barrier_init(ring.clean + 8 * stage, p.consumers * LANES);
-    }
-  }
-  __syncthreads();
+  set_up(p, ring);
   let_next_kernel_start();
 
   if (warp >= p.consumers) {
@@ -155,8 +159,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
     produce(p, ring, tile, x, first_channels[tile.group], of_group, entries);
     return;
   }
-  const Consumer me(p, warp);
   clean(p, ring, shared);
+  const Consumer me(p, warp);
   Output out[OUT_CHANNELS];
   outputs(out, channel_of + (tile.group * p.out_channel_warps + me.out_channel_warp) * OUT_CHANNELS, bias);
   float sum[OUT_CHANNELS][SUMS];
