@@ -122,10 +122,12 @@ def test_everything_assembles_without_spills(
         scouts=scouts,
     )
     program = Program.of(problem, SparseFilter.from_dense(weight), config)
-    binary = compiler.compile(compiler.Text("generated.cu", codegen.text(program, np.ones(64, np.float32))), {}, arch)
+    binary = compiler.compile_source(
+        compiler.Text("generated.cu", codegen.text(program, np.ones(64, np.float32))), {}, arch
+    )
     assert binary.registers <= 128 and binary.spill_bytes == binary.stack_bytes == 0
     if arranged:
-        binary = compiler.compile("generated_arrange.cu", arrange_defines(program, 128), arch)
+        binary = compiler.compile_source("generated_arrange.cu", arrange_defines(program, 128), arch)
         assert binary.registers <= 64 and binary.spill_bytes == binary.stack_bytes == 0
 
 

@@ -1,6 +1,6 @@
 """CUDA kernels at run time: from a source to a Kernel on a device, which is bound to what never changes and launched.
 
-    compiled = kernel("direct.cu", {"ROWS": 4}, torch.device("cuda:0"))       compiled, or from the cache
+    compiled = kernel("max_pool.cu", macros, torch.device("cuda:0"))          compiled, or from the cache
     launch = compiled.bind(256, 64 * 1024, (torch.Tensor, torch.Tensor, filter_table, int))
     launch((blocks, 1, 1), x, y, samples)                                     on torch's current stream
 
