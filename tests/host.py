@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -19,3 +20,11 @@ def compiled(source: str, folder: Path, macros: Mapping[str, object] | None = No
     options = ["-std=c++17", "-O1", "-w", "-pthread", "-shared", "-fPIC", f"-I{KERNELS}", *defined]
     subprocess.run(["g++", *options, "host.cpp", "-o", "host.so"], cwd=own, check=True)
     return ctypes.CDLL(str(own / "host.so"))
+
+
+def struct_fields(source: str, struct: str) -> list[tuple[str, str]]:
+    """(type, name) of a struct's fields, in their order, in the text of a kernel's source."""
+    body = re.search(rf"struct {struct} {{(.*?)}}", source, re.DOTALL)
+    assert body is not None, struct
+    declared = re.findall(r"^  (\w+) (\w+(?:, \w+)*);", body[1], re.MULTILINE)
+    return [(kind, name) for kind, names in declared for name in names.split(", ")]

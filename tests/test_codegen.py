@@ -127,12 +127,12 @@ def test_everything_assembles_without_spills(
         prefetch_warps=prefetch_warps,
     )
     kernel_steps = KernelSteps.of(problem, SparseFilter.from_dense(weight), config)
-    binary = compiler.compile(
+    binary = compiler.compile_source(
         compiler.Text("generated.cu", codegen.text(kernel_steps, np.ones(64, np.float32))), {}, arch
     )
     assert binary.registers <= 128 and binary.spill_bytes == binary.stack_bytes == 0
     if arranged:
-        binary = compiler.compile("generated_arrange.cu", arrange_defines(kernel_steps, 128), arch)
+        binary = compiler.compile_source("generated_arrange.cu", arrange_defines(kernel_steps, 128), arch)
         assert binary.registers <= 64 and binary.spill_bytes == binary.stack_bytes == 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,23 +14,21 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from escort import reference
-from escort.cuda import kernel as jit
+from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
+from escort.cuda.params import pack as pack_params
 from escort.filter import SparseFilter
 from escort.methods.cuda import direct as direct_cuda
 from escort.methods.cuda.direct import DirectCuda
-from escort.methods.cuda.direct.layout import LANES, STORAGE, DirectConfig, Layout, most_images
+from escort.methods.cuda.direct.layout import LANES, STORAGE, DirectConfig, Layout, most_samples
+from escort.methods.cuda.direct.params import Divisor, Params, defines
 from escort.methods.cuda.direct.search import candidates, has_room, neighbours, search
-from escort.methods.cuda.direct.tables import defines, pack, scalars
+from escort.methods.cuda.direct.tables import pack
 from escort.problem import Epilogue, Precision, Problem
 from tests.cases import CASES, Case, check_kernels
+from tests.host import struct_fields
 
 Floats = NDArray[np.float64]
-#: The kernel's integer parameters, in the order of kernels/cuda/direct.cu.
-PARAMETERS = """channels height width out_channels out_height out_width pitch pitch_magic pitch_shift image_rows
-rows_magic rows_shift width_magic width_shift pairs_magic pairs_shift row_padding column_padding row_stride
-column_stride phases phase_words channel_words slots chunks channel_block stages position_warps row_warps channel_warps
-producers entry_bytes activation""".split()
 
 
 def small_ring(problem: Problem) -> DirectConfig:
@@ -44,29 +42,27 @@ class Interpreter:
     def __init__(self, problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> None:
         self.layout = Layout.of(problem, config.tile)
         self.tables = pack(problem, sparse_filter, config)
-        self.config, self.half = config, self.layout.images_per_word == 2
-        values = scalars(problem, self.layout, self.tables, config)
-        self.p = dict(zip(PARAMETERS, values, strict=True))
+        self.config, self.half = config, self.layout.samples_per_word == 2
+        self.p = Params.of(problem, self.layout, self.tables, config)
         self.dtype = problem.precision
 
-    def quotient(self, n: NDArray[np.int64], which: str) -> NDArray[np.int64]:
-        magic = self.p[f"{which}_magic"] & 0xFFFFFFFF
-        high = np.array([int(2 * int(v) * magic) >> 32 for v in n.ravel()]).reshape(n.shape)
-        return high >> self.p[f"{which}_shift"]
+    def quotient(self, n: NDArray[np.int64], by: Divisor) -> NDArray[np.int64]:
+        high = np.array([int(2 * int(v) * by.magic) >> 32 for v in n.ravel()]).reshape(n.shape)
+        return high >> by.shift
 
     def run(self, x: Floats, tiles: int) -> Floats:
         p, tables = self.p, self.tables
         images = len(x)
-        y = np.full((images, p["out_channels"], p["out_height"], p["out_width"]), np.nan)
-        for group in range(len(tables.rows)):
+        y = np.full((images, p.out_channels, p.out_height, p.out_width), np.nan)
+        for group in range(len(tables.channel_of)):
             first_channel = int(tables.first_channels[group])
             for tile in range(tiles):
                 first_word = tile * self.config.tile
-                sums = np.zeros((p["row_warps"] * self.config.rows, self.config.tile, 2))
-                for chunk in range(p["chunks"]):
+                sums = np.zeros((p.out_channel_warps * self.config.out_channels, self.config.tile, 2))
+                for chunk in range(p.chunks):
                     (begin, first), (end, last) = tables.segments[group, chunk : chunk + 2].tolist()
-                    stage = np.zeros((p["channel_block"], p["channel_words"], 2))
-                    assert last - first <= p["channel_block"]
+                    stage = np.zeros((p.channel_block, p.channel_words, 2))
+                    assert last - first <= p.channel_block
                     for c in range(last - first):
                         fill = self.fill_pairs if self.layout.paired else self.fill_words
                         fill(stage[c], x, first_channel + first + c, first_word)
@@ -76,17 +72,17 @@ class Interpreter:
 
     def fill_words(self, stage: Floats, x: Floats, channel: int, first_word: int) -> None:
         p = self.p
-        word = np.arange(p["slots"] * 32)
-        inside = word < p["phases"] * p["phase_words"]
-        phase, within = np.divmod(word, p["phase_words"])
-        phase_row, phase_column = np.divmod(phase, p["column_stride"])
+        word = np.arange(p.slots * 32)
+        inside = word < p.phases * p.phase_words
+        phase, within = np.divmod(word, p.phase_words)
+        phase_row, phase_column = np.divmod(phase, p.column_stride)
         position = first_word + within
-        line = self.quotient(position, "pitch")
-        unit = self.quotient(line, "rows")
-        row = (line - unit * p["image_rows"]) * p["row_stride"] + phase_row - p["row_padding"]
-        column = (position - line * p["pitch"]) * p["column_stride"] + phase_column - p["column_padding"]
+        line = self.quotient(position, p.by_pitch)
+        unit = self.quotient(line, p.by_sample_rows)
+        row = (line - unit * p.sample_rows) * p.row_stride + phase_row - p.row_padding
+        column = (position - line * p.pitch) * p.column_stride + phase_column - p.column_padding
         image = unit * (1 + self.half)
-        inside &= (row >= 0) & (row < p["height"]) & (column >= 0) & (column < p["width"]) & (image < len(x))
+        inside &= (row >= 0) & (row < p.height) & (column >= 0) & (column < p.width) & (image < len(x))
         at = word[inside]
         image, row, column = image[inside], row[inside], column[inside]
         stage[at, 0] = x[image, channel, row, column]
@@ -95,30 +91,30 @@ class Interpreter:
 
     def fill_pairs(self, stage: Floats, x: Floats, channel: int, first_word: int) -> None:
         p = self.p
-        plane = p["height"] * p["width"]
+        plane = p.height * p.width
         plane_pairs = (plane + 1) // 2
-        line = first_word // p["pitch"]
-        unit = line // p["image_rows"]
-        row, column = line - unit * p["image_rows"] - p["row_padding"], first_word % p["pitch"] - p["column_padding"]
-        begin = 0 if row < 0 else plane if row >= p["height"] else row * p["width"] + min(max(column, 0), p["width"])
+        line = first_word // p.pitch
+        unit = line // p.sample_rows
+        row, column = line - unit * p.sample_rows - p.row_padding, first_word % p.pitch - p.column_padding
+        begin = 0 if row < 0 else plane if row >= p.height else row * p.width + min(max(column, 0), p.width)
         flat = x.reshape(len(x), -1)
-        for pair in range(unit * plane_pairs + begin // 2, unit * plane_pairs + begin // 2 + p["slots"] * 32):
+        for pair in range(unit * plane_pairs + begin // 2, unit * plane_pairs + begin // 2 + p.slots * 32):
             unit, element = pair // plane_pairs, 2 * (pair % plane_pairs)
             if 2 * unit >= len(x):
                 continue
-            row, column = divmod(element, p["width"])
-            at = (unit * p["image_rows"] + row + p["row_padding"]) * p["pitch"] + column + p["column_padding"]
+            row, column = divmod(element, p.width)
+            at = (unit * p.sample_rows + row + p.row_padding) * p.pitch + column + p.column_padding
             to = [
-                (element - 1, at - 1 if column > 0 else at - p["pitch"] + p["width"] - 1),
+                (element - 1, at - 1 if column > 0 else at - p.pitch + p.width - 1),
                 (element, at),
-                (element + 1, at + 1 if column + 1 < p["width"] else at + p["pitch"] - p["width"] + 1),
+                (element + 1, at + 1 if column + 1 < p.width else at + p.pitch - p.width + 1),
             ]
             start = channel * plane + element
             odd = channel * plane % 2
             loads = to[0:2] if odd else to[1:3]
             assert (start - odd) % 2 == 0
             for k, (e, word) in enumerate(loads):
-                if 0 <= e < plane and 0 <= word - first_word < p["phase_words"]:
+                if 0 <= e < plane and 0 <= word - first_word < p.phase_words:
                     source = start - odd + k
                     stage[word - first_word, 0] = flat[2 * unit, source]
                     stage[word - first_word, 1] = flat[min(2 * unit + 1, len(x) - 1), source]
@@ -126,8 +122,8 @@ class Interpreter:
     def multiply(self, sums: Floats, stage: Floats, segment: NDArray[np.int32]) -> None:
         p = self.p
         words = segment.view(np.uint32).ravel()
-        assert words.nbytes + 32 <= p["entry_bytes"]
-        for slot in range(p["channel_warps"] * len(sums)):
+        assert words.nbytes + 32 <= p.entry_bytes
+        for slot in range(p.in_channel_warps * len(sums)):
             start, count = int(words[slot] >> 16) * 4, int(words[slot] & 0xFFFF)
             if self.half:
                 nonzeros = words[start : start + count]
@@ -144,13 +140,13 @@ class Interpreter:
     def store(self, y: Floats, sums: Floats, group: int, first_word: int) -> None:
         p = self.p
         position = first_word + np.arange(self.config.tile)
-        line = self.quotient(position, "pitch")
-        unit = self.quotient(line, "rows")
-        row, column = line - unit * p["image_rows"], position - line * p["pitch"]
-        for k, channel in enumerate(self.tables.rows[group].ravel().tolist()):
+        line = self.quotient(position, p.by_pitch)
+        unit = self.quotient(line, p.by_sample_rows)
+        row, column = line - unit * p.sample_rows, position - line * p.pitch
+        for k, channel in enumerate(self.tables.channel_of[group].ravel().tolist()):
             for neighbour in range(1 + self.half):
                 image = unit * (1 + self.half) + neighbour
-                inside = (row < p["out_height"]) & (column < p["out_width"]) & (image < len(y))
+                inside = (row < p.out_height) & (column < p.out_width) & (image < len(y))
                 if channel >= 0:
                     at = image[inside], channel, row[inside], column[inside]
                     assert np.isnan(y[at]).all(), "an output is written twice"
@@ -162,11 +158,26 @@ def interpret(problem: Problem, case: Case, config: DirectConfig) -> float:
     x, weight, _, _ = case.tensors()
     plain = replace(problem, epilogue=Epilogue())
     machine = Interpreter(plain, case.filter(), config)
-    positions = -(-len(x) // machine.layout.images_per_word) * machine.p["image_rows"] * machine.p["pitch"]
+    positions = -(-len(x) // machine.layout.samples_per_word) * machine.p.sample_rows * machine.p.pitch
     y = machine.run(x.double().numpy(), -(-positions // config.tile))
     if problem.precision != "fp32":
         weight = weight.to(problem.storage).float()
     return reference.compare(torch.from_numpy(y), reference.conv2d(plain, x, weight))
+
+
+def test_the_struct_is_the_dataclass() -> None:
+    """Host and device name the kernel's parameters alike, in the same order."""
+    source, types = (KERNELS / "direct.cu").read_text(), {"int": "int", "u32": "int", "Divisor": "Divisor"}
+    for dataclass in (Params, Divisor):
+        in_c = [(types[kind], name) for kind, name in struct_fields(source, dataclass.__name__)]
+        assert in_c == [(field.type, field.name) for field in fields(dataclass)]
+    problem = replace(CASES[0].problem, device="cuda:0", precision="fp32")
+    config = search(problem, CASES[0].filter(), H200)[0]
+    tables = pack(problem, CASES[0].filter(), config)
+    packed = pack_params(Params.of(problem, Layout.of(problem, config.tile), tables, config))
+    words = np.frombuffer(packed, np.uint32)
+    assert len(words) == len(fields(Params)) + 4, "a divisor has two"
+    assert words[0] == problem.in_channels and words[-1] == problem.epilogue.activation_number
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -200,10 +211,10 @@ def test_tables_of_any_shape(data: st.DataObject) -> None:
     channel_warps = data.draw(st.sampled_from((1, 2, 4)))
     config = DirectConfig(
         words=draw(1, 4),
-        rows=data.draw(st.sampled_from((1, 2, 4))),
+        out_channels=data.draw(st.sampled_from((1, 2, 4))),
         position_warps=draw(1, 2),
-        row_warps=draw(1, 5),
-        channel_warps=channel_warps,
+        out_channel_warps=draw(1, 5),
+        in_channel_warps=channel_warps,
         producers=4,
         channel_block=channel_warps * draw(1, 4),
         stages=2,
@@ -237,7 +248,7 @@ def test_every_candidate_is_different_and_fits() -> None:
         for config in configs:
             layout, tables = Layout.of(problem, config.tile), pack(problem, case.filter(), config)
             stage = config.channel_block * layout.channel_words * 4 + tables.entry_bytes + 16
-            assert config.stages * stage * config.blocks <= H200.shared_bytes
+            assert config.stages * stage * config.occupancy <= H200.shared_bytes
             assert config.threads <= 1024
 
 
@@ -270,9 +281,9 @@ def test_uneven_rows_are_dealt_evenly() -> None:
     nnz = np.diff(case.filter().indptr)
 
     def heaviest(balanced: bool) -> int:
-        rows = pack(problem, case.filter(), replace(config, balanced=balanced)).rows
-        assert sorted(rows[rows >= 0].tolist()) == list(range(problem.out_channels))
-        return max(int(nnz[warp[warp >= 0]].sum()) for warp in rows.reshape(-1, config.rows))
+        channels = pack(problem, case.filter(), replace(config, balanced=balanced)).channel_of
+        assert sorted(channels[channels >= 0].tolist()) == list(range(problem.out_channels))
+        return max(int(nnz[warp[warp >= 0]].sum()) for warp in channels.reshape(-1, config.out_channels))
 
     assert heaviest(balanced=True) < heaviest(balanced=False)
 
@@ -281,12 +292,12 @@ def test_uneven_rows_are_dealt_evenly() -> None:
 def test_batches_end_where_32_bits_do(dtype: str, itemsize: int) -> None:
     problem = Problem(1, 64, 112, 112, 8, (3, 3), precision=dtype, device="cuda:0")  # type: ignore[arg-type]
     image = 64 * 112 * 112 * itemsize
-    most = most_images(problem)
+    most = most_samples(problem)
     assert most * image < 2**32 <= (most + 1) * image
     reason = DirectCuda().unsupported(replace(problem, batch=most + 1))
-    assert reason is not None and f"{most} images" in reason
+    assert reason is not None and f"{most} samples" in reason
     wide = replace(problem, in_channels=1, out_channels=128)
-    assert most_images(wide) * 128 * 110 * 110 < 2**31
+    assert most_samples(wide) * 128 * 110 * 110 < 2**31
 
 
 def test_a_weight_beyond_half_precision_is_refused() -> None:
@@ -325,7 +336,7 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     kernel = Launches()
-    monkeypatch.setattr(jit, "kernel", lambda source, defines, device: kernel)
+    monkeypatch.setattr("escort.methods.cuda.direct.kernel", lambda source, defines, device: kernel)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     return kernel

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from escort.cuda import kernel as jit
 from escort.cuda.compiler import KERNELS
 from escort.layers import ops
 from escort.layers.nn import MaxPool2d
@@ -36,6 +35,7 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 static Index blockIdx, threadIdx;
 static float __uint_as_float(unsigned bits) { float v; std::memcpy(&v, &bits, 4); return v; }
 static unsigned __float_as_uint(float v) { unsigned bits; std::memcpy(&bits, &v, 4); return bits; }
+static unsigned __cvta_generic_to_shared(const void*) { return 0; }
 template <class T> static T __ldg(const T* from) {
   if (reinterpret_cast<std::uintptr_t>(from) % sizeof(T)) std::abort();
   return *from;
@@ -88,7 +88,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
             return launch
 
-    monkeypatch.setattr(jit, "kernel", Kernel)
+    monkeypatch.setattr("escort.cuda.kernel.kernel", Kernel)
     monkeypatch.setattr(ops, "_check_pool", lambda *args: None)
     monkeypatch.setattr(ops, "_in_channels_last", lies_in_channels_last)
     ops._pool_launch.cache_clear()
@@ -142,7 +142,7 @@ def test_more_outputs_than_are_numbered_are_torchs(
     layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "_MOST_VECTORS", 7)
-    monkeypatch.setattr(jit, "kernel", None)  # none is made
+    monkeypatch.setattr("escort.cuda.kernel.kernel", None)  # none is made
     x = example(WINDOWS[1], torch.float32, layout)
     check(ops._max_pool2d_on_gpu(x, *WINDOWS[1][:5]), x, WINDOWS[1])
 

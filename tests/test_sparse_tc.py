@@ -126,7 +126,7 @@ of_each_kind = pytest.mark.parametrize(("problem", "config"), VARIANTS.values(),
 def compiled(problem: Problem, config: SparseTcConfig) -> compiler.Binary:
     tiling = Tiling.of(problem, config, H200.shared_bytes)
     epilogue = {"ACTIVATION": 2, "RESIDUAL": int(problem.epilogue.residual)}
-    return compiler.compile(tiling.source, tiling.defines | epilogue, "sm_90a")
+    return compiler.compile_source(tiling.source, tiling.defines | epilogue, "sm_90a")
 
 
 @of_each_kind

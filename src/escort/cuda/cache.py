@@ -37,13 +37,13 @@ class Entry:
     """A file of the cache.
 
     Attributes:
-        bytes: its size.
+        size_bytes: of the file.
         used: when it was last written or read, in seconds since the epoch.
         description: what was stored with the binary; empty where the file is damaged.
     """
 
     path: Path
-    bytes: int
+    size_bytes: int
     used: float
     description: Mapping[str, Any]
 
@@ -74,11 +74,11 @@ def load(key: str) -> tuple[dict[str, Any], bytes] | None:
         content = path.read_bytes()
     except OSError:
         return None
-    found = _parse(key, content)
-    if found is not None:
+    parsed = _parse(key, content)
+    if parsed is not None:
         with contextlib.suppress(OSError):  # then it counts as unused since it was written
             os.utime(path)
-    return found
+    return parsed
 
 
 def store(key: str, description: Mapping[str, Any], binary: bytes) -> None:
@@ -114,14 +114,14 @@ def store(key: str, description: Mapping[str, Any], binary: bytes) -> None:
 
 def entries() -> list[Entry]:
     """All entries, damaged ones too, the most recently used first."""
-    found = []
+    listed = []
     for path, size, used in _files(folder(), _SUFFIX):
         try:
-            description = _parse(path.stem, path.read_bytes())
+            parsed = _parse(path.stem, path.read_bytes())
         except OSError:
-            description = None
-        found.append(Entry(path, size, used, {} if description is None else description[0]))
-    return sorted(found, key=lambda entry: -entry.used)
+            parsed = None
+        listed.append(Entry(path, size, used, {} if parsed is None else parsed[0]))
+    return sorted(listed, key=lambda entry: -entry.used)
 
 
 def clear() -> tuple[int, int]:

@@ -80,7 +80,7 @@ class Binary:
     cubin: bytes
 
 
-def compile(source: Source, defines: Defines, arch: str) -> Binary:
+def compile_source(source: Source, defines: Defines, arch: str) -> Binary:
     """Compiles a source, or finds its binary in the cache. Needs no GPU.
 
     Threads that compile do so at the same time: the compiler runs outside Python's lock.
@@ -108,8 +108,8 @@ def compile(source: Source, defines: Defines, arch: str) -> Binary:
         "fields": [field.name for field in fields(Binary)],
     }
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    if (found := cache.load(key)) is not None:
-        return Binary(**found[0], cubin=found[1])
+    if (stored := cache.load(key)) is not None:
+        return Binary(**stored[0], cubin=stored[1])
     _check_arch(arch)
     binary = _compile(source, macros, arch, compiler)
     described = {field.name: getattr(binary, field.name) for field in fields(Binary) if field.name != "cubin"}
@@ -165,12 +165,12 @@ def _toolkit_headers() -> Path:
     try:
         from cuda.pathfinder import find_nvidia_header_directory
 
-        found = find_nvidia_header_directory("cudart")
+        folder = find_nvidia_header_directory("cudart")
     except ImportError as error:
         raise missing("cuda.pathfinder", error) from error
-    if found is None:
+    if folder is None:
         raise missing("the CUDA headers", FileNotFoundError("there is no cuda_runtime.h"))
-    return Path(found)
+    return Path(folder)
 
 
 def _digests(source: Path | Text) -> dict[str, str]:
@@ -227,11 +227,11 @@ def _compile(source: Path | Text, macros: Mapping[str, str], arch: str, compiler
         cubin = Program(text, "c++", options).compile("cubin", logs=log).code
     except Exception as error:  # cuda.core's errors have no public name
         made_by = " ".join([compiler, *(f"-D{name}={value}" for name, value in macros.items())])
-        told = str(error).rstrip("\0\n ")
-        raise RuntimeError(f"{source.name} does not compile for {arch} ({made_by}): {told}") from error
+        message = str(error).rstrip("\0\n ")
+        raise RuntimeError(f"{source.name} does not compile for {arch} ({made_by}): {message}") from error
 
     def numbers(pattern: str) -> list[int]:
-        return [int(found) for found in re.findall(pattern, log.getvalue())] or [0]
+        return [int(number) for number in re.findall(pattern, log.getvalue())] or [0]
 
     return Binary(
         source=source.name,

@@ -4,7 +4,7 @@
     taps = im2col(x, (64, 56, 56, 32), (-1, -1), (-1, -1), 64, 128)     3x3, padding 1: 128 pixels of any tap
 
 Tensors are fp16, bf16 or float32 (mapped as TF32) of four dimensions, given innermost first: channels, columns, rows,
-images. What a copy reads out of bounds is zero, and what it would write there is left out. Maps are remembered by what
+samples. What a copy reads out of bounds is zero, and what it would write there is left out. Maps are remembered by what
 they are made from, the tensor's address included, so that asking again on every call costs little.
 """
 
@@ -13,10 +13,12 @@ from __future__ import annotations
 import ctypes
 from functools import lru_cache
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 
-from escort.cuda.kernel import TensorMap
+from escort.cuda import driver
+from escort.cuda.launch import TensorMap, aligned_bytes
 
 Four = tuple[int, int, int, int]
 
@@ -25,6 +27,24 @@ _TYPES = {torch.float16: 6, torch.bfloat16: 9, torch.float32: 11}
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _PROMOTIONS = {0: 0, 64: 1, 128: 2, 256: 3}
 _NOT_INTERLEAVED = _FILLED_WITH_ZEROS = 0
+_BYTES = 128  # of a map
+_DRIVER = 12000  # the CUDA whose version of the driver's functions is called
+_RULES = (
+    "address, strides and the bytes of a copy's channels must be multiples of 16, no size may be 0, a box has at most "
+    "256 along each dimension, channels have no more bytes than the swizzle, and corners are within -128 and 127"
+)
+
+
+class _Tensor(NamedTuple):
+    """What a map has in memory, and how copies bring it: what both kinds of maps are made from."""
+
+    device: int
+    dtype: torch.dtype
+    address: int
+    sizes: Four
+    strides: tuple[int, int, int] | None
+    swizzle: int
+    promotion: int
 
 
 def tiled(
@@ -40,9 +60,9 @@ def tiled(
 
     Args:
         x: where the first element lies; its own shape does not matter.
-        sizes: channels, columns, rows and images.
+        sizes: channels, columns, rows and samples.
         box: of a copy, each at most 256; with a swizzle its channels have at most so many bytes.
-        strides: bytes from one column, row and image to the next, multiples of 16; by default nothing lies between.
+        strides: bytes from one column, row and sample to the next, multiples of 16; by default nothing lies between.
         swizzle: 128: the sixteen-byte pieces of each 128 bytes in shared memory are permuted by the number of the 128
             bytes modulo 8 (exclusive or); 64 or 32: alike, of shorter rows; 0: not at all.
         promotion: bytes that the level-2 cache fetches at once: 0, 64, 128 or 256.
@@ -51,8 +71,8 @@ def tiled(
         ValueError: x is on no GPU or of another type; or the driver refuses, which says what it was asked for.
         RuntimeError: the driver failed.
     """
-    place = x.get_device(), x.dtype, x.data_ptr(), sizes, strides, swizzle, promotion
-    return _encode("cuTensorMapEncodeTiled", *place, box=box, steps=(1, 1, 1, 1))
+    tensor = _Tensor(x.get_device(), x.dtype, x.data_ptr(), sizes, strides, swizzle, promotion)
+    return _encode("cuTensorMapEncodeTiled", tensor, box=box, steps=(1, 1, 1, 1))
 
 
 def im2col(
@@ -70,7 +90,7 @@ def im2col(
 ) -> TensorMap:
     """A map for copies of what one tap of a filter reads for consecutive outputs (`cp.async.bulk.tensor.4d.im2col`).
 
-    A copy starts at the first tap's (column, row, image), goes on from output to output through rows and images, and
+    A copy starts at the first tap's (column, row, sample), goes on from output to output through rows and samples, and
     reads each at an offset (columns, rows), 0 to 255, that the copy itself is given: dilation times the tap.
 
     Args:
@@ -86,25 +106,16 @@ def im2col(
         ValueError, RuntimeError: as for `tiled`.
     """
     right, down = (stride, stride) if isinstance(stride, int) else stride
-    place = x.get_device(), x.dtype, x.data_ptr(), sizes, strides, swizzle, promotion
+    tensor = _Tensor(x.get_device(), x.dtype, x.data_ptr(), sizes, strides, swizzle, promotion)
     copied = {"lower": lower, "upper": upper, "channels": channels, "pixels": pixels, "steps": (1, right, down, 1)}
-    return _encode("cuTensorMapEncodeIm2col", *place, **copied)
+    return _encode("cuTensorMapEncodeIm2col", tensor, **copied)
 
 
 # A map depends on nothing but these values, so that one may be used again for another tensor at the same address.
 @lru_cache(maxsize=4096)
-def _encode(
-    function: str,
-    device: int,
-    dtype: torch.dtype,
-    address: int,
-    sizes: Four,
-    strides: tuple[int, int, int] | None,
-    swizzle: int,
-    promotion: int,
-    **copied: int | tuple[int, ...],
-) -> TensorMap:
+def _encode(function: str, tensor: _Tensor, **copied: int | tuple[int, ...]) -> TensorMap:
     """Asks the driver; `copied` is what its function takes between strides and interleaving, in that order."""
+    device, dtype, address, sizes, strides, swizzle, promotion = tensor
     if device < 0:
         raise ValueError("a tensor map is made of a tensor on a GPU; move it there")
     if dtype not in _TYPES:
@@ -115,11 +126,9 @@ def _encode(
         )
     if strides is None:
         strides = (dtype.itemsize * sizes[0], dtype.itemsize * prod(sizes[:2]), dtype.itemsize * prod(sizes[:3]))
-    asked = {"sizes": sizes, "strides": strides, **copied, "swizzle": swizzle}
-    return TensorMap.encode(
-        f"a tensor map of {dtype} at {address:#x}, " + ", ".join(f"{name} {value}" for name, value in asked.items()),
-        device,
-        function,
+    values = {"sizes": sizes, "strides": strides, **copied, "swizzle": swizzle}
+    described = ", ".join(f"{name} {value}" for name, value in values.items())
+    args = (
         _TYPES[dtype],
         len(sizes),
         ctypes.c_void_p(address),
@@ -131,3 +140,31 @@ def _encode(
         _PROMOTIONS[promotion],
         _FILLED_WITH_ZEROS,
     )
+    return _ask(f"a tensor map of {dtype} at {address:#x}, {described}", device, function, args)
+
+
+def _ask(what: str, device: int, function: str, args: tuple[Any, ...]) -> TensorMap:
+    """The map that a function of the driver writes.
+
+    Args:
+        what: is described, for errors.
+        device: the index of the GPU that has the tensor.
+        function: such as "cuTensorMapEncodeTiled".
+        args: what it takes behind the place for the map: C ints, and ctypes values for all else.
+
+    Raises:
+        ValueError: the driver finds a value that no tensor map may have.
+        RuntimeError: the driver refused for another reason.
+    """
+    place = aligned_bytes(_BYTES)
+    with driver.device(device).current():
+        # By its address: cuda.bindings has the map written wherever Python's allocator puts one, which need not be
+        # at a multiple of 64 bytes as the driver demands.
+        address = driver.call("cuGetProcAddress", function.encode(), _DRIVER, 0)
+        status = driver.api().CUresult(ctypes.CFUNCTYPE(ctypes.c_int)(address)(place, *args))
+    if status:
+        error = driver.DriverError(function, status)
+        if error.name == "CUDA_ERROR_INVALID_VALUE":
+            raise ValueError(f"{what}: {error.text}; {_RULES}")
+        raise error.of(what)
+    return TensorMap(place.raw)

@@ -1,5 +1,5 @@
 // The largest element of each window of x (outer, height, width, pitch), NaN where one is NaN, as torch pools. NHWC has
-// images outside and channels as pitch, NCHW planes outside and a pitch of 1.
+// samples outside and channels as pitch, NCHW planes outside and a pitch of 1.
 //
 // A thread computes VECTOR neighbouring outputs. Nothing is shared: windows overlap in the first-level cache.
 // STORAGE   0: float, 1: fp16, 2: bf16
@@ -21,6 +21,7 @@
 #define LARGER "max.NaN.bf16x2"
 #endif
 
+#include "ptx.cuh"
 #include "vectors.cuh"
 
 #define WORDS ((BYTES * VECTOR + 3) / 4)
@@ -43,9 +44,8 @@ __device__ __forceinline__ void take_larger(u32& word, u32 other) {
 extern "C" __global__ void __launch_bounds__(THREADS)
     max_pool(const Element* __restrict__ x, Element* __restrict__ y, int vectors, int pitch, int height, int width,
              int out_height, int out_width) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
-#endif
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const u32 number = blockIdx.x * THREADS + threadIdx.x;
   if (number >= (u32)vectors) return;
   const u32 of_pixel = pitch / VECTOR, pixel = number / of_pixel, line = pixel / out_width, outer = line / out_height;

@@ -1,30 +1,33 @@
 """Method `direct` on CUDA: the convolution computed straight from the compressed filter (kernels/cuda/direct.cu).
 
-As on the CPU, output positions are numbered row by row, and image by image, in a pitch that leaves room for the
+As on the CPU, output positions are numbered row by row, and sample by sample, in a pitch that leaves room for the
 padding, so that any range of positions is a tile and every nonzero reads its input at one constant distance (the Escoin
 paper's stretched offsets, arXiv 1802.10280, section 3). A tile's input is brought into shared memory block by block of
-channels, its padding resolved on the way. Words of 16-bit storage hold the same position of two neighbouring images, so
-that every offset stays aligned.
+channels, its padding resolved on the way. Words of 16-bit storage hold the same position of two neighbouring samples,
+so that every offset stays aligned.
 
-`layout` has the knobs and the sequence of positions, `tables` lays a filter out, and `search` predicts which configs
-are worth timing. What bounds the kernel is shared memory, which delivers one wavefront of 32 words per clock: a
-wavefront per nonzero and 32 positions.
+`layout` has the knobs and the sequence of positions, `tables` lays a filter out, `params` fills the kernel's struct,
+and `search` predicts which configs are worth timing. What bounds the kernel is shared memory, which delivers one
+wavefront of 32 words per clock: a wavefront per nonzero and 32 positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
 
-from escort.cuda import kernel as jit
-from escort.cuda.gpu import H200, Gpu
+from escort.cuda.gpu import Gpu
+from escort.cuda.kernel import kernel, unavailable
+from escort.cuda.params import pack as pack_params
 from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
-from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_images, shared_bytes
+from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_samples, shared_bytes
+from escort.methods.cuda.direct.params import Params, defines
 from escort.methods.cuda.direct.search import has_room, neighbours, predicted_clocks, search
-from escort.methods.cuda.direct.tables import defines, pack, scalars
+from escort.methods.cuda.direct.tables import pack
 from escort.problem import Problem
 
 _SOURCE = "direct.cu"
@@ -43,9 +46,9 @@ class DirectCuda(Method):
     def unsupported(self, problem: Problem) -> str | None:
         if reason := contiguous_only(problem):
             return reason
-        if problem.batch > (most := most_images(problem)):
-            return f"the kernel addresses {most} images of this size at most; use a smaller batch"
-        if reason := jit.unavailable(torch.device(problem.device)):
+        if problem.batch > (most := most_samples(problem)):
+            return f"the kernel addresses {most} samples of this size at most; use a smaller batch"
+        if reason := unavailable(torch.device(problem.device)):
             return reason
         if not has_room(problem, Gpu.of(problem.device)):
             return "the input of the smallest tile, with its halo, does not fit into shared memory"
@@ -72,55 +75,34 @@ class DirectCuda(Method):
         device = torch.device(problem.device)
         positions, tables = Positions(problem), pack(problem, sparse_filter, config)
         layout = Layout.of(problem, config.tile)
-        shared = int(shared_bytes(layout, config, tables.entry_bytes))
-        kernel = jit.kernel(_SOURCE, defines(config, layout, problem.precision), device)
-        arrays = (tables.entries, tables.segments, tables.rows, tables.first_channels)
+        compiled = kernel(_SOURCE, defines(config, layout, problem.precision), device)
+        arrays = (tables.entries, tables.segments.view(np.int32), tables.channel_of, tables.first_channels)
         on_device = [torch.from_numpy(array).to(device) for array in arrays]
         offsets = None if bias is None else bias.detach().to(device, torch.float32).contiguous()
-        launch = kernel.bind(
+        fixed = (offsets, *on_device, pack_params(Params.of(problem, layout, tables, config)))
+        launch = compiled.bind(
             config.threads,
-            shared,
-            (
-                *(torch.Tensor, torch.Tensor, torch.Tensor, offsets, *on_device, int, int),
-                *scalars(problem, layout, tables, config),
-            ),
+            int(shared_bytes(layout, asdict(config), tables.entry_bytes)),
+            (torch.Tensor, torch.Tensor, torch.Tensor, *fixed, int, int),  # x, y, residual; samples, tiles
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )
         torch.cuda.synchronize(device)  # the tables are there before any stream reads them
-        check, out_shape = input_check(problem, most_images(problem)), problem.output_shape[1:]
+        check, out_shape = input_check(problem, most_samples(problem)), problem.output_shape[1:]
         groups, tile = len(tables.first_channels), config.tile
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
-            images = len(x)
+            samples = len(x)
             x = x.contiguous()
             if layout.paired:
                 x = aligned(x, 4)  # the kernel reads two columns at once
             if residual is not None:
                 residual = residual.contiguous()
-            y = torch.empty((images, *out_shape), dtype=x.dtype, device=device)
-            if images:
-                tiles = -(-positions.count(-(-images // layout.images_per_word)) // tile)
+            y = torch.empty((samples, *out_shape), dtype=x.dtype, device=device)
+            if samples:
+                tiles = -(-positions.count(-(-samples // layout.samples_per_word)) // tile)
                 grid = groups, min(tiles, _MOST_TILES_Y), -(-tiles // _MOST_TILES_Y)
-                launch(grid, x, y, residual, images, tiles)
+                launch(grid, x, y, residual, samples, tiles)
             return y
 
         return Prepared(run)
-
-
-def variants() -> list[tuple[str, dict[str, int], int]]:
-    """Kernels to hold the compiler to: (source, macros, most registers per thread).
-
-    The choices of the search for four layers, one of them strided, in each way to store and to copy.
-    """
-    found = []
-    for dtype in ("fp32", "fp16", "bf16"):
-        for channels, size, stride in ((64, 56, 1), (256, 14, 1), (512, 7, 1), (128, 28, 2)):
-            padding, spread = (1, 1, 1, 1), range(0, 9 * channels * channels, 16)
-            problem = Problem(32, channels, size, size, channels, (3, 3), (stride, stride), padding, precision=dtype)
-            weight = np.zeros(problem.weight_shape, dtype=np.float32)
-            weight.reshape(-1)[spread] = 1.0
-            config = search(problem, SparseFilter.from_dense(weight), H200, most=1)[0]
-            macros = defines(config, Layout.of(problem, config.tile), dtype)
-            found.append((_SOURCE, macros, 65536 // (config.threads * config.blocks) // 8 * 8))
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,37 +22,38 @@ SLOT_CLASSES = (2, 4, 8, 16, 32)
 @dataclass(frozen=True)
 class DirectConfig:
     """The knobs of the direct kernel. A block computes ``32 * words * position_warps`` positions of
-    ``row_warps * rows`` output channels.
+    ``out_channel_warps * out_channels`` output channels.
 
     Attributes:
         words: positions per lane.
-        rows: output channels per warp.
-        position_warps, row_warps, channel_warps: consumer warps along positions, output channels and input channels.
-            Channel warps share the nonzeros of an output channel and add up their sums at the end.
+        out_channels: output channels per warp.
+        position_warps, out_channel_warps, in_channel_warps: consumer warps along positions, output channels and input
+            channels. Those along input channels share the nonzeros of an output channel and add up their sums at the
+            end.
         producers: warps that copy the input.
         channel_block: input channels per stage.
         stages: of the ring in shared memory.
-        blocks: per multiprocessor that registers leave room for.
-        packed: 16-bit storage: sums of up to 32 products are kept in 16 bits, two images per instruction. Else every
+        occupancy: blocks per multiprocessor that registers leave room for.
+        packed: 16-bit storage: sums of up to 32 products are kept in 16 bits, two samples per instruction. Else every
             product is added in float32, as it always is for fp32.
         balanced: output channels are dealt to warps by their nonzeros, else in their own order.
     """
 
     words: int
-    rows: int
+    out_channels: int
     position_warps: int
-    row_warps: int
-    channel_warps: int
+    out_channel_warps: int
+    in_channel_warps: int
     producers: int
     channel_block: int
     stages: int
-    blocks: int = 1
+    occupancy: int = 1
     packed: bool = False
     balanced: bool = True
 
     @property
     def consumers(self) -> int:
-        return self.position_warps * self.row_warps * self.channel_warps
+        return self.position_warps * self.out_channel_warps * self.in_channel_warps
 
     @property
     def threads(self) -> int:
@@ -62,10 +64,15 @@ class DirectConfig:
         """Words of a tile."""
         return LANES * self.words * self.position_warps
 
+    @property
+    def block_channels(self) -> int:
+        """Output channels of a block."""
+        return self.out_channel_warps * self.out_channels
+
 
 @dataclass(frozen=True)
 class Positions:
-    """The sequence of a problem's output positions, through rows and images."""
+    """The sequence of a problem's output positions, through rows and samples."""
 
     problem: Problem
 
@@ -78,8 +85,8 @@ class Positions:
         return p.out_width + (p.kernel_size[1] - 1) * p.dilation[1] // p.stride[1]
 
     @property
-    def image_rows(self) -> int:
-        """Rows from image to image; the padding between two images is shared as well."""
+    def sample_rows(self) -> int:
+        """Rows from sample to sample; the padding between two samples is shared as well."""
         p = self.problem
         if p.stride[0] == 1:
             return max(p.height + max(p.padding[:2]), p.out_height)
@@ -99,11 +106,11 @@ class Positions:
         last = [max(i * d % s for i in range(k)) for k, d, s in zip(p.kernel_size, p.dilation, p.stride, strict=True)]
         return last[0] * p.stride[1] + last[1] + 1
 
-    def count(self, images: int) -> int:
-        """Positions of so many images, up to the last output."""
+    def count(self, samples: int) -> int:
+        """Positions of so many samples, up to the last output."""
         p = self.problem
-        unused = (self.image_rows - p.out_height) * self.pitch + self.pitch - p.out_width
-        return images * self.image_rows * self.pitch - unused
+        unused = (self.sample_rows - p.out_height) * self.pitch + self.pitch - p.out_width
+        return samples * self.sample_rows * self.pitch - unused
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ class Layout:
     """How a stage holds a tile's input.
 
     Attributes:
+        samples_per_word: 2 for 16-bit storage, else 1.
         paired: two neighbouring columns of 16-bit storage are read at once.
         odd: a channel has an odd number of elements.
         phase_words: words of each phase: the tile and what its last position reaches.
@@ -118,7 +126,7 @@ class Layout:
         slots: words, or pairs of words, that a lane copies per channel.
     """
 
-    images_per_word: int
+    samples_per_word: int
     paired: bool
     odd: bool
     phase_words: int
@@ -134,37 +142,40 @@ class Layout:
         paired = half and problem.stride == (1, 1) and int(np.prod(problem.input_shape[1:])) % 2 == 0
         slots = -(-words // LANES)
         if paired:
-            # Columns in any window of so many positions, and for each image that it meets a pair at either end.
+            # Columns in any window of so many positions, and for each sample that it meets a pair at either end.
             pitch, width = positions.pitch, problem.width
             columns = phase_words // pitch * width + np.minimum(phase_words % pitch, width)
-            images = phase_words // (pitch * positions.image_rows) + 2
-            slots = -(-(columns // 2 + 2 * images) // LANES)
+            samples = phase_words // (pitch * positions.sample_rows) + 2
+            slots = -(-(columns // 2 + 2 * samples) // LANES)
         slots = slots if np.ndim(slots) else int(slots)
         odd = bool(problem.height * problem.width % 2)
         return cls(1 + half, paired, odd, phase_words, -(-words // LANES) * LANES, slots)
 
 
-def most_images(problem: Problem) -> int:
+def most_samples(problem: Problem) -> int:
     """What the kernel's 32-bit numbers reach: bytes of the input, elements of the output, positions."""
     positions = Positions(problem)
     in_size, out_size = (int(np.prod(s[1:], dtype=object)) for s in (problem.input_shape, problem.output_shape))
-    most_positions = MOST_INDEX // 2 // (positions.image_rows * positions.pitch)
-    images_per_word = 1 if STORAGE[problem.precision] == 0 else 2
+    most_positions = MOST_INDEX // 2 // (positions.sample_rows * positions.pitch)
+    samples_per_word = 1 if STORAGE[problem.precision] == 0 else 2
     most_bytes, itemsize = 2**32 - 1, problem.storage.itemsize
-    return min(most_bytes // (in_size * itemsize), MOST_INDEX // out_size, most_positions * images_per_word)
+    return min(most_bytes // (in_size * itemsize), MOST_INDEX // out_size, most_positions * samples_per_word)
 
 
-def shared_bytes(layout: Layout, config: Any, entry_bytes: Any) -> Any:
-    """What a block needs: the ring with its barriers and, in its place at the end, sums that channel warps exchange.
+def shared_bytes(layout: Layout, knobs: Mapping[str, Any], entry_bytes: Any) -> Any:
+    """What a block needs: the ring with its barriers and, in its place at the end, sums that warps exchange.
 
-    Also for arrays of knobs in place of a config.
+    Args:
+        layout: for the tile of these knobs.
+        knobs: of a config by name, or columns of a space; then the result is a column, too.
+        entry_bytes: room for entries in a stage.
     """
-    ring = config.stages * (config.channel_block * layout.channel_words * 4 + entry_bytes + 24)
-    sums = LANES * config.words * config.position_warps * config.row_warps * config.rows * layout.images_per_word * 4
-    return np.maximum(ring, (config.channel_warps - 1) * sums)
+    ring = knobs["stages"] * (knobs["channel_block"] * layout.channel_words * 4 + entry_bytes + 24)
+    sums = LANES * knobs["words"] * knobs["position_warps"] * knobs["out_channel_warps"] * knobs["out_channels"]
+    return np.maximum(ring, (knobs["in_channel_warps"] - 1) * sums * layout.samples_per_word * 4)
 
 
-def grouping(problem: Problem, per_group: Any) -> tuple[int, Any]:
-    """Output channels per group of the convolution, and how many such groups a block of so many rows takes together."""
-    group_rows = problem.out_channels // problem.groups
-    return group_rows, np.minimum(np.maximum(per_group // group_rows, 1), problem.groups)
+def grouping(problem: Problem, block_channels: Any) -> tuple[int, Any]:
+    """Output channels per group of the convolution, and how many such groups a block of so many takes together."""
+    group_channels = problem.out_channels // problem.groups
+    return group_channels, np.minimum(np.maximum(block_channels // group_channels, 1), problem.groups)

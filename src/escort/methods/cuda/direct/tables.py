@@ -1,82 +1,29 @@
-"""A filter laid out for the direct kernel, and the kernel's parameters."""
+"""A filter laid out for the direct kernel: who computes what, and the nonzeros in the order in which they are used."""
 
 from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from escort.filter import Geometry, IntArray, SparseFilter
-from escort.methods.cuda.direct.layout import (
-    HALF_REACH,
-    SLOT_CLASSES,
-    STORAGE,
-    DirectConfig,
-    Layout,
-    Positions,
-    grouping,
-)
+from escort.methods.cuda.direct.layout import HALF_REACH, DirectConfig, Layout, Positions, grouping
 from escort.problem import Problem
 
+#: Where a segment begins: its first entry, in units of 16 bytes, and its first channel within the group.
+SEGMENT = np.dtype([("entry", "<i4"), ("channel", "<i4")])
+#: A word that says how many nonzeros a cell has, and where they start in the segment, in units.
+HEADER = np.dtype([("count", "<u2"), ("start", "<u2")])
+#: A nonzero of float32 and of 16-bit storage; its offset in a stage is in bytes.
+NONZERO = np.dtype([("offset", "<u4"), ("weight", "<f4")])
+HALF_NONZERO = np.dtype([("weight", "<u2"), ("offset", "<u2")])
 
-def defines(config: DirectConfig, layout: Layout, dtype: str) -> dict[str, int]:
-    """The macros that a config is compiled with; kernels/cuda/direct.cu says what each means."""
-    return {
-        "STORAGE": STORAGE[dtype],
-        "PACKED": int(config.packed),
-        "PAIRED": int(layout.paired),
-        "ODD": int(layout.odd),
-        "WORDS": config.words,
-        "ROWS": config.rows,
-        "SLOTS": next(slots for slots in SLOT_CLASSES if slots >= layout.slots),
-        "THREADS": config.threads,
-        "BLOCKS": config.blocks,
-    }
-
-
-def scalars(problem: Problem, layout: Layout, tables: Tables, config: DirectConfig) -> tuple[int, ...]:
-    """The kernel's last parameters, the same in every launch."""
-    positions = Positions(problem)
-    return (
-        problem.in_channels,
-        problem.height,
-        problem.width,
-        problem.out_channels,
-        problem.out_height,
-        problem.out_width,
-        positions.pitch,
-        *_divisor(positions.pitch),
-        positions.image_rows,
-        *_divisor(positions.image_rows),
-        *_divisor(problem.width),
-        *_divisor(-(-problem.height * problem.width // 2)),
-        problem.padding[0],
-        problem.padding[2],
-        *problem.stride,
-        positions.phases,
-        layout.phase_words,
-        layout.channel_words,
-        layout.slots,
-        tables.chunks,
-        config.channel_block,
-        config.stages,
-        config.position_warps,
-        config.row_warps,
-        config.channel_warps,
-        config.producers,
-        tables.entry_bytes,
-        problem.epilogue.activation_number,
-    )
-
-
-def _divisor(divisor: int) -> tuple[int, int]:
-    """(magic, shift) for division by multiplication, magic as the int32 of the same bits; see direct.cu."""
-    shift = (divisor - 1).bit_length()
-    magic = -(-(1 << (31 + shift)) // divisor)
-    return magic - (magic >> 31 << 32), shift
+_UNIT = 16  # bytes
+_Longs = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,23 +31,23 @@ class Tables:
     """A filter in the order in which the kernel walks it.
 
     A group is what a block computes: output channels of one or several groups of the convolution whose input channels
-    lie side by side. A segment is what a stage holds of a group's nonzeros.
+    lie side by side. A segment is what a stage holds of a group's nonzeros. A cell is what a warp does of one output
+    channel in one stage; its nonzeros start at a whole unit.
 
     Attributes:
-        entries: int32, the segments one after the other in units of 16 bytes. A segment begins with a header word per
-            row: where its nonzeros start, in units, << 16 | how many there are. A nonzero is (offset in bytes, float32
-            bits) for fp32 and (offset in bytes << 16 | 16-bit value) for 16-bit storage; rows start at whole units.
-        segments: (groups, chunks + 1, 2) where each segment begins, in units, and its first channel within the group;
-            the last of a group is where its last one ends.
-        rows: (groups, row_warps, rows) output channels, -1 where there is none.
-        first_channels: (groups,) the first input channel of each.
+        entries: (units, 4) int32, the segments one after the other. A segment begins with a HEADER per cell, by input
+            channel warp, output channel warp and output channel; the cells' nonzeros follow in the same order, each a
+            NONZERO or, for 16-bit storage, a HALF_NONZERO.
+        segments: (groups, chunks + 1) SEGMENT; the last of a group is where its last segment ends.
+        channel_of: (groups, out_channel_warps, out_channels) int32, output channels, -1 where there is none.
+        first_channels: (groups,) int32, the first input channel of each.
         chunks: stages that a group takes. The first ones are small, so that the first nonzeros need not wait long.
         entry_bytes: room for the largest segment, and for what the kernel reads ahead.
     """
 
     entries: IntArray
-    segments: IntArray
-    rows: IntArray
+    segments: NDArray[Any]
+    channel_of: IntArray
     first_channels: IntArray
     chunks: int
     entry_bytes: int
@@ -108,77 +55,66 @@ class Tables:
 
 def pack(problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> Tables:
     """Lays a filter out for a config. Raises ValueError where a weight does not fit the storage type."""
-    positions, layout = Positions(problem), Layout.of(problem, config.tile)
-    half = layout.images_per_word == 2
-    per_group = config.row_warps * config.rows
-    group_rows, merged = grouping(problem, per_group)
-    super_rows, super_channels = group_rows * merged, sparse_filter.shape[1] * merged
-    nnz = np.diff(sparse_filter.indptr)
-    groups: list[NDArray[np.int64]] = []
-    first_channels: list[int] = []
-    for start in range(0, problem.out_channels, super_rows):
-        dealt = _deal(nnz[start : start + super_rows], config)
-        groups += [np.where(rows >= 0, rows + start, -1) for rows in dealt]
-        first_channels += [start // group_rows * sparse_filter.shape[1]] * len(dealt)
-    rows = np.stack(groups)
-    slot_of = np.empty(problem.out_channels, dtype=np.int64)  # place of a row among all (group, warp, row)
-    flat = rows.ravel()
-    slot_of[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
+    layout = Layout.of(problem, config.tile)
+    channel_of, first_channels = _groups(problem, sparse_filter, config)
+    _, merged = grouping(problem, config.block_channels)
+    starts = _chunk_starts(sparse_filter.shape[1] * merged, config)
+    cells = _Cells.of(problem, sparse_filter, config, channel_of, starts)
+    segments = _Segments.of(cells, 2 if layout.samples_per_word == 1 else 4)
 
-    # A cell is what a warp does of one row in one stage; cells lie in the order (group, chunk, channel warp, slot).
-    geometry = Geometry(layout.channel_words, positions.pitch, layout.phase_words, problem.stride, problem.dilation)
-    starts = _chunk_starts(super_channels, config)
-    chunks, warps = len(starts) - 1, config.channel_warps
-    row, (channel, r, s) = sparse_filter.rows.astype(np.int64), sparse_filter.taps
-    channel = channel + row // group_rows % merged * sparse_filter.shape[1]
-    chunk = np.searchsorted(starts, channel, side="right") - 1
-    channel = channel - starts[chunk]
-    channel_warp = channel // -(-np.diff(starts) // warps)[chunk]
-    group, slot = np.divmod(slot_of[row], per_group)
-    cell = ((group * chunks + chunk) * warps + channel_warp) * per_group + slot
-    cells_per_segment = warps * per_group
-    segments = len(rows) * chunks
-    order = np.argsort(cell, kind="stable")
-    count = np.bincount(cell, minlength=segments * cells_per_segment)
-    if count.max(initial=0) > 0xFFFF:
-        raise ValueError("more than 65535 nonzeros of an output channel in one stage; use a smaller channel_block")
-    nonzeros_per_unit = 4 if half else 2
-    units = (-(-count // nonzeros_per_unit)).reshape(segments, cells_per_segment)
-    header_units = -(-cells_per_segment // 4)
-    start_in_segment = header_units + np.cumsum(units, axis=1) - units
-    if start_in_segment.max(initial=0) > 0xFFFF:
-        raise ValueError("a stage's nonzeros exceed 1 MiB; use a smaller channel_block")
-    segment_units = header_units + units.sum(axis=1)
-    segment_start = np.concatenate(([0], np.cumsum(segment_units)))
-    entries = np.zeros((int(segment_start[-1]), 4), dtype=np.uint32)
-    words = entries.reshape(-1)
-    header = segment_start[:-1, None] * 4 + np.arange(cells_per_segment)
-    words[header.ravel()] = (start_in_segment.astype(np.uint32) << 16 | count.reshape(units.shape)).ravel()
+    words = np.zeros(int(segments.begin[-1]) * _UNIT // 4, dtype=np.uint32)
+    header = segments.begin[:-1, None] * (_UNIT // HEADER.itemsize) + np.arange(cells.count.shape[1])
+    words.view(HEADER)["count"][header] = cells.count
+    words.view(HEADER)["start"][header] = segments.start
+    _write_nonzeros(words, problem, sparse_filter, layout, cells, segments)
 
-    offset = geometry.offset(channel.astype(np.int32), r, s)[order]
-    if half and offset.max(initial=0) * 4 >= HALF_REACH:
-        raise ValueError("a stage's input exceeds 64 KiB, which is what 16 bits address; use a smaller channel_block")
-    value = sparse_filter.values[order]
-    sorted_cell = cell[order]
-    first = np.cumsum(count) - count
-    at = (segment_start[:-1, None] + start_in_segment).reshape(-1)[sorted_cell] * 4
-    place = np.arange(sparse_filter.nnz) - first[sorted_cell]
-    if half:
-        words[at + place] = offset.astype(np.uint32) << 18 | _bits(value, problem.precision)
-    else:
-        words[at + 2 * place] = offset.astype(np.uint32) * 4
-        words[at + 2 * place + 1] = value.view(np.uint32)
-    bounds = np.empty((len(rows), chunks + 1, 2), dtype=np.int32)
-    bounds[:, :, 0] = segment_start[np.arange(len(rows))[:, None] * chunks + np.arange(chunks + 1)]
-    bounds[:, :, 1] = np.minimum(starts, problem.in_channels - np.array(first_channels)[:, None])
+    groups, chunks = len(channel_of), len(starts) - 1
+    bounds = np.empty((groups, chunks + 1), dtype=SEGMENT)
+    bounds["entry"] = segments.begin[np.arange(groups)[:, None] * chunks + np.arange(chunks + 1)]
+    bounds["channel"] = np.minimum(starts, problem.in_channels - first_channels[:, None])
     return Tables(
-        entries.view(np.int32),
+        words.view(np.int32).reshape(-1, 4),
         bounds,
-        rows.reshape(len(rows), config.row_warps, config.rows).astype(np.int32),
-        np.array(first_channels, dtype=np.int32),
+        channel_of.reshape(groups, config.out_channel_warps, config.out_channels).astype(np.int32),
+        first_channels.astype(np.int32),
         chunks,
-        int(segment_units.max(initial=1)) * 16 + 32,
+        int(np.diff(segments.begin).max(initial=1)) * _UNIT + 32,
     )
+
+
+def _groups(problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> tuple[_Longs, _Longs]:
+    """The output channels of each group, (groups, channels of a block), and the first input channel of each."""
+    group_channels, merged = grouping(problem, config.block_channels)
+    together = group_channels * merged
+    nnz = np.diff(sparse_filter.indptr)
+    channels: list[_Longs] = []
+    first_channels: list[int] = []
+    for start in range(0, problem.out_channels, together):
+        dealt = _deal(nnz[start : start + together], config)
+        channels += [np.where(group >= 0, group + start, -1) for group in dealt]
+        first_channels += [start // group_channels * sparse_filter.shape[1]] * len(dealt)
+    return np.stack(channels), np.array(first_channels)
+
+
+def _deal(nnz: IntArray, config: DirectConfig) -> list[_Longs]:
+    """Deals output channels to groups of warps: an array of places per group, -1 where a place stays empty."""
+    groups = -(-len(nnz) // config.block_channels)
+    warps = groups * config.out_channel_warps
+    channels_of: list[list[int]] = [[] for _ in range(warps)]
+    if config.balanced:
+        loads = [(0, warp) for warp in range(warps)]
+        for channel in np.argsort(-nnz, kind="stable").tolist():  # the heaviest to the least loaded warp with room
+            load, warp = heapq.heappop(loads)
+            channels_of[warp].append(channel)
+            if len(channels_of[warp]) < config.out_channels:
+                heapq.heappush(loads, (load + int(nnz[channel]), warp))
+    else:
+        for channel in range(len(nnz)):
+            channels_of[channel // config.out_channels].append(channel)
+    places = np.full((warps, config.out_channels), -1, dtype=np.int64)
+    for warp, channels in enumerate(channels_of):
+        places[warp, : len(channels)] = channels
+    return list(places.reshape(groups, -1))
 
 
 def _chunk_starts(channels: int, config: DirectConfig) -> IntArray:
@@ -186,36 +122,111 @@ def _chunk_starts(channels: int, config: DirectConfig) -> IntArray:
     block = config.channel_block
     sizes = []
     if channels > 2 * block:
-        sizes = [-(-block // part // config.channel_warps) * config.channel_warps for part in (4, 2)]
+        warps = config.in_channel_warps
+        sizes = [-(-block // part // warps) * warps for part in (4, 2)]
     rest = channels - sum(sizes)
     count = -(-rest // block)
     even = np.diff(np.arange(count + 1) * rest // count)
     return np.concatenate(([0], np.cumsum(np.concatenate((sizes, even))))).astype(np.int32)
 
 
-def _deal(nnz: IntArray, config: DirectConfig) -> list[NDArray[np.int64]]:
-    """Deals rows to groups of warps: one array of row_warps * rows places per group, -1 where a place stays empty."""
-    groups = -(-len(nnz) // (config.row_warps * config.rows))
-    warps = groups * config.row_warps
-    hands: list[list[int]] = [[] for _ in range(warps)]
-    if config.balanced:
-        loads = [(0, warp) for warp in range(warps)]
-        for row in np.argsort(-nnz, kind="stable").tolist():  # the heaviest row to the least loaded warp with room
-            load, warp = heapq.heappop(loads)
-            hands[warp].append(row)
-            if len(hands[warp]) < config.rows:
-                heapq.heappush(loads, (load + int(nnz[row]), warp))
-    else:
-        for row in range(len(nnz)):
-            hands[row // config.rows].append(row)
-    filled = np.full((warps, config.rows), -1, dtype=np.int64)
-    for warp, hand in enumerate(hands):
-        filled[warp, : len(hand)] = hand
-    return list(filled.reshape(groups, -1))
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """The cells of all segments, in the order of their headers.
+
+    Attributes:
+        of_nonzero: (nnz,) the cell of each of the filter's nonzeros, counted through all segments.
+        channel: (nnz,) its input channel within the stage.
+        count: (segments, cells of a segment) nonzeros of each cell.
+    """
+
+    of_nonzero: _Longs
+    channel: _Longs
+    count: _Longs
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        config: DirectConfig,
+        channel_of: _Longs,
+        starts: IntArray,
+    ) -> _Cells:
+        group_channels, merged = grouping(problem, config.block_channels)
+        place_of = np.empty(problem.out_channels, dtype=np.int64)  # of an output channel among all places
+        used = channel_of.ravel() >= 0
+        place_of[channel_of.ravel()[used]] = np.flatnonzero(used)
+
+        out_channel = sparse_filter.rows.astype(np.int64)
+        channel = sparse_filter.taps[0] + out_channel // group_channels % merged * sparse_filter.shape[1]
+        chunk = np.searchsorted(starts, channel, side="right") - 1
+        channel = channel - starts[chunk]
+        warps = config.in_channel_warps
+        warp = channel // -(-np.diff(starts) // warps)[chunk]
+        group, place = np.divmod(place_of[out_channel], config.block_channels)
+        chunks = len(starts) - 1
+        cell = ((group * chunks + chunk) * warps + warp) * config.block_channels + place
+        shape = len(channel_of) * chunks, warps * config.block_channels
+        count = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
+        if count.max(initial=0) > 0xFFFF:
+            raise ValueError("more than 65535 nonzeros of an output channel in one stage; use a smaller channel_block")
+        return cls(cell, channel, count)
 
 
-def _bits(values: NDArray[np.float32], dtype: str) -> NDArray[np.uint32]:
-    rounded = torch.from_numpy(values).to(torch.float16 if dtype == "fp16" else torch.bfloat16)
+@dataclass(frozen=True, eq=False)
+class _Segments:
+    """Where everything lies, in units.
+
+    Attributes:
+        begin: (segments + 1,) where each segment begins, and the end of the last.
+        start: (segments, cells of a segment) where the nonzeros of each cell start in their segment.
+    """
+
+    begin: _Longs
+    start: _Longs
+
+    @classmethod
+    def of(cls, cells: _Cells, nonzeros_per_unit: int) -> _Segments:
+        units = -(-cells.count // nonzeros_per_unit)
+        headers = -(-cells.count.shape[1] * HEADER.itemsize // _UNIT)
+        start = headers + np.cumsum(units, axis=1) - units
+        if start.max(initial=0) > 0xFFFF:
+            raise ValueError("a stage's nonzeros exceed 1 MiB; use a smaller channel_block")
+        return cls(np.concatenate(([0], np.cumsum(headers + units.sum(axis=1)))), start)
+
+
+def _write_nonzeros(
+    words: NDArray[np.uint32],
+    problem: Problem,
+    sparse_filter: SparseFilter,
+    layout: Layout,
+    cells: _Cells,
+    segments: _Segments,
+) -> None:
+    """Writes the nonzeros, of each cell in the order of the filter."""
+    half = layout.samples_per_word == 2
+    pitch = Positions(problem).pitch
+    geometry = Geometry(layout.channel_words, pitch, layout.phase_words, problem.stride, problem.dilation)
+    order = np.argsort(cells.of_nonzero, kind="stable")
+    _, r, s = sparse_filter.taps
+    offset = geometry.offset(cells.channel.astype(np.int32), r, s)[order]
+    if half and offset.max(initial=0) * 4 >= HALF_REACH:
+        raise ValueError("a stage's input exceeds 64 KiB, which is what 16 bits address; use a smaller channel_block")
+    value = sparse_filter.values[order]
+
+    nonzeros = words.view(HALF_NONZERO if half else NONZERO)
+    cell = cells.of_nonzero[order]
+    first = np.cumsum(cells.count).reshape(cells.count.shape) - cells.count  # nonzeros of the cells before
+    begin = (segments.begin[:-1, None] + segments.start) * (_UNIT // nonzeros.itemsize)
+    place = begin.ravel()[cell] + np.arange(sparse_filter.nnz) - first.ravel()[cell]
+    nonzeros["offset"][place] = offset * 4
+    nonzeros["weight"][place] = _bits(value, problem.precision) if half else value
+
+
+def _bits(values: NDArray[np.float32], precision: str) -> NDArray[np.uint16]:
+    """The values as fp16 or bf16, bit by bit. Raises ValueError where one does not fit."""
+    rounded = torch.from_numpy(values).to(torch.float16 if precision == "fp16" else torch.bfloat16)
     if not torch.isfinite(rounded).all():
-        raise ValueError(f"a weight of {np.abs(values).max():.3g} does not fit {dtype}; use bf16 or fp32")
-    return rounded.view(torch.int16).numpy().astype(np.uint16).astype(np.uint32)
+        raise ValueError(f"a weight of {np.abs(values).max():.3g} does not fit {precision}; use bf16 or fp32")
+    return rounded.view(torch.int16).numpy().view(np.uint16)

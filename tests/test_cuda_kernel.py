@@ -1,0 +1,149 @@
+"""From a source to a Kernel on a device, by a driver that records its calls."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from escort.cuda.compiler import Text
+from escort.cuda.kernel import Kernel, kernel
+from tests.cuda_kernels import (
+    THREADS,
+    FakeDriver,
+    Status,
+    bind,
+    install,
+    write_scale,
+)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def scale(tmp_path: Path) -> Path:
+    return write_scale(tmp_path)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    return install(monkeypatch)
+
+
+@pytest.fixture
+def compiled(driver: FakeDriver, scale: Path) -> Kernel:
+    return kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))
+
+
+def test_without_a_gpu(scale: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no NVIDIA GPU.*escort doctor"):
+        kernel(scale, {"FACTOR": 1}, torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="not on cpu"):
+        kernel(scale, {"FACTOR": 1}, torch.device("cpu"))
+
+
+def test_no_error_holds_a_text() -> None:
+    text = Text("generated.cu", "much code")
+    with pytest.raises(ValueError, match="^generated.cu runs on CUDA devices, not on cpu$"):
+        kernel(text, {}, torch.device("cpu"))
+    assert "much code" not in f"{text!r} {text}"
+
+
+def test_a_kernel_is_loaded_once(compiled: Kernel, scale: Path) -> None:
+    assert kernel(scale, {"FACTOR": 2}, torch.device("cuda")) is compiled
+    assert kernel(scale, {"FACTOR": 3}, torch.device("cuda")) is not compiled
+    assert compiled.entry == "scale" and compiled.device == torch.device("cuda:0") and compiled.binary.arch == "sm_90"
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_text_is_loaded_once_and_not_kept() -> None:
+    def text(value: int) -> Text:
+        return Text("some.cu", f'extern "C" __global__ void some(int* y) {{ *y = {value}; }}')
+
+    first = text(1)
+    compiled = kernel(first, {}, torch.device("cuda"))
+    assert compiled.entry == "some" and kernel(text(1), {}, torch.device("cuda")) is compiled
+    assert kernel(text(2), {}, torch.device("cuda")) is not compiled
+    kept = weakref.ref(first)
+    del first
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_native_kernel_is_another_one(compiled: Kernel, scale: Path) -> None:
+    native = kernel(scale, {"FACTOR": 2}, torch.device("cuda"), native=True)
+    assert (compiled.binary.arch, native.binary.arch) == ("sm_90", "sm_90a")
+    assert kernel(scale, {"FACTOR": 2}, torch.device("cuda"), native=True) is native
+    assert kernel(scale, {"FACTOR": 2}, torch.device("cuda")) is compiled
+
+
+@pytest.mark.usefixtures("driver")
+def test_no_native_kernels_before_hopper(scale: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(RuntimeError, match="NVIDIA X has compute capability 8.6; this kernel needs 9.0 or more"):
+        kernel(scale, {"FACTOR": 1}, torch.device("cuda:0"), native=True)
+
+
+def test_much_shared_memory_is_asked_for_once(compiled: Kernel, driver: FakeDriver) -> None:
+    for size in (100_000, 90_000, 120_000, 1000):
+        compiled.bind(THREADS, size, (None, torch.Tensor, float, 1))
+    assert [value for _, _, value in driver.called("cuFuncSetAttribute")] == [100_000, 120_000]
+
+
+@pytest.mark.parametrize("size", [-1, 232449])
+def test_too_much_shared_memory_is_refused(compiled: Kernel, size: int) -> None:
+    with pytest.raises(ValueError, match=rf"asks for {size} bytes .*NVIDIA X has 23\d+: choose a config"):
+        bind(compiled, shared=size)
+
+
+@pytest.mark.parametrize("block", [0, 1025])
+def test_a_block_of_a_wrong_size_is_refused(compiled: Kernel, block: int) -> None:
+    with pytest.raises(ValueError, match=f"a block of {block} threads; .* runs 1 to 1024"):
+        bind(compiled, block=block)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(12040, r"supports CUDA 12.4 .* install escort-sparse\[cuda12\], or update the driver"), (99000, "INVALID_IMAGE")],
+)
+def test_a_driver_that_cannot_load_the_binary(
+    driver: FakeDriver, scale: Path, monkeypatch: pytest.MonkeyPatch, version: int, message: str
+) -> None:
+    monkeypatch.setattr("escort.cuda.kernel.nvrtc_version", lambda: (13, 0))
+    driver.version = version
+    driver.failing["cuLibraryLoadData"] = Status.CUDA_ERROR_INVALID_IMAGE
+    with pytest.raises(RuntimeError, match=message) as caught:
+        kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))
+    assert ("update the driver" in str(caught.value)) == (version < 13000)
+
+
+def test_a_driver_that_is_too_old_for_any_binary(driver: FakeDriver, scale: Path) -> None:
+    driver.version = 11080
+    with pytest.raises(RuntimeError, match="supports CUDA 11.8; CUDA kernels need 12.0: update the driver"):
+        kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))
+
+
+def test_a_missing_entry_is_named(driver: FakeDriver, scale: Path) -> None:
+    driver.failing["cuLibraryGetKernel"] = Status.CUDA_ERROR_NOT_FOUND
+    with pytest.raises(RuntimeError, match="kernel other of scale.cu on cuda:0.*NOT_FOUND"):
+        kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"), "other")
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_gpu_that_is_too_old(scale: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(RuntimeError, match="NVIDIA X has compute capability 7.5; CUDA kernels need 8.0"):
+        kernel(scale, {"FACTOR": 1}, torch.device("cuda:0"))
+
+
+@pytest.mark.gpu
+def test_a_missing_entry_is_named_on_a_gpu(scale: Path) -> None:
+    with pytest.raises(RuntimeError, match="kernel other of scale.cu"):
+        kernel(scale, {"FACTOR": 2}, torch.device("cuda"), "other")

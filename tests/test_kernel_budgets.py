@@ -1,0 +1,90 @@
+"""What every kernel may use of registers and local memory, held to the compiler; needs no GPU."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from escort.cuda import compiler
+from escort.cuda.gpu import H200
+from escort.filter import SparseFilter
+from escort.methods.cuda.direct.layout import Layout
+from escort.methods.cuda.direct.params import defines
+from escort.methods.cuda.direct.search import search
+from escort.methods.cuda.generated.codegen import arrange_defines
+from escort.methods.cuda.generated.steps import GeneratedConfig, Program
+from escort.problem import Problem
+from tests.cuda_kernels import ARCHS
+
+#: Source, macros and the most registers per thread.
+Variant = tuple[str, dict[str, int | str], int]
+#: Bytes of spill stores and loads together; the kernel keeps its inner loops free of them.
+MOST_SPILLED = 96
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def direct_variants() -> list[Variant]:
+    """The choices of the search for four layers, one of them strided, in each way to store and to copy."""
+    variants: list[Variant] = []
+    for dtype in ("fp32", "fp16", "bf16"):
+        for channels, size, stride in ((64, 56, 1), (256, 14, 1), (512, 7, 1), (128, 28, 2)):
+            padding, spread = (1, 1, 1, 1), range(0, 9 * channels * channels, 16)
+            problem = Problem(32, channels, size, size, channels, (3, 3), (stride, stride), padding, precision=dtype)  # type: ignore[arg-type]
+            weight = np.zeros(problem.weight_shape, dtype=np.float32)
+            weight.reshape(-1)[spread] = 1.0
+            config = search(problem, SparseFilter.from_dense(weight), H200, most=1)[0]
+            macros = defines(config, Layout.of(problem, config.tile), dtype)
+            variants.append(("direct.cu", macros, 65536 // (config.threads * config.occupancy) // 8 * 8))
+    return variants
+
+
+def arrange_variants() -> list[Variant]:
+    """Source, defines and budget of registers of what lays out inputs.
+
+    One image or two per word, one plane or four; and channels_last of either size of elements.
+    """
+    config = GeneratedConfig(8, 4, 1, 4, copy=0, arranged=True)
+    vectors = ((2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4))
+    variants: list[Variant] = [
+        ("sparse_tc_arrange.cu", {"BYTES": size, "VECTOR": vector}, 48) for size, vector in vectors
+    ]
+    for dtype, stride in (("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)):
+        problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), precision=dtype)  # type: ignore[arg-type]
+        sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
+        variants.append(("generated_arrange.cu", arrange_defines(Program.of(problem, sparse_filter, config), 128), 48))
+    return variants
+
+
+def pool_variants() -> list[Variant]:
+    """The same of max pooling."""
+    window: dict[str, int | str] = {"ROWS": 3, "COLUMNS": 3, "DOWN": 2, "RIGHT": 2, "TOP": 1, "LEFT": 1}
+    window |= {"DILATION_DOWN": 1, "DILATION_RIGHT": 1}
+    vectors = ((0, 1), (0, 4), (1, 1), (1, 8), (2, 2), (2, 8))
+    return [("max_pool.cu", {"STORAGE": storage, "VECTOR": vector, **window}, 40) for storage, vector in vectors]
+
+
+def every_variant() -> list[Variant]:
+    return direct_variants() + arrange_variants() + pool_variants()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_keeps_to_its_budget(arch: str) -> None:
+    """Registers are as many as each variant states; at most a few values outside the inner loops are spilled."""
+    variants = every_variant()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        binaries = list(pool.map(lambda variant: compiler.compile_source(*variant[:2], arch), variants))
+    for (source, macros, budget), binary in zip(variants, binaries, strict=True):
+        used = f"{source} {macros}: {binary.registers} registers of {budget}, {binary.spill_bytes} bytes spilled"
+        assert binary.registers <= budget and binary.spill_bytes <= MOST_SPILLED and binary.stack_bytes <= 32, used
+
+
+def test_every_source_has_a_budget() -> None:
+    assert {path.name for path in compiler.KERNELS.glob("*.cu")} == {source for source, _, _ in every_variant()}
