@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from escort.cuda.gpu import H200
-from escort.filter import SparseFilter, split
+from escort.filter import SparseFilter
 from escort.methods.cuda.sparse_tc.packing import ordered, pack
 from escort.methods.cuda.sparse_tc.search import candidates
+from escort.methods.cuda.sparse_tc.split import split
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, SparseTcConfig, Tiling, UnfitError
 from escort.problem import TORCH_DTYPE, Precision, Problem
 from tests.sparse_tc_model import decode, emulate, laid_out
@@ -169,7 +170,7 @@ def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: 
     tiling = Tiling.of(replace(RES4, precision=dtype), config, H200.shared_bytes)
     places = ordered(sparse_filter, config.layout, tiling.element)
     packed = pack(places, tiling)
-    assert places.split.residual.nnz == 0 and places.extra(64, places.block) == 0.0
+    assert places.split.remainder.nnz == 0 and places.extra(64, places.block) == 0.0
     assert len(packed.images) == tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
     assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
 

@@ -22,7 +22,8 @@ from benchmarks.result_files import Item, Result, read_results
 from benchmarks.study import Study
 from benchmarks.suite import Layer, Row
 from escort import methods, reference
-from escort.filter import SparseFilter, split
+from escort.filter import SparseFilter
+from escort.methods.cuda.sparse_tc.split import split
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS
 from escort.problem import Precision, Problem
 

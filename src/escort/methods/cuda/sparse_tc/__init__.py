@@ -19,10 +19,11 @@ from escort.cuda import tensor_map as tensor_maps
 from escort.cuda.gpu import Gpu
 from escort.filter import IntArray, SparseFilter
 from escort.methods.base import Method, Prepared, aligned, input_check
+from escort.methods.cuda.sparse_tc.orders import common_order
 from escort.methods.cuda.sparse_tc.packing import ordered, pack
 from escort.methods.cuda.sparse_tc.search import Extra, candidates, predict_us, search
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, Element, SparseTcConfig, Tiling, at_once, im2col_corners
-from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
 
 __all__ = ["SparseTc", "SparseTcConfig"]
 
@@ -74,6 +75,11 @@ class SparseTc(Method):
 
     def input_format(self, config: SparseTcConfig) -> MemoryFormat:
         return config.layout
+
+    def channel_order(self, weights: Sequence[torch.Tensor], precision: Precision) -> torch.Tensor | None:
+        if precision not in ELEMENTS:
+            return None
+        return common_order(weights, ELEMENTS[precision].kept, ELEMENTS[precision].of)
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: SparseTcConfig

@@ -9,7 +9,7 @@ word of thread t of a warpgroup, with warp w = t / 32, g = t % 32 / 4 and q = t 
 on: bits 0-15 for row 16 w + g, bits 16-31 for row 16 w + g + 8. Selector 0 takes the words of q = 0 and 1, selector 1
 those of q = 2 and 3, so that a register serves both halves of the channels.
 
-A filter is the sum of two of such a pattern (`sparse.split`): the second holds what is left over, and only those of its
+A filter is the sum of two of such a pattern (split.py): the second holds what is left over, and only those of its
 images are kept that are not empty. The orders of channels and rows see to it that few are not.
 """
 
@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escort.filter import FloatArray, IntArray, SparseFilter, Split, split, spread_channels
+from escort.filter import FloatArray, IntArray, SparseFilter
+from escort.methods.cuda.sparse_tc.orders import spread_channels
+from escort.methods.cuda.sparse_tc.split import Split, split
 from escort.methods.cuda.sparse_tc.tiling import BLOCK_BYTES, PIXEL_BYTES, Element, SparseTcConfig, Tiling
 from escort.problem import MemoryFormat
 
@@ -55,8 +57,8 @@ class Ordered:
 
     def extra(self, rows: int, channels: int) -> float:
         """The share of all pieces of a tap, so many rows by so many channels, in which something is left over."""
-        row, place, tap = self.places(self.split.residual)
-        _, _, r, s = self.split.residual.shape
+        row, place, tap = self.places(self.split.remainder)
+        _, _, r, s = self.split.remainder.shape
         shape = -(-len(self.rows) // rows), len(self.channels) // channels, r * s
         where = np.ravel_multi_index((row // rows, place // channels, tap), shape)
         return len(np.unique(where)) / math.prod(shape)
@@ -85,11 +87,11 @@ def _as_it_is(sparse_filter: SparseFilter, element: Element) -> Ordered:
 def _gathered(sparse_filter: SparseFilter, element: Element) -> Ordered:
     """What is left over, made small by the order of the channels, in as few images as sorting gets it."""
     natural, whole = _as_it_is(sparse_filter, element), _whole_blocks(sparse_filter, element.block)
-    if natural.split.residual.nnz == 0 or sparse_filter.sparsity < _LEAST_SPARSITY:
+    if natural.split.remainder.nnz == 0 or sparse_filter.sparsity < _LEAST_SPARSITY:
         return natural
     parts = split(whole, element.kept, element.of, spread_channels(whole, element.kept, element.of))
     left = replace(natural, split=parts, channels=parts.channels)
-    row, _, _ = left.places(parts.residual)
+    row, _, _ = left.places(parts.remainder)
     rows = np.argsort(-np.bincount(row, minlength=len(natural.rows)), kind="stable").astype(np.int32)
     return replace(
         left, channels=np.where(parts.channels < sparse_filter.shape[1], parts.channels, -1).astype(np.int32), rows=rows
@@ -132,7 +134,7 @@ class Packed:
 def pack(ordered: Ordered, tiling: Tiling) -> Packed:
     """The filter for a tiling. Raises ValueError where the precision does not hold a weight."""
     config, p = tiling.config, tiling.problem
-    parts = [_tiles(ordered, part, tiling) for part in (ordered.split.structured, ordered.split.residual)]
+    parts = [_tiles(ordered, part, tiling) for part in (ordered.split.structured, ordered.split.remainder)]
     halves = [_halves(bits, config) for bits in parts]
     all_halves = np.uint32(sum(3 << 2 * across for across in range(config.across)))
     listed: list[tuple[int, int, int]] = []  # (part, tile, tap) of each image
