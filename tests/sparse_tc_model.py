@@ -60,12 +60,12 @@ def decode(packed: Packed, places: Ordered, tiling: Tiling) -> np.ndarray:
     rows = packed.row_channel.reshape(tiling.channel_tiles, config.across, -1)
     at = 0
     for tile in range(tiling.channel_tiles):
-        for number, fill in enumerate(tiling.fills):
-            assert packed.first[tile * len(tiling.fills) + number] == at
+        for number, tap_group in enumerate(tiling.tap_groups):
+            assert packed.first[tile * len(tiling.tap_groups) + number] == at
             last = False
             while not last:
                 word = int(packed.steps[at])
-                (tap,) = (tap for tap in fill if tap.start * 8 == word & 0xFFFF)
+                (tap,) = (tap for tap in tap_group if tap.start * 8 == word & 0xFFFF)
                 for across, half in np.ndindex(config.across, 2):
                     values = seen[at, across, :, half]
                     if not word >> (16 + 2 * across + half) & 1:
@@ -100,8 +100,8 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
     p, config, d = tiling.problem, tiling.config, SimpleNamespace(**tiling.defines)
     along, m_tile, depth = 2 // config.across, config.tile_channels, BLOCK[p.precision] // 2
     images = len(nhwc)
-    whole_rows = config.fill in ("columns", "halo")
-    read = nhwc if whole_rows or config.fill == "im2col" else nhwc.reshape(1, 1, -1, tiling.channels)
+    whole_rows = config.tap_group in ("columns", "halo")
+    read = nhwc if whole_rows or config.tap_group == "im2col" else nhwc.reshape(1, 1, -1, tiling.channels)
     filters = decode_images(packed.images, p.precision)
     y = np.full((images, p.out_channels, p.out_height, p.out_width), np.nan)
     written = (
@@ -118,10 +118,10 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
             first_row, first_image = tile % d.TILES_PER_IMAGE * d.TILE_ROWS, tile // d.TILES_PER_IMAGE * d.TILE_IMAGES
             sums = np.full((m_tile, config.tile_pixels), np.nan)
             accumulate, c, r, s = False, 0, 0, 0
-            at = packed.first[m * d.FILLS]
-            for fill in range(d.FILLS):
+            at = packed.first[m * d.TAP_GROUPS]
+            for tap_group in range(d.TAP_GROUPS):
                 to, filled = filled % d.B_STAGES * stage_pixels, filled + 1
-                if config.fill == "im2col":
+                if config.tap_group == "im2col":
                     for part in range(along):
                         row, column = divmod(tile * config.tile_pixels + part * config.pixels, d.OUT_WIDTH)
                         corner = column * d.STRIDE_RIGHT - d.LEFT, row % d.OUT_HEIGHT * d.STRIDE_DOWN - d.TOP
@@ -135,17 +135,17 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                     if r == d.KERNEL_ROWS:
                         r, c = 0, c + 2 * depth
                 else:
-                    if config.fill == "flat":
+                    if config.tap_group == "flat":
                         box = load_box(read, tiling.load, c, tile * config.tile_pixels, 0, 0)
                     else:
                         column = s * d.DILATION_RIGHT - d.LEFT
                         box = load_box(read, tiling.load, c, column, first_row - d.TOP, first_image)
                     assert len(box) == d.LOAD_PIXELS
                     shared[to:][: len(box)] = box
-                    s += config.fill == "columns"
-                    if config.fill != "columns" or s == d.KERNEL_COLUMNS:
+                    s += config.tap_group == "columns"
+                    if config.tap_group != "columns" or s == d.KERNEL_COLUMNS:
                         s, c = 0, c + 2 * depth
-                produced, more = packed.first[m * d.FILLS + fill + 1], True
+                produced, more = packed.first[m * d.TAP_GROUPS + tap_group + 1], True
                 while more:
                     word = int(packed.steps[at])
                     start = to + (word & 0xFFFF) // 8
@@ -170,7 +170,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                     store_floats(d, tiling, y, tile, of, row_channel)
                 elif config.takes_channels_last:
                     place = (0, first_row, first_image) if whole_rows else (tile * config.tile_pixels, 0, 0)
-                    boxes = along if config.fill == "im2col" else 1
+                    boxes = along if config.tap_group == "im2col" else 1
                     for part in range(boxes):
                         column = place[0] + part * config.pixels
                         staged = of.T[part * config.pixels :] if boxes > 1 else of.T
@@ -241,12 +241,12 @@ def store_rows(
     assert d.STAGING_ROW * 64 <= d.STAGING_BYTES and d.STAGING_ROW // 16 % 2 == 1
     assert sums.shape[1] * 2 <= d.STAGING_ROW
     rows = min(d.TILE_ROWS, d.OUT_HEIGHT - first_row)
-    if tiling.config.fill in ("columns", "halo"):
+    if tiling.config.tap_group in ("columns", "halo"):
         count = rows * d.OUT_WIDTH * min(d.TILE_IMAGES, images - first_image)
     else:
         count = min(sums.shape[1], images * plane - tile * sums.shape[1])
     for unit in range(0, max(count, 0), d.VECTOR):
-        if tiling.config.fill in ("columns", "halo"):
+        if tiling.config.tap_group in ("columns", "halo"):
             of_tile, rest = divmod(unit, rows * d.OUT_WIDTH)
             row, column = divmod(rest, d.OUT_WIDTH)
             image, pixel = first_image + of_tile, first_row * d.OUT_WIDTH + rest
@@ -269,7 +269,7 @@ def store_floats(
 ) -> None:
     """The kernel's stores of 64 rows of floats to y: each pixel of a tile that is an output."""
     pixel = np.arange(sums.shape[1])
-    if tiling.config.fill in ("columns", "halo"):
+    if tiling.config.tap_group in ("columns", "halo"):
         of_tile, rest = np.divmod(pixel, d.IMAGE_PITCH)
         of_image, column = np.divmod(rest, d.PITCH)
         image = tile // d.TILES_PER_IMAGE * d.TILE_IMAGES + of_tile

@@ -85,7 +85,7 @@ def test_predictions_follow_the_work() -> None:
     assert 1.5 < predict_us(twice, NONE, H200) / predict_us(tiling, NONE, H200) < 2.5, "half the channels in a step"
 
 
-# One of each kind of kernel: fills, warpgroups, blocks of channels, clusters, layouts, epilogues, vectors
+# One of each kind of kernel: tap groups, warpgroups, blocks of channels, clusters, layouts, epilogues, vectors
 VARIANTS = {
     "halo": (RES4, SparseTcConfig("halo", 216, rows=14, cluster=2)),
     "halo along": (replace(RES4, epilogue=FULL), SparseTcConfig("halo", 112, across=1, rows=14)),
@@ -246,9 +246,9 @@ class Model:
         flat = x_map.x.permute(0, 2, 3, 1) if last else x_map.x
         p = tiling.problem
         nhwc = flat.double().numpy().reshape(images, p.height, p.width, -1)
-        whole = tiling.config.fill != "flat"
+        whole = tiling.config.tap_group != "flat"
         assert x_map.sizes == (nhwc.shape[3], *((p.width, p.height, images) if whole else (flat[..., 0].numel(), 1, 1)))
-        if tiling.config.fill == "im2col":
+        if tiling.config.tap_group == "im2col":
             top, bottom, left, right = p.padding
             corners = (-left, -top), (right - p.kernel_size[1] + 1, bottom - p.kernel_size[0] + 1)
             assert x_map.how == (*corners, 128 // x_map.x.itemsize, tiling.config.pixels, (p.stride[1], p.stride[0]))
@@ -296,13 +296,13 @@ def test_a_runner_launches_its_kernels(
 
 
 def on_the_gpu(case: Case, dtype: Precision) -> list[SparseTcConfig]:
-    """Some configs of a case there: of every fill, and in both layouts."""
+    """Some configs of a case there: of every tap group, and in both layouts."""
     method, problem = SparseTc(), replace(case.problem, device="cuda:0", precision=dtype)
     if (reason := method.unsupported(problem)) is not None:
         pytest.skip(reason)
     configs = list(method.configs(problem, case.filter()))
-    fills = {tiling.config.fill: tiling.config for tiling in candidates(problem, H200, "contiguous")}
-    return list(dict.fromkeys([configs[0], configs[-1], *fills.values()]))
+    tap_groups = {tiling.config.tap_group: tiling.config for tiling in candidates(problem, H200, "contiguous")}
+    return list(dict.fromkeys([configs[0], configs[-1], *tap_groups.values()]))
 
 
 @pytest.mark.gpu

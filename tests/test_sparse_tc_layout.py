@@ -73,9 +73,9 @@ def rounded(weight: np.ndarray, dtype: Precision) -> np.ndarray:
     return np.ldexp(np.rint(mantissa * 2**11), exponent - 11)
 
 
-def some_tilings(problem: Problem, fill: str, layout: str) -> list[Tiling]:
+def some_tilings(problem: Problem, tap_group: str, layout: str) -> list[Tiling]:
     """A few that differ in what matters: warpgroups, blocks, clusters, several images, uneven pixels."""
-    found = [t for t in candidates(problem, H200, layout) if t.config.fill == fill]  # type: ignore[arg-type]
+    found = [t for t in candidates(problem, H200, layout) if t.config.tap_group == tap_group]  # type: ignore[arg-type]
     wanted = (
         lambda c: c.across == 2 and c.blocks == 1,
         lambda c: c.across == 1 and c.cluster == 2,
@@ -89,7 +89,7 @@ def some_tilings(problem: Problem, fill: str, layout: str) -> list[Tiling]:
     return list(picked.values())
 
 
-def fills(problem: Problem) -> tuple[str, ...]:
+def tap_groups(problem: Problem) -> tuple[str, ...]:
     """Those that can be had."""
     if problem.stride != (1, 1):
         return ("im2col",)
@@ -100,11 +100,13 @@ def fills(problem: Problem) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(("name", "fill"), [(name, fill) for name in CASES for fill in fills(CASES[name][0])])
-def test_the_kernels_coordinates_make_a_convolution(name: str, fill: str, layout: str, dtype: Precision) -> None:
+@pytest.mark.parametrize(
+    ("name", "tap_group"), [(name, tap_group) for name in CASES for tap_group in tap_groups(CASES[name][0])]
+)
+def test_the_kernels_coordinates_make_a_convolution(name: str, tap_group: str, layout: str, dtype: Precision) -> None:
     problem, density = CASES[name]
     problem = replace(problem, precision=dtype)
-    tilings = some_tilings(problem, fill, layout)
+    tilings = some_tilings(problem, tap_group, layout)
     assert tilings
     weight = integers(problem.weight_shape, density)
     sparse_filter = SparseFilter.from_dense(weight)
@@ -141,7 +143,7 @@ def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision)
     )
     packed = pack(places, tiling)
     assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
-    regular = tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
+    regular = tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
     assert len(packed.images) - regular == round(places.extra(config.tile_channels, places.block) * regular) > 0
     assert 0.0 < places.split.share < 0.2
 
@@ -171,7 +173,7 @@ def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: 
     places = ordered(sparse_filter, config.layout, tiling.element)
     packed = pack(places, tiling)
     assert places.split.remainder.nnz == 0 and places.extra(64, places.block) == 0.0
-    assert len(packed.images) == tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
+    assert len(packed.images) == tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
     assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
 
 

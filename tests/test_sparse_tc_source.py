@@ -370,14 +370,14 @@ def test_the_source_computes_the_convolution(kind: str, layout: str, dtype: Prec
     nhwc = torch.from_numpy(laid_out(x, places, tiling)).to(problem.storage).contiguous()
     images, height, width, channels = nhwc.shape
     x_map = TensorMap(nhwc.data_ptr(), (channels, width, height, images), tiling.load)
-    whole_rows = config.fill in ("columns", "halo")
+    whole_rows = config.tap_group in ("columns", "halo")
     plane = problem.out_height * problem.out_width
     sizes = (problem.out_width, problem.out_height, images) if whole_rows else (images * plane, 1, 1)
     y_map, residual_map = (TensorMap(t.data_ptr(), (problem.out_channels, *sizes), tiling.store) for t in (y, residual))
-    if config.fill == "im2col":
+    if config.tap_group == "im2col":
         x_map.lower, x_map.upper = im2col_corners(problem)
         x_map.stride, x_map.pixels = problem.stride[::-1], config.pixels
-    elif config.fill == "flat":
+    elif config.tap_group == "flat":
         x_map.sizes = channels, images * height * width, 1, 1
     defines = tiling.defines | {"ACTIVATION": int(full), "RESIDUAL": int(full)}
     tables = (packed.images, bias, packed.first, packed.steps, packed.row_channel)

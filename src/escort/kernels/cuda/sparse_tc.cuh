@@ -5,9 +5,9 @@
 //      four (TF32: one of two), with metadata that say which: packed by packing.py just as the tensor cores read shared
 //      memory. What a filter has beyond that is further images. Blocks of a cluster compute different pixels of the
 //      same channels, and each copies a part of every image to all of them.
-//   B  x in NHWC, K_BLOCK channels (128 bytes, in 128-byte swizzle) of many pixels: a fill, brought by the copy engine.
-//      A list says which images multiply a fill, and at which pixel of it they begin:
-//        IM2COL   the pixels that one tap of the tile reads (any stride): one tap per fill;
+//   B  x in NHWC, K_BLOCK channels (128 bytes, in 128-byte swizzle) of many pixels: those that a tap group reads,
+//      brought by the copy engine at once. A list says which images multiply them, and at which pixel they begin:
+//        IM2COL   the pixels that one tap of the tile reads (any stride): one tap per group;
 //        COLUMNS  the tile's input rows from one column of taps on: the taps of that column, rows apart;
 //        HALO     the tile's input rows: all taps. A row's padding is the next row's padding, too, so columns of the
 //                 output beyond the image are computed and dropped;
@@ -24,7 +24,7 @@
 #endif
 #define BOXES_OUT (STORAGE && !OUT_NCHW)  // the copy engine stores y and loads the residual; else warps do
 
-enum Fill { IM2COL, COLUMNS, HALO, FLAT };
+enum TapGroup { IM2COL, COLUMNS, HALO, FLAT };
 
 constexpr int ALONG = 2 / ACROSS;  // warpgroups side by side along the pixels
 constexpr int TILE_BLOCKS = ACROSS * M_BLOCKS, M_TILE = 64 * TILE_BLOCKS, TILE_PIXELS = ALONG * PIXELS;
@@ -35,7 +35,8 @@ constexpr int WARPGROUP = 128, CONSUMERS = 2 * WARPGROUP, CONSUMER_WARPS = CONSU
 constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
 constexpr int STAGINGS = STORAGE ? TILE_BLOCKS : CONSUMER_WARPS;
 constexpr int OUT_PLANE = OUT_HEIGHT * OUT_WIDTH;
-constexpr bool WHOLE_ROWS = FILL == COLUMNS || FILL == HALO;  // tiles are rows of the output; else any pixels in a row
+constexpr bool WHOLE_ROWS =
+    TAP_GROUP == COLUMNS || TAP_GROUP == HALO;  // tiles are rows of the output; else any pixels in a row
 
 // Shared memory: barriers, then these.
 constexpr u32 FULL_A = 0, EMPTY_A = FULL_A + 8 * A_STAGES, FULL_B = EMPTY_A + 8 * A_STAGES;
@@ -222,14 +223,14 @@ __device__ void produce(u32 base, const TensorMap& x_map, const u8* __restrict__
   constexpr int PART = A_BYTES / CLUSTER;
   const int part = blockIdx.x % CLUSTER * PART;
   for (Work work(groups); work.left(); work.next()) {
-    const int* const firsts = first + work.m_tile() * FILLS;
+    const int* const firsts = first + work.m_tile() * TAP_GROUPS;
     int image = __ldg(firsts);
     int c = 0, r = 0, s = 0;
-    for (int fill = 0; fill < FILLS; fill++) {
+    for (int tap_group = 0; tap_group < TAP_GROUPS; tap_group++) {
       barrier_wait(base + EMPTY_B + 8 * ring_b.stage, ring_b.parity ^ 1);
       const u32 barrier = base + FULL_B + 8 * ring_b.stage, to = base + B + ring_b.stage * B_STAGE_BYTES;
       barrier_expect(barrier, LOAD_PIXELS * PIXEL_BYTES);
-      if constexpr (FILL == IM2COL) {
+      if constexpr (TAP_GROUP == IM2COL) {
 #pragma unroll
         for (int i = 0; i < ALONG; i++) {
           const int pixel = work.tile() * TILE_PIXELS + i * PIXELS, row = pixel / OUT_WIDTH;
@@ -239,16 +240,16 @@ __device__ void produce(u32 base, const TensorMap& x_map, const u8* __restrict__
         }
         if (++s == KERNEL_COLUMNS) s = 0, r++;
         if (r == KERNEL_ROWS) r = 0, c += K_BLOCK;
-      } else if constexpr (FILL == FLAT) {
+      } else if constexpr (TAP_GROUP == FLAT) {
         load_box(to, x_map, c, work.tile() * TILE_PIXELS, 0, 0, barrier);
         c += K_BLOCK;
       } else {
         const Place at(work.tile());
         load_box(to, x_map, c, s * DILATION_RIGHT - LEFT, at.row - TOP, at.image, barrier);
-        if (FILL == HALO || ++s == KERNEL_COLUMNS) s = 0, c += K_BLOCK;
+        if (TAP_GROUP == HALO || ++s == KERNEL_COLUMNS) s = 0, c += K_BLOCK;
       }
       ring_b.next();
-      for (const int end = __ldg(firsts + fill + 1); image < end; image++) {
+      for (const int end = __ldg(firsts + tap_group + 1); image < end; image++) {
         // Empty when the consumers of all blocks are done with it, as every block writes a part of everyone's.
         barrier_wait(base + EMPTY_A + 8 * ring_a.stage, ring_a.parity ^ 1);
         const u32 barrier = base + FULL_A + 8 * ring_a.stage;
@@ -584,8 +585,8 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
 #pragma unroll
       for (int j = 0; j < M_BLOCKS; j++) keep(metadata[i][j], never, base + UNUSED);
   };
-  // One image times one fill. Each way commits for itself: a commit behind the branches would become a group of its
-  // own, and one without products would make the compiler wait for every product.
+  // One image times the pixels of a tap. Each way commits for itself: a commit behind the branches would become a group
+  // of its own, and one without products would make the compiler wait for every product.
   const auto issue = [&](u32(&of)[M_BLOCKS], u32 from, u64 a, u64 b, u32 halves, int accumulate) {
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++) of[i] = load_word(from + i * METADATA_BLOCK);
@@ -614,7 +615,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
 
 #if BOXES_OUT
   // A box of pixels may belong to both warpgroups, which then store it together.
-  constexpr bool JOINT = ALONG == 2 && FILL != IM2COL;
+  constexpr bool JOINT = ALONG == 2 && TAP_GROUP != IM2COL;
   const int store_id = JOINT ? 1 : 1 + group, store_threads = JOINT ? CONSUMERS : WARPGROUP;
   const bool leads = threadIdx.x == (JOINT ? 0 : group * WARPGROUP);
   [[maybe_unused]] const u32 residual_here = base + RESIDUAL_HERE + (JOINT ? 0 : 8 * group);
@@ -637,25 +638,25 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
     for (int i = 0; i < M_BLOCKS; i++)
 #pragma unroll
       for (int j = 0; j < PIXELS / 2; j++) asm volatile("" : "=f"(d[i][j]));
-    const u32* listed = steps + __ldg(first + work.m_tile() * FILLS);
+    const u32* listed = steps + __ldg(first + work.m_tile() * TAP_GROUPS);
     u32 step = __ldg(listed);
     int accumulate = 0;
     // Neither loop may be unrolled or peeled: of products in several places the compiler waits for each.
 #pragma unroll 1
-    for (int fill = 0; fill < FILLS; fill++) {
+    for (int tap_group = 0; tap_group < TAP_GROUPS; tap_group++) {
       barrier_wait(base + FULL_B + 8 * ring_b.stage, ring_b.parity);
-      const u32 b_fill = b_first + ring_b.stage * (B_STAGE_BYTES / 16);
+      const u32 b_group = b_first + ring_b.stage * (B_STAGE_BYTES / 16);
       bool more = true;
 #pragma unroll 1
       for (int tap = 0; more; tap++) {
-        // Bits 0-15: where the tap begins in the fill; from bit 16 two for each warpgroup across: which halves of the
-        // input channels there are for it; bit 31: the fill's last.
+        // Bits 0-15: where the tap begins in the group's pixels; from bit 16 two for each warpgroup across: which
+        // halves of the input channels there are for it; bit 31: the group's last.
         const u32 now = __shfl_sync(~0u, step, 0);
         more = now >> 31 == 0;
         step = __ldg(++listed);  // there is one behind the last
         barrier_wait(base + FULL_A + 8 * ring_a.stage, ring_a.parity);
         const u64 a = descriptor(a_first + ring_a.stage * (A_BYTES / 16), A_ROWS);
-        const u64 b = descriptor(b_fill + (now & 0xffff), B_ROWS);
+        const u64 b = descriptor(b_group + (now & 0xffff), B_ROWS);
         const u32 from = metadata_first + ring_a.stage * A_BYTES, halves = now >> (16 + 2 * across) & 3;
         if (set == 0)
           issue(metadata[0], from, a, b, halves, accumulate);
@@ -737,8 +738,8 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
 #define CLUSTERED
 #endif
 
-// a: images of the filter; bias: one per row of all tiles; first: (M_TILES * FILLS + 1), a fill's first image; steps:
-// one per image, and one more that is only read.
+// a: images of the filter; bias: one per row of all tiles; first: (M_TILES * TAP_GROUPS + 1), a tap group's first
+// image; steps: one per image, and one more that is only read.
 extern "C" __global__ void CLUSTERED __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,
               const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS, int images, int groups) {
@@ -756,7 +757,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     for (int i = 0; i < 2; i++) barrier_init(base + RESIDUAL_HERE + 8 * i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  // HALO: the padding of a fill's last row, which no next row holds.
+  // HALO: the padding behind a tap group's last row, which no next row holds.
   for (int i = threadIdx.x; i < B_STAGES * ZERO_PIXELS * 8; i += CONSUMERS + WARPGROUP) {
     const int stage = i / (ZERO_PIXELS * 8 + !ZERO_PIXELS), at = i - stage * ZERO_PIXELS * 8;
     *reinterpret_cast<uint4*>(memory + B + stage * B_STAGE_BYTES + LOAD_PIXELS * PIXEL_BYTES + at * 16) =

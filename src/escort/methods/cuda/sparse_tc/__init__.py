@@ -139,18 +139,17 @@ def _by_row(bias: torch.Tensor | None, row_channel: IntArray) -> np.ndarray[tupl
 def _x_map(tiling: Tiling, x: torch.Tensor, images: int) -> jit.TensorMap:
     p, config = tiling.problem, tiling.config
     sizes = tiling.channels, p.width, p.height, images
-    if config.fill == "im2col":
+    if config.tap_group == "im2col":
         lower, upper = im2col_corners(p)
         return tensor_maps.im2col(x, sizes, lower, upper, tiling.load[0], config.pixels, p.stride[::-1])
-    if config.fill == "flat":
+    if config.tap_group == "flat":
         sizes = tiling.channels, images * p.height * p.width, 1, 1
     return tensor_maps.tiled(x, sizes, tiling.load)
 
 
 def _y_map(tiling: Tiling, y: torch.Tensor) -> jit.TensorMap:
     images, channels, height, width = y.shape
-    whole_rows = tiling.config.fill in ("columns", "halo")
-    sizes = (channels, width, height, images) if whole_rows else (channels, images * height * width, 1, 1)
+    sizes = (channels, width, height, images) if tiling.config.whole_rows else (channels, images * height * width, 1, 1)
     return tensor_maps.tiled(y, sizes, tiling.store)
 
 

@@ -31,7 +31,7 @@ from escort.methods.cuda.sparse_tc.tiling import BLOCK_BYTES, PIXEL_BYTES, Eleme
 from escort.problem import MemoryFormat
 
 _LEAST_SPARSITY = 0.65  # in denser filters every image has something left over in any order
-_LAST_OF_FILL = 1 << 31
+_LAST_OF_GROUP = 1 << 31
 Bits = NDArray[np.unsignedinteger[Any]]  # of elements as they are stored
 
 
@@ -118,10 +118,10 @@ class Packed:
 
     Attributes:
         images: (images, bytes) uint8.
-        first: (tiles of channels * fills + 1,) the first image of each fill.
-        steps: (images + 1,) uint32, one per image: bits 0-15 where its tap begins in the fill, in units of 16 bytes;
+        first: (tiles of channels * tap groups + 1,) the first image of each tap group.
+        steps: (images + 1,) uint32, one per image: bits 0-15 where its tap begins in the group, in units of 16 bytes;
             from bit 16 two bits for each warpgroup across: which halves of the block's channels it has for it; bit 31:
-            it is the fill's last.
+            it is the last of its tap group.
         row_channel: the output channel of each row of all tiles, -1: none.
     """
 
@@ -140,17 +140,17 @@ def pack(ordered: Ordered, tiling: Tiling) -> Packed:
     listed: list[tuple[int, int, int]] = []  # (part, tile, tap) of each image
     first, steps = [0], []
     for tile in range(tiling.channel_tiles):
-        for number, fill in enumerate(tiling.fills):
-            for tap in fill:
+        for number, tap_group in enumerate(tiling.tap_groups):
+            for tap in tap_group:
                 at = (tap.block * p.kernel_size[0] + tap.row) * p.kernel_size[1] + tap.column
                 for part in (0, 1):
                     there = halves[part][tile, at]
                     if number == 0 and len(listed) == first[-1]:
                         there = all_halves  # a tile's first products overwrite the sums
-                    if there or len(listed) == first[-1]:  # each fill is used, if only to be passed over
+                    if there or len(listed) == first[-1]:  # each group is used, if only to be passed over
                         listed.append((part, tile, at))
                         steps.append(tap.start * PIXEL_BYTES // 16 | int(there) << 16)
-            steps[-1] |= _LAST_OF_FILL
+            steps[-1] |= _LAST_OF_GROUP
             first.append(len(listed))
     which = np.array(listed)
     images = np.empty((len(listed), config.tile_channels // 64 * BLOCK_BYTES), dtype=np.uint8)

@@ -1,6 +1,6 @@
 """The search for configs: a space, and a model of the machine that ranks it.
 
-A step is one image of the filter times one fill. A sparse wgmma of N pixels reads 64 N + 2048 bytes of shared memory in
+A step is one image of the filter times the pixels of its tap. A sparse wgmma of N pixels reads 64 N + 2048 bytes of shared memory in
 N / 2 clocks of the tensor cores, at 128 bytes a clock: shared memory bounds it, and for small N the least time that any
 step takes. In TF32 the same bytes are half as many channels, and the clocks are the same.
 """
@@ -19,8 +19,8 @@ from escort.methods.cuda.sparse_tc.tiling import (
     BLOCK_BYTES,
     ELEMENTS,
     PIXEL_BYTES,
-    Fill,
     SparseTcConfig,
+    TapGroup,
     Tiling,
     UnfitError,
 )
@@ -88,9 +88,9 @@ def candidates(problem: Problem, gpu: Gpu, layout: MemoryFormat) -> Iterator[Til
     for across, blocks in ((2, 1), (2, 2), (1, 1), (1, 2)):
         if across * blocks > 1 and problem.out_channels < _LEAST_USED * 64 * across * blocks:
             continue
-        for fill, pixels, rows, images in _tiles(problem, across, blocks):
+        for tap_group, pixels, rows, images in _tiles(problem, across, blocks):
             for cluster in _WAIT:
-                config = SparseTcConfig(fill, pixels, across, blocks, rows, images, cluster, layout)
+                config = SparseTcConfig(tap_group, pixels, across, blocks, rows, images, cluster, layout)
                 try:
                     tiling = Tiling.of(problem, config, gpu.shared_bytes)
                 except UnfitError:
@@ -99,24 +99,24 @@ def candidates(problem: Problem, gpu: Gpu, layout: MemoryFormat) -> Iterator[Til
                     yield tiling
 
 
-def _tiles(p: Problem, across: int, blocks: int) -> Iterator[tuple[Fill, int, int, int]]:
-    """(fill, pixels of a warpgroup, rows, images)."""
+def _tiles(p: Problem, across: int, blocks: int) -> Iterator[tuple[TapGroup, int, int, int]]:
+    """(tap group, pixels of a warpgroup, rows, images)."""
     pointwise = p.kernel_size == p.stride == (1, 1) and not any(p.padding)
     yield from (("flat" if pointwise else "im2col", pixels, 0, 1) for pixels in _PIXELS)
     down = (p.kernel_size[0] - 1) * p.dilation[0]
     # The least rows for so many tiles; and several images, which have all their rows.
     rows = {-(-p.out_height // tiles) for tiles in range(1, p.out_height + 1)}
     shapes = [(rows, 1) for rows in sorted(rows)] + [(p.out_height, images) for images in _IMAGES]
-    pitches: tuple[tuple[Fill, int, int], ...] = (
+    pitches: tuple[tuple[TapGroup, int, int], ...] = (
         ("columns", -(-p.out_width // 8) * 8, p.out_height + down),
         ("halo", p.width + max(p.padding[2:]), p.height + max(p.padding[:2])),
     )
-    for fill, pitch, tall in pitches:
+    for tap_group, pitch, tall in pitches:
         for tile_rows, images in shapes:
             outputs = ((images - 1) * tall + tile_rows - 1) * pitch + p.out_width
             pixels = -(-outputs * across // 16) * 8
             if p.kernel_size != (1, 1) and pixels * blocks <= 256:
-                yield fill, pixels, tile_rows, images
+                yield tap_group, pixels, tile_rows, images
 
 
 def predict_us(tiling: Tiling, extra: Extra, gpu: Gpu) -> float:
@@ -128,14 +128,14 @@ def predict_us(tiling: Tiling, extra: Extra, gpu: Gpu) -> float:
     p, config, element = tiling.problem, tiling.config, tiling.element
     rounds = -(-tiling.groups(max(p.batch, 1)) * tiling.channel_tiles // gpu.clusters(config.cluster))
     image_bytes = config.tile_channels // 64 * BLOCK_BYTES
-    fill_bytes = tiling.load[1] * tiling.load[2] * tiling.load[3] * PIXEL_BYTES / len(tiling.fills[0])
+    load_bytes = tiling.load[1] * tiling.load[2] * tiling.load[3] * PIXEL_BYTES / len(tiling.tap_groups[0])
     products = 4 * config.blocks * (config.pixels * 64 + _PRODUCT_BYTES)
     extra_images, extra_halves = extra.images[config.tile_channels], extra.halves[64 * config.blocks]
-    tile = _step(products + image_bytes + fill_bytes, image_bytes / config.cluster + fill_bytes)
+    tile = _step(products + image_bytes + load_bytes, image_bytes / config.cluster + load_bytes)
     if extra_images:
         extra_products = _EXTRA * products * extra_halves / extra_images
         tile += extra_images * _step(extra_products + image_bytes, image_bytes / config.cluster)
-    tile *= len(tiling.fills) * len(tiling.fills[0]) * _WAIT[config.cluster]
+    tile *= len(tiling.tap_groups) * len(tiling.tap_groups[0]) * _WAIT[config.cluster]
     tile += _TILE + config.tile_pixels * config.tile_channels * element.bytes / _stored(tiling)
     pixels, out_pixels = p.height * p.width, p.out_height * p.out_width
     read = min(pixels, out_pixels * math.prod(p.kernel_size))  # a stride passes over some

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from escort.cuda.compiler import Text
 from escort.problem import MemoryFormat, Problem
 
-PIXEL_BYTES = 128  # of a fill: a block of input channels
+PIXEL_BYTES = 128  # a block of input channels
 BLOCK_BYTES = 64 * 64 + 512  # 64 output channels of an image of the filter: values, then metadata
 
 _BARRIER_BYTES = 1024
@@ -20,7 +20,7 @@ _MOST_SUMS = 128  # of a thread
 _MOST_REACH = {"stride": 8, "corner": 128, "offset": 255}  # of im2col copies
 _FLOAT_STAGINGS, _FLOAT_STAGING_BYTES = 8, 2560  # one for each warp: 16 channels of 32 pixels, with gaps
 
-Fill = Literal["im2col", "columns", "halo", "flat"]
+TapGroup = Literal["im2col", "columns", "halo", "flat"]
 Box = tuple[int, int, int, int]  # channels, columns, rows, images
 
 
@@ -59,8 +59,9 @@ class SparseTcConfig:
     """How the tensor cores' work is cut up.
 
     Attributes:
-        fill: what is copied at a time: "im2col", the pixels that one tap of a tile reads; "columns", whole rows for a
-            column of taps; "halo", whole rows for all taps; "flat", pixels in a row, for pointwise convolutions.
+        tap_group: which taps read what is copied at a time: "im2col", one tap, whose pixels are copied; "columns", a
+            column of taps, for which whole rows are; "halo", all taps, in whole rows; "flat", the only tap of a
+            pointwise convolution, for which pixels in a row are.
         pixels: of a warpgroup's products, a multiple of 8 up to 256.
         across: of the two warpgroups, so many take different output channels; the others different pixels.
         blocks: of 64 output channels that a warpgroup computes.
@@ -70,7 +71,7 @@ class SparseTcConfig:
             "channels_last" converts nothing.
     """
 
-    fill: Fill
+    tap_group: TapGroup
     pixels: int
     across: int = 2
     blocks: int = 1
@@ -78,6 +79,11 @@ class SparseTcConfig:
     images: int = 1
     cluster: int = 1
     layout: MemoryFormat = "contiguous"
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a tile is rows of the output; else it is any pixels in a row."""
+        return self.tap_group in ("columns", "halo")
 
     @property
     def takes_channels_last(self) -> bool:
@@ -97,7 +103,7 @@ class UnfitError(ValueError):
 
 
 class Tap(NamedTuple):
-    """A tap (row, column) of the filter for a block of input channels, and its first pixel in its fill."""
+    """A tap (row, column) of the filter for a block of input channels, and its first pixel among those of its tap group."""
 
     block: int
     row: int
@@ -106,7 +112,7 @@ class Tap(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """How a fill of whole rows lies: pixels from row to row, rows from image to image, zeros that must follow."""
+    """How the pixels of a tap group lie that are whole rows: pixels from row to row, rows from image to image, zeros that must follow."""
 
     pitch: int
     tall: int
@@ -119,7 +125,7 @@ class Tiling:
 
     Attributes:
         channels: of x as the kernel reads it; whole blocks where x is laid out for it.
-        fills: the taps of each fill, in the order of the fills.
+        tap_groups: the taps of each, in the order in which they are computed.
         load: what a copy brings: a box (channels, columns, rows, images), or so many pixels by im2col.
         store: the box of 16-bit elements that is stored at a time in NHWC.
         defines: of the kernel, but for the epilogue.
@@ -129,7 +135,7 @@ class Tiling:
     problem: Problem
     config: SparseTcConfig
     channels: int
-    fills: tuple[tuple[Tap, ...], ...]
+    tap_groups: tuple[tuple[Tap, ...], ...]
     load: Box
     store: Box
     defines: dict[str, int | str]
@@ -151,7 +157,7 @@ class Tiling:
     def tiles(self, images: int) -> int:
         """Pixel tiles of so many images."""
         p, config = self.problem, self.config
-        if config.fill in ("im2col", "flat"):
+        if not config.whole_rows:
             return -(-images * p.out_height * p.out_width // config.tile_pixels)
         return -(-images // config.images) * -(-p.out_height // _tile_rows(p, config))
 
@@ -169,13 +175,13 @@ class Tiling:
         element = ELEMENTS[problem.precision]
         _check(problem, config, element)
         blocks = -(-problem.in_channels // element.block)
-        rows = _rows(problem, config) if config.fill in ("columns", "halo") else _Rows(1, 1, 0)
-        fills = _fills(problem, config, blocks, rows)
+        rows = _rows(problem, config) if config.whole_rows else _Rows(1, 1, 0)
+        tap_groups = _tap_groups(problem, config, blocks, rows)
         load, store = _boxes(problem, config, rows, element.block)
-        memory = _Memory.of(config, element, fills[0], rows, load, store, shared_bytes)
+        memory = _Memory.of(config, element, tap_groups[0], rows, load, store, shared_bytes)
         defines = _defines(problem, config) | {
             "STORAGE": element.storage,
-            "FILLS": len(fills),
+            "TAP_GROUPS": len(tap_groups),
             "PITCH": rows.pitch,
             "IMAGE_PITCH": rows.tall * rows.pitch,
             "LOAD_PIXELS": math.prod(load[1:]),
@@ -190,7 +196,7 @@ class Tiling:
         }
         defines["VECTOR"], defines["UNALIGNED"] = _vector(problem, config, rows, element)
         channels = problem.in_channels if config.takes_channels_last else blocks * element.block
-        return cls(problem, config, channels, fills, load, store, defines, memory.bytes)
+        return cls(problem, config, channels, tap_groups, load, store, defines, memory.bytes)
 
 
 def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
@@ -199,11 +205,11 @@ def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
         raise UnfitError(f"in channels_last the channels must be multiples of {least}: choose the contiguous layout")
     if config.pixels % 8 or not 0 < config.pixels * config.blocks <= 2 * _MOST_SUMS:
         raise UnfitError(f"{config.pixels} pixels by {config.blocks} blocks of channels do not fit a warpgroup")
-    if config.fill == "flat" and (p.kernel_size != (1, 1) or any(p.padding)):
+    if config.tap_group == "flat" and (p.kernel_size != (1, 1) or any(p.padding)):
         raise UnfitError("flat is for pointwise convolutions without padding; choose im2col")
-    if config.fill != "im2col":
+    if config.tap_group != "im2col":
         if p.stride != (1, 1):
-            raise UnfitError(f"{config.fill} is for stride 1, got {p.stride}; choose im2col")
+            raise UnfitError(f"{config.tap_group} is for stride 1, got {p.stride}; choose im2col")
         return
     lower, upper = im2col_corners(p)
     offset = max((size - 1) * step for size, step in zip(p.kernel_size, p.dilation, strict=True))
@@ -227,14 +233,14 @@ def im2col_corners(p: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _rows(p: Problem, config: SparseTcConfig) -> _Rows:
-    """How a fill lies. Raises UnfitError where a tile's outputs are more than its pixels."""
+    """How the pixels of a tap group lie. Raises UnfitError where a tile's outputs are more than its pixels."""
     top, bottom, left, right = p.padding
     reach = [(size - 1) * step for size, step in zip(p.kernel_size, p.dilation, strict=True)]
     rows = _tile_rows(p, config)
     whole = rows == p.out_height
     if config.images > 1 and not whole:
         raise UnfitError("a tile of several images has all their rows")
-    if config.fill == "columns":
+    if config.tap_group == "columns":
         found = _Rows(_up(p.out_width, 8), rows + reach[0], 0)
     else:
         # What follows a row pads it on the right and the next one on the left, and so for an image's bottom and top.
@@ -251,14 +257,14 @@ def _rows(p: Problem, config: SparseTcConfig) -> _Rows:
     return found
 
 
-def _fills(p: Problem, config: SparseTcConfig, blocks: int, rows: _Rows) -> tuple[tuple[Tap, ...], ...]:
+def _tap_groups(p: Problem, config: SparseTcConfig, blocks: int, rows: _Rows) -> tuple[tuple[Tap, ...], ...]:
     taps_down, taps_right = (range(size) for size in p.kernel_size)
     down, right = p.dilation[0] * rows.pitch, p.dilation[1]
     found: list[tuple[Tap, ...]] = []
     for b in range(blocks):
-        if config.fill == "halo":
+        if config.tap_group == "halo":
             found.append(tuple(Tap(b, r, s, r * down + s * right) for r in taps_down for s in taps_right))
-        elif config.fill == "columns":
+        elif config.tap_group == "columns":
             found += [tuple(Tap(b, r, s, r * down) for r in taps_down) for s in taps_right]
         else:
             found += [(Tap(b, r, s, 0),) for r in taps_down for s in taps_right]
@@ -266,11 +272,11 @@ def _fills(p: Problem, config: SparseTcConfig, blocks: int, rows: _Rows) -> tupl
 
 
 def _boxes(p: Problem, config: SparseTcConfig, rows: _Rows, channels: int) -> tuple[Box, Box]:
-    """What is loaded for a fill, and stored at a time in NHWC."""
+    """What is loaded for a tap group, and stored at a time in NHWC."""
     load: Box = channels, config.tile_pixels, 1, 1
-    if config.fill == "im2col":  # each warpgroup's own
+    if config.tap_group == "im2col":  # each warpgroup's own
         copied = store = channels, config.pixels, 1, 1
-    elif config.fill == "flat":
+    elif config.tap_group == "flat":
         copied = store = load
     else:
         copied = load = channels, rows.pitch, rows.tall, config.images
@@ -321,7 +327,7 @@ class _Memory(NamedTuple):
             raise UnfitError("two stages do not fit shared memory; choose smaller tiles")
         b_end = _BARRIER_BYTES + b_stages * b_stage_bytes
         end = _up(b_end + a_stages * a_bytes, 1024) + stagings * staging_bytes
-        # What lies behind a fill is read too, and what it gives is cut off; but it must be shared memory.
+        # What lies behind the pixels of a tap group is read too, and what it gives is cut off; but it must be shared memory.
         reach = (max(tap.start for tap in taps) + config.tile_pixels) * PIXEL_BYTES
         if b_end - b_stage_bytes + reach > end:
             raise UnfitError("a tile's last pixels would be read from beyond shared memory")
@@ -332,7 +338,7 @@ def _defines(p: Problem, config: SparseTcConfig) -> dict[str, int | str]:
     """What the problem and the config alone say."""
     rows = _tile_rows(p, config)
     return {
-        "FILL": config.fill.upper(),
+        "TAP_GROUP": config.tap_group.upper(),
         "PIXELS": config.pixels,
         "ACROSS": config.across,
         "M_BLOCKS": config.blocks,
@@ -360,7 +366,7 @@ def _vector(p: Problem, config: SparseTcConfig, rows: _Rows, element: Element) -
     """How many outputs a lane stores at once in NCHW, neighbours in y, and whether they lie unaligned in staging."""
     if element.bytes == 4:
         return 1, 0
-    if config.fill in ("im2col", "flat"):
+    if not config.whole_rows:
         return at_once(p.out_height * p.out_width, element), 0
     vector = at_once(p.out_width, element)
     unaligned = vector > 1 and rows.pitch % vector > 0
