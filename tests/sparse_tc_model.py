@@ -73,7 +73,7 @@ def decode(packed: Packed, places: Ordered, tiling: Tiling) -> np.ndarray:
                         continue
                     inside = rows[tile, across] >= 0
                     assert not values[~inside].any()
-                    place = slice((tap.block * 2 + half) * depth, (tap.block * 2 + half + 1) * depth)
+                    place = slice((tap.k_block * 2 + half) * depth, (tap.k_block * 2 + half + 1) * depth)
                     weight[rows[tile, across][inside], place, tap.row, tap.column] += values[inside]
                 last, at = bool(word >> 31), at + 1
     assert at == len(packed.images) == packed.first[-1]

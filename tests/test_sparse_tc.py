@@ -89,13 +89,13 @@ def test_predictions_follow_the_work() -> None:
 VARIANTS = {
     "halo": (RES4, SparseTcConfig("halo", 216, rows=14, cluster=2)),
     "halo along": (replace(RES4, epilogue=FULL), SparseTcConfig("halo", 112, across=1, rows=14)),
-    "halo, uneven": (replace(RES4, epilogue=FULL, width=13), SparseTcConfig("halo", 120, blocks=2, rows=8)),
+    "halo, uneven": (replace(RES4, epilogue=FULL, width=13), SparseTcConfig("halo", 120, m_blocks=2, rows=8)),
     "columns": (replace(RES4, epilogue=FULL, precision="bf16"), SparseTcConfig("columns", 224, rows=14, cluster=4)),
     "columns of 16": (replace(RES4, epilogue=FULL, width=16), SparseTcConfig("columns", 224, rows=14)),
-    "flat": (POINTWISE, SparseTcConfig("flat", 128, blocks=2, cluster=8)),
+    "flat": (POINTWISE, SparseTcConfig("flat", 128, m_blocks=2, cluster=8)),
     "flat, one block": (POINTWISE, SparseTcConfig("flat", 256)),
     "im2col": (replace(STRIDED, epilogue=FULL), SparseTcConfig("im2col", 256)),
-    "im2col along": (STRIDED, SparseTcConfig("im2col", 128, across=1, blocks=2)),
+    "im2col along": (STRIDED, SparseTcConfig("im2col", 128, across=1, m_blocks=2)),
     "halo, last": (RES4, SparseTcConfig("halo", 216, rows=14, layout=LAST)),
     "halo of images, last": (
         replace(RES4, epilogue=FULL),
@@ -107,11 +107,11 @@ VARIANTS = {
     ),
     "flat, last": (
         replace(POINTWISE, epilogue=FULL),
-        SparseTcConfig("flat", 128, blocks=2, cluster=2, layout=LAST),
+        SparseTcConfig("flat", 128, m_blocks=2, cluster=2, layout=LAST),
     ),
     "im2col, last": (
         replace(STRIDED, epilogue=FULL),
-        SparseTcConfig("im2col", 128, across=1, blocks=2, layout=LAST),
+        SparseTcConfig("im2col", 128, across=1, m_blocks=2, layout=LAST),
     ),
 }
 IN_TF32 = ("halo", "halo along", "halo, uneven", "columns", "flat", "im2col", "im2col along", *list(VARIANTS)[-5:])
@@ -200,7 +200,7 @@ def overwritten(code: list[str], labels: dict[str, int], sets: int) -> list[str]
 @of_each_kind
 def test_metadata_stays_while_products_read_it(problem: Problem, config: SparseTcConfig, tmp_path: Path) -> None:
     code, labels = machine_code(compiled(problem, config), tmp_path)
-    assert overwritten(code, labels, 2 * config.blocks) == []
+    assert overwritten(code, labels, 2 * config.m_blocks) == []
     # Three ways to issue a step, for each set; more groups would mean that the compiler waits for each product.
     assert sum("HGMMA.SP" in text and "gsb0" in text for text in code) == 6
 

@@ -82,7 +82,7 @@ def test_channels_are_laid_out_in_order(images: int, channels: int, plane: int, 
     assert piece % 8 == 0 and piece <= 128 and 0 < plane - (pieces - 1) * piece <= piece
     library = compiled(host_source(), tmp_path, {"BYTES": element.bytes, "VECTOR": vector})
     generator = np.random.default_rng(0)
-    places = -(-channels // element.block) * element.block
+    places = -(-channels // element.k_block) * element.k_block
     order = generator.permutation(places).astype(np.int32)
     order[order >= channels] = -1
     x = generator.integers(1, 1 << 8 * element.bytes, (images, channels, plane)).astype(f"u{element.bytes}")
@@ -91,7 +91,7 @@ def test_channels_are_laid_out_in_order(images: int, channels: int, plane: int, 
         x.flat[: len(special)] = special[: x.size]
     to = np.full((images, plane, places), 0xDEAD, dtype=x.dtype)
     pointers = (ctypes.c_void_p(array.ctypes.data) for array in (x, to, order))
-    grid = images * pieces, places // element.block
+    grid = images * pieces, places // element.k_block
     library.run(*pointers, channels, plane, pieces, piece, *grid)
     expected = np.where(order >= 0, x.transpose(0, 2, 1)[..., order], x.dtype.type(0))
     if dtype == "tf32":

@@ -77,9 +77,9 @@ def some_tilings(problem: Problem, tap_group: str, layout: str) -> list[Tiling]:
     """A few that differ in what matters: warpgroups, blocks, clusters, several images, uneven pixels."""
     found = [t for t in candidates(problem, H200, layout) if t.config.tap_group == tap_group]  # type: ignore[arg-type]
     wanted = (
-        lambda c: c.across == 2 and c.blocks == 1,
+        lambda c: c.across == 2 and c.m_blocks == 1,
         lambda c: c.across == 1 and c.cluster == 2,
-        lambda c: c.across == 1 and c.blocks == 2,
+        lambda c: c.across == 1 and c.m_blocks == 2,
         lambda c: c.images > 1 and c.pixels % 16,
         lambda c: 1 < c.rows < problem.out_height,
     )
@@ -126,7 +126,7 @@ RES4 = Problem(8, 256, 14, 14, 192, (3, 3), padding=SAME, precision="fp16")
 CONFIGS = [
     SparseTcConfig("halo", 216, rows=14),
     SparseTcConfig("columns", 112, across=1, rows=14),
-    SparseTcConfig("im2col", 64, across=2, blocks=2),
+    SparseTcConfig("im2col", 64, across=2, m_blocks=2),
     SparseTcConfig("im2col", 64, layout="channels_last"),
 ]
 
@@ -144,7 +144,7 @@ def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision)
     packed = pack(places, tiling)
     assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
     regular = tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
-    assert len(packed.images) - regular == round(places.extra(config.tile_channels, places.block) * regular) > 0
+    assert len(packed.images) - regular == round(places.extra(config.tile_channels, places.k_block) * regular) > 0
     assert 0.0 < places.split.share < 0.2
 
 
@@ -172,7 +172,7 @@ def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: 
     tiling = Tiling.of(replace(RES4, precision=dtype), config, H200.shared_bytes)
     places = ordered(sparse_filter, config.layout, tiling.element)
     packed = pack(places, tiling)
-    assert places.split.remainder.nnz == 0 and places.extra(64, places.block) == 0.0
+    assert places.split.remainder.nnz == 0 and places.extra(64, places.k_block) == 0.0
     assert len(packed.images) == tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
     assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
 
@@ -182,7 +182,7 @@ def test_the_order_leaves_less_over_in_fewer_images(dtype: Precision) -> None:
     sparse_filter, element = SparseFilter.from_dense(uneven((256, 256, 3, 3))), ELEMENTS[dtype]
     spread, natural = ordered(sparse_filter, "contiguous", element), ordered(sparse_filter, "channels_last", element)
     assert spread.split.share < natural.split.share
-    assert spread.extra(128, spread.block) < natural.extra(128, natural.block)
+    assert spread.extra(128, spread.k_block) < natural.extra(128, natural.k_block)
     assert ordered(sparse_filter, "contiguous", element) is spread, "remembered"
 
 
@@ -229,7 +229,7 @@ def test_packing_is_quick() -> None:
         (RES4, SparseTcConfig("flat", 96), "flat is for pointwise"),
         (RES4, SparseTcConfig("halo", 208, rows=14), "208 pixels of a tile do not hold its 209 outputs"),
         (RES4, SparseTcConfig("halo", 216, rows=7, images=2), "has all their rows"),
-        (RES4, SparseTcConfig("im2col", 256, blocks=2), "do not fit a warpgroup"),
+        (RES4, SparseTcConfig("im2col", 256, m_blocks=2), "do not fit a warpgroup"),
         (RES4, SparseTcConfig("im2col", 100), "do not fit a warpgroup"),
         (CASES["pointwise"][0], SparseTcConfig("flat", 256, across=1), "larger than what the device copies"),
         (CASES["padding beyond the kernel"][0], SparseTcConfig("halo", 256, rows=4), "choose columns"),

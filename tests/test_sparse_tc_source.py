@@ -333,16 +333,16 @@ def host_source() -> str:
 #: A case, a config, and the layout that comes with an epilogue.
 KINDS = {
     "halo": ("3x3", SparseTcConfig("halo", 112, rows=7, cluster=2), "contiguous"),
-    "halo along": ("3x3", SparseTcConfig("halo", 56, across=1, blocks=2, rows=7), "channels_last"),
+    "halo along": ("3x3", SparseTcConfig("halo", 56, across=1, m_blocks=2, rows=7), "channels_last"),
     "columns": ("even kernel, uneven padding", SparseTcConfig("columns", 80, rows=5), "contiguous"),
     "columns of images": (
         "dilation",
         SparseTcConfig("columns", 208, across=1, rows=11, images=2, cluster=2),
         "channels_last",
     ),
-    "im2col": ("stride 1 by 3, uneven padding", SparseTcConfig("im2col", 24, across=1, blocks=1), "channels_last"),
+    "im2col": ("stride 1 by 3, uneven padding", SparseTcConfig("im2col", 24, across=1, m_blocks=1), "channels_last"),
     "im2col across": ("dilation and stride", SparseTcConfig("im2col", 40), "contiguous"),
-    "flat": ("pointwise", SparseTcConfig("flat", 48, blocks=2, cluster=2), "contiguous"),
+    "flat": ("pointwise", SparseTcConfig("flat", 48, m_blocks=2, cluster=2), "contiguous"),
     "flat along": ("pointwise, even plane", SparseTcConfig("flat", 24, across=1), "channels_last"),
 }
 

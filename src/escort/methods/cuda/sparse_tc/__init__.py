@@ -167,7 +167,7 @@ def _arrange(
     def run(x: torch.Tensor) -> torch.Tensor:
         x = aligned(x, element.bytes * vector)
         arranged = torch.empty((len(x), plane, len(channels)), dtype=x.dtype, device=device)
-        launch((len(x) * pieces, len(channels) // element.block, 1), x, arranged)
+        launch((len(x) * pieces, len(channels) // element.k_block, 1), x, arranged)
         return arranged
 
     return run

@@ -40,13 +40,13 @@ class Ordered:
     """A filter's split, with places for its channels and rows.
 
     Attributes:
-        block: input channels of an image.
+        k_block: input channels of an image.
         channels: which input channel stands at each place, a whole number of blocks; -1: none.
         rows: which output channel stands at each place.
     """
 
     split: Split
-    block: int
+    k_block: int
     channels: IntArray
     rows: IntArray
 
@@ -78,15 +78,15 @@ def ordered(sparse_filter: SparseFilter, layout: MemoryFormat, element: Element)
 
 
 def _as_it_is(sparse_filter: SparseFilter, element: Element) -> Ordered:
-    whole = _whole_blocks(sparse_filter, element.block)
+    whole = _whole_blocks(sparse_filter, element.k_block)
     rows, channels = (np.arange(size, dtype=np.int32) for size in whole.shape[:2])
     channels[sparse_filter.shape[1] :] = -1
-    return Ordered(split(whole, element.kept, element.of), element.block, channels, rows)
+    return Ordered(split(whole, element.kept, element.of), element.k_block, channels, rows)
 
 
 def _gathered(sparse_filter: SparseFilter, element: Element) -> Ordered:
     """What is left over, made small by the order of the channels, in as few images as sorting gets it."""
-    natural, whole = _as_it_is(sparse_filter, element), _whole_blocks(sparse_filter, element.block)
+    natural, whole = _as_it_is(sparse_filter, element), _whole_blocks(sparse_filter, element.k_block)
     if natural.split.remainder.nnz == 0 or sparse_filter.sparsity < _LEAST_SPARSITY:
         return natural
     parts = split(whole, element.kept, element.of, spread_channels(whole, element.kept, element.of))
@@ -98,10 +98,10 @@ def _gathered(sparse_filter: SparseFilter, element: Element) -> Ordered:
     )
 
 
-def _whole_blocks(sparse_filter: SparseFilter, block: int) -> SparseFilter:
+def _whole_blocks(sparse_filter: SparseFilter, k_block: int) -> SparseFilter:
     """With further channels, which have no weights."""
     k, c, r, s = sparse_filter.shape
-    return replace(sparse_filter, shape=(k, -(-c // block) * block, r, s))
+    return replace(sparse_filter, shape=(k, -(-c // k_block) * k_block, r, s))
 
 
 def _inverse(channels: IntArray) -> IntArray:
@@ -142,7 +142,7 @@ def pack(ordered: Ordered, tiling: Tiling) -> Packed:
     for tile in range(tiling.channel_tiles):
         for number, tap_group in enumerate(tiling.tap_groups):
             for tap in tap_group:
-                at = (tap.block * p.kernel_size[0] + tap.row) * p.kernel_size[1] + tap.column
+                at = (tap.k_block * p.kernel_size[0] + tap.row) * p.kernel_size[1] + tap.column
                 for part in (0, 1):
                     there = halves[part][tile, at]
                     if number == 0 and len(listed) == first[-1]:
@@ -165,11 +165,11 @@ def pack(ordered: Ordered, tiling: Tiling) -> Packed:
 
 def _tiles(ordered: Ordered, part: SparseFilter, tiling: Tiling) -> Bits:
     """(tiles, taps of blocks of channels, rows, channels) of a part of the split, as stored."""
-    stored, block = _stored(part.values, tiling), ordered.block
+    stored, k_block = _stored(part.values, tiling), ordered.k_block
     row, place, tap = ordered.places(part)
     rows, taps = tiling.config.tile_channels, part.shape[2] * part.shape[3]
-    bits = np.zeros((tiling.channel_tiles, len(ordered.channels) // block * taps, rows, block), stored.dtype)
-    bits[row // rows, place // block * taps + tap, row % rows, place % block] = stored
+    bits = np.zeros((tiling.channel_tiles, len(ordered.channels) // k_block * taps, rows, k_block), stored.dtype)
+    bits[row // rows, place // k_block * taps + tap, row % rows, place % k_block] = stored
     return bits
 
 
@@ -197,7 +197,7 @@ def _halves(bits: Bits, config: SparseTcConfig) -> NDArray[np.uint32]:
 
 def _images(bits: Bits, element: Element) -> NDArray[np.uint8]:
     """(images, bytes) of (images, rows, channels)."""
-    groups = bits.reshape(len(bits), -1, 64, element.block // element.of, element.of)
+    groups = bits.reshape(len(bits), -1, 64, element.k_block // element.of, element.of)
     kept = np.argsort(groups == 0, axis=-1, kind="stable")[..., : element.kept]  # values first, filled up with zeros
     positions = np.sort(kept, axis=-1)
     values = np.take_along_axis(groups, positions, axis=-1)

@@ -62,10 +62,10 @@ class Extra(NamedTuple):
 
     @classmethod
     def of(cls, places: Ordered) -> Extra:
-        block = places.block
+        k_block = places.k_block
         return cls(
-            {rows: places.extra(rows, block) for rows in (64, 128, 256)},
-            {rows: places.extra(rows, block // 2) for rows in (64, 128)},
+            {rows: places.extra(rows, k_block) for rows in (64, 128, 256)},
+            {rows: places.extra(rows, k_block // 2) for rows in (64, 128)},
         )
 
 
@@ -85,12 +85,12 @@ def search(
 
 def candidates(problem: Problem, gpu: Gpu, layout: MemoryFormat) -> Iterator[Tiling]:
     """Every config that fits, of tiles that are not mostly empty."""
-    for across, blocks in ((2, 1), (2, 2), (1, 1), (1, 2)):
-        if across * blocks > 1 and problem.out_channels < _LEAST_USED * 64 * across * blocks:
+    for across, m_blocks in ((2, 1), (2, 2), (1, 1), (1, 2)):
+        if across * m_blocks > 1 and problem.out_channels < _LEAST_USED * 64 * across * m_blocks:
             continue
-        for tap_group, pixels, rows, images in _tiles(problem, across, blocks):
+        for tap_group, pixels, rows, images in _tiles(problem, across, m_blocks):
             for cluster in _WAIT:
-                config = SparseTcConfig(tap_group, pixels, across, blocks, rows, images, cluster, layout)
+                config = SparseTcConfig(tap_group, pixels, across, m_blocks, rows, images, cluster, layout)
                 try:
                     tiling = Tiling.of(problem, config, gpu.shared_bytes)
                 except UnfitError:
@@ -99,7 +99,7 @@ def candidates(problem: Problem, gpu: Gpu, layout: MemoryFormat) -> Iterator[Til
                     yield tiling
 
 
-def _tiles(p: Problem, across: int, blocks: int) -> Iterator[tuple[TapGroup, int, int, int]]:
+def _tiles(p: Problem, across: int, m_blocks: int) -> Iterator[tuple[TapGroup, int, int, int]]:
     """(tap group, pixels of a warpgroup, rows, images)."""
     pointwise = p.kernel_size == p.stride == (1, 1) and not any(p.padding)
     yield from (("flat" if pointwise else "im2col", pixels, 0, 1) for pixels in _PIXELS)
@@ -115,7 +115,7 @@ def _tiles(p: Problem, across: int, blocks: int) -> Iterator[tuple[TapGroup, int
         for tile_rows, images in shapes:
             outputs = ((images - 1) * tall + tile_rows - 1) * pitch + p.out_width
             pixels = -(-outputs * across // 16) * 8
-            if p.kernel_size != (1, 1) and pixels * blocks <= 256:
+            if p.kernel_size != (1, 1) and pixels * m_blocks <= 256:
                 yield tap_group, pixels, tile_rows, images
 
 
@@ -129,8 +129,8 @@ def predict_us(tiling: Tiling, extra: Extra, gpu: Gpu) -> float:
     rounds = -(-tiling.groups(max(p.batch, 1)) * tiling.channel_tiles // gpu.clusters(config.cluster))
     image_bytes = config.tile_channels // 64 * BLOCK_BYTES
     load_bytes = tiling.load[1] * tiling.load[2] * tiling.load[3] * PIXEL_BYTES / len(tiling.tap_groups[0])
-    products = 4 * config.blocks * (config.pixels * 64 + _PRODUCT_BYTES)
-    extra_images, extra_halves = extra.images[config.tile_channels], extra.halves[64 * config.blocks]
+    products = 4 * config.m_blocks * (config.pixels * 64 + _PRODUCT_BYTES)
+    extra_images, extra_halves = extra.images[config.tile_channels], extra.halves[64 * config.m_blocks]
     tile = _step(products + image_bytes + load_bytes, image_bytes / config.cluster + load_bytes)
     if extra_images:
         extra_products = _EXTRA * products * extra_halves / extra_images

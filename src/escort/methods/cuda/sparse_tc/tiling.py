@@ -42,7 +42,7 @@ class Element:
     type: str
 
     @property
-    def block(self) -> int:
+    def k_block(self) -> int:
         """Input channels of an image of the filter."""
         return PIXEL_BYTES // self.bytes
 
@@ -64,7 +64,7 @@ class SparseTcConfig:
             pointwise convolution, for which pixels in a row are.
         pixels: of a warpgroup's products, a multiple of 8 up to 256.
         across: of the two warpgroups, so many take different output channels; the others different pixels.
-        blocks: of 64 output channels that a warpgroup computes.
+        m_blocks: of 64 output channels that a warpgroup computes.
         rows, images: columns and halo: of the output in a tile; several images only where all rows of each are.
         cluster: thread blocks that copy the filter to one another.
         layout: of x, residual and y. For "contiguous" a kernel lays x out before, and y is written in NCHW;
@@ -74,7 +74,7 @@ class SparseTcConfig:
     tap_group: TapGroup
     pixels: int
     across: int = 2
-    blocks: int = 1
+    m_blocks: int = 1
     rows: int = 0
     images: int = 1
     cluster: int = 1
@@ -91,7 +91,7 @@ class SparseTcConfig:
 
     @property
     def tile_channels(self) -> int:
-        return 64 * self.across * self.blocks
+        return 64 * self.across * self.m_blocks
 
     @property
     def tile_pixels(self) -> int:
@@ -105,7 +105,7 @@ class UnfitError(ValueError):
 class Tap(NamedTuple):
     """A tap (row, column) of the filter for a block of input channels, and its first pixel among those of its tap group."""
 
-    block: int
+    k_block: int
     row: int
     column: int
     start: int
@@ -174,10 +174,10 @@ class Tiling:
         """The tiling, on a device whose thread blocks have so much shared memory. Raises UnfitError."""
         element = ELEMENTS[problem.precision]
         _check(problem, config, element)
-        blocks = -(-problem.in_channels // element.block)
+        k_blocks = -(-problem.in_channels // element.k_block)
         rows = _rows(problem, config) if config.whole_rows else _Rows(1, 1, 0)
-        tap_groups = _tap_groups(problem, config, blocks, rows)
-        load, store = _boxes(problem, config, rows, element.block)
+        tap_groups = _tap_groups(problem, config, k_blocks, rows)
+        load, store = _boxes(problem, config, rows, element.k_block)
         memory = _Memory.of(config, element, tap_groups[0], rows, load, store, shared_bytes)
         defines = _defines(problem, config) | {
             "STORAGE": element.storage,
@@ -195,7 +195,7 @@ class Tiling:
             "SHARED_BYTES": memory.bytes,
         }
         defines["VECTOR"], defines["UNALIGNED"] = _vector(problem, config, rows, element)
-        channels = problem.in_channels if config.takes_channels_last else blocks * element.block
+        channels = problem.in_channels if config.takes_channels_last else k_blocks * element.k_block
         return cls(problem, config, channels, tap_groups, load, store, defines, memory.bytes)
 
 
@@ -203,8 +203,8 @@ def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
     least = 16 // element.bytes
     if config.takes_channels_last and (p.in_channels % least or p.out_channels % least):
         raise UnfitError(f"in channels_last the channels must be multiples of {least}: choose the contiguous layout")
-    if config.pixels % 8 or not 0 < config.pixels * config.blocks <= 2 * _MOST_SUMS:
-        raise UnfitError(f"{config.pixels} pixels by {config.blocks} blocks of channels do not fit a warpgroup")
+    if config.pixels % 8 or not 0 < config.pixels * config.m_blocks <= 2 * _MOST_SUMS:
+        raise UnfitError(f"{config.pixels} pixels by {config.m_blocks} blocks of channels do not fit a warpgroup")
     if config.tap_group == "flat" and (p.kernel_size != (1, 1) or any(p.padding)):
         raise UnfitError("flat is for pointwise convolutions without padding; choose im2col")
     if config.tap_group != "im2col":
@@ -257,17 +257,17 @@ def _rows(p: Problem, config: SparseTcConfig) -> _Rows:
     return found
 
 
-def _tap_groups(p: Problem, config: SparseTcConfig, blocks: int, rows: _Rows) -> tuple[tuple[Tap, ...], ...]:
+def _tap_groups(p: Problem, config: SparseTcConfig, k_blocks: int, rows: _Rows) -> tuple[tuple[Tap, ...], ...]:
     taps_down, taps_right = (range(size) for size in p.kernel_size)
     down, right = p.dilation[0] * rows.pitch, p.dilation[1]
     found: list[tuple[Tap, ...]] = []
-    for b in range(blocks):
+    for k_block in range(k_blocks):
         if config.tap_group == "halo":
-            found.append(tuple(Tap(b, r, s, r * down + s * right) for r in taps_down for s in taps_right))
+            found.append(tuple(Tap(k_block, r, s, r * down + s * right) for r in taps_down for s in taps_right))
         elif config.tap_group == "columns":
-            found += [tuple(Tap(b, r, s, r * down) for r in taps_down) for s in taps_right]
+            found += [tuple(Tap(k_block, r, s, r * down) for r in taps_down) for s in taps_right]
         else:
-            found += [(Tap(b, r, s, 0),) for r in taps_down for s in taps_right]
+            found += [(Tap(k_block, r, s, 0),) for r in taps_down for s in taps_right]
     return tuple(found)
 
 
@@ -307,16 +307,16 @@ class _Memory(NamedTuple):
         store: Box,
         most: int,
     ) -> _Memory:
-        blocks = config.tile_channels // 64
+        m_blocks = config.tile_channels // 64
         staging_row = (config.tile_pixels // 8 | 1) * 16  # odd: rows one below the other lie in different banks
-        stagings = blocks
+        stagings = m_blocks
         if element.bytes == 4:
             stagings, staging_bytes = _FLOAT_STAGINGS, _FLOAT_STAGING_BYTES
         elif config.takes_channels_last:
             staging_bytes = _up(max(config.tile_pixels, math.prod(store[1:])) * PIXEL_BYTES, 1024)
         else:
             staging_bytes = _up(64 * staging_row, 1024)
-        a_bytes, b_stage_bytes = blocks * BLOCK_BYTES, _up((math.prod(load[1:]) + rows.zeros) * PIXEL_BYTES, 1024)
+        a_bytes, b_stage_bytes = m_blocks * BLOCK_BYTES, _up((math.prod(load[1:]) + rows.zeros) * PIXEL_BYTES, 1024)
         room = most - _BARRIER_BYTES - stagings * staging_bytes - 1024
         if len(taps) == 1:
             a_stages = b_stages = min(_MOST_STAGES, room // (a_bytes + b_stage_bytes))
@@ -341,7 +341,7 @@ def _defines(p: Problem, config: SparseTcConfig) -> dict[str, int | str]:
         "TAP_GROUP": config.tap_group.upper(),
         "PIXELS": config.pixels,
         "ACROSS": config.across,
-        "M_BLOCKS": config.blocks,
+        "M_BLOCKS": config.m_blocks,
         "CLUSTER": config.cluster,
         "OUT_NCHW": int(not config.takes_channels_last),
         "M_TILES": -(-p.out_channels // config.tile_channels),
@@ -385,7 +385,7 @@ def _up(value: int, multiple: int) -> int:
 @lru_cache
 def _source(pixels: int, element: Element) -> Text:
     """The kernel for products of so many pixels, whose registers are named one by one."""
-    sums, depth, kind = pixels // 2, element.block // 2, element.type
+    sums, depth, kind = pixels // 2, element.k_block // 2, element.type
     transposed = ", 0, 0" if element.bytes == 2 else ""  # matrices of other types cannot be
     registers = ", ".join(f"%{i}" for i in range(sums))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(sums))
