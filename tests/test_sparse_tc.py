@@ -67,12 +67,12 @@ def test_a_device_without_the_instructions_is_refused(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("problem", [RES4, POINTWISE, STRIDED, replace(RES4, precision="tf32")], ids=str)
 def test_the_search_ranks_what_fits(problem: Problem) -> None:
     sparse_filter = filter_of(problem)
-    for layout in ("contiguous", "channels_last"):
-        found = search(problem, sparse_filter, H200, 6, layout)  # type: ignore[arg-type]
-        assert len(set(found)) == 6 and {config.layout for config in found} == {layout}
+    for memory_format in ("contiguous", "channels_last"):
+        found = search(problem, sparse_filter, H200, 6, memory_format)  # type: ignore[arg-type]
+        assert len(set(found)) == 6 and {config.memory_format for config in found} == {memory_format}
         tilings = [Tiling.of(problem, config, H200.shared_bytes) for config in found]
         assert all(tiling.shared_bytes <= H200.shared_bytes for tiling in tilings)
-        times = [predict_us(tiling, NONE, H200) for tiling in candidates(problem, H200, layout)]  # type: ignore[arg-type]
+        times = [predict_us(tiling, NONE, H200) for tiling in candidates(problem, H200, memory_format)]  # type: ignore[arg-type]
         assert min(predict_us(tiling, NONE, H200) for tiling in tilings) < 1.1 * min(times)
         assert len({replace(config, cluster=1) for config in found}) >= 3, "of some variety"
 
@@ -85,7 +85,7 @@ def test_predictions_follow_the_work() -> None:
     assert 1.5 < predict_us(twice, NONE, H200) / predict_us(tiling, NONE, H200) < 2.5, "half the channels in a step"
 
 
-# One of each kind of kernel: tap groups, warpgroups, blocks of channels, clusters, layouts, epilogues, vectors
+# One of each kind of kernel: tap groups, warpgroups, blocks of channels, clusters, memory formats, epilogues, vectors
 VARIANTS = {
     "halo": (RES4, SparseTcConfig("halo", 216, rows=14, cluster=2)),
     "halo along": (replace(RES4, epilogue=FULL), SparseTcConfig("halo", 112, across=1, rows=14)),
@@ -96,22 +96,22 @@ VARIANTS = {
     "flat, one block": (POINTWISE, SparseTcConfig("flat", 256)),
     "im2col": (replace(STRIDED, epilogue=FULL), SparseTcConfig("im2col", 256)),
     "im2col along": (STRIDED, SparseTcConfig("im2col", 128, across=1, m_blocks=2)),
-    "halo, last": (RES4, SparseTcConfig("halo", 216, rows=14, layout=LAST)),
+    "halo, last": (RES4, SparseTcConfig("halo", 216, rows=14, memory_format=LAST)),
     "halo of images, last": (
         replace(RES4, epilogue=FULL),
-        SparseTcConfig("halo", 224, across=1, rows=14, images=2, layout=LAST),
+        SparseTcConfig("halo", 224, across=1, rows=14, images=2, memory_format=LAST),
     ),
     "columns, last": (
         replace(RES4, epilogue=FULL, precision="bf16"),
-        SparseTcConfig("columns", 120, across=1, rows=14, layout=LAST),
+        SparseTcConfig("columns", 120, across=1, rows=14, memory_format=LAST),
     ),
     "flat, last": (
         replace(POINTWISE, epilogue=FULL),
-        SparseTcConfig("flat", 128, m_blocks=2, cluster=2, layout=LAST),
+        SparseTcConfig("flat", 128, m_blocks=2, cluster=2, memory_format=LAST),
     ),
     "im2col, last": (
         replace(STRIDED, epilogue=FULL),
-        SparseTcConfig("im2col", 128, across=1, m_blocks=2, layout=LAST),
+        SparseTcConfig("im2col", 128, across=1, m_blocks=2, memory_format=LAST),
     ),
 }
 IN_TF32 = ("halo", "halo along", "halo, uneven", "columns", "flat", "im2col", "im2col along", *list(VARIANTS)[-5:])
@@ -288,15 +288,15 @@ def test_a_runner_launches_its_kernels(
         for given in (x, x.contiguous(memory_format=torch.channels_last)):
             y = run(given, residual)
             assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.precision]
-            layout = torch.channels_last if config.takes_channels_last else torch.contiguous_format
-            assert y.is_contiguous(memory_format=layout)
+            memory_format = torch.channels_last if config.takes_channels_last else torch.contiguous_format
+            assert y.is_contiguous(memory_format=memory_format)
 
 
 # On a GPU
 
 
 def on_the_gpu(case: Case, dtype: Precision) -> list[SparseTcConfig]:
-    """Some configs of a case there: of every tap group, and in both layouts."""
+    """Some configs of a case there: of every tap group, and in both memory formats."""
     method, problem = SparseTc(), replace(case.problem, device="cuda:0", precision=dtype)
     if (reason := method.unsupported(problem)) is not None:
         pytest.skip(reason)
@@ -313,7 +313,7 @@ def test_case(case: Case, dtype: Precision) -> None:
 
 
 def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches: tuple[int, ...]) -> None:
-    """One runner for any batch, twice the same, for x in both layouts and in no one's."""
+    """One runner for any batch, twice the same, for x in both memory formats and in no one's."""
     sparse_filter = SparseFilter.from_dense(weight)
     bias = torch.randn(problem.out_channels) if problem.epilogue.bias else None
     run = SparseTc().prepare(problem, sparse_filter, bias, config)
@@ -338,7 +338,7 @@ def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches:
 
 @pytest.mark.gpu
 @of_each_kind
-def test_any_batch_in_any_layout_on_the_gpu(problem: Problem, config: SparseTcConfig) -> None:
+def test_any_batch_in_any_memory_format_on_the_gpu(problem: Problem, config: SparseTcConfig) -> None:
     check(problem, uneven(problem.weight_shape), config, (0, 1, 3, 70))
 
 
@@ -387,8 +387,8 @@ def test_inputs_are_rounded_to_tf32_on_the_gpu() -> None:
     problem = Problem(4, 64, 14, 14, 64, (1, 1), precision="tf32", device="cuda:0")
     identity = SparseFilter.from_dense(np.eye(64, dtype=np.float32)[:, :, None, None])
     x = torch.randn(problem.input_shape, device="cuda")
-    for layout, bits in (("contiguous", 11), ("channels_last", 10)):
-        config = SparseTcConfig("flat", 128, across=1, layout=layout)  # type: ignore[arg-type]
+    for memory_format, bits in (("contiguous", 11), ("channels_last", 10)):
+        config = SparseTcConfig("flat", 128, across=1, memory_format=memory_format)  # type: ignore[arg-type]
         y = SparseTc().prepare(problem, identity, None, config)(x)
         assert ((y - x).abs() <= x.abs() * 2.0**-bits).all()
         assert not (y.view(torch.int32) & 0x1FFF).any()

@@ -73,9 +73,9 @@ def rounded(weight: np.ndarray, dtype: Precision) -> np.ndarray:
     return np.ldexp(np.rint(mantissa * 2**11), exponent - 11)
 
 
-def some_tilings(problem: Problem, tap_group: str, layout: str) -> list[Tiling]:
+def some_tilings(problem: Problem, tap_group: str, memory_format: str) -> list[Tiling]:
     """A few that differ in what matters: warpgroups, blocks, clusters, several images, uneven pixels."""
-    found = [t for t in candidates(problem, H200, layout) if t.config.tap_group == tap_group]  # type: ignore[arg-type]
+    found = [t for t in candidates(problem, H200, memory_format) if t.config.tap_group == tap_group]  # type: ignore[arg-type]
     wanted = (
         lambda c: c.across == 2 and c.m_blocks == 1,
         lambda c: c.across == 1 and c.cluster == 2,
@@ -99,14 +99,16 @@ def tap_groups(problem: Problem) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("name", "tap_group"), [(name, tap_group) for name in CASES for tap_group in tap_groups(CASES[name][0])]
 )
-def test_the_kernels_coordinates_make_a_convolution(name: str, tap_group: str, layout: str, dtype: Precision) -> None:
+def test_the_kernels_coordinates_make_a_convolution(
+    name: str, tap_group: str, memory_format: str, dtype: Precision
+) -> None:
     problem, density = CASES[name]
     problem = replace(problem, precision=dtype)
-    tilings = some_tilings(problem, tap_group, layout)
+    tilings = some_tilings(problem, tap_group, memory_format)
     assert tilings
     weight = integers(problem.weight_shape, density)
     sparse_filter = SparseFilter.from_dense(weight)
@@ -116,7 +118,7 @@ def test_the_kernels_coordinates_make_a_convolution(name: str, tap_group: str, l
     expected = F.conv2d(
         padded, torch.from_numpy(weight).double(), stride=problem.stride, dilation=problem.dilation
     ).numpy()
-    places = ordered(sparse_filter, layout, ELEMENTS[dtype])  # type: ignore[arg-type]
+    places = ordered(sparse_filter, memory_format, ELEMENTS[dtype])  # type: ignore[arg-type]
     for tiling in tilings:
         packed = pack(places, tiling)
         assert np.array_equal(emulate(tiling, packed, laid_out(x, places, tiling)), expected), tiling.config
@@ -127,7 +129,7 @@ CONFIGS = [
     SparseTcConfig("halo", 216, rows=14),
     SparseTcConfig("columns", 112, across=1, rows=14),
     SparseTcConfig("im2col", 64, across=2, m_blocks=2),
-    SparseTcConfig("im2col", 64, layout="channels_last"),
+    SparseTcConfig("im2col", 64, memory_format="channels_last"),
 ]
 
 
@@ -139,7 +141,7 @@ def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision)
     sparse_filter = SparseFilter.from_dense(weight)
     tiling, places = (
         Tiling.of(problem, config, H200.shared_bytes),
-        ordered(sparse_filter, config.layout, ELEMENTS[dtype]),
+        ordered(sparse_filter, config.memory_format, ELEMENTS[dtype]),
     )
     packed = pack(places, tiling)
     assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
@@ -170,7 +172,7 @@ def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: 
     weight = structured(RES4.weight_shape, dtype)
     sparse_filter = SparseFilter.from_dense(weight)
     tiling = Tiling.of(replace(RES4, precision=dtype), config, H200.shared_bytes)
-    places = ordered(sparse_filter, config.layout, tiling.element)
+    places = ordered(sparse_filter, config.memory_format, tiling.element)
     packed = pack(places, tiling)
     assert places.split.remainder.nnz == 0 and places.extra(64, places.k_block) == 0.0
     assert len(packed.images) == tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
@@ -234,10 +236,10 @@ def test_packing_is_quick() -> None:
         (CASES["pointwise"][0], SparseTcConfig("flat", 256, across=1), "larger than what the device copies"),
         (CASES["padding beyond the kernel"][0], SparseTcConfig("halo", 256, rows=4), "choose columns"),
         (replace(RES4, stride=(9, 1)), SparseTcConfig("im2col", 64), "reach no such stride"),
-        (replace(RES4, out_channels=20), SparseTcConfig("im2col", 64, layout="channels_last"), "multiples of 8"),
+        (replace(RES4, out_channels=20), SparseTcConfig("im2col", 64, memory_format="channels_last"), "multiples of 8"),
         (
             replace(RES4, in_channels=22, precision="tf32"),
-            SparseTcConfig("im2col", 64, layout="channels_last"),
+            SparseTcConfig("im2col", 64, memory_format="channels_last"),
             "multiples of 4",
         ),
     ],

@@ -330,7 +330,7 @@ def host_source() -> str:
     return CUDA_ON_A_CPU + MBARRIER + BLOCKS + source + RUN
 
 
-#: A case, a config, and the layout that comes with an epilogue.
+#: A case, a config, and the memory format that comes with an epilogue.
 KINDS = {
     "halo": ("3x3", SparseTcConfig("halo", 112, rows=7, cluster=2), "contiguous"),
     "halo along": ("3x3", SparseTcConfig("halo", 56, across=1, m_blocks=2, rows=7), "channels_last"),
@@ -348,17 +348,17 @@ KINDS = {
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "tf32"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_source_computes_the_convolution(kind: str, layout: str, dtype: Precision, tmp_path: Path) -> None:
+def test_the_source_computes_the_convolution(kind: str, memory_format: str, dtype: Precision, tmp_path: Path) -> None:
     name, config, with_epilogue = KINDS[kind]
-    full = layout == with_epilogue
+    full = memory_format == with_epilogue
     problem, density = CASES[name]
     problem = replace(problem, precision=dtype, epilogue=FULL if full else problem.epilogue)
-    config = replace(config, layout=layout)  # type: ignore[arg-type]
+    config = replace(config, memory_format=memory_format)  # type: ignore[arg-type]
     tiling = Tiling.of(problem, config, H200.shared_bytes)
     weight = integers(problem.weight_shape, density)
-    places = ordered(SparseFilter.from_dense(weight), config.layout, tiling.element)
+    places = ordered(SparseFilter.from_dense(weight), config.memory_format, tiling.element)
     packed = pack(places, tiling)
     generator = np.random.default_rng(1)
     x = generator.integers(-3, 4, problem.input_shape).astype(np.float64)

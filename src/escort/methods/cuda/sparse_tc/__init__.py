@@ -65,7 +65,7 @@ class SparseTc(Method):
         if config is None:
             (config,) = search(problem, sparse_filter, gpu, 1, problem.memory_format)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
-        return predict_us(tiling, Extra.of(ordered(sparse_filter, config.layout, tiling.element)), gpu)
+        return predict_us(tiling, Extra.of(ordered(sparse_filter, config.memory_format, tiling.element)), gpu)
 
     def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         """What it would run if x and y were in channels_last, and nothing converted."""
@@ -74,7 +74,7 @@ class SparseTc(Method):
         return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_BENCHMARKS, "channels_last")
 
     def input_format(self, config: SparseTcConfig) -> MemoryFormat:
-        return config.layout
+        return config.memory_format
 
     def channel_order(self, weights: Sequence[torch.Tensor], precision: Precision) -> torch.Tensor | None:
         if precision not in ELEMENTS:
@@ -86,7 +86,7 @@ class SparseTc(Method):
     ) -> Prepared:
         device, gpu = torch.device(problem.device), Gpu.of(problem.device)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
-        places = ordered(sparse_filter, config.layout, tiling.element)
+        places = ordered(sparse_filter, config.memory_format, tiling.element)
         packed = pack(places, tiling)
         last, boxes = config.takes_channels_last, tiling.stores_boxes
         tables = [packed.images, _by_row(bias, packed.row_channel), packed.first, packed.steps.view(np.int32)]
@@ -101,7 +101,7 @@ class SparseTc(Method):
         kernel = jit.kernel(tiling.source, defines, device, native=True)
         launch = kernel.bind(_THREADS, tiling.shared_bytes, (jit.TensorMap, *fixed, *given, int, int), overlap=True)
         check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + 1024))
-        memory_format = TORCH_MEMORY_FORMAT[config.layout]
+        torch_format = TORCH_MEMORY_FORMAT[config.memory_format]
         alignment = 16 if last else tiling.element.bytes * int(tiling.defines["VECTOR"])
         arrange = None if last else _arrange(problem, tiling.element, places.channels, device)
         clusters, out_shape = gpu.clusters(config.cluster), problem.output_shape[1:]
@@ -109,13 +109,13 @@ class SparseTc(Method):
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
             images = len(x)
-            y = torch.empty((images, *out_shape), dtype=x.dtype, device=device, memory_format=memory_format)
+            y = torch.empty((images, *out_shape), dtype=x.dtype, device=device, memory_format=torch_format)
             if not images:
                 return y
-            x = x.contiguous(memory_format=memory_format)
+            x = x.contiguous(memory_format=torch_format)
             x = aligned(x, 16) if arrange is None else arrange(x)
             if residual is not None:
-                residual = aligned(residual.contiguous(memory_format=memory_format), alignment)
+                residual = aligned(residual.contiguous(memory_format=torch_format), alignment)
             groups = tiling.groups(images)
             grid = min(groups * tiling.channel_tiles, clusters) * config.cluster, 1, 1
             x_map = _x_map(tiling, x, images)

@@ -67,12 +67,12 @@ class Ordered:
 _known: WeakKeyDictionary[SparseFilter, dict[tuple[MemoryFormat, int], Ordered]] = WeakKeyDictionary()
 
 
-def ordered(sparse_filter: SparseFilter, layout: MemoryFormat, element: Element) -> Ordered:
-    """Places for a layout of x: where x is laid out anyway those that leave little over, else everyone's own."""
-    known, key = _known.setdefault(sparse_filter, {}), (layout, element.bytes)
+def ordered(sparse_filter: SparseFilter, memory_format: MemoryFormat, element: Element) -> Ordered:
+    """Places for a memory format of x: where x is laid out anyway those that leave little over, else everyone's own."""
+    known, key = _known.setdefault(sparse_filter, {}), (memory_format, element.bytes)
     if key not in known:
         known[key] = (
-            _as_it_is(sparse_filter, element) if layout == "channels_last" else _gathered(sparse_filter, element)
+            _as_it_is(sparse_filter, element) if memory_format == "channels_last" else _gathered(sparse_filter, element)
         )
     return known[key]
 

@@ -70,11 +70,11 @@ class Extra(NamedTuple):
 
 
 def search(
-    problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int, layout: MemoryFormat
+    problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int, memory_format: MemoryFormat
 ) -> list[SparseTcConfig]:
     """The configs of least predicted time, of some variety."""
-    extra = Extra.of(ordered(sparse_filter, layout, ELEMENTS[problem.precision]))
-    tilings = sorted(candidates(problem, gpu, layout), key=lambda tiling: predict_us(tiling, extra, gpu))
+    extra = Extra.of(ordered(sparse_filter, memory_format, ELEMENTS[problem.precision]))
+    tilings = sorted(candidates(problem, gpu, memory_format), key=lambda tiling: predict_us(tiling, extra, gpu))
     chosen: list[SparseTcConfig] = []
     for tiling in tilings:
         alike = [other for other in chosen if replace(other, cluster=tiling.config.cluster) == tiling.config]
@@ -83,14 +83,14 @@ def search(
     return chosen
 
 
-def candidates(problem: Problem, gpu: Gpu, layout: MemoryFormat) -> Iterator[Tiling]:
+def candidates(problem: Problem, gpu: Gpu, memory_format: MemoryFormat) -> Iterator[Tiling]:
     """Every config that fits, of tiles that are not mostly empty."""
     for across, m_blocks in ((2, 1), (2, 2), (1, 1), (1, 2)):
         if across * m_blocks > 1 and problem.out_channels < _LEAST_USED * 64 * across * m_blocks:
             continue
         for tap_group, pixels, rows, images in _tiles(problem, across, m_blocks):
             for cluster in _WAIT:
-                config = SparseTcConfig(tap_group, pixels, across, m_blocks, rows, images, cluster, layout)
+                config = SparseTcConfig(tap_group, pixels, across, m_blocks, rows, images, cluster, memory_format)
                 try:
                     tiling = Tiling.of(problem, config, gpu.shared_bytes)
                 except UnfitError:
@@ -123,7 +123,7 @@ def predict_us(tiling: Tiling, extra: Extra, gpu: Gpu) -> float:
     """What bounds a step, times the steps that a multiprocessor computes in turn; and memory.
 
     Args:
-        extra: of the filter, in the layout's order.
+        extra: of the filter, in the order of the memory format.
     """
     p, config, element = tiling.problem, tiling.config, tiling.element
     rounds = -(-tiling.groups(max(p.batch, 1)) * tiling.channel_tiles // gpu.clusters(config.cluster))

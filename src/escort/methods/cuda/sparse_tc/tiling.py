@@ -67,7 +67,7 @@ class SparseTcConfig:
         m_blocks: of 64 output channels that a warpgroup computes.
         rows, images: columns and halo: of the output in a tile; several images only where all rows of each are.
         cluster: thread blocks that copy the filter to one another.
-        layout: of x, residual and y. For "contiguous" a kernel lays x out before, and y is written in NCHW;
+        memory_format: of x, residual and y. For "contiguous" a kernel lays x out before, and y is written in NCHW;
             "channels_last" converts nothing.
     """
 
@@ -78,7 +78,7 @@ class SparseTcConfig:
     rows: int = 0
     images: int = 1
     cluster: int = 1
-    layout: MemoryFormat = "contiguous"
+    memory_format: MemoryFormat = "contiguous"
 
     @property
     def whole_rows(self) -> bool:
@@ -87,7 +87,7 @@ class SparseTcConfig:
 
     @property
     def takes_channels_last(self) -> bool:
-        return self.layout == "channels_last"
+        return self.memory_format == "channels_last"
 
     @property
     def tile_channels(self) -> int:
@@ -202,7 +202,9 @@ class Tiling:
 def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
     least = 16 // element.bytes
     if config.takes_channels_last and (p.in_channels % least or p.out_channels % least):
-        raise UnfitError(f"in channels_last the channels must be multiples of {least}: choose the contiguous layout")
+        raise UnfitError(
+            f"in channels_last the channels must be multiples of {least}: choose the contiguous memory format"
+        )
     if config.pixels % 8 or not 0 < config.pixels * config.m_blocks <= 2 * _MOST_SUMS:
         raise UnfitError(f"{config.pixels} pixels by {config.m_blocks} blocks of channels do not fit a warpgroup")
     if config.tap_group == "flat" and (p.kernel_size != (1, 1) or any(p.padding)):
