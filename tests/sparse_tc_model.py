@@ -25,10 +25,10 @@ BLOCK = {"fp16": 64, "bf16": 64, "tf32": 32}
 FIRST, SECOND = 0b0100, 0b1110
 
 
-def decode_images(images: np.ndarray, dtype: str) -> np.ndarray:
-    """(images, rows, channels of a block): what sparse tensor cores see in images (images, bytes)."""
-    blocks, channels = images.shape[1] // (4096 + 512), BLOCK[dtype]
-    decoded = np.zeros((len(images), blocks, 64, channels))
+def decode_tiles(weight_tiles: np.ndarray, dtype: str) -> np.ndarray:
+    """(tiles, rows, channels of a block): what sparse tensor cores see in weight tiles (tiles, bytes)."""
+    blocks, channels = weight_tiles.shape[1] // (4096 + 512), BLOCK[dtype]
+    decoded = np.zeros((len(weight_tiles), blocks, 64, channels))
     row, half = np.meshgrid(np.arange(64), np.arange(32), indexing="ij")
     address = row * 64 + half * 2
     address ^= (address >> 7 & 3) << 4  # 64-byte swizzle: bits 4 and 5 are xored with bits 7 and 8
@@ -36,10 +36,10 @@ def decode_images(images: np.ndarray, dtype: str) -> np.ndarray:
     selector, within = np.divmod(group, 8)
     thread = row // 16 * 32 + row % 8 * 4 + selector * 2 + within // 4
     shift = np.where(row % 16 >= 8, 16, 0) + within % 4 * 4
-    for image, of in zip(images, decoded, strict=True):
+    for weight_tile, of in zip(weight_tiles, decoded, strict=True):
         for block in range(blocks):
-            values = DECODED[dtype](image[block * 4096 :][:4096].view(np.uint16)[address // 2])
-            words = image[blocks * 4096 + block * 512 :][:512].view(np.uint32)
+            values = DECODED[dtype](weight_tile[block * 4096 :][:4096].view(np.uint16)[address // 2])
+            words = weight_tile[blocks * 4096 + block * 512 :][:512].view(np.uint32)
             nibbles = (words[thread] >> shift & 15).astype(np.int64)
             if dtype == "tf32":
                 assert np.isin(nibbles, (FIRST, SECOND)).all(), "no other means anything"
@@ -48,14 +48,14 @@ def decode_images(images: np.ndarray, dtype: str) -> np.ndarray:
             assert (nibbles & 3 < nibbles >> 2).all(), "positions ascend"
             for kept, position in enumerate((nibbles & 3, nibbles >> 2)):
                 of[block][row, group * 4 + position] = values[:, kept::2]
-    return decoded.reshape(len(images), blocks * 64, channels)
+    return decoded.reshape(len(weight_tiles), blocks * 64, channels)
 
 
 def decode(packed: Packed, places: Ordered, tiling: Tiling) -> np.ndarray:
-    """The (K, C, R, S) filter that a list of images amounts to."""
+    """The (K, C, R, S) filter that a list of weight tiles amounts to."""
     p, config = tiling.problem, tiling.config
     depth = BLOCK[p.precision] // 2  # of a product
-    seen = decode_images(packed.images, p.precision).reshape(len(packed.images), config.across, -1, 2, depth)
+    seen = decode_tiles(packed.weight_tiles, p.precision).reshape(len(packed.weight_tiles), config.across, -1, 2, depth)
     weight = np.zeros((p.out_channels, len(places.channels), *p.kernel_size))
     rows = packed.row_channel.reshape(tiling.channel_tiles, config.across, -1)
     at = 0
@@ -76,7 +76,7 @@ def decode(packed: Packed, places: Ordered, tiling: Tiling) -> np.ndarray:
                     place = slice((tap.k_block * 2 + half) * depth, (tap.k_block * 2 + half + 1) * depth)
                     weight[rows[tile, across][inside], place, tap.row, tap.column] += values[inside]
                 last, at = bool(word >> 31), at + 1
-    assert at == len(packed.images) == packed.first[-1]
+    assert at == len(packed.weight_tiles) == packed.first[-1]
     there = places.channels >= 0
     assert not weight[:, ~there].any()
     restored = np.zeros(p.weight_shape)
@@ -102,7 +102,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
     images = len(nhwc)
     whole_rows = config.tap_group in ("columns", "halo")
     read = nhwc if whole_rows or config.tap_group == "im2col" else nhwc.reshape(1, 1, -1, tiling.channels)
-    filters = decode_images(packed.images, p.precision)
+    filters = decode_tiles(packed.weight_tiles, p.precision)
     y = np.full((images, p.out_channels, p.out_height, p.out_width), np.nan)
     written = (
         y.transpose(0, 2, 3, 1) if whole_rows else np.full((1, 1, y.size // p.out_channels, p.out_channels), np.nan)

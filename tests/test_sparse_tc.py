@@ -23,7 +23,7 @@ from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.methods.cuda.sparse_tc import SparseTc, SparseTcConfig
 from escort.methods.cuda.sparse_tc.packing import Packed
-from escort.methods.cuda.sparse_tc.search import Extra, candidates, predict_us, search
+from escort.methods.cuda.sparse_tc.search import Remainder, candidates, predict_us, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 from escort.problem import Epilogue, MemoryFormat, Precision, Problem
 from tests.cases import CASES, FULL, Case, check_kernels
@@ -35,7 +35,7 @@ RES4 = Problem(128, 256, 14, 14, 256, (3, 3), padding=SAME, precision="fp16", de
 POINTWISE = replace(RES4, out_channels=1024, kernel_size=(1, 1), padding=(0, 0, 0, 0))
 STRIDED = replace(RES4, stride=(2, 1), padding=(1, 1, 0, 2))
 LAST: MemoryFormat = "channels_last"
-NONE, ALL = (Extra(dict.fromkeys((64, 128, 256), share), dict.fromkeys((64, 128), share)) for share in (0.0, 1.0))
+NONE, ALL = (Remainder(dict.fromkeys((64, 128, 256), share), dict.fromkeys((64, 128), share)) for share in (0.0, 1.0))
 
 
 def filter_of(problem: Problem) -> SparseFilter:

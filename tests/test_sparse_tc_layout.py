@@ -146,7 +146,11 @@ def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision)
     packed = pack(places, tiling)
     assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
     regular = tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
-    assert len(packed.images) - regular == round(places.extra(config.tile_channels, places.k_block) * regular) > 0
+    assert (
+        len(packed.weight_tiles) - regular
+        == round(places.remainder_share(config.tile_channels, places.k_block) * regular)
+        > 0
+    )
     assert 0.0 < places.split.share < 0.2
 
 
@@ -158,10 +162,10 @@ def test_the_decoder_notices(dtype: Precision) -> None:
     packed = pack(places, tiling)
     expected = decode(packed, places, tiling)
     for at in (18, 2 * 4096 + 5):  # a value, metadata
-        images = packed.images.copy()
-        images[3, at] ^= 0x11
+        weight_tiles = packed.weight_tiles.copy()
+        weight_tiles[3, at] ^= 0x11
         try:
-            assert not np.array_equal(decode(replace(packed, images=images), places, tiling), expected)
+            assert not np.array_equal(decode(replace(packed, weight_tiles=weight_tiles), places, tiling), expected)
         except AssertionError as error:
             assert "ascend" in str(error) or "means anything" in str(error)
 
@@ -174,21 +178,21 @@ def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: 
     tiling = Tiling.of(replace(RES4, precision=dtype), config, H200.shared_bytes)
     places = ordered(sparse_filter, config.memory_format, tiling.element)
     packed = pack(places, tiling)
-    assert places.split.remainder.nnz == 0 and places.extra(64, places.k_block) == 0.0
-    assert len(packed.images) == tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
+    assert places.split.remainder.nnz == 0 and places.remainder_share(64, places.k_block) == 0.0
+    assert len(packed.weight_tiles) == tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
     assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
-def test_the_order_leaves_less_over_in_fewer_images(dtype: Precision) -> None:
+def test_the_order_leaves_less_over_in_fewer_weight_tiles(dtype: Precision) -> None:
     sparse_filter, element = SparseFilter.from_dense(uneven((256, 256, 3, 3))), ELEMENTS[dtype]
     spread, natural = ordered(sparse_filter, "contiguous", element), ordered(sparse_filter, "channels_last", element)
     assert spread.split.share < natural.split.share
-    assert spread.extra(128, spread.k_block) < natural.extra(128, natural.k_block)
+    assert spread.remainder_share(128, spread.k_block) < natural.remainder_share(128, natural.k_block)
     assert ordered(sparse_filter, "contiguous", element) is spread, "remembered"
 
 
-def test_empty_halves_of_images_are_not_multiplied() -> None:
+def test_empty_halves_of_weight_tiles_are_not_multiplied() -> None:
     problem, _ = CASES["few channels"]
     sparse_filter = SparseFilter.from_dense(integers(problem.weight_shape, 0.3))
     tiling = Tiling.of(replace(problem, precision="fp16"), SparseTcConfig("halo", 96, rows=9), H200.shared_bytes)

@@ -380,7 +380,7 @@ def test_the_source_computes_the_convolution(kind: str, memory_format: str, dtyp
     elif config.tap_group == "flat":
         x_map.sizes = channels, images * height * width, 1, 1
     defines = tiling.defines | {"ACTIVATION": int(full), "RESIDUAL": int(full)}
-    tables = (packed.images, bias, packed.first, packed.steps, packed.row_channel)
+    tables = (packed.weight_tiles, bias, packed.first, packed.steps, packed.row_channel)
     pointers = [ctypes.c_void_p(np.ascontiguousarray(table).ctypes.data) for table in tables]
     maps = [ctypes.byref(one) for one in (y_map, residual_map)]
     groups = tiling.groups(images)

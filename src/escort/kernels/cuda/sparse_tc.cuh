@@ -1,12 +1,13 @@
 // y = activation(conv2d(x, w) + bias + residual) on the sparse tensor cores of compute capability 9.0, as an implicit
 // matrix product D[channel, pixel] = A[channel, k] * B[k, pixel] with sums in float.
 //
-//   A  The filter. An image of it is M_TILE channels x K_BLOCK input channels of one tap, compressed to two of each
+//   A  The filter. A weight tile of it is M_TILE channels x K_BLOCK input channels of one tap, compressed to two of
+//   each
 //      four (TF32: one of two), with metadata that say which: packed by packing.py just as the tensor cores read shared
-//      memory. What a filter has beyond that is further images. Blocks of a cluster compute different pixels of the
-//      same channels, and each copies a part of every image to all of them.
+//      memory. What a filter has beyond that is further weight tiles, the remainder. Blocks of a cluster compute
+//      different pixels of the same channels, and each copies a part of every weight tile to all of them.
 //   B  x in NHWC, K_BLOCK channels (128 bytes, in 128-byte swizzle) of many pixels: those that a tap group reads,
-//      brought by the copy engine at once. A list says which images multiply them, and at which pixel they begin:
+//      brought by the copy engine at once. A list says which weight tiles multiply them, and at which pixel they begin:
 //        IM2COL   the pixels that one tap of the tile reads (any stride): one tap per group;
 //        COLUMNS  the tile's input rows from one column of taps on: the taps of that column, rows apart;
 //        HALO     the tile's input rows: all taps. A row's padding is the next row's padding, too, so columns of the
@@ -74,7 +75,7 @@ __device__ void barrier_wait(u32 barrier, u32 parity) {
       : "memory");
 }
 
-// A block's part of an image, to all blocks of the cluster.
+// A block's part of a weight tile, to all blocks of the cluster.
 __device__ void load_part(u32 to, const u8* from, u32 barrier) {
   if constexpr (CLUSTER == 1)
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -224,7 +225,7 @@ __device__ void produce(u32 base, const TensorMap& x_map, const u8* __restrict__
   const int part = blockIdx.x % CLUSTER * PART;
   for (Work work(groups); work.left(); work.next()) {
     const int* const firsts = first + work.m_tile() * TAP_GROUPS;
-    int image = __ldg(firsts);
+    int weight_tile = __ldg(firsts);
     int c = 0, r = 0, s = 0;
     for (int tap_group = 0; tap_group < TAP_GROUPS; tap_group++) {
       barrier_wait(base + EMPTY_B + 8 * ring_b.stage, ring_b.parity ^ 1);
@@ -249,12 +250,12 @@ __device__ void produce(u32 base, const TensorMap& x_map, const u8* __restrict__
         if (TAP_GROUP == HALO || ++s == KERNEL_COLUMNS) s = 0, c += K_BLOCK;
       }
       ring_b.next();
-      for (const int end = __ldg(firsts + tap_group + 1); image < end; image++) {
+      for (const int end = __ldg(firsts + tap_group + 1); weight_tile < end; weight_tile++) {
         // Empty when the consumers of all blocks are done with it, as every block writes a part of everyone's.
         barrier_wait(base + EMPTY_A + 8 * ring_a.stage, ring_a.parity ^ 1);
         const u32 barrier = base + FULL_A + 8 * ring_a.stage;
         barrier_expect(barrier, A_BYTES);
-        load_part(base + A + ring_a.stage * A_BYTES + part, a + static_cast<long long>(image) * A_BYTES + part,
+        load_part(base + A + ring_a.stage * A_BYTES + part, a + static_cast<long long>(weight_tile) * A_BYTES + part,
                   barrier);
         ring_a.next();
       }
@@ -585,8 +586,8 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
 #pragma unroll
       for (int j = 0; j < M_BLOCKS; j++) keep(metadata[i][j], never, base + UNUSED);
   };
-  // One image times the pixels of a tap. Each way commits for itself: a commit behind the branches would become a group
-  // of its own, and one without products would make the compiler wait for every product.
+  // One weight tile times the pixels of a tap. Each way commits for itself: a commit behind the branches would become a
+  // group of its own, and one without products would make the compiler wait for every product.
   const auto issue = [&](u32(&of)[M_BLOCKS], u32 from, u64 a, u64 b, u32 halves, int accumulate) {
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++) of[i] = load_word(from + i * METADATA_BLOCK);
@@ -738,8 +739,8 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
 #define CLUSTERED
 #endif
 
-// a: images of the filter; bias: one per row of all tiles; first: (M_TILES * TAP_GROUPS + 1), a tap group's first
-// image; steps: one per image, and one more that is only read.
+// a: weight tiles; bias: one per row of all tiles; first: (M_TILES * TAP_GROUPS + 1), a tap group's first
+// weight tile; steps: one per weight tile, and one more that is only read.
 extern "C" __global__ void CLUSTERED __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,
               const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS, int images, int groups) {

@@ -21,7 +21,7 @@ from escort.filter import IntArray, SparseFilter
 from escort.methods.base import Method, Prepared, aligned, input_check
 from escort.methods.cuda.sparse_tc.orders import common_order
 from escort.methods.cuda.sparse_tc.packing import ordered, pack
-from escort.methods.cuda.sparse_tc.search import Extra, candidates, predict_us, search
+from escort.methods.cuda.sparse_tc.search import Remainder, candidates, predict_us, search
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, Element, SparseTcConfig, Tiling, at_once, im2col_corners
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
 
@@ -65,7 +65,7 @@ class SparseTc(Method):
         if config is None:
             (config,) = search(problem, sparse_filter, gpu, 1, problem.memory_format)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
-        return predict_us(tiling, Extra.of(ordered(sparse_filter, config.memory_format, tiling.element)), gpu)
+        return predict_us(tiling, Remainder.of(ordered(sparse_filter, config.memory_format, tiling.element)), gpu)
 
     def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         """What it would run if x and y were in channels_last, and nothing converted."""
@@ -89,7 +89,7 @@ class SparseTc(Method):
         places = ordered(sparse_filter, config.memory_format, tiling.element)
         packed = pack(places, tiling)
         last, boxes = config.takes_channels_last, tiling.stores_boxes
-        tables = [packed.images, _by_row(bias, packed.row_channel), packed.first, packed.steps.view(np.int32)]
+        tables = [packed.weight_tiles, _by_row(bias, packed.row_channel), packed.first, packed.steps.view(np.int32)]
         if not boxes:
             tables.append(packed.row_channel)
         fixed = [torch.from_numpy(table).to(device) for table in tables]

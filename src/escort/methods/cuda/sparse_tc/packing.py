@@ -1,6 +1,6 @@
-"""Filters as sparse_tc.cuh reads them: images of values and metadata, and the list of what multiplies what.
+"""Filters as sparse_tc.cuh reads them: weight tiles of values and metadata, and the list of what multiplies what.
 
-An image is one tap of a block of input channels (128 bytes of a pixel) for the output channels of a tile, in blocks of
+A weight tile is one tap of a block of input channels (128 bytes of a pixel) for the output channels of a tile, in blocks of
 64 of them. A row has 16 groups of neighbouring channels and keeps half of each, at most two of four 16-bit weights or
 one of two in TF32: 64 bytes in 64-byte swizzle, which puts the 16-byte chunk j of row i at j ^ (i >> 1 & 3). Behind the
 blocks' values comes their metadata (PTX ISA, "Sparse wgmma"): 4 bits per group, the position of the first kept value in
@@ -10,7 +10,7 @@ on: bits 0-15 for row 16 w + g, bits 16-31 for row 16 w + g + 8. Selector 0 take
 those of q = 2 and 3, so that a register serves both halves of the channels.
 
 A filter is the sum of two of such a pattern (split.py): the second holds what is left over, and only those of its
-images are kept that are not empty. The orders of channels and rows see to it that few are not.
+weight tiles are kept that are not empty. The orders of channels and rows see to it that few are not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from escort.methods.cuda.sparse_tc.split import Split, split
 from escort.methods.cuda.sparse_tc.tiling import BLOCK_BYTES, PIXEL_BYTES, Element, SparseTcConfig, Tiling
 from escort.problem import MemoryFormat
 
-_LEAST_SPARSITY = 0.65  # in denser filters every image has something left over in any order
+_LEAST_SPARSITY = 0.65  # in denser filters every weight tile has something left over in any order
 _LAST_OF_GROUP = 1 << 31
 Bits = NDArray[np.unsignedinteger[Any]]  # of elements as they are stored
 
@@ -40,7 +40,7 @@ class Ordered:
     """A filter's split, with places for its channels and rows.
 
     Attributes:
-        k_block: input channels of an image.
+        k_block: input channels of a weight tile.
         channels: which input channel stands at each place, a whole number of blocks; -1: none.
         rows: which output channel stands at each place.
     """
@@ -55,8 +55,8 @@ class Ordered:
         c, tap = np.divmod(part.columns, np.int32(part.shape[2] * part.shape[3]))
         return np.argsort(self.rows).astype(np.int32)[part.rows], _inverse(self.channels)[c], tap
 
-    def extra(self, rows: int, channels: int) -> float:
-        """The share of all pieces of a tap, so many rows by so many channels, in which something is left over."""
+    def remainder_share(self, rows: int, channels: int) -> float:
+        """The share of all pieces of a tap, so many rows by so many channels, in which the remainder has weights."""
         row, place, tap = self.places(self.split.remainder)
         _, _, r, s = self.split.remainder.shape
         shape = -(-len(self.rows) // rows), len(self.channels) // channels, r * s
@@ -85,7 +85,7 @@ def _as_it_is(sparse_filter: SparseFilter, element: Element) -> Ordered:
 
 
 def _gathered(sparse_filter: SparseFilter, element: Element) -> Ordered:
-    """What is left over, made small by the order of the channels, in as few images as sorting gets it."""
+    """What is left over, made small by the order of the channels, in as few weight tiles as sorting gets it."""
     natural, whole = _as_it_is(sparse_filter, element), _whole_blocks(sparse_filter, element.k_block)
     if natural.split.remainder.nnz == 0 or sparse_filter.sparsity < _LEAST_SPARSITY:
         return natural
@@ -117,15 +117,15 @@ class Packed:
     """What the kernel reads of a filter.
 
     Attributes:
-        images: (images, bytes) uint8.
-        first: (tiles of channels * tap groups + 1,) the first image of each tap group.
-        steps: (images + 1,) uint32, one per image: bits 0-15 where its tap begins in the group, in units of 16 bytes;
+        weight_tiles: (weight tiles, bytes) uint8.
+        first: (tiles of channels * tap groups + 1,) the first weight tile of each tap group.
+        steps: (weight tiles + 1,) uint32, one per tile: bits 0-15 where its tap begins in the group, in units of 16 bytes;
             from bit 16 two bits for each warpgroup across: which halves of the block's channels it has for it; bit 31:
             it is the last of its tap group.
         row_channel: the output channel of each row of all tiles, -1: none.
     """
 
-    images: NDArray[np.uint8]
+    weight_tiles: NDArray[np.uint8]
     first: IntArray
     steps: NDArray[np.uint32]
     row_channel: IntArray
@@ -137,7 +137,7 @@ def pack(ordered: Ordered, tiling: Tiling) -> Packed:
     parts = [_tiles(ordered, part, tiling) for part in (ordered.split.structured, ordered.split.remainder)]
     halves = [_halves(bits, config) for bits in parts]
     all_halves = np.uint32(sum(3 << 2 * across for across in range(config.across)))
-    listed: list[tuple[int, int, int]] = []  # (part, tile, tap) of each image
+    listed: list[tuple[int, int, int]] = []  # (part, tile, tap) of each weight tile
     first, steps = [0], []
     for tile in range(tiling.channel_tiles):
         for number, tap_group in enumerate(tiling.tap_groups):
@@ -153,14 +153,14 @@ def pack(ordered: Ordered, tiling: Tiling) -> Packed:
             steps[-1] |= _LAST_OF_GROUP
             first.append(len(listed))
     which = np.array(listed)
-    images = np.empty((len(listed), config.tile_channels // 64 * BLOCK_BYTES), dtype=np.uint8)
+    weight_tiles = np.empty((len(listed), config.tile_channels // 64 * BLOCK_BYTES), dtype=np.uint8)
     for part, bits in enumerate(parts):
         mine = which[:, 0] == part
         if mine.any():
-            images[mine] = _images(bits[which[mine, 1], which[mine, 2]], tiling.element)
+            weight_tiles[mine] = _weight_tiles(bits[which[mine, 1], which[mine, 2]], tiling.element)
     row_channel = np.full(tiling.channel_tiles * config.tile_channels, -1, dtype=np.int32)
     row_channel[: len(ordered.rows)] = ordered.rows
-    return Packed(images, np.array(first, np.int32), np.array([*steps, 0], np.uint32), row_channel)
+    return Packed(weight_tiles, np.array(first, np.int32), np.array([*steps, 0], np.uint32), row_channel)
 
 
 def _tiles(ordered: Ordered, part: SparseFilter, tiling: Tiling) -> Bits:
@@ -195,8 +195,8 @@ def _halves(bits: Bits, config: SparseTcConfig) -> NDArray[np.uint32]:
     return (there.reshape(*bits.shape[:2], -1) * weights).sum(axis=-1, dtype=np.uint32)
 
 
-def _images(bits: Bits, element: Element) -> NDArray[np.uint8]:
-    """(images, bytes) of (images, rows, channels)."""
+def _weight_tiles(bits: Bits, element: Element) -> NDArray[np.uint8]:
+    """(weight tiles, bytes) of (weight tiles, rows, channels)."""
     groups = bits.reshape(len(bits), -1, 64, element.k_block // element.of, element.of)
     kept = np.argsort(groups == 0, axis=-1, kind="stable")[..., : element.kept]  # values first, filled up with zeros
     positions = np.sort(kept, axis=-1)
@@ -215,7 +215,7 @@ def _swizzled(values: Bits) -> Bits:
 
 
 def _metadata(nibbles: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The words of 128 threads, of (images, blocks, 64 rows, 16)."""
+    """The words of 128 threads, of (weight tiles, blocks, 64 rows, 16)."""
     fours = nibbles.reshape(*nibbles.shape[:-1], 4, 4) << np.arange(0, 16, 4, dtype=np.uint32)
     halfwords = fours.sum(axis=-1, dtype=np.uint32)
     thread = np.arange(128)

@@ -1,6 +1,6 @@
 """The search for configs: a space, and a model of the machine that ranks it.
 
-A step is one image of the filter times the pixels of its tap. A sparse wgmma of N pixels reads 64 N + 2048 bytes of shared memory in
+A step is one weight tile times the pixels of its tap. A sparse wgmma of N pixels reads 64 N + 2048 bytes of shared memory in
 N / 2 clocks of the tensor cores, at 128 bytes a clock: shared memory bounds it, and for small N the least time that any
 step takes. In TF32 the same bytes are half as many channels, and the clocks are the same.
 """
@@ -39,7 +39,7 @@ _SHARED_BYTES = 128.0  # a clock
 _PRODUCT_BYTES = 1024  # of the filter that an instruction waits for: half of them
 _L2_BYTES = 75.0  # a clock that reach a multiprocessor when all of them read
 _LEAST_STEP = 390.0  # from one step to the next: barriers, metadata, and the start of the products
-_EXTRA = 0.78  # products of what is left over, of the time of others
+_REMAINDER = 0.78  # products of the remainder, of the time of others
 _WAIT = {1: 1.0, 2: 1.0, 4: 1.1, 8: 1.4}  # blocks of a cluster wait for one another
 _TILE = 1000.0  # around the steps of a tile
 _STORED, _STORED_ONE_BY_ONE, _FLOATS_STORED = 36.0, 6.5, 31.0  # bytes of outputs a clock; in NCHW, but for floats
@@ -49,23 +49,23 @@ _BESIDE = 0.28  # of what takes less time, computing or memory, that the other d
 _ARRANGE_US, _ARRANGE_BYTES = 3.6, 3.3e6  # of the kernel that lays out x; a us
 
 
-class Extra(NamedTuple):
-    """How much is left over.
+class Remainder(NamedTuple):
+    """How much work the remainder of a filter is.
 
     Attributes:
-        images: extra images as a share of the others, by channels of a tile.
-        halves: and of their halves those that are multiplied, as a share of all, by channels of a warpgroup.
+        tiles: its weight tiles as a share of the others, by channels of a tile.
+        halves: the halves of these that are multiplied, as a share of all, by channels of a warpgroup.
     """
 
-    images: dict[int, float]
+    tiles: dict[int, float]
     halves: dict[int, float]
 
     @classmethod
-    def of(cls, places: Ordered) -> Extra:
+    def of(cls, places: Ordered) -> Remainder:
         k_block = places.k_block
         return cls(
-            {rows: places.extra(rows, k_block) for rows in (64, 128, 256)},
-            {rows: places.extra(rows, k_block // 2) for rows in (64, 128)},
+            {rows: places.remainder_share(rows, k_block) for rows in (64, 128, 256)},
+            {rows: places.remainder_share(rows, k_block // 2) for rows in (64, 128)},
         )
 
 
@@ -73,8 +73,8 @@ def search(
     problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int, memory_format: MemoryFormat
 ) -> list[SparseTcConfig]:
     """The configs of least predicted time, of some variety."""
-    extra = Extra.of(ordered(sparse_filter, memory_format, ELEMENTS[problem.precision]))
-    tilings = sorted(candidates(problem, gpu, memory_format), key=lambda tiling: predict_us(tiling, extra, gpu))
+    remainder = Remainder.of(ordered(sparse_filter, memory_format, ELEMENTS[problem.precision]))
+    tilings = sorted(candidates(problem, gpu, memory_format), key=lambda tiling: predict_us(tiling, remainder, gpu))
     chosen: list[SparseTcConfig] = []
     for tiling in tilings:
         alike = [other for other in chosen if replace(other, cluster=tiling.config.cluster) == tiling.config]
@@ -119,22 +119,22 @@ def _tiles(p: Problem, across: int, m_blocks: int) -> Iterator[tuple[TapGroup, i
                 yield tap_group, pixels, tile_rows, images
 
 
-def predict_us(tiling: Tiling, extra: Extra, gpu: Gpu) -> float:
+def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:
     """What bounds a step, times the steps that a multiprocessor computes in turn; and memory.
 
     Args:
-        extra: of the filter, in the order of the memory format.
+        remainder: of the filter, in the order of the memory format.
     """
     p, config, element = tiling.problem, tiling.config, tiling.element
     rounds = -(-tiling.groups(max(p.batch, 1)) * tiling.channel_tiles // gpu.clusters(config.cluster))
-    image_bytes = config.tile_channels // 64 * BLOCK_BYTES
+    tile_bytes = config.tile_channels // 64 * BLOCK_BYTES
     load_bytes = tiling.load[1] * tiling.load[2] * tiling.load[3] * PIXEL_BYTES / len(tiling.tap_groups[0])
     products = 4 * config.m_blocks * (config.pixels * 64 + _PRODUCT_BYTES)
-    extra_images, extra_halves = extra.images[config.tile_channels], extra.halves[64 * config.m_blocks]
-    tile = _step(products + image_bytes + load_bytes, image_bytes / config.cluster + load_bytes)
-    if extra_images:
-        extra_products = _EXTRA * products * extra_halves / extra_images
-        tile += extra_images * _step(extra_products + image_bytes, image_bytes / config.cluster)
+    remainder_tiles, remainder_halves = remainder.tiles[config.tile_channels], remainder.halves[64 * config.m_blocks]
+    tile = _step(products + tile_bytes + load_bytes, tile_bytes / config.cluster + load_bytes)
+    if remainder_tiles:
+        remainder_products = _REMAINDER * products * remainder_halves / remainder_tiles
+        tile += remainder_tiles * _step(remainder_products + tile_bytes, tile_bytes / config.cluster)
     tile *= len(tiling.tap_groups) * len(tiling.tap_groups[0]) * _WAIT[config.cluster]
     tile += _TILE + config.tile_pixels * config.tile_channels * element.bytes / _stored(tiling)
     pixels, out_pixels = p.height * p.width, p.out_height * p.out_width

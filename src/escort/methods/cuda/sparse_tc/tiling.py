@@ -11,7 +11,7 @@ from escort.cuda.compiler import Text
 from escort.problem import MemoryFormat, Problem
 
 PIXEL_BYTES = 128  # a block of input channels
-BLOCK_BYTES = 64 * 64 + 512  # 64 output channels of an image of the filter: values, then metadata
+BLOCK_BYTES = 64 * 64 + 512  # 64 output channels of a weight tile: values, then metadata
 
 _BARRIER_BYTES = 1024
 _MOST_BOX = 256  # along each dimension
@@ -43,7 +43,7 @@ class Element:
 
     @property
     def k_block(self) -> int:
-        """Input channels of an image of the filter."""
+        """Input channels of a weight tile."""
         return PIXEL_BYTES // self.bytes
 
 
