@@ -99,11 +99,11 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
     """
     p, config, d = tiling.problem, tiling.config, SimpleNamespace(**tiling.defines)
     along, m_tile, depth = 2 // config.across, config.tile_channels, BLOCK[p.precision] // 2
-    images = len(nhwc)
+    samples = len(nhwc)
     whole_rows = config.tap_group in ("columns", "halo")
     read = nhwc if whole_rows or config.tap_group == "im2col" else nhwc.reshape(1, 1, -1, tiling.channels)
     filters = decode_tiles(packed.weight_tiles, p.precision)
-    y = np.full((images, p.out_channels, p.out_height, p.out_width), np.nan)
+    y = np.full((samples, p.out_channels, p.out_height, p.out_width), np.nan)
     written = (
         y.transpose(0, 2, 3, 1) if whole_rows else np.full((1, 1, y.size // p.out_channels, p.out_channels), np.nan)
     )
@@ -112,10 +112,13 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
     for stage in range(d.B_STAGES):
         shared[stage * stage_pixels + d.LOAD_PIXELS :][: d.ZERO_PIXELS] = 0.0
     filled = 0
-    for item in range(d.M_TILES * tiling.groups(images)):
+    for item in range(d.M_TILES * tiling.groups(samples)):
         for rank in range(config.cluster):
             m, tile = item % d.M_TILES, item // d.M_TILES * config.cluster + rank
-            first_row, first_image = tile % d.TILES_PER_IMAGE * d.TILE_ROWS, tile // d.TILES_PER_IMAGE * d.TILE_IMAGES
+            first_row, first_sample = (
+                tile % d.TILES_PER_SAMPLE * d.TILE_ROWS,
+                tile // d.TILES_PER_SAMPLE * d.TILE_SAMPLES,
+            )
             sums = np.full((m_tile, config.tile_pixels), np.nan)
             accumulate, c, r, s = False, 0, 0, 0
             at = packed.first[m * d.TAP_GROUPS]
@@ -139,7 +142,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                         box = load_box(read, tiling.load, c, tile * config.tile_pixels, 0, 0)
                     else:
                         column = s * d.DILATION_RIGHT - d.LEFT
-                        box = load_box(read, tiling.load, c, column, first_row - d.TOP, first_image)
+                        box = load_box(read, tiling.load, c, column, first_row - d.TOP, first_sample)
                     assert len(box) == d.LOAD_PIXELS
                     shared[to:][: len(box)] = box
                     s += config.tap_group == "columns"
@@ -169,29 +172,29 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                 if p.precision == "tf32":
                     store_floats(d, tiling, y, tile, of, row_channel)
                 elif config.takes_channels_last:
-                    place = (0, first_row, first_image) if whole_rows else (tile * config.tile_pixels, 0, 0)
+                    place = (0, first_row, first_sample) if whole_rows else (tile * config.tile_pixels, 0, 0)
                     boxes = along if config.tap_group == "im2col" else 1
                     for part in range(boxes):
                         column = place[0] + part * config.pixels
                         staged = of.T[part * config.pixels :] if boxes > 1 else of.T
                         store_box(written, tiling.store, m * m_tile + block * 64, (column, *place[1:]), staged)
                 else:
-                    store_rows(d, tiling, y, tile, of, row_channel, first_row, first_image)
+                    store_rows(d, tiling, y, tile, of, row_channel, first_row, first_sample)
     if tiling.stores_boxes and not whole_rows:
-        y[:] = written.reshape(images, p.out_height, p.out_width, -1).transpose(0, 3, 1, 2)
+        y[:] = written.reshape(samples, p.out_height, p.out_width, -1).transpose(0, 3, 1, 2)
     return y
 
 
 def load_im2col(
     tiling: Tiling, x: np.ndarray, c: int, corner: tuple[int, int], n: int, offset: tuple[int, int]
 ) -> np.ndarray:
-    """Pixels from (column, row) of image n on in the bounding box, shifted by the tap."""
+    """Pixels from (column, row) of sample n on in the bounding box, shifted by the tap."""
     lower, upper = im2col_corners(tiling.problem)
-    images, height, width, _ = x.shape
+    samples, height, width, _ = x.shape
     (column, row), pixels = corner, []
     for _ in range(tiling.config.pixels):
         h, w = row + offset[1], column + offset[0]
-        inside = n < images and 0 <= h < height and 0 <= w < width
+        inside = n < samples and 0 <= h < height and 0 <= w < width
         pixels.append(channels_of(x[n, h, w], c, tiling.load[0]) if inside else np.zeros(tiling.load[0]))
         column += tiling.problem.stride[1]
         if column >= width + upper[0]:
@@ -208,9 +211,9 @@ def channels_of(pixel: np.ndarray, c: int, count: int) -> np.ndarray:
 
 def load_box(x: np.ndarray, box: tuple[int, ...], c: int, w: int, h: int, n: int) -> np.ndarray:
     """A box of x (N, H, W, C), row by row, with zeros outside."""
-    channels, width, height, images = box
-    out = np.zeros((images, height, width, channels))
-    for i, j, k in np.ndindex(images, height, width):
+    channels, width, height, samples = box
+    out = np.zeros((samples, height, width, channels))
+    for i, j, k in np.ndindex(samples, height, width):
         if n + i < x.shape[0] and 0 <= h + j < x.shape[1] and 0 <= w + k < x.shape[2]:
             out[i, j, k] = channels_of(x[n + i, h + j, w + k], c, channels)
     return out.reshape(-1, channels)
@@ -218,8 +221,8 @@ def load_box(x: np.ndarray, box: tuple[int, ...], c: int, w: int, h: int, n: int
 
 def store_box(y: np.ndarray, box: tuple[int, ...], c: int, place: tuple[int, int, int], staged: np.ndarray) -> None:
     """Writes a box where it lies inside y (N, H, W, K), once."""
-    (w, h, n), (_, width, height, images) = place, box
-    for number, (i, j, k) in enumerate(np.ndindex(images, height, width)):
+    (w, h, n), (_, width, height, samples) = place, box
+    for number, (i, j, k) in enumerate(np.ndindex(samples, height, width)):
         if n + i < y.shape[0] and h + j < y.shape[1] and w + k < y.shape[2] and c < y.shape[3]:
             at = y[n + i, h + j, w + k, c : c + 64]
             assert np.isnan(at).all(), "stored twice"
@@ -234,32 +237,32 @@ def store_rows(
     sums: np.ndarray,
     row_channel: np.ndarray,
     first_row: int,
-    first_image: int,
+    first_sample: int,
 ) -> None:
     """The kernel's stores of 64 rows to y in NCHW, VECTOR neighbouring elements at a time."""
-    flat, images, plane = y.reshape(-1), len(y), d.OUT_HEIGHT * d.OUT_WIDTH
+    flat, samples, plane = y.reshape(-1), len(y), d.OUT_HEIGHT * d.OUT_WIDTH
     assert d.STAGING_ROW * 64 <= d.STAGING_BYTES and d.STAGING_ROW // 16 % 2 == 1
     assert sums.shape[1] * 2 <= d.STAGING_ROW
     rows = min(d.TILE_ROWS, d.OUT_HEIGHT - first_row)
     if tiling.config.tap_group in ("columns", "halo"):
-        count = rows * d.OUT_WIDTH * min(d.TILE_IMAGES, images - first_image)
+        count = rows * d.OUT_WIDTH * min(d.TILE_SAMPLES, samples - first_sample)
     else:
-        count = min(sums.shape[1], images * plane - tile * sums.shape[1])
+        count = min(sums.shape[1], samples * plane - tile * sums.shape[1])
     for unit in range(0, max(count, 0), d.VECTOR):
         if tiling.config.tap_group in ("columns", "halo"):
-            of_tile, rest = divmod(unit, rows * d.OUT_WIDTH)
+            sample_in_tile, rest = divmod(unit, rows * d.OUT_WIDTH)
             row, column = divmod(rest, d.OUT_WIDTH)
-            image, pixel = first_image + of_tile, first_row * d.OUT_WIDTH + rest
-            staged = of_tile * d.IMAGE_PITCH + row * d.PITCH + column
+            sample, pixel = first_sample + sample_in_tile, first_row * d.OUT_WIDTH + rest
+            staged = sample_in_tile * d.SAMPLE_PITCH + row * d.PITCH + column
             assert column + d.VECTOR <= d.OUT_WIDTH
         else:
-            image, pixel = divmod(tile * sums.shape[1] + unit, plane)
+            sample, pixel = divmod(tile * sums.shape[1] + unit, plane)
             staged = unit
             assert pixel + d.VECTOR <= plane
         assert d.UNALIGNED or staged % d.VECTOR == 0
         for row, channel in enumerate(row_channel):
             if channel >= 0:
-                to = image * d.OUT_CHANNELS * plane + pixel + channel * plane
+                to = sample * d.OUT_CHANNELS * plane + pixel + channel * plane
                 assert to % d.VECTOR == 0 and np.isnan(flat[to : to + d.VECTOR]).all(), "unaligned, or stored twice"
                 flat[to : to + d.VECTOR] = sums[row, staged : staged + d.VECTOR]
 
@@ -270,17 +273,22 @@ def store_floats(
     """The kernel's stores of 64 rows of floats to y: each pixel of a tile that is an output."""
     pixel = np.arange(sums.shape[1])
     if tiling.config.tap_group in ("columns", "halo"):
-        of_tile, rest = np.divmod(pixel, d.IMAGE_PITCH)
-        of_image, column = np.divmod(rest, d.PITCH)
-        image = tile // d.TILES_PER_IMAGE * d.TILE_IMAGES + of_tile
-        row = tile % d.TILES_PER_IMAGE * d.TILE_ROWS + of_image
-        inside = (of_tile < d.TILE_IMAGES) & (of_image < d.TILE_ROWS) & (row < d.OUT_HEIGHT) & (column < d.OUT_WIDTH)
+        sample_in_tile, rest = np.divmod(pixel, d.SAMPLE_PITCH)
+        row_in_sample, column = np.divmod(rest, d.PITCH)
+        sample = tile // d.TILES_PER_SAMPLE * d.TILE_SAMPLES + sample_in_tile
+        row = tile % d.TILES_PER_SAMPLE * d.TILE_ROWS + row_in_sample
+        inside = (
+            (sample_in_tile < d.TILE_SAMPLES)
+            & (row_in_sample < d.TILE_ROWS)
+            & (row < d.OUT_HEIGHT)
+            & (column < d.OUT_WIDTH)
+        )
     else:
-        image, rest = np.divmod(tile * sums.shape[1] + pixel, d.OUT_HEIGHT * d.OUT_WIDTH)
+        sample, rest = np.divmod(tile * sums.shape[1] + pixel, d.OUT_HEIGHT * d.OUT_WIDTH)
         row, column = np.divmod(rest, d.OUT_WIDTH)
         inside = pixel >= 0
-    inside &= image < len(y)
+    inside &= sample < len(y)
     there = row_channel >= 0
-    at = image[inside], row_channel[there, None], row[inside], column[inside]
+    at = sample[inside], row_channel[there, None], row[inside], column[inside]
     assert np.isnan(y[at]).all(), "stored twice"
     y[at] = sums[there][:, inside]

@@ -97,9 +97,9 @@ VARIANTS = {
     "im2col": (replace(STRIDED, epilogue=FULL), SparseTcConfig("im2col", 256)),
     "im2col along": (STRIDED, SparseTcConfig("im2col", 128, across=1, m_blocks=2)),
     "halo, last": (RES4, SparseTcConfig("halo", 216, rows=14, memory_format=LAST)),
-    "halo of images, last": (
+    "halo of samples, last": (
         replace(RES4, epilogue=FULL),
-        SparseTcConfig("halo", 224, across=1, rows=14, images=2, memory_format=LAST),
+        SparseTcConfig("halo", 224, across=1, rows=14, samples=2, memory_format=LAST),
     ),
     "columns, last": (
         replace(RES4, epilogue=FULL, precision="bf16"),
@@ -236,18 +236,21 @@ class Model:
         to[:] = padded[:, order.long()].transpose(1, 2)
 
     def multiply(self, bound: Sequence[Any], grid: Any, x_map: Any, *args: Any) -> None:
-        images, groups = args[-2:]
+        samples, groups = args[-2:]
         tiling, last = Model.tiling, Model.tiling.config.takes_channels_last
-        assert groups == tiling.groups(images) and grid[0] % tiling.config.cluster == 0
+        assert groups == tiling.groups(samples) and grid[0] % tiling.config.cluster == 0
         a, bias, first, steps = (bound[i].numpy() for i in (1, 2, 3, 4))
         boxes = tiling.stores_boxes
         rows = np.arange(len(bias)) if boxes else bound[5].numpy()
         rows = np.where(rows < tiling.problem.out_channels, rows, -1).astype(np.int32)
         flat = x_map.x.permute(0, 2, 3, 1) if last else x_map.x
         p = tiling.problem
-        nhwc = flat.double().numpy().reshape(images, p.height, p.width, -1)
+        nhwc = flat.double().numpy().reshape(samples, p.height, p.width, -1)
         whole = tiling.config.tap_group != "flat"
-        assert x_map.sizes == (nhwc.shape[3], *((p.width, p.height, images) if whole else (flat[..., 0].numel(), 1, 1)))
+        assert x_map.sizes == (
+            nhwc.shape[3],
+            *((p.width, p.height, samples) if whole else (flat[..., 0].numel(), 1, 1)),
+        )
         if tiling.config.tap_group == "im2col":
             top, bottom, left, right = p.padding
             corners = (-left, -top), (right - p.kernel_size[1] + 1, bottom - p.kernel_size[0] + 1)

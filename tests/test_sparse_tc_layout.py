@@ -74,13 +74,13 @@ def rounded(weight: np.ndarray, dtype: Precision) -> np.ndarray:
 
 
 def some_tilings(problem: Problem, tap_group: str, memory_format: str) -> list[Tiling]:
-    """A few that differ in what matters: warpgroups, blocks, clusters, several images, uneven pixels."""
+    """A few that differ in what matters: warpgroups, blocks, clusters, several samples, uneven pixels."""
     found = [t for t in candidates(problem, H200, memory_format) if t.config.tap_group == tap_group]  # type: ignore[arg-type]
     wanted = (
         lambda c: c.across == 2 and c.m_blocks == 1,
         lambda c: c.across == 1 and c.cluster == 2,
         lambda c: c.across == 1 and c.m_blocks == 2,
-        lambda c: c.images > 1 and c.pixels % 16,
+        lambda c: c.samples > 1 and c.pixels % 16,
         lambda c: 1 < c.rows < problem.out_height,
     )
     picked: dict[SparseTcConfig, Tiling] = {}
@@ -221,7 +221,7 @@ def test_a_weight_beyond_the_precision_is_refused(dtype: Precision, large: float
 def test_packing_is_quick() -> None:
     problem = Problem(32, 512, 7, 7, 512, (3, 3), padding=SAME, precision="fp16")
     sparse_filter = SparseFilter.from_dense(uneven(problem.weight_shape))
-    tiling = Tiling.of(problem, SparseTcConfig("halo", 248, rows=7, images=4), H200.shared_bytes)
+    tiling = Tiling.of(problem, SparseTcConfig("halo", 248, rows=7, samples=4), H200.shared_bytes)
     places = ordered(sparse_filter, "channels_last", tiling.element)
     begin = time.thread_time()
     pack(places, tiling)
@@ -234,7 +234,7 @@ def test_packing_is_quick() -> None:
         (CASES["stride 2"][0], SparseTcConfig("halo", 96, rows=4), "stride 1, got"),
         (RES4, SparseTcConfig("flat", 96), "flat is for pointwise"),
         (RES4, SparseTcConfig("halo", 208, rows=14), "208 pixels of a tile do not hold its 209 outputs"),
-        (RES4, SparseTcConfig("halo", 216, rows=7, images=2), "has all their rows"),
+        (RES4, SparseTcConfig("halo", 216, rows=7, samples=2), "has all their rows"),
         (RES4, SparseTcConfig("im2col", 256, m_blocks=2), "do not fit a warpgroup"),
         (RES4, SparseTcConfig("im2col", 100), "do not fit a warpgroup"),
         (CASES["pointwise"][0], SparseTcConfig("flat", 256, across=1), "larger than what the device copies"),

@@ -250,7 +250,7 @@ template <int COUNT> void load_matrices(u32 address, u32* v) {  // transposed
 """
 RUN = """
 extern "C" int run(const TensorMap* x, const u8* a, const float* bias, const int* first, const u32* steps,
-                   const int* row_channel, TensorMap* y, TensorMap* residual, int images, int groups, int clusters) {
+                   const int* row_channel, TensorMap* y, TensorMap* residual, int samples, int groups, int clusters) {
   stuck = false;
   gridDim.x = clusters * CLUSTER;
   for (int number = 0; number < clusters; number++) {
@@ -271,9 +271,9 @@ extern "C" int run(const TensorMap* x, const u8* a, const float* bias, const int
           blockIdx.x = number * CLUSTER + rank;
           threadIdx.x = thread;
 #if BOXES_OUT
-          sparse_tc(*x, a, bias, first, steps, *y, *residual, images, groups);
+          sparse_tc(*x, a, bias, first, steps, *y, *residual, samples, groups);
 #else
-          sparse_tc(*x, a, bias, first, steps, row_channel, y->tensor, residual->tensor, images, groups);
+          sparse_tc(*x, a, bias, first, steps, row_channel, y->tensor, residual->tensor, samples, groups);
 #endif
         });
     }
@@ -314,7 +314,7 @@ def host(match: re.Match[str]) -> str:
         register = re.search(r'"=[hr]"\((\w+)', text)[1]  # type: ignore[index]
         offset = 2 if "[%1 + 2]" in text else 0
         return f"std::memcpy(&{register}, block->shared + from + {offset}, sizeof {register});\n"
-    if '"+r"(of_tile)' in text:
+    if '"+r"(begin_in_tile)' in text:
         return ";\n"
     assert re.search(r"fence\.|griddepcontrol|setmaxnreg", text), text
     return ";\n"
@@ -335,9 +335,9 @@ KINDS = {
     "halo": ("3x3", SparseTcConfig("halo", 112, rows=7, cluster=2), "contiguous"),
     "halo along": ("3x3", SparseTcConfig("halo", 56, across=1, m_blocks=2, rows=7), "channels_last"),
     "columns": ("even kernel, uneven padding", SparseTcConfig("columns", 80, rows=5), "contiguous"),
-    "columns of images": (
+    "columns of samples": (
         "dilation",
-        SparseTcConfig("columns", 208, across=1, rows=11, images=2, cluster=2),
+        SparseTcConfig("columns", 208, across=1, rows=11, samples=2, cluster=2),
         "channels_last",
     ),
     "im2col": ("stride 1 by 3, uneven padding", SparseTcConfig("im2col", 24, across=1, m_blocks=1), "channels_last"),
@@ -368,25 +368,27 @@ def test_the_source_computes_the_convolution(kind: str, memory_format: str, dtyp
     residual = torch.from_numpy(generator.integers(-9, 9, shape)).to(problem.storage)
     y = torch.full(shape, float("nan"), dtype=problem.storage)
     nhwc = torch.from_numpy(laid_out(x, places, tiling)).to(problem.storage).contiguous()
-    images, height, width, channels = nhwc.shape
-    x_map = TensorMap(nhwc.data_ptr(), (channels, width, height, images), tiling.load)
+    samples, height, width, channels = nhwc.shape
+    x_map = TensorMap(nhwc.data_ptr(), (channels, width, height, samples), tiling.load)
     whole_rows = config.tap_group in ("columns", "halo")
     plane = problem.out_height * problem.out_width
-    sizes = (problem.out_width, problem.out_height, images) if whole_rows else (images * plane, 1, 1)
+    sizes = (problem.out_width, problem.out_height, samples) if whole_rows else (samples * plane, 1, 1)
     y_map, residual_map = (TensorMap(t.data_ptr(), (problem.out_channels, *sizes), tiling.store) for t in (y, residual))
     if config.tap_group == "im2col":
         x_map.lower, x_map.upper = im2col_corners(problem)
         x_map.stride, x_map.pixels = problem.stride[::-1], config.pixels
     elif config.tap_group == "flat":
-        x_map.sizes = channels, images * height * width, 1, 1
+        x_map.sizes = channels, samples * height * width, 1, 1
     defines = tiling.defines | {"ACTIVATION": int(full), "RESIDUAL": int(full)}
     tables = (packed.weight_tiles, bias, packed.first, packed.steps, packed.row_channel)
     pointers = [ctypes.c_void_p(np.ascontiguousarray(table).ctypes.data) for table in tables]
     maps = [ctypes.byref(one) for one in (y_map, residual_map)]
-    groups = tiling.groups(images)
+    groups = tiling.groups(samples)
     clusters = max(groups * tiling.channel_tiles // 2, 1)  # some compute several tiles
     run = compiled(host_source(), tmp_path, defines).run
-    assert run(ctypes.byref(x_map), *pointers, *maps, images, groups, clusters) == 0, "a barrier was waited for in vain"
+    assert run(ctypes.byref(x_map), *pointers, *maps, samples, groups, clusters) == 0, (
+        "a barrier was waited for in vain"
+    )
     by_channel = torch.arange(problem.out_channels) % 5.0 * full
     added = (residual.permute(0, 3, 1, 2) if last else residual) if full else None
     expected = reference.conv2d(problem, torch.from_numpy(x), torch.from_numpy(weight), by_channel, added)

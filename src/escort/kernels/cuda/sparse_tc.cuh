@@ -11,7 +11,7 @@
 //        IM2COL   the pixels that one tap of the tile reads (any stride): one tap per group;
 //        COLUMNS  the tile's input rows from one column of taps on: the taps of that column, rows apart;
 //        HALO     the tile's input rows: all taps. A row's padding is the next row's padding, too, so columns of the
-//                 output beyond the image are computed and dropped;
+//                 output beyond its width are computed and dropped;
 //        FLAT     pixels in a row (pointwise): its only tap.
 //
 // Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
@@ -210,11 +210,11 @@ struct Work {
   __device__ int tile() const { return item / M_TILES * CLUSTER + blockIdx.x % CLUSTER; }  // may be beyond the last
 };
 
-// WHOLE_ROWS: a tile's first row of the output and its first image.
+// WHOLE_ROWS: a tile's first row of the output and its first sample.
 struct Place {
-  int row, image;
+  int row, sample;
   __device__ explicit Place(int tile)
-      : row(tile % TILES_PER_IMAGE * TILE_ROWS), image(tile / TILES_PER_IMAGE * TILE_IMAGES) {}
+      : row(tile % TILES_PER_SAMPLE * TILE_ROWS), sample(tile / TILES_PER_SAMPLE * TILE_SAMPLES) {}
 };
 
 __device__ void produce(u32 base, const TensorMap& x_map, const u8* __restrict__ a, const int* __restrict__ first,
@@ -246,7 +246,7 @@ __device__ void produce(u32 base, const TensorMap& x_map, const u8* __restrict__
         c += K_BLOCK;
       } else {
         const Place at(work.tile());
-        load_box(to, x_map, c, s * DILATION_RIGHT - LEFT, at.row - TOP, at.image, barrier);
+        load_box(to, x_map, c, s * DILATION_RIGHT - LEFT, at.row - TOP, at.sample, barrier);
         if (TAP_GROUP == HALO || ++s == KERNEL_COLUMNS) s = 0, c += K_BLOCK;
       }
       ring_b.next();
@@ -303,36 +303,37 @@ __device__ float4 finish(float4 sum, float4 residual) {
 }
 
 // Where the first channel of a tile's pixel lies in y; -1: it is no output.
-__device__ int place_of(int pixel, int tile, int images) {
+__device__ int place_of(int pixel, int tile, int samples) {
   if constexpr (WHOLE_ROWS) {
     const Place at(tile);
-    const int of_tile = pixel / IMAGE_PITCH, rest = pixel % IMAGE_PITCH, of_image = rest / PITCH;
-    const int image = at.image + of_tile, row = at.row + of_image, column = rest % PITCH;
-    if (of_tile >= TILE_IMAGES || image >= images || of_image >= TILE_ROWS || row >= OUT_HEIGHT || column >= OUT_WIDTH)
+    const int sample_in_tile = pixel / SAMPLE_PITCH, rest = pixel % SAMPLE_PITCH, row_in_sample = rest / PITCH;
+    const int sample = at.sample + sample_in_tile, row = at.row + row_in_sample, column = rest % PITCH;
+    if (sample_in_tile >= TILE_SAMPLES || sample >= samples || row_in_sample >= TILE_ROWS || row >= OUT_HEIGHT ||
+        column >= OUT_WIDTH)
       return -1;
-    return image * (OUT_CHANNELS * OUT_PLANE) + (row * OUT_WIDTH + column) * PIXEL_STRIDE;
+    return sample * (OUT_CHANNELS * OUT_PLANE) + (row * OUT_WIDTH + column) * PIXEL_STRIDE;
   } else {
-    const int whole = tile * TILE_PIXELS + pixel, image = whole / OUT_PLANE;
-    return image < images ? image * (OUT_CHANNELS * OUT_PLANE) + whole % OUT_PLANE * PIXEL_STRIDE : -1;
+    const int whole = tile * TILE_PIXELS + pixel, sample = whole / OUT_PLANE;
+    return sample < samples ? sample * (OUT_CHANNELS * OUT_PLANE) + whole % OUT_PLANE * PIXEL_STRIDE : -1;
   }
 }
 
 // A warp's sums: of each 8 pixels lane l has those from 2 (l % 4) on, of channel l / 4 and of channel l / 4 + 8.
 __device__ void store(const float (&d)[PIXELS / 2], u32 staging, float bias_low, float bias_high,
-                      const int* __restrict__ channels, int tile, int first_pixel, int images, const Outputs& out) {
+                      const int* __restrict__ channels, int tile, int first_pixel, int samples, const Outputs& out) {
   const int lane = threadIdx.x % 32, channel = __ldg(channels + lane % 16);
   const u32 to = staging + lane / 4 * CHANNEL_BYTES + lane % 4 * 2 * NEXT_BYTES;
 #pragma unroll
   for (int begin = 0; begin < PIXELS; begin += STAGED) {
     // Without this the compiler finds all places beforehand and has no registers for them.
-    int of_tile = first_pixel + begin;
-    asm volatile("" : "+r"(of_tile));
+    int begin_in_tile = first_pixel + begin;
+    asm volatile("" : "+r"(begin_in_tile));
     int row[VECTORS], pixel[VECTORS], place[VECTORS];
     Vector residuals[VECTORS] = {};
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
       row[i] = OUT_NCHW ? i : lane % 4 * 4, pixel[i] = OUT_NCHW ? lane : i * 8 + lane / 4;
-      const int of = __shfl_sync(~0u, channel, row[i]), first = place_of(of_tile + pixel[i], tile, images);
+      const int of = __shfl_sync(~0u, channel, row[i]), first = place_of(begin_in_tile + pixel[i], tile, samples);
       place[i] = of >= 0 && first >= 0 && begin + pixel[i] < PIXELS ? first + of * CHANNEL_STRIDE : -1;
       if (RESIDUAL && place[i] >= 0) residuals[i] = __ldg(reinterpret_cast<const Vector*>(out.residual + place[i]));
     }
@@ -453,31 +454,32 @@ __device__ Vector add(Vector v, Vector residual) {
 // writes one piece of a plane; pixels that are no outputs are passed over. Sums are rounded before the residual is
 // added.
 template <int ROWS>
-__device__ void store_rows(u32 staging, const int* __restrict__ channels, int tile, int images, u16* __restrict__ y,
+__device__ void store_rows(u32 staging, const int* __restrict__ channels, int tile, int samples, u16* __restrict__ y,
                            const u16* __restrict__ residual) {
   const int lane = threadIdx.x % 32;
-  int count, rows = 1;  // of outputs in this tile, and rows in each of its images
+  int count, rows = 1;  // of outputs in this tile, and rows in each of its samples
   if constexpr (WHOLE_ROWS) {
     const Place at(tile);
     rows = min(TILE_ROWS, OUT_HEIGHT - at.row);
-    count = rows * OUT_WIDTH * min(TILE_IMAGES, images - at.image);
+    count = rows * OUT_WIDTH * min(TILE_SAMPLES, samples - at.sample);
   } else {
-    count = min(TILE_PIXELS, images * OUT_PLANE - tile * TILE_PIXELS);
+    count = min(TILE_PIXELS, samples * OUT_PLANE - tile * TILE_PIXELS);
   }
   const int channel = __ldg(channels + lane % ROWS);
   for (int unit = lane * VECTOR; unit - lane * VECTOR < count; unit += 32 * VECTOR) {
     const bool inside = unit < count;
-    int image, pixel, column;  // of y, in its plane, of staging
+    int sample, pixel, column;  // of y, in its plane, of staging
     if constexpr (WHOLE_ROWS) {
       const Place at(tile);
-      const int of_tile = unit / (rows * OUT_WIDTH), rest = unit - of_tile * rows * OUT_WIDTH, row = rest / OUT_WIDTH;
-      image = at.image + of_tile, pixel = at.row * OUT_WIDTH + rest;
-      column = of_tile * IMAGE_PITCH + row * PITCH + rest - row * OUT_WIDTH;
+      const int sample_in_tile = unit / (rows * OUT_WIDTH), rest = unit - sample_in_tile * rows * OUT_WIDTH,
+                row = rest / OUT_WIDTH;
+      sample = at.sample + sample_in_tile, pixel = at.row * OUT_WIDTH + rest;
+      column = sample_in_tile * SAMPLE_PITCH + row * PITCH + rest - row * OUT_WIDTH;
     } else {
       const int whole = tile * TILE_PIXELS + unit;
-      image = whole / OUT_PLANE, pixel = whole - image * OUT_PLANE, column = unit;
+      sample = whole / OUT_PLANE, pixel = whole - sample * OUT_PLANE, column = unit;
     }
-    const u32 first = static_cast<u32>(image) * (OUT_CHANNELS * OUT_PLANE) + pixel;  // the host sees that it fits
+    const u32 first = static_cast<u32>(sample) * (OUT_CHANNELS * OUT_PLANE) + pixel;  // the host sees that it fits
     constexpr int AT_ONCE = VECTOR == 8 ? 4 : 8;
 #pragma unroll 1
     for (int row = 0; row < ROWS; row += AT_ONCE) {
@@ -542,7 +544,7 @@ __device__ void stage(const float (&d)[PIXELS / 2], u32 staging, float bias_low,
 __device__ void copy_boxes(bool load, const TensorMap& map, int c, int tile, int first_pixel, u32 shared, u32 barrier) {
   const Place at(tile);
   const int w = WHOLE_ROWS ? 0 : tile * TILE_PIXELS + first_pixel;
-  const int h = WHOLE_ROWS ? at.row : 0, n = WHOLE_ROWS ? at.image : 0;
+  const int h = WHOLE_ROWS ? at.row : 0, n = WHOLE_ROWS ? at.sample : 0;
 #pragma unroll
   for (int i = 0; i < M_BLOCKS; i++) {
     if (load)
@@ -555,7 +557,7 @@ __device__ void copy_boxes(bool load, const TensorMap& map, int c, int tile, int
 #endif
 
 __device__ void consume(u32 base, const float* __restrict__ bias, const int* __restrict__ first,
-                        const u32* __restrict__ steps, const Outputs& out, int images, int groups) {
+                        const u32* __restrict__ steps, const Outputs& out, int samples, int groups) {
   // The same in all lanes of a warp, and the compiler knows it.
   const int group = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0), lane = threadIdx.x % 32;
   const int across = ACROSS == 2 ? group : 0, along = ACROSS == 2 ? 0 : group;
@@ -568,7 +570,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
   float d[M_BLOCKS][PIXELS / 2];
   u32 metadata[2][M_BLOCKS] = {};
   int set = 0;
-  const u32 never = images < 0;
+  const u32 never = samples < 0;
 
   const auto release_a = [&](int stage) {
     if (lane < CLUSTER) barrier_arrive_at(base + EMPTY_A + 8 * stage, lane);
@@ -692,7 +694,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++) {
       const int* const channels = out.row_channel + row + i * 64 + threadIdx.x / 32 % 4 * 16;
-      store(d[i], staging, bias_low[i], bias_high[i], channels, work.tile(), along * PIXELS, images, out);
+      store(d[i], staging, bias_low[i], bias_high[i], channels, work.tile(), along * PIXELS, samples, out);
     }
 #elif OUT_NCHW
     // A warp stores what it has staged itself; but warpgroups that have the same channels store half of them each.
@@ -708,7 +710,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
 #pragma unroll 1
     for (int i = 0; i < M_BLOCKS; i++)
       store_rows<ROWS>(staging + i * STAGING_BYTES + of_warp * STAGING_ROW, out.row_channel + row + i * 64 + of_warp,
-                       work.tile(), images, out.y, out.residual);
+                       work.tile(), samples, out.y, out.residual);
     __syncwarp();
 #else
 #if RESIDUAL
@@ -743,7 +745,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
 // weight tile; steps: one per weight tile, and one more that is only read.
 extern "C" __global__ void CLUSTERED __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,
-              const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS, int images, int groups) {
+              const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS, int samples, int groups) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 base = static_cast<u32>(__cvta_generic_to_shared(memory));
   if (threadIdx.x == 0) {
@@ -775,7 +777,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     if (threadIdx.x == CONSUMERS) produce(base, x_map, a, first, groups);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-    consume(base, bias, first, steps, {MAKE_OUTPUTS}, images, groups);
+    consume(base, bias, first, steps, {MAKE_OUTPUTS}, samples, groups);
   }
   __syncwarp();
   meet();  // others may still write here, or arrive at barriers here

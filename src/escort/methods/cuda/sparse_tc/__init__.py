@@ -46,7 +46,7 @@ class SparseTc(Method):
         if problem.groups > 1:
             return "each group would fill blocks of channels of its own, mostly with zeros; groups must be 1"
         if math.prod(problem.output_shape[1:]) + 1024 > _MOST_ELEMENTS:
-            return "an image has more outputs than 32 bits number; use a smaller input"
+            return "a sample has more outputs than 32 bits number; use a smaller input"
         device = torch.device(problem.device)
         if reason := jit.unavailable(device, native=True):
             return reason
@@ -108,22 +108,22 @@ class SparseTc(Method):
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
-            images = len(x)
-            y = torch.empty((images, *out_shape), dtype=x.dtype, device=device, memory_format=torch_format)
-            if not images:
+            samples = len(x)
+            y = torch.empty((samples, *out_shape), dtype=x.dtype, device=device, memory_format=torch_format)
+            if not samples:
                 return y
             x = x.contiguous(memory_format=torch_format)
             x = aligned(x, 16) if arrange is None else arrange(x)
             if residual is not None:
                 residual = aligned(residual.contiguous(memory_format=torch_format), alignment)
-            groups = tiling.groups(images)
+            groups = tiling.groups(samples)
             grid = min(groups * tiling.channel_tiles, clusters) * config.cluster, 1, 1
-            x_map = _x_map(tiling, x, images)
+            x_map = _x_map(tiling, x, samples)
             if boxes:
                 y_map = _y_map(tiling, y)
-                launch(grid, x_map, y_map, y_map if residual is None else _y_map(tiling, residual), images, groups)
+                launch(grid, x_map, y_map, y_map if residual is None else _y_map(tiling, residual), samples, groups)
             else:
-                launch(grid, x_map, y, residual, images, groups)
+                launch(grid, x_map, y, residual, samples, groups)
             return y
 
         return Prepared(run, kernel.binary, {"remainder_share": places.split.share})
@@ -136,20 +136,22 @@ def _by_row(bias: torch.Tensor | None, row_channel: IntArray) -> np.ndarray[tupl
     return values
 
 
-def _x_map(tiling: Tiling, x: torch.Tensor, images: int) -> jit.TensorMap:
+def _x_map(tiling: Tiling, x: torch.Tensor, samples: int) -> jit.TensorMap:
     p, config = tiling.problem, tiling.config
-    sizes = tiling.channels, p.width, p.height, images
+    sizes = tiling.channels, p.width, p.height, samples
     if config.tap_group == "im2col":
         lower, upper = im2col_corners(p)
         return tensor_maps.im2col(x, sizes, lower, upper, tiling.load[0], config.pixels, p.stride[::-1])
     if config.tap_group == "flat":
-        sizes = tiling.channels, images * p.height * p.width, 1, 1
+        sizes = tiling.channels, samples * p.height * p.width, 1, 1
     return tensor_maps.tiled(x, sizes, tiling.load)
 
 
 def _y_map(tiling: Tiling, y: torch.Tensor) -> jit.TensorMap:
-    images, channels, height, width = y.shape
-    sizes = (channels, width, height, images) if tiling.config.whole_rows else (channels, images * height * width, 1, 1)
+    samples, channels, height, width = y.shape
+    sizes = (
+        (channels, width, height, samples) if tiling.config.whole_rows else (channels, samples * height * width, 1, 1)
+    )
     return tensor_maps.tiled(y, sizes, tiling.store)
 
 

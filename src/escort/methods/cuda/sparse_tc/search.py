@@ -27,7 +27,7 @@ from escort.methods.cuda.sparse_tc.tiling import (
 from escort.problem import MemoryFormat, Problem
 
 _PIXELS = (48, 64, 96, 112, 128, 192, 256)  # of products whose tiles are not rows
-_IMAGES = (2, 3, 4, 6, 8)  # of a tile of several
+_SAMPLES = (2, 3, 4, 6, 8)  # of a tile of several
 _LEAST_USED = 0.5  # of a tile's channels
 _ALIKE = 2  # configs that differ in their clusters only
 
@@ -88,9 +88,9 @@ def candidates(problem: Problem, gpu: Gpu, memory_format: MemoryFormat) -> Itera
     for across, m_blocks in ((2, 1), (2, 2), (1, 1), (1, 2)):
         if across * m_blocks > 1 and problem.out_channels < _LEAST_USED * 64 * across * m_blocks:
             continue
-        for tap_group, pixels, rows, images in _tiles(problem, across, m_blocks):
+        for tap_group, pixels, rows, samples in _tiles(problem, across, m_blocks):
             for cluster in _WAIT:
-                config = SparseTcConfig(tap_group, pixels, across, m_blocks, rows, images, cluster, memory_format)
+                config = SparseTcConfig(tap_group, pixels, across, m_blocks, rows, samples, cluster, memory_format)
                 try:
                     tiling = Tiling.of(problem, config, gpu.shared_bytes)
                 except UnfitError:
@@ -100,23 +100,23 @@ def candidates(problem: Problem, gpu: Gpu, memory_format: MemoryFormat) -> Itera
 
 
 def _tiles(p: Problem, across: int, m_blocks: int) -> Iterator[tuple[TapGroup, int, int, int]]:
-    """(tap group, pixels of a warpgroup, rows, images)."""
+    """(tap group, pixels of a warpgroup, rows, samples)."""
     pointwise = p.kernel_size == p.stride == (1, 1) and not any(p.padding)
     yield from (("flat" if pointwise else "im2col", pixels, 0, 1) for pixels in _PIXELS)
     down = (p.kernel_size[0] - 1) * p.dilation[0]
-    # The least rows for so many tiles; and several images, which have all their rows.
+    # The least rows for so many tiles; and several samples, which have all their rows.
     rows = {-(-p.out_height // tiles) for tiles in range(1, p.out_height + 1)}
-    shapes = [(rows, 1) for rows in sorted(rows)] + [(p.out_height, images) for images in _IMAGES]
+    shapes = [(rows, 1) for rows in sorted(rows)] + [(p.out_height, samples) for samples in _SAMPLES]
     pitches: tuple[tuple[TapGroup, int, int], ...] = (
         ("columns", -(-p.out_width // 8) * 8, p.out_height + down),
         ("halo", p.width + max(p.padding[2:]), p.height + max(p.padding[:2])),
     )
     for tap_group, pitch, tall in pitches:
-        for tile_rows, images in shapes:
-            outputs = ((images - 1) * tall + tile_rows - 1) * pitch + p.out_width
+        for tile_rows, samples in shapes:
+            outputs = ((samples - 1) * tall + tile_rows - 1) * pitch + p.out_width
             pixels = -(-outputs * across // 16) * 8
             if p.kernel_size != (1, 1) and pixels * m_blocks <= 256:
-                yield tap_group, pixels, tile_rows, images
+                yield tap_group, pixels, tile_rows, samples
 
 
 def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:

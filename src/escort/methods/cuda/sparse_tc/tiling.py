@@ -21,7 +21,7 @@ _MOST_REACH = {"stride": 8, "corner": 128, "offset": 255}  # of im2col copies
 _FLOAT_STAGINGS, _FLOAT_STAGING_BYTES = 8, 2560  # one for each warp: 16 channels of 32 pixels, with gaps
 
 TapGroup = Literal["im2col", "columns", "halo", "flat"]
-Box = tuple[int, int, int, int]  # channels, columns, rows, images
+Box = tuple[int, int, int, int]  # channels, columns, rows, samples
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class SparseTcConfig:
         pixels: of a warpgroup's products, a multiple of 8 up to 256.
         across: of the two warpgroups, so many take different output channels; the others different pixels.
         m_blocks: of 64 output channels that a warpgroup computes.
-        rows, images: columns and halo: of the output in a tile; several images only where all rows of each are.
+        rows, samples: columns and halo: of the output in a tile; several samples only where all rows of each are.
         cluster: thread blocks that copy the filter to one another.
         memory_format: of x, residual and y. For "contiguous" a kernel lays x out before, and y is written in NCHW;
             "channels_last" converts nothing.
@@ -76,7 +76,7 @@ class SparseTcConfig:
     across: int = 2
     m_blocks: int = 1
     rows: int = 0
-    images: int = 1
+    samples: int = 1
     cluster: int = 1
     memory_format: MemoryFormat = "contiguous"
 
@@ -112,7 +112,7 @@ class Tap(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """How the pixels of a tap group lie that are whole rows: pixels from row to row, rows from image to image, zeros that must follow."""
+    """How the pixels of a tap group lie that are whole rows: pixels from row to row, rows from sample to sample, zeros that must follow."""
 
     pitch: int
     tall: int
@@ -126,7 +126,7 @@ class Tiling:
     Attributes:
         channels: of x as the kernel reads it; whole blocks where x is laid out for it.
         tap_groups: the taps of each, in the order in which they are computed.
-        load: what a copy brings: a box (channels, columns, rows, images), or so many pixels by im2col.
+        load: what a copy brings: a box (channels, columns, rows, samples), or so many pixels by im2col.
         store: the box of 16-bit elements that is stored at a time in NHWC.
         defines: of the kernel, but for the epilogue.
         shared_bytes: of a thread block.
@@ -154,16 +154,16 @@ class Tiling:
     def channel_tiles(self) -> int:
         return -(-self.problem.out_channels // self.config.tile_channels)
 
-    def tiles(self, images: int) -> int:
-        """Pixel tiles of so many images."""
+    def tiles(self, samples: int) -> int:
+        """Pixel tiles of so many samples."""
         p, config = self.problem, self.config
         if not config.whole_rows:
-            return -(-images * p.out_height * p.out_width // config.tile_pixels)
-        return -(-images // config.images) * -(-p.out_height // _tile_rows(p, config))
+            return -(-samples * p.out_height * p.out_width // config.tile_pixels)
+        return -(-samples // config.samples) * -(-p.out_height // _tile_rows(p, config))
 
-    def groups(self, images: int) -> int:
-        """Pixel tiles of so many images, by the cluster."""
-        return -(-self.tiles(images) // self.config.cluster)
+    def groups(self, samples: int) -> int:
+        """Pixel tiles of so many samples, by the cluster."""
+        return -(-self.tiles(samples) // self.config.cluster)
 
     @property
     def source(self) -> Text:
@@ -183,7 +183,7 @@ class Tiling:
             "STORAGE": element.storage,
             "TAP_GROUPS": len(tap_groups),
             "PITCH": rows.pitch,
-            "IMAGE_PITCH": rows.tall * rows.pitch,
+            "SAMPLE_PITCH": rows.tall * rows.pitch,
             "LOAD_PIXELS": math.prod(load[1:]),
             "BOX_PIXELS": math.prod(store[1:]),
             "ZERO_PIXELS": rows.zeros,
@@ -240,12 +240,12 @@ def _rows(p: Problem, config: SparseTcConfig) -> _Rows:
     reach = [(size - 1) * step for size, step in zip(p.kernel_size, p.dilation, strict=True)]
     rows = _tile_rows(p, config)
     whole = rows == p.out_height
-    if config.images > 1 and not whole:
-        raise UnfitError("a tile of several images has all their rows")
+    if config.samples > 1 and not whole:
+        raise UnfitError("a tile of several samples has all their rows")
     if config.tap_group == "columns":
         found = _Rows(_up(p.out_width, 8), rows + reach[0], 0)
     else:
-        # What follows a row pads it on the right and the next one on the left, and so for an image's bottom and top.
+        # What follows a row pads it on the right and the next one on the left, and so for a sample's bottom and top.
         if min(left, right) > reach[1] or min(top, bottom) > reach[0]:
             raise UnfitError("halo is for padding within the filter's reach; choose columns")
         pitch, zeros = p.width + max(left, right), min(left, right)
@@ -253,7 +253,7 @@ def _rows(p: Problem, config: SparseTcConfig) -> _Rows:
             found = _Rows(pitch, p.height + max(top, bottom), min(top, bottom) * pitch + zeros)
         else:
             found = _Rows(pitch, rows + reach[0], zeros)
-    outputs = ((config.images - 1) * found.tall + rows - 1) * found.pitch + p.out_width
+    outputs = ((config.samples - 1) * found.tall + rows - 1) * found.pitch + p.out_width
     if outputs > config.tile_pixels:
         raise UnfitError(f"{config.tile_pixels} pixels of a tile do not hold its {outputs} outputs")
     return found
@@ -281,8 +281,8 @@ def _boxes(p: Problem, config: SparseTcConfig, rows: _Rows, channels: int) -> tu
     elif config.tap_group == "flat":
         copied = store = load
     else:
-        copied = load = channels, rows.pitch, rows.tall, config.images
-        store = channels, rows.pitch, rows.tall if config.images > 1 else _tile_rows(p, config), config.images
+        copied = load = channels, rows.pitch, rows.tall, config.samples
+        store = channels, rows.pitch, rows.tall if config.samples > 1 else _tile_rows(p, config), config.samples
     if max(copied + store) > _MOST_BOX:
         raise UnfitError(f"a box of {copied[1:]} or {store[1:]} pixels is larger than what the device copies")
     return load, store
@@ -359,8 +359,8 @@ def _defines(p: Problem, config: SparseTcConfig) -> dict[str, int | str]:
         "OUT_HEIGHT": p.out_height,
         "OUT_WIDTH": p.out_width,
         "TILE_ROWS": rows,
-        "TILE_IMAGES": config.images,
-        "TILES_PER_IMAGE": -(-p.out_height // rows),
+        "TILE_SAMPLES": config.samples,
+        "TILES_PER_SAMPLE": -(-p.out_height // rows),
     }
 
 
