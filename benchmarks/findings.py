@@ -27,7 +27,7 @@ from escort.methods.cuda.generated import Generated, predict_us
 from escort.methods.cuda.generated.search import candidates as generated_candidates
 from escort.methods.cuda.generated.steps import GeneratedConfig
 from escort.methods.cuda.sparse_tc import SparseTc
-from escort.methods.cuda.sparse_tc.packing import ordered
+from escort.methods.cuda.sparse_tc.packing import order_filter
 from escort.methods.cuda.sparse_tc.search import Remainder
 from escort.methods.cuda.sparse_tc.search import predict_us as predict_sparse_tc_us
 from escort.methods.cuda.sparse_tc.search import search as search_sparse_tc
@@ -495,7 +495,7 @@ def _generated_us(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> fl
 def _sparse_tc_us(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, layout: MemoryFormat) -> float:
     (config,) = search_sparse_tc(problem, sparse_filter, gpu, 1, layout)
     tiling = Tiling.of(problem, config, gpu.shared_bytes)
-    return predict_sparse_tc_us(tiling, Remainder.of(ordered(sparse_filter, layout, tiling.element)), gpu)
+    return predict_sparse_tc_us(tiling, Remainder.of(order_filter(sparse_filter, layout, tiling.element)), gpu)
 
 
 #: The models by method: of tensors in NCHW first, then of those that lie otherwise.

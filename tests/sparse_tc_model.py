@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from escort.methods.cuda.sparse_tc.packing import Ordered, Packed
+from escort.methods.cuda.sparse_tc.packing import OrderedFilter, Packed
 from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
 
 #: Numpy has no bfloat16: its bits are the upper half of a float32. TF32 is one without its last 13 bits.
@@ -51,13 +51,13 @@ def decode_tiles(weight_tiles: np.ndarray, dtype: str) -> np.ndarray:
     return decoded.reshape(len(weight_tiles), blocks * 64, channels)
 
 
-def decode(packed: Packed, places: Ordered, tiling: Tiling) -> np.ndarray:
+def decode(packed: Packed, ordered: OrderedFilter, tiling: Tiling) -> np.ndarray:
     """The (K, C, R, S) filter that a list of weight tiles amounts to."""
     p, config = tiling.problem, tiling.config
     depth = BLOCK[p.precision] // 2  # of a product
     seen = decode_tiles(packed.weight_tiles, p.precision).reshape(len(packed.weight_tiles), config.across, -1, 2, depth)
-    weight = np.zeros((p.out_channels, len(places.channels), *p.kernel_size))
-    rows = packed.row_channel.reshape(tiling.channel_tiles, config.across, -1)
+    weight = np.zeros((p.out_channels, len(ordered.in_order), *p.kernel_size))
+    rows = packed.out_order.reshape(tiling.channel_tiles, config.across, -1)
     at = 0
     for tile in range(tiling.channel_tiles):
         for number, tap_group in enumerate(tiling.tap_groups):
@@ -77,18 +77,18 @@ def decode(packed: Packed, places: Ordered, tiling: Tiling) -> np.ndarray:
                     weight[rows[tile, across][inside], place, tap.row, tap.column] += values[inside]
                 last, at = bool(word >> 31), at + 1
     assert at == len(packed.weight_tiles) == packed.first[-1]
-    there = places.channels >= 0
+    there = ordered.in_order >= 0
     assert not weight[:, ~there].any()
     restored = np.zeros(p.weight_shape)
-    restored[:, places.channels[there]] = weight[:, there]
+    restored[:, ordered.in_order[there]] = weight[:, there]
     return restored
 
 
-def laid_out(x: np.ndarray, places: Ordered, tiling: Tiling) -> np.ndarray:
+def laid_out(x: np.ndarray, ordered: OrderedFilter, tiling: Tiling) -> np.ndarray:
     """x (N, C, H, W) as (N, H, W, C) with the channels in their places."""
     nhwc = np.zeros((*x.shape[:1], *x.shape[2:], tiling.channels))
-    there = np.flatnonzero(places.channels >= 0)
-    nhwc[..., there] = x[:, places.channels[there]].transpose(0, 2, 3, 1)
+    there = np.flatnonzero(ordered.in_order >= 0)
+    nhwc[..., there] = x[:, ordered.in_order[there]].transpose(0, 2, 3, 1)
     return nhwc
 
 
@@ -112,7 +112,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
     for stage in range(d.B_STAGES):
         shared[stage * stage_pixels + d.LOAD_PIXELS :][: d.ZERO_PIXELS] = 0.0
     filled = 0
-    for item in range(d.M_TILES * tiling.groups(samples)):
+    for item in range(d.M_TILES * tiling.tile_groups(samples)):
         for rank in range(config.cluster):
             m, tile = item % d.M_TILES, item // d.M_TILES * config.cluster + rank
             first_row, first_sample = (
@@ -168,9 +168,9 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                 assert at == produced, "the producer counts as many"
             for block in range(m_tile // 64):
                 of = sums[block * 64 :][:64]
-                row_channel = packed.row_channel[m * m_tile + block * 64 :][:64]
+                out_order = packed.out_order[m * m_tile + block * 64 :][:64]
                 if p.precision == "tf32":
-                    store_floats(d, tiling, y, tile, of, row_channel)
+                    store_floats(d, tiling, y, tile, of, out_order)
                 elif config.takes_channels_last:
                     place = (0, first_row, first_sample) if whole_rows else (tile * config.tile_pixels, 0, 0)
                     boxes = along if config.tap_group == "im2col" else 1
@@ -179,7 +179,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                         staged = of.T[part * config.pixels :] if boxes > 1 else of.T
                         store_box(written, tiling.store, m * m_tile + block * 64, (column, *place[1:]), staged)
                 else:
-                    store_rows(d, tiling, y, tile, of, row_channel, first_row, first_sample)
+                    store_rows(d, tiling, y, tile, of, out_order, first_row, first_sample)
     if tiling.stores_boxes and not whole_rows:
         y[:] = written.reshape(samples, p.out_height, p.out_width, -1).transpose(0, 3, 1, 2)
     return y
@@ -235,7 +235,7 @@ def store_rows(
     y: np.ndarray,
     tile: int,
     sums: np.ndarray,
-    row_channel: np.ndarray,
+    out_order: np.ndarray,
     first_row: int,
     first_sample: int,
 ) -> None:
@@ -260,7 +260,7 @@ def store_rows(
             staged = unit
             assert pixel + d.VECTOR <= plane
         assert d.UNALIGNED or staged % d.VECTOR == 0
-        for row, channel in enumerate(row_channel):
+        for row, channel in enumerate(out_order):
             if channel >= 0:
                 to = sample * d.OUT_CHANNELS * plane + pixel + channel * plane
                 assert to % d.VECTOR == 0 and np.isnan(flat[to : to + d.VECTOR]).all(), "unaligned, or stored twice"
@@ -268,7 +268,7 @@ def store_rows(
 
 
 def store_floats(
-    d: SimpleNamespace, tiling: Tiling, y: np.ndarray, tile: int, sums: np.ndarray, row_channel: np.ndarray
+    d: SimpleNamespace, tiling: Tiling, y: np.ndarray, tile: int, sums: np.ndarray, out_order: np.ndarray
 ) -> None:
     """The kernel's stores of 64 rows of floats to y: each pixel of a tile that is an output."""
     pixel = np.arange(sums.shape[1])
@@ -288,7 +288,7 @@ def store_floats(
         row, column = np.divmod(rest, d.OUT_WIDTH)
         inside = pixel >= 0
     inside &= sample < len(y)
-    there = row_channel >= 0
-    at = sample[inside], row_channel[there, None], row[inside], column[inside]
+    there = out_order >= 0
+    at = sample[inside], out_order[there, None], row[inside], column[inside]
     assert np.isnan(y[at]).all(), "stored twice"
     y[at] = sums[there][:, inside]

@@ -236,9 +236,9 @@ class Model:
         to[:] = padded[:, order.long()].transpose(1, 2)
 
     def multiply(self, bound: Sequence[Any], grid: Any, x_map: Any, *args: Any) -> None:
-        samples, groups = args[-2:]
+        samples, tile_groups = args[-2:]
         tiling, last = Model.tiling, Model.tiling.config.takes_channels_last
-        assert groups == tiling.groups(samples) and grid[0] % tiling.config.cluster == 0
+        assert tile_groups == tiling.tile_groups(samples) and grid[0] % tiling.config.cluster == 0
         a, bias, first, steps = (bound[i].numpy() for i in (1, 2, 3, 4))
         boxes = tiling.stores_boxes
         rows = np.arange(len(bias)) if boxes else bound[5].numpy()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
-from escort.methods.cuda.sparse_tc.packing import ordered, pack
+from escort.methods.cuda.sparse_tc.packing import order_filter, pack
 from escort.methods.cuda.sparse_tc.search import candidates
 from escort.methods.cuda.sparse_tc.split import split
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, SparseTcConfig, Tiling, UnfitError
@@ -118,10 +118,10 @@ def test_the_kernels_coordinates_make_a_convolution(
     expected = F.conv2d(
         padded, torch.from_numpy(weight).double(), stride=problem.stride, dilation=problem.dilation
     ).numpy()
-    places = ordered(sparse_filter, memory_format, ELEMENTS[dtype])  # type: ignore[arg-type]
+    ordered = order_filter(sparse_filter, memory_format, ELEMENTS[dtype])  # type: ignore[arg-type]
     for tiling in tilings:
-        packed = pack(places, tiling)
-        assert np.array_equal(emulate(tiling, packed, laid_out(x, places, tiling)), expected), tiling.config
+        packed = pack(ordered, tiling)
+        assert np.array_equal(emulate(tiling, packed, laid_out(x, ordered, tiling)), expected), tiling.config
 
 
 RES4 = Problem(8, 256, 14, 14, 192, (3, 3), padding=SAME, precision="fp16")
@@ -139,33 +139,33 @@ def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision)
     problem = replace(RES4, precision=dtype)
     weight = uneven(problem.weight_shape)
     sparse_filter = SparseFilter.from_dense(weight)
-    tiling, places = (
+    tiling, ordered = (
         Tiling.of(problem, config, H200.shared_bytes),
-        ordered(sparse_filter, config.memory_format, ELEMENTS[dtype]),
+        order_filter(sparse_filter, config.memory_format, ELEMENTS[dtype]),
     )
-    packed = pack(places, tiling)
-    assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
+    packed = pack(ordered, tiling)
+    assert np.array_equal(decode(packed, ordered, tiling), rounded(weight, dtype))
     regular = tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
     assert (
         len(packed.weight_tiles) - regular
-        == round(places.remainder_share(config.tile_channels, places.k_block) * regular)
+        == round(ordered.remainder_share(config.tile_channels, ordered.k_block) * regular)
         > 0
     )
-    assert 0.0 < places.split.share < 0.2
+    assert 0.0 < ordered.split.share < 0.2
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 def test_the_decoder_notices(dtype: Precision) -> None:
     sparse_filter = SparseFilter.from_dense(uneven(RES4.weight_shape))
     tiling = Tiling.of(replace(RES4, precision=dtype), CONFIGS[0], H200.shared_bytes)
-    places = ordered(sparse_filter, "contiguous", tiling.element)
-    packed = pack(places, tiling)
-    expected = decode(packed, places, tiling)
+    ordered = order_filter(sparse_filter, "contiguous", tiling.element)
+    packed = pack(ordered, tiling)
+    expected = decode(packed, ordered, tiling)
     for at in (18, 2 * 4096 + 5):  # a value, metadata
         weight_tiles = packed.weight_tiles.copy()
         weight_tiles[3, at] ^= 0x11
         try:
-            assert not np.array_equal(decode(replace(packed, weight_tiles=weight_tiles), places, tiling), expected)
+            assert not np.array_equal(decode(replace(packed, weight_tiles=weight_tiles), ordered, tiling), expected)
         except AssertionError as error:
             assert "ascend" in str(error) or "means anything" in str(error)
 
@@ -176,27 +176,30 @@ def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: 
     weight = structured(RES4.weight_shape, dtype)
     sparse_filter = SparseFilter.from_dense(weight)
     tiling = Tiling.of(replace(RES4, precision=dtype), config, H200.shared_bytes)
-    places = ordered(sparse_filter, config.memory_format, tiling.element)
-    packed = pack(places, tiling)
-    assert places.split.remainder.nnz == 0 and places.remainder_share(64, places.k_block) == 0.0
+    ordered = order_filter(sparse_filter, config.memory_format, tiling.element)
+    packed = pack(ordered, tiling)
+    assert ordered.split.remainder.nnz == 0 and ordered.remainder_share(64, ordered.k_block) == 0.0
     assert len(packed.weight_tiles) == tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
-    assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
+    assert np.array_equal(decode(packed, ordered, tiling), rounded(weight, dtype))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 def test_the_order_leaves_less_over_in_fewer_weight_tiles(dtype: Precision) -> None:
     sparse_filter, element = SparseFilter.from_dense(uneven((256, 256, 3, 3))), ELEMENTS[dtype]
-    spread, natural = ordered(sparse_filter, "contiguous", element), ordered(sparse_filter, "channels_last", element)
+    spread, natural = (
+        order_filter(sparse_filter, "contiguous", element),
+        order_filter(sparse_filter, "channels_last", element),
+    )
     assert spread.split.share < natural.split.share
     assert spread.remainder_share(128, spread.k_block) < natural.remainder_share(128, natural.k_block)
-    assert ordered(sparse_filter, "contiguous", element) is spread, "remembered"
+    assert order_filter(sparse_filter, "contiguous", element) is spread, "remembered"
 
 
 def test_empty_halves_of_weight_tiles_are_not_multiplied() -> None:
     problem, _ = CASES["few channels"]
     sparse_filter = SparseFilter.from_dense(integers(problem.weight_shape, 0.3))
     tiling = Tiling.of(replace(problem, precision="fp16"), SparseTcConfig("halo", 96, rows=9), H200.shared_bytes)
-    packed = pack(ordered(sparse_filter, "channels_last", tiling.element), tiling)
+    packed = pack(order_filter(sparse_filter, "channels_last", tiling.element), tiling)
     halves = packed.steps[:-1] >> 16 & 3
     assert halves[0] == 3 and set(halves[1:].tolist()) == {1}
 
@@ -215,16 +218,16 @@ def test_a_weight_beyond_the_precision_is_refused(dtype: Precision, large: float
     sparse_filter = SparseFilter.from_dense(weight)
     tiling = Tiling.of(replace(RES4, precision=dtype), CONFIGS[0], H200.shared_bytes)
     with pytest.raises(ValueError, match=message):
-        pack(ordered(sparse_filter, "contiguous", tiling.element), tiling)
+        pack(order_filter(sparse_filter, "contiguous", tiling.element), tiling)
 
 
 def test_packing_is_quick() -> None:
     problem = Problem(32, 512, 7, 7, 512, (3, 3), padding=SAME, precision="fp16")
     sparse_filter = SparseFilter.from_dense(uneven(problem.weight_shape))
     tiling = Tiling.of(problem, SparseTcConfig("halo", 248, rows=7, samples=4), H200.shared_bytes)
-    places = ordered(sparse_filter, "channels_last", tiling.element)
+    ordered = order_filter(sparse_filter, "channels_last", tiling.element)
     begin = time.thread_time()
-    pack(places, tiling)
+    pack(ordered, tiling)
     assert time.thread_time() - begin < 1.0
 
 

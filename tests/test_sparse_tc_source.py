@@ -19,7 +19,7 @@ from escort import reference
 from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
-from escort.methods.cuda.sparse_tc.packing import ordered, pack
+from escort.methods.cuda.sparse_tc.packing import order_filter, pack
 from escort.methods.cuda.sparse_tc.tiling import SparseTcConfig, Tiling, im2col_corners
 from escort.problem import Precision
 from tests.cases import FULL
@@ -250,7 +250,8 @@ template <int COUNT> void load_matrices(u32 address, u32* v) {  // transposed
 """
 RUN = """
 extern "C" int run(const TensorMap* x, const u8* a, const float* bias, const int* first, const u32* steps,
-                   const int* row_channel, TensorMap* y, TensorMap* residual, int samples, int groups, int clusters) {
+                   const int* out_order, TensorMap* y, TensorMap* residual, int samples, int tile_groups,
+                   int clusters) {
   stuck = false;
   gridDim.x = clusters * CLUSTER;
   for (int number = 0; number < clusters; number++) {
@@ -271,9 +272,9 @@ extern "C" int run(const TensorMap* x, const u8* a, const float* bias, const int
           blockIdx.x = number * CLUSTER + rank;
           threadIdx.x = thread;
 #if BOXES_OUT
-          sparse_tc(*x, a, bias, first, steps, *y, *residual, samples, groups);
+          sparse_tc(*x, a, bias, first, steps, *y, *residual, samples, tile_groups);
 #else
-          sparse_tc(*x, a, bias, first, steps, row_channel, y->tensor, residual->tensor, samples, groups);
+          sparse_tc(*x, a, bias, first, steps, out_order, y->tensor, residual->tensor, samples, tile_groups);
 #endif
         });
     }
@@ -358,16 +359,16 @@ def test_the_source_computes_the_convolution(kind: str, memory_format: str, dtyp
     config = replace(config, memory_format=memory_format)  # type: ignore[arg-type]
     tiling = Tiling.of(problem, config, H200.shared_bytes)
     weight = integers(problem.weight_shape, density)
-    places = ordered(SparseFilter.from_dense(weight), config.memory_format, tiling.element)
-    packed = pack(places, tiling)
+    ordered = order_filter(SparseFilter.from_dense(weight), config.memory_format, tiling.element)
+    packed = pack(ordered, tiling)
     generator = np.random.default_rng(1)
     x = generator.integers(-3, 4, problem.input_shape).astype(np.float64)
-    bias = np.where(packed.row_channel >= 0, packed.row_channel % 5, 0).astype(np.float32) * full
+    bias = np.where(packed.out_order >= 0, packed.out_order % 5, 0).astype(np.float32) * full
     last = config.takes_channels_last
     shape = problem.output_shape if not last else tuple(problem.output_shape[i] for i in (0, 2, 3, 1))
     residual = torch.from_numpy(generator.integers(-9, 9, shape)).to(problem.storage)
     y = torch.full(shape, float("nan"), dtype=problem.storage)
-    nhwc = torch.from_numpy(laid_out(x, places, tiling)).to(problem.storage).contiguous()
+    nhwc = torch.from_numpy(laid_out(x, ordered, tiling)).to(problem.storage).contiguous()
     samples, height, width, channels = nhwc.shape
     x_map = TensorMap(nhwc.data_ptr(), (channels, width, height, samples), tiling.load)
     whole_rows = config.tap_group in ("columns", "halo")
@@ -380,13 +381,13 @@ def test_the_source_computes_the_convolution(kind: str, memory_format: str, dtyp
     elif config.tap_group == "flat":
         x_map.sizes = channels, samples * height * width, 1, 1
     defines = tiling.defines | {"ACTIVATION": int(full), "RESIDUAL": int(full)}
-    tables = (packed.weight_tiles, bias, packed.first, packed.steps, packed.row_channel)
+    tables = (packed.weight_tiles, bias, packed.first, packed.steps, packed.out_order)
     pointers = [ctypes.c_void_p(np.ascontiguousarray(table).ctypes.data) for table in tables]
     maps = [ctypes.byref(one) for one in (y_map, residual_map)]
-    groups = tiling.groups(samples)
-    clusters = max(groups * tiling.channel_tiles // 2, 1)  # some compute several tiles
+    tile_groups = tiling.tile_groups(samples)
+    clusters = max(tile_groups * tiling.channel_tiles // 2, 1)  # some compute several tiles
     run = compiled(host_source(), tmp_path, defines).run
-    assert run(ctypes.byref(x_map), *pointers, *maps, samples, groups, clusters) == 0, (
+    assert run(ctypes.byref(x_map), *pointers, *maps, samples, tile_groups, clusters) == 0, (
         "a barrier was waited for in vain"
     )
     by_channel = torch.arange(problem.out_channels) % 5.0 * full

@@ -203,7 +203,7 @@ struct Ring {
 // What a cluster computes, one after the other: a tile of channels for a group of pixel tiles, one for each block.
 struct Work {
   int items, item;
-  __device__ explicit Work(int groups) : items(M_TILES * groups), item(blockIdx.x / CLUSTER) {}
+  __device__ explicit Work(int tile_groups) : items(M_TILES * tile_groups), item(blockIdx.x / CLUSTER) {}
   __device__ bool left() const { return item < items; }
   __device__ void next() { item += gridDim.x / CLUSTER; }
   __device__ int m_tile() const { return item % M_TILES; }
@@ -218,12 +218,12 @@ struct Place {
 };
 
 __device__ void produce(u32 base, const TensorMap& x_map, const u8* __restrict__ a, const int* __restrict__ first,
-                        int groups) {
+                        int tile_groups) {
   Ring<A_STAGES> ring_a;
   Ring<B_STAGES> ring_b;
   constexpr int PART = A_BYTES / CLUSTER;
   const int part = blockIdx.x % CLUSTER * PART;
-  for (Work work(groups); work.left(); work.next()) {
+  for (Work work(tile_groups); work.left(); work.next()) {
     const int* const firsts = first + work.m_tile() * TAP_GROUPS;
     int weight_tile = __ldg(firsts);
     int c = 0, r = 0, s = 0;
@@ -272,13 +272,13 @@ struct Outputs {
 };
 #define MAKE_OUTPUTS y_map, residual_map
 #else
-#define OUTPUTS const int* __restrict__ row_channel, Element* __restrict__ y, const Element* __restrict__ residual
+#define OUTPUTS const int* __restrict__ out_order, Element* __restrict__ y, const Element* __restrict__ residual
 struct Outputs {
-  const int* row_channel;  // the output channel of a row, -1: none
+  const int* out_order;  // which output channel stands at each place of all tiles; -1: none
   Element* y;
   const Element* residual;
 };
-#define MAKE_OUTPUTS row_channel, y, residual
+#define MAKE_OUTPUTS out_order, y, residual
 #endif
 
 #if STORAGE == 0
@@ -557,7 +557,7 @@ __device__ void copy_boxes(bool load, const TensorMap& map, int c, int tile, int
 #endif
 
 __device__ void consume(u32 base, const float* __restrict__ bias, const int* __restrict__ first,
-                        const u32* __restrict__ steps, const Outputs& out, int samples, int groups) {
+                        const u32* __restrict__ steps, const Outputs& out, int samples, int tile_groups) {
   // The same in all lanes of a warp, and the compiler knows it.
   const int group = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0), lane = threadIdx.x % 32;
   const int across = ACROSS == 2 ? group : 0, along = ACROSS == 2 ? 0 : group;
@@ -627,7 +627,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
   [[maybe_unused]] u32 residual_parity = 0;
 #endif
 
-  for (Work work(groups); work.left(); work.next()) {
+  for (Work work(tile_groups); work.left(); work.next()) {
     const int row = work.m_tile() * M_TILE + across * M_BLOCKS * 64;
 #if BOXES_OUT && RESIDUAL
     if (leads) {
@@ -693,7 +693,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
     const u32 staging = base + STAGING + threadIdx.x / 32 * STAGING_BYTES;
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++) {
-      const int* const channels = out.row_channel + row + i * 64 + threadIdx.x / 32 % 4 * 16;
+      const int* const channels = out.out_order + row + i * 64 + threadIdx.x / 32 % 4 * 16;
       store(d[i], staging, bias_low[i], bias_high[i], channels, work.tile(), along * PIXELS, samples, out);
     }
 #elif OUT_NCHW
@@ -709,7 +709,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
     const int of_warp = threadIdx.x / 32 % 4 * 16 + along * ROWS;
 #pragma unroll 1
     for (int i = 0; i < M_BLOCKS; i++)
-      store_rows<ROWS>(staging + i * STAGING_BYTES + of_warp * STAGING_ROW, out.row_channel + row + i * 64 + of_warp,
+      store_rows<ROWS>(staging + i * STAGING_BYTES + of_warp * STAGING_ROW, out.out_order + row + i * 64 + of_warp,
                        work.tile(), samples, out.y, out.residual);
     __syncwarp();
 #else
@@ -745,7 +745,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
 // weight tile; steps: one per weight tile, and one more that is only read.
 extern "C" __global__ void CLUSTERED __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,
-              const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS, int samples, int groups) {
+              const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS, int samples, int tile_groups) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 base = static_cast<u32>(__cvta_generic_to_shared(memory));
   if (threadIdx.x == 0) {
@@ -774,10 +774,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(CONSUMERS + WARPGROUP, 1)
 
   if (threadIdx.x >= CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-    if (threadIdx.x == CONSUMERS) produce(base, x_map, a, first, groups);
+    if (threadIdx.x == CONSUMERS) produce(base, x_map, a, first, tile_groups);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-    consume(base, bias, first, steps, {MAKE_OUTPUTS}, samples, groups);
+    consume(base, bias, first, steps, {MAKE_OUTPUTS}, samples, tile_groups);
   }
   __syncwarp();
   meet();  // others may still write here, or arrive at barriers here

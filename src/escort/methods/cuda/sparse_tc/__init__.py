@@ -20,7 +20,7 @@ from escort.cuda.gpu import Gpu
 from escort.filter import IntArray, SparseFilter
 from escort.methods.base import Method, Prepared, aligned, input_check
 from escort.methods.cuda.sparse_tc.orders import common_order
-from escort.methods.cuda.sparse_tc.packing import ordered, pack
+from escort.methods.cuda.sparse_tc.packing import order_filter, pack
 from escort.methods.cuda.sparse_tc.search import Remainder, candidates, predict_us, search
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, Element, SparseTcConfig, Tiling, at_once, im2col_corners
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
@@ -65,7 +65,7 @@ class SparseTc(Method):
         if config is None:
             (config,) = search(problem, sparse_filter, gpu, 1, problem.memory_format)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
-        return predict_us(tiling, Remainder.of(ordered(sparse_filter, config.memory_format, tiling.element)), gpu)
+        return predict_us(tiling, Remainder.of(order_filter(sparse_filter, config.memory_format, tiling.element)), gpu)
 
     def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         """What it would run if x and y were in channels_last, and nothing converted."""
@@ -86,12 +86,12 @@ class SparseTc(Method):
     ) -> Prepared:
         device, gpu = torch.device(problem.device), Gpu.of(problem.device)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
-        places = ordered(sparse_filter, config.memory_format, tiling.element)
-        packed = pack(places, tiling)
+        ordered = order_filter(sparse_filter, config.memory_format, tiling.element)
+        packed = pack(ordered, tiling)
         last, boxes = config.takes_channels_last, tiling.stores_boxes
-        tables = [packed.weight_tiles, _by_row(bias, packed.row_channel), packed.first, packed.steps.view(np.int32)]
+        tables = [packed.weight_tiles, _in_order(bias, packed.out_order), packed.first, packed.steps.view(np.int32)]
         if not boxes:
-            tables.append(packed.row_channel)
+            tables.append(packed.out_order)
         fixed = [torch.from_numpy(table).to(device) for table in tables]
         given = (jit.TensorMap if boxes else torch.Tensor,) * 2  # y and residual
         defines = tiling.defines | {
@@ -103,7 +103,7 @@ class SparseTc(Method):
         check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + 1024))
         torch_format = TORCH_MEMORY_FORMAT[config.memory_format]
         alignment = 16 if last else tiling.element.bytes * int(tiling.defines["VECTOR"])
-        arrange = None if last else _arrange(problem, tiling.element, places.channels, device)
+        arrange = None if last else _arrange(problem, tiling.element, ordered.in_order, device)
         clusters, out_shape = gpu.clusters(config.cluster), problem.output_shape[1:]
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -116,23 +116,25 @@ class SparseTc(Method):
             x = aligned(x, 16) if arrange is None else arrange(x)
             if residual is not None:
                 residual = aligned(residual.contiguous(memory_format=torch_format), alignment)
-            groups = tiling.groups(samples)
-            grid = min(groups * tiling.channel_tiles, clusters) * config.cluster, 1, 1
+            tile_groups = tiling.tile_groups(samples)
+            grid = min(tile_groups * tiling.channel_tiles, clusters) * config.cluster, 1, 1
             x_map = _x_map(tiling, x, samples)
             if boxes:
                 y_map = _y_map(tiling, y)
-                launch(grid, x_map, y_map, y_map if residual is None else _y_map(tiling, residual), samples, groups)
+                launch(
+                    grid, x_map, y_map, y_map if residual is None else _y_map(tiling, residual), samples, tile_groups
+                )
             else:
-                launch(grid, x_map, y, residual, samples, groups)
+                launch(grid, x_map, y, residual, samples, tile_groups)
             return y
 
-        return Prepared(run, kernel.binary, {"remainder_share": places.split.share})
+        return Prepared(run, kernel.binary, {"remainder_share": ordered.split.share})
 
 
-def _by_row(bias: torch.Tensor | None, row_channel: IntArray) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    values = np.zeros(len(row_channel), dtype=np.float32)
+def _in_order(bias: torch.Tensor | None, out_order: IntArray) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    values = np.zeros(len(out_order), dtype=np.float32)
     if bias is not None:
-        values[row_channel >= 0] = bias.detach().float().cpu().numpy()[row_channel[row_channel >= 0]]
+        values[out_order >= 0] = bias.detach().float().cpu().numpy()[out_order[out_order >= 0]]
     return values
 
 

@@ -36,38 +36,38 @@ Bits = NDArray[np.unsignedinteger[Any]]  # of elements as they are stored
 
 
 @dataclass(frozen=True, eq=False)
-class Ordered:
-    """A filter's split, with places for its channels and rows.
+class OrderedFilter:
+    """A filter's split, with an order of its input and of its output channels.
 
     Attributes:
         k_block: input channels of a weight tile.
-        channels: which input channel stands at each place, a whole number of blocks; -1: none.
-        rows: which output channel stands at each place.
+        in_order: which input channel stands at each place, a whole number of blocks; -1: none.
+        out_order: which output channel stands at each place.
     """
 
     split: Split
     k_block: int
-    channels: IntArray
-    rows: IntArray
+    in_order: IntArray
+    out_order: IntArray
 
     def places(self, part: SparseFilter) -> tuple[IntArray, IntArray, IntArray]:
         """(row's place, channel's place, tap) of each nonzero of a part of the split."""
         c, tap = np.divmod(part.columns, np.int32(part.shape[2] * part.shape[3]))
-        return np.argsort(self.rows).astype(np.int32)[part.rows], _inverse(self.channels)[c], tap
+        return np.argsort(self.out_order).astype(np.int32)[part.rows], _inverse(self.in_order)[c], tap
 
     def remainder_share(self, rows: int, channels: int) -> float:
         """The share of all pieces of a tap, so many rows by so many channels, in which the remainder has weights."""
         row, place, tap = self.places(self.split.remainder)
         _, _, r, s = self.split.remainder.shape
-        shape = -(-len(self.rows) // rows), len(self.channels) // channels, r * s
+        shape = -(-len(self.out_order) // rows), len(self.in_order) // channels, r * s
         where = np.ravel_multi_index((row // rows, place // channels, tap), shape)
         return len(np.unique(where)) / math.prod(shape)
 
 
-_known: WeakKeyDictionary[SparseFilter, dict[tuple[MemoryFormat, int], Ordered]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[SparseFilter, dict[tuple[MemoryFormat, int], OrderedFilter]] = WeakKeyDictionary()
 
 
-def ordered(sparse_filter: SparseFilter, memory_format: MemoryFormat, element: Element) -> Ordered:
+def order_filter(sparse_filter: SparseFilter, memory_format: MemoryFormat, element: Element) -> OrderedFilter:
     """Places for a memory format of x: where x is laid out anyway those that leave little over, else everyone's own."""
     known, key = _known.setdefault(sparse_filter, {}), (memory_format, element.bytes)
     if key not in known:
@@ -77,24 +77,26 @@ def ordered(sparse_filter: SparseFilter, memory_format: MemoryFormat, element: E
     return known[key]
 
 
-def _as_it_is(sparse_filter: SparseFilter, element: Element) -> Ordered:
+def _as_it_is(sparse_filter: SparseFilter, element: Element) -> OrderedFilter:
     whole = _whole_blocks(sparse_filter, element.k_block)
     rows, channels = (np.arange(size, dtype=np.int32) for size in whole.shape[:2])
     channels[sparse_filter.shape[1] :] = -1
-    return Ordered(split(whole, element.kept, element.of), element.k_block, channels, rows)
+    return OrderedFilter(split(whole, element.kept, element.of), element.k_block, channels, rows)
 
 
-def _gathered(sparse_filter: SparseFilter, element: Element) -> Ordered:
+def _gathered(sparse_filter: SparseFilter, element: Element) -> OrderedFilter:
     """What is left over, made small by the order of the channels, in as few weight tiles as sorting gets it."""
     natural, whole = _as_it_is(sparse_filter, element), _whole_blocks(sparse_filter, element.k_block)
     if natural.split.remainder.nnz == 0 or sparse_filter.sparsity < _LEAST_SPARSITY:
         return natural
     parts = split(whole, element.kept, element.of, spread_channels(whole, element.kept, element.of))
-    left = replace(natural, split=parts, channels=parts.channels)
+    left = replace(natural, split=parts, in_order=parts.channels)
     row, _, _ = left.places(parts.remainder)
-    rows = np.argsort(-np.bincount(row, minlength=len(natural.rows)), kind="stable").astype(np.int32)
+    rows = np.argsort(-np.bincount(row, minlength=len(natural.out_order)), kind="stable").astype(np.int32)
     return replace(
-        left, channels=np.where(parts.channels < sparse_filter.shape[1], parts.channels, -1).astype(np.int32), rows=rows
+        left,
+        in_order=np.where(parts.channels < sparse_filter.shape[1], parts.channels, -1).astype(np.int32),
+        out_order=rows,
     )
 
 
@@ -122,16 +124,16 @@ class Packed:
         steps: (weight tiles + 1,) uint32, one per tile: bits 0-15 where its tap begins in the group, in units of 16 bytes;
             from bit 16 two bits for each warpgroup across: which halves of the block's channels it has for it; bit 31:
             it is the last of its tap group.
-        row_channel: the output channel of each row of all tiles, -1: none.
+        out_order: which output channel stands at each place of all tiles; -1: none.
     """
 
     weight_tiles: NDArray[np.uint8]
     first: IntArray
     steps: NDArray[np.uint32]
-    row_channel: IntArray
+    out_order: IntArray
 
 
-def pack(ordered: Ordered, tiling: Tiling) -> Packed:
+def pack(ordered: OrderedFilter, tiling: Tiling) -> Packed:
     """The filter for a tiling. Raises ValueError where the precision does not hold a weight."""
     config, p = tiling.config, tiling.problem
     parts = [_tiles(ordered, part, tiling) for part in (ordered.split.structured, ordered.split.remainder)]
@@ -158,17 +160,17 @@ def pack(ordered: Ordered, tiling: Tiling) -> Packed:
         mine = which[:, 0] == part
         if mine.any():
             weight_tiles[mine] = _weight_tiles(bits[which[mine, 1], which[mine, 2]], tiling.element)
-    row_channel = np.full(tiling.channel_tiles * config.tile_channels, -1, dtype=np.int32)
-    row_channel[: len(ordered.rows)] = ordered.rows
-    return Packed(weight_tiles, np.array(first, np.int32), np.array([*steps, 0], np.uint32), row_channel)
+    out_order = np.full(tiling.channel_tiles * config.tile_channels, -1, dtype=np.int32)
+    out_order[: len(ordered.out_order)] = ordered.out_order
+    return Packed(weight_tiles, np.array(first, np.int32), np.array([*steps, 0], np.uint32), out_order)
 
 
-def _tiles(ordered: Ordered, part: SparseFilter, tiling: Tiling) -> Bits:
+def _tiles(ordered: OrderedFilter, part: SparseFilter, tiling: Tiling) -> Bits:
     """(tiles, taps of blocks of channels, rows, channels) of a part of the split, as stored."""
     stored, k_block = _stored(part.values, tiling), ordered.k_block
     row, place, tap = ordered.places(part)
     rows, taps = tiling.config.tile_channels, part.shape[2] * part.shape[3]
-    bits = np.zeros((tiling.channel_tiles, len(ordered.channels) // k_block * taps, rows, k_block), stored.dtype)
+    bits = np.zeros((tiling.channel_tiles, len(ordered.in_order) // k_block * taps, rows, k_block), stored.dtype)
     bits[row // rows, place // k_block * taps + tap, row % rows, place % k_block] = stored
     return bits
 

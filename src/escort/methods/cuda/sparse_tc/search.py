@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
-from escort.methods.cuda.sparse_tc.packing import Ordered, ordered
+from escort.methods.cuda.sparse_tc.packing import OrderedFilter, order_filter
 from escort.methods.cuda.sparse_tc.tiling import (
     BLOCK_BYTES,
     ELEMENTS,
@@ -61,11 +61,11 @@ class Remainder(NamedTuple):
     halves: dict[int, float]
 
     @classmethod
-    def of(cls, places: Ordered) -> Remainder:
-        k_block = places.k_block
+    def of(cls, ordered: OrderedFilter) -> Remainder:
+        k_block = ordered.k_block
         return cls(
-            {rows: places.remainder_share(rows, k_block) for rows in (64, 128, 256)},
-            {rows: places.remainder_share(rows, k_block // 2) for rows in (64, 128)},
+            {rows: ordered.remainder_share(rows, k_block) for rows in (64, 128, 256)},
+            {rows: ordered.remainder_share(rows, k_block // 2) for rows in (64, 128)},
         )
 
 
@@ -73,7 +73,7 @@ def search(
     problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int, memory_format: MemoryFormat
 ) -> list[SparseTcConfig]:
     """The configs of least predicted time, of some variety."""
-    remainder = Remainder.of(ordered(sparse_filter, memory_format, ELEMENTS[problem.precision]))
+    remainder = Remainder.of(order_filter(sparse_filter, memory_format, ELEMENTS[problem.precision]))
     tilings = sorted(candidates(problem, gpu, memory_format), key=lambda tiling: predict_us(tiling, remainder, gpu))
     chosen: list[SparseTcConfig] = []
     for tiling in tilings:
@@ -126,7 +126,7 @@ def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:
         remainder: of the filter, in the order of the memory format.
     """
     p, config, element = tiling.problem, tiling.config, tiling.element
-    rounds = -(-tiling.groups(max(p.batch, 1)) * tiling.channel_tiles // gpu.clusters(config.cluster))
+    rounds = -(-tiling.tile_groups(max(p.batch, 1)) * tiling.channel_tiles // gpu.clusters(config.cluster))
     tile_bytes = config.tile_channels // 64 * BLOCK_BYTES
     load_bytes = tiling.load[1] * tiling.load[2] * tiling.load[3] * PIXEL_BYTES / len(tiling.tap_groups[0])
     products = 4 * config.m_blocks * (config.pixels * 64 + _PRODUCT_BYTES)

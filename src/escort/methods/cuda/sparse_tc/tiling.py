@@ -161,7 +161,7 @@ class Tiling:
             return -(-samples * p.out_height * p.out_width // config.tile_pixels)
         return -(-samples // config.samples) * -(-p.out_height // _tile_rows(p, config))
 
-    def groups(self, samples: int) -> int:
+    def tile_groups(self, samples: int) -> int:
         """Pixel tiles of so many samples, by the cluster."""
         return -(-self.tiles(samples) // self.config.cluster)
 
