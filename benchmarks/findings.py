@@ -27,9 +27,9 @@ from escort.methods.cuda.generated import Generated, predict_us
 from escort.methods.cuda.generated.search import candidates as generated_candidates
 from escort.methods.cuda.generated.steps import GeneratedConfig
 from escort.methods.cuda.sparse_tc import SparseTc
-from escort.methods.cuda.sparse_tc.packing import order_filter
-from escort.methods.cuda.sparse_tc.search import Remainder
-from escort.methods.cuda.sparse_tc.search import predict_us as predict_sparse_tc_us
+from escort.methods.cuda.sparse_tc.model import Remainder
+from escort.methods.cuda.sparse_tc.model import predict_us as predict_sparse_tc_us
+from escort.methods.cuda.sparse_tc.orders import order_filter
 from escort.methods.cuda.sparse_tc.search import search as search_sparse_tc
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 from escort.problem import MemoryFormat, Precision, Problem

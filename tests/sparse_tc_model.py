@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from escort.methods.cuda.sparse_tc.packing import OrderedFilter, Packed
+from escort.methods.cuda.sparse_tc.orders import OrderedFilter
+from escort.methods.cuda.sparse_tc.packing import Packed
 from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
 
 #: Numpy has no bfloat16: its bits are the upper half of a float32. TF32 is one without its last 13 bits.
@@ -241,8 +242,8 @@ def store_rows(
 ) -> None:
     """The kernel's stores of 64 rows to y in NCHW, VECTOR neighbouring elements at a time."""
     flat, samples, plane = y.reshape(-1), len(y), d.OUT_HEIGHT * d.OUT_WIDTH
-    assert d.STAGING_ROW * 64 <= d.STAGING_BYTES and d.STAGING_ROW // 16 % 2 == 1
-    assert sums.shape[1] * 2 <= d.STAGING_ROW
+    assert d.STAGING_PITCH * 64 <= d.STAGING_BYTES and d.STAGING_PITCH // 16 % 2 == 1
+    assert sums.shape[1] * 2 <= d.STAGING_PITCH
     rows = min(d.TILE_ROWS, d.OUT_HEIGHT - first_row)
     if tiling.config.tap_group in ("columns", "halo"):
         count = rows * d.OUT_WIDTH * min(d.TILE_SAMPLES, samples - first_sample)

@@ -22,8 +22,9 @@ from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.methods.cuda.sparse_tc import SparseTc, SparseTcConfig
+from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
 from escort.methods.cuda.sparse_tc.packing import Packed
-from escort.methods.cuda.sparse_tc.search import Remainder, candidates, predict_us, search
+from escort.methods.cuda.sparse_tc.search import candidates, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 from escort.problem import Epilogue, MemoryFormat, Precision, Problem
 from tests.cases import CASES, FULL, Case, check_kernels
@@ -56,9 +57,13 @@ def test_refusals(change: dict[str, object], reason: str) -> None:
 
 
 def test_a_device_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("escort.cuda.kernel.arch", lambda device, *, native: "sm_100a" if native else "sm_100")
+    def on(arch: str) -> None:
+        for module in ("escort.cuda.kernel", "escort.methods.cuda.sparse_tc"):
+            monkeypatch.setattr(f"{module}.arch", lambda device, *, native: arch if native else arch.removesuffix("a"))
+
+    on("sm_100a")
     assert "this is sm_100a" in str(SparseTc().unsupported(RES4))
-    monkeypatch.setattr("escort.cuda.kernel.arch", lambda device, *, native: "sm_90a" if native else "sm_90")
+    on("sm_90a")
     monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
     assert SparseTc().unsupported(RES4) is SparseTc().unsupported(replace(RES4, precision="tf32")) is None
     assert "no tiling fits" in str(SparseTc().unsupported(replace(RES4, stride=(9, 9))))
@@ -272,7 +277,8 @@ def test_a_runner_launches_its_kernels(
     problem: Problem, config: SparseTcConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = replace(problem, device="cpu", batch=2, in_channels=72, out_channels=136)
-    monkeypatch.setattr("escort.cuda.kernel.kernel", Model.of)
+    monkeypatch.setattr("escort.methods.cuda.sparse_tc.kernel", Model.of)
+    monkeypatch.setattr("escort.methods.cuda.sparse_tc.arrange.kernel", Model.of)
     monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
     for kind in ("tiled", "im2col"):
         name = f"escort.cuda.tensor_map.{kind}"

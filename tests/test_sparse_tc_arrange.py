@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from escort.cuda.compiler import KERNELS
-from escort.methods.cuda.sparse_tc import arrange_pieces
-from escort.methods.cuda.sparse_tc.tiling import ELEMENTS
+from escort.methods.cuda.sparse_tc.arrange import arrange_pieces
+from escort.methods.cuda.sparse_tc.config import ELEMENTS
 from tests.host import compiled
 
 #: What the kernel needs of CUDA, and a loop over its blocks. Loads and stores check that they are aligned.

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
-from escort.methods.cuda.sparse_tc.packing import order_filter, pack
+from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig, UnfitError
+from escort.methods.cuda.sparse_tc.orders import order_filter
+from escort.methods.cuda.sparse_tc.packing import pack
 from escort.methods.cuda.sparse_tc.search import candidates
 from escort.methods.cuda.sparse_tc.split import split
-from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, SparseTcConfig, Tiling, UnfitError
+from escort.methods.cuda.sparse_tc.tiling import Tiling
 from escort.problem import TORCH_DTYPE, Precision, Problem
 from tests.sparse_tc_model import decode, emulate, laid_out
 

@@ -19,8 +19,10 @@ from escort import reference
 from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
-from escort.methods.cuda.sparse_tc.packing import order_filter, pack
-from escort.methods.cuda.sparse_tc.tiling import SparseTcConfig, Tiling, im2col_corners
+from escort.methods.cuda.sparse_tc.config import SparseTcConfig
+from escort.methods.cuda.sparse_tc.orders import order_filter
+from escort.methods.cuda.sparse_tc.packing import pack
+from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
 from escort.problem import Precision
 from tests.cases import FULL
 from tests.host import compiled

@@ -23,8 +23,8 @@ from benchmarks.study import Study
 from benchmarks.suite import Layer, Row
 from escort import methods, reference
 from escort.filter import SparseFilter
+from escort.methods.cuda.sparse_tc.config import ELEMENTS
 from escort.methods.cuda.sparse_tc.split import split
-from escort.methods.cuda.sparse_tc.tiling import ELEMENTS
 from escort.problem import Precision, Problem
 
 SMALL = "inception_5?/5x5"  # two layers on 7x7 maps, of the same group of shapes but for the channels

@@ -382,7 +382,7 @@ __device__ void finish(const float* d, float bias_low, float bias_high, bool res
 __device__ void stage(const float (&d)[PIXELS / 2], u32 staging, float bias_low, float bias_high) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   // Lanes 0-7 address channels 0-7 of the warp's 16, lanes 8-15 channels 8-15, the others 8 pixels on.
-  const u32 at = staging + (warp * 16 + lane % 16) * STAGING_ROW + lane / 16 * 16;
+  const u32 at = staging + (warp * 16 + lane % 16) * STAGING_PITCH + lane / 16 * 16;
 #pragma unroll
   for (int j = 0; j + 2 <= PIXELS / 8; j += 2) {
     u32 v[4];
@@ -497,7 +497,7 @@ __device__ void store_rows(u32 staging, const int* __restrict__ channels, int ti
       for (int i = 0; i < AT_ONCE; i++) {
         const int to = __shfl_sync(~0u, channel, row + i);
         if (to < 0 || !inside) continue;
-        Vector v = load_vector(staging + (row + i) * STAGING_ROW + column * 2);
+        Vector v = load_vector(staging + (row + i) * STAGING_PITCH + column * 2);
         if constexpr (RESIDUAL) v = add(v, residuals[i]);
         *reinterpret_cast<Vector*>(y + (first + static_cast<u32>(to) * OUT_PLANE)) = v;
       }
@@ -709,7 +709,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
     const int of_warp = threadIdx.x / 32 % 4 * 16 + along * ROWS;
 #pragma unroll 1
     for (int i = 0; i < M_BLOCKS; i++)
-      store_rows<ROWS>(staging + i * STAGING_BYTES + of_warp * STAGING_ROW, out.out_order + row + i * 64 + of_warp,
+      store_rows<ROWS>(staging + i * STAGING_BYTES + of_warp * STAGING_PITCH, out.out_order + row + i * 64 + of_warp,
                        work.tile(), samples, out.y, out.residual);
     __syncwarp();
 #else

@@ -1,17 +1,105 @@
-"""Orders of a filter's input channels in which few weights exceed what a group of neighbours may keep."""
+"""Orders of a filter's channels in which its remainder is small, and takes few weight tiles."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from escort.filter import IntArray, SparseFilter
-from escort.methods.cuda.sparse_tc.split import channels_and_sites
+from escort.methods.cuda.sparse_tc.config import Element
+from escort.methods.cuda.sparse_tc.split import Split, channels_and_sites, split
+from escort.problem import MemoryFormat
 
+_LEAST_SPARSITY = 0.65  # in denser filters every weight tile has a remainder in any order
 _MOST_SWEEPS = 4  # over all channels; most of what swaps gain comes with the first
+
+
+@dataclass(frozen=True, eq=False)
+class OrderedFilter:
+    """A filter's split, with an order of its input and of its output channels.
+
+    Attributes:
+        split: of the filter with its input channels made up to whole blocks.
+        k_block: input channels of a weight tile.
+        in_order: which input channel stands at each place, a whole number of blocks; -1: none.
+        out_order: which output channel stands at each place.
+    """
+
+    split: Split
+    k_block: int
+    in_order: IntArray
+    out_order: IntArray
+
+    def places(self, part: SparseFilter) -> tuple[IntArray, IntArray, IntArray]:
+        """(place of the output channel, place of the input channel, tap) of each nonzero of a part of the split."""
+        channel, tap = np.divmod(part.columns, np.int32(part.shape[2] * part.shape[3]))
+        return np.argsort(self.out_order).astype(np.int32)[part.rows], _places(self.in_order)[channel], tap
+
+    def remainder_share(self, out_channels: int, in_channels: int) -> float:
+        """The share of all pieces of a tap, of so many channels, in which the remainder has weights, 0..1."""
+        out_place, in_place, tap = self.places(self.split.remainder)
+        taps = math.prod(self.split.remainder.shape[2:])
+        shape = -(-len(self.out_order) // out_channels), len(self.in_order) // in_channels, taps
+        pieces = np.ravel_multi_index((out_place // out_channels, in_place // in_channels, tap), shape)
+        return len(np.unique(pieces)) / math.prod(shape)
+
+
+_remembered: WeakKeyDictionary[SparseFilter, dict[tuple[MemoryFormat, int], OrderedFilter]] = WeakKeyDictionary()
+
+
+def order_filter(sparse_filter: SparseFilter, memory_format: MemoryFormat, element: Element) -> OrderedFilter:
+    """A filter's channels in the order that suits a memory format of x, remembered as long as the filter lives.
+
+    Where x is arranged anyway the order makes the remainder small; in channels_last all channels keep their places.
+    """
+    orders, key = _remembered.setdefault(sparse_filter, {}), (memory_format, element.bytes)
+    if key not in orders:
+        order = _keep_order if memory_format == "channels_last" else _gather_remainder
+        orders[key] = order(sparse_filter, element)
+    return orders[key]
+
+
+def _keep_order(sparse_filter: SparseFilter, element: Element) -> OrderedFilter:
+    """Every channel in its own place."""
+    whole = _whole_blocks(sparse_filter, element.k_block)
+    out_order, in_order = (np.arange(size, dtype=np.int32) for size in whole.shape[:2])
+    in_order[sparse_filter.shape[1] :] = -1
+    return OrderedFilter(split(whole, element.kept, element.of), element.k_block, in_order, out_order)
+
+
+def _gather_remainder(sparse_filter: SparseFilter, element: Element) -> OrderedFilter:
+    """The remainder made small by the order of the input channels, and gathered in few weight tiles by both orders."""
+    natural, whole = _keep_order(sparse_filter, element), _whole_blocks(sparse_filter, element.k_block)
+    if natural.split.remainder.nnz == 0 or sparse_filter.sparsity < _LEAST_SPARSITY:
+        return natural
+    parts = split(whole, element.kept, element.of, spread_channels(whole, element.kept, element.of))
+    nonzeros = np.bincount(parts.remainder.rows, minlength=len(natural.out_order))
+    return replace(
+        natural,
+        split=parts,
+        in_order=np.where(parts.channels < sparse_filter.shape[1], parts.channels, -1).astype(np.int32),
+        out_order=np.argsort(-nonzeros, kind="stable").astype(np.int32),
+    )
+
+
+def _whole_blocks(sparse_filter: SparseFilter, k_block: int) -> SparseFilter:
+    """A filter with further input channels, which have no weights, up to whole blocks."""
+    k, c, r, s = sparse_filter.shape
+    return replace(sparse_filter, shape=(k, -(-c // k_block) * k_block, r, s))
+
+
+def _places(order: IntArray) -> IntArray:
+    """The place of each channel in an order."""
+    taken = np.flatnonzero(order >= 0)
+    places = np.full(len(order), -1, dtype=np.int32)
+    places[order[taken]] = taken
+    return places
 
 
 def common_order(weights: Sequence[torch.Tensor], kept: int, of: int) -> torch.Tensor:
