@@ -94,7 +94,6 @@ static Meeting cluster;
 static Index gridDim;
 static thread_local Index blockIdx, threadIdx;
 static thread_local Block* block;
-static u32 __cvta_generic_to_shared(const void*) { return 0; }
 static void __syncthreads() { block->all.wait(); }
 static void __syncwarp() { block->warps[threadIdx.x / 32].wait(); }
 template <class T> static T __shfl_sync(u32, T value, int lane) {
@@ -141,7 +140,7 @@ void mma(float (&d)[PIXELS / 2], u64 a, u64 b, u32 metadata, int accumulate) {
   group.wait();
 }
 """
-#: In place of the section of PTX.
+#: In place of sparse_tc_ptx.cuh.
 INSTRUCTIONS = """
 #if STORAGE
 using Element = u16;
@@ -161,17 +160,18 @@ void barrier_init(u32 barrier, int count) { block->barriers[barrier].all = block
 void barrier_expect(u32 barrier, int bytes) { block->barriers.at(barrier).change(1, bytes); }
 void barrier_arrive(u32 barrier) { block->barriers.at(barrier).change(1, 0); }
 void barrier_arrive_at(u32 barrier, u32 other) { blocks[other].barriers.at(barrier).change(1, 0); }
-void barrier_wait(u32 barrier, u32 parity) { block->barriers.at(barrier).wait(parity); }
-void load_part(u32 to, const u8* from, u32 barrier) {
-  for (int other = 0; other < CLUSTER; other++) {
-    std::memcpy(blocks[other].shared + to, from, A_BYTES / CLUSTER);
-    blocks[other].barriers.at(barrier).change(0, -A_BYTES / CLUSTER);
+void barrier_wait_opaque(u32 barrier, u32 parity) { block->barriers.at(barrier).wait(parity); }
+void barriers_are_ready() {}
+template <int BYTES, int BLOCKS> void load_to_cluster(u32 to, const u8* from, u32 barrier) {
+  for (int other = 0; other < BLOCKS; other++) {
+    std::memcpy(blocks[other].shared + to, from, BYTES);
+    blocks[other].barriers.at(barrier).change(0, -BYTES);
   }
 }
 // A block of channels of a pixel, or zeros, in 128-byte swizzle.
 u8* swizzled(u32 at, int byte) { return block->shared + ((at + byte) ^ ((at >> 7 & 7) << 4)); }
 void load_pixel(u32 to, const TensorMap& map, int c, int w, int h, int n) {
-  for (int i = 0; i < K_BLOCK; i++) {
+  for (int i = 0; i < 128 / int(sizeof(Element)); i++) {
     const Element* const from = map.at(c + i, w, h, n);
     std::memcpy(swizzled(to, i * sizeof(Element)), from ? from : &map.zero, sizeof(Element));
   }
@@ -204,11 +204,19 @@ void store_commit() {}
 void store_wait() {}
 void async_fence() {}
 void meet() { cluster.wait(); }
-void sync(int id, int threads) { (threads == CONSUMERS ? block->named[0] : block->named[id]).wait(); }
+void sync(int id, int threads) { (threads == 256 ? block->named[0] : block->named[id]).wait(); }
 void mma_fence() {}
 void mma_commit() {}
 template <int IN_FLIGHT> void mma_wait() { __syncwarp(); }  // as it says: .sync
-u32 load_word(u32 address) { u32 v; std::memcpy(&v, block->shared + address, 4); return v; }
+template <int REGISTERS> void give_registers_up() {}
+template <int REGISTERS> void take_registers() {}
+void let_next_kernel_start() {}
+void wait_for_previous_kernel() {}
+u32 shared_address(const void*) { return 0; }
+void forget(float& v) { v = NAN; }
+void obscure(int&) {}
+float at_least_0(float v) { return std::fmax(v, 0.0f); }
+float at_most_6(float v) { return std::fmin(v, 6.0f); }
 template <class T> void load_shared(u32 address, T& v) {
   if (address % sizeof v) std::abort();
   std::memcpy(&v, block->shared + address, sizeof v);
@@ -238,7 +246,7 @@ template <int COUNT, bool TRANSPOSED> void store_matrices(u32 address, const u32
     }
   __syncwarp();
 }
-template <int COUNT> void load_matrices(u32 address, u32* v) {  // transposed
+template <int COUNT> void load_transposed(u32 address, u32* v) {
   u32 row[32];
   addresses(address, row);
   const int lane = threadIdx.x % 32;
@@ -300,37 +308,23 @@ class TensorMap(ctypes.Structure):
     )
 
 
-def host(match: re.Match[str]) -> str:
-    """What stands for an instruction outside the section of PTX."""
-    text = match[1]
-    if found := re.search(r"stmatrix.*?\.x(\d)(\.trans)?.*?::\"r\"\((.*?)\),\s*\"r\"\(v\[0\]\)", text, re.DOTALL):
-        return f"store_matrices<{found[1]}, {'true' if found[2] else 'false'}>({found[3]}, v);\n"
-    if found := re.search(r"ldmatrix.*?\.x(\d)\.trans.*?: \"r\"\((.*?)\)\s*: \"memory\"", text, re.DOTALL):
-        return f"load_matrices<{found[1]}>({found[2]}, r);\n"
-    if "max.NaN" in text:
-        return "sum = std::fmax(sum, 0.0f);\n"
-    if "min.NaN" in text:
-        return "sum = std::fmin(sum, 6.0f);\n"
-    if '"=f"(d[i][j])' in text:
-        return "d[i][j] = NAN;\n"
-    if "ld.shared" in text:
-        register = re.search(r'"=[hr]"\((\w+)', text)[1]  # type: ignore[index]
-        offset = 2 if "[%1 + 2]" in text else 0
-        return f"std::memcpy(&{register}, block->shared + from + {offset}, sizeof {register});\n"
-    if '"+r"(begin_in_tile)' in text:
-        return ";\n"
-    assert re.search(r"fence\.|griddepcontrol|setmaxnreg", text), text
-    return ";\n"
-
-
 def host_source() -> str:
-    text = (KERNELS / "sparse_tc.cuh").read_text()
-    begin, end = text.index("struct __align__(64) TensorMap"), text.index("// Matrix descriptors")
-    text = text[:begin] + INSTRUCTIONS + text[end:]
-    text = re.sub(r"#include <cuda_\w+\.h>", "", text)
+    included: set[str] = set()
+
+    def include(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in included or name == "ptx.cuh":
+            return ""
+        included.add(name)
+        return INSTRUCTIONS if name == "sparse_tc_ptx.cuh" else expanded(name)
+
+    def expanded(name: str) -> str:
+        return re.sub(r'#include "(.*)"\n', include, (KERNELS / name).read_text().replace("#pragma once\n", ""))
+
+    text = re.sub(r"#include <cuda_\w+\.h>", "", expanded("sparse_tc.cuh"))
+    assert "asm" not in text, "instructions belong to sparse_tc_ptx.cuh"
     text = text.replace("extern __shared__ __align__(1024) u8 memory[];", "u8* const memory = block->shared;")
-    source = re.sub(r"asm(?: volatile)?\((.*?)\);\n", host, text, flags=re.DOTALL)
-    return CUDA_ON_A_CPU + MBARRIER + BLOCKS + source + RUN
+    return CUDA_ON_A_CPU + MBARRIER + BLOCKS + text + RUN
 
 
 #: A case, a config, and the memory format that comes with an epilogue.
