@@ -24,6 +24,7 @@ struct Products {
   __device__ Products(u32 base, const Warpgroup& group, bool never)
       : base(base),
         across(group.across),
+        lane(threadIdx.x % 32),
         a_first((base + A + group.across * M_BLOCKS * A_BLOCK) / 16),
         b_first((base + B + group.along * PIXELS * PIXEL_BYTES) / 16),
         metadata_first(base + A + TILE_BLOCKS * A_BLOCK + group.across * M_BLOCKS * METADATA_BLOCK +
@@ -51,11 +52,13 @@ struct Products {
         more = !step.is_last();
         next = __ldg(++steps);  // there is one behind the last
         barrier_wait_opaque(base + FULL_A + 8 * ring_a.stage, ring_a.parity);
+        const u64 a = descriptor(a_first + ring_a.stage * (A_BYTES / 16), A_ROWS);
         const u64 b = descriptor(pixels + step.start(), B_ROWS);
+        const u32 from = metadata_first + ring_a.stage * A_BYTES, halves = step.halves(across);
         if (set == 0)
-          issue(metadata[0], b, step.halves(across), accumulate);
+          issue(metadata[0], from, a, b, halves, accumulate);
         else
-          issue(metadata[1], b, step.halves(across), accumulate);
+          issue(metadata[1], from, a, b, halves, accumulate);
         set ^= 1;
         mma_wait<1>();
         keep_metadata();
@@ -79,7 +82,7 @@ struct Products {
 
  private:
   const u32 base;
-  const int across;
+  const int across, lane;
   const u32 a_first, b_first, metadata_first;
   const u32 never;
   Ring<A_STAGES> ring_a;
@@ -89,9 +92,7 @@ struct Products {
 
   // One weight tile times the pixels of its tap. Each way commits for itself: a commit behind the branches would become
   // a group of its own, and one without products would make the compiler wait for every product.
-  __device__ void issue(u32 (&words)[M_BLOCKS], u64 b, u32 halves, int accumulate) {
-    const u64 a = descriptor(a_first + ring_a.stage * (A_BYTES / 16), A_ROWS);
-    const u32 from = metadata_first + ring_a.stage * A_BYTES;
+  __device__ void issue(u32 (&words)[M_BLOCKS], u32 from, u64 a, u64 b, u32 halves, int accumulate) {
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++) load_shared(from + i * METADATA_BLOCK, words[i]);
     if (halves == 3) {
@@ -129,10 +130,9 @@ struct Products {
 
   // The stages before the next ones are free.
   __device__ void release_a() {
-    const int lane = threadIdx.x % 32;
     if (lane < CLUSTER) barrier_arrive_at(base + EMPTY_A + 8 * ring_a.previous(), lane);
   }
   __device__ void release_b() {
-    if (threadIdx.x % 32 == 0) barrier_arrive(base + EMPTY_B + 8 * ring_b.previous());
+    if (lane == 0) barrier_arrive(base + EMPTY_B + 8 * ring_b.previous());
   }
 };
