@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from escort.methods.cuda.sparse_tc.packing import Ordered, Packed
+from escort.methods.cuda.sparse_tc.orders import OrderedFilter
+from escort.methods.cuda.sparse_tc.packing import Packed
 from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
 
 #: Numpy has no bfloat16: its bits are the upper half of a float32. TF32 is one without its last 13 bits.
@@ -25,10 +26,10 @@ BLOCK = {"fp16": 64, "bf16": 64, "tf32": 32}
 FIRST, SECOND = 0b0100, 0b1110
 
 
-def decode_images(images: np.ndarray, dtype: str) -> np.ndarray:
-    """(images, rows, channels of a block): what sparse tensor cores see in images (images, bytes)."""
-    blocks, channels = images.shape[1] // (4096 + 512), BLOCK[dtype]
-    decoded = np.zeros((len(images), blocks, 64, channels))
+def decode_tiles(weight_tiles: np.ndarray, dtype: str) -> np.ndarray:
+    """(tiles, rows, channels of a block): what sparse tensor cores see in weight tiles (tiles, bytes)."""
+    blocks, channels = weight_tiles.shape[1] // (4096 + 512), BLOCK[dtype]
+    decoded = np.zeros((len(weight_tiles), blocks, 64, channels))
     row, half = np.meshgrid(np.arange(64), np.arange(32), indexing="ij")
     address = row * 64 + half * 2
     address ^= (address >> 7 & 3) << 4  # 64-byte swizzle: bits 4 and 5 are xored with bits 7 and 8
@@ -36,10 +37,10 @@ def decode_images(images: np.ndarray, dtype: str) -> np.ndarray:
     selector, within = np.divmod(group, 8)
     thread = row // 16 * 32 + row % 8 * 4 + selector * 2 + within // 4
     shift = np.where(row % 16 >= 8, 16, 0) + within % 4 * 4
-    for image, of in zip(images, decoded, strict=True):
+    for weight_tile, of in zip(weight_tiles, decoded, strict=True):
         for block in range(blocks):
-            values = DECODED[dtype](image[block * 4096 :][:4096].view(np.uint16)[address // 2])
-            words = image[blocks * 4096 + block * 512 :][:512].view(np.uint32)
+            values = DECODED[dtype](weight_tile[block * 4096 :][:4096].view(np.uint16)[address // 2])
+            words = weight_tile[blocks * 4096 + block * 512 :][:512].view(np.uint32)
             nibbles = (words[thread] >> shift & 15).astype(np.int64)
             if dtype == "tf32":
                 assert np.isin(nibbles, (FIRST, SECOND)).all(), "no other means anything"
@@ -48,24 +49,24 @@ def decode_images(images: np.ndarray, dtype: str) -> np.ndarray:
             assert (nibbles & 3 < nibbles >> 2).all(), "positions ascend"
             for kept, position in enumerate((nibbles & 3, nibbles >> 2)):
                 of[block][row, group * 4 + position] = values[:, kept::2]
-    return decoded.reshape(len(images), blocks * 64, channels)
+    return decoded.reshape(len(weight_tiles), blocks * 64, channels)
 
 
-def decode(packed: Packed, places: Ordered, tiling: Tiling) -> np.ndarray:
-    """The (K, C, R, S) filter that a list of images amounts to."""
+def decode(packed: Packed, ordered: OrderedFilter, tiling: Tiling) -> np.ndarray:
+    """The (K, C, R, S) filter that a list of weight tiles amounts to."""
     p, config = tiling.problem, tiling.config
     depth = BLOCK[p.precision] // 2  # of a product
-    seen = decode_images(packed.images, p.precision).reshape(len(packed.images), config.across, -1, 2, depth)
-    weight = np.zeros((p.out_channels, len(places.channels), *p.kernel_size))
-    rows = packed.row_channel.reshape(tiling.channel_tiles, config.across, -1)
+    seen = decode_tiles(packed.weight_tiles, p.precision).reshape(len(packed.weight_tiles), config.across, -1, 2, depth)
+    weight = np.zeros((p.out_channels, len(ordered.in_order), *p.kernel_size))
+    rows = packed.out_order.reshape(tiling.channel_tiles, config.across, -1)
     at = 0
     for tile in range(tiling.channel_tiles):
-        for number, fill in enumerate(tiling.fills):
-            assert packed.first[tile * len(tiling.fills) + number] == at
+        for number, tap_group in enumerate(tiling.tap_groups):
+            assert packed.first[tile * len(tiling.tap_groups) + number] == at
             last = False
             while not last:
                 word = int(packed.steps[at])
-                (tap,) = (tap for tap in fill if tap.start * 8 == word & 0xFFFF)
+                (tap,) = (tap for tap in tap_group if tap.start * 8 == word & 0xFFFF)
                 for across, half in np.ndindex(config.across, 2):
                     values = seen[at, across, :, half]
                     if not word >> (16 + 2 * across + half) & 1:
@@ -73,22 +74,22 @@ def decode(packed: Packed, places: Ordered, tiling: Tiling) -> np.ndarray:
                         continue
                     inside = rows[tile, across] >= 0
                     assert not values[~inside].any()
-                    place = slice((tap.block * 2 + half) * depth, (tap.block * 2 + half + 1) * depth)
+                    place = slice((tap.k_block * 2 + half) * depth, (tap.k_block * 2 + half + 1) * depth)
                     weight[rows[tile, across][inside], place, tap.row, tap.column] += values[inside]
                 last, at = bool(word >> 31), at + 1
-    assert at == len(packed.images) == packed.first[-1]
-    there = places.channels >= 0
+    assert at == len(packed.weight_tiles) == packed.first[-1]
+    there = ordered.in_order >= 0
     assert not weight[:, ~there].any()
     restored = np.zeros(p.weight_shape)
-    restored[:, places.channels[there]] = weight[:, there]
+    restored[:, ordered.in_order[there]] = weight[:, there]
     return restored
 
 
-def laid_out(x: np.ndarray, places: Ordered, tiling: Tiling) -> np.ndarray:
+def laid_out(x: np.ndarray, ordered: OrderedFilter, tiling: Tiling) -> np.ndarray:
     """x (N, C, H, W) as (N, H, W, C) with the channels in their places."""
     nhwc = np.zeros((*x.shape[:1], *x.shape[2:], tiling.channels))
-    there = np.flatnonzero(places.channels >= 0)
-    nhwc[..., there] = x[:, places.channels[there]].transpose(0, 2, 3, 1)
+    there = np.flatnonzero(ordered.in_order >= 0)
+    nhwc[..., there] = x[:, ordered.in_order[there]].transpose(0, 2, 3, 1)
     return nhwc
 
 
@@ -99,11 +100,11 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
     """
     p, config, d = tiling.problem, tiling.config, SimpleNamespace(**tiling.defines)
     along, m_tile, depth = 2 // config.across, config.tile_channels, BLOCK[p.precision] // 2
-    images = len(nhwc)
-    whole_rows = config.fill in ("columns", "halo")
-    read = nhwc if whole_rows or config.fill == "im2col" else nhwc.reshape(1, 1, -1, tiling.channels)
-    filters = decode_images(packed.images, p.precision)
-    y = np.full((images, p.out_channels, p.out_height, p.out_width), np.nan)
+    samples = len(nhwc)
+    whole_rows = config.tap_group in ("columns", "halo")
+    read = nhwc if whole_rows or config.tap_group == "im2col" else nhwc.reshape(1, 1, -1, tiling.channels)
+    filters = decode_tiles(packed.weight_tiles, p.precision)
+    y = np.full((samples, p.out_channels, p.out_height, p.out_width), np.nan)
     written = (
         y.transpose(0, 2, 3, 1) if whole_rows else np.full((1, 1, y.size // p.out_channels, p.out_channels), np.nan)
     )
@@ -112,16 +113,19 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
     for stage in range(d.B_STAGES):
         shared[stage * stage_pixels + d.LOAD_PIXELS :][: d.ZERO_PIXELS] = 0.0
     filled = 0
-    for item in range(d.M_TILES * tiling.groups(images)):
+    for item in range(d.M_TILES * tiling.tile_groups(samples)):
         for rank in range(config.cluster):
             m, tile = item % d.M_TILES, item // d.M_TILES * config.cluster + rank
-            first_row, first_image = tile % d.TILES_PER_IMAGE * d.TILE_ROWS, tile // d.TILES_PER_IMAGE * d.TILE_IMAGES
+            first_row, first_sample = (
+                tile % d.TILES_PER_SAMPLE * d.TILE_ROWS,
+                tile // d.TILES_PER_SAMPLE * d.TILE_SAMPLES,
+            )
             sums = np.full((m_tile, config.tile_pixels), np.nan)
             accumulate, c, r, s = False, 0, 0, 0
-            at = packed.first[m * d.FILLS]
-            for fill in range(d.FILLS):
+            at = packed.first[m * d.TAP_GROUPS]
+            for tap_group in range(d.TAP_GROUPS):
                 to, filled = filled % d.B_STAGES * stage_pixels, filled + 1
-                if config.fill == "im2col":
+                if config.tap_group == "im2col":
                     for part in range(along):
                         row, column = divmod(tile * config.tile_pixels + part * config.pixels, d.OUT_WIDTH)
                         corner = column * d.STRIDE_RIGHT - d.LEFT, row % d.OUT_HEIGHT * d.STRIDE_DOWN - d.TOP
@@ -135,17 +139,17 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                     if r == d.KERNEL_ROWS:
                         r, c = 0, c + 2 * depth
                 else:
-                    if config.fill == "flat":
+                    if config.tap_group == "flat":
                         box = load_box(read, tiling.load, c, tile * config.tile_pixels, 0, 0)
                     else:
                         column = s * d.DILATION_RIGHT - d.LEFT
-                        box = load_box(read, tiling.load, c, column, first_row - d.TOP, first_image)
+                        box = load_box(read, tiling.load, c, column, first_row - d.TOP, first_sample)
                     assert len(box) == d.LOAD_PIXELS
                     shared[to:][: len(box)] = box
-                    s += config.fill == "columns"
-                    if config.fill != "columns" or s == d.KERNEL_COLUMNS:
+                    s += config.tap_group == "columns"
+                    if config.tap_group != "columns" or s == d.KERNEL_COLUMNS:
                         s, c = 0, c + 2 * depth
-                produced, more = packed.first[m * d.FILLS + fill + 1], True
+                produced, more = packed.first[m * d.TAP_GROUPS + tap_group + 1], True
                 while more:
                     word = int(packed.steps[at])
                     start = to + (word & 0xFFFF) // 8
@@ -165,33 +169,33 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                 assert at == produced, "the producer counts as many"
             for block in range(m_tile // 64):
                 of = sums[block * 64 :][:64]
-                row_channel = packed.row_channel[m * m_tile + block * 64 :][:64]
+                out_order = packed.out_order[m * m_tile + block * 64 :][:64]
                 if p.precision == "tf32":
-                    store_floats(d, tiling, y, tile, of, row_channel)
+                    store_floats(d, tiling, y, tile, of, out_order)
                 elif config.takes_channels_last:
-                    place = (0, first_row, first_image) if whole_rows else (tile * config.tile_pixels, 0, 0)
-                    boxes = along if config.fill == "im2col" else 1
+                    place = (0, first_row, first_sample) if whole_rows else (tile * config.tile_pixels, 0, 0)
+                    boxes = along if config.tap_group == "im2col" else 1
                     for part in range(boxes):
                         column = place[0] + part * config.pixels
                         staged = of.T[part * config.pixels :] if boxes > 1 else of.T
                         store_box(written, tiling.store, m * m_tile + block * 64, (column, *place[1:]), staged)
                 else:
-                    store_rows(d, tiling, y, tile, of, row_channel, first_row, first_image)
+                    store_rows(d, tiling, y, tile, of, out_order, first_row, first_sample)
     if tiling.stores_boxes and not whole_rows:
-        y[:] = written.reshape(images, p.out_height, p.out_width, -1).transpose(0, 3, 1, 2)
+        y[:] = written.reshape(samples, p.out_height, p.out_width, -1).transpose(0, 3, 1, 2)
     return y
 
 
 def load_im2col(
     tiling: Tiling, x: np.ndarray, c: int, corner: tuple[int, int], n: int, offset: tuple[int, int]
 ) -> np.ndarray:
-    """Pixels from (column, row) of image n on in the bounding box, shifted by the tap."""
+    """Pixels from (column, row) of sample n on in the bounding box, shifted by the tap."""
     lower, upper = im2col_corners(tiling.problem)
-    images, height, width, _ = x.shape
+    samples, height, width, _ = x.shape
     (column, row), pixels = corner, []
     for _ in range(tiling.config.pixels):
         h, w = row + offset[1], column + offset[0]
-        inside = n < images and 0 <= h < height and 0 <= w < width
+        inside = n < samples and 0 <= h < height and 0 <= w < width
         pixels.append(channels_of(x[n, h, w], c, tiling.load[0]) if inside else np.zeros(tiling.load[0]))
         column += tiling.problem.stride[1]
         if column >= width + upper[0]:
@@ -208,9 +212,9 @@ def channels_of(pixel: np.ndarray, c: int, count: int) -> np.ndarray:
 
 def load_box(x: np.ndarray, box: tuple[int, ...], c: int, w: int, h: int, n: int) -> np.ndarray:
     """A box of x (N, H, W, C), row by row, with zeros outside."""
-    channels, width, height, images = box
-    out = np.zeros((images, height, width, channels))
-    for i, j, k in np.ndindex(images, height, width):
+    channels, width, height, samples = box
+    out = np.zeros((samples, height, width, channels))
+    for i, j, k in np.ndindex(samples, height, width):
         if n + i < x.shape[0] and 0 <= h + j < x.shape[1] and 0 <= w + k < x.shape[2]:
             out[i, j, k] = channels_of(x[n + i, h + j, w + k], c, channels)
     return out.reshape(-1, channels)
@@ -218,8 +222,8 @@ def load_box(x: np.ndarray, box: tuple[int, ...], c: int, w: int, h: int, n: int
 
 def store_box(y: np.ndarray, box: tuple[int, ...], c: int, place: tuple[int, int, int], staged: np.ndarray) -> None:
     """Writes a box where it lies inside y (N, H, W, K), once."""
-    (w, h, n), (_, width, height, images) = place, box
-    for number, (i, j, k) in enumerate(np.ndindex(images, height, width)):
+    (w, h, n), (_, width, height, samples) = place, box
+    for number, (i, j, k) in enumerate(np.ndindex(samples, height, width)):
         if n + i < y.shape[0] and h + j < y.shape[1] and w + k < y.shape[2] and c < y.shape[3]:
             at = y[n + i, h + j, w + k, c : c + 64]
             assert np.isnan(at).all(), "stored twice"
@@ -232,55 +236,60 @@ def store_rows(
     y: np.ndarray,
     tile: int,
     sums: np.ndarray,
-    row_channel: np.ndarray,
+    out_order: np.ndarray,
     first_row: int,
-    first_image: int,
+    first_sample: int,
 ) -> None:
     """The kernel's stores of 64 rows to y in NCHW, VECTOR neighbouring elements at a time."""
-    flat, images, plane = y.reshape(-1), len(y), d.OUT_HEIGHT * d.OUT_WIDTH
-    assert d.STAGING_ROW * 64 <= d.STAGING_BYTES and d.STAGING_ROW // 16 % 2 == 1
-    assert sums.shape[1] * 2 <= d.STAGING_ROW
+    flat, samples, plane = y.reshape(-1), len(y), d.OUT_HEIGHT * d.OUT_WIDTH
+    assert d.STAGING_PITCH * 64 <= d.STAGING_BYTES and d.STAGING_PITCH // 16 % 2 == 1
+    assert sums.shape[1] * 2 <= d.STAGING_PITCH
     rows = min(d.TILE_ROWS, d.OUT_HEIGHT - first_row)
-    if tiling.config.fill in ("columns", "halo"):
-        count = rows * d.OUT_WIDTH * min(d.TILE_IMAGES, images - first_image)
+    if tiling.config.tap_group in ("columns", "halo"):
+        count = rows * d.OUT_WIDTH * min(d.TILE_SAMPLES, samples - first_sample)
     else:
-        count = min(sums.shape[1], images * plane - tile * sums.shape[1])
+        count = min(sums.shape[1], samples * plane - tile * sums.shape[1])
     for unit in range(0, max(count, 0), d.VECTOR):
-        if tiling.config.fill in ("columns", "halo"):
-            of_tile, rest = divmod(unit, rows * d.OUT_WIDTH)
+        if tiling.config.tap_group in ("columns", "halo"):
+            sample_in_tile, rest = divmod(unit, rows * d.OUT_WIDTH)
             row, column = divmod(rest, d.OUT_WIDTH)
-            image, pixel = first_image + of_tile, first_row * d.OUT_WIDTH + rest
-            staged = of_tile * d.IMAGE_PITCH + row * d.PITCH + column
+            sample, pixel = first_sample + sample_in_tile, first_row * d.OUT_WIDTH + rest
+            staged = sample_in_tile * d.SAMPLE_PITCH + row * d.PITCH + column
             assert column + d.VECTOR <= d.OUT_WIDTH
         else:
-            image, pixel = divmod(tile * sums.shape[1] + unit, plane)
+            sample, pixel = divmod(tile * sums.shape[1] + unit, plane)
             staged = unit
             assert pixel + d.VECTOR <= plane
         assert d.UNALIGNED or staged % d.VECTOR == 0
-        for row, channel in enumerate(row_channel):
+        for row, channel in enumerate(out_order):
             if channel >= 0:
-                to = image * d.OUT_CHANNELS * plane + pixel + channel * plane
+                to = sample * d.OUT_CHANNELS * plane + pixel + channel * plane
                 assert to % d.VECTOR == 0 and np.isnan(flat[to : to + d.VECTOR]).all(), "unaligned, or stored twice"
                 flat[to : to + d.VECTOR] = sums[row, staged : staged + d.VECTOR]
 
 
 def store_floats(
-    d: SimpleNamespace, tiling: Tiling, y: np.ndarray, tile: int, sums: np.ndarray, row_channel: np.ndarray
+    d: SimpleNamespace, tiling: Tiling, y: np.ndarray, tile: int, sums: np.ndarray, out_order: np.ndarray
 ) -> None:
     """The kernel's stores of 64 rows of floats to y: each pixel of a tile that is an output."""
     pixel = np.arange(sums.shape[1])
-    if tiling.config.fill in ("columns", "halo"):
-        of_tile, rest = np.divmod(pixel, d.IMAGE_PITCH)
-        of_image, column = np.divmod(rest, d.PITCH)
-        image = tile // d.TILES_PER_IMAGE * d.TILE_IMAGES + of_tile
-        row = tile % d.TILES_PER_IMAGE * d.TILE_ROWS + of_image
-        inside = (of_tile < d.TILE_IMAGES) & (of_image < d.TILE_ROWS) & (row < d.OUT_HEIGHT) & (column < d.OUT_WIDTH)
+    if tiling.config.tap_group in ("columns", "halo"):
+        sample_in_tile, rest = np.divmod(pixel, d.SAMPLE_PITCH)
+        row_in_sample, column = np.divmod(rest, d.PITCH)
+        sample = tile // d.TILES_PER_SAMPLE * d.TILE_SAMPLES + sample_in_tile
+        row = tile % d.TILES_PER_SAMPLE * d.TILE_ROWS + row_in_sample
+        inside = (
+            (sample_in_tile < d.TILE_SAMPLES)
+            & (row_in_sample < d.TILE_ROWS)
+            & (row < d.OUT_HEIGHT)
+            & (column < d.OUT_WIDTH)
+        )
     else:
-        image, rest = np.divmod(tile * sums.shape[1] + pixel, d.OUT_HEIGHT * d.OUT_WIDTH)
+        sample, rest = np.divmod(tile * sums.shape[1] + pixel, d.OUT_HEIGHT * d.OUT_WIDTH)
         row, column = np.divmod(rest, d.OUT_WIDTH)
         inside = pixel >= 0
-    inside &= image < len(y)
-    there = row_channel >= 0
-    at = image[inside], row_channel[there, None], row[inside], column[inside]
+    inside &= sample < len(y)
+    there = out_order >= 0
+    at = sample[inside], out_order[there, None], row[inside], column[inside]
     assert np.isnan(y[at]).all(), "stored twice"
     y[at] = sums[there][:, inside]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from escort.filter import SparseFilter, split
+from escort.filter import SparseFilter
+from escort.methods.cuda.sparse_tc.split import split
 from escort.network import channels_last, fuse
 from escort.network.fuse import FusedConv2d
 from escort.problem import Problem
@@ -103,7 +104,7 @@ def test_channels_that_others_read_keep_their_order(x: Tensor) -> None:
 
 def test_what_is_left_over_gathers_in_the_last_channels(x: Tensor) -> None:
     sparse_filter = SparseFilter.from_dense(channels_last.rewrite(fused(pruned(0.7), x), "fp16").spatial.conv.weight)
-    columns = split(sparse_filter).residual.columns // 9
+    columns = split(sparse_filter).remainder.columns // 9
     first, last = (columns < 32).sum(), (columns >= 32).sum()
     assert 0 <= first < last
 

@@ -16,7 +16,8 @@ from escort.methods.cuda.direct.layout import Layout
 from escort.methods.cuda.direct.params import defines
 from escort.methods.cuda.direct.search import search
 from escort.methods.cuda.generated.codegen import arrange_defines
-from escort.methods.cuda.generated.steps import GeneratedConfig, Program
+from escort.methods.cuda.generated import GeneratedConfig
+from escort.methods.cuda.generated.steps import KernelSteps
 from escort.problem import Problem
 from tests.cuda_kernels import ARCHS
 
@@ -59,7 +60,7 @@ def arrange_variants() -> list[Variant]:
     for dtype, stride in (("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)):
         problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), precision=dtype)  # type: ignore[arg-type]
         sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-        variants.append(("generated_arrange.cu", arrange_defines(Program.of(problem, sparse_filter, config), 128), 48))
+        variants.append(("generated_arrange.cu", arrange_defines(KernelSteps.of(problem, sparse_filter, config), 128), 48))
     return variants
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from escort.filter import Geometry, SparseFilter, split, spread_channels
+from escort.filter import Geometry, SparseFilter
 from tests.cases import Case, every_case
 
 
@@ -136,71 +135,3 @@ def test_arrays_of_another_type_are_refused() -> None:
 def test_nan_in_dense_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         SparseFilter.from_dense(torch.full((1, 1, 1, 1), float("nan")))
-
-
-# --- a part for tensor cores, and the rest
-
-
-def random_filter(seed: int, density: float, channels: int = 10, groups: int = 1) -> SparseFilter:
-    rng = np.random.default_rng(seed)
-    weight = rng.standard_normal((6, channels, 2, 3)) * (rng.random((6, channels, 2, 3)) < density)
-    return SparseFilter.from_dense(weight, groups)
-
-
-@given(st.integers(0, 1000), st.floats(0.0, 1.0), st.sampled_from([(2, 4), (1, 2), (4, 4)]), st.booleans())
-def test_a_split_is_exact_and_keeps_the_largest(
-    seed: int, density: float, shape: tuple[int, int], spread: bool
-) -> None:
-    sparse_filter, (kept, of) = random_filter(seed, density), shape
-    parts = split(sparse_filter, kept, of, spread_channels(sparse_filter, kept, of) if spread else None)
-    structured, residual = parts.structured.to_dense(), parts.residual.to_dense()
-    assert torch.equal(structured + residual, sparse_filter.to_dense()) and not (structured * residual).any()
-    assert parts.share == pytest.approx(parts.residual.nnz / max(sparse_filter.nnz, 1))
-    for first in range(0, 10, of):
-        near = torch.from_numpy(parts.channels[first : first + of]).long()
-        mine, left = structured[:, near].abs(), residual[:, near].abs()
-        assert (mine != 0).sum(dim=1).max() <= kept
-        least = torch.where(mine > 0, mine, torch.inf).amin(dim=1)
-        assert (left.amax(dim=1) <= least).all(), "a smaller weight was kept"
-        assert (((left != 0).sum(dim=1) == 0) | ((mine != 0).sum(dim=1) == kept)).all(), "there was room left"
-
-
-def test_a_filter_of_that_pattern_leaves_nothing() -> None:
-    weight = torch.randn(8, 16, 3, 3)
-    weight.view(8, 4, 4, 3, 3)[:, :, :2] = 0.0
-    parts = split(SparseFilter.from_dense(weight, groups=2))
-    assert parts.residual.nnz == 0 and parts.share == 0.0
-    assert torch.equal(parts.structured.to_dense(), weight) and parts.structured.groups == 2
-
-
-def test_spread_channels_leave_less() -> None:
-    """Where neighbours are dense together, and where all are alike."""
-    rng = np.random.default_rng(0)
-    uneven = (rng.random((64, 64, 3, 3)) < np.repeat([0.4, 0.02, 0.02, 0.02], 16)[:, None, None]).astype(float)
-    even = (rng.random((64, 64, 3, 3)) < 0.1).astype(float)
-    for weight, most in ((uneven, 0.2), (even, 0.6)):
-        sparse_filter = SparseFilter.from_dense(weight)
-        order = spread_channels(sparse_filter)
-        assert sorted(order.tolist()) == list(range(64))
-        assert split(sparse_filter, channels=order).share <= most * split(sparse_filter).share
-
-
-def test_no_swap_of_two_channels_leaves_less() -> None:
-    weight = (np.random.default_rng(0).random((24, 16, 2, 2)) < 0.2).astype(float)
-    sparse_filter = SparseFilter.from_dense(weight)
-    order = spread_channels(sparse_filter)
-    least = split(sparse_filter, channels=order).residual.nnz
-    assert 0 < least < split(sparse_filter).residual.nnz
-    for a, b in itertools.combinations(range(16), 2):
-        swapped = order.copy()
-        swapped[[a, b]] = order[[b, a]]
-        assert split(sparse_filter, channels=swapped).residual.nnz >= least
-
-
-@pytest.mark.parametrize(
-    ("kept", "of", "channels", "message"),
-    [(5, 4, None, "cannot keep 5"), (0, 4, None, "cannot keep 0"), (2, 4, [0] * 10, "an order of 0..9")],
-)
-def test_a_split_that_is_none_is_refused(kept: int, of: int, channels: list[int] | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        split(random_filter(0, 0.5), kept, of, None if channels is None else np.array(channels, dtype=np.int32))

@@ -22,8 +22,9 @@ from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.methods.cuda.sparse_tc import SparseTc, SparseTcConfig
+from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
 from escort.methods.cuda.sparse_tc.packing import Packed
-from escort.methods.cuda.sparse_tc.search import Extra, candidates, predict_us, search
+from escort.methods.cuda.sparse_tc.search import candidates, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 from escort.problem import Epilogue, MemoryFormat, Precision, Problem
 from tests.cases import CASES, FULL, Case, check_kernels
@@ -35,7 +36,7 @@ RES4 = Problem(128, 256, 14, 14, 256, (3, 3), padding=SAME, precision="fp16", de
 POINTWISE = replace(RES4, out_channels=1024, kernel_size=(1, 1), padding=(0, 0, 0, 0))
 STRIDED = replace(RES4, stride=(2, 1), padding=(1, 1, 0, 2))
 LAST: MemoryFormat = "channels_last"
-NONE, ALL = (Extra(dict.fromkeys((64, 128, 256), share), dict.fromkeys((64, 128), share)) for share in (0.0, 1.0))
+NONE, ALL = (Remainder(dict.fromkeys((64, 128, 256), share), dict.fromkeys((64, 128), share)) for share in (0.0, 1.0))
 
 
 def filter_of(problem: Problem) -> SparseFilter:
@@ -56,9 +57,13 @@ def test_refusals(change: dict[str, object], reason: str) -> None:
 
 
 def test_a_device_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("escort.cuda.kernel.arch", lambda device, *, native: "sm_100a" if native else "sm_100")
+    def on(arch: str) -> None:
+        for module in ("escort.cuda.kernel", "escort.methods.cuda.sparse_tc"):
+            monkeypatch.setattr(f"{module}.arch", lambda device, *, native: arch if native else arch.removesuffix("a"))
+
+    on("sm_100a")
     assert "this is sm_100a" in str(SparseTc().unsupported(RES4))
-    monkeypatch.setattr("escort.cuda.kernel.arch", lambda device, *, native: "sm_90a" if native else "sm_90")
+    on("sm_90a")
     monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
     assert SparseTc().unsupported(RES4) is SparseTc().unsupported(replace(RES4, precision="tf32")) is None
     assert "no tiling fits" in str(SparseTc().unsupported(replace(RES4, stride=(9, 9))))
@@ -67,12 +72,12 @@ def test_a_device_without_the_instructions_is_refused(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("problem", [RES4, POINTWISE, STRIDED, replace(RES4, precision="tf32")], ids=str)
 def test_the_search_ranks_what_fits(problem: Problem) -> None:
     sparse_filter = filter_of(problem)
-    for layout in ("contiguous", "channels_last"):
-        found = search(problem, sparse_filter, H200, 6, layout)  # type: ignore[arg-type]
-        assert len(set(found)) == 6 and {config.layout for config in found} == {layout}
+    for memory_format in ("contiguous", "channels_last"):
+        found = search(problem, sparse_filter, H200, 6, memory_format)  # type: ignore[arg-type]
+        assert len(set(found)) == 6 and {config.memory_format for config in found} == {memory_format}
         tilings = [Tiling.of(problem, config, H200.shared_bytes) for config in found]
         assert all(tiling.shared_bytes <= H200.shared_bytes for tiling in tilings)
-        times = [predict_us(tiling, NONE, H200) for tiling in candidates(problem, H200, layout)]  # type: ignore[arg-type]
+        times = [predict_us(tiling, NONE, H200) for tiling in candidates(problem, H200, memory_format)]  # type: ignore[arg-type]
         assert min(predict_us(tiling, NONE, H200) for tiling in tilings) < 1.1 * min(times)
         assert len({replace(config, cluster=1) for config in found}) >= 3, "of some variety"
 
@@ -85,33 +90,33 @@ def test_predictions_follow_the_work() -> None:
     assert 1.5 < predict_us(twice, NONE, H200) / predict_us(tiling, NONE, H200) < 2.5, "half the channels in a step"
 
 
-# One of each kind of kernel: fills, warpgroups, blocks of channels, clusters, layouts, epilogues, vectors
+# One of each kind of kernel: tap groups, warpgroups, blocks of channels, clusters, memory formats, epilogues, vectors
 VARIANTS = {
     "halo": (RES4, SparseTcConfig("halo", 216, rows=14, cluster=2)),
     "halo along": (replace(RES4, epilogue=FULL), SparseTcConfig("halo", 112, across=1, rows=14)),
-    "halo, uneven": (replace(RES4, epilogue=FULL, width=13), SparseTcConfig("halo", 120, blocks=2, rows=8)),
+    "halo, uneven": (replace(RES4, epilogue=FULL, width=13), SparseTcConfig("halo", 120, m_blocks=2, rows=8)),
     "columns": (replace(RES4, epilogue=FULL, precision="bf16"), SparseTcConfig("columns", 224, rows=14, cluster=4)),
     "columns of 16": (replace(RES4, epilogue=FULL, width=16), SparseTcConfig("columns", 224, rows=14)),
-    "flat": (POINTWISE, SparseTcConfig("flat", 128, blocks=2, cluster=8)),
+    "flat": (POINTWISE, SparseTcConfig("flat", 128, m_blocks=2, cluster=8)),
     "flat, one block": (POINTWISE, SparseTcConfig("flat", 256)),
     "im2col": (replace(STRIDED, epilogue=FULL), SparseTcConfig("im2col", 256)),
-    "im2col along": (STRIDED, SparseTcConfig("im2col", 128, across=1, blocks=2)),
-    "halo, last": (RES4, SparseTcConfig("halo", 216, rows=14, layout=LAST)),
-    "halo of images, last": (
+    "im2col along": (STRIDED, SparseTcConfig("im2col", 128, across=1, m_blocks=2)),
+    "halo, last": (RES4, SparseTcConfig("halo", 216, rows=14, memory_format=LAST)),
+    "halo of samples, last": (
         replace(RES4, epilogue=FULL),
-        SparseTcConfig("halo", 224, across=1, rows=14, images=2, layout=LAST),
+        SparseTcConfig("halo", 224, across=1, rows=14, samples=2, memory_format=LAST),
     ),
     "columns, last": (
         replace(RES4, epilogue=FULL, precision="bf16"),
-        SparseTcConfig("columns", 120, across=1, rows=14, layout=LAST),
+        SparseTcConfig("columns", 120, across=1, rows=14, memory_format=LAST),
     ),
     "flat, last": (
         replace(POINTWISE, epilogue=FULL),
-        SparseTcConfig("flat", 128, blocks=2, cluster=2, layout=LAST),
+        SparseTcConfig("flat", 128, m_blocks=2, cluster=2, memory_format=LAST),
     ),
     "im2col, last": (
         replace(STRIDED, epilogue=FULL),
-        SparseTcConfig("im2col", 128, across=1, blocks=2, layout=LAST),
+        SparseTcConfig("im2col", 128, across=1, m_blocks=2, memory_format=LAST),
     ),
 }
 IN_TF32 = ("halo", "halo along", "halo, uneven", "columns", "flat", "im2col", "im2col along", *list(VARIANTS)[-5:])
@@ -200,7 +205,7 @@ def overwritten(code: list[str], labels: dict[str, int], sets: int) -> list[str]
 @of_each_kind
 def test_metadata_stays_while_products_read_it(problem: Problem, config: SparseTcConfig, tmp_path: Path) -> None:
     code, labels = machine_code(compiled(problem, config), tmp_path)
-    assert overwritten(code, labels, 2 * config.blocks) == []
+    assert overwritten(code, labels, 2 * config.m_blocks) == []
     # Three ways to issue a step, for each set; more groups would mean that the compiler waits for each product.
     assert sum("HGMMA.SP" in text and "gsb0" in text for text in code) == 6
 
@@ -236,19 +241,22 @@ class Model:
         to[:] = padded[:, order.long()].transpose(1, 2)
 
     def multiply(self, bound: Sequence[Any], grid: Any, x_map: Any, *args: Any) -> None:
-        images, groups = args[-2:]
+        samples, tile_groups = args[-2:]
         tiling, last = Model.tiling, Model.tiling.config.takes_channels_last
-        assert groups == tiling.groups(images) and grid[0] % tiling.config.cluster == 0
+        assert tile_groups == tiling.tile_groups(samples) and grid[0] % tiling.config.cluster == 0
         a, bias, first, steps = (bound[i].numpy() for i in (1, 2, 3, 4))
         boxes = tiling.stores_boxes
         rows = np.arange(len(bias)) if boxes else bound[5].numpy()
         rows = np.where(rows < tiling.problem.out_channels, rows, -1).astype(np.int32)
         flat = x_map.x.permute(0, 2, 3, 1) if last else x_map.x
         p = tiling.problem
-        nhwc = flat.double().numpy().reshape(images, p.height, p.width, -1)
-        whole = tiling.config.fill != "flat"
-        assert x_map.sizes == (nhwc.shape[3], *((p.width, p.height, images) if whole else (flat[..., 0].numel(), 1, 1)))
-        if tiling.config.fill == "im2col":
+        nhwc = flat.double().numpy().reshape(samples, p.height, p.width, -1)
+        whole = tiling.config.tap_group != "flat"
+        assert x_map.sizes == (
+            nhwc.shape[3],
+            *((p.width, p.height, samples) if whole else (flat[..., 0].numel(), 1, 1)),
+        )
+        if tiling.config.tap_group == "im2col":
             top, bottom, left, right = p.padding
             corners = (-left, -top), (right - p.kernel_size[1] + 1, bottom - p.kernel_size[0] + 1)
             assert x_map.how == (*corners, 128 // x_map.x.itemsize, tiling.config.pixels, (p.stride[1], p.stride[0]))
@@ -269,7 +277,8 @@ def test_a_runner_launches_its_kernels(
     problem: Problem, config: SparseTcConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = replace(problem, device="cpu", batch=2, in_channels=72, out_channels=136)
-    monkeypatch.setattr("escort.cuda.kernel.kernel", Model.of)
+    monkeypatch.setattr("escort.methods.cuda.sparse_tc.kernel", Model.of)
+    monkeypatch.setattr("escort.methods.cuda.sparse_tc.arrange.kernel", Model.of)
     monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
     for kind in ("tiled", "im2col"):
         name = f"escort.cuda.tensor_map.{kind}"
@@ -288,21 +297,21 @@ def test_a_runner_launches_its_kernels(
         for given in (x, x.contiguous(memory_format=torch.channels_last)):
             y = run(given, residual)
             assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.precision]
-            layout = torch.channels_last if config.takes_channels_last else torch.contiguous_format
-            assert y.is_contiguous(memory_format=layout)
+            memory_format = torch.channels_last if config.takes_channels_last else torch.contiguous_format
+            assert y.is_contiguous(memory_format=memory_format)
 
 
 # On a GPU
 
 
 def on_the_gpu(case: Case, dtype: Precision) -> list[SparseTcConfig]:
-    """Some configs of a case there: of every fill, and in both layouts."""
+    """Some configs of a case there: of every tap group, and in both memory formats."""
     method, problem = SparseTc(), replace(case.problem, device="cuda:0", precision=dtype)
     if (reason := method.unsupported(problem)) is not None:
         pytest.skip(reason)
     configs = list(method.configs(problem, case.filter()))
-    fills = {tiling.config.fill: tiling.config for tiling in candidates(problem, H200, "contiguous")}
-    return list(dict.fromkeys([configs[0], configs[-1], *fills.values()]))
+    tap_groups = {tiling.config.tap_group: tiling.config for tiling in candidates(problem, H200, "contiguous")}
+    return list(dict.fromkeys([configs[0], configs[-1], *tap_groups.values()]))
 
 
 @pytest.mark.gpu
@@ -313,7 +322,7 @@ def test_case(case: Case, dtype: Precision) -> None:
 
 
 def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches: tuple[int, ...]) -> None:
-    """One runner for any batch, twice the same, for x in both layouts and in no one's."""
+    """One runner for any batch, twice the same, for x in both memory formats and in no one's."""
     sparse_filter = SparseFilter.from_dense(weight)
     bias = torch.randn(problem.out_channels) if problem.epilogue.bias else None
     run = SparseTc().prepare(problem, sparse_filter, bias, config)
@@ -338,7 +347,7 @@ def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches:
 
 @pytest.mark.gpu
 @of_each_kind
-def test_any_batch_in_any_layout_on_the_gpu(problem: Problem, config: SparseTcConfig) -> None:
+def test_any_batch_in_any_memory_format_on_the_gpu(problem: Problem, config: SparseTcConfig) -> None:
     check(problem, uneven(problem.weight_shape), config, (0, 1, 3, 70))
 
 
@@ -387,8 +396,8 @@ def test_inputs_are_rounded_to_tf32_on_the_gpu() -> None:
     problem = Problem(4, 64, 14, 14, 64, (1, 1), precision="tf32", device="cuda:0")
     identity = SparseFilter.from_dense(np.eye(64, dtype=np.float32)[:, :, None, None])
     x = torch.randn(problem.input_shape, device="cuda")
-    for layout, bits in (("contiguous", 11), ("channels_last", 10)):
-        config = SparseTcConfig("flat", 128, across=1, layout=layout)  # type: ignore[arg-type]
+    for memory_format, bits in (("contiguous", 11), ("channels_last", 10)):
+        config = SparseTcConfig("flat", 128, across=1, memory_format=memory_format)  # type: ignore[arg-type]
         y = SparseTc().prepare(problem, identity, None, config)(x)
         assert ((y - x).abs() <= x.abs() * 2.0**-bits).all()
         assert not (y.view(torch.int32) & 0x1FFF).any()

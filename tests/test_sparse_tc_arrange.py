@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from escort.cuda.compiler import KERNELS
-from escort.methods.cuda.sparse_tc import arrange_pieces
-from escort.methods.cuda.sparse_tc.tiling import ELEMENTS
+from escort.methods.cuda.sparse_tc.arrange import arrange_pieces
+from escort.methods.cuda.sparse_tc.config import ELEMENTS
 from tests.host import compiled
 
 #: What the kernel needs of CUDA, and a loop over its blocks. Loads and stores check that they are aligned.
@@ -72,26 +72,26 @@ def host_source() -> str:
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 @pytest.mark.parametrize(
-    ("images", "channels", "plane"),
+    ("samples", "channels", "plane"),
     [(2, 64, 49), (1, 100, 196), (2, 8, 150), (1, 130, 12 * 12), (1, 3, 1), (1, 70, 336)],
 )
-def test_channels_are_laid_out_in_order(images: int, channels: int, plane: int, dtype: str, tmp_path: Path) -> None:
+def test_channels_are_laid_out_in_order(samples: int, channels: int, plane: int, dtype: str, tmp_path: Path) -> None:
     element = ELEMENTS[dtype]
     vector, pieces, piece = arrange_pieces(plane, element)
     assert vector * element.bytes <= 16 and plane % vector == 0
     assert piece % 8 == 0 and piece <= 128 and 0 < plane - (pieces - 1) * piece <= piece
     library = compiled(host_source(), tmp_path, {"BYTES": element.bytes, "VECTOR": vector})
     generator = np.random.default_rng(0)
-    places = -(-channels // element.block) * element.block
+    places = -(-channels // element.k_block) * element.k_block
     order = generator.permutation(places).astype(np.int32)
     order[order >= channels] = -1
-    x = generator.integers(1, 1 << 8 * element.bytes, (images, channels, plane)).astype(f"u{element.bytes}")
+    x = generator.integers(1, 1 << 8 * element.bytes, (samples, channels, plane)).astype(f"u{element.bytes}")
     if dtype == "tf32":
         special = np.array([0x7F800000, 0xFF800000, 0x7FFFFFFF, 0x7F800001, 0x3F801000], dtype=np.uint32)
         x.flat[: len(special)] = special[: x.size]
-    to = np.full((images, plane, places), 0xDEAD, dtype=x.dtype)
+    to = np.full((samples, plane, places), 0xDEAD, dtype=x.dtype)
     pointers = (ctypes.c_void_p(array.ctypes.data) for array in (x, to, order))
-    grid = images * pieces, places // element.block
+    grid = samples * pieces, places // element.k_block
     library.run(*pointers, channels, plane, pieces, piece, *grid)
     expected = np.where(order >= 0, x.transpose(0, 2, 1)[..., order], x.dtype.type(0))
     if dtype == "tf32":

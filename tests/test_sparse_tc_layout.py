@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from escort.cuda.gpu import H200
-from escort.filter import SparseFilter, split
-from escort.methods.cuda.sparse_tc.packing import ordered, pack
+from escort.filter import SparseFilter
+from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig, UnfitError
+from escort.methods.cuda.sparse_tc.orders import order_filter
+from escort.methods.cuda.sparse_tc.packing import pack
 from escort.methods.cuda.sparse_tc.search import candidates
-from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, SparseTcConfig, Tiling, UnfitError
+from escort.methods.cuda.sparse_tc.split import split
+from escort.methods.cuda.sparse_tc.tiling import Tiling
 from escort.problem import TORCH_DTYPE, Precision, Problem
 from tests.sparse_tc_model import decode, emulate, laid_out
 
@@ -72,14 +75,14 @@ def rounded(weight: np.ndarray, dtype: Precision) -> np.ndarray:
     return np.ldexp(np.rint(mantissa * 2**11), exponent - 11)
 
 
-def some_tilings(problem: Problem, fill: str, layout: str) -> list[Tiling]:
-    """A few that differ in what matters: warpgroups, blocks, clusters, several images, uneven pixels."""
-    found = [t for t in candidates(problem, H200, layout) if t.config.fill == fill]  # type: ignore[arg-type]
+def some_tilings(problem: Problem, tap_group: str, memory_format: str) -> list[Tiling]:
+    """A few that differ in what matters: warpgroups, blocks, clusters, several samples, uneven pixels."""
+    found = [t for t in candidates(problem, H200, memory_format) if t.config.tap_group == tap_group]  # type: ignore[arg-type]
     wanted = (
-        lambda c: c.across == 2 and c.blocks == 1,
+        lambda c: c.across == 2 and c.m_blocks == 1,
         lambda c: c.across == 1 and c.cluster == 2,
-        lambda c: c.across == 1 and c.blocks == 2,
-        lambda c: c.images > 1 and c.pixels % 16,
+        lambda c: c.across == 1 and c.m_blocks == 2,
+        lambda c: c.samples > 1 and c.pixels % 16,
         lambda c: 1 < c.rows < problem.out_height,
     )
     picked: dict[SparseTcConfig, Tiling] = {}
@@ -88,7 +91,7 @@ def some_tilings(problem: Problem, fill: str, layout: str) -> list[Tiling]:
     return list(picked.values())
 
 
-def fills(problem: Problem) -> tuple[str, ...]:
+def tap_groups(problem: Problem) -> tuple[str, ...]:
     """Those that can be had."""
     if problem.stride != (1, 1):
         return ("im2col",)
@@ -98,12 +101,16 @@ def fills(problem: Problem) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(("name", "fill"), [(name, fill) for name in CASES for fill in fills(CASES[name][0])])
-def test_the_kernels_coordinates_make_a_convolution(name: str, fill: str, layout: str, dtype: Precision) -> None:
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("name", "tap_group"), [(name, tap_group) for name in CASES for tap_group in tap_groups(CASES[name][0])]
+)
+def test_the_kernels_coordinates_make_a_convolution(
+    name: str, tap_group: str, memory_format: str, dtype: Precision
+) -> None:
     problem, density = CASES[name]
     problem = replace(problem, precision=dtype)
-    tilings = some_tilings(problem, fill, layout)
+    tilings = some_tilings(problem, tap_group, memory_format)
     assert tilings
     weight = integers(problem.weight_shape, density)
     sparse_filter = SparseFilter.from_dense(weight)
@@ -113,18 +120,18 @@ def test_the_kernels_coordinates_make_a_convolution(name: str, fill: str, layout
     expected = F.conv2d(
         padded, torch.from_numpy(weight).double(), stride=problem.stride, dilation=problem.dilation
     ).numpy()
-    places = ordered(sparse_filter, layout, ELEMENTS[dtype])  # type: ignore[arg-type]
+    ordered = order_filter(sparse_filter, memory_format, ELEMENTS[dtype])  # type: ignore[arg-type]
     for tiling in tilings:
-        packed = pack(places, tiling)
-        assert np.array_equal(emulate(tiling, packed, laid_out(x, places, tiling)), expected), tiling.config
+        packed = pack(ordered, tiling)
+        assert np.array_equal(emulate(tiling, packed, laid_out(x, ordered, tiling)), expected), tiling.config
 
 
 RES4 = Problem(8, 256, 14, 14, 192, (3, 3), padding=SAME, precision="fp16")
 CONFIGS = [
     SparseTcConfig("halo", 216, rows=14),
     SparseTcConfig("columns", 112, across=1, rows=14),
-    SparseTcConfig("im2col", 64, across=2, blocks=2),
-    SparseTcConfig("im2col", 64, layout="channels_last"),
+    SparseTcConfig("im2col", 64, across=2, m_blocks=2),
+    SparseTcConfig("im2col", 64, memory_format="channels_last"),
 ]
 
 
@@ -134,29 +141,33 @@ def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision)
     problem = replace(RES4, precision=dtype)
     weight = uneven(problem.weight_shape)
     sparse_filter = SparseFilter.from_dense(weight)
-    tiling, places = (
+    tiling, ordered = (
         Tiling.of(problem, config, H200.shared_bytes),
-        ordered(sparse_filter, config.layout, ELEMENTS[dtype]),
+        order_filter(sparse_filter, config.memory_format, ELEMENTS[dtype]),
     )
-    packed = pack(places, tiling)
-    assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
-    regular = tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
-    assert len(packed.images) - regular == round(places.extra(config.tile_channels, places.block) * regular) > 0
-    assert 0.0 < places.split.share < 0.2
+    packed = pack(ordered, tiling)
+    assert np.array_equal(decode(packed, ordered, tiling), rounded(weight, dtype))
+    regular = tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
+    assert (
+        len(packed.weight_tiles) - regular
+        == round(ordered.remainder_share(config.tile_channels, ordered.k_block) * regular)
+        > 0
+    )
+    assert 0.0 < ordered.split.share < 0.2
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
 def test_the_decoder_notices(dtype: Precision) -> None:
     sparse_filter = SparseFilter.from_dense(uneven(RES4.weight_shape))
     tiling = Tiling.of(replace(RES4, precision=dtype), CONFIGS[0], H200.shared_bytes)
-    places = ordered(sparse_filter, "contiguous", tiling.element)
-    packed = pack(places, tiling)
-    expected = decode(packed, places, tiling)
+    ordered = order_filter(sparse_filter, "contiguous", tiling.element)
+    packed = pack(ordered, tiling)
+    expected = decode(packed, ordered, tiling)
     for at in (18, 2 * 4096 + 5):  # a value, metadata
-        images = packed.images.copy()
-        images[3, at] ^= 0x11
+        weight_tiles = packed.weight_tiles.copy()
+        weight_tiles[3, at] ^= 0x11
         try:
-            assert not np.array_equal(decode(replace(packed, images=images), places, tiling), expected)
+            assert not np.array_equal(decode(replace(packed, weight_tiles=weight_tiles), ordered, tiling), expected)
         except AssertionError as error:
             assert "ascend" in str(error) or "means anything" in str(error)
 
@@ -167,27 +178,30 @@ def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: 
     weight = structured(RES4.weight_shape, dtype)
     sparse_filter = SparseFilter.from_dense(weight)
     tiling = Tiling.of(replace(RES4, precision=dtype), config, H200.shared_bytes)
-    places = ordered(sparse_filter, config.layout, tiling.element)
-    packed = pack(places, tiling)
-    assert places.split.residual.nnz == 0 and places.extra(64, places.block) == 0.0
-    assert len(packed.images) == tiling.channel_tiles * len(tiling.fills) * len(tiling.fills[0])
-    assert np.array_equal(decode(packed, places, tiling), rounded(weight, dtype))
+    ordered = order_filter(sparse_filter, config.memory_format, tiling.element)
+    packed = pack(ordered, tiling)
+    assert ordered.split.remainder.nnz == 0 and ordered.remainder_share(64, ordered.k_block) == 0.0
+    assert len(packed.weight_tiles) == tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
+    assert np.array_equal(decode(packed, ordered, tiling), rounded(weight, dtype))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "tf32"])
-def test_the_order_leaves_less_over_in_fewer_images(dtype: Precision) -> None:
+def test_the_order_leaves_less_over_in_fewer_weight_tiles(dtype: Precision) -> None:
     sparse_filter, element = SparseFilter.from_dense(uneven((256, 256, 3, 3))), ELEMENTS[dtype]
-    spread, natural = ordered(sparse_filter, "contiguous", element), ordered(sparse_filter, "channels_last", element)
+    spread, natural = (
+        order_filter(sparse_filter, "contiguous", element),
+        order_filter(sparse_filter, "channels_last", element),
+    )
     assert spread.split.share < natural.split.share
-    assert spread.extra(128, spread.block) < natural.extra(128, natural.block)
-    assert ordered(sparse_filter, "contiguous", element) is spread, "remembered"
+    assert spread.remainder_share(128, spread.k_block) < natural.remainder_share(128, natural.k_block)
+    assert order_filter(sparse_filter, "contiguous", element) is spread, "remembered"
 
 
-def test_empty_halves_of_images_are_not_multiplied() -> None:
+def test_empty_halves_of_weight_tiles_are_not_multiplied() -> None:
     problem, _ = CASES["few channels"]
     sparse_filter = SparseFilter.from_dense(integers(problem.weight_shape, 0.3))
     tiling = Tiling.of(replace(problem, precision="fp16"), SparseTcConfig("halo", 96, rows=9), H200.shared_bytes)
-    packed = pack(ordered(sparse_filter, "channels_last", tiling.element), tiling)
+    packed = pack(order_filter(sparse_filter, "channels_last", tiling.element), tiling)
     halves = packed.steps[:-1] >> 16 & 3
     assert halves[0] == 3 and set(halves[1:].tolist()) == {1}
 
@@ -206,16 +220,16 @@ def test_a_weight_beyond_the_precision_is_refused(dtype: Precision, large: float
     sparse_filter = SparseFilter.from_dense(weight)
     tiling = Tiling.of(replace(RES4, precision=dtype), CONFIGS[0], H200.shared_bytes)
     with pytest.raises(ValueError, match=message):
-        pack(ordered(sparse_filter, "contiguous", tiling.element), tiling)
+        pack(order_filter(sparse_filter, "contiguous", tiling.element), tiling)
 
 
 def test_packing_is_quick() -> None:
     problem = Problem(32, 512, 7, 7, 512, (3, 3), padding=SAME, precision="fp16")
     sparse_filter = SparseFilter.from_dense(uneven(problem.weight_shape))
-    tiling = Tiling.of(problem, SparseTcConfig("halo", 248, rows=7, images=4), H200.shared_bytes)
-    places = ordered(sparse_filter, "channels_last", tiling.element)
+    tiling = Tiling.of(problem, SparseTcConfig("halo", 248, rows=7, samples=4), H200.shared_bytes)
+    ordered = order_filter(sparse_filter, "channels_last", tiling.element)
     begin = time.thread_time()
-    pack(places, tiling)
+    pack(ordered, tiling)
     assert time.thread_time() - begin < 1.0
 
 
@@ -225,16 +239,16 @@ def test_packing_is_quick() -> None:
         (CASES["stride 2"][0], SparseTcConfig("halo", 96, rows=4), "stride 1, got"),
         (RES4, SparseTcConfig("flat", 96), "flat is for pointwise"),
         (RES4, SparseTcConfig("halo", 208, rows=14), "208 pixels of a tile do not hold its 209 outputs"),
-        (RES4, SparseTcConfig("halo", 216, rows=7, images=2), "has all their rows"),
-        (RES4, SparseTcConfig("im2col", 256, blocks=2), "do not fit a warpgroup"),
+        (RES4, SparseTcConfig("halo", 216, rows=7, samples=2), "has all their rows"),
+        (RES4, SparseTcConfig("im2col", 256, m_blocks=2), "do not fit a warpgroup"),
         (RES4, SparseTcConfig("im2col", 100), "do not fit a warpgroup"),
         (CASES["pointwise"][0], SparseTcConfig("flat", 256, across=1), "larger than what the device copies"),
         (CASES["padding beyond the kernel"][0], SparseTcConfig("halo", 256, rows=4), "choose columns"),
         (replace(RES4, stride=(9, 1)), SparseTcConfig("im2col", 64), "reach no such stride"),
-        (replace(RES4, out_channels=20), SparseTcConfig("im2col", 64, layout="channels_last"), "multiples of 8"),
+        (replace(RES4, out_channels=20), SparseTcConfig("im2col", 64, memory_format="channels_last"), "multiples of 8"),
         (
             replace(RES4, in_channels=22, precision="tf32"),
-            SparseTcConfig("im2col", 64, layout="channels_last"),
+            SparseTcConfig("im2col", 64, memory_format="channels_last"),
             "multiples of 4",
         ),
     ],

@@ -19,8 +19,10 @@ from escort import reference
 from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
-from escort.methods.cuda.sparse_tc.packing import ordered, pack
-from escort.methods.cuda.sparse_tc.tiling import SparseTcConfig, Tiling, im2col_corners
+from escort.methods.cuda.sparse_tc.config import SparseTcConfig
+from escort.methods.cuda.sparse_tc.orders import order_filter
+from escort.methods.cuda.sparse_tc.packing import pack
+from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
 from escort.problem import Precision
 from tests.cases import FULL
 from tests.host import compiled
@@ -92,7 +94,6 @@ static Meeting cluster;
 static Index gridDim;
 static thread_local Index blockIdx, threadIdx;
 static thread_local Block* block;
-static u32 __cvta_generic_to_shared(const void*) { return 0; }
 static void __syncthreads() { block->all.wait(); }
 static void __syncwarp() { block->warps[threadIdx.x / 32].wait(); }
 template <class T> static T __shfl_sync(u32, T value, int lane) {
@@ -139,7 +140,7 @@ void mma(float (&d)[PIXELS / 2], u64 a, u64 b, u32 metadata, int accumulate) {
   group.wait();
 }
 """
-#: In place of the section of PTX.
+#: In place of sparse_tc_ptx.cuh.
 INSTRUCTIONS = """
 #if STORAGE
 using Element = u16;
@@ -159,17 +160,18 @@ void barrier_init(u32 barrier, int count) { block->barriers[barrier].all = block
 void barrier_expect(u32 barrier, int bytes) { block->barriers.at(barrier).change(1, bytes); }
 void barrier_arrive(u32 barrier) { block->barriers.at(barrier).change(1, 0); }
 void barrier_arrive_at(u32 barrier, u32 other) { blocks[other].barriers.at(barrier).change(1, 0); }
-void barrier_wait(u32 barrier, u32 parity) { block->barriers.at(barrier).wait(parity); }
-void load_part(u32 to, const u8* from, u32 barrier) {
-  for (int other = 0; other < CLUSTER; other++) {
-    std::memcpy(blocks[other].shared + to, from, A_BYTES / CLUSTER);
-    blocks[other].barriers.at(barrier).change(0, -A_BYTES / CLUSTER);
+void barrier_wait_opaque(u32 barrier, u32 parity) { block->barriers.at(barrier).wait(parity); }
+void barriers_are_ready() {}
+template <int BYTES, int BLOCKS> void load_to_cluster(u32 to, const u8* from, u32 barrier) {
+  for (int other = 0; other < BLOCKS; other++) {
+    std::memcpy(blocks[other].shared + to, from, BYTES);
+    blocks[other].barriers.at(barrier).change(0, -BYTES);
   }
 }
 // A block of channels of a pixel, or zeros, in 128-byte swizzle.
 u8* swizzled(u32 at, int byte) { return block->shared + ((at + byte) ^ ((at >> 7 & 7) << 4)); }
 void load_pixel(u32 to, const TensorMap& map, int c, int w, int h, int n) {
-  for (int i = 0; i < K_BLOCK; i++) {
+  for (int i = 0; i < 128 / int(sizeof(Element)); i++) {
     const Element* const from = map.at(c + i, w, h, n);
     std::memcpy(swizzled(to, i * sizeof(Element)), from ? from : &map.zero, sizeof(Element));
   }
@@ -202,11 +204,19 @@ void store_commit() {}
 void store_wait() {}
 void async_fence() {}
 void meet() { cluster.wait(); }
-void sync(int id, int threads) { (threads == CONSUMERS ? block->named[0] : block->named[id]).wait(); }
+void sync(int id, int threads) { (threads == 256 ? block->named[0] : block->named[id]).wait(); }
 void mma_fence() {}
 void mma_commit() {}
 template <int IN_FLIGHT> void mma_wait() { __syncwarp(); }  // as it says: .sync
-u32 load_word(u32 address) { u32 v; std::memcpy(&v, block->shared + address, 4); return v; }
+template <int REGISTERS> void give_registers_up() {}
+template <int REGISTERS> void take_registers() {}
+void let_next_kernel_start() {}
+void wait_for_previous_kernel() {}
+u32 shared_address(const void*) { return 0; }
+void forget(float& v) { v = NAN; }
+void obscure(int&) {}
+float at_least_0(float v) { return std::fmax(v, 0.0f); }
+float at_most_6(float v) { return std::fmin(v, 6.0f); }
 template <class T> void load_shared(u32 address, T& v) {
   if (address % sizeof v) std::abort();
   std::memcpy(&v, block->shared + address, sizeof v);
@@ -236,7 +246,7 @@ template <int COUNT, bool TRANSPOSED> void store_matrices(u32 address, const u32
     }
   __syncwarp();
 }
-template <int COUNT> void load_matrices(u32 address, u32* v) {  // transposed
+template <int COUNT> void load_transposed(u32 address, u32* v) {
   u32 row[32];
   addresses(address, row);
   const int lane = threadIdx.x % 32;
@@ -250,7 +260,8 @@ template <int COUNT> void load_matrices(u32 address, u32* v) {  // transposed
 """
 RUN = """
 extern "C" int run(const TensorMap* x, const u8* a, const float* bias, const int* first, const u32* steps,
-                   const int* row_channel, TensorMap* y, TensorMap* residual, int images, int groups, int clusters) {
+                   const int* out_order, TensorMap* y, TensorMap* residual, int samples, int tile_groups,
+                   int clusters) {
   stuck = false;
   gridDim.x = clusters * CLUSTER;
   for (int number = 0; number < clusters; number++) {
@@ -271,9 +282,9 @@ extern "C" int run(const TensorMap* x, const u8* a, const float* bias, const int
           blockIdx.x = number * CLUSTER + rank;
           threadIdx.x = thread;
 #if BOXES_OUT
-          sparse_tc(*x, a, bias, first, steps, *y, *residual, images, groups);
+          sparse_tc(*x, a, bias, first, steps, *y, *residual, samples, tile_groups);
 #else
-          sparse_tc(*x, a, bias, first, steps, row_channel, y->tensor, residual->tensor, images, groups);
+          sparse_tc(*x, a, bias, first, steps, out_order, y->tensor, residual->tensor, samples, tile_groups);
 #endif
         });
     }
@@ -297,96 +308,84 @@ class TensorMap(ctypes.Structure):
     )
 
 
-def host(match: re.Match[str]) -> str:
-    """What stands for an instruction outside the section of PTX."""
-    text = match[1]
-    if found := re.search(r"stmatrix.*?\.x(\d)(\.trans)?.*?::\"r\"\((.*?)\),\s*\"r\"\(v\[0\]\)", text, re.DOTALL):
-        return f"store_matrices<{found[1]}, {'true' if found[2] else 'false'}>({found[3]}, v);\n"
-    if found := re.search(r"ldmatrix.*?\.x(\d)\.trans.*?: \"r\"\((.*?)\)\s*: \"memory\"", text, re.DOTALL):
-        return f"load_matrices<{found[1]}>({found[2]}, r);\n"
-    if "max.NaN" in text:
-        return "sum = std::fmax(sum, 0.0f);\n"
-    if "min.NaN" in text:
-        return "sum = std::fmin(sum, 6.0f);\n"
-    if '"=f"(d[i][j])' in text:
-        return "d[i][j] = NAN;\n"
-    if "ld.shared" in text:
-        register = re.search(r'"=[hr]"\((\w+)', text)[1]  # type: ignore[index]
-        offset = 2 if "[%1 + 2]" in text else 0
-        return f"std::memcpy(&{register}, block->shared + from + {offset}, sizeof {register});\n"
-    if '"+r"(of_tile)' in text:
-        return ";\n"
-    assert re.search(r"fence\.|griddepcontrol|setmaxnreg", text), text
-    return ";\n"
-
-
 def host_source() -> str:
-    text = (KERNELS / "sparse_tc.cuh").read_text()
-    begin, end = text.index("struct __align__(64) TensorMap"), text.index("// Matrix descriptors")
-    text = text[:begin] + INSTRUCTIONS + text[end:]
-    text = re.sub(r"#include <cuda_\w+\.h>", "", text)
+    included: set[str] = set()
+
+    def include(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in included or name == "ptx.cuh":
+            return ""
+        included.add(name)
+        return INSTRUCTIONS if name == "sparse_tc_ptx.cuh" else expanded(name)
+
+    def expanded(name: str) -> str:
+        return re.sub(r'#include "(.*)"\n', include, (KERNELS / name).read_text().replace("#pragma once\n", ""))
+
+    text = re.sub(r"#include <cuda_\w+\.h>", "", expanded("sparse_tc.cuh"))
+    assert "asm" not in text, "instructions belong to sparse_tc_ptx.cuh"
     text = text.replace("extern __shared__ __align__(1024) u8 memory[];", "u8* const memory = block->shared;")
-    source = re.sub(r"asm(?: volatile)?\((.*?)\);\n", host, text, flags=re.DOTALL)
-    return CUDA_ON_A_CPU + MBARRIER + BLOCKS + source + RUN
+    return CUDA_ON_A_CPU + MBARRIER + BLOCKS + text + RUN
 
 
-#: A case, a config, and the layout that comes with an epilogue.
+#: A case, a config, and the memory format that comes with an epilogue.
 KINDS = {
     "halo": ("3x3", SparseTcConfig("halo", 112, rows=7, cluster=2), "contiguous"),
-    "halo along": ("3x3", SparseTcConfig("halo", 56, across=1, blocks=2, rows=7), "channels_last"),
+    "halo along": ("3x3", SparseTcConfig("halo", 56, across=1, m_blocks=2, rows=7), "channels_last"),
     "columns": ("even kernel, uneven padding", SparseTcConfig("columns", 80, rows=5), "contiguous"),
-    "columns of images": (
+    "columns of samples": (
         "dilation",
-        SparseTcConfig("columns", 208, across=1, rows=11, images=2, cluster=2),
+        SparseTcConfig("columns", 208, across=1, rows=11, samples=2, cluster=2),
         "channels_last",
     ),
-    "im2col": ("stride 1 by 3, uneven padding", SparseTcConfig("im2col", 24, across=1, blocks=1), "channels_last"),
+    "im2col": ("stride 1 by 3, uneven padding", SparseTcConfig("im2col", 24, across=1, m_blocks=1), "channels_last"),
     "im2col across": ("dilation and stride", SparseTcConfig("im2col", 40), "contiguous"),
-    "flat": ("pointwise", SparseTcConfig("flat", 48, blocks=2, cluster=2), "contiguous"),
+    "flat": ("pointwise", SparseTcConfig("flat", 48, m_blocks=2, cluster=2), "contiguous"),
     "flat along": ("pointwise, even plane", SparseTcConfig("flat", 24, across=1), "channels_last"),
 }
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "tf32"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_source_computes_the_convolution(kind: str, layout: str, dtype: Precision, tmp_path: Path) -> None:
+def test_the_source_computes_the_convolution(kind: str, memory_format: str, dtype: Precision, tmp_path: Path) -> None:
     name, config, with_epilogue = KINDS[kind]
-    full = layout == with_epilogue
+    full = memory_format == with_epilogue
     problem, density = CASES[name]
     problem = replace(problem, precision=dtype, epilogue=FULL if full else problem.epilogue)
-    config = replace(config, layout=layout)  # type: ignore[arg-type]
+    config = replace(config, memory_format=memory_format)  # type: ignore[arg-type]
     tiling = Tiling.of(problem, config, H200.shared_bytes)
     weight = integers(problem.weight_shape, density)
-    places = ordered(SparseFilter.from_dense(weight), config.layout, tiling.element)
-    packed = pack(places, tiling)
+    ordered = order_filter(SparseFilter.from_dense(weight), config.memory_format, tiling.element)
+    packed = pack(ordered, tiling)
     generator = np.random.default_rng(1)
     x = generator.integers(-3, 4, problem.input_shape).astype(np.float64)
-    bias = np.where(packed.row_channel >= 0, packed.row_channel % 5, 0).astype(np.float32) * full
+    bias = np.where(packed.out_order >= 0, packed.out_order % 5, 0).astype(np.float32) * full
     last = config.takes_channels_last
     shape = problem.output_shape if not last else tuple(problem.output_shape[i] for i in (0, 2, 3, 1))
     residual = torch.from_numpy(generator.integers(-9, 9, shape)).to(problem.storage)
     y = torch.full(shape, float("nan"), dtype=problem.storage)
-    nhwc = torch.from_numpy(laid_out(x, places, tiling)).to(problem.storage).contiguous()
-    images, height, width, channels = nhwc.shape
-    x_map = TensorMap(nhwc.data_ptr(), (channels, width, height, images), tiling.load)
-    whole_rows = config.fill in ("columns", "halo")
+    nhwc = torch.from_numpy(laid_out(x, ordered, tiling)).to(problem.storage).contiguous()
+    samples, height, width, channels = nhwc.shape
+    x_map = TensorMap(nhwc.data_ptr(), (channels, width, height, samples), tiling.load)
+    whole_rows = config.tap_group in ("columns", "halo")
     plane = problem.out_height * problem.out_width
-    sizes = (problem.out_width, problem.out_height, images) if whole_rows else (images * plane, 1, 1)
+    sizes = (problem.out_width, problem.out_height, samples) if whole_rows else (samples * plane, 1, 1)
     y_map, residual_map = (TensorMap(t.data_ptr(), (problem.out_channels, *sizes), tiling.store) for t in (y, residual))
-    if config.fill == "im2col":
+    if config.tap_group == "im2col":
         x_map.lower, x_map.upper = im2col_corners(problem)
         x_map.stride, x_map.pixels = problem.stride[::-1], config.pixels
-    elif config.fill == "flat":
-        x_map.sizes = channels, images * height * width, 1, 1
+    elif config.tap_group == "flat":
+        x_map.sizes = channels, samples * height * width, 1, 1
     defines = tiling.defines | {"ACTIVATION": int(full), "RESIDUAL": int(full)}
-    tables = (packed.images, bias, packed.first, packed.steps, packed.row_channel)
+    tables = (packed.weight_tiles, bias, packed.first, packed.steps, packed.out_order)
     pointers = [ctypes.c_void_p(np.ascontiguousarray(table).ctypes.data) for table in tables]
     maps = [ctypes.byref(one) for one in (y_map, residual_map)]
-    groups = tiling.groups(images)
-    clusters = max(groups * tiling.channel_tiles // 2, 1)  # some compute several tiles
+    tile_groups = tiling.tile_groups(samples)
+    clusters = max(tile_groups * tiling.channel_tiles // 2, 1)  # some compute several tiles
     run = compiled(host_source(), tmp_path, defines).run
-    assert run(ctypes.byref(x_map), *pointers, *maps, images, groups, clusters) == 0, "a barrier was waited for in vain"
+    assert run(ctypes.byref(x_map), *pointers, *maps, samples, tile_groups, clusters) == 0, (
+        "a barrier was waited for in vain"
+    )
     by_channel = torch.arange(problem.out_channels) % 5.0 * full
     added = (residual.permute(0, 3, 1, 2) if last else residual) if full else None
     expected = reference.conv2d(problem, torch.from_numpy(x), torch.from_numpy(weight), by_channel, added)

@@ -3,20 +3,18 @@
 Every torch operator hands on the memory format of what it is given, so a network stays in channels_last from the first
 convolution that is asked for it. What must change: a ``view`` of NCHW tensors is none of others; and where our
 convolutions alone write and read a tensor, the order of its channels is free, and becomes the one that lets the
-filters' :func:`escort.filter.split` leave little over. A tensor that is added to another has that one's order.
+filters suit the methods best. A tensor that is added to another has that one's order.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from escort.filter import SparseFilter, spread_channels
-from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, Element
+from escort.methods import channel_order
 from escort.network.fuse import FusedConv2d, mutates
 from escort.problem import Precision
 
@@ -29,7 +27,7 @@ _LYING = ("as_strided", "view_as", "stride", "is_contiguous", "storage_offset", 
 
 def precluded(network: fx.GraphModule, precision: Precision) -> str | None:
     """Why a network of FusedConv2d's is not tried in channels_last, or None where it is."""
-    if precision not in ELEMENTS:
+    if precision == "fp32":
         return f"tensor cores multiply no {precision}"
     for node in network.graph.nodes:
         if node.op not in ("call_function", "call_method"):
@@ -50,15 +48,8 @@ def rewrite(network: fx.GraphModule, precision: Precision) -> fx.GraphModule:
             node.target = _VIEWS.get(node.target, node.target)
     network.recompile()
     for alike in _alike(network):
-        _reorder(network, alike, ELEMENTS[precision])
+        _reorder(network, alike, precision)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def best_order(weights: Sequence[torch.Tensor], element: Element) -> torch.Tensor:
-    """The order of their input channels, (C,) int64, for weights (K, C, R, S) that read the same tensor."""
-    taps = torch.cat([weight.permute(0, 2, 3, 1).flatten(0, 2) for weight in weights])
-    order = spread_channels(SparseFilter.from_dense(taps[:, :, None, None]), element.kept, element.of)
-    return torch.from_numpy(order).long().to(taps.device)
 
 
 def _alike(network: fx.GraphModule) -> list[list[fx.Node]]:
@@ -74,7 +65,7 @@ def _alike(network: fx.GraphModule) -> list[list[fx.Node]]:
     return list({id(group): group for group in groups.values()}.values())
 
 
-def _reorder(network: fx.GraphModule, alike: list[fx.Node], element: Element) -> None:
+def _reorder(network: fx.GraphModule, alike: list[fx.Node], precision: Precision) -> None:
     """Changes the order of the channels of some tensors, if our convolutions alone write and read them."""
     writers: list[FusedConv2d] = []
     readers: list[FusedConv2d] = []
@@ -92,7 +83,9 @@ def _reorder(network: fx.GraphModule, alike: list[fx.Node], element: Element) ->
                 return
     if not readers or any(convolution.conv.groups > 1 for convolution in writers + readers):
         return
-    channels = best_order([reader.conv.weight for reader in readers], element)
+    channels = channel_order([reader.conv.weight for reader in readers], precision, "cuda")
+    if channels is None:
+        return
     with torch.no_grad():
         for writer in writers:
             for tensor in (writer.conv.weight, writer.conv.bias):

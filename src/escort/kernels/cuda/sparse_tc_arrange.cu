@@ -1,7 +1,7 @@
-// x (images, channels, plane) to (images, plane, 128 bytes * blocks), channels in a given order:
+// x (samples, channels, plane) to (samples, plane, 128 bytes * blocks), channels in a given order:
 // to[n][p][i] = x[n][order[i]][p], or 0 where order[i] is negative. Floats are rounded to TF32 on the way.
 //
-// A block takes 32 words of channels and a piece of an image's plane. A word is two 16-bit channels that lie side by
+// A block takes 32 words of channels and a piece of a sample's plane. A word is two 16-bit channels that lie side by
 // side in `to`, or a float. Lanes read VECTOR neighbouring pixels of the channels of a word, a warp runs of 32 pixels;
 // rows of shared memory are pixels, 33 words apart, so that neither writing nor reading them meets the same bank twice.
 // Stores are 128 bytes of a pixel.
@@ -26,9 +26,9 @@ struct Elements {
   };
 };
 
-__device__ __forceinline__ Elements load(const Element* __restrict__ image, int channel, int plane, int pixel) {
+__device__ __forceinline__ Elements load(const Element* __restrict__ sample, int channel, int plane, int pixel) {
   Elements e = {};
-  if (channel >= 0) e.vector = __ldg((const Vector*)(image + channel * (long long)plane + pixel));
+  if (channel >= 0) e.vector = __ldg((const Vector*)(sample + channel * (long long)plane + pixel));
   return e;
 }
 
@@ -36,14 +36,14 @@ __device__ __forceinline__ Elements load(const Element* __restrict__ image, int 
 struct Words {
 #if BYTES == 2
   Elements low, high;
-  __device__ void load_from(const Element* image, int2 channels, int plane, int pixel) {
-    low = load(image, channels.x, plane, pixel), high = load(image, channels.y, plane, pixel);
+  __device__ void load_from(const Element* sample, int2 channels, int plane, int pixel) {
+    low = load(sample, channels.x, plane, pixel), high = load(sample, channels.y, plane, pixel);
   }
   __device__ u32 word(int j) const { return low.at[j] | (u32)high.at[j] << 16; }
 #else
   Elements elements;
-  __device__ void load_from(const Element* image, int channel, int plane, int pixel) {
-    elements = load(image, channel, plane, pixel);
+  __device__ void load_from(const Element* sample, int channel, int plane, int pixel) {
+    elements = load(sample, channel, plane, pixel);
   }
   __device__ u32 word(int j) const {
     u32 rounded;
@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 5)
   constexpr int AT_ONCE = VECTOR == 8 ? 2 : 4;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int n = blockIdx.x / pieces, first = (blockIdx.x - n * pieces) * piece, count = min(piece, plane - first);
-  const Element* const image = x + n * (long long)channels * plane;
+  const Element* const sample = x + n * (long long)channels * plane;
   const Channels* const channels_of = order + blockIdx.y * 32;
   for (int i = warp; i < (count + 31) / 32 * RUNS; i += THREADS / 32 * AT_ONCE) {
     Words words[AT_ONCE];
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 5)
     for (int u = 0; u < AT_ONCE; u++) {
       const int run = i + u * (THREADS / 32);
       place[u] = run % RUNS * VECTOR + lane / LANES, pixel[u] = run / RUNS * 32 + lane % LANES * VECTOR;
-      if (pixel[u] < count) words[u].load_from(image, __ldg(channels_of + place[u]), plane, first + pixel[u]);
+      if (pixel[u] < count) words[u].load_from(sample, __ldg(channels_of + place[u]), plane, first + pixel[u]);
     }
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {

@@ -1,35 +1,41 @@
 """Method `sparse_tc`: sparse tensor cores, which skip two of each four weights (kernels/cuda/sparse_tc.cuh).
 
 An unstructured filter is the exact sum of one that keeps at most two of four neighbouring input channels (in TF32 one
-of two) and of what is left over, which is a second one and mostly empty (packing.py). Tensor cores read channels_last:
-x in NCHW is laid out so by a kernel of its own, which puts the channels in an order that leaves little over, and y is
-written in NCHW. What is in channels_last is taken and given as it is.
+of two) and of the remainder, which is a second one and mostly empty (split.py, packing.py). Tensor cores read
+channels_last: x in NCHW is arranged so by a kernel of its own (arrange.py), which puts the channels in an order with a
+small remainder (orders.py), and y is written in NCHW. What is in channels_last is taken and given as it is.
+
+`config` has the knobs, `tiling` what they mean for a convolution, and `search` lists those worth timing by `model`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from escort.cuda import kernel as jit
-from escort.cuda import tensor_map as tensor_maps
+from escort.cuda import tensor_map
 from escort.cuda.gpu import Gpu
-from escort.filter import IntArray, SparseFilter
+from escort.cuda.kernel import Kernel, Launch, TensorMap, arch, kernel, unavailable
+from escort.filter import FloatArray, IntArray, SparseFilter
 from escort.methods.base import Method, Prepared, aligned, input_check
-from escort.methods.cuda.sparse_tc.packing import ordered, pack
-from escort.methods.cuda.sparse_tc.search import Extra, candidates, predict_us, search
-from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, Element, SparseTcConfig, Tiling, at_once, im2col_corners
-from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
+from escort.methods.cuda.sparse_tc.arrange import arranger
+from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig
+from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
+from escort.methods.cuda.sparse_tc.orders import common_order, order_filter
+from escort.methods.cuda.sparse_tc.packing import Packed, pack
+from escort.methods.cuda.sparse_tc.search import candidates, search
+from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
 
 __all__ = ["SparseTc", "SparseTcConfig"]
 
 _MOST_CONFIGS, _MOST_BENCHMARKS = 8, 3
 _THREADS = 384  # of a block of sparse_tc.cuh
-_ARRANGE_THREADS, _ARRANGE_PIXELS = 256, 128  # of a block of sparse_tc_arrange.cu
-_MOST_ELEMENTS = 2**31 - 1
+_MOST_ELEMENTS = 2**31 - 1  # that 32 bits number
+_TILE_ELEMENTS = 1024  # that the last tile may number beyond y
 
 
 class SparseTc(Method):
@@ -44,13 +50,13 @@ class SparseTc(Method):
             return "sparse tensor cores multiply no fp32; ask for TF32, fp16 or bf16"
         if problem.groups > 1:
             return "each group would fill blocks of channels of its own, mostly with zeros; groups must be 1"
-        if math.prod(problem.output_shape[1:]) + 1024 > _MOST_ELEMENTS:
-            return "an image has more outputs than 32 bits number; use a smaller input"
+        if math.prod(problem.output_shape[1:]) + _TILE_ELEMENTS > _MOST_ELEMENTS:
+            return "a sample has more outputs than 32 bits number; use a smaller input"
         device = torch.device(problem.device)
-        if reason := jit.unavailable(device, native=True):
+        if reason := unavailable(device, native=True):
             return reason
-        if (arch := jit.arch(device, native=True)) != "sm_90a":
-            return f"the kernel is made of instructions that compute capability 9.0 alone has, and this is {arch}"
+        if (native := arch(device, native=True)) != "sm_90a":
+            return f"the kernel is made of instructions that compute capability 9.0 alone has, and this is {native}"
         if next(candidates(problem, Gpu.of(problem.device), problem.memory_format), None) is None:
             return "no tiling fits its kernel, stride, padding and dilation"
         return None
@@ -64,7 +70,7 @@ class SparseTc(Method):
         if config is None:
             (config,) = search(problem, sparse_filter, gpu, 1, problem.memory_format)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
-        return predict_us(tiling, Extra.of(ordered(sparse_filter, config.layout, tiling.element)), gpu)
+        return predict_us(tiling, Remainder.of(order_filter(sparse_filter, config.memory_format, tiling.element)), gpu)
 
     def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         """What it would run if x and y were in channels_last, and nothing converted."""
@@ -73,103 +79,93 @@ class SparseTc(Method):
         return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_BENCHMARKS, "channels_last")
 
     def input_format(self, config: SparseTcConfig) -> MemoryFormat:
-        return config.layout
+        return config.memory_format
+
+    def channel_order(self, weights: Sequence[torch.Tensor], precision: Precision) -> torch.Tensor | None:
+        if precision not in ELEMENTS:
+            return None
+        return common_order(weights, ELEMENTS[precision].kept, ELEMENTS[precision].of)
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: SparseTcConfig
     ) -> Prepared:
         device, gpu = torch.device(problem.device), Gpu.of(problem.device)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
-        places = ordered(sparse_filter, config.layout, tiling.element)
-        packed = pack(places, tiling)
+        ordered = order_filter(sparse_filter, config.memory_format, tiling.element)
+        compiled = _compiled(tiling, device)
+        launch = _bind(compiled, tiling, pack(ordered, tiling), bias)
+        check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + _TILE_ELEMENTS))
+        torch_format = TORCH_MEMORY_FORMAT[config.memory_format]
         last, boxes = config.takes_channels_last, tiling.stores_boxes
-        tables = [packed.images, _by_row(bias, packed.row_channel), packed.first, packed.steps.view(np.int32)]
-        if not boxes:
-            tables.append(packed.row_channel)
-        fixed = [torch.from_numpy(table).to(device) for table in tables]
-        given = (jit.TensorMap if boxes else torch.Tensor,) * 2  # y and residual
-        defines = tiling.defines | {
-            "ACTIVATION": problem.epilogue.activation_number,
-            "RESIDUAL": int(problem.epilogue.residual),
-        }
-        kernel = jit.kernel(tiling.source, defines, device, native=True)
-        launch = kernel.bind(_THREADS, tiling.shared_bytes, (jit.TensorMap, *fixed, *given, int, int), overlap=True)
-        check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + 1024))
-        memory_format = TORCH_MEMORY_FORMAT[config.layout]
         alignment = 16 if last else tiling.element.bytes * int(tiling.defines["VECTOR"])
-        arrange = None if last else _arrange(problem, tiling.element, places.channels, device)
+        arrange = None if last else arranger(problem, tiling.element, ordered.in_order, device)
         clusters, out_shape = gpu.clusters(config.cluster), problem.output_shape[1:]
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
-            images = len(x)
-            y = torch.empty((images, *out_shape), dtype=x.dtype, device=device, memory_format=memory_format)
-            if not images:
+            samples = len(x)
+            y = torch.empty((samples, *out_shape), dtype=x.dtype, device=device, memory_format=torch_format)
+            if not samples:
                 return y
-            x = x.contiguous(memory_format=memory_format)
+            x = x.contiguous(memory_format=torch_format)
             x = aligned(x, 16) if arrange is None else arrange(x)
             if residual is not None:
-                residual = aligned(residual.contiguous(memory_format=memory_format), alignment)
-            groups = tiling.groups(images)
-            grid = min(groups * tiling.channel_tiles, clusters) * config.cluster, 1, 1
-            x_map = _x_map(tiling, x, images)
+                residual = aligned(residual.contiguous(memory_format=torch_format), alignment)
+            tile_groups = tiling.tile_groups(samples)
+            grid = min(tile_groups * tiling.channel_tiles, clusters) * config.cluster, 1, 1
+            x_map = _x_map(tiling, x, samples)
             if boxes:
                 y_map = _y_map(tiling, y)
-                launch(grid, x_map, y_map, y_map if residual is None else _y_map(tiling, residual), images, groups)
+                residual_map = y_map if residual is None else _y_map(tiling, residual)
+                launch(grid, x_map, y_map, residual_map, samples, tile_groups)
             else:
-                launch(grid, x_map, y, residual, images, groups)
+                launch(grid, x_map, y, residual, samples, tile_groups)
             return y
 
-        return Prepared(run, kernel.binary, {"remainder_share": places.split.share})
+        return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share})
 
 
-def _by_row(bias: torch.Tensor | None, row_channel: IntArray) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    values = np.zeros(len(row_channel), dtype=np.float32)
+def _compiled(tiling: Tiling, device: torch.device) -> Kernel:
+    epilogue = tiling.problem.epilogue
+    defines = {"ACTIVATION": epilogue.activation_number, "RESIDUAL": int(epilogue.residual)}
+    return kernel(tiling.source, tiling.defines | defines, device, native=True)
+
+
+def _bind(compiled: Kernel, tiling: Tiling, packed: Packed, bias: torch.Tensor | None) -> Launch:
+    """A launch that is given x, y, the residual, the samples and the tile groups."""
+    tables = [packed.weight_tiles, _in_order(bias, packed.out_order), packed.first, packed.steps.view(np.int32)]
+    if not tiling.stores_boxes:
+        tables.append(packed.out_order)
+    fixed = [torch.from_numpy(table).to(tiling.problem.device) for table in tables]
+    output = TensorMap if tiling.stores_boxes else torch.Tensor
+    args = TensorMap, *fixed, output, output, int, int
+    return compiled.bind(_THREADS, tiling.shared_bytes, args, overlap=True)
+
+
+def _in_order(bias: torch.Tensor | None, out_order: IntArray) -> FloatArray:
+    """The bias of the output channel at each place, 0 where there is none."""
+    values = np.zeros(len(out_order), dtype=np.float32)
     if bias is not None:
-        values[row_channel >= 0] = bias.detach().float().cpu().numpy()[row_channel[row_channel >= 0]]
+        values[out_order >= 0] = bias.detach().float().cpu().numpy()[out_order[out_order >= 0]]
     return values
 
 
-def _x_map(tiling: Tiling, x: torch.Tensor, images: int) -> jit.TensorMap:
+def _x_map(tiling: Tiling, x: torch.Tensor, samples: int) -> TensorMap:
+    """How the copy engine sees x, which lies as the tensor cores read it."""
     p, config = tiling.problem, tiling.config
-    sizes = tiling.channels, p.width, p.height, images
-    if config.fill == "im2col":
+    sizes = tiling.channels, p.width, p.height, samples
+    if config.tap_group == "im2col":
         lower, upper = im2col_corners(p)
-        return tensor_maps.im2col(x, sizes, lower, upper, tiling.load[0], config.pixels, p.stride[::-1])
-    if config.fill == "flat":
-        sizes = tiling.channels, images * p.height * p.width, 1, 1
-    return tensor_maps.tiled(x, sizes, tiling.load)
+        return tensor_map.im2col(x, sizes, lower, upper, tiling.load[0], config.pixels, p.stride[::-1])
+    if config.tap_group == "flat":
+        sizes = tiling.channels, samples * p.height * p.width, 1, 1
+    return tensor_map.tiled(x, sizes, tiling.load)
 
 
-def _y_map(tiling: Tiling, y: torch.Tensor) -> jit.TensorMap:
-    images, channels, height, width = y.shape
-    whole_rows = tiling.config.fill in ("columns", "halo")
-    sizes = (channels, width, height, images) if whole_rows else (channels, images * height * width, 1, 1)
-    return tensor_maps.tiled(y, sizes, tiling.store)
-
-
-def _arrange(
-    problem: Problem, element: Element, channels: IntArray, device: torch.device
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What lays out x as the tensor cores read it, as kernels/cuda/sparse_tc_arrange.cu says."""
-    plane = problem.height * problem.width
-    vector, pieces, piece = arrange_pieces(plane, element)
-    kernel = jit.kernel("sparse_tc_arrange.cu", {"BYTES": element.bytes, "VECTOR": vector}, device)
-    order = torch.from_numpy(channels).to(device)
-    fixed = order, problem.in_channels, plane, pieces, piece
-    launch = kernel.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, *fixed), overlap=True)
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        x = aligned(x, element.bytes * vector)
-        arranged = torch.empty((len(x), plane, len(channels)), dtype=x.dtype, device=device)
-        launch((len(x) * pieces, len(channels) // element.block, 1), x, arranged)
-        return arranged
-
-    return run
-
-
-def arrange_pieces(plane: int, element: Element) -> tuple[int, int, int]:
-    """Elements that are read at once, the pieces of a plane, and the elements of each but the last, a multiple of 8."""
-    pieces = -(-plane // _ARRANGE_PIXELS)
-    piece = -(-plane // (pieces * 8)) * 8
-    return at_once(plane, element), -(-plane // piece), piece
+def _y_map(tiling: Tiling, y: torch.Tensor) -> TensorMap:
+    """How the copy engine sees y, or a residual."""
+    samples, channels, height, width = y.shape
+    sizes = channels, width, height, samples
+    if not tiling.config.whole_rows:
+        sizes = channels, samples * height * width, 1, 1
+    return tensor_map.tiled(y, sizes, tiling.store)

@@ -1,0 +1,138 @@
+// The products of sparse_tc.cuh: a consumer warpgroup sums weight tiles times pixels in registers.
+#pragma once
+#include "sparse_tc_ptx.cuh"
+#include "sparse_tc_tiles.cuh"
+
+// Matrix descriptors, k innermost: A has rows of 64 bytes in 64-byte swizzle, B rows of 128 in 128-byte swizzle. Starts
+// are in units of 16 bytes.
+constexpr u32 A_ROWS = 512 / 16 | 2u << 30, B_ROWS = 1024 / 16 | 1u << 30;
+constexpr u32 A_HALF = 32 / 16, B_HALF = 64 / 16;  // from the first half of the input channels to the others
+__device__ u64 descriptor(u32 start, u32 rows) { return static_cast<u64>(rows) << 32 | 1u << 16 | start; }
+
+// What a step multiplies: bits 0-15: where its tap begins in the group's pixels; from bit 16 two for each warpgroup
+// across: which halves of the input channels there are for it; bit 31: it is the last of its tap group.
+struct Step {
+  u32 bits;
+  __device__ u32 start() const { return bits & 0xffff; }
+  __device__ u32 halves(int across) const { return bits >> (16 + 2 * across) & 3; }
+  __device__ bool is_last() const { return bits >> 31; }
+};
+
+struct Products {
+  float d[M_BLOCKS][PIXELS / 2];
+
+  __device__ Products(u32 base, const Warpgroup& group, bool never)
+      : base(base),
+        across(group.across),
+        lane(threadIdx.x % 32),
+        a_first((base + A + group.across * M_BLOCKS * A_BLOCK) / 16),
+        b_first((base + B + group.along * PIXELS * PIXEL_BYTES) / 16),
+        metadata_first(base + A + TILE_BLOCKS * A_BLOCK + group.across * M_BLOCKS * METADATA_BLOCK +
+                       threadIdx.x % WARPGROUP * 4),
+        never(never) {}
+
+  // Starts all products of a tile, of which the last one may still run afterwards.
+  __device__ void start(const u32* steps) {
+    // The first step overwrites the sums: they need no registers through the end of the tile before.
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS; i++)
+#pragma unroll
+      for (int j = 0; j < PIXELS / 2; j++) forget(d[i][j]);
+    u32 next = __ldg(steps);
+    int accumulate = 0;
+    // Neither loop may be unrolled or peeled: of products in several places the compiler waits for each.
+#pragma unroll 1
+    for (int tap_group = 0; tap_group < TAP_GROUPS; tap_group++) {
+      barrier_wait_opaque(base + FULL_B + 8 * ring_b.stage, ring_b.parity);
+      const u32 pixels = b_first + ring_b.stage * (B_STAGE_BYTES / 16);
+      bool more = true;
+#pragma unroll 1
+      for (int tap = 0; more; tap++) {
+        const Step step = {__shfl_sync(~0u, next, 0)};
+        more = !step.is_last();
+        next = __ldg(++steps);  // there is one behind the last
+        barrier_wait_opaque(base + FULL_A + 8 * ring_a.stage, ring_a.parity);
+        const u64 a = descriptor(a_first + ring_a.stage * (A_BYTES / 16), A_ROWS);
+        const u64 b = descriptor(pixels + step.start(), B_ROWS);
+        const u32 from = metadata_first + ring_a.stage * A_BYTES, halves = step.halves(across);
+        if (set == 0)
+          issue(metadata[0], from, a, b, halves, accumulate);
+        else
+          issue(metadata[1], from, a, b, halves, accumulate);
+        set ^= 1;
+        mma_wait<1>();
+        keep_metadata();
+        if (accumulate) {  // the step before this one is done with its stages
+          release_a();
+          if (tap == 0) release_b();
+        }
+        accumulate = 1;
+        ring_a.next();
+      }
+      ring_b.next();
+    }
+  }
+
+  __device__ void wait() {
+    mma_wait<0>();
+    keep_metadata();
+    release_a();
+    release_b();
+  }
+
+ private:
+  const u32 base;
+  const int across, lane;
+  const u32 a_first, b_first, metadata_first;
+  const u32 never;
+  Ring<A_STAGES> ring_a;
+  Ring<B_STAGES> ring_b;
+  u32 metadata[2][M_BLOCKS] = {};
+  int set = 0;
+
+  // One weight tile times the pixels of its tap. Each way commits for itself: a commit behind the branches would become
+  // a group of its own, and one without products would make the compiler wait for every product.
+  __device__ void issue(u32 (&words)[M_BLOCKS], u32 from, u64 a, u64 b, u32 halves, int accumulate) {
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS; i++) load_shared(from + i * METADATA_BLOCK, words[i]);
+    if (halves == 3) {
+      mma_fence();
+#pragma unroll
+      for (int i = 0; i < M_BLOCKS; i++) {
+        mma<0>(d[i], a + i * (A_BLOCK / 16), b, words[i], accumulate);
+        mma<1>(d[i], a + i * (A_BLOCK / 16) + A_HALF, b + B_HALF, words[i], 1);
+      }
+      mma_commit();
+    } else if (halves == 1) {
+      mma_fence();
+#pragma unroll
+      for (int i = 0; i < M_BLOCKS; i++) mma<0>(d[i], a + i * (A_BLOCK / 16), b, words[i], 1);
+      mma_commit();
+    } else if (halves == 2) {
+      mma_fence();
+#pragma unroll
+      for (int i = 0; i < M_BLOCKS; i++) mma<1>(d[i], a + i * (A_BLOCK / 16) + A_HALF, b + B_HALF, words[i], 1);
+      mma_commit();
+    } else {
+      mma_wait<0>();
+    }
+  }
+
+  // A sparse wgmma reads its metadata register while it runs, and the assembler takes the register for free as soon as
+  // the instruction is issued: with two steps in flight the second's metadata would overwrite that of the first. So
+  // steps take turns with two sets of registers, and both are kept alive until behind the wait for what reads them.
+  __device__ void keep_metadata() {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int j = 0; j < M_BLOCKS; j++) keep(metadata[i][j], never, base + UNUSED);
+  }
+
+  // The stages before the next ones are free.
+  __device__ void release_a() {
+    if (lane < CLUSTER) barrier_arrive_at(base + EMPTY_A + 8 * ring_a.previous(), lane);
+  }
+  __device__ void release_b() {
+    if (lane == 0) barrier_arrive(base + EMPTY_B + 8 * ring_b.previous());
+  }
+};

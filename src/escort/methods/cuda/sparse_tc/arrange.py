@@ -1,0 +1,44 @@
+"""Arranging x in NCHW as tensor cores read it (kernels/cuda/sparse_tc_arrange.cu)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from escort.cuda.kernel import kernel
+from escort.filter import IntArray
+from escort.methods.base import aligned
+from escort.methods.cuda.sparse_tc.config import Element
+from escort.problem import Problem
+
+_THREADS, _MOST_PIXELS = 256, 128  # of a block
+
+
+def arranger(
+    problem: Problem, element: Element, in_order: IntArray, device: torch.device
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What takes x (N, C, H, W) to (N, H * W, places), with channel in_order[i] in place i, and zeros where it is -1.
+
+    TF32 is rounded to the nearest on the way.
+    """
+    plane = problem.height * problem.width
+    vector, pieces, piece = arrange_pieces(plane, element)
+    compiled = kernel("sparse_tc_arrange.cu", {"BYTES": element.bytes, "VECTOR": vector}, device)
+    fixed = torch.from_numpy(in_order).to(device), problem.in_channels, plane, pieces, piece
+    launch = compiled.bind(_THREADS, 0, (torch.Tensor, torch.Tensor, *fixed), overlap=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        x = aligned(x, element.bytes * vector)
+        arranged = torch.empty((len(x), plane, len(in_order)), dtype=x.dtype, device=device)
+        launch((len(x) * pieces, len(in_order) // element.k_block, 1), x, arranged)
+        return arranged
+
+    return run
+
+
+def arrange_pieces(plane: int, element: Element) -> tuple[int, int, int]:
+    """Elements that are read at once, the pieces of a plane, and the elements of each but the last, a multiple of 8."""
+    pieces = -(-plane // _MOST_PIXELS)
+    piece = -(-plane // (pieces * 8)) * 8
+    return element.vector(plane), -(-plane // piece), piece

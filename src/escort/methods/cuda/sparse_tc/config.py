@@ -1,0 +1,97 @@
+"""What a config of sparse_tc says, and how sparse tensor cores take each precision."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from escort.problem import MemoryFormat
+
+PIXEL_BYTES = 128  # of a block of input channels
+M_BLOCK_BYTES = 64 * 64 + 512  # of 64 output channels of a weight tile: values, then metadata
+
+TapGroup = Literal["im2col", "columns", "halo", "flat"]
+
+
+class UnfitError(ValueError):
+    """This config does not suit this convolution."""
+
+
+@dataclass(frozen=True)
+class Element:
+    """How sparse tensor cores take a precision.
+
+    Attributes:
+        storage: the kernel's number for it.
+        bytes: of an element of x, residual and y.
+        kept, of: of so many neighbouring input channels, how many may be nonzero.
+        type: what the instruction calls it.
+    """
+
+    storage: int
+    bytes: int
+    kept: int
+    of: int
+    type: str
+
+    @property
+    def k_block(self) -> int:
+        """Input channels of a weight tile."""
+        return PIXEL_BYTES // self.bytes
+
+    def vector(self, run: int) -> int:
+        """How many neighbouring elements one instruction moves, where a run has so many and is a multiple of them."""
+        return math.gcd(run, 16 // self.bytes)
+
+
+ELEMENTS: dict[str, Element] = {
+    "tf32": Element(0, 4, 1, 2, "tf32"),
+    "fp16": Element(1, 2, 2, 4, "f16"),
+    "bf16": Element(2, 2, 2, 4, "bf16"),
+}
+
+
+@dataclass(frozen=True)
+class SparseTcConfig:
+    """How the tensor cores' work is cut up.
+
+    Attributes:
+        tap_group: which taps read pixels that are copied at once: "im2col", one tap, whose pixels are copied;
+            "columns", a column of taps, for which whole rows are; "halo", all taps, for which whole rows are; "flat",
+            the only tap of a pointwise convolution, for which pixels in a row are.
+        pixels: of a warpgroup's products, a multiple of 8 up to 256.
+        across: so many of the two warpgroups take different output channels; the others take different pixels.
+        m_blocks: of 64 output channels that a warpgroup computes.
+        rows: of the output in a tile, for columns and halo.
+        samples: in a tile, for columns and halo; several only where a tile has all rows of each.
+        cluster: thread blocks that copy the filter to one another.
+        memory_format: of x, residual and y. For "contiguous" a kernel arranges x before, and y is written in NCHW;
+            "channels_last" converts nothing.
+    """
+
+    tap_group: TapGroup
+    pixels: int
+    across: int = 2
+    m_blocks: int = 1
+    rows: int = 0
+    samples: int = 1
+    cluster: int = 1
+    memory_format: MemoryFormat = "contiguous"
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a tile is rows of the output; else it is any pixels in a row."""
+        return self.tap_group in ("columns", "halo")
+
+    @property
+    def takes_channels_last(self) -> bool:
+        return self.memory_format == "channels_last"
+
+    @property
+    def tile_channels(self) -> int:
+        return 64 * self.across * self.m_blocks
+
+    @property
+    def tile_pixels(self) -> int:
+        return 2 // self.across * self.pixels

@@ -1,0 +1,105 @@
+"""How the kernel divides its shared memory: barriers, stages of pixels (B), stages of weight tiles (A), outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from escort.methods.cuda.sparse_tc.config import M_BLOCK_BYTES, PIXEL_BYTES, Element, SparseTcConfig, UnfitError
+
+_BARRIER_BYTES = 1024
+_MOST_STAGES = 8
+_FLOAT_STAGINGS, _FLOAT_STAGING_BYTES = 8, 2560  # one for each warp: 16 channels of 32 pixels, with gaps
+
+
+class Staging(NamedTuple):
+    """Where outputs wait to be stored.
+
+    Attributes:
+        pieces: of 64 channels each; for floats one for each warp.
+        piece_bytes: of each.
+        pitch: bytes from one channel to the next, of 16-bit elements in NCHW.
+    """
+
+    pieces: int
+    piece_bytes: int
+    pitch: int
+
+    @classmethod
+    def of(cls, config: SparseTcConfig, element: Element, store_pixels: int) -> Staging:
+        pitch = (config.tile_pixels // 8 | 1) * 16  # odd: channels one below the other lie in different banks
+        m_blocks = config.tile_channels // 64
+        if element.bytes == 4:
+            return cls(_FLOAT_STAGINGS, _FLOAT_STAGING_BYTES, pitch)
+        if config.takes_channels_last:
+            return cls(m_blocks, up(max(config.tile_pixels, store_pixels) * PIXEL_BYTES, 1024), pitch)
+        return cls(m_blocks, up(64 * pitch, 1024), pitch)
+
+
+class SharedMemory(NamedTuple):
+    """A thread block's shared memory.
+
+    Attributes:
+        a_stages, b_stages: of weight tiles, and of the pixels of a tap group.
+        b_stage_bytes: of the pixels of a tap group.
+        staging: of outputs.
+        bytes: of all.
+    """
+
+    a_stages: int
+    b_stages: int
+    b_stage_bytes: int
+    staging: Staging
+    bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        config: SparseTcConfig,
+        element: Element,
+        starts: Sequence[int],
+        load_pixels: int,
+        store_pixels: int,
+        most: int,
+    ) -> SharedMemory:
+        """As many stages as fit. Raises UnfitError where too few do.
+
+        Args:
+            starts: the first pixel of each tap of a group.
+            load_pixels: of a tap group, with the zeros that follow.
+            store_pixels: that are stored at a time in NHWC.
+            most: bytes that a thread block may have.
+        """
+        staging = Staging.of(config, element, store_pixels)
+        a_bytes, b_stage_bytes = config.tile_channels // 64 * M_BLOCK_BYTES, up(load_pixels * PIXEL_BYTES, 1024)
+        room = most - _BARRIER_BYTES - staging.pieces * staging.piece_bytes - 1024
+        if len(starts) == 1:
+            a_stages = b_stages = min(_MOST_STAGES, room // (a_bytes + b_stage_bytes))
+        else:
+            b_stages = 2
+            a_stages = min(_MOST_STAGES, (room - b_stages * b_stage_bytes) // a_bytes)
+        if min(a_stages, b_stages) < 2:  # a stage is free when the next step is under way, which needs another
+            raise UnfitError("two stages do not fit shared memory; choose smaller tiles")
+        b_end = _BARRIER_BYTES + b_stages * b_stage_bytes
+        end = up(b_end + a_stages * a_bytes, 1024) + staging.pieces * staging.piece_bytes
+        # What lies behind a group's pixels is read too, and what it gives is cut off; but it must be shared memory.
+        if b_end - b_stage_bytes + (max(starts) + config.tile_pixels) * PIXEL_BYTES > end:
+            raise UnfitError("a tile's last pixels would be read from beyond shared memory")
+        return cls(a_stages, b_stages, b_stage_bytes, staging, end)
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """Macros of the kernel."""
+        return {
+            "A_STAGES": self.a_stages,
+            "B_STAGES": self.b_stages,
+            "B_STAGE_BYTES": self.b_stage_bytes,
+            "STAGING_BYTES": self.staging.piece_bytes,
+            "STAGING_PITCH": self.staging.pitch,
+            "SHARED_BYTES": self.bytes,
+        }
+
+
+def up(value: int, multiple: int) -> int:
+    """The least multiple that is no less."""
+    return -(-value // multiple) * multiple

@@ -1,0 +1,96 @@
+"""A model of the machine: how long a config takes.
+
+A step is one weight tile times the pixels of its tap. A sparse wgmma of N pixels reads 64 N + 2048 bytes of shared
+memory in N / 2 clocks of the tensor cores, at 128 bytes a clock: shared memory bounds it, and for small N the least
+time that any step takes. In TF32 the same bytes are half as many channels, and the clocks are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from escort.cuda.gpu import Gpu
+from escort.methods.cuda.sparse_tc.config import M_BLOCK_BYTES, PIXEL_BYTES
+from escort.methods.cuda.sparse_tc.orders import OrderedFilter
+from escort.methods.cuda.sparse_tc.tiling import Tiling
+
+# The model, in clocks of a multiprocessor, fitted to 1731 timings in fp16 and TF32 on an H200, most of them in
+# benchmarks/results/h200: median error 4 %, 90th percentile 12 %, the same on layers that the fit had not seen.
+_CLOCK_MHZ = 1750.0
+_LAUNCH_US = 3.1
+_SHARED_BYTES = 128.0  # a clock
+_PRODUCT_BYTES = 1024  # of the filter that an instruction waits for: half of them
+_L2_BYTES = 75.0  # a clock that reach a multiprocessor when all of them read
+_LEAST_STEP = 390.0  # from one step to the next: barriers, metadata, and the start of the products
+_REMAINDER = 0.78  # products of the remainder, of the time of others
+_WAIT = {1: 1.0, 2: 1.0, 4: 1.1, 8: 1.4}  # of a cluster's blocks for one another, as a factor
+_TILE = 1000.0  # around the steps of a tile
+_STORED, _STORED_ONE_BY_ONE, _FLOATS_STORED = 36.0, 6.5, 31.0  # bytes of outputs a clock; in NCHW, but for floats
+_BOXES_STORED = 500.0  # the same in channels_last
+_MEMORY_BYTES = 4.4e6  # a us
+_BESIDE = 0.28  # of what takes less time, computing or memory, that the other does not hide
+_ARRANGE_US, _ARRANGE_BYTES = 3.6, 3.3e6  # of the kernel that arranges x; a us
+
+
+#: Sizes of clusters that the model knows.
+CLUSTERS = tuple(_WAIT)
+
+
+class Remainder(NamedTuple):
+    """How much work the remainder of a filter is.
+
+    Attributes:
+        tiles: its weight tiles as a share of the others, by channels of a tile.
+        halves: the halves of these that are multiplied, as a share of all, by channels of a warpgroup.
+    """
+
+    tiles: dict[int, float]
+    halves: dict[int, float]
+
+    @classmethod
+    def of(cls, ordered: OrderedFilter) -> Remainder:
+        k_block = ordered.k_block
+        return cls(
+            {rows: ordered.remainder_share(rows, k_block) for rows in (64, 128, 256)},
+            {rows: ordered.remainder_share(rows, k_block // 2) for rows in (64, 128)},
+        )
+
+
+def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:
+    """What bounds a step, times the steps that a multiprocessor computes in turn; and memory.
+
+    Args:
+        remainder: of the filter, in the order of the memory format.
+    """
+    p, config, element = tiling.problem, tiling.config, tiling.element
+    rounds = -(-tiling.tile_groups(max(p.batch, 1)) * tiling.channel_tiles // gpu.clusters(config.cluster))
+    tile_bytes = config.tile_channels // 64 * M_BLOCK_BYTES
+    load_bytes = tiling.load[1] * tiling.load[2] * tiling.load[3] * PIXEL_BYTES / len(tiling.tap_groups[0])
+    products = 4 * config.m_blocks * (config.pixels * 64 + _PRODUCT_BYTES)
+    remainder_tiles, remainder_halves = remainder.tiles[config.tile_channels], remainder.halves[64 * config.m_blocks]
+    tile = _step(products + tile_bytes + load_bytes, tile_bytes / config.cluster + load_bytes)
+    if remainder_tiles:
+        remainder_products = _REMAINDER * products * remainder_halves / remainder_tiles
+        tile += remainder_tiles * _step(remainder_products + tile_bytes, tile_bytes / config.cluster)
+    tile *= len(tiling.tap_groups) * len(tiling.tap_groups[0]) * _WAIT[config.cluster]
+    tile += _TILE + config.tile_pixels * config.tile_channels * element.bytes / _stored(tiling)
+    pixels, out_pixels = p.height * p.width, p.out_height * p.out_width
+    read = min(pixels, out_pixels * math.prod(p.kernel_size))  # a stride passes over some
+    in_bytes, out_bytes = (p.batch * channels * element.bytes for channels in (tiling.channels, p.out_channels))
+    compute, memory = rounds * tile / _CLOCK_MHZ, (in_bytes * read + out_bytes * out_pixels) / _MEMORY_BYTES
+    arrange = 0.0 if config.takes_channels_last else _ARRANGE_US + 2 * in_bytes * pixels / _ARRANGE_BYTES
+    return _LAUNCH_US + arrange + max(compute, memory) + _BESIDE * min(compute, memory)
+
+
+def _step(shared_bytes: float, copied_bytes: float) -> float:
+    return max(shared_bytes / _SHARED_BYTES, copied_bytes / _L2_BYTES, _LEAST_STEP)
+
+
+def _stored(tiling: Tiling) -> float:
+    """Bytes of outputs a clock."""
+    if tiling.element.bytes == 4:
+        return _FLOATS_STORED
+    if tiling.config.takes_channels_last:
+        return _BOXES_STORED
+    return _STORED_ONE_BY_ONE if tiling.defines["VECTOR"] == 1 else _STORED
