@@ -19,6 +19,7 @@ from escort.methods.cuda.cublas import Cublas
 from escort.planner import planner
 from escort.planner import timing as bench
 from escort.planner.machine import Machine
+from escort.planner.plan import Plan
 from escort.problem import TORCH_DTYPE, Epilogue, Precision, Problem
 from tests.cases import CASES, Case, as_taken, benchmark_configs
 
@@ -267,9 +268,10 @@ def test_a_plan_weighs_every_method(dtype: Precision) -> None:
     assert plan.time_us is not None and plan.dense_time_us is not None and plan.time_us <= plan.dense_time_us
     assert plan.machine == Machine.here(DEVICE)
     assert any(candidate.timer == "graph" for candidate in plan.candidates)
-    again = planner.Plan.from_json(plan.to_json())
+    again = Plan.from_json(plan.to_json())
     ((x, residual), *_) = bench.example_inputs(problem, seed=1)
-    y = again.runner(problem, sparse_filter, bias)(x, residual)
+    chosen = by_name(again.method, DEVICE)
+    y = chosen.prepare(problem, sparse_filter, bias, chosen.config_type(**again.config))(x, residual)
     assert reference.compare(y, reference.conv2d(problem, x, weight, bias, residual)) <= reference.ERROR_BOUND[dtype]
 
 

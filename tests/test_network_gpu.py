@@ -26,7 +26,7 @@ from escort.layers import ops
 from escort.layers.nn import SparseConv2d
 from escort.methods import by_name
 from escort.network.convert import NETWORK_ERROR_BOUND, ConvertedModel
-from escort.planner import planner
+from escort.planner import planner, search
 from escort.planner import timing as bench
 from escort.planner.machine import Machine
 from escort.problem import TORCH_DTYPE, Precision
@@ -95,7 +95,7 @@ def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
         return timings if len(timings) == 1 else [replace(timings[0], time_us=2 * worst), *timings[1:]]
 
     monkeypatch.setattr(bench, "race_on_gpu", ordered)
-    monkeypatch.setattr(planner, "_MOST_CONFIGS", 1)
+    monkeypatch.setattr(search, "_MOST_CONFIGS", 1)
     monkeypatch.setattr(planner, "_remembered", {})
 
 

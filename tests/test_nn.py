@@ -21,7 +21,7 @@ from escort.layers import ops
 from escort.layers.nn import MaxPool2d, SparseConv2d
 from escort.methods import Method, Prepared, by_name, for_device
 from escort.planner.machine import Machine
-from escort.planner.planner import Plan
+from escort.planner.plan import Plan
 from escort.problem import Epilogue, Problem
 
 EPILOGUE = Epilogue(bias=True, residual=True, activation="relu")

@@ -17,10 +17,8 @@ from escort import methods, reference
 from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.methods import Method, Prepared, by_name, for_device
-from escort.planner import planner
-from escort.planner import timing as bench
+from escort.planner import Plan, cores, measure, plan_layer, plan_layers, planner, search, timing
 from escort.planner.machine import Machine
-from escort.planner.planner import Plan, plan_layer, plan_layers
 from escort.planner.timing import Timing
 from escort.problem import Problem
 
@@ -98,8 +96,8 @@ def test_no_method_left_names_every_reason() -> None:
 
 
 def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "_HOPELESS", float("inf"))
-    monkeypatch.setattr(bench, "race", lambda runs, **_: [float(len(runs) - i) for i in range(len(runs))])
+    monkeypatch.setattr(measure, "_HOPELESS", float("inf"))
+    monkeypatch.setattr(timing, "race", lambda runs, **_: [float(len(runs) - i) for i in range(len(runs))])
     plan = plan_layer(
         PROBLEM, a_filter(), methods=(Fake("a", lambda y: y), Fake("b", lambda y: y), Fake("c", lambda y: y))
     )
@@ -122,7 +120,9 @@ def test_a_plan_survives_json_and_runs_at_other_sizes() -> None:
     other = replace(PROBLEM, batch=5, height=12, width=7)
     x = torch.randn(other.input_shape)
     expected = reference.conv2d(other, x, sparse_filter.to_dense())
-    assert reference.compare(plan.runner(other, sparse_filter, None)(x), expected) < 1e-5
+    method = by_name(plan.method)
+    run = method.prepare(other, sparse_filter, None, method.config_type(**plan.config))
+    assert reference.compare(run(x), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -143,12 +143,12 @@ def test_nonsense_is_no_plan(change: dict[str, Any]) -> None:
 
 
 def test_a_search_is_bounded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    large = Fake("large", lambda y: y, configs=planner._MOST_CONFIGS + 5)
+    large = Fake("large", lambda y: y, configs=search._MOST_CONFIGS + 5)
     plan = plan_layer(PROBLEM, a_filter(), methods=(large,))
-    assert large.prepared == planner._MOST_CONFIGS
+    assert large.prepared == search._MOST_CONFIGS
     assert [c.reason for c in plan.candidates if c.config is None] == ["5 more configs were not tried"]
     planner._remembered.clear()
-    monkeypatch.setattr(planner, "_SEARCH_S", 0.0)
+    monkeypatch.setattr(measure, "_SEARCH_S", 0.0)
     others = Fake("large", lambda y: y, configs=3), Fake("small", lambda y: y)
     plan_layer(PROBLEM, a_filter(), methods=others)
     assert [method.prepared for method in others] == [1, 1]  # each method's best guess is always tried
@@ -172,17 +172,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is the CPU, on which contestants take as long as their name says."""
     machine = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159", "13.0", "9.19.0")
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
-    inputs = bench.example_inputs
-    monkeypatch.setattr(bench, "example_inputs", lambda problem: 3 * inputs(replace(problem, device="cpu")))
+    inputs = timing.example_inputs
+    monkeypatch.setattr(timing, "example_inputs", lambda problem: 3 * inputs(replace(problem, device="cpu")))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(bench, "glance_us", lambda run, device: 100.0)
+    monkeypatch.setattr(timing, "glance_us", lambda run, device: 100.0)
 
     def race(runs: Sequence[Sequence[Any]], device: str, **options: Any) -> list[Timing]:
         assert device == "cuda:0" and all(len(run) == 3 for run in runs)  # every input takes part
         return [Timing(10.0 * (index + 1)) for index in range(len(runs))]
 
-    monkeypatch.setattr(bench, "race_on_gpu", race)
+    monkeypatch.setattr(timing, "race_on_gpu", race)
 
 
 def out_of_memory(y: torch.Tensor) -> torch.Tensor:
@@ -211,7 +211,7 @@ def test_on_a_gpu_whatever_fails_becomes_a_reason() -> None:
 @pytest.mark.usefixtures("gpu")
 def test_on_a_gpu_first_runs_may_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     first_us = iter([20.0, 70.0, 200.0])
-    monkeypatch.setattr(bench, "glance_us", lambda run, device: next(first_us))
+    monkeypatch.setattr(timing, "glance_us", lambda run, device: next(first_us))
     plan = plan_layer(ON_GPU, a_filter(), methods=[Fake(name, lambda y: y) for name in ("a", "b", "c")])
     timed = {c.method: (c.time_us, c.timer) for c in plan.candidates}
     assert timed == {"a": (10.0, "graph"), "b": (20.0, "graph"), "c": (200.0, "events")}
@@ -220,7 +220,7 @@ def test_on_a_gpu_first_runs_may_wait_for_the_host(monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("gpu")
 def test_on_a_gpu_a_race_may_be_lost_to_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = [Timing(None, reason="out of device memory"), Timing(9.0, "events", "not captured: it synchronizes")]
-    monkeypatch.setattr(bench, "race_on_gpu", lambda runs, device, **_: timings[: len(runs)])
+    monkeypatch.setattr(timing, "race_on_gpu", lambda runs, device, **_: timings[: len(runs)])
     methods = Fake("full", lambda y: y), Fake("synchronizes", lambda y: y)
     plan = plan_layer(ON_GPU, a_filter(), methods=methods)
     assert (plan.method, plan.time_us) == ("synchronizes", 9.0)
@@ -262,17 +262,17 @@ class Compiled(Fake):
 @pytest.fixture
 def first_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """The candidate that was tried first takes the least time."""
-    monkeypatch.setattr(planner, "_HOPELESS", float("inf"))
-    monkeypatch.setattr(bench, "race", lambda runs, **_: [float(i + 1) for i in range(len(runs))])
+    monkeypatch.setattr(measure, "_HOPELESS", float("inf"))
+    monkeypatch.setattr(timing, "race", lambda runs, **_: [float(i + 1) for i in range(len(runs))])
 
 
 @pytest.fixture
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "_cores", lambda: 1)
+    monkeypatch.setattr(cores, "count", lambda: 1)
 
 
 def test_configs_are_compiled_as_long_as_the_budget_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "_cores", lambda: 4)
+    monkeypatch.setattr(cores, "count", lambda: 4)
     method = Compiled(20.0, 160.0, 8.0)
     plan = plan_layer(PROBLEM, a_filter(), methods=(method, by_name("dense")), compile_budget_s=12.0)
     assert method.prepared == 2
@@ -331,14 +331,14 @@ def test_a_plan_is_taken_over_within_the_budget() -> None:
 
 @pytest.mark.usefixtures("first_wins")
 def test_compiling_takes_nothing_from_the_time_to_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "_SEARCH_S", 0.5)
+    monkeypatch.setattr(measure, "_SEARCH_S", 0.5)
     slow, other = Compiled(1.0, 1.0, 1.0), Fake("other", lambda y: y, configs=3)
     prepare = slow.prepare
     monkeypatch.setattr(slow, "prepare", lambda *args: (time.sleep(0.3), prepare(*args))[1])
     plan_layer(PROBLEM, a_filter(), methods=(slow, other))
     assert (slow.prepared, other.prepared) == (3, 3)
     planner._remembered.clear()
-    monkeypatch.setattr(planner, "_SEARCH_S", 0.0)
+    monkeypatch.setattr(measure, "_SEARCH_S", 0.0)
     plan_layer(PROBLEM, a_filter(), methods=(slow, other))
     assert (slow.prepared, other.prepared) == (6, 4)  # what was compiled is tried
 
@@ -456,5 +456,5 @@ def test_the_first_job_that_fails_ends_the_rest() -> None:
             raise RuntimeError("job 1 failed")
 
     with pytest.raises(RuntimeError, match="job 1 failed"):
-        planner.on_all_cores([lambda number=number: job(number) for number in range(30)])  # type: ignore[misc]
+        cores.on_all_cores([lambda number=number: job(number) for number in range(30)])  # type: ignore[misc]
     assert began[:2] == [0, 1] and len(began) < 30

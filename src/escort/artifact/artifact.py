@@ -28,7 +28,7 @@ from escort.network.convert import replan as plan_again
 from escort.network.fuse import plain_copy, unsupported
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.planner.machine import Machine, find_device
-from escort.planner.planner import Plan
+from escort.planner.plan import Plan
 from escort.problem import Precision, Problem
 
 FORMAT = "escort"

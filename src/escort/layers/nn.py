@@ -12,7 +12,7 @@ from torch import nn
 from escort.filter import SparseFilter
 from escort.layers import ops
 from escort.methods import Runner
-from escort.planner.planner import Plan
+from escort.planner.plan import Plan
 from escort.problem import Problem
 
 
@@ -26,7 +26,7 @@ class SparseConv2d(nn.Module):
     Args:
         sparse_filter: the weights, (K, C / groups, R, S).
         bias: (K,) or None.
-        plan: what :func:`escort.planner.planner.plan_layer` chose; its problem says what the layer computes.
+        plan: what :func:`escort.planner.plan_layer` chose; its problem says what the layer computes.
         name: what errors call this layer.
 
     Raises:

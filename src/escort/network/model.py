@@ -14,7 +14,7 @@ from escort.layers.nn import SparseConv2d
 from escort.network import batching
 from escort.network.memory import keep_freed_memory
 from escort.planner.machine import Machine
-from escort.planner.planner import Plan
+from escort.planner.plan import Plan
 from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision
 

@@ -35,11 +35,6 @@ Timer = Literal["calls", "graph", "events"]
 Contestant = Callable[[], object] | Sequence[Callable[[], object]]
 
 
-def median_us(run: Callable[[], object], *, warmup: int = 2, rounds: int = 9, budget_s: float = 1.0) -> float:
-    """The median time of a call in microseconds: `rounds` calls after the warm-up, fewer (at least 3) over budget."""
-    return race([run], warmup=warmup, rounds=rounds, budget_s=budget_s)[0]
-
-
 def race(
     runs: Sequence[Callable[[], object]], *, warmup: int = 2, rounds: int = 9, burst: int = 1, budget_s: float = 1.0
 ) -> list[float]:
