@@ -3,10 +3,11 @@
 On the CPU a time is the median of calls, taken in turn after warm-up, with the threads that torch has.
 
 On a GPU it is device time: the median over replays of a CUDA graph, divided by the calls in it. What is timed, a
-contestant, is captured after warm-up, with as many calls as fill a millisecond: a lap. So neither the host nor the start
-of a graph counts. The graphs take turns. :func:`example_inputs` makes so many inputs that together with the outputs they
-are twice the size of the L2 cache. A graph runs through all of them, so that a call does not read what the one before
-just wrote or read. What cannot be captured is timed by calls one after the other, and says so (:class:`Timing`).
+contestant, is captured after warm-up, with as many calls as fill a millisecond: a lap. So neither the host nor the
+start of a graph counts. The graphs take turns. :func:`example_inputs` makes so many inputs that together with the
+outputs they are twice the size of the L2 cache. A graph runs through all of them, so that a call does not read what the
+one before just wrote or read. What cannot be captured is timed by calls one after the other, and says so
+(:class:`Timing`).
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def race_on_gpu(
     A contestant that runs out of device memory, or that the device refuses, is out with a reason; the others go on.
 
     Args:
-        runs: the contestants; each is called on `device` and on torch's current stream, all calls that it holds in turn.
+        runs: the contestants. Each is called on `device` and torch's current stream, all calls that it holds in turn.
         rounds: of one turn each.
         budget_s: seconds after which no further round starts once there were three.
         capture: False to time calls as a user without CUDA graphs would see them.
