@@ -17,7 +17,7 @@ import escort
 from benchmarks.networks import NETWORKS
 from escort import methods, prune, reference
 from escort.filter import SparseFilter
-from escort.layers.nn import MaxPool2d, SparseConv2d
+from escort.layers import MaxPool2d, SparseConv2d
 from escort.methods import Prepared
 from escort.methods.cpu.dense import Dense, DenseConfig
 from escort.network.convert import (

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,56 +13,17 @@ import torch
 
 from escort import methods, reference
 from escort.filter import SparseFilter
-from escort.layers import ops
-from escort.methods import Method, Prepared, by_name, for_device
+from escort.methods import by_name, for_device
 from escort.planner import Plan, cores, measure, plan_layer, plan_layers, planner, search, timing
 from escort.planner.machine import Machine
 from escort.planner.timing import Timing
 from escort.problem import Problem
-
-PROBLEM = Problem(2, 6, 9, 9, 8, (3, 3), padding=(1, 1, 1, 1))
+from tests.fakes import PROBLEM, Compiled, Fake, a_filter
 
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
     planner._remembered.clear()
-
-
-def a_filter(density: float = 0.3, seed: int = 0) -> SparseFilter:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(PROBLEM.weight_shape, generator=generator)
-    return SparseFilter.from_dense(weight * (torch.rand(weight.shape, generator=generator) < density))
-
-
-@dataclass(frozen=True)
-class FakeConfig:
-    knob: int = 0
-
-
-class Fake(Method):
-    """A method made of the reference, changed by what a test wants to see."""
-
-    config_type = FakeConfig
-    device_type = "cpu"
-
-    def __init__(
-        self, name: str, change: Callable[[torch.Tensor], torch.Tensor], refuses: str | None = None, configs: int = 1
-    ) -> None:
-        self.name, self.change, self.refuses, self.prepared = name, change, refuses, 0
-        self.space = [FakeConfig(knob) for knob in range(configs)]
-
-    def unsupported(self, problem: Problem) -> str | None:
-        return self.refuses
-
-    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[FakeConfig]:
-        return self.space
-
-    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
-        self.prepared += 1
-        weight = sparse_filter.to_dense()
-        return Prepared(
-            lambda x, residual=None: self.change(reference.conv2d(problem, x, weight, bias, residual).float())
-        )
 
 
 def test_every_candidate_is_timed_or_has_a_reason() -> None:
@@ -242,23 +201,6 @@ def test_plans_of_older_versions_are_read() -> None:
 # Methods that compile a kernel for each filter
 
 
-class Compiled(Fake):
-    """A method whose configs take so many seconds of one core to compile, at the filter's seconds per nonzero."""
-
-    compiles_per_filter = True
-
-    def __init__(self, *seconds: float, per_nnz: float = 0.0) -> None:
-        super().__init__("compiled", lambda y: y, configs=len(seconds))
-        self.seconds, self.per_nnz = seconds, per_nnz
-
-    def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: FakeConfig) -> float:
-        return self.seconds[config.knob] + self.per_nnz * sparse_filter.nnz
-
-    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
-        binary: Any = SimpleNamespace(compile_s=1.5, cubin=bytes(7 + config.knob))
-        return replace(super().prepare(problem, sparse_filter, bias, config), binary=binary)
-
-
 @pytest.fixture
 def first_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """The candidate that was tried first takes the least time."""
@@ -421,28 +363,6 @@ def test_what_fails_to_compile_ahead_becomes_a_reason(monkeypatch: pytest.Monkey
     (plan,) = plan_layers([(ON_GPU, a_filter(), None)], 60.0)
     assert plan.method == "cudnn"
     assert [c.reason for c in plan.candidates if c.method == "compiled"] == ["generated.cu does not compile"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "planned", "runs"),
-    [
-        (60.0, None, "compiled"),
-        (60.0, (PROBLEM.height, PROBLEM.width), "compiled"),
-        (0.1, (PROBLEM.height + 1, PROBLEM.width), "compiled"),
-        (60.0, (PROBLEM.height + 1, PROBLEM.width), "dense"),
-    ],
-)
-def test_a_call_does_not_wait_for_a_kernel_of_a_size_that_was_not_planned(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, planned: tuple[int, int] | None, runs: str
-) -> None:
-    method, sparse_filter = Compiled(seconds), a_filter()
-    monkeypatch.setattr(methods, "METHODS", (method, by_name("dense")))
-    told = pytest.warns(UserWarning, match=r"^layer1.conv, .* run by dense, as compiling")
-    with told if runs == "dense" else nullcontext():
-        run = ops.prepare(PROBLEM, sparse_filter, None, "compiled", {"knob": 0}, planned, "layer1.conv")
-    assert method.prepared == (runs == "compiled")
-    x = torch.randn(PROBLEM.input_shape)
-    assert reference.compare(run(x), reference.conv2d(PROBLEM, x, sparse_filter.to_dense())) < 1e-5
 
 
 @pytest.mark.usefixtures("one_core")

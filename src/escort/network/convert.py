@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from escort import reference
 from escort.filter import SparseFilter
-from escort.layers.nn import MaxPool2d, SparseConv2d
+from escort.layers import MaxPool2d, SparseConv2d
 from escort.methods import by_name
 from escort.methods.base import float32_convolutions
 from escort.network import batching, channels_last, fuse

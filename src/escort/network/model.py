@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from escort.layers.nn import SparseConv2d
+from escort.layers import SparseConv2d
 from escort.network import batching
 from escort.network.memory import keep_freed_memory
 from escort.planner.machine import Machine
