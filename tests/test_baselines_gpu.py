@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks import suite
 from escort import reference
 from escort.filter import SparseFilter
-from escort.methods import Method, by_name, for_device
+from escort.methods import Method, Prepared, by_name, for_device
 from escort.methods.cuda.cublas import Cublas
 from escort.planner import planner
 from escort.planner import timing as bench
@@ -282,7 +282,7 @@ def test_a_candidate_out_of_memory_is_a_reason_and_the_next_one_runs() -> None:
 
         def prepare(self, problem: Problem, *args: Any) -> Any:
             run = super().prepare(problem, *args)
-            return lambda x, residual=None: (torch.empty(TOO_MUCH, device=DEVICE), run(x, residual))[1]
+            return Prepared(lambda x, residual=None: (torch.empty(TOO_MUCH, device=DEVICE), run(x, residual))[1])
 
     case = BY_NAME["plain 3x3"]
     problem = case.on(DEVICE)[0]

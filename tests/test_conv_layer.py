@@ -197,8 +197,8 @@ def test_an_exported_program_carries_its_filter(tmp_path: Path) -> None:
     batch = torch.export.Dim("batch", min=1, max=64)
     torch.export.save(torch.export.export(layer, (x,), dynamic_shapes=({0: batch},)), tmp_path / "layer.pt2")
     program = torch.export.load(tmp_path / "layer.pt2").module()
-    for images in (2, 5):
-        x, _ = inputs(layer, images, 11, 12)
+    for samples in (2, 5):
+        x, _ = inputs(layer, samples, 11, 12)
         assert torch.equal(program(x), layer(x))
 
 

@@ -151,10 +151,10 @@ def test_more_outputs_than_are_numbered_are_torchs(
 @any_type
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_pools_as_torch_does_on_the_gpu(window: Any, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    pool = MaxPool2d(*window[:4], ceil_mode=window[4])
+    layer = MaxPool2d(*window[:4], ceil_mode=window[4])
     for images in (0, 1, 5):
         x = example(window, dtype, layout, max(images, 1))[:images].cuda().contiguous(memory_format=layout)
-        y = pool(x)
+        y = layer(x)
         assert y.device == x.device
         if images:
             check(y.cpu(), x.cpu(), window)

@@ -113,7 +113,7 @@ def test_a_search_is_bounded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [method.prepared for method in others] == [1, 1]  # each method's best guess is always tried
 
 
-def test_the_last_image_of_the_batch_is_checked() -> None:
+def test_the_last_sample_of_the_batch_is_checked() -> None:
     def spoil(y: torch.Tensor) -> torch.Tensor:
         y[-1] *= 1.5
         return y
@@ -218,9 +218,9 @@ def test_configs_are_compiled_as_long_as_the_budget_lasts(monkeypatch: pytest.Mo
     method = Compiled(20.0, 160.0, 8.0)
     plan = plan_layer(PROBLEM, a_filter(), methods=(method, by_name("dense")), compile_budget_s=12.0)
     assert method.prepared == 2
-    found = {c.config["knob"]: c for c in plan.candidates if c.method == "compiled" and c.config}
-    assert found[0].time_us is not None and found[2].time_us is not None
-    assert (found[1].time_us, found[1].reason) == (
+    by_knob = {c.config["knob"]: c for c in plan.candidates if c.method == "compiled" and c.config}
+    assert by_knob[0].time_us is not None and by_knob[2].time_us is not None
+    assert (by_knob[1].time_us, by_knob[1].reason) == (
         None,
         "compiling it takes about 40 s of all 4 cores, more than the 7 s left of the layer's compile budget; "
         "raise compile_budget_s",
@@ -243,11 +243,11 @@ def test_a_budget_is_a_number_of_seconds(budget: float) -> None:
         next(plan_layers([(PROBLEM, a_filter(), None)], budget))
 
 
-def test_a_plan_tells_what_was_compiled() -> None:
+def test_a_plan_says_what_was_compiled() -> None:
     plan = plan_layer(PROBLEM, a_filter(), methods=(Compiled(1.0, 1.0), by_name("dense")))
-    told = {(c.method, (c.config or {}).get("knob")): (c.compile_s, c.code_bytes) for c in plan.candidates}
-    assert told.pop(("compiled", 0)) == (1.5, 7) and told.pop(("compiled", 1)) == (1.5, 8)
-    assert set(told.values()) == {(None, None)}
+    compiled = {(c.method, (c.config or {}).get("knob")): (c.compile_s, c.code_bytes) for c in plan.candidates}
+    assert compiled.pop(("compiled", 0)) == (1.5, 7) and compiled.pop(("compiled", 1)) == (1.5, 8)
+    assert set(compiled.values()) == {(None, None)}
     data = json.loads(json.dumps(plan.to_json()))["candidates"]
     assert {(c["compile_s"], c["code_bytes"]) for c in data} == {(1.5, 7), (1.5, 8), (None, None)}
 
@@ -330,12 +330,12 @@ def test_a_layer_that_takes_over_a_plan_needs_its_choice(compiled: Compiled) -> 
 
 @pytest.mark.usefixtures("first_wins")
 def test_all_is_compiled_before_the_first_layer_is_timed(compiled: Compiled) -> None:
-    told: list[tuple[int, int]] = []
-    plans = plan_layers([layer(problem, 40) for problem in LAYERS], 60.0, lambda *counts: told.append(counts))
+    progress: list[tuple[int, int]] = []
+    plans = plan_layers([layer(problem, 40) for problem in LAYERS], 60.0, lambda *counts: progress.append(counts))
     assert next(plans).method == "compiled"
-    assert compiled.prepared == 3 and told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert compiled.prepared == 3 and progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert [plan.method for plan in plans] == ["compiled", "compiled"]
-    assert compiled.prepared == 3 and len(told) == 4  # none is prepared again
+    assert compiled.prepared == 3 and len(progress) == 4  # none is prepared again
 
 
 @pytest.mark.usefixtures("gpu")
@@ -343,11 +343,11 @@ def test_on_a_gpu_all_is_prepared_before_the_first_layer_is_timed(monkeypatch: p
     dense = Fake("cudnn", lambda y: y, configs=2)
     monkeypatch.setattr(methods, "METHODS", (dense,))
     monkeypatch.setattr(Fake, "device_type", "cuda")
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     layers = [(replace(ON_GPU, batch=batch), a_filter(), None) for batch in (1, 2, 1)]
-    plans = plan_layers(layers, 60.0, lambda *counts: told.append(counts))
+    plans = plan_layers(layers, 60.0, lambda *counts: progress.append(counts))
     first = next(plans)
-    assert dense.prepared == 4 and told[-1] == (4, 4)
+    assert dense.prepared == 4 and progress[-1] == (4, 4)
     assert [plan.method for plan in plans] == ["cudnn", "cudnn"] and dense.prepared == 4
     assert {c.time_us for c in first.candidates} == {10.0, 20.0}
 

@@ -157,7 +157,7 @@ def test_what_cannot_be_captured_is_timed_by_events_and_says_so(device: Device) 
     timings = timing.race_on_gpu([synchronizes, device.work(6.0)], "cuda:0")
     reason = "not captured: operation not permitted when stream is capturing"
     assert timings == [Timing(8.0, "events", reason), Timing(6.0)]
-    assert len(device.ended) == 1  # torch's allocator is told that the failed capture is over
+    assert len(device.ended) == 1  # torch's allocator learns that the failed capture is over
     assert device.restored == ["state"]  # and its random numbers leave it
 
 

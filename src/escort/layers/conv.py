@@ -241,13 +241,13 @@ class SparseConv2d(nn.Module):
         problem, device = self.plan.problem, self.values.device
         try:
             runners.check_not_capturing(device)
-            asked = self.problem(batch, height, width)
-            run = runners.prepare(asked, self.filter, self.bias, Choice.of(self.plan), self.name)
+            at_size = self.problem(batch, height, width)
+            run = runners.prepare(at_size, self.filter, self.bias, Choice.of(self.plan), self.name)
         except (ValueError, RuntimeError) as error:
             kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)
             raise next(kind for kind in kinds if isinstance(error, kind))(f"{self.name}: {error}") from error
-        size = torch.Size((self.in_channels, height, width))
-        self._runners.add((size, problem.storage, device, not self.residual), run)
+        shape = torch.Size((self.in_channels, height, width))
+        self._runners.add((shape, problem.storage, device, not self.residual), run)
         return run
 
     def train(self, mode: bool = True) -> SparseConv2d:

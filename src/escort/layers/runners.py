@@ -25,7 +25,7 @@ Entry = TypeVar("Entry")
 
 
 class RunnerCache(OrderedDict[Hashable, Entry]):
-    """Runners by the kind of call that they are for, `most` of them; the oldest makes room for another.
+    """Runners by the kind of call that they are for, at most so many: the oldest makes room for another.
 
     The key of a call holds ``x.shape[1:]``, ``x.dtype``, ``x.device`` and whether there is a residual.
     """
@@ -118,6 +118,7 @@ def prepare(
 def _prepare(
     problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, choice: Choice, name: str
 ) -> Runner:
+    """The runner of :func:`prepare`, made on the calling thread."""
     chosen = by_name(choice.method, problem.device)
     others = [method for method in for_device(problem.device) if method is not chosen]
     others.sort(key=lambda method: method.compiles_per_filter)  # what takes minutes, last
