@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import suite
 from escort import reference
-from escort.layers.nn import SparseConv2d
+from escort.layers import SparseConv2d
 from escort.network.convert import NETWORK_ERROR_BOUND, convert
 from escort.problem import Precision
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from escort.artifact import artifact
 from escort.artifact.artifact import ArtifactError, load, load_plan, save
-from escort.layers.nn import SparseConv2d
+from escort.layers import SparseConv2d
 from escort.network.convert import ConvertedModel, NetworkPlan, convert
 from escort.planner import timing as bench
 from escort.planner.machine import Machine

@@ -14,11 +14,12 @@ from torch import nn
 from benchmarks import suite
 from escort import reference
 from escort.filter import SparseFilter
-from escort.methods import Method, by_name, for_device
+from escort.methods import Method, Prepared, by_name, for_device
 from escort.methods.cuda.cublas import Cublas
 from escort.planner import planner
 from escort.planner import timing as bench
 from escort.planner.machine import Machine
+from escort.planner.plan import Plan
 from escort.problem import TORCH_DTYPE, Epilogue, Precision, Problem
 from tests.cases import CASES, Case, as_taken, benchmark_configs, every_case
 
@@ -249,9 +250,10 @@ def test_a_plan_weighs_every_method(dtype: Precision) -> None:
     assert plan.time_us is not None and plan.dense_time_us is not None and plan.time_us <= plan.dense_time_us
     assert plan.machine == Machine.here(DEVICE)
     assert any(candidate.timer == "graph" for candidate in plan.candidates)
-    again = planner.Plan.from_json(plan.to_json())
+    again = Plan.from_json(plan.to_json())
     ((x, residual), *_) = bench.example_inputs(problem, seed=1)
-    y = again.runner(problem, sparse_filter, bias)(x, residual)
+    chosen = by_name(again.method, DEVICE)
+    y = chosen.prepare(problem, sparse_filter, bias, chosen.config_type(**again.config))(x, residual)
     assert reference.compare(y, reference.conv2d(problem, x, weight, bias, residual)) <= reference.ERROR_BOUND[dtype]
 
 
@@ -262,7 +264,7 @@ def test_a_candidate_out_of_memory_is_a_reason_and_the_next_one_runs() -> None:
 
         def prepare(self, problem: Problem, *args: Any) -> Any:
             run = super().prepare(problem, *args)
-            return lambda x, residual=None: (torch.empty(TOO_MUCH, device=DEVICE), run(x, residual))[1]
+            return Prepared(lambda x, residual=None: (torch.empty(TOO_MUCH, device=DEVICE), run(x, residual))[1])
 
     case = BY_NAME["plain 3x3"]
     problem = case.on(DEVICE)[0]

@@ -17,7 +17,7 @@ import escort
 from benchmarks.networks import NETWORKS
 from escort import methods, prune, reference
 from escort.filter import SparseFilter
-from escort.layers.nn import MaxPool2d, SparseConv2d
+from escort.layers import MaxPool2d, SparseConv2d
 from escort.methods import Prepared
 from escort.methods.cpu.dense import Dense, DenseConfig
 from escort.network.convert import (
@@ -30,7 +30,7 @@ from escort.network.convert import (
     _tf32_is_allowed,
     replan,
 )
-from escort.planner import planner
+from escort.planner import cores, measure, planner
 from escort.planner import timing as bench
 from escort.planner.timing import Timing
 from escort.problem import Problem
@@ -241,7 +241,7 @@ class Compiled(Dense):
         self.prepared: list[str] = []
 
     def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: DenseConfig) -> float:
-        return 10.0 * planner._cores()
+        return 10.0 * cores.count()
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig
@@ -260,13 +260,13 @@ def three_convolutions() -> nn.Module:
 def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, told = Compiled(), list[str]()
     monkeypatch.setattr(methods, "METHODS", (compiled, Dense()))
-    monkeypatch.setattr(planner, "_HOPELESS", float("inf"))
+    monkeypatch.setattr(measure, "_HOPELESS", float("inf"))
     # Of the candidates of a layer, the method that compiles wins.
     monkeypatch.setattr(
-        planner,
+        measure,
         "_race",
         lambda problem, contenders, *_: [
-            replace(candidate, time_us=1.0 if candidate.method == "compiled" else 2.0) for candidate, _ in contenders
+            replace(c.candidate, time_us=1.0 if c.candidate.method == "compiled" else 2.0) for c in contenders
         ],
     )
     monkeypatch.setattr(Progress, "update", lambda bar, task, description: told.append(description))

@@ -11,7 +11,7 @@ import torch
 from escort import reference
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
-from escort.layers import ops
+from escort.layers import runners
 from escort.methods.cuda.generated import Generated
 from escort.methods.cuda.generated.config import GeneratedConfig
 from escort.methods.cuda.generated.model import part_count, part_steps, predict_us, space_of
@@ -157,7 +157,7 @@ def test_an_input_size_that_the_config_does_not_fit(dtype: str, copy: int) -> No
     for height, width in ((16, 16), (5, 18), (13, 13)):
         p = replace(problem, height=height, width=width)
         x = torch.randn(p.input_shape, device="cuda", dtype=p.storage)
-        y = ops.prepare(p, sparse_filter, None, "generated", asdict(config))(x)
+        y = runners.prepare(p, sparse_filter, None, runners.Choice(p, "generated", asdict(config)))(x)
         assert (
             reference.compare(y, reference.conv2d(p, x, sparse_filter.to_dense().cuda()))
             <= reference.ERROR_BOUND[p.precision]

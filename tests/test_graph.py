@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn.utils import prune as torch_prune
 
 from escort.artifact import graph
-from escort.layers.nn import MaxPool2d
+from escort.layers import MaxPool2d
 from escort.network.fuse import FusedConv2d
 
 

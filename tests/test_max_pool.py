@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from escort.cuda.compiler import KERNELS
-from escort.layers import ops
-from escort.layers.nn import MaxPool2d
+from escort.layers import MaxPool2d, pool
 from tests.host import compiled
 
 #: What the kernel needs of CUDA, and a loop over its threads. Loads check that they are aligned.
@@ -77,7 +76,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Kernel:
         def __init__(self, source: str, defines: dict[str, Any], device: torch.device) -> None:
             assert source == "max_pool.cu"
-            self.run = compiled(host_source(ops.POOLED_ON_GPU[defines["STORAGE"]]), tmp_path, defines).run
+            self.run = compiled(host_source(pool.POOLED_ON_GPU[defines["STORAGE"]]), tmp_path, defines).run
 
         def bind(self, block: int, shared_bytes: int, args: Any, *, overlap: bool) -> Any:
             assert (block, shared_bytes, len(args)) == (256, 0, 8) and overlap
@@ -89,9 +88,9 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             return launch
 
     monkeypatch.setattr("escort.cuda.kernel.kernel", Kernel)
-    monkeypatch.setattr(ops, "_check_pool", lambda *args: None)
-    monkeypatch.setattr(ops, "_in_channels_last", lies_in_channels_last)
-    ops._pool_launch.cache_clear()
+    monkeypatch.setattr(pool, "_check_pool", lambda *args: None)
+    monkeypatch.setattr(pool, "_in_channels_last", lies_in_channels_last)
+    pool._pool_launch.cache_clear()
 
 
 def lies_in_channels_last(x: torch.Tensor) -> bool:
@@ -124,7 +123,7 @@ def check(y: torch.Tensor, x: torch.Tensor, window: Any) -> None:
 
 
 both_layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
-any_type = pytest.mark.parametrize("dtype", ops.POOLED_ON_GPU, ids=str)
+any_type = pytest.mark.parametrize("dtype", pool.POOLED_ON_GPU, ids=str)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -133,7 +132,7 @@ any_type = pytest.mark.parametrize("dtype", ops.POOLED_ON_GPU, ids=str)
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_the_source_pools_as_torch_does(window: Any, dtype: torch.dtype, layout: torch.memory_format) -> None:
     x = example(window, dtype, layout)
-    check(ops._max_pool2d_on_gpu(x, *window[:5]), x, window)
+    check(pool._max_pool2d_on_gpu(x, *window[:5]), x, window)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -141,10 +140,10 @@ def test_the_source_pools_as_torch_does(window: Any, dtype: torch.dtype, layout:
 def test_more_outputs_than_are_numbered_are_torchs(
     layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "_MOST_VECTORS", 7)
+    monkeypatch.setattr(pool, "_MOST_VECTORS", 7)
     monkeypatch.setattr("escort.cuda.kernel.kernel", None)  # none is made
     x = example(WINDOWS[1], torch.float32, layout)
-    check(ops._max_pool2d_on_gpu(x, *WINDOWS[1][:5]), x, WINDOWS[1])
+    check(pool._max_pool2d_on_gpu(x, *WINDOWS[1][:5]), x, WINDOWS[1])
 
 
 @pytest.mark.gpu
@@ -152,14 +151,14 @@ def test_more_outputs_than_are_numbered_are_torchs(
 @any_type
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_pools_as_torch_does_on_the_gpu(window: Any, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    pool = MaxPool2d(*window[:4], ceil_mode=window[4])
+    layer = MaxPool2d(*window[:4], ceil_mode=window[4])
     for images in (0, 1, 5):
         x = example(window, dtype, layout, max(images, 1))[:images].cuda().contiguous(memory_format=layout)
-        y = pool(x)
+        y = layer(x)
         assert y.device == x.device
         if images:
             check(y.cpu(), x.cpu(), window)
-    torch.library.opcheck(ops.max_pool2d, (x.nan_to_num(), *map(list, window[:4]), window[4]))  # NaN is not NaN to it
+    torch.library.opcheck(pool.max_pool2d, (x.nan_to_num(), *map(list, window[:4]), window[4]))  # NaN is not NaN to it
 
 
 @pytest.mark.gpu
@@ -173,4 +172,4 @@ def test_what_the_kernel_does_not_take_is_torchs_on_the_gpu() -> None:
 
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="takes float32 .N, C, H, W., got torch.float64"):
-        ops.max_pool2d(torch.zeros(1, 1, 4, 4, dtype=torch.float64), [2, 2], [2, 2], [0, 0], [1, 1], False)
+        pool.max_pool2d(torch.zeros(1, 1, 4, 4, dtype=torch.float64), [2, 2], [2, 2], [0, 0], [1, 1], False)

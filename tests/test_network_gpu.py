@@ -22,11 +22,11 @@ import escort
 from benchmarks.networks import NETWORKS
 from escort import prune, reference
 from escort.cli import app
-from escort.layers import ops
-from escort.layers.nn import SparseConv2d
+from escort.layers import SparseConv2d
+from escort.layers.conv import sparse_conv2d
 from escort.methods import by_name
 from escort.network.convert import NETWORK_ERROR_BOUND, ConvertedModel
-from escort.planner import planner
+from escort.planner import planner, search
 from escort.planner import timing as bench
 from escort.planner.machine import Machine
 from escort.problem import TORCH_DTYPE, Precision
@@ -95,7 +95,7 @@ def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
         return timings if len(timings) == 1 else [replace(timings[0], time_us=2 * worst), *timings[1:]]
 
     monkeypatch.setattr(bench, "race_on_gpu", ordered)
-    monkeypatch.setattr(planner, "_MOST_CONFIGS", 1)
+    monkeypatch.setattr(search, "_MOST_CONFIGS", 1)
     monkeypatch.setattr(planner, "_remembered", {})
 
 
@@ -345,9 +345,9 @@ def test_the_operator_passes_torchs_own_checks(precision: Precision) -> None:
     layer = converted(precision).network.get_submodule("grouped")
     x = images(precision, 2, 16, 8, 8)
     arrays = layer.values, layer.columns, layer.indptr, layer.bias, layer._spec
-    torch.library.opcheck(ops.sparse_conv2d, (x, x, *arrays))
+    torch.library.opcheck(sparse_conv2d, (x, x, *arrays))
     with pytest.raises(ValueError, match="on the filter's device, cpu, got .* on cuda:0"):
-        ops.sparse_conv2d(x, x, *(array.cpu() for array in arrays[:3]), *arrays[3:])
+        sparse_conv2d(x, x, *(array.cpu() for array in arrays[:3]), *arrays[3:])
 
 
 @each(*PRECISIONS)

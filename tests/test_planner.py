@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,58 +13,17 @@ import torch
 
 from escort import methods, reference
 from escort.filter import SparseFilter
-from escort.layers import ops
-from escort.methods import Method, Prepared, by_name, for_device
-from escort.planner import planner
-from escort.planner import timing as bench
+from escort.methods import by_name, for_device
+from escort.planner import Plan, cores, measure, plan_layer, plan_layers, planner, search, timing
 from escort.planner.machine import Machine
-from escort.planner.planner import Plan, plan_layer, plan_layers
 from escort.planner.timing import Timing
 from escort.problem import Problem
-
-PROBLEM = Problem(2, 6, 9, 9, 8, (3, 3), padding=(1, 1, 1, 1))
+from tests.fakes import PROBLEM, Compiled, Fake, a_filter
 
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
     planner._remembered.clear()
-
-
-def a_filter(density: float = 0.3, seed: int = 0) -> SparseFilter:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(PROBLEM.weight_shape, generator=generator)
-    return SparseFilter.from_dense(weight * (torch.rand(weight.shape, generator=generator) < density))
-
-
-@dataclass(frozen=True)
-class FakeConfig:
-    knob: int = 0
-
-
-class Fake(Method):
-    """A method made of the reference, changed by what a test wants to see."""
-
-    config_type = FakeConfig
-    device_type = "cpu"
-
-    def __init__(
-        self, name: str, change: Callable[[torch.Tensor], torch.Tensor], refuses: str | None = None, configs: int = 1
-    ) -> None:
-        self.name, self.change, self.refuses, self.prepared = name, change, refuses, 0
-        self.space = [FakeConfig(knob) for knob in range(configs)]
-
-    def unsupported(self, problem: Problem) -> str | None:
-        return self.refuses
-
-    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[FakeConfig]:
-        return self.space
-
-    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
-        self.prepared += 1
-        weight = sparse_filter.to_dense()
-        return Prepared(
-            lambda x, residual=None: self.change(reference.conv2d(problem, x, weight, bias, residual).float())
-        )
 
 
 def test_every_candidate_is_timed_or_has_a_reason() -> None:
@@ -98,8 +55,8 @@ def test_no_method_left_names_every_reason() -> None:
 
 
 def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "_HOPELESS", float("inf"))
-    monkeypatch.setattr(bench, "race", lambda runs, **_: [float(len(runs) - i) for i in range(len(runs))])
+    monkeypatch.setattr(measure, "_HOPELESS", float("inf"))
+    monkeypatch.setattr(timing, "race", lambda runs, **_: [float(len(runs) - i) for i in range(len(runs))])
     plan = plan_layer(
         PROBLEM, a_filter(), methods=(Fake("a", lambda y: y), Fake("b", lambda y: y), Fake("c", lambda y: y))
     )
@@ -122,7 +79,9 @@ def test_a_plan_survives_json_and_runs_at_other_sizes() -> None:
     other = replace(PROBLEM, batch=5, height=12, width=7)
     x = torch.randn(other.input_shape)
     expected = reference.conv2d(other, x, sparse_filter.to_dense())
-    assert reference.compare(plan.runner(other, sparse_filter, None)(x), expected) < 1e-5
+    method = by_name(plan.method)
+    run = method.prepare(other, sparse_filter, None, method.config_type(**plan.config))
+    assert reference.compare(run(x), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -143,18 +102,18 @@ def test_nonsense_is_no_plan(change: dict[str, Any]) -> None:
 
 
 def test_a_search_is_bounded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    large = Fake("large", lambda y: y, configs=planner._MOST_CONFIGS + 5)
+    large = Fake("large", lambda y: y, configs=search._MOST_CONFIGS + 5)
     plan = plan_layer(PROBLEM, a_filter(), methods=(large,))
-    assert large.prepared == planner._MOST_CONFIGS
+    assert large.prepared == search._MOST_CONFIGS
     assert [c.reason for c in plan.candidates if c.config is None] == ["5 more configs were not tried"]
     planner._remembered.clear()
-    monkeypatch.setattr(planner, "_SEARCH_S", 0.0)
+    monkeypatch.setattr(measure, "_SEARCH_S", 0.0)
     others = Fake("large", lambda y: y, configs=3), Fake("small", lambda y: y)
     plan_layer(PROBLEM, a_filter(), methods=others)
     assert [method.prepared for method in others] == [1, 1]  # each method's best guess is always tried
 
 
-def test_the_last_image_of_the_batch_is_checked() -> None:
+def test_the_last_sample_of_the_batch_is_checked() -> None:
     def spoil(y: torch.Tensor) -> torch.Tensor:
         y[-1] *= 1.5
         return y
@@ -172,17 +131,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is the CPU, on which contestants take as long as their name says."""
     machine = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159", "13.0", "9.19.0")
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
-    inputs = bench.example_inputs
-    monkeypatch.setattr(bench, "example_inputs", lambda problem: 3 * inputs(replace(problem, device="cpu")))
+    inputs = timing.example_inputs
+    monkeypatch.setattr(timing, "example_inputs", lambda problem: 3 * inputs(replace(problem, device="cpu")))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(bench, "glance_us", lambda run, device: 100.0)
+    monkeypatch.setattr(timing, "glance_us", lambda run, device: 100.0)
 
     def race(runs: Sequence[Sequence[Any]], device: str, **options: Any) -> list[Timing]:
         assert device == "cuda:0" and all(len(run) == 3 for run in runs)  # every input takes part
         return [Timing(10.0 * (index + 1)) for index in range(len(runs))]
 
-    monkeypatch.setattr(bench, "race_on_gpu", race)
+    monkeypatch.setattr(timing, "race_on_gpu", race)
 
 
 def out_of_memory(y: torch.Tensor) -> torch.Tensor:
@@ -211,7 +170,7 @@ def test_on_a_gpu_whatever_fails_becomes_a_reason() -> None:
 @pytest.mark.usefixtures("gpu")
 def test_on_a_gpu_first_runs_may_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     first_us = iter([20.0, 70.0, 200.0])
-    monkeypatch.setattr(bench, "glance_us", lambda run, device: next(first_us))
+    monkeypatch.setattr(timing, "glance_us", lambda run, device: next(first_us))
     plan = plan_layer(ON_GPU, a_filter(), methods=[Fake(name, lambda y: y) for name in ("a", "b", "c")])
     timed = {c.method: (c.time_us, c.timer) for c in plan.candidates}
     assert timed == {"a": (10.0, "graph"), "b": (20.0, "graph"), "c": (200.0, "events")}
@@ -220,7 +179,7 @@ def test_on_a_gpu_first_runs_may_wait_for_the_host(monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("gpu")
 def test_on_a_gpu_a_race_may_be_lost_to_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = [Timing(None, reason="out of device memory"), Timing(9.0, "events", "not captured: it synchronizes")]
-    monkeypatch.setattr(bench, "race_on_gpu", lambda runs, device, **_: timings[: len(runs)])
+    monkeypatch.setattr(timing, "race_on_gpu", lambda runs, device, **_: timings[: len(runs)])
     methods = Fake("full", lambda y: y), Fake("synchronizes", lambda y: y)
     plan = plan_layer(ON_GPU, a_filter(), methods=methods)
     assert (plan.method, plan.time_us) == ("synchronizes", 9.0)
@@ -242,43 +201,26 @@ def test_plans_of_older_versions_are_read() -> None:
 # Methods that compile a kernel for each filter
 
 
-class Compiled(Fake):
-    """A method whose configs take so many seconds of one core to compile, at the filter's seconds per nonzero."""
-
-    compiles_per_filter = True
-
-    def __init__(self, *seconds: float, per_nnz: float = 0.0) -> None:
-        super().__init__("compiled", lambda y: y, configs=len(seconds))
-        self.seconds, self.per_nnz = seconds, per_nnz
-
-    def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: FakeConfig) -> float:
-        return self.seconds[config.knob] + self.per_nnz * sparse_filter.nnz
-
-    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
-        binary: Any = SimpleNamespace(compile_s=1.5, cubin=bytes(7 + config.knob))
-        return replace(super().prepare(problem, sparse_filter, bias, config), binary=binary)
-
-
 @pytest.fixture
 def first_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """The candidate that was tried first takes the least time."""
-    monkeypatch.setattr(planner, "_HOPELESS", float("inf"))
-    monkeypatch.setattr(bench, "race", lambda runs, **_: [float(i + 1) for i in range(len(runs))])
+    monkeypatch.setattr(measure, "_HOPELESS", float("inf"))
+    monkeypatch.setattr(timing, "race", lambda runs, **_: [float(i + 1) for i in range(len(runs))])
 
 
 @pytest.fixture
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "_cores", lambda: 1)
+    monkeypatch.setattr(cores, "count", lambda: 1)
 
 
 def test_configs_are_compiled_as_long_as_the_budget_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "_cores", lambda: 4)
+    monkeypatch.setattr(cores, "count", lambda: 4)
     method = Compiled(20.0, 160.0, 8.0)
     plan = plan_layer(PROBLEM, a_filter(), methods=(method, by_name("dense")), compile_budget_s=12.0)
     assert method.prepared == 2
-    found = {c.config["knob"]: c for c in plan.candidates if c.method == "compiled" and c.config}
-    assert found[0].time_us is not None and found[2].time_us is not None
-    assert (found[1].time_us, found[1].reason) == (
+    by_knob = {c.config["knob"]: c for c in plan.candidates if c.method == "compiled" and c.config}
+    assert by_knob[0].time_us is not None and by_knob[2].time_us is not None
+    assert (by_knob[1].time_us, by_knob[1].reason) == (
         None,
         "compiling it takes about 40 s of all 4 cores, more than the 7 s left of the layer's compile budget; "
         "raise compile_budget_s",
@@ -301,11 +243,11 @@ def test_a_budget_is_a_number_of_seconds(budget: float) -> None:
         next(plan_layers([(PROBLEM, a_filter(), None)], budget))
 
 
-def test_a_plan_tells_what_was_compiled() -> None:
+def test_a_plan_says_what_was_compiled() -> None:
     plan = plan_layer(PROBLEM, a_filter(), methods=(Compiled(1.0, 1.0), by_name("dense")))
-    told = {(c.method, (c.config or {}).get("knob")): (c.compile_s, c.code_bytes) for c in plan.candidates}
-    assert told.pop(("compiled", 0)) == (1.5, 7) and told.pop(("compiled", 1)) == (1.5, 8)
-    assert set(told.values()) == {(None, None)}
+    compiled = {(c.method, (c.config or {}).get("knob")): (c.compile_s, c.code_bytes) for c in plan.candidates}
+    assert compiled.pop(("compiled", 0)) == (1.5, 7) and compiled.pop(("compiled", 1)) == (1.5, 8)
+    assert set(compiled.values()) == {(None, None)}
     data = json.loads(json.dumps(plan.to_json()))["candidates"]
     assert {(c["compile_s"], c["code_bytes"]) for c in data} == {(1.5, 7), (1.5, 8), (None, None)}
 
@@ -331,14 +273,14 @@ def test_a_plan_is_taken_over_within_the_budget() -> None:
 
 @pytest.mark.usefixtures("first_wins")
 def test_compiling_takes_nothing_from_the_time_to_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "_SEARCH_S", 0.5)
+    monkeypatch.setattr(measure, "_SEARCH_S", 0.5)
     slow, other = Compiled(1.0, 1.0, 1.0), Fake("other", lambda y: y, configs=3)
     prepare = slow.prepare
     monkeypatch.setattr(slow, "prepare", lambda *args: (time.sleep(0.3), prepare(*args))[1])
     plan_layer(PROBLEM, a_filter(), methods=(slow, other))
     assert (slow.prepared, other.prepared) == (3, 3)
     planner._remembered.clear()
-    monkeypatch.setattr(planner, "_SEARCH_S", 0.0)
+    monkeypatch.setattr(measure, "_SEARCH_S", 0.0)
     plan_layer(PROBLEM, a_filter(), methods=(slow, other))
     assert (slow.prepared, other.prepared) == (6, 4)  # what was compiled is tried
 
@@ -388,12 +330,12 @@ def test_a_layer_that_takes_over_a_plan_needs_its_choice(compiled: Compiled) -> 
 
 @pytest.mark.usefixtures("first_wins")
 def test_all_is_compiled_before_the_first_layer_is_timed(compiled: Compiled) -> None:
-    told: list[tuple[int, int]] = []
-    plans = plan_layers([layer(problem, 40) for problem in LAYERS], 60.0, lambda *counts: told.append(counts))
+    progress: list[tuple[int, int]] = []
+    plans = plan_layers([layer(problem, 40) for problem in LAYERS], 60.0, lambda *counts: progress.append(counts))
     assert next(plans).method == "compiled"
-    assert compiled.prepared == 3 and told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert compiled.prepared == 3 and progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert [plan.method for plan in plans] == ["compiled", "compiled"]
-    assert compiled.prepared == 3 and len(told) == 4  # none is prepared again
+    assert compiled.prepared == 3 and len(progress) == 4  # none is prepared again
 
 
 @pytest.mark.usefixtures("gpu")
@@ -401,11 +343,11 @@ def test_on_a_gpu_all_is_prepared_before_the_first_layer_is_timed(monkeypatch: p
     dense = Fake("cudnn", lambda y: y, configs=2)
     monkeypatch.setattr(methods, "METHODS", (dense,))
     monkeypatch.setattr(Fake, "device_type", "cuda")
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     layers = [(replace(ON_GPU, batch=batch), a_filter(), None) for batch in (1, 2, 1)]
-    plans = plan_layers(layers, 60.0, lambda *counts: told.append(counts))
+    plans = plan_layers(layers, 60.0, lambda *counts: progress.append(counts))
     first = next(plans)
-    assert dense.prepared == 4 and told[-1] == (4, 4)
+    assert dense.prepared == 4 and progress[-1] == (4, 4)
     assert [plan.method for plan in plans] == ["cudnn", "cudnn"] and dense.prepared == 4
     assert {c.time_us for c in first.candidates} == {10.0, 20.0}
 
@@ -423,28 +365,6 @@ def test_what_fails_to_compile_ahead_becomes_a_reason(monkeypatch: pytest.Monkey
     assert [c.reason for c in plan.candidates if c.method == "compiled"] == ["generated.cu does not compile"]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "planned", "runs"),
-    [
-        (60.0, None, "compiled"),
-        (60.0, (PROBLEM.height, PROBLEM.width), "compiled"),
-        (0.1, (PROBLEM.height + 1, PROBLEM.width), "compiled"),
-        (60.0, (PROBLEM.height + 1, PROBLEM.width), "dense"),
-    ],
-)
-def test_a_call_does_not_wait_for_a_kernel_of_a_size_that_was_not_planned(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, planned: tuple[int, int] | None, runs: str
-) -> None:
-    method, sparse_filter = Compiled(seconds), a_filter()
-    monkeypatch.setattr(methods, "METHODS", (method, by_name("dense")))
-    told = pytest.warns(UserWarning, match=r"^layer1.conv, .* run by dense, as compiling")
-    with told if runs == "dense" else nullcontext():
-        run = ops.prepare(PROBLEM, sparse_filter, None, "compiled", {"knob": 0}, planned, "layer1.conv")
-    assert method.prepared == (runs == "compiled")
-    x = torch.randn(PROBLEM.input_shape)
-    assert reference.compare(run(x), reference.conv2d(PROBLEM, x, sparse_filter.to_dense())) < 1e-5
-
-
 @pytest.mark.usefixtures("one_core")
 def test_the_first_job_that_fails_ends_the_rest() -> None:
     began: list[int] = []
@@ -456,5 +376,5 @@ def test_the_first_job_that_fails_ends_the_rest() -> None:
             raise RuntimeError("job 1 failed")
 
     with pytest.raises(RuntimeError, match="job 1 failed"):
-        planner.on_all_cores([lambda number=number: job(number) for number in range(30)])  # type: ignore[misc]
+        cores.on_all_cores([lambda number=number: job(number) for number in range(30)])  # type: ignore[misc]
     assert began[:2] == [0, 1] and len(began) < 30

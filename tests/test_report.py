@@ -11,7 +11,7 @@ from rich.console import Console
 from escort import report
 from escort.network.convert import NetworkPlan
 from escort.planner.machine import Machine
-from escort.planner.planner import Candidate, Plan
+from escort.planner.plan import Candidate, Plan
 from escort.problem import Problem
 
 HOSTILE = "<script>alert('&\"')</script> [bold]$body$"

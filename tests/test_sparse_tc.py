@@ -20,7 +20,7 @@ from escort import reference
 from escort.cuda import compiler
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
-from escort.layers import ops
+from escort.layers import runners
 from escort.methods.cuda.sparse_tc import SparseTc, SparseTcConfig
 from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
 from escort.methods.cuda.sparse_tc.packing import Packed
@@ -370,7 +370,7 @@ def test_other_input_sizes_on_the_gpu(size: tuple[int, int], dtype: Precision) -
     x = torch.randn(problem.input_shape, device="cuda", dtype=problem.storage)
     expected = reference.conv2d(problem, x, sparse_filter.to_dense())
     for config in (VARIANTS["halo"][1], VARIANTS["columns"][1], VARIANTS["im2col"][1]):
-        y = ops.prepare(problem, sparse_filter, None, "sparse_tc", asdict(config))(x)
+        y = runners.prepare(problem, sparse_filter, None, runners.Choice(problem, "sparse_tc", asdict(config)))(x)
         assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.precision], config
 
 

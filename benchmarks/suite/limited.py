@@ -12,7 +12,7 @@ import torch
 from benchmarks.suite.layers import Layer
 from escort.filter import SparseFilter
 from escort.methods import Method, Prepared
-from escort.planner import planner
+from escort.planner.cores import on_all_cores
 from escort.problem import Problem
 
 
@@ -60,5 +60,5 @@ def limited(layers: Sequence[Layer], methods: Sequence[Method], most: int | None
                 configs = list(method.configs(layer.problem, layer.sparse_filter)[:most])
                 ready = by_layer[-1][index] = Limited(method, configs)
                 jobs += [partial(ready.prepare_ahead, layer, config) for config in configs]
-    planner.on_all_cores(jobs)
+    on_all_cores(jobs)
     return by_layer

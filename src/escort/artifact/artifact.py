@@ -22,13 +22,13 @@ from torch import Tensor, fx, nn
 from escort.artifact import graph
 from escort.artifact.container import Container, pack, parse
 from escort.filter import SparseFilter
-from escort.layers.nn import MaxPool2d, SparseConv2d
+from escort.layers import MaxPool2d, SparseConv2d
 from escort.methods import for_device
 from escort.network.convert import replan as plan_again
 from escort.network.fuse import plain_copy, unsupported
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.planner.machine import Machine, find_device
-from escort.planner.planner import Plan
+from escort.planner.plan import Plan
 from escort.problem import Precision, Problem
 
 FORMAT = "escort"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from escort.layers import nn as escort_nn
+from escort.layers.pool import MaxPool2d, pair
 from escort.network.fuse import FusedConv2d
 
 aten = torch.ops.aten
@@ -40,7 +40,7 @@ LAYERS: dict[str, type[nn.Module]] = {
         """.split()
     },
     "escort.FusedConv2d": FusedConv2d,
-    "escort.MaxPool2d": escort_nn.MaxPool2d,
+    "escort.MaxPool2d": MaxPool2d,
 }
 
 _OPERATORS = """
@@ -167,7 +167,7 @@ def build_layer(record: Mapping[str, Any]) -> nn.Module:
     }
     with torch.device("meta"):
         layer = LAYERS[record["type"]](**arguments)
-    if isinstance(layer, escort_nn.MaxPool2d):
+    if isinstance(layer, MaxPool2d):
         _check_window(layer)
     return layer.requires_grad_(False).eval()
 
@@ -183,7 +183,7 @@ def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
 def _check_window(pool: nn.MaxPool2d) -> None:
     """What torch checks on every call."""
     for size, stride, padding, dilation in zip(
-        *(escort_nn.pair(value) for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)), strict=True
+        *(pair(value) for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)), strict=True
     ):
         if min(size, stride, dilation) < 1 or not 0 <= 2 * padding <= size:
             raise ValueError(

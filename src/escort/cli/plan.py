@@ -26,7 +26,7 @@ from escort.cli.console import (
 )
 from escort.network.convert import COMPILE_BUDGET_S
 from escort.network.model import NetworkPlan
-from escort.planner.planner import Candidate
+from escort.planner.plan import Candidate
 
 
 def main(

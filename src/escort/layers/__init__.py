@@ -1,1 +1,6 @@
 """The layers of a converted network, each an operator of torch and the module that calls it."""
+
+from escort.layers.conv import SparseConv2d
+from escort.layers.pool import MaxPool2d
+
+__all__ = ["MaxPool2d", "SparseConv2d"]

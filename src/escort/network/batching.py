@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from escort.layers.nn import MaxPool2d, SparseConv2d
+from escort.layers import MaxPool2d, SparseConv2d
 
 # Modules and functions that treat each image for itself, whatever their arguments.
 _MODULES = (

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from escort import reference
 from escort.filter import SparseFilter
-from escort.layers.nn import MaxPool2d, SparseConv2d
+from escort.layers import MaxPool2d, SparseConv2d
 from escort.methods import by_name
 from escort.methods.precision import float32_convolutions
 from escort.network import batching, channels_last, fuse
@@ -28,8 +28,10 @@ from escort.network.memory import keep_freed_memory
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.planner import planner
 from escort.planner import timing as bench
+from escort.planner.budget import check_compile_budget
+from escort.planner.cores import on_all_cores
 from escort.planner.machine import Machine
-from escort.planner.planner import Plan
+from escort.planner.plan import Plan
 from escort.planner.timing import Timer
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Precision, Problem
 
@@ -90,7 +92,7 @@ def convert(
     precision = _settle_precision(model, device, precision)
     if device.type == "cpu":
         keep_freed_memory()  # before anything is timed
-    planner.check_compile_budget(compile_budget_s)
+    check_compile_budget(compile_budget_s)
     with _current(device):
         return _convert(model, inputs, precision, compile_budget_s, progress)
 
@@ -185,7 +187,7 @@ def replan(
     Args:
         compile_budget_s, progress: as of :func:`convert`.
     """
-    planner.check_compile_budget(compile_budget_s)
+    check_compile_budget(compile_budget_s)
     tensors = (*model.network.parameters(), *model.network.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
     with _current(device):
@@ -383,7 +385,7 @@ def _plan(network: nn.Module, asked: dict[str, _Asked], compile_budget_s: float,
                 compiled.append(sparse)
             advance()
         with _running_out("the whole network"):  # those that took over a plan have their kernels still to compile
-            planner.on_all_cores([sparse.prepare for sparse in compiled], preparing)
+            on_all_cores([sparse.prepare for sparse in compiled], preparing)
     return plans
 
 

@@ -10,11 +10,11 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from escort.layers.nn import SparseConv2d
+from escort.layers import SparseConv2d
 from escort.network import batching
 from escort.network.memory import keep_freed_memory
 from escort.planner.machine import Machine
-from escort.planner.planner import Plan
+from escort.planner.plan import Plan
 from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision
 

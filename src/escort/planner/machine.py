@@ -1,4 +1,4 @@
-"""What a measurement was made on, and the devices that there are."""
+"""What a measurement was made on, and the devices of this machine."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class Machine:
     Attributes:
         device: the name of the processor or GPU.
         isa: its instruction set, such as ``avx2`` or ``sm_90``.
-        threads: that torch uses on the CPU; 0 for a GPU.
-        driver, cuda, cudnn: versions; empty for the CPU.
+        threads: how many torch uses on the CPU; 0 for a GPU.
+        torch, escort: their versions.
+        driver, cuda, cudnn: their versions; empty for the CPU.
     """
 
     device: str
@@ -49,12 +50,12 @@ class Machine:
         return cls(gpu.name, f"sm_{gpu.major}{gpu.minor}", 0, torch.__version__, own, *versions)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; of the versions those that there are."""
+        """The fields as JSON values, without the versions that a CPU has not."""
         return {name: value for name, value in asdict(self).items() if value or name not in _VERSIONS}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Machine:
-        """Raises ValueError where the fields are not a machine's. Those that came later may be missing."""
+        """The machine behind :meth:`to_json`. Raises ValueError where the fields are not a machine's."""
         try:
             machine = cls(**data)
         except TypeError as error:
@@ -76,18 +77,22 @@ def _cpu_name() -> str:
 
 @lru_cache(maxsize=1)
 def _driver_version() -> str:
-    """As nvidia-smi prints it, from the library that it asks too; "" where that is missing."""
+    """The driver's version as nvidia-smi prints it, from the same library; "" where that is missing."""
     text = ctypes.create_string_buffer(96)
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        known = nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0
+        answered = nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0
     except (OSError, AttributeError):
         return ""
-    return text.value.decode() if known else ""
+    return text.value.decode() if answered else ""
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name, "cpu", "cuda" or "cuda:1", with its number. Raises ValueError where it is not here."""
+    """The device of that name, "cpu", "cuda" or "cuda:1", with its number.
+
+    Raises:
+        ValueError: where the name is no device's, or this machine has no such device.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -1,120 +1,29 @@
-"""From a problem to a plan: refuse with reasons, rank by heuristic, validate against the reference, time, remember."""
+"""From layers to plans: take over what is remembered, else search, measure and remember."""
 
 from __future__ import annotations
 
 import math
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
-from escort import reference
 from escort.filter import SparseFilter
-from escort.methods import Method, Prepared, Runner, by_name, dense_for, for_device
-from escort.planner import timing as bench
+from escort.methods import Method, for_device
+from escort.planner.budget import SharedBudget, check_compile_budget, estimate_s, fits
+from escort.planner.cores import on_all_cores
 from escort.planner.machine import Machine
-from escort.planner.timing import Timer
+from escort.planner.measure import Ahead, measure
+from escort.planner.plan import Layer, Plan
+from escort.planner.search import Search
 from escort.problem import Problem
 
-#: A candidate whose first runs take this much longer than the fastest one's is not timed further.
-_HOPELESS = 1.6
-#: On a GPU first runs hold up to so many microseconds of waiting for the host, which a graph does not.
-_HOST_US = 60.0
-#: Most configs of a method that are tried, and the seconds after which only the first of each method still is.
-_MOST_CONFIGS = 24
-_SEARCH_S = 20.0
 #: Seconds after which a layer's race stops at three rounds per candidate.
 _BUDGET_S = 0.3
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run a problem and what became of it: timed, or refused for a reason.
-
-    Attributes:
-        config: the method's Config as JSON values; None where the method refused the problem, or for configs that
-            were not tried.
-        time_us: median time of a call.
-        rel_error: ``||out - ref|| / ||ref||`` against the float64 reference, None where it is not finite.
-        reason: why it was refused or not timed, None where it was timed.
-        timer: how it was timed; on a GPU "events" where it was hopeless, or cannot be captured.
-        compile_s: seconds of one core that compiling its kernel took, whenever that was; None where nothing says so.
-        code_bytes: size of that kernel's binary; None likewise.
-        remainder_share: of the filter's nonzeros, that a method for structured filters adds separately, else None.
-    """
-
-    method: str
-    config: dict[str, Any] | None = None
-    time_us: float | None = None
-    rel_error: float | None = None
-    reason: str | None = None
-    timer: Timer = "calls"
-    compile_s: float | None = None
-    code_bytes: int | None = None
-    remainder_share: float | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was chosen for a problem, and every candidate that was weighed for it, on which machine."""
-
-    problem: Problem
-    method: str
-    config: dict[str, Any]
-    candidates: tuple[Candidate, ...]
-    machine: Machine
-
-    @property
-    def time_us(self) -> float | None:
-        """Median time of the choice; None if it was never timed here."""
-        chosen = (c.time_us for c in self.candidates if (c.method, c.config) == (self.method, self.config))
-        return next(chosen, None)
-
-    @property
-    def dense_time_us(self) -> float | None:
-        """Median time of the fastest dense candidate."""
-        return self.best_us(dense_for(self.problem.device).name)
-
-    def best_us(self, method: str) -> float | None:
-        """Median time of that method's fastest candidate, None where none was timed."""
-        times = [c.time_us for c in self.candidates if c.method == method and c.time_us is not None]
-        return min(times, default=None)
-
-    def runner(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None) -> Prepared:
-        """The choice, prepared for this filter and for a problem that may have another batch or input size."""
-        method = by_name(self.method, problem.device)
-        return method.prepare(problem, sparse_filter, bias, method.config_type(**self.config))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "problem": self.problem.to_json(),
-            "method": self.method,
-            "config": self.config,
-            "candidates": [asdict(candidate) for candidate in self.candidates],
-            "machine": self.machine.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Plan:
-        """The plan behind :meth:`to_json`. Raises ValueError where the data is not one that this version can run."""
-        try:
-            plan = cls(
-                Problem.from_json(data["problem"]),
-                data["method"],
-                dict(data["config"]),
-                tuple(Candidate(**candidate) for candidate in data["candidates"]),
-                Machine.from_json(data["machine"]),
-            )
-            by_name(plan.method, plan.problem.device).config_type(**plan.config)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a plan: {error}") from error
-        return plan
+#: The plans that like layers take over, each with the search that it came from.
+_remembered: dict[Hashable, tuple[Plan, Search]] = {}
 
 
 def plan_layer(
@@ -133,6 +42,8 @@ def plan_layer(
     that plan short and is now at least twice as large.
 
     Args:
+        sparse_filter: the weights, (K, C / groups, R, S).
+        bias: (K,) on any device, or None.
         methods: the candidates, by default all methods of the problem's device.
         budget_s: seconds after which timing stops at three rounds per candidate.
         compile_budget_s: seconds that compiling kernels for this filter may take, by the methods' estimates and with
@@ -144,18 +55,19 @@ def plan_layer(
         torch.OutOfMemoryError: where the device cannot even hold the problem's input.
     """
     check_compile_budget(compile_budget_s)
-    methods = for_device(problem.device) if methods is None else methods
-    key = _key(problem, sparse_filter, methods)
-    if recalled := _recall(key, problem, sparse_filter, methods, compile_budget_s):
+    task = _Task.of(Layer(problem, sparse_filter, bias), methods)
+    if recalled := _recall(task, compile_budget_s):
         return recalled[0]
-    space = _search_space(problem, sparse_filter, methods, compile_budget_s)
-    return _remember(key, space, _measure(problem, sparse_filter, bias, space, budget_s))
+    search = Search.of(task.layer, task.methods, compile_budget_s)
+    return _remember(task, search, measure(task.layer, search, budget_s, Ahead()))
 
 
 def plan_layers(
     layers: Sequence[tuple[Problem, SparseFilter, torch.Tensor | None]],
     compile_budget_s: float,
     preparing: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    methods: Sequence[Method] | None = None,
 ) -> Iterator[Plan]:
     """The plans of a network's layers one by one, as :func:`plan_layer` makes them.
 
@@ -167,321 +79,95 @@ def plan_layers(
     Args:
         layers: problem, filter and bias of each.
         compile_budget_s: as of a layer, for all of them together.
-        preparing: is told how many candidates are prepared, and of how many.
+        preparing: is called with how many candidates are prepared, and of how many.
+        methods: the candidates of every layer, by default all methods of its problem's device.
 
     Raises:
         ValueError, torch.OutOfMemoryError: as `plan_layer`, where the layer's plan is due.
     """
     check_compile_budget(compile_budget_s)
-    spaces, shares = _share_out(layers, compile_budget_s)
-    jobs = [
-        partial(_prepare_ahead, space, method, *layers[index], config)
-        for index, space in spaces.items()
-        for method, configs in space.tried
-        for config in configs
-        if method.compiles_per_filter or layers[index][0].device_type == "cuda"
-    ]
-    on_all_cores(jobs, preparing)
-    jobs.clear()
-    for index, layer in enumerate(layers):
-        if space := spaces.pop(index, None):
-            key = _key(*layer[:2], for_device(layer[0].device))
-            yield _remember(key, space, _measure(*layer, space, _BUDGET_S))
+    tasks = [_Task.of(Layer(*layer), methods) for layer in layers]
+    searches, shares_s = _share_out(tasks, compile_budget_s)
+    ahead = {index: Ahead() for index in searches}
+    on_all_cores(
+        [
+            partial(ahead[index].prepare, tasks[index].layer, method, config)
+            for index, search in searches.items()
+            for method, configs in search.tried
+            for config in configs
+            if method.compiles_per_filter or tasks[index].layer.problem.device_type == "cuda"
+        ],
+        preparing,
+    )
+    for index, task in enumerate(tasks):
+        if search := searches.get(index):
+            yield _remember(task, search, measure(task.layer, search, _BUDGET_S, ahead.pop(index)))
         else:
-            yield plan_layer(*layer, compile_budget_s=shares[index])
-
-
-def on_all_cores(
-    jobs: Sequence[Callable[[], object]], done: Callable[[int, int], None] = lambda done, total: None
-) -> None:
-    """Runs jobs that spend their time outside Python's lock. The first error is raised, and what had not begun is not.
-
-    Args:
-        done: is told how many are done, and of how many.
-    """
-    if jobs:
-        done(0, len(jobs))
-    with _threads() as pool:
-        for count, future in enumerate(as_completed([pool.submit(job) for job in jobs]), 1):
-            future.result()
-            done(count, len(jobs))
-
-
-def check_compile_budget(compile_budget_s: float) -> None:
-    """Raises ValueError for what is no number of seconds."""
-    if not compile_budget_s >= 0.0:
-        raise ValueError(f"compile_budget_s is a number of seconds, 0 to compile nothing, got {compile_budget_s}")
+            yield plan_layer(*task.layer, methods=task.methods, compile_budget_s=shares_s[index])
 
 
 @dataclass(frozen=True)
-class _Known:
-    """A plan that like layers take over, and the compile budget that it was made with."""
+class _Task:
+    """A layer to plan, and the methods to choose from."""
 
-    plan: Plan
-    compile_budget_s: float
-    is_cut: bool
+    layer: Layer
+    methods: Sequence[Method]
 
+    @classmethod
+    def of(cls, layer: Layer, methods: Sequence[Method] | None) -> _Task:
+        return cls(layer, for_device(layer.problem.device) if methods is None else methods)
 
-@dataclass(frozen=True)
-class _Space:
-    """What is tried of the methods' search spaces.
+    @property
+    def key(self) -> Hashable:
+        """The same for layers that share a plan."""
+        problem, nnz = self.layer.problem, self.layer.sparse_filter.nnz
+        names = tuple(method.name for method in self.methods)
+        return problem, round(math.log(nnz + 1) / 0.05), names, Machine.here(problem.device)
 
-    Attributes:
-        tried: methods with their configs, best guess first.
-        refused: the candidates that are not tried.
-        compile_s: of each config that is tried and compiled, about how long all cores together take.
-        is_cut: whether a larger compile budget would let more be tried.
-        runners: those that were prepared ahead, by method and config.
-    """
-
-    tried: list[tuple[Method, list[Any]]]
-    refused: list[Candidate]
-    compile_s: list[float]
-    compile_budget_s: float
-    is_cut: bool
-    runners: dict[tuple[str, Any], Prepared] = field(default_factory=dict)
+    @property
+    def compiles(self) -> bool:
+        """Whether a method may have something to compile for the filter."""
+        return any(
+            method.compiles_per_filter and method.unsupported(self.layer.problem) is None for method in self.methods
+        )
 
 
-_remembered: dict[Any, _Known] = {}
+def _share_out(tasks: Sequence[_Task], compile_budget_s: float) -> tuple[dict[int, Search], list[float]]:
+    """What to try for the layers, by index, that will not take over a plan; and each one's share of the budget."""
+    compiles = [task.compiles for task in tasks]
+    budget = SharedBudget(compile_budget_s, sum(compiles))
+    searches, shares_s = dict[int, Search](), list[float]()
+    first: dict[Hashable, Search] = {}  # of those layers whose plans others will take over
+    for index, task in enumerate(tasks):
+        share_s = budget.next_share(compiles=compiles[index])
+        shares_s.append(share_s)
+        if not compiles[index] and task.layer.problem.device_type == "cpu":
+            continue  # nothing takes time before it is timed
+        key = task.key
+        if recalled := _recall(task, share_s):
+            budget.spend(recalled[1])
+        elif key in first and not first[key].is_outgrown(share_s):
+            budget.spend(max(first[key].compile_s, default=0.0))  # which of them it will be is not known yet
+        else:
+            searches[index] = first[key] = Search.of(task.layer, task.methods, share_s)
+            budget.spend(sum(first[key].compile_s))
+    return searches, shares_s
 
 
-def _key(problem: Problem, sparse_filter: SparseFilter, methods: Sequence[Method]) -> Any:
-    """The same for layers that share a plan."""
-    names, machine = tuple(method.name for method in methods), Machine.here(problem.device)
-    return problem, round(math.log(sparse_filter.nnz + 1) / 0.05), names, machine
-
-
-def _remember(key: Any, space: _Space, plan: Plan) -> Plan:
-    _remembered[key] = _Known(plan, space.compile_budget_s, space.is_cut)
+def _remember(task: _Task, search: Search, plan: Plan) -> Plan:
+    _remembered[task.key] = plan, search
     return plan
 
 
-def _recall(
-    key: Any, problem: Problem, sparse_filter: SparseFilter, methods: Sequence[Method], compile_budget_s: float
-) -> tuple[Plan, float] | None:
+def _recall(task: _Task, compile_budget_s: float) -> tuple[Plan, float] | None:
     """The plan to take over, if any, and about how long all cores together compile its choice."""
-    known = _remembered.get(key)
-    if known is None or _is_outgrown(known, compile_budget_s):
+    if (remembered := _remembered.get(task.key)) is None:
         return None
-    method = next(method for method in methods if method.name == known.plan.method)
+    plan, search = remembered
+    if search.is_outgrown(compile_budget_s):
+        return None
+    method = next(method for method in task.methods if method.name == plan.method)
     if not method.compiles_per_filter:
-        return known.plan, 0.0
-    needed_s = _compile_s(method, problem, sparse_filter, method.config_type(**known.plan.config))
-    return (known.plan, needed_s) if _fits(needed_s, compile_budget_s) else None
-
-
-def _is_outgrown(before: _Known | _Space, compile_budget_s: float) -> bool:
-    """Whether a budget is worth another search. The shares of a network's layers differ, but mostly by little."""
-    return before.is_cut and compile_budget_s > before.compile_budget_s * 2.0
-
-
-def _share_out(
-    layers: Sequence[tuple[Problem, SparseFilter, torch.Tensor | None]], compile_budget_s: float
-) -> tuple[dict[int, _Space], list[float]]:
-    """What is tried for the layers, by their index, that will not take over a plan; and each one's share."""
-    all_methods = [for_device(problem.device) for problem, _, _ in layers]
-    wanting = [
-        any(method.compiles_per_filter and method.unsupported(layer[0]) is None for method in methods)
-        for layer, methods in zip(layers, all_methods, strict=True)
-    ]
-    left_s = compile_budget_s
-    spaces, shares = dict[int, _Space](), list[float]()
-    first: dict[Any, _Space] = {}  # of those layers whose plans others will take over
-    for index, (problem, sparse_filter, _) in enumerate(layers):
-        share = left_s / max(sum(wanting[index:]), 1)
-        shares.append(share)
-        if not wanting[index] and problem.device_type == "cpu":
-            continue  # nothing takes time before it is timed
-        key = _key(problem, sparse_filter, all_methods[index])
-        if recalled := _recall(key, problem, sparse_filter, all_methods[index], share):
-            left_s -= recalled[1]
-        elif key in first and not _is_outgrown(first[key], share):
-            left_s -= max(first[key].compile_s, default=0.0)  # which of them it will be is not known yet
-        else:
-            spaces[index] = first[key] = _search_space(problem, sparse_filter, all_methods[index], share)
-            left_s -= sum(first[key].compile_s)
-    return spaces, shares
-
-
-def _search_space(
-    problem: Problem, sparse_filter: SparseFilter, methods: Sequence[Method], compile_budget_s: float
-) -> _Space:
-    tried: list[tuple[Method, list[Any]]] = []
-    refused: list[Candidate] = []
-    compile_s: list[float] = []
-    is_cut = False
-    for method in methods:
-        if reason := method.unsupported(problem):
-            refused.append(Candidate(method.name, reason=reason))
-            continue
-        if method.compiles_per_filter and compile_budget_s == 0.0:
-            reason = "it is compiled for each filter, which a compile budget of 0 s rules out; raise compile_budget_s"
-            refused.append(Candidate(method.name, reason=reason))
-            is_cut = True
-            continue
-        configs = list(method.configs(problem, sparse_filter))
-        if len(configs) > _MOST_CONFIGS:
-            refused.append(Candidate(method.name, reason=f"{len(configs) - _MOST_CONFIGS} more configs were not tried"))
-        fitting = []
-        for config in configs[:_MOST_CONFIGS]:
-            if method.compiles_per_filter:
-                needed_s, left_s = _compile_s(method, problem, sparse_filter, config), compile_budget_s - sum(compile_s)
-                if not _fits(needed_s, left_s):
-                    reason = (
-                        f"compiling it takes about {_seconds(needed_s)} of all {_cores()} cores, more than the "
-                        f"{_seconds(left_s)} left of the layer's compile budget; raise compile_budget_s"
-                    )
-                    refused.append(Candidate(method.name, asdict(config), reason=reason))
-                    is_cut = True
-                    continue
-                compile_s.append(needed_s)
-            fitting.append(config)
-        tried.append((method, fitting))
-    return _Space(tried, refused, compile_s, compile_budget_s, is_cut)
-
-
-def _compile_s(method: Any, problem: Problem, sparse_filter: SparseFilter, config: Any) -> float:
-    """About how long all cores together compile a config of a method that compiles per filter."""
-    estimate_s: float = method.compile_s(problem, sparse_filter, config)
-    return estimate_s / _cores()
-
-
-def _fits(needed_s: float, left_s: float) -> bool:
-    return left_s > 0.0 and needed_s <= left_s
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.0f} s" if value >= 10.0 else f"{value:.2g} s"
-
-
-def _measure(
-    problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, space: _Space, budget_s: float
-) -> Plan:
-    with torch.inference_mode():
-        inputs = bench.example_inputs(problem)
-        settled, running = _first_runs(problem, sparse_filter, bias, space, *inputs[0])
-        if not running:
-            reasons = "; ".join(f"{c.method}: {c.reason}" for c in settled)
-            raise ValueError(f"no method can run {problem}: {reasons}")
-        best_us = min(first_us for _, _, first_us in running)
-        limit_us = max(_HOPELESS * best_us, best_us + (_HOST_US if problem.device_type == "cuda" else 0.0))
-        contenders = [(candidate, run) for candidate, run, first_us in running if first_us <= limit_us]
-        settled += _race(problem, contenders, inputs, budget_s)
-    hopeless = [(candidate, first_us) for candidate, _, first_us in running if first_us > limit_us]
-    timer: Timer = "calls" if problem.device_type == "cpu" else "events"
-    settled += [replace(candidate, time_us=first_us, timer=timer) for candidate, first_us in hopeless]
-    timed = [candidate for candidate in settled if candidate.time_us is not None]
-    if not timed:  # each ran once, and failed when it was timed
-        raise ValueError(f"no method can run {problem}: " + "; ".join(f"{c.method}: {c.reason}" for c in settled))
-    best = min(timed, key=lambda candidate: candidate.time_us or 0.0)
-    assert best.config is not None
-    return Plan(problem, best.method, best.config, tuple(settled), Machine.here(problem.device))
-
-
-def _first_runs(
-    problem: Problem,
-    sparse_filter: SparseFilter,
-    bias: torch.Tensor | None,
-    space: _Space,
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-) -> tuple[list[Candidate], list[tuple[Candidate, Runner, float]]]:
-    """The candidates that cannot run, and those that are right, with their runner and a rough time in microseconds."""
-    # Of the whole batch the first and the last image: where a kernel's tables depend on the batch, its end is at risk.
-    images = sorted({0, len(x) - 1})
-    some = x[images], None if residual is None else residual[images]
-    expected = reference.conv2d(problem, some[0], sparse_filter.to_dense(), bias, some[1])
-    bound = reference.ERROR_BOUND[problem.precision]
-    settled = list(space.refused)
-    running: list[tuple[Candidate, Runner, float]] = []
-    searched_s = 0.0
-    for method, configs in space.tried:
-        prepared = _prepared(method, problem, sparse_filter, bias, configs, space.runners)
-        for tried, config in enumerate(configs):
-            # What was compiled for the filter is tried whatever it took, which is bounded by a budget of its own.
-            if tried and searched_s > _SEARCH_S and not method.compiles_per_filter:
-                settled.append(Candidate(method.name, reason=f"{len(configs) - tried} more configs were not tried"))
-                break
-            candidate, begin = Candidate(method.name, asdict(config)), time.perf_counter()
-            try:
-                ready = next(prepared)()
-                run = ready.run
-                if method.compiles_per_filter:
-                    begin = time.perf_counter()
-                if binary := ready.binary:
-                    candidate = replace(candidate, compile_s=binary.compile_s, code_bytes=len(binary.cubin))
-                candidate = replace(candidate, remainder_share=ready.notes.get("remainder_share"))
-                error = reference.compare(run(x, residual)[images], expected)
-                candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
-                if error <= bound:
-                    running.append((candidate, run, bench.glance_us(partial(run, x, residual), problem.device)))
-                else:
-                    settled.append(replace(candidate, reason=f"relative error {error:.1e} exceeds {bound:.0e}"))
-            except (RuntimeError, ValueError) as failure:
-                if problem.device_type == "cpu":
-                    raise
-                settled.append(replace(candidate, reason=bench.survived(failure)))
-            searched_s += time.perf_counter() - begin
-    return settled, running
-
-
-def _prepare_ahead(
-    space: _Space, method: Method, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any
-) -> None:
-    with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
-        space.runners[method.name, config] = method.prepare(problem, sparse_filter, bias, config)
-
-
-def _prepared(
-    method: Method,
-    problem: Problem,
-    sparse_filter: SparseFilter,
-    bias: torch.Tensor | None,
-    configs: Sequence[Any],
-    ahead: dict[tuple[str, Any], Prepared],
-) -> Iterator[Callable[[], Prepared]]:
-    """What gives each config its runner, or raises. On a GPU all are prepared at once: each may compile a kernel."""
-
-    def prepare(config: Any) -> Prepared:
-        return ahead.pop((method.name, config), None) or method.prepare(problem, sparse_filter, bias, config)
-
-    jobs = [partial(prepare, config) for config in configs]
-    if problem.device_type == "cpu":
-        yield from jobs
-        return
-    with _threads() as pool:
-        yield from [future.result for future in [pool.submit(job) for job in jobs]]
-
-
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """As many as there are cores. At the end, or once an error passes through, what has not begun never will."""
-    pool = ThreadPoolExecutor(_cores())
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _race(
-    problem: Problem,
-    contenders: Sequence[tuple[Candidate, Runner]],
-    inputs: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-    budget_s: float,
-) -> list[Candidate]:
-    """The contenders with their times."""
-    candidates = [candidate for candidate, _ in contenders]
-    if problem.device_type == "cpu":
-        runs = [partial(run, *inputs[0]) for _, run in contenders]
-        times = bench.race(runs, warmup=0, rounds=7, budget_s=budget_s)
-        return [replace(candidate, time_us=time_us) for candidate, time_us in zip(candidates, times, strict=True)]
-    rotations = [[partial(run, *one) for one in inputs] for _, run in contenders]
-    timings = bench.race_on_gpu(rotations, problem.device, rounds=7, budget_s=budget_s)
-    return [
-        replace(c, time_us=t.time_us, timer=t.timer, reason=t.reason if t.time_us is None else None)
-        for c, t in zip(candidates, timings, strict=True)
-    ]
+        return plan, 0.0
+    needed_s = estimate_s(method, task.layer, method.config_type(**plan.config))
+    return (plan, needed_s) if fits(needed_s, compile_budget_s) else None

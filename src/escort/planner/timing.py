@@ -2,11 +2,12 @@
 
 On the CPU a time is the median of calls, taken in turn after warm-up, with the threads that torch has.
 
-On a GPU it is device time: the median over replays of a CUDA graph, divided by the calls in it. Each contestant is
-captured after warm-up, with as many calls as fill a millisecond, so that neither the host nor the start of a graph
-counts, and the graphs take turns. :func:`example_inputs` makes so many inputs that together with the outputs they are
-twice the size of the L2 cache; a graph runs through all of them, so that what a call reads was not just written or read
-by the one before. What cannot be captured is timed by calls one after the other, and says so (:class:`Timing`).
+On a GPU it is device time: the median over replays of a CUDA graph, divided by the calls in it. What is timed, a
+contestant, is captured after warm-up, with as many calls as fill a millisecond: a lap. So neither the host nor the
+start of a graph counts. The graphs take turns. :func:`example_inputs` makes so many inputs that together with the
+outputs they are twice the size of the L2 cache. A graph runs through all of them, so that a call does not read what the
+one before just wrote or read. What cannot be captured is timed by calls one after the other, and says so
+(:class:`Timing`).
 """
 
 from __future__ import annotations
@@ -26,18 +27,13 @@ from escort.problem import Problem
 
 _LAP_US = 1000.0  # device time between two events, which are good for about half a microsecond
 _WARM_S = 0.05  # of replays before the first that counts, for the clocks to rise
-_MOST_SETS = 1024
+_MOST_INPUTS = 1024  # of one problem
 
 #: How a time was taken: by calls on the CPU, by replays of a CUDA graph, or by calls between CUDA events, which hold
 #: what the host makes the GPU wait.
 Timer = Literal["calls", "graph", "events"]
 #: A call, or the same call on each of several inputs.
 Contestant = Callable[[], object] | Sequence[Callable[[], object]]
-
-
-def median_us(run: Callable[[], object], *, warmup: int = 2, rounds: int = 9, budget_s: float = 1.0) -> float:
-    """The median time of a call in microseconds: `rounds` calls after the warm-up, fewer (at least 3) over budget."""
-    return race([run], warmup=warmup, rounds=rounds, budget_s=budget_s)[0]
 
 
 def race(
@@ -48,6 +44,8 @@ def race(
     For work on the CPU; :func:`race_on_gpu` times a GPU's.
 
     Args:
+        warmup: calls of each that are not timed, before the first round.
+        rounds: of one turn each.
         burst: timed calls per turn. Above one, a call that is not timed leads each turn: it brings a contestant's
             weights back into cache and lets the threads of the one before it go to sleep.
         budget_s: seconds after which no further round starts once there were three.
@@ -55,32 +53,35 @@ def race(
     for run in runs:
         for _ in range(warmup):
             run()
-    times: list[list[float]] = [[] for _ in runs]
+    seconds: list[list[float]] = [[] for _ in runs]
     begin = time.perf_counter()
-    for done in range(rounds):
-        if done >= 3 and time.perf_counter() - begin > budget_s:
+    for past_rounds in range(rounds):
+        if past_rounds >= 3 and time.perf_counter() - begin > budget_s:
             break
-        for run, taken in zip(runs, times, strict=True):
+        for run, its_seconds in zip(runs, seconds, strict=True):
             if burst > 1:
                 run()
             for _ in range(burst):
                 start = time.perf_counter()
                 run()
-                taken.append(time.perf_counter() - start)
-    return [median(taken) * 1e6 for taken in times]
+                its_seconds.append(time.perf_counter() - start)
+    return [median(its_seconds) * 1e6 for its_seconds in seconds]
 
 
 def glance_us(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """A rough time of a call that ran before: the least of a few. On a GPU it includes what the host makes it wait."""
+    """A rough time of a call that ran before, in microseconds: the least of a few.
+
+    On a GPU it includes what the host makes it wait.
+    """
     if torch.device(device).type != "cpu":
         with torch.cuda.device(device):
             return min(_elapsed_us([run] * 4))
-    times = []
+    seconds = []
     for _ in range(2):
         start = time.perf_counter()
         run()
-        times.append(time.perf_counter() - start)
-    return min(times) * 1e6
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) * 1e6
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class Timing:
     """What became of a contestant.
 
     Attributes:
-        time_us: median time of a call; None where it cannot run.
+        time_us: median time of a call in microseconds; None where it cannot run.
         timer: on a GPU "events" where it was not captured.
-        reason: why it cannot run, or why it was not captured though that was asked for.
+        reason: why it cannot run, or why it was not captured although it was to be.
     """
 
     time_us: float | None
@@ -108,10 +109,10 @@ def race_on_gpu(
 ) -> list[Timing]:
     """The device time of each of several calls, taken in turn.
 
-    A contestant that runs out of device memory, or is refused by the device, is out with a reason; the others go on.
+    A contestant that runs out of device memory, or that the device refuses, is out with a reason; the others go on.
 
     Args:
-        runs: what to call, on `device` and on torch's current stream; all that one holds is called in turn.
+        runs: the contestants. Each is called on `device` and torch's current stream, all calls that it holds in turn.
         rounds: of one turn each.
         budget_s: seconds after which no further round starts once there were three.
         capture: False to time calls as a user without CUDA graphs would see them.
@@ -213,18 +214,18 @@ def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
 
 
 def _take_turns(laps: Sequence[_Lap], rounds: int, budget_s: float) -> list[float]:
-    """The median time of a call in each lap."""
+    """The median time of a call in each lap, in microseconds."""
     if not laps:
         return []
     starts = [lap.start for lap in laps]
     begin = time.perf_counter()
     while time.perf_counter() - begin < _WARM_S:
         _elapsed_us(starts)
-    taken: list[list[float]] = []
+    rounds_us: list[list[float]] = []
     begin = time.perf_counter()
-    while len(taken) < rounds and (len(taken) < 3 or time.perf_counter() - begin <= budget_s):
-        taken.append(_elapsed_us(starts))
-    return [median(times) / lap.calls for lap, times in zip(laps, zip(*taken, strict=True), strict=True)]
+    while len(rounds_us) < rounds and (len(rounds_us) < 3 or time.perf_counter() - begin <= budget_s):
+        rounds_us.append(_elapsed_us(starts))
+    return [median(times) / lap.calls for lap, times in zip(laps, zip(*rounds_us, strict=True), strict=True)]
 
 
 def _elapsed_us(starts: Sequence[Callable[[], object]]) -> list[float]:
@@ -245,7 +246,11 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 
 
 def survived(error: Exception) -> str:
-    """What failed, in a line, on a device that lives on; its unused memory is given back. Raises where it is lost."""
+    """What failed, in a line, on a device that lives on. Memory that torch keeps unused is given back.
+
+    Raises:
+        RuntimeError: where the device is lost to this process.
+    """
     try:
         torch.cuda.synchronize()
     except RuntimeError as lost:
@@ -258,23 +263,26 @@ def survived(error: Exception) -> str:
 
 
 def example_inputs(problem: Problem, *, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Random inputs and residuals, at least one image each; on a GPU as many as the L2 cache cannot hold."""
+    """Random inputs of a problem, each with a residual where the problem has one, of at least one sample.
+
+    On a GPU there are so many that the L2 cache cannot hold them.
+    """
     generator = torch.Generator(problem.device).manual_seed(seed)
     shapes = [(max(problem.batch, 1), *shape[1:]) for shape in (problem.input_shape, problem.output_shape)]
 
     def draw(shape: tuple[int, ...]) -> torch.Tensor:
-        drawn = torch.randn(shape, generator=generator, dtype=problem.storage, device=problem.device)
-        return drawn.contiguous(memory_format=problem.torch_memory_format)
+        values = torch.randn(shape, generator=generator, dtype=problem.storage, device=problem.device)
+        return values.contiguous(memory_format=problem.torch_memory_format)
 
-    sets = 1
+    count = 1
     if problem.device_type == "cuda":
         tensors = shapes + shapes[1:] * problem.epilogue.residual
-        sets = _sets(problem.device, sum(map(math.prod, tensors)) * problem.storage.itemsize)
-    return [(draw(shapes[0]), draw(shapes[1]) if problem.epilogue.residual else None) for _ in range(sets)]
+        count = _input_count(problem.device, sum(map(math.prod, tensors)) * problem.storage.itemsize)
+    return [(draw(shapes[0]), draw(shapes[1]) if problem.epilogue.residual else None) for _ in range(count)]
 
 
-def _sets(device: str, size: int) -> int:
+def _input_count(device: str, size: int) -> int:
     """How many inputs of `size` bytes, outputs included, are twice the L2 cache, in an eighth of the free memory."""
     wanted = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     affordable = torch.cuda.mem_get_info(device)[0] // 8
-    return min(max(1, min(math.ceil(wanted / size), affordable // size)), _MOST_SETS)
+    return min(max(1, min(math.ceil(wanted / size), affordable // size)), _MOST_INPUTS)

@@ -21,7 +21,7 @@ import rich.text
 
 from escort.network.convert import NetworkPlan
 from escort.planner.machine import Machine
-from escort.planner.planner import Plan
+from escort.planner.plan import Plan
 from escort.problem import Problem
 
 if TYPE_CHECKING:

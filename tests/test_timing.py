@@ -1,4 +1,4 @@
-"""The timer and the machine: turns, medians, what happens to a contestant that fails. No speed is asserted here."""
+"""The timer: turns, medians, what happens to a contestant that fails. No speed is asserted here."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from escort.planner import machine
-from escort.planner import timing as bench
-from escort.planner.machine import Machine
+from escort.planner import timing
 from escort.planner.timing import Timing
 from escort.problem import Epilogue, Problem
 
 
 def test_race_takes_turns_and_reports_medians() -> None:
     order: list[str] = []
-    times = bench.race([lambda: order.append("a"), lambda: order.append("b")], warmup=1, rounds=4)
+    times = timing.race([lambda: order.append("a"), lambda: order.append("b")], warmup=1, rounds=4)
     assert order == ["a", "b"] + ["a", "b"] * 4
     assert len(times) == 2 and min(times) > 0.0
 
@@ -98,31 +96,31 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: device.ended.append(pool), raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *pool: None, raising=False)
-    monkeypatch.setattr(bench, "_side_stream", lambda index: stream)
-    monkeypatch.setattr(bench, "_elapsed_us", device.elapsed_us)
-    monkeypatch.setattr(bench, "_WARM_S", 0.0)
+    monkeypatch.setattr(timing, "_side_stream", lambda index: stream)
+    monkeypatch.setattr(timing, "_elapsed_us", device.elapsed_us)
+    monkeypatch.setattr(timing, "_WARM_S", 0.0)
     return device
 
 
 def test_device_times_are_per_call_of_a_replayed_graph(device: Device) -> None:
-    timings = bench.race_on_gpu([device.work(5.0), device.work(20.0), device.work(7000.0)], "cuda:0")
+    timings = timing.race_on_gpu([device.work(5.0), device.work(20.0), device.work(7000.0)], "cuda:0")
     assert timings == [Timing(5.0), Timing(20.0), Timing(7000.0)]
     assert [graph.recorded_us for graph in device.replays[-3:]] == [1000.0, 1000.0, 7000.0]
 
 
 def test_graphs_take_turns(device: Device) -> None:
-    bench.race_on_gpu([device.work(400.0), device.work(600.0)], "cuda:0", rounds=4)
+    timing.race_on_gpu([device.work(400.0), device.work(600.0)], "cuda:0", rounds=4)
     first, second = device.replays[-2:]
     assert device.replays[-8:] == [first, second] * 4
 
 
 def test_a_host_that_is_slow_does_not_shorten_the_graph(device: Device) -> None:
-    assert bench.race_on_gpu([device.work(5.0, host_us=250.0)], "cuda:0") == [Timing(5.0)]
+    assert timing.race_on_gpu([device.work(5.0, host_us=250.0)], "cuda:0") == [Timing(5.0)]
     assert device.replays[-1].recorded_us == 1000.0
 
 
 def test_without_capture_the_host_counts(device: Device) -> None:
-    timings = bench.race_on_gpu([device.work(5.0, host_us=50.0)], "cuda:0", capture=False)
+    timings = timing.race_on_gpu([device.work(5.0, host_us=50.0)], "cuda:0", capture=False)
     assert timings == [Timing(50.0, "events")] and not device.replays
 
 
@@ -134,8 +132,8 @@ def test_all_inputs_are_called_equally_often(device: Device) -> None:
         calls[index] += 1
         work()
 
-    (timing,) = bench.race_on_gpu([[lambda i=i: run(i) for i in range(3)]], "cuda:0")
-    assert timing == Timing(10.0)
+    (result,) = timing.race_on_gpu([[lambda i=i: run(i) for i in range(3)]], "cuda:0")
+    assert result == Timing(10.0)
     assert calls[0] - 2 == calls[1] == calls[2] > 30  # two to warm up
 
 
@@ -143,7 +141,7 @@ def test_one_out_of_memory_does_not_end_the_race(device: Device) -> None:
     def run() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB. GPU 0 has 140 GiB.\nAnd so on.")
 
-    timings = bench.race_on_gpu([device.work(5.0), run, device.work(6.0)], "cuda:0")
+    timings = timing.race_on_gpu([device.work(5.0), run, device.work(6.0)], "cuda:0")
     assert timings == [Timing(5.0), Timing(None, reason="out of device memory: Tried to allocate 9 TiB"), Timing(6.0)]
 
 
@@ -156,10 +154,10 @@ def test_what_cannot_be_captured_is_timed_by_events_and_says_so(device: Device) 
             raise RuntimeError("operation not permitted when stream is capturing")
         work()
 
-    timings = bench.race_on_gpu([synchronizes, device.work(6.0)], "cuda:0")
+    timings = timing.race_on_gpu([synchronizes, device.work(6.0)], "cuda:0")
     reason = "not captured: operation not permitted when stream is capturing"
     assert timings == [Timing(8.0, "events", reason), Timing(6.0)]
-    assert len(device.ended) == 1  # torch's allocator is told that the failed capture is over
+    assert len(device.ended) == 1  # torch's allocator learns that the failed capture is over
     assert device.restored == ["state"]  # and its random numbers leave it
 
 
@@ -169,23 +167,23 @@ def test_a_lost_device_is_said_to_be_lost(device: Device, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(RuntimeError, match="lost to this process.*illegal"):
-        bench.race_on_gpu([lost], "cuda:0")
+        timing.race_on_gpu([lost], "cuda:0")
 
 
 def test_a_budget_leaves_three_rounds(device: Device) -> None:
-    bench.race_on_gpu([device.work(1000.0)], "cuda:0", rounds=50, budget_s=0.0)
+    timing.race_on_gpu([device.work(1000.0)], "cuda:0", rounds=50, budget_s=0.0)
     assert len([graph for graph in device.replays if graph is device.replays[-1]]) == 2 + 3  # two before the race
 
 
 def test_nobody_races(device: Device) -> None:
-    assert bench.race_on_gpu([], "cuda:0") == []
+    assert timing.race_on_gpu([], "cuda:0") == []
 
 
-def test_inputs_have_at_least_one_image() -> None:
+def test_inputs_have_at_least_one_sample() -> None:
     problem = Problem(0, 3, 8, 8, 4, (3, 3), epilogue=Epilogue(residual=True))
-    ((x, residual),) = bench.example_inputs(problem)
+    ((x, residual),) = timing.example_inputs(problem)
     assert x.shape == (1, 3, 8, 8) and residual is not None and residual.shape == (1, 4, 6, 6)
-    ((again, _),) = bench.example_inputs(problem)
+    ((again, _),) = timing.example_inputs(problem)
     assert torch.equal(x, again)
 
 
@@ -206,33 +204,4 @@ def test_inputs_outgrow_the_cache_but_not_the_memory(
     properties = SimpleNamespace(L2_cache_size=60 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
-    assert bench._sets("cuda:0", size) == sets
-
-
-def test_a_machine_survives_json() -> None:
-    here = Machine.here()
-    assert Machine.from_json(here.to_json()) == here
-    assert set(here.to_json()) == {"device", "isa", "threads", "torch", "escort"}
-    gpu = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159.04", "13.0", "9.19.0")
-    assert Machine.from_json(gpu.to_json()) == gpu
-
-
-@pytest.mark.parametrize(
-    "change", [{"threads": "2"}, {"device": 3}, {"driver": None}, {"cuda": 13}, {"gpu": "x"}, {"isa": ["avx2"]}]
-)
-def test_nonsense_is_no_machine(change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="not a machine"):
-        Machine.from_json({**Machine.here().to_json(), **change})
-    with pytest.raises(ValueError, match="not a machine"):
-        Machine.from_json({"device": "a CPU"})
-
-
-def test_a_gpu_is_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(machine, "_driver_version", lambda: "580.159.04")
-    gpu = Machine.here("cuda:0")
-    assert (gpu.device, gpu.isa, gpu.threads) == ("NVIDIA H200", "sm_90", 0)
-    assert (gpu.driver, gpu.cuda, gpu.cudnn) == ("580.159.04", "13.0", "9.10.2")
+    assert timing._input_count("cuda:0", size) == sets

@@ -1,28 +1,24 @@
-"""The modules of a converted network, eager, compiled and exported."""
+"""A sparse convolution of a converted network, eager, compiled and exported."""
 
 from __future__ import annotations
 
 import copy
 import io
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
 
 from escort import methods, reference
 from escort.filter import SparseFilter
-from escort.layers import ops
-from escort.layers.nn import MaxPool2d, SparseConv2d
-from escort.methods import Method, Prepared, by_name, for_device
+from escort.layers import SparseConv2d, runners
+from escort.layers.conv import sparse_conv2d
+from escort.methods import by_name, for_device
 from escort.planner.machine import Machine
-from escort.planner.planner import Plan
+from escort.planner.plan import Plan
 from escort.problem import Epilogue, Problem
+from tests.fakes import Rounded
 
 EPILOGUE = Epilogue(bias=True, residual=True, activation="relu")
 
@@ -108,31 +104,6 @@ def test_training_and_other_dtypes_are_refused() -> None:
     assert layer.values.dtype is torch.float32 and layer.float() is layer.to(torch.float32) is layer
 
 
-@dataclass(frozen=True)
-class NoSettings:
-    """A method's config that leaves no choice."""
-
-
-class Rounded(Method):
-    """The reference, rounded to the problem's type: a method of any precision that needs no GPU."""
-
-    name, device_type, config_type = "rounded", "cpu", NoSettings
-
-    def unsupported(self, problem: Problem) -> str | None:
-        return None
-
-    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> tuple[NoSettings, ...]:
-        return (NoSettings(),)
-
-    def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
-    ) -> Prepared:
-        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            return reference.conv2d(problem, x, sparse_filter.to_dense(), bias, residual).to(problem.storage)
-
-        return Prepared(run)
-
-
 @pytest.fixture
 def half_layer(monkeypatch: pytest.MonkeyPatch) -> SparseConv2d:
     monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, Rounded()))
@@ -167,72 +138,11 @@ def test_weights_stay_float32_whatever_the_layer_computes_in(half_layer: SparseC
             move()
 
 
-class Picky(Rounded):
-    """Takes one config, up to a width, and nothing tall."""
-
-    name = "picky"
-
-    def unsupported(self, problem: Problem) -> str | None:
-        return "too tall" if problem.height > 20 else None
-
-    def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
-    ) -> Prepared:
-        if problem.width > 20:
-            raise ValueError("too wide")
-        return super().prepare(problem, sparse_filter, bias, config)
-
-
-@pytest.mark.parametrize(("height", "width"), [(9, 9), (9, 30), (30, 9)])
-def test_a_size_that_the_plan_does_not_fit_runs_by_another_method(
-    monkeypatch: pytest.MonkeyPatch, height: int, width: int
-) -> None:
-    picky = Picky()
-    monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, picky))
-    problem = Problem(1, 6, 9, 9, 8, (3, 3))
-    weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.3)
-    layer = SparseConv2d(SparseFilter.from_dense(weight), None, Plan(problem, "picky", {}, (), Machine.here()), "late")
-    x = torch.randn(2, 6, height, width)
-    expected = reference.conv2d(layer.problem(2, height, width), x, weight)
-    assert reference.compare(layer(x), expected) < 1e-5
-    monkeypatch.setattr(methods, "METHODS", (picky,))
-    layer._runners.clear()
-    if max(height, width) > 20:
-        with pytest.raises(ValueError, match="late: too (tall|wide)"):
-            layer(x)
-
-
 def test_a_layer_can_be_prepared_for_the_size_of_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, problem, _ = a_layer(residual=False)
     layer.prepare()
-    monkeypatch.setattr(ops, "prepare", lambda *args: pytest.fail("prepared again"))
+    monkeypatch.setattr(runners, "prepare", lambda *args: pytest.fail("prepared again"))
     assert layer(torch.randn(problem.input_shape)).shape == problem.output_shape
-
-
-class Compiling(Picky):
-    """One that would compile a kernel for each filter."""
-
-    name = "compiling"
-    compiles_per_filter = True
-
-    def unsupported(self, problem: Problem) -> str | None:
-        return None
-
-    def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: NoSettings) -> float:
-        return 60.0
-
-    def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
-    ) -> Prepared:
-        pytest.fail("compiled where another method would do")
-
-
-def test_nothing_is_compiled_for_a_size_that_another_method_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods, "METHODS", (Picky(), Compiling(), *methods.METHODS))
-    problem = Problem(1, 6, 9, 9, 8, (3, 3))
-    sparse_filter = SparseFilter.from_dense(torch.randn(problem.weight_shape))
-    layer = SparseConv2d(sparse_filter, None, Plan(problem, "picky", {}, (), Machine.here()))
-    assert layer(torch.randn(1, 6, 30, 30)).shape == (1, 8, 28, 28)
 
 
 def test_another_type_of_device_is_refused_before_anything_moves() -> None:
@@ -287,17 +197,16 @@ def test_an_exported_program_carries_its_filter(tmp_path: Path) -> None:
     batch = torch.export.Dim("batch", min=1, max=64)
     torch.export.save(torch.export.export(layer, (x,), dynamic_shapes=({0: batch},)), tmp_path / "layer.pt2")
     program = torch.export.load(tmp_path / "layer.pt2").module()
-    for images in (2, 5):
-        x, _ = inputs(layer, images, 11, 12)
+    for samples in (2, 5):
+        x, _ = inputs(layer, samples, 11, 12)
         assert torch.equal(program(x), layer(x))
 
 
-def test_the_operators_pass_torchs_own_checks() -> None:
+def test_the_operator_passes_torchs_own_checks() -> None:
     layer, *_ = a_layer()
     x, residual = inputs(layer, 2, 11, 12)
     arguments = (x, residual, layer.values, layer.columns, layer.indptr, layer.bias, layer._spec)
-    torch.library.opcheck(ops.sparse_conv2d, arguments)
-    torch.library.opcheck(ops.max_pool2d, (x, [3, 3], [2, 2], [1, 1], [1, 1], True))
+    torch.library.opcheck(sparse_conv2d, arguments)
 
 
 def test_the_operator_notices_changed_weights() -> None:
@@ -305,7 +214,7 @@ def test_the_operator_notices_changed_weights() -> None:
     x, _ = inputs(layer, 1, 11, 12)
 
     def call() -> torch.Tensor:
-        return ops.sparse_conv2d(x, None, layer.values, layer.columns, layer.indptr, None, layer._spec)
+        return sparse_conv2d(x, None, layer.values, layer.columns, layer.indptr, None, layer._spec)
 
     before = call()
     assert before.any()
@@ -318,43 +227,7 @@ def test_the_operator_tells_types_and_residuals_apart() -> None:
     x, residual = inputs(layer, 2, 11, 12)
     arrays = layer.values, layer.columns, layer.indptr, layer.bias, layer._spec
     with pytest.raises(ValueError, match="takes torch.float32 on the filter's device, cpu, got torch.float64"):
-        ops.sparse_conv2d(x.double(), residual, *arrays)
+        sparse_conv2d(x.double(), residual, *arrays)
     for added in (residual, None, residual):
         expected = reference.conv2d(problem, x, weight, layer.bias, added)
-        assert reference.compare(ops.sparse_conv2d(x, added, *arrays), expected) < 1e-5
-
-
-def test_programs_exported_before_there_were_precisions_are_in_float32() -> None:
-    layer, *_ = a_layer()
-    fields = json.loads(layer._spec)
-    assert fields.pop("dtype") == "fp32"
-    assert ops.Spec.from_json(json.dumps(fields)) == ops.Spec.from_json(layer._spec)
-
-
-@settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_max_pool_is_torchs(data: st.DataObject) -> None:
-    def draw(low: int, high: int) -> int:
-        return data.draw(st.integers(low, high))
-
-    kernel = (draw(1, 5), draw(1, 5))
-    stride, dilation = ((draw(1, 3), draw(1, 3)) for _ in range(2))
-    padding = (draw(0, kernel[0] // 2), draw(0, kernel[1] // 2))
-    pool = nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=data.draw(st.booleans()))
-    ours = MaxPool2d(kernel, stride, padding, dilation, ceil_mode=pool.ceil_mode)
-    x = torch.randn(draw(1, 2), draw(1, 3), draw(1, 40), draw(1, 40))
-    if data.draw(st.booleans()):
-        x.flatten()[draw(0, x.numel() - 1)] = float("nan")
-    try:
-        expected = pool(x)
-    except RuntimeError:
-        with pytest.raises(ValueError, match="smaller than the pooling window"):
-            ours(x)
-        return
-    assert torch.equal(ours(x).nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
-    assert torch.equal(ours(x[0].double()).nan_to_num(nan=1e9), pool(x[0].double()).nan_to_num(nan=1e9))
-
-
-def test_pool_takes_single_numbers_and_a_default_stride() -> None:
-    x = torch.randn(1, 2, 8, 8)
-    assert torch.equal(MaxPool2d(2)(x), nn.MaxPool2d(2)(x))
+        assert reference.compare(sparse_conv2d(x, added, *arrays), expected) < 1e-5

@@ -1,0 +1,155 @@
+"""Max pooling by kernels of our own: an operator of torch, for torch.compile and torch.export, and its module."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import cache, lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from escort.cuda import kernel
+from escort.kernels import _cpu
+from escort.layers.runners import check_not_capturing
+from escort.methods.base import aligned
+from escort.problem import TORCH_MEMORY_FORMAT
+
+Pair = tuple[int, int]
+
+#: The types that max_pool2d takes on a GPU, in the order of the kernel's numbers for them.
+POOLED_ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
+_THREADS, _MOST_VECTORS, _MOST_LAUNCHES = 256, 2**31 - 256, 1024
+
+torch.library.define(
+    "escort::max_pool2d",
+    "(Tensor x, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool ceil_mode) "
+    "-> Tensor",
+)
+
+
+@torch.library.impl("escort::max_pool2d", "CPU")
+def _max_pool2d(
+    x: torch.Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> torch.Tensor:
+    _check_pool(x, kernel_size, stride, padding, dilation)
+    x = x.contiguous()
+    y = _empty_result(x, kernel_size, stride, padding, dilation, ceil_mode)
+    planes, sizes = x.shape[0] * x.shape[1], (x.shape[2:], y.shape[2:], kernel_size, stride, padding, dilation)
+    _cpu.MaxPool2d(*sizes).run(x.data_ptr(), y.data_ptr(), planes, torch.get_num_threads())
+    return y
+
+
+def _max_pool2d_on_gpu(
+    x: torch.Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> torch.Tensor:
+    _check_pool(x, kernel_size, stride, padding, dilation)
+    is_channels_last = _in_channels_last(x)
+    x = x.contiguous(memory_format=TORCH_MEMORY_FORMAT["channels_last" if is_channels_last else "contiguous"])
+    y = _empty_result(x, kernel_size, stride, padding, dilation, ceil_mode)
+    pitch = x.shape[1] if is_channels_last else 1
+    vector = math.gcd(pitch, 16 // x.element_size())
+    vectors = y.numel() // vector
+    if vectors > _MOST_VECTORS:  # torch's has no such limit
+        return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+    window = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
+    launch = _pool_launch(x.device, x.dtype, vector, window)
+    blocks = -(-vectors // _THREADS)
+    launch((blocks, 1, 1), aligned(x, vector * x.element_size()), y, vectors, pitch, *x.shape[2:], *y.shape[2:])
+    return y
+
+
+torch.library.impl("escort::max_pool2d", "CUDA", _max_pool2d_on_gpu)
+
+
+@lru_cache(_MOST_LAUNCHES)
+def _pool_launch(
+    device: torch.device, dtype: torch.dtype, vector: int, window: tuple[Pair, Pair, Pair, Pair]
+) -> Callable[..., None]:
+    """The launch of kernels/cuda/max_pool.cu, compiled for a window and for accesses of `vector` elements.
+
+    Args:
+        window: kernel size, stride, padding and dilation.
+    """
+    check_not_capturing(device)
+    names = "ROWS COLUMNS DOWN RIGHT TOP LEFT DILATION_DOWN DILATION_RIGHT".split()
+    sizes = dict(zip(names, itertools.chain(*window), strict=True))
+    compiled = kernel.kernel("max_pool.cu", {"STORAGE": POOLED_ON_GPU.index(dtype), "VECTOR": vector, **sizes}, device)
+    return compiled.bind(_THREADS, 0, (torch.Tensor, torch.Tensor, *[int] * 6), overlap=True)
+
+
+@torch.compiler.assume_constant_result
+def pools(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether max_pool2d takes tensors of a type on a device.
+
+    A GPU may be too old, or what compiles for it not installed.
+    """
+    if device.type != "cuda":
+        return device.type == "cpu" and dtype is torch.float32
+    return dtype in POOLED_ON_GPU and _compiles_for(device)
+
+
+@cache
+def _compiles_for(device: torch.device) -> bool:
+    return kernel.unavailable(device) is None
+
+
+def _in_channels_last(x: torch.Tensor) -> bool:
+    """Whether x is pooled in channels_last and the result lies so too; the CPU's kernel knows planes only."""
+    return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _check_pool(x: torch.Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> None:
+    taken = POOLED_ON_GPU if x.is_cuda else (torch.float32,)
+    if x.ndim != 4 or x.dtype not in taken:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in taken)
+        raise ValueError(f"max_pool2d takes {names} (N, C, H, W), got {x.dtype} of shape {tuple(x.shape)}")
+    smallest = min(*kernel_size, *stride, *dilation)
+    if smallest < 1 or any(not 0 <= 2 * p <= k for p, k in zip(padding, kernel_size, strict=True)):
+        raise ValueError(
+            f"max_pool2d takes positive sizes and padding of at most half the kernel, got kernel {kernel_size}, "
+            f"stride {stride}, padding {padding}, dilation {dilation}"
+        )
+
+
+@torch.library.register_fake("escort::max_pool2d")
+def _empty_result(
+    x: torch.Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> torch.Tensor:
+    """A tensor for the operator's result; sizes may be symbols."""
+    size = []
+    for i in (0, 1):
+        reach = x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1
+        out = (reach + (stride[i] - 1 if ceil_mode else 0)) // stride[i] + 1
+        # As in torch, a window that ceil_mode adds must start inside the map or its padding at the top or left.
+        size.append(out - 1 if ceil_mode and (out - 1) * stride[i] >= x.shape[2 + i] + padding[i] else out)
+    if min(size) < 1:
+        raise ValueError(
+            f"input {tuple(x.shape)} is smaller than the pooling window {kernel_size} with padding {padding}"
+        )
+    memory_format = TORCH_MEMORY_FORMAT["channels_last" if _in_channels_last(x) else "contiguous"]
+    return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+max_pool2d: Callable[..., torch.Tensor] = torch.ops.escort.max_pool2d.default
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """torch's max pooling, with kernels of our own for (N, C, H, W).
+
+    They serve where torch's are slow: on the CPU in float32, where torch does not vectorise, and on GPUs, where torch
+    writes the positions of the largest elements besides, eight bytes for each.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim != 4 or not pools(x.device, x.dtype):
+            return super().forward(x)
+        pairs = (pair(value) for value in (self.kernel_size, self.stride, self.padding, self.dilation))
+        return max_pool2d(x, *pairs, self.ceil_mode)
+
+
+def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """A size given as one number or two."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,0 +1,160 @@
+"""What runs a sparse convolution: the choice of a runner for an input size, and the cache that holds runners."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from escort.filter import SparseFilter
+from escort.methods import Method, Runner, by_name, for_device
+from escort.planner.plan import Plan
+from escort.problem import Problem
+
+#: Seconds that a call may take to compile a kernel for an input size that was not planned.
+_PATIENCE_S = 1.0
+
+Entry = TypeVar("Entry")
+
+
+class RunnerCache(OrderedDict[Hashable, Entry]):
+    """Runners by the kind of call that they are for, at most so many: the oldest makes room for another.
+
+    The key of a call holds ``x.shape[1:]``, ``x.dtype``, ``x.device`` and whether there is a residual.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def add(self, key: Hashable, entry: Entry) -> None:
+        self[key] = entry
+        if len(self) > self.most:
+            self.popitem(last=False)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan chose, and the problem that it was chosen for.
+
+    Attributes:
+        method: name of the method.
+        config: its Config as JSON values.
+    """
+
+    problem: Problem
+    method: str
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Choice:
+        return cls(plan.problem, plan.method, plan.config)
+
+    def to_json(self) -> str:
+        """The choice as a text, the same for the same choice; :meth:`from_json` reads it back."""
+        fields = {"problem": self.problem.to_json(), "method": self.method, "config": self.config}
+        return json.dumps(fields, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Choice:
+        fields = json.loads(text)
+        return cls(**{**fields, "problem": Problem.from_json(fields["problem"])})
+
+
+def check_not_capturing(device: torch.device) -> None:
+    """Raises RuntimeError while a CUDA graph is captured on that device: what follows allocates and waits."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a CUDA graph cannot be captured from the first call on this input size; call it once"
+                )
+
+
+def prepare(
+    problem: Problem,
+    sparse_filter: SparseFilter,
+    bias: torch.Tensor | None,
+    choice: Choice,
+    name: str = "a convolution",
+) -> Runner:
+    """A runner of the chosen method and config, complete on its device when this returns: any stream may call it.
+
+    An input size that the config does not fit runs by the method's own first choice for it, and one that the method
+    refuses by the first other method that takes it. So does, with a warning, one that was not planned and takes long to
+    compile for: a call must not take minutes.
+
+    Args:
+        problem: what to run; its batch and input size need not be those of the choice.
+        bias: (K,) on any device, or None.
+        name: what the warning calls the layer.
+
+    Raises:
+        ValueError: where no method takes the problem.
+    """
+    if problem.device_type == "cpu":
+        return _prepare(problem, sparse_filter, bias, choice, name)
+    bias = None if bias is None else bias.cpu()
+
+    def on_device() -> Runner:
+        with torch.cuda.device(problem.device):
+            run = _prepare(problem, sparse_filter, bias, choice, name)
+            torch.cuda.current_stream().synchronize()
+            return run
+
+    # On a thread of its own, because torch.compile(mode="reduce-overhead") lends the calling thread a pool of memory
+    # that nothing may keep.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(on_device).result()
+
+
+def _prepare(
+    problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, choice: Choice, name: str
+) -> Runner:
+    """The runner of :func:`prepare`, made on the calling thread."""
+    chosen = by_name(choice.method, problem.device)
+    others = [method for method in for_device(problem.device) if method is not chosen]
+    others.sort(key=lambda method: method.compiles_per_filter)  # what takes minutes, last
+    # The chosen method is tried by the chosen config and then, as the others are, by its own first one.
+    attempts = [(chosen, True), (chosen, False), *((method, False) for method in others)]
+    planned, size = ((p.height, p.width) for p in (choice.problem, problem))
+    takes_long = planned != size and _compile_s(chosen, problem, sparse_filter, choice) > _PATIENCE_S
+    if takes_long:
+        attempts.sort(key=lambda attempt: attempt[0].compiles_per_filter)
+    refusal = None
+    for method, by_choice in attempts:
+        try:
+            if reason := method.unsupported(problem):
+                raise ValueError(reason)
+            config = method.config_type(**choice.config) if by_choice else method.configs(problem, sparse_filter)[0]
+            run = method.prepare(problem, sparse_filter, bias, config).run
+        except ValueError as error:
+            refusal = refusal or error
+            continue
+        if takes_long and method is not chosen:
+            warnings.warn(
+                f"{name}, {problem.in_channels} to {problem.out_channels} channels, was planned for inputs of "
+                f"{planned}; those of {size} run by {method.name}, as compiling a {chosen.name} kernel would take "
+                "long: convert the model with such an example if they matter",
+                stacklevel=2,
+            )
+        return run
+    assert refusal is not None
+    raise refusal
+
+
+def _compile_s(method: Method, problem: Problem, sparse_filter: SparseFilter, choice: Choice) -> float:
+    """About how many seconds of one core it takes until the choice can run; no end where it does not fit."""
+    if not method.compiles_per_filter:
+        return 0.0
+    try:
+        return method.compile_s(problem, sparse_filter, method.config_type(**choice.config))
+    except ValueError:
+        return math.inf

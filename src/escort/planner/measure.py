@@ -1,0 +1,186 @@
+"""From a search to a plan: prepare each candidate, validate it against the reference, time those that are right."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+
+from escort import reference
+from escort.methods import Config, Method, Prepared, Runner
+from escort.planner import cores, timing
+from escort.planner.machine import Machine
+from escort.planner.plan import Candidate, Layer, Plan
+from escort.planner.search import Search, not_tried
+from escort.planner.timing import Timer
+from escort.problem import Problem
+
+#: A candidate whose first runs take this many times as long as the fastest one's is not timed further.
+_HOPELESS = 1.6
+#: On a GPU first runs hold up to so many microseconds of waiting for the host, which a graph does not.
+_HOST_US = 60.0
+#: Seconds after which only the first config of each method is still tried.
+_SEARCH_S = 20.0
+
+#: An input of a layer, and the residual that it takes besides.
+_Input = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Ahead(dict[tuple[str, Config], Prepared]):
+    """A layer's candidates that were prepared before it is measured, by method and config. Taking one removes it."""
+
+    def prepare(self, layer: Layer, method: Method, config: Config) -> None:
+        with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
+            self[method.name, config] = method.prepare(*layer, config)
+
+    def take(self, layer: Layer, method: Method, config: Config) -> Prepared:
+        """The candidate, prepared now if it was not before. Raises what :meth:`Method.prepare` raises."""
+        return self.pop((method.name, config), None) or method.prepare(*layer, config)
+
+
+def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan:
+    """The plan of a layer: every candidate with its time or a reason, and the fastest one that is right.
+
+    Args:
+        budget_s: seconds after which timing stops at three rounds per candidate.
+
+    Raises:
+        ValueError: where no candidate is left; the message holds each one's reason.
+        torch.OutOfMemoryError: where the device cannot even hold the problem's input.
+    """
+    problem, settled = layer.problem, list(search.refused)
+    with torch.inference_mode():
+        inputs = timing.example_inputs(problem)
+        runnable: list[_FirstRun] = []
+        for outcome in _first_runs(layer, search, ahead, inputs[0]):
+            if isinstance(outcome, _FirstRun):
+                runnable.append(outcome)
+            else:
+                settled.append(outcome)
+        limit_us = _limit_us(problem, runnable)
+        settled += _race(problem, [first for first in runnable if first.time_us <= limit_us], inputs, budget_s)
+    timer: Timer = "calls" if problem.device_type == "cpu" else "events"
+    hopeless = [first for first in runnable if first.time_us > limit_us]
+    settled += [replace(first.candidate, time_us=first.time_us, timer=timer) for first in hopeless]
+    timed = [candidate for candidate in settled if candidate.time_us is not None]
+    if not timed:
+        raise ValueError(f"no method can run {problem}: " + "; ".join(f"{c.method}: {c.reason}" for c in settled))
+    best = min(timed, key=lambda candidate: candidate.time_us or 0.0)
+    assert best.config is not None
+    return Plan(problem, best.method, best.config, tuple(settled), Machine.here(problem.device))
+
+
+@dataclass(frozen=True)
+class _FirstRun:
+    """A candidate that ran and is right, with a rough time of a call in microseconds."""
+
+    candidate: Candidate
+    run: Runner
+    time_us: float
+
+
+class _Trial:
+    """A layer's example, and what its output must be on the first and the last sample.
+
+    Where a kernel's tables depend on the batch, its end is at risk.
+    """
+
+    def __init__(self, layer: Layer, example: _Input) -> None:
+        self.problem, self.example = layer.problem, example
+        x, residual = example
+        self.samples = sorted({0, len(x) - 1})
+        some_residual = None if residual is None else residual[self.samples]
+        weight = layer.sparse_filter.to_dense()
+        self.expected = reference.conv2d(layer.problem, x[self.samples], weight, layer.bias, some_residual)
+        self.bound = reference.ERROR_BOUND[layer.problem.precision]
+
+    def error(self, run: Runner) -> float:
+        """The relative error of a call; not finite where the output is not."""
+        return reference.compare(run(*self.example)[self.samples], self.expected)
+
+    def glance_us(self, run: Runner) -> float:
+        """A rough time of a call that ran before."""
+        return timing.glance_us(partial(run, *self.example), self.problem.device)
+
+
+def _first_runs(layer: Layer, search: Search, ahead: Ahead, example: _Input) -> Iterator[_FirstRun | Candidate]:
+    """What became of each candidate when it ran once; a :class:`Candidate` where that settles it."""
+    trial = _Trial(layer, example)
+    searched_s = 0.0
+    for method, configs in search.tried:
+        with _preparing(layer, method, configs, ahead) as prepare_each:
+            for index, (config, prepare) in enumerate(zip(configs, prepare_each, strict=True)):
+                # What was compiled for the filter is tried whatever it took, which is bounded by a budget of its own.
+                if index and searched_s > _SEARCH_S and not method.compiles_per_filter:
+                    yield not_tried(method, len(configs) - index)
+                    break
+                outcome, seconds = _first_run(method, config, prepare, trial)
+                searched_s += seconds
+                yield outcome
+
+
+@contextmanager
+def _preparing(
+    layer: Layer, method: Method, configs: Sequence[Config], ahead: Ahead
+) -> Iterator[Sequence[Callable[[], Prepared]]]:
+    """What gives each config its runner, or raises. On a GPU all are prepared at once: each may compile a kernel."""
+    jobs = [partial(ahead.take, layer, method, config) for config in configs]
+    if layer.problem.device_type == "cpu":
+        yield jobs
+        return
+    with cores.threads() as pool:
+        yield [future.result for future in [pool.submit(job) for job in jobs]]
+
+
+def _first_run(
+    method: Method, config: Config, prepare: Callable[[], Prepared], trial: _Trial
+) -> tuple[_FirstRun | Candidate, float]:
+    """What became of a candidate, and the seconds that trying it took, without compiling for the filter."""
+    outcome: _FirstRun | Candidate
+    candidate, begin = Candidate(method.name, asdict(config)), time.perf_counter()
+    try:
+        prepared = prepare()
+        if method.compiles_per_filter:
+            begin = time.perf_counter()
+        if binary := prepared.binary:
+            candidate = replace(candidate, compile_s=binary.compile_s, code_bytes=len(binary.cubin))
+        candidate = replace(candidate, remainder_share=prepared.notes.get("remainder_share"))
+        error = trial.error(prepared.run)
+        candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
+        if error <= trial.bound:
+            outcome = _FirstRun(candidate, prepared.run, trial.glance_us(prepared.run))
+        else:
+            outcome = replace(candidate, reason=f"relative error {error:.1e} exceeds {trial.bound:.0e}")
+    except (RuntimeError, ValueError) as failure:
+        if trial.problem.device_type == "cpu":
+            raise
+        outcome = replace(candidate, reason=timing.survived(failure))
+    return outcome, time.perf_counter() - begin
+
+
+def _limit_us(problem: Problem, runnable: Sequence[_FirstRun]) -> float:
+    """The rough time beyond which a candidate is hopeless."""
+    best_us = min((first.time_us for first in runnable), default=0.0)
+    return max(_HOPELESS * best_us, best_us + (_HOST_US if problem.device_type == "cuda" else 0.0))
+
+
+def _race(
+    problem: Problem, contenders: Sequence[_FirstRun], inputs: Sequence[_Input], budget_s: float
+) -> list[Candidate]:
+    """The contenders with their times."""
+    candidates = [contender.candidate for contender in contenders]
+    if problem.device_type == "cpu":
+        runs = [partial(contender.run, *inputs[0]) for contender in contenders]
+        times = timing.race(runs, warmup=0, rounds=7, budget_s=budget_s)
+        return [replace(candidate, time_us=time_us) for candidate, time_us in zip(candidates, times, strict=True)]
+    rotations = [[partial(contender.run, *example) for example in inputs] for contender in contenders]
+    timings = timing.race_on_gpu(rotations, problem.device, rounds=7, budget_s=budget_s)
+    return [
+        replace(candidate, time_us=t.time_us, timer=t.timer, reason=t.reason if t.time_us is None else None)
+        for candidate, t in zip(candidates, timings, strict=True)
+    ]

@@ -1,0 +1,96 @@
+"""Methods made of the reference, for tests of what chooses among methods and runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from escort import reference
+from escort.filter import SparseFilter
+from escort.methods import Method, Prepared
+from escort.problem import Problem
+
+PROBLEM = Problem(2, 6, 9, 9, 8, (3, 3), padding=(1, 1, 1, 1))
+
+
+def a_filter(density: float = 0.3, seed: int = 0) -> SparseFilter:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(PROBLEM.weight_shape, generator=generator)
+    return SparseFilter.from_dense(weight * (torch.rand(weight.shape, generator=generator) < density))
+
+
+@dataclass(frozen=True)
+class FakeConfig:
+    knob: int = 0
+
+
+class Fake(Method):
+    """A method made of the reference, changed by what a test wants to see."""
+
+    config_type = FakeConfig
+    device_type = "cpu"
+
+    def __init__(
+        self, name: str, change: Callable[[torch.Tensor], torch.Tensor], refuses: str | None = None, configs: int = 1
+    ) -> None:
+        self.name, self.change, self.refuses, self.prepared = name, change, refuses, 0
+        self.space = [FakeConfig(knob) for knob in range(configs)]
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return self.refuses
+
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[FakeConfig]:
+        return self.space
+
+    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
+        self.prepared += 1
+        weight = sparse_filter.to_dense()
+        return Prepared(
+            lambda x, residual=None: self.change(reference.conv2d(problem, x, weight, bias, residual).float())
+        )
+
+
+class Compiled(Fake):
+    """A method whose configs take so many seconds of one core to compile, at the filter's seconds per nonzero."""
+
+    compiles_per_filter = True
+
+    def __init__(self, *seconds: float, per_nnz: float = 0.0) -> None:
+        super().__init__("compiled", lambda y: y, configs=len(seconds))
+        self.seconds, self.per_nnz = seconds, per_nnz
+
+    def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: FakeConfig) -> float:
+        return self.seconds[config.knob] + self.per_nnz * sparse_filter.nnz
+
+    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
+        binary: Any = SimpleNamespace(compile_s=1.5, cubin=bytes(7 + config.knob))
+        return replace(super().prepare(problem, sparse_filter, bias, config), binary=binary)
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """A method's config that leaves no choice."""
+
+
+class Rounded(Method):
+    """The reference, rounded to the problem's type: a method of any precision that needs no GPU."""
+
+    name, device_type, config_type = "rounded", "cpu", NoSettings
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return None
+
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> tuple[NoSettings, ...]:
+        return (NoSettings(),)
+
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
+    ) -> Prepared:
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            return reference.conv2d(problem, x, sparse_filter.to_dense(), bias, residual).to(problem.storage)
+
+        return Prepared(run)

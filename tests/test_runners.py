@@ -1,0 +1,130 @@
+"""What runs a layer on an input size: the plan's choice, or what does where that does not fit; how long it is kept."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from escort import methods, reference
+from escort.filter import SparseFilter
+from escort.layers import SparseConv2d, runners
+from escort.layers.runners import Choice, RunnerCache
+from escort.methods import Prepared, by_name
+from escort.planner.machine import Machine
+from escort.planner.plan import Plan
+from escort.problem import Epilogue, Problem
+from tests.fakes import PROBLEM, Compiled, NoSettings, Rounded, a_filter
+
+
+class Picky(Rounded):
+    """Takes one config, up to a width, and nothing tall."""
+
+    name = "picky"
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return "too tall" if problem.height > 20 else None
+
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
+    ) -> Prepared:
+        if problem.width > 20:
+            raise ValueError("too wide")
+        return super().prepare(problem, sparse_filter, bias, config)
+
+
+@pytest.mark.parametrize(("height", "width"), [(9, 9), (9, 30), (30, 9)])
+def test_a_size_that_the_plan_does_not_fit_runs_by_another_method(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int
+) -> None:
+    picky = Picky()
+    monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, picky))
+    problem = Problem(1, 6, 9, 9, 8, (3, 3))
+    weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.3)
+    layer = SparseConv2d(SparseFilter.from_dense(weight), None, Plan(problem, "picky", {}, (), Machine.here()), "late")
+    x = torch.randn(2, 6, height, width)
+    expected = reference.conv2d(layer.problem(2, height, width), x, weight)
+    assert reference.compare(layer(x), expected) < 1e-5
+    monkeypatch.setattr(methods, "METHODS", (picky,))
+    layer._runners.clear()
+    if max(height, width) > 20:
+        with pytest.raises(ValueError, match="late: too (tall|wide)"):
+            layer(x)
+
+
+class Compiling(Picky):
+    """One that would compile a kernel for each filter."""
+
+    name = "compiling"
+    compiles_per_filter = True
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return None
+
+    def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: NoSettings) -> float:
+        return 60.0
+
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
+    ) -> Prepared:
+        pytest.fail("compiled where another method would do")
+
+
+def test_nothing_is_compiled_for_a_size_that_another_method_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "METHODS", (Picky(), Compiling(), *methods.METHODS))
+    problem = Problem(1, 6, 9, 9, 8, (3, 3))
+    sparse_filter = SparseFilter.from_dense(torch.randn(problem.weight_shape))
+    layer = SparseConv2d(sparse_filter, None, Plan(problem, "picky", {}, (), Machine.here()))
+    assert layer(torch.randn(1, 6, 30, 30)).shape == (1, 8, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "planned", "runs"),
+    [
+        (60.0, (PROBLEM.height, PROBLEM.width), "compiled"),
+        (0.1, (PROBLEM.height + 1, PROBLEM.width), "compiled"),
+        (60.0, (PROBLEM.height + 1, PROBLEM.width), "dense"),
+    ],
+)
+def test_a_call_does_not_wait_for_a_kernel_of_a_size_that_was_not_planned(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, planned: tuple[int, int], runs: str
+) -> None:
+    method, sparse_filter = Compiled(seconds), a_filter()
+    monkeypatch.setattr(methods, "METHODS", (method, by_name("dense")))
+    choice = Choice(replace(PROBLEM, height=planned[0], width=planned[1]), "compiled", {"knob": 0})
+    warning = pytest.warns(UserWarning, match=r"^layer1.conv, .* run by dense, as compiling")
+    with warning if runs == "dense" else nullcontext():
+        run = runners.prepare(PROBLEM, sparse_filter, None, choice, "layer1.conv")
+    assert method.prepared == (runs == "compiled")
+    x = torch.randn(PROBLEM.input_shape)
+    assert reference.compare(run(x), reference.conv2d(PROBLEM, x, sparse_filter.to_dense())) < 1e-5
+
+
+def test_a_choice_survives_json() -> None:
+    problem = replace(PROBLEM, stride=(2, 1), precision="tf32", epilogue=Epilogue(True, True, "relu6"))
+    choice = Choice(problem, "direct", {"words": 4, "packed": True})
+    assert Choice.from_json(choice.to_json()) == choice
+    fields = json.loads(choice.to_json())
+    assert fields["problem"]["precision"] == "tf32" and fields["problem"]["kernel_size"] == [3, 3]
+
+
+def test_the_oldest_runner_makes_room() -> None:
+    cache: RunnerCache[str] = RunnerCache(2)
+    for name in "abc":
+        cache.add(name, name.upper())
+    assert dict(cache) == {"b": "B", "c": "C"}
+
+
+def test_a_layer_holds_runners_for_a_bounded_number_of_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("escort.layers.conv._MOST_SIZES", 2)
+    monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, Rounded()))
+    sparse_filter = a_filter()
+    layer = SparseConv2d(sparse_filter, None, Plan(PROBLEM, "rounded", {}, (), Machine.here()))
+    for height in (5, 6, 7, 5):
+        x = torch.randn(1, 6, height, 9)
+        expected = reference.conv2d(layer.problem(1, height, 9), x, sparse_filter.to_dense())
+        assert reference.compare(layer(x), expected) < 1e-5
+        assert len(layer._runners) <= 2
