@@ -33,6 +33,7 @@ from escort.cli.console import (
     replace_file,
 )
 from escort.methods import for_device
+from escort.network.plan_table import machine_line
 from escort.planner.machine import Machine, find_device
 from escort.problem import Precision
 
@@ -143,7 +144,7 @@ def main(
             "rows": [asdict(row) for row in rows],
             "geometric_means": means,
         }
-        caption = f"{report.machine_line(Machine.here(where))}, {dtype.value}, medians in microseconds."
+        caption = f"{machine_line(Machine.here(where))}, {dtype.value}, medians in microseconds."
         output.text.print(report.terminal(_times(rows, ours, caption)))
         output.text.print(report.terminal(_means(means, ours)))
         if output_path is not None:

@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks import suite
 from escort import reference
 from escort.layers.nn import SparseConv2d
-from escort.network.convert import NETWORK_ERROR_BOUND, convert
+from escort.network.choose import NETWORK_ERROR_BOUND
+from escort.network.convert import convert
 from escort.problem import Precision
 
 #: In the order in which they are stacked.
@@ -100,7 +101,7 @@ def network_part_times(
         RuntimeError: where one computes something else than the model; nothing is timed then.
     """
     device = str(x.device)
-    converted = convert(model, x, precision=precision)
+    converted = convert(model, x, precision=precision, effort="best")
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     eager = [("contiguous", model, x), ("channels_last", last, x.contiguous(memory_format=torch.channels_last))]
     bound = NETWORK_ERROR_BOUND[precision]

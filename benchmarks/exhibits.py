@@ -34,8 +34,9 @@ from benchmarks.findings import (
 )
 from benchmarks.result_files import PRECISIONS, STEMS, Result
 from benchmarks.suite import WHOLE, Row
+from escort.network.plan_table import convolution
 from escort.problem import Precision
-from escort.report import Figure, Table, convolution, horizontal_bars, line_chart, markdown
+from escort.report import Figure, Table, horizontal_bars, line_chart, markdown
 
 #: The precisions that there is a forecast of.
 FORECAST: tuple[Precision, ...] = ("fp16", "fp32")

@@ -16,7 +16,7 @@ from benchmarks.study import QUESTIONS, Study
 from escort import report
 from escort.cli import models
 from escort.cli.console import JsonOption, Output, check_writable, command, command_line, note, progress, replace_file
-from escort.network.convert import COMPILE_BUDGET_S
+from escort.network.check import EFFORT_S
 from escort.planner.machine import find_device
 from escort.problem import Precision
 from escort.report import Section, Table
@@ -48,7 +48,7 @@ def main(
     budget_s: Annotated[float, typer.Option(min=0.0, help="Seconds of timing per layer.")] = 0.5,
     compile_budget_s: Annotated[
         float, typer.Option(min=0.0, help="Seconds of compiling kernels for the weights of a whole network.")
-    ] = COMPILE_BUDGET_S,
+    ] = EFFORT_S["best"],
     seed: Annotated[int, typer.Option(help="Of random positions, weights and inputs.")] = 0,
     ncu: Annotated[bool, typer.Option("--ncu", help="Read hardware counters, with NVIDIA Nsight Compute.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of results, plots and a page; results it holds are kept.")] = Path(

@@ -25,10 +25,8 @@ from benchmarks.paper_layers import PAPER_LAYERS
 from benchmarks.result_files import Item
 from benchmarks.suite import WHOLE, Layer, Narrowed, Row
 from escort.filter import SparseFilter
-from escort.methods import Method, by_name, dense_for, for_device
-from escort.methods.cuda.sparse_tc.tiling import ELEMENTS
-from escort.network.channels_last import best_order
-from escort.network.convert import COMPILE_BUDGET_S
+from escort.methods import Method, by_name, channel_order, dense_for, for_device
+from escort.network.check import EFFORT_S
 from escort.planner import timing as bench
 from escort.problem import TORCH_DTYPE, Precision, Problem
 
@@ -76,7 +74,7 @@ class Study:
     sparsities: tuple[float, ...] = SPARSITIES
     search: int = 16
     budget_s: float = 0.5
-    compile_budget_s: float = COMPILE_BUDGET_S
+    compile_budget_s: float = EFFORT_S["best"]
     seed: int = 0
     factories: Mapping[str, Network] = field(default_factory=dict)
     patterns: tuple[Path, ...] = ()
@@ -181,7 +179,7 @@ def in_order_of_channels_last(layers: Sequence[Layer]) -> list[Layer]:
     sums: dict[tuple[int, ...], list[int]] = {}
     for place, layer in enumerate(layers):
         p = layer.problem
-        if p.precision not in ELEMENTS or p.groups > 1:
+        if p.groups > 1:
             continue
         if p.kernel_size != (1, 1) or (p.stride == (1, 1) and p.out_channels > p.in_channels):
             alone.append([place])
@@ -191,7 +189,10 @@ def in_order_of_channels_last(layers: Sequence[Layer]) -> list[Layer]:
     found = list(layers)
     for places in alone + free:
         weights = [layers[place].filter.to_dense() for place in places]
-        channels = best_order(weights, ELEMENTS[layers[places[0]].problem.precision])
+        problem = layers[places[0]].problem
+        channels = channel_order(weights, problem.precision, problem.device)
+        if channels is None:
+            continue
         for place, weight in zip(places, weights, strict=True):
             found[place] = replace(layers[place], filter=SparseFilter.from_dense(weight[:, channels]))
     return found

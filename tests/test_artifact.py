@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from escort.artifact import artifact
 from escort.artifact.artifact import ArtifactError, load, load_plan, save
 from escort.layers.nn import SparseConv2d
-from escort.network.convert import ConvertedModel, NetworkPlan, convert
+from escort.network.convert import convert
+from escort.network.model import ConvertedModel, NetworkPlan
 from escort.planner import timing as bench
 from escort.planner.machine import Machine
 
@@ -252,7 +253,7 @@ TINY_HEADER = (
     b'"plan":"{\\"layers\\":{},\\"skipped\\":{},\\"input_shapes\\":[[2]],\\"dense_time_us\\":2.0,'
     b'\\"converted_time_us\\":1.0,\\"rel_error\\":0.0,\\"kept_dense\\":false,'
     b'\\"machine\\":{\\"device\\":\\"cpu\\",\\"isa\\":\\"generic\\",\\"threads\\":1,'
-    b'\\"torch\\":\\"2.13.0\\",\\"escort\\":\\"0\\"},\\"images\\":null' + LATER + b'}",'
+    b'\\"torch\\":\\"2.13.0\\",\\"escort\\":\\"0\\"},\\"samples\\":null' + LATER + b'}",'
     b'"tensors":"{\\"compressed\\":{},\\"shared\\":{}}"},'
     b'"shift":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 )

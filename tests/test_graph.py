@@ -13,7 +13,7 @@ from torch.nn.utils import prune as torch_prune
 
 from escort.artifact import graph
 from escort.layers.nn import MaxPool2d
-from escort.network.fuse import FusedConv2d
+from escort.network.fused import FusedConv2d
 
 
 def through_json(value: Any) -> Any:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from benchmarks.suite.rows import WHOLE, Row, check, leave_out
 from escort import prune, reference
 from escort.methods.base import float32_convolutions, float32_products
-from escort.network.convert import COMPILE_BUDGET_S, NETWORK_ERROR_BOUND, convert
+from escort.network.check import EFFORT_S
+from escort.network.choose import NETWORK_ERROR_BOUND
+from escort.network.convert import convert
 from escort.planner import timing as bench
 from escort.planner.timing import Timing
 from escort.problem import Precision
@@ -46,7 +48,7 @@ def measure_network(
     precision: Precision = "fp32",
     rounds: int = 8,
     budget_s: float = 30.0,
-    compile_budget_s: float = COMPILE_BUDGET_S,
+    compile_budget_s: float = EFFORT_S["best"],
     progress: bool = False,
 ) -> list[Row]:
     """The model converted, raced against itself in eager mode (both memory formats) and against other engines.
@@ -61,7 +63,7 @@ def measure_network(
         network, weights: for the rows.
         against: some of the device's :data:`RIVALS`; onnxruntime gets as many threads as torch has.
         precision: of all; fp32 is strict.
-        compile_budget_s: as of :func:`escort.convert`.
+        compile_budget_s: the effort of :func:`escort.convert`, in seconds.
         progress: show a progress bar while converting.
 
     Raises:
@@ -77,9 +79,9 @@ def measure_network(
         expected = copy.deepcopy(model).double()(x.double())
     channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x_last = x.contiguous(memory_format=torch.channels_last)
-    converted = convert(model, x, precision=precision, compile_budget_s=compile_budget_s, progress=progress)
+    converted = convert(model, x, precision=precision, effort=compile_budget_s, progress=progress)
     plan = converted.plan
-    choice = {"kept_dense": plan.kept_dense, "images": plan.images, "memory_format": plan.memory_format}
+    choice = {"kept_dense": plan.kept_dense, "images": plan.samples, "memory_format": plan.memory_format}
     threads = {"intra_op_num_threads": torch.get_num_threads()}
     ways = [
         _Way("escort", choice, lambda: converted(x)),

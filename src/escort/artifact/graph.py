@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from escort.layers import nn as escort_nn
-from escort.network.fuse import FusedConv2d
+from escort.network.fused import FusedConv2d
 
 aten = torch.ops.aten
 

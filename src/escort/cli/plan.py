@@ -24,9 +24,10 @@ from escort.cli.console import (
     examples,
     place,
 )
-from escort.network.convert import COMPILE_BUDGET_S
+from escort.network.check import EFFORT_S
 from escort.network.model import NetworkPlan
-from escort.planner.planner import Candidate
+from escort.network.plan_table import plan_table
+from escort.planner import Candidate
 
 
 def main(
@@ -37,7 +38,7 @@ def main(
     checkpoint: CheckpointOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.FP32,
-    compile_budget: CompileBudgetOption = COMPILE_BUDGET_S,
+    compile_budget: CompileBudgetOption = EFFORT_S["best"],
     candidates: Annotated[bool, typer.Option("--candidates", help="Every candidate of every layer.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -48,18 +49,16 @@ def main(
     with command(as_json) as output:
         if _is_saved(model):
             chosen = device, dtype, compile_budget
-            if shapes or checkpoint is not None or chosen != ("cpu", Dtype.FP32, COMPILE_BUDGET_S):
+            if shapes or checkpoint is not None or chosen != ("cpu", Dtype.FP32, EFFORT_S["best"]):
                 options = "--input, --checkpoint, --device, --dtype and --compile-budget"
                 raise ValueError(f"{model} is saved with its plan and weights; leave out {options}")
             check_saved(Path(model))
             plan = artifact.load_plan(Path(model))
         else:
             network, inputs = place(models.load(model, checkpoint), examples(shapes), device, dtype)
-            plan = escort.convert(
-                network, inputs, precision=dtype.value, compile_budget_s=compile_budget, progress=True
-            ).plan
+            plan = escort.convert(network, inputs, precision=dtype.value, effort=compile_budget, progress=True).plan
         output.result = plan.to_json()
-        output.text.print(report.plan_table(plan))
+        output.text.print(report.terminal(plan_table(plan)))
         if candidates:
             output.text.print(report.terminal(_candidates(plan)))
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from escort.methods.base import Config, Method, Prepared, Runner
 from escort.methods.cpu.dense import Dense
 from escort.methods.cpu.direct import Direct
@@ -12,6 +16,7 @@ from escort.methods.cuda.cusparse import Cusparse
 from escort.methods.cuda.direct import DirectCuda
 from escort.methods.cuda.generated import Generated
 from escort.methods.cuda.sparse_tc import SparseTc
+from escort.problem import Precision
 
 METHODS: tuple[Method, ...] = (
     Direct(),
@@ -45,4 +50,13 @@ def dense_for(device: str) -> Method:
     return next(method for method in for_device(device) if method.is_dense)
 
 
-__all__ = ["METHODS", "Config", "Method", "Prepared", "Runner", "by_name", "dense_for", "for_device"]
+def channel_order(weights: Sequence[torch.Tensor], precision: Precision, device: str) -> torch.Tensor | None:
+    """The order of the input channels of weights (K, C, R, S) that suits a device's methods best, (C,) int64.
+
+    The weights read the same tensor. None where no method of the device gains by an order.
+    """
+    orders = (method.channel_order(weights, precision) for method in for_device(device))
+    return next((order for order in orders if order is not None), None)
+
+
+__all__ = ["METHODS", "Config", "Method", "Prepared", "Runner", "by_name", "channel_order", "dense_for", "for_device"]

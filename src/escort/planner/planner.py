@@ -156,6 +156,8 @@ def plan_layers(
     layers: Sequence[tuple[Problem, SparseFilter, torch.Tensor | None]],
     compile_budget_s: float,
     preparing: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    methods: Sequence[Method] | None = None,
 ) -> Iterator[Plan]:
     """The plans of a network's layers one by one, as :func:`plan_layer` makes them.
 
@@ -168,12 +170,13 @@ def plan_layers(
         layers: problem, filter and bias of each.
         compile_budget_s: as of a layer, for all of them together.
         preparing: is told how many candidates are prepared, and of how many.
+        methods: the candidates of every layer, by default all methods of its problem's device.
 
     Raises:
         ValueError, torch.OutOfMemoryError: as `plan_layer`, where the layer's plan is due.
     """
     check_compile_budget(compile_budget_s)
-    spaces, shares = _share_out(layers, compile_budget_s)
+    spaces, shares = _share_out(layers, compile_budget_s, methods)
     jobs = [
         partial(_prepare_ahead, space, method, *layers[index], config)
         for index, space in spaces.items()
@@ -185,10 +188,10 @@ def plan_layers(
     jobs.clear()
     for index, layer in enumerate(layers):
         if space := spaces.pop(index, None):
-            key = _key(*layer[:2], for_device(layer[0].device))
+            key = _key(*layer[:2], for_device(layer[0].device) if methods is None else methods)
             yield _remember(key, space, _measure(*layer, space, _BUDGET_S))
         else:
-            yield plan_layer(*layer, compile_budget_s=shares[index])
+            yield plan_layer(*layer, methods=methods, compile_budget_s=shares[index])
 
 
 def on_all_cores(
@@ -276,13 +279,15 @@ def _is_outgrown(before: _Known | _Space, compile_budget_s: float) -> bool:
 
 
 def _share_out(
-    layers: Sequence[tuple[Problem, SparseFilter, torch.Tensor | None]], compile_budget_s: float
+    layers: Sequence[tuple[Problem, SparseFilter, torch.Tensor | None]],
+    compile_budget_s: float,
+    methods: Sequence[Method] | None,
 ) -> tuple[dict[int, _Space], list[float]]:
     """What is tried for the layers, by their index, that will not take over a plan; and each one's share."""
-    all_methods = [for_device(problem.device) for problem, _, _ in layers]
+    all_methods = [for_device(problem.device) if methods is None else methods for problem, _, _ in layers]
     wanting = [
-        any(method.compiles_per_filter and method.unsupported(layer[0]) is None for method in methods)
-        for layer, methods in zip(layers, all_methods, strict=True)
+        any(method.compiles_per_filter and method.unsupported(layer[0]) is None for method in choice)
+        for layer, choice in zip(layers, all_methods, strict=True)
     ]
     left_s = compile_budget_s
     spaces, shares = dict[int, _Space](), list[float]()

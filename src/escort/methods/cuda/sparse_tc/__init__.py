@@ -17,12 +17,12 @@ import torch
 from escort.cuda import kernel as jit
 from escort.cuda import tensor_map as tensor_maps
 from escort.cuda.gpu import Gpu
-from escort.filter import IntArray, SparseFilter
+from escort.filter import IntArray, SparseFilter, spread_channels
 from escort.methods.base import Method, Prepared, aligned, input_check
 from escort.methods.cuda.sparse_tc.packing import ordered, pack
 from escort.methods.cuda.sparse_tc.search import Extra, candidates, predict_us, search
 from escort.methods.cuda.sparse_tc.tiling import ELEMENTS, Element, SparseTcConfig, Tiling, at_once, im2col_corners
-from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
 
 __all__ = ["SparseTc", "SparseTcConfig"]
 
@@ -74,6 +74,14 @@ class SparseTc(Method):
 
     def input_format(self, config: SparseTcConfig) -> MemoryFormat:
         return config.layout
+
+    def channel_order(self, weights: Sequence[torch.Tensor], precision: Precision) -> torch.Tensor | None:
+        if precision not in ELEMENTS:
+            return None
+        taps = torch.cat([weight.permute(0, 2, 3, 1).flatten(0, 2) for weight in weights])
+        filters = SparseFilter.from_dense(taps[:, :, None, None])
+        order = spread_channels(filters, ELEMENTS[precision].kept, ELEMENTS[precision].of)
+        return torch.from_numpy(order).long().to(taps.device)
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: SparseTcConfig

@@ -1,0 +1,5 @@
+"""What was chosen for a layer."""
+
+from escort.planner.planner import Candidate, Plan
+
+__all__ = ["Candidate", "Plan"]
