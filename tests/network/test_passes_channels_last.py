@@ -108,6 +108,20 @@ def test_channels_that_others_read_keep_their_order(x: Tensor) -> None:
     assert changed == FREE
 
 
+def test_a_pool_that_is_given_its_input_by_name(x: Tensor) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.avg_pool2d(input=self.a(x), kernel_size=2))
+
+    model = Pooled().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(channels_last.rewrite(fused(model, x), on_gpu("fp16"))(x), model(x))
+
+
 def test_what_is_left_over_gathers_in_the_last_channels(x: Tensor) -> None:
     last = channels_last.rewrite(fused(pruned(0.7), x), on_gpu("fp16"))
     sparse_filter = SparseFilter.from_dense(last.spatial.conv.weight)
@@ -142,6 +156,19 @@ def test_what_depends_on_how_tensors_lie_is_not_rewritten(x: Tensor, between: st
     network = fused(Lying(between).eval(), x)
     found = channels_last.precluded(network, on_gpu("fp16"))
     assert found is None if reason is None else reason in str(found)
+
+
+def test_in_which_memory_formats_a_network_is_tried(x: Tensor) -> None:
+    network = fused(pruned(), x)
+    networks, not_tried = channels_last.in_memory_formats(network, on_gpu("fp16"))
+    assert list(networks) == ["contiguous", "channels_last"] and networks["contiguous"] is network and not not_tried
+    assert channels_last.in_memory_formats(network, Request(torch.device("cpu"), "fp32")) == (
+        {"contiguous": network},
+        {},
+    )
+    for tried, precision, reason in ((network, "fp32", "in fp32"), (Bottleneck(), "fp16", "could not be traced")):
+        networks, not_tried = channels_last.in_memory_formats(tried, on_gpu(precision))
+        assert list(networks) == ["contiguous"] and reason in not_tried["channels_last"]
 
 
 def test_strict_float32_stays_as_it_is(x: Tensor) -> None:

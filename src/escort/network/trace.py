@@ -71,13 +71,7 @@ def _symbolic_trace(model: nn.Module, positional: int, kwargs: Mapping[str, Tens
 def _in_order(graph_module: fx.GraphModule, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Any]:
     """The example in the order of the graph's inputs, with the default of an input that it does not name."""
     beyond = [node for node in graph_module.graph.nodes if node.op == "placeholder"][len(args) :]
-    named = [kwargs[node.target] if node.target in kwargs else node.args[0] for node in beyond if _given(node, kwargs)]
-    return [*args, *named]
-
-
-def _given(node: fx.Node, kwargs: Mapping[str, Tensor]) -> bool:
-    """Whether an input has a value on the example, its own or its default."""
-    return node.target in kwargs or bool(node.args)
+    return [*args, *(kwargs.get(node.target, *node.args) for node in beyond if node.target in kwargs or node.args)]
 
 
 def shape_of(node: Any) -> tuple[torch.Size, torch.dtype] | None:

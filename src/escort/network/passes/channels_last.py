@@ -9,6 +9,7 @@ methods best (:func:`escort.methods.channel_order`). A tensor that is added to a
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +73,12 @@ def _alike(network: fx.GraphModule) -> list[list[fx.Node]]:
     """The tensors of a network, together where their channels must have one order: what is added up, or pooled."""
     groups = {node: [node] for node in network.graph.nodes}
     for node in network.graph.nodes:
-        convolution, added = _convolution(network, node), node.args[1:2]
-        source = added[0] if convolution and added else node.args[0] if _is_per_channel(network, node) else None
-        if isinstance(source, fx.Node) and groups[source] is not groups[node]:
+        source: Any = None
+        if _convolution(network, node) is not None and len(node.args) > 1:
+            source = node.args[1]  # what is added
+        elif _is_per_channel(network, node):
+            source = node.all_input_nodes[0]
+        if source is not None and groups[source] is not groups[node]:
             groups[source] += groups[node]
             for other in groups[node]:
                 groups[other] = groups[source]
