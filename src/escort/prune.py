@@ -25,21 +25,21 @@ def convolutions(model: nn.Module, *, skip: Skip = ()) -> dict[str, nn.Conv2d]:
     Raises:
         ValueError: if there are none, if `skip` names an unknown layer or leaves nothing over.
     """
-    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    if not every:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    if not found:
         raise ValueError(
             f"{type(model).__name__} has no nn.Conv2d to prune; prune the dense model, before escort.convert replaces "
             "its convolutions"
         )
     if callable(skip):
-        kept = {name: conv for name, conv in every.items() if not skip(name, conv)}
+        kept = {name: conv for name, conv in found.items() if not skip(name, conv)}
     else:
         names = {skip} if isinstance(skip, str) else set(skip)
         for name in names:
-            _check_known(name, model, every)
-        kept = {name: conv for name, conv in every.items() if name not in names}
+            _check_known(name, model, found)
+        kept = {name: conv for name, conv in found.items() if name not in names}
     if not kept:
-        raise ValueError(f"skip leaves none of the {len(every)} convolutions to prune")
+        raise ValueError(f"skip leaves none of the {len(found)} convolutions to prune")
     return kept
 
 
@@ -64,15 +64,15 @@ def layerwise(model: nn.Module, sparsities: Mapping[str, float]) -> None:
     Raises:
         ValueError: if a name is no convolution of the model, a sparsity lies outside [0, 1), or nothing is named.
     """
-    convs = convolutions(model)
+    found = convolutions(model)
     if not sparsities:
-        raise ValueError(f"no layer named; give {{name: sparsity}} for some of {_listing(convs)}")
+        raise ValueError(f"no layer named; give {{name: sparsity}} for some of {_listing(found)}")
     for name, sparsity in sparsities.items():
-        _check_known(name, model, convs)
+        _check_known(name, model, found)
         _check_sparsity(sparsity, f"layer {name!r}: ")
-    scores = {name: _scores(name, convs[name]) for name in sparsities}
+    scores = {name: _scores(name, found[name]) for name in sparsities}
     for name, sparsity in sparsities.items():
-        _prune([convs[name]], [scores[name]], sparsity)
+        _prune([found[name]], [scores[name]], sparsity)
 
 
 def global_magnitude(model: nn.Module, sparsity: float, *, skip: Skip = ()) -> None:
@@ -83,9 +83,9 @@ def global_magnitude(model: nn.Module, sparsity: float, *, skip: Skip = ()) -> N
     Raises:
         ValueError: see :func:`convolutions`; or if `sparsity` is outside [0, 1).
     """
-    convs = convolutions(model, skip=skip)
+    found = convolutions(model, skip=skip)
     _check_sparsity(sparsity)
-    _prune(list(convs.values()), [_scores(name, conv) for name, conv in convs.items()], sparsity)
+    _prune(list(found.values()), [_scores(name, conv) for name, conv in found.items()], sparsity)
 
 
 @dataclass(frozen=True)
@@ -198,14 +198,14 @@ def _check_sparsity(sparsity: float, prefix: str = "") -> None:
         raise ValueError(f"{prefix}sparsity is the share of zeros and lies in [0, 1), got {sparsity}{hint}")
 
 
-def _check_known(name: str, model: nn.Module, convs: Mapping[str, nn.Conv2d]) -> None:
-    if name in convs:
+def _check_known(name: str, model: nn.Module, found: Mapping[str, nn.Conv2d]) -> None:
+    if name in found:
         return
     module = dict(model.named_modules()).get(name)
     problem = "does not exist" if module is None else f"is a {type(module).__name__}, not a convolution"
-    raise ValueError(f"layer {name!r} {problem}; the convolutions are {_listing(convs)}")
+    raise ValueError(f"layer {name!r} {problem}; the convolutions are {_listing(found)}")
 
 
-def _listing(convs: Mapping[str, nn.Conv2d], most: int = 8) -> str:
-    names = list(convs)
+def _listing(found: Mapping[str, nn.Conv2d], most: int = 8) -> str:
+    names = list(found)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
