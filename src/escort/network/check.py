@@ -100,10 +100,12 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def settle_precision(model: nn.Module, device: torch.device, asked: Precision | None) -> Precision:
+def settle_precision(model: nn.Module, device: torch.device, precision: Precision | None) -> Precision:
     """What the convolutions shall compute in."""
-    if asked is not None and asked not in get_args(Precision):
-        raise ValueError(f"precision is one of {get_args(Precision)}, or None for that of the weights, got {asked!r}")
+    if precision is not None and precision not in get_args(Precision):
+        raise ValueError(
+            f"precision is one of {get_args(Precision)}, or None for that of the weights, got {precision!r}"
+        )
     types = _weight_types(model)
     dtype = next(iter(types.values()), torch.float32)
     for name, other in types.items():
@@ -114,7 +116,7 @@ def settle_precision(model: nn.Module, device: torch.device, asked: Precision | 
                 f"layer {name}: weights of {other}, and the CPU computes in float32; convert the model with .float(), "
                 "or move it to a GPU with .cuda()"
             )
-    if asked is None:
+    if precision is None:
         if dtype is torch.float32 and device.type == "cuda" and tf32_is_allowed():
             warnings.warn(
                 "torch runs this model's convolutions in TF32, as it may by default; converted, they compute in strict "
@@ -122,14 +124,15 @@ def settle_precision(model: nn.Module, device: torch.device, asked: Precision | 
                 stacklevel=3,  # whoever calls convert
             )
         return _PRECISIONS[dtype]
-    if TORCH_DTYPE[asked] is not dtype:
-        wanted = TORCH_DTYPE[asked]
+    if TORCH_DTYPE[precision] is not dtype:
+        wanted = TORCH_DTYPE[precision]
         raise ValueError(
-            f"precision {asked!r} is for weights of {wanted}, the model's are {dtype}; first call model.to({wanted})"
+            f"precision {precision!r} is for weights of {wanted}, the model's are {dtype}; "
+            f"first call model.to({wanted})"
         )
-    if asked == "tf32" and device.type == "cpu":
+    if precision == "tf32" and device.type == "cpu":
         raise ValueError("precision 'tf32' is for NVIDIA GPUs, the model is on the CPU; leave it out")
-    return asked
+    return precision
 
 
 def settle_effort(effort: Effort) -> float:
