@@ -20,7 +20,7 @@ import escort
 from escort.artifact import artifact
 from escort.cli import app, doctor, models
 from escort.cuda import cache
-from escort.planner import planner
+from escort.network import swap
 
 TINY = "tests.test_cli:tiny"
 COMMANDS = ("demo", "prune", "convert", "run", "plan", "cache", "doctor")
@@ -185,7 +185,7 @@ def test_json_stays_clean_when_the_model_prints(tmp_path: Path) -> None:
 
 
 def test_plan_of_a_saved_file_is_the_stored_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "plan_layers", lambda *args, **kwargs: pytest.fail("measured again"))
+    monkeypatch.setattr(swap, "plan_layers", lambda *args, **kwargs: pytest.fail("measured again"))
     report = succeed_json("plan", saved)
     assert report["input_shapes"] == [[2, 3, 16, 16]]
     methods = {candidate["method"] for candidate in report["layers"]["3"]["candidates"]}
@@ -196,13 +196,13 @@ def test_plan_of_a_saved_file_is_the_stored_one(saved: Path, monkeypatch: pytest
 
 def test_the_compile_budget_is_for_the_whole_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[float] = []
-    plan_layers = planner.plan_layers
+    plan_layers = swap.plan_layers
 
-    def record(layers: Any, compile_budget_s: float, *rest: Any) -> Any:
+    def record(layers: Any, compile_budget_s: float, *rest: Any, **options: Any) -> Any:
         given.append(compile_budget_s)
-        return plan_layers(layers, compile_budget_s, *rest)
+        return plan_layers(layers, compile_budget_s, *rest, **options)
 
-    monkeypatch.setattr(planner, "plan_layers", record)
+    monkeypatch.setattr(swap, "plan_layers", record)
     for command in (["plan"], ["convert", "--output", tmp_path / "model.escort"]):
         succeed(*command, TINY, "--input", "1,3,8,8")
         succeed(*command, TINY, "--input", "1,3,8,8", "--compile-budget", "12.5")
@@ -387,7 +387,7 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["plan", "{saved}", "--input", "1,3,8,8"], "leave out --input"),
         (["plan", "{saved}", "--device", "cuda"], "leave out --input, --checkpoint, --device, --dtype"),
         (["plan", "{saved}", "--compile-budget", "5"], "--dtype and --compile-budget"),
-        (["plan", TINY, "--input", "1,3,8,8", "--compile-budget", "nan"], "compile_budget_s is a number of seconds"),
+        (["plan", TINY, "--input", "1,3,8,8", "--compile-budget", "nan"], "or a number of seconds, got nan"),
         (["run", "{saved}", "{tmp}", "--device", "cuda:x"], "'cuda:x' is no device"),
         (["run", "{tmp}/nowhere.escort", "{tmp}"], "nowhere.escort"),
         (["run", "{saved}", "{tmp}/nowhere"], "no such folder"),

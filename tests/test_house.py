@@ -1,9 +1,12 @@
-"""The house rules that a machine can hold: imports go one way, and what is public explains itself."""
+"""The house rules that a machine can hold: where things stand, which way imports go, how large a thing may be."""
 
 from __future__ import annotations
 
 import ast
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,7 @@ MODULES = {
 }
 #: The rooms. A module imports its own room and those that stand before it.
 ROOMS = [
+    "escort.report",
     "escort.problem",
     "escort.filter",
     "escort.reference",
@@ -28,25 +32,55 @@ ROOMS = [
     "escort.artifact",
     "escort.prune",
     "escort",
-    "escort.report",
     "escort.cli",
 ]
+#: Functions that may take more than seven parameters, and why.
+MANY_PARAMETERS = {
+    "escort.network.convert.convert": "what a conversion can be asked for, each of it by name",
+}
+
+
+def not_yet(names: list[str], *others: str) -> list[Any]:
+    """Cases, those named here marked as still to be mended."""
+    mark = pytest.mark.xfail(reason="still to be mended", strict=False)
+    return [pytest.param(name, marks=mark) if name in others else name for name in names]
 
 
 def room(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
-def imports(module: str) -> set[str]:
-    """The escort modules that a module imports, at its top or inside a function."""
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text())
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """The escort modules that a module imports when it runs, at its top or inside a function."""
     names = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    typing_only = [node for node in ast.walk(tree(module)) if isinstance(node, ast.If) and _is_for_types(node)]
+    left_out = {inner for node in typing_only for inner in ast.walk(node)}
+    for node in ast.walk(tree(module)):
+        if node in left_out:
+            continue
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             members = [f"{node.module}.{alias.name}" for alias in node.names]
             names.update(name if name in MODULES else str(node.module) for name in members)
-    return {name for name in names if name.split(".")[0] == "escort"}
+    return frozenset(name for name in names if name.split(".")[0] == "escort")
+
+
+def _is_for_types(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@cache
+def level(module: str) -> int:
+    """How many rooms stand on one another below a module, its own among them, on the longest way down."""
+    below = [name for name in imports(module) if name in MODULES]
+    return max((level(name) + (room(name) != room(module)) for name in below), default=1)
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -56,17 +90,110 @@ def test_imports_go_one_way(module: str) -> None:
     assert {room(name) for name in imports(module)} <= set(allowed), f"{module} imports what stands behind it"
 
 
+def test_report_is_ground() -> None:
+    assert {room(name) for module in MODULES if room(module) == "escort.report" for name in imports(module)} <= {
+        "escort.report"
+    }
+
+
 def method_of(module: str) -> str:
     """The method that a module belongs to: a module of its own, or a package."""
     return ".".join(module.split(".")[:4])
 
 
-@pytest.mark.parametrize("module", sorted(name for name in MODULES if name.count(".") > 2 and "methods" in name))
+METHODS_MODULES = sorted(name for name in MODULES if name.count(".") > 2 and room(name) == "escort.methods")
+
+
+@pytest.mark.parametrize("module", METHODS_MODULES)
 def test_a_method_knows_no_other_method(module: str) -> None:
     others = {method_of(name) for name in imports(module) if room(name) == "escort.methods" and name.count(".") > 2}
     assert others <= {method_of(module)}
 
 
+@pytest.mark.parametrize(
+    "module", not_yet(sorted(name for name in MODULES if room(name) != "escort.methods"), "escort.cli.doctor")
+)
+def test_nobody_knows_a_methods_insides(module: str) -> None:
+    assert not {name for name in imports(module) if name.startswith(("escort.methods.cpu", "escort.methods.cuda"))}
+
+
+def test_imports_have_no_circle() -> None:
+    TopologicalSorter({module: imports(module) & MODULES.keys() for module in MODULES}).prepare()
+
+
+def test_rooms_stand_at_most_nine_high() -> None:
+    assert max(level(module) for module in MODULES) <= 9
+
+
+def test_the_house_is_seen_at_a_glance() -> None:
+    entries = {path.name for path in SOURCE.iterdir()} - {"__pycache__"}
+    assert len(entries) <= 16, sorted(entries)
+
+
+FILES = sorted(
+    str(path.relative_to(SOURCE))
+    for suffix in ("py", "cu", "cuh", "cpp", "hpp")
+    for path in SOURCE.rglob(f"*.{suffix}")
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    not_yet(
+        FILES,
+        "cuda/kernel.py",
+        "kernels/cuda/direct.cu",
+        "kernels/cuda/sparse_tc.cuh",
+        "methods/cuda/generated/steps.py",
+        "methods/cuda/sparse_tc/tiling.py",
+        "planner/planner.py",
+    ),
+)
+def test_files_are_short(name: str) -> None:
+    assert len((SOURCE / name).read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize(
+    "module",
+    not_yet(
+        sorted(MODULES),
+        "escort.cli.run",
+        "escort.cuda.tensor_map",
+        "escort.methods.cuda.direct.tables",
+        "escort.methods.cuda.generated.steps",
+    ),
+)
+def test_functions_are_short_and_take_little(module: str) -> None:
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.FunctionDef):
+            name = f"{module}.{node.name}"
+            assert body_lines(node) <= 60, f"{name} is long"
+            is_command = room(module) == "escort.cli" and node.name == "main"  # whose parameters are options
+            few = parameters(node) <= 7 or is_command or name in MANY_PARAMETERS
+            assert few, f"{name} takes {parameters(node)} parameters"
+
+
+def parameters(function: ast.FunctionDef) -> int:
+    arguments = function.args
+    taken = arguments.posonlyargs + arguments.args + arguments.kwonlyargs
+    return sum(argument.arg not in ("self", "cls") for argument in taken)
+
+
+def body_lines(function: ast.FunctionDef) -> int:
+    """The lines of a function without its docstring."""
+    docstring = ast.get_docstring(function, clean=False)
+    assert function.end_lineno is not None
+    return function.end_lineno - function.lineno + 1 - (len(docstring.splitlines()) if docstring else 0)
+
+
+def test_few_functions_take_much() -> None:
+    assert len(MANY_PARAMETERS) <= 3
+
+
 @pytest.mark.parametrize("name", [name for name in escort.__all__ if name != "__version__"])
 def test_public_names_have_docstrings(name: str) -> None:
     assert (getattr(escort, name).__doc__ or "").strip()
+
+
+def test_public_names_are_all_that_shows() -> None:
+    assert dir(escort) == sorted(escort.__all__)

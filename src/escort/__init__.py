@@ -1,13 +1,46 @@
-"""Escort: fast inference for pruned (unstructured-sparse) convolutional networks in PyTorch."""
+"""Escort: fast inference for pruned (unstructured-sparse) convolutional networks in PyTorch.
+
+How to use it:
+
+    escort.prune.uniform(model, 0.9)                 # or a model that you have pruned
+    fast = escort.convert(model.eval(), example)     # a drop-in: every convolution by its fastest method
+    print(fast.plan)                                 # what runs each layer, and why
+    escort.save(fast, "model.escort")                # one file without code
+    fast = escort.load("model.escort")               # measured anew where the machine is another one
+
+Public are the names in ``escort.__all__``. Everything else in the package is internal and may change at any time.
+"""
 
 from importlib.metadata import version
 
 from escort import prune
-from escort.artifact.artifact import load, save
+from escort.artifact import ArtifactError, load, save
 from escort.filter import SparseFilter
-from escort.network.convert import ConvertedModel, NetworkPlan, convert
+from escort.network.convert import convert, replan
+from escort.network.model import ConvertedModel, NetworkPlan
+from escort.planner import Candidate, Plan, plan_layer
 from escort.problem import Epilogue, Problem
 
 __version__ = version("escort-sparse")
 
-__all__ = ["ConvertedModel", "Epilogue", "NetworkPlan", "Problem", "SparseFilter", "convert", "load", "prune", "save"]
+__all__ = [
+    "ArtifactError",
+    "Candidate",
+    "ConvertedModel",
+    "Epilogue",
+    "NetworkPlan",
+    "Plan",
+    "Problem",
+    "SparseFilter",
+    "__version__",
+    "convert",
+    "load",
+    "plan_layer",
+    "prune",
+    "replan",
+    "save",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

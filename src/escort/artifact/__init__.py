@@ -1,1 +1,5 @@
-"""Converted models in one file; docs/format.md describes it byte by byte."""
+"""Converted models in one file: saved, loaded, checked."""
+
+from escort.artifact.artifact import ArtifactError, load, load_plan, save
+
+__all__ = ["ArtifactError", "load", "load_plan", "save"]

@@ -25,8 +25,9 @@ from escort.filter import SparseFilter
 from escort.layers import MaxPool2d, SparseConv2d
 from escort.methods import for_device
 from escort.network.convert import replan as plan_again
-from escort.network.fuse import plain_copy, unsupported
+from escort.network.fused import unsupported
 from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.trace import plain_copy
 from escort.planner.machine import Machine, find_device
 from escort.planner.plan import Plan
 from escort.problem import Precision, Problem
@@ -177,8 +178,8 @@ def _transfer(plan: NetworkPlan, device: torch.device) -> NetworkPlan:
     for name, layer in plan.layers.items():
         layer = replace(layer, problem=replace(layer.problem.on(str(device)), precision=precision))
         layers[name] = replace(layer, method="", candidates=()) if moves else layer
-    images = None if moves else plan.images
-    return replace(plan, layers=layers, device=str(device), precision=precision, images=images)
+    samples = None if moves else plan.samples
+    return replace(plan, layers=layers, device=str(device), precision=precision, samples=samples)
 
 
 def _describe(model: ConvertedModel) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from escort.cli.console import (
     examples,
     place,
 )
-from escort.network.convert import COMPILE_BUDGET_S
+from escort.network.check import EFFORT_S
+from escort.network.plan_table import plan_table
 
 
 def main(
@@ -35,7 +36,7 @@ def main(
     checkpoint: CheckpointOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.FP32,
-    compile_budget: CompileBudgetOption = COMPILE_BUDGET_S,
+    compile_budget: CompileBudgetOption = EFFORT_S["best"],
     as_json: JsonOption = False,
 ) -> None:
     """Convert a pruned model: every convolution runs by whichever method measures fastest on this machine."""
@@ -43,11 +44,9 @@ def main(
         inputs = examples(shapes)
         check_writable(output_path)
         network, inputs = place(models.load(model, checkpoint), inputs, device, dtype)
-        converted = escort.convert(
-            network, inputs, precision=dtype.value, compile_budget_s=compile_budget, progress=True
-        )
+        converted = escort.convert(network, inputs, precision=dtype.value, effort=compile_budget, progress=True)
         artifact.save(converted, output_path)
         plan = converted.plan
         output.result = {"output": str(output_path), "bytes": output_path.stat().st_size, **plan.to_json()}
-        output.text.print(report.plan_table(plan))
+        output.text.print(report.terminal(plan_table(plan)))
         output.text.print(f"wrote {output_path}, {output_path.stat().st_size / 1e6:.1f} MB")

@@ -1,7 +1,7 @@
-"""Depth first: a batch run through a network a few images at a time, so that activations stay in cache.
+"""Depth first: a batch run through a network a few samples at a time, so that activations stay in cache.
 
-Layer by layer, a batch of large images writes and reads every activation from memory; image by image the next layer
-finds it in cache. That is only the same computation if no operation mixes images, which is decided here.
+Layer by layer, a batch of large samples writes and reads every activation from memory; sample by sample the next layer
+finds it in cache. That is only the same computation if no operation mixes samples, which is decided here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from escort.layers import MaxPool2d, SparseConv2d
 
-# Modules and functions that treat each image for itself, whatever their arguments.
+# Modules and functions that treat each sample for itself, whatever their arguments.
 _MODULES = (
     SparseConv2d,
     MaxPool2d,
@@ -62,14 +62,14 @@ _FUNCTIONS = {
 
 
 def mixing(network: nn.Module) -> str | None:
-    """Why the images of a batch cannot be run apart from each other, or None where they can."""
+    """Why the samples of a batch cannot be run apart from each other, or None where they can."""
     if not isinstance(network, fx.GraphModule):
         return "the network could not be traced"
     if sum(node.op == "placeholder" for node in network.graph.nodes) != 1:
         return "the network takes several inputs"
     for node in network.graph.nodes:
         if node.op not in ("placeholder", "output") and not _keeps_apart(network, node):
-            return f"{node.format_node()} may mix images"
+            return f"{node.format_node()} may mix samples"
     return None
 
 
@@ -90,14 +90,14 @@ def _keeps_apart(network: fx.GraphModule, node: fx.Node) -> bool:
     return node.target in _FUNCTIONS
 
 
-def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def run_in_parts(network: Callable[[torch.Tensor], Any], x: torch.Tensor, images: int) -> Any:
-    """``network(x)``, for a network that does not mix images, `images` of them at a time.
+def run_in_parts(network: Callable[[torch.Tensor], Any], x: torch.Tensor, samples: int) -> Any:
+    """``network(x)``, for a network that does not mix samples, `samples` of them at a time.
 
     x: (N, ...). The parts of every output tensor are joined along the batch.
     """
-    parts = [network(part) for part in x.split(images)]
+    parts = [network(part) for part in x.split(samples)]
     return pytree.tree_map(lambda *tensors: torch.cat(tensors), *parts)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
 from torch import fx, nn
 
+from escort import report
 from escort.layers import SparseConv2d
 from escort.network import batching
+from escort.network.example import Example
 from escort.network.memory import keep_freed_memory
+from escort.network.plan_table import plan_table
+from escort.planner import Plan
 from escort.planner.machine import Machine
-from escort.planner.plan import Plan
 from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision
 
@@ -27,22 +30,25 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NetworkPlan:
-    """What became of each convolution of a model, and how long the whole takes.
+    """What became of each convolution of a model, and how long the whole takes. Printed, it is a table.
 
     Attributes:
         layers: layer name to plan, in the order of execution.
         skipped: layer name to the reason why it was left alone.
+        not_tried: why the network was not tried as a "graph" or in "channels_last", where it was not.
         input_shapes: the example's shapes.
+        input_dtypes: the example's types, as torch writes them without its name.
+        input_names: the names of those inputs that are given by name, which are the last ones.
         dense_time_us, converted_time_us: median time of a forward on the example, of the model as given and converted,
             both in `precision`.
-        kept_dense: whether the original network was kept because converting it did not pay.
         rel_error: ``||out - ref|| / ||ref||`` of the converted network against the original.
-        images: how many images of a larger batch run at a time, None for all (see :mod:`escort.network.batching`).
+        kept_dense: whether the original network was kept because converting it did not pay.
+        machine: what it was measured on.
+        samples: how many samples of a larger batch run at a time, None for all (see :mod:`escort.network.batching`).
         precision: what the convolutions compute in.
         device: what they were planned on, as torch writes it.
-        input_dtypes: the example's types, as torch writes them without its name.
         timer: how both times were taken (see :mod:`escort.planner.timing`).
     """
 
@@ -54,11 +60,20 @@ class NetworkPlan:
     rel_error: float
     kept_dense: bool
     machine: Machine
-    images: int | None = None
+    samples: int | None = None
     precision: Precision = "fp32"
     device: str = "cpu"
     input_dtypes: tuple[str, ...] = ()
     timer: Timer = "calls"
+    input_names: tuple[str, ...] = ()
+    not_tried: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return report.text(plan_table(self))
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return report.html(plan_table(self))
 
     @property
     def speedup(self) -> float:
@@ -85,15 +100,18 @@ class NetworkPlan:
         """The example's types."""
         return tuple(_DTYPES[name] for name in self.input_dtypes) or (torch.float32,) * len(self.input_shapes)
 
-    def example(self, device: torch.device | str) -> tuple[torch.Tensor, ...]:
+    def example(self, device: torch.device | str) -> Example:
         """Random inputs like those that the network was planned for; zeros where they are no floating-point numbers."""
-        return tuple(
+        tensors = [
             (torch.randn if dtype.is_floating_point else torch.zeros)(shape, dtype=dtype, device=device)
             for shape, dtype in zip(self.input_shapes, self.input_types, strict=True)
-        )
+        ]
+        positional = len(tensors) - len(self.input_names)
+        return Example(tuple(tensors[:positional]), dict(zip(self.input_names, tensors[positional:], strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        """The fields as JSON values; `input_names` and `not_tried` where they say anything."""
+        data: dict[str, Any] = {
             "layers": {name: plan.to_json() for name, plan in self.layers.items()},
             "skipped": self.skipped,
             "input_shapes": [list(shape) for shape in self.input_shapes],
@@ -102,49 +120,63 @@ class NetworkPlan:
             "rel_error": self.rel_error,
             "kept_dense": self.kept_dense,
             "machine": self.machine.to_json(),
-            "images": self.images,
+            "samples": self.samples,
             "precision": self.precision,
             "device": self.device,
             "input_dtypes": list(self.input_dtypes),
             "timer": self.timer,
         }
+        sometimes = {"input_names": list(self.input_names), "not_tried": self.not_tried}
+        return data | {name: value for name, value in sometimes.items() if value}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> NetworkPlan:
         """The plan behind :meth:`to_json`. Raises ValueError on anything else."""
         try:
             plan = cls(
-                {str(name): Plan.from_json(plan) for name, plan in data["layers"].items()},
-                {str(name): str(reason) for name, reason in data["skipped"].items()},
-                tuple(tuple(int(size) for size in shape) for shape in data["input_shapes"]),
-                float(data["dense_time_us"]),
-                float(data["converted_time_us"]),
-                float(data["rel_error"]),
-                bool(data["kept_dense"]),
-                Machine.from_json(data["machine"]),
-                None if data.get("images") is None else max(int(data["images"]), 1),
-                data.get("precision", "fp32"),
-                str(data.get("device", "cpu")),
-                tuple(str(name) for name in data.get("input_dtypes", ())),
-                data.get("timer", "calls"),
+                layers={str(name): Plan.from_json(plan) for name, plan in data["layers"].items()},
+                skipped=_texts(data["skipped"]),
+                input_shapes=tuple(tuple(int(size) for size in shape) for shape in data["input_shapes"]),
+                dense_time_us=float(data["dense_time_us"]),
+                converted_time_us=float(data["converted_time_us"]),
+                rel_error=float(data["rel_error"]),
+                kept_dense=bool(data["kept_dense"]),
+                machine=Machine.from_json(data["machine"]),
+                samples=None if data.get("samples") is None else max(int(data["samples"]), 1),
+                precision=data.get("precision", "fp32"),
+                device=str(data.get("device", "cpu")),
+                input_dtypes=tuple(str(name) for name in data.get("input_dtypes", ())),
+                timer=data.get("timer", "calls"),
+                input_names=tuple(str(name) for name in data.get("input_names", ())),
+                not_tried=_texts(data.get("not_tried", {})),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a network plan: {error}") from error
-        problems = [layer.problem for layer in plan.layers.values()]
-        asked = {(problem.device, problem.precision, problem.memory_format) for problem in problems}
+        plan._check()
+        return plan
+
+    def _check(self) -> None:
+        """Raises ValueError where the fields contradict each other."""
+        problems = [layer.problem for layer in self.layers.values()]
+        kinds = {(problem.device, problem.precision, problem.memory_format) for problem in problems}
         if (
-            not re.fullmatch(r"cpu|cuda:\d{1,3}", plan.device)
-            or plan.precision not in get_args(Precision)
-            or plan.timer not in get_args(Timer)
-            or len(plan.input_dtypes) not in (0, len(plan.input_shapes))
-            or not all(name in _DTYPES for name in plan.input_dtypes)
-            or not asked <= {(plan.device, plan.precision, plan.memory_format)}
+            not re.fullmatch(r"cpu|cuda:\d{1,3}", self.device)
+            or self.precision not in get_args(Precision)
+            or self.timer not in get_args(Timer)
+            or len(self.input_dtypes) not in (0, len(self.input_shapes))
+            or not all(name in _DTYPES for name in self.input_dtypes)
+            or len(set(self.input_names)) != len(self.input_names)
+            or len(self.input_names) > len(self.input_shapes)
+            or not kinds <= {(self.device, self.precision, self.memory_format)}
         ):
             raise ValueError(
-                f"not a network plan: its layers are for {asked}, the whole for {plan.device} in {plan.precision}, "
-                f"inputs of {plan.input_dtypes}, timed by {plan.timer}"
+                f"not a network plan: its layers are for {kinds}, the whole for {self.device} in {self.precision}, "
+                f"inputs of {self.input_dtypes} and named {self.input_names}, timed by {self.timer}"
             )
-        return plan
+
+
+def _texts(data: dict[str, Any]) -> dict[str, str]:
+    return {str(name): str(text) for name, text in data.items()}
 
 
 class ConvertedModel(nn.Module):
@@ -166,9 +198,9 @@ class ConvertedModel(nn.Module):
         super().train(False)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        images = self.plan.images
-        if images and len(inputs) == 1 and not torch.compiler.is_compiling() and len(inputs[0]) > images:
-            return batching.run_in_parts(self.network, inputs[0], images)
+        samples = None if named or len(inputs) != 1 or torch.compiler.is_compiling() else self.plan.samples
+        if samples and len(inputs[0]) > samples:
+            return batching.run_in_parts(self.network, inputs[0], samples)
         return self.network(*inputs, **named)
 
     @property

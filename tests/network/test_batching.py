@@ -1,4 +1,4 @@
-"""Depth first: the same numbers in parts, and only where images do not mix."""
+"""Depth first: the same numbers in parts, and only where samples do not mix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import escort
 from benchmarks.networks import NETWORKS
 from escort.network import batching
 from escort.planner import timing as bench
-from tests.test_convert import Small, pruned
+from tests.network.models import Small, pruned
 
 
 class Lambda(nn.Module):
@@ -28,7 +28,7 @@ class Lambda(nn.Module):
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS])
-def test_the_networks_keep_images_apart(name: str) -> None:
+def test_the_networks_keep_samples_apart(name: str) -> None:
     assert batching.mixing(fx.symbolic_trace(NETWORKS[name].factory(num_classes=4).eval())) is None
 
 
@@ -48,8 +48,8 @@ def test_the_networks_keep_images_apart(name: str) -> None:
         torch.mul,
     ],
 )
-def test_what_may_mix_images_is_refused(function: Callable[[Any], Any]) -> None:
-    assert "may mix images" in str(batching.mixing(fx.symbolic_trace(Lambda(function))))
+def test_what_may_mix_samples_is_refused(function: Callable[[Any], Any]) -> None:
+    assert "may mix samples" in str(batching.mixing(fx.symbolic_trace(Lambda(function))))
 
 
 @pytest.mark.parametrize(
@@ -60,12 +60,12 @@ def test_what_may_mix_images_is_refused(function: Callable[[Any], Any]) -> None:
         lambda x: torch.cat((x, F.relu(x)), dim=1) * 0.5,
     ],
 )
-def test_what_keeps_images_apart_gives_the_same_in_parts(function: Callable[[Any], Any]) -> None:
+def test_what_keeps_samples_apart_gives_the_same_in_parts(function: Callable[[Any], Any]) -> None:
     network = fx.symbolic_trace(Lambda(function))
     assert batching.mixing(network) is None
     x = torch.randn(7, 3, 4, 4)
-    for images in (1, 2, 7, 9):
-        assert torch.equal(batching.run_in_parts(network, x, images), network(x))
+    for samples in (1, 2, 7, 9):
+        assert torch.equal(batching.run_in_parts(network, x, samples), network(x))
 
 
 def test_every_output_is_joined() -> None:
@@ -82,8 +82,8 @@ def test_conversion_takes_the_fastest_way_through_a_batch(monkeypatch: pytest.Mo
     monkeypatch.setattr(bench, "race", race)
     model = pruned(Small())
     x = torch.randn(4, 3, 12, 12)
-    fast = escort.convert(model, x)  # the original, the batch at once, one image at a time, two at a time
-    assert (fast.plan.images, fast.plan.converted_time_us) == (1, 3.0)
+    fast = escort.convert(model, x)  # the original, the batch at once, one sample at a time, two at a time
+    assert (fast.plan.samples, fast.plan.converted_time_us) == (1, 3.0)
     for batch in (1, 4, 6):
         x = torch.randn(batch, 3, 12, 12)
         with torch.no_grad():

@@ -10,25 +10,41 @@ import torch
 from escort.network.model import NetworkPlan
 from escort.planner.machine import Machine, find_device
 
-PLAN = NetworkPlan({}, {}, ((2, 3), (4,), (5, 1)), 3.0, 2.0, 0.0, False, Machine("A GPU", "sm_90", 0, "2.11", "0"))
+PLAN = NetworkPlan(
+    layers={},
+    skipped={},
+    input_shapes=((2, 3), (4,), (5, 1)),
+    dense_time_us=3.0,
+    converted_time_us=2.0,
+    rel_error=0.0,
+    kept_dense=False,
+    machine=Machine("A GPU", "sm_90", 0, "2.11", "0"),
+)
 
 
 def test_an_example_is_like_the_one_that_was_planned_for() -> None:
     plan = replace(PLAN, input_dtypes=("float16", "int64", "bfloat16"))
-    inputs = plan.example("cpu")
+    inputs = plan.example("cpu").args
     assert [(tuple(x.shape), x.dtype) for x in inputs] == [
         ((2, 3), torch.float16),
         ((4,), torch.int64),
         ((5, 1), torch.bfloat16),
     ]
     assert inputs[0].any() and not inputs[1].any()
-    assert {x.dtype for x in PLAN.example("cpu")} == {torch.float32}
+    assert {x.dtype for x in PLAN.example("cpu").args} == {torch.float32}
+    named = replace(plan, input_names=("mask", "scale")).example("cpu")
+    assert [tuple(x.shape) for x in named.args] == [(2, 3)]
+    assert {name: (tuple(x.shape), x.dtype) for name, x in named.kwargs.items()} == {
+        "mask": ((4,), torch.int64),
+        "scale": ((5, 1), torch.bfloat16),
+    }
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0", "cuda:12"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 def test_a_plan_for_any_device_survives_json(device: str, precision: str) -> None:
     plan = replace(PLAN, device=device, precision=precision, timer="graph", input_dtypes=("float16",) * 3)
+    plan = replace(plan, input_names=("mask",), not_tried={"channels_last": "for a reason"}, samples=2)
     assert NetworkPlan.from_json(plan.to_json()) == plan
 
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from escort.filter import SparseFilter
-from escort.methods.cuda.sparse_tc.split import split
-from escort.network import channels_last, fuse
-from escort.network.fuse import FusedConv2d
-from escort.problem import Problem
+from escort.filter import SparseFilter, split
+from escort.network.check import Request
+from escort.network.fused import FusedConv2d
+from escort.network.passes import channels_last, fuse
+from escort.network.trace import trace
+from escort.problem import Precision, Problem
 
 FREE = {"stem", "reduce", "spatial", "expand", "again"}  # whose outputs convolutions alone read, or add
 
@@ -58,8 +59,13 @@ def x() -> Tensor:
     return torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
 
+def on_gpu(precision: Precision) -> Request:
+    """What decides about the memory format is the request: the tensors are on the CPU."""
+    return Request(torch.device("cuda:0"), precision)
+
+
 def fused(model: nn.Module, x: Tensor) -> torch.fx.GraphModule:
-    network, skipped = fuse.fuse(fuse.trace(model, x))
+    network, skipped = fuse.fuse(trace(model, x), on_gpu("fp32"))
     assert not skipped
     return network
 
@@ -70,13 +76,13 @@ def left_over(module: FusedConv2d, kept: int, of: int) -> float:
 
 @pytest.mark.parametrize(("precision", "kept", "of"), [("fp16", 2, 4), ("bf16", 2, 4), ("tf32", 1, 2)])
 def test_a_rewritten_network_computes_the_same_and_leaves_less_over(
-    x: Tensor, precision: str, kept: int, of: int
+    x: Tensor, precision: Precision, kept: int, of: int
 ) -> None:
     model = pruned()
     network = fused(model, x)
     before = copy.deepcopy(network)
-    assert channels_last.precluded(network, precision) is None
-    last = channels_last.rewrite(network, precision)
+    assert channels_last.precluded(network, on_gpu(precision)) is None
+    last = channels_last.rewrite(network, on_gpu(precision))
     with torch.inference_mode():
         expected = model.double()(x.double())
         out = last.double()(x.double().contiguous(memory_format=torch.channels_last))
@@ -92,7 +98,7 @@ def test_a_rewritten_network_computes_the_same_and_leaves_less_over(
 
 def test_channels_that_others_read_keep_their_order(x: Tensor) -> None:
     network = fused(pruned(), x)
-    last = channels_last.rewrite(network, "fp16")
+    last = channels_last.rewrite(network, on_gpu("fp16"))
     changed = set()
     for name, module in network.named_modules():
         if isinstance(module, FusedConv2d):
@@ -102,9 +108,24 @@ def test_channels_that_others_read_keep_their_order(x: Tensor) -> None:
     assert changed == FREE
 
 
+def test_a_pool_that_is_given_its_input_by_name(x: Tensor) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.avg_pool2d(input=self.a(x), kernel_size=2))
+
+    model = Pooled().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(channels_last.rewrite(fused(model, x), on_gpu("fp16"))(x), model(x))
+
+
 def test_what_is_left_over_gathers_in_the_last_channels(x: Tensor) -> None:
-    sparse_filter = SparseFilter.from_dense(channels_last.rewrite(fused(pruned(0.7), x), "fp16").spatial.conv.weight)
-    columns = split(sparse_filter).remainder.columns // 9
+    last = channels_last.rewrite(fused(pruned(0.7), x), on_gpu("fp16"))
+    sparse_filter = SparseFilter.from_dense(last.spatial.conv.weight)
+    columns = split(sparse_filter).residual.columns // 9
     first, last = (columns < 32).sum(), (columns >= 32).sum()
     assert 0 <= first < last
 
@@ -133,12 +154,25 @@ class Lying(nn.Module):
 )
 def test_what_depends_on_how_tensors_lie_is_not_rewritten(x: Tensor, between: str, reason: str | None) -> None:
     network = fused(Lying(between).eval(), x)
-    found = channels_last.precluded(network, "fp16")
+    found = channels_last.precluded(network, on_gpu("fp16"))
     assert found is None if reason is None else reason in str(found)
 
 
+def test_in_which_memory_formats_a_network_is_tried(x: Tensor) -> None:
+    network = fused(pruned(), x)
+    networks, not_tried = channels_last.in_memory_formats(network, on_gpu("fp16"))
+    assert list(networks) == ["contiguous", "channels_last"] and networks["contiguous"] is network and not not_tried
+    assert channels_last.in_memory_formats(network, Request(torch.device("cpu"), "fp32")) == (
+        {"contiguous": network},
+        {},
+    )
+    for tried, precision, reason in ((network, "fp32", "in fp32"), (Bottleneck(), "fp16", "could not be traced")):
+        networks, not_tried = channels_last.in_memory_formats(tried, on_gpu(precision))
+        assert list(networks) == ["contiguous"] and reason in not_tried["channels_last"]
+
+
 def test_strict_float32_stays_as_it_is(x: Tensor) -> None:
-    assert "fp32" in str(channels_last.precluded(fused(pruned(), x), "fp32"))
+    assert "fp32" in str(channels_last.precluded(fused(pruned(), x), on_gpu("fp32")))
 
 
 def test_a_problem_knows_its_memory_format() -> None:

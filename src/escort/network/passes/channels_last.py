@@ -2,53 +2,70 @@
 
 Every torch operator hands on the memory format of what it is given, so a network stays in channels_last from the first
 convolution that is asked for it. What must change: a ``view`` of NCHW tensors is none of others; and where our
-convolutions alone write and read a tensor, the order of its channels is free, and becomes the one that lets the
-filters suit the methods best. A tensor that is added to another has that one's order.
+convolutions alone write and read a tensor, the order of its channels is free, and becomes the one that suits the
+methods best (:func:`escort.methods.channel_order`). A tensor that is added to another has that one's order.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from escort.methods import channel_order
-from escort.network.fuse import FusedConv2d, mutates
-from escort.problem import Precision
+from escort.network.check import Request
+from escort.network.fused import FusedConv2d
+from escort.network.passes.operations import mutates
+from escort.problem import MemoryFormat
 
 aten = torch.ops.aten
 
 _VIEWS = {"view": "reshape", aten.view.default: aten.reshape.default}
 _PER_CHANNEL = (F.max_pool2d, torch.max_pool2d, aten.max_pool2d.default, F.avg_pool2d, aten.avg_pool2d.default)
-_LYING = ("as_strided", "view_as", "stride", "is_contiguous", "storage_offset", "data_ptr")
+_STRIDED = ("as_strided", "view_as", "stride", "is_contiguous", "storage_offset", "data_ptr")
 
 
-def precluded(network: fx.GraphModule, precision: Precision) -> str | None:
+def in_memory_formats(network: nn.Module, request: Request) -> tuple[dict[MemoryFormat, nn.Module], dict[str, str]]:
+    """The network for each memory format in which it is tried, and why it is not tried in one that a GPU could use."""
+    networks: dict[MemoryFormat, nn.Module] = {"contiguous": network}
+    if request.device.type == "cpu":
+        return networks, {}
+    if reason := precluded(network, request):
+        return networks, {"channels_last": reason}
+    networks["channels_last"] = rewrite(network, request)
+    return networks, {}
+
+
+def precluded(network: nn.Module, request: Request) -> str | None:
     """Why a network of FusedConv2d's is not tried in channels_last, or None where it is."""
-    if precision == "fp32":
-        return f"tensor cores multiply no {precision}"
+    if not isinstance(network, fx.GraphModule):
+        return "the model could not be traced"
+    if channel_order([torch.ones(1, 1, 1, 1)], request.precision, str(request.device)) is None:
+        return f"no method gains by it in {request.precision}"
     for node in network.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
         name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-        if name in _LYING or (name == "view" and any(isinstance(value, torch.dtype) for value in node.args)):
+        if name in _STRIDED or (name == "view" and any(isinstance(value, torch.dtype) for value in node.args)):
             return f"{node.name} depends on how a tensor lies"
         if node.target in _VIEWS and any(mutates(network, user) for user in node.users):
             return f"what {node.name} shows is written to"
     return None
 
 
-def rewrite(network: fx.GraphModule, precision: Precision) -> fx.GraphModule:
+def rewrite(network: nn.Module, request: Request) -> nn.Module:
     """A copy of a network, computing the same, for tensors in channels_last; nothing may have `precluded` it."""
+    assert isinstance(network, fx.GraphModule)
     network = copy.deepcopy(network)
     for node in network.graph.nodes:
         if node.op in ("call_function", "call_method"):
             node.target = _VIEWS.get(node.target, node.target)
     network.recompile()
     for alike in _alike(network):
-        _reorder(network, alike, precision)
+        _reorder(network, alike, request)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -56,16 +73,19 @@ def _alike(network: fx.GraphModule) -> list[list[fx.Node]]:
     """The tensors of a network, together where their channels must have one order: what is added up, or pooled."""
     groups = {node: [node] for node in network.graph.nodes}
     for node in network.graph.nodes:
-        convolution, added = _convolution(network, node), node.args[1:2]
-        source = added[0] if convolution and added else node.args[0] if _is_per_channel(network, node) else None
-        if isinstance(source, fx.Node) and groups[source] is not groups[node]:
+        source: Any = None
+        if _convolution(network, node) is not None and len(node.args) > 1:
+            source = node.args[1]  # what is added
+        elif _is_per_channel(network, node):
+            source = node.all_input_nodes[0]
+        if source is not None and groups[source] is not groups[node]:
             groups[source] += groups[node]
             for other in groups[node]:
                 groups[other] = groups[source]
     return list({id(group): group for group in groups.values()}.values())
 
 
-def _reorder(network: fx.GraphModule, alike: list[fx.Node], precision: Precision) -> None:
+def _reorder(network: fx.GraphModule, alike: list[fx.Node], request: Request) -> None:
     """Changes the order of the channels of some tensors, if our convolutions alone write and read them."""
     writers: list[FusedConv2d] = []
     readers: list[FusedConv2d] = []
@@ -83,7 +103,7 @@ def _reorder(network: fx.GraphModule, alike: list[fx.Node], precision: Precision
                 return
     if not readers or any(convolution.conv.groups > 1 for convolution in writers + readers):
         return
-    channels = channel_order([reader.conv.weight for reader in readers], precision, "cuda")
+    channels = channel_order([reader.conv.weight for reader in readers], request.precision, str(request.device))
     if channels is None:
         return
     with torch.no_grad():

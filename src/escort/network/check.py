@@ -1,0 +1,163 @@
+"""What a conversion is asked for, and what it refuses and why."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from escort.methods import Method, by_name, dense_for
+from escort.network.context import tf32_is_allowed
+from escort.network.example import Example
+from escort.problem import TORCH_DTYPE, Precision
+
+#: How long conversion may compile kernels for the weights: by name, or in seconds.
+Effort = Literal["fast", "best"] | float
+
+#: The seconds behind the names.
+EFFORT_S: dict[str, float] = {"fast": 0.0, "best": 300.0}
+
+#: Whether to leave a convolution alone, by its name and the module itself.
+Skip = Callable[[str, nn.Module], bool]
+
+_PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a conversion was asked for, once it is checked.
+
+    Attributes:
+        device: where the model is, and the example.
+        precision: what the convolutions compute in.
+        compile_budget_s: seconds that compiling kernels for the weights may take.
+        methods: what is weighed for a layer; None for all that the device has.
+        skip: which convolutions to leave alone; None for none.
+        progress: whether to show a progress bar on stderr.
+    """
+
+    device: torch.device
+    precision: Precision
+    compile_budget_s: float = 0.0
+    methods: tuple[Method, ...] | None = None
+    skip: Skip | None = None
+    progress: bool = False
+
+    def left_alone(self, name: str, conv: nn.Module) -> str | None:
+        """Why the user wants a convolution left alone, or None."""
+        return "you asked to skip it" if self.skip is not None and self.skip(name, conv) else None
+
+
+def check_model(model: nn.Module, example: Example) -> None:
+    """Raises TypeError or ValueError for what cannot be converted, whatever is asked for it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes an nn.Module, got {type(model).__name__}")
+    training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
+    if training is not None and not isinstance(model, fx.GraphModule):
+        raise ValueError(f"{training} is in training mode; call model.eval() first")
+    device = example.device
+    for name, dtype in _weight_types(model).items():
+        if dtype not in _PRECISIONS:
+            raise ValueError(f"layer {name}: weights of {dtype}; convert the model to float32 with .float()")
+    for x in example.tensors:
+        if x.device != device:
+            raise ValueError(f"the example is on {device} and on {x.device}; move all of it to one device")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the example on {device}; move one to the other")
+        if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinity; a pruned filter cannot skip what is not finite")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"convolutions run on the CPU and on NVIDIA GPUs; move the model from {device} with .cpu()")
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            "autocast is on, which converted layers do not follow; convert outside of it, the model in one type"
+        )
+
+
+def outputs_on(model: nn.Module, example: Example) -> list[Tensor]:
+    """The tensors that a model makes of the example. Raises ValueError where it does not run, or is not finite."""
+    try:
+        with torch.inference_mode():
+            outputs = tensors_of(example.run(model))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shapes = [tuple(x.shape) for x in example.tensors]
+        raise ValueError(f"the example {shapes} does not run through the model: {error}") from error
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
+        raise ValueError("the model's output on the example holds NaN or infinity; use an example that it is for")
+    return outputs
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, in order."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def settle_precision(model: nn.Module, device: torch.device, precision: Precision | None) -> Precision:
+    """What the convolutions shall compute in."""
+    if precision is not None and precision not in get_args(Precision):
+        raise ValueError(
+            f"precision is one of {get_args(Precision)}, or None for that of the weights, got {precision!r}"
+        )
+    types = _weight_types(model)
+    dtype = next(iter(types.values()), torch.float32)
+    for name, other in types.items():
+        if other is not dtype:
+            raise ValueError(f"layer {name}: weights of {other} among others of {dtype}; convert the model to one type")
+        if other is not torch.float32 and device.type == "cpu":
+            raise ValueError(
+                f"layer {name}: weights of {other}, and the CPU computes in float32; convert the model with .float(), "
+                "or move it to a GPU with .cuda()"
+            )
+    if precision is None:
+        if dtype is torch.float32 and device.type == "cuda" and tf32_is_allowed():
+            warnings.warn(
+                "torch runs this model's convolutions in TF32, as it may by default; converted, they compute in strict "
+                "float32: pass precision='tf32' to allow TF32, or precision='fp32' to silence this",
+                stacklevel=3,  # whoever calls convert
+            )
+        return _PRECISIONS[dtype]
+    if TORCH_DTYPE[precision] is not dtype:
+        wanted = TORCH_DTYPE[precision]
+        raise ValueError(
+            f"precision {precision!r} is for weights of {wanted}, the model's are {dtype}; "
+            f"first call model.to({wanted})"
+        )
+    if precision == "tf32" and device.type == "cpu":
+        raise ValueError("precision 'tf32' is for NVIDIA GPUs, the model is on the CPU; leave it out")
+    return precision
+
+
+def settle_effort(effort: Effort) -> float:
+    """The seconds that compiling kernels for the weights may take."""
+    seconds = EFFORT_S.get(effort) if isinstance(effort, str) else effort
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0.0:
+        raise ValueError(
+            "effort is 'fast', which compiles no kernel for the weights, 'best', which takes up to "
+            f"{EFFORT_S['best']:.0f} s for that, or a number of seconds, got {effort!r}"
+        )
+    return float(seconds)
+
+
+def settle_methods(names: Collection[str] | None, device: torch.device) -> tuple[Method, ...] | None:
+    """The methods of these names, the dense one among them whether it is named or not."""
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise TypeError(f"methods is a list of names, got {names!r}; write [{names!r}]")
+    chosen = {name: by_name(name, str(device)) for name in names}
+    dense = dense_for(str(device))
+    return tuple(({dense.name: dense} | chosen).values())
+
+
+def _weight_types(model: nn.Module) -> dict[str, torch.dtype]:
+    """The types of its convolutions' weights, where they are modules; else of all weights that could be filters."""
+    modules = {name: module.weight.dtype for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    return modules or {name: weight.dtype for name, weight in model.named_parameters() if weight.ndim == 4}

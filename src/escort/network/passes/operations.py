@@ -1,0 +1,117 @@
+"""What the nodes of a graph do, however it is spelled, and the pieces from which passes make new ones."""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+aten = torch.ops.aten
+
+# What is understood, however it is spelled: as a module, a function, an exported operator or, as a string, a method.
+# The names are those of the positional arguments and, but for the first, of the module's attributes.
+CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+_FUNCTIONAL_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_FROZEN_NORM = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
+#: The arguments of a norm that are tensors.
+TENSORS = ("weight", "bias", "running_mean", "running_var")
+#: The norm of a decomposed program, which returns (output, saved mean, saved deviation), the last two empty.
+FROZEN = aten._native_batch_norm_legit_no_training.default
+_ADDS = (torch.add, operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor, "add", "add_")
+_RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_")
+_HARDTANHS = (nn.Hardtanh, F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default)
+_SPELLINGS: dict[tuple[str, tuple[str, ...]], tuple[Any, ...]] = {
+    ("conv", CONV): (nn.Conv2d, F.conv2d, aten.conv2d.default, aten.conv2d.padding),
+    ("conv", _CONVOLUTION): (aten.convolution.default,),
+    ("norm", _NORM): (nn.BatchNorm2d, nn.SyncBatchNorm, torch.batch_norm, aten.batch_norm.default),
+    ("norm", _FUNCTIONAL_NORM): (F.batch_norm,),
+    ("norm", _FROZEN_NORM): (FROZEN,),
+    ("add", ("input", "other")): _ADDS,
+    ("relu", ("input",)): _RELUS,
+    ("relu6", ("input",)): (nn.ReLU6, F.relu6, aten.relu6.default, aten.relu6_.default),
+    ("hardtanh", ("input", "min_val", "max_val")): _HARDTANHS,
+    ("identity", ("input", "training")): (nn.Identity, nn.Dropout, nn.Dropout2d),
+}
+#: By module type, function or method: the name of the operation and the names of its arguments.
+OPERATIONS = {spelling: key for key, spellings in _SPELLINGS.items() for spelling in spellings}
+_INPLACE_OPERATOR = re.compile(r"i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|matmul)|setitem|.*[^_]_")
+
+
+def mutates(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node of a network's graph writes to one of its inputs."""
+    if node.op == "call_module":
+        return bool(getattr(network.get_submodule(str(node.target)), "inplace", False))
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = getattr(node.target, "__name__", node.target)
+    return bool(_INPLACE_OPERATOR.fullmatch(str(name)) or node.kwargs.get("inplace") or "out" in node.kwargs)
+
+
+def convolution_name(node: fx.Node) -> str:
+    """The qualified name of a convolution: its module's or, if it is a function, that of its weight's owner."""
+    if node.op == "call_module":
+        return str(node.target)
+    weight = node.all_input_nodes[1:2]
+    while weight and weight[0].op != "get_attr":
+        weight = weight[0].all_input_nodes[:1]
+    if not weight:
+        return node.name
+    # The owner of `weight`, `weight_orig` (pruned) or `parametrizations.weight.original`; else the weight itself.
+    return re.sub(r"(^|\.)(parametrizations\.weight\..*|weight\w*)$", "", str(weight[0].target)) or "conv"
+
+
+def attach(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Sets ``root.<name>``, in place of whatever is there."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not isinstance(getattr(root, part, None), nn.Module):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    if hasattr(root, leaf):
+        delattr(root, leaf)
+    root.add_module(leaf, module)
+
+
+def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module where another is, so that a container keeps its order."""
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, module)
+
+
+def new_conv2d(weight: Tensor, bias: Tensor | None, *geometry: Any) -> nn.Conv2d:
+    """A convolution with copies of `weight` and `bias`; geometry: stride, padding, dilation, groups or None."""
+
+    def pair(value: Any, default: int) -> Any:
+        value = default if value is None else value
+        return value if isinstance(value, str) else (value,) * 2 if isinstance(value, int) else (*value, *value)[:2]
+
+    stride, padding, dilation = (pair(value, default) for value, default in zip(geometry, (1, 0, 1), strict=False))
+    groups = geometry[3] or 1
+    out_channels, in_channels, *kernel = weight.shape
+    channels = in_channels * groups, out_channels
+    conv = nn.Conv2d(*channels, (kernel[0], kernel[1]), stride, padding, dilation, groups, device="meta")
+    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    conv.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return conv
+
+
+def fold_scale(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> bool:
+    """Turns `conv` into ``conv * scale + shift``, both (K,) float64, rounding once.
+
+    False, and `conv` stays as it is, where its type does not hold the result: float16 ends at 65504.
+    """
+    bias = shift if conv.bias is None else conv.bias.double() * scale + shift
+    weight = conv.weight.double() * scale[:, None, None, None]
+    scaled = [tensor.to(conv.weight.dtype) for tensor in (weight, bias)]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in scaled):
+        return False
+    conv.weight, conv.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in scaled)
+    return True

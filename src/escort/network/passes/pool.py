@@ -1,0 +1,44 @@
+"""Max pooling by our kernel, so that it does not outweigh the convolutions that it stands between."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from escort.layers import MaxPool2d
+from escort.network.check import Request
+from escort.network.passes.operations import replace_module
+
+_FUNCTIONS = (F.max_pool2d, torch.max_pool2d, torch.ops.aten.max_pool2d.default)
+_ARGUMENTS = "input kernel_size stride padding dilation ceil_mode return_indices".split()
+
+
+def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, str]]:
+    """Replaces max pooling in a network, which is written to; pooling that returns indices stays as it is.
+
+    Returns:
+        The network, and no convolution that was left alone.
+    """
+    for name, module in list(network.named_modules()):
+        if type(module) is nn.MaxPool2d and not module.return_indices:
+            sizes = module.kernel_size, module.stride, module.padding, module.dilation
+            replace_module(network, name, MaxPool2d(*sizes, ceil_mode=module.ceil_mode))
+    if isinstance(network, fx.GraphModule):
+        for node in network.graph.nodes:
+            if node.op == "call_function" and node.target in _FUNCTIONS:
+                _replace_function(network, node)
+        network.recompile()
+    return network, {}
+
+
+def _replace_function(network: fx.GraphModule, node: fx.Node) -> None:
+    """Lets a module of its own run a node that calls a function, unless its arguments are computed."""
+    arguments = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+    x = arguments.pop("input")
+    if arguments.pop("return_indices", False) or any(isinstance(value, fx.Node) for value in arguments.values()):
+        return
+    name = f"{node.name}_pool"
+    given = {key: value for key, value in arguments.items() if value != []}  # aten's empty stride is the default
+    network.add_submodule(name, MaxPool2d(**given))  # type: ignore[arg-type]
+    node.op, node.target, node.args, node.kwargs = "call_module", name, (x,), {}

@@ -1,0 +1,44 @@
+"""One self-contained HTML page: a title and a sequence of sections.
+
+A page holds its styles and plots, asks the network for nothing and follows the reader's light or dark theme. Everything
+in it but the plots is escaped text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from escort.report.chart import Figure
+from escort.report.table import Table
+from escort.report.template import render
+
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs."""
+
+    kind: ClassVar[str] = "text"
+    heading: str
+    paragraphs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A few figures that a reader should see first, by label."""
+
+    kind: ClassVar[str] = "facts"
+    heading: str
+    facts: Mapping[str, str]
+
+
+Section = Text | Facts | Table | Figure
+
+
+def write_html(path: str | Path, title: str, sections: Sequence[Section]) -> None:
+    """Write the page. Raises OSError where `path` cannot be written."""
+    page = render("page.html.j2", title=title, sections=sections)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page, encoding="utf-8")

@@ -1,0 +1,71 @@
+"""Small models that hold one of everything that conversion has to do with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from escort import prune
+
+
+class Small(nn.Module):
+    """Batch norm, ReLU6, a residual, a pool by module and one by function, dropout and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu6(self.norm(self.first(x))), 3, stride=2, padding=1)
+        x = self.pool(F.relu(self.second(x) + x))
+        return self.head(F.dropout(x.mean((2, 3)), training=self.training))
+
+
+class Branching(nn.Module):
+    """Control flow on data, which torch.fx cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.other = nn.Conv2d(3, 4, 3, padding_mode="reflect", padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) if x.sum() > 0 else self.conv(self.other(x)[:, :3])
+
+
+def pruned(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
+    torch.manual_seed(0)
+    prune.uniform(model, sparsity)
+    prune.make_permanent(model)
+    return model.eval()
+
+
+def three_convolutions() -> nn.Module:
+    """The second is like the first."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(2)), nn.Conv2d(4, 4, 3)).eval()
+
+
+def one_conv(kernel: int = 3, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, kernel, dtype=dtype)).eval()
+
+
+class Masked(nn.Module):
+    """Takes a tensor by position, others by name, and an option."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.other = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(
+        self, x: torch.Tensor, factor: float = 2.0, mask: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y = F.relu(self.conv(x)) * factor
+        y = y if mask is None else y * mask
+        return self.other(y) if bias is None else self.other(y) + bias

@@ -1,0 +1,196 @@
+"""Whole models: converted equals original, for every network, and wherever it goes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import escort
+from benchmarks.networks import NETWORKS
+from escort import reference
+from escort.layers import MaxPool2d, SparseConv2d
+from escort.network.choose import NETWORK_ERROR_BOUND
+from escort.network.model import ConvertedModel, NetworkPlan
+from escort.planner import planner
+from tests.network.models import Branching, Masked, Small, pruned, three_convolutions
+
+#: The smallest input that each network takes, so that the tests stay fast.
+SIZES = {"googlenet": 64, "caffenet": 227, "alexnet": 127}
+
+
+def converted(model: nn.Module, *example: torch.Tensor) -> ConvertedModel:
+    return escort.convert(model, example)
+
+
+@pytest.mark.usefixtures("always_faster")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_is_the_same_network(name: str) -> None:
+    torch.manual_seed(0)
+    model = pruned(NETWORKS[name].factory(num_classes=10), 0.9)
+    size = SIZES.get(name, 32)
+    fast = converted(model, torch.randn(1, 3, size, size))
+    assert fast.traced and not fast.plan.kept_dense
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(fast.plan.layers) == len(convolutions) and not fast.plan.skipped
+    assert not any(isinstance(m, (nn.Conv2d, nn.BatchNorm2d)) for m in fast.modules())
+    for batch, other in ((1, size), (3, size), (2, size + 32)):
+        x = torch.randn(batch, 3, other, other)
+        try:
+            with torch.no_grad():
+                expected, out = model(x), fast(x)
+        except RuntimeError:  # its classifier takes one input size only
+            continue
+        assert reference.compare(out, expected) < NETWORK_ERROR_BOUND["fp32"]
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_what_is_fused_and_swapped() -> None:
+    model = pruned(Small())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(2, 3, 17, 18)
+    fast = converted(model, x)
+    first, second = fast.network.get_submodule("first"), fast.network.get_submodule("second")
+    assert isinstance(first, SparseConv2d) and isinstance(second, SparseConv2d)
+    assert (first.activation, first.residual) == ("relu6", False)
+    assert (second.activation, second.residual) == ("relu", True)
+    assert first.name == "first" and first.plan is fast.plan.layers["first"]
+    assert sum(isinstance(m, MaxPool2d) for m in fast.modules()) == 2
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), atol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_an_untraceable_model_is_converted_layer_by_layer() -> None:
+    model = pruned(Branching())
+    fast = converted(model, torch.rand(1, 3, 8, 8))
+    assert not fast.traced and set(fast.plan.layers) == {"conv"}
+    assert "other" not in fast.plan.layers
+    for x in (torch.rand(2, 3, 8, 8), -torch.rand(2, 3, 8, 8)):
+        with torch.no_grad():
+            assert torch.allclose(fast(x), model(x), atol=1e-5)
+    with torch.no_grad():
+        skipped = converted(model, -torch.rand(1, 3, 8, 8)).plan.skipped
+    assert "reflect" in skipped["other"]
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_a_converted_model_compiles_and_exports() -> None:
+    fast = converted(pruned(Small()), torch.randn(2, 3, 16, 16))
+    x = torch.randn(2, 3, 16, 16)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), fast(x), atol=1e-6)
+    program = torch.export.export(fast, (x,))
+    assert torch.allclose(program.module()(x), fast(x), atol=1e-6)
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_an_exported_program_can_be_converted() -> None:
+    model = pruned(Small())
+    x = torch.randn(2, 3, 16, 16)
+    fast = converted(torch.export.export(model, (x,)).module(), x)
+    assert len(fast.plan.layers) == 2
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), atol=1e-5)
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_the_plan_survives_json() -> None:
+    plan = converted(pruned(Small()), torch.randn(1, 3, 8, 8)).plan
+    assert NetworkPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert (plan.precision, plan.device, plan.timer, plan.input_dtypes) == ("fp32", "cpu", "calls", ("float32",))
+    with pytest.raises(ValueError, match="not a network plan"):
+        NetworkPlan.from_json({"layers": 1})
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_replanning_measures_again_and_computes_the_same() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    fast = converted(pruned(Small()), x)
+    planner._remembered.clear()
+    again = escort.replan(fast)
+    assert set(again.plan.layers) == set(fast.plan.layers)
+    assert again.plan.layers["first"] is not fast.plan.layers["first"]
+    assert torch.allclose(again(x), fast(x), atol=1e-5)
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_a_converted_model_does_not_train() -> None:
+    fast = converted(pruned(Small()), torch.randn(1, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="for inference"):
+        fast.train()
+    assert fast.eval() is fast
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_what_a_converted_model_refuses_has_changed_nothing() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    fast = converted(pruned(Small()), x)
+    before = fast(x)
+    for move, error in ((fast.half, TypeError), (fast.double, TypeError), (lambda: fast.to("meta"), ValueError)):
+        with pytest.raises(error, match="first .*(convert the model again|convert it there)"):
+            move()
+        assert torch.equal(fast(x), before)
+    assert fast.to("cpu", torch.float32) is fast
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_arguments_by_name() -> None:
+    model, x = pruned(Masked()), torch.randn(2, 3, 8, 8)
+    named = {"bias": torch.randn(4, 8, 8), "mask": torch.rand(2, 1, 8, 8)}
+    fast = escort.convert(model, x, named)
+    assert fast.traced and list(fast.plan.layers) == ["conv", "other"]
+    assert (fast.plan.input_names, len(fast.plan.input_shapes)) == (("bias", "mask"), 3)
+    assert NetworkPlan.from_json(json.loads(json.dumps(fast.plan.to_json()))) == fast.plan
+    with torch.no_grad():
+        for batch in (2, 3):
+            x = torch.randn(batch, 3, 8, 8)
+            named = {"mask": torch.rand(batch, 1, 8, 8), "bias": torch.randn(4, 8, 8)}
+            assert torch.allclose(fast(x, **named), model(x, **named), atol=1e-5)
+        again = escort.replan(fast)
+        assert torch.allclose(again(x, **named), fast(x, **named), atol=1e-5)
+        nothing = escort.convert(model, (), {"x": x})
+        assert torch.allclose(nothing(x=x), model(x), atol=1e-5)
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_an_exported_program_takes_its_arguments_by_name() -> None:
+    model, x, named = pruned(Masked()), torch.randn(2, 3, 8, 8), {"mask": torch.rand(2, 1, 8, 8)}
+    program = torch.export.export(model, (x,), named).module()
+    fast = escort.convert(program, x, named)
+    assert fast.traced and list(fast.plan.layers) == ["conv", "other"]
+    with torch.no_grad():
+        assert torch.allclose(fast(x, **named), model(x, **named), atol=1e-5)
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_layers_that_are_skipped_stay_as_they_are() -> None:
+    model, x = pruned(Small()), torch.randn(1, 3, 8, 8)
+    fast = escort.convert(model, x, skip=lambda name, module: name == "first" and isinstance(module, nn.Conv2d))
+    assert list(fast.plan.layers) == ["second"] and fast.plan.skipped == {"first": "you asked to skip it"}
+    assert type(fast.network.get_submodule("first")) is nn.Conv2d
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), atol=1e-5)
+    layer_by_layer = escort.convert(pruned(Branching()), torch.rand(1, 3, 8, 8), skip=lambda name, module: True)
+    assert not layer_by_layer.traced and layer_by_layer.plan.skipped == {"conv": "you asked to skip it"}
+    with pytest.raises(ValueError, match="nothing to convert; first: you asked to skip it; second: you asked"):
+        escort.convert(model, torch.randn(1, 3, 8, 8), skip=lambda name, module: True)
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_methods_to_choose_from() -> None:
+    fast = escort.convert(three_convolutions(), torch.randn(1, 4, 8, 8), methods=["lowered"])
+    weighed = {candidate.method for plan in fast.plan.layers.values() for candidate in plan.candidates}
+    assert weighed == {"dense", "lowered"}
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_a_plan_says_why_there_is_no_graph() -> None:
+    plan = converted(pruned(Branching()), torch.rand(1, 3, 8, 8)).plan
+    assert plan.not_tried.keys() == {"graph"} and "control flow" in plan.not_tried["graph"]
+    assert "Not tried as a graph: Branching: " in str(plan).replace("\n", " ")
+    assert not converted(pruned(Small()), torch.rand(1, 3, 8, 8)).plan.not_tried

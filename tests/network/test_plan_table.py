@@ -1,0 +1,95 @@
+"""The table of a network's plan says what the plan says, in a terminal and in a notebook."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from rich.console import Console
+
+from escort import report
+from escort.network.model import NetworkPlan
+from escort.network.plan_table import machine_line, plan_table
+from escort.planner import Candidate, Plan
+from escort.planner.machine import Machine
+from escort.problem import Problem
+
+MACHINE = Machine("a CPU", "avx2", 2, "2.13.0", "0.1.0")
+
+
+def network_plan(kept_dense: bool = False) -> NetworkPlan:
+    problem = Problem(8, 64, 16, 16, 128, (3, 3), stride=(2, 2), padding=(1, 1, 1, 1))
+    candidates = (
+        Candidate("direct", {}, 100.0, 1e-7),
+        Candidate("dense", {}, 2500.0, 1e-7),
+        Candidate("lowered", reason="takes no <dilation>"),
+    )
+    layers = {"stem[0]": Plan(problem, "direct", {}, candidates, MACHINE)}
+    return NetworkPlan(
+        layers=layers,
+        skipped={"odd": "pads with 'reflect'"},
+        input_shapes=((8, 64, 16, 16),),
+        dense_time_us=3000.0,
+        converted_time_us=1500.0,
+        rel_error=1e-7,
+        kept_dense=kept_dense,
+        machine=MACHINE,
+    )
+
+
+def test_the_plan_table_says_what_the_plan_says():
+    section = plan_table(network_plan())
+    rows = {row[0]: dict(zip(section.columns, row, strict=True)) for row in section.rows}
+    layer = rows["stem[0]"]
+    assert layer["Convolution"] == "64->128 3x3, 16x16 /2"
+    assert (layer["Method"], layer["µs"], layer["Dense µs"], layer["Speedup"]) == ("direct", "100", "2,500", "25.00x")
+    assert "takes no <dilation>" in layer["Others µs"]
+    assert rows["odd"]["Method"] == "left alone"
+    assert rows["odd"]["Others µs"] == "pads with 'reflect'"
+    assert rows["whole network"]["Speedup"] == "2.00x"
+    assert "a CPU, avx2, 2 threads" in section.caption
+
+
+def test_the_plan_table_says_why_the_dense_network_was_kept():
+    plan = network_plan(kept_dense=True)
+    last = plan_table(plan).rows[-1]
+    assert last[2] == "kept dense"
+    assert last[-1] == plan.reason
+
+
+def test_the_terminal_prints_brackets_as_they_are():
+    console = Console(width=100, record=True, file=None, quiet=False, force_terminal=False)
+    with console.capture() as capture:
+        console.print(report.terminal(plan_table(network_plan())))
+    assert "stem[0]" in capture.get()
+    assert "lowered: takes no <dilation>" in re.sub(r"\s+", " ", capture.get())
+
+
+def test_a_gpu_is_named_with_its_driver() -> None:
+    gpu = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159.04", "13.0", "9.19.0")
+    assert machine_line(gpu) == "NVIDIA H200, sm_90, driver 580.159.04, CUDA 13.0, torch 2.11.0"
+    assert machine_line(MACHINE) == "a CPU, avx2, 2 threads, torch 2.13.0"
+
+
+def test_a_plan_prints_its_table() -> None:
+    plan = network_plan()
+    lines = str(plan).splitlines()
+    assert lines[0].strip() == "Plan per layer" and any("stem[0]" in line and "25.00x" in line for line in lines)
+    assert "whole network" in str(plan) and "Medians for an input of 8x64x16x16" in re.sub(r"\s+", " ", str(plan))
+    html = plan._repr_html_()
+    assert '<th scope="row">stem[0]</th>' in html and "takes no &lt;dilation&gt;" in html
+
+
+def test_the_dense_method_of_a_gpu_has_one_column() -> None:
+    problem = Problem(8, 64, 16, 16, 128, (3, 3), precision="fp16", device="cuda:0")
+    candidates = Candidate("direct", {}, 100.0), Candidate("cudnn", {}, 250.0), Candidate("cublas", {}, 300.0)
+    layer = Plan(problem, "direct", {}, candidates, MACHINE)
+    plan = replace(network_plan(), layers={"a": layer}, skipped={})
+    table = plan_table(plan)
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (row["Dense µs"], row["Speedup"], row["Others µs"]) == ("250", "2.50x", "cublas 300")
+
+
+def test_what_was_not_tried_is_said() -> None:
+    caption = plan_table(replace(network_plan(), not_tried={"graph": "x.sum() > 0", "channels_last": "fp32"})).caption
+    assert caption.endswith(" Not tried as a graph: x.sum() > 0. Not tried in channels_last: fp32.")

@@ -1,0 +1,92 @@
+"""Layers planned and swapped: within a budget for compiling, and errors name the layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from rich.progress import Progress
+
+import escort
+from escort import methods
+from escort.filter import SparseFilter
+from escort.methods import Prepared
+from escort.methods.cpu.dense import Dense, DenseConfig
+from escort.planner import planner
+from escort.planner import timing as bench
+from escort.problem import Problem
+from tests.network.models import Small, pruned, three_convolutions
+
+
+def test_running_out_of_memory_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    example_inputs = bench.example_inputs
+
+    def draw(problem: Problem) -> Any:
+        if problem.epilogue.residual:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 4 bytes free.")
+        return example_inputs(problem)
+
+    planner._remembered.clear()
+    monkeypatch.setattr(bench, "example_inputs", draw)
+    with pytest.raises(torch.OutOfMemoryError, match="^layer second: .* allocate 20.00 GiB; .*smaller batch$"):
+        escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8))
+    monkeypatch.undo()
+    assert set(escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8)).plan.layers) == {"first", "second"}
+
+
+class Compiled(Dense):
+    """A method that takes ten seconds of all cores to compile each of its two configs."""
+
+    name = "compiled"
+    is_dense = False
+    compiles_per_filter = True
+
+    def __init__(self) -> None:
+        self.prepared: list[str] = []
+
+    def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: DenseConfig) -> float:
+        return 10.0 * planner._cores()
+
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig
+    ) -> Prepared:
+        self.prepared.append(config.memory_format)
+        return super().prepare(problem, sparse_filter, bias, config)
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, told = Compiled(), list[str]()
+    monkeypatch.setattr(methods, "METHODS", (compiled, Dense()))
+    monkeypatch.setattr(planner, "_HOPELESS", float("inf"))
+    # Of the candidates of a layer, the method that compiles wins.
+    monkeypatch.setattr(
+        planner,
+        "_race",
+        lambda problem, contenders, *_: [
+            replace(candidate, time_us=1.0 if candidate.method == "compiled" else 2.0) for candidate, _ in contenders
+        ],
+    )
+    monkeypatch.setattr(Progress, "update", lambda bar, task, description: told.append(description))
+    x = torch.randn(1, 4, 8, 8)
+    # Shares of 25 s, 27.5 s and 45 s: both configs, the choice alone, both configs.
+    fast = escort.convert(three_convolutions(), x, effort=75.0, progress=True)
+    assert [plan.method for plan in fast.plan.layers.values()] == ["compiled"] * 3
+    assert fast.plan.layers["1"] is fast.plan.layers["0"]
+    # Four candidates are compiled before any is timed, then what the layers run.
+    assert len(compiled.prepared) == 4 + 3
+    planning = [f"planning, preparing {done} of 4 kernels" for done in range(4)] + ["planning"]
+    assert told == [*planning, *(f"planning, preparing {done} of 3 kernels" for done in range(3)), "planning"]
+    # Now only the first config fits a share: 15 s, 20 s.
+    planner._remembered.clear()
+    again = escort.replan(fast, effort=45.0)
+    assert again.plan.layers["0"].method == "compiled"
+    left_out = [c.reason for c in again.plan.layers["0"].candidates if c.reason]
+    assert len(left_out) == 1 and "takes about 10 s" in left_out[0] and "more than the 5 s left" in left_out[0]
+    compiled.prepared.clear()
+    without = escort.replan(fast, effort=0.0)
+    assert {plan.method for plan in without.plan.layers.values()} == {"dense"} and not compiled.prepared
+    with torch.no_grad():
+        assert torch.allclose(without(x), fast(x), atol=1e-5)
