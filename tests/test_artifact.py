@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -18,13 +19,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from escort.artifact import artifact
-from escort.artifact.artifact import ArtifactError, load, load_plan, save
+from escort.artifact import ArtifactError, load, load_plan, save
 from escort.layers.nn import SparseConv2d
 from escort.network.convert import ConvertedModel, NetworkPlan, convert
 from escort.planner import timing as bench
 from escort.planner.machine import Machine
 
+LOAD = importlib.import_module("escort.artifact.load")  # by that name the package has the function
 ELSEWHERE = Machine("another", "none", 99, "2.0", "0")
 
 
@@ -478,7 +479,7 @@ def test_a_kernel_gets_no_config_that_it_does_not_offer(
     direct = next(c["config"] for c in plan["candidates"] if c["method"] == "direct")
     plan |= {"method": "direct", "config": direct | config}
     (tmp_path / "forged").write_bytes(forgery.seal())
-    back = load(tmp_path / "forged", replan=False)
+    back = load(tmp_path / "forged", remeasure=False)
     assert back.plan.layers["blocks.0.conv1"].config != direct | config
     with torch.inference_mode():
         torch.testing.assert_close(back(X), converted(X))
@@ -509,7 +510,7 @@ def test_another_machine_plans_again(
     there = ConvertedModel(converted.network, replace(converted.plan, layers=layers, machine=ELSEWHERE))
     save(there, tmp_path / "there")
 
-    kept = load(tmp_path / "there", replan=False)
+    kept = load(tmp_path / "there", remeasure=False)
     assert kept.plan.machine == ELSEWHERE
     assert_same(kept, converted)
 
@@ -520,7 +521,7 @@ def test_another_machine_plans_again(
         torch.testing.assert_close(here(X), converted(X))
 
     asked: list[ConvertedModel] = []
-    monkeypatch.setattr(artifact, "plan_again", lambda model: asked.append(model) or model)
+    monkeypatch.setattr(LOAD, "replan", lambda model: asked.append(model) or model)
     load(tmp_path / "there")
     assert len(asked) == 1
 
@@ -554,8 +555,8 @@ def test_without_a_gpu_its_plan_is_made_anew_on_the_cpu(
         with torch.inference_mode():
             torch.testing.assert_close(here(X), converted(X))
     assert load_plan(path).layers["stem.0"].method == "cudnn" and load_plan(path).device == "cuda:0"
-    with pytest.raises(ArtifactError, match="gpu: it was planned for cuda:0, not for cpu; leave out replan=False"):
-        load(path, replan=False)
+    with pytest.raises(ArtifactError, match="gpu: it was planned for cuda:0, not for cpu; leave out remeasure=False"):
+        load(path, remeasure=False)
     with pytest.raises(ValueError, match="cuda:1 needs an NVIDIA GPU"):
         load(path, device="cuda:1")
 
@@ -582,10 +583,10 @@ def test_a_plan_is_read_without_the_rest(saved: Path, converted: ConvertedModel,
 
 def test_this_machine_plans_again_only_when_asked(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[ConvertedModel] = []
-    monkeypatch.setattr(artifact, "plan_again", lambda model: asked.append(model) or model)
+    monkeypatch.setattr(LOAD, "replan", lambda model: asked.append(model) or model)
     load(saved)
     assert not asked
-    load(saved, replan=True)
+    load(saved, remeasure=True)
     assert len(asked) == 1
 
 

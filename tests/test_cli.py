@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import escort
 from benchmarks.__main__ import app as benchmarks_app
-from escort.artifact import artifact
+from escort import artifact
 from escort.cli import app, doctor, models
 from escort.cuda import cache
 from escort.planner import planner

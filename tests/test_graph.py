@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import prune as torch_prune
 
-from escort.artifact import graph
+from escort.artifact import arguments, graph, layers
 from escort.layers.nn import MaxPool2d
 from escort.network.fuse import FusedConv2d
 
@@ -21,7 +21,7 @@ def through_json(value: Any) -> Any:
 
 
 def rebuilt(layer: nn.Module) -> nn.Module:
-    twin = graph.build_layer(through_json(graph.describe_layer(layer)))
+    twin = layers.build_layer(through_json(layers.describe_layer(layer)))
     twin.load_state_dict(layer.state_dict(), assign=True)
     return twin
 
@@ -107,7 +107,7 @@ def _hooked() -> nn.Module:
 )
 def test_a_layer_that_its_arguments_do_not_describe_is_refused(layer: nn.Module, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        graph.describe_layer(layer.eval())
+        layers.describe_layer(layer.eval())
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_layer_that_its_arguments_do_not_describe_is_refused(layer: nn.Module,
 )
 def test_a_forged_layer_is_refused(record: dict[str, Any], complaint: str) -> None:
     with pytest.raises(Exception, match=complaint):
-        graph.build_layer(record)
+        layers.build_layer(record)
 
 
 class _Everything(nn.Module):
@@ -196,7 +196,7 @@ def test_an_exported_graph_computes_the_same_when_rebuilt() -> None:
     ids=repr,
 )
 def test_arguments_come_back(value: Any) -> None:
-    back = graph.decode(through_json(graph.encode(value)), {})
+    back = arguments.decode(through_json(arguments.encode(value)), {})
     assert back == value
     assert type(back) is type(value)
 
@@ -206,7 +206,7 @@ def test_arguments_come_back(value: Any) -> None:
 )
 def test_other_arguments_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="cannot be saved"):
-        graph.encode(value)
+        arguments.encode(value)
 
 
 def _saved_by_hand(function: Any) -> fx.Graph:

@@ -3,11 +3,22 @@
 from importlib.metadata import version
 
 from escort import prune
-from escort.artifact.artifact import load, save
+from escort.artifact import ArtifactError, load, save
 from escort.filter import SparseFilter
 from escort.network.convert import ConvertedModel, NetworkPlan, convert
 from escort.problem import Epilogue, Problem
 
 __version__ = version("escort-sparse")
 
-__all__ = ["ConvertedModel", "Epilogue", "NetworkPlan", "Problem", "SparseFilter", "convert", "load", "prune", "save"]
+__all__ = [
+    "ArtifactError",
+    "ConvertedModel",
+    "Epilogue",
+    "NetworkPlan",
+    "Problem",
+    "SparseFilter",
+    "convert",
+    "load",
+    "prune",
+    "save",
+]

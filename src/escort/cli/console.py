@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from escort.artifact import artifact
+from escort import artifact
 from escort.cli import models
 from escort.network.model import ConvertedModel
 from escort.planner.machine import find_device

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import escort
-from escort import report
-from escort.artifact import artifact
+from escort import artifact, report
 from escort.cli import models
 from escort.cli.console import (
     CheckpointOption,
