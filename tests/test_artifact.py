@@ -238,11 +238,13 @@ def test_nothing_is_pickled(saved: Path) -> None:
 
 
 # What docs/format.md shows: a model that adds a parameter to its input, byte by byte.
-# Version 1 had no GPUs at first; what they brought along may be missing.
-LATER = b',\\"precision\\":\\"fp32\\",\\"device\\":\\"cpu\\",\\"input_dtypes\\":[\\"float32\\"],\\"timer\\":\\"calls\\"'
+# Keys that may be missing.
+OPTIONAL = (
+    b',\\"precision\\":\\"fp32\\",\\"device\\":\\"cpu\\",\\"input_dtypes\\":[\\"float32\\"],\\"timer\\":\\"calls\\"'
+)
 TINY_HEADER = (
     b'{"__metadata__":{"sha256":"0000000000000000000000000000000000000000000000000000000000000000",'
-    b'"format":"escort","version":"1","escort":"0",'
+    b'"format":"escort","version":"2","escort":"0",'
     b'"architecture":"{\\"layers\\":{},\\"graph\\":['
     b'{\\"op\\":\\"placeholder\\",\\"name\\":\\"x\\",\\"target\\":\\"x\\",\\"args\\":[],\\"kwargs\\":{}},'
     b'{\\"op\\":\\"get_attr\\",\\"name\\":\\"shift\\",\\"target\\":\\"shift\\",\\"args\\":[],\\"kwargs\\":{}},'
@@ -253,7 +255,7 @@ TINY_HEADER = (
     b'"plan":"{\\"layers\\":{},\\"skipped\\":{},\\"input_shapes\\":[[2]],\\"dense_time_us\\":2.0,'
     b'\\"converted_time_us\\":1.0,\\"rel_error\\":0.0,\\"kept_dense\\":false,'
     b'\\"machine\\":{\\"device\\":\\"cpu\\",\\"isa\\":\\"generic\\",\\"threads\\":1,'
-    b'\\"torch\\":\\"2.13.0\\",\\"escort\\":\\"0\\"},\\"images\\":null' + LATER + b'}",'
+    b'\\"torch\\":\\"2.13.0\\",\\"escort\\":\\"0\\"},\\"images\\":null' + OPTIONAL + b'}",'
     b'"tensors":"{\\"compressed\\":{},\\"shared\\":{}}"},'
     b'"shift":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 )
@@ -283,12 +285,21 @@ def test_a_file_put_together_by_hand(tmp_path: Path) -> None:
     assert (tmp_path / "again").read_bytes() == sealed(TINY_HEADER, TINY_DATA)
 
 
-def test_a_file_from_before_there_were_gpus(tmp_path: Path, tiny_machine: Machine) -> None:
-    assert LATER in TINY_HEADER
-    (tmp_path / "tiny").write_bytes(sealed(TINY_HEADER.replace(LATER, b""), TINY_DATA))
+def test_keys_that_may_be_missing(tmp_path: Path, tiny_machine: Machine) -> None:
+    assert OPTIONAL in TINY_HEADER
+    (tmp_path / "tiny").write_bytes(sealed(TINY_HEADER.replace(OPTIONAL, b""), TINY_DATA))
     plan = load(tmp_path / "tiny").plan
     assert plan.machine == tiny_machine
     assert (plan.precision, plan.device, plan.input_types, plan.timer) == ("fp32", "cpu", (torch.float32,), "calls")
+
+
+def test_a_file_of_version_1_says_what_to_do(tmp_path: Path) -> None:
+    header = TINY_HEADER.replace(b'"version":"2","escort":"0"', b'"version":"1","escort":"0.1.0"')
+    (tmp_path / "old").write_bytes(sealed(header, TINY_DATA))
+    remedy = "convert the model again, or load it with the version that wrote it$"
+    for read in (load, load_plan):
+        with pytest.raises(ArtifactError, match=f"old: its format is escort 1, written by escort 0.1.0; .*; {remedy}"):
+            read(tmp_path / "old")
 
 
 class Forgery:
@@ -361,8 +372,8 @@ def filling(name: str, value: float) -> Callable[[Forgery], None]:
 
 
 ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
-    "format": (setting("texts", "format", to="pt"), "its format is pt 1"),
-    "newer version": (setting("texts", "version", to="2"), "this version reads escort 1"),
+    "format": (setting("texts", "format", to="pt"), "its format is pt 2"),
+    "newer version": (setting("texts", "version", to="3"), "this version reads escort 2"),
     "no plan": (lambda f: setattr(f, "plan", None), "not a network plan"),
     "no layers": (lambda f: f.architecture.pop("layers"), "'layers' is missing"),
     "no graph": (lambda f: f.architecture.pop("graph"), "'graph' is missing"),

@@ -134,6 +134,8 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
         f"its format is {file_format} {version}, written by escort {metadata.get('escort')}; "
         f"this version reads {FORMAT} {VERSION}"
     )
+    if (file_format, version) == (FORMAT, "1"):
+        raise ArtifactError(f"{path}: {problem}; convert the model again, or load it with the version that wrote it")
     raise ValueError(problem)
 
 

@@ -22,7 +22,7 @@ from escort.layers.nn import MaxPool2d, SparseConv2d
 from escort.network.model import ConvertedModel
 from escort.planner.machine import Machine
 
-FORMAT, VERSION = "escort", 1
+FORMAT, VERSION = "escort", 2
 
 
 def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
