@@ -220,6 +220,6 @@ def test_each_tensor_is_taken_out_once() -> None:
 
 
 def test_the_documentation_shows_these_bytes() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
     shown = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ){1,15}[0-9a-f]{2}) ", text, re.MULTILINE)
     assert bytes.fromhex("".join(shown)) == EXAMPLE
