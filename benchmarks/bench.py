@@ -17,20 +17,17 @@ from torch import nn
 from benchmarks import suite
 from benchmarks.suite import Row
 from escort import report
+from escort.artifact.files import replace_file
 from escort.cli import models
-from escort.cli.console import (
+from escort.cli.console import command_line, note, progress, reporting
+from escort.cli.options import (
     CheckpointOption,
-    Dtype,
-    DtypeOption,
     JsonOption,
+    PrecisionName,
+    PrecisionOption,
     check_writable,
-    command,
-    command_line,
-    note,
     numbers,
     place,
-    progress,
-    replace_file,
 )
 from escort.methods import for_device
 from escort.planner.machine import Machine, find_device
@@ -75,7 +72,7 @@ def main(
         str, typer.Option(metavar="N,...", help="Batch sizes; 'paper' for those of the paper's networks.")
     ] = "8",
     device: Annotated[str, typer.Option(help="What to measure: cpu, cuda, or cuda:1 and so on.")] = "cpu",
-    dtype: DtypeOption = Dtype.FP32,
+    dtype: PrecisionOption = PrecisionName.FP32,
     only: Annotated[
         str | None, typer.Option("--layers", metavar="GLOB", help="Only the layers named like this.")
     ] = None,
@@ -95,11 +92,11 @@ def main(
     as_json: JsonOption = False,
 ) -> None:
     """Time layers or a network against dense rivals; every output is checked before its timing."""
-    with command(as_json) as output:
+    with reporting(as_json) as output:
         if sum(choice is not None for choice in (layer_set, patterns, network)) != 1:
             raise ValueError("choose one of --set paper, --patterns FILE.npz and --network NAME")
         where = str(find_device(device))
-        if where == "cpu" and dtype is not Dtype.FP32:
+        if where == "cpu" and dtype is not PrecisionName.FP32:
             raise ValueError(f"--dtype {dtype.value} is for GPUs, the CPU computes in fp32; add --device cuda")
         batches = (None,) if batch == "paper" else numbers(batch, "--batch")
         precision: Precision = dtype.value
@@ -120,7 +117,7 @@ def main(
         if output_path is not None:
             check_writable(output_path)
         elif only is None:
-            stem = name if dtype is Dtype.FP32 else f"{name}-{dtype.value}"
+            stem = name if dtype is PrecisionName.FP32 else f"{name}-{dtype.value}"
             output_path = Path("benchmarks/results") / _folder(where) / f"{stem}.json"
             output_path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -222,7 +219,7 @@ def _race_network(
     for batch in batches:
         note(f"{subject.name}, {subject.weights}, batch {batch}: converting, then timing against eager torch")
         x = torch.randn(batch, *subject.input_size)
-        model, (x,) = place(subject.model, (x,), device, Dtype(precision))
+        model, (x,) = place(subject.model, (x,), device, PrecisionName(precision))
         rows += suite.measure_network(
             model,
             x,

@@ -14,8 +14,10 @@ from benchmarks.bench import NETWORKS
 from benchmarks.result_files import Item, Result, read_results
 from benchmarks.study import QUESTIONS, Study
 from escort import report
+from escort.artifact.files import replace_file
 from escort.cli import models
-from escort.cli.console import JsonOption, Output, check_writable, command, command_line, note, progress, replace_file
+from escort.cli.console import Output, command_line, note, progress, reporting
+from escort.cli.options import JsonOption, check_writable
 from escort.network.convert import COMPILE_BUDGET_S
 from escort.planner.machine import find_device
 from escort.problem import Precision
@@ -68,7 +70,7 @@ def main(
 
     Results are written after every measurement; the same command goes on where a run was cut off.
     """
-    with command(as_json) as output:
+    with reporting(as_json) as output:
         if document is not None and results is None:
             raise ValueError("--into goes with --render DIR, the folder of results that the tables are made from")
         if results is not None:

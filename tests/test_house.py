@@ -30,6 +30,7 @@ ROOMS = [
     "escort",
     "escort.report",
     "escort.cli",
+    "escort.__main__",
 ]
 
 
