@@ -10,7 +10,7 @@ import typer
 
 from escort import report
 from escort.cli.console import Output, command_line
-from escort.cli.options import ModelOptions, command
+from escort.cli.options import ModelOptions, command, effort_of
 from escort.cli.rivals import RIVALS, Result, measure
 from escort.planner.machine import Machine
 
@@ -24,10 +24,10 @@ def main(
     ] = ",".join(RIVALS),
 ) -> None:
     """Time a model, converted and as it is, side by side on random inputs; every output is checked first."""
-    names = [name for name in against.split(",") if name]
+    names, effort = [name for name in against.split(",") if name], effort_of(options.effort)
     model, inputs = options.load_with_inputs()
     machine = Machine.here(str(inputs[0].device))
-    results = measure(model, inputs, names, options.precision.value, options.effort, progress=True)
+    results = measure(model, inputs, names, options.precision.value, effort, progress=True)
     output.result = {
         "command": command_line(),
         "machine": machine.to_json(),

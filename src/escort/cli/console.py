@@ -79,9 +79,10 @@ def note(message: str) -> None:
 
 
 def progress(console: Console | None = None) -> Progress:
-    """A progress bar that disappears when it is done, by default on stderr."""
+    """Progress bars: on stderr, where they disappear in the end, or on a console, where they stay."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True), transient=True)
+    transient = console is None
+    return Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True), transient=transient)
 
 
 def command_line() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -40,6 +41,13 @@ CheckpointOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="What to convert for: cpu, cuda, or cuda:1 and so on.")]
 PrecisionOption = Annotated[
     PrecisionName, typer.Option(help="What convolutions compute in: fp32 is strict; the others are for GPUs.")
+]
+EffortOption = Annotated[
+    str,
+    typer.Option(
+        metavar="fast|best|SECONDS",
+        help="Time for compiling GPU kernels for the weights: fast compiles none, best takes up to five minutes.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, and nothing else, to stdout.")]
 
@@ -94,13 +102,7 @@ class ModelOptions(SourceOptions):
     ] = None
     device: DeviceOption = "cpu"
     precision: PrecisionOption = PrecisionName.FP32
-    effort: Annotated[
-        str,
-        typer.Option(
-            metavar="fast|best|SECONDS",
-            help="Time for compiling GPU kernels for the weights: fast compiles none, best takes up to five minutes.",
-        ),
-    ] = "fast"
+    effort: EffortOption = "fast"
 
     @property
     def are_default(self) -> bool:
@@ -121,23 +123,27 @@ class ModelOptions(SourceOptions):
 
     def convert(self) -> ConvertedModel:
         """The converted model; a progress bar shows on stderr."""
-        budget = compile_budget_s(self.effort)  # before anything that takes long
+        budget = compile_budget_s(effort_of(self.effort))  # before anything that takes long
         model, inputs = self.load_with_inputs()
         return escort.convert(model, inputs, precision=self.precision.value, compile_budget_s=budget, progress=True)
 
 
-def compile_budget_s(effort: str | float) -> float:
-    """The seconds that `effort` leaves for compiling kernels for the weights: fast, best, or a number of seconds."""
-    named: dict[str | float, float] = {"fast": 0.0, "best": COMPILE_BUDGET_S}
-    if effort in named:
-        return named[effort]
+def effort_of(text: str) -> str | float:
+    """ "fast", "best", or a number of seconds. Raises ValueError for anything else."""
+    if text in ("fast", "best"):
+        return text
     try:
-        seconds = float(effort)
+        seconds = float(text)
     except ValueError:
-        seconds = -1.0
+        seconds = math.nan
     if not seconds >= 0.0:
-        raise ValueError(f"--effort takes fast, best or a number of seconds, got {effort!r}")
+        raise ValueError(f"--effort takes fast, best or a number of seconds, got {text!r}")
     return seconds
+
+
+def compile_budget_s(effort: str | float) -> float:
+    """What :func:`escort.convert` takes for an effort until it takes the effort itself."""
+    return {"fast": 0.0, "best": COMPILE_BUDGET_S}[effort] if isinstance(effort, str) else effort
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
