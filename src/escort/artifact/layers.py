@@ -52,15 +52,14 @@ def describe_layer(layer: nn.Module) -> dict[str, Any]:
             continue
         else:
             value = getattr(layer, parameter.name, parameter.default)
-        if isinstance(value, nn.Module) or value is not parameter.default:
-            arguments[parameter.name] = (
-                {"layer": describe_layer(value)} if isinstance(value, nn.Module) else encode(value)
-            )
+        if isinstance(value, nn.Module):
+            arguments[parameter.name] = {"layer": describe_layer(value)}
+        elif value is not parameter.default:
+            arguments[parameter.name] = encode(value)
     record = {"type": name, "arguments": arguments}
     twin = build_layer(record)
-    if _settings(twin) != {key: getattr(layer, key, None) for key in _settings(twin)} or _shapes(twin) != _shapes(
-        layer
-    ):
+    settings = {key: getattr(layer, key, None) for key in _settings(twin)}
+    if _settings(twin) != settings or _shapes(twin) != _shapes(layer):
         raise ValueError(f"this {name} was changed after it was made; replace it by a new {name} before converting")
     return record
 
@@ -91,10 +90,9 @@ def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
 
 
 def _check_window(pool: nn.MaxPool2d) -> None:
-    """What torch checks on every call."""
-    for size, stride, padding, dilation in zip(
-        *(escort_nn.pair(value) for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)), strict=True
-    ):
+    """Raises ValueError for a window that torch would refuse on every call; our kernel trusts it."""
+    settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+    for size, stride, padding, dilation in zip(*map(escort_nn.pair, settings), strict=True):
         if min(size, stride, dilation) < 1 or not 0 <= 2 * padding <= size:
             raise ValueError(
                 f"a pooling window of {size} has no stride {stride}, padding {padding}, dilation {dilation}"

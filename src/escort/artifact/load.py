@@ -1,4 +1,7 @@
-"""A converted model out of its file. The file may come from anywhere: everything in it is checked before it is used."""
+"""A converted model out of its file.
+
+The file may come from anywhere, so everything in it is checked before it is used, and nothing in it is run as code.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from escort.artifact import build
 from escort.artifact.build import MAX_NUMBERS
 from escort.artifact.container import Container, parse
 from escort.artifact.errors import ArtifactError, blaming
+from escort.artifact.layers import SPARSE
 from escort.artifact.save import FORMAT, VERSION
 from escort.layers.nn import SparseConv2d
 from escort.network.convert import replan
@@ -56,8 +60,8 @@ def load(
     network, plan = _build(saved, target, model)
     converted = ConvertedModel(network, plan)
     if remeasure is None:
-        timed = all(layer.plan.time_us is not None for layer in network.modules() if isinstance(layer, SparseConv2d))
-        remeasure = not timed or plan.machine != Machine.here(str(target))
+        sparse = [plan.layers[name] for name, record in saved.layers.items() if record["type"] == SPARSE]
+        remeasure = any(layer.time_us is None for layer in sparse) or plan.machine != Machine.here(str(target))
     if not remeasure:
         return converted
     remedy = "convert the model again on this machine"
@@ -66,13 +70,13 @@ def load(
 
 
 def load_plan(path: str | os.PathLike[str]) -> NetworkPlan:
-    """The plan in a file that :func:`save` wrote, as it was planned and wherever that was; nothing else is looked at.
+    """The plan in a file that :func:`save` wrote, as it was planned, on whatever machine. Nothing else is read.
 
     Raises:
         ArtifactError, OSError: as :func:`load` does.
     """
     path = Path(path)
-    data = _bytes(path)
+    data = _file_bytes(path)
     with blaming(path, _REMEDY):
         return _open(path, data)[1]
 
@@ -103,20 +107,21 @@ class _Saved:
 
 
 def _read(path: Path) -> _Saved:
-    data = _bytes(path)
+    data = _file_bytes(path)
     with blaming(path, _REMEDY):
         container, plan = _open(path, data)
         architecture = parse(container.metadata["architecture"])
         return _Saved(path, container, plan, architecture["layers"], architecture["graph"])
 
 
-def _bytes(path: Path) -> bytes:
+def _file_bytes(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a file; name one that escort.save wrote")
     return path.read_bytes()
 
 
 def _open(path: Path, data: bytes) -> tuple[Container, NetworkPlan]:
+    """The content of a file and its plan, both checked."""
     container = Container(data)
     _check_version(path, container.metadata)
     plan = NetworkPlan.from_json(parse(container.metadata["plan"]))
