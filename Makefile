@@ -16,9 +16,11 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 BUILD := --no-build-isolation --config-settings=build-dir
 KERNELS := $(wildcard src/escort/kernels/cpu/*.?pp src/escort/kernels/cuda/*)
 SOURCES := $(shell find src -name '*.py')
+# Several processes, torch with one thread in each: small tests gain nothing from more threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-asan test-gpu test-sanitizer wheel wheel-test bench hooks clean
+.PHONY: help demo test smoke lint format test-asan test-gpu test-sanitizer wheel wheel-test bench hooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,7 +38,10 @@ demo: $(VENV)/.installed  ## Train, prune, convert and time a small CNN; results
 
 # pytest runs last, so that its summary closes the output.
 test: lint test-asan  ## Lint, type check and run all tests, the kernels under the address sanitizer too
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST)
+
+smoke: lint  ## In a minute: lint, type check, every CPU method on the case table, one network converted, saved and loaded
+	$(PYTEST) -q tests/test_house.py tests/test_cases.py::test_case tests/artifact/test_save_load.py
 
 lint: $(VENV)/.installed  ## Check style and types
 	$(BIN)/ruff check .

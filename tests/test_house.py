@@ -33,6 +33,7 @@ ROOMS = [
     "escort.prune",
     "escort",
     "escort.cli",
+    "escort.__main__",
 ]
 #: Functions that may take more than seven parameters, and why.
 MANY_PARAMETERS = {

@@ -8,7 +8,7 @@ stays valid), and change nothing where they raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,7 @@ def layerwise(model: nn.Module, sparsities: Mapping[str, float]) -> None:
     """
     found = convolutions(model)
     if not sparsities:
-        raise ValueError(f"no layer named; give {{name: sparsity}} for some of {_listing(found)}")
+        raise ValueError(f"no layer named; give {{name: sparsity}} for some of {listing(found)}")
     for name, sparsity in sparsities.items():
         _check_known(name, model, found)
         _check_sparsity(sparsity, f"layer {name!r}: ")
@@ -203,9 +203,11 @@ def _check_known(name: str, model: nn.Module, found: Mapping[str, nn.Conv2d]) ->
         return
     module = dict(model.named_modules()).get(name)
     problem = "does not exist" if module is None else f"is a {type(module).__name__}, not a convolution"
-    raise ValueError(f"layer {name!r} {problem}; the convolutions are {_listing(found)}")
+    raise ValueError(f"layer {name!r} {problem}; the convolutions are {listing(found)}")
 
 
-def _listing(found: Mapping[str, nn.Conv2d], most: int = 8) -> str:
-    names = list(found)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def listing(names: Iterable[str], most: int = 8) -> str:
+    """The names in a line, the first few where there are many."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "nothing") + more

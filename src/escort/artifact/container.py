@@ -1,6 +1,7 @@
-"""A sealed file of strings and tensors, mostly-zero ones compressed; docs/format.md describes its bytes.
+"""A sealed file of strings and tensors; docs/format.md describes its bytes.
 
-It is a safetensors file whose first metadata entry is a checksum of all the rest. Nothing in it is code.
+It is a safetensors file whose first metadata entry is a checksum of all the rest. Tensors that are mostly zero are
+compressed. Nothing in it is code.
 """
 
 from __future__ import annotations
@@ -8,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -20,11 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from escort.artifact.errors import naming
 from escort.filter import SparseFilter
 
-#: Header and metadata are text about the tensors; more than this is no network's.
+#: The header with the metadata is text about the tensors. No network needs more.
 MAX_HEADER_BYTES = 16 << 20
-#: Weights of all compressed tensors of a file together, zeros included: what decompression may allocate.
+#: Weights, zeros included, of all compressed tensors of a file together. It limits what decompression allocates.
 MAX_WEIGHTS = 1 << 30
 
 _SEAL_HEAD = b'{"__metadata__":{"sha256":"'
@@ -40,8 +41,8 @@ _PARTS = ("values", "row_lengths", "column_gaps")
 def pack(metadata: Mapping[str, str], tensors: Mapping[str, Tensor | SparseFilter]) -> bytes:
     """The bytes of a file that holds these strings and tensors. The same content gives the same bytes.
 
-    Filters and float32 tensors of two or more dimensions are compressed unless more than half full; names of one and
-    the same tensor share one copy. A zero loses its sign where it is compressed.
+    Filters and float32 tensors of two or more dimensions are compressed unless more than half of them is nonzero. Names
+    of one and the same tensor share one copy. A zero loses its sign where it is compressed.
 
     Raises:
         TypeError, ValueError: naming the tensor that is not plain, dense and finite.
@@ -70,10 +71,14 @@ def pack(metadata: Mapping[str, str], tensors: Mapping[str, Tensor | SparseFilte
                 store(f"{name}.{part}", array)
         else:
             store(name, tensor if isinstance(tensor, Tensor) else tensor.to_dense())
+    encodings = json.dumps({"compressed": compressed, "shared": shared}, separators=(",", ":"))
+    return _seal({"sha256": "0" * 64, **metadata, "tensors": encodings}, stored)
+
+
+def _seal(texts: Mapping[str, str], stored: dict[str, Tensor]) -> bytes:
+    """The bytes of the file, with its checksum in the place of the 64 zeros."""
     body = safetensors.torch.save(stored)
     end = 8 + int.from_bytes(body[:8], "little")
-    encodings = json.dumps({"compressed": compressed, "shared": shared}, separators=(",", ":"))
-    texts = {"sha256": "0" * 64, **metadata, "tensors": encodings}
     # safetensors writes metadata in random order, so the header is put together again.
     header = json.dumps({"__metadata__": texts, **json.loads(body[8:end])}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -143,13 +148,10 @@ class _Compressed:
     row_lengths: Tensor
     column_gaps: Tensor
 
-    def filter(self, groups: int) -> SparseFilter:
+    def sparse_filter(self, groups: int) -> SparseFilter:
         """Raises ValueError unless the parts describe a filter; what is returned is safe to index with."""
-        if self.values.dtype is not torch.float32 or not {p.dtype for p in (self.row_lengths, self.column_gaps)} <= {
-            torch.uint8,
-            torch.uint16,
-            torch.uint32,
-        }:
+        integer_types = {self.row_lengths.dtype, self.column_gaps.dtype}
+        if self.values.dtype is not torch.float32 or not integer_types <= {torch.uint8, torch.uint16, torch.uint32}:
             raise ValueError("values are float32, row lengths and column gaps uint8, uint16 or uint32")
         lengths, gaps = (part.numpy().astype(np.int64) for part in (self.row_lengths, self.column_gaps))
         rows, width, nnz = self.shape[0], math.prod(self.shape[1:]), self.values.numel()
@@ -165,7 +167,7 @@ class _Compressed:
 
     @cached_property
     def dense(self) -> Tensor:
-        return self.filter(1).to_dense().reshape(self.shape)
+        return self.sparse_filter(1).to_dense().reshape(self.shape)
 
 
 class Container:
@@ -179,32 +181,14 @@ class Container:
     """
 
     def __init__(self, data: bytes) -> None:
-        size = int.from_bytes(data[:8], "little")
-        if len(data) < _SEAL.stop or size > len(data) - 8:
-            raise ValueError(
-                f"it is cut short or no Escort file: of {len(data)} bytes, the header would take {8 + size}"
-            )
-        if size > MAX_HEADER_BYTES:
-            raise ValueError(f"its header of {size} bytes exceeds the limit of {MAX_HEADER_BYTES}")
-        if data[8 : _SEAL.start] != _SEAL_HEAD:
-            raise ValueError("it is not an Escort file, or its header is damaged")
-        if data[_SEAL] != _digest(data):
-            raise ValueError("its checksum does not match: it is damaged or cut short")
-        try:
-            stored = safetensors.torch.load(data)
-        except Exception as error:  # SafetensorError, KeyError for a dtype, RuntimeError for a shape
-            raise ValueError(f"its tensors are not laid out as safetensors: {error}") from error
-        for name, tensor in stored.items():
-            if tensor.dtype not in _DTYPES or (tensor.is_floating_point() and not torch.isfinite(tensor).all()):
-                raise ValueError(f"tensor {name} is of type {tensor.dtype}, or holds NaN or infinity")
-            if tensor.dtype is torch.bool and (tensor.view(torch.uint8) > 1).any():
-                raise ValueError(f"tensor {name} holds truth values other than 0 and 1")
+        size = _check_seal(data)
+        stored = _read_tensors(data)
         self.metadata: dict[str, str] = json.loads(data[8 : 8 + size])["__metadata__"]
         encodings = parse(self.metadata["tensors"])
         self._contents: dict[str, Tensor | _Compressed] = {}
         weights = 0
         for name, shape in encodings["compressed"].items():
-            if len(shape) < 2 or not all(type(size) is int and 1 <= size <= MAX_WEIGHTS for size in shape):
+            if len(shape) < 2 or not all(type(length) is int and 1 <= length <= MAX_WEIGHTS for length in shape):
                 raise ValueError(f"tensor {name}: no compressed tensor has shape {shape}")
             weights += math.prod(shape)
             if weights > MAX_WEIGHTS:
@@ -219,21 +203,51 @@ class Container:
     def tensor(self, name: str) -> Tensor:
         """Takes out a tensor. Raises ValueError if there is none of that name."""
         content = _take(self._contents, name)
-        with _naming(name):
+        with naming(f"tensor {name}"):
             return content if isinstance(content, Tensor) else content.dense
 
-    def filter(self, name: str, shape: tuple[int, ...], groups: int) -> SparseFilter:
+    def sparse_filter(self, name: str, shape: tuple[int, ...], groups: int) -> SparseFilter:
         """Takes out a convolution's filter of shape (K, C / groups, R, S)."""
         content = _take(self._contents, name)
-        with _naming(name):
+        with naming(f"tensor {name}"):
             if content.shape != shape or (isinstance(content, Tensor) and content.dtype is not torch.float32):
                 raise ValueError(f"should be float32 of shape {shape}, is of shape {tuple(content.shape)}")
-            return SparseFilter.from_dense(content, groups) if isinstance(content, Tensor) else content.filter(groups)
+            if isinstance(content, Tensor):
+                return SparseFilter.from_dense(content, groups)
+            return content.sparse_filter(groups)
 
     @property
     def left(self) -> list[str]:
         """The names of the tensors that nobody took out."""
         return list(self._contents)
+
+
+def _check_seal(data: bytes) -> int:
+    """The size of the header. Raises ValueError where the file is damaged, or of another kind."""
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < _SEAL.stop or size > len(data) - 8:
+        raise ValueError(f"it is cut short or no Escort file: of {len(data)} bytes, the header would take {8 + size}")
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"its header of {size} bytes exceeds the limit of {MAX_HEADER_BYTES}")
+    if data[8 : _SEAL.start] != _SEAL_HEAD:
+        raise ValueError("it is not an Escort file, or its header is damaged")
+    if data[_SEAL] != _digest(data):
+        raise ValueError("its checksum does not match: it is damaged or cut short")
+    return size
+
+
+def _read_tensors(data: bytes) -> dict[str, Tensor]:
+    """The tensors as they are stored. Raises ValueError where they are not plain and finite."""
+    try:
+        stored = safetensors.torch.load(data)
+    except Exception as error:  # SafetensorError, KeyError for a dtype, RuntimeError for a shape
+        raise ValueError(f"its tensors are not laid out as safetensors: {error}") from error
+    for name, tensor in stored.items():
+        if tensor.dtype not in _DTYPES or (tensor.is_floating_point() and not torch.isfinite(tensor).all()):
+            raise ValueError(f"tensor {name} is of type {tensor.dtype}, or holds NaN or infinity")
+        if tensor.dtype is torch.bool and (tensor.view(torch.uint8) > 1).any():
+            raise ValueError(f"tensor {name} holds truth values other than 0 and 1")
+    return stored
 
 
 def parse(text: str) -> Any:
@@ -252,11 +266,3 @@ def _take(contents: dict[str, _Content], name: str) -> _Content:
     if name not in contents:
         raise ValueError(f"tensor {name} is missing")
     return contents.pop(name)
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"tensor {name}: {error}") from error

@@ -1,12 +1,11 @@
-"""A network as JSON: its layers, and the fx graph that calls them. Reading it back runs nothing that it names.
+"""The graph of a network as JSON: the steps of its forward. Reading it back runs nothing that it names.
 
-What a graph may call is a closed list, and fx writes names and arguments into the source of a forward: names must be
-plain labels and arguments plain values, whose `repr` is theirs and nothing else.
+What a graph may call is a closed list. fx writes names and arguments into the source of a forward, so that names must
+be plain labels and arguments plain values, whose `repr` is theirs and nothing else.
 """
 
 from __future__ import annotations
 
-import inspect
 import keyword
 import math
 import operator
@@ -16,32 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
-from escort.layers.pool import MaxPool2d, pair
-from escort.network.fuse import FusedConv2d
+from escort.artifact.arguments import decode, encode
 
 aten = torch.ops.aten
-
-#: Layers that can be stored: their constructors' arguments can be read off their attributes.
-LAYERS: dict[str, type[nn.Module]] = {
-    **{
-        name: getattr(nn, name)
-        for name in """
-        AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AlphaDropout AvgPool1d
-        AvgPool2d AvgPool3d BatchNorm1d BatchNorm2d BatchNorm3d Bilinear CELU ChannelShuffle ConstantPad1d ConstantPad2d
-        Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Dropout Dropout1d Dropout2d Dropout3d ELU
-        Embedding FeatureAlphaDropout Flatten Fold GELU GLU GroupNorm Hardshrink Hardsigmoid Hardswish Hardtanh Identity
-        InstanceNorm1d InstanceNorm2d InstanceNorm3d LPPool1d LPPool2d LayerNorm LeakyReLU Linear LocalResponseNorm
-        LogSigmoid LogSoftmax MaxPool1d MaxPool2d MaxPool3d Mish PReLU PixelShuffle PixelUnshuffle RMSNorm RReLU ReLU
-        ReLU6 ReflectionPad1d ReflectionPad2d ReplicationPad1d ReplicationPad2d SELU SiLU Sigmoid Softmax Softmax2d
-        Softmin Softplus Softshrink Softsign SyncBatchNorm Tanh Tanhshrink Threshold Unflatten Unfold Upsample
-        UpsamplingBilinear2d UpsamplingNearest2d ZeroPad1d ZeroPad2d ZeroPad3d
-        """.split()
-    },
-    "escort.FusedConv2d": FusedConv2d,
-    "escort.MaxPool2d": MaxPool2d,
-}
 
 _OPERATORS = """
 abs add and_ eq floordiv ge getitem gt iadd iand ifloordiv imod imul invert ior ipow isub itruediv ixor le lt matmul mod
@@ -90,20 +68,20 @@ _ATTRIBUTES = frozenset(("T", "device", "dtype", "itemsize", "mT", "ndim", "shap
 
 
 def _functions() -> dict[str, Callable[..., Any]]:
-    found: dict[str, Callable[..., Any]] = {"getattr": getattr, "torch._assert": torch._assert}
+    functions: dict[str, Callable[..., Any]] = {"getattr": getattr, "torch._assert": torch._assert}
     for prefix, module, names in (
         ("operator", operator, _OPERATORS),
         ("math", math, _MATHS),
         ("torch", torch, _TENSOR + _INPLACE),
         ("torch.nn.functional", F, _FUNCTIONALS + _INPLACE),
     ):
-        found |= {f"{prefix}.{name}": getattr(module, name) for name in names if hasattr(module, name)}
+        functions |= {f"{prefix}.{name}": getattr(module, name) for name in names if hasattr(module, name)}
     for name in {*_TENSOR, *_FUNCTIONALS, *_ATEN, *_INPLACE}:
         if hasattr(aten, name):
             packet = getattr(aten, name)
             overloads = (overload for overload in packet.overloads() if not overload.endswith("out"))
-            found |= {f"torch.ops.aten.{name}.{overload}": getattr(packet, overload) for overload in overloads}
-    return found
+            functions |= {f"torch.ops.aten.{name}.{overload}": getattr(packet, overload) for overload in overloads}
+    return functions
 
 
 #: What a node may call, and under which names: functions by qualified name, methods of tensors.
@@ -111,141 +89,14 @@ FUNCTIONS = _functions()
 METHODS = frozenset(_TENSOR + _METHODS + _INPLACE)
 _FUNCTION_NAMES = {function: name for name, function in reversed(FUNCTIONS.items())}
 
-# A label: an identifier in ASCII without Python's own `__names__`. The numbered children of a container are labels of a
-# path, too.
+# A label is an identifier in ASCII that does not begin like Python's own `__names__`. In a path, the numbered children
+# of a container are labels too.
 _IDENTIFIER = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]*")
 _PATH = re.compile(r"(?!__)[A-Za-z0-9_]+(\.(?!__)[A-Za-z0-9_]+)*")
 _RESERVED = frozenset(dir(fx.GraphModule({}, fx.Graph())))
-#: What these names mean in the generated forward; a node or an input of such a name would stand in its place.
+# The source of a forward uses these names; a node or an input of such a name would stand in their place.
 _TAKEN = frozenset("self torch operator math device inf nan getattr slice".split())
-_MOST_POWER = 64  # of a power with a constant exponent
-#: kind of tensor option -> its values by name.
-_OPTIONS = {
-    cls.__name__: {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, cls)}
-    for cls in (torch.dtype, torch.memory_format, torch.layout)
-}
-
-
-def describe_layer(layer: nn.Module) -> dict[str, Any]:
-    """The class of a layer and its constructor's arguments. Raises ValueError where they do not say all about it."""
-    cls = type(layer)
-    name = next((name for name, known in LAYERS.items() if known is cls), None)
-    if name is None:
-        raise ValueError(f"a {cls.__module__}.{cls.__qualname__} cannot be saved; use a layer of torch.nn")
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        raise ValueError("forward hooks cannot be saved; remove them, and make pruning permanent, before converting")
-    arguments = {}
-    for parameter in inspect.signature(cls).parameters.values():
-        if parameter.name == "bias":
-            value = layer.bias is not None
-        elif parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.name in ("device", "dtype"):
-            continue
-        else:
-            value = getattr(layer, parameter.name, parameter.default)
-        if isinstance(value, nn.Module) or value is not parameter.default:
-            arguments[parameter.name] = (
-                {"layer": describe_layer(value)} if isinstance(value, nn.Module) else encode(value)
-            )
-    record = {"type": name, "arguments": arguments}
-    twin = build_layer(record)
-    if _settings(twin) != {key: getattr(layer, key, None) for key in _settings(twin)} or _shapes(twin) != _shapes(
-        layer
-    ):
-        raise ValueError(f"this {name} was changed after it was made; replace it by a new {name} before converting")
-    return record
-
-
-def build_layer(record: Mapping[str, Any]) -> nn.Module:
-    """The layer behind :func:`describe_layer`, on the meta device: its tensors have shapes and no memory."""
-    if record["type"] not in LAYERS:
-        raise ValueError(f"there is no layer of type {record['type']!r}")
-    if not {"device", "dtype"}.isdisjoint(record["arguments"]):
-        raise ValueError("where a layer lies and its type are not for the file to say")
-    arguments = {
-        name: build_layer(value["layer"]) if isinstance(value, dict) and [*value] == ["layer"] else decode(value, {})
-        for name, value in record["arguments"].items()
-    }
-    with torch.device("meta"):
-        layer = LAYERS[record["type"]](**arguments)
-    if isinstance(layer, MaxPool2d):
-        _check_window(layer)
-    return layer.requires_grad_(False).eval()
-
-
-def _settings(layer: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(layer).items() if not key.startswith("_")}
-
-
-def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in layer.state_dict().items()}
-
-
-def _check_window(pool: nn.MaxPool2d) -> None:
-    """What torch checks on every call."""
-    for size, stride, padding, dilation in zip(
-        *(pair(value) for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)), strict=True
-    ):
-        if min(size, stride, dilation) < 1 or not 0 <= 2 * padding <= size:
-            raise ValueError(
-                f"a pooling window of {size} has no stride {stride}, padding {padding}, dilation {dilation}"
-            )
-
-
-def encode(value: Any) -> Any:
-    """An argument as JSON. Raises ValueError for what is no number, text, tensor option or node."""
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    if isinstance(value, float):
-        return {"float": str(value)}
-    if isinstance(value, list):
-        return [encode(item) for item in value]
-    if isinstance(value, tuple):
-        return {"size" if isinstance(value, torch.Size) else "tuple": [encode(item) for item in value]}
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {"dict": {key: encode(item) for key, item in value.items()}}
-    if isinstance(value, slice):
-        return {"slice": [encode(item) for item in (value.start, value.stop, value.step)]}
-    if value is ...:
-        return {"ellipsis": None}
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
-    if isinstance(value, torch.dtype | torch.memory_format | torch.layout):
-        return {type(value).__name__: str(value).removeprefix("torch.")}
-    raise ValueError(f"{value!r} of type {type(value).__name__} cannot be saved")
-
-
-def decode(data: Any, nodes: Mapping[str, fx.Node]) -> Any:
-    """The argument behind :func:`encode`. Raises ValueError, KeyError or TypeError for anything else."""
-    if isinstance(data, int) and abs(data) >= 2**63:
-        raise ValueError("an integer exceeds 64 bits")
-    if not isinstance(data, dict | list):
-        return data
-    if isinstance(data, list):
-        return [decode(item, nodes) for item in data]
-    ((kind, content),) = data.items()
-    if kind == "node":
-        return nodes[content]
-    if kind == "dict":
-        if not all(isinstance(key, str) for key in content):
-            raise ValueError("the keys of a dict are text")
-        return {key: decode(item, nodes) for key, item in content.items()}
-    if kind == "tuple":
-        return tuple(decode(content, nodes))
-    if kind == "size":
-        return torch.Size(decode(content, nodes))
-    if kind == "slice":
-        return slice(*decode(content, nodes))
-    if kind == "float" and content in ("inf", "-inf", "nan"):
-        return float(content)
-    if kind == "ellipsis":
-        return ...
-    if kind == "device":
-        return torch.device(content)
-    if kind in _OPTIONS:
-        return _OPTIONS[kind][content]
-    raise ValueError(f"{kind!r} is no kind of argument")
+_MOST_POWER = 64  # the largest constant exponent of a power
 
 
 def describe_graph(graph: fx.Graph) -> list[dict[str, Any]]:
@@ -270,7 +121,7 @@ def describe_graph(graph: fx.Graph) -> list[dict[str, Any]]:
 
 
 def build_graph(records: list[Mapping[str, Any]], roots: Mapping[str, Any]) -> fx.GraphModule:
-    """The graph behind :func:`describe_graph`, calling the layers and reading the tensors in `roots`.
+    """The graph behind :func:`describe_graph`. It calls the layers and reads the tensors in `roots`.
 
     Raises:
         ValueError, KeyError, TypeError: naming the node that is no part of a valid graph.
@@ -300,7 +151,10 @@ def check_path(path: str) -> None:
 
 
 def _check_node(record: Mapping[str, Any]) -> None:
-    """fx writes names, targets and keywords into source, so none may be more than what it pretends to be."""
+    """Raises ValueError for a node that is not allowed.
+
+    fx writes names, targets and keywords into source, so that none of them may be more than it pretends to be.
+    """
     op, name, target, args, kwargs = (record[key] for key in ("op", "name", "target", "args", "kwargs"))
     for label in (name, *kwargs):
         if not _is_label(label) or (label == name and label in _TAKEN):
@@ -333,7 +187,7 @@ def _is_label(text: str) -> bool:
 
 
 def _check_arithmetic(record: Mapping[str, Any]) -> None:
-    """Python's operators compute whatever they are given, and of constants alone that may take forever."""
+    """Raises ValueError where an operator of Python could run forever, as it can on constants and on sequences."""
     target, args = record["target"], record["args"]
     if record["kwargs"] or not _has_node(args) or any(isinstance(arg, str) for arg in args):
         raise ValueError(f"{target} computes with constants alone or with text; compute it before converting")

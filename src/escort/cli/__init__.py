@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import escort
-from escort.cli import cache, convert, demo, doctor, plan, prune, run
+from escort.cli import bench, cache, convert, demo, doctor, plan, prune, run
 
 app = typer.Typer(
     help="Run pruned PyTorch CNNs faster: prune, convert, run, and see why each layer runs as it does.",
@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for module in (demo, prune, convert, run, plan, cache, doctor):
+for module in (demo, prune, convert, run, plan, bench, cache, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.main)
 
 

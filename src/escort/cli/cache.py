@@ -8,51 +8,51 @@ from typing import Annotated
 import typer
 
 from escort import report
-from escort.cli.console import JsonOption, command
+from escort.cli.console import Output
+from escort.cli.options import command
 from escort.cuda import cache
 
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 
 
+@command
 def main(
+    output: Output,
     clear: Annotated[
         bool, typer.Option("--clear", help="Remove all of them; each is compiled anew when needed.")
     ] = False,
-    as_json: JsonOption = False,
 ) -> None:
     """List the compiled GPU kernels that this machine keeps, or remove them."""
-    with command(as_json) as output:
-        folder, limit = cache.folder(), cache.limit_bytes()
-        if clear:
-            removed, size = cache.clear()
-            output.result = {"folder": str(folder), "removed": removed, "bytes": size}
-            output.text.print(f"removed {removed} kernels, {_mb(size)}, from {folder}")
-            return
-        entries = cache.entries()
-        total = sum(entry.size_bytes for entry in entries)
-        output.result = {
-            "folder": str(folder),
-            "total_bytes": total,
-            "limit_bytes": limit,
-            "entries": [
-                {"file": entry.path.name, "bytes": entry.size_bytes, "used": entry.used, **entry.description}
-                for entry in entries
-            ],
-        }
-        caption = f"Kernels: {len(entries)}, {_mb(total)} of at most {_mb(limit)}, in {folder}"
-        columns = ("Kernel", "For", "Defines", "Registers", "kB", "Used", "Entry")
-        output.text.print(
-            report.terminal(report.Table("Compiled kernels", columns, tuple(map(_line, entries)), caption))
-        )
+    folder, limit = cache.folder(), cache.limit_bytes()
+    if clear:
+        removed, size = cache.clear()
+        output.result = {"folder": str(folder), "removed": removed, "bytes": size}
+        output.text.print(f"removed {removed} kernels, {_mb(size)}, from {folder}")
+        return
+    entries = cache.entries()
+    total = sum(entry.bytes for entry in entries)
+    output.result = {
+        "folder": str(folder),
+        "total_bytes": total,
+        "limit_bytes": limit,
+        "entries": [
+            {"file": entry.path.name, "bytes": entry.bytes, "used": entry.used, **entry.description}
+            for entry in entries
+        ],
+    }
+    caption = f"Kernels: {len(entries)}, {_mb(total)} of at most {_mb(limit)}, in {folder}"
+    columns = ("Kernel", "For", "Defines", "Registers", "kB", "Used", "Entry")
+    table = report.Table("Compiled kernels", columns, tuple(map(_line, entries)), caption)
+    output.text.print(report.terminal(table))
 
 
 def _line(entry: cache.Entry) -> tuple[str, ...]:
-    size, age, name = f"{entry.size_bytes / 1000:,.0f}", _age(time.time() - entry.used), entry.path.name[:12]
-    found = entry.description
-    if not found:
+    size, age, name = f"{entry.bytes / 1000:,.0f}", _age(time.time() - entry.used), entry.path.name[:12]
+    kernel = entry.description
+    if not kernel:
         return "damaged", "-", "-", "-", size, age, name
-    defines = " ".join(f"{key}={value}" for key, value in found["defines"].items())
-    return found["source"], found["arch"], defines, str(found["registers"]), size, age, name
+    defines = " ".join(f"{key}={value}" for key, value in kernel["defines"].items())
+    return kernel["source"], kernel["arch"], defines, str(kernel["registers"]), size, age, name
 
 
 def _age(seconds: float) -> str:

@@ -8,18 +8,20 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import get_args
 
 import torch
 from rich.table import Table
 
-from escort import methods, reference
-from escort.cli.console import JsonOption, command
+from escort import reference
+from escort.cli.console import Output
+from escort.cli.options import command
 from escort.cuda import cache, compiler
-from escort.cuda import kernel as jit
+from escort.cuda.kernel import LEAST_CAPABILITY
 from escort.filter import SparseFilter
-from escort.methods.cpu.direct import ISAS, Direct
+from escort.methods import Method, for_device
 from escort.planner.machine import Machine
-from escort.problem import Problem
+from escort.problem import Precision, Problem
 
 #: Package to what it is good for and the extra that brings it.
 _OPTIONAL = {
@@ -30,6 +32,7 @@ _OPTIONAL = {
     "onnx": ("the same", "bench"),
     "onnxscript": ("the same", "bench"),
 }
+_PROBLEM = Problem(2, 16, 9, 9, 16, (3, 3), padding=(1, 1, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,17 @@ class Finding:
     remedy: str = ""
 
 
-def main(as_json: JsonOption = False) -> None:
+@command
+def main(output: Output) -> None:
     """Say what this machine can do and what is missing; exit with 1 if something needed is."""
-    with command(as_json) as output:
-        findings = list(examine())
-        output.failed = any(finding.ok is False for finding in findings)
-        output.result = {"ok": not output.failed, "findings": [asdict(finding) for finding in findings]}
-        table = Table("", "", "", "remedy", show_edge=False)
-        marks = {True: "[green]ok[/]", None: "[yellow]--[/]", False: "[bold red]missing[/]"}
-        for finding in findings:
-            table.add_row(marks[finding.ok], finding.name, finding.value, finding.remedy)
-        output.text.print(table)
+    findings = list(examine())
+    output.failed = any(finding.ok is False for finding in findings)
+    output.result = {"ok": not output.failed, "findings": [asdict(finding) for finding in findings]}
+    table = Table("", "", "", "remedy", show_edge=False)
+    marks = {True: "[green]ok[/]", None: "[yellow]--[/]", False: "[bold red]missing[/]"}
+    for finding in findings:
+        table.add_row(marks[finding.ok], finding.name, finding.value, finding.remedy)
+    output.text.print(table)
 
 
 def examine() -> Iterator[Finding]:
@@ -66,13 +69,12 @@ def examine() -> Iterator[Finding]:
     yield Finding("escort", machine.escort)
     yield Finding("python", platform.python_version())
     yield Finding("torch", machine.torch)
-    yield Finding("cpu", f"{machine.device} ({platform.machine()})")
+    yield Finding("cpu", f"{machine.device} ({platform.machine()}), kernels for {machine.isa}")
     yield _threads(machine.threads)
     openmp, onednn = torch.backends.openmp.is_available(), torch.backends.mkldnn.is_available()
     yield Finding("torch OpenMP", *_have(openmp, "torch runs on one thread; install a build of torch with OpenMP"))
     yield Finding("torch oneDNN", *_have(onednn, "dense convolutions are slow; install a build of torch with oneDNN"))
-    for isa in ISAS:
-        yield _kernel(isa, chosen=isa == machine.isa)
+    yield from _methods("cpu")
     yield Finding("compiler", "not needed: the CPU's kernels are compiled into the package")
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() and torch.version.cuda else 0)
     if not gpus:
@@ -82,9 +84,9 @@ def examine() -> Iterator[Finding]:
     for index in gpus:
         yield from _gpu(f"cuda:{index}")
     for package, (purpose, extra) in _OPTIONAL.items():
-        found = _version(package)
+        installed = _version(package)
         missing = Finding(package, f"not installed, for {purpose}", None, f"pip install escort-sparse[{extra}]")
-        yield missing if found is None else Finding(package, f"{found}, for {purpose}")
+        yield missing if installed is None else Finding(package, f"{installed}, for {purpose}")
 
 
 def _threads(threads: int) -> Finding:
@@ -95,32 +97,37 @@ def _threads(threads: int) -> Finding:
     return Finding("threads", value)
 
 
-def _have(there: bool, remedy: str) -> tuple[str, bool | None, str]:
-    return ("available", True, "") if there else ("not available", None, remedy)
+def _have(available: bool, remedy: str) -> tuple[str, bool | None, str]:
+    return ("available", True, "") if available else ("not available", None, remedy)
 
 
-def _kernel(isa: str, *, chosen: bool) -> Finding:
-    direct = Direct()
-    problem, _, sparse_filter = _example("cpu")
-    config = replace(direct.configs(problem, sparse_filter)[0], isa=isa, vectors=ISAS[isa][1])
-    return _try(f"kernel {isa}", direct, "cpu", config, ", and is the fastest one here" if chosen else "")
+def _methods(device: str) -> Iterator[Finding]:
+    """Whether each method of a device runs a small problem, in the first precision that it takes."""
+    for method in for_device(device):
+        name = f"method {method.name}" if device == "cpu" else f"method {method.name} on {device}"
+        problems = [replace(_PROBLEM, device=device, precision=precision) for precision in get_args(Precision)]
+        reasons = [method.unsupported(problem) for problem in problems]
+        if None not in reasons:
+            yield Finding(name, f"refuses: {reasons[0]}", None)
+            continue
+        try:
+            yield _try(name, method, problems[reasons.index(None)])
+        except (ImportError, RuntimeError, ValueError) as error:
+            yield Finding(name, "does not run", False, str(error))
 
 
-def _try(name: str, method: methods.Method, device: str, config: methods.Config, praise: str = "") -> Finding:
-    """Runs a small convolution against the reference."""
-    problem, x, sparse_filter = _example(device)
-    y = method.prepare(problem, sparse_filter, None, config)(x.to(device))
-    error = reference.compare(y.cpu(), reference.conv2d(problem, x, sparse_filter.to_dense()))
-    if not error <= reference.ERROR_BOUND["fp32"]:
-        return Finding(name, f"computes wrong, error {error:.1e}", False, "reinstall escort-sparse, report it")
-    return Finding(name, f"works{praise}")
-
-
-def _example(device: str) -> tuple[Problem, torch.Tensor, SparseFilter]:
-    problem = Problem(2, 3, 9, 9, 4, (3, 3), padding=(1, 1, 1, 1), device=device)
+def _try(name: str, method: Method, problem: Problem) -> Finding:
+    """Runs a small convolution, and compares the result with the reference."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator) for shape in (problem.input_shape, problem.weight_shape))
-    return problem, x, SparseFilter.from_dense(weight * (weight > 0.5))
+    x, weight = x.to(problem.storage), (weight * (weight > 0.5)).to(problem.storage).float()
+    sparse_filter = SparseFilter.from_dense(weight)
+    config = method.configs(problem, sparse_filter)[0]
+    y = method.prepare(problem, sparse_filter, None, config)(x.to(problem.device))
+    error = reference.compare(y.cpu(), reference.conv2d(problem, x, weight))
+    if not error <= reference.ERROR_BOUND[problem.precision]:
+        return Finding(name, f"computes wrong, error {error:.1e}", False, "reinstall escort-sparse, report it")
+    return Finding(name, "works")
 
 
 def _no_gpu() -> Finding:
@@ -156,20 +163,15 @@ def _kernel_cache() -> Finding:
 
 
 def _gpu(device: str) -> Iterator[Finding]:
-    """What a GPU is, and whether it compiles, loads and runs our kernel."""
+    """What a GPU is, and whether each method compiles, loads and runs its kernels on it."""
     machine = Machine.here(device)
-    major, minor = torch.cuda.get_device_capability(device)
-    value = f"{machine.device}, compute capability {major}.{minor}"
-    if (major, minor) < jit.LEAST_CAPABILITY:
+    capability = torch.cuda.get_device_capability(device)
+    value = f"{machine.device}, compute capability {capability[0]}.{capability[1]}"
+    if capability < LEAST_CAPABILITY:
         yield Finding(device, value, None, "too old for our kernels; convert for the CPU instead")
         return
     yield Finding(device, f"{value}, driver {machine.driver or 'unknown'}, torch for CUDA {machine.cuda}")
-    try:
-        method = methods.by_name("direct", device)
-        problem, _, sparse_filter = _example(device)
-        yield _try(f"kernel on {device}", method, device, method.configs(problem, sparse_filter)[0])
-    except (ImportError, RuntimeError, ValueError) as error:
-        yield Finding(f"kernel on {device}", "does not run", False, str(error))
+    yield from _methods(device)
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What `escort run` feeds a model: images of a folder, or a batch from a file."""
+"""What `escort run` feeds a model: the images of a folder, or a batch from a file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 from torch import Tensor
+
+from escort.cli.options import numbers
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -62,6 +65,33 @@ class Preparation:
 
 
 @dataclass(frozen=True)
+class ImageOptions:
+    """How images are prepared, as the command line says it."""
+
+    size: Annotated[
+        str | None, typer.Option(metavar="H,W", help="Resize images to this; by default to the size of the plan.")
+    ] = None
+    mean: Annotated[
+        str, typer.Option(metavar="R,G,B", help="Subtracted from pixels in 0..1; by default ImageNet's.")
+    ] = ""
+    deviation: Annotated[
+        str, typer.Option("--std", metavar="R,G,B", help="Pixels are divided by it; same default.")
+    ] = ""
+
+    def inputs(self, source: Path, shape: tuple[int, int, int]) -> Inputs:
+        """The inputs in a folder or a file, for a model that was planned for (C, H, W)."""
+        channels, height, width = shape
+        if source.is_dir():
+            if self.size is not None:
+                height, width = _pair(self.size)
+            mean, deviation = _floats(self.mean, "--mean"), _floats(self.deviation, "--std")
+            return Inputs.of_folder(source, Preparation(channels, height, width, mean, deviation))
+        if self != ImageOptions():
+            raise ValueError("--size, --mean and --std are for images; an array goes in as it is")
+        return Inputs.of_file(source, channels)
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Named inputs that are read batch by batch; an image is opened when its turn comes."""
 
@@ -109,3 +139,17 @@ def _read_array(path: Path) -> NDArray[Any]:
             return loaded[loaded.files[0]]
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no readable .npy or .npz batch: {error}") from error
+
+
+def _pair(size: str) -> tuple[int, int]:
+    values = numbers(size, "--size")
+    if len(values) != 2:
+        raise ValueError(f"--size is height,width, got {size!r}")
+    return values[0], values[1]
+
+
+def _floats(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from error

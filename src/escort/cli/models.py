@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
+from escort.prune import listing
+
 ARCHIVE_SUFFIX = ".pt2"
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
-#: Parts of an archive that torch would unpickle whatever they hold.
+#: Parts of an archive that torch unpickles, whatever they hold.
 _PICKLED_PARTS = ("custom_obj_", "opaque_obj_")
 
 
@@ -29,8 +31,8 @@ def load(spec: str, checkpoint: Path | None = None) -> nn.Module:
     Args:
         spec: ``package.module:factory``, importable from the working directory, where factory takes no argument and
             returns an nn.Module (or is one); or the path of a ``torch.export`` archive (.pt2). An archive names the
-            functions of torch that it calls, so it is code: load those of people you trust only. What is pickled in
-            it is refused unless it is tensors.
+            functions of torch that it calls, so it is code: load only those of people you trust. Anything pickled in
+            it but tensors is refused.
         checkpoint: weights for the factory's model: .safetensors, or .pt / .pth holding a state dict or a dict with
             one under "state_dict".
 
@@ -73,12 +75,12 @@ def attribute(spec: str) -> Any:
             ) from error
         raise ValueError(f"{spec}: importing {module_name} failed: {error}; install what it needs") from error
     except Exception as error:
-        raise ValueError(f"{spec}: importing {module_name} failed: {_told(error)}") from error
+        raise ValueError(f"{spec}: importing {module_name} failed: {_with_type(error)}") from error
     try:
         return operator.attrgetter(name)(module)
     except AttributeError as error:
-        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"{spec}: {module_name} has no {name!r}; it has {_listing(there)}") from error
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{spec}: {module_name} has no {name!r}; it has {listing(callables, 6)}") from error
 
 
 def _from_factory(spec: str) -> nn.Module:
@@ -90,7 +92,7 @@ def _from_factory(spec: str) -> nn.Module:
     try:
         model = factory()
     except Exception as error:
-        raise ValueError(f"{spec}: calling it without arguments failed: {_told(error)}") from error
+        raise ValueError(f"{spec}: calling it without arguments failed: {_with_type(error)}") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"{spec} returned a {type(model).__name__}, not an nn.Module")
     return model
@@ -104,8 +106,8 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
     if missing or unexpected:
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}: it lacks {_listing(missing)}, and has {_listing(unexpected)} "
-            "that the model does not know; use the checkpoint of this model"
+            f"{path} does not fit {type(model).__name__}: it lacks {listing(missing, 6)}, and has "
+            f"{listing(unexpected, 6)} that the model does not know; use the checkpoint of this model"
         )
 
 
@@ -122,7 +124,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from error
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be loaded with weights_only=True: {_told(error)}; save the model's state_dict() with "
+            f"{path} cannot be loaded with weights_only=True: {_with_type(error)}; save the model's state_dict() with "
             "torch.save or as .safetensors"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -141,8 +143,8 @@ def _from_archive(path: Path) -> nn.Module:
         with _weights_only():
             exported = torch.export.load(path)
     except Exception as error:
-        raise ValueError(f"{path} is not a torch.export archive of this torch version: {_told(error)}") from error
-    # Tracing leaves behind what the archive asserts about its input: its operators decide which shapes they take.
+        raise ValueError(f"{path} is not a torch.export archive of this torch version: {_with_type(error)}") from error
+    # Tracing drops what the archive asserts about its input: the operators decide which shapes they take.
     network = fx.symbolic_trace(exported.module(check_guards=False))
     for node in network.graph.nodes:
         if node.target is torch.ops.aten.batch_norm.default and node.args[5]:
@@ -159,9 +161,9 @@ def _refuse_pickled_objects(path: Path) -> None:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Lets torch unpickle tensors and plain containers only, where it would go on to run what a pickle says.
+    """Lets torch unpickle tensors and plain containers only.
 
-    An archive's sample inputs are tried in this way first, and then without.
+    Torch tries an archive's sample inputs in this way first. Where that fails, it would run whatever the pickle says.
     """
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)
@@ -180,10 +182,5 @@ def _check_is_file(path: Path) -> None:
         raise FileNotFoundError(f"{path}: {'is not a file' if path.exists() else 'there is no such file'}")
 
 
-def _told(error: Exception) -> str:
+def _with_type(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _listing(names: list[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "nothing") + more

@@ -7,65 +7,42 @@ from typing import Annotated, Any
 
 import typer
 
-import escort
-from escort import report
-from escort.artifact import artifact
+from escort import artifact, report
 from escort.cli import models
-from escort.cli.console import (
-    CheckpointOption,
-    CompileBudgetOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    InputOption,
-    JsonOption,
-    check_saved,
-    command,
-    examples,
-    place,
-)
-from escort.network.convert import COMPILE_BUDGET_S
+from escort.cli.console import Output
+from escort.cli.options import ModelOptions, check_saved, command
 from escort.network.model import NetworkPlan
 from escort.planner.plan import Candidate
 
 
+@command
 def main(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A saved model, package.module:factory, or a torch.export archive.")
-    ],
-    shapes: InputOption = None,
-    checkpoint: CheckpointOption = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = Dtype.FP32,
-    compile_budget: CompileBudgetOption = COMPILE_BUDGET_S,
+    options: ModelOptions,
+    output: Output,
     candidates: Annotated[bool, typer.Option("--candidates", help="Every candidate of every layer.")] = False,
-    as_json: JsonOption = False,
 ) -> None:
     """Show what runs each layer, how long each candidate took, and why a method was refused.
 
-    Of a saved model the stored plan is shown, nothing runs; any other model is planned for --input first.
+    MODEL may also be a saved model: its stored plan is shown, nothing runs. Any other model is planned for --input
+    first.
     """
-    with command(as_json) as output:
-        if _is_saved(model):
-            chosen = device, dtype, compile_budget
-            if shapes or checkpoint is not None or chosen != ("cpu", Dtype.FP32, COMPILE_BUDGET_S):
-                options = "--input, --checkpoint, --device, --dtype and --compile-budget"
-                raise ValueError(f"{model} is saved with its plan and weights; leave out {options}")
-            check_saved(Path(model))
-            plan = artifact.load_plan(Path(model))
-        else:
-            network, inputs = place(models.load(model, checkpoint), examples(shapes), device, dtype)
-            plan = escort.convert(
-                network, inputs, precision=dtype.value, compile_budget_s=compile_budget, progress=True
-            ).plan
-        output.result = plan.to_json()
-        output.text.print(report.plan_table(plan))
-        if candidates:
-            output.text.print(report.terminal(_candidates(plan)))
+    plan = _stored_plan(options) if _is_saved(options.model) else options.convert().plan
+    output.result = plan.to_json()
+    output.text.print(report.plan_table(plan))
+    if candidates:
+        output.text.print(report.terminal(_candidates(plan)))
+
+
+def _stored_plan(options: ModelOptions) -> NetworkPlan:
+    if not options.are_default:
+        names = "--input, --checkpoint, --device, --precision and --effort"
+        raise ValueError(f"{options.model} is saved with its plan and weights; leave out {names}")
+    check_saved(Path(options.model))
+    return artifact.load_plan(Path(options.model))
 
 
 def _is_saved(model: str) -> bool:
-    """A path, of whatever suffix, that is not one of another kind of file."""
+    """Whether it is a path, of any suffix but those of archives and checkpoints."""
     return ":" not in model and Path(model).suffix not in (models.ARCHIVE_SUFFIX, *models.CHECKPOINT_SUFFIXES)
 
 
@@ -77,20 +54,20 @@ def _candidates(plan: NetworkPlan) -> report.Table:
             time = "-" if candidate.time_us is None else f"{candidate.time_us:,.1f}"
             error = "-" if candidate.rel_error is None else f"{candidate.rel_error:.1e}"
             note = "chosen" if chosen else candidate.reason or ""
-            kernel = _kernel(candidate)
-            rows.append((name, candidate.method, _settings(candidate.config), time, error, kernel, note))
+            config = _settings(candidate.config)
+            rows.append((name, candidate.method, config, time, error, _kernel(candidate), note))
     columns = "Layer", "Method", "Config", "Time, µs", "Error", "Kernel", ""
     return report.Table("Candidates", columns, tuple(rows))
 
 
 def _kernel(candidate: Candidate) -> str:
     """The size of what was compiled, how long that took, and what share of the filter it adds separately."""
-    told = []
+    parts = []
     if candidate.compile_s is not None and candidate.code_bytes is not None:
-        told.append(f"{candidate.code_bytes / 1000:,.0f} kB in {candidate.compile_s:,.1f} s")
+        parts.append(f"{candidate.code_bytes / 1000:,.0f} kB in {candidate.compile_s:,.1f} s")
     if candidate.remainder_share is not None:
-        told.append(f"{candidate.remainder_share:.1%} left over")
-    return ", ".join(told) or "-"
+        parts.append(f"{candidate.remainder_share:.1%} left over")
+    return ", ".join(parts) or "-"
 
 
 def _settings(config: dict[str, Any] | None) -> str:

@@ -11,8 +11,10 @@ from rich.table import Table
 from safetensors.torch import save
 
 from escort import prune
+from escort.artifact.files import replace_file
 from escort.cli import models
-from escort.cli.console import CheckpointOption, JsonOption, ModelArgument, check_writable, command, replace_file
+from escort.cli.console import Output
+from escort.cli.options import SourceOptions, check_writable, command
 
 
 class Recipe(str, Enum):
@@ -22,36 +24,35 @@ class Recipe(str, Enum):
     GLOBAL = "global"
 
 
+@command
 def main(
-    model: ModelArgument,
+    source: SourceOptions,
     sparsity: Annotated[float, typer.Option(help="Share of the weights to zero, for example 0.9.")],
     output_path: Annotated[Path, typer.Option("--output", "-o", help="The pruned state dict, .safetensors.")],
-    checkpoint: CheckpointOption = None,
+    output: Output,
     method: Annotated[
         Recipe, typer.Option(help="uniform: each layer to that sparsity; global: all layers together.")
     ] = Recipe.UNIFORM,
     skip: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A layer to leave dense; may repeat.")] = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Zero the smallest weights and save the state dict. Accuracy suffers: fine-tune with escort.prune in Python."""
-    with command(as_json) as output:
-        if output_path.suffix != ".safetensors":
-            raise ValueError(f"--output {output_path}: the pruned weights are a .safetensors file; name it so")
-        if model.endswith(models.ARCHIVE_SUFFIX):
-            raise ValueError(f"{model} has no state dict to go on with; prune the model before torch.export")
-        check_writable(output_path)
-        network = models.load(model, checkpoint)
-        recipe = prune.uniform if method is Recipe.UNIFORM else prune.global_magnitude
-        recipe(network, sparsity, skip=skip or ())
-        prune.make_permanent(network)
-        # Tied weights share memory, which safetensors refuses; each name gets its own copy.
-        state = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
-        replace_file(output_path, lambda path: path.write_bytes(save(state)))
+    if output_path.suffix != ".safetensors":
+        raise ValueError(f"--output {output_path}: the pruned weights are a .safetensors file; name it so")
+    if source.model.endswith(models.ARCHIVE_SUFFIX):
+        raise ValueError(f"{source.model} has no state dict to go on with; prune the model before torch.export")
+    check_writable(output_path)
+    network = source.load()
+    recipe = prune.uniform if method is Recipe.UNIFORM else prune.global_magnitude
+    recipe(network, sparsity, skip=skip or ())
+    prune.make_permanent(network)
+    # Tied weights share memory, which safetensors refuses; each name gets its own copy.
+    state = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
+    replace_file(output_path, lambda path: path.write_bytes(save(state)))
 
-        shares = prune.sparsity(network)
-        output.result = {"output": str(output_path), "method": method.value, "sparsity": shares}
-        table = Table("layer", "sparsity", title=f"{method.value} magnitude pruning")
-        for name, share in shares.items():
-            table.add_row(name, f"{share:.1%}", end_section=True)
-        output.text.print(table)
-        output.text.print(f"wrote {output_path}")
+    shares = prune.sparsity(network)
+    output.result = {"output": str(output_path), "method": method.value, "sparsity": shares}
+    table = Table("layer", "sparsity", title=f"{method.value} magnitude pruning")
+    for name, share in shares.items():
+        table.add_row(name, f"{share:.1%}", end_section=True)
+    output.text.print(table)
+    output.text.print(f"wrote {output_path}")

@@ -12,97 +12,58 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.table import Table
 
-from escort.cli.console import (
-    JsonOption,
-    OriginalOption,
-    check_writable,
-    command,
-    load_saved,
-    numbers,
-    progress,
-    replace_file,
-)
-from escort.cli.images import Inputs, Preparation
+from escort.artifact.files import replace_file
+from escort.cli.console import Output, progress
+from escort.cli.images import ImageOptions, Inputs
+from escort.cli.options import SavedOptions, check_writable, command
 from escort.network.model import ConvertedModel
 
 _SHOWN = 10  # predictions on the terminal
 _OUTPUT_SUFFIXES = (".npz", ".csv")
 
 
+@command
 def main(
-    saved: Annotated[Path, typer.Argument(metavar="MODEL.escort", help="What escort convert wrote.")],
+    saved: SavedOptions,
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="A folder of images, or an .npy / .npz batch.")],
+    images: ImageOptions,
+    output: Output,
     output_path: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Predictions: .npz (names, top1, outputs) or .csv (input, top1, score)."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Inputs per forward.")] = 8,
-    size: Annotated[
-        str | None, typer.Option(metavar="H,W", help="Resize images to this; by default to the size of the plan.")
-    ] = None,
-    mean: Annotated[
-        str, typer.Option(metavar="R,G,B", help="Subtracted from pixels in 0..1; by default ImageNet's.")
-    ] = "",
-    deviation: Annotated[
-        str, typer.Option("--std", metavar="R,G,B", help="Pixels are divided by it; same default.")
-    ] = "",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, or cuda:1; by default what the model was converted for.")
-    ] = None,
-    original: OriginalOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Run a folder of images or a batch through a saved model; write predictions and throughput."""
-    with command(as_json) as output:
-        if output_path is not None:
-            if output_path.suffix not in _OUTPUT_SUFFIXES:
-                raise ValueError(f"--output {output_path}: predictions are {' or '.join(_OUTPUT_SUFFIXES)}; name it so")
-            check_writable(output_path)
-        if not source.exists():
-            raise FileNotFoundError(f"{source}: there is no such folder of images and no such .npy or .npz file")
-        model = load_saved(saved, original, device)
-        channels, height, width = _image_shape(model, saved)
-        if source.is_dir():
-            height, width = (height, width) if size is None else _pair(size)
-            preparation = Preparation(channels, height, width, _floats(mean, "--mean"), _floats(deviation, "--std"))
-            inputs = Inputs.of_folder(source, preparation)
-        elif size is not None or mean or deviation:
-            raise ValueError("--size, --mean and --std are for images; an array goes in as it is")
-        else:
-            inputs = Inputs.of_file(source, channels)
-        predictions = _predict(
-            model, inputs, batch, classes_only=output_path is not None and output_path.suffix == ".csv"
-        )
-        if output_path is not None:
-            replace_file(output_path, predictions.write)
-
-        output.result = {
-            "inputs": len(inputs.names),
-            "batch": batch,
-            "device": model.plan.device,
-            "threads": torch.get_num_threads(),
-            "model_seconds": predictions.model_seconds,
-            "total_seconds": predictions.total_seconds,
-            "inputs_per_second": len(inputs.names) / predictions.model_seconds,
-            "output": None if output_path is None else str(output_path),
-            "predictions": [dict(zip(("input", "top1", "score"), row, strict=True)) for row in predictions.rows()],
-        }
-        rows = predictions.rows()
-        if rows:
-            table = Table("input", "top1", "score")
-            for name, top1, score in rows[:_SHOWN]:
-                table.add_row(name, str(top1), f"{score:.3g}")
-            output.text.print(table)
-            if len(rows) > _SHOWN:
-                output.text.print(f"... and {len(rows) - _SHOWN} more")
-        output.text.print(
-            f"{len(inputs.names)} inputs at batch {batch}: {output.result['inputs_per_second']:.1f} per second in the "
-            f"model, {len(inputs.names) / predictions.total_seconds:.1f} with reading them"
-        )
-        if output_path is not None:
-            output.text.print(f"wrote {output_path}")
+    if output_path is not None:
+        if output_path.suffix not in _OUTPUT_SUFFIXES:
+            raise ValueError(f"--output {output_path}: predictions are {' or '.join(_OUTPUT_SUFFIXES)}; name it so")
+        check_writable(output_path)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: there is no such folder of images and no such .npy or .npz file")
+    model = saved.load()
+    inputs = images.inputs(source, _image_shape(model, saved.saved))
+    classes_only = output_path is not None and output_path.suffix == ".csv"
+    predictions = _predict(model, inputs, batch, classes_only=classes_only)
+    if output_path is not None:
+        replace_file(output_path, predictions.write)
+    output.result = {
+        "inputs": len(predictions.names),
+        "batch": batch,
+        "device": model.plan.device,
+        "threads": torch.get_num_threads(),
+        "model_seconds": predictions.model_seconds,
+        "total_seconds": predictions.total_seconds,
+        "inputs_per_second": predictions.per_second,
+        "output": None if output_path is None else str(output_path),
+        "predictions": [dict(zip(("input", "top1", "score"), row, strict=True)) for row in predictions.rows()],
+    }
+    _print(predictions, batch, output.text)
+    if output_path is not None:
+        output.text.print(f"wrote {output_path}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +75,11 @@ class _Predictions:
     top1: NDArray[np.int64] | None
     model_seconds: float
     total_seconds: float
+
+    @property
+    def per_second(self) -> float:
+        """Inputs per second in the model."""
+        return len(self.names) / self.model_seconds
 
     def rows(self) -> list[tuple[str, int, float]]:
         """(input, most likely class, its output) each; empty where outputs are not classes."""
@@ -131,6 +97,22 @@ class _Predictions:
         if self.top1 is not None:
             arrays["top1"] = self.top1
         np.savez_compressed(path, **arrays)
+
+
+def _print(predictions: _Predictions, batch: int, console: Console) -> None:
+    rows = predictions.rows()
+    if rows:
+        table = Table("input", "top1", "score")
+        for name, top1, score in rows[:_SHOWN]:
+            table.add_row(name, str(top1), f"{score:.3g}")
+        console.print(table)
+        if len(rows) > _SHOWN:
+            console.print(f"... and {len(rows) - _SHOWN} more")
+    with_reading = len(predictions.names) / predictions.total_seconds
+    console.print(
+        f"{len(predictions.names)} inputs at batch {batch}: {predictions.per_second:.1f} per second in the model, "
+        f"{with_reading:.1f} with reading them"
+    )
 
 
 def _predict(model: ConvertedModel, inputs: Inputs, batch: int, *, classes_only: bool) -> _Predictions:
@@ -169,17 +151,3 @@ def _image_shape(model: ConvertedModel, saved: Path) -> tuple[int, int, int]:
     if len(shapes) != 1 or len(shapes[0]) != 4:
         raise ValueError(f"{saved} takes inputs of shapes {shapes}; run feeds models of one image")
     return shapes[0][1], shapes[0][2], shapes[0][3]
-
-
-def _pair(size: str) -> tuple[int, int]:
-    values = numbers(size, "--size")
-    if len(values) != 2:
-        raise ValueError(f"--size is height,width, got {size!r}")
-    return values[0], values[1]
-
-
-def _floats(text: str, option: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError as error:
-        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from error

@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from escort.cli.console import JsonOption, command
+from escort.cli.console import Output
 from escort.cli.demo.digits import run_demo
+from escort.cli.options import command
 
 
+@command
 def main(
+    output: Output,
     out: Annotated[Path, typer.Option(help="Folder for summary.json, report.html and the saved model.")] = Path(
         "out/demo"
     ),
     seed: Annotated[int, typer.Option(help="Of the split, the first weights and the order of the images.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A far smaller network for a few seconds.")] = False,
-    as_json: JsonOption = False,
 ) -> None:
     """Train a small CNN on handwritten digits, prune it, convert it, and compare accuracy and speed."""
-    with command(as_json) as output:
-        console = Console(stderr=True) if as_json else output.text
-        output.result = run_demo(out, seed=seed, quick=quick, console=console)
+    output.result = run_demo(out, seed=seed, quick=quick, console=output.text)

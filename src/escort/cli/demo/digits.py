@@ -16,17 +16,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 
 import escort
 from escort import prune, reference, report
+from escort.cli import rivals
+from escort.cli.console import progress
 from escort.network.model import ConvertedModel
-from escort.network.plan_table import machine_line, plan_table
-from escort.planner import timing as bench
+from escort.planner import timing
 from escort.planner.machine import Machine
 
-#: The convolution that reads the image has few weights and many effects: it stays dense, as is usual.
+#: The convolution that reads the picture stays dense, as is usual: it has few weights, and everything depends on them.
 FIRST_CONVOLUTION = "stem.0"
 BATCHES = (1, 8, 64)
 #: The batch that the network is planned for and that the one ``speedup`` of the summary is about.
@@ -193,9 +194,8 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console 
 
 def _train_and_prune(digits: Digits, recipe: Recipe, console: Console) -> tuple[nn.Module, nn.Module, list[Epoch]]:
     """The trained network, a copy of it pruned while it is fine-tuned (both in eval mode), and how it went."""
-    columns = TextColumn("{task.description:<12}"), BarColumn(), TextColumn("{task.fields[status]}", justify="right")
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
-        # channels_last is torch's faster layout for convolutions on CPUs, in training too.
+    with progress(console) as bars:
+        # channels_last is the memory format in which torch's convolutions are faster on CPUs, in training too.
         dense = DigitNet(recipe.width).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         history = _fit(dense, digits, recipe, bars)
         pruned = copy.deepcopy(dense)
@@ -207,7 +207,7 @@ def _train_and_prune(digits: Digits, recipe: Recipe, console: Console) -> tuple[
 
 
 def _sparsity_of_the_rest(model: nn.Module, sparsity: float) -> float:
-    """What the convolutions behind the first, which stays dense, are pruned to for `sparsity` over all of them."""
+    """The sparsity of all convolutions but the first, which stays dense, for `sparsity` over all of them."""
     weights = {name: conv.weight.numel() for name, conv in prune.convolutions(model).items()}
     total = sum(weights.values())
     return sparsity * total / (total - weights[FIRST_CONVOLUTION])
@@ -216,29 +216,30 @@ def _sparsity_of_the_rest(model: nn.Module, sparsity: float) -> float:
 def _fit(
     model: nn.Module, digits: Digits, recipe: Recipe, bars: Progress, schedule: prune.GradualSchedule | None = None
 ) -> list[Epoch]:
-    """Train `model` in place, with a `schedule` prune it on the way."""
+    """Trains `model` in place, and prunes it on the way where there is a schedule."""
     epochs = recipe.epochs if schedule is None else recipe.finetune_epochs
     rate = recipe.learning_rate if schedule is None else recipe.learning_rate / 2
     steps = epochs * _steps_per_epoch(digits, recipe)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    bar = bars.add_task("training" if schedule is None else "pruning", total=steps, status="")
+    activity = "training" if schedule is None else "pruning"
+    bar = bars.add_task(activity, total=steps)
     history: list[Epoch] = []
     step = 0
     for _ in range(epochs):
         model.train()
-        for picked in torch.randperm(len(digits.train_labels)).split(recipe.batch):
+        for batch in torch.randperm(len(digits.train_labels)).split(recipe.batch):
             if schedule is not None:
                 schedule.apply(model, step, skip=FIRST_CONVOLUTION)
             optimizer.zero_grad()
-            F.cross_entropy(model(digits.train_images[picked]), digits.train_labels[picked]).backward()
+            F.cross_entropy(model(digits.train_images[batch]), digits.train_labels[batch]).backward()
             optimizer.step()
             rates.step()
             step += 1
             bars.advance(bar)
         history.append(Epoch(_accuracy(model.eval(), digits), prune.sparsity(model)["overall"]))
-        status = f"accuracy {history[-1].accuracy:.1%}"
-        bars.update(bar, status=status + (f" at {history[-1].sparsity:.1%} zeros" if schedule is not None else ""))
+        zeros = "" if schedule is None else f" at {history[-1].sparsity:.1%} zeros"
+        bars.update(bar, description=f"{activity}, accuracy {history[-1].accuracy:.1%}{zeros}")
     return history
 
 
@@ -265,12 +266,9 @@ def _verify(converted: nn.Module, pruned: nn.Module, images: Tensor) -> float:
 
 @torch.inference_mode()
 def _time(dense: nn.Module, converted: nn.Module, x: Tensor, budget_s: float) -> dict[str, Any]:
-    """Median times of a forward: the trained network as torch runs it, in its better memory format, and converted."""
-    nhwc = x.to(memory_format=torch.channels_last)
-    nchw_model = copy.deepcopy(dense).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    nhwc_model = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    runs = [lambda: nchw_model(x), lambda: nhwc_model(nhwc), lambda: converted(x)]
-    *dense_us, converted_us = bench.race(runs, warmup=5, rounds=50, budget_s=budget_s)
+    """Median times of a forward: of the trained network as torch runs it in its better memory format, and converted."""
+    runs = [*(way.run for way in rivals.eager(dense, (x,))), lambda: converted(x)]
+    *dense_us, converted_us = timing.race(runs, warmup=5, rounds=50, budget_s=budget_s)
     return {
         "batch": len(x),
         "dense_us": min(dense_us),
@@ -298,7 +296,7 @@ def _sections(summary: dict[str, Any], converted: ConvertedModel, history: list[
                 f"{images['held_out']} digits that no training step saw.",
                 "Dense times are those of the trained network as PyTorch runs it, in eval mode and inference mode, in "
                 "its faster memory format; both networks take turns on the same images. Medians on "
-                f"{machine_line(converted.plan.machine)}.",
+                f"{report.machine_line(converted.plan.machine)}.",
                 "The converted outputs differ from the pruned network's, computed in float64, by "
                 f"{summary['rel_error']:.1e} of their norm.",
             ),
@@ -313,7 +311,7 @@ def _sections(summary: dict[str, Any], converted: ConvertedModel, history: list[
             "Microseconds per image",
         ),
         _times_section(summary),
-        plan_table(converted.plan),
+        report.plan_section(converted.plan),
         report.bar_chart(
             "Time per convolution",
             list(layers),
@@ -356,7 +354,7 @@ def _times_section(summary: dict[str, Any]) -> report.Table:
 
 
 def _print(summary: dict[str, Any], converted: ConvertedModel, out: Path, console: Console) -> None:
-    console.print(report.terminal(plan_table(converted.plan)))
+    console.print(report.plan_table(converted.plan))
     console.print(report.terminal(_times_section(summary)))
     console.print(report.terminal(report.Table("In short", ("", "Measured"), tuple(_facts(summary).items()))))
     console.print(f"Wrote summary.json, report.html and model.escort to {out} in {summary['seconds']:.0f} s.")

@@ -101,7 +101,7 @@ def test_negative_zeros_are_zeros() -> None:
 def test_a_filter_keeps_its_own_zeros() -> None:
     parts = np.array([0, 1, 3], np.int32), np.array([2, 0, 1], np.int32), np.array([0.0, -0.0, 3.0], np.float32)
     sparse_filter = SparseFilter((2, 3, 1, 1), 1, *parts)
-    back = Container(pack({}, {"f": sparse_filter})).filter("f", (2, 3, 1, 1), 1)
+    back = Container(pack({}, {"f": sparse_filter})).sparse_filter("f", (2, 3, 1, 1), 1)
     for name in ("indptr", "columns", "values"):
         assert getattr(back, name).tobytes() == getattr(sparse_filter, name).tobytes()
 
@@ -110,7 +110,7 @@ def test_a_filter_keeps_its_own_zeros() -> None:
 def test_grouped_filters_come_back(density: float) -> None:
     torch.manual_seed(0)
     weight = torch.randn(6, 5, 3, 2) * (torch.rand(6, 5, 3, 2) < density)
-    back = Container(pack({}, {"f": SparseFilter.from_dense(weight, 3)})).filter("f", (6, 5, 3, 2), 3)
+    back = Container(pack({}, {"f": SparseFilter.from_dense(weight, 3)})).sparse_filter("f", (6, 5, 3, 2), 3)
     assert back.groups == 3
     assert torch.equal(back.to_dense(), weight)
 
@@ -216,10 +216,10 @@ def test_each_tensor_is_taken_out_once() -> None:
     with pytest.raises(ValueError, match="tensor w is missing"):
         read.tensor("w")
     with pytest.raises(ValueError, match="should be float32 of shape"):
-        Container(EXAMPLE).filter("w", (3, 4, 1, 1), 1)
+        Container(EXAMPLE).sparse_filter("w", (3, 4, 1, 1), 1)
 
 
 def test_the_documentation_shows_these_bytes() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
     shown = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ){1,15}[0-9a-f]{2}) ", text, re.MULTILINE)
     assert bytes.fromhex("".join(shown)) == EXAMPLE

@@ -18,7 +18,7 @@ from torch import nn
 
 from escort.cli import models
 
-TINY = "tests.test_models:tiny"
+TINY = "tests.cli.test_models:tiny"
 
 
 def tiny() -> nn.Module:

@@ -1,0 +1,5 @@
+"""``python -m escort`` is the command line."""
+
+from escort.cli import app
+
+app(prog_name="escort")

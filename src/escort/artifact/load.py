@@ -1,0 +1,201 @@
+"""A converted model out of its file.
+
+The file may come from anywhere, so everything in it is checked before it is used, and nothing in it is run as code.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from escort.artifact import build
+from escort.artifact.build import MAX_NUMBERS
+from escort.artifact.container import Container, parse
+from escort.artifact.errors import ArtifactError, blaming
+from escort.artifact.layers import SPARSE
+from escort.artifact.save import FORMAT, VERSION
+from escort.layers.nn import SparseConv2d
+from escort.network.convert import replan
+from escort.network.model import ConvertedModel, NetworkPlan
+from escort.planner.machine import Machine, find_device
+from escort.problem import Precision
+
+_REMEDY = "save the model again with this version, or get an undamaged copy of the file"
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    device: str | torch.device | None = None,
+    remeasure: bool | None = None,
+) -> ConvertedModel:
+    """The converted model that :func:`save` wrote. A file from an untrusted source is safe to load.
+
+    Args:
+        model: a new dense model of the same structure, for a file without a graph; it is copied, not changed.
+        device: where the model shall run: "cpu", "cuda" or "cuda:1"; by default on the device that it was planned for,
+            or on the most similar one that is here.
+        remeasure: whether to measure again which method is fastest; by default where the file was planned on another
+            machine or for another type of device, with another number of threads, or by other versions.
+
+    Raises:
+        ArtifactError: (a ValueError) naming the file, the layer, the problem and the remedy.
+        ValueError: if there is no such device here.
+        OSError: if the file cannot be read.
+        torch.OutOfMemoryError: if the GPU cannot hold the model, or run it on the inputs that it was planned for.
+    """
+    path = Path(path)
+    wanted = None if device is None else find_device(str(device))
+    saved = _read(path)
+    target = _nearest(saved.device) if wanted is None else wanted
+    _check_request(saved, target, model, remeasure)
+    network, plan = _build(saved, target, model)
+    converted = ConvertedModel(network, plan)
+    if remeasure is None:
+        sparse = [plan.layers[name] for name, record in saved.layers.items() if record["type"] == SPARSE]
+        remeasure = any(layer.time_us is None for layer in sparse) or plan.machine != Machine.here(str(target))
+    if not remeasure:
+        return converted
+    remedy = "convert the model again on this machine"
+    with blaming(path, remedy if saved.moves_to(target) else f"load it with remeasure=False, then {remedy}"):
+        return replan(converted)
+
+
+def load_plan(path: str | os.PathLike[str]) -> NetworkPlan:
+    """The plan in a file that :func:`save` wrote, as it was planned, on whatever machine. Nothing else is read.
+
+    Raises:
+        ArtifactError, OSError: as :func:`load` does.
+    """
+    path = Path(path)
+    data = _file_bytes(path)
+    with blaming(path, _REMEDY):
+        return _open(path, data)[1]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The content of a file, of which nothing is built yet.
+
+    Attributes:
+        layers: the records of the layers by path.
+        nodes: the records of the graph's nodes; None of a model that could not be traced.
+    """
+
+    path: Path
+    container: Container
+    plan: NetworkPlan
+    layers: Mapping[str, Mapping[str, Any]]
+    nodes: list[Mapping[str, Any]] | None
+
+    @property
+    def device(self) -> torch.device:
+        """What it was planned for."""
+        return torch.device(self.plan.device)
+
+    def moves_to(self, target: torch.device) -> bool:
+        """Whether that is a device of another type."""
+        return target.type != self.device.type
+
+
+def _read(path: Path) -> _Saved:
+    data = _file_bytes(path)
+    with blaming(path, _REMEDY):
+        container, plan = _open(path, data)
+        architecture = parse(container.metadata["architecture"])
+        return _Saved(path, container, plan, architecture["layers"], architecture["graph"])
+
+
+def _file_bytes(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file; name one that escort.save wrote")
+    return path.read_bytes()
+
+
+def _open(path: Path, data: bytes) -> tuple[Container, NetworkPlan]:
+    """The content of a file and its plan, both checked."""
+    container = Container(data)
+    _check_version(path, container.metadata)
+    plan = NetworkPlan.from_json(parse(container.metadata["plan"]))
+    sizes = [size for shape in plan.input_shapes for size in shape]
+    if min(sizes, default=0) < 0 or sum(map(math.prod, plan.input_shapes)) > MAX_NUMBERS:
+        raise ValueError(f"no network takes inputs of shape {plan.input_shapes}")
+    return container, plan
+
+
+def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
+    file_format, version = metadata.get("format"), metadata.get("version")
+    if (file_format, version) == (FORMAT, str(VERSION)):
+        return
+    problem = (
+        f"its format is {file_format} {version}, written by escort {metadata.get('escort')}; "
+        f"this version reads {FORMAT} {VERSION}"
+    )
+    if (file_format, version) == (FORMAT, "1"):
+        raise ArtifactError(f"{path}: {problem}; convert the model again, or load it with the version that wrote it")
+    raise ValueError(problem)
+
+
+def _nearest(planned: torch.device) -> torch.device:
+    """The device here that is most like the one planned for."""
+    if planned.type == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    is_here = planned.index is not None and planned.index < torch.cuda.device_count()
+    return planned if is_here else find_device("cuda")
+
+
+def _check_request(saved: _Saved, target: torch.device, model: nn.Module | None, remeasure: bool | None) -> None:
+    """Raises ArtifactError where the file does not go with the arguments of :func:`load`."""
+    path, plan = saved.path, saved.plan
+    if saved.moves_to(target) and remeasure is False:
+        raise ArtifactError(f"{path}: it was planned for {plan.device}, not for {target}; leave out remeasure=False")
+    if saved.moves_to(target) and plan.precision in ("fp16", "bf16"):
+        remedy = "load it where there is a GPU, or convert the model in float32 on the CPU"
+        raise ArtifactError(f"{path}: it computes in {plan.precision}, which takes a GPU; {remedy}")
+    if saved.nodes is None and model is None:
+        raise ArtifactError(f"{path}: it holds no graph; pass load a new model of the class that was converted")
+    if saved.nodes is not None and model is not None:
+        raise ArtifactError(f"{path}: it holds its own graph; leave out the model")
+
+
+def _build(saved: _Saved, target: torch.device, model: nn.Module | None) -> tuple[nn.Module, NetworkPlan]:
+    """The network on a device, and its plan for it."""
+    container = saved.container
+    with blaming(saved.path, _REMEDY):
+        plan = _transfer(saved.plan, target)
+        layers = {name: build.restore_layer(name, record, container, plan) for name, record in saved.layers.items()}
+    with blaming(saved.path, _REMEDY if model is None else "pass a new model of the class that was converted"):
+        network: nn.Module
+        if model is None:
+            assert saved.nodes is not None
+            network = build.connect(saved.nodes, layers, container)
+        else:
+            network = build.insert(layers, container, model)
+        if container.left:
+            raise ValueError(f"nothing in the network uses its tensor {container.left[0]}")
+        build.move(network, saved.device, target)
+        if plan.memory_format == "channels_last" and not plan.kept_dense:  # for what is left of torch's convolutions
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    chosen = {name: layer.plan for name, layer in layers.items() if isinstance(layer, SparseConv2d)}
+    others = {} if saved.moves_to(target) else plan.layers  # of a network that stayed dense
+    return network, replace(plan, layers=others | chosen)
+
+
+def _transfer(plan: NetworkPlan, target: torch.device) -> NetworkPlan:
+    """The plan for another device; on one of another type nothing is chosen yet."""
+    moves = target.type != torch.device(plan.device).type
+    precision: Precision = "fp32" if moves and plan.precision == "tf32" else plan.precision
+    layers = {}
+    for name, layer in plan.layers.items():
+        layer = replace(layer, problem=replace(layer.problem.on(str(target)), precision=precision))
+        layers[name] = replace(layer, method="", candidates=()) if moves else layer
+    images = None if moves else plan.images
+    return replace(plan, layers=layers, device=str(target), precision=precision, images=images)

@@ -1,0 +1,227 @@
+"""The options that several commands take, declared once, and the decorator that makes a function a command."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from enum import Enum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import torch
+import typer
+from torch import nn
+
+import escort
+from escort import artifact
+from escort.cli import models
+from escort.cli.console import Output, reporting
+from escort.network.convert import COMPILE_BUDGET_S
+from escort.network.model import ConvertedModel
+from escort.planner.machine import find_device
+from escort.problem import TORCH_DTYPE
+
+
+class PrecisionName(str, Enum):
+    """The precisions of a Problem, as Typer wants them."""
+
+    FP32 = "fp32"
+    TF32 = "tf32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+CheckpointOption = Annotated[
+    Path | None, typer.Option(help="Weights for the factory's model: .safetensors, or .pt / .pth with a state dict.")
+]
+DeviceOption = Annotated[str, typer.Option(help="What to convert for: cpu, cuda, or cuda:1 and so on.")]
+PrecisionOption = Annotated[
+    PrecisionName, typer.Option(help="What convolutions compute in: fp32 is strict; the others are for GPUs.")
+]
+EffortOption = Annotated[
+    str,
+    typer.Option(
+        metavar="fast|best|SECONDS",
+        help="Time for compiling GPU kernels for the weights: fast compiles none, best takes up to five minutes.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, and nothing else, to stdout.")]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where a model comes from."""
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="package.module:factory, or a torch.export archive (.pt2); both are code, so use what you trust.",
+        ),
+    ]
+    checkpoint: CheckpointOption = None
+
+    def load(self) -> nn.Module:
+        """The dense model in eval mode, on the CPU."""
+        return models.load(self.model, self.checkpoint)
+
+
+@dataclass(frozen=True)
+class SavedOptions:
+    """A converted model in a file."""
+
+    saved: Annotated[Path, typer.Argument(metavar="MODEL.escort", help="What escort convert wrote.")]
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, or cuda:1; by default what the model was converted for.")
+    ] = None
+    original: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="MODULE:FACTORY", help="The dense model, where it could not be traced to a graph."
+        ),
+    ] = None
+
+    def load(self) -> ConvertedModel:
+        """The model, ready to run."""
+        check_saved(self.saved)
+        model = None if self.original is None else models.load(self.original)
+        return artifact.load(self.saved, model, device=self.device)
+
+
+@dataclass(frozen=True)
+class ModelOptions(SourceOptions):
+    """A model to convert: where it comes from, a typical input, the device, the precision, and the effort."""
+
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="N,C,H,W", help="Shape of a typical input; repeat it for a model of several."),
+    ] = None
+    device: DeviceOption = "cpu"
+    precision: PrecisionOption = PrecisionName.FP32
+    effort: EffortOption = "fast"
+
+    @property
+    def are_default(self) -> bool:
+        """Whether none was given but the model."""
+        return replace(self, shapes=self.shapes or None) == ModelOptions(self.model)
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """Random inputs of the shapes, the same each time, on the CPU in float32."""
+        if not self.shapes:
+            raise ValueError("give the shape of a typical input, for example --input 1,3,224,224")
+        generator = torch.Generator().manual_seed(0)
+        return tuple(torch.randn(numbers(shape, "--input"), generator=generator) for shape in self.shapes)
+
+    def load_with_inputs(self) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+        """The model and inputs for it, on the device and in the type in which the precision is stored."""
+        inputs = self.inputs()
+        return place(self.load(), inputs, self.device, self.precision)
+
+    def convert(self) -> ConvertedModel:
+        """The converted model; a progress bar shows on stderr."""
+        budget = compile_budget_s(effort_of(self.effort))  # before anything that takes long
+        model, inputs = self.load_with_inputs()
+        return escort.convert(model, inputs, precision=self.precision.value, compile_budget_s=budget, progress=True)
+
+
+def effort_of(text: str) -> str | float:
+    """ "fast", "best", or a number of seconds. Raises ValueError for anything else."""
+    if text in ("fast", "best"):
+        return text
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0.0:
+        raise ValueError(f"--effort takes fast, best or a number of seconds, got {text!r}")
+    return seconds
+
+
+def compile_budget_s(effort: str | float) -> float:
+    """What :func:`escort.convert` takes for an effort until it takes the effort itself."""
+    return {"fast": 0.0, "best": COMPILE_BUDGET_S}[effort] if isinstance(effort, str) else effort
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A function as a command of Typer, with --json and with errors as one message.
+
+    A parameter whose type is a dataclass stands for the options that are its fields. The parameter of type
+    :class:`Output` is what the function prints to; on the command line --json takes its place.
+    """
+    parameters = inspect.signature(function, eval_str=True).parameters
+    expanded = [option for parameter in parameters.values() for option in _options(parameter)]
+    expanded.sort(key=lambda option: option.annotation is JsonOption)  # --json comes last in the help
+
+    @wraps(function)
+    def run(*, as_json: bool, **values: Any) -> None:
+        with reporting(as_json) as output:
+            function(**{name: _value(parameter, values, output) for name, parameter in parameters.items()})
+
+    run.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in expanded}
+    return run
+
+
+def _options(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
+    """What a parameter of a command becomes on the command line. All are given by keyword, so that any may default."""
+    kind, cls = inspect.Parameter.KEYWORD_ONLY, parameter.annotation
+    if cls is Output:
+        yield inspect.Parameter("as_json", kind, default=False, annotation=JsonOption)
+    elif is_dataclass(cls):
+        types = get_type_hints(cls, include_extras=True)
+        for field in fields(cls):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            yield inspect.Parameter(field.name, kind, default=default, annotation=types[field.name])
+    else:
+        yield parameter.replace(kind=kind)
+
+
+def _value(parameter: inspect.Parameter, values: Mapping[str, Any], output: Output) -> Any:
+    """The argument of a command, from what the command line gave."""
+    cls = parameter.annotation
+    if cls is Output:
+        return output
+    if is_dataclass(cls):
+        return cls(**{field.name: values[field.name] for field in fields(cls)})  # type: ignore[operator]
+    return values[parameter.name]
+
+
+def place(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], device: str, precision: PrecisionName
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """A model and inputs for it, moved to a device and into the type in which a precision is stored."""
+    target, storage = find_device(device), TORCH_DTYPE[precision.value]
+    if target.type == "cpu" and precision is not PrecisionName.FP32:
+        raise ValueError(f"--precision {precision.value} is for GPUs, the CPU computes in fp32; add --device cuda")
+    return model.to(target, storage), tuple(x.to(target, storage) for x in inputs)
+
+
+def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
+    """ "1,8" as (1, 8)."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < least:
+        raise ValueError(f"{option} takes integers from {least} up, separated by commas, got {text!r}")
+    return values
+
+
+def check_saved(path: Path) -> None:
+    """Raises FileNotFoundError where there is no saved model."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; name one that escort convert wrote")
+
+
+def check_writable(path: Path) -> None:
+    """Says before the work, not after it, that a result has nowhere to go."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it or write elsewhere")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path}: the folder {path.parent} is not writable; write elsewhere")

@@ -1,0 +1,78 @@
+"""Whole files, byte by byte, as docs/format.md describes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load as load_tensors
+
+from escort.artifact import ArtifactError, load, load_plan, save
+from escort.planner.machine import Machine
+from tests.artifact.forgery import sealed
+
+# The keys of a plan that may be missing.
+OPTIONAL = (
+    b',\\"precision\\":\\"fp32\\",\\"device\\":\\"cpu\\",\\"input_dtypes\\":[\\"float32\\"],\\"timer\\":\\"calls\\"'
+)
+# A model that adds a parameter to its input.
+TINY_HEADER = (
+    b'{"__metadata__":{"sha256":"0000000000000000000000000000000000000000000000000000000000000000",'
+    b'"format":"escort","version":"2","escort":"0",'
+    b'"architecture":"{\\"layers\\":{},\\"graph\\":['
+    b'{\\"op\\":\\"placeholder\\",\\"name\\":\\"x\\",\\"target\\":\\"x\\",\\"args\\":[],\\"kwargs\\":{}},'
+    b'{\\"op\\":\\"get_attr\\",\\"name\\":\\"shift\\",\\"target\\":\\"shift\\",\\"args\\":[],\\"kwargs\\":{}},'
+    b'{\\"op\\":\\"call_function\\",\\"name\\":\\"add\\",\\"target\\":\\"operator.add\\",'
+    b'\\"args\\":[{\\"node\\":\\"x\\"},{\\"node\\":\\"shift\\"}],\\"kwargs\\":{}},'
+    b'{\\"op\\":\\"output\\",\\"name\\":\\"output\\",\\"target\\":\\"output\\",'
+    b'\\"args\\":[{\\"node\\":\\"add\\"}],\\"kwargs\\":{}}]}",'
+    b'"plan":"{\\"layers\\":{},\\"skipped\\":{},\\"input_shapes\\":[[2]],\\"dense_time_us\\":2.0,'
+    b'\\"converted_time_us\\":1.0,\\"rel_error\\":0.0,\\"kept_dense\\":false,'
+    b'\\"machine\\":{\\"device\\":\\"cpu\\",\\"isa\\":\\"generic\\",\\"threads\\":1,'
+    b'\\"torch\\":\\"2.13.0\\",\\"escort\\":\\"0\\"},\\"images\\":null' + OPTIONAL + b'}",'
+    b'"tensors":"{\\"compressed\\":{},\\"shared\\":{}}"},'
+    b'"shift":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+)
+TINY_DATA = b"\x00\x00\x80\x3f\x00\x00\x00\xc0"  # 1.0, -2.0
+
+
+@pytest.fixture
+def tiny_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """The machine that the file put together by hand was planned on."""
+    machine = Machine("cpu", "generic", 1, "2.13.0", "0")
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
+    return machine
+
+
+@pytest.mark.usefixtures("tiny_machine")
+def test_a_file_put_together_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "tiny").write_bytes(sealed(TINY_HEADER, TINY_DATA))
+    model = load(tmp_path / "tiny")
+    assert model(torch.tensor([1.0, 1.0])).tolist() == [2.0, -1.0]
+    save(model, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == sealed(TINY_HEADER, TINY_DATA)
+
+
+def test_keys_that_may_be_missing(tmp_path: Path, tiny_machine: Machine) -> None:
+    assert OPTIONAL in TINY_HEADER
+    (tmp_path / "tiny").write_bytes(sealed(TINY_HEADER.replace(OPTIONAL, b""), TINY_DATA))
+    plan = load(tmp_path / "tiny").plan
+    assert plan.machine == tiny_machine
+    assert (plan.precision, plan.device, plan.input_types, plan.timer) == ("fp32", "cpu", (torch.float32,), "calls")
+
+
+def test_a_file_of_version_1_says_what_to_do(tmp_path: Path) -> None:
+    header = TINY_HEADER.replace(b'"version":"2","escort":"0"', b'"version":"1","escort":"0.1.0"')
+    (tmp_path / "old").write_bytes(sealed(header, TINY_DATA))
+    remedy = "convert the model again, or load it with the version that wrote it$"
+    for read in (load, load_plan):
+        with pytest.raises(ArtifactError, match=f"old: its format is escort 1, written by escort 0.1.0; .*; {remedy}"):
+            read(tmp_path / "old")
+
+
+def test_nothing_is_pickled(saved: Path) -> None:
+    tensors = load_tensors(saved.read_bytes())  # it is a plain safetensors file
+    assert {"stem.0.weight.values", "stem.0.weight.row_lengths", "stem.0.weight.column_gaps"} <= tensors.keys()
+    assert tensors["full.weight"].shape == (10, 12, 1, 1)  # more than half full
+    assert "again.weight" not in tensors

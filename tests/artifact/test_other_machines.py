@@ -1,0 +1,106 @@
+"""Files from another machine or device, and when their layers are measured again."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from escort.artifact import ArtifactError, load, load_plan, save
+from escort.network.convert import ConvertedModel
+from escort.planner.machine import Machine
+from tests.artifact.forgery import Forgery, on_gpu
+from tests.artifact.networks import X, assert_same
+
+LOAD = importlib.import_module("escort.artifact.load")  # by that name the package has the function
+ELSEWHERE = Machine("another", "none", 99, "2.0", "0")
+
+
+def planned_on_gpu(saved: Path, path: Path, dtype: str) -> Path:
+    """The file as if it had been planned on a GPU, with a node that names the device."""
+    forgery = Forgery(saved.read_bytes())
+    layers = {name: on_gpu(layer, dtype) for name, layer in forgery.plan["layers"].items()}
+    machine = asdict(Machine("A GPU", "sm_90", 0, "2.13.0", "0", "580.1", "13.0", "9.1.0"))
+    forgery.plan |= {"layers": layers, "machine": machine, "device": "cuda:0", "precision": dtype, "timer": "graph"}
+    mean = forgery.node("mean")
+    move = {"op": "call_method", "name": "moved", "target": "to", "args": [{"node": "mean"}, {"device": "cuda:0"}]}
+    nodes = forgery.architecture["graph"]
+    forgery.node("fc")["args"] = [{"node": "moved"}]
+    nodes.insert(nodes.index(mean) + 1, move | {"kwargs": {}})
+    path.write_bytes(forgery.seal())
+    return path
+
+
+def test_another_machine_plans_again(
+    converted: ConvertedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = {name: replace(plan, machine=ELSEWHERE) for name, plan in converted.plan.layers.items()}
+    there = ConvertedModel(converted.network, replace(converted.plan, layers=layers, machine=ELSEWHERE))
+    save(there, tmp_path / "there")
+
+    kept = load(tmp_path / "there", remeasure=False)
+    assert kept.plan.machine == ELSEWHERE
+    assert_same(kept, converted)
+
+    here = load(tmp_path / "there")
+    assert here.plan.machine == Machine.here()
+    assert {plan.machine for plan in here.plan.layers.values()} == {Machine.here()}
+    with torch.inference_mode():
+        torch.testing.assert_close(here(X), converted(X))
+
+    asked: list[ConvertedModel] = []
+    monkeypatch.setattr(LOAD, "replan", lambda model: asked.append(model) or model)
+    load(tmp_path / "there")
+    assert len(asked) == 1
+
+
+def test_this_machine_plans_again_only_when_asked(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[ConvertedModel] = []
+    monkeypatch.setattr(LOAD, "replan", lambda model: asked.append(model) or model)
+    load(saved)
+    assert not asked
+    load(saved, remeasure=True)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "tf32"])
+def test_without_a_gpu_its_plan_is_made_anew_on_the_cpu(
+    saved: Path, tmp_path: Path, converted: ConvertedModel, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = planned_on_gpu(saved, tmp_path / "gpu", dtype)
+    for device in (None, "cpu"):
+        here = load(path, device=device)
+        assert (here.plan.device, here.plan.precision, here.plan.machine) == ("cpu", "fp32", Machine.here())
+        assert {(p.problem.device, p.problem.precision) for p in here.plan.layers.values()} == {("cpu", "fp32")}
+        assert all(plan.time_us is not None for plan in here.plan.layers.values())
+        with torch.inference_mode():
+            torch.testing.assert_close(here(X), converted(X))
+    assert load_plan(path).layers["stem.0"].method == "cudnn" and load_plan(path).device == "cuda:0"
+    with pytest.raises(ArtifactError, match="gpu: it was planned for cuda:0, not for cpu; leave out remeasure=False"):
+        load(path, remeasure=False)
+    with pytest.raises(ValueError, match="cuda:1 needs an NVIDIA GPU"):
+        load(path, device="cuda:1")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_needs_a_gpu(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        ArtifactError, match=f"gpu: it computes in {dtype}, which takes a GPU; load it where there is a GPU, or convert"
+    ):
+        load(planned_on_gpu(saved, tmp_path / "gpu", dtype))
+
+
+def test_a_plan_is_read_without_the_rest(saved: Path, converted: ConvertedModel, tmp_path: Path) -> None:
+    assert load_plan(saved) == converted.plan
+    forgery = Forgery(saved.read_bytes())
+    forgery.plan["layers"]["stem.0"]["method"] = "magic"
+    (tmp_path / "forged").write_bytes(forgery.seal())
+    with pytest.raises(ArtifactError, match="forged: no method 'magic'"):
+        load_plan(tmp_path / "forged")
+    with pytest.raises(FileNotFoundError):
+        load_plan(tmp_path / "none")

@@ -1,0 +1,84 @@
+"""escort doctor: what it finds, and what it says about what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from escort.cli import doctor
+from escort.methods import for_device
+from escort.planner.machine import Machine
+from tests.cli.invoking import invoke, succeed, succeed_json
+
+
+def test_doctor() -> None:
+    report = succeed_json("doctor")
+    findings = {finding["name"]: finding for finding in report["findings"]}
+    assert report["ok"] and findings["torch"]["value"] == torch.__version__
+    assert "NVRTC" in findings["kernel compiler"]["value"]
+    assert all(findings[f"method {method.name}"]["value"] == "works" for method in for_device("cpu"))
+    assert f"kernels for {Machine.here().isa}" in findings["cpu"]["value"]
+    assert "remedy" in succeed("doctor").stdout
+
+
+def test_doctor_finds_a_kernel_that_computes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.reference, "compare", lambda out, ref: 0.5)
+    result = invoke("doctor", "--json")
+    assert result.exit_code == 1 and not json.loads(result.stdout)["ok"]
+
+
+def test_doctor_names_the_remedy_for_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    findings = {finding["name"]: finding for finding in succeed_json("doctor")["findings"]}
+    assert findings["onnxruntime"]["remedy"] == "pip install escort-sparse[bench]"
+
+
+def test_doctor_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / "cache"))
+
+    def missing() -> str:
+        raise ImportError("no NVRTC")
+
+    monkeypatch.setattr(doctor.compiler, "compiler_version", missing)
+    findings = {finding["name"]: finding for finding in succeed_json("doctor")["findings"]}
+    assert findings["gpu"]["ok"] is None and "without CUDA" in findings["gpu"]["value"]
+    assert findings["kernel compiler"]["ok"] is None
+    assert findings["kernel compiler"]["remedy"] == "pip install escort-sparse[cuda13]"
+    assert findings["kernel cache"]["ok"] and not (tmp_path / "cache").exists()
+
+
+def test_doctor_says_why_the_cache_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    finding = next(finding for finding in succeed_json("doctor")["findings"] if finding["name"] == "kernel cache")
+    assert finding["ok"] is None and "ESCORT_CACHE_DIR" in finding["remedy"]
+
+
+@pytest.mark.gpu
+def test_doctor_runs_the_kernel_of_every_gpu() -> None:
+    findings = {finding["name"]: finding for finding in succeed_json("doctor")["findings"]}
+    for index in range(torch.cuda.device_count()):
+        assert torch.cuda.get_device_name(index) in findings[f"cuda:{index}"]["value"]
+        assert findings[f"method direct on cuda:{index}"]["value"] == "works"
+        values = [findings[f"method {method.name} on cuda:{index}"]["value"] for method in for_device("cuda")]
+        assert all(value == "works" or value.startswith("refuses: ") for value in values)
+
+
+def test_doctor_says_why_a_method_refuses_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing, failing = for_device("cpu")[:2]
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(type(refusing), "unsupported", lambda self, problem: "not on Sundays")
+    monkeypatch.setattr(type(failing), "prepare", fail)
+    result = invoke("doctor", "--json")
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)["findings"]}
+    refused, failed = (findings[f"method {method.name}"] for method in (refusing, failing))
+    assert (refused["ok"], refused["value"]) == (None, "refuses: not on Sundays")
+    assert (failed["ok"], failed["remedy"]) == (False, "out of order") and result.exit_code == 1
