@@ -46,7 +46,7 @@ GENERATED = by_name("generated", "cuda")
 CONFIGS = tuple(GENERATED.config_type(*numbers) for numbers in ((32, 13, 3, 8), (64, 20, 4, 8)))
 
 
-PLAIN = {"unfold": "by_image", "product": "by_group"}
+PLAIN = {"unfold": "by_sample", "product": "by_group"}
 
 
 def layer_rows(network: str, **times: float) -> list[Row]:
