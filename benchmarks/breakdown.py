@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks import suite
 from escort import reference
 from escort.layers import SparseConv2d
-from escort.network.convert import NETWORK_ERROR_BOUND, convert
+from escort.network.choose import NETWORK_ERROR_BOUND
+from escort.network.convert import convert
 from escort.problem import Precision
 
 #: In the order in which they are stacked.

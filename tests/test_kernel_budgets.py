@@ -15,8 +15,8 @@ from escort.filter import SparseFilter
 from escort.methods.cuda.direct.layout import Layout
 from escort.methods.cuda.direct.params import defines
 from escort.methods.cuda.direct.search import search
-from escort.methods.cuda.generated.codegen import arrange_defines
 from escort.methods.cuda.generated import GeneratedConfig
+from escort.methods.cuda.generated.codegen import arrange_defines
 from escort.methods.cuda.generated.steps import KernelSteps
 from escort.problem import Problem
 from tests.cuda_kernels import ARCHS
@@ -60,7 +60,8 @@ def arrange_variants() -> list[Variant]:
     for dtype, stride in (("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)):
         problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), precision=dtype)  # type: ignore[arg-type]
         sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-        variants.append(("generated_arrange.cu", arrange_defines(KernelSteps.of(problem, sparse_filter, config), 128), 48))
+        kernel_steps = KernelSteps.of(problem, sparse_filter, config)
+        variants.append(("generated_arrange.cu", arrange_defines(kernel_steps, 128), 48))
     return variants
 
 

@@ -12,11 +12,12 @@ import torch
 import typer
 
 from benchmarks import suite
-from benchmarks.commands.options import RunOptions, command
+from benchmarks.commands.options import RunOptions
 from benchmarks.commands.rows import Results
 from benchmarks.findings.methods import OURS
 from benchmarks.suite import Layer, Row
 from escort.cli.console import Output, progress
+from escort.cli.options import command
 from escort.methods import for_device
 
 

@@ -10,12 +10,13 @@ import typer
 from torch import nn
 
 from benchmarks import suite
-from benchmarks.commands.options import EffortOption, RunOptions, command, effort_of
+from benchmarks.commands.options import RunOptions
 from benchmarks.commands.rows import Results
 from benchmarks.networks import NETWORKS
 from benchmarks.suite import NetworkRace, Row
 from escort.cli import models
-from escort.cli.console import CheckpointOption, Output, note, numbers
+from escort.cli.console import Output, note
+from escort.cli.options import CheckpointOption, EffortOption, command, effort_of, numbers
 from escort.problem import TORCH_DTYPE
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from benchmarks import exhibits
 from benchmarks.result_files import Result
 from escort import report
-from escort.cli.console import Output, note, replace_file
+from escort.artifact.files import replace_file
+from escort.cli.console import Output, note
 from escort.report import Section, Table
 
 #: The tables that the terminal shows, beside those of whole networks.

@@ -10,13 +10,14 @@ from typing import Annotated, Any, get_args
 import typer
 
 from benchmarks import counters
-from benchmarks.commands.options import EffortOption, SeedOption, command, command_line, effort_of
+from benchmarks.commands.options import SeedOption, command_line
 from benchmarks.commands.pages import show, write_page
 from benchmarks.networks import NETWORKS
 from benchmarks.paper_layers import PAPER_BATCH
 from benchmarks.result_files import Item, read_results
 from benchmarks.study import COUNTERS, PAPER_QUESTIONS, QUESTIONS, SPARSITIES, Study, plan, run
 from escort.cli.console import Output, note, progress
+from escort.cli.options import EffortOption, command, effort_of
 from escort.planner.machine import find_device
 from escort.problem import Precision
 

@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from benchmarks import exhibits
-from benchmarks.commands.options import command
 from benchmarks.commands.pages import show, write_page
 from benchmarks.result_files import Result, read_results
 from escort import report
-from escort.cli.console import Output, check_writable, note, replace_file
+from escort.artifact.files import replace_file
+from escort.cli.console import Output, note
+from escort.cli.options import check_writable, command
 
 
 @dataclass(frozen=True)

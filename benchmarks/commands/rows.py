@@ -13,7 +13,10 @@ from benchmarks import suite
 from benchmarks.commands.options import RunOptions, command_line
 from benchmarks.suite import Row
 from escort import report
-from escort.cli.console import Output, check_writable, note, replace_file
+from escort.artifact.files import replace_file
+from escort.cli.console import Output, note
+from escort.cli.options import check_writable
+from escort.network.plan_table import machine_line
 from escort.planner.machine import Machine
 
 #: Share of the cores that may be in use by others before a result is worth a warning.
@@ -72,7 +75,7 @@ class Results:
             "rows": [asdict(row) for row in rows],
             "geometric_means": means,
         }
-        caption = f"{report.machine_line(Machine.here(self.device))}, {self.dtype}, medians in microseconds."
+        caption = f"{machine_line(Machine.here(self.device))}, {self.dtype}, medians in microseconds."
         output.text.print(report.terminal(_times(rows, self.ours, caption)))
         output.text.print(report.terminal(_means(means, self.ours)))
         if self.path is not None:

@@ -12,8 +12,9 @@ from benchmarks.exhibits.cells import Shown, bar_length, microseconds
 from benchmarks.findings import forecast
 from benchmarks.findings.methods import OURS, methods_in
 from benchmarks.result_files import Result
+from escort.network.plan_table import convolution
 from escort.problem import Precision
-from escort.report import Table, convolution, horizontal_bars
+from escort.report import Table, horizontal_bars
 
 #: The precisions that there is a forecast of.
 FORECAST: tuple[Precision, ...] = ("fp16", "fp32")

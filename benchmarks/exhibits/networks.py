@@ -11,7 +11,8 @@ from benchmarks.findings.break_even import Point, break_even, by_sparsity, point
 from benchmarks.findings.methods import OURS, methods_in
 from benchmarks.paper_layers import LAYERS
 from benchmarks.result_files import Result
-from escort.report import Table, convolution, horizontal_bars, line_chart
+from escort.network.plan_table import convolution
+from escort.report import Table, horizontal_bars, line_chart
 
 
 def show_networks(results: Mapping[str, Result]) -> Shown:

@@ -11,11 +11,10 @@ from benchmarks import suite
 from benchmarks.findings.break_even import random_weights
 from benchmarks.findings.methods import OURS, SPARSE
 from benchmarks.result_files import Item
-from benchmarks.study.channel_order import channel_order
 from benchmarks.study.study import Key, Study, key, label, layers_of, race, raced
 from benchmarks.suite import Layer, Limited, Row
 from escort.filter import SparseFilter
-from escort.methods import by_name, dense_for
+from escort.methods import by_name, channel_order, dense_for
 from escort.problem import Precision, Problem
 
 

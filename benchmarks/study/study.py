@@ -14,6 +14,7 @@ from benchmarks import suite
 from benchmarks.paper_layers import PAPER_BATCH, PAPER_LAYERS
 from benchmarks.suite import Layer, Limited, Row
 from escort.methods import Method, by_name, for_device
+from escort.network.check import Effort
 from escort.problem import Precision
 
 #: Shares of zeros at which networks and shapes of layers are compared.
@@ -59,7 +60,7 @@ class Study:
     sparsities: tuple[float, ...] = SPARSITIES
     search: int = 16
     budget_s: float = 0.5
-    effort: str | float = "best"
+    effort: Effort = "best"
     seed: int = 0
     factories: Mapping[str, Network] = field(default_factory=dict)
     patterns: tuple[Path, ...] = ()

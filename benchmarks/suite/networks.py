@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from benchmarks.suite.rows import WHOLE, Row, check, leave_out
 from escort import prune, reference
 from escort.methods.precision import float32_convolutions, float32_products
-from escort.network.convert import COMPILE_BUDGET_S, NETWORK_ERROR_BOUND, convert
+from escort.network.check import Effort
+from escort.network.choose import NETWORK_ERROR_BOUND
+from escort.network.convert import convert
 from escort.planner import timing
 from escort.planner.timing import Timing
 from escort.problem import Precision
 
 #: The rivals that :func:`measure_network` knows besides eager torch, by type of device.
 RIVALS = {"cpu": ("onnxruntime",), "cuda": ("graph", "compile")}
-#: Seconds of compiling by the name of an effort.
-_COMPILE_S: dict[str | float, float] = {"fast": 0.0, "best": COMPILE_BUDGET_S}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class NetworkRace:
 
     against: Sequence[str] = ()
     precision: Precision = "fp32"
-    effort: str | float = "best"
+    effort: Effort = "best"
     rounds: int = 8
     budget_s: float = 30.0
     progress: bool = False
@@ -112,12 +112,9 @@ def _ways(model: nn.Module, x: Tensor, race: NetworkRace) -> list[_Way]:
     engines = [_onnxruntime(model, x) for name in race.against if name == "onnxruntime"]  # may not be installed
     channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x_last = x.contiguous(memory_format=torch.channels_last)
-    compile_budget_s = _COMPILE_S.get(race.effort, race.effort)
-    converted = convert(
-        model, x, precision=race.precision, compile_budget_s=float(compile_budget_s), progress=race.progress
-    )
+    converted = convert(model, x, precision=race.precision, effort=race.effort, progress=race.progress)
     plan = converted.plan
-    choice = {"kept_dense": plan.kept_dense, "samples": plan.images, "memory_format": plan.memory_format}
+    choice = {"kept_dense": plan.kept_dense, "samples": plan.samples, "memory_format": plan.memory_format}
     ways = [
         _Way("escort", choice, lambda: converted(x)),
         _Way("eager", {"memory_format": "contiguous"}, lambda: model(x)),

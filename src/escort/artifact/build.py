@@ -14,11 +14,12 @@ from escort.artifact.container import Container
 from escort.artifact.errors import naming
 from escort.artifact.graph import build_graph, check_path
 from escort.artifact.layers import SPARSE, build_layer, describe_layer
-from escort.layers.nn import SparseConv2d
+from escort.layers import SparseConv2d
 from escort.methods import for_device
-from escort.network.fuse import plain_copy, unsupported
+from escort.network.fused import unsupported
 from escort.network.model import NetworkPlan
-from escort.planner.planner import Plan
+from escort.network.trace import plain_copy
+from escort.planner import Plan
 from escort.problem import Problem
 
 MAX_WINDOW = 1 << 13  # kernel size, stride, padding and dilation

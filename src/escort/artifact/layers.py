@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from escort.artifact.arguments import decode, encode
-from escort.layers import nn as escort_nn
-from escort.network.fuse import FusedConv2d
+from escort.layers import MaxPool2d
+from escort.layers.pool import pair
+from escort.network.fused import FusedConv2d
 
 #: The type of a convolution that runs from its compressed filter. Its plan says all about it, so it has no arguments.
 SPARSE = "escort.SparseConv2d"
@@ -32,7 +33,7 @@ LAYERS: dict[str, type[nn.Module]] = {
         """.split()
     },
     "escort.FusedConv2d": FusedConv2d,
-    "escort.MaxPool2d": escort_nn.MaxPool2d,
+    "escort.MaxPool2d": MaxPool2d,
 }
 
 
@@ -76,7 +77,7 @@ def build_layer(record: Mapping[str, Any]) -> nn.Module:
     }
     with torch.device("meta"):
         layer = LAYERS[record["type"]](**arguments)
-    if isinstance(layer, escort_nn.MaxPool2d):
+    if isinstance(layer, MaxPool2d):
         _check_window(layer)
     return layer.requires_grad_(False).eval()
 
@@ -92,7 +93,7 @@ def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
 def _check_window(pool: nn.MaxPool2d) -> None:
     """Raises ValueError for a window that torch would refuse on every call; our kernel trusts it."""
     settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation
-    for size, stride, padding, dilation in zip(*map(escort_nn.pair, settings), strict=True):
+    for size, stride, padding, dilation in zip(*map(pair, settings), strict=True):
         if min(size, stride, dilation) < 1 or not 0 <= 2 * padding <= size:
             raise ValueError(
                 f"a pooling window of {size} has no stride {stride}, padding {padding}, dilation {dilation}"

@@ -21,7 +21,7 @@ from escort.artifact.container import Container, parse
 from escort.artifact.errors import ArtifactError, blaming
 from escort.artifact.layers import SPARSE
 from escort.artifact.save import FORMAT, VERSION
-from escort.layers.nn import SparseConv2d
+from escort.layers import SparseConv2d
 from escort.network.convert import replan
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.planner.machine import Machine, find_device
@@ -197,5 +197,5 @@ def _transfer(plan: NetworkPlan, target: torch.device) -> NetworkPlan:
     for name, layer in plan.layers.items():
         layer = replace(layer, problem=replace(layer.problem.on(str(target)), precision=precision))
         layers[name] = replace(layer, method="", candidates=()) if moves else layer
-    images = None if moves else plan.images
-    return replace(plan, layers=layers, device=str(target), precision=precision, images=images)
+    samples = None if moves else plan.samples
+    return replace(plan, layers=layers, device=str(target), precision=precision, samples=samples)

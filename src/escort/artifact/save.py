@@ -18,7 +18,7 @@ from escort.artifact.files import replace_file
 from escort.artifact.graph import check_path, describe_graph
 from escort.artifact.layers import SPARSE, describe_layer
 from escort.filter import SparseFilter
-from escort.layers.nn import MaxPool2d, SparseConv2d
+from escort.layers import MaxPool2d, SparseConv2d
 from escort.network.model import ConvertedModel
 from escort.planner.machine import Machine
 

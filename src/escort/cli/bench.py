@@ -12,6 +12,7 @@ from escort import report
 from escort.cli.console import Output, command_line
 from escort.cli.options import ModelOptions, command, effort_of
 from escort.cli.rivals import RIVALS, Result, measure
+from escort.network.plan_table import machine_line
 from escort.planner.machine import Machine
 
 
@@ -35,7 +36,7 @@ def main(
         "input_shapes": [list(x.shape) for x in inputs],
         "results": [asdict(result) | {"speedup": _speedup(result, results)} for result in results],
     }
-    caption = f"{options.precision.value} on {report.machine_line(machine)}; {_HOW_TIMED[results[0].timer]}"
+    caption = f"{options.precision.value} on {machine_line(machine)}; {_HOW_TIMED[results[0].timer]}"
     columns = "", "Setup", "Time, µs", "vs escort", "Error", ""
     rows = tuple(_row(result, results) for result in results)
     output.text.print(report.terminal(report.Table("A forward", columns, rows, caption)))

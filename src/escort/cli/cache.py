@@ -30,13 +30,13 @@ def main(
         output.text.print(f"removed {removed} kernels, {_mb(size)}, from {folder}")
         return
     entries = cache.entries()
-    total = sum(entry.bytes for entry in entries)
+    total = sum(entry.size_bytes for entry in entries)
     output.result = {
         "folder": str(folder),
         "total_bytes": total,
         "limit_bytes": limit,
         "entries": [
-            {"file": entry.path.name, "bytes": entry.bytes, "used": entry.used, **entry.description}
+            {"file": entry.path.name, "bytes": entry.size_bytes, "used": entry.used, **entry.description}
             for entry in entries
         ],
     }
@@ -47,7 +47,7 @@ def main(
 
 
 def _line(entry: cache.Entry) -> tuple[str, ...]:
-    size, age, name = f"{entry.bytes / 1000:,.0f}", _age(time.time() - entry.used), entry.path.name[:12]
+    size, age, name = f"{entry.size_bytes / 1000:,.0f}", _age(time.time() - entry.used), entry.path.name[:12]
     kernel = entry.description
     if not kernel:
         return "damaged", "-", "-", "-", size, age, name

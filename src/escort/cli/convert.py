@@ -11,6 +11,7 @@ import escort
 from escort import report
 from escort.cli.console import Output
 from escort.cli.options import ModelOptions, check_writable, command
+from escort.network.plan_table import plan_table
 
 
 @command
@@ -25,5 +26,5 @@ def main(
     escort.save(converted, output_path)
     plan = converted.plan
     output.result = {"output": str(output_path), "bytes": output_path.stat().st_size, **plan.to_json()}
-    output.text.print(report.plan_table(plan))
+    output.text.print(report.terminal(plan_table(plan)))
     output.text.print(f"wrote {output_path}, {output_path.stat().st_size / 1e6:.1f} MB")

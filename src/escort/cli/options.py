@@ -20,7 +20,7 @@ import escort
 from escort import artifact
 from escort.cli import models
 from escort.cli.console import Output, reporting
-from escort.network.convert import COMPILE_BUDGET_S
+from escort.network.check import Effort
 from escort.network.model import ConvertedModel
 from escort.planner.machine import find_device
 from escort.problem import TORCH_DTYPE
@@ -123,15 +123,16 @@ class ModelOptions(SourceOptions):
 
     def convert(self) -> ConvertedModel:
         """The converted model; a progress bar shows on stderr."""
-        budget = compile_budget_s(effort_of(self.effort))  # before anything that takes long
+        effort = effort_of(self.effort)  # before anything that takes long
         model, inputs = self.load_with_inputs()
-        return escort.convert(model, inputs, precision=self.precision.value, compile_budget_s=budget, progress=True)
+        return escort.convert(model, inputs, precision=self.precision.value, effort=effort, progress=True)
 
 
-def effort_of(text: str) -> str | float:
+def effort_of(text: str) -> Effort:
     """ "fast", "best", or a number of seconds. Raises ValueError for anything else."""
-    if text in ("fast", "best"):
-        return text
+    match text:
+        case "fast" | "best":
+            return text
     try:
         seconds = float(text)
     except ValueError:
@@ -139,11 +140,6 @@ def effort_of(text: str) -> str | float:
     if not seconds >= 0.0:
         raise ValueError(f"--effort takes fast, best or a number of seconds, got {text!r}")
     return seconds
-
-
-def compile_budget_s(effort: str | float) -> float:
-    """What :func:`escort.convert` takes for an effort until it takes the effort itself."""
-    return {"fast": 0.0, "best": COMPILE_BUDGET_S}[effort] if isinstance(effort, str) else effort
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

@@ -12,6 +12,7 @@ from escort.cli import models
 from escort.cli.console import Output
 from escort.cli.options import ModelOptions, check_saved, command
 from escort.network.model import NetworkPlan
+from escort.network.plan_table import plan_table
 from escort.planner.plan import Candidate
 
 
@@ -28,7 +29,7 @@ def main(
     """
     plan = _stored_plan(options) if _is_saved(options.model) else options.convert().plan
     output.result = plan.to_json()
-    output.text.print(report.plan_table(plan))
+    output.text.print(report.terminal(plan_table(plan)))
     if candidates:
         output.text.print(report.terminal(_candidates(plan)))
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from escort import convert, reference
-from escort.cli.options import compile_budget_s
-from escort.methods.base import float32_convolutions, float32_products
-from escort.network.convert import NETWORK_ERROR_BOUND
+from escort.methods.precision import float32_convolutions, float32_products
+from escort.network.check import Effort
+from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.planner import timing
 from escort.planner.timing import Timer, Timing
 from escort.problem import TORCH_MEMORY_FORMAT, Precision
@@ -61,7 +61,7 @@ def measure(
     inputs: Inputs,
     against: Sequence[str],
     precision: Precision = "fp32",
-    effort: str | float = "fast",
+    effort: Effort = "fast",
     *,
     progress: bool = False,
 ) -> list[Result]:
@@ -87,8 +87,7 @@ def measure(
         raise ValueError(f"there is no rival {', '.join(unknown)}; there are {', '.join(RIVALS)}")
     with torch.inference_mode():
         expected = _tensors(copy.deepcopy(model).double()(*(x.double() for x in inputs)))
-    budget = compile_budget_s(effort)
-    converted = convert(model, inputs, precision=precision, compile_budget_s=budget, progress=progress)
+    converted = convert(model, inputs, precision=precision, effort=effort, progress=progress)
     choice = {"kept_dense": converted.plan.kept_dense, "memory_format": converted.plan.memory_format}
     ways = [Way("escort", choice, partial(converted, *inputs))]
     missing = []

@@ -24,6 +24,7 @@ from escort import prune, reference, report
 from escort.cli import rivals
 from escort.cli.console import progress
 from escort.network.model import ConvertedModel
+from escort.network.plan_table import machine_line, plan_table
 from escort.planner import timing
 from escort.planner.machine import Machine
 
@@ -296,7 +297,7 @@ def _sections(summary: dict[str, Any], converted: ConvertedModel, history: list[
                 f"{images['held_out']} digits that no training step saw.",
                 "Dense times are those of the trained network as PyTorch runs it, in eval mode and inference mode, in "
                 "its faster memory format; both networks take turns on the same images. Medians on "
-                f"{report.machine_line(converted.plan.machine)}.",
+                f"{machine_line(converted.plan.machine)}.",
                 "The converted outputs differ from the pruned network's, computed in float64, by "
                 f"{summary['rel_error']:.1e} of their norm.",
             ),
@@ -311,7 +312,7 @@ def _sections(summary: dict[str, Any], converted: ConvertedModel, history: list[
             "Microseconds per image",
         ),
         _times_section(summary),
-        report.plan_section(converted.plan),
+        plan_table(converted.plan),
         report.bar_chart(
             "Time per convolution",
             list(layers),
@@ -354,7 +355,7 @@ def _times_section(summary: dict[str, Any]) -> report.Table:
 
 
 def _print(summary: dict[str, Any], converted: ConvertedModel, out: Path, console: Console) -> None:
-    console.print(report.plan_table(converted.plan))
+    console.print(report.terminal(plan_table(converted.plan)))
     console.print(report.terminal(_times_section(summary)))
     console.print(report.terminal(report.Table("In short", ("", "Measured"), tuple(_facts(summary).items()))))
     console.print(f"Wrote summary.json, report.html and model.escort to {out} in {summary['seconds']:.0f} s.")
