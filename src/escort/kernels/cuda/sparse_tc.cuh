@@ -14,8 +14,8 @@
 //        FLAT     pixels in a row (pointwise): its only tap.
 //
 // Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
-// PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent. tiling.py defines the capitals,
-// and puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate) before this file.
+// PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent. tiling.py and memory.py define the
+// capitals, and source.py puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate) before this.
 // STORAGE 0 is float, multiplied in TF32, 1 fp16, 2 bf16.
 //
 //   sparse_tc_tiles.cuh     sizes, shared memory, the order of work
@@ -52,7 +52,7 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
 #define CLUSTERED
 #endif
 
-// a: weight tiles; bias: one per row of all tiles; first: (M_TILES * TAP_GROUPS + 1), a tap group's first
+// a: weight tiles; bias: one per output channel of all tiles; first: (M_TILES * TAP_GROUPS + 1), a tap group's first
 // weight tile; steps: one per weight tile, and one more that is only read.
 extern "C" __global__ void CLUSTERED __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,

@@ -32,7 +32,6 @@ _MEMORY_BYTES = 4.4e6  # a us
 _BESIDE = 0.28  # of what takes less time, computing or memory, that the other does not hide
 _ARRANGE_US, _ARRANGE_BYTES = 3.6, 3.3e6  # of the kernel that arranges x; a us
 
-
 #: Sizes of clusters that the model knows.
 CLUSTERS = tuple(_WAIT)
 
@@ -52,8 +51,8 @@ class Remainder(NamedTuple):
     def of(cls, ordered: OrderedFilter) -> Remainder:
         k_block = ordered.k_block
         return cls(
-            {rows: ordered.remainder_share(rows, k_block) for rows in (64, 128, 256)},
-            {rows: ordered.remainder_share(rows, k_block // 2) for rows in (64, 128)},
+            {channels: ordered.remainder_share(channels, k_block) for channels in (64, 128, 256)},
+            {channels: ordered.remainder_share(channels, k_block // 2) for channels in (64, 128)},
         )
 
 

@@ -22,7 +22,7 @@ _ALIKE = 2  # configs that differ in their clusters only
 def search(
     problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int, memory_format: MemoryFormat
 ) -> list[SparseTcConfig]:
-    """The configs of least predicted time, of some variety."""
+    """At most so many configs, those of least predicted time, of some variety: few differ in their clusters only."""
     remainder = Remainder.of(order_filter(sparse_filter, memory_format, ELEMENTS[problem.precision]))
     tilings = sorted(candidates(problem, gpu, memory_format), key=lambda tiling: predict_us(tiling, remainder, gpu))
     chosen: list[SparseTcConfig] = []
@@ -50,7 +50,7 @@ def candidates(problem: Problem, gpu: Gpu, memory_format: MemoryFormat) -> Itera
 
 
 def _tiles(p: Problem, across: int, m_blocks: int) -> Iterator[tuple[TapGroup, int, int, int]]:
-    """(tap group, pixels of a warpgroup, rows, samples)."""
+    """(tap group, pixels of a warpgroup, rows, samples) of tiles that hold their outputs."""
     pointwise = p.kernel_size == p.stride == (1, 1) and not any(p.padding)
     yield from (("flat" if pointwise else "im2col", pixels, 0, 1) for pixels in _PIXELS)
     down = (p.kernel_size[0] - 1) * p.dilation[0]
@@ -61,9 +61,9 @@ def _tiles(p: Problem, across: int, m_blocks: int) -> Iterator[tuple[TapGroup, i
         ("columns", -(-p.out_width // 8) * 8, p.out_height + down),
         ("halo", p.width + max(p.padding[2:]), p.height + max(p.padding[:2])),
     )
-    for tap_group, pitch, tall in pitches:
+    for tap_group, pitch, sample_rows in pitches:
         for tile_rows, samples in shapes:
-            outputs = ((samples - 1) * tall + tile_rows - 1) * pitch + p.out_width
+            outputs = ((samples - 1) * sample_rows + tile_rows - 1) * pitch + p.out_width
             pixels = -(-outputs * across // 16) * 8
             if p.kernel_size != (1, 1) and pixels * m_blocks <= 256:
                 yield tap_group, pixels, tile_rows, samples

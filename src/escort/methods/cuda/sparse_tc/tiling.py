@@ -202,7 +202,7 @@ def _tap_groups(p: Problem, config: SparseTcConfig, k_blocks: int, rows: _Rows) 
 
 
 def _boxes(p: Problem, config: SparseTcConfig, rows: _Rows, channels: int) -> tuple[Box, Box]:
-    """What is loaded for a tap group, and stored at a time in NHWC."""
+    """The boxes that are loaded for a tap group, and stored at a time in NHWC."""
     load: Box = channels, config.tile_pixels, 1, 1
     if config.tap_group == "im2col":  # each warpgroup's own
         copied = store = channels, config.pixels, 1, 1
