@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from escort.layers.nn import SparseConv2d
 
 from escort.artifact import save
+from escort.layers import SparseConv2d
 from escort.network.convert import ConvertedModel, convert
 from escort.planner import timing
 from tests.artifact.networks import Residual, Untraceable, X, sparse

@@ -30,7 +30,7 @@ TINY_HEADER = (
     b'"plan":"{\\"layers\\":{},\\"skipped\\":{},\\"input_shapes\\":[[2]],\\"dense_time_us\\":2.0,'
     b'\\"converted_time_us\\":1.0,\\"rel_error\\":0.0,\\"kept_dense\\":false,'
     b'\\"machine\\":{\\"device\\":\\"cpu\\",\\"isa\\":\\"generic\\",\\"threads\\":1,'
-    b'\\"torch\\":\\"2.13.0\\",\\"escort\\":\\"0\\"},\\"images\\":null' + OPTIONAL + b'}",'
+    b'\\"torch\\":\\"2.13.0\\",\\"escort\\":\\"0\\"},\\"samples\\":null' + OPTIONAL + b'}",'
     b'"tensors":"{\\"compressed\\":{},\\"shared\\":{}}"},'
     b'"shift":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 )

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from escort.layers.nn import MaxPool2d
-from escort.network.fuse import FusedConv2d
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from escort.artifact import layers
+from escort.layers import MaxPool2d
+from escort.network.fused import FusedConv2d
 from tests.artifact.networks import through_json
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from escort.artifact import ArtifactError, load, save
-from escort.network.convert import ConvertedModel, NetworkPlan, convert
+from escort.network.convert import convert
+from escort.network.model import ConvertedModel, NetworkPlan
 from tests.artifact.networks import Residual, Untraceable, X, assert_same, sparse
 
 

@@ -15,8 +15,8 @@ from benchmarks.result_files import read_results
 from benchmarks.study import Study
 from benchmarks.suite import Layer, Row
 from escort import reference
-from escort.filter import split
-from escort.methods.cuda.sparse_tc.tiling import ELEMENTS
+from escort.methods.cuda.sparse_tc.config import ELEMENTS
+from escort.methods.cuda.sparse_tc.split import split
 from escort.problem import Precision, Problem
 from tests.benchmarks.small import QUICK, SMALL, TINY, Compiled, measured, write_patterns
 

@@ -77,7 +77,7 @@ def test_json_stays_clean_when_the_model_prints(tmp_path: Path) -> None:
 
 
 def test_plan_of_a_saved_file_is_the_stored_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "plan_layers", lambda *args, **kwargs: pytest.fail("measured again"))
+    monkeypatch.setattr("escort.network.swap.plan_layers", lambda *args, **kwargs: pytest.fail("measured again"))
     report = succeed_json("plan", saved)
     assert report["input_shapes"] == [[2, 3, 16, 16]]
     methods = {candidate["method"] for candidate in report["layers"]["3"]["candidates"]}
@@ -90,11 +90,11 @@ def test_the_effort_is_for_the_whole_network(tmp_path: Path, monkeypatch: pytest
     given: list[float] = []
     plan_layers = planner.plan_layers
 
-    def record(layers: Any, compile_budget_s: float, *rest: Any) -> Any:
+    def record(layers: Any, compile_budget_s: float, *rest: Any, **options: Any) -> Any:
         given.append(compile_budget_s)
-        return plan_layers(layers, compile_budget_s, *rest)
+        return plan_layers(layers, compile_budget_s, *rest, **options)
 
-    monkeypatch.setattr(planner, "plan_layers", record)
+    monkeypatch.setattr("escort.network.swap.plan_layers", record)
     for command in (["plan"], ["convert", "--output", tmp_path / "model.escort"]):
         succeed(*command, TINY, "--input", "1,3,8,8")
         succeed(*command, TINY, "--input", "1,3,8,8", "--effort", "best")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from escort.filter import SparseFilter, split
+from escort.filter import SparseFilter
+from escort.methods.cuda.sparse_tc.split import split
 from escort.network.check import Request
 from escort.network.fused import FusedConv2d
 from escort.network.passes import channels_last, fuse
@@ -125,7 +126,7 @@ def test_a_pool_that_is_given_its_input_by_name(x: Tensor) -> None:
 def test_what_is_left_over_gathers_in_the_last_channels(x: Tensor) -> None:
     last = channels_last.rewrite(fused(pruned(0.7), x), on_gpu("fp16"))
     sparse_filter = SparseFilter.from_dense(last.spatial.conv.weight)
-    columns = split(sparse_filter).residual.columns // 9
+    columns = split(sparse_filter).remainder.columns // 9
     first, last = (columns < 32).sum(), (columns >= 32).sum()
     assert 0 <= first < last
 

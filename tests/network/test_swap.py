@@ -14,7 +14,7 @@ from escort import methods
 from escort.filter import SparseFilter
 from escort.methods import Prepared
 from escort.methods.cpu.dense import Dense, DenseConfig
-from escort.planner import planner
+from escort.planner import cores, measure, planner
 from escort.planner import timing as bench
 from escort.problem import Problem
 from tests.network.models import Small, pruned, three_convolutions
@@ -47,7 +47,7 @@ class Compiled(Dense):
         self.prepared: list[str] = []
 
     def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: DenseConfig) -> float:
-        return 10.0 * planner._cores()
+        return 10.0 * cores.count()
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig
@@ -60,13 +60,13 @@ class Compiled(Dense):
 def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, told = Compiled(), list[str]()
     monkeypatch.setattr(methods, "METHODS", (compiled, Dense()))
-    monkeypatch.setattr(planner, "_HOPELESS", float("inf"))
+    monkeypatch.setattr(measure, "_HOPELESS", float("inf"))
     # Of the candidates of a layer, the method that compiles wins.
     monkeypatch.setattr(
-        planner,
+        measure,
         "_race",
         lambda problem, contenders, *_: [
-            replace(candidate, time_us=1.0 if candidate.method == "compiled" else 2.0) for candidate, _ in contenders
+            replace(one.candidate, time_us=1.0 if one.candidate.method == "compiled" else 2.0) for one in contenders
         ],
     )
     monkeypatch.setattr(Progress, "update", lambda bar, task, description: told.append(description))

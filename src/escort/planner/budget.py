@@ -44,7 +44,7 @@ class LayerBudget:
         if not method.compiles_per_filter or self.compile_budget_s > 0.0:
             return None
         self.is_cut = True
-        return "it is compiled for each filter, which a compile budget of 0 s rules out; raise compile_budget_s"
+        return "it is compiled for each filter, for which no time is given; pass effort='best'"
 
     def spend(self, method: Method, layer: Layer, config: Config) -> str | None:
         """Takes what compiling a config needs from the budget, or says why that is too much."""
@@ -57,7 +57,7 @@ class LayerBudget:
         self.is_cut = True
         return (
             f"compiling it takes about {_seconds(needed_s)} of all {cores.count()} cores, more than the "
-            f"{_seconds(left_s)} left of the layer's compile budget; raise compile_budget_s"
+            f"{_seconds(left_s)} left of the layer's share; pass effort='best' or more seconds"
         )
 
 

@@ -102,7 +102,7 @@ def test_from_one_gpu_to_another(tmp_path: Path) -> None:
             moved(x)
         assert_same(fast(x), expected)
         escort.save(moved, tmp_path / "model")
-        loaded = escort.load(tmp_path / "model", device="cuda:1", replan=False)
+        loaded = escort.load(tmp_path / "model", device="cuda:1", remeasure=False)
         assert loaded.plan.device == "cuda:1"
         assert_same(loaded(x.to("cuda:1")).to("cuda:0"), expected)
 

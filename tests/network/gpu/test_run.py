@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import escort
-from escort.layers import ops
+from escort.layers.conv import sparse_conv2d
 from escort.problem import Precision
 from tests.network.gpu.networks import (
     BOTH,
@@ -97,9 +97,9 @@ def test_the_operator_passes_torchs_own_checks(precision: Precision) -> None:
     layer = converted(precision).network.get_submodule("grouped")
     x = images(precision, 2, 16, 8, 8)
     arrays = layer.values, layer.columns, layer.indptr, layer.bias, layer._spec
-    torch.library.opcheck(ops.sparse_conv2d, (x, x, *arrays))
+    torch.library.opcheck(sparse_conv2d, (x, x, *arrays))
     with pytest.raises(ValueError, match="on the filter's device, cpu, got .* on cuda:0"):
-        ops.sparse_conv2d(x, x, *(array.cpu() for array in arrays[:3]), *arrays[3:])
+        sparse_conv2d(x, x, *(array.cpu() for array in arrays[:3]), *arrays[3:])
 
 
 def test_calls_that_do_not_fit_are_named(only: Callable[[str], None]) -> None:
