@@ -51,7 +51,7 @@ def command(layer: Layer, method: str, config: Any, seed: int) -> list[str]:
         "network": layer.network,
         "layer": layer.name,
         "batch": layer.problem.batch,
-        "dtype": layer.problem.precision,
+        "precision": layer.problem.precision,
         "device": layer.problem.device,
         "seed": seed,
         "method": method,
@@ -108,7 +108,7 @@ def longest_launch(text: str) -> dict[str, float]:
 def main(arguments: Sequence[str]) -> None:
     """Runs the layer that the JSON in the first argument describes, once within the profiler's range."""
     what = json.loads(arguments[0])
-    layers = suite.paper_layers(what["batch"], what["seed"], dtype=what["dtype"], device=what["device"])
+    layers = suite.paper_layers(what["batch"], what["seed"], precision=what["precision"], device=what["device"])
     layer = next(layer for layer in layers if (layer.network, layer.name) == (what["network"], what["layer"]))
     problem = layer.problem
     method = by_name(what["method"], problem.device)

@@ -44,7 +44,7 @@ def seed_of(result: Result) -> int:
 
 def read_results(folder: Path) -> dict[str, Result]:
     """The study's files in a folder, by name without ending. Raises ValueError where there are none."""
-    paths = {f"{stem}-{dtype}": folder / f"{stem}-{dtype}.json" for stem in STEMS for dtype in PRECISIONS}
+    paths = {f"{stem}-{precision}": folder / f"{stem}-{precision}.json" for stem in STEMS for precision in PRECISIONS}
     results = {stem: Result.read(path) for stem, path in paths.items() if path.is_file()}
     if not results:
         raise ValueError(f"{folder} holds no results of a study; run: python -m benchmarks paper --out {folder}")

@@ -26,9 +26,9 @@ BLOCK = {"fp16": 64, "bf16": 64, "tf32": 32}
 FIRST, SECOND = 0b0100, 0b1110
 
 
-def decode_tiles(weight_tiles: np.ndarray, dtype: str) -> np.ndarray:
+def decode_tiles(weight_tiles: np.ndarray, precision: str) -> np.ndarray:
     """(tiles, rows, channels of a block): what sparse tensor cores see in weight tiles (tiles, bytes)."""
-    blocks, channels = weight_tiles.shape[1] // (4096 + 512), BLOCK[dtype]
+    blocks, channels = weight_tiles.shape[1] // (4096 + 512), BLOCK[precision]
     decoded = np.zeros((len(weight_tiles), blocks, 64, channels))
     row, half = np.meshgrid(np.arange(64), np.arange(32), indexing="ij")
     address = row * 64 + half * 2
@@ -39,10 +39,10 @@ def decode_tiles(weight_tiles: np.ndarray, dtype: str) -> np.ndarray:
     shift = np.where(row % 16 >= 8, 16, 0) + within % 4 * 4
     for weight_tile, of in zip(weight_tiles, decoded, strict=True):
         for block in range(blocks):
-            values = DECODED[dtype](weight_tile[block * 4096 :][:4096].view(np.uint16)[address // 2])
+            values = DECODED[precision](weight_tile[block * 4096 :][:4096].view(np.uint16)[address // 2])
             words = weight_tile[blocks * 4096 + block * 512 :][:512].view(np.uint32)
             nibbles = (words[thread] >> shift & 15).astype(np.int64)
-            if dtype == "tf32":
+            if precision == "tf32":
                 assert np.isin(nibbles, (FIRST, SECOND)).all(), "no other means anything"
                 of[block][row, group * 2 + (nibbles == SECOND)] = values
                 continue

@@ -32,10 +32,10 @@ BY_NAME = {case.name: case for case in CASES}
 TOO_MUCH = 1 << 46
 
 
-@pytest.mark.parametrize("dtype", ["tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 @every_case
-def test_case_in_channels_last(case: Case, dtype: Precision) -> None:
-    problem, x, weight, bias, residual = case.on(DEVICE, dtype)
+def test_case_in_channels_last(case: Case, precision: Precision) -> None:
+    problem, x, weight, bias, residual = case.on(DEVICE, precision)
     problem = replace(problem, memory_format="channels_last")
     expected = reference.conv2d(problem, x, weight, bias, residual)
     assert all(method.unsupported(problem) for method in BASELINES[1:])
@@ -44,7 +44,7 @@ def test_case_in_channels_last(case: Case, dtype: Precision) -> None:
         for memory_format in (torch.contiguous_format, torch.channels_last):
             y = run(x.contiguous(memory_format=memory_format), residual)
             assert y.dtype is problem.storage and y.is_contiguous(memory_format=torch.channels_last)
-            assert reference.compare(y, expected) <= reference.ERROR_BOUND[dtype], config
+            assert reference.compare(y, expected) <= reference.ERROR_BOUND[precision], config
 
 
 @pytest.mark.usefixtures("hostile")
@@ -229,8 +229,8 @@ def forget() -> None:
 
 
 @pytest.mark.usefixtures("forget")
-@pytest.mark.parametrize("dtype", get_args(Precision))
-def test_a_plan_weighs_every_method(dtype: Precision) -> None:
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_a_plan_weighs_every_method(precision: Precision) -> None:
     problem = Problem(
         2,
         64,
@@ -239,7 +239,7 @@ def test_a_plan_weighs_every_method(dtype: Precision) -> None:
         64,
         (3, 3),
         padding=(1, 1, 1, 1),
-        precision=dtype,
+        precision=precision,
         device=DEVICE,
         epilogue=Epilogue(True, True, "relu"),
     )
@@ -254,7 +254,9 @@ def test_a_plan_weighs_every_method(dtype: Precision) -> None:
     ((x, residual), *_) = bench.example_inputs(problem, seed=1)
     chosen = by_name(again.method, DEVICE)
     y = chosen.prepare(problem, sparse_filter, bias, chosen.config_type(**again.config))(x, residual)
-    assert reference.compare(y, reference.conv2d(problem, x, weight, bias, residual)) <= reference.ERROR_BOUND[dtype]
+    assert (
+        reference.compare(y, reference.conv2d(problem, x, weight, bias, residual)) <= reference.ERROR_BOUND[precision]
+    )
 
 
 @pytest.mark.usefixtures("forget")
@@ -274,16 +276,16 @@ def test_a_candidate_out_of_memory_is_a_reason_and_the_next_one_runs() -> None:
     assert greedy and all("out of device memory" in (candidate.reason or "") for candidate in greedy)
 
 
-@pytest.mark.parametrize("dtype", get_args(Precision))
-def test_rows_of_a_layer(dtype: Precision) -> None:
-    layers = suite.paper_layers(2, dtype=dtype, device=DEVICE)
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_rows_of_a_layer(precision: Precision) -> None:
+    layers = suite.paper_layers(2, precision=precision, device=DEVICE)
     layer = next(layer for layer in layers if layer.name == "inception_3a/5x5")  # the smallest filter, quickly compiled
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* is left out: relative error")  # configs of fewer bits
         rows = suite.measure_layer(layer, budget_s=0.2, rounds=3)
     expected = {m.name for m in for_device(DEVICE) if m.unsupported(layer.problem) is None}
     assert {row.method for row in rows} == expected
-    assert all(row.rel_error <= reference.ERROR_BOUND[dtype] and "timer" not in row.config for row in rows)
+    assert all(row.rel_error <= reference.ERROR_BOUND[precision] and "timer" not in row.config for row in rows)
     assert {"memory_format": "channels_last", "output": "as_is", "fused": False} in [
         r.config for r in rows if r.method == "cudnn"
     ]

@@ -40,15 +40,15 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_kernel_steps_compute_the_convolution(case: Case, dtype: str) -> None:
-    p = replace(case.problem, precision=dtype, epilogue=Epilogue())  # type: ignore[arg-type]
+def test_kernel_steps_compute_the_convolution(case: Case, precision: str) -> None:
+    p = replace(case.problem, precision=precision, epilogue=Epilogue())  # type: ignore[arg-type]
     if max(p.height, p.width) > 40 or p.in_channels * p.out_channels > 5000:
         p = replace(p, batch=min(p.batch, 1))
     x, weight = case.tensors()[0][: p.batch].double(), case.tensors()[1]
     expected = reference.conv2d(replace(p, precision="fp32"), x, weight)
-    for config in CONFIGS[dtype][: 1 if p.out_channels * p.height * p.width > 40000 else None]:
+    for config in CONFIGS[precision][: 1 if p.out_channels * p.height * p.width > 40000 else None]:
         odd = not config.arranged and computed(p).width * p.storage.itemsize % (4 * config.copy)
         if not config.arranged and (p.stride != (1, 1) or odd):
             with pytest.raises(ValueError, match="needs an arranged input"):
@@ -91,7 +91,7 @@ def test_texts_are_the_golden_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(
     ("copy", "arranged", "split", "multicast", "prefetch_warps"),
     [
@@ -103,14 +103,14 @@ def test_texts_are_the_golden_ones(name: str) -> None:
     ],
 )
 def test_everything_assembles_without_spills(
-    arch: str, dtype: str, copy: int, arranged: bool, split: int, multicast: int, prefetch_warps: int
+    arch: str, precision: str, copy: int, arranged: bool, split: int, multicast: int, prefetch_warps: int
 ) -> None:
     if copy == 0 and arch < "sm_90":
         pytest.skip("bulk copies and clusters need compute capability 9.0")
-    sums = 2 if dtype == "fp16" else 1
+    sums = 2 if precision == "fp16" else 1
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 16, 3, 3, generator=generator) * (torch.rand(64, 16, 3, 3, generator=generator) < 0.1)
-    problem = Problem(2, 16, 14, 16, 64, (3, 3), padding=(1, 1, 1, 1), precision=dtype, epilogue=FULL)  # type: ignore[arg-type]
+    problem = Problem(2, 16, 14, 16, 64, (3, 3), padding=(1, 1, 1, 1), precision=precision, epilogue=FULL)  # type: ignore[arg-type]
     if multicast > 1:  # sums that end in 16 bits
         problem = replace(problem, epilogue=Epilogue(True, False, "relu6"))
         sums = 1
@@ -152,9 +152,9 @@ def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
     assert kernel_steps.shared_bytes == kernel_steps.config.stages * (stage_bytes + 16) and not list(reads)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_prefetch_warps_jump_where_no_word_is_held(dtype: str) -> None:
-    problem = Problem(1, 24, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), precision=dtype)  # type: ignore[arg-type]
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_prefetch_warps_jump_where_no_word_is_held(precision: str) -> None:
+    problem = Problem(1, 24, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1), precision=precision)  # type: ignore[arg-type]
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     for prefetch_warps in (0, 1, 3):
         kernel_steps = KernelSteps.of(
@@ -203,9 +203,9 @@ def test_16_bit_sums_end_as_they_are_where_that_is_exact(
 def test_a_word_is_read_once_for_all_channels() -> None:
     weight = torch.ones(8, 3, 3, 3)
     problem = Problem(1, 3, 8, 8, 8, (3, 3), padding=(1, 1, 1, 1))
-    for dtype, reads, joins in (("fp32", 27, 0), ("fp16", 27, 18)):
+    for precision, reads, joins in (("fp32", 27, 0), ("fp16", 27, 18)):
         kernel_steps = KernelSteps.of(
-            replace(problem, precision=dtype),  # type: ignore[arg-type]
+            replace(problem, precision=precision),  # type: ignore[arg-type]
             SparseFilter.from_dense(weight),
             GeneratedConfig(8, 1, 1, 3, stages=2),
         )
@@ -237,8 +237,13 @@ def test_parts_share_the_nonzeros_evenly() -> None:
 
 def test_rows_begin_with_whole_copies() -> None:
     problem = Problem(1, 3, 28, 28, 8, (3, 3), padding=(1, 1, 1, 1))
-    for dtype, copy, pitch, left in (("fp32", 1, 29, 1), ("fp32", 4, 32, 4), ("fp16", 1, 15, 2), ("fp16", 2, 16, 4)):
-        words = Words.of(replace(problem, precision=dtype), copy=copy)  # type: ignore[arg-type]
+    for precision, copy, pitch, left in (
+        ("fp32", 1, 29, 1),
+        ("fp32", 4, 32, 4),
+        ("fp16", 1, 15, 2),
+        ("fp16", 2, 16, 4),
+    ):
+        words = Words.of(replace(problem, precision=precision), copy=copy)  # type: ignore[arg-type]
         assert (words.pitch, words.left) == (pitch, left)
 
 

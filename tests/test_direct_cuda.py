@@ -44,7 +44,7 @@ class Interpreter:
         self.tables = pack(problem, sparse_filter, config)
         self.config, self.half = config, self.layout.samples_per_word == 2
         self.p = Params.of(problem, self.layout, self.tables, config)
-        self.dtype = problem.precision
+        self.precision = problem.precision
 
     def quotient(self, n: NDArray[np.int64], by: Divisor) -> NDArray[np.int64]:
         high = np.array([int(2 * int(v) * by.magic) >> 32 for v in n.ravel()]).reshape(n.shape)
@@ -128,7 +128,7 @@ class Interpreter:
             if self.half:
                 nonzeros = words[start : start + count]
                 offsets = (nonzeros >> 16) // 4
-                kind = torch.float16 if self.dtype == "fp16" else torch.bfloat16
+                kind = torch.float16 if self.precision == "fp16" else torch.bfloat16
                 bits = torch.from_numpy(nonzeros.astype(np.uint16).view(np.int16))
                 values = bits.view(kind).double().numpy()
             else:
@@ -180,10 +180,10 @@ def test_the_struct_is_the_dataclass() -> None:
     assert words[0] == problem.in_channels and words[-1] == problem.epilogue.activation_number
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.problem.batch], ids=lambda case: case.name)
-def test_tables_compute_the_convolution(case: Case, dtype: str) -> None:
-    problem = replace(case.problem, device="cuda:0", precision=dtype)  # type: ignore[arg-type]
+def test_tables_compute_the_convolution(case: Case, precision: str) -> None:
+    problem = replace(case.problem, device="cuda:0", precision=precision)  # type: ignore[arg-type]
     sparse_filter = case.filter()
     configs = search(problem, sparse_filter, H200)
     assert configs
@@ -201,9 +201,9 @@ def test_tables_of_any_shape(data: st.DataObject) -> None:
     kernel, stride, dilation = ((draw(1, high), draw(1, high)) for high in (4, 3, 3))
     padding = (draw(0, 4), draw(0, 4), draw(0, 4), draw(0, 4))
     sizes = (draw(1, 5), groups * draw(1, 8), draw(1, 14), draw(1, 14), groups * draw(1, 8))
-    dtype = data.draw(st.sampled_from(("fp32", "fp16", "bf16")))
+    precision = data.draw(st.sampled_from(("fp32", "fp16", "bf16")))
     try:
-        problem = Problem(*sizes, kernel, stride, padding, dilation, groups, precision=dtype, device="cuda:0")
+        problem = Problem(*sizes, kernel, stride, padding, dilation, groups, precision=precision, device="cuda:0")
     except ValueError:
         assume(False)
         return
@@ -223,7 +223,7 @@ def test_tables_of_any_shape(data: st.DataObject) -> None:
     try:
         error = interpret(problem, case, config)
     except ValueError as refusal:
-        assert "64 KiB" in str(refusal) and dtype != "fp32"
+        assert "64 KiB" in str(refusal) and precision != "fp32"
         return
     assert error < 1e-12
 
@@ -241,8 +241,8 @@ def test_a_stage_beyond_16_bit_offsets_is_refused() -> None:
 
 def test_every_candidate_is_different_and_fits() -> None:
     case = next(case for case in CASES if case.name == "ResNet-50 res4")
-    for dtype in ("fp32", "fp16", "bf16"):
-        problem = replace(case.problem, batch=32, device="cuda:0", precision=dtype)  # type: ignore[arg-type]
+    for precision in ("fp32", "fp16", "bf16"):
+        problem = replace(case.problem, batch=32, device="cuda:0", precision=precision)  # type: ignore[arg-type]
         configs = search(problem, case.filter(), H200)
         assert len(set(configs)) == len(configs) == 12
         for config in configs:
@@ -252,11 +252,11 @@ def test_every_candidate_is_different_and_fits() -> None:
             assert config.threads <= 1024
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_there_is_room_where_a_config_fits(dtype: str) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_there_is_room_where_a_config_fits(precision: str) -> None:
     rooms = []
     for width in (8, 60, 250, 1000, 4000):
-        problem = Problem(1, 4, 32, width, 8, (9, 9), padding=(4,) * 4, precision=dtype, device="cuda:0")  # type: ignore[arg-type]
+        problem = Problem(1, 4, 32, width, 8, (9, 9), padding=(4,) * 4, precision=precision, device="cuda:0")  # type: ignore[arg-type]
         sparse_filter = SparseFilter.from_dense(torch.zeros(problem.weight_shape))
         rooms.append(has_room(problem, H200))
         assert rooms[-1] == (len(candidates(problem, sparse_filter, H200, packed=False)["clocks"]) > 0)
@@ -288,9 +288,9 @@ def test_uneven_rows_are_dealt_evenly() -> None:
     assert heaviest(balanced=True) < heaviest(balanced=False)
 
 
-@pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("fp16", 2)])
-def test_batches_end_where_32_bits_do(dtype: str, itemsize: int) -> None:
-    problem = Problem(1, 64, 112, 112, 8, (3, 3), precision=dtype, device="cuda:0")  # type: ignore[arg-type]
+@pytest.mark.parametrize(("precision", "itemsize"), [("fp32", 4), ("fp16", 2)])
+def test_batches_end_where_32_bits_do(precision: str, itemsize: int) -> None:
+    problem = Problem(1, 64, 112, 112, 8, (3, 3), precision=precision, device="cuda:0")  # type: ignore[arg-type]
     image = 64 * 112 * 112 * itemsize
     most = most_samples(problem)
     assert most * image < 2**32 <= (most + 1) * image
@@ -308,17 +308,17 @@ def test_a_weight_beyond_half_precision_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case_on_the_gpu(case: Case, dtype: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_on_the_gpu(case: Case, precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("ESCORT_EVERY_LANE"):  # for racecheck, as kernels/cuda/direct.cu says of SIGNALS
         monkeypatch.setattr(direct_cuda, "defines", lambda *of: defines(*of) | {"SIGNALS": LANES})
     method, sparse_filter = DirectCuda(), case.filter()
-    problem = replace(case.problem, device="cuda:0", precision=dtype)
+    problem = replace(case.problem, device="cuda:0", precision=precision)
     assert method.unsupported(problem) is None
     configs = method.configs(problem, sparse_filter)
     chosen = (configs[0], configs[len(configs) // 2], configs[-1], small_ring(problem))
-    check_kernels(method, case, "cuda:0", dtype, chosen)
+    check_kernels(method, case, "cuda:0", precision, chosen)
 
 
 class Launches:
@@ -342,9 +342,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return kernel
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_a_runner_launches_a_tile_per_block(launches: Launches, dtype: str) -> None:
-    problem = Problem(4, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1), precision=dtype)  # type: ignore[arg-type]
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_runner_launches_a_tile_per_block(launches: Launches, precision: str) -> None:
+    problem = Problem(4, 8, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1), precision=precision)  # type: ignore[arg-type]
     config = DirectConfig(2, 2, 1, 4, 1, 4, 4, 2)
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     run = DirectCuda().prepare(problem, sparse_filter, torch.zeros(16), config)
@@ -352,7 +352,7 @@ def test_a_runner_launches_a_tile_per_block(launches: Launches, dtype: str) -> N
         x = torch.zeros(images, 8, 14, 14, dtype=problem.storage)
         y = run(x)
         assert y.shape == (images, 16, 14, 14) and y.dtype is problem.storage
-    words = (1, 4, 7) if dtype == "fp32" else (1, 2, 4)
+    words = (1, 4, 7) if precision == "fp32" else (1, 2, 4)
     # 15 x 15 positions per image, up to the last output; 2 groups of 8 output channels.
     assert [grid for grid, *_ in launches.calls] == [(2, -(-(n * 225 - 16) // config.tile), 1) for n in words]
     for images, (grid, *passed) in zip((1, 4, 7), launches.calls, strict=True):

@@ -42,9 +42,9 @@ def test_refusals(change: dict[str, object], reason: str) -> None:
     assert refused is not None and reason in refused
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_the_search_space_fits_the_device(dtype: str) -> None:
-    problem = replace(RES3, precision=dtype)  # type: ignore[arg-type]
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_search_space_fits_the_device(precision: str) -> None:
+    problem = replace(RES3, precision=precision)  # type: ignore[arg-type]
     sparse_filter = sparse(problem, 0.08)
     spaces = list(candidates(problem, sparse_filter, H200))
     assert sum(map(len, spaces)) > 100
@@ -76,18 +76,18 @@ def test_predictions_follow_the_work() -> None:
 
 
 def test_the_step_estimate_is_near() -> None:
-    for dtype in ("fp32", "fp16"):
-        problem = replace(RES3, precision=dtype)  # type: ignore[arg-type]
+    for precision in ("fp32", "fp16"):
+        problem = replace(RES3, precision=precision)  # type: ignore[arg-type]
         sparse_filter, config = sparse(problem, 0.08), GeneratedConfig(32, 8, 4, 8)
         space = space_of(config)
         (estimate,) = part_count(problem, space) * part_steps(problem, sparse_filter, space)
         assert estimate == pytest.approx(KernelSteps.of(problem, sparse_filter, config).step_count, rel=0.1)
 
 
-def on_the_gpu(case: Case, dtype: Precision) -> tuple[Problem, list[GeneratedConfig]]:
+def on_the_gpu(case: Case, precision: Precision) -> tuple[Problem, list[GeneratedConfig]]:
     """The case on the GPU, and some configs of it; none where it is refused or takes more than a minute to compile."""
     method, sparse_filter = Generated(), case.filter()
-    problem = replace(case.problem, device="cuda:0", precision=dtype)
+    problem = replace(case.problem, device="cuda:0", precision=precision)
     if method.unsupported(problem) is not None:
         return problem, []
     configs = method.configs(problem, sparse_filter)
@@ -96,13 +96,13 @@ def on_the_gpu(case: Case, dtype: Precision) -> tuple[Problem, list[GeneratedCon
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case(case: Case, dtype: Precision) -> None:
-    _, configs = on_the_gpu(case, dtype)
+def test_case(case: Case, precision: Precision) -> None:
+    _, configs = on_the_gpu(case, precision)
     if not configs:
         pytest.skip("refused, or takes more than a minute to compile")
-    check_kernels(Generated(), case, "cuda:0", dtype, configs)
+    check_kernels(Generated(), case, "cuda:0", precision, configs)
 
 
 def stagings(sums: int) -> list[GeneratedConfig]:
@@ -123,16 +123,16 @@ def stagings(sums: int) -> list[GeneratedConfig]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("epilogue", [Epilogue(), FULL], ids=["plain", "full"])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("pointwise", [False, True], ids=["3x3", "1x1"])
-def test_any_batch_in_any_place_on_the_gpu(dtype: str, epilogue: Epilogue, pointwise: bool) -> None:
+def test_any_batch_in_any_place_on_the_gpu(precision: str, epilogue: Epilogue, pointwise: bool) -> None:
     """One runner for any batch, and for slices that are not aligned."""
-    problem = replace(RES3, precision=dtype, batch=4, epilogue=epilogue)  # type: ignore[arg-type]
+    problem = replace(RES3, precision=precision, batch=4, epilogue=epilogue)  # type: ignore[arg-type]
     if pointwise:
         problem = replace(problem, kernel_size=(1, 1), padding=(0, 0, 0, 0))
     sparse_filter = sparse(problem, 0.08)
     bias = torch.randn(128) if epilogue.bias else None
-    for config in stagings(2 if dtype == "fp16" else 1):
+    for config in stagings(2 if precision == "fp16" else 1):
         run = Generated().prepare(problem, sparse_filter, bias, config)
         for batch in (0, 1, 4, 7):
             x = torch.randn(batch * 128 * 28 * 28 + 1, device="cuda", dtype=problem.storage)[1:]
@@ -142,17 +142,17 @@ def test_any_batch_in_any_place_on_the_gpu(dtype: str, epilogue: Epilogue, point
             weight, more = sparse_filter.to_dense().cuda(), None if bias is None else bias.cuda()
             expected = reference.conv2d(replace(problem, batch=batch), x, weight, more, residual)
             assert y.shape == expected.shape
-            assert batch == 0 or reference.compare(y, expected) <= reference.ERROR_BOUND[dtype], (config, batch)
+            assert batch == 0 or reference.compare(y, expected) <= reference.ERROR_BOUND[precision], (config, batch)
             assert torch.equal(run(x, residual), y), "not the same twice: a race"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("copy", [1, 2, 4])
-def test_an_input_size_that_the_config_does_not_fit(dtype: str, copy: int) -> None:
+def test_an_input_size_that_the_config_does_not_fit(precision: str, copy: int) -> None:
     """Another config then: copies of several words would meet the middle of a row."""
     config = GeneratedConfig(32, 4, 1, 4, copy=copy)
-    problem = Problem(2, 16, 16, 16, 32, (3, 3), padding=(1, 1, 1, 1), precision=dtype, device="cuda:0")  # type: ignore[arg-type]
+    problem = Problem(2, 16, 16, 16, 32, (3, 3), padding=(1, 1, 1, 1), precision=precision, device="cuda:0")  # type: ignore[arg-type]
     sparse_filter = sparse(problem, 0.1)
     for height, width in ((16, 16), (5, 18), (13, 13)):
         p = replace(problem, height=height, width=width)

@@ -55,7 +55,7 @@ def arranged(kernel_steps: KernelSteps, x: np.ndarray, folder: Path) -> np.ndarr
     return to
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(
     ("kernel", "stride", "dilation", "padding", "planes"),
     [
@@ -72,17 +72,17 @@ def test_the_input_is_laid_out_as_the_interpreter_reads_it(
     dilation: tuple[int, int],
     padding: tuple[int, int, int, int],
     planes: int,
-    dtype: str,
+    precision: str,
     tmp_path: Path,
 ) -> None:
-    problem = Problem(3, 2, 9, 8, 4, kernel, stride, padding, dilation, precision=dtype)  # type: ignore[arg-type]
+    problem = Problem(3, 2, 9, 8, 4, kernel, stride, padding, dilation, precision=precision)  # type: ignore[arg-type]
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     kernel_steps = KernelSteps.of(problem, sparse_filter, GeneratedConfig(4, 12, 1, 2, copy=0, arranged=True))
     assert kernel_steps.tiles(3) == 1 and len(kernel_steps.words.phases) == planes
     x = (
         np.random.default_rng(0)
         .standard_normal(problem.input_shape)
-        .astype(np.float32 if dtype == "fp32" else np.float16)
+        .astype(np.float32 if precision == "fp32" else np.float16)
     )
     to = arranged(kernel_steps, x, tmp_path)
     stage = generated_interpreter.stage(kernel_steps, x.astype(np.float64), Chunk(range(2), ()), 0)

@@ -35,14 +35,16 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def direct_variants() -> list[Variant]:
     """The choices of the search for four layers, one of them strided, in each way to store and to copy."""
     variants: list[Variant] = []
-    for dtype in ("fp32", "fp16", "bf16"):
+    for precision in ("fp32", "fp16", "bf16"):
         for channels, size, stride in ((64, 56, 1), (256, 14, 1), (512, 7, 1), (128, 28, 2)):
             padding, spread = (1, 1, 1, 1), range(0, 9 * channels * channels, 16)
-            problem = Problem(32, channels, size, size, channels, (3, 3), (stride, stride), padding, precision=dtype)  # type: ignore[arg-type]
+            problem = Problem(
+                32, channels, size, size, channels, (3, 3), (stride, stride), padding, precision=precision
+            )  # type: ignore[arg-type]
             weight = np.zeros(problem.weight_shape, dtype=np.float32)
             weight.reshape(-1)[spread] = 1.0
             config = search(problem, SparseFilter.from_dense(weight), H200, most=1)[0]
-            macros = defines(config, Layout.of(problem, config.tile), dtype)
+            macros = defines(config, Layout.of(problem, config.tile), precision)
             variants.append(("direct.cu", macros, 65536 // (config.threads * config.occupancy) // 8 * 8))
     return variants
 
@@ -57,8 +59,8 @@ def arrange_variants() -> list[Variant]:
     variants: list[Variant] = [
         ("sparse_tc_arrange.cu", {"BYTES": size, "VECTOR": vector}, 48) for size, vector in vectors
     ]
-    for dtype, stride in (("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)):
-        problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), precision=dtype)  # type: ignore[arg-type]
+    for precision, stride in (("fp32", 1), ("fp16", 1), ("fp32", 2), ("fp16", 2)):
+        problem = Problem(2, 8, 13, 13, 8, (3, 3), (stride, stride), (1, 1, 1, 1), precision=precision)  # type: ignore[arg-type]
         sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
         kernel_steps = KernelSteps.of(problem, sparse_filter, config)
         variants.append(("generated_arrange.cu", arrange_defines(kernel_steps, 128), 48))

@@ -304,9 +304,9 @@ def test_a_runner_launches_its_kernels(
 # On a GPU
 
 
-def on_the_gpu(case: Case, dtype: Precision) -> list[SparseTcConfig]:
+def on_the_gpu(case: Case, precision: Precision) -> list[SparseTcConfig]:
     """Some configs of a case there: of every tap group, and in both memory formats."""
-    method, problem = SparseTc(), replace(case.problem, device="cuda:0", precision=dtype)
+    method, problem = SparseTc(), replace(case.problem, device="cuda:0", precision=precision)
     if (reason := method.unsupported(problem)) is not None:
         pytest.skip(reason)
     configs = list(method.configs(problem, case.filter()))
@@ -315,10 +315,10 @@ def on_the_gpu(case: Case, dtype: Precision) -> list[SparseTcConfig]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "tf32"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case(case: Case, dtype: Precision) -> None:
-    check_kernels(SparseTc(), case, "cuda:0", dtype, on_the_gpu(case, dtype), tensor_cores=True)
+def test_case(case: Case, precision: Precision) -> None:
+    check_kernels(SparseTc(), case, "cuda:0", precision, on_the_gpu(case, precision), tensor_cores=True)
 
 
 def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches: tuple[int, ...]) -> None:
@@ -361,11 +361,11 @@ def test_structured_filters_on_the_gpu(problem: Problem, config: SparseTcConfig)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
 @pytest.mark.parametrize("size", [(13, 17), (1, 1), (28, 28)])
-def test_other_input_sizes_on_the_gpu(size: tuple[int, int], dtype: Precision) -> None:
+def test_other_input_sizes_on_the_gpu(size: tuple[int, int], precision: Precision) -> None:
     """Another config where a tile's pixels do not hold its outputs."""
-    problem = replace(RES4, batch=2, height=size[0], width=size[1], precision=dtype)
+    problem = replace(RES4, batch=2, height=size[0], width=size[1], precision=precision)
     sparse_filter = filter_of(problem)
     x = torch.randn(problem.input_shape, device="cuda", dtype=problem.storage)
     expected = reference.conv2d(problem, x, sparse_filter.to_dense())
@@ -375,10 +375,10 @@ def test_other_input_sizes_on_the_gpu(size: tuple[int, int], dtype: Precision) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
-def test_nan_and_infinity_stay_what_they_are_on_the_gpu(activation: str, dtype: Precision) -> None:
-    problem = replace(RES4, batch=1, epilogue=Epilogue(activation=activation), precision=dtype)  # type: ignore[arg-type]
+def test_nan_and_infinity_stay_what_they_are_on_the_gpu(activation: str, precision: Precision) -> None:
+    problem = replace(RES4, batch=1, epilogue=Epilogue(activation=activation), precision=precision)  # type: ignore[arg-type]
     sparse_filter = SparseFilter.from_dense(np.ones(problem.weight_shape, dtype=np.float32))
     x = torch.zeros(problem.input_shape, device="cuda", dtype=problem.storage)
     for config in (VARIANTS["halo"][1], VARIANTS["halo, last"][1]):

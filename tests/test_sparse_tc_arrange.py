@@ -70,13 +70,15 @@ def host_source() -> str:
     return CUDA_ON_A_CPU.replace("KERNEL", re.sub(asm, r"rounded = ::rounded(\1);\n", text))
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
 @pytest.mark.parametrize(
     ("samples", "channels", "plane"),
     [(2, 64, 49), (1, 100, 196), (2, 8, 150), (1, 130, 12 * 12), (1, 3, 1), (1, 70, 336)],
 )
-def test_channels_are_laid_out_in_order(samples: int, channels: int, plane: int, dtype: str, tmp_path: Path) -> None:
-    element = ELEMENTS[dtype]
+def test_channels_are_laid_out_in_order(
+    samples: int, channels: int, plane: int, precision: str, tmp_path: Path
+) -> None:
+    element = ELEMENTS[precision]
     vector, pieces, piece = arrange_pieces(plane, element)
     assert vector * element.bytes <= 16 and plane % vector == 0
     assert piece % 8 == 0 and piece <= 128 and 0 < plane - (pieces - 1) * piece <= piece
@@ -86,7 +88,7 @@ def test_channels_are_laid_out_in_order(samples: int, channels: int, plane: int,
     order = generator.permutation(places).astype(np.int32)
     order[order >= channels] = -1
     x = generator.integers(1, 1 << 8 * element.bytes, (samples, channels, plane)).astype(f"u{element.bytes}")
-    if dtype == "tf32":
+    if precision == "tf32":
         special = np.array([0x7F800000, 0xFF800000, 0x7FFFFFFF, 0x7F800001, 0x3F801000], dtype=np.uint32)
         x.flat[: len(special)] = special[: x.size]
     to = np.full((samples, plane, places), 0xDEAD, dtype=x.dtype)
@@ -94,7 +96,7 @@ def test_channels_are_laid_out_in_order(samples: int, channels: int, plane: int,
     grid = samples * pieces, places // element.k_block
     library.run(*pointers, channels, plane, pieces, piece, *grid)
     expected = np.where(order >= 0, x.transpose(0, 2, 1)[..., order], x.dtype.type(0))
-    if dtype == "tf32":
+    if precision == "tf32":
         check_rounded(to, expected)
     else:
         assert np.array_equal(to, expected)

@@ -61,16 +61,16 @@ def uneven(shape: tuple[int, int, int, int]) -> np.ndarray:
     return np.where(kept, generator.standard_normal(shape), 0).astype(np.float32)
 
 
-def structured(shape: tuple[int, int, int, int], dtype: Precision = "fp16") -> np.ndarray:
+def structured(shape: tuple[int, int, int, int], precision: Precision = "fp16") -> np.ndarray:
     """The two largest of four neighbouring input channels, as ASP and torchao prune; for TF32 the larger of two."""
     whole = SparseFilter.from_dense(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
-    return split(whole, ELEMENTS[dtype].kept, ELEMENTS[dtype].of).structured.to_dense().numpy()
+    return split(whole, ELEMENTS[precision].kept, ELEMENTS[precision].of).structured.to_dense().numpy()
 
 
-def rounded(weight: np.ndarray, dtype: Precision) -> np.ndarray:
+def rounded(weight: np.ndarray, precision: Precision) -> np.ndarray:
     """To what a precision holds, the nearest."""
-    if dtype != "tf32":
-        return torch.from_numpy(weight).to(TORCH_DTYPE[dtype]).double().numpy()
+    if precision != "tf32":
+        return torch.from_numpy(weight).to(TORCH_DTYPE[precision]).double().numpy()
     mantissa, exponent = np.frexp(weight.astype(np.float64))
     return np.ldexp(np.rint(mantissa * 2**11), exponent - 11)
 
@@ -100,16 +100,16 @@ def tap_groups(problem: Problem) -> tuple[str, ...]:
     return ("im2col", "columns") if problem.padding[0] > 3 else ("im2col", "columns", "halo")
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("name", "tap_group"), [(name, tap_group) for name in CASES for tap_group in tap_groups(CASES[name][0])]
 )
 def test_the_kernels_coordinates_make_a_convolution(
-    name: str, tap_group: str, memory_format: str, dtype: Precision
+    name: str, tap_group: str, memory_format: str, precision: Precision
 ) -> None:
     problem, density = CASES[name]
-    problem = replace(problem, precision=dtype)
+    problem = replace(problem, precision=precision)
     tilings = some_tilings(problem, tap_group, memory_format)
     assert tilings
     weight = integers(problem.weight_shape, density)
@@ -120,7 +120,7 @@ def test_the_kernels_coordinates_make_a_convolution(
     expected = F.conv2d(
         padded, torch.from_numpy(weight).double(), stride=problem.stride, dilation=problem.dilation
     ).numpy()
-    ordered = order_filter(sparse_filter, memory_format, ELEMENTS[dtype])  # type: ignore[arg-type]
+    ordered = order_filter(sparse_filter, memory_format, ELEMENTS[precision])  # type: ignore[arg-type]
     for tiling in tilings:
         packed = pack(ordered, tiling)
         assert np.array_equal(emulate(tiling, packed, laid_out(x, ordered, tiling)), expected), tiling.config
@@ -135,18 +135,18 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "tf32"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision) -> None:
-    problem = replace(RES4, precision=dtype)
+def test_packed_filters_are_the_filter(config: SparseTcConfig, precision: Precision) -> None:
+    problem = replace(RES4, precision=precision)
     weight = uneven(problem.weight_shape)
     sparse_filter = SparseFilter.from_dense(weight)
     tiling, ordered = (
         Tiling.of(problem, config, H200.shared_bytes),
-        order_filter(sparse_filter, config.memory_format, ELEMENTS[dtype]),
+        order_filter(sparse_filter, config.memory_format, ELEMENTS[precision]),
     )
     packed = pack(ordered, tiling)
-    assert np.array_equal(decode(packed, ordered, tiling), rounded(weight, dtype))
+    assert np.array_equal(decode(packed, ordered, tiling), rounded(weight, precision))
     regular = tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
     assert (
         len(packed.weight_tiles) - regular
@@ -156,10 +156,10 @@ def test_packed_filters_are_the_filter(config: SparseTcConfig, dtype: Precision)
     assert 0.0 < ordered.split.share < 0.2
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
-def test_the_decoder_notices(dtype: Precision) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_the_decoder_notices(precision: Precision) -> None:
     sparse_filter = SparseFilter.from_dense(uneven(RES4.weight_shape))
-    tiling = Tiling.of(replace(RES4, precision=dtype), CONFIGS[0], H200.shared_bytes)
+    tiling = Tiling.of(replace(RES4, precision=precision), CONFIGS[0], H200.shared_bytes)
     ordered = order_filter(sparse_filter, "contiguous", tiling.element)
     packed = pack(ordered, tiling)
     expected = decode(packed, ordered, tiling)
@@ -172,22 +172,22 @@ def test_the_decoder_notices(dtype: Precision) -> None:
             assert "ascend" in str(error) or "means anything" in str(error)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, dtype: Precision) -> None:
-    weight = structured(RES4.weight_shape, dtype)
+def test_a_structured_filter_leaves_nothing_over(config: SparseTcConfig, precision: Precision) -> None:
+    weight = structured(RES4.weight_shape, precision)
     sparse_filter = SparseFilter.from_dense(weight)
-    tiling = Tiling.of(replace(RES4, precision=dtype), config, H200.shared_bytes)
+    tiling = Tiling.of(replace(RES4, precision=precision), config, H200.shared_bytes)
     ordered = order_filter(sparse_filter, config.memory_format, tiling.element)
     packed = pack(ordered, tiling)
     assert ordered.split.remainder.nnz == 0 and ordered.remainder_share(64, ordered.k_block) == 0.0
     assert len(packed.weight_tiles) == tiling.channel_tiles * len(tiling.tap_groups) * len(tiling.tap_groups[0])
-    assert np.array_equal(decode(packed, ordered, tiling), rounded(weight, dtype))
+    assert np.array_equal(decode(packed, ordered, tiling), rounded(weight, precision))
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
-def test_the_order_leaves_less_over_in_fewer_weight_tiles(dtype: Precision) -> None:
-    sparse_filter, element = SparseFilter.from_dense(uneven((256, 256, 3, 3))), ELEMENTS[dtype]
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_the_order_leaves_less_over_in_fewer_weight_tiles(precision: Precision) -> None:
+    sparse_filter, element = SparseFilter.from_dense(uneven((256, 256, 3, 3))), ELEMENTS[precision]
     spread, natural = (
         order_filter(sparse_filter, "contiguous", element),
         order_filter(sparse_filter, "channels_last", element),
@@ -207,18 +207,18 @@ def test_empty_halves_of_weight_tiles_are_not_multiplied() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "large", "message"),
+    ("precision", "large", "message"),
     [
         ("fp16", 1e6, r"1e\+06 is too large for fp16; scale the filter, or choose bf16"),
         ("bf16", 3.4e38, r"3.4e\+38 is too large for bf16; scale the filter$"),
         ("tf32", 3.4028e38, r"3.4028e\+38 is too large for tf32; scale the filter$"),
     ],
 )
-def test_a_weight_beyond_the_precision_is_refused(dtype: Precision, large: float, message: str) -> None:
+def test_a_weight_beyond_the_precision_is_refused(precision: Precision, large: float, message: str) -> None:
     weight = integers(RES4.weight_shape, 0.1)
     weight[0, 0, 0, 0] = large
     sparse_filter = SparseFilter.from_dense(weight)
-    tiling = Tiling.of(replace(RES4, precision=dtype), CONFIGS[0], H200.shared_bytes)
+    tiling = Tiling.of(replace(RES4, precision=precision), CONFIGS[0], H200.shared_bytes)
     with pytest.raises(ValueError, match=message):
         pack(order_filter(sparse_filter, "contiguous", tiling.element), tiling)
 

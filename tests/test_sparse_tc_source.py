@@ -344,14 +344,16 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "tf32"])
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_source_computes_the_convolution(kind: str, memory_format: str, dtype: Precision, tmp_path: Path) -> None:
+def test_the_source_computes_the_convolution(
+    kind: str, memory_format: str, precision: Precision, tmp_path: Path
+) -> None:
     name, config, with_epilogue = KINDS[kind]
     full = memory_format == with_epilogue
     problem, density = CASES[name]
-    problem = replace(problem, precision=dtype, epilogue=FULL if full else problem.epilogue)
+    problem = replace(problem, precision=precision, epilogue=FULL if full else problem.epilogue)
     config = replace(config, memory_format=memory_format)  # type: ignore[arg-type]
     tiling = Tiling.of(problem, config, H200.shared_bytes)
     weight = integers(problem.weight_shape, density)
@@ -391,5 +393,5 @@ def test_the_source_computes_the_convolution(kind: str, memory_format: str, dtyp
     expected = reference.conv2d(problem, torch.from_numpy(x), torch.from_numpy(weight), by_channel, added)
     found = (y.permute(0, 3, 1, 2) if last else y).double()
     assert reference.compare(found, expected) <= 2**-8
-    exact = expected.abs() < (128 if dtype == "bf16" else 2**24)
+    exact = expected.abs() < (128 if precision == "bf16" else 2**24)
     assert torch.equal(found[exact], expected[exact]), "small integers are exact"

@@ -143,7 +143,7 @@ def host_source(kernel_steps: KernelSteps) -> str:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "config"),
+    ("precision", "config"),
     [
         ("fp32", GeneratedConfig(4, 3, 2, 3, copy=1, stages=2)),
         ("fp32", GeneratedConfig(4, 3, 1, 3, copy=2, stages=2)),
@@ -159,13 +159,13 @@ def host_source(kernel_steps: KernelSteps) -> str:
     ],
     ids=str,
 )
-def test_the_ring_holds_what_the_interpreter_reads(dtype: str, config: GeneratedConfig, tmp_path: Path) -> None:
+def test_the_ring_holds_what_the_interpreter_reads(precision: str, config: GeneratedConfig, tmp_path: Path) -> None:
     channels = 14 if config.split == 1 else 15  # of a group: the last chunk, and the last part, have fewer
-    problem = Problem(3, 2 * channels, 10, 8, 16, (3, 3), padding=(1, 1, 1, 1), groups=2, precision=dtype)  # type: ignore[arg-type]
+    problem = Problem(3, 2 * channels, 10, 8, 16, (3, 3), padding=(1, 1, 1, 1), groups=2, precision=precision)  # type: ignore[arg-type]
     weight = torch.ones(problem.weight_shape)
     kernel_steps = KernelSteps.of(problem, SparseFilter.from_dense(weight, 2), config)
     x = np.random.default_rng(0).standard_normal(problem.input_shape)
-    x = x.astype(np.float32 if dtype == "fp32" else np.float16)
+    x = x.astype(np.float32 if precision == "fp32" else np.float16)
     source = arranged(kernel_steps, x, tmp_path) if config.arranged else x
     run = compiled(host_source(kernel_steps), tmp_path).run
     tiles, chunks = kernel_steps.tiles(3), len(kernel_steps.parts[0].slices[0])

@@ -58,9 +58,11 @@ def _layers(chosen: LayerOptions, batches: Sequence[int | None], options: RunOpt
     layers: list[Layer] = []
     for batch in batches:
         if chosen.patterns is None:
-            layers += suite.paper_layers(batch, options.seed, dtype=options.dtype, device=device)
+            layers += suite.paper_layers(batch, options.seed, precision=options.precision.value, device=device)
         else:
-            layers += suite.pattern_layers(chosen.patterns, batch, options.seed, dtype=options.dtype, device=device)
+            layers += suite.pattern_layers(
+                chosen.patterns, batch, options.seed, precision=options.precision.value, device=device
+            )
     if chosen.only is None:
         return layers
     named = [layer for layer in layers if fnmatch(layer.name, chosen.only)]

@@ -54,7 +54,7 @@ class NetworkOptions:
 def main(chosen: NetworkOptions, options: RunOptions, output: Output) -> None:
     """Time a whole network, converted, against eager torch and other engines; outputs are checked before timings."""
     device = options.find_device()
-    race = NetworkRace(chosen.rivals, options.dtype, effort_of(chosen.effort), progress=True)
+    race = NetworkRace(chosen.rivals, options.precision.value, effort_of(chosen.effort), progress=True)
     batches = options.batches
     torch.manual_seed(options.seed)
     subject = _Subject.of(chosen)
@@ -62,8 +62,8 @@ def main(chosen: NetworkOptions, options: RunOptions, output: Output) -> None:
     rows: list[Row] = []
     for batch in batches:
         note(f"{subject.name}, {subject.weights}, batch {batch}: converting, then timing against eager torch")
-        x = torch.randn(batch, *subject.input_size).to(device, TORCH_DTYPE[options.dtype])
-        model = subject.model.to(device, TORCH_DTYPE[options.dtype])
+        x = torch.randn(batch, *subject.input_size).to(device, TORCH_DTYPE[options.precision.value])
+        model = subject.model.to(device, TORCH_DTYPE[options.precision.value])
         rows += suite.measure_network(model, x, network=subject.name, weights=subject.weights, race=race)
     results.finish(output, rows)
 

@@ -12,7 +12,6 @@ import typer
 
 from escort.cli.options import PrecisionName, PrecisionOption, numbers
 from escort.planner.machine import find_device
-from escort.problem import Precision
 
 SeedOption = Annotated[int, typer.Option(help="Of random positions, weights and inputs.")]
 
@@ -37,11 +36,6 @@ class RunOptions:
     @property
     def batches(self) -> tuple[int, ...]:
         return numbers(self.batch, "--batch")
-
-    @property
-    def dtype(self) -> Precision:
-        """As a Problem and rows have it."""
-        return self.precision.value
 
     def find_device(self) -> str:
         """The device with its number. Raises ValueError where it is not here or does not know the precision."""

@@ -76,8 +76,8 @@ def main(subject: SubjectOptions, measure: MeasureOptions, output: Output) -> No
         note(f"no hardware counters: {reason}")
     elif measure.ncu:
         parts.append(COUNTERS)
-    dtypes = None if subject.precision is None else _names(subject.precision, "--precision", get_args(Precision))
-    failures = _measure(study, plan(study, parts, dtypes), measure)
+    precisions = None if subject.precision is None else _names(subject.precision, "--precision", get_args(Precision))
+    failures = _measure(study, plan(study, parts, precisions), measure)
     results = read_results(measure.out)
     write_page(measure.out, results)
     show(output, results)

@@ -32,14 +32,14 @@ class Results:
         head: its header, made before anything is timed.
         ours: the method that is compared with all others.
         device: that all of it is measured on.
-        dtype: the precision.
+        precision: that all of it computes in.
     """
 
     path: Path | None
     head: dict[str, Any]
     ours: str
     device: str
-    dtype: str
+    precision: str
 
     @classmethod
     def begin(cls, options: RunOptions, device: str, name: str, ours: str, *, kept: bool = True) -> Results:
@@ -53,7 +53,7 @@ class Results:
         if path is not None:
             check_writable(path)
         elif kept:
-            stem = name if options.dtype == "fp32" else f"{name}-{options.dtype}"
+            stem = name if options.precision.value == "fp32" else f"{name}-{options.precision.value}"
             path = Path("benchmarks/results") / _folder(device) / f"{stem}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
         head = suite.header(command_line(), device)
@@ -62,7 +62,7 @@ class Results:
                 f"warning: other processes keep this machine busy (load average {head['load_average']}): ratios to "
                 "dense methods come out far too high; measure on an idle machine"
             )
-        return cls(path, head, ours, device, options.dtype)
+        return cls(path, head, ours, device, options.precision.value)
 
     def finish(self, output: Output, rows: list[Row]) -> None:
         """Writes and prints them."""
@@ -75,7 +75,7 @@ class Results:
             "rows": [asdict(row) for row in rows],
             "geometric_means": means,
         }
-        caption = f"{machine_line(Machine.here(self.device))}, {self.dtype}, medians in microseconds."
+        caption = f"{machine_line(Machine.here(self.device))}, {self.precision}, medians in microseconds."
         output.text.print(report.terminal(_times(rows, self.ours, caption)))
         output.text.print(report.terminal(_means(means, self.ours)))
         if self.path is not None:

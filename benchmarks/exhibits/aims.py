@@ -20,7 +20,7 @@ _REACHED = ("Layers", "Floor", "Goal", "Measured", "Reached", "Layers won", "Rat
 def aims_table(results: Mapping[str, Result]) -> Table:
     lines = []
     for aim in read_aims().direct:
-        rows = results[aim.dtype].rows if aim.dtype in results else []
+        rows = results[aim.precision].rows if aim.precision in results else []
         aimed = complete(totals(filter(aim.counts, rows), aim.least_sparsity))
         fastest = complete(totals(rows, aim.least_sparsity))
         for network, least in aim.least.items():
@@ -28,7 +28,7 @@ def aims_table(results: Mapping[str, Result]) -> Table:
             best = fastest[network].ratio(aim.rival) if network in fastest else None
             reached = "not measured" if ratio is None else "yes" if ratio >= least else "no"
             ratios = times_faster(aim.paper), f"{least:g}x", times_faster(ratio)
-            lines.append((aim.against, aim.dtype, network, *ratios, reached, times_faster(best)))
+            lines.append((aim.against, aim.precision, network, *ratios, reached, times_faster(best)))
     columns = ("Against", "Precision", "Network", "Paper", "Aim", "Measured", "Reached", "Fastest variant")
     caption = (
         "Ratios of sums over a network's pruned layers at the paper's batch. The lowerings of the aims unfold a batch "
@@ -40,7 +40,7 @@ def aims_table(results: Mapping[str, Result]) -> Table:
 def sparse_aims_table(results: Mapping[str, Result]) -> Table:
     lines = []
     for aim in read_aims().sparse:
-        rows = results[aim.dtype].rows if aim.dtype in results else []
+        rows = results[aim.precision].rows if aim.precision in results else []
         for network, wanted in aim.wanted.items():
             times = against_cudnn(rows, network, aim.sparsities)
             lines.append((aim.against, network, *_reached(times, wanted)))
@@ -68,11 +68,13 @@ def show_patterns(results: Mapping[str, Result]) -> Shown:
     """Layers that were really pruned."""
     lines = []
     for aim in read_aims().patterns:
-        for dtype, wanted in aim.wanted.items():
-            rows = results[dtype].rows if dtype in results else []
+        for precision, wanted in aim.wanted.items():
+            rows = results[precision].rows if precision in results else []
             reached = _reached(against_cudnn_on_patterns(rows, aim), wanted)
-            lines.append((aim.weights, aim.kind, str(aim.batch), dtype, *reached))
+            lines.append((aim.weights, aim.kind, str(aim.batch), precision, *reached))
     caption = "As in the aims of the sparse methods; fp32 is strict."
     columns = ("Patterns", "Layers of", "Batch", "cuDNN in", *_REACHED)
     shown: Shown = {"pattern-aims": Table("Aims on real patterns", columns, tuple(lines), caption)}
-    return shown | {f"patterns-{dtype}": pattern_layers_table(dtype, result.rows) for dtype, result in results.items()}
+    return shown | {
+        f"patterns-{precision}": pattern_layers_table(precision, result.rows) for precision, result in results.items()
+    }

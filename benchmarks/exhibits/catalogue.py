@@ -28,11 +28,13 @@ def exhibits(results: Mapping[str, Result]) -> Iterator[tuple[str, Table | Plot]
     """All of both, plots as what draws them."""
     yield "conditions", _conditions_table(results)
     for stem, show in _SHOWN.items():
-        by_dtype = {dtype: results[f"{stem}-{dtype}"] for dtype in PRECISIONS if f"{stem}-{dtype}" in results}
-        if by_dtype:
-            yield from show(by_dtype).items()
-    for dtype in FORECAST:
-        yield from show_forecast(results, dtype).items()
+        by_precision = {
+            precision: results[f"{stem}-{precision}"] for precision in PRECISIONS if f"{stem}-{precision}" in results
+        }
+        if by_precision:
+            yield from show(by_precision).items()
+    for precision in FORECAST:
+        yield from show_forecast(results, precision).items()
 
 
 def _conditions_table(results: Mapping[str, Result]) -> Table:

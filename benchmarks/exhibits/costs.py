@@ -20,7 +20,7 @@ from escort.report import Table, horizontal_bars
 def show_ablation(results: Mapping[str, Result]) -> Shown:
     """RQ2."""
     shown: Shown = {}
-    for dtype, result in results.items():
+    for precision, result in results.items():
         changes = changes_of(result.rows)
         lines = [
             (c.network, c.layer, c.field, c.chosen, c.value, microseconds(c.time_us), f"{c.cost:.2f}x")
@@ -28,12 +28,12 @@ def show_ablation(results: Mapping[str, Result]) -> Shown:
         ]
         columns = ("Network", "Layer", "Field", "Chosen", "Instead", "µs", "Time")
         caption = "Time: against the chosen configuration, of which one field is changed at a time."
-        shown[f"ablation-{dtype}-all"] = Table(f"Every change, {dtype}", columns, tuple(lines), caption)
-        shown[f"ablation-{dtype}"] = _ablation_table(dtype, changes)
+        shown[f"ablation-{precision}-all"] = Table(f"Every change, {precision}", columns, tuple(lines), caption)
+        shown[f"ablation-{precision}"] = _ablation_table(precision, changes)
     return shown
 
 
-def _ablation_table(dtype: str, changes: Sequence[Change]) -> Table:
+def _ablation_table(precision: str, changes: Sequence[Change]) -> Table:
     """Per field: over the layers, the cost of its worst and of its best other value."""
     lines = []
     for name in dict.fromkeys(change.field for change in changes):
@@ -47,18 +47,18 @@ def _ablation_table(dtype: str, changes: Sequence[Change]) -> Table:
         lines.append((name, str(len(costs)), f"{worst:.2f}x", f"{best:.2f}x", where))
     columns = ("Field", "Layers", "Worst other value", "Best other value", "Most")
     caption = "Time against the chosen configuration with this field alone changed; geometric means over the layers."
-    return Table(f"What each field of the configuration is worth, {dtype}", columns, tuple(lines), caption)
+    return Table(f"What each field of the configuration is worth, {precision}", columns, tuple(lines), caption)
 
 
 def show_counters(results: Mapping[str, Result]) -> Shown:
     """RQ2's evidence."""
     shown: Shown = {}
-    for dtype, result in results.items():
+    for precision, result in results.items():
         lines = [
             (row.network, row.layer, microseconds(row.time_us), *_counts(row.config["counters"])) for row in result.rows
         ]
         columns = ("Network", "Layer", "µs", *METRICS.values())
-        shown[f"counters-{dtype}"] = Table(f"Hardware counters of direct, {dtype}", columns, tuple(lines))
+        shown[f"counters-{precision}"] = Table(f"Hardware counters of direct, {precision}", columns, tuple(lines))
     return shown
 
 
@@ -68,7 +68,7 @@ def _counts(counters: Mapping[str, float]) -> list[str]:
 
 def show_breakdown(results: Mapping[str, Result]) -> Shown:
     shown: Shown = {}
-    for dtype, result in results.items():
+    for precision, result in results.items():
         sums: dict[tuple[str, str, str], dict[str, float]] = {}
         for row in result.rows:
             what = f"all, {sparsity_of(row.weights):.0%} zeros" if row.layer == WHOLE else "pruned layers"
@@ -80,9 +80,9 @@ def show_breakdown(results: Mapping[str, Result]) -> Shown:
             shares = (f"{microseconds(time)} ({time / total:.0%})" if time else "-" for time in parts.values())
             lines.append((*key, *shares, microseconds(total)))
         columns = ("Network", "Convolutions", "Method", *(f"{part} µs" for part in PARTS), "Sum µs")
-        shown[f"breakdown-{dtype}"] = Table(f"Where the time goes, {dtype}", columns, tuple(lines))
+        shown[f"breakdown-{precision}"] = Table(f"Where the time goes, {precision}", columns, tuple(lines))
         groups = [" ".join((network, method, what.partition(",")[0])) for network, what, method in sums]
         series = {part: [parts[part] / 1e3 for parts in sums.values()] for part in PARTS}
-        chart = partial(horizontal_bars, f"Where the time goes, {dtype}", groups, series, "ms", stacked=True)
-        shown[f"breakdown-{dtype}-plot"] = chart
+        chart = partial(horizontal_bars, f"Where the time goes, {precision}", groups, series, "ms", stacked=True)
+        shown[f"breakdown-{precision}-plot"] = chart
     return shown

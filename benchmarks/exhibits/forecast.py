@@ -20,8 +20,8 @@ from escort.report import Table, horizontal_bars
 FORECAST: tuple[Precision, ...] = ("fp16", "fp32")
 
 
-def show_forecast(results: Mapping[str, Result], dtype: Precision) -> Shown:
-    forecasts = forecast.forecasts(results, dtype)
+def show_forecast(results: Mapping[str, Result], precision: Precision) -> Shown:
+    forecasts = forecast.forecasts(results, precision)
     if not forecasts:
         return {}
     methods = methods_in(f.least for f in forecasts)
@@ -40,18 +40,18 @@ def show_forecast(results: Mapping[str, Result], dtype: Precision) -> Shown:
             "and sparse_tc means channels_last, as a network that is channels_last throughout has them."
         )
     if OURS in methods:
-        rates = forecast.direct_mhz(results[f"layers-{dtype}"], dtype)
+        rates = forecast.direct_mhz(results[f"layers-{precision}"], precision)
         low, middle, high = np.quantile(rates, (0.1, 0.5, 0.9)) / 1e3
         caption += (
             f" The model of direct counts clocks: {middle:.2f} GHz are taken, the median over the paper's layers of "
             f"its clocks by the time measured (10th percentile {low:.2f}, 90th {high:.2f})."
         )
     columns = ("Convolution", "Samples", "Tensors", "cudnn µs", *methods)
-    heading = f"Forecast of break-even sparsity, {dtype}"
+    heading = f"Forecast of break-even sparsity, {precision}"
     names = [f"{convolution(f.problem)}, {f.problem.batch} samples, {f.layout}" for f in forecasts]
     bars = {method: [bar_length(f.least[method], forecast.SHARES[0]) for f in forecasts] for method in methods}
     plot = partial(horizontal_bars, heading, names, bars, f"Percent zeros, no less than {lowest:g}")
-    return {f"forecast-{dtype}": Table(heading, columns, tuple(lines), caption), f"forecast-{dtype}-plot": plot}
+    return {f"forecast-{precision}": Table(heading, columns, tuple(lines), caption), f"forecast-{precision}-plot": plot}
 
 
 def _least(share: float) -> str:

@@ -20,38 +20,38 @@ from escort.report import Table, horizontal_bars
 
 def show_layers(results: Mapping[str, Result]) -> Shown:
     """RQ1 and RQ3."""
-    sums = {dtype: totals(result.rows) for dtype, result in results.items()}
+    sums = {precision: totals(result.rows) for precision, result in results.items()}
     shown: Shown = {"totals": _totals_table(sums), "wins": _wins_table(results)}
     if any(result.header.get("device") == "cuda" for result in results.values()):
         shown["aims"] = aims_table(results)
         shown["sparse-aims"] = sparse_aims_table(results)
         shown |= show_sparse_layers(results)
-    known = {dtype: result for dtype, result in results.items() if result.header.get("gpu") in GPUS}
+    known = {precision: result for precision, result in results.items() if result.header.get("gpu") in GPUS}
     if known:
         shown |= {"floor": floor_table(known), "prediction": prediction_table(known)}
-    for dtype, result in results.items():
-        shown[f"layers-{dtype}"] = _layer_table(dtype, result.rows)
+    for precision, result in results.items():
+        shown[f"layers-{precision}"] = _layer_table(precision, result.rows)
         best = suite.best_times(result.rows)
         for network in dict.fromkeys(network for network, _, _ in best):
             times = {layer: t for (name, layer, _), t in best.items() if name == network and OURS in t}
             rivals = rivals_in(times.values())
             series = {f"over {r}": [t[r] / t[OURS] if r in t else None for t in times.values()] for r in rivals}
             if times and rivals:
-                heading = f"Speedup of direct, {network}, {dtype}"
+                heading = f"Speedup of direct, {network}, {precision}"
                 chart = partial(horizontal_bars, heading, list(times), series, "Times faster", mark=1.0)
-                shown[f"speedup-{network}-{dtype}"] = chart
+                shown[f"speedup-{network}-{precision}"] = chart
     return shown
 
 
 def _totals_table(sums: Mapping[str, Sequence[Total]]) -> Table:
-    rivals = rivals_in(total.times for of_dtype in sums.values() for total in of_dtype)
+    rivals = rivals_in(total.times for of_precision in sums.values() for total in of_precision)
     lines = []
-    for dtype, of_dtype in sums.items():
-        for total in of_dtype:
+    for precision, of_precision in sums.items():
+        for total in of_precision:
             count = str(total.layers) if total.layers == total.published else f"{total.layers} of {total.published}"
             times = [microseconds(total.times.get(method)) for method in (OURS, *rivals)]
             ratios = [times_faster(total.ratio(rival)) for rival in rivals]
-            lines.append((total.network, dtype, str(total.batch), count, *times, *ratios))
+            lines.append((total.network, precision, str(total.batch), count, *times, *ratios))
     columns = ("Network", "Precision", "Batch", "Layers", *(f"{method} µs" for method in (OURS, *rivals)))
     columns += tuple(f"vs {rival}" for rival in rivals)
     return Table("Sums over the pruned layers", columns, tuple(lines), "A method without a sum did not run all layers.")
@@ -59,18 +59,18 @@ def _totals_table(sums: Mapping[str, Sequence[Total]]) -> Table:
 
 def _wins_table(results: Mapping[str, Result]) -> Table:
     lines = []
-    for dtype, result in results.items():
+    for precision, result in results.items():
         best = [times for times in suite.best_times(result.rows).values() if OURS in times]
         for rival in rivals_in(best):
             ratios = [times[rival] / times[OURS] for times in best if rival in times]
             faster = f"{sum(ratio > 1.0 for ratio in ratios)} of {len(ratios)}"
             middle = times_faster(geometric_mean(ratios))
-            lines.append((dtype, rival, faster, times_faster(min(ratios)), middle, times_faster(max(ratios))))
+            lines.append((precision, rival, faster, times_faster(min(ratios)), middle, times_faster(max(ratios))))
     columns = ("Precision", "Against", "Layers won", "Least", "Geometric mean", "Most")
     return Table("Speedup of direct over all layers", columns, tuple(lines))
 
 
-def _layer_table(dtype: str, rows: Sequence[Row]) -> Table:
+def _layer_table(precision: str, rows: Sequence[Row]) -> Table:
     best = suite.best_times(rows)
     rivals = rivals_in(best.values())
     lines = []
@@ -79,4 +79,4 @@ def _layer_table(dtype: str, rows: Sequence[Row]) -> Table:
         ratios = (times_faster(times[rival] / ours if ours and rival in times else None) for rival in rivals)
         lines.append((network, layer, zeros_in_paper(network, layer), str(batch), microseconds(ours), *ratios))
     columns = ("Network", "Layer", "Zeros", "Batch", "direct µs", *(f"vs {rival}" for rival in rivals))
-    return Table(f"Speedup of direct per layer, {dtype}", columns, tuple(lines))
+    return Table(f"Speedup of direct per layer, {precision}", columns, tuple(lines))

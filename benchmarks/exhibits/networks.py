@@ -18,7 +18,7 @@ from escort.report import Table, horizontal_bars, line_chart
 def show_networks(results: Mapping[str, Result]) -> Shown:
     """RQ4: whole networks."""
     shown: Shown = {}
-    for dtype, result in results.items():
+    for precision, result in results.items():
         best = by_sparsity(result.rows)
         engines = methods_in(times for curve in best.values() for times in curve.values())
         rivals = [engine for engine in engines if engine != "escort"]
@@ -31,12 +31,14 @@ def show_networks(results: Mapping[str, Result]) -> Shown:
                 lines.append((network, str(batch), f"{sparsity:.0%}", *times_ms, *ratios))
             timed = methods_in(curve.values())
             lengths = {engine: [times.get(engine, math.nan) / 1e3 for times in curve.values()] for engine in timed}
-            heading, axis = f"{network}, batch {batch}, {dtype}", "Zeros in all convolutions but the first, percent"
+            heading, axis = f"{network}, batch {batch}, {precision}", "Zeros in all convolutions but the first, percent"
             percent = [100 * sparsity for sparsity in curve]
-            shown[f"network-{network}-{dtype}"] = partial(line_chart, heading, percent, lengths, axis, "ms")
+            shown[f"network-{network}-{precision}"] = partial(line_chart, heading, percent, lengths, axis, "ms")
         columns = ("Network", "Batch", "Zeros", *(f"{engine} ms" for engine in engines))
         columns += tuple(f"vs {rival}" for rival in rivals)
-        shown[f"networks-{dtype}"] = Table(f"Whole networks, {dtype}", columns, tuple(lines), _network_crossings(best))
+        shown[f"networks-{precision}"] = Table(
+            f"Whole networks, {precision}", columns, tuple(lines), _network_crossings(best)
+        )
     return shown
 
 
@@ -49,20 +51,20 @@ def _network_crossings(best: Mapping[tuple[str, str, int], Mapping[float, Mappin
 def show_break_evens(results: Mapping[str, Result]) -> Shown:
     """RQ4: layers."""
     layers: dict[tuple[str, str], dict[str, list[Point]]] = {}
-    for dtype, result in results.items():
+    for precision, result in results.items():
         for (network, layer, _), curve in by_sparsity(result.rows).items():
             if points := points_of(curve, OURS):
-                layers.setdefault((network, layer), {})[dtype] = points
+                layers.setdefault((network, layer), {})[precision] = points
     lines = []
-    for (network, layer), by_dtype in layers.items():
+    for (network, layer), by_precision in layers.items():
         entry = LAYERS[network, layer]
-        cells = (_crossing(by_dtype[dtype]) if dtype in by_dtype else "-" for dtype in results)
+        cells = (_crossing(by_precision[precision]) if precision in by_precision else "-" for precision in results)
         lines.append((network, layer, convolution(entry.problem(entry.batch)), zeros_in_paper(network, layer), *cells))
     columns = ("Network", "Layer", "Convolution", "Zeros in the paper", *results)
     caption = "Share of zeros from which direct is faster than the dense library at the same precision."
     table = Table("Break-even sparsity per layer shape", columns, tuple(lines), caption)
     names = [f"{network} {layer}" for network, layer in layers]
-    bars = {dtype: [_bar(by_dtype.get(dtype)) for by_dtype in layers.values()] for dtype in results}
+    bars = {precision: [_bar(by_precision.get(precision)) for by_precision in layers.values()] for precision in results}
     plot = partial(horizontal_bars, "Break-even sparsity per layer shape", names, bars, "Percent zeros")
     return {"break-even": table, "break-even-plot": plot} if layers else {}
 

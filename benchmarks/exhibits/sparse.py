@@ -23,8 +23,8 @@ from escort.report import Table, horizontal_bars
 def show_sparse_layers(results: Mapping[str, Result]) -> Shown:
     """Per precision the fastest of our sparse methods on each layer, and plots of all against cuDNN."""
     shown: Shown = {}
-    for dtype, result in results.items():
-        peak = peak_tflops(result, dtype)
+    for precision, result in results.items():
+        peak = peak_tflops(result, precision)
         layers = [f for f in fastest_sparse(result.rows) if (f.network, f.layer) in LAYERS]
         lines = []
         for f in layers:
@@ -42,56 +42,63 @@ def show_sparse_layers(results: Mapping[str, Result]) -> Shown:
                 f"FMA peak: the real work's share of {peak:g} TFLOP/s, outside of the tensor cores; at most "
                 f"{most.share(peak):.1%}, {most.network} {most.layer}.{middle if large else ''}"
             )
-        shown[f"sparse-layers-{dtype}"] = Table(f"Fastest sparse method, {dtype}", columns, tuple(lines), caption)
+        shown[f"sparse-layers-{precision}"] = Table(
+            f"Fastest sparse method, {precision}", columns, tuple(lines), caption
+        )
         best = suite.best_times(result.rows)
         for network in dict.fromkeys(f.network for f in layers):
             times = {layer: t for (name, layer, _), t in best.items() if name == network and "cudnn" in t}
             ours = [method for method in SPARSE if any(method in t for t in times.values())]
             series = {m: [t["cudnn"] / t[m] if m in t else None for t in times.values()] for m in ours}
             if series:
-                heading = f"Sparse methods against cudnn, {network}, {dtype}"
+                heading = f"Sparse methods against cudnn, {network}, {precision}"
                 chart = partial(horizontal_bars, heading, list(times), series, "Times faster", mark=1.0)
-                shown[f"sparse-{network}-{dtype}"] = chart
+                shown[f"sparse-{network}-{precision}"] = chart
     return shown
 
 
-def pattern_layers_table(dtype: str, rows: Sequence[Row]) -> Table:
+def pattern_layers_table(precision: str, rows: Sequence[Row]) -> Table:
     lines = []
     for weights in dict.fromkeys(row.weights for row in rows):
         for f in fastest_sparse(row for row in rows if row.weights == weights):
             lines.append((weights, f.layer, str(f.batch), f.method, microseconds(f.time_us), times_faster(f.speedup)))
     columns = ("Patterns", "Layer", "Batch", "Fastest", "µs", "vs cudnn")
-    return Table(f"Fastest sparse method on real patterns, {dtype}", columns, tuple(lines))
+    return Table(f"Fastest sparse method on real patterns, {precision}", columns, tuple(lines))
 
 
 def floor_table(results: Mapping[str, Result]) -> Table:
     """Direct beside the time in which shared memory delivers a word of the input for each of its multiply-adds."""
-    peaks = {dtype: peak for dtype, result in results.items() if (peak := peak_tflops(result, dtype))}
-    best = {dtype: suite.best_times(results[dtype].rows) for dtype in peaks}
+    peaks = {precision: peak for precision, result in results.items() if (peak := peak_tflops(result, precision))}
+    best = {precision: suite.best_times(results[precision].rows) for precision in peaks}
     lines = []
     for network, layer, batch in dict.fromkeys(key for times in best.values() for key in times if key[:2] in LAYERS):
         cells: list[str] = []
-        for dtype, times in best.items():
+        for precision, times in best.items():
             time_us = times.get((network, layer, batch), {}).get(OURS)
             # The arithmetic could take four words in the time that shared memory takes for one.
-            floor_us = flop(network, layer, batch) / (peaks[dtype] / 4 * 1e6)
+            floor_us = flop(network, layer, batch) / (peaks[precision] / 4 * 1e6)
             cells += [microseconds(time_us), f"{floor_us / time_us:.0%}" if time_us else "-"]
         lines.append((network, layer, zeros_in_paper(network, layer), *cells))
-    columns = ("Network", "Layer", "Zeros", *(f"{dtype} {what}" for dtype in best for what in ("µs", "of the floor")))
+    columns = (
+        "Network",
+        "Layer",
+        "Zeros",
+        *(f"{precision} {what}" for precision in best for what in ("µs", "of the floor")),
+    )
     return Table("How near direct comes to its floor", columns, tuple(lines))
 
 
 def prediction_table(results: Mapping[str, Result]) -> Table:
     """Not of TF32, whose problems run the kernels of fp32."""
     lines = []
-    for dtype, result in results.items():
-        layers = prediction.predictions(result) if dtype != "tf32" else []
+    for precision, result in results.items():
+        layers = prediction.predictions(result) if precision != "tf32" else []
         if layers:
             errors = [error for layer in layers for error in layer.errors]
             spread = (f"{np.median(errors):.1%}", f"{np.quantile(errors, 0.9):.1%}")
             costs = [layer.first_cost for layer in layers], [layer.tried_cost for layer in layers]
             first, tried = (f"{geometric_mean(cost):.2f}x, at worst {max(cost):.2f}x" for cost in costs)
-            lines.append((dtype, str(len(errors)), *spread, first, tried))
+            lines.append((precision, str(len(errors)), *spread, first, tried))
     columns = ("Precision", "Timings", "Median error", "90th percentile", "Ranked first", "Tried first")
     caption = (
         "Error: predicted by measured time of a generated kernel, less one, by the model as it is now. Ranked first: "

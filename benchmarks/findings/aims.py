@@ -29,7 +29,7 @@ class Aim:
 
     against: str
     rival: str
-    dtype: str
+    precision: str
     least: Mapping[str, float]
     config: Mapping[str, Any] = field(default_factory=dict)
     least_sparsity: float = 0.0
@@ -59,7 +59,7 @@ class SparseAim:
     """
 
     against: str
-    dtype: str
+    precision: str
     wanted: Mapping[str, Wanted]
     sparsities: tuple[float, float] = (0.0, 1.0)
 

@@ -59,7 +59,7 @@ class Forecast:
     least: Mapping[str, float]
 
 
-def forecasts(results: Mapping[str, Result], dtype: Precision) -> list[Forecast]:
+def forecasts(results: Mapping[str, Result], precision: Precision) -> list[Forecast]:
     """Of those of :data:`SHAPES` that cuDNN was timed on, with nonzeros at random positions.
 
     None on GPUs that the models do not know. Of direct none where it was not timed: its model is fitted by its times.
@@ -67,14 +67,14 @@ def forecasts(results: Mapping[str, Result], dtype: Precision) -> list[Forecast]
     Args:
         results: by the stems of their files, ``layers-fp16`` and the like.
     """
-    rates = direct_mhz(results[f"layers-{dtype}"], dtype) if f"layers-{dtype}" in results else []
-    slower = {name: 1.0 for name in (ON_FMA if dtype == "fp32" else SPARSE) if rates or name != OURS}
+    rates = direct_mhz(results[f"layers-{precision}"], precision) if f"layers-{precision}" in results else []
+    slower = {name: 1.0 for name in (ON_FMA if precision == "fp32" else SPARSE) if rates or name != OURS}
     if rates:
         slower[OURS] = DIRECT_MHZ / median(rates)
     predictions: list[Forecast] = []
-    for result in (results[stem] for stem in (f"layers-{dtype}", f"patterns-{dtype}") if stem in results):
+    for result in (results[stem] for stem in (f"layers-{precision}", f"patterns-{precision}") if stem in results):
         gpu, seed = gpu_of(result), seed_of(result)
-        for (problem, layout), cudnn_us in _cudnn_us(result.rows, dtype).items():
+        for (problem, layout), cudnn_us in _cudnn_us(result.rows, precision).items():
             if gpu is None:
                 continue
             formats = _FORMATS if layout == "any" else _FORMATS[:1]
@@ -91,14 +91,14 @@ def forecasts(results: Mapping[str, Result], dtype: Precision) -> list[Forecast]
 _FORMATS: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
 
 
-def _cudnn_us(rows: Iterable[Row], dtype: Precision) -> dict[tuple[Problem, str], float]:
+def _cudnn_us(rows: Iterable[Row], precision: Precision) -> dict[tuple[Problem, str], float]:
     """Its least time by shape and layout, that of any layout where it is less than in NCHW."""
     times: dict[tuple[Problem, str], float] = {}
     for row in rows:
         shape = SHAPES.get((row.network, row.layer))
         if row.method == "cudnn" and shape is not None and row.batch == shape.batch:
             for layout in ("any",) if row.config.get("output") == "as_is" else ("NCHW", "any"):
-                key = replace(shape, precision=dtype), layout
+                key = replace(shape, precision=precision), layout
                 times[key] = min(row.time_us, times.get(key, math.inf))
     return {key: us for key, us in times.items() if key[1] == "NCHW" or us < times.get((key[0], "NCHW"), math.inf)}
 
@@ -125,23 +125,23 @@ def _predicted(method: Method, problem: Problem, sparsity: float, seed: int, gpu
 _random_filter = lru_cache(maxsize=len(SHARES))(suite.random_filter)
 
 
-def direct_mhz(result: Result, dtype: Precision) -> list[float]:
+def direct_mhz(result: Result, precision: Precision) -> list[float]:
     """The clocks that direct's model predicts for the paper's layers, by their measured time: megahertz.
 
     None on GPUs that the model does not know.
     """
     gpu, seed = gpu_of(result), seed_of(result)
     return [
-        DIRECT_MHZ * _direct_us(network, layer, batch, dtype, seed, gpu) / times[OURS]
+        DIRECT_MHZ * _direct_us(network, layer, batch, precision, seed, gpu) / times[OURS]
         for (network, layer, batch), times in suite.best_times(result.rows).items()
         if gpu and OURS in times and (network, layer) in LAYERS
     ]
 
 
 @cache
-def _direct_us(network: str, layer: str, batch: int, dtype: Precision, seed: int, gpu: Gpu) -> float:
+def _direct_us(network: str, layer: str, batch: int, precision: Precision, seed: int, gpu: Gpu) -> float:
     measured = suite.paper_layers_by_name(seed)[network, layer]
-    problem = replace(measured.problem, batch=batch, precision=dtype)
+    problem = replace(measured.problem, batch=batch, precision=precision)
     time_us = by_name(OURS, "cuda").predict_us(problem, measured.sparse_filter, gpu)
     assert time_us is not None
     return time_us

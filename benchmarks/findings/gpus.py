@@ -17,6 +17,6 @@ def gpu_of(result: Result) -> Gpu | None:
     return GPUS.get(result.header.get("gpu", ""))
 
 
-def peak_tflops(result: Result, dtype: str) -> float | None:
+def peak_tflops(result: Result, precision: str) -> float | None:
     """The peak of the GPU that a result was measured on, where it is known."""
-    return PEAK_TFLOPS.get(result.header.get("gpu", ""), {}).get(dtype)
+    return PEAK_TFLOPS.get(result.header.get("gpu", ""), {}).get(precision)

@@ -14,7 +14,7 @@ from escort.methods import by_name
 from escort.problem import Precision
 
 
-def ablate(study: Study, dtype: Precision) -> list[Item]:
+def ablate(study: Study, precision: Precision) -> list[Item]:
     """`direct` in its fastest configuration and with one field of it changed at a time.
 
     The first row of a layer is the configuration that the others change.
@@ -29,10 +29,10 @@ def ablate(study: Study, dtype: Precision) -> list[Item]:
             raise RuntimeError(f"{config}, which was the fastest, could not be timed again")
         return rows
 
-    return [Item(label(layer), partial(measure, layer)) for layer in one_per_map(layers_of(study, dtype))]
+    return [Item(label(layer), partial(measure, layer)) for layer in one_per_map(layers_of(study, precision))]
 
 
-def count(study: Study, dtype: Precision) -> list[Item]:
+def count(study: Study, precision: Precision) -> list[Item]:
     """The evidence: hardware counters of `direct` on the same layers."""
 
     def measure(layer: Layer) -> list[Row]:
@@ -41,4 +41,4 @@ def count(study: Study, dtype: Precision) -> list[Item]:
         time_us, counts = counters.read(layer, OURS, config, study.seed)
         return [replace(checked, config={**checked.config, "counters": counts}, time_us=round(time_us, 2))]
 
-    return [Item(label(layer), partial(measure, layer)) for layer in one_per_map(layers_of(study, dtype))]
+    return [Item(label(layer), partial(measure, layer)) for layer in one_per_map(layers_of(study, precision))]

@@ -18,12 +18,12 @@ from escort.methods import by_name, channel_order, dense_for
 from escort.problem import Precision, Problem
 
 
-def compare(study: Study, dtype: Precision) -> list[Item]:
+def compare(study: Study, precision: Precision) -> list[Item]:
     """RQ1 and RQ3: every method on every layer at the published sparsities.
 
     What is compiled for the layers' filters is compiled when the first of them is measured, all side by side.
     """
-    layers = layers_of(study, dtype)
+    layers = layers_of(study, precision)
 
     @cache
     def ahead() -> dict[Key, list[Limited]]:
@@ -39,7 +39,7 @@ def compare(study: Study, dtype: Precision) -> list[Item]:
     return [Item(label(layer), partial(measure, layer)) for layer in layers]
 
 
-def find_break_even(study: Study, dtype: Precision) -> list[Item]:
+def find_break_even(study: Study, precision: Precision) -> list[Item]:
     """RQ4 for layers: `direct` at several sparsities against the dense library, on each shape once."""
 
     def measure(layer: Layer, sparsity: float) -> list[Row]:
@@ -48,7 +48,7 @@ def find_break_even(study: Study, dtype: Precision) -> list[Item]:
         return race(study, replace(layer, weights=random_weights(sparsity), sparse_filter=sparse_filter), methods)
 
     shapes: dict[Problem, Layer] = {}
-    for layer in layers_of(study, dtype):
+    for layer in layers_of(study, precision):
         shapes.setdefault(layer.problem, layer)
     return [
         Item(f"{label(layer)} {sparsity:.2f}", partial(measure, layer, sparsity))
@@ -57,7 +57,7 @@ def find_break_even(study: Study, dtype: Precision) -> list[Item]:
     ]
 
 
-def compare_on_patterns(study: Study, dtype: Precision) -> list[Item]:
+def compare_on_patterns(study: Study, precision: Precision) -> list[Item]:
     """Our sparse methods against the dense library on layers that were really pruned.
 
     Raises:
@@ -65,11 +65,11 @@ def compare_on_patterns(study: Study, dtype: Precision) -> list[Item]:
     """
     if not study.patterns:
         raise ValueError("real patterns come from files: name them with --patterns FILE.npz,...")
-    return [item for path in study.patterns for item in _pattern_items(study, path, dtype)]
+    return [item for path in study.patterns for item in _pattern_items(study, path, precision)]
 
 
-def _pattern_items(study: Study, path: Path, dtype: Precision) -> list[Item]:
-    layers = suite.pattern_layers(path, study.batch, study.seed, dtype=dtype, device=study.device)
+def _pattern_items(study: Study, path: Path, precision: Precision) -> list[Item]:
+    layers = suite.pattern_layers(path, study.batch, study.seed, precision=precision, device=study.device)
     studied = [index for index, layer in enumerate(layers) if study.has(layer.name)]
     if not studied:
         names = ", ".join(layer.name for layer in layers)

@@ -23,17 +23,17 @@ from escort.problem import TORCH_DTYPE, Precision
 BREAKDOWN_SPARSITY = 0.90
 
 
-def sweep_networks(study: Study, dtype: Precision) -> list[Item]:
+def sweep_networks(study: Study, precision: Precision) -> list[Item]:
     """RQ4 for networks: converted ones against torch's ways to run them dense, at several sparsities."""
     race = NetworkRace(
         against=() if study.device_type == "cpu" else suite.RIVALS["cuda"],
-        precision=dtype,
+        precision=precision,
         effort=study.effort,
         budget_s=4 * study.budget_s,
     )
 
     def measure(name: str, sparsity: float) -> list[Row]:
-        model, x = pruned(study, name, sparsity, dtype)
+        model, x = pruned(study, name, sparsity, precision)
         return suite.measure_network(model, x, network=name, weights=random_weights(sparsity), race=race)
 
     return [
@@ -43,7 +43,7 @@ def sweep_networks(study: Study, dtype: Precision) -> list[Item]:
     ]
 
 
-def break_down(study: Study, dtype: Precision) -> list[Item]:
+def break_down(study: Study, precision: Precision) -> list[Item]:
     """Where the time goes: in every method's best configuration on the pruned layers, and in whole networks."""
 
     def measure(layer: Layer) -> list[Row]:
@@ -61,23 +61,23 @@ def break_down(study: Study, dtype: Precision) -> list[Item]:
         return rows
 
     def measure_network(name: str) -> list[Row]:
-        model, x = pruned(study, name, BREAKDOWN_SPARSITY, dtype)
-        about = name, random_weights(BREAKDOWN_SPARSITY), WHOLE, len(x), dtype
+        model, x = pruned(study, name, BREAKDOWN_SPARSITY, precision)
+        about = name, random_weights(BREAKDOWN_SPARSITY), WHOLE, len(x), precision
         return [
             Row(*about, method, {**config, "part": part}, round(time_us, 2), error)
-            for method, config, error, parts in network_part_times(model, x, dtype)
+            for method, config, error, parts in network_part_times(model, x, precision)
             for part, time_us in parts.items()
         ]
 
-    layers = [Item(label(layer), partial(measure, layer)) for layer in layers_of(study, dtype)]
+    layers = [Item(label(layer), partial(measure, layer)) for layer in layers_of(study, precision)]
     return layers + [Item(f"{name} N={study.samples(name)}", partial(measure_network, name)) for name in study.networks]
 
 
-def pruned(study: Study, name: str, sparsity: float, dtype: Precision) -> tuple[nn.Module, Tensor]:
+def pruned(study: Study, name: str, sparsity: float, precision: Precision) -> tuple[nn.Module, Tensor]:
     """A whole network with random weights, pruned by magnitude, and an input for it."""
     torch.manual_seed(study.seed)
     network = study.factories[name]
     model = network.factory().eval()
     suite.prune_all_but_first(model, sparsity)
     x = torch.randn(study.samples(name), *network.input_size)
-    return model.to(study.device, TORCH_DTYPE[dtype]), x.to(study.device, TORCH_DTYPE[dtype])
+    return model.to(study.device, TORCH_DTYPE[precision]), x.to(study.device, TORCH_DTYPE[precision])

@@ -22,13 +22,13 @@ class Part:
     Attributes:
         stem: of their files.
         items: what measures them.
-        dtypes: in which precisions they are measured by default.
+        precisions: in which precisions they are measured by default.
         raced: whether they start from the methods raced on the paper's layers, which `layers` files hold.
     """
 
     stem: str
     items: Callable[[Study, Precision], list[Item]]
-    dtypes: tuple[Precision, ...]
+    precisions: tuple[Precision, ...]
     raced: bool = True
 
 
@@ -48,22 +48,22 @@ PAPER_QUESTIONS = tuple(name for name in QUESTIONS if name != "patterns")
 COUNTERS = Part("counters", count, ("fp32", "fp16"))
 
 
-def plan(study: Study, parts: Iterable[Part], dtypes: Sequence[Precision] | None = None) -> dict[str, list[Item]]:
+def plan(study: Study, parts: Iterable[Part], precisions: Sequence[Precision] | None = None) -> dict[str, list[Item]]:
     """What is to be measured: the items of each result file by its stem, in order.
 
     Args:
-        dtypes: precisions instead of each part's own; the CPU has fp32 only.
+        precisions: precisions instead of each part's own; the CPU has fp32 only.
 
     Raises:
         ValueError: for a precision that the device does not have.
     """
     own: tuple[Precision, ...] | None = ("fp32",) if study.device_type == "cpu" else None
-    if own and set(dtypes or own) - set(own):
-        raise ValueError(f"the CPU's methods compute in fp32, not in {', '.join(set(dtypes or ()) - set(own))}")
+    if own and set(precisions or own) - set(own):
+        raise ValueError(f"the CPU's methods compute in fp32, not in {', '.join(set(precisions or ()) - set(own))}")
     work: dict[str, list[Item]] = {}
     for part in parts:
-        for dtype in dtypes or own or part.dtypes:
-            work.setdefault(f"{part.stem}-{dtype}", part.items(study, dtype))
+        for precision in precisions or own or part.precisions:
+            work.setdefault(f"{part.stem}-{precision}", part.items(study, precision))
     return work
 
 

@@ -102,9 +102,9 @@ class Study:
         return {"device": self.device, "search": self.search, "seed": self.seed, **named}
 
 
-def layers_of(study: Study, dtype: Precision) -> list[Layer]:
+def layers_of(study: Study, precision: Precision) -> list[Layer]:
     """The paper's layers that are studied, in its order."""
-    layers = suite.paper_layers(study.batch, study.seed, dtype=dtype, device=study.device)
+    layers = suite.paper_layers(study.batch, study.seed, precision=precision, device=study.device)
     return [layer for layer in layers if layer.network in study.networks and study.has(layer.name)]
 
 

@@ -31,7 +31,9 @@ class Layer:
     sparse_filter: SparseFilter
 
 
-def paper_layers(batch: int | None, seed: int = 0, *, dtype: Precision = "fp32", device: str = "cpu") -> list[Layer]:
+def paper_layers(
+    batch: int | None, seed: int = 0, *, precision: Precision = "fp32", device: str = "cpu"
+) -> list[Layer]:
     """The paper's 39 layers with nonzeros at random positions, as many as were published.
 
     Args:
@@ -40,7 +42,7 @@ def paper_layers(batch: int | None, seed: int = 0, *, dtype: Precision = "fp32",
     rng = np.random.default_rng(seed)
     layers = []
     for entry in PAPER_LAYERS:
-        problem = replace(entry.problem(batch or entry.batch), precision=dtype, device=device)
+        problem = replace(entry.problem(batch or entry.batch), precision=precision, device=device)
         width = math.prod(problem.weight_shape[1:])
         nnz = round((1.0 - entry.sparsity) * problem.out_channels * width)
         positions = np.sort(rng.choice(problem.out_channels * width, nnz, replace=False))

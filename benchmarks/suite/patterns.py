@@ -17,7 +17,7 @@ from escort.problem import Precision, Problem
 
 
 def pattern_layers(
-    path: Path, batch: int | None, seed: int = 0, *, dtype: Precision = "fp32", device: str = "cpu"
+    path: Path, batch: int | None, seed: int = 0, *, precision: Precision = "fp32", device: str = "cpu"
 ) -> list[Layer]:
     """The layers of a pattern file, in its order.
 
@@ -47,7 +47,7 @@ def pattern_layers(
     layers = []
     for name in names:
         try:
-            problem = _problem(_integers(arrays, f"{name}.shape"), batch, dtype, device)
+            problem = _problem(_integers(arrays, f"{name}.shape"), batch, precision, device)
             indptr, columns = (_integers(arrays, f"{name}.{part}") for part in ("indptr", "indices"))
             values = arrays.get(f"{name}.values")
             if values is None:

@@ -67,15 +67,15 @@ def problems(forgery: Forgery) -> list[dict[str, Any]]:
     return [layer["problem"] for layer in forgery.plan["layers"].values()]
 
 
-def in_precision(problem: dict[str, Any], dtype: str) -> None:
-    problem["precision"] = dtype
+def in_precision(problem: dict[str, Any], precision: str) -> None:
+    problem["precision"] = precision
 
 
-def on_gpu(layer: dict[str, Any], dtype: str = "fp32") -> dict[str, Any]:
+def on_gpu(layer: dict[str, Any], precision: str = "fp32") -> dict[str, Any]:
     """A layer's plan as if it had been measured on a GPU."""
     config = {"memory_format": "contiguous", "output": "contiguous"}
     candidate = {"method": "cudnn", "config": config, "time_us": 1.0, "rel_error": 0.0, "reason": None}
-    problem = layer["problem"] | {"device": "cuda:0", "precision": dtype}
+    problem = layer["problem"] | {"device": "cuda:0", "precision": precision}
     return layer | {"problem": problem, "method": "cudnn", "config": config, "candidates": [candidate]}
 
 

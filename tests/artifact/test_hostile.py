@@ -46,7 +46,7 @@ ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     ),
     "a device of no kind": (asking("mps", "device"), "no method .* on mps"),
     "a number for a device": (asking(0, "device"), "not a plan"),
-    "another dtype": (asking("fp16", "precision"), "its layers are for .*'fp16'"),
+    "another precision of a layer": (asking("fp16", "precision"), "its layers are for .*'fp16'"),
     "another precision": (setting("plan", "precision", to="tf32"), "its layers are for"),
     "half precision on the CPU": (
         lambda f: (setting("plan", "precision", to="fp16")(f), [in_precision(p, "fp16") for p in problems(f)]),

@@ -19,12 +19,12 @@ LOAD = importlib.import_module("escort.artifact.load")  # by that name the packa
 ELSEWHERE = Machine("another", "none", 99, "2.0", "0")
 
 
-def planned_on_gpu(saved: Path, path: Path, dtype: str) -> Path:
+def planned_on_gpu(saved: Path, path: Path, precision: str) -> Path:
     """The file as if it had been planned on a GPU, with a node that names the device."""
     forgery = Forgery(saved.read_bytes())
-    layers = {name: on_gpu(layer, dtype) for name, layer in forgery.plan["layers"].items()}
+    layers = {name: on_gpu(layer, precision) for name, layer in forgery.plan["layers"].items()}
     machine = asdict(Machine("A GPU", "sm_90", 0, "2.13.0", "0", "580.1", "13.0", "9.1.0"))
-    forgery.plan |= {"layers": layers, "machine": machine, "device": "cuda:0", "precision": dtype, "timer": "graph"}
+    forgery.plan |= {"layers": layers, "machine": machine, "device": "cuda:0", "precision": precision, "timer": "graph"}
     mean = forgery.node("mean")
     move = {"op": "call_method", "name": "moved", "target": "to", "args": [{"node": "mean"}, {"device": "cuda:0"}]}
     nodes = forgery.architecture["graph"]
@@ -66,12 +66,12 @@ def test_this_machine_plans_again_only_when_asked(saved: Path, monkeypatch: pyte
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "tf32"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_without_a_gpu_its_plan_is_made_anew_on_the_cpu(
-    saved: Path, tmp_path: Path, converted: ConvertedModel, monkeypatch: pytest.MonkeyPatch, dtype: str
+    saved: Path, tmp_path: Path, converted: ConvertedModel, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    path = planned_on_gpu(saved, tmp_path / "gpu", dtype)
+    path = planned_on_gpu(saved, tmp_path / "gpu", precision)
     for device in (None, "cpu"):
         here = load(path, device=device)
         assert (here.plan.device, here.plan.precision, here.plan.machine) == ("cpu", "fp32", Machine.here())
@@ -86,13 +86,16 @@ def test_without_a_gpu_its_plan_is_made_anew_on_the_cpu(
         load(path, device="cuda:1")
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_half_precision_needs_a_gpu(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_needs_a_gpu(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
-        ArtifactError, match=f"gpu: it computes in {dtype}, which takes a GPU; load it where there is a GPU, or convert"
+        ArtifactError,
+        match=f"gpu: it computes in {precision}, which takes a GPU; load it where there is a GPU, or convert",
     ):
-        load(planned_on_gpu(saved, tmp_path / "gpu", dtype))
+        load(planned_on_gpu(saved, tmp_path / "gpu", precision))
 
 
 def test_a_plan_is_read_without_the_rest(saved: Path, converted: ConvertedModel, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_counter_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.time_us == 21.5 and row.config["counters"] == {"smsp__inst_executed.sum": 1234.0}
     assert 0 <= row.rel_error <= reference.ERROR_BOUND["fp32"]
     what = json.loads(seen[0][-1])
-    assert (what["network"], what["layer"], what["dtype"]) == ("googlenet", "inception_5a/5x5", "fp32")
+    assert (what["network"], what["layer"], what["precision"]) == ("googlenet", "inception_5a/5x5", "fp32")
     assert {**what["config"], "counters": row.config["counters"]} == row.config
     assert seen[0][:3] == ["ncu", "--clock-control", "none"]
 

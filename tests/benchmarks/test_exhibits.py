@@ -69,7 +69,7 @@ def test_the_floor_of_direct_is_a_quarter_of_the_peak() -> None:
 def test_the_prediction_table(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [prediction.Predicted(((11.0, 10.0), (30.0, 20.0))), prediction.Predicted(((6.0, 8.0), (5.0, 2.0)))]
     monkeypatch.setattr(prediction, "predictions", lambda result: layers)
-    found = {f"layers-{dtype}": Result(ON_H200, []) for dtype in ("fp32", "tf32")}
+    found = {f"layers-{precision}": Result(ON_H200, []) for precision in ("fp32", "tf32")}
     (line,) = cells(exhibits.tables(found)["prediction"])  # errors 0.1, 0.5, 0.25 and 1.5
     assert [line[name] for name in ("Precision", "Timings", "Median error")] == ["fp32", "4", "37.5%"]
     assert line["90th percentile"] == "120.0%"
@@ -147,9 +147,9 @@ def test_the_counter_table() -> None:
 def test_plots_have_a_name_each_and_can_be_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plots = exhibits.plots(everything())
-    both = {f"speedup-caffenet-{dtype}" for dtype in ("fp32", "fp16")}
-    both |= {f"network-resnet50-{dtype}" for dtype in ("fp32", "tf32", "fp16")}
-    both |= {f"forecast-{dtype}-plot" for dtype in ("fp32", "fp16")}
+    both = {f"speedup-caffenet-{precision}" for precision in ("fp32", "fp16")}
+    both |= {f"network-resnet50-{precision}" for precision in ("fp32", "tf32", "fp16")}
+    both |= {f"forecast-{precision}-plot" for precision in ("fp32", "fp16")}
     assert set(plots) == {*both, "sparse-caffenet-fp16", "break-even-plot", "breakdown-fp32-plot"}
     for name, plot in plots.items():
         report.write_svg(tmp_path / f"{name}.svg", plot)

@@ -52,7 +52,7 @@ def test_forecasts_are_where_models_cross_the_time_measured(monkeypatch: pytest.
         "sparse_tc": in_channels_last,
     }
     monkeypatch.setattr(forecast, "by_name", lambda name, device: models[name])
-    monkeypatch.setattr(forecast, "direct_mhz", lambda result, dtype: [1000.0, 1500.0, 9000.0])
+    monkeypatch.setattr(forecast, "direct_mhz", lambda result, precision: [1000.0, 1500.0, 9000.0])
     other = [row("resnet50", "res2b_branch2b", "cudnn", 1.0, batch=1), row("caffenet", "conv3", "cudnn", 1.0)]
     found = forecast.forecasts({"layers-fp16": Result(ON_H200, [*FORECAST_ROWS, *other])}, "fp16")
     assert [(f.layout, f.cudnn_us, f.problem.precision) for f in found] == [
@@ -120,9 +120,9 @@ def test_the_forecast_table_and_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = forecast.SHAPES["resnet50", "res2b_branch2b"]
     least = {"direct": math.inf, "generated": 0.751, "sparse_tc": -math.inf}
     monkeypatch.setattr(
-        forecast, "forecasts", lambda results, dtype: [forecast.Forecast(problem, "NCHW", 51.27, least)]
+        forecast, "forecasts", lambda results, precision: [forecast.Forecast(problem, "NCHW", 51.27, least)]
     )
-    monkeypatch.setattr(forecast, "direct_mhz", lambda result, dtype: [1000.0, 1500.0, 3000.0])
+    monkeypatch.setattr(forecast, "direct_mhz", lambda result, precision: [1000.0, 1500.0, 3000.0])
     table = exhibits.tables(everything())["forecast-fp16"]
     (line,) = cells(table)
     assert (line["Convolution"], line["Samples"], line["cudnn µs"]) == ("64->64 3x3, 56x56", "32", "51.3")

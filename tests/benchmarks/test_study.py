@@ -108,11 +108,11 @@ def test_sparse_methods_meet_the_dense_one_on_real_patterns(tmp_path: Path) -> N
         study.compare_on_patterns(QUICK, "fp32")
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
-def test_patterns_have_their_channels_in_the_order_of_a_network_in_channels_last(dtype: Precision) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_patterns_have_their_channels_in_the_order_of_a_network_in_channels_last(precision: Precision) -> None:
     def layer(name: str, kernel: int, out_channels: int, stride: int, channels: int = 64) -> Layer:
         geometry = (kernel, kernel), (stride, stride), (kernel // 2,) * 4
-        problem = Problem(2, channels, 7, 7, out_channels, *geometry, precision=dtype, device="cuda:0")
+        problem = Problem(2, channels, 7, 7, out_channels, *geometry, precision=precision, device="cuda:0")
         return Layer("resnet50", "tiny", name, problem, suite.random_filter(problem, 0.8, seed=out_channels))
 
     layers = [
@@ -122,7 +122,7 @@ def test_patterns_have_their_channels_in_the_order_of_a_network_in_channels_last
         layer("downsample", 1, 128, 2),
         layer("last", 1, 64, 1, channels=128),  # of a sum that no other stage reads
     ]
-    ordered, element = study.in_order_of_channels_last(layers), ELEMENTS[dtype]
+    ordered, element = study.in_order_of_channels_last(layers), ELEMENTS[precision]
     for before, after in zip(layers, ordered, strict=True):
         shares = [split(each.sparse_filter, element.kept, element.of).share for each in (before, after)]
         assert shares[1] == shares[0] if before.name == "last" else shares[1] < 0.9 * shares[0], before.name
@@ -149,7 +149,7 @@ def test_questions_share_their_files() -> None:
     both = [part for question in ("rq1", "rq3") for part in study.QUESTIONS[question]]
     assert list(study.plan(QUICK, both)) == ["layers-fp32"]
     assert list(study.plan(replace(QUICK, device="cuda:0"), both)) == [
-        f"layers-{dtype}" for dtype in ("fp32", "fp16", "tf32", "bf16")
+        f"layers-{precision}" for precision in ("fp32", "fp16", "tf32", "bf16")
     ]
     with pytest.raises(ValueError, match="in fp32, not in fp16"):
         study.plan(QUICK, both, ("fp16",))
@@ -173,10 +173,10 @@ def test_every_question_on_a_gpu(tmp_path: Path) -> None:
     files = (write_patterns(tmp_path),)
     on_gpu = replace(QUICK, device="cuda:0", batch=2, factories=TINY, raced={}, layers=f"{SMALL},conv?", patterns=files)
     parts = [part for question in study.QUESTIONS.values() for part in question]
-    dtypes = ("fp32", "fp16")
-    assert study.run(on_gpu, study.plan(on_gpu, parts, dtypes), tmp_path, "escort paper") == {}
+    precisions = ("fp32", "fp16")
+    assert study.run(on_gpu, study.plan(on_gpu, parts, precisions), tmp_path, "escort paper") == {}
     found = read_results(tmp_path)
-    assert set(found) == {f"{part.stem}-{dtype}" for part in parts for dtype in dtypes}
+    assert set(found) == {f"{part.stem}-{precision}" for part in parts for precision in precisions}
     for result in found.values():
         assert result.header["complete"] and result.rows and result.header["gpu"]
     own = {"direct", "generated", *(["sparse_tc"] if torch.cuda.get_device_capability() == (9, 0) else [])}

@@ -64,7 +64,7 @@ def test_paper_layers_have_the_published_sparsities_at_random_positions() -> Non
 
 
 def test_the_papers_batches_and_any_precision() -> None:
-    layers = suite.paper_layers(None, dtype="fp16", device="cuda:0")
+    layers = suite.paper_layers(None, precision="fp16", device="cuda:0")
     assert {(layer.network, layer.problem.batch) for layer in layers} == {
         ("caffenet", 128),
         ("googlenet", 128),
@@ -142,7 +142,7 @@ def test_damaged_pattern_files(tmp_path: Path, arrays: dict[str, np.ndarray]) ->
 
 def test_patterns_may_take_the_papers_batch(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     np.savez(tmp_path / "resnet50_magnitude.npz", **arrays)
-    (layer,) = suite.pattern_layers(tmp_path / "resnet50_magnitude.npz", None, dtype="bf16", device="cuda:1")
+    (layer,) = suite.pattern_layers(tmp_path / "resnet50_magnitude.npz", None, precision="bf16", device="cuda:1")
     assert (layer.problem.batch, layer.problem.precision, layer.problem.device) == (32, "bf16", "cuda:1")
     np.savez(tmp_path / "lenet.npz", **arrays)
     with pytest.raises(ValueError, match="the paper knows no lenet, only caffenet, googlenet, resnet50"):
