@@ -16,8 +16,7 @@ from escort import reference
 from escort.filter import SparseFilter
 from escort.methods import Method, Prepared, by_name, for_device
 from escort.methods.cuda.cublas import Cublas
-from escort.planner import planner
-from escort.planner import timing as bench
+from escort.planner import planner, timing
 from escort.planner.machine import Machine
 from escort.planner.plan import Plan
 from escort.problem import TORCH_DTYPE, Epilogue, Precision, Problem
@@ -144,7 +143,7 @@ def matmul(size: int) -> Callable[[], torch.Tensor]:
 
 
 def test_more_work_takes_longer() -> None:
-    small, large = bench.race_on_gpu([matmul(512), matmul(4096)], DEVICE)
+    small, large = timing.race_on_gpu([matmul(512), matmul(4096)], DEVICE)
     assert small.timer == large.timer == "graph"
     assert small.time_us is not None and large.time_us is not None
     assert 1.0 < small.time_us < large.time_us / 20.0  # 512 times the work
@@ -159,15 +158,15 @@ def test_a_graph_is_captured_once_and_then_replayed() -> None:
         calls += 1
         return work()
 
-    bench.race_on_gpu([run], DEVICE, rounds=3)
+    timing.race_on_gpu([run], DEVICE, rounds=3)
     few, calls = calls, 0
-    bench.race_on_gpu([run], DEVICE, rounds=50, budget_s=60.0)
+    timing.race_on_gpu([run], DEVICE, rounds=50, budget_s=60.0)
     assert calls < 2 * few + 2000  # 47 more rounds of hundreds of calls each make no call of ours
 
 
 def test_events_include_the_host() -> None:
     run = matmul(64)
-    (graph,), (events,) = (bench.race_on_gpu([run], DEVICE, capture=capture) for capture in (True, False))
+    (graph,), (events,) = (timing.race_on_gpu([run], DEVICE, capture=capture) for capture in (True, False))
     assert (graph.timer, events.timer) == ("graph", "events")
     assert graph.time_us is not None and events.time_us is not None and graph.time_us < events.time_us
 
@@ -187,9 +186,9 @@ def test_failures_leave_the_race_and_the_device_usable() -> None:
 
     runs = [matmul(64), synchronizes, too_large, too_large_in_turn, matmul(64)]
     for _ in range(2):
-        timings = bench.race_on_gpu(runs, DEVICE)
-        assert [timing.timer for timing in timings] == ["graph", "events", "graph", "graph", "graph"]
-        assert [timing.time_us is None for timing in timings] == [False, False, True, True, False]
+        timings = timing.race_on_gpu(runs, DEVICE)
+        assert [taken.timer for taken in timings] == ["graph", "events", "graph", "graph", "graph"]
+        assert [taken.time_us is None for taken in timings] == [False, False, True, True, False]
         assert "not captured" in (timings[1].reason or "")
         assert all("out of device memory" in (timings[index].reason or "") for index in (2, 3))
     assert torch.equal((x @ x).cpu(), (x @ x).cpu())
@@ -199,11 +198,11 @@ def test_graphs_give_their_memory_back() -> None:
     def run() -> torch.Tensor:
         return torch.ones(1 << 28, dtype=torch.uint8, device=DEVICE)
 
-    bench.race_on_gpu([run], DEVICE)
+    timing.race_on_gpu([run], DEVICE)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(DEVICE)
     for _ in range(3):
-        bench.race_on_gpu([run, run], DEVICE)
+        timing.race_on_gpu([run, run], DEVICE)
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved(DEVICE) <= before + (1 << 25)
 
@@ -217,7 +216,7 @@ def test_the_machine_is_named_with_its_versions() -> None:
 
 def test_inputs_outgrow_the_cache() -> None:
     problem = Problem(1, 256, 28, 28, 256, (3, 3), padding=(1, 1, 1, 1), precision="fp16", device=DEVICE)
-    inputs = bench.example_inputs(problem)
+    inputs = timing.example_inputs(problem)
     size = sum(x.nbytes for x, _ in inputs) * 2
     assert size >= 2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size
     assert all(x.dtype is torch.float16 and x.data_ptr() % 256 == 0 for x, _ in inputs)
@@ -251,7 +250,7 @@ def test_a_plan_weighs_every_method(precision: Precision) -> None:
     assert plan.machine == Machine.here(DEVICE)
     assert any(candidate.timer == "graph" for candidate in plan.candidates)
     again = Plan.from_json(plan.to_json())
-    ((x, residual), *_) = bench.example_inputs(problem, seed=1)
+    ((x, residual), *_) = timing.example_inputs(problem, seed=1)
     chosen = by_name(again.method, DEVICE)
     y = chosen.prepare(problem, sparse_filter, bias, chosen.config_type(**again.config))(x, residual)
     assert (

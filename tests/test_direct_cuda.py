@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from escort import reference
 from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
-from escort.cuda.params import pack as pack_params
+from escort.cuda.params import pack
 from escort.filter import SparseFilter
-from escort.methods.cuda import direct as direct_cuda
 from escort.methods.cuda.direct import DirectCuda
 from escort.methods.cuda.direct.layout import LANES, STORAGE, DirectConfig, Layout, most_samples
 from escort.methods.cuda.direct.params import Divisor, Params, defines
 from escort.methods.cuda.direct.search import candidates, has_room, neighbours, search
-from escort.methods.cuda.direct.tables import pack
+from escort.methods.cuda.direct.tables import lay_out
 from escort.problem import Epilogue, Precision, Problem
 from tests.cases import CASES, Case, check_kernels
 from tests.host import struct_fields
@@ -41,7 +40,7 @@ class Interpreter:
 
     def __init__(self, problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> None:
         self.layout = Layout.of(problem, config.tile)
-        self.tables = pack(problem, sparse_filter, config)
+        self.tables = lay_out(problem, sparse_filter, config)
         self.config, self.half = config, self.layout.samples_per_word == 2
         self.p = Params.of(problem, self.layout, self.tables, config)
         self.precision = problem.precision
@@ -173,8 +172,8 @@ def test_the_struct_is_the_dataclass() -> None:
         assert in_c == [(field.type, field.name) for field in fields(dataclass)]
     problem = replace(CASES[0].problem, device="cuda:0", precision="fp32")
     config = search(problem, CASES[0].filter(), H200)[0]
-    tables = pack(problem, CASES[0].filter(), config)
-    packed = pack_params(Params.of(problem, Layout.of(problem, config.tile), tables, config))
+    tables = lay_out(problem, CASES[0].filter(), config)
+    packed = pack(Params.of(problem, Layout.of(problem, config.tile), tables, config))
     words = np.frombuffer(packed, np.uint32)
     assert len(words) == len(fields(Params)) + 4, "a divisor has two"
     assert words[0] == problem.in_channels and words[-1] == problem.epilogue.activation_number
@@ -235,7 +234,7 @@ def test_a_stage_beyond_16_bit_offsets_is_refused() -> None:
     config = DirectConfig(1, 1, 2, 2, 2, 4, channel_block=12, stages=2)
     assert interpret(problem, case, config) < 1e-12
     with pytest.raises(ValueError, match="use a smaller channel_block"):
-        pack(problem, case.filter(), replace(config, words=3))
+        lay_out(problem, case.filter(), replace(config, words=3))
     assert interpret(replace(problem, precision="fp32"), case, replace(config, words=3)) < 1e-12
 
 
@@ -246,7 +245,7 @@ def test_every_candidate_is_different_and_fits() -> None:
         configs = search(problem, case.filter(), H200)
         assert len(set(configs)) == len(configs) == 12
         for config in configs:
-            layout, tables = Layout.of(problem, config.tile), pack(problem, case.filter(), config)
+            layout, tables = Layout.of(problem, config.tile), lay_out(problem, case.filter(), config)
             stage = config.channel_block * layout.channel_words * 4 + tables.entry_bytes + 16
             assert config.stages * stage * config.occupancy <= H200.shared_bytes
             assert config.threads <= 1024
@@ -281,7 +280,7 @@ def test_uneven_rows_are_dealt_evenly() -> None:
     nnz = np.diff(case.filter().indptr)
 
     def heaviest(balanced: bool) -> int:
-        channels = pack(problem, case.filter(), replace(config, balanced=balanced)).channel_of
+        channels = lay_out(problem, case.filter(), replace(config, balanced=balanced)).channel_of
         assert sorted(channels[channels >= 0].tolist()) == list(range(problem.out_channels))
         return max(int(nnz[warp[warp >= 0]].sum()) for warp in channels.reshape(-1, config.out_channels))
 
@@ -304,7 +303,7 @@ def test_a_weight_beyond_half_precision_is_refused() -> None:
     problem = Problem(1, 1, 4, 4, 1, (1, 1), precision="fp16", device="cuda:0")
     sparse_filter = SparseFilter.from_dense(torch.full(problem.weight_shape, 1e5))
     with pytest.raises(ValueError, match="does not fit fp16; use bf16"):
-        pack(problem, sparse_filter, DirectConfig(1, 1, 1, 4, 1, 4, 4, 2))
+        lay_out(problem, sparse_filter, DirectConfig(1, 1, 1, 4, 1, 4, 4, 2))
 
 
 @pytest.mark.gpu
@@ -312,7 +311,7 @@ def test_a_weight_beyond_half_precision_is_refused() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case_on_the_gpu(case: Case, precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("ESCORT_EVERY_LANE"):  # for racecheck, as kernels/cuda/direct.cu says of SIGNALS
-        monkeypatch.setattr(direct_cuda, "defines", lambda *of: defines(*of) | {"SIGNALS": LANES})
+        monkeypatch.setattr("escort.methods.cuda.direct.defines", lambda *of: defines(*of) | {"SIGNALS": LANES})
     method, sparse_filter = DirectCuda(), case.filter()
     problem = replace(case.problem, device="cuda:0", precision=precision)
     assert method.unsupported(problem) is None

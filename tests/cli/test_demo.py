@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import escort
-from escort.cli.demo import digits as demo
+from escort.cli.demo import digits
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
     printed = io.StringIO()
     state = torch.random.get_rng_state()
-    summary = demo.run_demo(out, quick=True, console=Console(file=printed, width=100))
+    summary = digits.run_demo(out, quick=True, console=Console(file=printed, width=100))
     assert torch.equal(torch.random.get_rng_state(), state)  # the caller's random numbers are the caller's
     return out, summary, printed.getvalue()
 
@@ -36,10 +36,10 @@ def test_the_numbers_agree_with_each_other(run):
         summary["accuracy_pruned"], abs=1.5 / summary["images"]["held_out"]
     )
     assert summary["rel_error"] <= 1e-5
-    assert summary["layer_sparsity"][demo.FIRST_CONVOLUTION] == 0.0
-    assert summary["sparsity"] == pytest.approx(demo.QUICK.sparsity, abs=1e-3)
+    assert summary["layer_sparsity"][digits.FIRST_CONVOLUTION] == 0.0
+    assert summary["sparsity"] == pytest.approx(digits.QUICK.sparsity, abs=1e-3)
     assert summary["history"][-1] == {"accuracy": summary["accuracy_pruned"], "sparsity": summary["sparsity"]}
-    assert [row["batch"] for row in summary["times"]] == list(demo.BATCHES)
+    assert [row["batch"] for row in summary["times"]] == list(digits.BATCHES)
     for row in summary["times"]:
         assert row["speedup"] == row["dense_us"] / row["converted_us"]
         assert (row["speedup"] == summary["speedup"]) == (row["batch"] == summary["speedup_batch"])
@@ -49,10 +49,10 @@ def test_the_numbers_agree_with_each_other(run):
 def test_the_saved_model_reads_the_held_out_digits_as_well(run):
     out, summary, _ = run
     model = escort.load(out / "model.escort")
-    digits = demo.load_digits(demo.QUICK.size)
+    data = digits.load_digits(digits.QUICK.size)
     with torch.inference_mode():
-        right = (model(digits.held_out_images).argmax(1) == digits.held_out_labels).float().mean()
-    assert float(right) == pytest.approx(summary["accuracy_converted"], abs=1.5 / len(digits.held_out_labels))
+        right = (model(data.held_out_images).argmax(1) == data.held_out_labels).float().mean()
+    assert float(right) == pytest.approx(summary["accuracy_converted"], abs=1.5 / len(data.held_out_labels))
 
 
 def test_report_and_console_show_the_same_numbers(run):
@@ -66,29 +66,29 @@ def test_report_and_console_show_the_same_numbers(run):
 
 
 def test_the_split_is_whole_and_follows_the_seed():
-    digits, same, other = (demo.load_digits(8, seed) for seed in (0, 0, 1))
-    assert len(digits.train_labels) + len(digits.held_out_labels) == 1797
-    assert torch.equal(digits.held_out_images, same.held_out_images)
-    assert not torch.equal(digits.held_out_images, other.held_out_images)
-    assert digits.train_images.shape[1:] == (1, 8, 8)
-    assert (digits.train_images.min(), digits.train_images.max()) == (-0.5, 0.5)
+    data, same, other = (digits.load_digits(8, seed) for seed in (0, 0, 1))
+    assert len(data.train_labels) + len(data.held_out_labels) == 1797
+    assert torch.equal(data.held_out_images, same.held_out_images)
+    assert not torch.equal(data.held_out_images, other.held_out_images)
+    assert data.train_images.shape[1:] == (1, 8, 8)
+    assert (data.train_images.min(), data.train_images.max()) == (-0.5, 0.5)
 
 
 def test_a_wrong_converted_network_is_reported():
-    model = demo.DigitNet(width=4).eval()
+    model = digits.DigitNet(width=4).eval()
     with pytest.raises(RuntimeError, match="differs from the pruned one"):
-        demo._verify(torch.nn.Sequential(model, torch.nn.Tanh()), model, torch.randn(2, 1, 8, 8))
+        digits._verify(torch.nn.Sequential(model, torch.nn.Tanh()), model, torch.randn(2, 1, 8, 8))
 
 
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib.figure"])
 def test_a_missing_package_is_named_before_anything_is_done(monkeypatch, tmp_path, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"pip install escort-sparse\[demo\]"):
-        demo.run_demo(tmp_path / "out", quick=True)
+        digits.run_demo(tmp_path / "out", quick=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unwritable_folder_raises_before_training(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError):
-        demo.run_demo(tmp_path / "file" / "out", quick=True)
+        digits.run_demo(tmp_path / "file" / "out", quick=True)

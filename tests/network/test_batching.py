@@ -13,7 +13,7 @@ from torch import fx, nn
 import escort
 from benchmarks.networks import NETWORKS
 from escort.network import batching
-from escort.planner import timing as bench
+from escort.planner import timing
 from tests.network.models import Small, pruned
 
 
@@ -79,7 +79,7 @@ def test_conversion_takes_the_fastest_way_through_a_batch(monkeypatch: pytest.Mo
             run()
         return [9.0, 5.0, 3.0, 4.0][: len(runs)] if len(runs) == 4 else [1.0] * len(runs)
 
-    monkeypatch.setattr(bench, "race", race)
+    monkeypatch.setattr(timing, "race", race)
     model = pruned(Small())
     x = torch.randn(4, 3, 12, 12)
     fast = escort.convert(model, x)  # the original, the batch at once, one sample at a time, two at a time

@@ -28,5 +28,5 @@ def test_large_blocks_come_back_without_page_faults() -> None:
 
 def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(memory.VARIABLE, "0")
-    monkeypatch.setattr(_cpu, "keep_freed_memory", lambda bytes: pytest.fail("the allocator was changed"))
+    monkeypatch.setattr(_cpu, "keep_freed_memory", lambda most_bytes: pytest.fail("the allocator was changed"))
     assert not memory.keep_freed_memory()

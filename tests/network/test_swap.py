@@ -14,14 +14,13 @@ from escort import methods
 from escort.filter import SparseFilter
 from escort.methods import Prepared
 from escort.methods.cpu.dense import Dense, DenseConfig
-from escort.planner import cores, measure, planner
-from escort.planner import timing as bench
+from escort.planner import cores, measure, planner, timing
 from escort.problem import Problem
 from tests.network.models import Small, pruned, three_convolutions
 
 
 def test_running_out_of_memory_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    example_inputs = bench.example_inputs
+    example_inputs = timing.example_inputs
 
     def draw(problem: Problem) -> Any:
         if problem.epilogue.residual:
@@ -29,7 +28,7 @@ def test_running_out_of_memory_names_the_layer(monkeypatch: pytest.MonkeyPatch) 
         return example_inputs(problem)
 
     planner._remembered.clear()
-    monkeypatch.setattr(bench, "example_inputs", draw)
+    monkeypatch.setattr(timing, "example_inputs", draw)
     with pytest.raises(torch.OutOfMemoryError, match="^layer second: .* allocate 20.00 GiB; .*smaller batch$"):
         escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8))
     monkeypatch.undo()

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from escort.methods import by_name
-from escort.planner import planner
-from escort.planner import timing as bench
+from escort.planner import planner, timing
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +23,14 @@ def strict_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans look at each method's first config only, and the first contestant of a race, the original, loses."""
-    race = bench.race_on_gpu
+    race = timing.race_on_gpu
 
-    def ordered(runs: Any, device: Any, **options: Any) -> list[bench.Timing]:
+    def ordered(runs: Any, device: Any, **options: Any) -> list[timing.Timing]:
         timings = race(runs, device, **{**options, "rounds": 3, "budget_s": 0.0})
-        worst = max(timing.time_us or 0.0 for timing in timings)
+        worst = max(taken.time_us or 0.0 for taken in timings)
         return timings if len(timings) == 1 else [replace(timings[0], time_us=2 * worst), *timings[1:]]
 
-    monkeypatch.setattr(bench, "race_on_gpu", ordered)
+    monkeypatch.setattr(timing, "race_on_gpu", ordered)
     monkeypatch.setattr(planner, "_MOST_CONFIGS", 1)
     monkeypatch.setattr(planner, "_remembered", {})
 

@@ -13,7 +13,7 @@ import escort
 from benchmarks.networks import NETWORKS
 from escort import reference
 from escort.layers import SparseConv2d
-from escort.planner import timing as bench
+from escort.planner import timing
 from escort.planner.machine import Machine
 from escort.problem import Precision
 from tests.network.gpu.networks import (
@@ -115,7 +115,9 @@ def test_what_cannot_be_captured_is_timed_by_events_and_converted_layer_by_layer
 
 
 def test_a_dense_network_is_kept_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "race_on_gpu", lambda runs, *_, **__: [bench.Timing(1.0 + i) for i in range(len(runs))])
+    monkeypatch.setattr(
+        timing, "race_on_gpu", lambda runs, *_, **__: [timing.Timing(1.0 + i) for i, _ in enumerate(runs)]
+    )
     fast = escort.convert(pruned(Mixed()).cuda(), images("fp32"), precision="fp32", effort="best")
     assert fast.plan.kept_dense and not any(isinstance(module, SparseConv2d) for module in fast.modules())
 

@@ -18,7 +18,7 @@ import escort
 from escort import reference
 from escort.cli import app
 from escort.network.choose import NETWORK_ERROR_BOUND
-from escort.planner import timing as bench
+from escort.planner import timing
 from escort.planner.machine import Machine
 from escort.problem import Precision
 from tests.network.gpu.networks import (
@@ -57,7 +57,7 @@ def test_saved_and_loaded(precision: Precision, tmp_path: Path) -> None:
 
 
 def test_from_the_cpu_to_a_gpu_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "race", lambda runs, **_: [2.0, *(1.0 for _ in runs[1:])])
+    monkeypatch.setattr(timing, "race", lambda runs, **_: [2.0, *(1.0 for _ in runs[1:])])
     model, x = pruned(Mixed()), torch.randn(2, 3, 32, 32)
     escort.save(escort.convert(model, x, effort="best"), tmp_path / "model")
     fast = escort.load(tmp_path / "model", device="cuda")

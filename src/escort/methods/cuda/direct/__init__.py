@@ -21,13 +21,13 @@ import torch
 
 from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import kernel, unavailable
-from escort.cuda.params import pack as pack_params
+from escort.cuda.params import pack
 from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
 from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_samples, shared_bytes
 from escort.methods.cuda.direct.params import Params, defines
 from escort.methods.cuda.direct.search import has_room, neighbours, predicted_clocks, search
-from escort.methods.cuda.direct.tables import pack
+from escort.methods.cuda.direct.tables import lay_out
 from escort.problem import Problem
 
 _SOURCE = "direct.cu"
@@ -73,13 +73,13 @@ class DirectCuda(Method):
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
     ) -> Prepared:
         device = torch.device(problem.device)
-        positions, tables = Positions(problem), pack(problem, sparse_filter, config)
+        positions, tables = Positions(problem), lay_out(problem, sparse_filter, config)
         layout = Layout.of(problem, config.tile)
         compiled = kernel(_SOURCE, defines(config, layout, problem.precision), device)
         arrays = (tables.entries, tables.segments.view(np.int32), tables.channel_of, tables.first_channels)
         on_device = [torch.from_numpy(array).to(device) for array in arrays]
         offsets = None if bias is None else bias.detach().to(device, torch.float32).contiguous()
-        fixed = (offsets, *on_device, pack_params(Params.of(problem, layout, tables, config)))
+        fixed = (offsets, *on_device, pack(Params.of(problem, layout, tables, config)))
         launch = compiled.bind(
             config.threads,
             int(shared_bytes(layout, asdict(config), tables.entry_bytes)),

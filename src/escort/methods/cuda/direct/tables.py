@@ -53,7 +53,7 @@ class Tables:
     entry_bytes: int
 
 
-def pack(problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> Tables:
+def lay_out(problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> Tables:
     """Lays a filter out for a config. Raises ValueError where a weight does not fit the storage type."""
     layout = Layout.of(problem, config.tile)
     channel_of, first_channels = _groups(problem, sparse_filter, config)
