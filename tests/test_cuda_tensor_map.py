@@ -134,7 +134,7 @@ def test_a_box_is_copied_with_zeros_around_the_tensor(copy: Path, dtype: torch.d
 @pytest.mark.gpu
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_a_tap_is_copied_with_its_padding(copy: Path, stride: int, dilation: int) -> None:
-    """3x3 with padding 1: every tap of the first 40 outputs; with a stride of 2 they reach the second image."""
+    """3x3 with padding 1: every tap of the first 40 outputs; with a stride of 2 they reach the second sample."""
     needs_hopper()
     compiled = kernel(copy, {"PIXELS": 40, "TAP": 1}, torch.device("cuda"), native=True)
     x = torch.randn(3, 9, 13, 64, device="cuda", dtype=torch.float16)

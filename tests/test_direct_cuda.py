@@ -51,8 +51,8 @@ class Interpreter:
 
     def run(self, x: Floats, tiles: int) -> Floats:
         p, tables = self.p, self.tables
-        images = len(x)
-        y = np.full((images, p.out_channels, p.out_height, p.out_width), np.nan)
+        samples = len(x)
+        y = np.full((samples, p.out_channels, p.out_height, p.out_width), np.nan)
         for group in range(len(tables.channel_of)):
             first_channel = int(tables.first_channels[group])
             for tile in range(tiles):
@@ -80,13 +80,13 @@ class Interpreter:
         unit = self.quotient(line, p.by_sample_rows)
         row = (line - unit * p.sample_rows) * p.row_stride + phase_row - p.row_padding
         column = (position - line * p.pitch) * p.column_stride + phase_column - p.column_padding
-        image = unit * (1 + self.half)
-        inside &= (row >= 0) & (row < p.height) & (column >= 0) & (column < p.width) & (image < len(x))
+        sample = unit * (1 + self.half)
+        inside &= (row >= 0) & (row < p.height) & (column >= 0) & (column < p.width) & (sample < len(x))
         at = word[inside]
-        image, row, column = image[inside], row[inside], column[inside]
-        stage[at, 0] = x[image, channel, row, column]
+        sample, row, column = sample[inside], row[inside], column[inside]
+        stage[at, 0] = x[sample, channel, row, column]
         if self.half:
-            stage[at, 1] = x[np.where(image + 1 < len(x), image + 1, image), channel, row, column]
+            stage[at, 1] = x[np.where(sample + 1 < len(x), sample + 1, sample), channel, row, column]
 
     def fill_pairs(self, stage: Floats, x: Floats, channel: int, first_word: int) -> None:
         p = self.p
@@ -144,10 +144,10 @@ class Interpreter:
         row, column = line - unit * p.sample_rows, position - line * p.pitch
         for k, channel in enumerate(self.tables.channel_of[group].ravel().tolist()):
             for neighbour in range(1 + self.half):
-                image = unit * (1 + self.half) + neighbour
-                inside = (row < p.out_height) & (column < p.out_width) & (image < len(y))
+                sample = unit * (1 + self.half) + neighbour
+                inside = (row < p.out_height) & (column < p.out_width) & (sample < len(y))
                 if channel >= 0:
-                    at = image[inside], channel, row[inside], column[inside]
+                    at = sample[inside], channel, row[inside], column[inside]
                     assert np.isnan(y[at]).all(), "an output is written twice"
                     y[at] = sums[k, inside, neighbour]
 
@@ -290,9 +290,9 @@ def test_uneven_rows_are_dealt_evenly() -> None:
 @pytest.mark.parametrize(("precision", "itemsize"), [("fp32", 4), ("fp16", 2)])
 def test_batches_end_where_32_bits_do(precision: str, itemsize: int) -> None:
     problem = Problem(1, 64, 112, 112, 8, (3, 3), precision=precision, device="cuda:0")  # type: ignore[arg-type]
-    image = 64 * 112 * 112 * itemsize
+    sample_bytes = 64 * 112 * 112 * itemsize
     most = most_samples(problem)
-    assert most * image < 2**32 <= (most + 1) * image
+    assert most * sample_bytes < 2**32 <= (most + 1) * sample_bytes
     reason = DirectCuda().unsupported(replace(problem, batch=most + 1))
     assert reason is not None and f"{most} samples" in reason
     wide = replace(problem, in_channels=1, out_channels=128)
@@ -347,15 +347,15 @@ def test_a_runner_launches_a_tile_per_block(launches: Launches, precision: str) 
     config = DirectConfig(2, 2, 1, 4, 1, 4, 4, 2)
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     run = DirectCuda().prepare(problem, sparse_filter, torch.zeros(16), config)
-    for images in (0, 1, 4, 7):
-        x = torch.zeros(images, 8, 14, 14, dtype=problem.storage)
+    for samples in (0, 1, 4, 7):
+        x = torch.zeros(samples, 8, 14, 14, dtype=problem.storage)
         y = run(x)
-        assert y.shape == (images, 16, 14, 14) and y.dtype is problem.storage
+        assert y.shape == (samples, 16, 14, 14) and y.dtype is problem.storage
     words = (1, 4, 7) if precision == "fp32" else (1, 2, 4)
-    # 15 x 15 positions per image, up to the last output; 2 groups of 8 output channels.
+    # 15 x 15 positions per sample, up to the last output; 2 groups of 8 output channels.
     assert [grid for grid, *_ in launches.calls] == [(2, -(-(n * 225 - 16) // config.tile), 1) for n in words]
-    for images, (grid, *passed) in zip((1, 4, 7), launches.calls, strict=True):
-        assert passed[3:] == [images, grid[1]]
+    for samples, (grid, *passed) in zip((1, 4, 7), launches.calls, strict=True):
+        assert passed[3:] == [samples, grid[1]]
     block, shared_bytes, args, overlap = launches.bound
     assert block == config.threads and overlap and args.count(int) == 2
     assert not any(isinstance(arg, np.generic) for arg in args)  # a launch takes no numbers of numpy

@@ -52,7 +52,7 @@ def direct_variants() -> list[Variant]:
 def arrange_variants() -> list[Variant]:
     """Source, defines and budget of registers of what lays out inputs.
 
-    One image or two per word, one plane or four; and channels_last of either size of elements.
+    One sample or two per word, one plane or four; and channels_last of either size of elements.
     """
     config = GeneratedConfig(8, 4, 1, 4, copy=0, arranged=True)
     vectors = ((2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4))

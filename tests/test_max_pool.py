@@ -108,55 +108,61 @@ WINDOWS = (
 )
 
 
-def example(window: Any, dtype: torch.dtype, layout: torch.memory_format, images: int = 2) -> torch.Tensor:
+def example(window: Any, dtype: torch.dtype, memory_format: torch.memory_format, samples: int = 2) -> torch.Tensor:
     *_, channels, height, width = window
-    x = torch.randn(images, channels, height, width).to(dtype)
+    x = torch.randn(samples, channels, height, width).to(dtype)
     x[0, 0, 2, 2], x[-1, -1, 3, 1], x[-1, 0] = float("nan"), float("inf"), float("-inf")
-    return x.contiguous(memory_format=layout)
+    return x.contiguous(memory_format=memory_format)
 
 
 def check(y: torch.Tensor, x: torch.Tensor, window: Any) -> None:
     expected = F.max_pool2d(x.float(), *window[:4], ceil_mode=window[4]).to(x.dtype)
     assert torch.equal(y.nan_to_num(nan=1e4), expected.nan_to_num(nan=1e4))
-    layout = torch.channels_last if lies_in_channels_last(x) else torch.contiguous_format
-    assert y.is_contiguous(memory_format=layout)
+    memory_format = torch.channels_last if lies_in_channels_last(x) else torch.contiguous_format
+    assert y.is_contiguous(memory_format=memory_format)
 
 
-both_layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+both_memory_formats = pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"]
+)
 any_type = pytest.mark.parametrize("dtype", pool.POOLED_ON_GPU, ids=str)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-@both_layouts
+@both_memory_formats
 @any_type
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_the_source_pools_as_torch_does(window: Any, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    x = example(window, dtype, layout)
+def test_the_source_pools_as_torch_does(window: Any, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    x = example(window, dtype, memory_format)
     check(pool._max_pool2d_on_gpu(x, *window[:5]), x, window)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-@both_layouts
+@both_memory_formats
 def test_more_outputs_than_are_numbered_are_torchs(
-    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "_MOST_VECTORS", 7)
     monkeypatch.setattr("escort.cuda.kernel.kernel", None)  # none is made
-    x = example(WINDOWS[1], torch.float32, layout)
+    x = example(WINDOWS[1], torch.float32, memory_format)
     check(pool._max_pool2d_on_gpu(x, *WINDOWS[1][:5]), x, WINDOWS[1])
 
 
 @pytest.mark.gpu
-@both_layouts
+@both_memory_formats
 @any_type
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_pools_as_torch_does_on_the_gpu(window: Any, dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_pools_as_torch_does_on_the_gpu(window: Any, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     layer = MaxPool2d(*window[:4], ceil_mode=window[4])
-    for images in (0, 1, 5):
-        x = example(window, dtype, layout, max(images, 1))[:images].cuda().contiguous(memory_format=layout)
+    for samples in (0, 1, 5):
+        x = (
+            example(window, dtype, memory_format, max(samples, 1))[:samples]
+            .cuda()
+            .contiguous(memory_format=memory_format)
+        )
         y = layer(x)
         assert y.device == x.device
-        if images:
+        if samples:
             check(y.cpu(), x.cpu(), window)
     torch.library.opcheck(pool.max_pool2d, (x.nan_to_num(), *map(list, window[:4]), window[4]))  # NaN is not NaN to it
 

@@ -52,7 +52,7 @@ def test_aims_of_sparse_methods_need_every_layer(lost: str) -> None:
 
 
 def test_the_real_work_of_a_layer() -> None:
-    # 384 filters of 256 channels and 3x3 taps, 93.1 % of them zeros, on 13x13 positions of 2 images
+    # 384 filters of 256 channels and 3x3 taps, 93.1 % of them zeros, on 13x13 positions of 2 samples
     nonzeros = round((1.0 - LAYERS["caffenet", "conv3"].sparsity) * 384 * 256 * 9)
     assert layers.flop("caffenet", "conv3", 2) == 2 * nonzeros * 2 * 13 * 13
     (layer,) = (layer for layer in suite.paper_layers(2) if layer.name == "conv2")

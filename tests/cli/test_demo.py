@@ -33,7 +33,7 @@ def test_the_numbers_agree_with_each_other(run):
     _, summary, _ = run
     assert summary["accuracy_dense"] > 0.8
     assert summary["accuracy_converted"] == pytest.approx(
-        summary["accuracy_pruned"], abs=1.5 / summary["images"]["held_out"]
+        summary["accuracy_pruned"], abs=1.5 / summary["digits"]["held_out"]
     )
     assert summary["rel_error"] <= 1e-5
     assert summary["layer_sparsity"][digits.FIRST_CONVOLUTION] == 0.0
@@ -51,7 +51,7 @@ def test_the_saved_model_reads_the_held_out_digits_as_well(run):
     model = escort.load(out / "model.escort")
     data = digits.load_digits(digits.QUICK.size)
     with torch.inference_mode():
-        right = (model(data.held_out_images).argmax(1) == data.held_out_labels).float().mean()
+        right = (model(data.held_out_pictures).argmax(1) == data.held_out_labels).float().mean()
     assert float(right) == pytest.approx(summary["accuracy_converted"], abs=1.5 / len(data.held_out_labels))
 
 
@@ -68,10 +68,10 @@ def test_report_and_console_show_the_same_numbers(run):
 def test_the_split_is_whole_and_follows_the_seed():
     data, same, other = (digits.load_digits(8, seed) for seed in (0, 0, 1))
     assert len(data.train_labels) + len(data.held_out_labels) == 1797
-    assert torch.equal(data.held_out_images, same.held_out_images)
-    assert not torch.equal(data.held_out_images, other.held_out_images)
-    assert data.train_images.shape[1:] == (1, 8, 8)
-    assert (data.train_images.min(), data.train_images.max()) == (-0.5, 0.5)
+    assert torch.equal(data.held_out_pictures, same.held_out_pictures)
+    assert not torch.equal(data.held_out_pictures, other.held_out_pictures)
+    assert data.train_pictures.shape[1:] == (1, 8, 8)
+    assert (data.train_pictures.min(), data.train_pictures.max()) == (-0.5, 0.5)
 
 
 def test_a_wrong_converted_network_is_reported():

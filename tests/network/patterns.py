@@ -54,7 +54,7 @@ def masked(net: Net) -> None:
     prune.random_unstructured(net.conv, "bias", amount=2)
 
 
-IMAGES = torch.randn(2, 3, 10, 9, generator=torch.Generator().manual_seed(1))
+SAMPLES = torch.randn(2, 3, 10, 9, generator=torch.Generator().manual_seed(1))
 
 
 MORE = torch.randn(3, 3, 7, 12, generator=torch.Generator().manual_seed(2))
@@ -91,4 +91,4 @@ class Fused:
 
 
 def fused(pattern: Callable[[Any, Any], Any]) -> Fused:
-    return Fused(Net(pattern), IMAGES, others=(MORE,))
+    return Fused(Net(pattern), SAMPLES, others=(MORE,))

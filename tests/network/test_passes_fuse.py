@@ -18,7 +18,7 @@ from benchmarks.networks import NETWORKS
 from escort.network.fused import FusedConv2d
 from escort.network.passes.fuse import fuse
 from escort.network.trace import trace
-from tests.network.patterns import IMAGES, MORE, ON_CPU, Fused, Net, fused, with_statistics
+from tests.network.patterns import MORE, ON_CPU, SAMPLES, Fused, Net, fused, with_statistics
 
 #: Inputs smaller than the networks' own where the classifier allows it.
 SIDES = {"alexnet": 64, "caffenet": 227, "googlenet": 64}
@@ -89,7 +89,7 @@ def test_a_projection_shortcut_is_fused_into_the_convolution_that_runs_last() ->
 def test_activations(activation: Any, name: str) -> None:
     net = Net(lambda net, x: net.activation(net.norm(net.conv(x))))
     net.activation = activation
-    assert Fused(net, IMAGES, others=(MORE,)).epilogues == {"conv": (False, name)}
+    assert Fused(net, SAMPLES, others=(MORE,)).epilogues == {"conv": (False, name)}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_what_is_no_residual_add(add: Callable[[Any, Any], Any]) -> None:
 def test_a_constant_is_no_residual_though_its_shape_agrees() -> None:
     net = Net(lambda net, x: net.conv(x) + net.position * 2)
     net.position = nn.Parameter(torch.randn(1, 8, 10, 9))
-    result = Fused(net, IMAGES[:1], others=(IMAGES,))
+    result = Fused(net, SAMPLES[:1], others=(SAMPLES,))
     assert result.epilogues == {"conv": (False, "none")}
 
 
@@ -154,7 +154,7 @@ def test_without_shapes_no_add_is_fused() -> None:
     net = Net(lambda net, x: F.relu(net.conv2(net.conv(x)) + net.conv(x)))
     network, _ = fuse(fx.symbolic_trace(net), ON_CPU)
     assert not any(m.residual for m in network.modules() if isinstance(m, FusedConv2d))
-    torch.testing.assert_close(network(IMAGES), net(IMAGES))
+    torch.testing.assert_close(network(SAMPLES), net(SAMPLES))
 
 
 def test_only_the_first_add_and_the_first_activation_are_fused() -> None:
@@ -173,7 +173,7 @@ def test_an_activation_comes_before_its_add_and_a_norm_after_it() -> None:
         return net.norm(F.relu(net.conv2(z)) + z), net.norm2(net.conv2(z) + z)
 
     net = Net(lambda net, x: operator.add(*pattern(net, x)))
-    result = Fused(net, IMAGES)
+    result = Fused(net, SAMPLES)
     assert result.epilogues == {"conv": (False, "none"), "conv2": (False, "relu"), "conv2_1": (True, "none")}
     assert result.rest.count("BatchNorm2d") == 2
 
@@ -199,8 +199,8 @@ def test_a_result_that_is_used_twice_is_kept(pattern: Callable[[Any, Any], Any])
 
 def test_a_result_that_is_returned_is_kept() -> None:
     net = Net(lambda net, x: (lambda y: (y, F.relu(y)))(net.norm(net.conv(x))))
-    network, _ = fuse(trace(net, IMAGES), ON_CPU)
-    for out, expected in zip(network(IMAGES), net(IMAGES), strict=True):
+    network, _ = fuse(trace(net, SAMPLES), ON_CPU)
+    for out, expected in zip(network(SAMPLES), net(SAMPLES), strict=True):
         torch.testing.assert_close(out, expected)
     assert network.get_submodule("conv").activation == "none"
 
@@ -237,12 +237,12 @@ def test_a_convolution_whose_result_nobody_uses_is_gone() -> None:
 def test_what_does_nothing_in_eval_mode_does_not_stand_between() -> None:
     net = Net(lambda net, x: (lambda z: net.relu(z + net.drop(net.norm2(net.idle(net.conv2(z))))))(F.silu(net.conv(x))))
     net.idle, net.drop = nn.Identity(), nn.Dropout2d()
-    assert Fused(net.eval(), IMAGES).epilogues["conv2"] == (True, "relu")
+    assert Fused(net.eval(), SAMPLES).epilogues["conv2"] == (True, "relu")
 
 
 def test_a_shared_convolution_becomes_one_module_per_call() -> None:
     net = Net(lambda net, x: net.norm(net.conv(x)) * net.relu(net.conv(-x)))
-    result = Fused(net, IMAGES)
+    result = Fused(net, SAMPLES)
     assert result.epilogues == {"conv": (False, "none"), "conv_1": (False, "relu")}
     assert not torch.equal(result.convs["conv"].conv.weight, result.convs["conv_1"].conv.weight)
     assert torch.equal(result.convs["conv_1"].conv.weight, net.conv.weight)
@@ -250,7 +250,7 @@ def test_a_shared_convolution_becomes_one_module_per_call() -> None:
 
 def test_the_model_and_the_traced_graph_are_left_as_they_are() -> None:
     net = Net(lambda net, x: net.relu(net.norm2(net.conv2(net.conv(x)))))
-    traced = trace(net, IMAGES)
+    traced = trace(net, SAMPLES)
     network, _ = fuse(traced, ON_CPU)
     for model, other in ((net, traced), (traced, network)):
         before, code = copy.deepcopy(model.state_dict()), traced.code
@@ -262,21 +262,21 @@ def test_the_model_and_the_traced_graph_are_left_as_they_are() -> None:
 
 
 def test_the_result_holds_nothing_that_it_does_not_use() -> None:
-    network = Fused(Net(lambda net, x: net.relu(net.norm(net.conv(x)))), IMAGES).network
+    network = Fused(Net(lambda net, x: net.relu(net.norm(net.conv(x)))), SAMPLES).network
     assert set(network.state_dict()) == {"conv.conv.weight", "conv.conv.bias"}
     assert not network.training
 
 
 def test_a_model_in_training_mode_is_traced_as_if_in_eval_mode() -> None:
     net = Net(lambda net, x: net.norm(net.conv(x))).train()
-    network, _ = fuse(trace(net, IMAGES), ON_CPU)
+    network, _ = fuse(trace(net, SAMPLES), ON_CPU)
     assert net.training and net.norm.training
-    torch.testing.assert_close(network(IMAGES), net.eval()(IMAGES))
+    torch.testing.assert_close(network(SAMPLES), net.eval()(SAMPLES))
 
 
 def test_a_convolution_as_the_whole_model() -> None:
-    assert Fused(nn.Conv2d(3, 4, 3), IMAGES).epilogues == {"conv": (False, "none")}
-    assert Fused(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGES).epilogues == {"0": (False, "relu")}
+    assert Fused(nn.Conv2d(3, 4, 3), SAMPLES).epilogues == {"conv": (False, "none")}
+    assert Fused(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), SAMPLES).epilogues == {"0": (False, "relu")}
 
 
 # What is left alone
@@ -303,7 +303,7 @@ def hooked() -> nn.Conv2d:
 def test_what_is_left_alone_says_why(conv: Any, reason: str) -> None:
     net = Net(lambda net, x: F.relu(net.tested(x)))
     net.tested = conv
-    result = Fused(net, IMAGES)
+    result = Fused(net, SAMPLES)
     assert not result.convs and len(result.skipped) == 1
     (text,) = result.skipped.values()
     assert re.search(reason, text)
@@ -312,4 +312,4 @@ def test_what_is_left_alone_says_why(conv: Any, reason: str) -> None:
 def test_hooks_on_what_follows_a_convolution_still_run() -> None:
     net = Net(lambda net, x: net.relu(net.norm(net.conv(x))))
     net.norm.register_forward_hook(lambda module, args, out: out + 1)
-    assert Fused(net, IMAGES).rest == ["BatchNorm2d", "ReLU"]
+    assert Fused(net, SAMPLES).rest == ["BatchNorm2d", "ReLU"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from benchmarks.networks import NETWORKS
-from tests.network.patterns import IMAGES, MORE, Fused, Net, with_statistics
+from tests.network.patterns import MORE, SAMPLES, Fused, Net, with_statistics
 
 
 # Exported programs
@@ -35,13 +35,13 @@ class Exported(nn.Module):
 def test_exported_programs(decomposed: bool) -> None:
     model = with_statistics(Exported())
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(model, (SAMPLES,), dynamic_shapes=({0: batch},))
     if decomposed:
         program = program.run_decompositions()
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
-    result = Fused(torch.export.load(file).module(), IMAGES, others=(IMAGES[:1],))
+    result = Fused(torch.export.load(file).module(), SAMPLES, others=(SAMPLES[:1],))
     assert result.epilogues == {"stem.0": (False, "relu6"), "body.0": (True, "relu"), "head": (False, "relu6")}
     assert len(result.rest) <= 1  # torch.export's own check of the input's shape
 
@@ -56,7 +56,7 @@ def test_an_exported_resnet() -> None:
 
 def test_a_graph_module_keeps_its_graph() -> None:
     graph_module = fx.symbolic_trace(Net(lambda net, x: net.relu(net.norm(net.conv(x)))))
-    assert Fused(graph_module, IMAGES).epilogues == {"conv": (False, "relu")}
+    assert Fused(graph_module, SAMPLES).epilogues == {"conv": (False, "relu")}
     assert isinstance(graph_module.conv, nn.Conv2d)
 
 
@@ -99,6 +99,6 @@ def blocks(draw: st.DrawFn) -> nn.Module:
 @given(blocks())
 @settings(deadline=None, max_examples=25)
 def test_any_network_stays_equal(model: nn.Module) -> None:
-    result = Fused(with_statistics(model), IMAGES, others=(MORE,))
+    result = Fused(with_statistics(model), SAMPLES, others=(MORE,))
     assert not result.skipped
     assert {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)} <= set(result.convs)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from escort.network.fused import FusedConv2d
 from escort.network.passes.fuse import fuse
 from escort.network.trace import trace
-from tests.network.patterns import IMAGES, ON_CPU, Fused, Net, masked
+from tests.network.patterns import ON_CPU, SAMPLES, Fused, Net, masked
 
 
 def masked_twice(net: Net) -> None:
@@ -47,12 +47,12 @@ class Halved(nn.Module):
 def test_the_weight_in_effect_is_taken(change: Callable[[Net], Any], exported: bool) -> None:
     net = Net(lambda net, x: net.relu(net.conv(x)))
     change(net)
-    expected = net(IMAGES)
-    model = torch.export.export(net, (IMAGES,)).module() if exported else net
-    network, skipped = fuse(trace(model, IMAGES), ON_CPU)
-    torch.testing.assert_close(network(IMAGES), expected)
+    expected = net(SAMPLES)
+    model = torch.export.export(net, (SAMPLES,)).module() if exported else net
+    network, skipped = fuse(trace(model, SAMPLES), ON_CPU)
+    torch.testing.assert_close(network(SAMPLES), expected)
     assert not skipped and isinstance(network.conv, FusedConv2d) and network.conv.activation == "relu"
-    effective = F.conv2d(IMAGES, network.conv.conv.weight, network.conv.conv.bias, padding=1).relu()
+    effective = F.conv2d(SAMPLES, network.conv.conv.weight, network.conv.conv.bias, padding=1).relu()
     torch.testing.assert_close(effective, expected)
     assert set(network.state_dict()) == {"conv.conv.weight", "conv.conv.bias"}
 
@@ -88,7 +88,7 @@ def test_functional_convolutions() -> None:
 
 def test_a_weight_with_other_uses_stays_where_it_is() -> None:
     net = Net(lambda net, x: net.conv(x) * net.conv.weight.sum() + F.conv2d(x, net.conv.weight, padding=1))
-    result = Fused(net, IMAGES)
+    result = Fused(net, SAMPLES)
     assert set(result.convs) == {"conv_1", "conv_2"}
     assert set(result.network.state_dict()) >= {"conv.weight"}
 
@@ -105,5 +105,5 @@ class WithOptions(nn.Module):
 
 
 def test_optional_arguments_are_fixed_at_what_the_example_says() -> None:
-    assert set(Fused(WithOptions(), IMAGES).convs) == {"conv"}
-    assert set(Fused(WithOptions(), IMAGES, torch.randn(8, 7)).convs) == {"conv"}
+    assert set(Fused(WithOptions(), SAMPLES).convs) == {"conv"}
+    assert set(Fused(WithOptions(), SAMPLES, torch.randn(8, 7)).convs) == {"conv"}

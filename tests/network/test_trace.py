@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from escort.network.trace import Untraceable, plain_copy, trace
-from tests.network.patterns import IMAGES, Net, masked
+from tests.network.patterns import SAMPLES, Net, masked
 
 
 def test_the_callers_input_is_not_written_to_by_tracing() -> None:
-    x = IMAGES.clone()
+    x = SAMPLES.clone()
     trace(Net(lambda net, x: net.conv(net.relu(x))), x)
-    assert torch.equal(x, IMAGES)
+    assert torch.equal(x, SAMPLES)
 
 
 def test_an_assignment_that_fx_would_get_wrong_is_refused() -> None:
@@ -26,7 +26,7 @@ def test_an_assignment_that_fx_would_get_wrong_is_refused() -> None:
         return z
 
     with pytest.raises(Untraceable, match="computes something else"):
-        trace(Net(pattern), IMAGES)
+        trace(Net(pattern), SAMPLES)
 
 
 def test_a_pruned_model_can_be_copied_and_stays_pruned() -> None:
@@ -48,7 +48,7 @@ def test_a_pruned_model_can_be_copied_and_stays_pruned() -> None:
 )
 def test_untraceable_models_say_why(pattern: Callable[[Any, Any], Any], reason: str) -> None:
     with pytest.raises(Untraceable, match=f"Net: .*{reason}"):
-        trace(Net(pattern), IMAGES)
+        trace(Net(pattern), SAMPLES)
 
 
 def test_running_out_of_memory_is_no_reason_to_give_up_the_graph() -> None:
@@ -57,7 +57,7 @@ def test_running_out_of_memory_is_no_reason_to_give_up_the_graph() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 20 GiB"):
-        trace(Large(), IMAGES)
+        trace(Large(), SAMPLES)
 
 
 def test_an_input_by_name_keeps_its_name() -> None:
@@ -67,9 +67,9 @@ def test_an_input_by_name_keeps_its_name() -> None:
             return y if mask is None else y * mask
 
     model, mask = Named(lambda net, x: x), torch.rand(2, 1, 10, 9)
-    graph_module = trace(model, IMAGES, {"mask": mask})
-    assert torch.equal(graph_module(IMAGES, mask=mask), model(IMAGES, mask=mask))
+    graph_module = trace(model, SAMPLES, {"mask": mask})
+    assert torch.equal(graph_module(SAMPLES, mask=mask), model(SAMPLES, mask=mask))
     inputs = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
     assert inputs[0] == "x" and inputs[-1] == "mask"
     with torch.no_grad():
-        assert not torch.equal(graph_module(IMAGES, mask=2 * mask), model(IMAGES, mask=mask))
+        assert not torch.equal(graph_module(SAMPLES, mask=2 * mask), model(SAMPLES, mask=mask))

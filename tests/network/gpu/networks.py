@@ -68,13 +68,13 @@ def on_gpu(model: nn.Module, precision: Precision) -> nn.Module:
     return model.to("cuda", TORCH_DTYPE[precision])
 
 
-def images(precision: Precision, *shape: int) -> Tensor:
+def samples(precision: Precision, *shape: int) -> Tensor:
     return torch.randn(shape or (2, 3, 32, 32), device="cuda").to(TORCH_DTYPE[precision])
 
 
 def converted(precision: Precision, model: nn.Module | None = None, *shape: int) -> ConvertedModel:
     model = on_gpu(pruned(Mixed()) if model is None else model, precision)
-    fast = escort.convert(model, images(precision, *shape), precision=precision, effort="best")
+    fast = escort.convert(model, samples(precision, *shape), precision=precision, effort="best")
     assert not fast.plan.kept_dense and fast.plan.precision == precision
     return fast
 

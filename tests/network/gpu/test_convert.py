@@ -23,10 +23,10 @@ from tests.network.gpu.networks import (
     Mixed,
     assert_close,
     converted,
-    images,
     in_formats,
     on_gpu,
     pruned,
+    samples,
 )
 
 pytestmark = pytest.mark.gpu
@@ -43,17 +43,17 @@ def test_any_input_is_right(precision: Precision, method: str, only: Callable[[s
         (method, precision, "cuda:0")
     }
     for shape in ((2, 3, 32, 32), (1, 3, 32, 32), (7, 3, 32, 32), (2, 3, 45, 37), (3, 3, 9, 70)):
-        assert_close(fast, model, images(precision, *shape), precision)
-    base = images(precision, 4, 33, 34, 3)
+        assert_close(fast, model, samples(precision, *shape), precision)
+    base = samples(precision, 4, 33, 34, 3)
     for x in (
         base.permute(0, 3, 1, 2),
-        images(precision, 4, 3, 32, 32)[::2],
-        images(precision, 2, 3, 32, 64)[..., ::2],
+        samples(precision, 4, 3, 32, 32)[::2],
+        samples(precision, 2, 3, 32, 64)[..., ::2],
     ):
         assert_close(fast, model, x, precision)
-    assert_close(fast, model, images(precision).contiguous(memory_format=torch.channels_last), precision)
+    assert_close(fast, model, samples(precision).contiguous(memory_format=torch.channels_last), precision)
     with torch.inference_mode():
-        assert fast(images(precision)[:0]).shape == (0, 10)
+        assert fast(samples(precision)[:0]).shape == (0, 10)
 
 
 @in_formats(("contiguous", "channels_last"))
@@ -61,14 +61,14 @@ def test_any_input_is_right(precision: Precision, method: str, only: Callable[[s
 def test_resnet_18_is_the_same_network(precision: Precision) -> None:
     torch.manual_seed(0)
     model = on_gpu(pruned(NETWORKS["resnet18"].factory(num_classes=10), 0.9), precision)
-    fast = escort.convert(model, images(precision, 2, 3, 64, 64), precision=precision, effort=0.0)
+    fast = escort.convert(model, samples(precision, 2, 3, 64, 64), precision=precision, effort=0.0)
     assert len(fast.plan.layers) == 20 and not fast.plan.skipped and not fast.plan.kept_dense
     assert fast.plan.timer == "graph" and fast.plan.machine == Machine.here("cuda:0") and fast.plan.samples is None
     for plan in fast.plan.layers.values():
         assert {candidate.method for candidate in plan.candidates} >= {"direct", "cudnn"}
         assert plan.time_us is not None and plan.dense_time_us is not None
     for shape in ((2, 3, 64, 64), (3, 3, 96, 64)):
-        assert_close(fast, model, images(precision, *shape), precision)
+        assert_close(fast, model, samples(precision, *shape), precision)
 
 
 @in_formats(("channels_last",))
@@ -83,7 +83,7 @@ def test_a_network_in_channels_last_is_right(
     fast = converted(precision, model)
     assert fast.plan.memory_format == "channels_last" and len(fast.plan.layers) == 4 and not fast.plan.skipped
     for shape in ((2, 3, 32, 32), (1, 3, 32, 32), (7, 3, 32, 32), (2, 3, 45, 37), (3, 3, 9, 70)):
-        x = images(precision, *shape)
+        x = samples(precision, *shape)
         assert_close(fast, model, x, precision)
         assert_close(fast, model, x.contiguous(memory_format=torch.channels_last), precision)
     lying = []
@@ -93,24 +93,24 @@ def test_a_network_in_channels_last_is_right(
                 lambda *called: lying.append(called[2].is_contiguous(memory_format=torch.channels_last))
             )
     with torch.inference_mode():
-        fast(images(precision))
-        assert fast(images(precision)[:0]).shape == (0, 10)
+        fast(samples(precision))
+        assert fast(samples(precision)[:0]).shape == (0, 10)
     assert lying and all(lying)
 
 
 @BOTH
 def test_a_model_in_channels_last_stays_right() -> None:
     model = on_gpu(pruned(Mixed()), "fp16").to(memory_format=torch.channels_last)
-    x = images("fp16").contiguous(memory_format=torch.channels_last)
+    x = samples("fp16").contiguous(memory_format=torch.channels_last)
     fast = escort.convert(model, x, effort="best")
     assert_close(fast, model, x, "fp16")
 
 
 def test_what_cannot_be_captured_is_timed_by_events_and_converted_layer_by_layer() -> None:
     model = pruned(Branching()).cuda()
-    fast = escort.convert(model, images("fp32"), precision="fp32", effort="best")
+    fast = escort.convert(model, samples("fp32"), precision="fp32", effort="best")
     assert not fast.traced and fast.plan.timer == "events" and set(fast.plan.layers) == {"conv"}
-    for x in (images("fp32").abs(), -images("fp32").abs()):
+    for x in (samples("fp32").abs(), -samples("fp32").abs()):
         assert_close(fast, model, x, "fp32")
 
 
@@ -118,7 +118,7 @@ def test_a_dense_network_is_kept_where_it_is_faster(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         timing, "race_on_gpu", lambda runs, *_, **__: [timing.Timing(1.0 + i) for i, _ in enumerate(runs)]
     )
-    fast = escort.convert(pruned(Mixed()).cuda(), images("fp32"), precision="fp32", effort="best")
+    fast = escort.convert(pruned(Mixed()).cuda(), samples("fp32"), precision="fp32", effort="best")
     assert fast.plan.kept_dense and not any(isinstance(module, SparseConv2d) for module in fast.modules())
 
 
@@ -128,7 +128,7 @@ def test_strict_float32_is_strict_whatever_torch_allows(
     only("cudnn")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     conv = pruned(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)), 0.5).cuda()
-    x = images("fp32", 4, 64, 28, 28)
+    x = samples("fp32", 4, 64, 28, 28)
     with pytest.warns(UserWarning, match="pass precision='tf32' to allow TF32"):
         strict = escort.convert(conv, x, effort="best")
     assert strict.plan.precision == "fp32"
@@ -144,7 +144,7 @@ def test_model_and_example_on_different_devices() -> None:
     with pytest.raises(ValueError, match="stem.0.weight is on cuda:0, the example on cpu; move one to the other"):
         escort.convert(pruned(Mixed()).cuda(), torch.randn(2, 3, 32, 32), effort="best")
     with pytest.raises(ValueError, match="stem.0.weight is on cpu, the example on cuda:0"):
-        escort.convert(pruned(Mixed()), images("fp32"), effort="best")
+        escort.convert(pruned(Mixed()), samples("fp32"), effort="best")
 
 
 @pytest.fixture
@@ -160,10 +160,10 @@ def little_memory() -> Iterator[None]:
 @pytest.mark.usefixtures("little_memory")
 def test_out_of_memory_names_the_remedy_and_the_next_call_works() -> None:
     model = on_gpu(pruned(Mixed()), "fp32")
-    x = images("fp32", 64, 3, 256, 256)  # 48 MiB, and 64 MiB behind the first layer
+    x = samples("fp32", 64, 3, 256, 256)  # 48 MiB, and 64 MiB behind the first layer
     x = torch.cat([x, x])
     with pytest.raises(torch.OutOfMemoryError, match="out of memory.*; pass an example of a smaller batch"):
         escort.convert(model, x, precision="fp32", effort="best")
     del x
     torch.cuda.set_per_process_memory_fraction(1.0)
-    assert_close(converted("fp32", model), model, images("fp32"), "fp32")
+    assert_close(converted("fp32", model), model, samples("fp32"), "fp32")

@@ -29,8 +29,8 @@ from tests.network.gpu.networks import (
     assert_same,
     converted,
     each,
-    images,
     pruned,
+    samples,
 )
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.gpu
 
 @each(*PRECISIONS)
 def test_saved_and_loaded(precision: Precision, tmp_path: Path) -> None:
-    fast, x = converted(precision), images(precision)
+    fast, x = converted(precision), samples(precision)
     escort.save(fast, tmp_path / "model")
     back = escort.load(tmp_path / "model")
     assert back.plan == fast.plan  # planned on this very machine
@@ -68,7 +68,7 @@ def test_from_the_cpu_to_a_gpu_by_file(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_where_it_may_go_and_what_it_may_become() -> None:
-    fast, x = converted("fp16"), images("fp16")
+    fast, x = converted("fp16"), samples("fp16")
     with torch.inference_mode():
         before = fast(x)
         assert_same(fast.half().cuda().to("cuda:0", torch.float16)(x), before)
@@ -87,13 +87,13 @@ def test_where_it_may_go_and_what_it_may_become() -> None:
         torch.save(layer, file := io.BytesIO())
         file.seek(0)
         read = torch.load(file, weights_only=False)
-        x = images("fp16", 2, 16, 8, 8)
+        x = samples("fp16", 2, 16, 8, 8)
         assert_same(read(x), layer(x))
 
 
 @TWO_GPUS
 def test_from_one_gpu_to_another(tmp_path: Path) -> None:
-    fast, x = converted("fp16"), images("fp16")
+    fast, x = converted("fp16"), samples("fp16")
     with torch.inference_mode():
         expected = fast(x)
         moved = copy.deepcopy(fast).to("cuda:1")

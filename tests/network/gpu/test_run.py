@@ -18,9 +18,9 @@ from tests.network.gpu.networks import (
     assert_same,
     converted,
     each,
-    images,
     in_formats,
     pruned,
+    samples,
 )
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.gpu
 
 def test_another_stream() -> None:
     fast, stream = converted("fp32"), torch.cuda.Stream()
-    x = images("fp32", 4, 3, 40, 40)  # a size that is laid out on the stream
+    x = samples("fp32", 4, 3, 40, 40)  # a size that is laid out on the stream
     with torch.inference_mode():
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
@@ -41,7 +41,7 @@ def test_another_stream() -> None:
 @in_formats(("contiguous", "channels_last"))
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_captured_graph_follows_its_input(precision: Precision) -> None:
-    fast, x = converted(precision), images(precision)
+    fast, x = converted(precision), samples(precision)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.inference_mode():
         stream.wait_stream(torch.cuda.current_stream())
@@ -52,7 +52,7 @@ def test_a_captured_graph_follows_its_input(precision: Precision) -> None:
         with torch.cuda.graph(graph):
             y = fast(x)
         for _ in range(3):
-            x.copy_(images(precision))
+            x.copy_(samples(precision))
             graph.replay()
             assert_same(y, fast(x.clone()))
 
@@ -60,7 +60,7 @@ def test_a_captured_graph_follows_its_input(precision: Precision) -> None:
 def test_what_was_not_laid_out_before_a_capture_says_so() -> None:
     fast = converted("fp32")
     layer = fast.network.get_submodule("grouped")
-    x = images("fp32", 1, 16, 21, 23)
+    x = samples("fp32", 1, 16, 21, 23)
     with torch.inference_mode():
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.zeros(1, device="cuda")
@@ -71,7 +71,7 @@ def test_what_was_not_laid_out_before_a_capture_says_so() -> None:
 
 @BOTH
 def test_compiled_and_exported(tmp_path: Path) -> None:
-    fast, x = converted("fp16"), images("fp16")
+    fast, x = converted("fp16"), samples("fp16")
     torch._dynamo.reset()
     with torch.no_grad():
         expected = fast(x)
@@ -83,7 +83,7 @@ def test_compiled_and_exported(tmp_path: Path) -> None:
 
 
 def test_compiled_with_graphs_of_its_own() -> None:
-    layer, x = converted("fp32").network.get_submodule("pointwise"), images("fp32", 2, 16, 19, 17)
+    layer, x = converted("fp32").network.get_submodule("pointwise"), samples("fp32", 2, 16, 19, 17)
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
@@ -95,7 +95,7 @@ def test_compiled_with_graphs_of_its_own() -> None:
 @each("fp32", "bf16")
 def test_the_operator_passes_torchs_own_checks(precision: Precision) -> None:
     layer = converted(precision).network.get_submodule("grouped")
-    x = images(precision, 2, 16, 8, 8)
+    x = samples(precision, 2, 16, 8, 8)
     arrays = layer.values, layer.columns, layer.indptr, layer.bias, layer._spec
     torch.library.opcheck(sparse_conv2d, (x, x, *arrays))
     with pytest.raises(ValueError, match="on the filter's device, cpu, got .* on cuda:0"):
@@ -105,7 +105,7 @@ def test_the_operator_passes_torchs_own_checks(precision: Precision) -> None:
 def test_calls_that_do_not_fit_are_named(only: Callable[[str], None]) -> None:
     only("direct")
     layer = converted("fp16").network.get_submodule("grouped")
-    x = images("fp16", 1, 16, 8, 8)
+    x = samples("fp16", 1, 16, 8, 8)
     with torch.inference_mode():
         layer(x, x)
         with pytest.raises(TypeError, match="grouped computes in torch.float16, its input is torch.float32"):
@@ -120,10 +120,10 @@ def test_calls_that_do_not_fit_are_named(only: Callable[[str], None]) -> None:
 
 @TWO_GPUS
 def test_the_other_gpu_as_the_current_one() -> None:
-    fast, x = converted("fp32"), images("fp32")
+    fast, x = converted("fp32"), samples("fp32")
     with torch.inference_mode():
         expected = fast(x)
-        other = images("fp32", 3, 3, 50, 50)
+        other = samples("fp32", 3, 3, 50, 50)
         with torch.cuda.device(1):
             assert_same(fast(x), expected)
             laid_out_here = fast(other)

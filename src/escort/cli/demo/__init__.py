@@ -18,7 +18,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for summary.json, report.html and the saved model.")] = Path(
         "out/demo"
     ),
-    seed: Annotated[int, typer.Option(help="Of the split, the first weights and the order of the images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the split, the first weights and the order of the digits.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A far smaller network for a few seconds.")] = False,
 ) -> None:
     """Train a small CNN on handwritten digits, prune it, convert it, and compare accuracy and speed."""

@@ -63,11 +63,11 @@ QUICK = Recipe(size=8, width=16, epochs=2, finetune_epochs=2, timing_s=0.2)
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (n, 1, size, size) float32 in [-0.5, 0.5] and labels (n,) from 0 to 9, in two parts without overlap."""
+    """Pictures (n, 1, size, size) float32 in [-0.5, 0.5] and labels (n,) from 0 to 9, in two parts without overlap."""
 
-    train_images: Tensor
+    train_pictures: Tensor
     train_labels: Tensor
-    held_out_images: Tensor
+    held_out_pictures: Tensor
     held_out_labels: Tensor
 
 
@@ -128,11 +128,11 @@ def load_digits(size: int, seed: int = 0) -> Digits:
     except ImportError as error:
         raise ImportError("the demo needs scikit-learn: pip install escort-sparse[demo]") from error
     data = datasets.load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16.0 - 0.5
-    images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    pictures = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16.0 - 0.5
+    pictures = F.interpolate(pictures, size=(size, size), mode="bilinear", align_corners=False)
     labels = torch.tensor(data.target, dtype=torch.int64)
     train, held_out = train_test_split(range(len(labels)), test_size=0.25, random_state=seed, stratify=data.target)
-    return Digits(images[train], labels[train], images[held_out], labels[held_out])
+    return Digits(pictures[train], labels[train], pictures[held_out], labels[held_out])
 
 
 def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console 
 
     Args:
         out: the folder for the files; made where it does not exist.
-        seed: of the split, the first weights and the order of the images.
+        seed: of the split, the first weights and the order of the digits.
         quick: a far smaller network for a few seconds, to see that everything works; its speed means nothing.
 
     Returns:
@@ -160,10 +160,10 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dense, pruned, history = _train_and_prune(digits, recipe, console)
-    example = digits.held_out_images[:PLANNED_BATCH]
+    example = digits.held_out_pictures[:PLANNED_BATCH]
     converted = escort.convert(pruned, example, progress=console.is_terminal)
-    rel_error = _verify(converted, pruned, digits.held_out_images)
-    times = [_time(dense, converted, digits.held_out_images[:batch], recipe.timing_s) for batch in BATCHES]
+    rel_error = _verify(converted, pruned, digits.held_out_pictures)
+    times = [_time(dense, converted, digits.held_out_pictures[:batch], recipe.timing_s) for batch in BATCHES]
     escort.save(converted, out / "model.escort")
 
     shares = prune.sparsity(pruned)
@@ -178,7 +178,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console 
         "rel_error": rel_error,
         "layer_sparsity": {name: share for name, share in shares.items() if name != "overall"},
         "history": [asdict(epoch) for epoch in history],
-        "images": {"train": len(digits.train_labels), "held_out": len(digits.held_out_labels)},
+        "digits": {"train": len(digits.train_labels), "held_out": len(digits.held_out_labels)},
         "bytes": {"dense": _state_bytes(dense), "converted": (out / "model.escort").stat().st_size},
         "plan": converted.plan.to_json(),
         "machine": Machine.here().to_json(),
@@ -233,7 +233,7 @@ def _fit(
             if schedule is not None:
                 schedule.apply(model, step, skip=FIRST_CONVOLUTION)
             optimizer.zero_grad()
-            F.cross_entropy(model(digits.train_images[batch]), digits.train_labels[batch]).backward()
+            F.cross_entropy(model(digits.train_pictures[batch]), digits.train_labels[batch]).backward()
             optimizer.step()
             rates.step()
             step += 1
@@ -251,14 +251,14 @@ def _steps_per_epoch(digits: Digits, recipe: Recipe) -> int:
 @torch.inference_mode()
 def _accuracy(model: nn.Module, digits: Digits) -> float:
     """The share of held-out digits that `model` reads right."""
-    answers = model(digits.held_out_images).argmax(1)
+    answers = model(digits.held_out_pictures).argmax(1)
     return float((answers == digits.held_out_labels).float().mean())
 
 
 @torch.inference_mode()
-def _verify(converted: nn.Module, pruned: nn.Module, images: Tensor) -> float:
+def _verify(converted: nn.Module, pruned: nn.Module, pictures: Tensor) -> float:
     """The converted network's relative error against the pruned one in float64. Raises RuntimeError above the bound."""
-    error = reference.compare(converted(images), copy.deepcopy(pruned).double()(images.double()))
+    error = reference.compare(converted(pictures), copy.deepcopy(pruned).double()(pictures.double()))
     bound = reference.ERROR_BOUND["fp32"]
     if not error <= bound:
         raise RuntimeError(f"the converted network differs from the pruned one by {error:.1e}, more than {bound:.0e}")
@@ -284,7 +284,7 @@ def _state_bytes(model: nn.Module) -> int:
 
 def _sections(summary: dict[str, Any], converted: ConvertedModel, history: list[Epoch]) -> list[report.Section]:
     """The page, from top to bottom."""
-    images, times = summary["images"], summary["times"]
+    counts, times = summary["digits"], summary["times"]
     layers = {name: plan for name, plan in converted.plan.layers.items() if plan.time_us and plan.dense_time_us}
     groups = [f"batch {row['batch']}" for row in times]
     return [
@@ -292,24 +292,24 @@ def _sections(summary: dict[str, Any], converted: ConvertedModel, history: list[
         report.Text(
             "What happened",
             (
-                f"A small CNN learned to read {images['train']:,} scanned digits. A copy of it was pruned gradually "
+                f"A small CNN learned to read {counts['train']:,} scanned digits. A copy of it was pruned gradually "
                 "while training went on, every convolution but the first, and converted. All accuracies are on "
-                f"{images['held_out']} digits that no training step saw.",
+                f"{counts['held_out']} digits that no training step saw.",
                 "Dense times are those of the trained network as PyTorch runs it, in eval mode and inference mode, in "
-                "its faster memory format; both networks take turns on the same images. Medians on "
+                "its faster memory format; both networks take turns on the same digits. Medians on "
                 f"{machine_line(converted.plan.machine)}.",
                 "The converted outputs differ from the pruned network's, computed in float64, by "
                 f"{summary['rel_error']:.1e} of their norm.",
             ),
         ),
         report.bar_chart(
-            "Time per image",
+            "Time per digit",
             groups,
             {
                 "dense": [row["dense_us"] / row["batch"] for row in times],
                 "converted": [row["converted_us"] / row["batch"] for row in times],
             },
-            "Microseconds per image",
+            "Microseconds per digit",
         ),
         _times_section(summary),
         plan_table(converted.plan),

@@ -55,7 +55,7 @@ class Generated(Method):
             math.prod(problem.output_shape[1:]) * 4 > _MOST_BYTES
             or math.prod(problem.input_shape[1:]) * 4 > _MOST_BYTES
         ):
-            return "an sample exceeds 2 GiB; use a smaller input"
+            return "a sample exceeds 2 GiB; use a smaller input"
         return unavailable(torch.device(problem.device))
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[GeneratedConfig]:
