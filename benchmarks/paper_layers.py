@@ -44,7 +44,7 @@ class PaperLayer(NamedTuple):
 
 # fmt: off
 PAPER_LAYERS: tuple[PaperLayer, ...] = tuple(PaperLayer(*row) for row in (
-    # network, layer, C, K, kernel, stride, pad, H, W, groups, sparsity, batch
+    # network, layer, C, K, kernel_size, stride, pad, H, W, groups, sparsity, batch
     ("caffenet", "conv2", 96, 256, 5, 1, 2, 27, 27, 2, 0.8565, 128),
     ("caffenet", "conv3", 256, 384, 3, 1, 1, 13, 13, 1, 0.931, 128),
     ("caffenet", "conv4", 384, 384, 3, 1, 1, 13, 13, 2, 0.9181, 128),

@@ -71,14 +71,14 @@ def test_direct_on_any_shape(data: st.DataObject) -> None:
         return data.draw(st.integers(low, high))
 
     groups = draw(1, 3)
-    kernel, stride, dilation = ((draw(1, high), draw(1, high)) for high in (4, 3, 3))
+    kernel_size, stride, dilation = ((draw(1, high), draw(1, high)) for high in (4, 3, 3))
     padding = (draw(0, 4), draw(0, 4), draw(0, 4), draw(0, 4))
     activation = data.draw(st.sampled_from(("none", "relu", "relu6")))
     sizes = (draw(1, 3), groups * draw(1, 8), draw(1, 30), draw(1, 30), groups * draw(1, 8))
     try:
         problem = Problem(
             *sizes,
-            kernel,
+            kernel_size,
             stride,
             padding,
             dilation,

@@ -197,25 +197,25 @@ def test_tables_of_any_shape(data: st.DataObject) -> None:
         return data.draw(st.integers(low, high))
 
     groups = draw(1, 3)
-    kernel, stride, dilation = ((draw(1, high), draw(1, high)) for high in (4, 3, 3))
+    kernel_size, stride, dilation = ((draw(1, high), draw(1, high)) for high in (4, 3, 3))
     padding = (draw(0, 4), draw(0, 4), draw(0, 4), draw(0, 4))
     sizes = (draw(1, 5), groups * draw(1, 8), draw(1, 14), draw(1, 14), groups * draw(1, 8))
     precision = data.draw(st.sampled_from(("fp32", "fp16", "bf16")))
     try:
-        problem = Problem(*sizes, kernel, stride, padding, dilation, groups, precision=precision, device="cuda:0")
+        problem = Problem(*sizes, kernel_size, stride, padding, dilation, groups, precision=precision, device="cuda:0")
     except ValueError:
         assume(False)
         return
     case = Case(f"{draw(0, 1000)}", problem, data.draw(st.sampled_from((0.0, 0.1, 0.5, 1.0))))
-    channel_warps = data.draw(st.sampled_from((1, 2, 4)))
+    in_channel_warps = data.draw(st.sampled_from((1, 2, 4)))
     config = DirectConfig(
         words=draw(1, 4),
         out_channels=data.draw(st.sampled_from((1, 2, 4))),
         position_warps=draw(1, 2),
         out_channel_warps=draw(1, 5),
-        in_channel_warps=channel_warps,
+        in_channel_warps=in_channel_warps,
         producers=4,
-        channel_block=channel_warps * draw(1, 4),
+        channel_block=in_channel_warps * draw(1, 4),
         stages=2,
         balanced=data.draw(st.booleans()),
     )

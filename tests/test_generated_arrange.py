@@ -57,7 +57,7 @@ def arranged(kernel_steps: KernelSteps, x: np.ndarray, folder: Path) -> np.ndarr
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "dilation", "padding", "planes"),
+    ("kernel_size", "stride", "dilation", "padding", "planes"),
     [
         ((3, 3), (1, 1), (1, 1), (1, 1, 1, 1), 1),
         ((3, 3), (2, 2), (1, 1), (1, 1, 1, 1), 4),
@@ -67,7 +67,7 @@ def arranged(kernel_steps: KernelSteps, x: np.ndarray, folder: Path) -> np.ndarr
     ],
 )
 def test_the_input_is_laid_out_as_the_interpreter_reads_it(
-    kernel: tuple[int, int],
+    kernel_size: tuple[int, int],
     stride: tuple[int, int],
     dilation: tuple[int, int],
     padding: tuple[int, int, int, int],
@@ -75,7 +75,7 @@ def test_the_input_is_laid_out_as_the_interpreter_reads_it(
     precision: str,
     tmp_path: Path,
 ) -> None:
-    problem = Problem(3, 2, 9, 8, 4, kernel, stride, padding, dilation, precision=precision)  # type: ignore[arg-type]
+    problem = Problem(3, 2, 9, 8, 4, kernel_size, stride, padding, dilation, precision=precision)  # type: ignore[arg-type]
     sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
     kernel_steps = KernelSteps.of(problem, sparse_filter, GeneratedConfig(4, 12, 1, 2, copy=0, arranged=True))
     assert kernel_steps.tiles(3) == 1 and len(kernel_steps.words.phases) == planes

@@ -18,11 +18,11 @@ def test_max_pool_is_torchs(data: st.DataObject) -> None:
     def draw(low: int, high: int) -> int:
         return data.draw(st.integers(low, high))
 
-    kernel = (draw(1, 5), draw(1, 5))
+    kernel_size = (draw(1, 5), draw(1, 5))
     stride, dilation = ((draw(1, 3), draw(1, 3)) for _ in range(2))
-    padding = (draw(0, kernel[0] // 2), draw(0, kernel[1] // 2))
-    pool = nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=data.draw(st.booleans()))
-    ours = MaxPool2d(kernel, stride, padding, dilation, ceil_mode=pool.ceil_mode)
+    padding = (draw(0, kernel_size[0] // 2), draw(0, kernel_size[1] // 2))
+    pool = nn.MaxPool2d(kernel_size, stride, padding, dilation, ceil_mode=data.draw(st.booleans()))
+    ours = MaxPool2d(kernel_size, stride, padding, dilation, ceil_mode=pool.ceil_mode)
     x = torch.randn(draw(1, 2), draw(1, 3), draw(1, 40), draw(1, 40))
     if data.draw(st.booleans()):
         x.flatten()[draw(0, x.numel() - 1)] = float("nan")

@@ -16,16 +16,16 @@ from escort.problem import Epilogue, Problem, explicit_padding
 
 @given(
     size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    kernel_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     stride=st.integers(1, 3),
     padding=st.sampled_from([0, 1, (2, 1), "same", "valid"]),
     dilation=st.integers(1, 3),
 )
 def test_shapes_are_torchs(
-    size: tuple[int, int], kernel: tuple[int, int], stride: int, padding: Any, dilation: int
+    size: tuple[int, int], kernel_size: tuple[int, int], stride: int, padding: Any, dilation: int
 ) -> None:
     stride = 1 if padding == "same" else stride
-    conv = nn.Conv2d(4, 6, kernel, stride, padding, dilation, groups=2)
+    conv = nn.Conv2d(4, 6, kernel_size, stride, padding, dilation, groups=2)
     x = torch.zeros(3, 4, *size)
     try:
         expected = conv(x).shape

@@ -93,9 +93,9 @@ def _pattern_items(study: Study, path: Path, precision: Precision) -> list[Item]
 def in_order_of_channels_last(layers: Sequence[Layer]) -> list[Layer]:
     """A residual network's layers with their input channels in the order that it gives them in channels_last.
 
-    A larger kernel, or a pointwise one that widens, alone reads its input, which gets the order that is best for it.
-    Other pointwise layers that read maps of the same shape read the sums of one stage, which has one order for all of
-    them; it is free unless the stage is the last, which no layer of stride 2 reads.
+    A layer that is not pointwise, or widens, is the only reader of its input: the input gets the order that is best for
+    the layer. The other pointwise layers that read maps of one shape all read the sums of one stage, so the sums have
+    one order for all of them. That order is free unless the stage is the last, which no layer of stride 2 reads.
     """
     alone: list[list[int]] = []
     sums: dict[tuple[int, ...], list[int]] = {}

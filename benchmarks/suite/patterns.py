@@ -21,10 +21,10 @@ def pattern_layers(
 ) -> list[Layer]:
     """The layers of a pattern file, in its order.
 
-    The file is an .npz with, per layer, ``<layer>.shape`` (height, width, in channels, out channels, kernel, padding,
-    stride, groups), ``<layer>.indptr`` and ``<layer>.indices``, the CSR matrix of the nonzeros with column
-    ``(c * R + r) * S + s``, and perhaps ``<layer>.values``; without, values are random. The network's name is
-    the file's up to the first underscore.
+    The file is an .npz. Per layer it has ``<layer>.shape`` (height, width, in_channels, out_channels, kernel_size,
+    padding, stride, groups), and ``<layer>.indptr`` and ``<layer>.indices``, the CSR matrix of the nonzeros with column
+    ``(c * R + r) * S + s``. It may have ``<layer>.values``, which else are random. The network's name is the file's up
+    to the first underscore.
 
     Args:
         batch: samples; None for as many as the paper took for a network of that name.

@@ -69,7 +69,7 @@ class Problem:
             ``channels_last`` is for GPUs.
 
     Raises:
-        ValueError: if no such convolution exists (channels not divisible by groups, input smaller than the kernel), or
+        ValueError: if no such convolution exists (channels not divisible by groups, input smaller than the filter), or
             if its device is a CPU and its memory format is channels_last.
     """
 

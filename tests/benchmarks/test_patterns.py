@@ -36,6 +36,6 @@ def test_the_layers_of_aims_are_those_of_the_files(aim: PatternAim) -> None:
     (file,) = (file for file in FILES if file.stem == aim.weights)
     layers = suite.pattern_layers(file, aim.batch)
     meant = [layer for layer in layers if any(fnmatch(layer.name, pattern) for pattern in aim.layers)]
-    kernels = {kernel for kernel in (1, 3) if f"{kernel}x{kernel}" in aim.kind}
-    assert len(meant) == aim.count and {layer.problem.kernel_size[0] for layer in meant} == kernels
-    assert not kernels & {layer.problem.kernel_size[0] for layer in layers if layer not in meant}
+    kernel_sizes = {size for size in (1, 3) if f"{size}x{size}" in aim.kind}
+    assert len(meant) == aim.count and {layer.problem.kernel_size[0] for layer in meant} == kernel_sizes
+    assert not kernel_sizes & {layer.problem.kernel_size[0] for layer in layers if layer not in meant}

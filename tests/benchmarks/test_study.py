@@ -110,8 +110,8 @@ def test_sparse_methods_meet_the_dense_one_on_real_patterns(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])
 def test_patterns_have_their_channels_in_the_order_of_a_network_in_channels_last(precision: Precision) -> None:
-    def layer(name: str, kernel: int, out_channels: int, stride: int, channels: int = 64) -> Layer:
-        geometry = (kernel, kernel), (stride, stride), (kernel // 2,) * 4
+    def layer(name: str, kernel_size: int, out_channels: int, stride: int, channels: int = 64) -> Layer:
+        geometry = (kernel_size, kernel_size), (stride, stride), (kernel_size // 2,) * 4
         problem = Problem(2, channels, 7, 7, out_channels, *geometry, precision=precision, device="cuda:0")
         return Layer("resnet50", "tiny", name, problem, suite.random_filter(problem, 0.8, seed=out_channels))
 

@@ -51,8 +51,8 @@ def three_convolutions() -> nn.Module:
     return nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(2)), nn.Conv2d(4, 4, 3)).eval()
 
 
-def one_conv(kernel: int = 3, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, kernel, dtype=dtype)).eval()
+def one_conv(kernel_size: int = 3, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, kernel_size, dtype=dtype)).eval()
 
 
 class Masked(nn.Module):

@@ -76,7 +76,7 @@ def with_nan(model: nn.Module) -> nn.Module:
         (lambda: "resnet50", torch.randn(1, 3), TypeError, "takes an nn.Module, got str"),
         (lambda: pruned(Small()), torch.randn(1, 4, 8, 8), ValueError, "example .*does not run.*channels"),
         (lambda: pruned(Small()), torch.randint(5, (1, 3, 8, 8)), ValueError, "example .*does not run"),
-        (lambda: one_conv(kernel=5), torch.randn(1, 3, 4, 4), ValueError, "example .*does not run"),
+        (lambda: one_conv(kernel_size=5), torch.randn(1, 3, 4, 4), ValueError, "example .*does not run"),
         (lambda: pruned(Small()).double(), torch.randn(1, 3, 8, 8).double(), ValueError, "first: .*float64.*float32"),
         (
             lambda: one_conv(dtype=torch.complex64),

@@ -71,10 +71,10 @@ def blocks(draw: st.DrawFn) -> nn.Module:
     class Block(nn.Module):
         def __init__(self, width: int) -> None:
             super().__init__()
-            kernel = draw(st.sampled_from([1, 3, (1, 3), 5]))
+            kernel_size = draw(st.sampled_from([1, 3, (1, 3), 5]))
             groups = draw(st.sampled_from([1, 2, width]))
             bias = draw(st.booleans())
-            self.conv = nn.Conv2d(width, width, kernel, padding="same", groups=groups, bias=bias)
+            self.conv = nn.Conv2d(width, width, kernel_size, padding="same", groups=groups, bias=bias)
             self.norm = draw(st.sampled_from([nn.Identity, lambda: nn.BatchNorm2d(width)]))()
             self.act = draw(st.sampled_from([nn.Identity, lambda: nn.ReLU(True), nn.ReLU6, nn.Tanh]))()
             self.residual = draw(st.sampled_from(["none", "before", "after", "pre", "inplace", "branch"]))

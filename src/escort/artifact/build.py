@@ -22,7 +22,7 @@ from escort.network.trace import plain_copy
 from escort.planner import Plan
 from escort.problem import Problem
 
-MAX_WINDOW = 1 << 13  # kernel size, stride, padding and dilation
+MAX_WINDOW = 1 << 13  # kernel_size, stride, padding and dilation
 MAX_PLANE = 1 << 26  # positions of an input or output that a convolution is planned for
 MAX_NUMBERS = 1 << 30  # in such an input or output, or in the inputs of a network
 

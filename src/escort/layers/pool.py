@@ -71,7 +71,7 @@ def _pool_launch(
     """The launch of kernels/cuda/max_pool.cu, compiled for a window and for accesses of `vector` elements.
 
     Args:
-        window: kernel size, stride, padding and dilation.
+        window: kernel_size, stride, padding and dilation.
     """
     check_not_capturing(device)
     names = "ROWS COLUMNS DOWN RIGHT TOP LEFT DILATION_DOWN DILATION_RIGHT".split()

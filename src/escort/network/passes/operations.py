@@ -95,9 +95,9 @@ def new_conv2d(weight: Tensor, bias: Tensor | None, *geometry: Any) -> nn.Conv2d
 
     stride, padding, dilation = (pair(value, default) for value, default in zip(geometry, (1, 0, 1), strict=False))
     groups = geometry[3] or 1
-    out_channels, in_channels, *kernel = weight.shape
+    out_channels, in_channels, *kernel_size = weight.shape
     channels = in_channels * groups, out_channels
-    conv = nn.Conv2d(*channels, (kernel[0], kernel[1]), stride, padding, dilation, groups, device="meta")
+    conv = nn.Conv2d(*channels, (kernel_size[0], kernel_size[1]), stride, padding, dilation, groups, device="meta")
     conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     conv.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
     return conv
