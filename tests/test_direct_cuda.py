@@ -65,7 +65,7 @@ class Interpreter:
                     for c in range(last - first):
                         fill = self.fill_pairs if self.layout.paired else self.fill_words
                         fill(stage[c], x, first_channel + first + c, first_word)
-                    self.multiply(sums, stage.reshape(-1, 2), tables.entries[begin:end])
+                    self.multiply(sums, stage.reshape(-1, 2), tables.records[begin:end])
                 self.store(y, sums, group, first_word)
         return y
 
@@ -121,7 +121,7 @@ class Interpreter:
     def multiply(self, sums: Floats, stage: Floats, segment: NDArray[np.int32]) -> None:
         p = self.p
         words = segment.view(np.uint32).ravel()
-        assert words.nbytes + 32 <= p.entry_bytes
+        assert words.nbytes + 32 <= p.record_bytes
         for slot in range(p.in_channel_warps * len(sums)):
             start, count = int(words[slot] >> 16) * 4, int(words[slot] & 0xFFFF)
             if self.half:
@@ -246,7 +246,7 @@ def test_every_candidate_is_different_and_fits() -> None:
         assert len(set(configs)) == len(configs) == 12
         for config in configs:
             layout, tables = Layout.of(problem, config.tile), lay_out(problem, case.filter(), config)
-            stage = config.channel_block * layout.channel_words * 4 + tables.entry_bytes + 16
+            stage = config.channel_block * layout.channel_words * 4 + tables.record_bytes + 16
             assert config.stages * stage * config.occupancy <= H200.shared_bytes
             assert config.threads <= 1024
 

@@ -46,7 +46,7 @@ struct Divisor {
   __device__ u32 quotient(u32 n) const { return __umulhi(2 * n, magic) >> shift; }
 };
 
-// The same in every launch; methods/cuda/direct/tables.py has a dataclass of the same fields that says what each means.
+// The same in every launch; methods/cuda/direct/params.py has a dataclass of the same fields that says what each means.
 struct Params {
   int in_channels, height, width;
   int out_channels, out_height, out_width;
@@ -60,12 +60,12 @@ struct Params {
   int channel_words, slots;
   int chunks, channel_block, stages;
   int position_warps, out_channel_warps, in_channel_warps, producers;
-  int entry_bytes, activation;
+  int record_bytes, activation;
 };
 
-// Where a segment, what a stage holds of a group's filter, begins: its entries, in units of 16 bytes, and its channels.
+// Where a segment, what a stage holds of a group's filter, begins: its records, in units of 16 bytes, and its channels.
 struct __align__(8) Segment {
-  int entry, channel;
+  int record, channel;
 };
 
 // What a block computes: some output channels of the words from the first one on.
@@ -81,11 +81,11 @@ struct Shape : Params {
   __device__ __forceinline__ explicit Shape(const Params& p) : Params(p) {
     consumers = position_warps * out_channel_warps * in_channel_warps;
     plane = height * width, sample_size = in_channels * plane;
-    channel_bytes = channel_words * 4, stage_bytes = channel_block * channel_bytes + entry_bytes;
+    channel_bytes = channel_words * 4, stage_bytes = channel_block * channel_bytes + record_bytes;
   }
 };
 
-// Shared addresses: the stages, each some channels of a tile's input and then the entries that multiply them; and of
+// Shared addresses: the stages, each some channels of a tile's input and then the records that multiply them; and of
 // each stage three barriers. Clean: its padding is zero; full: its producers are done; empty: its consumers are.
 struct Ring {
   u32 begin, full, empty, clean;
@@ -142,7 +142,7 @@ __device__ __forceinline__ void set_up(const Shape& p, const Ring& ring) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
     direct(const Element* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual,
-           const float* __restrict__ bias, const uint4* __restrict__ entries, const Segment* __restrict__ segments,
+           const float* __restrict__ bias, const uint4* __restrict__ records, const Segment* __restrict__ segments,
            const int* __restrict__ channel_of, const int* __restrict__ first_channels,
            const __grid_constant__ Params params, int samples, int tiles) {
   extern __shared__ __align__(128) char shared[];
@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
 
   if (warp >= p.consumers) {
     const Segment* const of_group = segments + tile.group * (p.chunks + 1);
-    produce(p, ring, tile, x, first_channels[tile.group], of_group, entries);
+    produce(p, ring, tile, x, first_channels[tile.group], of_group, records);
     return;
   }
   clean(p, ring, shared);

@@ -20,9 +20,9 @@ __device__ __forceinline__ void multiply(float (&sum)[SUMS], u32 x, u32 offset, 
 #pragma unroll
   for (int v = 0; v < WORDS; v++) sum[v] = fmaf(__uint_as_float(word[v]), __uint_as_float(weight), sum[v]);
 }
-#elif PACKED  // an entry is (offset in bytes << 16 | weight)
-__device__ __forceinline__ void multiply(Pair (&sum)[WORDS], u32 x, u32 entry) {
-  const u32 from = x + (entry >> 16), weights = __byte_perm(entry, entry, 0x1010);
+#elif PACKED  // a nonzero is (offset in bytes << 16 | weight)
+__device__ __forceinline__ void multiply(Pair (&sum)[WORDS], u32 x, u32 nonzero) {
+  const u32 from = x + (nonzero >> 16), weights = __byte_perm(nonzero, nonzero, 0x1010);
   u32 word[WORDS];
 #pragma unroll
   for (int v = 0; v < WORDS; v++) word[v] = load4(from + v * LANES * 4);
@@ -30,9 +30,9 @@ __device__ __forceinline__ void multiply(Pair (&sum)[WORDS], u32 x, u32 entry) {
   for (int v = 0; v < WORDS; v++) sum[v] = __hfma2(*(Pair*)&word[v], *(const Pair*)&weights, sum[v]);
 }
 #else
-__device__ __forceinline__ void multiply(float (&sum)[SUMS], u32 x, u32 entry) {
-  const u32 from = x + (entry >> 16);
-  const float weight = low(entry);
+__device__ __forceinline__ void multiply(float (&sum)[SUMS], u32 x, u32 nonzero) {
+  const u32 from = x + (nonzero >> 16);
+  const float weight = low(nonzero);
   u32 word[WORDS];
 #pragma unroll
   for (int v = 0; v < WORDS; v++) word[v] = load4(from + v * LANES * 4);
@@ -44,14 +44,14 @@ __device__ __forceinline__ void multiply(float (&sum)[SUMS], u32 x, u32 entry) {
 }
 #endif
 
-// As many nonzeros, from the shared address `entry` on; `next` holds the sixteen bytes there, and those behind the last
-// one in the end.
+// The products of `count` nonzeros, whose records begin at the shared address `record`. `next` holds the 16 bytes at
+// that address; both move on to what follows the last nonzero.
 #if STORAGE == 0
-__device__ __forceinline__ void multiply_all(float (&sum)[SUMS], u32 x, u32& entry, uint4& next, int count) {
+__device__ __forceinline__ void multiply_all(float (&sum)[SUMS], u32 x, u32& record, uint4& next, int count) {
 #pragma unroll 1
   for (; count >= 4; count -= 4) {
-    const uint4 a = next, b = load16(entry + 16);
-    next = load16(entry += 32);
+    const uint4 a = next, b = load16(record + 16);
+    next = load16(record += 32);
     multiply(sum, x, a.x, a.y);
     multiply(sum, x, a.z, a.w);
     multiply(sum, x, b.x, b.y);
@@ -59,22 +59,22 @@ __device__ __forceinline__ void multiply_all(float (&sum)[SUMS], u32 x, u32& ent
   }
   if (count & 2) {
     const uint4 a = next;
-    next = load16(entry += 16);
+    next = load16(record += 16);
     multiply(sum, x, a.x, a.y);
     multiply(sum, x, a.z, a.w);
   }
   if (count & 1) {
     multiply(sum, x, next.x, next.y);
-    next = load16(entry += 16);
+    next = load16(record += 16);
   }
 }
 #else
 template <class Sums>
-__device__ __forceinline__ void multiply_few(Sums& sum, u32 x, u32& entry, uint4& next, int count) {
+__device__ __forceinline__ void multiply_few(Sums& sum, u32 x, u32& record, uint4& next, int count) {
 #pragma unroll 1
   for (; count >= 4; count -= 4) {
     const uint4 a = next;
-    next = load16(entry += 16);
+    next = load16(record += 16);
     multiply(sum, x, a.x);
     multiply(sum, x, a.y);
     multiply(sum, x, a.z);
@@ -82,14 +82,14 @@ __device__ __forceinline__ void multiply_few(Sums& sum, u32 x, u32& entry, uint4
   }
   if (count > 0) {
     const uint4 a = next;
-    next = load16(entry += 16);
+    next = load16(record += 16);
     multiply(sum, x, a.x);
     if (count > 1) multiply(sum, x, a.y);
     if (count > 2) multiply(sum, x, a.z);
   }
 }
 
-__device__ __forceinline__ void multiply_all(float (&sum)[SUMS], u32 x, u32& entry, uint4& next, int count) {
+__device__ __forceinline__ void multiply_all(float (&sum)[SUMS], u32 x, u32& record, uint4& next, int count) {
 #if PACKED
 #pragma unroll 1
   while (count > 0) {
@@ -98,7 +98,7 @@ __device__ __forceinline__ void multiply_all(float (&sum)[SUMS], u32 x, u32& ent
 #pragma unroll
     for (int v = 0; v < WORDS; v++) part[v] = *(const Pair*)&zero;
     const int left = max(count - FLUSH, 0);
-    multiply_few(part, x, entry, next, count - left);
+    multiply_few(part, x, record, next, count - left);
     count = left;
 #pragma unroll
     for (int v = 0; v < WORDS; v++) {
@@ -107,7 +107,7 @@ __device__ __forceinline__ void multiply_all(float (&sum)[SUMS], u32 x, u32& ent
     }
   }
 #else
-  multiply_few(sum, x, entry, next, count);
+  multiply_few(sum, x, record, next, count);
 #endif
 }
 #endif
@@ -141,10 +141,10 @@ __device__ __forceinline__ void consume(float (&sum)[OUT_CHANNELS][SUMS], const 
     u32 header[OUT_CHANNELS];
 #pragma unroll
     for (int j = 0; j < OUT_CHANNELS; j++) header[j] = load4(nonzeros + 4 * (first + j));
-    u32 entry = nonzeros + 16 * (header[0] >> 16);
-    uint4 next = load16(entry);  // the nonzeros of a warp's channels lie one after the other
+    u32 record = nonzeros + 16 * (header[0] >> 16);
+    uint4 next = load16(record);  // the nonzeros of a warp's channels lie one after the other
 #pragma unroll
-    for (int j = 0; j < OUT_CHANNELS; j++) multiply_all(sum[j], x, entry, next, header[j] & 0xffff);
+    for (int j = 0; j < OUT_CHANNELS; j++) multiply_all(sum[j], x, record, next, header[j] & 0xffff);
     __syncwarp();
     if (me.lane < SIGNALS) barrier_arrive(ring.empty + 8 * turn.stage);
     turn.next(p.stages);

@@ -1,4 +1,4 @@
-// direct.cu, the producer warps: each copies channels of the tile's input, and all of them the entries.
+// direct.cu, the producer warps: each copies channels of the tile's input, and all of them the records.
 #define GROUP (SLOTS < 4 ? SLOTS : 4)      // words that a lane of a producer warp loads before it stores them
 #define BATCH (SLOTS < 8 ? 8 / SLOTS : 1)  // channels that a producer warp copies at a time where PAIRED
 #define NONE 0xffffffffu
@@ -159,7 +159,7 @@ struct Copies {
 
 // Fills the ring with one segment after the other.
 __device__ __forceinline__ void produce(const Shape& p, const Ring& ring, const Tile& tile, const Element* x,
-                                        int first_channel, const Segment* segment, const uint4* entries) {
+                                        int first_channel, const Segment* segment, const uint4* records) {
   const int lane = threadIdx.x % LANES, producer = threadIdx.x / LANES - p.consumers;
   const int thread = producer * LANES + lane;
   Segment here = segment[0], next = segment[1], after = next;
@@ -176,9 +176,9 @@ __device__ __forceinline__ void produce(const Shape& p, const Ring& ring, const 
     else
       barrier_wait(ring.empty + 8 * turn.stage, turn.parity ^ 1);
     const u32 to_stage = ring.begin + turn.stage * p.stage_bytes;
-    const u32 to_entries = to_stage + p.channel_block * p.channel_bytes;
-    for (int i = thread; i < next.entry - here.entry; i += p.producers * LANES)
-      copy16(to_entries + 16 * i, entries + here.entry + i);
+    const u32 to_records = to_stage + p.channel_block * p.channel_bytes;
+    for (int i = thread; i < next.record - here.record; i += p.producers * LANES)
+      copy16(to_records + 16 * i, records + here.record + i);
     const int first = first_channel + here.channel, channels = next.channel - here.channel;
 #if PAIRED
     for (int channel = BATCH * producer; channel < channels; channel += BATCH * p.producers) {

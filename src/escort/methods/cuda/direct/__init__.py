@@ -76,13 +76,13 @@ class DirectCuda(Method):
         positions, tables = Positions(problem), lay_out(problem, sparse_filter, config)
         layout = Layout.of(problem, config.tile)
         compiled = kernel(_SOURCE, defines(config, layout, problem.precision), device)
-        arrays = (tables.entries, tables.segments.view(np.int32), tables.channel_of, tables.first_channels)
+        arrays = (tables.records, tables.segments.view(np.int32), tables.channel_of, tables.first_channels)
         on_device = [torch.from_numpy(array).to(device) for array in arrays]
         offsets = None if bias is None else bias.detach().to(device, torch.float32).contiguous()
         fixed = (offsets, *on_device, pack(Params.of(problem, layout, tables, config)))
         launch = compiled.bind(
             config.threads,
-            int(shared_bytes(layout, asdict(config), tables.entry_bytes)),
+            int(shared_bytes(layout, asdict(config), tables.record_bytes)),
             (torch.Tensor, torch.Tensor, torch.Tensor, *fixed, int, int),  # x, y, residual; samples, tiles
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )

@@ -162,15 +162,15 @@ def most_samples(problem: Problem) -> int:
     return min(most_bytes // (in_size * itemsize), MOST_INDEX // out_size, most_positions * samples_per_word)
 
 
-def shared_bytes(layout: Layout, knobs: Mapping[str, Any], entry_bytes: Any) -> Any:
+def shared_bytes(layout: Layout, knobs: Mapping[str, Any], record_bytes: Any) -> Any:
     """What a block needs: the ring with its barriers and, in its place at the end, sums that warps exchange.
 
     Args:
         layout: for the tile of these knobs.
         knobs: of a config by name, or columns of a space; then the result is a column, too.
-        entry_bytes: room for entries in a stage.
+        record_bytes: room for records in a stage.
     """
-    ring = knobs["stages"] * (knobs["channel_block"] * layout.channel_words * 4 + entry_bytes + 24)
+    ring = knobs["stages"] * (knobs["channel_block"] * layout.channel_words * 4 + record_bytes + 24)
     sums = LANES * knobs["words"] * knobs["position_warps"] * knobs["out_channel_warps"] * knobs["out_channels"]
     return np.maximum(ring, (knobs["in_channel_warps"] - 1) * sums * layout.samples_per_word * 4)
 

@@ -52,7 +52,7 @@ class Params:
         phase_words, channel_words, slots: of the stage's :class:`Layout`.
         chunks: stages that a group takes.
         channel_block, stages, position_warps, out_channel_warps, in_channel_warps, producers: of the config.
-        entry_bytes: room for entries in a stage.
+        record_bytes: room for records in a stage.
         activation: 0 none, 1 ReLU, 2 ReLU6.
     """
 
@@ -83,7 +83,7 @@ class Params:
     out_channel_warps: int
     in_channel_warps: int
     producers: int
-    entry_bytes: int
+    record_bytes: int
     activation: int
 
     @classmethod
@@ -117,6 +117,6 @@ class Params:
             out_channel_warps=config.out_channel_warps,
             in_channel_warps=config.in_channel_warps,
             producers=config.producers,
-            entry_bytes=tables.entry_bytes,
+            record_bytes=tables.record_bytes,
             activation=problem.epilogue.activation_number,
         )

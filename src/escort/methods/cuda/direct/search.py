@@ -82,9 +82,9 @@ def _fits(problem: Problem, sparse_filter: SparseFilter | None, gpu: Gpu, space:
     half = STORAGE[problem.precision] != 0
     layout = Layout.of(problem, LANES * space["words"] * space["position_warps"])
     _, channels, nnz, chunks = _shares(problem, sparse_filter, space)
-    entry_bytes = nnz / chunks * _unevenness(sparse_filter) * (4 if half else 8)
-    entry_bytes += space["out_channel_warps"] * space["out_channels"] * space["in_channel_warps"] * 8 + 96
-    shared = shared_bytes(layout, space.columns, entry_bytes)
+    record_bytes = nnz / chunks * _unevenness(sparse_filter) * (4 if half else 8)
+    record_bytes += space["out_channel_warps"] * space["out_channels"] * space["in_channel_warps"] * 8 + 96
+    shared = shared_bytes(layout, space.columns, record_bytes)
     per_slot = 5 + 2 * layout.odd if layout.paired else layout.samples_per_word
     slot_registers = np.maximum(layout.slots, 4) * per_slot + (44 if half else 30)
     fits: NDArray[np.bool_] = (

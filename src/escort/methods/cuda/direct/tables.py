@@ -14,8 +14,8 @@ from escort.filter import Geometry, IntArray, SparseFilter
 from escort.methods.cuda.direct.layout import HALF_REACH, DirectConfig, Layout, Positions, grouping
 from escort.problem import Problem
 
-#: Where a segment begins: its first entry, in units of 16 bytes, and its first channel within the group.
-SEGMENT = np.dtype([("entry", "<i4"), ("channel", "<i4")])
+#: Where a segment begins: its first record, in units of 16 bytes, and its first channel within the group.
+SEGMENT = np.dtype([("record", "<i4"), ("channel", "<i4")])
 #: A word that says how many nonzeros a cell has, and where they start in the segment, in units.
 HEADER = np.dtype([("count", "<u2"), ("start", "<u2")])
 #: A nonzero of float32 and of 16-bit storage; its offset in a stage is in bytes.
@@ -35,22 +35,22 @@ class Tables:
     channel in one stage; its nonzeros start at a whole unit.
 
     Attributes:
-        entries: (units, 4) int32, the segments one after the other. A segment begins with a HEADER per cell, by input
+        records: (units, 4) int32, the segments one after the other. A segment begins with a HEADER per cell, by input
             channel warp, output channel warp and output channel; the cells' nonzeros follow in the same order, each a
             NONZERO or, for 16-bit storage, a HALF_NONZERO.
         segments: (groups, chunks + 1) SEGMENT; the last of a group is where its last segment ends.
         channel_of: (groups, out_channel_warps, out_channels) int32, output channels, -1 where there is none.
         first_channels: (groups,) int32, the first input channel of each.
         chunks: stages that a group takes. The first ones are small, so that the first nonzeros need not wait long.
-        entry_bytes: room for the largest segment, and for what the kernel reads ahead.
+        record_bytes: the room that the largest segment takes, and what the kernel reads ahead.
     """
 
-    entries: IntArray
+    records: IntArray
     segments: NDArray[Any]
     channel_of: IntArray
     first_channels: IntArray
     chunks: int
-    entry_bytes: int
+    record_bytes: int
 
 
 def lay_out(problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> Tables:
@@ -70,7 +70,7 @@ def lay_out(problem: Problem, sparse_filter: SparseFilter, config: DirectConfig)
 
     groups, chunks = len(channel_of), len(starts) - 1
     bounds = np.empty((groups, chunks + 1), dtype=SEGMENT)
-    bounds["entry"] = segments.begin[np.arange(groups)[:, None] * chunks + np.arange(chunks + 1)]
+    bounds["record"] = segments.begin[np.arange(groups)[:, None] * chunks + np.arange(chunks + 1)]
     bounds["channel"] = np.minimum(starts, problem.in_channels - first_channels[:, None])
     return Tables(
         words.view(np.int32).reshape(-1, 4),
@@ -85,12 +85,12 @@ def lay_out(problem: Problem, sparse_filter: SparseFilter, config: DirectConfig)
 def _groups(problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> tuple[_Longs, _Longs]:
     """The output channels of each group, (groups, channels of a block), and the first input channel of each."""
     group_channels, merged = grouping(problem, config.block_channels)
-    together = group_channels * merged
+    merged_channels = group_channels * merged
     nnz = np.diff(sparse_filter.indptr)
     channels: list[_Longs] = []
     first_channels: list[int] = []
-    for start in range(0, problem.out_channels, together):
-        dealt = _deal(nnz[start : start + together], config)
+    for start in range(0, problem.out_channels, merged_channels):
+        dealt = _deal(nnz[start : start + merged_channels], config)
         channels += [np.where(group >= 0, group + start, -1) for group in dealt]
         first_channels += [start // group_channels * sparse_filter.shape[1]] * len(dealt)
     return np.stack(channels), np.array(first_channels)
