@@ -33,7 +33,7 @@ _DIRECT = "escort::direct"
 _KERNELS = (
     (re.compile(r"^direct\b"), "direct"),
     (re.compile(r"im2col"), "im2col"),
-    (re.compile(r"nchwToNhwc|nhwcToNchw|convertTensor"), "other"),  # cuDNN's changes of layout
+    (re.compile(r"nchwToNhwc|nhwcToNchw|convertTensor"), "other"),  # cuDNN's changes of memory format
     (re.compile(r"gemm|gemv|cutlass|xmma|nvjet|cublas|cudnn|conv|winograd|fft|cusparse|spmm|csrmm", re.I), "product"),
     (re.compile(r"pad"), "padding"),
 )

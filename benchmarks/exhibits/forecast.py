@@ -28,13 +28,13 @@ def show_forecast(results: Mapping[str, Result], precision: Precision) -> Shown:
     lines = []
     for f in forecasts:
         shares = (_least(f.least[method]) for method in methods)
-        lines.append((convolution(f.problem), str(f.problem.batch), f.layout, microseconds(f.cudnn_us), *shares))
+        lines.append((convolution(f.problem), str(f.problem.batch), f.memory_format, microseconds(f.cudnn_us), *shares))
     lowest, highest = 100 * forecast.SHARES[0], 100 * forecast.SHARES[-1]
     caption = (
         "Share of zeros, at random positions, from which a method's model predicts less than the time measured of "
         f"cuDNN; never: not at {highest:g} % either."
     )
-    if any(f.layout == "any" for f in forecasts):
+    if any(f.memory_format == "any" for f in forecasts):
         caption += (
             " Tensors in any layout: each method takes them as suits it best and nothing is converted, which for cuDNN "
             "and sparse_tc means channels_last, as a network that is channels_last throughout has them."
@@ -48,7 +48,7 @@ def show_forecast(results: Mapping[str, Result], precision: Precision) -> Shown:
         )
     columns = ("Convolution", "Samples", "Tensors", "cudnn µs", *methods)
     heading = f"Forecast of break-even sparsity, {precision}"
-    names = [f"{convolution(f.problem)}, {f.problem.batch} samples, {f.layout}" for f in forecasts]
+    names = [f"{convolution(f.problem)}, {f.problem.batch} samples, {f.memory_format}" for f in forecasts]
     bars = {method: [bar_length(f.least[method], forecast.SHARES[0]) for f in forecasts] for method in methods}
     plot = partial(horizontal_bars, heading, names, bars, f"Percent zeros, no less than {lowest:g}")
     return {f"forecast-{precision}": Table(heading, columns, tuple(lines), caption), f"forecast-{precision}-plot": plot}

@@ -48,13 +48,13 @@ class Forecast:
     """From which share of zeros on methods are faster than cuDNN, as their models say; nothing of theirs was timed.
 
     Attributes:
-        layout: "NCHW" on both ends, or "any": tensors lie as suits each method best, and nothing is converted.
+        memory_format: "NCHW" on both ends, or "any": tensors lie as suits each method best, and nothing is converted.
         cudnn_us: measured, microseconds.
         least: by method a share as :func:`break_even` gives it, within :data:`SHARES`.
     """
 
     problem: Problem
-    layout: str
+    memory_format: str
     cudnn_us: float
     least: Mapping[str, float]
 
@@ -74,16 +74,16 @@ def forecasts(results: Mapping[str, Result], precision: Precision) -> list[Forec
     predictions: list[Forecast] = []
     for result in (results[stem] for stem in (f"layers-{precision}", f"patterns-{precision}") if stem in results):
         gpu, seed = gpu_of(result), seed_of(result)
-        for (problem, layout), cudnn_us in _cudnn_us(result.rows, precision).items():
+        for (problem, memory_format), cudnn_us in _cudnn_us(result.rows, precision).items():
             if gpu is None:
                 continue
-            formats = _FORMATS if layout == "any" else _FORMATS[:1]
-            problems = [replace(problem, device="cuda", memory_format=memory_format) for memory_format in formats]
+            formats = _FORMATS if memory_format == "any" else _FORMATS[:1]
+            problems = [replace(problem, device="cuda", memory_format=asked) for asked in formats]
             least = {
                 name: _least_share(by_name(name, "cuda"), problems, seed, gpu, cudnn_us / factor)
                 for name, factor in slower.items()
             }
-            predictions.append(Forecast(problem, layout, cudnn_us, least))
+            predictions.append(Forecast(problem, memory_format, cudnn_us, least))
     return predictions
 
 
@@ -92,13 +92,13 @@ _FORMATS: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
 
 
 def _cudnn_us(rows: Iterable[Row], precision: Precision) -> dict[tuple[Problem, str], float]:
-    """Its least time by shape and layout, that of any layout where it is less than in NCHW."""
+    """Its least time by shape and memory format, that of any memory format where it is less than in NCHW."""
     times: dict[tuple[Problem, str], float] = {}
     for row in rows:
         shape = SHAPES.get((row.network, row.layer))
         if row.method == "cudnn" and shape is not None and row.batch == shape.batch:
-            for layout in ("any",) if row.config.get("output") == "as_is" else ("NCHW", "any"):
-                key = replace(shape, precision=precision), layout
+            for memory_format in ("any",) if row.config.get("output") == "as_is" else ("NCHW", "any"):
+                key = replace(shape, precision=precision), memory_format
                 times[key] = min(row.time_us, times.get(key, math.inf))
     return {key: us for key, us in times.items() if key[1] == "NCHW" or us < times.get((key[0], "NCHW"), math.inf)}
 

@@ -55,7 +55,7 @@ def test_forecasts_are_where_models_cross_the_time_measured(monkeypatch: pytest.
     monkeypatch.setattr(forecast, "direct_mhz", lambda result, precision: [1000.0, 1500.0, 9000.0])
     other = [row("resnet50", "res2b_branch2b", "cudnn", 1.0, batch=1), row("caffenet", "conv3", "cudnn", 1.0)]
     found = forecast.forecasts({"layers-fp16": Result(ON_H200, [*FORECAST_ROWS, *other])}, "fp16")
-    assert [(f.layout, f.cudnn_us, f.problem.precision) for f in found] == [
+    assert [(f.memory_format, f.cudnn_us, f.problem.precision) for f in found] == [
         ("NCHW", 30.0, "fp16"),
         ("any", 20.0, "fp16"),
     ]
@@ -74,7 +74,7 @@ def test_forecasts_are_of_what_was_timed_and_of_known_gpus(monkeypatch: pytest.M
     monkeypatch.setattr(forecast, "by_name", lambda name, device: model)
     pointwise = row("resnet50", "module9_1_module0_1_conv2d_0", "cudnn", 20.0, weights="95", batch=128)
     (found,) = forecast.forecasts({"patterns-fp32": Result(ON_H200, [pointwise])}, "fp32")
-    assert (found.problem.in_channels, found.problem.kernel_size, found.layout) == (1024, (1, 1), "NCHW")
+    assert (found.problem.in_channels, found.problem.kernel_size, found.memory_format) == (1024, (1, 1), "NCHW")
     assert list(found.least) == ["generated"], (
         "without timings of direct its clocks say nothing, and no fp32 on tensors"
     )
