@@ -1,4 +1,4 @@
-"""The float64 reference itself: in parts as in one piece, whatever the tensors are stored in."""
+"""The float64 reference itself: in parts as at once, whatever the tensors are stored in."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from escort.cuda.compiler import KERNELS
-from escort.methods.cuda.sparse_tc.arrange import arrange_pieces
+from escort.methods.cuda.sparse_tc.arrange import cut_into_strips
 from escort.methods.cuda.sparse_tc.config import ELEMENTS
 from tests.host import compiled
 
@@ -47,7 +47,7 @@ static unsigned rounded(unsigned bits) {
   return nan ? 0x7fffffff : (bits + 0x1000) & ~0x1fffu;
 }
 KERNEL
-extern "C" void run(const Element* x, uint4* to, const Channels* order, int channels, int plane, int pieces, int piece,
+extern "C" void run(const Element* x, uint4* to, const Channels* order, int channels, int plane, int strips, int strip,
                     unsigned grid_x, unsigned grid_y) {
   gridDim = {grid_x, grid_y};
   pthread_barrier_init(&barrier, nullptr, THREADS);
@@ -57,7 +57,7 @@ extern "C" void run(const Element* x, uint4* to, const Channels* order, int chan
       for (unsigned thread = 0; thread < THREADS; thread++)
         threads.emplace_back([=] {
           threadIdx.x = thread;
-          sparse_tc_arrange(x, to, order, channels, plane, pieces, piece);
+          sparse_tc_arrange(x, to, order, channels, plane, strips, strip);
         });
       for (std::thread& thread : threads) thread.join();
     }
@@ -79,9 +79,9 @@ def test_channels_are_laid_out_in_order(
     samples: int, channels: int, plane: int, precision: str, tmp_path: Path
 ) -> None:
     element = ELEMENTS[precision]
-    vector, pieces, piece = arrange_pieces(plane, element)
+    vector, strips, strip = cut_into_strips(plane, element)
     assert vector * element.bytes <= 16 and plane % vector == 0
-    assert piece % 8 == 0 and piece <= 128 and 0 < plane - (pieces - 1) * piece <= piece
+    assert strip % 8 == 0 and strip <= 128 and 0 < plane - (strips - 1) * strip <= strip
     library = compiled(host_source(), tmp_path, {"BYTES": element.bytes, "VECTOR": vector})
     generator = np.random.default_rng(0)
     places = -(-channels // element.k_block) * element.k_block
@@ -93,8 +93,8 @@ def test_channels_are_laid_out_in_order(
         x.flat[: len(special)] = special[: x.size]
     to = np.full((samples, plane, places), 0xDEAD, dtype=x.dtype)
     pointers = (ctypes.c_void_p(array.ctypes.data) for array in (x, to, order))
-    grid = samples * pieces, places // element.k_block
-    library.run(*pointers, channels, plane, pieces, piece, *grid)
+    grid = samples * strips, places // element.k_block
+    library.run(*pointers, channels, plane, strips, strip, *grid)
     expected = np.where(order >= 0, x.transpose(0, 2, 1)[..., order], x.dtype.type(0))
     if precision == "tf32":
         check_rounded(to, expected)

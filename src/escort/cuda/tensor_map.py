@@ -63,7 +63,7 @@ def tiled(
         sizes: channels, columns, rows and samples.
         box: of a copy, each at most 256; with a swizzle its channels have at most so many bytes.
         strides: bytes from one column, row and sample to the next, multiples of 16; by default nothing lies between.
-        swizzle: 128: the sixteen-byte pieces of each 128 bytes in shared memory are permuted by the number of the 128
+        swizzle: 128: the 16-byte chunks of each 128 bytes in shared memory are permuted by the number of the 128
             bytes modulo 8 (exclusive or); 64 or 32: alike, of shorter rows; 0: not at all.
         promotion: bytes that the level-2 cache fetches at once: 0, 64, 128 or 256.
 

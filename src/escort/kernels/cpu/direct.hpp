@@ -38,11 +38,11 @@ struct Job {  // a share of the output channels of one group: its blocks, in the
   int32_t first_block, end_block;
 };
 
-struct Run {  // a piece of a map row to stage: `length` values, then `zeros` zeros
+struct Run {  // what is staged of a map row: `length` values, then `zeros` zeros
   int32_t stage_position, plane_position, length, zeros;
 };
 
-struct Segment {  // a piece of a tile that lies in one output row
+struct Segment {  // positions of a tile that lie in one output row
   int32_t plane_position, tile_position, length;
 };
 

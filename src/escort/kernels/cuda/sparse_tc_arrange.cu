@@ -1,14 +1,14 @@
 // x (samples, channels, plane) to (samples, plane, 128 bytes * blocks), channels in a given order:
 // to[n][p][i] = x[n][order[i]][p], or 0 where order[i] is negative. Floats are rounded to TF32 on the way.
 //
-// A block takes 32 words of channels and a piece of a sample's plane. A word is two 16-bit channels that lie side by
+// A block takes 32 words of channels and a strip of a sample's plane. A word is two 16-bit channels that lie side by
 // side in `to`, or a float. Lanes read VECTOR neighbouring pixels of the channels of a word, a warp runs of 32 pixels;
 // rows of shared memory are pixels, 33 words apart, so that neither writing nor reading them meets the same bank twice.
 // Stores are 128 bytes of a pixel.
 // BYTES    of an element: 2, or 4: floats
 // VECTOR   elements of 16 bytes at most, a divisor of the plane
 #define THREADS 256
-#define MOST_PIXELS 128  // of a piece
+#define MOST_PIXELS 128  // of a strip
 #define ROW 33
 
 #include "vectors.cuh"
@@ -55,7 +55,7 @@ struct Words {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 5)
     sparse_tc_arrange(const Element* __restrict__ x, uint4* __restrict__ to, const Channels* __restrict__ order,
-                      int channels, int plane, int pieces, int piece) {
+                      int channels, int plane, int strips, int strip) {
   __shared__ u32 tile[MOST_PIXELS * ROW];
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 5)
   constexpr int RUNS = 32 / VECTOR;   // of a warp that all words take for 32 pixels
   constexpr int AT_ONCE = VECTOR == 8 ? 2 : 4;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int n = blockIdx.x / pieces, first = (blockIdx.x - n * pieces) * piece, count = min(piece, plane - first);
+  const int n = blockIdx.x / strips, first = (blockIdx.x - n * strips) * strip, count = min(strip, plane - first);
   const Element* const sample = x + n * (long long)channels * plane;
   const Channels* const channels_of = order + blockIdx.y * 32;
   for (int i = warp; i < (count + 31) / 32 * RUNS; i += THREADS / 32 * AT_ONCE) {

@@ -1,5 +1,5 @@
 // Floats reach y through a staging of each warp, 32 pixels of its 16 channels at a time: in NCHW a lane stores a pixel,
-// so that the warp writes a piece of a plane, in NHWC four channels of one.
+// so that the warp writes neighbouring pixels of a plane, in NHWC four channels of a pixel.
 #pragma once
 
 #if OUT_NCHW

@@ -1,5 +1,5 @@
 // 16-bit elements reach y in NCHW through a staging of 64 channels, whose rows are channels. A lane stores VECTOR
-// neighbouring pixels, so that a store of the warp writes one piece of a plane.
+// neighbouring pixels, so that a store of the warp writes neighbours in a plane.
 #pragma once
 
 // As many neighbouring elements as divide a row (or plane) of y.

@@ -1,4 +1,4 @@
-"""What the nodes of a graph do, however it is spelled, and the pieces from which passes make new ones."""
+"""What the nodes of a graph do, however it is spelled, and what passes replace them by."""
 
 from __future__ import annotations
 

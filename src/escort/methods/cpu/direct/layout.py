@@ -201,7 +201,7 @@ def _stage_runs(shape: PlaneShape, pitch: int, phase: tuple[int, int], positions
 
 
 def _out_segments(shape: PlaneShape, pitch: int, positions: range) -> list[Segment]:
-    """The pieces of output rows in the positions of a tile."""
+    """The segments of a tile: where in its positions it holds outputs, row by row."""
     first, end = positions.start, positions.stop
     if pitch == shape.out_width:
         return [Segment(first, 0, min(end, shape.out_height * pitch) - first)]

@@ -23,22 +23,22 @@ def arranger(
     TF32 is rounded to the nearest on the way.
     """
     plane = problem.height * problem.width
-    vector, pieces, piece = arrange_pieces(plane, element)
+    vector, strips, strip = cut_into_strips(plane, element)
     compiled = kernel("sparse_tc_arrange.cu", {"BYTES": element.bytes, "VECTOR": vector}, device)
-    fixed = torch.from_numpy(in_order).to(device), problem.in_channels, plane, pieces, piece
+    fixed = torch.from_numpy(in_order).to(device), problem.in_channels, plane, strips, strip
     launch = compiled.bind(_THREADS, 0, (torch.Tensor, torch.Tensor, *fixed), overlap=True)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         x = aligned(x, element.bytes * vector)
         arranged = torch.empty((len(x), plane, len(in_order)), dtype=x.dtype, device=device)
-        launch((len(x) * pieces, len(in_order) // element.k_block, 1), x, arranged)
+        launch((len(x) * strips, len(in_order) // element.k_block, 1), x, arranged)
         return arranged
 
     return run
 
 
-def arrange_pieces(plane: int, element: Element) -> tuple[int, int, int]:
-    """Elements that are read at once, the pieces of a plane, and the elements of each but the last, a multiple of 8."""
-    pieces = -(-plane // _MOST_PIXELS)
-    piece = -(-plane // (pieces * 8)) * 8
-    return element.vector(plane), -(-plane // piece), piece
+def cut_into_strips(plane: int, element: Element) -> tuple[int, int, int]:
+    """Elements that are read at once, the strips of a plane, and the elements of each but the last, a multiple of 8."""
+    least = -(-plane // _MOST_PIXELS)
+    strip = -(-plane // (least * 8)) * 8
+    return element.vector(plane), -(-plane // strip), strip

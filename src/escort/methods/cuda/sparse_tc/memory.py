@@ -16,13 +16,13 @@ class Staging(NamedTuple):
     """Where outputs wait to be stored.
 
     Attributes:
-        pieces: of 64 channels each; for floats one for each warp.
-        piece_bytes: of each.
+        buffers: one for each 64 channels; for floats one for each warp.
+        buffer_bytes: of each.
         pitch: bytes from one channel to the next, of 16-bit elements in NCHW.
     """
 
-    pieces: int
-    piece_bytes: int
+    buffers: int
+    buffer_bytes: int
     pitch: int
 
     @classmethod
@@ -72,7 +72,7 @@ class SharedMemory(NamedTuple):
         """
         staging = Staging.of(config, element, store_pixels)
         a_bytes, b_stage_bytes = config.tile_channels // 64 * M_BLOCK_BYTES, up(load_pixels * PIXEL_BYTES, 1024)
-        room = most - _BARRIER_BYTES - staging.pieces * staging.piece_bytes - 1024
+        room = most - _BARRIER_BYTES - staging.buffers * staging.buffer_bytes - 1024
         if len(starts) == 1:
             a_stages = b_stages = min(_MOST_STAGES, room // (a_bytes + b_stage_bytes))
         else:
@@ -81,7 +81,7 @@ class SharedMemory(NamedTuple):
         if min(a_stages, b_stages) < 2:  # a stage is free when the next step is under way, which needs another
             raise UnfitError("two stages do not fit shared memory; choose smaller tiles")
         b_end = _BARRIER_BYTES + b_stages * b_stage_bytes
-        end = up(b_end + a_stages * a_bytes, 1024) + staging.pieces * staging.piece_bytes
+        end = up(b_end + a_stages * a_bytes, 1024) + staging.buffers * staging.buffer_bytes
         # What lies behind a group's pixels is read too, and what it gives is cut off; but it must be shared memory.
         if b_end - b_stage_bytes + (max(starts) + config.tile_pixels) * PIXEL_BYTES > end:
             raise UnfitError("a tile's last pixels would be read from beyond shared memory")
@@ -94,7 +94,7 @@ class SharedMemory(NamedTuple):
             "A_STAGES": self.a_stages,
             "B_STAGES": self.b_stages,
             "B_STAGE_BYTES": self.b_stage_bytes,
-            "STAGING_BYTES": self.staging.piece_bytes,
+            "STAGING_BYTES": self.staging.buffer_bytes,
             "STAGING_PITCH": self.staging.pitch,
             "SHARED_BYTES": self.bytes,
         }

@@ -42,12 +42,12 @@ class OrderedFilter:
         return np.argsort(self.out_order).astype(np.int32)[part.rows], _places(self.in_order)[channel], tap
 
     def remainder_share(self, out_channels: int, in_channels: int) -> float:
-        """The share of all pieces of a tap, of so many channels, in which the remainder has weights, 0..1."""
+        """The share of weight tiles, or parts of them, of so many channels in which the remainder has weights, 0..1."""
         out_place, in_place, tap = self.places(self.split.remainder)
         taps = math.prod(self.split.remainder.shape[2:])
         shape = -(-len(self.out_order) // out_channels), len(self.in_order) // in_channels, taps
-        pieces = np.ravel_multi_index((out_place // out_channels, in_place // in_channels, tap), shape)
-        return len(np.unique(pieces)) / math.prod(shape)
+        tiles = np.ravel_multi_index((out_place // out_channels, in_place // in_channels, tap), shape)
+        return len(np.unique(tiles)) / math.prod(shape)
 
 
 _remembered: WeakKeyDictionary[SparseFilter, dict[tuple[MemoryFormat, int], OrderedFilter]] = WeakKeyDictionary()
