@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import suite
 from escort import reference
+from escort.cli.rivals import dense_at_its_best
 from escort.layers import SparseConv2d
 from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.network.convert import convert
@@ -105,15 +105,15 @@ def network_part_times(
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     eager = [("contiguous", model, x), ("channels_last", last, x.contiguous(memory_format=torch.channels_last))]
     bound = NETWORK_ERROR_BOUND[precision]
-    with torch.inference_mode(), suite.dense_at_its_best(precision):
+    with torch.inference_mode(), dense_at_its_best(precision):
         expected = copy.deepcopy(model).double()(x.double())
-        errors = {name: reference.compare(module(given), expected) for name, module, given in eager}
+        errors = {name: reference.compare(module(inputs), expected) for name, module, inputs in eager}
         errors["escort"] = reference.compare(converted(x), expected)
         if not max(errors.values()) <= bound:
             raise RuntimeError(f"relative errors of {errors} exceed {bound:.0e}; please report it")
         with _marked(converted):
             ours = part_times(lambda: converted(x), device)
-        timed = {name: part_times(partial(module, given), device) for name, module, given in eager}
+        timed = {name: part_times(partial(module, inputs), device) for name, module, inputs in eager}
     best = min(timed, key=lambda name: sum(timed[name].values()))
     return [
         ("escort", {"kept_dense": converted.plan.kept_dense}, errors["escort"], ours),

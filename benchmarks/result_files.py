@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks import suite
 from benchmarks.suite import Row
+from escort.artifact.files import replace_file
 from escort.problem import Precision
 
 #: The stems of a study's result files, each followed by a precision: ``layers-fp32.json``.
@@ -102,7 +103,8 @@ def measure(
             state = {"complete": complete, "finished": finished, "failed": failed, "left_out": left_out}
             if before.header:
                 state["continues"] = {name: before.header.get(name) for name in ("date", "commit", "command")}
-            _write(paths[stem], {**head, **state}, rows)
+            write = partial(suite.write_results, head={**head, **state}, rows=rows)
+            replace_file(paths[stem], write)
         failures |= {f"{stem}, {label}": why for label, why in failed.items()}
     return failures
 
@@ -117,13 +119,6 @@ def known(path: Path, head: Mapping[str, Any]) -> Result:
                 "it anew with --again, or write elsewhere with --out"
             )
     return result
-
-
-def _write(path: Path, head: Mapping[str, Any], rows: Iterable[Row]) -> None:
-    """All or nothing: a process that dies while writing leaves the file that was there."""
-    written = path.with_name(f"{path.name}.part")
-    suite.write_results(written, dict(head), rows)
-    os.replace(written, path)
 
 
 @contextmanager

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from escort.cli.options import PrecisionName, PrecisionOption, numbers
-from escort.planner.machine import find_device
+from escort.cli.options import PrecisionName, PrecisionOption, device_for, numbers
 
+#: What results say they were made by.
+PROGRAM = "python -m benchmarks"
 SeedOption = Annotated[int, typer.Option(help="Of random positions, weights and inputs.")]
 
 
@@ -39,15 +38,4 @@ class RunOptions:
 
     def find_device(self) -> str:
         """The device with its number. Raises ValueError where it is not here or does not know the precision."""
-        device = str(find_device(self.device))
-        if device == "cpu" and self.precision is not PrecisionName.FP32:
-            raise ValueError(
-                f"--precision {self.precision.value} is for GPUs, the CPU computes in fp32; add --device cuda"
-            )
-        return device
-
-
-def command_line() -> str:
-    """This process's, for results. Files by name: where they lie on this machine is nobody's business."""
-    words = [",".join(Path(name).name for name in word.split(",")) if "/" in word else word for word in sys.argv[1:]]
-    return f"python -m benchmarks {shlex.join(words)}"
+        return str(device_for(self.precision, self.device))

@@ -10,13 +10,13 @@ from typing import Annotated, Any, get_args
 import typer
 
 from benchmarks import counters
-from benchmarks.commands.options import SeedOption, command_line
+from benchmarks.commands.options import PROGRAM, SeedOption
 from benchmarks.commands.pages import show, write_page
 from benchmarks.networks import NETWORKS
 from benchmarks.paper_layers import PAPER_BATCH
 from benchmarks.result_files import Item, read_results
 from benchmarks.study import COUNTERS, PAPER_QUESTIONS, QUESTIONS, SPARSITIES, Study, plan, run
-from escort.cli.console import Output, note, progress
+from escort.cli.console import Output, command_line, note, progress
 from escort.cli.options import EffortOption, command, effort_of
 from escort.planner.machine import find_device
 from escort.problem import Precision
@@ -115,7 +115,7 @@ def _measure(study: Study, work: dict[str, list[Item]], options: MeasureOptions)
             bar.update(task, description=f"{stem}: {label}")
             bar.advance(task)
 
-        return run(study, work, options.out, command_line(), again=options.again, begin=begin)
+        return run(study, work, options.out, command_line(PROGRAM), again=options.again, begin=begin)
 
 
 def _names(text: str, option: str, known: Iterable[str]) -> tuple[Any, ...]:

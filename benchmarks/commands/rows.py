@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from benchmarks import suite
-from benchmarks.commands.options import RunOptions, command_line
+from benchmarks.commands.options import PROGRAM, RunOptions
 from benchmarks.suite import Row
 from escort import report
 from escort.artifact.files import replace_file
-from escort.cli.console import Output, note
+from escort.cli.console import Output, command_line, note
 from escort.cli.options import check_writable
 from escort.network.plan_table import machine_line
 from escort.planner.machine import Machine
@@ -56,7 +56,7 @@ class Results:
             stem = name if options.precision.value == "fp32" else f"{name}-{options.precision.value}"
             path = Path("benchmarks/results") / _folder(device) / f"{stem}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-        head = suite.header(command_line(), device)
+        head = suite.header(command_line(PROGRAM), device)
         if device == "cpu" and head["load_average"] > _BUSY * (os.cpu_count() or 1):
             note(
                 f"warning: other processes keep this machine busy (load average {head['load_average']}): ratios to "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from benchmarks.suite.layers import Layer, paper_layers, paper_layers_by_name, random_filter
 from benchmarks.suite.limited import Limited, limited
-from benchmarks.suite.networks import RIVALS, NetworkRace, dense_at_its_best, measure_network, prune_all_but_first
+from benchmarks.suite.networks import RIVALS, NetworkRace, measure_network, prune_all_but_first
 from benchmarks.suite.patterns import pattern_layers
 from benchmarks.suite.race import as_taken, measure_layer
 from benchmarks.suite.rows import WHOLE, Row, best_times, config_of, geometric_means, header, write_results
@@ -24,7 +24,6 @@ __all__ = [
     "as_taken",
     "best_times",
     "config_of",
-    "dense_at_its_best",
     "geometric_means",
     "header",
     "limited",

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.suite.rows import WHOLE, Row, check, leave_out
 from escort import prune, reference
-from escort.methods.precision import float32_convolutions, float32_products
+from escort.cli.rivals import dense_at_its_best, in_onnxruntime
 from escort.network.check import Effort
 from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.network.convert import convert
@@ -119,7 +115,7 @@ def _ways(model: nn.Module, x: Tensor, race: NetworkRace) -> list[_Way]:
         _Way("escort", choice, lambda: converted(x)),
         _Way("eager", {"memory_format": "contiguous"}, lambda: model(x)),
         _Way("eager", {"memory_format": "channels_last"}, lambda: channels_last(x_last)),
-        *(_Way("onnxruntime", {"intra_op_num_threads": torch.get_num_threads()}, run) for run in engines),
+        *engines,
     ]
     if "graph" in race.against:
         ways += [replace(way, method=way.method.replace("eager", "graph"), captured=True) for way in ways]
@@ -150,18 +146,6 @@ def _compiled(network: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: compiled(x)
 
 
-@contextmanager
-def dense_at_its_best(precision: Precision) -> Iterator[None]:
-    """Torch's own operators in the precision, and cuDNN's algorithms chosen by trying them."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        with float32_products(precision), float32_convolutions(precision):
-            yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
 def _race_network(ways: Sequence[_Way], device: torch.device, rounds: int, budget_s: float) -> list[Timing]:
     if device.type == "cpu":
         times = timing.race([way.run for way in ways], rounds=rounds, burst=4, budget_s=budget_s)
@@ -181,24 +165,9 @@ def prune_all_but_first(model: nn.Module, sparsity: float) -> None:
     prune.make_permanent(model)
 
 
-def _onnxruntime(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{error.name} is not installed: pip install escort-sparse[bench]") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Rivals take turns: its threads must not go on spinning on the cores while the next one is timed.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about its own future
-        path = os.path.join(folder, "model.onnx")
-        torch.onnx.export(model, (x,), path, dynamo=True, external_data=False, verbose=False)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: torch.from_numpy(session.run(None, feed)[0])
+def _onnxruntime(model: nn.Module, x: Tensor) -> _Way:
+    (way,) = in_onnxruntime(model, (x,))
+    return _Way(way.method, dict(way.config), lambda: way.run()[0])
 
 
 def _checked(out: Tensor, expected: Tensor, bound: float, what: str) -> float:

@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 from statistics import geometric_mean
 from typing import Any
 
+from escort.cli.doctor import installed_version
 from escort.methods import Method
 from escort.planner.machine import Machine
 
@@ -96,11 +96,11 @@ def header(command: str, device: str = "cpu") -> dict[str, Any]:
     if device == "cpu":
         hardware: dict[str, Any] = {"device": "cpu", "cpu": machine.device, "isa": machine.isa}
         hardware["threads"] = machine.threads
-        libraries: dict[str, str | None] = {name: _version(name) for name in ("numpy", "onnxruntime")}
+        libraries: dict[str, str | None] = {name: installed_version(name) for name in ("numpy", "onnxruntime")}
         timing = "median of calls taken in turn after warm-up, in microseconds; outputs checked first"
     else:
         hardware = {"device": "cuda", "gpu": machine.device, "isa": machine.isa, "driver": machine.driver}
-        packages = {name: _version(name) for name in ("numpy", "cuda-core", "triton")}
+        packages = {name: installed_version(name) for name in ("numpy", "cuda-core", "triton")}
         libraries = {"cuda": machine.cuda, "cudnn": machine.cudnn, **packages}
         timing = (
             "device time of a call in microseconds: median of CUDA graph replays taken in turn after warm-up, over "
@@ -121,13 +121,6 @@ def write_results(path: Path, head: dict[str, Any], rows: Iterable[Row]) -> None
     """Writes a result file: ``{"header": ..., "rows": [...]}``, one row a line."""
     lines = ",\n".join("  " + json.dumps(asdict(row), allow_nan=False) for row in rows)
     path.write_text(f'{{"header": {json.dumps(head, indent=2)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

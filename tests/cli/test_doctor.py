@@ -31,7 +31,7 @@ def test_doctor_finds_a_kernel_that_computes_wrong(monkeypatch: pytest.MonkeyPat
 
 
 def test_doctor_names_the_remedy_for_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    monkeypatch.setattr(doctor, "installed_version", lambda package: None)
     findings = {finding["name"]: finding for finding in succeed_json("doctor")["findings"]}
     assert findings["onnxruntime"]["remedy"] == "pip install escort-sparse[bench]"
 

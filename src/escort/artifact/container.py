@@ -114,12 +114,11 @@ def _compressible(tensor: Tensor | SparseFilter) -> SparseFilter | None:
     if tensor.dtype is not torch.float32 or tensor.ndim < 2 or not 0 < tensor.numel() <= MAX_WEIGHTS:
         return None
     matrix = tensor.detach().cpu().contiguous().numpy().reshape(len(tensor), -1)
-    rows, columns = np.nonzero(matrix)  # drops -0.0 too, which multiplying by a mask leaves behind
-    if 2 * len(rows) > matrix.size:
+    if 2 * np.count_nonzero(matrix) > matrix.size:
         return None
-    indptr = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(matrix)))))
-    shape = (*matrix.shape, 1, 1)
-    return SparseFilter(shape, 1, indptr.astype(np.int32), columns.astype(np.int32), matrix[rows, columns])
+    return SparseFilter.from_dense(
+        matrix[:, :, None, None]
+    )  # drops -0.0 too, which multiplying by a mask leaves behind
 
 
 def _compress(sparse_filter: SparseFilter) -> tuple[Tensor, Tensor, Tensor]:

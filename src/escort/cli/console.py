@@ -85,7 +85,7 @@ def progress(console: Console | None = None) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True), transient=transient)
 
 
-def command_line() -> str:
+def command_line(program: str = "escort") -> str:
     """The command of this process, for results. Files are named without their folders, which are nobody's business."""
     words = [",".join(Path(name).name for name in word.split(",")) if "/" in word else word for word in sys.argv[1:]]
-    return f"escort {shlex.join(words)}"
+    return f"{program} {shlex.join(words)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from escort.cuda import cache, compiler
 from escort.cuda.kernel import LEAST_CAPABILITY
 from escort.filter import SparseFilter
 from escort.methods import Method, for_device
+from escort.planner import cores
 from escort.planner.machine import Machine
 from escort.problem import Precision, Problem
 
@@ -84,16 +84,16 @@ def examine() -> Iterator[Finding]:
     for index in gpus:
         yield from _gpu(f"cuda:{index}")
     for package, (purpose, extra) in _OPTIONAL.items():
-        installed = _version(package)
+        installed = installed_version(package)
         missing = Finding(package, f"not installed, for {purpose}", None, f"pip install escort-sparse[{extra}]")
         yield missing if installed is None else Finding(package, f"{installed}, for {purpose}")
 
 
 def _threads(threads: int) -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    value = f"{threads} of torch, {cores} logical cores"
-    if threads > cores:
-        return Finding("threads", value, None, f"more threads than cores are slow: set OMP_NUM_THREADS={cores}")
+    count = cores.count()
+    value = f"{threads} of torch, {count} logical cores"
+    if threads > count:
+        return Finding("threads", value, None, f"more threads than cores are slow: set OMP_NUM_THREADS={count}")
     return Finding("threads", value)
 
 
@@ -174,7 +174,8 @@ def _gpu(device: str) -> Iterator[Finding]:
     yield from _methods(device)
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -186,13 +186,19 @@ def _value(parameter: inspect.Parameter, values: Mapping[str, Any], output: Outp
     return values[parameter.name]
 
 
+def device_for(precision: PrecisionName, name: str) -> torch.device:
+    """The device of that name. Raises ValueError where it is not here or does not compute in the precision."""
+    device = find_device(name)
+    if device.type == "cpu" and precision is not PrecisionName.FP32:
+        raise ValueError(f"--precision {precision.value} is for GPUs, the CPU computes in fp32; add --device cuda")
+    return device
+
+
 def place(
     model: nn.Module, inputs: tuple[torch.Tensor, ...], device: str, precision: PrecisionName
 ) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """A model and inputs for it, moved to a device and into the type in which a precision is stored."""
-    target, storage = find_device(device), TORCH_DTYPE[precision.value]
-    if target.type == "cpu" and precision is not PrecisionName.FP32:
-        raise ValueError(f"--precision {precision.value} is for GPUs, the CPU computes in fp32; add --device cuda")
+    target, storage = device_for(precision, device), TORCH_DTYPE[precision.value]
     return model.to(target, storage), tuple(x.to(target, storage) for x in inputs)
 
 

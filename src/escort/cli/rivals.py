@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from rich.text import Text
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from escort import convert, reference
 from escort.methods.precision import float32_convolutions, float32_products
-from escort.network.check import Effort
+from escort.network.check import Effort, tensors_of
 from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.planner import timing
 from escort.planner.timing import Timer, Timing
@@ -86,7 +85,7 @@ def measure(
     if unknown := sorted(set(against) - set(RIVALS)):
         raise ValueError(f"there is no rival {', '.join(unknown)}; there are {', '.join(RIVALS)}")
     with torch.inference_mode():
-        expected = _tensors(copy.deepcopy(model).double()(*(x.double() for x in inputs)))
+        expected = tensors_of(copy.deepcopy(model).double()(*(x.double() for x in inputs)))
     converted = convert(model, inputs, precision=precision, effort=effort, progress=progress)
     choice = {"kept_dense": converted.plan.kept_dense, "memory_format": converted.plan.memory_format}
     ways = [Way("escort", choice, partial(converted, *inputs))]
@@ -168,7 +167,7 @@ def dense_at_its_best(precision: Precision) -> Iterator[None]:
 def check(way: Way, expected: Sequence[Tensor], bound: float) -> Result:
     """Runs it once, and compares its outputs with what is expected. The result has no time yet."""
     try:
-        pairs = list(zip(_tensors(way.run()), expected, strict=True))
+        pairs = list(zip(tensors_of(way.run()), expected, strict=True))
     except Exception as failure:  # of many kinds: compilers may be missing, or fail
         return Result(way.method, way.config, reason=_first_line(failure))
     error = max((reference.compare(out, ref) for out, ref in pairs), default=0.0)
@@ -189,10 +188,6 @@ def _laid_out(model: nn.Module, inputs: Inputs, memory_format: torch.memory_form
     """A copy of the model and its inputs, in a memory format."""
     network = copy.deepcopy(model).to(memory_format=memory_format)  # type: ignore[call-overload]
     return network, tuple(x.contiguous(memory_format=memory_format) if x.ndim == 4 else x for x in inputs)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _first_line(error: Exception) -> str:

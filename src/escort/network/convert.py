@@ -28,9 +28,10 @@ from escort.network.memory import keep_freed_memory
 from escort.network.model import ConvertedModel
 from escort.network.passes import PASSES
 from escort.network.passes.channels_last import in_memory_formats
-from escort.network.swap import Layer, plan_into, record_calls, swap
+from escort.network.swap import plan_into, record_calls, swap
 from escort.network.trace import Untraceable, plain_copy, trace
 from escort.planner.machine import Machine
+from escort.planner.plan import Layer
 from escort.problem import Precision
 
 
@@ -149,6 +150,6 @@ def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = F
 
 
 def _as_planned(module: SparseConv2d) -> Layer:
-    """A layer to plan for the size that it was planned for."""
+    """What a layer asks of the planner, for the size that it was planned for before."""
     planned = module.plan.problem
-    return module.problem(planned.batch, planned.height, planned.width), module.filter, module.bias
+    return Layer(module.problem(planned.batch, planned.height, planned.width), module.filter, module.bias)

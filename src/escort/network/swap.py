@@ -22,12 +22,10 @@ from escort.network.fused import FusedConv2d, unsupported
 from escort.network.passes.operations import replace_module
 from escort.planner import Plan, plan_layers
 from escort.planner.cores import on_all_cores
+from escort.planner.plan import Layer
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Problem
 
 _PLANNING = "planning"
-
-#: A layer to plan: its problem, filter and bias.
-Layer = tuple[Problem, SparseFilter, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -99,10 +97,10 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
     compiled: list[SparseConv2d] = []
     with _progress(len(layers), request.progress) as (advance, preparing):
         planned = plan_layers(list(layers.values()), request.compile_budget_s, preparing, methods=request.methods)
-        for name, (_, sparse_filter, bias) in layers.items():
+        for name, layer in layers.items():
             with running_out(f"layer {name}"), naming(name):
                 plans[name] = next(planned)
-                sparse = SparseConv2d(sparse_filter, bias, plans[name], name)
+                sparse = SparseConv2d(layer.sparse_filter, layer.bias, plans[name], name)
             replace_module(network, name, sparse)
             if by_name(plans[name].method, plans[name].problem.device).compiles_per_filter:
                 compiled.append(sparse)
@@ -131,7 +129,7 @@ def _layer(module: nn.Module, shape: torch.Size, name: str, memory_format: Memor
             conv, shape, epilogue=epilogue, precision=precision, device=device, memory_format=memory_format
         )
         sparse_filter = SparseFilter.from_dense(conv.weight, conv.groups)
-    return problem, sparse_filter, None if conv.bias is None else conv.bias.detach().float()
+    return Layer(problem, sparse_filter, None if conv.bias is None else conv.bias.detach().float())
 
 
 @contextmanager

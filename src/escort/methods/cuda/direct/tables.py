@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from escort.filter import Geometry, IntArray, SparseFilter
 from escort.methods.cuda.direct.layout import HALF_REACH, DirectConfig, Layout, Positions, grouping
+from escort.methods.dealing import deal
 from escort.problem import Problem
 
 #: Where a segment begins: its first record, in units of 16 bytes, and its first channel within the group.
@@ -90,27 +90,21 @@ def _groups(problem: Problem, sparse_filter: SparseFilter, config: DirectConfig)
     channels: list[_Longs] = []
     first_channels: list[int] = []
     for start in range(0, problem.out_channels, merged_channels):
-        dealt = _deal(nnz[start : start + merged_channels], config)
+        dealt = _places(nnz[start : start + merged_channels], config)
         channels += [np.where(group >= 0, group + start, -1) for group in dealt]
         first_channels += [start // group_channels * sparse_filter.shape[1]] * len(dealt)
     return np.stack(channels), np.array(first_channels)
 
 
-def _deal(nnz: IntArray, config: DirectConfig) -> list[_Longs]:
+def _places(nnz: IntArray, config: DirectConfig) -> list[_Longs]:
     """Deals output channels to groups of warps: an array of places per group, -1 where a place stays empty."""
     groups = -(-len(nnz) // config.block_channels)
     warps = groups * config.out_channel_warps
-    channels_of: list[list[int]] = [[] for _ in range(warps)]
     if config.balanced:
-        loads = [(0, warp) for warp in range(warps)]
-        for channel in np.argsort(-nnz, kind="stable").tolist():  # the heaviest to the least loaded warp with room
-            load, warp = heapq.heappop(loads)
-            channels_of[warp].append(channel)
-            if len(channels_of[warp]) < config.out_channels:
-                heapq.heappush(loads, (load + int(nnz[channel]), warp))
+        channels_of = deal(nnz, warps, config.out_channels)
     else:
-        for channel in range(len(nnz)):
-            channels_of[channel // config.out_channels].append(channel)
+        starts = range(0, warps * config.out_channels, config.out_channels)
+        channels_of = [list(range(len(nnz))[start : start + config.out_channels]) for start in starts]
     places = np.full((warps, config.out_channels), -1, dtype=np.int64)
     for warp, channels in enumerate(channels_of):
         places[warp, : len(channels)] = channels

@@ -12,7 +12,6 @@ Both are pure functions of their arguments.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +25,7 @@ from escort.filter import SparseFilter
 from escort.methods.cuda.generated.config import GeneratedConfig
 from escort.methods.cuda.generated.staging import Stage, ring_bytes, shared_bytes
 from escort.methods.cuda.generated.words import Words, computed, copies_as_it_is
+from escort.methods.dealing import deal
 from escort.problem import Problem
 
 
@@ -162,15 +162,7 @@ def slice_channels(problem: Problem, split: int) -> int:
 def _deal(nnz: NDArray[np.int32], most: int) -> list[list[int]]:
     """Deals output channels to parts of at most so many channels and about as many nonzeros each."""
     count = -(-len(nnz) // most)
-    room = -(-len(nnz) // count)
-    parts: list[list[int]] = [[] for _ in range(count)]
-    loads = [(0, part) for part in range(count)]
-    for channel in np.argsort(-nnz, kind="stable").tolist():  # the heaviest channel to the lightest part with room
-        load, part = heapq.heappop(loads)
-        parts[part].append(channel)
-        if len(parts[part]) < room:
-            heapq.heappush(loads, (load + int(nnz[channel]), part))
-    return [sorted(part) for part in parts]
+    return [sorted(part) for part in deal(nnz, count, -(-len(nnz) // count))]
 
 
 class _Builder:
