@@ -1,8 +1,8 @@
-"""Compressed filters: CSR rows whose column index is stretched into an offset of the padded input.
+"""Compressed filters: a CSR row per output channel, whose columns can be stretched into offsets in a padded input.
 
-The format follows the Escoin paper (arXiv 1802.10280, section 3): a nonzero at (c, r, s) of output channel k multiplies
-the input at a constant distance from the output position, so the inner loop of a direct convolution is
-``y[k, p] += value * x[p + offset]`` with no index arithmetic and no bounds check.
+The format follows the Escoin paper (arXiv 1802.10280, section 3). A nonzero at (c, r, s) of output channel k reads the
+input at a constant distance from the output position. So the inner loop of a direct convolution is
+``y[k, p] += value * x[p + offset]``, without index arithmetic and without a bounds check.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A sparsity is a share of zeros in [0, 1) and always means the final one: ``uniform(model, 0.5)`` followed by
 ``uniform(model, 0.9)`` ends at 0.9. Masks only grow: what is pruned stays pruned, and a layer that is already sparser
-than asked is left as it is. Recipes change the model in place, keep every parameter object (an optimizer made before
+than that is left as it is. Recipes change the model in place, keep every parameter object (an optimizer made before
 stays valid), and change nothing where they raise.
 """
 
@@ -25,21 +25,21 @@ def convolutions(model: nn.Module, *, skip: Skip = ()) -> dict[str, nn.Conv2d]:
     Raises:
         ValueError: if there are none, if `skip` names an unknown layer or leaves nothing over.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    if not found:
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    if not convs:
         raise ValueError(
             f"{type(model).__name__} has no nn.Conv2d to prune; prune the dense model, before escort.convert replaces "
             "its convolutions"
         )
     if callable(skip):
-        kept = {name: conv for name, conv in found.items() if not skip(name, conv)}
+        kept = {name: conv for name, conv in convs.items() if not skip(name, conv)}
     else:
         names = {skip} if isinstance(skip, str) else set(skip)
         for name in names:
-            _check_known(name, model, found)
-        kept = {name: conv for name, conv in found.items() if name not in names}
+            _check_known(name, model, convs)
+        kept = {name: conv for name, conv in convs.items() if name not in names}
     if not kept:
-        raise ValueError(f"skip leaves none of the {len(found)} convolutions to prune")
+        raise ValueError(f"skip leaves none of the {len(convs)} convolutions to prune")
     return kept
 
 
@@ -64,15 +64,15 @@ def layerwise(model: nn.Module, sparsities: Mapping[str, float]) -> None:
     Raises:
         ValueError: if a name is no convolution of the model, a sparsity lies outside [0, 1), or nothing is named.
     """
-    found = convolutions(model)
+    convs = convolutions(model)
     if not sparsities:
-        raise ValueError(f"no layer named; give {{name: sparsity}} for some of {listing(found)}")
+        raise ValueError(f"no layer named; give {{name: sparsity}} for some of {listing(convs)}")
     for name, sparsity in sparsities.items():
-        _check_known(name, model, found)
+        _check_known(name, model, convs)
         _check_sparsity(sparsity, f"layer {name!r}: ")
-    scores = {name: _scores(name, found[name]) for name in sparsities}
+    scores = {name: _scores(name, convs[name]) for name in sparsities}
     for name, sparsity in sparsities.items():
-        _prune([found[name]], [scores[name]], sparsity)
+        _prune([convs[name]], [scores[name]], sparsity)
 
 
 def global_magnitude(model: nn.Module, sparsity: float, *, skip: Skip = ()) -> None:
@@ -83,9 +83,9 @@ def global_magnitude(model: nn.Module, sparsity: float, *, skip: Skip = ()) -> N
     Raises:
         ValueError: see :func:`convolutions`; or if `sparsity` is outside [0, 1).
     """
-    found = convolutions(model, skip=skip)
+    convs = convolutions(model, skip=skip)
     _check_sparsity(sparsity)
-    _prune(list(found.values()), [_scores(name, conv) for name, conv in found.items()], sparsity)
+    _prune(list(convs.values()), [_scores(name, conv) for name, conv in convs.items()], sparsity)
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,12 @@ def _check_sparsity(sparsity: float, prefix: str = "") -> None:
         raise ValueError(f"{prefix}sparsity is the share of zeros and lies in [0, 1), got {sparsity}{hint}")
 
 
-def _check_known(name: str, model: nn.Module, found: Mapping[str, nn.Conv2d]) -> None:
-    if name in found:
+def _check_known(name: str, model: nn.Module, convs: Mapping[str, nn.Conv2d]) -> None:
+    if name in convs:
         return
     module = dict(model.named_modules()).get(name)
     problem = "does not exist" if module is None else f"is a {type(module).__name__}, not a convolution"
-    raise ValueError(f"layer {name!r} {problem}; the convolutions are {listing(found)}")
+    raise ValueError(f"layer {name!r} {problem}; the convolutions are {listing(convs)}")
 
 
 def listing(names: Iterable[str], most: int = 8) -> str:

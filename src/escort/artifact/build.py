@@ -1,4 +1,4 @@
-"""The network of a file: its layers, the graph that calls them, or the places in a model where they belong."""
+"""The network of a file: its layers, and the graph that calls them or the model that they are put into."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def restore_layer(name: str, record: Mapping[str, Any], container: Container, pl
             return _restore_sparse(name, container, plan.layers[name])
         layer = build_layer(record)
         state = {key: container.tensor(f"{name}.{key}") for key in layer.state_dict()}
-        _fill(layer, state)
+        _load_state(layer, state)
         return layer
 
 
@@ -78,8 +78,8 @@ def _check_problem(problem: Problem) -> None:
         raise ValueError(f"no network asks for {problem}")
 
 
-def _fill(layer: nn.Module, state: dict[str, Tensor]) -> None:
-    """Gives a layer, or a network, its tensors. It keeps those that `state` lacks."""
+def _load_state(layer: nn.Module, state: dict[str, Tensor]) -> None:
+    """Gives a layer, or a network, the tensors of `state`. It keeps its own where `state` has none."""
     for key, own in layer.state_dict().items():
         if key in state and (state[key].shape, state[key].is_floating_point()) != (own.shape, own.is_floating_point()):
             raise ValueError(
@@ -131,7 +131,7 @@ def insert(layers: Mapping[str, nn.Module], container: Container, model: nn.Modu
             _check_replaceable(network.get_submodule(name), layer)
             network.set_submodule(name, layer)
     sparse = tuple(f"{name}." for name, layer in layers.items() if isinstance(layer, SparseConv2d))
-    _fill(network, {key: container.tensor(key) for key in network.state_dict() if not key.startswith(sparse)})
+    _load_state(network, {key: container.tensor(key) for key in network.state_dict() if not key.startswith(sparse)})
     return network
 
 

@@ -25,7 +25,7 @@ from escort.filter import SparseFilter
 
 #: The header with the metadata is text about the tensors. No network needs more.
 MAX_HEADER_BYTES = 16 << 20
-#: Weights, zeros included, of all compressed tensors of a file together. It limits what decompression allocates.
+#: Weights, zeros included, of all compressed tensors of a file. It limits what decompression allocates.
 MAX_WEIGHTS = 1 << 30
 
 _SEAL_HEAD = b'{"__metadata__":{"sha256":"'

@@ -91,7 +91,7 @@ def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
 
 
 def _check_window(pool: nn.MaxPool2d) -> None:
-    """Raises ValueError for a window that torch would refuse on every call; our kernel trusts it."""
+    """Raises ValueError for a window that torch would refuse on every call: our kernel does not check it."""
     settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation
     for size, stride, padding, dilation in zip(*map(pair, settings), strict=True):
         if min(size, stride, dilation) < 1 or not 0 <= 2 * padding <= size:

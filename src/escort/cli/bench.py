@@ -1,4 +1,4 @@
-"""escort bench: a model converted, beside what one would run it with otherwise."""
+"""escort bench: a converted model against the other ways to run it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def main(
 _HOW_TIMED = {
     "calls": "medians of calls that take turns",
     "graph": "device time, medians of replays of CUDA graphs",
-    "events": "device time of calls, what the host makes the GPU wait included",
+    "events": "device time of calls, which includes waiting for the host",
 }
 
 

@@ -48,11 +48,11 @@ def main(
 
 def _line(entry: cache.Entry) -> tuple[str, ...]:
     size, age, name = f"{entry.size_bytes / 1000:,.0f}", _age(time.time() - entry.used), entry.path.name[:12]
-    kernel = entry.description
-    if not kernel:
+    described = entry.description
+    if not described:
         return "damaged", "-", "-", "-", size, age, name
-    defines = " ".join(f"{key}={value}" for key, value in kernel["defines"].items())
-    return kernel["source"], kernel["arch"], defines, str(kernel["registers"]), size, age, name
+    defines = " ".join(f"{key}={value}" for key, value in described["defines"].items())
+    return described["source"], described["arch"], defines, str(described["registers"]), size, age, name
 
 
 def _age(seconds: float) -> str:

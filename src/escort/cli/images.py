@@ -38,8 +38,8 @@ class Preparation:
     def __post_init__(self) -> None:
         if self.channels not in _MODES:
             raise ValueError(f"the model takes {self.channels} channels, an image has 1 or 3; run it on an .npy batch")
-        for name, given, default in (("mean", self.mean, 0), ("deviation", self.deviation, 1)):
-            value = given or (_IMAGENET[default] if self.channels == 3 else (float(default),))
+        for name, option, default in (("mean", self.mean, 0), ("deviation", self.deviation, 1)):
+            value = option or (_IMAGENET[default] if self.channels == 3 else (float(default),))
             if len(value) != self.channels:
                 raise ValueError(f"the model takes {self.channels} channels, got {len(value)} values of the {name}")
             object.__setattr__(self, name, value)

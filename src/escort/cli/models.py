@@ -21,7 +21,7 @@ from escort.prune import listing
 
 ARCHIVE_SUFFIX = ".pt2"
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
-#: Parts of an archive that torch unpickles, whatever they hold.
+#: Names in an archive begin so where torch unpickles what they hold, whatever it is.
 _PICKLED_PARTS = ("custom_obj_", "opaque_obj_")
 
 

@@ -1,4 +1,4 @@
-"""A network side by side with what one would run it with otherwise: eager torch, torch.compile and ONNX Runtime."""
+"""A network against the other ways to run it: eager torch, torch.compile and ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Compiled kernels on disk: each is compiled once per machine instead of once per process.
 
-An entry is one file, named by its key, the hash of all that its binary was made from. It holds, one line each, the
-format, the SHA-256 of key and rest, and a JSON description, then the binary. Files are written aside and renamed into
-place, and a file that is not what it should be counts as absent, so any number of processes can share a folder,
-whatever state it is in. A folder that cannot be written costs the time to compile, and one warning.
+An entry is one file, named by its key, the hash of all that its binary was made from. Its first lines are the format,
+the SHA-256 of the key and of what follows, and a JSON description; then comes the binary. Files are written aside and
+renamed, and a damaged one counts as absent, so that any number of processes can share a folder in whatever state it is.
+A folder that cannot be written costs the time to compile, and one warning.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any
 
 #: The folder, by default $XDG_CACHE_HOME/escort or ~/.cache/escort.
 FOLDER_VARIABLE = "ESCORT_CACHE_DIR"
-#: What the entries may take together, in MB; 0 keeps none. The least recently used go first.
+#: The size of all entries at most, in MB; 0 keeps none. The least recently used go first.
 LIMIT_VARIABLE = "ESCORT_CACHE_MB"
 
 _DEFAULT_MB = 256
 _FORMAT = b"escort-kernel 1\n"
 _SUFFIX, _TEMPORARY = ".kernel", ".part"
-_ABANDONED_S = 3600  # a file still not renamed after so long was left behind by a process that was killed
+_ABANDONED_S = 3600  # a file that is not renamed by then was left behind by a process that was killed
 _warned: set[Path | None] = set()
 
 
@@ -60,7 +60,7 @@ def folder() -> Path:
 
 
 def limit_bytes() -> int:
-    """What all entries together may take."""
+    """The size of all entries at most."""
     text = os.environ.get(LIMIT_VARIABLE, str(_DEFAULT_MB))
     if not text.isdecimal():
         raise ValueError(f"{LIMIT_VARIABLE} takes a size in MB, such as {_DEFAULT_MB}, got {text!r}")
@@ -88,25 +88,25 @@ def store(key: str, description: Mapping[str, Any], binary: bytes) -> None:
         return
     content = json.dumps(description, sort_keys=True).encode() + b"\n" + binary
     content = _FORMAT + _checksum(key, content) + b"\n" + content
-    place: Path | None = None
+    directory: Path | None = None
     try:
-        place = folder()
-        place.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(_TEMPORARY, dir=place)
+        directory = folder()
+        directory.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(_TEMPORARY, dir=directory)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
-            os.replace(temporary, place / (key + _SUFFIX))
+            os.replace(temporary, directory / (key + _SUFFIX))
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        _evict(place, limit)
+        _evict(directory, limit)
     except OSError as error:
-        if place not in _warned:
-            _warned.add(place)
+        if directory not in _warned:
+            _warned.add(directory)
             warnings.warn(
-                f"the kernel cache {place or ''} cannot be written ({error.strerror or error}): every process compiles "
-                f"kernels anew; make room, or set {FOLDER_VARIABLE} to a folder that can be written",
+                f"the kernel cache {directory or ''} cannot be written ({error.strerror or error}): every process "
+                f"compiles kernels anew; make room, or set {FOLDER_VARIABLE} to a folder that can be written",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -146,9 +146,9 @@ def _checksum(key: str, content: bytes) -> bytes:
     return hashlib.sha256(key.encode() + content).hexdigest().encode()
 
 
-def _files(place: Path, suffix: str) -> Iterator[tuple[Path, int, float]]:
+def _files(directory: Path, suffix: str) -> Iterator[tuple[Path, int, float]]:
     """Path, size and time of last use of the files of that kind; another process may remove them at any time."""
-    for path in place.glob(f"*{suffix}"):
+    for path in directory.glob(f"*{suffix}"):
         try:
             status = path.stat()
         except FileNotFoundError:
@@ -156,13 +156,13 @@ def _files(place: Path, suffix: str) -> Iterator[tuple[Path, int, float]]:
         yield path, status.st_size, status.st_mtime
 
 
-def _evict(place: Path, limit: int) -> None:
+def _evict(directory: Path, limit: int) -> None:
     """Removes the least recently used entries until the others fit, and what killed processes left behind."""
-    for path, _, written in _files(place, _TEMPORARY):
+    for path, _, written in _files(directory, _TEMPORARY):
         if time.time() - written > _ABANDONED_S:
             path.unlink(missing_ok=True)
     total = 0
-    for path, size, _ in sorted(_files(place, _SUFFIX), key=lambda file: -file[2]):
+    for path, size, _ in sorted(_files(directory, _SUFFIX), key=lambda file: -file[2]):
         total += size
         if total > limit:
             path.unlink(missing_ok=True)

@@ -51,7 +51,7 @@ Source = str | Path | Text
 
 #: -v makes ptxas say what a kernel uses. Add "lineinfo": True to see source lines in a profiler; it triples a binary.
 _OPTIONS = {"std": "c++17", "ptxas_options": ["-v"]}
-#: cuda.core rearranges itself while it is imported; a second thread would find it half done.
+#: cuda.core changes its own modules while it is imported; a second thread would find it half done.
 _importing = threading.Lock()
 
 
@@ -140,7 +140,7 @@ def extra() -> str:
 
 
 def missing(what: str, error: Exception) -> ImportError:
-    """What to raise where a package is not there."""
+    """The error for a package that is not installed."""
     return ImportError(f"CUDA kernels need {what}, which is missing: pip install escort-sparse[{extra()}] ({error})")
 
 
@@ -203,7 +203,7 @@ def _read(path: Path, modified: int) -> tuple[str, list[str]]:
 
 
 def _included(text: bytes) -> list[str]:
-    """The names that a text includes, wherever conditions might leave them out."""
+    """The names that a text includes, under whatever condition."""
     return [name.decode() for name in re.findall(rb'^\s*#\s*include\s*[<"]([^>"]+)[>"]', text, re.MULTILINE)]
 
 

@@ -12,7 +12,7 @@ _CLUSTERED = 0.91  # of the multiprocessors, as an H200 has them: 120 of 132
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the search needs to know of a device."""
+    """A device in numbers."""
 
     multiprocessors: int
     shared_bytes: int  # of a block at most
@@ -27,9 +27,9 @@ class Gpu:
         )
 
     def clusters(self, size: int) -> int:
-        """Clusters of so many blocks that run at a time, with a block on each multiprocessor that takes part.
+        """How many clusters of `size` thread blocks run at a time, a block on each multiprocessor that takes part.
 
-        Those of more than two must lie within a group of multiprocessors, where they do not fit all of them.
+        A cluster of more than two blocks lies within one group of multiprocessors, which may leave some of them idle.
         """
         return int(self.multiprocessors * (_CLUSTERED if size > 2 else 1.0)) // size
 

@@ -1,4 +1,4 @@
-"""CUDA kernels at run time: from a source to a Kernel on a device, which is bound to what never changes and launched.
+"""CUDA kernels at run time: from a source to a Kernel on a device, bound to the arguments that never change, launched.
 
     compiled = kernel("max_pool.cu", macros, torch.device("cuda:0"))          compiled, or from the cache
     launch = compiled.bind(256, 64 * 1024, (torch.Tensor, torch.Tensor, filter_table, int))
@@ -61,7 +61,7 @@ def kernel(
         defines: as for `compile_source`.
         device: a CUDA device, which need not be the current one.
         entry: the name of the `extern "C"` function, by default the source's name without suffix.
-        native: the source uses what the device's architecture alone has, such as the `wgmma` of "sm_90a".
+        native: the source uses instructions that the device's architecture alone has, such as the `wgmma` of "sm_90a".
 
     Raises:
         RuntimeError: there is no GPU, it is too old, or its driver is older than the compiler; and as `compile_source`.
@@ -83,7 +83,7 @@ _kernels: dict[tuple[Any, ...], Kernel] = {}
 
 
 def arch(device: torch.device, *, native: bool = False) -> str:
-    """The architecture to compile for, such as "sm_90"; "sm_90a" for what no other one has, its successors included.
+    """The architecture to compile for, such as "sm_90"; "sm_90a" for what its successors lack.
 
     Raises:
         RuntimeError: there is no GPU, or it is too old.
@@ -141,7 +141,7 @@ class Kernel:
         self._shared_bytes = min(_PLAIN_SHARED_BYTES, device.most_shared_bytes) - binary.shared_bytes
 
     def bind(self, block: int, shared_bytes: int, args: Sequence[Argument | type], *, overlap: bool = False) -> Launch:
-        """Prepares launches that differ in little, at the least cost per launch.
+        """Prepares launches that differ in a few arguments, at the least cost per launch.
 
         Args:
             block: threads per block.
@@ -163,7 +163,7 @@ class Kernel:
         return Launch(str(self), self._function, self._device, block, shared_bytes, args, overlap)
 
     def _reserve(self, block: int, shared_bytes: int) -> None:
-        """Lets blocks have so much dynamic shared memory."""
+        """Allows blocks of so many threads with so much dynamic shared memory."""
         if not 0 < block <= self._most_threads:
             raise ValueError(
                 f"{self}: a block of {block} threads; with {self.binary.registers} registers per thread "
@@ -194,7 +194,7 @@ class Kernel:
             sizes.append(size)
 
     def _explained(self, error: driver.DriverError) -> Exception:
-        """What a failure to load comes from, and what helps."""
+        """The error for a failure to load: its cause and the remedy."""
         compiler, supported = nvrtc_version(), driver_version()
         if error.name in ("CUDA_ERROR_OUT_OF_MEMORY", "CUDA_ERROR_NOT_FOUND") or compiler <= supported:
             return error.of(str(self))

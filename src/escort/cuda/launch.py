@@ -45,7 +45,7 @@ _SIZES = {torch.Tensor: 8, int: 4, float: 4, TensorMap: 128}
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a kernel is told about one of its parameters.
+    """One of a kernel's parameters, as it is passed.
 
     Attributes:
         kind: torch.Tensor (also for None), int, float, TensorMap, or bytes for a struct.
@@ -57,7 +57,7 @@ class Parameter:
 
     @classmethod
     def of(cls, arg: Argument | type) -> Parameter:
-        """Of a value that is the same in all launches, or of the type of what each launch is given."""
+        """The parameter for a value that all launches share, or for the type of what each launch passes."""
         if isinstance(arg, bytes):
             return cls(bytes, len(arg))
         kind = arg if isinstance(arg, type) else torch.Tensor if arg is None else type(arg)
@@ -96,7 +96,7 @@ class Launch:
         args: Sequence[Argument | type],
         overlap: bool,
     ) -> None:
-        """Of a function that the driver has loaded for that device; errors call it `kernel`."""
+        """`function` is what the driver loaded for the device; errors call it `kernel`."""
         self._kernel, self._device, self._index = kernel, device, device.index
         self._function, self._launch = function, driver.api().cuLaunchKernelEx
         self._current_device, self._raw_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
@@ -107,8 +107,8 @@ class Launch:
         fixed = [position for position, arg in enumerate(args) if not isinstance(arg, type)]
         self._kinds = [Parameter.of(args[position]).kind for position in per_launch]
         self._fixed = [args[position] for position in fixed]
-        # The slots hold first what each launch is given, then what is fixed; the driver is told where each lies in the
-        # order of the parameters.
+        # The slots hold first what each launch passes, then what is fixed. The driver gets their addresses in the order
+        # of the parameters.
         parameters = [Parameter.of(args[position]) for position in per_launch + fixed]
         self._format, fixed_format = _format(parameters[: len(per_launch)]), _format(parameters[len(per_launch) :])
         self._slots = aligned_bytes(self._format.size + fixed_format.size)
@@ -175,9 +175,9 @@ class Launch:
             values.append(arg)
         return values
 
-    def _write(self, layout: struct.Struct, offset: int, values: list[Any]) -> None:
+    def _write(self, packer: struct.Struct, offset: int, values: list[Any]) -> None:
         try:
-            layout.pack_into(self._slots, offset, *values)
+            packer.pack_into(self._slots, offset, *values)
         except struct.error as error:
             raise ValueError(f"{self._kernel} takes 32-bit integers and floats, got {values}: {error}") from error
 
@@ -210,5 +210,5 @@ def _config(block: int, shared_bytes: int, overlap: bool) -> Any:
 
 
 def _format(parameters: Sequence[Parameter]) -> struct.Struct:
-    """What writes arguments one behind the other."""
+    """The packer of arguments, one behind the other."""
     return struct.Struct("".join(parameter.code for parameter in parameters))

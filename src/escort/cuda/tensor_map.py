@@ -1,4 +1,4 @@
-"""Tensor maps: what a kernel's bulk copies between a tensor and shared memory go by (compute capability 9.0 or newer).
+"""Tensor maps, which describe tensors to a kernel's bulk copies (compute capability 9.0 or newer).
 
     rows = tiled(x, (64, 56, 56, 32), (64, 58, 6, 1))          x is (32, 56, 56, 64), channels innermost
     taps = im2col(x, (64, 56, 56, 32), (-1, -1), (-1, -1), 64, 128)     3x3, padding 1: 128 pixels of any tap
@@ -36,7 +36,7 @@ _RULES = (
 
 
 class _Tensor(NamedTuple):
-    """What a map has in memory, and how copies bring it: what both kinds of maps are made from."""
+    """What both kinds of maps are made from: the tensor in memory, and how copies bring it."""
 
     device: int
     dtype: torch.dtype
@@ -63,12 +63,12 @@ def tiled(
         sizes: channels, columns, rows and samples.
         box: of a copy, each at most 256; with a swizzle its channels have at most so many bytes.
         strides: bytes from one column, row and sample to the next, multiples of 16; by default nothing lies between.
-        swizzle: 128: the 16-byte chunks of each 128 bytes in shared memory are permuted by the number of the 128
-            bytes modulo 8 (exclusive or); 64 or 32: alike, of shorter rows; 0: not at all.
+        swizzle: 128: the number of each 16-byte chunk within a row of 128 bytes of shared memory is xored with the
+            row's number modulo 8; 64 or 32: alike, in shorter rows; 0: chunks stay in order.
         promotion: bytes that the level-2 cache fetches at once: 0, 64, 128 or 256.
 
     Raises:
-        ValueError: x is on no GPU or of another type; or the driver refuses, which says what it was asked for.
+        ValueError: x is on no GPU or of another type; or the driver refuses the values, which the error lists.
         RuntimeError: the driver failed.
     """
     tensor = _Tensor(x.get_device(), x.dtype, x.data_ptr(), sizes, strides, swizzle, promotion)
@@ -91,7 +91,7 @@ def im2col(
     """A map for copies of what one tap of a filter reads for consecutive outputs (`cp.async.bulk.tensor.4d.im2col`).
 
     A copy starts at the first tap's (column, row, sample), goes on from output to output through rows and samples, and
-    reads each at an offset (columns, rows), 0 to 255, that the copy itself is given: dilation times the tap.
+    reads each at an offset (columns, rows), 0 to 255, which is an operand of the copy: dilation times the tap.
 
     Args:
         x, sizes, strides, swizzle, promotion: as for `tiled`.
@@ -150,21 +150,21 @@ def _ask(what: str, device: int, function: str, args: tuple[Any, ...]) -> Tensor
         what: is described, for errors.
         device: the index of the GPU that has the tensor.
         function: such as "cuTensorMapEncodeTiled".
-        args: what it takes behind the place for the map: C ints, and ctypes values for all else.
+        args: what it takes behind the address of the map: C ints, and ctypes values for all else.
 
     Raises:
         ValueError: the driver finds a value that no tensor map may have.
         RuntimeError: the driver refused for another reason.
     """
-    place = aligned_bytes(_BYTES)
+    encoded = aligned_bytes(_BYTES)
     with driver.device(device).current():
-        # By its address: cuda.bindings has the map written wherever Python's allocator puts one, which need not be
-        # at a multiple of 64 bytes as the driver demands.
+        # Called by its address: cuda.bindings lets the driver write to wherever Python allocates the map, which need
+        # not be a multiple of 64 bytes, as the driver demands.
         address = driver.call("cuGetProcAddress", function.encode(), _DRIVER, 0)
-        status = driver.api().CUresult(ctypes.CFUNCTYPE(ctypes.c_int)(address)(place, *args))
+        status = driver.api().CUresult(ctypes.CFUNCTYPE(ctypes.c_int)(address)(encoded, *args))
     if status:
         error = driver.DriverError(function, status)
         if error.name == "CUDA_ERROR_INVALID_VALUE":
             raise ValueError(f"{what}: {error.text}; {_RULES}")
         raise error.of(what)
-    return TensorMap(place.raw)
+    return TensorMap(encoded.raw)

@@ -20,7 +20,7 @@ from escort.methods import Runner
 from escort.planner.plan import Plan
 from escort.problem import Activation, Epilogue, Problem
 
-#: Input sizes that a layer holds runners for, and kinds of calls that the operator does for all layers.
+#: How many input sizes a layer keeps runners for, and how many kinds of calls the operator does for all layers.
 _MOST_SIZES, _MOST_CALLS = 64, 1024
 
 # `spec` is a :class:`Choice` as JSON: one string costs less per call than its dozens of values would.
@@ -100,9 +100,9 @@ sparse_conv2d: Callable[..., torch.Tensor] = torch.ops.escort.sparse_conv2d.defa
 class SparseConv2d(nn.Module):
     """Equivalent to ``activation(F.conv2d(x, w, bias, ...) + residual)``, run as its plan says. Inference only.
 
-    It runs any batch and any input size: the plan's method and config are kept, only its tables are laid out again, by
-    the first call on a size. Where they do not fit a size, or a kernel would take long to compile for it, it is run by
-    what does (see :func:`escort.layers.runners.prepare`).
+    It runs any batch and any input size by the plan's method and config. The first call on a size lays out tables for
+    it. Where the config does not fit a size, or compiling for it would take long, another one runs it (see
+    :func:`escort.layers.runners.prepare`).
 
     Args:
         sparse_filter: the weights, (K, C / groups, R, S).
@@ -127,9 +127,9 @@ class SparseConv2d(nn.Module):
         if (sparse_filter.shape, sparse_filter.groups) != (problem.weight_shape, problem.groups):
             raise ValueError(f"the plan is for a filter of shape {problem.weight_shape}, got {sparse_filter.shape}")
         planned = (problem.out_channels,) if problem.epilogue.bias else None
-        given = None if bias is None else tuple(bias.shape)
-        if given != planned:
-            raise ValueError(f"the plan is for a bias of shape {planned}, got {given}")
+        bias_shape = None if bias is None else tuple(bias.shape)
+        if bias_shape != planned:
+            raise ValueError(f"the plan is for a bias of shape {planned}, got {bias_shape}")
         for array in ("values", "columns", "indptr"):
             self.register_buffer(array, torch.from_numpy(getattr(sparse_filter, array)).to(problem.device))
         bias = None if bias is None else bias.detach().to(problem.device, torch.float32, copy=True)
@@ -213,7 +213,7 @@ class SparseConv2d(nn.Module):
             raise ValueError(f"{self.name}: {error}") from error
 
     def prepare(self) -> None:
-        """Does for the input size of the plan what the first call on it would do: lays out tables, compiles a kernel.
+        """Does what the first call on the plan's input size would do: lays out tables, compiles a kernel.
 
         Raises:
             ValueError, RuntimeError: as a call does.
@@ -256,9 +256,9 @@ class SparseConv2d(nn.Module):
         return self
 
     def check_move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Raises TypeError or ValueError unless the layer may go where `fn` leads, as ``.to()`` hands it to ``_apply``.
+        """Raises TypeError or ValueError unless the layer may move as `fn`, which ``.to()`` passes to ``_apply``, does.
 
-        That is any device of the type that it was planned for, in the precision that it was planned for.
+        It may move to any device of the type that it was planned for, in the precision that it was planned for.
         """
         storage, planned = self.plan.problem.storage, self.plan.problem.device_type
         moved = fn(torch.empty(0, dtype=storage, device=self.values.device))

@@ -87,8 +87,8 @@ def prepare(
 ) -> Runner:
     """A runner of the chosen method and config, complete on its device when this returns: any stream may call it.
 
-    An input size that the config does not fit runs by the method's own first choice for it, and one that the method
-    refuses by the first other method that takes it. So does, with a warning, one that was not planned and takes long to
+    An input size that the config does not fit runs by the method's own first choice for it. One that the method refuses
+    runs by the first other method that takes it. So does, with a warning, a size that was not planned and takes long to
     compile for: a call must not take minutes.
 
     Args:
@@ -109,8 +109,8 @@ def prepare(
             torch.cuda.current_stream().synchronize()
             return run
 
-    # On a thread of its own, because torch.compile(mode="reduce-overhead") lends the calling thread a pool of memory
-    # that nothing may keep.
+    # On a thread of its own: torch.compile(mode="reduce-overhead") lends the calling thread a pool of memory that
+    # nothing may keep.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(on_device).result()
 
@@ -151,7 +151,7 @@ def _prepare(
 
 
 def _compile_s(method: Method, problem: Problem, sparse_filter: SparseFilter, choice: Choice) -> float:
-    """About how many seconds of one core it takes until the choice can run; no end where it does not fit."""
+    """About how many seconds of one core it takes until the choice can run; infinite where it does not fit."""
     if not method.compiles_per_filter:
         return 0.0
     try:

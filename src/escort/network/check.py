@@ -54,7 +54,7 @@ class Request:
 
 
 def check_model(model: nn.Module, example: Example) -> None:
-    """Raises TypeError or ValueError for what cannot be converted, whatever is asked for it."""
+    """Raises TypeError or ValueError for a model or an example that no request could convert."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes an nn.Module, got {type(model).__name__}")
     training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
@@ -81,7 +81,7 @@ def check_model(model: nn.Module, example: Example) -> None:
 
 
 def outputs_on(model: nn.Module, example: Example) -> list[Tensor]:
-    """The tensors that a model makes of the example. Raises ValueError where it does not run, or is not finite."""
+    """The tensors that a model makes of the example. Raises ValueError where it does not run or they are not finite."""
     try:
         with torch.inference_mode():
             outputs = tensors_of(example.run(model))

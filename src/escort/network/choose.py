@@ -20,8 +20,8 @@ from escort.planner import timing
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 
-#: Largest relative error of a converted network's outputs: the rounding of its precision, summed over its layers. The
-#: original that it is compared with rounds as much, but never in TF32.
+#: Largest relative error of a converted network's outputs: its precision's rounding, summed over the layers. The
+#: original, with which it is compared, rounds as much, but never in TF32.
 NETWORK_ERROR_BOUND: dict[str, float] = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2, "bf16": 7.5e-2}
 
 _SAMPLES = (1, 2, 4)  # how many samples at a time are tried

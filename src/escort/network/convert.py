@@ -48,13 +48,13 @@ def convert(
 ) -> ConvertedModel:
     """A faster drop-in for a pruned model.
 
-    Folds batch-norms, fuses activations and residual adds, measures every way to run each convolution on the model's
-    device and swaps in the fastest; where tensor cores may be used, once more with all tensors in channels_last. The
-    model itself is not changed. Where the whole is no faster, the original network is kept and ``.plan.reason`` says
-    so. ``print(converted.plan)`` shows what runs each layer.
+    It folds batch norms, fuses activations and residual adds, measures every way to run each convolution on the model's
+    device and swaps in the fastest. Where tensor cores may be used, it does so once more with all tensors in
+    channels_last. The model itself is not changed. Where the whole is no faster, the original network is kept and
+    ``.plan.reason`` says so. ``print(converted.plan)`` shows what runs each layer.
 
-    Every convolution that is swapped computes in `precision`, whatever torch's global settings say. What is left alone,
-    linear layers for example or the original network where it is kept, computes as those settings say.
+    Every convolution that is swapped computes in `precision`, whatever torch's global settings say. What is left alone
+    computes as those settings say: linear layers, for example, or the original network where it is kept.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
@@ -65,18 +65,18 @@ def convert(
     Args:
         model: in eval mode, on the CPU in float32 or on a GPU in float32, float16 or bfloat16. Models that torch.fx
             cannot trace are converted layer by layer.
-        example_inputs: a typical input; timing is done for its shapes, other batch and input sizes stay correct.
-        example_kwargs: what the model is given by name besides. The converted model takes it by the same names.
-        precision: "fp32", "fp16" and "bf16" are those of the model's weights, which is the default: float32 weights are
-            multiplied as they are. "tf32" allows TF32 products of float32 weights besides, as torch's own convolutions
-            use on GPUs unless ``torch.backends.cudnn.allow_tf32`` is switched off.
+        example_inputs: a typical input. Its shapes are those that are timed; other batch and input sizes stay correct.
+        example_kwargs: the inputs that the model takes by name. The converted model takes them by the same names.
+        precision: by default that of the model's weights, "fp32", "fp16" or "bf16"; float32 weights are then multiplied
+            as they are. "tf32" allows TF32 products of float32 weights, as torch's own convolutions do on GPUs unless
+            ``torch.backends.cudnn.allow_tf32`` is switched off.
         effort: how long compiling kernels for the weights may take on a GPU, by estimate and with all cores at work:
             "fast" compiles none, "best" takes up to five minutes, a number is a number of seconds. Every layer that
             could have such kernels gets an equal share of what is left; beyond its share a layer falls back on the
             other methods, and its plan says so. Kernels stay on disk (`escort cache`).
-        methods: the names of the methods to choose from, by default all that the device has; the dense one always is
+        methods: the names of the methods to choose from, by default all that the device has. The dense one is always
             among them.
-        skip: called with the name and the module of each convolution; those for which it is true are left alone.
+        skip: is called with the name and the module of each convolution, and true for those to leave alone.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -119,7 +119,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
 
 
 def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = False) -> ConvertedModel:
-    """The same network planned anew on this machine and the device it is on, for the input sizes it was planned for.
+    """The same network planned anew on this machine and its present device, for the input sizes of its plan.
 
     Args:
         effort, progress: as of :func:`convert`.

@@ -14,7 +14,7 @@ class FusedConv2d(nn.Module):
     Attributes:
         conv: the convolution with any batch norm folded in; its tensors belong to this module alone.
         activation: what runs last.
-        residual: whether `forward` is given a second operand.
+        residual: whether `forward` takes a second operand.
     """
 
     def __init__(self, conv: nn.Conv2d, activation: Activation = "none", residual: bool = False) -> None:

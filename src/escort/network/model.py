@@ -46,7 +46,7 @@ class NetworkPlan:
         rel_error: ``||out - ref|| / ||ref||`` of the converted network against the original.
         kept_dense: whether the original network was kept because converting it did not pay.
         machine: what it was measured on.
-        samples: how many samples of a larger batch run at a time, None for all (see :mod:`escort.network.batching`).
+        samples: how many samples of a larger batch run at a time; None for all (see :mod:`escort.network.batching`).
         precision: what the convolutions compute in.
         device: what they were planned on, as torch writes it.
         timer: how both times were taken (see :mod:`escort.planner.timing`).
@@ -82,7 +82,7 @@ class NetworkPlan:
 
     @property
     def memory_format(self) -> MemoryFormat:
-        """In which its convolutions hand on tensors, all of them."""
+        """The memory format of the tensors that its convolutions write."""
         return next((layer.problem.memory_format for layer in self.layers.values()), "contiguous")
 
     @property

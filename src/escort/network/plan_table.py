@@ -35,7 +35,7 @@ def machine_line(machine: Machine) -> str:
 
 
 def convolution(p: Problem) -> str:
-    """A convolution in a few words: channels, kernel, input size, stride and groups."""
+    """A convolution in a few words: channels, kernel_size, input size, stride and groups."""
     text = f"{p.in_channels}->{p.out_channels} {p.kernel_size[0]}x{p.kernel_size[1]}, {p.height}x{p.width}"
     if p.stride != (1, 1):
         text += f" /{p.stride[0]}" if p.stride[0] == p.stride[1] else f" /{p.stride[0]},{p.stride[1]}"

@@ -1,4 +1,4 @@
-"""The convolutions of a network that are called, planned and swapped for what runs as planned."""
+"""A network's convolutions: which are called, their plans, and the layers that run as planned in their place."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def swap(
     skipped: Mapping[str, str],
     request: Request,
 ) -> Swapped:
-    """Plans the convolutions of a network that are called, and puts what they shall run as in their place.
+    """Plans the convolutions of a network that are called, and puts a :class:`SparseConv2d` in the place of each.
 
     Args:
         network: is written to.
@@ -92,7 +92,7 @@ def swap(
 
 
 def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request) -> dict[str, Plan]:
-    """Plans layers of a network and puts convolutions that run as planned in their place."""
+    """Plans layers of a network, and puts a :class:`SparseConv2d` in the place of each."""
     plans: dict[str, Plan] = {}
     compiled: list[SparseConv2d] = []
     with _progress(len(layers), request.progress) as (advance, preparing):

@@ -42,7 +42,7 @@ def trace(
     try:
         copied = plain_copy(model)
         graph_module = copied if isinstance(copied, fx.GraphModule) else _symbolic_trace(copied, len(args), kwargs)
-        with torch.no_grad():  # on copies, for an in-place first layer writes into what it is given
+        with torch.no_grad():  # on copies, since an in-place first layer writes to its input
             flat = [x.clone() if isinstance(x, Tensor) else x for x in _in_order(graph_module, args, kwargs)]
             traced = tree_leaves(_Shapes(graph_module).run(*flat, enable_io_processing=False))
             copies = {name: x.clone() for name, x in kwargs.items()}

@@ -22,7 +22,7 @@ def estimate_s(method: Method, layer: Layer, config: Config) -> float:
 
 
 def fits(needed_s: float, left_s: float) -> bool:
-    """Whether what needs so long may be compiled; of nothing nothing is left, not even for what takes no time."""
+    """Whether what takes `needed_s` may be compiled. Where nothing is left, not even what takes no time may."""
     return left_s > 0.0 and needed_s <= left_s
 
 

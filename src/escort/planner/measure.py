@@ -22,7 +22,7 @@ from escort.problem import Problem
 
 #: A candidate whose first runs take this many times as long as the fastest one's is not timed further.
 _HOPELESS = 1.6
-#: On a GPU first runs hold up to so many microseconds of waiting for the host, which a graph does not.
+#: So many microseconds of a first run on a GPU may be waiting for the host, which the replay of a graph does not do.
 _HOST_US = 60.0
 #: Seconds after which only the first config of each method is still tried.
 _SEARCH_S = 20.0
@@ -87,7 +87,7 @@ class _FirstRun:
 class _Trial:
     """A layer's example, and what its output must be on the first and the last sample.
 
-    Where a kernel's tables depend on the batch, its end is at risk.
+    The last one is checked because tables that depend on the batch go wrong at its end.
     """
 
     def __init__(self, layer: Layer, example: _Input) -> None:
@@ -115,7 +115,7 @@ def _first_runs(layer: Layer, search: Search, ahead: Ahead, example: _Input) -> 
     for method, configs in search.tried:
         with _preparing(layer, method, configs, ahead) as prepare_each:
             for index, (config, prepare) in enumerate(zip(configs, prepare_each, strict=True)):
-                # What was compiled for the filter is tried whatever it took, which is bounded by a budget of its own.
+                # What is compiled for the filter is tried however long that took: it has a budget of its own.
                 if index and searched_s > _SEARCH_S and not method.compiles_per_filter:
                     yield not_tried(method, len(configs) - index)
                     break

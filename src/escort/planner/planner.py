@@ -37,9 +37,9 @@ def plan_layer(
 ) -> Plan:
     """Measure the ways to run a convolution on this machine and choose the fastest that is right.
 
-    A layer of the same problem and nearly the same number of nonzeros as one planned before takes over its plan. It is
-    measured anew where compiling the choice for its filter exceeds the budget, and where the budget cut the search for
-    that plan short and is now at least twice as large.
+    A layer takes over the plan of an earlier one of the same problem and nearly the same number of nonzeros. It is
+    measured anew in two cases: where compiling the choice for its filter exceeds the budget, and where the earlier
+    search was cut short by its budget and this one is more than twice as large.
 
     Args:
         sparse_filter: the weights, (K, C / groups, R, S).
@@ -71,14 +71,14 @@ def plan_layers(
 ) -> Iterator[Plan]:
     """The plans of a network's layers one by one, as :func:`plan_layer` makes them.
 
-    What all of them will try on a GPU is prepared before the first is timed, since that means to compile it, and every
-    core has work then. Each layer that has something to compile for its filter gets an equal share of what is left of
-    the budget, and what it does not need goes to those behind it. A layer that takes over a plan compiles no more than
-    the choice, when it is first run.
+    What they will try on a GPU is prepared before the first is timed: preparing compiles, and so all cores have work.
+    Each layer that has something to compile for its filter gets an equal share of what is left of the budget; what it
+    does not need goes to those behind it. A layer that takes over a plan compiles the choice alone, when it first
+    runs.
 
     Args:
         layers: problem, filter and bias of each.
-        compile_budget_s: as of a layer, for all of them together.
+        compile_budget_s: as of a layer, but for the sum of all.
         preparing: is called with how many candidates are prepared, and of how many.
         methods: the candidates of every layer, by default all methods of its problem's device.
 
@@ -160,7 +160,7 @@ def _remember(task: _Task, search: Search, plan: Plan) -> Plan:
 
 
 def _recall(task: _Task, compile_budget_s: float) -> tuple[Plan, float] | None:
-    """The plan to take over, if any, and about how long all cores together compile its choice."""
+    """The plan to take over, if any, and about how long all cores take to compile its choice."""
     if (remembered := _remembered.get(task.key)) is None:
         return None
     plan, search = remembered

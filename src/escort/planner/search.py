@@ -20,8 +20,8 @@ class Search:
     Attributes:
         tried: methods with their configs, best guess first.
         refused: the candidates that are not tried.
-        compile_s: of each config that is tried and compiled for the filter, about how long all cores together take.
-        compile_budget_s: what these may take together.
+        compile_s: about how long all cores take to compile each config that is tried and compiled for the filter.
+        compile_budget_s: what the sum of these may be.
         is_cut: whether a larger compile budget would let more be tried.
     """
 

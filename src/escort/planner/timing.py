@@ -2,11 +2,11 @@
 
 On the CPU a time is the median of calls, taken in turn after warm-up, with the threads that torch has.
 
-On a GPU it is device time: the median over replays of a CUDA graph, divided by the calls in it. What is timed, a
-contestant, is captured after warm-up, with as many calls as fill a millisecond: a lap. So neither the host nor the
-start of a graph counts. The graphs take turns. :func:`example_inputs` makes so many inputs that together with the
-outputs they are twice the size of the L2 cache. A graph runs through all of them, so that a call does not read what the
-one before just wrote or read. What cannot be captured is timed by calls one after the other, and says so
+On a GPU a time is device time: the median over replays of a CUDA graph, divided by the calls in it. A contestant (what
+is timed) is captured after warm-up. Its graph is a lap, as many calls as fill a millisecond, so that neither the host
+nor the start of the graph counts. The graphs take turns. :func:`example_inputs` makes so many inputs that with their
+outputs they are twice the size of the L2 cache. A graph runs through all of them, so that no call reads what the one
+before has just read or written. What cannot be captured is timed by calls one after the other, and says so
 (:class:`Timing`).
 """
 
@@ -29,8 +29,8 @@ _LAP_US = 1000.0  # device time between two events, which are good for about hal
 _WARM_S = 0.05  # of replays before the first that counts, for the clocks to rise
 _MOST_INPUTS = 1024  # of one problem
 
-#: How a time was taken: by calls on the CPU, by replays of a CUDA graph, or by calls between CUDA events, which hold
-#: what the host makes the GPU wait.
+#: How a time was taken: by calls on the CPU, by replays of a CUDA graph, or by calls between CUDA events, whose times
+#: include the GPU's waiting for the host.
 Timer = Literal["calls", "graph", "events"]
 #: A call, or the same call on each of several inputs.
 Contestant = Callable[[], object] | Sequence[Callable[[], object]]
@@ -71,7 +71,7 @@ def race(
 def glance_us(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
     """A rough time of a call that ran before, in microseconds: the least of a few.
 
-    On a GPU it includes what the host makes it wait.
+    On a GPU it includes waiting for the host.
     """
     if torch.device(device).type != "cpu":
         with torch.cuda.device(device):
@@ -172,7 +172,7 @@ def _lap(runs: Sequence[Callable[[], object]], pool: Any) -> _Lap:
         graph = _captured(calls(passes), pool)
         graph.replay()
         enough = _passes(passes, _elapsed_us([graph.replay])[0])
-        if enough >= 2 * passes:  # the host was what took its time
+        if enough >= 2 * passes:  # the host took the time, not the GPU
             graph, passes = _captured(calls(enough), pool), enough
     except RuntimeError as error:
         plain.reason = f"not captured: {survived(error)}"
@@ -181,7 +181,7 @@ def _lap(runs: Sequence[Callable[[], object]], pool: Any) -> _Lap:
 
 
 def _passes(passes: int, elapsed_us: float) -> int:
-    """How many passes fill a lap, where so many took so long."""
+    """How many passes fill a lap, if `passes` of them took `elapsed_us`."""
     return max(1, math.ceil(passes * _LAP_US / max(elapsed_us, 1.0)))
 
 
@@ -196,7 +196,7 @@ def _captured(calls: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
     except BaseException:
         with suppress(RuntimeError):
             _end(graph, pool)
-        random.graphsafe_set_state(state)  # the one that the capture used would refuse every call from now on
+        random.graphsafe_set_state(state)  # else the generator would refuse every later call
         raise
     _end(graph, pool)
     return graph

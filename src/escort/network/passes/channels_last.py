@@ -1,9 +1,9 @@
 """A network's graph in channels_last, which tensor cores read.
 
-Every torch operator hands on the memory format of what it is given, so a network stays in channels_last from the first
-convolution that is asked for it. What must change: a ``view`` of NCHW tensors is none of others; and where our
-convolutions alone write and read a tensor, the order of its channels is free, and becomes the one that suits the
-methods best (:func:`escort.methods.channel_order`). A tensor that is added to another has that one's order.
+Torch's operators keep the memory format of their inputs, so a network stays in channels_last from the first convolution
+that writes it. Two things change. A ``view`` becomes a ``reshape``: what is a view in NCHW need not be one in
+channels_last. And where our convolutions alone write and read a tensor, its channels get the order that suits the
+methods best (:func:`escort.methods.channel_order`). Tensors that are added have one order.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def precluded(network: nn.Module, request: Request) -> str | None:
 
 
 def rewrite(network: nn.Module, request: Request) -> nn.Module:
-    """A copy of a network, computing the same, for tensors in channels_last; nothing may have `precluded` it."""
+    """A copy of a network that computes the same in channels_last; :func:`precluded` must have had no objection."""
     assert isinstance(network, fx.GraphModule)
     network = copy.deepcopy(network)
     for node in network.graph.nodes:
@@ -70,7 +70,7 @@ def rewrite(network: nn.Module, request: Request) -> nn.Module:
 
 
 def _alike(network: fx.GraphModule) -> list[list[fx.Node]]:
-    """The tensors of a network, together where their channels must have one order: what is added up, or pooled."""
+    """The tensors of a network in groups whose channels must have one order, as tensors are added or pooled."""
     groups = {node: [node] for node in network.graph.nodes}
     for node in network.graph.nodes:
         source: Any = None

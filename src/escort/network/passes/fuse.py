@@ -157,16 +157,16 @@ class _Fuser:
         return reason
 
     def absorb(self, node: fx.Node) -> None:
-        """Moves what `node` does into the convolution it follows, if it can be."""
+        """Moves what `node` does into the convolution that it follows, where that computes the same."""
         operation, arguments = self.operation(node)
         source: Any = arguments.get("input")
         if operation == "identity" and not arguments["training"] and isinstance(source, fx.Node):
             self.merge(node, source)
-        elif operation == "norm" and self.open(source) and not self.fused[source].residual:
+        elif operation == "norm" and self.is_open(source) and not self.fused[source].residual:
             self.absorb_norm(node, source, arguments)
         elif operation == "add":
             self.absorb_add(node, arguments)
-        elif operation and self.open(source):
+        elif operation and self.is_open(source):
             limits = arguments.get("min_val", -1.0), arguments.get("max_val", 1.0)
             if operation == "hardtanh" and limits == (0.0, 6.0):
                 operation = "relu6"
@@ -197,15 +197,15 @@ class _Fuser:
             return  # the same operand twice, or a scalar, a broadcast, a promotion
         if arguments.get("alpha", 1) != 1 or "out" in arguments:
             return
-        candidates = [n for n in (left, right) if self.open(n) and not self.fused[n].residual]
+        candidates = [n for n in (left, right) if self.is_open(n) and not self.fused[n].residual]
         if not candidates:
             return
         conv: fx.Node = max(candidates)  # the last in the graph: the other operand exists by then
         residual = left if conv is right else right
         if residual in self.constants:
-            return  # it keeps the example's batch size for ever, so the shapes agree by chance
+            return  # it has the example's batch size for ever: the shapes agree by chance
         if mutates(self.root, node) and not (left in self.fused and len(left.users) == 1):
-            return  # somebody else may look at the operand that is written to; the fused sum is a new tensor
+            return  # another node may read the operand that is written to; the fused sum is a new tensor
         between = conv.next
         while between is not node:
             if mutates(self.root, between):
@@ -216,7 +216,7 @@ class _Fuser:
         self.fused[conv].residual = True
         self.merge(node, conv)
 
-    def open(self, node: Any) -> bool:
+    def is_open(self, node: Any) -> bool:
         """Whether `node` is a fused convolution to which its only user may be added."""
         return node in self.fused and len(node.users) == 1 and self.fused[node].activation == "none"
 
@@ -228,7 +228,7 @@ class _Fuser:
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def find_constants(self) -> None:
-        """Marks what no input takes part in: attributes and what is computed from them, say a masked weight."""
+        """Marks what depends on no input: attributes, and what is computed from them, such as a masked weight."""
         for node in self.graph.nodes:
             inputs = node.all_input_nodes
             computed = node.op in ("call_function", "call_method") and not (

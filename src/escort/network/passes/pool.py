@@ -1,4 +1,4 @@
-"""Max pooling by our kernel, so that it does not outweigh the convolutions that it stands between."""
+"""Max pooling by our kernel, lest it take longer than the convolutions around it."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, 
 
 
 def _replace_function(network: fx.GraphModule, node: fx.Node) -> None:
-    """Lets a module of its own run a node that calls a function, unless its arguments are computed."""
+    """Puts a module in the place of a function call, unless arguments of the call are computed."""
     arguments = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
     x = arguments.pop("input")
     if arguments.pop("return_indices", False) or any(isinstance(value, fx.Node) for value in arguments.values()):
         return
     name = f"{node.name}_pool"
-    given = {key: value for key, value in arguments.items() if value != []}  # aten's empty stride is the default
-    network.add_submodule(name, MaxPool2d(**given))  # type: ignore[arg-type]
+    window = {key: value for key, value in arguments.items() if value != []}  # aten's empty stride is the default
+    network.add_submodule(name, MaxPool2d(**window))  # type: ignore[arg-type]
     node.op, node.target, node.args, node.kwargs = "call_module", name, (x,), {}

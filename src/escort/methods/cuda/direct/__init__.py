@@ -1,14 +1,14 @@
 """Method `direct` on CUDA: the convolution computed straight from the compressed filter (kernels/cuda/direct.cu).
 
 As on the CPU, output positions are numbered row by row, and sample by sample, in a pitch that leaves room for the
-padding, so that any range of positions is a tile and every nonzero reads its input at one constant distance (the Escoin
-paper's stretched offsets, arXiv 1802.10280, section 3). A tile's input is brought into shared memory block by block of
-channels, its padding resolved on the way. Words of 16-bit storage hold the same position of two neighbouring samples,
-so that every offset stays aligned.
+padding. So any range of positions is a tile, and every nonzero reads its input at one constant distance (the Escoin
+paper's stretched offsets, arXiv 1802.10280, section 3). A tile's input is copied to shared memory one block of channels
+after the other, with its padding. Words of 16-bit storage hold the same position of two neighbouring samples, so that
+every offset stays aligned.
 
 `layout` has the knobs and the sequence of positions, `tables` lays a filter out, `params` fills the kernel's struct,
-and `search` predicts which configs are worth timing. What bounds the kernel is shared memory, which delivers one
-wavefront of 32 words per clock: a wavefront per nonzero and 32 positions.
+and `search` predicts which configs are worth timing. Shared memory bounds the kernel: it delivers one wavefront of 32
+words per clock, and each nonzero takes a wavefront for every 32 positions.
 """
 
 from __future__ import annotations

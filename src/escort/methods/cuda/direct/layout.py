@@ -14,15 +14,16 @@ LANES = 32
 STORAGE = {"fp32": 0, "tf32": 0, "fp16": 1, "bf16": 2}
 MOST_INDEX = np.iinfo(np.int32).max
 HALF_REACH = 0x10000  # bytes of a stage that the offsets of 16-bit nonzeros reach
-#: Most words (pairs of words where two columns are read at once) that a lane copies per channel; kernels are compiled
-#: for the least of these that suffices.
+#: Kernels are compiled for the least of these that suffices: words (pairs of words where two columns are read at once)
+#: that a lane copies per channel at most.
 SLOT_CLASSES = (2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
 class DirectConfig:
-    """The knobs of the direct kernel. A block computes ``32 * words * position_warps`` positions of
-    ``out_channel_warps * out_channels`` output channels.
+    """The knobs of the direct kernel.
+
+    A block computes ``32 * words * position_warps`` positions of ``out_channel_warps * out_channels`` output channels.
 
     Attributes:
         words: positions per lane.
@@ -34,9 +35,9 @@ class DirectConfig:
         channel_block: input channels per stage.
         stages: of the ring in shared memory.
         occupancy: blocks per multiprocessor that registers leave room for.
-        packed: 16-bit storage: sums of up to 32 products are kept in 16 bits, two samples per instruction. Else every
-            product is added in float32, as it always is for fp32.
-        balanced: output channels are dealt to warps by their nonzeros, else in their own order.
+        packed: for 16-bit storage: up to 32 products are summed in 16 bits, two samples per instruction. Else every
+            product is added in float32, as in fp32 always.
+        balanced: output channels are dealt to warps by their nonzeros; else in their own order.
     """
 
     words: int
@@ -153,7 +154,7 @@ class Layout:
 
 
 def most_samples(problem: Problem) -> int:
-    """What the kernel's 32-bit numbers reach: bytes of the input, elements of the output, positions."""
+    """As many samples as 32-bit numbers reach: bytes of the input, elements of the output, positions."""
     positions = Positions(problem)
     in_size, out_size = (int(np.prod(s[1:], dtype=object)) for s in (problem.input_shape, problem.output_shape))
     most_positions = MOST_INDEX // 2 // (positions.sample_rows * positions.pitch)
@@ -163,7 +164,7 @@ def most_samples(problem: Problem) -> int:
 
 
 def shared_bytes(layout: Layout, knobs: Mapping[str, Any], record_bytes: Any) -> Any:
-    """What a block needs: the ring with its barriers and, in its place at the end, sums that warps exchange.
+    """What a block needs: the ring with its barriers. In the end, sums that warps exchange take the place of the ring.
 
     Args:
         layout: for the tile of these knobs.
@@ -176,6 +177,6 @@ def shared_bytes(layout: Layout, knobs: Mapping[str, Any], record_bytes: Any) ->
 
 
 def grouping(problem: Problem, block_channels: Any) -> tuple[int, Any]:
-    """Output channels per group of the convolution, and how many such groups a block of so many takes together."""
+    """Output channels per group of the convolution, and how many groups a block of so many output channels computes."""
     group_channels = problem.out_channels // problem.groups
     return group_channels, np.minimum(np.maximum(block_channels // group_channels, 1), problem.groups)

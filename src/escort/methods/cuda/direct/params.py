@@ -48,7 +48,7 @@ class Params:
         by_pitch, by_sample_rows, by_width, by_pairs: divide by these, and by the pairs of columns of a channel.
         row_padding, column_padding: on top and on the left.
         row_stride, column_stride: of the convolution.
-        phases: of a strided input, that are kept.
+        phases: of a strided input, those that are kept.
         phase_words, channel_words, slots: of the stage's :class:`Layout`.
         chunks: stages that a group takes.
         channel_block, stages, position_warps, out_channel_warps, in_channel_warps, producers: of the config.

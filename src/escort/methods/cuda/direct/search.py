@@ -41,7 +41,7 @@ STAGING_AXES: dict[str, tuple[int, ...]] = {
 }
 _KNOBS = (*AXES, *STAGING_AXES)
 
-# What the prediction takes for constants, in clocks of a multiprocessor; docs/performance.md says how well it does.
+# Constants of the prediction, in clocks of a multiprocessor; docs/performance.md says how well it does.
 _LAUNCH = 4000  # from launch to launch, beside the work of the blocks
 _FETCH = 900  # latency of global memory
 _LOOP = 30  # of an output channel's nonzeros in a stage: header, flush, loop exit
@@ -68,7 +68,7 @@ def _space(half: bool, packed: bool, registers: int) -> Space:
 
 
 def _shares(problem: Problem, sparse_filter: SparseFilter | None, space: Space) -> tuple[NDArray[Any], ...]:
-    """Groups of output channels, and of each its input channels, its nonzeros, and its stages."""
+    """The number of groups of output channels; and input channels, nonzeros and chunks of each."""
     block_channels = space["out_channel_warps"] * space["out_channels"]
     group_channels, merged = grouping(problem, block_channels)
     groups = -(-problem.groups // merged) * -(-group_channels * merged // block_channels)
@@ -140,16 +140,16 @@ def _clocks(
     resident = np.minimum(occupancy, -(-blocks // gpu.multiprocessors))
     waves = -(-blocks // (gpu.multiprocessors * resident))
     busy = np.maximum(np.maximum(wavefronts, instructions / 4) * resident, alone)
-    fill = _fill_clocks(layout, space)
-    busy = np.maximum(busy, chunks * fill / (space["stages"] - 1))
-    # Blocks beside each other cover each other's first stage and epilogue.
-    edges = fill + _EPILOGUE * out_channels * words * (1 + half)
+    staging = _staging_clocks(layout, space)
+    busy = np.maximum(busy, chunks * staging / (space["stages"] - 1))
+    # Blocks of one multiprocessor hide each other's first stage and epilogue.
+    edges = staging + _EPILOGUE * out_channels * words * (1 + half)
     clocks: NDArray[np.floating[Any]] = waves * (busy + edges / resident**2) + _LAUNCH
     return clocks
 
 
-def _fill_clocks(layout: Layout, space: Space) -> NDArray[np.floating[Any]]:
-    """Of a stage. Copies go on by themselves; loads and stores of 16-bit storage wait for each other in batches."""
+def _staging_clocks(layout: Layout, space: Space) -> NDArray[np.floating[Any]]:
+    """Clocks of staging a chunk. Copies are asynchronous; 16-bit storage is loaded and stored batch by batch."""
     copies, producers = space["channel_block"] * layout.slots, space["producers"]
     clocks: NDArray[np.floating[Any]]
     if layout.samples_per_word == 1:

@@ -1,4 +1,4 @@
-"""A filter laid out for the direct kernel: who computes what, and the nonzeros in the order in which they are used."""
+"""A filter laid out for the direct kernel: which warp computes what, and the nonzeros in the order of their use."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Tables:
         segments: (groups, chunks + 1) SEGMENT; the last of a group is where its last segment ends.
         channel_of: (groups, out_channel_warps, out_channels) int32, output channels, -1 where there is none.
         first_channels: (groups,) int32, the first input channel of each.
-        chunks: stages that a group takes. The first ones are small, so that the first nonzeros need not wait long.
+        chunks: how many a group's input channels are cut into. The first are small: consumers begin the sooner.
         record_bytes: the room that the largest segment takes, and what the kernel reads ahead.
     """
 

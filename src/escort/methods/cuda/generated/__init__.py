@@ -1,10 +1,10 @@
 """Method `generated`: a kernel made for the filter, its weights inside the instructions.
 
-A block runs one part of the code, the nonzeros of some output channels, for a tile of positions, one per thread: a word
-of the input is read from shared memory once per tap for all of the part's channels. What bounds it is mostly the supply
-of instructions, which arrive slowly where no cache holds them, and on small maps the input's way into shared memory.
+A block runs one part of the code, the nonzeros of some output channels, for a tile of positions, one per thread. A word
+of the input is read from shared memory once per tap, for all channels of the part. What bounds the kernel is mostly the
+supply of instructions, which arrive slowly where no cache holds them; on small maps it is copying the input.
 
-`words` and `staging` say how the input lies, `steps` what the kernel does with it, `ptx` and `codegen` write that down,
+`words` and `staging` say how the input lies, `steps` what the kernel does with it, `ptx` and `codegen` write the code,
 `model` predicts how long it takes, and `search` chooses the configs (`config`).
 """
 
@@ -130,7 +130,7 @@ def _arrange(kernel_steps: KernelSteps, device: torch.device) -> Callable[[torch
 
 
 def _most_samples(kernel_steps: KernelSteps) -> int:
-    """So many samples that 32 bits number their words, with a tile to spare."""
+    """As many samples as 32 bits can number the words of, with a tile to spare."""
     return (
         (_MOST_BYTES - kernel_steps.config.tile - kernel_steps.words.reach)
         // (kernel_steps.words.sample_rows * kernel_steps.words.pitch)

@@ -114,7 +114,7 @@ def _macros(kernel_steps: KernelSteps) -> dict[str, int]:
 
 
 def _split_macros(kernel_steps: KernelSteps) -> dict[str, int]:
-    """What the blocks of a cluster need to add up the sums of slices."""
+    """The macros by which the blocks of a cluster add up the sums of slices."""
     epilogue = kernel_steps.problem.epilogue
     return {
         "PART_OUT_CHANNELS": kernel_steps.most_channels,
@@ -125,12 +125,12 @@ def _split_macros(kernel_steps: KernelSteps) -> dict[str, int]:
 
 
 def _tables(kernel_steps: KernelSteps, bias: NDArray[np.float32] | None) -> Iterator[str]:
-    """Which output channel each place of a part is, -1 for none, and the bias of each output channel."""
+    """The output channels of each part, -1 where there is none, and the bias of each output channel."""
     split = kernel_steps.config.split
     room = -(-kernel_steps.most_channels // split) * split
-    places = [
+    channel_of = [
         channel for part in kernel_steps.parts for channel in (*part.channels, *[-1] * (room - len(part.channels)))
     ]
-    yield f"__constant__ int CHANNEL_OF[] = {{{', '.join(map(str, places))}}};"
+    yield f"__constant__ int CHANNEL_OF[] = {{{', '.join(map(str, channel_of))}}};"
     values = np.zeros(kernel_steps.problem.out_channels, np.float32) if bias is None else bias
     yield f"__constant__ float BIAS[] = {{{', '.join(f'{float(value).hex()}f' for value in values)}}};"

@@ -22,11 +22,11 @@ class GeneratedConfig:
         copy: words per copy, 1, 2 or 4; 0 copies all words of a channel at once, of an arranged input.
         stages: of the ring in shared memory.
         occupancy: blocks per multiprocessor that registers must leave room for.
-        start_points: places in the cycle of chunks at which tiles begin, so that multiprocessors that share an
-            instruction cache bring in different chunks of the code for each other.
-        sums: 16-bit storage: sums per output channel, each of a share of the products. They are added up in float32
-            in the end.
-        arranged: a kernel of its own (generated_arrange.cu) lays out the input as words before, padding included. Words
+        start_points: chunks at which tiles begin. Multiprocessors that share an instruction cache then bring in
+            different chunks of the code for each other.
+        sums: for 16-bit storage: sums per output channel, each of a share of the products. They are added up in
+            float32 in the end.
+        arranged: a kernel of its own (generated_arrange.cu) first lays out the input as words, padding included. Words
             of 16-bit storage then hold two samples, so that no tap lies between words.
         split: blocks of a cluster that share a tile and its output channels, each for a slice of the input channels. In
             the end each adds up all slices' sums of some output channels.

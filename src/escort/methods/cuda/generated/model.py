@@ -35,8 +35,8 @@ _COLD = 0.28  # instructions per clock that arrive when asked for
 _LOST_SHARERS = 23.0  # half of that where so many ask for the same lost code
 _LOST = 0.2  # lost code arrives so much later in any case
 _PREFETCH, _JUMPS = 0.27, 1.06  # each prefetch warp makes code arrive so much faster; its jumps add instructions
-_FILL, _GROUP = 2.5, 16.5  # instructions per clock for a group of so many multiprocessors with one instruction cache
-_PREFETCH_FILL = 0.7  # share of them where prefetch warps ask for code that is not the next
+_SUPPLY, _GROUP = 2.5, 16.5  # instructions per clock for a group of so many multiprocessors with one instruction cache
+_PREFETCH_SUPPLY = 0.7  # share of them where prefetch warps ask for code that is not the next
 _HOT_BYTES, _LOST_BYTES = 62e3, 808e3  # code that stays in the instruction caches, and code of which nothing stays
 _L2 = 18.6  # bytes per clock that reach a multiprocessor when all of them read
 _COPY, _COPY_ISSUE = 21.5, 8.0  # per copy of a producer warp, and instructions for it
@@ -68,7 +68,7 @@ def stage_of(words: Words, space: Space) -> Stage[Whole]:
 
 
 def part_count(problem: Problem, space: Space) -> Whole:
-    """Into so many parts the output channels are dealt."""
+    """How many parts the output channels are dealt to."""
     count: Whole = problem.groups * -(-problem.out_channels // problem.groups // space["out_channels"])
     return count
 
@@ -86,7 +86,7 @@ def part_steps(problem: Problem, sparse_filter: SparseFilter, space: Space) -> F
 
 
 def work(problem: Problem, words: Words, space: Space) -> tuple[Whole, Whole]:
-    """Tiles, and what blocks do: pairs of a part and a tile, for each slice of the channels."""
+    """The number of tiles, and of work items: pairs of a part and a tile, for each slice of the channels."""
     tiles = -(-words.count(max(problem.batch, 1)) // (space["consumers"] * LANES))
     tiles = -(-tiles // space["multicast"]) * space["multicast"]
     return tiles, part_count(problem, space) * space["split"] * tiles
@@ -144,25 +144,25 @@ def _clocks(
 ) -> Floats:
     """Clocks of all tiles that a multiprocessor computes in turn, some of which have to wait for their code.
 
-    Code is cold when a multiprocessor meets it first, and each time where it does not stay. What wants to stay is the
-    code of all parts that run at the same time. It arrives line by line, later where it is lost and many ask for the
-    same; and a group of multiprocessors can bring in only so much for all the places at which its own are.
+    Code is cold when a multiprocessor runs it first, and whenever it was lost from the cache meanwhile. The code of all
+    parts that run at the same time competes for the cache. Cold code arrives line by line: later where it was lost and
+    many multiprocessors ask for the same lines, and later where those of a group run different code.
 
     Args:
-        steps: of a tile, with all that is around them.
-        hot: clocks of a tile whose code is there.
+        steps: instructions of a tile.
+        hot: clocks of a tile whose code is in the caches.
     """
     (tiles, items), slots = work(problem, words, space), resident(space, gpu)
     rounds = -(-items // slots)
     parts = np.minimum(items / tiles, 1.0 + slots / tiles)
     lost = np.clip((steps * _INSTRUCTION_BYTES * parts - _HOT_BYTES) / (_LOST_BYTES - _HOT_BYTES), 0.0, 1.0)
-    places = np.maximum(np.minimum(space["start_points"], chunks // space["stages"]), 1)
-    sharers = np.minimum(tiles, slots) / places
+    start_points = np.maximum(np.minimum(space["start_points"], chunks // space["stages"]), 1)
+    sharers = np.minimum(tiles, slots) / start_points
     late = (1.0 + lost * sharers / _LOST_SHARERS) / (1.0 + _PREFETCH * space["prefetch_warps"])
     multicast = space["multicast"]
-    apart = np.where(multicast == 1, np.minimum(parts * places, _GROUP), np.maximum(_GROUP / multicast, 1.0))
-    fill = _FILL * np.where(space["prefetch_warps"] > 0, _PREFETCH_FILL, 1.0)
-    cold = _side_by_side(hot, steps * (1.0 + _LOST * lost) * np.maximum(late / _COLD, apart / fill))
+    apart = np.where(multicast == 1, np.minimum(parts * start_points, _GROUP), np.maximum(_GROUP / multicast, 1.0))
+    supply = _SUPPLY * np.where(space["prefetch_warps"] > 0, _PREFETCH_SUPPLY, 1.0)
+    cold = _side_by_side(hot, steps * (1.0 + _LOST * lost) * np.maximum(late / _COLD, apart / supply))
     first = np.minimum(np.minimum(rounds, -(-rounds * np.minimum(items, slots) // tiles)), items // tiles)
     met = first + lost * (rounds - first)
     adding = np.where(space["split"] > 1, _ADD_SLICES, 0.0)
@@ -170,12 +170,12 @@ def _clocks(
 
 
 def _arrange_us(problem: Problem, words: Words) -> float:
-    """How long the kernel takes that lays out the input before."""
+    """How long the kernel takes that lays out the input."""
     arranged = problem.in_channels * len(words.phases) * words.count(max(problem.batch, 1)) * 4
     read = math.prod(problem.input_shape) * problem.storage.itemsize
     return _ARRANGE_US + (arranged + read) / _ARRANGE_RATE
 
 
 def _side_by_side(*clocks: Floats) -> Floats:
-    """What runs at the same time takes a little longer than the longest."""
+    """The clocks of things that run at the same time: a little more than the longest."""
     return np.sum([part**4 for part in clocks], axis=0) ** 0.25

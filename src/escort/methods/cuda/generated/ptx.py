@@ -18,7 +18,7 @@ _LOOK = 32  # steps at least from one jump of a prefetch warp to the next
 class Emitter:
     """Writes what a consumer does of a slice of a part, line by line: s are sums, x words of the input.
 
-    Prefetch warps take the chunks in turn. They jump from one place of a chunk to the next. They wait for stages and
+    Prefetch warps take the chunks in turn, and only jump through them from label to label. They wait for stages and
     leave them as consumers do, so that they are ahead by the ring's stages at most.
     """
 
@@ -28,7 +28,7 @@ class Emitter:
         """The code of these chunks of a part. bias: (K,), or None where there is none."""
         self._steps, self._config, self._problem = kernel_steps, kernel_steps.config, kernel_steps.problem
         self._channels, self._chunks = part.channels, chunks
-        self._bias = None if self._config.split > 1 else bias  # it is added where the slices' sums are
+        self._bias = None if self._config.split > 1 else bias  # the blocks that add up the slices add it
         self._fp32 = kernel_steps.words.elements == 1
         self._kind = "f32" if self._fp32 else "b32"  # of sums and words
 
@@ -44,7 +44,7 @@ class Emitter:
             yield "END:"
         if self._config.prefetch_warps:
             yield "@prefetch bra.uni DONE;"
-        yield from self._hand_over() if self._config.split > 1 else self._epilogue()
+        yield from self._share_sums() if self._config.split > 1 else self._epilogue()
         if self._config.prefetch_warps:
             yield "DONE:"
         yield "}"
@@ -105,19 +105,19 @@ class Emitter:
                 yield f"sub.u32 left, left, {c.stages}; setp.eq.u32 p, left, 0; @p bra END;"
 
     def _jumps(self, number: int, chunk: Chunk) -> dict[int, str]:
-        """Where prefetch warps jump to, by the step in front of which they jump: no word of the input is held there.
+        """The labels that prefetch warps jump to, by the step in front of which they jump.
 
-        Words that were held would have to be kept in registers from the beginning, as far as the assembler knows.
+        No word of the input is in use at such a step: the assembler would keep its register from the beginning.
         """
-        places: list[int] = []
+        stops: list[int] = []
         last = None
         for i, step in enumerate(chunk.steps):
             if isinstance(step, Load):
                 plane = step.offset // self._steps.stage.channel_words
-                if plane != last and (not places or i >= places[-1] + _LOOK):
-                    places.append(i)
+                if plane != last and (not stops or i >= stops[-1] + _LOOK):
+                    stops.append(i)
                 last = plane
-        return dict(zip(places, [*(f"LOOK{number}_{i}" for i in places[1:]), f"SEEN{number}"], strict=False))
+        return dict(zip(stops, [*(f"LOOK{number}_{i}" for i in stops[1:]), f"SEEN{number}"], strict=False))
 
     def _instruction(self, step: Step, stage: int) -> str:
         """A step as an instruction; `stage` is the ring's word at which the chunk's stage begins."""
@@ -138,7 +138,7 @@ class Emitter:
         for other in range(place + count, self._config.sums * count, count):
             yield f"mov.b32 {{h, g}}, s{other}; cvt.f32.f16 w, h; add.f32 u, u, w; cvt.f32.f16 w, g; add.f32 v, v, w;"
 
-    def _hand_over(self) -> Iterator[str]:
+    def _share_sums(self) -> Iterator[str]:
         """Writes the sums to shared memory, where the ring was."""
         yield f"bar.sync 1, {self._config.tile};"
         for place in range(len(self._channels)):
@@ -148,7 +148,7 @@ class Emitter:
             yield f"st.shared.{self._kind} [{_WORDS}+{place * self._config.tile * 4}], s{place};"
 
     def _epilogue(self) -> Iterator[str]:
-        """Adds what is added to the sums, and writes the outputs."""
+        """Adds bias and residual to the sums, activates them, and writes the outputs."""
         p, samples = self._problem, self._steps.words.samples
         size, plane = (4 if self._fp32 else 2), p.out_height * p.out_width
         yield f"and.b32 t, {_INSIDE}, 1; setp.ne.u32 a, t, 0; and.b32 t, {_INSIDE}, 2; setp.ne.u32 b, t, 0;"
@@ -201,7 +201,7 @@ class Emitter:
 
     @cached_property
     def _ends_in_16_bits(self) -> bool:
-        """Whether 16-bit sums end as they are: nothing is added that 16 bits do not hold, so results are the same."""
+        """Whether 16-bit sums can be finished in 16 bits, as nothing is added to them that 16 bits do not hold."""
         if self._config.sums > 1 or self._problem.epilogue.residual:
             return False
         added = np.zeros(0, np.float32) if self._bias is None else self._bias[list(self._channels)]

@@ -22,8 +22,8 @@ from escort.problem import Problem
 _LEAST_CHANNELS, _MOST_CHANNELS = 8, 208  # output channels of a part
 _APART_STAGES, _START_POINTS = 2, 8  # few stages, so that there are chunks to begin at
 _LEAST_BUSY = 0.75  # of the multiprocessors' time, where there are several rounds of tiles
-_BEST = 256  # of a way to stage the input, among which those that are not alike are found
-_KIN = 1.08  # a further config of a kind counts as if it took so much longer
+_BEST = 256  # configs of a way to stage the input; the chosen ones are among them
+_KIN = 1.08  # a further config of a kind counts as if it took so many times as long
 #: Products that a sum in fp16 may have: a relative error of about 1.8e-3, of 2e-3 allowed.
 _MOST_PRODUCTS = 165.0
 _RESERVED_BYTES = 1024  # of shared memory, per block
@@ -32,7 +32,7 @@ _RESERVED_BYTES = 1024  # of shared memory, per block
 def search(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int) -> list[GeneratedConfig]:
     """The configs of least predicted time, no two of them alike, and not all of one kind.
 
-    The model errs in the same way for all of a kind, so each further one of it must be better by a share.
+    The model errs in the same way for all configs of a kind, so each further one of a kind must be better by a share.
     """
     best: dict[tuple[int, ...], tuple[float, Space, int]] = {}  # predicted time and row, by kind and size
     for space in candidates(problem, sparse_filter, gpu):
@@ -48,12 +48,12 @@ def search(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int) -
         kind = _kind(space)
         ranked.append((time_us * _KIN ** of_kind[kind], time_us, GeneratedConfig(**space.row(i))))
         of_kind[kind] += 1
-    chosen = sorted(ranked, key=lambda entry: entry[0])[:most]
-    return [config for _, _, config in sorted(chosen, key=lambda entry: entry[1])]
+    chosen = sorted(ranked, key=lambda ranking: ranking[0])[:most]
+    return [config for _, _, config in sorted(chosen, key=lambda ranking: ranking[1])]
 
 
 def _kind(space: Space) -> tuple[int, ...]:
-    """What configs have in common about which the model errs in the same way."""
+    """The knobs that make a kind: for configs that share them the model errs in the same way."""
     return tuple(common(space, knob) for knob in ("arranged", "split", "multicast", "prefetch_warps", "start_points"))
 
 
@@ -75,7 +75,7 @@ def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Itera
     for staging, sharing in itertools.product(list(_stagings(problem, gpu)), _sharings(problem, gpu)):
         split = sharing["split"]
         if staging["copy"] and split > 1:
-            continue  # nothing to gain where producers take most of the time
+            continue  # producers take most of the time: there is nothing to gain
         chunks = -(-channels // (split * sizes["channel_block"]))
         sums = _sums(problem, sparse_filter, split)
         space = sizes.with_columns(**staging, **sharing, sums=sums, stages=_stages(chunks), start_points=1)
@@ -106,7 +106,7 @@ def _sums(problem: Problem, sparse_filter: SparseFilter, split: int) -> int:
     if elements_per_word(problem) == 1:
         return 1
     nnz = np.diff(sparse_filter.indptr).astype(np.float64)
-    # Products of a channel as they count in the error of all outputs, whose size grows with them.
+    # The products of a channel, weighted as its outputs count in the relative error: by their size.
     products = float((nnz * nnz).sum() / max(nnz.sum(), 1.0))
     return math.ceil(max(products, 1.0) / (_MOST_PRODUCTS * split))
 

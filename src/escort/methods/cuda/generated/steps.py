@@ -60,7 +60,7 @@ Step = Load | Join | MultiplyAdd
 
 @dataclass(frozen=True)
 class Chunk:
-    """Input channels that are staged together, counted over the whole input, and what is done with them."""
+    """Input channels of one stage, counted over the whole input, and the steps that use them."""
 
     channels: range
     steps: tuple[Step, ...]
@@ -212,8 +212,7 @@ class _Builder:
     ) -> tuple[Iterator[tuple[int, int, int, float]], NDArray[np.int64]]:
         """The nonzeros of some output channels in a slice, and how many of each channel go to one of its sums.
 
-        A nonzero is the plane and the element that it reads, its channel's place and its weight; they come in that
-        order.
+        A nonzero is (the plane and the element that it reads, its channel's place, its weight). They are sorted so.
         """
         indptr = self._filter.indptr
         spans = [np.arange(indptr[channel], indptr[channel + 1]) for channel in channels]

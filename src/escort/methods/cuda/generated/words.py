@@ -20,8 +20,8 @@ class Words:
         columns, samples: of a word; one of them is 1.
         pitch: words from row to row, a multiple of what is copied at once.
         sample_rows: rows from sample to sample, or from pair to pair.
-        top, left: rows above and columns in front of the first of the input in a plane, the latter so many that a row
-            begins with a whole copy.
+        top, left: rows above the input's first in a plane, and columns in front of its first; these are so many that a
+            row begins with a whole copy.
         phases: first row and column of each plane; one plane holds all where the stride is 1.
     """
 
@@ -40,19 +40,19 @@ class Words:
         elements, copy = elements_per_word(problem), 1 if arranged else copy
         columns, samples = (1, elements) if arranged else (elements, 1)
         step = copy * columns
-        ahead = [
+        reads = [
             [divmod(at, stride) for at in taps] for taps, stride in zip(_taps(problem), problem.stride, strict=True)
         ]
-        top, left = (max(-min(places)[0], 0) for places in ahead)
+        top, left = (max(-min(taps)[0], 0) for taps in reads)
         left = -(-left // step) * step
-        # A row's padding behind it is the next row's in front of it, and so for samples.
+        # The padding behind a row is that in front of the next row, and so for samples.
         rows, width = (
-            max(outputs, outputs + max(places)[0], min(-(-inputs // stride), outputs + max(places)[0]) + before)
-            for outputs, inputs, stride, places, before in zip(
-                problem.output_shape[2:], problem.input_shape[2:], problem.stride, ahead, (top, left), strict=True
+            max(outputs, outputs + max(taps)[0], min(-(-inputs // stride), outputs + max(taps)[0]) + before)
+            for outputs, inputs, stride, taps, before in zip(
+                problem.output_shape[2:], problem.input_shape[2:], problem.stride, reads, (top, left), strict=True
             )
         )
-        phases = sorted({(row, column) for _, row in ahead[0] for _, column in ahead[1]})
+        phases = sorted({(row, column) for _, row in reads[0] for _, column in reads[1]})
         return cls(problem, columns, samples, -(-width // step) * copy, rows, top, left, tuple(phases))
 
     @property
