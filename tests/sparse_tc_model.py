@@ -78,18 +78,18 @@ def decode(packed: Packed, ordered: OrderedFilter, tiling: Tiling) -> np.ndarray
                     weight[rows[tile, across][inside], place, tap.row, tap.column] += values[inside]
                 last, at = bool(word >> 31), at + 1
     assert at == len(packed.weight_tiles) == packed.first[-1]
-    there = ordered.in_order >= 0
-    assert not weight[:, ~there].any()
+    used = ordered.in_order >= 0
+    assert not weight[:, ~used].any()
     restored = np.zeros(p.weight_shape)
-    restored[:, ordered.in_order[there]] = weight[:, there]
+    restored[:, ordered.in_order[used]] = weight[:, used]
     return restored
 
 
 def laid_out(x: np.ndarray, ordered: OrderedFilter, tiling: Tiling) -> np.ndarray:
     """x (N, C, H, W) as (N, H, W, C) with the channels in their places."""
     nhwc = np.zeros((*x.shape[:1], *x.shape[2:], tiling.channels))
-    there = np.flatnonzero(ordered.in_order >= 0)
-    nhwc[..., there] = x[:, ordered.in_order[there]].transpose(0, 2, 3, 1)
+    used = np.flatnonzero(ordered.in_order >= 0)
+    nhwc[..., used] = x[:, ordered.in_order[used]].transpose(0, 2, 3, 1)
     return nhwc
 
 
@@ -112,7 +112,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
     shared = np.full(((d.SHARED_BYTES - 1024) // 128, 2 * depth), np.nan)
     for stage in range(d.B_STAGES):
         shared[stage * stage_pixels + d.LOAD_PIXELS :][: d.ZERO_PIXELS] = 0.0
-    filled = 0
+    copied = 0
     for item in range(d.M_TILES * tiling.tile_groups(samples)):
         for rank in range(config.cluster):
             m, tile = item % d.M_TILES, item // d.M_TILES * config.cluster + rank
@@ -124,7 +124,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
             accumulate, c, r, s = False, 0, 0, 0
             at = packed.first[m * d.TAP_GROUPS]
             for tap_group in range(d.TAP_GROUPS):
-                to, filled = filled % d.B_STAGES * stage_pixels, filled + 1
+                to, copied = copied % d.B_STAGES * stage_pixels, copied + 1
                 if config.tap_group == "im2col":
                     for part in range(along):
                         row, column = divmod(tile * config.tile_pixels + part * config.pixels, d.OUT_WIDTH)
@@ -289,7 +289,7 @@ def store_floats(
         row, column = np.divmod(rest, d.OUT_WIDTH)
         inside = pixel >= 0
     inside &= sample < len(y)
-    there = out_order >= 0
-    at = sample[inside], out_order[there, None], row[inside], column[inside]
+    used = out_order >= 0
+    at = sample[inside], out_order[used, None], row[inside], column[inside]
     assert np.isnan(y[at]).all(), "stored twice"
-    y[at] = sums[there][:, inside]
+    y[at] = sums[used][:, inside]

@@ -329,7 +329,7 @@ class Launches:
 
     def bind(self, block: int, shared_bytes: int, args: tuple[Any, ...], *, overlap: bool) -> Any:
         self.bound = (block, shared_bytes, args, overlap)
-        return lambda grid, *given: self.calls.append((grid, *given))
+        return lambda grid, *args: self.calls.append((grid, *args))
 
 
 @pytest.fixture

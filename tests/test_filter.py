@@ -36,7 +36,7 @@ def test_the_arrays_are_those_of_the_format() -> None:
     assert sparse_filter.columns.tolist() == [5, 0, 4]
     assert sparse_filter.values.tolist() == [5.0, -1.0, 2.0]
     assert [t.tolist() for t in sparse_filter.taps] == [[1, 0, 1], [0, 0, 0], [2, 0, 1]]
-    assert sparse_filter.rows.tolist() == [0, 1, 1]
+    assert sparse_filter.out_channels.tolist() == [0, 1, 1]
 
 
 def test_scipy_and_torch_matrices_are_adopted() -> None:
@@ -73,9 +73,9 @@ def test_offsets_find_the_input_of_every_tap(stride: tuple[int, int], dilation: 
     assert sparse_filter.geometry == geometry
     assert sparse_filter.offsets is not None
     row, column = 2, 1  # an output position
-    found = phases.flatten()[torch.from_numpy(sparse_filter.offsets).long() + row * columns + column]
+    read = phases.flatten()[torch.from_numpy(sparse_filter.offsets).long() + row * columns + column]
     c, r, s = (torch.from_numpy(t).long() for t in sparse_filter.taps)
-    assert torch.equal(found, padded[c, row * stride[0] + r * dilation[0], column * stride[1] + s * dilation[1]])
+    assert torch.equal(read, padded[c, row * stride[0] + r * dilation[0], column * stride[1] + s * dilation[1]])
 
 
 def test_restretching_needs_no_dense_weights() -> None:

@@ -52,14 +52,14 @@ def test_the_search_space_fits_the_device(precision: str) -> None:
         threads = 32 * (space["consumers"] + space["producers"] + space["prefetch_warps"])
         assert np.all(space["consumers"] > 0) and np.all(space["occupancy"] * threads <= 1024)
         assert np.all(65536 // (threads * space["occupancy"]) >= space["out_channels"])
-    found = search(problem, sparse_filter, H200, 6)
-    assert len(found) == len(set(found)) == 6 and all(type(config.out_channels) is int for config in found)
-    for config in found:
+    configs = search(problem, sparse_filter, H200, 6)
+    assert len(configs) == len(set(configs)) == 6 and all(type(config.out_channels) is int for config in configs)
+    for config in configs:
         assert KernelSteps.of(problem, sparse_filter, config).shared_bytes * config.occupancy <= H200.shared_bytes
-    times = [Generated().predict_us(problem, sparse_filter, H200, config) for config in found]
+    times = [Generated().predict_us(problem, sparse_filter, H200, config) for config in configs]
     assert times == pytest.approx(sorted(times))
     assert times[0] == pytest.approx(min(predict_us(problem, sparse_filter, space, H200).min() for space in spaces))
-    assert len({(config.arranged, config.split, config.multicast, config.prefetch_warps) for config in found}) > 1
+    assert len({(config.arranged, config.split, config.multicast, config.prefetch_warps) for config in configs}) > 1
 
 
 def test_a_config_holds_scalars() -> None:

@@ -170,8 +170,8 @@ def test_pools_as_torch_does_on_the_gpu(window: Any, dtype: torch.dtype, memory_
 @pytest.mark.gpu
 def test_what_the_kernel_does_not_take_is_torchs_on_the_gpu() -> None:
     x = torch.randn(2, 3, 8, 8, device="cuda")
-    for given in (x.double(), x[0]):
-        assert torch.equal(MaxPool2d(2)(given), nn.MaxPool2d(2)(given))
+    for unusual in (x.double(), x[0]):
+        assert torch.equal(MaxPool2d(2)(unusual), nn.MaxPool2d(2)(unusual))
     odd = torch.randn(x.numel() + 1, device="cuda")[1:].view(x.shape)
     assert torch.equal(MaxPool2d(2)(odd), nn.MaxPool2d(2)(odd))
 

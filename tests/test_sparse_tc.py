@@ -73,13 +73,13 @@ def test_a_device_without_the_instructions_is_refused(monkeypatch: pytest.Monkey
 def test_the_search_ranks_what_fits(problem: Problem) -> None:
     sparse_filter = filter_of(problem)
     for memory_format in ("contiguous", "channels_last"):
-        found = search(problem, sparse_filter, H200, 6, memory_format)  # type: ignore[arg-type]
-        assert len(set(found)) == 6 and {config.memory_format for config in found} == {memory_format}
-        tilings = [Tiling.of(problem, config, H200.shared_bytes) for config in found]
+        configs = search(problem, sparse_filter, H200, 6, memory_format)  # type: ignore[arg-type]
+        assert len(set(configs)) == 6 and {config.memory_format for config in configs} == {memory_format}
+        tilings = [Tiling.of(problem, config, H200.shared_bytes) for config in configs]
         assert all(tiling.shared_bytes <= H200.shared_bytes for tiling in tilings)
         times = [predict_us(tiling, NONE, H200) for tiling in candidates(problem, H200, memory_format)]  # type: ignore[arg-type]
         assert min(predict_us(tiling, NONE, H200) for tiling in tilings) < 1.1 * min(times)
-        assert len({replace(config, cluster=1) for config in found}) >= 3, "of some variety"
+        assert len({replace(config, cluster=1) for config in configs}) >= 3, "of some variety"
 
 
 def test_predictions_follow_the_work() -> None:
@@ -169,11 +169,12 @@ def overwritten(code: list[str], labels: dict[str, int], sets: int) -> list[str]
     assert len(registers) == sets
     writes: dict[int, list[int]] = {}
     for at, text in enumerate(code):
-        found = re.match(r"(?:@!?U?P\d+ )?([A-Z0-9_.]+) (?:U?P[0-9T]+, )*R(\d+)\b", text)
-        if at in metadata or not found or re.match(r"(ST|SYNCS|UTMA|UBLK|BRA|RED)", found[1]):
+        written = re.match(r"(?:@!?U?P\d+ )?([A-Z0-9_.]+) (?:U?P[0-9T]+, )*R(\d+)\b", text)
+        if at in metadata or not written or re.match(r"(ST|SYNCS|UTMA|UBLK|BRA|RED)", written[1]):
             continue
-        wide = 4 if ".128" in found[1] or ".M88.4" in found[1] else 2 if re.search(r"\.64|WIDE|\.2\b", found[1]) else 1
-        writes[at] = [register for register in registers if int(found[2]) <= register < int(found[2]) + wide]
+        name, first = written[1], int(written[2])
+        wide = 4 if ".128" in name or ".M88.4" in name else 2 if re.search(r"\.64|WIDE|\.2\b", name) else 1
+        writes[at] = [register for register in registers if first <= register < first + wide]
     ways = [(0, ("free",) * len(registers))]
     seen: set[tuple[int, tuple[str, ...]]] = set()
     bad: dict[int, str] = {}
@@ -294,8 +295,8 @@ def test_a_runner_launches_its_kernels(
         if problem.epilogue.residual:
             residual = torch.randn(batch, *problem.output_shape[1:]).to(problem.storage)
         expected = reference.conv2d(replace(problem, batch=batch), x, weight, bias, residual)
-        for given in (x, x.contiguous(memory_format=torch.channels_last)):
-            y = run(given, residual)
+        for variant in (x, x.contiguous(memory_format=torch.channels_last)):
+            y = run(variant, residual)
             assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.precision]
             memory_format = torch.channels_last if config.takes_channels_last else torch.contiguous_format
             assert y.is_contiguous(memory_format=memory_format)
@@ -331,18 +332,18 @@ def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches:
         x = torch.randn(shape, device="cuda", dtype=problem.storage)
         odd = torch.randn(x.numel() + 1, device="cuda", dtype=x.dtype)[1:].view(shape)  # not aligned
         others = (x.contiguous(memory_format=torch.channels_last), x.flip(3), odd) if batch < 8 else ()
-        for given in (x, *others):
+        for variant in (x, *others):
             out_shape = batch, *problem.output_shape[1:]
             residual = torch.randn(out_shape, device="cuda", dtype=x.dtype) if problem.epilogue.residual else None
-            y = run(given, residual)
+            y = run(variant, residual)
             expected = reference.conv2d(
-                replace(problem, batch=batch), given, sparse_filter.to_dense().cuda(), bias, residual
+                replace(problem, batch=batch), variant, sparse_filter.to_dense().cuda(), bias, residual
             )
             last = config.takes_channels_last
             assert y.shape == expected.shape
             assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
             assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.precision], (config, batch)
-            assert torch.equal(run(given, residual), y), "not the same twice: a race"
+            assert torch.equal(run(variant, residual), y), "not the same twice: a race"
 
 
 @pytest.mark.gpu

@@ -102,12 +102,12 @@ def test_channels_are_laid_out_in_order(
         assert np.array_equal(to, expected)
 
 
-def check_rounded(found: np.ndarray, given: np.ndarray) -> None:
+def check_rounded(stored: np.ndarray, exact: np.ndarray) -> None:
     """That floats, as bits, are the nearest TF32, which has 13 bits less; infinity and NaN stay what they are."""
     with np.errstate(invalid="ignore"):
-        y, x = (np.ascontiguousarray(bits).view(np.float32).astype(np.float64) for bits in (found, given))
+        y, x = (np.ascontiguousarray(bits).view(np.float32).astype(np.float64) for bits in (stored, exact))
     finite = np.abs(x) < 2.0**127
     assert np.array_equal(np.isnan(y), np.isnan(x)) and np.array_equal(y[np.isinf(x)], x[np.isinf(x)])
     half = np.spacing(np.abs(x[finite]).astype(np.float32)) * 2.0**12
     assert (np.abs(y[finite] - x[finite]) <= half).all()
-    assert not (found[finite] & 0x1FFF).any()
+    assert not (stored[finite] & 0x1FFF).any()

@@ -77,7 +77,7 @@ def rounded(weight: np.ndarray, precision: Precision) -> np.ndarray:
 
 def some_tilings(problem: Problem, tap_group: str, memory_format: str) -> list[Tiling]:
     """A few that differ in what matters: warpgroups, blocks, clusters, several samples, uneven pixels."""
-    found = [t for t in candidates(problem, H200, memory_format) if t.config.tap_group == tap_group]  # type: ignore[arg-type]
+    tilings = [t for t in candidates(problem, H200, memory_format) if t.config.tap_group == tap_group]  # type: ignore[arg-type]
     wanted = (
         lambda c: c.across == 2 and c.m_blocks == 1,
         lambda c: c.across == 1 and c.cluster == 2,
@@ -87,7 +87,7 @@ def some_tilings(problem: Problem, tap_group: str, memory_format: str) -> list[T
     )
     picked: dict[SparseTcConfig, Tiling] = {}
     for want in wanted:
-        picked.update({tiling.config: tiling for tiling in [t for t in found if want(t.config)][:1]})
+        picked.update({tiling.config: tiling for tiling in [t for t in tilings if want(t.config)][:1]})
     return list(picked.values())
 
 

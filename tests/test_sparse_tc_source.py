@@ -391,7 +391,7 @@ def test_the_source_computes_the_convolution(
     by_channel = torch.arange(problem.out_channels) % 5.0 * full
     added = (residual.permute(0, 3, 1, 2) if last else residual) if full else None
     expected = reference.conv2d(problem, torch.from_numpy(x), torch.from_numpy(weight), by_channel, added)
-    found = (y.permute(0, 3, 1, 2) if last else y).double()
-    assert reference.compare(found, expected) <= 2**-8
+    computed = (y.permute(0, 3, 1, 2) if last else y).double()
+    assert reference.compare(computed, expected) <= 2**-8
     exact = expected.abs() < (128 if precision == "bf16" else 2**24)
-    assert torch.equal(found[exact], expected[exact]), "small integers are exact"
+    assert torch.equal(computed[exact], expected[exact]), "small integers are exact"

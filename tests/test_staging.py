@@ -176,15 +176,15 @@ def test_the_ring_holds_what_the_interpreter_reads(precision: str, config: Gener
         items = range(block // config.cluster, len(kernel_steps.parts) * groups, grid // config.cluster)
         work = [(i // groups, i % groups * config.multicast + block % config.multicast) for i in items]
         work = [(part, tile) for part, tile in work if tile < tiles]
-        found = np.empty((len(work), chunks, config.channel_block, kernel_steps.stage.channel_words), dtype=np.uint32)
-        pointers = (ctypes.c_void_p(source.ctypes.data), 3, tiles, block, grid, ctypes.c_void_p(found.ctypes.data))
+        ring = np.empty((len(work), chunks, config.channel_block, kernel_steps.stage.channel_words), dtype=np.uint32)
+        pointers = (ctypes.c_void_p(source.ctypes.data), 3, tiles, block, grid, ctypes.c_void_p(ring.ctypes.data))
         assert run(*pointers) == 0, "a barrier was waited for in vain"
-        for (part, tile), stages in zip(work, found, strict=True):
+        for (part, tile), stages in zip(work, ring, strict=True):
             own_chunks = kernel_steps.parts[part].slices[block % config.split]
             for stage, chunk in zip(stages, own_chunks, strict=True):
-                filled = stage.view(x.dtype).reshape(*stage.shape, -1)[: len(chunk.channels)]
+                copied = stage.view(x.dtype).reshape(*stage.shape, -1)[: len(chunk.channels)]
                 expected = generated_interpreter.stage(kernel_steps, x.astype(np.float64), chunk, tile * config.tile)
                 expected = expected.reshape(*stage.shape, -1)[
                     : len(chunk.channels), : config.tile + kernel_steps.words.reach
                 ]
-                assert np.array_equal(filled[:, : expected.shape[1]], expected), (part, tile, chunk.channels)
+                assert np.array_equal(copied[:, : expected.shape[1]], expected), (part, tile, chunk.channels)

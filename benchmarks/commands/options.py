@@ -17,7 +17,7 @@ SeedOption = Annotated[int, typer.Option(help="Of random positions, weights and 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What layers and networks are run on and in, and where the rows go."""
+    """Batch sizes, device and precision of a run, and where its rows go."""
 
     batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "8"
     device: Annotated[str, typer.Option(help="What to measure: cpu, cuda, or cuda:1 and so on.")] = "cpu"

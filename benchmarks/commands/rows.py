@@ -31,8 +31,7 @@ class Results:
         path: the result file; None for none.
         head: its header, made before anything is timed.
         ours: the method that is compared with all others.
-        device: that all of it is measured on.
-        precision: that all of it computes in.
+        device, precision: of all rows.
     """
 
     path: Path | None
@@ -46,8 +45,8 @@ class Results:
         """Finds out where the rows go, and warns of a busy machine.
 
         Args:
-            name: of the result file, unless one is given.
-            kept: whether there is one though none is given.
+            name: of the result file where --output names none.
+            kept: whether there is a result file where --output names none.
         """
         path = options.output_path
         if path is not None:

@@ -25,7 +25,7 @@ def plots(results: Mapping[str, Result]) -> dict[str, Figure]:
 
 
 def exhibits(results: Mapping[str, Result]) -> Iterator[tuple[str, Table | Plot]]:
-    """All of both, plots as what draws them."""
+    """All tables, and all plots as the functions that draw them."""
     yield "conditions", _conditions_table(results)
     for stem, show in _SHOWN.items():
         by_precision = {

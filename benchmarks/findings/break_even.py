@@ -12,7 +12,7 @@ Point = tuple[float, float, float]
 
 
 def break_even(points: Sequence[Point]) -> float:
-    """The share of zeros from which we stay faster, as points say, in any order.
+    """The share of zeros from which we stay faster. Points may come in any order.
 
     Between two of them the logarithm of the ratio is taken as linear. Returns -inf where we are faster at all of them,
     and inf where we are not at the sparsest.

@@ -60,9 +60,10 @@ class Forecast:
 
 
 def forecasts(results: Mapping[str, Result], precision: Precision) -> list[Forecast]:
-    """Of those of :data:`SHAPES` that cuDNN was timed on, with nonzeros at random positions.
+    """A forecast for each of :data:`SHAPES` that cuDNN was timed on, with nonzeros at random positions.
 
-    None on GPUs that the models do not know. Of direct none where it was not timed: its model is fitted by its times.
+    There is none on GPUs that the models do not know, and none of direct where it was not timed: its times scale its
+    model.
 
     Args:
         results: by the stems of their files, ``layers-fp16`` and the like.
@@ -78,7 +79,7 @@ def forecasts(results: Mapping[str, Result], precision: Precision) -> list[Forec
             if gpu is None:
                 continue
             formats = _FORMATS if memory_format == "any" else _FORMATS[:1]
-            problems = [replace(problem, device="cuda", memory_format=asked) for asked in formats]
+            problems = [replace(problem, device="cuda", memory_format=each) for each in formats]
             least = {
                 name: _least_share(by_name(name, "cuda"), problems, seed, gpu, cudnn_us / factor)
                 for name, factor in slower.items()
@@ -87,12 +88,12 @@ def forecasts(results: Mapping[str, Result], precision: Precision) -> list[Forec
     return predictions
 
 
-#: The models are asked of both. One that knows NCHW alone says the same of both.
+#: The models predict both. One that knows NCHW alone predicts the same for both.
 _FORMATS: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
 
 
 def _cudnn_us(rows: Iterable[Row], precision: Precision) -> dict[tuple[Problem, str], float]:
-    """Its least time by shape and memory format, that of any memory format where it is less than in NCHW."""
+    """cuDNN's least time by shape and memory format; that of any format only where it is less than in NCHW."""
     times: dict[tuple[Problem, str], float] = {}
     for row in rows:
         shape = SHAPES.get((row.network, row.layer))
@@ -104,7 +105,7 @@ def _cudnn_us(rows: Iterable[Row], precision: Precision) -> dict[tuple[Problem, 
 
 
 def _least_share(method: Method, problems: Sequence[Problem], seed: int, gpu: Gpu, limit_us: float) -> float:
-    """The share of zeros from which one of the problems takes less than a limit; by bisection, as more take less."""
+    """The share of zeros from which one of the problems takes less than a limit, by bisection: more zeros take less."""
 
     def predicted(sparsity: float) -> float:
         return min(_predicted(method, problem, sparsity, seed, gpu) for problem in problems)
@@ -126,7 +127,7 @@ _random_filter = lru_cache(maxsize=len(SHARES))(suite.random_filter)
 
 
 def direct_mhz(result: Result, precision: Precision) -> list[float]:
-    """The clocks that direct's model predicts for the paper's layers, by their measured time: megahertz.
+    """The clocks that direct's model predicts for each of the paper's layers, over the time measured: megahertz.
 
     None on GPUs that the model does not know.
     """

@@ -61,7 +61,7 @@ def compare_on_patterns(study: Study, precision: Precision) -> list[Item]:
     """Our sparse methods against the dense library on layers that were really pruned.
 
     Raises:
-        ValueError: without files of patterns, for one that is none, and where no layer is named as asked.
+        ValueError: without files of patterns, for a file that holds none, and where the study has no layer of a file.
     """
     if not study.patterns:
         raise ValueError("real patterns come from files: name them with --patterns FILE.npz,...")

@@ -18,7 +18,7 @@ from escort.problem import Precision, Problem
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution to be measured: what is asked, and the pruned filter.
+    """One convolution to be measured: the problem, and the pruned filter.
 
     Attributes:
         weights: where the filter comes from: ``paper`` or the stem of a pattern file.

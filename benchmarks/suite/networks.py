@@ -1,4 +1,4 @@
-"""Whole networks, converted and raced against what one would run them with otherwise."""
+"""Whole networks, converted and raced against the other ways to run them."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def measure_network(
 ) -> list[Row]:
     """The model converted, raced against itself in eager mode (both memory formats) and against other engines.
 
-    On a GPU calls are timed as a user makes them, with the host's work; ``graph`` times the same in CUDA graphs, and
-    ``compile`` what torch.compile makes of the model, in a graph; either times the converted network so, too. What
-    cannot be timed so is left out with a warning.
+    On a GPU calls are timed as a user makes them, the host's work included. ``graph`` times the same in CUDA graphs,
+    ``compile`` what torch.compile makes of the model, in a graph. Both also time the converted network in that way.
+    What cannot be captured is left out with a warning.
 
     Args:
         model: dense modules in eval mode, on the device of x; the zeros are already in its weights.

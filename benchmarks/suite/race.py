@@ -66,8 +66,8 @@ def _entrants(layer: Layer, methods: Sequence[Method], x: Tensor) -> Iterator[tu
     for method in methods:
         if method.unsupported(problem) is not None:
             continue
-        given = problem, layer.sparse_filter
-        for config in (*method.configs(*given), *method.benchmark_configs(*given)):
+        configs = method.configs(problem, layer.sparse_filter)
+        for config in (*configs, *method.benchmark_configs(problem, layer.sparse_filter)):
             what = _name(layer, method.name, config)
             try:
                 run = method.prepare(problem, layer.sparse_filter, None, config).run

@@ -142,7 +142,7 @@ class SparseFilter:
     def to_dense(self) -> torch.Tensor:
         """The dense (K, C / groups, R, S) float32 filter."""
         matrix = np.zeros((self.shape[0], int(np.prod(self.shape[1:]))), dtype=np.float32)
-        matrix[self.rows, self.columns] = self.values
+        matrix[self.out_channels, self.columns] = self.values
         return torch.from_numpy(matrix.reshape(self.shape))
 
     def stretch(self, geometry: Geometry) -> SparseFilter:
@@ -159,7 +159,7 @@ class SparseFilter:
         return 1.0 - self.nnz / float(np.prod(self.shape))
 
     @property
-    def rows(self) -> IntArray:
+    def out_channels(self) -> IntArray:
         """(nnz,) the output channel of each nonzero."""
         return np.repeat(np.arange(self.shape[0], dtype=np.int32), np.diff(self.indptr))
 

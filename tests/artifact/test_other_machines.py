@@ -38,8 +38,8 @@ def test_another_machine_plans_again(
     converted: ConvertedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = {name: replace(plan, machine=ELSEWHERE) for name, plan in converted.plan.layers.items()}
-    there = ConvertedModel(converted.network, replace(converted.plan, layers=layers, machine=ELSEWHERE))
-    save(there, tmp_path / "there")
+    elsewhere = ConvertedModel(converted.network, replace(converted.plan, layers=layers, machine=ELSEWHERE))
+    save(elsewhere, tmp_path / "there")
 
     kept = load(tmp_path / "there", remeasure=False)
     assert kept.plan.machine == ELSEWHERE
@@ -51,19 +51,19 @@ def test_another_machine_plans_again(
     with torch.inference_mode():
         torch.testing.assert_close(here(X), converted(X))
 
-    asked: list[ConvertedModel] = []
-    monkeypatch.setattr(LOAD, "replan", lambda model: asked.append(model) or model)
+    replanned: list[ConvertedModel] = []
+    monkeypatch.setattr(LOAD, "replan", lambda model: replanned.append(model) or model)
     load(tmp_path / "there")
-    assert len(asked) == 1
+    assert len(replanned) == 1
 
 
 def test_this_machine_plans_again_only_when_asked(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[ConvertedModel] = []
-    monkeypatch.setattr(LOAD, "replan", lambda model: asked.append(model) or model)
+    replanned: list[ConvertedModel] = []
+    monkeypatch.setattr(LOAD, "replan", lambda model: replanned.append(model) or model)
     load(saved)
-    assert not asked
+    assert not replanned
     load(saved, remeasure=True)
-    assert len(asked) == 1
+    assert len(replanned) == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])

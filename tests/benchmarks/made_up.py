@@ -61,7 +61,7 @@ def layer_rows(network: str, **times: float) -> list[Row]:
 
 
 def results(**rows: list[Row]) -> dict[str, Result]:
-    return {name.replace("_", "-"): Result(HEADER, found) for name, found in rows.items()}
+    return {name.replace("_", "-"): Result(HEADER, records) for name, records in rows.items()}
 
 
 def cells(table: report.Table) -> list[dict[str, str]]:

@@ -26,8 +26,8 @@ def test_aims_of_sparse_methods_are_geometric_means_over_layers() -> None:
     times = {"direct": 0.5, "generated": 1.0, "cudnn": 16.0}
     rows += [row("caffenet", "conv5", method, time_us) for method, time_us in times.items()]
     half = layer_rows("resnet50", direct=5.0, cudnn=4.0) + layer_rows("caffenet", generated=5.0, cudnn=10.0)
-    found = results(layers_fp32=rows, layers_fp16=half, layers_tf32=layer_rows("googlenet", direct=1.0, cudnn=1.2))
-    table = {(line["Against"], line["Network"]): line for line in cells(exhibits.tables(found)["sparse-aims"])}
+    measured = results(layers_fp32=rows, layers_fp16=half, layers_tf32=layer_rows("googlenet", direct=1.0, cudnn=1.2))
+    table = {(line["Against"], line["Network"]): line for line in cells(exhibits.tables(measured)["sparse-aims"])}
     mixed = table["cuDNN strict fp32", "caffenet"]
     assert [mixed[name] for name in ("Layers", "Measured", "Reached", "Layers won", "Ratio of sums")] == [
         "4",
@@ -49,8 +49,8 @@ def test_aims_of_sparse_methods_are_geometric_means_over_layers() -> None:
 def test_aims_may_be_about_layers_of_all_networks_within_some_sparsities() -> None:
     times = {"generated": 1.0, "sparse_tc": 0.5, "cudnn": 1.0}
     rows = [r for name in ("caffenet", "googlenet", "resnet50") for r in layer_rows(name, **times)]
-    found = layers.against_cudnn(rows, "all", (0.75, 0.92))
-    assert found == [(1.0, 0.5)] * sum(0.75 <= entry.sparsity <= 0.92 for entry in PAPER_LAYERS) and len(found) == 19
+    times = layers.against_cudnn(rows, "all", (0.75, 0.92))
+    assert times == [(1.0, 0.5)] * sum(0.75 <= entry.sparsity <= 0.92 for entry in PAPER_LAYERS) and len(times) == 19
     table = {line["Against"]: line for line in cells(exhibits.tables(results(layers_fp16=rows))["sparse-aims"])}
     line = table["cuDNN fp16, layers of 75 to 92 %"]
     assert (line["Network"], line["Layers"], line["Measured"], line["Reached"]) == ("all", "19", "2.00x", "goal")

@@ -101,9 +101,9 @@ def test_the_reports_hold_the_committed_results(document: Path) -> None:
 def test_the_plots_in_the_reports_are_of_the_committed_results(document: Path, tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     for name, plot in exhibits.illustrations(document.read_text(), read_results(RESULTS)).items():
-        there = (document.parent / f"{name}.svg").read_text()
-        assert escape(plot.description) in there
+        committed = (document.parent / f"{name}.svg").read_text()
+        assert escape(plot.description) in committed
         # Other releases may place things otherwise.
         if f"matplotlib=={matplotlib.__version__}\n" in (ROOT / "constraints.txt").read_text():
             report.write_svg(tmp_path / "drawn.svg", plot)
-            assert (tmp_path / "drawn.svg").read_text() == there
+            assert (tmp_path / "drawn.svg").read_text() == committed

@@ -34,11 +34,11 @@ def test_wins_count_layers() -> None:
 
 def test_the_tables_of_direct_have_no_other_sparse_method_for_a_rival() -> None:
     rows = layer_rows("caffenet", direct=10.0, generated=5.0, cudnn=20.0)
-    there = exhibits.tables(results(layers_fp32=rows))
+    tables = exhibits.tables(results(layers_fp32=rows))
     for name in ("totals", "layers-fp32"):
-        assert [c for c in there[name].columns if c.startswith("vs ")] == ["vs cudnn"]
-        assert all(line["vs cudnn"] == "2.00x" for line in cells(there[name]))
-    assert [line["Against"] for line in cells(there["wins"])] == ["cudnn"]
+        assert [c for c in tables[name].columns if c.startswith("vs ")] == ["vs cudnn"]
+        assert all(line["vs cudnn"] == "2.00x" for line in cells(tables[name]))
+    assert [line["Against"] for line in cells(tables["wins"])] == ["cudnn"]
 
 
 def test_the_fastest_sparse_method_per_layer() -> None:
@@ -60,17 +60,17 @@ def test_the_fastest_sparse_method_per_layer() -> None:
 
 def test_the_floor_of_direct_is_a_quarter_of_the_peak() -> None:
     half = layers.flop("caffenet", "conv2", 128) / 134e6
-    found = {"layers-fp16": Result(ON_H200, [row("caffenet", "conv2", "direct", 8 * half)])}
-    (line,) = cells(exhibits.tables(found)["floor"])
+    measured = {"layers-fp16": Result(ON_H200, [row("caffenet", "conv2", "direct", 8 * half)])}
+    (line,) = cells(exhibits.tables(measured)["floor"])
     assert line["fp16 of the floor"] == "50%"
-    assert "floor" not in exhibits.tables(results(layers_fp16=found["layers-fp16"].rows))
+    assert "floor" not in exhibits.tables(results(layers_fp16=measured["layers-fp16"].rows))
 
 
 def test_the_prediction_table(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [prediction.Predicted(((11.0, 10.0), (30.0, 20.0))), prediction.Predicted(((6.0, 8.0), (5.0, 2.0)))]
     monkeypatch.setattr(prediction, "predictions", lambda result: layers)
-    found = {f"layers-{precision}": Result(ON_H200, []) for precision in ("fp32", "tf32")}
-    (line,) = cells(exhibits.tables(found)["prediction"])  # errors 0.1, 0.5, 0.25 and 1.5
+    measured = {f"layers-{precision}": Result(ON_H200, []) for precision in ("fp32", "tf32")}
+    (line,) = cells(exhibits.tables(measured)["prediction"])  # errors 0.1, 0.5, 0.25 and 1.5
     assert [line[name] for name in ("Precision", "Timings", "Median error")] == ["fp32", "4", "37.5%"]
     assert line["90th percentile"] == "120.0%"
     assert (line["Ranked first"], line["Tried first"]) == ("1.00x, at worst 1.00x", "2.00x, at worst 4.00x")
@@ -127,12 +127,12 @@ def test_the_ablation_tables() -> None:
         changed("res3a_branch2b", 10.0),
         changed("res3a_branch2b", 80.0, words=1),
     ]
-    there = exhibits.tables(results(ablation_fp32=rows))
-    words, balanced = cells(there["ablation-fp32"])
+    tables = exhibits.tables(results(ablation_fp32=rows))
+    words, balanced = cells(tables["ablation-fp32"])
     assert (words["Field"], words["Layers"], words["Worst other value"]) == ("words", "2", "4.00x")  # sqrt(2 * 8)
     assert words["Most"] == "8.00x, resnet50 res3a_branch2b"
     assert (balanced["Field"], balanced["Best other value"]) == ("balanced", "1.10x")
-    every = cells(there["ablation-fp32-all"])
+    every = cells(tables["ablation-fp32-all"])
     assert len(every) == 4
     assert [every[0][name] for name in ("Field", "Chosen", "Instead", "Time")] == ["balanced", "True", "False", "1.10x"]
 

@@ -69,10 +69,10 @@ def generated_rows(layer: str, times: Sequence[float]) -> list[Row]:
 
 def test_predictions_are_of_the_layers_that_were_measured() -> None:
     rows = generated_rows("res2a_branch2b", (10.0, 20.0))
-    (found,) = prediction.predictions(Result(ON_H200, [*rows, *layer_rows("resnet50", direct=1.0)]))
+    (predicted,) = prediction.predictions(Result(ON_H200, [*rows, *layer_rows("resnet50", direct=1.0)]))
     (layer,) = (layer for layer in suite.paper_layers(None, 3) if layer.name == "res2a_branch2b")
     expected = [GENERATED.predict_us(layer.problem, layer.sparse_filter, H200, config) for config in CONFIGS]
-    assert found.timings == ((expected[0], 10.0), (expected[1], 20.0)) and expected[0] != expected[1]
+    assert predicted.timings == ((expected[0], 10.0), (expected[1], 20.0)) and expected[0] != expected[1]
     assert prediction.predictions(Result(HEADER, rows)) == []
 
 

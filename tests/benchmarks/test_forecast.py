@@ -54,12 +54,12 @@ def test_forecasts_are_where_models_cross_the_time_measured(monkeypatch: pytest.
     monkeypatch.setattr(forecast, "by_name", lambda name, device: models[name])
     monkeypatch.setattr(forecast, "direct_mhz", lambda result, precision: [1000.0, 1500.0, 9000.0])
     other = [row("resnet50", "res2b_branch2b", "cudnn", 1.0, batch=1), row("caffenet", "conv3", "cudnn", 1.0)]
-    found = forecast.forecasts({"layers-fp16": Result(ON_H200, [*FORECAST_ROWS, *other])}, "fp16")
-    assert [(f.memory_format, f.cudnn_us, f.problem.precision) for f in found] == [
+    forecasts = forecast.forecasts({"layers-fp16": Result(ON_H200, [*FORECAST_ROWS, *other])}, "fp16")
+    assert [(f.memory_format, f.cudnn_us, f.problem.precision) for f in forecasts] == [
         ("NCHW", 30.0, "fp16"),
         ("any", 20.0, "fp16"),
     ]
-    nchw, best = (f.least for f in found)
+    nchw, best = (f.least for f in forecasts)
     assert nchw == {
         "direct": pytest.approx(0.775, abs=0.01),
         "generated": pytest.approx(0.7, abs=0.01),
@@ -73,9 +73,13 @@ def test_forecasts_are_of_what_was_timed_and_of_known_gpus(monkeypatch: pytest.M
     model = falling(100.0)
     monkeypatch.setattr(forecast, "by_name", lambda name, device: model)
     pointwise = row("resnet50", "module9_1_module0_1_conv2d_0", "cudnn", 20.0, weights="95", batch=128)
-    (found,) = forecast.forecasts({"patterns-fp32": Result(ON_H200, [pointwise])}, "fp32")
-    assert (found.problem.in_channels, found.problem.kernel_size, found.memory_format) == (1024, (1, 1), "NCHW")
-    assert list(found.least) == ["generated"], (
+    (predicted,) = forecast.forecasts({"patterns-fp32": Result(ON_H200, [pointwise])}, "fp32")
+    assert (predicted.problem.in_channels, predicted.problem.kernel_size, predicted.memory_format) == (
+        1024,
+        (1, 1),
+        "NCHW",
+    )
+    assert list(predicted.least) == ["generated"], (
         "without timings of direct its clocks say nothing, and no fp32 on tensors"
     )
     assert forecast.forecasts({"layers-fp16": Result(HEADER, FORECAST_ROWS)}, "fp16") == []
@@ -104,13 +108,13 @@ def test_models_are_of_the_config_that_a_search_puts_first() -> None:
 def test_the_clocks_of_direct_per_time_measured() -> None:
     times = {"conv3": 100.0, "conv4": 50.0}
     rows = [row("caffenet", layer, "direct", slower * us) for layer, us in times.items() for slower in (1.0, 3.0)]
-    found = Result(ON_H200, [*rows, *FORECAST_ROWS])
+    result = Result(ON_H200, [*rows, *FORECAST_ROWS])
     layers, direct = {layer.name: layer for layer in suite.paper_layers(None, 3)}, by_name("direct", "cuda")
     expected = [
         forecast.DIRECT_MHZ * direct.predict_us(layers[name].problem, layers[name].sparse_filter, H200) / us
         for name, us in times.items()
     ]
-    assert forecast.direct_mhz(found, "fp32") == expected
+    assert forecast.direct_mhz(result, "fp32") == expected
     assert forecast.direct_mhz(Result(HEADER, rows), "fp32") == []
     conv3 = layers["conv3"].problem, layers["conv3"].sparse_filter
     assert expected[0] * times["conv3"] == pytest.approx(predicted_clocks(*conv3, H200, False, None))

@@ -44,9 +44,9 @@ def test_what_is_compiled_is_compiled_for_all_layers_before_the_first_is_raced(m
     race = suite.measure_layer
     monkeypatch.setattr(study.study, "for_device", lambda device: [method])
 
-    def watched(*args: Any, **given: Any) -> list[Row]:
+    def watched(*args: Any, **options: Any) -> list[Row]:
         at_the_first_race.append(len(method.prepared))
-        return race(*args, **given)
+        return race(*args, **options)
 
     monkeypatch.setattr(suite, "measure_layer", watched)
     first, second = study.compare(QUICK, "fp32")
@@ -85,25 +85,25 @@ def test_whole_networks_at_every_sparsity() -> None:
 
 
 def test_networks_on_a_gpu_race_against_graphs_and_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
     monkeypatch.setattr(study.networks, "pruned", lambda *_: (None, None))
-    monkeypatch.setattr(suite, "measure_network", lambda *_, **options: asked.append(options) or [])
+    monkeypatch.setattr(suite, "measure_network", lambda *_, **options: calls.append(options) or [])
     measured(study.sweep_networks(replace(QUICK, device="cuda:0", sparsities=(0.9,)), "fp16"))
-    (options,) = asked
+    (options,) = calls
     assert (options["network"], options["weights"]) == ("googlenet", "random-0.90")
     assert (options["race"].precision, options["race"].against) == ("fp16", ("graph", "compile"))
 
 
 def test_sparse_methods_meet_the_dense_one_on_real_patterns(tmp_path: Path) -> None:
     files = write_patterns(tmp_path), write_patterns(tmp_path, "net_l2")
-    asked = replace(QUICK, layers="conv2,other", patterns=files, batch=2)
-    items = study.compare_on_patterns(asked, "fp32")
+    question = replace(QUICK, layers="conv2,other", patterns=files, batch=2)
+    items = study.compare_on_patterns(question, "fp32")
     assert [item.label for item in items] == ["net_l1 conv2 N=2", "net_l2 conv2 N=2"]
     rows = measured(items)
     assert {(row.weights, row.layer, row.batch) for row in rows} == {("net_l1", "conv2", 2), ("net_l2", "conv2", 2)}
     assert {row.method for row in rows} == {"direct", "dense"}
     with pytest.raises(ValueError, match=r"net_l1\.npz: no layer is named like conv3; there are conv1, conv2"):
-        study.compare_on_patterns(replace(asked, layers="conv3"), "fp32")
+        study.compare_on_patterns(replace(question, layers="conv3"), "fp32")
     with pytest.raises(ValueError, match="name them with --patterns"):
         study.compare_on_patterns(QUICK, "fp32")
 
@@ -137,10 +137,10 @@ def test_patterns_have_their_channels_in_the_order_of_a_network_in_channels_last
 
 
 def test_methods_that_are_named_are_compared_alone() -> None:
-    asked = replace(QUICK, methods=("dense", "lowered"))
-    (item, *_) = study.compare(asked, "fp32")
+    question = replace(QUICK, methods=("dense", "lowered"))
+    (item, *_) = study.compare(question, "fp32")
     assert {row.method for row in item.measure()} == {"dense", "lowered"}
-    assert asked.conditions()["methods"] == ["dense", "lowered"] and "methods" not in QUICK.conditions()
+    assert question.conditions()["methods"] == ["dense", "lowered"] and "methods" not in QUICK.conditions()
     with pytest.raises(ValueError, match="there is no method sparse; there are direct, dense, lowered"):
         replace(QUICK, methods=("sparse",))
 
@@ -175,14 +175,14 @@ def test_every_question_on_a_gpu(tmp_path: Path) -> None:
     parts = [part for question in study.QUESTIONS.values() for part in question]
     precisions = ("fp32", "fp16")
     assert study.run(on_gpu, study.plan(on_gpu, parts, precisions), tmp_path, "escort paper") == {}
-    found = read_results(tmp_path)
-    assert set(found) == {f"{part.stem}-{precision}" for part in parts for precision in precisions}
-    for result in found.values():
+    results = read_results(tmp_path)
+    assert set(results) == {f"{part.stem}-{precision}" for part in parts for precision in precisions}
+    for result in results.values():
         assert result.header["complete"] and result.rows and result.header["gpu"]
     own = {"direct", "generated", *(["sparse_tc"] if torch.cuda.get_device_capability() == (9, 0) else [])}
-    assert {row.method for row in found["layers-fp16"].rows} == {*own, "cublas", "cusparse", "cudnn"}
-    assert {row.method for row in found["patterns-fp16"].rows} == {*own, "cudnn"}
-    assert {"escort", "eager", "graph"} <= {row.method for row in found["networks-fp16"].rows}
+    assert {row.method for row in results["layers-fp16"].rows} == {*own, "cublas", "cusparse", "cudnn"}
+    assert {row.method for row in results["patterns-fp16"].rows} == {*own, "cudnn"}
+    assert {"escort", "eager", "graph"} <= {row.method for row in results["networks-fp16"].rows}
     for stem in ("breakdown-fp32", "breakdown-fp16"):
-        spent = {(row.method, row.config["part"]) for row in found[stem].rows if row.time_us > 0}
+        spent = {(row.method, row.config["part"]) for row in results[stem].rows if row.time_us > 0}
         assert {("direct", "direct"), ("cublas", "im2col"), ("cublas", "product"), ("cudnn", "product")} <= spent

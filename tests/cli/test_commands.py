@@ -87,11 +87,11 @@ def test_plan_of_a_saved_file_is_the_stored_one(saved: Path, monkeypatch: pytest
 
 
 def test_the_effort_is_for_the_whole_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[float] = []
+    budgets_s: list[float] = []
     plan_layers = planner.plan_layers
 
     def record(layers: Any, compile_budget_s: float, *rest: Any, **options: Any) -> Any:
-        given.append(compile_budget_s)
+        budgets_s.append(compile_budget_s)
         return plan_layers(layers, compile_budget_s, *rest, **options)
 
     monkeypatch.setattr("escort.network.swap.plan_layers", record)
@@ -99,7 +99,7 @@ def test_the_effort_is_for_the_whole_network(tmp_path: Path, monkeypatch: pytest
         succeed(*command, TINY, "--input", "1,3,8,8")
         succeed(*command, TINY, "--input", "1,3,8,8", "--effort", "best")
         succeed(*command, TINY, "--input", "1,3,8,8", "--effort", "12.5")
-    assert given == [0.0, 300.0, 12.5] * 2
+    assert budgets_s == [0.0, 300.0, 12.5] * 2
 
 
 def test_plan_says_what_was_compiled_for_a_filter(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,9 +162,9 @@ def test_cache_lists_and_clears(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     described = {"source": "direct.cu", "arch": "sm_90", "defines": {"ROWS": "4"}, "registers": 40}
     cache.store("a" * 64, described, b"cubin")
     (tmp_path / ("b" * 64 + ".kernel")).write_bytes(b"damaged")
-    found = succeed_json("cache")
-    assert {entry.get("source") for entry in found["entries"]} == {"direct.cu", None}
-    assert found["total_bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
+    report = succeed_json("cache")
+    assert {entry.get("source") for entry in report["entries"]} == {"direct.cu", None}
+    assert report["total_bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
     table = succeed("cache").stdout
     assert "ROWS=4" in table and "damaged" in table and "of at most 256.0 MB" in table
     assert succeed_json("cache", "--clear")["removed"] == 2

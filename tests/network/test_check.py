@@ -21,11 +21,11 @@ def test_a_precision_is_that_of_the_weights_or_tf32() -> None:
         assert settle_precision(one_conv(dtype=dtype), gpu, precision) == precision
     assert settle_precision(one_conv(), gpu, "tf32") == "tf32"
     assert settle_precision(one_conv(dtype=torch.float16), gpu, None) == "fp16"
-    for model, asked in ((one_conv(), "fp16"), (one_conv(dtype=torch.float16), "tf32")):
+    for model, precision in ((one_conv(), "fp16"), (one_conv(dtype=torch.float16), "tf32")):
         with pytest.raises(
-            ValueError, match=rf"precision '{asked}' is for weights of .* first call model.to\(torch.float"
+            ValueError, match=rf"precision '{precision}' is for weights of .* first call model.to\(torch.float"
         ):
-            settle_precision(model, gpu, asked)
+            settle_precision(model, gpu, precision)
 
 
 def test_strict_float32_where_torch_would_use_tf32_is_said(
@@ -144,8 +144,8 @@ def test_what_efforts_mean() -> None:
 
 
 def test_the_dense_method_can_always_be_chosen() -> None:
-    def names(*asked: str, device: str = "cpu") -> list[str]:
-        return [method.name for method in settle_methods(asked, torch.device(device)) or ()]
+    def names(*methods: str, device: str = "cpu") -> list[str]:
+        return [method.name for method in settle_methods(methods, torch.device(device)) or ()]
 
     assert settle_methods(None, torch.device("cpu")) is None
     assert names() == ["dense"] and names("direct") == ["dense", "direct"] and names("dense") == ["dense"]

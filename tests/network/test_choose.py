@@ -26,17 +26,17 @@ def test_a_slower_network_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_whole_networks_are_all_timed_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
+    captures: list[bool] = []
 
     def timed(runs: Any, device: Any, *, capture: bool = True, **_: Any) -> list[Timing]:
-        asked.append(capture)
+        captures.append(capture)
         return [Timing(3.0 if capture else 5.0, "graph" if capture and run is able else "events") for run in runs]
 
     monkeypatch.setattr(timing, "race_on_gpu", timed)
     able, unable = lambda: None, lambda: None
     gpu = torch.device("cuda:0")
-    assert race([able, able], gpu) == ([3.0, 3.0], "graph") and asked == [True]
-    assert race([able, unable], gpu) == ([5.0, 5.0], "events") and asked == [True, True, False]
+    assert race([able, able], gpu) == ([3.0, 3.0], "graph") and captures == [True]
+    assert race([able, unable], gpu) == ([5.0, 5.0], "events") and captures == [True, True, False]
     monkeypatch.setattr(timing, "race_on_gpu", lambda *_, **__: [Timing(None, reason="out of device memory: 2 GiB")])
     with pytest.raises(RuntimeError, match="cannot be timed: out of device memory: 2 GiB; pass .*smaller batch"):
         race([able], gpu)

@@ -155,8 +155,8 @@ class Lying(nn.Module):
 )
 def test_what_depends_on_how_tensors_lie_is_not_rewritten(x: Tensor, between: str, reason: str | None) -> None:
     network = fused(Lying(between).eval(), x)
-    found = channels_last.precluded(network, on_gpu("fp16"))
-    assert found is None if reason is None else reason in str(found)
+    why = channels_last.precluded(network, on_gpu("fp16"))
+    assert why is None if reason is None else reason in str(why)
 
 
 def test_in_which_memory_formats_a_network_is_tried(x: Tensor) -> None:

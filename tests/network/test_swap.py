@@ -57,7 +57,7 @@ class Compiled(Dense):
 
 @pytest.mark.usefixtures("always_faster")
 def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, told = Compiled(), list[str]()
+    compiled, shown = Compiled(), list[str]()
     monkeypatch.setattr(methods, "METHODS", (compiled, Dense()))
     monkeypatch.setattr(measure, "_HOPELESS", float("inf"))
     # Of the candidates of a layer, the method that compiles wins.
@@ -68,7 +68,7 @@ def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.Monk
             replace(one.candidate, time_us=1.0 if one.candidate.method == "compiled" else 2.0) for one in contenders
         ],
     )
-    monkeypatch.setattr(Progress, "update", lambda bar, task, description: told.append(description))
+    monkeypatch.setattr(Progress, "update", lambda bar, task, description: shown.append(description))
     x = torch.randn(1, 4, 8, 8)
     # Shares of 25 s, 27.5 s and 45 s: both configs, the choice alone, both configs.
     fast = escort.convert(three_convolutions(), x, effort=75.0, progress=True)
@@ -77,7 +77,7 @@ def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.Monk
     # Four candidates are compiled before any is timed, then what the layers run.
     assert len(compiled.prepared) == 4 + 3
     planning = [f"planning, preparing {done} of 4 kernels" for done in range(4)] + ["planning"]
-    assert told == [*planning, *(f"planning, preparing {done} of 3 kernels" for done in range(3)), "planning"]
+    assert shown == [*planning, *(f"planning, preparing {done} of 3 kernels" for done in range(3)), "planning"]
     # Now only the first config fits a share: 15 s, 20 s.
     planner._remembered.clear()
     again = escort.replan(fast, effort=45.0)

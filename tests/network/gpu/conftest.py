@@ -42,8 +42,8 @@ def memory_formats(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     module: Any = sys.modules["escort.network.convert"]
     tried = module.in_memory_formats
 
-    def some(*given: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
-        networks, not_tried = tried(*given)
+    def some(*args: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
+        networks, not_tried = tried(*args)
         return {name: network for name, network in networks.items() if name in formats}, not_tried
 
     monkeypatch.setattr(module, "in_memory_formats", some)

@@ -103,11 +103,11 @@ BOTH = in_formats(("contiguous",), ("channels_last",))
 
 def each(*precisions: Precision) -> Any:
     """These precisions in each memory format that they have."""
-    found = [
+    cases = [
         (p, (name,))
         for p in precisions
         for name in ("contiguous", "channels_last")
         if p != "fp32" or name == "contiguous"
     ]
-    ids = ["-".join((precision, *formats)) for precision, formats in found]
-    return pytest.mark.parametrize(("precision", "memory_formats"), found, indirect=["memory_formats"], ids=ids)
+    ids = ["-".join((precision, *formats)) for precision, formats in cases]
+    return pytest.mark.parametrize(("precision", "memory_formats"), cases, indirect=["memory_formats"], ids=ids)

@@ -29,7 +29,7 @@ struct OutChannel {
   float bias;
 };
 
-struct Block {  // input channels that are staged together, and the records of the output channels that read them
+struct Block {  // input channels of one stage, and the records of the output channels that read them
   int32_t first_channel, end_channel;
   int32_t first_record, end_record;
 };

@@ -1,15 +1,15 @@
-// Direct sparse convolution, driven by the data: one program for every filter and geometry of a tile shape.
+// Direct sparse convolution, driven by the data: one kernel for every filter and geometry of a tile shape.
 //
 // Activations are plain NCHW. Output positions are numbered in one sequence (sample, row, column) with a pitch that
 // leaves room for the zeros between rows and between samples, so any range of positions is a tile and every nonzero
 // reads its input at one constant distance from the output position. A block owns a tile of positions and a group of
 // output channels. Producer warps copy the tile's input, one block of channels after the other, into a ring of stages
-// in shared memory, together with the nonzeros of those channels; consumer warps multiply. methods/cuda/direct lays
+// in shared memory, with the nonzeros of those channels; consumer warps multiply. methods/cuda/direct lays
 // out the tables and fills Params.
 //
 // Compiled once per
 //   STORAGE   what activations are stored as: 0 float, 1 half, 2 bfloat16
-//   PACKED    1: products of 16-bit storage are summed in 16 bits over a flush, 0: every product is summed in float
+//   PACKED    1: products of 16-bit storage are summed in 16 bits, FLUSH at a time, 0: every product is summed in float
 //   WORDS     positions per lane; for 16-bit storage a word holds the same position of two neighbouring samples
 //   OUT_CHANNELS   output channels per consumer warp
 //   PAIRED    1: of 16-bit storage, two neighbouring columns are read at once (stride 1, an even number of elements per

@@ -112,7 +112,7 @@ __device__ __forceinline__ void multiply_all(float (&sum)[SUMS], u32 x, u32& rec
 }
 #endif
 
-// Zeroes the padding, once, since copies never touch it. A stage is handed to the producers as soon as it is clean.
+// Zeroes the padding, once, since copies never touch it. Producers may use a stage as soon as it is clean.
 __device__ __forceinline__ void clean(const Shape& p, const Ring& ring, char* shared) {
   for (int stage = 0; stage < min(p.stages, p.chunks); stage++) {
     uint4* const words = (uint4*)(shared + stage * p.stage_bytes);

@@ -2,7 +2,7 @@
 // the residual to the same place before.
 #pragma once
 
-// A box of pixels may belong to both warpgroups, which then store it together.
+// A box of pixels may belong to both warpgroups, which then store it as one.
 constexpr bool JOINT = ALONG == 2 && TAP_GROUP != IM2COL;
 
 // Sums to staging, as rows of pixels (64 channels each, 128-byte swizzle), in place of the residual that lies there.
@@ -31,8 +31,8 @@ __device__ void stage(const float (&d)[PIXELS / 2], u32 staging, float bias_low,
 struct Store {
   const Outputs& out;
   const int along;
-  const int store_id, threads;  // of those that store a box together
-  const bool leads;             // them
+  const int store_id, threads;  // of the warpgroups that share a box
+  const bool leads;             // whether this thread issues their copies
   const u32 residual_here, staging, box;
   [[maybe_unused]] u32 residual_parity = 0;
 

@@ -64,7 +64,7 @@ struct Store {
 #pragma unroll
     for (int begin = 0; begin < PIXELS; begin += STAGED) {
       int begin_in_tile = group.along * PIXELS + begin;
-      obscure(begin_in_tile);  // else the compiler finds all places beforehand and has no registers for them
+      obscure(begin_in_tile);  // else the compiler computes all places beforehand, for which there are no registers
       int row[VECTORS], pixel[VECTORS], place[VECTORS];
       Vector residuals[VECTORS] = {};
 #pragma unroll

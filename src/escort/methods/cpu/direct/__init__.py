@@ -40,7 +40,7 @@ class DirectConfig:
     Attributes:
         isa: instruction set, a key of :data:`ISAS`.
         vectors: largest tile, in vectors of that instruction set.
-        channel_block: input channels that are staged, and accumulated, together.
+        channel_block: input channels that are staged and accumulated at a time.
         parts: shares into which the output channels of a group are cut, to feed threads where tiles are few.
     """
 
@@ -67,8 +67,8 @@ class Direct(Method):
             lanes, most = ISAS[isa]
             for vectors in (most, most // 2):
                 layout = Layout.of(problem, lanes, vectors)
-                # At least a task for each thread with one sample, so that the plan serves every batch; four balance
-                # better, but each part stages its input anew.
+                # At least a task per thread for a single sample, so that the plan serves every batch. Four per thread
+                # balance better, but each part stages its input anew.
                 tasks, most_parts = problem.groups * len(layout.tiles), problem.out_channels // problem.groups
                 few, many = (min(-(-n * torch.get_num_threads() // tasks), most_parts) for n in (1, 4))
                 fits = max(_CACHE_FLOATS // (layout.vectors * lanes if layout.in_place else layout.channel_stride), 1)

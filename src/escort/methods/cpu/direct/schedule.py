@@ -125,7 +125,7 @@ def _cells(sparse_filter: SparseFilter, job: _Numbers, block_of: IntArray, block
         block_of: (nnz,) the block of each nonzero's input channel.
     """
     out_channels = sparse_filter.shape[0]
-    cell_of = sparse_filter.rows.astype(np.int64) * block_count + block_of
+    cell_of = sparse_filter.out_channels.astype(np.int64) * block_count + block_of
     nnz = np.bincount(cell_of, minlength=out_channels * block_count)
     source = np.cumsum(nnz) - nnz  # columns ascend, so a cell's nonzeros lie side by side
     channel, block = np.divmod(np.arange(out_channels * block_count), block_count)

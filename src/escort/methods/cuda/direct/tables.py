@@ -152,7 +152,7 @@ class _Cells:
         used = channel_of.ravel() >= 0
         place_of[channel_of.ravel()[used]] = np.flatnonzero(used)
 
-        out_channel = sparse_filter.rows.astype(np.int64)
+        out_channel = sparse_filter.out_channels.astype(np.int64)
         channel = sparse_filter.taps[0] + out_channel // group_channels % merged * sparse_filter.shape[1]
         chunk = np.searchsorted(starts, channel, side="right") - 1
         channel = channel - starts[chunk]

@@ -3,7 +3,7 @@
 An unstructured filter is the exact sum of one that keeps at most two of four neighbouring input channels (in TF32 one
 of two) and of the remainder, which is a second one and mostly empty (split.py, packing.py). Tensor cores read
 channels_last: x in NCHW is arranged so by a kernel of its own (arrange.py), which puts the channels in an order with a
-small remainder (orders.py), and y is written in NCHW. What is in channels_last is taken and given as it is.
+small remainder (orders.py), and y is written in NCHW. Tensors in channels_last are read and written as they are.
 
 `config` has the knobs, `tiling` what they mean for a convolution, and `search` lists those worth timing by `model`.
 """

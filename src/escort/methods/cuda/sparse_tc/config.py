@@ -25,7 +25,7 @@ class Element:
     Attributes:
         storage: the kernel's number for it.
         bytes: of an element of x, residual and y.
-        kept, of: of so many neighbouring input channels, how many may be nonzero.
+        kept, of: of each `of` neighbouring input channels, `kept` may be nonzero.
         type: what the instruction calls it.
     """
 
@@ -57,11 +57,11 @@ class SparseTcConfig:
     """How the tensor cores' work is cut up.
 
     Attributes:
-        tap_group: which taps read pixels that are copied at once: "im2col", one tap, whose pixels are copied;
-            "columns", a column of taps, for which whole rows are; "halo", all taps, for which whole rows are; "flat",
-            the only tap of a pointwise convolution, for which pixels in a row are.
+        tap_group: the taps whose pixels are copied at once: "im2col", one tap, by im2col copies; "columns", a column of
+            taps, as whole rows; "halo", all taps, as whole rows; "flat", the only tap of a pointwise convolution, as
+            pixels in a row.
         pixels: of a warpgroup's products, a multiple of 8 up to 256.
-        across: so many of the two warpgroups take different output channels; the others take different pixels.
+        across: 2 where the two warpgroups take different output channels, 1 where they take different pixels.
         m_blocks: of 64 output channels that a warpgroup computes.
         rows: of the output in a tile, for columns and halo.
         samples: in a tile, for columns and halo; several only where a tile has all rows of each.

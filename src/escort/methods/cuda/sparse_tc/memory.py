@@ -78,11 +78,11 @@ class SharedMemory(NamedTuple):
         else:
             b_stages = 2
             a_stages = min(_MOST_STAGES, (room - b_stages * b_stage_bytes) // a_bytes)
-        if min(a_stages, b_stages) < 2:  # a stage is free when the next step is under way, which needs another
+        if min(a_stages, b_stages) < 2:  # a stage is freed while the next step runs, which needs another one
             raise UnfitError("two stages do not fit shared memory; choose smaller tiles")
         b_end = _BARRIER_BYTES + b_stages * b_stage_bytes
         end = up(b_end + a_stages * a_bytes, 1024) + staging.buffers * staging.buffer_bytes
-        # What lies behind a group's pixels is read too, and what it gives is cut off; but it must be shared memory.
+        # What lies behind a group's pixels is read too, and its products are dropped; but it must be shared memory.
         if b_end - b_stage_bytes + (max(starts) + config.tile_pixels) * PIXEL_BYTES > end:
             raise UnfitError("a tile's last pixels would be read from beyond shared memory")
         return cls(a_stages, b_stages, b_stage_bytes, staging, end)

@@ -57,7 +57,7 @@ class Remainder(NamedTuple):
 
 
 def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:
-    """What bounds a step, times the steps that a multiprocessor computes in turn; and memory.
+    """The time of computing and of memory. Computing: what bounds a step, times the steps of a multiprocessor.
 
     Args:
         remainder: of the filter, in the order of the memory format.

@@ -39,7 +39,7 @@ class OrderedFilter:
     def places(self, part: SparseFilter) -> tuple[IntArray, IntArray, IntArray]:
         """(place of the output channel, place of the input channel, tap) of each nonzero of a part of the split."""
         channel, tap = np.divmod(part.columns, np.int32(part.shape[2] * part.shape[3]))
-        return np.argsort(self.out_order).astype(np.int32)[part.rows], _places(self.in_order)[channel], tap
+        return np.argsort(self.out_order).astype(np.int32)[part.out_channels], _places(self.in_order)[channel], tap
 
     def remainder_share(self, out_channels: int, in_channels: int) -> float:
         """The share of weight tiles, or parts of them, of so many channels in which the remainder has weights, 0..1."""
@@ -79,7 +79,7 @@ def _gather_remainder(sparse_filter: SparseFilter, element: Element) -> OrderedF
     if natural.split.remainder.nnz == 0 or sparse_filter.sparsity < _LEAST_SPARSITY:
         return natural
     parts = split(whole, element.kept, element.of, spread_channels(whole, element.kept, element.of))
-    nonzeros = np.bincount(parts.remainder.rows, minlength=len(natural.out_order))
+    nonzeros = np.bincount(parts.remainder.out_channels, minlength=len(natural.out_order))
     return replace(
         natural,
         split=parts,
@@ -112,9 +112,9 @@ def common_order(weights: Sequence[torch.Tensor], kept: int, of: int) -> torch.T
 def spread_channels(sparse_filter: SparseFilter, kept: int = 2, of: int = 4) -> IntArray:
     """An order of the channels for :func:`split` with a small remainder, most of it in the last channels.
 
-    Channels are placed one by one, those with most nonzeros first, in the group where fewest of theirs exceed what it
-    keeps. Then two channels of different groups swap places as long as fewer exceed afterwards. Groups follow one
-    another by how many exceed in them, but for the last, which may be smaller than the others.
+    Channels are placed one by one, those with most nonzeros first, each in the group where fewest of its nonzeros
+    exceed what the group keeps. Then two channels of different groups swap places as long as fewer exceed afterwards.
+    Groups are sorted by how many exceed in them; the last one, which may be smaller than the others, stays last.
     """
     groups = _Groups(sparse_filter, kept, of)
     groups.place_all()
@@ -172,7 +172,7 @@ class _Groups:
                 if gain[other] <= 0:
                     continue
                 changed = self._swap_two(channel, other)
-                relief[changed] = [self._relief(each) for each in changed]
+                relief[changed] = [self._relief(member) for member in changed]
                 swaps += 1
             if not swaps:
                 break

@@ -10,8 +10,8 @@ q = t % 4, belongs to the four groups from 4 q on: bits 0-15 for row 16 w + g, b
 0 takes the words of q = 0 and 1, selector 1 those of q = 2 and 3, so that a register serves both halves of the
 channels.
 
-A filter is the sum of two of such a pattern (split.py). Of the second, the remainder, only those weight tiles are kept
-that are not empty. The orders of channels (orders.py) see to it that few are not.
+A filter is the sum of two of such a pattern (split.py). Of the second, the remainder, empty weight tiles are left out;
+the orders of channels (orders.py) make most of them empty.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def _tiles(p: Problem, across: int, m_blocks: int) -> Iterator[tuple[TapGroup, i
     pointwise = p.kernel_size == p.stride == (1, 1) and not any(p.padding)
     yield from (("flat" if pointwise else "im2col", pixels, 0, 1) for pixels in _PIXELS)
     down = (p.kernel_size[0] - 1) * p.dilation[0]
-    # The least rows for so many tiles; and several samples, which have all their rows.
+    # The fewest rows for each number of tiles; and tiles of several samples, which have all their rows.
     rows = {-(-p.out_height // tiles) for tiles in range(1, p.out_height + 1)}
     shapes = [(rows, 1) for rows in sorted(rows)] + [(p.out_height, samples) for samples in _SAMPLES]
     pitches: tuple[tuple[TapGroup, int, int], ...] = (

@@ -63,7 +63,7 @@ def channels_and_sites(sparse_filter: SparseFilter) -> tuple[IntArray, NDArray[n
     """The input channel and the site of each nonzero; sites number the taps of all output channels."""
     taps = sparse_filter.shape[2] * sparse_filter.shape[3]
     channel, tap = np.divmod(sparse_filter.columns, np.int32(taps))
-    return channel, sparse_filter.rows.astype(np.int64) * taps + tap
+    return channel, sparse_filter.out_channels.astype(np.int64) * taps + tap
 
 
 def _part(sparse_filter: SparseFilter, mask: NDArray[np.bool_]) -> SparseFilter:
