@@ -54,7 +54,7 @@ def read_results(folder: Path) -> dict[str, Result]:
 
 @dataclass(frozen=True)
 class Item:
-    """A few rows that are measured together; `label` tells it from the others of its file."""
+    """A few rows that are measured in one go; `label` tells it from the others of its file."""
 
     label: str
     measure: Callable[[], list[Row]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,12 @@ import torch.nn.functional as F
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of kernels in a folder of its own."""
+    monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.fixture(params=["default", "old settings", "new settings"])

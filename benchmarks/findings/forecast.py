@@ -20,7 +20,7 @@ from escort.cuda.gpu import Gpu
 from escort.methods import Method, by_name
 from escort.problem import MemoryFormat, Precision, Problem
 
-#: Shares of zeros, rising, at which the methods' models are asked where a method begins to pay.
+#: Shares of zeros, rising, at which the models predict, to find out from where on a method pays.
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 #: What forecasts are made of: by network and name some of the paper's layers, one per kind of shape, and two pointwise
 #: ones of the pattern files, whose rows do not tell their shapes.

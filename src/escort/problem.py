@@ -1,4 +1,4 @@
-"""What a user asks for: one convolution, its shapes, its precision and what is fused behind it."""
+"""One convolution as a problem: its shapes, its precision, and what is fused behind it."""
 
 from __future__ import annotations
 

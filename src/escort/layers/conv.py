@@ -183,7 +183,7 @@ class SparseConv2d(nn.Module):
         return SparseFilter(self.plan.problem.weight_shape, self.groups, indptr, columns, values)
 
     def problem(self, batch: int, height: int, width: int) -> Problem:
-        """What this convolution asks for on an input of shape (batch, in_channels, height, width)."""
+        """The problem of this convolution on an input of shape (batch, in_channels, height, width)."""
         return replace(self.plan.problem, batch=batch, height=height, width=width, device=str(self.values.device))
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:

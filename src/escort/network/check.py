@@ -1,4 +1,4 @@
-"""What a conversion is asked for, and what it refuses and why."""
+"""A request for a conversion: what it may say, and what is refused and why."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float1
 
 @dataclass(frozen=True)
 class Request:
-    """What a conversion was asked for, once it is checked.
+    """A request for a conversion, checked.
 
     Attributes:
         device: where the model is, and the example.

@@ -150,6 +150,6 @@ def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = F
 
 
 def _as_planned(module: SparseConv2d) -> Layer:
-    """What a layer asks of the planner, for the size that it was planned for before."""
+    """What to plan for a layer, at the size that it was planned for before."""
     planned = module.plan.problem
     return Layer(module.problem(planned.batch, planned.height, planned.width), module.filter, module.bias)

@@ -111,7 +111,7 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
 
 
 def _layer(module: nn.Module, shape: torch.Size, name: str, memory_format: MemoryFormat, request: Request) -> Layer:
-    """What a convolution that is called on a shape asks of the planner."""
+    """What to plan for a convolution that is called on a shape."""
     if isinstance(module, FusedConv2d):
         conv, activation, residual = module.conv, module.activation, module.residual
     else:

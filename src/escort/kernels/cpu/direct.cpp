@@ -18,8 +18,8 @@ inline T activate(T v, Activation activation) {
   return v;
 }
 
-// The output channels of a tile lie a plane apart, each in a page of its own, where no hardware prefetcher follows:
-// asks for the places that a channel some way ahead will read and write.
+// Prefetches what a channel some way ahead will read and write: the output channels of a tile lie a plane apart, each
+// in a page of its own, where no hardware prefetcher follows.
 constexpr int kChannelsAhead = 4;
 template <int V>
 inline void prefetch_channel(const float* residual, const float* y) {
@@ -104,8 +104,7 @@ struct Places {
 };
 
 // Input that is read in place and not yet in cache: the next block of this tile or the first of the next tile, which
-// the same thread most likely takes. It is asked for channel by channel, so that it arrives while this block is
-// computed.
+// the same thread most likely takes. It is prefetched channel by channel while this block is computed.
 struct Ahead {
   const float* x;
   int channels;
