@@ -7,8 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+import safetensors.torch
 
 
 def sealed(header: bytes, data: bytes) -> bytes:
@@ -28,7 +27,7 @@ class Forgery:
         self.architecture, self.plan, self.encodings = (
             json.loads(self.texts[key]) for key in ("architecture", "plan", "tensors")
         )
-        self.tensors = load_tensors(data)
+        self.tensors = safetensors.torch.load(data)
 
     def node(self, name: str) -> dict[str, Any]:
         return next(node for node in self.architecture["graph"] if node["name"] == name)
@@ -39,7 +38,7 @@ class Forgery:
     def seal(self) -> bytes:
         texts = self.texts | {"architecture": json.dumps(self.architecture), "plan": json.dumps(self.plan)}
         texts |= {"tensors": json.dumps(self.encodings)} | {"sha256": "0" * 64}
-        body = save_tensors(self.tensors)
+        body = safetensors.torch.save(self.tensors)
         size = int.from_bytes(body[:8], "little")
         return sealed(
             json.dumps({"__metadata__": texts, **json.loads(body[8 : 8 + size])}, separators=(",", ":")).encode(),

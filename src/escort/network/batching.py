@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_map
 
 from escort.layers import MaxPool2d, SparseConv2d
 
@@ -100,4 +100,4 @@ def run_in_parts(network: Callable[[torch.Tensor], Any], x: torch.Tensor, sample
     x: (N, ...). The parts of every output tensor are joined along the batch.
     """
     parts = [network(part) for part in x.split(samples)]
-    return pytree.tree_map(lambda *tensors: torch.cat(tensors), *parts)
+    return tree_map(lambda *tensors: torch.cat(tensors), *parts)

@@ -153,8 +153,7 @@ def _figure(
 ) -> Figure:
     """What `draw` draws on a pair of axes, `height` inches high, as an `<svg>` element whose text is text."""
     require_matplotlib()
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
+    import matplotlib.figure
 
     # Element ids derive from the salt: the same in every run, and other ones in the page's other figures.
     style: dict[Any, Any] = {
@@ -166,7 +165,7 @@ def _figure(
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     style |= dict.fromkeys(("axes.edgecolor", "grid.color"), _RULE)
     with matplotlib.rc_context(style):
-        canvas = Canvas(figsize=(6.8, height), layout="constrained")
+        canvas = matplotlib.figure.Figure(figsize=(6.8, height), layout="constrained")
         axes = canvas.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis=grid, linewidth=0.6)
