@@ -120,7 +120,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         return json.loads(result.stdout)
 
     model, name = tmp_path / "model.escort", "tests.network.gpu.test_move:network"
-    report = invoke("convert", name, "--input", "2,3,32,32", "--device", "cuda", "--dtype", "fp16", "--output", model)
+    report = invoke("convert", name, "--input", "2,3,32,32", "--device", "cuda", "--precision", "fp16", "--output", model)
     assert (report["device"], report["precision"]) == ("cuda:0", "fp16")
     assert invoke("plan", model)["layers"].keys() == report["layers"].keys()
     x = torch.randn(5, 3, 32, 32)
