@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from benchmarks.exhibits.aims import show_patterns
 from benchmarks.exhibits.cells import Plot, Shown
+from benchmarks.exhibits.conditions import conditions_table
 from benchmarks.exhibits.costs import show_ablation, show_breakdown, show_counters
 from benchmarks.exhibits.forecast import FORECAST, show_forecast
 from benchmarks.exhibits.layers import show_layers
@@ -26,25 +27,13 @@ def plots(results: Mapping[str, Result]) -> dict[str, Figure]:
 
 def exhibits(results: Mapping[str, Result]) -> Iterator[tuple[str, Table | Plot]]:
     """All of both, plots as what draws them."""
-    yield "conditions", _conditions_table(results)
+    yield "conditions", conditions_table(results)
     for stem, show in _SHOWN.items():
         by_dtype = {dtype: results[f"{stem}-{dtype}"] for dtype in PRECISIONS if f"{stem}-{dtype}" in results}
         if by_dtype:
             yield from show(by_dtype).items()
     for dtype in FORECAST:
         yield from show_forecast(results, dtype).items()
-
-
-def _conditions_table(results: Mapping[str, Result]) -> Table:
-    lines = []
-    for stem, result in results.items():
-        head = result.header
-        versions = head.get("versions", {})
-        device = head.get("gpu") or head.get("cpu")
-        device = f"{device}, driver {head['driver']}" if head.get("driver") else device
-        cells = (stem, device, versions.get("torch"), head.get("date"), head.get("commit"))
-        lines.append((*("-" if cell is None else str(cell) for cell in cells), f"`{head.get('command', '-')}`"))
-    return Table("Measured on", ("File", "Device", "torch", "Date", "Commit", "Command"), tuple(lines))
 
 
 #: What is shown of the result files of each stem, given by precision.
