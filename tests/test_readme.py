@@ -1,45 +1,66 @@
-"""What the README shows, run as it stands."""
+"""What the documents show: the README's code and commands run as they stand, and what documents name exists."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+import escort
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("  #")[0].strip() for line in README.splitlines() if line.startswith("    escort ")]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+#: The reader's own model that the README imports.
+MY_MODELS = """
+from escort import prune
+from torch import nn
+
+def pruned_cnn():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=4), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )
+    prune.uniform(model, 0.9)
+    prune.make_permanent(model)
+    return model
+"""
 
 
 def test_the_python_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "my_models.py").write_text(MY_MODELS)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     names: dict[str, object] = {}
     exec(compile(snippet, "README.md", "exec"), names)
     y = names["y"]
-    assert isinstance(y, torch.Tensor) and y.shape == (1, 1000)
-    assert (tmp_path / "resnet18.escort").exists()
+    assert isinstance(y, torch.Tensor) and y.shape == (1, 10)
+    assert isinstance(names["fast"], escort.ConvertedModel)
+    assert (tmp_path / "model.escort").exists()
 
 
 def test_the_commands_run_in_order(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "photos").mkdir()
     image.new("RGB", (300, 260), "teal").save(tmp_path / "photos" / "one.png")
-    names = "prune convert plan run cache doctor".split()
+    names = "prune convert plan run bench cache doctor".split()
     assert [shlex.split(command)[1] for command in COMMANDS] == names
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in COMMANDS:
         words = shlex.split(command)[1:]
         if words[0] == "bench":
-            words += ["--layers", "inception_5b/5x5"]  # all of them take a minute and a half
-        if words[0] == "paper":
-            words += "--device cpu --questions rq1 --layers inception_5b/5x5 --batch 1 --budget-s 0.1".split()
+            words += ["--against", "eager"]  # the others compile for half a minute
         program = [sys.executable, "-c", "from escort.cli import app; app()", *words]
         done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -47,8 +68,49 @@ def test_the_commands_run_in_order(tmp_path: Path) -> None:
     assert (tmp_path / "model.escort").stat().st_size > 100_000
 
 
-def test_every_path_named_in_the_documents_exists() -> None:
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
-            if not target.startswith("http"):
-                assert (document.parent / target).exists(), f"{document.name} links to {target}"
+def test_the_map_is_what_is_there() -> None:
+    (drawn,) = re.findall(r"## The map\n\n(.*?)\n\n", README, re.DOTALL)
+    inside, outside = drawn.split("    benchmarks/")
+    package = ROOT / "src" / "escort"
+    named = {name.strip("/") for name in re.findall(r"(?<=\s)[\w.]+(?:/|\.py)(?=\s)", inside.partition("\n")[2])}
+    entries = {path.name for path in package.iterdir() if not path.name.startswith(("_", "py.typed"))}
+    assert named == entries
+    assert all((ROOT / name).is_dir() for name in ["benchmarks", *re.findall(r"^    (\w+)/", outside, re.MULTILINE)])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_path_named_in_the_documents_exists(document: Path) -> None:
+    text = document.read_text()
+    for target, section in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text):
+        if not target.startswith("http"):
+            path = document.parent / target if target else document
+            assert path.exists(), f"{document.name} links to {target}"
+            assert not section or section in sections(path), f"{document.name} links to {target}#{section}"
+
+
+@cache
+def sections(document: Path) -> set[str]:
+    """The names by which links reach a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@cache
+def messages() -> str:
+    """All texts of the package, a line each, with three dots for what is filled in."""
+    texts = []
+    for path in (ROOT / "src" / "escort").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(str(p.value) if isinstance(p, ast.Constant) else "..." for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_the_guide_explains_messages_that_there_are() -> None:
+    (table,) = re.findall(r"\n## What messages mean\n(.*)", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL)
+    explained = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
+    assert len(explained) > 9
+    for message in explained:
+        assert message in messages(), message

@@ -52,7 +52,7 @@ def _render(document: Path, folder: Path, results: dict[str, Result]) -> None:
         raise ValueError(f"{document}, with {folder}: {error}") from error
     replace_file(document, lambda path: path.write_text(rendered, encoding="utf-8"))
     try:
-        for name, plot in exhibits.illustrations(rendered, results).items():
-            report.write_svg(document.parent / f"{name}.svg", plot)
+        for path, plot in exhibits.illustrations(rendered, results).items():
+            report.write_svg(document.parent / path, plot)
     except ImportError as error:
         note(f"the plots of {document} stay as they are: {error}")

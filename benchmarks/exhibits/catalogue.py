@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from benchmarks.exhibits.aims import show_patterns
 from benchmarks.exhibits.cells import Plot, Shown
+from benchmarks.exhibits.conditions import conditions_table
 from benchmarks.exhibits.costs import show_ablation, show_breakdown, show_counters
 from benchmarks.exhibits.forecast import FORECAST, show_forecast
 from benchmarks.exhibits.layers import show_layers
@@ -26,7 +27,7 @@ def plots(results: Mapping[str, Result]) -> dict[str, Figure]:
 
 def exhibits(results: Mapping[str, Result]) -> Iterator[tuple[str, Table | Plot]]:
     """All tables, and all plots as the functions that draw them."""
-    yield "conditions", _conditions_table(results)
+    yield "conditions", conditions_table(results)
     for stem, show in _SHOWN.items():
         by_precision = {
             precision: results[f"{stem}-{precision}"] for precision in PRECISIONS if f"{stem}-{precision}" in results
@@ -35,18 +36,6 @@ def exhibits(results: Mapping[str, Result]) -> Iterator[tuple[str, Table | Plot]
             yield from show(by_precision).items()
     for precision in FORECAST:
         yield from show_forecast(results, precision).items()
-
-
-def _conditions_table(results: Mapping[str, Result]) -> Table:
-    lines = []
-    for stem, result in results.items():
-        head = result.header
-        versions = head.get("versions", {})
-        device = head.get("gpu") or head.get("cpu")
-        device = f"{device}, driver {head['driver']}" if head.get("driver") else device
-        cells = (stem, device, versions.get("torch"), head.get("date"), head.get("commit"))
-        lines.append((*("-" if cell is None else str(cell) for cell in cells), f"`{head.get('command', '-')}`"))
-    return Table("Measured on", ("File", "Device", "torch", "Date", "Commit", "Command"), tuple(lines))
 
 
 #: What is shown of the result files of each stem, given by precision.

@@ -6,22 +6,24 @@ import re
 from collections.abc import Mapping
 
 from benchmarks.exhibits.catalogue import exhibits, tables
+from benchmarks.exhibits.committed import committed_exhibits
 from benchmarks.result_files import Result
 from escort.report import Figure, Table, markdown
 
 _BEGIN, _END = re.compile(r"<!-- table: (\S+) -->"), "<!-- end -->"
-_PLOT = re.compile(r"!\[[^]]*\]\(([\w-]+)\.svg\)")
+_PLOT = re.compile(r"!\[[^]]*\]\(((?:[\w.-]+/)*([\w-]+)\.svg)\)")
 
 
 def render(text: str, results: Mapping[str, Result]) -> str:
     """A Markdown document with its tables replaced by those of the results.
 
-    A table's place is between a line ``<!-- table: NAME -->`` and a line ``<!-- end -->``; the rest stays as it is.
+    Beside the results' own tables there are those of committed files (:mod:`benchmarks.exhibits.committed`). A table's
+    place is between a line ``<!-- table: NAME -->`` and a line ``<!-- end -->``; the rest stays as it is.
 
     Raises:
         ValueError: where there is no such place, one does not end, or the results have no table of that name.
     """
-    known = tables(results)
+    known = tables(results) | {name: shown for name, shown in committed_exhibits() if isinstance(shown, Table)}
     lines: list[str] = []
     name = None
     names = 0
@@ -52,6 +54,6 @@ def render(text: str, results: Mapping[str, Result]) -> str:
 
 
 def illustrations(text: str, results: Mapping[str, Result]) -> dict[str, Figure]:
-    """The plots that a document shows by the names of their files. Raises ImportError without matplotlib."""
-    named = set(_PLOT.findall(text))
-    return {name: shown() for name, shown in exhibits(results) if name in named and not isinstance(shown, Table)}
+    """The plots that a document shows, by the path by which it does. Raises ImportError without matplotlib."""
+    plots = {name: shown for name, shown in (*exhibits(results), *committed_exhibits()) if not isinstance(shown, Table)}
+    return {path: plots[name]() for path, name in _PLOT.findall(text) if name in plots}

@@ -49,7 +49,7 @@ def test_the_command_measures_tells_and_renders(tmp_path: Path) -> None:
     assert json.loads(before)["rows"] == printed["rows"]["layers-fp32"] and printed["failures"] == {}
     assert printed["tables"]["totals"][0]["Layers"] == "1 of 19"
 
-    document = tmp_path / "paper.md"
+    document = tmp_path / "results.md"
     image = "![bars](speedup-googlenet-fp32.svg)"
     document.write_text(f"# Report\n\n<!-- table: totals -->\nold\n<!-- end -->\n\n{image}\n")
     plots = tmp_path / "plots"
@@ -96,7 +96,7 @@ def test_a_failure_is_told_and_ends_in_an_exit_code(tmp_path: Path, monkeypatch:
         (("paper", "--device", "cpu", "--precision", "fp16"), "compute in fp32, not in fp16"),
         (("paper", "--device", "cpu", "--sparsity", "most"), "shares of zeros such as 0.9"),
         (("paper", "--device", "cpu", "--effort", "much"), "--effort takes fast, best or a number of seconds"),
-        (("paper", "--into", "paper.md"), "No such option"),
+        (("paper", "--into", "results.md"), "No such option"),
         (("render", "nowhere"), "nowhere holds no results of a study"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from escort.methods import by_name
-from escort.planner import planner, timing
+from escort.planner import planner, search, timing
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
         return timings if len(timings) == 1 else [replace(timings[0], time_us=2 * worst), *timings[1:]]
 
     monkeypatch.setattr(timing, "race_on_gpu", ordered)
-    monkeypatch.setattr(planner, "_MOST_CONFIGS", 1)
+    monkeypatch.setattr(search, "_MOST_CONFIGS", 1)
     monkeypatch.setattr(planner, "_remembered", {})
 
 

@@ -41,7 +41,7 @@ STAGING_AXES: dict[str, tuple[int, ...]] = {
 }
 _KNOBS = (*AXES, *STAGING_AXES)
 
-# Constants of the prediction, in clocks of a multiprocessor; docs/performance.md says how well it does.
+# Constants of the prediction, in clocks of a multiprocessor; docs/notes/direct-gpu.md says how well it does.
 _LAUNCH = 4000  # from launch to launch, beside the work of the blocks
 _FETCH = 900  # latency of global memory
 _LOOP = 30  # of an output channel's nonzeros in a stage: header, flush, loop exit

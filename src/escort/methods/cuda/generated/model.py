@@ -27,7 +27,7 @@ Whole = NDArray[np.int64]
 
 _INSTRUCTION_BYTES = 16
 
-# Fitted to 1522 timings on an H200 (docs/performance.md), in clocks of a multiprocessor.
+# Fitted to 1522 timings on an H200 (docs/notes/generated.md), in clocks of a multiprocessor.
 _CLOCK_MHZ = 1850.0
 _LAUNCH_US = 1.8
 _ISSUE, _ALONE = 3.1, 3.7  # instructions per clock, all warps together; clocks per instruction of a warp alone
