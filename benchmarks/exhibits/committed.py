@@ -64,7 +64,7 @@ def committed() -> Mapping[str, Result]:
 
 
 def committed_exhibits(results: Mapping[str, Result] | None = None) -> Iterator[tuple[str, Table | Plot]]:
-    """Tables, and plots as what draws them, by the names that documents call them.
+    """Tables, and plots as the functions that draw them, by the names that documents call them.
 
     Args:
         results: as of :func:`committed`, which is the default.
@@ -109,10 +109,10 @@ def _against(results: Mapping[str, Result], headline: Headline) -> tuple[str, fl
 
 def _where(result: Result, *, strict: bool = False) -> str:
     """The device and the precision of a result, in a few words."""
-    head, dtype = result.header, result.rows[0].dtype
+    head, precision = result.header, result.rows[0].dtype
     if head["device"] == "cpu":
-        return f"{head['threads']} CPU threads ({_isa(result)}), {dtype}"
-    return f"{head['gpu'].removeprefix('NVIDIA ')}, {'strict ' if strict and dtype == 'fp32' else ''}{dtype}"
+        return f"{head['threads']} CPU threads ({_isa(result)}), {precision}"
+    return f"{head['gpu'].removeprefix('NVIDIA ')}, {'strict ' if strict and precision == 'fp32' else ''}{precision}"
 
 
 def _isa(result: Result) -> str:
@@ -121,7 +121,7 @@ def _isa(result: Result) -> str:
 
 
 def _cpu_layers_table(results: Mapping[str, Result]) -> Table:
-    """Geometric means over the layers of a network; of all networks together where a file has several."""
+    """Geometric means over the layers of a network; of all networks where a file has several."""
     rivals: list[str] = []
     for result in results.values():
         best = suite.best_times(row for row in result.rows if row.layer != WHOLE)

@@ -36,8 +36,8 @@ def show_forecast(results: Mapping[str, Result], precision: Precision) -> Shown:
     )
     if any(f.memory_format == "any" for f in forecasts):
         caption += (
-            " Tensors in any memory format: each method takes them as suits it best and nothing is converted, which for "
-            "cuDNN and sparse_tc means channels_last, as a network that is channels_last throughout has them."
+            " Tensors in any memory format: each method takes them as suits it best and nothing is converted, which "
+            "for cuDNN and sparse_tc means channels_last, as a network that is channels_last throughout has them."
         )
     if OURS in methods:
         rates = forecast.direct_mhz(results[f"layers-{precision}"], precision)

@@ -18,19 +18,19 @@ ON_CPU = {**HEADER, "device": "cpu", "gpu": None, "cpu": "a CPU", "isa": "avx2",
 
 def made_up() -> dict[str, Result]:
     """For each headline a file in which its gain is its number; files of layers besides."""
-    found: dict[str, Result] = {}
+    results: dict[str, Result] = {}
     for number, headline in enumerate(HEADLINES, 1):
         header = ON_CPU if headline.file.startswith("cpu") else {**HEADER, "gpu": "NVIDIA X1"}
-        rows = found.setdefault(headline.file, Result(header, [])).rows
+        rows = results.setdefault(headline.file, Result(header, [])).rows
         about = {"batch": headline.batch}
         for rival, gain in (("compile", float(number)), ("eager", 50.0)):
             rows += curve(headline.network, WHOLE, "escort", rival, {headline.sparsity: gain}, **about)
     layers = layer_rows("caffenet", direct=10.0, dense=20.0) + layer_rows("resnet50", direct=10.0, dense=40.0)
-    found["cpu/paper"] = Result({**ON_CPU, "commit": "0123456789-dirty"}, layers)
+    results["cpu/paper"] = Result({**ON_CPU, "commit": "0123456789-dirty"}, layers)
     times = {"direct": 5.0, "dense": 15.0}
     patterns = [row("resnet50", "conv2d_1", name, time_us, weights="p", batch=1) for name, time_us in times.items()]
-    found["cpu/patterns"] = Result(ON_CPU, patterns)
-    return found
+    results["cpu/patterns"] = Result(ON_CPU, patterns)
+    return results
 
 
 def tables(results: Mapping[str, Result] | None = None) -> dict[str, report.Table]:
@@ -59,12 +59,12 @@ def test_layers_on_cpus_are_means_per_network_and_of_all() -> None:
 
 
 def test_networks_on_cpus_and_what_they_were_measured_on() -> None:
-    there = tables(made_up())
-    first, second = cells(there["cpu-networks"])
+    shown = tables(made_up())
+    first, second = cells(shown["cpu-networks"])
     assert (first["Samples"], first["Zeros"], first["On"]) == ("1", "90%", "2 threads, AVX2")
     assert first["vs eager"] == "50.00x"
     assert (second["Samples"], second["vs compile"], second["escort ms"]) == ("8", "2.00x", "0.10")
-    paper = next(line for line in cells(there["cpu-conditions"]) if line["File"] == "cpu/paper")
+    paper = next(line for line in cells(shown["cpu-conditions"]) if line["File"] == "cpu/paper")
     assert (paper["Device"], paper["Commit"]) == ("a CPU, avx2, 2 threads", "0123456-dirty")
 
 
