@@ -11,7 +11,7 @@ import torch
 
 from escort.filter import SparseFilter
 from escort.methods import Method, for_device
-from escort.planner.budget import SharedBudget, check_compile_budget, estimate_s, fits
+from escort.planner.compile_budget import SharedBudget, check_compile_budget, estimate_s, fits
 from escort.planner.cores import on_all_cores
 from escort.planner.machine import Machine
 from escort.planner.measure import Ahead, measure

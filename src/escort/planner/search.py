@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from escort.methods import Config, Method
-from escort.planner.budget import LayerBudget
+from escort.planner.compile_budget import LayerBudget
 from escort.planner.plan import Candidate, Layer
 
 #: How many configs of a method are tried at most.

@@ -14,9 +14,9 @@
 //        FLAT     pixels in a row (pointwise): its only tap.
 //
 // Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
-// PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent. tiling.py and memory.py define the
-// capitals, and source.py puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate) before this.
-// STORAGE 0 is float, multiplied in TF32, 1 fp16, 2 bf16.
+// PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent. tiling.py and shared_memory.py
+// define the capitals, and source.py puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate)
+// before this. STORAGE 0 is float, multiplied in TF32, 1 fp16, 2 bf16.
 //
 //   sparse_tc_tiles.cuh     sizes, shared memory, the order of work
 //   sparse_tc_load.cuh      the producer

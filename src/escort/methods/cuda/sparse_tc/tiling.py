@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from escort.cuda.compiler import Text
 from escort.methods.cuda.sparse_tc.config import ELEMENTS, Element, SparseTcConfig, UnfitError
-from escort.methods.cuda.sparse_tc.memory import SharedMemory, up
+from escort.methods.cuda.sparse_tc.shared_memory import SharedMemory, up
 from escort.methods.cuda.sparse_tc.source import kernel_source
 from escort.problem import Problem
 
