@@ -52,14 +52,21 @@ def test_another_machine_plans_again(
         torch.testing.assert_close(here(X), converted(X))
 
     replanned: list[ConvertedModel] = []
-    monkeypatch.setattr(LOAD, "replan", lambda model: replanned.append(model) or model)
+    monkeypatch.setattr(LOAD, "replan", lambda model, *, effort: replanned.append(model) or model)
     load(tmp_path / "there")
     assert len(replanned) == 1
 
 
+def test_kernels_made_for_the_weights_may_be_made_again(converted: ConvertedModel) -> None:
+    assert LOAD._effort(converted.plan) == "fast"
+    name, plan = next(iter(converted.plan.layers.items()))
+    generated = replace(plan, problem=plan.problem.on("cuda:0"), method="generated")
+    assert LOAD._effort(replace(converted.plan, layers=converted.plan.layers | {name: generated})) == "best"
+
+
 def test_this_machine_plans_again_only_when_asked(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replanned: list[ConvertedModel] = []
-    monkeypatch.setattr(LOAD, "replan", lambda model: replanned.append(model) or model)
+    monkeypatch.setattr(LOAD, "replan", lambda model, *, effort: replanned.append(model) or model)
     load(saved)
     assert not replanned
     load(saved, remeasure=True)

@@ -22,6 +22,8 @@ from escort.artifact.errors import ArtifactError, blaming
 from escort.artifact.layers import SPARSE
 from escort.artifact.save import FORMAT, VERSION
 from escort.layers import SparseConv2d
+from escort.methods import by_name
+from escort.network.check import Effort
 from escort.network.convert import replan
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.planner.machine import Machine, find_device
@@ -66,7 +68,13 @@ def load(
         return converted
     remedy = "convert the model again on this machine"
     with blaming(path, remedy if saved.moves_to(target) else f"load it with remeasure=False, then {remedy}"):
-        return replan(converted)
+        return replan(converted, effort=_effort(plan))
+
+
+def _effort(plan: NetworkPlan) -> Effort:
+    """What a plan is measured anew with: one that chose kernels made for the weights may compile such kernels again."""
+    chosen = [by_name(layer.method, layer.problem.device) for layer in plan.layers.values() if layer.method]
+    return "best" if any(method.compiles_per_filter for method in chosen) else "fast"
 
 
 def load_plan(path: str | os.PathLike[str]) -> NetworkPlan:
