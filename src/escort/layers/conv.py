@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from escort.filter import SparseFilter
 from escort.layers import runners
@@ -95,6 +97,49 @@ def _empty_result(x: torch.Tensor, *others: Any) -> torch.Tensor:
 
 
 sparse_conv2d: Callable[..., torch.Tensor] = torch.ops.escort.sparse_conv2d.default
+
+
+def _over_batches(
+    info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, residual: torch.Tensor | None, *others: Any
+) -> tuple[torch.Tensor, int]:
+    """The rule for ``vmap``: a batch of batches is one larger batch. The filter is the same for all."""
+    if any(dim is not None for dim in in_dims[2:]):
+        raise ValueError(
+            "vmap over the filter or bias of a sparse_conv2d is not supported; pass them with in_dims None"
+        )
+
+    def flat(tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
+        tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return tensor.flatten(0, 1)
+
+    y = sparse_conv2d(flat(x, in_dims[0]), None if residual is None else flat(residual, in_dims[1]), *others)
+    return y.unflatten(0, (info.batch_size, -1)), 0
+
+
+torch.library.register_vmap("escort::sparse_conv2d", _over_batches)
+
+
+@register_flop_formula(torch.ops.escort.sparse_conv2d)
+def _flop(x: torch.Size, residual: Any, values: torch.Size, *others: Any, out_shape: torch.Size, **_: Any) -> int:
+    """The real work: a multiplication and an addition per nonzero and output position. Tensors come as their shapes."""
+    return 2 * values[0] * out_shape[0] * out_shape[2] * out_shape[3]
+
+
+_tracing, _modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether a kernel may be handed the memory of x.
+
+    What observes or transforms torch's operators must see an operator: traces, fake tensors, ``make_fx``, ``vmap``,
+    gradients. The operator also resolves a lazily negated view.
+    """
+    if _tracing() is not None or _modes() or _transforms() is not None or forward_ad._current_level >= 0:
+        return False
+    if x.requires_grad and torch.is_grad_enabled():
+        return False
+    return (type(x) is torch.Tensor or type(x) is nn.Parameter) and not x.is_neg()
 
 
 class SparseConv2d(nn.Module):
@@ -202,15 +247,22 @@ class SparseConv2d(nn.Module):
         """
         if torch.compiler.is_compiling():
             return sparse_conv2d(x, residual, self.values, self.columns, self.indptr, self.bias, self._spec)
+        if not is_plain(x):
+            self._check_gradient(x)
+            return sparse_conv2d(x, residual, self.values, self.columns, self.indptr, self.bias, self._spec)
         run = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
         if run is None:
             run = self._prepare(x, residual)
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()")
         try:
             return run(x, residual)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+
+    def _check_gradient(self, x: torch.Tensor) -> None:
+        """Raises RuntimeError where a gradient, in either direction, would have to pass through the layer."""
+        is_forward = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+        if is_forward or (x.requires_grad and torch.is_grad_enabled()):
+            raise RuntimeError(f"{self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()")
 
     def prepare(self) -> None:
         """Does what the first call on the plan's input size would do: lays out tables, compiles a kernel.
