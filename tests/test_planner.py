@@ -378,3 +378,23 @@ def test_the_first_job_that_fails_ends_the_rest() -> None:
     with pytest.raises(RuntimeError, match="job 1 failed"):
         cores.on_all_cores([lambda number=number: job(number) for number in range(30)])  # type: ignore[misc]
     assert began[:2] == [0, 1] and len(began) < 30
+
+
+@pytest.mark.parametrize(
+    ("sparse_filter", "bias", "says"),
+    [
+        (SparseFilter.from_dense(torch.ones(2, 2, 1, 1)), None, r"a filter of shape .*, got \(2, 2, 1, 1\)"),
+        (None, torch.zeros(3), r"a bias of shape None, got \(3,\)"),
+    ],
+)
+def test_a_filter_or_bias_of_another_problem_is_refused(
+    sparse_filter: SparseFilter | None, bias: torch.Tensor | None, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        plan_layer(PROBLEM, sparse_filter or a_filter(), bias)
+
+
+def test_methods_may_be_named() -> None:
+    assert plan_layer(PROBLEM, a_filter(), methods=["lowered"]).method == "lowered"
+    with pytest.raises(ValueError, match="no method 'direkt' on cpu; there are direct"):
+        plan_layer(PROBLEM, a_filter(), methods=["direkt"])

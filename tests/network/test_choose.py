@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import escort
 from escort.layers import SparseConv2d
@@ -40,3 +44,44 @@ def test_whole_networks_are_all_timed_in_the_same_way(monkeypatch: pytest.Monkey
     monkeypatch.setattr(timing, "race_on_gpu", lambda *_, **__: [Timing(None, reason="out of device memory: 2 GiB")])
     with pytest.raises(RuntimeError, match="cannot be timed: out of device memory: 2 GiB; pass .*smaller batch"):
         race([able], gpu)
+
+
+class Outputs(nn.Module):
+    """A convolution, and an output made of what it gives."""
+
+    def __init__(self, output: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.output = output
+
+    def forward(self, x: Tensor) -> Any:
+        return self.output(self.conv(x))
+
+
+@pytest.mark.usefixtures("always_faster")
+@pytest.mark.parametrize("output", [lambda y: {"out": y, "aux": None}, lambda y: (y, None), lambda y: (y, 3)])
+def test_an_output_may_hold_what_is_no_tensor(output: Callable[[Tensor], Any]) -> None:
+    model, x = pruned(Outputs(output)), torch.randn(4, 3, 9, 9)
+    fast = escort.convert(model, x)
+    for samples in (1, 2, None):
+        fast.plan = replace(fast.plan, samples=samples)
+        with torch.no_grad():
+            ours, theirs = tree_leaves(fast(x)), tree_leaves(model(x))
+        assert [type(leaf) for leaf in ours] == [type(leaf) for leaf in theirs]
+        assert torch.allclose(ours[0], theirs[0], atol=1e-5)
+
+
+@pytest.mark.usefixtures("always_faster")
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda y: torch.add(y.mean((1, 2, 3)), y.mean((2, 3)).mean(1, keepdim=True)),  # (N,) and (N, 1)
+        lambda y: y + y.mean((2, 3)),  # (N, 8, H, W) and (N, 8), which fit where H is N and W is 8
+    ],
+)
+def test_samples_that_broadcasting_mixes_run_together(output: Callable[[Tensor], Tensor]) -> None:
+    model, x = pruned(Outputs(output)), torch.randn(8, 3, 8, 8)
+    fast = escort.convert(model, x)
+    assert fast.plan.samples is None
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), atol=1e-5)

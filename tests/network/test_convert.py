@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -194,3 +195,48 @@ def test_a_plan_says_why_there_is_no_graph() -> None:
     assert plan.not_tried.keys() == {"graph"} and "control flow" in plan.not_tried["graph"]
     assert "Not tried as a graph: Branching: " in str(plan).replace("\n", " ")
     assert not converted(pruned(Small()), torch.rand(1, 3, 8, 8)).plan.not_tried
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.conv(x)
+        return y if scale is None else y * scale
+
+
+def test_an_input_beyond_the_example_is_refused() -> None:
+    x, scale = torch.randn(1, 3, 8, 8), torch.tensor(2.0)
+    fast = escort.convert(pruned(Scaled()), x)
+    for call in (lambda: fast(x, scale), lambda: fast(x, scale=scale)):
+        with pytest.raises(TypeError, match="converted for 1 inputs, got 2; .*example_kwargs"):
+            call()
+    model = pruned(Scaled())
+    with_scale = escort.convert(model, x, {"scale": scale})
+    with torch.no_grad():
+        assert torch.allclose(with_scale(x, scale=torch.tensor(3.0)), model(x, torch.tensor(3.0)), atol=1e-5)
+
+
+def test_what_is_converted_already_is_said() -> None:
+    model, x = pruned(Scaled()), torch.randn(1, 3, 8, 8)
+    with pytest.raises(TypeError, match="replan takes what escort.convert returned, got Scaled; convert it first"):
+        escort.replan(model)  # type: ignore[arg-type]
+    layer = escort.convert(model, x)
+    if not layer.plan.kept_dense:
+        with pytest.raises(ValueError, match="converted already; use escort.replan"):
+            escort.convert(layer, x)
+
+
+@pytest.mark.parametrize("skip", ["conv", ["conv"]])
+def test_skip_is_a_function(skip: Any) -> None:
+    with pytest.raises(TypeError, match=r"skip is a function of \(name, module\), got .*write lambda name, module"):
+        escort.convert(pruned(Scaled()), torch.randn(1, 3, 8, 8), skip=skip)
+
+
+def test_replan_measures_again() -> None:
+    fast = escort.convert(pruned(Scaled()), torch.randn(1, 3, 8, 8))
+    again = escort.replan(fast)
+    for name, plan in fast.plan.layers.items():
+        assert [c.time_us for c in again.plan.layers[name].candidates] != [c.time_us for c in plan.candidates]

@@ -11,6 +11,7 @@ from typing import get_args
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from escort import reference
 from escort.cli.console import Output
@@ -59,7 +60,7 @@ def main(output: Output) -> None:
     table = Table("", "", "", "remedy", show_edge=False)
     marks = {True: "[green]ok[/]", None: "[yellow]--[/]", False: "[bold red]missing[/]"}
     for finding in findings:
-        table.add_row(marks[finding.ok], finding.name, finding.value, finding.remedy)
+        table.add_row(marks[finding.ok], *map(Text, (finding.name, finding.value, finding.remedy)))  # brackets are text
     output.text.print(table)
 
 

@@ -84,9 +84,9 @@ def measure(
     """
     if unknown := sorted(set(against) - set(RIVALS)):
         raise ValueError(f"there is no rival {', '.join(unknown)}; there are {', '.join(RIVALS)}")
+    converted = convert(model, inputs, precision=precision, effort=effort, progress=progress)
     with torch.inference_mode():
         expected = tensors_of(copy.deepcopy(model).double()(*(x.double() for x in inputs)))
-    converted = convert(model, inputs, precision=precision, effort=effort, progress=progress)
     choice = {"kept_dense": converted.plan.kept_dense, "memory_format": converted.plan.memory_format}
     ways = [Way("escort", choice, partial(converted, *inputs))]
     missing = []

@@ -87,9 +87,9 @@ def prepare(
 ) -> Runner:
     """A runner of the chosen method and config, complete on its device when this returns: any stream may call it.
 
-    An input size that the config does not fit runs by the method's own first choice for it. One that the method refuses
-    runs by the first other method that takes it. So does, with a warning, a size that was not planned and takes long to
-    compile for: a call must not take minutes.
+    An input size that the config does not fit runs by the method's own first choice for it. A size that the method
+    refuses runs by the first other method that takes it. A size that was not planned, and that takes long to compile
+    for, runs by another method as well, with a warning: a call must not take minutes.
 
     Args:
         problem: what to run; its batch and input size need not be those of the choice.

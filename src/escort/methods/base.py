@@ -84,7 +84,7 @@ class Method(ABC):
             config: one of :meth:`configs` or :meth:`benchmark_configs`.
 
         Raises:
-            ValueError: if the config does not fit the problem, or a weight the storage type.
+            ValueError: if the config does not fit the problem, or a weight is too large for the storage type.
             RuntimeError: if the device refuses.
         """
 

@@ -97,7 +97,10 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 def run_in_parts(network: Callable[[torch.Tensor], Any], x: torch.Tensor, samples: int) -> Any:
     """``network(x)``, for a network that does not mix samples, `samples` of them at a time.
 
-    x: (N, ...). The parts of every output tensor are joined along the batch.
+    x: (N, ...). The parts of every output tensor are joined along the batch; what is no tensor is that of the first.
     """
-    parts = [network(part) for part in x.split(samples)]
-    return tree_map(lambda *tensors: torch.cat(tensors), *parts)
+
+    def joined(*parts: Any) -> Any:
+        return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0]
+
+    return tree_map(joined, *(network(part) for part in x.split(samples)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from escort.layers import SparseConv2d
 from escort.methods import Method, by_name, dense_for
 from escort.network.context import tf32_is_allowed
 from escort.network.example import Example
@@ -57,6 +58,8 @@ def check_model(model: nn.Module, example: Example) -> None:
     """Raises TypeError or ValueError for a model or an example that no request could convert."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes an nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, SparseConv2d) for module in model.modules()):
+        raise ValueError("the model is converted already; use escort.replan to plan it anew, or convert the original")
     training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
     if training is not None and not isinstance(model, fx.GraphModule):
         raise ValueError(f"{training} is in training mode; call model.eval() first")
@@ -135,6 +138,15 @@ def settle_precision(model: nn.Module, device: torch.device, precision: Precisio
     return precision
 
 
+def settle_skip(skip: Skip | None) -> Skip | None:
+    """What was passed as `skip`, which is a function."""
+    if skip is not None and not callable(skip):
+        names = [skip] if isinstance(skip, str) else skip
+        remedy = f"write lambda name, module: name in {names!r}"
+        raise TypeError(f"skip is a function of (name, module), got {skip!r}; {remedy}")
+    return skip
+
+
 def settle_effort(effort: Effort) -> float:
     """The seconds that compiling kernels for the weights may take."""
     seconds = EFFORT_S.get(effort) if isinstance(effort, str) else effort
@@ -150,7 +162,7 @@ def settle_methods(names: Collection[str] | None, device: torch.device) -> tuple
     """The methods of these names, the dense one among them whether it is named or not."""
     if names is None:
         return None
-    if isinstance(names, str):
+    if isinstance(names, str) or not isinstance(names, Collection):
         raise TypeError(f"methods is a list of names, got {names!r}; write [{names!r}]")
     chosen = {name: by_name(name, str(device)) for name in names}
     dense = dense_for(str(device))

@@ -21,7 +21,7 @@ from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 
 #: Largest relative error of a converted network's outputs: its precision's rounding, summed over the layers. The
-#: original, with which it is compared, rounds as much, but never in TF32.
+#: original that it is compared with rounds too, by as much, but never to TF32.
 NETWORK_ERROR_BOUND: dict[str, float] = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2, "bf16": 7.5e-2}
 
 _SAMPLES = (1, 2, 4)  # how many samples at a time are tried
@@ -49,7 +49,7 @@ def choose(
     with torch.inference_mode(), dense_in(request.precision, request.device):
         for candidate in candidates:
             error = _checked_error(candidate.network, example, expected, request)
-            samples = samples_to_try(candidate.network, example)
+            samples = _right_in_parts(candidate.network, example, expected, request)
             runs += [partial(run_in_parts, candidate.network, example, count) for count in samples]
             ways += [(candidate, error, count) for count in samples]
         (dense_us, *times_us), timer = race(runs, request.device)
@@ -74,6 +74,22 @@ def choose(
         timer=timer,
     )
     return ConvertedModel(original if kept_dense else best.network, plan)
+
+
+def _right_in_parts(network: nn.Module, example: Example, expected: list[Tensor], request: Request) -> list[int | None]:
+    """How many samples may run at a time, as far as the outputs on the example show it: broadcasting may mix them."""
+    bound = NETWORK_ERROR_BOUND[request.precision]
+
+    def is_right(count: int | None) -> bool:
+        if count is None:
+            return True
+        try:
+            outputs = tensors_of(run_in_parts(network, example, count))
+        except (RuntimeError, ValueError):
+            return False
+        return all(reference.compare(out, ref) <= bound for out, ref in zip(outputs, expected, strict=True))
+
+    return [count for count in samples_to_try(network, example) if is_right(count)]
 
 
 def samples_to_try(network: nn.Module, example: Example) -> list[int | None]:

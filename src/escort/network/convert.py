@@ -20,6 +20,7 @@ from escort.network.check import (
     settle_effort,
     settle_methods,
     settle_precision,
+    settle_skip,
 )
 from escort.network.choose import choose, race, run_in_parts, samples_to_try
 from escort.network.context import dense_in, on_device, running_out
@@ -32,6 +33,7 @@ from escort.network.swap import plan_into, record_calls, swap
 from escort.network.trace import Untraceable, plain_copy, trace
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer
+from escort.planner.planner import forget
 from escort.problem import Precision
 
 
@@ -90,7 +92,7 @@ def convert(
         precision=settle_precision(model, example.device, precision),
         compile_budget_s=settle_effort(effort),
         methods=settle_methods(methods, example.device),
-        skip=skip,
+        skip=settle_skip(skip),
         progress=progress,
     )
     with on_device(request.device):
@@ -124,6 +126,9 @@ def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = F
     Args:
         effort, progress: as of :func:`convert`.
     """
+    if not isinstance(model, ConvertedModel):
+        raise TypeError(f"replan takes what escort.convert returned, got {type(model).__name__}; convert it first")
+    forget()  # what is asked for is another measurement
     tensors = (*model.network.parameters(), *model.network.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
     request = Request(device, model.plan.precision, settle_effort(effort), progress=progress)

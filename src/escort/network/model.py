@@ -198,6 +198,12 @@ class ConvertedModel(nn.Module):
         super().train(False)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
+        count, planned = len(inputs) + len(named), len(self.plan.input_shapes)
+        if count > planned and self.traced:
+            raise TypeError(
+                f"the model was converted for {planned} inputs, got {count}; the others are fixed at their defaults: "
+                "convert it with all that it shall take, for instance by example_kwargs"
+            )
         samples = None if named or len(inputs) != 1 or torch.compiler.is_compiling() else self.plan.samples
         if samples and len(inputs[0]) > samples:
             return batching.run_in_parts(self.network, inputs[0], samples)

@@ -22,7 +22,7 @@ def estimate_s(method: Method, layer: Layer, config: Config) -> float:
 
 
 def fits(needed_s: float, left_s: float) -> bool:
-    """Whether what takes `needed_s` may be compiled. Where nothing is left, not even what takes no time may."""
+    """Whether what takes `needed_s` may be compiled. Where no time is left nothing fits, however little it needs."""
     return left_s > 0.0 and needed_s <= left_s
 
 

@@ -21,6 +21,16 @@ class Layer(NamedTuple):
     sparse_filter: SparseFilter
     bias: torch.Tensor | None = None
 
+    def check(self) -> None:
+        """Raises ValueError where filter or bias are not those of the problem."""
+        problem, found = self.problem, (self.sparse_filter.shape, self.sparse_filter.groups)
+        if found != (problem.weight_shape, problem.groups):
+            raise ValueError(f"the problem has a filter of shape {problem.weight_shape}, got {found[0]}")
+        expected = (problem.out_channels,) if problem.epilogue.bias else None
+        shape = None if self.bias is None else tuple(self.bias.shape)
+        if shape != expected:
+            raise ValueError(f"the problem has a bias of shape {expected}, got {shape}")
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -32,7 +42,7 @@ class Candidate:
         time_us: median time of a call in microseconds.
         rel_error: ``||out - ref|| / ||ref||`` against the float64 reference, None where it is not finite.
         reason: why it was refused or not timed, None where it was timed.
-        timer: how it was timed; on a GPU "events" where it was hopeless, or cannot be captured.
+        timer: how it was timed; on a GPU "events" where its first run was too slow to go on, or it cannot be captured.
         compile_s: seconds of one core that compiling its kernel took, whenever that was; None where nothing says so.
         code_bytes: size of that kernel's binary; None likewise.
         remainder_share: share of the filter's nonzeros that a method for structured filters adds separately, else None.

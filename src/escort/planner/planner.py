@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods import Method, for_device
+from escort.methods import Method, by_name, for_device
 from escort.planner.compile_budget import SharedBudget, check_compile_budget, estimate_s, fits
 from escort.planner.cores import on_all_cores
 from escort.planner.machine import Machine
@@ -31,31 +31,43 @@ def plan_layer(
     sparse_filter: SparseFilter,
     bias: torch.Tensor | None = None,
     *,
-    methods: Sequence[Method] | None = None,
+    methods: Sequence[Method | str] | None = None,
     budget_s: float = _BUDGET_S,
     compile_budget_s: float = 60.0,
 ) -> Plan:
     """Measure the ways to run a convolution on this machine and choose the fastest that is right.
 
     A layer takes over the plan of an earlier one of the same problem and nearly the same number of nonzeros. It is
-    measured anew in two cases: where compiling the choice for its filter exceeds the budget, and where the earlier
-    search was cut short by its budget and this one is more than twice as large.
+    measured anew in two cases: where compiling the choice for its filter exceeds `compile_budget_s`, and where the
+    earlier search left configs out for lack of time and `compile_budget_s` is now more than twice as large.
+
+    Example:
+        >>> weight = torch.randn(16, 8, 3, 3) * (torch.rand(16, 8, 3, 3) < 0.1)
+        >>> problem = Problem(1, 8, 28, 28, 16, (3, 3), padding=(1, 1, 1, 1))
+        >>> plan = plan_layer(problem, SparseFilter.from_dense(weight))
+        >>> plan.method in ("direct", "dense", "lowered")
+        True
 
     Args:
+        problem: the convolution, with its device; see :class:`escort.Problem`.
         sparse_filter: the weights, (K, C / groups, R, S).
-        bias: (K,) on any device, or None.
-        methods: the candidates, by default all methods of the problem's device.
+        bias: (K,) on any device, or None; there is one if and only if ``problem.epilogue.bias``.
+        methods: the candidates or their names, by default all methods of the problem's device.
         budget_s: seconds after which timing stops at three rounds per candidate.
         compile_budget_s: seconds that compiling kernels for this filter may take, by the methods' estimates and with
             all cores at work. A config beyond it is not tried, and its candidate says so; 0 rules out the methods that
             compile for each filter. What other methods compile is not counted.
 
     Raises:
-        ValueError: where no method can run the problem; the message holds each one's reason.
+        ValueError: where filter or bias are not the problem's, there is no such device or method, or no method can run
+            the problem; the message holds each one's reason.
         torch.OutOfMemoryError: where the device cannot even hold the problem's input.
     """
     check_compile_budget(compile_budget_s)
-    task = _Task.of(Layer(problem, sparse_filter, bias), methods)
+    layer = Layer(problem, sparse_filter, bias)
+    layer.check()
+    chosen = None if methods is None else [_method(method, problem.device) for method in methods]
+    task = _Task.of(layer, chosen)
     if recalled := _recall(task, compile_budget_s):
         return recalled[0]
     search = Search.of(task.layer, task.methods, compile_budget_s)
@@ -152,6 +164,15 @@ def _share_out(tasks: Sequence[_Task], compile_budget_s: float) -> tuple[dict[in
             searches[index] = first[key] = Search.of(task.layer, task.methods, share_s)
             budget.spend(sum(first[key].compile_s))
     return searches, shares_s
+
+
+def _method(method: Method | str, device: str) -> Method:
+    return by_name(method, device) if isinstance(method, str) else method
+
+
+def forget() -> None:
+    """Lets no layer take over an earlier plan: all that follow are measured."""
+    _remembered.clear()
 
 
 def _remember(task: _Task, search: Search, plan: Plan) -> Plan:

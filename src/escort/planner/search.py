@@ -54,7 +54,7 @@ class Search:
         return cls(tuple(tried), tuple(refused), tuple(budget.spent_s), compile_budget_s, budget.is_cut)
 
     def is_outgrown(self, compile_budget_s: float) -> bool:
-        """Whether a budget is worth another search. The shares of a network's layers differ, but mostly by little."""
+        """Whether a budget is worth another search. A layer's share differs from time to time, mostly by little."""
         return self.is_cut and compile_budget_s > self.compile_budget_s * 2.0
 
 
