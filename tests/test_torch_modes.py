@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from escort.filter import SparseFilter
 from escort.layers import SparseConv2d
-from escort.layers.conv import is_plain
 from escort.methods import by_name
 from escort.planner import Plan
 from escort.planner.machine import Machine
@@ -101,12 +100,6 @@ def test_a_lazily_negated_view_keeps_its_sign(direct: SparseConv2d) -> None:
     negated = torch.complex(x, x).conj().imag
     assert negated.is_neg()
     assert torch.equal(direct(negated, residual), direct(-x, residual))
-
-
-def test_a_plain_tensor_is_known() -> None:
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert not is_plain(mode.from_tensor(torch.ones(1)))
-    assert is_plain(torch.ones(1)) and is_plain(torch.nn.Parameter(torch.ones(1)))
 
 
 def _backward(layer: SparseConv2d, x: Tensor, residual: Tensor) -> None:

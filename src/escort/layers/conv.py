@@ -125,21 +125,12 @@ def _flop(x: torch.Size, residual: Any, values: torch.Size, *others: Any, out_sh
     return 2 * values[0] * out_shape[0] * out_shape[2] * out_shape[3]
 
 
-_tracing, _modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-
-
-def is_plain(x: torch.Tensor) -> bool:
-    """Whether a kernel may be handed the memory of x.
-
-    What observes or transforms torch's operators must see an operator: traces, fake tensors, ``make_fx``, ``vmap``,
-    gradients. The operator also resolves a lazily negated view.
-    """
-    if _tracing() is not None or _modes() or _transforms() is not None or forward_ad._current_level >= 0:
-        return False
-    if x.requires_grad and torch.is_grad_enabled():
-        return False
-    return (type(x) is torch.Tensor or type(x) is nn.Parameter) and not x.is_neg()
+#: What observes or transforms torch's operators must see an operator and not a kernel that is handed memory: traces,
+#: ``make_fx`` and fake tensors (modes), ``vmap`` and its like (transforms). Asked once per call, so each by its fastest
+#: function.
+_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_PLAIN = frozenset((torch.Tensor, nn.Parameter))
 
 
 class SparseConv2d(nn.Module):
@@ -245,11 +236,10 @@ class SparseConv2d(nn.Module):
             ValueError, TypeError: naming the layer and the remedy.
             RuntimeError: where a gradient would be needed, or a CUDA graph is captured from the first call on a size.
         """
-        if torch.compiler.is_compiling():
-            return sparse_conv2d(x, residual, self.values, self.columns, self.indptr, self.bias, self._spec)
-        if not is_plain(x):
-            self._check_gradient(x)
-            return sparse_conv2d(x, residual, self.values, self.columns, self.indptr, self.bias, self._spec)
+        if _is_compiling() or _is_tracing() or _modes() or _transforms() is not None or forward_ad._current_level >= 0:
+            return self._by_operator(x, residual)
+        if x.requires_grad or type(x) not in _PLAIN or x.is_neg():  # a lazily negated view is resolved by the operator
+            return self._by_operator(x, residual)
         run = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
         if run is None:
             run = self._prepare(x, residual)
@@ -258,11 +248,15 @@ class SparseConv2d(nn.Module):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
-    def _check_gradient(self, x: torch.Tensor) -> None:
-        """Raises RuntimeError where a gradient, in either direction, would have to pass through the layer."""
-        is_forward = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
-        if is_forward or (x.requires_grad and torch.is_grad_enabled()):
-            raise RuntimeError(f"{self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()")
+    def _by_operator(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """Runs the convolution as an operator of torch, unless a gradient would have to pass through it."""
+        if not torch.compiler.is_compiling():
+            is_forward = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+            if is_forward or (x.requires_grad and torch.is_grad_enabled()):
+                raise RuntimeError(
+                    f"{self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()"
+                )
+        return sparse_conv2d(x, residual, self.values, self.columns, self.indptr, self.bias, self._spec)
 
     def prepare(self) -> None:
         """Does what the first call on the plan's input size would do: lays out tables, compiles a kernel.

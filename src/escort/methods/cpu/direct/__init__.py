@@ -100,7 +100,7 @@ class Direct(Method):
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
             samples, x = len(x), x.contiguous()
-            y = torch.empty((samples, *out_shape), dtype=torch.float32, device="cpu")
+            y = x.new_empty((samples, *out_shape))  # whatever the default type and device are
             if residual is not None:
                 residual = residual.contiguous()
             residual_address = 0 if residual is None else residual.data_ptr()
