@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import escort
 from escort.layers import SparseConv2d
-from escort.network.choose import race
+from escort.network.choose import _error, race
 from escort.planner import timing
 from escort.planner.timing import Timing
 from tests.network.models import Small, pruned
@@ -85,3 +85,37 @@ def test_samples_that_broadcasting_mixes_run_together(output: Callable[[Tensor],
     assert fast.plan.samples is None
     with torch.no_grad():
         assert torch.allclose(fast(x), model(x), atol=1e-5)
+
+
+class Masked(nn.Module):
+    """Holds infinities that no filter does, and gives some: attention over positions, and classes switched off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.register_buffer("mask", torch.full((16, 16), float("-inf")).triu(1))
+        self.register_buffer("off", torch.arange(16) >= 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).mean((2, 3))
+        attention = (y[:, :, None] * y[:, None] + self.mask).softmax(-1)
+        return (attention @ y[..., None])[..., 0].masked_fill(self.off, float("-inf"))
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_infinities_that_both_networks_have_are_right() -> None:
+    model, x = pruned(Masked()), torch.randn(2, 3, 9, 9)
+    fast = escort.convert(model, x)
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("nan"), 1.0])
+def test_an_infinity_of_one_network_alone_is_an_error(wrong: float) -> None:
+    ref = torch.tensor([1.0, float("-inf"), 2.0])
+    assert _error(ref.clone(), ref) == 0.0
+    for place in range(3):
+        out = ref.clone()
+        out[place] = wrong
+        if not torch.equal(out, ref):
+            assert _error(out, ref) > 0.1

@@ -73,8 +73,7 @@ def check_model(model: nn.Module, example: Example) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the example on {device}; move one to the other")
-        if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} holds NaN or infinity; a pruned filter cannot skip what is not finite")
+    _check_filters_are_finite(model)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"convolutions run on the CPU and on NVIDIA GPUs; move the model from {device} with .cpu()")
     if torch.is_autocast_enabled(device.type):
@@ -83,8 +82,18 @@ def check_model(model: nn.Module, example: Example) -> None:
         )
 
 
+def _check_filters_are_finite(model: nn.Module) -> None:
+    """Raises ValueError for a filter, its bias or a batch norm behind it that is not; other tensors may be infinite."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
+            for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if not torch.isfinite(tensor).all():
+                    where = f"{name}.{key}" if name else key
+                    raise ValueError(f"{where} holds NaN or infinity; a pruned filter cannot skip what is not finite")
+
+
 def outputs_on(model: nn.Module, example: Example) -> list[Tensor]:
-    """The tensors that a model makes of the example. Raises ValueError where it does not run or they are not finite."""
+    """The tensors that a model makes of the example. Raises ValueError where it does not run."""
     try:
         with torch.inference_mode():
             outputs = tensors_of(example.run(model))
@@ -93,8 +102,6 @@ def outputs_on(model: nn.Module, example: Example) -> list[Tensor]:
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = [tuple(x.shape) for x in example.tensors]
         raise ValueError(f"the example {shapes} does not run through the model: {error}") from error
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
-        raise ValueError("the model's output on the example holds NaN or infinity; use an example that it is for")
     return outputs
 
 

@@ -87,7 +87,7 @@ def _right_in_parts(network: nn.Module, example: Example, expected: list[Tensor]
             outputs = tensors_of(run_in_parts(network, example, count))
         except (RuntimeError, ValueError):
             return False
-        return all(reference.compare(out, ref) <= bound for out, ref in zip(outputs, expected, strict=True))
+        return all(_error(out, ref) <= bound for out, ref in zip(outputs, expected, strict=True))
 
     return [count for count in samples_to_try(network, example) if is_right(count)]
 
@@ -122,10 +122,20 @@ def _checked_error(network: nn.Module, example: Example, expected: list[Tensor],
     """The largest relative error of a converted network's outputs. Raises RuntimeError where it is not right."""
     bound = NETWORK_ERROR_BOUND[request.precision]
     pairs = zip(tensors_of(example.run(network)), expected, strict=True)
-    error = max((reference.compare(out, ref) for out, ref in pairs), default=0.0)
+    error = max((_error(out, ref) for out, ref in pairs), default=0.0)
     if not error <= bound:
         raise RuntimeError(
             f"the converted network differs from the original by {error:.1e} (bound {bound:.0e}); "
             "please report this with the model"
         )
     return error
+
+
+def _error(out: Tensor, ref: Tensor) -> float:
+    """The relative error of an output. Infinities and NaN are right where both have the same at the same places."""
+    if out.shape != ref.shape or not ref.is_floating_point():
+        return reference.compare(out, ref)
+    finite = torch.isfinite(ref)
+    if not torch.allclose(out[~finite], ref[~finite], equal_nan=True):
+        return float("inf")
+    return reference.compare(out.where(finite, 0.0), ref.where(finite, 0.0))
