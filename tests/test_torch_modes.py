@@ -100,6 +100,8 @@ def test_a_lazily_negated_view_keeps_its_sign(direct: SparseConv2d) -> None:
     negated = torch.complex(x, x).conj().imag
     assert negated.is_neg()
     assert torch.equal(direct(negated, residual), direct(-x, residual))
+    negated = torch.complex(residual, residual).conj().imag
+    assert torch.equal(direct(x, negated), direct(x, -residual))
 
 
 def _backward(layer: SparseConv2d, x: Tensor, residual: Tensor) -> None:

@@ -16,10 +16,10 @@ import torch
 from rich.text import Text
 from torch import Tensor, nn
 
-from escort import convert, reference
+from escort import convert
 from escort.methods.precision import float32_convolutions, float32_products
 from escort.network.check import Effort, tensors_of
-from escort.network.choose import NETWORK_ERROR_BOUND
+from escort.network.choose import NETWORK_ERROR_BOUND, output_error
 from escort.planner import timing
 from escort.planner.timing import Timer, Timing
 from escort.problem import TORCH_MEMORY_FORMAT, Precision
@@ -170,7 +170,7 @@ def check(way: Way, expected: Sequence[Tensor], bound: float) -> Result:
         pairs = list(zip(tensors_of(way.run()), expected, strict=True))
     except Exception as failure:  # of many kinds: compilers may be missing, or fail
         return Result(way.method, way.config, reason=_first_line(failure))
-    error = max((reference.compare(out, ref) for out, ref in pairs), default=0.0)
+    error = max((output_error(out, ref) for out, ref in pairs), default=0.0)
     reason = None if error <= bound else f"differs from the model in float64 by {error:.1e} (bound {bound:.0e})"
     return Result(way.method, way.config, rel_error=error, reason=reason)
 

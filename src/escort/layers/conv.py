@@ -19,7 +19,7 @@ from escort.filter import SparseFilter
 from escort.layers import runners
 from escort.layers.runners import Choice, RunnerCache
 from escort.methods import Runner
-from escort.planner.plan import Plan
+from escort.planner.plan import Layer, Plan
 from escort.problem import Activation, Epilogue, Problem
 
 #: How many input sizes a layer keeps runners for, and how many kinds of calls the operator does for all layers.
@@ -160,12 +160,7 @@ class SparseConv2d(nn.Module):
     ) -> None:
         super().__init__()
         problem = plan.problem
-        if (sparse_filter.shape, sparse_filter.groups) != (problem.weight_shape, problem.groups):
-            raise ValueError(f"the plan is for a filter of shape {problem.weight_shape}, got {sparse_filter.shape}")
-        planned = (problem.out_channels,) if problem.epilogue.bias else None
-        bias_shape = None if bias is None else tuple(bias.shape)
-        if bias_shape != planned:
-            raise ValueError(f"the plan is for a bias of shape {planned}, got {bias_shape}")
+        Layer(problem, sparse_filter, bias).check()
         for array in ("values", "columns", "indptr"):
             self.register_buffer(array, torch.from_numpy(getattr(sparse_filter, array)).to(problem.device))
         bias = None if bias is None else bias.detach().to(problem.device, torch.float32, copy=True)
@@ -238,7 +233,10 @@ class SparseConv2d(nn.Module):
         """
         if _is_compiling() or _is_tracing() or _modes() or _transforms() is not None or forward_ad._current_level >= 0:
             return self._by_operator(x, residual)
-        if x.requires_grad or type(x) not in _PLAIN or x.is_neg():  # a lazily negated view is resolved by the operator
+        # The operator resolves a lazily negated view.
+        if x.requires_grad or type(x) not in _PLAIN or x.is_neg():
+            return self._by_operator(x, residual)
+        if residual is not None and (type(residual) not in _PLAIN or residual.is_neg()):
             return self._by_operator(x, residual)
         run = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
         if run is None:

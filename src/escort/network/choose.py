@@ -49,7 +49,7 @@ def choose(
     with torch.inference_mode(), dense_in(request.precision, request.device):
         for candidate in candidates:
             error = _checked_error(candidate.network, example, expected, request)
-            samples = _right_in_parts(candidate.network, example, expected, request)
+            samples = samples_to_try(candidate.network, example)
             runs += [partial(run_in_parts, candidate.network, example, count) for count in samples]
             ways += [(candidate, error, count) for count in samples]
         (dense_us, *times_us), timer = race(runs, request.device)
@@ -76,27 +76,25 @@ def choose(
     return ConvertedModel(original if kept_dense else best.network, plan)
 
 
-def _right_in_parts(network: nn.Module, example: Example, expected: list[Tensor], request: Request) -> list[int | None]:
-    """How many samples may run at a time, as far as the outputs on the example show it: broadcasting may mix them."""
-    bound = NETWORK_ERROR_BOUND[request.precision]
-
-    def is_right(count: int | None) -> bool:
-        if count is None:
-            return True
-        try:
-            outputs = tensors_of(run_in_parts(network, example, count))
-        except (RuntimeError, ValueError):
-            return False
-        return all(_error(out, ref) <= bound for out, ref in zip(outputs, expected, strict=True))
-
-    return [count for count in samples_to_try(network, example) if is_right(count)]
-
-
 def samples_to_try(network: nn.Module, example: Example) -> list[int | None]:
-    """How many samples of the batch may run at a time: all, and on the CPU, where samples do not mix, a few."""
+    """How many samples of the batch may run at a time: all, and on the CPU, where samples do not mix, a few.
+
+    Broadcasting may mix them where no operation does, so what runs in parts must give the whole batch's outputs.
+    """
     if example.device.type != "cpu" or example.kwargs or batching.mixing(network) is not None:
         return [None]
-    return [None, *(count for count in _SAMPLES if count < len(example.args[0]))]
+    whole = tensors_of(example.run(network))
+    counts = [count for count in _SAMPLES if count < len(example.args[0])]
+    return [None, *(count for count in counts if _gives(whole, network, example, count))]
+
+
+def _gives(whole: list[Tensor], network: nn.Module, example: Example, count: int) -> bool:
+    try:
+        parts = tensors_of(run_in_parts(network, example, count))
+    except (RuntimeError, ValueError):
+        return False
+    bound = NETWORK_ERROR_BOUND["fp32"]  # all that the CPU computes in
+    return all(output_error(out, ref) <= bound for out, ref in zip(parts, whole, strict=True))
 
 
 def run_in_parts(network: nn.Module, example: Example, samples: int | None) -> Any:
@@ -122,7 +120,7 @@ def _checked_error(network: nn.Module, example: Example, expected: list[Tensor],
     """The largest relative error of a converted network's outputs. Raises RuntimeError where it is not right."""
     bound = NETWORK_ERROR_BOUND[request.precision]
     pairs = zip(tensors_of(example.run(network)), expected, strict=True)
-    error = max((_error(out, ref) for out, ref in pairs), default=0.0)
+    error = max((output_error(out, ref) for out, ref in pairs), default=0.0)
     if not error <= bound:
         raise RuntimeError(
             f"the converted network differs from the original by {error:.1e} (bound {bound:.0e}); "
@@ -131,11 +129,11 @@ def _checked_error(network: nn.Module, example: Example, expected: list[Tensor],
     return error
 
 
-def _error(out: Tensor, ref: Tensor) -> float:
+def output_error(out: Tensor, ref: Tensor) -> float:
     """The relative error of an output. Infinities and NaN are right where both have the same at the same places."""
     if out.shape != ref.shape or not ref.is_floating_point():
         return reference.compare(out, ref)
     finite = torch.isfinite(ref)
-    if not torch.allclose(out[~finite], ref[~finite], equal_nan=True):
+    if not torch.allclose(out[~finite].double(), ref[~finite].double(), equal_nan=True):
         return float("inf")
     return reference.compare(out.where(finite, 0.0), ref.where(finite, 0.0))

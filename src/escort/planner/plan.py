@@ -25,11 +25,11 @@ class Layer(NamedTuple):
         """Raises ValueError where filter or bias are not those of the problem."""
         problem, found = self.problem, (self.sparse_filter.shape, self.sparse_filter.groups)
         if found != (problem.weight_shape, problem.groups):
-            raise ValueError(f"the problem has a filter of shape {problem.weight_shape}, got {found[0]}")
+            raise ValueError(f"the plan is for a filter of shape {problem.weight_shape}, got {found[0]}")
         expected = (problem.out_channels,) if problem.epilogue.bias else None
         shape = None if self.bias is None else tuple(self.bias.shape)
         if shape != expected:
-            raise ValueError(f"the problem has a bias of shape {expected}, got {shape}")
+            raise ValueError(f"the plan is for a bias of shape {expected}, got {shape}")
 
 
 @dataclass(frozen=True)
