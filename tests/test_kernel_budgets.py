@@ -18,7 +18,7 @@ from escort.methods.cuda.generated import GeneratedConfig
 from escort.methods.cuda.generated.codegen import arrange_defines
 from escort.methods.cuda.generated.steps import KernelSteps
 from escort.problem import Problem
-from tests.cuda_kernels import ARCHS
+from tests.cuda.kernels import ARCHS
 
 #: Source, macros and the most registers per thread.
 Variant = tuple[str, dict[str, int | str], int]

@@ -12,34 +12,9 @@ import torch
 
 from escort.cuda.kernel import Kernel, kernel
 from escort.cuda.launch import TensorMap
-from tests.cuda_kernels import (
-    SHARED,
-    THREADS,
-    FakeDriver,
-    Status,
-    bind,
-    fill_map,
-    install,
-    tensor,
-    write_scale,
-)
+from tests.cuda.kernels import SHARED, THREADS, FakeDriver, Status, bind, fill_map, tensor
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-@pytest.fixture
-def scale(tmp_path: Path) -> Path:
-    return write_scale(tmp_path)
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    return install(monkeypatch)
-
-
-@pytest.fixture
-def compiled(driver: FakeDriver, scale: Path) -> Kernel:
-    return kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))
 
 
 def test_launch_passes_what_it_is_given(compiled: Kernel, driver: FakeDriver) -> None:

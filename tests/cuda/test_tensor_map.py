@@ -10,27 +10,9 @@ import torch
 from escort.cuda.kernel import kernel
 from escort.cuda.launch import TensorMap
 from escort.cuda.tensor_map import im2col, tiled
-from tests.cuda_kernels import (
-    THREADS,
-    FakeDriver,
-    Status,
-    Tensor,
-    fill_map,
-    install,
-    write_copy,
-)
+from tests.cuda.kernels import THREADS, FakeDriver, Status, Tensor, fill_map
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    return write_copy(tmp_path)
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    return install(monkeypatch)
 
 
 SIZES = (64, 13, 9, 5)

@@ -13,24 +13,9 @@ import torch
 
 from escort.cuda import cache, compiler
 from escort.cuda.compiler import Text
-from tests.cuda_kernels import (
-    ARCHS,
-    SCALE,
-    write_copy,
-    write_scale,
-)
+from tests.cuda.kernels import ARCHS, SCALE
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-@pytest.fixture
-def scale(tmp_path: Path) -> Path:
-    return write_scale(tmp_path)
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    return write_copy(tmp_path)
 
 
 @pytest.fixture

@@ -11,31 +11,9 @@ import torch
 
 from escort.cuda.compiler import Text
 from escort.cuda.kernel import Kernel, kernel
-from tests.cuda_kernels import (
-    THREADS,
-    FakeDriver,
-    Status,
-    bind,
-    install,
-    write_scale,
-)
+from tests.cuda.kernels import THREADS, FakeDriver, Status, bind
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-@pytest.fixture
-def scale(tmp_path: Path) -> Path:
-    return write_scale(tmp_path)
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    return install(monkeypatch)
-
-
-@pytest.fixture
-def compiled(driver: FakeDriver, scale: Path) -> Kernel:
-    return kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))
 
 
 def test_without_a_gpu(scale: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from escort.cuda.kernel import Kernel, kernel
 from escort.cuda.params import pack
-from tests.cuda_kernels import FakeDriver, install, tensor, write_scale
+from tests.cuda.kernels import FakeDriver, tensor
 
 #: y = divisor.magic * factor + first + last, of the struct that is Params here.
 STRUCT = """
@@ -42,22 +42,17 @@ class Params:
     last: int
 
 
+@pytest.fixture
+def compiled(driver: FakeDriver, scale: Path) -> Kernel:
+    """A kernel with the parameters (pointer, struct, int)."""
+    driver.parameters = [ctypes.c_void_p, ctypes.c_char * 24, ctypes.c_int]
+    return kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))
+
+
 PARAMS = Params(-3, Divisor(2**32 - 1), 0.5, True, 9)
 
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    return install(monkeypatch)
-
-
-@pytest.fixture
-def compiled(driver: FakeDriver, tmp_path: Path) -> Kernel:
-    """A kernel with the parameters (pointer, struct, int)."""
-    driver.parameters = [ctypes.c_void_p, ctypes.c_char * 24, ctypes.c_int]
-    return kernel(write_scale(tmp_path), {"FACTOR": 2}, torch.device("cuda:0"))
 
 
 def test_a_dataclass_is_packed_as_c_lays_it_out() -> None:
