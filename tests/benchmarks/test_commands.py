@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from benchmarks.__main__ import app
+from tests.benchmarks.invoking import invoke, succeed, succeed_json
 
 TINY = "tests.benchmarks.small:tiny"
 
@@ -20,20 +18,6 @@ TINY = "tests.benchmarks.small:tiny"
 def restore_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Naming a model puts the working directory on the import path, for good."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-
-
-def invoke(*args: object) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def succeed(*args: object) -> Result:
-    result = invoke(*args)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def succeed_json(*args: object) -> dict[str, Any]:
-    return json.loads(succeed(*args, "--json").stdout)
 
 
 def test_layers_of_a_pattern_file(tmp_path: Path) -> None:

@@ -8,18 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from benchmarks import counters, suite
-from benchmarks.__main__ import app
 from benchmarks.result_files import read_results
 from benchmarks.suite import Row
+from tests.benchmarks.invoking import invoke
 from tests.benchmarks.small import write_patterns
-
-
-def invoke(*args: object) -> Any:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
 
 SMALL_RUN = (
     "--device",

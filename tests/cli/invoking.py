@@ -1,24 +1,9 @@
-"""Commands as a user types them."""
+"""The commands of escort as a user types them."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
-from typer.testing import CliRunner, Result
-
 from escort.cli import app
+from tests.invoking import Invoking
 
-
-def invoke(*args: object) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def succeed(*args: object) -> Result:
-    result = invoke(*args)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def succeed_json(*args: object) -> dict[str, Any]:
-    return json.loads(succeed(*args, "--json").stdout)
+_escort = Invoking(app)
+invoke, succeed, succeed_json = _escort.invoke, _escort.succeed, _escort.succeed_json
