@@ -13,7 +13,7 @@ import torch
 from escort import methods, reference
 from escort.filter import SparseFilter
 from escort.layers import SparseConv2d, runners
-from escort.layers.conv import sparse_conv2d
+from escort.layers.operator import sparse_conv2d
 from escort.methods import by_name, for_device
 from escort.planner.machine import Machine
 from escort.planner.plan import Plan
@@ -94,11 +94,9 @@ def test_a_filter_or_bias_of_another_problem_is_refused() -> None:
             SparseConv2d(layer.filter, bias, layer.plan)
 
 
-def test_training_and_other_dtypes_are_refused() -> None:
+def test_a_layer_stays_in_eval_and_in_its_dtype() -> None:
     layer, *_ = a_layer()
-    with pytest.raises(RuntimeError, match="features.3 is for inference"):
-        layer.train()
-    assert layer.eval() is layer
+    assert layer.train() is layer.eval() is layer and not layer.training
     with pytest.raises(TypeError, match="features.3 computes in torch.float32 only; convert the model again"):
         layer.half()
     assert layer.values.dtype is torch.float32 and layer.float() is layer.to(torch.float32) is layer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from escort import prune
 
@@ -69,3 +69,20 @@ class Masked(nn.Module):
         y = F.relu(self.conv(x)) * factor
         y = y if mask is None else y * mask
         return self.other(y) if bias is None else self.other(y) + bias
+
+
+class Checked(nn.Module):
+    """Checks shapes by hand, in the ways that people do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 4 and x.shape[1] == 3, f"got {x.shape}"
+        _, channels, height, width = x.shape
+        if channels != 3 or not height > 2:
+            raise ValueError(f"too small: {height}")
+        if width % 3:
+            raise ValueError("width must be divisible by three")
+        return self.conv(x)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
 from escort.network.check import Request
+from escort.network.example import Example
 from escort.network.fused import FusedConv2d
-from escort.network.passes.fuse import fuse
+from escort.network.original import plain_copy
+from escort.network.passes import fuse
 from escort.network.trace import trace
 from escort.reference import compare
 
@@ -60,12 +62,19 @@ SAMPLES = torch.randn(2, 3, 10, 9, generator=torch.Generator().manual_seed(1))
 MORE = torch.randn(3, 3, 7, 12, generator=torch.Generator().manual_seed(2))
 
 
+def traced(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
+    """The graph of a copy of a model that can be traced as a whole."""
+    network, why_not = trace(plain_copy(model), Example(args, kwargs))
+    assert isinstance(network, fx.GraphModule), why_not
+    return network
+
+
 class Fused:
     """A model traced and fused, checked against the model itself."""
 
     def __init__(self, model: nn.Module, *example: Tensor, others: tuple[Tensor, ...] = ()) -> None:
         state = {name: value.clone() for name, value in model.state_dict().items()}
-        self.network, self.skipped = fuse(trace(model, example), ON_CPU)
+        self.network, self.skipped = fuse.rewrite(traced(model, *example), ON_CPU)
         self.convs = {n: m for n, m in self.network.named_modules() if isinstance(m, FusedConv2d)}
         with torch.no_grad():
             for inputs in (example, *((x,) for x in others)):

@@ -63,8 +63,13 @@ def with_nan(model: nn.Module) -> nn.Module:
     ("model", "example", "error", "says"),
     [
         (lambda: Small().train(), torch.randn(1, 3, 8, 8), ValueError, r"training mode; call model.eval\(\)"),
-        (lambda: pruned(Small()), [1, 2], TypeError, "tensor or a tuple of tensors"),
-        (lambda: pruned(Small()), (), TypeError, "tensor or a tuple of tensors"),
+        (
+            lambda: pruned(Small()),
+            [1, 2],
+            TypeError,
+            "a tensor or a tuple of its arguments; there is no tensor in list",
+        ),
+        (lambda: pruned(Small()), (), TypeError, "a tensor or a tuple of its arguments"),
         (lambda: pruned(Small()), torch.randn(1, 3, 8, 8, device="meta"), ValueError, "is on cpu, the example on meta"),
         (lambda: with_nan(pruned(Small())), torch.randn(1, 3, 8, 8), ValueError, "second.weight holds NaN"),
         (lambda: nn.Linear(3, 4).eval(), torch.randn(1, 3), ValueError, "no 2-d convolution"),
@@ -156,9 +161,8 @@ def test_unknown_methods_are_named(names: Any, error: type[Exception], says: str
 @pytest.mark.parametrize(
     ("kwargs", "says"),
     [
-        ({"scale": 2.0}, "example_kwargs holds tensors, and scale is a float; leave it out"),
-        ([torch.ones(1)], "example_kwargs holds tensors by name, got list"),
-        ({1: torch.ones(1)}, "example_kwargs holds tensors by name"),
+        ([torch.ones(1)], "example_kwargs holds arguments by name, got list"),
+        ({1: torch.ones(1)}, "example_kwargs holds arguments by name"),
     ],
 )
 def test_bad_examples_by_name_are_named(kwargs: Any, says: str) -> None:

@@ -14,8 +14,8 @@ from escort.methods.cuda.sparse_tc.split import split
 from escort.network.check import Request
 from escort.network.fused import FusedConv2d
 from escort.network.passes import channels_last, fuse
-from escort.network.trace import trace
 from escort.problem import Precision, Problem
+from tests.network.patterns import traced
 
 FREE = {"stem", "reduce", "spatial", "expand", "again"}  # whose outputs convolutions alone read, or add
 
@@ -66,7 +66,7 @@ def on_gpu(precision: Precision) -> Request:
 
 
 def fused(model: nn.Module, x: Tensor) -> torch.fx.GraphModule:
-    network, skipped = fuse.fuse(trace(model, x), on_gpu("fp32"))
+    network, skipped = fuse.rewrite(traced(model, x), on_gpu("fp32"))
     assert not skipped
     return network
 

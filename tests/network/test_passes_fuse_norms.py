@@ -11,18 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from escort.network.passes.fuse import fuse
-from escort.network.trace import trace
+from escort.network.passes import fuse
 from escort.reference import compare
-from tests.network.patterns import MORE, ON_CPU, SAMPLES, Fused, Net, fused, with_statistics
+from tests.network.patterns import MORE, ON_CPU, SAMPLES, Fused, Net, fused, traced, with_statistics
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_norms_fold_into_half_precision_with_one_rounding(dtype: torch.dtype) -> None:
     model = Net(lambda net, x: net.relu(net.norm2(net.conv2(net.relu(net.norm(net.conv(x))))))).to(dtype)
     exact = copy.deepcopy(model).double()
-    network, _ = fuse(trace(model, SAMPLES.to(dtype)), ON_CPU)
-    folded, _ = fuse(trace(exact, SAMPLES.double()), ON_CPU)
+    network, _ = fuse.rewrite(traced(model, SAMPLES.to(dtype)), ON_CPU)
+    folded, _ = fuse.rewrite(traced(exact, SAMPLES.double()), ON_CPU)
     for name in ("conv", "conv2"):
         for part in ("weight", "bias"):
             ours, theirs = (net.get_submodule(name).conv.get_parameter(part) for net in (network, folded))
@@ -40,7 +39,7 @@ def test_a_norm_that_float16_cannot_hold_is_not_folded() -> None:
         model.norm.running_var.zero_()  # epsilon makes it a scale of 316 more, and the weights 95000
     model.half()
     x = 1e-3 * SAMPLES.half()
-    network, _ = fuse(trace(model, x), ON_CPU)
+    network, _ = fuse.rewrite(traced(model, x), ON_CPU)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 1
     with torch.no_grad():
         assert model(x).isfinite().all() and compare(network(x), model(x)) < 2e-3
@@ -84,7 +83,7 @@ def test_functional_norms(norm: Callable[[Any, Any], Any], folds: bool) -> None:
 
 
 def test_a_norm_in_training_mode_is_not_folded() -> None:
-    graph_module = trace(Net(lambda net, x: net.norm(net.conv(x))), SAMPLES)
+    graph_module = traced(Net(lambda net, x: net.norm(net.conv(x))), SAMPLES)
     graph_module.norm.train()
-    network, _ = fuse(graph_module, ON_CPU)
+    network, _ = fuse.rewrite(graph_module, ON_CPU)
     assert isinstance(network.norm, nn.BatchNorm2d)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from escort.network.fused import FusedConv2d
-from escort.network.passes.fuse import fuse
-from escort.network.trace import trace
-from tests.network.patterns import ON_CPU, SAMPLES, Fused, Net, masked
+from escort.network.passes import fuse
+from tests.network.patterns import ON_CPU, SAMPLES, Fused, Net, masked, traced
 
 
 def masked_twice(net: Net) -> None:
@@ -49,7 +48,7 @@ def test_the_weight_in_effect_is_taken(change: Callable[[Net], Any], exported: b
     change(net)
     expected = net(SAMPLES)
     model = torch.export.export(net, (SAMPLES,)).module() if exported else net
-    network, skipped = fuse(trace(model, SAMPLES), ON_CPU)
+    network, skipped = fuse.rewrite(traced(model, SAMPLES), ON_CPU)
     torch.testing.assert_close(network(SAMPLES), expected)
     assert not skipped and isinstance(network.conv, FusedConv2d) and network.conv.activation == "relu"
     effective = F.conv2d(SAMPLES, network.conv.conv.weight, network.conv.conv.bias, padding=1).relu()

@@ -63,7 +63,11 @@ def test_modules_are_replaced_where_they_stand(traced: bool) -> None:
     model = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.ReLU(), nn.AvgPool2d(2), nn.MaxPool2d((2, 1), ceil_mode=True))
     x = torch.randn(2, 3, 17, 18)
     expected = model(x)
-    network, _ = pool.rewrite(fx.symbolic_trace(model) if traced else model, ON_CPU)
+    network: nn.Module = model
+    if traced:
+        network, _ = pool.rewrite(fx.symbolic_trace(model), ON_CPU)
+    else:
+        pool.replace_modules(model)
     assert pools(network) == 2 and [name for name, _ in network.named_children()] == ["0", "1", "2", "3"]
     assert torch.equal(network(x), expected)
 
@@ -72,7 +76,14 @@ class Own(nn.MaxPool2d):
     """A subclass may compute anything."""
 
 
-@pytest.mark.parametrize("module", [nn.MaxPool2d(2, return_indices=True), Own(2)])
+def hooked() -> nn.Module:
+    module = nn.MaxPool2d(2)
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+@pytest.mark.parametrize("module", [nn.MaxPool2d(2, return_indices=True), Own(2), hooked()])
 def test_modules_that_do_something_else_stay(module: nn.Module) -> None:
-    network, _ = pool.rewrite(nn.Sequential(module), ON_CPU)
+    network = nn.Sequential(module)
+    pool.replace_modules(network)
     assert pools(network) == 0

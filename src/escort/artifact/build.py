@@ -18,7 +18,7 @@ from escort.layers import SparseConv2d
 from escort.methods import for_device
 from escort.network.fused import unsupported
 from escort.network.model import NetworkPlan
-from escort.network.trace import plain_copy
+from escort.network.original import plain_copy
 from escort.planner import Plan
 from escort.problem import Problem
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from escort import convert
 from escort.methods.precision import float32_convolutions, float32_products
-from escort.network.check import Effort, tensors_of
-from escort.network.choose import NETWORK_ERROR_BOUND, output_error
+from escort.network.check import Effort
+from escort.network.choose import NETWORK_ERROR_BOUND
+from escort.network.values import output_error, tensors_of
 from escort.planner import timing
 from escort.planner.timing import Timer, Timing
 from escort.problem import TORCH_MEMORY_FORMAT, Precision

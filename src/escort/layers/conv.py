@@ -1,129 +1,29 @@
-"""A convolution that holds a compressed filter and a plan, and the operator of torch behind it.
-
-The operator is for torch.compile and torch.export. Everything that it needs is in its arguments, so an exported program
-carries its filters with it.
-"""
+"""A convolution that holds a compressed filter and a plan, in the place of the one that it was made from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from escort.filter import SparseFilter
 from escort.layers import runners
+from escort.layers.operator import output_shape, sparse_conv2d
 from escort.layers.runners import Choice, RunnerCache
+from escort.layers.weight import DenseWeight
 from escort.methods import Runner
+from escort.methods.base import apply_epilogue
 from escort.planner.plan import Layer, Plan
 from escort.problem import Activation, Epilogue, Problem
 
-#: How many input sizes a layer keeps runners for, and how many kinds of calls the operator does for all layers.
-_MOST_SIZES, _MOST_CALLS = 64, 1024
-
-# `spec` is a :class:`Choice` as JSON: one string costs less per call than its dozens of values would.
-torch.library.define(
-    "escort::sparse_conv2d",
-    "(Tensor x, Tensor? residual, Tensor values, Tensor columns, Tensor indptr, Tensor? bias, str spec) -> Tensor",
-)
-
-#: Runners of the operator. An entry keeps its filter alive, so that an address in a key is never another filter's.
-_runners: RunnerCache[tuple[Runner, tuple[torch.Tensor | None, ...]]] = RunnerCache(_MOST_CALLS)
-
-
-@torch.library.impl("escort::sparse_conv2d", ("CPU", "CUDA"))
-def _sparse_conv2d(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    values: torch.Tensor,
-    columns: torch.Tensor,
-    indptr: torch.Tensor,
-    bias: torch.Tensor | None,
-    spec: str,
-) -> torch.Tensor:
-    version = 0 if values.is_inference() else values._version
-    key: tuple[object, ...] = (x.shape[1:], x.dtype, x.device, residual is None, spec)
-    key += (values.data_ptr(), columns.data_ptr(), indptr.data_ptr(), version)
-    if bias is not None:
-        key += (bias.data_ptr(), 0 if bias.is_inference() else bias._version)
-    entry = _runners.get(key)
-    if entry is None:
-        run = _operator_runner(x, residual, (values, columns, indptr), bias, Choice.from_json(spec))
-        entry = run, (values, columns, indptr, bias)
-        _runners.add(key, entry)
-    return entry[0](x, residual)
-
-
-def _operator_runner(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    arrays: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    bias: torch.Tensor | None,
-    choice: Choice,
-) -> Runner:
-    """A runner for a new kind of call, or the error that the call deserves."""
-    planned, device = choice.problem, arrays[0].device
-    if x.dtype is not planned.storage or x.device != device:
-        raise ValueError(
-            f"sparse_conv2d takes {planned.storage} on the filter's device, {device}, got {x.dtype} on {x.device}"
-        )
-    if x.ndim != 4 or x.shape[1] != planned.in_channels:
-        raise ValueError(f"sparse_conv2d takes (N, {planned.in_channels}, H, W), got shape {tuple(x.shape)}")
-    runners.check_not_capturing(device)
-    values, columns, indptr = (tensor.cpu().numpy() for tensor in arrays)
-    sparse_filter = SparseFilter(planned.weight_shape, planned.groups, indptr, columns, values)
-    epilogue = Epilogue(bias is not None, residual is not None, planned.epilogue.activation)
-    batch, _, height, width = x.shape
-    problem = replace(planned, batch=batch, height=height, width=width, device=str(device), epilogue=epilogue)
-    return runners.prepare(problem, sparse_filter, bias, choice)
-
-
-@torch.library.register_fake("escort::sparse_conv2d")
-def _empty_result(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    """A tensor like the operator's result; sizes may be symbols."""
-    problem = Choice.from_json(others[-1]).problem
-    kernel_size, stride, dilation = problem.kernel_size, problem.stride, problem.dilation
-    size = [
-        (x.shape[2 + i] + sum(problem.padding[2 * i : 2 * i + 2]) - (kernel_size[i] - 1) * dilation[i] - 1) // stride[i]
-        + 1
-        for i in (0, 1)
-    ]
-    y = x.new_empty((x.shape[0], problem.out_channels, *size))
-    return y.contiguous(memory_format=problem.torch_memory_format)
-
-
-sparse_conv2d: Callable[..., torch.Tensor] = torch.ops.escort.sparse_conv2d.default
-
-
-def _over_batches(
-    info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, residual: torch.Tensor | None, *others: Any
-) -> tuple[torch.Tensor, int]:
-    """The rule for ``vmap``: a batch of batches is one larger batch. The filter is the same for all."""
-    if any(dim is not None for dim in in_dims[2:]):
-        raise ValueError(
-            "vmap over the filter or bias of a sparse_conv2d is not supported; pass them with in_dims None"
-        )
-
-    def flat(tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
-        tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        return tensor.flatten(0, 1)
-
-    y = sparse_conv2d(flat(x, in_dims[0]), None if residual is None else flat(residual, in_dims[1]), *others)
-    return y.unflatten(0, (info.batch_size, -1)), 0
-
-
-torch.library.register_vmap("escort::sparse_conv2d", _over_batches)
-
-
-@register_flop_formula(torch.ops.escort.sparse_conv2d)
-def _flop(x: torch.Size, residual: Any, values: torch.Size, *others: Any, out_shape: torch.Size, **_: Any) -> int:
-    """The real work: a multiplication and an addition per nonzero and output position. Tensors come as their shapes."""
-    return 2 * values[0] * out_shape[0] * out_shape[2] * out_shape[3]
-
+#: How many input sizes a layer keeps runners for.
+_MOST_SIZES = 64
 
 #: What observes or transforms torch's operators must see an operator and not a kernel that is handed memory: traces,
 #: ``make_fx`` and fake tensors (modes), ``vmap`` and its like (transforms). Asked once per call, so each by its fastest
@@ -133,6 +33,13 @@ _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.pe
 _PLAIN = frozenset((torch.Tensor, nn.Parameter))
 
 
+def _is_observed() -> bool:
+    """Whether anything but a plain call sees what the layer does."""
+    if _is_compiling() or _is_tracing() or _modes() > 0:
+        return True
+    return _transforms() is not None or bool(forward_ad._current_level >= 0)
+
+
 class SparseConv2d(nn.Module):
     """Equivalent to ``activation(F.conv2d(x, w, bias, ...) + residual)``, run as its plan says. Inference only.
 
@@ -140,11 +47,17 @@ class SparseConv2d(nn.Module):
     it. Where the config does not fit a size, or compiling for it would take long, another one runs it (see
     :func:`escort.layers.runners.prepare`).
 
+    To the code around it, it is the convolution that it was made from: `weight`, `bias`, `in_channels` and so on. Its
+    one parameter is empty; it is frozen, and of the type and on the device of the weights. A bias or values that are
+    written to, or that ``load_state_dict`` brings, count from the next call on.
+
     Args:
         sparse_filter: the weights, (K, C / groups, R, S).
         bias: (K,) or None.
         plan: what :func:`escort.planner.plan_layer` chose; its problem says what the layer computes.
         name: what errors call this layer.
+        unfolded: what `weight` shows, where a batch norm was folded into `sparse_filter`, or its channels were put
+            into another order.
 
     Raises:
         ValueError: where filter or bias are not those of the plan's problem.
@@ -156,19 +69,60 @@ class SparseConv2d(nn.Module):
     bias: torch.Tensor | None
 
     def __init__(
-        self, sparse_filter: SparseFilter, bias: torch.Tensor | None, plan: Plan, name: str = "SparseConv2d"
+        self,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        plan: Plan,
+        name: str = "SparseConv2d",
+        unfolded: SparseFilter | None = None,
     ) -> None:
         super().__init__()
         problem = plan.problem
         Layer(problem, sparse_filter, bias).check()
-        for array in ("values", "columns", "indptr"):
-            self.register_buffer(array, torch.from_numpy(getattr(sparse_filter, array)).to(problem.device))
-        bias = None if bias is None else bias.detach().to(problem.device, torch.float32, copy=True)
-        self.register_buffer("bias", bias)
-        self.plan, self.name = plan, name
-        self._spec = Choice.of(plan).to_json()
         self._runners: RunnerCache[Runner] = RunnerCache(_MOST_SIZES)
+        self._versions = -1
+        with torch.inference_mode(False):  # tensors made inside of it could not be followed, or moved outside of it
+            for array in ("values", "columns", "indptr"):
+                self.register_buffer(array, torch.from_numpy(getattr(sparse_filter, array)).to(problem.device))
+            bias = None if bias is None else bias.detach().to(problem.device, torch.float32, copy=True)
+            self.register_buffer("bias", bias)
+            empty = torch.empty(0, dtype=problem.storage, device=problem.device)
+            self.register_parameter("frozen", nn.Parameter(empty, requires_grad=False))
+        self.plan, self.name, self.unfolded = plan, name, unfolded
+        self._spec = Choice.of(plan).to_json()
+        self._follow()
         super().train(False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight, read only, without any batch norm; each computation with it makes a new copy."""
+
+        problem = self.plan.problem
+        if _is_observed():
+            return self._dense()
+        return DenseWeight(self._dense, problem.weight_shape, problem.storage, self.values.device)
+
+    def _dense(self) -> torch.Tensor:
+        """The weight as a new tensor, by torch's operators, which may be traced."""
+        problem, device = self.plan.problem, self.values.device
+        values, columns, indptr = self.values, self.columns, self.indptr
+        if (original := self.unfolded) is not None:
+            arrays = original.values, original.columns, original.indptr
+            values, columns, indptr = (torch.from_numpy(array).to(device) for array in arrays)
+        channels = torch.arange(problem.out_channels, device=device)
+        channels = channels.repeat_interleave(indptr.diff(), output_size=len(values))
+        dense = values.new_zeros(problem.out_channels, math.prod(problem.weight_shape[1:]))
+        return dense.index_put((channels, columns.long()), values).reshape(problem.weight_shape).to(problem.storage)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"the weight of {self.name} is compressed and cannot be set; set it in the original model and convert "
+                "that again"
+            )
+        super().__setattr__(name, value)
+        if name in ("values", "bias") and "_versions" in self.__dict__:
+            self._follow()
 
     @property
     def in_channels(self) -> int:
@@ -187,9 +141,10 @@ class SparseConv2d(nn.Module):
         return self.plan.problem.stride
 
     @property
-    def padding(self) -> tuple[int, int, int, int]:
-        """Zeros added (top, bottom, left, right)."""
-        return self.plan.problem.padding
+    def padding(self) -> tuple[int, ...]:
+        """Zeros added on both sides of rows and columns; (top, bottom, left, right) where sides differ."""
+        top, bottom, left, right = self.plan.problem.padding
+        return (top, left) if (top, left) == (bottom, right) else (top, bottom, left, right)
 
     @property
     def dilation(self) -> tuple[int, int]:
@@ -209,6 +164,18 @@ class SparseConv2d(nn.Module):
         return self.plan.problem.epilogue.residual
 
     @property
+    def padding_mode(self) -> str:
+        return "zeros"
+
+    @property
+    def transposed(self) -> bool:
+        return False
+
+    @property
+    def output_padding(self) -> tuple[int, int]:
+        return (0, 0)
+
+    @property
     def filter(self) -> SparseFilter:
         indptr, columns, values = (tensor.cpu().numpy() for tensor in (self.indptr, self.columns, self.values))
         return SparseFilter(self.plan.problem.weight_shape, self.groups, indptr, columns, values)
@@ -217,33 +184,39 @@ class SparseConv2d(nn.Module):
         """The problem of this convolution on an input of shape (batch, in_channels, height, width)."""
         return replace(self.plan.problem, batch=batch, height=height, width=width, device=str(self.values.device))
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:  # noqa: A002
         """Runs the convolution.
 
         Args:
-            x: (N, C, H, W) in the plan's precision.
-            residual: (N, K, out_height, out_width) likewise, if the layer was made for one.
+            input: (N, C, H, W) in the plan's precision; called as ``nn.Conv2d`` calls it.
+            residual: what is added, if the layer was made for it. Of shape (N, K, out_height, out_width) it is added
+                within the kernel, of another one that broadcasts behind it.
 
         Returns:
-            (N, K, out_height, out_width) in the plan's memory format; x and residual may lie in any.
+            (N, K, out_height, out_width) in the plan's memory format; input and residual may lie in any.
 
         Raises:
             ValueError, TypeError: naming the layer and the remedy.
             RuntimeError: where a gradient would be needed, or a CUDA graph is captured from the first call on a size.
         """
-        if _is_compiling() or _is_tracing() or _modes() or _transforms() is not None or forward_ad._current_level >= 0:
+        x = input
+        if _is_observed():
             return self._by_operator(x, residual)
         # The operator resolves a lazily negated view.
         if x.requires_grad or type(x) not in _PLAIN or x.is_neg():
             return self._by_operator(x, residual)
         if residual is not None and (type(residual) not in _PLAIN or residual.is_neg()):
             return self._by_operator(x, residual)
+        if sum(tensor._version for tensor in self._followed) != self._versions:
+            self._follow()
         run = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
         if run is None:
             run = self._prepare(x, residual)
         try:
             return run(x, residual)
         except ValueError as error:
+            if residual is not None and self._broadcasts(x, residual):
+                return self._add_behind(self._without_epilogue(x)(x), residual)
             raise ValueError(f"{self.name}: {error}") from error
 
     def _by_operator(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -254,7 +227,45 @@ class SparseConv2d(nn.Module):
                 raise RuntimeError(
                     f"{self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()"
                 )
-        return sparse_conv2d(x, residual, self.values, self.columns, self.indptr, self.bias, self._spec)
+        arrays = self.values, self.columns, self.indptr, self.bias
+        if residual is not None and self._broadcasts(x, residual):
+            choice = replace(Choice.of(self.plan), problem=self._plain(self.plan.problem))
+            return self._add_behind(sparse_conv2d(x, None, *arrays, choice.to_json()), residual)
+        return sparse_conv2d(x, residual, *arrays, self._spec)
+
+    def _broadcasts(self, x: torch.Tensor, residual: torch.Tensor) -> bool:
+        """Whether a residual is not of the result's shape, but can be added to it."""
+        if not _is_compiling() and _is_tracing():  # sizes are tensors, and a trace is of one size
+            return False
+        shape = output_shape(self.plan.problem, x)
+        if not self.residual or residual.shape == shape or residual.dtype is not x.dtype or residual.ndim > 4:
+            return False
+        sizes = zip(reversed(residual.shape), reversed(shape), strict=False)
+        return all(a == b or a == 1 or b == 1 for a, b in sizes)
+
+    def _add_behind(self, y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The epilogue by torch's operators: what is added may be larger than the convolution's result, or smaller."""
+        return apply_epilogue(y + residual, None, self.activation)
+
+    @staticmethod
+    def _plain(problem: Problem) -> Problem:
+        return replace(problem, epilogue=Epilogue(problem.epilogue.bias))
+
+    def _without_epilogue(self, x: torch.Tensor) -> Runner:
+        """A runner of the convolution alone."""
+        key = x.shape[1:], x.dtype, x.device, "alone"
+        run = self._runners.get(key)
+        if run is None:
+            run = self._make_runner(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]), alone=True)
+            self._runners.add(key, run)
+        return run
+
+    def _follow(self) -> None:
+        """Lets go of the runners, which hold copies of bias and values as they were; notes what they are now."""
+        self._runners.clear()
+        tensors = self._buffers.get("values"), self._buffers.get("bias", self._parameters.get("bias"))
+        self._followed = tuple(tensor for tensor in tensors if tensor is not None and not tensor.is_inference())
+        self._versions = sum(tensor._version for tensor in self._followed)
 
     def prepare(self) -> None:
         """Does what the first call on the plan's input size would do: lays out tables, compiles a kernel.
@@ -282,21 +293,23 @@ class SparseConv2d(nn.Module):
         return self._lay_out(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]))
 
     def _lay_out(self, batch: int, height: int, width: int) -> Runner:
-        problem, device = self.plan.problem, self.values.device
+        run = self._make_runner(batch, height, width)
+        shape = torch.Size((self.in_channels, height, width))
+        self._runners.add((shape, self.plan.problem.storage, self.values.device, not self.residual), run)
+        return run
+
+    def _make_runner(self, batch: int, height: int, width: int, *, alone: bool = False) -> Runner:
         try:
-            runners.check_not_capturing(device)
-            at_size = self.problem(batch, height, width)
-            run = runners.prepare(at_size, self.filter, self.bias, Choice.of(self.plan), self.name)
+            runners.check_not_capturing(self.values.device)
+            problem = self.problem(batch, height, width)
+            problem = self._plain(problem) if alone else problem
+            return runners.prepare(problem, self.filter, self.bias, Choice.of(self.plan), self.name)
         except (ValueError, RuntimeError) as error:
             kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)
             raise next(kind for kind in kinds if isinstance(error, kind))(f"{self.name}: {error}") from error
-        shape = torch.Size((self.in_channels, height, width))
-        self._runners.add((shape, problem.storage, device, not self.residual), run)
-        return run
 
     def train(self, mode: bool = True) -> SparseConv2d:
-        if mode:
-            raise RuntimeError(f"{self.name} is for inference only: fine-tune the pruned model and convert it again")
+        """Changes nothing: within a model in training the layer stays as it is, as a frozen batch norm does."""
         return self
 
     def check_move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -322,21 +335,38 @@ class SparseConv2d(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(keep_dtype, recurse)
-        self._runners.clear()
+        with torch.inference_mode(False):
+            super()._apply(keep_dtype, recurse)
+        self._follow()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: runners hold kernels and pointers, and are made anew where the copy runs."""
-        return {name: value for name, value in self.__dict__.items() if name != "_runners"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_runners", "_followed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._runners = RunnerCache(_MOST_SIZES)
+        self._follow()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._runners.clear()
+        before = self.values.clone()
+        with self._without_the_empty_parameter():
+            super()._load_from_state_dict(*args, **kwargs)
+        if not torch.equal(self.values, before):
+            self.unfolded = None
+        self._follow()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_the_empty_parameter():
+            super()._save_to_state_dict(*args, **kwargs)
+
+    @contextmanager
+    def _without_the_empty_parameter(self) -> Iterator[None]:
+        """A state dict has no use for it."""
+        empty = self._parameters.pop("frozen")
+        yield
+        self._parameters["frozen"] = empty
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "

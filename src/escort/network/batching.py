@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_map
 
 from escort.layers import MaxPool2d, SparseConv2d
+from escort.network.tracer import has_hooks
 
 # Modules and functions that treat each sample for itself, whatever their arguments.
 _MODULES = (
@@ -65,10 +66,13 @@ def mixing(network: nn.Module) -> str | None:
     """Why the samples of a batch cannot be run apart from each other, or None where they can."""
     if not isinstance(network, fx.GraphModule):
         return "the network could not be traced"
-    if sum(node.op == "placeholder" for node in network.graph.nodes) != 1:
+    inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
+    if sum("constant" not in node.meta for node in inputs) != 1:
         return "the network takes several inputs"
     for node in network.graph.nodes:
-        if node.op not in ("placeholder", "output") and not _keeps_apart(network, node):
+        if node.op in ("placeholder", "output") or "constant" in node.meta:
+            continue
+        if not _keeps_apart(network, node):
             return f"{node.format_node()} may mix samples"
     return None
 
@@ -79,6 +83,8 @@ def _keeps_apart(network: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
+        if has_hooks(module) or (isinstance(module, nn.BatchNorm2d) and module.running_mean is None):
+            return False  # hooks may do anything, and such a norm computes with the statistics of the batch
         return type(module) in _MODULES or (type(module) is nn.Flatten and module.start_dim == 1)
     if node.target in (torch.flatten, "flatten"):
         return _argument(node, 1, "start_dim", 0) == 1
@@ -97,7 +103,7 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 def run_in_parts(network: Callable[[torch.Tensor], Any], x: torch.Tensor, samples: int) -> Any:
     """``network(x)``, for a network that does not mix samples, `samples` of them at a time.
 
-    x: (N, ...). The parts of every output tensor are joined along the batch; what is no tensor is that of the first.
+    x: (N, ...). The parts of every output tensor are joined along the batch.
     """
 
     def joined(*parts: Any) -> Any:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch import fx, nn
 
 from escort.layers import SparseConv2d
 from escort.methods import Method, by_name, dense_for
@@ -49,6 +48,11 @@ class Request:
     skip: Skip | None = None
     progress: bool = False
 
+    def inside(self, prefix: str) -> Request:
+        """The request for a part of the network: names there go on behind `prefix`."""
+        skip = self.skip
+        return self if skip is None or not prefix else replace(self, skip=lambda name, conv: skip(prefix + name, conv))
+
     def left_alone(self, name: str, conv: nn.Module) -> str | None:
         """Why the user wants a convolution left alone, or None."""
         return "you asked to skip it" if self.skip is not None and self.skip(name, conv) else None
@@ -56,10 +60,16 @@ class Request:
 
 def check_model(model: nn.Module, example: Example) -> None:
     """Raises TypeError or ValueError for a model or an example that no request could convert."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert takes an nn.Module, got {type(model).__name__}")
     if any(isinstance(module, SparseConv2d) for module in model.modules()):
         raise ValueError("the model is converted already; use escort.replan to plan it anew, or convert the original")
+    for name, module in model.named_modules():
+        where = f"layer {name}" if name else "the model"
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise ValueError(
+                f"{where} is quantized, and convert takes floating-point weights; pass the model from before that"
+            )
+        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters(recurse=False)):
+            raise ValueError(f"{where} has no weights yet; call the model once on an input")
     training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
     if training is not None and not isinstance(model, fx.GraphModule):
         raise ValueError(f"{training} is in training mode; call model.eval() first")
@@ -90,24 +100,6 @@ def _check_filters_are_finite(model: nn.Module) -> None:
                 if not torch.isfinite(tensor).all():
                     where = f"{name}.{key}" if name else key
                     raise ValueError(f"{where} holds NaN or infinity; a pruned filter cannot skip what is not finite")
-
-
-def outputs_on(model: nn.Module, example: Example) -> list[Tensor]:
-    """The tensors that a model makes of the example. Raises ValueError where it does not run."""
-    try:
-        with torch.inference_mode():
-            outputs = tensors_of(example.run(model))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shapes = [tuple(x.shape) for x in example.tensors]
-        raise ValueError(f"the example {shapes} does not run through the model: {error}") from error
-    return outputs
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors of a model's output, in order."""
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def settle_precision(model: nn.Module, device: torch.device, precision: Precision | None) -> Precision:

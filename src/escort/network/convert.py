@@ -6,9 +6,10 @@ import copy
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import fx, nn
 
 from escort.layers import SparseConv2d
 from escort.network.check import (
@@ -16,7 +17,6 @@ from escort.network.check import (
     Request,
     Skip,
     check_model,
-    outputs_on,
     settle_effort,
     settle_methods,
     settle_precision,
@@ -27,10 +27,12 @@ from escort.network.context import dense_in, on_device, running_out
 from escort.network.example import Example
 from escort.network.memory import keep_freed_memory
 from escort.network.model import ConvertedModel
-from escort.network.passes import PASSES
+from escort.network.original import plain_copy, run_original, unwrap
+from escort.network.passes import rewrite
 from escort.network.passes.channels_last import in_memory_formats
 from escort.network.swap import plan_into, record_calls, swap
-from escort.network.trace import Untraceable, plain_copy, trace
+from escort.network.trace import trace
+from escort.network.values import tensors_of
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer
 from escort.planner.planner import forget
@@ -39,8 +41,8 @@ from escort.problem import Precision
 
 def convert(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Tensor, ...],
-    example_kwargs: Mapping[str, Tensor] | None = None,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
     *,
     precision: Precision | None = None,
     effort: Effort = "fast",
@@ -67,8 +69,10 @@ def convert(
     Args:
         model: in eval mode, on the CPU in float32 or on a GPU in float32, float16 or bfloat16. Models that torch.fx
             cannot trace are converted layer by layer.
-        example_inputs: a typical input. Its shapes are those that are timed; other batch and input sizes stay correct.
-        example_kwargs: the inputs that the model takes by name. The converted model takes them by the same names.
+        example_inputs: a typical input: a tensor, a tuple of all arguments, or one argument of another kind, such as a
+            list or a dict of tensors. Its shapes are those that are timed; other batch and input sizes stay correct.
+            Arguments that are no tensors keep the value that they have here.
+        example_kwargs: the arguments that the model takes by name. The converted model takes them by the same names.
         precision: by default that of the model's weights, "fp32", "fp16" or "bf16"; float32 weights are then multiplied
             as they are. "tf32" allows TF32 products of float32 weights, as torch's own convolutions do on GPUs unless
             ``torch.backends.cudnn.allow_tf32`` is switched off.
@@ -86,6 +90,7 @@ def convert(
         torch.OutOfMemoryError: naming the layer that did not fit the GPU, which stays usable.
     """
     example = Example.of(example_inputs, example_kwargs)
+    model = unwrap(model)
     check_model(model, example)
     request = Request(
         device=example.device,
@@ -95,7 +100,8 @@ def convert(
         skip=settle_skip(skip),
         progress=progress,
     )
-    with on_device(request.device):
+    # What is made here is used outside, where tensors of inference mode could not be followed or written to.
+    with on_device(request.device), torch.inference_mode(False), torch.no_grad():
         return _convert(model, example, request)
 
 
@@ -103,25 +109,26 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
     if request.device.type == "cpu":
         keep_freed_memory()  # before anything is timed
     with running_out("the model itself"), dense_in("fp32", request.device):
-        expected = outputs_on(model, example)
-        original: nn.Module
-        try:
-            original, not_tried = trace(model, example.args, example.kwargs), {}
-        except Untraceable as error:
-            original, not_tried = plain_copy(model), {"graph": str(error)}
-        network, skipped = original, dict[str, str]()
-        for rewrite in PASSES:
-            network, left_alone = rewrite(network, request)
-            skipped |= left_alone
-        calls = record_calls(network, skipped, example)
+        original = run_original(model, example)
+        example = original.example
+        dense, why_not = trace(plain_copy(model), example, original.stateful)
+        not_tried = {} if why_not is None else {"graph": why_not}
+        # A graph is rewritten into a new one; modules that are none are written to, and the original needs its own.
+        network = dense
+        if not isinstance(dense, fx.GraphModule):
+            network, _ = trace(plain_copy(model), example, original.stateful)
+        network, skipped = rewrite(network, request)
+        calls = record_calls(network, skipped, original)
         networks, not_in_format = in_memory_formats(network, request)
     candidates = [swap(network, calls, memory_format, skipped, request) for memory_format, network in networks.items()]
     with running_out("the whole network"):
-        return choose(original, candidates, not_tried | not_in_format, example, expected, request)
+        return choose(dense, candidates, not_tried | not_in_format, original, request)
 
 
 def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = False) -> ConvertedModel:
     """The same network planned anew on this machine and its present device, for the input sizes of its plan.
+
+    The time of the whole is measured where the plan says how to make inputs, as it does unless they are packed.
 
     Args:
         effort, progress: as of :func:`convert`.
@@ -138,20 +145,15 @@ def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = F
         layers = {name: replace(plan, problem=plan.problem.on(str(device))) for name, plan in model.plan.layers.items()}
         sparse = {name: module for name, module in network.named_modules() if isinstance(module, SparseConv2d)}
         layers |= plan_into(network, {name: _as_planned(module) for name, module in sparse.items()}, request)
-        with running_out("the network"), torch.inference_mode(), dense_in(request.precision, device):
-            example = model.plan.example(device)
-            samples = samples_to_try(network, example)
-            times_us, timer = race([partial(run_in_parts, network, example, count) for count in samples], device)
-    plan = replace(
-        model.plan,
-        layers=layers,
-        converted_time_us=min(times_us),
-        machine=Machine.here(str(device)),
-        samples=samples[times_us.index(min(times_us))],
-        device=str(device),
-        timer=timer,
-    )
-    return ConvertedModel(network, plan)
+        plan = replace(model.plan, layers=layers, machine=Machine.here(str(device)), samples=None, device=str(device))
+        example = model.plan.example(device)
+        if example is not None:
+            with running_out("the network"), torch.inference_mode(), dense_in(request.precision, device):
+                samples = samples_to_try(network, example, tensors_of(example.run(network)))
+                times_us, timer = race([partial(run_in_parts, network, example, count) for count in samples], device)
+            fastest = min(times_us)
+            plan = replace(plan, converted_time_us=fastest, samples=samples[times_us.index(fastest)], timer=timer)
+    return model.with_network(network, plan)
 
 
 def _as_planned(module: SparseConv2d) -> Layer:

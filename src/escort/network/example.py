@@ -3,46 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A typical input of a model: some tensors by position, others by name.
+    """A typical input of a model: arguments by position and by name, tensors or anything that holds some.
 
     Attributes:
         args: what the model is given by position.
         kwargs: what the model is given by name.
+        is_written: whether the model writes to it, so that each run takes a copy.
     """
 
-    args: tuple[Tensor, ...]
-    kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    is_written: bool = False
 
     @classmethod
     def of(cls, example_inputs: Any, example_kwargs: Any = None) -> Example:
-        """The example that a user named. Raises TypeError where anything in it is no tensor."""
+        """The example that a user named. Raises TypeError where it holds no tensor."""
         args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         kwargs = {} if example_kwargs is None else example_kwargs
         if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
-            raise TypeError(f"example_kwargs holds tensors by name, got {type(kwargs).__name__}")
-        for name, value in kwargs.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"example_kwargs holds tensors, and {name} is a {type(value).__name__}; leave it out where it has "
-                    "a default, or give it its value in a module around the model"
-                )
-        if not (args or kwargs) or not all(isinstance(x, Tensor) for x in args):
-            raise TypeError("example_inputs is a tensor or a tuple of tensors")
-        return cls(args, dict(kwargs))
+            raise TypeError(f"example_kwargs holds arguments by name, got {type(kwargs).__name__}")
+        example = cls(args, dict(kwargs))
+        if not example.tensors:
+            raise TypeError(
+                "example_inputs is what the model takes, a tensor or a tuple of its arguments; "
+                f"there is no tensor in {type(example_inputs).__name__}"
+            )
+        return example
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, those with a name last."""
-        return (*self.args, *self.kwargs.values())
+        return tuple(x for x in tree_leaves((self.args, dict(self.kwargs))) if isinstance(x, Tensor))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all arguments are tensors, so that shapes and types say how to make another such example."""
+        return all(isinstance(x, Tensor) for x in (*self.args, *self.kwargs.values()))
 
     @property
     def device(self) -> torch.device:
@@ -50,4 +56,16 @@ class Example:
 
     def run(self, network: nn.Module) -> Any:
         """What a network makes of it."""
-        return network(*self.args, **self.kwargs)
+        args, kwargs = (self.args, self.kwargs)
+        if self.is_written:
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
+        return network(*args, **kwargs)
+
+    def run_on_copy(self, network: nn.Module) -> tuple[Any, Example]:
+        """What a network makes of a copy of it, and this example, which knows now whether it is written to."""
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, (self.args, dict(self.kwargs)))
+        copied = Example(args, kwargs)
+        before = [x._version for x in copied.tensors]
+        output = network(*args, **kwargs)
+        is_written = before != [x._version for x in copied.tensors]
+        return output, replace(self, is_written=is_written)

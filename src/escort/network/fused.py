@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from escort.filter import SparseFilter
 from escort.problem import Activation
 
 
@@ -15,7 +16,10 @@ class FusedConv2d(nn.Module):
         conv: the convolution with any batch norm folded in; its tensors belong to this module alone.
         activation: what runs last.
         residual: whether `forward` takes a second operand.
+        unfolded: the filter that the convolution had, where it has been changed since then; else None.
     """
+
+    unfolded: SparseFilter | None = None
 
     def __init__(self, conv: nn.Conv2d, activation: Activation = "none", residual: bool = False) -> None:
         super().__init__()
@@ -32,6 +36,11 @@ class FusedConv2d(nn.Module):
             return y
         return F.relu(y) if self.activation == "relu" else F.relu6(y)
 
+    def remember_weight(self) -> None:
+        """Notes the filter as it is, unless an older one is known."""
+        if self.unfolded is None:
+            self.unfolded = SparseFilter.from_dense(self.conv.weight, self.conv.groups)
+
     def extra_repr(self) -> str:
         return f"activation={self.activation}, residual={self.residual}"
 
@@ -44,6 +53,4 @@ def unsupported(conv: nn.Module) -> str | None:
         return f"{type(conv).__name__} computes something else than nn.Conv2d"
     if conv.padding_mode != "zeros":
         return f"padding_mode {conv.padding_mode!r} is not zeros"
-    if conv._forward_hooks or conv._forward_pre_hooks:
-        return "it has forward hooks, which would not run; remove them before converting"
     return None

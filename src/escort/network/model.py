@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from escort.network import batching
 from escort.network.example import Example
 from escort.network.memory import keep_freed_memory
 from escort.network.plan_table import plan_table
+from escort.network.tracer import plain_attributes
+from escort.network.values import tensors_of
 from escort.planner import Plan
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
@@ -37,6 +41,8 @@ class NetworkPlan:
     Attributes:
         layers: layer name to plan, in the order of execution.
         skipped: layer name to the reason why it was left alone.
+        packed_inputs: whether some inputs come in lists or dicts, or are no tensors, so that shapes do not tell them.
+        refused: why the converted network was not taken, whatever its time; None where it is right.
         not_tried: why the network was not tried as a "graph" or in "channels_last", where it was not.
         input_shapes: the example's shapes.
         input_dtypes: the example's types, as torch writes them without its name.
@@ -67,6 +73,8 @@ class NetworkPlan:
     timer: Timer = "calls"
     input_names: tuple[str, ...] = ()
     not_tried: dict[str, str] = field(default_factory=dict)
+    packed_inputs: bool = False
+    refused: str | None = None
 
     def __str__(self) -> str:
         return report.text(plan_table(self))
@@ -90,6 +98,8 @@ class NetworkPlan:
         """Why the original network was kept, None where it was converted."""
         if not self.kept_dense:
             return None
+        if self.refused is not None:
+            return f"{self.refused}: the original is kept"
         return (
             f"the converted network takes {self.converted_time_us:.0f} us, the original {self.dense_time_us:.0f} us: "
             "the original is kept; prune further or use a larger input"
@@ -100,8 +110,13 @@ class NetworkPlan:
         """The example's types."""
         return tuple(_DTYPES[name] for name in self.input_dtypes) or (torch.float32,) * len(self.input_shapes)
 
-    def example(self, device: torch.device | str) -> Example:
-        """Random inputs like those that the network was planned for; zeros where they are no floating-point numbers."""
+    def example(self, device: torch.device | str) -> Example | None:
+        """Random inputs like those that the network was planned for; zeros where they are no floating-point numbers.
+
+        None where shapes do not tell what the inputs are.
+        """
+        if self.packed_inputs:
+            return None
         tensors = [
             (torch.randn if dtype.is_floating_point else torch.zeros)(shape, dtype=dtype, device=device)
             for shape, dtype in zip(self.input_shapes, self.input_types, strict=True)
@@ -126,7 +141,12 @@ class NetworkPlan:
             "input_dtypes": list(self.input_dtypes),
             "timer": self.timer,
         }
-        sometimes = {"input_names": list(self.input_names), "not_tried": self.not_tried}
+        sometimes = {
+            "input_names": list(self.input_names),
+            "not_tried": self.not_tried,
+            "packed_inputs": self.packed_inputs,
+            "refused": self.refused,
+        }
         return data | {name: value for name, value in sometimes.items() if value}
 
     @classmethod
@@ -149,6 +169,8 @@ class NetworkPlan:
                 timer=data.get("timer", "calls"),
                 input_names=tuple(str(name) for name in data.get("input_names", ())),
                 not_tried=_texts(data.get("not_tried", {})),
+                packed_inputs=bool(data.get("packed_inputs", False)),
+                refused=None if data.get("refused") is None else str(data["refused"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a network plan: {error}") from error
@@ -182,41 +204,81 @@ def _texts(data: dict[str, Any]) -> dict[str, str]:
 class ConvertedModel(nn.Module):
     """A drop-in for the model it was made from. Inference only.
 
-    It stays on the type of device and in the precision that it was planned for: convert the model again for another.
+    It takes what that model takes, by the same names, and has its plain attributes and its modules' names. It stays on
+    the type of device and in the precision that it was planned for: convert the model again for another. Within a model
+    in training it stays frozen and in eval mode, as a frozen batch norm does.
+
+    Args:
+        original: what it stands for; without it, it takes what `network` takes.
 
     Attributes:
-        network: what runs; an fx.GraphModule where the model could be traced, else the model with swapped layers.
+        network: what runs; a graph where the model could be traced, else the model with swapped layers.
         plan: what was chosen per layer and why.
     """
 
-    def __init__(self, network: nn.Module, plan: NetworkPlan) -> None:
+    def __init__(self, network: nn.Module, plan: NetworkPlan, original: nn.Module | None = None) -> None:
         super().__init__()
         if plan.device == "cpu":
             keep_freed_memory()
-        self.network = network
+        self.network = network.requires_grad_(False)
         self.plan = plan
+        self._missing: frozenset[str] = frozenset()
+        if original is not None:
+            signature = inspect.signature(original.forward)
+            self.__class__ = _class_that_takes(signature)
+            plain = plain_attributes(original)
+            for name in plain.keys() - set(dir(ConvertedModel)) - {"network", "plan", "training"}:
+                self.__dict__[name] = plain[name]
+            self._missing = frozenset(dir(type(original))) - frozenset(dir(nn.Module)) - plain.keys()
         super().train(False)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        count, planned = len(inputs) + len(named), len(self.plan.input_shapes)
-        if count > planned and self.traced:
-            raise TypeError(
-                f"the model was converted for {planned} inputs, got {count}; the others are fixed at their defaults: "
-                "convert it with all that it shall take, for instance by example_kwargs"
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors_of((inputs, named))):
+            raise RuntimeError(
+                "a converted model has no gradient, and its input needs one: detach the input, or call the model under "
+                "torch.no_grad()"
             )
         samples = None if named or len(inputs) != 1 or torch.compiler.is_compiling() else self.plan.samples
         if samples and len(inputs[0]) > samples:
             return batching.run_in_parts(self.network, inputs[0], samples)
         return self.network(*inputs, **named)
 
+    def with_network(self, network: nn.Module, plan: NetworkPlan) -> ConvertedModel:
+        """The same drop-in by another network and plan."""
+        other = copy.copy(self)
+        other.__dict__ = {**self.__dict__, "_modules": {}, "plan": plan}
+        other.network = network.requires_grad_(False)
+        return other
+
     @property
     def traced(self) -> bool:
         """Whether the network is a graph, so that it can be saved without the model's own code."""
         return isinstance(self.network, fx.GraphModule)
 
+    def __getattr__(self, name: str) -> Any:
+        network = self.__dict__.get("_modules", {}).get("network")
+        if name == "network" or network is None:
+            return super().__getattr__(name)
+        if name in network._modules:
+            return network._modules[name]
+        if name in self.__dict__.get("_missing", ()):
+            raise AttributeError(
+                f"a converted model has no {name}: of the original it keeps forward, modules and plain attributes; "
+                f"call {name} on the original, or convert a module whose forward it is"
+            )
+        return super().__getattr__(name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        signature = getattr(type(self), "_signature", None)
+        return (_new, (signature,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__)
+
     def train(self, mode: bool = True) -> ConvertedModel:
-        if mode:
-            raise RuntimeError("a converted model is for inference: fine-tune the pruned model, then convert it again")
+        """Changes nothing: it stays in eval mode."""
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> ConvertedModel:
+        if requires_grad:
+            raise RuntimeError("a converted model is frozen: fine-tune the original, then convert it again")
         return self
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> ConvertedModel:
@@ -225,3 +287,23 @@ class ConvertedModel(nn.Module):
                 module.check_move(fn)
         super()._apply(fn, recurse)
         return self
+
+
+def _class_that_takes(signature: inspect.Signature) -> type[ConvertedModel]:
+    """A class of converted models with the arguments of an original, which torch.export and editors read."""
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    signature = inspect.Signature(parameters)
+
+    def forward(self: ConvertedModel, *inputs: Any, **named: Any) -> Any:
+        return ConvertedModel.forward(self, *inputs, **named)
+
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = signature.replace(parameters=[me, *parameters])  # type: ignore[attr-defined]
+    return type(
+        "ConvertedModel", (ConvertedModel,), {"forward": forward, "_signature": signature, "__module__": __name__}
+    )
+
+
+def _new(signature: inspect.Signature | None) -> ConvertedModel:
+    cls = ConvertedModel if signature is None else _class_that_takes(signature)
+    return cls.__new__(cls)

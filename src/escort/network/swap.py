@@ -8,18 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from escort.filter import SparseFilter
 from escort.layers import SparseConv2d
+from escort.layers.weight import is_outside
 from escort.methods import by_name
 from escort.network.check import Request
 from escort.network.context import naming, running_out
-from escort.network.example import Example
 from escort.network.fused import FusedConv2d, unsupported
+from escort.network.original import Original
 from escort.network.passes.operations import replace_module
+from escort.network.tracer import adopt
 from escort.planner import Plan, plan_layers
 from escort.planner.cores import on_all_cores
 from escort.planner.plan import Layer
@@ -37,27 +42,56 @@ class Swapped:
     skipped: dict[str, str]
 
 
-def record_calls(network: nn.Module, skipped: Mapping[str, str], example: Example) -> dict[str, torch.Size]:
-    """The input shape of each convolution that is not skipped, in the order of their first calls on the example."""
-    modules = {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, FusedConv2d | nn.Conv2d) and name not in skipped
-    }
-    inner = {f"{name}.conv" for name in modules}  # of a FusedConv2d
+def record_calls(network: nn.Module, skipped: dict[str, str], original: Original) -> dict[str, torch.Size]:
+    """The input shape of each convolution that can be swapped, in the order of their first calls on the example.
+
+    Args:
+        skipped: the convolutions that are left alone, and why; those that are found to be are written to it.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    modules = {n: m for n, m in network.named_modules() if isinstance(m, FusedConv2d | nn.Conv2d) and n not in skipped}
+    inner = {f"{name}.conv" for name, module in modules.items() if isinstance(module, FusedConv2d)}
+    modules = {name: module for name, module in modules.items() if name not in inner}
     shapes: dict[str, torch.Size] = {}
-    with _hooks() as hooks, torch.inference_mode():
-        for name in (name for name in modules if name not in inner):
+    uses = _Uses({name: module for name, module in modules.items() if isinstance(module, nn.Conv2d)})
+    with _hooks() as hooks:
+        for name, module in modules.items():
 
-            def record(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                shapes.setdefault(name, args[0].shape)
+            def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                shapes.setdefault(name, next(iter((*args, *kwargs.values()))).shape)
 
-            hooks.append(modules[name].register_forward_pre_hook(record))
-        example.run(network)
+            hooks.append(module.register_forward_pre_hook(record, with_kwargs=True))
+        with uses:
+            original.run_afresh(network)
+    for name, module in original.model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd) and name not in shapes and name not in skipped:
+            used = any(other == name or other.startswith((f"{name}_", f"{name}.")) for other in (*shapes, *skipped))
+            skipped |= {} if used else {name: "is not called on the example"}
+    for name in uses.found & shapes.keys():
+        del shapes[name]
+        skipped[name] = "the code around it computes with its weight"
     if not shapes:
-        reasons = "".join(f"; {name}: {reason}" for name, reason in skipped.items())
+        reasons = "".join(f"; layer {name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"the model runs no 2-d convolution on this example; there is nothing to convert{reasons}")
     return shapes
+
+
+class _Uses(TorchFunctionMode):
+    """Finds the convolutions whose weight is used by anything but themselves."""
+
+    def __init__(self, convolutions: Mapping[str, nn.Conv2d]) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self._names = {id(conv.weight): name for name, conv in convolutions.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not is_outside(func) and func is not F.conv2d and func is not torch.conv2d:
+            for value in tree_leaves((args, kwargs)):
+                if id(value) in self._names:
+                    self.found.add(self._names[id(value)])
+        return func(*args, **(kwargs or {}))
 
 
 def swap(
@@ -79,7 +113,7 @@ def swap(
     for name, shape in calls.items():
         module = network.get_submodule(name)
         reason = None
-        if isinstance(module, nn.Conv2d):  # of a model without a graph
+        if isinstance(module, nn.Conv2d):  # of a module without a graph
             reason = request.left_alone(name, module) or unsupported(module)
         if len(shape) != 4:
             reason = f"is called without a batch, on shape {tuple(shape)}"
@@ -98,9 +132,12 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
     with _progress(len(layers), request.progress) as (advance, preparing):
         planned = plan_layers(list(layers.values()), request.compile_budget_s, preparing, methods=request.methods)
         for name, layer in layers.items():
+            old = network.get_submodule(name)
             with running_out(f"layer {name}"), naming(name):
                 plans[name] = next(planned)
-                sparse = SparseConv2d(layer.sparse_filter, layer.bias, plans[name], name)
+                unfolded = getattr(old, "unfolded", None)
+                sparse = SparseConv2d(layer.sparse_filter, layer.bias, plans[name], name, unfolded)
+            adopt(sparse, old)
             replace_module(network, name, sparse)
             if by_name(plans[name].method, plans[name].problem.device).compiles_per_filter:
                 compiled.append(sparse)

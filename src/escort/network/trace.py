@@ -1,77 +1,55 @@
-"""From a model to its graph, on plain copies of its weights. The model itself is not touched."""
+"""From a model to graphs: of the whole, or of as many of its modules as can be traced."""
 
 from __future__ import annotations
 
-import copy
-import inspect
 import traceback
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize, prune
-from torch.utils._pytree import tree_leaves
+from torch.fx.graph import CodeGen, _PyTreeCodeGen
+from torch.utils._pytree import tree_map_only, tree_unflatten
 
-_NOT_THE_MODEL = (str(Path(torch.__file__).parent), __file__, "<")  # files in a traceback through a model's forward
-# How far two runs of the same graph may be apart, relative to their size: on a GPU a sum's order is not fixed.
-_SAME = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
+from escort.network.example import Example
+from escort.network.state import State, same_draws
+from escort.network.tracer import Call, Tracer, adopt
+from escort.network.values import difference
+
+_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")  # in a traceback
 
 
-class Untraceable(Exception):  # noqa: N818 - it says what the model is
-    """torch.fx cannot turn this model into a graph; the message says why."""
+class Untraceable(Exception):  # noqa: N818 - it says what the module is
+    """torch.fx cannot turn this module into a graph; the message says why."""
 
 
-def trace(
-    model: nn.Module,
-    example_inputs: Tensor | tuple[Tensor, ...],
-    example_kwargs: Mapping[str, Tensor] | None = None,
-) -> fx.GraphModule:
-    """The graph of `model` in eval mode, on copies of its weights, each node knowing its shape on the example.
+def trace(model: nn.Module, example: Example, stateful: frozenset[str] = frozenset()) -> tuple[nn.Module, str | None]:
+    """`model` as a graph whose nodes know their shapes on the example, or with graphs in the place of some modules.
 
-    A model that is a graph already, such as ``torch.export.load(path).module()``, keeps its graph. Arguments of
-    `model.forward` beyond the example are fixed at their defaults.
+    A module that is a graph already, such as ``torch.export.load(path).module()``, keeps its graph.
 
-    Raises:
-        Untraceable: where control flow depends on the data, or the graph does not compute what the model does.
-        torch.OutOfMemoryError: where the device's memory does not hold the copies.
+    Args:
+        model: a plain copy, in eval mode, whose modules become part of the result.
+        stateful: the paths of those modules that a call changes; their forwards run as they are.
+
+    Returns:
+        The network, an fx.GraphModule if the whole could be traced, and why it could not, or None.
     """
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    kwargs = dict(example_kwargs or {})
-    try:
-        copied = plain_copy(model)
-        graph_module = copied if isinstance(copied, fx.GraphModule) else _symbolic_trace(copied, len(args), kwargs)
-        with torch.no_grad():  # on copies, since an in-place first layer writes to its input
-            flat = [x.clone() if isinstance(x, Tensor) else x for x in _in_order(graph_module, args, kwargs)]
-            traced = tree_leaves(_Shapes(graph_module).run(*flat, enable_io_processing=False))
-            copies = {name: x.clone() for name, x in kwargs.items()}
-            called = tree_leaves(copied(*(x.clone() for x in args), **copies))
-        # fx takes `x += y` for `x = x + y`, which differs where x is also known by another name.
-        if not all(
-            _same(a, b) for a, b in zip(traced, called, strict=True) if isinstance(a, Tensor) and a.is_floating_point()
-        ):
-            raise ValueError("its graph computes something else, as `x += y` may where x has a second name")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a model's forward may raise anything
-        reason = str(error).strip().partition("\n\n")[0] or type(error).__name__  # fx appends the whole node
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_MODEL)]
-        where = f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
-        raise Untraceable(f"{type(model).__name__}: {reason}{where}") from error
-    return graph_module
+    tracing = _Tracing(model, example, stateful)
+    while tracing.gives_up():
+        pass
+    return tracing.assembled(model), tracing.reasons.get(model)
 
 
-def _symbolic_trace(model: nn.Module, positional: int, kwargs: Mapping[str, Tensor]) -> fx.GraphModule:
-    beyond = list(inspect.signature(model.forward).parameters.values())[positional:]
-    defaults = {p.name: p.default for p in beyond if p.name not in kwargs and p.default is not p.empty}
-    return fx.symbolic_trace(model, defaults or None)
-
-
-def _in_order(graph_module: fx.GraphModule, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Any]:
-    """The example in the order of the graph's inputs, with the default of an input that it does not name."""
-    beyond = [node for node in graph_module.graph.nodes if node.op == "placeholder"][len(args) :]
-    return [*args, *(kwargs.get(node.target, *node.args) for node in beyond if node.target in kwargs or node.args)]
+def graphs(network: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
+    """The graphs in a network, the whole or modules of it, and where they are."""
+    for path, module in list(network.named_modules()):
+        if isinstance(module, fx.GraphModule):
+            yield path, module
 
 
 def shape_of(node: Any) -> tuple[torch.Size, torch.dtype] | None:
@@ -79,20 +57,181 @@ def shape_of(node: Any) -> tuple[torch.Size, torch.dtype] | None:
     return node.meta.get("shape") if isinstance(node, fx.Node) else None
 
 
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode whose weights are plain parameters: pruning masks and parametrizations are applied."""
-    # Pruning leaves the masked weight behind as a computed tensor, which deepcopy refuses without a memo entry.
-    tensors = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})
-    copied.eval()  # before parametrizations are read: some update themselves in training
-    for module in list(copied.modules()):
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)
-        if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name)
-    return copied
+@dataclass
+class _Tracing:
+    """Which modules of a model are replaced by which graphs.
+
+    Attributes:
+        calls: how each module is called on the example, or why no graph can take such calls.
+        known: the graphs of modules, as far as they were asked for; None for modules that stay as they are.
+        reasons: why they stay.
+    """
+
+    model: nn.Module
+    example: Example
+    stateful: frozenset[str]
+    calls: dict[nn.Module, Call | ValueError] = field(default_factory=dict)
+    known: dict[nn.Module, fx.GraphModule | None] = field(default_factory=dict)
+    reasons: dict[nn.Module, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for path in self.stateful:
+            module = self.model.get_submodule(path)
+            self.known[module], self.reasons[module] = None, "its forward changes what it keeps in itself"
+        hooks = [module.register_forward_pre_hook(self.note, with_kwargs=True) for module in self.model.modules()]
+        with _removed(hooks):
+            self.example.run(self.model)
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call: Call | ValueError
+        try:
+            call = Call.of(module, args, kwargs)
+        except ValueError as error:
+            call = error
+        if self.calls.setdefault(module, call) != call:
+            self.calls[module] = ValueError("it is called in several ways")
+
+    def graph(self, module: nn.Module) -> fx.GraphModule | None:
+        if module not in self.known:
+            self.known[module] = None
+            if module in self.calls and (module is self.model or not _is_elementary(module)):
+                try:
+                    self.known[module] = self.traced(module)
+                except Untraceable as error:
+                    self.reasons[module] = str(error)
+        return self.known[module]
+
+    def traced(self, module: nn.Module) -> fx.GraphModule:
+        """A graph in which modules that cannot be traced are called as they are."""
+        try:
+            return self.attempt(module)
+        except Untraceable:
+            before = len(self.leaves(module))
+            for inner in _inner(module):
+                self.graph(inner)
+            if len(self.leaves(module)) == before:
+                raise
+            return self.attempt(module)
+
+    def leaves(self, module: nn.Module) -> list[nn.Module]:
+        return [inner for inner in _inner(module) if inner in self.known and self.known[inner] is None]
+
+    def attempt(self, module: nn.Module) -> fx.GraphModule:
+        try:
+            if isinstance(module, fx.GraphModule):
+                return _with_plain_arguments(module)
+            call = self.calls[module]
+            if isinstance(call, ValueError):
+                raise call
+            graph = Tracer(call, self.leaves(module)).trace(module)
+            return fx.GraphModule(module, graph, type(module).__name__)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model's forward may raise anything
+            raise Untraceable(_explain(module, error)) from error
+
+    def used(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The modules inside of one, itself included, that are replaced by graphs."""
+        graph = self.graph(module)
+        if graph is not None:
+            yield module
+        for inner in module.children() if graph is None else self.called(graph).values():
+            yield from self.used(inner)
+
+    def called(self, graph: fx.GraphModule) -> dict[str, nn.Module]:
+        """The modules that a graph calls and that have an inside, by their paths."""
+        paths = dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
+        modules = {path: graph.get_submodule(path) for path in paths}
+        return {path: module for path, module in modules.items() if not _is_layer(module)}
+
+    def gives_up(self) -> bool:
+        """Runs the model, and each graph on what its module gets; gives up graphs that compute something else.
+
+        fx takes ``x += y`` for ``x = x + y``, which differs where x is also known by another name.
+
+        Returns:
+            Whether there was one, so that the modules inside of it may have graphs of their own.
+        """
+        graphs = {module: self.known[module] for module in self.used(self.model)}
+        checks = {m: _Check(graph, bool(self.stateful)) for m, graph in graphs.items() if graph is not None}
+        hooks = []
+        for module, check in checks.items():
+            hooks.append(module.register_forward_pre_hook(check.before, with_kwargs=True, prepend=True))
+            hooks.append(module.register_forward_hook(check.behind, with_kwargs=True))
+        with _removed(hooks), same_draws():
+            self.example.run(self.model)
+        wrong = {module: check.error for module, check in checks.items() if check.error is not None}
+        for module, error in wrong.items():
+            self.known[module], self.reasons[module] = None, _explain(module, error)
+        return bool(wrong)
+
+    def assembled(self, module: nn.Module) -> nn.Module:
+        """The module with everything in it replaced that has a graph."""
+        graph = self.known.get(module)
+        if graph is None:
+            for name, child in module._modules.items():
+                if child is not None:
+                    module._modules[name] = self.assembled(child)
+            return module
+        for path, child in self.called(graph).items():
+            if not isinstance(child, fx.GraphModule):
+                graph.set_submodule(path, self.assembled(child))
+        if graph is not module:
+            adopt(graph, module)
+        return graph
+
+
+class _Check:
+    """Whether a graph computes what its module does, found out while that is called."""
+
+    def __init__(self, graph: fx.GraphModule, stateful: bool) -> None:
+        self.graph, self.stateful = graph, stateful
+        self.error: Exception | None = None
+        self._inputs: Any = None
+        self._state: State | None = None
+        self._is_done = False
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._inputs is None and not self._is_done:
+            self._inputs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+            self._state = State(module) if self.stateful else None
+
+    def behind(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._is_done:
+            return
+        self._is_done = True  # before the graph calls modules that are checked themselves
+        (args, kwargs), self._inputs = self._inputs, None
+        after = None
+        if self._state is not None:
+            after = State(module)
+            self._state.restore(module)
+        try:
+            _keep_types(self.graph, output)
+            if problem := difference(_run_noting_shapes(self.graph, args, kwargs), output):
+                raise ValueError(f"its graph computes something else: {problem}")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.error = error
+        if after is not None:
+            after.restore(module)
+
+
+def _keep_types(graph: fx.GraphModule, output: Any) -> None:
+    """Makes a graph return ordered dicts where its module does; fx takes them for plain ones."""
+
+    def kept(value: Any, argument: Any) -> Any:
+        if isinstance(value, dict) and isinstance(argument, dict) and value.keys() == argument.keys():
+            items = {key: kept(value[key], argument[key]) for key in value}
+            return graph.graph.call_function(OrderedDict, (items,)) if type(value) is OrderedDict else items
+        if type(value) in (list, tuple) and isinstance(argument, list | tuple) and len(value) == len(argument):
+            return type(value)(kept(*pair) for pair in zip(value, argument, strict=True))
+        return argument
+
+    node = next(node for node in graph.graph.nodes if node.op == "output")
+    with graph.graph.inserting_before(node):
+        node.args = (kept(output, node.args[0]),)
+    graph.recompile()
 
 
 class _Shapes(fx.Interpreter):
@@ -105,8 +244,58 @@ class _Shapes(fx.Interpreter):
         return result
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    if not a.is_cuda:
-        return torch.allclose(a, b, equal_nan=True)
-    size = float(b.abs().nan_to_num(0.0, 0.0, 0.0).max()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=0.0, atol=size * _SAME.get(a.dtype, 1e-4), equal_nan=True)
+def _run_noting_shapes(graph: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    beyond = _placeholders(graph.graph)[len(args) :]
+    named = [kwargs[str(node.target)] if node.target in kwargs else node.args[0] for node in beyond]
+    return _Shapes(graph).run(*args, *named)
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _with_plain_arguments(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph that takes and returns what the module does, where it takes tensors packed by pytree."""
+    graph = module.graph
+    if isinstance(graph._codegen, _PyTreeCodeGen):
+        info = graph._codegen.pytree_info
+        if len(_placeholders(graph)) != len(info.orig_args):
+            raise ValueError("it takes tensors in lists or dicts")
+        if info.out_spec is not None:
+            output = next(node for node in graph.nodes if node.op == "output")
+            output.args = (tree_unflatten(list(output.args[0]), info.out_spec),)
+        graph.set_codegen(CodeGen())
+        module.recompile()
+    return module
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch, which graphs call."""
+    return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, nn.Sequential)
+
+
+def _is_elementary(module: nn.Module) -> bool:
+    """Whether a graph of a module would show nothing new. Other convolutions are rewritten in graphs."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return type(module) is nn.Conv2d and module.padding_mode == "zeros"
+    return _is_layer(module)
+
+
+def _inner(module: nn.Module) -> list[nn.Module]:
+    return [inner for inner in module.modules() if inner is not module]
+
+
+def _explain(module: nn.Module, error: Exception) -> str:
+    reason = str(error).strip().partition("\n\n")[0] or type(error).__name__  # fx appends the whole node
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_MODEL)]
+    where = f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    return f"{type(module).__name__}: {reason}{where}"
+
+
+@contextmanager
+def _removed(hooks: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

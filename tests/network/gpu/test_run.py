@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import escort
-from escort.layers.conv import sparse_conv2d
+from escort.layers.operator import sparse_conv2d
 from escort.problem import Precision
 from tests.network.gpu.networks import (
     BOTH,

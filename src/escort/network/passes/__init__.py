@@ -1,9 +1,8 @@
 """What rewrites a network before its layers are planned, one file per pass.
 
-A pass takes a network and the request. It returns the network that takes its place, and the convolutions that it left
-alone with the reasons. The first pass, `fuse`, returns a network of its own, so that the original can be compared with
-the result; the passes behind it may write to the network that they get. A model that could not be traced is an ordinary
-module, in which a pass replaces what it can without a graph.
+A pass takes a graph and the request. It returns the graph that takes its place, and the convolutions that it left alone
+with the reasons. The first pass, `fuse`, returns a graph of its own, so that the original can be compared with the
+result; the passes behind it may write to the graph that they get.
 
 `channels_last` is not in PASSES: the network is tried with it and without it.
 """
@@ -12,12 +11,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import fx, nn
 
 from escort.network.check import Request
 from escort.network.passes import fuse, pool
+from escort.network.passes.operations import replace_module
+from escort.network.trace import graphs
+from escort.network.tracer import adopt
 
-Pass = Callable[[nn.Module, Request], tuple[nn.Module, dict[str, str]]]
+Pass = Callable[[fx.GraphModule, Request], tuple[fx.GraphModule, dict[str, str]]]
 
-#: The passes that every network goes through, in this order.
+#: The passes that every graph goes through, in this order.
 PASSES: tuple[Pass, ...] = (fuse.rewrite, pool.rewrite)
+
+
+def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, str]]:
+    """Sends all graphs of a network through the passes.
+
+    Returns:
+        The network, which is written to unless it is a graph, and the convolutions that were left alone, and why.
+    """
+    skipped: dict[str, str] = {}
+    for path, graph in graphs(network):
+        prefix = f"{path}." if path else ""
+        result = graph
+        for each in PASSES:
+            result, left_alone = each(result, request.inside(prefix))
+            skipped |= {prefix + name: reason for name, reason in left_alone.items()}
+        adopt(result, graph)
+        if not path:
+            network = result
+        else:
+            replace_module(network, path, result)
+    pool.replace_modules(network)
+    return network, skipped

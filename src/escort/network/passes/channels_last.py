@@ -107,6 +107,8 @@ def _reorder(network: fx.GraphModule, alike: list[fx.Node], request: Request) ->
     if channels is None:
         return
     with torch.no_grad():
+        for fused in {*writers, *readers}:
+            fused.remember_weight()
         for writer in writers:
             for tensor in (writer.conv.weight, writer.conv.bias):
                 if tensor is not None:

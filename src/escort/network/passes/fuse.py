@@ -29,17 +29,13 @@ from escort.network.passes.operations import (
     mutates,
     new_conv2d,
 )
-from escort.network.trace import plain_copy, shape_of
+from escort.network.trace import shape_of
+from escort.network.tracer import adopt, has_hooks
 
 _NOT_2D = "it is transposed or not 2-d"
 
 
-def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, str]]:
-    """:func:`fuse`; of a network without a graph a copy, in which every convolution stays as it is."""
-    return fuse(network, request) if isinstance(network, fx.GraphModule) else (plain_copy(network), {})
-
-
-def fuse(graph_module: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, dict[str, str]]:
+def rewrite(graph_module: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, dict[str, str]]:
     """Replaces every 2-d convolution by a :class:`FusedConv2d` with what runs behind it.
 
     A convolution called several times becomes several modules: `name`, `name_1`, ... Residual adds are fused where the
@@ -92,7 +88,7 @@ class _Fuser:
         name, names = OPERATIONS.get(key, ("", ("input",)))
         arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
         if module is not None and name:
-            if module._forward_hooks or module._forward_pre_hooks:
+            if has_hooks(module) and name != "conv":
                 return "", {}
             arguments |= {name: getattr(module, name, None) for name in names[1:]}
         elif name in ("conv", "norm"):
@@ -103,11 +99,16 @@ class _Fuser:
         convolutions = self.take_convolutions()
         rest = [node for node in self.graph.nodes if node not in convolutions]
         taken = {str(node.target) for node in rest if node.op in ("call_module", "get_attr")}
+        bases = {base for base, _ in convolutions.values()}
         for node, (base, conv) in convolutions.items():
             names = (f"{base}_{i}" if i else base for i in count())
-            name = next(n for n in names if not any(t == n or t.startswith(n + ".") for t in taken))
+            # A module that calls F.conv2d with a weight of its own may have convolutions inside of it.
+            others = taken | (bases - {base})
+            name = next(n for n in names if not any(t == n or t.startswith(n + ".") for t in others))
             taken.add(name)
             module = FusedConv2d(conv)
+            if (original := self.module(node)) is not None:
+                adopt(module, original)
             attach(self.root, name, module)
             with self.graph.inserting_before(node):
                 call = self.graph.call_module(name, node.args)
@@ -186,6 +187,7 @@ class _Fuser:
         scale = (variance.double() + arguments.get("eps", 1e-5)).rsqrt()
         scale = scale if weight is None else scale * weight.double()
         shift = (0.0 if bias is None else bias.double()) - mean.double() * scale
+        self.fused[source].remember_weight()
         if fold_scale(self.fused[source].conv, scale, shift):
             for merged in (*items, node):
                 self.merge(merged, node if merged in items else source)
@@ -218,7 +220,9 @@ class _Fuser:
 
     def is_open(self, node: Any) -> bool:
         """Whether `node` is a fused convolution to which its only user may be added."""
-        return node in self.fused and len(node.users) == 1 and self.fused[node].activation == "none"
+        if node not in self.fused or len(node.users) != 1:
+            return False
+        return self.fused[node].activation == "none" and not has_hooks(self.fused[node])
 
     def merge(self, node: fx.Node, into: fx.Node) -> None:
         node.replace_all_uses_with(into)

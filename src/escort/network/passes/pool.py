@@ -9,27 +9,32 @@ from torch import fx, nn
 from escort.layers import MaxPool2d
 from escort.network.check import Request
 from escort.network.passes.operations import replace_module
+from escort.network.tracer import has_hooks
 
 _FUNCTIONS = (F.max_pool2d, torch.max_pool2d, torch.ops.aten.max_pool2d.default)
 _ARGUMENTS = "input kernel_size stride padding dilation ceil_mode return_indices".split()
 
 
-def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, str]]:
-    """Replaces max pooling in a network, which is written to; pooling that returns indices stays as it is.
+def rewrite(network: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, dict[str, str]]:
+    """Replaces max pooling in a graph, which is written to; pooling that returns indices stays as it is.
 
     Returns:
-        The network, and no convolution that was left alone.
+        The graph, and no convolution that was left alone.
     """
+    replace_modules(network)
+    for node in network.graph.nodes:
+        if node.op == "call_function" and node.target in _FUNCTIONS:
+            _replace_function(network, node)
+    network.recompile()
+    return network, {}
+
+
+def replace_modules(network: nn.Module) -> None:
+    """Replaces the modules in a network, which is written to, unless hooks would be lost."""
     for name, module in list(network.named_modules()):
-        if type(module) is nn.MaxPool2d and not module.return_indices:
+        if type(module) is nn.MaxPool2d and not (module.return_indices or has_hooks(module)):
             sizes = module.kernel_size, module.stride, module.padding, module.dilation
             replace_module(network, name, MaxPool2d(*sizes, ceil_mode=module.ceil_mode))
-    if isinstance(network, fx.GraphModule):
-        for node in network.graph.nodes:
-            if node.op == "call_function" and node.target in _FUNCTIONS:
-                _replace_function(network, node)
-        network.recompile()
-    return network, {}
 
 
 def _replace_function(network: fx.GraphModule, node: fx.Node) -> None:

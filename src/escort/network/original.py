@@ -1,0 +1,160 @@
+"""The model that a user passes: taken out of its wrappers, and copied with plain weights, and not run itself."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from escort.network.example import Example
+from escort.network.state import State, same_draws
+from escort.network.values import output_error, tensors_of
+
+#: How far two runs of one model on one input may be apart, relatively, by the order of sums alone.
+_SAME_RUN = 1e-2
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The model inside of ``torch.compile``, data parallelism or an exported program.
+
+    Raises:
+        TypeError: for what is no model that can be converted, with the remedy.
+    """
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        return unwrap(model._orig_mod)
+    if isinstance(model, _WRAPPERS):
+        return unwrap(model.module)
+    if isinstance(model, torch.export.ExportedProgram):
+        return model.module()
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("convert takes a model in Python, and this one is TorchScript; pass the model it was made from")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes an nn.Module, got {type(model).__name__}")
+    return model
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode whose weights are plain parameters.
+
+    Pruning masks, parametrizations, weight norm and spectral norm are applied and gone. Forward hooks are the model's
+    own, so that they reach whoever registered them.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in tree_leaves(list(vars(module).values())):
+            if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses what was computed
+                memo[id(value)] = value.detach().clone()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            owner = getattr(hook, "__self__", hook)
+            if not isinstance(owner, nn.Module):
+                memo[id(owner)] = owner
+    copied = copy.deepcopy(model, memo)
+    copied.eval()  # before parametrizations are read: some update themselves in training
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the older norms, which are only taken away here
+        for module in list(copied.modules()):
+            _make_plain(module)
+    return copied
+
+
+def _make_plain(module: nn.Module) -> None:
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
+        elif isinstance(hook, WeightNorm):
+            remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(module, hook.name)
+    if parametrize.is_parametrized(module):
+        # The parametrized class is shared with the original, so that it must stay as it is.
+        values = {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """The model that is converted, and what its runs on the example showed.
+
+    Attributes:
+        model: a plain copy, in the state that the caller's model is in.
+        example: knows whether the model writes to it.
+        expected: the tensors that the model makes of it, with torch's draws repeated (:func:`same_draws`).
+        state: what the model keeps between its calls, None where no call changes it.
+        stateful: the paths of the modules that keep it.
+    """
+
+    model: nn.Module
+    example: Example
+    expected: list[Tensor]
+    state: State | None
+    stateful: frozenset[str]
+
+    def run_afresh(self, network: nn.Module) -> list[Tensor]:
+        """The tensors that a network makes of the example, in the state and with the draws of `expected`."""
+        if self.state is not None:
+            self.state.restore(network)
+        with same_draws():
+            output = self.example.run(network)
+        return [x.clone() for x in tensors_of(output)]
+
+    def in_float64(self) -> list[Tensor] | None:
+        """The tensors that the model makes of the example in float64 on the CPU; None where it cannot run there."""
+        try:
+            model = copy.deepcopy(self.model).double().cpu()
+            args, kwargs = tree_map_only(Tensor, _exact, (self.example.args, dict(self.example.kwargs)))
+            return Original(model, Example(args, kwargs), [], None, self.stateful).run_afresh(model)
+        except Exception:  # a model may be written for one type or one device
+            return None
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.detach().cpu().double() if x.is_floating_point() else x.detach().cpu().clone()
+
+
+def run_original(model: nn.Module, example: Example) -> Original:
+    """Runs a copy of the model twice.
+
+    Raises:
+        ValueError: where it does not run, returns no tensor, or not the same ones in both runs.
+    """
+    copied = plain_copy(model)
+    state = State(copied)
+    try:
+        with same_draws():
+            output, example = example.run_on_copy(copied)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model's forward may raise anything
+        shapes = [tuple(x.shape) for x in example.tensors]
+        raise ValueError(f"the example {shapes} does not run through the model: {error}") from error
+    expected = [x.clone() for x in tensors_of(output)]
+    if not expected:
+        raise ValueError(
+            f"the model returns a {type(output).__name__}, in which no tensor can be found to compare; convert the "
+            "part of it that returns tensors"
+        )
+    changed = state.changed(copied)
+    original = Original(
+        copied, example, expected, state if changed else None, frozenset(name.rpartition(".")[0] for name in changed)
+    )
+    again = original.run_afresh(copied)
+    if not all(output_error(a, b) <= _SAME_RUN for a, b in zip(again, expected, strict=True)):
+        raise ValueError(
+            "the model does not compute the same in two runs on the same input, with torch's random numbers repeated; "
+            "take out what is random, or convert the part of it that is not"
+        )
+    if original.state is not None:
+        original.state.restore(copied)
+    return original

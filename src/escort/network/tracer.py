@@ -1,0 +1,206 @@
+"""torch.fx's tracer for models as they are: options of a call, hooks, and checks that raise."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import linecache
+import operator
+import sys
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+_TORCH_FX = str(Path(fx.__file__).parent)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a module is called: which of its arguments are tensors, and what the others are."""
+
+    tensors: frozenset[str]
+    constants: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Raises ValueError for a call that no graph can take."""
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        tensors, constants = set(), {}
+        for name, value in bound.arguments.items():
+            kind = bound.signature.parameters[name].kind
+            if isinstance(value, Tensor) and kind not in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD):
+                tensors.add(name)
+            elif kind in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD):
+                raise ValueError(f"it is called with several {name}")
+            elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                raise ValueError(f"its argument {name} is a {type(value).__name__} of tensors")
+            else:
+                constants[name] = value
+        return cls(frozenset(tensors), constants)
+
+
+class Tracer(fx.Tracer):
+    """Traces a module for one way to call it.
+
+    A graph takes the arguments that the module takes, by the same names. Those that are no tensors keep the value that
+    they had: it is their default, and any other value raises. A check of shapes that raises, as ``assert`` does, is
+    made by the graph too. Modules with hooks are called as they are.
+
+    Args:
+        call: how the module is called.
+        leaves: modules that are called as they are, besides those of torch.nn.
+    """
+
+    def __init__(self, call: Call, leaves: Collection[nn.Module]) -> None:
+        super().__init__()
+        self._call, self._leaves = call, {id(module) for module in leaves}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return id(m) in self._leaves or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Placeholders for all arguments; the values of those that are no tensors go into the trace."""
+        positional: list[Any] = []
+        named: dict[str, Any] = {}
+        for parameter in inspect.signature(self.root.forward).parameters.values():
+            value = self._argument(parameter)
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                named[parameter.name] = value
+            elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.kind is not parameter.VAR_KEYWORD:
+                positional.append(value)
+        return lambda: root_fn(self.root, *positional, **named), []
+
+    def _argument(self, parameter: inspect.Parameter) -> Any:
+        name = parameter.name
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            return None
+        if name in self._call.tensors:
+            if parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
+                return self.create_proxy("placeholder", name, (), {})
+            tensor = self.create_proxy("placeholder", name, (None,), {})
+            self._check(tensor, name, operator.is_not, None, f"{name} was a tensor when the model was converted")
+            return tensor
+        value = self._call.constants.get(name, parameter.default)
+        placeholder = self.create_proxy("placeholder", name, (value,), {})
+        # A constant of another kind, such as an object, cannot be written into a graph.
+        if value is not None and not isinstance(value, bool | int | float | str):
+            raise ValueError(f"its argument {name} is a {type(value).__name__}")
+        placeholder.node.meta["constant"] = True
+        compare = operator.is_ if value is None else operator.eq
+        self._check(placeholder, name, compare, value, f"{name} was {value!r} when the model was converted")
+        return value
+
+    def _check(self, argument: fx.Proxy, name: str, compare: Any, value: Any, message: str) -> None:
+        same = self.create_proxy("call_function", compare, (argument, value), {})
+        remedy = f"pass it so, or convert the model with the {name} that it shall have"
+        check = self.create_proxy("call_function", torch._assert, (same, f"{message}; {remedy}"), {})
+        for proxy in (same, check):
+            proxy.node.meta["constant"] = True
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename.startswith(_TORCH_FX):
+            frame = frame.f_back
+        required = None if frame is None else _required(frame)
+        if frame is None or required is None:
+            return super().to_bool(obj)
+        where = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+        holds = obj if required else self.create_proxy("call_function", operator.not_, (obj,), {})
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        self.create_proxy("call_function", torch._assert, (holds, f"the check at {where} failed: {line}"), {})
+        return required
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before or behind a module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def adopt(module: nn.Module, original: nn.Module) -> None:
+    """Lets `module` take the place of `original`: its hooks are called, and its plain attributes can be read."""
+    for name in (
+        *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+        *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    ):
+        getattr(module, name).update(getattr(original, name))
+    for name, value in plain_attributes(original).items():
+        if not hasattr(module, name):
+            setattr(module, name, value)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What can be read from a module besides its modules, tensors and methods, of its class too."""
+    names = [name for name in dir(type(module)) if name not in dir(nn.Module)] + list(vars(module))
+    values = {}
+    for name in names:
+        if name.startswith("_") or callable(inspect.getattr_static(module, name)):
+            continue
+        with suppress(Exception):  # a property may raise anything
+            value = getattr(module, name)
+            if not any(isinstance(leaf, Tensor | nn.Module) for leaf in tree_leaves(value)):
+                values[name] = value
+    return values
+
+
+def _required(frame: FrameType) -> bool | None:
+    """What a condition must be lest the code around it raise; None where it decides about anything else."""
+    positions: Any = getattr(frame.f_code, "co_positions", None)  # since Python 3.11
+    if positions is None:
+        return None
+    line, _, column, _ = list(positions())[frame.f_lasti // 2]
+    source = "".join(linecache.getlines(frame.f_code.co_filename))
+    if line is None or column is None or not source:
+        return None
+    try:
+        statements = ast.walk(ast.parse(source))
+    except SyntaxError:
+        return None
+    for statement in statements:
+        if not isinstance(statement, ast.Assert | ast.If):
+            continue
+        is_all = (statement.lineno, statement.col_offset) == (
+            line,
+            column,
+        )  # as Python says of a test without operators
+        if is_all or _spans(statement.test, line, column):
+            if isinstance(statement, ast.If) and not _raises(statement.body):
+                return None
+            value = isinstance(statement, ast.Assert)
+            return _whole(statement.test, value) if is_all else _part(statement.test, value, line, column)
+    return None
+
+
+def _raises(body: list[ast.stmt]) -> bool:
+    """Whether a body ends in an error, whatever it computes before for the message."""
+    ways_out = (ast.Return, ast.Break, ast.Continue)
+    return isinstance(body[-1], ast.Raise) and not any(isinstance(n, ways_out) for s in body for n in ast.walk(s))
+
+
+def _whole(test: ast.expr, value: bool) -> bool | None:
+    """What the only condition in `test` must be for the whole to be `value`; None where there are several."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return _whole(test.operand, not value)
+    return None if isinstance(test, ast.BoolOp | ast.IfExp) else value
+
+
+def _part(test: ast.expr, value: bool, line: int, column: int) -> bool | None:
+    """What the condition at a place within `test` must be for the whole to be `value`; None where that is open."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return _part(test.operand, not value, line, column)
+    if isinstance(test, ast.BoolOp):
+        if isinstance(test.op, ast.And) is not value:
+            return None
+        return next((_part(part, value, line, column) for part in test.values if _spans(part, line, column)), None)
+    is_open = isinstance(test, ast.IfExp) or (isinstance(test, ast.Compare) and len(test.ops) > 1 and not value)
+    return None if is_open else value
+
+
+def _spans(node: ast.expr, line: int, column: int) -> bool:
+    return (node.lineno, node.col_offset) <= (line, column) < (node.end_lineno or 0, node.end_col_offset or 0)
