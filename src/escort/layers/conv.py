@@ -244,7 +244,7 @@ class SparseConv2d(nn.Module):
         try:
             return run(x, residual)
         except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+            raise ValueError(f"layer {self.name}: {error}") from error
 
     def _by_operator(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Runs the convolution as an operator of torch, unless a gradient would have to pass through it."""
@@ -252,7 +252,7 @@ class SparseConv2d(nn.Module):
             is_forward = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
             if is_forward or (x.requires_grad and torch.is_grad_enabled()):
                 raise RuntimeError(
-                    f"{self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()"
+                    f"layer {self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()"
                 )
         return sparse_conv2d(x, residual, self.values, self.columns, self.indptr, self.bias, self._spec)
 
@@ -270,15 +270,17 @@ class SparseConv2d(nn.Module):
         storage = self.plan.problem.storage
         if x.dtype is not storage:
             raise TypeError(
-                f"{self.name} computes in {storage}, its input is {x.dtype}; convert it with .to({storage})"
+                f"layer {self.name} computes in {storage}, its input is {x.dtype}; convert it with .to({storage})"
             )
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"{self.name} takes (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
+            raise ValueError(f"layer {self.name} takes (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
         if x.device != self.values.device:
-            raise ValueError(f"{self.name} is on {self.values.device}, its input on {x.device}; move one to the other")
+            raise ValueError(
+                f"layer {self.name} is on {self.values.device}, its input on {x.device}; move one to the other"
+            )
         if (residual is not None) is not self.residual:
             made = "for" if self.residual else "without"
-            raise TypeError(f"{self.name} was made {made} a residual, and was called otherwise")
+            raise TypeError(f"layer {self.name} was made {made} a residual, and was called otherwise")
         return self._lay_out(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]))
 
     def _lay_out(self, batch: int, height: int, width: int) -> Runner:
@@ -289,14 +291,16 @@ class SparseConv2d(nn.Module):
             run = runners.prepare(at_size, self.filter, self.bias, Choice.of(self.plan), self.name)
         except (ValueError, RuntimeError) as error:
             kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)
-            raise next(kind for kind in kinds if isinstance(error, kind))(f"{self.name}: {error}") from error
+            raise next(kind for kind in kinds if isinstance(error, kind))(f"layer {self.name}: {error}") from error
         shape = torch.Size((self.in_channels, height, width))
         self._runners.add((shape, problem.storage, device, not self.residual), run)
         return run
 
     def train(self, mode: bool = True) -> SparseConv2d:
         if mode:
-            raise RuntimeError(f"{self.name} is for inference only: fine-tune the pruned model and convert it again")
+            raise RuntimeError(
+                f"layer {self.name} is for inference only: fine-tune the pruned model and convert it again"
+            )
         return self
 
     def check_move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -307,11 +311,11 @@ class SparseConv2d(nn.Module):
         storage, planned = self.plan.problem.storage, self.plan.problem.device_type
         moved = fn(torch.empty(0, dtype=storage, device=self.values.device))
         if moved.dtype is not storage:
-            raise TypeError(f"{self.name} computes in {storage} only; convert the model again for another dtype")
+            raise TypeError(f"layer {self.name} computes in {storage} only; convert the model again for another dtype")
         if moved.device.type != planned:
             raise ValueError(
-                f"{self.name} was planned for {planned}, not for {moved.device.type}; move the original model and "
-                "convert it there, or save this one and load it there"
+                f"layer {self.name} was planned for {planned}, not for {moved.device.type}; move the original model "
+                "and convert it there, or save this one and load it there"
             )
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> SparseConv2d:

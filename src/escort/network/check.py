@@ -60,7 +60,9 @@ def check_model(model: nn.Module, example: Example) -> None:
         raise TypeError(f"convert takes an nn.Module, got {type(model).__name__}")
     if any(isinstance(module, SparseConv2d) for module in model.modules()):
         raise ValueError("the model is converted already; use escort.replan to plan it anew, or convert the original")
-    training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
+    training = next(
+        (f"layer {name}" if name else "the model" for name, module in model.named_modules() if module.training), None
+    )
     if training is not None and not isinstance(model, fx.GraphModule):
         raise ValueError(f"{training} is in training mode; call model.eval() first")
     device = example.device
@@ -72,7 +74,7 @@ def check_model(model: nn.Module, example: Example) -> None:
             raise ValueError(f"the example is on {device} and on {x.device}; move all of it to one device")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, the example on {device}; move one to the other")
+            raise ValueError(f"tensor {name} is on {tensor.device}, the example on {device}; move one to the other")
     _check_filters_are_finite(model)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"convolutions run on the CPU and on NVIDIA GPUs; move the model from {device} with .cpu()")
@@ -88,8 +90,10 @@ def _check_filters_are_finite(model: nn.Module) -> None:
         if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
             for key, tensor in (*module.named_parameters(), *module.named_buffers()):
                 if not torch.isfinite(tensor).all():
-                    where = f"{name}.{key}" if name else key
-                    raise ValueError(f"{where} holds NaN or infinity; a pruned filter cannot skip what is not finite")
+                    where = f"layer {name}: its {key}" if name else f"the model's {key}"
+                    raise ValueError(
+                        f"{where} holds NaN or infinity; mend it, as a pruned filter cannot skip what is not finite"
+                    )
 
 
 def outputs_on(model: nn.Module, example: Example) -> list[Tensor]:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import nn
 
 from escort.filter import SparseFilter
@@ -24,6 +23,7 @@ from escort.planner import Plan, plan_layers
 from escort.planner.cores import on_all_cores
 from escort.planner.plan import Layer
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Problem
+from escort.report import Console, Description
 
 _PLANNING = "planning"
 
@@ -55,7 +55,7 @@ def record_calls(network: nn.Module, skipped: Mapping[str, str], example: Exampl
             hooks.append(modules[name].register_forward_pre_hook(record))
         example.run(network)
     if not shapes:
-        reasons = "".join(f"; {name}: {reason}" for name, reason in skipped.items())
+        reasons = "".join(f"; layer {name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"the model runs no 2-d convolution on this example; there is nothing to convert{reasons}")
     return shapes
 
@@ -145,7 +145,7 @@ def _hooks() -> Iterator[list[Any]]:
 @contextmanager
 def _progress(layers: int, shown: bool) -> Iterator[tuple[Callable[[], None], Callable[[int, int], None]]]:
     """A progress bar on stderr: what to call when a layer is planned, and when some of the kernels are compiled."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
         task = bar.add_task(_PLANNING, total=layers)
 
