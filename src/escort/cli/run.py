@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from escort.artifact.files import replace_file
@@ -20,6 +19,7 @@ from escort.cli.console import Output, progress
 from escort.cli.images import ImageOptions, Inputs
 from escort.cli.options import SavedOptions, check_writable, command
 from escort.network.model import ConvertedModel
+from escort.report import Console
 
 _SHOWN = 10  # predictions on the terminal
 _OUTPUT_SUFFIXES = (".npz", ".csv")
