@@ -72,6 +72,12 @@ def with_nan(model: nn.Module) -> nn.Module:
             "tensor .* is on cpu, the example on meta",
         ),
         (lambda: with_nan(pruned(Small())), torch.randn(1, 3, 8, 8), ValueError, "layer second: its weight holds NaN"),
+        (
+            lambda: pruned(Small()),
+            torch.randn(0, 3, 8, 8),
+            ValueError,
+            r"example of shape \(0, 3, 8, 8\) holds nothing",
+        ),
         (lambda: nn.Linear(3, 4).eval(), torch.randn(1, 3), ValueError, "no 2-d convolution"),
         (lambda: "resnet50", torch.randn(1, 3), TypeError, "takes an nn.Module, got str"),
         (lambda: pruned(Small()), torch.randn(1, 4, 8, 8), ValueError, "example .*does not run.*channels"),

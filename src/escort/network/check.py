@@ -72,6 +72,8 @@ def check_model(model: nn.Module, example: Example) -> None:
     for x in example.tensors:
         if x.device != device:
             raise ValueError(f"the example is on {device} and on {x.device}; move all of it to one device")
+        if not x.numel():
+            raise ValueError(f"the example of shape {tuple(x.shape)} holds nothing to time; pass one of some samples")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != device:
             raise ValueError(f"tensor {name} is on {tensor.device}, the example on {device}; move one to the other")
