@@ -47,7 +47,9 @@ class Preparation:
         for name, option, default in (("mean", self.mean, 0), ("deviation", self.deviation, 1)):
             value = option or (_IMAGENET[default] if self.channels == 3 else (float(default),))
             if len(value) != self.channels:
-                raise ValueError(f"the model takes {self.channels} channels, got {len(value)} values of the {name}")
+                raise ValueError(
+                    f"the model takes {self.channels} channels, got {len(value)} values of the {name}; give one of each"
+                )
             object.__setattr__(self, name, value)
         if min(self.deviation) <= 0:
             raise ValueError(f"deviations are positive, got {self.deviation}")
@@ -127,7 +129,9 @@ class Inputs:
         """The (N, channels, H, W) array of an .npy file, or the only one of an .npz."""
         array = _read_array(path)
         if array.ndim != 4 or not len(array) or array.shape[1] != channels:
-            raise ValueError(f"{path} holds an array of shape {array.shape}; the model takes (N, {channels}, H, W)")
+            raise ValueError(
+                f"{path} holds an array of shape {array.shape}; the model takes (N, {channels}, H, W); save one"
+            )
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"{path} holds {array.dtype}; prepare it as the model was trained, as float32")
         return cls([str(index) for index in range(len(array))], array, [], None)
@@ -170,7 +174,7 @@ def _read_array(path: Path) -> NDArray[Any]:
                 raise ValueError(f"it holds {len(loaded.files)} arrays ({', '.join(loaded.files)}), not one")
             return loaded[loaded.files[0]]
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable .npy or .npz batch: {error}") from error
+        raise ValueError(f"{path} is no readable .npy or .npz batch: {error}; write it by numpy.save") from error
 
 
 def _pair(size: str) -> tuple[int, int]:

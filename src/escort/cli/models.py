@@ -79,7 +79,7 @@ def attribute(spec: str) -> Any:
             ) from error
         raise ValueError(f"{spec}: importing {module_name} failed: {error}; install what it needs") from error
     except Exception as error:
-        raise ValueError(f"{spec}: importing {module_name} failed: {_with_type(error)}") from error
+        raise ValueError(f"{spec}: importing {module_name} failed: {_with_type(error)}; mend it") from error
     try:
         return operator.attrgetter(name)(module)
     except AttributeError as error:
@@ -96,9 +96,11 @@ def _from_factory(spec: str) -> nn.Module:
     try:
         model = factory()
     except Exception as error:
-        raise ValueError(f"{spec}: calling it without arguments failed: {_with_type(error)}") from error
+        raise ValueError(
+            f"{spec}: calling it without arguments failed: {_with_type(error)}; name a function that needs none"
+        ) from error
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{spec} returned a {type(model).__name__}, not an nn.Module")
+        raise TypeError(f"{spec} returned a {type(model).__name__}, not an nn.Module; name a function that returns one")
     return model
 
 
@@ -109,7 +111,9 @@ def _from_archive(path: Path) -> nn.Module:
         with _weights_only():
             exported = torch.export.load(path)
     except Exception as error:
-        raise ValueError(f"{path} is not a torch.export archive of this torch version: {_with_type(error)}") from error
+        raise ValueError(
+            f"{path} is not a torch.export archive of this torch version: {_with_type(error)}; export the model anew"
+        ) from error
     # Tracing drops what the archive asserts about its input: the operators decide which shapes they take.
     network = fx.symbolic_trace(exported.module(check_guards=False))
     for node in network.graph.nodes:
@@ -149,7 +153,9 @@ def _weights_only() -> Iterator[None]:
 
 def _check_is_file(path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: {'is not a file' if path.exists() else 'there is no such file'}")
+        raise FileNotFoundError(
+            f"{path}: {'is no file' if path.exists() else 'there is no such file'}; name an archive"
+        )
 
 
 def _with_type(error: Exception) -> str:

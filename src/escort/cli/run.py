@@ -48,7 +48,7 @@ def main(
         if output_path.suffix not in _OUTPUT_SUFFIXES:
             raise ValueError(f"--output {output_path}: predictions are {' or '.join(_OUTPUT_SUFFIXES)}; name it so")
         check_writable(output_path)
-    if not source.exists():
+    if not source.is_dir() and not source.is_file():
         raise FileNotFoundError(f"{source}: there is no such folder or file; name images, or an .npy or .npz batch")
     model = saved.load()
     inputs = images.inputs(source, _image_shape(model, saved.saved))
@@ -172,5 +172,5 @@ def _image_shape(model: ConvertedModel, saved: Path) -> tuple[int, int, int]:
     """The (C, H, W) that the model was planned for."""
     shapes = model.plan.input_shapes
     if len(shapes) != 1 or len(shapes[0]) != 4:
-        raise ValueError(f"{saved} takes inputs of shapes {shapes}; run feeds models of one image")
+        raise ValueError(f"{saved} takes inputs of shapes {shapes}; run feeds models of one image; call it in Python")
     return shapes[0][1], shapes[0][2], shapes[0][3]

@@ -107,7 +107,7 @@ def outputs_on(model: nn.Module, example: Example) -> list[Tensor]:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = [tuple(x.shape) for x in example.tensors]
-        raise ValueError(f"the example {shapes} does not run through the model: {error}") from error
+        raise ValueError(f"the example {shapes} does not run through the model, pass what it takes: {error}") from error
     return outputs
 
 

@@ -262,7 +262,9 @@ def _verify(converted: nn.Module, pruned: nn.Module, pictures: Tensor) -> float:
     error = reference.compare(converted(pictures), copy.deepcopy(pruned).double()(pictures.double()))
     bound = reference.ERROR_BOUND["fp32"]
     if not error <= bound:
-        raise RuntimeError(f"the converted network differs from the pruned one by {error:.1e}, more than {bound:.0e}")
+        raise RuntimeError(
+            f"the converted network differs from the pruned one by {error:.1e}, more than {bound:.0e}; please report it"
+        )
     return error
 
 
