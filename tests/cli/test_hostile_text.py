@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -201,6 +202,12 @@ def test_what_a_user_types(args: tuple[str, ...], tmp_path: Path, monkeypatch: p
     assert result.exit_code == 2 and not result.stdout
     shows(result.stderr, whole=False)
     assert "[bold]:smile:" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_terminal_that_lacks_characters(saved: Path) -> None:
+    command = [sys.executable, "-m", "escort", "plan", str(saved)]
+    result = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0 and rb"Dense \xb5s" in result.stdout
 
 
 def test_the_whole_program(tmp_path: Path) -> None:

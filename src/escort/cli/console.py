@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import sys
@@ -48,6 +49,9 @@ class Output:
 def reporting(as_json: bool) -> Iterator[Output]:
     """Runs the body of a command: an error becomes one message and an exit code, JSON goes to stdout at the end."""
     stdout = sys.stdout
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # shows characters that the terminal's encoding lacks
     try:
         # A model's own code may print: under --json that goes to stderr too.
         with _notes_for_warnings(), redirect_stdout(sys.stderr) if as_json else nullcontext():
