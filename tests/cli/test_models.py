@@ -73,6 +73,8 @@ class _Attack:
         "data/constants/opaque_obj_0",
         "data/constants/opaque_obj_0/x",
         "data/constants/OPAQUE_OBJ_0",
+        "data/constants/opaque_obj_0.json",
+        "data/constants/Opaque_obj_0_constants_config.json",
     ],
 )
 def test_what_is_pickled_in_an_archive_does_not_run(part: str, tmp_path: Path) -> None:

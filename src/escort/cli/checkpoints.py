@@ -57,7 +57,9 @@ def _read(path: Path) -> Any:
         problem = "is no file" if path.exists() else "there is no such file"
         raise FileNotFoundError(f"{path}: {problem}; name a checkpoint")
     try:
-        return load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or damaged: {error}; save it anew") from error
     except Exception as error:
@@ -66,10 +68,6 @@ def _read(path: Path) -> Any:
             f"{path} cannot be loaded with weights_only=True ({type(error).__name__}: {reason}); where you trust it, "
             "load it in Python and save the model's state_dict() by torch.save or as .safetensors"
         ) from error
-
-
-def _torch_load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

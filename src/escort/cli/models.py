@@ -21,10 +21,12 @@ from escort.cli.console import note
 from escort.prune import listing
 
 ARCHIVE_SUFFIX = ".pt2"
-#: The parts of an archive that are read, behind the name of its root: those of today's torch, and those of before 2.9.
+#: The parts of an archive that are read, behind the name of its root: those of today's torch, and of older ones. Torch
+#: unpickles a constant whose name begins with custom_obj or opaque_obj, in whatever case, and whatever it ends in.
 _PART = re.compile(
     r"[^/]+/(archive_format|archive_version|byteorder|version|\.\w+|\.data/\w+|extra/.*|models/[\w.-]+\.json"
-    r"|data/(sample_inputs/[\w.-]+\.pt|weights/weight_\d+|constants/tensor_\d+|(weights|constants)/[\w.-]+\.json))"
+    r"|data/(sample_inputs/[\w.-]+\.pt|weights/weight_\d+|constants/tensor_\d+|(weights|constants)/model\.pt"
+    r"|(weights|constants)/(?!(?i:custom_obj|opaque_obj))[\w.-]+\.json))"
     r"|version|extra_files/.*|serialized_exported_program\.json"
     r"|serialized_(state_dict|constants|example_inputs)\.(pt|json)"
 )
@@ -35,9 +37,9 @@ def load(spec: str, checkpoint: Path | None = None) -> nn.Module:
 
     Args:
         spec: ``package.module:factory``, importable from the working directory, where factory takes no argument and
-            returns an nn.Module (or is one); or the path of a ``torch.export`` archive (.pt2). An archive names the
-            operators of torch that it calls, whatever these do: load only those of people you trust. Anything in it
-            but the graph, texts and tensors is refused.
+            returns an nn.Module (or is one); or the path of a ``torch.export`` archive (.pt2). An archive is code:
+            it calls any operator of torch, and torch evaluates the expressions of its shapes in Python. Load only those
+            of people you trust. Anything in it but the graph, texts and tensors is refused.
         checkpoint: weights for the factory's model, as :func:`checkpoints.load_into` takes them.
 
     Raises:

@@ -66,7 +66,7 @@ class SourceOptions:
         typer.Argument(
             metavar="MODEL",
             help="package.module:factory, which is imported and called, or a torch.export archive (.pt2), which may "
-            "call every operator of torch: use those of people you trust.",
+            "call any operator of torch and have Python evaluated: use those of people you trust.",
         ),
     ]
     checkpoint: CheckpointOption = None
