@@ -43,8 +43,8 @@ def test_an_idle_machine_and_a_gpu_need_no_word(
 
 def clocks(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
     """Lets Linux tell these times, one after the other, to a process that may use the first and the third core."""
-    told = iter(texts)
-    monkeypatch.setattr(Path, "read_text", lambda path: next(told))
+    answers = iter(texts)
+    monkeypatch.setattr(Path, "read_text", lambda path: next(answers))
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 2})
 
 

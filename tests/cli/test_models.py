@@ -105,13 +105,13 @@ def test_what_is_pickled_in_an_archive_does_not_run(part: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("part", ["data/aotinductor/model/code.so", "data/executorch/a", "data/weights/../x", "x"])
-def test_other_parts_of_an_archive_are_refused(part: str, tmp_path: Path) -> None:
+def test_other_members_of_an_archive_are_refused(part: str, tmp_path: Path) -> None:
     """Compiled libraries above all, which torch would load."""
     path = tmp_path / "model.pt2"
     torch.export.save(torch.export.export(tiny().eval(), (torch.randn(1, 3, 8, 8),)), path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(f"{archive.namelist()[0].partition('/')[0]}/{part}", b"")
-    with pytest.raises(ValueError, match=f"its part .*/{part} may run code.*export a model of tensors alone"):
+    with pytest.raises(ValueError, match=f"its member .*/{part} may run code.*export a model of tensors alone"):
         models.load(str(path))
 
 

@@ -26,7 +26,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = tmp_path / "home" / "cache"
     monkeypatch.setenv("ESCORT_CACHE_DIR", str(folder))
     monkeypatch.setattr(cache, "_warned", set())
-    monkeypatch.setattr(cache, "_held", {})
+    monkeypatch.setattr(cache, "_sizes", {})
     return folder
 
 
@@ -95,12 +95,12 @@ def test_the_folder_is_listed_once_and_when_it_may_be_full(monkeypatch: pytest.M
     monkeypatch.setenv("ESCORT_CACHE_MB", "1")
     scandir, listings = os.scandir, []
     monkeypatch.setattr(os, "scandir", lambda directory: listings.append(directory) or scandir(directory))
-    held = []
+    counts = []
     for number in range(400):  # of 10 kB each: four times what the folder may hold
         stored(f"{number:064x}", bytes(10_000))
-        held.append(len(listings))
-    assert held[90] == 2  # for files of either kind
-    assert held[-1] < 2 * 20
+        counts.append(len(listings))
+    assert counts[90] == 2  # for files of either kind
+    assert counts[-1] < 2 * 20
     assert sum(entry.size_bytes for entry in cache.entries()) <= 10**6
 
 

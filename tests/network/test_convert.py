@@ -178,7 +178,7 @@ def test_layers_that_are_skipped_stay_as_they_are() -> None:
         assert torch.allclose(fast(x), model(x), atol=1e-5)
     layer_by_layer = escort.convert(pruned(Branching()), torch.rand(1, 3, 8, 8), skip=lambda name, module: True)
     assert not layer_by_layer.traced and layer_by_layer.plan.skipped == {"conv": "you asked to skip it"}
-    with pytest.raises(ValueError, match="nothing to convert; first: you asked to skip it; second: you asked"):
+    with pytest.raises(ValueError, match="nothing to convert; layer first: you asked to skip it; layer second: you"):
         escort.convert(model, torch.randn(1, 3, 8, 8), skip=lambda name, module: True)
 
 

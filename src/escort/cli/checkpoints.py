@@ -73,12 +73,12 @@ def _read(path: Path) -> Any:
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     """The only state dict in what was read."""
     while isinstance(content, Mapping) and not _is_state_dict(content):
-        held = [key for key in _KEYS if isinstance(content.get(key), Mapping)]
-        if len(held) > 1:
-            raise ValueError(f"{path} holds several state dicts ({', '.join(held)}); save the one that is meant alone")
-        if not held:
+        keys = [key for key in _KEYS if isinstance(content.get(key), Mapping)]
+        if len(keys) > 1:
+            raise ValueError(f"{path} holds several state dicts ({', '.join(keys)}); save the one that is meant alone")
+        if not keys:
             break
-        content = content[held[0]]
+        content = content[keys[0]]
     if not _is_state_dict(content):
         raise ValueError(
             f"{path} holds no state dict, names with tensors; save the model's state_dict(), or a dict with it as one "
@@ -97,8 +97,8 @@ def _is_state_dict(content: Any) -> bool:
 
 def _is_known(name: str, wanted: Collection[str]) -> bool:
     """Whether the model has a tensor of that name, behind whatever prefix."""
-    parts = name.split(".")
-    return any(".".join(parts[first:]) in wanted for first in range(len(parts)))
+    words = name.split(".")
+    return any(".".join(words[first:]) in wanted for first in range(len(words)))
 
 
 def _masked(state: Mapping[str, Tensor], known: Collection[str], path: Path) -> dict[str, Tensor]:
@@ -117,10 +117,10 @@ def _masked(state: Mapping[str, Tensor], known: Collection[str], path: Path) -> 
             original = whole.pop(name)
             whole[weight] = original * whole.pop(mask).to(original.dtype)
     computed = (name for name in whole if name.endswith(_ORIGINAL) or ".parametrizations." in name)
-    if parts := [name for name in computed if name not in known]:
+    if unknown := [name for name in computed if name not in known]:
         raise ValueError(
-            f"{path} holds weights that are computed from {listing(parts, 6)}, and not by a mask; make them permanent "
-            "before saving, for example with torch.nn.utils.parametrize.remove_parametrizations"
+            f"{path} holds weights that are computed from {listing(unknown, 6)}, and not by a mask; make them "
+            "permanent before saving, for example with torch.nn.utils.parametrize.remove_parametrizations"
         )
     return whole
 

@@ -21,9 +21,9 @@ from escort.cli.console import note
 from escort.prune import listing
 
 ARCHIVE_SUFFIX = ".pt2"
-#: The parts of an archive that are read, behind the name of its root: those of today's torch, and of older ones. Torch
-#: unpickles a constant whose name begins with custom_obj or opaque_obj, in whatever case, and whatever it ends in.
-_PART = re.compile(
+#: The members of an archive that are read, behind the name of its root: those of today's torch and of older ones.
+#: Torch unpickles a constant whose name begins with custom_obj or opaque_obj, in whatever case, and whatever it ends in.
+_MEMBER = re.compile(
     r"[^/]+/(archive_format|archive_version|byteorder|version|\.\w+|\.data/\w+|extra/.*|models/[\w.-]+\.json"
     r"|data/(sample_inputs/[\w.-]+\.pt|weights/weight_\d+|constants/tensor_\d+|(weights|constants)/model\.pt"
     r"|(weights|constants)/(?!(?i:custom_obj|opaque_obj))[\w.-]+\.json))"
@@ -109,7 +109,7 @@ def _from_factory(spec: str) -> nn.Module:
 def _from_archive(path: Path) -> nn.Module:
     _check_is_file(path)
     try:
-        _check_parts(path)
+        _check_members(path)
         with _weights_only():
             exported = torch.export.load(path)
     except Exception as error:
@@ -124,15 +124,15 @@ def _from_archive(path: Path) -> nn.Module:
     return network.eval()
 
 
-def _check_parts(path: Path) -> None:
+def _check_members(path: Path) -> None:
     """Raises ValueError where an archive holds anything but a graph, tensors and texts.
 
-    Torch turns other parts into code while it loads: it unpickles objects, and loads compiled libraries.
+    Torch turns others into code while it loads: it unpickles objects, and loads compiled libraries.
     """
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
-            if not _PART.fullmatch(name):
-                raise ValueError(f"its part {name} may run code when it is loaded; export a model of tensors alone")
+            if not _MEMBER.fullmatch(name):
+                raise ValueError(f"its member {name} may run code when it is loaded; export a model of tensors alone")
 
 
 @contextmanager

@@ -37,7 +37,7 @@ _ABANDONED_S = 3600  # a file that is not renamed by then was left behind by a p
 _KEPT = 0.75  # share of the limit that is left once it was exceeded: room for storing a while without a look around
 _warned: set[str] = set()
 #: For each folder how many bytes lie there at most, as far as this process knows, which has looked once.
-_held: dict[Path, int] = {}
+_sizes: dict[Path, int] = {}
 _trimming = threading.Lock()
 
 
@@ -239,10 +239,10 @@ def _make_room(place: Path, directory: int, stored: int, limit: int) -> None:
     it has stored since may have filled the folder. What other processes store meanwhile is counted by them.
     """
     with _trimming:
-        if place in _held:
-            _held[place] += stored
-        if place not in _held or _held[place] > limit:
-            _held[place] = _trim(directory, limit)
+        if place in _sizes:
+            _sizes[place] += stored
+        if place not in _sizes or _sizes[place] > limit:
+            _sizes[place] = _trim(directory, limit)
 
 
 def _trim(directory: int, limit: int) -> int:

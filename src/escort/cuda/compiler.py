@@ -114,8 +114,8 @@ def compile_source(source: Source, defines: Defines, arch: str) -> Binary:
         "fields": [field.name for field in fields(Binary)],
     }
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    asked = {name: made_from[name] for name in ("source", "defines", "arch", "compiler")}
-    if (stored := cache.load(key)) is not None and _is_binary(*stored, asked):
+    expected = {name: made_from[name] for name in ("source", "defines", "arch", "compiler")}
+    if (stored := cache.load(key)) is not None and _is_binary(*stored, expected):
         return Binary(**stored[0], cubin=stored[1])
     _check_arch(arch)
     binary = _compile(source, macros, arch, compiler)
@@ -124,16 +124,16 @@ def compile_source(source: Source, defines: Defines, arch: str) -> Binary:
     return binary
 
 
-def _is_binary(description: Mapping[str, Any], cubin: bytes, asked: Mapping[str, Any]) -> bool:
+def _is_binary(description: Mapping[str, Any], cubin: bytes, expected: Mapping[str, Any]) -> bool:
     """Whether an entry of the cache is what was asked for: its fields, and device code for that architecture."""
     numbers = [description.get(field.name) for field in fields(Binary) if field.type in ("int", "float")]
-    if {**description, **asked} != description or not all(type(number) in (int, float) for number in numbers):
+    if {**description, **expected} != description or not all(type(number) in (int, float) for number in numbers):
         return False
     if {*description} != {field.name for field in fields(Binary)} - {"cubin"} or len(cubin) < _ELF_HEADER.size:
         return False
     magic, abi, machine, flags = _ELF_HEADER.unpack_from(cubin)
     arch = flags >> 8 & 0xFF if abi >= _NEWER_ABI else flags & 0xFF
-    return magic == b"\x7fELF" and machine == _ELF_CUDA and asked["arch"].strip("smaf_") == str(arch)
+    return magic == b"\x7fELF" and machine == _ELF_CUDA and expected["arch"].strip("smaf_") == str(arch)
 
 
 def compiler_version() -> str:
