@@ -22,7 +22,7 @@ from escort.prune import listing
 
 ARCHIVE_SUFFIX = ".pt2"
 #: The members of an archive that are read, behind the name of its root: those of today's torch and of older ones.
-#: Torch unpickles a constant whose name begins with custom_obj or opaque_obj, in whatever case, and whatever it ends in.
+#: Torch unpickles constants whose names begin with custom_obj or opaque_obj, in any case and with any ending.
 _MEMBER = re.compile(
     r"[^/]+/(archive_format|archive_version|byteorder|version|\.\w+|\.data/\w+|extra/.*|models/[\w.-]+\.json"
     r"|data/(sample_inputs/[\w.-]+\.pt|weights/weight_\d+|constants/tensor_\d+|(weights|constants)/model\.pt"
