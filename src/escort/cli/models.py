@@ -132,7 +132,7 @@ def _check_members(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if not _MEMBER.fullmatch(name):
-                raise ValueError(f"its member {name} may run code when it is loaded; export a model of tensors alone")
+                raise ValueError(f"its member {name} may run code when it is loaded")
 
 
 @contextmanager
