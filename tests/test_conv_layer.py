@@ -62,20 +62,20 @@ def test_inputs_of_any_strides_are_right() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
-        (lambda x, r: (x[0], r), ValueError, r"features.3 takes \(N, 6, H, W\), got shape \(6, 11, 12\)"),
-        (lambda x, r: (x[:, :5], r), ValueError, r"features.3 takes \(N, 6, H, W\)"),
+        (lambda x, r: (x[0], r), ValueError, r"layer features.3 takes \(N, 6, H, W\), got shape \(6, 11, 12\)"),
+        (lambda x, r: (x[:, :5], r), ValueError, r"layer features.3 takes \(N, 6, H, W\)"),
         (lambda x, r: (x[:, :, :0], r), ValueError, "features.3: sizes are positive"),
         (
             lambda x, r: (x.double(), r),
             TypeError,
-            r"features.3 computes in torch.float32, its input is torch.float64; .*\.to\(torch.float32\)",
+            r"layer features.3 computes in torch.float32, its input is torch.float64; .*\.to\(torch.float32\)",
         ),
-        (lambda x, r: (x.long(), r), TypeError, "features.3 computes in torch.float32"),
-        (lambda x, r: (x,), TypeError, "features.3 was made for a residual"),
+        (lambda x, r: (x.long(), r), TypeError, "layer features.3 computes in torch.float32"),
+        (lambda x, r: (x,), TypeError, "layer features.3 was made for a residual"),
         (lambda x, r: (x, r[:, :, 1:]), ValueError, "features.3: a residual is float32"),
         (lambda x, r: (x, r.double()), ValueError, "features.3: a residual is float32"),
-        (lambda x, r: (x.requires_grad_(), r), RuntimeError, "features.3 has no gradient: .*no_grad"),
-        (lambda x, r: (x.to("meta"), r), ValueError, "features.3 is on cpu, its input on meta"),
+        (lambda x, r: (x.requires_grad_(), r), RuntimeError, "layer features.3 has no gradient: .*no_grad"),
+        (lambda x, r: (x.to("meta"), r), ValueError, "layer features.3 is on cpu, its input on meta"),
     ],
 )
 def test_bad_calls_name_the_layer_and_the_remedy(make: Any, error: type[Exception], says: str) -> None:
@@ -97,7 +97,7 @@ def test_a_filter_or_bias_of_another_problem_is_refused() -> None:
 def test_a_layer_stays_in_eval_and_in_its_dtype() -> None:
     layer, *_ = a_layer()
     assert layer.train() is layer.eval() is layer and not layer.training
-    with pytest.raises(TypeError, match="features.3 computes in torch.float32 only; convert the model again"):
+    with pytest.raises(TypeError, match="layer features.3 computes in torch.float32 only; convert the model again"):
         layer.half()
     assert layer.values.dtype is torch.float32 and layer.float() is layer.to(torch.float32) is layer
 
@@ -132,7 +132,7 @@ def test_weights_stay_float32_whatever_the_layer_computes_in(half_layer: SparseC
     assert torch.equal(half_layer.values, values) and half_layer.bias.dtype is torch.float32
     assert torch.equal(half_layer(x), before)
     for move in (half_layer.float, half_layer.bfloat16, half_layer.double):
-        with pytest.raises(TypeError, match="features.3 computes in torch.float16 only; convert the model again"):
+        with pytest.raises(TypeError, match="layer features.3 computes in torch.float16 only; convert the model again"):
             move()
 
 
@@ -146,7 +146,9 @@ def test_a_layer_can_be_prepared_for_the_size_of_its_plan(monkeypatch: pytest.Mo
 def test_another_type_of_device_is_refused_before_anything_moves() -> None:
     layer, *_ = a_layer()
     for move in (lambda: layer.to("meta"), lambda: layer.to_empty(device="meta")):
-        with pytest.raises(ValueError, match="features.3 was planned for cpu, not for meta; move the original model"):
+        with pytest.raises(
+            ValueError, match="layer features.3 was planned for cpu, not for meta; move the original model"
+        ):
             move()
     assert {buffer.device.type for buffer in layer.buffers()} == {"cpu"}
 

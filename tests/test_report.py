@@ -67,6 +67,19 @@ def test_everything_is_escaped(html):
     assert escape(HOSTILE) in html
 
 
+def test_a_page_holds_no_characters_that_hide_or_reorder(tmp_path):
+    hidden, seen = "conv\x1b]0;x\x07\u202e1\n", r"conv\x1b]0;x\x07\u202e1\n"
+    sections = [
+        report.Text(hidden, (hidden,)),
+        report.Table(hidden, (hidden,), ((hidden,),), hidden),
+        report.bar_chart(hidden, [hidden], {"a": [1.0]}, "us"),
+        report.horizontal_bars(hidden, [hidden], {"a": [1.0]}, "us"),
+    ]
+    report.write_html(tmp_path / "page.html", hidden, sections)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count(seen) >= 14 and all(c.isprintable() or c == "\n" for c in page)
+
+
 def test_the_page_asks_the_network_for_nothing(html):
     for tag, attributes in Page(html).tags:
         assert tag not in ("link", "img", "iframe", "script")

@@ -95,7 +95,7 @@ def test_a_call_does_not_wait_for_a_kernel_of_a_size_that_was_not_planned(
     method, sparse_filter = Compiled(seconds), a_filter()
     monkeypatch.setattr(methods, "METHODS", (method, by_name("dense")))
     choice = Choice(replace(PROBLEM, height=planned[0], width=planned[1]), "compiled", {"knob": 0})
-    warning = pytest.warns(UserWarning, match=r"^layer1.conv, .* run by dense, as compiling")
+    warning = pytest.warns(UserWarning, match=r"^layer layer1.conv, .* run by dense, as compiling")
     with warning if runs == "dense" else nullcontext():
         run = runners.prepare(PROBLEM, sparse_filter, None, choice, "layer1.conv")
     assert method.prepared == (runs == "compiled")

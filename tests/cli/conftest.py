@@ -18,6 +18,12 @@ def restore_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
+@pytest.fixture(autouse=True)
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests keep the cores busy, which commands would say."""
+    monkeypatch.setattr("escort.planner.cores.busy_share", lambda: 0.0)
+
+
 @pytest.fixture(scope="session")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pruned") / "pruned.safetensors"

@@ -65,6 +65,8 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["run", "{saved}", "{tmp}", "--device", "cuda:x"], "'cuda:x' is no device"),
         (["run", "{tmp}/nowhere.escort", "{tmp}"], "nowhere.escort"),
         (["run", "{saved}", "{tmp}/nowhere"], "no such folder"),
+        (["run", "{saved}", "/dev/null"], "no such folder or file"),
+        (["run", "{saved}", "{saved}"], "holds no image and is no .npy or .npz batch"),
         (["run", "{saved}", "{tmp}"], "holds no image"),
         (["run", "{saved}", "{tmp}", "--mean", "0.5"], "1 values of the mean"),
         (["run", "{saved}", "{tmp}", "--std", "0,1,1"], "deviations are positive"),

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from rich.console import Console
 
 import escort
 from escort.cli.demo import digits
+from escort.report import Console
 
 
 @pytest.fixture(scope="module")

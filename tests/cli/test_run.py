@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from escort import artifact
+from escort.cli import run
 from tests.cli.invoking import invoke, succeed, succeed_json
 
 
@@ -35,6 +38,74 @@ def test_run_prepares_images_as_asked(saved: Path, images: Path, tmp_path: Path)
     with np.load(tmp_path / "out.npz", allow_pickle=False) as out:
         assert out["names"][1] == "b.png"
         np.testing.assert_allclose(out["outputs"][1], expected[0], rtol=1e-3, atol=1e-4)
+
+
+def test_every_format_that_pillow_reads_but_those_it_cannot_alone(saved: Path, images: Path) -> None:
+    from PIL import Image
+
+    pixels = Image.open(images / "b.png")
+    for suffix in (".gif", ".tif", ".tga", ".ppm", ".webp", ".ico", ".jp2", ".qoi"):
+        (pixels.convert("P") if suffix == ".gif" else pixels).save(images / f"x{suffix}")
+    pixels.save(images / "page.eps")
+    (images / "=cmd.h5").write_bytes(b"\x89HDF")
+    result = succeed("run", saved, images, "--json")
+    assert json.loads(result.stdout)["inputs"] == 3 + 8
+    note = result.stderr.replace("\n", "")
+    assert "left out =cmd.h5, notes.txt, page.eps: no images, or of formats that are not read here" in note
+
+
+def test_run_on_one_image(saved: Path, images: Path) -> None:
+    assert succeed_json("run", saved, images / "b.png")["inputs"] == 1
+
+
+def test_a_file_that_lies_about_its_format(saved: Path, images: Path) -> None:
+    """Pillow would start Ghostscript on it."""
+    from PIL import Image
+
+    Image.open(images / "b.png").save(images / "page.eps")
+    (images / "page.eps").rename(images / "b.png")
+    result = invoke("run", saved, images)
+    assert result.exit_code == 2 and "b.png is no readable image" in result.stderr
+
+
+def test_images_of_16_bits_are_refused(saved: Path, images: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(images / "b.png")
+    result = invoke("run", saved, images)
+    assert result.exit_code == 2 and "more than 8 bits per channel" in result.stderr
+
+
+def test_the_first_forward_is_not_counted(saved: Path, batch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    forward = run._forward
+
+    def slow_at_first(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        calls.append(len(x))
+        y, seconds = forward(model, x)
+        return y, 1000.0 if len(calls) == 1 else seconds
+
+    monkeypatch.setattr(run, "_forward", slow_at_first)
+    report = succeed_json("run", saved, batch, "--batch", 2)
+    assert calls == [2, 2, 2, 1] and report["model_seconds"] < 1000.0
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("=cmd.png", "'=cmd.png"),
+        ("+1.png", "'+1.png"),
+        ("-1.png", "'-1.png"),
+        ("@x.png", "'@x.png"),
+        ("\t=x\n\x1b.png", "\\t=x\\n\\x1b.png"),
+        ('a,"b.png', 'a,"b.png'),
+    ],
+)
+def test_cells_are_no_formulas(name: str, cell: str, saved: Path, images: Path, tmp_path: Path) -> None:
+    (images / "b.png").rename(images / name)
+    report = succeed_json("run", saved, images, "--output", tmp_path / "out.csv")
+    assert name in {prediction["input"] for prediction in report["predictions"]}
+    assert cell in {row[0] for row in csv.reader((tmp_path / "out.csv").open(newline=""))}
 
 
 def test_run_on_a_batch(saved: Path, batch: Path, tmp_path: Path) -> None:

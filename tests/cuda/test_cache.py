@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-import tempfile
+import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = tmp_path / "home" / "cache"
     monkeypatch.setenv("ESCORT_CACHE_DIR", str(folder))
     monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.setattr(cache, "_sizes", {})
     return folder
 
 
@@ -80,12 +83,25 @@ def test_an_entry_under_another_key_is_foreign() -> None:
 
 def test_the_least_recently_used_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESCORT_CACHE_MB", "1")
-    keys = [letter * 64 for letter in "abcd"]
-    for age, key in enumerate(keys[:3]):
-        os.utime(stored(key, bytes(300_000)), (0, time.time() - 100 + age))
+    keys = [letter * 64 for letter in "abcdef"]
+    for age, key in enumerate(keys[:5]):
+        os.utime(stored(key, bytes(190_000)), (0, time.time() - 100 + age))
     assert cache.load(keys[0]) is not None  # the oldest is the latest used now
-    stored(keys[3], bytes(300_000))
-    assert {entry.path.stem for entry in cache.entries()} == {keys[0], keys[2], keys[3]}
+    stored(keys[5], bytes(190_000))
+    assert {entry.path.stem for entry in cache.entries()} == {keys[0], keys[4], keys[5]}  # three quarters of the limit
+
+
+def test_the_folder_is_listed_once_and_when_it_may_be_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESCORT_CACHE_MB", "1")
+    scandir, listings = os.scandir, []
+    monkeypatch.setattr(os, "scandir", lambda directory: listings.append(directory) or scandir(directory))
+    counts = []
+    for number in range(400):  # of 10 kB each: four times what the folder may hold
+        stored(f"{number:064x}", bytes(10_000))
+        counts.append(len(listings))
+    assert counts[90] == 2  # for files of either kind
+    assert counts[-1] < 2 * 20
+    assert sum(entry.size_bytes for entry in cache.entries()) <= 10**6
 
 
 def test_no_megabytes_keep_nothing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -118,7 +134,7 @@ def test_a_read_only_folder_is_still_read(monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(cache, "_write", refuse)
     monkeypatch.setattr(os, "utime", refuse)
     with pytest.warns(RuntimeWarning, match="Permission denied"):
         stored(OTHER)
@@ -127,14 +143,16 @@ def test_a_read_only_folder_is_still_read(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 def test_a_full_disk_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    make = tempfile.mkstemp
+    open_file = os.open
 
-    def full(*args: Any, **kwargs: Any) -> tuple[int, str]:
-        handle, path = make(*args, **kwargs)
+    def full(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        handle = open_file(path, flags, *args, **kwargs)
+        if not flags & os.O_CREAT:
+            return handle
         os.close(handle)
-        return os.open("/dev/full", os.O_WRONLY), path
+        return open_file("/dev/full", os.O_WRONLY)
 
-    monkeypatch.setattr(tempfile, "mkstemp", full)
+    monkeypatch.setattr(os, "open", full)
     with pytest.warns(RuntimeWarning, match="No space left"):
         stored()
     assert not any(folder.iterdir())
@@ -148,6 +166,120 @@ def test_what_killed_processes_left_is_removed(folder: Path) -> None:
     os.utime(old, (0, time.time() - 7200))
     stored()
     assert not old.exists() and fresh.exists()  # which another process may be writing
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _link(path: Path) -> None:
+    path.symlink_to(shutil.copy(stored(OTHER), path.parent / "elsewhere"))
+
+
+def _link_to_nothing(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("make", [_pipe, _link, _link_to_nothing, _folder])
+def test_what_is_no_file_counts_as_absent(make: Callable[[Path], None]) -> None:
+    path = stored()
+    good = cache.load(KEY)
+    path.unlink()
+    make(path)
+    assert cache.load(KEY) is None
+    assert not any(entry.description for entry in cache.entries() if entry.path == path)
+    if path.is_dir():
+        with pytest.warns(RuntimeWarning, match="Is a directory"):
+            stored()
+        return
+    stored()  # takes its place
+    assert cache.load(KEY) == good and not path.is_symlink()
+
+
+def test_a_link_is_not_followed_and_not_written_through(folder: Path) -> None:
+    target = stored().rename(folder / "precious")
+    content = target.read_bytes()
+    (folder / f"{KEY}.kernel").symlink_to(target)
+    assert cache.load(KEY) is None
+    stored(binary=b"newer")
+    assert target.read_bytes() == content
+    (folder / f"{OTHER}.kernel").symlink_to(target)
+    assert cache.clear()[0] == 2 and target.read_bytes() == content
+
+
+def test_a_file_of_another_user_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored()
+    fstat, own = os.fstat, os.geteuid()
+
+    def of_another(descriptor: int) -> os.stat_result:
+        status = list(fstat(descriptor))
+        is_folder = os.path.isdir(f"/proc/self/fd/{descriptor}")
+        status[4] = own if is_folder else own + 1
+        return os.stat_result(status)
+
+    monkeypatch.setattr(os, "fstat", of_another)
+    assert cache.load(KEY) is None
+
+
+def unused(says: str) -> None:
+    """The folder is neither read nor written, and one warning gives the reason and the remedy."""
+    files = set(cache.folder().iterdir())
+    with pytest.warns(RuntimeWarning, match=says) as caught:
+        assert cache.load(KEY) is None
+        stored(OTHER)
+        assert cache.load(KEY) is None
+    assert len(caught) == 1 and set(cache.folder().iterdir()) == files
+    for refuses in (cache.entries, cache.clear, cache.check_folder):
+        with pytest.raises(cache.UnsafeFolderError, match=says):
+            refuses()
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o1777])
+def test_a_folder_that_others_can_write_is_not_used(folder: Path, mode: int) -> None:
+    stored()
+    folder.chmod(mode)
+    unused("can be written by others, .*chmod go-w.*ESCORT_CACHE_DIR")
+    folder.chmod(0o755)
+    assert cache.load(KEY) == (DESCRIPTION, BINARY)
+
+
+def test_a_folder_of_another_owner_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    unused(f"belongs to user {os.getuid()}, .*ESCORT_CACHE_DIR to a folder of your own")
+
+
+def test_a_new_folder_is_the_users_alone(folder: Path) -> None:
+    before = os.umask(0)
+    try:
+        stored()
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert cache.load(KEY) == (DESCRIPTION, BINARY)
+
+
+@pytest.mark.parametrize("description", [b"[]", b"{", b"[" * 100_000, b'"text"', b"\xff"])
+def test_a_forged_description_counts_as_absent(description: bytes) -> None:
+    path = stored()
+    content = description + b"\n" + BINARY
+    digest = hashlib.sha256(KEY.encode() + content).hexdigest().encode()
+    path.write_bytes(b"escort-kernel 1\n" + digest + b"\n" + content)
+    assert cache.load(KEY) is None and cache.entries()[0].description == {}
+
+
+def test_threads_share_a_folder() -> None:
+    keys = [f"{number:064x}" for number in range(40)]
+    threads = [threading.Thread(target=stored, args=(key,)) for key in keys]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(cache.load(key) == (DESCRIPTION, BINARY) for key in keys)
 
 
 def test_clear_removes_all(folder: Path) -> None:

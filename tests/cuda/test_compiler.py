@@ -103,6 +103,35 @@ def test_a_damaged_entry_is_compiled_anew(scale: Path, compilations: list[str], 
     assert len(compilations) == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "cubin"),
+    [
+        ({"arch": "sm_80"}, None),
+        ({"source": "other.cu"}, None),
+        ({"defines": {"FACTOR": "3"}}, None),
+        ({"registers": "many"}, None),
+        ({"compile_s": "long"}, None),
+        ({"extra": 1}, None),
+        ({}, b""),
+        ({}, b"\x7fELF" + bytes(200)),
+        ({}, "sm_80"),
+    ],
+)
+def test_an_entry_that_is_something_else_is_compiled_anew(
+    changes: dict[str, Any], cubin: bytes | str | None, scale: Path
+) -> None:
+    """Its checksum holds, as anybody can compute it: so the entry is held against what was asked for."""
+    binary = compiler.compile_source(scale, {"FACTOR": 2}, "sm_90")
+    (entry,) = cache.entries()
+    if isinstance(cubin, str):
+        cubin = compiler.compile_source(scale, {"FACTOR": 2}, cubin).cubin
+    cache.store(entry.path.stem, {**entry.description, **changes}, binary.cubin if cubin is None else cubin)
+    again = compiler.compile_source(scale, {"FACTOR": 2}, "sm_90")
+    assert again.cubin == binary.cubin and (again.arch, again.defines) == ("sm_90", {"FACTOR": "2"})
+    stored = cache.load(entry.path.stem)
+    assert stored is not None and stored[1] == binary.cubin
+
+
 def test_without_a_cache_everything_works(
     scale: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,11 +48,11 @@ def main(
 
 def _line(entry: cache.Entry) -> tuple[str, ...]:
     size, age, name = f"{entry.size_bytes / 1000:,.0f}", _age(time.time() - entry.used), entry.path.name[:12]
-    described = entry.description
-    if not described:
-        return "damaged", "-", "-", "-", size, age, name
-    defines = " ".join(f"{key}={value}" for key, value in described["defines"].items())
-    return described["source"], described["arch"], defines, str(described["registers"]), size, age, name
+    match entry.description:
+        case {"source": str(source), "arch": str(arch), "defines": dict(defines), "registers": int(registers)}:
+            macros = " ".join(f"{key}={value}" for key, value in defines.items())
+            return source, arch, macros, str(registers), size, age, name
+    return "damaged", "-", "-", "-", size, age, name
 
 
 def _age(seconds: float) -> str:

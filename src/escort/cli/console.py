@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from escort.planner import cores
+from escort.report import Console, Description, printable
 
 #: Exit codes.
 FAILED, BAD_INPUT = 1, 2
 
 _NAMED_BY_THE_USER = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _PIPE_WIDTH = 160  # columns of a table that no terminal shows
+_BUSY = 0.25  # share of the cores' time that others may take before times are worth a warning
 
 
 class Output:
@@ -42,22 +49,27 @@ class Output:
 def reporting(as_json: bool) -> Iterator[Output]:
     """Runs the body of a command: an error becomes one message and an exit code, JSON goes to stdout at the end."""
     stdout = sys.stdout
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # shows characters that the terminal's encoding lacks
     try:
         # A model's own code may print: under --json that goes to stderr too.
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        with _notes_for_warnings(), redirect_stdout(sys.stderr) if as_json else nullcontext():
             output = Output()
             yield output
     except (ValueError, TypeError) as error:
-        _fail(str(error), BAD_INPUT)
+        fail(str(error), BAD_INPUT)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        _fail(message, BAD_INPUT if isinstance(error, _NAMED_BY_THE_USER) else FAILED)
-    except (ImportError, MemoryError) as error:
-        _fail(str(error) or type(error).__name__, FAILED)
-    except RuntimeError as error:
-        if isinstance(error, typer.Exit):
-            raise
-        _fail(str(error), FAILED)
+        fail(message, BAD_INPUT if isinstance(error, _NAMED_BY_THE_USER) else FAILED)
+    except typer.Exit:
+        raise
+    except (ImportError, MemoryError, RuntimeError) as error:
+        fail(str(error) or type(error).__name__, FAILED)
+    except Exception as error:
+        for line in "".join(traceback.format_tb(error.__traceback__)).splitlines():
+            note(line)
+        fail(f"{type(error).__name__}: {error}; please report this with the lines above", FAILED)
     if as_json:
         # JSON has no word for the infinite error of a candidate whose output held NaN.
         finite = json.loads(json.dumps(output.result), parse_constant=lambda _: None)
@@ -66,21 +78,39 @@ def reporting(as_json: bool) -> Iterator[Output]:
         raise typer.Exit(FAILED)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    console = Console(stderr=True, highlight=False)
-    console.print("[bold red]error:[/] ", end="")
-    console.print(message, markup=False, soft_wrap=True)
+@contextmanager
+def _notes_for_warnings() -> Iterator[None]:
+    """Shows warnings, which may name layers and files, as notes."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *args, **options: note(f"warning: {message}")
+        yield
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Prints an error in one line, and leaves with an exit code."""
+    line = Text.assemble(("error:", "bold red"), " ", printable(message))
+    Console(stderr=True).print(line, soft_wrap=True)
     raise typer.Exit(code)
 
 
 def note(message: str) -> None:
     """Prints a line about what is going on, on stderr."""
-    Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
+    Console(stderr=True).print(message, soft_wrap=True)
+
+
+def note_if_busy(device: str) -> None:
+    """Says so where other processes keep the cores busy on which something is about to be timed."""
+    share = cores.busy_share() if device == "cpu" else 0.0
+    if share > _BUSY:
+        note(
+            f"warning: other processes take {share:.0%} of the time of this machine's {cores.count()} cores: times "
+            "will be too long, and choices may be wrong; wait for them, or stop them, and start again"
+        )
 
 
 def progress(console: Console | None = None) -> Progress:
     """Progress bars: on stderr, where they disappear in the end, or on a console, where they stay."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     transient = console is None
     return Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True), transient=transient)
 

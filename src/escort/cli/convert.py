@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import filesize
 
 import escort
 from escort import report
@@ -27,4 +28,4 @@ def main(
     plan = converted.plan
     output.result = {"output": str(output_path), "bytes": output_path.stat().st_size, **plan.to_json()}
     output.text.print(report.terminal(plan_table(plan)))
-    output.text.print(f"wrote {output_path}, {output_path.stat().st_size / 1e6:.1f} MB")
+    output.text.print(f"wrote {output_path}, {filesize.decimal(output_path.stat().st_size)}")

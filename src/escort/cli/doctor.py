@@ -58,9 +58,9 @@ def main(output: Output) -> None:
     output.failed = any(finding.ok is False for finding in findings)
     output.result = {"ok": not output.failed, "findings": [asdict(finding) for finding in findings]}
     table = Table("", "", "", "remedy", show_edge=False)
-    marks = {True: "[green]ok[/]", None: "[yellow]--[/]", False: "[bold red]missing[/]"}
+    marks = {True: Text("ok", "green"), None: Text("--", "yellow"), False: Text("missing", "bold red")}
     for finding in findings:
-        table.add_row(marks[finding.ok], *map(Text, (finding.name, finding.value, finding.remedy)))  # brackets are text
+        table.add_row(marks[finding.ok], finding.name, finding.value, finding.remedy)
     output.text.print(table)
 
 
@@ -155,8 +155,12 @@ def _kernel_compiler(*, needed: bool) -> Finding:
 def _kernel_cache() -> Finding:
     try:
         folder = cache.folder()
+        cache.check_folder()
         with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
             pass
+    except cache.UnsafeFolderError as error:
+        value, _, remedy = str(error).partition("; ")
+        return Finding("kernel cache", value, None, remedy)
     except OSError as error:
         remedy = f"make room, or set {cache.FOLDER_VARIABLE} to a folder that can be written"
         return Finding("kernel cache", f"cannot be written: {error}", None, remedy)

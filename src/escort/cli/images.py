@@ -1,4 +1,4 @@
-"""What `escort run` feeds a model: the images of a folder, or a batch from a file."""
+"""What `escort run` feeds a model: an image, the images of a folder, or a batch from a file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ import typer
 from numpy.typing import NDArray
 from torch import Tensor
 
+from escort.cli.console import note
 from escort.cli.options import numbers
+from escort.prune import listing
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_ARRAYS = (".npy", ".npz")
+#: Formats that are left out: for EPS Pillow starts Ghostscript on the file, of the others it reads no pixels by itself.
+_LEFT_OUT = frozenset(("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"))
+#: Modes of more than 8 bits per channel, of which Pillow would keep what fits 8.
+_DEEP_MODES = ("I", "F")
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _MODES = {1: "L", 3: "RGB"}
 
@@ -41,24 +47,28 @@ class Preparation:
         for name, option, default in (("mean", self.mean, 0), ("deviation", self.deviation, 1)):
             value = option or (_IMAGENET[default] if self.channels == 3 else (float(default),))
             if len(value) != self.channels:
-                raise ValueError(f"the model takes {self.channels} channels, got {len(value)} values of the {name}")
+                raise ValueError(
+                    f"the model takes {self.channels} channels, got {len(value)} values of the {name}; give one of each"
+                )
             object.__setattr__(self, name, value)
         if min(self.deviation) <= 0:
             raise ValueError(f"deviations are positive, got {self.deviation}")
 
     def read(self, path: Path) -> Tensor:
         """The image as (channels, height, width)."""
+        from PIL import Image
+
         try:
-            from PIL import Image
-        except ImportError as error:
-            raise ImportError("reading images needs Pillow: pip install escort-sparse[images]") from error
-        try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=_formats()) as image:
+                if image.mode.startswith(_DEEP_MODES):
+                    raise ValueError(f"its mode {image.mode} has more than 8 bits per channel")
                 resized = image.convert(_MODES[self.channels]).resize(
                     (self.width, self.height), Image.Resampling.BILINEAR
                 )
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is no readable image ({error}); mend it or take it out of the folder") from error
+            raise ValueError(
+                f"{path} is no readable image ({error}); mend it, convert it to 8 bits, or leave it out"
+            ) from error
         pixels = np.asarray(resized, dtype=np.float32).reshape(self.height, self.width, self.channels) / 255.0
         normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.deviation, np.float32)
         return torch.from_numpy(normalised.transpose(2, 0, 1).copy())
@@ -81,11 +91,11 @@ class ImageOptions:
     def inputs(self, source: Path, shape: tuple[int, int, int]) -> Inputs:
         """The inputs in a folder or a file, for a model that was planned for (C, H, W)."""
         channels, height, width = shape
-        if source.is_dir():
+        if source.is_dir() or source.suffix.lower() not in _ARRAYS:
             if self.size is not None:
                 height, width = _pair(self.size)
             mean, deviation = _floats(self.mean, "--mean"), _floats(self.deviation, "--std")
-            return Inputs.of_folder(source, Preparation(channels, height, width, mean, deviation))
+            return Inputs.of_images(source, Preparation(channels, height, width, mean, deviation))
         if self != ImageOptions():
             raise ValueError("--size, --mean and --std are for images; an array goes in as it is")
         return Inputs.of_file(source, channels)
@@ -101,11 +111,17 @@ class Inputs:
     preparation: Preparation | None
 
     @classmethod
-    def of_folder(cls, folder: Path, preparation: Preparation) -> Inputs:
-        """The images of a folder by name; other files in it are left alone."""
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    def of_images(cls, source: Path, preparation: Preparation) -> Inputs:
+        """An image, or the images of a folder by name; a note says which files in it are left out."""
+        suffixes = _suffixes()
+        files = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
+        paths = [path for path in files if path.suffix.lower() in suffixes]
+        left_out = [path.name for path in files if path.suffix.lower() not in suffixes]
         if not paths:
-            raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+            known = ", ".join(sorted(suffixes))
+            raise ValueError(f"{source} holds no image and is no .npy or .npz batch; images end in one of {known}")
+        if left_out:
+            note(f"{source}: left out {listing(left_out)}: no images, or of formats that are not read here")
         return cls([path.name for path in paths], None, paths, preparation)
 
     @classmethod
@@ -113,7 +129,9 @@ class Inputs:
         """The (N, channels, H, W) array of an .npy file, or the only one of an .npz."""
         array = _read_array(path)
         if array.ndim != 4 or not len(array) or array.shape[1] != channels:
-            raise ValueError(f"{path} holds an array of shape {array.shape}; the model takes (N, {channels}, H, W)")
+            raise ValueError(
+                f"{path} holds an array of shape {array.shape}; the model takes (N, {channels}, H, W); save one"
+            )
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"{path} holds {array.dtype}; prepare it as the model was trained, as float32")
         return cls([str(index) for index in range(len(array))], array, [], None)
@@ -128,6 +146,24 @@ class Inputs:
                 yield torch.stack([self.preparation.read(path) for path in self.paths[first : first + size]])
 
 
+def _formats() -> list[str]:
+    """The formats that are read, by Pillow's names. Raises ImportError without Pillow."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("reading images needs Pillow: pip install escort-sparse[images]") from error
+    Image.init()
+    return [name for name in Image.OPEN if name not in _LEFT_OUT]
+
+
+def _suffixes() -> set[str]:
+    """What the names of images end in."""
+    formats = _formats()
+    from PIL import Image
+
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+
+
 def _read_array(path: Path) -> NDArray[Any]:
     try:
         loaded = np.load(path, allow_pickle=False)
@@ -138,7 +174,7 @@ def _read_array(path: Path) -> NDArray[Any]:
                 raise ValueError(f"it holds {len(loaded.files)} arrays ({', '.join(loaded.files)}), not one")
             return loaded[loaded.files[0]]
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable .npy or .npz batch: {error}") from error
+        raise ValueError(f"{path} is no readable .npy or .npz batch: {error}; write it by numpy.save") from error
 
 
 def _pair(size: str) -> tuple[int, int]:

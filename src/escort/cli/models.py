@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import operator
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -13,16 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from escort.cli import checkpoints
+from escort.cli.console import note
 from escort.prune import listing
 
 ARCHIVE_SUFFIX = ".pt2"
-CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
-#: Names in an archive begin so where torch unpickles what they hold, whatever it is.
-_PICKLED_PARTS = ("custom_obj_", "opaque_obj_")
+#: The members of an archive that are read, behind the name of its root: those of today's torch and of older ones.
+#: Torch unpickles constants whose names begin with custom_obj or opaque_obj, in any case and with any ending.
+_MEMBER = re.compile(
+    r"[^/]+/(archive_format|archive_version|byteorder|version|\.\w+|\.data/\w+|extra/.*|models/[\w.-]+\.json"
+    r"|data/(sample_inputs/[\w.-]+\.pt|weights/weight_\d+|constants/tensor_\d+|(weights|constants)/model\.pt"
+    r"|(weights|constants)/(?!(?i:custom_obj|opaque_obj))[\w.-]+\.json))"
+    r"|version|extra_files/.*|serialized_exported_program\.json"
+    r"|serialized_(state_dict|constants|example_inputs)\.(pt|json)"
+)
 
 
 def load(spec: str, checkpoint: Path | None = None) -> nn.Module:
@@ -30,11 +37,10 @@ def load(spec: str, checkpoint: Path | None = None) -> nn.Module:
 
     Args:
         spec: ``package.module:factory``, importable from the working directory, where factory takes no argument and
-            returns an nn.Module (or is one); or the path of a ``torch.export`` archive (.pt2). An archive names the
-            functions of torch that it calls, so it is code: load only those of people you trust. Anything pickled in
-            it but tensors is refused.
-        checkpoint: weights for the factory's model: .safetensors, or .pt / .pth holding a state dict or a dict with
-            one under "state_dict".
+            returns an nn.Module (or is one); or the path of a ``torch.export`` archive (.pt2). An archive is code:
+            it calls any operator of torch, and torch evaluates the expressions of its shapes in Python. Load only those
+            of people you trust. Anything in it but the graph, texts and tensors is refused.
+        checkpoint: weights for the factory's model, as :func:`checkpoints.load_into` takes them.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: naming what is wrong and the remedy.
@@ -43,13 +49,13 @@ def load(spec: str, checkpoint: Path | None = None) -> nn.Module:
         if checkpoint is not None:
             raise ValueError(f"{spec} holds its own weights; leave out the checkpoint {checkpoint}")
         return _from_archive(Path(spec))
-    if Path(spec).suffix in CHECKPOINT_SUFFIXES:
+    if Path(spec).suffix in checkpoints.SUFFIXES:
         raise ValueError(
             f"{spec} is a checkpoint, weights without a model; name package.module:factory and pass it along"
         )
     model = _from_factory(spec)
-    if checkpoint is not None:
-        _load_checkpoint(model, checkpoint)
+    if checkpoint is not None and (left_out := checkpoints.load_into(model, checkpoint)):
+        note(f"{checkpoint}: left out {listing(left_out)}, which the model has not")
     return model.eval()
 
 
@@ -75,7 +81,7 @@ def attribute(spec: str) -> Any:
             ) from error
         raise ValueError(f"{spec}: importing {module_name} failed: {error}; install what it needs") from error
     except Exception as error:
-        raise ValueError(f"{spec}: importing {module_name} failed: {_with_type(error)}") from error
+        raise ValueError(f"{spec}: importing {module_name} failed: {_with_type(error)}; mend it") from error
     try:
         return operator.attrgetter(name)(module)
     except AttributeError as error:
@@ -92,58 +98,24 @@ def _from_factory(spec: str) -> nn.Module:
     try:
         model = factory()
     except Exception as error:
-        raise ValueError(f"{spec}: calling it without arguments failed: {_with_type(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{spec} returned a {type(model).__name__}, not an nn.Module")
-    return model
-
-
-def _load_checkpoint(model: nn.Module, path: Path) -> None:
-    state = _read_checkpoint(path)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # shapes
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
-    if missing or unexpected:
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}: it lacks {listing(missing, 6)}, and has "
-            f"{listing(unexpected, 6)} that the model does not know; use the checkpoint of this model"
-        )
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    if path.suffix not in CHECKPOINT_SUFFIXES:
-        raise ValueError(f"{path}: a checkpoint ends in one of {', '.join(CHECKPOINT_SUFFIXES)}")
-    _check_is_file(path)
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from error
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be loaded with weights_only=True: {_with_type(error)}; save the model's state_dict() with "
-            "torch.save or as .safetensors"
+            f"{spec}: calling it without arguments failed: {_with_type(error)}; name a function that needs none"
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"{path} holds no state dict; save the model's state_dict(), or a dict with it as 'state_dict'"
-        )
-    return state
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{spec} returned a {type(model).__name__}, not an nn.Module; name a function that returns one")
+    return model
 
 
 def _from_archive(path: Path) -> nn.Module:
     _check_is_file(path)
     try:
-        _refuse_pickled_objects(path)
+        _check_members(path)
         with _weights_only():
             exported = torch.export.load(path)
     except Exception as error:
-        raise ValueError(f"{path} is not a torch.export archive of this torch version: {_with_type(error)}") from error
+        raise ValueError(
+            f"{path} is not a torch.export archive of this torch version: {_with_type(error)}; export the model anew"
+        ) from error
     # Tracing drops what the archive asserts about its input: the operators decide which shapes they take.
     network = fx.symbolic_trace(exported.module(check_guards=False))
     for node in network.graph.nodes:
@@ -152,11 +124,15 @@ def _from_archive(path: Path) -> nn.Module:
     return network.eval()
 
 
-def _refuse_pickled_objects(path: Path) -> None:
+def _check_members(path: Path) -> None:
+    """Raises ValueError where an archive holds anything but a graph, tensors and texts.
+
+    Torch turns others into code while it loads: it unpickles objects, and loads compiled libraries.
+    """
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
-            if Path(name).name.startswith(_PICKLED_PARTS):
-                raise ValueError(f"{name} in it is a pickled object, which may run code; export a model of tensors")
+            if not _MEMBER.fullmatch(name):
+                raise ValueError(f"its member {name} may run code when it is loaded")
 
 
 @contextmanager
@@ -179,7 +155,9 @@ def _weights_only() -> Iterator[None]:
 
 def _check_is_file(path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: {'is not a file' if path.exists() else 'there is no such file'}")
+        raise FileNotFoundError(
+            f"{path}: {'is no file' if path.exists() else 'there is no such file'}; name an archive"
+        )
 
 
 def _with_type(error: Exception) -> str:

@@ -19,7 +19,7 @@ from torch import nn
 import escort
 from escort import artifact
 from escort.cli import models
-from escort.cli.console import Output, reporting
+from escort.cli.console import Output, note_if_busy, reporting
 from escort.network.check import Effort
 from escort.network.model import ConvertedModel
 from escort.planner.machine import find_device
@@ -36,7 +36,12 @@ class PrecisionName(str, Enum):
 
 
 CheckpointOption = Annotated[
-    Path | None, typer.Option(help="Weights for the factory's model: .safetensors, or .pt / .pth with a state dict.")
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Weights for the factory's model: .safetensors, or a state dict of torch, Lightning and the like (.pt, "
+        ".pth, .ckpt, .bin), of which nothing but tensors and plain values is loaded.",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="What to convert for: cpu, cuda, or cuda:1 and so on.")]
 PrecisionOption = Annotated[
@@ -60,7 +65,8 @@ class SourceOptions:
         str,
         typer.Argument(
             metavar="MODEL",
-            help="package.module:factory, or a torch.export archive (.pt2); both are code, so use what you trust.",
+            help="package.module:factory, which is imported and called, or a torch.export archive (.pt2), which may "
+            "call any operator of torch and have Python evaluated: use those of people you trust.",
         ),
     ]
     checkpoint: CheckpointOption = None
@@ -117,9 +123,11 @@ class ModelOptions(SourceOptions):
         return tuple(torch.randn(numbers(shape, "--input"), generator=generator) for shape in self.shapes)
 
     def load_with_inputs(self) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-        """The model and inputs for it, on the device and in the type in which the precision is stored."""
+        """The model and inputs for it, on the device and in the type in which the precision is stored, to be timed."""
         inputs = self.inputs()
-        return place(self.load(), inputs, self.device, self.precision)
+        placed = place(self.load(), inputs, self.device, self.precision)
+        note_if_busy(placed[1][0].device.type)
+        return placed
 
     def convert(self) -> ConvertedModel:
         """The converted model; a progress bar shows on stderr."""

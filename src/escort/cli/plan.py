@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from escort import artifact, report
-from escort.cli import models
+from escort.cli import checkpoints, models
 from escort.cli.console import Output
 from escort.cli.options import ModelOptions, check_saved, command
 from escort.network.model import NetworkPlan
@@ -44,7 +44,7 @@ def _stored_plan(options: ModelOptions) -> NetworkPlan:
 
 def _is_saved(model: str) -> bool:
     """Whether it is a path, of any suffix but those of archives and checkpoints."""
-    return ":" not in model and Path(model).suffix not in (models.ARCHIVE_SUFFIX, *models.CHECKPOINT_SUFFIXES)
+    return ":" not in model and Path(model).suffix not in (models.ARCHIVE_SUFFIX, *checkpoints.SUFFIXES)
 
 
 def _candidates(plan: NetworkPlan) -> report.Table:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from escort.artifact.files import replace_file
@@ -20,6 +19,7 @@ from escort.cli.console import Output, progress
 from escort.cli.images import ImageOptions, Inputs
 from escort.cli.options import SavedOptions, check_writable, command
 from escort.network.model import ConvertedModel
+from escort.report import Console, printable
 
 _SHOWN = 10  # predictions on the terminal
 _OUTPUT_SUFFIXES = (".npz", ".csv")
@@ -28,7 +28,9 @@ _OUTPUT_SUFFIXES = (".npz", ".csv")
 @command
 def main(
     saved: SavedOptions,
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="A folder of images, or an .npy / .npz batch.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A folder of images, an image, or an .npy / .npz batch.")
+    ],
     images: ImageOptions,
     output: Output,
     output_path: Annotated[
@@ -37,13 +39,17 @@ def main(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Inputs per forward.")] = 8,
 ) -> None:
-    """Run a folder of images or a batch through a saved model; write predictions and throughput."""
+    """Run images or a batch through a saved model; write predictions and throughput.
+
+    Images are of any format that Pillow reads by itself (which leaves out EPS, WMF, MPEG, BUFR, GRIB and HDF5), with up
+    to 8 bits per channel; of an animation it is the first frame. The first forward is a warm-up and not counted.
+    """
     if output_path is not None:
         if output_path.suffix not in _OUTPUT_SUFFIXES:
             raise ValueError(f"--output {output_path}: predictions are {' or '.join(_OUTPUT_SUFFIXES)}; name it so")
         check_writable(output_path)
-    if not source.exists():
-        raise FileNotFoundError(f"{source}: there is no such folder of images and no such .npy or .npz file")
+    if not source.is_dir() and not source.is_file():
+        raise FileNotFoundError(f"{source}: there is no such folder or file; name images, or an .npy or .npz batch")
     model = saved.load()
     inputs = images.inputs(source, _image_shape(model, saved.saved))
     classes_only = output_path is not None and output_path.suffix == ".csv"
@@ -91,12 +97,19 @@ class _Predictions:
     def write(self, path: Path) -> None:
         if path.suffix == ".csv":
             with path.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([("input", "top1", "score"), *self.rows()])
+                rows = ((_cell(name), top1, score) for name, top1, score in self.rows())
+                csv.writer(file).writerows([("input", "top1", "score"), *rows])
             return
         arrays: dict[str, Any] = {"names": np.array(self.names), "outputs": self.outputs}
         if self.top1 is not None:
             arrays["top1"] = self.top1
         np.savez_compressed(path, **arrays)
+
+
+def _cell(text: str) -> str:
+    """A text as a cell of a CSV file: in one line, and for a spreadsheet no formula."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _print(predictions: _Predictions, batch: int, console: Console) -> None:
@@ -125,13 +138,10 @@ def _predict(model: ConvertedModel, inputs: Inputs, batch: int, *, classes_only:
         task = bar.add_task("running", total=len(inputs.names))
         for x in inputs.batches(batch):
             x = x.to(device, dtype)
-            start = time.perf_counter()
-            y = model(x)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            model_seconds += time.perf_counter() - start
-            if not isinstance(y, torch.Tensor):
-                raise ValueError(f"the model returns a {type(y).__name__}; run takes models that return one tensor")
+            if not collected:  # the first forward lays out tables and compiles kernels
+                begin += _forward(model, x)[1]
+            y, seconds = _forward(model, x)
+            model_seconds += seconds
             if classes_only and y.ndim != 2:
                 raise ValueError(
                     f"the model returns shape {tuple(y.shape)}, no classes; write an .npz instead of a .csv"
@@ -145,9 +155,22 @@ def _predict(model: ConvertedModel, inputs: Inputs, batch: int, *, classes_only:
     return _Predictions(inputs.names, outputs, top1, model_seconds, time.perf_counter() - begin)
 
 
+def _forward(model: ConvertedModel, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """What a model makes of a batch, and the seconds that it took."""
+    start = time.perf_counter()
+    y = model(x)
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    if not isinstance(y, torch.Tensor):
+        raise ValueError(
+            f"the model returns a {type(y).__name__}, and run takes models of one tensor; call it in Python"
+        )
+    return y, time.perf_counter() - start
+
+
 def _image_shape(model: ConvertedModel, saved: Path) -> tuple[int, int, int]:
     """The (C, H, W) that the model was planned for."""
     shapes = model.plan.input_shapes
     if len(shapes) != 1 or len(shapes[0]) != 4:
-        raise ValueError(f"{saved} takes inputs of shapes {shapes}; run feeds models of one image")
+        raise ValueError(f"{saved} takes inputs of shapes {shapes}; run feeds models of one image; call it in Python")
     return shapes[0][1], shapes[0][2], shapes[0][3]

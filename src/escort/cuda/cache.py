@@ -4,6 +4,9 @@ An entry is one file, named by its key, the hash of all that its binary was made
 the SHA-256 of the key and of what follows, and a JSON description; then comes the binary. Files are written aside and
 renamed, and a damaged one counts as absent, so that any number of processes can share a folder in whatever state it is.
 A folder that cannot be written costs the time to compile, and one warning.
+
+Kernels are code, so the folder must be the user's own, and nobody else may write to it: otherwise it is not used. What
+in it is no file of the user's (a link, a pipe, a folder, a file of somebody else) counts as absent.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import stat
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,7 +34,11 @@ _DEFAULT_MB = 256
 _FORMAT = b"escort-kernel 1\n"
 _SUFFIX, _TEMPORARY = ".kernel", ".part"
 _ABANDONED_S = 3600  # a file that is not renamed by then was left behind by a process that was killed
-_warned: set[Path | None] = set()
+_KEPT = 0.75  # share of the limit that is left once it was exceeded: room for storing a while without a look around
+_warned: set[str] = set()
+#: For each folder how many bytes lie there at most, as far as this process knows, which has looked once.
+_sizes: dict[Path, int] = {}
+_trimming = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -67,18 +76,25 @@ def limit_bytes() -> int:
     return int(text) * 10**6
 
 
+class UnsafeFolderError(OSError):
+    """The folder is not the user's alone; the message says what to do."""
+
+
 def load(key: str) -> tuple[dict[str, Any], bytes] | None:
     """The description and the binary stored under a key, or None where there is no such entry or it is damaged."""
     try:
-        path = folder() / (key + _SUFFIX)
-        content = path.read_bytes()
+        with _opened(folder()) as directory, _opened_entry(directory, key + _SUFFIX) as entry:
+            content = _content(entry)
+            parsed = _parse(key, content)
+            if parsed is not None:
+                with contextlib.suppress(OSError):  # then it counts as unused since it was written
+                    os.utime(entry)
+            return parsed
+    except UnsafeFolderError as error:
+        _warn_once(str(error))
     except OSError:
-        return None
-    parsed = _parse(key, content)
-    if parsed is not None:
-        with contextlib.suppress(OSError):  # then it counts as unused since it was written
-            os.utime(path)
-    return parsed
+        pass
+    return None
 
 
 def store(key: str, description: Mapping[str, Any], binary: bytes) -> None:
@@ -88,48 +104,103 @@ def store(key: str, description: Mapping[str, Any], binary: bytes) -> None:
         return
     content = json.dumps(description, sort_keys=True).encode() + b"\n" + binary
     content = _FORMAT + _checksum(key, content) + b"\n" + content
-    directory: Path | None = None
+    place: Path | str = ""
     try:
-        directory = folder()
-        directory.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(_TEMPORARY, dir=directory)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(temporary, directory / (key + _SUFFIX))
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        _evict(directory, limit)
+        place = folder()
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _opened(place) as directory:
+            _write(directory, key + _SUFFIX, content)
+            _make_room(place, directory, len(content), limit)
+    except UnsafeFolderError as error:
+        _warn_once(str(error))
     except OSError as error:
-        if directory not in _warned:
-            _warned.add(directory)
-            warnings.warn(
-                f"the kernel cache {directory or ''} cannot be written ({error.strerror or error}): every process "
-                f"compiles kernels anew; make room, or set {FOLDER_VARIABLE} to a folder that can be written",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        _warn_once(
+            f"the kernel cache {place} cannot be written ({error.strerror or error}): every process compiles kernels "
+            f"anew; make room, or set {FOLDER_VARIABLE} to a folder that can be written"
+        )
 
 
 def entries() -> list[Entry]:
-    """All entries, damaged ones too, the most recently used first."""
-    listed = []
-    for path, size, used in _files(folder(), _SUFFIX):
-        try:
-            parsed = _parse(path.stem, path.read_bytes())
-        except OSError:
-            parsed = None
-        listed.append(Entry(path, size, used, {} if parsed is None else parsed[0]))
+    """All entries, damaged ones too, the most recently used first. Raises UnsafeFolderError."""
+    place, listed = folder(), []
+    with contextlib.suppress(FileNotFoundError), _opened(place) as directory:
+        for name, status in _files(directory, _SUFFIX):
+            try:
+                with _opened_entry(directory, name) as entry:
+                    parsed = _parse(name.removesuffix(_SUFFIX), _content(entry))
+            except OSError:
+                parsed = None
+            listed.append(Entry(place / name, status.st_size, status.st_mtime, {} if parsed is None else parsed[0]))
     return sorted(listed, key=lambda entry: -entry.used)
 
 
 def clear() -> tuple[int, int]:
-    """Removes all entries; returns how many, and their size in bytes."""
-    files = [*_files(folder(), _SUFFIX), *_files(folder(), _TEMPORARY)]
-    for path, _, _ in files:
-        path.unlink(missing_ok=True)
-    return len(files), sum(size for _, size, _ in files)
+    """Removes all entries; returns how many, and their size in bytes. Raises UnsafeFolderError."""
+    removed = []
+    with contextlib.suppress(FileNotFoundError), _opened(folder()) as directory:
+        for name, status in [*_files(directory, _SUFFIX), *_files(directory, _TEMPORARY)]:
+            _remove(directory, name)
+            removed.append(status.st_size)
+    return len(removed), sum(removed)
+
+
+def check_folder() -> None:
+    """Raises UnsafeFolderError where there is a folder and it is not used; OSError where it cannot be opened."""
+    with contextlib.suppress(FileNotFoundError), _opened(folder()):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(place: Path) -> Iterator[int]:
+    """The folder's descriptor, to which files are relative from here on, so that nobody can exchange the folder."""
+    directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(directory)
+        if status.st_uid != os.geteuid():
+            raise UnsafeFolderError(
+                f"the kernel cache {place} belongs to user {status.st_uid}, and so is not used: every process compiles "
+                f"kernels anew; set {FOLDER_VARIABLE} to a folder of your own"
+            )
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise UnsafeFolderError(
+                f"the kernel cache {place} can be written by others, and so is not used: every process compiles "
+                f"kernels anew; call chmod go-w on it, or set {FOLDER_VARIABLE} to a folder of your own"
+            )
+        yield directory
+    finally:
+        os.close(directory)
+
+
+@contextlib.contextmanager
+def _opened_entry(directory: int, name: str) -> Iterator[int]:
+    """A file's descriptor. Raises OSError where there is none, or what bears its name is no file of the user's."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # opening a pipe would wait for a writer
+    entry = os.open(name, flags, dir_fd=directory)
+    try:
+        status = os.fstat(entry)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise FileNotFoundError(f"{name} is no file of this user")
+        yield entry
+    finally:
+        os.close(entry)
+
+
+def _content(entry: int) -> bytes:
+    with open(entry, "rb", closefd=False) as file:
+        return file.read()
+
+
+def _write(directory: int, name: str, content: bytes) -> None:
+    """Writes a file as a whole or not at all."""
+    temporary = f"{secrets.token_hex(8)}{_TEMPORARY}"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        _remove(directory, temporary)
+        raise
 
 
 def _parse(key: str, content: bytes) -> tuple[dict[str, Any], bytes] | None:
@@ -139,30 +210,62 @@ def _parse(key: str, content: bytes) -> tuple[dict[str, Any], bytes] | None:
     if content[:start] != _FORMAT or content[start:end] != _checksum(key, rest):
         return None
     line, _, binary = rest.partition(b"\n")
-    return json.loads(line), binary
+    try:
+        description = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return (description, binary) if isinstance(description, dict) else None
 
 
 def _checksum(key: str, content: bytes) -> bytes:
     return hashlib.sha256(key.encode() + content).hexdigest().encode()
 
 
-def _files(directory: Path, suffix: str) -> Iterator[tuple[Path, int, float]]:
-    """Path, size and time of last use of the files of that kind; another process may remove them at any time."""
-    for path in directory.glob(f"*{suffix}"):
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            continue
-        yield path, status.st_size, status.st_mtime
+def _files(directory: int, suffix: str) -> list[tuple[str, os.stat_result]]:
+    """Name and status of what bears that suffix and is no folder; another process may remove it at any time."""
+    found = []
+    with os.scandir(directory) as listing:
+        for item in listing:
+            if item.name.endswith(suffix):
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((item.name, item.stat(follow_symlinks=False)))
+    return [(name, status) for name, status in found if not stat.S_ISDIR(status.st_mode)]
 
 
-def _evict(directory: Path, limit: int) -> None:
-    """Removes the least recently used entries until the others fit, and what killed processes left behind."""
-    for path, _, written in _files(directory, _TEMPORARY):
-        if time.time() - written > _ABANDONED_S:
-            path.unlink(missing_ok=True)
-    total = 0
-    for path, size, _ in sorted(_files(directory, _SUFFIX), key=lambda file: -file[2]):
-        total += size
-        if total > limit:
-            path.unlink(missing_ok=True)
+def _make_room(place: Path, directory: int, stored: int, limit: int) -> None:
+    """Trims the folder where it may be too large.
+
+    Listing it costs a call of the system per entry, so that is done for this process's first entry, and once those that
+    it has stored since may have filled the folder. What other processes store meanwhile is counted by them.
+    """
+    with _trimming:
+        if place in _sizes:
+            _sizes[place] += stored
+        if place not in _sizes or _sizes[place] > limit:
+            _sizes[place] = _trim(directory, limit)
+
+
+def _trim(directory: int, limit: int) -> int:
+    """Removes what killed processes left behind and, above the limit, the least recently used; returns what is left."""
+    for name, status in _files(directory, _TEMPORARY):
+        if time.time() - status.st_mtime > _ABANDONED_S:
+            _remove(directory, name)
+    files = sorted(_files(directory, _SUFFIX), key=lambda file: -file[1].st_mtime)
+    total = sum(status.st_size for _, status in files)
+    if total > limit:
+        while files and total > _KEPT * limit:
+            name, status = files.pop()
+            _remove(directory, name)
+            total -= status.st_size
+    return total
+
+
+def _remove(directory: int, name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=directory)
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)

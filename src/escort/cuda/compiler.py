@@ -9,12 +9,14 @@ import hashlib
 import io
 import json
 import re
+import struct
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,6 +53,10 @@ Source = str | Path | Text
 
 #: -v makes ptxas say what a kernel uses. Add "lineinfo": True to see source lines in a profiler; it triples a binary.
 _OPTIONS = {"std": "c++17", "ptxas_options": ["-v"]}
+#: What the header of a cubin says: the magic number, the version of the ABI, the machine and the flags. Those hold the
+#: architecture's number, 90 for sm_90, in their second byte, or in their first before that version of the ABI.
+_ELF_HEADER = struct.Struct("<4s4xB9xH28xI")
+_ELF_CUDA, _NEWER_ABI = 190, 8
 #: cuda.core changes its own modules while it is imported; a second thread would find it half done.
 _importing = threading.Lock()
 
@@ -108,13 +114,26 @@ def compile_source(source: Source, defines: Defines, arch: str) -> Binary:
         "fields": [field.name for field in fields(Binary)],
     }
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    if (stored := cache.load(key)) is not None:
+    expected = {name: made_from[name] for name in ("source", "defines", "arch", "compiler")}
+    if (stored := cache.load(key)) is not None and _is_binary(*stored, expected):
         return Binary(**stored[0], cubin=stored[1])
     _check_arch(arch)
     binary = _compile(source, macros, arch, compiler)
     described = {field.name: getattr(binary, field.name) for field in fields(Binary) if field.name != "cubin"}
     cache.store(key, described, binary.cubin)
     return binary
+
+
+def _is_binary(description: Mapping[str, Any], cubin: bytes, expected: Mapping[str, Any]) -> bool:
+    """Whether an entry of the cache is what was asked for: its fields, and device code for that architecture."""
+    numbers = [description.get(field.name) for field in fields(Binary) if field.type in ("int", "float")]
+    if {**description, **expected} != description or not all(type(number) in (int, float) for number in numbers):
+        return False
+    if {*description} != {field.name for field in fields(Binary)} - {"cubin"} or len(cubin) < _ELF_HEADER.size:
+        return False
+    magic, abi, machine, flags = _ELF_HEADER.unpack_from(cubin)
+    arch = flags >> 8 & 0xFF if abi >= _NEWER_ABI else flags & 0xFF
+    return magic == b"\x7fELF" and machine == _ELF_CUDA and expected["arch"].strip("smaf_") == str(arch)
 
 
 def compiler_version() -> str:

@@ -117,7 +117,7 @@ class SparseConv2d(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise AttributeError(
-                f"the weight of {self.name} is compressed and cannot be set; set it in the original model and convert "
+                f"layer {self.name}: its weight is compressed and cannot be set; set it in the original model and convert "
                 "that again"
             )
         super().__setattr__(name, value)
@@ -217,7 +217,7 @@ class SparseConv2d(nn.Module):
         except ValueError as error:
             if residual is not None and self._broadcasts(x, residual):
                 return self._add_behind(self._without_epilogue(x)(x), residual)
-            raise ValueError(f"{self.name}: {error}") from error
+            raise ValueError(f"layer {self.name}: {error}") from error
 
     def _by_operator(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Runs the convolution as an operator of torch, unless a gradient would have to pass through it."""
@@ -225,7 +225,7 @@ class SparseConv2d(nn.Module):
             is_forward = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
             if is_forward or (x.requires_grad and torch.is_grad_enabled()):
                 raise RuntimeError(
-                    f"{self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()"
+                    f"layer {self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()"
                 )
         arrays = self.values, self.columns, self.indptr, self.bias
         if residual is not None and self._broadcasts(x, residual):
@@ -281,15 +281,17 @@ class SparseConv2d(nn.Module):
         storage = self.plan.problem.storage
         if x.dtype is not storage:
             raise TypeError(
-                f"{self.name} computes in {storage}, its input is {x.dtype}; convert it with .to({storage})"
+                f"layer {self.name} computes in {storage}, its input is {x.dtype}; convert it with .to({storage})"
             )
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"{self.name} takes (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
+            raise ValueError(f"layer {self.name} takes (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
         if x.device != self.values.device:
-            raise ValueError(f"{self.name} is on {self.values.device}, its input on {x.device}; move one to the other")
+            raise ValueError(
+                f"layer {self.name} is on {self.values.device}, its input on {x.device}; move one to the other"
+            )
         if (residual is not None) is not self.residual:
             made = "for" if self.residual else "without"
-            raise TypeError(f"{self.name} was made {made} a residual, and was called otherwise")
+            raise TypeError(f"layer {self.name} was made {made} a residual, and was called otherwise")
         return self._lay_out(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]))
 
     def _lay_out(self, batch: int, height: int, width: int) -> Runner:
@@ -306,7 +308,7 @@ class SparseConv2d(nn.Module):
             return runners.prepare(problem, self.filter, self.bias, Choice.of(self.plan), self.name)
         except (ValueError, RuntimeError) as error:
             kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)
-            raise next(kind for kind in kinds if isinstance(error, kind))(f"{self.name}: {error}") from error
+            raise next(kind for kind in kinds if isinstance(error, kind))(f"layer {self.name}: {error}") from error
 
     def train(self, mode: bool = True) -> SparseConv2d:
         """Changes nothing: within a model in training the layer stays as it is, as a frozen batch norm does."""
@@ -320,11 +322,11 @@ class SparseConv2d(nn.Module):
         storage, planned = self.plan.problem.storage, self.plan.problem.device_type
         moved = fn(torch.empty(0, dtype=storage, device=self.values.device))
         if moved.dtype is not storage:
-            raise TypeError(f"{self.name} computes in {storage} only; convert the model again for another dtype")
+            raise TypeError(f"layer {self.name} computes in {storage} only; convert the model again for another dtype")
         if moved.device.type != planned:
             raise ValueError(
-                f"{self.name} was planned for {planned}, not for {moved.device.type}; move the original model and "
-                "convert it there, or save this one and load it there"
+                f"layer {self.name} was planned for {planned}, not for {moved.device.type}; move the original model "
+                "and convert it there, or save this one and load it there"
             )
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> SparseConv2d:

@@ -140,7 +140,7 @@ def _prepare(
             continue
         if takes_long and method is not chosen:
             warnings.warn(
-                f"{name}, {problem.in_channels} to {problem.out_channels} channels, was planned for inputs of "
+                f"layer {name}, {problem.in_channels} to {problem.out_channels} channels, was planned for inputs of "
                 f"{planned}; those of {size} run by {method.name}, as compiling a {chosen.name} kernel would take "
                 "long: convert the model with such an example if they matter",
                 stacklevel=2,

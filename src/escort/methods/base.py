@@ -152,7 +152,9 @@ def input_check(
         if (residual is not None) is not takes_residual:
             raise ValueError(f"prepared {'for' if takes_residual else 'without'} a residual, and called otherwise")
         if most_samples is not None and len(x) > most_samples:
-            raise ValueError(f"the kernel addresses {most_samples} samples of this size at most, got {len(x)}")
+            raise ValueError(
+                f"the kernel addresses {most_samples} samples of this size at most, got {len(x)}; pass fewer"
+            )
         if residual is None:
             return
         shape = len(x), *out_shape

@@ -70,7 +70,9 @@ def check_model(model: nn.Module, example: Example) -> None:
             )
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters(recurse=False)):
             raise ValueError(f"{where} has no weights yet; call the model once on an input")
-    training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
+    training = next(
+        (f"layer {name}" if name else "the model" for name, module in model.named_modules() if module.training), None
+    )
     if training is not None and not isinstance(model, fx.GraphModule):
         raise ValueError(f"{training} is in training mode; call model.eval() first")
     device = example.device
@@ -80,9 +82,11 @@ def check_model(model: nn.Module, example: Example) -> None:
     for x in example.tensors:
         if x.device != device:
             raise ValueError(f"the example is on {device} and on {x.device}; move all of it to one device")
+        if not x.numel():
+            raise ValueError(f"the example of shape {tuple(x.shape)} holds nothing to time; pass one of some samples")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, the example on {device}; move one to the other")
+            raise ValueError(f"tensor {name} is on {tensor.device}, the example on {device}; move one to the other")
     _check_filters_are_finite(model)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"convolutions run on the CPU and on NVIDIA GPUs; move the model from {device} with .cpu()")
@@ -98,8 +102,10 @@ def _check_filters_are_finite(model: nn.Module) -> None:
         if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
             for key, tensor in (*module.named_parameters(), *module.named_buffers()):
                 if not torch.isfinite(tensor).all():
-                    where = f"{name}.{key}" if name else key
-                    raise ValueError(f"{where} holds NaN or infinity; a pruned filter cannot skip what is not finite")
+                    where = f"layer {name}: its {key}" if name else f"the model's {key}"
+                    raise ValueError(
+                        f"{where} holds NaN or infinity; mend it, as a pruned filter cannot skip what is not finite"
+                    )
 
 
 def settle_precision(model: nn.Module, device: torch.device, precision: Precision | None) -> Precision:

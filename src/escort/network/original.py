@@ -138,7 +138,7 @@ def run_original(model: nn.Module, example: Example) -> Original:
         raise
     except Exception as error:  # a model's forward may raise anything
         shapes = [tuple(x.shape) for x in example.tensors]
-        raise ValueError(f"the example {shapes} does not run through the model: {error}") from error
+        raise ValueError(f"the example {shapes} does not run through the model, pass what it takes: {error}") from error
     expected = [x.clone() for x in tensors_of(output)]
     if not expected:
         raise ValueError(

@@ -69,7 +69,8 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
     settled += [replace(first.candidate, time_us=first.time_us, timer=timer) for first in hopeless]
     timed = [candidate for candidate in settled if candidate.time_us is not None]
     if not timed:
-        raise ValueError(f"no method can run {problem}: " + "; ".join(f"{c.method}: {c.reason}" for c in settled))
+        reasons = "; ".join(f"{c.method}: {c.reason}" for c in settled)
+        raise ValueError(f"no method can run {problem}, leave it out with skip: {reasons}")
     best = min(timed, key=lambda candidate: candidate.time_us or 0.0)
     assert best.config is not None
     return Plan(problem, best.method, best.config, tuple(settled), Machine.here(problem.device))

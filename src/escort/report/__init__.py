@@ -1,10 +1,13 @@
 """Measurements as tables for terminals and Markdown, as plots, and as one self-contained HTML page."""
 
 from escort.report.chart import Figure, bar_chart, horizontal_bars, line_chart, require_matplotlib, write_svg
+from escort.report.console import Console, Description, printable
 from escort.report.page import Facts, Section, Text, write_html
 from escort.report.table import Table, html, markdown, terminal, text
 
 __all__ = [
+    "Console",
+    "Description",
     "Facts",
     "Figure",
     "Section",
@@ -15,6 +18,7 @@ __all__ = [
     "html",
     "line_chart",
     "markdown",
+    "printable",
     "require_matplotlib",
     "terminal",
     "text",

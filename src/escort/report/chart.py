@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from markupsafe import Markup
 
+from escort.report.console import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -45,6 +47,8 @@ def bar_chart(heading: str, groups: Sequence[str], series: Mapping[str, Sequence
         axis: what the values are, with their unit.
     """
 
+    groups = [*map(printable, groups)]
+
     def draw(axes: Axes) -> None:
         width = 0.8 / len(series)
         for index, (name, values) in enumerate(series.items()):
@@ -78,6 +82,8 @@ def horizontal_bars(
         stacked: one bar per group, its parts end to end; otherwise a bar per series, each with its number.
         mark: where to draw a line across all groups.
     """
+
+    groups = [*map(printable, groups)]
 
     def draw(axes: Axes) -> None:
         width = 0.8 if stacked else 0.8 / len(series)

@@ -12,8 +12,8 @@ from typing import ClassVar
 import rich.box
 import rich.table
 import rich.text
-from rich.console import Console
 
+from escort.report.console import Console, printable
 from escort.report.template import render
 
 _WIDTH = 160  # columns of a table that no terminal shows
@@ -44,14 +44,18 @@ class Table:
 
 
 def terminal(table: Table) -> rich.table.Table:
-    """The table for a rich console; brackets in cells are text, not markup."""
-    title, caption = rich.text.Text(table.heading), rich.text.Text(table.caption) if table.caption else None
+    """The table for a rich console; whatever is in its cells is text, in one line."""
+    title, caption = _text(table.heading), _text(table.caption) if table.caption else None
     out = rich.table.Table(title=title, caption=caption, box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, (column, numeric) in enumerate(zip(table.columns, table.numeric, strict=True)):
-        out.add_column(rich.text.Text(column), justify="right" if numeric else "left", no_wrap=numeric or index == 0)
+        out.add_column(_text(column), justify="right" if numeric else "left", no_wrap=numeric or index == 0)
     for row in table.rows:
-        out.add_row(*(rich.text.Text(cell) for cell in row))
+        out.add_row(*map(_text, row))
     return out
+
+
+def _text(cell: str) -> rich.text.Text:
+    return rich.text.Text(printable(cell))
 
 
 def text(table: Table) -> str:

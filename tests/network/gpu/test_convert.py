@@ -143,7 +143,7 @@ def test_strict_float32_is_strict_whatever_torch_allows(
 def test_model_and_example_on_different_devices() -> None:
     with pytest.raises(ValueError, match="stem.0.weight is on cuda:0, the example on cpu; move one to the other"):
         escort.convert(pruned(Mixed()).cuda(), torch.randn(2, 3, 32, 32), effort="best")
-    with pytest.raises(ValueError, match="stem.0.weight is on cpu, the example on cuda:0"):
+    with pytest.raises(ValueError, match="tensor stem.0.weight is on cpu, the example on cuda:0"):
         escort.convert(pruned(Mixed()), samples("fp32"), effort="best")
 
 

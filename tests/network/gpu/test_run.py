@@ -108,7 +108,7 @@ def test_calls_that_do_not_fit_are_named(only: Callable[[str], None]) -> None:
     x = samples("fp16", 1, 16, 8, 8)
     with torch.inference_mode():
         layer(x, x)
-        with pytest.raises(TypeError, match="grouped computes in torch.float16, its input is torch.float32"):
+        with pytest.raises(TypeError, match="layer grouped computes in torch.float16, its input is torch.float32"):
             layer(x.float(), x)
         with pytest.raises(ValueError, match="grouped is on cuda:0, its input on cpu"):
             layer(x.cpu(), x)

@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 import escort
 from escort import prune, reference, report
 from escort.cli import rivals
-from escort.cli.console import progress
+from escort.cli.console import note_if_busy, progress
 from escort.network.model import ConvertedModel
 from escort.network.plan_table import machine_line, plan_table
 from escort.planner import timing
 from escort.planner.machine import Machine
+from escort.report import Console
 
 #: The convolution that reads the picture stays dense, as is usual: it has few weights, and everything depends on them.
 FIRST_CONVOLUTION = "stem.0"
@@ -156,6 +156,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, console: Console 
     report.require_matplotlib()
     digits = load_digits(recipe.size, seed)
     out.mkdir(parents=True, exist_ok=True)
+    note_if_busy("cpu")
     begin = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -261,7 +262,9 @@ def _verify(converted: nn.Module, pruned: nn.Module, pictures: Tensor) -> float:
     error = reference.compare(converted(pictures), copy.deepcopy(pruned).double()(pictures.double()))
     bound = reference.ERROR_BOUND["fp32"]
     if not error <= bound:
-        raise RuntimeError(f"the converted network differs from the pruned one by {error:.1e}, more than {bound:.0e}")
+        raise RuntimeError(
+            f"the converted network differs from the pruned one by {error:.1e}, more than {bound:.0e}; please report it"
+        )
     return error
 
 
