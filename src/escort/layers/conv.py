@@ -83,13 +83,16 @@ class SparseConv2d(nn.Module):
         self._versions = -1
         with torch.inference_mode(False):  # tensors made inside of it could not be followed, or moved outside of it
             for array in ("values", "columns", "indptr"):
-                self.register_buffer(array, torch.from_numpy(getattr(sparse_filter, array)).to(problem.device))
+                self.register_buffer(
+                    array, torch.from_numpy(getattr(sparse_filter, array)).to(problem.device, copy=True)
+                )
             bias = None if bias is None else bias.detach().to(problem.device, torch.float32, copy=True)
             self.register_buffer("bias", bias)
             empty = torch.empty(0, dtype=problem.storage, device=problem.device)
             self.register_parameter("frozen", nn.Parameter(empty, requires_grad=False))
         self.plan, self.name, self.unfolded = plan, name, unfolded
         self._spec = Choice.of(plan).to_json()
+        self._plain_spec = replace(Choice.of(plan), problem=self._plain(problem)).to_json()
         self._follow()
         super().train(False)
 
@@ -117,8 +120,8 @@ class SparseConv2d(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise AttributeError(
-                f"layer {self.name}: its weight is compressed and cannot be set; set it in the original model and convert "
-                "that again"
+                f"layer {self.name}: its weight is compressed and cannot be set; set it in the original model and "
+                "convert that again"
             )
         super().__setattr__(name, value)
         if name in ("values", "bias") and "_versions" in self.__dict__:
@@ -229,8 +232,7 @@ class SparseConv2d(nn.Module):
                 )
         arrays = self.values, self.columns, self.indptr, self.bias
         if residual is not None and self._broadcasts(x, residual):
-            choice = replace(Choice.of(self.plan), problem=self._plain(self.plan.problem))
-            return self._add_behind(sparse_conv2d(x, None, *arrays, choice.to_json()), residual)
+            return self._add_behind(sparse_conv2d(x, None, *arrays, self._plain_spec), residual)
         return sparse_conv2d(x, residual, *arrays, self._spec)
 
     def _broadcasts(self, x: torch.Tensor, residual: torch.Tensor) -> bool:

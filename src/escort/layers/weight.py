@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-#: What can be asked of a weight without its numbers.
+_NAMES = """
+dtype device shape ndim layout requires_grad is_leaf grad grad_fn is_cuda is_cpu is_meta is_sparse itemsize nbytes
+size dim numel nelement element_size stride __len__ is_floating_point is_complex is_contiguous get_device ndimension
+"""
+#: What can be asked of a weight without its numbers: properties and methods.
 _OUTSIDES = frozenset(
-    getattr(getattr(Tensor, name), "__get__", getattr(Tensor, name))
-    for name in """
-    dtype device shape ndim layout requires_grad is_leaf grad grad_fn is_cuda is_cpu is_meta is_sparse itemsize nbytes
-    size dim numel nelement element_size stride __len__ is_floating_point is_complex is_contiguous get_device ndimension
-    """.split()
+    method if callable(method) else method.__get__ for method in (getattr(Tensor, name) for name in _NAMES.split())
 )
 
 
@@ -25,7 +25,7 @@ def is_outside(func: Any) -> bool:
 
 
 #: What gives the same weight.
-_ITSELF = frozenset((Tensor.data.__get__, Tensor.detach))  # type: ignore[attr-defined]
+_ITSELF = frozenset((Tensor.data.__get__, Tensor.detach, Tensor.requires_grad_))  # type: ignore[attr-defined]
 
 
 class DenseWeight(Tensor):

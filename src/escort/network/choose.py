@@ -119,7 +119,10 @@ def _gives(whole: list[Tensor], network: nn.Module, example: Example, count: int
 
 def run_in_parts(network: nn.Module, example: Example, samples: int | None) -> Any:
     """Runs a network on the example, so many samples at a time, or all of them at once."""
-    return batching.run_in_parts(network, example.args[0], samples) if samples else example.run(network)
+    if not samples:
+        return example.run(network)
+    x = example.args[0]
+    return batching.run_in_parts(network, x.clone() if example.is_written else x, samples)
 
 
 def race(runs: list[Callable[[], Any]], device: torch.device) -> tuple[list[float], Timer]:

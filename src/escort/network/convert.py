@@ -30,7 +30,8 @@ from escort.network.model import ConvertedModel
 from escort.network.original import plain_copy, run_original, unwrap
 from escort.network.passes import rewrite
 from escort.network.passes.channels_last import in_memory_formats
-from escort.network.swap import plan_into, record_calls, swap
+from escort.network.state import own_draws
+from escort.network.swap import check_calls, plan_into, record_calls, swap
 from escort.network.trace import trace
 from escort.network.values import tensors_of
 from escort.planner.machine import Machine
@@ -101,7 +102,7 @@ def convert(
         progress=progress,
     )
     # What is made here is used outside, where tensors of inference mode could not be followed or written to.
-    with on_device(request.device), torch.inference_mode(False), torch.no_grad():
+    with on_device(request.device), torch.inference_mode(False), torch.no_grad(), own_draws():
         return _convert(model, example, request)
 
 
@@ -111,14 +112,23 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
     with running_out("the model itself"), dense_in("fp32", request.device):
         original = run_original(model, example)
         example = original.example
-        dense, why_not = trace(plain_copy(model), example, original.stateful)
-        not_tried = {} if why_not is None else {"graph": why_not}
-        # A graph is rewritten into a new one; modules that are none are written to, and the original needs its own.
-        network = dense
-        if not isinstance(dense, fx.GraphModule):
-            network, _ = trace(plain_copy(model), example, original.stateful)
-        network, skipped = rewrite(network, request)
-        calls = record_calls(network, skipped, original)
+        not_tried: dict[str, str] = {}
+        try:
+            dense, why_not = trace(plain_copy(model), example, original.stateful)
+            not_tried = {} if why_not is None else {"graph": why_not}
+            # A graph is rewritten into a new one; other modules are written to, and the original needs its own.
+            network = dense
+            if not isinstance(dense, fx.GraphModule):
+                network, _ = trace(plain_copy(model), example, original.stateful)
+            network, skipped = rewrite(network, request)
+            calls = record_calls(network, skipped, original)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the code around a module may ask of it what its graph does not have
+            not_tried = {"graph": f"with graphs in the place of its modules it does not run: {error}"}
+            dense, network, skipped = plain_copy(model), plain_copy(model), {}
+            calls = record_calls(network, skipped, original)
+        check_calls(calls, skipped)
         networks, not_in_format = in_memory_formats(network, request)
     candidates = [swap(network, calls, memory_format, skipped, request) for memory_format, network in networks.items()]
     with running_out("the whole network"):
@@ -139,7 +149,7 @@ def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = F
     tensors = (*model.network.parameters(), *model.network.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
     request = Request(device, model.plan.precision, settle_effort(effort), progress=progress)
-    with on_device(device):
+    with on_device(device), own_draws():
         with running_out("the network"):
             network = copy.deepcopy(model.network)
         layers = {name: replace(plan, problem=plan.problem.on(str(device))) for name, plan in model.plan.layers.items()}

@@ -110,17 +110,17 @@ class Original:
         return [x.clone() for x in tensors_of(output)]
 
     def in_float64(self) -> list[Tensor] | None:
-        """The tensors that the model makes of the example in float64 on the CPU; None where it cannot run there."""
+        """The tensors that the model makes of the example in float64; None where it cannot run so."""
         try:
-            model = copy.deepcopy(self.model).double().cpu()
+            model = copy.deepcopy(self.model).double()
             args, kwargs = tree_map_only(Tensor, _exact, (self.example.args, dict(self.example.kwargs)))
             return Original(model, Example(args, kwargs), [], None, self.stateful).run_afresh(model)
-        except Exception:  # a model may be written for one type or one device
+        except Exception:  # a model may be written for one type, or the memory be too small
             return None
 
 
 def _exact(x: Tensor) -> Tensor:
-    return x.detach().cpu().double() if x.is_floating_point() else x.detach().cpu().clone()
+    return x.detach().double() if x.is_floating_point() else x.detach().clone()
 
 
 def run_original(model: nn.Module, example: Example) -> Original:

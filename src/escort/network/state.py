@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -52,10 +52,15 @@ class State:
                     module.__dict__[name] = value
 
 
+def own_draws() -> AbstractContextManager[None]:
+    """Leaves torch's generators of random numbers as they were."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
+
+
 @contextmanager
 def same_draws() -> Iterator[None]:
     """Lets torch draw the same random numbers each time, and leaves its generators as they were."""
-    with torch.random.fork_rng():
+    with own_draws():
         torch.manual_seed(0)
         yield
 

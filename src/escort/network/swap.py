@@ -47,9 +47,6 @@ def record_calls(network: nn.Module, skipped: dict[str, str], original: Original
 
     Args:
         skipped: the convolutions that are left alone, and why; those that are found to be are written to it.
-
-    Raises:
-        ValueError: where there is none.
     """
     modules = {n: m for n, m in network.named_modules() if isinstance(m, FusedConv2d | nn.Conv2d) and n not in skipped}
     inner = {f"{name}.conv" for name, module in modules.items() if isinstance(module, FusedConv2d)}
@@ -72,10 +69,14 @@ def record_calls(network: nn.Module, skipped: dict[str, str], original: Original
     for name in uses.found & shapes.keys():
         del shapes[name]
         skipped[name] = "the code around it computes with its weight"
-    if not shapes:
+    return shapes
+
+
+def check_calls(calls: Mapping[str, torch.Size], skipped: Mapping[str, str]) -> None:
+    """Raises ValueError where no convolution is called, with the reasons why those that there are stay as they are."""
+    if not calls:
         reasons = "".join(f"; layer {name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"the model runs no 2-d convolution on this example; there is nothing to convert{reasons}")
-    return shapes
 
 
 class _Uses(TorchFunctionMode):

@@ -124,6 +124,7 @@ class _Tracing:
             if isinstance(call, ValueError):
                 raise call
             graph = Tracer(call, self.leaves(module)).trace(module)
+            graph._tracer_cls = None  # a copy out of a pickle is traced by torch.fx alone
             return fx.GraphModule(module, graph, type(module).__name__)
         except torch.OutOfMemoryError:
             raise

@@ -50,7 +50,7 @@ class Tracer(fx.Tracer):
     """Traces a module for one way to call it.
 
     A graph takes the arguments that the module takes, by the same names. Those that are no tensors keep the value that
-    they had: it is their default, and any other value raises. A check of shapes that raises, as ``assert`` does, is
+    they had, and any other value raises. A check of shapes that raises, as ``assert`` does, is
     made by the graph too. Modules with hooks are called as they are.
 
     Args:
@@ -88,7 +88,9 @@ class Tracer(fx.Tracer):
             self._check(tensor, name, operator.is_not, None, f"{name} was a tensor when the model was converted")
             return tensor
         value = self._call.constants.get(name, parameter.default)
-        placeholder = self.create_proxy("placeholder", name, (value,), {})
+        default = value if parameter.default is parameter.empty else parameter.default
+        is_required = parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
+        placeholder = self.create_proxy("placeholder", name, () if is_required else (default,), {})
         # A constant of another kind, such as an object, cannot be written into a graph.
         if value is not None and not isinstance(value, bool | int | float | str):
             raise ValueError(f"its argument {name} is a {type(value).__name__}")
