@@ -112,7 +112,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         network, skipped = original, dict[str, str]()
         for rewrite in PASSES:
             network, left_alone = rewrite(network, request)
-            skipped |= left_alone
+            skipped = left_alone | skipped
         calls = record_calls(network, skipped, example)
         networks, not_in_format = in_memory_formats(network, request)
     candidates = [swap(network, calls, memory_format, skipped, request) for memory_format, network in networks.items()]

@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils._pytree import tree_leaves
 
+from escort.network.conv_types import is_leaf
+
 _NOT_THE_MODEL = (str(Path(torch.__file__).parent), __file__, "<")  # files in a traceback through a model's forward
 # How far two runs of the same graph may be apart, relative to their size: on a GPU a sum's order is not fixed.
 _SAME = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -63,9 +65,29 @@ def trace(
 
 
 def _symbolic_trace(model: nn.Module, positional: int, kwargs: Mapping[str, Tensor]) -> fx.GraphModule:
+    name = type(model).__name__
+    model = _Alone(model) if is_leaf(model) else model  # the root itself is always traced through
     beyond = list(inspect.signature(model.forward).parameters.values())[positional:]
     defaults = {p.name: p.default for p in beyond if p.name not in kwargs and p.default is not p.empty}
-    return fx.symbolic_trace(model, defaults or None)
+    tracer = _Tracer()
+    graph = tracer.trace(model, defaults or None)
+    return fx.GraphModule(tracer.root, graph, name)
+
+
+class _Alone(nn.Module):
+    """A convolution as a whole model."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Any:
+        return self.conv(x)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or is_leaf(m)
 
 
 def _in_order(graph_module: fx.GraphModule, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Any]:
