@@ -84,8 +84,6 @@ def _keeps_apart(network: fx.GraphModule, node: fx.Node) -> bool:
         return type(module) in _MODULES or (type(module) is nn.Flatten and module.start_dim == 1)
     if node.target in (torch.flatten, "flatten"):
         return _argument(node, 1, "start_dim", 0) >= 1
-    if node.target in (torch.unsqueeze, torch.squeeze):
-        return _argument(node, 1, "dim", 0) == -2  # of what has channels, too
     if node.target is torch.unflatten:
         return _argument(node, 1, "dim", 0) == 1
     if node.target is torch.permute:

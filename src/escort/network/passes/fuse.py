@@ -56,8 +56,9 @@ class _Fuser(Rewriting):
                 continue
             if operation != "conv":
                 continue
-            weight, *others = (arguments.get(key) for key in CONV[1:])
-            name, conv = convolution_name(node), new_conv2d(cast(Tensor, weight), *others)
+            weight, bias, *geometry = (arguments.get(key) for key in CONV[1:])
+            name = convolution_name(node)
+            conv = new_conv2d(cast(Tensor, weight).clone(), None if bias is None else bias.clone(), *geometry)
             if reason := self.request.left_alone(name, self.original(node) or conv):
                 self.skipped[name] = reason
                 continue

@@ -7,6 +7,7 @@ the next convolution adds the axes again, nothing is left between the two.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,6 @@ from escort.network.passes.operations import FROZEN, POINTWISE
 from escort.network.passes.rewriting import Rewriting
 from escort.network.trace import shape_of
 
-Target = tuple[Callable[..., Any], tuple[Any, ...]]
-
 
 class Lifting:
     """A graph in which some tensors are narrow views of wide ones.
@@ -26,8 +25,8 @@ class Lifting:
     Args:
         rewriting: the graph.
         ndim: the dimensions of a narrow tensor.
-        widen, narrow: functions and their arguments behind the tensor, which make a wide tensor of a narrow one and the
-            other way round. They are views.
+        widen, narrow: indices behind samples and channels that make a wide tensor of a narrow one, and the other way
+            round. Both are views.
         wide_shape: the shape of the wide tensor of a narrow one.
     """
 
@@ -35,12 +34,13 @@ class Lifting:
         self,
         rewriting: Rewriting,
         ndim: int,
-        widen: Target,
-        narrow: Target,
+        widen: tuple[None, ...],
+        narrow: tuple[int, ...],
         wide_shape: Callable[[torch.Size], torch.Size],
     ) -> None:
         self.rewriting, self.ndim, self.wide_shape = rewriting, ndim, wide_shape
-        self.widen, self.narrow = widen, narrow
+        self.widen: Any = (slice(None), slice(None), *widen)
+        self.narrow: Any = (slice(None), slice(None), *narrow)
         self.wide: dict[fx.Node, fx.Node] = {}  # by narrow node
         self.views: set[fx.Node] = set()  # the narrow nodes that are views of wide ones
 
@@ -90,9 +90,8 @@ class Lifting:
 
         def widened(source: fx.Node) -> fx.Node:
             if source not in self.wide:
-                function, arguments = self.widen
                 with graph.inserting_before(node):
-                    self.wide[source] = graph.call_function(function, (source, *arguments))
+                    self.wide[source] = graph.call_function(operator.getitem, (source, self.widen))
                 self._note_shape(self.wide[source], source)
             return self.wide[source]
 
@@ -100,9 +99,8 @@ class Lifting:
         node.args = (*fx.map_arg(tensors, widened), *node.args[len(tensors) :])
         node.kwargs = node.kwargs if only_input else fx.map_arg(node.kwargs, widened)
         for result in results:
-            function, arguments = self.narrow
             with graph.inserting_after(result):
-                view = graph.call_function(function, (result, *arguments))
+                view = graph.call_function(operator.getitem, (result, self.narrow))
             for user in [user for user in result.users if user is not view]:
                 user.replace_input_with(result, view)
             view.meta = dict(result.meta)

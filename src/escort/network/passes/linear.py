@@ -43,20 +43,21 @@ def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, 
     Lifting(
         rewriting,
         ndim=2,
-        widen=(torch.unflatten, (1, (-1, 1, 1))),
-        narrow=(torch.flatten, (1,)),
+        widen=(None, None),
+        narrow=(0, 0),
         wide_shape=lambda shape: torch.Size((*shape, 1, 1)),
     ).lift(rewriting.put(found))
     return rewriting.finished(), rewriting.skipped
 
 
 def _is_understood(rewriting: Rewriting, arguments: dict[str, Any], request: Request) -> bool:
-    """Whether a linear layer is sparse and takes (N, C)."""
-    shape, weight = shape_of(arguments["input"]), arguments["weight"]
-    if shape is None or len(shape[0]) != 2 or not rewriting.is_settled(arguments):
+    """Whether a linear layer is sparse and takes (N, C), in the precision of the convolutions."""
+    shape, weight, bias = shape_of(arguments["input"]), arguments["weight"], arguments.get("bias")
+    if shape is None or len(shape[0]) != 2 or not rewriting.is_settled(arguments) or weight.ndim != 2:
         return False
-    is_sparse = isinstance(weight, Tensor) and weight.ndim == 2 and sparsity(weight) >= LEAST_SPARSITY
-    return is_sparse and weight.dtype is TORCH_DTYPE[request.precision]
+    if weight.dtype is not TORCH_DTYPE[request.precision] or sparsity(weight) < LEAST_SPARSITY:
+        return False
+    return all(bool(torch.isfinite(tensor).all()) for tensor in (weight, bias) if tensor is not None)
 
 
 def sparsity(weight: Tensor) -> float:

@@ -132,14 +132,14 @@ def per_axis(value: Any, default: int, axes: int = 2) -> Any:
 
 
 def new_conv2d(weight: Tensor, bias: Tensor | None, *geometry: Any) -> nn.Conv2d:
-    """A convolution with copies of `weight` and `bias`; geometry: stride, padding, dilation, groups or None."""
+    """A convolution that shares `weight` and `bias`; geometry: stride, padding, dilation, groups or None."""
     stride, padding, dilation = (per_axis(value, default) for value, default in zip(geometry, (1, 0, 1), strict=False))
     groups = geometry[3] or 1
     out_channels, in_channels, *kernel_size = weight.shape
     channels = in_channels * groups, out_channels
     conv = nn.Conv2d(*channels, (kernel_size[0], kernel_size[1]), stride, padding, dilation, groups, device="meta")
-    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    conv.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+    conv.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    conv.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return conv
 
 

@@ -38,8 +38,8 @@ def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, 
     Lifting(
         rewriting,
         ndim=3,
-        widen=(torch.unsqueeze, (-2,)),
-        narrow=(torch.squeeze, (-2,)),
+        widen=(None,),
+        narrow=(0,),
         wide_shape=lambda shape: torch.Size((*shape[:-1], 1, shape[-1])),
     ).lift(rewriting.put(found))
     return rewriting.finished(), rewriting.skipped

@@ -8,6 +8,7 @@ what one of them lacks is zeros in the filter, which cost a sparse method nothin
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def _obstacle(node: fx.Node, transpose: Transpose, weight: Tensor) -> str | None
         return "it is called with output_size; give the layer an output_padding instead"
     if transpose.phases > 1 and (zeros := sparsity(weight)) < LEAST_SPARSITY:
         return (
-            f"{zeros:.0%} of its weights are zero: cut into the phases of its stride it gains from "
+            f"{math.floor(100 * zeros)}% of its weights are zero: cut into the phases of its stride it gains from "
             f"{LEAST_SPARSITY:.0%} on; prune it further"
         )
     return None
