@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from escort.network.check import Request
-from tests.network.rewritten import ON_CPU, Rewritten, converted, settled
+from escort.network.passes import fuse
+from escort.network.passes import rows as rows_pass
+from tests.network.rewritten import ON_CPU, Rewritten, assert_same, converted, settled
 
 
 @st.composite
@@ -95,6 +97,16 @@ def test_a_decomposed_program() -> None:
     assert result.rest == ["getitem", "getitem"]
 
 
+def test_without_shapes_an_input_may_lack_samples() -> None:
+    model = settled(nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 2, 3)))
+    network: Any = fx.symbolic_trace(model)
+    for rewrite in (rows_pass.rewrite, fuse.rewrite):
+        network, skipped = rewrite(network, ON_CPU)
+        assert not skipped
+    assert_same(network, model, torch.randn(2, 3, 9), torch.randn(3, 9))
+    assert network.get_submodule("0").activation == "relu"
+
+
 @pytest.mark.parametrize("exported", [False, True])
 def test_a_function_of_computed_weights(exported: bool) -> None:
     class Functional(nn.Module):
@@ -145,6 +157,8 @@ def test_what_is_left_alone() -> None:
     assert "forward hooks" in Rewritten(nn.Sequential(hooked).eval(), torch.randn(1, 3, 8)).skipped["0"]
     unbatched = Rewritten(nn.Sequential(nn.Conv1d(3, 4, 3)).eval(), torch.randn(3, 8))
     assert unbatched.skipped == {"0": "its input has shape (3, 8); add a batch dimension"}
+    padded = nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular")
+    assert "add a batch dimension" in Rewritten(nn.Sequential(padded).eval(), torch.randn(3, 8)).skipped["0"]
 
 
 def test_the_user_is_asked_about_the_module_that_he_knows() -> None:

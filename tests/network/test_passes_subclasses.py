@@ -117,6 +117,12 @@ def test_a_network_of_them() -> None:
     assert set(result.convs) == {"conv", "conv_1", "other"} and not result.skipped
 
 
+@pytest.mark.parametrize("conv", [Checked(3, 4, 3), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")])
+def test_an_input_without_samples_is_left_to_torch(conv: nn.Module) -> None:
+    result = Rewritten(settled(nn.Sequential(conv, nn.ReLU())), torch.randn(3, 9, 8), torch.randn(3, 6, 6))
+    assert not result.convs and "add a batch dimension" in result.skipped["0"]
+
+
 def test_one_as_the_whole_model() -> None:
     result = Rewritten(settled(Same(3, 4, 3, 2)), torch.randn(2, 3, 9, 8), torch.randn(1, 3, 6, 6))
     assert set(result.convs) == {"conv"}

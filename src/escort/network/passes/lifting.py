@@ -25,8 +25,8 @@ class Lifting:
     Args:
         rewriting: the graph.
         ndim: the dimensions of a narrow tensor.
-        widen, narrow: indices behind samples and channels that make a wide tensor of a narrow one, and the other way
-            round. Both are views.
+        widen, narrow: the index that makes a wide tensor of a narrow one, and the one for the other way round. Both are
+            views.
         wide_shape: the shape of the wide tensor of a narrow one.
     """
 
@@ -34,13 +34,12 @@ class Lifting:
         self,
         rewriting: Rewriting,
         ndim: int,
-        widen: tuple[None, ...],
-        narrow: tuple[int, ...],
+        widen: tuple[Any, ...],
+        narrow: tuple[Any, ...],
         wide_shape: Callable[[torch.Size], torch.Size],
     ) -> None:
         self.rewriting, self.ndim, self.wide_shape = rewriting, ndim, wide_shape
-        self.widen: Any = (slice(None), slice(None), *widen)
-        self.narrow: Any = (slice(None), slice(None), *narrow)
+        self.widen, self.narrow = widen, narrow
         self.wide: dict[fx.Node, fx.Node] = {}  # by narrow node
         self.views: set[fx.Node] = set()  # the narrow nodes that are views of wide ones
 

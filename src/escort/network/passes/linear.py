@@ -43,8 +43,8 @@ def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, 
     Lifting(
         rewriting,
         ndim=2,
-        widen=(None, None),
-        narrow=(0, 0),
+        widen=(slice(None), slice(None), None, None),
+        narrow=(slice(None), slice(None), 0, 0),
         wide_shape=lambda shape: torch.Size((*shape, 1, 1)),
     ).lift(rewriting.put(found))
     return rewriting.finished(), rewriting.skipped

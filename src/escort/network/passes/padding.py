@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import fx, nn
 
 from escort.network.check import Request
 from escort.network.conv_types import overrides, remade
-from escort.network.passes.rewriting import Rewriting
+from escort.network.passes.rewriting import Rewriting, note_shape
 
 
 def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, str]]:
@@ -36,5 +37,7 @@ def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, 
         pads.append((list(module._reversed_padding_repeated_twice), module.padding_mode))
     for call, (zeros, mode) in zip(rewriting.put(found), pads, strict=True):
         with rewriting.graph.inserting_before(call):
-            call.args = (rewriting.graph.call_function(F.pad, (*call.args, zeros), {"mode": mode}),)
+            padded = rewriting.graph.call_function(F.pad, (*call.args, zeros), {"mode": mode})
+        note_shape(padded, partial(F.pad, pad=zeros, mode=mode))
+        call.args = (padded,)
     return rewriting.finished(), rewriting.skipped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import count
 from typing import Any
 
@@ -111,7 +111,9 @@ class Rewriting:
         name = _free(base, self._targets())
         attach(self.root, name, module)
         with self.graph.inserting_before(node):
-            node.args = (self.graph.call_module(name, node.args),)
+            changed = self.graph.call_module(name, node.args)
+        note_shape(changed, module)
+        node.args = (changed,)
 
     def _targets(self, beside: Collection[fx.Node] = ()) -> set[str]:
         """The names of the modules and tensors that nodes, beside some, refer to."""
@@ -173,6 +175,13 @@ class Rewriting:
             if argument.op == "call_function":
                 return argument.target(*args, **kwargs)
             return getattr(args[0], argument.target)(*args[1:], **kwargs)
+
+
+def note_shape(node: fx.Node, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Notes the shape of what a new node makes by a function of its first argument, where that one's is known."""
+    if (noted := shape_of(node.args[0])) is not None:
+        result = function(torch.empty(noted[0], dtype=noted[1], device="meta"))
+        node.meta["shape"] = result.shape, result.dtype
 
 
 def _free(base: str, taken: set[str]) -> str:

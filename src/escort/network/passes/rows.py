@@ -35,13 +35,17 @@ def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, 
                 rewriting.skipped[name] = reason
                 continue
             found[node] = name, conv
+    # Without shapes there may be no samples; with them, an index that begins with the samples is known not to mix them.
+    calls = rewriting.put(found)
+    known = all(shape_of(call.args[0]) is not None for call in calls)
+    front = (slice(None), slice(None)) if known else (...,)
     Lifting(
         rewriting,
         ndim=3,
-        widen=(None,),
-        narrow=(0,),
+        widen=(*front, None, slice(None)),
+        narrow=(*front, 0, slice(None)),
         wide_shape=lambda shape: torch.Size((*shape[:-1], 1, shape[-1])),
-    ).lift(rewriting.put(found))
+    ).lift(calls)
     return rewriting.finished(), rewriting.skipped
 
 

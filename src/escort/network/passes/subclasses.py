@@ -15,6 +15,7 @@ from escort.network.check import Request
 from escort.network.conv_types import behaviour, overrides, remade, standardises
 from escort.network.fused import unsupported
 from escort.network.passes.rewriting import Rewriting
+from escort.network.trace import shape_of
 
 
 def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, str]]:
@@ -36,6 +37,8 @@ def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, 
             rewriting.skipped[name] = reason
             continue
         inputs = (*node.args, *node.kwargs.values())
+        if (noted := shape_of(inputs[0])) is not None and len(noted[0]) < module.weight.ndim:
+            continue  # without samples
         is_hooked = module._forward_hooks or module._forward_pre_hooks
         kind = None if len(inputs) > 1 or is_hooked else behaviour(module)
         if kind is None:
