@@ -133,6 +133,10 @@ def test_a_function_of_computed_weights(exported: bool) -> None:
         lambda net, x: net.conv(x) * net.scale + net.conv(x).mean((0, 2))[:, None],
         lambda net, x: net.norm(net.conv(x)) - net.conv(net.norm(x)),
         lambda net, x: (net.conv(x), F.batch_norm(net.conv(x), net.norm.running_mean, net.norm.running_var)),
+        lambda net, x: F.batch_norm(
+            input=net.conv(x), running_mean=net.norm.running_mean, running_var=net.norm.running_var
+        ),
+        lambda net, x: torch.add(input=net.conv(x), other=torch.mul(net.conv(x), other=x)),
         lambda net, x: F.batch_norm(net.conv(x), None, None, training=True),
         lambda net, x: F.softmax(net.conv(x), 2).amax(-1),
     ],

@@ -63,7 +63,9 @@ class Lifting:
 
     def _follow_norm(self, node: fx.Node, source: Any, arguments: dict[str, Any]) -> None:
         """A batch norm treats all axes behind the channels alike."""
-        if source not in self.views or arguments.get("training") or not self.rewriting.is_settled(arguments):
+        if source not in self.views or node.args[:1] != (source,):
+            return
+        if arguments.get("training") or not self.rewriting.is_settled(arguments):
             return
         results = [node]
         if node.target is FROZEN:
