@@ -156,6 +156,7 @@ CASES = (
     Case("many outputs on one tile", Problem(1, 64, 7, 7, 200, (3, 3), padding=(1, 1, 1, 1)), 0.1),
     Case("ResNet-50 stem", Problem(1, 3, 56, 56, 64, (7, 7), (2, 2), (3, 3, 3, 3), epilogue=Epilogue(bias=True)), 1.0),
     Case("ResNet-50 res4", Problem(2, 256, 14, 14, 64, (3, 3), padding=(1, 1, 1, 1)), 0.05),
+    Case("linear layer", Problem(3, 40, 1, 1, 24, (1, 1), epilogue=FULL), 0.2),
     Case("ResNet-50 res2 1x1", Problem(1, 64, 56, 56, 32, (1, 1), epilogue=FULL), 0.1),
     Case("CaffeNet conv2", Problem(1, 96, 27, 27, 32, (5, 5), padding=(2, 2, 2, 2), groups=2), 0.15),
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from escort.planner import timing
+from escort.planner import measure, planner, timing
 
 
 @pytest.fixture
@@ -19,3 +20,17 @@ def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
         return [2 * max(times), *times[1:]]
 
     monkeypatch.setattr(timing, "race", ordered)
+
+
+@pytest.fixture
+def direct_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer runs by the sparse method `direct`, however small it is."""
+    planner._remembered.clear()
+    monkeypatch.setattr(measure, "_HOPELESS", float("inf"))
+    monkeypatch.setattr(
+        measure,
+        "_race",
+        lambda problem, contenders, *_: [
+            replace(one.candidate, time_us=1.0 if one.candidate.method == "direct" else 2.0) for one in contenders
+        ],
+    )

@@ -45,6 +45,9 @@ def test_the_networks_keep_samples_apart(name: str) -> None:
         lambda x: x.flip(0),
         lambda x: x.sum((0, 1)),
         lambda x: x[:1],
+        lambda x: x[None],
+        lambda x: torch.permute(x, (1, 0, 2, 3)),
+        lambda x: torch.unflatten(x, 0, (-1, 1)),
         torch.mul,
     ],
 )
@@ -58,6 +61,9 @@ def test_what_may_mix_samples_is_refused(function: Callable[[Any], Any]) -> None
         lambda x: x.mean((2, 3)),
         lambda x: torch.flatten(x, 1) + 1.0,
         lambda x: torch.cat((x, F.relu(x)), dim=1) * 0.5,
+        lambda x: torch.flatten(torch.permute(x[:, :, None, :-1], (0, 2, 1, 4, 3)), 2, 3)[:, 0],
+        lambda x: torch.pixel_shuffle(torch.cat((x, x, x, x), 1), 2),
+        lambda x: torch.unflatten(x, 1, (3, 1)).mean(2),
     ],
 )
 def test_what_keeps_samples_apart_gives_the_same_in_parts(function: Callable[[Any], Any]) -> None:

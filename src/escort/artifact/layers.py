@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from escort.artifact.arguments import decode, encode
-from escort.layers import MaxPool2d
+from escort.layers import MaxPool2d, SamePad
 from escort.layers.pool import pair
 from escort.network.fused import FusedConv2d
 
@@ -34,6 +34,7 @@ LAYERS: dict[str, type[nn.Module]] = {
     },
     "escort.FusedConv2d": FusedConv2d,
     "escort.MaxPool2d": MaxPool2d,
+    "escort.SamePad": SamePad,
 }
 
 

@@ -1,6 +1,7 @@
-"""The layers of a converted network, each an operator of torch and the module that calls it."""
+"""The layers of a converted network: what computes is an operator of torch and the module that calls it."""
 
 from escort.layers.conv import SparseConv2d
+from escort.layers.pad import SamePad
 from escort.layers.pool import MaxPool2d
 
-__all__ = ["MaxPool2d", "SparseConv2d"]
+__all__ = ["MaxPool2d", "SamePad", "SparseConv2d"]

@@ -23,6 +23,12 @@ def symmetric_padding(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, 
     return F.pad(x, (left, right, top, bottom)), (0, 0)
 
 
+def is_linear(problem: Problem) -> bool:
+    """Whether a problem is a matrix product as it stands: pointwise, of one pixel, without groups."""
+    sizes = problem.height, problem.width, *problem.kernel_size, problem.groups, problem.out_height, problem.out_width
+    return set(sizes) == {1} and not any(problem.padding)
+
+
 def unfold(problem: Problem, x: torch.Tensor, *, by_sample: bool = False) -> torch.Tensor:
     """im2col: every input patch as a column.
 

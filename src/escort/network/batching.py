@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
-from escort.layers import MaxPool2d, SparseConv2d
+from escort.layers import MaxPool2d, SamePad, SparseConv2d
 from escort.network.tracer import has_hooks
 
 # Modules and functions that treat each sample for itself, whatever their arguments.
 _MODULES = (
     SparseConv2d,
     MaxPool2d,
+    SamePad,
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
     nn.AvgPool2d,
@@ -55,6 +56,7 @@ _FUNCTIONS = {
     operator.mul,
     torch.add,
     torch.mul,
+    torch.pixel_shuffle,
     torch.relu,
     torch.sigmoid,
     "relu",
@@ -87,7 +89,14 @@ def _keeps_apart(network: fx.GraphModule, node: fx.Node) -> bool:
             return False  # hooks may do anything, and such a norm computes with the statistics of the batch
         return type(module) in _MODULES or (type(module) is nn.Flatten and module.start_dim == 1)
     if node.target in (torch.flatten, "flatten"):
-        return _argument(node, 1, "start_dim", 0) == 1
+        return _argument(node, 1, "start_dim", 0) >= 1
+    if node.target is torch.unflatten:
+        return _argument(node, 1, "dim", 0) == 1
+    if node.target is torch.permute:
+        return _argument(node, 1, "dims", (1,))[0] == 0
+    if node.target is operator.getitem:
+        index = _argument(node, 1, "index", None)
+        return isinstance(index, tuple) and index[0] == slice(None)
     if node.target in (torch.cat, torch.concat):
         return _argument(node, 1, "dim", 0) == 1
     if node.target in (torch.mean, "mean"):

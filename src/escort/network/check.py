@@ -176,5 +176,10 @@ def settle_methods(names: Collection[str] | None, device: torch.device) -> tuple
 
 def _weight_types(model: nn.Module) -> dict[str, torch.dtype]:
     """The types of its convolutions' weights, where they are modules; else of all weights that could be filters."""
-    modules = {name: module.weight.dtype for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    return modules or {name: weight.dtype for name, weight in model.named_parameters() if weight.ndim == 4}
+    for kind in (nn.Conv2d, nn.modules.conv._ConvNd):
+        modules = {name: module.weight.dtype for name, module in model.named_modules() if isinstance(module, kind)}
+        if modules:
+            return modules
+    weights = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1}
+    filters = {name: weight for name, weight in weights.items() if weight.ndim > 2}
+    return {name: weight.dtype for name, weight in (filters or weights).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.utils._pytree import tree_map_only, tree_unflatten
 
+from escort.network.conv_types import is_leaf
 from escort.network.example import Example
 from escort.network.state import State, same_draws
 from escort.network.tracer import Call, Tracer, adopt
@@ -123,9 +125,10 @@ class _Tracing:
             call = self.calls[module]
             if isinstance(call, ValueError):
                 raise call
-            graph = Tracer(call, self.leaves(module)).trace(module)
+            root = _Alone(module) if is_leaf(module) else module
+            graph = Tracer(call, inspect.signature(module.forward), self.leaves(module)).trace(root)
             graph._tracer_cls = None  # a copy out of a pickle is traced by torch.fx alone
-            return fx.GraphModule(module, graph, type(module).__name__)
+            return fx.GraphModule(root, graph, type(module).__name__)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a model's forward may raise anything
@@ -180,6 +183,17 @@ class _Tracing:
         if graph is not module:
             adopt(graph, module)
         return graph
+
+
+class _Alone(nn.Module):
+    """A convolution as a whole model."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.conv(*args, **kwargs)
 
 
 class _Check:
@@ -271,7 +285,9 @@ def _with_plain_arguments(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch, which graphs call."""
+    """Whether a module is a convolution or another layer of torch, which graphs call."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return True
     return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, nn.Sequential)
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from escort.network.conv_types import is_leaf
+
 _TORCH_FX = str(Path(fx.__file__).parent)
 
 
@@ -55,21 +57,23 @@ class Tracer(fx.Tracer):
 
     Args:
         call: how the module is called.
+        signature: what it takes.
         leaves: modules that are called as they are, besides those of torch.nn.
     """
 
-    def __init__(self, call: Call, leaves: Collection[nn.Module]) -> None:
+    def __init__(self, call: Call, signature: inspect.Signature, leaves: Collection[nn.Module]) -> None:
         super().__init__()
-        self._call, self._leaves = call, {id(module) for module in leaves}
+        self._call, self._signature, self._leaves = call, signature, {id(module) for module in leaves}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return id(m) in self._leaves or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+        stays = id(m) in self._leaves or has_hooks(m) or is_leaf(m)
+        return stays or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Placeholders for all arguments; the values of those that are no tensors go into the trace."""
         positional: list[Any] = []
         named: dict[str, Any] = {}
-        for parameter in inspect.signature(self.root.forward).parameters.values():
+        for parameter in self._signature.parameters.values():
             value = self._argument(parameter)
             if parameter.kind is parameter.KEYWORD_ONLY:
                 named[parameter.name] = value

@@ -1,17 +1,21 @@
-"""Method `dense`: torch's own convolution on the dense filter, in the better of its two memory formats."""
+"""Method `dense`: torch's own convolution on the dense filter, in the better of its two memory formats.
+
+A pointwise convolution of one pixel is a linear layer, for which torch has something faster.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, apply_epilogue
-from escort.methods.lowering import symmetric_padding
-from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
+from escort.methods.lowering import is_linear, symmetric_padding
+from escort.problem import TORCH_MEMORY_FORMAT, Activation, MemoryFormat, Problem
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Dense(Method):
     config_type = DenseConfig
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[DenseConfig]:
-        return DenseConfig("contiguous"), DenseConfig("channels_last")
+        configs = DenseConfig("contiguous"), DenseConfig("channels_last")
+        return configs[:1] if is_linear(problem) else configs
 
     def prepare(
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig
@@ -39,6 +44,8 @@ class Dense(Method):
         weight = sparse_filter.to_dense().contiguous(memory_format=memory_format)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups
         activation = problem.epilogue.activation
+        if is_linear(problem):
+            return Prepared(partial(_linear, sparse_filter.to_dense().flatten(1), bias, activation))
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             x, padding = symmetric_padding(problem, x)
@@ -47,3 +54,14 @@ class Dense(Method):
             return apply_epilogue(y.contiguous(), residual, activation)
 
         return Prepared(run)
+
+
+def _linear(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: Activation,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    y = F.linear(x.flatten(1), weight, bias)[:, :, None, None]
+    return apply_epilogue(y, residual, activation)

@@ -1,8 +1,8 @@
 """What rewrites a network before its layers are planned, one file per pass.
 
 A pass takes a graph and the request. It returns the graph that takes its place, and the convolutions that it left alone
-with the reasons. The first pass, `fuse`, returns a graph of its own, so that the original can be compared with the
-result; the passes behind it may write to the graph that they get.
+with the reasons; of several reasons the first counts. Passes return a graph of their own, so that the original can be
+compared with the result; `pool`, which stands behind all of them, writes to the graph that it gets.
 
 `channels_last` is not in PASSES: the network is tried with it and without it.
 """
@@ -14,15 +14,23 @@ from collections.abc import Callable
 from torch import fx, nn
 
 from escort.network.check import Request
-from escort.network.passes import fuse, pool
+from escort.network.passes import fuse, linear, padding, pool, rows, subclasses, transposed
 from escort.network.passes.operations import replace_module
 from escort.network.trace import graphs
 from escort.network.tracer import adopt
 
 Pass = Callable[[fx.GraphModule, Request], tuple[fx.GraphModule, dict[str, str]]]
 
-#: The passes that every graph goes through, in this order.
-PASSES: tuple[Pass, ...] = (fuse.rewrite, pool.rewrite)
+#: The passes that every network goes through, in this order. Those before `fuse` make 2-d convolutions of torch.
+PASSES: tuple[Pass, ...] = (
+    subclasses.rewrite,
+    padding.rewrite,
+    rows.rewrite,
+    transposed.rewrite,
+    linear.rewrite,
+    fuse.rewrite,
+    pool.rewrite,
+)
 
 
 def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, str]]:
@@ -37,7 +45,7 @@ def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, 
         result = graph
         for each in PASSES:
             result, left_alone = each(result, request.inside(prefix))
-            skipped |= {prefix + name: reason for name, reason in left_alone.items()}
+            skipped = {prefix + name: reason for name, reason in left_alone.items()} | skipped
         adopt(result, graph)
         if not path:
             network = result

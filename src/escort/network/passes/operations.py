@@ -15,6 +15,7 @@ aten = torch.ops.aten
 # What is understood, however it is spelled: as a module, a function, an exported operator or, as a string, a method.
 # The names are those of the positional arguments and, but for the first, of the module's attributes.
 CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
 _NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 _FUNCTIONAL_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -23,21 +24,52 @@ _FROZEN_NORM = ("input", "weight", "bias", "running_mean", "running_var", "momen
 TENSORS = ("weight", "bias", "running_mean", "running_var")
 #: The norm of a decomposed program, which returns (output, saved mean, saved deviation), the last two empty.
 FROZEN = aten._native_batch_norm_legit_no_training.default
+_FUNCTIONAL_CONVS = (F.conv1d, F.conv2d, F.conv3d)
+_EXPORTED_CONVS = tuple(
+    overload for conv in (aten.conv1d, aten.conv2d, aten.conv3d) for overload in (conv.default, conv.padding)
+)
+_FUNCTIONAL_TRANSPOSES = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_EXPORTED_TRANSPOSES = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 _ADDS = (torch.add, operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor, "add", "add_")
 _RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_")
 _HARDTANHS = (nn.Hardtanh, F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default)
+_ACTIVATIONS = (nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.SELU, nn.SiLU)
+_FUNCTIONAL_ACTIVATIONS = (F.elu, F.gelu, F.hardsigmoid, F.hardswish, F.leaky_relu, F.mish, F.selu, F.silu, F.softplus)
+_EXPORTED_ACTIVATIONS = tuple(
+    packet.default
+    for packet in (aten.elu, aten.gelu, aten.hardsigmoid, aten.hardswish, aten.leaky_relu, aten.mish, aten.silu)
+)
+_SIGMOIDS = (nn.Sigmoid, torch.sigmoid, aten.sigmoid.default, "sigmoid")
+_TANHS = (nn.Tanh, torch.tanh, aten.tanh.default, "tanh")
+_PRODUCTS = (torch.mul, operator.mul, operator.imul, aten.mul.Tensor, aten.mul_.Tensor, "mul", "mul_")
+_DIFFERENCES = (torch.sub, operator.sub, operator.isub, aten.sub.Tensor, aten.sub_.Tensor, "sub", "sub_")
 _SPELLINGS: dict[tuple[str, tuple[str, ...]], tuple[Any, ...]] = {
-    ("conv", CONV): (nn.Conv2d, F.conv2d, aten.conv2d.default, aten.conv2d.padding),
+    ("conv", CONV): (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_FUNCTIONAL_CONVS, *_EXPORTED_CONVS),
     ("conv", _CONVOLUTION): (aten.convolution.default,),
-    ("norm", _NORM): (nn.BatchNorm2d, nn.SyncBatchNorm, torch.batch_norm, aten.batch_norm.default),
+    ("transposed", TRANSPOSED): (
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        *(*_FUNCTIONAL_TRANSPOSES, *_EXPORTED_TRANSPOSES),
+    ),
+    ("linear", ("input", "weight", "bias")): (nn.Linear, F.linear, aten.linear.default),
+    ("norm", _NORM): (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, torch.batch_norm, aten.batch_norm.default),
     ("norm", _FUNCTIONAL_NORM): (F.batch_norm,),
     ("norm", _FROZEN_NORM): (FROZEN,),
     ("add", ("input", "other")): _ADDS,
     ("relu", ("input",)): _RELUS,
     ("relu6", ("input",)): (nn.ReLU6, F.relu6, aten.relu6.default, aten.relu6_.default),
     ("hardtanh", ("input", "min_val", "max_val")): _HARDTANHS,
-    ("identity", ("input", "training")): (nn.Identity, nn.Dropout, nn.Dropout2d),
+    ("pointwise", ("input",)): (
+        *(*_ACTIVATIONS, *_FUNCTIONAL_ACTIVATIONS, *_EXPORTED_ACTIVATIONS, *_SIGMOIDS, *_TANHS),
+        nn.Softplus,
+    ),
+    ("pointwise", ("input", "other")): (*_PRODUCTS, *_DIFFERENCES),
+    ("identity", ("input", "training")): (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d),
+    ("identity", ("input", "p", "training")): (
+        *(F.dropout, F.dropout1d, F.dropout2d, aten.dropout.default, aten.feature_dropout.default),
+    ),
 }
+#: Operations that compute each number from those at the same place of their operands.
+POINTWISE = ("add", "relu", "relu6", "hardtanh", "pointwise")
 #: By module type, function or method: the name of the operation and the names of its arguments.
 OPERATIONS = {spelling: key for key, spellings in _SPELLINGS.items() for spelling in spellings}
 _INPLACE_OPERATOR = re.compile(r"i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|matmul)|setitem|.*[^_]_")
@@ -68,6 +100,11 @@ def convolution_name(node: fx.Node) -> str:
     return re.sub(r"(^|\.)(parametrizations\.weight\..*|weight\w*)$", "", str(weight[0].target)) or "conv"
 
 
+def takes_output_size(node: fx.Node) -> bool:
+    """Whether the call of a transposed convolution's module says how large its result shall be."""
+    return len(node.args) > 1 or node.kwargs.get("output_size") is not None
+
+
 def attach(root: nn.Module, name: str, module: nn.Module) -> None:
     """Sets ``root.<name>``, in place of whatever is there."""
     *path, leaf = name.split(".")
@@ -86,20 +123,23 @@ def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
     setattr(network.get_submodule(parent), child, module)
 
 
+def per_axis(value: Any, default: int, axes: int = 2) -> Any:
+    """A number for each axis, given as torch's convolutions take it: one, several, or None; a string as it is."""
+    value = default if value is None else value
+    if isinstance(value, str):
+        return value
+    return (value,) * axes if isinstance(value, int) else tuple(value) * (axes if len(value) == 1 else 1)
+
+
 def new_conv2d(weight: Tensor, bias: Tensor | None, *geometry: Any) -> nn.Conv2d:
-    """A convolution with copies of `weight` and `bias`; geometry: stride, padding, dilation, groups or None."""
-
-    def pair(value: Any, default: int) -> Any:
-        value = default if value is None else value
-        return value if isinstance(value, str) else (value,) * 2 if isinstance(value, int) else (*value, *value)[:2]
-
-    stride, padding, dilation = (pair(value, default) for value, default in zip(geometry, (1, 0, 1), strict=False))
+    """A convolution that shares `weight` and `bias`; geometry: stride, padding, dilation, groups or None."""
+    stride, padding, dilation = (per_axis(value, default) for value, default in zip(geometry, (1, 0, 1), strict=False))
     groups = geometry[3] or 1
     out_channels, in_channels, *kernel_size = weight.shape
     channels = in_channels * groups, out_channels
     conv = nn.Conv2d(*channels, (kernel_size[0], kernel_size[1]), stride, padding, dilation, groups, device="meta")
-    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    conv.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+    conv.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    conv.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return conv
 
 
