@@ -35,6 +35,7 @@ from escort.planner.machine import Machine
 from escort.planner.plan import Layer
 from escort.planner.planner import forget
 from escort.problem import Precision
+from escort.runtime import as_programs
 
 
 def convert(
@@ -116,8 +117,9 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         calls = record_calls(network, skipped, example)
         networks, not_in_format = in_memory_formats(network, request)
     candidates = [swap(network, calls, memory_format, skipped, request) for memory_format, network in networks.items()]
+    candidates = [replace(candidate, network=as_programs(candidate.network)) for candidate in candidates]
     with running_out("the whole network"):
-        return choose(original, candidates, not_tried | not_in_format, example, expected, request)
+        return choose(as_programs(original), candidates, not_tried | not_in_format, example, expected, request)
 
 
 def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = False) -> ConvertedModel:

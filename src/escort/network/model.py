@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from escort import report
 from escort.layers import SparseConv2d
@@ -20,6 +20,7 @@ from escort.planner import Plan
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision
+from escort.runtime import Program
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -185,7 +186,7 @@ class ConvertedModel(nn.Module):
     It stays on the type of device and in the precision that it was planned for: convert the model again for another.
 
     Attributes:
-        network: what runs; an fx.GraphModule where the model could be traced, else the model with swapped layers.
+        network: what runs; a program where the model could be traced, else the model with swapped layers.
         plan: what was chosen per layer and why.
     """
 
@@ -211,8 +212,8 @@ class ConvertedModel(nn.Module):
 
     @property
     def traced(self) -> bool:
-        """Whether the network is a graph, so that it can be saved without the model's own code."""
-        return isinstance(self.network, fx.GraphModule)
+        """Whether the whole network is one program, so that it can be saved without the model's own code."""
+        return isinstance(self.network, Program)
 
     def train(self, mode: bool = True) -> ConvertedModel:
         if mode:

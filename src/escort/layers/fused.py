@@ -1,0 +1,36 @@
+"""A convolution and what runs behind it, in plain torch: the unit that conversion replaces."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from escort.problem import Activation
+
+
+class FusedConv2d(nn.Module):
+    """``activation(conv(x) + residual)`` in plain torch.
+
+    Attributes:
+        conv: the convolution with any batch norm folded in; its tensors belong to this module alone.
+        activation: what runs last.
+        residual: whether `forward` takes a second operand.
+    """
+
+    def __init__(self, conv: nn.Conv2d, activation: Activation = "none", residual: bool = False) -> None:
+        super().__init__()
+        self.conv = conv
+        self.activation: Activation = activation
+        self.residual = residual
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: (N, C, H, W), residual and result: (N, K, out_height, out_width)."""
+        y: Tensor = self.conv(x)
+        if residual is not None:
+            y = y + residual
+        if self.activation == "none":
+            return y
+        return F.relu(y) if self.activation == "relu" else F.relu6(y)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, residual={self.residual}"
