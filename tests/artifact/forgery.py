@@ -29,8 +29,13 @@ class Forgery:
         )
         self.tensors = safetensors.torch.load(data)
 
-    def node(self, name: str) -> dict[str, Any]:
-        return next(node for node in self.architecture["graph"] if node["name"] == name)
+    @property
+    def program(self) -> dict[str, Any]:
+        return self.architecture["programs"][""]
+
+    def step(self, target: str) -> dict[str, Any]:
+        """The step that calls or reads something of that name."""
+        return next(step for step in self.program["steps"] if target in step.values())
 
     def problem(self, layer: str = "stem.0") -> dict[str, Any]:
         return self.plan["layers"][layer]["problem"]

@@ -17,11 +17,11 @@ from tests.artifact.forgery import Forgery, asking, filling, in_precision, on_gp
 from tests.artifact.networks import X, assert_same
 
 ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
-    "format": (setting("texts", "format", to="pt"), "its format is pt 2"),
-    "newer version": (setting("texts", "version", to="3"), "this version reads escort 2"),
+    "format": (setting("texts", "format", to="pt"), "its format is pt 3"),
+    "newer version": (setting("texts", "version", to="4"), "this version reads escort 3"),
     "no plan": (lambda f: setattr(f, "plan", None), "not a network plan"),
     "no layers": (lambda f: f.architecture.pop("layers"), "'layers' is missing"),
-    "no graph": (lambda f: f.architecture.pop("graph"), "'graph' is missing"),
+    "no programs": (lambda f: f.architecture.pop("programs"), "'programs' is missing"),
     "infinite time": (setting("plan", "dense_time_us", to=float("nan")), "NaN is no JSON number"),
     "absurd example": (setting("plan", "input_shapes", to=[[2**40, 3]]), "no network takes inputs"),
     "negative example": (setting("plan", "input_shapes", to=[[-1, -(2**40)]]), "no network takes inputs"),
@@ -92,7 +92,7 @@ ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     "unknown layer": (setting("architecture", "layers", "fc", "type", to="Sequential"), "layer fc: there is no layer"),
     "layer on a device": (
         setting("architecture", "layers", "fc", "arguments", "device", to={"device": "cpu"}),
-        "layer fc: where a layer lies",
+        "layer fc: a saved Linear has no argument 'device'",
     ),
     "absurd layer": (setting("architecture", "layers", "fc", "arguments", "in_features", to=2**62), "layer fc: "),
     "pool that writes outside": (
@@ -101,13 +101,13 @@ ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     ),
     "layer that shadows": (
         setting("architecture", "layers", "forward", to={"type": "ReLU", "arguments": {}}),
-        "name a",
+        "forward cannot be the name|nothing in the network uses its layer",
     ),
-    "filter read as a tensor": (lambda f: f.node("scale").update(target="stem.0.columns"), "no tensor that the graph"),
-    "unknown function": (lambda f: f.node("cat").update(target="torch.load"), "call_function of torch.load"),
-    "code for a name": (lambda f: f.node("cat").update(name="a\nimport os"), "cannot be a name"),
-    "code for a path": (lambda f: f.node("fc").update(target="fc', print(1), '"), "cannot name a layer"),
-    "no output": (lambda f: f.architecture["graph"].pop(), "output"),
+    "filter read as a tensor": (lambda f: f.step("scale").update(tensor="stem.0.columns"), "no tensor that a program"),
+    "unknown function": (lambda f: f.step("torch.cat").update(call="torch.load"), "a call of torch.load"),
+    "code for an input": (lambda f: f.program["inputs"][0].update(name="a\nimport os"), "cannot name an input"),
+    "code for a path": (lambda f: f.step("fc").update(layer="fc', print(1), '"), "cannot name a layer"),
+    "no output": (lambda f: f.program.pop("output"), "'output' is missing"),
 }
 
 

@@ -39,12 +39,14 @@ def test_an_untraceable_model_comes_back_into_a_new_one(untraced: ConvertedModel
 
 
 def test_an_untraceable_model_is_asked_for(saved_untraced: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"untraced\.escort: it holds no graph; pass load a new model of the class"):
+    with pytest.raises(
+        ArtifactError, match=r"untraced\.escort: it does not hold the whole program; pass load a new model of the class"
+    ):
         load(saved_untraced)
 
 
 def test_a_traced_model_needs_no_other(saved: Path) -> None:
-    with pytest.raises(ArtifactError, match="its own graph; leave out the model"):
+    with pytest.raises(ArtifactError, match="its own program; leave out the model"):
         load(saved, Residual())
 
 

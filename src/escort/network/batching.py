@@ -68,9 +68,9 @@ def mixing(network: nn.Module) -> str | None:
     """Why the samples of a batch cannot be run apart from each other, or None where they can."""
     if not isinstance(network, Program):
         return "the network could not be traced"
-    if len(network.inputs) != 1:
+    if len(network.listing.inputs) != 1:
         return "the network takes several inputs"
-    for step in network.steps:
+    for step in network.listing.steps:
         if not _keeps_apart(network, step):
             return f"{step} may mix samples"
     return None

@@ -36,6 +36,7 @@ from escort.planner.plan import Layer
 from escort.planner.planner import forget
 from escort.problem import Precision
 from escort.runtime import as_programs
+from escort.runtime.description import unsavable
 
 
 def convert(
@@ -115,11 +116,13 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
             network, left_alone = rewrite(network, request)
             skipped |= left_alone
         calls = record_calls(network, skipped, example)
+        not_saved = {True: unsavable(original, request.device), False: unsavable(network, request.device)}
         networks, not_in_format = in_memory_formats(network, request)
     candidates = [swap(network, calls, memory_format, skipped, request) for memory_format, network in networks.items()]
     candidates = [replace(candidate, network=as_programs(candidate.network)) for candidate in candidates]
     with running_out("the whole network"):
-        return choose(as_programs(original), candidates, not_tried | not_in_format, example, expected, request)
+        chosen = choose(as_programs(original), candidates, not_tried | not_in_format, example, expected, request)
+    return ConvertedModel(chosen.network, replace(chosen.plan, not_saved=not_saved[chosen.plan.kept_dense]))
 
 
 def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = False) -> ConvertedModel:

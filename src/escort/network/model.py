@@ -51,6 +51,7 @@ class NetworkPlan:
         precision: what the convolutions compute in.
         device: what they were planned on, as torch writes it.
         timer: how both times were taken (see :mod:`escort.planner.timing`).
+        not_saved: why the network cannot be saved; None where it can.
     """
 
     layers: dict[str, Plan]
@@ -68,6 +69,7 @@ class NetworkPlan:
     timer: Timer = "calls"
     input_names: tuple[str, ...] = ()
     not_tried: dict[str, str] = field(default_factory=dict)
+    not_saved: str | None = None
 
     def __str__(self) -> str:
         return report.text(plan_table(self))
@@ -111,7 +113,7 @@ class NetworkPlan:
         return Example(tuple(tensors[:positional]), dict(zip(self.input_names, tensors[positional:], strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; `input_names` and `not_tried` where they say anything."""
+        """The fields as JSON values; `input_names`, `not_tried` and `not_saved` where they say anything."""
         data: dict[str, Any] = {
             "layers": {name: plan.to_json() for name, plan in self.layers.items()},
             "skipped": self.skipped,
@@ -127,7 +129,7 @@ class NetworkPlan:
             "input_dtypes": list(self.input_dtypes),
             "timer": self.timer,
         }
-        sometimes = {"input_names": list(self.input_names), "not_tried": self.not_tried}
+        sometimes = {"input_names": list(self.input_names), "not_tried": self.not_tried, "not_saved": self.not_saved}
         return data | {name: value for name, value in sometimes.items() if value}
 
     @classmethod
@@ -150,6 +152,7 @@ class NetworkPlan:
                 timer=data.get("timer", "calls"),
                 input_names=tuple(str(name) for name in data.get("input_names", ())),
                 not_tried=_texts(data.get("not_tried", {})),
+                not_saved=None if data.get("not_saved") is None else str(data["not_saved"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a network plan: {error}") from error

@@ -13,14 +13,22 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from escort.runtime.steps import Input, Method, Step
+from escort.runtime.steps import REQUIRED, Input, Listing, Method, Step
 from escort.runtime.templates import Slot, leaves, mapped
 
-_IDENTITIES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
+_IDENTITIES = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    nn.Identity,
+)
 _DROPOUTS = (F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
-def read(network: fx.GraphModule) -> tuple[list[Input], list[Step], Any, dict[str, Any]]:
+def read(network: fx.GraphModule) -> tuple[Listing, dict[str, Any]]:
     """What :class:`escort.runtime.Program` is made of. Functions that give back their input in eval mode are left out.
 
     Raises:
@@ -29,7 +37,7 @@ def read(network: fx.GraphModule) -> tuple[list[Input], list[Step], Any, dict[st
     reader = _Reader(network)
     for node in network.graph.nodes:
         reader.read(node)
-    return reader.inputs, reader.steps, reader.output, reader.owned
+    return Listing(tuple(reader.inputs), tuple(reader.steps), reader.output), reader.owned
 
 
 class _Reader:
@@ -39,7 +47,7 @@ class _Reader:
         self.inputs = _inputs(network, self.placeholders)
         self.steps: list[Step] = []
         self.owned: dict[str, Any] = {}
-        self.values: dict[fx.Node, Slot] = {}
+        self.values: dict[fx.Node, Any] = {}  # slots, and tuples that are made of them
         self.output: Any = None
 
     def read(self, node: fx.Node) -> None:
@@ -56,9 +64,14 @@ class _Reader:
         target: Any = node.target
         if node.op in ("call_module", "get_attr"):
             self.owned[str(target)] = operator.attrgetter(str(target))(self.network)
+        if node.op == "call_function" and isinstance(target, type) and hasattr(target, "_fields"):
+            self.values[node] = target(*self.template(tuple(node.args)), **self.template(dict(node.kwargs)))
+            return
         kind = {"call_module": "layer", "get_attr": "tensor"}.get(node.op, "call")
         target = Method(str(target)) if node.op == "call_method" else target
-        args, kwargs = self.template(tuple(node.args)), self.template(dict(node.kwargs))
+        # `_stacklevel` says which line a warning of F.softmax blames.
+        kwargs = self.template({key: value for key, value in node.kwargs.items() if key != "_stacklevel"})
+        args = self.template(tuple(node.args))
         self.steps.append(Step(kind, target, args, kwargs))  # type: ignore[arg-type]
         self.values[node] = Slot(len(self.inputs) + len(self.steps) - 1)
 
@@ -109,7 +122,7 @@ def _is_off(node: fx.Node) -> bool:
 def _inputs(network: fx.GraphModule, placeholders: list[fx.Node]) -> list[Input]:
     codegen = network.graph._codegen
     if type(codegen) is CodeGen:
-        return [Input(str(node.target), *map(_plain, node.args[:1])) for node in placeholders]
+        return [_input(str(node.target), node) for node in placeholders]
     if not isinstance(codegen, _PyTreeCodeGen):
         raise ValueError(f"its inputs are packed as {type(codegen).__name__} says; convert fx.symbolic_trace(model)")
     info = codegen.pytree_info
@@ -122,7 +135,11 @@ def _inputs(network: fx.GraphModule, placeholders: list[fx.Node]) -> list[Input]
     names = [name for name in info.orig_args if name != "self"][: len(positional.children())]
     if named is not None:
         names += [str(key) for key in named.context]
-    return [Input(name, *map(_plain, node.args[:1])) for name, node in zip(names, placeholders, strict=True)]
+    return [_input(name, node) for name, node in zip(names, placeholders, strict=True)]
+
+
+def _input(name: str, node: fx.Node) -> Input:
+    return Input(name, _plain(node.args[0]) if node.args else REQUIRED, node.meta.get("shape"))
 
 
 def _output(network: fx.GraphModule, output: Any) -> Any:
@@ -133,6 +150,3 @@ def _output(network: fx.GraphModule, output: Any) -> Any:
         if pytree.tree_leaves(leaf) != [leaf] and leaf is not None and type(leaf) is not torch.Size:
             raise ValueError(f"its output holds a {type(leaf).__name__}; return tensors, tuples, lists or dicts")
     return output
-
-
-

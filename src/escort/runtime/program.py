@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from escort.runtime.graph import read
-from escort.runtime.steps import REQUIRED, Input, Step
+from escort.runtime.steps import REQUIRED, Listing, Step
 from escort.runtime.templates import Slot, filled, mapped, slots_in
 
 
 class Program(nn.Module):
     """A network as a list of steps, with its layers and tensors at the paths that they have in the network.
 
-    Inputs and results of steps are values, counted from 0: first the inputs, then one for each step. A value is let go
-    of behind the last step that reads it.
+    A value is let go of behind the last step that reads it.
+
+    Args:
+        owned: the layers and tensors that steps name, by path. One may lie within another.
 
     Attributes:
-        inputs: what it takes.
-        steps: what it does, in order.
-        output: the template of what it returns.
+        listing: what it does.
+
+    Raises:
+        ValueError: where there is nothing at a path, or a path is the name of something else.
     """
 
-    inputs: tuple[Input, ...]
-    steps: tuple[Step, ...]
-    output: Any
+    listing: Listing
 
-    def __init__(self, inputs: Iterable[Input], steps: Iterable[Step], output: Any, owned: dict[str, Any]) -> None:
-        """
-        Args:
-            owned: the layers and tensors that steps name, by path. One may lie within another.
-
-        Raises:
-            ValueError: where a step reads a value that is not there yet, or nothing is at a path.
-            KeyError: where a path is the name of something else.
-        """
+    def __init__(self, listing: Listing, owned: dict[str, Any]) -> None:
         super().__init__()
-        self.inputs, self.steps, self.output = tuple(inputs), tuple(steps), output
-        for number, step in enumerate(self.steps, len(self.inputs)):
-            _check_slots((step.args, step.kwargs), number)
-        _check_slots(output, len(self.inputs) + len(self.steps))
-        for step in self.steps:
+        self.listing = listing
+        for step in listing.steps:
             if step.kind != "call" and step.target not in owned:
                 raise ValueError(f"there is no {step.target}")
         for path in owned:  # what a layer lies in comes before it, else the order stays
@@ -51,7 +43,7 @@ class Program(nn.Module):
             for outer in (".".join(parts[: i + 1]) for i in range(len(parts))):
                 if outer in owned:
                     self._own(outer, owned[outer])
-        self._bound: _Bound | None = None
+        self._bound: Bound | None = None
         super().train(False)
 
     def _own(self, path: str, value: Any) -> None:
@@ -61,14 +53,19 @@ class Program(nn.Module):
             if container not in owner._modules:
                 owner.add_module(container, nn.Module())
             owner = owner._modules[container]  # type: ignore[assignment]
-        if name in owner._modules or name in owner._parameters or name in owner._buffers:
+        if any(name in held for held in (owner._modules, owner._parameters, owner._buffers)) or (
+            isinstance(value, torch.Tensor) and vars(owner).get(name) is value
+        ):
             return  # it is there already, or is a part of a layer
-        if isinstance(value, nn.Module):
-            owner.add_module(name, value)
-        elif isinstance(value, nn.Parameter):
-            owner.register_parameter(name, value)
-        else:
-            owner.register_buffer(name, value)
+        try:
+            if isinstance(value, nn.Module):
+                owner.add_module(name, value)
+            elif isinstance(value, nn.Parameter):
+                owner.register_parameter(name, value)
+            else:
+                owner.register_buffer(name, value)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be the name of a layer or tensor: {error}") from error
 
     @classmethod
     def of(cls, network: fx.GraphModule) -> Program:
@@ -82,7 +79,7 @@ class Program(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._bound
         if bound is None or not bound.is_current():
-            bound = self._bound = _Bound(self)
+            bound = self._bound = Bound(self)
         values = bound.values.copy()
         if kwargs or len(args) != bound.positional:
             args = self._in_order(args, kwargs)
@@ -95,13 +92,14 @@ class Program(nn.Module):
                 values[result] = table[key](*filled_args, **filled_kwargs)
             for i in last_reads:
                 values[i] = None
-        return filled(self.output, values)
+        return filled(self.listing.output, values)
 
     def _in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The values of all inputs. Raises TypeError as a function does."""
-        left, ordered = dict(kwargs), []
+        left = dict(kwargs)
+        ordered: list[Any] = []
         position = 0
-        for expected in self.inputs:
+        for expected in self.listing.inputs:
             name = expected.name
             if name.startswith("**"):
                 ordered.append(left)
@@ -121,27 +119,35 @@ class Program(nn.Module):
             else:
                 raise TypeError(f"the network misses its input {name}")
         if position < len(args) or left:
-            names = ", ".join(expected.name for expected in self.inputs)
+            names = ", ".join(expected.name for expected in self.listing.inputs)
             raise TypeError(f"the network takes ({names}), got {len(args)} by position and {', '.join(kwargs)} by name")
         return tuple(ordered)
 
-    def map_plain(self, function: Callable[[Any], Any]) -> None:
-        """Puts ``function(value)`` in the place of every plain value among the arguments of its steps."""
-
-        def changed(template: Any) -> Any:
-            return mapped(template, lambda leaf: leaf if isinstance(leaf, Slot) else function(leaf))
-
-        self.steps = tuple(replace(step, args=changed(step.args), kwargs=changed(step.kwargs)) for step in self.steps)
-        self._bound = None
+    def tensor(self, path: str) -> Any:
+        """The tensor that a step reads from a path."""
+        *containers, name = path.split(".")
+        owner: nn.Module = self
+        for container in containers:
+            owner = owner._modules[container]  # type: ignore[assignment]
+        return _tensor(owner, name)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: what is bound belongs to these layers."""
         return {**self.__dict__, "_bound": None}
 
     def extra_repr(self) -> str:
-        lines = [f"{number}: {step}" for number, step in enumerate(self.steps, len(self.inputs))]
-        names = ", ".join(f"{number}: {given.name}" for number, given in enumerate(self.inputs))
-        return "\n".join((f"inputs {names}", *lines, f"returns {self.output!r}"))
+        return str(self.listing)
+
+
+def with_plain(program: Program, function: Callable[[Any], Any]) -> None:
+    """Puts ``function(value)`` in the place of every plain value among the arguments of a program's steps."""
+
+    def changed(template: Any) -> Any:
+        return mapped(template, lambda leaf: leaf if isinstance(leaf, Slot) else function(leaf))
+
+    steps = [replace(step, args=changed(step.args), kwargs=changed(step.kwargs)) for step in program.listing.steps]
+    program.listing = replace(program.listing, steps=tuple(steps))
+    program._bound = None
 
 
 def as_programs(network: nn.Module) -> nn.Module:
@@ -158,30 +164,30 @@ def as_programs(network: nn.Module) -> nn.Module:
     return network
 
 
-class _Bound:
+class Bound:
     """A program's steps with the places where their functions, layers and values are.
 
     Attributes:
         values: what a run starts with: room for inputs and results, then the plain arguments of steps.
         positional: how many inputs a call by position has; -1 where it may have any number.
-        steps: for each (table, key, numbers of the arguments, template, number of the result, values to let go of). What
-            is called is ``table[key]``, so that a layer that takes another's place is called. The template, None where
-            the numbers say all, is that of args and kwargs.
+        steps: for each (table, key, numbers of the arguments, template, number of the result, values to let go of).
+            What is called is ``table[key]``, so that a layer that takes another's place is called. The template, None
+            where the numbers say all, is that of args and kwargs.
     """
 
     def __init__(self, program: Program) -> None:
         self.containers: dict[tuple[str, ...], tuple[dict[str, Any], str, nn.Module]] = {}
-        count = len(program.inputs)
-        self.positional = -1 if any(given.name.startswith("*") for given in program.inputs) else count
-        self.values: list[Any] = [None] * (count + len(program.steps))
-        last_reads = _last_reads(program)
+        listing = program.listing
+        count = len(listing.inputs)
+        self.positional = -1 if any(given.name.startswith("*") for given in listing.inputs) else count
+        self.values: list[Any] = [None] * (count + len(listing.steps))
         self.steps: list[tuple[Any, Any, tuple[int, ...], Any, int, tuple[int, ...]]] = []
-        for number, step in enumerate(program.steps, count):
+        for number, (step, last_reads) in enumerate(zip(listing.steps, listing.last_reads(), strict=True), count):
             table, key = self._callable(program, step)
             is_simple = not step.kwargs and all(isinstance(a, Slot) or not slots_in(a) for a in step.args)
             arguments = tuple(self._number(value) for value in step.args) if is_simple else ()
             template = None if is_simple else (step.args, step.kwargs)
-            self.steps.append((table, key, arguments, template, number, last_reads[number]))
+            self.steps.append((table, key, arguments, template, number, last_reads))
 
     def _number(self, value: Any) -> int:
         if isinstance(value, Slot):
@@ -201,28 +207,16 @@ class _Bound:
             owner = inner
         if step.kind == "layer":
             return owner._modules, name
-        return (lambda: getattr(owner, name),), 0
+        return (partial(_tensor, owner, name),), 0
 
     def is_current(self) -> bool:
         """Whether the modules that the layers lie in are still the same."""
         return all(modules.get(name) is module for modules, name, module in self.containers.values())
 
 
-def _last_reads(program: Program) -> dict[int, tuple[int, ...]]:
-    """For each step the values that no later one reads."""
-    kept = {slot.number for slot in slots_in(program.output)}
-    first = len(program.inputs)
-    released: dict[int, tuple[int, ...]] = {}
-    for number in reversed(range(first, first + len(program.steps))):
-        step = program.steps[number - first]
-        read = {slot.number for slot in slots_in((step.args, step.kwargs))}
-        unread = {number} if number not in kept else set()
-        released[number] = tuple(sorted((read | unread) - kept))
-        kept |= read
-    return released
-
-
-def _check_slots(template: Any, limit: int) -> None:
-    for slot in slots_in(template):
-        if type(slot.number) is not int or not 0 <= slot.number < limit:
-            raise ValueError(f"there is no value {slot.number} yet, before step {limit}")
+def _tensor(owner: nn.Module, name: str) -> Any:
+    """A tensor that a module holds at the moment, whatever else the name stands for."""
+    for tensors in (owner._parameters, owner._buffers):
+        if name in tensors:
+            return tensors[name]
+    return vars(owner)[name]

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from escort.runtime.templates import slots_in
+
 #: The default of an input that has none.
 REQUIRED: Any = inspect.Parameter.empty
 
@@ -20,10 +22,12 @@ class Input:
     Attributes:
         name: by which it can be given; behind ``*`` or ``**`` it takes all that is left.
         default: its value where it is not given.
+        like: shape and type of the example's tensor, where that is known.
     """
 
     name: str
     default: Any = REQUIRED
+    like: tuple[torch.Size, torch.dtype] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,48 @@ class Step:
 def _exported_step(packet: Sequence[str], overload: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
     namespace, name = packet
     return Step("call", getattr(getattr(getattr(torch.ops, namespace), name), overload), args, kwargs)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a program does. Inputs and results of steps are values, counted from 0: first the inputs, then the steps.
+
+    Attributes:
+        inputs: what it takes.
+        steps: what it does, in order.
+        output: the template of what it returns.
+
+    Raises:
+        ValueError: where a step reads a value that is not there yet.
+    """
+
+    inputs: tuple[Input, ...]
+    steps: tuple[Step, ...]
+    output: Any
+
+    def __post_init__(self) -> None:
+        for number, step in enumerate(self.steps, len(self.inputs)):
+            _check_slots((step.args, step.kwargs), number)
+        _check_slots(self.output, len(self.inputs) + len(self.steps))
+
+    def __str__(self) -> str:
+        lines = [f"%{number} = {given.name}" for number, given in enumerate(self.inputs)]
+        lines += [f"%{number} = {step}" for number, step in enumerate(self.steps, len(self.inputs))]
+        return "\n".join((*lines, f"return {self.output!r}"))
+
+    def last_reads(self) -> list[tuple[int, ...]]:
+        """For each step the values that nothing behind it reads."""
+        read = {slot.number for slot in slots_in(self.output)}
+        released: list[tuple[int, ...]] = []
+        for number in reversed(range(len(self.inputs), len(self.inputs) + len(self.steps))):
+            step = self.steps[number - len(self.inputs)]
+            touched = {number, *(slot.number for slot in slots_in((step.args, step.kwargs)))}
+            released.append(tuple(sorted(touched - read)))
+            read |= touched
+        return released[::-1]
+
+
+def _check_slots(template: Any, limit: int) -> None:
+    for slot in slots_in(template):
+        if not 0 <= slot.number < limit:
+            raise ValueError(f"value {slot.number} is read where there are {limit}")

@@ -1,0 +1,100 @@
+"""A program run on tensors without memory, before anything real runs: what it would make is known, and bounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from escort.runtime.limits import MAX_CALLS, MAX_NUMBERS
+from escort.runtime.operations import Plain, check_call, check_value
+from escort.runtime.program import Bound, Program
+from escort.runtime.steps import REQUIRED, Input
+from escort.runtime.templates import filled
+
+
+def rehearse(program: Program, device: torch.device) -> int:
+    """Runs a program on the example that its inputs are like. Steps that give no tensor are checked from now on.
+
+    Returns:
+        How many numbers the largest of its tensors has.
+
+    Raises:
+        ValueError: naming the step that cannot run, or that makes more than a network does.
+    """
+    listing, bound, counted = program.listing, Bound(program), _Counted()
+    steps = list(listing.steps)
+    with torch.no_grad(), _without_fused_attention(), FakeTensorMode(allow_non_fake_inputs=True), counted:
+        values = bound.values.copy()
+        values[: len(listing.inputs)] = [_example(given, device) for given in listing.inputs]
+        for i, (table, key, arguments, template, result, last_reads) in enumerate(bound.steps):
+            step = steps[i]
+            try:
+                args, kwargs = ([values[j] for j in arguments], {}) if template is None else filled(template, values)
+                check_call(step.target, tuple(args), kwargs)
+                values[result] = check_value(table[key](*args, **kwargs))
+            except Exception as error:
+                raise ValueError(f"step %{result} = {str(step)[:100]}: {_first_line(error)}") from error
+            if step.kind == "call" and not isinstance(values[result], Tensor) and not isinstance(step.target, Plain):
+                steps[i] = replace(step, target=Plain(step.target))
+            for read in last_reads:
+                values[read] = None
+    program.listing = replace(listing, steps=tuple(steps))
+    program._bound = None
+    return counted.largest
+
+
+def _example(given: Input, device: torch.device) -> Any:
+    if given.like is not None:
+        shape, dtype = given.like
+        return torch.empty(shape, dtype=dtype, device=device)
+    if given.default is not REQUIRED:
+        return given.default
+    if given.name.startswith("*"):
+        return {} if given.name.startswith("**") else ()
+    raise ValueError(f"what its input {given.name} is like is not known; convert the model with an example of it")
+
+
+class _Counted(TorchDispatchMode):
+    """Raises ValueError where torch's operators are called too often, or make too large a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        if self.calls > MAX_CALLS:
+            raise ValueError(f"the network calls torch's operators more than {MAX_CALLS} times")
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                numbers = math.prod(leaf.shape)
+                self.largest = max(self.largest, numbers)
+                if numbers > MAX_NUMBERS:
+                    raise ValueError(f"a tensor of shape {tuple(leaf.shape)} has more than {MAX_NUMBERS} numbers")
+        return result
+
+
+@contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    """Attention by operators that tensors without memory go through."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
