@@ -40,8 +40,10 @@ class Forgery:
     def problem(self, layer: str = "stem.0") -> dict[str, Any]:
         return self.plan["layers"][layer]["problem"]
 
-    def seal(self) -> bytes:
-        texts = self.texts | {"architecture": json.dumps(self.architecture), "plan": json.dumps(self.plan)}
+    def seal(self, *, replacing: bool = True) -> bytes:
+        """The bytes of the file, with the plan as it is or as its text says."""
+        plan = json.dumps(self.plan) if replacing else self.texts["plan"]
+        texts = self.texts | {"architecture": json.dumps(self.architecture), "plan": plan}
         texts |= {"tensors": json.dumps(self.encodings)} | {"sha256": "0" * 64}
         body = safetensors.torch.save(self.tensors)
         size = int.from_bytes(body[:8], "little")

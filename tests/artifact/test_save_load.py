@@ -132,6 +132,27 @@ def test_an_interrupted_save_leaves_the_old_file(
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_a_link_stays_a_link_and_a_mode_a_mode(converted: ConvertedModel, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "model", tmp_path / "link"
+    link.symlink_to(Path("folder") / "model")
+    for mode in (None, 0o640, 0o600):
+        if mode is not None:
+            target.chmod(mode)
+        save(converted, link)
+        assert link.is_symlink() and os.readlink(link) == "folder/model"
+        assert target.read_bytes() == saved.read_bytes() and not target.is_symlink()
+        assert mode is None or target.stat().st_mode & 0o777 == mode
+    assert os.listdir(target.parent) == ["model"] and sorted(os.listdir(tmp_path)) == ["folder", "link"]
+
+
+def test_what_is_no_file_stays(converted: ConvertedModel, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="cannot save: .*; name a file in a folder that exists"):
+        save(converted, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
 @pytest.mark.parametrize("path", ["none/model", "file/model", "folder", ".", ""])
 def test_an_unwritable_path_is_named(
     converted: ConvertedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str

@@ -21,9 +21,9 @@ from escort.problem import Problem
 from escort.runtime import Program, with_plain
 from escort.runtime.builders import SPARSE, build_layer, describe_layer
 from escort.runtime.description import check_apart, joined, programs_in
-from escort.runtime.limits import MAX_STEPS
+from escort.runtime.limits import MAX_LOWERED, MAX_STEPS
 from escort.runtime.notation import build_program, check_path
-from escort.runtime.problems import check_problem
+from escort.runtime.problems import check_problem, check_together, lowered_numbers
 from escort.runtime.steps import Listing
 
 
@@ -37,10 +37,17 @@ def restore_layers(
     """
     if len(records) > MAX_STEPS:
         raise ValueError(f"a network has at most {MAX_STEPS} layers")
-    layers = {}
+    problems = {}
     for name, record in records.items():
         with naming(f"layer {name[:100]}"):
             check_path(name)
+            if record["type"] == SPARSE:
+                problems[name] = plan.layers[name].problem
+                check_problem(problems[name])
+    check_together(problems.values())  # before a method lays anything out
+    layers = {}
+    for name, record in records.items():
+        with naming(f"layer {name}"):
             layers[name] = _restore_layer(name, record, container, plan)
     check_apart(layers)
     return layers
@@ -57,13 +64,17 @@ def _restore_layer(name: str, record: Mapping[str, Any], container: Container, p
 
 def _restore_sparse(name: str, container: Container, plan: Plan) -> SparseConv2d:
     problem = plan.problem
-    check_problem(problem)
     sparse_filter = container.sparse_filter(f"{name}.weight", problem.weight_shape, problem.groups)
     bias = container.tensor(f"{name}.bias") if problem.epilogue.bias else None
     if bias is not None and bias.dtype is not torch.float32:
         raise ValueError(f"its bias is {bias.dtype}, not float32")
     # A kernel trusts its config, so only one that a method itself offers may reach it.
-    methods = [method for method in for_device(problem.device) if method.unsupported(problem) is None]
+    is_too_large = lowered_numbers(problem) > MAX_LOWERED
+    methods = [
+        method
+        for method in for_device(problem.device)
+        if method.unsupported(problem) is None and not (method.lowers and is_too_large)
+    ]
     if not methods:
         raise ValueError(f"no method here can run {problem}; convert the model on this machine")
     method = next((method for method in methods if method.name == plan.method), methods[0])
@@ -107,13 +118,13 @@ def _owned(path: str, layers: Mapping[str, nn.Module], container: Container) -> 
     def owned(listing: Listing) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for step in listing.steps:
-            if step.kind == "call" or step.target in found:
+            if step.kind == "call":
                 continue
             name = joined(path, step.target)
-            if step.kind == "layer":
-                found[step.target] = layers[name]
-            else:
-                found[step.target] = _tensor(name, layers, container)
+            if step.target not in found:
+                found[step.target] = layers[name] if step.kind == "layer" else _tensor(name, layers, container)
+            if isinstance(found[step.target], nn.Module) is not (step.kind == "layer"):
+                raise ValueError(f"{name} is no tensor that a program may read")
         return found
 
     return owned

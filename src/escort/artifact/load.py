@@ -29,8 +29,8 @@ from escort.planner.machine import Machine, find_device
 from escort.problem import Precision
 from escort.runtime.builders import SPARSE
 from escort.runtime.description import layers_in
-from escort.runtime.limits import MAX_MEASURED_MULTIPLY_ADDS, MAX_MEASURED_NUMBERS, MAX_NUMBERS
-from escort.runtime.problems import multiply_adds
+from escort.runtime.limits import MAX_LOWERED, MAX_MEASURED_MULTIPLY_ADDS, MAX_MEASURED_NUMBERS, MAX_NUMBERS
+from escort.runtime.problems import lowered_numbers, multiply_adds
 from escort.runtime.rehearsal import rehearse
 
 _REMEDY = "save the model again with this version, or get an undamaged copy of the file"
@@ -185,8 +185,13 @@ def _check_request(saved: _Saved, target: torch.device, model: nn.Module | None,
 
 def _check_measurable(saved: _Saved, plan: NetworkPlan, numbers: int) -> None:
     """Raises ArtifactError where measuring anew, which nobody asked for, would take much memory or long."""
-    work = sum(multiply_adds(layer.problem) for layer in plan.layers.values())
-    if numbers > MAX_MEASURED_NUMBERS or work > MAX_MEASURED_MULTIPLY_ADDS:
+    problems = [layer.problem for layer in plan.layers.values()]
+    work = sum(map(multiply_adds, problems))
+    if (
+        numbers > MAX_MEASURED_NUMBERS
+        or work > MAX_MEASURED_MULTIPLY_ADDS
+        or max(map(lowered_numbers, problems), default=0) > MAX_LOWERED
+    ):
         raise ArtifactError(
             f"{saved.path}: its layers were not measured here, and measuring them takes tensors of {numbers:,} numbers "
             f"and {work:.1e} multiply-adds; pass remeasure=True if you trust the file, or remeasure=False"

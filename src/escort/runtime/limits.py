@@ -34,9 +34,11 @@ MAX_POWER = 64
 MAX_WEIGHTS = 1 << 30
 #: Positions of an input or output plane of a sparse convolution.
 MAX_PLANE = 1 << 26
-#: Numbers of one sample of a sparse convolution's input, written out patch by patch.
+#: Numbers of a sparse convolution's input, written out patch by patch. Beyond it no method is taken that does so.
 MAX_LOWERED = 1 << 31
-#: Numbers of an input channel that are staged at a time, and pieces of rows that they come from.
-MAX_STAGE, MAX_RECORDS = 1 << 24, 1 << 22
+#: Numbers of an input channel that a sparse convolution stages at a time.
+MAX_STAGE = 1 << 22
+#: Pieces of rows that all sparse convolutions of a network stage, equal planes counted once.
+MAX_RECORDS = 1 << 19
 #: What is measured anew without being asked for: numbers in a tensor; multiply-adds of all convolutions, as if dense.
 MAX_MEASURED_NUMBERS, MAX_MEASURED_MULTIPLY_ADDS = 1 << 28, 1 << 42

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from escort.problem import Problem
-from escort.runtime.limits import MAX_COUNT, MAX_LOWERED, MAX_NUMBERS, MAX_PLANE, MAX_RECORDS, MAX_STAGE, MAX_WINDOW
+from escort.runtime.limits import MAX_COUNT, MAX_NUMBERS, MAX_PLANE, MAX_RECORDS, MAX_STAGE, MAX_WINDOW
 
 _TILE = 256  # positions; about what kernels compute at a time
 
@@ -26,11 +27,17 @@ def check_problem(problem: Problem) -> None:
         or max(problem.in_channels, problem.out_channels) > MAX_COUNT
         or max(math.prod(shape[2:]) for shape in shapes) > MAX_PLANE
         or max(math.prod(shape) for shape in shapes) > MAX_NUMBERS
-        or lowered_numbers(problem) > MAX_LOWERED
         or stage_numbers(problem) > MAX_STAGE
-        or stage_records(problem) > MAX_RECORDS
     ):
         raise ValueError(f"no network asks for {problem}")
+    check_together([problem])
+
+
+def check_together(problems: Iterable[Problem]) -> None:
+    """Raises ValueError where the convolutions of a network lay out more than networks do. Equal planes count once."""
+    planes = {(p.height, p.width, p.kernel_size, p.stride, p.padding, p.dilation): stage_records(p) for p in problems}
+    if sum(planes.values()) > MAX_RECORDS:
+        raise ValueError(f"its convolutions stage their inputs in more than {MAX_RECORDS} pieces of rows")
 
 
 def multiply_adds(problem: Problem) -> int:
@@ -39,8 +46,8 @@ def multiply_adds(problem: Problem) -> int:
 
 
 def lowered_numbers(problem: Problem) -> int:
-    """Of one sample, written out patch by patch."""
-    return problem.in_channels * math.prod(problem.kernel_size) * problem.out_height * problem.out_width
+    """Of the input, written out patch by patch."""
+    return problem.batch * problem.in_channels * math.prod(problem.kernel_size) * problem.out_height * problem.out_width
 
 
 def stage_numbers(problem: Problem) -> int:
@@ -51,6 +58,8 @@ def stage_numbers(problem: Problem) -> int:
 
 def stage_records(problem: Problem) -> int:
     """About how many pieces of rows are laid out: for each tile and phase those that the tile reads."""
+    if math.prod((*problem.kernel_size, *problem.stride)) == 1:
+        return 0  # it reads its input in place
     pitch, reach = _pitch_and_reach(problem)
     phases = math.prod(min(pair) for pair in zip(problem.kernel_size, problem.stride, strict=True))
     tiles = problem.out_height * pitch // _TILE + 1
@@ -63,5 +72,5 @@ def _pitch_and_reach(problem: Problem) -> tuple[int, int]:
         (taps - 1) * dilation // stride
         for taps, dilation, stride in zip(problem.kernel_size, problem.dilation, problem.stride, strict=True)
     )
-    pitch = max(problem.width, problem.out_width + right)
+    pitch = max(problem.width, problem.out_width) if problem.stride[1] == 1 else problem.out_width + right
     return pitch, down * pitch + right

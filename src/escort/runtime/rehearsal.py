@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,8 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from escort.layers import SparseConv2d
+from escort.problem import Problem
 from escort.runtime.limits import MAX_CALLS, MAX_NUMBERS
 from escort.runtime.operations import Plain, check_call, check_value
+from escort.runtime.problems import check_problem, check_together
 from escort.runtime.program import Bound, Program
 from escort.runtime.steps import REQUIRED, Input
 from escort.runtime.templates import filled
@@ -32,6 +35,7 @@ def rehearse(program: Program, device: torch.device) -> int:
     """
     listing, bound, counted = program.listing, Bound(program), _Counted()
     steps = list(listing.steps)
+    problems: list[Problem] = []
     with torch.no_grad(), _without_fused_attention(), FakeTensorMode(allow_non_fake_inputs=True), counted:
         values = bound.values.copy()
         values[: len(listing.inputs)] = [_example(given, device) for given in listing.inputs]
@@ -39,7 +43,7 @@ def rehearse(program: Program, device: torch.device) -> int:
             step = steps[i]
             try:
                 args, kwargs = ([values[j] for j in arguments], {}) if template is None else filled(template, values)
-                check_call(step.target, tuple(args), kwargs)
+                problems += _check_call(step.target, table[key], args, kwargs)
                 values[result] = check_value(table[key](*args, **kwargs))
             except Exception as error:
                 raise ValueError(f"step %{result} = {str(step)[:100]}: {_first_line(error)}") from error
@@ -47,9 +51,27 @@ def rehearse(program: Program, device: torch.device) -> int:
                 steps[i] = replace(step, target=Plain(step.target))
             for read in last_reads:
                 values[read] = None
+    check_together(problems)
     program.listing = replace(listing, steps=tuple(steps))
     program._bound = None
     return counted.largest
+
+
+def _check_call(target: Any, called: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Problem]:
+    """What a sparse convolution is asked for, if it is one.
+
+    Raises:
+        ValueError: for a call that would cost more than networks do, whatever it is that it makes.
+    """
+    if not isinstance(called, SparseConv2d):
+        check_call(target, tuple(args), kwargs)
+        return []
+    batch, channels, height, width = args[0].shape
+    if channels != called.in_channels:
+        raise ValueError(f"the layer takes {called.in_channels} channels, got {channels}")
+    problem = called.problem(batch, height, width)  # it lays out tables for the size that it is called with
+    check_problem(problem)
+    return [problem]
 
 
 def _example(given: Input, device: torch.device) -> Any:
