@@ -40,7 +40,7 @@ def deep(levels: int) -> Any:
 
 
 def record(name: str, field: str) -> dict[str, Any]:
-    return {"record": {"name": name, "fields": [field], "values": [{"value": 0}]}}
+    return {"named_tuple": {"name": name, "fields": [field], "values": [{"value": 0}]}}
 
 
 ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {

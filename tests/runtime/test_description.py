@@ -60,6 +60,8 @@ SAVABLE = {
     ),
     "names with dashes": Net(lambda m, y: m.get_submodule("re-lu.0")(y), **{"re-lu": nn.Sequential(nn.ReLU())}),
     "softmax": Net(lambda m, y: F.softmax(y, 1)),
+    "normalize": Net(lambda m, y: F.normalize(y, dim=1)),
+    "a power by a tensor": Net(lambda m, y: 10000 ** y.sigmoid()),
     "an optional argument": Net(lambda m, y: y.mean(0, keepdim=True, dtype=None)),
 }
 

@@ -132,20 +132,20 @@ def deep(levels: int) -> Any:
         ({"value": 0}, {"value": "0"}),
         ({"value": 1}, {"value": True}),
         (
-            {"record": {"name": "P", "fields": ["a"], "values": [1]}},
-            {"record": {"name": "P", "fields": ["a"], "values": [1, 2]}},
+            {"named_tuple": {"name": "P", "fields": ["a"], "values": [1]}},
+            {"named_tuple": {"name": "P", "fields": ["a"], "values": [1, 2]}},
         ),
         (
-            {"record": {"name": "P", "fields": ["a", "b"], "values": [1, 2]}},
-            {"record": {"name": "P", "fields": ["a", "a"], "values": [1, 2]}},
+            {"named_tuple": {"name": "P", "fields": ["a", "b"], "values": [1, 2]}},
+            {"named_tuple": {"name": "P", "fields": ["a", "a"], "values": [1, 2]}},
         ),
         (
-            {"record": {"name": "P", "fields": ["a"], "values": [1]}},
-            {"record": {"name": "P", "fields": ["__class__"], "values": [1]}},
+            {"named_tuple": {"name": "P", "fields": ["a"], "values": [1]}},
+            {"named_tuple": {"name": "P", "fields": ["__class__"], "values": [1]}},
         ),
         (
-            {"record": {"name": "P", "fields": ["a"], "values": [1]}},
-            {"record": {"name": "P, x=print(1)", "fields": ["a"], "values": [1]}},
+            {"named_tuple": {"name": "P", "fields": ["a"], "values": [1]}},
+            {"named_tuple": {"name": "P, x=print(1)", "fields": ["a"], "values": [1]}},
         ),
         ({"ellipsis": None}, {"eval": "1"}),
         ({"tuple": []}, {"tuple": [], "size": []}),

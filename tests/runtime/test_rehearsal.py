@@ -84,10 +84,9 @@ WITHIN = {
     "squared": (squares(4), squares(5)),
     "longer and longer": (sequences(8), sequences(40)),
     "nested": (nested(11), nested(60)),
-    "power": (
-        program(call("operator.pow", X, MAX_POWER)),
-        program(call("operator.pow", X, MAX_POWER + 1)),
-    ),
+    "power": (program(call("operator.pow", 1, MAX_POWER)), program(call("operator.pow", 1, MAX_POWER + 1))),
+    "power of a tensor": (program(call("operator.pow", X, 99)), program(call("operator.pow", X, "99"))),
+    "power by a tensor": (program(call("operator.pow", 10000, X)), program(call("operator.pow", [10000], 2))),
     "power of integers": (
         program(call("Tensor.size", X, 2), call("operator.pow", Y, 20)),
         program(call("Tensor.size", X, 2), call("operator.pow", Y, 21)),
@@ -115,7 +114,7 @@ def test_a_bomb_is_refused_and_what_networks_do_is_not(name: str) -> None:
     rehearsed(allowed)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.perf_counter()
-    with pytest.raises(ValueError, match="step %|exponent|takes no text"):
+    with pytest.raises(ValueError, match="step %"):
         rehearsed(refused)
     assert time.perf_counter() - begin < 30.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200e3  # KiB

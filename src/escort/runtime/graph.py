@@ -69,14 +69,18 @@ class _Reader:
             return
         kind = {"call_module": "layer", "get_attr": "tensor"}.get(node.op, "call")
         target = Method(str(target)) if node.op == "call_method" else target
-        # `_stacklevel` says which line a warning of F.softmax blames.
-        kwargs = self.template({key: value for key, value in node.kwargs.items() if key != "_stacklevel"})
+        kwargs = self.template({key: value for key, value in node.kwargs.items() if not _says_nothing(key, value)})
         args = self.template(tuple(node.args))
         self.steps.append(Step(kind, target, args, kwargs))  # type: ignore[arg-type]
         self.values[node] = Slot(len(self.inputs) + len(self.steps) - 1)
 
     def template(self, argument: Any) -> Any:
         return mapped(_plain(argument), lambda leaf: self.values[leaf] if isinstance(leaf, fx.Node) else leaf)
+
+
+def _says_nothing(keyword: str, value: Any) -> bool:
+    """Whether functions of torch pass a keyword on for nothing: the line that a warning blames, no tensor to write."""
+    return keyword == "_stacklevel" or (keyword == "out" and value is None)
 
 
 def _plain(argument: Any) -> Any:

@@ -151,14 +151,14 @@ def check_step(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         raise ValueError("a call that writes to out= cannot be saved; use its result instead")
     if function in _ARITHMETIC and (kwargs or any(isinstance(leaf, str) for leaf in leaves(args))):
         raise ValueError("an operator of Python takes no text and nothing by name; compute it before converting")
-    if function in _POWERS and (len(args) != 2 or type(args[1]) not in (int, float) or abs(args[1]) > MAX_POWER):
-        raise ValueError(f"a power takes an exponent of at most {MAX_POWER}; use torch.pow")
 
 
 def check_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError for arguments that would take Python long, or make it many values."""
     if function in _PRODUCTS and any(isinstance(value, (list, tuple, dict)) for value in args):
         raise ValueError("a product repeats a sequence; write it out before converting")
+    if function in _POWERS and not any(isinstance(value, Tensor) for value in args) and abs(args[1]) > MAX_POWER:
+        raise ValueError(f"a power of numbers has an exponent beyond {MAX_POWER}; use torch.pow")
     if function in _PIECES and args and isinstance(args[0], Tensor):
         _check_pieces(function, args[0], args[1:], kwargs)
 

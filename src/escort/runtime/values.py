@@ -44,8 +44,8 @@ def _encode_container(value: Any) -> Any:
     if type(value) in (tuple, torch.Size):
         return {"size" if isinstance(value, torch.Size) else "tuple": [encode(item) for item in value]}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        record = {"name": type(value).__name__, "fields": list(value._fields)}
-        return {"record": {**record, "values": [encode(item) for item in value]}}
+        labels = {"name": type(value).__name__, "fields": list(value._fields)}
+        return {"named_tuple": {**labels, "values": [encode(item) for item in value]}}
     if type(value) in (dict, OrderedDict) and all(isinstance(key, str) for key in value):
         return {"dict" if type(value) is dict else "ordered": [[key, encode(item)] for key, item in value.items()]}
     if isinstance(value, slice):
@@ -107,7 +107,7 @@ def _slice(content: Any, depth: int) -> slice:
     return slice(start, stop, step)
 
 
-def _record(content: Any, depth: int) -> Any:
+def _named_tuple(content: Any, depth: int) -> Any:
     name, fields, values = content["name"], content["fields"], _list(content["values"], depth)
     for label in (name, *fields):
         if type(label) is not str or len(label) > MAX_NAME or not _FIELD.fullmatch(label):
@@ -139,7 +139,7 @@ _KINDS: dict[str, Callable[[Any, int], Any]] = {
     "size": _size,
     "dict": _pairs,
     "ordered": lambda content, depth: OrderedDict(_pairs(content, depth)),
-    "record": _record,
+    "named_tuple": _named_tuple,
     "slice": _slice,
     "float": _float,
     "ellipsis": lambda content, depth: ...,
