@@ -223,6 +223,8 @@ def test_what_is_forged_below_would_be_allowed_otherwise() -> None:
             program(call(f"Tensor.{name}", X))
             for name in ("__class__", "grad", "storage", "tolist", "relu();import os")
         ),
+        *(program(call(f"torch.ops.aten.{name}", X)) for name in ("mul.left_t", "add.t", "add.str", "pow.int_to_int")),
+        *(program(call(f"torch.ops.aten.{name}", X)) for name in ("div.out_mode", "sort.any", "split.str", "relu.out")),
         program(call(["torch.relu"], X)),
         program(call(None, X)),
         program(call("torch.as_strided", X, [9], [9])),

@@ -14,14 +14,14 @@ from escort.runtime import notation
 from escort.runtime.limits import MAX_ITEMS, MAX_NUMBERS, MAX_POWER
 from escort.runtime.operations import Plain
 from escort.runtime.program import Program
-from escort.runtime.rehearsal import rehearse
+from escort.runtime.rehearsal import Work, rehearse
 from tests.runtime.test_notation import X, Y, call, layer, program
 
 Z = {"value": 2}
 CPU = torch.device("cpu")
 
 
-def rehearsed(record: Any, layers: dict[str, nn.Module] | None = None) -> tuple[Program, int]:
+def rehearsed(record: Any, layers: dict[str, nn.Module] | None = None) -> tuple[Program, Work]:
     built = notation.build_program(record, lambda listing: dict(layers or {}))
     return built, rehearse(built, CPU)
 
@@ -104,6 +104,22 @@ WITHIN = {
         program(call("operator.getitem", {"tuple": [X]}, 0)),
         program(call("operator.getitem", {"tuple": ["%99999999999d"]}, 0)),
     ),
+    "cut by name": (
+        program(call("torch.arange", 64), call("torch.split", Y, split_size_or_sections=8, dim=0)),
+        program(call("torch.arange", 2**30), call("torch.unbind", input=Y)),
+    ),
+    "the elements of a tensor": (
+        program(call("torch.arange", 64), call("operator.getitem", Y, [0, 1])),
+        program(call("torch.arange", 2**30), call("operator.iadd", [], Y)),
+    ),
+    "the product of a tensor": (
+        program(call("Tensor.shape", X), call("math.prod", Y)),
+        program(call("torch.arange", 2**30), call("math.prod", Y)),
+    ),
+    "another type's bytes": (
+        program(call("Tensor.view", X, [2, -1])),
+        program(call("Tensor.view", X, {"dtype": "bool"})),
+    ),
     "index": (program(call("operator.getitem", X, 0)), program(call("operator.getitem", X, 9))),
 }
 
@@ -127,9 +143,13 @@ def test_layers_that_give_several_tensors_are_rehearsed(cells: nn.Module) -> Non
     rehearsed(record, {"cells": cells.eval()})
 
 
-def test_the_size_of_the_largest_tensor_is_known() -> None:
-    record = program(call("Tensor.repeat", X, 5, 1, 1, 1), call("torch.mean", Y))
-    assert rehearsed(record)[1] == 5 * 384
+def test_what_a_run_takes_is_known() -> None:
+    record = program(call("Tensor.repeat", X, 5, 1, 1, 1), call("torch.mean", Y), call("torch.relu", Z))
+    work = rehearsed(record)[1]
+    assert (work.at_a_time, work.flop) == (6 * 384, 0)
+    assert 5 * 384 + 2 <= work.written < 20 * 384
+    record = program(call("torch.reshape", X, [8, 48]), call("Tensor.t", Y), call("torch.matmul", Y, Z))
+    assert rehearsed(record)[1].flop == 2 * 8 * 8 * 48
 
 
 def test_what_gives_no_tensor_is_checked_on_every_call() -> None:
@@ -153,5 +173,5 @@ def test_what_gives_a_tensor_is_called_as_it_is() -> None:
     built, _ = rehearsed(program(call("operator.mul", X, X), call("Tensor.size", Y, 0)))
     product, size = built.listing.steps
     assert not isinstance(product.target, Plain) and isinstance(size.target, Plain)
-    assert rehearse(built, CPU) == 384 and built.listing.steps[1].target is size.target
+    assert rehearse(built, CPU).at_a_time == 2 * 384 and built.listing.steps[1].target is size.target
     assert notation.describe_program(built)["steps"][1]["call"] == "Tensor.size"

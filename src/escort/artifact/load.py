@@ -24,14 +24,19 @@ from escort.methods import by_name
 from escort.network.check import Effort
 from escort.network.convert import replan
 from escort.network.model import ConvertedModel, NetworkPlan
-from escort.planner import Plan
 from escort.planner.machine import Machine, find_device
 from escort.problem import Precision
 from escort.runtime.builders import SPARSE
 from escort.runtime.description import layers_in
-from escort.runtime.limits import MAX_LOWERED, MAX_MEASURED_MULTIPLY_ADDS, MAX_MEASURED_NUMBERS, MAX_NUMBERS
+from escort.runtime.limits import (
+    MAX_LOWERED,
+    MAX_MEASURED_MULTIPLY_ADDS,
+    MAX_MEASURED_NUMBERS,
+    MAX_MEASURED_WRITES,
+    MAX_NUMBERS,
+)
 from escort.runtime.problems import lowered_numbers, multiply_adds
-from escort.runtime.rehearsal import rehearse
+from escort.runtime.rehearsal import Work, rehearse
 
 _REMEDY = "save the model again with this version, or get an undamaged copy of the file"
 
@@ -64,13 +69,13 @@ def load(
     saved = _read(path)
     target = _nearest(saved.device) if wanted is None else wanted
     _check_request(saved, target, model, remeasure)
-    network, plan, numbers = _build(saved, target, model)
+    network, plan, works = _build(saved, target, model)
     converted = ConvertedModel(network, plan)
     if remeasure is None:
         sparse = [plan.layers[name] for name, record in saved.layers.items() if record["type"] == SPARSE]
         remeasure = any(layer.time_us is None for layer in sparse) or plan.machine != Machine.here(str(target))
         if remeasure:
-            _check_measurable(saved, plan, numbers)
+            _check_measurable(saved, plan, works)
     if not remeasure:
         return converted
     remedy = "convert the model again on this machine"
@@ -183,23 +188,27 @@ def _check_request(saved: _Saved, target: torch.device, model: nn.Module | None,
         raise ArtifactError(f"{path}: it holds its own program; leave out the model")
 
 
-def _check_measurable(saved: _Saved, plan: NetworkPlan, numbers: int) -> None:
+def _check_measurable(saved: _Saved, plan: NetworkPlan, works: list[Work]) -> None:
     """Raises ArtifactError where measuring anew, which nobody asked for, would take much memory or long."""
     problems = [layer.problem for layer in plan.layers.values()]
-    work = sum(map(multiply_adds, problems))
+    shapes = [*plan.input_shapes, *(shape for p in problems for shape in (p.input_shape, p.output_shape))]
+    numbers = max([0, *map(math.prod, shapes), *(work.at_a_time for work in works)])
+    written = sum(work.written for work in works)
+    multiplied = sum(map(multiply_adds, problems)) + sum(work.flop for work in works) // 2
     if (
         numbers > MAX_MEASURED_NUMBERS
-        or work > MAX_MEASURED_MULTIPLY_ADDS
+        or written > MAX_MEASURED_WRITES
+        or multiplied > MAX_MEASURED_MULTIPLY_ADDS
         or max(map(lowered_numbers, problems), default=0) > MAX_LOWERED
     ):
         raise ArtifactError(
-            f"{saved.path}: its layers were not measured here, and measuring them takes tensors of {numbers:,} numbers "
-            f"and {work:.1e} multiply-adds; pass remeasure=True if you trust the file, or remeasure=False"
+            f"{saved.path}: its layers were not measured here, and measuring them takes {numbers:,} numbers in memory "
+            f"and {multiplied:.1e} multiply-adds; pass remeasure=True if you trust the file, or remeasure=False"
         )
 
 
-def _build(saved: _Saved, target: torch.device, model: nn.Module | None) -> tuple[nn.Module, NetworkPlan, int]:
-    """The network on a device, its plan for it, and how many numbers its largest tensor has on the example."""
+def _build(saved: _Saved, target: torch.device, model: nn.Module | None) -> tuple[nn.Module, NetworkPlan, list[Work]]:
+    """The network on a device, its plan for it, and what its programs take on the example."""
     container = saved.container
     with blaming(saved.path, _REMEDY):
         plan = _transfer(saved.plan, target)
@@ -214,18 +223,12 @@ def _build(saved: _Saved, target: torch.device, model: nn.Module | None) -> tupl
             raise ValueError(f"nothing in the network uses its layer {min(unused)}")
     with blaming(saved.path, _REMEDY):
         build.move(network, saved.device, target)
-        sizes = [rehearse(program, target) for program in programs.values()]
+        works = [rehearse(program, target) for program in programs.values()]
     if plan.memory_format == "channels_last" and not plan.kept_dense:  # for what is left of torch's convolutions
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     chosen = {name: layer.plan for name, layer in layers.items() if isinstance(layer, SparseConv2d)}
     others = {} if saved.moves_to(target) else plan.layers  # of a network that stayed dense
-    numbers = max([0, *sizes, *map(math.prod, plan.input_shapes), *_numbers(chosen)])
-    return network, replace(plan, layers=others | chosen), numbers
-
-
-def _numbers(plans: Mapping[str, Plan]) -> list[int]:
-    """How many numbers the inputs and outputs have that convolutions were planned for."""
-    return [math.prod(shape) for p in plans.values() for shape in (p.problem.input_shape, p.problem.output_shape)]
+    return network, replace(plan, layers=others | chosen), works
 
 
 def _transfer(plan: NetworkPlan, target: torch.device) -> NetworkPlan:

@@ -40,5 +40,6 @@ MAX_LOWERED = 1 << 31
 MAX_STAGE = 1 << 22
 #: Pieces of rows that all sparse convolutions of a network stage, equal planes counted once.
 MAX_RECORDS = 1 << 19
-#: What is measured anew without being asked for: numbers in a tensor; multiply-adds of all convolutions, as if dense.
-MAX_MEASURED_NUMBERS, MAX_MEASURED_MULTIPLY_ADDS = 1 << 28, 1 << 42
+#: What is measured anew without being asked for: numbers in tensors at a time, numbers that are written in all,
+#: multiply-adds with those of zeros.
+MAX_MEASURED_NUMBERS, MAX_MEASURED_WRITES, MAX_MEASURED_MULTIPLY_ADDS = 1 << 29, 1 << 35, 1 << 42

@@ -106,15 +106,27 @@ def _operations() -> dict[str, Callable[..., Any]]:
     for name in sorted({*_TENSOR, *_FUNCTIONALS, *_ATEN, *_INPLACE}):
         if hasattr(aten, name):
             packet = getattr(aten, name)
-            overloads = (overload for overload in packet.overloads() if not overload.endswith("out"))
-            operations |= {f"torch.ops.aten.{name}.{overload}": getattr(packet, overload) for overload in overloads}
+            overloads = {overload: getattr(packet, overload) for overload in packet.overloads()}
+            operations |= {f"torch.ops.aten.{name}.{key}": op for key, op in overloads.items() if _is_of_tensors(op)}
     return operations | {f"Tensor.{name}": Attribute(name) for name in _ATTRIBUTES}
+
+
+def _is_of_tensors(overload: torch._ops.OpOverload) -> bool:
+    """Whether an exported operator computes with tensors and writes to none that it is given as `out`.
+
+    Those of the same names for lists, texts and numbers know no bounds.
+    """
+    arguments = overload._schema.arguments
+    return "Tensor" in str(overload._schema) and not any(argument.is_out for argument in arguments)
 
 
 #: What a step may call, by name.
 OPERATIONS: Mapping[str, Callable[..., Any]] = _operations()
 _NAMES = {function: name for name, function in reversed(list(OPERATIONS.items()))}
 _ARITHMETIC = tuple(function for name, function in OPERATIONS.items() if name.startswith(("operator.", "math.")))
+_MATHS_OF_NUMBERS = tuple(function for name, function in OPERATIONS.items() if name.startswith("math."))
+_VIEWS = Tensor.view, *(op for name, op in OPERATIONS.items() if name.startswith("torch.ops.aten.view."))
+_SIZES = ("chunks", "split_size", "split_size_or_sections", "split_sizes")
 _PRODUCTS, _POWERS = (operator.mul, operator.imul), (operator.pow, operator.ipow)
 _PIECES = frozenset(
     function
@@ -155,17 +167,28 @@ def check_step(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 def check_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError for arguments that would take Python long, or make it many values."""
-    if function in _PRODUCTS and any(isinstance(value, (list, tuple, dict)) for value in args):
+    has_tensor = any(isinstance(value, Tensor) for value in args)
+    has_sequence = any(isinstance(value, (list, tuple, dict)) for value in args)
+    if function in _PRODUCTS and has_sequence:
         raise ValueError("a product repeats a sequence; write it out before converting")
-    if function in _POWERS and not any(isinstance(value, Tensor) for value in args) and abs(args[1]) > MAX_POWER:
+    if function in _ARITHMETIC and function is not operator.getitem and has_sequence and has_tensor:
+        raise ValueError("an operator of Python would go through the elements of a tensor; use a function of torch")
+    if function in _MATHS_OF_NUMBERS and has_tensor:
+        raise ValueError("it computes with numbers, and is given a tensor; use a function of torch")
+    if function in _POWERS and not has_tensor and abs(args[1]) > MAX_POWER:
         raise ValueError(f"a power of numbers has an exponent beyond {MAX_POWER}; use torch.pow")
-    if function in _PIECES and args and isinstance(args[0], Tensor):
-        _check_pieces(function, args[0], args[1:], kwargs)
+    if function in _VIEWS and any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
+        raise ValueError("a view of another type shows bytes that need not be numbers of it; use .to")
+    if function in _PIECES:
+        _check_pieces(function, args, kwargs)
 
 
-def _check_pieces(function: Any, tensor: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _check_pieces(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError where a tensor would be cut into too many."""
-    given = list(args) + [value for key, value in kwargs.items() if key != "dim"]
+    if not args or not isinstance(args[0], Tensor) or not kwargs.keys() <= {"dim", *_SIZES}:
+        raise ValueError("what is cut comes first, by position; sizes and `dim` may have their names")
+    tensor = args[0]
+    given = [*args[1:], *(value for key, value in kwargs.items() if key != "dim")]
     size = 1 if "unbind" in _NAMES[function] else given.pop(0) if given else 1
     dim = kwargs.get("dim", given[0] if given else 0)
     if type(size) is not int or type(dim) is not int or not -tensor.ndim <= dim < tensor.ndim:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from escort.layers import SparseConv2d
 from escort.problem import Problem
@@ -24,11 +25,23 @@ from escort.runtime.steps import REQUIRED, Input
 from escort.runtime.templates import filled
 
 
-def rehearse(program: Program, device: torch.device) -> int:
-    """Runs a program on the example that its inputs are like. Steps that give no tensor are checked from now on.
+@dataclass
+class Work:
+    """What running a program once takes.
 
-    Returns:
-        How many numbers the largest of its tensors has.
+    Attributes:
+        at_a_time: numbers in the tensors of all values that are needed at a time, at most.
+        written: numbers in the results of all operators.
+        flop: floating-point operations of products and convolutions; of sparse ones those of their nonzeros.
+    """
+
+    at_a_time: int = 0
+    written: int = 0
+    flop: int = 0
+
+
+def rehearse(program: Program, device: torch.device) -> Work:
+    """Runs a program on the example that its inputs are like. Steps that give no tensor are checked from now on.
 
     Raises:
         ValueError: naming the step that cannot run, or that makes more than a network does.
@@ -39,6 +52,7 @@ def rehearse(program: Program, device: torch.device) -> int:
     with torch.no_grad(), _without_fused_attention(), FakeTensorMode(allow_non_fake_inputs=True), counted:
         values = bound.values.copy()
         values[: len(listing.inputs)] = [_example(given, device) for given in listing.inputs]
+        held = {number: _numbers(values[number]) for number in range(len(listing.inputs))}
         for i, (table, key, arguments, template, result, last_reads) in enumerate(bound.steps):
             step = steps[i]
             try:
@@ -49,12 +63,19 @@ def rehearse(program: Program, device: torch.device) -> int:
                 raise ValueError(f"step %{result} = {str(step)[:100]}: {_first_line(error)}") from error
             if step.kind == "call" and not isinstance(values[result], Tensor) and not isinstance(step.target, Plain):
                 steps[i] = replace(step, target=Plain(step.target))
+            held[result] = _numbers(values[result])
+            counted.work.at_a_time = max(counted.work.at_a_time, sum(held.values()))
             for read in last_reads:
                 values[read] = None
+                held.pop(read, None)
     check_together(problems)
     program.listing = replace(listing, steps=tuple(steps))
     program._bound = None
-    return counted.largest
+    return counted.work
+
+
+def _numbers(value: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _check_call(target: Any, called: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Problem]:
@@ -90,17 +111,19 @@ class _Counted(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = self.largest = 0
+        self.calls, self.work = 0, Work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
         if self.calls > MAX_CALLS:
             raise ValueError(f"the network calls torch's operators more than {MAX_CALLS} times")
         result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.work.flop += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 numbers = math.prod(leaf.shape)
-                self.largest = max(self.largest, numbers)
+                self.work.written += numbers
                 if numbers > MAX_NUMBERS:
                     raise ValueError(f"a tensor of shape {tuple(leaf.shape)} has more than {MAX_NUMBERS} numbers")
         return result
