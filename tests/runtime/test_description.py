@@ -125,3 +125,10 @@ def test_it_is_known_before_planning_and_said_by_the_plan(tmp_path: Path, monkey
     with pytest.raises(ValueError) as refused:
         escort.save(fast, tmp_path / "model")
     assert str(refused.value) == fast.plan.not_saved
+
+
+def test_graphs_within_a_model_are_asked_too() -> None:
+    parts = nn.Sequential(nn.Linear(2, 2), trace(Net(lambda m, y: doubled(y)).eval(), X))
+    assert re.match(r"part 1: step %2 = doubled\(%1\): a call of", str(unsavable(parts, X.device)))
+    parts = nn.Sequential(nn.Linear(2, 2), trace(Net(lambda m, y: F.relu(y)).eval(), X))
+    assert unsavable(parts, X.device) is None and isinstance(parts[1], fx.GraphModule)

@@ -39,8 +39,13 @@ class Description:
 
 
 def programs_in(network: nn.Module) -> dict[str, Program]:
-    """The programs of a network by path."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, Program)}
+    """The programs of a network by path, and those that its graphs would make. None lies within another."""
+    programs: dict[str, Program] = {}
+    for name, module in network.named_modules():
+        is_inside = any(name.startswith(joined(path, "")) for path in programs)
+        if isinstance(module, Program | fx.GraphModule) and not is_inside:
+            programs[name] = module if isinstance(module, Program) else Program.of(module)
+    return programs
 
 
 def layers_in(network: nn.Module) -> dict[str, nn.Module]:
@@ -51,7 +56,7 @@ def layers_in(network: nn.Module) -> dict[str, nn.Module]:
         for step in program.listing.steps:
             if step.kind == "layer":
                 layers[joined(path, step.target)] = program.get_submodule(step.target)
-    inside = tuple(f"{path}." if path else "" for path in programs)
+    inside = tuple(joined(path, "") for path in programs)
     for name, module in network.named_modules():
         if isinstance(module, SparseConv2d | MaxPool2d) and not name.startswith(inside):
             layers[name] = module
@@ -59,13 +64,12 @@ def layers_in(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def joined(path: str, name: str) -> str:
+    """The path of what has a name in the program of a path."""
     return f"{path}.{name}" if path else name
 
 
 def describe(network: nn.Module) -> Description:
     """Raises ValueError or TypeError naming the layer, step or tensor that cannot be saved, and the remedy."""
-    if isinstance(network, fx.GraphModule):
-        network = Program.of(network)
     programs = {}
     for path, program in programs_in(network).items():
         with _naming(f"part {path}" if path else None):
@@ -98,8 +102,6 @@ def unsavable(network: nn.Module, device: torch.device) -> str | None:
         device: where it runs.
     """
     try:
-        if isinstance(network, fx.GraphModule):
-            network = Program.of(network)
         description = describe(network)
         for path, program in programs_in(network).items():
             with _naming(f"part {path}" if path else None):
@@ -114,7 +116,7 @@ def unsavable(network: nn.Module, device: torch.device) -> str | None:
 def _those_of(program: Program) -> Callable[[Listing], dict[str, Any]]:
     def owned(listing: Listing) -> dict[str, Any]:
         layers = {step.target: program.get_submodule(step.target) for step in listing.steps if step.kind == "layer"}
-        return layers | {name: tensor for name, tensor in tensors_read(program).items()}
+        return layers | tensors_read(program)
 
     return owned
 

@@ -129,16 +129,14 @@ def _inputs(network: fx.GraphModule, placeholders: list[fx.Node]) -> list[Input]
         return [_input(str(node.target), node) for node in placeholders]
     if not isinstance(codegen, _PyTreeCodeGen):
         raise ValueError(f"its inputs are packed as {type(codegen).__name__} says; convert fx.symbolic_trace(model)")
-    info = codegen.pytree_info
-    positional, named = info.in_spec, None
-    if info.in_spec.type is tuple and [child.type for child in info.in_spec.children()] == [tuple, dict]:
-        positional, named = info.in_spec.children()
-    specs = [*positional.children(), *(named.children() if named is not None else ())]
-    if not all(spec.is_leaf() for spec in specs) or len(specs) != len(placeholders):
+    # What is packed, by position and by name, with the numbers of the inputs in the place of tensors.
+    packed = pytree.tree_unflatten(list(range(len(placeholders))), codegen.pytree_info.in_spec)
+    is_call = isinstance(packed, tuple) and [type(item) for item in packed] == [tuple, dict]
+    positional, named = packed if is_call else (packed, {})
+    if not all(type(item) is int for item in (*positional, *named.values())):
         raise ValueError("its inputs are packed in containers; pass tensors one by one")
-    names = [name for name in info.orig_args if name != "self"][: len(positional.children())]
-    if named is not None:
-        names += [str(key) for key in named.context]
+    names = [name for name in codegen.pytree_info.orig_args if name != "self"][: len(positional)]
+    names += [str(name) for name in named]
     return [_input(name, node) for name, node in zip(names, placeholders, strict=True)]
 
 
