@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from escort.network.trace import trace
 from escort.runtime import Program, notation, values
+from escort.runtime.description import tensors_read
 from escort.runtime.limits import MAX_DEPTH, MAX_NAME, MAX_NUMBERS, MAX_OPERANDS, MAX_PATH, MAX_STEPS, MAX_TEXT
 from escort.runtime.rehearsal import rehearse
 from escort.runtime.steps import Listing
@@ -47,7 +48,7 @@ class _Everything(nn.Module):
 def owned_by(program: Program) -> Any:
     def owned(listing: Listing) -> dict[str, Any]:
         layers = {s.target: program.get_submodule(s.target) for s in listing.steps if s.kind == "layer"}
-        return layers | {s.target: program.tensor(s.target) for s in listing.steps if s.kind == "tensor"}
+        return layers | tensors_read(program)
 
     return owned
 

@@ -215,10 +215,34 @@ def test_inputs_that_take_what_is_left() -> None:
     assert program(1, 2, 3, b=4) == [1, (2, 3), {"b": 4}]
 
 
-def test_a_name_that_a_module_needs_is_refused() -> None:
-    step = Step("layer", "listing", (Slot(0),))
-    with pytest.raises(ValueError, match="listing cannot be the name of a layer or tensor"):
-        Program(Listing((Input("x"),), (step,), Slot(1)), {"listing": nn.ReLU()})
+@pytest.mark.parametrize("path", ["listing", "forward", "training.a", "_modules", "a..b", "of.a"])
+def test_a_name_that_a_module_needs_is_refused(path: str) -> None:
+    step = Step("layer", path, (Slot(0),))
+    with pytest.raises(ValueError, match="cannot be the name of a layer or tensor"):
+        Program(Listing((Input("x"),), (step,), Slot(1)), {path: nn.ReLU()})
+
+
+def test_a_list_is_a_new_one_in_every_run() -> None:
+    def emptied(items: list[int]) -> int:
+        return items.pop()
+
+    program = Program(Listing((), (Step("call", emptied, ([1, 2],)),), [Slot(0), []]), {})
+    assert program() == program() == [2, []]
+    program()[1].append(1)
+    assert program() == [2, []]
+
+
+def test_a_replica_calls_its_own_layers() -> None:
+    network = Program.of(fx.symbolic_trace(nn.Sequential(nn.ReLU())))
+    assert network(torch.tensor([-1.0])).item() == 0.0
+    replica = network._replicate_for_data_parallel()
+    replica._modules["0"] = nn.Identity()
+    assert replica(torch.tensor([-1.0])).item() == -1.0
+    assert network(torch.tensor([-1.0])).item() == 0.0
+    state = {"scale": torch.tensor([3.0])}
+    step = Step("tensor", "scale")
+    scaled = Program(Listing((), (step,), Slot(0)), {"scale": nn.Parameter(torch.ones(1))})
+    assert torch.func.functional_call(scaled, state, ()).item() == 3.0 and scaled().item() == 1.0
 
 
 def test_programs_in_the_place_of_graphs_within_a_model() -> None:

@@ -14,7 +14,7 @@ from escort.layers import MaxPool2d, SparseConv2d
 from escort.runtime.builders import SPARSE, describe_layer
 from escort.runtime.limits import MAX_STEPS
 from escort.runtime.notation import build_program, check_path, describe_program
-from escort.runtime.program import Program
+from escort.runtime.program import Program, tensor_at
 from escort.runtime.rehearsal import rehearse
 from escort.runtime.steps import Listing
 
@@ -123,7 +123,7 @@ def _those_of(program: Program) -> Callable[[Listing], dict[str, Any]]:
 
 def tensors_read(program: Program) -> dict[str, Any]:
     """The tensors that steps of a program read, by path."""
-    return {step.target: program.tensor(step.target) for step in program.listing.steps if step.kind == "tensor"}
+    return {step.target: tensor_at(program, step.target) for step in program.listing.steps if step.kind == "tensor"}
 
 
 def tensors_in(program: Program) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from escort.runtime.graph import read
 from escort.runtime.steps import REQUIRED, Listing, Step
-from escort.runtime.templates import Slot, filled, mapped, slots_in
+from escort.runtime.templates import Slot, filled, mapped
 
 
 class Program(nn.Module):
@@ -49,20 +48,18 @@ class Program(nn.Module):
     def _own(self, path: str, value: Any) -> None:
         *containers, name = path.split(".")
         owner: nn.Module = self
-        for container in containers:
-            if container not in owner._modules:
-                owner.add_module(container, nn.Module())
-            owner = owner._modules[container]  # type: ignore[assignment]
-        if any(name in held for held in (owner._modules, owner._parameters, owner._buffers)) or (
-            isinstance(value, torch.Tensor) and vars(owner).get(name) is value
-        ):
-            return  # it is there already, or is a part of a layer
         try:
+            for container in containers:
+                if container not in owner._modules:
+                    owner.add_module(container, nn.Module())
+                owner = owner._modules[container]  # type: ignore[assignment]
+            if any(name in held for held in (owner._modules, owner._parameters, owner._buffers)):
+                return  # it is there already, or is a part of a layer
             if isinstance(value, nn.Module):
                 owner.add_module(name, value)
             elif isinstance(value, nn.Parameter):
                 owner.register_parameter(name, value)
-            else:
+            elif vars(owner).get(name) is not value:  # an attribute of a layer
                 owner.register_buffer(name, value)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be the name of a layer or tensor: {error}") from error
@@ -78,7 +75,7 @@ class Program(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._bound
-        if bound is None or not bound.is_current():
+        if bound is None or not bound.belongs_to(self):
             bound = self._bound = Bound(self)
         values = bound.values.copy()
         if kwargs or len(args) != bound.positional:
@@ -123,20 +120,21 @@ class Program(nn.Module):
             raise TypeError(f"the network takes ({names}), got {len(args)} by position and {', '.join(kwargs)} by name")
         return tuple(ordered)
 
-    def tensor(self, path: str) -> Any:
-        """The tensor that a step reads from a path."""
-        *containers, name = path.split(".")
-        owner: nn.Module = self
-        for container in containers:
-            owner = owner._modules[container]  # type: ignore[assignment]
-        return _tensor(owner, name)
-
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: what is bound belongs to these layers."""
         return {**self.__dict__, "_bound": None}
 
     def extra_repr(self) -> str:
         return str(self.listing)
+
+
+def tensor_at(program: Program, path: str) -> Any:
+    """The tensor that a program's step reads from a path."""
+    *containers, name = path.split(".")
+    owner: nn.Module = program
+    for container in containers:
+        owner = owner._modules[container]  # type: ignore[assignment]
+    return _tensor(owner, name)
 
 
 def with_plain(program: Program, function: Callable[[Any], Any]) -> None:
@@ -176,6 +174,7 @@ class Bound:
     """
 
     def __init__(self, program: Program) -> None:
+        self.modules = program._modules
         self.containers: dict[tuple[str, ...], tuple[dict[str, Any], str, nn.Module]] = {}
         listing = program.listing
         count = len(listing.inputs)
@@ -184,7 +183,7 @@ class Bound:
         self.steps: list[tuple[Any, Any, tuple[int, ...], Any, int, tuple[int, ...]]] = []
         for number, (step, last_reads) in enumerate(zip(listing.steps, listing.last_reads(), strict=True), count):
             table, key = self._callable(program, step)
-            is_simple = not step.kwargs and all(isinstance(a, Slot) or not slots_in(a) for a in step.args)
+            is_simple = not step.kwargs and all(isinstance(value, Slot) or _is_fixed(value) for value in step.args)
             arguments = tuple(self._number(value) for value in step.args) if is_simple else ()
             template = None if is_simple else (step.args, step.kwargs)
             self.steps.append((table, key, arguments, template, number, last_reads))
@@ -209,9 +208,18 @@ class Bound:
             return owner._modules, name
         return (partial(_tensor, owner, name),), 0
 
-    def is_current(self) -> bool:
-        """Whether the modules that the layers lie in are still the same."""
+    def belongs_to(self, program: Program) -> bool:
+        """Whether it was made of this program, and the modules that the layers lie in are still the same."""
+        if self.modules is not program._modules:
+            return False
         return all(modules.get(name) is module for modules, name, module in self.containers.values())
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether an argument is the same object in every run: what is called cannot write to it."""
+    return not isinstance(value, (list, tuple, dict, slice)) or (
+        type(value) is tuple and all(type(item) in (int, float, bool) for item in value)
+    )
 
 
 def _tensor(owner: nn.Module, name: str) -> Any:
