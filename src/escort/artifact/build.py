@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from escort.artifact.container import Container
-from escort.artifact.errors import naming
 from escort.layers import SparseConv2d
 from escort.methods import for_device
 from escort.network.fused import unsupported
@@ -21,6 +20,7 @@ from escort.problem import Problem
 from escort.runtime import Program, with_plain
 from escort.runtime.builders import SPARSE, build_layer, describe_layer
 from escort.runtime.description import check_apart, joined, programs_in
+from escort.runtime.errors import naming
 from escort.runtime.limits import MAX_LOWERED, MAX_STEPS
 from escort.runtime.notation import build_program, check_path
 from escort.runtime.problems import check_problem, check_together, lowered_numbers

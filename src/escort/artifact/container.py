@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from escort.artifact.errors import naming
 from escort.filter import SparseFilter
 from escort.runtime.description import DTYPES, check_tensor
+from escort.runtime.errors import naming
 from escort.runtime.limits import MAX_HEADER_BYTES, MAX_WEIGHTS
 
 _SEAL_HEAD = b'{"__metadata__":{"sha256":"'

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from escort.artifact.container import pack
-from escort.artifact.errors import naming
 from escort.artifact.files import replace_file
 from escort.layers import SparseConv2d
 from escort.network.model import ConvertedModel
 from escort.planner.machine import Machine
 from escort.runtime import Program
 from escort.runtime.description import describe, joined, layers_in, programs_in, tensors_read, unsavable
+from escort.runtime.errors import naming
 
 FORMAT, VERSION = "escort", 3
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from escort.layers import MaxPool2d, SparseConv2d
 from escort.runtime.builders import SPARSE, describe_layer
+from escort.runtime.errors import naming
 from escort.runtime.limits import MAX_STEPS
 from escort.runtime.notation import build_program, check_path, describe_program
 from escort.runtime.program import Program, tensor_at
@@ -72,11 +73,11 @@ def describe(network: nn.Module) -> Description:
     """Raises ValueError or TypeError naming the layer, step or tensor that cannot be saved, and the remedy."""
     programs = {}
     for path, program in programs_in(network).items():
-        with _naming(f"part {path}" if path else None):
+        with _naming(path):
             programs[path] = describe_program(program)
     layers = {}
     for name, layer in layers_in(network).items():
-        with _naming(f"layer {name}"):
+        with naming(f"layer {name}"):
             check_path(name)
             layers[name] = {"type": SPARSE} if isinstance(layer, SparseConv2d) else describe_layer(layer)
     if len(layers) > MAX_STEPS:
@@ -104,7 +105,7 @@ def unsavable(network: nn.Module, device: torch.device) -> str | None:
     try:
         description = describe(network)
         for path, program in programs_in(network).items():
-            with _naming(f"part {path}" if path else None):
+            with _naming(path):
                 for name, tensor in tensors_in(program).items():
                     check_tensor(name, tensor)
                 rehearse(build_program(description.programs[path], _those_of(program)), device)
@@ -143,10 +144,6 @@ def check_tensor(name: str, tensor: Any) -> None:
         raise ValueError(f"{name} holds NaN or infinity")
 
 
-@contextmanager
-def _naming(subject: str | None) -> Iterator[None]:
-    """Lets what goes wrong begin with `subject`."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{subject}: {error}" if subject else str(error)) from error
+def _naming(path: str) -> AbstractContextManager[None]:
+    """Lets what goes wrong in a part of a model name the part."""
+    return naming(f"part {path}") if path else nullcontext()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from escort.runtime.errors import naming
 from escort.runtime.limits import MAX_DEPTH, MAX_NAME, MAX_NUMBERS, MAX_OPERANDS, MAX_PATH, MAX_STEPS
 from escort.runtime.operations import OPERATIONS, check_step, named
 from escort.runtime.program import Program
@@ -33,10 +34,8 @@ def describe_program(program: Program) -> dict[str, Any]:
         raise ValueError(f"a program of {len(listing.steps)} steps cannot be saved: {MAX_STEPS} are the limit")
     steps = []
     for number, step in enumerate(listing.steps, len(listing.inputs)):
-        try:
+        with naming(f"step %{number} = {_shortened(str(step))}"):
             steps.append(_describe_step(step))
-        except ValueError as error:
-            raise ValueError(f"step %{number} = {_shortened(str(step))}: {error}") from error
     inputs = [_describe_input(given) for given in listing.inputs]
     return {"inputs": inputs, "steps": steps, "output": encode(listing.output)}
 
@@ -86,10 +85,8 @@ def build_program(record: Mapping[str, Any], owned: Callable[[Listing], dict[str
         raise ValueError("two inputs have one name")
     steps = []
     for number, step in enumerate(record["steps"], len(inputs)):
-        try:
+        with naming(f"step %{number}"):
             steps.append(_build_step(step))
-        except Exception as error:
-            raise ValueError(f"step %{number}: {_said(error)}") from error
     output = _bounded(decode(record["output"]))
     listing = Listing(tuple(inputs), tuple(steps), output)
     return Program(listing, owned(listing))
@@ -167,9 +164,3 @@ def _is_label(text: Any) -> bool:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, ValueError):
-        return str(error)
-    return f"{error} is missing or unknown" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
