@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from escort.artifact import ArtifactError, load
 from escort.network.convert import ConvertedModel
-from escort.runtime.limits import MAX_MEASURED_NUMBERS
+from escort.runtime.saved.limits import MAX_MEASURED_NUMBERS
 from tests.artifact.forgery import Forgery, asking, filling, in_precision, on_gpu, problems, removing, setting
 from tests.artifact.networks import X, assert_same
 

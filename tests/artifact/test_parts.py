@@ -14,7 +14,7 @@ from escort.artifact import ArtifactError, load, save
 from escort.layers import MaxPool2d, SparseConv2d
 from escort.network.convert import ConvertedModel, convert
 from escort.runtime import Program
-from escort.runtime.description import describe
+from escort.runtime.saved.description import describe
 from tests.artifact.forgery import Forgery
 from tests.artifact.networks import Residual, X, assert_same, sparse
 

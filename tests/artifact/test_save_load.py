@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,19 @@ def test_a_traced_model_comes_back_bit_by_bit(converted: ConvertedModel, saved: 
     assert back.network.fc.weight.data_ptr() == back.network.again.weight.data_ptr()
     save(back, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == saved.read_bytes()
+
+
+def test_an_exported_program_comes_back(tmp_path: Path) -> None:
+    model = sparse(Residual())
+    fast = convert(torch.export.export(model, (X,)).module(check_guards=False), X)
+    assert fast.traced and fast.plan.not_saved is None
+    save(fast, tmp_path / "model")
+    back = load(tmp_path / "model")
+    with torch.inference_mode():
+        assert torch.equal(back(X), fast(X))
+        torch.testing.assert_close(back(X), model(X))
+    assert torch.equal(pickle.loads(pickle.dumps(back))(X), fast(X))
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(X), fast(X))
 
 
 def test_an_untraceable_model_comes_back_into_a_new_one(untraced: ConvertedModel, saved_untraced: Path) -> None:

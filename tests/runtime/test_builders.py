@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from escort.layers import FusedConv2d, MaxPool2d
-from escort.runtime import builders
-from escort.runtime.limits import MAX_COUNT, MAX_DEEP, MAX_SCALE, MAX_WINDOW
+from escort.runtime.saved import builders
+from escort.runtime.saved.limits import MAX_COUNT, MAX_DEEP, MAX_SCALE, MAX_WINDOW
 from tests.artifact.networks import through_json
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 import escort
 from escort.network import swap
 from escort.network.trace import trace
-from escort.runtime.description import unsavable
+from escort.runtime.saved.description import unsavable
 
 X = torch.randn(2, 3, 12, 12)
 

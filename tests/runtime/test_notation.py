@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from escort.network.trace import trace
-from escort.runtime import Program, notation, values
-from escort.runtime.description import tensors_read
-from escort.runtime.limits import MAX_DEPTH, MAX_NAME, MAX_NUMBERS, MAX_OPERANDS, MAX_PATH, MAX_STEPS, MAX_TEXT
-from escort.runtime.rehearsal import rehearse
+from escort.runtime import Program
+from escort.runtime.saved import notation, values
+from escort.runtime.saved.description import tensors_read
+from escort.runtime.saved.limits import MAX_DEPTH, MAX_NAME, MAX_NUMBERS, MAX_OPERANDS, MAX_PATH, MAX_STEPS, MAX_TEXT
+from escort.runtime.saved.rehearsal import rehearse
 from escort.runtime.steps import Listing
 from escort.runtime.templates import named_tuple
 from tests.artifact.networks import through_json

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from escort.problem import Epilogue, Problem
-from escort.runtime.limits import MAX_NUMBERS, MAX_PLANE, MAX_RECORDS, MAX_STAGE, MAX_WINDOW
-from escort.runtime.problems import (
+from escort.runtime.saved.limits import MAX_NUMBERS, MAX_PLANE, MAX_RECORDS, MAX_STAGE, MAX_WINDOW
+from escort.runtime.saved.problems import (
     check_problem,
     check_together,
     lowered_numbers,

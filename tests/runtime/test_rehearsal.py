@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from escort.runtime import notation
-from escort.runtime.limits import MAX_ITEMS, MAX_NUMBERS, MAX_POWER
-from escort.runtime.operations import Plain
 from escort.runtime.program import Program
-from escort.runtime.rehearsal import Work, rehearse
+from escort.runtime.saved import notation
+from escort.runtime.saved.limits import MAX_ITEMS, MAX_NUMBERS, MAX_POWER
+from escort.runtime.saved.operations import Plain
+from escort.runtime.saved.rehearsal import Work, rehearse
 from tests.runtime.test_notation import X, Y, call, layer, program
 
 Z = {"value": 2}

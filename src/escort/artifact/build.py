@@ -18,12 +18,12 @@ from escort.network.trace import plain_copy
 from escort.planner import Plan
 from escort.problem import Problem
 from escort.runtime import Program, with_plain
-from escort.runtime.builders import SPARSE, build_layer, describe_layer
-from escort.runtime.description import check_apart, joined, programs_in
-from escort.runtime.errors import naming
-from escort.runtime.limits import MAX_LOWERED, MAX_STEPS
-from escort.runtime.notation import build_program, check_path
-from escort.runtime.problems import check_problem, check_together, lowered_numbers
+from escort.runtime.saved.builders import SPARSE, build_layer, describe_layer
+from escort.runtime.saved.description import check_apart, joined, programs_in
+from escort.runtime.saved.errors import naming
+from escort.runtime.saved.limits import MAX_LOWERED, MAX_STEPS
+from escort.runtime.saved.notation import build_program, check_path
+from escort.runtime.saved.problems import check_problem, check_together, lowered_numbers
 from escort.runtime.steps import Listing
 
 

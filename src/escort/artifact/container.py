@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from escort.filter import SparseFilter
-from escort.runtime.description import DTYPES, check_tensor
-from escort.runtime.errors import naming
-from escort.runtime.limits import MAX_HEADER_BYTES, MAX_WEIGHTS
+from escort.runtime.saved.description import DTYPES, check_tensor
+from escort.runtime.saved.errors import naming
+from escort.runtime.saved.limits import MAX_HEADER_BYTES, MAX_WEIGHTS
 
 _SEAL_HEAD = b'{"__metadata__":{"sha256":"'
 _SEAL = slice(8 + len(_SEAL_HEAD), 8 + len(_SEAL_HEAD) + 64)

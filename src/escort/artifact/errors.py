@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from escort.runtime.errors import said
+from escort.runtime.saved.errors import said
 
 
 class ArtifactError(ValueError):

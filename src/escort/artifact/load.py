@@ -26,17 +26,17 @@ from escort.network.convert import replan
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.planner.machine import Machine, find_device
 from escort.problem import Precision
-from escort.runtime.builders import SPARSE
-from escort.runtime.description import layers_in
-from escort.runtime.limits import (
+from escort.runtime.saved.builders import SPARSE
+from escort.runtime.saved.description import layers_in
+from escort.runtime.saved.limits import (
     MAX_LOWERED,
     MAX_MEASURED_MULTIPLY_ADDS,
     MAX_MEASURED_NUMBERS,
     MAX_MEASURED_WRITES,
     MAX_NUMBERS,
 )
-from escort.runtime.problems import lowered_numbers, multiply_adds
-from escort.runtime.rehearsal import Work, rehearse
+from escort.runtime.saved.problems import lowered_numbers, multiply_adds
+from escort.runtime.saved.rehearsal import Work, rehearse
 
 _REMEDY = "save the model again with this version, or get an undamaged copy of the file"
 

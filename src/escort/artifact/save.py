@@ -17,8 +17,8 @@ from escort.layers import SparseConv2d
 from escort.network.model import ConvertedModel
 from escort.planner.machine import Machine
 from escort.runtime import Program
-from escort.runtime.description import describe, joined, layers_in, programs_in, tensors_read, unsavable
-from escort.runtime.errors import naming
+from escort.runtime.saved.description import describe, joined, layers_in, programs_in, tensors_read, unsavable
+from escort.runtime.saved.errors import naming
 
 FORMAT, VERSION = "escort", 3
 

@@ -36,7 +36,7 @@ from escort.planner.plan import Layer
 from escort.planner.planner import forget
 from escort.problem import Precision
 from escort.runtime import as_programs
-from escort.runtime.description import unsavable
+from escort.runtime.saved.description import unsavable
 
 
 def convert(

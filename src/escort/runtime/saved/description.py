@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from escort.layers import MaxPool2d, SparseConv2d
-from escort.runtime.builders import SPARSE, describe_layer
-from escort.runtime.errors import naming
-from escort.runtime.limits import MAX_STEPS
-from escort.runtime.notation import build_program, check_path, describe_program
 from escort.runtime.program import Program, tensor_at
-from escort.runtime.rehearsal import rehearse
+from escort.runtime.saved.builders import SPARSE, describe_layer
+from escort.runtime.saved.errors import naming
+from escort.runtime.saved.limits import MAX_STEPS
+from escort.runtime.saved.notation import build_program, check_path, describe_program
+from escort.runtime.saved.rehearsal import rehearse
 from escort.runtime.steps import Listing
 
 #: The types of tensors that a file holds.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from escort.problem import Problem
-from escort.runtime.limits import MAX_COUNT, MAX_NUMBERS, MAX_PLANE, MAX_RECORDS, MAX_STAGE, MAX_WINDOW
+from escort.runtime.saved.limits import MAX_COUNT, MAX_NUMBERS, MAX_PLANE, MAX_RECORDS, MAX_STAGE, MAX_WINDOW
 
 _TILE = 256  # positions; about what kernels compute at a time
 

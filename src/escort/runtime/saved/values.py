@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from escort.runtime.limits import INTEGER_BITS, MAX_DEPTH, MAX_NAME, MAX_TEXT
+from escort.runtime.saved.limits import INTEGER_BITS, MAX_DEPTH, MAX_NAME, MAX_TEXT
 from escort.runtime.templates import Slot, named_tuple
 
 _FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]*", re.ASCII)
@@ -39,7 +39,7 @@ def encode(value: Any) -> Any:
 
 
 def _encode_container(value: Any) -> Any:
-    if type(value) is list:
+    if isinstance(value, list):  # fx has lists of its own
         return [encode(item) for item in value]
     if type(value) in (tuple, torch.Size):
         return {"size" if isinstance(value, torch.Size) else "tuple": [encode(item) for item in value]}

@@ -12,8 +12,8 @@ from torch import nn
 
 from escort.layers import FusedConv2d, MaxPool2d
 from escort.layers.pool import pair
-from escort.runtime.limits import MAX_COUNT, MAX_DEEP, MAX_SCALE, MAX_WINDOW
-from escort.runtime.values import decode, encode
+from escort.runtime.saved.limits import MAX_COUNT, MAX_DEEP, MAX_SCALE, MAX_WINDOW
+from escort.runtime.saved.values import decode, encode
 
 #: The type of a convolution that runs from its compressed filter. Its plan says all about it, so it has no arguments.
 SPARSE = "escort.SparseConv2d"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from escort.runtime.limits import INTEGER_BITS, MAX_ITEMS, MAX_POWER
+from escort.runtime.saved.limits import INTEGER_BITS, MAX_ITEMS, MAX_POWER
 from escort.runtime.steps import Method, Step
 from escort.runtime.templates import leaves
 

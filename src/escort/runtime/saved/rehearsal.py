@@ -17,10 +17,10 @@ from torch.utils.flop_counter import flop_registry
 
 from escort.layers import SparseConv2d
 from escort.problem import Problem
-from escort.runtime.limits import MAX_CALLS, MAX_NUMBERS
-from escort.runtime.operations import Plain, check_call, check_value
-from escort.runtime.problems import check_problem, check_together
 from escort.runtime.program import Bound, Program
+from escort.runtime.saved.limits import MAX_CALLS, MAX_NUMBERS
+from escort.runtime.saved.operations import Plain, check_call, check_value
+from escort.runtime.saved.problems import check_problem, check_together
 from escort.runtime.steps import REQUIRED, Input
 from escort.runtime.templates import filled
 

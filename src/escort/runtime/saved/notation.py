@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from escort.runtime.errors import naming
-from escort.runtime.limits import MAX_DEPTH, MAX_NAME, MAX_NUMBERS, MAX_OPERANDS, MAX_PATH, MAX_STEPS
-from escort.runtime.operations import OPERATIONS, check_step, named
 from escort.runtime.program import Program
+from escort.runtime.saved.errors import naming
+from escort.runtime.saved.limits import MAX_DEPTH, MAX_NAME, MAX_NUMBERS, MAX_OPERANDS, MAX_PATH, MAX_STEPS
+from escort.runtime.saved.operations import OPERATIONS, check_step, named
+from escort.runtime.saved.values import decode, encode
 from escort.runtime.steps import REQUIRED, Input, Listing, Step
 from escort.runtime.templates import leaves, slots_in
-from escort.runtime.values import decode, encode
 
 # Names are labels and nothing else. These are free of quotes and control characters, so that messages can show them.
 _LABEL = re.compile(r"(?!__)[\w+\-:/@ ]+")
