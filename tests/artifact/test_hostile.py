@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from escort.artifact import ArtifactError, load
+from escort.artifact import ArtifactError, build, load
 from escort.network.convert import ConvertedModel
 from escort.runtime.saved.limits import MAX_MEASURED_NUMBERS
 from tests.artifact.forgery import Forgery, asking, filling, in_precision, on_gpu, problems, removing, setting
@@ -238,6 +238,38 @@ def test_nothing_large_is_measured_without_being_asked_for(saved: Path, tmp_path
                 load(tmp_path / "forged")
             load(tmp_path / "forged", remeasure=True)
         assert len(measured) == 1 if is_refused else 2
+
+
+@pytest.mark.parametrize("limit", ["MAX_MEASURED_WRITES", "MAX_MEASURED_MULTIPLY_ADDS", "MAX_LOWERED"])
+def test_no_long_work_is_measured_without_being_asked_for(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    forgery = Forgery(saved.read_bytes())
+    forgery.plan["machine"]["device"] = "another"
+    (tmp_path / "forged").write_bytes(forgery.seal())
+    monkeypatch.setattr(LOAD, "replan", lambda model, *, effort: model)
+    load(tmp_path / "forged")
+    monkeypatch.setattr(LOAD, limit, 1000)
+    with pytest.raises(ArtifactError, match="pass remeasure=True if you trust the file, or remeasure=False"):
+        load(tmp_path / "forged")
+
+
+def test_no_method_writes_out_a_large_input(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgery = Forgery(saved.read_bytes())
+    forgery.plan["layers"]["stem.0"] |= {"method": "lowered", "config": {}}
+    (tmp_path / "forged").write_bytes(forgery.seal())
+    assert load(tmp_path / "forged", remeasure=False).plan.layers["stem.0"].method == "lowered"
+    monkeypatch.setattr(build, "MAX_LOWERED", 1000)
+    assert load(tmp_path / "forged", remeasure=False).plan.layers["stem.0"].method != "lowered"
+
+
+def test_the_number_of_layers_is_limited(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = len(Forgery(saved.read_bytes()).architecture["layers"])
+    monkeypatch.setattr(build, "MAX_STEPS", layers)
+    load(saved)
+    monkeypatch.setattr(build, "MAX_STEPS", layers - 1)
+    with pytest.raises(ArtifactError, match=f"a network has at most {layers - 1} layers"):
+        load(saved)
 
 
 def test_the_forgeries_are_what_makes_them_refused(saved: Path, tmp_path: Path, converted: ConvertedModel) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from escort.problem import Epilogue, Problem
-from escort.runtime.saved.limits import MAX_NUMBERS, MAX_PLANE, MAX_RECORDS, MAX_STAGE, MAX_WINDOW
+from escort.runtime.saved.limits import MAX_COUNT, MAX_NUMBERS, MAX_PLANE, MAX_RECORDS, MAX_STAGE, MAX_WINDOW
 from escort.runtime.saved.problems import (
     check_problem,
     check_together,
@@ -31,6 +31,8 @@ def asking(**changes: Any) -> Problem:
         (asking(height=1, width=MAX_PLANE), asking(height=1, width=MAX_PLANE + 1)),
         (asking(batch=MAX_NUMBERS), asking(batch=MAX_NUMBERS + 1)),
         (asking(batch=MAX_NUMBERS // 8, out_channels=8), asking(batch=MAX_NUMBERS // 8 + 1, out_channels=8)),
+        (asking(in_channels=MAX_COUNT), asking(in_channels=MAX_COUNT + 1)),
+        (asking(out_channels=MAX_COUNT), asking(out_channels=MAX_COUNT + 1)),
         (asking(padding=(MAX_WINDOW, 0, 0, 0)), asking(padding=(MAX_WINDOW + 1, 0, 0, 0))),
         (asking(padding=(0, 0, 0, MAX_WINDOW)), asking(padding=(0, 0, 0, 2**40))),
         (

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from escort.runtime.program import Program
-from escort.runtime.saved import notation
+from escort.runtime.saved import notation, rehearsal
 from escort.runtime.saved.limits import MAX_ITEMS, MAX_NUMBERS, MAX_POWER
 from escort.runtime.saved.operations import Plain
 from escort.runtime.saved.rehearsal import Work, rehearse
@@ -141,6 +141,14 @@ def test_layers_that_give_several_tensors_are_rehearsed(cells: nn.Module) -> Non
     x = call("torch.reshape", X, [6, 8, 8])
     record = program(x, layer("cells", *[Y] * (3 if isinstance(cells, nn.MultiheadAttention) else 1)))
     rehearsed(record, {"cells": cells.eval()})
+
+
+def test_the_number_of_calls_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "MAX_CALLS", 5)
+    calls = [call("torch.relu", {"value": number}) for number in range(5)]
+    rehearsed(program(*calls[:4]))  # and the one that makes the example
+    with pytest.raises(ValueError, match="step %5 = relu.*more than 5 times"):
+        rehearsed(program(*calls))
 
 
 def test_what_a_run_takes_is_known() -> None:
