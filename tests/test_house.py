@@ -27,6 +27,7 @@ ROOMS = [
     "escort.methods",
     "escort.planner",
     "escort.layers",
+    "escort.runtime",
     "escort.network",
     "escort.artifact",
     "escort.prune",
@@ -114,13 +115,13 @@ def test_imports_have_no_circle() -> None:
     TopologicalSorter({module: imports(module) & MODULES.keys() for module in MODULES}).prepare()
 
 
-def test_rooms_stand_at_most_nine_high() -> None:
-    assert max(level(module) for module in MODULES) <= 9
+def test_rooms_stand_at_most_ten_high() -> None:
+    assert max(level(module) for module in MODULES) <= 10
 
 
 def test_the_house_is_seen_at_a_glance() -> None:
     entries = {path.name for path in SOURCE.iterdir()} - {"__pycache__"}
-    assert len(entries) <= 16, sorted(entries)
+    assert len(entries) <= 17, sorted(entries)
 
 
 FILES = sorted(

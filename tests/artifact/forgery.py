@@ -29,14 +29,21 @@ class Forgery:
         )
         self.tensors = safetensors.torch.load(data)
 
-    def node(self, name: str) -> dict[str, Any]:
-        return next(node for node in self.architecture["graph"] if node["name"] == name)
+    @property
+    def program(self) -> dict[str, Any]:
+        return self.architecture["programs"][""]
+
+    def step(self, target: str) -> dict[str, Any]:
+        """The step that calls or reads something of that name."""
+        return next(step for step in self.program["steps"] if target in step.values())
 
     def problem(self, layer: str = "stem.0") -> dict[str, Any]:
         return self.plan["layers"][layer]["problem"]
 
-    def seal(self) -> bytes:
-        texts = self.texts | {"architecture": json.dumps(self.architecture), "plan": json.dumps(self.plan)}
+    def seal(self, *, replacing: bool = True) -> bytes:
+        """The bytes of the file, with the plan as it is or as its text says."""
+        plan = json.dumps(self.plan) if replacing else self.texts["plan"]
+        texts = self.texts | {"architecture": json.dumps(self.architecture), "plan": plan}
         texts |= {"tensors": json.dumps(self.encodings)} | {"sha256": "0" * 64}
         body = safetensors.torch.save(self.tensors)
         size = int.from_bytes(body[:8], "little")

@@ -19,14 +19,12 @@ OPTIONAL = (
 # A model that adds a parameter to its input.
 TINY_HEADER = (
     b'{"__metadata__":{"sha256":"0000000000000000000000000000000000000000000000000000000000000000",'
-    b'"format":"escort","version":"2","escort":"0",'
-    b'"architecture":"{\\"layers\\":{},\\"graph\\":['
-    b'{\\"op\\":\\"placeholder\\",\\"name\\":\\"x\\",\\"target\\":\\"x\\",\\"args\\":[],\\"kwargs\\":{}},'
-    b'{\\"op\\":\\"get_attr\\",\\"name\\":\\"shift\\",\\"target\\":\\"shift\\",\\"args\\":[],\\"kwargs\\":{}},'
-    b'{\\"op\\":\\"call_function\\",\\"name\\":\\"add\\",\\"target\\":\\"operator.add\\",'
-    b'\\"args\\":[{\\"node\\":\\"x\\"},{\\"node\\":\\"shift\\"}],\\"kwargs\\":{}},'
-    b'{\\"op\\":\\"output\\",\\"name\\":\\"output\\",\\"target\\":\\"output\\",'
-    b'\\"args\\":[{\\"node\\":\\"add\\"}],\\"kwargs\\":{}}]}",'
+    b'"format":"escort","version":"3","escort":"0",'
+    b'"architecture":"{\\"layers\\":{},\\"programs\\":{\\"\\":{'
+    b'\\"inputs\\":[{\\"name\\":\\"x\\",\\"shape\\":[2],\\"dtype\\":\\"float32\\"}],'
+    b'\\"steps\\":[{\\"tensor\\":\\"shift\\"},'
+    b'{\\"call\\":\\"operator.add\\",\\"args\\":[{\\"value\\":0},{\\"value\\":1}]}],'
+    b'\\"output\\":{\\"value\\":2}}}}",'
     b'"plan":"{\\"layers\\":{},\\"skipped\\":{},\\"input_shapes\\":[[2]],\\"dense_time_us\\":2.0,'
     b'\\"converted_time_us\\":1.0,\\"rel_error\\":0.0,\\"kept_dense\\":false,'
     b'\\"machine\\":{\\"device\\":\\"cpu\\",\\"isa\\":\\"generic\\",\\"threads\\":1,'
@@ -62,12 +60,15 @@ def test_keys_that_may_be_missing(tmp_path: Path, tiny_machine: Machine) -> None
     assert (plan.precision, plan.device, plan.input_types, plan.timer) == ("fp32", "cpu", (torch.float32,), "calls")
 
 
-def test_a_file_of_version_1_says_what_to_do(tmp_path: Path) -> None:
-    header = TINY_HEADER.replace(b'"version":"2","escort":"0"', b'"version":"1","escort":"0.1.0"')
+@pytest.mark.parametrize("version", [b"1", b"2"])
+def test_a_file_of_an_older_version_says_what_to_do(tmp_path: Path, version: bytes) -> None:
+    header = TINY_HEADER.replace(b'"version":"3","escort":"0"', b'"version":"%s","escort":"0.1.0"' % version)
     (tmp_path / "old").write_bytes(sealed(header, TINY_DATA))
     remedy = "convert the model again, or load it with the version that wrote it$"
     for read in (load, load_plan):
-        with pytest.raises(ArtifactError, match=f"old: its format is escort 1, written by escort 0.1.0; .*; {remedy}"):
+        with pytest.raises(
+            ArtifactError, match=f"old: its format is escort {version.decode()}, written by escort 0.1.0; .*; {remedy}"
+        ):
             read(tmp_path / "old")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,43 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from escort.artifact import ArtifactError, load
+from escort.artifact import ArtifactError, build, load
 from escort.network.convert import ConvertedModel
+from escort.runtime.saved.limits import MAX_MEASURED_NUMBERS
 from tests.artifact.forgery import Forgery, asking, filling, in_precision, on_gpu, problems, removing, setting
 from tests.artifact.networks import X, assert_same
 
+LOAD = importlib.import_module("escort.artifact.load")  # by that name the package has the function
+
+
+def called(path: str) -> Callable[[Forgery], None]:
+    """A forgery that calls a layer of that path."""
+
+    def forge(forgery: Forgery) -> None:
+        forgery.architecture["layers"][path] = {"type": "ReLU", "arguments": {}}
+        forgery.program["steps"].append({"layer": path, "args": [{"value": 0}]})
+
+    return forge
+
+
+def repeated(forgery: Forgery, times: int) -> dict[str, Any]:
+    return {"call": "Tensor.repeat", "args": [forgery.program["output"], times, 1]}
+
+
+def deep(levels: int) -> Any:
+    return 1 if levels == 0 else [deep(levels - 1)]
+
+
+def record(name: str, field: str) -> dict[str, Any]:
+    return {"named_tuple": {"name": name, "fields": [field], "values": [{"value": 0}]}}
+
+
 ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
-    "format": (setting("texts", "format", to="pt"), "its format is pt 2"),
-    "newer version": (setting("texts", "version", to="3"), "this version reads escort 2"),
+    "format": (setting("texts", "format", to="pt"), "its format is pt 3"),
+    "newer version": (setting("texts", "version", to="4"), "this version reads escort 3"),
     "no plan": (lambda f: setattr(f, "plan", None), "not a network plan"),
     "no layers": (lambda f: f.architecture.pop("layers"), "'layers' is missing"),
-    "no graph": (lambda f: f.architecture.pop("graph"), "'graph' is missing"),
+    "no programs": (lambda f: f.architecture.pop("programs"), "'programs' is missing"),
     "infinite time": (setting("plan", "dense_time_us", to=float("nan")), "NaN is no JSON number"),
     "absurd example": (setting("plan", "input_shapes", to=[[2**40, 3]]), "no network takes inputs"),
     "negative example": (setting("plan", "input_shapes", to=[[-1, -(2**40)]]), "no network takes inputs"),
@@ -92,7 +119,7 @@ ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     "unknown layer": (setting("architecture", "layers", "fc", "type", to="Sequential"), "layer fc: there is no layer"),
     "layer on a device": (
         setting("architecture", "layers", "fc", "arguments", "device", to={"device": "cpu"}),
-        "layer fc: where a layer lies",
+        "layer fc: a saved Linear has no argument 'device'",
     ),
     "absurd layer": (setting("architecture", "layers", "fc", "arguments", "in_features", to=2**62), "layer fc: "),
     "pool that writes outside": (
@@ -101,13 +128,75 @@ ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     ),
     "layer that shadows": (
         setting("architecture", "layers", "forward", to={"type": "ReLU", "arguments": {}}),
-        "name a",
+        "forward cannot be the name|nothing in the network uses its layer",
     ),
-    "filter read as a tensor": (lambda f: f.node("scale").update(target="stem.0.columns"), "no tensor that the graph"),
-    "unknown function": (lambda f: f.node("cat").update(target="torch.load"), "call_function of torch.load"),
-    "code for a name": (lambda f: f.node("cat").update(name="a\nimport os"), "cannot be a name"),
-    "code for a path": (lambda f: f.node("fc").update(target="fc', print(1), '"), "cannot name a layer"),
-    "no output": (lambda f: f.architecture["graph"].pop(), "output"),
+    "filter read as a tensor": (lambda f: f.step("scale").update(tensor="stem.0.columns"), "no tensor that a program"),
+    "unknown function": (lambda f: f.step("torch.cat").update(call="torch.load"), "a call of torch.load"),
+    "code for an input": (lambda f: f.program["inputs"][0].update(name="a\nimport os"), "cannot name an input"),
+    "code for a path": (lambda f: f.step("fc").update(layer="fc', print(1), '"), "cannot name a layer"),
+    "no layer of that name": (lambda f: f.step("fc").update(layer="fd"), "'fd' is missing"),
+    "a layer that nothing calls": (
+        setting("architecture", "layers", "more", to={"type": "ReLU", "arguments": {}}),
+        "nothing in the network uses its layer more",
+    ),
+    "a layer called like a method": (called("forward"), "forward cannot be the name"),
+    "a layer called like an attribute": (called("training"), "training cannot be the name"),
+    "a layer called like a table": (called("_modules"), "_modules cannot be the name"),
+    "a layer called like the program's own": (called("listing"), "listing cannot be the name"),
+    "a layer called like Python's own": (called("__class__"), "cannot name a layer"),
+    "a layer called like builtins": (called("backward.__builtins__.get"), "cannot name a layer"),
+    "a layer within a layer": (called("fc.more"), "layer fc.more lies within the layer fc"),
+    "a layer within a sparse one": (called("full.more"), "layer full.more lies within the layer full"),
+    "a path out of the folder": (called("../../evil"), "cannot name a layer"),
+    "a terminal's escape": (called("a\x1b[31m"), "cannot name a layer"),
+    "a tensor that is a layer": (lambda f: f.step("scale").update(tensor="fc"), "fc is no tensor that a program"),
+    "a tensor that is a number": (
+        lambda f: f.step("scale").update(tensor="fc.in_features"),
+        "no tensor that a program",
+    ),
+    "a program within a program": (
+        lambda f: f.architecture["programs"].update(a=f.program),
+        "lies within another part",
+    ),
+    "a program of no name": (lambda f: f.architecture["programs"].update({"__a__": f.program}), "cannot name a layer"),
+    "a later value": (lambda f: f.step("fc").update(args=[{"value": 99}]), "value 99 is read where there are"),
+    "its own value": (lambda f: f.step("stem.0").update(args=[{"value": 1}]), "value 1 is read where there are 1"),
+    "an earlier value than the first": (lambda f: f.step("fc").update(args=[{"value": -1}]), "value -1 is read"),
+    "an absurd value": (lambda f: f.step("fc").update(args=[{"value": 2**70}]), "value 1180591620717411303424 is read"),
+    "a value of no number": (lambda f: f.step("fc").update(args=[{"value": True}]), "the number of a value"),
+    "a list for a call": (lambda f: f.step("torch.cat").update(call=["torch.cat"]), "unhashable"),
+    "code for a keyword": (lambda f: f.step("fc").update(kwargs={"x=1);print(": 1}), "a keyword is an identifier"),
+    "another argument of a layer": (lambda f: f.step("fc").update(kwargs={"foo": 1}), "step %.*: TypeError"),
+    "an absurd integer": (lambda f: f.step("torch.cat").update(args=[[], 2**64]), "more than 64 bits"),
+    "an absurdly long integer": (lambda f: f.step("torch.cat").update(args=[[], 10**4000]), "more than 64 bits"),
+    "NaN": (lambda f: f.step("torch.cat").update(args=[[], float("nan")]), "NaN is no JSON number"),
+    "an input without an example": (lambda f: f.program["inputs"][0].pop("shape"), "what its input x is like"),
+    "another example": (lambda f: f.program["inputs"][0].update(shape=[2, 4, 32, 32]), "step %1 = stem.0"),
+    "an absurd example of an input": (
+        lambda f: f.program["inputs"][0].update(shape=[2**31]),
+        "no network takes an inp",
+    ),
+    "an example that takes long to lay out": (
+        lambda f: f.program["inputs"][0].update(shape=[1, 3, 2**13, 2**13]),
+        "pieces of rows|no network asks",
+    ),
+    "a stride of many phases": (
+        lambda f: f.problem().update(stride=[2**12, 2**12], kernel_size=[5, 5]),
+        "layer stem.0: no network asks for",
+    ),
+    "a bomb": (lambda f: f.program["steps"].append(repeated(f, 2**40)), "step %.* = repeat"),
+    "a large bomb": (lambda f: f.program["steps"].append(repeated(f, 2**28)), "step %.* = repeat.* more than"),
+    "an absurd pool": (
+        lambda f: f.architecture["layers"].update(
+            fc={"type": "AdaptiveAvgPool2d", "arguments": {"output_size": 10**9}}
+        ),
+        "layer fc: no AdaptiveAvgPool2d has output_size 1000000000",
+    ),
+    "containers within containers": (lambda f: f.program.update(output=deep(900)), "deep in each other"),
+    "code for a tuple's name": (lambda f: f.program.update(output=record("a, b=print(1)", "x")), "cannot name a tuple"),
+    "code for a tuple's field": (lambda f: f.program.update(output=record("A", "x=print(1)")), "cannot name a tuple"),
+    "a tuple's own field": (lambda f: f.program.update(output=record("A", "__new__")), "cannot name a tuple"),
+    "no output": (lambda f: f.program.pop("output"), "'output' is missing"),
 }
 
 
@@ -119,6 +208,68 @@ def test_a_forged_file_is_refused(saved: Path, tmp_path: Path, attack: str) -> N
     (tmp_path / "forged").write_bytes(forgery.seal())
     with pytest.raises(ArtifactError, match=rf"(?s)forged: .*({complaint}).*; save the model again"):
         load(tmp_path / "forged")
+
+
+def test_deeper_than_json_can_be_read(saved: Path, tmp_path: Path) -> None:
+    forgery = Forgery(saved.read_bytes())
+    forgery.texts["plan"] = "[" * 10**5
+    (tmp_path / "forged").write_bytes(forgery.seal(replacing=False))
+    with pytest.raises(ArtifactError, match="forged: .*; save the model again"):
+        load(tmp_path / "forged")
+
+
+def test_nothing_large_is_measured_without_being_asked_for(saved: Path, tmp_path: Path) -> None:
+    forgery = Forgery(saved.read_bytes())
+    forgery.plan["machine"]["device"] = "another"
+    numbers = 3 * 32 * 32
+    for batch, is_refused in ((MAX_MEASURED_NUMBERS // numbers, False), (MAX_MEASURED_NUMBERS // numbers + 1, True)):
+        forgery.plan["input_shapes"] = [[batch, 3, 32, 32]]
+        (tmp_path / "forged").write_bytes(forgery.seal())
+        load(tmp_path / "forged", remeasure=False)
+        with pytest.MonkeyPatch.context() as patch:
+            measured: list[Any] = []
+            patch.setattr(LOAD, "replan", lambda model, *, effort: measured.append(model) or model)  # noqa: B023
+            if is_refused:
+                with pytest.raises(
+                    ArtifactError, match="pass remeasure=True if you trust the file, or remeasure=False"
+                ):
+                    load(tmp_path / "forged")
+            else:
+                load(tmp_path / "forged")
+            load(tmp_path / "forged", remeasure=True)
+        assert len(measured) == 1 if is_refused else 2
+
+
+@pytest.mark.parametrize("limit", ["MAX_MEASURED_WRITES", "MAX_MEASURED_MULTIPLY_ADDS", "MAX_LOWERED"])
+def test_no_long_work_is_measured_without_being_asked_for(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    forgery = Forgery(saved.read_bytes())
+    forgery.plan["machine"]["device"] = "another"
+    (tmp_path / "forged").write_bytes(forgery.seal())
+    monkeypatch.setattr(LOAD, "replan", lambda model, *, effort: model)
+    load(tmp_path / "forged")
+    monkeypatch.setattr(LOAD, limit, 1000)
+    with pytest.raises(ArtifactError, match="pass remeasure=True if you trust the file, or remeasure=False"):
+        load(tmp_path / "forged")
+
+
+def test_no_method_writes_out_a_large_input(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgery = Forgery(saved.read_bytes())
+    forgery.plan["layers"]["stem.0"] |= {"method": "lowered", "config": {}}
+    (tmp_path / "forged").write_bytes(forgery.seal())
+    assert load(tmp_path / "forged", remeasure=False).plan.layers["stem.0"].method == "lowered"
+    monkeypatch.setattr(build, "MAX_LOWERED", 1000)
+    assert load(tmp_path / "forged", remeasure=False).plan.layers["stem.0"].method != "lowered"
+
+
+def test_the_number_of_layers_is_limited(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = len(Forgery(saved.read_bytes()).architecture["layers"])
+    monkeypatch.setattr(build, "MAX_STEPS", layers)
+    load(saved)
+    monkeypatch.setattr(build, "MAX_STEPS", layers - 1)
+    with pytest.raises(ArtifactError, match=f"a network has at most {layers - 1} layers"):
+        load(saved)
 
 
 def test_the_forgeries_are_what_makes_them_refused(saved: Path, tmp_path: Path, converted: ConvertedModel) -> None:

@@ -20,16 +20,15 @@ ELSEWHERE = Machine("another", "none", 99, "2.0", "0")
 
 
 def planned_on_gpu(saved: Path, path: Path, precision: str) -> Path:
-    """The file as if it had been planned on a GPU, with a node that names the device."""
+    """The file as if it had been planned on a GPU, with steps that name the device."""
     forgery = Forgery(saved.read_bytes())
     layers = {name: on_gpu(layer, precision) for name, layer in forgery.plan["layers"].items()}
     machine = asdict(Machine("A GPU", "sm_90", 0, "2.13.0", "0", "580.1", "13.0", "9.1.0"))
     forgery.plan |= {"layers": layers, "machine": machine, "device": "cuda:0", "precision": precision, "timer": "graph"}
-    mean = forgery.node("mean")
-    move = {"op": "call_method", "name": "moved", "target": "to", "args": [{"node": "mean"}, {"device": "cuda:0"}]}
-    nodes = forgery.architecture["graph"]
-    forgery.node("fc")["args"] = [{"node": "moved"}]
-    nodes.insert(nodes.index(mean) + 1, move | {"kwargs": {}})
+    steps = forgery.program["steps"]
+    steps.append({"call": "Tensor.to", "args": [forgery.program["output"], {"device": "cuda:0"}]})
+    steps.append({"call": "Tensor.to", "args": [{"value": len(steps)}, "cuda:0"]})
+    forgery.program["output"] = {"value": len(steps)}
     path.write_bytes(forgery.seal())
     return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,19 @@ def test_a_traced_model_comes_back_bit_by_bit(converted: ConvertedModel, saved: 
     assert (tmp_path / "again").read_bytes() == saved.read_bytes()
 
 
+def test_an_exported_program_comes_back(tmp_path: Path) -> None:
+    model = sparse(Residual())
+    fast = convert(torch.export.export(model, (X,)).module(check_guards=False), X)
+    assert fast.traced and fast.plan.not_saved is None
+    save(fast, tmp_path / "model")
+    back = load(tmp_path / "model")
+    with torch.inference_mode():
+        assert torch.equal(back(X), fast(X))
+        torch.testing.assert_close(back(X), model(X))
+    assert torch.equal(pickle.loads(pickle.dumps(back))(X), fast(X))
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(X), fast(X))
+
+
 def test_an_untraceable_model_comes_back_into_a_new_one(untraced: ConvertedModel, saved_untraced: Path) -> None:
     fresh = Untraceable()
     before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
@@ -39,12 +53,14 @@ def test_an_untraceable_model_comes_back_into_a_new_one(untraced: ConvertedModel
 
 
 def test_an_untraceable_model_is_asked_for(saved_untraced: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"untraced\.escort: it holds no graph; pass load a new model of the class"):
+    with pytest.raises(
+        ArtifactError, match=r"untraced\.escort: it does not hold the whole program; pass load a new model of the class"
+    ):
         load(saved_untraced)
 
 
 def test_a_traced_model_needs_no_other(saved: Path) -> None:
-    with pytest.raises(ArtifactError, match="its own graph; leave out the model"):
+    with pytest.raises(ArtifactError, match="its own program; leave out the model"):
         load(saved, Residual())
 
 
@@ -128,6 +144,27 @@ def test_an_interrupted_save_leaves_the_old_file(
         assert str(path) in str(caught.value)
     assert path.read_bytes() == b"the old file"
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_link_stays_a_link_and_a_mode_a_mode(converted: ConvertedModel, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "model", tmp_path / "link"
+    link.symlink_to(Path("folder") / "model")
+    for mode in (None, 0o640, 0o600):
+        if mode is not None:
+            target.chmod(mode)
+        save(converted, link)
+        assert link.is_symlink() and os.readlink(link) == "folder/model"
+        assert target.read_bytes() == saved.read_bytes() and not target.is_symlink()
+        assert mode is None or target.stat().st_mode & 0o777 == mode
+    assert os.listdir(target.parent) == ["model"] and sorted(os.listdir(tmp_path)) == ["folder", "link"]
+
+
+def test_what_is_no_file_stays(converted: ConvertedModel, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="cannot save: .*; name a file in a folder that exists"):
+        save(converted, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
 
 
 @pytest.mark.parametrize("path", ["none/model", "file/model", "folder", ".", ""])

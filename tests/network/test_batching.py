@@ -14,6 +14,7 @@ import escort
 from benchmarks.networks import NETWORKS
 from escort.network import batching
 from escort.planner import timing
+from escort.runtime import Program
 from tests.network.models import Small, pruned
 
 
@@ -29,7 +30,7 @@ class Lambda(nn.Module):
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS])
 def test_the_networks_keep_samples_apart(name: str) -> None:
-    assert batching.mixing(fx.symbolic_trace(NETWORKS[name].factory(num_classes=4).eval())) is None
+    assert batching.mixing(Program.of(fx.symbolic_trace(NETWORKS[name].factory(num_classes=4).eval()))) is None
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_the_networks_keep_samples_apart(name: str) -> None:
     ],
 )
 def test_what_may_mix_samples_is_refused(function: Callable[[Any], Any]) -> None:
-    assert "may mix samples" in str(batching.mixing(fx.symbolic_trace(Lambda(function))))
+    assert "may mix samples" in str(batching.mixing(Program.of(fx.symbolic_trace(Lambda(function)))))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_what_may_mix_samples_is_refused(function: Callable[[Any], Any]) -> None
     ],
 )
 def test_what_keeps_samples_apart_gives_the_same_in_parts(function: Callable[[Any], Any]) -> None:
-    network = fx.symbolic_trace(Lambda(function))
+    network = Program.of(fx.symbolic_trace(Lambda(function)))
     assert batching.mixing(network) is None
     x = torch.randn(7, 3, 4, 4)
     for samples in (1, 2, 7, 9):

@@ -20,20 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from escort.artifact.errors import naming
 from escort.filter import SparseFilter
-
-#: The header with the metadata is text about the tensors. No network needs more.
-MAX_HEADER_BYTES = 16 << 20
-#: Weights, zeros included, of all compressed tensors of a file. It limits what decompression allocates.
-MAX_WEIGHTS = 1 << 30
+from escort.runtime.saved.description import DTYPES, check_tensor
+from escort.runtime.saved.errors import naming
+from escort.runtime.saved.limits import MAX_HEADER_BYTES, MAX_WEIGHTS
 
 _SEAL_HEAD = b'{"__metadata__":{"sha256":"'
 _SEAL = slice(8 + len(_SEAL_HEAD), 8 + len(_SEAL_HEAD) + 64)
-_DTYPES = (
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-)
 _UNSIGNED = (np.uint8, np.uint16, np.uint32)
 _PARTS = ("values", "row_lengths", "column_gaps")
 
@@ -59,7 +52,7 @@ def pack(metadata: Mapping[str, str], tensors: Mapping[str, Tensor | SparseFilte
 
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
-            _check_plain(name, tensor)
+            check_tensor(name, tensor)
             key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             if tensor.numel() and owners.setdefault(key, name) != name:
                 shared[name] = owners[key]
@@ -87,15 +80,6 @@ def _seal(texts: Mapping[str, str], stored: dict[str, Tensor]) -> bytes:
     data = bytearray(len(header).to_bytes(8, "little") + header + body[end:])
     data[_SEAL] = _digest(data)
     return bytes(data)
-
-
-def _check_plain(name: str, tensor: Tensor) -> None:
-    if tensor.layout is not torch.strided or tensor.dtype not in _DTYPES or tensor.is_meta:
-        raise TypeError(
-            f"{name} is a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device}; make it dense"
-        )
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} holds NaN or infinity")
 
 
 def _digest(data: bytes | bytearray) -> bytes:
@@ -242,7 +226,7 @@ def _read_tensors(data: bytes) -> dict[str, Tensor]:
     except Exception as error:  # SafetensorError, KeyError for a dtype, RuntimeError for a shape
         raise ValueError(f"its tensors are not laid out as safetensors: {error}") from error
     for name, tensor in stored.items():
-        if tensor.dtype not in _DTYPES or (tensor.is_floating_point() and not torch.isfinite(tensor).all()):
+        if tensor.dtype not in DTYPES or (tensor.is_floating_point() and not torch.isfinite(tensor).all()):
             raise ValueError(f"tensor {name} is of type {tensor.dtype}, or holds NaN or infinity")
         if tensor.dtype is torch.bool and (tensor.view(torch.uint8) > 1).any():
             raise ValueError(f"tensor {name} holds truth values other than 0 and 1")

@@ -8,18 +8,11 @@ from pathlib import Path
 
 import torch
 
+from escort.runtime.saved.errors import said
+
 
 class ArtifactError(ValueError):
     """A file that cannot be loaded; the message names the file, the layer, the problem and the remedy."""
-
-
-@contextmanager
-def naming(subject: str) -> Iterator[None]:
-    """Turns whatever goes wrong into a ValueError whose message begins with `subject`."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{subject}: {_describe(error)}") from error
 
 
 @contextmanager
@@ -33,12 +26,4 @@ def blaming(path: Path, remedy: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, ArtifactError):
         raise
     except Exception as error:
-        raise ArtifactError(f"{path}: {_describe(error)}; {remedy}") from error
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, ValueError):
-        return str(error)
-    if isinstance(error, KeyError):
-        return f"{error} is missing or unknown"
-    return f"{type(error).__name__}: {error}"
+        raise ArtifactError(f"{path}: {said(error)}; {remedy}") from error

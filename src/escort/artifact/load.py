@@ -16,10 +16,8 @@ import torch
 from torch import nn
 
 from escort.artifact import build
-from escort.artifact.build import MAX_NUMBERS
 from escort.artifact.container import Container, parse
 from escort.artifact.errors import ArtifactError, blaming
-from escort.artifact.layers import SPARSE
 from escort.artifact.save import FORMAT, VERSION
 from escort.layers import SparseConv2d
 from escort.methods import by_name
@@ -28,6 +26,17 @@ from escort.network.convert import replan
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.planner.machine import Machine, find_device
 from escort.problem import Precision
+from escort.runtime.saved.builders import SPARSE
+from escort.runtime.saved.description import layers_in
+from escort.runtime.saved.limits import (
+    MAX_LOWERED,
+    MAX_MEASURED_MULTIPLY_ADDS,
+    MAX_MEASURED_NUMBERS,
+    MAX_MEASURED_WRITES,
+    MAX_NUMBERS,
+)
+from escort.runtime.saved.problems import lowered_numbers, multiply_adds
+from escort.runtime.saved.rehearsal import Work, rehearse
 
 _REMEDY = "save the model again with this version, or get an undamaged copy of the file"
 
@@ -42,7 +51,8 @@ def load(
     """The converted model that :func:`save` wrote. A file from an untrusted source is safe to load.
 
     Args:
-        model: a new dense model of the same structure, for a file without a graph; it is copied, not changed.
+        model: a new dense model of the same structure, for a file that does not hold the whole program; it is copied,
+            not changed.
         device: where the model shall run: "cpu", "cuda" or "cuda:1"; by default on the device that it was planned for,
             or on the most similar one that is here.
         remeasure: whether to measure again which method is fastest; by default where the file was planned on another
@@ -59,11 +69,13 @@ def load(
     saved = _read(path)
     target = _nearest(saved.device) if wanted is None else wanted
     _check_request(saved, target, model, remeasure)
-    network, plan = _build(saved, target, model)
+    network, plan, works = _build(saved, target, model)
     converted = ConvertedModel(network, plan)
     if remeasure is None:
         sparse = [plan.layers[name] for name, record in saved.layers.items() if record["type"] == SPARSE]
         remeasure = any(layer.time_us is None for layer in sparse) or plan.machine != Machine.here(str(target))
+        if remeasure:
+            _check_measurable(saved, plan, works)
     if not remeasure:
         return converted
     remedy = "convert the model again on this machine"
@@ -95,14 +107,14 @@ class _Saved:
 
     Attributes:
         layers: the records of the layers by path.
-        nodes: the records of the graph's nodes; None of a model that could not be traced.
+        programs: the records of programs by path; the path of the whole network is the empty text.
     """
 
     path: Path
     container: Container
     plan: NetworkPlan
     layers: Mapping[str, Mapping[str, Any]]
-    nodes: list[Mapping[str, Any]] | None
+    programs: Mapping[str, Mapping[str, Any]]
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +131,7 @@ def _read(path: Path) -> _Saved:
     with blaming(path, _REMEDY):
         container, plan = _open(path, data)
         architecture = parse(container.metadata["architecture"])
-        return _Saved(path, container, plan, architecture["layers"], architecture["graph"])
+        return _Saved(path, container, plan, architecture["layers"], architecture["programs"])
 
 
 def _file_bytes(path: Path) -> bytes:
@@ -147,7 +159,7 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
         f"its format is {file_format} {version}, written by escort {metadata.get('escort')}; "
         f"this version reads {FORMAT} {VERSION}"
     )
-    if (file_format, version) == (FORMAT, "1"):
+    if file_format == FORMAT and version in ("1", "2"):
         raise ArtifactError(f"{path}: {problem}; convert the model again, or load it with the version that wrote it")
     raise ValueError(problem)
 
@@ -168,33 +180,55 @@ def _check_request(saved: _Saved, target: torch.device, model: nn.Module | None,
     if saved.moves_to(target) and plan.precision in ("fp16", "bf16"):
         remedy = "load it where there is a GPU, or convert the model in float32 on the CPU"
         raise ArtifactError(f"{path}: it computes in {plan.precision}, which takes a GPU; {remedy}")
-    if saved.nodes is None and model is None:
-        raise ArtifactError(f"{path}: it holds no graph; pass load a new model of the class that was converted")
-    if saved.nodes is not None and model is not None:
-        raise ArtifactError(f"{path}: it holds its own graph; leave out the model")
+    if "" not in saved.programs and model is None:
+        raise ArtifactError(
+            f"{path}: it does not hold the whole program; pass load a new model of the class that was converted"
+        )
+    if "" in saved.programs and model is not None:
+        raise ArtifactError(f"{path}: it holds its own program; leave out the model")
 
 
-def _build(saved: _Saved, target: torch.device, model: nn.Module | None) -> tuple[nn.Module, NetworkPlan]:
-    """The network on a device, and its plan for it."""
+def _check_measurable(saved: _Saved, plan: NetworkPlan, works: list[Work]) -> None:
+    """Raises ArtifactError where measuring anew, which nobody asked for, would take much memory or long."""
+    problems = [layer.problem for layer in plan.layers.values()]
+    shapes = [*plan.input_shapes, *(shape for p in problems for shape in (p.input_shape, p.output_shape))]
+    numbers = max([0, *map(math.prod, shapes), *(work.at_a_time for work in works)])
+    written = sum(work.written for work in works)
+    multiplied = sum(map(multiply_adds, problems)) + sum(work.flop for work in works) // 2
+    if (
+        numbers > MAX_MEASURED_NUMBERS
+        or written > MAX_MEASURED_WRITES
+        or multiplied > MAX_MEASURED_MULTIPLY_ADDS
+        or max(map(lowered_numbers, problems), default=0) > MAX_LOWERED
+    ):
+        raise ArtifactError(
+            f"{saved.path}: its layers were not measured here, and measuring them takes {numbers:,} numbers in memory "
+            f"and {multiplied:.1e} multiply-adds; pass remeasure=True if you trust the file, or remeasure=False"
+        )
+
+
+def _build(saved: _Saved, target: torch.device, model: nn.Module | None) -> tuple[nn.Module, NetworkPlan, list[Work]]:
+    """The network on a device, its plan for it, and what its programs take on the example."""
     container = saved.container
     with blaming(saved.path, _REMEDY):
         plan = _transfer(saved.plan, target)
-        layers = {name: build.restore_layer(name, record, container, plan) for name, record in saved.layers.items()}
+        layers = build.restore_layers(saved.layers, container, plan)
+        programs = build.build_programs(saved.programs, layers, container)
     with blaming(saved.path, _REMEDY if model is None else "pass a new model of the class that was converted"):
-        network: nn.Module
-        if model is None:
-            assert saved.nodes is not None
-            network = build.connect(saved.nodes, layers, container)
-        else:
-            network = build.insert(layers, container, model)
+        network = programs[""] if model is None else build.insert(layers, programs, container, model)
         if container.left:
             raise ValueError(f"nothing in the network uses its tensor {container.left[0]}")
+        unused = layers.keys() - layers_in(network).keys()
+        if unused:
+            raise ValueError(f"nothing in the network uses its layer {min(unused)}")
+    with blaming(saved.path, _REMEDY):
         build.move(network, saved.device, target)
-        if plan.memory_format == "channels_last" and not plan.kept_dense:  # for what is left of torch's convolutions
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        works = [rehearse(program, target) for program in programs.values()]
+    if plan.memory_format == "channels_last" and not plan.kept_dense:  # for what is left of torch's convolutions
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     chosen = {name: layer.plan for name, layer in layers.items() if isinstance(layer, SparseConv2d)}
     others = {} if saved.moves_to(target) else plan.layers  # of a network that stayed dense
-    return network, replace(plan, layers=others | chosen)
+    return network, replace(plan, layers=others | chosen), works
 
 
 def _transfer(plan: NetworkPlan, target: torch.device) -> NetworkPlan:

@@ -1,35 +1,35 @@
-"""A converted model into one file: its graph, compressed filters, other weights and plan, and no code."""
+"""A converted model into one file: its program, compressed filters, other weights and plan, and no code."""
 
 from __future__ import annotations
 
 import json
-import operator
 import os
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
+import torch
+from torch import nn
 
 from escort.artifact.container import pack
-from escort.artifact.errors import naming
 from escort.artifact.files import replace_file
-from escort.artifact.graph import check_path, describe_graph
-from escort.artifact.layers import SPARSE, describe_layer
-from escort.filter import SparseFilter
-from escort.layers import MaxPool2d, SparseConv2d
+from escort.layers import SparseConv2d
 from escort.network.model import ConvertedModel
 from escort.planner.machine import Machine
+from escort.runtime import Program
+from escort.runtime.saved.description import describe, joined, layers_in, programs_in, tensors_read, unsavable
+from escort.runtime.saved.errors import naming
 
-FORMAT, VERSION = "escort", 2
+FORMAT, VERSION = "escort", 3
 
 
 def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
-    """Writes a converted model to one file: its graph, compressed filters, other weights and plan, and no code.
+    """Writes a converted model to one file: its program, compressed filters, other weights and plan, and no code.
 
-    An older file of that name is replaced once the new one is complete, and stays if anything fails. Of a model that
-    torch.fx could not trace, the file holds filters and weights only, and :func:`load` takes the model besides.
+    An older file of that name is replaced once the new one is complete, and stays if anything fails; a link stays a
+    link, and the file's mode stays what it was. Of a model that torch.fx could not trace, the file holds filters and
+    weights only, and :func:`load` takes the model besides. Whether a model can be saved is known before it is
+    converted: its plan's `not_saved` says why not.
 
     Raises:
         ValueError, TypeError: naming the layer that cannot be saved and the remedy.
@@ -37,59 +37,50 @@ def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, ConvertedModel):
         raise TypeError(f"save takes what escort.convert returned, got {type(model).__name__}; convert the model first")
-    architecture = _describe(model)
+    if reason := unsavable(model.network, _device(model)):
+        raise ValueError(reason)
+    description = describe(model.network)
+    _check_as_planned(model)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "escort": Machine.here().escort,
-        "architecture": _json(architecture),
+        "architecture": _json({"layers": description.layers, "programs": description.programs}),
         # The error of a candidate that failed may be infinite, which JSON cannot say.
         "plan": _json(json.loads(json.dumps(model.plan.to_json()), parse_constant=lambda constant: None)),
     }
-    _write(Path(path), pack(metadata, _tensors(model.network, architecture["layers"])))
+    _write(Path(path), pack(metadata, _tensors(model.network)))
 
 
-def _describe(model: ConvertedModel) -> dict[str, Any]:
-    """The layers and, of a traced network, the graph that calls them."""
-    network = model.network
-    if isinstance(network, fx.GraphModule):
-        names = [str(node.target) for node in network.graph.nodes if node.op == "call_module"]
-        nodes = describe_graph(network.graph)
-    else:
-        names = [name for name, layer in network.named_modules() if isinstance(layer, SparseConv2d | MaxPool2d)]
-        nodes = None
-    layers = {}
-    for name in names:
-        with naming(f"layer {name}"):
-            check_path(name)
-            layer = network.get_submodule(name)
-            if isinstance(layer, SparseConv2d):
+def _device(model: ConvertedModel) -> torch.device:
+    tensors = (*model.network.parameters(), *model.network.buffers())
+    return tensors[0].device if tensors else torch.device(model.plan.device)
+
+
+def _check_as_planned(model: ConvertedModel) -> None:
+    """Raises ValueError naming a layer that is no longer what its plan is for."""
+    for name, layer in layers_in(model.network).items():
+        if isinstance(layer, SparseConv2d):
+            with naming(f"layer {name}"):
                 planned = model.plan.layers[name].problem
                 computed = layer.problem(planned.batch, planned.height, planned.width)
                 if replace(computed, device=planned.device) != planned:
                     raise ValueError("it was changed after it was planned; convert the model again")
-                layers[name] = {"type": SPARSE}
-            else:
-                layers[name] = describe_layer(layer)
-    return {"layers": layers, "graph": nodes}
 
 
-def _tensors(network: nn.Module, layers: Collection[str]) -> dict[str, Tensor | SparseFilter]:
+def _tensors(network: nn.Module) -> dict[str, Any]:
     """The tensors of the file by qualified name; a sparse convolution's filter is its weight."""
     state: dict[str, Any] = network.state_dict()
-    if isinstance(network, fx.GraphModule):  # only what its nodes refer to, which may be plain attributes
-        targets = [str(node.target) for node in network.graph.nodes if node.op == "get_attr"]
+    layers = layers_in(network)
+    if isinstance(network, Program):  # only what its steps refer to
         state = {key: value for key, value in state.items() if key.startswith(tuple(f"{name}." for name in layers))}
-        state |= {target: operator.attrgetter(target)(network) for target in targets}
-    for name in layers:
-        layer = network.get_submodule(name)
+    for path, program in programs_in(network).items():
+        state |= {joined(path, name): tensor for name, tensor in tensors_read(program).items()}
+    for name, layer in layers.items():
         if isinstance(layer, SparseConv2d):
             for buffer in ("values", "columns", "indptr"):
                 del state[f"{name}.{buffer}"]
             state[f"{name}.weight"] = layer.filter
-    for name, value in state.items():
-        if not isinstance(value, Tensor | SparseFilter):
-            raise TypeError(f"{name} is a {type(value).__name__}, not a tensor; make it a buffer of the model")
     return state
 
 

@@ -57,6 +57,7 @@ class Method(ABC):
         config_type: the class of its configs, a frozen dataclass of scalars.
         is_dense: whether it multiplies the zeros as well. The fastest of these stands for the dense model.
         compiles_per_filter: whether `prepare` compiles a kernel for the filter, which takes long and has a budget.
+        lowers: whether it writes the input out patch by patch, which takes memory.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class Method(ABC):
     config_type: ClassVar[type[Any]]
     is_dense: ClassVar[bool] = False
     compiles_per_filter: ClassVar[bool] = False
+    lowers: ClassVar[bool] = False
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method cannot run a problem on its type of device, or None where it can."""

@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from escort.layers import MaxPool2d, SamePad, SparseConv2d
-from escort.network.tracer import has_hooks
+from escort.runtime import Program
+from escort.runtime.stand_in import has_hooks
+from escort.runtime.steps import Step, spellings
+from escort.runtime.templates import slots_in
 
 # Modules and functions that treat each sample for itself, whatever their arguments.
 _MODULES = (
@@ -59,54 +62,57 @@ _FUNCTIONS = {
     torch.pixel_shuffle,
     torch.relu,
     torch.sigmoid,
-    "relu",
-    "sigmoid",
+    *(spelling for name in ("relu", "sigmoid") for spelling in spellings(name)),
 }
+_FLATTENS = (torch.flatten, *spellings("flatten"))
+_MEANS = (torch.mean, *spellings("mean"))
 
 
 def mixing(network: nn.Module) -> str | None:
     """Why the samples of a batch cannot be run apart from each other, or None where they can."""
-    if not isinstance(network, fx.GraphModule):
+    if not isinstance(network, Program):
         return "the network could not be traced"
-    inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
-    if sum("constant" not in node.meta for node in inputs) != 1:
+    listing = network.listing
+    fixed = {number for number, given in enumerate(listing.inputs) if given.like is None}  # what is no tensor
+    if len(listing.inputs) - len(fixed) != 1:
         return "the network takes several inputs"
-    for node in network.graph.nodes:
-        if node.op in ("placeholder", "output") or "constant" in node.meta:
-            continue
-        if not _keeps_apart(network, node):
-            return f"{node.format_node()} may mix samples"
+    for number, step in enumerate(listing.steps, len(listing.inputs)):
+        read = {slot.number for slot in slots_in((step.args, step.kwargs))}
+        if read and read <= fixed:
+            fixed.add(number)
+        elif not _keeps_apart(network, step):
+            return f"{step} may mix samples"
     return None
 
 
-def _keeps_apart(network: fx.GraphModule, node: fx.Node) -> bool:
+def _keeps_apart(network: Program, step: Step) -> bool:
     # Operands other than activations and plain numbers could carry a batch of their own.
-    if node.op == "get_attr":
+    if step.kind == "tensor":
         return False
-    if node.op == "call_module":
-        module = network.get_submodule(str(node.target))
+    if step.kind == "layer":
+        module = network.get_submodule(step.target)
         if has_hooks(module) or (isinstance(module, nn.BatchNorm2d) and module.running_mean is None):
             return False  # hooks may do anything, and such a norm computes with the statistics of the batch
         return type(module) in _MODULES or (type(module) is nn.Flatten and module.start_dim == 1)
-    if node.target in (torch.flatten, "flatten"):
-        return _argument(node, 1, "start_dim", 0) >= 1
-    if node.target is torch.unflatten:
-        return _argument(node, 1, "dim", 0) == 1
-    if node.target is torch.permute:
-        return _argument(node, 1, "dims", (1,))[0] == 0
-    if node.target is operator.getitem:
-        index = _argument(node, 1, "index", None)
+    if step.target in _FLATTENS:
+        return _argument(step, 1, "start_dim", 0) >= 1
+    if step.target is torch.unflatten:
+        return _argument(step, 1, "dim", 0) == 1
+    if step.target is torch.permute:
+        return _argument(step, 1, "dims", (1,))[0] == 0
+    if step.target is operator.getitem:
+        index = _argument(step, 1, "index", None)
         return isinstance(index, tuple) and index[0] == slice(None)
-    if node.target in (torch.cat, torch.concat):
-        return _argument(node, 1, "dim", 0) == 1
-    if node.target in (torch.mean, "mean"):
-        dims = _argument(node, 1, "dim", 0)
+    if step.target in (torch.cat, torch.concat):
+        return _argument(step, 1, "dim", 0) == 1
+    if step.target in _MEANS:
+        dims = _argument(step, 1, "dim", 0)
         return all(dim > 0 for dim in (dims if isinstance(dims, (tuple, list)) else (dims,)))
-    return node.target in _FUNCTIONS
+    return step.target in _FUNCTIONS
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+def _argument(step: Step, position: int, name: str, default: Any) -> Any:
+    return step.args[position] if len(step.args) > position else step.kwargs.get(name, default)
 
 
 def run_in_parts(network: Callable[[torch.Tensor], Any], x: torch.Tensor, samples: int) -> Any:

@@ -38,6 +38,8 @@ from escort.planner.machine import Machine
 from escort.planner.plan import Layer
 from escort.planner.planner import forget
 from escort.problem import Precision
+from escort.runtime import as_programs
+from escort.runtime.saved.description import unsavable
 
 
 def convert(
@@ -129,10 +131,14 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
             dense, network, skipped = plain_copy(model), plain_copy(model), {}
             calls = record_calls(network, skipped, original)
         check_calls(calls, skipped)
+        not_saved = {True: unsavable(dense, request.device), False: unsavable(network, request.device)}
         networks, not_in_format = in_memory_formats(network, request)
     candidates = [swap(network, calls, memory_format, skipped, request) for memory_format, network in networks.items()]
+    candidates = [replace(candidate, network=as_programs(candidate.network)) for candidate in candidates]
     with running_out("the whole network"):
-        return choose(dense, candidates, not_tried | not_in_format, original, request)
+        chosen = choose(as_programs(dense), candidates, not_tried | not_in_format, original, request)
+    chosen.plan = replace(chosen.plan, not_saved=not_saved[chosen.plan.kept_dense])
+    return chosen
 
 
 def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = False) -> ConvertedModel:

@@ -1,52 +1,14 @@
-"""A convolution and what runs behind it, in plain torch: the unit that conversion replaces."""
+"""Which convolutions can be replaced by a :class:`escort.layers.FusedConv2d`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from escort.filter import SparseFilter
+from escort.layers import FusedConv2d as FusedConv2d
 from escort.network.conv_types import overrides, own_type
-from escort.network.tracer import has_hooks
-from escort.problem import Activation
-
-
-class FusedConv2d(nn.Module):
-    """``activation(conv(x) + residual)`` in plain torch.
-
-    Attributes:
-        conv: the convolution with any batch norm folded in; its tensors belong to this module alone.
-        activation: what runs last.
-        residual: whether `forward` takes a second operand.
-        unfolded: the filter that the convolution had, where it has been changed since then; else None.
-    """
-
-    unfolded: SparseFilter | None = None
-
-    def __init__(self, conv: nn.Conv2d, activation: Activation = "none", residual: bool = False) -> None:
-        super().__init__()
-        self.conv = conv
-        self.activation: Activation = activation
-        self.residual = residual
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: (N, C, H, W), residual and result: (N, K, out_height, out_width)."""
-        y: Tensor = self.conv(x)
-        if residual is not None:
-            y = y + residual
-        if self.activation == "none":
-            return y
-        return F.relu(y) if self.activation == "relu" else F.relu6(y)
-
-    def remember_weight(self) -> None:
-        """Notes the filter as it is, unless an older one is known."""
-        if self.unfolded is None:
-            self.unfolded = SparseFilter.from_dense(self.conv.weight, self.conv.groups)
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation}, residual={self.residual}"
+from escort.runtime.stand_in import has_hooks
 
 
 def unsupported(conv: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from escort import report
 from escort.layers import SparseConv2d
@@ -18,12 +18,13 @@ from escort.network import batching
 from escort.network.example import Example
 from escort.network.memory import keep_freed_memory
 from escort.network.plan_table import plan_table
-from escort.network.tracer import plain_attributes
 from escort.network.values import tensors_of
 from escort.planner import Plan
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision
+from escort.runtime import Program
+from escort.runtime.stand_in import plain_attributes
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -56,6 +57,7 @@ class NetworkPlan:
         precision: what the convolutions compute in.
         device: what they were planned on, as torch writes it.
         timer: how both times were taken (see :mod:`escort.planner.timing`).
+        not_saved: why the network cannot be saved; None where it can.
     """
 
     layers: dict[str, Plan]
@@ -75,6 +77,7 @@ class NetworkPlan:
     not_tried: dict[str, str] = field(default_factory=dict)
     packed_inputs: bool = False
     refused: str | None = None
+    not_saved: str | None = None
 
     def __str__(self) -> str:
         return report.text(plan_table(self))
@@ -125,7 +128,7 @@ class NetworkPlan:
         return Example(tuple(tensors[:positional]), dict(zip(self.input_names, tensors[positional:], strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; `input_names` and `not_tried` where they say anything."""
+        """The fields as JSON values; `input_names`, `not_tried` and `not_saved` where they say anything."""
         data: dict[str, Any] = {
             "layers": {name: plan.to_json() for name, plan in self.layers.items()},
             "skipped": self.skipped,
@@ -146,6 +149,7 @@ class NetworkPlan:
             "not_tried": self.not_tried,
             "packed_inputs": self.packed_inputs,
             "refused": self.refused,
+            "not_saved": self.not_saved,
         }
         return data | {name: value for name, value in sometimes.items() if value}
 
@@ -171,6 +175,7 @@ class NetworkPlan:
                 not_tried=_texts(data.get("not_tried", {})),
                 packed_inputs=bool(data.get("packed_inputs", False)),
                 refused=None if data.get("refused") is None else str(data["refused"]),
+                not_saved=None if data.get("not_saved") is None else str(data["not_saved"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a network plan: {error}") from error
@@ -212,7 +217,7 @@ class ConvertedModel(nn.Module):
         original: what it stands for; without it, it takes what `network` takes.
 
     Attributes:
-        network: what runs; a graph where the model could be traced, else the model with swapped layers.
+        network: what runs; a program where the model could be traced, else the model with swapped layers.
         plan: what was chosen per layer and why.
     """
 
@@ -252,8 +257,8 @@ class ConvertedModel(nn.Module):
 
     @property
     def traced(self) -> bool:
-        """Whether the network is a graph, so that it can be saved without the model's own code."""
-        return isinstance(self.network, fx.GraphModule)
+        """Whether the whole network is one program, so that it can be saved without the model's own code."""
+        return isinstance(self.network, Program)
 
     def __getattr__(self, name: str) -> Any:
         network = self.__dict__.get("_modules", {}).get("network")

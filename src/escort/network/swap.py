@@ -23,12 +23,12 @@ from escort.network.context import naming, running_out
 from escort.network.fused import FusedConv2d, unsupported
 from escort.network.original import Original
 from escort.network.passes.operations import replace_module
-from escort.network.tracer import adopt
 from escort.planner import Plan, plan_layers
 from escort.planner.cores import on_all_cores
 from escort.planner.plan import Layer
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Problem
 from escort.report import Console, Description
+from escort.runtime.stand_in import adopt
 
 _PLANNING = "planning"
 

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_map_only, tree_unflatten
 from escort.network.conv_types import is_leaf
 from escort.network.example import Example
 from escort.network.state import State, same_draws
-from escort.network.tracer import Call, Tracer, adopt
+from escort.network.tracer import Call, Tracer
 from escort.network.values import difference
+from escort.runtime.stand_in import adopt
 
 _NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")  # in a traceback
 

@@ -8,7 +8,6 @@ import linecache
 import operator
 import sys
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from escort.network.conv_types import is_leaf
+from escort.runtime.stand_in import has_hooks
 
 _TORCH_FX = str(Path(fx.__file__).parent)
 
@@ -122,37 +122,6 @@ class Tracer(fx.Tracer):
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
         self.create_proxy("call_function", torch._assert, (holds, f"the check at {where} failed: {line}"), {})
         return required
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is called before or behind a module's forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def adopt(module: nn.Module, original: nn.Module) -> None:
-    """Lets `module` take the place of `original`: its hooks are called, and its plain attributes can be read."""
-    for name in (
-        *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-        *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    ):
-        getattr(module, name).update(getattr(original, name))
-    for name, value in plain_attributes(original).items():
-        if not hasattr(module, name):
-            setattr(module, name, value)
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """What can be read from a module besides its modules, tensors and methods, of its class too."""
-    names = [name for name in dir(type(module)) if name not in dir(nn.Module)] + list(vars(module))
-    values = {}
-    for name in names:
-        if name.startswith("_") or callable(inspect.getattr_static(module, name)):
-            continue
-        with suppress(Exception):  # a property may raise anything
-            value = getattr(module, name)
-            if not any(isinstance(leaf, Tensor | nn.Module) for leaf in tree_leaves(value)):
-                values[name] = value
-    return values
 
 
 def _required(frame: FrameType) -> bool | None:

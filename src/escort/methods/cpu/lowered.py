@@ -24,6 +24,7 @@ class Lowered(Method):
     name = "lowered"
     device_type = "cpu"
     config_type = LoweredConfig
+    lowers = True
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[LoweredConfig]:
         return (LoweredConfig(),)

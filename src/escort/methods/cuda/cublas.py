@@ -35,6 +35,7 @@ class Cublas(Method):
     name = "cublas"
     device_type = "cuda"
     config_type = CublasConfig
+    lowers = True
 
     def unsupported(self, problem: Problem) -> str | None:
         return contiguous_only(problem)

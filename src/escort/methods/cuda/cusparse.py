@@ -30,6 +30,7 @@ class Cusparse(Method):
     name = "cusparse"
     device_type = "cuda"
     config_type = CusparseConfig
+    lowers = True
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.precision == "tf32":

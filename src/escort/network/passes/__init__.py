@@ -17,7 +17,7 @@ from escort.network.check import Request
 from escort.network.passes import fuse, linear, padding, pool, rows, subclasses, transposed
 from escort.network.passes.operations import replace_module
 from escort.network.trace import graphs
-from escort.network.tracer import adopt
+from escort.runtime.stand_in import adopt
 
 Pass = Callable[[fx.GraphModule, Request], tuple[fx.GraphModule, dict[str, str]]]
 

@@ -15,7 +15,7 @@ from escort.network.fused import FusedConv2d, not_2d, unsupported
 from escort.network.passes.operations import CONV, convolution_name, mutates, new_conv2d
 from escort.network.passes.rewriting import Rewriting
 from escort.network.trace import shape_of
-from escort.network.tracer import adopt, has_hooks
+from escort.runtime.stand_in import adopt, has_hooks
 
 
 def rewrite(graph_module: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, dict[str, str]]:

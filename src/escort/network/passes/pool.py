@@ -9,7 +9,7 @@ from torch import fx, nn
 from escort.layers import MaxPool2d
 from escort.network.check import Request
 from escort.network.passes.operations import replace_module
-from escort.network.tracer import has_hooks
+from escort.runtime.stand_in import has_hooks
 
 _FUNCTIONS = (F.max_pool2d, torch.max_pool2d, torch.ops.aten.max_pool2d.default)
 _ARGUMENTS = "input kernel_size stride padding dilation ceil_mode return_indices".split()

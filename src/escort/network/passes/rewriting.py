@@ -16,7 +16,7 @@ from escort.network.conv_types import own_type
 from escort.network.fused import unsupported
 from escort.network.passes.operations import FROZEN, OPERATIONS, TENSORS, attach, fold_scale, mutates
 from escort.network.trace import shape_of
-from escort.network.tracer import has_hooks
+from escort.runtime.stand_in import has_hooks
 
 
 class Rewriting:

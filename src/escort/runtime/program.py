@@ -1,0 +1,233 @@
+"""A converted network as one flat program, and the loop that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import fx, nn
+
+from escort.runtime.graph import read
+from escort.runtime.stand_in import adopt
+from escort.runtime.steps import REQUIRED, Listing, Step
+from escort.runtime.templates import Slot, filled, mapped
+
+
+class Program(nn.Module):
+    """A network as a list of steps, with its layers and tensors at the paths that they have in the network.
+
+    A value is let go of behind the last step that reads it.
+
+    Args:
+        owned: the layers and tensors that steps name, by path. One may lie within another.
+
+    Attributes:
+        listing: what it does.
+
+    Raises:
+        ValueError: where there is nothing at a path, or a path is the name of something else.
+    """
+
+    listing: Listing
+
+    def __init__(self, listing: Listing, owned: dict[str, Any]) -> None:
+        super().__init__()
+        self.listing = listing
+        for step in listing.steps:
+            if step.kind != "call" and step.target not in owned:
+                raise ValueError(f"there is no {step.target}")
+        for path in owned:  # what a layer lies in comes before it, else the order stays
+            parts = path.split(".")
+            for outer in (".".join(parts[: i + 1]) for i in range(len(parts))):
+                if outer in owned:
+                    self._own(outer, owned[outer])
+        self._bound: Bound | None = None
+        super().train(False)
+
+    def _own(self, path: str, value: Any) -> None:
+        *containers, name = path.split(".")
+        owner: nn.Module = self
+        try:
+            for container in containers:
+                if container not in owner._modules:
+                    owner.add_module(container, nn.Module())
+                owner = owner._modules[container]  # type: ignore[assignment]
+            if any(name in held for held in (owner._modules, owner._parameters, owner._buffers)):
+                return  # it is there already, or is a part of a layer
+            if isinstance(value, nn.Module):
+                owner.add_module(name, value)
+            elif isinstance(value, nn.Parameter):
+                owner.register_parameter(name, value)
+            elif vars(owner).get(name) is not value:  # an attribute of a layer
+                owner.register_buffer(name, value)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be the name of a layer or tensor: {error}") from error
+
+    @classmethod
+    def of(cls, network: fx.GraphModule) -> Program:
+        """The program of a graph. It takes over the graph's layers and tensors, and leaves out what does nothing.
+
+        Raises:
+            ValueError: where the graph takes or returns what is no plain value or container.
+        """
+        return cls(*read(network))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._bound
+        if bound is None or not bound.belongs_to(self):
+            bound = self._bound = Bound(self)
+        values = bound.values.copy()
+        if kwargs or len(args) != bound.positional:
+            args = self._in_order(args, kwargs)
+        values[: len(args)] = args
+        for table, key, arguments, template, result, last_reads in bound.steps:
+            if template is None:
+                values[result] = table[key](*[values[i] for i in arguments])
+            else:
+                filled_args, filled_kwargs = filled(template, values)
+                values[result] = table[key](*filled_args, **filled_kwargs)
+            for i in last_reads:
+                values[i] = None
+        return filled(self.listing.output, values)
+
+    def _in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The values of all inputs. Raises TypeError as a function does."""
+        left = dict(kwargs)
+        ordered: list[Any] = []
+        position = 0
+        for expected in self.listing.inputs:
+            name = expected.name
+            if name.startswith("**"):
+                ordered.append(left)
+                left = {}
+            elif name.startswith("*"):
+                ordered.append(args[position:])
+                position = len(args)
+            elif position < len(args):
+                ordered.append(args[position])
+                position += 1
+                if name in left:
+                    raise TypeError(f"the network got several values for its input {name}")
+            elif name in left:
+                ordered.append(left.pop(name))
+            elif expected.default is not REQUIRED:
+                ordered.append(expected.default)
+            else:
+                raise TypeError(f"the network misses its input {name}")
+        if position < len(args) or left:
+            names = ", ".join(expected.name for expected in self.listing.inputs)
+            raise TypeError(f"the network takes ({names}), got {len(args)} by position and {', '.join(kwargs)} by name")
+        return tuple(ordered)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickle: what is bound belongs to these layers."""
+        return {**self.__dict__, "_bound": None}
+
+    def extra_repr(self) -> str:
+        return str(self.listing)
+
+
+def tensor_at(program: Program, path: str) -> Any:
+    """The tensor that a program's step reads from a path."""
+    *containers, name = path.split(".")
+    owner: nn.Module = program
+    for container in containers:
+        owner = owner._modules[container]  # type: ignore[assignment]
+    return _tensor(owner, name)
+
+
+def with_plain(program: Program, function: Callable[[Any], Any]) -> None:
+    """Puts ``function(value)`` in the place of every plain value among the arguments of a program's steps."""
+
+    def changed(template: Any) -> Any:
+        return mapped(template, lambda leaf: leaf if isinstance(leaf, Slot) else function(leaf))
+
+    steps = [replace(step, args=changed(step.args), kwargs=changed(step.kwargs)) for step in program.listing.steps]
+    program.listing = replace(program.listing, steps=tuple(steps))
+    program._bound = None
+
+
+def as_programs(network: nn.Module) -> nn.Module:
+    """A network with programs in the place of its graphs. A graph that no program can hold stays as it is."""
+    graphs = [name for name, module in network.named_modules() if isinstance(module, fx.GraphModule)]
+    for name in reversed(graphs):  # those inside of others first
+        graph = network.get_submodule(name)
+        try:
+            program = Program.of(graph)  # type: ignore[arg-type]
+        except ValueError:
+            continue
+        adopt(program, graph)
+        if not name:
+            return program
+        network.set_submodule(name, program)
+    return network
+
+
+class Bound:
+    """A program's steps with the places where their functions, layers and values are.
+
+    Attributes:
+        values: what a run starts with: room for inputs and results, then the plain arguments of steps.
+        positional: how many inputs a call by position has; -1 where it may have any number.
+        steps: for each (table, key, numbers of the arguments, template, number of the result, values to let go of).
+            What is called is ``table[key]``, so that a layer that takes another's place is called. The template, None
+            where the numbers say all, is that of args and kwargs.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.modules = program._modules
+        self.containers: dict[tuple[str, ...], tuple[dict[str, Any], str, nn.Module]] = {}
+        listing = program.listing
+        count = len(listing.inputs)
+        self.positional = -1 if any(given.name.startswith("*") for given in listing.inputs) else count
+        self.values: list[Any] = [None] * (count + len(listing.steps))
+        self.steps: list[tuple[Any, Any, tuple[int, ...], Any, int, tuple[int, ...]]] = []
+        for number, (step, last_reads) in enumerate(zip(listing.steps, listing.last_reads(), strict=True), count):
+            table, key = self._callable(program, step)
+            is_simple = not step.kwargs and all(isinstance(value, Slot) or _is_fixed(value) for value in step.args)
+            arguments = tuple(self._number(value) for value in step.args) if is_simple else ()
+            template = None if is_simple else (step.args, step.kwargs)
+            self.steps.append((table, key, arguments, template, number, last_reads))
+
+    def _number(self, value: Any) -> int:
+        if isinstance(value, Slot):
+            return value.number
+        self.values.append(value)
+        return len(self.values) - 1
+
+    def _callable(self, program: Program, step: Step) -> tuple[Any, Any]:
+        if step.kind == "call":
+            return (step.target,), 0
+        *path, name = step.target.split(".")
+        owner: nn.Module = program
+        for i, part in enumerate(path):
+            inner = owner._modules[part]
+            assert inner is not None
+            self.containers[tuple(path[: i + 1])] = owner._modules, part, inner
+            owner = inner
+        if step.kind == "layer":
+            return owner._modules, name
+        return (partial(_tensor, owner, name),), 0
+
+    def belongs_to(self, program: Program) -> bool:
+        """Whether it was made of this program, and the modules that the layers lie in are still the same."""
+        if self.modules is not program._modules:
+            return False
+        return all(modules.get(name) is module for modules, name, module in self.containers.values())
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether an argument is the same object in every run: what is called cannot write to it."""
+    return not isinstance(value, (list, tuple, dict, slice)) or (
+        type(value) is tuple and all(type(item) in (int, float, bool) for item in value)
+    )
+
+
+def _tensor(owner: nn.Module, name: str) -> Any:
+    """A tensor that a module holds at the moment, whatever else the name stands for."""
+    for tensors in (owner._parameters, owner._buffers):
+        if name in tensors:
+            return tensors[name]
+    return vars(owner)[name]
