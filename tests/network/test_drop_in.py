@@ -7,6 +7,7 @@ import inspect
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -65,7 +66,7 @@ def test_it_takes_what_the_original_takes() -> None:
         (lambda: fast(X, 2.0, mask=mask, twice=True), "scale"),
         (lambda: fast(X, 3.0, mask=mask), "twice"),
     ):
-        with pytest.raises(AssertionError, match=f"{name} was .* when the model was converted; pass it so, or convert"):
+        with pytest.raises(ValueError, match=f"{name} was .* when the model was converted, .*; pass it as it was, or"):
             wrong()
 
 
@@ -80,6 +81,15 @@ def test_it_has_the_attributes_of_the_original_and_says_what_it_lacks() -> None:
     for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert other.classes == ["cat", "dog"] and close(other(X), fast(X))
         assert inspect.signature(other.forward) == inspect.signature(fast.forward)
+
+
+def test_a_saved_one_takes_the_same(tmp_path: Path) -> None:
+    fast = escort.convert(pruned(Options()), (X, 3.0), {"twice": True})
+    escort.save(fast, tmp_path / "model.escort")
+    back = escort.load(tmp_path / "model.escort", remeasure=False)
+    assert close(back(X, 3.0, twice=True), fast(X, 3.0, twice=True))
+    with pytest.raises(ValueError, match="scale was 3.0 when the model was converted, and is 2.0 now; pass it"):
+        back(X, twice=True)
 
 
 def test_exported_arguments_keep_their_names() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from escort.network.example import Example
 from escort.network.original import plain_copy
 from escort.network.trace import graphs, trace
+from escort.runtime import Program
 from tests.network.models import Checked
 from tests.network.patterns import SAMPLES, Net, traced
 
@@ -153,16 +154,18 @@ class Scaled(nn.Module):
 
 def test_arguments_keep_their_names_and_those_that_are_no_tensors_their_values() -> None:
     model, mask = Scaled().eval(), torch.rand(2, 1, 10, 9)
-    graph = traced(model, SAMPLES, 3.0, mask=mask)
+    program = Program.of(traced(model, SAMPLES, 3.0, mask=mask))
     with torch.no_grad():
         for call in (lambda m: m(SAMPLES, 3.0, mask=mask), lambda m: m(x=SAMPLES, mask=2 * mask, scale=3.0)):
-            assert torch.equal(call(graph), call(model))
-    with pytest.raises(AssertionError, match=r"scale was 3.0 when the model was converted; pass it so, or convert"):
-        graph(SAMPLES, 2.0, mask=mask)
-    with pytest.raises(AssertionError, match="mask was a tensor when the model was converted"):
-        graph(SAMPLES, 3.0)
-    with pytest.raises(AssertionError, match="mask was None when the model was converted"):
-        traced(model, SAMPLES)(SAMPLES, mask=mask)
+            assert torch.equal(call(program), call(model))
+    for wrong, says in (
+        (lambda: program(SAMPLES, 2.0, mask=mask), r"scale was 3.0 when the model was converted, and is 2.0 now"),
+        (lambda: program(SAMPLES, mask=mask), r"scale was 3.0 when the model was converted, and is 2.0 now; pass it"),
+        (lambda: program(SAMPLES, 3.0), "mask was a tensor when the model was converted, and is None now"),
+        (lambda: Program.of(traced(model, SAMPLES))(SAMPLES, mask=mask), "mask was None when .*, and is a tensor now"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            wrong()
 
 
 def test_checks_that_raise_are_made_by_the_graph() -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 import escort
 from escort.network import swap
-from escort.network.trace import trace
 from escort.runtime.saved.description import unsavable
+from tests.network.patterns import traced
 
 X = torch.randn(2, 3, 12, 12)
 
@@ -97,7 +97,7 @@ REASONS = {
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_why_a_network_cannot_be_saved(reason: str) -> None:
-    network = trace(REASONS[reason].eval(), X)
+    network = traced(REASONS[reason].eval(), X)
     assert re.search(reason, str(unsavable(network, X.device)))
 
 
@@ -128,7 +128,7 @@ def test_it_is_known_before_planning_and_said_by_the_plan(tmp_path: Path, monkey
 
 
 def test_graphs_within_a_model_are_asked_too() -> None:
-    parts = nn.Sequential(nn.Linear(2, 2), trace(Net(lambda m, y: doubled(y)).eval(), X))
+    parts = nn.Sequential(nn.Linear(2, 2), traced(Net(lambda m, y: doubled(y)).eval(), X))
     assert re.match(r"part 1: step %2 = doubled\(%1\): a call of", str(unsavable(parts, X.device)))
-    parts = nn.Sequential(nn.Linear(2, 2), trace(Net(lambda m, y: F.relu(y)).eval(), X))
+    parts = nn.Sequential(nn.Linear(2, 2), traced(Net(lambda m, y: F.relu(y)).eval(), X))
     assert unsavable(parts, X.device) is None and isinstance(parts[1], fx.GraphModule)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from escort.network.trace import trace
 from escort.runtime import Program
 from escort.runtime.saved import notation, values
 from escort.runtime.saved.description import tensors_read
@@ -19,6 +18,7 @@ from escort.runtime.saved.rehearsal import rehearse
 from escort.runtime.steps import Listing
 from escort.runtime.templates import named_tuple
 from tests.artifact.networks import through_json
+from tests.network.patterns import traced
 
 CPU = torch.device("cpu")
 Pair = namedtuple("Pair", ["first", "second"])
@@ -65,7 +65,7 @@ def rebuilt(program: Program) -> Program:
 def test_a_program_computes_the_same_when_rebuilt() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 6)
-    program = Program.of(trace(_Everything().eval(), x))
+    program = Program.of(traced(_Everything().eval(), x))
     back = rebuilt(program)
     for samples in (2, 5):
         x = torch.randn(samples, 3, 8, 6)
@@ -83,7 +83,7 @@ def test_an_exported_program_computes_the_same_when_rebuilt() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)).eval()
     x = torch.randn(2, 3, 6, 6)
-    network = trace(fx.symbolic_trace(torch.export.export(model, (x,)).module(check_guards=False)), x)
+    network = traced(fx.symbolic_trace(torch.export.export(model, (x,)).module(check_guards=False)), x)
     assert torch.equal(rebuilt(Program.of(network))(x), model(x))
 
 

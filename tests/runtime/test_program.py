@@ -136,7 +136,7 @@ def test_any_batch_when_compiled_and_exported(fast: ConvertedModel, model: nn.Mo
     torch._dynamo.reset()
     compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend="aot_eager")
     samples = torch.export.Dim("samples", min=2, max=64)
-    exported = torch.export.export(fast, (X,), dynamic_shapes={"inputs": ({0: samples},)}).module()
+    exported = torch.export.export(fast, (X,), dynamic_shapes={"x": {0: samples}}).module()
     for run in (compiled, exported):
         for x in (X, X3, torch.cat((X, X3))):
             assert_same(run(x), model(x))

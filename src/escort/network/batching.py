@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_map
 from escort.layers import MaxPool2d, SamePad, SparseConv2d
 from escort.runtime import Program
 from escort.runtime.stand_in import has_hooks
-from escort.runtime.steps import Step, spellings
-from escort.runtime.templates import slots_in
+from escort.runtime.steps import REQUIRED, Step, spellings
 
 # Modules and functions that treat each sample for itself, whatever their arguments.
 _MODULES = (
@@ -72,15 +71,10 @@ def mixing(network: nn.Module) -> str | None:
     """Why the samples of a batch cannot be run apart from each other, or None where they can."""
     if not isinstance(network, Program):
         return "the network could not be traced"
-    listing = network.listing
-    fixed = {number for number, given in enumerate(listing.inputs) if given.like is None}  # what is no tensor
-    if len(listing.inputs) - len(fixed) != 1:
+    if sum(given.fixed is REQUIRED for given in network.listing.inputs) != 1:
         return "the network takes several inputs"
-    for number, step in enumerate(listing.steps, len(listing.inputs)):
-        read = {slot.number for slot in slots_in((step.args, step.kwargs))}
-        if read and read <= fixed:
-            fixed.add(number)
-        elif not _keeps_apart(network, step):
+    for step in network.listing.steps:
+        if not _keeps_apart(network, step):
             return f"{step} may mix samples"
     return None
 

@@ -30,7 +30,7 @@ from escort.network.model import ConvertedModel
 from escort.network.original import plain_copy, run_original, unwrap
 from escort.network.passes import rewrite
 from escort.network.passes.channels_last import in_memory_formats
-from escort.network.state import own_draws
+from escort.network.state import State, own_draws
 from escort.network.swap import check_calls, plan_into, record_calls, swap
 from escort.network.trace import trace
 from escort.network.values import tensors_of
@@ -164,11 +164,18 @@ def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = F
         plan = replace(model.plan, layers=layers, machine=Machine.here(str(device)), samples=None, device=str(device))
         example = model.plan.example(device)
         if example is not None:
+            state = State(network)
             with running_out("the network"), torch.inference_mode(), dense_in(request.precision, device):
                 samples = samples_to_try(network, example, tensors_of(example.run(network)))
                 times_us, timer = race([partial(run_in_parts, network, example, count) for count in samples], device)
+            # The original is not here, so that its time on this machine is not known, unless it is what was kept.
             fastest = min(times_us)
-            plan = replace(plan, converted_time_us=fastest, samples=samples[times_us.index(fastest)], timer=timer)
+            if plan.kept_dense:
+                plan = replace(plan, dense_time_us=fastest, timer=timer)
+            else:
+                count = samples[times_us.index(fastest)]
+                plan = replace(plan, converted_time_us=fastest, dense_time_us=None, samples=count, timer=timer)
+            state.restore(network)
     return model.with_network(network, plan)
 
 

@@ -49,7 +49,7 @@ class NetworkPlan:
         input_dtypes: the example's types, as torch writes them without its name.
         input_names: the names of those inputs that are given by name, which are the last ones.
         dense_time_us, converted_time_us: median time of a forward on the example, of the model as given and converted,
-            both in `precision`.
+            both in `precision`. A network that was planned anew knows its own time only; then the other is None.
         rel_error: ``||out - ref|| / ||ref||`` of the converted network against the original.
         kept_dense: whether the original network was kept because converting it did not pay.
         machine: what it was measured on.
@@ -63,7 +63,7 @@ class NetworkPlan:
     layers: dict[str, Plan]
     skipped: dict[str, str]
     input_shapes: tuple[tuple[int, ...], ...]
-    dense_time_us: float
+    dense_time_us: float | None
     converted_time_us: float
     rel_error: float
     kept_dense: bool
@@ -87,9 +87,11 @@ class NetworkPlan:
         return report.html(plan_table(self))
 
     @property
-    def speedup(self) -> float:
-        """Dense time over the time of what was kept."""
-        return 1.0 if self.kept_dense else self.dense_time_us / self.converted_time_us
+    def speedup(self) -> float | None:
+        """Dense time over the time of what was kept; None where the dense time is not known."""
+        if self.kept_dense:
+            return 1.0
+        return None if self.dense_time_us is None else self.dense_time_us / self.converted_time_us
 
     @property
     def memory_format(self) -> MemoryFormat:
@@ -161,7 +163,7 @@ class NetworkPlan:
                 layers={str(name): Plan.from_json(plan) for name, plan in data["layers"].items()},
                 skipped=_texts(data["skipped"]),
                 input_shapes=tuple(tuple(int(size) for size in shape) for shape in data["input_shapes"]),
-                dense_time_us=float(data["dense_time_us"]),
+                dense_time_us=None if data["dense_time_us"] is None else float(data["dense_time_us"]),
                 converted_time_us=float(data["converted_time_us"]),
                 rel_error=float(data["rel_error"]),
                 kept_dense=bool(data["kept_dense"]),

@@ -10,20 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from escort.layers import SparseConv2d
+
 _Attributes = dict[str, Any]
 
 
 class State:
     """The plain attributes and the buffers of a model's modules, as they were when this was made.
 
-    Modules and parameters among the attributes are the model's own; everything else is a copy.
+    Modules and parameters among the attributes are the model's own; everything else is a copy. Converted layers keep
+    nothing.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept = {path: _attributes(module) for path, module in model.named_modules()}
+        modules = {path: module for path, module in model.named_modules() if not isinstance(module, SparseConv2d)}
+        self._kept = {path: _attributes(module) for path, module in modules.items()}
         memo = {id(module): module for module in model.modules()} | {id(p): p for p in model.parameters()}
         self._kept = copy.deepcopy(self._kept, memo)
-        self._types = {path: type(module) for path, module in model.named_modules()}
+        self._types = {path: type(module) for path, module in modules.items()}
 
     def changed(self, model: nn.Module) -> list[str]:
         """The qualified names of what is not as it was."""

@@ -21,6 +21,7 @@ from escort.network.example import Example
 from escort.network.state import State, same_draws
 from escort.network.tracer import Call, Tracer
 from escort.network.values import difference
+from escort.runtime import Program
 from escort.runtime.stand_in import adopt
 
 _NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")  # in a traceback
@@ -129,7 +130,9 @@ class _Tracing:
             root = _Alone(module) if is_leaf(module) else module
             graph = Tracer(call, inspect.signature(module.forward), self.leaves(module)).trace(root)
             graph._tracer_cls = None  # a copy out of a pickle is traced by torch.fx alone
-            return fx.GraphModule(root, graph, type(module).__name__)
+            traced = fx.GraphModule(root, graph, type(module).__name__)
+            Program.of(traced)  # raises for what no program can hold
+            return traced
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a model's forward may raise anything

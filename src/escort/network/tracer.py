@@ -85,30 +85,16 @@ class Tracer(fx.Tracer):
         name = parameter.name
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             return None
-        if name in self._call.tensors:
-            if parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
-                return self.create_proxy("placeholder", name, (), {})
-            tensor = self.create_proxy("placeholder", name, (None,), {})
-            self._check(tensor, name, operator.is_not, None, f"{name} was a tensor when the model was converted")
-            return tensor
-        value = self._call.constants.get(name, parameter.default)
-        default = value if parameter.default is parameter.empty else parameter.default
         is_required = parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
-        placeholder = self.create_proxy("placeholder", name, () if is_required else (default,), {})
-        # A constant of another kind, such as an object, cannot be written into a graph.
+        if name in self._call.tensors:
+            return self.create_proxy("placeholder", name, () if is_required else (None,), {})
+        value = self._call.constants.get(name, parameter.default)
         if value is not None and not isinstance(value, bool | int | float | str):
-            raise ValueError(f"its argument {name} is a {type(value).__name__}")
-        placeholder.node.meta["constant"] = True
-        compare = operator.is_ if value is None else operator.eq
-        self._check(placeholder, name, compare, value, f"{name} was {value!r} when the model was converted")
+            raise ValueError(f"its argument {name} is a {type(value).__name__}")  # it cannot be written down
+        default = value if parameter.default is parameter.empty else parameter.default
+        placeholder = self.create_proxy("placeholder", name, () if is_required else (default,), {})
+        placeholder.node.meta["fixed"] = value
         return value
-
-    def _check(self, argument: fx.Proxy, name: str, compare: Any, value: Any, message: str) -> None:
-        same = self.create_proxy("call_function", compare, (argument, value), {})
-        remedy = f"pass it so, or convert the model with the {name} that it shall have"
-        check = self.create_proxy("call_function", torch._assert, (same, f"{message}; {remedy}"), {})
-        for proxy in (same, check):
-            proxy.node.meta["constant"] = True
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         frame: FrameType | None = sys._getframe(1)

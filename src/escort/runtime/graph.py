@@ -144,7 +144,8 @@ def _inputs(network: fx.GraphModule, placeholders: list[fx.Node]) -> list[Input]
 
 
 def _input(name: str, node: fx.Node) -> Input:
-    return Input(name, _plain(node.args[0]) if node.args else REQUIRED, node.meta.get("shape"))
+    default = _plain(node.args[0]) if node.args else REQUIRED
+    return Input(name, default, node.meta.get("shape"), node.meta.get("fixed", REQUIRED))
 
 
 def _output(network: fx.GraphModule, output: Any) -> Any:

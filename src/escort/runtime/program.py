@@ -106,14 +106,14 @@ class Program(nn.Module):
                 ordered.append(args[position:])
                 position = len(args)
             elif position < len(args):
-                ordered.append(args[position])
+                ordered.append(expected.checked(args[position]))
                 position += 1
                 if name in left:
                     raise TypeError(f"the network got several values for its input {name}")
             elif name in left:
-                ordered.append(left.pop(name))
+                ordered.append(expected.checked(left.pop(name)))
             elif expected.default is not REQUIRED:
-                ordered.append(expected.default)
+                ordered.append(expected.checked(expected.default))
             else:
                 raise TypeError(f"the network misses its input {name}")
         if position < len(args) or left:
@@ -170,7 +170,7 @@ class Bound:
 
     Attributes:
         values: what a run starts with: room for inputs and results, then the plain arguments of steps.
-        positional: how many inputs a call by position has; -1 where it may have any number.
+        positional: how many inputs a call by position has; -1 where it may have any number, or they are checked.
         steps: for each (table, key, numbers of the arguments, template, number of the result, values to let go of).
             What is called is ``table[key]``, so that a layer that takes another's place is called. The template, None
             where the numbers say all, is that of args and kwargs.
@@ -181,7 +181,8 @@ class Bound:
         self.containers: dict[tuple[str, ...], tuple[dict[str, Any], str, nn.Module]] = {}
         listing = program.listing
         count = len(listing.inputs)
-        self.positional = -1 if any(given.name.startswith("*") for given in listing.inputs) else count
+        is_checked = any(given.name.startswith("*") or given.fixed is not REQUIRED for given in listing.inputs)
+        self.positional = -1 if is_checked else count
         self.values: list[Any] = [None] * (count + len(listing.steps))
         self.steps: list[tuple[Any, Any, tuple[int, ...], Any, int, tuple[int, ...]]] = []
         for number, (step, last_reads) in enumerate(zip(listing.steps, listing.last_reads(), strict=True), count):

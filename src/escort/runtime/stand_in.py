@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import inspect
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import fx, nn
 from torch.utils._pytree import tree_leaves
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
+#: What graphs have for themselves, those of exported programs too.
+_OF_GRAPHS = frozenset(dir(fx.GraphModule)) | {"meta", "shape_env", "range_constraints", "validate_inputs"}
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -17,10 +28,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def adopt(module: nn.Module, original: nn.Module) -> None:
     """Lets `module` take the place of `original`: its hooks are called, and its plain attributes can be read."""
-    for name in (
-        *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-        *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    ):
+    for name in _HOOKS:
         getattr(module, name).update(getattr(original, name))
     for name, value in plain_attributes(original).items():
         if not hasattr(module, name):
@@ -28,14 +36,15 @@ def adopt(module: nn.Module, original: nn.Module) -> None:
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """What can be read from a module besides its modules, tensors and methods, of its class too."""
-    names = [name for name in dir(type(module)) if name not in dir(nn.Module)] + list(vars(module))
+    """What can be read from a module, or by a property, that is no module, tensor or method."""
+    own = _OF_GRAPHS if isinstance(module, fx.GraphModule) else frozenset(dir(nn.Module))
+    names = {*dir(type(module)), *vars(module)} - own - {"training"}
     values = {}
-    for name in names:
+    for name in sorted(names):
         if name.startswith("_") or callable(inspect.getattr_static(module, name)):
             continue
         with suppress(Exception):  # a property may raise anything
             value = getattr(module, name)
-            if not any(isinstance(leaf, Tensor | nn.Module) for leaf in tree_leaves(value)):
+            if all(isinstance(leaf, _PLAIN) or dataclasses.is_dataclass(leaf) for leaf in tree_leaves(value)):
                 values[name] = value
     return values

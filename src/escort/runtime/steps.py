@@ -23,11 +23,25 @@ class Input:
         name: by which it can be given; behind ``*`` or ``**`` it takes all that is left.
         default: its value where it is not given.
         like: shape and type of the example's tensor, where that is known.
+        fixed: the only value that it may have, where it is no tensor: the program was made for that one.
     """
 
     name: str
     default: Any = REQUIRED
     like: tuple[torch.Size, torch.dtype] | None = None
+    fixed: Any = REQUIRED
+
+    def checked(self, value: Any) -> Any:
+        """The value, if the input may have it. Raises ValueError otherwise."""
+        is_tensor = isinstance(value, torch.Tensor)
+        if is_tensor if self.like is not None else self.fixed is REQUIRED or (not is_tensor and value == self.fixed):
+            return value
+        was = "a tensor" if self.like is not None else repr(self.fixed)
+        now = "a tensor" if is_tensor else repr(value)
+        raise ValueError(
+            f"{self.name} was {was} when the model was converted, and is {now} now; pass it as it was, or convert "
+            f"the model with the {self.name} that it shall have"
+        )
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ def _describe_input(given: Input) -> dict[str, Any]:
     record: dict[str, Any] = {"name": given.name}
     if given.default is not REQUIRED:
         record["default"] = encode(given.default)
+    if given.fixed is not REQUIRED:
+        record["fixed"] = encode(given.fixed)
     if given.like is not None:
         shape, dtype = given.like
         record |= {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
@@ -95,13 +97,15 @@ def build_program(record: Mapping[str, Any], owned: Callable[[Listing], dict[str
 def _build_input(record: Mapping[str, Any]) -> Input:
     name = record["name"]
     _check_label(name[1:].removeprefix("*") if isinstance(name, str) and name.startswith("*") else name)
-    if unknown := record.keys() - {"name", "default", "shape", "dtype"}:
+    if unknown := record.keys() - {"name", "default", "fixed", "shape", "dtype"}:
         raise ValueError(f"an input has no {sorted(unknown)[0]!r}")
-    default = _bounded(decode(record["default"])) if "default" in record else REQUIRED
-    if slots_in(default):
+    default, fixed = (_bounded(decode(record[key])) if key in record else REQUIRED for key in ("default", "fixed"))
+    if slots_in((default, fixed)):
         raise ValueError("a default is a plain value")
     if "shape" not in record:
-        return Input(name, default)
+        return Input(name, default, fixed=fixed)
+    if fixed is not REQUIRED:
+        raise ValueError("an input that is fixed is no tensor")
     shape = record["shape"]
     if (
         not isinstance(shape, list)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
 from escort.runtime.saved.limits import INTEGER_BITS, MAX_ITEMS, MAX_POWER
 from escort.runtime.steps import Method, Step
@@ -91,10 +91,7 @@ class Plain:
 
 
 def _operations() -> dict[str, Callable[..., Any]]:
-    operations: dict[str, Callable[..., Any]] = {
-        "torch._assert": torch._assert,
-        "torch.fx._assert_is_none": fx._symbolic_trace._assert_is_none,  # of an input that is fixed at its default
-    }
+    operations: dict[str, Callable[..., Any]] = {"torch._assert": torch._assert}
     for prefix, module, names in (
         ("operator", operator, _OPERATORS),
         ("math", math, _MATHS),

@@ -99,6 +99,8 @@ def _example(given: Input, device: torch.device) -> Any:
     if given.like is not None:
         shape, dtype = given.like
         return torch.empty(shape, dtype=dtype, device=device)
+    if given.fixed is not REQUIRED:
+        return given.fixed
     if given.default is not REQUIRED:
         return given.default
     if given.name.startswith("*"):
