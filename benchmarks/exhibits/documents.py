@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 from benchmarks.exhibits.catalogue import exhibits, tables
 from benchmarks.exhibits.committed import committed_exhibits
+from benchmarks.exhibits.zoo import zoo_tables
 from benchmarks.result_files import Result
+from benchmarks.zoo import read_zoo
 from escort.report import Figure, Table, markdown
 
 _BEGIN, _END = re.compile(r"<!-- table: (\S+) -->"), "<!-- end -->"
@@ -24,6 +26,7 @@ def render(text: str, results: Mapping[str, Result]) -> str:
         ValueError: where there is no such place, one does not end, or the results have no table of that name.
     """
     known = tables(results) | {name: shown for name, shown in committed_exhibits() if isinstance(shown, Table)}
+    known |= zoo_tables(*read_zoo())
     lines: list[str] = []
     name = None
     names = 0

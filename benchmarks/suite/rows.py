@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -110,7 +110,7 @@ def header(command: str, device: str = "cpu") -> dict[str, Any]:
         **hardware,
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {"python": python_version(), "torch": machine.torch, "escort": machine.escort, **libraries},
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "timing": timing,
@@ -119,11 +119,16 @@ def header(command: str, device: str = "cpu") -> dict[str, Any]:
 
 def write_results(path: Path, head: dict[str, Any], rows: Iterable[Row]) -> None:
     """Writes a result file: ``{"header": ..., "rows": [...]}``, one row a line."""
+    write_lines(path, head, rows)
+
+
+def write_lines(path: Path, head: Mapping[str, Any], rows: Iterable[Any]) -> None:
+    """The same of rows that are any dataclass."""
     lines = ",\n".join("  " + json.dumps(asdict(row), allow_nan=False) for row in rows)
     path.write_text(f'{{"header": {json.dumps(head, indent=2)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit that this file was run from, "-dirty" where tracked files differ; None outside of its repository."""
     # An installed copy may lie inside another project's repository: only a tracked file tells of the right one.
     tracked = ["git", "ls-files", "--error-unmatch", __file__]
