@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
 
 from benchmarks.zoo.catalogue import Entry
 from escort import prune
@@ -35,6 +36,10 @@ def build(entry: Entry) -> nn.Module:
             parameter.data.uniform_(0.1, 0.5)
     prune.uniform(model, SPARSITY)
     prune.make_permanent(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, nn.Conv2d):
+            torch_prune.l1_unstructured(module, "weight", SPARSITY)
+            torch_prune.remove(module, "weight")
     return model
 
 

@@ -12,7 +12,7 @@ LIBRARIES = {
     "smp": "segmentation_models_pytorch",
     "ultralytics": "ultralytics",
 }
-Kind = Literal["picture", "clip", "pair", "noise"]
+Kind = Literal["picture", "pair", "noise"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Entry:
         size: height and width of the example.
         other: another height and width that it takes; None where it takes one size only. It is checked on yet more
             samples then.
-        kind: a picture, a clip of eight, a pair of pictures as two arguments, or the noise that a generator takes.
+        kind: a picture, a pair of pictures as two arguments, or the noise that a generator takes.
     """
 
     name: str
@@ -45,9 +45,7 @@ class Entry:
         return self._shape(1, self.size), self._shape(2, self.size), last
 
     def _shape(self, batch: int, size: int) -> tuple[int, ...]:
-        if self.kind == "noise":
-            return batch, 64, size, size
-        return (batch, 3, 8, size, size) if self.kind == "clip" else (batch, 3, size, size)
+        return batch, 64 if self.kind == "noise" else 3, size, size
 
 
 def _of(library: str, names: str, size: int = 64, other: int | None = 96, kind: Kind = "picture") -> list[Entry]:
@@ -63,7 +61,6 @@ ENTRIES: tuple[Entry, ...] = (
     *_of("torchvision", "fcn_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large"),
     *_of("torchvision", "fasterrcnn_mobilenet_v3_large_320_fpn/backbone retinanet_resnet50_fpn/backbone", 96, 128),
     *_of("torchvision", "ssdlite320_mobilenet_v3_large/backbone", 320, 352),
-    *_of("torchvision", "r3d_18", 64, 96, "clip"),
     *_of("torchvision", "raft_small", 128, 160, "pair"),
     *_of("timm", "resnet26d seresnet18 ecaresnet26t resnest14d res2net50_26w_4s resnetv2_50 dla34 dpn68"),
     *_of("timm", "tf_efficientnet_lite0 tf_mobilenetv3_small_minimal_100 tf_mixnet_s mobilenetv4_conv_small"),

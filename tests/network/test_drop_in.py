@@ -317,6 +317,26 @@ def test_models_in_wrappers(wrap: Any) -> None:
         assert close(escort.convert(wrap(model), x)(x), model(x))
 
 
+class Quantizable(nn.Module):
+    """As a network is before it is quantized: floats, and modules in the place of functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
+        self.conv, self.add = nn.Conv2d(3, 3, 3, padding=1), nn.quantized.FloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.quant(x)
+        return self.dequant(self.add.add_relu(self.conv(x), x))
+
+
+def test_a_model_that_is_not_quantized_yet() -> None:
+    model = pruned(Quantizable())
+    fast = escort.convert(model, X)
+    with torch.no_grad():
+        assert fast.traced and close(fast(X), model(X))
+
+
 def test_models_that_cannot_be_converted_say_what_to_pass() -> None:
     model, x = pruned(Small()), torch.randn(2, 3, 16, 16)
     with pytest.raises(TypeError, match="this one is TorchScript; pass the model it was made from"):

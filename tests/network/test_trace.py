@@ -16,7 +16,7 @@ from escort.network.original import plain_copy
 from escort.network.trace import graphs, trace
 from escort.runtime import Program
 from tests.network.models import Checked
-from tests.network.patterns import SAMPLES, Net, traced
+from tests.network.patterns import MORE, SAMPLES, Net, traced
 
 
 def paths(model: nn.Module, *args: Any, stateful: frozenset[str] = frozenset(), **kwargs: Any) -> list[str]:
@@ -150,6 +150,86 @@ class Scaled(nn.Module):
     def forward(self, x: Tensor, scale: float = 2.0, *, mask: Tensor | None = None) -> Tensor:
         y = self.conv(x) * scale
         return y if mask is None else y * mask
+
+
+class Appends(nn.Module):
+    """Changes the list that it is called with, and so has no graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, maps: list[Tensor], options: dict[str, float]) -> Tensor:
+        maps[0] = self.block(maps[0])
+        options["scale"] += 1.0
+        return sum(maps) * options["scale"] if maps[0].sum() > -1e9 else maps[0]
+
+
+def test_a_module_may_change_the_list_that_a_graph_calls_it_with() -> None:
+    model = Net(lambda net, x: net.appends([x, x * 2.0], {"scale": 1.0}))
+    model.appends = Appends().eval()
+    assert paths(model, SAMPLES) == ["", "appends.block"]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: x.chunk(2, 1),
+        lambda x: torch.chunk(x, chunks=2, dim=1),
+        lambda x: x.split((6, 2), 1),
+        lambda x: torch.split(x, [6, 2], dim=1),
+        lambda x: x.split(split_size=[6, 2], dim=1),
+    ],
+)
+def test_pieces_are_counted_and_gone_through(cut: Callable[[Tensor], Any]) -> None:
+    def pattern(net: Any, x: Tensor) -> Tensor:
+        pieces = list(cut(net.conv(x)))
+        pieces.extend(torch.sigmoid(piece) for piece in pieces[:])
+        first, *others = cut(pieces[0])
+        assert len(others) == 1
+        return torch.cat([*pieces, first], 1)
+
+    model = Net(pattern)
+    graph = traced(model, SAMPLES)
+    with torch.no_grad():
+        assert torch.equal(graph(MORE), model(MORE))
+
+
+def test_pieces_whose_number_depends_on_the_input_are_not_counted() -> None:
+    network, _ = trace(Net(lambda net, x: torch.cat([*net.conv(x).split(3, 2)], 1)), Example((SAMPLES[:, :, :9],)))
+    assert isinstance(network, Net)
+
+
+@pytest.mark.parametrize("read", [lambda x: x.ndim, lambda x: x.dim()])
+def test_a_check_of_dimensions_does_not_keep_the_convolutions_output(read: Callable[[Tensor], Any]) -> None:
+    def pattern(net: Any, x: Tensor) -> Tensor:
+        y = net.conv2(net.conv(x))
+        torch._assert(read(y) == 4, "it takes a batch")
+        return net.norm(y)
+
+    graph = traced(Net(pattern), SAMPLES)
+    assert [len(node.users) for node in graph.graph.nodes if str(node.target).startswith("conv")] == [1, 1]
+    with pytest.raises(AssertionError, match="it takes a batch"):
+        graph(SAMPLES[0])
+
+
+@fx.wrap
+def dropped_in_training(x: Tensor, training: bool) -> Tensor:
+    return x * 0.0 if training else x
+
+
+@fx.wrap
+def depends(x: Tensor) -> Tensor:
+    y = x * 2.0
+    return y if y.sum() > -1e9 else x
+
+
+def test_functions_that_a_library_wraps_are_looked_into_where_that_is_possible() -> None:
+    def pattern(net: Any, x: Tensor) -> Tensor:
+        return depends(dropped_in_training(net.conv(x), net.training))
+
+    targets = [node.target for node in traced(Net(pattern), SAMPLES).graph.nodes if node.op == "call_function"]
+    assert targets == [depends]
 
 
 def test_arguments_keep_their_names_and_those_that_are_no_tensors_their_values() -> None:

@@ -25,6 +25,9 @@ EFFORT_S: dict[str, float] = {"fast": 0.0, "best": 300.0}
 #: Whether to leave a convolution alone, by its name and the module itself.
 Skip = Callable[[str, nn.Module], bool]
 
+#: What stands among quantized modules, and adds and concatenates floats.
+_IN_FLOAT = (torch.ao.nn.quantized.FloatFunctional, torch.ao.nn.quantized.FXFloatFunctional)
+
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -64,7 +67,8 @@ def check_model(model: nn.Module, example: Example) -> None:
         raise ValueError("the model is converted already; use escort.replan to plan it anew, or convert the original")
     for name, module in model.named_modules():
         where = f"layer {name}" if name else "the model"
-        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+        quantized = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
+        if quantized and not isinstance(module, _IN_FLOAT):
             raise ValueError(
                 f"{where} is quantized, and convert takes floating-point weights; pass the model from before that"
             )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._pytree import tree_map_only, tree_unflatten
 
 from escort.network.conv_types import is_leaf
@@ -129,6 +130,7 @@ class _Tracing:
                 raise call
             root = _Alone(module) if is_leaf(module) else module
             graph = Tracer(call, inspect.signature(module.forward), self.leaves(module)).trace(root)
+            _read_before_convolutions(graph, root)
             graph._tracer_cls = None  # a copy out of a pickle is traced by torch.fx alone
             traced = fx.GraphModule(root, graph, type(module).__name__)
             Program.of(traced)  # raises for what no program can hold
@@ -253,14 +255,52 @@ def _keep_types(graph: fx.GraphModule, output: Any) -> None:
     graph.recompile()
 
 
+#: What a convolution's output has of its input.
+_KEPT = ("ndim", "dtype", "device")
+
+
+def _read_before_convolutions(graph: fx.Graph, module: nn.Module) -> None:
+    """Lets what a convolution's output has of its input be read from the input, as a norm does that checks dimensions.
+
+    Only what computes with the output still needs it then, and can be fused.
+    """
+    for node in graph.nodes:
+        while (x := _input_of_convolution(node, module)) is not None:
+            node.replace_input_with(node.args[0], x)
+
+
+def _input_of_convolution(read: fx.Node, module: nn.Module) -> fx.Node | None:
+    """The input of the convolution from whose output a node reads what both have; else None."""
+    is_read = read.op == "call_function" and read.target is getattr and read.args[1] in _KEPT
+    is_read |= read.op == "call_method" and read.target == "dim"
+    conv = read.args[0] if is_read else None
+    if not isinstance(conv, fx.Node) or conv.op != "call_module":
+        return None
+    is_convolution = isinstance(module.get_submodule(str(conv.target)), nn.modules.conv._ConvNd)
+    return conv.args[0] if is_convolution and conv.args else None  # type: ignore[return-value]
+
+
 class _Shapes(fx.Interpreter):
-    """Runs a graph and notes in every node the shape and type of its result."""
+    """Runs a graph as its code does, and notes in every node the shape and type of its result."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _plain(args), _plain(kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
             n.meta["shape"] = result.shape, result.dtype
         return result
+
+
+def _plain(value: Any) -> Any:
+    """The lists and dicts of a graph, which nobody may change, as its code makes them for a module that does."""
+    if isinstance(value, immutable_list):
+        return [_plain(item) for item in value]
+    if isinstance(value, immutable_dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return tuple(map(_plain, value)) if type(value) is tuple else value
 
 
 def _run_noting_shapes(graph: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

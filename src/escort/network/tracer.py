@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import linecache
 import operator
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +23,8 @@ from escort.network.conv_types import is_leaf
 from escort.runtime.stand_in import has_hooks
 
 _TORCH_FX = str(Path(fx.__file__).parent)
+#: What cuts a tensor into pieces, by function or method, and how the argument that says so is called.
+_CUTS = {"chunk": ("chunks",), "split": ("split_size", "split_size_or_sections")}
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Tracer(fx.Tracer):
 
     A graph takes the arguments that the module takes, by the same names. Those that are no tensors keep the value that
     they had, and any other value raises. A check of shapes that raises, as ``assert`` does, is
-    made by the graph too. Modules with hooks are called as they are.
+    made by the graph too. Modules with hooks are called as they are. Functions that a library wraps for torch.fx, so
+    that graphs call them, are looked into where that is possible.
 
     Args:
         call: how the module is called.
@@ -96,6 +101,20 @@ class Tracer(fx.Tracer):
         placeholder.node.meta["fixed"] = value
         return value
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
+        if kind == "call_function" and _is_foreign(target):
+            last = next(iter(reversed(self.graph.nodes)), None)
+            with suppress(Exception):  # it may do anything that no graph can
+                if isinstance(result := target(*args, **kwargs), fx.Proxy):
+                    return result
+            for node in itertools.takewhile(lambda node: node is not last, reversed(self.graph.nodes)):
+                self.graph.erase_node(node)
+        return super().create_proxy(kind, target, args, kwargs, *others, **options)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        count = _pieces(node)
+        return fx.Proxy(node, self) if count is None else _Pieces(node, self, count)
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename.startswith(_TORCH_FX):
@@ -108,6 +127,38 @@ class Tracer(fx.Tracer):
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
         self.create_proxy("call_function", torch._assert, (holds, f"the check at {where} failed: {line}"), {})
         return required
+
+
+def _is_foreign(function: Any) -> bool:
+    """Whether a function is a library's own, which it keeps from torch.fx by :func:`torch.fx.wrap`."""
+    return inspect.isfunction(function) and function.__module__.partition(".")[0] != "torch"
+
+
+class _Pieces(fx.Proxy):
+    """The pieces of a tensor that was cut into so many, which code may count and go through."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, count: int) -> None:
+        super().__init__(node, tracer)
+        self._count = count
+
+    def __iter__(self) -> Iterator[fx.Proxy]:
+        whole: Any = self
+        return iter([whole[index] for index in range(self._count)])
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def _pieces(node: fx.Node) -> int | None:
+    """Into how many pieces a node cuts a tensor, where its arguments tell, by their number or by all of their sizes."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if node.op not in ("call_method", "call_function") or name not in _CUTS:
+        return None
+    named = (node.kwargs[key] for key in _CUTS[name] if key in node.kwargs)
+    cut = node.args[1] if len(node.args) > 1 else next(named, None)
+    if name == "chunk":
+        return cut if isinstance(cut, int) else None
+    return len(cut) if isinstance(cut, list | tuple) else None
 
 
 def _required(frame: FrameType) -> bool | None:
