@@ -6,6 +6,7 @@ PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null 
 # gigabytes of CUDA libraries that PyPI's torch brings along.
 PIP_FLAGS ?=
 BENCH_FLAGS ?=
+ZOO_FLAGS ?=
 # The Python that runs the GPU tests, .venv's by default.
 ESCORT_PYTHON ?=
 
@@ -20,7 +21,7 @@ SOURCES := $(shell find src -name '*.py')
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test smoke lint format test-asan test-gpu test-sanitizer wheel wheel-test bench hooks clean
+.PHONY: help demo test smoke lint format test-asan test-gpu test-sanitizer wheel wheel-test bench zoo hooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,6 +109,18 @@ bench: $(VENV)/.installed  ## Time the paper's layers and ResNet-50 on this mach
 	$(BIN)/python -m benchmarks layers $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks networks resnet50 --sparsity 0.9 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks networks resnet50 --sparsity 0.95 --batch 1,8 --against onnxruntime $(BENCH_FLAGS)
+
+# An environment of its own, with the torch that the libraries need. Theirs is not in constraints.txt: it is never in CI.
+ZOO := build/zoo
+ZOO_INSTALL := $(ZOO)/venv/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+$(ZOO)/.installed: benchmarks/zoo/requirements.txt pyproject.toml CMakeLists.txt $(filter-out %.cu %.cuh,$(KERNELS))
+	test -x $(ZOO)/venv/bin/python || $(PYTHON) -m venv $(ZOO)/venv
+	$(ZOO_INSTALL) scikit-build-core nanobind cmake ninja -r benchmarks/zoo/requirements.txt
+	$(ZOO_INSTALL) $(BUILD)=$(ZOO)/cmake --editable .
+	@touch $@
+
+zoo: $(ZOO)/.installed  ## Convert some hundred networks of torchvision, timm and others; results in benchmarks/results/zoo.json
+	$(ZOO)/venv/bin/python -m benchmarks zoo $(ZOO_FLAGS)
 
 hooks: $(VENV)/.installed  ## Check style and types before each commit
 	$(BIN)/pre-commit install

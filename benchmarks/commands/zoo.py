@@ -47,7 +47,9 @@ def main(options: ZooOptions, output: Output) -> None:
     entries = _chosen(options.only)
     check_writable(options.output_path)
     head = _header()
-    rows = {} if options.only == "*" else _kept(options.output_path, head)
+    rows: dict[str, ZooRow] = {}
+    if options.only != "*" and options.output_path.is_file():
+        rows, head = _continued(options.output_path, head)
     with progress() as bar:
         task = bar.add_task("examining", total=len(entries))
         for row in _examined(entries, options):
@@ -86,14 +88,13 @@ def _header() -> dict[str, Any]:
 _DISTRIBUTIONS = ("segmentation-models-pytorch", "ultralytics")
 
 
-def _kept(path: Path, head: dict[str, Any]) -> dict[str, ZooRow]:
-    """The rows of earlier runs, with the same versions of everything."""
-    if not path.is_file():
-        return {}
+def _continued(path: Path, head: dict[str, Any]) -> tuple[dict[str, ZooRow], dict[str, Any]]:
+    """The rows of earlier runs, with the same versions of everything, and a header that names the last of them."""
     before, rows = read_zoo(path)
     if before["versions"] != head["versions"]:
         raise ValueError(f"{path} is of other versions ({before['versions']}); run all of the zoo, without --only")
-    return {row.network: row for row in rows}
+    continues = {name: before[name] for name in ("date", "commit", "command")}
+    return {row.network: row for row in rows}, {**head, "continues": continues}
 
 
 def _examined(entries: Sequence[Entry], options: ZooOptions) -> Iterator[ZooRow]:

@@ -75,10 +75,17 @@ def _shortened(reason: str) -> str:
 
 
 def _traced(fast: ConvertedModel) -> str:
-    if fast.traced:
-        return "whole"
+    """Into how many graphs the network went, and whether one around everything calls modules that have none."""
+    if isinstance(fast.network, fx.GraphModule):
+        called = {str(node.target) for node in fast.network.graph.nodes if node.op == "call_module"}
+        others = [name for name in called if not _is_layer(fast.network.get_submodule(name))]
+        return f"around {len(others)} modules" if others else "whole"
     graphs = sum(isinstance(module, fx.GraphModule) for module in fast.modules())
     return f"in {graphs} parts" if graphs else "not"
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in ("torch", "escort")
 
 
 def _errors(entry: Entry, model: nn.Module, fast: ConvertedModel) -> dict[str, list[float] | str]:

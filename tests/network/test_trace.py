@@ -185,7 +185,7 @@ def test_pieces_are_counted_and_gone_through(cut: Callable[[Tensor], Any]) -> No
     def pattern(net: Any, x: Tensor) -> Tensor:
         pieces = list(cut(net.conv(x)))
         pieces.extend(torch.sigmoid(piece) for piece in pieces[:])
-        first, *others = cut(pieces[0])
+        first, *others = cut(net.conv(x))
         assert len(others) == 1
         return torch.cat([*pieces, first], 1)
 
