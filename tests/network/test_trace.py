@@ -171,6 +171,25 @@ def test_a_module_may_change_the_list_that_a_graph_calls_it_with() -> None:
     assert paths(model, SAMPLES) == ["", "appends.block"]
 
 
+class Collects(nn.Module):
+    """Takes a list, which no graph of its own could, and calls what is not traceable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate = Block(), Gate()
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.gate(self.first(maps[0])) + maps[1]
+
+
+def test_a_module_that_takes_a_list_is_part_of_the_graph_around_it() -> None:
+    model = Net(lambda net, x: net.collects([x, x * 2.0]))
+    model.collects = Collects().eval()
+    assert paths(model, SAMPLES) == ["", "collects.gate.inner"]
+    called = {str(node.target) for node in traced(model, SAMPLES).graph.nodes if node.op == "call_module"}
+    assert called == {"collects.first.conv", "collects.first.norm", "collects.gate"}
+
+
 @pytest.mark.parametrize(
     "cut",
     [

@@ -6,7 +6,7 @@ import inspect
 import traceback
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,21 +107,30 @@ class _Tracing:
         return self.known[module]
 
     def traced(self, module: nn.Module) -> fx.GraphModule:
-        """A graph in which modules that cannot be traced are called as they are."""
+        """A graph in which modules that cannot be traced are called as they are.
+
+        Modules that are called in ways that no graph of their own can take, with a list of tensors for example, are
+        traced as part of this one where that is possible.
+        """
+        before = self.leaves(module)
         try:
-            return self.attempt(module)
+            return self.attempt(module, before)
         except Untraceable:
-            before = len(self.leaves(module))
             for inner in _inner(module):
                 self.graph(inner)
-            if len(self.leaves(module)) == before:
+            leaves = self.leaves(module)
+            if len(leaves) == len(before):
                 raise
-            return self.attempt(module)
+        forwards = [leaf for leaf in leaves if leaf in before or not isinstance(self.calls.get(leaf), ValueError)]
+        if len(before) < len(forwards) < len(leaves):
+            with suppress(Untraceable):
+                return self.attempt(module, forwards)
+        return self.attempt(module, leaves)
 
     def leaves(self, module: nn.Module) -> list[nn.Module]:
         return [inner for inner in _inner(module) if inner in self.known and self.known[inner] is None]
 
-    def attempt(self, module: nn.Module) -> fx.GraphModule:
+    def attempt(self, module: nn.Module, leaves: list[nn.Module]) -> fx.GraphModule:
         try:
             if isinstance(module, fx.GraphModule):
                 return _with_plain_arguments(module)
@@ -129,7 +138,7 @@ class _Tracing:
             if isinstance(call, ValueError):
                 raise call
             root = _Alone(module) if is_leaf(module) else module
-            graph = Tracer(call, inspect.signature(module.forward), self.leaves(module)).trace(root)
+            graph = Tracer(call, inspect.signature(module.forward), leaves).trace(root)
             _read_before_convolutions(graph, root)
             graph._tracer_cls = None  # a copy out of a pickle is traced by torch.fx alone
             traced = fx.GraphModule(root, graph, type(module).__name__)
