@@ -21,7 +21,7 @@ from benchmarks.commands.options import PROGRAM
 from benchmarks.exhibits.zoo import zoo_tables
 from benchmarks.zoo import ENTRIES, LIBRARIES, ZOO, Entry, ZooRow, read_zoo, write_zoo
 from escort import report
-from escort.cli.console import Output, command_line, note, progress
+from escort.cli.console import Output, note, progress
 from escort.cli.doctor import installed_version
 from escort.cli.options import check_writable, command
 
@@ -46,7 +46,7 @@ def main(options: ZooOptions, output: Output) -> None:
     """
     entries = _chosen(options.only)
     check_writable(options.output_path)
-    head = _header()
+    head = _header(options.only)
     rows: dict[str, ZooRow] = {}
     if options.only != "*" and options.output_path.is_file():
         rows, head = _continued(options.output_path, head)
@@ -78,8 +78,8 @@ def _chosen(only: str) -> list[Entry]:
     return entries
 
 
-def _header() -> dict[str, Any]:
-    head = suite.header(command_line(PROGRAM))
+def _header(only: str) -> dict[str, Any]:
+    head = suite.header(f"{PROGRAM} zoo" + ("" if only == "*" else f" --only '{only}'"))
     libraries = {name: installed_version(name) for name in ("torchvision", "timm", *_DISTRIBUTIONS)}
     kept = {name: value for name, value in head.items() if name not in ("timing", "load_average", "threads")}
     return {**kept, "versions": {**head["versions"], **libraries}, "weights": "random, norms made up, 90 % zeros"}

@@ -30,7 +30,7 @@ _COLUMNS = (
     *("Error", "More samples", "Another size", "File", "Right"),
 )
 _CAPTION = (
-    "Graph: whole, but for n, where the graph of the network calls n modules as they are. "
+    "Graph: around n, where the graph of the network calls n modules as they are. "
     "Error: relative, against float64, in brackets that of the original in float32. Swapped counts layers: a "
     "convolution that is called twice may be two. Another size: for those that take one size only, yet more samples."
 )

@@ -79,7 +79,7 @@ def _traced(fast: ConvertedModel) -> str:
     if isinstance(fast.network, fx.GraphModule):
         called = {str(node.target) for node in fast.network.graph.nodes if node.op == "call_module"}
         others = [name for name in called if not _is_layer(fast.network.get_submodule(name))]
-        return f"whole, but for {len(others)}" if others else "whole"
+        return f"around {len(others)}" if others else "whole"
     graphs = sum(isinstance(module, fx.GraphModule) for module in fast.modules())
     return f"in {graphs} parts" if graphs else "not"
 

@@ -31,7 +31,7 @@ class ZooRow:
             have become several.
         fused: how many of these have a norm folded into them, or an activation or a residual fused.
         left: how many convolutions were left alone, by the reason.
-        traced: "whole", "whole, but for n" modules that are called as they are, "in n parts" or "not".
+        traced: "whole", "around n" modules that are called as they are, "in n parts" or "not".
         errors: for the example and two other sizes, by their shapes: the relative errors of the converted network and
             of the original, against the original in float64; that against the original alone, where it does not run
             in float64; a message where the converted network does not run.
