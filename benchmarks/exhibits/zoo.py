@@ -21,7 +21,7 @@ def zoo_tables(header: Mapping[str, Any], rows: Sequence[ZooRow]) -> dict[str, T
         "zoo-graphs": _messages("Networks in parts", "Why it is no graph as a whole", rows, "why_not_whole"),
         "zoo-files": _messages("Networks without a file", "Why", rows, "saved"),
         "zoo-failed": _messages("Networks that were not converted", "Why", rows, "failed"),
-        "zoo-conditions": _conditions(header),
+        "zoo-conditions": _conditions(header, rows),
     }
 
 
@@ -108,7 +108,9 @@ def _short(message: str) -> str:
     return message if len(message) <= _LONGEST else message[: _LONGEST - 3] + "..."
 
 
-def _conditions(header: Mapping[str, Any]) -> Table:
+def _conditions(header: Mapping[str, Any], rows: Sequence[ZooRow]) -> Table:
+    """What the last run was made with; the commits are those of all rows."""
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
-    cells = str(header["cpu"]), str(header["commit"])[:7], str(header["date"])[:10], versions, f"`{header['command']}`"
-    return Table("Conditions", ("Device", "Commit", "Date", "Versions", "Command"), (cells,))
+    commits = ", ".join(dict.fromkeys(row.commit[:7] for row in rows if row.commit))
+    cells = str(header["cpu"]), commits, str(header["date"])[:10], versions
+    return Table("Conditions", ("Device", "Commits", "Date", "Versions"), (cells,))

@@ -32,6 +32,7 @@ def row(name: str = "timm/a", **fields: Any) -> ZooRow:
         "traced": "whole",
         "errors": {"1x3x8x8": [2e-7, 1e-7], "2x3x8x8": [3e-7, 1e-7], "1x3x9x9": [1e-6, 1e-7]},
         "saved": "loaded",
+        "commit": "0123456789-dirty",
     }
     return ZooRow(name, **{**usual, **fields})
 
@@ -76,7 +77,7 @@ def test_rows_are_read_back_as_written_and_damaged_files_are_named(tmp_path: Pat
 def test_tables_count_per_library_and_say_why() -> None:
     rows = [
         row(),
-        row("timm/b", traced="in 2 parts", why_not_whole="it counts", saved="not loaded: no graph"),
+        row("timm/b", commit="89abcdef", traced="in 2 parts", why_not_whole="it counts", saved="not loaded: no graph"),
         ZooRow("smp/c", failed="ValueError: " + "no " * 100),
         row("smp/d", errors={"1x3x8x8": [1e-7], "2x3x8x8": "it fails", "1x3x9x9": [1e-7, 1e-7]}),
     ]
@@ -95,7 +96,8 @@ def test_tables_count_per_library_and_say_why() -> None:
     assert cells(tables["zoo-files"]) == [{"Network": "timm/b", "Why": "not loaded: no graph"}]
     (failed,) = cells(tables["zoo-failed"])
     assert failed["Network"] == "smp/c" and len(failed["Why"]) == 100
-    assert cells(tables["zoo-conditions"])[0]["Commit"] == "0123456"
+    (conditions,) = cells(tables["zoo-conditions"])
+    assert (conditions["Commits"], conditions["Versions"]) == ("0123456, 89abcde", "torch 2")
 
 
 def test_a_network_is_examined_and_takes_its_place_in_the_file(tmp_path: Path) -> None:
