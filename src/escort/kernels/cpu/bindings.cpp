@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 
 #include <omp.h>
+#include <pthread.h>
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
@@ -15,6 +16,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "direct.hpp"
@@ -57,6 +59,24 @@ struct Free {
   void operator()(float* p) const { std::free(p); }
 };
 
+// Whether this thread came out of a fork: the threads that OpenMP believes it has were left behind in the parent, and a
+// parallel region would wait for them forever. Threads that a child starts later have none yet, and are as any other.
+thread_local bool came_out_of_fork = false;
+
+// Calls work(thread) on that many threads at the same time.
+template <class Work>
+void on_threads(int threads, const Work& work) {
+  if (came_out_of_fork) {
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; t++) others.emplace_back(work, t);
+    work(0);
+    for (std::thread& other : others) other.join();
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  work(omp_get_thread_num());
+}
+
 // Runs task(i, thread) for every i below `tasks`. Each thread starts with its own share of consecutive tasks, the same
 // share in every layer, so that it finds in its cache what it wrote in the layer before. A thread that is done helps
 // the others.
@@ -77,14 +97,12 @@ void parallel(int64_t tasks, int threads, const Task& task) {
     shares[t].next = tasks * t / threads;
     shares[t].end = tasks * (t + 1) / threads;
   }
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num();
+  on_threads(threads, [&](int thread) {
     for (int t = 0; t < threads; t++) {
       Share& share = shares[(thread + t) % threads];
       for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) task(i, thread);
     }
-  }
+  });
 }
 
 // Scratch of the calling thread for all its workers; it grows to the largest layer and is then reused.
@@ -203,6 +221,7 @@ bool keep_freed_memory(int most_bytes) {
 NB_MODULE(_cpu, m) {
   using namespace escort;
   nb::set_leak_warnings(false);  // a model that lives until the interpreter exits is no leak
+  pthread_atfork(nullptr, nullptr, [] { came_out_of_fork = true; });
   m.doc() = "Native kernels; see kernels/cpu/direct.hpp for the tables they take.";
   m.def(
       "isas",
