@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
@@ -15,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from escort.filter import SparseFilter
-from escort.layers import SparseConv2d
+from escort.layers import MaxPool2d, SparseConv2d, runners
 from escort.methods import by_name
 from escort.planner import Plan
 from escort.planner.machine import Machine
@@ -127,3 +131,76 @@ def _functional_backward(layer: SparseConv2d, x: Tensor, residual: Tensor) -> No
 def test_a_gradient_is_refused(derive: Callable[..., None], direct: SparseConv2d) -> None:
     with pytest.raises(RuntimeError, match="a layer has no gradient: call it under torch.inference_mode"):
         derive(direct, *inputs())
+
+
+def test_a_profiler_sees_the_layer_and_its_name(direct: SparseConv2d) -> None:
+    with torch.profiler.profile() as profile:
+        direct(*inputs())
+    assert [event.key for event in profile.key_averages()].count("escort::sparse_conv2d") == 1
+
+
+def test_autocast_before_a_layer_is_named_as_what_to_leave(direct: SparseConv2d) -> None:
+    x, residual = inputs()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="a layer .* outside of autocast"):
+        direct(x.bfloat16(), residual)
+    with pytest.raises(TypeError, match=r"a layer computes in torch.float32, .* convert it with .to\(torch.float32\)"):
+        direct(x.bfloat16(), residual)
+
+
+def test_a_child_of_fork_has_threads_of_its_own(direct: SparseConv2d) -> None:
+    """OpenMP would wait for those that were left behind in the parent."""
+    x, residual = torch.randn(16, 8, 9, 9), torch.randn(16, 6, 9, 9)
+    pool = MaxPool2d(2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        expected = pool(direct(x, residual))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # that other threads may hold locks
+            child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # ends a child that waits forever
+            code = 1
+            try:
+                code = 0 if all(torch.equal(pool(direct(x, residual)), expected) for _ in range(3)) else 1
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+        assert torch.equal(pool(direct(x, residual)), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_bias_that_changes_while_a_runner_is_made_counts(
+    direct: SparseConv2d, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call on one thread has read the bias of before, when another one finds that there is a new one."""
+    x, residual = inputs()
+    prepare, has_read, may_end = runners.prepare, threading.Event(), threading.Event()
+
+    def slow(*args: object) -> object:
+        run = prepare(*args)
+        if threading.current_thread() is first:
+            has_read.set()
+            may_end.wait(20)
+        return run
+
+    monkeypatch.setattr(runners, "prepare", slow)
+    first = threading.Thread(target=direct, args=(x, residual))
+    first.start()
+    assert has_read.wait(20)
+    direct.bias.add_(1.0)
+    expected = copy.deepcopy(direct)(x, residual)
+    direct(x[:, :, 1:], residual[:, :, 1:])  # of another size: it finds the change
+    may_end.set()
+    first.join()
+    assert torch.equal(direct(x, residual), expected)
+
+
+def test_a_bias_of_inference_mode_is_followed(direct: SparseConv2d) -> None:
+    x, residual = inputs()
+    with torch.inference_mode():
+        direct.bias = torch.full((6,), 50.0)
+        before = direct(x, residual)
+        direct.bias.add_(1.0)
+        assert torch.allclose(direct(x, residual), before + 1.0)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from escort.filter import SparseFilter
 from escort.layers import runners
-from escort.layers.operator import output_shape, sparse_conv2d
+from escort.layers.operator import check_not_for_onnx, output_shape, sparse_conv2d
 from escort.layers.runners import Choice, RunnerCache
 from escort.layers.weight import DenseWeight
 from escort.methods import Runner
@@ -30,6 +30,7 @@ _MOST_SIZES = 64
 #: function.
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_is_profiled = torch._C._autograd._profiler_enabled
 _PLAIN = frozenset((torch.Tensor, nn.Parameter))
 
 
@@ -49,7 +50,8 @@ class SparseConv2d(nn.Module):
 
     To the code around it, it is the convolution that it was made from: `weight`, `bias`, `in_channels` and so on. Its
     one parameter is empty; it is frozen, and of the type and on the device of the weights. A bias or values that are
-    written to, or that ``load_state_dict`` brings, count from the next call on.
+    written to, or that ``load_state_dict`` brings, count from the next call on. What is written through ``.data`` is
+    not seen, as by autograd.
 
     Args:
         sparse_filter: the weights, (K, C / groups, R, S).
@@ -79,7 +81,7 @@ class SparseConv2d(nn.Module):
         super().__init__()
         problem = plan.problem
         Layer(problem, sparse_filter, bias).check()
-        self._runners: RunnerCache[Runner] = RunnerCache(_MOST_SIZES)
+        self._runners: RunnerCache[Runner]
         self._versions = -1
         with torch.inference_mode(False):  # tensors made inside of it could not be followed, or moved outside of it
             for array in ("values", "columns", "indptr"):
@@ -123,6 +125,9 @@ class SparseConv2d(nn.Module):
                 f"layer {self.name}: its weight is compressed and cannot be set; set it in the original model and "
                 "convert that again"
             )
+        if name in ("values", "bias") and isinstance(value, torch.Tensor) and value.is_inference():
+            with torch.inference_mode(False):  # what is written to a tensor of inference mode cannot be followed
+                value = value.clone()
         super().__setattr__(name, value)
         if name in ("values", "bias") and "_versions" in self.__dict__:
             self._follow()
@@ -216,6 +221,9 @@ class SparseConv2d(nn.Module):
         if run is None:
             run = self._prepare(x, residual)
         try:
+            if _is_profiled():
+                with torch.profiler.record_function("escort::sparse_conv2d", self.name):
+                    return run(x, residual)
             return run(x, residual)
         except ValueError as error:
             if residual is not None and self._broadcasts(x, residual):
@@ -224,6 +232,7 @@ class SparseConv2d(nn.Module):
 
     def _by_operator(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Runs the convolution as an operator of torch, unless a gradient would have to pass through it."""
+        check_not_for_onnx(f"layer {self.name}")
         if not torch.compiler.is_compiling():
             is_forward = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
             if is_forward or (x.requires_grad and torch.is_grad_enabled()):
@@ -255,19 +264,23 @@ class SparseConv2d(nn.Module):
 
     def _without_epilogue(self, x: torch.Tensor) -> Runner:
         """A runner of the convolution alone."""
-        key = x.shape[1:], x.dtype, x.device, "alone"
-        run = self._runners.get(key)
+        key, cached = (x.shape[1:], x.dtype, x.device, "alone"), self._runners
+        run = cached.get(key)
         if run is None:
             run = self._make_runner(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]), alone=True)
-            self._runners.add(key, run)
+            cached.add(key, run)
         return run
 
     def _follow(self) -> None:
-        """Lets go of the runners, which hold copies of bias and values as they were; notes what they are now."""
-        self._runners.clear()
+        """Lets go of the runners, which hold copies of bias and values as they were; notes what they are now.
+
+        Other threads may be making runners meanwhile: those of what was here before go into the cache of before.
+        """
         tensors = self._buffers.get("values"), self._buffers.get("bias", self._parameters.get("bias"))
-        self._followed = tuple(tensor for tensor in tensors if tensor is not None and not tensor.is_inference())
-        self._versions = sum(tensor._version for tensor in self._followed)
+        followed = tuple(tensor for tensor in tensors if tensor is not None and not tensor.is_inference())
+        versions = sum(tensor._version for tensor in followed)
+        self._runners = RunnerCache(_MOST_SIZES)
+        self._followed, self._versions = followed, versions  # last, as a call that finds them trusts the cache
 
     def prepare(self) -> None:
         """Does what the first call on the plan's input size would do: lays out tables, compiles a kernel.
@@ -282,9 +295,9 @@ class SparseConv2d(nn.Module):
         """A runner for a new input size, or the error that a call deserves."""
         storage = self.plan.problem.storage
         if x.dtype is not storage:
-            raise TypeError(
-                f"layer {self.name} computes in {storage}, its input is {x.dtype}; convert it with .to({storage})"
-            )
+            is_cast = torch.is_autocast_enabled(x.device.type)
+            remedy = "call the model outside of autocast" if is_cast else f"convert it with .to({storage})"
+            raise TypeError(f"layer {self.name} computes in {storage}, its input is {x.dtype}; {remedy}")
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"layer {self.name} takes (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
         if x.device != self.values.device:
@@ -297,9 +310,10 @@ class SparseConv2d(nn.Module):
         return self._lay_out(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]))
 
     def _lay_out(self, batch: int, height: int, width: int) -> Runner:
+        cached = self._runners  # as it was before bias and values are read
         run = self._make_runner(batch, height, width)
         shape = torch.Size((self.in_channels, height, width))
-        self._runners.add((shape, self.plan.problem.storage, self.values.device, not self.residual), run)
+        cached.add((shape, self.plan.problem.storage, self.values.device, not self.residual), run)
         return run
 
     def _make_runner(self, batch: int, height: int, width: int, *, alone: bool = False) -> Runner:
@@ -350,7 +364,6 @@ class SparseConv2d(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._runners = RunnerCache(_MOST_SIZES)
         self._follow()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

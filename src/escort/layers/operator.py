@@ -65,7 +65,8 @@ def _operator_runner(
     planned, device = choice.problem, arrays[0].device
     if x.dtype is not planned.storage or x.device != device:
         raise ValueError(
-            f"sparse_conv2d takes {planned.storage} on the filter's device, {device}, got {x.dtype} on {x.device}"
+            f"sparse_conv2d takes {planned.storage} on the filter's device, {device}, got {x.dtype} on {x.device}; "
+            "pass such an input, outside of autocast"
         )
     if x.ndim != 4 or x.shape[1] != planned.in_channels:
         raise ValueError(f"sparse_conv2d takes (N, {planned.in_channels}, H, W), got shape {tuple(x.shape)}")
@@ -81,8 +82,15 @@ def _operator_runner(
 @torch.library.register_fake("escort::sparse_conv2d")
 def _empty_result(x: torch.Tensor, *others: Any) -> torch.Tensor:
     """A tensor like the operator's result; sizes may be symbols."""
+    check_not_for_onnx("sparse_conv2d")
     problem = Choice.from_json(others[-1]).problem
     return x.new_empty(output_shape(problem, x)).contiguous(memory_format=problem.torch_memory_format)
+
+
+def check_not_for_onnx(name: str) -> None:
+    """Raises RuntimeError while torch exports a model to ONNX, by whichever of its exporters."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(f"{name}: ONNX has no sparse convolution; export the original model")
 
 
 def output_shape(problem: Problem, x: torch.Tensor) -> tuple[int, ...]:
