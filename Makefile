@@ -7,6 +7,9 @@ PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null 
 PIP_FLAGS ?=
 BENCH_FLAGS ?=
 ZOO_FLAGS ?=
+# How long `make fuzz` tries random problems, and how many changed files it loads.
+FUZZ_SECONDS ?= 300
+FUZZ_FILES ?= 10000
 # The Python that runs the GPU tests, .venv's by default.
 ESCORT_PYTHON ?=
 
@@ -21,7 +24,7 @@ SOURCES := $(shell find src -name '*.py')
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test smoke lint format test-asan test-gpu test-sanitizer wheel wheel-test bench zoo hooks clean
+.PHONY: help demo test smoke lint format test-asan fuzz test-gpu test-sanitizer wheel wheel-test bench zoo hooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,11 +68,16 @@ build/asan/.installed: $(VENV)/.installed $(SOURCES)
 # The sanitizer must be the first library in the process, and it needs the C++ runtime beside it to see exceptions.
 # Python and torch never free some of their memory: leaks are not looked for. PYTHONMALLOC=malloc shows it every object,
 # and pytest must neither catch the crash (faulthandler) nor swallow the report (captured file descriptors).
-test-asan: build/asan/.installed  ## Run the kernel cases under the address and undefined-behaviour sanitizers
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	PYTHONPATH="build/asan/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-	$(BIN)/python -S -m pytest -p no:faulthandler --capture=sys tests/test_cases.py
+	$(BIN)/python -S
+test-asan: build/asan/.installed  ## Run the kernel cases under the address and undefined-behaviour sanitizers
+	$(SANITIZED) -m pytest -p no:faulthandler --capture=sys tests/test_cases.py
+
+fuzz: build/asan/.installed  ## Under the sanitizers: random problems (FUZZ_SECONDS=300), changed files (FUZZ_FILES=10000)
+	$(SANITIZED) -m tests.fuzz.problems --seconds $(FUZZ_SECONDS)
+	$(SANITIZED) -m tests.fuzz.files --count $(FUZZ_FILES)
 
 # Several processes share the GPU, as most of the time goes into compiling kernels and into references.
 TEST_ON_GPU = $(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -m gpu --numprocesses 8

@@ -1,0 +1,90 @@
+"""Changed files, loaded in processes of their own: each loads and runs, or is refused with a remedy.
+
+python -m tests.fuzz.files --count 10000
+python -m tests.fuzz.files --first 1234 --count 1     # the one that failed, as the failure says
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import escort
+from escort.planner import timing
+from tests.artifact.networks import Residual, X, sparse
+from tests.network.models import Small
+
+#: What loading a file may take: more than any small file needs, and less than the limits of docs/format.md allow.
+MOST_MIB, MOST_SECONDS = 1024, 20.0
+_BATCH = 200  # files of one process
+_PATIENCE_S = 120.0  # of a process, for one file and what it computes
+
+
+def saved(folder: Path) -> list[Path]:
+    """Files to be changed, of two networks that hold most of what a file can hold."""
+    paths = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(timing, "race", lambda runs, **_: [2.0] + [1.0] * (len(runs) - 1))
+        for model in (Residual(), Small()):
+            paths.append(folder / f"{type(model).__name__.lower()}.escort")
+            escort.save(escort.convert(sparse(model), X, methods=["direct"]), paths[-1])
+    return paths
+
+
+def try_files(source: Path, first: int, count: int) -> Counter[str]:
+    """How many files of these seeds were loaded, and how many refused. Raises AssertionError about the first other."""
+    outcomes = Counter[str]()
+    command = [sys.executable, *_flags(), "-m", "tests.fuzz.worker", str(source), str(first), str(count)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=_PATIENCE_S + count)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        err += "\nit took too long"
+    lines = out.splitlines()
+    for line in lines[1::2]:
+        result = json.loads(line)
+        again = f"{source.name}, run it again: python -m tests.fuzz.files --first {result['seed']} --count 1"
+        assert result["outcome"] in ("loaded", "refused"), f"{result['outcome']}: {again}"
+        assert result["mib"] <= MOST_MIB and result["seconds"] <= MOST_SECONDS, f"{result}: {again}"
+        outcomes[result["outcome"]] += 1
+    assert process.returncode == 0, (
+        f"{source.name}: the process ended with {process.returncode} at {lines[-1:]}: {err[-3000:]}"
+    )
+    assert outcomes.total() == count
+    return outcomes
+
+
+def _flags() -> list[str]:
+    """With -S, as under the sanitizer, a process of its own must be started so too."""
+    return ["-S"] if sys.flags.no_site else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=None, help="the first seed, by default another one each time")
+    options = parser.parse_args()
+    first = time.time_ns() % 10**9 if options.first is None else options.first
+    outcomes = Counter[str]()
+    with tempfile.TemporaryDirectory() as folder:
+        sources = saved(Path(folder))
+        for start in range(first, first + options.count, _BATCH):
+            batch = min(_BATCH, first + options.count - start)
+            for source in sources if options.count == 1 else [sources[(start // _BATCH) % 4 == 3]]:
+                outcomes += try_files(source, start, batch)
+    print(f"{outcomes.total()} changed files, from seed {first}: {dict(outcomes)}")
+
+
+if __name__ == "__main__":
+    main()
