@@ -1,4 +1,7 @@
-"""Changed files: whatever a file is made of, changed at random and sealed again. It knows no format but the container's."""
+"""Changed files: whatever a file is made of, changed at random and sealed again.
+
+What is changed is bytes, a table of tensors and JSON; nothing here knows what they mean.
+"""
 
 from __future__ import annotations
 

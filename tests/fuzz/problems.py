@@ -29,10 +29,6 @@ from tests.cases import benchmark_configs
 _MOST_PRODUCTS = 4e6  # multiplications of a problem, zeros included: small ones find as much, and more of them run
 
 
-class Failed(AssertionError):
-    """A problem that went wrong; the message says how to run it again."""
-
-
 @dataclass(frozen=True)
 class Drawn:
     """A problem, its tensors, and the draws that follow."""
@@ -212,7 +208,7 @@ def _named(what: str, *results: object) -> None:
 
 
 def run(seed: int) -> None:
-    """Everything about the problem of a seed. Raises Failed."""
+    """Everything about the problem of a seed. Raises AssertionError, which says how to run it again."""
     drawn = draw(seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(drawn.rng.choice((1, 1, 2, 3)))
@@ -222,7 +218,7 @@ def run(seed: int) -> None:
             check_layer(drawn)
     except Exception as error:
         again = f"python -m tests.fuzz.problems --first {seed} --count 1"
-        raise Failed(f"{drawn.problem}: {type(error).__name__}: {error}\nrun it again: {again}") from error
+        raise AssertionError(f"{drawn.problem}: {type(error).__name__}: {error}\nrun it again: {again}") from error
     finally:
         torch.set_num_threads(threads)
 
