@@ -26,6 +26,7 @@ from tests.network.models import Small
 #: What loading a file may take: more than any small file needs, and less than the limits of docs/format.md allow.
 MOST_MIB, MOST_SECONDS = 1024, 20.0
 _BATCH = 200  # files of one process
+_KEPT = Path("out/fuzz")
 _PATIENCE_S = 120.0  # of a process, for one file and what it computes
 
 
@@ -41,7 +42,10 @@ def saved(folder: Path) -> list[Path]:
 
 
 def try_files(source: Path, first: int, count: int) -> Counter[str]:
-    """How many files of these seeds were loaded, and how many refused. Raises AssertionError about the first other."""
+    """How many files of these seeds were loaded, and how many refused.
+
+    Raises AssertionError about the first other; the file that was changed is then kept, as it holds times.
+    """
     outcomes = Counter[str]()
     command = [sys.executable, *_flags(), "-m", "tests.fuzz.worker", str(source), str(first), str(count)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -51,18 +55,28 @@ def try_files(source: Path, first: int, count: int) -> Counter[str]:
         process.kill()
         out, err = process.communicate()
         err += "\nit took too long"
-    lines = out.splitlines()
-    for line in lines[1::2]:
+    seed = first
+    for line in out.splitlines():
+        if line.startswith("start "):
+            seed = int(line.removeprefix("start "))
+            continue
         result = json.loads(line)
-        again = f"{source.name}, run it again: python -m tests.fuzz.files --first {result['seed']} --count 1"
-        assert result["outcome"] in ("loaded", "refused"), f"{result['outcome']}: {again}"
-        assert result["mib"] <= MOST_MIB and result["seconds"] <= MOST_SECONDS, f"{result}: {again}"
+        is_good = result["outcome"] in ("loaded", "refused")
+        if not is_good or result["mib"] > MOST_MIB or result["seconds"] > MOST_SECONDS:
+            raise AssertionError(f"{result}\n{_again(source, seed)}")
         outcomes[result["outcome"]] += 1
-    assert process.returncode == 0, (
-        f"{source.name}: the process ended with {process.returncode} at {lines[-1:]}: {err[-3000:]}"
-    )
-    assert outcomes.total() == count
+    if process.returncode or outcomes.total() != count:
+        raise AssertionError(f"the process ended with {process.returncode}: {err[-3000:]}\n{_again(source, seed)}")
     return outcomes
+
+
+def _again(source: Path, seed: int) -> str:
+    """How to run a file again, of which the source is kept."""
+    _KEPT.mkdir(parents=True, exist_ok=True)
+    kept = _KEPT / source.name
+    if kept.resolve() != source.resolve():
+        kept.write_bytes(source.read_bytes())
+    return f"run it again: python -m tests.fuzz.files --source {kept} --first {seed} --count 1"
 
 
 def _flags() -> list[str]:
@@ -74,15 +88,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=None, help="the first seed, by default another one each time")
+    parser.add_argument("--source", type=Path, help="the file to change, by default new ones")
     options = parser.parse_args()
     first = time.time_ns() % 10**9 if options.first is None else options.first
     outcomes = Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
-        sources = saved(Path(folder))
-        for start in range(first, first + options.count, _BATCH):
-            batch = min(_BATCH, first + options.count - start)
-            for source in sources if options.count == 1 else [sources[(start // _BATCH) % 4 == 3]]:
-                outcomes += try_files(source, start, batch)
+        sources = [options.source] if options.source else saved(Path(folder))
+        for number, start in enumerate(range(first, first + options.count, _BATCH)):
+            count = min(_BATCH, first + options.count - start)
+            outcomes += try_files(sources[number % len(sources)], start, count)
     print(f"{outcomes.total()} changed files, from seed {first}: {dict(outcomes)}")
 
 

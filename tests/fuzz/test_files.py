@@ -40,10 +40,14 @@ def test_changed_files_are_sealed(sources: list[Path]) -> None:
     assert sum(right) > 150
 
 
-def test_what_goes_wrong_is_named_by_its_seed(sources: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_is_named_by_its_seed_and_kept(
+    sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "MOST_SECONDS", 0.0)
-    with pytest.raises(AssertionError, match="run it again: python -m tests.fuzz.files --first 7 --count 1"):
+    monkeypatch.setattr(files, "_KEPT", tmp_path)
+    with pytest.raises(AssertionError, match="run it again: .* --source .*/residual.escort --first 7 --count 1"):
         files.try_files(sources[0], 7, 3)
+    assert (tmp_path / "residual.escort").read_bytes() == sources[0].read_bytes()
 
 
 def test_an_unchanged_file_that_is_sealed_again_loads(sources: list[Path], tmp_path: Path) -> None:
