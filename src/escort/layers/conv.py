@@ -211,7 +211,7 @@ class SparseConv2d(nn.Module):
         if _is_observed():
             return self._by_operator(x, residual)
         # The operator resolves a lazily negated view.
-        if x.requires_grad or type(x) not in _PLAIN or x.is_neg():
+        if type(x) not in _PLAIN or x.requires_grad or x.is_neg():
             return self._by_operator(x, residual)
         if residual is not None and (type(residual) not in _PLAIN or residual.is_neg()):
             return self._by_operator(x, residual)
@@ -232,6 +232,11 @@ class SparseConv2d(nn.Module):
 
     def _by_operator(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Runs the convolution as an operator of torch, unless a gradient would have to pass through it."""
+        for value in (x, residual):
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"layer {self.name} takes tensors, got a {type(value).__name__}; pass torch.as_tensor of it"
+                )
         check_not_for_onnx(f"layer {self.name}")
         if not torch.compiler.is_compiling():
             is_forward = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -40,6 +41,9 @@ from escort.planner.planner import forget
 from escort.problem import Precision
 from escort.runtime import as_programs
 from escort.runtime.saved.description import unsavable
+
+#: One conversion at a time: torch.fx traces one model at a time, and what is timed must not compete with another.
+_turn = threading.RLock()
 
 
 def convert(
@@ -104,7 +108,7 @@ def convert(
         progress=progress,
     )
     # What is made here is used outside, where tensors of inference mode could not be followed or written to.
-    with on_device(request.device), torch.inference_mode(False), torch.no_grad(), own_draws():
+    with _turn, on_device(request.device), torch.inference_mode(False), torch.no_grad(), own_draws():
         return _convert(model, example, request)
 
 
@@ -155,7 +159,7 @@ def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = F
     tensors = (*model.network.parameters(), *model.network.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
     request = Request(device, model.plan.precision, settle_effort(effort), progress=progress)
-    with on_device(device), own_draws():
+    with _turn, on_device(device), own_draws():
         with running_out("the network"):
             network = copy.deepcopy(model.network)
         layers = {name: replace(plan, problem=plan.problem.on(str(device))) for name, plan in model.plan.layers.items()}

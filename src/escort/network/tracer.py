@@ -8,6 +8,7 @@ import itertools
 import linecache
 import operator
 import sys
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -69,6 +70,12 @@ class Tracer(fx.Tracer):
     def __init__(self, call: Call, signature: inspect.Signature, leaves: Collection[nn.Module]) -> None:
         super().__init__()
         self._call, self._signature, self._leaves = call, signature, {id(module) for module in leaves}
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:  # which torch.fx does not ask: it sees the modules of all threads
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         stays = id(m) in self._leaves or has_hooks(m) or is_leaf(m)
