@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from random import Random
 
 import torch
@@ -118,17 +119,33 @@ def expected(problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None, r
     return y
 
 
-def check(y: Tensor, problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    """A result is right to the precision of the terms that it is the sum of, which may cancel out."""
-    x, residual = x.detach(), None if residual is None else residual.detach()
-    wanted = expected(problem, x, weight, bias, residual)
-    assert y.shape == wanted.shape and y.dtype is torch.float32
-    assert not y.isnan().any()
-    plain = replace(problem, epilogue=Epilogue())
-    sizes = (t if t is None else t.abs() for t in (x, weight, bias, residual))
-    size = torch.linalg.vector_norm(expected(plain, *sizes))  # type: ignore[arg-type]
-    error = torch.linalg.vector_norm(y.double() - wanted)
-    assert error <= reference.ERROR_BOUND["fp32"] * size, f"an error of {float(error):.3g}, where terms are {size:.3g}"
+@dataclass(frozen=True)
+class Truth:
+    """What is computed, and its result in float64."""
+
+    problem: Problem
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+
+    @cached_property
+    def result(self) -> Tensor:
+        return expected(self.problem, self.x, self.weight, self.bias, self.residual)
+
+    @cached_property
+    def size(self) -> float:
+        """The norm of the results, were all terms positive: of those that cancel out, rounding is what is left."""
+        plain = replace(self.problem, epilogue=Epilogue())
+        terms = (None if t is None else t.abs() for t in (self.x, self.weight, self.bias, self.residual))
+        return float(torch.linalg.vector_norm(expected(plain, *terms)))  # type: ignore[arg-type]
+
+    def check(self, y: Tensor, what: str) -> None:
+        """Raises AssertionError unless `y` is right, with `what` made it."""
+        assert y.shape == self.result.shape and y.dtype is torch.float32, f"{what}: {y.dtype} of {tuple(y.shape)}"
+        error, bound = float(torch.linalg.vector_norm(y.double() - self.result)), reference.ERROR_BOUND["fp32"]
+        is_right = error <= bound * float(torch.linalg.vector_norm(self.result)) or error <= bound * self.size
+        assert is_right, f"{what}: an error of {error:.3g}, where terms are {self.size:.3g}"
 
 
 def check_methods(drawn: Drawn) -> None:
@@ -136,16 +153,17 @@ def check_methods(drawn: Drawn) -> None:
     problem, rng = drawn.problem, drawn.rng
     x = torch.randn(problem.input_shape)
     residual = torch.randn(problem.output_shape) if problem.epilogue.residual else None
+    truth = Truth(problem, x, drawn.weight, drawn.bias, residual)
+    forms = sorted(FORMS.keys() - {"negated", "needs a gradient", "one sample many times"})
     for method in for_device("cpu"):
         configs = benchmark_configs(method, problem, drawn.filter)
         chosen = rng.sample(configs, min(2, len(configs)))
         if method.config_type is DirectConfig:
             chosen.append(_any_config(rng, drawn.weight.shape[1]))
         for config in chosen:
-            form = rng.choice([name for name in FORMS if name not in ("negated", "needs a gradient")])
-            given = FORMS[form](x)
-            y = method.prepare(problem, drawn.filter, drawn.bias, config)(given, residual)
-            _named(f"{method.name}, {config}, {form}", y, problem, given, drawn.weight, drawn.bias, residual)
+            form = rng.choice(forms)
+            y = method.prepare(problem, drawn.filter, drawn.bias, config)(FORMS[form](x), residual)
+            truth.check(y, f"{method.name}, {config}, {form}")
 
 
 def _any_config(rng: Random, channels: int) -> DirectConfig:
@@ -175,7 +193,7 @@ def check_layer(drawn: Drawn) -> None:
         y = layer(given, residual)
         shape = None if residual is None else tuple(residual.shape)
         what = f"a layer by {method.name}, {config}, call {number} on {tuple(x.shape)} {form} with a residual {shape}"
-        _named(what, y, now, given, drawn.weight, layer.bias, residual)
+        Truth(now, given.detach(), drawn.weight, layer.bias, residual).check(y, what)
 
 
 def _refused(layer: SparseConv2d, x: Tensor, reason: str) -> None:
@@ -198,13 +216,6 @@ def _residual(rng: Random, problem: Problem) -> Tensor:
             shape[0] = 3  # then there are more results than samples
     residual = torch.randn(shape)
     return residual.contiguous(memory_format=torch.channels_last) if residual.ndim == 4 else residual
-
-
-def _named(what: str, *results: object) -> None:
-    try:
-        check(*results)  # type: ignore[arg-type]
-    except AssertionError as error:
-        raise AssertionError(f"{what}: {error}") from error
 
 
 def run(seed: int) -> None:

@@ -13,7 +13,7 @@ from escort.methods.base import Method, Prepared
 from tests.fuzz import problems
 
 
-@pytest.mark.parametrize("first", range(0, 60, 10))
+@pytest.mark.parametrize("first", range(0, 30, 10))
 def test_random_problems(first: int) -> None:
     for seed in range(first, first + 10):
         problems.run(seed)
