@@ -25,13 +25,15 @@ from tests.fuzz.mutate import mutate
 _STATUS, _REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 #: What a file and a call may take besides what the process has: the largest that docs/format.md allows, and some more.
 _LIMIT_BYTES = 6 << 30
+_MOST_SECONDS = 120  # of processor time for one file and what it computes: then the process ends
 
 
 def report(source: Path, seed: int, folder: Path) -> dict[str, object]:
     """What became of one changed file: its outcome, and the memory and time that loading took."""
     path = folder / "changed.escort"
     path.write_bytes(mutate(source.read_bytes(), seed))
-    before, start, outcome = _peak_mib(), time.monotonic(), "loaded"
+    before, start, outcome = _peak_mib(), time.process_time(), "loaded"
+    _limit(resource.RLIMIT_CPU, int(start) + _MOST_SECONDS)
     network: nn.Module | None = None
     try:
         network = load(path, remeasure=False)
@@ -41,7 +43,7 @@ def report(source: Path, seed: int, folder: Path) -> dict[str, object]:
     except BaseException as error:
         outcome = f"{type(error).__name__}: {error}"
     result = {"seed": seed, "outcome": outcome[:500], "mib": _peak_mib(reset=False) - before}
-    result["seconds"] = time.monotonic() - start
+    result["seconds"] = time.process_time() - start  # of this process: others may have the processor
     if network is not None:
         with suppress(Exception), torch.inference_mode():  # a graph may be wrong in itself, and torch then says so
             network(X)
@@ -55,12 +57,16 @@ def _peak_mib(*, reset: bool = True) -> int:
     return int(re.findall(r"VmHWM:\s*(\d+) kB", _STATUS.read_text())[0]) >> 10
 
 
+def _limit(what: int, value: int) -> None:
+    resource.setrlimit(what, (value, resource.getrlimit(what)[1]))
+
+
 def main() -> None:
     source, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     size = int(re.findall(r"VmSize:\s*(\d+) kB", _STATUS.read_text())[0]) << 10
-    resource.setrlimit(resource.RLIMIT_AS, (size + _LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    _limit(resource.RLIMIT_AS, size + _LIMIT_BYTES)
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(first, first + count):
             print(f"start {seed}", flush=True)  # the one that ends the process is known by it
