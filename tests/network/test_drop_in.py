@@ -313,8 +313,10 @@ def test_a_frozen_backbone_of_a_model_in_training() -> None:
 )
 def test_models_in_wrappers(wrap: Any) -> None:
     model, x = pruned(Small()), torch.randn(2, 3, 16, 16)
+    wrapped = wrap(model)
+    model.cpu()  # DataParallel moves the model to a machine's only GPU
     with torch.no_grad():
-        assert close(escort.convert(wrap(model), x)(x), model(x))
+        assert close(escort.convert(wrapped, x)(x), model(x))
 
 
 class Quantizable(nn.Module):
