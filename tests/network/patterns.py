@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
+from escort.layers import FusedConv2d
 from escort.network.check import Request
 from escort.network.example import Example
-from escort.network.fused import FusedConv2d
 from escort.network.original import plain_copy
 from escort.network.passes import fuse
-from escort.network.trace import trace
+from escort.network.tracing.trace import trace
 from escort.reference import compare
 
 ON_CPU = Request(torch.device("cpu"), "fp32")

@@ -11,9 +11,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 import escort
-from escort.layers import SparseConv2d
+from escort.layers import FusedConv2d, SparseConv2d
 from escort.network.check import Request
-from escort.network.fused import FusedConv2d
 from escort.network.model import ConvertedModel
 from escort.network.passes import PASSES
 from escort.reference import compare

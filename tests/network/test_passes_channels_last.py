@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from escort.filter import SparseFilter
+from escort.layers import FusedConv2d
 from escort.methods.cuda.sparse_tc.split import split
 from escort.network.check import Request
-from escort.network.fused import FusedConv2d
 from escort.network.passes import channels_last, fuse
 from escort.problem import Precision, Problem
 from tests.network.patterns import traced

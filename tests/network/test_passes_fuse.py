@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from benchmarks.networks import NETWORKS
-from escort.network.fused import FusedConv2d
+from escort.layers import FusedConv2d
 from escort.network.passes import fuse
 from tests.network.patterns import MORE, ON_CPU, SAMPLES, Fused, Net, fused, traced, with_statistics
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from escort.network.fused import FusedConv2d
+from escort.layers import FusedConv2d
 from escort.network.passes import fuse
 from tests.network.patterns import ON_CPU, SAMPLES, Fused, Net, masked, traced
 

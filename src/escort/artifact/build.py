@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from escort.artifact.container import Container
 from escort.layers import SparseConv2d
 from escort.methods import for_device
-from escort.network.fused import unsupported
 from escort.network.model import NetworkPlan
 from escort.network.original import plain_copy
+from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan
 from escort.problem import Problem
 from escort.runtime import Program, with_plain

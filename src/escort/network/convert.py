@@ -31,9 +31,9 @@ from escort.network.model import ConvertedModel
 from escort.network.original import plain_copy, run_original, unwrap
 from escort.network.passes import rewrite
 from escort.network.passes.channels_last import in_memory_formats
-from escort.network.state import State, own_draws
 from escort.network.swap import check_calls, plan_into, record_calls, swap
-from escort.network.trace import trace
+from escort.network.tracing.state import State, own_draws
+from escort.network.tracing.trace import trace
 from escort.network.values import tensors_of
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer

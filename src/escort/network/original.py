@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from escort.network.example import Example
-from escort.network.state import State, same_draws
+from escort.network.tracing.state import State, same_draws
 from escort.network.values import output_error, tensors_of
 
 #: How far two runs of one model on one input may be apart, relatively, by the order of sums alone.

@@ -15,14 +15,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from escort.filter import SparseFilter
-from escort.layers import SparseConv2d
+from escort.layers import FusedConv2d, SparseConv2d
 from escort.layers.weight import is_outside
 from escort.methods import by_name
 from escort.network.check import Request
 from escort.network.context import naming, running_out
-from escort.network.fused import FusedConv2d, unsupported
 from escort.network.original import Original
 from escort.network.passes.operations import replace_module
+from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan, plan_layers
 from escort.planner.cores import on_all_cores
 from escort.planner.plan import Layer

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from escort.layers import FusedConv2d
 from escort.methods import channel_order
 from escort.network.check import Request
-from escort.network.fused import FusedConv2d
 from escort.network.passes.operations import mutates
 from escort.problem import MemoryFormat
 

@@ -1,7 +1,7 @@
 """Fusing: a convolution and what runs behind it (batch norm, residual add, activation) become one module.
 
 The fused network computes what the graph computes in eval mode, and each 2-d convolution in it is a
-:class:`escort.network.fused.FusedConv2d` under the convolution's own qualified name.
+:class:`escort.layers.FusedConv2d` under the convolution's own qualified name.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
+from escort.layers import FusedConv2d
 from escort.network.check import Request
-from escort.network.fused import FusedConv2d, not_2d, unsupported
 from escort.network.passes.operations import CONV, convolution_name, mutates, new_conv2d
 from escort.network.passes.rewriting import Rewriting
-from escort.network.trace import shape_of
+from escort.network.tracing.conv_types import not_2d, unsupported
+from escort.network.tracing.trace import shape_of
 from escort.runtime.stand_in import adopt, has_hooks
 
 
@@ -22,8 +23,8 @@ def rewrite(graph_module: fx.GraphModule, request: Request) -> tuple[fx.GraphMod
     """Replaces every 2-d convolution by a :class:`FusedConv2d` with what runs behind it.
 
     A convolution called several times becomes several modules: `name`, `name_1`, ... Residual adds are fused where the
-    nodes carry shapes, as :func:`escort.network.trace.trace` leaves them. `graph_module` is left as it is; the result
-    shares with it the modules that are not convolutions.
+    nodes carry shapes, as tracing leaves them. `graph_module` is left as it is; the result shares with it the modules
+    that are not convolutions.
 
     Returns:
         The new graph module in eval mode, and for every convolution left alone its name and the reason.

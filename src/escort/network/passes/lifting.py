@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from escort.network.passes.operations import FROZEN, POINTWISE
 from escort.network.passes.rewriting import Rewriting
-from escort.network.trace import shape_of
+from escort.network.tracing.trace import shape_of
 
 
 class Lifting:

@@ -11,7 +11,7 @@ from escort.network.check import Request
 from escort.network.passes.lifting import Lifting
 from escort.network.passes.operations import convolution_name, new_conv2d
 from escort.network.passes.rewriting import Rewriting
-from escort.network.trace import shape_of
+from escort.network.tracing.trace import shape_of
 from escort.problem import TORCH_DTYPE
 
 #: The least share of zeros in the weights of a layer for which a sparse method may pay.

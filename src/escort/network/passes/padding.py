@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from escort.network.check import Request
-from escort.network.conv_types import overrides, remade
 from escort.network.passes.rewriting import Rewriting, note_shape
+from escort.network.tracing.conv_types import overrides, remade
 
 
 def rewrite(network: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, dict[str, str]]:

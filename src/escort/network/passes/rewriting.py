@@ -12,10 +12,9 @@ import torch
 from torch import fx, nn
 
 from escort.network.check import Request
-from escort.network.conv_types import own_type
-from escort.network.fused import unsupported
 from escort.network.passes.operations import FROZEN, OPERATIONS, TENSORS, attach, fold_scale, mutates
-from escort.network.trace import shape_of
+from escort.network.tracing.conv_types import own_type, unsupported
+from escort.network.tracing.trace import shape_of
 from escort.runtime.stand_in import has_hooks
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from escort.network.check import Request
-from escort.network.conv_types import overrides
 from escort.network.passes.lifting import Lifting
 from escort.network.passes.operations import convolution_name, per_axis, takes_output_size
 from escort.network.passes.rewriting import Rewriting
-from escort.network.trace import shape_of
+from escort.network.tracing.conv_types import overrides
+from escort.network.tracing.trace import shape_of
 
 
 def rewrite(network: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, dict[str, str]]:

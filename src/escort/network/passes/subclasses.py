@@ -12,10 +12,9 @@ from torch import fx, nn
 
 from escort.layers import SamePad
 from escort.network.check import Request
-from escort.network.conv_types import behaviour, overrides, remade, standardises
-from escort.network.fused import unsupported
 from escort.network.passes.rewriting import Rewriting
-from escort.network.trace import shape_of
+from escort.network.tracing.conv_types import behaviour, overrides, remade, standardises, unsupported
+from escort.network.tracing.trace import shape_of
 
 
 def rewrite(network: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, dict[str, str]]:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from escort.network.check import Request
-from escort.network.conv_types import overrides
 from escort.network.passes.linear import LEAST_SPARSITY, sparsity
 from escort.network.passes.operations import POINTWISE, convolution_name, new_conv2d, per_axis, takes_output_size
 from escort.network.passes.rewriting import Rewriting
-from escort.network.trace import shape_of
+from escort.network.tracing.conv_types import overrides
+from escort.network.tracing.trace import shape_of
 
 
 def rewrite(network: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, dict[str, str]]:

@@ -17,10 +17,10 @@ from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._pytree import tree_map_only, tree_unflatten
 
-from escort.network.conv_types import is_leaf
 from escort.network.example import Example
-from escort.network.state import State, same_draws
-from escort.network.tracer import Call, Tracer
+from escort.network.tracing.conv_types import is_leaf
+from escort.network.tracing.state import State, same_draws
+from escort.network.tracing.tracer import Call, Tracer
 from escort.network.values import difference
 from escort.runtime import Program
 from escort.runtime.stand_in import adopt

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from escort.network.conv_types import is_leaf
+from escort.network.tracing.conv_types import is_leaf
 from escort.runtime.stand_in import has_hooks
 
 _TORCH_FX = str(Path(fx.__file__).parent)

@@ -1,0 +1,1 @@
+"""A model as graphs: what can be traced of it, and how."""
