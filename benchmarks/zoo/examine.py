@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import escort
 from benchmarks.suite.rows import commit
@@ -33,6 +33,7 @@ from benchmarks.zoo.rows import ZooRow
 from escort.layers import SparseConv2d
 from escort.network.model import ConvertedModel
 from escort.network.values import output_error, tensors_of
+from escort.runtime import Program
 
 #: Bytes that a process may ask for: a network that needs more fails alone.
 MEMORY = 10 << 30
@@ -76,12 +77,12 @@ def _shortened(reason: str) -> str:
 
 def _traced(fast: ConvertedModel) -> str:
     """Into how many graphs the network went, and whether one around everything calls modules that have none."""
-    if isinstance(fast.network, fx.GraphModule):
-        called = {str(node.target) for node in fast.network.graph.nodes if node.op == "call_module"}
+    if isinstance(fast.network, Program):
+        called = {step.target for step in fast.network.listing.steps if step.kind == "layer"}
         others = [name for name in called if not _is_layer(fast.network.get_submodule(name))]
         return f"around {len(others)}" if others else "whole"
-    graphs = sum(isinstance(module, fx.GraphModule) for module in fast.modules())
-    return f"in {graphs} parts" if graphs else "not"
+    programs = sum(isinstance(module, Program) for module in fast.modules())
+    return f"in {programs} parts" if programs else "not"
 
 
 def _is_layer(module: nn.Module) -> bool:
