@@ -228,7 +228,7 @@ def test_nothing_large_is_measured_without_being_asked_for(saved: Path, tmp_path
         load(tmp_path / "forged", remeasure=False)
         with pytest.MonkeyPatch.context() as patch:
             measured: list[Any] = []
-            patch.setattr(LOAD, "replan", lambda model, *, effort: measured.append(model) or model)  # noqa: B023
+            patch.setattr(LOAD, "replan", lambda model, **options: measured.append(model) or model)  # noqa: B023
             if is_refused:
                 with pytest.raises(
                     ArtifactError, match="pass remeasure=True if you trust the file, or remeasure=False"
@@ -247,7 +247,7 @@ def test_no_long_work_is_measured_without_being_asked_for(
     forgery = Forgery(saved.read_bytes())
     forgery.plan["machine"]["device"] = "another"
     (tmp_path / "forged").write_bytes(forgery.seal())
-    monkeypatch.setattr(LOAD, "replan", lambda model, *, effort: model)
+    monkeypatch.setattr(LOAD, "replan", lambda model, **options: model)
     load(tmp_path / "forged")
     monkeypatch.setattr(LOAD, limit, 1000)
     with pytest.raises(ArtifactError, match="pass remeasure=True if you trust the file, or remeasure=False"):

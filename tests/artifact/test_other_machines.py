@@ -51,7 +51,7 @@ def test_another_machine_plans_again(
         torch.testing.assert_close(here(X), converted(X))
 
     replanned: list[ConvertedModel] = []
-    monkeypatch.setattr(LOAD, "replan", lambda model, *, effort: replanned.append(model) or model)
+    monkeypatch.setattr(LOAD, "replan", lambda model, **options: replanned.append(model) or model)
     load(tmp_path / "there")
     assert len(replanned) == 1
 
@@ -65,7 +65,7 @@ def test_kernels_made_for_the_weights_may_be_made_again(converted: ConvertedMode
 
 def test_this_machine_plans_again_only_when_asked(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replanned: list[ConvertedModel] = []
-    monkeypatch.setattr(LOAD, "replan", lambda model, *, effort: replanned.append(model) or model)
+    monkeypatch.setattr(LOAD, "replan", lambda model, **options: replanned.append(model) or model)
     load(saved)
     assert not replanned
     load(saved, remeasure=True)

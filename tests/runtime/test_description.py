@@ -26,6 +26,22 @@ class Out(NamedTuple):
     count: int
 
 
+class AsItIs(nn.Sequential):
+    """No graph can be made of it."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.held = torch.ones(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > -1e9 else x
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, args, output: output + 1)
+    return module
+
+
 class Net(nn.Module):
     """A convolution, and something behind it."""
 
@@ -82,8 +98,13 @@ def test_what_models_do_is_saved(name: str, tmp_path: Path) -> None:
 
 REASONS = {
     r"step %2 = special_i0\(%1\): a call of .*i0 cannot be saved": Net(lambda m, y: torch.special.i0(y)),
-    "layer own: a .*TransformerEncoderLayer cannot be saved; use a layer of torch.nn": Net(
-        lambda m, y: m.own(y.flatten(2)), own=nn.TransformerEncoderLayer(100, 2)
+    "layer own: forward hooks cannot be saved": Net(lambda m, y: m.own(y), own=hooked(nn.Sequential(nn.ReLU()))),
+    "layer relu: forward hooks cannot be saved": Net(lambda m, y: m.relu(y), relu=hooked(nn.ReLU())),
+    "layer own.0 lies within the layer own, which cannot be saved; call one of them": Net(
+        lambda m, y: m.own[0](m.own(y)), own=AsItIs(nn.ReLU())
+    ),
+    "own.held is no tensor that a program may read; make it a buffer": Net(
+        lambda m, y: m.own(y) + m.own.held, own=AsItIs()
     ),
     "infinite holds NaN or infinity": Net(lambda m, y: y + m.infinite),
     "getattr.* of 'requires_grad' cannot be saved": Net(lambda m, y: (y, y.requires_grad)),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,24 +14,24 @@ from escort.artifact.container import Container
 from escort.layers import SparseConv2d
 from escort.methods import for_device
 from escort.network.model import NetworkPlan
-from escort.network.original import plain_copy
-from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan
 from escort.problem import Problem
 from escort.runtime import Program, with_plain
-from escort.runtime.saved.builders import SPARSE, build_layer, describe_layer
-from escort.runtime.saved.description import check_apart, joined, programs_in
+from escort.runtime.saved.builders import OWN, SPARSE, build_layer, describe_layer, is_own
+from escort.runtime.saved.description import programs_in
 from escort.runtime.saved.errors import naming
 from escort.runtime.saved.limits import MAX_LOWERED, MAX_STEPS
-from escort.runtime.saved.notation import build_program, check_path
+from escort.runtime.saved.notation import build_listing, check_path
+from escort.runtime.saved.places import Places, joined
 from escort.runtime.saved.problems import check_problem, check_together, lowered_numbers
+from escort.runtime.stand_in import adopt
 from escort.runtime.steps import Listing
 
 
 def restore_layers(
     records: Mapping[str, Mapping[str, Any]], container: Container, plan: NetworkPlan
 ) -> dict[str, nn.Module]:
-    """The layers of a file by path, with their tensors taken out of the container.
+    """The layers of a file by path, with their tensors taken out of the container. Those of a model's own are left out.
 
     Raises:
         ValueError: naming the layer and what is wrong with its path, its record, its plan or its tensors.
@@ -47,9 +48,9 @@ def restore_layers(
     check_together(problems.values())  # before a method lays anything out
     layers = {}
     for name, record in records.items():
-        with naming(f"layer {name}"):
-            layers[name] = _restore_layer(name, record, container, plan)
-    check_apart(layers)
+        if record != OWN:
+            with naming(f"layer {name}"):
+                layers[name] = _restore_layer(name, record, container, plan)
     return layers
 
 
@@ -93,57 +94,6 @@ def _load_state(layer: nn.Module, state: dict[str, Tensor]) -> None:
     layer.load_state_dict(state, strict=False, assign=True)
 
 
-def build_programs(
-    records: Mapping[str, Mapping[str, Any]], layers: Mapping[str, nn.Module], container: Container
-) -> dict[str, Program]:
-    """The programs of a file by path. They call these layers and read tensors, those of layers or their own.
-
-    Raises:
-        ValueError, KeyError, TypeError: naming the step, the layer or the tensor that is wrong.
-    """
-    programs = {}
-    for path, record in records.items():
-        if path:
-            check_path(path)
-        if any(other != path and path.startswith(f"{other}." if other else "") for other in records):
-            raise ValueError(f"the part {path} lies within another part")
-        with naming(f"part {path}" if path else "the network"):
-            programs[path] = build_program(record, _owned(path, layers, container))
-    return programs
-
-
-def _owned(path: str, layers: Mapping[str, nn.Module], container: Container) -> Callable[[Listing], dict[str, Any]]:
-    """What gives a program at a path its layers and tensors."""
-
-    def owned(listing: Listing) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for step in listing.steps:
-            if step.kind == "call":
-                continue
-            name = joined(path, step.target)
-            if step.target not in found:
-                found[step.target] = layers[name] if step.kind == "layer" else _tensor(name, layers, container)
-            if isinstance(found[step.target], nn.Module) is not (step.kind == "layer"):
-                raise ValueError(f"{name} is no tensor that a program may read")
-        return found
-
-    return owned
-
-
-def _tensor(name: str, layers: Mapping[str, nn.Module], container: Container) -> Any:
-    """A tensor that a program reads: one of a layer's, or one of its own."""
-    parts = name.split(".")
-    for i in range(1, len(parts) + 1):
-        owner = layers.get(".".join(parts[:i]))
-        if owner is None:
-            continue
-        state = {} if isinstance(owner, SparseConv2d) else owner.state_dict(keep_vars=True)
-        if ".".join(parts[i:]) not in state:
-            raise ValueError(f"{name} is no tensor that a program may read")
-        return state[".".join(parts[i:])]
-    return container.tensor(name)
-
-
 def move(network: nn.Module, planned: torch.device, target: torch.device) -> None:
     """Moves a network to another device. In its programs, the tensors that they make by themselves follow."""
     names = {str(planned), planned.type}
@@ -159,32 +109,106 @@ def move(network: nn.Module, planned: torch.device, target: torch.device) -> Non
     network.to(target)
 
 
-def insert(
-    layers: Mapping[str, nn.Module], programs: Mapping[str, Program], container: Container, model: nn.Module
-) -> nn.Module:
-    """A copy of a dense model with these layers and programs in the place of those that they were made from.
-
-    Args:
-        layers: those of programs too.
+def listings(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Listing]:
+    """The listings of a file's programs by path.
 
     Raises:
-        ValueError: naming the layer, the part or the tensor that the model does not have like this.
+        ValueError, KeyError, TypeError: naming the part and the step that is wrong.
     """
-    network = plain_copy(model)
-    inside = tuple(f"{path}." for path in programs)
-    outside = {name: layer for name, layer in layers.items() if not name.startswith(inside)}
-    for name, module in {**programs, **outside}.items():
-        with naming(f"part {name}" if name in programs else f"layer {name}"):
-            modules = dict(network.named_modules())
-            if name not in modules:
-                raise ValueError(f"the model has no {name}")
-            if name in outside:
-                _check_replaceable(modules[name], module)
-            owner, _, child = name.rpartition(".")
-            modules[owner]._modules[child] = module
-    done = tuple(f"{name}." for name, layer in outside.items() if isinstance(layer, SparseConv2d)) + inside
-    _load_state(network, {key: container.tensor(key) for key in network.state_dict() if not key.startswith(done)})
-    return network
+    found = {}
+    for path, record in records.items():
+        with naming(f"part {path[:100]}" if path else "the network"):
+            if path:
+                check_path(path)
+            found[path] = build_listing(record)
+    return found
+
+
+def own_layers(records: Mapping[str, Any], model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a file that are modules of the model's own.
+
+    Raises:
+        ValueError: naming the layer that the model does not have like this.
+    """
+    modules, layers = dict(model.named_modules(remove_duplicate=False)), {}
+    for name in own_paths(records):
+        with naming(f"layer {name}"):
+            check_path(name)
+            layers[name] = _found(name, modules)
+            if not is_own(layers[name]):
+                raise ValueError(f"the file takes it from the model, which has {layers[name]}")
+    return layers
+
+
+def own_paths(records: Mapping[str, Any]) -> list[str]:
+    """The paths of the layers that are modules of the model's own."""
+    return [name for name, record in records.items() if record == OWN]
+
+
+def assemble(
+    listings: Mapping[str, Listing], layers: Mapping[str, nn.Module], container: Container, model: nn.Module | None
+) -> tuple[nn.Module, dict[str, Program]]:
+    """The network of a file, and its programs by path.
+
+    Args:
+        listings: those of the programs, by path.
+        layers: all of the file; those of the model's own are modules of `model`.
+        model: a plain copy of a dense model, which becomes part of the network: programs and layers take the places of
+            those modules that they were made from. None where the file holds the whole network.
+
+    Raises:
+        ValueError, KeyError, TypeError: naming the part, the layer or the tensor that is wrong, or that the model does
+            not have like this.
+    """
+    places = Places(listings.keys(), layers)
+    places.check()
+    modules = {} if model is None else dict(model.named_modules(remove_duplicate=False))
+    for path in filter(None, listings):
+        with naming(f"part {path}"):
+            _found(path, modules)
+    for name, layer in layers.items():
+        if places.in_model(name):
+            with naming(f"layer {name}"):
+                _check_replaceable(_found(name, modules), layer)
+                _put(name, layer, modules)
+    programs: dict[str, Program] = {}
+    own = (name for name, layer in layers.items() if is_own(layer))
+    for path in sorted({"", *listings, *own}, key=_depth, reverse=True):  # what lies inside of others comes first
+        if path not in listings:
+            with naming(f"layer {path}") if path else nullcontext():
+                _fill(path, modules[path], places, container)
+            continue
+        with naming(f"part {path}" if path else "the network"):
+            programs[path] = Program(listings[path], places.owned(path, container.tensor)(listings[path]))
+            if path:
+                adopt(programs[path], modules[path])
+                _put(path, programs[path], modules)
+    return programs[""] if "" in programs else modules[""], programs
+
+
+def _depth(path: str) -> int:
+    return len(path.split(".")) if path else 0
+
+
+def _found(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+    if name not in modules:
+        raise ValueError(f"the model has no {name}")
+    return modules[name]
+
+
+def _put(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    owner, _, child = name.rpartition(".")
+    modules[owner]._modules[child] = module
+
+
+def _fill(path: str, module: nn.Module, places: Places, container: Container) -> None:
+    """Gives a module of the model's own its tensors. Those of programs and layers inside of it are there already."""
+    state, again = {}, places.again(module, path)
+    for key in module.state_dict():
+        name = joined(path, key)
+        if places.around(name) == (path or None) and not name.startswith(again):
+            state[key] = container.tensor(name)
+    _load_state(module, state)
 
 
 def _check_replaceable(old: nn.Module, new: nn.Module) -> None:

@@ -24,6 +24,7 @@ from escort.methods import by_name
 from escort.network.check import Effort
 from escort.network.convert import replan
 from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.original import plain_copy
 from escort.planner.machine import Machine, find_device
 from escort.problem import Precision
 from escort.runtime.saved.builders import SPARSE
@@ -56,7 +57,8 @@ def load(
         device: where the model shall run: "cpu", "cuda" or "cuda:1"; by default on the device that it was planned for,
             or on the most similar one that is here.
         remeasure: whether to measure again which method is fastest; by default where the file was planned on another
-            machine or for another type of device, with another number of threads, or by other versions.
+            machine or for another type of device, with another number of threads, or by other versions. By default
+            only layers are measured where the whole network's work is not known without running the model's own code.
 
     Raises:
         ArtifactError: (a ValueError) naming the file, the layer, the problem and the remedy.
@@ -71,6 +73,7 @@ def load(
     _check_request(saved, target, model, remeasure)
     network, plan, works = _build(saved, target, model)
     converted = ConvertedModel(network, plan)
+    may_run_whole = remeasure is True or all(work.is_bounded for work in works)
     if remeasure is None:
         sparse = [plan.layers[name] for name, record in saved.layers.items() if record["type"] == SPARSE]
         remeasure = any(layer.time_us is None for layer in sparse) or plan.machine != Machine.here(str(target))
@@ -80,7 +83,7 @@ def load(
         return converted
     remedy = "convert the model again on this machine"
     with blaming(path, remedy if saved.moves_to(target) else f"load it with remeasure=False, then {remedy}"):
-        return replan(converted, effort=_effort(plan))
+        return replan(converted, effort=_effort(plan), whole=may_run_whole)
 
 
 def _effort(plan: NetworkPlan) -> Effort:
@@ -108,6 +111,7 @@ class _Saved:
     Attributes:
         layers: the records of the layers by path.
         programs: the records of programs by path; the path of the whole network is the empty text.
+        needs_model: whether code of the model's own runs in the network.
     """
 
     path: Path
@@ -115,6 +119,7 @@ class _Saved:
     plan: NetworkPlan
     layers: Mapping[str, Mapping[str, Any]]
     programs: Mapping[str, Mapping[str, Any]]
+    needs_model: bool
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +136,9 @@ def _read(path: Path) -> _Saved:
     with blaming(path, _REMEDY):
         container, plan = _open(path, data)
         architecture = parse(container.metadata["architecture"])
-        return _Saved(path, container, plan, architecture["layers"], architecture["programs"])
+        layers, programs = architecture["layers"], architecture["programs"]
+        needs_model = "" not in programs or bool(build.own_paths(layers))
+        return _Saved(path, container, plan, layers, programs, needs_model)
 
 
 def _file_bytes(path: Path) -> bytes:
@@ -180,11 +187,11 @@ def _check_request(saved: _Saved, target: torch.device, model: nn.Module | None,
     if saved.moves_to(target) and plan.precision in ("fp16", "bf16"):
         remedy = "load it where there is a GPU, or convert the model in float32 on the CPU"
         raise ArtifactError(f"{path}: it computes in {plan.precision}, which takes a GPU; {remedy}")
-    if "" not in saved.programs and model is None:
+    if saved.needs_model and model is None:
         raise ArtifactError(
             f"{path}: it does not hold the whole program; pass load a new model of the class that was converted"
         )
-    if "" in saved.programs and model is not None:
+    if not saved.needs_model and model is not None:
         raise ArtifactError(f"{path}: it holds its own program; leave out the model")
 
 
@@ -213,9 +220,12 @@ def _build(saved: _Saved, target: torch.device, model: nn.Module | None) -> tupl
     with blaming(saved.path, _REMEDY):
         plan = _transfer(saved.plan, target)
         layers = build.restore_layers(saved.layers, container, plan)
-        programs = build.build_programs(saved.programs, layers, container)
+        listings = build.listings(saved.programs)
     with blaming(saved.path, _REMEDY if model is None else "pass a new model of the class that was converted"):
-        network = programs[""] if model is None else build.insert(layers, programs, container, model)
+        copied = None if model is None else plain_copy(model)
+        if copied is not None:
+            layers |= build.own_layers(saved.layers, copied)
+        network, programs = build.assemble(listings, layers, container, copied)
         if container.left:
             raise ValueError(f"nothing in the network uses its tensor {container.left[0]}")
         unused = layers.keys() - layers_in(network).keys()

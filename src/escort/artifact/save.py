@@ -17,8 +17,9 @@ from escort.layers import SparseConv2d
 from escort.network.model import ConvertedModel
 from escort.planner.machine import Machine
 from escort.runtime import Program
-from escort.runtime.saved.description import describe, joined, layers_in, programs_in, tensors_read, unsavable
+from escort.runtime.saved.description import describe, layers_in, programs_in, tensors_read, unsavable
 from escort.runtime.saved.errors import naming
+from escort.runtime.saved.places import Places, joined
 
 FORMAT, VERSION = "escort", 3
 
@@ -71,10 +72,12 @@ def _check_as_planned(model: ConvertedModel) -> None:
 def _tensors(network: nn.Module) -> dict[str, Any]:
     """The tensors of the file by qualified name; a sparse convolution's filter is its weight."""
     state: dict[str, Any] = network.state_dict()
-    layers = layers_in(network)
+    layers, programs = layers_in(network), programs_in(network)
     if isinstance(network, Program):  # only what its steps refer to
         state = {key: value for key, value in state.items() if key.startswith(tuple(f"{name}." for name in layers))}
-    for path, program in programs_in(network).items():
+    again = Places(programs, layers).again(network, "")
+    state = {key: value for key, value in state.items() if not key.startswith(again)}
+    for path, program in programs.items():
         state |= {joined(path, name): tensor for name, tensor in tensors_read(program).items()}
     for name, layer in layers.items():
         if isinstance(layer, SparseConv2d):

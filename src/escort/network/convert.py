@@ -145,13 +145,16 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
     return chosen
 
 
-def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = False) -> ConvertedModel:
+def replan(
+    model: ConvertedModel, *, effort: Effort = "fast", progress: bool = False, whole: bool = True
+) -> ConvertedModel:
     """The same network planned anew on this machine and its present device, for the input sizes of its plan.
 
     The time of the whole is measured where the plan says how to make inputs, as it does unless they are packed.
 
     Args:
         effort, progress: as of :func:`convert`.
+        whole: whether to run the whole network for its time; else only its layers are run.
     """
     if not isinstance(model, ConvertedModel):
         raise TypeError(f"replan takes what escort.convert returned, got {type(model).__name__}; convert it first")
@@ -166,7 +169,7 @@ def replan(model: ConvertedModel, *, effort: Effort = "fast", progress: bool = F
         sparse = {name: module for name, module in network.named_modules() if isinstance(module, SparseConv2d)}
         layers |= plan_into(network, {name: _as_planned(module) for name, module in sparse.items()}, request)
         plan = replace(model.plan, layers=layers, machine=Machine.here(str(device)), samples=None, device=str(device))
-        example = model.plan.example(device)
+        example = model.plan.example(device) if whole else None
         if example is not None:
             state = State(network)
             with running_out("the network"), torch.inference_mode(), dense_in(request.precision, device):

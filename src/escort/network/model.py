@@ -24,6 +24,7 @@ from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision
 from escort.runtime import Program
+from escort.runtime.saved.builders import is_own
 from escort.runtime.stand_in import plain_attributes
 
 _DTYPES = {
@@ -259,8 +260,11 @@ class ConvertedModel(nn.Module):
 
     @property
     def traced(self) -> bool:
-        """Whether the whole network is one program, so that it can be saved without the model's own code."""
-        return isinstance(self.network, Program)
+        """Whether the whole network is one program and runs no code of the model: its file is loaded without one."""
+        network = self.network
+        if not isinstance(network, Program):
+            return False
+        return not any(is_own(network.get_submodule(s.target)) for s in network.listing.steps if s.kind == "layer")
 
     def __getattr__(self, name: str) -> Any:
         network = self.__dict__.get("_modules", {}).get("network")

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from escort.layers import FusedConv2d, MaxPool2d, SamePad
+from escort.layers import FusedConv2d, MaxPool2d, SamePad, SparseConv2d
 from escort.layers.pool import pair
 from escort.runtime.saved.limits import MAX_COUNT, MAX_DEEP, MAX_SCALE, MAX_WINDOW
 from escort.runtime.saved.values import decode, encode
+from escort.runtime.stand_in import has_hooks
 
 #: The type of a convolution that runs from its compressed filter. Its plan says all about it, so it has no arguments.
 SPARSE = "escort.SparseConv2d"
+#: The record of a layer that is a module of the model's own: nothing about it is in the file.
+OWN = {"type": "model"}
 #: Layers that can be stored: their constructors' arguments can be read off their attributes.
 LAYERS: dict[str, type[nn.Module]] = {
     **{
@@ -39,6 +42,7 @@ LAYERS: dict[str, type[nn.Module]] = {
     "escort.MaxPool2d": MaxPool2d,
     "escort.SamePad": SamePad,
 }
+_DESCRIBED = frozenset((*LAYERS.values(), SparseConv2d))
 
 
 def _each(value: Any, holds: Callable[[Any], bool]) -> bool:
@@ -131,14 +135,24 @@ def _parameters(cls: type[nn.Module]) -> dict[str, Any]:
     }
 
 
+def is_own(layer: nn.Module) -> bool:
+    """Whether a layer is of a class that no file describes, so that a new model must have it."""
+    return type(layer) not in _DESCRIBED
+
+
+def check_hooks(module: nn.Module) -> None:
+    """Raises ValueError for a module with hooks: they are code."""
+    if has_hooks(module):
+        raise ValueError("forward hooks cannot be saved; remove them, and make pruning permanent, before converting")
+
+
 def describe_layer(layer: nn.Module) -> dict[str, Any]:
     """The class of a layer and its constructor's arguments. Raises ValueError where they do not say all about it."""
     cls = type(layer)
     name = next((name for name, known in LAYERS.items() if known is cls), None)
     if name is None:
         raise ValueError(f"a {cls.__module__}.{cls.__qualname__} cannot be saved; use a layer of torch.nn")
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        raise ValueError("forward hooks cannot be saved; remove them, and make pruning permanent, before converting")
+    check_hooks(layer)
     arguments = {}
     for parameter, default in _parameters(cls).items():
         value = _argument(layer, parameter, default)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 
 from escort.layers import MaxPool2d, SparseConv2d
 from escort.runtime.program import Program, tensor_at
-from escort.runtime.saved.builders import SPARSE, describe_layer
+from escort.runtime.saved.builders import OWN, SPARSE, check_hooks, describe_layer, is_own
 from escort.runtime.saved.errors import naming
 from escort.runtime.saved.limits import MAX_STEPS
 from escort.runtime.saved.notation import build_program, check_path, describe_program
+from escort.runtime.saved.places import Places, joined
 from escort.runtime.saved.rehearsal import rehearse
-from escort.runtime.steps import Listing
 
 #: The types of tensors that a file holds.
 DTYPES = (
@@ -40,33 +40,41 @@ class Description:
 
 
 def programs_in(network: nn.Module) -> dict[str, Program]:
-    """The programs of a network by path, and those that its graphs would make. None lies within another."""
-    programs: dict[str, Program] = {}
-    for name, module in network.named_modules():
-        is_inside = any(name.startswith(joined(path, "")) for path in programs)
-        if isinstance(module, Program | fx.GraphModule) and not is_inside:
-            programs[name] = module if isinstance(module, Program) else Program.of(module)
-    return programs
+    """The programs of a network by path, and those that its graphs would make."""
+    return {path: module for path, module in _parts(network) if isinstance(module, Program)}
 
 
 def layers_in(network: nn.Module) -> dict[str, nn.Module]:
     """The layers of a network that a file describes, by path."""
-    programs = programs_in(network)
-    layers: dict[str, nn.Module] = {}
-    for path, program in programs.items():
-        for step in program.listing.steps:
-            if step.kind == "layer":
-                layers[joined(path, step.target)] = program.get_submodule(step.target)
-    inside = tuple(joined(path, "") for path in programs)
-    for name, module in network.named_modules():
-        if isinstance(module, SparseConv2d | MaxPool2d) and not name.startswith(inside):
-            layers[name] = module
-    return layers
+    return {path: module for path, module in _parts(network) if not isinstance(module, Program)}
 
 
-def joined(path: str, name: str) -> str:
-    """The path of what has a name in the program of a path."""
-    return f"{path}.{name}" if path else name
+def _parts(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Programs, the layers that they call, and those layers that stand in the place of a model's own, each once."""
+    seen: set[nn.Module] = set()
+
+    def parts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
+        if isinstance(module, Program | fx.GraphModule):
+            program = module if isinstance(module, Program) else Program.of(module)
+            yield path, program
+            for target in dict.fromkeys(step.target for step in program.listing.steps if step.kind == "layer"):
+                layer = program.get_submodule(target)
+                yield joined(path, target), layer
+                if is_own(layer):
+                    yield from inside(layer, joined(path, target))
+        elif isinstance(module, SparseConv2d | MaxPool2d):
+            yield path, module
+        else:
+            yield from inside(module, path)
+
+    def inside(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, inner in module.named_children():
+            yield from parts(inner, joined(path, name))
+
+    return parts(network, "")
 
 
 def describe(network: nn.Module) -> Description:
@@ -74,25 +82,24 @@ def describe(network: nn.Module) -> Description:
     programs = {}
     for path, program in programs_in(network).items():
         with _naming(path):
+            check_hooks(network.get_submodule(path))
             programs[path] = describe_program(program)
-    layers = {}
-    for name, layer in layers_in(network).items():
+    modules, layers = layers_in(network), {}
+    for name, layer in modules.items():
         with naming(f"layer {name}"):
             check_path(name)
-            layers[name] = {"type": SPARSE} if isinstance(layer, SparseConv2d) else describe_layer(layer)
+            layers[name] = _describe(layer)
     if len(layers) > MAX_STEPS:
         raise ValueError(f"a network of {len(layers)} layers cannot be saved: {MAX_STEPS} are the limit")
-    check_apart(layers)
+    Places(programs, modules).check()
     return Description(programs, layers)
 
 
-def check_apart(layers: dict[str, Any]) -> None:
-    """Raises ValueError where a layer lies within another."""
-    for name in layers:
-        parts = name.split(".")
-        for outer in (".".join(parts[:i]) for i in range(1, len(parts))):
-            if outer in layers:
-                raise ValueError(f"layer {name} lies within the layer {outer}, which cannot be saved; call one of them")
+def _describe(layer: nn.Module) -> dict[str, Any]:
+    check_hooks(layer)
+    if isinstance(layer, SparseConv2d):
+        return {"type": SPARSE}
+    return dict(OWN) if is_own(layer) else describe_layer(layer)
 
 
 def unsavable(network: nn.Module, device: torch.device) -> str | None:
@@ -104,22 +111,17 @@ def unsavable(network: nn.Module, device: torch.device) -> str | None:
     """
     try:
         description = describe(network)
-        for path, program in programs_in(network).items():
+        programs = programs_in(network)
+        places = Places(programs, layers_in(network))
+        for path, program in programs.items():
             with _naming(path):
                 for name, tensor in tensors_in(program).items():
                     check_tensor(name, tensor)
-                rehearse(build_program(description.programs[path], _those_of(program)), device)
+                read = {joined(path, name): tensor for name, tensor in tensors_read(program).items()}
+                rehearse(build_program(description.programs[path], places.owned(path, read.__getitem__)), device)
     except (ValueError, TypeError) as error:
         return str(error)
     return None
-
-
-def _those_of(program: Program) -> Callable[[Listing], dict[str, Any]]:
-    def owned(listing: Listing) -> dict[str, Any]:
-        layers = {step.target: program.get_submodule(step.target) for step in listing.steps if step.kind == "layer"}
-        return layers | tensors_read(program)
-
-    return owned
 
 
 def tensors_read(program: Program) -> dict[str, Any]:

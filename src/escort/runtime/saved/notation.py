@@ -78,6 +78,12 @@ def build_program(record: Mapping[str, Any], owned: Callable[[Listing], dict[str
     Raises:
         ValueError, KeyError, TypeError: naming what makes no program, or is beyond a limit.
     """
+    listing = build_listing(record)
+    return Program(listing, owned(listing))
+
+
+def build_listing(record: Mapping[str, Any]) -> Listing:
+    """The listing of a program. Raises ValueError, KeyError or TypeError as :func:`build_program` does."""
     if not isinstance(record["steps"], list) or len(record["steps"]) > MAX_STEPS:
         raise ValueError(f"a program has at most {MAX_STEPS} steps")
     if not isinstance(record["inputs"], list) or len(record["inputs"]) > MAX_OPERANDS:
@@ -90,8 +96,7 @@ def build_program(record: Mapping[str, Any], owned: Callable[[Listing], dict[str
         with naming(f"step %{number}"):
             steps.append(_build_step(step))
     output = _bounded(decode(record["output"]))
-    listing = Listing(tuple(inputs), tuple(steps), output)
-    return Program(listing, owned(listing))
+    return Listing(tuple(inputs), tuple(steps), output)
 
 
 def _build_input(record: Mapping[str, Any]) -> Input:

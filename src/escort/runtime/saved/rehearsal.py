@@ -18,11 +18,12 @@ from torch.utils.flop_counter import flop_registry
 from escort.layers import SparseConv2d
 from escort.problem import Problem
 from escort.runtime.program import Bound, Program
+from escort.runtime.saved.builders import is_own
 from escort.runtime.saved.limits import MAX_CALLS, MAX_NUMBERS
 from escort.runtime.saved.operations import Plain, check_call, check_value
 from escort.runtime.saved.problems import check_problem, check_together
-from escort.runtime.steps import REQUIRED, Input
-from escort.runtime.templates import filled
+from escort.runtime.steps import REQUIRED, Input, Step
+from escort.runtime.templates import filled, leaves
 
 
 @dataclass
@@ -33,15 +34,24 @@ class Work:
         at_a_time: numbers in the tensors of all values that are needed at a time, at most.
         written: numbers in the results of all operators.
         flop: floating-point operations of products and convolutions; of sparse ones those of their nonzeros.
+        is_bounded: whether that is all. It is not where steps compute with what a module of the model's own gives.
     """
 
     at_a_time: int = 0
     written: int = 0
     flop: int = 0
+    is_bounded: bool = True
+
+
+#: In the place of a value that a module of the model's own gives, or that is computed with one.
+_UNKNOWN = object()
 
 
 def rehearse(program: Program, device: torch.device) -> Work:
     """Runs a program on the example that its inputs are like. Steps that give no tensor are checked from now on.
+
+    Modules of the model's own are not run, since their code may do anything. What is computed with their results is not
+    run either; as it may be no tensor, it is checked from now on.
 
     Raises:
         ValueError: naming the step that cannot run, or that makes more than a network does.
@@ -57,11 +67,16 @@ def rehearse(program: Program, device: torch.device) -> Work:
             step = steps[i]
             try:
                 args, kwargs = ([values[j] for j in arguments], {}) if template is None else filled(template, values)
-                problems += _check_call(step.target, table[key], args, kwargs)
-                values[result] = check_value(table[key](*args, **kwargs))
+                if _is_unknown(step, table[key], (args, kwargs)):
+                    counted.work.is_bounded = False
+                    values[result] = _UNKNOWN
+                else:
+                    problems += _check_call(step.target, table[key], args, kwargs)
+                    values[result] = check_value(table[key](*args, **kwargs))
             except Exception as error:
                 raise ValueError(f"step %{result} = {str(step)[:100]}: {_first_line(error)}") from error
-            if step.kind == "call" and not isinstance(values[result], Tensor) and not isinstance(step.target, Plain):
+            is_tensor = isinstance(values[result], Tensor)
+            if step.kind == "call" and not is_tensor and not isinstance(step.target, Plain):
                 steps[i] = replace(step, target=Plain(step.target))
             held[result] = _numbers(values[result])
             counted.work.at_a_time = max(counted.work.at_a_time, sum(held.values()))
@@ -72,6 +87,11 @@ def rehearse(program: Program, device: torch.device) -> Work:
     program.listing = replace(listing, steps=tuple(steps))
     program._bound = None
     return counted.work
+
+
+def _is_unknown(step: Step, called: Any, arguments: Any) -> bool:
+    """Whether what a step gives is known only where the model's own code runs."""
+    return (step.kind == "layer" and is_own(called)) or any(leaf is _UNKNOWN for leaf in leaves(arguments))
 
 
 def _numbers(value: Any) -> int:
