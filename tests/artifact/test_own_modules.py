@@ -154,6 +154,15 @@ def test_what_is_in_two_places_comes_back(make: Callable[[], nn.Module], tmp_pat
     assert_same(load(tmp_path / "model", make()), fast)
 
 
+def test_an_exported_program_with_guards_comes_back_into_itself(tmp_path: Path) -> None:
+    exported = torch.export.export(sparse(Around().last, 0.6), (X,))
+    fast = convert(exported, X)
+    save(fast, tmp_path / "model")
+    back = load(tmp_path / "model", exported)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        assert torch.equal(back(X), fast(X))
+
+
 def test_no_filter_of_a_file_is_read_by_a_second_path(tmp_path: Path) -> None:
     save(convert(sparse(with_all_twice(), 0.6), X), tmp_path / "model")
     forgery = Forgery((tmp_path / "model").read_bytes())
@@ -161,6 +170,40 @@ def test_no_filter_of_a_file_is_read_by_a_second_path(tmp_path: Path) -> None:
     (tmp_path / "forged").write_bytes(forgery.seal())
     with pytest.raises(ArtifactError, match="nothing in the network uses its tensor 0.more.inner.conv.columns"):
         load(tmp_path / "forged", with_all_twice())
+
+
+def test_no_program_reads_a_filter_by_a_second_path(tmp_path: Path) -> None:
+    def twice() -> nn.Module:
+        model = Around()
+        model.gate.inner, model.gate.other = [Gate(Block())] * 2
+        model.gate.inner.source = -1
+        return model
+
+    save(convert(sparse(twice(), 0.6), X), tmp_path / "model")
+    forgery = Forgery((tmp_path / "model").read_bytes())
+    forgery.program["steps"].append({"tensor": "gate.other.conv.columns"})
+    (tmp_path / "forged").write_bytes(forgery.seal())
+    with pytest.raises(ArtifactError, match="gate.other.conv.columns is no tensor that a program may read"):
+        load(tmp_path / "forged", twice())
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("gate", "layer gate: forward hooks cannot be saved"),
+        ("gate.inner", "layer gate.inner: forward hooks cannot be saved"),
+        ("last.conv", "layer last.conv: forward hooks cannot be saved"),
+        ("gate.conv", "layer gate.conv: forward hooks cannot be saved"),
+        ("", "forward hooks cannot be saved"),
+    ],
+)
+def test_hooks_are_code(path: str, complaint: str, tmp_path: Path) -> None:
+    model = sparse(Around(), 0.6)
+    model.get_submodule(path).register_forward_hook(lambda module, args, output: output + 1)
+    fast = convert(model, X)
+    assert str(fast.plan.not_saved).startswith(complaint)
+    with pytest.raises(ValueError, match=complaint):
+        save(fast, tmp_path / "model")
 
 
 def test_the_model_is_asked_for(path: Path) -> None:

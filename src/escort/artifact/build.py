@@ -14,6 +14,7 @@ from escort.artifact.container import Container
 from escort.layers import SparseConv2d
 from escort.methods import for_device
 from escort.network.model import NetworkPlan
+from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan
 from escort.problem import Problem
 from escort.runtime import Program, with_plain
@@ -180,8 +181,9 @@ def assemble(
             continue
         with naming(f"part {path}" if path else "the network"):
             programs[path] = Program(listings[path], places.owned(path, container.tensor)(listings[path]))
-            if path:
+            if model is not None:  # code around it may read its attributes
                 adopt(programs[path], modules[path])
+            if path:
                 _put(path, programs[path], modules)
     return programs[""] if "" in programs else modules[""], programs
 

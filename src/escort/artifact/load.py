@@ -24,7 +24,7 @@ from escort.methods import by_name
 from escort.network.check import Effort
 from escort.network.convert import replan
 from escort.network.model import ConvertedModel, NetworkPlan
-from escort.network.original import plain_copy
+from escort.network.original import plain_copy, unwrap
 from escort.planner.machine import Machine, find_device
 from escort.problem import Precision
 from escort.runtime.saved.builders import SPARSE
@@ -222,7 +222,7 @@ def _build(saved: _Saved, target: torch.device, model: nn.Module | None) -> tupl
         layers = build.restore_layers(saved.layers, container, plan)
         listings = build.listings(saved.programs)
     with blaming(saved.path, _REMEDY if model is None else "pass a new model of the class that was converted"):
-        copied = None if model is None else plain_copy(model)
+        copied = None if model is None else plain_copy(unwrap(model))
         if copied is not None:
             layers |= build.own_layers(saved.layers, copied)
         network, programs = build.assemble(listings, layers, container, copied)

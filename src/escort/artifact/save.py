@@ -28,8 +28,8 @@ def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
     """Writes a converted model to one file: its program, compressed filters, other weights and plan, and no code.
 
     An older file of that name is replaced once the new one is complete, and stays if anything fails; a link stays a
-    link, and the file's mode stays what it was. Of a model that torch.fx could not trace, the file holds filters and
-    weights only, and :func:`load` takes the model besides. Whether a model can be saved is known before it is
+    link, and the file's mode stays what it was. Where modules of the model could not be traced, the file does not hold
+    their code, and :func:`load` takes a new model besides. Whether a model can be saved is known before it is
     converted: its plan's `not_saved` says why not.
 
     Raises:

@@ -34,7 +34,7 @@ def replace_modules(network: nn.Module) -> None:
     for name, module in list(network.named_modules()):
         if type(module) is nn.MaxPool2d and not (module.return_indices or has_hooks(module)):
             sizes = module.kernel_size, module.stride, module.padding, module.dilation
-            replace_module(network, name, MaxPool2d(*sizes, ceil_mode=module.ceil_mode))
+            replace_module(network, name, MaxPool2d(*sizes, ceil_mode=module.ceil_mode).eval())
 
 
 def _replace_function(network: fx.GraphModule, node: fx.Node) -> None:

@@ -82,9 +82,11 @@ def describe(network: nn.Module) -> Description:
     programs = {}
     for path, program in programs_in(network).items():
         with _naming(path):
-            check_hooks(network.get_submodule(path))
             programs[path] = describe_program(program)
     modules, layers = layers_in(network), {}
+    for name, module in network.named_modules():
+        with naming(f"layer {name}") if name else nullcontext():
+            check_hooks(module)
     for name, layer in modules.items():
         with naming(f"layer {name}"):
             check_path(name)
@@ -96,7 +98,6 @@ def describe(network: nn.Module) -> Description:
 
 
 def _describe(layer: nn.Module) -> dict[str, Any]:
-    check_hooks(layer)
     if isinstance(layer, SparseConv2d):
         return {"type": SPARSE}
     return dict(OWN) if is_own(layer) else describe_layer(layer)

@@ -102,9 +102,10 @@ class Places:
         if path not in self.layers and outer == program:
             return tensor(path)
         if outer is not None and outer in self.layers and self.around(outer) == program:
-            state = self.layers[outer].state_dict(keep_vars=True)
-            is_filter = isinstance(self.layers[outer], SparseConv2d)  # which only kernels may read
-            if not is_filter and (name := path.removeprefix(f"{outer}.")) in state:
+            layer, name = self.layers[outer], path.removeprefix(f"{outer}.")
+            state = layer.state_dict(keep_vars=True)
+            is_filter = isinstance(layer, SparseConv2d) or path.startswith(self.again(layer, outer))
+            if name in state and not is_filter:  # which only kernels may read
                 return state[name]
         raise ValueError(f"{path} is no tensor that a program may read; make it a buffer of the model")
 
