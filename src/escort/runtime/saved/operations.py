@@ -78,7 +78,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Plain:
-    """A function that gives no tensor, and what it is asked for and gives checked on every call.
+    """A function that gives no tensor, or perhaps none, and what it is asked for and gives checked on every call.
 
     Sizes depend on the input, and Python's numbers and sequences have no bounds of their own.
     """
