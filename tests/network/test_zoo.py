@@ -19,6 +19,7 @@ from benchmarks.zoo import sparse_forced
 from escort.layers import SparseConv2d
 from escort.network.model import ConvertedModel
 from escort.network.values import output_error, tensors_of
+from escort.runtime import Program
 from tests.network import zoo
 
 ROOT = Path(__file__).parents[2]
@@ -44,10 +45,6 @@ STRUCTURES = {
     "convnext": Structure(zoo.ConvNeXt, 4, 4, 0),
     "ported": Structure(zoo.Ported, 4, 4, 4),
 }
-#: Those that cannot be saved, and why.
-NOT_SAVED = {
-    "detector": "a module that keeps anchors stays what it is",
-}
 
 
 def pruned(name: str) -> nn.Module:
@@ -71,7 +68,7 @@ def sample(shape: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_its_convolutions_are_swapped_and_fused(name: str) -> None:
     structure, (model, fast) = STRUCTURES[name], converted(name)
-    assert fast.traced and not fast.plan.kept_dense
+    assert isinstance(fast.network, Program) and not fast.plan.kept_dense
     assert {plan.method for plan in fast.plan.layers.values()} == {"direct"}
     sparse = [module for module in fast.modules() if isinstance(module, SparseConv2d)]
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == structure.convolutions
@@ -98,15 +95,7 @@ def test_its_checks_still_raise() -> None:
         converted("unet")[1](torch.randn(1, 3, 30, 32))
 
 
-SAVED = [
-    pytest.param(name, marks=pytest.mark.xfail(raises=(TypeError, ValueError), reason=NOT_SAVED[name]))
-    if name in NOT_SAVED
-    else name
-    for name in STRUCTURES
-]
-
-
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_another_process_computes_the_same(name: str, tmp_path: Path) -> None:
     fast = converted(name)[1]
     escort.save(fast, tmp_path / "model.escort")
