@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from escort.layers import MaxPool2d, SamePad, SparseConv2d
 from escort.runtime import Program
-from escort.runtime.stand_in import has_hooks
+from escort.runtime.stand_in import runs_more
 from escort.runtime.steps import REQUIRED, Step, spellings
 
 # Modules and functions that treat each sample for itself, whatever their arguments.
@@ -85,7 +85,7 @@ def _keeps_apart(network: Program, step: Step) -> bool:
         return False
     if step.kind == "layer":
         module = network.get_submodule(step.target)
-        if has_hooks(module) or (isinstance(module, nn.BatchNorm2d) and module.running_mean is None):
+        if runs_more(module) or (isinstance(module, nn.BatchNorm2d) and module.running_mean is None):
             return False  # hooks may do anything, and such a norm computes with the statistics of the batch
         return type(module) in _MODULES or (type(module) is nn.Flatten and module.start_dim == 1)
     if step.target in _FLATTENS:

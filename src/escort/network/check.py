@@ -63,8 +63,12 @@ class Request:
 
 def check_model(model: nn.Module, example: Example) -> None:
     """Raises TypeError or ValueError for a model or an example that no request could convert."""
-    if any(isinstance(module, SparseConv2d) for module in model.modules()):
-        raise ValueError("the model is converted already; use escort.replan to plan it anew, or convert the original")
+    for name, module in model.named_modules():
+        if isinstance(module, SparseConv2d):
+            where = f"layer {name} of the model" if name else "the model"
+            raise ValueError(
+                f"{where} is converted already; use escort.replan to plan it anew, or convert the original"
+            )
     for name, module in model.named_modules():
         where = f"layer {name}" if name else "the model"
         quantized = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))

@@ -122,6 +122,9 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         try:
             dense, why_not = trace(plain_copy(model), example, original.stateful)
             not_tried = {} if why_not is None else {"graph": why_not}
+            for _ in range(2):  # what a graph keeps between calls shows in the second one
+                if not original.is_computed_by(dense):
+                    raise ValueError("they compute something else")
             # A graph is rewritten into a new one; other modules are written to, and the original needs its own.
             network = dense
             if not isinstance(dense, fx.GraphModule):
@@ -131,7 +134,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the code around a module may ask of it what its graph does not have
-            not_tried = {"graph": f"with graphs in the place of its modules it does not run: {error}"}
+            not_tried = {"graph": f"graphs do not do what its modules do: {error}"}
             dense, network, skipped = plain_copy(model), plain_copy(model), {}
             calls = record_calls(network, skipped, original)
         check_calls(calls, skipped)

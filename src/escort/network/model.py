@@ -237,7 +237,8 @@ class ConvertedModel(nn.Module):
             plain = plain_attributes(original)
             for name in plain.keys() - set(dir(ConvertedModel)) - {"network", "plan", "training"}:
                 self.__dict__[name] = plain[name]
-            self._missing = frozenset(dir(type(original))) - frozenset(dir(nn.Module)) - plain.keys()
+            names = frozenset(dir(type(original))) - frozenset(dir(nn.Module)) - plain.keys()
+            self._missing = names | original._modules.keys()  # of modules, those that were fused away
         super().train(False)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:

@@ -49,21 +49,42 @@ def plain_copy(model: nn.Module) -> nn.Module:
     own, so that they reach whoever registered them.
     """
     memo: dict[int, Any] = {}
-    for module in model.modules():
+    own = set(model.modules())
+    for module in own:
         for value in tree_leaves(list(vars(module).values())):
             if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses what was computed
                 memo[id(value)] = value.detach().clone()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             owner = getattr(hook, "__self__", hook)
-            if not isinstance(owner, nn.Module):
+            if owner not in own:
                 memo[id(owner)] = owner
-    copied = copy.deepcopy(model, memo)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:  # a class may copy itself by any code
+        raise ValueError(f"{_what_is_not_copied(model, memo)} cannot be copied, as converting does: {error}") from error
+    if shared := own & set(copied.modules()):
+        name = type(next(iter(shared))).__name__
+        raise ValueError(
+            f"a copy of the model shares its {name} with it; let its __deepcopy__ copy it, or leave it out"
+        )
     copied.eval()  # before parametrizations are read: some update themselves in training
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of the older norms, which are only taken away here
         for module in list(copied.modules()):
             _make_plain(module)
     return copied
+
+
+def _what_is_not_copied(model: nn.Module, memo: dict[int, Any]) -> str:
+    """Which module's attribute keeps a model from being copied."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                copy.deepcopy(value, {**memo, **{id(inner): inner for inner in model.modules()}})
+            except Exception:
+                where = f"layer {path}" if path else "the model"
+                return f"{where}: its attribute {name}, a {type(value).__name__}, "
+    return "the model"
 
 
 def _make_plain(module: nn.Module) -> None:
@@ -108,6 +129,12 @@ class Original:
         with same_draws():
             output = self.example.run(network)
         return [x.clone() for x in tensors_of(output)]
+
+    def is_computed_by(self, network: nn.Module) -> bool:
+        """Whether a network in the same precision makes the same of the example."""
+        outputs = self.run_afresh(network)
+        pairs = zip(outputs, self.expected, strict=False)
+        return len(outputs) == len(self.expected) and all(output_error(a, b) <= _SAME_RUN for a, b in pairs)
 
     def in_float64(self) -> list[Tensor] | None:
         """The tensors that the model makes of the example in float64; None where it cannot run so."""

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
+from escort.runtime.stand_in import runs_more
 from escort.runtime.steps import REQUIRED, Input, Listing, Method, Step
 from escort.runtime.templates import Slot, leaves, mapped
 
@@ -104,7 +105,7 @@ def _given_back(network: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The input that a node returns as it is in eval mode, if it is such a node."""
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
-        if type(module) not in _IDENTITIES or module._forward_hooks or module._forward_pre_hooks:
+        if type(module) not in _IDENTITIES or runs_more(module):
             return None
     elif node.op != "call_function" or not _is_off(node):
         return None

@@ -117,8 +117,9 @@ class Program(nn.Module):
             else:
                 raise TypeError(f"the network misses its input {name}")
         if position < len(args) or left:
+            named = f" and {', '.join(kwargs)} by name" if kwargs else ""
             names = ", ".join(expected.name for expected in self.listing.inputs)
-            raise TypeError(f"the network takes ({names}), got {len(args)} by position and {', '.join(kwargs)} by name")
+            raise TypeError(f"the network takes ({names}), got {len(args)} by position{named}")
         return tuple(ordered)
 
     def __getstate__(self) -> dict[str, Any]:

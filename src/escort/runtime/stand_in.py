@@ -26,6 +26,18 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether a call of a module runs other code than its class's forward: one put on the module, or a ``__call__``."""
+    if isinstance(module, fx.GraphModule):  # which calls its forward by code of its own
+        return False
+    return "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
+
+
+def runs_more(module: nn.Module) -> bool:
+    """Whether what a module's class says of it is not all that happens in a call."""
+    return has_hooks(module) or is_patched(module)
+
+
 def adopt(module: nn.Module, original: nn.Module) -> None:
     """Lets `module` take the place of `original`: its hooks are called, and its plain attributes can be read."""
     for name in _HOOKS:

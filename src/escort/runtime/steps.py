@@ -34,7 +34,8 @@ class Input:
     def checked(self, value: Any) -> Any:
         """The value, if the input may have it. Raises ValueError otherwise."""
         is_tensor = isinstance(value, torch.Tensor)
-        if is_tensor if self.like is not None else self.fixed is REQUIRED or (not is_tensor and value == self.fixed):
+        is_as_it_was = self.fixed is REQUIRED or (not is_tensor and _is_same(value, self.fixed))
+        if is_tensor if self.like is not None else is_as_it_was:
             return value
         was = "a tensor" if self.like is not None else repr(self.fixed)
         now = "a tensor" if is_tensor else repr(value)
@@ -42,6 +43,10 @@ class Input:
             f"{self.name} was {was} when the model was converted, and is {now} now; pass it as it was, or convert "
             f"the model with the {self.name} that it shall have"
         )
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return bool(a == b or (a != a and b != b))  # NaN is not equal to itself
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from escort.runtime.stand_in import runs_more
+
 aten = torch.ops.aten
 
 # What is understood, however it is spelled: as a module, a function, an exported operator or, as a string, a method.
@@ -76,9 +78,14 @@ _INPLACE_OPERATOR = re.compile(r"i(add|sub|mul|truediv|floordiv|mod|pow|and|or|x
 
 
 def mutates(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node of a network's graph writes to one of its inputs."""
+    """Whether a node of a network's graph writes to one of its inputs, or has another effect than its result.
+
+    Code of the model's own, in a module or a hook, may do so.
+    """
     if node.op == "call_module":
-        return bool(getattr(network.get_submodule(str(node.target)), "inplace", False))
+        module = network.get_submodule(str(node.target))
+        is_known = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.", "escort.layers"))
+        return not is_known or runs_more(module) or bool(getattr(module, "inplace", False))
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     if node.op not in ("call_function", "call_method"):

@@ -9,7 +9,7 @@ from torch import fx, nn
 from escort.layers import MaxPool2d
 from escort.network.check import Request
 from escort.network.passes.operations import replace_module
-from escort.runtime.stand_in import has_hooks
+from escort.runtime.stand_in import runs_more
 
 _FUNCTIONS = (F.max_pool2d, torch.max_pool2d, torch.ops.aten.max_pool2d.default)
 _ARGUMENTS = "input kernel_size stride padding dilation ceil_mode return_indices".split()
@@ -32,7 +32,7 @@ def rewrite(network: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, 
 def replace_modules(network: nn.Module) -> None:
     """Replaces the modules in a network, which is written to, unless hooks would be lost."""
     for name, module in list(network.named_modules()):
-        if type(module) is nn.MaxPool2d and not (module.return_indices or has_hooks(module)):
+        if type(module) is nn.MaxPool2d and not (module.return_indices or runs_more(module)):
             sizes = module.kernel_size, module.stride, module.padding, module.dilation
             replace_module(network, name, MaxPool2d(*sizes, ceil_mode=module.ceil_mode).eval())
 

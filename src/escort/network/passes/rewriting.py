@@ -15,7 +15,7 @@ from escort.network.check import Request
 from escort.network.passes.operations import FROZEN, OPERATIONS, TENSORS, attach, fold_scale, mutates
 from escort.network.tracing.conv_types import own_type, unsupported
 from escort.network.tracing.trace import shape_of
-from escort.runtime.stand_in import has_hooks
+from escort.runtime.stand_in import runs_more
 
 
 class Rewriting:
@@ -69,7 +69,7 @@ class Rewriting:
         name, names = OPERATIONS.get(key, ("", ("input",)))
         arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
         if module is not None and name:
-            if has_hooks(module) and unsupported(module) is not None:
+            if runs_more(module) and unsupported(module) is not None:
                 return "", {}
             arguments |= {name: getattr(module, name, None) for name in names[1:]}
         elif name in ("conv", "transposed", "linear", "norm"):
@@ -155,14 +155,29 @@ class Rewriting:
 
         So a masked weight is one, and what a model asserts about dimensions, which keeps no norm from fusing then.
         """
+        written = self._written()
         for node in self.graph.nodes:
             inputs = node.all_input_nodes
+            if node in written:
+                continue
             computed = node.op in ("call_function", "call_method") and not (
                 node.is_impure() or mutates(self.root, node)
             )
             is_constant = computed and inputs and self.constants.issuperset(inputs)
             if node.op == "get_attr" or is_constant or _rank(node) is not None:
                 self.constants.add(node)
+
+    def _written(self) -> set[fx.Node]:
+        """What a node writes to, and all that this is made of, as it may be a part of that."""
+        written: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            pending = list(node.all_input_nodes) if mutates(self.root, node) else []
+            while pending:
+                source = pending.pop()
+                if source not in written:
+                    written.add(source)
+                    pending += source.all_input_nodes
+        return written
 
     def value(self, argument: Any) -> Any:
         """The value of a constant node; any other argument as it is."""

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from escort.layers import SamePad
 from escort.reference import ERROR_BOUND, compare
-from escort.runtime.stand_in import has_hooks
+from escort.runtime.stand_in import has_hooks, is_patched
 
 #: Like torch's own class of convolution, or like it on an input padded as TensorFlow's "same" says.
 Behaviour = Literal["plain", "same"]
@@ -39,6 +39,8 @@ def unsupported(conv: nn.Module) -> str | None:
     if not isinstance(conv, nn.modules.conv._ConvNd):
         return f"{type(conv).__name__} is no convolution"
     reason = _other_than_plain(conv)
+    if is_patched(conv):
+        return f"code of its own is called instead of the forward of {type(conv).__name__}"
     if reason is not None and has_hooks(conv):
         return f"{reason}, and it has forward hooks, which see it as it is; remove them before converting"
     return reason

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from escort.layers import SparseConv2d
 
 _Attributes = dict[str, Any]
+#: What torch keeps in every module.
+_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 class State:
@@ -40,6 +45,11 @@ class State:
             changed += [n for n in now.keys() & before.keys() if not _same(now[n], before[n])]
             names += [f"{path}.{name}" if path else name for name in sorted(changed)]
         return names
+
+    def with_proxies(self, model: nn.Module) -> list[str]:
+        """The names of what holds a value of torch.fx, since a forward that was traced put it there."""
+        modules = model.modules()
+        return sorted({name for module in modules for name, value in _attributes(module).items() if _is_traced(value)})
 
     def restore(self, model: nn.Module) -> None:
         """Puts everything back. Modules that are of another class than those that were there stay as they are."""
@@ -70,22 +80,37 @@ def same_draws() -> Iterator[None]:
 
 
 def _attributes(module: nn.Module) -> _Attributes:
-    plain = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    plain = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
     return plain | {name: value for name, value in module._buffers.items() if value is not None}
 
 
+def _is_traced(value: Any) -> bool:
+    """Whether a value, or an object in it, holds something of torch.fx's tracing."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, fx.Proxy):
+            return True
+        is_object = not isinstance(leaf, nn.Module | Tensor) and hasattr(leaf, "__dict__")
+        if is_object and any(isinstance(inner, fx.Proxy) for inner in vars(leaf).values()):
+            return True
+    return False
+
+
 def _same(a: Any, b: Any) -> bool:
-    """Whether two values are the same, as far as anyone can tell: objects of unknown classes count as the same."""
+    """Whether two values are the same: objects of other classes by what they hold."""
     if isinstance(a, Tensor):
         if type(a) is not type(b) or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
             return False
         return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
     if type(a) is not type(b):
         return False
-    if isinstance(a, list | tuple):
+    if isinstance(a, nn.Module) or a is b:
+        return a is b
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    if isinstance(a, list | tuple | deque):
         return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
+    if isinstance(a, Mapping):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, int | float | complex | str | bytes | set | frozenset | torch.Size | torch.dtype | torch.device):
+    if type(a).__eq__ is not object.__eq__:  # type: ignore[comparison-overlap]
         return bool(a == b)
-    return True
+    return _same(vars(a), vars(b)) if hasattr(a, "__dict__") and not callable(a) else True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import traceback
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -23,8 +24,10 @@ from escort.network.tracing.state import State, same_draws
 from escort.network.tracing.tracer import Call, Tracer
 from escort.network.values import difference
 from escort.runtime import Program
-from escort.runtime.stand_in import adopt
+from escort.runtime.stand_in import adopt, is_patched
 
+#: What makes a new tensor of its operands.
+_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div)
 _NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")  # in a traceback
 
 
@@ -80,6 +83,7 @@ class _Tracing:
     reasons: dict[nn.Module, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.state = State(self.model)
         for path in self.stateful:
             module = self.model.get_submodule(path)
             self.known[module], self.reasons[module] = None, "its forward changes what it keeps in itself"
@@ -99,7 +103,9 @@ class _Tracing:
     def graph(self, module: nn.Module) -> fx.GraphModule | None:
         if module not in self.known:
             self.known[module] = None
-            if module in self.calls and (module is self.model or not _is_elementary(module)):
+            if is_patched(module):
+                self.reasons[module] = f"{type(module).__name__}: code of its own is called instead of its forward"
+            elif module in self.calls and (module is self.model or not _is_elementary(module)):
                 try:
                     self.known[module] = self.traced(module)
                 except Untraceable as error:
@@ -138,16 +144,25 @@ class _Tracing:
             if isinstance(call, ValueError):
                 raise call
             root = _Alone(module) if is_leaf(module) else module
-            graph = Tracer(call, inspect.signature(module.forward), leaves).trace(root)
+            tracer = Tracer(call, inspect.signature(module.forward), leaves)
+            graph = tracer.trace(root)
+            if tracer.refused is not None:
+                raise tracer.refused
+            _make_constants_anew(graph)
             _read_before_convolutions(graph, root)
             graph._tracer_cls = None  # a copy out of a pickle is traced by torch.fx alone
             traced = fx.GraphModule(root, graph, type(module).__name__)
             Program.of(traced)  # raises for what no program can hold
-            return traced
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a model's forward may raise anything
             raise Untraceable(_explain(module, error)) from error
+        finally:
+            if kept := self.state.with_proxies(module):
+                self.state.restore(self.model)
+        if kept:
+            raise Untraceable(f"{type(module).__name__}: its forward sets {', '.join(kept)}")
+        return traced
 
     def used(self, module: nn.Module) -> Iterator[nn.Module]:
         """The modules inside of one, itself included, that are replaced by graphs."""
@@ -266,6 +281,20 @@ def _keep_types(graph: fx.GraphModule, output: Any) -> None:
 
 #: What a convolution's output has of its input.
 _KEPT = ("ndim", "dtype", "device")
+
+
+def _make_constants_anew(graph: fx.Graph) -> None:
+    """Copies, in each run, the tensors that a forward makes of nothing where they may be written to or returned."""
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or not str(node.target).startswith("_tensor_constant"):
+            continue
+        if all(user.op == "call_function" and user.target in _ARITHMETIC for user in node.users):
+            continue
+        users = list(node.users)
+        with graph.inserting_after(node):
+            copied = graph.call_function(torch.clone, (node,))
+        for user in users:
+            user.replace_input_with(node, copied)
 
 
 def _read_before_convolutions(graph: fx.Graph, module: nn.Module) -> None:

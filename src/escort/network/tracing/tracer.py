@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dis
 import inspect
 import itertools
 import linecache
@@ -14,16 +15,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 from torch.utils._pytree import tree_leaves
 
 from escort.network.tracing.conv_types import is_leaf
-from escort.runtime.stand_in import has_hooks
+from escort.runtime.stand_in import runs_more
 
 _TORCH_FX = str(Path(fx.__file__).parent)
+#: Instructions that ask for one truth value and branch by it. Since Python 3.13 a comparison may ask by itself.
+_TESTS = ("POP_JUMP", "JUMP_IF", "TO_BOOL") + (("COMPARE_OP",) if sys.version_info >= (3, 13) else ())
 #: What cuts a tensor into pieces, by function or method, and how the argument that says so is called.
 _CUTS = {"chunk": ("chunks",), "split": ("split_size", "split_size_or_sections")}
 
@@ -71,6 +75,8 @@ class Tracer(fx.Tracer):
         super().__init__()
         self._call, self._signature, self._leaves = call, signature, {id(module) for module in leaves}
         self._thread = threading.get_ident()
+        #: What a graph cannot show, also where the model caught the error that said so.
+        self.refused: Exception | None = None
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:  # which torch.fx does not ask: it sees the modules of all threads
@@ -78,7 +84,7 @@ class Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        stays = id(m) in self._leaves or has_hooks(m) or is_leaf(m)
+        stays = id(m) in self._leaves or runs_more(m) or is_leaf(m)
         return stays or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -114,13 +120,31 @@ class Tracer(fx.Tracer):
             with suppress(Exception):  # it may do anything that no graph can
                 if isinstance(result := target(*args, **kwargs), fx.Proxy):
                     return result
+            self.refused = None  # the function stays as it is, and nothing is asked of it
             for node in itertools.takewhile(lambda node: node is not last, reversed(self.graph.nodes)):
                 self.graph.erase_node(node)
         return super().create_proxy(kind, target, args, kwargs, *others, **options)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         count = _pieces(node)
-        return fx.Proxy(node, self) if count is None else _Pieces(node, self, count)
+        if count is not None:
+            return _Pieces(node, self, count)
+        is_tensor = node.op == "call_module" or (node.op == "placeholder" and node.target in self._call.tensors)
+        return _Tensor(node, self) if is_tensor else _Value(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)  # before it is taken for a tensor
+
+    def refuse(self, what: str) -> NoReturn:
+        self.refused = TraceError(f"{what} of a traced value is asked for, which depends on the input")
+        raise self.refused
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        try:
+            return super().iter(obj)
+        except TraceError as error:
+            self.refused = error
+            raise
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         frame: FrameType | None = sys._getframe(1)
@@ -128,7 +152,8 @@ class Tracer(fx.Tracer):
             frame = frame.f_back
         required = None if frame is None else _required(frame)
         if frame is None or required is None:
-            return super().to_bool(obj)
+            self.refused = TraceError("symbolically traced variables cannot be used as inputs to control flow")
+            raise self.refused
         where = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
         holds = obj if required else self.create_proxy("call_function", operator.not_, (obj,), {})
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
@@ -141,7 +166,36 @@ def _is_foreign(function: Any) -> bool:
     return inspect.isfunction(function) and function.__module__.partition(".")[0] != "torch"
 
 
-class _Pieces(fx.Proxy):
+class _Value(fx.Proxy):
+    """What a graph computes. What Python asks of it is refused and noted, as the model might catch the error."""
+
+    tracer: Tracer
+
+    def __len__(self) -> int:
+        self.tracer.refuse("the length")
+
+    def __int__(self) -> int:
+        self.tracer.refuse("the number")
+
+    def __float__(self) -> float:
+        self.tracer.refuse("the number")
+
+    def __index__(self) -> int:
+        self.tracer.refuse("the number")
+
+    def __contains__(self, item: Any) -> bool:
+        self.tracer.refuse("whether something is part")
+
+
+class _Tensor(_Value):
+    """What is a tensor, and says so."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return Tensor
+
+
+class _Pieces(_Value):
     """The pieces of a tensor that was cut into so many, which code may count and go through."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, count: int) -> None:
@@ -173,6 +227,8 @@ def _required(frame: FrameType) -> bool | None:
     positions: Any = getattr(frame.f_code, "co_positions", None)  # since Python 3.11
     if positions is None:
         return None
+    if not dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(_TESTS):
+        return None  # a function or operator asks, and may ask for several
     line, _, column, _ = list(positions())[frame.f_lasti // 2]
     source = "".join(linecache.getlines(frame.f_code.co_filename))
     if line is None or column is None or not source:

@@ -14,7 +14,7 @@ from escort.layers import FusedConv2d, MaxPool2d, SamePad, SparseConv2d
 from escort.layers.pool import pair
 from escort.runtime.saved.limits import MAX_COUNT, MAX_DEEP, MAX_SCALE, MAX_WINDOW
 from escort.runtime.saved.values import decode, encode
-from escort.runtime.stand_in import has_hooks
+from escort.runtime.stand_in import has_hooks, is_patched
 
 #: The type of a convolution that runs from its compressed filter. Its plan says all about it, so it has no arguments.
 SPARSE = "escort.SparseConv2d"
@@ -136,8 +136,8 @@ def _parameters(cls: type[nn.Module]) -> dict[str, Any]:
 
 
 def is_own(layer: nn.Module) -> bool:
-    """Whether a layer is of a class that no file describes, so that a new model must have it."""
-    return type(layer) not in _DESCRIBED
+    """Whether a layer is of a class that no file describes, or runs other code, so that a new model must have it."""
+    return type(layer) not in _DESCRIBED or is_patched(layer)
 
 
 def check_hooks(module: nn.Module) -> None:
