@@ -83,7 +83,7 @@ def _what_is_not_copied(model: nn.Module, memo: dict[int, Any]) -> str:
                 copy.deepcopy(value, {**memo, **{id(inner): inner for inner in model.modules()}})
             except Exception:
                 where = f"layer {path}" if path else "the model"
-                return f"{where}: its attribute {name}, a {type(value).__name__}, "
+                return f"{where}: its attribute {name}, a {type(value).__name__},"
     return "the model"
 
 

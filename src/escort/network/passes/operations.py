@@ -74,6 +74,13 @@ _SPELLINGS: dict[tuple[str, tuple[str, ...]], tuple[Any, ...]] = {
 POINTWISE = ("add", "relu", "relu6", "hardtanh", "pointwise")
 #: By module type, function or method: the name of the operation and the names of its arguments.
 OPERATIONS = {spelling: key for key, spellings in _SPELLINGS.items() for spelling in spellings}
+_VIEWS = frozenset(
+    """
+    chunk contiguous data detach diagonal expand expand_as flatten flip float getattr getitem half movedim moveaxis
+    narrow permute ravel real reshape reshape_as select split squeeze swapaxes swapdims t tensor_split to transpose
+    type_as unbind unflatten unfold unsqueeze view view_as
+    """.split()
+)
 _INPLACE_OPERATOR = re.compile(r"i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|matmul)|setitem|.*[^_]_")
 
 
@@ -84,7 +91,7 @@ def mutates(network: fx.GraphModule, node: fx.Node) -> bool:
     """
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
-        is_known = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.", "escort.layers"))
+        is_known = type(module).__module__.startswith(("torch.", "escort.")) and not isinstance(module, fx.GraphModule)
         return not is_known or runs_more(module) or bool(getattr(module, "inplace", False))
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
@@ -92,6 +99,14 @@ def mutates(network: fx.GraphModule, node: fx.Node) -> bool:
         return False
     name = getattr(node.target, "__name__", node.target)
     return bool(_INPLACE_OPERATOR.fullmatch(str(name)) or node.kwargs.get("inplace") or "out" in node.kwargs)
+
+
+def may_be_view(node: fx.Node) -> bool:
+    """Whether what a node computes may lie in the memory of what it computes with."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return any(result.alias_info is not None for result in node.target._schema.returns)
+    name = str(getattr(node.target, "__name__", node.target))
+    return node.op in ("call_function", "call_method") and name in _VIEWS
 
 
 def convolution_name(node: fx.Node) -> str:

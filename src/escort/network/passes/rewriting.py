@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from escort.network.check import Request
-from escort.network.passes.operations import FROZEN, OPERATIONS, TENSORS, attach, fold_scale, mutates
+from escort.network.passes.operations import FROZEN, OPERATIONS, TENSORS, attach, fold_scale, may_be_view, mutates
 from escort.network.tracing.conv_types import own_type, unsupported
 from escort.network.tracing.trace import shape_of
 from escort.runtime.stand_in import runs_more
@@ -168,7 +168,7 @@ class Rewriting:
                 self.constants.add(node)
 
     def _written(self) -> set[fx.Node]:
-        """What a node writes to, and all that this is made of, as it may be a part of that."""
+        """What a node writes to, and what this is a view of."""
         written: set[fx.Node] = set()
         for node in self.graph.nodes:
             pending = list(node.all_input_nodes) if mutates(self.root, node) else []
@@ -176,7 +176,7 @@ class Rewriting:
                 source = pending.pop()
                 if source not in written:
                     written.add(source)
-                    pending += source.all_input_nodes
+                    pending += source.all_input_nodes[:1] if may_be_view(source) else []
         return written
 
     def value(self, argument: Any) -> Any:

@@ -80,7 +80,8 @@ def same_draws() -> Iterator[None]:
 
 
 def _attributes(module: nn.Module) -> _Attributes:
-    plain = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
+    attributes = {} if isinstance(module, fx.GraphModule) else vars(module)  # a graph's own are torch.fx's
+    plain = {name: value for name, value in attributes.items() if name not in _OF_MODULES}
     return plain | {name: value for name, value in module._buffers.items() if value is not None}
 
 
