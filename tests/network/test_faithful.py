@@ -259,6 +259,19 @@ def test_hooks_reach_whoever_registered_them() -> None:
     assert len(extractor.seen) == 1
 
 
+def test_a_hook_on_a_module_that_was_taken_apart_is_refused() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), nn.ReLU()).eval()
+    fast, seen = escort.convert(model, X), list[str]()
+    block = fast.get_submodule("network.0")
+    for register in (block.register_forward_hook, block.register_forward_pre_hook):
+        with pytest.raises(RuntimeError, match="taken apart .* register the hook on the original and convert that"):
+            register(lambda *_: None)
+    fast.get_submodule("network.0.0").register_forward_hook(lambda *_: seen.append("layer"))
+    fast.register_forward_hook(lambda *_: seen.append("whole"))
+    fast(X)
+    assert seen == ["layer", "whole"]
+
+
 def test_copies_that_are_none() -> None:
     class Itself(Model):
         def __deepcopy__(self, memo: Any) -> Itself:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import fx, nn
 
@@ -13,6 +13,23 @@ from escort.runtime.graph import read
 from escort.runtime.stand_in import adopt
 from escort.runtime.steps import REQUIRED, Listing, Step
 from escort.runtime.templates import Slot, filled, mapped
+
+
+class Container(nn.Module):
+    """What layers of a program lie in. It was taken apart into steps, so that nothing calls it."""
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_hook()
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_hook()
+
+
+def _refuse_hook() -> NoReturn:
+    raise RuntimeError(
+        "this module was taken apart when the model was converted, and a hook on it would never run; register the hook "
+        "on the original and convert that"
+    )
 
 
 class Program(nn.Module):
@@ -52,7 +69,7 @@ class Program(nn.Module):
         try:
             for container in containers:
                 if container not in owner._modules:
-                    owner.add_module(container, nn.Module())
+                    owner.add_module(container, Container())
                 owner = owner._modules[container]  # type: ignore[assignment]
             if any(name in held for held in (owner._modules, owner._parameters, owner._buffers)):
                 return  # it is there already, or is a part of a layer
