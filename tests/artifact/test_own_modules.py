@@ -154,6 +154,23 @@ def test_what_is_in_two_places_comes_back(make: Callable[[], nn.Module], tmp_pat
     assert_same(load(tmp_path / "model", make()), fast)
 
 
+class Particular(Gate):
+    """Takes a state dict in a way of its own, as some encoders of segmentation_models_pytorch do."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:  # type: ignore[override]
+        return super().load_state_dict(state_dict)
+
+
+def test_a_class_with_a_load_state_dict_of_its_own(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return sparse(nn.Sequential(nn.Conv2d(3, 3, 3), Particular(Block())))
+
+    fast = convert(made(), X)
+    save(fast, tmp_path / "model.escort")
+    assert_same(load(tmp_path / "model.escort", None if fast.traced else made()), fast)
+
+
 def test_an_exported_program_with_guards_comes_back_into_itself(tmp_path: Path) -> None:
     exported = torch.export.export(sparse(Around().last, 0.6), (X,))
     fast = convert(exported, X)

@@ -92,7 +92,7 @@ def _load_state(layer: nn.Module, state: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"{key} is of shape {tuple(state[key].shape)} and {state[key].dtype}, not like {own.shape}"
             )
-    layer.load_state_dict(state, strict=False, assign=True)
+    nn.Module.load_state_dict(layer, state, strict=False, assign=True)  # whatever a class has in its place
 
 
 def move(network: nn.Module, planned: torch.device, target: torch.device) -> None:
