@@ -136,6 +136,32 @@ def test_a_module_that_is_called_in_several_ways_has_no_graph() -> None:
     assert paths(Twice().eval(), SAMPLES) == []
 
 
+class Upsampled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor, height: int) -> Tensor:
+        return nn.functional.interpolate(self.block(x), size=(height, height))
+
+
+def test_a_number_that_code_passes_on_may_depend_on_the_size() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = Upsampled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x, 2 * x.shape[2]) * float(len(x))
+
+    model = Around().eval()
+    network, _ = trace(plain_copy(model), Example((SAMPLES,)))
+    assert [path for path, _ in graphs(network)] == ["up.block"]
+    with torch.no_grad():
+        for x in (SAMPLES, torch.randn(1, 3, 7, 7)):
+            assert torch.equal(network(x), model(x))
+
+
 def test_what_keeps_state_is_called_as_it_is() -> None:
     torch.manual_seed(0)
     network, _ = trace(Around().eval(), Example((SAMPLES,)), frozenset(["first"]))

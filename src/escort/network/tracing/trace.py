@@ -143,6 +143,8 @@ class _Tracing:
             call = self.calls[module]
             if isinstance(call, ValueError):
                 raise call
+            if module is not self.model and any(type(value) in (int, float) for value in call.constants.values()):
+                raise ValueError("it is called with a number, which may depend on the size of the input")
             root = _Alone(module) if is_leaf(module) else module
             tracer = Tracer(call, inspect.signature(module.forward), leaves)
             graph = tracer.trace(root)
