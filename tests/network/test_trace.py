@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from escort.network.example import Example
 from escort.network.original import plain_copy
-from escort.network.tracing.trace import graphs, trace
+from escort.network.tracing.graphs import graphs
+from escort.network.tracing.trace import trace
 from escort.runtime import Program
 from tests.network.models import Checked
 from tests.network.patterns import MORE, SAMPLES, Net, traced

@@ -16,7 +16,7 @@ from torch import fx, nn
 from escort.network.check import Request
 from escort.network.passes import fuse, linear, padding, pool, rows, subclasses, transposed
 from escort.network.passes.operations import replace_module
-from escort.network.tracing.trace import graphs
+from escort.network.tracing.graphs import graphs
 from escort.runtime.stand_in import adopt
 
 Pass = Callable[[fx.GraphModule, Request], tuple[fx.GraphModule, dict[str, str]]]

@@ -53,13 +53,6 @@ def trace(model: nn.Module, example: Example, stateful: frozenset[str] = frozens
     return tracing.assembled(model), tracing.reasons.get(model)
 
 
-def graphs(network: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
-    """The graphs in a network, the whole or modules of it, and where they are."""
-    for path, module in list(network.named_modules()):
-        if isinstance(module, fx.GraphModule):
-            yield path, module
-
-
 def shape_of(node: Any) -> tuple[torch.Size, torch.dtype] | None:
     """The shape and type of a node's result on the example, as :func:`trace` noted it; None for anything else."""
     return node.meta.get("shape") if isinstance(node, fx.Node) else None
