@@ -6,12 +6,11 @@ kernel's source, and share no code with what they test.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 
 from escort.methods.cuda.sparse_tc.orders import OrderedFilter
 from escort.methods.cuda.sparse_tc.packing import Packed
+from escort.methods.cuda.sparse_tc.params import Params
 from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
 
 #: Numpy has no bfloat16: its bits are the upper half of a float32. TF32 is one without its last 13 bits.
@@ -98,7 +97,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
 
     Shared memory begins as NaN, so that what is read from beyond what was loaded, and is not cut off, shows.
     """
-    p, config, d = tiling.problem, tiling.config, SimpleNamespace(**tiling.defines)
+    p, config, d = tiling.problem, tiling.config, Params.of(tiling)
     along, m_tile, depth = 2 // config.across, config.tile_channels, BLOCK[p.precision] // 2
     samples = len(nhwc)
     whole_rows = config.tap_group in ("columns", "halo")
@@ -108,48 +107,48 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
     written = (
         y.transpose(0, 2, 3, 1) if whole_rows else np.full((1, 1, y.size // p.out_channels, p.out_channels), np.nan)
     )
-    stage_pixels = d.B_STAGE_BYTES // 128
-    shared = np.full(((d.SHARED_BYTES - 1024) // 128, 2 * depth), np.nan)
-    for stage in range(d.B_STAGES):
-        shared[stage * stage_pixels + d.LOAD_PIXELS :][: d.ZERO_PIXELS] = 0.0
+    stage_pixels = d.b_stage_bytes // 128
+    shared = np.full(((tiling.memory.bytes - 1024) // 128, 2 * depth), np.nan)
+    for stage in range(d.b_stages):
+        shared[stage * stage_pixels + d.load_pixels :][: d.zero_pixels] = 0.0
     copied = 0
-    for item in range(d.M_TILES * tiling.tile_groups(samples)):
+    for item in range(d.m_tiles * tiling.tile_groups(samples)):
         for rank in range(config.cluster):
-            m, tile = item % d.M_TILES, item // d.M_TILES * config.cluster + rank
+            m, tile = item % d.m_tiles, item // d.m_tiles * config.cluster + rank
             first_row, first_sample = (
-                tile % d.TILES_PER_SAMPLE * d.TILE_ROWS,
-                tile // d.TILES_PER_SAMPLE * d.TILE_SAMPLES,
+                tile % d.tiles_per_sample * d.tile_rows,
+                tile // d.tiles_per_sample * d.tile_samples,
             )
             sums = np.full((m_tile, config.tile_pixels), np.nan)
             accumulate, c, r, s = False, 0, 0, 0
-            at = packed.first[m * d.TAP_GROUPS]
-            for tap_group in range(d.TAP_GROUPS):
-                to, copied = copied % d.B_STAGES * stage_pixels, copied + 1
+            at = packed.first[m * d.tap_groups]
+            for tap_group in range(d.tap_groups):
+                to, copied = copied % d.b_stages * stage_pixels, copied + 1
                 if config.tap_group == "im2col":
                     for part in range(along):
-                        row, column = divmod(tile * config.tile_pixels + part * config.pixels, d.OUT_WIDTH)
-                        corner = column * d.STRIDE_RIGHT - d.LEFT, row % d.OUT_HEIGHT * d.STRIDE_DOWN - d.TOP
-                        offset = s * d.DILATION_RIGHT, r * d.DILATION_DOWN
+                        row, column = divmod(tile * config.tile_pixels + part * config.pixels, d.out_width)
+                        corner = column * d.stride_right - d.left, row % d.out_height * d.stride_down - d.top
+                        offset = s * d.dilation_right, r * d.dilation_down
                         shared[to + part * config.pixels :][: config.pixels] = load_im2col(
-                            tiling, read, c, corner, row // d.OUT_HEIGHT, offset
+                            tiling, read, c, corner, row // d.out_height, offset
                         )
                     s += 1
-                    if s == d.KERNEL_COLUMNS:
+                    if s == p.kernel_size[1]:
                         s, r = 0, r + 1
-                    if r == d.KERNEL_ROWS:
+                    if r == p.kernel_size[0]:
                         r, c = 0, c + 2 * depth
                 else:
                     if config.tap_group == "flat":
                         box = load_box(read, tiling.load, c, tile * config.tile_pixels, 0, 0)
                     else:
-                        column = s * d.DILATION_RIGHT - d.LEFT
-                        box = load_box(read, tiling.load, c, column, first_row - d.TOP, first_sample)
-                    assert len(box) == d.LOAD_PIXELS
+                        column = s * d.dilation_right - d.left
+                        box = load_box(read, tiling.load, c, column, first_row - d.top, first_sample)
+                    assert len(box) == d.load_pixels
                     shared[to:][: len(box)] = box
                     s += config.tap_group == "columns"
-                    if config.tap_group != "columns" or s == d.KERNEL_COLUMNS:
+                    if config.tap_group != "columns" or s == p.kernel_size[1]:
                         s, c = 0, c + 2 * depth
-                produced, more = packed.first[m * d.TAP_GROUPS + tap_group + 1], True
+                produced, more = packed.first[m * d.tap_groups + tap_group + 1], True
                 while more:
                     word = int(packed.steps[at])
                     start = to + (word & 0xFFFF) // 8
@@ -231,7 +230,7 @@ def store_box(y: np.ndarray, box: tuple[int, ...], c: int, place: tuple[int, int
 
 
 def store_rows(
-    d: SimpleNamespace,
+    d: Params,
     tiling: Tiling,
     y: np.ndarray,
     tile: int,
@@ -241,52 +240,52 @@ def store_rows(
     first_sample: int,
 ) -> None:
     """The kernel's stores of 64 rows to y in NCHW, VECTOR neighbouring elements at a time."""
-    flat, samples, plane = y.reshape(-1), len(y), d.OUT_HEIGHT * d.OUT_WIDTH
-    assert d.STAGING_PITCH * 64 <= d.STAGING_BYTES and d.STAGING_PITCH // 16 % 2 == 1
-    assert sums.shape[1] * 2 <= d.STAGING_PITCH
-    rows = min(d.TILE_ROWS, d.OUT_HEIGHT - first_row)
+    flat, samples, plane = y.reshape(-1), len(y), d.out_height * d.out_width
+    assert d.staging_pitch * 64 <= d.staging_bytes and d.staging_pitch // 16 % 2 == 1
+    assert sums.shape[1] * 2 <= d.staging_pitch
+    rows = min(d.tile_rows, d.out_height - first_row)
     if tiling.config.tap_group in ("columns", "halo"):
-        count = rows * d.OUT_WIDTH * min(d.TILE_SAMPLES, samples - first_sample)
+        count = rows * d.out_width * min(d.tile_samples, samples - first_sample)
     else:
         count = min(sums.shape[1], samples * plane - tile * sums.shape[1])
-    for unit in range(0, max(count, 0), d.VECTOR):
+    for unit in range(0, max(count, 0), tiling.vector):
         if tiling.config.tap_group in ("columns", "halo"):
-            sample_in_tile, rest = divmod(unit, rows * d.OUT_WIDTH)
-            row, column = divmod(rest, d.OUT_WIDTH)
-            sample, pixel = first_sample + sample_in_tile, first_row * d.OUT_WIDTH + rest
-            staged = sample_in_tile * d.SAMPLE_PITCH + row * d.PITCH + column
-            assert column + d.VECTOR <= d.OUT_WIDTH
+            sample_in_tile, rest = divmod(unit, rows * d.out_width)
+            row, column = divmod(rest, d.out_width)
+            sample, pixel = first_sample + sample_in_tile, first_row * d.out_width + rest
+            staged = sample_in_tile * d.sample_pitch + row * d.pitch + column
+            assert column + tiling.vector <= d.out_width
         else:
             sample, pixel = divmod(tile * sums.shape[1] + unit, plane)
             staged = unit
-            assert pixel + d.VECTOR <= plane
-        assert d.UNALIGNED or staged % d.VECTOR == 0
+            assert pixel + tiling.vector <= plane
+        assert tiling.unaligned or staged % tiling.vector == 0
         for row, channel in enumerate(out_order):
             if channel >= 0:
-                to = sample * d.OUT_CHANNELS * plane + pixel + channel * plane
-                assert to % d.VECTOR == 0 and np.isnan(flat[to : to + d.VECTOR]).all(), "unaligned, or stored twice"
-                flat[to : to + d.VECTOR] = sums[row, staged : staged + d.VECTOR]
+                to = sample * d.out_channels * plane + pixel + channel * plane
+                assert to % tiling.vector == 0 and np.isnan(flat[to : to + tiling.vector]).all(), (
+                    "unaligned, or stored twice"
+                )
+                flat[to : to + tiling.vector] = sums[row, staged : staged + tiling.vector]
 
 
-def store_floats(
-    d: SimpleNamespace, tiling: Tiling, y: np.ndarray, tile: int, sums: np.ndarray, out_order: np.ndarray
-) -> None:
+def store_floats(d: Params, tiling: Tiling, y: np.ndarray, tile: int, sums: np.ndarray, out_order: np.ndarray) -> None:
     """The kernel's stores of 64 rows of floats to y: each pixel of a tile that is an output."""
     pixel = np.arange(sums.shape[1])
     if tiling.config.tap_group in ("columns", "halo"):
-        sample_in_tile, rest = np.divmod(pixel, d.SAMPLE_PITCH)
-        row_in_sample, column = np.divmod(rest, d.PITCH)
-        sample = tile // d.TILES_PER_SAMPLE * d.TILE_SAMPLES + sample_in_tile
-        row = tile % d.TILES_PER_SAMPLE * d.TILE_ROWS + row_in_sample
+        sample_in_tile, rest = np.divmod(pixel, d.sample_pitch)
+        row_in_sample, column = np.divmod(rest, d.pitch)
+        sample = tile // d.tiles_per_sample * d.tile_samples + sample_in_tile
+        row = tile % d.tiles_per_sample * d.tile_rows + row_in_sample
         inside = (
-            (sample_in_tile < d.TILE_SAMPLES)
-            & (row_in_sample < d.TILE_ROWS)
-            & (row < d.OUT_HEIGHT)
-            & (column < d.OUT_WIDTH)
+            (sample_in_tile < d.tile_samples)
+            & (row_in_sample < d.tile_rows)
+            & (row < d.out_height)
+            & (column < d.out_width)
         )
     else:
-        sample, rest = np.divmod(tile * sums.shape[1] + pixel, d.OUT_HEIGHT * d.OUT_WIDTH)
-        row, column = np.divmod(rest, d.OUT_WIDTH)
+        sample, rest = np.divmod(tile * sums.shape[1] + pixel, d.out_height * d.out_width)
+        row, column = np.divmod(rest, d.out_width)
         inside = pixel >= 0
     inside &= sample < len(y)
     used = out_order >= 0

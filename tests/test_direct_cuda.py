@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from escort import reference
 from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
-from escort.cuda.params import pack
+from escort.cuda.params import Divisor, pack
 from escort.filter import SparseFilter
 from escort.methods.cuda.direct import DirectCuda
 from escort.methods.cuda.direct.layout import LANES, STORAGE, DirectConfig, Layout, most_samples
-from escort.methods.cuda.direct.params import Divisor, Params, defines
+from escort.methods.cuda.direct.params import Params, defines
 from escort.methods.cuda.direct.search import candidates, has_room, neighbours, search
 from escort.methods.cuda.direct.tables import lay_out
 from escort.problem import Epilogue, Precision, Problem
@@ -166,9 +166,10 @@ def interpret(problem: Problem, case: Case, config: DirectConfig) -> float:
 
 def test_the_struct_is_the_dataclass() -> None:
     """Host and device name the kernel's parameters alike, in the same order."""
-    source, types = (KERNELS / "direct.cu").read_text(), {"int": "int", "u32": "int", "Divisor": "Divisor"}
-    for dataclass in (Params, Divisor):
-        in_c = [(types[kind], name) for kind, name in struct_fields(source, dataclass.__name__)]
+    types = {"int": "int", "u32": "int", "unsigned": "int", "Divisor": "Divisor"}
+    for source, dataclass in (("direct.cu", Params), ("divisor.cuh", Divisor)):
+        text = (KERNELS / source).read_text()
+        in_c = [(types[kind], name) for kind, name in struct_fields(text, dataclass.__name__)]
         assert in_c == [(field.type, field.name) for field in fields(dataclass)]
     problem = replace(CASES[0].problem, device="cuda:0", precision="fp32")
     config = search(problem, CASES[0].filter(), H200)[0]

@@ -19,11 +19,13 @@ import torch
 from escort import reference
 from escort.cuda import compiler
 from escort.cuda.gpu import H200
+from escort.cuda.params import pack
 from escort.filter import SparseFilter
 from escort.layers import runners
 from escort.methods.cuda.sparse_tc import SparseTc, SparseTcConfig
 from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
 from escort.methods.cuda.sparse_tc.packing import Packed
+from escort.methods.cuda.sparse_tc.params import Params
 from escort.methods.cuda.sparse_tc.search import candidates, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 from escort.problem import Epilogue, MemoryFormat, Precision, Problem
@@ -76,7 +78,7 @@ def test_the_search_ranks_what_fits(problem: Problem) -> None:
         configs = search(problem, sparse_filter, H200, 6, memory_format)  # type: ignore[arg-type]
         assert len(set(configs)) == 6 and {config.memory_format for config in configs} == {memory_format}
         tilings = [Tiling.of(problem, config, H200.shared_bytes) for config in configs]
-        assert all(tiling.shared_bytes <= H200.shared_bytes for tiling in tilings)
+        assert all(tiling.memory.bytes <= H200.shared_bytes for tiling in tilings)
         times = [predict_us(tiling, NONE, H200) for tiling in candidates(problem, H200, memory_format)]  # type: ignore[arg-type]
         assert min(predict_us(tiling, NONE, H200) for tiling in tilings) < 1.1 * min(times)
         assert len({replace(config, cluster=1) for config in configs}) >= 3, "of some variety"
@@ -130,8 +132,7 @@ of_each_kind = pytest.mark.parametrize(("problem", "config"), VARIANTS.values(),
 
 def compiled(problem: Problem, config: SparseTcConfig) -> compiler.Binary:
     tiling = Tiling.of(problem, config, H200.shared_bytes)
-    epilogue = {"ACTIVATION": 2, "RESIDUAL": int(problem.epilogue.residual)}
-    return compiler.compile_source(tiling.source, tiling.defines | epilogue, "sm_90a")
+    return compiler.compile_source(tiling.source, tiling.defines, "sm_90a")
 
 
 @of_each_kind
@@ -230,11 +231,12 @@ class Model:
         assert native is (str(source) == "sparse_tc.cu")
         return cls(source, defines, device, native)
 
-    def bind(self, block: int, shared_bytes: int, args: Sequence[Any], *, overlap: bool) -> Any:
+    def bind(self, block: int, shared_bytes: int, args: Sequence[Any], *, overlap: bool, cluster: int = 1) -> Any:
         assert overlap and block == (384 if self.source == "sparse_tc.cu" else 256)
         if self.source != "sparse_tc.cu":
             return partial(self.lay_out, args[2])
-        assert shared_bytes == self.defines["SHARED_BYTES"]
+        assert shared_bytes == Model.tiling.memory.bytes and cluster == Model.tiling.config.cluster
+        assert args[-3] == pack(Params.of(Model.tiling))
         return partial(self.multiply, args)
 
     def lay_out(self, order: torch.Tensor, grid: Any, x: torch.Tensor, to: torch.Tensor) -> None:

@@ -7,8 +7,10 @@ once: that instructions in flight are waited for is what tests/test_sparse_tc.py
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +20,17 @@ import torch
 from escort import reference
 from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
+from escort.cuda.params import Divisor
+from escort.cuda.params import pack as pack_params
 from escort.filter import SparseFilter
 from escort.methods.cuda.sparse_tc.config import SparseTcConfig
 from escort.methods.cuda.sparse_tc.orders import order_filter
 from escort.methods.cuda.sparse_tc.packing import pack
+from escort.methods.cuda.sparse_tc.params import Params
 from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
-from escort.problem import Precision
+from escort.problem import Activation, Epilogue, MemoryFormat, Precision
 from tests.cases import FULL
-from tests.host import compiled
+from tests.host import compiled, struct_fields
 from tests.mbarrier import MBARRIER
 from tests.sparse_tc_model import laid_out
 from tests.test_sparse_tc_layout import CASES, integers
@@ -47,7 +52,6 @@ using u64 = unsigned long long;
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __cluster_dims__(...)
 #define __grid_constant__
 #define __restrict__
 struct Index { unsigned x; };
@@ -60,6 +64,7 @@ static float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static int min(int a, int b) { return a < b ? a : b; }
+static u32 __umulhi(u32 a, u32 b) { return u64(a) * b >> 32; }
 template <class T> static T __ldg(const T* from) {
   if (reinterpret_cast<std::uintptr_t>(from) % sizeof(T)) std::abort();
   return *from;
@@ -73,7 +78,6 @@ static u16 rounded(float v) {
   return (word + 0x7fff + (word >> 16 & 1)) >> 16;
 }
 static float2 __bfloat1622float2(__nv_bfloat162 v) { return {widened(v.x), widened(v.y)}; }
-static __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {rounded(x), rounded(y)}; }
 
 // Threads that meet.
 struct Meeting {
@@ -162,10 +166,10 @@ void barrier_arrive(u32 barrier) { block->barriers.at(barrier).change(1, 0); }
 void barrier_arrive_at(u32 barrier, u32 other) { blocks[other].barriers.at(barrier).change(1, 0); }
 void barrier_wait_opaque(u32 barrier, u32 parity) { block->barriers.at(barrier).wait(parity); }
 void barriers_are_ready() {}
-template <int BYTES, int BLOCKS> void load_to_cluster(u32 to, const u8* from, u32 barrier) {
-  for (int other = 0; other < BLOCKS; other++) {
-    std::memcpy(blocks[other].shared + to, from, BYTES);
-    blocks[other].barriers.at(barrier).change(0, -BYTES);
+void load_to_cluster(u32 to, const u8* from, int bytes, int count, u32 barrier) {
+  for (int other = 0; other < count; other++) {
+    std::memcpy(blocks[other].shared + to, from, bytes);
+    blocks[other].barriers.at(barrier).change(0, -bytes);
   }
 }
 // A block of channels of a pixel, or zeros, in 128-byte swizzle.
@@ -215,6 +219,16 @@ void wait_for_previous_kernel() {}
 u32 shared_address(const void*) { return 0; }
 void forget(float& v) { v = NAN; }
 void obscure(int&) {}
+template <bool NOT_NEGATIVE> u32 pack(float low, float high) {
+  if (NOT_NEGATIVE) low = std::fmax(low, 0.0f), high = std::fmax(high, 0.0f);
+  return rounded(low) | u32(rounded(high)) << 16;
+}
+template <class Choose> u32 of_halves(u32 pair, u32 other, Choose choose) {
+  return rounded(choose(widened(pair), widened(other))) |
+         u32(rounded(choose(widened(pair >> 16), widened(other >> 16)))) << 16;
+}
+u32 larger(u32 pair, u32 other) { return of_halves(pair, other, [](float a, float b) { return std::fmax(a, b); }); }
+u32 smaller(u32 pair, u32 other) { return of_halves(pair, other, [](float a, float b) { return std::fmin(a, b); }); }
 float at_least_0(float v) { return std::fmax(v, 0.0f); }
 float at_most_6(float v) { return std::fmin(v, 6.0f); }
 template <class T> void load_shared(u32 address, T& v) {
@@ -260,16 +274,17 @@ template <int COUNT> void load_transposed(u32 address, u32* v) {
 """
 RUN = """
 extern "C" int run(const TensorMap* x, const u8* a, const float* bias, const int* first, const u32* steps,
-                   const int* out_order, TensorMap* y, TensorMap* residual, int samples, int tile_groups,
-                   int clusters) {
+                   const int* out_order, TensorMap* y, TensorMap* residual, const Params* params, int samples,
+                   int tile_groups, int clusters) {
   stuck = false;
-  gridDim.x = clusters * CLUSTER;
+  const int blocks_of_cluster = params->cluster;
+  gridDim.x = clusters * blocks_of_cluster;
   for (int number = 0; number < clusters; number++) {
-    std::vector<Block> memory(CLUSTER);
+    std::vector<Block> memory(blocks_of_cluster);
     blocks = memory.data();
-    cluster.of(384 * CLUSTER);
+    cluster.of(384 * blocks_of_cluster);
     std::vector<std::thread> threads;
-    for (int rank = 0; rank < CLUSTER; rank++) {
+    for (int rank = 0; rank < blocks_of_cluster; rank++) {
       Block& of = memory[rank];
       std::memset(of.shared, 0xff, sizeof of.shared);
       of.all.of(384);
@@ -279,12 +294,12 @@ extern "C" int run(const TensorMap* x, const u8* a, const float* bias, const int
       for (unsigned thread = 0; thread < 384; thread++)
         threads.emplace_back([=, &of] {
           block = &of;
-          blockIdx.x = number * CLUSTER + rank;
+          blockIdx.x = number * blocks_of_cluster + rank;
           threadIdx.x = thread;
 #if BOXES_OUT
-          sparse_tc(*x, a, bias, first, steps, *y, *residual, samples, tile_groups);
+          sparse_tc(*x, a, bias, first, steps, *y, *residual, *params, samples, tile_groups);
 #else
-          sparse_tc(*x, a, bias, first, steps, out_order, y->tensor, residual->tensor, samples, tile_groups);
+          sparse_tc(*x, a, bias, first, steps, out_order, y->tensor, residual->tensor, *params, samples, tile_groups);
 #endif
         });
     }
@@ -344,6 +359,21 @@ KINDS = {
 }
 
 
+def test_the_struct_is_the_dataclass() -> None:
+    """Host and device name the kernel's parameters alike, in the same order."""
+    text, types = (KERNELS / "sparse_tc_tiles.cuh").read_text(), {"int": ("int", "bool"), "u32": ("int",)}
+    in_c = struct_fields(text, "Params")
+    assert [name for _, name in in_c] == [field.name for field in fields(Params)]
+    assert all(field.type in types.get(kind, (kind,)) for (kind, _), field in zip(in_c, fields(Params), strict=True))
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 196, 225, 1000, 12544, 2**20 + 1])
+def test_divisors_divide(divisor: int) -> None:
+    by = Divisor.of(divisor)
+    for n in (0, 1, divisor - 1, divisor, divisor + 1, 12345678, 2**31 // divisor * divisor - 1, 2**31 - 1):
+        assert (2 * n * by.magic >> 32) >> by.shift == n // divisor
+
+
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -351,17 +381,43 @@ def test_the_source_computes_the_convolution(
     kind: str, memory_format: str, precision: Precision, tmp_path: Path
 ) -> None:
     name, config, with_epilogue = KINDS[kind]
-    full = memory_format == with_epilogue
     problem, density = CASES[name]
-    problem = replace(problem, precision=precision, epilogue=FULL if full else problem.epilogue)
+    epilogue = FULL if memory_format == with_epilogue else problem.epilogue
     config = replace(config, memory_format=memory_format)  # type: ignore[arg-type]
-    tiling = Tiling.of(problem, config, H200.shared_bytes)
+    tiling = Tiling.of(replace(problem, precision=precision, epilogue=epilogue), config, H200.shared_bytes)
+    check(tiling, density, host_kernel(tiling, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("memory_format", "precision"), [("contiguous", "bf16"), ("channels_last", "bf16"), ("channels_last", "tf32")]
+)
+def test_one_kernel_computes_every_epilogue(memory_format: MemoryFormat, precision: Precision, tmp_path: Path) -> None:
+    problem, density = CASES["pointwise, even plane"]
+    config = SparseTcConfig("flat", 24, across=1, memory_format=memory_format)
+    tiling = Tiling.of(replace(problem, precision=precision), config, H200.shared_bytes)
+    run = host_kernel(tiling, tmp_path)
+    activations: tuple[Activation, ...] = ("none", "relu", "relu6")
+    for residual, activation in itertools.product((False, True), activations):
+        epilogue = Epilogue(bias=True, residual=residual, activation=activation)
+        check(replace(tiling, problem=replace(tiling.problem, epilogue=epilogue)), density, run)
+
+
+def host_kernel(tiling: Tiling, folder: Path) -> Callable[..., int]:
+    run: Callable[..., int] = compiled(
+        host_source(), folder, tiling.defines | {"SHARED_BYTES": tiling.memory.bytes}
+    ).run
+    return run
+
+
+def check(tiling: Tiling, density: float, run: Callable[..., int]) -> None:
+    """The kernel's results are the reference's, for small integers as input."""
+    problem, config, epilogue = tiling.problem, tiling.config, tiling.problem.epilogue
     weight = integers(problem.weight_shape, density)
     ordered = order_filter(SparseFilter.from_dense(weight), config.memory_format, tiling.element)
     packed = pack(ordered, tiling)
     generator = np.random.default_rng(1)
     x = generator.integers(-3, 4, problem.input_shape).astype(np.float64)
-    bias = np.where(packed.out_order >= 0, packed.out_order % 5, 0).astype(np.float32) * full
+    bias = np.where(packed.out_order >= 0, packed.out_order % 5, 0).astype(np.float32) * epilogue.bias
     last = config.takes_channels_last
     shape = problem.output_shape if not last else tuple(problem.output_shape[i] for i in (0, 2, 3, 1))
     residual = torch.from_numpy(generator.integers(-9, 9, shape)).to(problem.storage)
@@ -378,20 +434,19 @@ def test_the_source_computes_the_convolution(
         x_map.stride, x_map.pixels = problem.stride[::-1], config.pixels
     elif config.tap_group == "flat":
         x_map.sizes = channels, samples * height * width, 1, 1
-    defines = tiling.defines | {"ACTIVATION": int(full), "RESIDUAL": int(full)}
+    params = pack_params(Params.of(tiling))
     tables = (packed.weight_tiles, bias, packed.first, packed.steps, packed.out_order)
     pointers = [ctypes.c_void_p(np.ascontiguousarray(table).ctypes.data) for table in tables]
     maps = [ctypes.byref(one) for one in (y_map, residual_map)]
     tile_groups = tiling.tile_groups(samples)
     clusters = max(tile_groups * tiling.channel_tiles // 2, 1)  # some compute several tiles
-    run = compiled(host_source(), tmp_path, defines).run
-    assert run(ctypes.byref(x_map), *pointers, *maps, samples, tile_groups, clusters) == 0, (
+    assert run(ctypes.byref(x_map), *pointers, *maps, params, samples, tile_groups, clusters) == 0, (
         "a barrier was waited for in vain"
     )
-    by_channel = torch.arange(problem.out_channels) % 5.0 * full
-    added = (residual.permute(0, 3, 1, 2) if last else residual) if full else None
+    by_channel = torch.arange(problem.out_channels) % 5.0 * epilogue.bias
+    added = (residual.permute(0, 3, 1, 2) if last else residual) if epilogue.residual else None
     expected = reference.conv2d(problem, torch.from_numpy(x), torch.from_numpy(weight), by_channel, added)
     computed = (y.permute(0, 3, 1, 2) if last else y).double()
     assert reference.compare(computed, expected) <= 2**-8
-    exact = expected.abs() < (128 if precision == "bf16" else 2**24)
+    exact = expected.abs() < (128 if problem.precision == "bf16" else 2**24)
     assert torch.equal(computed[exact], expected[exact]), "small integers are exact"

@@ -116,7 +116,9 @@ class FakeDriver:
         CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK="threads", CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared"
     )
     CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN="shared")
-    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap")
+    CUlaunchAttributeID = SimpleNamespace(
+        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap", CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster"
+    )
     CUlaunchConfig = SimpleNamespace
     CUresult = Status
 
@@ -158,7 +160,7 @@ class FakeDriver:
         return call
 
     def CUlaunchAttribute(self) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(value=SimpleNamespace())
+        return SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace()))
 
     def cuFuncGetParamInfo(self, function: str, index: int) -> tuple[int, int, int]:  # noqa: N802
         return (0, 0, ctypes.sizeof(self.parameters[index])) if index < len(self.parameters) else (1, 0, 0)
@@ -173,6 +175,7 @@ class FakeDriver:
             shared=config.sharedMemBytes,
             stream=config.hStream,
             attributes=[attribute.id for attribute in config.attrs],
+            clusters=[vars(attribute.value.clusterDim) for attribute in config.attrs if attribute.id == "cluster"],
         )
         self.launches.append(launch)
 

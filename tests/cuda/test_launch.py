@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from escort.cuda.kernel import Kernel, kernel
+from escort.cuda.kernel import Kernel, Text, kernel
 from escort.cuda.launch import TensorMap
 from tests.cuda.kernels import SHARED, THREADS, FakeDriver, Status, bind, fill_map, tensor
 
@@ -34,6 +34,9 @@ def test_a_bound_launch_takes_what_is_left(compiled: Kernel, driver: FakeDriver)
     assert driver.launches[0].values == [x.data_ptr(), y.data_ptr(), 0.5, 4] and driver.launches[0].attributes == []
     assert driver.launches[1].values == [None, y.data_ptr(), 3.0, 9]
     assert driver.launches[1].attributes == ["overlap"]
+    compiled.bind(THREADS, SHARED, (None, y, 3.0, 9), overlap=True, cluster=4)((8, 1, 1))
+    assert driver.launches[2].attributes == ["overlap", "cluster"]
+    assert driver.launches[2].clusters == [{"x": 4, "y": 1, "z": 1}]
 
 
 @pytest.fixture
@@ -241,6 +244,27 @@ def test_a_launch_with_an_overlap(scale: Path) -> None:
     torch.cuda.synchronize()  # this kernel does not wait for the one before it
     compiled.bind(THREADS, SHARED, (torch.Tensor, y, 3.0, 1024), overlap=True)((8, 1, 1), x)
     torch.testing.assert_close(y, 6 * x + 0.5)
+
+
+CLUSTERED = """
+extern "C" __global__ void clustered(int* y) {
+  unsigned rank, blocks;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  if (threadIdx.x == 0) y[blockIdx.x] = 10 * blocks + rank;
+}
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+def test_a_launch_in_clusters(cluster: int) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    y = torch.empty(16, dtype=torch.int32, device="cuda")
+    compiled = kernel(Text("clustered.cu", CLUSTERED), {}, y.device)
+    compiled.bind(THREADS, 0, (torch.Tensor,), cluster=cluster)((16, 1, 1), y)
+    assert y.tolist() == [10 * cluster + block % cluster for block in range(16)]
 
 
 @pytest.mark.gpu

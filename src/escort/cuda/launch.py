@@ -91,17 +91,15 @@ class Launch:
         kernel: str,
         function: Any,
         device: driver.Device,
-        block: int,
-        shared_bytes: int,
+        config: Any,
         args: Sequence[Argument | type],
-        overlap: bool,
     ) -> None:
-        """`function` is what the driver loaded for the device; errors call it `kernel`."""
+        """`function` is what the driver loaded for the device, which errors call `kernel`; see `launch_config`."""
         self._kernel, self._device, self._index = kernel, device, device.index
         self._function, self._launch = function, driver.api().cuLaunchKernelEx
         self._current_device, self._raw_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
         self._lock = threading.Lock()
-        self._config = _config(block, shared_bytes, overlap)
+        self._config = config
 
         per_launch = [position for position, arg in enumerate(args) if isinstance(arg, type)]
         fixed = [position for position, arg in enumerate(args) if not isinstance(arg, type)]
@@ -193,8 +191,8 @@ def aligned_bytes(size: int) -> ctypes.Array[ctypes.c_char]:
     return (ctypes.c_char * size).from_buffer(memory, -ctypes.addressof(memory) % _ALIGNMENT)
 
 
-def _config(block: int, shared_bytes: int, overlap: bool) -> Any:
-    """The driver's description of a launch, without grid and stream."""
+def launch_config(block: int, shared_bytes: int, overlap: bool, cluster: int) -> Any:
+    """The driver's description of launches, without grid and stream; `Kernel.bind` says what the arguments are."""
     api = driver.api()
     config = api.CUlaunchConfig()
     config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
@@ -204,6 +202,12 @@ def _config(block: int, shared_bytes: int, overlap: bool) -> Any:
         attribute = api.CUlaunchAttribute()
         attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    if cluster > 1:
+        attribute = api.CUlaunchAttribute()
+        attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dimension = attribute.value.clusterDim
+        dimension.x, dimension.y, dimension.z = cluster, 1, 1
         attributes.append(attribute)
     config.attrs, config.numAttrs = attributes, len(attributes)
     return config

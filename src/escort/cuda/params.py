@@ -12,11 +12,27 @@ launch = kernel.bind(256, 0, (pack(Params(3, 0.5)),))
 from __future__ import annotations
 
 import struct
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+@dataclass(frozen=True)
+class Divisor:
+    """Division by a constant as multiplication: ``n // divisor == (2 * n * magic >> 32) >> shift`` for n below 2^31.
+
+    Kernels find the struct in kernels/cuda/divisor.cuh.
+    """
+
+    magic: int
+    shift: int
+
+    @classmethod
+    def of(cls, divisor: int) -> Divisor:
+        shift = (divisor - 1).bit_length()
+        return cls(-(-(1 << (31 + shift)) // divisor), shift)
 
 
 def pack(params: DataclassInstance) -> bytes:

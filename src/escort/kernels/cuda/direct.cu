@@ -31,6 +31,7 @@ typedef __nv_bfloat162 Pair;
 typedef float Element;
 #endif
 
+#include "divisor.cuh"
 #include "ptx.cuh"
 
 #define LANES 32
@@ -39,12 +40,6 @@ typedef float Element;
 #ifndef SIGNALS
 #define SIGNALS 1
 #endif
-
-// Division by a run-time constant: exact below 2^31 for magic = ceil(2^(31 + shift) / divisor), 2^shift >= divisor.
-struct Divisor {
-  u32 magic, shift;
-  __device__ u32 quotient(u32 n) const { return __umulhi(2 * n, magic) >> shift; }
-};
 
 // The same in every launch; methods/cuda/direct/params.py has a dataclass of the same fields that says what each means.
 struct Params {

@@ -1,22 +1,28 @@
 // y = activation(conv2d(x, w) + bias + residual) on the sparse tensor cores of compute capability 9.0, as an implicit
 // matrix product D[channel, pixel] = A[channel, k] * B[k, pixel] with sums in float.
 //
-//   A  The filter. A weight tile of it is M_TILE channels x K_BLOCK input channels of one tap, compressed to two
+//   A  The filter. A weight tile of it is a tile of channels x K_BLOCK input channels of one tap, compressed to two
 //      of each four (TF32: one of two), with metadata that say which: packed by packing.py just as the tensor cores
 //      read shared memory. What a filter has beyond that is further weight tiles, the remainder. Blocks of a cluster
 //      compute different pixels of the same channels, and each copies a part of every weight tile to all of them.
 //   B  x in NHWC, K_BLOCK channels (128 bytes, in 128-byte swizzle) of many pixels: those that a tap group reads,
 //      brought by the copy engine at once. A list says which weight tiles multiply them, and at which pixel they begin:
-//        IM2COL   the pixels that one tap of the tile reads (any stride): one tap per group;
-//        COLUMNS  the tile's input rows from one column of taps on: the taps of that column, rows apart;
-//        HALO     the tile's input rows: all taps. A row's padding is the next row's padding, too, so columns of the
+//        im2col   the pixels that one tap of the tile reads (any stride): one tap per group;
+//        columns  the tile's input rows from one column of taps on: the taps of that column, rows apart;
+//        halo     the tile's input rows: all taps. A row's padding is the next row's padding, too, so columns of the
 //                 output beyond its width are computed and dropped;
-//        FLAT     pixels in a row (pointwise): its only tap.
+//        flat     pixels in a row (pointwise): its only tap.
 //
-// Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
-// PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent. tiling.py and shared_memory.py
-// define the capitals, and source.py puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate)
-// before this. STORAGE 0 is float, multiplied in TF32, 1 fp16, 2 bf16.
+// Two consumer warpgroups multiply, side by side along the channels or along the pixels, each M_BLOCKS x 64 channels
+// and PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent.
+//
+// Geometry and epilogue are a struct (Params), so that few kernels serve all layers. It is compiled once per
+//   STORAGE     0: float, multiplied in TF32, 1: fp16, 2: bf16
+//   PIXELS, M_BLOCKS   what sizes the sums, which are registers
+//   OUT_NCHW    1: y and the residual lie in NCHW, 0: in NHWC
+//   VECTOR      of 16-bit elements in NCHW, how many neighbours a lane stores at once
+//   UNALIGNED   whether these lie unaligned in staging
+// source.py puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate) before this.
 //
 //   sparse_tc_tiles.cuh     sizes, shared memory, the order of work
 //   sparse_tc_load.cuh      the producer
@@ -30,15 +36,15 @@
 
 constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
 
-__device__ void consume(u32 base, const float* __restrict__ bias, const int* __restrict__ first,
+__device__ void consume(const Params& p, u32 base, const float* __restrict__ bias, const int* __restrict__ first,
                         const u32* __restrict__ steps, const Outputs& out, int samples, int tile_groups) {
-  const Warpgroup group;
-  Products products(base, group, samples < 0);
-  Store store(base, group, out, samples);
-  for (Work work(tile_groups); work.left(); work.next()) {
-    const int first_channel = work.m_tile() * M_TILE + group.across * M_BLOCKS * 64;
+  const Warpgroup group(p);
+  Products products(p, base, group, samples < 0);
+  Store store(p, base, group, out, samples);
+  for (Work work(p, tile_groups); work.left(); work.next()) {
+    const int first_channel = (work.m_tile() * p.across + group.across) * M_BLOCKS * 64;
     store.begin(first_channel, work.tile());
-    products.start(steps + __ldg(first + work.m_tile() * TAP_GROUPS));
+    products.start(steps + __ldg(first + work.m_tile() * p.tap_groups));
     const Bias biases(bias + first_channel);
     products.wait();
     store.store(products.d, biases, first_channel, work.tile());
@@ -46,36 +52,32 @@ __device__ void consume(u32 base, const float* __restrict__ bias, const int* __r
   store.end();
 }
 
-#if CLUSTER > 1
-#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define CLUSTERED
-#endif
-
-// a: weight tiles; bias: one per output channel of all tiles; first: (M_TILES * TAP_GROUPS + 1), a tap group's first
+// a: weight tiles; bias: one per output channel of all tiles; first: (m_tiles * tap_groups + 1), a tap group's first
 // weight tile; steps: one per weight tile, and one more that is only read.
-extern "C" __global__ void CLUSTERED __launch_bounds__(CONSUMERS + WARPGROUP, 1)
+extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,
-              const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS, int samples, int tile_groups) {
+              const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS,
+              const __grid_constant__ Params params, int samples, int tile_groups) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 base = shared_address(memory);
+  const Params p = params;  // as values: parameters in memory would be read anew behind every barrier
   if (threadIdx.x == 0) {
-    for (int i = 0; i < A_STAGES; i++) {
+    for (int i = 0; i < p.a_stages; i++) {
       barrier_init(base + FULL_A + 8 * i, 1);
-      barrier_init(base + EMPTY_A + 8 * i, CONSUMER_WARPS * CLUSTER);
+      barrier_init(base + EMPTY_A + 8 * i, CONSUMER_WARPS * p.cluster);
     }
-    for (int i = 0; i < B_STAGES; i++) {
+    for (int i = 0; i < p.b_stages; i++) {
       barrier_init(base + FULL_B + 8 * i, 1);
       barrier_init(base + EMPTY_B + 8 * i, CONSUMER_WARPS);
     }
     for (int i = 0; i < 2; i++) barrier_init(base + RESIDUAL_HERE + 8 * i, 1);
     barriers_are_ready();
   }
-  // HALO: the padding behind a tap group's last row, which no next row holds.
-  for (int i = threadIdx.x; i < B_STAGES * ZERO_PIXELS * 8; i += CONSUMERS + WARPGROUP) {
-    const int stage = i / (ZERO_PIXELS * 8 + !ZERO_PIXELS), at = i - stage * ZERO_PIXELS * 8;
-    *reinterpret_cast<uint4*>(memory + B + stage * B_STAGE_BYTES + LOAD_PIXELS * PIXEL_BYTES + at * 16) =
-        make_uint4(0, 0, 0, 0);
+  // halo: the padding behind a tap group's last row, which no next row holds.
+  for (int stage = 0; stage < p.b_stages; stage++) {
+    u8* const zeros = memory + B_BEGIN + stage * p.b_stage_bytes + p.load_pixels * PIXEL_BYTES;
+    for (int i = threadIdx.x; i < p.zero_pixels * 8; i += CONSUMERS + WARPGROUP)
+      reinterpret_cast<uint4*>(zeros)[i] = make_uint4(0, 0, 0, 0);
   }
   async_fence();
   __syncthreads();
@@ -86,10 +88,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(CONSUMERS + WARPGROUP, 1)
 
   if (threadIdx.x >= CONSUMERS) {
     give_registers_up<PRODUCER_REGISTERS>();
-    if (threadIdx.x == CONSUMERS) produce(base, x_map, a, first, tile_groups);
+    if (threadIdx.x == CONSUMERS) produce(p, base, x_map, a, first, tile_groups);
   } else {
     take_registers<CONSUMER_REGISTERS>();
-    consume(base, bias, first, steps, {MAKE_OUTPUTS}, samples, tile_groups);
+    consume(p, base, bias, first, steps, {MAKE_OUTPUTS}, samples, tile_groups);
   }
   __syncwarp();
   meet();  // others may still write here, or arrive at barriers here

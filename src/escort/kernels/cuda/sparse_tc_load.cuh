@@ -3,55 +3,61 @@
 #include "sparse_tc_ptx.cuh"
 #include "sparse_tc_tiles.cuh"
 
-// A tile's copies of pixels, one for each tap group.
+// A tile's copies of pixels, one for each tap group: block of channels by block of channels, and in each of them so
+// many groups down and to the right as there are taps that begin a group.
 struct PixelCopies {
-  int c = 0, r = 0, s = 0;  // the next one's first input channel and tap
+  const Params& p;
+  int tile;
+  int column, row, sample;  // where the first box begins
+  int c = 0, r = 0, s = 0;  // the next one's first input channel, and its place among the groups
 
-  __device__ void copy(u32 to, const TensorMap& x_map, int tile, u32 barrier) {
-    if constexpr (TAP_GROUP == IM2COL) {
-#pragma unroll
-      for (int i = 0; i < ALONG; i++) {
-        const int pixel = tile * TILE_PIXELS + i * PIXELS, row = pixel / OUT_WIDTH;
-        load_im2col(to + i * PIXELS * PIXEL_BYTES, x_map, c, pixel % OUT_WIDTH * STRIDE_RIGHT - LEFT,
-                    row % OUT_HEIGHT * STRIDE_DOWN - TOP, row / OUT_HEIGHT, s * DILATION_RIGHT, r * DILATION_DOWN,
-                    barrier);
+  __device__ PixelCopies(const Params& p, int tile) : p(p), tile(tile) {
+    const Place at(p, tile);
+    column = p.whole_rows ? -p.left : tile * p.along * PIXELS;
+    row = p.whole_rows ? at.row - p.top : 0, sample = p.whole_rows ? at.sample : 0;
+  }
+
+  __device__ void copy(u32 to, const TensorMap& x_map, u32 barrier) {
+    if (p.im2col) {
+#pragma unroll 1
+      for (int i = 0; i < p.along; i++) {
+        const int pixel = (tile * p.along + i) * PIXELS, line = p.by_out_width.quotient(pixel);
+        const int sample = p.by_out_height.quotient(line);
+        load_im2col(to + i * PIXELS * PIXEL_BYTES, x_map, c, (pixel - line * p.out_width) * p.stride_right - p.left,
+                    (line - sample * p.out_height) * p.stride_down - p.top, sample, s * p.dilation_right,
+                    r * p.dilation_down, barrier);
       }
-      if (++s == KERNEL_COLUMNS) s = 0, r++;
-      if (r == KERNEL_ROWS) r = 0, c += K_BLOCK;
-    } else if constexpr (TAP_GROUP == FLAT) {
-      load_box(to, x_map, c, tile * TILE_PIXELS, 0, 0, barrier);
-      c += K_BLOCK;
     } else {
-      const Place at(tile);
-      load_box(to, x_map, c, s * DILATION_RIGHT - LEFT, at.row - TOP, at.sample, barrier);
-      if (TAP_GROUP == HALO || ++s == KERNEL_COLUMNS) s = 0, c += K_BLOCK;
+      load_box(to, x_map, c, column + s * p.dilation_right, row, sample, barrier);
     }
+    if (++s == p.groups_right) s = 0, r++;
+    if (r == p.groups_down) r = 0, c += K_BLOCK;
   }
 };
 
-__device__ void produce(u32 base, const TensorMap& x_map, const u8* __restrict__ a, const int* __restrict__ first,
-                        int tile_groups) {
-  Ring<A_STAGES> ring_a;
-  Ring<B_STAGES> ring_b;
-  constexpr int PART = A_BYTES / CLUSTER;
-  const int part = blockIdx.x % CLUSTER * PART;
-  for (Work work(tile_groups); work.left(); work.next()) {
-    const int* const firsts = first + work.m_tile() * TAP_GROUPS;
+__device__ void produce(const Params& p, u32 base, const TensorMap& x_map, const u8* __restrict__ a,
+                        const int* __restrict__ first, int tile_groups) {
+  Ring ring_a(p.a_stages), ring_b(p.b_stages);
+  const int part_bytes = p.by_cluster.quotient(p.a_stage_bytes), part = block_in_cluster(p) * part_bytes;
+  for (Work work(p, tile_groups); work.left(); work.next()) {
+    const int* const firsts = first + work.m_tile() * p.tap_groups;
     int weight_tile = __ldg(firsts);
-    PixelCopies pixels;
-    for (int tap_group = 0; tap_group < TAP_GROUPS; tap_group++) {
+    PixelCopies pixels(p, work.tile());
+    for (int tap_group = 0; tap_group < p.tap_groups; tap_group++) {
       barrier_wait_opaque(base + EMPTY_B + 8 * ring_b.stage, ring_b.parity ^ 1);
       const u32 barrier = base + FULL_B + 8 * ring_b.stage;
-      barrier_expect(barrier, LOAD_PIXELS * PIXEL_BYTES);
-      pixels.copy(base + B + ring_b.stage * B_STAGE_BYTES, x_map, work.tile(), barrier);
+      barrier_expect(barrier, p.load_pixels * PIXEL_BYTES);
+      pixels.copy(base + B_BEGIN + ring_b.stage * p.b_stage_bytes, x_map, barrier);
       ring_b.next();
+#pragma unroll 1
       for (const int end = __ldg(firsts + tap_group + 1); weight_tile < end; weight_tile++) {
         // Empty when the consumers of all blocks are done with it, as every block writes a part of everyone's.
         barrier_wait_opaque(base + EMPTY_A + 8 * ring_a.stage, ring_a.parity ^ 1);
         const u32 barrier = base + FULL_A + 8 * ring_a.stage;
-        barrier_expect(barrier, A_BYTES);
-        load_to_cluster<PART, CLUSTER>(base + A + ring_a.stage * A_BYTES + part,
-                                       a + static_cast<long long>(weight_tile) * A_BYTES + part, barrier);
+        barrier_expect(barrier, p.a_stage_bytes);
+        load_to_cluster(base + p.a_begin + ring_a.stage * p.a_stage_bytes + part,
+                        a + static_cast<long long>(weight_tile) * p.a_stage_bytes + part, part_bytes, p.cluster,
+                        barrier);
         ring_a.next();
       }
     }

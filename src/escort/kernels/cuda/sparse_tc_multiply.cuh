@@ -21,15 +21,18 @@ struct Step {
 struct Products {
   float d[M_BLOCKS][PIXELS / 2];
 
-  __device__ Products(u32 base, const Warpgroup& group, bool never)
-      : base(base),
+  __device__ Products(const Params& p, u32 base, const Warpgroup& group, bool never)
+      : p(p),
+        base(base),
         across(group.across),
         lane(threadIdx.x % 32),
-        a_first((base + A + group.across * M_BLOCKS * A_BLOCK) / 16),
-        b_first((base + B + group.along * PIXELS * PIXEL_BYTES) / 16),
-        metadata_first(base + A + TILE_BLOCKS * A_BLOCK + group.across * M_BLOCKS * METADATA_BLOCK +
+        a_first((base + p.a_begin + group.across * M_BLOCKS * A_BLOCK) / 16),
+        b_first((base + B_BEGIN + group.along * PIXELS * PIXEL_BYTES) / 16),
+        metadata_first(base + p.a_begin + p.across * M_BLOCKS * A_BLOCK + group.across * M_BLOCKS * METADATA_BLOCK +
                        threadIdx.x % WARPGROUP * 4),
-        never(never) {}
+        never(never),
+        ring_a(p.a_stages),
+        ring_b(p.b_stages) {}
 
   // Starts all products of a tile, of which the last one may still run afterwards.
   __device__ void start(const u32* steps) {
@@ -42,9 +45,9 @@ struct Products {
     int accumulate = 0;
     // Neither loop may be unrolled or peeled: of products in several places the compiler waits for each.
 #pragma unroll 1
-    for (int tap_group = 0; tap_group < TAP_GROUPS; tap_group++) {
+    for (int tap_group = 0; tap_group < p.tap_groups; tap_group++) {
       barrier_wait_opaque(base + FULL_B + 8 * ring_b.stage, ring_b.parity);
-      const u32 pixels = b_first + ring_b.stage * (B_STAGE_BYTES / 16);
+      const u32 pixels = b_first + ring_b.stage * (p.b_stage_bytes / 16);
       bool more = true;
 #pragma unroll 1
       for (int tap = 0; more; tap++) {
@@ -52,9 +55,9 @@ struct Products {
         more = !step.is_last();
         next = __ldg(++steps);  // there is one behind the last
         barrier_wait_opaque(base + FULL_A + 8 * ring_a.stage, ring_a.parity);
-        const u64 a = descriptor(a_first + ring_a.stage * (A_BYTES / 16), A_ROWS);
+        const u64 a = descriptor(a_first + ring_a.stage * (p.a_stage_bytes / 16), A_ROWS);
         const u64 b = descriptor(pixels + step.start(), B_ROWS);
-        const u32 from = metadata_first + ring_a.stage * A_BYTES, halves = step.halves(across);
+        const u32 from = metadata_first + ring_a.stage * p.a_stage_bytes, halves = step.halves(across);
         if (set == 0)
           issue(metadata[0], from, a, b, halves, accumulate);
         else
@@ -81,12 +84,12 @@ struct Products {
   }
 
  private:
+  const Params& p;
   const u32 base;
   const int across, lane;
   const u32 a_first, b_first, metadata_first;
   const u32 never;
-  Ring<A_STAGES> ring_a;
-  Ring<B_STAGES> ring_b;
+  Ring ring_a, ring_b;
   u32 metadata[2][M_BLOCKS] = {};
   int set = 0;
 
@@ -130,9 +133,9 @@ struct Products {
 
   // The stages before the next ones are free.
   __device__ void release_a() {
-    if (lane < CLUSTER) barrier_arrive_at(base + EMPTY_A + 8 * ring_a.previous(), lane);
+    if (lane < p.cluster) barrier_arrive_at(base + EMPTY_A + 8 * ring_a.previous, lane);
   }
   __device__ void release_b() {
-    if (lane == 0) barrier_arrive(base + EMPTY_B + 8 * ring_b.previous());
+    if (lane == 0) barrier_arrive(base + EMPTY_B + 8 * ring_b.previous);
   }
 };

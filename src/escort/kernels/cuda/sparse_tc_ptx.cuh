@@ -35,17 +35,16 @@ __device__ void take_registers() {
 
 // -------------------------------------------------------------------------------------------------------- copies ----
 // Some bytes to the same place of all blocks of the cluster.
-template <int BYTES, int BLOCKS>
-__device__ void load_to_cluster(u32 to, const u8* from, u32 barrier) {
-  if constexpr (BLOCKS == 1)
+__device__ void load_to_cluster(u32 to, const u8* from, int bytes, int blocks, u32 barrier) {
+  if (blocks == 1)
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "n"(BYTES), "r"(barrier)
+                 "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
   else
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
         "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-        "l"(from), "n"(BYTES), "r"(barrier), "h"(static_cast<u16>((1 << BLOCKS) - 1))
+        "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<u16>((1 << blocks) - 1))
         : "memory");
 }
 __device__ void load_box(u32 to, const TensorMap& map, int c, int w, int h, int n, u32 barrier) {
@@ -92,7 +91,34 @@ __device__ void forget(float& v) { asm volatile("" : "=f"(v)); }
 // From here on the compiler knows nothing of a value.
 __device__ void obscure(int& v) { asm volatile("" : "+r"(v)); }
 
-// A NaN stays one.
+// ------------------------------------------------------------------------------------------- 16-bit elements in pairs
+#if STORAGE == 1
+#define TYPE "f16x2"
+#elif STORAGE == 2
+#define TYPE "bf16x2"
+#endif
+
+#if STORAGE
+// Rounded; NOT_NEGATIVE: negative ones become 0. A NaN stays one, here and below.
+template <bool NOT_NEGATIVE>
+__device__ u32 pack(float low, float high) {
+  u32 pair;
+  if constexpr (NOT_NEGATIVE)
+    asm("cvt.rn.relu." TYPE ".f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn." TYPE ".f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ u32 larger(u32 pair, u32 other) {
+  asm("max.NaN." TYPE " %0, %0, %1;" : "+r"(pair) : "r"(other));
+  return pair;
+}
+__device__ u32 smaller(u32 pair, u32 other) {
+  asm("min.NaN." TYPE " %0, %0, %1;" : "+r"(pair) : "r"(other));
+  return pair;
+}
+#endif
+
 __device__ float at_least_0(float v) {
   asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(v));
   return v;

@@ -48,42 +48,32 @@ struct Bias {
   }
 };
 
-__device__ float activate(float sum) {
-  if (ACTIVATION > 0) sum = at_least_0(sum);
-  if (ACTIVATION > 1) sum = at_most_6(sum);
-  return sum;
-}
-
 #if STORAGE == 1
 __device__ float2 unpack(u32 pair) { return __half22float2(reinterpret_cast<const __half2&>(pair)); }
-__device__ u32 pack(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const u32&>(pair);
-}
+constexpr u32 SIX = 0x46004600, INFINITE = 0x7c007c00;  // in pairs
 #elif STORAGE == 2
 __device__ float2 unpack(u32 pair) { return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair)); }
-__device__ u32 pack(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const u32&>(pair);
-}
+constexpr u32 SIX = 0x40c040c0, INFINITE = 0x7f807f80;
 #endif
 
 #if STORAGE
-// 8 channels twice x 8 pixels of sums, 4 a lane, with bias as two words of outputs.
-__device__ void finish(const float* d, float bias_low, float bias_high, bool residual, const u32* residuals, u32* out) {
+// What activations leave of a pair at most.
+__device__ u32 most_of(int activation) { return activation == 2 ? SIX : INFINITE; }
+
+// 8 channels twice x 8 pixels of sums, 4 a lane, with bias as two words of outputs. What is known of the epilogue makes
+// code of its own, since it is done for every output.
+template <bool RESIDUAL, bool ACTIVATED>
+__device__ void finish(const float* d, float bias_low, float bias_high, const u32* residuals, u32 most, u32* out) {
   float v[4] = {d[0] + bias_low, d[1] + bias_low, d[2] + bias_high, d[3] + bias_high};
-  if (residual) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < 2; i++) {
+    if constexpr (RESIDUAL) {
       const float2 r = unpack(residuals[i]);
       v[2 * i] += r.x, v[2 * i + 1] += r.y;
     }
+    out[i] = pack<ACTIVATED>(v[2 * i], v[2 * i + 1]);
+    if constexpr (ACTIVATED) out[i] = smaller(out[i], most);
   }
-  if (residual || !RESIDUAL) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = activate(v[i]);
-  }
-  out[0] = pack(v[0], v[1]), out[1] = pack(v[2], v[3]);
 }
 #endif
 

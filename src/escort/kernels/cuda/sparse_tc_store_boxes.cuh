@@ -2,11 +2,9 @@
 // the residual to the same place before.
 #pragma once
 
-// A box of pixels may belong to both warpgroups, which then store it as one.
-constexpr bool JOINT = ALONG == 2 && TAP_GROUP != IM2COL;
-
 // Sums to staging, as rows of pixels (64 channels each, 128-byte swizzle), in place of the residual that lies there.
-__device__ void stage(const float (&d)[PIXELS / 2], u32 staging, float bias_low, float bias_high) {
+template <bool RESIDUAL, bool ACTIVATED>
+__device__ void stage(const float (&d)[PIXELS / 2], u32 staging, float bias_low, float bias_high, u32 most) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   // Lanes 0-7 address 8 pixels of channels 0-7 of the warp's 16, lanes 8-15 of channels 8-15, the others 8 pixels on.
   const int pixel = lane % 8 + lane / 16 * 8, chunk = (warp * 2 + lane / 8 % 2) ^ lane % 8;
@@ -15,58 +13,66 @@ __device__ void stage(const float (&d)[PIXELS / 2], u32 staging, float bias_low,
   for (int j = 0; j + 2 <= PIXELS / 8; j += 2) {
     u32 r[4] = {}, v[4];
     if constexpr (RESIDUAL) load_transposed<4>(at + j * 8 * PIXEL_BYTES, r);
-    finish(d + 4 * j, bias_low, bias_high, RESIDUAL, r, v);
-    finish(d + 4 * j + 4, bias_low, bias_high, RESIDUAL, r + 2, v + 2);
+    finish<RESIDUAL, ACTIVATED>(d + 4 * j, bias_low, bias_high, r, most, v);
+    finish<RESIDUAL, ACTIVATED>(d + 4 * j + 4, bias_low, bias_high, r + 2, most, v + 2);
     store_matrices<4, true>(at + j * 8 * PIXEL_BYTES, v);
   }
   if constexpr (PIXELS / 8 % 2) {
     constexpr int j = PIXELS / 8 - 1;
     u32 r[2] = {}, v[2];
     if constexpr (RESIDUAL) load_transposed<2>(at + j * 8 * PIXEL_BYTES, r);
-    finish(d + 4 * j, bias_low, bias_high, RESIDUAL, r, v);
+    finish<RESIDUAL, ACTIVATED>(d + 4 * j, bias_low, bias_high, r, most, v);
     store_matrices<2, true>(at + j * 8 * PIXEL_BYTES, v);
   }
 }
 
 struct Store {
+  const Params& p;
   const Outputs& out;
   const int along;
+  const bool joint;             // a box of pixels belongs to both warpgroups, which store it as one
   const int store_id, threads;  // of the warpgroups that share a box
   const bool leads;             // whether this thread issues their copies
   const u32 residual_here, staging, box;
-  [[maybe_unused]] u32 residual_parity = 0;
+  u32 residual_parity = 0;
 
-  __device__ Store(u32 base, const Warpgroup& group, const Outputs& out, int)
-      : out(out),
+  __device__ Store(const Params& p, u32 base, const Warpgroup& group, const Outputs& out, int)
+      : p(p),
+        out(out),
         along(group.along),
-        store_id(JOINT ? 1 : 1 + group.number),
-        threads(JOINT ? CONSUMERS : WARPGROUP),
-        leads(threadIdx.x == (JOINT ? 0 : group.number * WARPGROUP)),
-        residual_here(base + RESIDUAL_HERE + (JOINT ? 0 : 8 * group.number)),
-        staging(base + STAGING + group.across * M_BLOCKS * STAGING_BYTES + group.along * PIXELS * PIXEL_BYTES),
-        box(JOINT ? base + STAGING : staging) {}
+        joint(p.along == 2 && !p.im2col),
+        store_id(joint ? 1 : 1 + group.number),
+        threads(joint ? CONSUMERS : WARPGROUP),
+        leads(threadIdx.x == (joint ? 0 : group.number * WARPGROUP)),
+        residual_here(base + RESIDUAL_HERE + (joint ? 0 : 8 * group.number)),
+        staging(base + p.staging_begin + group.across * M_BLOCKS * p.staging_bytes + along * PIXELS * PIXEL_BYTES),
+        box(joint ? base + p.staging_begin : staging) {}
 
   // Lets the residual come, while the products are computed.
-  __device__ void begin([[maybe_unused]] int first_channel, [[maybe_unused]] int tile) {
-#if RESIDUAL
-    if (leads) {
+  __device__ void begin(int first_channel, int tile) {
+    if (p.residual && leads) {
       store_wait();
-      barrier_expect(residual_here, M_BLOCKS * BOX_PIXELS * PIXEL_BYTES);
+      barrier_expect(residual_here, M_BLOCKS * p.store_pixels * PIXEL_BYTES);
       copy_boxes(true, out.residual_map, first_channel, tile);
     }
-#endif
   }
 
   __device__ void store(const Sums& d, const Bias& bias, int first_channel, int tile) {
-#if RESIDUAL
-    barrier_wait_opaque(residual_here, residual_parity);
-    residual_parity ^= 1;
-#else
-    if (leads) store_wait();  // the tile before has left staging
-    sync(store_id, threads);
-#endif
-#pragma unroll
-    for (int i = 0; i < M_BLOCKS; i++) stage(d[i], staging + i * STAGING_BYTES, bias.low[i], bias.high[i]);
+    if (p.residual) {
+      barrier_wait_opaque(residual_here, residual_parity);
+      residual_parity ^= 1;
+      if (p.activation)
+        stage_all<true, true>(d, bias);
+      else
+        stage_all<true, false>(d, bias);
+    } else {
+      if (leads) store_wait();  // the tile before has left staging
+      sync(store_id, threads);
+      if (p.activation)
+        stage_all<false, true>(d, bias);
+      else
+        stage_all<false, false>(d, bias);
+    }
     async_fence();
     sync(store_id, threads);
     if (leads) {
@@ -79,16 +85,24 @@ struct Store {
     if (leads) store_wait();
   }
 
+ private:
+  template <bool RESIDUAL, bool ACTIVATED>
+  __device__ void stage_all(const Sums& d, const Bias& bias) {
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS; i++)
+      stage<RESIDUAL, ACTIVATED>(d[i], staging + i * p.staging_bytes, bias.low[i], bias.high[i], most_of(p.activation));
+  }
+
   __device__ void copy_boxes(bool load, const TensorMap& map, int c, int tile) {
-    const Place at(tile);
-    const int w = WHOLE_ROWS ? 0 : tile * TILE_PIXELS + along * PIXELS;
-    const int h = WHOLE_ROWS ? at.row : 0, n = WHOLE_ROWS ? at.sample : 0;
+    const Place at(p, tile);
+    const int w = p.whole_rows ? 0 : (tile * p.along + along) * PIXELS;
+    const int h = p.whole_rows ? at.row : 0, n = p.whole_rows ? at.sample : 0;
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++) {
       if (load)
-        load_box(box + i * STAGING_BYTES, map, c + i * 64, w, h, n, residual_here);
+        load_box(box + i * p.staging_bytes, map, c + i * 64, w, h, n, residual_here);
       else
-        store_box(map, c + i * 64, w, h, n, box + i * STAGING_BYTES);
+        store_box(map, c + i * 64, w, h, n, box + i * p.staging_bytes);
     }
   }
 };

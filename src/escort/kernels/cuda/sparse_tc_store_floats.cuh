@@ -4,46 +4,52 @@
 
 #if OUT_NCHW
 using Vector = float;
-constexpr int CHANNEL_STRIDE = OUT_PLANE, PIXEL_STRIDE = 1;  // in y
-constexpr int CHANNEL_BYTES = 160, NEXT_BYTES = 4;           // from a channel, and a pixel, to the next in staging
+constexpr int CHANNEL_BYTES = 160, NEXT_BYTES = 4;  // from a channel, and a pixel, to the next in staging
 #else
 using Vector = float4;
-constexpr int CHANNEL_STRIDE = 1, PIXEL_STRIDE = OUT_CHANNELS;
 constexpr int CHANNEL_BYTES = 4, NEXT_BYTES = 80;
 #endif
 constexpr int STAGED = 32, VECTORS = 16 * STAGED * sizeof(float) / sizeof(Vector) / 32;  // pixels; of a lane
-static_assert(15 * CHANNEL_BYTES + (STAGED - 1) * NEXT_BYTES + sizeof(float) <= STAGING_BYTES);
+constexpr int PLACES = OUT_NCHW ? 1 : VECTORS;                                           // pixels of a lane
 
-__device__ float finish(float sum, float residual) { return activate(RESIDUAL ? sum + residual : sum); }
-__device__ float4 finish(float4 sum, float4 residual) {
-  return make_float4(finish(sum.x, residual.x), finish(sum.y, residual.y), finish(sum.z, residual.z),
-                     finish(sum.w, residual.w));
+__device__ float add(float v, float w) { return v + w; }
+__device__ float4 add(float4 v, float4 w) { return make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w); }
+__device__ float4 at_least_0(float4 v) {
+  return make_float4(at_least_0(v.x), at_least_0(v.y), at_least_0(v.z), at_least_0(v.w));
+}
+__device__ float4 at_most_6(float4 v) {
+  return make_float4(at_most_6(v.x), at_most_6(v.y), at_most_6(v.z), at_most_6(v.w));
 }
 
 // Where the first channel of a tile's pixel lies in y; -1: it is no output.
-__device__ int place_of(int pixel, int tile, int samples) {
-  if constexpr (WHOLE_ROWS) {
-    const Place at(tile);
-    const int sample_in_tile = pixel / SAMPLE_PITCH, rest = pixel % SAMPLE_PITCH, row_in_sample = rest / PITCH;
-    const int sample = at.sample + sample_in_tile, row = at.row + row_in_sample, column = rest % PITCH;
-    if (sample_in_tile >= TILE_SAMPLES || sample >= samples || row_in_sample >= TILE_ROWS || row >= OUT_HEIGHT ||
-        column >= OUT_WIDTH)
+__device__ int place_of(const Params& p, int pixel, int tile, int samples) {
+  int sample, pixel_of_sample;
+  if (p.whole_rows) {
+    const Place at(p, tile);
+    const int sample_in_tile = p.by_sample_pitch.quotient(pixel), rest = pixel - sample_in_tile * p.sample_pitch;
+    const int row_in_sample = p.by_pitch.quotient(rest), column = rest - row_in_sample * p.pitch;
+    const int row = at.row + row_in_sample;
+    sample = at.sample + sample_in_tile, pixel_of_sample = row * p.out_width + column;
+    if (sample_in_tile >= p.tile_samples || row_in_sample >= p.tile_rows || row >= p.out_height ||
+        column >= p.out_width)
       return -1;
-    return sample * (OUT_CHANNELS * OUT_PLANE) + (row * OUT_WIDTH + column) * PIXEL_STRIDE;
   } else {
-    const int whole = tile * TILE_PIXELS + pixel, sample = whole / OUT_PLANE;
-    return sample < samples ? sample * (OUT_CHANNELS * OUT_PLANE) + whole % OUT_PLANE * PIXEL_STRIDE : -1;
+    const int whole = tile * p.along * PIXELS + pixel;
+    sample = p.by_out_plane.quotient(whole), pixel_of_sample = whole - sample * p.out_plane;
   }
+  if (sample >= samples) return -1;
+  return sample * p.out_channels * p.out_plane + pixel_of_sample * (OUT_NCHW ? 1 : p.out_channels);
 }
 
 struct Store {
+  const Params& p;
   u32 base;
   Warpgroup group;
   const Outputs& out;
   int samples;
 
-  __device__ Store(u32 base, const Warpgroup& group, const Outputs& out, int samples)
-      : base(base), group(group), out(out), samples(samples) {}
+  __device__ Store(const Params& p, u32 base, const Warpgroup& group, const Outputs& out, int samples)
+      : p(p), base(base), group(group), out(out), samples(samples) {}
   __device__ void begin(int, int) {}
   __device__ void end() {}
 
@@ -58,21 +64,30 @@ struct Store {
   // A warp's sums: of each 8 pixels lane l has those from 2 (l % 4) on, of channel l / 4 and of channel l / 4 + 8.
   __device__ void store_block(const float (&d)[PIXELS / 2], float bias_low, float bias_high,
                               const int* __restrict__ channels, int tile) {
-    const u32 staging = base + STAGING + threadIdx.x / 32 * STAGING_BYTES;
+    const u32 staging = base + p.staging_begin + threadIdx.x / 32 * p.staging_bytes;
     const int lane = threadIdx.x % 32, channel = __ldg(channels + lane % 16);
     const u32 to = staging + lane / 4 * CHANNEL_BYTES + lane % 4 * 2 * NEXT_BYTES;
 #pragma unroll
     for (int begin = 0; begin < PIXELS; begin += STAGED) {
       int begin_in_tile = group.along * PIXELS + begin;
       obscure(begin_in_tile);  // else the compiler computes all places beforehand, for which there are no registers
-      int row[VECTORS], pixel[VECTORS], place[VECTORS];
+      int first[PLACES], row[VECTORS], pixel[VECTORS], place[VECTORS];
       Vector residuals[VECTORS] = {};
+#pragma unroll
+      for (int i = 0; i < PLACES; i++) {
+        const int in_chunk = OUT_NCHW ? lane : i * 8 + lane / 4;
+        first[i] = begin + in_chunk < PIXELS ? place_of(p, begin_in_tile + in_chunk, tile, samples) : -1;
+      }
 #pragma unroll
       for (int i = 0; i < VECTORS; i++) {
         row[i] = OUT_NCHW ? i : lane % 4 * 4, pixel[i] = OUT_NCHW ? lane : i * 8 + lane / 4;
-        const int of = __shfl_sync(~0u, channel, row[i]), first = place_of(begin_in_tile + pixel[i], tile, samples);
-        place[i] = of >= 0 && first >= 0 && begin + pixel[i] < PIXELS ? first + of * CHANNEL_STRIDE : -1;
-        if (RESIDUAL && place[i] >= 0) residuals[i] = __ldg(reinterpret_cast<const Vector*>(out.residual + place[i]));
+        const int of = __shfl_sync(~0u, channel, row[i]), pixel_place = first[OUT_NCHW ? 0 : i];
+        place[i] = of >= 0 && pixel_place >= 0 ? pixel_place + of * (OUT_NCHW ? p.out_plane : 1) : -1;
+      }
+      if (p.residual) {
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+          if (place[i] >= 0) residuals[i] = __ldg(reinterpret_cast<const Vector*>(out.residual + place[i]));
       }
       __syncwarp();  // what was staged before has been read
 #pragma unroll
@@ -88,12 +103,23 @@ struct Store {
         }
       }
       __syncwarp();
+      Vector sums[VECTORS];
 #pragma unroll
       for (int i = 0; i < VECTORS; i++) {
-        Vector sums;
-        load_shared(staging + row[i] * CHANNEL_BYTES + pixel[i] * NEXT_BYTES, sums);
-        if (place[i] >= 0) *reinterpret_cast<Vector*>(out.y + place[i]) = finish(sums, residuals[i]);
+        load_shared(staging + row[i] * CHANNEL_BYTES + pixel[i] * NEXT_BYTES, sums[i]);
+        sums[i] = add(sums[i], residuals[i]);
       }
+      if (p.activation) {
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) sums[i] = at_least_0(sums[i]);
+      }
+      if (p.activation == 2) {
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) sums[i] = at_most_6(sums[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < VECTORS; i++)
+        if (place[i] >= 0) *reinterpret_cast<Vector*>(out.y + place[i]) = sums[i];
     }
   }
 };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from escort.cuda.params import Divisor
 from escort.methods.cuda.direct.layout import SLOT_CLASSES, STORAGE, DirectConfig, Layout, Positions
 from escort.methods.cuda.direct.tables import Tables
 from escort.problem import Problem
@@ -22,19 +23,6 @@ def defines(config: DirectConfig, layout: Layout, precision: str) -> dict[str, i
         "THREADS": config.threads,
         "OCCUPANCY": config.occupancy,
     }
-
-
-@dataclass(frozen=True)
-class Divisor:
-    """Division by a constant as multiplication: ``n // divisor == (2 * n * magic >> 32) >> shift`` for n below 2^31."""
-
-    magic: int
-    shift: int
-
-    @classmethod
-    def of(cls, divisor: int) -> Divisor:
-        shift = (divisor - 1).bit_length()
-        return cls(-(-(1 << (31 + shift)) // divisor), shift)
 
 
 @dataclass(frozen=True)

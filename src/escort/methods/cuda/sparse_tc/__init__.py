@@ -19,6 +19,7 @@ import torch
 from escort.cuda import tensor_map
 from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import Kernel, Launch, TensorMap, arch, kernel, unavailable
+from escort.cuda.params import pack as pack_params
 from escort.filter import FloatArray, IntArray, SparseFilter
 from escort.methods.base import Method, Prepared, aligned, input_check
 from escort.methods.cuda.sparse_tc.arrange import arranger
@@ -26,6 +27,7 @@ from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig
 from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
 from escort.methods.cuda.sparse_tc.orders import common_order, order_filter
 from escort.methods.cuda.sparse_tc.packing import Packed, pack
+from escort.methods.cuda.sparse_tc.params import Params
 from escort.methods.cuda.sparse_tc.search import candidates, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
@@ -92,12 +94,12 @@ class SparseTc(Method):
         device, gpu = torch.device(problem.device), Gpu.of(problem.device)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
         ordered = order_filter(sparse_filter, config.memory_format, tiling.element)
-        compiled = _compiled(tiling, device)
+        compiled = kernel(tiling.source, tiling.defines, device, native=True)
         launch = _bind(compiled, tiling, pack(ordered, tiling), bias)
         check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + _TILE_ELEMENTS))
         torch_format = TORCH_MEMORY_FORMAT[config.memory_format]
         last, boxes = config.takes_channels_last, tiling.stores_boxes
-        alignment = 16 if last else tiling.element.bytes * int(tiling.defines["VECTOR"])
+        alignment = 16 if last else tiling.element.bytes * tiling.vector
         arrange = None if last else arranger(problem, tiling.element, ordered.in_order, device)
         clusters, out_shape = gpu.clusters(config.cluster), problem.output_shape[1:]
 
@@ -125,12 +127,6 @@ class SparseTc(Method):
         return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share})
 
 
-def _compiled(tiling: Tiling, device: torch.device) -> Kernel:
-    epilogue = tiling.problem.epilogue
-    defines = {"ACTIVATION": epilogue.activation_number, "RESIDUAL": int(epilogue.residual)}
-    return kernel(tiling.source, tiling.defines | defines, device, native=True)
-
-
 def _bind(compiled: Kernel, tiling: Tiling, packed: Packed, bias: torch.Tensor | None) -> Launch:
     """A launch that is given x, y, the residual, the samples and the tile groups."""
     tables = [packed.weight_tiles, _in_order(bias, packed.out_order), packed.first, packed.steps.view(np.int32)]
@@ -138,8 +134,8 @@ def _bind(compiled: Kernel, tiling: Tiling, packed: Packed, bias: torch.Tensor |
         tables.append(packed.out_order)
     fixed = [torch.from_numpy(table).to(tiling.problem.device) for table in tables]
     output = TensorMap if tiling.stores_boxes else torch.Tensor
-    args = TensorMap, *fixed, output, output, int, int
-    return compiled.bind(_THREADS, tiling.shared_bytes, args, overlap=True)
+    args = TensorMap, *fixed, output, output, pack_params(Params.of(tiling)), int, int
+    return compiled.bind(_THREADS, tiling.memory.bytes, args, overlap=True, cluster=tiling.config.cluster)
 
 
 def _in_order(bias: torch.Tensor | None, out_order: IntArray) -> FloatArray:

@@ -89,9 +89,14 @@ class SparseTcConfig:
         return self.memory_format == "channels_last"
 
     @property
+    def along(self) -> int:
+        """Warpgroups side by side along the pixels."""
+        return 2 // self.across
+
+    @property
     def tile_channels(self) -> int:
         return 64 * self.across * self.m_blocks
 
     @property
     def tile_pixels(self) -> int:
-        return 2 // self.across * self.pixels
+        return self.along * self.pixels

@@ -92,4 +92,4 @@ def _stored(tiling: Tiling) -> float:
         return _FLOATS_STORED
     if tiling.config.takes_channels_last:
         return _BOXES_STORED
-    return _STORED_ONE_BY_ONE if tiling.defines["VECTOR"] == 1 else _STORED
+    return _STORED_ONE_BY_ONE if tiling.vector == 1 else _STORED

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from escort.methods.cuda.sparse_tc.config import M_BLOCK_BYTES, PIXEL_BYTES, Element, SparseTcConfig, UnfitError
 
 _BARRIER_BYTES = 1024
-_MOST_STAGES = 8
+_MOST_STAGES = 8  # for which there are barriers
 _FLOAT_STAGINGS, _FLOAT_STAGING_BYTES = 8, 2560  # one for each warp: 16 channels of 32 pixels, with gaps
 
 
@@ -41,14 +41,18 @@ class SharedMemory(NamedTuple):
 
     Attributes:
         a_stages, b_stages: of weight tiles, and of the pixels of a tap group.
-        b_stage_bytes: of the pixels of a tap group.
+        a_stage_bytes, b_stage_bytes: of a weight tile, and of the pixels of a tap group.
+        a_begin, staging_begin: where the weight tiles begin, and the staging of outputs.
         staging: of outputs.
         bytes: of all.
     """
 
     a_stages: int
+    a_stage_bytes: int
     b_stages: int
     b_stage_bytes: int
+    a_begin: int
+    staging_begin: int
     staging: Staging
     bytes: int
 
@@ -81,23 +85,12 @@ class SharedMemory(NamedTuple):
         if min(a_stages, b_stages) < 2:  # a stage is freed while the next step runs, which needs another one
             raise UnfitError("two stages do not fit shared memory; choose smaller tiles")
         b_end = _BARRIER_BYTES + b_stages * b_stage_bytes
-        end = up(b_end + a_stages * a_bytes, 1024) + staging.buffers * staging.buffer_bytes
+        staging_begin = up(b_end + a_stages * a_bytes, 1024)
+        end = staging_begin + staging.buffers * staging.buffer_bytes
         # What lies behind a group's pixels is read too, and its products are dropped; but it must be shared memory.
         if b_end - b_stage_bytes + (max(starts) + config.tile_pixels) * PIXEL_BYTES > end:
             raise UnfitError("a tile's last pixels would be read from beyond shared memory")
-        return cls(a_stages, b_stages, b_stage_bytes, staging, end)
-
-    @property
-    def defines(self) -> dict[str, int]:
-        """Macros of the kernel."""
-        return {
-            "A_STAGES": self.a_stages,
-            "B_STAGES": self.b_stages,
-            "B_STAGE_BYTES": self.b_stage_bytes,
-            "STAGING_BYTES": self.staging.buffer_bytes,
-            "STAGING_PITCH": self.staging.pitch,
-            "SHARED_BYTES": self.bytes,
-        }
+        return cls(a_stages, a_bytes, b_stages, b_stage_bytes, b_end, staging_begin, staging, end)
 
 
 def up(value: int, multiple: int) -> int:

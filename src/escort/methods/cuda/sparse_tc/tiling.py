@@ -1,4 +1,4 @@
-"""How a config cuts a convolution up: its loads and stores, its list of taps, and the macros of sparse_tc.cuh."""
+"""How a config cuts a convolution up: its loads and stores, its list of taps, and its variant of sparse_tc.cuh."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Tap(NamedTuple):
     start: int
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """How the pixels of a tap group lie where they are whole rows.
 
     Attributes:
@@ -51,8 +51,10 @@ class Tiling:
         tap_groups: the taps of each, in the order in which they are computed.
         load: what a copy brings: a box (channels, columns, rows, samples), or so many pixels by im2col.
         store: the box of 16-bit elements that is stored at a time in NHWC.
-        defines: of the kernel, but for the epilogue.
-        shared_bytes: of a thread block.
+        rows: how pixels lie.
+        memory: of a thread block.
+        vector: outputs that a lane stores at once in NCHW, neighbours in y.
+        unaligned: whether these lie unaligned in staging.
     """
 
     problem: Problem
@@ -61,8 +63,10 @@ class Tiling:
     tap_groups: tuple[tuple[Tap, ...], ...]
     load: Box
     store: Box
-    defines: dict[str, int | str]
-    shared_bytes: int
+    rows: Rows
+    memory: SharedMemory
+    vector: int
+    unaligned: bool
 
     @property
     def element(self) -> Element:
@@ -77,12 +81,17 @@ class Tiling:
     def channel_tiles(self) -> int:
         return -(-self.problem.out_channels // self.config.tile_channels)
 
+    @property
+    def tile_rows(self) -> int:
+        """Rows of the output in a tile, where those are whole rows."""
+        return _tile_rows(self.problem, self.config)
+
     def tiles(self, samples: int) -> int:
         """Pixel tiles of so many samples."""
         p, config = self.problem, self.config
         if not config.whole_rows:
             return -(-samples * p.out_height * p.out_width // config.tile_pixels)
-        return -(-samples // config.samples) * -(-p.out_height // _tile_rows(p, config))
+        return -(-samples // config.samples) * -(-p.out_height // self.tile_rows)
 
     def tile_groups(self, samples: int) -> int:
         """Groups of pixel tiles of so many samples, one tile for each thread block of a cluster."""
@@ -92,36 +101,35 @@ class Tiling:
     def source(self) -> Text:
         return kernel_source(self.config.pixels, self.element)
 
+    @property
+    def defines(self) -> dict[str, int]:
+        """The macros that the kernel is compiled with; kernels/cuda/sparse_tc.cuh says what each means."""
+        config, element = self.config, self.element
+        macros = {
+            "STORAGE": element.storage,
+            "PIXELS": config.pixels,
+            "M_BLOCKS": config.m_blocks,
+            "OUT_NCHW": int(not config.takes_channels_last),
+        }
+        if element.bytes == 2 and not config.takes_channels_last:
+            macros |= {"VECTOR": self.vector, "UNALIGNED": int(self.unaligned)}
+        return macros
+
     @classmethod
     def of(cls, problem: Problem, config: SparseTcConfig, shared_bytes: int) -> Tiling:
         """The tiling, on a device whose thread blocks have so much shared memory. Raises UnfitError."""
         element = ELEMENTS[problem.precision]
         _check(problem, config, element)
         k_blocks = -(-problem.in_channels // element.k_block)
-        rows = _rows(problem, config) if config.whole_rows else _Rows(1, 1, 0)
+        rows = _rows(problem, config) if config.whole_rows else Rows(1, 1, 0)
         tap_groups = _tap_groups(problem, config, k_blocks, rows)
         load, store = _boxes(problem, config, rows, element.k_block)
         load_pixels, store_pixels = math.prod(load[1:]), math.prod(store[1:])
         starts = [tap.start for tap in tap_groups[0]]
         memory = SharedMemory.of(config, element, starts, load_pixels + rows.zeros, store_pixels, shared_bytes)
         vector, unaligned = _vector(problem, config, rows, element)
-        defines = (
-            _defines(problem, config)
-            | {
-                "STORAGE": element.storage,
-                "TAP_GROUPS": len(tap_groups),
-                "PITCH": rows.pitch,
-                "SAMPLE_PITCH": rows.sample_rows * rows.pitch,
-                "LOAD_PIXELS": load_pixels,
-                "BOX_PIXELS": store_pixels,
-                "ZERO_PIXELS": rows.zeros,
-                "VECTOR": vector,
-                "UNALIGNED": int(unaligned),
-            }
-            | memory.defines
-        )
         channels = problem.in_channels if config.takes_channels_last else k_blocks * element.k_block
-        return cls(problem, config, channels, tap_groups, load, store, defines, memory.bytes)
+        return cls(problem, config, channels, tap_groups, load, store, rows, memory, vector, unaligned)
 
 
 def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
@@ -161,7 +169,7 @@ def im2col_corners(p: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
     return (-left, -top), (right - reach[1], bottom - reach[0])
 
 
-def _rows(p: Problem, config: SparseTcConfig) -> _Rows:
+def _rows(p: Problem, config: SparseTcConfig) -> Rows:
     """How the pixels of a tap group lie. Raises UnfitError where a tile's outputs are more than its pixels."""
     top, bottom, left, right = p.padding
     reach = [(size - 1) * step for size, step in zip(p.kernel_size, p.dilation, strict=True)]
@@ -170,23 +178,23 @@ def _rows(p: Problem, config: SparseTcConfig) -> _Rows:
     if config.samples > 1 and not whole:
         raise UnfitError("a tile of several samples has all their rows")
     if config.tap_group == "columns":
-        layout = _Rows(up(p.out_width, 8), rows + reach[0], 0)
+        layout = Rows(up(p.out_width, 8), rows + reach[0], 0)
     else:
         # What follows a row pads it on the right and the next one on the left, and so for a sample's bottom and top.
         if min(left, right) > reach[1] or min(top, bottom) > reach[0]:
             raise UnfitError("halo is for padding within the filter's reach; choose columns")
         pitch, zeros = p.width + max(left, right), min(left, right)
         if whole:
-            layout = _Rows(pitch, p.height + max(top, bottom), min(top, bottom) * pitch + zeros)
+            layout = Rows(pitch, p.height + max(top, bottom), min(top, bottom) * pitch + zeros)
         else:
-            layout = _Rows(pitch, rows + reach[0], zeros)
+            layout = Rows(pitch, rows + reach[0], zeros)
     outputs = ((config.samples - 1) * layout.sample_rows + rows - 1) * layout.pitch + p.out_width
     if outputs > config.tile_pixels:
         raise UnfitError(f"{config.tile_pixels} pixels of a tile do not hold its {outputs} outputs")
     return layout
 
 
-def _tap_groups(p: Problem, config: SparseTcConfig, k_blocks: int, rows: _Rows) -> tuple[tuple[Tap, ...], ...]:
+def _tap_groups(p: Problem, config: SparseTcConfig, k_blocks: int, rows: Rows) -> tuple[tuple[Tap, ...], ...]:
     """The taps of each group, block by block of the input channels."""
     taps_down, taps_right = (range(size) for size in p.kernel_size)
     down, right = p.dilation[0] * rows.pitch, p.dilation[1]
@@ -201,7 +209,7 @@ def _tap_groups(p: Problem, config: SparseTcConfig, k_blocks: int, rows: _Rows) 
     return tuple(groups)
 
 
-def _boxes(p: Problem, config: SparseTcConfig, rows: _Rows, channels: int) -> tuple[Box, Box]:
+def _boxes(p: Problem, config: SparseTcConfig, rows: Rows, channels: int) -> tuple[Box, Box]:
     """The boxes that are loaded for a tap group, and stored at a time in NHWC."""
     load: Box = channels, config.tile_pixels, 1, 1
     if config.tap_group == "im2col":  # each warpgroup's own
@@ -216,35 +224,7 @@ def _boxes(p: Problem, config: SparseTcConfig, rows: _Rows, channels: int) -> tu
     return load, store
 
 
-def _defines(p: Problem, config: SparseTcConfig) -> dict[str, int | str]:
-    """The macros that the problem and the config alone give."""
-    rows = _tile_rows(p, config)
-    return {
-        "TAP_GROUP": config.tap_group.upper(),
-        "PIXELS": config.pixels,
-        "ACROSS": config.across,
-        "M_BLOCKS": config.m_blocks,
-        "CLUSTER": config.cluster,
-        "OUT_NCHW": int(not config.takes_channels_last),
-        "M_TILES": -(-p.out_channels // config.tile_channels),
-        "KERNEL_ROWS": p.kernel_size[0],
-        "KERNEL_COLUMNS": p.kernel_size[1],
-        "STRIDE_DOWN": p.stride[0],
-        "STRIDE_RIGHT": p.stride[1],
-        "DILATION_DOWN": p.dilation[0],
-        "DILATION_RIGHT": p.dilation[1],
-        "TOP": p.padding[0],
-        "LEFT": p.padding[2],
-        "OUT_CHANNELS": p.out_channels,
-        "OUT_HEIGHT": p.out_height,
-        "OUT_WIDTH": p.out_width,
-        "TILE_ROWS": rows,
-        "TILE_SAMPLES": config.samples,
-        "TILES_PER_SAMPLE": -(-p.out_height // rows),
-    }
-
-
-def _vector(p: Problem, config: SparseTcConfig, rows: _Rows, element: Element) -> tuple[int, bool]:
+def _vector(p: Problem, config: SparseTcConfig, rows: Rows, element: Element) -> tuple[int, bool]:
     """How many outputs a lane stores at once in NCHW, neighbours in y, and whether they lie unaligned in staging."""
     if element.bytes == 4:
         return 1, False
