@@ -66,8 +66,7 @@ def arrange_variants() -> list[Variant]:
 
 def pool_variants() -> list[Variant]:
     """The same of max pooling."""
-    window: dict[str, int | str] = {"ROWS": 3, "COLUMNS": 3, "DOWN": 2, "RIGHT": 2, "TOP": 1, "LEFT": 1}
-    window |= {"DILATION_DOWN": 1, "DILATION_RIGHT": 1}
+    window: dict[str, int | str] = {"ROWS": 3, "COLUMNS": 3}
     vectors = ((0, 1), (0, 4), (1, 1), (1, 8), (2, 2), (2, 8))
     return [("max_pool.cu", {"STORAGE": storage, "VECTOR": vector, **window}, 40) for storage, vector in vectors]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from escort.cuda.compiler import KERNELS
 from escort.layers import MaxPool2d, pool
-from tests.host import compiled
+from tests.host import compiled, struct_fields
 
 #: What the kernel needs of CUDA, and a loop over its threads. Loads check that they are aligned.
 CUDA_ON_A_CPU = """
@@ -27,6 +28,7 @@ CUDA_ON_A_CPU = """
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__
 struct Index { unsigned x; };
 struct uint2 { unsigned x, y; };
@@ -53,10 +55,10 @@ static unsigned larger_pair(unsigned a, unsigned b, unsigned infinity) {
 }
 KERNEL
 extern "C" void run(const Element* x, Element* y, int vectors, int pitch, int height, int width, int out_height,
-                    int out_width, int blocks) {
+                    int out_width, const Window* window, int blocks) {
   for (blockIdx.x = 0; blockIdx.x < unsigned(blocks); blockIdx.x++)
     for (threadIdx.x = 0; threadIdx.x < THREADS; threadIdx.x++)
-      max_pool(x, y, vectors, pitch, height, width, out_height, out_width);
+      max_pool(x, y, vectors, pitch, height, width, out_height, out_width, *window);
 }
 """
 INFINITY = {torch.float16: "0x7c00", torch.bfloat16: "0x7f80"}
@@ -79,11 +81,11 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             self.run = compiled(host_source(pool.POOLED_ON_GPU[defines["STORAGE"]]), tmp_path, defines).run
 
         def bind(self, block: int, shared_bytes: int, args: Any, *, overlap: bool) -> Any:
-            assert (block, shared_bytes, len(args)) == (256, 0, 8) and overlap
+            assert (block, shared_bytes, len(args)) == (256, 0, 9) and overlap
 
             def launch(grid: tuple[int, int, int], x: torch.Tensor, y: torch.Tensor, *sizes: int) -> None:
                 assert math.prod(grid) == grid[0]
-                self.run(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), *sizes, grid[0])
+                self.run(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), *sizes, args[-1], grid[0])
 
             return launch
 
@@ -125,6 +127,13 @@ def check(y: torch.Tensor, x: torch.Tensor, window: Any) -> None:
 both_memory_formats = pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"]
 )
+
+
+def test_the_struct_is_the_dataclass() -> None:
+    in_c = struct_fields((KERNELS / "max_pool.cu").read_text(), "Window")
+    assert in_c == [(field.type, field.name) for field in fields(pool.Window)]
+
+
 any_type = pytest.mark.parametrize("dtype", pool.POOLED_ON_GPU, ids=str)
 
 

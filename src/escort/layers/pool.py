@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from escort.cuda import kernel
+from escort.cuda.params import pack
 from escort.kernels import _cpu
 from escort.layers.runners import check_not_capturing
 from escort.methods.base import aligned
@@ -54,8 +55,8 @@ def _max_pool2d_on_gpu(
     vectors = y.numel() // vector
     if vectors > _MOST_VECTORS:  # torch's has no such limit
         return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
-    window = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
-    launch = _pool_launch(x.device, x.dtype, vector, window)
+    window = Window(*stride, *padding, *dilation)
+    launch = _pool_launch(x.device, x.dtype, vector, (kernel_size[0], kernel_size[1]), window)
     blocks = -(-vectors // _THREADS)
     launch((blocks, 1, 1), aligned(x, vector * x.element_size()), y, vectors, pitch, *x.shape[2:], *y.shape[2:])
     return y
@@ -64,20 +65,28 @@ def _max_pool2d_on_gpu(
 torch.library.impl("escort::max_pool2d", "CUDA", _max_pool2d_on_gpu)
 
 
+@dataclass(frozen=True)
+class Window:
+    """Stride, padding and dilation of a pooling window: the fields of the kernel's struct, in their order."""
+
+    down: int
+    right: int
+    top: int
+    left: int
+    dilation_down: int
+    dilation_right: int
+
+
 @lru_cache(_MOST_LAUNCHES)
 def _pool_launch(
-    device: torch.device, dtype: torch.dtype, vector: int, window: tuple[Pair, Pair, Pair, Pair]
+    device: torch.device, dtype: torch.dtype, vector: int, kernel_size: Pair, window: Window
 ) -> Callable[..., None]:
-    """The launch of kernels/cuda/max_pool.cu, compiled for a window and for accesses of `vector` elements.
-
-    Args:
-        window: kernel_size, stride, padding and dilation.
-    """
+    """The launch of kernels/cuda/max_pool.cu, compiled for a kernel_size and for accesses of `vector` elements."""
     check_not_capturing(device)
-    names = "ROWS COLUMNS DOWN RIGHT TOP LEFT DILATION_DOWN DILATION_RIGHT".split()
-    sizes = dict(zip(names, itertools.chain(*window), strict=True))
-    compiled = kernel.kernel("max_pool.cu", {"STORAGE": POOLED_ON_GPU.index(dtype), "VECTOR": vector, **sizes}, device)
-    return compiled.bind(_THREADS, 0, (torch.Tensor, torch.Tensor, *[int] * 6), overlap=True)
+    rows, columns = kernel_size
+    macros = {"STORAGE": POOLED_ON_GPU.index(dtype), "VECTOR": vector, "ROWS": rows, "COLUMNS": columns}
+    compiled = kernel.kernel("max_pool.cu", macros, device)
+    return compiled.bind(_THREADS, 0, (torch.Tensor, torch.Tensor, *[int] * 6, pack(window)), overlap=True)
 
 
 @torch.compiler.assume_constant_result

@@ -4,7 +4,7 @@
 // A thread computes VECTOR neighbouring outputs. Nothing is shared: windows overlap in the first-level cache.
 // STORAGE   0: float, 1: fp16, 2: bf16
 // VECTOR    elements of 16 bytes at most, a divisor of the pitch
-// ROWS, COLUMNS, DOWN, RIGHT, TOP, LEFT, DILATION_DOWN, DILATION_RIGHT   the window, its stride, padding and dilation
+// ROWS, COLUMNS   of a window, whose loads are all issued at once
 #define THREADS 256
 
 #if STORAGE == 0
@@ -40,27 +40,33 @@ __device__ __forceinline__ void take_larger(u32& word, u32 other) {
 #endif
 }
 
+// Its stride, padding and dilation; layers/pool.py has a dataclass of the same fields.
+struct Window {
+  int down, right, top, left, dilation_down, dilation_right;
+};
+
 // vectors: how many there are in y, which fit 32 bits.
 extern "C" __global__ void __launch_bounds__(THREADS)
     max_pool(const Element* __restrict__ x, Element* __restrict__ y, int vectors, int pitch, int height, int width,
-             int out_height, int out_width) {
+             int out_height, int out_width, const __grid_constant__ Window window) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   const u32 number = blockIdx.x * THREADS + threadIdx.x;
   if (number >= (u32)vectors) return;
   const u32 of_pixel = pitch / VECTOR, pixel = number / of_pixel, line = pixel / out_width, outer = line / out_height;
-  const int top = (int)(line - outer * out_height) * DOWN - TOP, left = (int)(pixel - line * out_width) * RIGHT - LEFT;
+  const int top = (int)(line - outer * out_height) * window.down - window.top,
+            left = (int)(pixel - line * out_width) * window.right - window.left;
   const Element* const from = x + (long long)outer * height * width * pitch + (number - pixel * of_pixel) * VECTOR;
   Elements largest;
 #pragma unroll
   for (int i = 0; i < WORDS; i++) largest.words[i] = LOWEST;
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
-    const int row = top + r * DILATION_DOWN;
+    const int row = top + r * window.dilation_down;
     if (row < 0 || row >= height) continue;
 #pragma unroll
     for (int s = 0; s < COLUMNS; s++) {
-      const int column = left + s * DILATION_RIGHT;
+      const int column = left + s * window.dilation_right;
       if (column < 0 || column >= width) continue;
       Elements here = {};
       here.vector = __ldg((const Vector*)(from + ((long long)row * width + column) * pitch));
