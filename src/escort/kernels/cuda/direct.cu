@@ -16,7 +16,7 @@
 //             sample), 0: one element at a time
 //   ODD       where PAIRED, whether a channel has an odd number of elements
 //   SLOTS     most words (pairs of words where PAIRED) per lane that a producer warp copies per channel
-//   THREADS, OCCUPANCY   threads per block, and blocks per multiprocessor that registers must leave room for
+//   THREADS   threads per multiprocessor that registers must leave room for, in one block or in several
 //   SIGNALS   lanes of a warp that arrive when the warp is done with a stage: the first one, or all. compute-sanitizer
 //             does not follow that __syncwarp puts all lanes' accesses before the first lane's arrival
 #if STORAGE == 1
@@ -135,7 +135,7 @@ __device__ __forceinline__ void set_up(const Shape& p, const Ring& ring) {
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     direct(const Element* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual,
            const float* __restrict__ bias, const uint4* __restrict__ records, const Segment* __restrict__ segments,
            const int* __restrict__ channel_of, const int* __restrict__ first_channels,

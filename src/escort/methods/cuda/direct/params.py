@@ -9,19 +9,23 @@ from escort.methods.cuda.direct.layout import SLOT_CLASSES, STORAGE, DirectConfi
 from escort.methods.cuda.direct.tables import Tables
 from escort.problem import Problem
 
+_THREADS, _MOST_THREADS = 128, 1024  # the compiler counts in these; of a block
+
 
 def defines(config: DirectConfig, layout: Layout, precision: str) -> dict[str, int]:
-    """The macros that a config is compiled with; kernels/cuda/direct.cu says what each means."""
+    """The macros that a config is compiled with; kernels/cuda/direct.cu says what each means.
+
+    Configs share a kernel where a multiprocessor has as many threads, in one block or in several.
+    """
     return {
         "STORAGE": STORAGE[precision],
         "PACKED": int(config.packed),
         "PAIRED": int(layout.paired),
-        "ODD": int(layout.odd),
+        "ODD": int(layout.paired and layout.odd),
         "WORDS": config.words,
         "OUT_CHANNELS": config.out_channels,
         "SLOTS": next(slots for slots in SLOT_CLASSES if slots >= layout.slots),
-        "THREADS": config.threads,
-        "OCCUPANCY": config.occupancy,
+        "THREADS": min(-(-config.threads * config.occupancy // _THREADS) * _THREADS, _MOST_THREADS),
     }
 
 
