@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from escort.cuda.compiler import Text
+from escort.cuda.compiler import Binary, Text, compile_source
 from escort.cuda.kernel import Kernel, kernel
 from tests.cuda.kernels import THREADS, FakeDriver, Status, bind
 
@@ -35,6 +38,26 @@ def test_a_kernel_is_loaded_once(compiled: Kernel, scale: Path) -> None:
     assert kernel(scale, {"FACTOR": 2}, torch.device("cuda")) is compiled
     assert kernel(scale, {"FACTOR": 3}, torch.device("cuda")) is not compiled
     assert compiled.entry == "scale" and compiled.device == torch.device("cuda:0") and compiled.binary.arch == "sm_90"
+
+
+def test_threads_that_ask_for_the_same_kernel_compile_it_once(
+    driver: FakeDriver, scale: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+
+    def compile_slowly(*args: Any) -> Binary:
+        begun.append(0)
+        time.sleep(0.2)
+        if len(begun) == 1:
+            raise RuntimeError("no memory, say")
+        return compile_source(*args)
+
+    monkeypatch.setattr("escort.cuda.kernel.compile_source", compile_slowly)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(kernel, scale, {"FACTOR": 3}, torch.device("cuda:0")) for _ in range(8)]
+    failed = [future for future in asked if future.exception() is not None]
+    assert len(failed) == 1 and "no memory" in str(failed[0].exception()), "the next one tries anew"
+    assert len({future.result() for future in asked if future not in failed}) == 1 and len(begun) == 2
 
 
 @pytest.mark.usefixtures("driver")

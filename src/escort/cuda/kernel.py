@@ -73,13 +73,16 @@ def kernel(
     digest = source.digest if isinstance(source, Text) else None  # the table outlives texts
     key = (name, digest, tuple(sorted(defines.items())), index, entry, native)
     if (known := _kernels.get(key)) is None:
-        binary = compile_source(source, defines, arch(torch.device("cuda", index), native=native))
-        # Two threads may come here at once; both then use the kernel of the first.
-        known = _kernels.setdefault(key, Kernel(binary, driver.device(index), entry or Path(name).stem))
+        # Threads that plan side by side ask for the same few kernels: the first one compiles, the others wait for it.
+        with _locks.setdefault(key, threading.Lock()):
+            if (known := _kernels.get(key)) is None:
+                binary = compile_source(source, defines, arch(torch.device("cuda", index), native=native))
+                known = _kernels[key] = Kernel(binary, driver.device(index), entry or Path(name).stem)
     return known
 
 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
+_locks: dict[tuple[Any, ...], threading.Lock] = {}
 
 
 def arch(device: torch.device, *, native: bool = False) -> str:
