@@ -145,6 +145,7 @@ struct Store {
     const int lane = threadIdx.x % 32, channel = __ldg(order + of_warp + (lane & (count - 1)));
     const Adder adder(p.activation);
     staging += of_warp * p.staging_pitch;
+    // All lanes go round as often, and the compiler must see it: else it takes the next products for divergent.
     for (int begin = 0; begin < outputs.count; begin += 32 * VECTOR) {
       const int unit = begin + lane * VECTOR;
       const bool inside = unit < outputs.count;

@@ -8,7 +8,7 @@ constexpr int A_BLOCK = 64 * 64, METADATA_BLOCK = 512;                          
 constexpr int PIXEL_BYTES = 128, K_BLOCK = PIXEL_BYTES / (STORAGE ? 2 : 4);
 
 // The parameters that are the same in every launch; methods/cuda/sparse_tc/params.py has a dataclass of the same fields
-// that says what each means. None of them is divided by: the producer and the epilogue divide for each tile.
+// that says what each means. Divisions by them are multiplications (Divisor), and none is in the loop of products.
 struct Params {
   int cluster;
   Divisor by_cluster;
@@ -49,7 +49,7 @@ struct Ring {
   }
 };
 
-// (The special register that says so is not known to be the same in all lanes.)
+// Which block of its cluster this is.
 __device__ int block_in_cluster(const Params& p) { return blockIdx.x - p.by_cluster.quotient(blockIdx.x) * p.cluster; }
 
 // What a cluster computes, one after the other: a tile of channels for a group of pixel tiles, one for each block.
