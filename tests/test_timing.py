@@ -99,6 +99,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(timing, "_side_stream", lambda index: stream)
     monkeypatch.setattr(timing, "_elapsed_us", device.elapsed_us)
     monkeypatch.setattr(timing, "_WARM_S", 0.0)
+    monkeypatch.setattr(timing, "_last_replay_s", {})
     return device
 
 
@@ -173,6 +174,16 @@ def test_a_lost_device_is_said_to_be_lost(device: Device, monkeypatch: pytest.Mo
 def test_a_budget_leaves_three_rounds(device: Device) -> None:
     timing.race_on_gpu([device.work(1000.0)], "cuda:0", rounds=50, budget_s=0.0)
     assert len([graph for graph in device.replays if graph is device.replays[-1]]) == 2 + 3  # two before the race
+
+
+def test_clocks_rise_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_WARM_S", 0.02)
+    counts = []
+    for _ in range(2):
+        device.replays.clear()
+        timing.race_on_gpu([device.work(1000.0)], "cuda:0", rounds=3)
+        counts.append(len(device.replays))
+    assert counts[0] > 50 and counts[1] == 2 + 3
 
 
 def test_nobody_races(device: Device) -> None:

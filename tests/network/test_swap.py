@@ -14,8 +14,12 @@ from escort import methods
 from escort.filter import SparseFilter
 from escort.methods import Prepared
 from escort.methods.cpu.dense import Dense, DenseConfig
+from escort.network import swap
+from escort.network.check import Request
+from escort.network.swap import Unplanned
 from escort.planner import cores, measure, planner, timing
-from escort.problem import Problem
+from escort.planner.plan import Layer
+from escort.problem import MemoryFormat, Problem
 from tests.network.models import Small, pruned, three_convolutions
 
 
@@ -89,3 +93,25 @@ def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.Monk
     assert {plan.method for plan in without.plan.layers.values()} == {"dense"} and not compiled.prepared
     with torch.no_grad():
         assert torch.allclose(without(x), fast(x), atol=1e-5)
+
+
+def test_a_memory_format_that_is_predicted_to_be_slow_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only layers that are predicted in both count."""
+    layer = Layer(Problem(1, 3, 8, 8, 4, (3, 3)), SparseFilter.from_dense(torch.ones(4, 3, 3, 3)))
+    networks: dict[MemoryFormat, Unplanned] = {
+        name: Unplanned(torch.nn.Identity(), {str(i): layer for i in range(3)}, {})
+        for name in ("contiguous", "channels_last")
+    }
+    predicted: list[list[float | None]] = [[20.0, None, 10.0], [10.0, 99.0, 10.0]]
+    monkeypatch.setattr(swap, "predicted_us", lambda layers, methods: predicted.pop(0))
+    request = Request(torch.device("cpu"), "fp16")
+    kept, slower = swap.likely(networks, request)
+    assert kept == {"channels_last": networks["channels_last"]}
+    assert slower == {
+        "contiguous": "its layers are predicted to take 1.5 times as long; effort='best' tries it",
+    }
+    predicted[:] = [[12.0, None, 10.0], [10.0, 99.0, 10.0]]  # close
+    assert swap.likely(networks, request) == (networks, {})
+    predicted[:] = [[None] * 3, [10.0] * 3]  # nothing to compare
+    assert swap.likely(networks, request) == (networks, {})
+    assert swap.likely(networks, replace(request, compile_budget_s=1.0)) == (networks, {})

@@ -143,7 +143,7 @@ def _judge(network: nn.Module, original: Original, request: Request) -> tuple[fl
     """The largest relative error of a converted network's outputs, and why it is not taken, None where it is right.
 
     It is right where it is as close to the original as its precision's rounding explains. Beyond that, where the model
-    itself amplifies rounding, it is right where it is about as close as the original is to what float64 gives.
+    itself amplifies rounding, it is right where it is about as close as the original is to what a finer type gives.
     """
     bound = NETWORK_ERROR_BOUND[request.precision]
     try:
@@ -157,7 +157,7 @@ def _judge(network: nn.Module, original: Original, request: Request) -> tuple[fl
     error = _largest_error(outputs, original.expected)
     if error <= bound:
         return error, None
-    exact = original.in_float64()
+    exact = original.more_exactly(request.precision)
     if exact is None:
         return error, f"its outputs differ by {error:.1e} (bound {bound:.0e}) from the original's"
     own, ours = _largest_error(original.expected, exact), _largest_error(outputs, exact)

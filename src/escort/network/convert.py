@@ -31,7 +31,7 @@ from escort.network.model import ConvertedModel
 from escort.network.original import plain_copy, run_original, unwrap
 from escort.network.passes import rewrite
 from escort.network.passes.channels_last import in_memory_formats
-from escort.network.swap import check_calls, plan_into, record_calls, swap
+from escort.network.swap import check_calls, find_layers, likely, plan_into, record_calls, swap
 from escort.network.tracing.state import State, own_draws
 from escort.network.tracing.trace import trace
 from escort.network.values import tensors_of
@@ -140,10 +140,15 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         check_calls(calls, skipped)
         not_saved = {True: unsavable(dense, request.device), False: unsavable(network, request.device)}
         networks, not_in_format = in_memory_formats(network, request)
-    candidates = [swap(network, calls, memory_format, skipped, request) for memory_format, network in networks.items()]
+        found = {
+            memory_format: find_layers(network, calls, memory_format, skipped, request)
+            for memory_format, network in networks.items()
+        }
+        found, unlikely = likely(found, request)
+    candidates = [swap(unplanned, request) for unplanned in found.values()]
     candidates = [replace(candidate, network=as_programs(candidate.network)) for candidate in candidates]
     with running_out("the whole network"):
-        chosen = choose(as_programs(dense), candidates, not_tried | not_in_format, original, request)
+        chosen = choose(as_programs(dense), candidates, not_tried | not_in_format | unlikely, original, request)
     chosen.plan = replace(chosen.plan, not_saved=not_saved[chosen.plan.kept_dense])
     return chosen
 

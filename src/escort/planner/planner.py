@@ -16,7 +16,7 @@ from escort.planner.cores import on_all_cores
 from escort.planner.machine import Machine
 from escort.planner.measure import Ahead, measure
 from escort.planner.plan import Layer, Plan
-from escort.planner.search import Search
+from escort.planner.search import Search, predict_us
 from escort.problem import Problem
 
 #: Seconds after which a layer's race stops at three rounds per candidate.
@@ -116,6 +116,22 @@ def plan_layers(
             yield _remember(task, search, measure(task.layer, search, _BUDGET_S, ahead.pop(index)))
         else:
             yield plan_layer(*task.layer, methods=task.methods, compile_budget_s=shares_s[index])
+
+
+def predicted_us(layers: Sequence[Layer], methods: Sequence[Method] | None = None) -> list[float | None]:
+    """The least time in us that models predict for each layer, None for those of which no model says anything.
+
+    Args:
+        methods: as of :func:`plan_layers`.
+    """
+    known: dict[Hashable, float | None] = {}
+    times: list[float | None] = []
+    for task in (_Task.of(layer, methods) for layer in layers):
+        key = task.key
+        if key not in known:
+            known[key] = min(predict_us(task.layer, task.methods).values(), default=None)
+        times.append(known[key])
+    return times
 
 
 @dataclass(frozen=True)
