@@ -138,7 +138,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
             dense, network, skipped = plain_copy(model), plain_copy(model), {}
             calls = record_calls(network, skipped, original)
         check_calls(calls, skipped)
-        not_saved = {True: unsavable(dense, request.device), False: unsavable(network, request.device)}
+        not_saved = unsavable(network, request.device)
         networks, not_in_format = in_memory_formats(network, request)
         found = {
             memory_format: find_layers(network, calls, memory_format, skipped, request)
@@ -149,7 +149,9 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
     candidates = [replace(candidate, network=as_programs(candidate.network)) for candidate in candidates]
     with running_out("the whole network"):
         chosen = choose(as_programs(dense), candidates, not_tried | not_in_format | unlikely, original, request)
-    chosen.plan = replace(chosen.plan, not_saved=not_saved[chosen.plan.kept_dense])
+    if chosen.plan.kept_dense:
+        not_saved = unsavable(chosen.network, request.device)
+    chosen.plan = replace(chosen.plan, not_saved=not_saved)
     return chosen
 
 
