@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -27,10 +27,9 @@ from escort.planner import Plan, plan_layers
 from escort.planner.cores import on_all_cores
 from escort.planner.plan import Layer
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Problem
-from escort.report import Console, Description
 from escort.runtime.stand_in import adopt
 
-_PLANNING = "planning"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,22 +129,34 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
     """Plans layers of a network, and puts a :class:`SparseConv2d` in the place of each."""
     plans: dict[str, Plan] = {}
     compiled: list[SparseConv2d] = []
-    with _progress(len(layers), request.progress) as (advance, preparing):
-        planned = plan_layers(list(layers.values()), request.compile_budget_s, preparing, methods=request.methods)
-        for name, layer in layers.items():
-            old = network.get_submodule(name)
-            with running_out(f"layer {name}"), naming(name):
-                plans[name] = next(planned)
-                unfolded = getattr(old, "unfolded", None)
-                sparse = SparseConv2d(layer.sparse_filter, layer.bias, plans[name], name, unfolded)
-            adopt(sparse, old)
-            replace_module(network, name, sparse)
-            if by_name(plans[name].method, plans[name].problem.device).compiles_per_filter:
-                compiled.append(sparse)
-            advance()
-        with running_out("the whole network"):  # those that took over a plan have their kernels still to compile
-            on_all_cores([sparse.prepare for sparse in compiled], preparing)
+    estimate = request.progress.estimate
+    estimate.begin(len(layers))
+    planned = plan_layers(list(layers.values()), request.compile_budget_s, estimate.kernels, methods=request.methods)
+    for name, layer in layers.items():
+        old = network.get_submodule(name)
+        with running_out(f"layer {name}"), naming(name):
+            plans[name] = next(planned)
+            unfolded = getattr(old, "unfolded", None)
+            sparse = SparseConv2d(layer.sparse_filter, layer.bias, plans[name], name, unfolded)
+        adopt(sparse, old)
+        replace_module(network, name, sparse)
+        if by_name(plans[name].method, plans[name].problem.device).compiles_per_filter:
+            compiled.append(sparse)
+        estimate.layer()
+        _log.debug("layer %s: %s", name, _summary(plans[name]))
+    with running_out("the whole network"):  # those that took over a plan have their kernels still to compile
+        on_all_cores([sparse.prepare for sparse in compiled], estimate.kernels)
+    request.progress.done(f"planned {len(plans)} layers")
     return plans
+
+
+def _summary(plan: Plan) -> str:
+    """What was chosen, and among what, for the log."""
+    times_us = [candidate.time_us for candidate in plan.candidates if candidate.time_us is not None]
+    time = "not timed" if plan.time_us is None else f"{plan.time_us:.1f} us"
+    dense = "not timed" if plan.dense_time_us is None else f"{plan.dense_time_us:.1f} us"
+    candidates = f"{len(times_us)} of {len(plan.candidates)} candidates timed"
+    return f"{plan.method} {plan.config}, {time}, dense {dense}, {plan.problem.memory_format}, {candidates}"
 
 
 def _layer(module: nn.Module, shape: torch.Size, name: str, memory_format: MemoryFormat, request: Request) -> Layer:
@@ -178,17 +189,3 @@ def _hooks() -> Iterator[list[Any]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _progress(layers: int, shown: bool) -> Iterator[tuple[Callable[[], None], Callable[[int, int], None]]]:
-    """A progress bar on stderr: what to call when a layer is planned, and when some of the kernels are compiled."""
-    columns = Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
-        task = bar.add_task(_PLANNING, total=layers)
-
-        def preparing(done: int, kernels: int) -> None:
-            ready = done == kernels
-            bar.update(task, description=_PLANNING if ready else f"{_PLANNING}, preparing {done} of {kernels} kernels")
-
-        yield lambda: bar.advance(task), preparing
