@@ -346,8 +346,10 @@ class SparseConv2d(ConvLike):
     def _without_the_empty_parameter(self) -> Iterator[None]:
         """A state dict has no use for it."""
         empty = self._parameters.pop("frozen")
-        yield
-        self._parameters["frozen"] = empty
+        try:
+            yield
+        finally:
+            self._parameters["frozen"] = empty
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
