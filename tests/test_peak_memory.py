@@ -12,30 +12,30 @@ import torch
 
 from escort.filter import SparseFilter
 from escort.planner import cores, measure, planner
-from escort.planner.measure import Room
+from escort.planner.measure import Allowance
 from escort.planner.planner import plan_layers
 from escort.problem import Problem
 from tests.fakes import PROBLEM, Compiled, Fake, a_filter
 
 
-def test_room_is_what_torch_allocates_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_allowance_is_of_what_torch_allocates_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     allocated = 1000
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
     monkeypatch.setattr(measure, "_MOST_AHEAD_BYTES", 500)
-    room = Room("cuda:0")
-    assert room.is_left
+    allowance = Allowance("cuda:0")
+    assert allowance.is_left
     allocated = 1499
-    assert room.is_left
+    assert allowance.is_left
     allocated = 1500
-    assert not room.is_left
-    assert Room("cpu").is_left
+    assert not allowance.is_left
+    assert Allowance("cpu").is_left
 
 
 @pytest.mark.parametrize(("is_left", "prepared"), [(True, 2), (False, 4)])
-def test_without_room_candidates_are_compiled_ahead_and_packed_when_they_are_due(
+def test_beyond_the_allowance_candidates_are_compiled_ahead_and_packed_when_they_are_due(
     is_left: bool, prepared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Room, "is_left", is_left)
+    monkeypatch.setattr(Allowance, "is_left", is_left)
     planner._remembered.clear()
     compiled, other = Compiled(1.0, 1.0), Fake("other", lambda y: y)
     shown: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""What a conversion tells of itself: how much time is left, and its stages in the log."""
+"""What a conversion tells of itself: how much time is left, and what it has done, in the log."""
 
 from __future__ import annotations
 
@@ -152,20 +152,20 @@ def test_the_bar_shows_what_is_done_and_both_times(clock: Clock) -> None:
     assert re.search(r"^planning, 3 layers to time .*1:15 about 0:04 left", line())
 
 
-STAGES = [
+DONE = [
     *("checked", "run as it is", "traced", "rewritten for contiguous", "planned 2 layers"),
     *("compared with the original", r"chosen the converted network \(.*\)"),
 ]
 
 
 @pytest.mark.usefixtures("always_faster")
-def test_stages_are_logged_with_their_seconds_and_layers_with_their_choice(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_done_is_logged_with_its_seconds_and_layers_with_their_choice(caplog: pytest.LogCaptureFixture) -> None:
     planner._remembered.clear()
     with caplog.at_level(logging.DEBUG, "escort"):
         fast = escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8))
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
-    for message, stage in zip(told, STAGES, strict=True):
-        assert re.fullmatch(rf"{stage} in \d+\.\d\d s", message)
+    for message, done in zip(told, DONE, strict=True):
+        assert re.fullmatch(rf"{done} in \d+\.\d\d s", message)
     layers = [record.getMessage() for record in caplog.records if record.levelno == logging.DEBUG]
     for name, plan in fast.plan.layers.items():
         line = next(line for line in layers if line.startswith(f"layer {name}: {plan.method} "))

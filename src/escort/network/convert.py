@@ -97,7 +97,7 @@ def convert(
         ValueError, TypeError: naming the layer, the problem and the remedy.
         torch.OutOfMemoryError: naming the layer that did not fit the GPU, which stays usable.
     """
-    stages = Progress()
+    reports = Progress()
     example = Example.of(example_inputs, example_kwargs)
     model = unwrap(model)
     check_model(model, example)
@@ -107,9 +107,9 @@ def convert(
         compile_budget_s=settle_effort(effort),
         methods=settle_methods(methods, example.device),
         skip=settle_skip(skip),
-        progress=stages,
+        progress=reports,
     )
-    stages.done("checked")
+    reports.done("checked")
     # What is made here is used outside, where tensors of inference mode could not be followed or written to.
     with (
         _turn,
@@ -117,7 +117,7 @@ def convert(
         torch.inference_mode(False),
         torch.no_grad(),
         own_draws(),
-        stages.bar(shown=progress),
+        reports.bar(shown=progress),
     ):
         return _convert(model, example, request)
 

@@ -1,4 +1,4 @@
-"""What a conversion is at: its stages in the log, and a bar with the time that is left."""
+"""What a conversion is at: what it has done, in the log, and a bar with the time that is left."""
 
 from __future__ import annotations
 
@@ -160,10 +160,10 @@ class Progress:
         self.estimate = Estimate()
         self._since = time.perf_counter()
 
-    def done(self, stage: str) -> None:
-        """Notes in the log that a stage is done, with the seconds since the one before it."""
+    def done(self, what: str) -> None:
+        """Logs what has been done, with the seconds since the last time."""
         now = time.perf_counter()
-        _log.info("%s in %.2f s", stage, now - self._since)
+        _log.info("%s in %.2f s", what, now - self._since)
         self._since = now
 
     @contextmanager

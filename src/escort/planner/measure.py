@@ -33,7 +33,7 @@ _SEARCH_S = 20.0
 _Input = tuple[torch.Tensor, torch.Tensor | None]
 
 
-class Room:
+class Allowance:
     """What candidates that are prepared ahead may take of a device's memory, all layers together.
 
     On a GPU it is what torch allocates there from now on, whoever asks for it.
@@ -53,18 +53,18 @@ class Room:
 class Ahead(dict[tuple[str, Config], Prepared]):
     """A layer's candidates that were prepared before it is measured, by method and config. Taking one removes it.
 
-    Once there is no room left, what is prepared is let go of at once, as its kernel is compiled then: that is what
+    Once the allowance is used up, what is prepared is let go of at once, as its kernel is compiled then: that is what
     takes long, and what all cores share.
     """
 
-    def __init__(self, room: Room | None = None) -> None:
+    def __init__(self, allowance: Allowance | None = None) -> None:
         super().__init__()
-        self._room = room
+        self._allowance = allowance
 
     def prepare(self, layer: Layer, method: Method, config: Config) -> None:
         with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
             prepared = method.prepare(*layer, config)
-            if self._room is None or self._room.is_left:
+            if self._allowance is None or self._allowance.is_left:
                 self[method.name, config] = prepared
 
     def take(self, layer: Layer, method: Method, config: Config) -> Prepared:

@@ -16,7 +16,7 @@ from escort.methods import Method, by_name, for_device
 from escort.planner.compile_budget import SharedBudget, check_compile_budget, estimate_s, fits
 from escort.planner.cores import on_all_cores
 from escort.planner.machine import Machine
-from escort.planner.measure import Ahead, Room, measure
+from escort.planner.measure import Ahead, Allowance, measure
 from escort.planner.plan import Layer, Plan
 from escort.planner.search import Search
 from escort.problem import Problem
@@ -103,8 +103,8 @@ def plan_layers(
     check_compile_budget(compile_budget_s)
     tasks = [_Task.of(Layer(*layer), methods) for layer in layers]
     searches, shares_s = _share_out(tasks, compile_budget_s)
-    room = Room(layers[0][0].device) if layers else None
-    ahead = {index: Ahead(room) for index in searches}
+    allowance = Allowance(layers[0][0].device) if layers else None
+    ahead = {index: Ahead(allowance) for index in searches}
     begin = time.perf_counter()
     on_all_cores(
         [
