@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.progress import Progress
 
 import escort
 from escort import methods
@@ -16,6 +15,7 @@ from escort.methods import Prepared
 from escort.methods.cpu.dense import Dense, DenseConfig
 from escort.network import swap
 from escort.network.check import Request
+from escort.network.progress import Estimate
 from escort.network.swap import Unplanned
 from escort.planner import cores, measure, planner, timing
 from escort.planner.plan import Layer
@@ -61,7 +61,7 @@ class Compiled(Dense):
 
 @pytest.mark.usefixtures("always_faster")
 def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, shown = Compiled(), list[str]()
+    compiled, shown = Compiled(), list[tuple[int, int]]()
     monkeypatch.setattr(methods, "METHODS", (compiled, Dense()))
     monkeypatch.setattr(measure, "_HOPELESS", float("inf"))
     # Of the candidates of a layer, the method that compiles wins.
@@ -72,7 +72,7 @@ def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.Monk
             replace(one.candidate, time_us=1.0 if one.candidate.method == "compiled" else 2.0) for one in contenders
         ],
     )
-    monkeypatch.setattr(Progress, "update", lambda bar, task, description: shown.append(description))
+    monkeypatch.setattr(Estimate, "kernels", lambda estimate, done, total: shown.append((done, total)))
     x = torch.randn(1, 4, 8, 8)
     # Shares of 25 s, 27.5 s and 45 s: both configs, the choice alone, both configs.
     fast = escort.convert(three_convolutions(), x, effort=75.0, progress=True)
@@ -80,8 +80,7 @@ def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.Monk
     assert fast.plan.layers["1"] is fast.plan.layers["0"]
     # Four candidates are compiled before any is timed, then what the layers run.
     assert len(compiled.prepared) == 4 + 3
-    planning = [f"planning, preparing {done} of 4 kernels" for done in range(4)] + ["planning"]
-    assert shown == [*planning, *(f"planning, preparing {done} of 3 kernels" for done in range(3)), "planning"]
+    assert shown == [*((done, 4) for done in range(5)), *((done, 3) for done in range(4))]
     # Now only the first config fits a share: 15 s, 20 s.
     planner._remembered.clear()
     again = escort.replan(fast, effort=45.0)

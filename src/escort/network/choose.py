@@ -61,6 +61,7 @@ def choose(
             samples = samples_to_try(candidate.network, example, original.expected)
             runs += [partial(run_in_parts, candidate.network, example, count) for count in samples]
             ways += [(candidate, error, count) for count in samples]
+        request.progress.done("compared with the original")
         with torch.inference_mode():
             (dense_us, *times_us), timer = race(runs, request.device)
     converted_us = min(times_us, default=dense_us)
@@ -85,6 +86,8 @@ def choose(
         device=str(request.device),
         timer=timer,
     )
+    why = plan.reason or f"{converted_us:.1f} us, the original {dense_us:.1f} us"
+    request.progress.done(f"chosen the {'original' if kept_dense else 'converted'} network ({why})")
     network = dense if kept_dense else best.network
     if original.state is not None:
         original.state.restore(network)

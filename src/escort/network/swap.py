@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -28,10 +28,10 @@ from escort.planner.cores import on_all_cores
 from escort.planner.plan import Layer
 from escort.planner.planner import predicted_us
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Problem
-from escort.report import Console, Description
 from escort.runtime.stand_in import adopt
 
-_PLANNING = "planning"
+_log = logging.getLogger(__name__)
+
 #: A network in a memory format that is predicted to take so many times as long as in another one is not planned.
 _CLOSE = 1.25
 
@@ -171,23 +171,35 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
     """Plans layers of a network, and puts a :class:`SparseConv2d` in the place of each."""
     plans: dict[str, Plan] = {}
     slow_to_lay_out: list[SparseConv2d] = []
-    with _progress(len(layers), request.progress) as (advance, preparing):
-        planned = plan_layers(list(layers.values()), request.compile_budget_s, preparing, methods=request.methods)
-        for name, layer in layers.items():
-            old = network.get_submodule(name)
-            with running_out(f"layer {name}"), naming(name):
-                plans[name] = next(planned)
-                unfolded = getattr(old, "unfolded", None)
-                sparse = SparseConv2d(layer.sparse_filter, layer.bias, plans[name], name, unfolded)
-            adopt(sparse, old)
-            replace_module(network, name, sparse)
-            device = layer.problem.device
-            if device != "cpu" or by_name(plans[name].method, device).compiles_per_filter:
-                slow_to_lay_out.append(sparse)
-            advance()
-        with running_out("the whole network"):  # laid out side by side, as the first call would do one by one
-            on_all_cores([sparse.prepare for sparse in slow_to_lay_out], preparing)
+    estimate = request.progress.estimate
+    estimate.begin(len(layers))
+    planned = plan_layers(list(layers.values()), request.compile_budget_s, estimate.kernels, methods=request.methods)
+    for name, layer in layers.items():
+        old = network.get_submodule(name)
+        with running_out(f"layer {name}"), naming(name):
+            plans[name] = next(planned)
+            unfolded = getattr(old, "unfolded", None)
+            sparse = SparseConv2d(layer.sparse_filter, layer.bias, plans[name], name, unfolded)
+        adopt(sparse, old)
+        replace_module(network, name, sparse)
+        device = layer.problem.device
+        if device != "cpu" or by_name(plans[name].method, device).compiles_per_filter:
+            slow_to_lay_out.append(sparse)
+        estimate.layer()
+        _log.debug("layer %s: %s", name, _summary(plans[name]))
+    with running_out("the whole network"):  # laid out side by side, as the first call would do one by one
+        on_all_cores([sparse.prepare for sparse in slow_to_lay_out], estimate.kernels)
+    request.progress.done(f"planned {len(plans)} layers")
     return plans
+
+
+def _summary(plan: Plan) -> str:
+    """What was chosen, and among what, for the log."""
+    times_us = [candidate.time_us for candidate in plan.candidates if candidate.time_us is not None]
+    time = "not timed" if plan.time_us is None else f"{plan.time_us:.1f} us"
+    dense = "not timed" if plan.dense_time_us is None else f"{plan.dense_time_us:.1f} us"
+    candidates = f"{len(times_us)} of {len(plan.candidates)} candidates timed"
+    return f"{plan.method} {plan.config}, {time}, dense {dense}, {plan.problem.memory_format}, {candidates}"
 
 
 def _layer(module: nn.Module, shape: torch.Size, name: str, memory_format: MemoryFormat, request: Request) -> Layer:
@@ -220,17 +232,3 @@ def _hooks() -> Iterator[list[Any]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _progress(layers: int, shown: bool) -> Iterator[tuple[Callable[[], None], Callable[[int, int], None]]]:
-    """A progress bar on stderr: what to call when a layer is planned, and when some of the kernels are compiled."""
-    columns = Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
-        task = bar.add_task(_PLANNING, total=layers)
-
-        def preparing(done: int, kernels: int) -> None:
-            ready = done == kernels
-            bar.update(task, description=_PLANNING if ready else f"{_PLANNING}, preparing {done} of {kernels} kernels")
-
-        yield lambda: bar.advance(task), preparing
