@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -418,3 +419,27 @@ def test_in_a_cuda_graph() -> None:
     x.zero_()
     graph.replay()
     assert int(y.count_nonzero()) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["halo", "halo, last"])
+def test_threads_share_a_runner_on_streams_of_their_own(kind: str) -> None:
+    """Of any batch, at addresses that change."""
+    problem = replace(RES4, batch=4, epilogue=Epilogue(residual=True))
+    run = SparseTc().prepare(problem, filter_of(problem), None, VARIANTS[kind][1])
+    samples = [1, 2, 3, 5]
+    inputs = [torch.randn(n, *problem.input_shape[1:], device="cuda", dtype=torch.float16) for n in samples]
+    residuals = [torch.randn(n, *problem.output_shape[1:], device="cuda", dtype=torch.float16) for n in samples]
+    expected = [run(x, residual) for x, residual in zip(inputs, residuals, strict=True)]
+    torch.cuda.synchronize()
+
+    def work(first: int) -> list[tuple[int, torch.Tensor]]:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            results = [(i % 4, run(inputs[i % 4], residuals[i % 4])) for i in range(first, first + 40)]
+        stream.synchronize()
+        return results
+
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(work, range(4)):
+            assert all(torch.equal(y, expected[i]) for i, y in results)

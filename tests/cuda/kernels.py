@@ -101,6 +101,10 @@ class LaunchConfig(ctypes.Structure):
         ("attribute_count", ctypes.c_uint),
     )
 
+    def attribute_values(self) -> list[tuple[int, list[int]]]:
+        """The number of each attribute and its value, without the zeros behind it."""
+        return [(one.id, [value for value in one.value if value]) for one in self.attributes[: self.attribute_count]]
+
 
 #: The driver's functions, which are called by their addresses.
 LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(LaunchConfig), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
@@ -122,8 +126,7 @@ class FakeDriver:
     Attributes:
         parameters: of the kernels, at first those of `scale`.
         calls: what was called with what.
-        launches: function, parameters and where they lie, grid, block, shared bytes, stream and attributes (number and
-            first value) of each launch.
+        launches: function, parameters and where they lie, grid, block, shared bytes, stream and attributes of each.
         maps: what tensor maps were made from, by the arguments of the driver's function.
         map_contexts: in which contexts they were made.
         failing: what a function returns instead of success, by its name.
@@ -192,7 +195,7 @@ class FakeDriver:
             block=tuple(config.block),
             shared=config.shared_bytes,
             stream=config.stream,
-            attributes=[(one.id, one.value[0]) for one in config.attributes[: config.attribute_count]],
+            attributes=config.attribute_values(),
         )
         self.launches.append(launch)
         return self.failing.get("cuLaunchKernelEx", Status.CUDA_SUCCESS)

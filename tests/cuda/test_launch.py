@@ -36,22 +36,28 @@ def test_a_bound_launch_takes_what_is_left(compiled: Kernel, driver: FakeDriver)
     compiled.bind(THREADS, SHARED, (None, torch.Tensor, float, 9), overlap=True)((2, 1, 1), y, 3.0)
     assert driver.launches[0].values == [x.data_ptr(), y.data_ptr(), 0.5, 4] and driver.launches[0].attributes == []
     assert driver.launches[1].values == [None, y.data_ptr(), 3.0, 9]
-    assert driver.launches[1].attributes == [(6, 1)]
+    assert driver.launches[1].attributes == [(6, [1])]
+    compiled.bind(THREADS, SHARED, (None, y, 0.5, 4), overlap=True, cluster=8)((8, 1, 1))
+    compiled.bind(THREADS, SHARED, (None, y, 0.5, 4), cluster=2)((8, 1, 1))
+    assert driver.launches[2].attributes == [(6, [1]), (4, [8, 1, 1])]
+    assert driver.launches[3].attributes == [(4, [2, 1, 1])]
 
 
 def test_the_driver_declares_what_a_launch_passes() -> None:
     declared = bindings.CUlaunchConfig()
     declared.gridDimX, declared.gridDimY, declared.gridDimZ = 1, 2, 3
     declared.blockDimX, declared.blockDimY, declared.blockDimZ = 4, 5, 6
-    declared.sharedMemBytes, declared.hStream, declared.numAttrs = 7, 8, 1
-    overlap = bindings.CUlaunchAttribute()
+    declared.sharedMemBytes, declared.hStream, declared.numAttrs = 7, 8, 2
+    overlap, cluster = bindings.CUlaunchAttribute(), bindings.CUlaunchAttribute()
     overlap.id = bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     overlap.value.programmaticStreamSerializationAllowed = 1
-    declared.attrs = [overlap]
+    cluster.id = bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = 8, 1, 1
+    declared.attrs = [overlap, cluster]
     passed = LaunchConfig.from_address(declared.getPtr())
     assert ([*passed.grid], [*passed.block]) == ([1, 2, 3], [4, 5, 6])
-    assert (passed.shared_bytes, passed.stream, passed.attribute_count) == (7, 8, 1)
-    assert (passed.attributes[0].id, [*passed.attributes[0].value]) == (6, [1, *[0] * 15])
+    assert (passed.shared_bytes, passed.stream) == (7, 8)
+    assert passed.attribute_values() == [(6, [1]), (4, [8, 1, 1])]
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ class Launch:
         device: int,
         block: int,
         shared_bytes: int,
-        overlap: bool,
+        attributes: Sequence[tuple[int, tuple[int, int, int]]],
         parameters: Sequence[bytes | str | TensorMap],
     ) -> None: ...
     def issue(

@@ -2,7 +2,9 @@
 // needs of cuda.h is declared here, and Python brings the addresses of the driver's functions.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
 #include <climits>
@@ -10,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace nb = nanobind;
@@ -26,6 +29,8 @@ struct LaunchAttribute {  // CUlaunchAttribute
   alignas(8) std::array<int, 16> value;
 };
 
+using Attributes = std::vector<std::pair<int, std::array<int, 3>>>;
+
 struct LaunchConfig {  // CUlaunchConfig
   std::array<unsigned, 3> grid, block;
   unsigned shared_bytes;
@@ -34,8 +39,6 @@ struct LaunchConfig {  // CUlaunchConfig
   unsigned attribute_count;
 };
 static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "as in cuda.h");
-
-constexpr LaunchAttribute kOverlap = {6, {1}};  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 using LaunchKernel = Status(const LaunchConfig*, void* function, void** parameters, void** extra);
 using EncodeTiled = Status(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes,
@@ -123,13 +126,16 @@ class Launch {
  public:
   // parameters: of each the bytes that all launches share; or, for what each launch passes, "P" for a tensor, "i" for
   // an int32, "f" for a float32, and a TensorMap for a tensor whose map the kernel takes.
+  // attributes: the number and the first values of each.
   Launch(std::string kernel, uintptr_t launch, uintptr_t function, int device, unsigned block, unsigned shared_bytes,
-         bool overlap, nb::sequence parameters)
+         const Attributes& attributes, nb::sequence parameters)
       : kernel_(std::move(kernel)),
         launch_(reinterpret_cast<LaunchKernel*>(launch)),
         function_(reinterpret_cast<void*>(function)),
         device_(device) {
-    config_ = {{0, 0, 0}, {block, 1, 1}, shared_bytes, nullptr, overlap ? &kOverlap : nullptr, overlap};
+    for (const auto& [id, value] : attributes) attributes_.push_back({id, {value[0], value[1], value[2]}});
+    const auto count = static_cast<unsigned>(attributes_.size());
+    config_ = {{0, 0, 0}, {block, 1, 1}, shared_bytes, nullptr, attributes_.data(), count};
     for (nb::handle parameter : parameters) add(parameter);
     if (passed_ > kMostPerLaunch || parameters_.size() > kMostParameters)
       refuse(PyExc_ValueError, "takes too many arguments: %zu, and %zu per launch", parameters_.size(), passed_);
@@ -213,7 +219,7 @@ class Launch {
   }
 
   template <class Value>
-  static Status put(void* to, Value value) {
+  static Status put(void* to, const Value& value) {
     std::memcpy(to, &value, sizeof(value));
     return kSuccess;
   }
@@ -248,7 +254,8 @@ class Launch {
   LaunchKernel* launch_;
   void* function_;
   int device_;
-  LaunchConfig config_;
+  std::vector<LaunchAttribute> attributes_;
+  LaunchConfig config_;  // but for grid and stream
   std::vector<Bytes> shared_;
   std::vector<Parameter> parameters_;
   size_t passed_ = 0;
@@ -271,7 +278,8 @@ NB_MODULE(_launch, m) {
   m.def("tiled", &tiled, "function"_a, "x"_a, "box"_a);
   m.def("im2col", &im2col, "function"_a, "x"_a, "lower"_a, "upper"_a, "channels"_a, "pixels"_a, "steps"_a);
   nb::class_<Launch>(m, "Launch")
-      .def(nb::init<std::string, uintptr_t, uintptr_t, int, unsigned, unsigned, bool, nb::sequence>(), "kernel"_a,
-           "launch"_a, "function"_a, "device"_a, "block"_a, "shared_bytes"_a, "overlap"_a, "parameters"_a)
+      .def(nb::init<std::string, uintptr_t, uintptr_t, int, unsigned, unsigned, const Attributes&, nb::sequence>(),
+           "kernel"_a, "launch"_a, "function"_a, "device"_a, "block"_a, "shared_bytes"_a, "attributes"_a,
+           "parameters"_a)
       .def("issue", &Launch::issue, "grid"_a, "stream"_a, "args"_a);
 }

@@ -19,6 +19,9 @@ Argument = torch.Tensor | int | float | bytes | None
 #: What each launch passes: a tensor, an int32 or a float32 by its type, and a tensor whose map the kernel takes.
 Passed = type | TensorMap
 
+Attribute = tuple[int, tuple[int, int, int]]  # the number and the first values of a CUlaunchAttribute
+
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # of the driver's CUlaunchAttributeID
 _CODES = {torch.Tensor: "P", int: "i", float: "f"}  # of `struct`, as launch.cpp knows them
 _SIZES = {torch.Tensor: 8, int: 4, float: 4, TensorMap: 128}
 
@@ -54,6 +57,12 @@ class Parameter:
         return f"{self.size} bytes" if self.kind is bytes else self.kind.__name__
 
 
+def attributes(overlap: bool, cluster: int) -> list[Attribute]:
+    """What the driver is told of each launch, by the arguments of `Kernel.bind`."""
+    found: list[Attribute] = [(_PROGRAMMATIC_STREAM_SERIALIZATION, (1, 0, 0))] if overlap else []
+    return [*found, (_CLUSTER_DIMENSION, (cluster, 1, 1))] if cluster > 1 else found
+
+
 class Launch:
     """A kernel with its block, shared memory and the arguments that never change. `Kernel.bind` makes it.
 
@@ -69,7 +78,7 @@ class Launch:
         block: int,
         shared_bytes: int,
         args: Sequence[Argument | Passed],
-        overlap: bool,
+        attributes: Sequence[Attribute],
     ) -> None:
         """`function` is what the driver loaded for the device; errors call it `kernel`."""
         self._kernel, self._device, self._index = kernel, device, device.index
@@ -79,7 +88,7 @@ class Launch:
         parameters = [self._parameter(arg) for arg in args]
         address = driver.address("cuLaunchKernelEx")
         self._issue = _launch.Launch(
-            kernel, address, int(function), device.index, block, shared_bytes, overlap, parameters
+            kernel, address, int(function), device.index, block, shared_bytes, attributes, parameters
         ).issue
 
     def __call__(self, grid: Grid, *args: torch.Tensor | float | None) -> None:
