@@ -164,7 +164,7 @@ class FakeDriver:
             "cuCtxPopCurrent": self.contexts.pop,
             "cuKernelGetFunction": lambda handle: FUNCTION,
             "cuGetProcAddress": lambda name, version, flags: (
-                ctypes.cast(self._by_address[name.decode()], ctypes.c_void_p).value
+                ctypes.cast(self._by_address.get(name.decode()), ctypes.c_void_p).value
             ),
         }
 

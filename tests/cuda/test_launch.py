@@ -192,6 +192,12 @@ def test_wrong_arguments_of_a_launch_are_refused(
     assert driver.launches[0].values[3] == -(2**31)
 
 
+def test_a_driver_without_the_function_is_named(compiled: Kernel, driver: FakeDriver) -> None:
+    del driver._by_address["cuLaunchKernelEx"]
+    with pytest.raises(RuntimeError, match="the driver, for CUDA 13.0, has no cuLaunchKernelEx: update the driver"):
+        bind(compiled)
+
+
 def test_a_launch_takes_as_many_arguments_as_it_has_room_for(driver: FakeDriver, scale: Path) -> None:
     driver.parameters = [ctypes.c_int] * 64
     compiled = kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))

@@ -39,12 +39,18 @@ def call(name: str, *args: Any) -> Any:
 
 
 def address(name: str) -> int:
-    """Where a function of the driver is, for streams as torch numbers them (0 is the legacy default stream)."""
-    return int(call("cuGetProcAddress", name.encode(), _INTERFACE, _LEGACY_STREAMS))
+    """Where a function of the driver is, for streams as torch numbers them (0 is the legacy default stream).
+
+    Raises:
+        RuntimeError: this driver has no such function.
+    """
+    if found := call("cuGetProcAddress", name.encode(), _INTERFACE, _LEGACY_STREAMS):
+        return int(found)
+    raise RuntimeError(f"the driver, for CUDA {dotted(driver_version())}, has no {name}: update the driver")
 
 
 def status(number: int) -> Any:
-    """A status that a function of the driver returned, with its `name` and `value`."""
+    """A status that a function of the driver returned, with its `name`."""
     return api().CUresult(number)
 
 

@@ -77,7 +77,9 @@ class TensorMap:
         described = ", ".join(f"{name} {value}" for name, value in values.items())
         what = f"{kernel}: a tensor map of {self.dtype} {tuple(x.shape)} at {x.data_ptr():#x}, {described}"
         error = driver.DriverError(self.function, status)
-        return ValueError(f"{what}: {error.text}; {_RULES}") if status.value == 1 else error.of(what)
+        if error.name == "CUDA_ERROR_INVALID_VALUE":
+            return ValueError(f"{what}: {error.text}; {_RULES}")
+        return error.of(what)
 
 
 def tiled(
