@@ -91,6 +91,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pool, "_check_pool", lambda *args: None)
     monkeypatch.setattr(pool, "_in_channels_last", lies_in_channels_last)
     pool._pool_launch.cache_clear()
+    pool._pooling.cache_clear()
 
 
 def lies_in_channels_last(x: torch.Tensor) -> bool:

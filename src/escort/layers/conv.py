@@ -16,6 +16,7 @@ from escort.filter import SparseFilter
 from escort.layers import runners
 from escort.layers.conv_like import ConvLike
 from escort.layers.counters import BROADCAST, BY_OPERATOR, Counters
+from escort.layers.observed import PLAIN, is_compiling, is_observed, is_profiled, is_tracing, profiled
 from escort.layers.operator import check_not_for_onnx, output_shape, sparse_conv2d
 from escort.layers.runners import Choice, RunnerCache
 from escort.layers.weight import DenseWeight
@@ -26,22 +27,6 @@ from escort.problem import Epilogue, Problem
 
 #: How many input sizes a layer keeps runners for.
 _MOST_SIZES = 64
-
-#: What observes or transforms torch's operators must see an operator and not a kernel that is handed memory: traces,
-#: ``make_fx`` and fake tensors (modes), ``vmap`` and its like (transforms). Asked once per call, so each by its fastest
-#: function.
-_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
-_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
-_is_profiled, _profiler = torch._C._autograd._profiler_enabled, torch._C._autograd._profiler_type
-_KINETO = torch._C._profiler.ActiveProfilerType.KINETO
-_PLAIN = frozenset((torch.Tensor, nn.Parameter))
-
-
-def _is_observed() -> bool:
-    """Whether anything but a plain call sees what the layer does."""
-    if _is_compiling() or _is_tracing() or _modes() > 0:
-        return True
-    return _transforms() is not None or bool(forward_ad._current_level >= 0)
 
 
 class SparseConv2d(ConvLike):
@@ -106,7 +91,7 @@ class SparseConv2d(ConvLike):
     def weight(self) -> torch.Tensor:
         """The dense weight, read only, without any batch norm; each computation with it makes a new copy."""
         problem = self.plan.problem
-        if _is_observed():
+        if is_observed():
             return self._dense()
         return DenseWeight(self._dense, problem.weight_shape, problem.storage, self.values.device)
 
@@ -160,23 +145,24 @@ class SparseConv2d(ConvLike):
             RuntimeError: where a gradient would be needed, or a CUDA graph is captured from the first call on a size.
         """
         x = input
-        if _is_observed():
+        if is_observed():
             return self._by_operator(x, residual)
         # The operator resolves a lazily negated view.
-        if type(x) not in _PLAIN or x.requires_grad or x.is_neg():
+        if type(x) not in PLAIN or x.requires_grad or x.is_neg():
             return self._by_operator(x, residual)
-        if residual is not None and (type(residual) not in _PLAIN or residual.is_neg()):
+        if residual is not None and (type(residual) not in PLAIN or residual.is_neg()):
             return self._by_operator(x, residual)
-        if sum(tensor._version for tensor in self._followed) != self._versions:
+        versions = 0
+        for tensor in self._followed:
+            versions += tensor._version
+        if versions != self._versions:
             self._follow()
         run = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
         if run is None:
             run = self._prepare(x, residual)
         try:
-            if _is_profiled():
-                # The ranges of NVTX and ITT have a name alone; torch.profiler adds up what has the same name.
-                name = "escort::sparse_conv2d" if _profiler() == _KINETO else f"escort::sparse_conv2d {self.name}"
-                with torch.profiler.record_function(name, self.name):
+            if is_profiled():
+                with profiled("escort::sparse_conv2d", self.name):
                     return run(x, residual)
             return run(x, residual)
         except ValueError as error:
@@ -207,7 +193,7 @@ class SparseConv2d(ConvLike):
 
     def _broadcasts(self, x: torch.Tensor, residual: torch.Tensor) -> bool:
         """Whether a residual is not of the result's shape, but can be added to it."""
-        if not _is_compiling() and _is_tracing():  # sizes are tensors, and a trace is of one size
+        if not is_compiling() and is_tracing():  # sizes are tensors, and a trace is of one size
             return False
         shape = output_shape(self.plan.problem, x)
         if not self.residual or residual.shape == shape or residual.dtype is not x.dtype or residual.ndim > 4:
