@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import escort
-from escort import artifact
+from escort import artifact, cache
 from escort.cli import models
-from escort.cuda import cache
 from escort.planner import planner
 from tests.cli.invoking import invoke, succeed, succeed_json
 from tests.cli.named import TINY, tiny
@@ -160,7 +159,7 @@ def test_cache_lists_and_clears(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     empty = succeed_json("cache")
     assert empty["entries"] == [] and empty["total_bytes"] == 0 and empty["folder"] == str(tmp_path)
     described = {"source": "direct.cu", "arch": "sm_90", "defines": {"ROWS": "4"}, "registers": 40}
-    cache.store("a" * 64, described, b"cubin")
+    cache.store("kernel", "a" * 64, described, b"cubin")
     (tmp_path / ("b" * 64 + ".kernel")).write_bytes(b"damaged")
     report = succeed_json("cache")
     assert {entry.get("source") for entry in report["entries"]} == {"direct.cu", None}

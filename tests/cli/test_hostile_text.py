@@ -16,9 +16,8 @@ import pytest
 import torch
 from typer.testing import Result
 
-from escort import artifact, report
+from escort import artifact, cache, report
 from escort.cli import models, rivals
-from escort.cuda import cache
 from escort.network.model import NetworkPlan
 from escort.planner.plan import Plan
 from escort.report import Console, printable
@@ -129,7 +128,8 @@ def test_bench_says_why_a_rival_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / HOSTILE))
-    cache.store("a" * 64, {"source": HOSTILE, "arch": HOSTILE, "defines": {HOSTILE: HOSTILE}, "registers": 1}, b"")
+    described = {"source": HOSTILE, "arch": HOSTILE, "defines": {HOSTILE: HOSTILE}, "registers": 1}
+    cache.store("kernel", "a" * 64, described)
     (tmp_path / HOSTILE / f"{HOSTILE}.kernel").touch()
     shows(both(succeed("cache")), whole=False)
     shows(both(succeed("doctor")), whole=False)

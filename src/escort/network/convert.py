@@ -38,7 +38,6 @@ from escort.network.tracing.trace import trace
 from escort.network.values import tensors_of
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer
-from escort.planner.planner import forget
 from escort.problem import Precision
 from escort.runtime import as_programs
 from escort.runtime.saved.description import unsavable
@@ -183,10 +182,9 @@ def replan(
     """
     if not isinstance(model, ConvertedModel):
         raise TypeError(f"replan takes what escort.convert returned, got {type(model).__name__}; convert it first")
-    forget()  # what is asked for is another measurement
     tensors = (*model.network.parameters(), *model.network.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
-    request = Request(device, model.plan.precision, settle_effort(effort))
+    request = Request(device, model.plan.precision, settle_effort(effort), remeasure=True)
     with _turn, on_device(device), own_draws(), request.progress.bar(shown=progress):
         with running_out("the network"):
             network = copy.deepcopy(model.network)
