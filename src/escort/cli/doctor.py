@@ -182,7 +182,7 @@ def _plan_store() -> Finding:
         count = sum(stored is not None for _, stored in store.entries())
     except OSError:
         return Finding("plan store", "not used, as the kernel cache", None)
-    return Finding("plan store", f"{count} plans, see escort cache")
+    return Finding("plan store", f"plans kept: {count}, see escort cache")
 
 
 def _gpu(device: str) -> Iterator[Finding]:

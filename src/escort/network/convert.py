@@ -86,7 +86,8 @@ def convert(
         effort: how long compiling kernels for the weights may take on a GPU, by estimate and with all cores at work:
             "fast" compiles none, "best" takes up to five minutes, a number is a number of seconds. Every layer that
             could have such kernels gets an equal share of what is left; beyond its share a layer falls back on the
-            other methods, and its plan says so. Kernels stay on disk (`escort cache`).
+            other methods, and its plan says so. Kernels and plans stay on disk (`escort cache`): a layer like one that
+            was measured before on this machine is not timed again, but its choice is validated.
         methods: the names of the methods to choose from, by default all that the device has. The dense one is always
             among them.
         skip: is called with the name and the module of each convolution, and true for those to leave alone.
