@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from benchmarks.commands import layers, networks, paper, render, zoo
@@ -16,4 +18,5 @@ for module in (layers, networks, paper, render, zoo):
     app.command(module.__name__.rpartition(".")[2])(module.main)
 
 if __name__ == "__main__":
+    os.environ.setdefault("ESCORT_KEEP_PLANS", "0")  # what is published was measured in the run that says so
     app(prog_name="python -m benchmarks")

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from escort import cache
 from escort.cli import doctor
 from escort.methods import for_device
-from escort.planner import timing
+from escort.planner import plan_layer, planner, timing
 from escort.planner.machine import Machine
 from escort.planner.timing import Timing
 from tests.cli.invoking import invoke, succeed, succeed_json
+from tests.fakes import PROBLEM, a_filter
 
 
 def test_doctor() -> None:
@@ -59,6 +61,22 @@ def test_doctor_says_why_the_cache_cannot_be_written(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / "file" / "cache"))
     finding = next(finding for finding in succeed_json("doctor")["findings"] if finding["name"] == "kernel cache")
     assert finding["ok"] is None and "ESCORT_CACHE_DIR" in finding["remedy"]
+
+
+@pytest.mark.usefixtures("plan_store")
+def test_doctor_counts_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finding() -> tuple[bool | None, str]:
+        found = next(finding for finding in doctor.examine() if finding.name == "plan store")
+        return found.ok, found.value
+
+    assert finding() == (True, "plans kept: 0, see escort cache")
+    planner._remembered.clear()
+    plan_layer(PROBLEM, a_filter())
+    assert finding() == (True, "plans kept: 1, see escort cache")
+    cache.folder().chmod(0o777)
+    assert finding() == (None, "not used, as the kernel cache")
+    monkeypatch.setenv("ESCORT_KEEP_PLANS", "0")
+    assert finding() == (None, "switched off: every process measures all layers")
 
 
 @pytest.mark.gpu

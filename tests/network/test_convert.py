@@ -15,6 +15,7 @@ from escort import reference
 from escort.layers import MaxPool2d, SparseConv2d
 from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.plan_table import plan_table
 from escort.planner import planner
 from escort.runtime import Program
 from tests.network.models import Branching, Masked, Small, pruned, three_convolutions
@@ -123,6 +124,23 @@ def test_replanning_measures_again_and_computes_the_same() -> None:
     assert (again.plan.dense_time_us, again.plan.speedup) == (None, None)  # the original is not there to be timed
     assert NetworkPlan.from_json(json.loads(json.dumps(again.plan.to_json()))) == again.plan
     assert torch.allclose(again(x), fast(x), atol=1e-5)
+
+
+@pytest.mark.usefixtures("always_faster", "plan_store")
+def test_a_converted_network_says_where_its_times_are_from() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    model = pruned(Small())
+    planner._remembered.clear()
+    first = escort.convert(model, x)
+    assert {plan.times_from for plan in first.plan.layers.values()} == {"measured"}
+    planner._remembered.clear()
+    again = escort.convert(model, x)
+    assert {plan.times_from for plan in again.plan.layers.values()} == {"plan store"}
+    assert plan_table(again.plan).caption.endswith(" The times of 2 of 2 layers are from the plan store.")
+    assert json.loads(json.dumps(again.plan.to_json()))["layers"]["first"]["times_from"] == "plan store"
+    assert torch.allclose(again(x), model(x), atol=1e-4)
+    anew = escort.replan(again)
+    assert {plan.times_from for plan in anew.plan.layers.values()} == {"measured"}
 
 
 @pytest.mark.usefixtures("always_faster")

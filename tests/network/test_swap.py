@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -77,9 +78,11 @@ def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.Monk
     # Shares of 25 s, 27.5 s and 45 s: both configs, the choice alone, both configs.
     fast = escort.convert(three_convolutions(), x, effort=75.0, progress=True)
     assert [plan.method for plan in fast.plan.layers.values()] == ["compiled"] * 3
-    assert fast.plan.layers["1"] is fast.plan.layers["0"]
-    # Four candidates are compiled before any is timed, then what the layers run.
-    assert len(compiled.prepared) == 4 + 3
+    first, like = fast.plan.layers["0"], fast.plan.layers["1"]
+    assert (like.config, like.times_from, like.time_us) == (first.config, "equal layer", first.time_us)
+    assert "The times of 1 of 3 layers are from equal layers." in re.sub(r"\s+", " ", str(fast.plan))
+    # Four candidates are compiled before any is timed, then the choice that is taken over, then what the layers run.
+    assert len(compiled.prepared) == 4 + 1 + 3
     assert shown == [*((done, 4) for done in range(5)), *((done, 3) for done in range(4))]
     # Now only the first config fits a share: 15 s, 20 s.
     planner._remembered.clear()

@@ -13,14 +13,14 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from escort import reference
+from escort import cache, reference
 from escort.cli.console import Output
 from escort.cli.options import command
-from escort.cuda import cache, compiler
+from escort.cuda import compiler
 from escort.cuda.kernel import LEAST_CAPABILITY
 from escort.filter import SparseFilter
 from escort.methods import Method, for_device
-from escort.planner import cores, timing
+from escort.planner import cores, store, timing
 from escort.planner.machine import Machine
 from escort.problem import Precision, Problem
 
@@ -83,6 +83,7 @@ def examine() -> Iterator[Finding]:
     yield _kernel_compiler(needed=bool(gpus))
     yield _kernel_cache()
     yield _shipped_kernels()
+    yield _plan_store()
     for index in gpus:
         yield from _gpu(f"cuda:{index}")
     for package, (purpose, extra) in _OPTIONAL.items():
@@ -171,6 +172,17 @@ def _kernel_cache() -> Finding:
 def _shipped_kernels() -> Finding:
     count = sum(1 for _ in compiler.KERNELS.rglob("*.cubin"))
     return Finding("shipped kernels", f"{count} cubins" if count else "none: all are compiled at their first use")
+
+
+def _plan_store() -> Finding:
+    if not store.is_kept():
+        value = "switched off: every process measures all layers"
+        return Finding("plan store", value, None, f"leave out {store.KEEP_VARIABLE}=0 and {cache.LIMIT_VARIABLE}=0")
+    try:
+        count = sum(stored is not None for _, stored in store.entries())
+    except OSError:
+        return Finding("plan store", "not used, as the kernel cache", None)
+    return Finding("plan store", f"plans kept: {count}, see escort cache")
 
 
 def _gpu(device: str) -> Iterator[Finding]:

@@ -43,6 +43,7 @@ class Request:
         methods: what is weighed for a layer; None for all that the device has.
         skip: which convolutions to leave alone; None for none.
         progress: where the conversion tells what it is at.
+        remeasure: whether to measure all layers, whatever was measured before.
     """
 
     device: torch.device
@@ -51,6 +52,7 @@ class Request:
     methods: tuple[Method, ...] | None = None
     skip: Skip | None = None
     progress: Progress = field(default_factory=Progress)
+    remeasure: bool = False
 
     def inside(self, prefix: str) -> Request:
         """The request for a part of the network: names there go on behind `prefix`."""

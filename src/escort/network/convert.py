@@ -38,7 +38,6 @@ from escort.network.tracing.trace import trace
 from escort.network.values import tensors_of
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer
-from escort.planner.planner import forget
 from escort.problem import Precision
 from escort.runtime import as_programs
 from escort.runtime.saved.description import unsavable
@@ -87,7 +86,8 @@ def convert(
         effort: how long compiling kernels for the weights may take on a GPU, by estimate and with all cores at work:
             "fast" compiles none, "best" takes up to five minutes, a number is a number of seconds. Every layer that
             could have such kernels gets an equal share of what is left; beyond its share a layer falls back on the
-            other methods, and its plan says so. Kernels stay on disk (`escort cache`).
+            other methods, and its plan says so. Kernels and plans stay on disk (`escort cache`): a layer like one that
+            was measured before on this machine is not timed again, but its choice is validated.
         methods: the names of the methods to choose from, by default all that the device has. The dense one is always
             among them.
         skip: is called with the name and the module of each convolution, and true for those to leave alone.
@@ -183,10 +183,9 @@ def replan(
     """
     if not isinstance(model, ConvertedModel):
         raise TypeError(f"replan takes what escort.convert returned, got {type(model).__name__}; convert it first")
-    forget()  # what is asked for is another measurement
     tensors = (*model.network.parameters(), *model.network.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
-    request = Request(device, model.plan.precision, settle_effort(effort))
+    request = Request(device, model.plan.precision, settle_effort(effort), remeasure=True)
     with _turn, on_device(device), own_draws(), request.progress.bar(shown=progress):
         with running_out("the network"):
             network = copy.deepcopy(model.network)

@@ -173,7 +173,13 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
     slow_to_lay_out: list[SparseConv2d] = []
     estimate = request.progress.estimate
     estimate.begin(len(layers))
-    planned = plan_layers(list(layers.values()), request.compile_budget_s, estimate.kernels, methods=request.methods)
+    planned = plan_layers(
+        list(layers.values()),
+        request.compile_budget_s,
+        estimate.kernels,
+        methods=request.methods,
+        remeasure=request.remeasure,
+    )
     for name, layer in layers.items():
         old = network.get_submodule(name)
         with running_out(f"layer {name}"), naming(name):

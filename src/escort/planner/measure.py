@@ -105,6 +105,37 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
     return Plan(problem, best.method, best.config, tuple(settled), Machine.here(problem.device))
 
 
+def check(layer: Layer, plan: Plan, method: Method, ahead: Ahead) -> Plan | None:
+    """The plan of an equal layer as this one's: its choice is prepared and validated on this filter, and not timed.
+
+    Args:
+        method: the plan's.
+
+    Returns:
+        The plan with the error of the choice here; None where the choice cannot be prepared, or computes wrong.
+    """
+    config = method.config_type(**plan.config)
+    try:
+        with torch.inference_mode():
+            trial = _Trial(layer, timing.example_inputs(layer.problem, most=1)[0])
+            prepared = ahead.take(layer, method, config)
+            error = trial.error(prepared.run)
+    except (RuntimeError, ValueError) as failure:
+        if layer.problem.device_type == "cuda":
+            timing.survived(failure)
+        return None
+    if not error <= trial.bound:
+        return None
+    candidates = [
+        replace(_with_notes(candidate, prepared), rel_error=error)
+        if (candidate.method, candidate.config) == (plan.method, plan.config)
+        else candidate
+        for candidate in plan.candidates
+    ]
+    times_from = "equal layer" if plan.times_from == "measured" else plan.times_from
+    return replace(plan, problem=layer.problem, candidates=tuple(candidates), times_from=times_from)
+
+
 @dataclass(frozen=True)
 class _FirstRun:
     """A candidate that ran and is right, with a rough time of a call in microseconds."""
@@ -177,9 +208,7 @@ def _first_run(
         prepared = prepare()
         if method.compiles_per_filter:
             begin = time.perf_counter()
-        if binary := prepared.binary:
-            candidate = replace(candidate, compile_s=binary.compile_s, code_bytes=len(binary.cubin))
-        candidate = replace(candidate, remainder_share=prepared.notes.get("remainder_share"))
+        candidate = _with_notes(candidate, prepared)
         error = trial.error(prepared.run)
         candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
         if error <= trial.bound:
@@ -191,6 +220,13 @@ def _first_run(
             raise
         outcome = replace(candidate, reason=timing.survived(failure))
     return outcome, time.perf_counter() - begin
+
+
+def _with_notes(candidate: Candidate, prepared: Prepared) -> Candidate:
+    """A candidate with what preparing it tells of it."""
+    if binary := prepared.binary:
+        candidate = replace(candidate, compile_s=binary.compile_s, code_bytes=len(binary.cubin))
+    return replace(candidate, remainder_share=prepared.notes.get("remainder_share"))
 
 
 def _limit_us(problem: Problem, runnable: Sequence[_FirstRun]) -> float:

@@ -68,9 +68,10 @@ class Search:
         is_cut = budget.is_cut or bool(predicted)
         return cls(tuple(tried), tuple(refused), tuple(budget.spent_s), compile_budget_s, is_cut)
 
-    def is_outgrown(self, compile_budget_s: float) -> bool:
-        """Whether a budget is worth another search. A layer's share differs from time to time, mostly by little."""
-        return self.is_cut and compile_budget_s > self.compile_budget_s * 2.0
+    @property
+    def cut_at_s(self) -> float | None:
+        """The compile budget, where a larger one would let more be tried; else None."""
+        return self.compile_budget_s if self.is_cut else None
 
 
 def not_tried(method: Method, configs: int) -> Candidate:

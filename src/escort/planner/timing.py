@@ -269,10 +269,12 @@ def survived(error: Exception) -> str:
     return line
 
 
-def example_inputs(problem: Problem, *, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+def example_inputs(
+    problem: Problem, *, seed: int = 0, most: int = _MOST_INPUTS
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Random inputs of a problem, each with a residual where the problem has one, of at least one sample.
 
-    On a GPU there are so many that the L2 cache cannot hold them.
+    On a GPU there are so many that the L2 cache cannot hold them, but not more than `most`.
     """
     generator = torch.Generator(problem.device).manual_seed(seed)
     shapes = [(max(problem.batch, 1), *shape[1:]) for shape in (problem.input_shape, problem.output_shape)]
@@ -282,9 +284,9 @@ def example_inputs(problem: Problem, *, seed: int = 0) -> list[tuple[torch.Tenso
         return values.contiguous(memory_format=problem.torch_memory_format)
 
     count = 1
-    if problem.device_type == "cuda":
+    if problem.device_type == "cuda" and most > 1:
         tensors = shapes + shapes[1:] * problem.epilogue.residual
-        count = _input_count(problem.device, sum(map(math.prod, tensors)) * problem.storage.itemsize)
+        count = min(_input_count(problem.device, sum(map(math.prod, tensors)) * problem.storage.itemsize), most)
     return [(draw(shapes[0]), draw(shapes[1]) if problem.epilogue.residual else None) for _ in range(count)]
 
 
