@@ -9,8 +9,10 @@ import pytest
 from escort.cuda.gpu import H200, Gpu
 from escort.filter import SparseFilter
 from escort.methods import Config, Method
+from escort.planner import planner
+from escort.planner.machine import Machine
 from escort.planner.plan import Layer
-from escort.planner.planner import predicted_us
+from escort.planner.planner import are_known, plan_layer, predicted_us
 from escort.planner.search import Search, predict_us
 from escort.problem import Problem
 from tests.fakes import PROBLEM, Compiled, Fake, a_filter
@@ -71,14 +73,14 @@ def test_with_time_to_compile_all_are_tried() -> None:
 
 def test_where_predictions_chose_time_to_compile_is_worth_another_search() -> None:
     search = Search.of(LAYER, [Modelled("only", 10.0)], 0.0)
-    assert search.is_outgrown(1.0) and not search.is_outgrown(0.0)
+    assert search.cut_at_s == 0.0
 
 
 def test_without_a_model_all_are_tried() -> None:
     methods = Modelled("some", None, 8), Lowers("lowers", None), Modelled("refuses", 5.0, refuses="odd channels")
     search = Search.of(LAYER, methods, 0.0)
     assert tried(search) == {"some": 8, "lowers": 1}
-    assert not search.is_outgrown(1.0)
+    assert search.cut_at_s is None
 
 
 def test_a_prediction_is_of_what_could_run() -> None:
@@ -89,8 +91,18 @@ def test_a_prediction_is_of_what_could_run() -> None:
     assert predict_us(on_cpu, methods) == {}
 
 
+def test_known_plans_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(PROBLEM, a_filter())
+    monkeypatch.setattr(planner, "_remembered", {})
+    assert not are_known([layer], [Fake("a", lambda y: y)])
+    plan_layer(*layer, methods=[Fake("a", lambda y: y)], compile_budget_s=0.0)
+    assert are_known([layer, layer], [Fake("a", lambda y: y)])
+    assert not are_known([layer, layer._replace(problem=replace(PROBLEM, batch=9))], [Fake("a", lambda y: y)])
+
+
 def test_like_layers_are_predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("escort.planner.planner.Machine.here", lambda device: device)
+    machine = Machine.here()
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
     method = Modelled("a", 7.0)
     other = LAYER._replace(problem=replace(LAYER.problem, batch=9))
     assert predicted_us([LAYER, LAYER, other, LAYER], [method]) == [7.0] * 4

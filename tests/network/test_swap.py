@@ -106,6 +106,8 @@ def test_a_memory_format_that_is_predicted_to_be_slow_is_not_planned(monkeypatch
     }
     predicted: list[list[float | None]] = [[20.0, None, 10.0], [10.0, 99.0, 10.0]]
     monkeypatch.setattr(swap, "predicted_us", lambda layers, methods: predicted.pop(0))
+    known: list[bool] = []
+    monkeypatch.setattr(swap, "are_known", lambda layers, methods: known.pop(0) if known else False)
     request = Request(torch.device("cpu"), "fp16")
     kept, slower = swap.likely(networks, request)
     assert kept == {"channels_last": networks["channels_last"]}
@@ -117,3 +119,8 @@ def test_a_memory_format_that_is_predicted_to_be_slow_is_not_planned(monkeypatch
     predicted[:] = [[None] * 3, [10.0] * 3]  # nothing to compare
     assert swap.likely(networks, request) == (networks, {})
     assert swap.likely(networks, replace(request, compile_budget_s=1.0)) == (networks, {})
+    known[:] = [False, True]  # chosen before
+    reason = "the plans of all layers are known in channels_last alone; effort='best' tries it"
+    assert swap.likely(networks, request) == (kept, {"contiguous": reason})
+    predicted[:] = [[10.0] * 3, [10.0] * 3]
+    assert swap.likely(networks, replace(request, remeasure=True)) == (networks, {})

@@ -26,7 +26,7 @@ from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan, plan_layers
 from escort.planner.cores import on_all_cores
 from escort.planner.plan import Layer
-from escort.planner.planner import predicted_us
+from escort.planner.planner import are_known, predicted_us
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Problem
 from escort.runtime.stand_in import adopt
 
@@ -142,15 +142,17 @@ def likely(
 ) -> tuple[dict[MemoryFormat, Unplanned], dict[str, str]]:
     """The networks that are worth planning by their methods' predictions, and why the others are not.
 
-    Where time may be spent on compiling for the weights, all are planned. Only layers that are predicted in every
-    memory format count.
+    Where time may be spent on compiling for the weights, all are planned. Where all plans of one are known, so that an
+    earlier conversion chose it, it is the only one. Only layers that are predicted in every memory format count.
     """
     if len(networks) == 1 or request.compile_budget_s > 0.0:
         return dict(networks), {}
-    times = {
-        memory_format: predicted_us(list(network.layers.values()), request.methods)
-        for memory_format, network in networks.items()
-    }
+    layers = {memory_format: list(network.layers.values()) for memory_format, network in networks.items()}
+    known = [name for name in networks if not request.remeasure and are_known(layers[name], request.methods)]
+    if len(known) == 1:
+        reason = f"the plans of all layers are known in {known[0]} alone; effort='best' tries it"
+        return {known[0]: networks[known[0]]}, {name: reason for name in networks if name != known[0]}
+    times = {name: predicted_us(layers[name], request.methods) for name in networks}
     everywhere = [i for i, times_us in enumerate(zip(*times.values(), strict=True)) if None not in times_us]
     totals_us = {name: sum(times_us[i] or 0.0 for i in everywhere) for name, times_us in times.items()}
     least_us = min(totals_us.values())

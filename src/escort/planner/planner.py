@@ -131,6 +131,15 @@ def plan_layers(
         yield _plan(task, ahead.pop(index), _BUDGET_S)
 
 
+def are_known(layers: Sequence[Layer], methods: Sequence[Method] | None = None) -> bool:
+    """Whether each layer would take over a plan where nothing may be compiled for its filter.
+
+    Args:
+        methods: as of :func:`plan_layers`.
+    """
+    return all(_recall(_Task.of(layer, methods)) for layer in layers)
+
+
 def predicted_us(layers: Sequence[Layer], methods: Sequence[Method] | None = None) -> list[float | None]:
     """The least time in us that models predict for each layer, None for those of which no model says anything.
 
