@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import exhibits
@@ -37,7 +36,7 @@ def show(output: Output, results: dict[str, Result]) -> None:
             output.text.print(report.terminal(table))
     output.result = {
         "tables": {name: _as_json(table) for name, table in tables.items()},
-        "rows": {stem: [asdict(row) for row in result.rows] for stem, result in results.items()},
+        "rows": {stem: [row.to_json() for row in result.rows] for stem, result in results.items()},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Results:
         output.result = {
             "output": None if self.path is None else str(self.path),
             "header": self.head,
-            "rows": [asdict(row) for row in rows],
+            "rows": [row.to_json() for row in rows],
             "geometric_means": means,
         }
         caption = f"{machine_line(Machine.here(self.device))}, {self.precision}, medians in microseconds."
