@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks.commands import layers, networks, paper, render, zoo
+from benchmarks.commands import conversions, layers, networks, paper, render, zoo
 
 app = typer.Typer(
     help="Measure what Escort's documents quote.",
@@ -12,7 +12,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for module in (layers, networks, paper, render, zoo):
+for module in (layers, networks, conversions, paper, render, zoo):
     app.command(module.__name__.rpartition(".")[2])(module.main)
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.suite.rows import WHOLE, NetworkTimer, Row, check, leave_out
-from escort import prune, reference
+from escort import reference
 from escort.cli.rivals import dense_at_its_best, in_onnxruntime
 from escort.network.check import Effort
 from escort.network.choose import NETWORK_ERROR_BOUND
@@ -169,12 +169,6 @@ def _race_network(
 
 def _by_index(times_us: Sequence[float]) -> dict[int, Timing]:
     return {index: Timing(time_us, "calls") for index, time_us in enumerate(times_us)}
-
-
-def prune_all_but_first(model: nn.Module, sparsity: float) -> None:
-    """Prunes every convolution but the first, which sees the picture and has few weights, by magnitude and for good."""
-    prune.uniform(model, sparsity, skip=next(iter(prune.convolutions(model))))
-    prune.make_permanent(model)
 
 
 def _onnxruntime(model: nn.Module, x: Tensor) -> _Way:
