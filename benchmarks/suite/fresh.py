@@ -58,12 +58,12 @@ def convert(conversion: Conversion, saved: str | None = None) -> dict[str, Any]:
 
 def load(conversion: Conversion, saved: str) -> dict[str, Any]:
     """Times loading and the first call, where there is no compiler."""
+    _hide_compiler()
     folder = Path(saved)
     if (reason := folder / "reason").is_file():
         raise RuntimeError(f"not saved: {reason.read_text()}")
     tensors = torch.load(folder / "tensors.pt")
     x = tensors["x"].to(conversion.device)
-    _hide_compiler()
     _wait(x.device)
     begin = time.perf_counter()
     converted = escort.load(folder / "model.escort", device=conversion.device)

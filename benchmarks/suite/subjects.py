@@ -75,7 +75,7 @@ class Subject:
         elif sparsity is not None:
             prune_all_but_first(model, sparsity)
             weights += f"-{sparsity:.2f}"
-        if network.startswith(_TORCHVISION) and checkpoint is None:
+        if patterns is not None or (network.startswith(_TORCHVISION) and checkpoint is None):
             _settle_norms(model, torch.randn(_SETTLING, *input_size))
         return cls(network.rpartition(":")[2], weights, model, input_size)
 
@@ -110,7 +110,7 @@ def prune_to_patterns(model: nn.Module, path: Path) -> None:
 
 
 def _settle_norms(model: nn.Module, x: torch.Tensor) -> None:
-    """Gives batch norms the statistics of x: with random weights and no statistics, 16-bit activations overflow."""
+    """Gives batch norms the statistics of x: without those of its weights, a network overflows 16 bits."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
