@@ -7,7 +7,7 @@ is timed) is captured after warm-up. Its graph is a lap, as many calls as fill a
 nor the start of the graph counts. The graphs take turns. :func:`example_inputs` makes so many inputs that with their
 outputs they are twice the size of the L2 cache. A graph runs through all of them, so that no call reads what the one
 before has just read or written. What cannot be captured is timed by calls one after the other, and says so
-(:class:`Timing`).
+(:class:`Timing`). What a caller without graphs sees is the host's time (:func:`race_on_host`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import median
 from typing import Any, Literal
 
@@ -29,6 +29,9 @@ _LAP_US = 1000.0  # device time between two events, which are good for about hal
 _WARM_S = 0.05  # of replays before the first that counts, for the clocks to rise
 _WARM_FOR_S = 0.5  # that they are taken to stay high behind the last replay
 _MOST_INPUTS = 1024  # of one problem
+_FIRST_CALLS = 3  # in which a network may record a CUDA graph of its own
+_BURST = 10  # calls of a turn that are waited for one by one
+_PIPELINE_US, _LEAST_PIPELINED = 10_000.0, 10  # time and calls of a turn whose last call alone is waited for
 
 #: How a time was taken: by calls on the CPU, by replays of a CUDA graph, or by calls between CUDA events, whose times
 #: include the GPU's waiting for the host.
@@ -150,6 +153,42 @@ class _Lap:
     calls: int
     timer: Timer = "events"
     reason: str | None = None
+
+
+def race_on_host(
+    runs: Sequence[Callable[[], object]],
+    device: torch.device | str,
+    *,
+    pipelined: bool = False,
+    rounds: int = 9,
+    budget_s: float = 1.0,
+) -> list[float]:
+    """The median time of each of several calls by the clock of the host that calls a GPU, in microseconds.
+
+    Each call is waited for, so that its time is what passes until its result is there. Pipelined, calls follow one
+    another and only the last is waited for; the time of one is then the host's or the GPU's, whichever is longer.
+
+    Args:
+        runs: the contestants, called on torch's current stream of `device`. They take turns of several calls.
+        rounds, budget_s: as of :func:`race`.
+    """
+
+    def turn(run: Callable[[], object], calls: int) -> None:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+
+    with torch.cuda.device(device):
+        counts = []
+        for run in runs:
+            turn(run, _FIRST_CALLS)
+            start = time.perf_counter()
+            turn(run, _FIRST_CALLS)
+            call_us = (time.perf_counter() - start) * 1e6 / _FIRST_CALLS
+            counts.append(max(_LEAST_PIPELINED, math.ceil(_PIPELINE_US / max(call_us, 1.0))) if pipelined else 1)
+        turns = [partial(turn, run, calls) for run, calls in zip(runs, counts, strict=True)]
+        times_us = race(turns, warmup=0, rounds=rounds, burst=1 if pipelined else _BURST, budget_s=budget_s)
+    return [time_us / calls for time_us, calls in zip(times_us, counts, strict=True)]
 
 
 def _lap(runs: Sequence[Callable[[], object]], pool: Any) -> _Lap:
