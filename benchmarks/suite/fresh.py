@@ -28,7 +28,6 @@ from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.network.model import ConvertedModel
 from escort.network.values import output_error, tensors_of
 from escort.planner import timing
-from escort.planner.planner import forget
 from escort.planner.timing import Timing
 from escort.problem import TORCH_DTYPE
 
@@ -79,12 +78,11 @@ def load(conversion: Conversion, saved: str) -> dict[str, Any]:
 
 
 def choices(conversion: Conversion, folder: str) -> dict[str, Any]:
-    """Converts with little and with all search, neither of which sees what the other measured, and races both."""
+    """Converts with little and then with all search, which measures anew whatever the first left out, and races both."""
     subject, model, x = _placed(conversion)
     efforts: dict[str, Effort] = {"fast": "fast", "exhaustive": EXHAUSTIVE}
     converted: dict[str, ConvertedModel] = {}
     for name, effort in efforts.items():
-        forget()
         os.environ[CACHE_VARIABLE] = str(Path(folder) / name)
         converted[name] = escort.convert(model, x, precision=conversion.precision, effort=effort)
     with torch.inference_mode(), dense_at_its_best(conversion.precision):
