@@ -230,7 +230,7 @@ def test_a_bias_of_inference_mode_is_followed(direct: SparseConv2d) -> None:
 
 @pytest.mark.parametrize("x", [[1.0, 2.0], "text", torch.zeros(2, 8, 9, 9).numpy()])
 def test_what_is_no_tensor_is_named(direct: SparseConv2d, x: object) -> None:
-    with pytest.raises(TypeError, match=f"layer a layer takes tensors, got a {type(x).__name__}; pass torch.as_tensor"):
+    with pytest.raises(TypeError, match=f"layer a layer takes tensors, got {type(x).__name__}; pass torch.as_tensor"):
         direct(x, inputs()[1])
-    with pytest.raises(TypeError, match=f"layer a layer takes tensors, got a {type(x).__name__}; pass torch.as_tensor"):
+    with pytest.raises(TypeError, match=f"layer a layer takes tensors, got {type(x).__name__}; pass torch.as_tensor"):
         direct(inputs()[0], x)

@@ -193,9 +193,10 @@ def test_a_value_lives_until_its_last_reader() -> None:
         ((1, 5), {}, (1, 5, 3)),
         ((), {"b": 5, "a": 1}, (1, 5, 3)),
         ((1,), {"c": 7}, (1, 2, 7)),
-        ((), {}, "misses its input a"),
+        ((), {}, "takes .a, b, c., got no a$"),
+        ((), {"b": 1, "image": 2}, "takes .a, b, c., got no a, but image$"),
         ((1, 2, 3, 4), {}, "takes .a, b, c., got 4 by position"),
-        ((1,), {"a": 1}, "several values for its input a"),
+        ((1,), {"a": 1}, "takes .a, b, c., got several values for a"),
         ((1,), {"d": 1}, "takes .a, b, c., got 1 by position and d by name"),
     ],
 )

@@ -40,7 +40,10 @@ def unwrap(model: Any) -> nn.Module:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("convert takes a model in Python, and this one is TorchScript; pass the model it was made from")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"convert takes an nn.Module, got {type(model).__name__}")
+        remedy = "pass what it returns"
+        if not callable(model):
+            remedy = "a state dict goes into a model by load_state_dict, and what was saved comes from escort.load"
+        raise TypeError(f"convert takes an nn.Module, got {type(model).__name__}; {remedy}")
     return model
 
 
@@ -63,7 +66,10 @@ def plain_copy(model: nn.Module) -> nn.Module:
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:  # a class may copy itself by any code
-        raise ValueError(f"{_what_is_not_copied(model, memo)} cannot be copied, as converting does: {error}") from error
+        raise ValueError(
+            f"{_what_is_not_copied(model, memo)} cannot be copied, as converting does: {error}; leave it out, or give "
+            "its class a __deepcopy__"
+        ) from error
     if shared := own & set(copied.modules()):
         name = type(next(iter(shared))).__name__
         raise ValueError(
@@ -172,8 +178,9 @@ def run_original(model: nn.Module, example: Example) -> Original:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model's forward may raise anything
-        shapes = [tuple(x.shape) for x in example.tensors]
-        raise ValueError(f"the example {shapes} does not run through the model, pass what it takes: {error}") from error
+        raise ValueError(
+            f"the example {example} does not run through the model, pass what it takes: {error}"
+        ) from error
     expected = [x.clone() for x in tensors_of(output)]
     if not expected:
         raise ValueError(
