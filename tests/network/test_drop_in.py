@@ -8,7 +8,7 @@ import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -287,6 +287,21 @@ def test_a_random_model_draws_anew_and_leaves_the_callers_numbers_alone() -> Non
     assert not torch.equal(fast(X), fast(X))
     with pytest.raises(ValueError, match="not compute the same in two runs .* take out what is random"):
         escort.convert(Noise(True).eval(), X)
+
+
+class Growing(nn.Module):
+    """Returns one tensor more in each call."""
+
+    calls: ClassVar[list[int]] = []  # of the class, as the state of an instance is put back
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        self.calls.append(len(self.calls))
+        return [x] * len(self.calls)
+
+
+def test_a_model_that_returns_more_in_each_call() -> None:
+    with pytest.raises(ValueError, match="not compute the same in two runs"):
+        escort.convert(Growing().eval(), X)
 
 
 def test_the_state_of_another_model_is_refused_with_what_to_do() -> None:
