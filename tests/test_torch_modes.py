@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -26,6 +23,7 @@ from escort.methods import by_name
 from escort.planner import Plan
 from escort.planner.machine import Machine
 from escort.problem import Epilogue, Problem
+from tests.forked import in_a_child
 
 PROBLEM = Problem(2, 8, 9, 9, 6, (3, 3), padding=(1, 1, 1, 1), epilogue=Epilogue(True, True, "relu"))
 
@@ -177,17 +175,11 @@ def test_a_child_of_fork_has_threads_of_its_own(direct: SparseConv2d) -> None:
     torch.set_num_threads(4)
     try:
         expected = pool(direct(x, residual))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # that other threads may hold locks
-            child = os.fork()
-        if child == 0:
-            signal.alarm(20)  # ends a child that waits forever
-            code = 1
-            try:
-                code = 0 if all(torch.equal(pool(direct(x, residual)), expected) for _ in range(3)) else 1
-            finally:
-                os._exit(code)
-        assert os.waitpid(child, 0)[1] == 0
+
+        def check() -> None:
+            assert all(torch.equal(pool(direct(x, residual)), expected) for _ in range(3))
+
+        in_a_child(check)
         assert torch.equal(pool(direct(x, residual)), expected)
     finally:
         torch.set_num_threads(before)
