@@ -126,6 +126,12 @@ def with_nan(model: nn.Module) -> nn.Module:
             r"layer 0: weights of torch.float16, and the CPU computes in float32; .*\.float\(\), or move it to a GPU",
         ),
         (
+            lambda: nn.Conv2d(3, 4, 3, dtype=torch.float64).eval(),
+            torch.randn(1, 3, 8, 8).double(),
+            ValueError,
+            r"^the model: weights of torch.float64; convert the model to float32 with .float\(\)",
+        ),
+        (
             lambda: nn.Sequential(one_conv(), one_conv(dtype=torch.bfloat16)).eval(),
             torch.randn(1, 3, 8, 8),
             ValueError,
