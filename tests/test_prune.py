@@ -188,6 +188,11 @@ def test_what_is_of_the_wrong_type_is_named(recipe):
             recipe(network(), sparsity)
 
 
+def test_sparsities_of_layers_are_by_name():
+    with pytest.raises(TypeError, match=r"takes {name: sparsity}, got 0.9; uniform takes one for all layers"):
+        prune.layerwise(network(), 0.9)
+
+
 def test_a_parametrized_weight_is_refused_by_name():
     model = network()
     parametrizations.weight_norm(model[2])

@@ -66,8 +66,11 @@ def layerwise(model: nn.Module, sparsities: Mapping[str, float]) -> None:
     """Prune each named convolution to its own sparsity, the weights of smallest magnitude first.
 
     Raises:
+        TypeError: if `sparsities` are not by name.
         ValueError: if a name is no convolution of the model, a sparsity lies outside [0, 1), or nothing is named.
     """
+    if not isinstance(sparsities, Mapping):
+        raise TypeError(f"layerwise takes {{name: sparsity}}, got {sparsities!r}; uniform takes one for all layers")
     convs = convolutions(model)
     if not sparsities:
         raise ValueError(f"no layer named; give {{name: sparsity}} for some of {listing(convs)}")
