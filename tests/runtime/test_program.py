@@ -30,6 +30,11 @@ from tests.network.models import pruned
 Result = namedtuple("Result", ["scores", "features"])
 
 
+class Sum(nn.Module):
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] + pair[1]
+
+
 class Labelled(nn.Module):
     """Its layers are called as no attribute can be, and it returns what holds more than tensors."""
 
@@ -252,6 +257,14 @@ def test_programs_in_the_place_of_graphs_within_a_model() -> None:
     expected = model(x)
     assert as_programs(model) is model and type(model[0]) is Program
     assert torch.equal(model(x), expected)
+
+
+def test_a_graph_that_no_program_can_hold_stays() -> None:
+    x = torch.randn(3)
+    exported = torch.export.export(Sum(), ((x, x),)).module()  # its inputs are packed in a tuple
+    model = nn.Sequential(exported)
+    assert as_programs(model) is model and model[0] is exported
+    assert torch.equal(model((x, x)), x + x)
 
 
 def test_a_named_tuple_made_without_source() -> None:
