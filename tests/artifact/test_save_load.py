@@ -62,6 +62,8 @@ def test_an_untraceable_model_is_asked_for(saved_untraced: Path) -> None:
 
 
 def test_a_traced_model_needs_no_other(saved: Path) -> None:
+    with pytest.raises(TypeError, match="model is an nn.Module, got 'cpu'; write device='cpu'"):
+        load(saved, "cpu")  # type: ignore[arg-type]
     with pytest.raises(ArtifactError, match="its own program; leave out the model"):
         load(saved, Residual())
 

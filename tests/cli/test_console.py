@@ -32,6 +32,7 @@ def test_what_times_says_where_the_machine_is_busy(
     monkeypatch.setattr(cores, "busy_share", lambda: 0.8)
     result = succeed(*(word.format(tmp=tmp_path) for word in command))
     assert result.stderr.count("warning: other processes take 80% of the time of this machine's") == 1
+    assert "" not in result.stderr.splitlines()
 
 
 def test_an_idle_machine_and_a_gpu_need_no_word(

@@ -268,3 +268,8 @@ def test_replan_measures_again() -> None:
     again = escort.replan(fast)
     for name, plan in fast.plan.layers.items():
         assert [c.time_us for c in again.plan.layers[name].candidates] != [c.time_us for c in plan.candidates]
+
+
+def test_skip_takes_a_name_and_a_module() -> None:
+    with pytest.raises(TypeError, match="got one of other arguments; write lambda name, module:"):
+        escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8), skip=lambda name: name == "first")  # type: ignore[arg-type, misc]

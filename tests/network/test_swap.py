@@ -18,9 +18,10 @@ from escort.network import swap
 from escort.network.check import Request
 from escort.network.progress import Estimate
 from escort.network.swap import Unplanned
-from escort.planner import cores, measure, planner, timing
+from escort.planner import cores, planner, timing
 from escort.planner.plan import Layer
 from escort.problem import MemoryFormat, Problem
+from tests.network.conftest import let_win
 from tests.network.models import Small, pruned, three_convolutions
 
 
@@ -64,15 +65,7 @@ class Compiled(Dense):
 def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, shown = Compiled(), list[tuple[int, int]]()
     monkeypatch.setattr(methods, "METHODS", (compiled, Dense()))
-    monkeypatch.setattr(measure, "_HOPELESS", float("inf"))
-    # Of the candidates of a layer, the method that compiles wins.
-    monkeypatch.setattr(
-        measure,
-        "_race",
-        lambda problem, contenders, *_: [
-            replace(one.candidate, time_us=1.0 if one.candidate.method == "compiled" else 2.0) for one in contenders
-        ],
-    )
+    let_win(monkeypatch, "compiled")
     monkeypatch.setattr(Estimate, "kernels", lambda estimate, done, total: shown.append((done, total)))
     x = torch.randn(1, 4, 8, 8)
     # Shares of 25 s, 27.5 s and 45 s: both configs, the choice alone, both configs.

@@ -66,10 +66,13 @@ def load(
     Raises:
         ArtifactError: (a ValueError) naming the file, the layer, the problem and the remedy.
         ValueError: if there is no such device here.
+        TypeError: if `model` is the name of a device.
         OSError: if the file cannot be read.
         torch.OutOfMemoryError: if the GPU cannot hold the model, or run it on the inputs that it was planned for.
     """
     path, begin = Path(path), time.perf_counter()
+    if isinstance(model, str | torch.device):
+        raise TypeError(f"model is an nn.Module, got {model!r}; write device={str(model)!r}")
     wanted = None if device is None else find_device(str(device))
     saved = _read(path)
     target = _nearest(saved.device) if wanted is None else wanted

@@ -117,11 +117,24 @@ def _notes_for_log(verbose: int) -> Iterator[None]:
         log.removeHandler(handler)
 
 
+def check_is_file(path: Path, wanted: str) -> None:
+    """Raises FileNotFoundError where there is no file, which says to name what is wanted."""
+    if not path.is_file():
+        problem = "it is a folder" if path.is_dir() else "there is no such file"
+        raise FileNotFoundError(f"{path}: {problem}; name {wanted}")
+
+
 def fail(message: str, code: int) -> NoReturn:
     """Prints an error in one line, and leaves with an exit code."""
     line = Text.assemble(("error:", "bold red"), " ", printable(message))
     Console(stderr=True).print(line, soft_wrap=True)
     raise typer.Exit(code)
+
+
+def first_sentence(error: Exception) -> str:
+    """An error's type and what it says first; behind that, libraries say how to read a file without their checks."""
+    said = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def note(message: str) -> None:
@@ -140,10 +153,12 @@ def note_if_busy(device: str) -> None:
 
 
 def progress(console: Console | None = None) -> Progress:
-    """Progress bars: on stderr, where they disappear in the end, or on a console, where they stay."""
-    columns = Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    transient = console is None
-    return Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True), transient=transient)
+    """Progress bars: on stderr where it is a terminal, until the end, or on a console, where they stay."""
+    columns = Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    if console is not None:
+        return Progress(*columns, console=console)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_watched)
 
 
 def command_line(program: str = "escort") -> str:

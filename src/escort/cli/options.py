@@ -19,11 +19,14 @@ from torch import nn
 import escort
 from escort import artifact
 from escort.cli import models
-from escort.cli.console import Output, note_if_busy, reporting
+from escort.cli.console import Output, check_is_file, note_if_busy, reporting
 from escort.network.check import Effort
 from escort.network.model import ConvertedModel
 from escort.planner.machine import find_device
 from escort.problem import TORCH_DTYPE
+
+#: What a saved model is, for messages.
+SAVED = "one that escort convert wrote"
 
 
 class PrecisionName(str, Enum):
@@ -100,7 +103,7 @@ class SavedOptions:
 
     def load(self) -> ConvertedModel:
         """The model, ready to run."""
-        check_saved(self.saved)
+        check_is_file(self.saved, SAVED)
         model = None if self.original is None else models.load(self.original)
         return artifact.load(self.saved, model, device=self.device)
 
@@ -227,12 +230,6 @@ def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
     if not values or min(values) < least:
         raise ValueError(f"{option} takes integers from {least} up, separated by commas, got {text!r}")
     return values
-
-
-def check_saved(path: Path) -> None:
-    """Raises FileNotFoundError where there is no saved model."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; name one that escort convert wrote")
 
 
 def check_writable(path: Path) -> None:

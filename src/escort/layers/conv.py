@@ -176,7 +176,7 @@ class SparseConv2d(ConvLike):
         for value in (x, residual):
             if value is not None and not isinstance(value, torch.Tensor):
                 raise TypeError(
-                    f"layer {self.name} takes tensors, got a {type(value).__name__}; pass torch.as_tensor of it"
+                    f"layer {self.name} takes tensors, got {type(value).__name__}; pass torch.as_tensor of it"
                 )
         check_not_for_onnx(f"layer {self.name}")
         if not torch.compiler.is_compiling():

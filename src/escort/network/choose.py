@@ -18,7 +18,7 @@ from escort.network.example import Example
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.network.original import Original
 from escort.network.swap import Swapped
-from escort.network.values import output_error, tensors_of
+from escort.network.values import largest_error, tensors_of
 from escort.planner import timing
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
@@ -117,7 +117,7 @@ def _gives(whole: list[Tensor], network: nn.Module, example: Example, count: int
     if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(parts)):
         return False  # a number may be that of the batch
     bound = NETWORK_ERROR_BOUND["fp32"]  # all that the CPU computes in
-    return _largest_error(tensors_of(parts), whole) <= bound
+    return largest_error(tensors_of(parts), whole) <= bound
 
 
 def run_in_parts(network: nn.Module, example: Example, samples: int | None) -> Any:
@@ -157,19 +157,13 @@ def _judge(network: nn.Module, original: Original, request: Request) -> tuple[fl
         return math.inf, f"converted, the model does not run on the example: {failure}"
     if len(outputs) != len(original.expected):
         return math.inf, f"converted, it returns {len(outputs)} tensors instead of {len(original.expected)}"
-    error = _largest_error(outputs, original.expected)
+    error = largest_error(outputs, original.expected)
     if error <= bound:
         return error, None
     exact = original.more_exactly(request.precision)
     if exact is None:
         return error, f"its outputs differ by {error:.1e} (bound {bound:.0e}) from the original's"
-    own, ours = _largest_error(original.expected, exact), _largest_error(outputs, exact)
+    own, ours = largest_error(original.expected, exact), largest_error(outputs, exact)
     if ours <= max(bound, _AS_GOOD * own):
         return error, None
     return error, f"its outputs are off by {ours:.1e} (bound {bound:.0e}), the original's by {own:.1e}"
-
-
-def _largest_error(outputs: list[Tensor], references: list[Tensor]) -> float:
-    if len(outputs) != len(references):
-        return math.inf
-    return max((output_error(out, ref) for out, ref in zip(outputs, references, strict=True)), default=0.0)

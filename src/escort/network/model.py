@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -285,14 +285,25 @@ class ConvertedModel(nn.Module):
             return network._modules[name]
         if name in self.__dict__.get("_missing", ()):
             raise AttributeError(
-                f"a converted model has no {name}: of the original it keeps forward, modules and plain attributes; "
-                f"call {name} on the original, or convert a module whose forward it is"
+                f"a converted model has no {name}: of the original it keeps forward, plain attributes, and modules but "
+                f"for those that were fused into others; use {name} of the original, or convert a module whose forward "
+                "it is"
             )
         return super().__getattr__(name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         signature = getattr(type(self), "_signature", None)
         return (_new, (signature,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module. Raises RuntimeError for the state of another model, such as the original's."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a converted model takes the state of one that was converted alike; load another into the original, "
+                f"and convert that again: {error}"
+            ) from error
 
     def train(self, mode: bool = True) -> ConvertedModel:
         """Changes nothing: it stays in eval mode."""

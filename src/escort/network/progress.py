@@ -168,11 +168,12 @@ class Progress:
 
     @contextmanager
     def bar(self, *, shown: bool) -> Iterator[None]:
-        """One bar on stderr for the whole conversion, if it shall be shown."""
-        if not shown:
+        """One bar on stderr for the whole conversion, if it shall be shown and somebody watches."""
+        console = Console(stderr=True)
+        if not shown or not console.is_watched:
             yield
             return
-        with Live(get_renderable=self._line, console=Console(stderr=True), refresh_per_second=5, transient=True):
+        with Live(get_renderable=self._line, console=console, refresh_per_second=5, transient=True):
             yield
 
     def _line(self) -> Table:
