@@ -30,7 +30,7 @@ class Device:
         self.graph: Graph | None = None
         self.replays: list[Graph] = []
         self.ended: list[Any] = []
-        self.restored: list[Any] = []
+        self.generator: list[Any] = []
 
     def work(self, device_us: float, host_us: float = 0.0) -> Callable[[], None]:
         """A call that takes so long on the device, or on the host that feeds it if that is longer."""
@@ -81,7 +81,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
     monkeypatch.setattr(Graph, "device", device, raising=False)
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    random = SimpleNamespace(clone_state=lambda: "state", graphsafe_set_state=device.restored.append)
+    random = SimpleNamespace(graphsafe_get_state=lambda: "own", clone_state=lambda: "lent")
+    random.graphsafe_set_state = device.generator.append
     for name, value in {
         "device": nullcontext,
         "stream": nullcontext,
@@ -158,7 +159,7 @@ def test_what_cannot_be_captured_is_timed_by_events_and_says_so(device: Device) 
     reason = "not captured: operation not permitted when stream is capturing"
     assert timings == [Timing(8.0, "events", reason), Timing(6.0)]
     assert len(device.ended) == 1  # torch's allocator learns that the failed capture is over
-    assert device.restored == ["state"]  # and its random numbers leave it
+    assert device.generator[:2] == ["lent", "own"]  # and draws are what they were
 
 
 def test_a_lost_device_is_said_to_be_lost(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from escort import reference
+from escort.cuda.capture import survived
 from escort.methods import Config, Method, Prepared, Runner
 from escort.planner import cores, timing
 from escort.planner.machine import Machine
@@ -160,7 +161,7 @@ def _first_run(
     except (RuntimeError, ValueError) as failure:
         if trial.problem.device_type == "cpu":
             raise
-        outcome = replace(candidate, reason=timing.survived(failure))
+        outcome = replace(candidate, reason=survived(failure))
     return outcome, time.perf_counter() - begin
 
 

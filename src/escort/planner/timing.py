@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import median
@@ -23,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 
+from escort.cuda.capture import captured, survived, turn
 from escort.problem import Problem
 
 _LAP_US = 1000.0  # device time between two events, which are good for about half a microsecond
@@ -122,7 +122,7 @@ def race_on_gpu(
     """
     device = torch.device(device)
     laps: list[_Lap | Timing] = []
-    with torch.cuda.device(device):
+    with turn, torch.cuda.device(device):
         caller, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         side.wait_stream(caller)
         with torch.cuda.stream(side):
@@ -169,11 +169,11 @@ def _lap(runs: Sequence[Callable[[], object]], pool: Any) -> _Lap:
     if pool is None:
         return plain
     try:
-        graph = _captured(calls(passes), pool)
+        graph = captured(calls(passes), pool, draws=True)
         graph.replay()
         enough = _passes(passes, _elapsed_us([graph.replay])[0])
         if enough >= 2 * passes:  # the host took the time, not the GPU
-            graph, passes = _captured(calls(enough), pool), enough
+            graph, passes = captured(calls(enough), pool, draws=True), enough
     except RuntimeError as error:
         plain.reason = f"not captured: {survived(error)}"
         return plain
@@ -183,34 +183,6 @@ def _lap(runs: Sequence[Callable[[], object]], pool: Any) -> _Lap:
 def _passes(passes: int, elapsed_us: float) -> int:
     """How many passes fill a lap, if `passes` of them took `elapsed_us`."""
     return max(1, math.ceil(passes * _LAP_US / max(elapsed_us, 1.0)))
-
-
-def _captured(calls: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
-    """The calls as a graph, whose memory comes from the pool."""
-    graph = torch.cuda.CUDAGraph()
-    random = torch.cuda.default_generators[torch.cuda.current_device()]
-    state = random.clone_state()
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-    try:
-        calls()
-    except BaseException:
-        with suppress(RuntimeError):
-            _end(graph, pool)
-        random.graphsafe_set_state(state)  # else the generator would refuse every later call
-        raise
-    _end(graph, pool)
-    return graph
-
-
-def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    try:
-        graph.capture_end()
-    except RuntimeError:
-        # Torch leaves its allocator in the capture that failed, which would end the next one too.
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
-        raise
 
 
 def _take_turns(laps: Sequence[_Lap], rounds: int, budget_s: float) -> list[float]:
@@ -243,23 +215,6 @@ def _elapsed_us(starts: Sequence[Callable[[], object]]) -> list[float]:
 def _side_stream(device: int) -> torch.cuda.Stream:
     """Graphs are captured on a stream of their own; one per device, as libraries keep a workspace for each stream."""
     return torch.cuda.Stream(device)
-
-
-def survived(error: Exception) -> str:
-    """What failed, in a line, on a device that lives on. Memory that torch keeps unused is given back.
-
-    Raises:
-        RuntimeError: where the device is lost to this process.
-    """
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as lost:
-        raise RuntimeError(f"the device is lost to this process, start another: {error}") from lost
-    torch.cuda.empty_cache()
-    line = next(iter(str(error).splitlines()), type(error).__name__)
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"out of device memory: {line.removeprefix('CUDA out of memory. ').partition('. GPU')[0]}"
-    return line
 
 
 def example_inputs(problem: Problem, *, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
