@@ -30,11 +30,11 @@ _MOST_SIZES = 64
 #: function.
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
-_is_profiled = torch._C._autograd._profiler_enabled
+_is_profiled, _is_capturing = torch._C._autograd._profiler_enabled, torch.cuda.is_current_stream_capturing
 _PLAIN = frozenset((torch.Tensor, nn.Parameter))
 
 
-def _is_observed() -> bool:
+def is_observed() -> bool:
     """Whether anything but a plain call sees what the layer does."""
     if _is_compiling() or _is_tracing() or _modes() > 0:
         return True
@@ -103,7 +103,7 @@ class SparseConv2d(nn.Module):
         """The dense weight, read only, without any batch norm; each computation with it makes a new copy."""
 
         problem = self.plan.problem
-        if _is_observed():
+        if is_observed():
             return self._dense()
         return DenseWeight(self._dense, problem.weight_shape, problem.storage, self.values.device)
 
@@ -208,7 +208,7 @@ class SparseConv2d(nn.Module):
             RuntimeError: where a gradient would be needed, or a CUDA graph is captured from the first call on a size.
         """
         x = input
-        if _is_observed():
+        if is_observed():
             return self._by_operator(x, residual)
         # The operator resolves a lazily negated view.
         if type(x) not in _PLAIN or x.requires_grad or x.is_neg():
@@ -220,6 +220,8 @@ class SparseConv2d(nn.Module):
         run = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
         if run is None:
             run = self._prepare(x, residual)
+        if x.is_cuda and _is_capturing():
+            self._runners.keep(run)
         try:
             if _is_profiled():
                 with torch.profiler.record_function("escort::sparse_conv2d", self.name):
@@ -274,6 +276,8 @@ class SparseConv2d(nn.Module):
         if run is None:
             run = self._make_runner(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]), alone=True)
             cached.add(key, run)
+        if x.is_cuda and _is_capturing():
+            cached.keep(run)
         return run
 
     def _follow(self) -> None:
@@ -284,7 +288,7 @@ class SparseConv2d(nn.Module):
         tensors = self._buffers.get("values"), self._buffers.get("bias", self._parameters.get("bias"))
         followed = tuple(tensor for tensor in tensors if tensor is not None and not tensor.is_inference())
         versions = sum(tensor._version for tensor in followed)
-        self._runners = RunnerCache(_MOST_SIZES)
+        self._runners = RunnerCache(_MOST_SIZES, self.__dict__.get("_runners"))
         self._followed, self._versions = followed, versions  # last, as a call that finds them trusts the cache
 
     def prepare(self) -> None:

@@ -66,6 +66,7 @@ def _caption(plan: NetworkPlan) -> str:
     caption = f"Medians for an input of {shapes}{memory_format}, on {machine_line(plan.machine)}."
     for way, reason in plan.not_tried.items():
         caption += f" Not tried as a graph: {reason}." if way == "graph" else f" Not tried in {way}: {reason}."
+    caption += f" Calls replay no CUDA graph: {plan.not_captured}." if plan.not_captured else ""
     return caption + (f" It cannot be saved: {plan.not_saved}." if plan.not_saved else "")
 
 
