@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from escort.layers import FusedConv2d, MaxPool2d, SamePad, SparseConv2d
+from escort.layers import SparseConv2d
 from escort.runtime.program import Program
 from escort.runtime.saved.builders import LAYERS
 from escort.runtime.saved.operations import named
@@ -19,8 +19,8 @@ from escort.runtime.stand_in import has_hooks, runs_more
 from escort.runtime.steps import Step
 from escort.runtime.templates import Slot, leaves, slots_in
 
-#: Layers that compute the same in eval mode and in training.
-STEADY = (SparseConv2d, MaxPool2d, SamePad, FusedConv2d)
+#: Layers that compute something else in training.
+SWITCHED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU)
 #: They hold a state between calls, or look at their input to choose what to do.
 _UNSURE_LAYERS = (nn.GRU, nn.LSTM, nn.RNN, nn.MultiheadAttention, nn.SyncBatchNorm)
 _LAYERS = frozenset((*LAYERS.values(), SparseConv2d)) - frozenset(_UNSURE_LAYERS)
@@ -29,8 +29,8 @@ _VIEWS = frozenset(
     """
     T mT _to_copy alias bfloat16 bool broadcast_to channel_shuffle chunk contiguous detach double einsum expand
     expand_as flatten float getitem half int lift_fresh_copy long meshgrid movedim moveaxis narrow pad permute
-    pixel_shuffle pixel_unshuffle pos ravel reshape reshape_as select slice split split_with_sizes squeeze swapaxes swapdims t to
-    transpose type_as unbind unflatten unfold unsqueeze view view_as
+    pixel_shuffle pixel_unshuffle pos ravel reshape reshape_as select slice split split_with_sizes squeeze swapaxes
+    swapdims t to transpose type_as unbind unflatten unfold unsqueeze view view_as
     """.split()
 )
 _VIEWING_LAYERS = (
@@ -61,7 +61,10 @@ def not_capturable(network: nn.Module) -> str | None:
 def _unsafe(network: Program, step: Step, device: torch.device) -> str | None:
     """Why a step is not known to do the same in each call."""
     if step.kind == "tensor":
-        return None
+        path, _, name = step.target.rpartition(".")
+        owner = network.get_submodule(path)
+        is_seen = name in owner._parameters or name in owner._buffers
+        return None if is_seen else f"{step.target} is neither a parameter nor a buffer"
     if step.kind == "layer":
         layer = network.get_submodule(step.target)
         reason = next(filter(None, map(_unsafe_layer, layer.modules())), None)
@@ -79,7 +82,7 @@ def _unsafe_layer(layer: nn.Module) -> str | None:
         return f"is a {type(layer).__name__}, of which it is not known what it does in a graph"
     if runs_more(layer):
         return "runs code besides its own, such as a hook"
-    if layer.training and type(layer) not in STEADY:
+    if layer.training and isinstance(layer, SWITCHED):
         return "is in training mode"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "writes to its weight"

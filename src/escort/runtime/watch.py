@@ -10,9 +10,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from escort.layers import SparseConv2d
+from escort.runtime.capture import SWITCHED
 from escort.runtime.program import Program
-
-_SWITCHED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
 class Watch:
@@ -38,7 +37,7 @@ class Watch:
                 self._sparse.append(module)
             else:
                 self._owners += [tensors for tensors in (module._parameters, module._buffers) if tensors]
-            if isinstance(module, _SWITCHED):
+            if isinstance(module, SWITCHED):
                 self._switched.append(module)
         self._followed = [tensor for layer in self._sparse for tensor in layer._followed]
         self._kept: list[Any] = [layer._runners for layer in self._sparse]
