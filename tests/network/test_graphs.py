@@ -43,7 +43,7 @@ def _converted(kind: type[nn.Module]) -> ConvertedModel:
 def converted(kind: type[nn.Module] = Small) -> ConvertedModel:
     fast = copy.deepcopy(_converted(kind))
     fast.plan = replace(fast.plan, samples=None)
-    fast._replays = True
+    fast._may_replay = True
     return fast
 
 

@@ -55,6 +55,9 @@ class FakeGpu(Gpu):
         self.during: Callable[[], object] = lambda: None
         self._lanes: dict[int, Lane] = {}
 
+    def unusable(self) -> str | None:
+        return None
+
     def stream(self) -> int:
         return self.current
 
@@ -93,9 +96,6 @@ class FakeGpu(Gpu):
     @is_captured.setter
     def is_captured(self, now: bool) -> None:
         self._capturing.now = now
-
-    def survived(self, error: Exception) -> str:
-        return str(error)
 
     def memory(self) -> int:
         return 8000

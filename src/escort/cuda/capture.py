@@ -17,6 +17,49 @@ from escort.cuda import driver
 #: capture of another.
 turn = threading.RLock()
 
+
+class Runs:
+    """Calls that go on while nothing is captured. Several go on at once; ``with`` begins and ends one.
+
+    In its first call on a size cuDNN empties torch's cache, which torch refuses while any thread captures.
+    """
+
+    def __init__(self) -> None:
+        self._changed, self._count, self._is_stopped = threading.Condition(), 0, False
+        self._own = threading.local()
+
+    def __enter__(self) -> None:
+        depth = getattr(self._own, "depth", 0)
+        with self._changed:
+            while self._is_stopped and not depth:
+                self._changed.wait()
+            self._count += 1
+        self._own.depth = depth + 1
+
+    def __exit__(self, *error: object) -> None:
+        self._own.depth -= 1
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Waits until the calls of other threads have ended, and lets no other one begin. The caller holds `turn`."""
+        with self._changed:
+            self._is_stopped = True
+            while self._count > getattr(self._own, "depth", 0):
+                self._changed.wait()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_stopped = False
+                self._changed.notify_all()
+
+
+#: Calls of converted networks on GPUs, step by step.
+runs = Runs()
+
 #: Captures that could not be ended. Some versions of torch ask such a graph about every later allocation.
 _never_ended: list[torch.cuda.CUDAGraph] = []
 
@@ -121,6 +164,11 @@ def survived(error: Exception) -> str:
     except RuntimeError as lost:
         raise RuntimeError(f"the device is lost to this process, start another: {error}") from lost
     torch.cuda.empty_cache()
+    return in_a_line(error)
+
+
+def in_a_line(error: Exception) -> str:
+    """What failed on a GPU, in a line."""
     line = next(iter(str(error).splitlines()), type(error).__name__)
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of device memory: {line.removeprefix('CUDA out of memory. ').partition('. GPU')[0]}"

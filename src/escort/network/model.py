@@ -25,7 +25,7 @@ from escort.planner import Plan
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision
-from escort.runtime import NOT_REPLAYED, Graphs, Program, not_capturable
+from escort.runtime import Graphs, Program, not_capturable
 from escort.runtime.saved.builders import is_own
 from escort.runtime.stand_in import plain_attributes
 
@@ -253,13 +253,15 @@ class ConvertedModel(nn.Module):
         is_on_gpu = not plan.device.startswith("cpu")
         self.plan = replace(plan, not_captured=not_capturable(self.network) if is_on_gpu else None)
         self.graphs = Graphs(batching.mixing)
-        self._replays = is_on_gpu and isinstance(self.network, Program)
+        self._may_replay = is_on_gpu
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        if self._replays and not is_observed():
-            output = self.graphs.replay(self._modules["network"], inputs, named)  # type: ignore[arg-type]
-            if output is not NOT_REPLAYED:
-                return output
+        if self._may_replay and not is_observed():
+            return self.graphs.call(self._modules["network"], self._run, inputs, named)  # type: ignore[arg-type]
+        return self._run(*inputs, **named)
+
+    def _run(self, *inputs: Any, **named: Any) -> Any:
+        """A call, step by step."""
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors_of((inputs, named))):
             raise RuntimeError(
                 "a converted model has no gradient, and its input needs one: detach the input, or call the model under "
@@ -294,9 +296,9 @@ class ConvertedModel(nn.Module):
             example = self._example(given)
             with torch.no_grad():
                 example.run(self)
-                if self._replays:
+                if self._may_replay:
                     args, named = example.args, dict(example.kwargs)
-                    self.graphs.replay(self._modules["network"], args, named, at_once=True)  # type: ignore[arg-type]
+                    self.graphs.capture(self._modules["network"], args, named)  # type: ignore[arg-type]
 
     def _example(self, given: Any) -> Example:
         """What a network is warmed up with."""

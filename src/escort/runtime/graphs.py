@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +15,11 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from escort.cuda.capture import turn
+from escort.cuda.capture import in_a_line, runs, turn
 from escort.methods.precision import float32_settings
 from escort.runtime.capture import not_capturable
 from escort.runtime.lanes import Gpu
-from escort.runtime.program import Program
-from escort.runtime.replay import Call, Captured, NotCapturedError
+from escort.runtime.replay import Call, Captured
 from escort.runtime.watch import Watch
 
 #: For which batches there are graphs: for each that comes; for powers of two, to which others are padded; for none.
@@ -32,13 +32,13 @@ _MOST_GRAPHS, _MOST_KINDS = 512, 4096
 _MOST_WANTED = 1 << 16
 _MEMORY_SHARE = 8  # of the GPU's memory, by default
 _MOST_DRIVER_BYTES = 1 << 26  # what a graph may be said to cost besides: others take memory meanwhile
-#: What is answered where no graph was replayed, and the program is to be run.
-NOT_REPLAYED = object()
+_NO_OUTPUT = object()
 _is_profiled = torch._C._autograd._profiler_enabled
 _function_modes = torch._C._len_torch_function_stack
 _is_autocast, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 
 Kind = tuple[Any, ...]
+Run = Callable[..., Any]
 
 
 @dataclass
@@ -94,6 +94,7 @@ class Graphs:
         """`mixing` says why the samples of a network's batch cannot be run apart from each other, if they cannot."""
         self._mixing, self._policy, self.limit_bytes = mixing, policy, limit_bytes
         self._bound: _Bound | None = None
+        self._binding = threading.Lock()
         self._clock = itertools.count(1)
         self._counts: Counter[str] = Counter()
         self._eager: Counter[str] = Counter()
@@ -139,15 +140,25 @@ class Graphs:
             "failed": [] if bound is None else list(dict.fromkeys(bound.failed.values())),
         }
 
-    def replay(self, program: Program, inputs: tuple[Any, ...], named: dict[str, Any], *, at_once: bool = False) -> Any:
-        """The output of a call that nothing traces or transforms; NOT_REPLAYED where the program is to be run instead.
+    def call(self, network: nn.Module, run: Run, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The output of a call that nothing traces or transforms, by a graph of the network or by `run`."""
+        output = self._by_graph(network, inputs, named)
+        if output is not _NO_OUTPUT:
+            return output
+        with runs:
+            return run(*inputs, **named)
 
-        Args:
-            at_once: captures a call that was not captured yet, and one that failed before.
-        """
+    def capture(self, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Makes the graph of a call that was made before, even where that failed."""
+        self._by_graph(network, inputs, named, at_once=True)
+
+    def _by_graph(
+        self, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], *, at_once: bool = False
+    ) -> Any:
+        """What a graph makes of a call; _NO_OUTPUT where there is none, for a reason that is counted."""
         bound = self._bound
-        if bound is None or bound.watch.program is not program:
-            bound = self._bind(program)
+        if bound is None or bound.watch.network is not network:
+            bound = self._bind(network)
         reason = bound.reason or self._unusual(bound.gpu)
         if reason is not None:
             return self._left(reason)
@@ -163,15 +174,20 @@ class Graphs:
 
     def _left(self, reason: str) -> Any:
         self._eager[reason] += 1
-        return NOT_REPLAYED
+        return _NO_OUTPUT
 
-    def _bind(self, program: Program) -> _Bound:
-        self.clear()
-        tensors = itertools.chain(program.parameters(), program.buffers())
-        device = next((tensor.device for tensor in tensors), torch.device("cuda"))
-        mixing = self._mixing(program) if self._policy == "buckets" else None
-        bound = self._bound = _Bound(Watch(program), Gpu(device), not_capturable(program), mixing)
-        return bound
+    def _bind(self, network: nn.Module) -> _Bound:
+        """Begins anew with a network, as it is now."""
+        with self._binding:  # threads that call it for the first time at once share their graphs
+            bound = self._bound
+            if bound is not None and bound.watch.network is network:
+                return bound
+            self.clear()
+            tensors = itertools.chain(network.parameters(), network.buffers())
+            gpu = Gpu(next((tensor.device for tensor in tensors), torch.device("cuda")))
+            mixing = self._mixing(network) if self._policy == "buckets" else None
+            bound = self._bound = _Bound(Watch(network), gpu, gpu.unusable() or not_capturable(network), mixing)
+            return bound
 
     def _unusual(self, gpu: Gpu) -> str | None:
         """Why calls are not replayed at the moment."""
@@ -247,7 +263,10 @@ class Graphs:
             return self._left("another capture is under way")
         try:
             graph = bound.captured.get(kind)  # another thread may have been faster
-            return self._replayed(bound, graph, call) if graph is not None else self._first(bound, kind, call)
+            if graph is not None:
+                return self._replayed(bound, graph, call)
+            with runs.stopped():
+                return self._first(bound, kind, call)
         finally:
             turn.release()
 
@@ -259,11 +278,10 @@ class Graphs:
         is_alone, pool = pool is None, gpu.new_pool() if pool is None else pool
         before = gpu.taken()
         try:
-            graph = Captured(bound.watch.program, call, gpu, lane, pool)
+            graph = Captured(bound.watch.network, call, gpu, lane, pool)
         except RuntimeError as error:
             bound.spoilt.add(pool)
-            reason = str(error) if isinstance(error, NotCapturedError) else gpu.survived(error)
-            return self._failed(bound, kind, call, f"not captured: {reason}")
+            return self._failed(bound, kind, call, f"not captured: {in_a_line(error)}")
         self._counts["captures"] += 1
         output = self._replayed(bound, graph, call)
         graph.driver_bytes = min(max(gpu.taken() - before, 0), _MOST_DRIVER_BYTES)
@@ -274,13 +292,13 @@ class Graphs:
             return self._failed(bound, kind, call, "its graph takes more than `graphs.limit_bytes`", output)
         return output
 
-    def _failed(self, bound: _Bound, kind: Kind, call: Call, reason: str, output: Any = NOT_REPLAYED) -> Any:
+    def _failed(self, bound: _Bound, kind: Kind, call: Call, reason: str, output: Any = _NO_OUTPUT) -> Any:
         if len(bound.failed) > _MOST_KINDS:
             bound.failed.clear()
         bound.failed[kind] = reason
         shapes = ", ".join(str(tuple(x.shape)) for x in call.tensors)
         _log.warning("calls of shape %s do not replay a CUDA graph: %s", shapes, reason)
-        return self._left(reason) if output is NOT_REPLAYED else output
+        return self._left(reason) if output is _NO_OUTPUT else output
 
     def _make_room(self, bound: _Bound) -> None:
         """Lets go of the graphs that were not used for the longest time, as long as there are too many."""

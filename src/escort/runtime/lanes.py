@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from escort.cuda.capture import capture_stream, captured, survived
+from escort.cuda import driver
+from escort.cuda.capture import capture_stream, captured
 
 #: Streams of a GPU that have a lane of their own.
 MOST_LANES = 4
@@ -41,7 +42,7 @@ class Lane:
         self.number, self.lock = number, threading.Lock()
         self._device, self._is_shared = device, number == MOST_LANES
         self._last: int | None = None
-        self._workspace: Graph | None = None  # keeps the pool
+        self._workspace: tuple[Graph, Any] | None = None  # what keeps the pool, and the pool
 
     @cached_property
     def _done(self) -> torch.cuda.Event:
@@ -62,18 +63,18 @@ class Lane:
         """The calls as a graph. The caller holds `turn` and makes the GPU the current one."""
         _multiply()  # on the caller's stream, so that this thread has what cuBLAS needs besides memory
         with torch.cuda.stream(capture_stream(self._device, self.number)):
-            workspace = captured(_multiply, self._workspace_pool)
-            self._workspace = self._workspace or workspace
+            self._keep_workspace()
             return captured(calls, pool)
 
-    @cached_property
-    def _workspace_pool(self) -> Any:
-        """Where the workspaces lie that cuBLAS has for this lane.
+    def _keep_workspace(self) -> None:
+        """Lets cuBLAS have its workspace for this lane in a pool that stays.
 
         Torch keeps one for each thread and stream that captured. Made by the first capture that multiplies, it would
         lie in a pool that goes with that network's graphs, and other graphs would write to it still.
         """
-        return torch.cuda.graph_pool_handle()
+        pool = torch.cuda.graph_pool_handle() if self._workspace is None else self._workspace[1]
+        graph = captured(_multiply, pool)
+        self._workspace = self._workspace or (graph, pool)
 
 
 def _multiply() -> None:
@@ -101,6 +102,15 @@ class Gpu:
         self.device = device
         self.index = torch.cuda.current_device() if device.index is None else device.index
 
+    def unusable(self) -> str | None:
+        """Why nothing can be captured on it."""
+        try:
+            driver.api()
+        except ImportError as error:
+            return str(error)
+        backend = torch.cuda.get_allocator_backend()
+        return None if backend == "native" else f"torch's memory is handed out by {backend}, not by its own allocator"
+
     def stream(self) -> int:
         """The current stream, by the address that CUDA gave it."""
         return torch._C._cuda_getCurrentRawStream(self.index)
@@ -120,9 +130,6 @@ class Gpu:
 
     def capture(self, calls: Callable[[], object], lane: Lane, pool: Any) -> Graph:
         return lane.capture(calls, pool)
-
-    def survived(self, error: Exception) -> str:
-        return survived(error)
 
     def memory(self) -> int:
         """All of the GPU's memory in bytes."""

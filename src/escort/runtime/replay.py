@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from escort.layers.runners import kept_by_graph
 from escort.runtime.lanes import Gpu, Graph, Lane
-from escort.runtime.program import Program
 from escort.runtime.templates import Slot, filled, leaves, mapped
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.Size, torch.dtype, torch.device)
@@ -57,7 +56,7 @@ class Captured:
         replays: how often it was.
     """
 
-    def __init__(self, program: Program, call: Call, gpu: Gpu, lane: Lane, pool: Any) -> None:
+    def __init__(self, network: nn.Module, call: Call, gpu: Gpu, lane: Lane, pool: Any) -> None:
         """Runs the program twice, once for what libraries do in a first call, and once captured.
 
         Raises:
@@ -69,30 +68,30 @@ class Captured:
         with torch.inference_mode(False), torch.no_grad():
             inputs = [_like(x, call.samples) for x in call.tensors]
             _fill(inputs, call.tensors)
-            self._run(program, call, inputs)
+            self._run(network, call, inputs)
             del inputs
             made: list[Any] = []
 
             def calls() -> None:
                 inputs = [_like(x, call.samples) for x in call.tensors]
-                made.extend((inputs, self._run(program, call, inputs)))
+                made.extend((inputs, self._run(network, call, inputs)))
 
             with kept_by_graph() as self._kept:
                 self._graph: Graph = gpu.capture(calls, lane, pool)
-            self._take(program, gpu, *made)
+            self._take(network, gpu, *made)
 
-    def _run(self, program: Program, call: Call, tensors: list[Tensor]) -> Any:
+    def _run(self, network: nn.Module, call: Call, tensors: list[Tensor]) -> Any:
         """What the program makes of these tensors. Raises NotCapturedError where it writes to them."""
         before = [x._version for x in tensors]
         inputs, named = call.with_tensors(tensors)
-        output = program(*inputs, **named)
+        output = network(*inputs, **named)
         if [x._version for x in tensors] != before:
             raise NotCapturedError("it writes to its input")
         return output
 
-    def _take(self, program: Program, gpu: Gpu, inputs: list[Tensor], output: Any) -> None:
+    def _take(self, network: nn.Module, gpu: Gpu, inputs: list[Tensor], output: Any) -> None:
         """Notes where inputs and outputs lie, and lets go of their memory."""
-        own = {_storage(x) for x in (*program.parameters(), *program.buffers()) if x.numel()}
+        own = {_storage(x) for x in (*network.parameters(), *network.buffers()) if x.numel()}
         taken = {_storage(x): "a view of its input" for x in inputs if x.numel()}
         taken |= dict.fromkeys(own, "a tensor that it keeps")
         slots = {id(x): Slot(number) for number, x in enumerate(inputs)}
@@ -143,7 +142,8 @@ class Captured:
         values = list(tensors)
         for there in self._outputs_at:
             part = there if self._samples is None else there[: len(tensors[0])]
-            values.append(_like(part, None).copy_(part))
+            out = torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=part.device)
+            values.append(out.copy_(part))
         template = self._template
         return values[template.number] if type(template) is Slot else filled(template, values)
 
