@@ -30,7 +30,7 @@ class Device:
         self.graph: Graph | None = None
         self.replays: list[Graph] = []
         self.ended: list[Any] = []
-        self.generator: list[Any] = []
+        self.restored: list[Any] = []
 
     def work(self, device_us: float, host_us: float = 0.0) -> Callable[[], None]:
         """A call that takes so long on the device, or on the host that feeds it if that is longer."""
@@ -81,8 +81,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
     monkeypatch.setattr(Graph, "device", device, raising=False)
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    random = SimpleNamespace(graphsafe_get_state=lambda: "own", clone_state=lambda: "lent")
-    random.graphsafe_set_state = device.generator.append
+    random = SimpleNamespace(clone_state=lambda: "state", graphsafe_set_state=device.restored.append)
     for name, value in {
         "device": nullcontext,
         "stream": nullcontext,
@@ -100,6 +99,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(timing, "_side_stream", lambda index: stream)
     monkeypatch.setattr(timing, "_elapsed_us", device.elapsed_us)
     monkeypatch.setattr(timing, "_WARM_S", 0.0)
+    monkeypatch.setattr(timing, "_last_replay_s", {})
     return device
 
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_captured_is_timed_by_events_and_says_so(device: Device) 
     reason = "not captured: operation not permitted when stream is capturing"
     assert timings == [Timing(8.0, "events", reason), Timing(6.0)]
     assert len(device.ended) == 1  # torch's allocator learns that the failed capture is over
-    assert device.generator[:2] == ["lent", "own"]  # and draws are what they were
+    assert device.restored == ["state"]  # and its random numbers leave it
 
 
 def test_a_lost_device_is_said_to_be_lost(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +174,16 @@ def test_a_lost_device_is_said_to_be_lost(device: Device, monkeypatch: pytest.Mo
 def test_a_budget_leaves_three_rounds(device: Device) -> None:
     timing.race_on_gpu([device.work(1000.0)], "cuda:0", rounds=50, budget_s=0.0)
     assert len([graph for graph in device.replays if graph is device.replays[-1]]) == 2 + 3  # two before the race
+
+
+def test_clocks_rise_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_WARM_S", 0.02)
+    counts = []
+    for _ in range(2):
+        device.replays.clear()
+        timing.race_on_gpu([device.work(1000.0)], "cuda:0", rounds=3)
+        counts.append(len(device.replays))
+    assert counts[0] > 50 and counts[1] == 2 + 3
 
 
 def test_nobody_races(device: Device) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from benchmarks.suite.layers import Layer
 from benchmarks.suite.rows import Row, check, leave_out
 from escort import reference
-from escort.cuda.capture import survived
 from escort.methods import Method, Runner, for_device
 from escort.planner import timing
 from escort.planner.timing import Timing
@@ -76,7 +75,7 @@ def _entrants(layer: Layer, methods: Sequence[Method], x: Tensor) -> Iterator[tu
             except (RuntimeError, ValueError) as failure:
                 if not on_gpu:
                     raise
-                leave_out(what, survived(failure))
+                leave_out(what, timing.survived(failure))
                 continue
             error = reference.compare(out, expected)
             if on_gpu and bound < error <= _ROUNDING * bound:

@@ -1,11 +1,16 @@
-"""CUDA graphs, captured so that torch and other threads stay usable whatever happens."""
+"""CUDA graphs that leave torch and other threads as they were, and who captures when.
+
+Torch's own captures take hold of its random numbers, which refuses other threads theirs meanwhile, and look after them
+in each replay. Calls that are captured here draw none.
+"""
 
 from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -60,74 +65,65 @@ class Runs:
 #: Calls of converted networks on GPUs, step by step.
 runs = Runs()
 
-#: Captures that could not be ended. Some versions of torch ask such a graph about every later allocation.
-_never_ended: list[torch.cuda.CUDAGraph] = []
 
+class Graph:
+    """What some calls launch, as a graph of the current device that any stream may replay.
 
-def captured(calls: Callable[[], object], pool: Any, *, draws: bool = False) -> torch.cuda.CUDAGraph:
-    """The calls as a graph of the current stream, whose memory comes from the pool.
-
-    Threads that do not wait for the whole device are not disturbed. The caller holds :data:`turn`.
+    Its memory comes from the pool, which graphs may share that never run at the same time. The caller holds `turn`.
 
     Args:
-        calls: launch what the graph shall do, on the current stream.
-        pool: a handle of ``torch.cuda.graph_pool_handle()``.
-        draws: whether the calls may draw random numbers. Other threads then may not.
+        calls: launch what the graph shall do, on the current stream. They draw no random numbers.
+        stream: where they are captured, one of :func:`capture_stream`.
+        pool: a handle of ``torch.cuda.graph_pool_handle()``. It is new, or a graph lives that has it.
 
     Raises:
-        RuntimeError: where something cannot be captured, which `calls` may have raised. Torch's allocator and its
-            random numbers are left as they were.
+        RuntimeError: where something cannot be captured, or there is no memory; and what `calls` raise. Torch's
+            allocator goes on as before.
     """
-    graph = torch.cuda.CUDAGraph()
-    with ExitStack() as aside, _no_garbage_collected():
-        aside.enter_context(_another_generator())
+
+    def __init__(self, calls: Callable[[], object], stream: torch.cuda.Stream, pool: Any) -> None:
+        api, device = driver.api(), torch.cuda.current_device()
+        self._launch, self._exec = api.cuGraphLaunch, None
+        with torch.cuda.stream(stream), _no_garbage_collected():
+            torch._C._cuda_beginAllocateCurrentStreamToPool(device, pool)
+            try:
+                mode = api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+                driver.call("cuStreamBeginCapture", stream.cuda_stream, mode)
+                try:
+                    calls()
+                except BaseException:
+                    with suppress(driver.DriverError):
+                        driver.call("cuGraphDestroy", driver.call("cuStreamEndCapture", stream.cuda_stream))
+                    raise
+                graph = driver.call("cuStreamEndCapture", stream.cuda_stream)
+                try:
+                    flag = api.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
+                    self._exec = driver.call("cuGraphInstantiate", graph, int(flag))
+                finally:
+                    driver.call("cuGraphDestroy", graph)
+            finally:
+                torch._C._cuda_endAllocateToPool(device, pool)
+                if self._exec is None:
+                    torch._C._cuda_releasePool(device, pool)
+        weakref.finalize(self, _destroy, self._exec, device, pool).atexit = False
+
+    def replay(self, stream: int) -> None:
+        """Launches it on a stream, given by its address. The thread has used the device before."""
+        (status,) = self._launch(self._exec, stream)
+        if status:
+            raise driver.DriverError("cuGraphLaunch", status).of("a graph of a network")
+
+
+def _destroy(graph: Any, device: int, pool: Any) -> None:
+    """Frees a graph, by whichever thread lets go of it, and even while that captures something else."""
+    api = driver.api()
+    with driver.device(device).current():
+        mode = driver.call("cuThreadExchangeStreamCaptureMode", api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         try:
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        except RuntimeError:
-            _give_up(graph, pool)
-            raise
-        if not draws:
-            aside.close()
-        try:
-            calls()
-        except BaseException:
-            with suppress(RuntimeError):
-                _end(graph, pool)
-            raise
-        _end(graph, pool)
-    return graph
-
-
-def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    try:
-        graph.capture_end()
-    except RuntimeError:
-        _give_up(graph, pool)
-        raise
-
-
-def _give_up(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """Ends what torch leaves open where a capture cannot be ended: its allocator, which would end the next one too."""
-    _never_ended.append(graph)
-    with suppress(RuntimeError):
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
-
-
-@contextmanager
-def _another_generator() -> Iterator[None]:
-    """Lends torch another state of its random numbers, which a capture then takes hold of.
-
-    A state that is being captured refuses the draws of other threads and the replays of other graphs; where the
-    capture fails, it does so for good.
-    """
-    random = torch.cuda.default_generators[torch.cuda.current_device()]
-    state = random.graphsafe_get_state()
-    random.graphsafe_set_state(random.clone_state())
-    try:
-        yield
-    finally:
-        random.graphsafe_set_state(state)
+            driver.call("cuGraphExecDestroy", graph)  # one that still runs is freed when it is done
+        finally:
+            driver.call("cuThreadExchangeStreamCaptureMode", mode)
+    torch._C._cuda_releasePool(device, pool)
 
 
 @contextmanager
@@ -151,20 +147,6 @@ def capture_stream(device: int, number: int) -> torch.cuda.Stream:
     with driver.device(device).current():
         handle = driver.call("cuStreamCreate", driver.api().CUstream_flags.CU_STREAM_NON_BLOCKING.value)
     return torch.cuda.ExternalStream(int(handle), device=device)
-
-
-def survived(error: Exception) -> str:
-    """What failed, in a line, on a device that lives on. Memory that torch keeps unused is given back.
-
-    Raises:
-        RuntimeError: where the device is lost to this process.
-    """
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as lost:
-        raise RuntimeError(f"the device is lost to this process, start another: {error}") from lost
-    torch.cuda.empty_cache()
-    return in_a_line(error)
 
 
 def in_a_line(error: Exception) -> str:

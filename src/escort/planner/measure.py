@@ -12,7 +12,6 @@ from functools import partial
 import torch
 
 from escort import reference
-from escort.cuda.capture import survived
 from escort.methods import Config, Method, Prepared, Runner
 from escort.planner import cores, timing
 from escort.planner.machine import Machine
@@ -25,6 +24,8 @@ from escort.problem import Problem
 _HOPELESS = 1.6
 #: So many microseconds of a first run on a GPU may be waiting for the host, which the replay of a graph does not do.
 _HOST_US = 60.0
+#: Bytes of a GPU's memory that the candidates of layers to come may take.
+_MOST_AHEAD_BYTES = 2 << 30
 #: Seconds after which only the first config of each method is still tried.
 _SEARCH_S = 20.0
 
@@ -32,12 +33,39 @@ _SEARCH_S = 20.0
 _Input = tuple[torch.Tensor, torch.Tensor | None]
 
 
+class Allowance:
+    """What candidates that are prepared ahead may take of a device's memory, all layers together.
+
+    On a GPU it is what torch allocates there from now on, whoever asks for it.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device, self._end = device, math.inf
+        if device != "cpu":
+            self._end = torch.cuda.memory_allocated(device) + _MOST_AHEAD_BYTES
+
+    @property
+    def is_left(self) -> bool:
+        """Whether another candidate may stay; on a CPU, where only what compiles is prepared ahead, any may."""
+        return math.isinf(self._end) or torch.cuda.memory_allocated(self._device) < self._end
+
+
 class Ahead(dict[tuple[str, Config], Prepared]):
-    """A layer's candidates that were prepared before it is measured, by method and config. Taking one removes it."""
+    """A layer's candidates that were prepared before it is measured, by method and config. Taking one removes it.
+
+    Once the allowance is used up, what is prepared is let go of at once, as its kernel is compiled then: that is what
+    takes long, and what all cores share.
+    """
+
+    def __init__(self, allowance: Allowance | None = None) -> None:
+        super().__init__()
+        self._allowance = allowance
 
     def prepare(self, layer: Layer, method: Method, config: Config) -> None:
         with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
-            self[method.name, config] = method.prepare(*layer, config)
+            prepared = method.prepare(*layer, config)
+            if self._allowance is None or self._allowance.is_left:
+                self[method.name, config] = prepared
 
     def take(self, layer: Layer, method: Method, config: Config) -> Prepared:
         """The candidate, prepared now if it was not before. Raises what :meth:`Method.prepare` raises."""
@@ -161,7 +189,7 @@ def _first_run(
     except (RuntimeError, ValueError) as failure:
         if trial.problem.device_type == "cpu":
             raise
-        outcome = replace(candidate, reason=survived(failure))
+        outcome = replace(candidate, reason=timing.survived(failure))
     return outcome, time.perf_counter() - begin
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import median
@@ -22,11 +23,12 @@ from typing import Any, Literal
 
 import torch
 
-from escort.cuda.capture import captured, survived, turn
+from escort.cuda.capture import in_a_line, turn
 from escort.problem import Problem
 
 _LAP_US = 1000.0  # device time between two events, which are good for about half a microsecond
 _WARM_S = 0.05  # of replays before the first that counts, for the clocks to rise
+_WARM_FOR_S = 0.5  # that they are taken to stay high behind the last replay
 _MOST_INPUTS = 1024  # of one problem
 
 #: How a time was taken: by calls on the CPU, by replays of a CUDA graph, or by calls between CUDA events, whose times
@@ -169,11 +171,11 @@ def _lap(runs: Sequence[Callable[[], object]], pool: Any) -> _Lap:
     if pool is None:
         return plain
     try:
-        graph = captured(calls(passes), pool, draws=True)
+        graph = _captured(calls(passes), pool)
         graph.replay()
         enough = _passes(passes, _elapsed_us([graph.replay])[0])
         if enough >= 2 * passes:  # the host took the time, not the GPU
-            graph, passes = captured(calls(enough), pool, draws=True), enough
+            graph, passes = _captured(calls(enough), pool), enough
     except RuntimeError as error:
         plain.reason = f"not captured: {survived(error)}"
         return plain
@@ -185,18 +187,48 @@ def _passes(passes: int, elapsed_us: float) -> int:
     return max(1, math.ceil(passes * _LAP_US / max(elapsed_us, 1.0)))
 
 
+def _captured(calls: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    """The calls as a graph, whose memory comes from the pool."""
+    graph = torch.cuda.CUDAGraph()
+    random = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = random.clone_state()
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        calls()
+    except BaseException:
+        with suppress(RuntimeError):
+            _end(graph, pool)
+        random.graphsafe_set_state(state)  # else the generator would refuse every later call
+        raise
+    _end(graph, pool)
+    return graph
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        # Torch leaves its allocator in the capture that failed, which would end the next one too.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        raise
+
+
 def _take_turns(laps: Sequence[_Lap], rounds: int, budget_s: float) -> list[float]:
     """The median time of a call in each lap, in microseconds."""
     if not laps:
         return []
     starts = [lap.start for lap in laps]
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < _WARM_S:
+    begin, device = time.perf_counter(), torch.cuda.current_device()
+    warm_s = _WARM_S if begin - _last_replay_s.get(device, -math.inf) > _WARM_FOR_S else 0.0
+    while time.perf_counter() - begin < warm_s:
         _elapsed_us(starts)
     rounds_us: list[list[float]] = []
     begin = time.perf_counter()
     while len(rounds_us) < rounds and (len(rounds_us) < 3 or time.perf_counter() - begin <= budget_s):
         rounds_us.append(_elapsed_us(starts))
+    _last_replay_s[device] = time.perf_counter()
     return [median(times) / lap.calls for lap, times in zip(laps, zip(*rounds_us, strict=True), strict=True)]
 
 
@@ -211,10 +243,28 @@ def _elapsed_us(starts: Sequence[Callable[[], object]]) -> list[float]:
     return [begin.elapsed_time(end) * 1e3 for begin, end in marks]
 
 
+#: When each device was last kept busy with laps, by time.perf_counter.
+_last_replay_s: dict[int, float] = {}
+
+
 @lru_cache
 def _side_stream(device: int) -> torch.cuda.Stream:
     """Graphs are captured on a stream of their own; one per device, as libraries keep a workspace for each stream."""
     return torch.cuda.Stream(device)
+
+
+def survived(error: Exception) -> str:
+    """What failed, in a line, on a device that lives on. Memory that torch keeps unused is given back.
+
+    Raises:
+        RuntimeError: where the device is lost to this process.
+    """
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as lost:
+        raise RuntimeError(f"the device is lost to this process, start another: {error}") from lost
+    torch.cuda.empty_cache()
+    return in_a_line(error)
 
 
 def example_inputs(problem: Problem, *, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -220,6 +220,8 @@ class Graphs:
                 parts += type(x), x
             else:
                 return "an input is neither a tensor nor a number"
+        if not call.tensors:
+            return "no input is a tensor"
         if self._policy == "buckets" and bound.mixing is None and len(call.tensors) == 1:
             x = call.tensors[0]
             if x.ndim and len(x) and (x.is_contiguous() or _is_channels_last(x)):
@@ -234,7 +236,7 @@ class Graphs:
             graph.lane.enter(stream)
             try:
                 graph.copy_in(call.tensors)
-                graph.replay()
+                graph.replay(stream)
                 # This takes as long as many kernels, and the GPU is at work meanwhile. What it reads is kept.
                 holds = bound.watch.holds()
                 output = graph.copy_out(call.tensors) if holds else None

@@ -9,23 +9,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from escort.cuda import driver
-from escort.cuda.capture import capture_stream, captured
+from escort.cuda.capture import Graph, capture_stream
 
 #: Streams of a GPU that have a lane of their own.
 MOST_LANES = 4
 
 _lanes: dict[tuple[int, int], Lane] = {}
 _lanes_lock = threading.Lock()
-
-
-class Graph(Protocol):
-    def replay(self) -> None: ...
 
 
 class Lane:
@@ -59,21 +55,21 @@ class Lane:
             self._done.record(torch.cuda.current_stream(self._device))
             self._last = stream
 
-    def capture(self, calls: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    def capture(self, calls: Callable[[], object], pool: Any) -> Graph:
         """The calls as a graph. The caller holds `turn` and makes the GPU the current one."""
-        _multiply()  # on the caller's stream, so that this thread has what cuBLAS needs besides memory
-        with torch.cuda.stream(capture_stream(self._device, self.number)):
-            self._keep_workspace()
-            return captured(calls, pool)
+        stream = capture_stream(self._device, self.number)
+        self._keep_workspace(stream)
+        return Graph(calls, stream, pool)
 
-    def _keep_workspace(self) -> None:
+    def _keep_workspace(self, stream: torch.cuda.Stream) -> None:
         """Lets cuBLAS have its workspace for this lane in a pool that stays.
 
         Torch keeps one for each thread and stream that captured. Made by the first capture that multiplies, it would
         lie in a pool that goes with that network's graphs, and other graphs would write to it still.
         """
         pool = torch.cuda.graph_pool_handle() if self._workspace is None else self._workspace[1]
-        graph = captured(_multiply, pool)
+        _multiply()  # on the caller's stream, so that this thread has what cuBLAS needs besides
+        graph = Graph(_multiply, stream, pool)
         self._workspace = self._workspace or (graph, pool)
 
 

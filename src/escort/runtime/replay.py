@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from escort.layers.runners import kept_by_graph
-from escort.runtime.lanes import Gpu, Graph, Lane
+from escort.runtime.lanes import Gpu, Lane
 from escort.runtime.templates import Slot, filled, leaves, mapped
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.Size, torch.dtype, torch.device)
@@ -77,7 +77,7 @@ class Captured:
                 made.extend((inputs, self._run(network, call, inputs)))
 
             with kept_by_graph() as self._kept:
-                self._graph: Graph = gpu.capture(calls, lane, pool)
+                self._graph = gpu.capture(calls, lane, pool)
             self._take(network, gpu, *made)
 
     def _run(self, network: nn.Module, call: Call, tensors: list[Tensor]) -> Any:
@@ -133,8 +133,9 @@ class Captured:
         """Copies the inputs to where the graph reads them."""
         _fill(self._inputs_at, tensors)
 
-    def replay(self) -> None:
-        self._graph.replay()
+    def replay(self, stream: int) -> None:
+        """Launches the graph on a stream, given by its address."""
+        self._graph.replay(stream)
         self.replays += 1
 
     def copy_out(self, tensors: list[Tensor]) -> Any:
