@@ -8,7 +8,9 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +139,26 @@ def test_a_profiler_sees_the_layer_and_its_name(direct: SparseConv2d) -> None:
     with torch.profiler.profile() as profile:
         direct(*inputs())
     assert [event.key for event in profile.key_averages()].count("escort::sparse_conv2d") == 1
+
+
+@pytest.mark.parametrize(
+    "emit", [torch.autograd.profiler.emit_itt, pytest.param(torch.autograd.profiler.emit_nvtx, marks=pytest.mark.gpu)]
+)
+def test_ranges_of_other_profilers_name_the_layer(
+    emit: Callable[[], AbstractContextManager[Any]], direct: SparseConv2d, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges: list[str] = []
+
+    def begin(name: str, args: str | None = None) -> AbstractContextManager[None]:
+        ranges.append(name)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.profiler, "record_function", begin)
+    direct(*inputs())
+    with emit():
+        direct(*inputs())
+    direct(*inputs())
+    assert ranges == ["escort::sparse_conv2d a layer"]
 
 
 def test_autocast_before_a_layer_is_named_as_what_to_leave(direct: SparseConv2d) -> None:

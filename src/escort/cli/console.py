@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shlex
 import sys
 import traceback
@@ -46,15 +47,20 @@ class Output:
 
 
 @contextmanager
-def reporting(as_json: bool) -> Iterator[Output]:
-    """Runs the body of a command: an error becomes one message and an exit code, JSON goes to stdout at the end."""
+def reporting(as_json: bool, verbose: int = 0) -> Iterator[Output]:
+    """Runs the body of a command: an error becomes one message and an exit code, JSON goes to stdout at the end.
+
+    Args:
+        verbose: 1 shows on stderr what is logged at INFO, 2 what is logged at DEBUG too.
+    """
     stdout = sys.stdout
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # shows characters that the terminal's encoding lacks
     try:
         # A model's own code may print: under --json that goes to stderr too.
-        with _notes_for_warnings(), redirect_stdout(sys.stderr) if as_json else nullcontext():
+        to_stderr = redirect_stdout(sys.stderr) if as_json else nullcontext()
+        with _notes_for_warnings(), _notes_for_log(verbose), to_stderr:
             output = Output()
             yield output
     except (ValueError, TypeError) as error:
@@ -84,6 +90,31 @@ def _notes_for_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *args, **options: note(f"warning: {message}")
         yield
+
+
+class _Notes(logging.Handler):
+    """Shows what is logged, which may name layers and files, as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        note(level + record.getMessage())
+
+
+@contextmanager
+def _notes_for_log(verbose: int) -> Iterator[None]:
+    """Shows what Escort logs as notes, if it shall be shown."""
+    if not verbose:
+        yield
+        return
+    log, handler = logging.getLogger("escort"), _Notes()
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
 
 
 def fail(message: str, code: int) -> NoReturn:

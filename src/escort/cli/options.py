@@ -54,6 +54,12 @@ EffortOption = Annotated[
         help="Time for compiling GPU kernels for the weights: fast compiles none, best takes up to five minutes.",
     ),
 ]
+VerboseOption = Annotated[
+    int,
+    typer.Option(
+        "--verbose", "-v", count=True, help="Say on stderr what is done and how long it takes; -vv for each layer."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, and nothing else, to stdout.")]
 
 
@@ -90,6 +96,7 @@ class SavedOptions:
             "--model", metavar="MODULE:FACTORY", help="The dense model, where it could not be traced to a graph."
         ),
     ] = None
+    verbose: VerboseOption = 0
 
     def load(self) -> ConvertedModel:
         """The model, ready to run."""
@@ -109,11 +116,12 @@ class ModelOptions(SourceOptions):
     device: DeviceOption = "cpu"
     precision: PrecisionOption = PrecisionName.FP32
     effort: EffortOption = "fast"
+    verbose: VerboseOption = 0
 
     @property
     def are_default(self) -> bool:
-        """Whether none was given but the model."""
-        return replace(self, shapes=self.shapes or None) == ModelOptions(self.model)
+        """Whether none was given that says what to convert but the model."""
+        return replace(self, shapes=self.shapes or None, verbose=0) == ModelOptions(self.model)
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """Random inputs of the shapes, the same each time, on the CPU in float32."""
@@ -162,7 +170,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(*, as_json: bool, **values: Any) -> None:
-        with reporting(as_json) as output:
+        with reporting(as_json, values.get("verbose", 0)) as output:
             function(**{name: _value(parameter, values, output) for name, parameter in parameters.items()})
 
     run.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import re
 import struct
 import threading
@@ -22,6 +23,7 @@ import torch
 
 from escort.cuda import cache
 
+_log = logging.getLogger(__name__)
 #: Where sources are looked up.
 KERNELS = Path(__file__).parents[1] / "kernels" / "cuda"
 
@@ -119,6 +121,7 @@ def compile_source(source: Source, defines: Defines, arch: str) -> Binary:
         return Binary(**stored[0], cubin=stored[1])
     _check_arch(arch)
     binary = _compile(source, macros, arch, compiler)
+    _log.debug("compiled %s for %s in %.2f s of one core", source.name, arch, binary.compile_s)
     described = {field.name: getattr(binary, field.name) for field in fields(Binary) if field.name != "cubin"}
     cache.store(key, described, binary.cubin)
     return binary

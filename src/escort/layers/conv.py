@@ -14,13 +14,15 @@ from torch.autograd import forward_ad
 
 from escort.filter import SparseFilter
 from escort.layers import runners
+from escort.layers.conv_like import ConvLike
+from escort.layers.counters import BROADCAST, BY_OPERATOR, Counters
 from escort.layers.operator import check_not_for_onnx, output_shape, sparse_conv2d
 from escort.layers.runners import Choice, RunnerCache
 from escort.layers.weight import DenseWeight
 from escort.methods import Runner
 from escort.methods.base import apply_epilogue
 from escort.planner.plan import Layer, Plan
-from escort.problem import Activation, Epilogue, Problem
+from escort.problem import Epilogue, Problem
 
 #: How many input sizes a layer keeps runners for.
 _MOST_SIZES = 64
@@ -30,7 +32,9 @@ _MOST_SIZES = 64
 #: function.
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
-_is_profiled, _is_capturing = torch._C._autograd._profiler_enabled, torch.cuda.is_current_stream_capturing
+_is_profiled, _profiler = torch._C._autograd._profiler_enabled, torch._C._autograd._profiler_type
+_KINETO = torch._C._profiler.ActiveProfilerType.KINETO
+_is_capturing = torch.cuda.is_current_stream_capturing
 _PLAIN = frozenset((torch.Tensor, nn.Parameter))
 
 
@@ -41,7 +45,7 @@ def is_observed() -> bool:
     return _transforms() is not None or bool(forward_ad._current_level >= 0)
 
 
-class SparseConv2d(nn.Module):
+class SparseConv2d(ConvLike):
     """Equivalent to ``activation(F.conv2d(x, w, bias, ...) + residual)``, run as its plan says. Inference only.
 
     It runs any batch and any input size by the plan's method and config. The first call on a size lays out tables for
@@ -93,6 +97,7 @@ class SparseConv2d(nn.Module):
             empty = torch.empty(0, dtype=problem.storage, device=problem.device)
             self.register_parameter("frozen", nn.Parameter(empty, requires_grad=False))
         self.plan, self.name, self.unfolded = plan, name, unfolded
+        self.counters = Counters()
         self._spec = Choice.of(plan).to_json()
         self._plain_spec = replace(Choice.of(plan), problem=self._plain(problem)).to_json()
         self._follow()
@@ -101,7 +106,6 @@ class SparseConv2d(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight, read only, without any batch norm; each computation with it makes a new copy."""
-
         problem = self.plan.problem
         if is_observed():
             return self._dense()
@@ -131,57 +135,6 @@ class SparseConv2d(nn.Module):
         super().__setattr__(name, value)
         if name in ("values", "bias") and "_versions" in self.__dict__:
             self._follow()
-
-    @property
-    def in_channels(self) -> int:
-        return self.plan.problem.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.plan.problem.out_channels
-
-    @property
-    def kernel_size(self) -> tuple[int, int]:
-        return self.plan.problem.kernel_size
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        return self.plan.problem.stride
-
-    @property
-    def padding(self) -> tuple[int, ...]:
-        """Zeros added on both sides of rows and columns; (top, bottom, left, right) where sides differ."""
-        top, bottom, left, right = self.plan.problem.padding
-        return (top, left) if (top, left) == (bottom, right) else (top, bottom, left, right)
-
-    @property
-    def dilation(self) -> tuple[int, int]:
-        return self.plan.problem.dilation
-
-    @property
-    def groups(self) -> int:
-        return self.plan.problem.groups
-
-    @property
-    def activation(self) -> Activation:
-        return self.plan.problem.epilogue.activation
-
-    @property
-    def residual(self) -> bool:
-        """Whether a residual is added to what it computes."""
-        return self.plan.problem.epilogue.residual
-
-    @property
-    def padding_mode(self) -> str:
-        return "zeros"
-
-    @property
-    def transposed(self) -> bool:
-        return False
-
-    @property
-    def output_padding(self) -> tuple[int, int]:
-        return (0, 0)
 
     @property
     def filter(self) -> SparseFilter:
@@ -224,11 +177,14 @@ class SparseConv2d(nn.Module):
             self._runners.keep(run)
         try:
             if _is_profiled():
-                with torch.profiler.record_function("escort::sparse_conv2d", self.name):
+                # The ranges of NVTX and ITT have a name alone; torch.profiler adds up what has the same name.
+                name = "escort::sparse_conv2d" if _profiler() == _KINETO else f"escort::sparse_conv2d {self.name}"
+                with torch.profiler.record_function(name, self.name):
                     return run(x, residual)
             return run(x, residual)
         except ValueError as error:
             if residual is not None and self._broadcasts(x, residual):
+                self.counters.count(BROADCAST)
                 return self._add_behind(self._without_epilogue(x)(x), residual)
             raise ValueError(f"layer {self.name}: {error}") from error
 
@@ -246,6 +202,7 @@ class SparseConv2d(nn.Module):
                 raise RuntimeError(
                     f"layer {self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()"
                 )
+            self.counters.count(BY_OPERATOR)
         arrays = self.values, self.columns, self.indptr, self.bias
         if residual is not None and self._broadcasts(x, residual):
             return self._add_behind(sparse_conv2d(x, None, *arrays, self._plain_spec), residual)
@@ -330,7 +287,7 @@ class SparseConv2d(nn.Module):
             runners.check_not_capturing(self.values.device)
             problem = self.problem(batch, height, width)
             problem = self._plain(problem) if alone else problem
-            return runners.prepare(problem, self.filter, self.bias, Choice.of(self.plan), self.name)
+            return runners.prepare(problem, self.filter, self.bias, Choice.of(self.plan), self.name, self.counters)
         except (ValueError, RuntimeError) as error:
             kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)
             raise next(kind for kind in kinds if isinstance(error, kind))(f"layer {self.name}: {error}") from error
@@ -369,10 +326,13 @@ class SparseConv2d(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: runners hold kernels and pointers, and are made anew where the copy runs."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_runners", "_followed")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_runners", "_followed", "counters")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.counters = Counters()
         self._follow()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -391,8 +351,10 @@ class SparseConv2d(nn.Module):
     def _without_the_empty_parameter(self) -> Iterator[None]:
         """A state dict has no use for it."""
         empty = self._parameters.pop("frozen")
-        yield
-        self._parameters["frozen"] = empty
+        try:
+            yield
+        finally:
+            self._parameters["frozen"] = empty
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +14,7 @@ from escort.layers import SparseConv2d
 from escort.methods import Method, by_name, dense_for
 from escort.network.context import tf32_is_allowed
 from escort.network.example import Example
+from escort.network.progress import Progress
 from escort.problem import TORCH_DTYPE, Precision
 
 #: How long conversion may compile kernels for the weights: by name, or in seconds.
@@ -41,7 +42,7 @@ class Request:
         compile_budget_s: seconds that compiling kernels for the weights may take.
         methods: what is weighed for a layer; None for all that the device has.
         skip: which convolutions to leave alone; None for none.
-        progress: whether to show a progress bar on stderr.
+        progress: where the conversion tells what it is at.
     """
 
     device: torch.device
@@ -49,7 +50,7 @@ class Request:
     compile_budget_s: float = 0.0
     methods: tuple[Method, ...] | None = None
     skip: Skip | None = None
-    progress: bool = False
+    progress: Progress = field(default_factory=Progress)
 
     def inside(self, prefix: str) -> Request:
         """The request for a part of the network: names there go on behind `prefix`."""

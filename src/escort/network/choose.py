@@ -61,6 +61,7 @@ def choose(
             samples = samples_to_try(candidate.network, example, original.expected)
             runs += [partial(run_in_parts, candidate.network, example, count) for count in samples]
             ways += [(candidate, error, count) for count in samples]
+        request.progress.done("compared with the original")
         with torch.inference_mode():
             (dense_us, *times_us), timer = race(runs, request.device)
     converted_us = min(times_us, default=dense_us)
@@ -85,6 +86,8 @@ def choose(
         device=str(request.device),
         timer=timer,
     )
+    why = plan.reason or f"{converted_us:.1f} us, the original {dense_us:.1f} us"
+    request.progress.done(f"chosen the {'original' if kept_dense else 'converted'} network ({why})")
     network = dense if kept_dense else best.network
     if original.state is not None:
         original.state.restore(network)
@@ -143,7 +146,7 @@ def _judge(network: nn.Module, original: Original, request: Request) -> tuple[fl
     """The largest relative error of a converted network's outputs, and why it is not taken, None where it is right.
 
     It is right where it is as close to the original as its precision's rounding explains. Beyond that, where the model
-    itself amplifies rounding, it is right where it is about as close as the original is to what float64 gives.
+    itself amplifies rounding, it is right where it is about as close as the original is to what a finer type gives.
     """
     bound = NETWORK_ERROR_BOUND[request.precision]
     try:
@@ -157,7 +160,7 @@ def _judge(network: nn.Module, original: Original, request: Request) -> tuple[fl
     error = _largest_error(outputs, original.expected)
     if error <= bound:
         return error, None
-    exact = original.in_float64()
+    exact = original.more_exactly(request.precision)
     if exact is None:
         return error, f"its outputs differ by {error:.1e} (bound {bound:.0e}) from the original's"
     own, ours = _largest_error(original.expected, exact), _largest_error(outputs, exact)

@@ -272,6 +272,16 @@ class ConvertedModel(nn.Module):
             return batching.run_in_parts(self.network, inputs[0], samples)
         return self.network(*inputs, **named)
 
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What its layers did besides their plans: the layers of which there is something, by what, how often.
+
+        Counted are input sizes that were not planned and had to be laid out, methods and configs in the place of the
+        planned ones with the reason, calls as an operator of torch (see the guide, "Profile"), and residuals that were
+        broadcast behind a layer. Copies start anew. What was compiled or exported has no layers, and counts nothing.
+        """
+        layers = {name: layer for name, layer in self.network.named_modules() if isinstance(layer, SparseConv2d)}
+        return {name: counts for name, layer in layers.items() if (counts := layer.counters())}
+
     def with_network(self, network: nn.Module, plan: NetworkPlan) -> ConvertedModel:
         """The same drop-in by another network and plan."""
         other = copy.copy(self)

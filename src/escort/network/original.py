@@ -14,9 +14,11 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from escort.methods.precision import float32_convolutions, float32_products
 from escort.network.example import Example
 from escort.network.tracing.state import State, same_draws
 from escort.network.values import output_error, tensors_of
+from escort.problem import Precision
 
 #: How far two runs of one model on one input may be apart, relatively, by the order of sums alone.
 _SAME_RUN = 1e-2
@@ -136,18 +138,24 @@ class Original:
         pairs = zip(outputs, self.expected, strict=False)
         return len(outputs) == len(self.expected) and all(output_error(a, b) <= _SAME_RUN for a, b in pairs)
 
-    def in_float64(self) -> list[Tensor] | None:
-        """The tensors that the model makes of the example in float64; None where it cannot run so."""
+    def more_exactly(self, precision: Precision) -> list[Tensor] | None:
+        """The tensors that the model makes of the example in a type beside whose rounding that of `precision` is large.
+
+        That is float64, which GPUs compute slowly, or float32 for precisions that round thousands of times as coarsely.
+        None where the model cannot run so.
+        """
+        dtype = torch.float64 if precision == "fp32" else torch.float32
+
+        def converted(x: Tensor) -> Tensor:
+            return x.detach().to(dtype) if x.is_floating_point() else x.detach().clone()
+
         try:
-            model = copy.deepcopy(self.model).double()
-            args, kwargs = tree_map_only(Tensor, _exact, (self.example.args, dict(self.example.kwargs)))
-            return Original(model, Example(args, kwargs), [], None, self.stateful).run_afresh(model)
+            model = copy.deepcopy(self.model).to(dtype)
+            args, kwargs = tree_map_only(Tensor, converted, (self.example.args, dict(self.example.kwargs)))
+            with float32_convolutions("fp32"), float32_products("fp32"):
+                return Original(model, Example(args, kwargs), [], None, self.stateful).run_afresh(model)
         except Exception:  # a model may be written for one type, or the memory be too small
             return None
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.detach().double() if x.is_floating_point() else x.detach().clone()
 
 
 def run_original(model: nn.Module, example: Example) -> Original:

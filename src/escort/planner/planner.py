@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +16,14 @@ from escort.methods import Method, by_name, for_device
 from escort.planner.compile_budget import SharedBudget, check_compile_budget, estimate_s, fits
 from escort.planner.cores import on_all_cores
 from escort.planner.machine import Machine
-from escort.planner.measure import Ahead, measure
+from escort.planner.measure import Ahead, Allowance, measure
 from escort.planner.plan import Layer, Plan
-from escort.planner.search import Search
+from escort.planner.search import Search, predict_us
 from escort.problem import Problem
 
 #: Seconds after which a layer's race stops at three rounds per candidate.
 _BUDGET_S = 0.3
+_log = logging.getLogger(__name__)
 
 #: The plans that like layers take over, each with the search that it came from.
 _remembered: dict[Hashable, tuple[Plan, Search]] = {}
@@ -100,7 +103,9 @@ def plan_layers(
     check_compile_budget(compile_budget_s)
     tasks = [_Task.of(Layer(*layer), methods) for layer in layers]
     searches, shares_s = _share_out(tasks, compile_budget_s)
-    ahead = {index: Ahead() for index in searches}
+    allowance = Allowance(layers[0][0].device) if layers else None
+    ahead = {index: Ahead(allowance) for index in searches}
+    begin = time.perf_counter()
     on_all_cores(
         [
             partial(ahead[index].prepare, tasks[index].layer, method, config)
@@ -111,11 +116,28 @@ def plan_layers(
         ],
         preparing,
     )
+    _log.debug("prepared %d candidates in %.2f s", sum(map(len, ahead.values())), time.perf_counter() - begin)
     for index, task in enumerate(tasks):
         if search := searches.get(index):
             yield _remember(task, search, measure(task.layer, search, _BUDGET_S, ahead.pop(index)))
         else:
             yield plan_layer(*task.layer, methods=task.methods, compile_budget_s=shares_s[index])
+
+
+def predicted_us(layers: Sequence[Layer], methods: Sequence[Method] | None = None) -> list[float | None]:
+    """The least time in us that models predict for each layer, None for those of which no model says anything.
+
+    Args:
+        methods: as of :func:`plan_layers`.
+    """
+    known: dict[Hashable, float | None] = {}
+    times: list[float | None] = []
+    for task in (_Task.of(layer, methods) for layer in layers):
+        key = task.key
+        if key not in known:
+            known[key] = min(predict_us(task.layer, task.methods).values(), default=None)
+        times.append(known[key])
+    return times
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from escort.cuda.capture import in_a_line, runs, turn
+from escort.layers.counters import Counters
 from escort.methods.precision import float32_settings
 from escort.runtime.capture import not_capturable
 from escort.runtime.lanes import Gpu
@@ -97,7 +98,7 @@ class Graphs:
         self._binding = threading.Lock()
         self._clock = itertools.count(1)
         self._counts: Counter[str] = Counter()
-        self._eager: Counter[str] = Counter()
+        self._eager = Counters()
 
     def __reduce__(self) -> Any:
         """For copies and pickle: graphs belong to one network."""
@@ -136,7 +137,7 @@ class Graphs:
             "evictions": self._counts["evictions"],
             "graphs": len(graphs),
             "bytes": _bytes(graphs, bound.gpu.reserved()) if bound is not None and graphs else 0,
-            "eager": dict(self._eager),
+            "eager": self._eager(),
             "failed": [] if bound is None else list(dict.fromkeys(bound.failed.values())),
         }
 
@@ -173,7 +174,7 @@ class Graphs:
         return self._missed(bound, kind, call, at_once)
 
     def _left(self, reason: str) -> Any:
-        self._eager[reason] += 1
+        self._eager.count(reason)
         return _NO_OUTPUT
 
     def _bind(self, network: nn.Module) -> _Bound:
