@@ -131,7 +131,11 @@ class Captured:
 
     def copy_in(self, tensors: list[Tensor]) -> None:
         """Copies the inputs to where the graph reads them."""
-        _fill(self._inputs_at, tensors)
+        if self._samples is not None:
+            _fill(self._inputs_at, tensors)
+            return
+        for there, x in zip(self._inputs_at, tensors, strict=True):
+            there.copy_(x)
 
     def replay(self, stream: int) -> None:
         """Launches the graph on a stream, given by its address."""
