@@ -78,7 +78,7 @@ def load(conversion: Conversion, saved: str) -> dict[str, Any]:
 
 
 def choices(conversion: Conversion, folder: str) -> dict[str, Any]:
-    """Converts with little and then with all search, which measures anew whatever the first left out, and races both."""
+    """Converts with little, then with all search, which measures anew what the first left out, and races both."""
     subject, model, x = _placed(conversion)
     efforts: dict[str, Effort] = {"fast": "fast", "exhaustive": EXHAUSTIVE}
     converted: dict[str, ConvertedModel] = {}

@@ -16,7 +16,7 @@ from escort.filter import SparseFilter
 from escort.layers import runners
 from escort.layers.conv_like import ConvLike
 from escort.layers.counters import BROADCAST, BY_OPERATOR, Counters
-from escort.layers.observed import PLAIN, is_compiling, is_observed, is_profiled, is_tracing, profiled
+from escort.layers.observed import PLAIN, is_capturing, is_compiling, is_observed, is_profiled, is_tracing, profiled
 from escort.layers.operator import check_not_for_onnx, output_shape, sparse_conv2d
 from escort.layers.runners import Choice, RunnerCache
 from escort.layers.weight import DenseWeight
@@ -160,6 +160,8 @@ class SparseConv2d(ConvLike):
         run = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
         if run is None:
             run = self._prepare(x, residual)
+        if x.is_cuda and is_capturing():
+            self._runners.keep(run)
         try:
             if is_profiled():
                 with profiled("escort::sparse_conv2d", self.name):
@@ -216,6 +218,8 @@ class SparseConv2d(ConvLike):
         if run is None:
             run = self._make_runner(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]), alone=True)
             cached.add(key, run)
+        if x.is_cuda and is_capturing():
+            cached.keep(run)
         return run
 
     def _follow(self) -> None:
@@ -226,7 +230,7 @@ class SparseConv2d(ConvLike):
         tensors = self._buffers.get("values"), self._buffers.get("bias", self._parameters.get("bias"))
         followed = tuple(tensor for tensor in tensors if tensor is not None and not tensor.is_inference())
         versions = sum(tensor._version for tensor in followed)
-        self._runners = RunnerCache(_MOST_SIZES)
+        self._runners = RunnerCache(_MOST_SIZES, self.__dict__.get("_runners"))
         self._followed, self._versions = followed, versions  # last, as a call that finds them trusts the cache
 
     def prepare(self) -> None:

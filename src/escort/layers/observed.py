@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 #: The types of tensors that are memory and nothing else, unless they are negated lazily.
 PLAIN = frozenset((torch.Tensor, nn.Parameter))
 
+#: A torch for CPUs alone lacks it.
+is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 is_compiling, is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 is_profiled, _profiler = torch._C._autograd._profiler_enabled, torch._C._autograd._profiler_type
 _KINETO = torch._C._profiler.ActiveProfilerType.KINETO

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
+import time
 import warnings
-from collections import OrderedDict
-from collections.abc import Hashable
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +26,8 @@ from escort.problem import Problem
 _log = logging.getLogger(__name__)
 #: Seconds that a call may take to compile a kernel for an input size that was not planned.
 _PATIENCE_S = 1.0
+#: Seconds after which no kernel reads the tables of a runner that nobody calls any more.
+_GRACE_S = 10.0
 
 Entry = TypeVar("Entry")
 
@@ -31,16 +36,48 @@ class RunnerCache(OrderedDict[Hashable, Entry]):
     """Runners by the kind of call that they are for, at most so many: the oldest makes room for another.
 
     The key of a call holds ``x.shape[1:]``, ``x.dtype``, ``x.device`` and whether there is a residual.
+
+    Args:
+        most: how many there are.
+        before: the cache whose place it takes. What was kept there is kept here.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, before: RunnerCache[Entry] | None = None) -> None:
         super().__init__()
         self.most = most
+        self._kept: dict[int, Entry] = {} if before is None else before._kept
+        self._leaving: deque[tuple[float, Entry]] = deque()
 
     def add(self, key: Hashable, entry: Entry) -> None:
         self[key] = entry
+        now = time.monotonic()
+        while self._leaving and self._leaving[0][0] < now:
+            self._leaving.popleft()
         if len(self) > self.most:
-            self.popitem(last=False)
+            # A kernel that was launched on another stream may still read its tables.
+            self._leaving.append((now + _GRACE_S, self.popitem(last=False)[1]))
+
+    def keep(self, entry: Entry) -> None:
+        """Keeps an entry whose tables a CUDA graph reads from now on.
+
+        It lives as long as this cache and those that take its place, or as what :func:`kept_by_graph` gave.
+        """
+        kept = getattr(_capturing, "kept", None)
+        (self._kept if kept is None else kept)[id(entry)] = entry
+
+
+_capturing = threading.local()
+
+
+@contextmanager
+def kept_by_graph() -> Iterator[dict[int, Any]]:
+    """Collects what the calling thread captures meanwhile, for whoever holds the graph to keep alive as long."""
+    kept: dict[int, Any] = {}
+    _capturing.kept = kept
+    try:
+        yield kept
+    finally:
+        del _capturing.kept
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,14 @@ def float32_products(precision: Precision) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def float32_settings() -> tuple[Any, ...]:
+    """What torch's settings say of float32 products and convolutions on GPUs, as values to compare."""
+    if hasattr(torch._C, "_get_fp32_precision_getter"):
+        setting = torch._C._get_fp32_precision_getter
+        return setting("cuda", "matmul"), setting("cuda", "conv")
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
 @contextmanager
 def float32_convolutions(precision: Precision) -> Iterator[None]:
     """Makes torch's own float32 convolutions on GPUs exact, or TF32, as :func:`float32_products` does for products."""

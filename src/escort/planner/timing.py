@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 
+from escort.cuda.capture import in_a_line, turn
 from escort.problem import Problem
 
 _LAP_US = 1000.0  # device time between two events, which are good for about half a microsecond
@@ -126,7 +127,7 @@ def race_on_gpu(
     """
     device = torch.device(device)
     laps: list[_Lap | Timing] = []
-    with torch.cuda.device(device):
+    with turn, torch.cuda.device(device):
         caller, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         side.wait_stream(caller)
         with torch.cuda.stream(side):
@@ -302,10 +303,7 @@ def survived(error: Exception) -> str:
     except RuntimeError as lost:
         raise RuntimeError(f"the device is lost to this process, start another: {error}") from lost
     torch.cuda.empty_cache()
-    line = next(iter(str(error).splitlines()), type(error).__name__)
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"out of device memory: {line.removeprefix('CUDA out of memory. ').partition('. GPU')[0]}"
-    return line
+    return in_a_line(error)
 
 
 def example_inputs(
