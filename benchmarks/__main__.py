@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
-from benchmarks.commands import layers, networks, paper, render, zoo
+from benchmarks.commands import conversions, layers, networks, paper, render, zoo
 
 app = typer.Typer(
     help="Measure what Escort's documents quote.",
@@ -12,8 +14,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for module in (layers, networks, paper, render, zoo):
+for module in (layers, networks, conversions, paper, render, zoo):
     app.command(module.__name__.rpartition(".")[2])(module.main)
 
 if __name__ == "__main__":
+    os.environ.setdefault("ESCORT_KEEP_PLANS", "0")  # what is published was measured in the run that says so
     app(prog_name="python -m benchmarks")

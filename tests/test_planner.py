@@ -16,6 +16,7 @@ from escort.filter import SparseFilter
 from escort.methods import by_name, for_device
 from escort.planner import Plan, cores, measure, plan_layer, plan_layers, planner, search, timing
 from escort.planner.machine import Machine
+from escort.planner.store import Hint
 from escort.planner.timing import Timing
 from escort.problem import Problem
 from tests.fakes import PROBLEM, Compiled, Fake, a_filter
@@ -24,6 +25,17 @@ from tests.fakes import PROBLEM, Compiled, Fake, a_filter
 @pytest.fixture(autouse=True)
 def forget() -> None:
     planner._remembered.clear()
+
+
+def took_over(plan: Plan, earlier: Plan) -> bool:
+    """Whether a plan has the choice and the times of an earlier one."""
+    alike = [(c.method, c.config, c.time_us, c.reason) for c in plan.candidates]
+    return (plan.times_from, plan.method, plan.config, alike) == (
+        "equal layer",
+        earlier.method,
+        earlier.config,
+        [(c.method, c.config, c.time_us, c.reason) for c in earlier.candidates],
+    )
 
 
 def test_every_candidate_is_timed_or_has_a_reason() -> None:
@@ -66,16 +78,47 @@ def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_like_layer_takes_over_the_plan_and_another_does_not() -> None:
     fake = Fake("fake", lambda y: y)
     first = plan_layer(PROBLEM, a_filter(), methods=(fake,))
-    assert plan_layer(PROBLEM, a_filter(), methods=(fake,)) is first
-    plan_layer(PROBLEM, a_filter(density=0.9), methods=(fake,))
-    plan_layer(replace(PROBLEM, batch=3), a_filter(), methods=(fake,))
-    assert fake.prepared == 3
+    assert took_over(plan_layer(PROBLEM, a_filter(), methods=(fake,)), first)
+    for others in (
+        plan_layer(PROBLEM, a_filter(density=0.9), methods=(fake,)),
+        plan_layer(replace(PROBLEM, batch=3), a_filter(), methods=(fake,)),
+    ):
+        assert others.times_from == "measured"
+    assert fake.prepared == 4
+
+
+def test_what_a_layer_takes_over_is_validated_on_its_own_filter() -> None:
+    """The method computes the first filter right, and another one of as many nonzeros wrong."""
+    right = a_filter(seed=1)
+    like = SparseFilter.from_dense(right.to_dense().flip(0))
+    wrong = Fake("fake", lambda y: y)
+    first = plan_layer(PROBLEM, right, methods=(wrong, by_name("dense")))
+    planner._remembered[next(iter(planner._remembered))] = Hint(replace(first, method="fake", config={"knob": 0}))
+    assert plan_layer(PROBLEM, like, methods=(wrong, by_name("dense"))).method == "fake"
+    wrong.change = lambda y: y * 1.01
+    own = plan_layer(PROBLEM, like, methods=(wrong, by_name("dense")))
+    assert (own.method, own.times_from) == ("dense", "measured")
+    reason = next(c.reason for c in own.candidates if c.method == "fake")
+    assert reason is not None and "exceeds" in reason
+    assert took_over(plan_layer(PROBLEM, right, methods=(wrong, by_name("dense"))), own)
+
+
+def test_a_choice_that_is_taken_over_has_the_error_on_this_filter() -> None:
+    fake = Fake("fake", lambda y: y)
+    first = plan_layer(PROBLEM, a_filter(), methods=(fake,))
+    fake.change = lambda y: y * (1 + 2e-6)
+    second = plan_layer(PROBLEM, a_filter(), methods=(fake,))
+    errors = [plan.candidates[0].rel_error for plan in (first, second)]
+    assert took_over(second, first) and errors[0] is not None and errors[1] is not None
+    assert errors[0] < 1e-6 < errors[1] < 1e-5
 
 
 def test_a_plan_survives_json_and_runs_at_other_sizes() -> None:
     sparse_filter = a_filter()
     plan = Plan.from_json(json.loads(json.dumps(plan_layer(PROBLEM, sparse_filter).to_json())))
-    assert plan == plan_layer(PROBLEM, sparse_filter)
+    assert took_over(plan_layer(PROBLEM, sparse_filter), plan)
+    like = plan_layer(PROBLEM, sparse_filter)
+    assert Plan.from_json(json.loads(json.dumps(like.to_json()))) == like and like.times_from == "equal layer"
     other = replace(PROBLEM, batch=5, height=12, width=7)
     x = torch.randn(other.input_shape)
     expected = reference.conv2d(other, x, sparse_filter.to_dense())
@@ -93,6 +136,8 @@ def test_a_plan_survives_json_and_runs_at_other_sizes() -> None:
         {"machine": {}},
         {"problem": {}},
         {"candidates": [1]},
+        {"times_from": "hearsay"},
+        {"times_from": []},
     ],
 )
 def test_nonsense_is_no_plan(change: dict[str, Any]) -> None:
@@ -132,7 +177,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159", "13.0", "9.19.0")
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
     inputs = timing.example_inputs
-    monkeypatch.setattr(timing, "example_inputs", lambda problem: 3 * inputs(replace(problem, device="cpu")))
+    monkeypatch.setattr(timing, "example_inputs", lambda problem, most=3: most * inputs(replace(problem, device="cpu")))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(timing, "glance_us", lambda run, device: 100.0)
@@ -262,13 +307,22 @@ def test_a_plan_is_taken_over_within_the_budget() -> None:
     cut = plan(4.0, a_filter(seed=1))  # the second config needs one second more
     assert (cut.method, method.prepared) == ("compiled", 1)
     like = a_filter(seed=1)
-    assert plan(1.0, like) is cut and plan(8.0, like) is cut
+    assert took_over(plan(1.0, like), cut) and took_over(plan(8.0, like), cut) and method.prepared == 3
     without = plan(0.9, like)  # the choice does not fit any more
-    assert (without.method, method.prepared) == ("dense", 1)
-    assert plan(1.8, like) is without
-    assert plan(9.0, like).method == "compiled" and method.prepared == 3
+    assert (without.method, method.prepared) == ("dense", 3)
+    assert took_over(plan(1.8, like), without)
     whole = plan(9.0, like)
-    assert plan(900.0, like) is whole and method.prepared == 3  # nothing was left out
+    assert (whole.method, whole.times_from, method.prepared) == ("compiled", "measured", 5)
+    assert took_over(plan(900.0, like), whole) and method.prepared == 6  # nothing was left out
+    assert took_over(plan(0.0, like), without) is False  # which is another question
+
+
+@pytest.mark.usefixtures("first_wins", "one_core")
+def test_a_plan_without_a_compile_budget_stays_beside_one_with() -> None:
+    method, dense = Compiled(1.0), by_name("dense")
+    plans = [plan_layer(PROBLEM, a_filter(), methods=(method, dense), compile_budget_s=s) for s in (9.0, 0.0, 9.0, 0.0)]
+    assert [plan.method for plan in plans] == ["compiled", "dense"] * 2
+    assert took_over(plans[2], plans[0]) and took_over(plans[3], plans[1])
 
 
 @pytest.mark.usefixtures("first_wins")
@@ -320,10 +374,10 @@ def test_layers_share_a_budget_and_leave_the_rest_to_others(compiled: Compiled) 
 def test_a_layer_that_takes_over_a_plan_needs_its_choice(compiled: Compiled) -> None:
     layers = [layer(LAYERS[0], 60), layer(LAYERS[0], 60), layer(LAYERS[1], 120)]
     plans = list(plan_layers(layers, 24.0))  # 6 of 8 s, 6 of 9 s, 12 of 12 s
-    assert plans[1] is plans[0] and [plan.method for plan in plans] == ["compiled"] * 3
-    assert compiled.prepared == 2
+    assert took_over(plans[1], plans[0]) and [plan.method for plan in plans] == ["compiled"] * 3
+    assert compiled.prepared == 3
     again = list(plan_layers(layers, 24.0))
-    assert all(new is old for new, old in zip(again, plans, strict=True)) and compiled.prepared == 2
+    assert all(map(took_over, again, plans)) and compiled.prepared == 6
     # The remembered choice counts too: 6 of 7.6 s, 6 of 8.4 s, and 12 of 10.8 s is too much.
     assert [plan.method for plan in plan_layers(layers, 22.8)] == ["compiled", "compiled", "dense"]
 
@@ -348,8 +402,48 @@ def test_on_a_gpu_all_is_prepared_before_the_first_layer_is_timed(monkeypatch: p
     plans = plan_layers(layers, 60.0, lambda *counts: progress.append(counts))
     first = next(plans)
     assert dense.prepared == 4 and progress[-1] == (4, 4)
-    assert [plan.method for plan in plans] == ["cudnn", "cudnn"] and dense.prepared == 4
+    second, third = plans
+    assert (second.method, third.method) == ("cudnn", "cudnn") and took_over(third, first)
+    assert dense.prepared == 5  # the choice alone, for the layer that takes it over
     assert {c.time_us for c in first.candidates} == {10.0, 20.0}
+
+
+@pytest.mark.usefixtures("gpu")
+def test_layers_that_wait_for_a_plan_are_prepared_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake("cudnn", lambda y: y)
+    monkeypatch.setattr(methods, "METHODS", (fake,))
+    monkeypatch.setattr(Fake, "device_type", "cuda")
+    plans = plan_layers([(replace(ON_GPU, batch=batch), a_filter(), None) for batch in (1, 1, 2, 1, 2)], 60.0)
+    prepared = []
+    for _ in plans:
+        prepared.append(fake.prepared)
+    # Both first ones, then the two that follow the first of them; the last one follows the second.
+    assert prepared == [2, 4, 4, 4, 5]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_known_choice_is_prepared_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake("cudnn", lambda y: y, configs=3)
+    monkeypatch.setattr(methods, "METHODS", (fake,))
+    monkeypatch.setattr(Fake, "device_type", "cuda")
+    layers = [(replace(ON_GPU, batch=batch), a_filter(), None) for batch in (1, 2)]
+    first = list(plan_layers(layers, 60.0))
+    progress: list[tuple[int, int]] = []
+    again = plan_layers(layers, 60.0, lambda *counts: progress.append(counts))
+    assert took_over(next(again), first[0]) and fake.prepared == 6 + 2 and progress == [(0, 2), (1, 2), (2, 2)]
+    assert took_over(next(again), first[1]) and fake.prepared == 6 + 2
+    anew = list(plan_layers(layers, 60.0, remeasure=True))
+    assert [plan.times_from for plan in anew] == ["measured"] * 2 and fake.prepared == 6 + 2 + 6
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_choice_that_fails_on_a_gpu_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    fails, other = Fake("a", lambda y: y), Fake("b", lambda y: y)
+    assert plan_layer(ON_GPU, a_filter(), methods=(fails, other)).method == "a"
+    fails.change = out_of_memory
+    plan = plan_layer(ON_GPU, a_filter(), methods=(fails, other))
+    assert (plan.method, plan.times_from) == ("b", "measured")
+    assert "out of device memory" in str(next(c.reason for c in plan.candidates if c.method == "a"))
 
 
 @pytest.mark.usefixtures("gpu")

@@ -177,6 +177,22 @@ def test_bad_requests_raise_and_change_nothing(request_, message):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize("recipe", [prune.uniform, prune.global_magnitude])
+def test_what_is_of_the_wrong_type_is_named(recipe):
+    with pytest.raises(TypeError, match="an nn.Module, got function; pass what it returns"):
+        recipe(network, 0.5)
+    with pytest.raises(TypeError, match="an nn.Module, got OrderedDict; pass the model"):
+        recipe(network().state_dict(), 0.5)
+    for sparsity in ("0.9", [0.9]):
+        with pytest.raises(TypeError, match="sparsity is a number, the share of zeros, got .*0.9.*; write 0.9"):
+            recipe(network(), sparsity)
+
+
+def test_sparsities_of_layers_are_by_name():
+    with pytest.raises(TypeError, match=r"takes {name: sparsity}, got 0.9; uniform takes one for all layers"):
+        prune.layerwise(network(), 0.9)
+
+
 def test_a_parametrized_weight_is_refused_by_name():
     model = network()
     parametrizations.weight_norm(model[2])

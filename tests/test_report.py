@@ -1,5 +1,6 @@
 """Pages hold what they were given, as text; charts need no other file."""
 
+import io
 import re
 import sys
 from html.parser import HTMLParser
@@ -154,3 +155,8 @@ def test_an_unwritable_path_raises(tmp_path):
     with pytest.raises(OSError):
         report.write_html(tmp_path / "file" / "page.html", "t", [])
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_progress_bar_is_for_those_who_watch():
+    assert report.Console(force_terminal=True).is_watched and report.Console(force_jupyter=True).is_watched
+    assert not report.Console(file=io.StringIO()).is_watched

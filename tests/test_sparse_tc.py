@@ -6,10 +6,10 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -243,7 +243,7 @@ class Model:
         padded = torch.nn.functional.pad(x.flatten(2), (0, 0, 0, 1))  # the last channel is none
         to[:] = padded[:, order.long()].transpose(1, 2)
 
-    def multiply(self, bound: Sequence[Any], grid: Any, x_map: Any, *args: Any) -> None:
+    def multiply(self, bound: Sequence[Any], grid: Any, x: torch.Tensor, *args: Any) -> None:
         samples, tile_groups = args[-2:]
         tiling, last = Model.tiling, Model.tiling.config.takes_channels_last
         assert tile_groups == tiling.tile_groups(samples) and grid[0] % tiling.config.cluster == 0
@@ -251,26 +251,29 @@ class Model:
         boxes = tiling.stores_boxes
         rows = np.arange(len(bias)) if boxes else bound[5].numpy()
         rows = np.where(rows < tiling.problem.out_channels, rows, -1).astype(np.int32)
-        flat = x_map.x.permute(0, 2, 3, 1) if last else x_map.x
+        flat = x.permute(0, 2, 3, 1) if last else x
         p = tiling.problem
         nhwc = flat.double().numpy().reshape(samples, p.height, p.width, -1)
         whole = tiling.config.tap_group != "flat"
-        assert x_map.sizes == (
-            nhwc.shape[3],
-            *((p.width, p.height, samples) if whole else (flat[..., 0].numel(), 1, 1)),
-        )
+        sizes = (p.width, p.height, 1, 3) if whole else (p.height * p.width, 1, 1, 1)
+        x_map, y_map, residual_map = bound[0], *bound[-4:-2]
+        assert (*x_map.sizes, x_map.samples_along) == (nhwc.shape[3], *sizes) and x_map.dtype is p.storage
         if tiling.config.tap_group == "im2col":
             top, bottom, left, right = p.padding
-            corners = (-left, -top), (right - p.kernel_size[1] + 1, bottom - p.kernel_size[0] + 1)
-            assert x_map.how == (*corners, 128 // x_map.x.itemsize, tiling.config.pixels, (p.stride[1], p.stride[0]))
+            corners = {"lower": (-left, -top), "upper": (right - p.kernel_size[1] + 1, bottom - p.kernel_size[0] + 1)}
+            pixels = {"channels": 128 // p.storage.itemsize, "pixels": tiling.config.pixels}
+            assert x_map.copied == {**corners, **pixels, "steps": (1, p.stride[1], p.stride[0], 1)}
         else:
-            assert x_map.how == (tiling.load,)
+            assert x_map.copied == {"box": tiling.load}
         if boxes:
-            assert args[0].how == args[1].how == (tiling.store,)
+            rows_apart = tiling.config.whole_rows
+            out = (p.out_width, p.out_height, 1, 3) if rows_apart else (p.out_height * p.out_width, 1, 1, 1)
+            assert (*y_map.sizes, y_map.samples_along) == (p.out_channels, *out) and y_map == residual_map
+            assert y_map.copied == {"box": tiling.store} and y_map.dtype is p.storage
         y = torch.from_numpy(emulate(tiling, Packed(a, first, steps.view(np.uint32), rows), nhwc))
         by_channel = torch.zeros(p.out_channels, dtype=torch.float64)
         by_channel[rows[rows >= 0]] = torch.from_numpy(bias[rows >= 0]).double()
-        out, residual = (m.x if boxes else m for m in args[:2])
+        out, residual = args[:2]
         y = y + by_channel.view(-1, 1, 1) + (residual.double() if p.epilogue.residual else 0.0)
         out[:] = y.clamp_min(0.0) if p.epilogue.activation == "relu" else y
 
@@ -283,9 +286,6 @@ def test_a_runner_launches_its_kernels(
     monkeypatch.setattr("escort.methods.cuda.sparse_tc.kernel", Model.of)
     monkeypatch.setattr("escort.methods.cuda.sparse_tc.arrange.kernel", Model.of)
     monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
-    for kind in ("tiled", "im2col"):
-        name = f"escort.cuda.tensor_map.{kind}"
-        monkeypatch.setattr(name, lambda x, sizes, *how: SimpleNamespace(x=x, sizes=sizes, how=how))
     monkeypatch.setattr(Model, "tiling", Tiling.of(problem, config, H200.shared_bytes), raising=False)
     weight = torch.from_numpy(uneven(problem.weight_shape))
     bias = torch.randn(136) if problem.epilogue.bias else None
@@ -421,3 +421,27 @@ def test_in_a_cuda_graph() -> None:
     x.zero_()
     graph.replay()
     assert int(y.count_nonzero()) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["halo", "halo, last"])
+def test_threads_share_a_runner_on_streams_of_their_own(kind: str) -> None:
+    """Of any batch, at addresses that change."""
+    problem = replace(RES4, batch=4, epilogue=Epilogue(residual=True))
+    run = SparseTc().prepare(problem, filter_of(problem), None, VARIANTS[kind][1])
+    samples = [1, 2, 3, 5]
+    inputs = [torch.randn(n, *problem.input_shape[1:], device="cuda", dtype=torch.float16) for n in samples]
+    residuals = [torch.randn(n, *problem.output_shape[1:], device="cuda", dtype=torch.float16) for n in samples]
+    expected = [run(x, residual) for x, residual in zip(inputs, residuals, strict=True)]
+    torch.cuda.synchronize()
+
+    def work(first: int) -> list[tuple[int, torch.Tensor]]:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            results = [(i % 4, run(inputs[i % 4], residuals[i % 4])) for i in range(first, first + 40)]
+        stream.synchronize()
+        return results
+
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(work, range(4)):
+            assert all(torch.equal(y, expected[i]) for i, y in results)

@@ -197,6 +197,31 @@ def test_the_order_leaves_less_over_in_fewer_weight_tiles(precision: Precision) 
     assert order_filter(sparse_filter, "contiguous", element) is spread, "remembered"
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_filters_are_packed_without_what_is_empty(seed: int, precision: Precision) -> None:
+    rng = np.random.default_rng(seed)
+    in_channels, out_channels = (8 * int(rng.integers(1, most)) for most in (20, 36))
+    kernel_size, stride = [((1, 1), (1, 1)), ((3, 3), (1, 1)), ((3, 2), (2, 2))][seed % 3]
+    problem = Problem(4, in_channels, 9, 11, out_channels, kernel_size, stride, precision=precision)
+    weight = rng.standard_normal(problem.weight_shape) * (rng.random(problem.weight_shape) < rng.choice([0.03, 0.3]))
+    weight[rng.random(weight.shape) < 0.2] *= 1e-9  # zero in fp16, of either sign
+    weight = weight.astype(np.float32)
+    sparse_filter = SparseFilter.from_dense(weight)
+    for memory_format in ("contiguous", "channels_last"):
+        ordered = order_filter(sparse_filter, memory_format, ELEMENTS[precision])  # type: ignore[arg-type]
+        for tiling in list(candidates(problem, H200, memory_format))[::30]:  # type: ignore[arg-type]
+            packed, across = pack(ordered, tiling), tiling.config.across
+            assert np.array_equal(decode(packed, ordered, tiling), rounded(weight, precision))
+            used = packed.weight_tiles[:, : tiling.config.tile_channels * 64].any(axis=1)
+            opens_group, opens_tile = packed.first[:-1], packed.first[: -1 : len(tiling.tap_groups)]
+            assert np.isin(np.flatnonzero(~used), opens_group).all(), "an empty weight tile"
+            halves = packed.steps[:-1] >> 16 & (1 << 2 * across) - 1
+            assert (halves[opens_tile] == (1 << 2 * across) - 1).all()
+            rest = np.setdiff1d(np.arange(len(halves)), opens_tile)
+            assert np.array_equal(halves[rest] > 0, used[rest])
+
+
 def test_empty_halves_of_weight_tiles_are_not_multiplied() -> None:
     problem, _ = CASES["few channels"]
     sparse_filter = SparseFilter.from_dense(integers(problem.weight_shape, 0.3))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from escort.filter import SparseFilter
+from escort.kernels import _cpu
 from escort.methods.cuda.sparse_tc.orders import spread_channels
 from escort.methods.cuda.sparse_tc.split import split
 
@@ -78,3 +79,35 @@ def test_no_swap_of_two_channels_leaves_less() -> None:
 def test_a_split_that_is_none_is_refused(kept: int, of: int, channels: list[int] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         split(random_filter(0, 0.5), kept, of, None if channels is None else np.array(channels, dtype=np.int32))
+
+
+@pytest.mark.parametrize(
+    ("sites", "channels", "kept", "of", "message"),
+    [
+        ([0, 6], [0, 1], 2, 4, "within the filter"),
+        ([0, -1], [0, 1], 2, 4, "within the filter"),
+        ([0, 1], [0, 10], 2, 4, "within the filter"),
+        ([0, 1], [0], 2, 4, "within the filter"),
+        ([0, 1], [0, 1], 0, 4, "a group keeps some"),
+        ([0, 1], [0, 1], 5, 4, "a group keeps some"),
+        ([0, 1], [0, 1], 2, 256, "a group keeps some"),
+    ],
+)
+def test_what_is_no_filter_has_no_order(
+    sites: list[int], channels: list[int], kept: int, of: int, message: str
+) -> None:
+    arrays = (np.array(numbers, dtype=np.int32) for numbers in (sites, channels))
+    with pytest.raises(ValueError, match=message):
+        _cpu.spread_channels(*arrays, 6, 10, kept, of)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 130])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_groups_are_sorted_by_what_exceeds_and_the_smaller_one_stays_last(channels: int, density: float) -> None:
+    sparse_filter = random_filter(1, density, channels)
+    order = spread_channels(sparse_filter)
+    assert sorted(order.tolist()) == list(range(channels))
+    kept_out = (split(sparse_filter, channels=order).remainder.to_dense() != 0).sum((0, 2, 3))[order]
+    exceeding = [int(group.sum()) for group in kept_out.split(4)]
+    whole = exceeding[: channels // 4]
+    assert whole == sorted(whole)

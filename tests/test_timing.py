@@ -99,6 +99,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(timing, "_side_stream", lambda index: stream)
     monkeypatch.setattr(timing, "_elapsed_us", device.elapsed_us)
     monkeypatch.setattr(timing, "_WARM_S", 0.0)
+    monkeypatch.setattr(timing, "_last_replay_s", {})
     return device
 
 
@@ -122,6 +123,47 @@ def test_a_host_that_is_slow_does_not_shorten_the_graph(device: Device) -> None:
 def test_without_capture_the_host_counts(device: Device) -> None:
     timings = timing.race_on_gpu([device.work(5.0, host_us=50.0)], "cuda:0", capture=False)
     assert timings == [Timing(50.0, "events")] and not device.replays
+
+
+class Host:
+    """The clock of a host that launches work on a GPU without waiting for it."""
+
+    def __init__(self) -> None:
+        self.now_us = self.done_us = 0.0
+        self.calls: list[str] = []
+
+    def work(self, name: str, host_us: float, device_us: float) -> Callable[[], None]:
+        def run() -> None:
+            self.calls.append(name)
+            self.now_us += host_us
+            self.done_us = max(self.done_us, self.now_us) + device_us
+
+        return run
+
+    def synchronize(self) -> None:
+        self.now_us = max(self.now_us, self.done_us)
+
+
+@pytest.fixture
+def host(device: Device, monkeypatch: pytest.MonkeyPatch) -> Host:
+    host = Host()
+    monkeypatch.setattr(torch.cuda, "synchronize", host.synchronize)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: host.now_us / 1e6))
+    return host
+
+
+def test_calls_that_are_waited_for_take_the_hosts_time_and_the_devices(host: Host) -> None:
+    runs = [host.work("a", 50.0, 200.0), host.work("b", 300.0, 20.0)]
+    assert timing.race_on_host(runs, "cuda:0", rounds=4) == pytest.approx([250.0, 320.0])
+    turn = 1 + timing._BURST  # one that is not timed leads each
+    assert host.calls == ["a"] * 6 + ["b"] * 6 + (["a"] * turn + ["b"] * turn) * 4
+
+
+def test_pipelined_calls_take_the_longer_of_both(host: Host) -> None:
+    runs = [host.work("a", 50.0, 200.0), host.work("b", 300.0, 20.0), host.work("c", 10.0, 9000.0)]
+    times_us = timing.race_on_host(runs, "cuda:0", pipelined=True, rounds=3)
+    assert times_us == pytest.approx([200.0, 300.0, 9000.0], rel=0.01)
+    assert host.calls[-10:] == ["c"] * 10, "a turn is so many calls at least"
 
 
 def test_all_inputs_are_called_equally_often(device: Device) -> None:
@@ -173,6 +215,16 @@ def test_a_lost_device_is_said_to_be_lost(device: Device, monkeypatch: pytest.Mo
 def test_a_budget_leaves_three_rounds(device: Device) -> None:
     timing.race_on_gpu([device.work(1000.0)], "cuda:0", rounds=50, budget_s=0.0)
     assert len([graph for graph in device.replays if graph is device.replays[-1]]) == 2 + 3  # two before the race
+
+
+def test_clocks_rise_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_WARM_S", 0.02)
+    counts = []
+    for _ in range(2):
+        device.replays.clear()
+        timing.race_on_gpu([device.work(1000.0)], "cuda:0", rounds=3)
+        counts.append(len(device.replays))
+    assert counts[0] > 50 and counts[1] == 2 + 3
 
 
 def test_nobody_races(device: Device) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
-import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from escort.methods import by_name
 from escort.planner import Plan
 from escort.planner.machine import Machine
 from escort.problem import Epilogue, Problem
+from tests.forked import in_a_child
 
 PROBLEM = Problem(2, 8, 9, 9, 6, (3, 3), padding=(1, 1, 1, 1), epilogue=Epilogue(True, True, "relu"))
 
@@ -139,6 +139,26 @@ def test_a_profiler_sees_the_layer_and_its_name(direct: SparseConv2d) -> None:
     assert [event.key for event in profile.key_averages()].count("escort::sparse_conv2d") == 1
 
 
+@pytest.mark.parametrize(
+    "emit", [torch.autograd.profiler.emit_itt, pytest.param(torch.autograd.profiler.emit_nvtx, marks=pytest.mark.gpu)]
+)
+def test_ranges_of_other_profilers_name_the_layer(
+    emit: Callable[[], AbstractContextManager[Any]], direct: SparseConv2d, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges: list[str] = []
+
+    def begin(name: str, args: str | None = None) -> AbstractContextManager[None]:
+        ranges.append(name)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.profiler, "record_function", begin)
+    direct(*inputs())
+    with emit():
+        direct(*inputs())
+    direct(*inputs())
+    assert ranges == ["escort::sparse_conv2d a layer"]
+
+
 def test_autocast_before_a_layer_is_named_as_what_to_leave(direct: SparseConv2d) -> None:
     x, residual = inputs()
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="a layer .* outside of autocast"):
@@ -155,17 +175,11 @@ def test_a_child_of_fork_has_threads_of_its_own(direct: SparseConv2d) -> None:
     torch.set_num_threads(4)
     try:
         expected = pool(direct(x, residual))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # that other threads may hold locks
-            child = os.fork()
-        if child == 0:
-            signal.alarm(20)  # ends a child that waits forever
-            code = 1
-            try:
-                code = 0 if all(torch.equal(pool(direct(x, residual)), expected) for _ in range(3)) else 1
-            finally:
-                os._exit(code)
-        assert os.waitpid(child, 0)[1] == 0
+
+        def check() -> None:
+            assert all(torch.equal(pool(direct(x, residual)), expected) for _ in range(3))
+
+        in_a_child(check)
         assert torch.equal(pool(direct(x, residual)), expected)
     finally:
         torch.set_num_threads(before)
@@ -208,7 +222,7 @@ def test_a_bias_of_inference_mode_is_followed(direct: SparseConv2d) -> None:
 
 @pytest.mark.parametrize("x", [[1.0, 2.0], "text", torch.zeros(2, 8, 9, 9).numpy()])
 def test_what_is_no_tensor_is_named(direct: SparseConv2d, x: object) -> None:
-    with pytest.raises(TypeError, match=f"layer a layer takes tensors, got a {type(x).__name__}; pass torch.as_tensor"):
+    with pytest.raises(TypeError, match=f"layer a layer takes tensors, got {type(x).__name__}; pass torch.as_tensor"):
         direct(x, inputs()[1])
-    with pytest.raises(TypeError, match=f"layer a layer takes tensors, got a {type(x).__name__}; pass torch.as_tensor"):
+    with pytest.raises(TypeError, match=f"layer a layer takes tensors, got {type(x).__name__}; pass torch.as_tensor"):
         direct(inputs()[0], x)

@@ -7,14 +7,11 @@ from typing import Annotated
 
 import torch
 import typer
-from torch import nn
 
 from benchmarks import suite
-from benchmarks.commands.options import RunOptions
+from benchmarks.commands.options import NETWORKS_HELP, RunOptions
 from benchmarks.commands.rows import Results
-from benchmarks.networks import NETWORKS
-from benchmarks.suite import NetworkRace, Row
-from escort.cli import models
+from benchmarks.suite import NetworkRace, Row, Subject
 from escort.cli.console import Output, note
 from escort.cli.options import CheckpointOption, EffortOption, command, effort_of, numbers
 from escort.problem import TORCH_DTYPE
@@ -24,9 +21,7 @@ from escort.problem import TORCH_DTYPE
 class NetworkOptions:
     """Which network, what is pruned of it, and what it is raced against."""
 
-    network: Annotated[
-        str, typer.Argument(metavar="NETWORK", help=f"{', '.join(NETWORKS)}, or package.module:factory.")
-    ]
+    network: Annotated[str, typer.Argument(metavar="NETWORK", help=NETWORKS_HELP)]
     sparsity: Annotated[
         float | None, typer.Option(help="Prune every convolution of the network but the first to this share of zeros.")
     ] = None
@@ -57,7 +52,10 @@ def main(chosen: NetworkOptions, options: RunOptions, output: Output) -> None:
     race = NetworkRace(chosen.rivals, options.precision.value, effort_of(chosen.effort), progress=True)
     batches = options.batches
     torch.manual_seed(options.seed)
-    subject = _Subject.of(chosen)
+    input_size = None if chosen.size is None else numbers(chosen.size, "--input")
+    subject = Subject.load(
+        chosen.network, checkpoint=chosen.checkpoint, sparsity=chosen.sparsity, input_size=input_size
+    )
     results = Results.begin(options, device, f"{subject.name}-{subject.weights}", "escort")
     rows: list[Row] = []
     for batch in batches:
@@ -66,31 +64,3 @@ def main(chosen: NetworkOptions, options: RunOptions, output: Output) -> None:
         model = subject.model.to(device, TORCH_DTYPE[options.precision.value])
         rows += suite.measure_network(model, x, network=subject.name, weights=subject.weights, race=race)
     results.finish(output, rows)
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A network to be timed; `input_size` is (C, H, W)."""
-
-    name: str
-    weights: str
-    model: nn.Module
-    input_size: tuple[int, ...]
-
-    @classmethod
-    def of(cls, chosen: NetworkOptions) -> _Subject:
-        network, checkpoint = chosen.network, chosen.checkpoint
-        input_size = None if chosen.size is None else numbers(chosen.size, "--input")
-        if ":" not in network:
-            if network not in NETWORKS:
-                raise ValueError(f"{network}: there are {', '.join(NETWORKS)}, and package.module:factory")
-            input_size = input_size or NETWORKS[network].input_size
-            network = f"benchmarks.networks:{NETWORKS[network].factory.__name__}"
-        model = models.load(network, checkpoint)
-        if input_size is None or len(input_size) != 3:
-            raise ValueError(f"{network} takes samples of one size; give it, for example --input 3,224,224")
-        weights = "random" if checkpoint is None else checkpoint.stem
-        if chosen.sparsity is not None:
-            suite.prune_all_but_first(model, chosen.sparsity)
-            weights += f"-{chosen.sparsity:.2f}"
-        return cls(chosen.network.rpartition(":")[2], weights, model, input_size)

@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.networks import NETWORKS
 from escort.cli.options import PrecisionName, PrecisionOption, device_for, numbers
 
 #: What results say they were made by.
 PROGRAM = "python -m benchmarks"
+#: What names a network.
+NETWORKS_HELP = f"{', '.join(NETWORKS)}, torchvision:NAME, or package.module:factory."
 SeedOption = Annotated[int, typer.Option(help="Of random positions, weights and inputs.")]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import exhibits
@@ -12,8 +11,9 @@ from escort.artifact.files import replace_file
 from escort.cli.console import Output, note
 from escort.report import Section, Table
 
-#: The tables that the terminal shows, beside those of whole networks.
+#: The tables that the terminal shows: by name, and those that there are for each precision.
 _IN_SHORT = ("totals", "aims", "sparse-aims", "pattern-aims", "break-even")
+_SHORT_BY_PRECISION = ("networks-", "calls-", "conversions-", "choices-")
 
 
 def write_page(folder: Path, results: dict[str, Result]) -> None:
@@ -33,11 +33,11 @@ def show(output: Output, results: dict[str, Result]) -> None:
     """In short: sums and aims, whole networks, and where layers break even."""
     tables = exhibits.tables(results)
     for name, table in tables.items():
-        if name in _IN_SHORT or name.startswith("networks-"):
+        if name in _IN_SHORT or name.startswith(_SHORT_BY_PRECISION):
             output.text.print(report.terminal(table))
     output.result = {
         "tables": {name: _as_json(table) for name, table in tables.items()},
-        "rows": {stem: [asdict(row) for row in result.rows] for stem, result in results.items()},
+        "rows": {stem: [row.to_json() for row in result.rows] for stem, result in results.items()},
     }
 
 

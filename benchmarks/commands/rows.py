@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Results:
             check_writable(path)
         elif kept:
             stem = name if options.precision.value == "fp32" else f"{name}-{options.precision.value}"
-            path = Path("benchmarks/results") / _folder(device) / f"{stem}.json"
+            path = results_folder(device) / f"{stem}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
         head = suite.header(command_line(PROGRAM), device)
         if device == "cpu" and head["load_average"] > _BUSY * (os.cpu_count() or 1):
@@ -71,7 +71,7 @@ class Results:
         output.result = {
             "output": None if self.path is None else str(self.path),
             "header": self.head,
-            "rows": [asdict(row) for row in rows],
+            "rows": [row.to_json() for row in rows],
             "geometric_means": means,
         }
         caption = f"{machine_line(Machine.here(self.device))}, {self.precision}, medians in microseconds."
@@ -81,11 +81,12 @@ class Results:
             output.text.print(f"wrote {self.path}")
 
 
-def _folder(device: str) -> str:
+def results_folder(device: str) -> Path:
     """Results are kept by device: `cpu`, or the GPU's name as in `h200`."""
-    if device == "cpu":
-        return "cpu"
-    return torch.cuda.get_device_name(device).removeprefix("NVIDIA ").lower().replace(" ", "-")
+    name = "cpu"
+    if device != "cpu":
+        name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ").lower().replace(" ", "-")
+    return Path("benchmarks/results") / name
 
 
 def _times(rows: list[Row], ours: str, caption: str) -> report.Table:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from benchmarks.exhibits.aims import show_patterns
 from benchmarks.exhibits.cells import Plot, Shown
 from benchmarks.exhibits.conditions import conditions_table
+from benchmarks.exhibits.conversions import show_conversions
 from benchmarks.exhibits.costs import show_ablation, show_breakdown, show_counters
 from benchmarks.exhibits.forecast import FORECAST, show_forecast
 from benchmarks.exhibits.layers import show_layers
@@ -47,4 +48,5 @@ _SHOWN: dict[str, Callable[[Mapping[str, Result]], Shown]] = {
     "networks": show_networks,
     "breakdown": show_breakdown,
     "patterns": show_patterns,
+    "conversions": show_conversions,
 }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
-from benchmarks.exhibits.cells import Shown, bar_length, milliseconds, times_faster, zeros_in_paper
-from benchmarks.findings.break_even import Point, break_even, by_sparsity, points_of
+from benchmarks.exhibits.cells import Shown, bar_length, microseconds, milliseconds, times_faster, zeros_in_paper
+from benchmarks.findings.aims import read_aims
+from benchmarks.findings.break_even import Point, break_even, by_sparsity, points_of, sparsity_of
 from benchmarks.findings.methods import OURS, methods_in
 from benchmarks.paper_layers import LAYERS
 from benchmarks.result_files import Result
+from benchmarks.suite import Row
 from escort.network.plan_table import convolution
 from escort.report import Table, horizontal_bars, line_chart
 
@@ -39,7 +41,36 @@ def show_networks(results: Mapping[str, Result]) -> Shown:
         shown[f"networks-{precision}"] = Table(
             f"Whole networks, {precision}", columns, tuple(lines), _network_crossings(best)
         )
+        if calls := _calls_table(precision, result.rows):
+            shown[f"calls-{precision}"] = calls
     return shown
+
+
+def _calls_table(precision: str, rows: Iterable[Row]) -> Table | None:
+    """What a caller sees beside what the GPU does; None where rows do not say how they were timed, or of a CPU."""
+    best: dict[tuple[str, float, int, str], dict[str, float]] = {}
+    for row in rows:
+        if row.timer is not None:
+            engine = "eager" if row.method == "graph" else row.method  # the name of eager torch in a CUDA graph
+            engine += " by torch.compile" if row.config.get("compiled") else ""
+            times = best.setdefault((row.network, sparsity_of(row.weights), row.batch, engine), {})
+            times[row.timer] = min(row.time_us, times.get(row.timer, math.inf))
+    aim = read_aims().calls
+    lines = []
+    for (network, sparsity, batch, engine), times in best.items():
+        if "graph" in times and "call" in times:
+            judged = "-", "-"
+            if engine == "escort":
+                most_us = aim.most_us(times["graph"])
+                judged = microseconds(most_us), "yes" if times["call"] <= most_us else "no"
+            cells = (microseconds(times.get(timer)) for timer in ("graph", "call", "pipelined"))
+            lines.append((network, str(batch), f"{sparsity:.0%}", engine, *cells, *judged))
+    columns = ("Network", "Batch", "Zeros", "Engine", "Graph, µs", "Call, µs", "Pipelined, µs", "Aim, µs", "Reached")
+    caption = (
+        "Replays of a CUDA graph by the GPU's clock; calls that are waited for one by one, and calls back to back, by "
+        f"the host's. The aim is a call of {aim.times:g} times the graph's time and {aim.plus_us:g} µs."
+    )
+    return Table(f"Calls of whole networks, {precision}", columns, tuple(lines), caption) if lines else None
 
 
 def _network_crossings(best: Mapping[tuple[str, str, int], Mapping[float, Mapping[str, float]]]) -> str:

@@ -99,17 +99,62 @@ class PatternAim:
         return named and (row.weights, row.batch) == (self.weights, self.batch)
 
 
+@dataclass(frozen=True)
+class ConversionAim:
+    """How long converting a network on a GPU may take.
+
+    Attributes:
+        networks, precision, effort: which conversions.
+        batches: samples; empty for any.
+        seconds: at most, by state of the caches.
+    """
+
+    networks: tuple[str, ...]
+    precision: str
+    effort: str
+    seconds: Mapping[str, float]
+    batches: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ConversionAim:
+        return cls(**{**data, "networks": tuple(data["networks"]), "batches": tuple(data.get("batches", ()))})
+
+    def is_about(self, network: str, precision: str, effort: str, batch: int) -> bool:
+        """Whether a conversion is one of those."""
+        same = network in self.networks and (precision, effort) == (self.precision, self.effort)
+        return same and (not self.batches or batch in self.batches)
+
+
+@dataclass(frozen=True)
+class CallAim:
+    """How long a call of a converted network may take that is waited for: some times its graph's, and some more."""
+
+    times: float
+    plus_us: float
+
+    def most_us(self, graph_us: float) -> float:
+        return self.times * graph_us + self.plus_us
+
+
 def _wanted(data: dict[str, Any]) -> dict[str, Wanted]:
     return {name: Wanted(**ratios) for name, ratios in data["wanted"].items()}
 
 
 @dataclass(frozen=True)
 class Aims:
-    """All aims, each kind in the order in which it is shown."""
+    """All aims, each kind in the order in which it is shown.
+
+    Attributes:
+        choices: how many times as long as what an exhaustive search chooses that of the effort "fast" may take, in the
+            geometric mean over networks.
+    """
 
     direct: tuple[Aim, ...]
     sparse: tuple[SparseAim, ...]
     patterns: tuple[PatternAim, ...]
+    conversions: tuple[ConversionAim, ...]
+    choices: float
+    calls: CallAim
 
 
 @cache
@@ -121,6 +166,9 @@ def read_aims(path: Path = AIMS_FILE) -> Aims:
             direct=tuple(Aim(**aim) for aim in data["direct"]),
             sparse=tuple(map(SparseAim.from_json, data["sparse"])),
             patterns=tuple(map(PatternAim.from_json, data["patterns"])),
+            conversions=tuple(map(ConversionAim.from_json, data["conversions"])),
+            choices=float(data["choices"]),
+            calls=CallAim(**data["calls"]),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no aims: {error}") from error

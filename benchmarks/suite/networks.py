@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.suite.rows import WHOLE, Row, check, leave_out
-from escort import prune, reference
+from benchmarks.suite.rows import WHOLE, NetworkTimer, Row, check, leave_out
+from escort import reference
 from escort.cli.rivals import dense_at_its_best, in_onnxruntime
 from escort.network.check import Effort
 from escort.network.choose import NETWORK_ERROR_BOUND
@@ -29,16 +30,18 @@ class _Way:
     """One way to run a network.
 
     Attributes:
-        method, config: of its row.
-        captured: whether a CUDA graph is made of it.
+        method, config: of its rows.
         is_compiled: whether torch.compile made it.
     """
 
     method: str
     config: dict[str, Any]
     run: Callable[[], Tensor]
-    captured: bool = False
     is_compiled: bool = False
+
+    def row_method(self, timer: NetworkTimer) -> str:
+        """Eager torch in a CUDA graph is a method of its own, "graph"."""
+        return "graph" if (self.method, timer) == ("eager", "graph") else self.method
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ def measure_network(
 ) -> list[Row]:
     """The model converted, raced against itself in eager mode (both memory formats) and against other engines.
 
-    On a GPU calls are timed as a user makes them, the host's work included. ``graph`` times the same in CUDA graphs,
-    ``compile`` what torch.compile makes of the model, in a graph. Both also time the converted network in that way.
-    What cannot be captured is left out with a warning.
+    On a GPU calls are timed as a user makes them, the host's work included: each waited for ("call"), and back to back
+    ("pipelined"). ``graph`` times the same in CUDA graphs, ``compile`` what torch.compile makes of the model, in all
+    three ways. Both also time the converted network so. What cannot be captured is left out with a warning.
 
     Args:
         model: dense modules in eval mode, on the device of x; the zeros are already in its weights.
@@ -91,15 +94,18 @@ def measure_network(
     with torch.inference_mode(), dense_at_its_best(race.precision):
         ways = [way for way in ways if _starts(way, network)]
         errors = [_checked(way.run(), expected, bound, f"{network} in {way.method}") for way in ways]
-        timings = _race_network(ways, x.device, race.rounds, race.budget_s)
+        timings = _race_network(ways, x.device, race)
     rows = []
-    for way, taken, error in zip(ways, timings, errors, strict=True):
-        if taken.time_us is None or (way.captured and taken.timer != "graph"):
-            leave_out(f"{network} in {way.method} {way.config}", taken.reason)
-            continue
-        config = way.config | ({"graph": way.captured} if x.is_cuda else {})
-        time_us = round(taken.time_us, 2)
-        rows.append(Row(network, weights, WHOLE, len(x), race.precision, way.method, config, time_us, error))
+    for timer, by_way in timings.items():
+        for index, taken in by_way.items():
+            way = ways[index]
+            method = way.row_method(timer)
+            if taken.time_us is None or (timer == "graph" and taken.timer != "graph"):
+                leave_out(f"{network} in {method} {way.config}", taken.reason)
+                continue
+            about = network, weights, WHOLE, len(x), race.precision, method
+            config = way.config | ({"graph": timer == "graph"} if x.is_cuda else {})
+            rows.append(Row(*about, config, round(taken.time_us, 2), errors[index], timer))
     return rows
 
 
@@ -117,13 +123,11 @@ def _ways(model: nn.Module, x: Tensor, race: NetworkRace) -> list[_Way]:
         _Way("eager", {"memory_format": "channels_last"}, lambda: channels_last(x_last)),
         *engines,
     ]
-    if "graph" in race.against:
-        ways += [replace(way, method=way.method.replace("eager", "graph"), captured=True) for way in ways]
     if "compile" in race.against:
         last = {"memory_format": "channels_last"}
         ways += [
-            _Way("compile", last, _compiled(channels_last, x_last), captured=True, is_compiled=True),
-            _Way("escort", choice | {"compiled": True}, _compiled(converted, x), captured=True, is_compiled=True),
+            _Way("compile", last, _compiled(channels_last, x_last), is_compiled=True),
+            _Way("escort", choice | {"compiled": True}, _compiled(converted, x), is_compiled=True),
         ]
     return ways
 
@@ -146,23 +150,25 @@ def _compiled(network: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: compiled(x)
 
 
-def _race_network(ways: Sequence[_Way], device: torch.device, rounds: int, budget_s: float) -> list[Timing]:
+def _race_network(
+    ways: Sequence[_Way], device: torch.device, race: NetworkRace
+) -> dict[NetworkTimer, dict[int, Timing]]:
+    """What each timer says of the ways, by their index."""
+    runs, rounds, budget_s = [way.run for way in ways], race.rounds, race.budget_s
     if device.type == "cpu":
-        times = timing.race([way.run for way in ways], rounds=rounds, burst=4, budget_s=budget_s)
-        return [Timing(time_us, "calls") for time_us in times]
-    timings: dict[int, Timing] = {}
-    for captured in (False, True):
-        group = [index for index, way in enumerate(ways) if way.captured is captured]
-        runs = [ways[index].run for index in group]
-        taken = timing.race_on_gpu(runs, device, rounds=rounds, budget_s=budget_s, capture=captured)
-        timings |= zip(group, taken, strict=True)
-    return [timings[index] for index in range(len(ways))]
+        return {"call": _by_index(timing.race(runs, rounds=rounds, burst=4, budget_s=budget_s))}
+    captured = [index for index, way in enumerate(ways) if way.is_compiled or "graph" in race.against]
+    graphs = timing.race_on_gpu([runs[index] for index in captured], device, rounds=rounds, budget_s=budget_s)
+    host = partial(timing.race_on_host, runs, device, rounds=rounds, budget_s=budget_s)
+    return {
+        "call": _by_index(host()),
+        "pipelined": _by_index(host(pipelined=True)),
+        "graph": dict(zip(captured, graphs, strict=True)),
+    }
 
 
-def prune_all_but_first(model: nn.Module, sparsity: float) -> None:
-    """Prunes every convolution but the first, which sees the picture and has few weights, by magnitude and for good."""
-    prune.uniform(model, sparsity, skip=next(iter(prune.convolutions(model))))
-    prune.make_permanent(model)
+def _by_index(times_us: Sequence[float]) -> dict[int, Timing]:
+    return {index: Timing(time_us, "calls") for index, time_us in enumerate(times_us)}
 
 
 def _onnxruntime(model: nn.Module, x: Tensor) -> _Way:

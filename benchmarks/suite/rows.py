@@ -13,12 +13,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from platform import python_version
 from statistics import geometric_mean
-from typing import Any
+from typing import Any, Literal
 
 from escort.cli.doctor import installed_version
 from escort.methods import Method
 from escort.planner.machine import Machine
 
+#: How a whole network is timed, see :class:`Row`.
+NetworkTimer = Literal["graph", "call", "pipelined"]
 #: The `layer` of a row that is about a whole network.
 WHOLE = "all"
 
@@ -28,8 +30,11 @@ class Row:
     """One timed way to run a layer or a network; the fields of a result file.
 
     Attributes:
-        time_us: median time of a call.
-        rel_error: ``||out - ref|| / ||ref||`` against float64, checked before timing.
+        time_us: median time of a call; of a conversion or a load its wall time.
+        rel_error: ``||out - ref|| / ||ref||`` against float64, checked before timing; of a conversion, of what was
+            converted in it and of a load against the original.
+        timer: how a whole network was timed: "graph" by replays of a CUDA graph, "call" by calls of which each is
+            waited for, "pipelined" by calls back to back. None for layers, and in files of before there was a choice.
     """
 
     network: str
@@ -41,6 +46,12 @@ class Row:
     config: dict[str, Any]
     time_us: float
     rel_error: float
+    timer: NetworkTimer | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; `timer` where it says anything."""
+        data = asdict(self)
+        return data if self.timer is not None else {name: value for name, value in data.items() if name != "timer"}
 
 
 def config_of(method: Method, row: Row) -> Any:
@@ -104,7 +115,9 @@ def header(command: str, device: str = "cpu") -> dict[str, Any]:
         libraries = {"cuda": machine.cuda, "cudnn": machine.cudnn, **packages}
         timing = (
             "device time of a call in microseconds: median of CUDA graph replays taken in turn after warm-up, over "
-            "inputs and outputs twice the L2 cache where one call's are smaller; outputs checked first"
+            "inputs and outputs twice the L2 cache where one call's are smaller; outputs checked first; whole networks "
+            "by their timer: such replays on one input, calls each waited for (call) or back to back (pipelined) by "
+            "the host's clock"
         )
     return {
         **hardware,
@@ -119,12 +132,12 @@ def header(command: str, device: str = "cpu") -> dict[str, Any]:
 
 def write_results(path: Path, head: dict[str, Any], rows: Iterable[Row]) -> None:
     """Writes a result file: ``{"header": ..., "rows": [...]}``, one row a line."""
-    write_lines(path, head, rows)
+    write_lines(path, head, (row.to_json() for row in rows))
 
 
-def write_lines(path: Path, head: Mapping[str, Any], rows: Iterable[Any]) -> None:
-    """The same of rows that are any dataclass."""
-    lines = ",\n".join("  " + json.dumps(asdict(row), allow_nan=False) for row in rows)
+def write_lines(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+    """The same of rows of any kind, as JSON values."""
+    lines = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in rows)
     path.write_text(f'{{"header": {json.dumps(head, indent=2)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,4 +80,4 @@ def read_zoo(path: Path = ZOO) -> tuple[dict[str, Any], list[ZooRow]]:
 
 def write_zoo(path: Path, head: Mapping[str, Any], rows: list[ZooRow]) -> None:
     """Replaces the file."""
-    replace_file(path, lambda unfinished: write_lines(unfinished, head, rows))
+    replace_file(path, lambda unfinished: write_lines(unfinished, head, map(asdict, rows)))

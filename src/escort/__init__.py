@@ -11,6 +11,7 @@ How to use it:
 Public are the names in ``escort.__all__``. Everything else in the package is internal and may change at any time.
 """
 
+import logging
 from importlib.metadata import version
 
 from escort import prune
@@ -22,6 +23,7 @@ from escort.planner import Candidate, Plan, plan_layer
 from escort.problem import Epilogue, Problem
 
 __version__ = version("escort-sparse")
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # what is logged shows where an application says so
 
 __all__ = [
     "ArtifactError",

@@ -23,8 +23,12 @@ def convolutions(model: nn.Module, *, skip: Skip = ()) -> dict[str, nn.Conv2d]:
     """The model's convolutions by name, in the order of ``model.named_modules()``, without those in `skip`.
 
     Raises:
+        TypeError: if `model` is no module.
         ValueError: if there are none, if `skip` names an unknown layer or leaves nothing over.
     """
+    if not isinstance(model, nn.Module):
+        remedy = "pass what it returns" if callable(model) else "pass the model that is to be pruned"
+        raise TypeError(f"pruning takes an nn.Module, got {type(model).__name__}; {remedy}")
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     if not convs:
         raise ValueError(
@@ -62,8 +66,11 @@ def layerwise(model: nn.Module, sparsities: Mapping[str, float]) -> None:
     """Prune each named convolution to its own sparsity, the weights of smallest magnitude first.
 
     Raises:
+        TypeError: if `sparsities` are not by name.
         ValueError: if a name is no convolution of the model, a sparsity lies outside [0, 1), or nothing is named.
     """
+    if not isinstance(sparsities, Mapping):
+        raise TypeError(f"layerwise takes {{name: sparsity}}, got {sparsities!r}; uniform takes one for all layers")
     convs = convolutions(model)
     if not sparsities:
         raise ValueError(f"no layer named; give {{name: sparsity}} for some of {listing(convs)}")
@@ -193,7 +200,12 @@ def _prune(convs: list[nn.Conv2d], scores: list[Tensor], sparsity: float) -> Non
 
 
 def _check_sparsity(sparsity: float, prefix: str = "") -> None:
-    if not 0.0 <= sparsity < 1.0:
+    try:
+        is_share = 0.0 <= sparsity < 1.0
+    except TypeError as error:
+        remedy = "write 0.9 for 90 %"
+        raise TypeError(f"{prefix}sparsity is a number, the share of zeros, got {sparsity!r}; {remedy}") from error
+    if not is_share:
         hint = f"; for {sparsity:g} % write {sparsity / 100:g}" if 1.0 < sparsity < 100.0 else ""
         raise ValueError(f"{prefix}sparsity is the share of zeros and lies in [0, 1), got {sparsity}{hint}")
 

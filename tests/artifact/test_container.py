@@ -202,6 +202,24 @@ def test_a_resealed_file_is_still_checked(old: bytes, new: bytes, complaint: str
         Container(forged).tensor("w")
 
 
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (b"", "not what escort.save wrote"),
+        (b"import torch\n" * 20, "not what escort.save wrote"),
+        (EXAMPLE[:8] + EXAMPLE[16:], "not what escort.save wrote, or its beginning is damaged"),
+        (
+            EXAMPLE[:60],
+            f"cut short: it has 60 bytes, and its header alone takes {8 + int.from_bytes(EXAMPLE[:8], 'little')}",
+        ),
+        (EXAMPLE[:-1], "checksum does not match"),
+    ],
+)
+def test_other_files_and_cut_ones_are_told_apart(data: bytes, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Container(data)
+
+
 def test_a_header_of_absurd_size_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(container, "MAX_HEADER_BYTES", 64)
     with pytest.raises(ValueError, match="exceeds the limit of 64"):

@@ -22,19 +22,9 @@ from escort.runtime.saved.builders import OWN
 from escort.runtime.saved.description import describe
 from tests.artifact.forgery import Forgery
 from tests.artifact.networks import X, assert_same, sparse
+from tests.network.models import Block
 
 LOAD = importlib.import_module("escort.artifact.load")  # by that name the package has the function
-
-
-class Block(nn.Module):
-    """Traceable; with an attribute that the code around it reads."""
-
-    def __init__(self, source: int = -1) -> None:
-        super().__init__()
-        self.conv, self.norm, self.source = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), source
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.norm(self.conv(x))) + x
 
 
 class Gate(nn.Module):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +62,8 @@ def test_an_untraceable_model_is_asked_for(saved_untraced: Path) -> None:
 
 
 def test_a_traced_model_needs_no_other(saved: Path) -> None:
+    with pytest.raises(TypeError, match="model is an nn.Module, got 'cpu'; write device='cpu'"):
+        load(saved, "cpu")  # type: ignore[arg-type]
     with pytest.raises(ArtifactError, match="its own program; leave out the model"):
         load(saved, Residual())
 
@@ -209,3 +213,17 @@ def test_a_dense_network_that_was_kept_comes_back(tmp_path: Path, converted: Con
     back = load(tmp_path / "kept", Residual())
     assert back.plan.kept_dense
     assert_same(back, kept)
+
+
+def test_files_are_told_of_in_the_log(
+    converted: ConvertedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model.escort"
+    with caplog.at_level(logging.INFO, "escort"):
+        save(converted, path)
+        load(path, remeasure=False)
+        load(path, remeasure=True)
+    saved, loaded, again = (line for line in caplog.messages if str(path) in line)
+    assert saved == f"saved {path}, {path.stat().st_size} bytes"
+    assert re.fullmatch(rf"loaded {re.escape(str(path))} in \d+\.\d\d s", loaded)
+    assert again.endswith(" s, to be measured anew")

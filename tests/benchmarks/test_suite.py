@@ -15,6 +15,7 @@ from torch import nn
 
 from benchmarks import suite
 from benchmarks.paper_layers import PAPER_LAYERS
+from benchmarks.result_files import Result
 from benchmarks.suite import NetworkRace, Row, networks, race
 from escort import prune
 from escort.filter import SparseFilter
@@ -26,7 +27,17 @@ from escort.planner.machine import Machine
 from escort.planner.timing import Timing
 from escort.problem import MemoryFormat, Problem
 
-ROW_FIELDS = ["network", "weights", "layer", "batch", "dtype", "method", "config", "time_us", "rel_error"]
+ROW_FIELDS = [
+    "network",
+    "weights",
+    "layer",
+    "batch",
+    "dtype",
+    "method",
+    "config",
+    "time_us",
+    "rel_error",
+]  # and `timer`, where it says anything
 
 
 def tiny() -> nn.Module:
@@ -280,45 +291,78 @@ def test_network_against_its_rivals() -> None:
     assert [row.method for row in rows] == ["escort", "eager", "eager", "onnxruntime"]
     assert rows[3].config == {"intra_op_num_threads": torch.get_num_threads()}
     assert all(row.layer == "all" and row.batch == 2 and row.rel_error <= 1e-4 for row in rows)
+    assert {row.timer for row in rows} == {"call"}
 
 
-def test_network_in_graphs_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def gpu_timers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timers of a GPU, for networks on the CPU. The first that is to be captured cannot be."""
+
+    def graphs(runs: Any, *_: Any, **__: Any) -> list[Timing]:
+        return [
+            Timing(9.0, "events", "not captured: it synchronizes"),
+            *(Timing(float(n)) for n in range(1, len(runs))),
+        ]
+
+    def host(runs: Any, *_: Any, pipelined: bool = False, **__: Any) -> list[float]:
+        return [(20.0 if pipelined else 40.0) + n for n in range(len(runs))]
+
+    def race_network(ways: Any, device: Any, race: NetworkRace) -> Any:
+        return measure(ways, torch.device("cuda:0"), race)
+
+    measure = networks._race_network
+    monkeypatch.setattr(networks, "_race_network", race_network)
+    monkeypatch.setattr(timing, "race_on_gpu", graphs)
+    monkeypatch.setattr(timing, "race_on_host", host)
+    monkeypatch.setitem(suite.RIVALS, "cpu", ("graph", "compile"))
+
+
+def broken(x: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError("no compiler\nand many more lines")
+
+
+@pytest.mark.usefixtures("gpu_timers")
+def test_network_by_every_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, x = tiny(), torch.randn(2, 3, 8, 8)
     model(x)
-
-    def timings(ways: Any, *_: Any) -> list[Timing]:
-        """The first that is captured cannot be."""
-        timings = [Timing(float(index), "graph" if way.captured else "events") for index, way in enumerate(ways)]
-        timings[3] = Timing(9.0, "events", "not captured: it synchronizes")
-        return timings
-
-    def broken(x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("no compiler\nand many more lines")
-
-    monkeypatch.setitem(suite.RIVALS, "cpu", ("graph", "compile"))
-    monkeypatch.setattr(networks, "_race_network", timings)
     monkeypatch.setattr(
         torch, "compile", lambda module, dynamic: module if isinstance(module, ConvertedModel) else broken
     )
     with pytest.warns(UserWarning) as warned:
         against = NetworkRace(against=["graph", "compile"])
         rows = suite.measure_network(model, x, network="tiny", weights="random", race=against)
-    assert [(row.method, row.time_us) for row in rows] == [
-        ("escort", 0.0),
-        ("eager", 1.0),
-        ("eager", 2.0),
-        ("graph", 4.0),
-        ("graph", 5.0),
-        ("escort", 6.0),
+    assert [(row.method, row.timer, row.time_us) for row in rows] == [
+        ("escort", "call", 40.0),
+        ("eager", "call", 41.0),
+        ("eager", "call", 42.0),
+        ("escort", "call", 43.0),
+        ("escort", "pipelined", 20.0),
+        ("eager", "pipelined", 21.0),
+        ("eager", "pipelined", 22.0),
+        ("escort", "pipelined", 23.0),
+        ("graph", "graph", 1.0),
+        ("graph", "graph", 2.0),
+        ("escort", "graph", 3.0),
     ]
-    assert rows[-1].config["compiled"]
+    assert [index for index, row in enumerate(rows) if "compiled" in row.config] == [3, 7, 10]
     messages = [str(warning.message) for warning in warned if "left out" in str(warning.message)]
     assert (
         "compile by torch.compile is left out: NotImplementedError: no compiler" in messages[0]
         and "\n" not in messages[0]
     )
     assert "escort" in messages[1] and "it synchronizes" in messages[1]
+
+
+@pytest.mark.usefixtures("gpu_timers")
+def test_without_rivals_in_graphs_none_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "race_on_gpu", lambda runs, *args, **options: [pytest.fail("captured") for _ in runs])
+    model, x = tiny(), torch.randn(2, 3, 8, 8)
+    model(x)
+    rows = suite.measure_network(model, x, network="tiny", weights="random")
+    assert {(row.method, row.timer) for row in rows} == {
+        (method, timer) for method in ("escort", "eager") for timer in ("call", "pipelined")
+    }
 
 
 def test_unknown_rival() -> None:
@@ -350,10 +394,12 @@ def test_means_take_the_best_configuration_and_are_geometric() -> None:
 
 
 def test_result_files(tmp_path: Path) -> None:
-    assert [field.name for field in fields(Row)] == ROW_FIELDS
-    suite.write_results(tmp_path / "a.json", suite.header("layers"), [row("a", "1", "dense", 2.0)])
+    assert [field.name for field in fields(Row)] == [*ROW_FIELDS, "timer"]
+    rows = [row("a", "1", "dense", 2.0), replace(row("a", "all", "escort", 3.0), timer="pipelined")]
+    suite.write_results(tmp_path / "a.json", suite.header("layers"), rows)
     result = json.loads((tmp_path / "a.json").read_text())
-    assert list(result["rows"][0]) == ROW_FIELDS
+    assert list(result["rows"][0]) == ROW_FIELDS and list(result["rows"][1]) == [*ROW_FIELDS, "timer"]
+    assert Result.read(tmp_path / "a.json").rows == rows
     head = result["header"]
     assert head["device"] == "cpu" and head["threads"] == torch.get_num_threads() and head["command"] == "layers"
     assert {"cpu", "isa", "load_average", "versions", "commit", "date"} <= set(head)

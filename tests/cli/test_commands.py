@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 import escort
-from escort import artifact
+from escort import artifact, cache
 from escort.cli import models
-from escort.cuda import cache
-from escort.planner import planner
+from escort.planner import plan_layer, planner
 from tests.cli.invoking import invoke, succeed, succeed_json
 from tests.cli.named import TINY, tiny
+from tests.fakes import PROBLEM, a_filter
 
 COMMANDS = ("demo", "prune", "convert", "run", "plan", "bench", "cache", "doctor")
 
@@ -160,7 +160,7 @@ def test_cache_lists_and_clears(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     empty = succeed_json("cache")
     assert empty["entries"] == [] and empty["total_bytes"] == 0 and empty["folder"] == str(tmp_path)
     described = {"source": "direct.cu", "arch": "sm_90", "defines": {"ROWS": "4"}, "registers": 40}
-    cache.store("a" * 64, described, b"cubin")
+    cache.store("kernel", "a" * 64, described, b"cubin")
     (tmp_path / ("b" * 64 + ".kernel")).write_bytes(b"damaged")
     report = succeed_json("cache")
     assert {entry.get("source") for entry in report["entries"]} == {"direct.cu", None}
@@ -169,6 +169,42 @@ def test_cache_lists_and_clears(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert "ROWS=4" in table and "damaged" in table and "of at most 256.0 MB" in table
     assert succeed_json("cache", "--clear")["removed"] == 2
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("plan_store")
+def test_cache_lists_shares_and_clears_plans(tmp_path: Path) -> None:
+    planner._remembered.clear()
+    plan = plan_layer(PROBLEM, a_filter())
+    cache.store("plan", "b" * 64, {"plan": "of another version"})
+    report = succeed_json("cache")
+    entry, other = sorted(report["plans"], key=len, reverse=True)
+    assert (entry["plan"]["method"], entry["plan"]["problem"]["device"]) == (plan.method, "cpu")
+    assert other.keys() == {"file", "bytes", "used"} and report["entries"] == []
+    assert report["total_bytes"] == sum(path.stat().st_size for path in cache.folder().iterdir())
+    table = succeed("cache").stdout
+    assert "6->8 3x3, 9x9, fp32" in table and "damaged, or of another version" in table and "just now" in table
+    file = tmp_path / "plans.json"
+    assert succeed_json("cache", "export", file) == {"file": str(file), "exported": 1}
+    assert succeed_json("cache", "import", file) == {"file": str(file), "imported": 0, "known": 1}
+    assert "removed 0 kernels and 2 plans" in succeed("cache", "clear").stdout
+    assert f"took in 1 plan of {file}, and left out 0" in succeed("cache", "import", file).stdout
+    removed = succeed_json("cache", "--clear")
+    assert (removed["removed"], removed["kernel"], removed["plan"]) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("args", [("export",), ("import",), ("list", "x"), ("clear", "x"), ("export", "x", "--clear")])
+def test_cache_takes_a_file_to_export_and_import(args: tuple[str, ...]) -> None:
+    result = invoke("cache", *args)
+    assert result.exit_code == 2 and "give a FILE to export and import, and to nothing else" in result.stderr
+
+
+@pytest.mark.usefixtures("plan_store")
+def test_cache_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
+    (tmp_path / "plans.json").write_text("[]")
+    result = invoke("cache", "import", tmp_path / "plans.json")
+    assert result.exit_code == 2 and "it is none that escort cache export wrote" in result.stderr
+    assert invoke("cache", "import", tmp_path / "missing.json").exit_code == 2
+    assert invoke("cache", "export", tmp_path / "missing" / "plans.json").exit_code == 2
 
 
 def test_cache_refuses_a_bad_limit(monkeypatch: pytest.MonkeyPatch) -> None:

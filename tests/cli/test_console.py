@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from escort.cli.console import note_if_busy
+from escort.cli.console import note_if_busy, reporting
 from escort.planner import cores
 from escort.planner.cores import busy_share
 from tests.cli.invoking import invoke, succeed
@@ -30,6 +32,7 @@ def test_what_times_says_where_the_machine_is_busy(
     monkeypatch.setattr(cores, "busy_share", lambda: 0.8)
     result = succeed(*(word.format(tmp=tmp_path) for word in command))
     assert result.stderr.count("warning: other processes take 80% of the time of this machine's") == 1
+    assert "" not in result.stderr.splitlines()
 
 
 def test_an_idle_machine_and_a_gpu_need_no_word(
@@ -92,3 +95,32 @@ def test_what_no_command_takes(args: list[str], says: str) -> None:
 def test_without_words_there_is_help() -> None:
     result = invoke()
     assert "Usage" in result.stdout + result.stderr and "error" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [("plan",), ("convert", "--output", "{tmp}/m.escort"), ("bench", "--against", "eager")]
+)
+def test_verbose_commands_say_what_is_done(command: tuple[str, ...], tmp_path: Path) -> None:
+    words = [word.format(tmp=tmp_path) for word in command]
+    arguments = (words[0], TINY, "--input", "1,3,8,8", *words[1:], "--json")
+    quiet, verbose = invoke(*arguments), invoke(*arguments, "-v")
+    assert "traced" not in quiet.stderr and json.loads(verbose.stdout).keys() == json.loads(quiet.stdout).keys()
+    assert re.search(r"^traced in \d+\.\d\d s$", verbose.stderr, re.MULTILINE)
+    assert "layer 0: " not in verbose.stderr
+    logger = logging.getLogger("escort")
+    assert logger.level == logging.NOTSET and len(logger.handlers) == 1
+
+
+def test_very_verbose_commands_tell_of_each_layer(tmp_path: Path) -> None:
+    assert "layer 0: " in succeed("plan", TINY, "--input", "1,3,8,8", "-vv").stderr
+
+
+def test_what_is_logged_is_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with reporting(as_json=False, verbose=1):
+        logging.getLogger("escort.layers").warning("layer %s", "a\x1b[2J\nb [bold]")
+        logging.getLogger("escort.layers").debug("not this")
+    assert capsys.readouterr().err == "warning: layer a\\x1b[2J\\nb [bold]\n"
+
+
+def test_a_stored_plan_may_be_shown_verbosely(saved: Path) -> None:
+    assert succeed("plan", saved, "-v").exit_code == 0

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from escort import cache
 from escort.cli import doctor
 from escort.methods import for_device
+from escort.planner import plan_layer, planner, timing
 from escort.planner.machine import Machine
+from escort.planner.timing import Timing
 from tests.cli.invoking import invoke, succeed, succeed_json
+from tests.fakes import PROBLEM, a_filter
 
 
 def test_doctor() -> None:
@@ -59,6 +63,22 @@ def test_doctor_says_why_the_cache_cannot_be_written(monkeypatch: pytest.MonkeyP
     assert finding["ok"] is None and "ESCORT_CACHE_DIR" in finding["remedy"]
 
 
+@pytest.mark.usefixtures("plan_store")
+def test_doctor_counts_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finding() -> tuple[bool | None, str]:
+        found = next(finding for finding in doctor.examine() if finding.name == "plan store")
+        return found.ok, found.value
+
+    assert finding() == (True, "plans kept: 0, see escort cache")
+    planner._remembered.clear()
+    plan_layer(PROBLEM, a_filter())
+    assert finding() == (True, "plans kept: 1, see escort cache")
+    cache.folder().chmod(0o777)
+    assert finding() == (None, "not used, as the kernel cache")
+    monkeypatch.setenv("ESCORT_KEEP_PLANS", "0")
+    assert finding() == (None, "switched off: every process measures all layers")
+
+
 @pytest.mark.gpu
 def test_doctor_runs_the_kernel_of_every_gpu() -> None:
     findings = {finding["name"]: finding for finding in succeed_json("doctor")["findings"]}
@@ -67,6 +87,40 @@ def test_doctor_runs_the_kernel_of_every_gpu() -> None:
         assert findings[f"method direct on cuda:{index}"]["value"] == "works"
         values = [findings[f"method {method.name} on cuda:{index}"]["value"] for method in for_device("cuda")]
         assert all(value == "works" or value.startswith("refuses: ") for value in values)
+        assert findings[f"CUDA graphs on cuda:{index}"]["ok"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "ok", "says"),
+    [
+        (Timing(3.0), True, "can be captured and replayed"),
+        (Timing(3.0, "events", "not captured: too old"), None, "not captured: too old"),
+    ],
+)
+def test_doctor_says_whether_graphs_can_be_captured(
+    outcome: Timing, ok: bool | None, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "race_on_gpu", lambda runs, device, **options: [outcome])
+    finding = doctor._graphs("cuda:0")
+    assert (finding.ok, finding.value, bool(finding.remedy)) == (ok, says, ok is None)
+
+
+def test_doctor_says_why_a_gpu_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*args: object, **options: object) -> None:
+        raise RuntimeError("the device is lost to this process, start another: fault")
+
+    monkeypatch.setattr(timing, "race_on_gpu", lose)
+    finding = doctor._graphs("cuda:0")
+    assert finding.ok is False and "start another" in finding.remedy
+
+
+def test_doctor_counts_the_kernels_that_come_with_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor.compiler, "KERNELS", tmp_path)
+    assert doctor._shipped_kernels().value.startswith("none: ")
+    (tmp_path / "sm_90").mkdir()
+    for name in ("a.cubin", "sm_90/b.cubin", "c.cu"):
+        (tmp_path / name).touch()
+    assert doctor._shipped_kernels().value == "2 cubins"
 
 
 def test_doctor_says_why_a_method_refuses_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:

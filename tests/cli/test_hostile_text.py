@@ -16,14 +16,15 @@ import pytest
 import torch
 from typer.testing import Result
 
-from escort import artifact, report
+from escort import artifact, cache, report
 from escort.cli import models, rivals
-from escort.cuda import cache
 from escort.network.model import NetworkPlan
+from escort.planner import plan_layer, planner
 from escort.planner.plan import Plan
 from escort.report import Console, printable
 from tests.cli.invoking import invoke, succeed
 from tests.cli.named import TINY, tiny
+from tests.fakes import PROBLEM, a_filter
 
 HOSTILE = "\x1b]0;x\x07[bold]:smile:\u202e\r\nerror: forged\x9b31m\x7f\u200b"
 #: The same as it is shown, and what of it is left where a table or a terminal breaks the line.
@@ -129,11 +130,32 @@ def test_bench_says_why_a_rival_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / HOSTILE))
-    cache.store("a" * 64, {"source": HOSTILE, "arch": HOSTILE, "defines": {HOSTILE: HOSTILE}, "registers": 1}, b"")
+    described = {"source": HOSTILE, "arch": HOSTILE, "defines": {HOSTILE: HOSTILE}, "registers": 1}
+    cache.store("kernel", "a" * 64, described)
     (tmp_path / HOSTILE / f"{HOSTILE}.kernel").touch()
     shows(both(succeed("cache")), whole=False)
     shows(both(succeed("doctor")), whole=False)
     shows(both(succeed("cache", "--clear")))
+
+
+@pytest.mark.usefixtures("plan_store")
+def test_plans_of_a_file(tmp_path: Path) -> None:
+    planner._remembered.clear()
+    plan_layer(PROBLEM, a_filter())
+    path = tmp_path / f"{HOSTILE}.json"
+    shows(both(succeed("cache", "export", path)))
+    content = json.loads(path.read_text())
+    content["plans"][0]["plan"]["machine"]["device"] = HOSTILE
+    path.write_text(json.dumps(content))
+    shows(both(succeed("cache", "import", path)))
+    result = succeed("cache")
+    shows(both(result), whole=False)
+    assert r"\x1b" in result.stdout
+    content["plans"][0]["plan"]["method"] = HOSTILE
+    path.write_text(json.dumps(content))
+    result = invoke("cache", "import", path)
+    assert result.exit_code == 2
+    shows(result.stderr)
 
 
 def _value_error(*args: Any, **options: Any) -> Any:

@@ -110,7 +110,7 @@ def test_cells_are_no_formulas(name: str, cell: str, saved: Path, images: Path, 
 
 def test_run_on_a_batch(saved: Path, batch: Path, tmp_path: Path) -> None:
     result = succeed("run", saved, batch, "--output", tmp_path / "out.npz", "--batch", 2, "--device", "cpu")
-    assert "5 inputs at batch 2" in result.stdout
+    assert "5 inputs at batch 2" in result.stdout and result.stderr == ""
     with torch.inference_mode():
         expected = artifact.load(saved)(torch.from_numpy(np.load(batch))).numpy()
     with np.load(tmp_path / "out.npz", allow_pickle=False) as out:
@@ -135,10 +135,14 @@ def test_run_of_a_model_without_classes_and_without_graph(tmp_path: Path, batch:
         (np.zeros((0, 3, 16, 16), np.float32), "the model takes (N, 3, H, W)"),
         (np.zeros((2, 3, 16, 16), np.uint8), "holds uint8"),
         (np.array([{}], dtype=object), "no readable .npy"),
+        (b"no array", "(ValueError: This file contains pickled (object) data); write it by numpy.save"),
     ],
 )
-def test_bad_batches(array: np.ndarray, message: str, saved: Path, tmp_path: Path) -> None:
-    np.save(tmp_path / "batch.npy", array)
+def test_bad_batches(array: np.ndarray | bytes, message: str, saved: Path, tmp_path: Path) -> None:
+    if isinstance(array, bytes):
+        (tmp_path / "batch.npy").write_bytes(array)
+    else:
+        np.save(tmp_path / "batch.npy", array)
     result = invoke("run", saved, tmp_path / "batch.npy")
     assert result.exit_code == 2 and message in result.stderr
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from escort.cuda import driver, tensor_map
+from escort.cuda import driver
 from escort.cuda.kernel import Kernel
-from escort.cuda.launch import Launch, TensorMap
+from escort.cuda.launch import Launch
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 #: y[i] = factor * FACTOR * x[i] + shift for i < count; x may be null, then it counts as ones.
@@ -83,19 +83,40 @@ class Tensor(torch.Tensor):
         return 0
 
 
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h, with a value of so many ints."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+    def attribute_values(self) -> list[tuple[int, list[int]]]:
+        """The number of each attribute and its value, without the zeros behind it."""
+        return [(one.id, [value for value in one.value if value]) for one in self.attributes[: self.attribute_count]]
+
+
+#: The driver's functions, which are called by their addresses.
+LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(LaunchConfig), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+FUNCTION = 0xF00  # what the driver loaded
+
 _HEAD = (  # result; map, type, rank, address, sizes, strides
     *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p),
     *[ctypes.POINTER(ctypes.c_uint64)] * 2,
 )
-
-
 _INTS, _STEPS = ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_uint32)
-
-
-#: The driver's functions: between head and modes box and steps, or corners, channels, pixels and steps.
+#: Between head and modes box and steps, or corners, channels, pixels and steps.
 ENCODE_TILED = ctypes.CFUNCTYPE(*_HEAD, _STEPS, _STEPS, *[ctypes.c_int] * 4)
-
-
 ENCODE_IM2COL = ctypes.CFUNCTYPE(*_HEAD, _INTS, _INTS, ctypes.c_uint32, ctypes.c_uint32, _STEPS, *[ctypes.c_int] * 4)
 
 
@@ -105,8 +126,9 @@ class FakeDriver:
     Attributes:
         parameters: of the kernels, at first those of `scale`.
         calls: what was called with what.
-        launches: parameters and where they lie, grid, block, shared bytes, stream and attributes of each launch.
+        launches: function, parameters and where they lie, grid, block, shared bytes, stream and attributes of each.
         maps: what tensor maps were made from, by the arguments of the driver's function.
+        map_contexts: in which contexts they were made.
         failing: what a function returns instead of success, by its name.
         version: of the driver.
         contexts: of the calling thread, the current one last.
@@ -116,10 +138,6 @@ class FakeDriver:
         CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK="threads", CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared"
     )
     CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN="shared")
-    CUlaunchAttributeID = SimpleNamespace(
-        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap", CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster"
-    )
-    CUlaunchConfig = SimpleNamespace
     CUresult = Status
 
     def __init__(self) -> None:
@@ -127,7 +145,9 @@ class FakeDriver:
         self.calls: list[tuple[Any, ...]] = []
         self.launches: list[SimpleNamespace] = []
         self.maps: list[tuple[Any, ...]] = []
-        self._encoders = {
+        self.map_contexts: list[str] = []
+        self._by_address = {
+            "cuLaunchKernelEx": LAUNCH(self._launch),
             "cuTensorMapEncodeTiled": ENCODE_TILED(self._encode_tiled),
             "cuTensorMapEncodeIm2col": ENCODE_IM2COL(self._encode_im2col),
         }
@@ -142,42 +162,43 @@ class FakeDriver:
             "cuFuncGetAttribute": lambda attribute, function: 1024,
             "cuCtxPushCurrent": self.contexts.append,
             "cuCtxPopCurrent": self.contexts.pop,
-            "cuLaunchKernelEx": self._record,
+            "cuKernelGetFunction": lambda handle: FUNCTION,
             "cuGetProcAddress": lambda name, version, flags: (
-                ctypes.cast(self._encoders[name.decode()], ctypes.c_void_p).value
+                ctypes.cast(self._by_address.get(name.decode()), ctypes.c_void_p).value
             ),
         }
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
         def call(*args: Any) -> tuple[Any, ...]:
             self.calls.append((name, *args))
-            if name == "cuLaunchKernelEx" and not self.contexts:
-                return Status.CUDA_ERROR_INVALID_CONTEXT, None
             result = self._results.get(name, lambda *_: name)(*args)
             return self.failing.get(name, Status.CUDA_SUCCESS), result
 
         call.__name__ = name
         return call
 
-    def CUlaunchAttribute(self) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace()))
-
     def cuFuncGetParamInfo(self, function: str, index: int) -> tuple[int, int, int]:  # noqa: N802
         return (0, 0, ctypes.sizeof(self.parameters[index])) if index < len(self.parameters) else (1, 0, 0)
 
-    def _record(self, config: Any, function: str, parameters: int, extra: int) -> None:
+    def _launch(self, config: Any, function: int, parameters: int, _: int | None) -> int:
+        """Notes a launch, also one that fails."""
+        if not self.contexts:
+            return Status.CUDA_ERROR_INVALID_CONTEXT
+        config = config.contents
         addresses = list((ctypes.c_void_p * len(self.parameters)).from_address(parameters))
+        values = [kind.from_address(at) for kind, at in zip(self.parameters, addresses, strict=True)]
         launch = SimpleNamespace(
-            values=[kind.from_address(address).value for kind, address in zip(self.parameters, addresses, strict=True)],
+            function=function,
+            values=[bytes(value) if isinstance(value, ctypes.Array) else value.value for value in values],
             addresses=addresses,
-            grid=(config.gridDimX, config.gridDimY, config.gridDimZ),
-            block=(config.blockDimX, config.blockDimY, config.blockDimZ),
-            shared=config.sharedMemBytes,
-            stream=config.hStream,
-            attributes=[attribute.id for attribute in config.attrs],
-            clusters=[vars(attribute.value.clusterDim) for attribute in config.attrs if attribute.id == "cluster"],
+            grid=tuple(config.grid),
+            block=tuple(config.block),
+            shared=config.shared_bytes,
+            stream=config.stream,
+            attributes=config.attribute_values(),
         )
         self.launches.append(launch)
+        return self.failing.get("cuLaunchKernelEx", Status.CUDA_SUCCESS)
 
     def _encode_tiled(
         self, to: int, element: int, rank: int, x: int, sizes: Any, strides: Any, box: Any, steps: Any, *modes: int
@@ -205,10 +226,12 @@ class FakeDriver:
 
     def _encode(self, name: str, to: int, *args: Any) -> int:
         """Writes the number of maps so far all over the map."""
-        assert self.contexts[-1] == "primary 0"
+        if not self.contexts:
+            return Status.CUDA_ERROR_INVALID_CONTEXT
         if to % 64:
             return Status.CUDA_ERROR_INVALID_VALUE
         self.maps.append(args)
+        self.map_contexts.append(self.contexts[-1])
         ctypes.memset(to, len(self.maps), 128)
         return self.failing.get(name, Status.CUDA_SUCCESS)
 
@@ -222,7 +245,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(driver, "api", lambda: fake)
     monkeypatch.setattr(driver, "device", driver.Device)
     monkeypatch.setattr("escort.cuda.kernel._kernels", {})
-    tensor_map._encode.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     cuda = {"is_available": lambda: True, "init": lambda: None, "current_device": lambda: 0}
     cuda |= {"get_device_capability": lambda device: (9, 0), "get_device_name": lambda device: "NVIDIA X"}
@@ -247,15 +269,10 @@ def write_copy(folder: Path) -> Path:
     return path
 
 
-def tensor() -> torch.Tensor:
-    return torch.zeros(4).as_subclass(Tensor)
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape or (4,), dtype=dtype).as_subclass(Tensor)
 
 
 def bind(compiled: Kernel, block: int = THREADS, shared: int = SHARED) -> Launch:
     """A launch of `scale` that is given all its arguments."""
     return compiled.bind(block, shared, (torch.Tensor, torch.Tensor, float, int))
-
-
-def fill_map(value: int) -> TensorMap:
-    """A map of that byte, as the driver here makes them."""
-    return TensorMap(bytes([value]) * 128)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from escort.cuda import cache, compiler
+from escort import cache
+from escort.cuda import compiler
 from escort.cuda.compiler import Text
 from tests.cuda.kernels import ARCHS, SCALE
 
@@ -96,8 +97,9 @@ def test_the_compiler_is_part_of_the_key(scale: Path, compilations: list[str], m
 @pytest.mark.parametrize("damage", [b"", b"foreign", None])
 def test_a_damaged_entry_is_compiled_anew(scale: Path, compilations: list[str], damage: bytes | None) -> None:
     first = compiler.compile_source(scale, {"FACTOR": 2}, "sm_90")
-    (entry,) = cache.entries()
-    entry.path.write_bytes(entry.path.read_bytes()[:-100] if damage is None else damage)
+    (entry,) = cache.entries("kernel")
+    path = cache.folder() / f"{entry.key}.kernel"
+    path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
     assert compiler.compile_source(scale, {"FACTOR": 2}, "sm_90").registers == first.registers
     assert compiler.compile_source(scale, {"FACTOR": 2}, "sm_90").registers == first.registers
     assert len(compilations) == 2
@@ -122,13 +124,13 @@ def test_an_entry_that_is_something_else_is_compiled_anew(
 ) -> None:
     """Its checksum holds, as anybody can compute it: so the entry is held against what was asked for."""
     binary = compiler.compile_source(scale, {"FACTOR": 2}, "sm_90")
-    (entry,) = cache.entries()
+    (entry,) = cache.entries("kernel")
     if isinstance(cubin, str):
         cubin = compiler.compile_source(scale, {"FACTOR": 2}, cubin).cubin
-    cache.store(entry.path.stem, {**entry.description, **changes}, binary.cubin if cubin is None else cubin)
+    cache.store("kernel", entry.key, {**entry.description, **changes}, binary.cubin if cubin is None else cubin)
     again = compiler.compile_source(scale, {"FACTOR": 2}, "sm_90")
     assert again.cubin == binary.cubin and (again.arch, again.defines) == ("sm_90", {"FACTOR": "2"})
-    stored = cache.load(entry.path.stem)
+    stored = cache.load("kernel", entry.key)
     assert stored is not None and stored[1] == binary.cubin
 
 
@@ -156,12 +158,10 @@ def test_processes_that_compile_the_same_end_right(scale: Path) -> None:
         process.join(timeout=120)
         assert process.exitcode == 0
     cubins = {results.get(timeout=1) for _ in processes}
-    (entry,) = cache.entries()
-    assert (
-        cubins == {compiler.compile_source(scale, {"FACTOR": 2}, "sm_90").cubin}
-        and entry.description["source"] == "scale.cu"
-    )
-    assert [path.name for path in cache.folder().iterdir()] == [entry.path.name]
+    (entry,) = cache.entries("kernel")
+    assert cubins == {compiler.compile_source(scale, {"FACTOR": 2}, "sm_90").cubin}
+    assert entry.description["source"] == "scale.cu"
+    assert [path.name for path in cache.folder().iterdir()] == [f"{entry.key}.kernel"]
 
 
 def test_an_error_names_file_line_and_defines(scale: Path) -> None:
@@ -169,7 +169,7 @@ def test_an_error_names_file_line_and_defines(scale: Path) -> None:
     with pytest.raises(RuntimeError, match=r"scale\.cu does not compile for sm_90.*-DOTHER=1") as caught:
         compiler.compile_source(scale, {"OTHER": 1}, "sm_90")
     assert f"scale.cu({line}): error" in str(caught.value) and '"FACTOR" is undefined' in str(caught.value)
-    assert not cache.entries()
+    assert not cache.entries("kernel")
 
 
 def test_an_error_in_a_header_names_the_header(scale: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_text_is_compiled_like_a_file(scale: Path) -> None:
     )
     assert binary.source == "generated.cu" and b"scale" in binary.cubin
     assert (binary.registers, binary.shared_bytes) == (file.registers, file.shared_bytes)
-    assert "generated.cu" in {entry.description["source"] for entry in cache.entries()}
+    assert "generated.cu" in {entry.description["source"] for entry in cache.entries("kernel")}
     with pytest.raises(RuntimeError) as caught:
         compiler.compile_source(Text("generated.cu", "typedef int x;\nnothing y;\n"), {}, "sm_90")
     version = compiler.compiler_version()

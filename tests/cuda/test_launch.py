@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cuda.bindings import driver as bindings
 
 from escort.cuda.kernel import Kernel, Text, kernel
-from escort.cuda.launch import TensorMap
-from tests.cuda.kernels import SHARED, THREADS, FakeDriver, Status, bind, fill_map, tensor
+from escort.cuda.tensor_map import TensorMap, tiled
+from tests.cuda.kernels import FUNCTION, LAUNCH, SHARED, THREADS, FakeDriver, LaunchConfig, Status, bind, tensor
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -24,6 +26,7 @@ def test_launch_passes_what_it_is_given(compiled: Kernel, driver: FakeDriver) ->
     first, second = driver.launches
     assert first.values == [x.data_ptr(), y.data_ptr(), 2.5, -7] and second.values == [None, y.data_ptr(), -1.0, 7]
     assert (first.grid, first.block, first.shared, first.stream) == ((3, 2, 1), (THREADS, 1, 1), SHARED, 70)
+    assert first.function == FUNCTION and driver.called("cuGetProcAddress") == [[b"cuLaunchKernelEx", 12000, 1]]
     assert len(driver.called("cuCtxPushCurrent")) == 1  # while it was loaded
 
 
@@ -33,10 +36,28 @@ def test_a_bound_launch_takes_what_is_left(compiled: Kernel, driver: FakeDriver)
     compiled.bind(THREADS, SHARED, (None, torch.Tensor, float, 9), overlap=True)((2, 1, 1), y, 3.0)
     assert driver.launches[0].values == [x.data_ptr(), y.data_ptr(), 0.5, 4] and driver.launches[0].attributes == []
     assert driver.launches[1].values == [None, y.data_ptr(), 3.0, 9]
-    assert driver.launches[1].attributes == ["overlap"]
-    compiled.bind(THREADS, SHARED, (None, y, 3.0, 9), overlap=True, cluster=4)((8, 1, 1))
-    assert driver.launches[2].attributes == ["overlap", "cluster"]
-    assert driver.launches[2].clusters == [{"x": 4, "y": 1, "z": 1}]
+    assert driver.launches[1].attributes == [(6, [1])]
+    compiled.bind(THREADS, SHARED, (None, y, 0.5, 4), overlap=True, cluster=8)((8, 1, 1))
+    compiled.bind(THREADS, SHARED, (None, y, 0.5, 4), cluster=2)((8, 1, 1))
+    assert driver.launches[2].attributes == [(6, [1]), (4, [8, 1, 1])]
+    assert driver.launches[3].attributes == [(4, [2, 1, 1])]
+
+
+def test_the_driver_declares_what_a_launch_passes() -> None:
+    declared = bindings.CUlaunchConfig()
+    declared.gridDimX, declared.gridDimY, declared.gridDimZ = 1, 2, 3
+    declared.blockDimX, declared.blockDimY, declared.blockDimZ = 4, 5, 6
+    declared.sharedMemBytes, declared.hStream, declared.numAttrs = 7, 8, 2
+    overlap, cluster = bindings.CUlaunchAttribute(), bindings.CUlaunchAttribute()
+    overlap.id = bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlap.value.programmaticStreamSerializationAllowed = 1
+    cluster.id = bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = 8, 1, 1
+    declared.attrs = [overlap, cluster]
+    passed = LaunchConfig.from_address(declared.getPtr())
+    assert ([*passed.grid], [*passed.block]) == ([1, 2, 3], [4, 5, 6])
+    assert (passed.shared_bytes, passed.stream) == (7, 8)
+    assert passed.attribute_values() == [(6, [1]), (4, [8, 1, 1])]
 
 
 @pytest.fixture
@@ -47,35 +68,66 @@ def mapped(driver: FakeDriver, scale: Path) -> Kernel:
     return kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))
 
 
-def test_tensor_maps_are_passed_bound_or_per_launch(mapped: Kernel, driver: FakeDriver) -> None:
-    x, first, second = tensor(), fill_map(1), fill_map(2)
-    kinds = (torch.Tensor, TensorMap, int, TensorMap, float)
+#: Of samples of 2 x 3 x 64.
+MAP = tiled(torch.float16, (64, 3, 2, 1), (64, 8, 1, 1))
+
+
+def sample_tensor(samples: int = 1) -> torch.Tensor:
+    return tensor(samples, 2, 3, 64, dtype=torch.float16)
+
+
+def test_tensors_are_passed_as_their_maps(mapped: Kernel, driver: FakeDriver) -> None:
+    x, first, second = tensor(), sample_tensor(5), sample_tensor(2)
     values = (x, first, -3, second, 1.5)
-    passed = [x.data_ptr(), first.opaque, -3, second.opaque, 1.5]
-    for fixed in ((), (1,), (3,), (1, 3), (0, 2, 4), (0, 1, 2, 3, 4)):
+    kinds = (torch.Tensor, MAP, int, MAP, float)
+    for fixed in ((), (0,), (0, 2, 4)):
         launch = mapped.bind(THREADS, 0, [values[i] if i in fixed else kinds[i] for i in range(5)])
         for _ in range(2):
+            driver.maps.clear()
             launch((1, 1, 1), *[values[i] for i in range(5) if i not in fixed])
-            assert driver.launches[-1].values == passed
-            assert all(address % 64 == 0 for address in driver.launches[-1].addresses)
+            assert driver.launches[-1].values == [x.data_ptr(), b"\1" * 128, -3, b"\2" * 128, 1.5]
+            assert [(address, sizes) for _, address, sizes, *_ in driver.maps] == [
+                (first.data_ptr(), [64, 3, 2, 5]),
+                (second.data_ptr(), [64, 3, 2, 2]),
+            ]
+            assert not any(driver.launches[-1].addresses[i] % 64 for i in (1, 3))
+
+
+def test_a_map_that_is_not_read(mapped: Kernel, driver: FakeDriver) -> None:
+    mapped.bind(THREADS, 0, (None, MAP, 1, MAP, 1.0))((1, 1, 1), None, sample_tensor())
+    assert driver.launches[0].values[1:4:2] == [bytes(128), b"\1" * 128] and len(driver.maps) == 1
 
 
 def test_wrong_tensor_maps_are_refused(mapped: Kernel, driver: FakeDriver) -> None:
-    mapping = fill_map(1)
-    with pytest.raises(ValueError, match="a tensor map has 128 bytes, got 64"):
-        TensorMap(bytes(64))
     with pytest.raises(TypeError, match=r"parameters of \[8, 128, 4, 128, 4\] bytes, got .*Tensor.*TensorMap"):
-        mapped.bind(THREADS, 0, (torch.Tensor, None, 1, mapping, 1.0))
-    launch = mapped.bind(THREADS, 0, (None, TensorMap, 1, mapping, 1.0))
-    for wrong in (tensor(), None, 1, bytes(128)):
-        with pytest.raises(TypeError, match=f"takes a tensor map where it got {type(wrong).__name__}"):
-            launch((1, 1, 1), wrong)
-    assert not driver.launches and "opaque" not in repr(mapping)
+        mapped.bind(THREADS, 0, (torch.Tensor, None, 1, MAP, 1.0))
+    with pytest.raises(TypeError, match="tensor maps that `tiled` or `im2col` made .*, not TensorMap"):
+        mapped.bind(THREADS, 0, (None, TensorMap, 1, MAP, 1.0))
+    launch = mapped.bind(THREADS, 0, (None, MAP, 1, MAP, 1.0))
+    with pytest.raises(ValueError, match="kernel scale .* samples of 384 elements, got one of 385"):
+        launch((1, 1, 1), sample_tensor(), tensor(385, dtype=torch.float16))
+    with pytest.raises(ValueError, match="tensor on cpu"):
+        launch((1, 1, 1), sample_tensor(), torch.zeros(384, dtype=torch.float16))
+    for wrong in (1, bytes(128)):
+        with pytest.raises(AttributeError, match="get_device"):
+            launch((1, 1, 1), sample_tensor(), wrong)
+    assert not driver.launches
+
+
+def test_a_refused_map_is_an_error_and_no_launch(mapped: Kernel, driver: FakeDriver) -> None:
+    launch = mapped.bind(THREADS, 0, (torch.Tensor, MAP, 1, MAP, 1.0))
+    driver.failing["cuTensorMapEncodeTiled"] = Status.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(ValueError, match="kernel scale of .*: a tensor map of torch.float16 .*INVALID_VALUE"):
+        launch((1, 1, 1), None, sample_tensor(), sample_tensor())
+    driver.failing.clear()
+    assert not driver.launches
+    launch((1, 1, 1), None, sample_tensor(), sample_tensor())
+    assert len(driver.launches) == 1
 
 
 def test_a_bound_tensor_is_kept(compiled: Kernel, driver: FakeDriver) -> None:
     launch = compiled.bind(THREADS, SHARED, (tensor(), torch.Tensor, 1.0, 1))
-    assert isinstance(launch._fixed[0], torch.Tensor)
+    assert isinstance(launch._args[0], torch.Tensor)
 
 
 def test_a_grid_without_blocks_is_no_launch(compiled: Kernel, driver: FakeDriver) -> None:
@@ -119,14 +171,60 @@ def test_wrong_arguments_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("args", "message"), [((None, None, 1.0, 2**31), "32-bit"), ((torch.zeros(1), None, 1.0, 1), "tensor on cpu")]
+    ("args", "error", "message"),
+    [
+        ((None, None, 1.0, 2**31), ValueError, "kernel scale .* takes 32-bit integers, got 2147483648"),
+        ((None, None, 1.0, -(2**31) - 1), ValueError, "32-bit"),
+        ((None, None, 1.0, 2**64), ValueError, "32-bit"),
+        ((None, None, 1.0, 1.5), TypeError, "float"),
+        ((None, None, "1", 1), TypeError, "str"),
+        ((torch.zeros(1), None, 1.0, 1), ValueError, "kernel scale .* got a tensor on cpu; move it"),
+    ],
 )
 def test_wrong_arguments_of_a_launch_are_refused(
-    compiled: Kernel, driver: FakeDriver, args: tuple[Any, ...], message: str
+    compiled: Kernel, driver: FakeDriver, args: tuple[Any, ...], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        bind(compiled)((1, 1, 1), *args)
+    launch = bind(compiled)
+    with pytest.raises(error, match=message):
+        launch((1, 1, 1), *args)
     assert not driver.launches
+    launch((1, 1, 1), None, None, 1.0, -(2**31))
+    assert driver.launches[0].values[3] == -(2**31)
+
+
+def test_a_driver_without_the_function_is_named(compiled: Kernel, driver: FakeDriver) -> None:
+    del driver._by_address["cuLaunchKernelEx"]
+    with pytest.raises(RuntimeError, match="the driver, for CUDA 13.0, has no cuLaunchKernelEx: update the driver"):
+        bind(compiled)
+
+
+def test_a_launch_takes_as_many_arguments_as_it_has_room_for(driver: FakeDriver, scale: Path) -> None:
+    driver.parameters = [ctypes.c_int] * 64
+    compiled = kernel(scale, {"FACTOR": 2}, torch.device("cuda:0"))
+    compiled.bind(THREADS, 0, [*range(48), *[int] * 16])((1, 1, 1), *range(48, 64))
+    assert driver.launches[0].values == [*range(64)]
+    with pytest.raises(ValueError, match="too many arguments"):
+        compiled.bind(THREADS, 0, [*range(47), *[int] * 17])
+    driver.parameters = [ctypes.c_int] * 65
+    wider = kernel(scale, {"FACTOR": 3}, torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="too many arguments"):
+        wider.bind(THREADS, 0, [*range(65)])
+
+
+def test_threads_launch_at_the_same_time(compiled: Kernel, driver: FakeDriver) -> None:
+    threads = 4
+    meeting = threading.Barrier(threads)
+    record = driver._launch
+
+    def meet(*args: Any) -> int:
+        meeting.wait(10)  # all are in the driver at once
+        return record(*args)
+
+    driver._by_address["cuLaunchKernelEx"] = LAUNCH(meet)
+    launch = bind(compiled)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda number: launch((1, 1, 1), None, None, 0.5, number), range(threads)))
+    assert sorted(one.values[3] for one in driver.launches) == [*range(threads)]
 
 
 def test_a_bound_launch_counts_its_arguments(compiled: Kernel) -> None:

@@ -108,7 +108,8 @@ def _change(documents: dict[str, Any], rng: Random) -> None:
 
 def _change_tensors(header: dict[str, Any], rng: Random) -> None:
     """The table of tensors: types, shapes, offsets, names; or one of the texts beside it."""
-    names = sorted(header.keys() - {"__metadata__"})
+    # What an earlier change made of an entry is left as it is.
+    names = sorted(name for name, entry in header.items() if name != "__metadata__" and isinstance(entry, dict))
     if not names or rng.random() < 0.1:
         texts = header.get("__metadata__")
         if isinstance(texts, dict) and len(texts) > 1:
@@ -121,9 +122,11 @@ def _change_tensors(header: dict[str, Any], rng: Random) -> None:
         case 0:
             header[name]["dtype"] = rng.choice(_DTYPES)
         case 1:
-            header[name]["shape"] = rng.choice(([], [0], [2**31, 2**31], [-1], header[other]["shape"], ["a"], 3))
+            header[name]["shape"] = rng.choice(([], [0], [2**31, 2**31], [-1], header[other].get("shape"), ["a"], 3))
         case 2:
-            header[name]["data_offsets"] = rng.choice(([0, 0], [0, 2**40], [8, 4], header[other]["data_offsets"], []))
+            header[name]["data_offsets"] = rng.choice(
+                ([0, 0], [0, 2**40], [8, 4], header[other].get("data_offsets"), [])
+            )
         case 3:
             header[name], header[other] = header[other], header[name]
         case 4:
@@ -133,6 +136,6 @@ def _change_tensors(header: dict[str, Any], rng: Random) -> None:
         case 6:
             header[name] = copy.deepcopy(rng.choice((None, [], {}, header[other])))
         case 7:
-            shape = header[name].get("shape") if isinstance(header[name], dict) else None
+            shape = header[name].get("shape")
             if isinstance(shape, list) and shape:  # the same numbers in another shape
                 header[name]["shape"] = rng.choice(([*shape, 1], [1, *shape], shape[::-1]))

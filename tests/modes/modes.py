@@ -6,8 +6,6 @@ import copy
 import functools
 import inspect
 import io
-import os
-import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from escort.network.values import output_error
+from tests.forked import in_a_child
 from tests.modes.kinds import Inputs, Kind
 
 #: Of a converted network against the original in float64: in float32, and where autocast rounds to bfloat16 between.
@@ -276,25 +275,18 @@ def fork(cell: Cell) -> None:
     """A child of a process whose kernels have already run on several threads."""
     expected = [cell.expected(inputs) for inputs in cell.all_inputs[:2]]
     parent = copy.deepcopy(cell.fast)
+
+    def check() -> None:
+        torch.set_num_threads(1)  # for torch's own operators, which would wait for the parent's threads
+        for inputs, wanted in zip(cell.all_inputs, expected, strict=False):
+            same(cell.call(inputs), wanted)
+
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
         args, kwargs = cell.kind.example
         parent(*args, **kwargs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # that other threads may hold locks
-            child = os.fork()
-        if child == 0:
-            signal.alarm(20)  # ends a child that waits forever
-            code = 1
-            torch.set_num_threads(1)  # for torch's own operators, which would wait for the parent's threads
-            try:
-                for inputs, wanted in zip(cell.all_inputs, expected, strict=False):
-                    same(cell.call(inputs), wanted)
-                code = 0
-            finally:
-                os._exit(code)
-        assert os.waitpid(child, 0)[1] == 0
+        in_a_child(check)
     finally:
         torch.set_num_threads(before)
     same(cell.call(cell.kind.example), expected[0])

@@ -26,6 +26,17 @@ class Small(nn.Module):
         return self.head(F.dropout(x.mean((2, 3)), training=self.training))
 
 
+class Block(nn.Module):
+    """Traceable; with an attribute that the code around it reads."""
+
+    def __init__(self, source: int = -1) -> None:
+        super().__init__()
+        self.conv, self.norm, self.source = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), source
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x))) + x
+
+
 class Branching(nn.Module):
     """Control flow on data, which torch.fx cannot trace."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,9 +68,32 @@ def with_nan(model: nn.Module) -> nn.Module:
             lambda: pruned(Small()),
             [1, 2],
             TypeError,
-            "a tensor or a tuple of its arguments; there is no tensor in list",
+            r"a tensor or a tuple of its arguments; there is no tensor in \[1, 2\]; pass torch.randn\(1, 2\)",
         ),
         (lambda: pruned(Small()), (), TypeError, "a tensor or a tuple of its arguments"),
+        (lambda: pruned(Small()), (1, 3, 8, 8), TypeError, r"in \(1, 3, 8, 8\); pass torch.randn\(1, 3, 8, 8\)"),
+        (
+            lambda: pruned(Small()),
+            np.zeros((1, 3, 8, 8)),
+            TypeError,
+            "no tensor in array.*; pass torch.as_tensor of it",
+        ),
+        (lambda: pruned(Small()), None, TypeError, r"in None; pass such inputs .* torch.randn\(1, 3, 224, 224\)"),
+        (lambda: Small, torch.randn(1, 3, 8, 8), TypeError, "an nn.Module, got type; pass what it returns"),
+        (lambda: Small().state_dict(), torch.randn(1, 3, 8, 8), TypeError, "got OrderedDict; .* by load_state_dict"),
+        (lambda: "model.escort", torch.randn(1, 3, 8, 8), TypeError, "got str; .* comes from escort.load"),
+        (
+            lambda: pruned(Small()).to("meta"),
+            torch.randn(1, 3, 8, 8, device="meta"),
+            ValueError,
+            r"on the CPU and on NVIDIA GPUs; move the model from meta with .cpu\(\)",
+        ),
+        (
+            lambda: pruned(Small()),
+            [torch.randn(1, 3, 8, 8)],
+            ValueError,
+            r"example \[\(1, 3, 8, 8\)\] does not run",
+        ),
         (
             lambda: pruned(Small()),
             torch.randn(1, 3, 8, 8, device="meta"),
@@ -100,6 +124,12 @@ def with_nan(model: nn.Module) -> nn.Module:
             torch.randn(1, 3, 8, 8).half(),
             ValueError,
             r"layer 0: weights of torch.float16, and the CPU computes in float32; .*\.float\(\), or move it to a GPU",
+        ),
+        (
+            lambda: nn.Conv2d(3, 4, 3, dtype=torch.float64).eval(),
+            torch.randn(1, 3, 8, 8).double(),
+            ValueError,
+            r"^the model: weights of torch.float64; convert the model to float32 with .float\(\)",
         ),
         (
             lambda: nn.Sequential(one_conv(), one_conv(dtype=torch.bfloat16)).eval(),

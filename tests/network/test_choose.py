@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import escort
 from escort.layers import SparseConv2d
-from escort.network.choose import output_error, race
+from escort.network.choose import race
+from escort.network.values import largest_error, output_error
 from escort.planner import timing
 from escort.planner.timing import Timing
 from tests.network.models import Small, pruned
@@ -119,3 +120,9 @@ def test_an_infinity_of_one_network_alone_is_an_error(wrong: float) -> None:
         out[place] = wrong
         if not torch.equal(out, ref):
             assert output_error(out, ref) > 0.1
+
+
+def test_the_largest_error_is_that_of_all_outputs() -> None:
+    ref = torch.ones(3)
+    assert largest_error([ref, 3 * ref, ref], [ref, ref, ref]) == 2.0 and largest_error([], []) == 0.0
+    assert largest_error([ref], [ref, ref]) == largest_error([ref, ref], [ref]) == float("inf")

@@ -15,6 +15,7 @@ from escort import reference
 from escort.layers import MaxPool2d, SparseConv2d
 from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.plan_table import plan_table
 from escort.planner import planner
 from escort.runtime import Program
 from tests.network.models import Branching, Masked, Small, pruned, three_convolutions
@@ -125,6 +126,23 @@ def test_replanning_measures_again_and_computes_the_same() -> None:
     assert torch.allclose(again(x), fast(x), atol=1e-5)
 
 
+@pytest.mark.usefixtures("always_faster", "plan_store")
+def test_a_converted_network_says_where_its_times_are_from() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    model = pruned(Small())
+    planner._remembered.clear()
+    first = escort.convert(model, x)
+    assert {plan.times_from for plan in first.plan.layers.values()} == {"measured"}
+    planner._remembered.clear()
+    again = escort.convert(model, x)
+    assert {plan.times_from for plan in again.plan.layers.values()} == {"plan store"}
+    assert plan_table(again.plan).caption.endswith(" The times of 2 of 2 layers are from the plan store.")
+    assert json.loads(json.dumps(again.plan.to_json()))["layers"]["first"]["times_from"] == "plan store"
+    assert torch.allclose(again(x), model(x), atol=1e-4)
+    anew = escort.replan(again)
+    assert {plan.times_from for plan in anew.plan.layers.values()} == {"measured"}
+
+
 @pytest.mark.usefixtures("always_faster")
 def test_a_converted_model_does_not_train() -> None:
     fast = converted(pruned(Small()), torch.randn(1, 3, 8, 8))
@@ -202,7 +220,7 @@ def test_methods_to_choose_from() -> None:
 def test_a_plan_says_why_there_is_no_graph() -> None:
     plan = converted(pruned(Branching()), torch.rand(1, 3, 8, 8)).plan
     assert plan.not_tried.keys() == {"graph"} and "control flow" in plan.not_tried["graph"]
-    assert "Not tried as a graph: Branching: " in str(plan).replace("\n", " ")
+    assert "Not tried as a graph: Branching: " in " ".join(str(plan).split())
     assert not converted(pruned(Small()), torch.rand(1, 3, 8, 8)).plan.not_tried
 
 
@@ -250,3 +268,8 @@ def test_replan_measures_again() -> None:
     again = escort.replan(fast)
     for name, plan in fast.plan.layers.items():
         assert [c.time_us for c in again.plan.layers[name].candidates] != [c.time_us for c in plan.candidates]
+
+
+def test_skip_takes_a_name_and_a_module() -> None:
+    with pytest.raises(TypeError, match="got one of other arguments; write lambda name, module:"):
+        escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8), skip=lambda name: name == "first")  # type: ignore[arg-type, misc]

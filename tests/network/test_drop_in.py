@@ -8,7 +8,7 @@ import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_it_has_the_attributes_of_the_original_and_says_what_it_lacks() -> None:
     fast = escort.convert(pruned(Options()), X)
     assert (fast.classes, fast.width, fast.strides) == (["cat", "dog"], 8, (8, 16))
     assert isinstance(fast.conv, SparseConv2d) and (fast.conv.in_channels, fast.conv.padding) == (3, (1, 1))
-    with pytest.raises(AttributeError, match="a converted model has no features: .* call features on the original"):
+    with pytest.raises(AttributeError, match="a converted model has no features: .* use features of the original"):
         fast.features(X)
     with pytest.raises(AttributeError, match="'ConvertedModel' object has no attribute 'nonsense'"):
         _ = fast.nonsense
@@ -287,6 +287,30 @@ def test_a_random_model_draws_anew_and_leaves_the_callers_numbers_alone() -> Non
     assert not torch.equal(fast(X), fast(X))
     with pytest.raises(ValueError, match="not compute the same in two runs .* take out what is random"):
         escort.convert(Noise(True).eval(), X)
+
+
+class Growing(nn.Module):
+    """Returns one tensor more in each call."""
+
+    calls: ClassVar[list[int]] = []  # of the class, as the state of an instance is put back
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        self.calls.append(len(self.calls))
+        return [x] * len(self.calls)
+
+
+def test_a_model_that_returns_more_in_each_call() -> None:
+    with pytest.raises(ValueError, match="not compute the same in two runs"):
+        escort.convert(Growing().eval(), X)
+
+
+def test_the_state_of_another_model_is_refused_with_what_to_do() -> None:
+    model = pruned(Options())
+    fast = escort.convert(model, X)
+    with pytest.raises(RuntimeError, match="(?s)load another into the original, and convert that again: .*Missing key"):
+        fast.load_state_dict(model.state_dict())
+    assert fast.load_state_dict(model.state_dict(), strict=False).unexpected_keys
+    assert not fast.load_state_dict(fast.state_dict()).missing_keys
 
 
 def test_inference_mode_around_convert_leaves_nothing_behind() -> None:

@@ -279,12 +279,12 @@ def test_copies_that_are_none() -> None:
 
     with pytest.raises(ValueError, match="a copy of the model shares its .* let its __deepcopy__ copy it"):
         escort.convert(pruned(Itself(lambda m, x: m.conv(x))), X)
-    with pytest.raises(ValueError, match="the model: its attribute lock, a lock, cannot be copied, as converting does"):
+    with pytest.raises(ValueError, match="the model: its attribute lock, a lock, cannot be copied.*; leave it out"):
         escort.convert(pruned(Model(lambda m, x: m.conv(x), lock=threading.Lock())), X)
 
 
 def test_modules_that_were_fused_away_say_so() -> None:
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval()
     fast = escort.convert(model, X)
-    with pytest.raises(AttributeError, match="a converted model has no 1: of the original it keeps"):
+    with pytest.raises(AttributeError, match="a converted model has no 1: .*fused into others; use 1 of the original"):
         getattr(fast, "1")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from rich.progress import Progress
 
 import escort
 from escort import methods
 from escort.filter import SparseFilter
 from escort.methods import Prepared
 from escort.methods.cpu.dense import Dense, DenseConfig
-from escort.planner import cores, measure, planner, timing
-from escort.problem import Problem
+from escort.network import swap
+from escort.network.check import Request
+from escort.network.progress import Estimate
+from escort.network.swap import Unplanned
+from escort.planner import cores, planner, timing
+from escort.planner.plan import Layer
+from escort.problem import MemoryFormat, Problem
+from tests.network.conftest import let_win
 from tests.network.models import Small, pruned, three_convolutions
 
 
@@ -57,27 +63,20 @@ class Compiled(Dense):
 
 @pytest.mark.usefixtures("always_faster")
 def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, shown = Compiled(), list[str]()
+    compiled, shown = Compiled(), list[tuple[int, int]]()
     monkeypatch.setattr(methods, "METHODS", (compiled, Dense()))
-    monkeypatch.setattr(measure, "_HOPELESS", float("inf"))
-    # Of the candidates of a layer, the method that compiles wins.
-    monkeypatch.setattr(
-        measure,
-        "_race",
-        lambda problem, contenders, *_: [
-            replace(one.candidate, time_us=1.0 if one.candidate.method == "compiled" else 2.0) for one in contenders
-        ],
-    )
-    monkeypatch.setattr(Progress, "update", lambda bar, task, description: shown.append(description))
+    let_win(monkeypatch, "compiled")
+    monkeypatch.setattr(Estimate, "kernels", lambda estimate, done, total: shown.append((done, total)))
     x = torch.randn(1, 4, 8, 8)
     # Shares of 25 s, 27.5 s and 45 s: both configs, the choice alone, both configs.
     fast = escort.convert(three_convolutions(), x, effort=75.0, progress=True)
     assert [plan.method for plan in fast.plan.layers.values()] == ["compiled"] * 3
-    assert fast.plan.layers["1"] is fast.plan.layers["0"]
-    # Four candidates are compiled before any is timed, then what the layers run.
-    assert len(compiled.prepared) == 4 + 3
-    planning = [f"planning, preparing {done} of 4 kernels" for done in range(4)] + ["planning"]
-    assert shown == [*planning, *(f"planning, preparing {done} of 3 kernels" for done in range(3)), "planning"]
+    first, like = fast.plan.layers["0"], fast.plan.layers["1"]
+    assert (like.config, like.times_from, like.time_us) == (first.config, "equal layer", first.time_us)
+    assert "The times of 1 of 3 layers are from equal layers." in re.sub(r"\s+", " ", str(fast.plan))
+    # Four candidates are compiled before any is timed, then the choice that is taken over, then what the layers run.
+    assert len(compiled.prepared) == 4 + 1 + 3
+    assert shown == [*((done, 4) for done in range(5)), *((done, 3) for done in range(4))]
     # Now only the first config fits a share: 15 s, 20 s.
     planner._remembered.clear()
     again = escort.replan(fast, effort=45.0)
@@ -89,3 +88,32 @@ def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.Monk
     assert {plan.method for plan in without.plan.layers.values()} == {"dense"} and not compiled.prepared
     with torch.no_grad():
         assert torch.allclose(without(x), fast(x), atol=1e-5)
+
+
+def test_a_memory_format_that_is_predicted_to_be_slow_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only layers that are predicted in both count."""
+    layer = Layer(Problem(1, 3, 8, 8, 4, (3, 3)), SparseFilter.from_dense(torch.ones(4, 3, 3, 3)))
+    networks: dict[MemoryFormat, Unplanned] = {
+        name: Unplanned(torch.nn.Identity(), {str(i): layer for i in range(3)}, {})
+        for name in ("contiguous", "channels_last")
+    }
+    predicted: list[list[float | None]] = [[20.0, None, 10.0], [10.0, 99.0, 10.0]]
+    monkeypatch.setattr(swap, "predicted_us", lambda layers, methods: predicted.pop(0))
+    known: list[bool] = []
+    monkeypatch.setattr(swap, "are_known", lambda layers, methods: known.pop(0) if known else False)
+    request = Request(torch.device("cpu"), "fp16")
+    kept, slower = swap.likely(networks, request)
+    assert kept == {"channels_last": networks["channels_last"]}
+    assert slower == {
+        "contiguous": "its layers are predicted to take 1.5 times as long; effort='best' tries it",
+    }
+    predicted[:] = [[12.0, None, 10.0], [10.0, 99.0, 10.0]]  # close
+    assert swap.likely(networks, request) == (networks, {})
+    predicted[:] = [[None] * 3, [10.0] * 3]  # nothing to compare
+    assert swap.likely(networks, request) == (networks, {})
+    assert swap.likely(networks, replace(request, compile_budget_s=1.0)) == (networks, {})
+    known[:] = [False, True]  # chosen before
+    reason = "the plans of all layers are known in channels_last alone; effort='best' tries it"
+    assert swap.likely(networks, request) == (kept, {"contiguous": reason})
+    predicted[:] = [[10.0] * 3, [10.0] * 3]
+    assert swap.likely(networks, replace(request, remeasure=True)) == (networks, {})

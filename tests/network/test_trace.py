@@ -16,7 +16,7 @@ from escort.network.original import plain_copy
 from escort.network.tracing.graphs import graphs
 from escort.network.tracing.trace import trace
 from escort.runtime import Program
-from tests.network.models import Checked
+from tests.network.models import Block, Checked
 from tests.network.patterns import MORE, SAMPLES, Net, traced
 
 
@@ -64,17 +64,6 @@ def test_running_out_of_memory_is_no_reason_to_give_up_the_graph() -> None:
 
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 20 GiB"):
         trace(Large(), Example((SAMPLES,)))
-
-
-class Block(nn.Module):
-    """Traceable; with an attribute that the code around it reads."""
-
-    def __init__(self, source: int = -1) -> None:
-        super().__init__()
-        self.conv, self.norm, self.source = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), source
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.norm(self.conv(x))) + x
 
 
 class Gate(nn.Module):

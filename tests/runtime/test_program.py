@@ -30,6 +30,11 @@ from tests.network.models import pruned
 Result = namedtuple("Result", ["scores", "features"])
 
 
+class Sum(nn.Module):
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] + pair[1]
+
+
 class Labelled(nn.Module):
     """Its layers are called as no attribute can be, and it returns what holds more than tensors."""
 
@@ -193,9 +198,10 @@ def test_a_value_lives_until_its_last_reader() -> None:
         ((1, 5), {}, (1, 5, 3)),
         ((), {"b": 5, "a": 1}, (1, 5, 3)),
         ((1,), {"c": 7}, (1, 2, 7)),
-        ((), {}, "misses its input a"),
+        ((), {}, "takes .a, b, c., got no a$"),
+        ((), {"b": 1, "image": 2}, "takes .a, b, c., got no a, but image$"),
         ((1, 2, 3, 4), {}, "takes .a, b, c., got 4 by position"),
-        ((1,), {"a": 1}, "several values for its input a"),
+        ((1,), {"a": 1}, "takes .a, b, c., got several values for a"),
         ((1,), {"d": 1}, "takes .a, b, c., got 1 by position and d by name"),
     ],
 )
@@ -251,6 +257,14 @@ def test_programs_in_the_place_of_graphs_within_a_model() -> None:
     expected = model(x)
     assert as_programs(model) is model and type(model[0]) is Program
     assert torch.equal(model(x), expected)
+
+
+def test_a_graph_that_no_program_can_hold_stays() -> None:
+    x = torch.randn(3)
+    exported = torch.export.export(Sum(), ((x, x),)).module()  # its inputs are packed in a tuple
+    model = nn.Sequential(exported)
+    assert as_programs(model) is model and model[0] is exported
+    assert torch.equal(model((x, x)), x + x)
 
 
 def test_a_named_tuple_made_without_source() -> None:

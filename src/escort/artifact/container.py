@@ -208,12 +208,12 @@ class Container:
 def _check_seal(data: bytes) -> int:
     """The size of the header. Raises ValueError where the file is damaged, or of another kind."""
     size = int.from_bytes(data[:8], "little")
-    if len(data) < _SEAL.stop or size > len(data) - 8:
-        raise ValueError(f"it is cut short or no Escort file: of {len(data)} bytes, the header would take {8 + size}")
+    if data[8 : _SEAL.start] != _SEAL_HEAD:
+        raise ValueError("it is not what escort.save wrote, or its beginning is damaged")
     if size > MAX_HEADER_BYTES:
         raise ValueError(f"its header of {size} bytes exceeds the limit of {MAX_HEADER_BYTES}")
-    if data[8 : _SEAL.start] != _SEAL_HEAD:
-        raise ValueError("it is not an Escort file, or its header is damaged")
+    if len(data) < max(_SEAL.stop, 8 + size):
+        raise ValueError(f"it is cut short: it has {len(data)} bytes, and its header alone takes {8 + size}")
     if data[_SEAL] != _digest(data):
         raise ValueError("its checksum does not match: it is damaged or cut short")
     return size

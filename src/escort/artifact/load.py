@@ -5,8 +5,10 @@ The file may come from anywhere, so everything in it is checked before it is use
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +41,7 @@ from escort.runtime.saved.limits import (
 from escort.runtime.saved.problems import lowered_numbers, multiply_adds
 from escort.runtime.saved.rehearsal import Work, rehearse
 
+_log = logging.getLogger(__name__)
 _REMEDY = "save the model again with this version, or get an undamaged copy of the file"
 
 
@@ -63,10 +66,13 @@ def load(
     Raises:
         ArtifactError: (a ValueError) naming the file, the layer, the problem and the remedy.
         ValueError: if there is no such device here.
+        TypeError: if `model` is the name of a device.
         OSError: if the file cannot be read.
         torch.OutOfMemoryError: if the GPU cannot hold the model, or run it on the inputs that it was planned for.
     """
-    path = Path(path)
+    path, begin = Path(path), time.perf_counter()
+    if isinstance(model, str | torch.device):
+        raise TypeError(f"model is an nn.Module, got {model!r}; write device={str(model)!r}")
     wanted = None if device is None else find_device(str(device))
     saved = _read(path)
     target = _nearest(saved.device) if wanted is None else wanted
@@ -79,6 +85,7 @@ def load(
         remeasure = any(layer.time_us is None for layer in sparse) or plan.machine != Machine.here(str(target))
         if remeasure:
             _check_measurable(saved, plan, works)
+    _log.info("loaded %s in %.2f s%s", path, time.perf_counter() - begin, ", to be measured anew" if remeasure else "")
     if not remeasure:
         return converted
     remedy = "convert the model again on this machine"

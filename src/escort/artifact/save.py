@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from escort.runtime.saved.errors import naming
 from escort.runtime.saved.places import Places, joined
 
 FORMAT, VERSION = "escort", 3
+_log = logging.getLogger(__name__)
 
 
 def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
@@ -50,7 +52,9 @@ def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
         # The error of a candidate that failed may be infinite, which JSON cannot say.
         "plan": _json(json.loads(json.dumps(model.plan.to_json()), parse_constant=lambda constant: None)),
     }
-    _write(Path(path), pack(metadata, _tensors(model.network)))
+    data = pack(metadata, _tensors(model.network))
+    _write(Path(path), data)
+    _log.info("saved %s, %d bytes", path, len(data))
 
 
 def _device(model: ConvertedModel) -> torch.device:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from escort.cli.console import check_is_file, first_sentence
 from escort.prune import listing
 
 #: What the files are called: torch's, Lightning's (.ckpt), Hugging Face's (.bin) and those of torch's examples (.tar).
@@ -53,9 +54,7 @@ def load_into(model: nn.Module, path: Path) -> list[str]:
 def _read(path: Path) -> Any:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: a checkpoint ends in one of {', '.join(SUFFIXES)}; name one of these")
-    if not path.is_file():
-        problem = "is no file" if path.exists() else "there is no such file"
-        raise FileNotFoundError(f"{path}: {problem}; name a checkpoint")
+    check_is_file(path, "a checkpoint")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -63,10 +62,9 @@ def _read(path: Path) -> Any:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or damaged: {error}; save it anew") from error
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"{path} cannot be loaded with weights_only=True ({type(error).__name__}: {reason}); where you trust it, "
-            "load it in Python and save the model's state_dict() by torch.save or as .safetensors"
+            f"{path} cannot be loaded with weights_only=True ({first_sentence(error)}); where you trust it, load it in "
+            "Python and save the model's state_dict() by torch.save or as .safetensors"
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shlex
 import sys
 import traceback
@@ -46,15 +47,20 @@ class Output:
 
 
 @contextmanager
-def reporting(as_json: bool) -> Iterator[Output]:
-    """Runs the body of a command: an error becomes one message and an exit code, JSON goes to stdout at the end."""
+def reporting(as_json: bool, verbose: int = 0) -> Iterator[Output]:
+    """Runs the body of a command: an error becomes one message and an exit code, JSON goes to stdout at the end.
+
+    Args:
+        verbose: 1 shows on stderr what is logged at INFO, 2 what is logged at DEBUG too.
+    """
     stdout = sys.stdout
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # shows characters that the terminal's encoding lacks
     try:
         # A model's own code may print: under --json that goes to stderr too.
-        with _notes_for_warnings(), redirect_stdout(sys.stderr) if as_json else nullcontext():
+        to_stderr = redirect_stdout(sys.stderr) if as_json else nullcontext()
+        with _notes_for_warnings(), _notes_for_log(verbose), to_stderr:
             output = Output()
             yield output
     except (ValueError, TypeError) as error:
@@ -86,11 +92,49 @@ def _notes_for_warnings() -> Iterator[None]:
         yield
 
 
+class _Notes(logging.Handler):
+    """Shows what is logged, which may name layers and files, as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        note(level + record.getMessage())
+
+
+@contextmanager
+def _notes_for_log(verbose: int) -> Iterator[None]:
+    """Shows what Escort logs as notes, if it shall be shown."""
+    if not verbose:
+        yield
+        return
+    log, handler = logging.getLogger("escort"), _Notes()
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
+
+
+def check_is_file(path: Path, wanted: str) -> None:
+    """Raises FileNotFoundError where there is no file, which says to name what is wanted."""
+    if not path.is_file():
+        problem = "it is a folder" if path.is_dir() else "there is no such file"
+        raise FileNotFoundError(f"{path}: {problem}; name {wanted}")
+
+
 def fail(message: str, code: int) -> NoReturn:
     """Prints an error in one line, and leaves with an exit code."""
     line = Text.assemble(("error:", "bold red"), " ", printable(message))
     Console(stderr=True).print(line, soft_wrap=True)
     raise typer.Exit(code)
+
+
+def first_sentence(error: Exception) -> str:
+    """An error's type and what it says first; behind that, libraries say how to read a file without their checks."""
+    said = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def note(message: str) -> None:
@@ -109,10 +153,12 @@ def note_if_busy(device: str) -> None:
 
 
 def progress(console: Console | None = None) -> Progress:
-    """Progress bars: on stderr, where they disappear in the end, or on a console, where they stay."""
-    columns = Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    transient = console is None
-    return Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True), transient=transient)
+    """Progress bars: on stderr where it is a terminal, until the end, or on a console, where they stay."""
+    columns = Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    if console is not None:
+        return Progress(*columns, console=console)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_watched)
 
 
 def command_line(program: str = "escort") -> str:

@@ -13,14 +13,14 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from escort import reference
+from escort import cache, reference
 from escort.cli.console import Output
 from escort.cli.options import command
-from escort.cuda import cache, compiler
+from escort.cuda import compiler
 from escort.cuda.kernel import LEAST_CAPABILITY
 from escort.filter import SparseFilter
 from escort.methods import Method, for_device
-from escort.planner import cores
+from escort.planner import cores, store, timing
 from escort.planner.machine import Machine
 from escort.problem import Precision, Problem
 
@@ -82,6 +82,8 @@ def examine() -> Iterator[Finding]:
         yield _no_gpu()
     yield _kernel_compiler(needed=bool(gpus))
     yield _kernel_cache()
+    yield _shipped_kernels()
+    yield _plan_store()
     for index in gpus:
         yield from _gpu(f"cuda:{index}")
     for package, (purpose, extra) in _OPTIONAL.items():
@@ -167,6 +169,22 @@ def _kernel_cache() -> Finding:
     return Finding("kernel cache", f"{folder}, see escort cache")
 
 
+def _shipped_kernels() -> Finding:
+    count = sum(1 for _ in compiler.KERNELS.rglob("*.cubin"))
+    return Finding("shipped kernels", f"{count} cubins" if count else "none: all are compiled at their first use")
+
+
+def _plan_store() -> Finding:
+    if not store.is_kept():
+        value = "switched off: every process measures all layers"
+        return Finding("plan store", value, None, f"leave out {store.KEEP_VARIABLE}=0 and {cache.LIMIT_VARIABLE}=0")
+    try:
+        count = sum(stored is not None for _, stored in store.entries())
+    except OSError:
+        return Finding("plan store", "not used, as the kernel cache", None)
+    return Finding("plan store", f"plans kept: {count}, see escort cache")
+
+
 def _gpu(device: str) -> Iterator[Finding]:
     """What a GPU is, and whether each method compiles, loads and runs its kernels on it."""
     machine = Machine.here(device)
@@ -177,6 +195,20 @@ def _gpu(device: str) -> Iterator[Finding]:
         return
     yield Finding(device, f"{value}, driver {machine.driver or 'unknown'}, torch for CUDA {machine.cuda}")
     yield from _methods(device)
+    yield _graphs(device)
+
+
+def _graphs(device: str) -> Finding:
+    """Whether a GPU's work can be captured in a graph and replayed, as is done to time it."""
+    name = f"CUDA graphs on {device}"
+    try:
+        (outcome,) = timing.race_on_gpu([lambda: torch.ones(8, device=device) + 1.0], device, rounds=3)
+    except RuntimeError as error:
+        return Finding(name, "cannot be captured", False, str(error))
+    if outcome.timer != "graph":
+        remedy = "times include the host's: update the driver, or install a torch for its CUDA"
+        return Finding(name, outcome.reason or "cannot be captured", None, remedy)
+    return Finding(name, "can be captured and replayed")
 
 
 def installed_version(package: str) -> str | None:

@@ -14,7 +14,7 @@ import typer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from escort.cli.console import note
+from escort.cli.console import first_sentence, note
 from escort.cli.options import numbers
 from escort.prune import listing
 
@@ -118,8 +118,10 @@ class Inputs:
         paths = [path for path in files if path.suffix.lower() in suffixes]
         left_out = [path.name for path in files if path.suffix.lower() not in suffixes]
         if not paths:
-            known = ", ".join(sorted(suffixes))
-            raise ValueError(f"{source} holds no image and is no .npy or .npz batch; images end in one of {known}")
+            raise ValueError(
+                f"{source} holds no image and is no .npy or .npz batch; name images that Pillow reads, such as .jpg or "
+                ".png"
+            )
         if left_out:
             note(f"{source}: left out {listing(left_out)}: no images, or of formats that are not read here")
         return cls([path.name for path in paths], None, paths, preparation)
@@ -174,7 +176,9 @@ def _read_array(path: Path) -> NDArray[Any]:
                 raise ValueError(f"it holds {len(loaded.files)} arrays ({', '.join(loaded.files)}), not one")
             return loaded[loaded.files[0]]
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable .npy or .npz batch: {error}; write it by numpy.save") from error
+        raise ValueError(
+            f"{path} is no readable .npy or .npz batch ({first_sentence(error)}); write it by numpy.save"
+        ) from error
 
 
 def _pair(size: str) -> tuple[int, int]:

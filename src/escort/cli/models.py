@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from escort.cli import checkpoints
-from escort.cli.console import note
+from escort.cli.console import check_is_file, note
 from escort.prune import listing
 
 ARCHIVE_SUFFIX = ".pt2"
@@ -68,6 +68,9 @@ def attribute(spec: str) -> Any:
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise ValueError(f"a model is named package.module:factory or is a {ARCHIVE_SUFFIX} file, got {spec!r}")
+    if module_name.endswith(".py") or "/" in module_name:
+        dotted = module_name.removesuffix(".py").replace("/", ".")
+        raise ValueError(f"{spec}: a module is named as import takes it; write {dotted}:{name}")
     directory = os.getcwd()
     if directory not in sys.path:  # a console script's path starts at its own directory
         sys.path.insert(0, directory)
@@ -94,20 +97,23 @@ def _from_factory(spec: str) -> nn.Module:
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):
-        raise TypeError(f"{spec} is a {type(factory).__name__}; name a function or class that returns an nn.Module")
+        raise TypeError(
+            f"{spec} is of type {type(factory).__name__}; name a function or class that returns an nn.Module"
+        )
     try:
         model = factory()
     except Exception as error:
         raise ValueError(
-            f"{spec}: calling it without arguments failed: {_with_type(error)}; name a function that needs none"
+            f"{spec}: calling it without arguments failed: {_with_type(error)}; mend it, or name a function "
+            "that needs none"
         ) from error
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{spec} returned a {type(model).__name__}, not an nn.Module; name a function that returns one")
+        raise TypeError(f"{spec} returned {type(model).__name__}, not an nn.Module; name a function that returns one")
     return model
 
 
 def _from_archive(path: Path) -> nn.Module:
-    _check_is_file(path)
+    check_is_file(path, "an archive that torch.export.save wrote")
     try:
         _check_members(path)
         with _weights_only():
@@ -151,13 +157,6 @@ def _weights_only() -> Iterator[None]:
             del os.environ[variable]
         else:
             os.environ[variable] = before
-
-
-def _check_is_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: {'is no file' if path.exists() else 'there is no such file'}; name an archive"
-        )
 
 
 def _with_type(error: Exception) -> str:

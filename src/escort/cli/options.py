@@ -19,11 +19,14 @@ from torch import nn
 import escort
 from escort import artifact
 from escort.cli import models
-from escort.cli.console import Output, note_if_busy, reporting
+from escort.cli.console import Output, check_is_file, note_if_busy, reporting
 from escort.network.check import Effort
 from escort.network.model import ConvertedModel
 from escort.planner.machine import find_device
 from escort.problem import TORCH_DTYPE
+
+#: What a saved model is, for messages.
+SAVED = "one that escort convert wrote"
 
 
 class PrecisionName(str, Enum):
@@ -52,6 +55,12 @@ EffortOption = Annotated[
     typer.Option(
         metavar="fast|best|SECONDS",
         help="Time for compiling GPU kernels for the weights: fast compiles none, best takes up to five minutes.",
+    ),
+]
+VerboseOption = Annotated[
+    int,
+    typer.Option(
+        "--verbose", "-v", count=True, help="Say on stderr what is done and how long it takes; -vv for each layer."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, and nothing else, to stdout.")]
@@ -90,10 +99,11 @@ class SavedOptions:
             "--model", metavar="MODULE:FACTORY", help="The dense model, where it could not be traced to a graph."
         ),
     ] = None
+    verbose: VerboseOption = 0
 
     def load(self) -> ConvertedModel:
         """The model, ready to run."""
-        check_saved(self.saved)
+        check_is_file(self.saved, SAVED)
         model = None if self.original is None else models.load(self.original)
         return artifact.load(self.saved, model, device=self.device)
 
@@ -109,11 +119,12 @@ class ModelOptions(SourceOptions):
     device: DeviceOption = "cpu"
     precision: PrecisionOption = PrecisionName.FP32
     effort: EffortOption = "fast"
+    verbose: VerboseOption = 0
 
     @property
     def are_default(self) -> bool:
-        """Whether none was given but the model."""
-        return replace(self, shapes=self.shapes or None) == ModelOptions(self.model)
+        """Whether none was given that says what to convert but the model."""
+        return replace(self, shapes=self.shapes or None, verbose=0) == ModelOptions(self.model)
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """Random inputs of the shapes, the same each time, on the CPU in float32."""
@@ -162,7 +173,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(*, as_json: bool, **values: Any) -> None:
-        with reporting(as_json) as output:
+        with reporting(as_json, values.get("verbose", 0)) as output:
             function(**{name: _value(parameter, values, output) for name, parameter in parameters.items()})
 
     run.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]
@@ -219,12 +230,6 @@ def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
     if not values or min(values) < least:
         raise ValueError(f"{option} takes integers from {least} up, separated by commas, got {text!r}")
     return values
-
-
-def check_saved(path: Path) -> None:
-    """Raises FileNotFoundError where there is no saved model."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; name one that escort convert wrote")
 
 
 def check_writable(path: Path) -> None:

@@ -9,8 +9,8 @@ import typer
 
 from escort import artifact, report
 from escort.cli import checkpoints, models
-from escort.cli.console import Output
-from escort.cli.options import ModelOptions, check_saved, command
+from escort.cli.console import Output, check_is_file
+from escort.cli.options import SAVED, ModelOptions, command
 from escort.network.model import NetworkPlan
 from escort.network.plan_table import plan_table
 from escort.planner.plan import Candidate
@@ -38,7 +38,7 @@ def _stored_plan(options: ModelOptions) -> NetworkPlan:
     if not options.are_default:
         names = "--input, --checkpoint, --device, --precision and --effort"
         raise ValueError(f"{options.model} is saved with its plan and weights; leave out {names}")
-    check_saved(Path(options.model))
+    check_is_file(Path(options.model), SAVED)
     return artifact.load_plan(Path(options.model))
 
 

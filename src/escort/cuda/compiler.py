@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import re
 import struct
 import threading
@@ -20,8 +21,9 @@ from typing import Any
 
 import torch
 
-from escort.cuda import cache
+from escort import cache
 
+_log = logging.getLogger(__name__)
 #: Where sources are looked up.
 KERNELS = Path(__file__).parents[1] / "kernels" / "cuda"
 
@@ -115,12 +117,13 @@ def compile_source(source: Source, defines: Defines, arch: str) -> Binary:
     }
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     expected = {name: made_from[name] for name in ("source", "defines", "arch", "compiler")}
-    if (stored := cache.load(key)) is not None and _is_binary(*stored, expected):
+    if (stored := cache.load("kernel", key)) is not None and _is_binary(*stored, expected):
         return Binary(**stored[0], cubin=stored[1])
     _check_arch(arch)
     binary = _compile(source, macros, arch, compiler)
+    _log.debug("compiled %s for %s in %.2f s of one core", source.name, arch, binary.compile_s)
     described = {field.name: getattr(binary, field.name) for field in fields(Binary) if field.name != "cubin"}
-    cache.store(key, described, binary.cubin)
+    cache.store("kernel", key, described, binary.cubin)
     return binary
 
 

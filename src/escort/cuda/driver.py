@@ -17,6 +17,9 @@ from escort.cuda.compiler import dotted, missing
 #: Kernels need a driver for this CUDA at least.
 LEAST_DRIVER = (12, 0)
 
+_INTERFACE = 12000  # the CUDA whose version of the driver's functions is called by address
+_LEGACY_STREAMS = 1  # CU_GET_PROC_ADDRESS_LEGACY_STREAM
+
 
 def api() -> Any:
     """The driver's functions and types. Raises ImportError where the bindings are not installed."""
@@ -33,6 +36,22 @@ def call(name: str, *args: Any) -> Any:
     if status:
         raise DriverError(name, status)
     return results[0] if results else None
+
+
+def address(name: str) -> int:
+    """Where a function of the driver is, for streams as torch numbers them (0 is the legacy default stream).
+
+    Raises:
+        RuntimeError: this driver has no such function.
+    """
+    if found := call("cuGetProcAddress", name.encode(), _INTERFACE, _LEGACY_STREAMS):
+        return int(found)
+    raise RuntimeError(f"the driver, for CUDA {dotted(driver_version())}, has no {name}: update the driver")
+
+
+def status(number: int) -> Any:
+    """A status that a function of the driver returned, with its `name`."""
+    return api().CUresult(number)
 
 
 class DriverError(RuntimeError):

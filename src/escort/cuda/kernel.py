@@ -28,7 +28,7 @@ from escort.cuda.compiler import (
     nvrtc_version,
 )
 from escort.cuda.driver import driver_version
-from escort.cuda.launch import Argument, Launch, Parameter, TensorMap, launch_config
+from escort.cuda.launch import Argument, Launch, Parameter, Passed, attributes
 
 #: Kernels need at least this compute capability.
 LEAST_CAPABILITY = (8, 0)
@@ -42,7 +42,6 @@ __all__ = [
     "NATIVE_CAPABILITY",
     "Kernel",
     "Launch",
-    "TensorMap",
     "Text",
     "arch",
     "driver_version",
@@ -147,7 +146,7 @@ class Kernel:
         self,
         block: int,
         shared_bytes: int,
-        args: Sequence[Argument | type],
+        args: Sequence[Argument | Passed],
         *,
         overlap: bool = False,
         cluster: int = 1,
@@ -158,7 +157,8 @@ class Kernel:
             block: threads per block.
             shared_bytes: of dynamic shared memory per block.
             args: in the order of the kernel's parameters: a value where it is the same in all launches, else its type
-                (`torch.Tensor`, `int`, `float` or `TensorMap`). A struct is bytes, made by `params.pack`.
+                (`torch.Tensor`, `int` or `float`), or the map of the tensor (`tensor_map`). A struct is bytes, made by
+                `params.pack`.
             overlap: the kernel may start while the one before it in the stream still runs, and waits for its results
                 itself (programmatic dependent launch, from compute capability 9.0).
             cluster: blocks of a cluster along x, of which the grid is a multiple; 8 at most (from compute capability
@@ -173,8 +173,8 @@ class Kernel:
         if self._parameter_bytes not in (None, [parameter.size for parameter in parameters]):
             described = ", ".join(map(str, parameters))
             raise TypeError(f"{self} has parameters of {self._parameter_bytes} bytes, got ({described})")
-        config = launch_config(block, shared_bytes, overlap, cluster)
-        return Launch(str(self), self._function, self._device, config, args)
+        extra = attributes(overlap, cluster)
+        return Launch(str(self), self._function, self._device, block, shared_bytes, args, extra)
 
     def _reserve(self, block: int, shared_bytes: int) -> None:
         """Allows blocks of so many threads with so much dynamic shared memory."""

@@ -1,12 +1,16 @@
-"""What kernels/cpu/bindings.cpp offers; kernels/cpu/direct.hpp describes the tables."""
+"""What kernels/cpu/bindings.cpp offers; direct.hpp there describes the tables, spread_channels.hpp the order."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 def isas() -> list[tuple[str, int, int]]: ...
 def keep_freed_memory(most_bytes: int) -> bool: ...
+def spread_channels(
+    sites: NDArray[np.int32], channels: NDArray[np.int32], site_count: int, channel_count: int, kept: int, of: int
+) -> list[int]: ...
 
 class DirectConvolution:
     def __init__(self, isa: str, tables: dict[str, NDArray[Any]]) -> None: ...

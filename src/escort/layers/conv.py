@@ -14,34 +14,22 @@ from torch.autograd import forward_ad
 
 from escort.filter import SparseFilter
 from escort.layers import runners
+from escort.layers.conv_like import ConvLike
+from escort.layers.counters import BROADCAST, BY_OPERATOR, Counters
+from escort.layers.observed import PLAIN, is_capturing, is_compiling, is_observed, is_profiled, is_tracing, profiled
 from escort.layers.operator import check_not_for_onnx, output_shape, sparse_conv2d
 from escort.layers.runners import Choice, RunnerCache
 from escort.layers.weight import DenseWeight
 from escort.methods import Runner
 from escort.methods.base import apply_epilogue
 from escort.planner.plan import Layer, Plan
-from escort.problem import Activation, Epilogue, Problem
+from escort.problem import Epilogue, Problem
 
 #: How many input sizes a layer keeps runners for.
 _MOST_SIZES = 64
 
-#: What observes or transforms torch's operators must see an operator and not a kernel that is handed memory: traces,
-#: ``make_fx`` and fake tensors (modes), ``vmap`` and its like (transforms). Asked once per call, so each by its fastest
-#: function.
-_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
-_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
-_is_profiled = torch._C._autograd._profiler_enabled
-_PLAIN = frozenset((torch.Tensor, nn.Parameter))
 
-
-def _is_observed() -> bool:
-    """Whether anything but a plain call sees what the layer does."""
-    if _is_compiling() or _is_tracing() or _modes() > 0:
-        return True
-    return _transforms() is not None or bool(forward_ad._current_level >= 0)
-
-
-class SparseConv2d(nn.Module):
+class SparseConv2d(ConvLike):
     """Equivalent to ``activation(F.conv2d(x, w, bias, ...) + residual)``, run as its plan says. Inference only.
 
     It runs any batch and any input size by the plan's method and config. The first call on a size lays out tables for
@@ -93,6 +81,7 @@ class SparseConv2d(nn.Module):
             empty = torch.empty(0, dtype=problem.storage, device=problem.device)
             self.register_parameter("frozen", nn.Parameter(empty, requires_grad=False))
         self.plan, self.name, self.unfolded = plan, name, unfolded
+        self.counters = Counters()
         self._spec = Choice.of(plan).to_json()
         self._plain_spec = replace(Choice.of(plan), problem=self._plain(problem)).to_json()
         self._follow()
@@ -101,9 +90,8 @@ class SparseConv2d(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight, read only, without any batch norm; each computation with it makes a new copy."""
-
         problem = self.plan.problem
-        if _is_observed():
+        if is_observed():
             return self._dense()
         return DenseWeight(self._dense, problem.weight_shape, problem.storage, self.values.device)
 
@@ -133,57 +121,6 @@ class SparseConv2d(nn.Module):
             self._follow()
 
     @property
-    def in_channels(self) -> int:
-        return self.plan.problem.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.plan.problem.out_channels
-
-    @property
-    def kernel_size(self) -> tuple[int, int]:
-        return self.plan.problem.kernel_size
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        return self.plan.problem.stride
-
-    @property
-    def padding(self) -> tuple[int, ...]:
-        """Zeros added on both sides of rows and columns; (top, bottom, left, right) where sides differ."""
-        top, bottom, left, right = self.plan.problem.padding
-        return (top, left) if (top, left) == (bottom, right) else (top, bottom, left, right)
-
-    @property
-    def dilation(self) -> tuple[int, int]:
-        return self.plan.problem.dilation
-
-    @property
-    def groups(self) -> int:
-        return self.plan.problem.groups
-
-    @property
-    def activation(self) -> Activation:
-        return self.plan.problem.epilogue.activation
-
-    @property
-    def residual(self) -> bool:
-        """Whether a residual is added to what it computes."""
-        return self.plan.problem.epilogue.residual
-
-    @property
-    def padding_mode(self) -> str:
-        return "zeros"
-
-    @property
-    def transposed(self) -> bool:
-        return False
-
-    @property
-    def output_padding(self) -> tuple[int, int]:
-        return (0, 0)
-
-    @property
     def filter(self) -> SparseFilter:
         indptr, columns, values = (tensor.cpu().numpy() for tensor in (self.indptr, self.columns, self.values))
         return SparseFilter(self.plan.problem.weight_shape, self.groups, indptr, columns, values)
@@ -208,25 +145,31 @@ class SparseConv2d(nn.Module):
             RuntimeError: where a gradient would be needed, or a CUDA graph is captured from the first call on a size.
         """
         x = input
-        if _is_observed():
+        if is_observed():
             return self._by_operator(x, residual)
         # The operator resolves a lazily negated view.
-        if type(x) not in _PLAIN or x.requires_grad or x.is_neg():
+        if type(x) not in PLAIN or x.requires_grad or x.is_neg():
             return self._by_operator(x, residual)
-        if residual is not None and (type(residual) not in _PLAIN or residual.is_neg()):
+        if residual is not None and (type(residual) not in PLAIN or residual.is_neg()):
             return self._by_operator(x, residual)
-        if sum(tensor._version for tensor in self._followed) != self._versions:
+        versions = 0
+        for tensor in self._followed:
+            versions += tensor._version
+        if versions != self._versions:
             self._follow()
         run = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
         if run is None:
             run = self._prepare(x, residual)
+        if x.is_cuda and is_capturing():
+            self._runners.keep(run)
         try:
-            if _is_profiled():
-                with torch.profiler.record_function("escort::sparse_conv2d", self.name):
+            if is_profiled():
+                with profiled("escort::sparse_conv2d", self.name):
                     return run(x, residual)
             return run(x, residual)
         except ValueError as error:
             if residual is not None and self._broadcasts(x, residual):
+                self.counters.count(BROADCAST)
                 return self._add_behind(self._without_epilogue(x)(x), residual)
             raise ValueError(f"layer {self.name}: {error}") from error
 
@@ -235,7 +178,7 @@ class SparseConv2d(nn.Module):
         for value in (x, residual):
             if value is not None and not isinstance(value, torch.Tensor):
                 raise TypeError(
-                    f"layer {self.name} takes tensors, got a {type(value).__name__}; pass torch.as_tensor of it"
+                    f"layer {self.name} takes tensors, got {type(value).__name__}; pass torch.as_tensor of it"
                 )
         check_not_for_onnx(f"layer {self.name}")
         if not torch.compiler.is_compiling():
@@ -244,6 +187,7 @@ class SparseConv2d(nn.Module):
                 raise RuntimeError(
                     f"layer {self.name} has no gradient: call it under torch.inference_mode() or torch.no_grad()"
                 )
+            self.counters.count(BY_OPERATOR)
         arrays = self.values, self.columns, self.indptr, self.bias
         if residual is not None and self._broadcasts(x, residual):
             return self._add_behind(sparse_conv2d(x, None, *arrays, self._plain_spec), residual)
@@ -251,7 +195,7 @@ class SparseConv2d(nn.Module):
 
     def _broadcasts(self, x: torch.Tensor, residual: torch.Tensor) -> bool:
         """Whether a residual is not of the result's shape, but can be added to it."""
-        if not _is_compiling() and _is_tracing():  # sizes are tensors, and a trace is of one size
+        if not is_compiling() and is_tracing():  # sizes are tensors, and a trace is of one size
             return False
         shape = output_shape(self.plan.problem, x)
         if not self.residual or residual.shape == shape or residual.dtype is not x.dtype or residual.ndim > 4:
@@ -274,6 +218,8 @@ class SparseConv2d(nn.Module):
         if run is None:
             run = self._make_runner(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]), alone=True)
             cached.add(key, run)
+        if x.is_cuda and is_capturing():
+            cached.keep(run)
         return run
 
     def _follow(self) -> None:
@@ -284,7 +230,7 @@ class SparseConv2d(nn.Module):
         tensors = self._buffers.get("values"), self._buffers.get("bias", self._parameters.get("bias"))
         followed = tuple(tensor for tensor in tensors if tensor is not None and not tensor.is_inference())
         versions = sum(tensor._version for tensor in followed)
-        self._runners = RunnerCache(_MOST_SIZES)
+        self._runners = RunnerCache(_MOST_SIZES, self.__dict__.get("_runners"))
         self._followed, self._versions = followed, versions  # last, as a call that finds them trusts the cache
 
     def prepare(self) -> None:
@@ -326,7 +272,7 @@ class SparseConv2d(nn.Module):
             runners.check_not_capturing(self.values.device)
             problem = self.problem(batch, height, width)
             problem = self._plain(problem) if alone else problem
-            return runners.prepare(problem, self.filter, self.bias, Choice.of(self.plan), self.name)
+            return runners.prepare(problem, self.filter, self.bias, Choice.of(self.plan), self.name, self.counters)
         except (ValueError, RuntimeError) as error:
             kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)
             raise next(kind for kind in kinds if isinstance(error, kind))(f"layer {self.name}: {error}") from error
@@ -365,10 +311,13 @@ class SparseConv2d(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: runners hold kernels and pointers, and are made anew where the copy runs."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_runners", "_followed")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_runners", "_followed", "counters")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.counters = Counters()
         self._follow()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -387,8 +336,10 @@ class SparseConv2d(nn.Module):
     def _without_the_empty_parameter(self) -> Iterator[None]:
         """A state dict has no use for it."""
         empty = self._parameters.pop("frozen")
-        yield
-        self._parameters["frozen"] = empty
+        try:
+            yield
+        finally:
+            self._parameters["frozen"] = empty
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "

@@ -51,6 +51,8 @@ def _sparse_conv2d(
         run = _operator_runner(x, residual, (values, columns, indptr), bias, Choice.from_json(spec))
         entry = run, (values, columns, indptr, bias)
         _runners.add(key, entry)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        _runners.keep(entry)
     return entry[0](x, residual)
 
 

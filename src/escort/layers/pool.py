@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -14,11 +15,13 @@ from torch import nn
 from escort.cuda import kernel
 from escort.cuda.params import pack
 from escort.kernels import _cpu
+from escort.layers.observed import PLAIN, is_observed, is_profiled
 from escort.layers.runners import check_not_capturing
 from escort.methods.base import aligned
 from escort.problem import TORCH_MEMORY_FORMAT
 
-Pair = tuple[int, int]
+Pair = tuple[int, ...]  # of two
+Window = tuple[Pair, Pair, Pair, Pair]  # kernel_size, stride, padding and dilation
 
 #: The types that max_pool2d takes on a GPU, in the order of the kernel's numbers for them.
 POOLED_ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,11 +34,10 @@ torch.library.define(
 )
 
 
-@torch.library.impl("escort::max_pool2d", "CPU")
-def _max_pool2d(
+def _max_pool2d_on_cpu(
     x: torch.Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> torch.Tensor:
-    _check_pool(x, kernel_size, stride, padding, dilation)
+    _check_pool(x.shape, x.dtype, (torch.float32,), (kernel_size, stride, padding, dilation))
     x = x.contiguous()
     y = _empty_result(x, kernel_size, stride, padding, dilation, ceil_mode)
     planes, sizes = x.shape[0] * x.shape[1], (x.shape[2:], y.shape[2:], kernel_size, stride, padding, dilation)
@@ -46,28 +48,17 @@ def _max_pool2d(
 def _max_pool2d_on_gpu(
     x: torch.Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> torch.Tensor:
-    _check_pool(x, kernel_size, stride, padding, dilation)
-    is_channels_last = _in_channels_last(x)
-    x = x.contiguous(memory_format=TORCH_MEMORY_FORMAT["channels_last" if is_channels_last else "contiguous"])
-    y = _empty_result(x, kernel_size, stride, padding, dilation, ceil_mode)
-    pitch = x.shape[1] if is_channels_last else 1
-    vector = math.gcd(pitch, 16 // x.element_size())
-    vectors = y.numel() // vector
-    if vectors > _MOST_VECTORS:  # torch's has no such limit
-        return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
-    window = Window(*stride, *padding, *dilation)
-    launch = _pool_launch(x.device, x.dtype, vector, (kernel_size[0], kernel_size[1]), window)
-    blocks = -(-vectors // _THREADS)
-    launch((blocks, 1, 1), aligned(x, vector * x.element_size()), y, vectors, pitch, *x.shape[2:], *y.shape[2:])
-    return y
+    window = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
+    return _pooling(x.shape, x.dtype, x.device, _in_channels_last(x), window, ceil_mode)(x)
 
 
+torch.library.impl("escort::max_pool2d", "CPU", _max_pool2d_on_cpu)
 torch.library.impl("escort::max_pool2d", "CUDA", _max_pool2d_on_gpu)
 
 
 @dataclass(frozen=True)
-class Window:
-    """Stride, padding and dilation of a pooling window: the fields of the kernel's struct, in their order."""
+class Params:
+    """The kernel's parameters that are the same in every launch: the fields of its struct, in their order."""
 
     down: int
     right: int
@@ -78,15 +69,45 @@ class Window:
 
 
 @lru_cache(_MOST_LAUNCHES)
-def _pool_launch(
-    device: torch.device, dtype: torch.dtype, vector: int, kernel_size: Pair, window: Window
-) -> Callable[..., None]:
+def _pooling(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    is_channels_last: bool,
+    window: Window,
+    ceil_mode: bool,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What pools tensors of a shape on a GPU: all that a call need not work out itself."""
+    _check_pool(shape, dtype, POOLED_ON_GPU, window)
+    memory_format = TORCH_MEMORY_FORMAT["channels_last" if is_channels_last else "contiguous"]
+    size = _pooled_size(shape, *window, ceil_mode)
+    result = torch.empty((*shape[:2], *size), dtype=dtype, device="meta", memory_format=memory_format)
+    out_shape, strides = result.shape, result.stride()
+    pitch = shape[1] if is_channels_last else 1
+    vector = math.gcd(pitch, 16 // dtype.itemsize)
+    vectors, alignment = result.numel() // vector, vector * dtype.itemsize
+    if vectors > _MOST_VECTORS:  # torch's has no such limit
+        return lambda x: F.max_pool2d(x.contiguous(memory_format=memory_format), *window, ceil_mode)
+    launch, grid = _pool_launch(device, dtype, vector, window), (-(-vectors // _THREADS), 1, 1)
+    sizes = vectors, pitch, *shape[2:], *size
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = x.new_empty_strided(out_shape, strides)
+        launch(grid, aligned(x.contiguous(memory_format=memory_format), alignment), y, *sizes)
+        return y
+
+    return run
+
+
+@lru_cache(_MOST_LAUNCHES)
+def _pool_launch(device: torch.device, dtype: torch.dtype, vector: int, window: Window) -> Callable[..., None]:
     """The launch of kernels/cuda/max_pool.cu, compiled for a kernel_size and for accesses of `vector` elements."""
     check_not_capturing(device)
-    rows, columns = kernel_size
+    (rows, columns), *steps = window
     macros = {"STORAGE": POOLED_ON_GPU.index(dtype), "VECTOR": vector, "ROWS": rows, "COLUMNS": columns}
     compiled = kernel.kernel("max_pool.cu", macros, device)
-    return compiled.bind(_THREADS, 0, (torch.Tensor, torch.Tensor, *[int] * 6, pack(window)), overlap=True)
+    params = pack(Params(*itertools.chain(*steps)))
+    return compiled.bind(_THREADS, 0, (torch.Tensor, torch.Tensor, *[int] * 6, params), overlap=True)
 
 
 @torch.compiler.assume_constant_result
@@ -110,11 +131,11 @@ def _in_channels_last(x: torch.Tensor) -> bool:
     return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def _check_pool(x: torch.Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> None:
-    taken = POOLED_ON_GPU if x.is_cuda else (torch.float32,)
-    if x.ndim != 4 or x.dtype not in taken:
+def _check_pool(shape: torch.Size, dtype: torch.dtype, taken: Sequence[torch.dtype], window: Window) -> None:
+    if len(shape) != 4 or dtype not in taken:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in taken)
-        raise ValueError(f"max_pool2d takes {names} (N, C, H, W), got {x.dtype} of shape {tuple(x.shape)}")
+        raise ValueError(f"max_pool2d takes {names} (N, C, H, W), got {dtype} of shape {tuple(shape)}")
+    kernel_size, stride, padding, dilation = window
     smallest = min(*kernel_size, *stride, *dilation)
     if smallest < 1 or any(not 0 <= 2 * p <= k for p, k in zip(padding, kernel_size, strict=True)):
         raise ValueError(
@@ -123,21 +144,29 @@ def _check_pool(x: torch.Tensor, kernel_size: Pair, stride: Pair, padding: Pair,
         )
 
 
+def _pooled_size(
+    shape: torch.Size, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> list[int]:
+    """Height and width of the result; sizes may be symbols."""
+    size = []
+    for i in (0, 1):
+        reach = shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1
+        out = (reach + (stride[i] - 1 if ceil_mode else 0)) // stride[i] + 1
+        # As in torch, a window that ceil_mode adds must start inside the map or its padding at the top or left.
+        size.append(out - 1 if ceil_mode and (out - 1) * stride[i] >= shape[2 + i] + padding[i] else out)
+    if min(size) < 1:
+        raise ValueError(
+            f"input {tuple(shape)} is smaller than the pooling window {kernel_size} with padding {padding}"
+        )
+    return size
+
+
 @torch.library.register_fake("escort::max_pool2d")
 def _empty_result(
     x: torch.Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> torch.Tensor:
     """A tensor for the operator's result; sizes may be symbols."""
-    size = []
-    for i in (0, 1):
-        reach = x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1
-        out = (reach + (stride[i] - 1 if ceil_mode else 0)) // stride[i] + 1
-        # As in torch, a window that ceil_mode adds must start inside the map or its padding at the top or left.
-        size.append(out - 1 if ceil_mode and (out - 1) * stride[i] >= x.shape[2 + i] + padding[i] else out)
-    if min(size) < 1:
-        raise ValueError(
-            f"input {tuple(x.shape)} is smaller than the pooling window {kernel_size} with padding {padding}"
-        )
+    size = _pooled_size(x.shape, kernel_size, stride, padding, dilation, ceil_mode)
     memory_format = TORCH_MEMORY_FORMAT["channels_last" if _in_channels_last(x) else "contiguous"]
     return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
 
@@ -155,8 +184,10 @@ class MaxPool2d(nn.MaxPool2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 4 or not pools(x.device, x.dtype):
             return super().forward(x)
-        pairs = (pair(value) for value in (self.kernel_size, self.stride, self.padding, self.dilation))
-        return max_pool2d(x, *pairs, self.ceil_mode)
+        window = pair(self.kernel_size), pair(self.stride), pair(self.padding), pair(self.dilation)
+        if is_observed() or is_profiled() or type(x) not in PLAIN or x.requires_grad or x.is_neg():
+            return max_pool2d(x, *window, self.ceil_mode)
+        return (_max_pool2d_on_gpu if x.is_cuda else _max_pool2d_on_cpu)(x, *window, self.ceil_mode)
 
 
 def pair(value: int | tuple[int, ...]) -> tuple[int, int]:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import threading
+import time
 import warnings
-from collections import OrderedDict
-from collections.abc import Hashable
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from escort.filter import SparseFilter
+from escort.layers.counters import ANOTHER_SIZE, Counters
 from escort.methods import Method, Runner, by_name, for_device
 from escort.planner.plan import Plan
 from escort.problem import Problem
 
+_log = logging.getLogger(__name__)
 #: Seconds that a call may take to compile a kernel for an input size that was not planned.
 _PATIENCE_S = 1.0
+#: Seconds after which no kernel reads the tables of a runner that nobody calls any more.
+_GRACE_S = 10.0
 
 Entry = TypeVar("Entry")
 
@@ -28,16 +36,48 @@ class RunnerCache(OrderedDict[Hashable, Entry]):
     """Runners by the kind of call that they are for, at most so many: the oldest makes room for another.
 
     The key of a call holds ``x.shape[1:]``, ``x.dtype``, ``x.device`` and whether there is a residual.
+
+    Args:
+        most: how many there are.
+        before: the cache whose place it takes. What was kept there is kept here.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, before: RunnerCache[Entry] | None = None) -> None:
         super().__init__()
         self.most = most
+        self._kept: dict[int, Entry] = {} if before is None else before._kept
+        self._leaving: deque[tuple[float, Entry]] = deque()
 
     def add(self, key: Hashable, entry: Entry) -> None:
         self[key] = entry
+        now = time.monotonic()
+        while self._leaving and self._leaving[0][0] < now:
+            self._leaving.popleft()
         if len(self) > self.most:
-            self.popitem(last=False)
+            # A kernel that was launched on another stream may still read its tables.
+            self._leaving.append((now + _GRACE_S, self.popitem(last=False)[1]))
+
+    def keep(self, entry: Entry) -> None:
+        """Keeps an entry whose tables a CUDA graph reads from now on.
+
+        It lives as long as this cache and those that take its place, or as what :func:`kept_by_graph` gave.
+        """
+        kept = getattr(_capturing, "kept", None)
+        (self._kept if kept is None else kept)[id(entry)] = entry
+
+
+_capturing = threading.local()
+
+
+@contextmanager
+def kept_by_graph() -> Iterator[dict[int, Any]]:
+    """Collects what the calling thread captures meanwhile, for whoever holds the graph to keep alive as long."""
+    kept: dict[int, Any] = {}
+    _capturing.kept = kept
+    try:
+        yield kept
+    finally:
+        del _capturing.kept
 
 
 @dataclass(frozen=True)
@@ -84,6 +124,7 @@ def prepare(
     bias: torch.Tensor | None,
     choice: Choice,
     name: str = "a convolution",
+    counters: Counters | None = None,
 ) -> Runner:
     """A runner of the chosen method and config, complete on its device when this returns: any stream may call it.
 
@@ -94,18 +135,20 @@ def prepare(
     Args:
         problem: what to run; its batch and input size need not be those of the choice.
         bias: (K,) on any device, or None.
-        name: what the warning calls the layer.
+        name: what the warning and the log call the layer.
+        counters: of the layer; they count what does not go as planned.
 
     Raises:
         ValueError: where no method takes the problem.
     """
+    counters = counters or Counters()
     if problem.device_type == "cpu":
-        return _prepare(problem, sparse_filter, bias, choice, name)
+        return _prepare(problem, sparse_filter, bias, choice, name, counters)
     bias = None if bias is None else bias.cpu()
 
     def on_device() -> Runner:
         with torch.cuda.device(problem.device):
-            run = _prepare(problem, sparse_filter, bias, choice, name)
+            run = _prepare(problem, sparse_filter, bias, choice, name, counters)
             torch.cuda.current_stream().synchronize()
             return run
 
@@ -116,7 +159,12 @@ def prepare(
 
 
 def _prepare(
-    problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, choice: Choice, name: str
+    problem: Problem,
+    sparse_filter: SparseFilter,
+    bias: torch.Tensor | None,
+    choice: Choice,
+    name: str,
+    counters: Counters,
 ) -> Runner:
     """The runner of :func:`prepare`, made on the calling thread."""
     chosen = by_name(choice.method, problem.device)
@@ -125,6 +173,9 @@ def _prepare(
     # The chosen method is tried by the chosen config and then, as the others are, by its own first one.
     attempts = [(chosen, True), (chosen, False), *((method, False) for method in others)]
     planned, size = ((p.height, p.width) for p in (choice.problem, problem))
+    if planned != size:
+        counters.count(ANOTHER_SIZE)
+        _log.info("layer %s, planned for inputs of %s, is laid out for those of %s", name, planned, size)
     takes_long = planned != size and _compile_s(chosen, problem, sparse_filter, choice) > _PATIENCE_S
     if takes_long:
         attempts.sort(key=lambda attempt: attempt[0].compiles_per_filter)
@@ -138,6 +189,11 @@ def _prepare(
         except ValueError as error:
             refusal = refusal or error
             continue
+        if not (method is chosen and by_choice):
+            runs_by = f"its first config of {method.name}" if method is chosen else method.name
+            reason = str(refusal) if refusal else f"compiling a {chosen.name} kernel for that size takes long"
+            counters.count(f"run by {runs_by}: {reason}")
+            _log.warning("layer %s, on inputs of %s, is run by %s instead of its plan: %s", name, size, runs_by, reason)
         if takes_long and method is not chosen:
             warnings.warn(
                 f"layer {name}, {problem.in_channels} to {problem.out_channels} channels, was planned for inputs of "

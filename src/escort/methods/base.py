@@ -12,7 +12,10 @@ import torch
 from escort.cuda.compiler import Binary
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
-from escort.problem import MemoryFormat, Precision, Problem
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
+
+#: Of how many batch sizes a runner remembers how it cuts them up; a further one is worked out anew.
+MOST_BATCHES = 64
 
 Config = Any  # a frozen dataclass of scalars: the tuning knobs of a method, which a plan stores and compares
 
@@ -146,27 +149,33 @@ def input_check(
     name = str(dtype).removeprefix("torch.")
 
     def check(x: torch.Tensor, residual: torch.Tensor | None) -> None:
-        if x.shape[1:] != in_shape or x.dtype is not dtype or x.device != device:
+        shape = x.shape
+        if shape[1:] != in_shape or x.dtype is not dtype or x.device != device:
             raise ValueError(
-                f"prepared for {name} inputs of shape (N, *{in_shape}) on {device}, got {x.dtype} {tuple(x.shape)} "
+                f"prepared for {name} inputs of shape (N, *{in_shape}) on {device}, got {x.dtype} {tuple(shape)} "
                 f"on {x.device}"
             )
         if (residual is not None) is not takes_residual:
             raise ValueError(f"prepared {'for' if takes_residual else 'without'} a residual, and called otherwise")
-        if most_samples is not None and len(x) > most_samples:
+        if most_samples is not None and shape[0] > most_samples:
             raise ValueError(
-                f"the kernel addresses {most_samples} samples of this size at most, got {len(x)}; pass fewer"
+                f"the kernel addresses {most_samples} samples of this size at most, got {shape[0]}; pass fewer"
             )
         if residual is None:
             return
-        shape = len(x), *out_shape
-        if residual.shape != shape or residual.dtype is not dtype or residual.device != device:
+        if residual.shape != (shape[0], *out_shape) or residual.dtype is not dtype or residual.device != device:
             raise ValueError(
-                f"a residual is {name} of shape {shape} on {device}, got {residual.dtype} {tuple(residual.shape)} "
-                f"on {residual.device}"
+                f"a residual is {name} of shape {(shape[0], *out_shape)} on {device}, got {residual.dtype} "
+                f"{tuple(residual.shape)} on {residual.device}"
             )
 
     return check
+
+
+def output_strides(problem: Problem, memory_format: MemoryFormat) -> tuple[int, ...]:
+    """The strides of y (N, K, out_height, out_width), with which torch allocates it in the least time."""
+    torch_format = TORCH_MEMORY_FORMAT[memory_format]
+    return torch.empty((1, *problem.output_shape[1:]), device="meta", memory_format=torch_format).stride()
 
 
 def contiguous_only(problem: Problem) -> str | None:

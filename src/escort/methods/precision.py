@@ -22,11 +22,19 @@ def float32_products(precision: Precision) -> Iterator[None]:
             yield
         return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def float32_settings() -> tuple[Any, ...]:
+    """What torch's settings say of float32 products and convolutions on GPUs, as values to compare."""
+    if hasattr(torch._C, "_get_fp32_precision_getter"):
+        setting = torch._C._get_fp32_precision_getter
+        return setting("cuda", "matmul"), setting("cuda", "conv")
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
 
 @contextmanager
@@ -37,8 +45,8 @@ def float32_convolutions(precision: Precision) -> Iterator[None]:
             yield
         return
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
@@ -48,8 +56,8 @@ def float32_convolutions(precision: Precision) -> Iterator[None]:
 def _fp32_precision(operators: Any, precision: Precision) -> Iterator[None]:
     """Torch 2.9 and later have a setting per kind of operator; where a user set it, the older ones may not be read."""
     before = operators.fp32_precision
-    operators.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
+        operators.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         yield
     finally:
         operators.fp32_precision = before

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import fx, nn
@@ -14,6 +15,7 @@ from escort.layers import SparseConv2d
 from escort.methods import Method, by_name, dense_for
 from escort.network.context import tf32_is_allowed
 from escort.network.example import Example
+from escort.network.progress import Progress
 from escort.problem import TORCH_DTYPE, Precision
 
 #: How long conversion may compile kernels for the weights: by name, or in seconds.
@@ -41,7 +43,8 @@ class Request:
         compile_budget_s: seconds that compiling kernels for the weights may take.
         methods: what is weighed for a layer; None for all that the device has.
         skip: which convolutions to leave alone; None for none.
-        progress: whether to show a progress bar on stderr.
+        progress: where the conversion tells what it is at.
+        remeasure: whether to measure all layers, whatever was measured before.
     """
 
     device: torch.device
@@ -49,7 +52,8 @@ class Request:
     compile_budget_s: float = 0.0
     methods: tuple[Method, ...] | None = None
     skip: Skip | None = None
-    progress: bool = False
+    progress: Progress = field(default_factory=Progress)
+    remeasure: bool = False
 
     def inside(self, prefix: str) -> Request:
         """The request for a part of the network: names there go on behind `prefix`."""
@@ -70,7 +74,7 @@ def check_model(model: nn.Module, example: Example) -> None:
                 f"{where} is converted already; use escort.replan to plan it anew, or convert the original"
             )
     for name, module in model.named_modules():
-        where = f"layer {name}" if name else "the model"
+        where = _where(name)
         quantized = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
         if quantized and not isinstance(module, _IN_FLOAT):
             raise ValueError(
@@ -78,15 +82,13 @@ def check_model(model: nn.Module, example: Example) -> None:
             )
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters(recurse=False)):
             raise ValueError(f"{where} has no weights yet; call the model once on an input")
-    training = next(
-        (f"layer {name}" if name else "the model" for name, module in model.named_modules() if module.training), None
-    )
+    training = next((_where(name) for name, module in model.named_modules() if module.training), None)
     if training is not None and not isinstance(model, fx.GraphModule):
         raise ValueError(f"{training} is in training mode; call model.eval() first")
     device = example.device
     for name, dtype in _weight_types(model).items():
         if dtype not in _PRECISIONS:
-            raise ValueError(f"layer {name}: weights of {dtype}; convert the model to float32 with .float()")
+            raise ValueError(f"{_where(name)}: weights of {dtype}; convert the model to float32 with .float()")
     for x in example.tensors:
         if x.device != device:
             raise ValueError(f"the example is on {device} and on {x.device}; move all of it to one device")
@@ -95,9 +97,9 @@ def check_model(model: nn.Module, example: Example) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != device:
             raise ValueError(f"tensor {name} is on {tensor.device}, the example on {device}; move one to the other")
-    _check_filters_are_finite(model)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"convolutions run on the CPU and on NVIDIA GPUs; move the model from {device} with .cpu()")
+    _check_filters_are_finite(model)
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
             "autocast is on, which converted layers do not follow; convert outside of it, the model in one type"
@@ -126,11 +128,13 @@ def settle_precision(model: nn.Module, device: torch.device, precision: Precisio
     dtype = next(iter(types.values()), torch.float32)
     for name, other in types.items():
         if other is not dtype:
-            raise ValueError(f"layer {name}: weights of {other} among others of {dtype}; convert the model to one type")
+            raise ValueError(
+                f"{_where(name)}: weights of {other} among others of {dtype}; convert the model to one type"
+            )
         if other is not torch.float32 and device.type == "cpu":
             raise ValueError(
-                f"layer {name}: weights of {other}, and the CPU computes in float32; convert the model with .float(), "
-                "or move it to a GPU with .cuda()"
+                f"{_where(name)}: weights of {other}, and the CPU computes in float32; convert the model with "
+                ".float(), or move it to a GPU with .cuda()"
             )
     if precision is None:
         if dtype is torch.float32 and device.type == "cuda" and tf32_is_allowed():
@@ -157,7 +161,23 @@ def settle_skip(skip: Skip | None) -> Skip | None:
         names = [skip] if isinstance(skip, str) else skip
         remedy = f"write lambda name, module: name in {names!r}"
         raise TypeError(f"skip is a function of (name, module), got {skip!r}; {remedy}")
+    if skip is not None and not _takes_two(skip):
+        raise TypeError(
+            "skip is a function of (name, module), got one of other arguments; write lambda name, module: ..."
+        )
     return skip
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return True  # it is built in, and says nothing of its arguments
+    try:
+        signature.bind("", None)
+    except TypeError:
+        return False
+    return True
 
 
 def settle_effort(effort: Effort) -> float:
@@ -180,6 +200,11 @@ def settle_methods(names: Collection[str] | None, device: torch.device) -> tuple
     chosen = {name: by_name(name, str(device)) for name in names}
     dense = dense_for(str(device))
     return tuple(({dense.name: dense} | chosen).values())
+
+
+def _where(name: str) -> str:
+    """What a message calls the module of that name."""
+    return f"layer {name}" if name else "the model"
 
 
 def _weight_types(model: nn.Module) -> dict[str, torch.dtype]:

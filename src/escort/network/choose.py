@@ -18,7 +18,7 @@ from escort.network.example import Example
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.network.original import Original
 from escort.network.swap import Swapped
-from escort.network.values import output_error, tensors_of
+from escort.network.values import largest_error, tensors_of
 from escort.planner import timing
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
@@ -61,6 +61,7 @@ def choose(
             samples = samples_to_try(candidate.network, example, original.expected)
             runs += [partial(run_in_parts, candidate.network, example, count) for count in samples]
             ways += [(candidate, error, count) for count in samples]
+        request.progress.done("compared with the original")
         with torch.inference_mode():
             (dense_us, *times_us), timer = race(runs, request.device)
     converted_us = min(times_us, default=dense_us)
@@ -85,6 +86,8 @@ def choose(
         device=str(request.device),
         timer=timer,
     )
+    why = plan.reason or f"{converted_us:.1f} us, the original {dense_us:.1f} us"
+    request.progress.done(f"chosen the {'original' if kept_dense else 'converted'} network ({why})")
     network = dense if kept_dense else best.network
     if original.state is not None:
         original.state.restore(network)
@@ -114,7 +117,7 @@ def _gives(whole: list[Tensor], network: nn.Module, example: Example, count: int
     if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(parts)):
         return False  # a number may be that of the batch
     bound = NETWORK_ERROR_BOUND["fp32"]  # all that the CPU computes in
-    return _largest_error(tensors_of(parts), whole) <= bound
+    return largest_error(tensors_of(parts), whole) <= bound
 
 
 def run_in_parts(network: nn.Module, example: Example, samples: int | None) -> Any:
@@ -143,7 +146,7 @@ def _judge(network: nn.Module, original: Original, request: Request) -> tuple[fl
     """The largest relative error of a converted network's outputs, and why it is not taken, None where it is right.
 
     It is right where it is as close to the original as its precision's rounding explains. Beyond that, where the model
-    itself amplifies rounding, it is right where it is about as close as the original is to what float64 gives.
+    itself amplifies rounding, it is right where it is about as close as the original is to what a finer type gives.
     """
     bound = NETWORK_ERROR_BOUND[request.precision]
     try:
@@ -154,19 +157,13 @@ def _judge(network: nn.Module, original: Original, request: Request) -> tuple[fl
         return math.inf, f"converted, the model does not run on the example: {failure}"
     if len(outputs) != len(original.expected):
         return math.inf, f"converted, it returns {len(outputs)} tensors instead of {len(original.expected)}"
-    error = _largest_error(outputs, original.expected)
+    error = largest_error(outputs, original.expected)
     if error <= bound:
         return error, None
-    exact = original.in_float64()
+    exact = original.more_exactly(request.precision)
     if exact is None:
         return error, f"its outputs differ by {error:.1e} (bound {bound:.0e}) from the original's"
-    own, ours = _largest_error(original.expected, exact), _largest_error(outputs, exact)
+    own, ours = largest_error(original.expected, exact), largest_error(outputs, exact)
     if ours <= max(bound, _AS_GOOD * own):
         return error, None
     return error, f"its outputs are off by {ours:.1e} (bound {bound:.0e}), the original's by {own:.1e}"
-
-
-def _largest_error(outputs: list[Tensor], references: list[Tensor]) -> float:
-    if len(outputs) != len(references):
-        return math.inf
-    return max((output_error(out, ref) for out, ref in zip(outputs, references, strict=True)), default=0.0)

@@ -31,13 +31,13 @@ from escort.network.model import ConvertedModel
 from escort.network.original import plain_copy, run_original, unwrap
 from escort.network.passes import rewrite
 from escort.network.passes.channels_last import in_memory_formats
-from escort.network.swap import check_calls, plan_into, record_calls, swap
+from escort.network.progress import Progress
+from escort.network.swap import check_calls, find_layers, likely, plan_into, record_calls, swap
 from escort.network.tracing.state import State, own_draws
 from escort.network.tracing.trace import trace
 from escort.network.values import tensors_of
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer
-from escort.planner.planner import forget
 from escort.problem import Precision
 from escort.runtime import as_programs
 from escort.runtime.saved.description import unsavable
@@ -86,7 +86,8 @@ def convert(
         effort: how long compiling kernels for the weights may take on a GPU, by estimate and with all cores at work:
             "fast" compiles none, "best" takes up to five minutes, a number is a number of seconds. Every layer that
             could have such kernels gets an equal share of what is left; beyond its share a layer falls back on the
-            other methods, and its plan says so. Kernels stay on disk (`escort cache`).
+            other methods, and its plan says so. Kernels and plans stay on disk (`escort cache`): a layer like one that
+            was measured before on this machine is not timed again, but its choice is validated.
         methods: the names of the methods to choose from, by default all that the device has. The dense one is always
             among them.
         skip: is called with the name and the module of each convolution, and true for those to leave alone.
@@ -96,6 +97,7 @@ def convert(
         ValueError, TypeError: naming the layer, the problem and the remedy.
         torch.OutOfMemoryError: naming the layer that did not fit the GPU, which stays usable.
     """
+    reports = Progress()
     example = Example.of(example_inputs, example_kwargs)
     model = unwrap(model)
     check_model(model, example)
@@ -105,10 +107,18 @@ def convert(
         compile_budget_s=settle_effort(effort),
         methods=settle_methods(methods, example.device),
         skip=settle_skip(skip),
-        progress=progress,
+        progress=reports,
     )
+    reports.done("checked")
     # What is made here is used outside, where tensors of inference mode could not be followed or written to.
-    with _turn, on_device(request.device), torch.inference_mode(False), torch.no_grad(), own_draws():
+    with (
+        _turn,
+        on_device(request.device),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        own_draws(),
+        reports.bar(shown=progress),
+    ):
         return _convert(model, example, request)
 
 
@@ -117,6 +127,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         keep_freed_memory()  # before anything is timed
     with running_out("the model itself"), dense_in("fp32", request.device):
         original = run_original(model, example)
+        request.progress.done("run as it is")
         example = original.example
         not_tried: dict[str, str] = {}
         try:
@@ -129,6 +140,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
             network = dense
             if not isinstance(dense, fx.GraphModule):
                 network, _ = trace(plain_copy(model), example, original.stateful)
+            request.progress.done("traced")
             network, skipped = rewrite(network, request)
             calls = record_calls(network, skipped, original)
         except torch.OutOfMemoryError:
@@ -138,13 +150,23 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
             dense, network, skipped = plain_copy(model), plain_copy(model), {}
             calls = record_calls(network, skipped, original)
         check_calls(calls, skipped)
-        not_saved = {True: unsavable(dense, request.device), False: unsavable(network, request.device)}
+        not_saved = unsavable(network, request.device)
         networks, not_in_format = in_memory_formats(network, request)
-    candidates = [swap(network, calls, memory_format, skipped, request) for memory_format, network in networks.items()]
+        found = {
+            memory_format: find_layers(network, calls, memory_format, skipped, request)
+            for memory_format, network in networks.items()
+        }
+        found, unlikely = likely(found, request)
+    request.progress.done(f"rewritten for {' and '.join(found)}")
+    request.progress.estimate.expect(len(found), len(calls))
+    candidates = [swap(unplanned, request) for unplanned in found.values()]
     candidates = [replace(candidate, network=as_programs(candidate.network)) for candidate in candidates]
+    request.progress.estimate.compare()
     with running_out("the whole network"):
-        chosen = choose(as_programs(dense), candidates, not_tried | not_in_format, original, request)
-    chosen.plan = replace(chosen.plan, not_saved=not_saved[chosen.plan.kept_dense])
+        chosen = choose(as_programs(dense), candidates, not_tried | not_in_format | unlikely, original, request)
+    if chosen.plan.kept_dense:
+        not_saved = unsavable(chosen.network, request.device)
+    chosen.plan = replace(chosen.plan, not_saved=not_saved)
     return chosen
 
 
@@ -161,19 +183,20 @@ def replan(
     """
     if not isinstance(model, ConvertedModel):
         raise TypeError(f"replan takes what escort.convert returned, got {type(model).__name__}; convert it first")
-    forget()  # what is asked for is another measurement
     tensors = (*model.network.parameters(), *model.network.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
-    request = Request(device, model.plan.precision, settle_effort(effort), progress=progress)
-    with _turn, on_device(device), own_draws():
+    request = Request(device, model.plan.precision, settle_effort(effort), remeasure=True)
+    with _turn, on_device(device), own_draws(), request.progress.bar(shown=progress):
         with running_out("the network"):
             network = copy.deepcopy(model.network)
         layers = {name: replace(plan, problem=plan.problem.on(str(device))) for name, plan in model.plan.layers.items()}
         sparse = {name: module for name, module in network.named_modules() if isinstance(module, SparseConv2d)}
+        request.progress.estimate.expect(1, len(sparse), whole=whole)
         layers |= plan_into(network, {name: _as_planned(module) for name, module in sparse.items()}, request)
         plan = replace(model.plan, layers=layers, machine=Machine.here(str(device)), samples=None, device=str(device))
         example = model.plan.example(device) if whole else None
         if example is not None:
+            request.progress.estimate.compare()
             state = State(network)
             with running_out("the network"), torch.inference_mode(), dense_in(request.precision, device):
                 samples = samples_to_try(network, example, tensors_of(example.run(network)))
@@ -186,6 +209,7 @@ def replan(
                 count = samples[times_us.index(fastest)]
                 plan = replace(plan, converted_time_us=fastest, dense_time_us=None, samples=count, timer=timer)
             state.restore(network)
+            request.progress.done("timed as a whole")
     return model.with_network(network, plan)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -35,10 +37,16 @@ class Example:
         example = cls(args, dict(kwargs))
         if not example.tensors:
             raise TypeError(
-                "example_inputs is what the model takes, a tensor or a tuple of its arguments; "
-                f"there is no tensor in {type(example_inputs).__name__}"
+                "example_inputs is what the model takes, a tensor or a tuple of its arguments; there is no tensor in "
+                f"{reprlib.repr(example_inputs)}; pass {_tensor_like(example_inputs)}"
             )
         return example
+
+    def __str__(self) -> str:
+        """Its arguments in short, shapes in the place of tensors, those by name last."""
+        args, kwargs = tree_map_only(Tensor, lambda x: tuple(x.shape), (self.args, dict(self.kwargs)))
+        named = [f"{name}={reprlib.repr(value)}" for name, value in kwargs.items()]
+        return ", ".join([reprlib.repr(value) for value in args] + named)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -69,3 +77,12 @@ class Example:
         output = network(*args, **kwargs)
         is_written = before != [x._version for x in copied.tensors]
         return output, replace(self, is_written=is_written)
+
+
+def _tensor_like(value: Any) -> str:
+    """What to pass instead of a value that holds no tensor."""
+    if isinstance(value, np.ndarray):
+        return "torch.as_tensor of it"
+    if isinstance(value, list | tuple) and value and all(isinstance(size, int) for size in value):
+        return f"torch.randn({', '.join(map(str, value))})"
+    return "such inputs as the model gets, for example torch.randn(1, 3, 224, 224)"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from escort import report
 from escort.layers import SparseConv2d
+from escort.layers.observed import is_observed
 from escort.network import batching
 from escort.network.example import Example
 from escort.network.memory import keep_freed_memory
@@ -23,7 +25,7 @@ from escort.planner import Plan
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision
-from escort.runtime import Program
+from escort.runtime import Graphs, Program, not_capturable
 from escort.runtime.saved.builders import is_own
 from escort.runtime.stand_in import plain_attributes
 
@@ -59,6 +61,7 @@ class NetworkPlan:
         device: what they were planned on, as torch writes it.
         timer: how both times were taken (see :mod:`escort.planner.timing`).
         not_saved: why the network cannot be saved; None where it can.
+        not_captured: why calls on a GPU replay no CUDA graph; None where they do.
     """
 
     layers: dict[str, Plan]
@@ -79,6 +82,7 @@ class NetworkPlan:
     packed_inputs: bool = False
     refused: str | None = None
     not_saved: str | None = None
+    not_captured: str | None = None
 
     def __str__(self) -> str:
         return report.text(plan_table(self))
@@ -131,7 +135,7 @@ class NetworkPlan:
         return Example(tuple(tensors[:positional]), dict(zip(self.input_names, tensors[positional:], strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; `input_names`, `not_tried` and `not_saved` where they say anything."""
+        """The fields as JSON values; the last six where they say anything."""
         data: dict[str, Any] = {
             "layers": {name: plan.to_json() for name, plan in self.layers.items()},
             "skipped": self.skipped,
@@ -153,6 +157,7 @@ class NetworkPlan:
             "packed_inputs": self.packed_inputs,
             "refused": self.refused,
             "not_saved": self.not_saved,
+            "not_captured": self.not_captured,
         }
         return data | {name: value for name, value in sometimes.items() if value}
 
@@ -179,6 +184,7 @@ class NetworkPlan:
                 packed_inputs=bool(data.get("packed_inputs", False)),
                 refused=None if data.get("refused") is None else str(data["refused"]),
                 not_saved=None if data.get("not_saved") is None else str(data["not_saved"]),
+                not_captured=None if data.get("not_captured") is None else str(data["not_captured"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a network plan: {error}") from error
@@ -222,6 +228,7 @@ class ConvertedModel(nn.Module):
     Attributes:
         network: what runs; a program where the model could be traced, else the model with swapped layers.
         plan: what was chosen per layer and why.
+        graphs: the CUDA graphs that calls on a GPU replay.
     """
 
     def __init__(self, network: nn.Module, plan: NetworkPlan, original: nn.Module | None = None) -> None:
@@ -229,19 +236,32 @@ class ConvertedModel(nn.Module):
         if plan.device == "cpu":
             keep_freed_memory()
         self.network = network.requires_grad_(False)
-        self.plan = plan
+        self._plan_graphs(plan)
         self._missing: frozenset[str] = frozenset()
         if original is not None:
             signature = inspect.signature(original.forward)
             self.__class__ = _class_that_takes(signature)
             plain = plain_attributes(original)
-            for name in plain.keys() - set(dir(ConvertedModel)) - {"network", "plan", "training"}:
+            for name in plain.keys() - set(dir(ConvertedModel)) - {"network", "plan", "graphs", "training"}:
                 self.__dict__[name] = plain[name]
             names = frozenset(dir(type(original))) - frozenset(dir(nn.Module)) - plain.keys()
             self._missing = names | original._modules.keys()  # of modules, those that were fused away
         super().train(False)
 
+    def _plan_graphs(self, plan: NetworkPlan) -> None:
+        """Takes a plan, and says in it whether calls replay graphs."""
+        is_on_gpu = not plan.device.startswith("cpu")
+        self.plan = replace(plan, not_captured=not_capturable(self.network) if is_on_gpu else None)
+        self.graphs = Graphs(batching.mixing)
+        self._may_replay = is_on_gpu
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
+        if self._may_replay and not is_observed():
+            return self.graphs.call(self._modules["network"], self._run, inputs, named)  # type: ignore[arg-type]
+        return self._run(*inputs, **named)
+
+    def _run(self, *inputs: Any, **named: Any) -> Any:
+        """A call, step by step."""
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors_of((inputs, named))):
             raise RuntimeError(
                 "a converted model has no gradient, and its input needs one: detach the input, or call the model under "
@@ -252,12 +272,52 @@ class ConvertedModel(nn.Module):
             return batching.run_in_parts(self.network, inputs[0], samples)
         return self.network(*inputs, **named)
 
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What its layers did besides their plans: the layers of which there is something, by what, how often.
+
+        Counted are input sizes that were not planned and had to be laid out, methods and configs in the place of the
+        planned ones with the reason, calls as an operator of torch (see the guide, "Profile"), and residuals that were
+        broadcast behind a layer. Copies start anew. What was compiled or exported has no layers, and counts nothing.
+        """
+        layers = {name: layer for name, layer in self.network.named_modules() if isinstance(layer, SparseConv2d)}
+        return {name: counts for name, layer in layers.items() if (counts := layer.counters())}
+
     def with_network(self, network: nn.Module, plan: NetworkPlan) -> ConvertedModel:
         """The same drop-in by another network and plan."""
         other = copy.copy(self)
         other.__dict__ = {**self.__dict__, "_modules": {}, "plan": plan}
         other.network = network.requires_grad_(False)
+        other._plan_graphs(plan)
         return other
+
+    def warmup(self, inputs: Iterable[Any]) -> None:
+        """Does for each of these inputs what its first calls would do: lays out tables, captures a CUDA graph.
+
+        The graph serves calls on the current stream. Where a capture fails, `graphs.stats()` says why.
+
+        Args:
+            inputs: each is what the network is called with, as :func:`escort.convert` takes it; or a shape, where the
+                network has one input, for zeros of that shape in the type of the example.
+
+        Raises:
+            ValueError: for a shape where the network takes other things than one tensor.
+        """
+        for given in inputs:
+            example = self._example(given)
+            with torch.no_grad():
+                example.run(self)
+                if self._may_replay:
+                    args, named = example.args, dict(example.kwargs)
+                    self.graphs.capture(self._modules["network"], args, named)  # type: ignore[arg-type]
+
+    def _example(self, given: Any) -> Example:
+        """What a network is warmed up with."""
+        if not isinstance(given, tuple | list) or not given or not all(type(size) is int for size in given):
+            return Example.of(given)
+        if self.plan.packed_inputs or len(self.plan.input_shapes) != 1 or self.plan.input_names:
+            raise ValueError(f"the shape {tuple(given)} does not say what the network takes; pass inputs instead")
+        device = next(itertools.chain(self.network.parameters(), self.network.buffers())).device
+        return Example.of(torch.zeros(tuple(given), dtype=self.plan.input_types[0], device=device))
 
     @property
     def traced(self) -> bool:
@@ -275,14 +335,25 @@ class ConvertedModel(nn.Module):
             return network._modules[name]
         if name in self.__dict__.get("_missing", ()):
             raise AttributeError(
-                f"a converted model has no {name}: of the original it keeps forward, modules and plain attributes; "
-                f"call {name} on the original, or convert a module whose forward it is"
+                f"a converted model has no {name}: of the original it keeps forward, plain attributes, and modules but "
+                f"for those that were fused into others; use {name} of the original, or convert a module whose forward "
+                "it is"
             )
         return super().__getattr__(name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         signature = getattr(type(self), "_signature", None)
         return (_new, (signature,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module. Raises RuntimeError for the state of another model, such as the original's."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a converted model takes the state of one that was converted alike; load another into the original, "
+                f"and convert that again: {error}"
+            ) from error
 
     def train(self, mode: bool = True) -> ConvertedModel:
         """Changes nothing: it stays in eval mode."""
@@ -298,6 +369,7 @@ class ConvertedModel(nn.Module):
             if isinstance(module, SparseConv2d):
                 module.check_move(fn)
         super()._apply(fn, recurse)
+        self.graphs.clear()
         return self
 
 

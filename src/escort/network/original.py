@@ -14,9 +14,11 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from escort.methods.precision import float32_convolutions, float32_products
 from escort.network.example import Example
 from escort.network.tracing.state import State, same_draws
-from escort.network.values import output_error, tensors_of
+from escort.network.values import largest_error, tensors_of
+from escort.problem import Precision
 
 #: How far two runs of one model on one input may be apart, relatively, by the order of sums alone.
 _SAME_RUN = 1e-2
@@ -38,7 +40,10 @@ def unwrap(model: Any) -> nn.Module:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("convert takes a model in Python, and this one is TorchScript; pass the model it was made from")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"convert takes an nn.Module, got {type(model).__name__}")
+        remedy = "pass what it returns"
+        if not callable(model):
+            remedy = "a state dict goes into a model by load_state_dict, and what was saved comes from escort.load"
+        raise TypeError(f"convert takes an nn.Module, got {type(model).__name__}; {remedy}")
     return model
 
 
@@ -61,7 +66,10 @@ def plain_copy(model: nn.Module) -> nn.Module:
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:  # a class may copy itself by any code
-        raise ValueError(f"{_what_is_not_copied(model, memo)} cannot be copied, as converting does: {error}") from error
+        raise ValueError(
+            f"{_what_is_not_copied(model, memo)} cannot be copied, as converting does: {error}; leave it out, or give "
+            "its class a __deepcopy__"
+        ) from error
     if shared := own & set(copied.modules()):
         name = type(next(iter(shared))).__name__
         raise ValueError(
@@ -132,22 +140,26 @@ class Original:
 
     def is_computed_by(self, network: nn.Module) -> bool:
         """Whether a network in the same precision makes the same of the example."""
-        outputs = self.run_afresh(network)
-        pairs = zip(outputs, self.expected, strict=False)
-        return len(outputs) == len(self.expected) and all(output_error(a, b) <= _SAME_RUN for a, b in pairs)
+        return largest_error(self.run_afresh(network), self.expected) <= _SAME_RUN
 
-    def in_float64(self) -> list[Tensor] | None:
-        """The tensors that the model makes of the example in float64; None where it cannot run so."""
+    def more_exactly(self, precision: Precision) -> list[Tensor] | None:
+        """The tensors that the model makes of the example in a type beside whose rounding that of `precision` is large.
+
+        That is float64, which GPUs compute slowly, or float32 for precisions that round thousands of times as coarsely.
+        None where the model cannot run so.
+        """
+        dtype = torch.float64 if precision == "fp32" else torch.float32
+
+        def converted(x: Tensor) -> Tensor:
+            return x.detach().to(dtype) if x.is_floating_point() else x.detach().clone()
+
         try:
-            model = copy.deepcopy(self.model).double()
-            args, kwargs = tree_map_only(Tensor, _exact, (self.example.args, dict(self.example.kwargs)))
-            return Original(model, Example(args, kwargs), [], None, self.stateful).run_afresh(model)
+            model = copy.deepcopy(self.model).to(dtype)
+            args, kwargs = tree_map_only(Tensor, converted, (self.example.args, dict(self.example.kwargs)))
+            with float32_convolutions("fp32"), float32_products("fp32"):
+                return Original(model, Example(args, kwargs), [], None, self.stateful).run_afresh(model)
         except Exception:  # a model may be written for one type, or the memory be too small
             return None
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.detach().double() if x.is_floating_point() else x.detach().clone()
 
 
 def run_original(model: nn.Module, example: Example) -> Original:
@@ -164,8 +176,9 @@ def run_original(model: nn.Module, example: Example) -> Original:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model's forward may raise anything
-        shapes = [tuple(x.shape) for x in example.tensors]
-        raise ValueError(f"the example {shapes} does not run through the model, pass what it takes: {error}") from error
+        raise ValueError(
+            f"the example {example} does not run through the model, pass what it takes: {error}"
+        ) from error
     expected = [x.clone() for x in tensors_of(output)]
     if not expected:
         raise ValueError(
@@ -176,8 +189,7 @@ def run_original(model: nn.Module, example: Example) -> Original:
     original = Original(
         copied, example, expected, state if changed else None, frozenset(name.rpartition(".")[0] for name in changed)
     )
-    again = original.run_afresh(copied)
-    if not all(output_error(a, b) <= _SAME_RUN for a, b in zip(again, expected, strict=True)):
+    if not original.is_computed_by(copied):
         raise ValueError(
             "the model does not compute the same in two runs on the same input, with torch's random numbers repeated; "
             "take out what is random, or convert the part of it that is not"

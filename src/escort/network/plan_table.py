@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from escort.network.model import NetworkPlan
 
 _COLUMNS = ("Layer", "Convolution", "Method", "µs", "Dense µs", "Speedup", "Others µs")
+#: What is said of times that were not taken of the layer itself.
+_TIMES_FROM = {"equal layer": "equal layers", "plan store": "the plan store"}
 
 
 def plan_table(plan: NetworkPlan, heading: str = "Plan per layer") -> Table:
@@ -66,6 +68,10 @@ def _caption(plan: NetworkPlan) -> str:
     caption = f"Medians for an input of {shapes}{memory_format}, on {machine_line(plan.machine)}."
     for way, reason in plan.not_tried.items():
         caption += f" Not tried as a graph: {reason}." if way == "graph" else f" Not tried in {way}: {reason}."
+    for source, phrase in _TIMES_FROM.items():
+        if count := sum(layer.times_from == source for layer in plan.layers.values()):
+            caption += f" The times of {count} of {len(plan.layers)} layers are from {phrase}."
+    caption += f" Calls replay no CUDA graph: {plan.not_captured}." if plan.not_captured else ""
     return caption + (f" It cannot be saved: {plan.not_saved}." if plan.not_saved else "")
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -26,11 +26,23 @@ from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan, plan_layers
 from escort.planner.cores import on_all_cores
 from escort.planner.plan import Layer
+from escort.planner.planner import are_known, predicted_us
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Problem
-from escort.report import Console, Description
 from escort.runtime.stand_in import adopt
 
-_PLANNING = "planning"
+_log = logging.getLogger(__name__)
+
+#: A network in a memory format that is predicted to take so many times as long as in another one is not planned.
+_CLOSE = 1.25
+
+
+@dataclass(frozen=True)
+class Unplanned:
+    """A network, its convolutions that are to be planned, and which are left alone for what reason."""
+
+    network: nn.Module
+    layers: dict[str, Layer]
+    skipped: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -95,17 +107,16 @@ class _Uses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def swap(
+def find_layers(
     network: nn.Module,
     calls: Mapping[str, torch.Size],
     memory_format: MemoryFormat,
     skipped: Mapping[str, str],
     request: Request,
-) -> Swapped:
-    """Plans the convolutions of a network that are called, and puts a :class:`SparseConv2d` in the place of each.
+) -> Unplanned:
+    """The convolutions of a network that are called and that can be planned.
 
     Args:
-        network: is written to.
         calls: what :func:`record_calls` returned.
         skipped: the convolutions that are already left alone, and why.
     """
@@ -123,29 +134,80 @@ def swap(
             continue
         with running_out(f"layer {name}"):
             layers[name] = _layer(module, shape, name, memory_format, request)
-    return Swapped(network, plan_into(network, layers, request), skipped)
+    return Unplanned(network, layers, skipped)
+
+
+def likely(
+    networks: Mapping[MemoryFormat, Unplanned], request: Request
+) -> tuple[dict[MemoryFormat, Unplanned], dict[str, str]]:
+    """The networks that are worth planning by their methods' predictions, and why the others are not.
+
+    Where time may be spent on compiling for the weights, all are planned. Where all plans of one are known, so that an
+    earlier conversion chose it, it is the only one. Only layers that are predicted in every memory format count.
+    """
+    if len(networks) == 1 or request.compile_budget_s > 0.0:
+        return dict(networks), {}
+    layers = {memory_format: list(network.layers.values()) for memory_format, network in networks.items()}
+    known = [name for name in networks if not request.remeasure and are_known(layers[name], request.methods)]
+    if len(known) == 1:
+        reason = f"the plans of all layers are known in {known[0]} alone; effort='best' tries it"
+        return {known[0]: networks[known[0]]}, {name: reason for name in networks if name != known[0]}
+    times = {name: predicted_us(layers[name], request.methods) for name in networks}
+    everywhere = [i for i, times_us in enumerate(zip(*times.values(), strict=True)) if None not in times_us]
+    totals_us = {name: sum(times_us[i] or 0.0 for i in everywhere) for name, times_us in times.items()}
+    least_us = min(totals_us.values())
+    slower: dict[str, str] = {
+        name: f"its layers are predicted to take {total_us / least_us:.1f} times as long; effort='best' tries it"
+        for name, total_us in totals_us.items()
+        if total_us > _CLOSE * least_us
+    }
+    return {name: network for name, network in networks.items() if name not in slower}, slower
+
+
+def swap(unplanned: Unplanned, request: Request) -> Swapped:
+    """Plans the layers of a network, and puts a :class:`SparseConv2d` in the place of each."""
+    return Swapped(unplanned.network, plan_into(unplanned.network, unplanned.layers, request), unplanned.skipped)
 
 
 def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request) -> dict[str, Plan]:
     """Plans layers of a network, and puts a :class:`SparseConv2d` in the place of each."""
     plans: dict[str, Plan] = {}
-    compiled: list[SparseConv2d] = []
-    with _progress(len(layers), request.progress) as (advance, preparing):
-        planned = plan_layers(list(layers.values()), request.compile_budget_s, preparing, methods=request.methods)
-        for name, layer in layers.items():
-            old = network.get_submodule(name)
-            with running_out(f"layer {name}"), naming(name):
-                plans[name] = next(planned)
-                unfolded = getattr(old, "unfolded", None)
-                sparse = SparseConv2d(layer.sparse_filter, layer.bias, plans[name], name, unfolded)
-            adopt(sparse, old)
-            replace_module(network, name, sparse)
-            if by_name(plans[name].method, plans[name].problem.device).compiles_per_filter:
-                compiled.append(sparse)
-            advance()
-        with running_out("the whole network"):  # those that took over a plan have their kernels still to compile
-            on_all_cores([sparse.prepare for sparse in compiled], preparing)
+    slow_to_lay_out: list[SparseConv2d] = []
+    estimate = request.progress.estimate
+    estimate.begin(len(layers))
+    planned = plan_layers(
+        list(layers.values()),
+        request.compile_budget_s,
+        estimate.kernels,
+        methods=request.methods,
+        remeasure=request.remeasure,
+    )
+    for name, layer in layers.items():
+        old = network.get_submodule(name)
+        with running_out(f"layer {name}"), naming(name):
+            plans[name] = next(planned)
+            unfolded = getattr(old, "unfolded", None)
+            sparse = SparseConv2d(layer.sparse_filter, layer.bias, plans[name], name, unfolded)
+        adopt(sparse, old)
+        replace_module(network, name, sparse)
+        device = layer.problem.device
+        if device != "cpu" or by_name(plans[name].method, device).compiles_per_filter:
+            slow_to_lay_out.append(sparse)
+        estimate.layer()
+        _log.debug("layer %s: %s", name, _summary(plans[name]))
+    with running_out("the whole network"):  # laid out side by side, as the first call would do one by one
+        on_all_cores([sparse.prepare for sparse in slow_to_lay_out], estimate.kernels)
+    request.progress.done(f"planned {len(plans)} layers")
     return plans
+
+
+def _summary(plan: Plan) -> str:
+    """What was chosen, and among what, for the log."""
+    times_us = [candidate.time_us for candidate in plan.candidates if candidate.time_us is not None]
+    time = "not timed" if plan.time_us is None else f"{plan.time_us:.1f} us"
+    dense = "not timed" if plan.dense_time_us is None else f"{plan.dense_time_us:.1f} us"
+    candidates = f"{len(times_us)} of {len(plan.candidates)} candidates timed"
+    return f"{plan.method} {plan.config}, {time}, dense {dense}, {plan.problem.memory_format}, {candidates}"
 
 
 def _layer(module: nn.Module, shape: torch.Size, name: str, memory_format: MemoryFormat, request: Request) -> Layer:
@@ -178,17 +240,3 @@ def _hooks() -> Iterator[list[Any]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _progress(layers: int, shown: bool) -> Iterator[tuple[Callable[[], None], Callable[[int, int], None]]]:
-    """A progress bar on stderr: what to call when a layer is planned, and when some of the kernels are compiled."""
-    columns = Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
-        task = bar.add_task(_PLANNING, total=layers)
-
-        def preparing(done: int, kernels: int) -> None:
-            ready = done == kernels
-            bar.update(task, description=_PLANNING if ready else f"{_PLANNING}, preparing {done} of {kernels} kernels")
-
-        yield lambda: bar.advance(task), preparing

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from escort import reference
 
-# How far two runs of the same computation may be apart, relative to their size: on a GPU a sum's order is not fixed.
-_SAME = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
+#: How far numbers of two runs on a GPU, where a sum's order is not fixed, may be apart, relative to the largest.
+_GPU_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -60,13 +61,20 @@ def difference(a: Any, b: Any) -> str | None:
     return next((d for pair in pairs if (d := difference(*pair))), None)
 
 
+def largest_error(outputs: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+    """The largest relative error of a network's outputs; infinite where there are more of them, or fewer."""
+    if len(outputs) != len(references):
+        return math.inf
+    return max(map(output_error, outputs, references), default=0.0)
+
+
 def output_error(out: Tensor, ref: Tensor) -> float:
     """The relative error of an output. Infinities and NaN are right where both have the same at the same places."""
     if out.shape != ref.shape or not ref.is_floating_point():
         return reference.compare(out, ref)
     finite = torch.isfinite(ref)
     if not torch.allclose(out[~finite].double(), ref[~finite].double(), equal_nan=True):
-        return float("inf")
+        return math.inf
     return reference.compare(out.where(finite, 0.0), ref.where(finite, 0.0))
 
 
@@ -78,4 +86,4 @@ def _are_close(a: Tensor, b: Tensor) -> bool:
     if not a.is_cuda:
         return torch.allclose(a, b, equal_nan=True)
     size = float(b.abs().nan_to_num(0.0, 0.0, 0.0).max()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=0.0, atol=size * _SAME.get(a.dtype, 1e-4), equal_nan=True)
+    return torch.allclose(a, b, rtol=0.0, atol=size * _GPU_TOLERANCE.get(a.dtype, 1e-4), equal_nan=True)

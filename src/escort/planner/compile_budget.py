@@ -26,6 +26,14 @@ def fits(needed_s: float, left_s: float) -> bool:
     return left_s > 0.0 and needed_s <= left_s
 
 
+def outgrows(compile_budget_s: float, cut_at_s: float | None) -> bool:
+    """Whether a budget is worth another search than one that left configs out at a budget of `cut_at_s`.
+
+    A layer's share differs from time to time, mostly by little. None stands for a search that left nothing out.
+    """
+    return cut_at_s is not None and compile_budget_s > cut_at_s * 2.0
+
+
 class LayerBudget:
     """What compiling kernels for one layer's filter may take.
 

@@ -24,6 +24,8 @@ from escort.problem import Problem
 _HOPELESS = 1.6
 #: So many microseconds of a first run on a GPU may be waiting for the host, which the replay of a graph does not do.
 _HOST_US = 60.0
+#: Bytes of a GPU's memory that the candidates of layers to come may take.
+_MOST_AHEAD_BYTES = 2 << 30
 #: Seconds after which only the first config of each method is still tried.
 _SEARCH_S = 20.0
 
@@ -31,12 +33,39 @@ _SEARCH_S = 20.0
 _Input = tuple[torch.Tensor, torch.Tensor | None]
 
 
+class Allowance:
+    """What candidates that are prepared ahead may take of a device's memory, all layers together.
+
+    On a GPU it is what torch allocates there from now on, whoever asks for it.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device, self._end = device, math.inf
+        if device != "cpu":
+            self._end = torch.cuda.memory_allocated(device) + _MOST_AHEAD_BYTES
+
+    @property
+    def is_left(self) -> bool:
+        """Whether another candidate may stay; on a CPU, where only what compiles is prepared ahead, any may."""
+        return math.isinf(self._end) or torch.cuda.memory_allocated(self._device) < self._end
+
+
 class Ahead(dict[tuple[str, Config], Prepared]):
-    """A layer's candidates that were prepared before it is measured, by method and config. Taking one removes it."""
+    """A layer's candidates that were prepared before it is measured, by method and config. Taking one removes it.
+
+    Once the allowance is used up, what is prepared is let go of at once, as its kernel is compiled then: that is what
+    takes long, and what all cores share.
+    """
+
+    def __init__(self, allowance: Allowance | None = None) -> None:
+        super().__init__()
+        self._allowance = allowance
 
     def prepare(self, layer: Layer, method: Method, config: Config) -> None:
         with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
-            self[method.name, config] = method.prepare(*layer, config)
+            prepared = method.prepare(*layer, config)
+            if self._allowance is None or self._allowance.is_left:
+                self[method.name, config] = prepared
 
     def take(self, layer: Layer, method: Method, config: Config) -> Prepared:
         """The candidate, prepared now if it was not before. Raises what :meth:`Method.prepare` raises."""
@@ -74,6 +103,37 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
     best = min(timed, key=lambda candidate: candidate.time_us or 0.0)
     assert best.config is not None
     return Plan(problem, best.method, best.config, tuple(settled), Machine.here(problem.device))
+
+
+def check(layer: Layer, plan: Plan, method: Method, ahead: Ahead) -> Plan | None:
+    """The plan of an equal layer as this one's: its choice is prepared and validated on this filter, and not timed.
+
+    Args:
+        method: the plan's.
+
+    Returns:
+        The plan with the error of the choice here; None where the choice cannot be prepared, or computes wrong.
+    """
+    config = method.config_type(**plan.config)
+    try:
+        with torch.inference_mode():
+            trial = _Trial(layer, timing.example_inputs(layer.problem, most=1)[0])
+            prepared = ahead.take(layer, method, config)
+            error = trial.error(prepared.run)
+    except (RuntimeError, ValueError) as failure:
+        if layer.problem.device_type == "cuda":
+            timing.survived(failure)
+        return None
+    if not error <= trial.bound:
+        return None
+    candidates = [
+        replace(_with_notes(candidate, prepared), rel_error=error)
+        if (candidate.method, candidate.config) == (plan.method, plan.config)
+        else candidate
+        for candidate in plan.candidates
+    ]
+    times_from = "equal layer" if plan.times_from == "measured" else plan.times_from
+    return replace(plan, problem=layer.problem, candidates=tuple(candidates), times_from=times_from)
 
 
 @dataclass(frozen=True)
@@ -148,9 +208,7 @@ def _first_run(
         prepared = prepare()
         if method.compiles_per_filter:
             begin = time.perf_counter()
-        if binary := prepared.binary:
-            candidate = replace(candidate, compile_s=binary.compile_s, code_bytes=len(binary.cubin))
-        candidate = replace(candidate, remainder_share=prepared.notes.get("remainder_share"))
+        candidate = _with_notes(candidate, prepared)
         error = trial.error(prepared.run)
         candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
         if error <= trial.bound:
@@ -162,6 +220,13 @@ def _first_run(
             raise
         outcome = replace(candidate, reason=timing.survived(failure))
     return outcome, time.perf_counter() - begin
+
+
+def _with_notes(candidate: Candidate, prepared: Prepared) -> Candidate:
+    """A candidate with what preparing it tells of it."""
+    if binary := prepared.binary:
+        candidate = replace(candidate, compile_s=binary.compile_s, code_bytes=len(binary.cubin))
+    return replace(candidate, remainder_share=prepared.notes.get("remainder_share"))
 
 
 def _limit_us(problem: Problem, runnable: Sequence[_FirstRun]) -> float:

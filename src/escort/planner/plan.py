@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -12,6 +12,9 @@ from escort.methods import by_name, dense_for
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import Problem
+
+#: Where a plan's times come from: from this layer, from an equal one of this process, or from the store on disk.
+TimesFrom = Literal["measured", "equal layer", "plan store"]
 
 
 class Layer(NamedTuple):
@@ -67,6 +70,8 @@ class Plan:
         method: name of the method that was chosen.
         config: its Config as JSON values.
         machine: where the candidates were measured.
+        times_from: whose times the candidates have. The choice was validated on the layer's own filter in any case, and
+            has the error of that.
     """
 
     problem: Problem
@@ -74,6 +79,7 @@ class Plan:
     config: dict[str, Any]
     candidates: tuple[Candidate, ...]
     machine: Machine
+    times_from: TimesFrom = "measured"
 
     @property
     def time_us(self) -> float | None:
@@ -92,14 +98,15 @@ class Plan:
         return min(times, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; :meth:`from_json` reads them back."""
-        return {
+        """The fields as JSON values, `times_from` where it is not "measured"; :meth:`from_json` reads them back."""
+        data = {
             "problem": self.problem.to_json(),
             "method": self.method,
             "config": self.config,
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "machine": self.machine.to_json(),
         }
+        return data if self.times_from == "measured" else data | {"times_from": self.times_from}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
@@ -111,8 +118,11 @@ class Plan:
                 config=dict(data["config"]),
                 candidates=tuple(Candidate(**candidate) for candidate in data["candidates"]),
                 machine=Machine.from_json(data["machine"]),
+                times_from=data.get("times_from", "measured"),
             )
             by_name(plan.method, plan.problem.device).config_type(**plan.config)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a plan: {error}") from error
+        if plan.times_from not in get_args(TimesFrom):
+            raise ValueError(f"not a plan: its times are from {plan.times_from!r}")
         return plan

@@ -7,7 +7,7 @@ is timed) is captured after warm-up. Its graph is a lap, as many calls as fill a
 nor the start of the graph counts. The graphs take turns. :func:`example_inputs` makes so many inputs that with their
 outputs they are twice the size of the L2 cache. A graph runs through all of them, so that no call reads what the one
 before has just read or written. What cannot be captured is timed by calls one after the other, and says so
-(:class:`Timing`).
+(:class:`Timing`). What a caller without graphs sees is the host's time (:func:`race_on_host`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import median
 from typing import Any, Literal
 
 import torch
 
+from escort.cuda.capture import in_a_line, turn
 from escort.problem import Problem
 
 _LAP_US = 1000.0  # device time between two events, which are good for about half a microsecond
 _WARM_S = 0.05  # of replays before the first that counts, for the clocks to rise
+_WARM_FOR_S = 0.5  # that they are taken to stay high behind the last replay
 _MOST_INPUTS = 1024  # of one problem
+_FIRST_CALLS = 3  # in which a network may record a CUDA graph of its own
+_BURST = 10  # calls of a turn that are waited for one by one
+_PIPELINE_US, _LEAST_PIPELINED = 10_000.0, 10  # time and calls of a turn whose last call alone is waited for
 
 #: How a time was taken: by calls on the CPU, by replays of a CUDA graph, or by calls between CUDA events, whose times
 #: include the GPU's waiting for the host.
@@ -122,7 +127,7 @@ def race_on_gpu(
     """
     device = torch.device(device)
     laps: list[_Lap | Timing] = []
-    with torch.cuda.device(device):
+    with turn, torch.cuda.device(device):
         caller, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         side.wait_stream(caller)
         with torch.cuda.stream(side):
@@ -149,6 +154,42 @@ class _Lap:
     calls: int
     timer: Timer = "events"
     reason: str | None = None
+
+
+def race_on_host(
+    runs: Sequence[Callable[[], object]],
+    device: torch.device | str,
+    *,
+    pipelined: bool = False,
+    rounds: int = 9,
+    budget_s: float = 1.0,
+) -> list[float]:
+    """The median time of each of several calls by the clock of the host that calls a GPU, in microseconds.
+
+    Each call is waited for, so that its time is what passes until its result is there. Pipelined, calls follow one
+    another and only the last is waited for; the time of one is then the host's or the GPU's, whichever is longer.
+
+    Args:
+        runs: the contestants, called on torch's current stream of `device`. They take turns of several calls.
+        rounds, budget_s: as of :func:`race`.
+    """
+
+    def turn(run: Callable[[], object], calls: int) -> None:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+
+    with torch.cuda.device(device):
+        counts = []
+        for run in runs:
+            turn(run, _FIRST_CALLS)
+            start = time.perf_counter()
+            turn(run, _FIRST_CALLS)
+            call_us = (time.perf_counter() - start) * 1e6 / _FIRST_CALLS
+            counts.append(max(_LEAST_PIPELINED, math.ceil(_PIPELINE_US / max(call_us, 1.0))) if pipelined else 1)
+        turns = [partial(turn, run, calls) for run, calls in zip(runs, counts, strict=True)]
+        times_us = race(turns, warmup=0, rounds=rounds, burst=1 if pipelined else _BURST, budget_s=budget_s)
+    return [time_us / calls for time_us, calls in zip(times_us, counts, strict=True)]
 
 
 def _lap(runs: Sequence[Callable[[], object]], pool: Any) -> _Lap:
@@ -218,13 +259,15 @@ def _take_turns(laps: Sequence[_Lap], rounds: int, budget_s: float) -> list[floa
     if not laps:
         return []
     starts = [lap.start for lap in laps]
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < _WARM_S:
+    begin, device = time.perf_counter(), torch.cuda.current_device()
+    warm_s = _WARM_S if begin - _last_replay_s.get(device, -math.inf) > _WARM_FOR_S else 0.0
+    while time.perf_counter() - begin < warm_s:
         _elapsed_us(starts)
     rounds_us: list[list[float]] = []
     begin = time.perf_counter()
     while len(rounds_us) < rounds and (len(rounds_us) < 3 or time.perf_counter() - begin <= budget_s):
         rounds_us.append(_elapsed_us(starts))
+    _last_replay_s[device] = time.perf_counter()
     return [median(times) / lap.calls for lap, times in zip(laps, zip(*rounds_us, strict=True), strict=True)]
 
 
@@ -237,6 +280,10 @@ def _elapsed_us(starts: Sequence[Callable[[], object]]) -> list[float]:
         end.record()
     torch.cuda.current_stream().synchronize()
     return [begin.elapsed_time(end) * 1e3 for begin, end in marks]
+
+
+#: When each device was last kept busy with laps, by time.perf_counter.
+_last_replay_s: dict[int, float] = {}
 
 
 @lru_cache
@@ -256,16 +303,15 @@ def survived(error: Exception) -> str:
     except RuntimeError as lost:
         raise RuntimeError(f"the device is lost to this process, start another: {error}") from lost
     torch.cuda.empty_cache()
-    line = next(iter(str(error).splitlines()), type(error).__name__)
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"out of device memory: {line.removeprefix('CUDA out of memory. ').partition('. GPU')[0]}"
-    return line
+    return in_a_line(error)
 
 
-def example_inputs(problem: Problem, *, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+def example_inputs(
+    problem: Problem, *, seed: int = 0, most: int = _MOST_INPUTS
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Random inputs of a problem, each with a residual where the problem has one, of at least one sample.
 
-    On a GPU there are so many that the L2 cache cannot hold them.
+    On a GPU there are so many that the L2 cache cannot hold them, but not more than `most`.
     """
     generator = torch.Generator(problem.device).manual_seed(seed)
     shapes = [(max(problem.batch, 1), *shape[1:]) for shape in (problem.input_shape, problem.output_shape)]
@@ -275,9 +321,9 @@ def example_inputs(problem: Problem, *, seed: int = 0) -> list[tuple[torch.Tenso
         return values.contiguous(memory_format=problem.torch_memory_format)
 
     count = 1
-    if problem.device_type == "cuda":
+    if problem.device_type == "cuda" and most > 1:
         tensors = shapes + shapes[1:] * problem.epilogue.residual
-        count = _input_count(problem.device, sum(map(math.prod, tensors)) * problem.storage.itemsize)
+        count = min(_input_count(problem.device, sum(map(math.prod, tensors)) * problem.storage.itemsize), most)
     return [(draw(shapes[0]), draw(shapes[1]) if problem.epilogue.residual else None) for _ in range(count)]
 
 

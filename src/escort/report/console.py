@@ -29,6 +29,11 @@ class Console(rich.console.Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody sees what changes on it, as a progress bar does; elsewhere that would only leave lines."""
+        return self.is_terminal or self.is_jupyter
+
     def render_str(self, text: str, **options: Any) -> rich.text.Text:
         """Every string that is printed comes through here, and so do those in a table's cells."""
         return super().render_str(printable(text), **options)

@@ -126,18 +126,22 @@ class Program(nn.Module):
                 ordered.append(expected.checked(args[position]))
                 position += 1
                 if name in left:
-                    raise TypeError(f"the network got several values for its input {name}")
+                    raise self._wrong_call(f"several values for {name}")
             elif name in left:
                 ordered.append(expected.checked(left.pop(name)))
             elif expected.default is not REQUIRED:
                 ordered.append(expected.checked(expected.default))
             else:
-                raise TypeError(f"the network misses its input {name}")
+                unknown = [other for other in left if all(other != known.name for known in self.listing.inputs)]
+                raise self._wrong_call(f"no {name}" + (f", but {', '.join(unknown)}" if unknown else ""))
         if position < len(args) or left:
             named = f" and {', '.join(kwargs)} by name" if kwargs else ""
-            names = ", ".join(expected.name for expected in self.listing.inputs)
-            raise TypeError(f"the network takes ({names}), got {len(args)} by position{named}")
+            raise self._wrong_call(f"{len(args)} by position{named}")
         return tuple(ordered)
+
+    def _wrong_call(self, given: str) -> TypeError:
+        names = ", ".join(expected.name for expected in self.listing.inputs)
+        return TypeError(f"the network takes ({names}), got {given}")
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: what is bound belongs to these layers."""

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <omp.h>
 #include <pthread.h>
@@ -9,6 +10,7 @@
 #include <malloc.h>
 #endif
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -21,6 +23,7 @@
 
 #include "direct.hpp"
 #include "max_pool.hpp"
+#include "spread_channels.hpp"
 #include "tables.hpp"
 
 namespace nb = nanobind;
@@ -204,6 +207,24 @@ class MaxPool2d {
   Pool pool_;
 };
 
+using Numbers = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// See spread_channels.hpp; sites and channels are those of the nonzeros.
+std::vector<int32_t> checked_spread_channels(const Numbers& sites, const Numbers& channels, int64_t site_count,
+                                             int32_t channel_count, int kept, int of) {
+  const Pattern pattern = {sites.data(), channels.data(), static_cast<int64_t>(sites.size()), site_count,
+                           channel_count};
+  const auto within = [&](const Numbers& numbers, int64_t end) {
+    return std::all_of(numbers.data(), numbers.data() + numbers.size(),
+                       [&](int32_t number) { return number >= 0 && number < end; });
+  };
+  if (channels.size() != sites.size() || !within(sites, site_count) || !within(channels, channel_count))
+    throw std::invalid_argument("each nonzero has a site and a channel within the filter");
+  if (kept < 1 || kept > of || of > 255) throw std::invalid_argument("a group keeps some of at most 255 channels");
+  const nb::gil_scoped_release release;
+  return spread_channels(pattern, kept, of);
+}
+
 // Makes glibc's allocator keep freed memory: what is smaller than `most_bytes` is neither mapped on its own nor given
 // back. False where the allocator is another one.
 bool keep_freed_memory(int most_bytes) {
@@ -233,6 +254,8 @@ NB_MODULE(_cpu, m) {
       },
       "The instruction sets of this machine, fastest first: (name, floats per vector, vectors per tile).");
   m.def("keep_freed_memory", &keep_freed_memory, "most_bytes"_a);
+  m.def("spread_channels", &checked_spread_channels, "sites"_a, "channels"_a, "site_count"_a, "channel_count"_a,
+        "kept"_a, "of"_a);
   nb::class_<DirectConvolution>(m, "DirectConvolution")
       .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a)
       .def("run", &DirectConvolution::run, "x"_a, "residual"_a, "y"_a, "samples"_a, "threads"_a);

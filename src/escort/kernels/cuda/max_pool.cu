@@ -41,32 +41,32 @@ __device__ __forceinline__ void take_larger(u32& word, u32 other) {
 }
 
 // Its stride, padding and dilation; layers/pool.py has a dataclass of the same fields.
-struct Window {
+struct Params {
   int down, right, top, left, dilation_down, dilation_right;
 };
 
 // vectors: how many there are in y, which fit 32 bits.
 extern "C" __global__ void __launch_bounds__(THREADS)
     max_pool(const Element* __restrict__ x, Element* __restrict__ y, int vectors, int pitch, int height, int width,
-             int out_height, int out_width, const __grid_constant__ Window window) {
+             int out_height, int out_width, const __grid_constant__ Params params) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   const u32 number = blockIdx.x * THREADS + threadIdx.x;
   if (number >= (u32)vectors) return;
   const u32 of_pixel = pitch / VECTOR, pixel = number / of_pixel, line = pixel / out_width, outer = line / out_height;
-  const int top = (int)(line - outer * out_height) * window.down - window.top,
-            left = (int)(pixel - line * out_width) * window.right - window.left;
+  const int top = (int)(line - outer * out_height) * params.down - params.top,
+            left = (int)(pixel - line * out_width) * params.right - params.left;
   const Element* const from = x + (long long)outer * height * width * pitch + (number - pixel * of_pixel) * VECTOR;
   Elements largest;
 #pragma unroll
   for (int i = 0; i < WORDS; i++) largest.words[i] = LOWEST;
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
-    const int row = top + r * window.dilation_down;
+    const int row = top + r * params.dilation_down;
     if (row < 0 || row >= height) continue;
 #pragma unroll
     for (int s = 0; s < COLUMNS; s++) {
-      const int column = left + s * window.dilation_right;
+      const int column = left + s * params.dilation_right;
       if (column < 0 || column >= width) continue;
       Elements here = {};
       here.vector = __ldg((const Vector*)(from + ((long long)row * width + column) * pitch));

@@ -37,7 +37,7 @@ class Lowered(Method):
         activation = problem.epilogue.activation
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            samples = len(x)
+            samples = x.shape[0]
             columns = unfold(problem, x, by_sample=True).permute(1, 2, 0, 3).flatten(2)
             y = torch.stack([matrix @ lowered for matrix, lowered in zip(matrices, columns, strict=True)])
             y = y.view(problem.out_channels, samples, *out).transpose(0, 1).contiguous()

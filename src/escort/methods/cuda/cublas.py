@@ -79,7 +79,7 @@ class Cublas(Method):
         multiply = multiply_by_group if by_group else multiply_by_sample
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            if len(x) == 0:
+            if x.shape[0] == 0:
                 return apply_epilogue(x.new_empty(0, *out_shape), residual, activation)
             with float32_products(precision):
                 y = multiply(unfold(problem, x, by_sample=by_sample))

@@ -107,7 +107,7 @@ class Cudnn(Method):
         compute = convolve_fused if config.fused else convolve
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            if len(x) == 0:
+            if x.shape[0] == 0:
                 empty = x.new_empty(0, *out_shape).contiguous(memory_format=problem.torch_memory_format)
                 return apply_epilogue(empty, residual, activation)
             x, padding = symmetric_padding(problem, x)

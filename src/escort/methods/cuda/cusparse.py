@@ -54,7 +54,7 @@ class Cusparse(Method):
         channels, by_sample = problem.out_channels // problem.groups, config.unfold == "by_sample"
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            samples = len(x)
+            samples = x.shape[0]
             if samples == 0:
                 return apply_epilogue(x.new_empty(0, *out_shape), residual, activation)
             columns = unfold(problem, x, by_sample=by_sample).permute(1, 2, 0, 3).flatten(2)

@@ -61,9 +61,9 @@ class Tracer(fx.Tracer):
     """Traces a module for one way to call it.
 
     A graph takes the arguments that the module takes, by the same names. Those that are no tensors keep the value that
-    they had, and any other value raises. A check of shapes that raises, as ``assert`` does, is
-    made by the graph too. Modules with hooks are called as they are. Functions that a library wraps for torch.fx, so
-    that graphs call them, are looked into where that is possible.
+    they had, and any other value raises. A check of shapes that raises, as ``assert`` does, is made by the graph too.
+    Modules with hooks are called as they are. Functions that a library wraps for torch.fx, so that graphs call them,
+    are looked into where that is possible.
 
     Args:
         call: how the module is called.
@@ -240,10 +240,8 @@ def _required(frame: FrameType) -> bool | None:
     for statement in statements:
         if not isinstance(statement, ast.Assert | ast.If):
             continue
-        is_all = (statement.lineno, statement.col_offset) == (
-            line,
-            column,
-        )  # as Python says of a test without operators
+        # Python names the whole statement as the place of a test without operators.
+        is_all = (statement.lineno, statement.col_offset) == (line, column)
         if is_all or _spans(statement.test, line, column):
             if isinstance(statement, ast.If) and not _raises(statement.body):
                 return None

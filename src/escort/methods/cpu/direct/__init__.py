@@ -99,7 +99,7 @@ class Direct(Method):
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
-            samples, x = len(x), x.contiguous()
+            samples, x = x.shape[0], x.contiguous()
             y = x.new_empty((samples, *out_shape))  # whatever the default type and device are
             if residual is not None:
                 residual = residual.contiguous()

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import kernel, unavailable
+from escort.cuda.launch import Grid
 from escort.cuda.params import pack
 from escort.filter import SparseFilter
-from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
+from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, contiguous_only, input_check, output_strides
 from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_samples, shared_bytes
 from escort.methods.cuda.direct.params import Params, defines
 from escort.methods.cuda.direct.search import has_room, neighbours, predicted_clocks, search
@@ -88,21 +90,26 @@ class DirectCuda(Method):
         )
         torch.cuda.synchronize(device)  # the tables are there before any stream reads them
         check, out_shape = input_check(problem, most_samples(problem)), problem.output_shape[1:]
-        groups, tile = len(tables.first_channels), config.tile
+        groups, tile, strides = len(tables.first_channels), config.tile, output_strides(problem, "contiguous")
+
+        @lru_cache(MOST_BATCHES)
+        def cut(samples: int) -> tuple[Grid, int]:
+            tiles = -(-positions.count(-(-samples // layout.samples_per_word)) // tile)
+            return (groups, min(tiles, _MOST_TILES_Y), -(-tiles // _MOST_TILES_Y)), tiles
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
-            samples = len(x)
+            samples = x.shape[0]
+            y = x.new_empty_strided((samples, *out_shape), strides)
+            if not samples:
+                return y
             x = x.contiguous()
             if layout.paired:
                 x = aligned(x, 4)  # the kernel reads two columns at once
             if residual is not None:
                 residual = residual.contiguous()
-            y = torch.empty((samples, *out_shape), dtype=x.dtype, device=device)
-            if samples:
-                tiles = -(-positions.count(-(-samples // layout.samples_per_word)) // tile)
-                grid = groups, min(tiles, _MOST_TILES_Y), -(-tiles // _MOST_TILES_Y)
-                launch(grid, x, y, residual, samples, tiles)
+            grid, tiles = cut(samples)
+            launch(grid, x, y, residual, samples, tiles)
             return y
 
         return Prepared(run)

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 
 from escort.cuda.compiler import Text
 from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import kernel, unavailable
+from escort.cuda.launch import Grid
 from escort.filter import SparseFilter
-from escort.methods.base import Method, Prepared, aligned, contiguous_only, input_check
+from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, contiguous_only, input_check, output_strides
 from escort.methods.cuda.generated import codegen
 from escort.methods.cuda.generated.config import GeneratedConfig
 from escort.methods.cuda.generated.model import part_count, part_steps, predict_us, space_of
@@ -92,21 +94,27 @@ class Generated(Method):
         alignment = max(config.copy * 4, problem.storage.itemsize)
         arrange = _arrange(kernel_steps, device) if config.arranged else None
 
-        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            check(x, residual)
-            samples = len(x)
-            x = x.contiguous()
-            if residual is not None:
-                residual = residual.contiguous()
-            y = torch.empty((samples, *out_shape), dtype=x.dtype, device=device)
-            if not samples:
-                return y
-            x = aligned(x, alignment) if arrange is None else arrange(x)  # the kernel copies several elements at once
+        strides = output_strides(problem, "contiguous")
+
+        @lru_cache(MOST_BATCHES)
+        def cut(samples: int) -> tuple[Grid, int]:
             tiles = kernel_steps.tiles(samples)
             items = -(-tiles // config.multicast) * len(kernel_steps.parts)
             # Clusters take several items in turn, but those that split channels only one.
-            grid = (items if config.split > 1 else min(items, clusters)) * config.cluster
-            launch((grid, 1, 1), x, y, residual, samples, tiles)
+            return ((items if config.split > 1 else min(items, clusters)) * config.cluster, 1, 1), tiles
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            check(x, residual)
+            samples = x.shape[0]
+            y = x.new_empty_strided((samples, *out_shape), strides)
+            if not samples:
+                return y
+            x = x.contiguous()
+            if residual is not None:
+                residual = residual.contiguous()
+            x = aligned(x, alignment) if arrange is None else arrange(x)  # the kernel copies several elements at once
+            grid, tiles = cut(samples)
+            launch(grid, x, y, residual, samples, tiles)
             return y
 
         return Prepared(run, compiled.binary)
@@ -119,11 +127,16 @@ def _arrange(kernel_steps: KernelSteps, device: torch.device) -> Callable[[torch
     overlap = torch.cuda.get_device_capability(device) >= (9, 0)
     launch = compiled.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, int, int), overlap=overlap)
 
+    @lru_cache(MOST_BATCHES)
+    def cut(samples: int) -> tuple[Grid, int]:
+        words = kernel_steps.arranged_words(samples)
+        return (-(-words // (_ARRANGE_WORDS * _ARRANGE_THREADS)), min(planes, _MOST_BLOCKS_Y), 1), words
+
     def run(x: torch.Tensor) -> torch.Tensor:
-        words = kernel_steps.arranged_words(len(x))
-        arranged = torch.empty((planes, words), dtype=torch.int32, device=device)
-        blocks = -(-words // (_ARRANGE_WORDS * _ARRANGE_THREADS)), min(planes, _MOST_BLOCKS_Y), 1
-        launch(blocks, x, arranged, len(x), words)
+        samples = x.shape[0]
+        grid, words = cut(samples)
+        arranged = torch.empty_strided((planes, words), (words, 1), dtype=torch.int32, device=device)
+        launch(grid, x, arranged, samples, words)
         return arranged
 
     return run

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from escort.cuda import tensor_map
 from escort.cuda.gpu import Gpu
-from escort.cuda.kernel import Kernel, Launch, TensorMap, arch, kernel, unavailable
+from escort.cuda.kernel import Kernel, Launch, arch, kernel, unavailable
+from escort.cuda.launch import Grid
 from escort.cuda.params import pack as pack_params
+from escort.cuda.tensor_map import TensorMap
 from escort.filter import FloatArray, IntArray, SparseFilter
-from escort.methods.base import Method, Prepared, aligned, input_check
+from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_check, output_strides
 from escort.methods.cuda.sparse_tc.arrange import arranger
 from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig
 from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
@@ -38,6 +41,7 @@ _MOST_CONFIGS, _MOST_BENCHMARKS = 8, 3
 _THREADS = 384  # of a block of sparse_tc.cuh
 _MOST_ELEMENTS = 2**31 - 1  # that 32 bits number
 _TILE_ELEMENTS = 1024  # that the last tile may number beyond y
+_PIXELS = 1  # the dimension of a tensor map along which pixels of all samples lie, where they are one row
 
 
 class SparseTc(Method):
@@ -98,30 +102,29 @@ class SparseTc(Method):
         launch = _bind(compiled, tiling, pack(ordered, tiling), bias)
         check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + _TILE_ELEMENTS))
         torch_format = TORCH_MEMORY_FORMAT[config.memory_format]
-        last, boxes = config.takes_channels_last, tiling.stores_boxes
+        last = config.takes_channels_last
         alignment = 16 if last else tiling.element.bytes * tiling.vector
         arrange = None if last else arranger(problem, tiling.element, ordered.in_order, device)
         clusters, out_shape = gpu.clusters(config.cluster), problem.output_shape[1:]
+        strides = output_strides(problem, config.memory_format)
+
+        @lru_cache(MOST_BATCHES)
+        def cut(samples: int) -> tuple[Grid, int]:
+            tile_groups = tiling.tile_groups(samples)
+            return (min(tile_groups * tiling.channel_tiles, clusters) * config.cluster, 1, 1), tile_groups
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
-            samples = len(x)
-            y = torch.empty((samples, *out_shape), dtype=x.dtype, device=device, memory_format=torch_format)
+            samples = x.shape[0]
+            y = x.new_empty_strided((samples, *out_shape), strides)
             if not samples:
                 return y
             x = x.contiguous(memory_format=torch_format)
             x = aligned(x, 16) if arrange is None else arrange(x)
             if residual is not None:
                 residual = aligned(residual.contiguous(memory_format=torch_format), alignment)
-            tile_groups = tiling.tile_groups(samples)
-            grid = min(tile_groups * tiling.channel_tiles, clusters) * config.cluster, 1, 1
-            x_map = _x_map(tiling, x, samples)
-            if boxes:
-                y_map = _y_map(tiling, y)
-                residual_map = y_map if residual is None else _y_map(tiling, residual)
-                launch(grid, x_map, y_map, residual_map, samples, tile_groups)
-            else:
-                launch(grid, x_map, y, residual, samples, tile_groups)
+            grid, tile_groups = cut(samples)
+            launch(grid, x, y, residual, samples, tile_groups)
             return y
 
         return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share})
@@ -133,8 +136,8 @@ def _bind(compiled: Kernel, tiling: Tiling, packed: Packed, bias: torch.Tensor |
     if not tiling.stores_boxes:
         tables.append(packed.out_order)
     fixed = [torch.from_numpy(table).to(tiling.problem.device) for table in tables]
-    output = TensorMap if tiling.stores_boxes else torch.Tensor
-    args = TensorMap, *fixed, output, output, pack_params(Params.of(tiling)), int, int
+    output = _output_map(tiling) if tiling.stores_boxes else torch.Tensor
+    args = _input_map(tiling), *fixed, output, output, pack_params(Params.of(tiling)), int, int
     return compiled.bind(_THREADS, tiling.memory.bytes, args, overlap=True, cluster=tiling.config.cluster)
 
 
@@ -146,22 +149,21 @@ def _in_order(bias: torch.Tensor | None, out_order: IntArray) -> FloatArray:
     return values
 
 
-def _x_map(tiling: Tiling, x: torch.Tensor, samples: int) -> TensorMap:
+def _input_map(tiling: Tiling) -> TensorMap:
     """How the copy engine sees x, which lies as the tensor cores read it."""
     p, config = tiling.problem, tiling.config
-    sizes = tiling.channels, p.width, p.height, samples
+    sizes = tiling.channels, p.width, p.height, 1
     if config.tap_group == "im2col":
         lower, upper = im2col_corners(p)
-        return tensor_map.im2col(x, sizes, lower, upper, tiling.load[0], config.pixels, p.stride[::-1])
+        return tensor_map.im2col(p.storage, sizes, lower, upper, tiling.load[0], config.pixels, p.stride[::-1])
     if config.tap_group == "flat":
-        sizes = tiling.channels, samples * p.height * p.width, 1, 1
-    return tensor_map.tiled(x, sizes, tiling.load)
+        return tensor_map.tiled(p.storage, (tiling.channels, p.height * p.width, 1, 1), tiling.load, _PIXELS)
+    return tensor_map.tiled(p.storage, sizes, tiling.load)
 
 
-def _y_map(tiling: Tiling, y: torch.Tensor) -> TensorMap:
-    """How the copy engine sees y, or a residual."""
-    samples, channels, height, width = y.shape
-    sizes = channels, width, height, samples
-    if not tiling.config.whole_rows:
-        sizes = channels, samples * height * width, 1, 1
-    return tensor_map.tiled(y, sizes, tiling.store)
+def _output_map(tiling: Tiling) -> TensorMap:
+    """How the copy engine sees y and the residual."""
+    p = tiling.problem
+    if tiling.config.whole_rows:
+        return tensor_map.tiled(p.storage, (p.out_channels, p.out_width, p.out_height, 1), tiling.store)
+    return tensor_map.tiled(p.storage, (p.out_channels, p.out_height * p.out_width, 1, 1), tiling.store, _PIXELS)

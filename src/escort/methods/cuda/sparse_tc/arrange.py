@@ -22,7 +22,7 @@ def arranger(
 
     TF32 is rounded to the nearest on the way.
     """
-    plane = problem.height * problem.width
+    plane, places = problem.height * problem.width, len(in_order)
     vector, strips, strip = cut_into_strips(plane, element)
     compiled = kernel("sparse_tc_arrange.cu", {"BYTES": element.bytes, "VECTOR": vector}, device)
     fixed = torch.from_numpy(in_order).to(device), problem.in_channels, plane, strips, strip
@@ -30,8 +30,9 @@ def arranger(
 
     def run(x: torch.Tensor) -> torch.Tensor:
         x = aligned(x, element.bytes * vector)
-        arranged = torch.empty((len(x), plane, len(in_order)), dtype=x.dtype, device=device)
-        launch((len(x) * strips, len(in_order) // element.k_block, 1), x, arranged)
+        samples = x.shape[0]
+        arranged = x.new_empty_strided((samples, plane, places), (plane * places, places, 1))
+        launch((samples * strips, places // element.k_block, 1), x, arranged)
         return arranged
 
     return run

@@ -9,15 +9,14 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from escort.filter import IntArray, SparseFilter
+from escort.kernels import _cpu
 from escort.methods.cuda.sparse_tc.config import Element
 from escort.methods.cuda.sparse_tc.split import Split, channels_and_sites, split
 from escort.problem import MemoryFormat
 
 _LEAST_SPARSITY = 0.65  # in denser filters every weight tile has a remainder in any order
-_MOST_SWEEPS = 4  # over all channels; most of what swaps gain comes with the first
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,96 +111,9 @@ def common_order(weights: Sequence[torch.Tensor], kept: int, of: int) -> torch.T
 def spread_channels(sparse_filter: SparseFilter, kept: int = 2, of: int = 4) -> IntArray:
     """An order of the channels for :func:`split` with a small remainder, most of it in the last channels.
 
-    Channels are placed one by one, those with most nonzeros first, each in the group where fewest of its nonzeros
-    exceed what the group keeps. Then two channels of different groups swap places as long as fewer exceed afterwards.
-    Groups are sorted by how many exceed in them; the last one, which may be smaller than the others, stays last.
+    kernels/cpu/spread_channels.hpp says how it is found.
     """
-    groups = _Groups(sparse_filter, kept, of)
-    groups.place_all()
-    groups.swap()
-    return groups.order()
-
-
-class _Groups:
-    """Groups of neighbouring channels while they are being made. A site is a tap of an output channel.
-
-    Attributes:
-        nonzero: (sites, channels) 1 where there is a nonzero.
-        sites_of: the sites of each channel's nonzeros.
-        group_of: (channels,)
-        counts: (sites, groups) nonzeros of a group's channels.
-        kept: how many of a group's channels may be nonzero at a site.
-        room: (groups,) channels that a group still takes.
-    """
-
-    def __init__(self, sparse_filter: SparseFilter, kept: int, of: int) -> None:
-        outputs, width, *kernel_size = sparse_filter.shape
-        sites = outputs * kernel_size[0] * kernel_size[1]
-        channel, site = channels_and_sites(sparse_filter)
-        self.kept, self.width, self.of = kept, width, of
-        self.nonzero = np.zeros((sites, width), dtype=np.int8)
-        self.nonzero[site, channel] = 1
-        ends = np.cumsum(np.bincount(channel, minlength=width))[:-1]
-        self.sites_of: list[NDArray[np.int64]] = np.split(site[np.argsort(channel, kind="stable")], ends)
-        self.room = np.full(-(-width // of), of)
-        self.room[-1] -= len(self.room) * of - width
-        self.group_of = np.zeros(width, dtype=np.int64)
-        self.counts = np.zeros((sites, len(self.room)), dtype=np.int8)
-
-    def place_all(self) -> None:
-        """Puts each channel, those with most nonzeros first, where fewest of its nonzeros exceed what is kept."""
-        load = np.zeros(len(self.room), dtype=np.int64)
-        for channel in sorted(range(self.width), key=lambda channel: -len(self.sites_of[channel])):
-            sites = self.sites_of[channel]
-            exceeding = (self.counts[sites] >= self.kept).sum(axis=0)
-            group = min(np.flatnonzero(self.room), key=lambda group: (exceeding[group], load[group]))
-            self.group_of[channel] = group
-            self.room[group] -= 1
-            self.counts[sites, group] += 1
-            load[group] += len(sites)
-
-    def swap(self) -> None:
-        """Swaps two channels of different groups as long as fewer nonzeros exceed what is kept afterwards."""
-        relief = np.array([self._relief(channel) for channel in range(self.width)])
-        for _ in range(_MOST_SWEEPS):
-            swaps = 0
-            for channel in np.flatnonzero(relief > 0).tolist():
-                gain = relief[channel] + relief - self._cost_of_swaps(channel)
-                gain[self.group_of == self.group_of[channel]] = 0
-                other = int(gain.argmax())
-                if gain[other] <= 0:
-                    continue
-                changed = self._swap_two(channel, other)
-                relief[changed] = [self._relief(member) for member in changed]
-                swaps += 1
-            if not swaps:
-                break
-
-    def order(self) -> IntArray:
-        """(channels,) the channels, group by group."""
-        excess = np.maximum(self.counts - self.kept, 0).sum(axis=0, dtype=np.int64)
-        if self.width % self.of:
-            excess[-1] = np.iinfo(np.int64).max
-        place_of = np.argsort(np.argsort(excess, kind="stable"))
-        return np.argsort(place_of[self.group_of], kind="stable").astype(np.int32)
-
-    def _relief(self, channel: int) -> int:
-        """How many fewer nonzeros exceed in a channel's group without it."""
-        return int((self.counts[self.sites_of[channel], self.group_of[channel]] > self.kept).sum())
-
-    def _cost_of_swaps(self, channel: int) -> NDArray[np.int32]:
-        """(channels,) how many exceed, of this channel's and of the other's, when each stands in the other's place."""
-        group, sites = self.group_of[channel], self.sites_of[channel]
-        full = np.flatnonzero(self.counts[:, group] - self.nonzero[:, channel] >= self.kept)
-        of_others: NDArray[np.int32] = self.nonzero[full].sum(axis=0, dtype=np.int32)
-        others_full = self.counts[sites].take(self.group_of, axis=1) - self.nonzero[sites] >= self.kept
-        return of_others + others_full.sum(axis=0, dtype=np.int32)
-
-    def _swap_two(self, channel: int, other: int) -> list[int]:
-        """Swaps two channels, and returns all channels of their groups."""
-        group, other_group = self.group_of[[channel, other]].tolist()
-        for moved, source, target in ((channel, group, other_group), (other, other_group, group)):
-            self.counts[self.sites_of[moved], source] -= 1
-            self.counts[self.sites_of[moved], target] += 1
-            self.group_of[moved] = target
-        return np.flatnonzero((self.group_of == group) | (self.group_of == other_group)).tolist()
+    outputs, width, *kernel_size = sparse_filter.shape
+    channel, site = channels_and_sites(sparse_filter)
+    sites = outputs * math.prod(kernel_size)
+    return np.array(_cpu.spread_channels(site.astype(np.int32), channel, sites, width, kept, of), dtype=np.int32)

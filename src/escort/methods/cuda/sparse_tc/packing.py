@@ -17,19 +17,21 @@ the orders of channels (orders.py) make most of them empty.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from escort.filter import FloatArray, IntArray, SparseFilter
-from escort.methods.cuda.sparse_tc.config import PIXEL_BYTES, Element, SparseTcConfig
+from escort.filter import FloatArray, IntArray
+from escort.methods.cuda.sparse_tc.config import M_BLOCK_BYTES, PIXEL_BYTES, Element
 from escort.methods.cuda.sparse_tc.orders import OrderedFilter
-from escort.methods.cuda.sparse_tc.tiling import Tap, Tiling
+from escort.methods.cuda.sparse_tc.tiling import Tiling
 
 _LAST_OF_GROUP = 1 << 31
-_CHOSEN = np.dtype([("part", "i4"), ("tile", "i4"), ("tap", "i4")])  # where a weight tile comes from
+_ROW_BYTES, _CHUNK_BYTES = 64, 16  # of the values of an output channel
+_GROUPS = 16  # of neighbours, of an output channel
 Bits = NDArray[np.unsignedinteger[Any]]  # of elements as they are stored
 
 
@@ -54,53 +56,69 @@ class Packed:
 
 def pack(ordered: OrderedFilter, tiling: Tiling) -> Packed:
     """The filter for a tiling. Raises ValueError where the precision does not hold a weight."""
-    parts = [_dense_tiles(ordered, part, tiling) for part in (ordered.split.structured, ordered.split.remainder)]
-    chosen, first, steps = _choose([_halves(bits, tiling.config) for bits in parts], tiling)
+    nonzeros = _Nonzeros.of(ordered, tiling)
+    numbers, first, steps = _choose(nonzeros, tiling)
     out_order = np.full(tiling.channel_tiles * tiling.config.tile_channels, -1, dtype=np.int32)
     out_order[: len(ordered.out_order)] = ordered.out_order
-    return Packed(_weight_tiles(parts, chosen, tiling.element), first, steps, out_order)
+    return Packed(_weight_tiles(nonzeros, numbers, len(steps) - 1, tiling), first, steps, out_order)
 
 
-def _choose(halves: list[NDArray[np.uint32]], tiling: Tiling) -> tuple[NDArray[np.void], IntArray, NDArray[np.uint32]]:
-    """The weight tiles that are kept, each tap group's first one, and what the kernel does with each.
+class _Nonzeros(NamedTuple):
+    """The nonzeros of a filter, all (nnz,), and where they belong.
 
-    Args:
-        halves: of both parts, (tiles, taps): which halves of the input channels are not empty.
+    Attributes:
+        bits: the values as they are stored.
+        tile, row: the tile of output channels, and the channel's place in it.
+        tap, column: the tap in the order of all tap groups, and the input channel's place in its block.
+        part: 0 for the structured part of the split, 1 for the remainder.
     """
-    chosen: list[tuple[int, int, int]] = []
-    first, steps = [0], []
-    all_halves = sum(3 << 2 * across for across in range(tiling.config.across))
-    for tile in range(tiling.channel_tiles):
-        for number, tap_group in enumerate(tiling.tap_groups):
-            for tap in tap_group:
-                place = _number(tap, tiling)
-                for part in (0, 1):
-                    present = int(halves[part][tile, place])
-                    opens_group = len(chosen) == first[-1]
-                    if opens_group and number == 0:
-                        present = all_halves  # a tile's first products overwrite the sums
-                    if present or opens_group:  # each group is used, if only to be passed over
-                        chosen.append((part, tile, place))
-                        steps.append(tap.start * PIXEL_BYTES // 16 | present << 16)
-            steps[-1] |= _LAST_OF_GROUP
-            first.append(len(chosen))
-    return np.array(chosen, _CHOSEN), np.array(first, np.int32), np.array([*steps, 0], np.uint32)
+
+    bits: Bits
+    tile: IntArray
+    row: IntArray
+    tap: IntArray
+    column: IntArray
+    part: IntArray
+
+    @classmethod
+    def of(cls, ordered: OrderedFilter, tiling: Tiling) -> _Nonzeros:
+        parts = ordered.split.structured, ordered.split.remainder
+        out_place, in_place, tap = map(np.concatenate, zip(*map(ordered.places, parts), strict=True))
+        tile, row = np.divmod(out_place, np.int32(tiling.config.tile_channels))
+        k_block, column = np.divmod(in_place, np.int32(ordered.k_block))
+        kernel_rows, kernel_columns = tiling.problem.kernel_size
+        order = [
+            (tap.k_block * kernel_rows + tap.row) * kernel_columns + tap.column
+            for tap_group in tiling.tap_groups
+            for tap in tap_group
+        ]
+        tap = np.argsort(order).astype(np.int32)[k_block * np.int32(kernel_rows * kernel_columns) + tap]
+        part = np.repeat(np.arange(2, dtype=np.int32), [part.nnz for part in parts])
+        bits = _stored(np.concatenate([part.values for part in parts]), tiling)
+        kept = bits != 0  # some are rounded to zero
+        return cls(*(array[kept] for array in (bits, tile, row, tap, column, part)))
 
 
-def _number(tap: Tap, tiling: Tiling) -> int:
-    """The number of a tap among those of all blocks of input channels."""
-    kernel_rows, kernel_columns = tiling.problem.kernel_size
-    return (tap.k_block * kernel_rows + tap.row) * kernel_columns + tap.column
+def _choose(nonzeros: _Nonzeros, tiling: Tiling) -> tuple[IntArray, IntArray, NDArray[np.uint32]]:
+    """The weight tiles that are kept: (tiles, taps, parts) their numbers, else -1; and Packed's first and steps."""
+    across, group_taps = tiling.config.across, len(tiling.tap_groups[0])
+    starts = [tap.start * PIXEL_BYTES // 16 for tap_group in tiling.tap_groups for tap in tap_group]
+    holds = np.zeros((tiling.channel_tiles, len(starts), 2, across, 2), dtype=np.uint32)  # of halves of the channels
+    warpgroup = nonzeros.row // np.int32(tiling.config.tile_channels // across)
+    half = nonzeros.column // np.int32(tiling.element.k_block // 2)
+    holds[nonzeros.tile, nonzeros.tap, nonzeros.part, warpgroup, half] = 1
+    holds[:, 0, 0] = 1  # a tile's first products overwrite the sums
+    halves = holds.reshape(*holds.shape[:3], -1) @ (1 << np.arange(2 * across, dtype=np.uint32))
 
-
-def _dense_tiles(ordered: OrderedFilter, part: SparseFilter, tiling: Tiling) -> Bits:
-    """(tiles, taps of blocks of channels, output channels, input channels) of a part of the split, as stored."""
-    stored, k_block, m_tile = _stored(part.values, tiling), ordered.k_block, tiling.config.tile_channels
-    out_place, in_place, tap = ordered.places(part)
-    taps = part.shape[2] * part.shape[3]
-    bits = np.zeros((tiling.channel_tiles, len(ordered.in_order) // k_block * taps, m_tile, k_block), stored.dtype)
-    bits[out_place // m_tile, in_place // k_block * taps + tap, out_place % m_tile, in_place % k_block] = stored
-    return bits
+    kept = halves != 0
+    kept[:, ::group_taps, 0] = True  # each group is used, if only to be passed over
+    tile, tap, _ = np.nonzero(kept)
+    numbers = np.where(kept, np.cumsum(kept).reshape(kept.shape) - 1, -1).astype(np.int32)
+    steps = np.append(np.array(starts, np.uint32)[tap] | halves[kept] << np.uint32(16), np.uint32(0))
+    tap_group = tile * len(tiling.tap_groups) + tap // group_taps
+    first = np.searchsorted(tap_group, np.arange(tiling.channel_tiles * len(tiling.tap_groups) + 1)).astype(np.int32)
+    steps[first[1:] - 1] |= np.uint32(_LAST_OF_GROUP)
+    return numbers, first, steps
 
 
 def _stored(values: FloatArray, tiling: Tiling) -> Bits:
@@ -118,51 +136,41 @@ def _stored(values: FloatArray, tiling: Tiling) -> Bits:
     return bits
 
 
-def _halves(bits: Bits, config: SparseTcConfig) -> NDArray[np.uint32]:
-    """(tiles, taps) two bits for each warpgroup across: which halves of the input channels are not empty for it."""
-    present = (bits != 0).reshape(*bits.shape[:2], config.across, -1, 2, bits.shape[-1] // 2).any(axis=(3, 5))
-    weights = 1 << np.arange(2 * config.across, dtype=np.uint32)
-    return (present.reshape(*bits.shape[:2], -1) * weights).sum(axis=-1, dtype=np.uint32)
+def _weight_tiles(nonzeros: _Nonzeros, numbers: IntArray, count: int, tiling: Tiling) -> NDArray[np.uint8]:
+    """(weight tiles, bytes), as many as have numbers."""
+    element, rows = tiling.element, tiling.config.tile_channels
+    number = numbers[nonzeros.tile, nonzeros.tap, nonzeros.part].astype(np.int64)
+    group, neighbour = np.divmod(nonzeros.column, np.int32(element.of))
+    group_of_all = (number * rows + nonzeros.row) * _GROUPS + group
+    patterns = np.zeros(count * rows * _GROUPS, dtype=np.uint8)
+    np.add.at(patterns, group_of_all, (1 << neighbour).astype(np.uint8))
+
+    positions, places = _positions(element)
+    tiles = np.zeros((count, rows // 64 * M_BLOCK_BYTES), dtype=np.uint8)
+    chunk = _CHUNK_BYTES // element.bytes
+    place = group * np.int32(element.kept) + places[patterns[group_of_all], neighbour]
+    place ^= (nonzeros.row >> 1 & 3) * np.int32(chunk)  # the swizzle
+    place += nonzeros.row * np.int32(_ROW_BYTES // element.bytes)
+    tiles.view(nonzeros.bits.dtype)[number, place] = nonzeros.bits
+    metadata = _metadata(positions[patterns].reshape(count, rows // 64, 64, _GROUPS))
+    tiles.view(np.uint32)[:, rows * _ROW_BYTES // 4 :] = metadata.reshape(count, -1)
+    return tiles
 
 
-def _weight_tiles(parts: list[Bits], chosen: NDArray[np.void], element: Element) -> NDArray[np.uint8]:
-    """(weight tiles, bytes) of dense tiles of both parts."""
-    m_blocks, stored = parts[0].shape[2] // 64, parts[0].dtype
-    tile = np.dtype(
-        [("values", stored, (m_blocks, 64, 4, 16 // stored.itemsize)), ("metadata", np.uint32, (m_blocks, 128))]
-    )
-    tiles = np.empty(len(chosen), tile)
-    for number, bits in enumerate(parts):
-        of_part = chosen["part"] == number
-        if of_part.any():
-            dense = bits[chosen["tile"][of_part], chosen["tap"][of_part]]
-            values, nibbles = _compressed(dense.reshape(len(dense), m_blocks, 64, -1, element.of), element)
-            tiles["values"][of_part], tiles["metadata"][of_part] = _swizzled(values), _metadata(nibbles)
-    return tiles.view(np.uint8).reshape(len(chosen), tile.itemsize)
-
-
-def _compressed(groups: Bits, element: Element) -> tuple[Bits, NDArray[np.uint32]]:
-    """The values that each group keeps, and their positions, 4 bits per group.
-
-    Args:
-        groups: (weight tiles, blocks, 64, groups, neighbours)
+@lru_cache
+def _positions(element: Element) -> tuple[NDArray[np.uint32], IntArray]:
+    """What a group keeps whose nonzeros are the bits of a number: 4 bits with the positions, and each one's place.
 
     Returns:
-        (weight tiles, blocks, 64, kept values) and (weight tiles, blocks, 64, groups).
+        (numbers,) and (numbers, neighbours); a group with room keeps zeros, too, the first ones.
     """
-    kept = np.argsort(groups == 0, axis=-1, kind="stable")[..., : element.kept]  # values first, filled up with zeros
-    positions = np.sort(kept, axis=-1)
-    values = np.take_along_axis(groups, positions, axis=-1)
+    neighbour = np.arange(element.of)
+    is_zero = np.arange(1 << element.of)[:, None] >> neighbour & 1 == 0
+    kept = np.sort(np.argsort(is_zero, axis=-1, kind="stable")[:, : element.kept], axis=-1)
     words = 2 // element.kept  # of 16 bits, of a value
-    halves = (positions[..., None] * words + np.arange(words)).reshape(*positions.shape[:-1], 2)
-    return values.reshape(*groups.shape[:3], -1), (halves[..., 0] | halves[..., 1] << 2).astype(np.uint32)
-
-
-def _swizzled(values: Bits) -> Bits:
-    """Rows of 64 bytes as four chunks each, (..., 64, 4, elements), in 64-byte swizzle."""
-    chunks = values.reshape(*values.shape[:-1], 4, -1)
-    chunk = np.arange(4) ^ (np.arange(64)[:, None] >> 1 & 3)  # its own inverse
-    return chunks[:, :, np.arange(64)[:, None], chunk]
+    halves = (kept[..., None] * words + np.arange(words)).reshape(-1, 2)
+    places = (kept[:, None] < neighbour[:, None]).sum(axis=-1, dtype=np.int32)
+    return (halves[:, 0] | halves[:, 1] << 2).astype(np.uint32), places
 
 
 def _metadata(nibbles: NDArray[np.uint32]) -> NDArray[np.uint32]:

@@ -52,10 +52,11 @@ def split(sparse_filter: SparseFilter, kept: int = 2, of: int = 4, channels: Int
     place = np.empty(width, dtype=np.int64)
     place[channels] = np.arange(width)
     group = site * -(-width // of) + place[channel] // of
-    order = np.lexsort((place[channel], -np.abs(sparse_filter.values), group))
+    exceeds = np.flatnonzero(np.bincount(group)[group] > kept)  # the others keep all that they have
+    order = exceeds[np.lexsort((place[channel[exceeds]], -np.abs(sparse_filter.values[exceeds]), group[exceeds]))]
     first = np.flatnonzero(np.diff(group[order], prepend=-1))
-    rank = np.empty(sparse_filter.nnz, dtype=np.int64)
-    rank[order] = np.arange(sparse_filter.nnz) - np.repeat(first, np.diff(first, append=sparse_filter.nnz))
+    rank = np.zeros(sparse_filter.nnz, dtype=np.int64)
+    rank[order] = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
     return Split(_part(sparse_filter, rank < kept), _part(sparse_filter, rank >= kept), kept, of, channels)
 
 

@@ -1,9 +1,10 @@
-"""Compiled kernels on disk: each is compiled once per machine instead of once per process.
+"""Entries on disk: what takes long and is the same every time is done once per machine, not once per process.
 
-An entry is one file, named by its key, the hash of all that its binary was made from. Its first lines are the format,
-the SHA-256 of the key and of what follows, and a JSON description; then comes the binary. Files are written aside and
-renamed, and a damaged one counts as absent, so that any number of processes can share a folder in whatever state it is.
-A folder that cannot be written costs the time to compile, and one warning.
+There are two kinds of entries, compiled kernels and measured plans. An entry is one file, named by its key, the hash of
+all that it was made from. Its first lines are its kind and format, the SHA-256 of the key and of what follows, and a
+JSON description; then come bytes, such as a kernel's binary. Files are written aside and renamed, and a damaged one
+counts as absent, so that any number of processes can share a folder in whatever state it is. A folder that cannot be
+written costs the time to do it again, and one warning.
 
 Kernels are code, so the folder must be the user's own, and nobody else may write to it: otherwise it is not used. What
 in it is no file of the user's (a link, a pipe, a folder, a file of somebody else) counts as absent.
@@ -23,7 +24,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+#: What an entry is: a compiled kernel or a measured plan.
+Kind = Literal["kernel", "plan"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 #: The folder, by default $XDG_CACHE_HOME/escort or ~/.cache/escort.
 FOLDER_VARIABLE = "ESCORT_CACHE_DIR"
@@ -31,10 +36,10 @@ FOLDER_VARIABLE = "ESCORT_CACHE_DIR"
 LIMIT_VARIABLE = "ESCORT_CACHE_MB"
 
 _DEFAULT_MB = 256
-_FORMAT = b"escort-kernel 1\n"
-_SUFFIX, _TEMPORARY = ".kernel", ".part"
+_TEMPORARY = ".part"
 _ABANDONED_S = 3600  # a file that is not renamed by then was left behind by a process that was killed
 _KEPT = 0.75  # share of the limit that is left once it was exceeded: room for storing a while without a look around
+_CONSEQUENCE = "every process compiles kernels and measures layers anew"
 _warned: set[str] = set()
 #: For each folder how many bytes lie there at most, as far as this process knows, which has looked once.
 _sizes: dict[Path, int] = {}
@@ -46,12 +51,13 @@ class Entry:
     """A file of the cache.
 
     Attributes:
+        key: what it was stored under, its file's name without the kind behind it.
         size_bytes: of the file.
         used: when it was last written or read, in seconds since the epoch.
-        description: what was stored with the binary; empty where the file is damaged.
+        description: what was stored; empty where the file is damaged.
     """
 
-    path: Path
+    key: str
     size_bytes: int
     used: float
     description: Mapping[str, Any]
@@ -80,12 +86,11 @@ class UnsafeFolderError(OSError):
     """The folder is not the user's alone; the message says what to do."""
 
 
-def load(key: str) -> tuple[dict[str, Any], bytes] | None:
-    """The description and the binary stored under a key, or None where there is no such entry or it is damaged."""
+def load(kind: Kind, key: str) -> tuple[dict[str, Any], bytes] | None:
+    """The description and the bytes stored under a key, or None where there is no such entry or it is damaged."""
     try:
-        with _opened(folder()) as directory, _opened_entry(directory, key + _SUFFIX) as entry:
-            content = _content(entry)
-            parsed = _parse(key, content)
+        with _opened(folder()) as directory, _opened_entry(directory, f"{key}.{kind}") as entry:
+            parsed = _parse(kind, key, _content(entry))
             if parsed is not None:
                 with contextlib.suppress(OSError):  # then it counts as unused since it was written
                     os.utime(entry)
@@ -97,48 +102,52 @@ def load(key: str) -> tuple[dict[str, Any], bytes] | None:
     return None
 
 
-def store(key: str, description: Mapping[str, Any], binary: bytes) -> None:
+def store(kind: Kind, key: str, description: Mapping[str, Any], data: bytes = b"") -> None:
     """Writes an entry and makes room for it; where that cannot be done, warns once and goes on."""
     limit = limit_bytes()
     if limit == 0:
         return
-    content = json.dumps(description, sort_keys=True).encode() + b"\n" + binary
-    content = _FORMAT + _checksum(key, content) + b"\n" + content
+    content = json.dumps(description, sort_keys=True).encode() + b"\n" + data
+    content = _format(kind) + _checksum(key, content) + b"\n" + content
     place: Path | str = ""
     try:
         place = folder()
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _opened(place) as directory:
-            _write(directory, key + _SUFFIX, content)
+            _write(directory, f"{key}.{kind}", content)
             _make_room(place, directory, len(content), limit)
     except UnsafeFolderError as error:
         _warn_once(str(error))
     except OSError as error:
         _warn_once(
-            f"the kernel cache {place} cannot be written ({error.strerror or error}): every process compiles kernels "
-            f"anew; make room, or set {FOLDER_VARIABLE} to a folder that can be written"
+            f"the cache {place} cannot be written ({error.strerror or error}): {_CONSEQUENCE}; make room, or set "
+            f"{FOLDER_VARIABLE} to a folder that can be written"
         )
 
 
-def entries() -> list[Entry]:
-    """All entries, damaged ones too, the most recently used first. Raises UnsafeFolderError."""
-    place, listed = folder(), []
-    with contextlib.suppress(FileNotFoundError), _opened(place) as directory:
-        for name, status in _files(directory, _SUFFIX):
+def entries(kind: Kind) -> list[Entry]:
+    """All entries of a kind, damaged ones too, the most recently used first. Raises UnsafeFolderError."""
+    listed, suffix = [], f".{kind}"
+    with contextlib.suppress(FileNotFoundError), _opened(folder()) as directory:
+        for name, status in _files(directory, suffix):
+            key = name.removesuffix(suffix)
             try:
                 with _opened_entry(directory, name) as entry:
-                    parsed = _parse(name.removesuffix(_SUFFIX), _content(entry))
+                    parsed = _parse(kind, key, _content(entry))
             except OSError:
                 parsed = None
-            listed.append(Entry(place / name, status.st_size, status.st_mtime, {} if parsed is None else parsed[0]))
+            listed.append(Entry(key, status.st_size, status.st_mtime, {} if parsed is None else parsed[0]))
     return sorted(listed, key=lambda entry: -entry.used)
 
 
-def clear() -> tuple[int, int]:
-    """Removes all entries; returns how many, and their size in bytes. Raises UnsafeFolderError."""
+def clear(kind: Kind) -> tuple[int, int]:
+    """Removes all entries of a kind, and what killed processes left behind; returns how many, and their size in bytes.
+
+    Raises UnsafeFolderError.
+    """
     removed = []
     with contextlib.suppress(FileNotFoundError), _opened(folder()) as directory:
-        for name, status in [*_files(directory, _SUFFIX), *_files(directory, _TEMPORARY)]:
+        for name, status in _files(directory, f".{kind}", _TEMPORARY):
             _remove(directory, name)
             removed.append(status.st_size)
     return len(removed), sum(removed)
@@ -158,13 +167,13 @@ def _opened(place: Path) -> Iterator[int]:
         status = os.fstat(directory)
         if status.st_uid != os.geteuid():
             raise UnsafeFolderError(
-                f"the kernel cache {place} belongs to user {status.st_uid}, and so is not used: every process compiles "
-                f"kernels anew; set {FOLDER_VARIABLE} to a folder of your own"
+                f"the cache {place} belongs to user {status.st_uid}, and so is not used: {_CONSEQUENCE}; set "
+                f"{FOLDER_VARIABLE} to a folder of your own"
             )
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise UnsafeFolderError(
-                f"the kernel cache {place} can be written by others, and so is not used: every process compiles "
-                f"kernels anew; call chmod go-w on it, or set {FOLDER_VARIABLE} to a folder of your own"
+                f"the cache {place} can be written by others, and so is not used: {_CONSEQUENCE}; call chmod go-w on "
+                f"it, or set {FOLDER_VARIABLE} to a folder of your own"
             )
         yield directory
     finally:
@@ -203,30 +212,35 @@ def _write(directory: int, name: str, content: bytes) -> None:
         raise
 
 
-def _parse(key: str, content: bytes) -> tuple[dict[str, Any], bytes] | None:
-    """Description and binary of a file, or None where it is not exactly what was written under that key."""
-    start, end = len(_FORMAT), len(_FORMAT) + 64
+def _format(kind: Kind) -> bytes:
+    return f"escort-{kind} 1\n".encode()
+
+
+def _parse(kind: Kind, key: str, content: bytes) -> tuple[dict[str, Any], bytes] | None:
+    """Description and bytes of a file, or None where it is not exactly what was written under that key."""
+    start = len(_format(kind))
+    end = start + 64
     rest = content[end + 1 :]
-    if content[:start] != _FORMAT or content[start:end] != _checksum(key, rest):
+    if content[:start] != _format(kind) or content[start:end] != _checksum(key, rest):
         return None
-    line, _, binary = rest.partition(b"\n")
+    line, _, data = rest.partition(b"\n")
     try:
         description = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return (description, binary) if isinstance(description, dict) else None
+    return (description, data) if isinstance(description, dict) else None
 
 
 def _checksum(key: str, content: bytes) -> bytes:
     return hashlib.sha256(key.encode() + content).hexdigest().encode()
 
 
-def _files(directory: int, suffix: str) -> list[tuple[str, os.stat_result]]:
-    """Name and status of what bears that suffix and is no folder; another process may remove it at any time."""
+def _files(directory: int, *suffixes: str) -> list[tuple[str, os.stat_result]]:
+    """Name and status of what bears such a suffix and is no folder; another process may remove it at any time."""
     found = []
     with os.scandir(directory) as listing:
         for item in listing:
-            if item.name.endswith(suffix):
+            if item.name.endswith(suffixes):
                 with contextlib.suppress(FileNotFoundError):
                     found.append((item.name, item.stat(follow_symlinks=False)))
     return [(name, status) for name, status in found if not stat.S_ISDIR(status.st_mode)]
@@ -250,7 +264,7 @@ def _trim(directory: int, limit: int) -> int:
     for name, status in _files(directory, _TEMPORARY):
         if time.time() - status.st_mtime > _ABANDONED_S:
             _remove(directory, name)
-    files = sorted(_files(directory, _SUFFIX), key=lambda file: -file[1].st_mtime)
+    files = sorted(_files(directory, *(f".{kind}" for kind in KINDS)), key=lambda file: -file[1].st_mtime)
     total = sum(status.st_size for _, status in files)
     if total > limit:
         while files and total > _KEPT * limit:

@@ -1,0 +1,157 @@
+"""CUDA graphs that leave torch and other threads as they were, and who captures when.
+
+Torch's own captures take hold of its random numbers, which refuses other threads theirs meanwhile, and look after them
+in each replay. Calls that are captured here draw none.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from escort.cuda import driver
+
+#: Held while a graph is captured, or while something is timed: a thread that waits for the whole device would end the
+#: capture of another.
+turn = threading.RLock()
+
+
+class Runs:
+    """Calls that go on while nothing is captured. Several go on at once; ``with`` begins and ends one.
+
+    In its first call on a size cuDNN empties torch's cache, which torch refuses while any thread captures.
+    """
+
+    def __init__(self) -> None:
+        self._changed, self._count, self._is_stopped = threading.Condition(), 0, False
+        self._own = threading.local()
+
+    def __enter__(self) -> None:
+        depth = getattr(self._own, "depth", 0)
+        with self._changed:
+            while self._is_stopped and not depth:
+                self._changed.wait()
+            self._count += 1
+        self._own.depth = depth + 1
+
+    def __exit__(self, *error: object) -> None:
+        self._own.depth -= 1
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Waits until the calls of other threads have ended, and lets no other one begin. The caller holds `turn`."""
+        with self._changed:
+            self._is_stopped = True
+            while self._count > getattr(self._own, "depth", 0):
+                self._changed.wait()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_stopped = False
+                self._changed.notify_all()
+
+
+#: Calls of converted networks on GPUs, step by step.
+runs = Runs()
+
+
+class Graph:
+    """What some calls launch, as a graph of the current device that any stream may replay.
+
+    Its memory comes from the pool, which graphs may share that never run at the same time. The caller holds `turn`.
+
+    Args:
+        calls: launch what the graph shall do, on the current stream. They draw no random numbers.
+        stream: where they are captured, one of :func:`capture_stream`.
+        pool: a handle of ``torch.cuda.graph_pool_handle()``. It is new, or a graph lives that has it.
+
+    Raises:
+        RuntimeError: where something cannot be captured, or there is no memory; and what `calls` raise. Torch's
+            allocator goes on as before.
+    """
+
+    def __init__(self, calls: Callable[[], object], stream: torch.cuda.Stream, pool: Any) -> None:
+        api, device = driver.api(), torch.cuda.current_device()
+        self._launch, self._exec = api.cuGraphLaunch, None
+        with torch.cuda.stream(stream), _no_garbage_collected():
+            torch._C._cuda_beginAllocateCurrentStreamToPool(device, pool)
+            try:
+                mode = api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+                driver.call("cuStreamBeginCapture", stream.cuda_stream, mode)
+                try:
+                    calls()
+                except BaseException:
+                    with suppress(driver.DriverError):
+                        driver.call("cuGraphDestroy", driver.call("cuStreamEndCapture", stream.cuda_stream))
+                    raise
+                graph = driver.call("cuStreamEndCapture", stream.cuda_stream)
+                try:
+                    flag = api.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
+                    self._exec = driver.call("cuGraphInstantiate", graph, int(flag))
+                finally:
+                    driver.call("cuGraphDestroy", graph)
+            finally:
+                torch._C._cuda_endAllocateToPool(device, pool)
+                if self._exec is None:
+                    torch._C._cuda_releasePool(device, pool)
+        weakref.finalize(self, _destroy, self._exec, device, pool).atexit = False
+
+    def replay(self, stream: int) -> None:
+        """Launches it on a stream, given by its address. The thread has used the device before."""
+        (status,) = self._launch(self._exec, stream)
+        if status:
+            raise driver.DriverError("cuGraphLaunch", status).of("a graph of a network")
+
+
+def _destroy(graph: Any, device: int, pool: Any) -> None:
+    """Frees a graph, by whichever thread lets go of it, and even while that captures something else."""
+    api = driver.api()
+    with driver.device(device).current():
+        mode = driver.call("cuThreadExchangeStreamCaptureMode", api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+        try:
+            driver.call("cuGraphExecDestroy", graph)  # one that still runs is freed when it is done
+        finally:
+            driver.call("cuThreadExchangeStreamCaptureMode", mode)
+    torch._C._cuda_releasePool(device, pool)
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """What a collection frees may wait for the device, which ends a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@lru_cache
+def capture_stream(device: int, number: int) -> torch.cuda.Stream:
+    """A stream that captures have for themselves, the same one for the same number.
+
+    Torch hands its own streams out again and again, so that another thread may launch work on any of them.
+    """
+    with driver.device(device).current():
+        handle = driver.call("cuStreamCreate", driver.api().CUstream_flags.CU_STREAM_NON_BLOCKING.value)
+    return torch.cuda.ExternalStream(int(handle), device=device)
+
+
+def in_a_line(error: Exception) -> str:
+    """What failed on a GPU, in a line."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of device memory: {line.removeprefix('CUDA out of memory. ').partition('. GPU')[0]}"
+    return line

@@ -1,0 +1,326 @@
+"""CUDA graphs of a network: which calls replay one, when one is captured, and how long it is kept."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from escort.cuda.capture import in_a_line, runs, turn
+from escort.layers.counters import Counters
+from escort.methods.precision import float32_settings
+from escort.runtime.capture import not_capturable
+from escort.runtime.lanes import Gpu
+from escort.runtime.replay import Call, Captured
+from escort.runtime.watch import Watch
+
+#: For which batches there are graphs: for each that comes; for powers of two, to which others are padded; for none.
+Policy = Literal["exact", "buckets", "off"]
+
+_log = logging.getLogger(__name__)
+_PLAIN = frozenset((torch.Tensor, nn.Parameter))
+_SCALARS = frozenset((bool, int, float, str, type(None)))
+_MOST_GRAPHS, _MOST_KINDS = 512, 4096
+_MOST_WANTED = 1 << 16
+_MEMORY_SHARE = 8  # of the GPU's memory, by default
+_MOST_DRIVER_BYTES = 1 << 26  # what a graph may be said to cost besides: others take memory meanwhile
+_NO_OUTPUT = object()
+_is_profiled = torch._C._autograd._profiler_enabled
+_function_modes = torch._C._len_torch_function_stack
+_is_autocast, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
+
+Kind = tuple[Any, ...]
+Run = Callable[..., Any]
+
+
+@dataclass
+class _Uses:
+    """How many calls of a kind came since it was last captured, and how many are wanted for the next time.
+
+    Each time that a graph had to go, twice as many are: what comes and goes would be captured again and again.
+    """
+
+    count: int = 0
+    wanted: int = 2
+
+
+@dataclass
+class _Bound:
+    """The graphs of a program as it is at present, on the GPU where it is.
+
+    Attributes:
+        reason: why there are none, as long as the program stays as it is.
+        mixing: why batches are not padded.
+        captured: the graphs, by kind of call and number of the lane.
+        failed: the kinds that could not be captured, and why.
+        spoilt: the pools in which a capture failed.
+    """
+
+    watch: Watch
+    gpu: Gpu
+    reason: str | None
+    mixing: str | None
+    captured: dict[Kind, Captured] = field(default_factory=dict)
+    failed: dict[Kind, str] = field(default_factory=dict)
+    uses: dict[Kind, _Uses] = field(default_factory=dict)
+    spoilt: set[Any] = field(default_factory=set)
+
+
+class Graphs:
+    """The CUDA graphs of a converted network. A call that replays one takes the host microseconds, not milliseconds.
+
+    The second call of a kind (its sizes, types and strides, on a stream) captures, and those after it replay. Whatever
+    is not known to be safe runs step by step, and a network that was changed is noticed in the next call. All graphs of
+    a stream share their memory, which is as much as the largest of them needs. Where graphs take more than
+    `limit_bytes`, those go that were not used for the longest time.
+
+    Attributes:
+        policy: "exact", for each size that comes; "buckets", for batches of powers of two, to which others are padded
+            with zeros where samples do not mix; "off".
+        limit_bytes: the most memory of all graphs; None for an eighth of the GPU's.
+    """
+
+    def __init__(
+        self, mixing: Callable[[nn.Module], str | None], policy: Policy = "exact", limit_bytes: int | None = None
+    ) -> None:
+        """`mixing` says why the samples of a network's batch cannot be run apart from each other, if they cannot."""
+        self._mixing, self._policy, self.limit_bytes = mixing, policy, limit_bytes
+        self._bound: _Bound | None = None
+        self._binding = threading.Lock()
+        self._clock = itertools.count(1)
+        self._counts: Counter[str] = Counter()
+        self._eager = Counters()
+
+    def __reduce__(self) -> Any:
+        """For copies and pickle: graphs belong to one network."""
+        return Graphs, (self._mixing, self._policy, self.limit_bytes)
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        if policy not in get_args(Policy):
+            raise ValueError(f"there is no policy {policy!r}; there are {', '.join(get_args(Policy))}")
+        self._policy = policy
+        self.clear()
+
+    def clear(self) -> None:
+        """Lets go of all graphs, and of what is known of the calls that could not be captured."""
+        bound, self._bound = self._bound, None
+        if bound is not None:
+            self._counts["replays"] += sum(graph.replays for graph in bound.captured.values())
+
+    def stats(self) -> dict[str, Any]:
+        """What became of the calls so far.
+
+        Returns:
+            "captures", "replays" and "evictions": how many there were. "graphs" and "bytes": how many graphs there are,
+            and the memory that they take. "eager": how many calls replayed none, by reason. "failed": why those
+            captures failed that did.
+        """
+        bound = self._bound
+        graphs = [] if bound is None else list(bound.captured.values())
+        return {
+            "captures": self._counts["captures"],
+            "replays": self._counts["replays"] + sum(graph.replays for graph in graphs),
+            "evictions": self._counts["evictions"],
+            "graphs": len(graphs),
+            "bytes": _bytes(graphs, bound.gpu.reserved()) if bound is not None and graphs else 0,
+            "eager": self._eager(),
+            "failed": [] if bound is None else list(dict.fromkeys(bound.failed.values())),
+        }
+
+    def call(self, network: nn.Module, run: Run, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The output of a call that nothing traces or transforms, by a graph of the network or by `run`."""
+        output = self._by_graph(network, inputs, named)
+        if output is not _NO_OUTPUT:
+            return output
+        with runs:
+            return run(*inputs, **named)
+
+    def capture(self, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Makes the graph of a call that was made before, even where that failed."""
+        self._by_graph(network, inputs, named, at_once=True)
+
+    def _by_graph(
+        self, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], *, at_once: bool = False
+    ) -> Any:
+        """What a graph makes of a call; _NO_OUTPUT where there is none, for a reason that is counted."""
+        bound = self._bound
+        if bound is None or bound.watch.network is not network:
+            bound = self._bind(network)
+        reason = bound.reason or self._unusual(bound.gpu)
+        if reason is not None:
+            return self._left(reason)
+        call = Call(inputs, named)
+        kind = self._kind(bound, call)
+        if isinstance(kind, str):
+            return self._left(kind)
+        kind = (*kind, bound.gpu.lane().number)
+        graph = bound.captured.get(kind)
+        if graph is not None:
+            return self._replayed(bound, graph, call)
+        return self._missed(bound, kind, call, at_once)
+
+    def _left(self, reason: str) -> Any:
+        self._eager.count(reason)
+        return _NO_OUTPUT
+
+    def _bind(self, network: nn.Module) -> _Bound:
+        """Begins anew with a network, as it is now."""
+        with self._binding:  # threads that call it for the first time at once share their graphs
+            bound = self._bound
+            if bound is not None and bound.watch.network is network:
+                return bound
+            self.clear()
+            tensors = itertools.chain(network.parameters(), network.buffers())
+            gpu = Gpu(next((tensor.device for tensor in tensors), torch.device("cuda")))
+            mixing = self._mixing(network) if self._policy == "buckets" else None
+            bound = self._bound = _Bound(Watch(network), gpu, gpu.unusable() or not_capturable(network), mixing)
+            return bound
+
+    def _unusual(self, gpu: Gpu) -> str | None:
+        """Why calls are not replayed at the moment."""
+        if self._policy == "off":
+            return "graphs are switched off"
+        if not gpu.is_current():
+            return "another GPU is the current one"
+        if gpu.is_capturing():
+            return "the caller captures a graph"
+        if _is_profiled():
+            return "a profiler watches"
+        if _is_autocast(gpu.device.type):
+            return "autocast is on"
+        # That of a default device changes nothing: what follows it is not captured.
+        if _function_modes() and {type(mode) for mode in _get_current_function_mode_stack()} != {DeviceContext}:
+            return "a mode watches"
+        return None
+
+    def _kind(self, bound: _Bound, call: Call) -> Kind | str:
+        """What a graph is made for, or why there is none for such a call."""
+        index, parts = bound.gpu.index, list[Any]((float32_settings(), *call.named))
+        for x in (*call.inputs, *call.named.values()):
+            if type(x) in _PLAIN:
+                if x.get_device() != index or x.layout is not torch.strided:
+                    return "an input is on another device, or sparse"
+                if x.requires_grad and _is_grad_enabled():
+                    return "an input needs a gradient"
+                parts += x.dtype, x.shape, x.stride()
+            elif type(x) in _SCALARS:
+                parts += type(x), x
+            else:
+                return "an input is neither a tensor nor a number"
+        if not call.tensors:
+            return "no input is a tensor"
+        if self._policy == "buckets" and bound.mixing is None and len(call.tensors) == 1:
+            x = call.tensors[0]
+            if x.ndim and len(x) and (x.is_contiguous() or _is_channels_last(x)):
+                call.samples = 1 << (len(x) - 1).bit_length()
+                return ("padded", float32_settings(), x.dtype, call.samples, x.shape[1:], x.is_contiguous())
+        return tuple(parts)
+
+    def _replayed(self, bound: _Bound, graph: Captured, call: Call) -> Any:
+        graph.used = next(self._clock)
+        stream = bound.gpu.stream()
+        with graph.lane.lock:
+            graph.lane.enter(stream)
+            try:
+                graph.copy_in(call.tensors)
+                graph.replay(stream)
+                # This takes as long as many kernels, and the GPU is at work meanwhile. What it reads is kept.
+                holds = bound.watch.holds()
+                output = graph.copy_out(call.tensors) if holds else None
+            finally:
+                graph.lane.leave(stream)
+        return output if holds else self._changed()
+
+    def _changed(self) -> Any:
+        self.clear()
+        return self._left("the network was changed since the last call")
+
+    def _missed(self, bound: _Bound, kind: Kind, call: Call, at_once: bool) -> Any:
+        """Captures a call, if it is time to."""
+        if not bound.watch.holds():
+            return self._changed()
+        if not at_once:
+            if kind in bound.failed:
+                return self._left(bound.failed[kind])
+            if len(bound.uses) > _MOST_KINDS:
+                bound.uses.clear()
+            uses = bound.uses.setdefault(kind, _Uses())
+            uses.count += 1
+            if uses.count < uses.wanted:
+                return self._left("a size that is new")
+        if not turn.acquire(blocking=at_once):
+            return self._left("another capture is under way")
+        try:
+            graph = bound.captured.get(kind)  # another thread may have been faster
+            if graph is not None:
+                return self._replayed(bound, graph, call)
+            with runs.stopped():
+                return self._first(bound, kind, call)
+        finally:
+            turn.release()
+
+    def _first(self, bound: _Bound, kind: Kind, call: Call) -> Any:
+        """The output of a call that is captured. No other thread captures meanwhile."""
+        gpu, lane = bound.gpu, bound.gpu.lane()
+        pools = [graph.pool for graph in bound.captured.values() if graph.lane is lane]
+        pool = next((pool for pool in pools if pool not in bound.spoilt), None)
+        is_alone, pool = pool is None, gpu.new_pool() if pool is None else pool
+        before = gpu.taken()
+        try:
+            graph = Captured(bound.watch.network, call, gpu, lane, pool)
+        except RuntimeError as error:
+            bound.spoilt.add(pool)
+            return self._failed(bound, kind, call, f"not captured: {in_a_line(error)}")
+        self._counts["captures"] += 1
+        output = self._replayed(bound, graph, call)
+        graph.driver_bytes = min(max(gpu.taken() - before, 0), _MOST_DRIVER_BYTES)
+        bound.failed.pop(kind, None)
+        bound.captured[kind] = graph
+        self._make_room(bound)
+        if is_alone and kind not in bound.captured:
+            return self._failed(bound, kind, call, "its graph takes more than `graphs.limit_bytes`", output)
+        return output
+
+    def _failed(self, bound: _Bound, kind: Kind, call: Call, reason: str, output: Any = _NO_OUTPUT) -> Any:
+        if len(bound.failed) > _MOST_KINDS:
+            bound.failed.clear()
+        bound.failed[kind] = reason
+        shapes = ", ".join(str(tuple(x.shape)) for x in call.tensors)
+        _log.warning("calls of shape %s do not replay a CUDA graph: %s", shapes, reason)
+        return self._left(reason) if output is _NO_OUTPUT else output
+
+    def _make_room(self, bound: _Bound) -> None:
+        """Lets go of the graphs that were not used for the longest time, as long as there are too many."""
+        captured, sizes = bound.captured, bound.gpu.reserved()
+        limit = bound.gpu.memory() // _MEMORY_SHARE if self.limit_bytes is None else self.limit_bytes
+        while len(captured) > _MOST_GRAPHS or _bytes(captured.values(), sizes) > limit:
+            oldest = min(captured, key=lambda kind: captured[kind].used)
+            self._counts["replays"] += captured.pop(oldest).replays
+            self._counts["evictions"] += 1
+            wanted = bound.uses.get(oldest, _Uses()).wanted
+            bound.uses[oldest] = _Uses(wanted=min(2 * wanted, _MOST_WANTED))
+
+
+def _bytes(graphs: Iterable[Captured], sizes: Mapping[Any, int]) -> int:
+    """The memory that graphs take: that of their pools, of the sizes given, and what the driver has for each."""
+    graphs = list(graphs)
+    pools = {graph.pool for graph in graphs}
+    return sum(sizes.get(pool, 0) for pool in pools) + sum(graph.driver_bytes for graph in graphs)
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,136 @@
+"""A capture leaves torch and other threads as they were, also where it fails."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from escort.cuda import capture, driver
+from escort.cuda.capture import Runs
+
+
+class Device:
+    """The driver and torch's allocator, noting what is asked of them. Any call of the driver may fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.fails: str | None = None
+        modes = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread", CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
+        flags = SimpleNamespace(CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH=1)
+        api = SimpleNamespace(
+            CUstreamCaptureMode=modes, CUgraphInstantiate_flags=flags, cuGraphLaunch=lambda *args: (self.launch(*args),)
+        )
+        monkeypatch.setattr(driver, "api", lambda: api)
+        monkeypatch.setattr(driver, "call", self.call)
+        monkeypatch.setattr(driver, "DriverError", RuntimeError)
+        monkeypatch.setattr(driver, "device", lambda index: SimpleNamespace(current=nullcontext))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+        for name, noted in {
+            "_cuda_beginAllocateCurrentStreamToPool": "take",
+            "_cuda_endAllocateToPool": "end",
+            "_cuda_releasePool": "release",
+        }.items():
+            monkeypatch.setattr(torch._C, name, partial(self.note, noted), raising=False)
+
+    def note(self, what: str, device: int, pool: str) -> None:
+        assert (device, pool) == (0, "pool")
+        self.log.append(what)
+
+    def call(self, name: str, *args: Any) -> Any:
+        self.log.append(name.removeprefix("cu"))
+        if name == self.fails:
+            raise RuntimeError(f"{name} failed")
+        if name == "cuStreamBeginCapture":
+            assert args == (7, "thread") and not gc.isenabled()
+        return {"cuStreamEndCapture": "graph", "cuGraphInstantiate": "exec"}.get(name, args[0])
+
+    def launch(self, graph: str, stream: int) -> int:
+        self.log.append(f"{graph} on {stream}")
+        return 0
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(monkeypatch)
+
+
+STREAM: Any = SimpleNamespace(cuda_stream=7)
+
+
+def test_a_graph_is_launched_and_freed(device: Device) -> None:
+    graph = capture.Graph(lambda: device.log.append("calls"), STREAM, "pool")
+    made = ["take", "StreamBeginCapture", "calls", "StreamEndCapture", "GraphInstantiate", "GraphDestroy", "end"]
+    assert device.log == made and gc.isenabled()
+    graph.replay(3)
+    assert device.log[len(made) :] == ["exec on 3"]
+    del graph
+    exchange = "ThreadExchangeStreamCaptureMode"
+    assert device.log[len(made) + 1 :] == [exchange, "GraphExecDestroy", exchange, "release"]
+
+
+def fail() -> None:
+    raise ValueError("the calls failed")
+
+
+@pytest.mark.parametrize("fails", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", None])
+@pytest.mark.parametrize("calls", [lambda: None, fail])
+def test_torchs_allocator_goes_on_whatever_fails(device: Device, fails: str | None, calls: Callable[[], None]) -> None:
+    device.fails = fails
+    failing = fails is not None or calls is fail
+    for _ in range(2):
+        device.log.clear()
+        with pytest.raises((RuntimeError, ValueError)) if failing else nullcontext():
+            capture.Graph(calls, STREAM, "pool")
+        assert device.log[0] == "take" and device.log.count("end") == device.log.count("release") == 1
+        assert gc.isenabled()
+        if fails == "cuGraphInstantiate" and calls is not fail:
+            assert "GraphDestroy" in device.log
+
+
+def test_an_error_in_a_line() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB. GPU 0 has 140 GiB.\nAnd so on.")
+    assert capture.in_a_line(error) == "out of device memory: Tried to allocate 9 TiB"
+    assert capture.in_a_line(RuntimeError("one\ntwo")) == "one" and capture.in_a_line(ValueError()) == "ValueError"
+
+
+def test_captures_wait_for_runs_and_runs_for_captures() -> None:
+    runs, log = Runs(), list[str]()
+    begun, end, is_stopped, finish = (threading.Event() for _ in range(4))
+
+    def run() -> None:
+        with runs:
+            log.append("first run")
+            begun.set()
+            end.wait()
+            with runs:  # of a network within a network
+                log.append("inner run")
+        is_stopped.wait()
+        with runs:
+            log.append("second run")
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    begun.wait()
+
+    def stop() -> None:
+        with runs, runs.stopped():  # its own call does not hold it up
+            log.append("capture")
+            is_stopped.set()
+            finish.wait(0.2)
+            log.append("captured")
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    end.set()
+    runner.join()
+    stopper.join()
+    assert log == ["first run", "inner run", "capture", "captured", "second run"]

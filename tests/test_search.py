@@ -1,0 +1,109 @@
+"""What is tried for a layer where predictions choose: on a GPU, without time to compile for the filter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from escort.cuda.gpu import H200, Gpu
+from escort.filter import SparseFilter
+from escort.methods import Config, Method
+from escort.planner import planner
+from escort.planner.machine import Machine
+from escort.planner.plan import Layer
+from escort.planner.planner import are_known, plan_layer, predicted_us
+from escort.planner.search import Search, predict_us
+from escort.problem import Problem
+from tests.fakes import PROBLEM, Compiled, Fake, a_filter
+
+LAYER = Layer(replace(PROBLEM, device="cuda:0"), a_filter())
+
+
+class Modelled(Fake):
+    """A method whose model predicts so many microseconds."""
+
+    device_type = "cuda"
+
+    def __init__(self, name: str, time_us: float | None, configs: int = 1, refuses: str | None = None) -> None:
+        super().__init__(name, lambda y: y, refuses, configs)
+        self.time_us, self.asked = time_us, 0
+
+    def predict_us(
+        self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: Config | None = None
+    ) -> float | None:
+        self.asked += 1
+        return self.time_us
+
+
+class Lowers(Modelled):
+    lowers = True
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gpu, "of", classmethod(lambda cls, device: H200))
+
+
+def tried(search: Search) -> dict[str, int]:
+    return {method.name: len(configs) for method, configs in search.tried}
+
+
+def reasons(search: Search) -> dict[str, str]:
+    return {candidate.method: str(candidate.reason) for candidate in search.refused}
+
+
+def test_a_few_configs_of_each_likely_method_are_tried() -> None:
+    methods = Modelled("near", 10.0, 8), Modelled("far", 21.0, 8), Modelled("dense", None, 2), Lowers("lowers", None)
+    search = Search.of(LAYER, methods, 0.0)
+    assert tried(search) == {"near": 3, "dense": 2}
+    assert reasons(search) == {
+        "near": "5 more configs were not tried",
+        "far": "predicted to take 21 us, near 10 us; effort='best' tries it",
+        "lowers": "it writes its input out patch by patch, which other methods do without; effort='best' tries it",
+    }
+
+
+def test_with_time_to_compile_all_are_tried() -> None:
+    methods = Modelled("near", 10.0, 8), Modelled("far", 21.0, 8), Lowers("lowers", None), Compiled(1.0)
+    search = Search.of(LAYER, methods, 900.0)
+    assert tried(search) == {"near": 8, "far": 8, "lowers": 1, "compiled": 1}
+    assert not search.refused
+
+
+def test_where_predictions_chose_time_to_compile_is_worth_another_search() -> None:
+    search = Search.of(LAYER, [Modelled("only", 10.0)], 0.0)
+    assert search.cut_at_s == 0.0
+
+
+def test_without_a_model_all_are_tried() -> None:
+    methods = Modelled("some", None, 8), Lowers("lowers", None), Modelled("refuses", 5.0, refuses="odd channels")
+    search = Search.of(LAYER, methods, 0.0)
+    assert tried(search) == {"some": 8, "lowers": 1}
+    assert search.cut_at_s is None
+
+
+def test_a_prediction_is_of_what_could_run() -> None:
+    compiled: Method = Compiled(1.0)
+    methods = Modelled("a", 7.0), Modelled("b", None), Modelled("c", 3.0, refuses="odd channels"), compiled
+    assert predict_us(LAYER, methods) == {"a": 7.0}
+    on_cpu = Layer(PROBLEM, a_filter())
+    assert predict_us(on_cpu, methods) == {}
+
+
+def test_known_plans_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(PROBLEM, a_filter())
+    monkeypatch.setattr(planner, "_remembered", {})
+    assert not are_known([layer], [Fake("a", lambda y: y)])
+    plan_layer(*layer, methods=[Fake("a", lambda y: y)], compile_budget_s=0.0)
+    assert are_known([layer, layer], [Fake("a", lambda y: y)])
+    assert not are_known([layer, layer._replace(problem=replace(PROBLEM, batch=9))], [Fake("a", lambda y: y)])
+
+
+def test_like_layers_are_predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine.here()
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
+    method = Modelled("a", 7.0)
+    other = LAYER._replace(problem=replace(LAYER.problem, batch=9))
+    assert predicted_us([LAYER, LAYER, other, LAYER], [method]) == [7.0] * 4
+    assert method.asked == 2
