@@ -108,8 +108,8 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
         y.transpose(0, 2, 3, 1) if whole_rows else np.full((1, 1, y.size // p.out_channels, p.out_channels), np.nan)
     )
     stage_pixels = d.b_stage_bytes // 128
-    shared = np.full(((tiling.memory.bytes - 1024) // 128, 2 * depth), np.nan)
-    for stage in range(d.b_stages):
+    shared = np.full(((tiling.memory.bytes - tiling.memory.b_begin) // 128, 2 * depth), np.nan)
+    for stage in range(tiling.memory.b_stages):
         shared[stage * stage_pixels + d.load_pixels :][: d.zero_pixels] = 0.0
     copied = 0
     for item in range(d.m_tiles * tiling.tile_groups(samples)):
@@ -123,7 +123,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
             accumulate, c, r, s = False, 0, 0, 0
             at = packed.first[m * d.tap_groups]
             for tap_group in range(d.tap_groups):
-                to, copied = copied % d.b_stages * stage_pixels, copied + 1
+                to, copied = copied % tiling.memory.b_stages * stage_pixels, copied + 1
                 if config.tap_group == "im2col":
                     for part in range(along):
                         row, column = divmod(tile * config.tile_pixels + part * config.pixels, d.out_width)

@@ -166,6 +166,7 @@ void barrier_arrive(u32 barrier) { block->barriers.at(barrier).change(1, 0); }
 void barrier_arrive_at(u32 barrier, u32 other) { blocks[other].barriers.at(barrier).change(1, 0); }
 void barrier_wait_opaque(u32 barrier, u32 parity) { block->barriers.at(barrier).wait(parity); }
 void barriers_are_ready() {}
+template <bool CLUSTERED>
 void load_to_cluster(u32 to, const u8* from, int bytes, int count, u32 barrier) {
   for (int other = 0; other < count; other++) {
     std::memcpy(blocks[other].shared + to, from, bytes);

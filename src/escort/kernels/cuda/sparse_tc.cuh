@@ -7,18 +7,20 @@
 //      compute different pixels of the same channels, and each copies a part of every weight tile to all of them.
 //   B  x in NHWC, K_BLOCK channels (128 bytes, in 128-byte swizzle) of many pixels: those that a tap group reads,
 //      brought by the copy engine at once. A list says which weight tiles multiply them, and at which pixel they begin:
-//        im2col   the pixels that one tap of the tile reads (any stride): one tap per group;
-//        columns  the tile's input rows from one column of taps on: the taps of that column, rows apart;
-//        halo     the tile's input rows: all taps. A row's padding is the next row's padding, too, so columns of the
+//        IM2COL   the pixels that one tap of the tile reads (any stride): one tap per group;
+//        COLUMNS  the tile's input rows from one column of taps on: the taps of that column, rows apart;
+//        HALO     the tile's input rows: all taps. A row's padding is the next row's padding, too, so columns of the
 //                 output beyond its width are computed and dropped;
-//        flat     pixels in a row (pointwise): its only tap.
+//        FLAT     pixels in a row (pointwise): its only tap.
 //
-// Two consumer warpgroups multiply, side by side along the channels or along the pixels, each M_BLOCKS x 64 channels
-// and PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent.
+// Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
+// PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent.
 //
 // Geometry and epilogue are a struct (Params), so that few kernels serve all layers. It is compiled once per
 //   STORAGE     0: float, multiplied in TF32, 1: fp16, 2: bf16
-//   PIXELS, M_BLOCKS   what sizes the sums, which are registers
+//   TAP_GROUP   IM2COL, COLUMNS, HALO or FLAT
+//   PIXELS, M_BLOCKS, ACROSS   the tile, and so what sizes the sums, which are registers
+//   A_STAGES, B_STAGES   of weight tiles and of pixels; IM2COL and FLAT: what fits beside such a tile
 //   OUT_NCHW    1: y and the residual lie in NCHW, 0: in NHWC
 //   VECTOR      of 16-bit elements in NCHW, how many neighbours a lane stores at once
 //   UNALIGNED   whether these lie unaligned in staging
@@ -34,15 +36,15 @@
 #include "sparse_tc_store.cuh"
 #include "sparse_tc_tiles.cuh"
 
-constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
+constexpr int CONSUMER_REGISTERS = 224, PRODUCER_REGISTERS = 56;
 
 __device__ void consume(const Params& p, u32 base, const float* __restrict__ bias, const int* __restrict__ first,
                         const u32* __restrict__ steps, const Outputs& out, int samples, int tile_groups) {
-  const Warpgroup group(p);
+  const Warpgroup group;
   Products products(p, base, group, samples < 0);
   Store store(p, base, group, out, samples);
   for (Work work(p, tile_groups); work.left(); work.next()) {
-    const int first_channel = (work.m_tile() * p.across + group.across) * M_BLOCKS * 64;
+    const int first_channel = (work.m_tile() * ACROSS + group.across) * M_BLOCKS * 64;
     store.begin(first_channel, work.tile());
     products.start(steps + __ldg(first + work.m_tile() * p.tap_groups));
     const Bias biases(bias + first_channel);
@@ -62,19 +64,19 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
   const u32 base = shared_address(memory);
   const Params p = params;  // as values: parameters in memory would be read anew behind every barrier
   if (threadIdx.x == 0) {
-    for (int i = 0; i < p.a_stages; i++) {
+    for (int i = 0; i < A_STAGES; i++) {
       barrier_init(base + FULL_A + 8 * i, 1);
       barrier_init(base + EMPTY_A + 8 * i, CONSUMER_WARPS * p.cluster);
     }
-    for (int i = 0; i < p.b_stages; i++) {
+    for (int i = 0; i < B_STAGES; i++) {
       barrier_init(base + FULL_B + 8 * i, 1);
       barrier_init(base + EMPTY_B + 8 * i, CONSUMER_WARPS);
     }
     for (int i = 0; i < 2; i++) barrier_init(base + RESIDUAL_HERE + 8 * i, 1);
     barriers_are_ready();
   }
-  // halo: the padding behind a tap group's last row, which no next row holds.
-  for (int stage = 0; stage < p.b_stages; stage++) {
+  // HALO: the padding behind a tap group's last row, which no next row holds.
+  for (int stage = 0; TAP_GROUP == HALO && stage < B_STAGES; stage++) {
     u8* const zeros = memory + B_BEGIN + stage * p.b_stage_bytes + p.load_pixels * PIXEL_BYTES;
     for (int i = threadIdx.x; i < p.zero_pixels * 8; i += CONSUMERS + WARPGROUP)
       reinterpret_cast<uint4*>(zeros)[i] = make_uint4(0, 0, 0, 0);
@@ -88,7 +90,12 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
 
   if (threadIdx.x >= CONSUMERS) {
     give_registers_up<PRODUCER_REGISTERS>();
-    if (threadIdx.x == CONSUMERS) produce(p, base, x_map, a, first, tile_groups);
+    if (threadIdx.x == CONSUMERS) {
+      if (p.cluster == 1)
+        produce<false>(p, base, x_map, a, first, tile_groups);
+      else
+        produce<true>(p, base, x_map, a, first, tile_groups);
+    }
   } else {
     take_registers<CONSUMER_REGISTERS>();
     consume(p, base, bias, first, steps, {MAKE_OUTPUTS}, samples, tile_groups);

@@ -26,13 +26,13 @@ struct Products {
         base(base),
         across(group.across),
         lane(threadIdx.x % 32),
-        a_first((base + p.a_begin + group.across * M_BLOCKS * A_BLOCK) / 16),
+        a_first((base + A_BEGIN + group.across * M_BLOCKS * A_BLOCK) / 16),
         b_first((base + B_BEGIN + group.along * PIXELS * PIXEL_BYTES) / 16),
-        metadata_first(base + p.a_begin + p.across * M_BLOCKS * A_BLOCK + group.across * M_BLOCKS * METADATA_BLOCK +
+        metadata_first(base + A_BEGIN + TILE_BLOCKS * A_BLOCK + group.across * M_BLOCKS * METADATA_BLOCK +
                        threadIdx.x % WARPGROUP * 4),
-        never(never),
-        ring_a(p.a_stages),
-        ring_b(p.b_stages) {}
+        never(kept(never)),
+        stage_bytes(b_stage_bytes(p)),
+        releases(lane < kept(p.cluster)) {}
 
   // Starts all products of a tile, of which the last one may still run afterwards.
   __device__ void start(const u32* steps) {
@@ -45,9 +45,9 @@ struct Products {
     int accumulate = 0;
     // Neither loop may be unrolled or peeled: of products in several places the compiler waits for each.
 #pragma unroll 1
-    for (int tap_group = 0; tap_group < p.tap_groups; tap_group++) {
+    for (int groups = kept(p.tap_groups); groups > 0; groups--) {
       barrier_wait_opaque(base + FULL_B + 8 * ring_b.stage, ring_b.parity);
-      const u32 pixels = b_first + ring_b.stage * (p.b_stage_bytes / 16);
+      const u32 pixels = b_first + ring_b.stage * (stage_bytes / 16);
       bool more = true;
 #pragma unroll 1
       for (int tap = 0; more; tap++) {
@@ -55,9 +55,9 @@ struct Products {
         more = !step.is_last();
         next = __ldg(++steps);  // there is one behind the last
         barrier_wait_opaque(base + FULL_A + 8 * ring_a.stage, ring_a.parity);
-        const u64 a = descriptor(a_first + ring_a.stage * (p.a_stage_bytes / 16), A_ROWS);
+        const u64 a = descriptor(a_first + ring_a.stage * (A_BYTES / 16), A_ROWS);
         const u64 b = descriptor(pixels + step.start(), B_ROWS);
-        const u32 from = metadata_first + ring_a.stage * p.a_stage_bytes, halves = step.halves(across);
+        const u32 from = metadata_first + ring_a.stage * A_BYTES, halves = step.halves(across);
         if (set == 0)
           issue(metadata[0], from, a, b, halves, accumulate);
         else
@@ -89,7 +89,10 @@ struct Products {
   const int across, lane;
   const u32 a_first, b_first, metadata_first;
   const u32 never;
-  Ring ring_a, ring_b;
+  const int stage_bytes;
+  const bool releases;  // whether this lane tells a block of the cluster which weight tiles are done
+  Ring<A_STAGES> ring_a;
+  Ring<B_STAGES> ring_b;
   u32 metadata[2][M_BLOCKS] = {};
   int set = 0;
 
@@ -133,7 +136,7 @@ struct Products {
 
   // The stages before the next ones are free.
   __device__ void release_a() {
-    if (lane < p.cluster) barrier_arrive_at(base + EMPTY_A + 8 * ring_a.previous, lane);
+    if (releases) barrier_arrive_at(base + EMPTY_A + 8 * ring_a.previous, lane);
   }
   __device__ void release_b() {
     if (lane == 0) barrier_arrive(base + EMPTY_B + 8 * ring_b.previous);

@@ -34,9 +34,10 @@ __device__ void take_registers() {
 }
 
 // -------------------------------------------------------------------------------------------------------- copies ----
-// Some bytes to the same place of all blocks of the cluster.
+// Some bytes to the same place of all blocks of the cluster; not CLUSTERED: of this block.
+template <bool CLUSTERED>
 __device__ void load_to_cluster(u32 to, const u8* from, int bytes, int blocks, u32 barrier) {
-  if (blocks == 1)
+  if constexpr (!CLUSTERED)
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");

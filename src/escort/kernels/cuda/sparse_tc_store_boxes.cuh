@@ -26,11 +26,13 @@ __device__ void stage(const float (&d)[PIXELS / 2], u32 staging, float bias_low,
   }
 }
 
+// Whether a box of pixels belongs to both warpgroups, which store it as one.
+constexpr bool JOINT = ALONG == 2 && TAP_GROUP != IM2COL;
+
 struct Store {
   const Params& p;
   const Outputs& out;
   const int along;
-  const bool joint;             // a box of pixels belongs to both warpgroups, which store it as one
   const int store_id, threads;  // of the warpgroups that share a box
   const bool leads;             // whether this thread issues their copies
   const u32 residual_here, staging, box;
@@ -40,13 +42,12 @@ struct Store {
       : p(p),
         out(out),
         along(group.along),
-        joint(p.along == 2 && !p.im2col),
-        store_id(joint ? 1 : 1 + group.number),
-        threads(joint ? CONSUMERS : WARPGROUP),
-        leads(threadIdx.x == (joint ? 0 : group.number * WARPGROUP)),
-        residual_here(base + RESIDUAL_HERE + (joint ? 0 : 8 * group.number)),
+        store_id(JOINT ? 1 : 1 + group.number),
+        threads(JOINT ? CONSUMERS : WARPGROUP),
+        leads(threadIdx.x == (JOINT ? 0 : group.number * WARPGROUP)),
+        residual_here(base + RESIDUAL_HERE + (JOINT ? 0 : 8 * group.number)),
         staging(base + p.staging_begin + group.across * M_BLOCKS * p.staging_bytes + along * PIXELS * PIXEL_BYTES),
-        box(joint ? base + p.staging_begin : staging) {}
+        box(JOINT ? base + p.staging_begin : staging) {}
 
   // Lets the residual come, while the products are computed.
   __device__ void begin(int first_channel, int tile) {
@@ -95,8 +96,8 @@ struct Store {
 
   __device__ void copy_boxes(bool load, const TensorMap& map, int c, int tile) {
     const Place at(p, tile);
-    const int w = p.whole_rows ? 0 : (tile * p.along + along) * PIXELS;
-    const int h = p.whole_rows ? at.row : 0, n = p.whole_rows ? at.sample : 0;
+    const int w = WHOLE_ROWS ? 0 : tile * TILE_PIXELS + along * PIXELS;
+    const int h = WHOLE_ROWS ? at.row : 0, n = WHOLE_ROWS ? at.sample : 0;
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++) {
       if (load)

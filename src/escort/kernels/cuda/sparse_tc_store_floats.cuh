@@ -24,7 +24,7 @@ __device__ float4 at_most_6(float4 v) {
 // Where the first channel of a tile's pixel lies in y; -1: it is no output.
 __device__ int place_of(const Params& p, int pixel, int tile, int samples) {
   int sample, pixel_of_sample;
-  if (p.whole_rows) {
+  if constexpr (WHOLE_ROWS) {
     const Place at(p, tile);
     const int sample_in_tile = p.by_sample_pitch.quotient(pixel), rest = pixel - sample_in_tile * p.sample_pitch;
     const int row_in_sample = p.by_pitch.quotient(rest), column = rest - row_in_sample * p.pitch;
@@ -34,7 +34,7 @@ __device__ int place_of(const Params& p, int pixel, int tile, int samples) {
         column >= p.out_width)
       return -1;
   } else {
-    const int whole = tile * p.along * PIXELS + pixel;
+    const int whole = tile * TILE_PIXELS + pixel;
     sample = p.by_out_plane.quotient(whole), pixel_of_sample = whole - sample * p.out_plane;
   }
   if (sample >= samples) return -1;

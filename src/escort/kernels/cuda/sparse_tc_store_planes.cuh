@@ -68,18 +68,18 @@ struct TileOutputs {
   int tile, count;
 
   __device__ TileOutputs(const Params& p, int tile, int samples) : p(p), tile(tile) {
-    if (p.whole_rows) {
+    if constexpr (WHOLE_ROWS) {
       const Place at(p, tile);
       count = min(p.tile_rows, p.out_height - at.row) * p.out_width * min(p.tile_samples, samples - at.sample);
     } else {
-      count = min(p.along * PIXELS, samples * p.out_plane - tile * p.along * PIXELS);
+      count = min(TILE_PIXELS, samples * p.out_plane - tile * TILE_PIXELS);
     }
   }
 
   // Where an output lies: its column of staging, and its place in y in the first channel.
   __device__ void find(int output, int& column, u32& place) const {
     int sample, pixel;  // of y, in its plane
-    if (p.whole_rows) {
+    if constexpr (WHOLE_ROWS) {
       // Only tiles of all rows have several samples, and a last tile with fewer rows has one.
       const Place at(p, tile);
       const int sample_in_tile = p.by_tile_plane.quotient(output);
@@ -87,7 +87,7 @@ struct TileOutputs {
       sample = at.sample + sample_in_tile, pixel = at.row * p.out_width + rest;
       column = sample_in_tile * p.sample_pitch + row * (p.pitch - p.out_width) + rest;
     } else {
-      const int whole = tile * p.along * PIXELS + output;
+      const int whole = tile * TILE_PIXELS + output;
       sample = p.by_out_plane.quotient(whole), pixel = whole - sample * p.out_plane, column = output;
     }
     place = static_cast<u32>(sample) * (p.out_channels * p.out_plane) + pixel;  // the host sees that it fits
@@ -108,14 +108,14 @@ struct Store {
 
   // A warp stores what it has staged itself; but warpgroups that have the same channels store half of them each.
   __device__ void store(const Sums& d, const Bias& bias, int first_channel, int tile) {
-    if (p.along == 2) sync(1, CONSUMERS);
+    if (ALONG == 2) sync(1, CONSUMERS);
     const u32 staging = base + p.staging_begin + group.across * M_BLOCKS * p.staging_bytes;
     const u32 columns = staging + group.along * PIXELS * 2;
     if (p.activation && !p.residual)
       stage_all<true>(d, bias, columns);
     else
       stage_all<false>(d, bias, columns);
-    if (p.along == 2) sync(1, CONSUMERS);
+    if (ALONG == 2) sync(1, CONSUMERS);
     __syncwarp();
     const TileOutputs outputs(p, tile, samples);
 #pragma unroll 1
@@ -141,7 +141,7 @@ struct Store {
   // added.
   template <bool RESIDUAL>
   __device__ void store_channels(u32 staging, const int* __restrict__ order, const TileOutputs& outputs) {
-    const int count = 16 / p.along, of_warp = threadIdx.x / 32 % 4 * 16 + group.along * count;
+    const int count = 16 / ALONG, of_warp = threadIdx.x / 32 % 4 * 16 + group.along * count;
     const int lane = threadIdx.x % 32, channel = __ldg(order + of_warp + (lane & (count - 1)));
     const Adder adder(p.activation);
     staging += of_warp * p.staging_pitch;

@@ -1,10 +1,18 @@
 // What a thread block of sparse_tc.cuh works on: its geometry, its shared memory, and the order of its work.
 #pragma once
 #include "divisor.cuh"
-#include "ptx.cuh"
+#include "sparse_tc_ptx.cuh"
+
+enum TapGroup { IM2COL, COLUMNS, HALO, FLAT };
+
+// Tiles are whole rows of the output; else any pixels in a row.
+constexpr bool WHOLE_ROWS = TAP_GROUP == COLUMNS || TAP_GROUP == HALO;
 
 constexpr int WARPGROUP = 128, CONSUMERS = 2 * WARPGROUP, CONSUMER_WARPS = CONSUMERS / 32;  // threads; warps
-constexpr int A_BLOCK = 64 * 64, METADATA_BLOCK = 512;                                      // bytes of 64 channels
+constexpr int ALONG = 2 / ACROSS;  // warpgroups side by side along the pixels
+constexpr int TILE_BLOCKS = ACROSS * M_BLOCKS, TILE_PIXELS = ALONG * PIXELS;
+constexpr int A_BLOCK = 64 * 64, METADATA_BLOCK = 512;  // bytes of 64 channels
+constexpr int A_BYTES = TILE_BLOCKS * (A_BLOCK + METADATA_BLOCK);
 constexpr int PIXEL_BYTES = 128, K_BLOCK = PIXEL_BYTES / (STORAGE ? 2 : 4);
 
 // The parameters that are the same in every launch; methods/cuda/sparse_tc/params.py has a dataclass of the same fields
@@ -12,11 +20,9 @@ constexpr int PIXEL_BYTES = 128, K_BLOCK = PIXEL_BYTES / (STORAGE ? 2 : 4);
 struct Params {
   int cluster;
   Divisor by_cluster;
-  int across, along;
   int m_tiles;
   Divisor by_m_tiles;
-  int tap_groups, groups_down, groups_right;
-  int im2col, whole_rows;
+  int tap_groups, kernel_rows, kernel_columns;
   int stride_down, stride_right, dilation_down, dilation_right, top, left;
   int out_channels, out_height, out_width, out_plane;
   Divisor by_out_height, by_out_width, by_out_plane;
@@ -25,27 +31,39 @@ struct Params {
   int pitch, sample_pitch;
   Divisor by_pitch, by_sample_pitch;
   int load_pixels, zero_pixels, store_pixels;
-  int a_stages, a_stage_bytes, b_stages, b_stage_bytes;
-  u32 a_begin, staging_begin;
+  int b_stage_bytes;
+  u32 staging_begin;
   int staging_bytes, staging_pitch;
   int residual, activation;
 };
 
-// Shared memory: barriers, the stages of pixels, those of weight tiles from a_begin on, and the staging of outputs.
-constexpr int MOST_STAGES = 8;
-constexpr u32 FULL_A = 0, EMPTY_A = FULL_A + 8 * MOST_STAGES, FULL_B = EMPTY_A + 8 * MOST_STAGES;
-constexpr u32 EMPTY_B = FULL_B + 8 * MOST_STAGES, RESIDUAL_HERE = EMPTY_B + 8 * MOST_STAGES;
-constexpr u32 UNUSED = RESIDUAL_HERE + 16, B_BEGIN = 1024;
+// A parameter that a loop uses, as a register. The compiler would rather read it anew in every step, which takes as
+// long as some ten instructions, and the steps of a tile follow each other closely.
+__device__ int kept(int parameter) {
+  obscure(parameter);
+  return parameter;
+}
+
+// Shared memory: barriers, the stages of weight tiles, those of pixels, and the staging of outputs.
+constexpr u32 FULL_A = 0, EMPTY_A = FULL_A + 8 * A_STAGES, FULL_B = EMPTY_A + 8 * A_STAGES;
+constexpr u32 EMPTY_B = FULL_B + 8 * B_STAGES, RESIDUAL_HERE = EMPTY_B + 8 * B_STAGES, UNUSED = RESIDUAL_HERE + 16;
+constexpr u32 A_BEGIN = 1024, B_BEGIN = (A_BEGIN + A_STAGES * A_BYTES + 1023) / 1024 * 1024;
+static_assert(UNUSED + 8 <= A_BEGIN);
+
+// The bytes of a stage of pixels, and those that are copied to it.
+__device__ int b_stage_bytes(const Params& p) { return WHOLE_ROWS ? kept(p.b_stage_bytes) : TILE_PIXELS * PIXEL_BYTES; }
+__device__ int b_load_bytes(const Params& p) {
+  return WHOLE_ROWS ? kept(p.load_pixels * PIXEL_BYTES) : TILE_PIXELS * PIXEL_BYTES;
+}
 
 // A ring of stages: which one is next, the one before it, and the parity of the next one's barriers' phase.
+template <int STAGES>
 struct Ring {
-  int stages;
   int stage = 0, previous = 0;
   u32 parity = 0;
-  __device__ explicit Ring(int stages) : stages(stages) {}
   __device__ void next() {
     previous = stage;
-    if (++stage == stages) stage = 0, parity ^= 1;
+    if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 };
 
@@ -67,7 +85,7 @@ struct Work {
   __device__ int tile_group() const { return p.by_m_tiles.quotient(item); }
 };
 
-// Of tiles of whole rows: the first row of the output and the first sample.
+// WHOLE_ROWS: a tile's first row of the output and the first sample.
 struct Place {
   int row, sample;
   __device__ Place(const Params& p, int tile) {
@@ -82,7 +100,7 @@ struct Warpgroup {
   int across, along;  // its place along the channels, and along the pixels
 
   // The same in all lanes of a warp, and the compiler knows it.
-  __device__ explicit Warpgroup(const Params& p) : number(__shfl_sync(~0u, threadIdx.x / WARPGROUP, 0)) {
-    across = p.across == 2 ? number : 0, along = p.across == 2 ? 0 : number;
+  __device__ Warpgroup() : number(__shfl_sync(~0u, threadIdx.x / WARPGROUP, 0)) {
+    across = ACROSS == 2 ? number : 0, along = ACROSS == 2 ? 0 : number;
   }
 };

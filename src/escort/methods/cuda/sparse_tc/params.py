@@ -15,11 +15,9 @@ class Params:
 
     Attributes:
         cluster, by_cluster: thread blocks of a cluster; divides by them, as all that begin with `by` do.
-        across, along: warpgroups side by side along the channels, and along the pixels.
         m_tiles, by_m_tiles: tiles of output channels.
         tap_groups: of a tile.
-        groups_down, groups_right: tap groups of a block of input channels.
-        im2col, whole_rows: what a tap group is: copied by im2col, or rows; if neither, pixels in a row.
+        kernel_rows, kernel_columns: of the filter.
         stride_down, stride_right, dilation_down, dilation_right: of the convolution.
         top, left: its padding.
         out_channels, out_height, out_width, out_plane: of y.
@@ -28,23 +26,18 @@ class Params:
         by_tile_plane: by the outputs of a sample in a tile of rows.
         pitch, sample_pitch: pixels from row to row and from sample to sample, of tiles of rows.
         load_pixels, zero_pixels, store_pixels: of a tap group, of the zeros behind it, and of what is stored at a time.
-        a_stages, a_stage_bytes, b_stages, b_stage_bytes, a_begin, staging_begin, staging_bytes, staging_pitch: of its
-            :class:`SharedMemory`.
+        b_stage_bytes, staging_begin, staging_bytes, staging_pitch: of its :class:`SharedMemory`.
         residual: whether one is added.
         activation: 0 none, 1 ReLU, 2 ReLU6.
     """
 
     cluster: int
     by_cluster: Divisor
-    across: int
-    along: int
     m_tiles: int
     by_m_tiles: Divisor
     tap_groups: int
-    groups_down: int
-    groups_right: int
-    im2col: bool
-    whole_rows: bool
+    kernel_rows: int
+    kernel_columns: int
     stride_down: int
     stride_right: int
     dilation_down: int
@@ -70,11 +63,7 @@ class Params:
     load_pixels: int
     zero_pixels: int
     store_pixels: int
-    a_stages: int
-    a_stage_bytes: int
-    b_stages: int
     b_stage_bytes: int
-    a_begin: int
     staging_begin: int
     staging_bytes: int
     staging_pitch: int
@@ -84,26 +73,16 @@ class Params:
     @classmethod
     def of(cls, tiling: Tiling) -> Params:
         p, config, memory = tiling.problem, tiling.config, tiling.memory
-        groups_down, groups_right = {
-            "im2col": p.kernel_size,
-            "columns": (1, p.kernel_size[1]),
-            "halo": (1, 1),
-            "flat": (1, 1),
-        }[config.tap_group]
         out_plane, sample_pitch = p.out_height * p.out_width, tiling.rows.sample_rows * tiling.rows.pitch
         tiles_per_sample = -(-p.out_height // tiling.tile_rows)
         return cls(
             cluster=config.cluster,
             by_cluster=Divisor.of(config.cluster),
-            across=config.across,
-            along=config.along,
             m_tiles=tiling.channel_tiles,
             by_m_tiles=Divisor.of(tiling.channel_tiles),
             tap_groups=len(tiling.tap_groups),
-            groups_down=groups_down,
-            groups_right=groups_right,
-            im2col=config.tap_group == "im2col",
-            whole_rows=config.whole_rows,
+            kernel_rows=p.kernel_size[0],
+            kernel_columns=p.kernel_size[1],
             stride_down=p.stride[0],
             stride_right=p.stride[1],
             dilation_down=p.dilation[0],
@@ -129,11 +108,7 @@ class Params:
             load_pixels=math.prod(tiling.load[1:]),
             zero_pixels=tiling.rows.zeros,
             store_pixels=math.prod(tiling.store[1:]),
-            a_stages=memory.a_stages,
-            a_stage_bytes=memory.a_stage_bytes,
-            b_stages=memory.b_stages,
             b_stage_bytes=memory.b_stage_bytes,
-            a_begin=memory.a_begin,
             staging_begin=memory.staging_begin,
             staging_bytes=memory.staging.buffer_bytes,
             staging_pitch=memory.staging.pitch,

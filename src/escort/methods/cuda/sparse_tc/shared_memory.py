@@ -1,4 +1,4 @@
-"""How the kernel divides its shared memory: barriers, stages of pixels (B), stages of weight tiles (A), outputs."""
+"""How the kernel divides its shared memory: barriers, stages of weight tiles (A), stages of pixels (B), outputs."""
 
 from __future__ import annotations
 
@@ -41,17 +41,16 @@ class SharedMemory(NamedTuple):
 
     Attributes:
         a_stages, b_stages: of weight tiles, and of the pixels of a tap group.
-        a_stage_bytes, b_stage_bytes: of a weight tile, and of the pixels of a tap group.
-        a_begin, staging_begin: where the weight tiles begin, and the staging of outputs.
+        b_stage_bytes: of the pixels of a tap group.
+        b_begin, staging_begin: where the pixels begin, and the staging of outputs.
         staging: of outputs.
         bytes: of all.
     """
 
     a_stages: int
-    a_stage_bytes: int
     b_stages: int
     b_stage_bytes: int
-    a_begin: int
+    b_begin: int
     staging_begin: int
     staging: Staging
     bytes: int
@@ -84,13 +83,13 @@ class SharedMemory(NamedTuple):
             a_stages = min(_MOST_STAGES, (room - b_stages * b_stage_bytes) // a_bytes)
         if min(a_stages, b_stages) < 2:  # a stage is freed while the next step runs, which needs another one
             raise UnfitError("two stages do not fit shared memory; choose smaller tiles")
-        b_end = _BARRIER_BYTES + b_stages * b_stage_bytes
-        staging_begin = up(b_end + a_stages * a_bytes, 1024)
+        b_begin = up(_BARRIER_BYTES + a_stages * a_bytes, 1024)
+        staging_begin = b_begin + b_stages * b_stage_bytes
         end = staging_begin + staging.buffers * staging.buffer_bytes
         # What lies behind a group's pixels is read too, and its products are dropped; but it must be shared memory.
-        if b_end - b_stage_bytes + (max(starts) + config.tile_pixels) * PIXEL_BYTES > end:
+        if staging_begin - b_stage_bytes + (max(starts) + config.tile_pixels) * PIXEL_BYTES > end:
             raise UnfitError("a tile's last pixels would be read from beyond shared memory")
-        return cls(a_stages, a_bytes, b_stages, b_stage_bytes, b_end, staging_begin, staging, end)
+        return cls(a_stages, b_stages, b_stage_bytes, b_begin, staging_begin, staging, end)
 
 
 def up(value: int, multiple: int) -> int:

@@ -103,13 +103,17 @@ class Tiling:
         return kernel_source(self.config.pixels, self.element)
 
     @property
-    def defines(self) -> dict[str, int]:
+    def defines(self) -> dict[str, str | int]:
         """The macros that the kernel is compiled with; kernels/cuda/sparse_tc.cuh says what each means."""
         config, element = self.config, self.element
-        macros = {
+        macros: dict[str, str | int] = {
             "STORAGE": element.storage,
+            "TAP_GROUP": config.tap_group.upper(),
             "PIXELS": config.pixels,
             "M_BLOCKS": config.m_blocks,
+            "ACROSS": config.across,
+            "A_STAGES": self.memory.a_stages,
+            "B_STAGES": self.memory.b_stages,
             "OUT_NCHW": int(not config.takes_channels_last),
         }
         if element.bytes == 2 and not config.takes_channels_last:
