@@ -256,7 +256,7 @@ class Model:
         nhwc = flat.double().numpy().reshape(samples, p.height, p.width, -1)
         whole = tiling.config.tap_group != "flat"
         sizes = (p.width, p.height, 1, 3) if whole else (p.height * p.width, 1, 1, 1)
-        x_map, y_map, residual_map = bound[0], *bound[-4:-2]
+        x_map, y_map, residual_map = bound[0], *bound[-5:-3]
         assert (*x_map.sizes, x_map.samples_along) == (nhwc.shape[3], *sizes) and x_map.dtype is p.storage
         if tiling.config.tap_group == "im2col":
             top, bottom, left, right = p.padding

@@ -88,9 +88,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
   let_next_kernel_start();
   wait_for_previous_kernel();
 
-  if (threadIdx.x >= CONSUMERS) {
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  if (warp >= CONSUMER_WARPS) {
     give_registers_up<PRODUCER_REGISTERS>();
-    if (threadIdx.x == CONSUMERS) {
+    if (warp == CONSUMER_WARPS) {
       if (p.cluster == 1)
         produce<false>(p, base, x_map, a, first, tile_groups);
       else

@@ -3,30 +3,38 @@
 #include "sparse_tc_ptx.cuh"
 #include "sparse_tc_tiles.cuh"
 
-// A tile's copies of pixels, one for each tap group. Few tiles leave it little time for one: what a tile's copies share
-// is computed before, and the rest counts on.
-struct PixelCopies {
-  int c = 0;                                       // the next one's first input channel
-  int column[ALONG], row[ALONG], sample[ALONG];    // where it begins; IM2COL: for its first tap
-  int right = 0, down = 0;                         // its tap, in columns and rows of x
-  int next_right, next_down, end_right, end_down;  // from a tap to the next, and behind the last one
+// Whether a block of channels has tap groups beside each other, and below each other.
+constexpr bool GOES_RIGHT = TAP_GROUP == IM2COL || TAP_GROUP == COLUMNS, GOES_DOWN = TAP_GROUP == IM2COL;
 
-  __device__ PixelCopies(const Params& p, int tile)
-      : next_right(kept(p.dilation_right)),
-        next_down(kept(p.dilation_down)),
-        end_right(kept(p.kernel_columns * p.dilation_right)),
-        end_down(kept(p.kernel_rows * p.dilation_down)) {
+// The copies of pixels, one for each tap group. Where blocks have few tiles their steps wait for it: what the copies of
+// a tile share is computed once, and the rest counts on.
+struct PixelCopies {
+  const Params& p;
+  const int next_right, next_down, end_right, end_down;  // from a tap to the next one, and behind the last
+  const int first_column;
+  int c, right, down;                            // the next one's first input channel, and its tap in columns and rows
+  int column[ALONG], row[ALONG], sample[ALONG];  // where it begins for the first tap
+
+  __device__ explicit PixelCopies(const Params& p)
+      : p(p),
+        next_right(GOES_RIGHT ? kept(p.dilation_right) : 0),
+        next_down(GOES_DOWN ? kept(p.dilation_down) : 0),
+        end_right(GOES_RIGHT ? kept(p.kernel_columns * p.dilation_right) : 0),
+        end_down(GOES_DOWN ? kept(p.kernel_rows * p.dilation_down) : 0),
+        first_column(WHOLE_ROWS ? kept(-p.left) : 0) {}
+
+  __device__ void begin(int tile) {
+    c = right = down = 0;
     const Place at(p, tile);
 #pragma unroll
     for (int i = 0; i < ALONG; i++) {
-      const int pixel = tile * TILE_PIXELS + i * PIXELS;
+      column[i] = WHOLE_ROWS ? first_column : tile * TILE_PIXELS + i * PIXELS;
+      row[i] = WHOLE_ROWS ? at.row - p.top : 0, sample[i] = WHOLE_ROWS ? at.sample : 0;
       if constexpr (TAP_GROUP == IM2COL) {
-        const int line = p.by_out_width.quotient(pixel), of = p.by_out_height.quotient(line);
-        column[i] = kept((pixel - line * p.out_width) * p.stride_right - p.left);
-        row[i] = kept((line - of * p.out_height) * p.stride_down - p.top), sample[i] = kept(of);
-      } else {
-        column[i] = WHOLE_ROWS ? -p.left : pixel, row[i] = WHOLE_ROWS ? kept(at.row - p.top) : 0;
-        sample[i] = WHOLE_ROWS ? kept(at.sample) : 0;
+        const int line = p.by_out_width.quotient(column[i]);
+        sample[i] = p.by_out_height.quotient(line);
+        column[i] = (column[i] - line * p.out_width) * p.stride_right - p.left;
+        row[i] = (line - sample[i] * p.out_height) * p.stride_down - p.top;
       }
     }
   }
@@ -39,12 +47,12 @@ struct PixelCopies {
     } else {
       load_box(to, x_map, c, column[0] + right, row[0], sample[0], barrier);
     }
-    if constexpr (TAP_GROUP == IM2COL || TAP_GROUP == COLUMNS) {
+    if constexpr (GOES_RIGHT) {
       right += next_right;
       if (right < end_right) return;
       right = 0;
     }
-    if constexpr (TAP_GROUP == IM2COL) {
+    if constexpr (GOES_DOWN) {
       down += next_down;
       if (down < end_down) return;
       down = 0;
@@ -53,20 +61,25 @@ struct PixelCopies {
   }
 };
 
+// All lanes of a warp come here, and the first one copies.
 template <bool CLUSTERED>
 __device__ void produce(const Params& p, u32 base, const TensorMap& x_map, const u8* __restrict__ a,
                         const int* __restrict__ first, int tile_groups) {
   Ring<A_STAGES> ring_a;
   Ring<B_STAGES> ring_b;
-  const int stage_bytes = b_stage_bytes(p), load_bytes = b_load_bytes(p);
-  const int blocks = CLUSTERED ? kept(p.cluster) : 1;
-  const int part_bytes = CLUSTERED ? kept(p.by_cluster.quotient(A_BYTES)) : A_BYTES;
-  const int part = CLUSTERED ? kept(block_in_cluster(p) * part_bytes) : 0;
+  PixelCopies pixels(p);
+  base = kept(base);
+  const int stage_bytes = b_stage_bytes(p);
+  const int load_bytes = WHOLE_ROWS ? kept(p.load_pixels * PIXEL_BYTES) : TILE_PIXELS * PIXEL_BYTES;
+  const int part_bytes = CLUSTERED ? p.by_cluster.quotient(A_BYTES) : A_BYTES;
+  const int part = CLUSTERED ? block_in_cluster(p) * part_bytes : 0;
+  if (threadIdx.x % 32) return;
   for (Work work(p, tile_groups); work.left(); work.next()) {
     const int* firsts = first + work.m_tile() * p.tap_groups;
     int weight_tile = __ldg(firsts), end = __ldg(++firsts);
-    PixelCopies pixels(p, work.tile());
-    for (int groups = kept(p.tap_groups); groups > 0; groups--) {
+    const u8* from = a + static_cast<long long>(weight_tile) * A_BYTES + part;
+    pixels.begin(work.tile());
+    for (int groups = p.tap_groups; groups > 0; groups--) {
       barrier_wait_opaque(base + EMPTY_B + 8 * ring_b.stage, ring_b.parity ^ 1);
       const u32 barrier = base + FULL_B + 8 * ring_b.stage;
       barrier_expect(barrier, load_bytes);
@@ -80,9 +93,8 @@ __device__ void produce(const Params& p, u32 base, const TensorMap& x_map, const
         barrier_wait_opaque(base + EMPTY_A + 8 * ring_a.stage, ring_a.parity ^ 1);
         const u32 barrier = base + FULL_A + 8 * ring_a.stage;
         barrier_expect(barrier, A_BYTES);
-        load_to_cluster<CLUSTERED>(base + A_BEGIN + ring_a.stage * A_BYTES + part,
-                                   a + static_cast<long long>(weight_tile) * A_BYTES + part, part_bytes, blocks,
-                                   barrier);
+        load_to_cluster<CLUSTERED>(base + A_BEGIN + ring_a.stage * A_BYTES + part, from, part_bytes, p.cluster, barrier);
+        from += A_BYTES;
         ring_a.next();
       } while (++weight_tile < group_end);
     }

@@ -32,7 +32,7 @@ struct Products {
                        threadIdx.x % WARPGROUP * 4),
         never(kept(never)),
         stage_bytes(b_stage_bytes(p)),
-        releases(lane < kept(p.cluster)) {}
+        releases(lane < static_cast<int>(kept(p.cluster))) {}
 
   // Starts all products of a tile, of which the last one may still run afterwards.
   __device__ void start(const u32* steps) {
@@ -45,7 +45,7 @@ struct Products {
     int accumulate = 0;
     // Neither loop may be unrolled or peeled: of products in several places the compiler waits for each.
 #pragma unroll 1
-    for (int groups = kept(p.tap_groups); groups > 0; groups--) {
+    for (int groups = p.tap_groups; groups > 0; groups--) {
       barrier_wait_opaque(base + FULL_B + 8 * ring_b.stage, ring_b.parity);
       const u32 pixels = b_first + ring_b.stage * (stage_bytes / 16);
       bool more = true;

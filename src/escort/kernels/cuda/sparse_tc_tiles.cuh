@@ -1,7 +1,7 @@
 // What a thread block of sparse_tc.cuh works on: its geometry, its shared memory, and the order of its work.
 #pragma once
 #include "divisor.cuh"
-#include "sparse_tc_ptx.cuh"
+#include "ptx.cuh"
 
 enum TapGroup { IM2COL, COLUMNS, HALO, FLAT };
 
@@ -37,12 +37,9 @@ struct Params {
   int residual, activation;
 };
 
-// A parameter that a loop uses, as a register. The compiler would rather read it anew in every step, which takes as
-// long as some ten instructions, and the steps of a tile follow each other closely.
-__device__ int kept(int parameter) {
-  obscure(parameter);
-  return parameter;
-}
+// What all lanes of a warp have, as a register. The compiler does not see through it; else it would read parameters anew
+// in every step, which takes as long as ten instructions.
+__device__ u32 kept(u32 v) { return __shfl_sync(~0u, v + threadIdx.x % 32, 0); }
 
 // Shared memory: barriers, the stages of weight tiles, those of pixels, and the staging of outputs.
 constexpr u32 FULL_A = 0, EMPTY_A = FULL_A + 8 * A_STAGES, FULL_B = EMPTY_A + 8 * A_STAGES;
@@ -50,11 +47,8 @@ constexpr u32 EMPTY_B = FULL_B + 8 * B_STAGES, RESIDUAL_HERE = EMPTY_B + 8 * B_S
 constexpr u32 A_BEGIN = 1024, B_BEGIN = (A_BEGIN + A_STAGES * A_BYTES + 1023) / 1024 * 1024;
 static_assert(UNUSED + 8 <= A_BEGIN);
 
-// The bytes of a stage of pixels, and those that are copied to it.
+// From a stage of pixels to the next.
 __device__ int b_stage_bytes(const Params& p) { return WHOLE_ROWS ? kept(p.b_stage_bytes) : TILE_PIXELS * PIXEL_BYTES; }
-__device__ int b_load_bytes(const Params& p) {
-  return WHOLE_ROWS ? kept(p.load_pixels * PIXEL_BYTES) : TILE_PIXELS * PIXEL_BYTES;
-}
 
 // A ring of stages: which one is next, the one before it, and the parity of the next one's barriers' phase.
 template <int STAGES>
