@@ -54,8 +54,8 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
   store.end();
 }
 
-// a: weight tiles; bias: one per output channel of all tiles; first: (m_tiles * tap_groups + 1), a tap group's first
-// weight tile; steps: one per weight tile, and one more that is only read.
+// a: weight tiles; bias: one per output channel of all tiles; first: (m_tiles * tap_groups + 2), a tap group's first
+// weight tile; steps: one per weight tile. Both have one more that is only read.
 extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,
               const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS,

@@ -86,7 +86,7 @@ __device__ void produce(const Params& p, u32 base, const TensorMap& x_map, const
       pixels.copy(base + B_BEGIN + ring_b.stage * stage_bytes, x_map, barrier);
       ring_b.next();
       const int group_end = end;
-      if (groups > 1) end = __ldg(++firsts);  // comes while weight tiles are copied
+      end = __ldg(++firsts);  // comes while weight tiles are copied; there is one behind the last
 #pragma unroll 1
       do {
         // Empty when the consumers of all blocks are done with it, as every block writes a part of everyone's.
