@@ -214,7 +214,7 @@ def test_random_filters_are_packed_without_what_is_empty(seed: int, precision: P
             packed, across = pack(ordered, tiling), tiling.config.across
             assert np.array_equal(decode(packed, ordered, tiling), rounded(weight, precision))
             used = packed.weight_tiles[:, : tiling.config.tile_channels * 64].any(axis=1)
-            opens_group, opens_tile = packed.first[:-2], packed.first[: -2 : len(tiling.tap_groups)]
+            opens_group, opens_tile = packed.first[:-1], packed.first[: -1 : len(tiling.tap_groups)]
             assert np.isin(np.flatnonzero(~used), opens_group).all(), "an empty weight tile"
             halves = packed.steps[:-1] >> 16 & (1 << 2 * across) - 1
             assert (halves[opens_tile] == (1 << 2 * across) - 1).all()

@@ -43,6 +43,7 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
   const Warpgroup group;
   Products products(p, base, group, samples < 0);
   Store store(p, base, group, out, samples);
+  wait_for_previous_kernel();  // which may have written the residual, and read what y overwrites
   for (Work work(p, tile_groups); work.left(); work.next()) {
     const int first_channel = (work.m_tile() * ACROSS + group.across) * M_BLOCKS * 64;
     store.begin(first_channel, work.tile());
@@ -54,8 +55,8 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
   store.end();
 }
 
-// a: weight tiles; bias: one per output channel of all tiles; first: (m_tiles * tap_groups + 2), a tap group's first
-// weight tile; steps: one per weight tile. Both have one more that is only read.
+// a: weight tiles; bias: one per output channel of all tiles; first: (m_tiles * tap_groups + 1), a tap group's first
+// weight tile; steps: one per weight tile, and one more that is only read.
 extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,
               const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS,
@@ -84,9 +85,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
   async_fence();
   __syncthreads();
   meet();
-  // What the kernel before this one wrote may be read afterwards.
   let_next_kernel_start();
-  wait_for_previous_kernel();
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (warp >= CONSUMER_WARPS) {

@@ -73,30 +73,30 @@ __device__ void produce(const Params& p, u32 base, const TensorMap& x_map, const
   const int load_bytes = WHOLE_ROWS ? kept(p.load_pixels * PIXEL_BYTES) : TILE_PIXELS * PIXEL_BYTES;
   const int part_bytes = CLUSTERED ? p.by_cluster.quotient(A_BYTES) : A_BYTES;
   const int part = CLUSTERED ? block_in_cluster(p) * part_bytes : 0;
+  a = kept(a + part);
   if (threadIdx.x % 32) return;
   for (Work work(p, tile_groups); work.left(); work.next()) {
     const int* firsts = first + work.m_tile() * p.tap_groups;
-    int weight_tile = __ldg(firsts), end = __ldg(++firsts);
-    const u8* from = a + static_cast<long long>(weight_tile) * A_BYTES + part;
     pixels.begin(work.tile());
-    for (int groups = p.tap_groups; groups > 0; groups--) {
+    wait_for_previous_kernel();  // which may have written x; it is done when this comes here again
+    for (int groups = p.tap_groups; groups > 0; groups--, firsts++) {
+      int weight_tile = __ldg(firsts);  // it and the next one come while pixels are copied
+      const int end = __ldg(firsts + 1);
       barrier_wait_opaque(base + EMPTY_B + 8 * ring_b.stage, ring_b.parity ^ 1);
       const u32 barrier = base + FULL_B + 8 * ring_b.stage;
       barrier_expect(barrier, load_bytes);
       pixels.copy(base + B_BEGIN + ring_b.stage * stage_bytes, x_map, barrier);
       ring_b.next();
-      const int group_end = end;
-      end = __ldg(++firsts);  // comes while weight tiles are copied; there is one behind the last
 #pragma unroll 1
       do {
         // Empty when the consumers of all blocks are done with it, as every block writes a part of everyone's.
         barrier_wait_opaque(base + EMPTY_A + 8 * ring_a.stage, ring_a.parity ^ 1);
         const u32 barrier = base + FULL_A + 8 * ring_a.stage;
         barrier_expect(barrier, A_BYTES);
-        load_to_cluster<CLUSTERED>(base + A_BEGIN + ring_a.stage * A_BYTES + part, from, part_bytes, p.cluster, barrier);
-        from += A_BYTES;
+        load_to_cluster<CLUSTERED>(base + A_BEGIN + ring_a.stage * A_BYTES + part,
+                                   a + static_cast<long long>(weight_tile) * A_BYTES, part_bytes, p.cluster, barrier);
         ring_a.next();
-      } while (++weight_tile < group_end);
+      } while (++weight_tile < end);
     }
   }
 }

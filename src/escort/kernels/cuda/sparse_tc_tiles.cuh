@@ -40,6 +40,10 @@ struct Params {
 // What all lanes of a warp have, as a register. The compiler does not see through it; else it would read parameters anew
 // in every step, which takes as long as ten instructions.
 __device__ u32 kept(u32 v) { return __shfl_sync(~0u, v + threadIdx.x % 32, 0); }
+__device__ const u8* kept(const u8* v) {
+  const u64 bits = reinterpret_cast<u64>(v), high = kept(static_cast<u32>(bits >> 32));
+  return reinterpret_cast<const u8*>(high << 32 | kept(static_cast<u32>(bits)));
+}
 
 // Shared memory: barriers, the stages of weight tiles, those of pixels, and the staging of outputs.
 constexpr u32 FULL_A = 0, EMPTY_A = FULL_A + 8 * A_STAGES, FULL_B = EMPTY_A + 8 * A_STAGES;

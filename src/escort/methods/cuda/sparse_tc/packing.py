@@ -41,8 +41,7 @@ class Packed:
 
     Attributes:
         weight_tiles: (weight tiles, bytes) uint8.
-        first: (tiles of channels * tap groups + 2,) the first weight tile of each tap group; then twice how many there
-            are, since the kernel reads one tap group ahead.
+        first: (tiles of channels * tap groups + 1,) the first weight tile of each tap group.
         steps: (weight tiles + 1,) uint32, one per weight tile, and a zero: bits 0-15 where its tap begins in the
             group's pixels, in units of 16 bytes; from bit 16 two bits for each warpgroup across, which halves of the
             block's channels it has for it; bit 31: it is the last of its tap group.
@@ -117,7 +116,7 @@ def _choose(nonzeros: _Nonzeros, tiling: Tiling) -> tuple[IntArray, IntArray, ND
     numbers = np.where(kept, np.cumsum(kept).reshape(kept.shape) - 1, -1).astype(np.int32)
     steps = np.append(np.array(starts, np.uint32)[tap] | halves[kept] << np.uint32(16), np.uint32(0))
     tap_group = tile * len(tiling.tap_groups) + tap // group_taps
-    first = np.searchsorted(tap_group, np.arange(tiling.channel_tiles * len(tiling.tap_groups) + 2)).astype(np.int32)
+    first = np.searchsorted(tap_group, np.arange(tiling.channel_tiles * len(tiling.tap_groups) + 1)).astype(np.int32)
     steps[first[1:] - 1] |= np.uint32(_LAST_OF_GROUP)
     return numbers, first, steps
 
