@@ -251,6 +251,27 @@ def test_every_candidate_is_different_and_fits() -> None:
             assert config.threads <= 1024
 
 
+def test_the_search_takes_the_best_of_all() -> None:
+    """At most two of those that differ in staging alone, though only some of all configs are sorted."""
+    problem = Problem(32, 64, 28, 28, 96, (3, 3), padding=(1, 1, 1, 1), precision="fp32", device="cuda:0")
+    sparse_filter = SparseFilter.from_dense(torch.randn(96, 64, 3, 3) * (torch.rand(96, 64, 3, 3) < 0.1))
+    space = candidates(problem, sparse_filter, H200, packed=False)
+    for most in (1, 12, 100):
+        expected: list[DirectConfig] = []
+        kinds: list[DirectConfig] = []
+        for i in np.argsort(space["clocks"], kind="stable"):
+            knobs = space.row(i)
+            del knobs["clocks"]
+            config = DirectConfig(**knobs)
+            kind = replace(config, producers=1, channel_block=1, stages=1)
+            if kinds.count(kind) < 2:
+                kinds.append(kind)
+                expected.append(config)
+            if len(expected) == most:
+                break
+        assert search(problem, sparse_filter, H200, most) == expected
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_there_is_room_where_a_config_fits(precision: str) -> None:
     rooms = []

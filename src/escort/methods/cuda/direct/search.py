@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -40,6 +43,11 @@ STAGING_AXES: dict[str, tuple[int, ...]] = {
     "stages": (2, 3, 4),
 }
 _KNOBS = (*AXES, *STAGING_AXES)
+_ALIKE = 2  # configs that are taken of those that differ in staging alone
+_MOST_ALIKE = len(AXES["producers"]) * math.prod(map(len, STAGING_AXES.values()))  # that there are
+
+#: Columns by name: those of AXES are (tiles, 1), those of STAGING_AXES (1, stagings). Together they are all configs.
+_Knobs = Mapping[str, NDArray[Any]]
 
 # Constants of the prediction, in clocks of a multiprocessor; docs/notes/direct-gpu.md says how well it does.
 _LAUNCH = 4000  # from launch to launch, beside the work of the blocks
@@ -50,8 +58,8 @@ _ROUND_TRIP = 45  # of four nonzeros of a lone warp, beside its instructions
 
 
 @lru_cache(maxsize=8)
-def _space(half: bool, packed: bool, registers: int) -> Space:
-    """The combinations of AXES whose threads and registers a multiprocessor has, each with all of STAGING_AXES.
+def _knobs(half: bool, packed: bool, registers: int) -> _Knobs:
+    """The combinations of AXES whose threads and registers a multiprocessor has, and those of STAGING_AXES.
 
     All axes ascend, so that no config needs less room than the first.
     """
@@ -63,94 +71,98 @@ def _space(half: bool, packed: bool, registers: int) -> Space:
     most = np.minimum(registers // (threads * tiles["occupancy"]) // 8 * 8, 255)
     runs = (threads <= 1024) & (consumers >= 4) & (needed <= most) & (most >= 64)
     tiles = tiles.with_columns(most_registers=most).where(runs)
-    space = Space.product({"tile": range(len(tiles)), **STAGING_AXES})
-    return space.with_columns(**{name: column[space["tile"]] for name, column in tiles.columns.items()})
+    of_tiles = {name: column[:, None] for name, column in tiles.columns.items()}
+    return of_tiles | {name: column[None] for name, column in Space.product(STAGING_AXES).columns.items()}
 
 
-def _shares(problem: Problem, sparse_filter: SparseFilter | None, space: Space) -> tuple[NDArray[Any], ...]:
+def _shares(problem: Problem, sparse_filter: SparseFilter | None, knobs: _Knobs) -> tuple[NDArray[Any], ...]:
     """The number of groups of output channels; and input channels, nonzeros and chunks of each."""
-    block_channels = space["out_channel_warps"] * space["out_channels"]
+    block_channels = knobs["out_channel_warps"] * knobs["out_channels"]
     group_channels, merged = grouping(problem, block_channels)
     groups = -(-problem.groups // merged) * -(-group_channels * merged // block_channels)
     channels = merged * (problem.in_channels // problem.groups)
     nnz = sparse_filter.nnz if sparse_filter is not None else 0
-    return groups, channels, nnz / groups, -(-channels // space["channel_block"])
+    return groups, channels, nnz / groups, -(-channels // knobs["channel_block"])
 
 
-def _fits(problem: Problem, sparse_filter: SparseFilter | None, gpu: Gpu, space: Space) -> NDArray[np.bool_]:
+def _fits(problem: Problem, sparse_filter: SparseFilter | None, gpu: Gpu, knobs: _Knobs) -> NDArray[np.bool_]:
     """Which configs find room in a multiprocessor's shared memory and registers."""
     half = STORAGE[problem.precision] != 0
-    layout = Layout.of(problem, LANES * space["words"] * space["position_warps"])
-    _, channels, nnz, chunks = _shares(problem, sparse_filter, space)
+    layout = Layout.of(problem, LANES * knobs["words"] * knobs["position_warps"])
+    _, channels, nnz, chunks = _shares(problem, sparse_filter, knobs)
     record_bytes = nnz / chunks * _unevenness(sparse_filter) * (4 if half else 8)
-    record_bytes += space["out_channel_warps"] * space["out_channels"] * space["in_channel_warps"] * 8 + 96
-    shared = shared_bytes(layout, space.columns, record_bytes)
+    record_bytes += knobs["out_channel_warps"] * knobs["out_channels"] * knobs["in_channel_warps"] * 8 + 96
+    shared = shared_bytes(layout, knobs, record_bytes)
     per_slot = 5 + 2 * layout.odd if layout.paired else layout.samples_per_word
     slot_registers = np.maximum(layout.slots, 4) * per_slot + (44 if half else 30)
     fits: NDArray[np.bool_] = (
         (shared <= gpu.shared_bytes)
-        & (space["occupancy"] * (shared + 1024) <= gpu.shared_bytes + 1024)
+        & (knobs["occupancy"] * (shared + 1024) <= gpu.shared_bytes + 1024)
         & (layout.slots <= SLOT_CLASSES[-1])
-        & ((not half) | (space["channel_block"] * layout.channel_words * 4 <= HALF_REACH))
-        & (slot_registers <= space["most_registers"])
-        & (space["channel_block"] < np.maximum(2 * channels, STAGING_AXES["channel_block"][0] + 1))
-        & (space["channel_block"] % space["in_channel_warps"] == 0)
+        & ((not half) | (knobs["channel_block"] * layout.channel_words * 4 <= HALF_REACH))
+        & (slot_registers <= knobs["most_registers"])
+        & (knobs["channel_block"] < np.maximum(2 * channels, STAGING_AXES["channel_block"][0] + 1))
+        & (knobs["channel_block"] % knobs["in_channel_warps"] == 0)
     )
     return fits
 
 
 def has_room(problem: Problem, gpu: Gpu) -> bool:
     """Whether a device can run any config of the search space."""
-    space = _space(STORAGE[problem.precision] != 0, False, gpu.registers)
-    first = space.where(np.arange(len(space)) == 0)
-    return bool(_fits(problem, None, gpu, first)[0])
+    knobs = _knobs(STORAGE[problem.precision] != 0, False, gpu.registers)
+    return bool(_fits(problem, None, gpu, {name: column[:1, :1] for name, column in knobs.items()}).item())
 
 
-def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, packed: bool) -> Space:
-    """All configs that fit, with their predicted clocks in the column "clocks"."""
-    space = _space(STORAGE[problem.precision] != 0, packed, gpu.registers)
-    space = space.where(_fits(problem, sparse_filter, gpu, space))
-    return space.with_columns(clocks=_clocks(problem, sparse_filter, gpu, packed, space))
+def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, packed: bool, most: int | None = None) -> Space:
+    """The configs that fit, all or about so many of the best, with their predicted clocks in the column "clocks"."""
+    knobs = _knobs(STORAGE[problem.precision] != 0, packed, gpu.registers)
+    fits = _fits(problem, sparse_filter, gpu, knobs)
+    clocks = np.where(fits, _clocks(problem, sparse_filter, gpu, packed, knobs), np.inf)
+    if most is not None and most < clocks.size:
+        fits &= clocks <= np.partition(clocks, most - 1, axis=None)[most - 1]
+    tile, staging = np.nonzero(fits)
+    columns = {name: np.broadcast_to(knobs[name], fits.shape)[tile, staging] for name in _KNOBS}
+    return Space(columns | {"clocks": clocks[tile, staging]})
 
 
 def _clocks(
-    problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, packed: bool, space: Space
+    problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, packed: bool, knobs: _Knobs
 ) -> NDArray[np.floating[Any]]:
     """The clocks of a multiprocessor that each config takes."""
     half = STORAGE[problem.precision] != 0
-    words, out_channels, occupancy = space["words"], space["out_channels"], space["occupancy"]
-    tile = LANES * words * space["position_warps"]
+    words, out_channels, occupancy = knobs["words"], knobs["out_channels"], knobs["occupancy"]
+    tile = LANES * words * knobs["position_warps"]
     layout = Layout.of(problem, tile)
-    groups, channels, group_nnz, chunks = _shares(problem, sparse_filter, space)
+    groups, channels, group_nnz, chunks = _shares(problem, sparse_filter, knobs)
     samples = -(-max(problem.batch, 1) // layout.samples_per_word)
     blocks = -(-Positions(problem).count(samples) // tile) * groups
 
     # Wavefronts of shared memory, instruction slots (four per clock) and the time of a warp on its own.
-    sharing = space["position_warps"]  # warps that read the same nonzeros
-    block_channels = space["out_channel_warps"] * out_channels
-    cells = block_channels * space["in_channel_warps"] * chunks
+    sharing = knobs["position_warps"]  # warps that read the same nonzeros
+    block_channels = knobs["out_channel_warps"] * out_channels
+    cells = block_channels * knobs["in_channel_warps"] * chunks
     reads = group_nnz * sharing * (words + 1 / (4 if half else 2)) + cells * sharing * 2
     writes = channels * layout.slots * (7 if layout.paired else 4 if half else 2)
     wavefronts = reads + writes + group_nnz / 8 + block_channels * tile / LANES * 2
     per_product = 2 if packed or not half else 5
     instructions = sharing * (group_nnz * (per_product * words + 2) + cells * (_LOOP + 4 * words * packed))
     instructions += channels * layout.slots * (24 if layout.paired else 12 if half else 5)
-    warps = space["out_channel_warps"] * space["in_channel_warps"]
+    warps = knobs["out_channel_warps"] * knobs["in_channel_warps"]
     alone = group_nnz / warps * (per_product * words + _ROUND_TRIP / 4) + cells / warps * 2 * _LOOP + chunks * 60
     resident = np.minimum(occupancy, -(-blocks // gpu.multiprocessors))
     waves = -(-blocks // (gpu.multiprocessors * resident))
     busy = np.maximum(np.maximum(wavefronts, instructions / 4) * resident, alone)
-    staging = _staging_clocks(layout, space)
-    busy = np.maximum(busy, chunks * staging / (space["stages"] - 1))
+    staging = _staging_clocks(layout, knobs)
+    busy = np.maximum(busy, chunks * staging / (knobs["stages"] - 1))
     # Blocks of one multiprocessor hide each other's first stage and epilogue.
     edges = staging + _EPILOGUE * out_channels * words * (1 + half)
     clocks: NDArray[np.floating[Any]] = waves * (busy + edges / resident**2) + _LAUNCH
     return clocks
 
 
-def _staging_clocks(layout: Layout, space: Space) -> NDArray[np.floating[Any]]:
+def _staging_clocks(layout: Layout, knobs: _Knobs) -> NDArray[np.floating[Any]]:
     """Clocks of staging a chunk. Copies are asynchronous; 16-bit storage is loaded and stored batch by batch."""
-    copies, producers = space["channel_block"] * layout.slots, space["producers"]
+    copies, producers = knobs["channel_block"] * layout.slots, knobs["producers"]
     clocks: NDArray[np.floating[Any]]
     if layout.samples_per_word == 1:
         clocks = _FETCH + copies * 6 / producers
@@ -187,19 +199,20 @@ def search(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int = 
     configs: list[DirectConfig] = []
     for packed, share in ((True, most - most // 4), (False, most // 4)) if half else ((False, most),):
         if share:
-            configs += _best(candidates(problem, sparse_filter, gpu, packed), packed, share)
+            enough = -(-share * _MOST_ALIKE // _ALIKE)  # even if all are alike that can be
+            configs += _best(candidates(problem, sparse_filter, gpu, packed, enough), packed, share)
     return configs
 
 
 def _best(space: Space, packed: bool, most: int) -> list[DirectConfig]:
     """The first by predicted clocks, at most two that differ in staging alone."""
-    taken: dict[tuple[int, ...], int] = {}
+    taken: Counter[tuple[int, ...]] = Counter()
     configs: list[DirectConfig] = []
     for i in space.rank(space["clocks"]):
         row = space.row(i)
         shape = tuple(row[name] for name in AXES if name != "producers")
-        if taken.get(shape, 0) < 2:
-            taken[shape] = taken.get(shape, 0) + 1
+        if taken[shape] < _ALIKE:
+            taken[shape] += 1
             configs.append(DirectConfig(**{name: row[name] for name in _KNOBS}, packed=packed))
         if len(configs) == most:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -26,9 +27,13 @@ def search(
     remainder = Remainder.of(order_filter(sparse_filter, memory_format, ELEMENTS[problem.precision]))
     tilings = sorted(candidates(problem, gpu, memory_format), key=lambda tiling: predict_us(tiling, remainder, gpu))
     chosen: list[SparseTcConfig] = []
+    alike: Counter[SparseTcConfig] = Counter()  # of those that are chosen, but for their clusters
     for tiling in tilings:
-        alike = [other for other in chosen if replace(other, cluster=tiling.config.cluster) == tiling.config]
-        if len(chosen) < most and len(alike) < _ALIKE:
+        if len(chosen) == most:
+            break
+        kind = replace(tiling.config, cluster=1)
+        if alike[kind] < _ALIKE:
+            alike[kind] += 1
             chosen.append(tiling.config)
     return chosen
 

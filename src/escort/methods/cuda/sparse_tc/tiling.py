@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from escort.cuda.compiler import Text
-from escort.methods.cuda.sparse_tc.config import ELEMENTS, Element, SparseTcConfig, UnfitError
+from escort.methods.cuda.sparse_tc.config import ELEMENTS, Element, SparseTcConfig, TapGroup, UnfitError
 from escort.methods.cuda.sparse_tc.shared_memory import SharedMemory, up
 from escort.methods.cuda.sparse_tc.source import kernel_source
 from escort.problem import Problem
@@ -99,7 +100,8 @@ class Tiling:
         _check(problem, config, element)
         k_blocks = -(-problem.in_channels // element.k_block)
         rows = _rows(problem, config) if config.whole_rows else _Rows(1, 1, 0)
-        tap_groups = _tap_groups(problem, config, k_blocks, rows)
+        down, right = problem.dilation[0] * rows.pitch, problem.dilation[1]
+        tap_groups = _tap_groups(config.tap_group, problem.kernel_size, k_blocks, down, right)
         load, store = _boxes(problem, config, rows, element.k_block)
         load_pixels, store_pixels = math.prod(load[1:]), math.prod(store[1:])
         starts = [tap.start for tap in tap_groups[0]]
@@ -186,15 +188,21 @@ def _rows(p: Problem, config: SparseTcConfig) -> _Rows:
     return layout
 
 
-def _tap_groups(p: Problem, config: SparseTcConfig, k_blocks: int, rows: _Rows) -> tuple[tuple[Tap, ...], ...]:
-    """The taps of each group, block by block of the input channels."""
-    taps_down, taps_right = (range(size) for size in p.kernel_size)
-    down, right = p.dilation[0] * rows.pitch, p.dilation[1]
+@lru_cache(maxsize=64)  # the many configs of a problem have few lists of taps
+def _tap_groups(
+    tap_group: TapGroup, kernel_size: tuple[int, int], k_blocks: int, down: int, right: int
+) -> tuple[tuple[Tap, ...], ...]:
+    """The taps of each group, block by block of the input channels.
+
+    Args:
+        down, right: pixels from a tap to the one below it, and to the one on its right.
+    """
+    taps_down, taps_right = (range(size) for size in kernel_size)
     groups: list[tuple[Tap, ...]] = []
     for k_block in range(k_blocks):
-        if config.tap_group == "halo":
+        if tap_group == "halo":
             groups.append(tuple(Tap(k_block, r, s, r * down + s * right) for r in taps_down for s in taps_right))
-        elif config.tap_group == "columns":
+        elif tap_group == "columns":
             groups += [tuple(Tap(k_block, r, s, r * down) for r in taps_down) for s in taps_right]
         else:
             groups += [(Tap(k_block, r, s, 0),) for r in taps_down for s in taps_right]
