@@ -36,6 +36,12 @@ def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile makes of a network is tested once, as it takes long."""
+    monkeypatch.setattr(sys.modules["escort.network.convert"], "compare_with_compiled", lambda chosen, *_: chosen.plan)
+
+
+@pytest.fixture(autouse=True)
 def memory_formats(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """Those in which networks are tried: NCHW where a test does not name others."""
     formats: tuple[str, ...] = getattr(request, "param", ("contiguous",))
