@@ -188,7 +188,8 @@ void load_box(u32 to, const TensorMap& map, int c, int w, int h, int n, u32 barr
       for (int k = 0; k < map.box[1]; k++, to += 128) load_pixel(to, map, c, w + k, h + j, n + i);
   block->barriers.at(barrier).change(0, -int(to - begin));
 }
-void load_im2col(u32 to, const TensorMap& map, int c, int w, int h, int n, int right, int down, u32 barrier) {
+void load_im2col(u32 to, const TensorMap& map, int c, int w, int h, int n, u32 tap, u32 barrier) {
+  const int right = tap & 0xffff, down = tap >> 16;
   for (int i = 0; i < map.pixels; i++) {
     load_pixel(to + i * 128, map, c, w + right, h + down, n);
     w += map.stride[0];

@@ -3,28 +3,29 @@
 #include "sparse_tc_ptx.cuh"
 #include "sparse_tc_tiles.cuh"
 
-// Whether a block of channels has tap groups beside each other, and below each other.
-constexpr bool GOES_RIGHT = TAP_GROUP == IM2COL || TAP_GROUP == COLUMNS, GOES_DOWN = TAP_GROUP == IM2COL;
-
 // The copies of pixels, one for each tap group. Where blocks have few tiles their steps wait for it: what the copies of
 // a tile share is computed once, and the rest counts on.
 struct PixelCopies {
+  static constexpr bool GOES_RIGHT = TAP_GROUP == IM2COL || TAP_GROUP == COLUMNS;  // from tap to tap within a k block
+  static constexpr bool GOES_DOWN = TAP_GROUP == IM2COL;
+
   const Params& p;
-  const int next_right, next_down, end_right, end_down;  // from a tap to the next one, and behind the last
+  const u32 right, row_end, next_row, end;       // a tap to the right; behind a row; from there to the next; behind all
   const int first_column;
-  int c, right, down;                            // the next one's first input channel, and its tap in columns and rows
+  int c;                                         // the next one's first input channel
+  u32 tap;                                       // and its tap: columns to the right, in the upper half rows down
   int column[ALONG], row[ALONG], sample[ALONG];  // where it begins for the first tap
 
   __device__ explicit PixelCopies(const Params& p)
       : p(p),
-        next_right(GOES_RIGHT ? kept(p.dilation_right) : 0),
-        next_down(GOES_DOWN ? kept(p.dilation_down) : 0),
-        end_right(GOES_RIGHT ? kept(p.kernel_columns * p.dilation_right) : 0),
-        end_down(GOES_DOWN ? kept(p.kernel_rows * p.dilation_down) : 0),
+        right(GOES_RIGHT ? kept(p.dilation_right) : 0),
+        row_end(GOES_RIGHT ? kept(p.kernel_columns * p.dilation_right) : 0),
+        next_row(GOES_DOWN ? kept((p.dilation_down << 16) - p.kernel_columns * p.dilation_right) : 0),
+        end(GOES_DOWN ? kept(p.kernel_rows * p.dilation_down << 16) : 0),
         first_column(WHOLE_ROWS ? kept(-p.left) : 0) {}
 
   __device__ void begin(int tile) {
-    c = right = down = 0;
+    c = 0, tap = 0;
     const Place at(p, tile);
 #pragma unroll
     for (int i = 0; i < ALONG; i++) {
@@ -43,21 +44,16 @@ struct PixelCopies {
     if constexpr (TAP_GROUP == IM2COL) {
 #pragma unroll
       for (int i = 0; i < ALONG; i++)
-        load_im2col(to + i * PIXELS * PIXEL_BYTES, x_map, c, column[i], row[i], sample[i], right, down, barrier);
+        load_im2col(to + i * PIXELS * PIXEL_BYTES, x_map, c, column[i], row[i], sample[i], tap, barrier);
     } else {
-      load_box(to, x_map, c, column[0] + right, row[0], sample[0], barrier);
+      load_box(to, x_map, c, column[0] + tap, row[0], sample[0], barrier);
     }
-    if constexpr (GOES_RIGHT) {
-      right += next_right;
-      if (right < end_right) return;
-      right = 0;
-    }
+    tap += right;
     if constexpr (GOES_DOWN) {
-      down += next_down;
-      if (down < end_down) return;
-      down = 0;
+      if ((tap & 0xffff) == row_end) tap += next_row;
     }
-    c += K_BLOCK;
+    if (tap != (GOES_DOWN ? end : row_end)) return;
+    tap = 0, c += K_BLOCK;
   }
 };
 

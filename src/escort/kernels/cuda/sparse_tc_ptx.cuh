@@ -55,12 +55,13 @@ __device__ void load_box(u32 to, const TensorMap& map, int c, int w, int h, int 
       "l"(&map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n)
       : "memory");
 }
-__device__ void load_im2col(u32 to, const TensorMap& map, int c, int w, int h, int n, int right, int down,
-                            u32 barrier) {
+// tap: in its low half how many columns it lies to the right, in the other how many rows down.
+__device__ void load_im2col(u32 to, const TensorMap& map, int c, int w, int h, int n, u32 tap, u32 barrier) {
   asm volatile(
+      "{ .reg .b16 right, down; mov.b32 {right, down}, %7; "
       "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n), "h"(static_cast<u16>(right)), "h"(static_cast<u16>(down))
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], {right, down}; }" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n), "r"(tap)
       : "memory");
 }
 __device__ void store_box(const TensorMap& map, int c, int w, int h, int n, u32 from) {
