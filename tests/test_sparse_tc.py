@@ -130,6 +130,20 @@ VARIANTS |= {
 of_each_kind = pytest.mark.parametrize(("problem", "config"), VARIANTS.values(), ids=VARIANTS)
 
 
+def test_layers_share_kernels() -> None:
+    """What only the geometry, the epilogue or the cluster tells apart is computed by one kernel."""
+    other = replace(POINTWISE, in_channels=192, out_channels=320, height=7, width=28, epilogue=FULL)
+    strided = replace(STRIDED, kernel_size=(1, 1), stride=(2, 2), padding=(0, 0, 0, 0))
+    pairs = [
+        ((POINTWISE, SparseTcConfig("flat", 128, cluster=2)), (other, SparseTcConfig("flat", 128))),
+        ((STRIDED, SparseTcConfig("im2col", 256)), (strided, SparseTcConfig("im2col", 256, cluster=2))),
+        ((RES4, SparseTcConfig("halo", 216, rows=14)), (replace(RES4, width=7), SparseTcConfig("halo", 216, rows=14))),
+    ]
+    for pair in pairs:
+        one, another = (Tiling.of(problem, config, H200.shared_bytes) for problem, config in pair)
+        assert (one.source.digest, one.defines) == (another.source.digest, another.defines)
+
+
 def compiled(problem: Problem, config: SparseTcConfig) -> compiler.Binary:
     tiling = Tiling.of(problem, config, H200.shared_bytes)
     return compiler.compile_source(tiling.source, tiling.defines, "sm_90a")

@@ -37,8 +37,8 @@ struct Params {
   int residual, activation;
 };
 
-// What all lanes of a warp have, as a register. The compiler does not see through it; else it would read parameters anew
-// in every step, which takes as long as ten instructions.
+// What all lanes of a warp have, as a register. The compiler does not see through a shuffle of what differs by lane;
+// else it would read parameters anew in every step, which takes as long as ten instructions.
 __device__ u32 kept(u32 v) { return __shfl_sync(~0u, v + threadIdx.x % 32, 0); }
 __device__ const u8* kept(const u8* v) {
   const u64 bits = reinterpret_cast<u64>(v), high = kept(static_cast<u32>(bits >> 32));
