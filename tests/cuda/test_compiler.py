@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from escort import cache
-from escort.cuda import compiler
+from escort.cuda import carried, compiler
+from escort.cuda.binary import Binary
 from escort.cuda.compiler import Text
 from tests.cuda.kernels import ARCHS, SCALE
 
@@ -25,9 +26,9 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     compile_it = compiler._compile
 
-    def record(path: Path, macros: Any, arch: str, version: str) -> compiler.Binary:
+    def record(path: Path, macros: Any, arch: str, version: str, key: str) -> Binary:
         seen.append(arch)
-        return compile_it(path, macros, arch, version)
+        return compile_it(path, macros, arch, version, key)
 
     monkeypatch.setattr(compiler, "_compile", record)
     return seen
@@ -255,7 +256,7 @@ def test_how_long_compiling_took_is_remembered(scale: Path) -> None:
 @pytest.fixture
 def forgetful() -> Any:
     """Nothing is remembered about the compiler, before and after."""
-    remembered = compiler.nvrtc_version, compiler._toolkit_headers
+    remembered = compiler._find_nvrtc, compiler._toolkit_headers
     for function in remembered:
         function.cache_clear()
     yield

@@ -88,10 +88,7 @@ def test_a_block_of_a_wrong_size_is_refused(compiled: Kernel, block: int) -> Non
     ("version", "message"),
     [(12040, r"supports CUDA 12.4 .* install escort-sparse\[cuda12\], or update the driver"), (99000, "INVALID_IMAGE")],
 )
-def test_a_driver_that_cannot_load_the_binary(
-    driver: FakeDriver, scale: Path, monkeypatch: pytest.MonkeyPatch, version: int, message: str
-) -> None:
-    monkeypatch.setattr("escort.cuda.kernel.nvrtc_version", lambda: (13, 0))
+def test_a_driver_that_cannot_load_the_binary(driver: FakeDriver, scale: Path, version: int, message: str) -> None:
     driver.version = version
     driver.failing["cuLibraryLoadData"] = Status.CUDA_ERROR_INVALID_IMAGE
     with pytest.raises(RuntimeError, match=message) as caught:

@@ -20,11 +20,18 @@ def main(
     options: ModelOptions,
     output_path: Annotated[Path, typer.Option("--output", "-o", help="The converted model, for example model.escort.")],
     output: Output,
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Write the compiled kernels too, to OUTPUT.kernels: on such a GPU no compiler is needed to load them.",
+        ),
+    ] = False,
 ) -> None:
     """Convert a pruned model: every convolution runs by whichever method measures fastest on this machine."""
     check_writable(output_path)
     converted = options.convert()
-    escort.save(converted, output_path)
+    escort.save(converted, output_path, kernels=kernels)
     plan = converted.plan
     output.result = {"output": str(output_path), "bytes": output_path.stat().st_size, **plan.to_json()}
     output.text.print(report.terminal(plan_table(plan)))
