@@ -152,10 +152,14 @@ def _code(tensor: torch.Tensor) -> bytes:
 
 def _read(path: Path) -> bytes:
     """The content of a file, which a link may lead to; of what is none, such as a pipe, nothing is read."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would wait for a writer
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(f"{path} is not a file; name one that escort.save wrote beside the network's")
-        return file.read(_MOST_BYTES + 1)
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(_MOST_BYTES + 1)
+    finally:
+        os.close(handle)
 
 
 def check_fit(path: Path, binaries: Sequence[Binary], device: torch.device) -> None:

@@ -45,6 +45,7 @@ from escort.runtime.saved.problems import lowered_numbers, multiply_adds
 from escort.runtime.saved.rehearsal import Work, rehearse
 
 _log = logging.getLogger(__name__)
+_SAVE_AGAIN = "save it with kernels=True again, by this version and on a GPU like this one"
 _REMEDY = "save the model again with this version, or get an undamaged copy of the file"
 
 
@@ -92,6 +93,8 @@ def load(
     if kernels is not False:
         _carry(saved, target, carried.beside(path) if kernels is True else Path(kernels))
     network, plan, works = _build(saved, target, model)
+    if kernels is not False:
+        _check_kept(saved, plan)
     converted = ConvertedModel(network, plan)
     may_run_whole, is_asked = remeasure is True or all(work.is_bounded for work in works), remeasure is True
     too_much = _too_much(plan, works)
@@ -234,6 +237,15 @@ def _carry(saved: _Saved, target: torch.device, path: Path) -> None:
     _log.debug("took in %d kernels of %s", len(binaries), path)
 
 
+def _check_kept(saved: _Saved, plan: NetworkPlan) -> None:
+    """Raises ArtifactError where a layer is not run by its method, although kernels came with the network."""
+    for name, layer in plan.layers.items():
+        method = by_name(saved.plan.layers[name].method, layer.problem.device)
+        if method.name != layer.method:
+            reason = method.unsupported(layer.problem) or f"{method.name} does not take {layer.problem}"
+            raise ArtifactError(f"{saved.path}: layer {name}: {reason}; or {_SAVE_AGAIN}")
+
+
 def _lay_out(saved: _Saved, network: nn.Module, *, is_carried: bool) -> None:
     """Lays out layers on all cores. What has to be compiled for its weights waits for the call that needs it.
 
@@ -242,7 +254,7 @@ def _lay_out(saved: _Saved, network: nn.Module, *, is_carried: bool) -> None:
     """
     remedy = "convert the model again, or load it with device='cpu'"
     if is_carried:
-        remedy = "save it with kernels=True again, by this version and on a GPU like this one"
+        remedy = _SAVE_AGAIN
     jobs = []
     for layer in network.modules():
         if isinstance(layer, SparseConv2d):
