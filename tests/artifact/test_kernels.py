@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from escort.artifact import ArtifactError, kernels, load, save
-from escort.cuda import carried
+from escort.cuda import carried, compiler
 from escort.cuda.binary import Binary
 from escort.layers import MaxPool2d, SparseConv2d
 from escort.methods import by_name
@@ -65,6 +65,19 @@ def test_what_is_packed_is_read(file: Path) -> None:
     assert kernels.pack(reversed(BINARIES)) == file.read_bytes() == kernels.pack([*BINARIES, *BINARIES])
     file.write_bytes(kernels.pack([]))
     assert read(file) == []
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_real_kernels_come_through(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = "ROWS COLUMNS DOWN RIGHT TOP LEFT DILATION_DOWN DILATION_RIGHT".split()
+    defines = {"STORAGE": 0, "VECTOR": 1, **dict.fromkeys(names, 1)}
+    binaries = [compiler.compile_source("max_pool.cu", defines, arch) for arch in ("sm_80", "sm_90a")]
+    file.write_bytes(kernels.pack(binaries))
+    found = read(file)
+    assert sorted(found, key=lambda each: each.arch) == binaries
+    monkeypatch.setattr(compiler, "_find_nvrtc", lambda: ImportError("no libnvrtc.so"))
+    carried.carry(found)
+    assert compiler.compile_source("max_pool.cu", defines, "sm_90a") == binaries[1]
 
 
 def test_a_file_of_another_digest_is_refused(file: Path) -> None:
