@@ -10,6 +10,7 @@ from escort.cuda.gpu import H200, Gpu
 from escort.filter import SparseFilter
 from escort.methods import Config, Method
 from escort.planner import planner
+from escort.planner.compile_budget import Offer, share_out
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer
 from escort.planner.planner import are_known, plan_layer, predicted_us
@@ -55,7 +56,7 @@ def reasons(search: Search) -> dict[str, str]:
 
 def test_a_few_configs_of_each_likely_method_are_tried() -> None:
     methods = Modelled("near", 10.0, 8), Modelled("far", 21.0, 8), Modelled("dense", None, 2), Lowers("lowers", None)
-    search = Search.of(LAYER, methods, 0.0)
+    search = Search.of(LAYER, methods, None)
     assert tried(search) == {"near": 3, "dense": 2}
     assert reasons(search) == {
         "near": "5 more configs were not tried",
@@ -66,19 +67,36 @@ def test_a_few_configs_of_each_likely_method_are_tried() -> None:
 
 def test_with_time_to_compile_all_are_tried() -> None:
     methods = Modelled("near", 10.0, 8), Modelled("far", 21.0, 8), Lowers("lowers", None), Compiled(1.0)
-    search = Search.of(LAYER, methods, 900.0)
+    (grant,) = share_out([Offer.of(LAYER, methods)], 900.0)
+    search = Search.of(LAYER, methods, grant)
     assert tried(search) == {"near": 8, "far": 8, "lowers": 1, "compiled": 1}
-    assert not search.refused
+    assert not search.refused and search.cut_at_s is None
+
+
+def test_where_kernels_for_the_filter_are_likely_to_win_little_else_is_tried() -> None:
+    methods = Modelled("near", 10.0, 8), Modelled("far", 21.0, 8), Lowers("lowers", None), Compiled(1.0, 1.0)
+    offer = replace(Offer.of(LAYER, methods), compiled_us=4.0, saved_us=6.0)
+    (grant,) = share_out([offer], 900.0)
+    search = Search.of(LAYER, methods, grant)
+    assert tried(search) == {"near": 3, "compiled": 2}
+    assert reasons(search) == {
+        "near": "5 more configs were not tried",
+        "far": "predicted to take 21 us, near 10 us",
+        "lowers": "it writes its input out patch by patch, which other methods do without",
+    }
+    (nothing,) = share_out([replace(offer, saved_us=-1.0)], 900.0)
+    search = Search.of(LAYER, methods, nothing)
+    assert tried(search) == {"near": 8, "far": 8, "lowers": 1, "compiled": 0} and search.cut_at_s == 0.0
 
 
 def test_where_predictions_chose_time_to_compile_is_worth_another_search() -> None:
-    search = Search.of(LAYER, [Modelled("only", 10.0)], 0.0)
+    search = Search.of(LAYER, [Modelled("only", 10.0)], None)
     assert search.cut_at_s == 0.0
 
 
 def test_without_a_model_all_are_tried() -> None:
     methods = Modelled("some", None, 8), Lowers("lowers", None), Modelled("refuses", 5.0, refuses="odd channels")
-    search = Search.of(LAYER, methods, 0.0)
+    search = Search.of(LAYER, methods, None)
     assert tried(search) == {"some": 8, "lowers": 1}
     assert search.cut_at_s is None
 

@@ -45,6 +45,7 @@ def test_an_example_is_like_the_one_that_was_planned_for() -> None:
 def test_a_plan_for_any_device_survives_json(device: str, precision: str) -> None:
     plan = replace(PLAN, device=device, precision=precision, timer="graph", input_dtypes=("float16",) * 3)
     plan = replace(plan, input_names=("mask",), not_tried={"channels_last": "for a reason"}, samples=2)
+    plan = replace(plan, rivals={"torch.compile": 2.5})
     assert NetworkPlan.from_json(plan.to_json()) == plan
 
 

@@ -93,3 +93,10 @@ def test_the_dense_method_of_a_gpu_has_one_column() -> None:
 def test_what_was_not_tried_is_said() -> None:
     caption = plan_table(replace(network_plan(), not_tried={"graph": "x.sum() > 0", "channels_last": "fp32"})).caption
     assert caption.endswith(" Not tried as a graph: x.sum() > 0. Not tried in channels_last: fp32.")
+
+
+def test_a_rival_has_a_line_of_its_own_or_a_reason() -> None:
+    rival = plan_table(replace(network_plan(), rivals={"torch.compile": 2000.0})).rows[-1]
+    assert rival[2:6] == ("torch.compile", "2,000", "3,000", "1.50x") and "dense model" in rival[6]
+    caption = plan_table(replace(network_plan(), not_tried={"torch.compile": "there is no C compiler"})).caption
+    assert caption.endswith(" Not tried by torch.compile: there is no C compiler.")

@@ -20,6 +20,8 @@ from escort import convert
 from escort.methods.precision import float32_convolutions, float32_products
 from escort.network.check import Effort
 from escort.network.choose import NETWORK_ERROR_BOUND
+from escort.network.example import Example
+from escort.network.rivals import compiled, laid_out
 from escort.network.values import output_error, tensors_of
 from escort.planner import timing
 from escort.planner.timing import Timer, Timing
@@ -110,16 +112,14 @@ def eager(model: nn.Module, inputs: Inputs) -> list[Way]:
     """The model as it is, in both memory formats."""
     ways = []
     for name, memory_format in TORCH_MEMORY_FORMAT.items():
-        network, laid_out = _laid_out(model, inputs, memory_format)
-        ways.append(Way("eager", {"memory_format": name}, partial(network, *laid_out)))
+        network, example = laid_out(model, Example(inputs), memory_format)
+        ways.append(Way("eager", {"memory_format": name}, partial(example.run, network)))
     return ways
 
 
-def compiled(model: nn.Module, inputs: Inputs) -> list[Way]:
+def in_inductor(model: nn.Module, inputs: Inputs) -> list[Way]:
     """The model as torch.compile makes it, in channels_last. It is compiled when it first runs."""
-    network, laid_out = _laid_out(model, inputs, torch.channels_last)
-    run = torch.compile(network, dynamic=False)
-    return [Way("compile", {"memory_format": "channels_last"}, partial(run, *laid_out))]
+    return [Way("compile", {"memory_format": "channels_last"}, compiled(model, Example(inputs)))]
 
 
 def in_onnxruntime(model: nn.Module, inputs: Inputs) -> list[Way]:
@@ -150,7 +150,7 @@ def in_onnxruntime(model: nn.Module, inputs: Inputs) -> list[Way]:
 
 
 #: The rivals by name.
-RIVALS = {"eager": eager, "compile": compiled, "onnxruntime": in_onnxruntime}
+RIVALS = {"eager": eager, "compile": in_inductor, "onnxruntime": in_onnxruntime}
 
 
 @contextmanager
@@ -183,12 +183,6 @@ def race(runs: Sequence[Callable[[], Any]], device: torch.device) -> list[Timing
     timings = timing.race_on_gpu(runs, device, rounds=8, budget_s=30.0)
     all_captured = all(taken.timer == "graph" for taken in timings)
     return timings if all_captured else timing.race_on_gpu(runs, device, rounds=8, budget_s=30.0, capture=False)
-
-
-def _laid_out(model: nn.Module, inputs: Inputs, memory_format: torch.memory_format) -> tuple[nn.Module, Inputs]:
-    """A copy of the model and its inputs, in a memory format."""
-    network = copy.deepcopy(model).to(memory_format=memory_format)  # type: ignore[call-overload]
-    return network, tuple(x.contiguous(memory_format=memory_format) if x.ndim == 4 else x for x in inputs)
 
 
 def _first_line(error: Exception) -> str:

@@ -32,6 +32,7 @@ from escort.network.original import plain_copy, run_original, unwrap
 from escort.network.passes import rewrite
 from escort.network.passes.channels_last import in_memory_formats
 from escort.network.progress import Progress
+from escort.network.rivals import compare_with_compiled
 from escort.network.swap import check_calls, find_layers, likely, plan_into, record_calls, swap
 from escort.network.tracing.state import State, own_draws
 from escort.network.tracing.trace import trace
@@ -84,10 +85,13 @@ def convert(
             as they are. "tf32" allows TF32 products of float32 weights, as torch's own convolutions do on GPUs unless
             ``torch.backends.cudnn.allow_tf32`` is switched off.
         effort: how long compiling kernels for the weights may take on a GPU, by estimate and with all cores at work:
-            "fast" compiles none, "best" takes up to five minutes, a number is a number of seconds. Every layer that
-            could have such kernels gets an equal share of what is left; beyond its share a layer falls back on the
-            other methods, and its plan says so. Kernels and plans stay on disk (`escort cache`): a layer like one that
-            was measured before on this machine is not timed again, but its choice is validated.
+            "fast" compiles none, "best" takes up to five minutes, a number is a number of seconds. The layers come
+            first where such kernels are predicted to save most in a second of compiling, and it ends where too little
+            is saved; a layer that gets none runs by the other methods, and its plan says why. Unless it is "fast" or 0,
+            the whole network is also compared with torch.compile of the dense model, which takes another while: the
+            plan has its time (``.plan.rivals``), and it is never kept. On the CPU that is not tried. Kernels and plans
+            stay on disk (`escort cache`): a layer like one that was measured before on this machine is not timed again,
+            but its choice is validated.
         methods: the names of the methods to choose from, by default all that the device has. The dense one is always
             among them.
         skip: is called with the name and the module of each convolution, and true for those to leave alone.
@@ -164,6 +168,8 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
     request.progress.estimate.compare()
     with running_out("the whole network"):
         chosen = choose(as_programs(dense), candidates, not_tried | not_in_format | unlikely, original, request)
+        if request.compile_budget_s > 0.0 and request.device.type == "cuda":
+            chosen.plan = compare_with_compiled(chosen, original, request)
     if chosen.plan.kept_dense:
         not_saved = unsavable(chosen.network, request.device)
     chosen.plan = replace(chosen.plan, not_saved=not_saved)
@@ -200,7 +206,8 @@ def replan(
         sparse = {name: module for name, module in network.named_modules() if isinstance(module, SparseConv2d)}
         request.progress.estimate.expect(1, len(sparse), whole=whole)
         layers |= plan_into(network, {name: _as_planned(module) for name, module in sparse.items()}, request)
-        plan = replace(model.plan, layers=layers, machine=Machine.here(str(device)), samples=None, device=str(device))
+        machine = Machine.here(str(device))
+        plan = replace(model.plan, layers=layers, machine=machine, samples=None, device=str(device), rivals={})
         example = model.plan.example(device) if whole else None
         if example is not None:
             request.progress.estimate.compare()

@@ -47,7 +47,7 @@ class NetworkPlan:
         skipped: layer name to the reason why it was left alone.
         packed_inputs: whether some inputs come in lists or dicts, or are no tensors, so that shapes do not tell them.
         refused: why the converted network was not taken, whatever its time; None where it is right.
-        not_tried: why the network was not tried as a "graph" or in "channels_last", where it was not.
+        not_tried: why the network was not tried as a "graph", in "channels_last" or by "torch.compile".
         input_shapes: the example's shapes.
         input_dtypes: the example's types, as torch writes them without its name.
         input_names: the names of those inputs that are given by name, which are the last ones.
@@ -60,6 +60,7 @@ class NetworkPlan:
         precision: what the convolutions compute in.
         device: what they were planned on, as torch writes it.
         timer: how both times were taken (see :mod:`escort.planner.timing`).
+        rivals: median times in us of the dense model by others: by "torch.compile". It is never what was kept.
         not_saved: why the network cannot be saved; None where it can.
         not_captured: why calls on a GPU replay no CUDA graph; None where they do.
     """
@@ -81,6 +82,7 @@ class NetworkPlan:
     not_tried: dict[str, str] = field(default_factory=dict)
     packed_inputs: bool = False
     refused: str | None = None
+    rivals: dict[str, float] = field(default_factory=dict)
     not_saved: str | None = None
     not_captured: str | None = None
 
@@ -135,7 +137,7 @@ class NetworkPlan:
         return Example(tuple(tensors[:positional]), dict(zip(self.input_names, tensors[positional:], strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; the last six where they say anything."""
+        """The fields as JSON values; the last seven where they say anything."""
         data: dict[str, Any] = {
             "layers": {name: plan.to_json() for name, plan in self.layers.items()},
             "skipped": self.skipped,
@@ -156,6 +158,7 @@ class NetworkPlan:
             "not_tried": self.not_tried,
             "packed_inputs": self.packed_inputs,
             "refused": self.refused,
+            "rivals": self.rivals,
             "not_saved": self.not_saved,
             "not_captured": self.not_captured,
         }
@@ -183,6 +186,7 @@ class NetworkPlan:
                 not_tried=_texts(data.get("not_tried", {})),
                 packed_inputs=bool(data.get("packed_inputs", False)),
                 refused=None if data.get("refused") is None else str(data["refused"]),
+                rivals={str(name): float(time_us) for name, time_us in data.get("rivals", {}).items()},
                 not_saved=None if data.get("not_saved") is None else str(data["not_saved"]),
                 not_captured=None if data.get("not_captured") is None else str(data["not_captured"]),
             )

@@ -16,15 +16,20 @@ if TYPE_CHECKING:
 _COLUMNS = ("Layer", "Convolution", "Method", "µs", "Dense µs", "Speedup", "Others µs")
 #: What is said of times that were not taken of the layer itself.
 _TIMES_FROM = {"equal layer": "equal layers", "plan store": "the plan store"}
+#: How a network is not tried, where that is not in a memory format.
+_WAYS = {"graph": "as a graph", "torch.compile": "by torch.compile"}
 
 
 def plan_table(plan: NetworkPlan, heading: str = "Plan per layer") -> Table:
-    """One line per layer, then those that were left alone, then the whole network."""
+    """One line per layer, then those that were left alone, then the whole network and its rivals."""
     lines = [_layer(name, layer) for name, layer in plan.layers.items()]
     lines += [(name, "", "left alone", "-", "-", "-", reason) for name, reason in plan.skipped.items()]
     kept = "kept dense" if plan.kept_dense else "escort"
     times = _us(plan.converted_time_us), _us(plan.dense_time_us), _ratio(plan.dense_time_us, plan.converted_time_us)
     lines.append(("whole network", "", kept, *times, plan.reason or ""))
+    for rival, time_us in plan.rivals.items():
+        times = _us(time_us), _us(plan.dense_time_us), _ratio(plan.dense_time_us, time_us)
+        lines.append(("whole network", "", rival, *times, "of the dense model, for comparison"))
     return Table(heading, _COLUMNS, tuple(lines), _caption(plan))
 
 
@@ -67,7 +72,7 @@ def _caption(plan: NetworkPlan) -> str:
     memory_format = "" if plan.memory_format == "contiguous" else f", tensors in {plan.memory_format}"
     caption = f"Medians for an input of {shapes}{memory_format}, on {machine_line(plan.machine)}."
     for way, reason in plan.not_tried.items():
-        caption += f" Not tried as a graph: {reason}." if way == "graph" else f" Not tried in {way}: {reason}."
+        caption += f" Not tried {_WAYS.get(way, f'in {way}')}: {reason}."
     for source, phrase in _TIMES_FROM.items():
         if count := sum(layer.times_from == source for layer in plan.layers.values()):
             caption += f" The times of {count} of {len(plan.layers)} layers are from {phrase}."

@@ -14,11 +14,11 @@ import torch
 from escort.filter import SparseFilter
 from escort.methods import Config, Method, by_name, for_device
 from escort.planner import store
-from escort.planner.compile_budget import SharedBudget, check_compile_budget, estimate_s, fits, outgrows
+from escort.planner.compile_budget import Grant, Offer, check_compile_budget, estimate_s, fits, share_out
 from escort.planner.cores import on_all_cores
 from escort.planner.measure import Ahead, Allowance, check, measure
 from escort.planner.plan import Layer, Plan
-from escort.planner.search import Search, predict_us
+from escort.planner.search import Search, predict_compiled_us, predict_us
 from escort.problem import Problem
 
 #: Seconds after which a layer's race stops at three rounds per candidate.
@@ -71,7 +71,11 @@ def plan_layer(
     layer = Layer(problem, sparse_filter, bias)
     layer.check()
     chosen = None if methods is None else [_method(method, problem.device) for method in methods]
-    return _plan(_Task.of(layer, chosen, compile_budget_s), Ahead(), budget_s)
+    task = _Task.of(layer, chosen)
+    if compile_budget_s > 0.0:
+        (grant,) = share_out([Offer.of(layer, task.methods)], compile_budget_s)
+        task = replace(task, grant=replace(grant, seconds=compile_budget_s))
+    return _plan(task, Ahead(), budget_s)
 
 
 def plan_layers(
@@ -85,9 +89,10 @@ def plan_layers(
     """The plans of a network's layers one by one, as :func:`plan_layer` makes them.
 
     What they will try on a GPU is prepared before the first is timed: preparing compiles, and so all cores have work.
-    Each layer that has something to compile for its filter gets an equal share of what is left of the budget; what it
-    does not need goes to those behind it. A layer that takes over a plan prepares the choice alone: before the first
-    is timed where the plan is known by then, else with all others whose plan is known when it is due.
+    What is compiled for filters is what saves most of the network's time in a second of compiling, by the methods'
+    models and by what is known of like layers; a layer where it is predicted to save nothing gets none. A layer that
+    takes over a plan prepares the choice alone: before the first is timed where the plan is known by then, else with
+    all others whose plan is known when it is due.
 
     Args:
         layers: problem, filter and bias of each.
@@ -102,9 +107,10 @@ def plan_layers(
     check_compile_budget(compile_budget_s)
     if remeasure:
         _remembered.clear()
-    tasks, searches, recalled, waiting = _share_out(
-        [_Task.of(Layer(*layer), methods, reads_store=not remeasure) for layer in layers], compile_budget_s
-    )
+    tasks = [_Task.of(Layer(*layer), methods, reads_store=not remeasure) for layer in layers]
+    if compile_budget_s > 0.0:
+        tasks = _share_out(tasks, compile_budget_s)
+    searches, recalled, waiting = _sort(tasks)
     allowance = Allowance(layers[0][0].device) if layers else None
     ahead = {index: Ahead(allowance) for index in range(len(tasks))}
     begin = time.perf_counter()
@@ -162,32 +168,28 @@ class _Task:
 
     Attributes:
         methods: to choose from.
-        compile_budget_s: what compiling for its filter may take.
         reads_store: whether it may take over a plan from disk.
+        grant: what may be compiled for its filter; None where nothing may be compiled for any.
     """
 
     layer: Layer
     methods: Sequence[Method]
-    compile_budget_s: float
     reads_store: bool
+    grant: Grant | None = None
 
     @classmethod
-    def of(
-        cls,
-        layer: Layer,
-        methods: Sequence[Method] | None,
-        compile_budget_s: float = 0.0,
-        *,
-        reads_store: bool = True,
-    ) -> _Task:
-        return cls(
-            layer, for_device(layer.problem.device) if methods is None else methods, compile_budget_s, reads_store
-        )
+    def of(cls, layer: Layer, methods: Sequence[Method] | None, *, reads_store: bool = True) -> _Task:
+        return cls(layer, for_device(layer.problem.device) if methods is None else methods, reads_store)
 
     @cached_property
     def key(self) -> store.Key:
         """The same for layers that share a plan."""
-        return store.Key.of(self.layer, self.methods, compiles=self.compile_budget_s > 0.0 and self.compiles)
+        return store.Key.of(self.layer, self.methods, compiles=self.grant is not None and self.compiles)
+
+    @property
+    def compile_budget_s(self) -> float:
+        """What compiling for its filter may take."""
+        return 0.0 if self.grant is None else self.grant.seconds
 
     @cached_property
     def compiles(self) -> bool:
@@ -198,49 +200,68 @@ class _Task:
 
 
 class _Choice(NamedTuple):
-    """What a layer takes over.
-
-    Attributes:
-        method, config: of the plan.
-        hint: the plan, and where it is from.
-        compile_s: about how long all cores take to compile the choice.
-    """
+    """What a layer takes over: the method and config of a plan, and where the plan is from."""
 
     method: Method
     config: Config
     hint: store.Hint
-    compile_s: float
 
 
-def _share_out(
-    tasks: Sequence[_Task], compile_budget_s: float
-) -> tuple[list[_Task], dict[int, Search], dict[int, _Choice], set[int]]:
-    """Gives each task its share of the budget, and says what is prepared for it, by its index.
+def _share_out(tasks: Sequence[_Task], compile_budget_s: float) -> list[_Task]:
+    """The tasks with what each may compile. A layer that has nothing to compile may do what it wants."""
+    alike: dict[store.Key, list[_Task]] = {}
+    for task in tasks:
+        alike.setdefault(task.key, []).append(task)
+    offers = {key: _offer(group[0], len(group)) for key, group in alike.items() if group[0].compiles}
+    grants = dict(zip(offers, share_out(list(offers.values()), compile_budget_s), strict=True))
+    return [replace(task, grant=grants.get(task.key, Grant(compile_budget_s))) for task in tasks]
+
+
+def _offer(task: _Task, layers: int) -> Offer:
+    """What could be compiled for so many layers like this one, and what it saves, as measured before or predicted."""
+    offer = Offer.of(task.layer, task.methods, layers)
+    compiled_us, known = predict_compiled_us(task.layer, offer.configs), _known(task)
+    other_us = min(predict_us(task.layer, task.methods).values(), default=None) if known is None else known.plan.time_us
+    saved_us = _less(compiled_us, other_us)
+    if searched := _known(replace(task, grant=Grant(0.0))):
+        compiling = {method.name for method, _ in offer.configs}
+        others = {method.name for method in task.methods} - compiling
+        measured_us = _less(_best_us(searched.plan, compiling), _best_us(searched.plan, others))
+        saved_us = saved_us if measured_us is None else measured_us
+    return replace(offer, compiled_us=compiled_us, saved_us=saved_us)
+
+
+def _less(one_us: float | None, other_us: float | None) -> float | None:
+    """How much less time one takes than another; None where a time is not known."""
+    return None if one_us is None or other_us is None else other_us - one_us
+
+
+def _best_us(plan: Plan, methods: set[str]) -> float | None:
+    """The least time in us that a plan has of some methods."""
+    times_us = (plan.best_us(name) for name in methods)
+    return min((us for us in times_us if us is not None), default=None)
+
+
+def _sort(tasks: Sequence[_Task]) -> tuple[dict[int, Search], dict[int, _Choice], set[int]]:
+    """Says what is prepared for each task, by its index.
 
     Returns:
-        The tasks; what to try for those that will not take over a plan; what those take over whose plan is known; and
-        those whose plan is that of another one. What compiles nothing on a CPU is in none: it takes no time before it
-        is timed.
+        What to try for those that will not take over a plan; what those take over whose plan is known; and those whose
+        plan is that of another one. What compiles nothing on a CPU is in none: it takes no time before it is timed.
     """
-    budget = SharedBudget(compile_budget_s, sum(task.compiles for task in tasks))
-    sharing, searches, recalled, waiting = list[_Task](), dict[int, Search](), dict[int, _Choice](), set[int]()
-    first: dict[store.Key, Search] = {}  # of those layers whose plans others will take over
-    for index, without_share in enumerate(tasks):
-        compiles, share_s = without_share.compiles, budget.next_share(compiles=without_share.compiles)
-        task = replace(without_share, compile_budget_s=share_s)
-        sharing.append(task)
-        if not compiles and task.layer.problem.device_type == "cpu":
+    searches, recalled, waiting = dict[int, Search](), dict[int, _Choice](), set[int]()
+    begun: set[store.Key] = set()  # of those layers whose plans others will take over
+    for index, task in enumerate(tasks):
+        if not task.compiles and task.layer.problem.device_type == "cpu":
             continue
         if choice := _recall(task):
             recalled[index] = choice
-            budget.spend(choice.compile_s)
-        elif task.key in first and not outgrows(share_s, first[task.key].cut_at_s):
+        elif task.key in begun:
             waiting.add(index)
-            budget.spend(max(first[task.key].compile_s, default=0.0))  # which of them it will be is not known yet
         else:
-            searches[index] = first[task.key] = Search.of(task.layer, task.methods, share_s)
-            budget.spend(sum(searches[index].compile_s))
-    return sharing, searches, recalled, waiting
+            searches[index] = Search.of(task.layer, task.methods, task.grant)
+            begun.add(task.key)
+    return searches, recalled, waiting
 
 
 def _method(method: Method | str, device: str) -> Method:
@@ -255,7 +276,7 @@ def _plan(task: _Task, ahead: Ahead, budget_s: float) -> Plan:
             if choice.hint.imported:
                 _keep(task.key, replace(choice.hint, imported=False))
             return plan
-    search = Search.of(task.layer, task.methods, task.compile_budget_s)
+    search = Search.of(task.layer, task.methods, task.grant)
     return _remember(task, search, measure(task.layer, search, budget_s, Ahead()))
 
 
@@ -275,10 +296,9 @@ def _recall(task: _Task) -> _Choice | None:
     if hint is None or hint.is_outgrown(task.compile_budget_s):
         return None
     method, config = _choice_of(hint.plan, task)
-    if not method.compiles_per_filter:
-        return _Choice(method, config, hint, 0.0)
-    needed_s = estimate_s(method, task.layer, config)
-    return _Choice(method, config, hint, needed_s) if fits(needed_s, task.compile_budget_s) else None
+    if method.compiles_per_filter and not fits(estimate_s(method, task.layer, config), task.compile_budget_s):
+        return None
+    return _Choice(method, config, hint)
 
 
 def _known(task: _Task) -> store.Hint | None:

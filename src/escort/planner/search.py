@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from escort.cuda.gpu import Gpu
 from escort.methods import Config, Method
-from escort.planner.compile_budget import LayerBudget
+from escort.planner.compile_budget import Grant
 from escort.planner.plan import Candidate, Layer
 
 #: How many configs of a method are tried at most.
@@ -18,6 +18,7 @@ _LIKELY_CONFIGS = 3
 #: Where predictions choose, a method that is predicted to take so many times as long as another is not tried: the
 #: models of two methods may be off by a factor of two against one another.
 _FAR = 2.0
+_NO_TIME = "it is compiled for each filter, for which no time is given; pass effort='best'"
 
 
 @dataclass(frozen=True)
@@ -27,51 +28,45 @@ class Search:
     Attributes:
         tried: methods with their configs, best guess first.
         refused: the candidates that are not tried.
-        compile_s: about how long all cores take to compile each config that is tried and compiled for the filter.
-        compile_budget_s: what the sum of these may be.
-        is_cut: whether a larger compile budget would let more be tried.
+        cut_at_s: the seconds for compiling for its filter, where more would let more be tried; else None.
     """
 
     tried: tuple[tuple[Method, tuple[Config, ...]], ...]
     refused: tuple[Candidate, ...]
-    compile_s: tuple[float, ...]
-    compile_budget_s: float
-    is_cut: bool
+    cut_at_s: float | None
 
     @classmethod
-    def of(cls, layer: Layer, methods: Sequence[Method], compile_budget_s: float) -> Search:
+    def of(cls, layer: Layer, methods: Sequence[Method], grant: Grant | None) -> Search:
         """What to try of these methods for a layer, and what not.
 
-        Without a compile budget predictions choose: a few configs of each method are tried, and none of a method that
-        is predicted to be far slower than another.
-        """
-        budget = LayerBudget(compile_budget_s)
-        predicted = {} if compile_budget_s > 0.0 else predict_us(layer, methods)
-        tried: list[tuple[Method, tuple[Config, ...]]] = []
-        refused: list[Candidate] = []
-        for method in methods:
-            reason = method.unsupported(layer.problem) or budget.rules_out(method) or _unlikely(method, predicted)
-            if reason:
-                refused.append(Candidate(method.name, reason=reason))
-                continue
-            configs = method.configs(layer.problem, layer.sparse_filter)
-            most = _LIKELY_CONFIGS if method.name in predicted else _MOST_CONFIGS
-            if len(configs) > most:
-                refused.append(not_tried(method, len(configs) - most))
-            affordable = []
-            for config in configs[:most]:
-                if reason := budget.spend(method, layer, config):
-                    refused.append(Candidate(method.name, asdict(config), reason=reason))
-                else:
-                    affordable.append(config)
-            tried.append((method, tuple(affordable)))
-        is_cut = budget.is_cut or bool(predicted)
-        return cls(tuple(tried), tuple(refused), tuple(budget.spent_s), compile_budget_s, is_cut)
+        Without a grant, or where what is granted is likely to win, predictions choose among the other methods: a few
+        configs of each are tried, and none of a method that is predicted to be far slower than another.
 
-    @property
-    def cut_at_s(self) -> float | None:
-        """The compile budget, where a larger one would let more be tried; else None."""
-        return self.compile_budget_s if self.is_cut else None
+        Args:
+            grant: what may be compiled for the filter; None where nothing may be compiled for any.
+        """
+        predicted = predict_us(layer, methods) if grant is None or grant.is_likely else {}
+        tried: list[tuple[Method, tuple[Config, ...]]] = []
+        refused: list[Candidate] = [] if grant is None else list(grant.refused)
+        is_cut = bool(predicted) or (grant is not None and grant.is_cut)
+        for method in methods:
+            if reason := method.unsupported(layer.problem):
+                refused.append(Candidate(method.name, reason=reason))
+            elif method.compiles_per_filter and grant is None:
+                is_cut = True
+                refused.append(Candidate(method.name, reason=_NO_TIME))
+            elif method.compiles_per_filter and grant is not None:
+                tried.append((method, tuple(config for granted, config in grant.configs if granted is method)))
+            elif reason := _unlikely(method, predicted):
+                refused.append(Candidate(method.name, reason=reason + ("" if grant else "; effort='best' tries it")))
+            else:
+                configs = method.configs(layer.problem, layer.sparse_filter)
+                most = _LIKELY_CONFIGS if method.name in predicted else _MOST_CONFIGS
+                if len(configs) > most:
+                    refused.append(not_tried(method, len(configs) - most))
+                tried.append((method, tuple(configs[:most])))
+        seconds = 0.0 if grant is None else grant.seconds
+        return cls(tuple(tried), tuple(refused), seconds if is_cut else None)
 
 
 def not_tried(method: Method, configs: int) -> Candidate:
@@ -96,14 +91,24 @@ def predict_us(layer: Layer, methods: Sequence[Method]) -> dict[str, float]:
     return predicted
 
 
+def predict_compiled_us(layer: Layer, configs: Sequence[tuple[Method, Config]]) -> float | None:
+    """The least time in us that models predict for configs that are compiled for a layer's filter, on a GPU."""
+    problem = layer.problem
+    if problem.device_type == "cpu":
+        return None
+    gpu = Gpu.of(problem.device)
+    times_us = (method.predict_us(problem, layer.sparse_filter, gpu, config) for method, config in configs)
+    return min((time_us for time_us in times_us if time_us is not None), default=None)
+
+
 def _unlikely(method: Method, predicted: dict[str, float]) -> str | None:
     """Why a method is not tried where predictions choose, None where it is."""
     if not predicted:
         return None
     if method.lowers:
-        return "it writes its input out patch by patch, which other methods do without; effort='best' tries it"
+        return "it writes its input out patch by patch, which other methods do without"
     name, least_us = min(predicted.items(), key=lambda item: item[1])
     own_us = predicted.get(method.name, 0.0)
     if own_us <= _FAR * least_us:
         return None
-    return f"predicted to take {own_us:.0f} us, {name} {least_us:.0f} us; effort='best' tries it"
+    return f"predicted to take {own_us:.0f} us, {name} {least_us:.0f} us"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from escort.methods import by_name
-from escort.planner import planner, search, timing
+from escort.planner import compile_budget, planner, search, timing
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,14 @@ def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(timing, "race_on_gpu", ordered)
     monkeypatch.setattr(search, "_MOST_CONFIGS", 1)
+    monkeypatch.setattr(compile_budget, "_FURTHER_SAVE", ())
     monkeypatch.setattr(planner, "_remembered", {})
+
+
+@pytest.fixture(autouse=True)
+def no_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile makes of a network is tested once, as it takes long."""
+    monkeypatch.setattr(sys.modules["escort.network.convert"], "compare_with_compiled", lambda chosen, *_: chosen.plan)
 
 
 @pytest.fixture(autouse=True)

@@ -276,7 +276,7 @@ def test_workspaces_of_libraries_may_be_given_back() -> None:
 
 def test_a_model_that_goes_leaves_nothing_behind() -> None:
     def serve() -> None:
-        fast = converted("fp32", Mixed())
+        fast = converted("fp32", Mixed().eval())
         for _ in range(3):
             fast(picture(4, 64))
         assert stats(fast)["replays"] == 2

@@ -1,0 +1,82 @@
+"""The dense model by torch.compile: what a conversion of much effort is compared with, besides the model as it is."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from escort.network.check import Request
+from escort.network.choose import NETWORK_ERROR_BOUND, race
+from escort.network.context import dense_in
+from escort.network.example import Example
+from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.original import Original
+from escort.network.tracing.state import same_draws
+from escort.network.values import largest_error, tensors_of
+from escort.planner import timing
+
+#: What plans call it.
+COMPILED = "torch.compile"
+
+_log = logging.getLogger(__name__)
+
+
+def laid_out(model: nn.Module, example: Example, memory_format: torch.memory_format) -> tuple[nn.Module, Example]:
+    """A copy of a model and an example for it, in a memory format."""
+
+    def lay_out(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=memory_format) if x.ndim == 4 else x
+
+    args, kwargs = tree_map_only(Tensor, lay_out, (example.args, dict(example.kwargs)))
+    network = copy.deepcopy(model).to(memory_format=memory_format)  # type: ignore[call-overload]
+    return network, replace(example, args=args, kwargs=kwargs)
+
+
+def compiled(model: nn.Module, example: Example) -> Callable[[], Any]:
+    """A forward of what torch.compile makes of a model, on an example in channels_last. It compiles when it first runs.
+
+    The model itself is not changed.
+    """
+    network, example = laid_out(model, example, torch.channels_last)
+    network.compile(dynamic=False)
+    return partial(example.run, network)
+
+
+def compare_with_compiled(chosen: ConvertedModel, original: Original, request: Request) -> NetworkPlan:
+    """The plan of a network on a GPU with the time of the dense model by torch.compile, or why there is none.
+
+    Both networks are raced. Where torch.compile wins, a warning is logged, and what was chosen stays: nothing that is
+    returned needs a compiler when it runs.
+    """
+    plan, example = chosen.plan, original.example
+    try:
+        run = compiled(original.model, example)
+        with torch.inference_mode(), dense_in(request.precision, request.device):
+            with same_draws():
+                error = largest_error(tensors_of(run()), original.expected)
+            bound = NETWORK_ERROR_BOUND[request.precision]
+            if not error <= bound:
+                raise ValueError(f"its outputs differ by {error:.1e} (bound {bound:.0e}) from the original's")
+            (own_us, time_us), timer = race([partial(example.run, chosen.network), run], request.device)
+        if timer != plan.timer:
+            raise ValueError("it cannot be captured in a CUDA graph, by which the others were timed")
+    except Exception as failure:  # of many kinds: compilers may be missing, or fail
+        reason = timing.survived(getattr(failure, "inner_exception", failure)).rstrip(".")
+        request.progress.done(f"not tried by {COMPILED}: {reason}")
+        return replace(plan, not_tried=plan.not_tried | {COMPILED: reason})
+    finally:
+        if original.state is not None:
+            original.state.restore(chosen.network)
+    request.progress.done(f"timed by {COMPILED}: {time_us:.1f} us")
+    if time_us < own_us:
+        message = "torch.compile of the dense model is faster than what was chosen: %.0f us, instead of %.0f us"
+        _log.warning(message, time_us, own_us)
+    return replace(plan, rivals={COMPILED: time_us})
