@@ -28,7 +28,7 @@ from escort.filter import SparseFilter
 from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, contiguous_only, input_check, output_strides
 from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_samples, shared_bytes
 from escort.methods.cuda.direct.params import Params, defines
-from escort.methods.cuda.direct.search import has_room, neighbours, predicted_clocks, search
+from escort.methods.cuda.direct.search import has_room, is_offered, neighbours, predicted_clocks, search
 from escort.methods.cuda.direct.tables import lay_out
 from escort.problem import Problem
 
@@ -60,6 +60,9 @@ class DirectCuda(Method):
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[DirectConfig]:
         return search(problem, sparse_filter, Gpu.of(problem.device))
+
+    def offers(self, problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> bool:
+        return is_offered(problem, sparse_filter, Gpu.of(problem.device), config)
 
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: DirectConfig | None = None
@@ -115,4 +118,4 @@ class DirectCuda(Method):
             launch(grid, x, y, residual, samples, tiles)
             return y
 
-        return Prepared(run)
+        return Prepared(run, binaries=(compiled.binary,))

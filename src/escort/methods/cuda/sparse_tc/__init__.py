@@ -29,7 +29,7 @@ from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig
 from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
 from escort.methods.cuda.sparse_tc.orders import common_order, order_filter
 from escort.methods.cuda.sparse_tc.packing import Packed, pack
-from escort.methods.cuda.sparse_tc.search import candidates, search
+from escort.methods.cuda.sparse_tc.search import candidates, is_offered, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
 
@@ -68,6 +68,9 @@ class SparseTc(Method):
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_CONFIGS, problem.memory_format)
 
+    def offers(self, problem: Problem, sparse_filter: SparseFilter, config: SparseTcConfig) -> bool:
+        return is_offered(problem, Gpu.of(problem.device), config)
+
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: SparseTcConfig | None = None
     ) -> float:
@@ -102,7 +105,10 @@ class SparseTc(Method):
         torch_format = TORCH_MEMORY_FORMAT[config.memory_format]
         last = config.takes_channels_last
         alignment = 16 if last else tiling.element.bytes * int(tiling.defines["VECTOR"])
-        arrange = None if last else arranger(problem, tiling.element, ordered.in_order, device)
+        arrange, binaries = None, [compiled.binary]
+        if not last:
+            arrange, arranging = arranger(problem, tiling.element, ordered.in_order, device)
+            binaries.append(arranging)
         clusters, out_shape = gpu.clusters(config.cluster), problem.output_shape[1:]
         strides = output_strides(problem, config.memory_format)
 
@@ -125,7 +131,7 @@ class SparseTc(Method):
             launch(grid, x, y, residual, samples, tile_groups)
             return y
 
-        return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share})
+        return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
 
 
 def _compiled(tiling: Tiling, device: torch.device) -> Kernel:
