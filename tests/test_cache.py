@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,21 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(folder: Path) -> None
         warnings.simplefilter("error")
         stored()
     assert cache.load("kernel", KEY) is None
+
+
+def test_threads_that_cannot_write_warn_once(folder: Path) -> None:
+    folder.parent.parent.mkdir(exist_ok=True)
+    folder.parent.touch()
+    together = threading.Barrier(8)
+
+    def store(number: int) -> None:
+        together.wait(20)
+        cache.store("kernel", f"{number:064x}", {})
+
+    with warnings.catch_warnings(record=True) as caught, ThreadPoolExecutor(8) as pool:
+        warnings.simplefilter("always")
+        list(pool.map(store, range(8)))
+    assert len(caught) == 1
 
 
 def test_a_read_only_folder_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -346,7 +346,7 @@ class Launches:
     """Stands in for a compiled kernel and records its launches."""
 
     def __init__(self) -> None:
-        self.bound: tuple[Any, ...] = ()
+        self.binary, self.bound = None, tuple[Any, ...]()
         self.calls: list[tuple[Any, ...]] = []
 
     def bind(self, block: int, shared_bytes: int, args: tuple[Any, ...], *, overlap: bool) -> Any:

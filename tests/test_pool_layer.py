@@ -70,3 +70,24 @@ def test_a_plain_call_is_no_operator_and_what_observes_operators_sees_one(monkey
     assert "escort::max_pool2d" in {event.key for event in profile.key_averages()}
     negated = torch.imag(torch.complex(x, x).conj())
     assert torch.equal(layer(negated), nn.MaxPool2d(3, 2, 1)(-x)) and len(calls) == 5
+
+
+def test_a_kernel_that_cannot_be_had_leaves_pooling_to_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(*args: Any) -> None:
+        raise ImportError("max_pool.cu is not compiled for sm_90 yet")
+
+    monkeypatch.setattr(pool, "_pool_launch", missing)
+    x, window = torch.randn(2, 3, 9, 9), ((3, 3), (2, 2), (1, 1), (1, 1))
+    run = pool._pooling.__wrapped__(x.shape, x.dtype, torch.device("cuda:0"), False, window, False)
+    assert torch.equal(run(x), nn.MaxPool2d(3, 2, 1)(x))
+    assert "max pooling of (2, 3, 9, 9) on cuda:0 is run by torch: max_pool.cu" in caplog.text
+
+
+def test_kernels_may_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = ["no compiler", None, "asked once too often"]
+    monkeypatch.setattr(pool, "_served", set())
+    monkeypatch.setattr("escort.cuda.kernel.unavailable", lambda device: reasons.pop(0))
+    device = torch.device("cuda:0")
+    assert [pool.pools(device, torch.float32) for _ in range(3)] == [False, True, True]

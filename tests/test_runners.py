@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from escort import methods, reference
 from escort.filter import SparseFilter
 from escort.layers import SparseConv2d, runners
+from escort.layers.counters import Counters
 from escort.layers.runners import Choice, RunnerCache
 from escort.methods import Prepared, by_name
 from escort.planner.machine import Machine
@@ -101,6 +103,31 @@ def test_a_call_does_not_wait_for_a_kernel_of_a_size_that_was_not_planned(
     assert method.prepared == (runs == "compiled")
     x = torch.randn(PROBLEM.input_shape)
     assert reference.compare(run(x), reference.conv2d(PROBLEM, x, sparse_filter.to_dense())) < 1e-5
+
+
+class Uncompiled(Compiled):
+    """Its kernel is not compiled yet, and there is no compiler."""
+
+    def prepare(
+        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any
+    ) -> Prepared:
+        raise ImportError("kernel.cu is not compiled for sm_90 yet")
+
+
+def test_without_a_compiler_another_size_runs_by_another_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse_filter, counters = a_filter(), Counters()
+    monkeypatch.setattr(methods, "METHODS", (Uncompiled(0.0), by_name("dense")))
+    planned = Choice(PROBLEM, "compiled", {"knob": 0})
+    with pytest.raises(ImportError, match="kernel.cu is not compiled"):
+        runners.prepare(PROBLEM, sparse_filter, None, planned, "layer1.conv")
+    other = replace(PROBLEM, height=PROBLEM.height + 1)
+    with pytest.warns(
+        UserWarning, match=r"^layer layer1.conv, .* run by dense, as kernel.cu is not compiled for sm_90"
+    ):
+        run = runners.prepare(other, sparse_filter, None, planned, "layer1.conv", counters)
+    assert "run by dense: kernel.cu is not compiled for sm_90 yet" in counters()
+    x = torch.randn(other.input_shape)
+    assert reference.compare(run(x), reference.conv2d(other, x, sparse_filter.to_dense())) < 1e-5
 
 
 def test_a_choice_survives_json() -> None:

@@ -40,11 +40,11 @@ def show_forecast(results: Mapping[str, Result], precision: Precision) -> Shown:
             "for cuDNN and sparse_tc means channels_last, as a network that is channels_last throughout has them."
         )
     if OURS in methods:
-        rates = forecast.direct_mhz(results[f"layers-{precision}"], precision)
-        low, middle, high = np.quantile(rates, (0.1, 0.5, 0.9)) / 1e3
+        factors = forecast.direct_factors(results[f"layers-{precision}"], precision)
+        low, middle, high = np.quantile(factors, (0.1, 0.5, 0.9))
         caption += (
-            f" The model of direct counts clocks: {middle:.2f} GHz are taken, the median over the paper's layers of "
-            f"its clocks by the time measured (10th percentile {low:.2f}, 90th {high:.2f})."
+            f" What the model of direct predicts counts {middle:.2f} times, the median over the paper's layers of the "
+            f"time measured by the time predicted (10th percentile {low:.2f}, 90th {high:.2f})."
         )
     columns = ("Convolution", "Samples", "Tensors", "cudnn µs", *methods)
     heading = f"Forecast of break-even sparsity, {precision}"

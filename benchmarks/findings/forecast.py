@@ -39,8 +39,6 @@ SHAPES: dict[tuple[str, str], Problem] = {
     ("resnet50", "module9_1_module0_1_conv2d_4"): Problem(128, 256, 14, 14, 1024, (1, 1)),
     ("resnet50", "module9_1_module0_1_conv2d_0"): Problem(128, 1024, 14, 14, 256, (1, 1)),
 }
-#: Direct's model counts clocks; what it predicts in microseconds is clocks by this rate, in megahertz.
-DIRECT_MHZ = 1755.0
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,10 @@ def forecasts(results: Mapping[str, Result], precision: Precision) -> list[Forec
     Args:
         results: by the stems of their files, ``layers-fp16`` and the like.
     """
-    rates = direct_mhz(results[f"layers-{precision}"], precision) if f"layers-{precision}" in results else []
-    slower = {name: 1.0 for name in (ON_FMA if precision == "fp32" else SPARSE) if rates or name != OURS}
-    if rates:
-        slower[OURS] = DIRECT_MHZ / median(rates)
+    factors = direct_factors(results[f"layers-{precision}"], precision) if f"layers-{precision}" in results else []
+    slower = {name: 1.0 for name in (ON_FMA if precision == "fp32" else SPARSE) if factors or name != OURS}
+    if factors:
+        slower[OURS] = median(factors)
     predictions: list[Forecast] = []
     for result in (results[stem] for stem in (f"layers-{precision}", f"patterns-{precision}") if stem in results):
         gpu, seed = gpu_of(result), seed_of(result)
@@ -126,14 +124,14 @@ def _predicted(method: Method, problem: Problem, sparsity: float, seed: int, gpu
 _random_filter = lru_cache(maxsize=len(SHARES))(suite.random_filter)
 
 
-def direct_mhz(result: Result, precision: Precision) -> list[float]:
-    """The clocks that direct's model predicts for each of the paper's layers, over the time measured: megahertz.
+def direct_factors(result: Result, precision: Precision) -> list[float]:
+    """The time measured of direct by the time that its model predicts, for each of the paper's layers.
 
     None on GPUs that the model does not know.
     """
     gpu, seed = gpu_of(result), seed_of(result)
     return [
-        DIRECT_MHZ * _direct_us(network, layer, batch, precision, seed, gpu) / times[OURS]
+        times[OURS] / _direct_us(network, layer, batch, precision, seed, gpu)
         for (network, layer, batch), times in suite.best_times(result.rows).items()
         if gpu and OURS in times and (network, layer) in LAYERS
     ]

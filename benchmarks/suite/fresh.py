@@ -49,14 +49,14 @@ def convert(conversion: Conversion, saved: str | None = None) -> dict[str, Any]:
         torch.save({"x": x.cpu(), "outputs": outputs}, Path(saved) / "tensors.pt")
         (Path(saved) / "about.json").write_text(json.dumps(about))
         if converted.plan.not_saved is None:
-            escort.save(converted, Path(saved) / "model.escort")
+            escort.save(converted, Path(saved) / "model.escort", kernels=x.is_cuda)
         else:
             (Path(saved) / "reason").write_text(converted.plan.not_saved)
     return {**_about(subject), **_right(converted), "time_us": seconds * 1e6, "peak_bytes": peak_bytes}
 
 
 def load(conversion: Conversion, saved: str) -> dict[str, Any]:
-    """Times loading and the first call, where there is no compiler."""
+    """Times loading and the first call, where there is no compiler; on a GPU with the kernels that were saved."""
     _hide_compiler()
     folder = Path(saved)
     if (reason := folder / "reason").is_file():
@@ -65,7 +65,7 @@ def load(conversion: Conversion, saved: str) -> dict[str, Any]:
     x = tensors["x"].to(conversion.device)
     _wait(x.device)
     begin = time.perf_counter()
-    converted = escort.load(folder / "model.escort", device=conversion.device)
+    converted = escort.load(folder / "model.escort", device=conversion.device, kernels=x.is_cuda)
     with torch.inference_mode():
         outputs = tensors_of(converted(x))
     _wait(x.device)

@@ -41,6 +41,7 @@ _ABANDONED_S = 3600  # a file that is not renamed by then was left behind by a p
 _KEPT = 0.75  # share of the limit that is left once it was exceeded: room for storing a while without a look around
 _CONSEQUENCE = "every process compiles kernels and measures layers anew"
 _warned: set[str] = set()
+_warning = threading.Lock()
 #: For each folder how many bytes lie there at most, as far as this process knows, which has looked once.
 _sizes: dict[Path, int] = {}
 _trimming = threading.Lock()
@@ -280,6 +281,8 @@ def _remove(directory: int, name: str) -> None:
 
 
 def _warn_once(message: str) -> None:
-    if message not in _warned:
+    with _warning:  # threads that compile side by side come here at once
+        is_new = message not in _warned
         _warned.add(message)
+    if is_new:
         warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from escort.artifact import ArtifactError, load, load_plan, save
-from escort.network.convert import ConvertedModel
+from escort.network.convert import ConvertedModel, convert
+from escort.planner import planner
 from escort.planner.machine import Machine
 from tests.artifact.forgery import Forgery, on_gpu
-from tests.artifact.networks import X, assert_same
+from tests.artifact.networks import Residual, X, assert_same, sparse
 
 LOAD = importlib.import_module("escort.artifact.load")  # by that name the package has the function
 ELSEWHERE = Machine("another", "none", 99, "2.0", "0")
@@ -54,6 +55,26 @@ def test_another_machine_plans_again(
     monkeypatch.setattr(LOAD, "replan", lambda model, **options: replanned.append(model) or model)
     load(tmp_path / "there")
     assert len(replanned) == 1
+
+
+@pytest.mark.usefixtures("plan_store")
+def test_another_machine_takes_over_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_remembered", {})
+    here = convert(sparse(Residual()), X)
+    layers = {name: replace(plan, machine=ELSEWHERE) for name, plan in here.plan.layers.items()}
+    save(ConvertedModel(here.network, replace(here.plan, layers=layers, machine=ELSEWHERE)), tmp_path / "there")
+    measured: list[str] = []
+    measure = planner.measure
+    monkeypatch.setattr(planner, "measure", lambda *args: measured.append("a layer") or measure(*args))
+    monkeypatch.setattr(planner, "_remembered", {})  # as in another process
+    taken = load(tmp_path / "there")
+    assert not measured and {plan.machine for plan in taken.plan.layers.values()} == {Machine.here()}
+    assert {plan.times_from for plan in taken.plan.layers.values()} == {"plan store"}
+    assert taken.plan.machine == Machine.here()
+    with torch.inference_mode():
+        torch.testing.assert_close(taken(X), here(X))
+    load(tmp_path / "there", remeasure=True)
+    assert measured
 
 
 def test_kernels_made_for_the_weights_may_be_made_again(converted: ConvertedModel) -> None:

@@ -47,12 +47,12 @@ def falling(at_none: float) -> Modelled:
 def test_forecasts_are_where_models_cross_the_time_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     in_channels_last = Modelled(lambda problem, _: 1.0 if problem.memory_format == "channels_last" else 100.0)
     models = {
-        "direct": falling(200e3 / forecast.DIRECT_MHZ),
+        "direct": falling(100.0),
         "generated": falling(100.0),
         "sparse_tc": in_channels_last,
     }
     monkeypatch.setattr(forecast, "by_name", lambda name, device: models[name])
-    monkeypatch.setattr(forecast, "direct_mhz", lambda result, precision: [1000.0, 1500.0, 9000.0])
+    monkeypatch.setattr(forecast, "direct_factors", lambda result, precision: [0.2, 4 / 3, 2.0])
     other = [row("resnet50", "res2b_branch2b", "cudnn", 1.0, batch=1), row("caffenet", "conv3", "cudnn", 1.0)]
     forecasts = forecast.forecasts({"layers-fp16": Result(ON_H200, [*FORECAST_ROWS, *other])}, "fp16")
     assert [(f.memory_format, f.cudnn_us, f.problem.precision) for f in forecasts] == [
@@ -105,19 +105,17 @@ def test_models_are_of_the_config_that_a_search_puts_first() -> None:
     assert least == generated.predict_us(problem, sparse_filter, H200, first)
 
 
-def test_the_clocks_of_direct_per_time_measured() -> None:
+def test_the_time_measured_of_direct_by_the_time_predicted() -> None:
     times = {"conv3": 100.0, "conv4": 50.0}
     rows = [row("caffenet", layer, "direct", slower * us) for layer, us in times.items() for slower in (1.0, 3.0)]
     result = Result(ON_H200, [*rows, *FORECAST_ROWS])
-    layers, direct = {layer.name: layer for layer in suite.paper_layers(None, 3)}, by_name("direct", "cuda")
-    expected = [
-        forecast.DIRECT_MHZ * direct.predict_us(layers[name].problem, layers[name].sparse_filter, H200) / us
-        for name, us in times.items()
-    ]
-    assert forecast.direct_mhz(result, "fp32") == expected
-    assert forecast.direct_mhz(Result(HEADER, rows), "fp32") == []
-    conv3 = layers["conv3"].problem, layers["conv3"].sparse_filter
-    assert expected[0] * times["conv3"] == pytest.approx(predicted_clocks(*conv3, H200, False, None))
+    layers = {layer.name: layer for layer in suite.paper_layers(None, 3)}
+    clocks = [
+        predicted_clocks(layers[name].problem, layers[name].sparse_filter, H200, False, None) for name in times
+    ]  # at 1755 MHz
+    expected = [us / (predicted / 1755.0) for us, predicted in zip(times.values(), clocks, strict=True)]
+    assert forecast.direct_factors(result, "fp32") == pytest.approx(expected)
+    assert forecast.direct_factors(Result(HEADER, rows), "fp32") == []
 
 
 def test_the_forecast_table_and_plot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,12 +124,12 @@ def test_the_forecast_table_and_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         forecast, "forecasts", lambda results, precision: [forecast.Forecast(problem, "NCHW", 51.27, least)]
     )
-    monkeypatch.setattr(forecast, "direct_mhz", lambda result, precision: [1000.0, 1500.0, 3000.0])
+    monkeypatch.setattr(forecast, "direct_factors", lambda result, precision: [1.0, 1.5, 3.0])
     table = exhibits.tables(everything())["forecast-fp16"]
     (line,) = cells(table)
     assert (line["Convolution"], line["Samples"], line["cudnn µs"]) == ("64->64 3x3, 56x56", "32", "51.3")
     assert [line[method] for method in least] == ["never", "75%", "below 50%"]
-    assert "1.50 GHz" in table.caption and "channels_last" not in table.caption
+    assert "counts 1.50 times" in table.caption and "channels_last" not in table.caption
     pytest.importorskip("matplotlib")
     (plot,) = exhibits.illustrations(
         "![a](forecast-fp16-plot.svg) ![b](logo.svg) [c](break-even.svg)", everything()

@@ -48,6 +48,10 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["prune", TINY, "--sparsity", "0.9", "--skip", "7", "--output", "{tmp}/p.safetensors"], "not a convolution"),
         (["prune", TINY, "--sparsity", "0.9", "--output", "{tmp}/p.pt"], "name it so"),
         (["prune", "net.pt2", "--sparsity", "0.9", "--output", "{tmp}/p.safetensors"], "before torch.export"),
+        (
+            ["convert", TINY, "--input", "1,3,8,8", "--kernels", "--output", "{tmp}/m.escort"],
+            "--kernels is for GPUs; add --device cuda",
+        ),
         (["plan", "{tmp}/nowhere.escort"], "there is no such file; name one that escort convert wrote"),
         (["plan", "{tmp}"], "it is a folder; name one that escort convert wrote"),
         (["plan", __file__], "it is not what escort.save wrote"),

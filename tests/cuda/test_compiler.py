@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from escort import cache
-from escort.cuda import compiler
+from escort.cuda import carried, compiler
+from escort.cuda.binary import Binary
 from escort.cuda.compiler import Text
 from tests.cuda.kernels import ARCHS, SCALE
 
@@ -25,9 +26,9 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     compile_it = compiler._compile
 
-    def record(path: Path, macros: Any, arch: str, version: str) -> compiler.Binary:
+    def record(path: Path, macros: Any, arch: str, version: str, key: str) -> Binary:
         seen.append(arch)
-        return compile_it(path, macros, arch, version)
+        return compile_it(path, macros, arch, version, key)
 
     monkeypatch.setattr(compiler, "_compile", record)
     return seen
@@ -255,7 +256,7 @@ def test_how_long_compiling_took_is_remembered(scale: Path) -> None:
 @pytest.fixture
 def forgetful() -> Any:
     """Nothing is remembered about the compiler, before and after."""
-    remembered = compiler.nvrtc_version, compiler._toolkit_headers
+    remembered = compiler._find_nvrtc, compiler._toolkit_headers
     for function in remembered:
         function.cache_clear()
     yield
@@ -288,3 +289,68 @@ def test_a_missing_compiler_library_is_named_with_the_extra(scale: Path, monkeyp
     monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
     with pytest.raises(ImportError, match=r"NVRTC.*escort-sparse\[cuda13\].*no libnvrtc.so"):
         compiler.compile_source(scale, {"FACTOR": 1}, "sm_90")
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVRTC and the headers of the toolkit are not installed, and nothing is carried."""
+    monkeypatch.setattr(compiler, "_find_nvrtc", lambda: ImportError("no libnvrtc.so"))
+    monkeypatch.setattr(compiler, "_toolkit_headers", lambda: pytest.fail("looked for the toolkit"))
+
+
+@pytest.fixture
+def nothing_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carried, "_binaries", {})
+
+
+@pytest.mark.usefixtures("nothing_carried")
+def test_what_is_carried_needs_no_compiler(scale: Path, request: pytest.FixtureRequest) -> None:
+    binary = compiler.compile_source(scale, {"FACTOR": 2}, "sm_90")
+    text = Text("text.cu", scale.read_text().replace('#include "shift.cuh"', "#define SHIFT 0.5f"))
+    generated = compiler.compile_source(text, {"FACTOR": 2}, "sm_90")
+    cache.clear("kernel")
+    request.getfixturevalue("without_compiler")
+    carried.carry([binary, generated])
+    assert carried.has_any("sm_90") and not carried.has_any("sm_90a")
+    assert compiler.compile_source(scale, {"FACTOR": "2"}, "sm_90") is binary
+    assert compiler.compile_source(text, {"FACTOR": 2}, "sm_90") is generated
+    assert not cache.entries("kernel")  # what came with a file is trusted in this process alone
+    for defines, arch in (({"FACTOR": 3}, "sm_90"), ({"FACTOR": 2}, "sm_80")):
+        with pytest.raises(ImportError, match=rf"scale.cu is not compiled for {arch} yet: CUDA kernels need NVRTC"):
+            compiler.compile_source(scale, defines, arch)
+    scale.with_name("shift.cuh").write_text("#define SHIFT 1.5f\n")
+    with pytest.raises(ImportError, match="scale.cu is not compiled"):
+        compiler.compile_source(scale, {"FACTOR": 2}, "sm_90")
+
+
+@pytest.mark.usefixtures("nothing_carried")
+def test_another_compiler_may_have_made_what_is_carried(scale: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    binary = compiler.compile_source(scale, {"FACTOR": 2}, "sm_90")
+    monkeypatch.setattr(compiler, "compiler_version", lambda: "NVRTC 99.0")
+    carried.carry([binary])
+    assert compiler.compile_source(scale, {"FACTOR": 2}, "sm_90") is binary
+
+
+@pytest.mark.usefixtures("nothing_carried")
+@pytest.mark.parametrize("changes", [{"source": "other.cu"}, {"arch": "sm_80"}, {"defines": {"FACTOR": "3"}}])
+def test_what_is_carried_under_anothers_key_is_refused(scale: Path, changes: dict[str, Any]) -> None:
+    binary = compiler.compile_source(scale, {"FACTOR": 2}, "sm_90")
+    carried.carry([replace(binary, **changes)])
+    with pytest.raises(RuntimeError, match=f"what is there as scale.cu has the {next(iter(changes))}"):
+        compiler.compile_source(scale, {"FACTOR": 2}, "sm_90")
+
+
+def test_looking_for_a_compiler_in_vain_is_done_once(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
+    from cuda.bindings import nvrtc
+
+    looked: list[int] = []
+
+    def missing() -> None:
+        looked.append(1)
+        raise RuntimeError("no libnvrtc.so")
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
+    for _ in range(3):
+        with pytest.raises(ImportError, match="no libnvrtc.so"):
+            compiler.compiler_version()
+    assert len(looked) == 1

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from escort.cuda.compiler import Binary, Text, compile_source
-from escort.cuda.kernel import Kernel, kernel
+from escort.cuda import carried, compiler
+from escort.cuda.binary import Binary
+from escort.cuda.compiler import Text, compile_source
+from escort.cuda.kernel import Kernel, kernel, unavailable
 from tests.cuda.kernels import THREADS, FakeDriver, Status, bind
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -111,10 +113,7 @@ def test_a_block_of_a_wrong_size_is_refused(compiled: Kernel, block: int) -> Non
     ("version", "message"),
     [(12040, r"supports CUDA 12.4 .* install escort-sparse\[cuda12\], or update the driver"), (99000, "INVALID_IMAGE")],
 )
-def test_a_driver_that_cannot_load_the_binary(
-    driver: FakeDriver, scale: Path, monkeypatch: pytest.MonkeyPatch, version: int, message: str
-) -> None:
-    monkeypatch.setattr("escort.cuda.kernel.nvrtc_version", lambda: (13, 0))
+def test_a_driver_that_cannot_load_the_binary(driver: FakeDriver, scale: Path, version: int, message: str) -> None:
     driver.version = version
     driver.failing["cuLibraryLoadData"] = Status.CUDA_ERROR_INVALID_IMAGE
     with pytest.raises(RuntimeError, match=message) as caught:
@@ -139,6 +138,28 @@ def test_a_gpu_that_is_too_old(scale: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(RuntimeError, match="NVIDIA X has compute capability 7.5; CUDA kernels need 8.0"):
         kernel(scale, {"FACTOR": 1}, torch.device("cuda:0"))
+
+
+def test_kernels_can_be_had_without_a_compiler_where_some_are_carried(
+    driver: FakeDriver, scale: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda:0")
+    binary = compiler.compile_source(scale, {"FACTOR": 7}, "sm_90")
+    monkeypatch.setattr(carried, "_binaries", {})
+    monkeypatch.setattr(compiler, "_find_nvrtc", lambda: ImportError("no libnvrtc.so"))
+    assert "CUDA kernels need NVRTC" in (unavailable(device) or "")
+    carried.carry([binary])
+    assert unavailable(device) is None
+    assert "CUDA kernels need NVRTC" in (unavailable(device, native=True) or "")
+    assert kernel(scale, {"FACTOR": 7}, device).binary is binary
+    with pytest.raises(ImportError, match="scale.cu is not compiled for sm_90 yet"):
+        kernel(scale, {"FACTOR": 8}, device)
+
+    def missing() -> None:
+        raise compiler.missing("cuda.bindings", ImportError("no module"))
+
+    monkeypatch.setattr("escort.cuda.driver.api", missing)
+    assert "CUDA kernels need cuda.bindings" in (unavailable(device) or "")
 
 
 @pytest.mark.gpu

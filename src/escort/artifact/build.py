@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from escort.artifact.container import Container
+from escort.filter import SparseFilter
 from escort.layers import SparseConv2d
-from escort.methods import for_device
+from escort.methods import Config, Method, for_device
 from escort.network.model import NetworkPlan
 from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan
+from escort.planner.checked import check_fields
 from escort.problem import Problem
 from escort.runtime import Program, with_plain
 from escort.runtime.saved.builders import OWN, SPARSE, build_layer, describe_layer, is_own
@@ -70,19 +72,25 @@ def _restore_sparse(name: str, container: Container, plan: Plan) -> SparseConv2d
     bias = container.tensor(f"{name}.bias") if problem.epilogue.bias else None
     if bias is not None and bias.dtype is not torch.float32:
         raise ValueError(f"its bias is {bias.dtype}, not float32")
-    # A kernel trusts its config, so only one that a method itself offers may reach it.
     is_too_large = lowered_numbers(problem) > MAX_LOWERED
-    methods = [
-        method
-        for method in for_device(problem.device)
-        if method.unsupported(problem) is None and not (method.lowers and is_too_large)
-    ]
-    if not methods:
+    methods = sorted(for_device(problem.device), key=lambda method: method.name != plan.method)  # the plan's first
+    method = next((m for m in methods if m.unsupported(problem) is None and not (m.lowers and is_too_large)), None)
+    if method is None:
         raise ValueError(f"no method here can run {problem}; convert the model on this machine")
-    method = next((method for method in methods if method.name == plan.method), methods[0])
-    offered = [asdict(config) for config in method.configs(problem, sparse_filter)]
-    config = offered[offered.index(plan.config)] if plan.config in offered else offered[0]
-    return SparseConv2d(sparse_filter, bias, replace(plan, method=method.name, config=config), name)
+    config = _planned_config(plan, method, sparse_filter) or method.configs(problem, sparse_filter)[0]
+    return SparseConv2d(sparse_filter, bias, replace(plan, method=method.name, config=asdict(config)), name)
+
+
+def _planned_config(plan: Plan, method: Method, sparse_filter: SparseFilter) -> Config | None:
+    """A plan's config, None where it is none that the method offers: a kernel trusts its config."""
+    if plan.method != method.name:
+        return None
+    try:
+        config = method.config_type(**plan.config)
+        check_fields(config)
+    except (TypeError, ValueError):
+        return None
+    return config if method.offers(plan.problem, sparse_filter, config) else None
 
 
 def _load_state(layer: nn.Module, state: dict[str, Tensor]) -> None:

@@ -18,15 +18,18 @@ import torch
 from torch import nn
 
 from escort.artifact import build
+from escort.artifact import kernels as carried
 from escort.artifact.container import Container, parse
 from escort.artifact.errors import ArtifactError, blaming
 from escort.artifact.save import FORMAT, VERSION
+from escort.cuda.carried import carry
 from escort.layers import SparseConv2d
 from escort.methods import by_name
 from escort.network.check import Effort
 from escort.network.convert import replan
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.network.original import plain_copy, unwrap
+from escort.planner.cores import on_all_cores
 from escort.planner.machine import Machine, find_device
 from escort.problem import Precision
 from escort.runtime.saved.builders import SPARSE
@@ -42,6 +45,7 @@ from escort.runtime.saved.problems import lowered_numbers, multiply_adds
 from escort.runtime.saved.rehearsal import Work, rehearse
 
 _log = logging.getLogger(__name__)
+_SAVE_AGAIN = "save it with kernels=True again, by this version and on a GPU like this one"
 _REMEDY = "save the model again with this version, or get an undamaged copy of the file"
 
 
@@ -51,8 +55,12 @@ def load(
     *,
     device: str | torch.device | None = None,
     remeasure: bool | None = None,
+    kernels: bool | str | os.PathLike[str] = False,
 ) -> ConvertedModel:
-    """The converted model that :func:`save` wrote. A file from an untrusted source is safe to load.
+    """The converted model that :func:`save` wrote. A file from an untrusted source is safe to load without `kernels`.
+
+    On a GPU its layers are laid out side by side, so that the first call need not do it. On the machine that it was
+    planned on nothing is measured.
 
     Args:
         model: a new dense model of the same structure, for a file that does not hold the whole program; it is copied,
@@ -61,7 +69,12 @@ def load(
             or on the most similar one that is here.
         remeasure: whether to measure again which method is fastest; by default where the file was planned on another
             machine or for another type of device, with another number of threads, or by other versions. By default
-            only layers are measured where the whole network's work is not known without running the model's own code.
+            only layers are measured where the whole network's work is not known without running the model's own code,
+            and a layer whose plan is stored on this machine takes that over.
+        kernels: whether to use the compiled kernels that were saved with the model, or the path of their file, by
+            default `path` with `.kernels` behind. What is not among them is compiled, for which NVRTC must be there.
+            Kernels are code that runs on the GPU, and nothing checks what it does: leave them out unless you trust
+            whoever made both files.
 
     Raises:
         ArtifactError: (a ValueError) naming the file, the layer, the problem and the remedy.
@@ -77,20 +90,30 @@ def load(
     saved = _read(path)
     target = _nearest(saved.device) if wanted is None else wanted
     _check_request(saved, target, model, remeasure)
+    if kernels is not False:
+        _carry(saved, target, carried.beside(path) if kernels is True else Path(kernels))
     network, plan, works = _build(saved, target, model)
+    if kernels is not False:
+        _check_kept(saved, plan)
     converted = ConvertedModel(network, plan)
-    may_run_whole = remeasure is True or all(work.is_bounded for work in works)
+    may_run_whole, is_asked = remeasure is True or all(work.is_bounded for work in works), remeasure is True
+    too_much = _too_much(plan, works)
     if remeasure is None:
         sparse = [plan.layers[name] for name, record in saved.layers.items() if record["type"] == SPARSE]
         remeasure = any(layer.time_us is None for layer in sparse) or plan.machine != Machine.here(str(target))
-        if remeasure:
-            _check_measurable(saved, plan, works)
+        if remeasure and too_much:
+            raise ArtifactError(
+                f"{path}: its layers were not measured here, and measuring them takes {too_much}; pass remeasure=True "
+                "if you trust the file, or remeasure=False"
+            )
+    if not remeasure and target.type == "cuda" and not too_much:
+        _lay_out(saved, network, is_carried=kernels is not False)
     _log.info("loaded %s in %.2f s%s", path, time.perf_counter() - begin, ", to be measured anew" if remeasure else "")
     if not remeasure:
         return converted
     remedy = "convert the model again on this machine"
     with blaming(path, remedy if saved.moves_to(target) else f"load it with remeasure=False, then {remedy}"):
-        return replan(converted, effort=_effort(plan), whole=may_run_whole)
+        return replan(converted, effort=_effort(plan), whole=may_run_whole, remeasure=is_asked)
 
 
 def _effort(plan: NetworkPlan) -> Effort:
@@ -202,8 +225,47 @@ def _check_request(saved: _Saved, target: torch.device, model: nn.Module | None,
         raise ArtifactError(f"{path}: it holds its own program; leave out the model")
 
 
-def _check_measurable(saved: _Saved, plan: NetworkPlan, works: list[Work]) -> None:
-    """Raises ArtifactError where measuring anew, which nobody asked for, would take much memory or long."""
+def _carry(saved: _Saved, target: torch.device, path: Path) -> None:
+    """Takes in the kernels that were saved with a network. Raises ArtifactError unless they are for the device."""
+    if target.type != "cuda":
+        raise ArtifactError(f"{saved.path}: kernels are for GPUs, and it is loaded on the CPU; leave out kernels")
+    if (expected := saved.container.metadata.get("kernels")) is None:
+        raise ArtifactError(f"{saved.path}: it was saved without kernels; leave them out, or save it with kernels=True")
+    binaries = carried.read(path, expected)
+    carried.check_fit(path, binaries, target)
+    carry(binaries)
+    _log.debug("took in %d kernels of %s", len(binaries), path)
+
+
+def _check_kept(saved: _Saved, plan: NetworkPlan) -> None:
+    """Raises ArtifactError where a layer is not run by its method, although kernels came with the network."""
+    for name, layer in plan.layers.items():
+        method = by_name(saved.plan.layers[name].method, layer.problem.device)
+        if method.name != layer.method:
+            reason = method.unsupported(layer.problem) or f"{method.name} does not take {layer.problem}"
+            raise ArtifactError(f"{saved.path}: layer {name}: {reason}; or {_SAVE_AGAIN}")
+
+
+def _lay_out(saved: _Saved, network: nn.Module, *, is_carried: bool) -> None:
+    """Lays out layers on all cores. What has to be compiled for its weights waits for the call that needs it.
+
+    Args:
+        is_carried: whether the kernels came with the network.
+    """
+    remedy = "convert the model again, or load it with device='cpu'"
+    if is_carried:
+        remedy = _SAVE_AGAIN
+    jobs = []
+    for layer in network.modules():
+        if isinstance(layer, SparseConv2d):
+            method = by_name(layer.plan.method, layer.plan.problem.device)
+            jobs += [layer.prepare] if is_carried or not method.compiles_per_filter else []
+    with blaming(saved.path, remedy):
+        on_all_cores(jobs)
+
+
+def _too_much(plan: NetworkPlan, works: list[Work]) -> str | None:
+    """What it takes to run all layers that nobody asked to run, where that is much memory or takes long."""
     problems = [layer.problem for layer in plan.layers.values()]
     shapes = [*plan.input_shapes, *(shape for p in problems for shape in (p.input_shape, p.output_shape))]
     numbers = max([0, *map(math.prod, shapes), *(work.at_a_time for work in works)])
@@ -215,10 +277,8 @@ def _check_measurable(saved: _Saved, plan: NetworkPlan, works: list[Work]) -> No
         or multiplied > MAX_MEASURED_MULTIPLY_ADDS
         or max(map(lowered_numbers, problems), default=0) > MAX_LOWERED
     ):
-        raise ArtifactError(
-            f"{saved.path}: its layers were not measured here, and measuring them takes {numbers:,} numbers in memory "
-            f"and {multiplied:.1e} multiply-adds; pass remeasure=True if you trust the file, or remeasure=False"
-        )
+        return f"{numbers:,} numbers in memory and {multiplied:.1e} multiply-adds"
+    return None
 
 
 def _build(saved: _Saved, target: torch.device, model: nn.Module | None) -> tuple[nn.Module, NetworkPlan, list[Work]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from escort.artifact import kernels as carried
 from escort.artifact.container import pack
 from escort.artifact.files import replace_file
 from escort.layers import SparseConv2d
@@ -26,13 +27,18 @@ FORMAT, VERSION = "escort", 3
 _log = logging.getLogger(__name__)
 
 
-def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
+def save(model: ConvertedModel, path: str | os.PathLike[str], *, kernels: bool = False) -> None:
     """Writes a converted model to one file: its program, compressed filters, other weights and plan, and no code.
 
     An older file of that name is replaced once the new one is complete, and stays if anything fails; a link stays a
     link, and the file's mode stays what it was. Where modules of the model could not be traced, the file does not hold
     their code, and :func:`load` takes a new model besides. Whether a model can be saved is known before it is
     converted: its plan's `not_saved` says why not.
+
+    Args:
+        kernels: whether to write a second file beside it, `path` with `.kernels` behind: the compiled kernels that the
+            network runs the input sizes of its plan by, for this type of GPU. With them, :func:`load` needs no
+            compiler there.
 
     Raises:
         ValueError, TypeError: naming the layer that cannot be saved and the remedy.
@@ -44,6 +50,7 @@ def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
         raise ValueError(reason)
     description = describe(model.network)
     _check_as_planned(model)
+    path, compiled = Path(path), _pack_kernels(model) if kernels else None
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -52,9 +59,20 @@ def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
         # The error of a candidate that failed may be infinite, which JSON cannot say.
         "plan": _json(json.loads(json.dumps(model.plan.to_json()), parse_constant=lambda constant: None)),
     }
+    if compiled is not None:
+        metadata["kernels"] = carried.digest(compiled)
     data = pack(metadata, _tensors(model.network))
-    _write(Path(path), data)
+    if compiled is not None:
+        _write(carried.beside(path), compiled)
+    _write(path, data)
     _log.info("saved %s, %d bytes", path, len(data))
+
+
+def _pack_kernels(model: ConvertedModel) -> bytes:
+    device = _device(model)
+    if device.type != "cuda":
+        raise ValueError("kernels are saved of networks on a GPU, this one is on the CPU; leave out kernels")
+    return carried.pack(carried.used_by(model, device))
 
 
 def _device(model: ConvertedModel) -> torch.device:

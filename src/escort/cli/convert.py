@@ -10,9 +10,11 @@ from rich import filesize
 
 import escort
 from escort import report
+from escort.artifact.kernels import beside
 from escort.cli.console import Output
 from escort.cli.options import ModelOptions, check_writable, command
 from escort.network.plan_table import plan_table
+from escort.planner.machine import find_device
 
 
 @command
@@ -20,12 +22,22 @@ def main(
     options: ModelOptions,
     output_path: Annotated[Path, typer.Option("--output", "-o", help="The converted model, for example model.escort.")],
     output: Output,
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Write the compiled kernels too, to OUTPUT.kernels: on such a GPU no compiler is needed to load them.",
+        ),
+    ] = False,
 ) -> None:
     """Convert a pruned model: every convolution runs by whichever method measures fastest on this machine."""
     check_writable(output_path)
+    if kernels and find_device(options.device).type == "cpu":
+        raise ValueError("--kernels is for GPUs; add --device cuda")
     converted = options.convert()
-    escort.save(converted, output_path)
+    escort.save(converted, output_path, kernels=kernels)
     plan = converted.plan
     output.result = {"output": str(output_path), "bytes": output_path.stat().st_size, **plan.to_json()}
     output.text.print(report.terminal(plan_table(plan)))
-    output.text.print(f"wrote {output_path}, {filesize.decimal(output_path.stat().st_size)}")
+    for path in [output_path, beside(output_path)] if kernels else [output_path]:
+        output.text.print(f"wrote {path}, {filesize.decimal(path.stat().st_size)}")

@@ -99,13 +99,21 @@ class SavedOptions:
             "--model", metavar="MODULE:FACTORY", help="The dense model, where it could not be traced to a graph."
         ),
     ] = None
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Use the compiled kernels in MODEL.escort.kernels. They are code that runs on the GPU: use those of "
+            "people you trust.",
+        ),
+    ] = False
     verbose: VerboseOption = 0
 
     def load(self) -> ConvertedModel:
         """The model, ready to run."""
         check_is_file(self.saved, SAVED)
         model = None if self.original is None else models.load(self.original)
-        return artifact.load(self.saved, model, device=self.device)
+        return artifact.load(self.saved, model, device=self.device, kernels=self.kernels)
 
 
 @dataclass(frozen=True)

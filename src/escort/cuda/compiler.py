@@ -1,6 +1,7 @@
 """CUDA C++ to device code: NVRTC, driven through `cuda.core`, and a cache on disk. Needs no GPU and no toolkit.
 
-The compiler comes with an extra of this package and is imported on first use, so that CPU users need none of it.
+The compiler comes with an extra of this package and is imported on first use, so that CPU users need none of it. What
+:mod:`escort.cuda.carried` holds needs no compiler at all.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import io
 import json
 import logging
 import re
-import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,6 +22,8 @@ from typing import Any
 import torch
 
 from escort import cache
+from escort.cuda import carried
+from escort.cuda.binary import Binary
 
 _log = logging.getLogger(__name__)
 #: Where sources are looked up.
@@ -55,41 +57,16 @@ Source = str | Path | Text
 
 #: -v makes ptxas say what a kernel uses. Add "lineinfo": True to see source lines in a profiler; it triples a binary.
 _OPTIONS = {"std": "c++17", "ptxas_options": ["-v"]}
-#: What the header of a cubin says: the magic number, the version of the ABI, the machine and the flags. Those hold the
-#: architecture's number, 90 for sm_90, in their second byte, or in their first before that version of the ABI.
-_ELF_HEADER = struct.Struct("<4s4xB9xH28xI")
-_ELF_CUDA, _NEWER_ABI = 190, 8
 #: cuda.core changes its own modules while it is imported; a second thread would find it half done.
 _importing = threading.Lock()
 
 
-@dataclass(frozen=True)
-class Binary:
-    """A compiled source.
-
-    Attributes:
-        registers: per thread, of the entry function that uses most.
-        spill_bytes: stored and loaded because registers ran out, all functions together.
-        stack_bytes: of local memory per thread, of the largest function; arrays that are not in registers.
-        shared_bytes: of statically declared shared memory, of the entry function that uses most.
-        compile_s: seconds of one core that compiling took, whenever that was.
-        cubin: device code for `arch` and its minor successors.
-    """
-
-    source: str
-    defines: dict[str, str]
-    arch: str
-    compiler: str
-    registers: int
-    spill_bytes: int
-    stack_bytes: int
-    shared_bytes: int
-    compile_s: float
-    cubin: bytes
+class NotInstalledError(ImportError, RuntimeError):
+    """A package that kernels need is not installed: a RuntimeError as well, as a kernel that cannot run here raises."""
 
 
 def compile_source(source: Source, defines: Defines, arch: str) -> Binary:
-    """Compiles a source, or finds its binary in the cache. Needs no GPU.
+    """Finds a source's binary among those that are carried or in the cache, or compiles it. Needs no GPU.
 
     Threads that compile do so at the same time: the compiler runs outside Python's lock.
 
@@ -101,42 +78,51 @@ def compile_source(source: Source, defines: Defines, arch: str) -> Binary:
     Raises:
         ImportError: the compiler is not installed; says what to install.
         ValueError: the compiler knows no such architecture.
-        RuntimeError: the source does not compile; names file and line.
+        RuntimeError: the source does not compile; names file and line. Or what is carried for it is something else.
     """
     source = source if isinstance(source, Text) else KERNELS / source
-    compiler = compiler_version()
     macros = {name: str(value) for name, value in sorted(defines.items())}
-    made_from = {
-        "texts": _digests(source),
-        "source": source.name,
-        "defines": macros,
-        "arch": arch,
-        "compiler": compiler,
-        "options": _OPTIONS,
-        "fields": [field.name for field in fields(Binary)],
-    }
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    expected = {name: made_from[name] for name in ("source", "defines", "arch", "compiler")}
-    if (stored := cache.load("kernel", key)) is not None and _is_binary(*stored, expected):
-        return Binary(**stored[0], cubin=stored[1])
+    made_from = {"source": source.name, "defines": macros, "arch": arch}
+    key = _hash({**made_from, "texts": _digests(source, _folders), "options": _OPTIONS})
+    if (binary := carried.find(key)) is not None:
+        binary.check(made_from)
+        return binary
+    compiler = _compiler_for(source, arch)
+    expected = {**made_from, "key": key, "compiler": compiler}
+    # What is included of the toolkit differs from machine to machine, as the compiler does.
+    texts, names = _digests(source, _all_folders), [field.name for field in fields(Binary)]
+    cache_key = _hash({**expected, "texts": texts, "fields": names})
+    if (stored := _from_cache(cache_key, expected)) is not None:
+        return stored
     _check_arch(arch)
-    binary = _compile(source, macros, arch, compiler)
+    binary = _compile(source, macros, arch, compiler, key)
     _log.debug("compiled %s for %s in %.2f s of one core", source.name, arch, binary.compile_s)
-    described = {field.name: getattr(binary, field.name) for field in fields(Binary) if field.name != "cubin"}
-    cache.store("kernel", key, described, binary.cubin)
+    cache.store("kernel", cache_key, binary.describe(), binary.cubin)
     return binary
 
 
-def _is_binary(description: Mapping[str, Any], cubin: bytes, expected: Mapping[str, Any]) -> bool:
-    """Whether an entry of the cache is what was asked for: its fields, and device code for that architecture."""
-    numbers = [description.get(field.name) for field in fields(Binary) if field.type in ("int", "float")]
-    if {**description, **expected} != description or not all(type(number) in (int, float) for number in numbers):
-        return False
-    if {*description} != {field.name for field in fields(Binary)} - {"cubin"} or len(cubin) < _ELF_HEADER.size:
-        return False
-    magic, abi, machine, flags = _ELF_HEADER.unpack_from(cubin)
-    arch = flags >> 8 & 0xFF if abi >= _NEWER_ABI else flags & 0xFF
-    return magic == b"\x7fELF" and machine == _ELF_CUDA and expected["arch"].strip("smaf_") == str(arch)
+def _hash(made_from: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _compiler_for(source: Path | Text, arch: str) -> str:
+    """The compiler's version. Raises ImportError naming the kernel that is to be compiled."""
+    try:
+        return compiler_version()
+    except ImportError as error:
+        raise NotInstalledError(f"{source.name} is not compiled for {arch} yet: {error}") from error
+
+
+def _from_cache(key: str, expected: Mapping[str, Any]) -> Binary | None:
+    """An entry of the cache; None where there is none, or it is not what was asked for."""
+    if (stored := cache.load("kernel", key)) is None:
+        return None
+    try:
+        binary = Binary.of(*stored)
+        binary.check(expected)
+    except (ValueError, RuntimeError):
+        return None
+    return binary
 
 
 def compiler_version() -> str:
@@ -144,15 +130,23 @@ def compiler_version() -> str:
     return f"NVRTC {dotted(nvrtc_version())}"
 
 
-@lru_cache
 def nvrtc_version() -> tuple[int, int]:
     """Of the compiler, such as (13, 0). Raises ImportError where it is not installed."""
+    found = _find_nvrtc()
+    if isinstance(found, Exception):
+        raise missing("NVRTC", found) from found
+    return found
+
+
+@lru_cache
+def _find_nvrtc() -> tuple[int, int] | Exception:
+    """The compiler's version, or why there is none: looking for it takes long, and every layer asks."""
     try:
         from cuda.bindings import nvrtc
 
         _, major, minor = nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:  # the library itself is loaded by the first call
-        raise missing("NVRTC", error) from error
+        return error
     return major, minor
 
 
@@ -163,7 +157,9 @@ def extra() -> str:
 
 def missing(what: str, error: Exception) -> ImportError:
     """The error for a package that is not installed."""
-    return ImportError(f"CUDA kernels need {what}, which is missing: pip install escort-sparse[{extra()}] ({error})")
+    return NotInstalledError(
+        f"CUDA kernels need {what}, which is missing: pip install escort-sparse[{extra()}] ({error})"
+    )
 
 
 def dotted(version: tuple[int, int]) -> str:
@@ -195,8 +191,8 @@ def _toolkit_headers() -> Path:
     return Path(folder)
 
 
-def _digests(source: Path | Text) -> dict[str, str]:
-    """The digest of a source and of every header that it may include, by name."""
+def _digests(source: Path | Text, folders: Callable[[Path | Text], list[Path]]) -> dict[str, str]:
+    """The digest of a source and of every header that it may include out of these folders, by name."""
     digests: dict[str, str] = {}
     wanted = [source]
     while wanted:
@@ -208,13 +204,18 @@ def _digests(source: Path | Text) -> dict[str, str]:
         else:
             digests[source.name], included = _read(source, source.stat().st_mtime_ns)
         for name in included:
-            wanted += [folder / name for folder in _folders(source) if (folder / name).is_file()][:1]
+            wanted += [folder / name for folder in folders(source) if (folder / name).is_file()][:1]
     return digests
 
 
 def _folders(source: Path | Text) -> list[Path]:
+    """Where our own headers that a source includes are looked up, in this order."""
+    return [*([] if isinstance(source, Text) else [source.parent]), KERNELS]
+
+
+def _all_folders(source: Path | Text) -> list[Path]:
     """Where what a source includes is looked up, in this order."""
-    return [*([] if isinstance(source, Text) else [source.parent]), KERNELS, _toolkit_headers()]
+    return [*_folders(source), _toolkit_headers()]
 
 
 @lru_cache(maxsize=256)
@@ -229,7 +230,7 @@ def _included(text: bytes) -> list[str]:
     return [name.decode() for name in re.findall(rb'^\s*#\s*include\s*[<"]([^>"]+)[>"]', text, re.MULTILINE)]
 
 
-def _compile(source: Path | Text, macros: Mapping[str, str], arch: str, compiler: str) -> Binary:
+def _compile(source: Path | Text, macros: Mapping[str, str], arch: str, compiler: str, key: str) -> Binary:
     try:
         with _importing:
             from cuda.core import Program, ProgramOptions
@@ -239,7 +240,7 @@ def _compile(source: Path | Text, macros: Mapping[str, str], arch: str, compiler
         name=source.name,
         arch=arch,
         define_macro=list(macros.items()) or None,  # an empty list is refused
-        include_path=[str(folder) for folder in _folders(source)],
+        include_path=[str(folder) for folder in _all_folders(source)],
         **_OPTIONS,
     )
     text = source.text if isinstance(source, Text) else source.read_text()
@@ -256,6 +257,7 @@ def _compile(source: Path | Text, macros: Mapping[str, str], arch: str, compiler
         return [int(number) for number in re.findall(pattern, log.getvalue())] or [0]
 
     return Binary(
+        key=key,
         source=source.name,
         defines=dict(macros),
         arch=arch,

@@ -16,17 +16,9 @@ from typing import Any
 
 import torch
 
-from escort.cuda import driver
-from escort.cuda.compiler import (
-    Binary,
-    Defines,
-    Source,
-    Text,
-    compile_source,
-    compiler_version,
-    dotted,
-    nvrtc_version,
-)
+from escort.cuda import carried, driver
+from escort.cuda.binary import Binary
+from escort.cuda.compiler import Defines, Source, Text, compile_source, compiler_version, dotted
 from escort.cuda.driver import driver_version
 from escort.cuda.launch import Argument, Launch, Parameter, Passed, attributes
 
@@ -64,6 +56,7 @@ def kernel(
 
     Raises:
         RuntimeError: there is no GPU, it is too old, or its driver is older than the compiler; and as `compile_source`.
+        ImportError: as `compile_source`.
     """
     if device.type != "cuda":
         raise ValueError(f"{source} runs on CUDA devices, not on {device}")
@@ -107,10 +100,14 @@ def arch(device: torch.device, *, native: bool = False) -> str:
 
 
 def unavailable(device: torch.device, *, native: bool = False) -> str | None:
-    """Why no kernel can be compiled for a device, or None where one can; `native` as of :func:`arch`."""
+    """Why no kernel can be had for a device, or None where one can; `native` as of :func:`arch`.
+
+    Without a compiler those can be had that are carried, and :func:`kernel` raises ImportError for any other one.
+    """
     try:
-        compiler_version()
-        arch(device, native=native)
+        driver.api()
+        if not carried.has_any(arch(device, native=native)):
+            compiler_version()
     except (ImportError, RuntimeError) as error:
         return str(error)
     return None
@@ -209,7 +206,7 @@ class Kernel:
 
     def _explained(self, error: driver.DriverError) -> Exception:
         """The error for a failure to load: its cause and the remedy."""
-        compiler, supported = nvrtc_version(), driver_version()
+        compiler, supported = self.binary.cuda, driver_version()
         if error.name in ("CUDA_ERROR_OUT_OF_MEMORY", "CUDA_ERROR_NOT_FOUND") or compiler <= supported:
             return error.of(str(self))
         older = f"install escort-sparse[cuda{supported[0]}], or " if supported[0] < compiler[0] else ""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from escort.cuda.binary import Binary
 from escort.filter import SparseFilter
 from escort.layers import runners
 from escort.layers.conv_like import ConvLike
@@ -20,7 +21,7 @@ from escort.layers.observed import PLAIN, is_capturing, is_compiling, is_observe
 from escort.layers.operator import check_not_for_onnx, output_shape, sparse_conv2d
 from escort.layers.runners import Choice, RunnerCache
 from escort.layers.weight import DenseWeight
-from escort.methods import Runner
+from escort.methods import Prepared, Runner
 from escort.methods.base import apply_epilogue
 from escort.planner.plan import Layer, Plan
 from escort.problem import Epilogue, Problem
@@ -216,7 +217,7 @@ class SparseConv2d(ConvLike):
         key, cached = (x.shape[1:], x.dtype, x.device, "alone"), self._runners
         run = cached.get(key)
         if run is None:
-            run = self._make_runner(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]), alone=True)
+            run = self._make(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]), alone=True).run
             cached.add(key, run)
         if x.is_cuda and is_capturing():
             cached.keep(run)
@@ -242,6 +243,11 @@ class SparseConv2d(ConvLike):
         problem = self.plan.problem
         self._lay_out(problem.batch, problem.height, problem.width)
 
+    def binaries(self) -> tuple[Binary, ...]:
+        """Those of the kernels that run the plan's input size, which is laid out for that once more."""
+        problem = self.plan.problem
+        return self._make(problem.batch, problem.height, problem.width).binaries
+
     def _prepare(self, x: torch.Tensor, residual: torch.Tensor | None) -> Runner:
         """A runner for a new input size, or the error that a call deserves."""
         storage = self.plan.problem.storage
@@ -262,12 +268,12 @@ class SparseConv2d(ConvLike):
 
     def _lay_out(self, batch: int, height: int, width: int) -> Runner:
         cached = self._runners  # as it was before bias and values are read
-        run = self._make_runner(batch, height, width)
+        run = self._make(batch, height, width).run
         shape = torch.Size((self.in_channels, height, width))
         cached.add((shape, self.plan.problem.storage, self.values.device, not self.residual), run)
         return run
 
-    def _make_runner(self, batch: int, height: int, width: int, *, alone: bool = False) -> Runner:
+    def _make(self, batch: int, height: int, width: int, *, alone: bool = False) -> Prepared:
         try:
             runners.check_not_capturing(self.values.device)
             problem = self.problem(batch, height, width)

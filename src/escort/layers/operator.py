@@ -78,7 +78,7 @@ def _operator_runner(
     epilogue = Epilogue(bias is not None, residual is not None, planned.epilogue.activation)
     batch, _, height, width = x.shape
     problem = replace(planned, batch=batch, height=height, width=width, device=str(device), epilogue=epilogue)
-    return runners.prepare(problem, sparse_filter, bias, choice)
+    return runners.prepare(problem, sparse_filter, bias, choice).run
 
 
 @torch.library.register_fake("escort::sparse_conv2d")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from escort.cuda import kernel
+from escort.cuda.binary import Binary
 from escort.cuda.params import pack
 from escort.kernels import _cpu
 from escort.layers.observed import PLAIN, is_observed, is_profiled
@@ -20,6 +22,7 @@ from escort.layers.runners import check_not_capturing
 from escort.methods.base import aligned
 from escort.problem import TORCH_MEMORY_FORMAT
 
+_log = logging.getLogger(__name__)
 Pair = tuple[int, ...]  # of two
 Window = tuple[Pair, Pair, Pair, Pair]  # kernel_size, stride, padding and dilation
 
@@ -84,11 +87,15 @@ def _pooling(
     result = torch.empty((*shape[:2], *size), dtype=dtype, device="meta", memory_format=memory_format)
     out_shape, strides = result.shape, result.stride()
     pitch = shape[1] if is_channels_last else 1
-    vector = math.gcd(pitch, 16 // dtype.itemsize)
+    vector = _vector(pitch, dtype)
     vectors, alignment = result.numel() // vector, vector * dtype.itemsize
     if vectors > _MOST_VECTORS:  # torch's has no such limit
         return lambda x: F.max_pool2d(x.contiguous(memory_format=memory_format), *window, ceil_mode)
-    launch, grid = _pool_launch(device, dtype, vector, window), (-(-vectors // _THREADS), 1, 1)
+    try:
+        launch, grid = _pool_launch(device, dtype, vector, window), (-(-vectors // _THREADS), 1, 1)
+    except ImportError as error:  # there is no compiler, and other kernels than this one are carried
+        _log.warning("max pooling of %s on %s is run by torch: %s", tuple(shape), device, error)
+        return lambda x: F.max_pool2d(x.contiguous(memory_format=memory_format), *window, ceil_mode)
     sizes = vectors, pitch, *shape[2:], *size
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -99,15 +106,24 @@ def _pooling(
     return run
 
 
+def _vector(pitch: int, dtype: torch.dtype) -> int:
+    """How many elements are accessed at once, where so many channels lie side by side."""
+    return math.gcd(pitch, 16 // dtype.itemsize)
+
+
 @lru_cache(_MOST_LAUNCHES)
 def _pool_launch(device: torch.device, dtype: torch.dtype, vector: int, window: Window) -> Callable[..., None]:
     """The launch of kernels/cuda/max_pool.cu, compiled for a kernel_size and for accesses of `vector` elements."""
     check_not_capturing(device)
-    (rows, columns), *steps = window
-    macros = {"STORAGE": POOLED_ON_GPU.index(dtype), "VECTOR": vector, "ROWS": rows, "COLUMNS": columns}
-    compiled = kernel.kernel("max_pool.cu", macros, device)
-    params = pack(Params(*itertools.chain(*steps)))
+    params = pack(Params(*itertools.chain(*window[1:])))
+    compiled = _pool_kernel(device, dtype, vector, window)
     return compiled.bind(_THREADS, 0, (torch.Tensor, torch.Tensor, *[int] * 6, params), overlap=True)
+
+
+def _pool_kernel(device: torch.device, dtype: torch.dtype, vector: int, window: Window) -> kernel.Kernel:
+    rows, columns = window[0]
+    macros = {"STORAGE": POOLED_ON_GPU.index(dtype), "VECTOR": vector, "ROWS": rows, "COLUMNS": columns}
+    return kernel.kernel("max_pool.cu", macros, device)
 
 
 @torch.compiler.assume_constant_result
@@ -118,12 +134,17 @@ def pools(device: torch.device, dtype: torch.dtype) -> bool:
     """
     if device.type != "cuda":
         return device.type == "cpu" and dtype is torch.float32
-    return dtype in POOLED_ON_GPU and _compiles_for(device)
+    return dtype in POOLED_ON_GPU and _has_kernels(device)
 
 
-@cache
-def _compiles_for(device: torch.device) -> bool:
-    return kernel.unavailable(device) is None
+def _has_kernels(device: torch.device) -> bool:
+    """Whether kernels can be had for a GPU. What once could stays so; what could not may come with a saved network."""
+    if device not in _served and kernel.unavailable(device) is None:
+        _served.add(device)
+    return device in _served
+
+
+_served: set[torch.device] = set()
 
 
 def _in_channels_last(x: torch.Tensor) -> bool:
@@ -184,10 +205,21 @@ class MaxPool2d(nn.MaxPool2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 4 or not pools(x.device, x.dtype):
             return super().forward(x)
-        window = pair(self.kernel_size), pair(self.stride), pair(self.padding), pair(self.dilation)
+        window = self._window
         if is_observed() or is_profiled() or type(x) not in PLAIN or x.requires_grad or x.is_neg():
             return max_pool2d(x, *window, self.ceil_mode)
         return (_max_pool2d_on_gpu if x.is_cuda else _max_pool2d_on_cpu)(x, *window, self.ceil_mode)
+
+    def binaries(self, x: torch.Tensor) -> tuple[Binary, ...]:
+        """Those of the kernels that pool x on a GPU, none where torch's do."""
+        if not x.is_cuda or x.ndim != 4 or not pools(x.device, x.dtype):
+            return ()
+        vector = _vector(x.shape[1] if _in_channels_last(x) else 1, x.dtype)
+        return (_pool_kernel(x.device, x.dtype, vector, self._window).binary,)
+
+    @property
+    def _window(self) -> Window:
+        return pair(self.kernel_size), pair(self.stride), pair(self.padding), pair(self.dilation)
 
 
 def pair(value: int | tuple[int, ...]) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import torch
 
 from escort.filter import SparseFilter
 from escort.layers.counters import ANOTHER_SIZE, Counters
-from escort.methods import Method, Runner, by_name, for_device
+from escort.methods import Method, Prepared, by_name, for_device
 from escort.planner.plan import Plan
 from escort.problem import Problem
 
@@ -125,12 +125,12 @@ def prepare(
     choice: Choice,
     name: str = "a convolution",
     counters: Counters | None = None,
-) -> Runner:
-    """A runner of the chosen method and config, complete on its device when this returns: any stream may call it.
+) -> Prepared:
+    """The chosen method and config, complete on its device when this returns: any stream may call it.
 
     An input size that the config does not fit runs by the method's own first choice for it. A size that the method
     refuses runs by the first other method that takes it. A size that was not planned, and that takes long to compile
-    for, runs by another method as well, with a warning: a call must not take minutes.
+    for or cannot be compiled for here, runs by another method as well, with a warning: a call must not take minutes.
 
     Args:
         problem: what to run; its batch and input size need not be those of the choice.
@@ -140,17 +140,18 @@ def prepare(
 
     Raises:
         ValueError: where no method takes the problem.
+        ImportError: where the planned size needs a kernel that is not compiled yet, and there is no compiler.
     """
     counters = counters or Counters()
     if problem.device_type == "cpu":
         return _prepare(problem, sparse_filter, bias, choice, name, counters)
     bias = None if bias is None else bias.cpu()
 
-    def on_device() -> Runner:
+    def on_device() -> Prepared:
         with torch.cuda.device(problem.device):
-            run = _prepare(problem, sparse_filter, bias, choice, name, counters)
+            prepared = _prepare(problem, sparse_filter, bias, choice, name, counters)
             torch.cuda.current_stream().synchronize()
-            return run
+            return prepared
 
     # On a thread of its own: torch.compile(mode="reduce-overhead") lends the calling thread a pool of memory that
     # nothing may keep.
@@ -165,8 +166,8 @@ def _prepare(
     choice: Choice,
     name: str,
     counters: Counters,
-) -> Runner:
-    """The runner of :func:`prepare`, made on the calling thread."""
+) -> Prepared:
+    """What :func:`prepare` returns, made on the calling thread."""
     chosen = by_name(choice.method, problem.device)
     others = [method for method in for_device(problem.device) if method is not chosen]
     others.sort(key=lambda method: method.compiles_per_filter)  # what takes minutes, last
@@ -176,32 +177,38 @@ def _prepare(
     if planned != size:
         counters.count(ANOTHER_SIZE)
         _log.info("layer %s, planned for inputs of %s, is laid out for those of %s", name, planned, size)
-    takes_long = planned != size and _compile_s(chosen, problem, sparse_filter, choice) > _PATIENCE_S
-    if takes_long:
+    hindrance = None  # to compiling the chosen kernel for a size that was not planned
+    if planned != size and _compile_s(chosen, problem, sparse_filter, choice) > _PATIENCE_S:
+        hindrance = f"compiling a {chosen.name} kernel for that size takes long"
         attempts.sort(key=lambda attempt: attempt[0].compiles_per_filter)
-    refusal = None
+    refusal: Exception | None = None
     for method, by_choice in attempts:
         try:
             if reason := method.unsupported(problem):
                 raise ValueError(reason)
             config = method.config_type(**choice.config) if by_choice else method.configs(problem, sparse_filter)[0]
-            run = method.prepare(problem, sparse_filter, bias, config).run
+            prepared = method.prepare(problem, sparse_filter, bias, config)
+        except ImportError as error:
+            if planned == size:
+                raise
+            refusal, hindrance = refusal or error, hindrance or str(error)
+            continue
         except ValueError as error:
             refusal = refusal or error
             continue
         if not (method is chosen and by_choice):
             runs_by = f"its first config of {method.name}" if method is chosen else method.name
-            reason = str(refusal) if refusal else f"compiling a {chosen.name} kernel for that size takes long"
+            reason = str(refusal or hindrance)
             counters.count(f"run by {runs_by}: {reason}")
             _log.warning("layer %s, on inputs of %s, is run by %s instead of its plan: %s", name, size, runs_by, reason)
-        if takes_long and method is not chosen:
+        if hindrance and method is not chosen:
             warnings.warn(
                 f"layer {name}, {problem.in_channels} to {problem.out_channels} channels, was planned for inputs of "
-                f"{planned}; those of {size} run by {method.name}, as compiling a {chosen.name} kernel would take "
-                "long: convert the model with such an example if they matter",
+                f"{planned}; those of {size} run by {method.name}, as {hindrance}: convert the model with such an "
+                "example if they matter",
                 stacklevel=2,
             )
-        return run
+        return prepared
     assert refusal is not None
     raise refusal
 

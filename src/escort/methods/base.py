@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
-from escort.cuda.compiler import Binary
+from escort.cuda.binary import Binary
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
@@ -38,11 +38,13 @@ class Prepared:
         run: what runs it.
         binary: the kernel, where one was compiled for this filter.
         notes: numbers by name that the plan shows beside the time.
+        binaries: of all the kernels that it launches.
     """
 
     run: Runner
     binary: Binary | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
+    binaries: tuple[Binary, ...] = ()
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return self.run(x, residual)
@@ -91,7 +93,15 @@ class Method(ABC):
         Raises:
             ValueError: if the config does not fit the problem, or a weight is too large for the storage type.
             RuntimeError: if the device refuses.
+            ImportError: if there is no compiler for a kernel that is not compiled yet.
         """
+
+    def offers(self, problem: Problem, sparse_filter: SparseFilter, config: Config) -> bool:
+        """Whether a config is of the search space for this problem. Kernels trust their configs: no other is prepared.
+
+        It says no less than :meth:`configs`, without a prediction. The config's fields have their types.
+        """
+        return config in self.configs(problem, sparse_filter)
 
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: Config | None = None

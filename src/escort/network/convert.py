@@ -177,7 +177,12 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
 
 
 def replan(
-    model: ConvertedModel, *, effort: Effort = "fast", progress: bool = False, whole: bool = True
+    model: ConvertedModel,
+    *,
+    effort: Effort = "fast",
+    progress: bool = False,
+    whole: bool = True,
+    remeasure: bool = True,
 ) -> ConvertedModel:
     """The same network planned anew on this machine and its present device, for the input sizes of its plan.
 
@@ -186,12 +191,14 @@ def replan(
     Args:
         effort, progress: as of :func:`convert`.
         whole: whether to run the whole network for its time; else only its layers are run.
+        remeasure: whether to measure every layer; else one that is like another that was measured on this machine takes
+            over its plan, as in a conversion.
     """
     if not isinstance(model, ConvertedModel):
         raise TypeError(f"replan takes what escort.convert returned, got {type(model).__name__}; convert it first")
     tensors = (*model.network.parameters(), *model.network.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
-    request = Request(device, model.plan.precision, settle_effort(effort), remeasure=True)
+    request = Request(device, model.plan.precision, settle_effort(effort), remeasure=remeasure)
     with _turn, on_device(device), own_draws(), request.progress.bar(shown=progress):
         with running_out("the network"):
             network = copy.deepcopy(model.network)

@@ -33,7 +33,7 @@ from escort.runtime.stand_in import adopt
 _log = logging.getLogger(__name__)
 
 #: A network in a memory format that is predicted to take so many times as long as in another one is not planned.
-_CLOSE = 1.25
+_CLOSE = 1.15
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def likely(
     """The networks that are worth planning by their methods' predictions, and why the others are not.
 
     Where time may be spent on compiling for the weights, all are planned. Where all plans of one are known, so that an
-    earlier conversion chose it, it is the only one. Only layers that are predicted in every memory format count.
+    earlier conversion chose it, it is the only one. Layers of mostly nonzeros do not count: the dense method will run
+    them. Where methods with a model run a layer in one memory format alone, nothing can be said.
     """
     if len(networks) == 1 or request.compile_budget_s > 0.0:
         return dict(networks), {}
@@ -152,9 +153,13 @@ def likely(
     if len(known) == 1:
         reason = f"the plans of all layers are known in {known[0]} alone; effort='best' tries it"
         return {known[0]: networks[known[0]]}, {name: reason for name in networks if name != known[0]}
-    times = {name: predicted_us(layers[name], request.methods) for name in networks}
-    everywhere = [i for i, times_us in enumerate(zip(*times.values(), strict=True)) if None not in times_us]
-    totals_us = {name: sum(times_us[i] or 0.0 for i in everywhere) for name, times_us in times.items()}
+    times = {
+        name: predicted_us([layer for layer in layers[name] if layer.sparse_filter.sparsity > 0.5], request.methods)
+        for name in networks
+    }
+    if len({tuple(time_us is None for time_us in times_us) for times_us in times.values()}) > 1:
+        return dict(networks), {}
+    totals_us = {name: sum(time_us or 0.0 for time_us in times_us) for name, times_us in times.items()}
     least_us = min(totals_us.values())
     slower: dict[str, str] = {
         name: f"its layers are predicted to take {total_us / least_us:.1f} times as long; effort='best' tries it"

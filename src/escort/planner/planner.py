@@ -321,4 +321,4 @@ def _is_offered(plan: Plan, task: _Task) -> bool:
     """Whether a plan's choice is one that the method itself offers for a layer. Kernels trust their configs."""
     method, config = _choice_of(plan, task)
     problem, sparse_filter, _ = task.layer
-    return method.unsupported(problem) is None and config in method.configs(problem, sparse_filter)
+    return method.unsupported(problem) is None and method.offers(problem, sparse_filter, config)

@@ -28,12 +28,14 @@ from escort.filter import SparseFilter
 from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, contiguous_only, input_check, output_strides
 from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_samples, shared_bytes
 from escort.methods.cuda.direct.params import Params, defines
-from escort.methods.cuda.direct.search import has_room, neighbours, predicted_clocks, search
+from escort.methods.cuda.direct.search import has_room, is_offered, neighbours, predicted_clocks, search
 from escort.methods.cuda.direct.tables import lay_out
 from escort.problem import Problem
 
 _SOURCE = "direct.cu"
 _CLOCK_MHZ = 1755.0  # of an H200 under load
+#: How much longer 16-bit types take than the model says: the median over the paper's layers (docs/results.md).
+_SLOWER_IN_16_BITS = 1.24
 #: Blocks along y; more tiles than these continue along z.
 _MOST_TILES_Y = 32768
 
@@ -59,11 +61,15 @@ class DirectCuda(Method):
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[DirectConfig]:
         return search(problem, sparse_filter, Gpu.of(problem.device))
 
+    def offers(self, problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> bool:
+        return is_offered(problem, sparse_filter, Gpu.of(problem.device), config)
+
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: DirectConfig | None = None
     ) -> float:
         packed = problem.precision == "fp16" if config is None else config.packed
-        return predicted_clocks(problem, sparse_filter, gpu, packed, config) / _CLOCK_MHZ
+        slower = _SLOWER_IN_16_BITS if problem.storage.itemsize == 2 else 1.0
+        return slower * predicted_clocks(problem, sparse_filter, gpu, packed, config) / _CLOCK_MHZ
 
     def neighbours(
         self, config: DirectConfig, problem: Problem, sparse_filter: SparseFilter
@@ -112,4 +118,4 @@ class DirectCuda(Method):
             launch(grid, x, y, residual, samples, tiles)
             return y
 
-        return Prepared(run)
+        return Prepared(run, binaries=(compiled.binary,))

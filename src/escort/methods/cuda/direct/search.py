@@ -113,6 +113,21 @@ def has_room(problem: Problem, gpu: Gpu) -> bool:
     return bool(_fits(problem, None, gpu, {name: column[:1, :1] for name, column in knobs.items()}).item())
 
 
+def is_offered(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: DirectConfig) -> bool:
+    """Whether a config is one that :func:`search` chooses from."""
+    half = STORAGE[problem.precision] != 0
+    if not config.balanced or (config.packed and not half):
+        return False
+    knobs = _knobs(half, config.packed, gpu.registers)
+    tiles, stagings = (
+        np.all([knobs[name].ravel() == getattr(config, name) for name in axes], axis=0) for axes in (AXES, STAGING_AXES)
+    )
+    if not (tiles.any() and stagings.any()):
+        return False
+    row = {name: column[:, stagings] if name in STAGING_AXES else column[tiles] for name, column in knobs.items()}
+    return bool(_fits(problem, sparse_filter, gpu, row).item())
+
+
 def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, packed: bool, most: int | None = None) -> Space:
     """The configs that fit, all or about so many of the best, with their predicted clocks in the column "clocks"."""
     knobs = _knobs(STORAGE[problem.precision] != 0, packed, gpu.registers)

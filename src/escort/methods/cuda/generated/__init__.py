@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import torch
 
+from escort.cuda.binary import Binary
 from escort.cuda.compiler import Text
 from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import kernel, unavailable
@@ -25,7 +26,7 @@ from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, contigu
 from escort.methods.cuda.generated import codegen
 from escort.methods.cuda.generated.config import GeneratedConfig
 from escort.methods.cuda.generated.model import part_count, part_steps, predict_us, space_of
-from escort.methods.cuda.generated.search import candidates, search
+from escort.methods.cuda.generated.search import candidates, is_offered, search
 from escort.methods.cuda.generated.steps import KernelSteps
 from escort.problem import Problem
 
@@ -64,6 +65,9 @@ class Generated(Method):
         """The configs of least predicted time, no two of them alike."""
         return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_CONFIGS)
 
+    def offers(self, problem: Problem, sparse_filter: SparseFilter, config: GeneratedConfig) -> bool:
+        return is_offered(problem, sparse_filter, Gpu.of(problem.device), config)
+
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: GeneratedConfig | None = None
     ) -> float:
@@ -92,8 +96,10 @@ class Generated(Method):
         check, out_shape = input_check(problem, _most_samples(kernel_steps)), problem.output_shape[1:]
         clusters = config.clusters(Gpu.of(problem.device))
         alignment = max(config.copy * 4, problem.storage.itemsize)
-        arrange = _arrange(kernel_steps, device) if config.arranged else None
-
+        arrange, binaries = None, [compiled.binary]
+        if config.arranged:
+            arrange, arranging = _arrange(kernel_steps, device)
+            binaries.append(arranging)
         strides = output_strides(problem, "contiguous")
 
         @lru_cache(MOST_BATCHES)
@@ -117,10 +123,10 @@ class Generated(Method):
             launch(grid, x, y, residual, samples, tiles)
             return y
 
-        return Prepared(run, compiled.binary)
+        return Prepared(run, compiled.binary, binaries=tuple(binaries))
 
 
-def _arrange(kernel_steps: KernelSteps, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+def _arrange(kernel_steps: KernelSteps, device: torch.device) -> tuple[Callable[[torch.Tensor], torch.Tensor], Binary]:
     """Lays out an input x (N, C, H, W) as (planes, words) of 32 bits, by kernels/cuda/generated_arrange.cu."""
     planes = kernel_steps.problem.in_channels * len(kernel_steps.words.phases)
     compiled = kernel("generated_arrange.cu", codegen.arrange_defines(kernel_steps, _ARRANGE_THREADS), device)
@@ -139,7 +145,7 @@ def _arrange(kernel_steps: KernelSteps, device: torch.device) -> Callable[[torch
         launch(grid, x, arranged, samples, words)
         return arranged
 
-    return run
+    return run, compiled.binary
 
 
 def _most_samples(kernel_steps: KernelSteps) -> int:

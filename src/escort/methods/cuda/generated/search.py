@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,10 +59,24 @@ def _kind(space: Space) -> tuple[int, ...]:
     return tuple(common(space, knob) for knob in ("arranged", "split", "multicast", "prefetch_warps", "start_points"))
 
 
-def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Iterator[Space]:
+def is_offered(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: GeneratedConfig) -> bool:
+    """Whether a config is of the search space."""
+    knobs = asdict(config)
+    return any(
+        np.all([space[knob] == value for knob, value in knobs.items()], axis=0).any()
+        for space in candidates(problem, sparse_filter, gpu, knobs)
+    )
+
+
+def candidates(
+    problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, wanted: Mapping[str, int] = MappingProxyType({})
+) -> Iterator[Space]:
     """The search space: every config that fits the device and leaves few multiprocessors idle in the last round.
 
     Yields the configs of each way to stage the input and to share it and the code, with a column per knob.
+
+    Args:
+        wanted: knobs by name: ways that have others are left out.
     """
     problem = computed(problem)
     group_channels, channels = problem.out_channels // problem.groups, problem.in_channels // problem.groups
@@ -73,6 +89,8 @@ def candidates(problem: Problem, sparse_filter: SparseFilter, gpu: Gpu) -> Itera
     }
     sizes = Space.product(knobs)
     for staging, sharing in itertools.product(list(_stagings(problem, gpu)), _sharings(problem, gpu)):
+        if any(wanted.get(knob, value) != value for knob, value in (staging | sharing).items()):
+            continue
         split = sharing["split"]
         if staging["copy"] and split > 1:
             continue  # producers take most of the time: there is nothing to gain

@@ -31,7 +31,7 @@ from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
 from escort.methods.cuda.sparse_tc.orders import common_order, order_filter
 from escort.methods.cuda.sparse_tc.packing import Packed, pack
 from escort.methods.cuda.sparse_tc.params import Params
-from escort.methods.cuda.sparse_tc.search import candidates, search
+from escort.methods.cuda.sparse_tc.search import candidates, is_offered, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
 
@@ -70,6 +70,9 @@ class SparseTc(Method):
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_CONFIGS, problem.memory_format)
 
+    def offers(self, problem: Problem, sparse_filter: SparseFilter, config: SparseTcConfig) -> bool:
+        return is_offered(problem, Gpu.of(problem.device), config)
+
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: SparseTcConfig | None = None
     ) -> float:
@@ -104,7 +107,10 @@ class SparseTc(Method):
         torch_format = TORCH_MEMORY_FORMAT[config.memory_format]
         last = config.takes_channels_last
         alignment = 16 if last else tiling.element.bytes * tiling.vector
-        arrange = None if last else arranger(problem, tiling.element, ordered.in_order, device)
+        arrange, binaries = None, [compiled.binary]
+        if not last:
+            arrange, arranging = arranger(problem, tiling.element, ordered.in_order, device)
+            binaries.append(arranging)
         clusters, out_shape = gpu.clusters(config.cluster), problem.output_shape[1:]
         strides = output_strides(problem, config.memory_format)
 
@@ -127,7 +133,7 @@ class SparseTc(Method):
             launch(grid, x, y, residual, samples, tile_groups)
             return y
 
-        return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share})
+        return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
 
 
 def _bind(compiled: Kernel, tiling: Tiling, packed: Packed, bias: torch.Tensor | None) -> Launch:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from escort.cuda.binary import Binary
 from escort.cuda.kernel import kernel
 from escort.filter import IntArray
 from escort.methods.base import aligned
@@ -17,10 +18,10 @@ _THREADS, _MOST_PIXELS = 256, 128  # of a block
 
 def arranger(
     problem: Problem, element: Element, in_order: IntArray, device: torch.device
-) -> Callable[[torch.Tensor], torch.Tensor]:
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Binary]:
     """What takes x (N, C, H, W) to (N, H * W, places), with channel in_order[i] in place i, and zeros where it is -1.
 
-    TF32 is rounded to the nearest on the way.
+    TF32 is rounded to the nearest on the way. The binary is that of the kernel.
     """
     plane, places = problem.height * problem.width, len(in_order)
     vector, strips, strip = cut_into_strips(plane, element)
@@ -35,7 +36,7 @@ def arranger(
         launch((samples * strips, places // element.k_block, 1), x, arranged)
         return arranged
 
-    return run
+    return run, compiled.binary
 
 
 def cut_into_strips(plane: int, element: Element) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from escort.methods.cuda.sparse_tc.orders import order_filter
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 from escort.problem import MemoryFormat, Problem
 
+_SHAPES = ((2, 1), (2, 2), (1, 1), (1, 2))  # across and m_blocks
 _PIXELS = (48, 64, 96, 112, 128, 192, 256)  # of products whose tiles are not rows
 _SAMPLES = (2, 3, 4, 6, 8)  # of a tile of several
 _LEAST_USED = 0.5  # of a tile's channels
@@ -40,8 +41,8 @@ def search(
 
 def candidates(problem: Problem, gpu: Gpu, memory_format: MemoryFormat) -> Iterator[Tiling]:
     """Every config that fits, of tiles that are not mostly empty."""
-    for across, m_blocks in ((2, 1), (2, 2), (1, 1), (1, 2)):
-        if across * m_blocks > 1 and problem.out_channels < _LEAST_USED * 64 * across * m_blocks:
+    for across, m_blocks in _SHAPES:
+        if _is_mostly_empty(problem, across, m_blocks):
             continue
         for tap_group, pixels, rows, samples in _tiles(problem, across, m_blocks):
             for cluster in CLUSTERS:
@@ -50,8 +51,32 @@ def candidates(problem: Problem, gpu: Gpu, memory_format: MemoryFormat) -> Itera
                     tiling = Tiling.of(problem, config, gpu.shared_bytes)
                 except UnfitError:
                     break
-                if cluster == 1 or tiling.tiles(max(problem.batch, 1)) >= cluster:
+                if _fills(tiling):
                     yield tiling
+
+
+def is_offered(problem: Problem, gpu: Gpu, config: SparseTcConfig) -> bool:
+    """Whether a config is one of the candidates in the problem's memory format."""
+    across, m_blocks, tile = config.across, config.m_blocks, (config.tap_group, config.pixels, config.rows)
+    if config.memory_format != problem.memory_format or config.cluster not in CLUSTERS:
+        return False
+    if (across, m_blocks) not in _SHAPES or _is_mostly_empty(problem, across, m_blocks):
+        return False
+    if (*tile, config.samples) not in _tiles(problem, across, m_blocks):
+        return False
+    try:
+        return _fills(Tiling.of(problem, config, gpu.shared_bytes))
+    except UnfitError:
+        return False
+
+
+def _is_mostly_empty(problem: Problem, across: int, m_blocks: int) -> bool:
+    return across * m_blocks > 1 and problem.out_channels < _LEAST_USED * 64 * across * m_blocks
+
+
+def _fills(tiling: Tiling) -> bool:
+    """Whether there is a tile for each thread block of a cluster."""
+    return tiling.config.cluster == 1 or tiling.tiles(max(tiling.problem.batch, 1)) >= tiling.config.cluster
 
 
 def _tiles(p: Problem, across: int, m_blocks: int) -> Iterator[tuple[TapGroup, int, int, int]]:
