@@ -9,6 +9,8 @@ methods best (:func:`escort.methods.channel_order`). Tensors that are added have
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from escort.layers import FusedConv2d
 from escort.methods import channel_order
 from escort.network.check import Request
 from escort.network.passes.operations import mutates
+from escort.planner.cores import on_all_cores
 from escort.problem import MemoryFormat
 
 aten = torch.ops.aten
@@ -64,8 +67,11 @@ def rewrite(network: nn.Module, request: Request) -> nn.Module:
         if node.op in ("call_function", "call_method"):
             node.target = _VIEWS.get(node.target, node.target)
     network.recompile()
-    for alike in _alike(network):
-        _reorder(network, alike, request)
+    groups = [group for alike in _alike(network) if (group := _Group.of(network, alike)) is not None]
+    # The order of its inputs is all that a filter's remainder depends on, so that no search waits for another.
+    on_all_cores([partial(group.search, request) for group in groups])
+    for group in groups:
+        group.reorder()
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -85,36 +91,55 @@ def _alike(network: fx.GraphModule) -> list[list[fx.Node]]:
     return list({id(group): group for group in groups.values()}.values())
 
 
-def _reorder(network: fx.GraphModule, alike: list[fx.Node], request: Request) -> None:
-    """Changes the order of the channels of some tensors, if our convolutions alone write and read them."""
-    writers: list[FusedConv2d] = []
-    readers: list[FusedConv2d] = []
-    for node in alike:
-        convolution = _convolution(network, node)
-        if convolution is not None:
-            writers.append(convolution)
-        elif not _is_per_channel(network, node):
+@dataclass
+class _Group:
+    """Tensors whose channels have one order, which our convolutions alone write and read.
+
+    Attributes:
+        channels: the order that suits the readers best; None where any will do.
+    """
+
+    writers: list[FusedConv2d]
+    readers: list[FusedConv2d]
+    channels: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, network: fx.GraphModule, alike: list[fx.Node]) -> _Group | None:
+        """The group of these tensors; None where their order must stay."""
+        writers: list[FusedConv2d] = []
+        readers: list[FusedConv2d] = []
+        for node in alike:
+            convolution = _convolution(network, node)
+            if convolution is not None:
+                writers.append(convolution)
+            elif not _is_per_channel(network, node):
+                return None
+            for user in node.users:
+                reader = _convolution(network, user)
+                if reader is not None and user.args[0] is node:
+                    readers.append(reader)
+                elif reader is None and not _is_per_channel(network, user):
+                    return None
+        if not readers or any(convolution.conv.groups > 1 for convolution in writers + readers):
+            return None
+        return cls(writers, readers)
+
+    def search(self, request: Request) -> None:
+        weights = [reader.conv.weight.detach() for reader in self.readers]
+        self.channels = channel_order(weights, request.precision, str(request.device))
+
+    def reorder(self) -> None:
+        if self.channels is None:
             return
-        for user in node.users:
-            reader = _convolution(network, user)
-            if reader is not None and user.args[0] is node:
-                readers.append(reader)
-            elif reader is None and not _is_per_channel(network, user):
-                return
-    if not readers or any(convolution.conv.groups > 1 for convolution in writers + readers):
-        return
-    channels = channel_order([reader.conv.weight for reader in readers], request.precision, str(request.device))
-    if channels is None:
-        return
-    with torch.no_grad():
-        for fused in {*writers, *readers}:
-            fused.remember_weight()
-        for writer in writers:
-            for tensor in (writer.conv.weight, writer.conv.bias):
-                if tensor is not None:
-                    tensor.copy_(tensor[channels])
-        for reader in readers:
-            reader.conv.weight.copy_(reader.conv.weight[:, channels])
+        with torch.no_grad():
+            for fused in {*self.writers, *self.readers}:
+                fused.remember_weight()
+            for writer in self.writers:
+                for tensor in (writer.conv.weight, writer.conv.bias):
+                    if tensor is not None:
+                        tensor.copy_(tensor[self.channels])
+            for reader in self.readers:
+                reader.conv.weight.copy_(reader.conv.weight[:, self.channels])
 
 
 def _convolution(network: fx.GraphModule, node: fx.Node) -> FusedConv2d | None:
