@@ -10,7 +10,7 @@ struct PixelCopies {
   static constexpr bool GOES_DOWN = TAP_GROUP == IM2COL;
 
   const Params& p;
-  const u32 right, row_end, next_row, end;       // a tap to the right; behind a row; from there to the next; behind all
+  const u32 right, row_end, next_row, end;  // a tap to the right; behind a row; from there to the next; behind all
   const int first_column;
   int c;                                         // the next one's first input channel
   u32 tap;                                       // and its tap: columns to the right, in the upper half rows down
