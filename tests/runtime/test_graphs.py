@@ -257,6 +257,91 @@ def test_batches_that_mix_are_not_padded(gpu: FakeGpu) -> None:
     assert served.stats["graphs"] == 2
 
 
+class MixesByBroadcasting(nn.Module):
+    def __init__(self, returns: str) -> None:
+        super().__init__()
+        self.conv, self.returns = nn.Conv2d(3, 4, 3), returns
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.conv(x).mean((2, 3))
+        d = m[:, None] + m
+        return d.mean(1) if self.returns == "numbers" else d
+
+
+@pytest.mark.parametrize(
+    ("returns", "reason"),
+    [("numbers", "samples mix where"), ("a matrix of samples", "the batch is not the first axis")],
+)
+def test_batches_that_mix_by_broadcasting_are_not_padded(
+    gpu: FakeGpu, returns: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = Served(MixesByBroadcasting(returns), policy="buckets")
+    assert mixing(served.program) is None
+    assert not any(served.check(pictures(4)) for _ in range(2))  # a full bucket, in which nothing is padded
+    assert reason in caplog.text
+    for samples in (3, 4):
+        assert [served.check(pictures(samples)) for _ in range(2)] == [False, True]
+    served = Served(MixesByBroadcasting(returns), policy="buckets")
+    served.graphs.capture(served.program, (pictures(3),), {})
+    assert served.check(pictures(3)) and served.stats["captures"] == 1
+
+
+class Switched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.conv(x) * scale
+
+
+def test_buckets_are_for_the_other_arguments_too(gpu: FakeGpu) -> None:
+    graph = fx.symbolic_trace(Switched().eval())
+    option = next(node for node in graph.graph.nodes if node.target == "scale")
+    option.meta["fixed"] = True  # as the tracer marks what it ran the model with
+    served, x = Served(), pictures(3)
+    served.program, served.graphs.policy = Program.of(graph), "buckets"
+    assert [served.check(x, True) for _ in range(2)] == [False, True]
+    assert [served.check(x, scale=True) for _ in range(2)] == [False, True]
+    assert served.check(pictures(4), True) and served.stats["graphs"] == 2
+    for _ in range(3):
+        with pytest.raises(ValueError, match="False"):
+            served(x, False)
+        with pytest.raises(TypeError, match="wrong"):
+            served(x, wrong=True)
+
+
+class MakesNumbers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).argmax(1) / 3
+
+
+def test_the_default_dtype_is_part_of_what_a_graph_is_for(gpu: FakeGpu) -> None:
+    served, x = Served(MakesNumbers()), pictures()
+    served(x), served(x)
+    try:
+        torch.set_default_dtype(torch.float64)
+        output = served(x)
+        assert not served.was_replayed and output.dtype is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert served.check(x)
+
+
+def test_a_capture_follows_what_was_written_before_the_first_call(gpu: FakeGpu) -> None:
+    served = sparse()
+    layer = served.program.get_submodule("conv")
+    x = torch.randn(2, layer.in_channels, 9, 9)
+    layer.bias.add_(1.0)
+    served(x)  # by which the layer notices
+    served.graphs.capture(served.program, (x,), {})
+    assert served.stats["captures"] == 1 and served.check(x)
+
+
 def test_policies(gpu: FakeGpu) -> None:
     served = Served()
     served(pictures()), served(pictures())

@@ -20,7 +20,7 @@ from escort.layers.counters import Counters
 from escort.methods.precision import float32_settings
 from escort.runtime.capture import not_capturable
 from escort.runtime.lanes import Gpu
-from escort.runtime.replay import Call, Captured
+from escort.runtime.replay import Call, Captured, NotPaddedError
 from escort.runtime.watch import Watch
 
 #: For which batches there are graphs: for each that comes; for powers of two, to which others are padded; for none.
@@ -151,7 +151,13 @@ class Graphs:
 
     def capture(self, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Makes the graph of a call that was made before, even where that failed."""
+        if self._bound is not None and not self._bound.watch.holds():
+            self.clear()  # what was written before that call, it has laid out anew
+        bound = self._bind(network)
+        mixing = bound.mixing
         self._by_graph(network, inputs, named, at_once=True)
+        if bound.mixing != mixing:
+            self._by_graph(network, inputs, named, at_once=True)  # without padding
 
     def _by_graph(
         self, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], *, at_once: bool = False
@@ -209,25 +215,25 @@ class Graphs:
 
     def _kind(self, bound: _Bound, call: Call) -> Kind | str:
         """What a graph is made for, or why there is none for such a call."""
-        index, parts = bound.gpu.index, list[Any]((float32_settings(), *call.named))
+        index, is_padded = bound.gpu.index, self._policy == "buckets" and bound.mixing is None and len(call.tensors) == 1
+        parts: list[Any] = [float32_settings(), torch.get_default_dtype(), *call.named]
         for x in (*call.inputs, *call.named.values()):
             if type(x) in _PLAIN:
                 if x.get_device() != index or x.layout is not torch.strided:
                     return "an input is on another device, or sparse"
                 if x.requires_grad and _is_grad_enabled():
                     return "an input needs a gradient"
-                parts += x.dtype, x.shape, x.stride()
+                if is_padded and x.ndim and len(x) and (x.is_contiguous() or _is_channels_last(x)):
+                    call.samples = 1 << (len(x) - 1).bit_length()
+                    parts += x.dtype, "padded", call.samples, x.shape[1:], x.is_contiguous()
+                else:
+                    parts += x.dtype, x.shape, x.stride()
             elif type(x) in _SCALARS:
                 parts += type(x), x
             else:
                 return "an input is neither a tensor nor a number"
         if not call.tensors:
             return "no input is a tensor"
-        if self._policy == "buckets" and bound.mixing is None and len(call.tensors) == 1:
-            x = call.tensors[0]
-            if x.ndim and len(x) and (x.is_contiguous() or _is_channels_last(x)):
-                call.samples = 1 << (len(x) - 1).bit_length()
-                return ("padded", float32_settings(), x.dtype, call.samples, x.shape[1:], x.is_contiguous())
         return tuple(parts)
 
     def _replayed(self, bound: _Bound, graph: Captured, call: Call) -> Any:
@@ -282,6 +288,10 @@ class Graphs:
         before = gpu.taken()
         try:
             graph = Captured(bound.watch.network, call, gpu, lane, pool)
+        except NotPaddedError as error:
+            bound.mixing = str(error)
+            _log.warning("batches are not padded, each size has a CUDA graph of its own: %s", error)
+            return self._left("batches are not padded from now on")
         except RuntimeError as error:
             bound.spoilt.add(pool)
             return self._failed(bound, kind, call, f"not captured: {in_a_line(error)}")
