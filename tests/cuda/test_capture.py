@@ -181,3 +181,16 @@ def test_an_interrupt_at_the_end_of_entering_is_not_counted(monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt), runs:
         pass
     assert runs._count == runs._own.depth == 0
+
+
+def test_what_is_captured_may_hold_calls() -> None:
+    runs, finished = Runs(), threading.Event()
+
+    def capture() -> None:
+        with runs.stopped(), runs:
+            pass
+        with runs:
+            finished.set()
+
+    threading.Thread(target=capture, daemon=True).start()
+    assert finished.wait(5.0) and runs._count == 0

@@ -53,14 +53,20 @@ class Runs:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Waits until the calls of other threads have ended, and lets no other one begin. The caller holds `turn`."""
+        """Waits until the calls of other threads have ended, and lets no other one begin. The caller holds `turn`.
+
+        What it captures may hold calls of its own.
+        """
+        depth = getattr(self._own, "depth", 0)
         try:
             with self._changed:
                 self._is_stopped = True
-                while self._count > getattr(self._own, "depth", 0):
+                while self._count > depth:
                     self._changed.wait()
+            self._own.depth = depth + 1
             yield
         finally:
+            self._own.depth = depth
             with self._changed:
                 self._is_stopped = False
                 self._changed.notify_all()

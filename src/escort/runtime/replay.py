@@ -110,6 +110,8 @@ class Captured:
             return  # no batch of this size is padded: it has one sample, or two
         part = _like(x[:samples], None).copy_(x[:samples])
         _fill(places, [part])
+        if place.is_floating_point():
+            place[samples:].fill_(1.0)  # what is there must not matter, and a network is warmed up with zeros
         whole, alone = (
             [leaf for leaf in leaves(self._run(network, call, [given])) if isinstance(leaf, Tensor)]
             for given in (place, part)
