@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from escort.cuda.capture import turn
 from escort.filter import SparseFilter
-from escort.layers import SparseConv2d
+from escort.layers import SparseConv2d, runners
 from escort.methods import by_name
 from escort.network.batching import mixing
 from escort.planner.machine import Machine
@@ -483,25 +485,56 @@ def test_values_and_biases_of_sparse_layers_are_followed(gpu: FakeGpu, change: s
     assert [served.check(x) for _ in range(2)] == [True, True]
 
 
-def test_a_graph_keeps_the_runners_that_it_calls(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def kept_by_graphs(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer of a CPU does not ask whether it is captured, so it is told to keep."""
-    served = sparse()
-    layer = served.program.get_submodule("conv")
-    x = torch.randn(2, layer.in_channels, 9, 9)
-    served(x)
-    (run,) = layer._runners.values()
-    gpu.during = lambda: None
-    forward = type(layer).forward
+    forward = SparseConv2d.forward
 
     def kept(self: SparseConv2d, *args: Any) -> Tensor:
         if gpu.is_captured:
-            self._runners.keep(run)
+            self._runners.keep(next(iter(self._runners.values())))
         return forward(self, *args)
 
-    monkeypatch.setattr(type(layer), "forward", kept)
-    served(x)
+    monkeypatch.setattr(SparseConv2d, "forward", kept)
+
+
+def test_a_graph_keeps_the_runners_that_it_calls(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_by_graphs(gpu, monkeypatch)
+    served = sparse()
+    layer = served.program.get_submodule("conv")
+    x = torch.randn(2, layer.in_channels, 9, 9)
+    served(x), served(x)
+    (run,) = layer._runners.values()
     (graph,) = served.graphs._bound.captured.values()  # type: ignore[union-attr]
-    assert list(graph._kept.values()) == [run] and not layer._runners._kept
+    assert list(graph.kept.values()) == [run] and not layer._runners._kept
+
+
+@pytest.mark.parametrize("change", ["written", "cleared", "evicted"])
+def test_tables_that_another_stream_may_read_stay_for_a_while(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    kept_by_graphs(gpu, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    served, now = sparse(), 100.0
+    monkeypatch.setattr(runners.time, "monotonic", lambda: now)
+    layer = served.program.get_submodule("conv")
+    x = torch.randn(2, layer.in_channels, 9, 9)
+    served(x), served(x)
+    run = weakref.ref(next(iter(layer._runners.values())))
+    if change == "written":
+        layer.bias.add_(1.0)
+        served(x)
+    else:
+        layer._runners.clear()
+        served.graphs.limit_bytes = 0
+        if change == "evicted":
+            served.graphs._make_room(served.graphs._bound)  # type: ignore[arg-type]
+        served.graphs.clear()
+    gc.collect()
+    assert run() is not None
+    now = 111.0
+    served(torch.randn(2, layer.in_channels, 8, 8))
+    gc.collect()
+    assert run() is None
 
 
 def test_copies_and_pickles_begin_without_graphs(gpu: FakeGpu) -> None:

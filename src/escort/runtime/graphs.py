@@ -17,6 +17,7 @@ from torch.utils._device import DeviceContext
 
 from escort.cuda.capture import in_a_line, runs, turn
 from escort.layers.counters import Counters
+from escort.layers.runners import Leaving
 from escort.methods.precision import float32_settings
 from escort.runtime.capture import not_capturable
 from escort.runtime.lanes import Gpu
@@ -95,7 +96,8 @@ class Graphs:
         """`mixing` says why the samples of a network's batch cannot be run apart from each other, if they cannot."""
         self._mixing, self._policy, self.limit_bytes = mixing, policy, limit_bytes
         self._bound: _Bound | None = None
-        self._binding = threading.Lock()
+        self._binding = threading.RLock()
+        self._leaving = Leaving()
         self._clock = itertools.count(1)
         self._counts: Counter[str] = Counter()
         self._eager = Counters()
@@ -117,9 +119,15 @@ class Graphs:
 
     def clear(self) -> None:
         """Lets go of all graphs, and of what is known of the calls that could not be captured."""
-        bound, self._bound = self._bound, None
-        if bound is not None:
-            self._counts["replays"] += sum(graph.replays for graph in bound.captured.values())
+        with self._binding:
+            bound, self._bound = self._bound, None
+            for graph in [] if bound is None else list(bound.captured.values()):  # another thread may add one
+                self._drop(graph)
+
+    def _drop(self, graph: Captured) -> None:
+        self._counts["replays"] += graph.replays
+        if graph.kept:
+            self._leaving.add(graph.kept)
 
     def stats(self) -> dict[str, Any]:
         """What became of the calls so far.
@@ -180,6 +188,7 @@ class Graphs:
         return self._missed(bound, kind, call, at_once)
 
     def _left(self, reason: str) -> Any:
+        self._leaving.let_go()
         self._eager.count(reason)
         return _NO_OUTPUT
 
@@ -237,6 +246,7 @@ class Graphs:
         return tuple(parts)
 
     def _replayed(self, bound: _Bound, graph: Captured, call: Call) -> Any:
+        self._leaving.let_go()
         graph.used = next(self._clock)
         stream = bound.gpu.stream()
         with graph.lane.lock:
@@ -319,7 +329,7 @@ class Graphs:
         limit = bound.gpu.memory() // _MEMORY_SHARE if self.limit_bytes is None else self.limit_bytes
         while len(captured) > _MOST_GRAPHS or _bytes(captured.values(), sizes) > limit:
             oldest = min(captured, key=lambda kind: captured[kind].used)
-            self._counts["replays"] += captured.pop(oldest).replays
+            self._drop(captured.pop(oldest))
             self._counts["evictions"] += 1
             wanted = bound.uses.get(oldest, _Uses()).wanted
             bound.uses[oldest] = _Uses(wanted=min(2 * wanted, _MOST_WANTED))

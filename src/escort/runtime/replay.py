@@ -60,6 +60,7 @@ class Captured:
         used: when it was called last, by a clock of those who hold it.
         driver_bytes: what the driver took for it, as far as that was seen.
         replays: how often it was.
+        kept: the runners of layers whose tables it reads.
     """
 
     def __init__(self, network: nn.Module, call: Call, gpu: Gpu, lane: Lane, pool: Any) -> None:
@@ -85,7 +86,7 @@ class Captured:
                 inputs = [_like(x, call.samples) for x in call.tensors]
                 made.extend((inputs, self._run(network, call, inputs)))
 
-            with kept_by_graph() as self._kept:
+            with kept_by_graph() as self.kept:
                 self._graph = gpu.capture(calls, lane, pool)
             self._take(network, gpu, *made)
 
