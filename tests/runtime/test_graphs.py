@@ -171,6 +171,17 @@ def test_outputs_that_a_copy_cannot_stand_for(gpu: FakeGpu, what: str, caplog: p
     assert what in reason and served.stats["eager"][reason] == 3
 
 
+class Repeats(nn.Module):
+    """Its output shares memory where it is repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor, times: int = 1) -> Tensor:
+        return self.conv(x).mean((2, 3), keepdim=True).expand(-1, -1, times, 1)
+
+
 def test_a_capture_that_fails_is_not_tried_again(gpu: FakeGpu) -> None:
     served, x = Served(), pictures()
     gpu.fails = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 8")]
@@ -220,6 +231,54 @@ def test_a_graph_beyond_the_limit_is_not_kept(gpu: FakeGpu) -> None:
     assert [served.check(x) for _ in range(4)] == [False, True, False, False]
     assert served.stats["failed"] == ["its graph takes more than `graphs.limit_bytes`"]
     assert (served.stats["captures"], served.stats["graphs"], served.stats["bytes"]) == (1, 0, 0)
+
+
+class Sharing(FakeGpu):
+    """Its pools are as large as the largest of their graphs needs, 100 bytes a sample, and do not shrink."""
+
+    def capture(self, calls: Any, lane: Any, pool: Any) -> Any:
+        before = self.sizes[pool]
+        recording = super().capture(calls, lane, pool)
+        samples = max(len(x) for *_, x in recording.steps if isinstance(x, Tensor) and x.ndim == 4)
+        self.sizes[pool] = max(before, 100 * samples)
+        return recording
+
+
+def test_a_size_that_is_too_large_evicts_the_others_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Sharing()
+    monkeypatch.setattr(graphs, "Gpu", lambda device: gpu)
+    served = Served(limit_bytes=300)
+    for samples in (1, 2, 9):
+        assert [served.check(pictures(samples)) for _ in range(2)] == [False, True]
+    assert (served.stats["graphs"], served.stats["evictions"]) == (0, 3)
+    for samples in (1, 2):
+        assert [served.check(pictures(samples)) for _ in range(4)] == [False, False, False, True]
+    assert [served.check(pictures(9)) for _ in range(20)] == [False, False, False, True, *[False] * 16]
+    assert (served.stats["graphs"], served.stats["evictions"], served.stats["captures"]) == (2, 4, 6)
+    assert served.stats["failed"] == ["its graph takes more than `graphs.limit_bytes`"]
+    assert all(served.check(pictures(samples)) for samples in (1, 2))
+
+
+def test_memory_may_be_there_another_time(gpu: FakeGpu) -> None:
+    served, x = Served(), pictures()
+    gpu.fails = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 8")]
+    assert [served.check(x) for _ in range(7)] == [False] * 5 + [True] * 2  # four uses after the second
+    assert served.stats["failed"] == [] and served.stats["captures"] == 1
+
+
+def test_what_cannot_be_captured_leaves_the_pool_to_others(gpu: FakeGpu) -> None:
+    served = Served(Repeats())
+    assert [served.check(pictures(2), 1) for _ in range(2)] == [False, True]
+    assert not any(served.check(pictures(2), 5) for _ in range(8))
+    assert [served.check(pictures(3), 1) for _ in range(2)] == [False, True]
+    assert len(gpu.sizes) == 1 and served.stats["graphs"] == 2
+
+
+def test_the_default_stream_of_each_thread_is_many_streams(gpu: FakeGpu) -> None:
+    served, x = Served(), pictures()
+    gpu.current = 2
+    assert not any(served.check(x) for _ in range(3))
+    assert served.stats["eager"] == {"the current stream is another one in each thread": 3}
 
 
 def test_each_stream_has_graphs_of_its_own(gpu: FakeGpu) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +22,7 @@ from escort.layers.runners import Leaving
 from escort.methods.precision import float32_settings
 from escort.runtime.capture import not_capturable
 from escort.runtime.lanes import Gpu
-from escort.runtime.replay import Call, Captured, NotPaddedError
+from escort.runtime.replay import Call, Captured, NotCapturedError, NotPaddedError
 from escort.runtime.watch import Watch
 
 #: For which batches there are graphs: for each that comes; for powers of two, to which others are padded; for none.
@@ -47,11 +48,19 @@ Run = Callable[..., Any]
 class _Uses:
     """How many calls of a kind came since it was last captured, and how many are wanted for the next time.
 
-    Each time that a graph had to go, twice as many are: what comes and goes would be captured again and again.
+    Each time that a graph had to go, or memory was short, twice as many are: what comes and goes would be captured again
+    and again. Where a capture fails for good, no number is enough.
+
+    Attributes:
+        alone: whether the next graph gets a pool of its own: in a shared one it took more memory than there may be.
     """
 
     count: int = 0
-    wanted: int = 2
+    wanted: float = 2
+    alone: bool = False
+
+    def later(self, *, alone: bool = False) -> _Uses:
+        return _Uses(0, min(2 * self.wanted, _MOST_WANTED), self.alone or alone)
 
 
 @dataclass
@@ -211,6 +220,8 @@ class Graphs:
             return "graphs are switched off"
         if not gpu.is_current():
             return "another GPU is the current one"
+        if gpu.is_each_threads():
+            return "the current stream is another one in each thread"
         if gpu.is_capturing():
             return "the caller captures a graph"
         if _is_profiled():
@@ -270,14 +281,12 @@ class Graphs:
         if not bound.watch.holds():
             return self._changed()
         if not at_once:
-            if kind in bound.failed:
-                return self._left(bound.failed[kind])
             if len(bound.uses) > _MOST_KINDS:
                 bound.uses.clear()
             uses = bound.uses.setdefault(kind, _Uses())
             uses.count += 1
             if uses.count < uses.wanted:
-                return self._left("a size that is new")
+                return self._left(bound.failed.get(kind, "a size that is new"))
         if not turn.acquire(blocking=at_once):
             return self._left("another capture is under way")
         try:
@@ -293,7 +302,8 @@ class Graphs:
         """The output of a call that is captured. No other thread captures meanwhile."""
         gpu, lane = bound.gpu, bound.gpu.lane()
         pools = [graph.pool for graph in bound.captured.values() if graph.lane is lane]
-        pool = next((pool for pool in pools if pool not in bound.spoilt), None)
+        uses = bound.uses.setdefault(kind, _Uses())
+        pool = None if uses.alone else next((pool for pool in pools if pool not in bound.spoilt), None)
         is_alone, pool = pool is None, gpu.new_pool() if pool is None else pool
         before = gpu.taken()
         try:
@@ -302,23 +312,43 @@ class Graphs:
             bound.mixing = str(error)
             _log.warning("batches are not padded, each size has a CUDA graph of its own: %s", error)
             return self._left("batches are not padded from now on")
+        except NotCapturedError as error:
+            return self._failed(bound, kind, call, f"not captured: {error}")
         except RuntimeError as error:
             bound.spoilt.add(pool)
-            return self._failed(bound, kind, call, f"not captured: {in_a_line(error)}")
+            # There may be more memory another time.
+            later = uses.later() if isinstance(error, torch.OutOfMemoryError) else None
+            return self._failed(bound, kind, call, f"not captured: {in_a_line(error)}", later=later)
         self._counts["captures"] += 1
         output = self._replayed(bound, graph, call)
         graph.driver_bytes = min(max(gpu.taken() - before, 0), _MOST_DRIVER_BYTES)
-        bound.failed.pop(kind, None)
+        if bound.failed.pop(kind, None) is not None:
+            bound.uses[kind] = _Uses(alone=uses.alone)
+        is_large = _bytes([graph], gpu.reserved()) > self._limit(gpu)
+        if is_large and is_alone:
+            self._drop(graph)
+            self._counts["evictions"] += 1
+            return self._failed(bound, kind, call, "its graph takes more than `graphs.limit_bytes`", output)
         bound.captured[kind] = graph
         self._make_room(bound)
-        if is_alone and kind not in bound.captured:
-            return self._failed(bound, kind, call, "its graph takes more than `graphs.limit_bytes`", output)
+        if is_large:  # the others may be why
+            bound.uses.setdefault(kind, _Uses()).alone = True
         return output
 
-    def _failed(self, bound: _Bound, kind: Kind, call: Call, reason: str, output: Any = _NO_OUTPUT) -> Any:
+    def _failed(
+        self,
+        bound: _Bound,
+        kind: Kind,
+        call: Call,
+        reason: str,
+        output: Any = _NO_OUTPUT,
+        *,
+        later: _Uses | None = None,
+    ) -> Any:
+        """Notes why calls of a kind replay nothing: for good, or until there were as many uses as `later` says."""
         if len(bound.failed) > _MOST_KINDS:
             bound.failed.clear()
-        bound.failed[kind] = reason
+        bound.failed[kind], bound.uses[kind] = reason, later or _Uses(wanted=math.inf)
         shapes = ", ".join(str(tuple(x.shape)) for x in call.tensors)
         _log.warning("calls of shape %s do not replay a CUDA graph: %s", shapes, reason)
         return self._left(reason) if output is _NO_OUTPUT else output
@@ -326,13 +356,15 @@ class Graphs:
     def _make_room(self, bound: _Bound) -> None:
         """Lets go of the graphs that were not used for the longest time, as long as there are too many."""
         captured, sizes = bound.captured, bound.gpu.reserved()
-        limit = bound.gpu.memory() // _MEMORY_SHARE if self.limit_bytes is None else self.limit_bytes
+        limit = self._limit(bound.gpu)
         while len(captured) > _MOST_GRAPHS or _bytes(captured.values(), sizes) > limit:
             oldest = min(captured, key=lambda kind: captured[kind].used)
             self._drop(captured.pop(oldest))
             self._counts["evictions"] += 1
-            wanted = bound.uses.get(oldest, _Uses()).wanted
-            bound.uses[oldest] = _Uses(wanted=min(2 * wanted, _MOST_WANTED))
+            bound.uses[oldest] = bound.uses.get(oldest, _Uses()).later()
+
+    def _limit(self, gpu: Gpu) -> int:
+        return gpu.memory() // _MEMORY_SHARE if self.limit_bytes is None else self.limit_bytes
 
 
 def _bytes(graphs: Iterable[Captured], sizes: Mapping[Any, int]) -> int:
