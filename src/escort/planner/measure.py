@@ -211,7 +211,7 @@ def _first_run(
         if method.compiles_per_filter:
             begin = time.perf_counter()
         candidate = _with_notes(candidate, prepared)
-        with runs:  # what runs for the first time may empty torch's cache, which torch refuses while a graph is captured
+        with runs:  # a first run may empty torch's cache, which torch refuses while a graph is captured
             error = trial.error(prepared.run)
         candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
         if error <= trial.bound:

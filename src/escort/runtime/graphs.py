@@ -48,8 +48,8 @@ Run = Callable[..., Any]
 class _Uses:
     """How many calls of a kind came since it was last captured, and how many are wanted for the next time.
 
-    Each time that a graph had to go, or memory was short, twice as many are: what comes and goes would be captured again
-    and again. Where a capture fails for good, no number is enough.
+    Each time that a graph had to go, or memory was short, twice as many are: what comes and goes would be captured
+    again and again. Where a capture fails for good, no number is enough.
 
     Attributes:
         alone: whether the next graph gets a pool of its own: in a shared one it took more memory than there may be.
@@ -235,7 +235,7 @@ class Graphs:
 
     def _kind(self, bound: _Bound, call: Call) -> Kind | str:
         """What a graph is made for, or why there is none for such a call."""
-        index, is_padded = bound.gpu.index, self._policy == "buckets" and bound.mixing is None and len(call.tensors) == 1
+        index, is_bucket = bound.gpu.index, self._policy == "buckets" and bound.mixing is None
         parts: list[Any] = [float32_settings(), torch.get_default_dtype(), *call.named]
         for x in (*call.inputs, *call.named.values()):
             if type(x) in _PLAIN:
@@ -243,7 +243,7 @@ class Graphs:
                     return "an input is on another device, or sparse"
                 if x.requires_grad and _is_grad_enabled():
                     return "an input needs a gradient"
-                if is_padded and x.ndim and len(x) and (x.is_contiguous() or _is_channels_last(x)):
+                if is_bucket and len(call.tensors) == 1 and _can_be_padded(x):
                     call.samples = 1 << (len(x) - 1).bit_length()
                     parts += x.dtype, "padded", call.samples, x.shape[1:], x.is_contiguous()
                 else:
@@ -374,5 +374,7 @@ def _bytes(graphs: Iterable[Captured], sizes: Mapping[Any, int]) -> int:
     return sum(sizes.get(pool, 0) for pool in pools) + sum(graph.driver_bytes for graph in graphs)
 
 
-def _is_channels_last(x: torch.Tensor) -> bool:
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+def _can_be_padded(x: torch.Tensor) -> bool:
+    if not x.ndim or not len(x):
+        return False
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
