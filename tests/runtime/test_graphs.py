@@ -338,7 +338,7 @@ def test_batches_that_mix_by_broadcasting_are_not_padded(
 ) -> None:
     served = Served(MixesByBroadcasting(returns), policy="buckets")
     assert mixing(served.program) is None
-    assert not any(served.check(pictures(4)) for _ in range(2))  # a full bucket, in which nothing is padded
+    assert not any(served.check(pictures(64)) for _ in range(2))  # a full bucket, in which nothing is padded
     assert reason in caplog.text
     for samples in (3, 4):
         assert [served.check(pictures(samples)) for _ in range(2)] == [False, True]
