@@ -67,7 +67,7 @@ class Captured:
     def __init__(self, network: nn.Module, call: Call, gpu: Gpu, lane: Lane, pool: Any) -> None:
         """Runs the program twice, once for what libraries do in a first call, and once captured.
 
-        Where batches are padded, it is run twice more before that, to see that what they are padded with does not matter.
+        Where batches are padded, it runs twice more before that, to see that what they are padded with does not matter.
 
         Raises:
             NotCapturedError: where the program writes to its inputs, or its outputs share memory.
