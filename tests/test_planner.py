@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from escort import methods, reference
+from escort.cuda.capture import runs
 from escort.cuda.gpu import H200, Gpu
 from escort.filter import SparseFilter
 from escort.methods import by_name, for_device
@@ -447,6 +448,20 @@ def test_a_choice_that_fails_on_a_gpu_is_measured_anew(monkeypatch: pytest.Monke
     plan = plan_layer(ON_GPU, a_filter(), methods=(fails, other))
     assert (plan.method, plan.times_from) == ("b", "measured")
     assert "out of device memory" in str(next(c.reason for c in plan.candidates if c.method == "a"))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_candidate_runs_for_the_first_time_while_nothing_is_captured() -> None:
+    """A capture elsewhere would make it fail, and a plan without it be stored."""
+    entered: list[int] = []
+
+    def change(y: torch.Tensor) -> torch.Tensor:
+        entered.append(runs._count)
+        return y
+
+    for _ in range(2):  # measured, and taken over
+        plan_layer(ON_GPU, a_filter(), methods=(Fake("a", change),))
+    assert entered == [1, 1] and runs._count == 0
 
 
 @pytest.mark.usefixtures("gpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from escort.cuda.capture import runs, turn
 from escort.planner import timing
 from escort.planner.timing import Timing
 from escort.problem import Epilogue, Problem
@@ -210,6 +212,39 @@ def test_a_lost_device_is_said_to_be_lost(device: Device, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(RuntimeError, match="lost to this process.*illegal"):
         timing.race_on_gpu([lost], "cuda:0")
+
+
+def is_free_elsewhere() -> bool:
+    """Whether another thread could begin a capture now."""
+
+    def begin() -> bool:
+        is_free = turn.acquire(blocking=False)
+        if is_free:
+            turn.release()
+        return is_free
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(begin).result()
+
+
+def test_a_device_that_is_waited_for_is_in_no_capture(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    free: list[bool] = []
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: free.append(is_free_elsewhere()))
+    assert timing.survived(RuntimeError("out of\nluck")) == "out of"
+    assert free == [False, False] and is_free_elsewhere()
+
+
+def test_no_network_is_called_elsewhere_during_a_capture(device: Device) -> None:
+    stopped: list[tuple[bool, bool]] = []
+
+    def run() -> None:
+        with runs:  # a converted network calls its layers within it
+            stopped.append((device.graph is not None, runs._is_stopped))
+
+    (timed,) = timing.race_on_gpu([run], "cuda:0", rounds=1)
+    assert timed.timer == "graph" and {True, False} == {captured for captured, _ in stopped}
+    assert all(captured is is_stopped for captured, is_stopped in stopped) and not runs._is_stopped
 
 
 def test_a_budget_leaves_three_rounds(device: Device) -> None:

@@ -134,3 +134,63 @@ def test_captures_wait_for_runs_and_runs_for_captures() -> None:
     runner.join()
     stopper.join()
     assert log == ["first run", "inner run", "capture", "captured", "second run"]
+
+
+def test_an_interrupt_while_runs_wait_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, interrupts = Runs(), list[BaseException]()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def enter() -> None:
+        try:
+            runs.__enter__()
+        except KeyboardInterrupt as error:
+            interrupts.append(error)
+
+    def enter_in_a_thread() -> None:
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(runs._changed, "wait", interrupted)
+    enter_in_a_thread()
+    with pytest.raises(KeyboardInterrupt), runs.stopped():  # it waits for the other thread's call
+        pass
+    enter_in_a_thread()
+    assert not interrupts and runs._count == 2  # nothing is stopped any more
+    runs._count = 0
+    with runs.stopped():
+        enter_in_a_thread()
+    assert len(interrupts) == 1 and runs._count == 0
+
+
+def test_an_interrupt_at_the_end_of_entering_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs()
+
+    class Interrupted(threading.Condition):
+        is_due = True
+
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            if self.is_due:
+                Interrupted.is_due = False
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "_changed", Interrupted())
+    with pytest.raises(KeyboardInterrupt), runs:
+        pass
+    assert runs._count == runs._own.depth == 0
+
+
+def test_what_is_captured_may_hold_calls() -> None:
+    runs, finished = Runs(), threading.Event()
+
+    def capture() -> None:
+        with runs.stopped(), runs:
+            pass
+        with runs:
+            finished.set()
+
+    threading.Thread(target=capture, daemon=True).start()
+    assert finished.wait(5.0) and runs._count == 0

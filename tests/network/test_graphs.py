@@ -87,6 +87,48 @@ def test_warmup_captures_at_once() -> None:
         masked.warmup([(2, 3, 16, 16)])
 
 
+def test_a_network_that_was_planned_anew_keeps_the_choices_of_its_graphs() -> None:
+    fast = converted()
+    fast.graphs.policy, fast.graphs.limit_bytes = "buckets", 1000
+    fast(pictures()), fast(pictures())
+    again = fast.with_network(copy.deepcopy(fast.network), fast.plan)
+    assert (again.graphs.policy, again.graphs.limit_bytes) == ("buckets", 1000)
+    assert again.graphs.stats()["graphs"] == 0 and fast.graphs.stats()["graphs"] == 1
+
+
+class Counting(Small):
+    """A model with a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(len(x))
+        return super().forward(x)
+
+
+def test_warmup_leaves_a_state_as_it_was() -> None:
+    network = pruned(Counting())
+    fast = ConvertedModel(network, replace(converted().plan, layers={}))
+    fast(pictures(3))
+    fast.warmup([pictures(), (4, 3, 16, 16)])
+    assert network.calls.item() == 1 and network.seen == [3]
+    fast = converted()
+    fast(pictures()), fast(pictures())
+    fast.warmup([pictures(3)])
+    fast(pictures())
+    assert replays(fast) == 3 and fast.graphs.stats()["captures"] == 2  # what has no state stays untouched
+
+
+@pytest.mark.parametrize("given", [(1, 3, 40, 40), torch.Size((1, 3, 40, 40)), torch.zeros(1, 3, 40, 40)])
+def test_warmup_takes_several_inputs(given: object) -> None:
+    with pytest.raises(TypeError, match="several inputs or shapes; pass a list, with this one in it"):
+        converted().warmup(given)  # type: ignore[arg-type]
+
+
 def test_a_copy_has_graphs_of_its_own() -> None:
     fast, x = converted(), pictures()
     fast.graphs.limit_bytes = 1000

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from escort.cuda.capture import turn
 from escort.filter import SparseFilter
-from escort.layers import SparseConv2d
+from escort.layers import SparseConv2d, runners
 from escort.methods import by_name
 from escort.network.batching import mixing
 from escort.planner.machine import Machine
@@ -169,6 +171,17 @@ def test_outputs_that_a_copy_cannot_stand_for(gpu: FakeGpu, what: str, caplog: p
     assert what in reason and served.stats["eager"][reason] == 3
 
 
+class Repeats(nn.Module):
+    """Its output shares memory where it is repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor, times: int = 1) -> Tensor:
+        return self.conv(x).mean((2, 3), keepdim=True).expand(-1, -1, times, 1)
+
+
 def test_a_capture_that_fails_is_not_tried_again(gpu: FakeGpu) -> None:
     served, x = Served(), pictures()
     gpu.fails = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 8")]
@@ -220,6 +233,54 @@ def test_a_graph_beyond_the_limit_is_not_kept(gpu: FakeGpu) -> None:
     assert (served.stats["captures"], served.stats["graphs"], served.stats["bytes"]) == (1, 0, 0)
 
 
+class Sharing(FakeGpu):
+    """Its pools are as large as the largest of their graphs needs, 100 bytes a sample, and do not shrink."""
+
+    def capture(self, calls: Any, lane: Any, pool: Any) -> Any:
+        before = self.sizes[pool]
+        recording = super().capture(calls, lane, pool)
+        samples = max(len(x) for *_, x in recording.steps if isinstance(x, Tensor) and x.ndim == 4)
+        self.sizes[pool] = max(before, 100 * samples)
+        return recording
+
+
+def test_a_size_that_is_too_large_evicts_the_others_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Sharing()
+    monkeypatch.setattr(graphs, "Gpu", lambda device: gpu)
+    served = Served(limit_bytes=300)
+    for samples in (1, 2, 9):
+        assert [served.check(pictures(samples)) for _ in range(2)] == [False, True]
+    assert (served.stats["graphs"], served.stats["evictions"]) == (0, 3)
+    for samples in (1, 2):
+        assert [served.check(pictures(samples)) for _ in range(4)] == [False, False, False, True]
+    assert [served.check(pictures(9)) for _ in range(20)] == [False, False, False, True, *[False] * 16]
+    assert (served.stats["graphs"], served.stats["evictions"], served.stats["captures"]) == (2, 4, 6)
+    assert served.stats["failed"] == ["its graph takes more than `graphs.limit_bytes`"]
+    assert all(served.check(pictures(samples)) for samples in (1, 2))
+
+
+def test_memory_may_be_there_another_time(gpu: FakeGpu) -> None:
+    served, x = Served(), pictures()
+    gpu.fails = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 8")]
+    assert [served.check(x) for _ in range(7)] == [False] * 5 + [True] * 2  # four uses after the second
+    assert served.stats["failed"] == [] and served.stats["captures"] == 1
+
+
+def test_what_cannot_be_captured_leaves_the_pool_to_others(gpu: FakeGpu) -> None:
+    served = Served(Repeats())
+    assert [served.check(pictures(2), 1) for _ in range(2)] == [False, True]
+    assert not any(served.check(pictures(2), 5) for _ in range(8))
+    assert [served.check(pictures(3), 1) for _ in range(2)] == [False, True]
+    assert len(gpu.sizes) == 1 and served.stats["graphs"] == 2
+
+
+def test_the_default_stream_of_each_thread_is_many_streams(gpu: FakeGpu) -> None:
+    served, x = Served(), pictures()
+    gpu.current = 2
+    assert not any(served.check(x) for _ in range(3))
+    assert served.stats["eager"] == {"the current stream is another one in each thread": 3}
+
+
 def test_each_stream_has_graphs_of_its_own(gpu: FakeGpu) -> None:
     served, x = Served(), pictures()
     served(x), served(x)
@@ -255,6 +316,91 @@ def test_batches_that_mix_are_not_padded(gpu: FakeGpu) -> None:
     for samples in (3, 4):
         assert [served.check(pictures(samples)) for _ in range(3)] == [False, True, True]
     assert served.stats["graphs"] == 2
+
+
+class MixesByBroadcasting(nn.Module):
+    def __init__(self, returns: str) -> None:
+        super().__init__()
+        self.conv, self.returns = nn.Conv2d(3, 4, 3), returns
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.conv(x).mean((2, 3))
+        d = m[:, None] + m
+        return d.mean(1) if self.returns == "numbers" else d
+
+
+@pytest.mark.parametrize(
+    ("returns", "reason"),
+    [("numbers", "samples mix where"), ("a matrix of samples", "the batch is not the first axis")],
+)
+def test_batches_that_mix_by_broadcasting_are_not_padded(
+    gpu: FakeGpu, returns: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = Served(MixesByBroadcasting(returns), policy="buckets")
+    assert mixing(served.program) is None
+    assert not any(served.check(pictures(64)) for _ in range(2))  # a full bucket, in which nothing is padded
+    assert reason in caplog.text
+    for samples in (3, 4):
+        assert [served.check(pictures(samples)) for _ in range(2)] == [False, True]
+    served = Served(MixesByBroadcasting(returns), policy="buckets")
+    served.graphs.capture(served.program, (torch.zeros(3, 3, 16, 16),), {})  # as `warmup` does
+    assert served.check(pictures(3)) and served.stats["captures"] == 1
+
+
+class Switched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.conv(x) * scale
+
+
+def test_buckets_are_for_the_other_arguments_too(gpu: FakeGpu) -> None:
+    graph = fx.symbolic_trace(Switched().eval())
+    option = next(node for node in graph.graph.nodes if node.target == "scale")
+    option.meta["fixed"] = True  # as the tracer marks what it ran the model with
+    served, x = Served(), pictures(3)
+    served.program, served.graphs.policy = Program.of(graph), "buckets"
+    assert [served.check(x, True) for _ in range(2)] == [False, True]
+    assert [served.check(x, scale=True) for _ in range(2)] == [False, True]
+    assert served.check(pictures(4), True) and served.stats["graphs"] == 2
+    for _ in range(3):
+        with pytest.raises(ValueError, match="False"):
+            served(x, False)
+        with pytest.raises(TypeError, match="wrong"):
+            served(x, wrong=True)
+
+
+class MakesNumbers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).argmax(1) / 3
+
+
+def test_the_default_dtype_is_part_of_what_a_graph_is_for(gpu: FakeGpu) -> None:
+    served, x = Served(MakesNumbers()), pictures()
+    served(x), served(x)
+    try:
+        torch.set_default_dtype(torch.float64)
+        output = served(x)
+        assert not served.was_replayed and output.dtype is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert served.check(x)
+
+
+def test_a_capture_follows_what_was_written_before_the_first_call(gpu: FakeGpu) -> None:
+    served = sparse()
+    layer = served.program.get_submodule("conv")
+    x = torch.randn(2, layer.in_channels, 9, 9)
+    layer.bias.add_(1.0)
+    served(x)  # by which the layer notices
+    served.graphs.capture(served.program, (x,), {})
+    assert served.stats["captures"] == 1 and served.check(x)
 
 
 def test_policies(gpu: FakeGpu) -> None:
@@ -398,25 +544,56 @@ def test_values_and_biases_of_sparse_layers_are_followed(gpu: FakeGpu, change: s
     assert [served.check(x) for _ in range(2)] == [True, True]
 
 
-def test_a_graph_keeps_the_runners_that_it_calls(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def kept_by_graphs(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer of a CPU does not ask whether it is captured, so it is told to keep."""
-    served = sparse()
-    layer = served.program.get_submodule("conv")
-    x = torch.randn(2, layer.in_channels, 9, 9)
-    served(x)
-    (run,) = layer._runners.values()
-    gpu.during = lambda: None
-    forward = type(layer).forward
+    forward = SparseConv2d.forward
 
     def kept(self: SparseConv2d, *args: Any) -> Tensor:
         if gpu.is_captured:
-            self._runners.keep(run)
+            self._runners.keep(next(iter(self._runners.values())))
         return forward(self, *args)
 
-    monkeypatch.setattr(type(layer), "forward", kept)
-    served(x)
+    monkeypatch.setattr(SparseConv2d, "forward", kept)
+
+
+def test_a_graph_keeps_the_runners_that_it_calls(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_by_graphs(gpu, monkeypatch)
+    served = sparse()
+    layer = served.program.get_submodule("conv")
+    x = torch.randn(2, layer.in_channels, 9, 9)
+    served(x), served(x)
+    (run,) = layer._runners.values()
     (graph,) = served.graphs._bound.captured.values()  # type: ignore[union-attr]
-    assert list(graph._kept.values()) == [run] and not layer._runners._kept
+    assert list(graph.kept.values()) == [run] and not layer._runners._kept
+
+
+@pytest.mark.parametrize("change", ["written", "cleared", "evicted"])
+def test_tables_that_another_stream_may_read_stay_for_a_while(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    kept_by_graphs(gpu, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    served, now = sparse(), 100.0
+    monkeypatch.setattr(runners.time, "monotonic", lambda: now)
+    layer = served.program.get_submodule("conv")
+    x = torch.randn(2, layer.in_channels, 9, 9)
+    served(x), served(x)
+    run = weakref.ref(next(iter(layer._runners.values())))
+    if change == "written":
+        layer.bias.add_(1.0)
+        served(x)
+    else:
+        layer._runners.clear()
+        served.graphs.limit_bytes = 0
+        if change == "evicted":
+            served.graphs._make_room(served.graphs._bound)  # type: ignore[arg-type]
+        served.graphs.clear()
+    gc.collect()
+    assert run() is not None
+    now = 111.0
+    served(torch.randn(2, layer.in_channels, 8, 8))
+    gc.collect()
+    assert run() is None
 
 
 def test_copies_and_pickles_begin_without_graphs(gpu: FakeGpu) -> None:

@@ -35,11 +35,15 @@ class Runs:
 
     def __enter__(self) -> None:
         depth = getattr(self._own, "depth", 0)
-        with self._changed:
-            while self._is_stopped and not depth:
-                self._changed.wait()
-            self._count += 1
-        self._own.depth = depth + 1
+        try:
+            with self._changed:
+                while self._is_stopped and not depth:
+                    self._changed.wait()
+                self._count, self._own.depth = self._count + 1, depth + 1
+        except BaseException:  # an interrupt may come at any line, and nobody leaves what was not entered
+            if getattr(self._own, "depth", 0) > depth:
+                self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
         self._own.depth -= 1
@@ -49,14 +53,20 @@ class Runs:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Waits until the calls of other threads have ended, and lets no other one begin. The caller holds `turn`."""
-        with self._changed:
-            self._is_stopped = True
-            while self._count > getattr(self._own, "depth", 0):
-                self._changed.wait()
+        """Waits until the calls of other threads have ended, and lets no other one begin. The caller holds `turn`.
+
+        What it captures may hold calls of its own.
+        """
+        depth = getattr(self._own, "depth", 0)
         try:
+            with self._changed:
+                self._is_stopped = True
+                while self._count > depth:
+                    self._changed.wait()
+            self._own.depth = depth + 1
             yield
         finally:
+            self._own.depth = depth
             with self._changed:
                 self._is_stopped = False
                 self._changed.notify_all()

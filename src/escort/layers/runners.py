@@ -11,7 +11,7 @@ import warnings
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,6 +32,24 @@ _GRACE_S = 10.0
 Entry = TypeVar("Entry")
 
 
+class Leaving:
+    """What nobody calls any more, kept for a while: a kernel that was launched on another stream may still read it."""
+
+    def __init__(self) -> None:
+        self._until: deque[tuple[float, object]] = deque()
+
+    def add(self, entry: object) -> None:
+        self._until.append((time.monotonic() + _GRACE_S, entry))
+
+    def let_go(self) -> None:
+        """Lets go of what has been kept for long enough."""
+        if self._until:
+            now = time.monotonic()
+            with suppress(IndexError):  # other threads may let go of the same meanwhile
+                while self._until[0][0] < now:
+                    self._until.popleft()
+
+
 class RunnerCache(OrderedDict[Hashable, Entry]):
     """Runners by the kind of call that they are for, at most so many: the oldest makes room for another.
 
@@ -39,23 +57,25 @@ class RunnerCache(OrderedDict[Hashable, Entry]):
 
     Args:
         most: how many there are.
-        before: the cache whose place it takes. What was kept there is kept here.
+        before: the cache whose place it takes. What was kept there is kept here, its runners for a while.
     """
 
     def __init__(self, most: int, before: RunnerCache[Entry] | None = None) -> None:
         super().__init__()
         self.most = most
         self._kept: dict[int, Entry] = {} if before is None else before._kept
-        self._leaving: deque[tuple[float, Entry]] = deque()
+        self._leaving = Leaving()
+        if before is not None:
+            self._leaving, before._leaving = before._leaving, self._leaving
+            self._leaving.let_go()
+            if torch.cuda.is_initialized():
+                self._leaving.add(before)  # as a whole: another thread may be adding to it
 
     def add(self, key: Hashable, entry: Entry) -> None:
         self[key] = entry
-        now = time.monotonic()
-        while self._leaving and self._leaving[0][0] < now:
-            self._leaving.popleft()
+        self._leaving.let_go()
         if len(self) > self.most:
-            # A kernel that was launched on another stream may still read its tables.
-            self._leaving.append((now + _GRACE_S, self.popitem(last=False)[1]))
+            self._leaving.add(self.popitem(last=False)[1])
 
     def keep(self, entry: Entry) -> None:
         """Keeps an entry whose tables a CUDA graph reads from now on.

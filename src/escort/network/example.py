@@ -79,10 +79,14 @@ class Example:
         return output, replace(self, is_written=is_written)
 
 
+def is_shape(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(type(size) is int for size in value)
+
+
 def _tensor_like(value: Any) -> str:
     """What to pass instead of a value that holds no tensor."""
     if isinstance(value, np.ndarray):
         return "torch.as_tensor of it"
-    if isinstance(value, list | tuple) and value and all(isinstance(size, int) for size in value):
+    if is_shape(value):
         return f"torch.randn({', '.join(map(str, value))})"
     return "such inputs as the model gets, for example torch.randn(1, 3, 224, 224)"

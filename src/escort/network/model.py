@@ -7,6 +7,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -17,9 +18,10 @@ from escort import report
 from escort.layers import SparseConv2d
 from escort.layers.observed import is_observed
 from escort.network import batching
-from escort.network.example import Example
+from escort.network.example import Example, is_shape
 from escort.network.memory import keep_freed_memory
 from escort.network.plan_table import plan_table
+from escort.network.tracing.state import unchanged
 from escort.network.values import tensors_of
 from escort.planner import Plan
 from escort.planner.machine import Machine
@@ -240,7 +242,7 @@ class ConvertedModel(nn.Module):
         if plan.device == "cpu":
             keep_freed_memory()
         self.network = network.requires_grad_(False)
-        self._plan_graphs(plan)
+        self._plan_graphs(plan, Graphs(batching.mixing))
         self._missing: frozenset[str] = frozenset()
         if original is not None:
             signature = inspect.signature(original.forward)
@@ -252,11 +254,11 @@ class ConvertedModel(nn.Module):
             self._missing = names | original._modules.keys()  # of modules, those that were fused away
         super().train(False)
 
-    def _plan_graphs(self, plan: NetworkPlan) -> None:
-        """Takes a plan, and says in it whether calls replay graphs."""
+    def _plan_graphs(self, plan: NetworkPlan, graphs: Graphs) -> None:
+        """Takes a plan, and says in it whether calls replay graphs, which are made as these are."""
         is_on_gpu = not plan.device.startswith("cpu")
         self.plan = replace(plan, not_captured=not_capturable(self.network) if is_on_gpu else None)
-        self.graphs = Graphs(batching.mixing)
+        self.graphs = copy.copy(graphs)
         self._may_replay = is_on_gpu
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -291,13 +293,13 @@ class ConvertedModel(nn.Module):
         other = copy.copy(self)
         other.__dict__ = {**self.__dict__, "_modules": {}, "plan": plan}
         other.network = network.requires_grad_(False)
-        other._plan_graphs(plan)
+        other._plan_graphs(plan, self.graphs)
         return other
 
     def warmup(self, inputs: Iterable[Any]) -> None:
         """Does for each of these inputs what its first calls would do: lays out tables, captures a CUDA graph.
 
-        The graph serves calls on the current stream. Where a capture fails, `graphs.stats()` says why.
+        It serves calls on the current stream; where a capture fails, `graphs.stats()` says why. A state stays.
 
         Args:
             inputs: each is what the network is called with, as :func:`escort.convert` takes it; or a shape, where the
@@ -305,18 +307,19 @@ class ConvertedModel(nn.Module):
 
         Raises:
             ValueError: for a shape where the network takes other things than one tensor.
+            TypeError: for one shape or one input instead of several.
         """
-        for given in inputs:
-            example = self._example(given)
-            with torch.no_grad():
+        if isinstance(inputs, torch.Tensor) or is_shape(inputs):
+            raise TypeError("warmup takes several inputs or shapes; pass a list, with this one in it")
+        with torch.no_grad(), unchanged(self.network) if not_capturable(self.network) else nullcontext():
+            for example in map(self._example, inputs):
                 example.run(self)
                 if self._may_replay:
-                    args, named = example.args, dict(example.kwargs)
-                    self.graphs.capture(self._modules["network"], args, named)  # type: ignore[arg-type]
+                    self.graphs.capture(self.network, example.args, dict(example.kwargs))
 
     def _example(self, given: Any) -> Example:
         """What a network is warmed up with."""
-        if not isinstance(given, tuple | list) or not given or not all(type(size) is int for size in given):
+        if not is_shape(given):
             return Example.of(given)
         if self.plan.packed_inputs or len(self.plan.input_shapes) != 1 or self.plan.input_names:
             raise ValueError(f"the shape {tuple(given)} does not say what the network takes; pass inputs instead")

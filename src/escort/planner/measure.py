@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from escort import reference
+from escort.cuda.capture import runs
 from escort.methods import Config, Method, Prepared, Runner
 from escort.planner import cores, timing
 from escort.planner.machine import Machine
@@ -119,7 +120,8 @@ def check(layer: Layer, plan: Plan, method: Method, ahead: Ahead) -> Plan | None
         with torch.inference_mode():
             trial = _Trial(layer, timing.example_inputs(layer.problem, most=1)[0])
             prepared = ahead.take(layer, method, config)
-            error = trial.error(prepared.run)
+            with runs:
+                error = trial.error(prepared.run)
     except (RuntimeError, ValueError) as failure:
         if layer.problem.device_type == "cuda":
             timing.survived(failure)
@@ -209,7 +211,8 @@ def _first_run(
         if method.compiles_per_filter:
             begin = time.perf_counter()
         candidate = _with_notes(candidate, prepared)
-        error = trial.error(prepared.run)
+        with runs:  # a first run may empty torch's cache, which torch refuses while a graph is captured
+            error = trial.error(prepared.run)
         candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
         if error <= trial.bound:
             outcome = _FirstRun(candidate, prepared.run, trial.glance_us(prepared.run))

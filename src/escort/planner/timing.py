@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from escort.cuda.capture import in_a_line, turn
+from escort.cuda.capture import in_a_line, runs, turn
 from escort.problem import Problem
 
 _LAP_US = 1000.0  # device time between two events, which are good for about half a microsecond
@@ -227,7 +227,12 @@ def _passes(passes: int, elapsed_us: float) -> int:
 
 
 def _captured(calls: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
-    """The calls as a graph, whose memory comes from the pool."""
+    """The calls as a graph, whose memory comes from the pool. Calls of converted networks wait meanwhile."""
+    with runs.stopped():
+        return _capture(calls, pool)
+
+
+def _capture(calls: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     random = torch.cuda.default_generators[torch.cuda.current_device()]
     state = random.clone_state()
@@ -298,11 +303,12 @@ def survived(error: Exception) -> str:
     Raises:
         RuntimeError: where the device is lost to this process.
     """
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as lost:
-        raise RuntimeError(f"the device is lost to this process, start another: {error}") from lost
-    torch.cuda.empty_cache()
+    with turn:  # a capture of another thread would end by either
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as lost:
+            raise RuntimeError(f"the device is lost to this process, start another: {error}") from lost
+        torch.cuda.empty_cache()
     return in_a_line(error)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -17,10 +18,11 @@ from torch.utils._device import DeviceContext
 
 from escort.cuda.capture import in_a_line, runs, turn
 from escort.layers.counters import Counters
+from escort.layers.runners import Leaving
 from escort.methods.precision import float32_settings
 from escort.runtime.capture import not_capturable
 from escort.runtime.lanes import Gpu
-from escort.runtime.replay import Call, Captured
+from escort.runtime.replay import Call, Captured, NotCapturedError, NotPaddedError
 from escort.runtime.watch import Watch
 
 #: For which batches there are graphs: for each that comes; for powers of two, to which others are padded; for none.
@@ -46,11 +48,19 @@ Run = Callable[..., Any]
 class _Uses:
     """How many calls of a kind came since it was last captured, and how many are wanted for the next time.
 
-    Each time that a graph had to go, twice as many are: what comes and goes would be captured again and again.
+    Each time that a graph had to go, or memory was short, twice as many are: what comes and goes would be captured
+    again and again. Where a capture fails for good, no number is enough.
+
+    Attributes:
+        alone: whether the next graph gets a pool of its own: in a shared one it took more memory than there may be.
     """
 
     count: int = 0
-    wanted: int = 2
+    wanted: float = 2
+    alone: bool = False
+
+    def later(self, *, alone: bool = False) -> _Uses:
+        return _Uses(0, min(2 * self.wanted, _MOST_WANTED), self.alone or alone)
 
 
 @dataclass
@@ -95,7 +105,8 @@ class Graphs:
         """`mixing` says why the samples of a network's batch cannot be run apart from each other, if they cannot."""
         self._mixing, self._policy, self.limit_bytes = mixing, policy, limit_bytes
         self._bound: _Bound | None = None
-        self._binding = threading.Lock()
+        self._binding = threading.RLock()
+        self._leaving = Leaving()
         self._clock = itertools.count(1)
         self._counts: Counter[str] = Counter()
         self._eager = Counters()
@@ -117,9 +128,15 @@ class Graphs:
 
     def clear(self) -> None:
         """Lets go of all graphs, and of what is known of the calls that could not be captured."""
-        bound, self._bound = self._bound, None
-        if bound is not None:
-            self._counts["replays"] += sum(graph.replays for graph in bound.captured.values())
+        with self._binding:
+            bound, self._bound = self._bound, None
+            for graph in [] if bound is None else list(bound.captured.values()):  # another thread may add one
+                self._drop(graph)
+
+    def _drop(self, graph: Captured) -> None:
+        self._counts["replays"] += graph.replays
+        if graph.kept:
+            self._leaving.add(graph.kept)
 
     def stats(self) -> dict[str, Any]:
         """What became of the calls so far.
@@ -151,7 +168,13 @@ class Graphs:
 
     def capture(self, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Makes the graph of a call that was made before, even where that failed."""
+        if self._bound is not None and not self._bound.watch.holds():
+            self.clear()  # what was written before that call, it has laid out anew
+        bound = self._bind(network)
+        mixing = bound.mixing
         self._by_graph(network, inputs, named, at_once=True)
+        if bound.mixing != mixing:
+            self._by_graph(network, inputs, named, at_once=True)  # without padding
 
     def _by_graph(
         self, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], *, at_once: bool = False
@@ -174,6 +197,7 @@ class Graphs:
         return self._missed(bound, kind, call, at_once)
 
     def _left(self, reason: str) -> Any:
+        self._leaving.let_go()
         self._eager.count(reason)
         return _NO_OUTPUT
 
@@ -196,6 +220,8 @@ class Graphs:
             return "graphs are switched off"
         if not gpu.is_current():
             return "another GPU is the current one"
+        if gpu.is_each_threads():
+            return "the current stream is another one in each thread"
         if gpu.is_capturing():
             return "the caller captures a graph"
         if _is_profiled():
@@ -209,28 +235,29 @@ class Graphs:
 
     def _kind(self, bound: _Bound, call: Call) -> Kind | str:
         """What a graph is made for, or why there is none for such a call."""
-        index, parts = bound.gpu.index, list[Any]((float32_settings(), *call.named))
+        index, is_bucket = bound.gpu.index, self._policy == "buckets" and bound.mixing is None
+        parts: list[Any] = [float32_settings(), torch.get_default_dtype(), *call.named]
         for x in (*call.inputs, *call.named.values()):
             if type(x) in _PLAIN:
                 if x.get_device() != index or x.layout is not torch.strided:
                     return "an input is on another device, or sparse"
                 if x.requires_grad and _is_grad_enabled():
                     return "an input needs a gradient"
-                parts += x.dtype, x.shape, x.stride()
+                if is_bucket and len(call.tensors) == 1 and _can_be_padded(x):
+                    call.samples = 1 << (len(x) - 1).bit_length()
+                    parts += x.dtype, "padded", call.samples, x.shape[1:], x.is_contiguous()
+                else:
+                    parts += x.dtype, x.shape, x.stride()
             elif type(x) in _SCALARS:
                 parts += type(x), x
             else:
                 return "an input is neither a tensor nor a number"
         if not call.tensors:
             return "no input is a tensor"
-        if self._policy == "buckets" and bound.mixing is None and len(call.tensors) == 1:
-            x = call.tensors[0]
-            if x.ndim and len(x) and (x.is_contiguous() or _is_channels_last(x)):
-                call.samples = 1 << (len(x) - 1).bit_length()
-                return ("padded", float32_settings(), x.dtype, call.samples, x.shape[1:], x.is_contiguous())
         return tuple(parts)
 
     def _replayed(self, bound: _Bound, graph: Captured, call: Call) -> Any:
+        self._leaving.let_go()
         graph.used = next(self._clock)
         stream = bound.gpu.stream()
         with graph.lane.lock:
@@ -254,14 +281,12 @@ class Graphs:
         if not bound.watch.holds():
             return self._changed()
         if not at_once:
-            if kind in bound.failed:
-                return self._left(bound.failed[kind])
             if len(bound.uses) > _MOST_KINDS:
                 bound.uses.clear()
             uses = bound.uses.setdefault(kind, _Uses())
             uses.count += 1
             if uses.count < uses.wanted:
-                return self._left("a size that is new")
+                return self._left(bound.failed.get(kind, "a size that is new"))
         if not turn.acquire(blocking=at_once):
             return self._left("another capture is under way")
         try:
@@ -277,28 +302,53 @@ class Graphs:
         """The output of a call that is captured. No other thread captures meanwhile."""
         gpu, lane = bound.gpu, bound.gpu.lane()
         pools = [graph.pool for graph in bound.captured.values() if graph.lane is lane]
-        pool = next((pool for pool in pools if pool not in bound.spoilt), None)
+        uses = bound.uses.setdefault(kind, _Uses())
+        pool = None if uses.alone else next((pool for pool in pools if pool not in bound.spoilt), None)
         is_alone, pool = pool is None, gpu.new_pool() if pool is None else pool
         before = gpu.taken()
         try:
             graph = Captured(bound.watch.network, call, gpu, lane, pool)
+        except NotPaddedError as error:
+            bound.mixing = str(error)
+            _log.warning("batches are not padded, each size has a CUDA graph of its own: %s", error)
+            return self._left("batches are not padded from now on")
+        except NotCapturedError as error:
+            return self._failed(bound, kind, call, f"not captured: {error}")
         except RuntimeError as error:
             bound.spoilt.add(pool)
-            return self._failed(bound, kind, call, f"not captured: {in_a_line(error)}")
+            # There may be more memory another time.
+            later = uses.later() if isinstance(error, torch.OutOfMemoryError) else None
+            return self._failed(bound, kind, call, f"not captured: {in_a_line(error)}", later=later)
         self._counts["captures"] += 1
         output = self._replayed(bound, graph, call)
         graph.driver_bytes = min(max(gpu.taken() - before, 0), _MOST_DRIVER_BYTES)
-        bound.failed.pop(kind, None)
+        if bound.failed.pop(kind, None) is not None:
+            bound.uses[kind] = _Uses(alone=uses.alone)
+        is_large = _bytes([graph], gpu.reserved()) > self._limit(gpu)
+        if is_large and is_alone:
+            self._drop(graph)
+            self._counts["evictions"] += 1
+            return self._failed(bound, kind, call, "its graph takes more than `graphs.limit_bytes`", output)
         bound.captured[kind] = graph
         self._make_room(bound)
-        if is_alone and kind not in bound.captured:
-            return self._failed(bound, kind, call, "its graph takes more than `graphs.limit_bytes`", output)
+        if is_large:  # the others may be why
+            bound.uses.setdefault(kind, _Uses()).alone = True
         return output
 
-    def _failed(self, bound: _Bound, kind: Kind, call: Call, reason: str, output: Any = _NO_OUTPUT) -> Any:
+    def _failed(
+        self,
+        bound: _Bound,
+        kind: Kind,
+        call: Call,
+        reason: str,
+        output: Any = _NO_OUTPUT,
+        *,
+        later: _Uses | None = None,
+    ) -> Any:
+        """Notes why calls of a kind replay nothing: for good, or until there were as many uses as `later` says."""
         if len(bound.failed) > _MOST_KINDS:
             bound.failed.clear()
-        bound.failed[kind] = reason
+        bound.failed[kind], bound.uses[kind] = reason, later or _Uses(wanted=math.inf)
         shapes = ", ".join(str(tuple(x.shape)) for x in call.tensors)
         _log.warning("calls of shape %s do not replay a CUDA graph: %s", shapes, reason)
         return self._left(reason) if output is _NO_OUTPUT else output
@@ -306,13 +356,15 @@ class Graphs:
     def _make_room(self, bound: _Bound) -> None:
         """Lets go of the graphs that were not used for the longest time, as long as there are too many."""
         captured, sizes = bound.captured, bound.gpu.reserved()
-        limit = bound.gpu.memory() // _MEMORY_SHARE if self.limit_bytes is None else self.limit_bytes
+        limit = self._limit(bound.gpu)
         while len(captured) > _MOST_GRAPHS or _bytes(captured.values(), sizes) > limit:
             oldest = min(captured, key=lambda kind: captured[kind].used)
-            self._counts["replays"] += captured.pop(oldest).replays
+            self._drop(captured.pop(oldest))
             self._counts["evictions"] += 1
-            wanted = bound.uses.get(oldest, _Uses()).wanted
-            bound.uses[oldest] = _Uses(wanted=min(2 * wanted, _MOST_WANTED))
+            bound.uses[oldest] = bound.uses.get(oldest, _Uses()).later()
+
+    def _limit(self, gpu: Gpu) -> int:
+        return gpu.memory() // _MEMORY_SHARE if self.limit_bytes is None else self.limit_bytes
 
 
 def _bytes(graphs: Iterable[Captured], sizes: Mapping[Any, int]) -> int:
@@ -322,5 +374,7 @@ def _bytes(graphs: Iterable[Captured], sizes: Mapping[Any, int]) -> int:
     return sum(sizes.get(pool, 0) for pool in pools) + sum(graph.driver_bytes for graph in graphs)
 
 
-def _is_channels_last(x: torch.Tensor) -> bool:
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+def _can_be_padded(x: torch.Tensor) -> bool:
+    if not x.ndim or not len(x):
+        return False
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from escort.cuda import driver
 from escort.cuda.capture import Graph, capture_stream
 
+_PER_THREAD = 2  # the address that stands for the default stream of each thread, CU_STREAM_PER_THREAD
 #: Streams of a GPU that have a lane of their own.
 MOST_LANES = 4
 
@@ -113,6 +114,10 @@ class Gpu:
 
     def lane(self) -> Lane:
         return lane_of(self.index, self.stream())
+
+    def is_each_threads(self) -> bool:
+        """Whether the current stream is CUDA's default stream per thread: many streams by the same address."""
+        return self.stream() == _PER_THREAD
 
     def is_current(self) -> bool:
         return torch._C._cuda_getDevice() == self.index

@@ -13,11 +13,18 @@ from escort.layers.runners import kept_by_graph
 from escort.runtime.lanes import Gpu, Lane
 from escort.runtime.templates import Slot, filled, leaves, mapped
 
+#: How far the outputs of a padded batch may be from those of the batch alone, relatively: libraries may choose other
+#: kernels for it, which round otherwise. Products in float32 may be those of TF32.
+_SAME, _SAME_IN_16_BITS = 1e-2, 7.5e-2
 _PLAIN = (bool, int, float, complex, str, type(None), torch.Size, torch.dtype, torch.device)
 
 
 class NotCapturedError(RuntimeError):
     """What calls of one kind do cannot be captured, which shows in what they write or return."""
+
+
+class NotPaddedError(NotCapturedError):
+    """Calls on a padded batch do not give what they give on the batch alone."""
 
 
 @dataclass
@@ -54,13 +61,17 @@ class Captured:
         used: when it was called last, by a clock of those who hold it.
         driver_bytes: what the driver took for it, as far as that was seen.
         replays: how often it was.
+        kept: the runners of layers whose tables it reads.
     """
 
     def __init__(self, network: nn.Module, call: Call, gpu: Gpu, lane: Lane, pool: Any) -> None:
         """Runs the program twice, once for what libraries do in a first call, and once captured.
 
+        Where batches are padded, it runs twice more before that, to see that what they are padded with does not matter.
+
         Raises:
             NotCapturedError: where the program writes to its inputs, or its outputs share memory.
+            NotPaddedError: where samples mix, or the batch is not the first axis of each output.
             RuntimeError: where something fails in the capture, or there is no memory for it.
         """
         self.lane, self.pool, self.used, self.driver_bytes, self.replays = lane, pool, 0, 0, 0
@@ -69,6 +80,8 @@ class Captured:
             inputs = [_like(x, call.samples) for x in call.tensors]
             _fill(inputs, call.tensors)
             self._run(network, call, inputs)
+            if call.samples is not None:
+                self._check_padding(network, call, inputs)
             del inputs
             made: list[Any] = []
 
@@ -76,7 +89,7 @@ class Captured:
                 inputs = [_like(x, call.samples) for x in call.tensors]
                 made.extend((inputs, self._run(network, call, inputs)))
 
-            with kept_by_graph() as self._kept:
+            with kept_by_graph() as self.kept:
                 self._graph = gpu.capture(calls, lane, pool)
             self._take(network, gpu, *made)
 
@@ -88,6 +101,31 @@ class Captured:
         if [x._version for x in tensors] != before:
             raise NotCapturedError("it writes to its input")
         return output
+
+    def _check_padding(self, network: nn.Module, call: Call, places: list[Tensor]) -> None:
+        """Compares what the program makes of a padded batch and of the batch alone, as broadcasting may mix samples.
+
+        Raises:
+            NotPaddedError: where they are apart.
+        """
+        (x,), (place,) = call.tensors, places
+        samples = len(place) // 2 + 1  # the fewest that are padded to so many
+        if samples >= len(place):
+            return  # one sample, or two: none is padded to them
+        part = _like(x[:samples], None).copy_(x[:samples])
+        _fill(places, [part])
+        if place.is_floating_point():
+            place[samples:].fill_(1.0)  # what is there must not matter, and a network is warmed up with zeros
+        whole, alone = (
+            [leaf for leaf in leaves(self._run(network, call, [given])) if isinstance(leaf, Tensor)]
+            for given in (place, part)
+        )
+        for padded, expected in zip(whole, alone, strict=True):
+            if not padded.ndim or len(padded) != len(place) or padded[:samples].shape != expected.shape:
+                raise NotPaddedError("the batch is not the first axis of what it returns")
+            bound = _SAME_IN_16_BITS if 2 in (x.itemsize, expected.itemsize) else _SAME
+            if not _is_close(padded[:samples], expected, bound):
+                raise NotPaddedError("samples mix where tensors are broadcast")
 
     def _take(self, network: nn.Module, gpu: Gpu, inputs: list[Tensor], output: Any) -> None:
         """Notes where inputs and outputs lie, and lets go of their memory."""
@@ -111,7 +149,7 @@ class Captured:
         self._template = mapped(output, noted)
         # A batch of another size than the graph's is padded, and a number might be that of the padded one.
         if self._samples is not None and not all(isinstance(leaf, Slot) for leaf in leaves(self._template)):
-            raise NotCapturedError("it returns what is no tensor")
+            raise NotPaddedError("it returns what is no tensor")
         self._inputs_at = [gpu.at(x) for x in inputs]
         self._outputs_at = [gpu.at(x) for x in outputs]
 
@@ -120,7 +158,7 @@ class Captured:
         if type(leaf) is not Tensor or (inputs and leaf.device != inputs[0].device):
             raise NotCapturedError(f"it returns a {type(leaf).__name__} on {leaf.device}")
         if self._samples is not None and (not leaf.ndim or len(leaf) != self._samples):
-            raise NotCapturedError("the batch is not the first axis of what it returns")
+            raise NotPaddedError("the batch is not the first axis of what it returns")
         if not leaf.numel():
             return
         if torch._debug_has_internal_overlap(leaf) == 1:
@@ -161,6 +199,12 @@ def _fill(places: list[Tensor], tensors: list[Tensor]) -> None:
         else:
             place[: len(x)].copy_(x)
             place[len(x) :].zero_()
+
+
+def _is_close(a: Tensor, b: Tensor, bound: float) -> bool:
+    """Whether tensors are relatively as close as a bound says, infinities aside."""
+    a, b = (x.nan_to_num().to(torch.complex128 if x.is_complex() else torch.float64) for x in (a, b))
+    return bool((a - b).norm() <= bound * b.norm())
 
 
 def _storage(x: Tensor) -> int:

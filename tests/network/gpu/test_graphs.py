@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from escort.cuda import capture
 from escort.cuda.capture import Graph
 from escort.layers import runners
 from escort.network.model import ConvertedModel
@@ -219,6 +220,31 @@ def test_compiled(ours: ConvertedModel) -> None:
             assert_same(compiled(x).clone(), expected[0])
     assert torch.equal(ours(x), expected[0]) and stats(ours)["replays"] == 2
     torch._dynamo.reset()
+
+
+def test_tables_are_laid_out_while_another_thread_captures(ours: ConvertedModel) -> None:
+    """As a conversion in another thread does."""
+    layer, x = ours.network.get_submodule("pointwise"), picture()
+    failures = list[BaseException]()
+
+    def prepare() -> None:
+        try:
+            layer.prepare()
+        except BaseException as error:
+            failures.append(error)
+
+    def calls() -> None:
+        thread = threading.Thread(target=prepare)
+        thread.start()
+        thread.join()
+        made.append(x * 2.0)
+
+    prepare()  # compiled before
+    made: list[Tensor] = []
+    with capture.turn:
+        graph = Graph(calls, capture.capture_stream(0, 0), torch.cuda.graph_pool_handle())
+    graph.replay(torch.cuda.current_stream().cuda_stream)
+    assert not failures and torch.equal(made[0], x * 2.0)
 
 
 @pytest.mark.parametrize("fails", ["memory", "capture"])

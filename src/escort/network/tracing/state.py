@@ -66,6 +66,17 @@ class State:
                     module.__dict__[name] = value
 
 
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts back what calls of a model have changed of its state meanwhile."""
+    state = State(model)
+    try:
+        yield
+    finally:
+        if state.changed(model):
+            state.restore(model)
+
+
 def own_draws() -> AbstractContextManager[None]:
     """Leaves torch's generators of random numbers as they were."""
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])

@@ -94,7 +94,8 @@ class DirectCuda(Method):
             (torch.Tensor, torch.Tensor, torch.Tensor, *fixed, int, int),  # x, y, residual; samples, tiles
             overlap=torch.cuda.get_device_capability(device) >= (9, 0),
         )
-        torch.cuda.synchronize(device)  # the tables are there before any stream reads them
+        # The tables are there before any stream reads them. Other streams may be in a capture, and are not waited for.
+        torch.cuda.current_stream(device).synchronize()
         check, out_shape = input_check(problem, most_samples(problem)), problem.output_shape[1:]
         groups, tile, strides = len(tables.first_channels), config.tile, output_strides(problem, "contiguous")
 
