@@ -171,6 +171,18 @@ def test_cache_lists_and_clears(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert not any(tmp_path.iterdir())
 
 
+def test_convert_measures_anew_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    convert = escort.convert
+    monkeypatch.setattr(
+        escort, "convert", lambda *args, **options: asked.append(options["remeasure"]) or convert(*args, **options)
+    )
+    words = ("convert", TINY, "--input", "1,3,8,8", "--output", tmp_path / "m.escort")
+    succeed(*words)
+    succeed(*words, "--remeasure")
+    assert asked == [False, True]
+
+
 @pytest.mark.usefixtures("plan_store")
 def test_cache_lists_shares_and_clears_plans(tmp_path: Path) -> None:
     planner._remembered.clear()

@@ -281,7 +281,10 @@ def _plan(task: _Task, ahead: Ahead, budget_s: float) -> Plan:
 
 
 def _remember(task: _Task, search: Search, plan: Plan) -> Plan:
-    _keep(task.key, store.Hint(plan, search.cut_at_s))
+    if plan.is_steady:
+        _keep(task.key, store.Hint(plan, search.cut_at_s))
+    else:
+        _log.info("the times of %s scatter: no other layer takes over its plan", plan.problem)
     return plan
 
 
