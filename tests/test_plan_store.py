@@ -290,6 +290,8 @@ def forge(**changes: Any) -> None:
         {"methods": "first"},
         {"compiles": True},
         {"cut_at_s": -1.0},
+        {"cut_at_s": 10**400},
+        {"nonzeros": (1 << 31) - 1},
         {"imported": 1},
         {"more": 1},
     ],

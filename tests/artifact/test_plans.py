@@ -147,6 +147,8 @@ HOSTILE: list[tuple[Change, str]] = [
     (setting("more", 1), "plan 1: a stored plan has the fields .*, got .*more"),
     (setting("nonzeros", -1), "plan 1: nonzeros cannot be -1"),
     (setting("nonzeros", 1e300), "plan 1: nonzeros cannot be 1e"),
+    (setting("nonzeros", (1 << 31) - 1), "plan 1: nonzeros cannot be 2147483647: the filter has "),
+    (setting("nonzeros", 122), "plan 1: nonzeros cannot be 122"),  # of 8 x 6 x 3 x 3 weights
     (setting("nonzeros", True), "plan 1: nonzeros cannot be True"),
     (setting("methods", ["fake", "eval"]), "plan 1: no method 'eval' on cpu"),
     (setting("methods", ["fake", "dense", "dense"]), "plan 1: its methods are named twice"),
@@ -157,6 +159,9 @@ HOSTILE: list[tuple[Change, str]] = [
     (setting("sources", "x" * 1025), "plan 1: sources cannot be 'xxx"),
     (setting("cut_at_s", "soon"), "plan 1: cut_at_s cannot be 'soon'"),
     (setting("cut_at_s", 10**400), "plan 1: "),
+    (setting("plan.more", "x"), "plan 1: a stored plan's plan has no field 'more'"),
+    (setting("plan.times_from", "plan store"), "plan 1: a stored plan's plan has no field 'times_from'"),
+    (setting("plan.is_steady", False), "plan 1: a stored plan's plan has no field 'is_steady'"),
     (setting("plan.method", "eval"), "plan 1: no method 'eval' on cpu"),
     (setting("plan.method", ["fake"]), "plan 1: not a plan"),
     (setting("plan.config", {"knob": 0, "code": "x"}), "plan 1: not a plan: .*code"),
