@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -123,6 +123,11 @@ def save(key: Key, hint: Hint) -> None:
     """Stores a hint; where that cannot be done, warns once and goes on."""
     if is_kept():
         cache.store("plan", key.digest, to_json(key, hint))
+
+
+def add(plans: Mapping[Key, Hint]) -> tuple[int, int]:
+    """Stores hints as far as there is room; returns how many were stored, and for how many there was no room."""
+    return cache.add("plan", {key.digest: to_json(key, hint) for key, hint in plans.items()})
 
 
 def entries() -> list[tuple[cache.Entry, tuple[Key, Hint] | None]]:
