@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,6 +189,24 @@ def test_a_conversion_may_measure_all_layers_anew(monkeypatch: pytest.MonkeyPatc
     for remeasure, count in ((False, 2), (False, 2), (True, 4), (False, 4)):
         fast = escort.convert(model, x, remeasure=remeasure)
         assert len(measured) == count and not fast.plan.kept_dense
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_replanning_keeps_to_the_methods_of_the_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fast = escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8), methods=["lowered"])
+    assert fast.plan.methods == ("dense", "lowered")
+    assert NetworkPlan.from_json(json.loads(json.dumps(fast.plan.to_json()))) == fast.plan
+    escort.save(fast, tmp_path / "fast.escort")
+    for again in (escort.replan(fast), escort.load(tmp_path / "fast.escort", remeasure=True)):
+        assert again.plan.methods == fast.plan.methods
+        weighed = {candidate.method for plan in again.plan.layers.values() for candidate in plan.candidates}
+        assert weighed == {"dense", "lowered"}
+    fast.plan = replace(fast.plan, methods=("dense", "lowered", "gone"))
+    assert escort.replan(fast).plan.layers.keys() == fast.plan.layers.keys()
+    assert "of which there is no gone on cpu any more" in caplog.text
+    assert escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8)).plan.methods == ()
 
 
 def test_where_the_original_was_kept_there_is_nothing_to_replan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import warnings
 from collections.abc import Collection, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from escort.layers import SparseConv2d
+from escort.methods import Method, for_device
 from escort.network.check import (
     Effort,
     Request,
@@ -28,7 +30,7 @@ from escort.network.choose import choose, race, run_in_parts, samples_to_try
 from escort.network.context import dense_in, on_device, running_out
 from escort.network.example import Example
 from escort.network.memory import keep_freed_memory
-from escort.network.model import ConvertedModel
+from escort.network.model import ConvertedModel, NetworkPlan
 from escort.network.original import Original, plain_copy, run_original, unwrap
 from escort.network.passes import rewrite
 from escort.network.passes.channels_last import in_memory_formats
@@ -44,6 +46,7 @@ from escort.problem import Precision
 from escort.runtime import as_programs
 from escort.runtime.saved.description import unsavable
 
+_log = logging.getLogger(__name__)
 _NOTHING_TO_PLAN = (
     "the original network was kept when this model was converted, so that it has no layer to plan anew; pass the "
     "original to escort.convert(..., remeasure=True)"
@@ -225,7 +228,7 @@ def replan(
 
     The time of the whole is measured where the plan says how to make inputs, as it does unless they are packed. Where
     the original network was kept, there is no layer to plan, and a warning says so: convert the original once more,
-    with ``remeasure=True`` to measure its layers anew.
+    with ``remeasure=True`` to measure its layers anew. The choice stays restricted to the `methods` of the conversion.
 
     Args:
         effort, progress: as of :func:`convert`.
@@ -237,7 +240,8 @@ def replan(
         raise TypeError(f"replan takes what escort.convert returned, got {type(model).__name__}; convert it first")
     tensors = (*model.network.parameters(), *model.network.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
-    request = Request(device, model.plan.precision, settle_effort(effort), remeasure=remeasure)
+    methods = _restriction(model.plan, device)
+    request = Request(device, model.plan.precision, settle_effort(effort), methods=methods, remeasure=remeasure)
     with _turn, on_device(device), own_draws(), request.progress.bar(shown=progress):
         with running_out("the network"):
             network = copy.deepcopy(model.network)
@@ -266,6 +270,14 @@ def replan(
             state.restore(network)
             request.progress.done("timed as a whole")
     return model.with_network(network, plan)
+
+
+def _restriction(plan: NetworkPlan, device: torch.device) -> tuple[Method, ...] | None:
+    """The methods that a conversion was restricted to, as far as this version has them; None for all."""
+    here = {method.name for method in for_device(str(device))}
+    if missing := ", ".join(name for name in plan.methods if name not in here):
+        _log.warning("the choice was restricted to methods of which there is no %s on %s any more", missing, device)
+    return settle_methods([name for name in plan.methods if name in here] or None, device)
 
 
 def _as_planned(module: SparseConv2d) -> Layer:
