@@ -134,6 +134,19 @@ def test_the_timer_tells_what_it_saw() -> None:
     assert [median(calls_s) * 1e6 for calls_s in seen] == times_us and list(map(len, seen)) == [8, 8]
 
 
+def test_what_is_remembered_is_stored_again_where_it_is_gone(
+    fakes: tuple[Fake, Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = plan_layer(PROBLEM, a_filter())
+    cache.clear("plan")
+    assert plan_layer(PROBLEM, a_filter()).times_from == "equal layer" and len(files()) == 1
+    monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / "another"))
+    assert not files() and plan_layer(PROBLEM, a_filter()).times_from == "equal layer"
+    forget()
+    plan = plan_layer(PROBLEM, a_filter())
+    assert plan.times_from == "plan store" and same(plan, earlier)
+
+
 def test_threads_share_plans(fakes: tuple[Fake, Fake]) -> None:
     plan_layer(PROBLEM, a_filter())
     forget()

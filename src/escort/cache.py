@@ -103,6 +103,14 @@ def load(kind: Kind, key: str) -> tuple[dict[str, Any], bytes] | None:
     return None
 
 
+def contains(kind: Kind, key: str) -> bool:
+    """Whether there is an entry of that key, damaged or not."""
+    try:
+        return (folder() / f"{key}.{kind}").exists()
+    except OSError:
+        return False
+
+
 def store(kind: Kind, key: str, description: Mapping[str, Any], data: bytes = b"") -> None:
     """Writes an entry and makes room for it; where that cannot be done, warns once and goes on."""
     limit = limit_bytes()

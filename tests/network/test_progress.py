@@ -185,3 +185,18 @@ def test_nothing_is_printed_unless_it_is_asked_for() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
     assert any(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("escort").handlers)
+
+
+@pytest.mark.parametrize(("level", "is_drawn"), [(logging.WARNING, True), (logging.INFO, False)])
+def test_there_is_no_bar_where_the_log_tells_each_step(
+    level: int,
+    is_drawn: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    caplog.set_level(level, "escort")
+    with Progress().bar(shown=True):
+        pass
+    assert ("tracing" in capsys.readouterr().err) is is_drawn

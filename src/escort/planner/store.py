@@ -125,6 +125,11 @@ def save(key: Key, hint: Hint) -> None:
         cache.store("plan", key.digest, to_json(key, hint))
 
 
+def is_stored(key: Key) -> bool:
+    """Whether there is an entry of that key, whatever is in it."""
+    return cache.contains("plan", key.digest)
+
+
 def add(plans: Mapping[Key, Hint]) -> tuple[int, int]:
     """Stores hints as far as there is room; returns how many were stored, and for how many there was no room."""
     return cache.add("plan", {key.digest: to_json(key, hint) for key, hint in plans.items()})
