@@ -77,7 +77,7 @@ def test_a_later_process_takes_over_what_was_measured(fakes: tuple[Fake, Fake]) 
 
 
 def _plan_in_a_process(barrier: Any, results: Any) -> None:
-    measure._SCATTER = math.inf
+    measure._SCATTER, measure._BUSY = math.inf, 1.0
     barrier.wait(timeout=120)
     plan = plan_layer(PROBLEM, a_filter())
     results.put((plan.times_from, plan.to_json()))
@@ -126,6 +126,17 @@ def test_times_that_scatter_are_for_one_layer_alone(
     assert Plan.from_json(plan.to_json()) == plan
     again = plan_layer(PROBLEM, a_filter()).times_from
     assert again == ("equal layer" if is_steady else "measured")
+
+
+@pytest.mark.parametrize(("share", "is_steady"), [(0.2, True), (0.3, False)])
+def test_times_of_a_busy_machine_are_for_one_layer_alone(
+    fakes: tuple[Fake, Fake], monkeypatch: pytest.MonkeyPatch, share: float, is_steady: bool
+) -> None:
+    """Threads that wait for cores take the same time in each call, and yet the wrong one."""
+    monkeypatch.setattr(measure, "_BUSY", cores.BUSY)
+    monkeypatch.setattr(cores.Watch, "others_share", lambda self: share)
+    plan = plan_layer(PROBLEM, a_filter())
+    assert plan.is_steady == is_steady and len(files()) == is_steady
 
 
 def test_the_timer_tells_what_it_saw() -> None:

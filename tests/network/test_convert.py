@@ -227,9 +227,11 @@ def test_a_busy_machine_is_said_in_the_log(
     monkeypatch.setattr(measure, "_SCATTER", scatter)
     fast = escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8))
     count = 2 if scatter < 0 else 0
-    said = f"took {100 * share:.0f}% of the time of this machine's cores, and times scatter in {count} of 2 layers"
+    said = (
+        f"took {100 * share:.0f}% of the time of this machine's cores, and disturbed the times of {count} of 2 layers"
+    )
     assert (said in caplog.text) is is_said
-    assert ("layers scatter: other processes" in plan_table(fast.plan).caption) is bool(count)
+    assert ("layers were disturbed by other processes" in plan_table(fast.plan).caption) is bool(count)
 
 
 @pytest.mark.usefixtures("always_faster")

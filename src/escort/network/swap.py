@@ -211,13 +211,12 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
 
 def _warn_if_busy(plans: Mapping[str, Plan], others_share: float) -> None:
     """Says in the log where times are worth little, since others ran meanwhile."""
-    scattered = sum(not plan.is_steady for plan in plans.values())
-    if scattered or others_share > BUSY:
+    disturbed = sum(not plan.is_steady for plan in plans.values())
+    if disturbed or others_share > BUSY:
         _log.warning(
-            "other processes took %.0f%% of the time of this machine's cores, and times scatter in %d of %d layers: "
-            "choices may be wrong. Plans of layers whose times scatter are not stored; convert again with "
-            "remeasure=True once the machine is quiet",
-            *(100 * others_share, scattered, len(plans)),
+            "other processes took %.0f%% of the time of this machine's cores, and disturbed the times of %d of %d "
+            "layers: choices may be wrong. Plans of such layers are not stored; convert again once it is quiet",
+            *(100 * others_share, disturbed, len(plans)),
         )
 
 

@@ -25,6 +25,9 @@ from escort.problem import Problem
 _HOPELESS = 1.6
 #: How many times the least of a candidate's times their median may be: beyond that, something else ran meanwhile.
 _SCATTER = 2.0
+#: The share of a CPU's time that others may take while a layer is measured. Where threads wait for cores that others
+#: have, each call of a method may take a slice of the scheduler longer, as steadily as if that were its time.
+_BUSY = cores.BUSY
 #: So many microseconds of a first run on a GPU may be waiting for the host, which the replay of a graph does not do.
 _HOST_US = 60.0
 #: Bytes of a GPU's memory that the candidates of layers to come may take.
@@ -85,7 +88,7 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
         ValueError: where no candidate is left; the message holds each one's reason.
         torch.OutOfMemoryError: where the device cannot even hold the problem's input.
     """
-    problem, settled = layer.problem, list(search.refused)
+    problem, settled, watch = layer.problem, list(search.refused), cores.Watch()
     with torch.inference_mode():
         inputs = timing.example_inputs(problem)
         runnable: list[_FirstRun] = []
@@ -108,7 +111,8 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
         raise ValueError(f"no method can run {problem}, leave it out with skip: {reasons}")
     best = min(timed, key=lambda candidate: candidate.time_us or 0.0)
     assert best.config is not None
-    is_steady = not any(
+    is_busy = problem.device_type == "cpu" and watch.others_share() > _BUSY
+    is_steady = not is_busy and not any(
         median(seconds) > _SCATTER * min(seconds)
         for candidate, seconds in zip(raced, calls_s, strict=False)  # on a GPU, whose own time is taken, none was seen
         if candidate is best or candidate.method == dense_for(problem.device).name

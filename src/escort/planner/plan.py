@@ -72,8 +72,8 @@ class Plan:
         machine: where the candidates were measured.
         times_from: whose times the candidates have. The choice was validated on the layer's own filter in any case, and
             has the error of that.
-        is_steady: whether those times are good for other layers too. They are not where the calls of the choice, or of
-            the dense method, took very different times, as they do where others keep the machine's cores busy.
+        is_steady: whether those times are good for other layers too. They are not where others kept the machine's cores
+            busy, or calls of the choice, or of the dense method, took very different times.
     """
 
     problem: Problem

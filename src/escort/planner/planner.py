@@ -284,7 +284,7 @@ def _remember(task: _Task, search: Search, plan: Plan) -> Plan:
     if plan.is_steady:
         _keep(task.key, store.Hint(plan, search.cut_at_s))
     else:
-        _log.info("the times of %s scatter: no other layer takes over its plan", plan.problem)
+        _log.info("others disturbed the times of %s: no other layer takes over its plan", plan.problem)
     return plan
 
 
