@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ def test_what_goes_as_planned_counts_nothing(model: escort.ConvertedModel) -> No
     for batch in (1, 3, 1):
         model(torch.randn(batch, 3, 16, 16))
     assert model.counters() == {}
+
+
+def test_loading_counts_nothing(model: escort.ConvertedModel, tmp_path: Path) -> None:
+    escort.save(model, tmp_path / "model.escort")
+    for remeasure in (False, True):
+        loaded = escort.load(tmp_path / "model.escort", remeasure=remeasure)
+        loaded(torch.randn(1, 3, 16, 16))
+        assert loaded.counters() == {}
 
 
 def test_sizes_that_were_not_planned_are_counted_once_each(

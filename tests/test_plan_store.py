@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import shutil
@@ -9,6 +10,7 @@ import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -75,6 +77,7 @@ def test_a_later_process_takes_over_what_was_measured(fakes: tuple[Fake, Fake]) 
 
 
 def _plan_in_a_process(barrier: Any, results: Any) -> None:
+    measure._SCATTER, measure._BUSY = math.inf, 1.0
     barrier.wait(timeout=120)
     plan = plan_layer(PROBLEM, a_filter())
     results.put((plan.times_from, plan.to_json()))
@@ -101,6 +104,58 @@ def test_processes_share_plans() -> None:
     assert times_from == "plan store" and any(same(plan, earlier) for _, earlier in first)
     (stored,) = store.entries()
     assert [path.name for path in cache.folder().iterdir()] == [f"{stored[0].key}.plan"]
+
+
+@pytest.mark.parametrize(("calls_s", "is_steady"), [([1.0, 2.0, 1.9], True), ([1.0, 2.1, 9.0], False)])
+@pytest.mark.parametrize("hit", ["dense", "the choice", "another"])
+def test_times_that_scatter_are_for_one_layer_alone(
+    fakes: tuple[Fake, Fake], monkeypatch: pytest.MonkeyPatch, hit: str, calls_s: list[float], is_steady: bool
+) -> None:
+    """Contestants are both configs of the first method, the second, and the configs of the dense one."""
+
+    def race(runs: Any, *, seen: Any, **_: Any) -> list[float]:
+        hits = {"the choice": 0, "another": 2, "dense": len(runs) - 1}
+        seen([calls_s if number == hits[hit] else [1.0] for number in range(len(runs))])
+        return [float(i + 1) for i in range(len(runs))]
+
+    monkeypatch.setattr(timing, "race", race)
+    monkeypatch.setattr(measure, "_SCATTER", 2.0)
+    is_steady |= hit == "another"
+    plan = plan_layer(PROBLEM, a_filter())
+    assert (plan.method, plan.is_steady) == ("first", is_steady) and len(files()) == is_steady
+    assert Plan.from_json(plan.to_json()) == plan
+    again = plan_layer(PROBLEM, a_filter()).times_from
+    assert again == ("equal layer" if is_steady else "measured")
+
+
+@pytest.mark.parametrize(("share", "is_steady"), [(0.2, True), (0.3, False)])
+def test_times_of_a_busy_machine_are_for_one_layer_alone(
+    fakes: tuple[Fake, Fake], monkeypatch: pytest.MonkeyPatch, share: float, is_steady: bool
+) -> None:
+    """Threads that wait for cores take the same time in each call, and yet the wrong one."""
+    monkeypatch.setattr(measure, "_BUSY", cores.BUSY)
+    monkeypatch.setattr(cores.Watch, "others_share", lambda self: share)
+    plan = plan_layer(PROBLEM, a_filter())
+    assert plan.is_steady == is_steady and len(files()) == is_steady
+
+
+def test_the_timer_tells_what_it_saw() -> None:
+    seen: list[Any] = []
+    times_us = timing.race([lambda: None, lambda: None], rounds=4, burst=2, seen=seen.extend)
+    assert [median(calls_s) * 1e6 for calls_s in seen] == times_us and list(map(len, seen)) == [8, 8]
+
+
+def test_what_is_remembered_is_stored_again_where_it_is_gone(
+    fakes: tuple[Fake, Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = plan_layer(PROBLEM, a_filter())
+    cache.clear("plan")
+    assert plan_layer(PROBLEM, a_filter()).times_from == "equal layer" and len(files()) == 1
+    monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / "another"))
+    assert not files() and plan_layer(PROBLEM, a_filter()).times_from == "equal layer"
+    forget()
+    plan = plan_layer(PROBLEM, a_filter())
+    assert plan.times_from == "plan store" and same(plan, earlier)
 
 
 def test_threads_share_plans(fakes: tuple[Fake, Fake]) -> None:
@@ -259,6 +314,8 @@ def forge(**changes: Any) -> None:
         {"methods": "first"},
         {"compiles": True},
         {"cut_at_s": -1.0},
+        {"cut_at_s": 10**400},
+        {"nonzeros": (1 << 31) - 1},
         {"imported": 1},
         {"more": 1},
     ],

@@ -114,6 +114,19 @@ def test_a_weight_is_that_from_before_a_norm_was_folded_in() -> None:
     assert torch.equal(layer.weight + 0, 2 * folded.to_dense())
 
 
+def test_another_pattern_of_as_many_values_is_another_weight() -> None:
+    layer, _, _ = a_layer()
+    dense = torch.zeros(8, 3, 3, 3)
+    dense[:, 0, 0, 0] = 1.0
+    filters = [SparseFilter.from_dense(weight, 2) for weight in (dense, dense.flip(1, 2, 3))]
+    ours, theirs = (SparseConv2d(one, layer.bias, layer.plan, unfolded=filters[0]) for one in filters)
+    assert torch.equal(ours.values, theirs.values)
+    ours.load_state_dict(ours.state_dict())
+    assert ours.unfolded is not None
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.unfolded is None and torch.equal(ours.weight + 0, filters[1].to_dense())
+
+
 def test_a_weight_while_compiled_or_exported() -> None:
     layer, problem, dense = a_layer(residual=False)
 

@@ -21,7 +21,7 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -54,7 +54,7 @@ class Entry:
     Attributes:
         key: what it was stored under, its file's name without the kind behind it.
         size_bytes: of the file.
-        used: when it was last written or read, in seconds since the epoch.
+        used: when it was last written or read, in seconds since the epoch; 0 for one that was added, until it is read.
         description: what was stored; empty where the file is damaged.
     """
 
@@ -103,20 +103,64 @@ def load(kind: Kind, key: str) -> tuple[dict[str, Any], bytes] | None:
     return None
 
 
+def contains(kind: Kind, key: str) -> bool:
+    """Whether there is an entry of that key, damaged or not."""
+    try:
+        return (folder() / f"{key}.{kind}").exists()
+    except OSError:
+        return False
+
+
 def store(kind: Kind, key: str, description: Mapping[str, Any], data: bytes = b"") -> None:
     """Writes an entry and makes room for it; where that cannot be done, warns once and goes on."""
     limit = limit_bytes()
     if limit == 0:
         return
-    content = json.dumps(description, sort_keys=True).encode() + b"\n" + data
-    content = _format(kind) + _checksum(key, content) + b"\n" + content
+    content = _packed(kind, key, description, data)
+
+    def write(place: Path, directory: int) -> None:
+        _write(directory, f"{key}.{kind}", content)
+        _make_room(place, directory, len(content), limit)
+
+    _in_folder(write)
+
+
+def add(kind: Kind, descriptions: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    """Writes entries as far as there is room, by their keys. Until they are read they are the least recently used.
+
+    Returns:
+        How many were written, and for how many there was no room. Where writing fails, warns once and stops.
+    """
+    limit, written, without_room = limit_bytes(), 0, 0
+
+    def write(place: Path, directory: int) -> None:
+        nonlocal written, without_room
+        sizes = {name: status.st_size for name, status in _files(directory, *(f".{kind}" for kind in KINDS))}
+        total = sum(sizes.values())
+        for key, description in descriptions.items():
+            name, content = f"{key}.{kind}", _packed(kind, key, description)
+            grown = total + len(content) - sizes.get(name, 0)
+            if grown > limit:
+                without_room += 1
+                continue
+            _write(directory, name, content)
+            with contextlib.suppress(FileNotFoundError):  # another process may make room at any time
+                os.utime(name, (0, 0), dir_fd=directory, follow_symlinks=False)
+            total, written = grown, written + 1
+        _sizes[place] = total
+
+    _in_folder(write)
+    return written, without_room
+
+
+def _in_folder(write: Callable[[Path, int], None]) -> None:
+    """Has something written, given the folder and its descriptor; where that cannot be done, warns once and goes on."""
     place: Path | str = ""
     try:
         place = folder()
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _opened(place) as directory:
-            _write(directory, f"{key}.{kind}", content)
-            _make_room(place, directory, len(content), limit)
+            write(place, directory)
     except UnsafeFolderError as error:
         _warn_once(str(error))
     except OSError as error:
@@ -211,6 +255,12 @@ def _write(directory: int, name: str, content: bytes) -> None:
     except BaseException:
         _remove(directory, temporary)
         raise
+
+
+def _packed(kind: Kind, key: str, description: Mapping[str, Any], data: bytes = b"") -> bytes:
+    """The content of an entry's file, which :func:`_parse` reads."""
+    content = json.dumps(description, sort_keys=True).encode() + b"\n" + data
+    return _format(kind) + _checksum(key, content) + b"\n" + content
 
 
 def _format(kind: Kind) -> bytes:

@@ -56,14 +56,14 @@ def stored() -> list[tuple[store.Key, store.Hint]]:
 def test_what_was_exported_is_taken_in(file: Path, fake: Fake) -> None:
     before = {key: hint.plan for key, hint in stored()}
     on_a_new_machine()
-    assert import_plans(file) == (2, 0)
+    assert import_plans(file) == (2, 0, 0)
     assert {key: hint.plan for key, hint in stored()} == before and all(hint.imported for _, hint in stored())
     prepared = fake.prepared
     plan = plan_layer(PROBLEM, a_filter())
     assert (plan.method, plan.config, plan.times_from) == ("fake", {"knob": 0}, "plan store")
     assert fake.prepared == prepared + 1
     assert sorted(hint.imported for _, hint in stored()) == [False, True]  # it was validated
-    assert import_plans(file) == (1, 1)
+    assert import_plans(file) == (1, 1, 0)
 
 
 def test_the_file_is_json_and_holds_no_binaries(file: Path) -> None:
@@ -77,15 +77,35 @@ def test_own_plans_stay(file: Path) -> None:
     for entry in content["plans"]:
         entry["plan"]["config"] = {"knob": 1}
     file.write_text(json.dumps(content))
-    assert import_plans(file) == (0, 2)
+    assert import_plans(file) == (0, 2, 0)
     assert all(hint.plan.config == {"knob": 0} for _, hint in stored())
+
+
+def test_imported_plans_take_no_room_of_what_is_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three plans two fit; the own one is older, and yet it is the last to go."""
+    content = json.loads(file.read_text())
+    on_a_new_machine()
+    own = replace(PROBLEM, batch=7)
+    plan_layer(own, a_filter())
+    (path,) = cache.folder().iterdir()
+    os.utime(path, (1000, 1000))
+    size = path.stat().st_size
+    content["plans"].append(json.loads(json.dumps(content["plans"][0])))
+    content["plans"][2]["plan"]["problem"]["batch"] = 4
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr(cache, "limit_bytes", lambda: 3 * size + 50)
+    assert import_plans(file) == (2, 0, 1)
+    assert import_plans(file) == (2, 0, 1)  # they take the place of themselves
+    assert sorted(entry.used for entry, _ in store.entries()) == [0, 0, 1000]
+    plan_layer(replace(PROBLEM, batch=5), a_filter())  # makes room
+    assert {key.problem.batch for key, hint in stored() if not hint.imported} == {5, 7} and len(stored()) == 2
 
 
 def test_a_choice_that_the_method_does_not_offer_is_not_tried(file: Path, fake: Fake) -> None:
     """A kernel trusts its config, and a hostile one may have any numbers in it."""
     file.write_text(file.read_text().replace('"knob": 0', '"knob": 1234'))
     on_a_new_machine()
-    assert import_plans(file) == (2, 0)
+    assert import_plans(file) == (2, 0, 0)
     tried: list[Any] = []
     prepare = fake.prepare
     fake.prepare = lambda *args: (tried.append(args[3]), prepare(*args))[1]  # type: ignore[method-assign]
@@ -114,7 +134,7 @@ def test_a_wrong_choice_is_measured_anew(file: Path, fake: Fake) -> None:
 def test_plans_of_another_machine_take_no_effect(file: Path) -> None:
     file.write_text(file.read_text().replace('"threads": ', '"threads": 7'))
     on_a_new_machine()
-    assert import_plans(file) == (2, 0)
+    assert import_plans(file) == (2, 0, 0)
     assert plan_layer(PROBLEM, a_filter()).times_from == "measured"
 
 
@@ -147,6 +167,8 @@ HOSTILE: list[tuple[Change, str]] = [
     (setting("more", 1), "plan 1: a stored plan has the fields .*, got .*more"),
     (setting("nonzeros", -1), "plan 1: nonzeros cannot be -1"),
     (setting("nonzeros", 1e300), "plan 1: nonzeros cannot be 1e"),
+    (setting("nonzeros", (1 << 31) - 1), "plan 1: nonzeros cannot be 2147483647: the filter has "),
+    (setting("nonzeros", 122), "plan 1: nonzeros cannot be 122"),  # of 8 x 6 x 3 x 3 weights
     (setting("nonzeros", True), "plan 1: nonzeros cannot be True"),
     (setting("methods", ["fake", "eval"]), "plan 1: no method 'eval' on cpu"),
     (setting("methods", ["fake", "dense", "dense"]), "plan 1: its methods are named twice"),
@@ -157,6 +179,9 @@ HOSTILE: list[tuple[Change, str]] = [
     (setting("sources", "x" * 1025), "plan 1: sources cannot be 'xxx"),
     (setting("cut_at_s", "soon"), "plan 1: cut_at_s cannot be 'soon'"),
     (setting("cut_at_s", 10**400), "plan 1: "),
+    (setting("plan.more", "x"), "plan 1: a stored plan's plan has no field 'more'"),
+    (setting("plan.times_from", "plan store"), "plan 1: a stored plan's plan has no field 'times_from'"),
+    (setting("plan.is_steady", False), "plan 1: a stored plan's plan has no field 'is_steady'"),
     (setting("plan.method", "eval"), "plan 1: no method 'eval' on cpu"),
     (setting("plan.method", ["fake"]), "plan 1: not a plan"),
     (setting("plan.config", {"knob": 0, "code": "x"}), "plan 1: not a plan: .*code"),
@@ -232,7 +257,7 @@ def test_a_large_file_is_not_read_to_its_end(file: Path, monkeypatch: pytest.Mon
     with pytest.raises(ArtifactError, match=f"it has more than {size - 1:,} bytes"):
         import_plans(file)
     monkeypatch.setattr(plans, "_MOST_BYTES", size)
-    assert import_plans(file) == (2, 0)
+    assert import_plans(file) == (2, 0, 0)
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
@@ -262,7 +287,7 @@ def test_what_could_not_be_stored_does_not_count(file: Path, monkeypatch: pytest
 
     monkeypatch.setattr(cache, "_write", refuse)
     with pytest.warns(RuntimeWarning, match="cannot be written"):
-        assert import_plans(file) == (0, 0)
+        assert import_plans(file) == (0, 0, 0)
 
 
 def test_every_method_of_every_device_has_plans_that_are_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +320,7 @@ def test_the_cpu_has_its_own_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     earlier = plan_layer(PROBLEM, a_filter())
     assert export_plans(tmp_path / "plans.json") == 1
     on_a_new_machine()
-    assert import_plans(tmp_path / "plans.json") == (1, 0)
+    assert import_plans(tmp_path / "plans.json") == (1, 0, 0)
     plan = plan_layer(PROBLEM, a_filter())
     assert (plan.method, plan.config, plan.times_from) == (earlier.method, earlier.config, "plan store")
     assert torch.get_num_threads() == plan.machine.threads

@@ -171,8 +171,20 @@ def test_cache_lists_and_clears(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert not any(tmp_path.iterdir())
 
 
+def test_convert_measures_anew_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    convert = escort.convert
+    monkeypatch.setattr(
+        escort, "convert", lambda *args, **options: asked.append(options["remeasure"]) or convert(*args, **options)
+    )
+    words = ("convert", TINY, "--input", "1,3,8,8", "--output", tmp_path / "m.escort")
+    succeed(*words)
+    succeed(*words, "--remeasure")
+    assert asked == [False, True]
+
+
 @pytest.mark.usefixtures("plan_store")
-def test_cache_lists_shares_and_clears_plans(tmp_path: Path) -> None:
+def test_cache_lists_shares_and_clears_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planner._remembered.clear()
     plan = plan_layer(PROBLEM, a_filter())
     cache.store("plan", "b" * 64, {"plan": "of another version"})
@@ -185,11 +197,17 @@ def test_cache_lists_shares_and_clears_plans(tmp_path: Path) -> None:
     assert "6->8 3x3, 9x9, fp32" in table and "damaged, or of another version" in table and "just now" in table
     file = tmp_path / "plans.json"
     assert succeed_json("cache", "export", file) == {"file": str(file), "exported": 1}
-    assert succeed_json("cache", "import", file) == {"file": str(file), "imported": 0, "known": 1}
+    assert succeed_json("cache", "import", file) == {"file": str(file), "imported": 0, "known": 1, "without_room": 0}
     assert "removed 0 kernels and 2 plans" in succeed("cache", "clear").stdout
-    assert f"took in 1 plan of {file}, and left out 0" in succeed("cache", "import", file).stdout
+    assert (
+        f"took in 1 plan of {file}, and left out 0 that were there already\n" in succeed("cache", "import", file).stdout
+    )
+    assert " never " in succeed("cache").stdout
     removed = succeed_json("cache", "--clear")
     assert (removed["removed"], removed["kernel"], removed["plan"]) == (1, 0, 1)
+    monkeypatch.setattr(cache, "limit_bytes", lambda: 10)
+    said = " ".join(succeed("cache", "import", file).stdout.split())
+    assert "and 1 for which there is no room: the cache holds 0.0 MB; set ESCORT_CACHE_MB to a larger size" in said
 
 
 @pytest.mark.parametrize("args", [("export",), ("import",), ("list", "x"), ("clear", "x"), ("export", "x", "--clear")])

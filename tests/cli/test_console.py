@@ -62,6 +62,16 @@ def test_the_share_is_that_of_the_cores_of_the_process(monkeypatch: pytest.Monke
     assert busy_share(0.0) == pytest.approx(10 / 40)  # of the first core 10 of 10, of the third 0 of 30
 
 
+def test_what_this_process_takes_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    own_s = iter([1.0, 1.2, 1.0, 1.2])
+    monkeypatch.setattr("time.process_time", lambda: next(own_s))
+    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    clocks(monkeypatch, "cpu0 10 0 0 90\ncpu2 0 0 0 0\n", "cpu0 60 0 0 90\ncpu2 0 0 0 50\n")
+    assert cores.Watch().others_share() == pytest.approx((50 - 20) / 100)
+    clocks(monkeypatch, "cpu0 10 0 0 90\ncpu2 0 0 0 0\n", "cpu0 19 0 0 90\ncpu2 0 0 0 0\n")
+    assert cores.Watch().others_share() == 0.0  # too little time has passed to say
+
+
 def test_nothing_is_known_where_linux_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     clocks(monkeypatch, "", "")
     assert busy_share(0.0) == 0.0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +16,11 @@ import escort
 from benchmarks.networks import NETWORKS
 from escort import reference
 from escort.layers import MaxPool2d, SparseConv2d
+from escort.network import choose
 from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.network.plan_table import plan_table
-from escort.planner import planner
+from escort.planner import cores, measure, planner
 from escort.runtime import Program
 from tests.network.models import Branching, Masked, Small, pruned, three_convolutions
 
@@ -141,6 +145,93 @@ def test_a_converted_network_says_where_its_times_are_from() -> None:
     assert torch.allclose(again(x), model(x), atol=1e-4)
     anew = escort.replan(again)
     assert {plan.times_from for plan in anew.plan.layers.values()} == {"measured"}
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, network_us: list[float]) -> list[str]:
+    """Lets whole networks take these times, the original first; returns what will be measured."""
+    measured: list[str] = []
+    measure_one = planner.measure
+    monkeypatch.setattr(choose, "race", lambda runs, device: (network_us[: len(runs)], "calls"))
+    monkeypatch.setattr(planner, "measure", lambda *args: measured.append("a layer") or measure_one(*args))
+    return measured
+
+
+@pytest.mark.usefixtures("plan_store")
+def test_stored_plans_that_do_not_pay_are_measured_anew_before_the_original_is_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    planner._remembered.clear()
+    model, x = pruned(Small()), torch.randn(1, 3, 8, 8)
+    measured = slow_down(monkeypatch, [1.0, 2.0])
+    assert escort.convert(model, x).plan.kept_dense and len(measured) == 2  # nothing was stored
+    planner._remembered.clear()
+    with caplog.at_level(logging.INFO, "escort"):
+        fast = escort.convert(model, x)
+    assert fast.plan.kept_dense and len(measured) == 4
+    assert {plan.times_from for plan in fast.plan.layers.values()} == {"measured"}
+    assert "found no gain with the stored plans" in caplog.text
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), atol=1e-5)
+    planner._remembered.clear()
+    times_us = iter([[1.0, 2.0], [2.0, 1.0]])  # once measured anew, it is faster
+    monkeypatch.setattr(choose, "race", lambda runs, device: (next(times_us), "calls"))
+    fast = escort.convert(model, x)
+    assert not fast.plan.kept_dense and len(measured) == 6
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), atol=1e-4)
+
+
+@pytest.mark.usefixtures("plan_store")
+def test_a_conversion_may_measure_all_layers_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner._remembered.clear()
+    measured = slow_down(monkeypatch, [2.0, 1.0])
+    model, x = pruned(Small()), torch.randn(1, 3, 8, 8)
+    for remeasure, count in ((False, 2), (False, 2), (True, 4), (False, 4)):
+        fast = escort.convert(model, x, remeasure=remeasure)
+        assert len(measured) == count and not fast.plan.kept_dense
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_replanning_keeps_to_the_methods_of_the_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fast = escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8), methods=["lowered"])
+    assert fast.plan.methods == ("dense", "lowered")
+    assert NetworkPlan.from_json(json.loads(json.dumps(fast.plan.to_json()))) == fast.plan
+    escort.save(fast, tmp_path / "fast.escort")
+    for again in (escort.replan(fast), escort.load(tmp_path / "fast.escort", remeasure=True)):
+        assert again.plan.methods == fast.plan.methods
+        weighed = {candidate.method for plan in again.plan.layers.values() for candidate in plan.candidates}
+        assert weighed == {"dense", "lowered"}
+    fast.plan = replace(fast.plan, methods=("dense", "lowered", "gone"))
+    assert escort.replan(fast).plan.layers.keys() == fast.plan.layers.keys()
+    assert "of which there is no gone on cpu any more" in caplog.text
+    assert escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8)).plan.methods == ()
+
+
+def test_where_the_original_was_kept_there_is_nothing_to_replan(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_down(monkeypatch, [1.0, 2.0])
+    fast = escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8))
+    with pytest.warns(UserWarning, match=r"no layer to plan anew; pass the original to escort.convert\(\.\.\., rem"):
+        again = escort.replan(fast)
+    assert again.plan.kept_dense
+
+
+@pytest.mark.usefixtures("always_faster")
+@pytest.mark.parametrize(("share", "scatter", "is_said"), [(0.2, 99.0, False), (0.3, 99.0, True), (0.2, -1.0, True)])
+def test_a_busy_machine_is_said_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, share: float, scatter: float, is_said: bool
+) -> None:
+    planner._remembered.clear()
+    monkeypatch.setattr(cores.Watch, "others_share", lambda self: share)
+    monkeypatch.setattr(measure, "_SCATTER", scatter)
+    fast = escort.convert(pruned(Small()), torch.randn(1, 3, 8, 8))
+    count = 2 if scatter < 0 else 0
+    said = (
+        f"took {100 * share:.0f}% of the time of this machine's cores, and disturbed the times of {count} of 2 layers"
+    )
+    assert (said in caplog.text) is is_said
+    assert ("layers were disturbed by other processes" in plan_table(fast.plan).caption) is bool(count)
 
 
 @pytest.mark.usefixtures("always_faster")

@@ -173,9 +173,8 @@ def test_what_is_done_is_logged_with_its_seconds_and_layers_with_their_choice(ca
     caplog.clear()
     with caplog.at_level(logging.INFO, "escort"):
         escort.replan(fast)
-    assert [record.getMessage().partition(" in ")[0] for record in caplog.records] == [
-        *("planned 2 layers", "timed as a whole")
-    ]
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    assert [message.partition(" in ")[0] for message in told] == [*("planned 2 layers", "timed as a whole")]
 
 
 def test_nothing_is_printed_unless_it_is_asked_for() -> None:
@@ -186,3 +185,18 @@ def test_nothing_is_printed_unless_it_is_asked_for() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
     assert any(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("escort").handlers)
+
+
+@pytest.mark.parametrize(("level", "is_drawn"), [(logging.WARNING, True), (logging.INFO, False)])
+def test_there_is_no_bar_where_the_log_tells_each_step(
+    level: int,
+    is_drawn: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    caplog.set_level(level, "escort")
+    with Progress().bar(shown=True):
+        pass
+    assert ("tracing" in capsys.readouterr().err) is is_drawn

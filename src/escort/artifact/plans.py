@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from escort import cache
 from escort.artifact.container import parse
@@ -23,6 +23,20 @@ FORMAT, VERSION = "escort-plans", 1
 _MOST_BYTES = 64 << 20
 _MOST_PLANS = 1 << 14
 _REMEDY = "export the plans again with this version, or get an undamaged copy of the file"
+
+
+class Imported(NamedTuple):
+    """What became of the plans in a file.
+
+    Attributes:
+        taken: how many were taken in.
+        known: how many were left out because this machine has its own in their place.
+        without_room: how many were left out because the cache has no room for them.
+    """
+
+    taken: int
+    known: int
+    without_room: int
 
 
 def export_plans(path: str | os.PathLike[str]) -> int:
@@ -40,14 +54,12 @@ def export_plans(path: str | os.PathLike[str]) -> int:
     return len(listed)
 
 
-def import_plans(path: str | os.PathLike[str]) -> tuple[int, int]:
+def import_plans(path: str | os.PathLike[str]) -> Imported:
     """Takes in the plans of a file that :func:`export_plans` wrote. One from an untrusted source is safe.
 
     A plan takes effect where the device, the versions, the problem and the methods are those that it was measured with.
-    Then its choice is validated as every stored one, once it was found among those that the method itself offers.
-
-    Returns:
-        How many plans were taken in, and how many were left out because this machine has its own in their place.
+    Then its choice is validated as every stored one, once it was found among those that the method itself offers. None
+    takes the room of what this machine keeps.
 
     Raises:
         ArtifactError: naming the file, the plan in it, what is wrong and the remedy. Nothing is taken in then.
@@ -61,11 +73,9 @@ def import_plans(path: str | os.PathLike[str]) -> tuple[int, int]:
     with blaming(path, _REMEDY):
         plans = [_plan(number, entry) for number, entry in enumerate(_entries(data))]
     own = {entry.key for entry, stored in store.entries() if stored is not None and not stored[1].imported}
-    new = {key.digest: (key, hint) for key, hint in plans if key.digest not in own}
-    for key, hint in new.values():
-        store.save(key, hint)
-    taken = sum(store.load(key) is not None for key, _ in new.values())  # a warning says why one could not be stored
-    return taken, len(plans) - len(new)
+    new = {key: hint for key, hint in plans if key.digest not in own}
+    taken, without_room = store.add(new)  # a warning says why one could not be stored
+    return Imported(taken, len(plans) - len(new), without_room)
 
 
 def _read(path: Path) -> bytes:

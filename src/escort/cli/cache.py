@@ -57,9 +57,13 @@ def main(
         output.result = {"file": str(file), "exported": count}
         output.text.print(f"wrote {_count(count, 'plan')} to {file}")
     else:
-        taken, known = artifact.import_plans(file)
-        output.result = {"file": str(file), "imported": taken, "known": known}
-        output.text.print(f"took in {_count(taken, 'plan')} of {file}, and left out {known} that were there already")
+        taken, known, without_room = artifact.import_plans(file)
+        output.result = {"file": str(file), "imported": taken, "known": known, "without_room": without_room}
+        text = f"took in {_count(taken, 'plan')} of {file}, and left out {known} that were there already"
+        if without_room:
+            limit = f"the cache holds {_mb(cache.limit_bytes())}; set {cache.LIMIT_VARIABLE} to a larger size"
+            text += f" and {without_room} for which there is no room: {limit}"
+        output.text.print(text)
 
 
 def _clear(output: Output) -> None:
@@ -116,7 +120,7 @@ def _plan(entry: cache.Entry, stored: tuple[store.Key, store.Hint] | None) -> tu
 
 
 def _file(entry: cache.Entry) -> tuple[str, str, str]:
-    return f"{entry.size_bytes / 1000:,.0f}", _age(time.time() - entry.used), entry.key[:12]
+    return f"{entry.size_bytes / 1000:,.0f}", _age(time.time() - entry.used) if entry.used else "never", entry.key[:12]
 
 
 def _count(count: int, noun: str) -> str:

@@ -26,7 +26,6 @@ FAILED, BAD_INPUT = 1, 2
 
 _NAMED_BY_THE_USER = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _PIPE_WIDTH = 160  # columns of a table that no terminal shows
-_BUSY = 0.25  # share of the cores' time that others may take before times are worth a warning
 
 
 class Output:
@@ -145,7 +144,7 @@ def note(message: str) -> None:
 def note_if_busy(device: str) -> None:
     """Says so where other processes keep the cores busy on which something is about to be timed."""
     share = cores.busy_share() if device == "cpu" else 0.0
-    if share > _BUSY:
+    if share > cores.BUSY:
         note(
             f"warning: other processes take {share:.0%} of the time of this machine's {cores.count()} cores: times "
             "will be too long, and choices may be wrong; wait for them, or stop them, and start again"

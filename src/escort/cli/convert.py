@@ -29,12 +29,15 @@ def main(
             help="Write the compiled kernels too, to OUTPUT.kernels: on such a GPU no compiler is needed to load them.",
         ),
     ] = False,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Measure every layer anew, whatever plans this machine keeps.")
+    ] = False,
 ) -> None:
     """Convert a pruned model: every convolution runs by whichever method measures fastest on this machine."""
     check_writable(output_path)
     if kernels and find_device(options.device).type == "cpu":
         raise ValueError("--kernels is for GPUs; add --device cuda")
-    converted = options.convert()
+    converted = options.convert(remeasure=remeasure)
     escort.save(converted, output_path, kernels=kernels)
     plan = converted.plan
     output.result = {"output": str(output_path), "bytes": output_path.stat().st_size, **plan.to_json()}

@@ -148,11 +148,13 @@ class ModelOptions(SourceOptions):
         note_if_busy(placed[1][0].device.type)
         return placed
 
-    def convert(self) -> ConvertedModel:
+    def convert(self, *, remeasure: bool = False) -> ConvertedModel:
         """The converted model; a progress bar shows on stderr."""
         effort = effort_of(self.effort)  # before anything that takes long
         model, inputs = self.load_with_inputs()
-        return escort.convert(model, inputs, precision=self.precision.value, effort=effort, progress=True)
+        return escort.convert(
+            model, inputs, precision=self.precision.value, effort=effort, progress=True, remeasure=remeasure
+        )
 
 
 def effort_of(text: str) -> Effort:

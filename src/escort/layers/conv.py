@@ -327,10 +327,10 @@ class SparseConv2d(ConvLike):
         self._follow()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        before = self.values.clone()
+        before = [tensor.clone() for tensor in (self.values, self.columns, self.indptr)]
         with self._without_the_empty_parameter():
             super()._load_from_state_dict(*args, **kwargs)
-        if not torch.equal(self.values, before):
+        if not all(map(torch.equal, (self.values, self.columns, self.indptr), before)):
             self.unfolded = None
         self._follow()
 

@@ -85,6 +85,7 @@ def choose(
         precision=request.precision,
         device=str(request.device),
         timer=timer,
+        methods=tuple(method.name for method in request.methods or ()),
     )
     why = plan.reason or f"{converted_us:.1f} us, the original {dense_us:.1f} us"
     request.progress.done(f"chosen the {'original' if kept_dense else 'converted'} network ({why})")

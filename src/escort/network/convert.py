@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from escort.layers import SparseConv2d
+from escort.methods import Method, for_device
 from escort.network.check import (
     Effort,
     Request,
@@ -27,13 +30,13 @@ from escort.network.choose import choose, race, run_in_parts, samples_to_try
 from escort.network.context import dense_in, on_device, running_out
 from escort.network.example import Example
 from escort.network.memory import keep_freed_memory
-from escort.network.model import ConvertedModel
-from escort.network.original import plain_copy, run_original, unwrap
+from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.original import Original, plain_copy, run_original, unwrap
 from escort.network.passes import rewrite
 from escort.network.passes.channels_last import in_memory_formats
 from escort.network.progress import Progress
 from escort.network.rivals import compare_with_compiled
-from escort.network.swap import check_calls, find_layers, likely, plan_into, record_calls, swap
+from escort.network.swap import Swapped, check_calls, find_layers, likely, plan_into, record_calls, swap
 from escort.network.tracing.state import State, own_draws
 from escort.network.tracing.trace import trace
 from escort.network.values import tensors_of
@@ -43,6 +46,11 @@ from escort.problem import Precision
 from escort.runtime import as_programs
 from escort.runtime.saved.description import unsavable
 
+_log = logging.getLogger(__name__)
+_NOTHING_TO_PLAN = (
+    "the original network was kept when this model was converted, so that it has no layer to plan anew; pass the "
+    "original to escort.convert(..., remeasure=True)"
+)
 #: One conversion at a time: torch.fx traces one model at a time, and what is timed must not compete with another.
 _turn = threading.RLock()
 
@@ -57,6 +65,7 @@ def convert(
     methods: Collection[str] | None = None,
     skip: Skip | None = None,
     progress: bool = False,
+    remeasure: bool = False,
 ) -> ConvertedModel:
     """A faster drop-in for a pruned model.
 
@@ -91,11 +100,13 @@ def convert(
             the whole network is also compared with torch.compile of the dense model, which takes another while: the
             plan has its time (``.plan.rivals``), and it is never kept. On the CPU that is not tried. Kernels and plans
             stay on disk (`escort cache`): a layer like one that was measured before on this machine is not timed again,
-            but its choice is validated.
+            but its choice is validated. Where the original network would be kept with such plans, all layers are
+            measured anew first.
         methods: the names of the methods to choose from, by default all that the device has. The dense one is always
             among them.
         skip: is called with the name and the module of each convolution, and true for those to leave alone.
         progress: show a progress bar on stderr.
+        remeasure: measure every layer anew, whatever plans are kept, and replace those.
 
     Raises:
         ValueError, TypeError: naming the layer, the problem and the remedy.
@@ -112,6 +123,7 @@ def convert(
         methods=settle_methods(methods, example.device),
         skip=settle_skip(skip),
         progress=reports,
+        remeasure=remeasure,
     )
     reports.done("checked")
     # What is made here is used outside, where tensors of inference mode could not be followed or written to.
@@ -167,13 +179,41 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
     candidates = [replace(candidate, network=as_programs(candidate.network)) for candidate in candidates]
     request.progress.estimate.compare()
     with running_out("the whole network"):
-        chosen = choose(as_programs(dense), candidates, not_tried | not_in_format | unlikely, original, request)
+        chosen = _choose(as_programs(dense), candidates, not_tried | not_in_format | unlikely, original, request)
         if request.compile_budget_s > 0.0 and request.device.type == "cuda":
             chosen.plan = compare_with_compiled(chosen, original, request)
     if chosen.plan.kept_dense:
         not_saved = unsavable(chosen.network, request.device)
     chosen.plan = replace(chosen.plan, not_saved=not_saved)
     return chosen
+
+
+def _choose(
+    dense: nn.Module,
+    candidates: list[Swapped],
+    not_tried: Mapping[str, str],
+    original: Original,
+    request: Request,
+) -> ConvertedModel:
+    """The fastest network. Before the original is kept for stored plans, all layers are measured anew."""
+    chosen = choose(dense, candidates, not_tried, original, request)
+    stored = any(plan.times_from == "plan store" for candidate in candidates for plan in candidate.layers.values())
+    if not stored or not chosen.plan.kept_dense or chosen.plan.refused is not None:
+        return chosen
+    request.progress.done("found no gain with the stored plans, so that all layers are measured anew")
+    request = replace(request, remeasure=True)
+    request.progress.estimate.expect(len(candidates), len(candidates[0].layers))
+    anew = []
+    for candidate in candidates:
+        layers = {name: _as_planned(module) for name, module in _sparse(candidate.network).items()}
+        plans = plan_into(candidate.network, layers, request)
+        anew.append(replace(candidate, layers=plans))
+    request.progress.estimate.compare()
+    return choose(dense, anew, not_tried, original, request)
+
+
+def _sparse(network: nn.Module) -> dict[str, SparseConv2d]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, SparseConv2d)}
 
 
 def replan(
@@ -186,7 +226,9 @@ def replan(
 ) -> ConvertedModel:
     """The same network planned anew on this machine and its present device, for the input sizes of its plan.
 
-    The time of the whole is measured where the plan says how to make inputs, as it does unless they are packed.
+    The time of the whole is measured where the plan says how to make inputs, as it does unless they are packed. Where
+    the original network was kept, there is no layer to plan, and a warning says so: convert the original once more,
+    with ``remeasure=True`` to measure its layers anew. The choice stays restricted to the `methods` of the conversion.
 
     Args:
         effort, progress: as of :func:`convert`.
@@ -198,12 +240,15 @@ def replan(
         raise TypeError(f"replan takes what escort.convert returned, got {type(model).__name__}; convert it first")
     tensors = (*model.network.parameters(), *model.network.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
-    request = Request(device, model.plan.precision, settle_effort(effort), remeasure=remeasure)
+    methods = _restriction(model.plan, device)
+    request = Request(device, model.plan.precision, settle_effort(effort), methods=methods, remeasure=remeasure)
     with _turn, on_device(device), own_draws(), request.progress.bar(shown=progress):
         with running_out("the network"):
             network = copy.deepcopy(model.network)
         layers = {name: replace(plan, problem=plan.problem.on(str(device))) for name, plan in model.plan.layers.items()}
-        sparse = {name: module for name, module in network.named_modules() if isinstance(module, SparseConv2d)}
+        sparse = _sparse(network)
+        if model.plan.kept_dense:
+            warnings.warn(_NOTHING_TO_PLAN, stacklevel=2)
         request.progress.estimate.expect(1, len(sparse), whole=whole)
         layers |= plan_into(network, {name: _as_planned(module) for name, module in sparse.items()}, request)
         machine = Machine.here(str(device))
@@ -225,6 +270,14 @@ def replan(
             state.restore(network)
             request.progress.done("timed as a whole")
     return model.with_network(network, plan)
+
+
+def _restriction(plan: NetworkPlan, device: torch.device) -> tuple[Method, ...] | None:
+    """The methods that a conversion was restricted to, as far as this version has them; None for all."""
+    here = {method.name for method in for_device(str(device))}
+    if missing := ", ".join(name for name in plan.methods if name not in here):
+        _log.warning("the choice was restricted to methods of which there is no %s on %s any more", missing, device)
+    return settle_methods([name for name in plan.methods if name in here] or None, device)
 
 
 def _as_planned(module: SparseConv2d) -> Layer:

@@ -65,6 +65,7 @@ class NetworkPlan:
         rivals: median times in us of the dense model by others: by "torch.compile". It is never what was kept.
         not_saved: why the network cannot be saved; None where it can.
         not_captured: why calls on a GPU replay no CUDA graph; None where they do.
+        methods: the methods that the choice was restricted to; empty where it was among all.
     """
 
     layers: dict[str, Plan]
@@ -87,6 +88,7 @@ class NetworkPlan:
     rivals: dict[str, float] = field(default_factory=dict)
     not_saved: str | None = None
     not_captured: str | None = None
+    methods: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return report.text(plan_table(self))
@@ -139,7 +141,7 @@ class NetworkPlan:
         return Example(tuple(tensors[:positional]), dict(zip(self.input_names, tensors[positional:], strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; the last seven where they say anything."""
+        """The fields as JSON values; the last eight where they say anything."""
         data: dict[str, Any] = {
             "layers": {name: plan.to_json() for name, plan in self.layers.items()},
             "skipped": self.skipped,
@@ -156,13 +158,9 @@ class NetworkPlan:
             "timer": self.timer,
         }
         sometimes = {
-            "input_names": list(self.input_names),
-            "not_tried": self.not_tried,
-            "packed_inputs": self.packed_inputs,
-            "refused": self.refused,
-            "rivals": self.rivals,
-            "not_saved": self.not_saved,
-            "not_captured": self.not_captured,
+            **{"input_names": list(self.input_names), "not_tried": self.not_tried, "packed_inputs": self.packed_inputs},
+            **{"refused": self.refused, "rivals": self.rivals, "not_saved": self.not_saved},
+            **{"not_captured": self.not_captured, "methods": list(self.methods)},
         }
         return data | {name: value for name, value in sometimes.items() if value}
 
@@ -191,6 +189,7 @@ class NetworkPlan:
                 rivals={str(name): float(time_us) for name, time_us in data.get("rivals", {}).items()},
                 not_saved=None if data.get("not_saved") is None else str(data["not_saved"]),
                 not_captured=None if data.get("not_captured") is None else str(data["not_captured"]),
+                methods=tuple(str(name) for name in data.get("methods", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a network plan: {error}") from error

@@ -76,6 +76,8 @@ def _caption(plan: NetworkPlan) -> str:
     for source, phrase in _TIMES_FROM.items():
         if count := sum(layer.times_from == source for layer in plan.layers.values()):
             caption += f" The times of {count} of {len(plan.layers)} layers are from {phrase}."
+    if scattered := sum(not layer.is_steady for layer in plan.layers.values()):
+        caption += f" The times of {scattered} of {len(plan.layers)} layers were disturbed by other processes."
     caption += f" Calls replay no CUDA graph: {plan.not_captured}." if plan.not_captured else ""
     return caption + (f" It cannot be saved: {plan.not_saved}." if plan.not_saved else "")
 

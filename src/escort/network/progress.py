@@ -168,9 +168,12 @@ class Progress:
 
     @contextmanager
     def bar(self, *, shown: bool) -> Iterator[None]:
-        """One bar on stderr for the whole conversion, if it shall be shown and somebody watches."""
+        """One bar on stderr for the whole conversion, if it shall be shown and somebody watches.
+
+        Where the log tells each step there is none: its lines would break into the bar.
+        """
         console = Console(stderr=True)
-        if not shown or not console.is_watched:
+        if not shown or not console.is_watched or _log.isEnabledFor(logging.INFO):
             yield
             return
         with Live(get_renderable=self._line, console=console, refresh_per_second=5, transient=True):

@@ -25,7 +25,7 @@ from escort.network.original import Original
 from escort.network.passes.operations import replace_module
 from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan, plan_layers
-from escort.planner.cores import on_all_cores
+from escort.planner.cores import BUSY, Watch, on_all_cores
 from escort.planner.plan import Layer
 from escort.planner.planner import are_known, predicted_us
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Problem
@@ -183,6 +183,7 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
     slow_to_lay_out: list[SparseConv2d] = []
     estimate = request.progress.estimate
     estimate.begin(len(layers))
+    watch = Watch()
     planned = plan_layers(
         list(layers.values()),
         request.compile_budget_s,
@@ -203,10 +204,23 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
             slow_to_lay_out.append(sparse)
         estimate.layer()
         _log.debug("layer %s: %s", name, _summary(plans[name]))
+    if request.device.type == "cpu":
+        _warn_if_busy(plans, watch.others_share())
     with running_out("the whole network"):  # laid out side by side, as the first call would do one by one
         on_all_cores([sparse.prepare for sparse in slow_to_lay_out], estimate.kernels)
     request.progress.done(f"planned {len(plans)} layers")
     return plans
+
+
+def _warn_if_busy(plans: Mapping[str, Plan], others_share: float) -> None:
+    """Says in the log where times are worth little, since others ran meanwhile."""
+    disturbed = sum(not plan.is_steady for plan in plans.values())
+    if disturbed or others_share > BUSY:
+        _log.warning(
+            "other processes took %.0f%% of the time of this machine's cores, and disturbed the times of %d of %d "
+            "layers: choices may be wrong. Plans of such layers are not stored; convert again once it is quiet",
+            *(100 * others_share, disturbed, len(plans)),
+        )
 
 
 def _summary(plan: Plan) -> str:

@@ -9,6 +9,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
+#: The share of the cores' time that others may take before times are worth a warning.
+BUSY = 0.25
+_LEAST_TICKS = 10  # of a core, which is a tenth of a second
+
 
 def count() -> int:
     """How many cores this process may use."""
@@ -45,9 +49,29 @@ def busy_share(seconds: float = 0.2) -> float:
     """The share of the time of this process's cores that others take, while it sleeps; 0 where Linux does not tell."""
     before = _clocks()
     time.sleep(seconds)
-    passed = [now - then for now, then in zip(_clocks(), before, strict=True)]
-    busy, idle = passed or (0, 0)
+    busy, idle = _passed(before)
     return busy / (busy + idle) if busy + idle else 0.0
+
+
+class Watch:
+    """What others make of this process's cores from now on."""
+
+    def __init__(self) -> None:
+        self._before, self._own_s = _clocks(), time.process_time()
+
+    def others_share(self) -> float:
+        """The share of the cores' time that others took; 0 where Linux does not tell, or too little time has passed."""
+        busy, idle = _passed(self._before)
+        if busy + idle < _LEAST_TICKS * count():
+            return 0.0
+        own = (time.process_time() - self._own_s) * os.sysconf("SC_CLK_TCK")
+        return max(busy - own, 0.0) / (busy + idle)
+
+
+def _passed(before: tuple[int, ...]) -> tuple[int, int]:
+    """How long the cores have worked and have not since the clocks were so, in ticks."""
+    busy, idle = [now - then for now, then in zip(_clocks(), before, strict=True)] or (0, 0)
+    return busy, idle
 
 
 def _clocks() -> tuple[int, ...]:

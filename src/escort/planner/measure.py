@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from statistics import median
 
 import torch
 
 from escort import reference
 from escort.cuda.capture import runs
-from escort.methods import Config, Method, Prepared, Runner
+from escort.methods import Config, Method, Prepared, Runner, dense_for
 from escort.planner import cores, timing
 from escort.planner.machine import Machine
 from escort.planner.plan import Candidate, Layer, Plan
@@ -23,6 +24,11 @@ from escort.problem import Problem
 
 #: A candidate whose first runs take this many times as long as the fastest one's is not timed further.
 _HOPELESS = 1.6
+#: How many times the least of a candidate's times their median may be: beyond that, something else ran meanwhile.
+_SCATTER = 2.0
+#: The share of a CPU's time that others may take while a layer is measured. Where threads wait for cores that others
+#: have, each call of a method may take a slice of the scheduler longer, as steadily as if that were its time.
+_BUSY = cores.BUSY
 #: So many microseconds of a first run on a GPU may be waiting for the host, which the replay of a graph does not do.
 _HOST_US = 60.0
 #: Bytes of a GPU's memory that the candidates of layers to come may take.
@@ -83,7 +89,7 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
         ValueError: where no candidate is left; the message holds each one's reason.
         torch.OutOfMemoryError: where the device cannot even hold the problem's input.
     """
-    problem, settled = layer.problem, list(search.refused)
+    problem, settled, watch = layer.problem, list(search.refused), cores.Watch()
     with torch.inference_mode():
         inputs = timing.example_inputs(problem)
         runnable: list[_FirstRun] = []
@@ -93,7 +99,10 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
             else:
                 settled.append(outcome)
         limit_us = _limit_us(problem, runnable)
-        settled += _race(problem, [first for first in runnable if first.time_us <= limit_us], inputs, budget_s)
+        calls_s: list[Sequence[float]] = []
+        contenders = [first for first in runnable if first.time_us <= limit_us]
+        raced = _race(problem, contenders, inputs, budget_s, calls_s.extend)
+        settled += raced
     timer: Timer = "calls" if problem.device_type == "cpu" else "events"
     hopeless = [first for first in runnable if first.time_us > limit_us]
     settled += [replace(first.candidate, time_us=first.time_us, timer=timer) for first in hopeless]
@@ -103,7 +112,13 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
         raise ValueError(f"no method can run {problem}, leave it out with skip: {reasons}")
     best = min(timed, key=lambda candidate: candidate.time_us or 0.0)
     assert best.config is not None
-    return Plan(problem, best.method, best.config, tuple(settled), Machine.here(problem.device))
+    is_busy = problem.device_type == "cpu" and watch.others_share() > _BUSY
+    is_steady = not is_busy and not any(
+        median(seconds) > _SCATTER * min(seconds)
+        for candidate, seconds in zip(raced, calls_s, strict=False)  # on a GPU, whose own time is taken, none was seen
+        if candidate is best or candidate.method == dense_for(problem.device).name
+    )
+    return Plan(problem, best.method, best.config, tuple(settled), Machine.here(problem.device), is_steady=is_steady)
 
 
 def check(layer: Layer, plan: Plan, method: Method, ahead: Ahead) -> Plan | None:
@@ -239,13 +254,17 @@ def _limit_us(problem: Problem, runnable: Sequence[_FirstRun]) -> float:
 
 
 def _race(
-    problem: Problem, contenders: Sequence[_FirstRun], inputs: Sequence[_Input], budget_s: float
+    problem: Problem,
+    contenders: Sequence[_FirstRun],
+    inputs: Sequence[_Input],
+    budget_s: float,
+    seen: Callable[[Sequence[Sequence[float]]], object],
 ) -> list[Candidate]:
-    """The contenders with their times."""
+    """The contenders with their times; on a CPU `seen` is told the seconds of all calls."""
     candidates = [contender.candidate for contender in contenders]
     if problem.device_type == "cpu":
         runs = [partial(contender.run, *inputs[0]) for contender in contenders]
-        times = timing.race(runs, warmup=0, rounds=7, budget_s=budget_s)
+        times = timing.race(runs, warmup=0, rounds=7, budget_s=budget_s, seen=seen)
         return [replace(candidate, time_us=time_us) for candidate, time_us in zip(candidates, times, strict=True)]
     rotations = [[partial(contender.run, *example) for example in inputs] for contender in contenders]
     timings = timing.race_on_gpu(rotations, problem.device, rounds=7, budget_s=budget_s)

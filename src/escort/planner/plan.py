@@ -72,6 +72,8 @@ class Plan:
         machine: where the candidates were measured.
         times_from: whose times the candidates have. The choice was validated on the layer's own filter in any case, and
             has the error of that.
+        is_steady: whether those times are good for other layers too. They are not where others kept the machine's cores
+            busy, or calls of the choice, or of the dense method, took very different times.
     """
 
     problem: Problem
@@ -80,6 +82,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
     machine: Machine
     times_from: TimesFrom = "measured"
+    is_steady: bool = True
 
     @property
     def time_us(self) -> float | None:
@@ -98,7 +101,7 @@ class Plan:
         return min(times, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values, `times_from` where it is not "measured"; :meth:`from_json` reads them back."""
+        """The fields as JSON values, the last two where they say anything; :meth:`from_json` reads them back."""
         data = {
             "problem": self.problem.to_json(),
             "method": self.method,
@@ -106,7 +109,8 @@ class Plan:
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "machine": self.machine.to_json(),
         }
-        return data if self.times_from == "measured" else data | {"times_from": self.times_from}
+        data |= {} if self.times_from == "measured" else {"times_from": self.times_from}
+        return data if self.is_steady else data | {"is_steady": False}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
@@ -119,6 +123,7 @@ class Plan:
                 candidates=tuple(Candidate(**candidate) for candidate in data["candidates"]),
                 machine=Machine.from_json(data["machine"]),
                 times_from=data.get("times_from", "measured"),
+                is_steady=bool(data.get("is_steady", True)),
             )
             by_name(plan.method, plan.problem.device).config_type(**plan.config)
         except (KeyError, TypeError, AttributeError) as error:

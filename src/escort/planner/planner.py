@@ -273,7 +273,7 @@ def _plan(task: _Task, ahead: Ahead, budget_s: float) -> Plan:
     if choice := _recall(task):
         plan = check(task.layer, choice.hint.plan, choice.method, ahead)
         if plan is not None:
-            if choice.hint.imported:
+            if choice.hint.imported or not store.is_stored(task.key):  # it may have been cleared, or lie elsewhere
                 _keep(task.key, replace(choice.hint, imported=False))
             return plan
     search = Search.of(task.layer, task.methods, task.grant)
@@ -281,7 +281,10 @@ def _plan(task: _Task, ahead: Ahead, budget_s: float) -> Plan:
 
 
 def _remember(task: _Task, search: Search, plan: Plan) -> Plan:
-    _keep(task.key, store.Hint(plan, search.cut_at_s))
+    if plan.is_steady:
+        _keep(task.key, store.Hint(plan, search.cut_at_s))
+    else:
+        _log.info("others disturbed the times of %s: no other layer takes over its plan", plan.problem)
     return plan
 
 

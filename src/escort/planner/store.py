@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -61,7 +61,7 @@ class Key:
         problem = replace(layer.problem, device=layer.problem.device_type)
         return cls(
             problem,
-            round(math.log(layer.sparse_filter.nnz + 1) / _NONZEROS_STEP),
+            _rounded(layer.sparse_filter.nnz),
             tuple(method.name for method in methods),
             compiles,
             Machine.here(layer.problem.device),
@@ -77,6 +77,11 @@ class Key:
     def digest(self) -> str:
         """What the plan is stored under."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def _rounded(nonzeros: int) -> int:
+    """A number of nonzeros as keys have it."""
+    return round(math.log(nonzeros + 1) / _NONZEROS_STEP)
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,16 @@ def save(key: Key, hint: Hint) -> None:
         cache.store("plan", key.digest, to_json(key, hint))
 
 
+def is_stored(key: Key) -> bool:
+    """Whether there is an entry of that key, whatever is in it."""
+    return cache.contains("plan", key.digest)
+
+
+def add(plans: Mapping[Key, Hint]) -> tuple[int, int]:
+    """Stores hints as far as there is room; returns how many were stored, and for how many there was no room."""
+    return cache.add("plan", {key.digest: to_json(key, hint) for key, hint in plans.items()})
+
+
 def entries() -> list[tuple[cache.Entry, tuple[Key, Hint] | None]]:
     """All that is stored, the most recently used first; None stands for what is no plan that this version can run.
 
@@ -138,7 +153,7 @@ def _read(entry: cache.Entry) -> tuple[Key, Hint] | None:
 
 def to_json(key: Key, hint: Hint) -> dict[str, Any]:
     """Key and hint as JSON values; :func:`from_json` reads them back."""
-    plan = replace(hint.plan, problem=key.problem, machine=key.machine, times_from="measured")
+    plan = replace(hint.plan, problem=key.problem, machine=key.machine, times_from="measured", is_steady=True)
     return {
         "plan": plan.to_json(),
         "nonzeros": key.nonzeros,
@@ -164,8 +179,10 @@ def from_json(data: Any) -> tuple[Key, Hint]:
         hint = Hint(plan, data["cut_at_s"], data["imported"])
         if len(data) != len(to_json(key, hint)):
             raise ValueError(f"a stored plan has the fields {', '.join(to_json(key, hint))}, got {', '.join(data)}")
+        if unknown := data["plan"].keys() - to_json(key, hint)["plan"].keys():
+            raise ValueError(f"a stored plan's plan has no field {min(unknown)!r:.50}")
         _check(key, hint)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"not a stored plan: {error}") from error
     return key, hint
 
@@ -176,6 +193,8 @@ def _check(key: Key, hint: Hint) -> None:
     check_fields(hint)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"a stored plan is for cpu or cuda, not for {device}")
+    if key.nonzeros > _rounded(math.prod(key.problem.weight_shape)):
+        raise ValueError(f"nonzeros cannot be {key.nonzeros}: the filter has {key.problem.weight_shape} weights in all")
     for method in key.methods:
         by_name(method, device)
     if len(set(key.methods)) != len(key.methods):

@@ -42,7 +42,13 @@ Contestant = Callable[[], object] | Sequence[Callable[[], object]]
 
 
 def race(
-    runs: Sequence[Callable[[], object]], *, warmup: int = 2, rounds: int = 9, burst: int = 1, budget_s: float = 1.0
+    runs: Sequence[Callable[[], object]],
+    *,
+    warmup: int = 2,
+    rounds: int = 9,
+    burst: int = 1,
+    budget_s: float = 1.0,
+    seen: Callable[[Sequence[Sequence[float]]], object] = lambda seconds: None,
 ) -> list[float]:
     """The median time of each of several calls in microseconds, taken in turn so that a machine's moods hit all alike.
 
@@ -54,6 +60,7 @@ def race(
         burst: timed calls per turn. Above one, a call that is not timed leads each turn: it brings a contestant's
             weights back into cache and lets the threads of the one before it go to sleep.
         budget_s: seconds after which no further round starts once there were three.
+        seen: is called with the seconds of all timed calls of each, at the end.
     """
     for run in runs:
         for _ in range(warmup):
@@ -70,6 +77,7 @@ def race(
                 start = time.perf_counter()
                 run()
                 its_seconds.append(time.perf_counter() - start)
+    seen(seconds)
     return [median(its_seconds) * 1e6 for its_seconds in seconds]
 
 
