@@ -195,10 +195,14 @@ def _choose(
     original: Original,
     request: Request,
 ) -> ConvertedModel:
-    """The fastest network. Before the original is kept for stored plans, all layers are measured anew."""
+    """The fastest network.
+
+    On a CPU, whose times vary, all layers are measured anew before the original is kept for what stored plans say.
+    """
     chosen = choose(dense, candidates, not_tried, original, request)
     stored = any(plan.times_from == "plan store" for candidate in candidates for plan in candidate.layers.values())
-    if not stored or not chosen.plan.kept_dense or chosen.plan.refused is not None:
+    loses = chosen.plan.kept_dense and chosen.plan.refused is None
+    if not (stored and loses and request.device.type == "cpu"):
         return chosen
     request.progress.done("found no gain with the stored plans, so that all layers are measured anew")
     request = replace(request, remeasure=True)
