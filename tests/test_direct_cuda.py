@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -359,7 +360,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     kernel = Launches()
     monkeypatch.setattr("escort.methods.cuda.direct.kernel", lambda source, defines, device: kernel)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     return kernel
 
 

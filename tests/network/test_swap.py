@@ -109,21 +109,21 @@ def test_a_memory_format_that_is_predicted_to_be_slow_is_not_planned(monkeypatch
     monkeypatch.setattr(swap, "are_known", lambda layers, methods: known.pop(0) if known else False)
     request = Request(torch.device("cpu"), "fp16")
     kept: dict[MemoryFormat, Unplanned] = {"channels_last": networks["channels_last"]}
-    predicted[:] = [[9.0, 9.0], [10.0, 10.0]]
-    reason = "its layers are predicted to take 0.90 of the time in channels_last; effort='best' tries it"
+    predicted[:] = [[7.0, 9.0], [10.0, 10.0]]
+    reason = "its layers are predicted to take 0.80 of the time in channels_last; effort='best' tries it"
     assert swap.likely(networks, request) == (kept, {"contiguous": reason})
     predicted[:] = [[9.0, None], [10.0, None]]
     assert swap.likely(networks, request)[0] == kept
-    predicted[:] = [[3.0, 9.0], [10.0, 10.0]]
-    reason = "layers in NCHW are predicted to take 0.60 of its time; effort='best' tries it"
+    predicted[:] = [[2.0, 8.0], [10.0, 10.0]]
+    reason = "layers in NCHW are predicted to take 0.50 of its time; effort='best' tries it"
     in_nchw = {"contiguous": networks["contiguous"]}
     assert swap.likely(networks, request) == (in_nchw, {"channels_last": reason})
-    for times in ([[6.0, 9.0], [10.0, 10.0]], [[20.0, 10.0], [10.0, None]], [[None] * 2, [10.0] * 2], [[None] * 2] * 2):
+    for times in ([[5.0, 9.0], [10.0, 10.0]], [[20.0, 10.0], [10.0, None]], [[None] * 2, [10.0] * 2], [[None] * 2] * 2):
         predicted[:] = times  # close, or not comparable
         assert swap.likely(networks, request) == (networks, {})
     assert swap.likely(networks, replace(request, compile_budget_s=1.0)) == (networks, {})
     known[:] = [False, True]  # chosen before
     reason = "the plans of all layers are known in channels_last alone; effort='best' tries it"
     assert swap.likely(networks, request) == (kept, {"contiguous": reason})
-    predicted[:] = [[8.0] * 2, [10.0] * 2]
+    predicted[:] = [[7.0] * 2, [10.0] * 2]
     assert swap.likely(networks, replace(request, remeasure=True)) == (networks, {})

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 #: Of the predicted time in channels_last: a network is planned in NCHW below the second share of it, and in NCHW alone
 #: below the first. What models do not know, cuDNN and what lies between the layers, is faster in channels_last.
-_NCHW_PAYS = 0.7, 0.85
+_NCHW_PAYS = 0.6, 0.75
 
 
 @dataclass(frozen=True)
