@@ -97,5 +97,6 @@ def everything() -> dict[str, Result]:
         networks_tf32=networks,
         networks_fp16=networks,
         breakdown_fp32=[row("caffenet", "conv2", "direct", 5.0, config={"part": "direct"})],
+        conversions_fp16=[row("resnet50", "all", "convert", 5e6, config={"caches": "empty", "effort": "fast"})],
         patterns_fp32=[row("resnet50", "conv2d_4", "direct", 5.0, weights="resnet50_magnitude_90", batch=128)],
     )
