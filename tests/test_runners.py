@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -155,3 +156,23 @@ def test_a_layer_holds_runners_for_a_bounded_number_of_sizes(monkeypatch: pytest
         expected = reference.conv2d(layer.problem(1, height, 9), x, sparse_filter.to_dense())
         assert reference.compare(layer(x), expected) < 1e-5
         assert len(layer._runners) <= 2
+
+
+class Evicted:
+    """What a cache lets go of, to be found again."""
+
+
+@pytest.mark.parametrize(("on_gpu", "kept"), [(False, 0), (True, 3)])
+def test_runners_that_go_stay_for_a_while_where_another_stream_may_run_them(
+    on_gpu: bool, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most so many, however many sizes there are within the while."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: on_gpu)
+    monkeypatch.setattr(runners, "_MOST_LEAVING", 3)
+    cache, found = RunnerCache[Evicted](1), list[weakref.ref[Evicted]]()
+    for size in range(20):
+        entry = Evicted()
+        found.append(weakref.ref(entry))
+        cache.add(size, entry)
+        del entry
+    assert sum(ref() is not None for ref in found) == 1 + kept

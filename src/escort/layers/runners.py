@@ -26,20 +26,24 @@ from escort.problem import Problem
 _log = logging.getLogger(__name__)
 #: Seconds that a call may take to compile a kernel for an input size that was not planned.
 _PATIENCE_S = 1.0
-#: Seconds after which no kernel reads the tables of a runner that nobody calls any more.
-_GRACE_S = 10.0
+#: Seconds after which no kernel reads the tables of a runner that nobody calls any more, and how many are kept for them.
+_GRACE_S, _MOST_LEAVING = 10.0, 64
 
 Entry = TypeVar("Entry")
 
 
 class Leaving:
-    """What nobody calls any more, kept for a while: a kernel that was launched on another stream may still read it."""
+    """What nobody calls any more, kept for a while: a kernel that was launched on another stream may still read it.
+
+    On CPUs nothing is kept, as a call ends with its work. Else the oldest go where there are too many.
+    """
 
     def __init__(self) -> None:
-        self._until: deque[tuple[float, object]] = deque()
+        self._until: deque[tuple[float, object]] = deque(maxlen=_MOST_LEAVING)
 
     def add(self, entry: object) -> None:
-        self._until.append((time.monotonic() + _GRACE_S, entry))
+        if torch.cuda.is_initialized():
+            self._until.append((time.monotonic() + _GRACE_S, entry))
 
     def let_go(self) -> None:
         """Lets go of what has been kept for long enough."""
@@ -68,8 +72,7 @@ class RunnerCache(OrderedDict[Hashable, Entry]):
         if before is not None:
             self._leaving, before._leaving = before._leaving, self._leaving
             self._leaving.let_go()
-            if torch.cuda.is_initialized():
-                self._leaving.add(before)  # as a whole: another thread may be adding to it
+            self._leaving.add(before)  # as a whole: another thread may be adding to it
 
     def add(self, key: Hashable, entry: Entry) -> None:
         self[key] = entry
