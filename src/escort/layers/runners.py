@@ -26,7 +26,7 @@ from escort.problem import Problem
 _log = logging.getLogger(__name__)
 #: Seconds that a call may take to compile a kernel for an input size that was not planned.
 _PATIENCE_S = 1.0
-#: Seconds after which no kernel reads the tables of a runner that nobody calls any more, and how many are kept for them.
+#: Seconds after which no kernel reads the tables of a runner that nobody calls any more; how many are kept so long.
 _GRACE_S, _MOST_LEAVING = 10.0, 64
 
 Entry = TypeVar("Entry")
