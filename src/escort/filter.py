@@ -113,9 +113,11 @@ class SparseFilter:
         if dense.ndim != 4:
             raise ValueError(f"a filter has shape (K, C / groups, R, S), got {dense.shape}")
         matrix = np.ascontiguousarray(dense, dtype=np.float32).reshape(dense.shape[0], -1)
-        rows, columns = np.nonzero(matrix)
-        indptr = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(matrix)))))
-        return cls(dense.shape, groups, indptr.astype(np.int32), columns.astype(np.int32), matrix[rows, columns])
+        present = matrix != 0.0  # numpy finds what is true several times as fast as what is not zero
+        counts, places = np.count_nonzero(present, axis=1), np.flatnonzero(present)
+        indptr = np.concatenate(([0], np.cumsum(counts)))
+        columns = places - np.repeat(np.arange(len(matrix)) * matrix.shape[1], counts)
+        return cls(dense.shape, groups, indptr.astype(np.int32), columns.astype(np.int32), matrix.ravel()[places])
 
     @classmethod
     def from_csr(cls, matrix: Any, shape: tuple[int, int, int, int], groups: int = 1) -> SparseFilter:
