@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from escort.filter import SparseFilter
 from escort.layers import runners
+from escort.layers.observed import is_capturing
 from escort.layers.runners import Choice, RunnerCache
 from escort.methods import Runner
 from escort.problem import Epilogue, Problem
@@ -51,7 +52,7 @@ def _sparse_conv2d(
         run = _operator_runner(x, residual, (values, columns, indptr), bias, Choice.from_json(spec))
         entry = run, (values, columns, indptr, bias)
         _runners.add(key, entry)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if x.is_cuda and is_capturing():
         _runners.keep(entry)
     return entry[0](x, residual)
 
