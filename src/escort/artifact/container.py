@@ -242,6 +242,24 @@ def parse(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
+def parse_list(text: str, kind: str, file_format: tuple[str, int], most: int, writer: str) -> list[Any]:
+    """What a text of JSON lists under the name of its kind, beside a format and a version, and nothing else.
+
+    Raises:
+        ValueError: saying that `writer` wrote no such text, that it is of another format, or of too many items.
+    """
+    content = parse(text)
+    if not isinstance(content, dict) or content.keys() != {"format", "version", kind}:
+        raise ValueError(f"it is none that {writer} wrote")
+    found, (name, version) = (content["format"], content["version"]), file_format
+    if found != file_format:
+        raise ValueError(f"its format is {found[0]!r:.50} {found[1]!r:.50}, not {name} {version}")
+    items = content[kind]
+    if not isinstance(items, list) or len(items) > most:
+        raise ValueError(f"it is to hold a list of at most {most:,} {kind}")
+    return items
+
+
 _Content = TypeVar("_Content")
 
 

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from escort.artifact.container import parse
+from escort.artifact.container import parse, parse_list
 from escort.artifact.errors import ArtifactError, blaming
 from escort.cuda import kernel
 from escort.cuda.binary import Binary
@@ -125,23 +125,12 @@ def read(path: Path, expected: str) -> list[Binary]:
         size = int.from_bytes(data[:8], "little")
         if size > min(MAX_HEADER_BYTES, len(data) - 8):
             raise ValueError(f"its header of {size} bytes exceeds the limit of {MAX_HEADER_BYTES}, or the file")
-        descriptions = _descriptions(parse(data[8 : 8 + size].decode())["__metadata__"]["kernels"])
+        text = parse(data[8 : 8 + size].decode())["__metadata__"]["kernels"]
+        descriptions = parse_list(text, "kernels", (FORMAT, VERSION), _MOST_KERNELS, "escort.save")
         codes = safetensors.torch.load(data)
         if sorted(codes) != sorted(str(description["key"]) for description in descriptions):
             raise ValueError("it does not hold the code of each kernel that it describes, once")
         return [Binary.of(description, _code(codes[description["key"]])) for description in descriptions]
-
-
-def _descriptions(text: str) -> list[dict[str, Any]]:
-    content = parse(text)
-    if not isinstance(content, dict) or content.keys() != {"format", "version", "kernels"}:
-        raise ValueError("it is none that escort.save wrote")
-    if (content["format"], content["version"]) != (FORMAT, VERSION):
-        raise ValueError(f"its format is {content['format']!r:.50} {content['version']!r:.50}, not {FORMAT} {VERSION}")
-    kernels = content["kernels"]
-    if not isinstance(kernels, list) or len(kernels) > _MOST_KERNELS:
-        raise ValueError(f"it is to hold a list of at most {_MOST_KERNELS:,} kernels")
-    return kernels
 
 
 def _code(tensor: torch.Tensor) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from escort import cache
-from escort.artifact.container import parse
+from escort.artifact.container import parse_list
 from escort.artifact.errors import blaming
 from escort.artifact.files import replace_file
 from escort.planner import store
@@ -88,15 +88,7 @@ def _read(path: Path) -> bytes:
 def _entries(data: bytes) -> list[Any]:
     if len(data) > _MOST_BYTES:
         raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
-    content = parse(data.decode())
-    if not isinstance(content, dict) or content.keys() != {"format", "version", "plans"}:
-        raise ValueError("it is none that escort cache export wrote")
-    if (content["format"], content["version"]) != (FORMAT, VERSION):
-        raise ValueError(f"its format is {content['format']!r:.50} {content['version']!r:.50}, not {FORMAT} {VERSION}")
-    plans = content["plans"]
-    if not isinstance(plans, list) or len(plans) > _MOST_PLANS:
-        raise ValueError(f"it is to hold a list of at most {_MOST_PLANS:,} plans")
-    return plans
+    return parse_list(data.decode(), "plans", (FORMAT, VERSION), _MOST_PLANS, "escort cache export")
 
 
 def _plan(number: int, data: Any) -> tuple[store.Key, store.Hint]:
