@@ -182,7 +182,7 @@ def race_on_host(
         rounds, budget_s: as of :func:`race`.
     """
 
-    def turn(run: Callable[[], object], calls: int) -> None:
+    def in_a_row(run: Callable[[], object], calls: int) -> None:
         for _ in range(calls):
             run()
         torch.cuda.synchronize()
@@ -190,12 +190,12 @@ def race_on_host(
     with torch.cuda.device(device):
         counts = []
         for run in runs:
-            turn(run, _FIRST_CALLS)
+            in_a_row(run, _FIRST_CALLS)
             start = time.perf_counter()
-            turn(run, _FIRST_CALLS)
+            in_a_row(run, _FIRST_CALLS)
             call_us = (time.perf_counter() - start) * 1e6 / _FIRST_CALLS
             counts.append(max(_LEAST_PIPELINED, math.ceil(_PIPELINE_US / max(call_us, 1.0))) if pipelined else 1)
-        turns = [partial(turn, run, calls) for run, calls in zip(runs, counts, strict=True)]
+        turns = [partial(in_a_row, run, calls) for run, calls in zip(runs, counts, strict=True)]
         times_us = race(turns, warmup=0, rounds=rounds, burst=1 if pipelined else _BURST, budget_s=budget_s)
     return [time_us / calls for time_us, calls in zip(times_us, counts, strict=True)]
 
