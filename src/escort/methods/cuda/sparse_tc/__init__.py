@@ -11,8 +11,10 @@ small remainder (orders.py), and y is written in NCHW. Tensors in channels_last 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -28,8 +30,8 @@ from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_c
 from escort.methods.cuda.sparse_tc.arrange import arranger
 from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig
 from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
-from escort.methods.cuda.sparse_tc.orders import common_order, order_filter
-from escort.methods.cuda.sparse_tc.packing import Packed, pack
+from escort.methods.cuda.sparse_tc.orders import OrderedFilter, common_order, order_filter
+from escort.methods.cuda.sparse_tc.packing import Packed, pack, tiles_key
 from escort.methods.cuda.sparse_tc.params import Params
 from escort.methods.cuda.sparse_tc.search import candidates, is_offered, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
@@ -102,7 +104,7 @@ class SparseTc(Method):
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
         ordered = order_filter(sparse_filter, config.memory_format, tiling.element)
         compiled = kernel(tiling.source, tiling.defines, device, native=True)
-        launch = _bind(compiled, tiling, pack(ordered, tiling), bias)
+        launch = _bind(compiled, tiling, *_packed_on(device, ordered, tiling), bias)
         check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + _TILE_ELEMENTS))
         torch_format = TORCH_MEMORY_FORMAT[config.memory_format]
         last = config.takes_channels_last
@@ -136,12 +138,35 @@ class SparseTc(Method):
         return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
 
 
-def _bind(compiled: Kernel, tiling: Tiling, packed: Packed, bias: torch.Tensor | None) -> Launch:
+#: What runners of a filter have on a device, and how it is packed. Where input sizes are tiled alike, which most are,
+#: their runners share the weight tiles, as long as one of them lives.
+_shared: WeakKeyDictionary[OrderedFilter, dict[Hashable, tuple[ref[torch.Tensor], Packed]]] = WeakKeyDictionary()
+
+
+def _packed_on(device: torch.device, ordered: OrderedFilter, tiling: Tiling) -> tuple[torch.Tensor, Packed]:
+    """The filter's weight tiles on a device, and how it is packed, without them."""
+    shared, key = _shared.setdefault(ordered, {}), (device, tiles_key(tiling))
+    if key in shared:
+        reference, packed = shared[key]
+        if (weight_tiles := reference()) is not None:
+            return weight_tiles, packed.placed(tiling)
+    packed = pack(ordered, tiling)
+    weight_tiles = torch.from_numpy(packed.weight_tiles).to(device)
+    if device.type == "cuda":  # another thread may launch a kernel that reads them
+        torch.cuda.current_stream(device).synchronize()
+    packed = replace(packed, weight_tiles=np.empty((0, 0), np.uint8))
+    shared[key] = ref(weight_tiles), packed
+    return weight_tiles, packed
+
+
+def _bind(
+    compiled: Kernel, tiling: Tiling, weight_tiles: torch.Tensor, packed: Packed, bias: torch.Tensor | None
+) -> Launch:
     """A launch that is given x, y, the residual, the samples and the tile groups."""
-    tables = [packed.weight_tiles, _in_order(bias, packed.out_order), packed.first, packed.steps.view(np.int32)]
+    tables = [_in_order(bias, packed.out_order), packed.first, packed.steps.view(np.int32)]
     if not tiling.stores_boxes:
         tables.append(packed.out_order)
-    fixed = [torch.from_numpy(table).to(tiling.problem.device) for table in tables]
+    fixed = [weight_tiles, *(torch.from_numpy(table).to(tiling.problem.device) for table in tables)]
     output = _output_map(tiling) if tiling.stores_boxes else torch.Tensor
     args = _input_map(tiling), *fixed, output, output, pack_params(Params.of(tiling)), int, int
     return compiled.bind(_THREADS, tiling.memory.bytes, args, overlap=True, cluster=tiling.config.cluster)
