@@ -11,10 +11,9 @@ small remainder (orders.py), and y is written in NCHW. Tensors in channels_last 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from escort.methods.cuda.sparse_tc.packing import Packed, pack, tiles_key
 from escort.methods.cuda.sparse_tc.params import Params
 from escort.methods.cuda.sparse_tc.search import candidates, is_offered, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
+from escort.methods.sharing import shared
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
 
 __all__ = ["SparseTc", "SparseTcConfig"]
@@ -138,25 +138,16 @@ class SparseTc(Method):
         return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
 
 
-#: What runners of a filter have on a device, and how it is packed. Where input sizes are tiled alike, which most are,
-#: their runners share the weight tiles, as long as one of them lives.
-_shared: WeakKeyDictionary[OrderedFilter, dict[Hashable, tuple[ref[torch.Tensor], Packed]]] = WeakKeyDictionary()
-
-
 def _packed_on(device: torch.device, ordered: OrderedFilter, tiling: Tiling) -> tuple[torch.Tensor, Packed]:
-    """The filter's weight tiles on a device, and how it is packed, without them."""
-    shared, key = _shared.setdefault(ordered, {}), (device, tiles_key(tiling))
-    if key in shared:
-        reference, packed = shared[key]
-        if (weight_tiles := reference()) is not None:
-            return weight_tiles, packed.placed(tiling)
-    packed = pack(ordered, tiling)
-    weight_tiles = torch.from_numpy(packed.weight_tiles).to(device)
-    if device.type == "cuda":  # another thread may launch a kernel that reads them
-        torch.cuda.current_stream(device).synchronize()
-    packed = replace(packed, weight_tiles=np.empty((0, 0), np.uint8))
-    shared[key] = ref(weight_tiles), packed
-    return weight_tiles, packed
+    """The filter's weight tiles on a device, and how it is packed, without them. Most input sizes are packed alike."""
+
+    def make() -> tuple[torch.Tensor, Packed]:
+        packed = pack(ordered, tiling)
+        weight_tiles = torch.from_numpy(packed.weight_tiles).to(device)
+        return weight_tiles, replace(packed, weight_tiles=np.empty((0, 0), np.uint8))
+
+    weight_tiles, packed = shared(ordered, (device, tiles_key(tiling)), make)
+    return weight_tiles, packed.placed(tiling)
 
 
 def _bind(
