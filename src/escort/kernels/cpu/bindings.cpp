@@ -4,27 +4,21 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <omp.h>
-#include <pthread.h>
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
 
 #include <algorithm>
 #include <array>
-#include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "direct.hpp"
 #include "max_pool.hpp"
 #include "spread_channels.hpp"
 #include "tables.hpp"
+#include "threads.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -58,68 +52,6 @@ const Isa* find_isa(const std::string& name) {
   throw std::invalid_argument("instruction set '" + name + "' is not available on this machine");
 }
 
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-
-// Whether this thread came out of a fork: the threads that OpenMP believes it has were left behind in the parent, and a
-// parallel region would wait for them forever. Threads that a child starts later have none yet, and are as any other.
-thread_local bool came_out_of_fork = false;
-
-// Calls work(thread) on that many threads at the same time.
-template <class Work>
-void on_threads(int threads, const Work& work) {
-  if (came_out_of_fork) {
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; t++) others.emplace_back(work, t);
-    work(0);
-    for (std::thread& other : others) other.join();
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  work(omp_get_thread_num());
-}
-
-// Runs task(i, thread) for every i below `tasks`. Each thread starts with its own share of consecutive tasks, the same
-// share in every layer, so that it finds in its cache what it wrote in the layer before. A thread that is done helps
-// the others.
-template <class Task>
-void parallel(int64_t tasks, int threads, const Task& task) {
-  if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; i++) task(i, 0);
-    return;
-  }
-  struct alignas(64) Share {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  constexpr int kMostThreads = 256;
-  if (threads > kMostThreads) threads = kMostThreads;
-  Share shares[kMostThreads];
-  for (int t = 0; t < threads; t++) {
-    shares[t].next = tasks * t / threads;
-    shares[t].end = tasks * (t + 1) / threads;
-  }
-  on_threads(threads, [&](int thread) {
-    for (int t = 0; t < threads; t++) {
-      Share& share = shares[(thread + t) % threads];
-      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) task(i, thread);
-    }
-  });
-}
-
-// Scratch of the calling thread for all its workers; it grows to the largest layer and is then reused.
-float* scratch(int64_t floats) {
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t capacity = 0;
-  if (floats > capacity) {
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
-    capacity = memory ? floats : 0;
-    if (!memory) throw std::bad_alloc();
-  }
-  return memory.get();
-}
-
 constexpr int64_t kFarFloats = 2 << 20;  // an input of 8 MiB is not in cache when its layer starts
 
 // Owns the tables of one convolution.
@@ -151,13 +83,17 @@ class DirectConvolution {
                static_cast<int32_t>(tiles_.size()),
                (params[0].stage_size + params[0].partial_size + 15) / 16 * 16,
                false};
+    // About two vectors of multiply-adds per nanosecond, and one that is written.
+    int64_t vectors = 0;
+    for (const Tile& tile : tiles_) vectors += tile.vectors;
+    sample_ns_ = vectors * static_cast<int64_t>(nonzeros_.size() / 2 + out_channels_.size());
   }
 
   // x, residual (or 0) and y are addresses of contiguous float32 tensors of `samples` samples.
   void run(uintptr_t x, uintptr_t residual, uintptr_t y, int64_t samples, int threads) const {
     const nb::gil_scoped_release release;
     const int64_t tasks = samples * direct_.tile_count * direct_.job_count;
-    if (threads > tasks) threads = static_cast<int>(tasks);
+    threads = threads_for(samples * sample_ns_, static_cast<int>(std::min<int64_t>(threads, tasks)));
     float* memory = scratch(direct_.scratch_size * (threads > 1 ? threads : 1));
     Direct direct = direct_;
     direct.fetch_ahead = samples * direct.x_sample_stride > kFarFloats;
@@ -177,6 +113,7 @@ class DirectConvolution {
   std::vector<Segment> segments_;
   std::vector<Tile> tiles_;
   Direct direct_;
+  int64_t sample_ns_;  // about what a sample takes one thread
 };
 
 // Max pooling of planes of one size. Pairs are (rows, columns).
@@ -191,7 +128,8 @@ class MaxPool2d {
   // x and y are addresses of `planes` contiguous float32 planes.
   void run(uintptr_t x, uintptr_t y, int64_t planes, int threads) const {
     const nb::gil_scoped_release release;
-    if (threads > planes) threads = static_cast<int>(planes);
+    const int64_t plane_ns = int64_t(pool_.height) * pool_.width / 2;  // about, of one thread
+    threads = threads_for(planes * plane_ns, static_cast<int>(std::min<int64_t>(threads, planes)));
     static const PoolPlane pool_plane = supported().front().pool;
     // A window that ceil_mode adds may reach beyond the right padding.
     const int64_t line_size =
@@ -242,7 +180,7 @@ bool keep_freed_memory(int most_bytes) {
 NB_MODULE(_cpu, m) {
   using namespace escort;
   nb::set_leak_warnings(false);  // a model that lives until the interpreter exits is no leak
-  pthread_atfork(nullptr, nullptr, [] { came_out_of_fork = true; });
+  watch_forks();
   m.doc() = "Native kernels; see kernels/cpu/direct.hpp for the tables they take.";
   m.def(
       "isas",
@@ -254,6 +192,18 @@ NB_MODULE(_cpu, m) {
       },
       "The instruction sets of this machine, fastest first: (name, floats per vector, vectors per tile).");
   m.def("keep_freed_memory", &keep_freed_memory, "most_bytes"_a);
+  m.def(
+      "fork_join_ns",
+      [](int threads, bool at_hand) {
+        const nb::gil_scoped_release release;
+        if (!at_hand) return fork_join_ns(threads);
+        double taken = 0;
+        const auto measure = [&] { taken = fork_join_ns(threads); };
+        with_threads(threads, measure);
+        return taken;
+      },
+      "threads"_a, "at_hand"_a);
+  m.def("assume_fork_join_ns", &assume_fork_join_ns, "nanoseconds"_a);
   m.def("spread_channels", &checked_spread_channels, "sites"_a, "channels"_a, "site_count"_a, "channel_count"_a,
         "kept"_a, "of"_a);
   nb::class_<DirectConvolution>(m, "DirectConvolution")
