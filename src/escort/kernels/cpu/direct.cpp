@@ -1,22 +1,11 @@
 // The kernel of direct.hpp, compiled once per instruction set.
 #include "direct.hpp"
+
+#include "epilogue.hpp"
 #include "vector.hpp"
 
 namespace escort {
 namespace {
-
-// Both bounds let a NaN pass, as torch does.
-template <class T>
-inline T activate(T v, Activation activation) {
-  if (activation == Activation::none) return v;
-  const T zero = T{};
-  v = v < zero ? zero : v;
-  if (activation == Activation::relu6) {
-    const T six = T{} + 6.0f;
-    v = v > six ? six : v;
-  }
-  return v;
-}
 
 // Prefetches what a channel some way ahead will read and write: the output channels of a tile lie a plane apart, each
 // in a page of its own, where no hardware prefetcher follows.
@@ -73,18 +62,18 @@ void stage_block(const Direct& d, const Tile& tile, const Block& block, const fl
 }
 
 // Writes a finished tile of one output channel, segment by segment; what the tile holds between rows is dropped.
-void write_segments(const Direct& d, const Tile& tile, const float* sums, const float* residual, float* y) {
+void write_segments(const Direct& d, const Tile& tile, Epilogue epilogue, const float* sums, const float* residual,
+                    float* y) {
   const auto vector = [&](const Segment& s, int i) {
-    Vector v = load(sums + s.tile_position + i);
-    if (residual) v += load(residual + s.plane_position + i);
-    store(y + s.plane_position + i, activate(v, d.activation));
+    const float* add = residual ? residual + s.plane_position + i : nullptr;
+    store(y + s.plane_position + i, finish(load(sums + s.tile_position + i), add, epilogue));
   };
   for (int n = tile.first_segment; n < tile.end_segment; n++) {
     const Segment& s = d.segments[n];
     if (s.length < kLanes) {
       for (int i = 0; i < s.length; i++) {
-        const float v = sums[s.tile_position + i] + (residual ? residual[s.plane_position + i] : 0.0f);
-        y[s.plane_position + i] = activate(v, d.activation);
+        const float* add = residual ? residual + s.plane_position + i : nullptr;
+        y[s.plane_position + i] = finish(sums[s.tile_position + i], add, epilogue);
       }
       continue;
     }
@@ -127,6 +116,7 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, Places pl
         for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(ahead.x + fetched * d.x_plane_stride + j, 0, 2);
     }
     const OutChannel& out = d.out_channels[i];
+    const Epilogue epilogue = {d.activation, 0.0f};
     const Nonzero* end = d.nonzeros + d.out_channels[i + 1].first_nonzero;
     float* slot = partial + int64_t(out.slot) * (V * kLanes);
     if (last && i + kChannelsAhead < block.end_record) {
@@ -151,13 +141,13 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, Places pl
 #pragma GCC unroll 28
       for (int v = 0; v < V; v++) {
         const int64_t at = plane + (v == V - 1 ? tail : v * kLanes);
-        store(y + at, activate(residual ? sum[v] + load(residual + at) : sum[v], d.activation));
+        store(y + at, finish(sum[v], residual ? residual + at : nullptr, epilogue));
       }
     } else {
       const int64_t plane = out.channel * d.y_plane_stride;
 #pragma GCC unroll 28
       for (int v = 0; v < V; v++) store(sums + v * kLanes, sum[v]);
-      write_segments(d, tile, sums, residual ? residual + plane : nullptr, y + plane);
+      write_segments(d, tile, epilogue, sums, residual ? residual + plane : nullptr, y + plane);
     }
   }
 }

@@ -14,6 +14,8 @@
 
 #include <cstdint>
 
+#include "activation.hpp"
+
 namespace escort {
 
 struct Nonzero {
@@ -52,8 +54,6 @@ struct Tile {
   int32_t start, length;               // tiles read and written in place: positions start .. start + length
   int32_t vectors;
 };
-
-enum class Activation : int32_t { none, relu, relu6 };
 
 struct Params {                      // what all tiles have in common
   int64_t stage_size, partial_size;  // scratch of a thread: the staged block and the partial sums
