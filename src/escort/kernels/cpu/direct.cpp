@@ -177,7 +177,7 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
   const int64_t sample = task / d.job_count / d.tile_count;
   x += sample * d.x_sample_stride;
   y += sample * d.y_sample_stride;
-  if (residual) residual += sample * d.y_sample_stride;
+  if (residual) residual += sample * d.residual_sample_stride;
   float* partial = scratch + d.stage_size;
   for (int b = job.first_block; b < job.end_block; b++) {
     const Block& block = d.blocks[b];

@@ -75,7 +75,9 @@ struct Direct : Params {
   const Tile* tiles;
   int32_t job_count, tile_count;
   int64_t scratch_size;  // of a thread
-  bool fetch_ahead;      // in place: whether x is too large to be in cache already; set for each call
+  // Set for each call, as the sample strides of x and y are:
+  int64_t residual_sample_stride;
+  bool fetch_ahead;  // in place: whether x is too large to be in cache already
 };
 
 // Runs one task: task = (sample * tile_count + tile) * job_count + job. `residual` may be null; `scratch` holds
