@@ -64,7 +64,36 @@ class DirectConvolution : public Op {
  public:
   // tables: arrays of records by name, each of the structs of direct.hpp; params is an array of one record.
   DirectConvolution(const std::string& isa, const nb::dict& tables)
-      : DirectConvolution(isa, tables, params_of(tables)) {}
+      : Op({}, 0),
+        isa_(find_isa(isa)),
+        nonzeros_(records<Nonzero>(tables, "nonzeros")),
+        out_channels_(records<OutChannel>(tables, "out_channels")),
+        blocks_(records<Block>(tables, "blocks")),
+        jobs_(records<Job>(tables, "jobs")),
+        runs_(records<Run>(tables, "runs")),
+        segments_(records<Segment>(tables, "segments")),
+        tiles_(records<Tile>(tables, "tiles")) {
+    const std::vector<Params> all = records<Params>(tables, "params");
+    if (all.size() != 1) throw std::invalid_argument("params: one record");
+    const Params& params = all[0];
+    input_sizes = {params.x_sample_stride, params.y_sample_stride};
+    output_size = params.y_sample_stride;
+    for (const Tile& tile : tiles_)
+      if (tile.vectors < 1 || tile.vectors > isa_->max_vectors) throw std::invalid_argument("tile: too many vectors");
+    direct_ = {params,
+               nonzeros_.data(),
+               out_channels_.data(),
+               blocks_.data(),
+               jobs_.data(),
+               runs_.data(),
+               segments_.data(),
+               tiles_.data(),
+               static_cast<int32_t>(jobs_.size()),
+               static_cast<int32_t>(tiles_.size()),
+               (params.stage_size + params.partial_size + 15) / 16 * 16,
+               params.y_sample_stride,
+               false};
+  }
 
   // x, residual (or 0) and y are addresses of contiguous float32 tensors of `samples` samples.
   void run(uintptr_t x, uintptr_t residual, uintptr_t y, int64_t samples, int threads) const {
@@ -89,39 +118,6 @@ class DirectConvolution : public Op {
   }
 
  private:
-  static Params params_of(const nb::dict& tables) {
-    const std::vector<Params> params = records<Params>(tables, "params");
-    if (params.size() != 1) throw std::invalid_argument("params: one record");
-    return params[0];
-  }
-
-  DirectConvolution(const std::string& isa, const nb::dict& tables, const Params& params)
-      : Op({params.x_sample_stride, params.y_sample_stride}, params.y_sample_stride),
-        isa_(find_isa(isa)),
-        nonzeros_(records<Nonzero>(tables, "nonzeros")),
-        out_channels_(records<OutChannel>(tables, "out_channels")),
-        blocks_(records<Block>(tables, "blocks")),
-        jobs_(records<Job>(tables, "jobs")),
-        runs_(records<Run>(tables, "runs")),
-        segments_(records<Segment>(tables, "segments")),
-        tiles_(records<Tile>(tables, "tiles")) {
-    for (const Tile& tile : tiles_)
-      if (tile.vectors < 1 || tile.vectors > isa_->max_vectors) throw std::invalid_argument("tile: too many vectors");
-    direct_ = {params,
-               nonzeros_.data(),
-               out_channels_.data(),
-               blocks_.data(),
-               jobs_.data(),
-               runs_.data(),
-               segments_.data(),
-               tiles_.data(),
-               static_cast<int32_t>(jobs_.size()),
-               static_cast<int32_t>(tiles_.size()),
-               (params.stage_size + params.partial_size + 15) / 16 * 16,
-               params.y_sample_stride,
-               false};
-  }
-
   const Isa* isa_;
   std::vector<Nonzero> nonzeros_;
   std::vector<OutChannel> out_channels_;

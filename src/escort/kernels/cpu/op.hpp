@@ -30,8 +30,8 @@ class Op {
   // them, unless the operation says that it may.
   virtual void run(const Input* inputs, Output output, int64_t samples, int threads) const = 0;
 
-  const std::vector<int64_t> input_sizes;  // floats of a sample
-  const int64_t output_size;
+  std::vector<int64_t> input_sizes;  // floats of a sample
+  int64_t output_size;
 };
 
 }  // namespace escort
