@@ -49,24 +49,13 @@ class Copy(Op):
     def __init__(self, shape: Sequence[int], strides: Sequence[int]) -> None: ...
 
 class Pad(Op):
-    def __init__(
-        self,
-        channels: int,
-        height: int,
-        width: int,
-        top: int,
-        bottom: int,
-        left: int,
-        right: int,
-        value: float,
-    ) -> None: ...
+    def __init__(self, channels: int, input_size: Sequence[int], borders: Sequence[int], value: float) -> None: ...
 
 class AveragePool(Op):
     def __init__(
         self,
         channels: int,
-        height: int,
-        width: int,
+        input_size: Sequence[int],
         rows: Sequence[tuple[int, int, float]],
         columns: Sequence[tuple[int, int, float]],
     ) -> None: ...
@@ -75,8 +64,7 @@ class Resize(Op):
     def __init__(
         self,
         channels: int,
-        height: int,
-        width: int,
+        input_size: Sequence[int],
         rows: Sequence[tuple[int, int, float]],
         columns: Sequence[tuple[int, int, float]],
     ) -> None: ...

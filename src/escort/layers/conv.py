@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from escort.cuda.binary import Binary
 from escort.filter import SparseFilter
+from escort.kernels import _cpu
 from escort.layers import runners
 from escort.layers.conv_like import ConvLike
 from escort.layers.counters import BROADCAST, BY_OPERATOR, Counters
@@ -70,7 +71,7 @@ class SparseConv2d(ConvLike):
         super().__init__()
         problem = plan.problem
         Layer(problem, sparse_filter, bias).check()
-        self._runners: RunnerCache[Runner]
+        self._runners: RunnerCache[Prepared]
         self._versions = -1
         with torch.inference_mode(False):  # tensors made inside of it could not be followed, or moved outside of it
             for array in ("values", "columns", "indptr"):
@@ -158,11 +159,12 @@ class SparseConv2d(ConvLike):
             versions += tensor._version
         if versions != self._versions:
             self._follow()
-        run = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
-        if run is None:
-            run = self._prepare(x, residual)
+        prepared = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
+        if prepared is None:
+            prepared = self._prepare(x, residual)
         if x.is_cuda and is_capturing():
-            self._runners.keep(run)
+            self._runners.keep(prepared)
+        run = prepared.run
         try:
             if is_profiled():
                 with profiled("escort::sparse_conv2d", self.name):
@@ -215,13 +217,19 @@ class SparseConv2d(ConvLike):
     def _without_epilogue(self, x: torch.Tensor) -> Runner:
         """A runner of the convolution alone."""
         key, cached = (x.shape[1:], x.dtype, x.device, "alone"), self._runners
-        run = cached.get(key)
-        if run is None:
-            run = self._make(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]), alone=True).run
-            cached.add(key, run)
+        prepared = cached.get(key)
+        if prepared is None:
+            prepared = self._make(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]), alone=True)
+            cached.add(key, prepared)
         if x.is_cuda and is_capturing():
-            cached.keep(run)
-        return run
+            cached.keep(prepared)
+        return prepared.run
+
+    def op(self, shape: tuple[int, ...]) -> _cpu.Op | None:
+        """What runs plain calls on inputs of a shape (N, C, H, W) natively, where one was made before."""
+        key = shape[1:], self.plan.problem.storage, self.values.device, not self.residual
+        prepared = self._runners.get(key)
+        return None if prepared is None else prepared.op
 
     def _follow(self) -> None:
         """Lets go of the runners, which hold copies of bias and values as they were; notes what they are now.
@@ -248,7 +256,7 @@ class SparseConv2d(ConvLike):
         problem = self.plan.problem
         return self._make(problem.batch, problem.height, problem.width).binaries
 
-    def _prepare(self, x: torch.Tensor, residual: torch.Tensor | None) -> Runner:
+    def _prepare(self, x: torch.Tensor, residual: torch.Tensor | None) -> Prepared:
         """A runner for a new input size, or the error that a call deserves."""
         storage = self.plan.problem.storage
         if x.dtype is not storage:
@@ -266,12 +274,12 @@ class SparseConv2d(ConvLike):
             raise TypeError(f"layer {self.name} was made {made} a residual, and was called otherwise")
         return self._lay_out(int(x.shape[0]), int(x.shape[2]), int(x.shape[3]))
 
-    def _lay_out(self, batch: int, height: int, width: int) -> Runner:
+    def _lay_out(self, batch: int, height: int, width: int) -> Prepared:
         cached = self._runners  # as it was before bias and values are read
-        run = self._make(batch, height, width).run
+        prepared = self._make(batch, height, width)
         shape = torch.Size((self.in_channels, height, width))
-        cached.add((shape, self.plan.problem.storage, self.values.device, not self.residual), run)
-        return run
+        cached.add((shape, self.plan.problem.storage, self.values.device, not self.residual), prepared)
+        return prepared
 
     def _make(self, batch: int, height: int, width: int, *, alone: bool = False) -> Prepared:
         try:

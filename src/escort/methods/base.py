@@ -12,6 +12,7 @@ import torch
 from escort.cuda.binary import Binary
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
+from escort.kernels import _cpu
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
 
 #: Of how many batch sizes a runner remembers how it cuts them up; a further one is worked out anew.
@@ -39,12 +40,14 @@ class Prepared:
         binary: the kernel, where one was compiled for this filter.
         notes: numbers by name that the plan shows beside the time.
         binaries: of all the kernels that it launches.
+        op: the same for a native program, where the method has that: its inputs are x and the residual.
     """
 
     run: Runner
     binary: Binary | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
     binaries: tuple[Binary, ...] = ()
+    op: _cpu.Op | None = None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return self.run(x, residual)
@@ -63,6 +66,7 @@ class Method(ABC):
         is_dense: whether it multiplies the zeros as well. The fastest of these stands for the dense model.
         compiles_per_filter: whether `prepare` compiles a kernel for the filter, which takes long and has a budget.
         lowers: whether it writes the input out patch by patch, which takes memory.
+        is_native: whether what it prepares has an `op`, so that native programs call it.
     """
 
     name: ClassVar[str]
@@ -71,6 +75,7 @@ class Method(ABC):
     is_dense: ClassVar[bool] = False
     compiles_per_filter: ClassVar[bool] = False
     lowers: ClassVar[bool] = False
+    is_native: ClassVar[bool] = False
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method cannot run a problem on its type of device, or None where it can."""

@@ -116,18 +116,18 @@ void Copy::run(const Input* inputs, Output output, int64_t samples, int threads)
   });
 }
 
-Pad::Pad(int64_t channels, int64_t height, int64_t width, int64_t top, int64_t bottom, int64_t left, int64_t right,
-         float value)
-    : Op({channels * height * width}, channels * (top + height + bottom) * (left + width + right)),
+Pad::Pad(int64_t channels, Plane input_size, std::array<int64_t, 4> borders, float value)
+    : Op({channels * input_size[0] * input_size[1]},
+         channels * (borders[2] + input_size[0] + borders[3]) * (borders[0] + input_size[1] + borders[1])),
       channels_(channels),
-      height_(height),
-      width_(width),
-      top_(top),
-      bottom_(bottom),
-      left_(left),
-      right_(right),
+      height_(input_size[0]),
+      width_(input_size[1]),
+      left_(borders[0]),
+      right_(borders[1]),
+      top_(borders[2]),
+      bottom_(borders[3]),
       value_(value) {
-  if (top + height + bottom < 1 || left + width + right < 1) throw std::invalid_argument("nothing would be left");
+  if (top_ + height_ + bottom_ < 1 || left_ + width_ + right_ < 1) throw std::invalid_argument("nothing would be left");
 }
 
 void Pad::run(const Input* inputs, Output output, int64_t samples, int threads) const {
@@ -151,19 +151,18 @@ void Pad::run(const Input* inputs, Output output, int64_t samples, int threads) 
   });
 }
 
-AveragePool::AveragePool(int64_t channels, int64_t height, int64_t width, std::vector<Window> rows,
-                         std::vector<Window> columns)
-    : Op({channels * height * width}, channels * int64_t(rows.size()) * int64_t(columns.size())),
+AveragePool::AveragePool(int64_t channels, Plane input_size, std::vector<Window> rows, std::vector<Window> columns)
+    : Op({channels * input_size[0] * input_size[1]}, channels * int64_t(rows.size()) * int64_t(columns.size())),
       channels_(channels),
-      height_(height),
-      width_(width),
+      height_(input_size[0]),
+      width_(input_size[1]),
       rows_(std::move(rows)),
       columns_(std::move(columns)) {
   const auto within = [](const std::vector<Window>& windows, int64_t size) {
     return std::all_of(windows.begin(), windows.end(),
                        [&](const Window& w) { return 0 <= w.begin && w.begin < w.end && w.end <= size; });
   };
-  if (!within(rows_, height) || !within(columns_, width)) throw std::invalid_argument("windows lie within the plane");
+  if (!within(rows_, height_) || !within(columns_, width_)) throw std::invalid_argument("windows lie within the plane");
 }
 
 void AveragePool::plane(const float* x, float* y, float* line) const {
@@ -188,11 +187,11 @@ void AveragePool::run(const Input* inputs, Output output, int64_t samples, int t
   });
 }
 
-Resize::Resize(int64_t channels, int64_t height, int64_t width, std::vector<Between> rows, std::vector<Between> columns)
-    : Op({channels * height * width}, channels * int64_t(rows.size()) * int64_t(columns.size())),
+Resize::Resize(int64_t channels, Plane input_size, std::vector<Between> rows, std::vector<Between> columns)
+    : Op({channels * input_size[0] * input_size[1]}, channels * int64_t(rows.size()) * int64_t(columns.size())),
       channels_(channels),
-      height_(height),
-      width_(width),
+      height_(input_size[0]),
+      width_(input_size[1]),
       rows_(std::move(rows)),
       columns_(std::move(columns)) {
   const auto within = [](const std::vector<Between>& all, int64_t size) {
@@ -200,7 +199,7 @@ Resize::Resize(int64_t channels, int64_t height, int64_t width, std::vector<Betw
       return std::min(b.low, b.high) >= 0 && std::max(b.low, b.high) < size;
     });
   };
-  if (!within(rows_, height) || !within(columns_, width)) throw std::invalid_argument("both lie within the plane");
+  if (!within(rows_, height_) || !within(columns_, width_)) throw std::invalid_argument("both lie within the plane");
 }
 
 void Resize::plane(const float* x, float* y, float* line) const {

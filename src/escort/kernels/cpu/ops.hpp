@@ -1,6 +1,7 @@
 // The operations of a program that stand between convolutions.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -9,6 +10,8 @@
 #include "op.hpp"
 
 namespace escort {
+
+using Plane = std::array<int64_t, 2>;  // rows and columns
 
 // y = activate(combine(a, b)), where axes of size 1 in an operand are broadcast. The output may be one of the operands
 // where that has its size.
@@ -39,12 +42,12 @@ class Copy : public Op {
 // Planes with a border of one value around them; where a border is negative, something is cut off.
 class Pad : public Op {
  public:
-  Pad(int64_t channels, int64_t height, int64_t width, int64_t top, int64_t bottom, int64_t left, int64_t right,
-      float value);
+  // borders: at the left, right, top and bottom.
+  Pad(int64_t channels, Plane input_size, std::array<int64_t, 4> borders, float value);
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
 
  private:
-  int64_t channels_, height_, width_, top_, bottom_, left_, right_;
+  int64_t channels_, height_, width_, left_, right_, top_, bottom_;
   float value_;
 };
 
@@ -57,7 +60,7 @@ struct Window {
 // Averages of windows of planes.
 class AveragePool : public Op {
  public:
-  AveragePool(int64_t channels, int64_t height, int64_t width, std::vector<Window> rows, std::vector<Window> columns);
+  AveragePool(int64_t channels, Plane input_size, std::vector<Window> rows, std::vector<Window> columns);
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
 
  private:
@@ -76,7 +79,7 @@ struct Between {
 // Planes of another size.
 class Resize : public Op {
  public:
-  Resize(int64_t channels, int64_t height, int64_t width, std::vector<Between> rows, std::vector<Between> columns);
+  Resize(int64_t channels, Plane input_size, std::vector<Between> rows, std::vector<Between> columns);
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
 
  private:

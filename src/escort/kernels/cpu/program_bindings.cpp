@@ -1,5 +1,6 @@
 #include "program_bindings.hpp"
 
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -67,7 +68,17 @@ std::vector<T> records_of(const std::vector<std::tuple<int32_t, int32_t, float>>
   return result;
 }
 
-using Tuples = std::vector<std::tuple<int32_t, int32_t, float>>;
+// An operation that says of each row and column of its result what it is made of.
+template <class T, class Record>
+void bind_plane_op(nb::module_& m, const char* name) {
+  using Tuples = std::vector<std::tuple<int32_t, int32_t, float>>;
+  nb::class_<T, Op>(m, name).def(
+      "__init__",
+      [](T* self, int64_t channels, Plane input_size, const Tuples& rows, const Tuples& columns) {
+        new (self) T(channels, input_size, records_of<Record>(rows), records_of<Record>(columns));
+      },
+      "channels"_a, "input_size"_a, "rows"_a, "columns"_a);
+}
 
 }  // namespace
 
@@ -88,24 +99,11 @@ void bind_program(nb::module_& m) {
           },
           "combine"_a, "activation"_a, "slope"_a, "shape"_a, "a_strides"_a, "b_strides"_a);
   nb::class_<Copy, Op>(m, "Copy").def(nb::init<Sizes, Sizes>(), "shape"_a, "strides"_a);
-  nb::class_<Pad, Op>(m, "Pad").def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>(),
-                                    "channels"_a, "height"_a, "width"_a, "top"_a, "bottom"_a, "left"_a, "right"_a,
-                                    "value"_a);
-  nb::class_<AveragePool, Op>(m, "AveragePool")
-      .def(
-          "__init__",
-          [](AveragePool* self, int64_t channels, int64_t height, int64_t width, const Tuples& rows,
-             const Tuples& columns) {
-            new (self) AveragePool(channels, height, width, records_of<Window>(rows), records_of<Window>(columns));
-          },
-          "channels"_a, "height"_a, "width"_a, "rows"_a, "columns"_a);
-  nb::class_<Resize, Op>(m, "Resize")
-      .def(
-          "__init__",
-          [](Resize* self, int64_t channels, int64_t height, int64_t width, const Tuples& rows, const Tuples& columns) {
-            new (self) Resize(channels, height, width, records_of<Between>(rows), records_of<Between>(columns));
-          },
-          "channels"_a, "height"_a, "width"_a, "rows"_a, "columns"_a);
+  nb::class_<Pad, Op>(m, "Pad", "borders: at the left, right, top and bottom.")
+      .def(nb::init<int64_t, Plane, std::array<int64_t, 4>, float>(), "channels"_a, "input_size"_a, "borders"_a,
+           "value"_a);
+  bind_plane_op<AveragePool, Window>(m, "AveragePool");
+  bind_plane_op<Resize, Between>(m, "Resize");
   nb::class_<Linear, Op>(m, "Linear").def(nb::init<int64_t, int64_t>(), "in_features"_a, "out_features"_a);
 }
 

@@ -56,6 +56,7 @@ class Direct(Method):
     name = "direct"
     device_type = "cpu"
     config_type = DirectConfig
+    is_native = True
 
     def unsupported(self, problem: Problem) -> str | None:
         return None if problem.precision == "fp32" else f"computes in fp32, not in {problem.precision}"
@@ -94,7 +95,8 @@ class Direct(Method):
             "segments": layout.segments,
             "tiles": layout.tiles,
         }
-        run_kernel, threads = _cpu.DirectConvolution(config.isa, tables).run, torch.get_num_threads
+        op, threads = _cpu.DirectConvolution(config.isa, tables), torch.get_num_threads
+        run_kernel = op.run
         check, out_shape = input_check(problem), problem.output_shape[1:]
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -107,7 +109,7 @@ class Direct(Method):
             run_kernel(x.data_ptr(), residual_address, y.data_ptr(), samples, threads())
             return y
 
-        return Prepared(run)
+        return Prepared(run, op=op)
 
 
 def _params(problem: Problem, layout: Layout, schedule: Schedule, config: DirectConfig) -> Records:
