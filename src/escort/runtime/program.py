@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -147,7 +148,7 @@ class Program(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: what is bound belongs to these layers."""
-        return {**self.__dict__, "_bound": None, "native": Native()}
+        return {**self.__dict__, "_bound": None, "native": copy.copy(self.native)}
 
     def extra_repr(self) -> str:
         return str(self.listing)

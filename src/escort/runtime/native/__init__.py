@@ -60,20 +60,24 @@ class Native:
     The second call of a kind (the sizes, strides and types of its inputs) makes a form, which serves those after it. A
     program that was changed is noticed in the next call. Where it is changed again and again, twice as many calls must
     come each time before there is another form.
+
+    Attributes:
+        enabled: whether calls run natively at all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
         self._made: _Made | None = None
         self._wanted = 2
         self._counters = Counters()
 
     def __reduce__(self) -> Any:
         """For copies and pickle: forms belong to one program."""
-        return Native, ()
+        return Native, (self.enabled,)
 
     def run(self, network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any]) -> None:
         """Runs a call that nothing observes: its inputs are in the values, and its results will be."""
-        reason = self._natively(network, listing, steps, values)
+        reason = self._natively(network, listing, steps, values) if self.enabled else "it is switched off"
         if reason is not None:
             self._counters.count(reason)
             run_steps(steps, values)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from escort.kernels import _cpu
 from escort.runtime.native.placement import Joined
 from escort.runtime.native.values import Instruction, Operand, Sizes, Storage, Value, operand
+
+Step = TypeVar("Step", bound="Call")
 
 
 class NotNativeError(Exception):
@@ -106,9 +107,9 @@ class Call:
         self._append(op, samples, inputs, operand(result, samples, op.output_size))
         return result
 
-    def aside(self, lower: Callable[[Call], Value], shape: Sizes) -> Value:
-        """What the step computes on the way to its result."""
-        return lower(Call(shape, None, self.draft))
+    def aside(self: Step, shape: Sizes) -> Step:
+        """The same step, while it computes something of a shape on the way to its result."""
+        return type(self)(shape, None, self.draft)
 
     def join(self, parts: list[Value]) -> Value:
         """The result, made of parts along the axis behind the samples."""

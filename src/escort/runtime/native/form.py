@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from escort.runtime.effects import is_view, name_of, writes
 from escort.runtime.loop import BoundStep, run_steps
-from escort.runtime.native.call import Call, Draft, NotNativeError, storage_of
-from escort.runtime.native.lowering import LAYERS, OPERATIONS, has_operation
+from escort.runtime.native.call import Draft, NotNativeError, storage_of
+from escort.runtime.native.lowering import OPERATIONS, Operations, has_operation, lower_layer
 from escort.runtime.native.segment import Like, Segment, is_plain
 from escort.runtime.native.values import Value
 from escort.runtime.stand_in import runs_more
@@ -245,20 +245,20 @@ class _Recorder:
                 raise NotNativeError("writes to a tensor that others see")
         elif not result.is_contiguous():
             raise NotNativeError("gives a tensor that is not contiguous")
-        call = Call(tuple(result.shape), target)
-        if step.kind == "layer":
-            layer = self._network.get_submodule(step.target)
-            function, args = LAYERS.get(type(layer)), (layer, *args)
-        else:
-            function = OPERATIONS.get(_operator(name_of(step)))
+        lowered = Operations(tuple(result.shape), target)
+        function = (
+            partial(lower_layer, lowered, self._network.get_submodule(step.target)) if step.kind == "layer" else None
+        )
         if function is None:
-            raise NotNativeError("copies its input, and no native operation does")
+            name = _operator(name_of(step))
+            if name not in OPERATIONS:
+                raise NotNativeError("copies its input, and no native operation does")
+            function = partial(OPERATIONS[name], lowered)
         try:
-            inspect.signature(function).bind(call, *args, **kwargs)
+            value = function(*args, **kwargs)
         except TypeError as error:
             raise NotNativeError(f"is called with arguments that are not known: {error}") from error
-        value = function(call, *args, **kwargs)
-        self._draft.add(call.draft)
+        self._draft.add(lowered.draft)
         return value
 
     def _end(self) -> None:
