@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from escort import reference
 from escort.filter import SparseFilter
+from escort.kernels import _cpu
 from escort.layers import SparseConv2d
 from escort.methods import Method, for_device
 from escort.methods.cpu.direct import ISAS, DirectConfig
@@ -241,6 +242,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=None, help="the first seed, by default another one each time")
     options = parser.parse_args()
     first = zlib.crc32(str(time.time_ns()).encode()) if options.first is None else options.first
+    _cpu.assume_fork_join_ns(1)  # small problems on several threads, too
     end, seed = time.monotonic() + options.seconds, first
     while time.monotonic() < end and (options.count is None or seed < first + options.count):
         run(seed)

@@ -93,6 +93,10 @@ class DirectConvolution : public Op {
                (params.stage_size + params.partial_size + 15) / 16 * 16,
                params.y_sample_stride,
                false};
+    // About two vectors of multiply-adds per nanosecond, and one that is written.
+    int64_t vectors = 0;
+    for (const Tile& tile : tiles_) vectors += tile.vectors;
+    sample_ns_ = vectors * static_cast<int64_t>(nonzeros_.size() / 2 + out_channels_.size());
   }
 
   // x, residual (or 0) and y are addresses of contiguous float32 tensors of `samples` samples.
@@ -105,7 +109,7 @@ class DirectConvolution : public Op {
 
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
     const int64_t tasks = samples * direct_.tile_count * direct_.job_count;
-    if (threads > tasks) threads = static_cast<int>(tasks);
+    threads = threads_for(samples * sample_ns_, static_cast<int>(std::min<int64_t>(threads, tasks)));
     float* memory = scratch(direct_.scratch_size * (threads > 1 ? threads : 1));
     Direct direct = direct_;
     direct.fetch_ahead = samples * direct.x_sample_stride > kFarFloats;
@@ -127,6 +131,7 @@ class DirectConvolution : public Op {
   std::vector<Segment> segments_;
   std::vector<Tile> tiles_;
   Direct direct_;
+  int64_t sample_ns_;  // about what a sample takes one thread
 };
 
 // Max pooling of planes of one size. Pairs are (rows, columns).
@@ -149,7 +154,8 @@ class MaxPool2d : public Op {
 
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
     const int64_t planes = samples * channels_;
-    if (threads > planes) threads = static_cast<int>(planes);
+    const int64_t plane_ns = int64_t(pool_.height) * pool_.width / 2;  // about, of one thread
+    threads = threads_for(planes * plane_ns, static_cast<int>(std::min<int64_t>(threads, planes)));
     static const PoolPlane pool_plane = supported().front().pool;
     // A window that ceil_mode adds may reach beyond the right padding.
     const int64_t line_size =
@@ -221,6 +227,18 @@ NB_MODULE(_cpu, m) {
       },
       "The instruction sets of this machine, fastest first: (name, floats per vector, vectors per tile).");
   m.def("keep_freed_memory", &keep_freed_memory, "most_bytes"_a);
+  m.def(
+      "fork_join_ns",
+      [](int threads, bool at_hand) {
+        const nb::gil_scoped_release release;
+        if (!at_hand) return fork_join_ns(threads);
+        double taken = 0;
+        const auto measure = [&] { taken = fork_join_ns(threads); };
+        with_threads(threads, measure);
+        return taken;
+      },
+      "threads"_a, "at_hand"_a);
+  m.def("assume_fork_join_ns", &assume_fork_join_ns, "nanoseconds"_a);
   m.def("spread_channels", &checked_spread_channels, "sites"_a, "channels"_a, "site_count"_a, "channel_count"_a,
         "kept"_a, "of"_a);
   bind_program(m);

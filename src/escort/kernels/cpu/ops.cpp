@@ -10,7 +10,8 @@
 namespace escort {
 namespace {
 
-constexpr int64_t kTaskFloats = 1 << 13;  // about a microsecond of work: what is less stays on one thread
+constexpr int64_t kTaskFloats = 1 << 13;  // about a microsecond of work
+constexpr int64_t kFloatsPerNs = 4;       // that one thread reads and writes, about
 
 int64_t product(const std::vector<int64_t>& sizes) {
   return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<int64_t>());
@@ -47,8 +48,7 @@ void for_rows(const std::vector<int64_t>& shape, int64_t samples, int threads, c
   const int64_t pieces = (length + kTaskFloats - 1) / kTaskFloats;                      // of a long row
   const int64_t together = std::max<int64_t>(kTaskFloats / length, 1);                  // short rows
   const int64_t tasks = pieces > 1 ? rows * pieces : (rows + together - 1) / together;  // of a sample
-  const int64_t most = samples * rows * length / kTaskFloats;
-  parallel(samples * tasks, static_cast<int>(std::min<int64_t>(threads, most)), [&](int64_t i, int) {
+  parallel(samples * tasks, threads_for(samples * rows * length / kFloatsPerNs, threads), [&](int64_t i, int) {
     const int64_t sample = i / tasks, task = i % tasks;
     if (pieces > 1) {
       const int64_t begin = task % pieces * kTaskFloats;
@@ -63,8 +63,7 @@ void for_rows(const std::vector<int64_t>& shape, int64_t samples, int threads, c
 // Calls each(sample, channel, thread) for all planes; `floats` says how much work one is.
 template <class Each>
 void for_planes(int64_t channels, int64_t samples, int64_t floats, int threads, const Each& each) {
-  const int64_t most = samples * channels * floats / kTaskFloats;
-  threads = static_cast<int>(std::min<int64_t>({threads, most, samples * channels}));
+  threads = threads_for(samples * channels * floats / kFloatsPerNs, threads);
   parallel(samples * channels, threads, [&](int64_t i, int thread) { each(i / channels, i % channels, thread); });
 }
 
@@ -180,7 +179,7 @@ void AveragePool::plane(const float* x, float* y, float* line) const {
 
 void AveragePool::run(const Input* inputs, Output output, int64_t samples, int threads) const {
   const int64_t out_plane = int64_t(rows_.size()) * int64_t(columns_.size()), line = (width_ + 15) / 16 * 16;
-  float* memory = scratch(line * std::max(threads, 1));
+  float* memory = scratch(line * std::min(std::max(threads, 1), kMostThreads));
   for_planes(channels_, samples, height_ * width_, threads, [&](int64_t sample, int64_t channel, int thread) {
     plane(inputs[0].data + sample * inputs[0].stride + channel * height_ * width_,
           output.data + sample * output.stride + channel * out_plane, memory + thread * line);
@@ -227,7 +226,7 @@ void Resize::plane(const float* x, float* y, float* line) const {
 
 void Resize::run(const Input* inputs, Output output, int64_t samples, int threads) const {
   const int64_t out_plane = int64_t(rows_.size()) * int64_t(columns_.size()), line = (width_ + 15) / 16 * 16;
-  float* memory = scratch(line * std::max(threads, 1));
+  float* memory = scratch(line * std::min(std::max(threads, 1), kMostThreads));
   for_planes(channels_, samples, out_plane, threads, [&](int64_t sample, int64_t channel, int thread) {
     plane(inputs[0].data + sample * inputs[0].stride + channel * height_ * width_,
           output.data + sample * output.stride + channel * out_plane, memory + thread * line);
@@ -240,8 +239,8 @@ Linear::Linear(int64_t in, int64_t out) : Op({in, in * out, out}, out), in_(in),
 
 void Linear::run(const Input* inputs, Output output, int64_t samples, int threads) const {
   constexpr int64_t kRows = 16;  // of a task
-  const int64_t tasks = (out_ + kRows - 1) / kRows, most = out_ * in_ / kTaskFloats;
-  parallel(tasks, static_cast<int>(std::min<int64_t>({threads, tasks, most})), [&](int64_t i, int) {
+  const int64_t tasks = (out_ + kRows - 1) / kRows;
+  parallel(tasks, threads_for(samples * out_ * in_ / kFloatsPerNs, threads), [&](int64_t i, int) {
     const int64_t row = i * kRows;
     lines().products(inputs[0].data, inputs[0].stride, samples, inputs[1].data + row * in_,
                      inputs[2].data ? inputs[2].data + row : nullptr, static_cast<int>(std::min(kRows, out_ - row)),

@@ -7,6 +7,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "threads.hpp"
+
 namespace escort {
 namespace {
 
@@ -89,10 +91,12 @@ void NativeProgram::run(const std::vector<float*>& buffers, int threads) const {
     return (operand.buffer == buffers_ ? arena.data() : buffers[operand.buffer]) + operand.offset;
   };
   std::vector<Input> inputs(most_inputs_);
-  for (const Instruction& each : instructions_) {
-    for (size_t i = 0; i < each.inputs.size(); i++) inputs[i] = {at(each.inputs[i]), each.inputs[i].stride};
-    each.op->run(inputs.data(), {at(each.output), each.output.stride}, each.samples, threads);
-  }
+  with_threads(threads, [&] {
+    for (const Instruction& each : instructions_) {
+      for (size_t i = 0; i < each.inputs.size(); i++) inputs[i] = {at(each.inputs[i]), each.inputs[i].stride};
+      each.op->run(inputs.data(), {at(each.output), each.output.stride}, each.samples, threads);
+    }
+  });
 }
 
 }  // namespace escort
