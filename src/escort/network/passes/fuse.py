@@ -6,7 +6,6 @@ The fused network computes what the graph computes in eval mode, and each 2-d co
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any, cast, get_args
 
 import torch
@@ -97,8 +96,6 @@ class _Fuser(Rewriting):
             self.fold_norm(node, arguments, self.fused[source].conv)
         elif operation == "add":
             self.absorb_add(node, arguments)
-        elif operation == "product":
-            self.absorb_gate(node, arguments)
         elif operation and self.is_open(source):
             self.absorb_activation(node, source, operation, arguments)
 
@@ -107,20 +104,6 @@ class _Fuser(Rewriting):
         if found is not None and found[0] in self.activations and "out" not in arguments:
             self.fused[conv].activate_by(*found)
             self.merge(node, conv)
-
-    def absorb_gate(self, node: fx.Node, arguments: dict[str, Any]) -> None:
-        """Moves ``x * sigmoid(x)``, written out, into the convolution that gives x."""
-        operands: tuple[Any, Any] = arguments.get("input"), arguments.get("other")
-        for conv, gate in (operands, operands[::-1]):
-            if not isinstance(gate, fx.Node) or [*gate.users] != [node] or mutates(self.root, gate):
-                continue
-            operation, of_gate = self.operation(gate)
-            activation, is_whole = _GATED.get(operation), "out" not in arguments and of_gate.get("input") is conv
-            if activation in self.activations and is_whole and self.is_open(conv, {gate, node}):
-                self.fused[conv].activate_by(activation)
-                self.merge(node, conv)
-                self.graph.erase_node(gate)
-                return
 
     def absorb_add(self, node: fx.Node, arguments: dict[str, Any]) -> None:
         left: Any = arguments.get("input")
@@ -148,15 +131,13 @@ class _Fuser(Rewriting):
         self.fused[conv].residual = True
         self.merge(node, conv)
 
-    def is_open(self, node: Any, users: Collection[fx.Node] | None = None) -> bool:
-        """Whether `node` is a fused convolution to which its only user, or what these users do, may be added."""
-        if node not in self.fused or (len(node.users) != 1 if users is None else node.users.keys() != users):
+    def is_open(self, node: Any) -> bool:
+        """Whether `node` is a fused convolution to which its only user may be added."""
+        if node not in self.fused or len(node.users) != 1:
             return False
         return self.fused[node].activation == "none" and not has_hooks(self.fused[node])
 
 
-#: What a number times such a function of it is.
-_GATED: dict[str, Activation] = {"sigmoid": "silu", "hardsigmoid": "hardswish"}
 #: The activations that bound, by their least and their largest value.
 _BOUNDS: dict[tuple[Any, Any], Activation] = {(0.0, 6.0): "relu6", (0.0, None): "relu"}
 

@@ -37,6 +37,7 @@ _RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, aten.relu.default, aten.relu
 _HARDTANHS = (nn.Hardtanh, F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default)
 _CLAMPS = (torch.clamp, torch.clamp_, torch.clip, aten.clamp.default, aten.clamp_.default, "clamp", "clamp_", "clip")
 _CLAMP_MINS = (torch.clamp_min, torch.clamp_min_, aten.clamp_min.default, "clamp_min", "clamp_min_")
+_CLAMP_MAXES = (torch.clamp_max, torch.clamp_max_, aten.clamp_max.default, "clamp_max", "clamp_max_")
 _OTHER_ACTIVATIONS = (
     *(nn.CELU, nn.ELU, nn.Mish, nn.SELU, nn.Softplus, F.elu, F.mish, F.selu, F.softplus),
     *(aten.elu.default, aten.mish.default),
@@ -52,6 +53,7 @@ _TANHS = (
 _LEAKY_RELUS = (nn.LeakyReLU, F.leaky_relu, F.leaky_relu_, aten.leaky_relu.default, aten.leaky_relu_.default)
 _PRELUS = (nn.PReLU, F.prelu, torch.prelu, aten.prelu.default, "prelu")
 _PRODUCTS = (torch.mul, operator.mul, operator.imul, aten.mul.Tensor, aten.mul_.Tensor, "mul", "mul_")
+_QUOTIENTS = (torch.div, torch.true_divide, operator.truediv, operator.itruediv, aten.div.Tensor, "div", "div_")
 _DIFFERENCES = (torch.sub, operator.sub, operator.isub, aten.sub.Tensor, aten.sub_.Tensor, "sub", "sub_")
 _SPELLINGS: dict[tuple[str, tuple[str, ...]], tuple[Any, ...]] = {
     ("conv", CONV): (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_FUNCTIONAL_CONVS, *_EXPORTED_CONVS),
@@ -70,6 +72,7 @@ _SPELLINGS: dict[tuple[str, tuple[str, ...]], tuple[Any, ...]] = {
     ("hardtanh", ("input", "min_val", "max_val")): _HARDTANHS,
     ("clamp", ("input", "min", "max")): _CLAMPS,
     ("clamp", ("input", "min")): _CLAMP_MINS,
+    ("clamp", ("input", "max")): _CLAMP_MAXES,
     ("leaky_relu", ("input", "negative_slope")): _LEAKY_RELUS,
     ("prelu", ("input", "weight")): _PRELUS,
     ("sigmoid", ("input",)): _SIGMOIDS,
@@ -80,6 +83,7 @@ _SPELLINGS: dict[tuple[str, tuple[str, ...]], tuple[Any, ...]] = {
     ("hardswish", ("input",)): (nn.Hardswish, F.hardswish, aten.hardswish.default, aten.hardswish_.default),
     ("pointwise", ("input",)): _OTHER_ACTIVATIONS,
     ("product", ("input", "other")): _PRODUCTS,
+    ("quotient", ("input", "other")): _QUOTIENTS,
     ("pointwise", ("input", "other")): _DIFFERENCES,
     ("identity", ("input", "training")): (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d),
     ("identity", ("input", "p", "training")): (
