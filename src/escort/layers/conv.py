@@ -77,6 +77,7 @@ class SparseConv2d(ConvLike):
         problem = plan.problem
         Layer(problem, sparse_filter, bias, slope).check()
         self._runners: RunnerCache[Runner]
+        self._filter: tuple[tuple[torch.Tensor, ...], int, SparseFilter] | None = None
         self._versions = -1
         with torch.inference_mode(False):  # tensors made inside of it could not be followed, or moved outside of it
             for array in ("values", "columns", "indptr"):
@@ -130,8 +131,14 @@ class SparseConv2d(ConvLike):
 
     @property
     def filter(self) -> SparseFilter:
-        indptr, columns, values = (tensor.cpu().numpy() for tensor in (self.indptr, self.columns, self.values))
-        return SparseFilter(self.plan.problem.weight_shape, self.groups, indptr, columns, values)
+        """The weights as they are now. One object until values are written to, as runners share what is made of it."""
+        followed, known = self._followed, self._filter
+        versions = sum(tensor._version for tensor in followed)
+        if known is None or known[0] is not followed or known[1] != versions:
+            indptr, columns, values = (tensor.cpu().numpy() for tensor in (self.indptr, self.columns, self.values))
+            sparse_filter = SparseFilter(self.plan.problem.weight_shape, self.groups, indptr, columns, values)
+            known = self._filter = followed, versions, sparse_filter
+        return known[2]
 
     def problem(self, batch: int, height: int, width: int) -> Problem:
         """The problem of this convolution on an input of shape (batch, in_channels, height, width)."""
@@ -332,13 +339,12 @@ class SparseConv2d(ConvLike):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: runners hold kernels and pointers, and are made anew where the copy runs."""
-        return {
-            name: value for name, value in self.__dict__.items() if name not in ("_runners", "_followed", "counters")
-        }
+        left_out = "_runners", "_followed", "_filter", "counters"
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.counters = Counters()
+        self._filter, self.counters = None, Counters()
         self._follow()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

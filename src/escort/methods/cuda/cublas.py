@@ -12,6 +12,7 @@ from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, contiguous_only, finisher
 from escort.methods.lowering import unfold
 from escort.methods.precision import float32_products
+from escort.methods.sharing import shared
 from escort.problem import Problem
 
 
@@ -57,7 +58,11 @@ class Cublas(Method):
     ) -> Prepared:
         device, dtype = torch.device(problem.device), problem.storage
         channels = problem.out_channels // problem.groups
-        weight = sparse_filter.to_dense().view(problem.groups, channels, -1).to(device, dtype)
+        weight, _ = shared(
+            sparse_filter,
+            (self.name, device, dtype),
+            lambda: (sparse_filter.to_dense().view(problem.groups, channels, -1).to(device, dtype), None),
+        )
         addend = None if bias is None else bias.detach().to(device, dtype).view(-1, 1, 1)
         out_shape, finish = problem.output_shape[1:], finisher(problem, slope)
         groups, positions, precision = problem.groups, problem.out_height * problem.out_width, problem.precision
