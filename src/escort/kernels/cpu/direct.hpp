@@ -29,6 +29,7 @@ struct OutChannel {
   int32_t slot;  // which of the job's partial sums it accumulates into
   int32_t first_nonzero;
   float bias;
+  float slope;  // of the activation, if it has one
 };
 
 struct Block {  // input channels of one stage, and the records of the output channels that read them

@@ -45,25 +45,27 @@ inline void store_some(float* p, Vector v, int n) {
 }
 
 template <Combine C>
-void combine_line(Epilogue epilogue, const float* a, int a_step, const float* b, int b_step, float* y, int64_t n) {
+void combine_line(Activation bound, const float* a, int a_step, const float* b, int b_step, float* y, int64_t n) {
   const Vector one_a = Vector{} + *a, one_b = Vector{} + *b;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    store(y + i, activate(combined<C>(a_step ? load(a + i) : one_a, b_step ? load(b + i) : one_b), epilogue));
+    store(y + i, bounded(combined<C>(a_step ? load(a + i) : one_a, b_step ? load(b + i) : one_b), bound));
   if (const int left = static_cast<int>(n - i)) {
     const Vector v = combined<C>(a_step ? load_some(a + i, left) : one_a, b_step ? load_some(b + i, left) : one_b);
-    store_some(y + i, activate(v, epilogue), left);
+    store_some(y + i, bounded(v, bound), left);
   }
 }
 
 void combine(Combine how, Epilogue epilogue, const float* a, int a_step, const float* b, int b_step, float* y,
              int64_t n) {
-  using Line = void (*)(Epilogue, const float*, int, const float*, int, float*, int64_t);
+  using Line = void (*)(Activation, const float*, int, const float*, int, float*, int64_t);
   static constexpr Line all[] = {combine_line<Combine::first>,    combine_line<Combine::add>,
                                  combine_line<Combine::subtract>, combine_line<Combine::multiply>,
                                  combine_line<Combine::divide>,   combine_line<Combine::maximum>,
                                  combine_line<Combine::minimum>};
-  all[static_cast<int32_t>(how)](epilogue, a, a_step, b, b_step, y, n);
+  const bool bounds = is_bound(epilogue.activation);
+  all[static_cast<int32_t>(how)](bounds ? epilogue.activation : Activation::none, a, a_step, b, b_step, y, n);
+  if (!bounds) activate(y, n, epilogue);
 }
 
 inline float total(Vector v) {
