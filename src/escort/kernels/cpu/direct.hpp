@@ -14,6 +14,8 @@
 
 #include <cstdint>
 
+#include "activation.hpp"
+
 namespace escort {
 
 struct Nonzero {
@@ -27,6 +29,7 @@ struct OutChannel {
   int32_t slot;  // which of the job's partial sums it accumulates into
   int32_t first_nonzero;
   float bias;
+  float slope;  // of the activation, if it has one
 };
 
 struct Block {  // input channels of one stage, and the records of the output channels that read them
@@ -53,8 +56,6 @@ struct Tile {
   int32_t vectors;
 };
 
-enum class Activation : int32_t { none, relu, relu6 };
-
 struct Params {                      // what all tiles have in common
   int64_t stage_size, partial_size;  // scratch of a thread: the staged block and the partial sums
   int64_t x_sample_stride, x_plane_stride, y_sample_stride, y_plane_stride;
@@ -75,7 +76,9 @@ struct Direct : Params {
   const Tile* tiles;
   int32_t job_count, tile_count;
   int64_t scratch_size;  // of a thread
-  bool fetch_ahead;      // in place: whether x is too large to be in cache already; set for each call
+  // Set for each call, as the sample strides of x and y are:
+  int64_t residual_sample_stride;
+  bool fetch_ahead;  // in place: whether x is too large to be in cache already
 };
 
 // Runs one task: task = (sample * tile_count + tile) * job_count + job. `residual` may be null; `scratch` holds

@@ -25,7 +25,16 @@ from escort.cuda.launch import Grid
 from escort.cuda.params import pack as pack_params
 from escort.cuda.tensor_map import TensorMap
 from escort.filter import FloatArray, IntArray, SparseFilter
-from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_check, output_strides
+from escort.methods.base import (
+    MOST_BATCHES,
+    ON_GPUS,
+    Method,
+    Prepared,
+    activated_behind,
+    aligned,
+    input_check,
+    output_strides,
+)
 from escort.methods.cuda.sparse_tc.arrange import arranger
 from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig
 from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
@@ -51,6 +60,7 @@ class SparseTc(Method):
 
     name = "sparse_tc"
     device_type = "cuda"
+    activations = ON_GPUS
     config_type = SparseTcConfig
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -98,8 +108,14 @@ class SparseTc(Method):
         return common_order(weights, ELEMENTS[precision].kept, ELEMENTS[precision].of)
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: SparseTcConfig
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: SparseTcConfig,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
+        problem, activated = activated_behind(problem, slope, self.activations)
         device, gpu = torch.device(problem.device), Gpu.of(problem.device)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
         ordered = order_filter(sparse_filter, config.memory_format, tiling.element)
@@ -135,7 +151,7 @@ class SparseTc(Method):
             launch(grid, x, y, residual, samples, tile_groups)
             return y
 
-        return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
+        return Prepared(activated(run), compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
 
 
 def _packed_on(device: torch.device, ordered: OrderedFilter, tiling: Tiling) -> tuple[torch.Tensor, Packed]:
