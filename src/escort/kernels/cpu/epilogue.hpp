@@ -25,6 +25,11 @@ inline T activate(T v, Epilogue epilogue) {
 inline Vector finish(Vector sum, const float* residual, Epilogue epilogue) {
   return activate(residual ? sum + load(residual) : sum, epilogue);
 }
+// Finishes the first `count` lanes of `sum` and writes them to y.
+inline void finish_lanes(float* y, Vector sum, const float* residual, int count, Epilogue epilogue) {
+  if (residual) sum += load_lanes(residual, 0, count);
+  store_lanes(y, activate(sum, epilogue), count);
+}
 inline float finish(float sum, const float* residual, Epilogue epilogue) {
   return activate(residual ? sum + *residual : sum, epilogue);
 }

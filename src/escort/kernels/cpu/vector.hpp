@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #define ESCORT_JOIN2(a, b) a##_##b
 #define ESCORT_JOIN(a, b) ESCORT_JOIN2(a, b)
@@ -33,6 +36,53 @@ typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alia
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+
+// load_lanes: lanes first..end of what lies at p, and zeros in the others, which are not read: 0 <= first, end <= kLanes.
+// store_lanes: the first `count` lanes, the others are not written.
+#if defined(__AVX512F__)
+inline Vector load_lanes(const float* p, int first, int end) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((0xffffu >> (16 - end)) & (0xffffu << first)), p);
+}
+inline void store_lanes(float* p, Vector v, int count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(0xffffu >> (16 - count)), v);
+}
+#elif defined(__AVX2__)
+inline Vector load_lanes(const float* p, int first, int end) {
+  if (first == 0 && end == kLanes) return load(p);
+  static const int window[3 * kLanes] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
+  const auto from = [&](int at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window + at)); };
+  return _mm256_maskload_ps(p, _mm256_and_si256(from(kLanes - first), from(2 * kLanes - end)));
+}
+inline void store_lanes(float* p, Vector v, int count) {
+  if (count == kLanes) return store(p, v);
+  __m128 rest = _mm256_castps256_ps128(v);  // masked stores take dozens of instructions on some processors
+  if (count & 4) {
+    _mm_storeu_ps(p, rest);
+    rest = _mm256_extractf128_ps(v, 1);
+    p += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+    rest = _mm_movehl_ps(rest, rest);
+    p += 2;
+  }
+  if (count & 1) _mm_store_ss(p, rest);
+}
+#else
+inline Vector load_lanes(const float* p, int first, int end) {
+  if (first == 0 && end == kLanes) return load(p);
+  Vector v = {};
+  for (int i = first; i < end; i++) v[i] = p[i];
+  return v;
+}
+inline void store_lanes(float* p, Vector v, int count) {
+  if (count == kLanes) return store(p, v);
+  for (int i = 0; i < count; i++) p[i] = v[i];
+}
+#endif
 
 // The even lanes of `low` followed by the odd lanes of `high`.
 #if defined(__AVX512F__)

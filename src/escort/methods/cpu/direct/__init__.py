@@ -26,8 +26,9 @@ PARAMS = np.dtype(
     [
         *((name, "i8") for name in ("stage_size", "partial_size")),
         *((f"{tensor}_{unit}_stride", "i8") for tensor in "xy" for unit in ("sample", "plane")),
-        *((name, "i4") for name in ("column_stride", "channel_stride", "in_place", "activation")),
-    ]
+        *((name, "i4") for name in ("column_stride", "channel_stride", "in_place", "channels", "activation")),
+    ],
+    align=True,
 )
 
 _CACHE_FLOATS = 6 * 1024  # of a 32 KiB level-1 cache, leaving room for the filter stream and the partial sums
@@ -48,6 +49,7 @@ class DirectConfig:
     vectors: int
     channel_block: int
     parts: int = 1
+    channels: int = 1
 
 
 class Direct(Method):
@@ -82,7 +84,7 @@ class Direct(Method):
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
     ) -> Prepared:
         lanes, most = ISAS[config.isa]
-        layout = Layout.of(problem, lanes, min(config.vectors, most))
+        layout = Layout.of(problem, lanes, min(config.vectors, most // config.channels))
         schedule = Schedule.of(sparse_filter, layout, bias, config.channel_block, config.parts)
         tables = {
             "params": _params(problem, layout, schedule, config),
@@ -125,5 +127,6 @@ def _params(problem: Problem, layout: Layout, schedule: Schedule, config: Direct
         column_stride=problem.stride[1],
         channel_stride=layout.channel_stride,
         in_place=layout.in_place,
+        channels=config.channels,
         activation=problem.epilogue.activation_number,
     )
