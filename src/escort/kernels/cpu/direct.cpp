@@ -13,32 +13,35 @@ namespace {
 // in a page of its own, where no hardware prefetcher follows.
 constexpr int kChannelsAhead = 4;
 
-// What vector `run` of the stage holds of a plane: lanes first..end, `stride` apart in the plane, and zeros beside them.
+// What a run brings of a plane, whose values lie `stride` apart; Stride is 1, 2 or, for any other, 0.
+template <int Stride>
 inline Vector staged(const Run& run, const float* plane, int stride) {
-  const float* from = plane + run.plane_position;  // where lane 0 would lie
-  if (stride == 1) return load_lanes(from, run.first, run.end);
-  if (stride == 2) {
-    // The second load starts one early and takes the odd lanes.
-    constexpr int kSecond = kLanes - 1;
-    const int first = 2 * run.first, end = max(2 * run.end - 1, 0);
-    const Vector low = load_lanes(from, min(first, kLanes), min(end, kLanes));
-    return pick_evens(low, load_lanes(from + kSecond, max(first - kSecond, 0), max(end - kSecond, 0)));
-  }
-  float lanes[kLanes] = {};
-  for (int i = run.first; i < run.end; i++) lanes[i] = from[int64_t(i) * stride];
-  return load(lanes);
+  const float* from = plane + run.plane_position;
+  if (Stride == 1) return load_lanes(from, run.lanes);
+  // The second load starts one early and takes the odd lanes, so that nothing behind the last value is read.
+  if (Stride == 2) return pick_evens(load_lanes(from, run.lanes), load_lanes(from + kLanes - 1, run.more_lanes));
+  Vector v = {};
+  for (int i = 0; i < kLanes; i++)
+    if (run.lanes >> i & 1) v[i] = from[int64_t(i) * stride];
+  return v;
 }
 
 // Copies a tile's part of the block's input channels, with zeros where the padding is. `x` is one sample.
+template <int Stride>
 void stage_block(const Direct& d, const Tile& tile, const Block& block, const float* x, float* stage) {
-  for (int channel = block.first_channel; channel < block.end_channel; channel++, stage += d.channel_stride) {
-    const float* plane = x + channel * d.x_plane_stride;
-    for (int i = tile.first_run; i < tile.end_run; i++) {
-      const Run& run = d.runs[i];
-      Vector v = staged(run, plane, d.column_stride);
-      if (run.joins) v += load(stage + run.stage_position);
-      store(stage + run.stage_position, v);
+  const Run *const runs = d.runs + tile.first_run, *const end = d.runs + tile.end_run;
+  const int64_t plane_stride = d.x_plane_stride, channel_stride = d.channel_stride;
+  const int stride = d.column_stride;
+  x += block.first_channel * plane_stride;
+  for (int channel = block.first_channel; channel < block.end_channel; channel++) {
+    for (const Run* run = runs; run != end; run++) {
+      Vector v = staged<Stride>(*run, x, stride);
+      float* to = stage + run->stage_position;
+      if (__builtin_expect(run->joins, 0)) v += load(to);
+      store(to, v);
     }
+    x += plane_stride;
+    stage += channel_stride;
   }
 }
 
@@ -197,7 +200,9 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
                d.fetch_ahead ? next.end_channel - next.first_channel : 0};
       block_x = x + block.first_channel * d.x_plane_stride + tile.start;
     } else {
-      stage_block(d, tile, block, x, scratch);
+      (d.column_stride == 1   ? stage_block<1>
+       : d.column_stride == 2 ? stage_block<2>
+                              : stage_block<0>)(d, tile, block, x, scratch);
     }
     accumulate(d, tile, block, {block_x, partial, residual, y, first, last}, ahead);
   }

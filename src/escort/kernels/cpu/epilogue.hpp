@@ -27,7 +27,7 @@ inline Vector finish(Vector sum, const float* residual, Epilogue epilogue) {
 }
 // Finishes the first `count` lanes of `sum` and writes them to y.
 inline void finish_lanes(float* y, Vector sum, const float* residual, int count, Epilogue epilogue) {
-  if (residual) sum += load_lanes(residual, 0, count);
+  if (residual) sum += load_lanes(residual, (1 << count) - 1);
   store_lanes(y, activate(sum, epilogue), count);
 }
 inline float finish(float sum, const float* residual, Epilogue epilogue) {

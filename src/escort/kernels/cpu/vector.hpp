@@ -38,23 +38,20 @@ inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
 inline int min(int a, int b) { return a < b ? a : b; }
-inline int max(int a, int b) { return a > b ? a : b; }
 
-// load_lanes: lanes first..end of what lies at p, and zeros in the others, which are not read: 0 <= first, end <= kLanes.
-// store_lanes: the first `count` lanes, the others are not written.
+// load_lanes: the lanes of p whose bits are set in `lanes`, and zeros in the others, which are not read.
+// store_lanes: the first `count` lanes, at least one; the others are not written.
+constexpr int kAllLanes = (1 << kLanes) - 1;
 #if defined(__AVX512F__)
-inline Vector load_lanes(const float* p, int first, int end) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((0xffffu >> (16 - end)) & (0xffffu << first)), p);
-}
+inline Vector load_lanes(const float* p, int lanes) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p); }
 inline void store_lanes(float* p, Vector v, int count) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(0xffffu >> (16 - count)), v);
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(kAllLanes >> (kLanes - count)), v);
 }
 #elif defined(__AVX2__)
-inline Vector load_lanes(const float* p, int first, int end) {
-  if (first == 0 && end == kLanes) return load(p);
-  static const int window[3 * kLanes] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
-  const auto from = [&](int at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window + at)); };
-  return _mm256_maskload_ps(p, _mm256_and_si256(from(kLanes - first), from(2 * kLanes - end)));
+inline Vector load_lanes(const float* p, int lanes) {
+  if (lanes == kAllLanes) return load(p);
+  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_maskload_ps(p, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(lanes), bits), bits));
 }
 inline void store_lanes(float* p, Vector v, int count) {
   if (count == kLanes) return store(p, v);
@@ -72,10 +69,11 @@ inline void store_lanes(float* p, Vector v, int count) {
   if (count & 1) _mm_store_ss(p, rest);
 }
 #else
-inline Vector load_lanes(const float* p, int first, int end) {
-  if (first == 0 && end == kLanes) return load(p);
+inline Vector load_lanes(const float* p, int lanes) {
+  if (lanes == kAllLanes) return load(p);
   Vector v = {};
-  for (int i = first; i < end; i++) v[i] = p[i];
+  for (int i = 0; i < kLanes; i++)
+    if (lanes >> i & 1) v[i] = p[i];
   return v;
 }
 inline void store_lanes(float* p, Vector v, int count) {

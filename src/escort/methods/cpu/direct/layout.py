@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from escort.problem import Problem
 
 # The structs of kernels/cpu/direct.hpp, which says what the fields mean.
-RUN = np.dtype([(name, "i4") for name in ("stage_position", "plane_position", "first", "end", "joins")])
+RUN = np.dtype([(name, "i4") for name in ("stage_position", "plane_position", "lanes", "more_lanes", "joins")])
 SEGMENT = np.dtype([(name, "i4") for name in ("plane_position", "tile_position", "length")])
 TILE = np.dtype(
     [(name, "i4") for name in ("first_run", "end_run", "first_segment", "end_segment", "start", "length", "vectors")]
@@ -136,7 +136,7 @@ def _staged_layout(shape: PlaneShape, lanes: int, most_vectors: int) -> Layout:
     tiles = records(TILE, strips * len(starts), vectors=np.tile(vectors, strips))
     tile_starts, left = np.tile(starts, strips), np.repeat(np.arange(strips) * pitch, len(starts))
     runs = np.concatenate([_stage_runs(shape, lanes, pitch, copy, tile_starts, left) for copy in copies], axis=1)
-    counts = (runs["end"] >= 0).sum(axis=1)
+    counts = (runs["lanes"] >= 0).sum(axis=1)
     tiles["end_run"] = np.cumsum(counts)
     tiles["first_run"] = tiles["end_run"] - counts
     if shape.out_height == 1:
@@ -148,7 +148,7 @@ def _staged_layout(shape: PlaneShape, lanes: int, most_vectors: int) -> Layout:
         tiles["end_segment"] = np.cumsum(held.sum(axis=1))
         tiles["first_segment"] = tiles["end_segment"] - held.sum(axis=1)
         segments = table[held]
-    return Layout(tap_offsets, channel_stride, False, most, runs[runs["end"] >= 0], segments, tiles)
+    return Layout(tap_offsets, channel_stride, False, most, runs[runs["lanes"] >= 0], segments, tiles)
 
 
 def _copies(
@@ -188,7 +188,7 @@ def _cut(positions: int, lanes: int, most_vectors: int) -> tuple[NDArray[np.int6
 def _stage_runs(
     shape: PlaneShape, lanes: int, pitch: int, copy: _Copy, tile_starts: NDArray[np.int64], left: NDArray[np.int64]
 ) -> Records:
-    """The runs that stage a copy, (tiles, runs). Runs that bring nothing have end -1.
+    """The runs that stage a copy, (tiles, runs). Those to leave out have lanes -1.
 
     Args:
         tile_starts: (tiles,) the first position of each tile in its strip.
@@ -202,14 +202,19 @@ def _stage_runs(
     first = np.maximum(-(map_column // shape.stride[1]), 0)
     end = np.minimum(-((map_column - shape.width) // shape.stride[1]), min(pitch, lanes))
     is_empty = (map_row < 0) | (map_row >= shape.height) | (first >= end)
-    lane = part * pitch
+    first, end = (np.where(is_empty, 0, part * pitch + bound) for bound in (first, end))
+    position = map_row * shape.width + map_column - part * pitch * shape.stride[1]  # of lane 0
+    lanes_loaded, more_lanes = (1 << end) - (1 << first), np.zeros_like(first)
+    if shape.stride[1] == 2:
+        lanes_loaded = (1 << np.minimum(2 * end - 1, lanes).clip(0)) - (1 << np.minimum(2 * first, lanes))
+        more_lanes = (1 << (2 * end - lanes).clip(0)) - (1 << (2 * first - lanes + 1).clip(0))
     return records(
         RUN,
         row.shape,
         stage_position=copy.start + vector * lanes,
-        plane_position=np.where(is_empty, 0, map_row * shape.width + map_column - lane * shape.stride[1]),
-        first=np.where(is_empty, 0, lane + first),
-        end=np.where(is_empty, np.where(part > 0, -1, 0), lane + end),
+        plane_position=np.where(is_empty, 0, position),
+        lanes=np.where(is_empty & (part > 0), -1, lanes_loaded),
+        more_lanes=more_lanes,
         joins=part > 0,
     )
 
