@@ -86,14 +86,20 @@ inline void finish_tile(const Direct& d, const Tile& tile, const Vector* sum, co
     finish_lanes(y + tail, sum[V - 1], residual ? residual + tail : nullptr, tile.length - tail, epilogue);
     return;
   }
+  const Segment* segments = d.segments + tile.first_segment;
+  const auto finish_segment = [&](const Segment& s, Vector v) {
+    finish_lanes(y + s.plane_position, v, residual ? residual + s.plane_position : nullptr, s.length, epilogue);
+  };
+  if (tile.end_segment - tile.first_segment == V) {  // every vector is a segment
+#pragma GCC unroll 28
+    for (int v = 0; v < V; v++) finish_segment(segments[v], sum[v]);
+    return;
+  }
   alignas(64) float sums[(V + 1) * kLanes];
 #pragma GCC unroll 28
   for (int v = 0; v < V; v++) store(sums + v * kLanes, sum[v]);
-  for (int n = tile.first_segment; n < tile.end_segment; n++) {
-    const Segment& s = d.segments[n];
-    finish_lanes(y + s.plane_position, load(sums + s.tile_position), residual ? residual + s.plane_position : nullptr,
-                 s.length, epilogue);
-  }
+  for (const Segment* s = segments; s != d.segments + tile.end_segment; s++)
+    finish_segment(*s, load(sums + s->tile_position));
 }
 
 // Accumulates one block into G output channels, records i .. i + G, for one tile of V vectors.
@@ -172,10 +178,14 @@ Accumulate pick(int vectors, std::integer_sequence<int, V...>) {
 }
 Accumulate pick(int vectors, int channels) {
   switch (channels) {
-    case 1: return pick<1>(vectors, std::make_integer_sequence<int, kMaxVectors>{});
-    case 2: return pick<2>(vectors, std::make_integer_sequence<int, kMaxVectors / 2>{});
-    case 3: return pick<3>(vectors, std::make_integer_sequence<int, kMaxVectors / 3>{});
-    default: return pick<4>(vectors, std::make_integer_sequence<int, kMaxVectors / 4>{});
+    case 1:
+      return pick<1>(vectors, std::make_integer_sequence<int, kMaxVectors>{});
+    case 2:
+      return pick<2>(vectors, std::make_integer_sequence<int, kMaxVectors / 2>{});
+    case 3:
+      return pick<3>(vectors, std::make_integer_sequence<int, kMaxVectors / 3>{});
+    default:
+      return pick<4>(vectors, std::make_integer_sequence<int, kMaxVectors / 4>{});
   }
 }
 

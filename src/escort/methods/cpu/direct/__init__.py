@@ -31,7 +31,9 @@ PARAMS = np.dtype(
     align=True,
 )
 
-_CACHE_FLOATS = 6 * 1024  # of a 32 KiB level-1 cache, leaving room for the filter stream and the partial sums
+_MOST_CHANNELS = 4  # output channels that the kernel accumulates at a time, as far as its registers reach
+#: Tiles and stages that are worth a try: positions of a tile, and KiB that a block's input takes, best guess first.
+_TILES = ((112, 48), (224, 64), (112, 96), (80, 48), (56, 64), (112, 32))
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,6 @@ class DirectConfig:
     vectors: int
     channel_block: int
     parts: int = 1
-    channels: int = 1
 
 
 class Direct(Method):
@@ -67,16 +68,17 @@ class Direct(Method):
         configs: dict[DirectConfig, None] = {}  # in order, each once
         for isa in [name for name in ISAS if name != "generic"] or ["generic"]:
             lanes, most = ISAS[isa]
-            for vectors in (most, most // 2):
+            for tile, stage_kib in _TILES:
+                vectors = min(tile // lanes, most)
                 layout = Layout.of(problem, lanes, vectors)
+                channel_floats = layout.vectors * lanes if layout.in_place else layout.channel_stride
+                # Blocks of equal size: a last one of a few channels would cost as much as a full one.
+                blocks = -(-channels // min(max(stage_kib * 256 // channel_floats, 1), channels))
                 # At least a task per thread for a single sample, so that the plan serves every batch. Four per thread
                 # balance better, but each part stages its input anew.
                 tasks, most_parts = problem.groups * len(layout.tiles), problem.out_channels // problem.groups
-                few, many = (min(-(-n * torch.get_num_threads() // tasks), most_parts) for n in (1, 4))
-                fits = max(_CACHE_FLOATS // (layout.vectors * lanes if layout.in_place else layout.channel_stride), 1)
-                for block, parts in ((fits, few), (2 * fits, few), (4 * fits, few), (fits // 2, few), (fits, many)):
-                    # Blocks of equal size: a last one of a few channels would cost as much as a full one.
-                    blocks = -(-channels // min(max(block, 1), channels))
+                for per_thread in (1, 4) if (tile, stage_kib) == _TILES[0] else (1,):
+                    parts = min(-(-per_thread * torch.get_num_threads() // tasks), most_parts)
                     configs[DirectConfig(isa, vectors, -(-channels // blocks), parts)] = None
         return tuple(configs)
 
@@ -84,7 +86,7 @@ class Direct(Method):
         self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
     ) -> Prepared:
         lanes, most = ISAS[config.isa]
-        layout = Layout.of(problem, lanes, min(config.vectors, most // config.channels))
+        layout = Layout.of(problem, lanes, min(config.vectors, most))
         schedule = Schedule.of(sparse_filter, layout, bias, config.channel_block, config.parts)
         tables = {
             "params": _params(problem, layout, schedule, config),
@@ -127,6 +129,6 @@ def _params(problem: Problem, layout: Layout, schedule: Schedule, config: Direct
         column_stride=problem.stride[1],
         channel_stride=layout.channel_stride,
         in_place=layout.in_place,
-        channels=config.channels,
+        channels=min(_MOST_CHANNELS, ISAS[config.isa][1] // layout.vectors),
         activation=problem.epilogue.activation_number,
     )

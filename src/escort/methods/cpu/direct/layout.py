@@ -122,33 +122,30 @@ class _Copy(NamedTuple):
 
 
 def _staged_layout(shape: PlaneShape, lanes: int, most_vectors: int) -> Layout:
-    # Tiles are cut from strips of columns, in a pitch that is a multiple or a divisor of a vector.
-    if shape.out_height == 1:
-        pitch = -(-shape.out_width // lanes) * lanes
+    if shape.kernel_size[0] == 1:
+        pitch = shape.out_width  # rows follow one another: every tap is aligned in a copy of its own
     else:
-        pitch = min(lanes, 1 << (shape.out_width - 1).bit_length())
+        pitch = min(lanes, 1 << (shape.out_width - 1).bit_length())  # narrower strips of columns
     strips = -(-shape.out_width // pitch)
-    last_row = (shape.out_height - 1) * pitch
-    starts, vectors = _cut(last_row + min(pitch, shape.out_width), lanes, most_vectors)
+    starts, vectors = _cut((shape.out_height - 1) * pitch + min(pitch, shape.out_width), lanes, most_vectors)
     most = int(vectors.max())
     copies, tap_offsets, channel_stride = _copies(shape, lanes, most, pitch)
 
-    tiles = records(TILE, strips * len(starts), vectors=np.tile(vectors, strips))
     tile_starts, left = np.tile(starts, strips), np.repeat(np.arange(strips) * pitch, len(starts))
+    tiles = records(TILE, len(left), start=tile_starts, vectors=np.tile(vectors, strips))
     runs = np.concatenate([_stage_runs(shape, lanes, pitch, copy, tile_starts, left) for copy in copies], axis=1)
-    counts = (runs["lanes"] >= 0).sum(axis=1)
-    tiles["end_run"] = np.cumsum(counts)
-    tiles["first_run"] = tiles["end_run"] - counts
-    if shape.out_height == 1:
-        tiles["start"], tiles["length"] = tile_starts, np.minimum(tiles["vectors"] * lanes, shape.out_width - tile_starts)
-        segments = records(SEGMENT, 0)
+    brings = runs["lanes"] >= 0
+    tiles["end_run"] = np.cumsum(brings.sum(axis=1))
+    tiles["first_run"] = tiles["end_run"] - brings.sum(axis=1)
+    segments = records(SEGMENT, (len(left), 0))
+    if pitch == shape.out_width:
+        tiles["length"] = np.minimum(tiles["vectors"] * lanes, shape.out_height * pitch - tile_starts)
     else:
-        table = _segments(shape, lanes, pitch, most, tiles["vectors"], tile_starts, left)
-        held = table["length"] > 0
-        tiles["end_segment"] = np.cumsum(held.sum(axis=1))
-        tiles["first_segment"] = tiles["end_segment"] - held.sum(axis=1)
-        segments = table[held]
-    return Layout(tap_offsets, channel_stride, False, most, runs[runs["lanes"] >= 0], segments, tiles)
+        segments = _segments(shape, lanes, pitch, tiles, left)
+    holds = segments["length"] > 0
+    tiles["end_segment"] = np.cumsum(holds.sum(axis=1))
+    tiles["first_segment"] = tiles["end_segment"] - holds.sum(axis=1)
+    return Layout(tap_offsets, channel_stride, False, most, runs[brings], segments[holds], tiles)
 
 
 def _copies(
@@ -194,16 +191,17 @@ def _stage_runs(
         tile_starts: (tiles,) the first position of each tile in its strip.
         left: (tiles,) the first output column of each strip.
     """
-    parts = max(lanes // pitch, 1)  # output rows that share a vector
-    vector, part = np.divmod(np.arange(copy.vectors * parts), parts)
-    row, column = np.divmod(tile_starts[:, None] + copy.row * pitch + vector * lanes + part * pitch, pitch)
+    most_rows = (lanes + pitch - 2) // pitch + 1  # that a vector reaches
+    vector, part = np.divmod(np.arange(copy.vectors * most_rows), most_rows)
+    position = tile_starts[:, None] + copy.row * pitch + vector * lanes
+    row = position // pitch + part
+    lane = row * pitch - position  # of the row's first column
     map_row = row * shape.stride[0] + copy.row_phase - shape.padding[0]
-    map_column = (left[:, None] + column) * shape.stride[1] + copy.column - shape.padding[2]  # of the run's first lane
-    first = np.maximum(-(map_column // shape.stride[1]), 0)
-    end = np.minimum(-((map_column - shape.width) // shape.stride[1]), min(pitch, lanes))
+    map_column = left[:, None] * shape.stride[1] + copy.column - shape.padding[2]  # of the row's first column
+    first = np.maximum(lane + np.maximum(-(map_column // shape.stride[1]), 0), 0)
+    end = np.minimum(lane + np.minimum(-((map_column - shape.width) // shape.stride[1]), pitch), lanes)
     is_empty = (map_row < 0) | (map_row >= shape.height) | (first >= end)
-    first, end = (np.where(is_empty, 0, part * pitch + bound) for bound in (first, end))
-    position = map_row * shape.width + map_column - part * pitch * shape.stride[1]  # of lane 0
+    first, end = np.where(is_empty, 0, first), np.where(is_empty, 0, end)
     lanes_loaded, more_lanes = (1 << end) - (1 << first), np.zeros_like(first)
     if shape.stride[1] == 2:
         lanes_loaded = (1 << np.minimum(2 * end - 1, lanes).clip(0)) - (1 << np.minimum(2 * first, lanes))
@@ -212,21 +210,27 @@ def _stage_runs(
         RUN,
         row.shape,
         stage_position=copy.start + vector * lanes,
-        plane_position=np.where(is_empty, 0, position),
+        plane_position=np.where(is_empty, 0, map_row * shape.width + map_column - lane * shape.stride[1]),
         lanes=np.where(is_empty & (part > 0), -1, lanes_loaded),
         more_lanes=more_lanes,
         joins=part > 0,
     )
 
 
-def _segments(shape, lanes, pitch, most, vectors, tile_starts, left) -> Records:
-    """The segments of each tile, (tiles, segments), with length 0 where there is none."""
-    step = min(pitch, lanes)
-    position = np.arange(0, most * lanes, step)
-    row, column = np.divmod(tile_starts[:, None] + position, pitch)
-    column += left[:, None]
-    length = np.clip(shape.out_width - column, 0, step)
-    length[(row >= shape.out_height) | (position >= vectors[:, None] * lanes)] = 0
+def _segments(shape: PlaneShape, lanes: int, pitch: int, tiles: Records, left: NDArray[np.int64]) -> Records:
+    """The segments of each tile, (tiles, segments), with length 0 where there is none.
+
+    Args:
+        left: (tiles,) the first output column of each strip.
+    """
+    position = np.arange(0, tiles["vectors"].max() * lanes, pitch)
+    row = tiles["start"][:, None] // pitch + position // pitch
+    length = np.minimum(shape.out_width - left, pitch)[:, None]
+    held = (row < shape.out_height) & (position < tiles["vectors"][:, None] * lanes)
     return records(
-        SEGMENT, row.shape, plane_position=row * shape.out_width + column, tile_position=np.broadcast_to(position,row.shape), length=length
+        SEGMENT,
+        row.shape,
+        plane_position=row * shape.out_width + left[:, None],
+        tile_position=np.broadcast_to(position, row.shape),
+        length=np.where(held, length, 0),
     )
