@@ -140,12 +140,13 @@ inline float activate(float v, Epilogue epilogue) {
   return activate_beyond_bounds(Vector{} + v, epilogue)[0];
 }
 
-// activate(sum + residual) of a vector or a float; `residual` may be null.
-inline Vector finish(Vector sum, const float* residual, Epilogue epilogue) {
-  return activate(residual ? sum + load(residual) : sum, epilogue);
+// The bounded sum of a vector and a residual, which may be null; of its first `count` lanes, which are written to y.
+inline Vector finish(Vector sum, const float* residual, Activation bound) {
+  return bounded(residual ? sum + load(residual) : sum, bound);
 }
-inline float finish(float sum, const float* residual, Epilogue epilogue) {
-  return activate(residual ? sum + *residual : sum, epilogue);
+inline void finish_lanes(float* y, Vector sum, const float* residual, int count, Activation bound) {
+  if (residual) sum += load_lanes(residual, (1 << count) - 1);
+  store_lanes(y, bounded(sum, bound), count);
 }
 
 }  // namespace
