@@ -235,10 +235,10 @@ def _summary(plan: Plan) -> str:
 def _layer(module: nn.Module, shape: torch.Size, name: str, memory_format: MemoryFormat, request: Request) -> Layer:
     """What to plan for a convolution that is called on a shape."""
     if isinstance(module, FusedConv2d):
-        conv, activation, residual = module.conv, module.activation, module.residual
+        conv, zeros, activation, residual = module.conv, module.zeros, module.activation, module.residual
     else:
         assert isinstance(module, nn.Conv2d)
-        conv, activation, residual = module, "none", False
+        conv, zeros, activation, residual = module, (0, 0, 0, 0), "none", False
     epilogue, precision = Epilogue(conv.bias is not None, residual, activation), request.precision
     with naming(name):
         if conv.weight.dtype is not TORCH_DTYPE[precision]:
@@ -248,7 +248,12 @@ def _layer(module: nn.Module, shape: torch.Size, name: str, memory_format: Memor
             )
         device = str(conv.weight.device)
         problem = Problem.of(
-            conv, shape, epilogue=epilogue, precision=precision, device=device, memory_format=memory_format
+            *(conv, shape),
+            zeros=zeros,
+            epilogue=epilogue,
+            precision=precision,
+            device=device,
+            memory_format=memory_format,
         )
         sparse_filter = SparseFilter.from_dense(conv.weight, conv.groups)
     return Layer(problem, sparse_filter, None if conv.bias is None else conv.bias.detach().float())
