@@ -166,7 +166,7 @@ def zeros_around_maps(arguments: Mapping[str, Any]) -> tuple[int, int, int, int]
     sizes = arguments.get("pad", arguments.get("padding"))
     if not isinstance(sizes, (list, tuple)) or not all(type(size) is int and size >= 0 for size in sizes):
         return None
-    left, right, top, bottom = [*sizes, 0, 0][:4]
+    left, right, top, bottom = [*sizes, 0, 0, 0, 0][:4]
     return None if any(sizes[4:]) else (top, bottom, left, right)
 
 
