@@ -47,6 +47,11 @@ def test_same_pads_an_even_kernel_at_the_end() -> None:
     assert explicit_padding("same", (4, 2), (1, 3)) == (1, 2, 1, 2)
 
 
+def test_zeros_in_front_are_added_to_the_padding() -> None:
+    problem = Problem.of(nn.Conv2d(4, 6, 3, stride=2, padding=(1, 0)), (1, 4, 1, 2), zeros=(0, 1, 2, 3))
+    assert problem.padding == (1, 2, 2, 3) and problem.output_shape == (1, 6, 1, 3)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

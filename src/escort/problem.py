@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from operator import add
 from typing import Any, Literal, get_args
 
 import torch
@@ -151,6 +152,7 @@ class Problem:
         conv: nn.Conv2d,
         input_shape: tuple[int, ...] | torch.Size,
         *,
+        zeros: tuple[int, int, int, int] = (0, 0, 0, 0),
         epilogue: Epilogue | None = None,
         precision: Precision = "fp32",
         device: str = "cpu",
@@ -159,6 +161,7 @@ class Problem:
         """The problem of running `conv` on an input of shape (N, C, H, W).
 
         Args:
+            zeros: (top, bottom, left, right) around the input, beside the convolution's own padding.
             epilogue: by default the convolution's own bias and nothing else.
 
         Raises:
@@ -169,6 +172,7 @@ class Problem:
         batch, channels, height, width = input_shape
         if channels != conv.in_channels:
             raise ValueError(f"the convolution takes {conv.in_channels} channels, got shape {tuple(input_shape)}")
+        top, bottom, left, right = map(add, explicit_padding(conv.padding, conv.kernel_size, conv.dilation), zeros)
         return cls(
             batch,
             channels,
@@ -177,7 +181,7 @@ class Problem:
             conv.out_channels,
             (conv.kernel_size[0], conv.kernel_size[1]),
             (conv.stride[0], conv.stride[1]),
-            explicit_padding(conv.padding, conv.kernel_size, conv.dilation),
+            (top, bottom, left, right),
             (conv.dilation[0], conv.dilation[1]),
             conv.groups,
             precision,

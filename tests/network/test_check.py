@@ -19,9 +19,9 @@ from tests.network.models import Small, one_conv, pruned, three_convolutions
 def test_a_precision_is_that_of_the_weights_or_tf32() -> None:
     gpu = torch.device("cuda:0")
     for dtype, precision in ((torch.float16, "fp16"), (torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        assert settle_precision(one_conv(dtype=dtype), gpu, precision) == precision
-    assert settle_precision(one_conv(), gpu, "tf32") == "tf32"
-    assert settle_precision(one_conv(dtype=torch.float16), gpu, None) == "fp16"
+        assert settle_precision(one_conv(dtype=dtype), gpu, precision) == (precision, None)
+    assert settle_precision(one_conv(), gpu, "tf32") == ("tf32", None)
+    assert settle_precision(one_conv(dtype=torch.float16), gpu, None) == ("fp16", None)
     for model, precision in ((one_conv(), "fp16"), (one_conv(dtype=torch.float16), "tf32")):
         with pytest.raises(
             ValueError, match=rf"precision '{precision}' is for weights of .* first call model.to\(torch.float"
@@ -35,11 +35,23 @@ def test_strict_float32_where_torch_would_use_tf32_is_said(
     gpu = torch.device("cuda:0")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     with pytest.warns(UserWarning, match="strict float32: pass precision='tf32'"):
-        assert settle_precision(one_conv(), gpu, None) == "fp32"
+        assert settle_precision(one_conv(), gpu, None) == ("fp32", None)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert settle_precision(one_conv(), gpu, None) == "fp32"
-    assert settle_precision(one_conv(), torch.device("cpu"), None) == "fp32"
+    assert settle_precision(one_conv(), gpu, None) == ("fp32", None)
+    assert settle_precision(one_conv(), torch.device("cpu"), None) == ("fp32", None)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cpu_computes_in_float32_what_is_of_16_bits(dtype: torch.dtype) -> None:
+    cpu, names = torch.device("cpu"), ("fp16", "bf16", "tf32")
+    assert settle_precision(one_conv(dtype=dtype), cpu, None) == ("fp32", dtype)
+    assert settle_precision(one_conv(dtype=dtype), cpu, "fp32") == ("fp32", dtype)
+    for precision in names:
+        with pytest.raises(
+            ValueError, match=f"precision '{precision}' is for NVIDIA GPUs, .* in float32; leave it out"
+        ):
+            settle_precision(one_conv(dtype=dtype), cpu, precision)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -118,12 +130,6 @@ def with_nan(model: nn.Module) -> nn.Module:
             torch.randn(1, 3, 8, 8) + 0j,
             ValueError,
             "layer 0: .*complex64.*float32",
-        ),
-        (
-            lambda: one_conv(dtype=torch.float16),
-            torch.randn(1, 3, 8, 8).half(),
-            ValueError,
-            r"layer 0: weights of torch.float16, and the CPU computes in float32; .*\.float\(\), or move it to a GPU",
         ),
         (
             lambda: nn.Conv2d(3, 4, 3, dtype=torch.float64).eval(),

@@ -60,6 +60,7 @@ def rebuilt(layer: nn.Module) -> nn.Module:
         (FusedConv2d(nn.Conv2d(4, 6, 3), "relu6", residual=False), (2, 4, 6, 6)),
         (FusedConv2d(nn.Conv2d(4, 6, 3), "leaky_relu", False, 0.2), (2, 4, 6, 6)),
         (FusedConv2d(nn.Conv2d(4, 6, 3), "prelu"), (2, 4, 6, 6)),
+        (FusedConv2d(nn.Conv2d(4, 6, 3), "relu", zeros=(0, 1, 2, 0)), (2, 4, 6, 6)),
         (MaxPool2d(3, 2, 1), (2, 4, 6, 6)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
@@ -198,6 +199,10 @@ AT_THE_LIMIT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (
         record("escort.FusedConv2d", conv={"layer": record("Conv2d", **CONV)}, activation="relu6"),
         record("escort.FusedConv2d", conv={"layer": record("Conv2d", **CONV)}, activation="exp"),
+    ),
+    (
+        record("escort.FusedConv2d", conv={"layer": record("Conv2d", **CONV)}, zeros=[MAX_WINDOW, 0, 0, 0]),
+        record("escort.FusedConv2d", conv={"layer": record("Conv2d", **CONV)}, zeros=[MAX_WINDOW + 1, 0, 0, 0]),
     ),
 ]
 

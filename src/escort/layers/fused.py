@@ -11,7 +11,7 @@ from escort.problem import Activation, Epilogue
 
 
 class FusedConv2d(nn.Module):
-    """``activation(conv(x) + residual)`` in plain torch.
+    """``activation(conv(pad(x)) + residual)`` in plain torch.
 
     Attributes:
         conv: the convolution with any batch norm folded in; its tensors belong to this module alone.
@@ -19,6 +19,7 @@ class FusedConv2d(nn.Module):
         residual: whether `forward` takes a second operand.
         negative_slope: of "leaky_relu".
         slope: those of "prelu", (K,); None for other activations.
+        zeros: (top, bottom, left, right) around x, beside the convolution's own padding.
         unfolded: the filter that the convolution had, where it has been changed since then; else None.
     """
 
@@ -31,10 +32,12 @@ class FusedConv2d(nn.Module):
         activation: Activation = "none",
         residual: bool = False,
         negative_slope: float = 0.0,
+        zeros: tuple[int, int, int, int] = (0, 0, 0, 0),
     ) -> None:
         super().__init__()
         self.conv = conv
         self.residual = residual
+        self.zeros = zeros
         self.register_buffer("slope", None)
         self.activate_by(activation, negative_slope)
 
@@ -59,7 +62,8 @@ class FusedConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W), residual and result: (N, K, out_height, out_width)."""
-        y: Tensor = self.conv(x)
+        top, bottom, left, right = self.zeros
+        y: Tensor = self.conv(F.pad(x, (left, right, top, bottom)) if any(self.zeros) else x)
         if residual is not None:
             y = y + residual
         return reference.activate(y, self.epilogue, self.slope)
@@ -70,4 +74,5 @@ class FusedConv2d(nn.Module):
             self.unfolded = SparseFilter.from_dense(self.conv.weight, self.conv.groups)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}, residual={self.residual}"
+        text = f"activation={self.activation}, residual={self.residual}"
+        return text + (f", zeros={self.zeros}" if any(self.zeros) else "")

@@ -61,7 +61,7 @@ _FUNCTIONS = {
     torch.pixel_shuffle,
     torch.relu,
     torch.sigmoid,
-    *(spelling for name in ("relu", "sigmoid") for spelling in spellings(name)),
+    *(spelling for name in ("relu", "sigmoid", "to") for spelling in spellings(name)),
 }
 _FLATTENS = (torch.flatten, *spellings("flatten"))
 _MEANS = (torch.mean, *spellings("mean"))

@@ -45,6 +45,7 @@ class Request:
         skip: which convolutions to leave alone; None for none.
         progress: where the conversion tells what it is at.
         remeasure: whether to measure all layers, whatever was measured before.
+        widened: the type of the model's weights where float32 stands for it; None where it is that of the precision.
     """
 
     device: torch.device
@@ -54,6 +55,12 @@ class Request:
     skip: Skip | None = None
     progress: Progress = field(default_factory=Progress)
     remeasure: bool = False
+    widened: torch.dtype | None = None
+
+    @property
+    def rounding(self) -> Precision:
+        """The precision that the outputs are rounded to."""
+        return self.precision if self.widened is None else _PRECISIONS[self.widened]
 
     def inside(self, prefix: str) -> Request:
         """The request for a part of the network: names there go on behind `prefix`."""
@@ -118,8 +125,10 @@ def _check_filters_are_finite(model: nn.Module) -> None:
                     )
 
 
-def settle_precision(model: nn.Module, device: torch.device, precision: Precision | None) -> Precision:
-    """What the convolutions shall compute in."""
+def settle_precision(
+    model: nn.Module, device: torch.device, precision: Precision | None
+) -> tuple[Precision, torch.dtype | None]:
+    """What the convolutions shall compute in, and the type of the weights where float32 shall stand for it."""
     if precision is not None and precision not in get_args(Precision):
         raise ValueError(
             f"precision is one of {get_args(Precision)}, or None for that of the weights, got {precision!r}"
@@ -131,11 +140,13 @@ def settle_precision(model: nn.Module, device: torch.device, precision: Precisio
             raise ValueError(
                 f"{_where(name)}: weights of {other} among others of {dtype}; convert the model to one type"
             )
-        if other is not torch.float32 and device.type == "cpu":
+    if dtype is not torch.float32 and device.type == "cpu":
+        if precision not in (None, "fp32"):
             raise ValueError(
-                f"{_where(name)}: weights of {other}, and the CPU computes in float32; convert the model with "
-                ".float(), or move it to a GPU with .cuda()"
+                f"precision {precision!r} is for NVIDIA GPUs, the model is on the CPU, where weights of {dtype} are "
+                "computed with in float32; leave it out"
             )
+        return "fp32", dtype
     if precision is None:
         if dtype is torch.float32 and device.type == "cuda" and tf32_is_allowed():
             warnings.warn(
@@ -143,7 +154,7 @@ def settle_precision(model: nn.Module, device: torch.device, precision: Precisio
                 "float32: pass precision='tf32' to allow TF32, or precision='fp32' to silence this",
                 stacklevel=3,  # whoever calls convert
             )
-        return _PRECISIONS[dtype]
+        return _PRECISIONS[dtype], None
     if TORCH_DTYPE[precision] is not dtype:
         wanted = TORCH_DTYPE[precision]
         raise ValueError(
@@ -152,7 +163,7 @@ def settle_precision(model: nn.Module, device: torch.device, precision: Precisio
         )
     if precision == "tf32" and device.type == "cpu":
         raise ValueError("precision 'tf32' is for NVIDIA GPUs, the model is on the CPU; leave it out")
-    return precision
+    return precision, None
 
 
 def settle_skip(skip: Skip | None) -> Skip | None:

@@ -22,6 +22,7 @@ from escort.network.values import largest_error, tensors_of
 from escort.planner import timing
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
+from escort.problem import Precision
 
 #: Largest relative error of a converted network's outputs: its precision's rounding, summed over the layers. The
 #: original that it is compared with rounds too, by as much, but never to TF32.
@@ -58,7 +59,8 @@ def choose(
             if reason is not None:
                 wrong[number] = error, reason
                 continue
-            samples = samples_to_try(candidate.network, example, original.expected)
+            whole = original.expected if request.widened is None else original.run_afresh(candidate.network)
+            samples = samples_to_try(candidate.network, example, whole, request.rounding)
             runs += [partial(run_in_parts, candidate.network, example, count) for count in samples]
             ways += [(candidate, error, count) for count in samples]
         request.progress.done("compared with the original")
@@ -86,6 +88,7 @@ def choose(
         device=str(request.device),
         timer=timer,
         methods=tuple(method.name for method in request.methods or ()),
+        widened="" if request.widened is None else str(request.widened).removeprefix("torch."),
     )
     why = plan.reason or f"{converted_us:.1f} us, the original {dense_us:.1f} us"
     request.progress.done(f"chosen the {'original' if kept_dense else 'converted'} network ({why})")
@@ -95,30 +98,32 @@ def choose(
     return ConvertedModel(network, plan, original.model)
 
 
-def samples_to_try(network: nn.Module, example: Example, whole: list[Tensor]) -> list[int | None]:
+def samples_to_try(
+    network: nn.Module, example: Example, whole: list[Tensor], rounding: Precision = "fp32"
+) -> list[int | None]:
     """How many samples of the batch may run at a time: all, and on the CPU, where samples do not mix, a few.
 
     Broadcasting may mix them where no operation does, so what runs in parts must give the whole batch's outputs.
 
     Args:
         whole: what the network makes of the whole batch.
+        rounding: what its outputs are rounded to.
     """
     is_one = example.is_plain and len(example.tensors) == len(example.args) == 1
     if example.device.type != "cpu" or not is_one or batching.mixing(network) is not None:
         return [None]
     counts = [count for count in _SAMPLES if count < len(example.args[0])]
-    return [None, *(count for count in counts if _gives(whole, network, example, count))]
+    return [None, *(count for count in counts if _gives(whole, network, example, count, rounding))]
 
 
-def _gives(whole: list[Tensor], network: nn.Module, example: Example, count: int) -> bool:
+def _gives(whole: list[Tensor], network: nn.Module, example: Example, count: int, rounding: Precision) -> bool:
     try:
         parts = run_in_parts(network, example, count)
     except (RuntimeError, ValueError):
         return False
     if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(parts)):
         return False  # a number may be that of the batch
-    bound = NETWORK_ERROR_BOUND["fp32"]  # all that the CPU computes in
-    return largest_error(tensors_of(parts), whole) <= bound
+    return largest_error(tensors_of(parts), whole) <= NETWORK_ERROR_BOUND[rounding]
 
 
 def run_in_parts(network: nn.Module, example: Example, samples: int | None) -> Any:
@@ -149,7 +154,7 @@ def _judge(network: nn.Module, original: Original, request: Request) -> tuple[fl
     It is right where it is as close to the original as its precision's rounding explains. Beyond that, where the model
     itself amplifies rounding, it is right where it is about as close as the original is to what a finer type gives.
     """
-    bound = NETWORK_ERROR_BOUND[request.precision]
+    bound = NETWORK_ERROR_BOUND[request.rounding]
     try:
         outputs = original.run_afresh(network)
     except torch.OutOfMemoryError:
@@ -158,10 +163,13 @@ def _judge(network: nn.Module, original: Original, request: Request) -> tuple[fl
         return math.inf, f"converted, the model does not run on the example: {failure}"
     if len(outputs) != len(original.expected):
         return math.inf, f"converted, it returns {len(outputs)} tensors instead of {len(original.expected)}"
+    types, expected = ([x.dtype for x in tensors] for tensors in (outputs, original.expected))
+    if types != expected:
+        return math.inf, f"converted, it returns tensors of {types} instead of {expected}"
     error = largest_error(outputs, original.expected)
     if error <= bound:
         return error, None
-    exact = original.more_exactly(request.precision)
+    exact = original.more_exactly(request.rounding)
     if exact is None:
         return error, f"its outputs differ by {error:.1e} (bound {bound:.0e}) from the original's"
     own, ours = largest_error(original.expected, exact), largest_error(outputs, exact)

@@ -32,7 +32,7 @@ from escort.network.example import Example
 from escort.network.memory import keep_freed_memory
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.network.original import Original, plain_copy, run_original, unwrap
-from escort.network.passes import rewrite
+from escort.network.passes import rewrite, widen
 from escort.network.passes.channels_last import in_memory_formats
 from escort.network.progress import Progress
 from escort.network.rivals import compare_with_compiled
@@ -84,15 +84,16 @@ def convert(
         torch.Size([4, 8, 14, 14])
 
     Args:
-        model: in eval mode, on the CPU in float32 or on a GPU in float32, float16 or bfloat16. Models that torch.fx
-            cannot trace are converted layer by layer.
+        model: in eval mode, in float32, float16 or bfloat16, on the CPU or on a GPU. Models that torch.fx cannot trace
+            are converted layer by layer. On the CPU a model of 16 bits is computed in float32, which takes a graph of
+            the whole; its inputs and outputs stay of its type.
         example_inputs: a typical input: a tensor, a tuple of all arguments, or one argument of another kind, such as a
             list or a dict of tensors. Its shapes are those that are timed; other batch and input sizes stay correct.
             Arguments that are no tensors keep the value that they have here.
         example_kwargs: the arguments that the model takes by name. The converted model takes them by the same names.
-        precision: by default that of the model's weights, "fp32", "fp16" or "bf16"; float32 weights are then multiplied
-            as they are. "tf32" allows TF32 products of float32 weights, as torch's own convolutions do on GPUs unless
-            ``torch.backends.cudnn.allow_tf32`` is switched off.
+        precision: by default that of the model's weights, "fp32", "fp16" or "bf16", and "fp32" on the CPU; float32
+            weights are then multiplied as they are. "tf32" allows TF32 products of float32 weights, as torch's own
+            convolutions do on GPUs unless ``torch.backends.cudnn.allow_tf32`` is switched off.
         effort: how long compiling kernels for the weights may take on a GPU, by estimate and with all cores at work:
             "fast" compiles none, "best" takes up to five minutes, a number is a number of seconds. The layers come
             first where such kernels are predicted to save most in a second of compiling, and it ends where too little
@@ -116,9 +117,11 @@ def convert(
     example = Example.of(example_inputs, example_kwargs)
     model = unwrap(model)
     check_model(model, example)
+    settled, widened = settle_precision(model, example.device, precision)
     request = Request(
         device=example.device,
-        precision=settle_precision(model, example.device, precision),
+        precision=settled,
+        widened=widened,
         compile_budget_s=settle_effort(effort),
         methods=settle_methods(methods, example.device),
         skip=settle_skip(skip),
@@ -154,7 +157,9 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
                     raise ValueError("they compute something else")
             # A graph is rewritten into a new one; other modules are written to, and the original needs its own.
             network = dense
-            if not isinstance(dense, fx.GraphModule):
+            if request.widened is not None:
+                network = _widened(dense, why_not, original, request.widened)
+            elif not isinstance(dense, fx.GraphModule):
                 network, _ = trace(plain_copy(model), example, original.stateful)
             request.progress.done("traced")
             network, skipped = rewrite(network, request)
@@ -162,6 +167,11 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the code around a module may ask of it what its graph does not have
+            if request.widened is not None:
+                raise ValueError(
+                    f"a CPU computes a model of {request.widened} in float32, by a graph of the whole, and this one "
+                    f"has none: {error}; convert the model in float32, with .float()"
+                ) from error
             not_tried = {"graph": f"graphs do not do what its modules do: {error}"}
             dense, network, skipped = plain_copy(model), plain_copy(model), {}
             calls = record_calls(network, skipped, original)
@@ -186,6 +196,15 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         not_saved = unsavable(chosen.network, request.device)
     chosen.plan = replace(chosen.plan, not_saved=not_saved)
     return chosen
+
+
+def _widened(dense: nn.Module, why_not: str | None, original: Original, narrow: torch.dtype) -> fx.GraphModule:
+    """The network in float32. Raises ValueError where it takes more than a graph to say what it does."""
+    if not isinstance(dense, fx.GraphModule):
+        raise ValueError(why_not)
+    if original.example.is_written:
+        raise ValueError("it writes to its input")
+    return widen.rewrite(dense, narrow)
 
 
 def _choose(

@@ -31,12 +31,8 @@ from escort.runtime import Graphs, Program, not_capturable
 from escort.runtime.saved.builders import is_own
 from escort.runtime.stand_in import plain_attributes
 
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-    )
+_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
 }
 
 
@@ -66,6 +62,7 @@ class NetworkPlan:
         not_saved: why the network cannot be saved; None where it can.
         not_captured: why calls on a GPU replay no CUDA graph; None where they do.
         methods: the methods that the choice was restricted to; empty where it was among all.
+        widened: the original's type, "float16" or "bfloat16", where it is computed in float32; empty where in its own.
     """
 
     layers: dict[str, Plan]
@@ -89,6 +86,7 @@ class NetworkPlan:
     not_saved: str | None = None
     not_captured: str | None = None
     methods: tuple[str, ...] = ()
+    widened: str = ""
 
     def __str__(self) -> str:
         return report.text(plan_table(self))
@@ -141,7 +139,7 @@ class NetworkPlan:
         return Example(tuple(tensors[:positional]), dict(zip(self.input_names, tensors[positional:], strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; the last eight where they say anything."""
+        """The fields as JSON values; the last nine where they say anything."""
         data: dict[str, Any] = {
             "layers": {name: plan.to_json() for name, plan in self.layers.items()},
             "skipped": self.skipped,
@@ -160,7 +158,7 @@ class NetworkPlan:
         sometimes = {
             **{"input_names": list(self.input_names), "not_tried": self.not_tried, "packed_inputs": self.packed_inputs},
             **{"refused": self.refused, "rivals": self.rivals, "not_saved": self.not_saved},
-            **{"not_captured": self.not_captured, "methods": list(self.methods)},
+            **{"not_captured": self.not_captured, "methods": list(self.methods), "widened": self.widened},
         }
         return data | {name: value for name, value in sometimes.items() if value}
 
@@ -190,6 +188,7 @@ class NetworkPlan:
                 not_saved=None if data.get("not_saved") is None else str(data["not_saved"]),
                 not_captured=None if data.get("not_captured") is None else str(data["not_captured"]),
                 methods=tuple(str(name) for name in data.get("methods", ())),
+                widened=str(data.get("widened", "")),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a network plan: {error}") from error
@@ -208,6 +207,7 @@ class NetworkPlan:
             or not all(name in _DTYPES for name in self.input_dtypes)
             or len(set(self.input_names)) != len(self.input_names)
             or len(self.input_names) > len(self.input_shapes)
+            or self.widened not in ("", "float16", "bfloat16")
             or not kinds <= {(self.device, self.precision, self.memory_format)}
         ):
             raise ValueError(

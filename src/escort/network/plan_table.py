@@ -71,6 +71,8 @@ def _caption(plan: NetworkPlan) -> str:
     shapes = ", ".join("x".join(map(str, shape)) for shape in plan.input_shapes)
     memory_format = "" if plan.memory_format == "contiguous" else f", tensors in {plan.memory_format}"
     caption = f"Medians for an input of {shapes}{memory_format}, on {machine_line(plan.machine)}."
+    if plan.widened and not plan.kept_dense:
+        caption += f" Computed in {plan.precision}; inputs and outputs of {plan.widened} are converted."
     for way, reason in plan.not_tried.items():
         caption += f" Not tried {_WAYS.get(way, f'in {way}')}: {reason}."
     for source, phrase in _TIMES_FROM.items():

@@ -235,10 +235,10 @@ def _summary(plan: Plan) -> str:
 def _layer(module: nn.Module, shape: torch.Size, name: str, memory_format: MemoryFormat, request: Request) -> Layer:
     """What to plan for a convolution that is called on a shape."""
     if isinstance(module, FusedConv2d):
-        conv, epilogue, slope = module.conv, module.epilogue, module.slope
+        conv, zeros, epilogue, slope = module.conv, module.zeros, module.epilogue, module.slope
     else:
         assert isinstance(module, nn.Conv2d)
-        conv, epilogue, slope = module, Epilogue(module.bias is not None), None
+        conv, zeros, epilogue, slope = module, (0, 0, 0, 0), Epilogue(module.bias is not None), None
     precision = request.precision
     with naming(name):
         if conv.weight.dtype is not TORCH_DTYPE[precision]:
@@ -248,7 +248,12 @@ def _layer(module: nn.Module, shape: torch.Size, name: str, memory_format: Memor
             )
         device = str(conv.weight.device)
         problem = Problem.of(
-            conv, shape, epilogue=epilogue, precision=precision, device=device, memory_format=memory_format
+            *(conv, shape),
+            zeros=zeros,
+            epilogue=epilogue,
+            precision=precision,
+            device=device,
+            memory_format=memory_format,
         )
         sparse_filter = SparseFilter.from_dense(conv.weight, conv.groups)
     bias, slope = (None if tensor is None else tensor.detach().float() for tensor in (conv.bias, slope))

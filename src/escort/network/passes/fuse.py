@@ -1,4 +1,6 @@
-"""Fusing: a convolution and what runs behind it (batch norm, residual add, activation) become one module.
+"""Fusing: a convolution, zeros in front of it, and what runs behind it become one module.
+
+Behind it run batch norm, residual add and activation.
 
 The fused network computes what the graph computes in eval mode, and each 2-d convolution in it is a
 :class:`escort.layers.FusedConv2d` under the convolution's own qualified name.
@@ -6,6 +8,7 @@ The fused network computes what the graph computes in eval mode, and each 2-d co
 
 from __future__ import annotations
 
+from operator import add
 from typing import Any, cast, get_args
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor, fx, nn
 from escort.layers import FusedConv2d
 from escort.methods import fused_activations
 from escort.network.check import Request
-from escort.network.passes.operations import CONV, convolution_name, mutates, new_conv2d
+from escort.network.passes.operations import CONV, convolution_name, mutates, new_conv2d, zeros_around_maps
 from escort.network.passes.rewriting import Rewriting
 from escort.network.tracing.conv_types import not_2d, unsupported
 from escort.network.tracing.trace import shape_of
@@ -23,7 +26,7 @@ from escort.runtime.stand_in import adopt, has_hooks
 
 
 def rewrite(graph_module: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, dict[str, str]]:
-    """Replaces every 2-d convolution by a :class:`FusedConv2d` with what runs behind it.
+    """Replaces every 2-d convolution by a :class:`FusedConv2d` with what runs in front of it and behind.
 
     A convolution called several times becomes several modules: `name`, `name_1`, ... Residual adds are fused where the
     nodes carry shapes, as tracing leaves them. `graph_module` is left as it is; the result shares with it the modules
@@ -96,6 +99,8 @@ class _Fuser(Rewriting):
             self.fold_norm(node, arguments, self.fused[source].conv)
         elif operation == "add":
             self.absorb_add(node, arguments)
+        elif operation == "pad" and isinstance(source, fx.Node):
+            self.absorb_pad(node, source, zeros_around_maps(arguments))
         elif operation and self.is_open(source):
             self.absorb_activation(node, source, operation, arguments)
 
@@ -104,6 +109,28 @@ class _Fuser(Rewriting):
         if found is not None and found[0] in self.activations and "out" not in arguments:
             self.fused[conv].activate_by(*found)
             self.merge(node, conv)
+
+    def absorb_pad(self, node: fx.Node, source: fx.Node, zeros: tuple[int, int, int, int] | None) -> None:
+        """Lets convolutions add the zeros that a pad adds, if they alone read it: they pad while they read."""
+        if zeros is None or not node.users or not all(self.pads_itself(user, node) for user in node.users):
+            return
+        pending, between = set(node.users), node.next
+        while pending:
+            if mutates(self.root, between):
+                return  # perhaps to what was copied before
+            pending.discard(between)
+            between = between.next
+        for user in node.users:
+            fused = self.fused[user]
+            top, bottom, left, right = map(add, fused.zeros, zeros)
+            fused.zeros = top, bottom, left, right
+        self.merge(node, source)
+        if self.operation(source)[0] == "pad":
+            self.absorb(source)  # until now a pad read it
+
+    def pads_itself(self, user: fx.Node, pad: fx.Node) -> bool:
+        """Whether a node is a convolution that a pad's result is the input of, and nobody looks at that input."""
+        return user in self.fused and user.args == (pad,) and not has_hooks(self.fused[user])
 
     def absorb_add(self, node: fx.Node, arguments: dict[str, Any]) -> None:
         left: Any = arguments.get("input")

@@ -8,7 +8,7 @@ the next convolution adds the axes again, nothing is left between the two.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Lifting:
         self.wide: dict[fx.Node, fx.Node] = {}  # by narrow node
         self.views: set[fx.Node] = set()  # the narrow nodes that are views of wide ones
 
-    def lift(self, calls: dict[fx.Node, nn.Module]) -> None:
+    def lift(self, calls: Collection[fx.Node]) -> None:
         """Puts `calls`, convolutions of narrow tensors that take wide ones, and what follows them on wide tensors."""
         for node in list(self.rewriting.graph.nodes):
             if node in calls:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,6 +86,11 @@ _SPELLINGS: dict[tuple[str, tuple[str, ...]], tuple[Any, ...]] = {
     ("product", ("input", "other")): _PRODUCTS,
     ("quotient", ("input", "other")): _QUOTIENTS,
     ("pointwise", ("input", "other")): _DIFFERENCES,
+    ("pad", ("input", "pad", "mode", "value")): (F.pad, aten.pad.default),
+    ("pad", ("input", "pad", "value")): (torch.constant_pad_nd, aten.constant_pad_nd.default),
+    ("pad", ("input", "padding", "value")): (
+        *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    ),
     ("identity", ("input", "training")): (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d),
     ("identity", ("input", "p", "training")): (
         *(F.dropout, F.dropout1d, F.dropout2d, aten.dropout.default, aten.feature_dropout.default),
@@ -173,6 +179,17 @@ def per_axis(value: Any, default: int, axes: int = 2) -> Any:
     if isinstance(value, str):
         return value
     return (value,) * axes if isinstance(value, int) else tuple(value) * (axes if len(value) == 1 else 1)
+
+
+def zeros_around_maps(arguments: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
+    """The zeros (top, bottom, left, right) that a pad adds around maps; None where it does something else."""
+    if arguments.get("mode") not in (None, "constant") or arguments.get("value") not in (None, 0):
+        return None
+    sizes = arguments.get("pad", arguments.get("padding"))
+    if not isinstance(sizes, (list, tuple)) or not all(type(size) is int and size >= 0 for size in sizes):
+        return None
+    left, right, top, bottom = [*sizes, 0, 0, 0, 0][:4]
+    return None if any(sizes[4:]) else (top, bottom, left, right)
 
 
 def new_conv2d(weight: Tensor, bias: Tensor | None, *geometry: Any) -> nn.Conv2d:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from escort.network.check import Request
 from escort.network.passes.lifting import Lifting
-from escort.network.passes.operations import convolution_name, per_axis, takes_output_size
+from escort.network.passes.operations import convolution_name, per_axis, takes_output_size, zeros_around_maps
 from escort.network.passes.rewriting import Rewriting
 from escort.network.tracing.conv_types import overrides
 from escort.network.tracing.trace import shape_of
@@ -18,7 +19,8 @@ from escort.network.tracing.trace import shape_of
 def rewrite(network: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, dict[str, str]]:
     """Replaces the 1-d convolutions of a graph, transposed ones too, by 2-d ones of (N, C, 1, L).
 
-    What follows a convolution number by number or channel by channel moves to (N, C, 1, L), too.
+    Zeros in front of a convolution, and what follows it number by number or channel by channel, move to (N, C, 1, L),
+    too.
 
     Returns:
         The new network, and the convolutions that the user wants left alone.
@@ -35,6 +37,7 @@ def rewrite(network: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, 
             found[node] = name, conv
     # Without shapes there may be no samples; with them, an index that begins with the samples is known not to mix them.
     calls = rewriting.put(found)
+    pads = [node for node in rewriting.graph.nodes if _is_pad_of(calls, node, rewriting)]
     known = all(shape_of(call.args[0]) is not None for call in calls)
     front = (slice(None), slice(None)) if known else (...,)
     Lifting(
@@ -43,7 +46,7 @@ def rewrite(network: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, 
         widen=(*front, None, slice(None)),
         narrow=(*front, 0, slice(None)),
         wide_shape=lambda shape: torch.Size((*shape[:-1], 1, shape[-1])),
-    ).lift(calls)
+    ).lift({*pads, *calls})
     return rewriting.finished(), rewriting.skipped
 
 
@@ -56,6 +59,15 @@ def _is_understood(rewriting: Rewriting, node: fx.Node, arguments: dict[str, Any
     if module is not None and (overrides(module) or module.padding_mode != "zeros" or takes_output_size(node)):
         return False
     return shape is None or len(shape[0]) == 3
+
+
+def _is_pad_of(calls: Collection[fx.Node], node: fx.Node, rewriting: Rewriting) -> bool:
+    """Whether a node puts zeros at the ends of rows, and calls of convolutions alone read what it makes."""
+    operation, arguments = rewriting.operation(node)
+    if operation != "pad" or not node.args or not node.users or not all(user in calls for user in node.users):
+        return False
+    zeros = zeros_around_maps(arguments)
+    return zeros is not None and not any(zeros[:2])
 
 
 def _as_row(operation: str, arguments: dict[str, Any]) -> nn.Conv2d | nn.ConvTranspose2d:

@@ -96,7 +96,7 @@ _ARGUMENTS: dict[str, Callable[[Any], bool]] = {
             _is_count,
         ),
         ("dilation downscale_factor kernel_size stride upscale_factor", _is_step),
-        ("output_padding output_size size", _is_size),
+        ("output_padding output_size size zeros", _is_size),
         ("padding", _is_margin),
         ("dim end_dim padding_idx start_dim", _is_dim),
         (
