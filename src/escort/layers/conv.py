@@ -243,6 +243,13 @@ class SparseConv2d(ConvLike):
         problem = self.plan.problem
         self._lay_out(problem.batch, problem.height, problem.width)
 
+    def run_by(self, prepared: Prepared) -> None:
+        """Takes over the plan's choice, prepared of this filter and bias for the plan's input size.
+
+        It stands in for :meth:`prepare`. No stream may call the layer before the tables are complete on its device.
+        """
+        self._add(self._runners, self.plan.problem.height, self.plan.problem.width, prepared.run)
+
     def binaries(self) -> tuple[Binary, ...]:
         """Those of the kernels that run the plan's input size, which is laid out for that once more."""
         problem = self.plan.problem
@@ -269,9 +276,12 @@ class SparseConv2d(ConvLike):
     def _lay_out(self, batch: int, height: int, width: int) -> Runner:
         cached = self._runners  # as it was before bias and values are read
         run = self._make(batch, height, width).run
+        self._add(cached, height, width, run)
+        return run
+
+    def _add(self, cached: RunnerCache[Runner], height: int, width: int, run: Runner) -> None:
         shape = torch.Size((self.in_channels, height, width))
         cached.add((shape, self.plan.problem.storage, self.values.device, not self.residual), run)
-        return run
 
     def _make(self, batch: int, height: int, width: int, *, alone: bool = False) -> Prepared:
         try:

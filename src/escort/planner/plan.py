@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods import by_name, dense_for
+from escort.methods import Prepared, by_name, dense_for
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import Problem
@@ -131,3 +131,10 @@ class Plan:
         if plan.times_from not in get_args(TimesFrom):
             raise ValueError(f"not a plan: its times are from {plan.times_from!r}")
         return plan
+
+
+class Planned(NamedTuple):
+    """A layer's plan, and the choice as it was prepared for the layer's own filter and bias."""
+
+    plan: Plan
+    prepared: Prepared
