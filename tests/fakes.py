@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from escort import reference
 from escort.filter import SparseFilter
 from escort.methods import Method, Prepared
+from escort.planner import Plan, plan_layers
 from escort.problem import Problem
 
 PROBLEM = Problem(2, 6, 9, 9, 8, (3, 3), padding=(1, 1, 1, 1))
@@ -113,3 +114,8 @@ class Rounded(Method):
             return reference.conv2d(problem, x, sparse_filter.to_dense(), bias, residual).to(problem.storage)
 
         return Prepared(run)
+
+
+def plans_of(*args: Any, **named: Any) -> Iterator[Plan]:
+    """What :func:`plan_layers` plans, without what it prepared."""
+    return (planned.plan for planned in plan_layers(*args, **named))

@@ -10,12 +10,12 @@ import pytest
 from escort.cuda.gpu import H200, Gpu
 from escort.filter import SparseFilter
 from escort.methods import Config
-from escort.planner import Candidate, Plan, cores, measure, plan_layer, plan_layers, planner, store, timing
+from escort.planner import Candidate, Plan, cores, measure, plan_layer, planner, store, timing
 from escort.planner.compile_budget import Grant, Offer, share_out
 from escort.planner.machine import Machine
 from escort.planner.store import Hint
 from escort.problem import Problem
-from tests.fakes import PROBLEM, Compiled, Fake, FakeConfig, a_filter
+from tests.fakes import PROBLEM, Compiled, Fake, FakeConfig, a_filter, plans_of
 
 METHOD = Compiled()
 
@@ -165,7 +165,7 @@ def of(plan: Plan, method: str) -> list[tuple[bool, str | None]]:
 def test_a_network_compiles_where_models_say_that_it_pays(gpu: dict[str, float]) -> None:
     generated, other = Generated({1: 50.0, 2: 50.0}), Modelled("other", {1: 90.0, 2: 40.0})
     gpu |= {"compiled": 50.0, "other": 60.0}
-    plans = list(plan_layers(layers(1, 1, 2), 300.0, methods=[generated, other]))
+    plans = list(plans_of(layers(1, 1, 2), 300.0, methods=[generated, other]))
     assert [plan.method for plan in plans] == ["compiled", "compiled", "other"]
     assert of(plans[0], "compiled") == [(True, None)] * 2  # both configs, of which one more for the layer like it
     assert generated.prepared == 3
@@ -178,50 +178,50 @@ def test_a_network_compiles_where_models_say_that_it_pays(gpu: dict[str, float])
 def test_the_same_network_is_taken_over_and_a_layer_alone_outgrows_it(gpu: dict[str, float]) -> None:
     methods = Generated({1: 50.0, 2: 50.0}), Modelled("other", {1: 90.0, 2: 40.0})
     gpu |= {"compiled": 30.0, "other": 35.0}
-    list(plan_layers(layers(1, 2), 300.0, methods=methods))
-    again = list(plan_layers(layers(1, 2), 300.0, methods=methods))
+    list(plans_of(layers(1, 2), 300.0, methods=methods))
+    again = list(plans_of(layers(1, 2), 300.0, methods=methods))
     assert [(plan.method, plan.times_from) for plan in again] == [("compiled", "equal layer"), ("other", "equal layer")]
     alone = plan_layer(*layers(2)[0], methods=methods, compile_budget_s=60.0)
     assert (alone.method, alone.times_from) == ("compiled", "measured")
     # It is known to be faster now, so that the network may compile it too.
-    known = list(plan_layers(layers(1, 2), 300.0, methods=methods))
+    known = list(plans_of(layers(1, 2), 300.0, methods=methods))
     assert [(plan.method, plan.times_from) for plan in known] == [("compiled", "equal layer")] * 2
 
 
 def test_a_known_time_without_such_kernels_counts_more_than_a_prediction(gpu: dict[str, float]) -> None:
     generated, other = Generated({1: 50.0}), Modelled("other", {1: 90.0})
     gpu |= {"compiled": 50.0, "other": 45.0}
-    (fast,) = plan_layers(layers(1), 0.0, methods=[generated, other])
+    (fast,) = plans_of(layers(1), 0.0, methods=[generated, other])
     assert (fast.method, fast.time_us) == ("other", 45.0)
-    (best,) = plan_layers(layers(1), 300.0, methods=[generated, other])
+    (best,) = plans_of(layers(1), 300.0, methods=[generated, other])
     assert (best.method, best.times_from, generated.prepared) == ("other", "measured", 0)
     planner._remembered.clear()
-    (best,) = plan_layers(layers(1), 300.0, methods=[generated, other])
+    (best,) = plans_of(layers(1), 300.0, methods=[generated, other])
     assert generated.prepared == 2
 
 
 def test_a_plan_that_was_made_with_less_is_outgrown(gpu: dict[str, float]) -> None:
     generated, other = Generated({1: 50.0, 2: 50.0}), Modelled("other", {1: 90.0, 2: 99.0})
     gpu |= {"compiled": 50.0, "other": 60.0}
-    less = list(plan_layers(layers(1, 2), 1.0, methods=[generated, other]))  # the second layer saves more
+    less = list(plans_of(layers(1, 2), 1.0, methods=[generated, other]))  # the second layer saves more
     assert [plan.method for plan in less] == ["other", "compiled"]
-    more = list(plan_layers(layers(1, 2), 300.0, methods=[generated, other]))
+    more = list(plans_of(layers(1, 2), 300.0, methods=[generated, other]))
     assert [(plan.method, plan.times_from) for plan in more][:1] == [("compiled", "measured")]
 
 
 def test_what_has_nothing_to_compile_is_searched_as_a_whole(gpu: dict[str, float]) -> None:
     other = Modelled("other", {1: 90.0})
     gpu |= {"other": 60.0}
-    (fast,) = plan_layers(layers(1), 0.0, methods=[other])
-    (best,) = plan_layers(layers(1), 300.0, methods=[other])
+    (fast,) = plans_of(layers(1), 0.0, methods=[other])
+    (best,) = plans_of(layers(1), 300.0, methods=[other])
     assert [len(of(plan, "other")) for plan in (fast, best)] == [4, 8] and best.times_from == "measured"
-    assert next(plan_layers(layers(1), 300.0, methods=[other])).times_from == "equal layer"
+    assert next(plans_of(layers(1), 300.0, methods=[other])).times_from == "equal layer"
 
 
 def test_hints_keep_what_a_search_was_cut_at(gpu: dict[str, float]) -> None:
     generated, other = Generated({1: 50.0}), Modelled("other", {1: 40.0})
     gpu |= {"other": 60.0}
-    list(plan_layers(layers(1), 300.0, methods=[generated, other]))
+    list(plans_of(layers(1), 300.0, methods=[generated, other]))
     ((key, hint),) = planner._remembered.items()
     assert isinstance(key, store.Key) and isinstance(hint, Hint) and key.compiles
     assert hint.cut_at_s == 0.0 and not hint.is_outgrown(0.0) and hint.is_outgrown(1.0)

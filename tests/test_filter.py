@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from escort.filter import Geometry, SparseFilter
+from escort.filter import Geometry, SparseFilter, _compressed
 from tests.cases import Case, every_case
 
 
@@ -28,6 +28,34 @@ def test_dense_and_back(case: Case) -> None:
     assert torch.equal(sparse_filter.to_dense(), weight)
     assert sparse_filter.nnz == int((weight != 0).sum())
     assert sparse_filter.sparsity == pytest.approx(1 - sparse_filter.nnz / weight.numel())
+
+
+@every_case
+def test_what_is_compressed_on_a_gpu_is_the_same(case: Case) -> None:
+    weight = case.tensors()[1]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for lying in (weight.to(dtype), weight.to(dtype, memory_format=torch.channels_last)):
+            expected = SparseFilter.from_dense(lying, case.problem.groups)
+            if (found := _compressed(lying)) is None:
+                assert expected.nnz > weight.numel() / 4
+                continue
+            for array, same in zip(found, (expected.indptr, expected.columns, expected.values), strict=True):
+                assert array.dtype == same.dtype and np.array_equal(array, same)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.9])
+def test_a_filter_on_a_gpu_is_compressed_there(density: float) -> None:
+    weight = torch.randn(64, 32, 3, 3) * (torch.rand(64, 32, 3, 3) < density)
+    for dtype in (torch.float32, torch.float16):
+        expected, found = (SparseFilter.from_dense(weight.to(device, dtype)) for device in ("cpu", "cuda"))
+        assert found.shape == expected.shape
+        for name in ("indptr", "columns", "values"):
+            assert np.array_equal(getattr(found, name), getattr(expected, name))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        SparseFilter.from_dense(torch.tensor([float("nan"), 0.0, 0.0, 0.0, 0.0]).reshape(1, 5, 1, 1).cuda())
+    with pytest.raises(ValueError, match="got .2, 3."):
+        SparseFilter.from_dense(torch.ones(2, 3).cuda())
 
 
 def test_the_arrays_are_those_of_the_format() -> None:

@@ -13,9 +13,8 @@ import torch
 from escort.filter import SparseFilter
 from escort.planner import cores, measure, planner
 from escort.planner.measure import Allowance
-from escort.planner.planner import plan_layers
 from escort.problem import Problem
-from tests.fakes import PROBLEM, Compiled, Fake, a_filter
+from tests.fakes import PROBLEM, Compiled, Fake, a_filter, plans_of
 
 
 def test_the_allowance_is_of_what_torch_allocates_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +38,7 @@ def test_beyond_the_allowance_candidates_are_compiled_ahead_and_packed_when_they
     planner._remembered.clear()
     compiled, other = Compiled(1.0, 1.0), Fake("other", lambda y: y)
     shown: list[tuple[int, int]] = []
-    plans = plan_layers(
+    plans = plans_of(
         [(PROBLEM, a_filter(), None)], 1e3, lambda *counts: shown.append(counts), methods=[compiled, other]
     )
     (plan,) = plans
@@ -91,6 +90,6 @@ def test_candidates_of_layers_to_come_take_bounded_memory_of_a_gpu(monkeypatch: 
         if done == total:
             kept.append(torch.cuda.memory_allocated() - before)
 
-    plans = list(plan_layers(layers, 0.0, preparing))
+    plans = list(plans_of(layers, 0.0, preparing))
     assert len(plans) == len(layers) and kept[0] < most + threads * 2 * math.prod(problem.weight_shape) * 2
     assert all(sum(c.time_us is not None for c in plan.candidates) > 3 for plan in plans)

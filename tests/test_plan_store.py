@@ -19,10 +19,10 @@ import torch
 import escort
 from escort import cache, methods
 from escort.methods import by_name
-from escort.planner import Plan, cores, measure, plan_layer, plan_layers, planner, store, timing
+from escort.planner import Plan, cores, measure, plan_layer, planner, store, timing
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer
-from tests.fakes import PROBLEM, Compiled, Fake, a_filter
+from tests.fakes import PROBLEM, Compiled, Fake, a_filter, plans_of
 
 pytestmark = pytest.mark.usefixtures("plan_store")
 
@@ -368,7 +368,7 @@ def test_remeasuring_reads_nothing_and_overwrites(fakes: tuple[Fake, Fake], monk
     plan_layer(PROBLEM, a_filter())
     monkeypatch.setattr(timing, "race", lambda runs, **_: [float(9 - i) for i in range(len(runs))])
     layers = [(PROBLEM, a_filter(), None)] * 2
-    plans = list(plan_layers(layers, 0.0, remeasure=True))
+    plans = list(plans_of(layers, 0.0, remeasure=True))
     assert [plan.times_from for plan in plans] == ["measured", "equal layer"]
     assert {plan.method for plan in plans} == {"dense"}
     forget()
@@ -411,5 +411,5 @@ def test_on_a_gpu_a_stored_plan_is_checked_and_not_timed(monkeypatch: pytest.Mon
     monkeypatch.setattr(timing, "race_on_gpu", race)
     plan = plan_layer(problem, a_filter(), compile_budget_s=0.0)
     assert plan.times_from == "plan store" and same(plan, earlier) and plan.machine == Machine.here("cuda:0")
-    plans = list(plan_layers([(problem, a_filter(), None)] * 3, 0.0))
+    plans = list(plans_of([(problem, a_filter(), None)] * 3, 0.0))
     assert all(plan.times_from == "plan store" and same(plan, earlier) for plan in plans)

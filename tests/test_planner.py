@@ -16,12 +16,12 @@ from escort.cuda.capture import runs
 from escort.cuda.gpu import H200, Gpu
 from escort.filter import SparseFilter
 from escort.methods import by_name, for_device
-from escort.planner import Plan, cores, measure, plan_layer, plan_layers, planner, search, timing
+from escort.planner import Plan, cores, measure, plan_layer, planner, search, timing
 from escort.planner.machine import Machine
 from escort.planner.store import Hint
 from escort.planner.timing import Timing
 from escort.problem import Problem
-from tests.fakes import PROBLEM, Compiled, Fake, a_filter
+from tests.fakes import PROBLEM, Compiled, Fake, a_filter, plans_of
 
 
 @pytest.fixture(autouse=True)
@@ -289,7 +289,7 @@ def test_a_budget_is_a_number_of_seconds(budget: float) -> None:
     with pytest.raises(ValueError, match=f"compile_budget_s is a number of seconds.* got {budget}"):
         plan_layer(PROBLEM, a_filter(), compile_budget_s=budget)
     with pytest.raises(ValueError, match="compile_budget_s is a number of seconds"):
-        next(plan_layers([(PROBLEM, a_filter(), None)], budget))
+        next(plans_of([(PROBLEM, a_filter(), None)], budget))
 
 
 def test_a_plan_says_what_was_compiled() -> None:
@@ -365,7 +365,7 @@ def test_layers_share_a_budget_and_leave_the_rest_to_others(compiled: Compiled) 
     refuses = replace(PROBLEM, batch=4)
     compiled.unsupported = lambda problem: "no" if problem is refuses else None  # type: ignore[method-assign]
     layers = [layer(LAYERS[0], 40), layer(refuses, 40), layer(LAYERS[1], 120), layer(LAYERS[2], 150)]
-    plans = list(plan_layers(layers, 30.0))
+    plans = list(plans_of(layers, 30.0))
     # 4 of 30 s, then 12 of 26 s, then 15 of 14 s: it is not compiled.
     assert [plan.method for plan in plans] == ["compiled", "dense", "compiled", "dense"]
     assert [plan.problem for plan in plans] == [problem for problem, _, _ in layers]
@@ -377,19 +377,19 @@ def test_layers_share_a_budget_and_leave_the_rest_to_others(compiled: Compiled) 
 @pytest.mark.usefixtures("first_wins", "one_core")
 def test_a_layer_that_takes_over_a_plan_needs_its_choice(compiled: Compiled) -> None:
     layers = [layer(LAYERS[0], 60), layer(LAYERS[0], 60), layer(LAYERS[1], 120)]
-    plans = list(plan_layers(layers, 24.0))  # 12 s for the two that are alike, and 12 s
+    plans = list(plans_of(layers, 24.0))  # 12 s for the two that are alike, and 12 s
     assert took_over(plans[1], plans[0]) and [plan.method for plan in plans] == ["compiled"] * 3
     assert compiled.prepared == 3
-    again = list(plan_layers(layers, 24.0))
+    again = list(plans_of(layers, 24.0))
     assert all(map(took_over, again, plans)) and compiled.prepared == 6
     # The remembered choice counts too.
-    assert [plan.method for plan in plan_layers(layers, 23.0)] == ["compiled", "compiled", "dense"]
+    assert [plan.method for plan in plans_of(layers, 23.0)] == ["compiled", "compiled", "dense"]
 
 
 @pytest.mark.usefixtures("first_wins")
 def test_all_is_compiled_before_the_first_layer_is_timed(compiled: Compiled) -> None:
     progress: list[tuple[int, int]] = []
-    plans = plan_layers([layer(problem, 40) for problem in LAYERS], 60.0, lambda *counts: progress.append(counts))
+    plans = plans_of([layer(problem, 40) for problem in LAYERS], 60.0, lambda *counts: progress.append(counts))
     assert next(plans).method == "compiled"
     assert compiled.prepared == 3 and progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert [plan.method for plan in plans] == ["compiled", "compiled"]
@@ -403,7 +403,7 @@ def test_on_a_gpu_all_is_prepared_before_the_first_layer_is_timed(monkeypatch: p
     monkeypatch.setattr(Fake, "device_type", "cuda")
     progress: list[tuple[int, int]] = []
     layers = [(replace(ON_GPU, batch=batch), a_filter(), None) for batch in (1, 2, 1)]
-    plans = plan_layers(layers, 60.0, lambda *counts: progress.append(counts))
+    plans = plans_of(layers, 60.0, lambda *counts: progress.append(counts))
     first = next(plans)
     assert dense.prepared == 4 and progress[-1] == (4, 4)
     second, third = plans
@@ -417,7 +417,7 @@ def test_layers_that_wait_for_a_plan_are_prepared_together(monkeypatch: pytest.M
     fake = Fake("cudnn", lambda y: y)
     monkeypatch.setattr(methods, "METHODS", (fake,))
     monkeypatch.setattr(Fake, "device_type", "cuda")
-    plans = plan_layers([(replace(ON_GPU, batch=batch), a_filter(), None) for batch in (1, 1, 2, 1, 2)], 60.0)
+    plans = plans_of([(replace(ON_GPU, batch=batch), a_filter(), None) for batch in (1, 1, 2, 1, 2)], 60.0)
     prepared = []
     for _ in plans:
         prepared.append(fake.prepared)
@@ -431,12 +431,12 @@ def test_a_known_choice_is_prepared_before_anything_is_timed(monkeypatch: pytest
     monkeypatch.setattr(methods, "METHODS", (fake,))
     monkeypatch.setattr(Fake, "device_type", "cuda")
     layers = [(replace(ON_GPU, batch=batch), a_filter(), None) for batch in (1, 2)]
-    first = list(plan_layers(layers, 60.0))
+    first = list(plans_of(layers, 60.0))
     progress: list[tuple[int, int]] = []
-    again = plan_layers(layers, 60.0, lambda *counts: progress.append(counts))
+    again = plans_of(layers, 60.0, lambda *counts: progress.append(counts))
     assert took_over(next(again), first[0]) and fake.prepared == 6 + 2 and progress == [(0, 2), (1, 2), (2, 2)]
     assert took_over(next(again), first[1]) and fake.prepared == 6 + 2
-    anew = list(plan_layers(layers, 60.0, remeasure=True))
+    anew = list(plans_of(layers, 60.0, remeasure=True))
     assert [plan.times_from for plan in anew] == ["measured"] * 2 and fake.prepared == 6 + 2 + 6
 
 
@@ -472,7 +472,7 @@ def test_what_fails_to_compile_ahead_becomes_a_reason(monkeypatch: pytest.Monkey
     monkeypatch.setattr(compiled, "prepare", fail)
     monkeypatch.setattr(methods, "METHODS", (compiled, Fake("cudnn", lambda y: y)))
     monkeypatch.setattr(Fake, "device_type", "cuda")
-    (plan,) = plan_layers([(ON_GPU, a_filter(), None)], 60.0)
+    (plan,) = plans_of([(ON_GPU, a_filter(), None)], 60.0)
     assert plan.method == "cudnn"
     assert [c.reason for c in plan.candidates if c.method == "compiled"] == ["generated.cu does not compile"]
 

@@ -13,7 +13,7 @@ from escort.planner import planner
 from escort.planner.compile_budget import Offer, share_out
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer
-from escort.planner.planner import are_known, plan_layer, predicted_us
+from escort.planner.planner import known_us, plan_layer, predicted_us
 from escort.planner.search import Search, predict_us
 from escort.problem import Problem
 from tests.fakes import PROBLEM, Compiled, Fake, a_filter
@@ -112,10 +112,10 @@ def test_a_prediction_is_of_what_could_run() -> None:
 def test_known_plans_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(PROBLEM, a_filter())
     monkeypatch.setattr(planner, "_remembered", {})
-    assert not are_known([layer], [Fake("a", lambda y: y)])
-    plan_layer(*layer, methods=[Fake("a", lambda y: y)], compile_budget_s=0.0)
-    assert are_known([layer, layer], [Fake("a", lambda y: y)])
-    assert not are_known([layer, layer._replace(problem=replace(PROBLEM, batch=9))], [Fake("a", lambda y: y)])
+    assert known_us([layer], [Fake("a", lambda y: y)]) is None
+    plan = plan_layer(*layer, methods=[Fake("a", lambda y: y)], compile_budget_s=0.0)
+    assert known_us([layer, layer], [Fake("a", lambda y: y)]) == [plan.time_us] * 2
+    assert known_us([layer, layer._replace(problem=replace(PROBLEM, batch=9))], [Fake("a", lambda y: y)]) is None
 
 
 def test_like_layers_are_predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:

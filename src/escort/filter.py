@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
+_MOST_ON_DEVICE = 0.25  # nonzeros of a filter's weights: each takes 8 bytes while they are looked for
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,12 @@ class SparseFilter:
         Raises:
             ValueError: if it has another rank, or holds NaN or infinity.
         """
+        if len(weight.shape) != 4:
+            raise ValueError(f"a filter has shape (K, C / groups, R, S), got {tuple(weight.shape)}")
+        if isinstance(weight, torch.Tensor) and weight.is_cuda and (arrays := _compressed(weight)) is not None:
+            k, c, r, s = weight.shape
+            return cls((k, c, r, s), groups, *arrays)
         dense = weight.detach().cpu().float().numpy() if isinstance(weight, torch.Tensor) else np.asarray(weight)
-        if dense.ndim != 4:
-            raise ValueError(f"a filter has shape (K, C / groups, R, S), got {dense.shape}")
         matrix = np.ascontiguousarray(dense, dtype=np.float32).reshape(dense.shape[0], -1)
         present = matrix != 0.0  # numpy finds what is true several times as fast as what is not zero
         counts, places = np.count_nonzero(present, axis=1), np.flatnonzero(present)
@@ -174,3 +178,18 @@ class SparseFilter:
 
     def __repr__(self) -> str:
         return f"SparseFilter(shape={self.shape}, groups={self.groups}, nnz={self.nnz}, sparsity={self.sparsity:.1%})"
+
+
+def _compressed(weight: torch.Tensor) -> tuple[IntArray, IntArray, FloatArray] | None:
+    """indptr, columns and values of a dense filter, found where it lies, so that its zeros need not leave a GPU.
+
+    None where most of it is nonzeros: finding them would take more memory there than the filter does.
+    """
+    matrix = weight.detach().flatten(1)
+    counts = (matrix != 0).sum(1).cpu().numpy()
+    if counts.sum() > _MOST_ON_DEVICE * matrix.numel():
+        return None
+    places = matrix.flatten().nonzero().squeeze(1)
+    columns, values = places % matrix.shape[1], matrix.flatten()[places]
+    indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    return indptr, columns.int().cpu().numpy(), values.float().cpu().numpy()

@@ -160,6 +160,25 @@ def test_what_a_run_takes_is_known() -> None:
     assert rehearsed(record)[1].flop == 2 * 8 * 8 * 48
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_batch_norms_keep_shape_and_type(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = {"norm": nn.BatchNorm2d(3, affine=dtype is torch.float32).eval().to(dtype)}
+    record = program(layer("norm", X), call("torch.relu", Y))
+    record["inputs"][0]["dtype"] = str(dtype).removeprefix("torch.")
+    rehearsed(record, norms)
+    asked = list[Any]()
+    normed = rehearsal._normed
+    monkeypatch.setattr(rehearsal, "_normed", lambda *args: asked.append(normed(*args)) or asked[-1])
+    _, work = rehearsed(record, norms)
+    ((y, *others),) = asked
+    assert (y.shape, y.dtype, [other.numel() for other in others]) == ((2, 3, 8, 8), dtype, [0, 0])
+    assert work.written >= 2 * 384
+    with pytest.raises(ValueError, match="step %1 = norm"):
+        rehearsed(record, {"norm": nn.BatchNorm2d(4).eval().to(dtype)})
+    with pytest.raises(ValueError, match=r"a batch norm of \(4,\) channels gets an input of shape \(2, 3, 8, 8\)"):
+        normed(torch.ones(2, 3, 8, 8), torch.ones(4), None, torch.ones(3), torch.ones(3))
+
+
 def test_what_gives_no_tensor_is_checked_on_every_call() -> None:
     steps = [call("torch.squeeze", X), call("Tensor.shape", Y)]
     steps += [call("operator.add", *[{"value": number + 2}] * 2) for number in range(30)]

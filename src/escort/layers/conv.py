@@ -265,6 +265,13 @@ class SparseConv2d(ConvLike):
         problem = self.plan.problem
         self._lay_out(problem.batch, problem.height, problem.width)
 
+    def run_by(self, prepared: Prepared) -> None:
+        """Takes over the plan's choice, prepared of this filter and bias for the plan's input size.
+
+        It stands in for :meth:`prepare`. No stream may call the layer before the tables are complete on its device.
+        """
+        self._add(self._runners, self.plan.problem.height, self.plan.problem.width, prepared)
+
     def binaries(self) -> tuple[Binary, ...]:
         """Those of the kernels that run the plan's input size, which is laid out for that once more."""
         problem = self.plan.problem
@@ -291,9 +298,12 @@ class SparseConv2d(ConvLike):
     def _lay_out(self, batch: int, height: int, width: int) -> Prepared:
         cached = self._runners  # as it was before bias and values are read
         prepared = self._make(batch, height, width)
+        self._add(cached, height, width, prepared)
+        return prepared
+
+    def _add(self, cached: RunnerCache[Prepared], height: int, width: int, prepared: Prepared) -> None:
         shape = torch.Size((self.in_channels, height, width))
         cached.add((shape, self.plan.problem.storage, self.values.device, not self.residual), prepared)
-        return prepared
 
     def _make(self, batch: int, height: int, width: int, *, alone: bool = False) -> Prepared:
         try:

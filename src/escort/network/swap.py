@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +17,15 @@ from torch.utils._pytree import tree_leaves
 from escort.filter import SparseFilter
 from escort.layers import FusedConv2d, SparseConv2d
 from escort.layers.weight import is_outside
-from escort.methods import by_name
 from escort.network.check import Request
 from escort.network.context import naming, running_out
 from escort.network.original import Original
 from escort.network.passes.operations import replace_module
 from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan, plan_layers
-from escort.planner.cores import BUSY, Watch, on_all_cores
+from escort.planner.cores import BUSY, Watch
 from escort.planner.plan import Layer
-from escort.planner.planner import are_known, predicted_us
+from escort.planner.planner import known_us, predicted_us
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Problem
 from escort.runtime.stand_in import adopt
 
@@ -36,6 +34,11 @@ _log = logging.getLogger(__name__)
 #: Of the predicted time in channels_last: a network is planned in NCHW below the second share of it, and in NCHW alone
 #: below the first. What models do not know, cuDNN and what lies between the layers, is faster in channels_last.
 _NCHW_PAYS = 0.6, 0.75
+#: The same of measured times, which include cuDNN's.
+_NCHW_PAID = 0.75, 1.1
+#: A layer of which models know nothing in one memory format, as of a first one of three channels, takes up to so many
+#: times there what it takes in the other: the dense method can run it.
+_UNKNOWN = 2.0
 
 
 @dataclass(frozen=True)
@@ -142,34 +145,56 @@ def find_layers(
 def likely(
     networks: Mapping[MemoryFormat, Unplanned], request: Request
 ) -> tuple[dict[MemoryFormat, Unplanned], dict[str, str]]:
-    """The networks that are worth planning by their methods' predictions, and why the others are not.
+    """The networks that are worth planning by what is known or predicted of their layers, and why the others are not.
 
     Where time may be spent on compiling for the weights, all are planned. Where all plans of one are known, so that an
-    earlier conversion chose it, it is the only one. Layers of mostly nonzeros do not count: the dense method will run
-    them. Where methods with a model run a layer in one memory format alone, nothing can be said.
+    earlier conversion chose it, it is the only one; where those of all are, their times count. Else predictions do.
+    Layers of mostly nonzeros do not count then: the dense method will run them.
     """
     if len(networks) == 1 or request.compile_budget_s > 0.0:
         return dict(networks), {}
     layers = {memory_format: list(network.layers.values()) for memory_format, network in networks.items()}
-    known = [name for name in networks if not request.remeasure and are_known(layers[name], request.methods)]
-    if len(known) == 1:
-        reason = f"the plans of all layers are known in {known[0]} alone; effort='best' tries it"
-        return {known[0]: networks[known[0]]}, {name: reason for name in networks if name != known[0]}
-    times = {
-        name: predicted_us([layer for layer in layers[name] if layer.sparse_filter.sparsity > 0.5], request.methods)
-        for name in networks
-    }
-    if len({tuple(time_us is None for time_us in times_us) for times_us in times.values()}) > 1:
-        return dict(networks), {}
-    totals_us = {name: sum(time_us or 0.0 for time_us in times_us) for name, times_us in times.items()}
-    share = totals_us["contiguous"] / totals_us["channels_last"] if totals_us["channels_last"] else math.nan
+    known: dict[MemoryFormat, list[float]] = {}
+    for name in () if request.remeasure else networks:
+        if (times_us := known_us(layers[name], request.methods)) is not None:
+            known[name] = times_us
     slower: dict[MemoryFormat, str] = {}
-    if share > _NCHW_PAYS[1]:
-        slower["contiguous"] = f"its layers are predicted to take {share:.2f} of the time in channels_last"
-    elif share < _NCHW_PAYS[0]:
-        slower["channels_last"] = f"layers in NCHW are predicted to take {share:.2f} of its time"
+    if len(known) == 1:
+        (only,) = known
+        slower = {name: f"the plans of all layers are known in {only} alone" for name in networks if name != only}
+    elif known:
+        slower = _slower(known["contiguous"], known["channels_last"], _NCHW_PAID, "took")
+    else:
+        sparse = {name: [layer for layer in layers[name] if layer.sparse_filter.sparsity > 0.5] for name in networks}
+        predicted = {name: predicted_us(sparse[name], request.methods) for name in networks}
+        slower = _slower(predicted["contiguous"], predicted["channels_last"], _NCHW_PAYS, "are predicted to take")
     kept = {name: network for name, network in networks.items() if name not in slower}
     return kept, {name: f"{reason}; effort='best' tries it" for name, reason in slower.items()}
+
+
+def _slower(
+    nchw_us: Sequence[float | None], last_us: Sequence[float | None], bounds: tuple[float, float], take: str
+) -> dict[MemoryFormat, str]:
+    """The memory format that is not worth planning, and why, where the time in NCHW is beyond bounds.
+
+    Args:
+        nchw_us, last_us: of each layer. Where one is not known, it may be anything up to a few times the other.
+        bounds: shares of the time in channels_last.
+        take: how the layers take it, for the reason.
+    """
+    pairs = list(zip(nchw_us, last_us, strict=True))
+    least = sum(nchw or 0.0 for nchw, _ in pairs), sum(last or 0.0 for _, last in pairs)
+    most = (
+        sum(nchw or _UNKNOWN * (last or 0.0) for nchw, last in pairs),
+        sum(last or _UNKNOWN * (nchw or 0.0) for nchw, last in pairs),
+    )
+    if least[0] > bounds[1] * most[1]:
+        bound = "at least " if least[1] < most[1] else ""
+        return {"contiguous": f"its layers {take} {bound}{least[0] / most[1]:.2f} of the time in channels_last"}
+    if most[0] < bounds[0] * least[1]:
+        bound = "at most " if least[0] < most[0] else ""
+        return {"channels_last": f"layers in NCHW {take} {bound}{most[0] / least[1]:.2f} of its time"}
+    return {}
 
 
 def swap(unplanned: Unplanned, request: Request) -> Swapped:
@@ -180,7 +205,6 @@ def swap(unplanned: Unplanned, request: Request) -> Swapped:
 def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request) -> dict[str, Plan]:
     """Plans layers of a network, and puts a :class:`SparseConv2d` in the place of each."""
     plans: dict[str, Plan] = {}
-    slow_to_lay_out: list[SparseConv2d] = []
     estimate = request.progress.estimate
     estimate.begin(len(layers))
     watch = Watch()
@@ -194,20 +218,19 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
     for name, layer in layers.items():
         old = network.get_submodule(name)
         with running_out(f"layer {name}"), naming(name):
-            plans[name] = next(planned)
+            plans[name], prepared = next(planned)
             unfolded = getattr(old, "unfolded", None)
             sparse = SparseConv2d(layer.sparse_filter, layer.bias, plans[name], name, unfolded, layer.slope)
+            sparse.run_by(prepared)
         adopt(sparse, old)
         replace_module(network, name, sparse)
-        device = layer.problem.device
-        if device != "cpu" or by_name(plans[name].method, device).compiles_per_filter:
-            slow_to_lay_out.append(sparse)
         estimate.layer()
         _log.debug("layer %s: %s", name, _summary(plans[name]))
     if request.device.type == "cpu":
         _warn_if_busy(plans, watch.others_share())
-    with running_out("the whole network"):  # laid out side by side, as the first call would do one by one
-        on_all_cores([sparse.prepare for sparse in slow_to_lay_out], estimate.kernels)
+    else:  # any stream may read the tables from now on
+        for stream in (torch.cuda.default_stream(request.device), torch.cuda.current_stream(request.device)):
+            stream.synchronize()
     request.progress.done(f"planned {len(plans)} layers")
     return plans
 

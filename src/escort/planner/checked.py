@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -21,10 +22,13 @@ def check_fields(value: Any) -> None:
     Raises:
         ValueError: naming the field, and what it holds.
     """
-    hints = get_type_hints(type(value))
+    hints = _hints(type(value))
     for name in (field.name for field in fields(value)):
         if not _is(getattr(value, name), hints[name]):
             raise ValueError(f"{name} cannot be {repr(getattr(value, name))[:100]}")
+
+
+_hints = lru_cache(get_type_hints)  # evaluates annotations, which takes longer than all checks
 
 
 def _is(value: Any, kind: Any) -> bool:

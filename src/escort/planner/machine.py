@@ -41,7 +41,7 @@ class Machine:
     @classmethod
     def here(cls, device: str = "cpu") -> Machine:
         """This machine, by its CPU or by one of its GPUs ("cuda:0")."""
-        own = version("escort-sparse")
+        own = _own_version()
         if device.partition(":")[0] == "cpu":
             return cls(_cpu_name(), _cpu.isas()[0][0], torch.get_num_threads(), torch.__version__, own)
         gpu = torch.cuda.get_device_properties(device)
@@ -63,6 +63,11 @@ class Machine:
         if not all(isinstance(value, int if name == "threads" else str) for name, value in asdict(machine).items()):
             raise ValueError(f"not a machine: {data}")
         return machine
+
+
+@lru_cache(maxsize=1)
+def _own_version() -> str:
+    return version("escort-sparse")
 
 
 @lru_cache(maxsize=1)

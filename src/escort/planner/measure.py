@@ -14,10 +14,10 @@ import torch
 
 from escort import reference
 from escort.cuda.capture import runs
-from escort.methods import Config, Method, Prepared, Runner, dense_for
+from escort.methods import Config, Method, Prepared, dense_for
 from escort.planner import cores, timing
 from escort.planner.machine import Machine
-from escort.planner.plan import Candidate, Layer, Plan
+from escort.planner.plan import Candidate, Layer, Plan, Planned
 from escort.planner.search import Search, not_tried
 from escort.planner.timing import Timer
 from escort.problem import Problem
@@ -70,16 +70,22 @@ class Ahead(dict[tuple[str, Config], Prepared]):
 
     def prepare(self, layer: Layer, method: Method, config: Config) -> None:
         with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
-            prepared = layer.prepare(method, config)
+            prepared = _prepared(layer, method, config)
             if self._allowance is None or self._allowance.is_left:
                 self[method.name, config] = prepared
 
     def take(self, layer: Layer, method: Method, config: Config) -> Prepared:
         """The candidate, prepared now if it was not before. Raises what :meth:`Method.prepare` raises."""
-        return self.pop((method.name, config), None) or layer.prepare(method, config)
+        return self.pop((method.name, config), None) or _prepared(layer, method, config)
 
 
-def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan:
+def _prepared(layer: Layer, method: Method, config: Config) -> Prepared:
+    """A candidate of which a converted layer may be made: outside of that, tensors of inference mode are refused."""
+    with torch.inference_mode(False):
+        return layer.prepare(method, config)
+
+
+def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Planned:
     """The plan of a layer: every candidate with its time or a reason, and the fastest one that is right.
 
     Args:
@@ -112,23 +118,28 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
         raise ValueError(f"no method can run {problem}, leave it out with skip: {reasons}")
     best = min(timed, key=lambda candidate: candidate.time_us or 0.0)
     assert best.config is not None
+    choice = best.method, best.config
+    prepared = next(run.prepared for run in runnable if (run.candidate.method, run.candidate.config) == choice)
     is_busy = problem.device_type == "cpu" and watch.others_share() > _BUSY
     is_steady = not is_busy and not any(
         median(seconds) > _SCATTER * min(seconds)
         for candidate, seconds in zip(raced, calls_s, strict=False)  # on a GPU, whose own time is taken, none was seen
         if candidate is best or candidate.method == dense_for(problem.device).name
     )
-    return Plan(problem, best.method, best.config, tuple(settled), Machine.here(problem.device), is_steady=is_steady)
+    machine = Machine.here(problem.device)
+    plan = Plan(problem, best.method, best.config, tuple(settled), machine, is_steady=is_steady)
+    return Planned(plan, prepared)
 
 
-def check(layer: Layer, plan: Plan, method: Method, ahead: Ahead) -> Plan | None:
+def check(layer: Layer, plan: Plan, method: Method, ahead: Ahead) -> Planned | None:
     """The plan of an equal layer as this one's: its choice is prepared and validated on this filter, and not timed.
 
     Args:
         method: the plan's.
 
     Returns:
-        The plan with the error of the choice here; None where the choice cannot be prepared, or computes wrong.
+        The plan with the error of the choice here, and the choice as prepared; None where it cannot be prepared, or
+        computes wrong.
     """
     config = method.config_type(**plan.config)
     try:
@@ -136,7 +147,7 @@ def check(layer: Layer, plan: Plan, method: Method, ahead: Ahead) -> Plan | None
             trial = _Trial(layer, timing.example_inputs(layer.problem, most=1)[0])
             prepared = ahead.take(layer, method, config)
             with runs:
-                error = trial.error(prepared.run)
+                error = trial.error(prepared)
     except (RuntimeError, ValueError) as failure:
         if layer.problem.device_type == "cuda":
             timing.survived(failure)
@@ -150,7 +161,8 @@ def check(layer: Layer, plan: Plan, method: Method, ahead: Ahead) -> Plan | None
         for candidate in plan.candidates
     ]
     times_from = "equal layer" if plan.times_from == "measured" else plan.times_from
-    return replace(plan, problem=layer.problem, candidates=tuple(candidates), times_from=times_from)
+    plan = replace(plan, problem=layer.problem, candidates=tuple(candidates), times_from=times_from)
+    return Planned(plan, prepared)
 
 
 @dataclass(frozen=True)
@@ -158,7 +170,7 @@ class _FirstRun:
     """A candidate that ran and is right, with a rough time of a call in microseconds."""
 
     candidate: Candidate
-    run: Runner
+    prepared: Prepared
     time_us: float
 
 
@@ -177,11 +189,11 @@ class _Trial:
         self.expected = reference.conv2d(layer.problem, x[self.samples], weight, layer.bias, some_residual, layer.slope)
         self.bound = reference.ERROR_BOUND[layer.problem.precision]
 
-    def error(self, run: Runner) -> float:
+    def error(self, run: Prepared) -> float:
         """The relative error of a call; not finite where the output is not."""
         return reference.compare(run(*self.example)[self.samples], self.expected)
 
-    def glance_us(self, run: Runner) -> float:
+    def glance_us(self, run: Prepared) -> float:
         """A rough time of a call that ran before."""
         return timing.glance_us(partial(run, *self.example), self.problem.device)
 
@@ -227,10 +239,10 @@ def _first_run(
             begin = time.perf_counter()
         candidate = _with_notes(candidate, prepared)
         with runs:  # a first run may empty torch's cache, which torch refuses while a graph is captured
-            error = trial.error(prepared.run)
+            error = trial.error(prepared)
         candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
         if error <= trial.bound:
-            outcome = _FirstRun(candidate, prepared.run, trial.glance_us(prepared.run))
+            outcome = _FirstRun(candidate, prepared, trial.glance_us(prepared))
         else:
             outcome = replace(candidate, reason=f"relative error {error:.1e} exceeds {trial.bound:.0e}")
     except (RuntimeError, ValueError) as failure:
@@ -263,10 +275,10 @@ def _race(
     """The contenders with their times; on a CPU `seen` is told the seconds of all calls."""
     candidates = [contender.candidate for contender in contenders]
     if problem.device_type == "cpu":
-        runs = [partial(contender.run, *inputs[0]) for contender in contenders]
+        runs = [partial(contender.prepared.run, *inputs[0]) for contender in contenders]
         times = timing.race(runs, warmup=0, rounds=7, budget_s=budget_s, seen=seen)
         return [replace(candidate, time_us=time_us) for candidate, time_us in zip(candidates, times, strict=True)]
-    rotations = [[partial(contender.run, *example) for example in inputs] for contender in contenders]
+    rotations = [[partial(contender.prepared.run, *example) for example in inputs] for contender in contenders]
     timings = timing.race_on_gpu(rotations, problem.device, rounds=7, budget_s=budget_s)
     return [
         replace(candidate, time_us=t.time_us, timer=t.timer, reason=t.reason if t.time_us is None else None)

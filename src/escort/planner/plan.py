@@ -138,3 +138,10 @@ class Plan:
         if plan.times_from not in get_args(TimesFrom):
             raise ValueError(f"not a plan: its times are from {plan.times_from!r}")
         return plan
+
+
+class Planned(NamedTuple):
+    """A layer's plan, and the choice as it was prepared for the layer's own filter and bias."""
+
+    plan: Plan
+    prepared: Prepared

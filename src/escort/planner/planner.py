@@ -17,7 +17,7 @@ from escort.planner import store
 from escort.planner.compile_budget import Grant, Offer, check_compile_budget, estimate_s, fits, share_out
 from escort.planner.cores import on_all_cores
 from escort.planner.measure import Ahead, Allowance, check, measure
-from escort.planner.plan import Layer, Plan
+from escort.planner.plan import Layer, Plan, Planned
 from escort.planner.search import Search, predict_compiled_us, predict_us
 from escort.problem import Problem
 
@@ -77,7 +77,7 @@ def plan_layer(
     if compile_budget_s > 0.0:
         (grant,) = share_out([Offer.of(layer, task.methods)], compile_budget_s)
         task = replace(task, grant=replace(grant, seconds=compile_budget_s))
-    return _plan(task, Ahead(), budget_s)
+    return _plan(task, Ahead(), budget_s).plan
 
 
 def plan_layers(
@@ -87,8 +87,8 @@ def plan_layers(
     *,
     methods: Sequence[Method] | None = None,
     remeasure: bool = False,
-) -> Iterator[Plan]:
-    """The plans of a network's layers one by one, as :func:`plan_layer` makes them.
+) -> Iterator[Planned]:
+    """The plans of a network's layers one by one, as :func:`plan_layer` makes them, each with its choice as prepared.
 
     What they will try on a GPU is prepared before the first is timed: preparing compiles, and so all cores have work.
     What is compiled for filters is what saves most of the network's time in a second of compiling, by the methods'
@@ -139,13 +139,21 @@ def plan_layers(
         yield _plan(task, ahead.pop(index), _BUDGET_S)
 
 
-def are_known(layers: Sequence[Layer], methods: Sequence[Method] | None = None) -> bool:
-    """Whether each layer would take over a plan where nothing may be compiled for its filter.
+def known_us(layers: Sequence[Layer], methods: Sequence[Method] | None = None) -> list[float] | None:
+    """The times in us of the plans that layers would take over where nothing may be compiled for their filters.
+
+    None where a layer would take over none.
 
     Args:
         methods: as of :func:`plan_layers`.
     """
-    return all(_recall(_Task.of(layer, methods)) for layer in layers)
+    times_us: list[float] = []
+    for layer in layers:
+        choice = _recall(_Task.of(layer, methods))
+        if choice is None or choice.hint.plan.time_us is None:
+            return None
+        times_us.append(choice.hint.plan.time_us)
+    return times_us
 
 
 def predicted_us(layers: Sequence[Layer], methods: Sequence[Method] | None = None) -> list[float | None]:
@@ -270,24 +278,24 @@ def _method(method: Method | str, device: str) -> Method:
     return by_name(method, device) if isinstance(method, str) else method
 
 
-def _plan(task: _Task, ahead: Ahead, budget_s: float) -> Plan:
+def _plan(task: _Task, ahead: Ahead, budget_s: float) -> Planned:
     """The plan that a layer takes over, where its choice is right for the layer; else it is measured."""
     if choice := _recall(task):
-        plan = check(task.layer, choice.hint.plan, choice.method, ahead)
-        if plan is not None:
+        planned = check(task.layer, choice.hint.plan, choice.method, ahead)
+        if planned is not None:
             if choice.hint.imported or not store.is_stored(task.key):  # it may have been cleared, or lie elsewhere
                 _keep(task.key, replace(choice.hint, imported=False))
-            return plan
+            return planned
     search = Search.of(task.layer, task.methods, task.grant)
     return _remember(task, search, measure(task.layer, search, budget_s, Ahead()))
 
 
-def _remember(task: _Task, search: Search, plan: Plan) -> Plan:
-    if plan.is_steady:
+def _remember(task: _Task, search: Search, planned: Planned) -> Planned:
+    if (plan := planned.plan).is_steady:
         _keep(task.key, store.Hint(plan, search.cut_at_s))
     else:
         _log.info("others disturbed the times of %s: no other layer takes over its plan", plan.problem)
-    return plan
+    return planned
 
 
 def _keep(key: store.Key, hint: store.Hint) -> None:

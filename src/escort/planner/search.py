@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from escort.cuda.gpu import Gpu
+from escort.filter import SparseFilter
 from escort.methods import Config, Method
 from escort.planner.compile_budget import Grant
 from escort.planner.plan import Candidate, Layer
+from escort.problem import Problem
 
 #: How many configs of a method are tried at most.
 _MOST_CONFIGS = 24
@@ -79,16 +82,21 @@ def predict_us(layer: Layer, methods: Sequence[Method]) -> dict[str, float]:
 
     It says nothing of methods that have no model, that cannot run the layer, or that compile for its filter.
     """
-    problem, predicted = layer.problem, dict[str, float]()
+    problem = layer.problem
     if problem.device_type == "cpu":
-        return predicted
-    gpu = Gpu.of(problem.device)
-    for method in methods:
-        if not method.compiles_per_filter and method.unsupported(problem) is None:
-            least_us = method.predict_us(problem, layer.sparse_filter, gpu)
-            if least_us is not None:
-                predicted[method.name] = least_us
-    return predicted
+        return {}
+    known, key = _predicted.setdefault(layer.sparse_filter, {}), (problem, tuple(methods))
+    if key not in known:
+        gpu = Gpu.of(problem.device)
+        able = [method for method in methods if not method.compiles_per_filter and method.unsupported(problem) is None]
+        times_us = {method.name: method.predict_us(problem, layer.sparse_filter, gpu) for method in able}
+        known[key] = {name: least_us for name, least_us in times_us.items() if least_us is not None}
+    return known[key]
+
+
+#: What :func:`predict_us` returned, as long as the filter lives: a memory format is chosen by it, and then what to try.
+_predicted: WeakKeyDictionary[SparseFilter, dict[tuple[Problem, tuple[Method, ...]], dict[str, float]]]
+_predicted = WeakKeyDictionary()
 
 
 def predict_compiled_us(layer: Layer, configs: Sequence[tuple[Method, Config]]) -> float | None:

@@ -177,9 +177,10 @@ def from_json(data: Any) -> tuple[Key, Hint]:
             plan.problem, data["nonzeros"], tuple(data["methods"]), data["compiles"], plan.machine, data["sources"]
         )
         hint = Hint(plan, data["cut_at_s"], data["imported"])
-        if len(data) != len(to_json(key, hint)):
-            raise ValueError(f"a stored plan has the fields {', '.join(to_json(key, hint))}, got {', '.join(data)}")
-        if unknown := data["plan"].keys() - to_json(key, hint)["plan"].keys():
+        expected = to_json(key, hint)
+        if len(data) != len(expected):
+            raise ValueError(f"a stored plan has the fields {', '.join(expected)}, got {', '.join(data)}")
+        if unknown := data["plan"].keys() - expected["plan"].keys():
             raise ValueError(f"a stored plan's plan has no field {min(unknown)!r:.50}")
         _check(key, hint)
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
