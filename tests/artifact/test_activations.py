@@ -123,7 +123,7 @@ def asking_of(layer: str, key: str, to: Any) -> Callable[[Forgery], Any]:
         (setting("tensors", f"{PRELU}.slope", to=torch.ones(6).int()), "its slopes are torch.int32, not float32"),
         (setting("tensors", f"{PRELU}.slope", to=torch.full((6,), torch.nan)), "slope .*NaN or infinity"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_no_writer_writes_is_refused(
     file: Path, tmp_path: Path, forge: Callable[[Forgery], Any], complaint: str
