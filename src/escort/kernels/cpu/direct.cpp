@@ -1,96 +1,47 @@
 // The kernel of direct.hpp, compiled once per instruction set.
 #include "direct.hpp"
+
+#include <utility>
+
+#include "epilogue.hpp"
 #include "vector.hpp"
 
 namespace escort {
 namespace {
 
-// Both bounds let a NaN pass, as torch does.
-template <class T>
-inline T activate(T v, Activation activation) {
-  if (activation == Activation::none) return v;
-  const T zero = T{};
-  v = v < zero ? zero : v;
-  if (activation == Activation::relu6) {
-    const T six = T{} + 6.0f;
-    v = v > six ? six : v;
-  }
+// Prefetches what an output channel some way ahead will read and write: the channels of a tile lie a plane apart, each
+// in a page of its own, where no hardware prefetcher follows.
+constexpr int kChannelsAhead = 4;
+
+// What a run brings of a plane, whose values lie `stride` apart; Stride is 1, 2 or, for any other, 0.
+template <int Stride>
+inline Vector staged(const Run& run, const float* plane, int stride) {
+  const float* from = plane + run.plane_position;
+  if (Stride == 1) return load_lanes(from, run.lanes);
+  // The second load starts one early and takes the odd lanes, so that nothing behind the last value is read.
+  if (Stride == 2) return pick_evens(load_lanes(from, run.lanes), load_lanes(from + kLanes - 1, run.more_lanes));
+  Vector v = {};
+  for (int i = 0; i < kLanes; i++)
+    if (run.lanes >> i & 1) v[i] = from[int64_t(i) * stride];
   return v;
 }
 
-// Prefetches what a channel some way ahead will read and write: the output channels of a tile lie a plane apart, each
-// in a page of its own, where no hardware prefetcher follows.
-constexpr int kChannelsAhead = 4;
-template <int V>
-inline void prefetch_channel(const float* residual, const float* y) {
-  for (int i = 0; i < V * kLanes; i += 16) {
-    if (residual) __builtin_prefetch(residual + i, 0);
-    __builtin_prefetch(y + i, 1);
-  }
-}
-
-// Copies n floats by whole vectors, the last one overlapping the one before it.
-inline void copy(float* to, const float* from, int n) {
-  if (n < kLanes) {
-    for (int i = 0; i < n; i++) to[i] = from[i];
-    return;
-  }
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-  if (i < n) store(to + n - kLanes, load(from + n - kLanes));
-}
-
-// Gathers n floats that lie `stride` apart.
-inline void gather(float* to, const float* from, int n, int stride) {
-  int i = 0;
-  if (stride == 2 && n >= kLanes) {
-    // The second load starts one early and takes the odd lanes, so that nothing behind the last value is read.
-    const auto evens = [&](int j) { store(to + j, pick_evens(load(from + 2 * j), load(from + 2 * j + kLanes - 1))); };
-    for (; i + kLanes <= n; i += kLanes) evens(i);
-    if (i < n) evens(n - kLanes);
-    return;
-  }
-  for (; i < n; i++) to[i] = from[int64_t(i) * stride];
-}
-
 // Copies a tile's part of the block's input channels, with zeros where the padding is. `x` is one sample.
+template <int Stride>
 void stage_block(const Direct& d, const Tile& tile, const Block& block, const float* x, float* stage) {
-  for (int channel = block.first_channel; channel < block.end_channel; channel++, stage += d.channel_stride) {
-    const float* plane = x + channel * d.x_plane_stride;
-    for (int i = tile.first_run; i < tile.end_run; i++) {
-      const Run& run = d.runs[i];
-      float* to = stage + run.stage_position;
-      const float* from = plane + run.plane_position;
-      if (d.column_stride == 1) {
-        copy(to, from, run.length);
-      } else {
-        gather(to, from, run.length, d.column_stride);
-      }
-      to += run.length;
-      for (int j = 0; j < run.zeros; j++) to[j] = 0.0f;
+  const Run *const runs = d.runs + tile.first_run, *const end = d.runs + tile.end_run;
+  const int64_t plane_stride = d.x_plane_stride, channel_stride = d.channel_stride;
+  const int stride = d.column_stride;
+  x += block.first_channel * plane_stride;
+  for (int channel = block.first_channel; channel < block.end_channel; channel++) {
+    for (const Run* run = runs; run != end; run++) {
+      Vector v = staged<Stride>(*run, x, stride);
+      float* to = stage + run->stage_position;
+      if (__builtin_expect(run->joins, 0)) v += load(to);
+      store(to, v);
     }
-  }
-}
-
-// Writes a finished tile of one output channel, segment by segment; what the tile holds between rows is dropped.
-void write_segments(const Direct& d, const Tile& tile, const float* sums, const float* residual, float* y) {
-  const auto vector = [&](const Segment& s, int i) {
-    Vector v = load(sums + s.tile_position + i);
-    if (residual) v += load(residual + s.plane_position + i);
-    store(y + s.plane_position + i, activate(v, d.activation));
-  };
-  for (int n = tile.first_segment; n < tile.end_segment; n++) {
-    const Segment& s = d.segments[n];
-    if (s.length < kLanes) {
-      for (int i = 0; i < s.length; i++) {
-        const float v = sums[s.tile_position + i] + (residual ? residual[s.plane_position + i] : 0.0f);
-        y[s.plane_position + i] = activate(v, d.activation);
-      }
-      continue;
-    }
-    int i = 0;
-    for (; i + kLanes <= s.length; i += kLanes) vector(s, i);
-    if (i < s.length) vector(s, s.length - kLanes);
+    x += plane_stride;
+    stage += channel_stride;
   }
 }
 
@@ -99,7 +50,7 @@ struct Places {
   const float* x;         // offset 0 of the block
   float* partial;         // the job's partial sums
   const float* residual;  // like y, or null
-  float* y;               // the tile's place in channel 0 (in place) or the plane of channel 0 (staged)
+  float* y;               // the plane of channel 0
   bool first, last;       // whether the block starts the sums, and whether it finishes them
 };
 
@@ -110,76 +61,133 @@ struct Ahead {
   int channels;
 };
 
-// Accumulates one block into every output channel of a job, for one tile of V vectors.
-template <int V, bool InPlace>
-void accumulate(const Direct& d, const Tile& tile, const Block& block, Places places, Ahead ahead) {
-  const auto [x, partial, residual, y, first, last] = places;
-  alignas(64) float sums[V * kLanes];
-  // The last vector of a tile in place overlaps the one before it, so that nothing outside the tile is touched.
-  const int64_t tail = InPlace ? tile.length - kLanes : (V - 1) * kLanes;
-  const int64_t place = InPlace ? 0 : d.segments[tile.first_segment].plane_position;
-  int fetched = 0;  // channels of `ahead`
-  for (int i = block.first_record; i < block.end_record; i++) {
-    if (InPlace && ahead.channels > 0) {
-      const int64_t due =
-          int64_t(ahead.channels) * (i + 1 - block.first_record) / (block.end_record - block.first_record);
-      for (; fetched < due; fetched++)
-        for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(ahead.x + fetched * d.x_plane_stride + j, 0, 2);
-    }
-    const OutChannel& out = d.out_channels[i];
-    const Nonzero* end = d.nonzeros + d.out_channels[i + 1].first_nonzero;
-    float* slot = partial + int64_t(out.slot) * (V * kLanes);
-    if (last && i + kChannelsAhead < block.end_record) {
-      const int64_t at = d.out_channels[i + kChannelsAhead].channel * d.y_plane_stride + place;
-      prefetch_channel<V>(residual ? residual + at : nullptr, y + at);
-    }
-    Vector sum[V];
+template <int V>
+inline void prefetch_tile(const Direct& d, const Tile& tile, const Places& places, int64_t plane) {
+  const auto prefetch = [&](int64_t at) {
+    if (places.residual) __builtin_prefetch(places.residual + at, 0);
+    __builtin_prefetch(places.y + at, 1);
+  };
+  if (tile.first_segment == tile.end_segment)
+    for (int i = 0; i < V * kLanes; i += 16) prefetch(plane + tile.start + i);
+  for (int n = tile.first_segment; n < tile.end_segment; n++) prefetch(plane + d.segments[n].plane_position);
+}
+
+// Writes a finished tile of one output channel; what the tile holds between rows is dropped.
+template <int V>
+inline void finish_tile(const Direct& d, const Tile& tile, const Vector* sum, const float* residual, float* y) {
+  const Epilogue epilogue = {d.activation, 0.0f};
+  if (tile.first_segment == tile.end_segment) {  // a range of the plane
+    y += tile.start;
+    if (residual) residual += tile.start;
 #pragma GCC unroll 28
-    for (int v = 0; v < V; v++) sum[v] = first ? Vector{} + out.bias : load(slot + v * kLanes);
-    for (const Nonzero* nonzero = d.nonzeros + out.first_nonzero; nonzero < end; nonzero++) {
-      const Vector weight = Vector{} + nonzero->value;
-      const float* p = x + nonzero->offset;
+    for (int v = 0; v < V - 1; v++)
+      store(y + v * kLanes, finish(sum[v], residual ? residual + v * kLanes : nullptr, epilogue));
+    const int tail = (V - 1) * kLanes;
+    finish_lanes(y + tail, sum[V - 1], residual ? residual + tail : nullptr, tile.length - tail, epilogue);
+    return;
+  }
+  const Segment* segments = d.segments + tile.first_segment;
+  const auto finish_segment = [&](const Segment& s, Vector v) {
+    finish_lanes(y + s.plane_position, v, residual ? residual + s.plane_position : nullptr, s.length, epilogue);
+  };
+  if (tile.end_segment - tile.first_segment == V) {  // every vector is a segment
 #pragma GCC unroll 28
-      for (int v = 0; v < V - 1; v++) sum[v] += weight * load(p + v * kLanes);
-      sum[V - 1] += weight * load(p + tail);
-    }
+    for (int v = 0; v < V; v++) finish_segment(segments[v], sum[v]);
+    return;
+  }
+  alignas(64) float sums[(V + 1) * kLanes];
+#pragma GCC unroll 28
+  for (int v = 0; v < V; v++) store(sums + v * kLanes, sum[v]);
+  for (const Segment* s = segments; s != d.segments + tile.end_segment; s++)
+    finish_segment(*s, load(sums + s->tile_position));
+}
+
+// Accumulates one block into G output channels, records i .. i + G, for one tile of V vectors.
+template <int V, int G>
+inline void accumulate_channels(const Direct& d, const Tile& tile, const Places& places, int i) {
+  const OutChannel* out = d.out_channels + i;
+  const bool first = places.first, last = places.last;
+  Vector sum[G][V];
+  const Nonzero* nonzero[G];
+  int common = 1 << 30;
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++) {
+    float* slot = places.partial + int64_t(out[g].slot) * (V * kLanes);
+#pragma GCC unroll 28
+    for (int v = 0; v < V; v++) sum[g][v] = first ? Vector{} + out[g].bias : load(slot + v * kLanes);
+    nonzero[g] = d.nonzeros + out[g].first_nonzero;
+    common = min(common, out[g + 1].first_nonzero - out[g].first_nonzero);
+  }
+  const auto add = [&](int g) __attribute__((always_inline)) {
+    const Vector weight = Vector{} + nonzero[g]->value;
+    const float* p = places.x + nonzero[g]->offset;
+    nonzero[g]++;
+#pragma GCC unroll 28
+    for (int v = 0; v < V; v++) sum[g][v] += weight * load(p + v * kLanes);
+  };
+  for (int n = 0; n < common; n++)
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) add(g);
+  if (G > 1) {
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++)
+      while (nonzero[g] < d.nonzeros + out[g + 1].first_nonzero) add(g);
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++) {
+    float* slot = places.partial + int64_t(out[g].slot) * (V * kLanes);
     if (!last) {
 #pragma GCC unroll 28
-      for (int v = 0; v < V; v++) store(slot + v * kLanes, sum[v]);
-    } else if (InPlace) {
-      const int64_t plane = out.channel * d.y_plane_stride;
-#pragma GCC unroll 28
-      for (int v = 0; v < V; v++) {
-        const int64_t at = plane + (v == V - 1 ? tail : v * kLanes);
-        store(y + at, activate(residual ? sum[v] + load(residual + at) : sum[v], d.activation));
-      }
+      for (int v = 0; v < V; v++) store(slot + v * kLanes, sum[g][v]);
     } else {
-      const int64_t plane = out.channel * d.y_plane_stride;
-#pragma GCC unroll 28
-      for (int v = 0; v < V; v++) store(sums + v * kLanes, sum[v]);
-      write_segments(d, tile, sums, residual ? residual + plane : nullptr, y + plane);
+      const int64_t plane = out[g].channel * d.y_plane_stride;
+      finish_tile<V>(d, tile, sum[g], places.residual ? places.residual + plane : nullptr, places.y + plane);
     }
   }
 }
 
-using Accumulate = void (*)(const Direct&, const Tile&, const Block&, Places, Ahead);
-
-// accumulate<1>, accumulate<2>, ... accumulate<kMaxVectors>, by number.
-template <int... V>
-struct Counts {
-  template <bool InPlace>
-  static Accumulate pick(int vectors) {
-    static constexpr Accumulate table[] = {accumulate<V, InPlace>...};
-    return table[vectors - 1];
+// Accumulates one block into every output channel of a job, for one tile of V vectors, G channels at a time.
+template <int V, int G>
+void accumulate(const Direct& d, const Tile& tile, const Block& block, const Places& places, const Ahead& ahead) {
+  int fetched = 0;  // channels of `ahead`
+  for (int i = block.first_record; i < block.end_record; i += G) {
+    if (ahead.channels > 0) {
+      const int64_t due =
+          int64_t(ahead.channels) * (i + G - block.first_record) / (block.end_record - block.first_record);
+      for (; fetched < min(due, ahead.channels); fetched++)
+        for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(ahead.x + fetched * d.x_plane_stride + j, 0, 2);
+    }
+    if (places.last)
+      for (int j = i + kChannelsAhead; j < min(i + kChannelsAhead + G, block.end_record); j++)
+        prefetch_tile<V>(d, tile, places, d.out_channels[j].channel * d.y_plane_stride);
+    if (i + G <= block.end_record) {
+      accumulate_channels<V, G>(d, tile, places, i);
+    } else {
+      for (int j = i; j < block.end_record; j++) accumulate_channels<V, 1>(d, tile, places, j);
+    }
   }
-};
-template <int N, int... V>
-struct CountTo : CountTo<N - 1, N, V...> {};
-template <int... V>
-struct CountTo<0, V...> {
-  using type = Counts<V...>;
-};
-using TileSizes = CountTo<kMaxVectors>::type;
+}
+
+using Accumulate = void (*)(const Direct&, const Tile&, const Block&, const Places&, const Ahead&);
+
+// accumulate<1, G>, accumulate<2, G>, ... as far as the registers reach, by number of vectors.
+template <int G, int... V>
+Accumulate pick(int vectors, std::integer_sequence<int, V...>) {
+  static constexpr Accumulate table[] = {accumulate<V + 1, G>...};
+  return table[vectors - 1];
+}
+Accumulate pick(int vectors, int channels) {
+  switch (channels) {
+    case 1:
+      return pick<1>(vectors, std::make_integer_sequence<int, kMaxVectors>{});
+    case 2:
+      return pick<2>(vectors, std::make_integer_sequence<int, kMaxVectors / 2>{});
+    case 3:
+      return pick<3>(vectors, std::make_integer_sequence<int, kMaxVectors / 3>{});
+    default:
+      return pick<4>(vectors, std::make_integer_sequence<int, kMaxVectors / 4>{});
+  }
+}
 
 void run_task(const Direct& d, int64_t task, const float* x, const float* residual, float* y, float* scratch) {
   const Job& job = d.jobs[task % d.job_count];
@@ -189,27 +197,24 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
   y += sample * d.y_sample_stride;
   if (residual) residual += sample * d.y_sample_stride;
   float* partial = scratch + d.stage_size;
+  const Accumulate accumulate = pick(tile.vectors, d.channels);
   for (int b = job.first_block; b < job.end_block; b++) {
     const Block& block = d.blocks[b];
     const bool first = b == job.first_block, last = b == job.end_block - 1;
+    Ahead ahead = {};
+    const float* block_x = scratch;
     if (d.in_place) {
       const Block& next = d.blocks[last ? job.first_block : b + 1];
       const Tile& next_tile = last && &tile != d.tiles + d.tile_count - 1 ? (&tile)[1] : tile;
-      const Ahead ahead = {x + next.first_channel * d.x_plane_stride + next_tile.start,
-                           d.fetch_ahead ? next.end_channel - next.first_channel : 0};
-      const Places places = {
-          x + block.first_channel * d.x_plane_stride + tile.start,
-          partial,
-          residual ? residual + tile.start : nullptr,
-          y + tile.start,
-          first,
-          last,
-      };
-      TileSizes::pick<true>(tile.vectors)(d, tile, block, places, ahead);
+      ahead = {x + next.first_channel * d.x_plane_stride + next_tile.start,
+               d.fetch_ahead ? next.end_channel - next.first_channel : 0};
+      block_x = x + block.first_channel * d.x_plane_stride + tile.start;
     } else {
-      stage_block(d, tile, block, x, scratch);
-      TileSizes::pick<false>(tile.vectors)(d, tile, block, {scratch, partial, residual, y, first, last}, {});
+      (d.column_stride == 1   ? stage_block<1>
+       : d.column_stride == 2 ? stage_block<2>
+                              : stage_block<0>)(d, tile, block, x, scratch);
     }
+    accumulate(d, tile, block, {block_x, partial, residual, y, first, last}, ahead);
   }
 }
 

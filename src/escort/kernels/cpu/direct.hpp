@@ -14,6 +14,8 @@
 
 #include <cstdint>
 
+#include "activation.hpp"
+
 namespace escort {
 
 struct Nonzero {
@@ -38,29 +40,30 @@ struct Job {  // a share of the output channels of one group: its blocks, in the
   int32_t first_block, end_block;
 };
 
-struct Run {  // what is staged of a map row: `length` values, then `zeros` zeros
-  int32_t stage_position, plane_position, length, zeros;
+struct Run {                               // what a vector of the stage holds of a plane; its other lanes hold zeros
+  int32_t stage_position, plane_position;  // of lane 0
+  int32_t lanes, more_lanes;  // a bit for each value to load from there; stride 2: and from kLanes - 1 further on
+  int32_t joins;              // whether the vector also holds what a run before it put there, in other lanes
 };
 
-struct Segment {  // positions of a tile that lie in one output row
+struct Segment {  // a vector of a tile, or a part of one, that lies in one output row
   int32_t plane_position, tile_position, length;
 };
 
 struct Tile {
   int32_t first_run, end_run;          // staged tiles
-  int32_t first_segment, end_segment;  // staged tiles
-  int32_t start, length;               // tiles read and written in place: positions start .. start + length
+  int32_t first_segment, end_segment;  // none where the tile is positions start .. start + length of the plane
+  int32_t start, length;
   int32_t vectors;
 };
-
-enum class Activation : int32_t { none, relu, relu6 };
 
 struct Params {                      // what all tiles have in common
   int64_t stage_size, partial_size;  // scratch of a thread: the staged block and the partial sums
   int64_t x_sample_stride, x_plane_stride, y_sample_stride, y_plane_stride;
   int32_t column_stride;   // between the values that a run gathers
   int32_t channel_stride;  // between staged channels
-  int32_t in_place;        // whether tiles are read from x and written to y directly: 1x1 without stride or padding
+  int32_t in_place;        // whether tiles are read from x without a stage: 1x1 without stride or padding
+  int32_t channels;        // output channels that are accumulated at a time
   Activation activation;
 };
 

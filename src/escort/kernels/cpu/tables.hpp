@@ -64,8 +64,8 @@ struct Fields<Job> {
 template <>
 struct Fields<Run> {
   using T = Run;
-  static constexpr Field list[] = {ESCORT_FIELD(stage_position), ESCORT_FIELD(plane_position), ESCORT_FIELD(length),
-                                   ESCORT_FIELD(zeros)};
+  static constexpr Field list[] = {ESCORT_FIELD(stage_position), ESCORT_FIELD(plane_position), ESCORT_FIELD(lanes),
+                                   ESCORT_FIELD(more_lanes), ESCORT_FIELD(joins)};
 };
 
 template <>
@@ -85,11 +85,11 @@ struct Fields<Tile> {
 template <>
 struct Fields<Params> {
   using T = Params;
-  static constexpr Field list[] = {ESCORT_FIELD(stage_size),      ESCORT_FIELD(partial_size),
-                                   ESCORT_FIELD(x_sample_stride), ESCORT_FIELD(x_plane_stride),
-                                   ESCORT_FIELD(y_sample_stride), ESCORT_FIELD(y_plane_stride),
-                                   ESCORT_FIELD(column_stride),   ESCORT_FIELD(channel_stride),
-                                   ESCORT_FIELD(in_place),        ESCORT_FIELD(activation)};
+  static constexpr Field list[] = {
+      ESCORT_FIELD(stage_size),     ESCORT_FIELD(partial_size),    ESCORT_FIELD(x_sample_stride),
+      ESCORT_FIELD(x_plane_stride), ESCORT_FIELD(y_sample_stride), ESCORT_FIELD(y_plane_stride),
+      ESCORT_FIELD(column_stride),  ESCORT_FIELD(channel_stride),  ESCORT_FIELD(in_place),
+      ESCORT_FIELD(channels),       ESCORT_FIELD(activation)};
 };
 
 #undef ESCORT_FIELD

@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #define ESCORT_JOIN2(a, b) a##_##b
 #define ESCORT_JOIN(a, b) ESCORT_JOIN2(a, b)
@@ -33,6 +36,51 @@ typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alia
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+inline int min(int a, int b) { return a < b ? a : b; }
+
+// load_lanes: the lanes of p whose bits are set in `lanes`, and zeros in the others, which are not read.
+// store_lanes: the first `count` lanes, at least one; the others are not written.
+constexpr int kAllLanes = (1 << kLanes) - 1;
+#if defined(__AVX512F__)
+inline Vector load_lanes(const float* p, int lanes) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p); }
+inline void store_lanes(float* p, Vector v, int count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(kAllLanes >> (kLanes - count)), v);
+}
+#elif defined(__AVX2__)
+inline Vector load_lanes(const float* p, int lanes) {
+  if (lanes == kAllLanes) return load(p);
+  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_maskload_ps(p, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(lanes), bits), bits));
+}
+inline void store_lanes(float* p, Vector v, int count) {
+  if (count == kLanes) return store(p, v);
+  __m128 rest = _mm256_castps256_ps128(v);  // masked stores take dozens of instructions on some processors
+  if (count & 4) {
+    _mm_storeu_ps(p, rest);
+    rest = _mm256_extractf128_ps(v, 1);
+    p += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+    rest = _mm_movehl_ps(rest, rest);
+    p += 2;
+  }
+  if (count & 1) _mm_store_ss(p, rest);
+}
+#else
+inline Vector load_lanes(const float* p, int lanes) {
+  if (lanes == kAllLanes) return load(p);
+  Vector v = {};
+  for (int i = 0; i < kLanes; i++)
+    if (lanes >> i & 1) v[i] = p[i];
+  return v;
+}
+inline void store_lanes(float* p, Vector v, int count) {
+  if (count == kLanes) return store(p, v);
+  for (int i = 0; i < count; i++) p[i] = v[i];
+}
+#endif
 
 // The even lanes of `low` followed by the odd lanes of `high`.
 #if defined(__AVX512F__)

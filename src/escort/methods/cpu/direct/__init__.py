@@ -26,11 +26,14 @@ PARAMS = np.dtype(
     [
         *((name, "i8") for name in ("stage_size", "partial_size")),
         *((f"{tensor}_{unit}_stride", "i8") for tensor in "xy" for unit in ("sample", "plane")),
-        *((name, "i4") for name in ("column_stride", "channel_stride", "in_place", "activation")),
-    ]
+        *((name, "i4") for name in ("column_stride", "channel_stride", "in_place", "channels", "activation")),
+    ],
+    align=True,
 )
 
-_CACHE_FLOATS = 6 * 1024  # of a 32 KiB level-1 cache, leaving room for the filter stream and the partial sums
+_MOST_CHANNELS = 4  # output channels that the kernel accumulates at a time, as far as its registers reach
+#: Tiles and stages that are worth a try: positions of a tile, and KiB that a block's input takes, best guess first.
+_TILES = ((112, 48), (224, 64), (112, 96), (80, 48), (56, 64), (112, 32))
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,17 @@ class Direct(Method):
         configs: dict[DirectConfig, None] = {}  # in order, each once
         for isa in [name for name in ISAS if name != "generic"] or ["generic"]:
             lanes, most = ISAS[isa]
-            for vectors in (most, most // 2):
+            for tile, stage_kib in _TILES:
+                vectors = min(tile // lanes, most)
                 layout = Layout.of(problem, lanes, vectors)
+                channel_floats = layout.vectors * lanes if layout.in_place else layout.channel_stride
+                # Blocks of equal size: a last one of a few channels would cost as much as a full one.
+                blocks = -(-channels // min(max(stage_kib * 256 // channel_floats, 1), channels))
                 # At least a task per thread for a single sample, so that the plan serves every batch. Four per thread
                 # balance better, but each part stages its input anew.
                 tasks, most_parts = problem.groups * len(layout.tiles), problem.out_channels // problem.groups
-                few, many = (min(-(-n * torch.get_num_threads() // tasks), most_parts) for n in (1, 4))
-                fits = max(_CACHE_FLOATS // (layout.vectors * lanes if layout.in_place else layout.channel_stride), 1)
-                for block, parts in ((fits, few), (2 * fits, few), (4 * fits, few), (fits // 2, few), (fits, many)):
-                    # Blocks of equal size: a last one of a few channels would cost as much as a full one.
-                    blocks = -(-channels // min(max(block, 1), channels))
+                for per_thread in (1, 4) if (tile, stage_kib) == _TILES[0] else (1,):
+                    parts = min(-(-per_thread * torch.get_num_threads() // tasks), most_parts)
                     configs[DirectConfig(isa, vectors, -(-channels // blocks), parts)] = None
         return tuple(configs)
 
@@ -125,5 +129,6 @@ def _params(problem: Problem, layout: Layout, schedule: Schedule, config: Direct
         column_stride=problem.stride[1],
         channel_stride=layout.channel_stride,
         in_place=layout.in_place,
+        channels=min(_MOST_CHANNELS, ISAS[config.isa][1] // layout.vectors),
         activation=problem.epilogue.activation_number,
     )

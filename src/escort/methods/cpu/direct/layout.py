@@ -7,18 +7,17 @@ tile, and every nonzero reads the input at one constant distance from it (the Es
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from escort.filter import Geometry
 from escort.problem import Problem
 
 # The structs of kernels/cpu/direct.hpp, which says what the fields mean.
-RUN = np.dtype([(name, "i4") for name in ("stage_position", "plane_position", "length", "zeros")])
+RUN = np.dtype([(name, "i4") for name in ("stage_position", "plane_position", "lanes", "more_lanes", "joins")])
 SEGMENT = np.dtype([(name, "i4") for name in ("plane_position", "tile_position", "length")])
 TILE = np.dtype(
     [(name, "i4") for name in ("first_run", "end_run", "first_segment", "end_segment", "start", "length", "vectors")]
@@ -27,29 +26,12 @@ TILE = np.dtype(
 Records = NDArray[np.void]
 
 
-def records(dtype: np.dtype[Any], count: int, **columns: ArrayLike) -> Records:
+def records(dtype: np.dtype[Any], count: int | tuple[int, ...], **columns: ArrayLike) -> Records:
     """So many records with these columns, each a number or of shape (count,). Fields without a column are zero."""
     table = np.zeros(count, dtype)
     for name, column in columns.items():
         table[name] = column
     return table
-
-
-class Run(NamedTuple):
-    """A record of RUN."""
-
-    stage_position: int
-    plane_position: int
-    length: int
-    zeros: int
-
-
-class Segment(NamedTuple):
-    """A record of SEGMENT."""
-
-    plane_position: int
-    tile_position: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -75,17 +57,17 @@ class Layout:
     """How a sample is cut into tiles, and how a tile's input is staged.
 
     Attributes:
-        geometry: of the staged input, or of x where tiles are read in place.
-        origin: where tap (0, 0, 0) of a tile's first position lies in the stage.
-        in_place: whether tiles are read from x and written to y directly, without a stage.
+        tap_offsets: (R, S) where a tile's first position reads each tap of input channel 0, from where a block starts.
+        channel_stride: between the input channels of a block, in the stage or in x.
+        in_place: whether tiles are read from x, without a stage.
         vectors: of the largest tile.
         runs: records of RUN.
         segments: records of SEGMENT.
         tiles: records of TILE.
     """
 
-    geometry: Geometry
-    origin: int
+    tap_offsets: NDArray[np.int64]
+    channel_stride: int
     in_place: bool
     vectors: int
     runs: Records
@@ -101,65 +83,95 @@ class Layout:
         """
         return _layout(PlaneShape.of(problem), lanes, most_vectors)
 
-    @property
-    def channel_stride(self) -> int:
-        return self.geometry.channel_stride
-
 
 @lru_cache(maxsize=256)
 def _layout(shape: PlaneShape, lanes: int, most_vectors: int) -> Layout:
     plane = shape.height * shape.width
     if max(plane, shape.out_height * (shape.width + shape.out_width + sum(shape.padding))) > np.iinfo(np.int32).max:
         raise ValueError(f"a plane of {shape.height}x{shape.width} does not fit 32-bit offsets; use a smaller input")
-    pointwise = shape.kernel_size == (1, 1) and shape.stride == (1, 1) and not any(shape.padding)
-    if pointwise and plane >= lanes:
-        return _in_place_layout(shape, lanes, most_vectors)
+    if shape.kernel_size == (1, 1) and shape.stride == (1, 1) and not any(shape.padding):
+        shape = replace(shape, height=1, width=plane, out_height=1, out_width=plane)  # a plane is one long row
+        if plane % lanes == 0:
+            return _in_place_layout(plane, lanes, most_vectors)
     return _staged_layout(shape, lanes, most_vectors)
 
 
-def _in_place_layout(shape: PlaneShape, lanes: int, most_vectors: int) -> Layout:
-    plane = shape.height * shape.width
+def _in_place_layout(plane: int, lanes: int, most_vectors: int) -> Layout:
     starts, vectors = _cut(plane, lanes, most_vectors)
-    lengths = np.minimum(vectors * lanes, plane - starts)
-    tiles = records(TILE, len(starts), start=starts, length=lengths, vectors=vectors)
-    geometry = Geometry(channel_stride=plane, row_pitch=shape.width)
-    return Layout(geometry, 0, True, int(vectors.max()), records(RUN, 0), records(SEGMENT, 0), tiles)
+    tiles = records(TILE, len(starts), start=starts, length=vectors * lanes, vectors=vectors)
+    return Layout(
+        np.zeros((1, 1), np.int64), plane, True, int(vectors.max()), records(RUN, 0), records(SEGMENT, 0), tiles
+    )
+
+
+class _Copy(NamedTuple):
+    """One copy of a tile's input in the stage, shifted so that the taps that read it read whole vectors.
+
+    Attributes:
+        start: where it lies in the stage of a channel.
+        row, row_phase: the first map row that it holds for output row 0 is row * row_stride + row_phase.
+        column: the map column that it holds for output column 0.
+        vectors: how many it holds.
+    """
+
+    start: int
+    row: int
+    row_phase: int
+    column: int
+    vectors: int
 
 
 def _staged_layout(shape: PlaneShape, lanes: int, most_vectors: int) -> Layout:
-    tap_rows, tap_columns = (
-        [tap * dilation for tap in range(taps)]
-        for taps, dilation in zip(shape.kernel_size, shape.dilation, strict=True)
-    )
-    row_stride, column_stride = shape.stride
-    if column_stride == 1:
-        pitch = max(shape.width + max(shape.padding[2:]), shape.out_width)
+    if shape.kernel_size[0] == 1:
+        pitch = shape.out_width  # rows follow one another: every tap is aligned in a copy of its own
     else:
-        pitch = shape.out_width + tap_columns[-1] // column_stride
-    starts, vectors = _cut((shape.out_height - 1) * pitch + shape.out_width, lanes, most_vectors)
-    # The centre column of the kernel, which a pitch of whole vectors would keep aligned, falls on a whole vector.
-    origin = -shape.padding[2] // column_stride % lanes
-    reach = tap_rows[-1] // row_stride * pitch + tap_columns[-1] // column_stride
-    phase_stride = -(-(origin + int(vectors.max()) * lanes + reach) // lanes) * lanes
-    phases = sorted({(row % row_stride, column % column_stride) for row in tap_rows for column in tap_columns})
-    last_phase = phases[-1][0] * column_stride + phases[-1][1]
-    channel_stride = (last_phase + 1) * phase_stride
-    if channel_stride % 1024 == 0:  # multiples of a page would fall on the same cache sets
-        channel_stride += lanes
+        pitch = min(lanes, 1 << (shape.out_width - 1).bit_length())  # narrower strips of columns
+    strips = -(-shape.out_width // pitch)
+    starts, vectors = _cut((shape.out_height - 1) * pitch + min(pitch, shape.out_width), lanes, most_vectors)
+    most = int(vectors.max())
+    copies, tap_offsets, channel_stride = _copies(shape, lanes, most, pitch)
 
-    runs: list[Run] = []
-    segments: list[Segment] = []
-    tiles = records(TILE, len(starts), start=starts, length=vectors * lanes, vectors=vectors)
-    for tile in tiles:
-        start, end = int(tile["start"]), int(tile["start"] + tile["length"])
-        tile["first_run"], tile["first_segment"] = len(runs), len(segments)
-        for phase in phases:
-            shift = (phase[0] * column_stride + phase[1]) * phase_stride + origin - start
-            runs += _stage_runs(shape, pitch, phase, range(start, end + reach), shift)
-        segments += _out_segments(shape, pitch, range(start, end))
-        tile["end_run"], tile["end_segment"] = len(runs), len(segments)
-    geometry = Geometry(channel_stride, pitch, phase_stride, shape.stride, shape.dilation)
-    return Layout(geometry, origin, False, int(vectors.max()), np.array(runs, RUN), np.array(segments, SEGMENT), tiles)
+    tile_starts, left = np.tile(starts, strips), np.repeat(np.arange(strips) * pitch, len(starts))
+    tiles = records(TILE, len(left), start=tile_starts, vectors=np.tile(vectors, strips))
+    runs = np.concatenate([_stage_runs(shape, lanes, pitch, copy, tile_starts, left) for copy in copies], axis=1)
+    brings = runs["lanes"] >= 0
+    tiles["end_run"] = np.cumsum(brings.sum(axis=1))
+    tiles["first_run"] = tiles["end_run"] - brings.sum(axis=1)
+    segments = records(SEGMENT, (len(left), 0))
+    if pitch == shape.out_width:
+        tiles["length"] = np.minimum(tiles["vectors"] * lanes, shape.out_height * pitch - tile_starts)
+    else:
+        segments = _segments(shape, lanes, pitch, tiles, left)
+    holds = segments["length"] > 0
+    tiles["end_segment"] = np.cumsum(holds.sum(axis=1))
+    tiles["first_segment"] = tiles["end_segment"] - holds.sum(axis=1)
+    return Layout(tap_offsets, channel_stride, False, most, runs[brings], segments[holds], tiles)
+
+
+def _copies(
+    shape: PlaneShape, lanes: int, vectors: int, pitch: int
+) -> tuple[list[_Copy], NDArray[np.int64], int]:
+    """The copies that make every tap's loads aligned, the offset of each tap in them, and the stride of a channel.
+
+    Taps share a copy where they read the same columns, and rows that are whole vectors apart and near one another.
+    """
+    taps: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
+    for r, s in np.ndindex(shape.kernel_size):
+        row, row_phase = divmod(r * shape.dilation[0], shape.stride[0])
+        taps.setdefault((s * shape.dilation[1], row_phase, row * pitch % lanes), []).append((row, r, s))
+    tap_offsets = np.zeros(shape.kernel_size, np.int64)
+    copies: list[_Copy] = []
+    end = 0
+    for (column, row_phase, _), readers in sorted(taps.items()):
+        for row, r, s in readers:
+            copy = copies[-1] if copies and row != readers[0][0] else None
+            if copy is None or (row - copy.row) * pitch > copy.vectors * lanes:
+                copies.append(_Copy(end, row, row_phase, column, vectors))
+            else:
+                copies[-1] = copy._replace(vectors=vectors + (row - copy.row) * pitch // lanes)
+            tap_offsets[r, s] = copies[-1].start + (row - copies[-1].row) * pitch
+            end = copies[-1].start + copies[-1].vectors * lanes
+    return copies, tap_offsets, end + (lanes if end % 1024 == 0 else 0)  # pages would fall on the same cache sets
 
 
 def _cut(positions: int, lanes: int, most_vectors: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -170,44 +182,55 @@ def _cut(positions: int, lanes: int, most_vectors: int) -> tuple[NDArray[np.int6
     return edges[:-1] * lanes, np.diff(edges)
 
 
-def _stage_runs(shape: PlaneShape, pitch: int, phase: tuple[int, int], positions: range, shift: int) -> list[Run]:
-    """The runs that stage these positions of one phase, position p at p + shift."""
-    top, _, left, _ = shape.padding
-    row_stride, column_stride = shape.stride
-    lead = max(-(-(left - phase[1]) // column_stride), 0)  # zeros left of the map row
-    first_column = lead * column_stride + phase[1] - left
-    length = min(max(-(-(shape.width - first_column) // column_stride), 0), max(pitch - lead, 0))
-    runs: list[Run] = []
+def _stage_runs(
+    shape: PlaneShape, lanes: int, pitch: int, copy: _Copy, tile_starts: NDArray[np.int64], left: NDArray[np.int64]
+) -> Records:
+    """The runs that stage a copy, (tiles, runs). Those to leave out have lanes -1.
 
-    def add_zeros(begin: int, count: int) -> None:
-        if count > 0 and runs:
-            runs[-1] = runs[-1]._replace(zeros=runs[-1].zeros + count)
-        elif count > 0:
-            runs.append(Run(begin + shift, 0, 0, count))
+    Args:
+        tile_starts: (tiles,) the first position of each tile in its strip.
+        left: (tiles,) the first output column of each strip.
+    """
+    most_rows = (lanes + pitch - 2) // pitch + 1  # that a vector reaches
+    vector, part = np.divmod(np.arange(copy.vectors * most_rows), most_rows)
+    position = tile_starts[:, None] + copy.row * pitch + vector * lanes
+    row = position // pitch + part
+    lane = row * pitch - position  # of the row's first column
+    map_row = row * shape.stride[0] + copy.row_phase - shape.padding[0]
+    map_column = left[:, None] * shape.stride[1] + copy.column - shape.padding[2]  # of the row's first column
+    first = np.maximum(lane + np.maximum(-(map_column // shape.stride[1]), 0), 0)
+    end = np.minimum(lane + np.minimum(-((map_column - shape.width) // shape.stride[1]), pitch), lanes)
+    is_empty = (map_row < 0) | (map_row >= shape.height) | (first >= end)
+    first, end = np.where(is_empty, 0, first), np.where(is_empty, 0, end)
+    lanes_loaded, more_lanes = (1 << end) - (1 << first), np.zeros_like(first)
+    if shape.stride[1] == 2:
+        lanes_loaded = (1 << np.minimum(2 * end - 1, lanes).clip(0)) - (1 << np.minimum(2 * first, lanes))
+        more_lanes = (1 << (2 * end - lanes).clip(0)) - (1 << (2 * first - lanes + 1).clip(0))
+    return records(
+        RUN,
+        row.shape,
+        stage_position=copy.start + vector * lanes,
+        plane_position=np.where(is_empty, 0, map_row * shape.width + map_column - lane * shape.stride[1]),
+        lanes=np.where(is_empty & (part > 0), -1, lanes_loaded),
+        more_lanes=more_lanes,
+        joins=part > 0,
+    )
 
-    for row in range(positions.start // pitch, -(-positions.stop // pitch)):
-        map_row = row * row_stride + phase[0] - top
-        row_start = row * pitch
-        begin, end = max(positions.start, row_start), min(positions.stop, row_start + pitch)
-        data_begin, data_end = max(begin, row_start + lead), min(end, row_start + lead + length)
-        if not 0 <= map_row < shape.height or data_begin >= data_end:
-            add_zeros(begin, end - begin)
-            continue
-        add_zeros(begin, data_begin - begin)
-        column = first_column + (data_begin - row_start - lead) * column_stride
-        runs.append(Run(data_begin + shift, map_row * shape.width + column, data_end - data_begin, 0))
-        add_zeros(data_end, end - data_end)
-    return runs
 
+def _segments(shape: PlaneShape, lanes: int, pitch: int, tiles: Records, left: NDArray[np.int64]) -> Records:
+    """The segments of each tile, (tiles, segments), with length 0 where there is none.
 
-def _out_segments(shape: PlaneShape, pitch: int, positions: range) -> list[Segment]:
-    """The segments of a tile: where in its positions it holds outputs, row by row."""
-    first, end = positions.start, positions.stop
-    if pitch == shape.out_width:
-        return [Segment(first, 0, min(end, shape.out_height * pitch) - first)]
-    segments = []
-    for row in range(first // pitch, min(-(-end // pitch), shape.out_height)):
-        begin, stop = max(first, row * pitch), min(end, row * pitch + shape.out_width)
-        if begin < stop:
-            segments.append(Segment(row * shape.out_width + begin - row * pitch, begin - first, stop - begin))
-    return segments
+    Args:
+        left: (tiles,) the first output column of each strip.
+    """
+    position = np.arange(0, tiles["vectors"].max() * lanes, pitch)
+    row = tiles["start"][:, None] // pitch + position // pitch
+    length = np.minimum(shape.out_width - left, pitch)[:, None]
+    held = (row < shape.out_height) & (position < tiles["vectors"][:, None] * lanes)
+    return records(
+        SEGMENT,
+        row.shape,
+        plane_position=row * shape.out_width + left[:, None],
+        tile_position=np.broadcast_to(position, row.shape),
+        length=np.where(held, length, 0),
+    )

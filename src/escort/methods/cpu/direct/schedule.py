@@ -62,12 +62,11 @@ class Schedule:
         if bias is not None:
             out_channels["bias"][:-1] = bias.detach().numpy().astype(np.float32)[cells.channel]
 
-        stretched = sparse_filter.stretch(layout.geometry)
-        assert stretched.offsets is not None
-        in_block = stretched.offsets - block_of * (channel_block * layout.channel_stride)
+        channel, row, column = sparse_filter.taps
+        in_block = (channel - block_of * channel_block) * np.int64(layout.channel_stride) + layout.tap_offsets[row, column]
         source = np.arange(sparse_filter.nnz) + np.repeat(cells.source - first_nonzero, cells.nnz)
         nonzeros = records(
-            NONZERO, sparse_filter.nnz, offset=(in_block + layout.origin)[source], value=sparse_filter.values[source]
+            NONZERO, sparse_filter.nnz, offset=in_block[source], value=sparse_filter.values[source]
         )
 
         blocks, jobs = _blocks_and_jobs(sparse_filter, cells, channel_block, parts)
