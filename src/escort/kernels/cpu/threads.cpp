@@ -173,7 +173,8 @@ struct Meeting {
   Clock::time_point end;
   std::atomic<int> present{0};
 };
-constexpr std::chrono::microseconds kMostFork{100};
+constexpr int kMostForkJoin = 50'000;                    // ns, where a core is busy with something else
+constexpr std::chrono::milliseconds kMostMeasuring{20};  // as OpenMP's barriers take milliseconds there
 
 void meet(const void* m, int) {
   Meeting& meeting = *static_cast<Meeting*>(const_cast<void*>(m));
@@ -227,12 +228,13 @@ double fork_join_ns(int threads) {
   std::atomic<float>& known = fork_joins[team != nullptr][threads];
   float least = known.load(std::memory_order_relaxed);
   if (least > 0) return least;
-  for (int i = 0; i < 30; i++) {
+  const Clock::time_point first = Clock::now();
+  least = kMostForkJoin;
+  for (int i = 0; i < 30 && Clock::now() - first < kMostMeasuring; i++) {
     const Clock::time_point begin = Clock::now();
-    Meeting meeting{threads, begin + kMostFork};
+    Meeting meeting{threads, begin + std::chrono::nanoseconds(kMostForkJoin)};
     team ? team->run(threads, meet, &meeting) : fork_join(threads, meet, &meeting);
-    const float taken = std::chrono::duration<float, std::nano>(Clock::now() - begin).count();
-    least = i == 0 ? taken : std::min(least, taken);
+    least = std::min(least, std::chrono::duration<float, std::nano>(Clock::now() - begin).count());
   }
   known.store(least, std::memory_order_relaxed);
   return least;
