@@ -168,11 +168,7 @@ class SparseConv2d(ConvLike):
             return self._by_operator(x, residual)
         if residual is not None and (type(residual) not in PLAIN or residual.is_neg()):
             return self._by_operator(x, residual)
-        versions = 0
-        for tensor in self._followed:
-            versions += tensor._version
-        if versions != self._versions:
-            self._follow()
+        self.follow()
         prepared = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
         if prepared is None:
             prepared = self._prepare(x, residual)
@@ -240,10 +236,35 @@ class SparseConv2d(ConvLike):
         return prepared.run
 
     def op(self, shape: tuple[int, ...]) -> _cpu.Op | None:
-        """What runs plain calls on inputs of a shape (N, C, H, W) natively, where one was made before."""
+        """What runs plain calls on inputs of a shape (N, C, H, W) natively; None where no operation does.
+
+        Raises:
+            ValueError, RuntimeError: as such a call does.
+        """
         key = shape[1:], self.plan.problem.storage, self.values.device, not self.residual
         prepared = self._runners.get(key)
-        return None if prepared is None else prepared.op
+        if prepared is None:
+            prepared = self._lay_out(shape[0], shape[2], shape[3])
+        return prepared.op
+
+    def empty_result(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor like the result of a plain call, without memory. Raises ValueError for calls that are not plain."""
+        problem = self.plan.problem
+        shape = output_shape(problem, x)
+        is_plain = x.ndim == 4 and x.shape[1] == self.in_channels and x.dtype is problem.storage
+        if not is_plain or min(shape) < 1 or (residual is not None) is not self.residual:
+            raise ValueError("it is not called as it was planned for")
+        if residual is not None and (residual.shape != shape or residual.dtype is not x.dtype):
+            raise ValueError("its residual is not like its result")
+        return torch.empty(shape, dtype=x.dtype, device="meta")
+
+    def follow(self) -> None:
+        """Notices what was written to bias and values since the last call."""
+        versions = 0
+        for tensor in self._followed:
+            versions += tensor._version
+        if versions != self._versions:
+            self._follow()
 
     def _follow(self) -> None:
         """Lets go of the runners, which hold copies of bias and values as they were; notes what they are now.

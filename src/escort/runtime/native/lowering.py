@@ -48,6 +48,7 @@ class Operations(Call):
         padding: Any = 0,
         dilation: Any = 1,
         ceil_mode: bool = False,
+        return_indices: bool = False,
     ) -> Value:
         x = self.tensor(input, ndim=4)
         window = pair(kernel_size), pair(stride or kernel_size), pair(padding), pair(dilation)
