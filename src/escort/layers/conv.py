@@ -247,17 +247,6 @@ class SparseConv2d(ConvLike):
             prepared = self._lay_out(shape[0], shape[2], shape[3])
         return prepared.op
 
-    def empty_result(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """A tensor like the result of a plain call, without memory. Raises ValueError for calls that are not plain."""
-        problem = self.plan.problem
-        shape = output_shape(problem, x)
-        is_plain = x.ndim == 4 and x.shape[1] == self.in_channels and x.dtype is problem.storage
-        if not is_plain or min(shape) < 1 or (residual is not None) is not self.residual:
-            raise ValueError("it is not called as it was planned for")
-        if residual is not None and (residual.shape != shape or residual.dtype is not x.dtype):
-            raise ValueError("its residual is not like its result")
-        return torch.empty(shape, dtype=x.dtype, device="meta")
-
     def follow(self) -> None:
         """Notices what was written to bias and values since the last call."""
         versions = 0

@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from escort.cuda.capture import in_a_line
-from escort.layers import SparseConv2d
 from escort.runtime.effects import is_view, name_of, writes
 from escort.runtime.loop import BoundStep, run_steps
 from escort.runtime.native.call import Draft, NotNativeError
-from escort.runtime.native.lowering import OPERATIONS, Operations, has_operation, lower_layer
+from escort.runtime.native.lowering import OPERATIONS, Operations, empty_result, has_operation, lower_layer
 from escort.runtime.native.segment import Like, Segment, is_plain
 from escort.runtime.native.values import Storage, Value
 from escort.runtime.stand_in import runs_more
@@ -201,11 +199,7 @@ class _Recorder:
         try:
             if step.kind == "call":
                 return step.target(*args, **kwargs)
-            layer = self._network.get_submodule(step.target)
-            if isinstance(layer, SparseConv2d):
-                return layer.empty_result(*args, **kwargs)
-            tensors = {name: tensor.to("meta") for name, tensor in layer.named_parameters()}
-            return functional_call(layer, tensors, args, kwargs) if tensors else layer(*args, **kwargs)
+            return empty_result(self._network.get_submodule(step.target), *args, **kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise NotNativeError(f"cannot be run without memory: {in_a_line(error)}") from error
 
