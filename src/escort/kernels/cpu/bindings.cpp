@@ -4,27 +4,21 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <omp.h>
-#include <pthread.h>
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
 
 #include <algorithm>
 #include <array>
-#include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "direct.hpp"
 #include "max_pool.hpp"
 #include "spread_channels.hpp"
 #include "tables.hpp"
+#include "threads.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -56,68 +50,6 @@ const Isa* find_isa(const std::string& name) {
   for (const Kernels& isa : supported())
     if (name == isa.direct->name) return isa.direct;
   throw std::invalid_argument("instruction set '" + name + "' is not available on this machine");
-}
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-
-// Whether this thread came out of a fork: the threads that OpenMP believes it has were left behind in the parent, and a
-// parallel region would wait for them forever. Threads that a child starts later have none yet, and are as any other.
-thread_local bool came_out_of_fork = false;
-
-// Calls work(thread) on that many threads at the same time.
-template <class Work>
-void on_threads(int threads, const Work& work) {
-  if (came_out_of_fork) {
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; t++) others.emplace_back(work, t);
-    work(0);
-    for (std::thread& other : others) other.join();
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  work(omp_get_thread_num());
-}
-
-// Runs task(i, thread) for every i below `tasks`. Each thread starts with its own share of consecutive tasks, the same
-// share in every layer, so that it finds in its cache what it wrote in the layer before. A thread that is done helps
-// the others.
-template <class Task>
-void parallel(int64_t tasks, int threads, const Task& task) {
-  if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; i++) task(i, 0);
-    return;
-  }
-  struct alignas(64) Share {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  constexpr int kMostThreads = 256;
-  if (threads > kMostThreads) threads = kMostThreads;
-  Share shares[kMostThreads];
-  for (int t = 0; t < threads; t++) {
-    shares[t].next = tasks * t / threads;
-    shares[t].end = tasks * (t + 1) / threads;
-  }
-  on_threads(threads, [&](int thread) {
-    for (int t = 0; t < threads; t++) {
-      Share& share = shares[(thread + t) % threads];
-      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) task(i, thread);
-    }
-  });
-}
-
-// Scratch of the calling thread for all its workers; it grows to the largest layer and is then reused.
-float* scratch(int64_t floats) {
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t capacity = 0;
-  if (floats > capacity) {
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
-    capacity = memory ? floats : 0;
-    if (!memory) throw std::bad_alloc();
-  }
-  return memory.get();
 }
 
 constexpr int64_t kFarFloats = 2 << 20;  // an input of 8 MiB is not in cache when its layer starts
@@ -242,7 +174,7 @@ bool keep_freed_memory(int most_bytes) {
 NB_MODULE(_cpu, m) {
   using namespace escort;
   nb::set_leak_warnings(false);  // a model that lives until the interpreter exits is no leak
-  pthread_atfork(nullptr, nullptr, [] { came_out_of_fork = true; });
+  watch_forks();
   m.doc() = "Native kernels; see kernels/cpu/direct.hpp for the tables they take.";
   m.def(
       "isas",
