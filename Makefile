@@ -24,7 +24,7 @@ SOURCES := $(shell find src -name '*.py')
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test smoke lint format test-asan fuzz test-gpu test-sanitizer wheel wheel-test bench zoo hooks clean
+.PHONY: help demo test smoke lint format test-asan test-tsan fuzz test-gpu test-sanitizer wheel wheel-test bench zoo hooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ demo: $(VENV)/.installed  ## Train, prune, convert and time a small CNN; results
 	$(BIN)/escort demo --out out/demo
 
 # pytest runs last, so that its summary closes the output.
-test: lint test-asan  ## Lint, type check and run all tests, the kernels under the address sanitizer too
+test: lint test-asan test-tsan  ## Lint, type check and run all tests, the kernels under sanitizers too
 	$(PYTEST)
 
 smoke: lint  ## In a minute: lint, type check, every CPU method on the case table, one network converted, saved and loaded
@@ -74,6 +74,15 @@ SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-n
 	$(BIN)/python -S
 test-asan: build/asan/.installed  ## Run the kernel cases under the address and undefined-behaviour sanitizers
 	$(SANITIZED) -m pytest -p no:faulthandler --capture=sys tests/test_cases.py
+
+build/tsan/threads: tests/threads.cpp src/escort/kernels/cpu/threads.cpp src/escort/kernels/cpu/threads.hpp
+	mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -fsanitize=thread -DESCORT_CORES=8 -Isrc/escort/kernels/cpu \
+		$(filter %.cpp,$^) -o $@
+
+# setarch: this sanitizer does not find its way where addresses are random in many bits.
+test-tsan: build/tsan/threads  ## Run the threads of the CPU kernels under the thread sanitizer
+	setarch -R $<
 
 fuzz: build/asan/.installed  ## Under the sanitizers: random problems (FUZZ_SECONDS=300), changed files (FUZZ_FILES=10000)
 	$(SANITIZED) -m tests.fuzz.problems --seconds $(FUZZ_SECONDS)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from escort.kernels import _cpu
 from escort.planner import measure
 
 
@@ -26,6 +27,14 @@ def always_steady() -> Iterator[None]:
         patch.setattr(measure, "_SCATTER", math.inf)
         patch.setattr(measure, "_BUSY", 1.0)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_layers_on_threads() -> Iterator[None]:
+    """Layers of tests run on all threads, however small they are."""
+    _cpu.assume_fork_join_ns(1)
+    yield
+    _cpu.assume_fork_join_ns(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

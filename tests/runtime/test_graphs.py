@@ -45,7 +45,9 @@ def without_gradients() -> Iterator[None]:
 
 
 def program_of(model: nn.Module) -> Program:
-    return Program.of(fx.symbolic_trace(model.eval()))
+    program = Program.of(fx.symbolic_trace(model.eval()))
+    program.native.enabled = False  # no GPU runs so
+    return program
 
 
 class Served:

@@ -43,8 +43,9 @@ def _max_pool2d_on_cpu(
     _check_pool(x.shape, x.dtype, (torch.float32,), (kernel_size, stride, padding, dilation))
     x = x.contiguous()
     y = _empty_result(x, kernel_size, stride, padding, dilation, ceil_mode)
-    planes, sizes = x.shape[0] * x.shape[1], (x.shape[2:], y.shape[2:], kernel_size, stride, padding, dilation)
-    _cpu.MaxPool2d(*sizes).run(x.data_ptr(), y.data_ptr(), planes, torch.get_num_threads())
+    window = kernel_size, stride, padding, dilation
+    pool = _cpu.MaxPool2d(x.shape[1], x.shape[2:], y.shape[2:], window)
+    pool.run(x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads())
     return y
 
 

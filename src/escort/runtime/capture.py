@@ -12,36 +12,18 @@ import torch
 from torch import nn
 
 from escort.layers import SparseConv2d
+from escort.runtime.effects import given, is_view, name_of, writes
 from escort.runtime.program import Program
 from escort.runtime.saved.builders import LAYERS
-from escort.runtime.saved.operations import named
 from escort.runtime.stand_in import has_hooks, runs_more
 from escort.runtime.steps import Step
 from escort.runtime.templates import Slot, leaves, slots_in
+from escort.runtime.watch import SWITCHED
 
-#: Layers that compute something else in training.
-SWITCHED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU)
 #: They hold a state between calls, or look at their input to choose what to do.
 _UNSURE_LAYERS = (nn.GRU, nn.LSTM, nn.RNN, nn.MultiheadAttention, nn.SyncBatchNorm)
 _LAYERS = frozenset((*LAYERS.values(), SparseConv2d)) - frozenset(_UNSURE_LAYERS)
-# What may give back its argument, or a view of it, among the operations that files may hold.
-_VIEWS = frozenset(
-    """
-    T mT _to_copy alias bfloat16 bool broadcast_to channel_shuffle chunk contiguous detach double einsum expand
-    expand_as flatten float getitem half int lift_fresh_copy long meshgrid movedim moveaxis narrow pad permute
-    pixel_shuffle pixel_unshuffle pos ravel reshape reshape_as select slice split split_with_sizes squeeze swapaxes
-    swapdims t to transpose type_as unbind unflatten unfold unsqueeze view view_as
-    """.split()
-)
-_VIEWING_LAYERS = (
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity),
-    *(nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle),
-)
 _FACTORIES = frozenset("arange full linspace ones scalar_tensor zeros".split())
-# What writes to its first argument besides those whose names say so, and what has an option to.
-_WRITING = frozenset("iadd iand ifloordiv imod imul ior ipow isub itruediv ixor".split())
-_NOT_WRITING = frozenset("and_ not_ or_".split())
-_INPLACE = frozenset("celu elu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 selu silu threshold".split())
 
 
 def not_capturable(network: nn.Module) -> str | None:
@@ -70,7 +52,7 @@ def _unsafe(network: Program, step: Step, device: torch.device) -> str | None:
         reason = next(filter(None, map(_unsafe_layer, layer.modules())), None)
         return None if reason is None else f"layer {step.target} {reason}"
     try:
-        name = _name(step)
+        name = name_of(step)
     except ValueError:
         return f"what {step} does in a graph is not known"
     reason = _unsafe_call(name, step, device)
@@ -91,20 +73,20 @@ def _unsafe_layer(layer: nn.Module) -> str | None:
 
 def _unsafe_call(name: str, step: Step, device: torch.device) -> str | None:
     args, kwargs = step.args, step.kwargs
-    given = [*leaves(args), *leaves(kwargs)]
-    if "dropout" in name or (name == "scaled_dot_product_attention" and _given(step, 4, "dropout_p", 0.0) != 0.0):
+    values = [*leaves(args), *leaves(kwargs)]
+    if "dropout" in name or (name == "scaled_dot_product_attention" and given(step, 4, "dropout_p", 0.0) != 0.0):
         return "draws random numbers"
-    if name == "batch_norm" and _given(step, 5, "training", True) is not False:
+    if name == "batch_norm" and given(step, 5, "training", True) is not False:
         return "may write to its statistics"
     if name == "instance_norm" and any(isinstance(value, Slot) for value in (*args[1:], *kwargs.values())):
         return "may write to its statistics"
-    if name == "embedding" and _given(step, 3, "max_norm", None) is not None:
+    if name == "embedding" and given(step, 3, "max_norm", None) is not None:
         return "may write to its weight"
-    if name == "cpu" or any(_is_elsewhere(value, device) for value in given):
+    if name == "cpu" or any(_is_elsewhere(value, device) for value in values):
         return "computes on another device"
     if name in _FACTORIES and kwargs.get("device") is None:
         return "makes a tensor on another device"
-    if kwargs.get("non_blocking") or kwargs.get("pin_memory") or (name == "to" and True in given):
+    if kwargs.get("non_blocking") or kwargs.get("pin_memory") or (name == "to" and True in values):
         return "may copy from another device"
     return None
 
@@ -122,36 +104,8 @@ def _written(network: Program) -> str | None:
     for step in network.listing.steps:
         read = any(lasting[slot.number] for slot in slots_in((step.args, step.kwargs)))
         target = next(iter(slots_in((step.args, step.kwargs))), None)
-        writes = _writes(network, step)
-        if writes and target is not None and lasting[target.number]:
+        does_write = writes(network, step)
+        if does_write and target is not None and lasting[target.number]:
             return f"{step} writes to an input or to what the network keeps"
-        lasting.append(step.kind == "tensor" or (read and (writes or _is_view(network, step))))
+        lasting.append(step.kind == "tensor" or (read and (does_write or is_view(network, step))))
     return None
-
-
-def _writes(network: Program, step: Step) -> bool:
-    """Whether a step writes to its first argument."""
-    if step.kind == "layer":
-        return bool(getattr(network.get_submodule(step.target), "inplace", False))
-    if step.kind == "tensor":
-        return False
-    name = _name(step)
-    if name in _WRITING or (name.endswith("_") and name not in _NOT_WRITING):
-        return True
-    return name in _INPLACE and (step.kwargs.get("inplace") is True or True in step.args[1:])
-
-
-def _is_view(network: Program, step: Step) -> bool:
-    if step.kind == "layer":
-        return isinstance(network.get_submodule(step.target), _VIEWING_LAYERS)
-    return _name(step) in _VIEWS
-
-
-def _name(step: Step) -> str:
-    """The name of what a step calls, whichever of torch's modules it is called from. Raises ValueError for others."""
-    parts = named(step)[0].split(".")
-    return parts[3] if parts[:3] == ["torch", "ops", "aten"] else parts[-1]
-
-
-def _given(step: Step, position: int, name: str, default: Any) -> Any:
-    return step.args[position] if len(step.args) > position else step.kwargs.get(name, default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,10 @@ from typing import Any, NoReturn
 
 from torch import fx, nn
 
+from escort.layers.observed import is_observed
 from escort.runtime.graph import read
+from escort.runtime.loop import BoundStep, run_steps
+from escort.runtime.native import Native
 from escort.runtime.stand_in import adopt
 from escort.runtime.steps import REQUIRED, Listing, Step
 from escort.runtime.templates import Slot, filled, mapped
@@ -42,12 +46,14 @@ class Program(nn.Module):
 
     Attributes:
         listing: what it does.
+        native: what runs its calls on CPUs.
 
     Raises:
         ValueError: where there is nothing at a path, or a path is the name of something else.
     """
 
     listing: Listing
+    native: Native
 
     def __init__(self, listing: Listing, owned: dict[str, Any]) -> None:
         super().__init__()
@@ -61,6 +67,7 @@ class Program(nn.Module):
                 if outer in owned:
                     self._own(outer, owned[outer])
         self._bound: Bound | None = None
+        self.native = Native()
         super().train(False)
 
     def _own(self, path: str, value: Any) -> None:
@@ -99,14 +106,10 @@ class Program(nn.Module):
         if kwargs or len(args) != bound.positional:
             args = self._in_order(args, kwargs)
         values[: len(args)] = args
-        for table, key, arguments, template, result, last_reads in bound.steps:
-            if template is None:
-                values[result] = table[key](*[values[i] for i in arguments])
-            else:
-                filled_args, filled_kwargs = filled(template, values)
-                values[result] = table[key](*filled_args, **filled_kwargs)
-            for i in last_reads:
-                values[i] = None
+        if is_observed():
+            run_steps(bound.steps, values)
+        else:
+            self.native.run(self, self.listing, bound.steps, values)
         return filled(self.listing.output, values)
 
     def _in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -145,7 +148,7 @@ class Program(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: what is bound belongs to these layers."""
-        return {**self.__dict__, "_bound": None}
+        return {**self.__dict__, "_bound": None, "native": copy.copy(self.native)}
 
     def extra_repr(self) -> str:
         return str(self.listing)
@@ -193,9 +196,7 @@ class Bound:
     Attributes:
         values: what a run starts with: room for inputs and results, then the plain arguments of steps.
         positional: how many inputs a call by position has; -1 where it may have any number, or they are checked.
-        steps: for each (table, key, numbers of the arguments, template, number of the result, values to let go of).
-            What is called is ``table[key]``, so that a layer that takes another's place is called. The template, None
-            where the numbers say all, is that of args and kwargs.
+        steps: what :func:`escort.runtime.loop.run_steps` runs.
     """
 
     def __init__(self, program: Program) -> None:
@@ -206,7 +207,7 @@ class Bound:
         is_checked = any(given.name.startswith("*") or given.fixed is not REQUIRED for given in listing.inputs)
         self.positional = -1 if is_checked else count
         self.values: list[Any] = [None] * (count + len(listing.steps))
-        self.steps: list[tuple[Any, Any, tuple[int, ...], Any, int, tuple[int, ...]]] = []
+        self.steps: list[BoundStep] = []
         for number, (step, last_reads) in enumerate(zip(listing.steps, listing.last_reads(), strict=True), count):
             table, key = self._callable(program, step)
             is_simple = not step.kwargs and all(isinstance(value, Slot) or _is_fixed(value) for value in step.args)

@@ -1,8 +1,8 @@
-"""What a network was made of when it was captured, and whether it still is."""
+"""What a network was made of when a graph or a native form was made of it, and whether it still is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from escort.layers import SparseConv2d
-from escort.runtime.capture import SWITCHED
 
+#: Layers that compute something else in training.
+SWITCHED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU)
 _version = attrgetter("_version")
 
 
@@ -25,7 +26,8 @@ class Watch:
     of their own, and hooks. What the graphs read is kept alive as long as this is.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
+        """It watches some modules of the network, by default all."""
         self.network = network
         self._places: list[tuple[Mapping[str, nn.Module | None], str]] = []
         self._owners: list[Mapping[str, torch.Tensor | None]] = []
@@ -33,7 +35,7 @@ class Watch:
         self._hooks: list[Any] = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         self._sparse: list[SparseConv2d] = []
         self._switched: list[nn.Module] = []  # those that compute something else in training
-        for module in network.modules():
+        for module in network.modules() if modules is None else modules:
             self._places += [(module._modules, name) for name in module._modules]
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             if isinstance(module, SparseConv2d):

@@ -15,7 +15,10 @@
 #include <vector>
 
 #include "direct.hpp"
+#include "lines.hpp"
 #include "max_pool.hpp"
+#include "op.hpp"
+#include "program_bindings.hpp"
 #include "spread_channels.hpp"
 #include "tables.hpp"
 #include "threads.hpp"
@@ -29,6 +32,7 @@ namespace {
 struct Kernels {
   const Isa* direct;
   PoolPlane pool;
+  const Lines* lines;
 };
 
 // The kernels that this build holds and this processor runs, fastest first.
@@ -37,12 +41,13 @@ std::vector<Kernels> supported() {
 #ifdef ESCORT_HAVE_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq"))
-    isas.push_back({&direct_avx512, pool_avx512});
+    isas.push_back({&direct_avx512, pool_avx512, &lines_avx512});
 #endif
 #ifdef ESCORT_HAVE_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back({&direct_avx2, pool_avx2});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    isas.push_back({&direct_avx2, pool_avx2, &lines_avx2});
 #endif
-  isas.push_back({&direct_generic, pool_generic});
+  isas.push_back({&direct_generic, pool_generic, &lines_generic});
   return isas;
 }
 
@@ -54,12 +59,13 @@ const Isa* find_isa(const std::string& name) {
 
 constexpr int64_t kFarFloats = 2 << 20;  // an input of 8 MiB is not in cache when its layer starts
 
-// Owns the tables of one convolution.
-class DirectConvolution {
+// Owns the tables of one convolution. Inputs are x and the residual, which may be left out.
+class DirectConvolution : public Op {
  public:
   // tables: arrays of records by name, each of the structs of direct.hpp; params is an array of one record.
   DirectConvolution(const std::string& isa, const nb::dict& tables)
-      : isa_(find_isa(isa)),
+      : Op({}, 0),
+        isa_(find_isa(isa)),
         nonzeros_(records<Nonzero>(tables, "nonzeros")),
         out_channels_(records<OutChannel>(tables, "out_channels")),
         blocks_(records<Block>(tables, "blocks")),
@@ -67,11 +73,14 @@ class DirectConvolution {
         runs_(records<Run>(tables, "runs")),
         segments_(records<Segment>(tables, "segments")),
         tiles_(records<Tile>(tables, "tiles")) {
-    const std::vector<Params> params = records<Params>(tables, "params");
-    if (params.size() != 1) throw std::invalid_argument("params: one record");
+    const std::vector<Params> all = records<Params>(tables, "params");
+    if (all.size() != 1) throw std::invalid_argument("params: one record");
+    const Params& params = all[0];
+    input_sizes = {params.x_sample_stride, params.y_sample_stride};
+    output_size = params.y_sample_stride;
     for (const Tile& tile : tiles_)
       if (tile.vectors < 1 || tile.vectors > isa_->max_vectors) throw std::invalid_argument("tile: too many vectors");
-    direct_ = {params[0],
+    direct_ = {params,
                nonzeros_.data(),
                out_channels_.data(),
                blocks_.data(),
@@ -81,21 +90,34 @@ class DirectConvolution {
                tiles_.data(),
                static_cast<int32_t>(jobs_.size()),
                static_cast<int32_t>(tiles_.size()),
-               (params[0].stage_size + params[0].partial_size + 15) / 16 * 16,
+               (params.stage_size + params.partial_size + 15) / 16 * 16,
+               params.y_sample_stride,
                false};
+    // About two vectors of multiply-adds per nanosecond, and one that is written.
+    int64_t vectors = 0;
+    for (const Tile& tile : tiles_) vectors += tile.vectors;
+    sample_ns_ = vectors * static_cast<int64_t>(nonzeros_.size() / 2 + out_channels_.size());
   }
 
   // x, residual (or 0) and y are addresses of contiguous float32 tensors of `samples` samples.
   void run(uintptr_t x, uintptr_t residual, uintptr_t y, int64_t samples, int threads) const {
     const nb::gil_scoped_release release;
+    const Input inputs[] = {{reinterpret_cast<const float*>(x), input_sizes[0]},
+                            {reinterpret_cast<const float*>(residual), output_size}};
+    run(inputs, {reinterpret_cast<float*>(y), output_size}, samples, threads);
+  }
+
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
     const int64_t tasks = samples * direct_.tile_count * direct_.job_count;
-    if (threads > tasks) threads = static_cast<int>(tasks);
+    threads = threads_for(samples * sample_ns_, static_cast<int>(std::min<int64_t>(threads, tasks)));
     float* memory = scratch(direct_.scratch_size * (threads > 1 ? threads : 1));
     Direct direct = direct_;
     direct.fetch_ahead = samples * direct.x_sample_stride > kFarFloats;
+    direct.x_sample_stride = inputs[0].stride;
+    direct.residual_sample_stride = inputs[1].stride;
+    direct.y_sample_stride = output.stride;
     parallel(tasks, threads, [&](int64_t i, int thread) {
-      isa_->run(direct, i, reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(residual),
-                reinterpret_cast<float*>(y), memory + thread * direct_.scratch_size);
+      isa_->run(direct, i, inputs[0].data, inputs[1].data, output.data, memory + thread * direct_.scratch_size);
     });
   }
 
@@ -109,33 +131,46 @@ class DirectConvolution {
   std::vector<Segment> segments_;
   std::vector<Tile> tiles_;
   Direct direct_;
+  int64_t sample_ns_;  // about what a sample takes one thread
 };
 
 // Max pooling of planes of one size. Pairs are (rows, columns).
-class MaxPool2d {
+class MaxPool2d : public Op {
  public:
   using Pair = std::array<int, 2>;
 
-  MaxPool2d(Pair input_size, Pair output_size, Pair kernel_size, Pair stride, Pair padding, Pair dilation)
-      : pool_{input_size[0], input_size[1], output_size[0], output_size[1], kernel_size[0], kernel_size[1],
-              stride[0],     stride[1],     dilation[0],    dilation[1],    padding[0],     padding[1]} {}
+  MaxPool2d(int64_t channels, Pair input_size, Pair output_size, const std::array<Pair, 4>& window)
+      : Op({channels * input_size[0] * input_size[1]}, channels * output_size[0] * output_size[1]),
+        channels_(channels),
+        pool_{input_size[0], input_size[1], output_size[0], output_size[1], window[0][0], window[0][1],
+              window[1][0],  window[1][1],  window[3][0],   window[3][1],   window[2][0], window[2][1]} {}
 
-  // x and y are addresses of `planes` contiguous float32 planes.
-  void run(uintptr_t x, uintptr_t y, int64_t planes, int threads) const {
+  // x and y are addresses of contiguous float32 tensors of `samples` samples.
+  void run(uintptr_t x, uintptr_t y, int64_t samples, int threads) const {
     const nb::gil_scoped_release release;
-    if (threads > planes) threads = static_cast<int>(planes);
+    const Input input = {reinterpret_cast<const float*>(x), input_sizes[0]};
+    run(&input, {reinterpret_cast<float*>(y), output_size}, samples, threads);
+  }
+
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
+    const int64_t planes = samples * channels_;
+    const int64_t plane_ns = int64_t(pool_.height) * pool_.width / 2;  // about, of one thread
+    threads = threads_for(planes * plane_ns, static_cast<int>(std::min<int64_t>(threads, planes)));
     static const PoolPlane pool_plane = supported().front().pool;
     // A window that ceil_mode adds may reach beyond the right padding.
     const int64_t line_size =
         pool_.left + pool_.width + int64_t(pool_.columns) * pool_.column_dilation + pool_.column_stride;
     float* memory = scratch(line_size * (threads > 1 ? threads : 1));
     parallel(planes, threads, [&](int64_t i, int thread) {
-      pool_plane(pool_, reinterpret_cast<const float*>(x) + i * pool_.height * pool_.width,
-                 reinterpret_cast<float*>(y) + i * pool_.out_height * pool_.out_width, memory + thread * line_size);
+      const int64_t sample = i / channels_, channel = i % channels_;
+      pool_plane(pool_, inputs[0].data + sample * inputs[0].stride + channel * pool_.height * pool_.width,
+                 output.data + sample * output.stride + channel * pool_.out_height * pool_.out_width,
+                 memory + thread * line_size);
     });
   }
 
  private:
+  int64_t channels_;
   Pool pool_;
 };
 
@@ -169,6 +204,12 @@ bool keep_freed_memory(int most_bytes) {
 }
 
 }  // namespace
+
+const Lines& lines() {
+  static const Lines& fastest = *supported().front().lines;
+  return fastest;
+}
+
 }  // namespace escort
 
 NB_MODULE(_cpu, m) {
@@ -186,14 +227,30 @@ NB_MODULE(_cpu, m) {
       },
       "The instruction sets of this machine, fastest first: (name, floats per vector, vectors per tile).");
   m.def("keep_freed_memory", &keep_freed_memory, "most_bytes"_a);
+  m.def(
+      "fork_join_ns",
+      [](int threads, bool at_hand) {
+        const nb::gil_scoped_release release;
+        if (!at_hand) return fork_join_ns(threads);
+        double taken = 0;
+        const auto measure = [&] { taken = fork_join_ns(threads); };
+        with_threads(threads, measure);
+        return taken;
+      },
+      "threads"_a, "at_hand"_a);
+  m.def("assume_fork_join_ns", &assume_fork_join_ns, "nanoseconds"_a);
   m.def("spread_channels", &checked_spread_channels, "sites"_a, "channels"_a, "site_count"_a, "channel_count"_a,
         "kept"_a, "of"_a);
-  nb::class_<DirectConvolution>(m, "DirectConvolution")
+  bind_program(m);
+  using Addresses = void (DirectConvolution::*)(uintptr_t, uintptr_t, uintptr_t, int64_t, int) const;
+  nb::class_<DirectConvolution, Op>(m, "DirectConvolution")
       .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a)
-      .def("run", &DirectConvolution::run, "x"_a, "residual"_a, "y"_a, "samples"_a, "threads"_a);
+      .def("run", static_cast<Addresses>(&DirectConvolution::run), "x"_a, "residual"_a, "y"_a, "samples"_a,
+           "threads"_a);
   using Pair = MaxPool2d::Pair;
-  nb::class_<MaxPool2d>(m, "MaxPool2d")
-      .def(nb::init<Pair, Pair, Pair, Pair, Pair, Pair>(), "input_size"_a, "output_size"_a, "kernel_size"_a, "stride"_a,
-           "padding"_a, "dilation"_a)
-      .def("run", &MaxPool2d::run, "x"_a, "y"_a, "planes"_a, "threads"_a);
+  nb::class_<MaxPool2d, Op>(m, "MaxPool2d", "window: kernel_size, stride, padding and dilation.")
+      .def(nb::init<int64_t, Pair, Pair, const std::array<Pair, 4>&>(), "channels"_a, "input_size"_a, "output_size"_a,
+           "window"_a)
+      .def("run", static_cast<void (MaxPool2d::*)(uintptr_t, uintptr_t, int64_t, int) const>(&MaxPool2d::run), "x"_a,
+           "y"_a, "samples"_a, "threads"_a);
 }

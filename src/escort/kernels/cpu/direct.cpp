@@ -62,18 +62,28 @@ void stage_block(const Direct& d, const Tile& tile, const Block& block, const fl
 }
 
 // Writes a finished tile of one output channel, segment by segment; what the tile holds between rows is dropped.
-void write_segments(const Direct& d, const Tile& tile, Epilogue epilogue, const float* sums, const float* residual,
+void write_segments(const Direct& d, const Tile& tile, Epilogue epilogue, float* sums, const float* residual,
                     float* y) {
+  if (!is_bound(epilogue.activation)) {  // at once for all segments, as rows may be shorter than vectors
+    for (int n = tile.first_segment; residual && n < tile.end_segment; n++) {
+      const Segment& s = d.segments[n];
+      for (int i = 0; i < s.length; i++) sums[s.tile_position + i] += residual[s.plane_position + i];
+    }
+    activate(sums, tile.vectors * kLanes, epilogue);
+    residual = nullptr;
+    epilogue.activation = Activation::none;
+  }
   const auto vector = [&](const Segment& s, int i) {
-    const float* add = residual ? residual + s.plane_position + i : nullptr;
-    store(y + s.plane_position + i, finish(load(sums + s.tile_position + i), add, epilogue));
+    const Vector v = load(sums + s.tile_position + i);
+    const Vector sum = residual ? v + load(residual + s.plane_position + i) : v;
+    store(y + s.plane_position + i, bounded(sum, epilogue.activation));
   };
   for (int n = tile.first_segment; n < tile.end_segment; n++) {
     const Segment& s = d.segments[n];
     if (s.length < kLanes) {
       for (int i = 0; i < s.length; i++) {
-        const float* add = residual ? residual + s.plane_position + i : nullptr;
-        y[s.plane_position + i] = finish(sums[s.tile_position + i], add, epilogue);
+        const float v = sums[s.tile_position + i] + (residual ? residual[s.plane_position + i] : 0.0f);
+        y[s.plane_position + i] = bounded(v, epilogue.activation);
       }
       continue;
     }
@@ -116,7 +126,7 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, Places pl
         for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(ahead.x + fetched * d.x_plane_stride + j, 0, 2);
     }
     const OutChannel& out = d.out_channels[i];
-    const Epilogue epilogue = {d.activation, 0.0f};
+    const Epilogue epilogue = {d.activation, out.slope};
     const Nonzero* end = d.nonzeros + d.out_channels[i + 1].first_nonzero;
     float* slot = partial + int64_t(out.slot) * (V * kLanes);
     if (last && i + kChannelsAhead < block.end_record) {
@@ -138,10 +148,21 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, Places pl
       for (int v = 0; v < V; v++) store(slot + v * kLanes, sum[v]);
     } else if (InPlace) {
       const int64_t plane = out.channel * d.y_plane_stride;
+      if (!is_bound(d.activation)) {
+        const int64_t begin = tail < 0 ? tail : 0;  // a tile shorter than a vector begins in the one before it
+#pragma GCC unroll 28
+        for (int v = 0; v < V; v++) {
+          const int64_t at = v == V - 1 ? tail : v * kLanes;
+          store(sums + at - begin, residual ? sum[v] + load(residual + plane + at) : sum[v]);
+        }
+        activate(sums, tile.length - begin, epilogue);
+        copy(y + plane + begin, sums, tile.length - begin);
+        continue;
+      }
 #pragma GCC unroll 28
       for (int v = 0; v < V; v++) {
         const int64_t at = plane + (v == V - 1 ? tail : v * kLanes);
-        store(y + at, finish(sum[v], residual ? residual + at : nullptr, epilogue));
+        store(y + at, bounded(residual ? sum[v] + load(residual + at) : sum[v], d.activation));
       }
     } else {
       const int64_t plane = out.channel * d.y_plane_stride;
@@ -177,7 +198,7 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
   const int64_t sample = task / d.job_count / d.tile_count;
   x += sample * d.x_sample_stride;
   y += sample * d.y_sample_stride;
-  if (residual) residual += sample * d.y_sample_stride;
+  if (residual) residual += sample * d.residual_sample_stride;
   float* partial = scratch + d.stage_size;
   for (int b = job.first_block; b < job.end_block; b++) {
     const Block& block = d.blocks[b];

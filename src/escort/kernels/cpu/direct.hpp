@@ -29,6 +29,7 @@ struct OutChannel {
   int32_t slot;  // which of the job's partial sums it accumulates into
   int32_t first_nonzero;
   float bias;
+  float slope;  // of the activation, if it has one
 };
 
 struct Block {  // input channels of one stage, and the records of the output channels that read them
@@ -75,7 +76,9 @@ struct Direct : Params {
   const Tile* tiles;
   int32_t job_count, tile_count;
   int64_t scratch_size;  // of a thread
-  bool fetch_ahead;      // in place: whether x is too large to be in cache already; set for each call
+  // Set for each call, as the sample strides of x and y are:
+  int64_t residual_sample_stride;
+  bool fetch_ahead;  // in place: whether x is too large to be in cache already
 };
 
 // Runs one task: task = (sample * tile_count + tile) * job_count + job. `residual` may be null; `scratch` holds

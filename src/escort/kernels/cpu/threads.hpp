@@ -1,26 +1,54 @@
 // Work on several threads, and their scratch memory.
+//
+// The threads are those of OpenMP, as in torch's operators. Threads of our own would share their cores with OpenMP's,
+// which wait for milliseconds behind each operator of torch without sleeping: measured, ours then add nothing.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 
 namespace escort {
 
-// Calls call(work, thread) on that many threads at the same time.
-void on_threads(int threads, void (*call)(const void* work, int thread), const void* work);
+constexpr int kMostThreads = 256;
+
+// Work as a plain function, called with its data and the number of the thread. It must not throw.
+using Call = void (*)(const void* work, int thread);
+
+// Calls call(work, thread) with thread 0 on the calling thread and, at the same time, on up to `threads` - 1 others.
+// Fewer take part where another call keeps the processor busy, where cores are lacking, or when they come too late: the
+// work is done by whoever is there, and the caller waits only for those that have begun.
+void on_threads(int threads, Call call, const void* work);
+
+// Runs body() on the calling thread with that many threads at hand: an on_threads in it calls them by one write to
+// memory. They wait for the next one without sleeping, for some microseconds, and then sleep. Throws what body throws.
+// Within another with_threads it only runs body.
+void with_threads(int threads, const std::function<void()>& body);
+
+// How many of that many threads are worth their start for work that takes one thread about so long: each gets twice
+// the time that they take to begin and end together, which is measured when it is first asked for.
+int threads_for(int64_t nanoseconds, int threads);
+
+// How long an on_threads takes in which all threads only wait for each other, here: in a with_threads or outside of
+// one. Measured by the first call for a number of threads.
+double fork_join_ns(int threads);
+
+// Takes so long for a fork and join from here on, whatever it takes; 0 has it measured anew.
+void assume_fork_join_ns(double nanoseconds);
 
 // Notices forks from here on; called once, when the module is imported.
 void watch_forks();
 
 // Scratch of the calling thread for all its workers, aligned to 64 bytes; it grows to the largest layer and is then
-// reused. A call throws std::bad_alloc, or ends the use of what the call before it returned.
+// reused. It holds until the thread's next call. Throws std::bad_alloc.
 float* scratch(int64_t floats);
 
-// Runs task(i, thread) for every i below `tasks`. Each thread starts with its own share of consecutive tasks, the same
-// share in every layer, so that it finds in its cache what it wrote in the layer before. A thread that is done helps
-// the others.
+// Runs task(i, thread) for every i below `tasks`, on up to so many threads. Each starts with its own share of
+// consecutive tasks, the same share in every layer, so that it finds in its cache what it wrote in the layer before. A
+// thread that is done helps the others.
 template <class Task>
 void parallel(int64_t tasks, int threads, const Task& task) {
+  if (threads > tasks) threads = static_cast<int>(tasks);
   if (threads <= 1) {
     for (int64_t i = 0; i < tasks; i++) task(i, 0);
     return;
@@ -29,16 +57,16 @@ void parallel(int64_t tasks, int threads, const Task& task) {
     std::atomic<int64_t> next;
     int64_t end;
   };
-  constexpr int kMostThreads = 256;
   if (threads > kMostThreads) threads = kMostThreads;
   Share shares[kMostThreads];
   for (int t = 0; t < threads; t++) {
-    shares[t].next = tasks * t / threads;
+    shares[t].next.store(tasks * t / threads, std::memory_order_relaxed);
     shares[t].end = tasks * (t + 1) / threads;
   }
   const auto work = [&](int thread) {
     for (int t = 0; t < threads; t++) {
       Share& share = shares[(thread + t) % threads];
+      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
       for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) task(i, thread);
     }
   };

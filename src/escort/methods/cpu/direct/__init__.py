@@ -56,6 +56,7 @@ class Direct(Method):
     name = "direct"
     device_type = "cpu"
     config_type = DirectConfig
+    is_native = True
 
     def unsupported(self, problem: Problem) -> str | None:
         return None if problem.precision == "fp32" else f"computes in fp32, not in {problem.precision}"
@@ -79,11 +80,18 @@ class Direct(Method):
         return tuple(configs)
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: DirectConfig,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         lanes, most = ISAS[config.isa]
         layout = Layout.of(problem, lanes, min(config.vectors, most))
-        schedule = Schedule.of(sparse_filter, layout, bias, config.channel_block, config.parts)
+        if problem.epilogue.activation == "leaky_relu":
+            slope = torch.full((problem.out_channels,), problem.epilogue.negative_slope)
+        schedule = Schedule.of(sparse_filter, layout, bias, config.channel_block, config.parts, slope)
         tables = {
             "params": _params(problem, layout, schedule, config),
             "nonzeros": schedule.nonzeros,
@@ -94,7 +102,8 @@ class Direct(Method):
             "segments": layout.segments,
             "tiles": layout.tiles,
         }
-        run_kernel, threads = _cpu.DirectConvolution(config.isa, tables).run, torch.get_num_threads
+        op, threads = _cpu.DirectConvolution(config.isa, tables), torch.get_num_threads
+        run_kernel = op.run
         check, out_shape = input_check(problem), problem.output_shape[1:]
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -107,7 +116,7 @@ class Direct(Method):
             run_kernel(x.data_ptr(), residual_address, y.data_ptr(), samples, threads())
             return y
 
-        return Prepared(run)
+        return Prepared(run, op=op)
 
 
 def _params(problem: Problem, layout: Layout, schedule: Schedule, config: DirectConfig) -> Records:

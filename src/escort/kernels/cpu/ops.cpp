@@ -1,0 +1,251 @@
+#include "ops.hpp"
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+#include <stdexcept>
+
+#include "threads.hpp"
+
+namespace escort {
+namespace {
+
+constexpr int64_t kTaskFloats = 1 << 13;  // about a microsecond of work
+constexpr int64_t kFloatsPerNs = 4;       // that one thread reads and writes, about
+
+int64_t product(const std::vector<int64_t>& sizes) {
+  return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<int64_t>());
+}
+
+// The floats of a sample that strides reach.
+int64_t reach(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+  if (strides.size() != shape.size()) throw std::invalid_argument("as many strides as axes");
+  int64_t last = 0;
+  for (size_t i = 0; i < shape.size(); i++) {
+    if (shape[i] < 1 || strides[i] < 0) throw std::invalid_argument("sizes are positive, strides not negative");
+    last += (shape[i] - 1) * strides[i];
+  }
+  return last + 1;
+}
+
+std::vector<int64_t> sizes_of(const std::vector<int64_t>& shape, const std::vector<int64_t>& a,
+                              const std::vector<int64_t>& b) {
+  if (b.empty()) return {reach(shape, a)};
+  return {reach(shape, a), reach(shape, b)};
+}
+
+// Where row number `row` of a sample begins: rows are numbered along all axes but the last.
+int64_t row_offset(int64_t row, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+  int64_t offset = 0;
+  for (size_t i = shape.size() - 1; i-- > 0; row /= shape[i]) offset += row % shape[i] * strides[i];
+  return offset;
+}
+
+// Calls each(sample, row, begin, end) for all pieces of all rows.
+template <class Each>
+void for_rows(const std::vector<int64_t>& shape, int64_t samples, int threads, const Each& each) {
+  const int64_t length = shape.back(), rows = product(shape) / length;
+  const int64_t pieces = (length + kTaskFloats - 1) / kTaskFloats;                      // of a long row
+  const int64_t together = std::max<int64_t>(kTaskFloats / length, 1);                  // short rows
+  const int64_t tasks = pieces > 1 ? rows * pieces : (rows + together - 1) / together;  // of a sample
+  parallel(samples * tasks, threads_for(samples * rows * length / kFloatsPerNs, threads), [&](int64_t i, int) {
+    const int64_t sample = i / tasks, task = i % tasks;
+    if (pieces > 1) {
+      const int64_t begin = task % pieces * kTaskFloats;
+      each(sample, task / pieces, begin, std::min(begin + kTaskFloats, length));
+      return;
+    }
+    for (int64_t row = task * together; row < std::min((task + 1) * together, rows); row++)
+      each(sample, row, 0, length);
+  });
+}
+
+// Calls each(sample, channel, thread) for all planes; `floats` says how much work one is.
+template <class Each>
+void for_planes(int64_t channels, int64_t samples, int64_t floats, int threads, const Each& each) {
+  threads = threads_for(samples * channels * floats / kFloatsPerNs, threads);
+  parallel(samples * channels, threads, [&](int64_t i, int thread) { each(i / channels, i % channels, thread); });
+}
+
+}  // namespace
+
+Elementwise::Elementwise(Combine combine, Epilogue epilogue, std::vector<int64_t> shape, std::vector<int64_t> a_strides,
+                         std::vector<int64_t> b_strides)
+    : Op(sizes_of(shape, a_strides, b_strides), product(shape)),
+      combine_(combine),
+      epilogue_(epilogue),
+      shape_(std::move(shape)),
+      a_strides_(std::move(a_strides)),
+      b_strides_(std::move(b_strides)) {
+  const bool is_unary = combine_ == Combine::first;
+  if (shape_.empty() || is_unary != b_strides_.empty()) throw std::invalid_argument("an axis, and b where it is used");
+  if (a_strides_.back() > 1 || (!is_unary && b_strides_.back() > 1))
+    throw std::invalid_argument("lines are contiguous");
+}
+
+void Elementwise::run(const Input* inputs, Output output, int64_t samples, int threads) const {
+  const auto combine_line = lines().combine;
+  const bool is_unary = b_strides_.empty();
+  const int a_step = static_cast<int>(a_strides_.back()), b_step = is_unary ? 0 : static_cast<int>(b_strides_.back());
+  for_rows(shape_, samples, threads, [&](int64_t sample, int64_t row, int64_t begin, int64_t end) {
+    const float* a = inputs[0].data + sample * inputs[0].stride + row_offset(row, shape_, a_strides_) + begin * a_step;
+    const float* b = a;
+    if (!is_unary)
+      b = inputs[1].data + sample * inputs[1].stride + row_offset(row, shape_, b_strides_) + begin * b_step;
+    float* y = output.data + sample * output.stride + row * shape_.back() + begin;
+    combine_line(combine_, epilogue_, a, a_step, b, b_step, y, end - begin);
+  });
+}
+
+Copy::Copy(std::vector<int64_t> shape, std::vector<int64_t> strides)
+    : Op({reach(shape, strides)}, product(shape)), shape_(std::move(shape)), strides_(std::move(strides)) {
+  if (shape_.empty()) throw std::invalid_argument("an axis at least");
+}
+
+void Copy::run(const Input* inputs, Output output, int64_t samples, int threads) const {
+  const int64_t step = strides_.back();
+  for_rows(shape_, samples, threads, [&](int64_t sample, int64_t row, int64_t begin, int64_t end) {
+    const float* x = inputs[0].data + sample * inputs[0].stride + row_offset(row, shape_, strides_);
+    float* y = output.data + sample * output.stride + row * shape_.back();
+    if (step == 1) {
+      std::copy(x + begin, x + end, y + begin);
+    } else {
+      for (int64_t i = begin; i < end; i++) y[i] = x[i * step];
+    }
+  });
+}
+
+Pad::Pad(int64_t channels, Plane input_size, std::array<int64_t, 4> borders, float value)
+    : Op({channels * input_size[0] * input_size[1]},
+         channels * (borders[2] + input_size[0] + borders[3]) * (borders[0] + input_size[1] + borders[1])),
+      channels_(channels),
+      height_(input_size[0]),
+      width_(input_size[1]),
+      left_(borders[0]),
+      right_(borders[1]),
+      top_(borders[2]),
+      bottom_(borders[3]),
+      value_(value) {
+  if (top_ + height_ + bottom_ < 1 || left_ + width_ + right_ < 1) throw std::invalid_argument("nothing would be left");
+}
+
+void Pad::run(const Input* inputs, Output output, int64_t samples, int threads) const {
+  const int64_t out_height = top_ + height_ + bottom_, out_width = left_ + width_ + right_;
+  const int64_t begin = std::clamp<int64_t>(left_, 0, out_width);  // what a row of x fills of a row of y
+  const int64_t end = std::clamp<int64_t>(left_ + width_, begin, out_width);
+  for_planes(channels_, samples, out_height * out_width, threads, [&](int64_t sample, int64_t channel, int) {
+    const float* x = inputs[0].data + sample * inputs[0].stride + channel * height_ * width_;
+    float* y = output.data + sample * output.stride + channel * out_height * out_width;
+    for (int64_t i = 0; i < out_height; i++, y += out_width) {
+      const int64_t row = i - top_;
+      if (row < 0 || row >= height_) {
+        std::fill(y, y + out_width, value_);
+        continue;
+      }
+      const float* from = x + row * width_ - left_;
+      std::fill(y, y + begin, value_);
+      std::copy(from + begin, from + end, y + begin);
+      std::fill(y + end, y + out_width, value_);
+    }
+  });
+}
+
+AveragePool::AveragePool(int64_t channels, Plane input_size, std::vector<Window> rows, std::vector<Window> columns)
+    : Op({channels * input_size[0] * input_size[1]}, channels * int64_t(rows.size()) * int64_t(columns.size())),
+      channels_(channels),
+      height_(input_size[0]),
+      width_(input_size[1]),
+      rows_(std::move(rows)),
+      columns_(std::move(columns)) {
+  const auto within = [](const std::vector<Window>& windows, int64_t size) {
+    return std::all_of(windows.begin(), windows.end(),
+                       [&](const Window& w) { return 0 <= w.begin && w.begin < w.end && w.end <= size; });
+  };
+  if (!within(rows_, height_) || !within(columns_, width_)) throw std::invalid_argument("windows lie within the plane");
+}
+
+void AveragePool::plane(const float* x, float* y, float* line) const {
+  const Lines& lines = escort::lines();
+  for (const Window& row : rows_) {
+    if (columns_.size() == 1 && columns_[0].begin == 0 && columns_[0].end == width_) {
+      *y++ = lines.sum(x + row.begin * width_, (row.end - row.begin) * width_) / (row.count * columns_[0].count);
+      continue;
+    }
+    for (int r = row.begin; r < row.end; r++) lines.accumulate(x + r * width_, line, width_, r == row.begin);
+    for (const Window& column : columns_)
+      *y++ = std::accumulate(line + column.begin, line + column.end, 0.0f) / (row.count * column.count);
+  }
+}
+
+void AveragePool::run(const Input* inputs, Output output, int64_t samples, int threads) const {
+  const int64_t out_plane = int64_t(rows_.size()) * int64_t(columns_.size()), line = (width_ + 15) / 16 * 16;
+  float* memory = scratch(line * std::min(std::max(threads, 1), kMostThreads));
+  for_planes(channels_, samples, height_ * width_, threads, [&](int64_t sample, int64_t channel, int thread) {
+    plane(inputs[0].data + sample * inputs[0].stride + channel * height_ * width_,
+          output.data + sample * output.stride + channel * out_plane, memory + thread * line);
+  });
+}
+
+Resize::Resize(int64_t channels, Plane input_size, std::vector<Between> rows, std::vector<Between> columns)
+    : Op({channels * input_size[0] * input_size[1]}, channels * int64_t(rows.size()) * int64_t(columns.size())),
+      channels_(channels),
+      height_(input_size[0]),
+      width_(input_size[1]),
+      rows_(std::move(rows)),
+      columns_(std::move(columns)) {
+  const auto within = [](const std::vector<Between>& all, int64_t size) {
+    return std::all_of(all.begin(), all.end(), [&](const Between& b) {
+      return std::min(b.low, b.high) >= 0 && std::max(b.low, b.high) < size;
+    });
+  };
+  if (!within(rows_, height_) || !within(columns_, width_)) throw std::invalid_argument("both lie within the plane");
+}
+
+void Resize::plane(const float* x, float* y, float* line) const {
+  const auto out_width = static_cast<int64_t>(columns_.size());
+  const Between* before = nullptr;
+  for (const Between& row : rows_) {
+    const bool is_one = row.low == row.high;
+    if (before && is_one && before->low == row.low && before->high == row.high) {  // as the row above it
+      std::copy(y - out_width, y, y);
+      y += out_width;
+      continue;
+    }
+    before = &row;
+    const float* from = x + row.low * width_;
+    if (!is_one) {
+      lines().blend(from, x + row.high * width_, row.share, line, width_);
+      from = line;
+    }
+    for (const Between& column : columns_) {
+      const float low = from[column.low];
+      *y++ = column.low == column.high ? low : low * (1.0f - column.share) + from[column.high] * column.share;
+    }
+  }
+}
+
+void Resize::run(const Input* inputs, Output output, int64_t samples, int threads) const {
+  const int64_t out_plane = int64_t(rows_.size()) * int64_t(columns_.size()), line = (width_ + 15) / 16 * 16;
+  float* memory = scratch(line * std::min(std::max(threads, 1), kMostThreads));
+  for_planes(channels_, samples, out_plane, threads, [&](int64_t sample, int64_t channel, int thread) {
+    plane(inputs[0].data + sample * inputs[0].stride + channel * height_ * width_,
+          output.data + sample * output.stride + channel * out_plane, memory + thread * line);
+  });
+}
+
+Linear::Linear(int64_t in, int64_t out) : Op({in, in * out, out}, out), in_(in), out_(out) {
+  if (in < 1 || out < 1) throw std::invalid_argument("sizes are positive");
+}
+
+void Linear::run(const Input* inputs, Output output, int64_t samples, int threads) const {
+  constexpr int64_t kRows = 16;  // of a task
+  const int64_t tasks = (out_ + kRows - 1) / kRows;
+  parallel(tasks, threads_for(samples * out_ * in_ / kFloatsPerNs, threads), [&](int64_t i, int) {
+    const int64_t row = i * kRows;
+    lines().products(inputs[0].data, inputs[0].stride, samples, inputs[1].data + row * in_,
+                     inputs[2].data ? inputs[2].data + row : nullptr, static_cast<int>(std::min(kRows, out_ - row)),
+                     in_, output.data + row, output.stride);
+  });
+}
+
+}  // namespace escort

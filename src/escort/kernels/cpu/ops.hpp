@@ -1,0 +1,102 @@
+// The operations of a program that stand between convolutions.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "lines.hpp"
+#include "op.hpp"
+
+namespace escort {
+
+using Plane = std::array<int64_t, 2>;  // rows and columns
+
+// y = activate(combine(a, b)), where axes of size 1 in an operand are broadcast. The output may be one of the operands
+// where that has its size.
+class Elementwise : public Op {
+ public:
+  // shape: of a sample of y. a_strides and b_strides say how far the neighbours along an axis are apart, 0 where an
+  // operand is broadcast; along the last axis 0 or 1. Without b_strides there is no b.
+  Elementwise(Combine combine, Epilogue epilogue, std::vector<int64_t> shape, std::vector<int64_t> a_strides,
+              std::vector<int64_t> b_strides);
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
+
+ private:
+  Combine combine_;
+  Epilogue epilogue_;
+  std::vector<int64_t> shape_, a_strides_, b_strides_;
+};
+
+// A contiguous copy of samples with any strides.
+class Copy : public Op {
+ public:
+  Copy(std::vector<int64_t> shape, std::vector<int64_t> strides);
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
+
+ private:
+  std::vector<int64_t> shape_, strides_;
+};
+
+// Planes with a border of one value around them; where a border is negative, something is cut off.
+class Pad : public Op {
+ public:
+  // borders: at the left, right, top and bottom.
+  Pad(int64_t channels, Plane input_size, std::array<int64_t, 4> borders, float value);
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
+
+ private:
+  int64_t channels_, height_, width_, left_, right_, top_, bottom_;
+  float value_;
+};
+
+// The rows or columns that are averaged into one, and what their sum is divided by.
+struct Window {
+  int32_t begin, end;
+  float count;
+};
+
+// Averages of windows of planes.
+class AveragePool : public Op {
+ public:
+  AveragePool(int64_t channels, Plane input_size, std::vector<Window> rows, std::vector<Window> columns);
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
+
+ private:
+  void plane(const float* x, float* y, float* line) const;
+
+  int64_t channels_, height_, width_;
+  std::vector<Window> rows_, columns_;
+};
+
+// A row or column between two: low * (1 - share) + high * share. Where both are one, it is that.
+struct Between {
+  int32_t low, high;
+  float share;
+};
+
+// Planes of another size.
+class Resize : public Op {
+ public:
+  Resize(int64_t channels, Plane input_size, std::vector<Between> rows, std::vector<Between> columns);
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
+
+ private:
+  void plane(const float* x, float* y, float* line) const;
+
+  int64_t channels_, height_, width_;
+  std::vector<Between> rows_, columns_;
+};
+
+// y = x weight^T + bias. Inputs are x, the weight (out, in) and the bias (out), which may be left out.
+class Linear : public Op {
+ public:
+  Linear(int64_t in, int64_t out);
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
+
+ private:
+  int64_t in_, out_;
+};
+
+}  // namespace escort

@@ -1,0 +1,152 @@
+"""Programs on CPUs without Python between their steps: which calls run so, and how long a form of them serves.
+
+Whatever is not known to be the same natively runs step by step, as it does elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from escort.layers import SparseConv2d
+from escort.layers.counters import Counters
+from escort.layers.observed import is_profiled
+from escort.layers.runners import RunnerCache
+from escort.runtime.loop import BoundStep, run_steps
+from escort.runtime.native.form import Form, record, unknown
+from escort.runtime.native.segment import is_plain
+from escort.runtime.steps import Listing, Step
+from escort.runtime.watch import Watch
+
+_MOST_KINDS, _MOST_WANTED = 64, 1 << 16
+_SCALARS = frozenset((bool, int, float, str, type(None)))
+_function_modes = torch._C._len_torch_function_stack
+_is_autocast, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
+
+
+class _Made:
+    """The forms of a program as it is at present.
+
+    Attributes:
+        steps: the program's, as they were bound.
+        forms: by kind of call; for kinds that have none yet, how often they were called.
+        parameters: what native steps read, and what others may ask gradients of.
+    """
+
+    def __init__(self, network: nn.Module, listing: Listing, steps: Sequence[BoundStep]) -> None:
+        self.steps = steps
+        native = [step for step in listing.steps if step.kind == "layer" and unknown(network, step) is None]
+        layers = [network.get_submodule(step.target) for step in native]
+        self.watch = Watch(network, dict.fromkeys((network, *_around(network, native), *layers)))
+        self.forms: RunnerCache[Form | int] = RunnerCache(_MOST_KINDS)
+        self.parameters = [p for layer in layers if type(layer) is not SparseConv2d for p in layer.parameters()]
+
+
+def _around(network: nn.Module, steps: Sequence[Step]) -> Iterator[nn.Module]:
+    """What the layers of steps lie in."""
+    for step in steps:
+        parts = step.target.split(".")
+        yield from (network.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))
+
+
+class Native:
+    """The native forms of a program.
+
+    The second call of a kind (the sizes, strides and types of its inputs) makes a form, which serves those after it. A
+    program that was changed is noticed in the next call. Where it is changed again and again, twice as many calls must
+    come each time before there is another form.
+
+    Attributes:
+        enabled: whether calls run natively at all.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._made: _Made | None = None
+        self._wanted = 2
+        self._counters = Counters()
+
+    def __reduce__(self) -> Any:
+        """For copies and pickle: forms belong to one program."""
+        return Native, (self.enabled,)
+
+    def run(self, network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any]) -> None:
+        """Runs a call that nothing observes: its inputs are in the values, and its results will be."""
+        reason = self._natively(network, listing, steps, values) if self.enabled else "it is switched off"
+        if reason is not None:
+            self._counters.count(reason)
+            run_steps(steps, values)
+
+    def _natively(
+        self, network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any]
+    ) -> str | None:
+        """Runs a call by its form; why there is none, and nothing has been run."""
+        kind = _kind(values[: len(listing.inputs)])
+        if kind is None:
+            return "an input is neither a plain tensor on the CPU nor a number"
+        if reason := _unusual():
+            return reason
+        made = self._made
+        if made is None or made.steps is not steps:
+            made = self._made = _Made(network, listing, steps)
+        elif not made.watch.holds():
+            self._made, self._wanted = None, min(2 * self._wanted, _MOST_WANTED)
+            return "the network was changed since the last call"
+        if _is_grad_enabled() and any(parameter.requires_grad for parameter in made.parameters):
+            return "a parameter needs a gradient"
+        form = made.forms.get(kind, 0)
+        if isinstance(form, Form):
+            if not form.run(values):
+                self._counters.count("a tensor was not as in the call before")
+            return None
+        if form + 1 < self._wanted:
+            made.forms.add(kind, form + 1)
+            return "a size that is new"
+        form = record(network, listing, steps, values)
+        if made.watch.holds():
+            made.forms.add(kind, form)
+        return None
+
+    def stats(self) -> dict[str, Any]:
+        """What became of the calls so far.
+
+        Returns:
+            "forms": for each kind of call that has one, how many "steps" run natively in how many "segments", as how
+            many "instructions", in how many "bytes" of memory beside inputs and outputs, and the "reasons" why others
+            do not, by number of the step. "eager": how many calls ran step by step, by reason.
+        """
+        made = self._made
+        forms = [] if made is None else [form for form in list(made.forms.values()) if isinstance(form, Form)]
+        return {"forms": [form.stats() for form in forms], "eager": self._counters()}
+
+
+def _unusual() -> str | None:
+    """Why calls do not run natively at the moment."""
+    if is_profiled():
+        return "a profiler watches"
+    if _is_autocast("cpu"):
+        return "autocast is on"
+    # That of a default device changes nothing: results are made on the CPU.
+    if _function_modes() and {type(mode) for mode in _get_current_function_mode_stack()} != {DeviceContext}:
+        return "a mode watches"
+    return None
+
+
+def _kind(inputs: Sequence[Any]) -> Hashable | None:
+    """What a form is made for; None for calls that have none."""
+    parts: list[Any] = []
+    for x in inputs:
+        if isinstance(x, Tensor):
+            if not is_plain(x):
+                return None
+            parts += x.dtype, x.shape, x.stride()
+        elif type(x) in _SCALARS:
+            parts += type(x), x
+        else:
+            return None
+    return tuple(parts)

@@ -1,0 +1,132 @@
+"""Where the storages of a native program lie: concatenated ones in their result, the others in one arena."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence, Set
+from typing import NamedTuple
+
+from escort.runtime.native.values import Instruction, Operand, Storage
+
+_ALIGNMENT = 16  # floats: a cache line
+
+
+class Joined(NamedTuple):
+    """A copy of all of a storage into a part of each sample of another, by the instruction of that number."""
+
+    part: Storage
+    whole: Storage
+    offset: int
+    number: int
+
+
+class Placement:
+    """The places of all storages that instructions fill.
+
+    Args:
+        joins: copies that need not be made where the part can lie in the whole from the start.
+        kept: the storages that are still read when all instructions have run; they are no part of the arena.
+
+    Attributes:
+        instructions: those that are left.
+        offsets: of each storage in the arena, in floats.
+        arena_size: in floats.
+    """
+
+    def __init__(self, instructions: Sequence[Instruction], joins: Sequence[Joined], kept: Set[Storage]) -> None:
+        self._homes: dict[Storage, tuple[Storage, int]] = {}
+        dropped: set[int] = set()
+        for join in joins:
+            if join.part not in kept and self._fits(join, instructions, {other.number for other in joins}):
+                self._homes[join.part] = join.whole, join.offset
+                dropped.add(join.number)
+        self.instructions = [each for number, each in enumerate(instructions) if number not in dropped]
+        lifetimes = self._lifetimes(kept)
+        self.offsets: dict[Storage, int] = {}
+        self.arena_size = 0
+        for storage in sorted(lifetimes, key=lambda storage: -_size(storage)):
+            self._place(storage, lifetimes)
+
+    def _fits(self, join: Joined, instructions: Sequence[Instruction], copies: Set[int]) -> bool:
+        """Whether a part can lie in the whole: nothing writes to either behind the copy, and its samples stay whole."""
+        part, whole = join.part, join.whole
+        if part.source is not None or part in self._homes or part.samples != whole.samples:
+            return False
+        if self.root(whole)[0] is part:
+            return False
+        for number, each in enumerate(instructions):
+            if number > join.number and number not in copies and self._is_in(each.output.storage, part, whole):
+                return False
+            for operand, size in _operands(each):
+                if self._is_in(operand.storage, part) and part.samples > 1:
+                    is_within = self._shift(operand.storage, part) + operand.offset + size <= part.sample
+                    if each.samples != part.samples or operand.stride != operand.storage.sample or not is_within:
+                        return False
+        return True
+
+    def _is_in(self, storage: Storage, *others: Storage) -> bool:
+        """Whether a storage is one of these, or lies in one."""
+        while storage not in others:
+            if storage not in self._homes:
+                return False
+            storage = self._homes[storage][0]
+        return True
+
+    def _shift(self, storage: Storage, outer: Storage) -> int:
+        shift = 0
+        while storage is not outer:
+            storage, offset = self._homes[storage]
+            shift += offset
+        return shift
+
+    def root(self, storage: Storage) -> tuple[Storage, int]:
+        """The storage in which another lies, and where its first sample begins."""
+        shift = 0
+        while storage in self._homes:
+            storage, offset = self._homes[storage]
+            shift += offset
+        return storage, shift
+
+    def place(self, operand: Operand) -> Operand:
+        """An operand in the storage where it lies in the end."""
+        storage, shift = self.root(operand.storage)
+        is_moved = storage is not operand.storage and storage.samples > 1
+        return Operand(storage, shift + operand.offset, storage.sample if is_moved else operand.stride)
+
+    def _lifetimes(self, kept: Set[Storage]) -> dict[Storage, tuple[int, int]]:
+        """The first and the last instruction that uses each storage of the arena."""
+        lifetimes: dict[Storage, tuple[int, int]] = {}
+        for number, each in enumerate(self.instructions):
+            for operand, _ in _operands(each):
+                storage, _ = self.root(operand.storage)
+                if storage.source is None and storage not in kept:
+                    lifetimes[storage] = lifetimes.get(storage, (number, number))[0], number
+        return lifetimes
+
+    def _place(self, storage: Storage, lifetimes: dict[Storage, tuple[int, int]]) -> None:
+        """Puts a storage into the first gap of the arena that is free for all of its lifetime."""
+        first, last = lifetimes[storage]
+        taken = sorted(
+            (offset, offset + _size(other))
+            for other, offset in self.offsets.items()
+            if lifetimes[other][0] <= last and first <= lifetimes[other][1]
+        )
+        offset = 0
+        for begin, end in taken:
+            if begin - offset >= _size(storage):
+                break
+            offset = max(offset, end)
+        self.offsets[storage] = offset
+        self.arena_size = max(self.arena_size, offset + _size(storage))
+
+
+def _size(storage: Storage) -> int:
+    return -(-storage.samples * storage.sample // _ALIGNMENT) * _ALIGNMENT
+
+
+def _operands(instruction: Instruction) -> list[tuple[Operand, int]]:
+    """The operands of an instruction, and how many floats of a sample each has."""
+    op = instruction.op
+    pairs = zip(instruction.inputs, op.input_sizes, strict=True)
+    inputs = [(operand, size) for operand, size in pairs if operand is not None]
+    return list(itertools.chain(inputs, [(instruction.output, op.output_size)]))
