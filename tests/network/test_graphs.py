@@ -44,6 +44,7 @@ def converted(kind: type[nn.Module] = Small) -> ConvertedModel:
     fast = copy.deepcopy(_converted(kind))
     fast.plan = replace(fast.plan, samples=None)
     fast._may_replay = True
+    fast.network.native.enabled = False  # no GPU runs so
     return fast
 
 

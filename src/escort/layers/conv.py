@@ -168,11 +168,7 @@ class SparseConv2d(ConvLike):
             return self._by_operator(x, residual)
         if residual is not None and (type(residual) not in PLAIN or residual.is_neg()):
             return self._by_operator(x, residual)
-        versions = 0
-        for tensor in self._followed:
-            versions += tensor._version
-        if versions != self._versions:
-            self._follow()
+        self.follow()
         prepared = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
         if prepared is None:
             prepared = self._prepare(x, residual)
@@ -240,10 +236,24 @@ class SparseConv2d(ConvLike):
         return prepared.run
 
     def op(self, shape: tuple[int, ...]) -> _cpu.Op | None:
-        """What runs plain calls on inputs of a shape (N, C, H, W) natively, where one was made before."""
+        """What runs plain calls on inputs of a shape (N, C, H, W) natively; None where no operation does.
+
+        Raises:
+            ValueError, RuntimeError: as such a call does.
+        """
         key = shape[1:], self.plan.problem.storage, self.values.device, not self.residual
         prepared = self._runners.get(key)
-        return None if prepared is None else prepared.op
+        if prepared is None:
+            prepared = self._lay_out(shape[0], shape[2], shape[3])
+        return prepared.op
+
+    def follow(self) -> None:
+        """Notices what was written to bias and values since the last call."""
+        versions = 0
+        for tensor in self._followed:
+            versions += tensor._version
+        if versions != self._versions:
+            self._follow()
 
     def _follow(self) -> None:
         """Lets go of the runners, which hold copies of bias and values as they were; notes what they are now.

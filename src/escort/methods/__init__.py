@@ -8,6 +8,7 @@ import torch
 
 from escort.methods.base import Config, Method, Prepared, Runner
 from escort.methods.cpu.dense import Dense
+from escort.methods.cpu.depthwise import Depthwise
 from escort.methods.cpu.direct import Direct
 from escort.methods.cpu.lowered import Lowered
 from escort.methods.cuda.cublas import Cublas
@@ -20,6 +21,7 @@ from escort.problem import Activation, Precision
 
 METHODS: tuple[Method, ...] = (
     Direct(),
+    Depthwise(),
     Dense(),
     Lowered(),
     DirectCuda(),

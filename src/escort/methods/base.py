@@ -200,6 +200,24 @@ def input_check(
     return check
 
 
+def prepared_op(problem: Problem, op: _cpu.DirectConvolution | _cpu.DepthwiseConvolution) -> Prepared:
+    """A convolution of the CPU kernels, to be called with tensors or in a native program."""
+    run_kernel, threads = op.run, torch.get_num_threads
+    check, out_shape = input_check(problem), problem.output_shape[1:]
+
+    def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        check(x, residual)
+        samples, x = x.shape[0], x.contiguous()
+        y = x.new_empty((samples, *out_shape))  # whatever the default type and device are
+        if residual is not None:
+            residual = residual.contiguous()
+        residual_address = 0 if residual is None else residual.data_ptr()
+        run_kernel(x.data_ptr(), residual_address, y.data_ptr(), samples, threads())
+        return y
+
+    return Prepared(run, op=op)
+
+
 def output_strides(problem: Problem, memory_format: MemoryFormat) -> tuple[int, ...]:
     """The strides of y (N, K, out_height, out_width), with which torch allocates it in the least time."""
     torch_format = TORCH_MEMORY_FORMAT[memory_format]

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "depthwise.hpp"
 #include "direct.hpp"
 #include "lines.hpp"
 #include "max_pool.hpp"
@@ -31,6 +32,7 @@ namespace {
 
 struct Kernels {
   const Isa* direct;
+  const DepthwiseIsa* depthwise;
   PoolPlane pool;
   const Lines* lines;
 };
@@ -41,19 +43,19 @@ std::vector<Kernels> supported() {
 #ifdef ESCORT_HAVE_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq"))
-    isas.push_back({&direct_avx512, pool_avx512, &lines_avx512});
+    isas.push_back({&direct_avx512, &depthwise_avx512, pool_avx512, &lines_avx512});
 #endif
 #ifdef ESCORT_HAVE_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    isas.push_back({&direct_avx2, pool_avx2, &lines_avx2});
+    isas.push_back({&direct_avx2, &depthwise_avx2, pool_avx2, &lines_avx2});
 #endif
-  isas.push_back({&direct_generic, pool_generic, &lines_generic});
+  isas.push_back({&direct_generic, &depthwise_generic, pool_generic, &lines_generic});
   return isas;
 }
 
-const Isa* find_isa(const std::string& name) {
+Kernels find_isa(const std::string& name) {
   for (const Kernels& isa : supported())
-    if (name == isa.direct->name) return isa.direct;
+    if (name == isa.direct->name) return isa;
   throw std::invalid_argument("instruction set '" + name + "' is not available on this machine");
 }
 
@@ -65,7 +67,7 @@ class DirectConvolution : public Op {
   // tables: arrays of records by name, each of the structs of direct.hpp; params is an array of one record.
   DirectConvolution(const std::string& isa, const nb::dict& tables)
       : Op({}, 0),
-        isa_(find_isa(isa)),
+        isa_(find_isa(isa).direct),
         nonzeros_(records<Nonzero>(tables, "nonzeros")),
         out_channels_(records<OutChannel>(tables, "out_channels")),
         blocks_(records<Block>(tables, "blocks")),
@@ -132,6 +134,71 @@ class DirectConvolution : public Op {
   std::vector<Tile> tiles_;
   Direct direct_;
   int64_t sample_ns_;  // about what a sample takes one thread
+};
+
+// Owns the tables of one depthwise convolution. Inputs are x and the residual, which may be left out.
+class DepthwiseConvolution : public Op {
+ public:
+  // tables: arrays by name, as in depthwise.hpp; phases and params are records, params one of them.
+  DepthwiseConvolution(const std::string& isa, const nb::dict& tables)
+      : Op({}, 0),
+        isa_(find_isa(isa).depthwise),
+        phases_(records<Phase>(tables, "phases")),
+        tap_columns_(numbers<int32_t>(tables, "tap_columns")),
+        weights_(numbers<float>(tables, "weights")),
+        bias_(numbers<float>(tables, "bias")),
+        slope_(numbers<float>(tables, "slope")) {
+    const std::vector<DepthwiseParams> all = records<DepthwiseParams>(tables, "params");
+    if (all.size() != 1) throw std::invalid_argument("params: one record");
+    const DepthwiseParams& p = all[0];
+    if (p.block_rows < 1 || p.block_rows > kMostBlockRows) throw std::invalid_argument("block_rows: too many rows");
+    if (p.planes < 1 || p.planes > isa_->most_planes) throw std::invalid_argument("planes: too many side by side");
+    const size_t out_channels = size_t(p.channels) * p.multiplier, taps = size_t(p.kernel_rows) * p.kernel_columns;
+    if (weights_.size() != out_channels * taps || bias_.size() != out_channels || slope_.size() != out_channels ||
+        tap_columns_.size() != size_t(p.kernel_columns))
+      throw std::invalid_argument("weights, bias, slope and tap_columns are those of params");
+    output_size = int64_t(out_channels) * p.out_height * p.out_width;
+    input_sizes = {int64_t(p.channels) * p.height * p.width, output_size};
+    depthwise_ = {p,
+                  phases_.data(),
+                  tap_columns_.data(),
+                  weights_.data(),
+                  bias_.data(),
+                  slope_.data(),
+                  static_cast<int32_t>(phases_.size()),
+                  (int64_t(p.channels) + p.planes - 1) / p.planes};
+    sample_ns_ = output_size * static_cast<int64_t>(taps + 9) / 100;  // about, of one thread
+  }
+
+  // x, residual (or 0) and y are addresses of contiguous float32 tensors of `samples` samples.
+  void run(uintptr_t x, uintptr_t residual, uintptr_t y, int64_t samples, int threads) const {
+    const nb::gil_scoped_release release;
+    const Input inputs[] = {{reinterpret_cast<const float*>(x), input_sizes[0]},
+                            {reinterpret_cast<const float*>(residual), output_size}};
+    run(inputs, {reinterpret_cast<float*>(y), output_size}, samples, threads);
+  }
+
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
+    const int64_t bands = samples * depthwise_.groups * depthwise_.bands;
+    threads = threads_for(samples * sample_ns_, static_cast<int>(std::min<int64_t>(threads, bands)));
+    // A task clears its scratch once: one for a thread alone, else eight of each thread.
+    const int64_t tasks = threads > 1 ? std::min<int64_t>(bands, 8 * threads) : std::min<int64_t>(bands, 1);
+    const int64_t scratch_size = (int64_t(depthwise_.planes) * depthwise_.stage_size + isa_->lanes + 15) / 16 * 16;
+    float* memory = scratch(scratch_size * (threads > 1 ? threads : 1));
+    const DepthwiseTensors tensors = {inputs[0].data,   inputs[1].data,   output.data,
+                                      inputs[0].stride, inputs[1].stride, output.stride};
+    parallel(tasks, threads, [&](int64_t i, int thread) {
+      isa_->run(depthwise_, tensors, bands * i / tasks, bands * (i + 1) / tasks, memory + thread * scratch_size);
+    });
+  }
+
+ private:
+  const DepthwiseIsa* isa_;
+  std::vector<Phase> phases_;
+  std::vector<int32_t> tap_columns_;
+  std::vector<float> weights_, bias_, slope_;
+  Depthwise depthwise_;
+  int64_t sample_ns_;
 };
 
 // Max pooling of planes of one size. Pairs are (rows, columns).
@@ -246,6 +313,11 @@ NB_MODULE(_cpu, m) {
   nb::class_<DirectConvolution, Op>(m, "DirectConvolution")
       .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a)
       .def("run", static_cast<Addresses>(&DirectConvolution::run), "x"_a, "residual"_a, "y"_a, "samples"_a,
+           "threads"_a);
+  using DepthwiseAddresses = void (DepthwiseConvolution::*)(uintptr_t, uintptr_t, uintptr_t, int64_t, int) const;
+  nb::class_<DepthwiseConvolution, Op>(m, "DepthwiseConvolution")
+      .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a)
+      .def("run", static_cast<DepthwiseAddresses>(&DepthwiseConvolution::run), "x"_a, "residual"_a, "y"_a, "samples"_a,
            "threads"_a);
   using Pair = MaxPool2d::Pair;
   nb::class_<MaxPool2d, Op>(m, "MaxPool2d", "window: kernel_size, stride, padding and dilation.")

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "depthwise.hpp"
 #include "direct.hpp"
 
 namespace escort {
@@ -92,6 +93,23 @@ struct Fields<Params> {
       ESCORT_FIELD(channels),       ESCORT_FIELD(activation)};
 };
 
+template <>
+struct Fields<Phase> {
+  using T = Phase;
+  static constexpr Field list[] = {ESCORT_FIELD(position), ESCORT_FIELD(first_column), ESCORT_FIELD(length)};
+};
+
+template <>
+struct Fields<DepthwiseParams> {
+  using T = DepthwiseParams;
+  static constexpr Field list[] = {
+      ESCORT_FIELD(channels),      ESCORT_FIELD(multiplier),   ESCORT_FIELD(height),         ESCORT_FIELD(width),
+      ESCORT_FIELD(out_height),    ESCORT_FIELD(out_width),    ESCORT_FIELD(kernel_rows),    ESCORT_FIELD(kernel_columns),
+      ESCORT_FIELD(row_stride),    ESCORT_FIELD(row_dilation), ESCORT_FIELD(column_stride),  ESCORT_FIELD(top),
+      ESCORT_FIELD(pitch),         ESCORT_FIELD(stage_size),   ESCORT_FIELD(bands),          ESCORT_FIELD(block_rows),
+      ESCORT_FIELD(planes),        ESCORT_FIELD(activation)};
+};
+
 #undef ESCORT_FIELD
 
 // The dtype whose records lie in memory as T does.
@@ -125,6 +143,18 @@ std::vector<T> records(const nanobind::dict& tables, const char* name) {
   std::vector<T> result(bytes.size() / sizeof(T));
   if (!result.empty()) std::memcpy(result.data(), bytes.data(), bytes.size());
   return result;
+}
+
+// The table of that name, an array of plain numbers of shape (n,). Raises TypeError where they are of another type.
+template <class T>
+std::vector<T> numbers(const nanobind::dict& tables, const char* name) {
+  using Numbers = nanobind::ndarray<const T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
+  Numbers array;
+  if (!nanobind::try_cast<Numbers>(tables[name], array, false)) {
+    const std::string message = std::string(name) + " are a vector of " + type_of<T>();
+    throw nanobind::type_error(message.c_str());
+  }
+  return std::vector<T>(array.data(), array.data() + array.size());
 }
 
 }  // namespace escort

@@ -31,11 +31,31 @@ constexpr int kBytes = 16, kMaxVectors = 12;  // the spare registers hold produc
 #endif
 constexpr int kLanes = kBytes / 4;
 
-typedef float Vector __attribute__((vector_size(kBytes)));
-typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
+// Vectors of N floats: kLanes, or fewer for what is shorter.
+template <int N>
+struct Floats {
+  typedef float Type __attribute__((vector_size(4 * N)));
+  typedef float Unaligned __attribute__((vector_size(4 * N), aligned(4), may_alias));
+  static Type load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  static void store(float* p, Type v) { *reinterpret_cast<Unaligned*>(p) = v; }
+};
 
-inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
-inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+typedef Floats<kLanes>::Type Vector;
+
+inline Vector load(const float* p) { return Floats<kLanes>::load(p); }
+inline void store(float* p, Vector v) { Floats<kLanes>::store(p, v); }
+
+// Keeps what was loaded in a register, where GCC would rather load it again for each of its uses.
+inline Vector in_register(Vector v) {
+#if defined(__aarch64__)
+  asm("" : "+w"(v));
+#elif defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
 
 inline int min(int a, int b) { return a < b ? a : b; }
 
@@ -83,16 +103,18 @@ inline void store_lanes(float* p, Vector v, int count) {
 #endif
 
 // The even lanes of `low` followed by the odd lanes of `high`.
-#if defined(__AVX512F__)
-inline Vector pick_evens(Vector low, Vector high) {
-  return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+inline Floats<4>::Type pick_evens(Floats<4>::Type low, Floats<4>::Type high) {
+  return __builtin_shufflevector(low, high, 0, 2, 5, 7);
 }
-#elif defined(__AVX2__)
-inline Vector pick_evens(Vector low, Vector high) {
+#if defined(__AVX2__)
+inline Floats<8>::Type pick_evens(Floats<8>::Type low, Floats<8>::Type high) {
   return __builtin_shufflevector(low, high, 0, 2, 4, 6, 9, 11, 13, 15);
 }
-#else
-inline Vector pick_evens(Vector low, Vector high) { return __builtin_shufflevector(low, high, 0, 2, 5, 7); }
+#endif
+#if defined(__AVX512F__)
+inline Floats<16>::Type pick_evens(Floats<16>::Type low, Floats<16>::Type high) {
+  return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+}
 #endif
 
 }  // namespace

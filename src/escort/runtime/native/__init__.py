@@ -23,18 +23,17 @@ from escort.runtime.native.segment import is_plain
 from escort.runtime.steps import Listing, Step
 from escort.runtime.watch import Watch
 
-_MOST_KINDS, _MOST_WANTED = 64, 1 << 16
+_MOST_KINDS, _MOST_WAITING = 256, 1 << 16
 _SCALARS = frozenset((bool, int, float, str, type(None)))
 _function_modes = torch._C._len_torch_function_stack
 _is_autocast, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 
 
 class _Made:
-    """The forms of a program as it is at present.
+    """The forms of a program as it is at present, by kind of call.
 
     Attributes:
         steps: the program's, as they were bound.
-        forms: by kind of call; for kinds that have none yet, how often they were called.
         parameters: what native steps read, and what others may ask gradients of.
     """
 
@@ -42,9 +41,12 @@ class _Made:
         self.steps = steps
         native = [step for step in listing.steps if step.kind == "layer" and unknown(network, step) is None]
         layers = [network.get_submodule(step.target) for step in native]
-        self.watch = Watch(network, dict.fromkeys((network, *_around(network, native), *layers)))
-        self.forms: RunnerCache[Form | int] = RunnerCache(_MOST_KINDS)
         self.parameters = [p for layer in layers if type(layer) is not SparseConv2d for p in layer.parameters()]
+        for layer in layers:
+            if isinstance(layer, SparseConv2d):
+                layer.follow()
+        self.watch = Watch(network, dict.fromkeys((network, *_around(network, native), *layers)))
+        self.forms: RunnerCache[Form] = RunnerCache(_MOST_KINDS)
 
 
 def _around(network: nn.Module, steps: Sequence[Step]) -> Iterator[nn.Module]:
@@ -57,9 +59,9 @@ def _around(network: nn.Module, steps: Sequence[Step]) -> Iterator[nn.Module]:
 class Native:
     """The native forms of a program.
 
-    The second call of a kind (the sizes, strides and types of its inputs) makes a form, which serves those after it. A
-    program that was changed is noticed in the next call. Where it is changed again and again, twice as many calls must
-    come each time before there is another form.
+    The first call of a kind (the sizes, strides and types of its inputs) makes a form, which serves those after it. A
+    program that was changed is noticed in the next call. Where it is changed again and again, more and more calls run
+    step by step before there is another form.
 
     Attributes:
         enabled: whether calls run natively at all.
@@ -68,7 +70,7 @@ class Native:
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self._made: _Made | None = None
-        self._wanted = 2
+        self._wait = self._next_wait = 0  # calls until another form is made
         self._counters = Counters()
 
     def __reduce__(self) -> Any:
@@ -92,24 +94,21 @@ class Native:
         if reason := _unusual():
             return reason
         made = self._made
-        if made is None or made.steps is not steps:
+        if made is not None and not (made.steps is steps and made.watch.holds()):
+            made = self._made = None
+            self._wait, self._next_wait = self._next_wait, min(max(2 * self._next_wait, 1), _MOST_WAITING)
+        if made is None:
+            if self._wait:
+                self._wait -= 1
+                return "the network is changed again and again"
             made = self._made = _Made(network, listing, steps)
-        elif not made.watch.holds():
-            self._made, self._wanted = None, min(2 * self._wanted, _MOST_WANTED)
-            return "the network was changed since the last call"
         if _is_grad_enabled() and any(parameter.requires_grad for parameter in made.parameters):
             return "a parameter needs a gradient"
-        form = made.forms.get(kind, 0)
-        if isinstance(form, Form):
-            if not form.run(values):
-                self._counters.count("a tensor was not as in the call before")
-            return None
-        if form + 1 < self._wanted:
-            made.forms.add(kind, form + 1)
-            return "a size that is new"
-        form = record(network, listing, steps, values)
-        if made.watch.holds():
-            made.forms.add(kind, form)
+        form = made.forms.get(kind)
+        if form is None:
+            made.forms.add(kind, record(network, listing, steps, values))
+        elif not form.run(values):
+            self._counters.count("a tensor was not as in the call before")
         return None
 
     def stats(self) -> dict[str, Any]:

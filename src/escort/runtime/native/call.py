@@ -10,7 +10,7 @@ import torch
 
 from escort.kernels import _cpu
 from escort.runtime.native.placement import Joined
-from escort.runtime.native.values import Instruction, Operand, Sizes, Storage, Value, operand
+from escort.runtime.native.values import Instruction, Operand, Sizes, Value, operand
 
 Step = TypeVar("Step", bound="Call")
 
@@ -129,8 +129,3 @@ class Call:
         if output is None:
             raise NotNativeError("writes to a tensor whose samples are not contiguous")
         self.draft.instructions.append(Instruction(op, samples, inputs, output))
-
-
-def storage_of(number: int, shape: Sizes, strides: Sizes) -> Value:
-    """A value of the program that is made elsewhere, as a value of its own storage."""
-    return Value(Storage.of(shape, number), 0, shape, strides)

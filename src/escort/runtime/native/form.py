@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from escort.cuda.capture import in_a_line
 from escort.runtime.effects import is_view, name_of, writes
 from escort.runtime.loop import BoundStep, run_steps
-from escort.runtime.native.call import Draft, NotNativeError, storage_of
-from escort.runtime.native.lowering import OPERATIONS, Operations, has_operation, lower_layer
+from escort.runtime.native.call import Draft, NotNativeError
+from escort.runtime.native.lowering import OPERATIONS, Operations, empty_result, has_operation, lower_layer
 from escort.runtime.native.segment import Like, Segment, is_plain
-from escort.runtime.native.values import Value
+from escort.runtime.native.values import Storage, Value
 from escort.runtime.stand_in import runs_more
 from escort.runtime.steps import Listing, Step
-from escort.runtime.templates import Slot, filled, leaves, mapped, slots_in
+from escort.runtime.templates import Slot, leaves, mapped, slots_in
 
 # Functions of shapes and plain numbers: what they give is the same in all calls of a kind.
 _OF_SHAPES = frozenset(
     """
-    _assert add and_ ceil dim dtype device eq floor floordiv ge getitem gt itemsize le lt mod mul ndim ndimension ne neg
+    _assert add and_ ceil dim dtype eq floor floordiv ge getitem gt itemsize le lt mod mul ndim ndimension ne neg
     not_ numel or_ pos pow shape size sqrt sub sym_size truediv
     """.split()
 )
@@ -93,7 +92,7 @@ class Form:
 
 
 def record(network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any]) -> Form:
-    """Runs a call step by step, and makes the form of calls of its kind.
+    """Makes the form of calls of a kind, and runs the first of them by it.
 
     Args:
         network: the program with these steps.
@@ -103,130 +102,122 @@ def record(network: nn.Module, listing: Listing, steps: Sequence[BoundStep], val
 
 
 class _Recorder:
-    """Notes what each step is given and gives.
+    """Makes segments of steps by running them on tensors without memory, and runs each segment when it is complete.
 
     Attributes:
-        likes: what the tensors are like that are values, by number.
-        constants: values that are the same in all calls of a kind.
+        metas: tensors without memory for those values that are tensors, by number.
+        constants: values that are the same in all calls of a kind, by number.
+        places: what the segment makes, by number.
+        outside: what it reads of what was there before.
     """
 
     def __init__(self, network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any]) -> None:
         self._network, self._listing, self._steps, self._values = network, listing, steps, values
         self._first = len(listing.inputs)
-        self._likes: dict[int, Like] = {}
+        self._metas: dict[int, Any] = {}
         self._constants: dict[int, Any] = {}
         for number in range(self._first):
-            self._note(number, values[number], is_constant=True)
+            self._note(number)
+            if not isinstance(values[number], Tensor):
+                self._constants[number] = values[number]
         self._parts: list[Segment | list[BoundStep]] = []
         self._reasons: dict[int, str] = {}
         self._begin()
 
     def _begin(self) -> None:
-        """Begins a segment."""
         self._draft = Draft()
         self._natives: list[int] = []  # steps of the segment, by number of their value
-        self._places: dict[int, Any] = {}  # what it makes
-        self._outside: dict[int, Like] = {}
-        self._outer: dict[int, Value] = {}
+        self._places: dict[int, Any] = {}
+        self._outside: dict[int, Value] = {}
 
-    def _note(self, number: int, value: Any, *, is_constant: bool) -> None:
-        if isinstance(value, Tensor):
-            if is_plain(value):
-                self._likes[number] = Like.of(value)
-        elif is_constant and not any(isinstance(leaf, Tensor) for leaf in leaves(value)):
-            self._constants[number] = value
+    def _note(self, number: int) -> None:
+        """Notes a value that is there, where it is a plain tensor."""
+        x = self._values[number]
+        if is_plain(x):
+            self._metas[number] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
     def form(self) -> Form:
         for number, (step, bound) in enumerate(zip(self._listing.steps, self._steps, strict=True), self._first):
-            args, kwargs, result = self._run(bound)
             try:
-                self._lower(number, step, (args, kwargs), result)
+                self._add(number, step, bound)
                 self._natives.append(number)
             except NotNativeError as error:
                 self._reasons[number - self._first] = str(error)
                 self._end()
                 self._add_steps([bound])
-                self._note(number, result, is_constant=False)
-            del args, kwargs, result
+                run_steps([bound], self._values)
+                self._note(number)
         self._end()
         return Form(self._parts, self._reasons)
 
-    def _run(self, bound: BoundStep) -> tuple[Any, Any, Any]:
-        """Runs a step; its arguments and its result."""
-        table, key, arguments, template, number, last_reads = bound
-        values = self._values
-        args, kwargs = ([values[i] for i in arguments], {}) if template is None else filled(template, values)
-        result = values[number] = table[key](*args, **kwargs)
-        for i in last_reads:
-            values[i] = None
-        return args, kwargs, result
-
-    def _lower(self, number: int, step: Step, given: tuple[Any, Any], result: Any) -> None:
+    def _add(self, number: int, step: Step, bound: BoundStep) -> None:
         """Puts a step into the segment. Raises NotNativeError where it cannot be."""
         if step.kind == "tensor":
-            self._note(number, result, is_constant=False)
+            run_steps([bound], self._values)
+            self._note(number)
             return
         if reason := unknown(self._network, step):
             raise NotNativeError(reason)
-        if self._is_of_shapes(step, result):
+        args, kwargs = mapped(step.args, self._meta), mapped(step.kwargs, self._meta)
+        result = self._result(step, args, kwargs)
+        if not any(isinstance(leaf, Tensor) for leaf in leaves(result)):
+            if step.kind == "layer" or name_of(step) not in _OF_SHAPES:
+                raise NotNativeError("gives what is no tensor")
             for slot in slots_in((step.args, step.kwargs)):
-                if slot.number in self._likes and slot.number not in self._places:
-                    self._outside[slot.number] = self._likes[slot.number]
+                self._place(slot)  # which has it checked in each call
             self._constants[number] = self._places[number] = result
             return
-        args, kwargs = mapped(step.args, self._place), mapped(step.kwargs, self._place)
-        viewed = self._view(step, args, given, result)
-        if viewed is None:
-            viewed = self._made(step, args, kwargs, result)
-        self._places[number] = viewed
+        place_args, place_kwargs = mapped(step.args, self._place), mapped(step.kwargs, self._place)
+        place = self._view(step, place_args, args, result)
+        if place is None:
+            place = self._made(step, place_args, place_kwargs, result)
+        self._places[number], self._metas[number] = place, result
 
-    def _is_of_shapes(self, step: Step, result: Any) -> bool:
-        """Whether a step computes with shapes and plain numbers alone."""
-        if step.kind != "call" or any(isinstance(leaf, Tensor) for leaf in leaves(result)):
-            return False
-        return name_of(step) in _OF_SHAPES and all(
-            slot.number in self._constants or slot.number in self._likes or self._is_value(slot.number)
-            for slot in slots_in((step.args, step.kwargs))
-        )
-
-    def _is_value(self, number: int) -> bool:
-        return isinstance(self._places.get(number), Value)
+    def _meta(self, leaf: Any) -> Any:
+        """What a step is run on in the place of a slot."""
+        if not isinstance(leaf, Slot):
+            return leaf
+        for known in (self._metas, self._constants):
+            if leaf.number in known:
+                return known[leaf.number]
+        raise NotNativeError("computes with what no step is known to make")
 
     def _place(self, leaf: Any) -> Any:
-        """A value, or what is plain, in the place of a slot."""
+        """The value, or what is plain, in the place of a slot."""
         if not isinstance(leaf, Slot):
             return leaf
         number = leaf.number
-        if number in self._places:
-            return self._places[number]
-        if number in self._constants:
-            return self._constants[number]
-        if number not in self._likes:
-            raise NotNativeError("computes with what no step of the network is known to make")
-        if number not in self._outer:
-            like = self._likes[number]
-            if like.dtype is not torch.float32 or not math.prod(like.shape):
-                raise NotNativeError(f"computes with {like.dtype} of shape {tuple(like.shape)}")
-            self._outer[number] = storage_of(number, tuple(like.shape), like.strides)
-        self._outside[number] = self._likes[number]
-        return self._outer[number]
+        for known in (self._places, self._constants, self._outside):
+            if number in known:
+                return known[number]
+        x = self._metas[number]
+        self._outside[number] = Value(Storage.of(tuple(x.shape), number), 0, tuple(x.shape), x.stride())
+        return self._outside[number]
 
-    def _view(self, step: Step, args: Any, given: tuple[Any, Any], result: Any) -> Any:
+    def _result(self, step: Step, args: Any, kwargs: Any) -> Any:
+        """The result of a step without memory. What torch refuses is left to it."""
+        try:
+            if step.kind == "call":
+                return step.target(*args, **kwargs)
+            return empty_result(self._network.get_submodule(step.target), *args, **kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+            raise NotNativeError(f"cannot be run without memory: {in_a_line(error)}") from error
+
+    def _view(self, step: Step, places: Any, args: Any, result: Any) -> Any:
         """The result as views of the first argument, or None where it is none."""
-        if not args or not is_view(self._network, step):
+        if not args or not is_view(self._network, step) or writes(self._network, step):
             return None
-        if isinstance(args[0], (tuple, list)) and step.kind == "call" and name_of(step) == "getitem":
-            return args[0][args[1]]  # a piece
-        x, place = given[0][0], args[0]
+        if isinstance(places[0], (tuple, list)):
+            return places[0][places[1]]  # a piece
+        x, place = args[0], places[0]
         pieces = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
-        if not isinstance(place, Value) or not pieces or writes(self._network, step):
-            return None
-        if any(piece.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for piece in pieces):
+        if not isinstance(place, Value) or any(
+            piece.untyped_storage()._cdata != x.untyped_storage()._cdata for piece in pieces
+        ):
             return None
 
         def viewed(piece: Any) -> Any:
-            if piece.dtype is not torch.float32 or not piece.numel():
-                raise NotNativeError("gives a tensor of another type, or an empty one")
+            _check_result(piece)
             offset = place.offset + piece.storage_offset() - x.storage_offset()
             return Value(place.storage, offset, tuple(piece.shape), piece.stride())
 
@@ -234,10 +225,7 @@ class _Recorder:
 
     def _made(self, step: Step, args: Any, kwargs: Any, result: Any) -> Any:
         """The result by instructions."""
-        if type(result) is not Tensor or not is_plain(result) or result.dtype is not torch.float32:
-            raise NotNativeError(f"gives a {type(result).__name__} that is not plain float32")
-        if not result.numel():
-            raise NotNativeError("gives an empty tensor")
+        _check_result(result)
         target = None
         if writes(self._network, step):
             target = args[0]
@@ -246,35 +234,40 @@ class _Recorder:
         elif not result.is_contiguous():
             raise NotNativeError("gives a tensor that is not contiguous")
         lowered = Operations(tuple(result.shape), target)
-        function = (
-            partial(lower_layer, lowered, self._network.get_submodule(step.target)) if step.kind == "layer" else None
-        )
-        if function is None:
-            name = _operator(name_of(step))
-            if name not in OPERATIONS:
-                raise NotNativeError("copies its input, and no native operation does")
-            function = partial(OPERATIONS[name], lowered)
         try:
-            value = function(*args, **kwargs)
+            value = self._function(step)(lowered, *args, **kwargs)
         except TypeError as error:
-            raise NotNativeError(f"is called with arguments that are not known: {error}") from error
+            raise NotNativeError(f"is called with arguments that are not known: {in_a_line(error)}") from error
         self._draft.add(lowered.draft)
         return value
 
+    def _function(self, step: Step) -> Callable[..., Value]:
+        if step.kind == "layer":
+            layer = self._network.get_submodule(step.target)
+            return lambda lowered, *args, **kwargs: lower_layer(lowered, layer, *args, **kwargs)
+        name = _operator(name_of(step))
+        if name not in OPERATIONS:
+            raise NotNativeError("copies its input, and no native operation does so")
+        return OPERATIONS[name]
+
     def _end(self) -> None:
-        """Ends the segment."""
+        """Ends the segment, and runs it."""
         numbers = self._natives
         if numbers:
             steps = [self._steps[number - self._first] for number in numbers]
             if self._draft.instructions:
-                self._parts.append(self._segment(numbers, steps))
+                segment = self._segment(numbers, steps)
+                self._parts.append(segment)
+                segment.run(self._values)
             else:
                 self._add_steps(steps)
-                if any(number >= self._first for number in self._outside):
-                    # Nothing checks that these tensors are the same each time, on whose shapes the constants depend.
-                    self._constants = {n: value for n, value in self._constants.items() if n not in numbers}
+                run_steps(steps, self._values)
             for number in numbers:
-                self._note_result(number)
+                self._metas.pop(number, None)
+                self._note(number)
+            if any(number >= self._first for number in self._outside) and not self._draft.instructions:
+                # Nothing checks that these tensors are the same each time, on whose shapes the constants depend.
+                self._constants = {n: value for n, value in self._constants.items() if n not in numbers}
         self._begin()
 
     def _add_steps(self, steps: Sequence[BoundStep]) -> None:
@@ -285,16 +278,14 @@ class _Recorder:
 
     def _segment(self, numbers: Sequence[int], steps: Sequence[BoundStep]) -> Segment:
         reads = [self._steps[n - self._first] for n in numbers if self._listing.steps[n - self._first].kind == "tensor"]
-        results = {number: self._places[number] for number in self._read_behind(numbers) if number in self._places}
-        return Segment(steps, self._draft, self._outside, results, reads)
+        gone = {i for step in steps for i in step[-1]}
+        results = {number: place for number, place in self._places.items() if number not in gone}
+        outside = {number: Like.of(self._values[number]) for number in self._outside}
+        return Segment(steps, self._draft, outside, results, reads)
 
-    def _read_behind(self, numbers: Sequence[int]) -> Iterator[int]:
-        """Of the results of these steps those that are read by later ones, or are returned."""
-        gone = {i for number in numbers for i in self._steps[number - self._first][-1]}
-        return (number for number in numbers if number not in gone)
 
-    def _note_result(self, number: int) -> None:
-        """What later segments may rely on: a result of this one comes to them as a tensor."""
-        place = self._places.get(number)
-        if isinstance(place, Value):
-            self._likes[number] = Like(torch.Size(place.shape), place.strides, torch.float32)
+def _check_result(result: Any) -> None:
+    if type(result) is not Tensor or result.dtype is not torch.float32:
+        raise NotNativeError(f"gives {getattr(result, 'dtype', type(result).__name__)}")
+    if not result.numel():
+        raise NotNativeError("gives an empty tensor")

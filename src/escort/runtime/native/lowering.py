@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from escort.kernels import _cpu
 from escort.layers import MaxPool2d, SamePad, SparseConv2d
+from escort.layers.operator import output_shape
 from escort.layers.pad import same_zeros
 from escort.layers.pool import pair
 from escort.methods import by_name
@@ -34,8 +37,6 @@ class Operations(Call):
         op = layer.op(x.shape)
         if op is None:
             raise NotNativeError(f"is run by {layer.plan.method}, which has no operation for that")
-        if residual is not None and self.tensor(residual).shape != self.result_shape:
-            raise NotNativeError("adds a residual of another shape than its result")
         samples = x.shape[0]
         inputs = self.samples(x, samples), None if residual is None else self.samples(residual, samples)
         return self.make(op, samples, *inputs)
@@ -48,6 +49,7 @@ class Operations(Call):
         padding: Any = 0,
         dilation: Any = 1,
         ceil_mode: bool = False,
+        return_indices: bool = False,
     ) -> Value:
         x = self.tensor(input, ndim=4)
         window = pair(kernel_size), pair(stride or kernel_size), pair(padding), pair(dilation)
@@ -300,6 +302,26 @@ def has_operation(layer: nn.Module) -> bool:
     if isinstance(layer, SparseConv2d):
         return by_name(layer.plan.method, layer.plan.problem.device).is_native
     return type(layer) in LAYERS or isinstance(layer, SamePad)
+
+
+def empty_result(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a layer of the table makes of tensors without memory."""
+    if isinstance(layer, SparseConv2d):
+        return _empty_convolved(layer, *args, **kwargs)
+    twin = copy.copy(layer)  # other threads call the layer meanwhile
+    twin._parameters = {name: x if x is None else nn.Parameter(x.to("meta")) for name, x in layer._parameters.items()}
+    with torch.no_grad():
+        return twin(*args, **kwargs)
+
+
+def _empty_convolved(layer: SparseConv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    problem = layer.plan.problem
+    shape = output_shape(problem, x)
+    if x.ndim != 4 or x.shape[1] != layer.in_channels or x.dtype is not problem.storage or min(shape) < 1:
+        raise ValueError(f"it takes other inputs than {x.dtype} of shape {tuple(x.shape)}")
+    if (residual is not None) is not layer.residual or (residual is not None and residual.shape != shape):
+        raise ValueError("its residual is not like its result")
+    return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
 def lower_layer(step: Operations, layer: nn.Module, *args: Any) -> Value:

@@ -13,7 +13,7 @@ import torch
 
 from escort.filter import SparseFilter
 from escort.kernels import _cpu
-from escort.methods.base import Method, Prepared, input_check
+from escort.methods.base import Method, Prepared, prepared_op
 from escort.methods.cpu.direct.layout import Layout, Records, records
 from escort.methods.cpu.direct.schedule import Schedule
 from escort.problem import Problem
@@ -106,21 +106,7 @@ class Direct(Method):
             "segments": layout.segments,
             "tiles": layout.tiles,
         }
-        op, threads = _cpu.DirectConvolution(config.isa, tables), torch.get_num_threads
-        run_kernel = op.run
-        check, out_shape = input_check(problem), problem.output_shape[1:]
-
-        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            check(x, residual)
-            samples, x = x.shape[0], x.contiguous()
-            y = x.new_empty((samples, *out_shape))  # whatever the default type and device are
-            if residual is not None:
-                residual = residual.contiguous()
-            residual_address = 0 if residual is None else residual.data_ptr()
-            run_kernel(x.data_ptr(), residual_address, y.data_ptr(), samples, threads())
-            return y
-
-        return Prepared(run, op=op)
+        return prepared_op(problem, _cpu.DirectConvolution(config.isa, tables))
 
 
 def _params(problem: Problem, layout: Layout, schedule: Schedule, config: DirectConfig) -> Records:
