@@ -62,34 +62,40 @@ void stage_block(const Direct& d, const Tile& tile, const Block& block, const fl
 }
 
 // Writes a finished tile of one output channel, segment by segment; what the tile holds between rows is dropped.
-void write_segments(const Direct& d, const Tile& tile, Epilogue epilogue, float* sums, const float* residual,
-                    float* y) {
-  if (!is_bound(epilogue.activation)) {  // at once for all segments, as rows may be shorter than vectors
-    for (int n = tile.first_segment; residual && n < tile.end_segment; n++) {
-      const Segment& s = d.segments[n];
-      for (int i = 0; i < s.length; i++) sums[s.tile_position + i] += residual[s.plane_position + i];
-    }
-    activate(sums, tile.vectors * kLanes, epilogue);
-    residual = nullptr;
-    epilogue.activation = Activation::none;
-  }
+void write_segments(const Direct& d, const Tile& tile, const float* sums, const float* residual, float* y) {
   const auto vector = [&](const Segment& s, int i) {
-    const Vector v = load(sums + s.tile_position + i);
-    const Vector sum = residual ? v + load(residual + s.plane_position + i) : v;
-    store(y + s.plane_position + i, bounded(sum, epilogue.activation));
+    const float* add = residual ? residual + s.plane_position + i : nullptr;
+    store(y + s.plane_position + i, bounded(plus(load(sums + s.tile_position + i), add), d.activation));
   };
   for (int n = tile.first_segment; n < tile.end_segment; n++) {
     const Segment& s = d.segments[n];
     if (s.length < kLanes) {
       for (int i = 0; i < s.length; i++) {
-        const float v = sums[s.tile_position + i] + (residual ? residual[s.plane_position + i] : 0.0f);
-        y[s.plane_position + i] = bounded(v, epilogue.activation);
+        const float* add = residual ? residual + s.plane_position + i : nullptr;
+        y[s.plane_position + i] = bounded(plus(sums[s.tile_position + i], add), d.activation);
       }
       continue;
     }
     int i = 0;
     for (; i + kLanes <= s.length; i += kLanes) vector(s, i);
     if (i < s.length) vector(s, s.length - kLanes);
+  }
+}
+
+// Activates what was written of a tile for some output channels. One channel alone would wait for the latency of its
+// exponentials; those of several overlap.
+constexpr int kActivatedTogether = 16;
+void activate_channels(const Direct& d, const Tile& tile, float* y, int record, int end_record) {
+  int64_t begin = 0, end = tile.length;
+  if (!d.in_place) {  // the segments of a tile follow each other in the plane
+    if (tile.first_segment == tile.end_segment) return;
+    const Segment& last = d.segments[tile.end_segment - 1];
+    begin = d.segments[tile.first_segment].plane_position;
+    end = last.plane_position + last.length;
+  }
+  for (; record < end_record; record++) {
+    const OutChannel& out = d.out_channels[record];
+    activate(y + out.channel * d.y_plane_stride + begin, end - begin, {d.activation, out.slope});
   }
 }
 
@@ -118,6 +124,8 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, Places pl
   const int64_t tail = InPlace ? tile.length - kLanes : (V - 1) * kLanes;
   const int64_t place = InPlace ? 0 : d.segments[tile.first_segment].plane_position;
   int fetched = 0;  // channels of `ahead`
+  const bool activates = last && !is_bound(d.activation);
+  int activated = block.first_record;
   for (int i = block.first_record; i < block.end_record; i++) {
     if (InPlace && ahead.channels > 0) {
       const int64_t due =
@@ -126,7 +134,6 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, Places pl
         for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(ahead.x + fetched * d.x_plane_stride + j, 0, 2);
     }
     const OutChannel& out = d.out_channels[i];
-    const Epilogue epilogue = {d.activation, out.slope};
     const Nonzero* end = d.nonzeros + d.out_channels[i + 1].first_nonzero;
     float* slot = partial + int64_t(out.slot) * (V * kLanes);
     if (last && i + kChannelsAhead < block.end_record) {
@@ -148,27 +155,28 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, Places pl
       for (int v = 0; v < V; v++) store(slot + v * kLanes, sum[v]);
     } else if (InPlace) {
       const int64_t plane = out.channel * d.y_plane_stride;
-      if (!is_bound(d.activation)) {
-        const int64_t begin = tail < 0 ? tail : 0;  // a tile shorter than a vector begins in the one before it
+      if (V == 1 && tail < 0) {  // a plane's end that is shorter than a vector
+        store(sums, sum[0]);
+        for (int i = 0; i < tile.length; i++) {
+          const float* add = residual ? residual + plane + i : nullptr;
+          y[plane + i] = bounded(plus(sums[i - tail], add), d.activation);
+        }
+      } else {
 #pragma GCC unroll 28
         for (int v = 0; v < V; v++) {
-          const int64_t at = v == V - 1 ? tail : v * kLanes;
-          store(sums + at - begin, residual ? sum[v] + load(residual + plane + at) : sum[v]);
+          const int64_t at = plane + (v == V - 1 ? tail : v * kLanes);
+          store(y + at, bounded(plus(sum[v], residual ? residual + at : nullptr), d.activation));
         }
-        activate(sums, tile.length - begin, epilogue);
-        copy(y + plane + begin, sums, tile.length - begin);
-        continue;
-      }
-#pragma GCC unroll 28
-      for (int v = 0; v < V; v++) {
-        const int64_t at = plane + (v == V - 1 ? tail : v * kLanes);
-        store(y + at, bounded(residual ? sum[v] + load(residual + at) : sum[v], d.activation));
       }
     } else {
       const int64_t plane = out.channel * d.y_plane_stride;
 #pragma GCC unroll 28
       for (int v = 0; v < V; v++) store(sums + v * kLanes, sum[v]);
-      write_segments(d, tile, epilogue, sums, residual ? residual + plane : nullptr, y + plane);
+      write_segments(d, tile, sums, residual ? residual + plane : nullptr, y + plane);
+    }
+    if (activates && (i + 1 == block.end_record || i + 1 - activated == kActivatedTogether)) {
+      activate_channels(d, tile, y, activated, i + 1);
+      activated = i + 1;
     }
   }
 }
