@@ -45,6 +45,24 @@ void stage_block(const Direct& d, const Tile& tile, const Block& block, const fl
   }
 }
 
+// Activates what was written of a tile for some output channels. One channel alone would wait for the latency of its
+// exponentials; those of several overlap.
+constexpr int kActivatedTogether = 16;
+void activate_channels(const Direct& d, const Tile& tile, float* y, int record, int end_record) {
+  for (; record < end_record; record++) {
+    const OutChannel& out = d.out_channels[record];
+    float* plane = y + out.channel * d.y_plane_stride;
+    const Epilogue epilogue = {d.activation, out.slope};
+    if (tile.first_segment == tile.end_segment) activate(plane + tile.start, tile.length, epilogue);
+    for (int n = tile.first_segment; n < tile.end_segment; n++) {  // those that follow one another at once
+      const int begin = d.segments[n].plane_position;
+      int end = begin + d.segments[n].length;
+      for (; n + 1 < tile.end_segment && d.segments[n + 1].plane_position == end; n++) end += d.segments[n + 1].length;
+      activate(plane + begin, end - begin, epilogue);
+    }
+  }
+}
+
 // Where a block is read, accumulated and written for one tile.
 struct Places {
   const float* x;         // offset 0 of the block
@@ -72,45 +90,23 @@ inline void prefetch_tile(const Direct& d, const Tile& tile, const Places& place
   for (int n = tile.first_segment; n < tile.end_segment; n++) prefetch(plane + d.segments[n].plane_position);
 }
 
-// Adds the residual to a tile's sums and activates them, all at once, as rows may be shorter than vectors.
-void activate_tile(const Direct& d, const Tile& tile, const float* residual, Epilogue epilogue, float* sums) {
-  if (residual && tile.first_segment == tile.end_segment)
-    for (int i = 0; i < tile.length; i++) sums[i] += residual[tile.start + i];
-  for (int n = tile.first_segment; residual && n < tile.end_segment; n++) {
-    const Segment& s = d.segments[n];
-    for (int i = 0; i < s.length; i++) sums[s.tile_position + i] += residual[s.plane_position + i];
-  }
-  activate(sums, tile.vectors * kLanes, epilogue);
-}
-
-// Writes a finished tile of one output channel; what the tile holds between rows is dropped.
+// Writes a finished tile of one output channel, not yet activated where that takes more than a bound; what the tile
+// holds between rows is dropped.
 template <int V>
-inline void finish_tile(const Direct& d, const Tile& tile, Epilogue epilogue, Vector* sum, const float* residual,
-                        float* y) {
-  if (!is_bound(epilogue.activation)) {
-    alignas(64) float sums[V * kLanes];
-#pragma GCC unroll 28
-    for (int v = 0; v < V; v++) store(sums + v * kLanes, sum[v]);
-    activate_tile(d, tile, residual, epilogue, sums);
-#pragma GCC unroll 28
-    for (int v = 0; v < V; v++) sum[v] = load(sums + v * kLanes);
-    residual = nullptr;
-    epilogue.activation = Activation::none;
-  }
-  const Activation bound = epilogue.activation;
+inline void finish_tile(const Direct& d, const Tile& tile, const Vector* sum, const float* residual, float* y) {
   if (tile.first_segment == tile.end_segment) {  // a range of the plane
     y += tile.start;
     if (residual) residual += tile.start;
 #pragma GCC unroll 28
     for (int v = 0; v < V - 1; v++)
-      store(y + v * kLanes, finish(sum[v], residual ? residual + v * kLanes : nullptr, bound));
+      store(y + v * kLanes, finish(sum[v], residual ? residual + v * kLanes : nullptr, d.activation));
     const int tail = (V - 1) * kLanes;
-    finish_lanes(y + tail, sum[V - 1], residual ? residual + tail : nullptr, tile.length - tail, bound);
+    finish_lanes(y + tail, sum[V - 1], residual ? residual + tail : nullptr, tile.length - tail, d.activation);
     return;
   }
   const Segment* segments = d.segments + tile.first_segment;
   const auto finish_segment = [&](const Segment& s, Vector v) {
-    finish_lanes(y + s.plane_position, v, residual ? residual + s.plane_position : nullptr, s.length, bound);
+    finish_lanes(y + s.plane_position, v, residual ? residual + s.plane_position : nullptr, s.length, d.activation);
   };
   if (tile.end_segment - tile.first_segment == V) {  // every vector is a segment
 #pragma GCC unroll 28
@@ -163,8 +159,7 @@ inline void accumulate_channels(const Direct& d, const Tile& tile, const Places&
       for (int v = 0; v < V; v++) store(slot + v * kLanes, sum[g][v]);
     } else {
       const int64_t plane = out[g].channel * d.y_plane_stride;
-      const Epilogue epilogue = {d.activation, out[g].slope};
-      finish_tile<V>(d, tile, epilogue, sum[g], places.residual ? places.residual + plane : nullptr, places.y + plane);
+      finish_tile<V>(d, tile, sum[g], places.residual ? places.residual + plane : nullptr, places.y + plane);
     }
   }
 }
@@ -173,6 +168,8 @@ inline void accumulate_channels(const Direct& d, const Tile& tile, const Places&
 template <int V, int G>
 void accumulate(const Direct& d, const Tile& tile, const Block& block, const Places& places, const Ahead& ahead) {
   int fetched = 0;  // channels of `ahead`
+  const bool activates = places.last && !is_bound(d.activation);
+  int activated = block.first_record;
   for (int i = block.first_record; i < block.end_record; i += G) {
     if (ahead.channels > 0) {
       const int64_t due =
@@ -187,6 +184,11 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, const Pla
       accumulate_channels<V, G>(d, tile, places, i);
     } else {
       for (int j = i; j < block.end_record; j++) accumulate_channels<V, 1>(d, tile, places, j);
+    }
+    const int end = min(i + G, block.end_record);
+    if (activates && (end == block.end_record || end - activated >= kActivatedTogether)) {
+      activate_channels(d, tile, places.y, activated, end);
+      activated = end;
     }
   }
 }

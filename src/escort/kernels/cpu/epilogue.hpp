@@ -70,10 +70,10 @@ inline Vector hardsigmoid(Vector v) {
   return v * (1.0f / 6.0f);
 }
 
-// An activation that only bounds a vector or a float.
+// An activation of a vector or a float where that only bounds; others leave it as it is.
 template <class T>
 inline T bounded(T v, Activation bound) {
-  if (bound == Activation::none) return v;
+  if (bound != Activation::relu && bound != Activation::relu6) return v;
   const T zero = T{};
   v = v < zero ? zero : v;
   if (bound == Activation::relu6) {
@@ -116,13 +116,16 @@ inline void with_function(Epilogue epilogue, const Use& use) {
 // Activates `count` numbers in place. Constants are loaded once for all of them.
 __attribute__((noinline, unused)) void activate(float* values, int64_t count, Epilogue epilogue) {
   with_function(epilogue, [&](const auto& function) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(values + i, function(load(values + i)));
-    if (i == count) return;
-    float last[kLanes] = {};
-    for (int64_t j = i; j < count; j++) last[j - i] = values[j];
-    store(last, function(load(last)));
-    for (int64_t j = i; j < count; j++) values[j] = last[j - i];
+    if (count < kLanes) {
+      float few[kLanes] = {};
+      for (int64_t i = 0; i < count; i++) few[i] = values[i];
+      store(few, function(load(few)));
+      for (int64_t i = 0; i < count; i++) values[i] = few[i];
+      return;
+    }
+    const Vector last = load(values + count - kLanes);  // overlaps the vector before, and is loaded ahead of it
+    for (int64_t i = 0; i + kLanes <= count; i += kLanes) store(values + i, function(load(values + i)));
+    store(values + count - kLanes, function(last));
   });
 }
 

@@ -135,7 +135,7 @@ class _Group:
             for fused in {*self.writers, *self.readers}:
                 fused.remember_weight()
             for writer in self.writers:
-                for tensor in (writer.conv.weight, writer.conv.bias):
+                for tensor in (writer.conv.weight, writer.conv.bias, writer.slope):
                     if tensor is not None:
                         tensor.copy_(tensor[self.channels])
             for reader in self.readers:
