@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 from escort.cuda.binary import Binary
+from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
@@ -95,6 +96,10 @@ class Method(ABC):
             RuntimeError: if the device refuses.
             ImportError: if there is no compiler for a kernel that is not compiled yet.
         """
+
+    def kernels(self, problem: Problem, config: Config) -> Sequence[Variant]:
+        """The kernels that a config runs a problem by, but for those that are compiled for the filter."""
+        return ()
 
     def offers(self, problem: Problem, sparse_filter: SparseFilter, config: Config) -> bool:
         """Whether a config is of the search space for this problem. Kernels trust their configs: no other is prepared.
