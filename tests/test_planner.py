@@ -13,7 +13,6 @@ import torch
 
 from escort import methods, reference
 from escort.cuda.capture import runs
-from escort.cuda.gpu import H200, Gpu
 from escort.filter import SparseFilter
 from escort.methods import by_name, for_device
 from escort.planner import Plan, cores, measure, plan_layer, planner, search, timing
@@ -21,7 +20,7 @@ from escort.planner.machine import Machine
 from escort.planner.store import Hint
 from escort.planner.timing import Timing
 from escort.problem import Problem
-from tests.fakes import PROBLEM, Compiled, Fake, a_filter, plans_of
+from tests.fakes import PROBLEM, Compiled, Fake, a_filter, plans_of, put_gpu_in_place
 
 
 @pytest.fixture(autouse=True)
@@ -176,15 +175,7 @@ ON_GPU = replace(PROBLEM, device="cuda:0")
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is the CPU, on which contestants take as long as their name says."""
-    machine = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159", "13.0", "9.19.0")
-    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
-    inputs = timing.example_inputs
-    monkeypatch.setattr(timing, "example_inputs", lambda problem, most=3: most * inputs(replace(problem, device="cpu")))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(timing, "glance_us", lambda run, device: 100.0)
-
-    monkeypatch.setattr(Gpu, "of", classmethod(lambda cls, device: H200))
+    put_gpu_in_place(monkeypatch)
 
     def race(runs: Sequence[Sequence[Any]], device: str, **options: Any) -> list[Timing]:
         assert device == "cuda:0" and all(len(run) == 3 for run in runs)  # every input takes part
