@@ -15,7 +15,7 @@ from escort import methods, reference
 from escort.cuda.capture import runs
 from escort.filter import SparseFilter
 from escort.methods import by_name, for_device
-from escort.planner import Plan, cores, measure, plan_layer, planner, search, timing
+from escort.planner import Plan, cores, measure, plan_layer, plan_layers, planner, search, timing
 from escort.planner.machine import Machine
 from escort.planner.store import Hint
 from escort.planner.timing import Timing
@@ -501,3 +501,24 @@ def test_methods_may_be_named() -> None:
     assert plan_layer(PROBLEM, a_filter(), methods=["lowered"]).method == "lowered"
     with pytest.raises(ValueError, match="no method 'direkt' on cpu; there are direct"):
         plan_layer(PROBLEM, a_filter(), methods=["direkt"])
+
+
+def test_what_a_plan_was_measured_with_comes_with_it() -> None:
+    """It was not made in inference mode, whose tensors a converted layer could not hold."""
+    planner._remembered.clear()
+    modes = list[bool]()
+
+    class Watched(Fake):
+        def prepare(self, *args: Any) -> Any:
+            modes.append(torch.is_inference_mode_enabled())
+            return super().prepare(*args)
+
+    method = Watched("watched", lambda y: y)
+    turned = SparseFilter.from_dense(a_filter().to_dense().flip(0))
+    layers = [(PROBLEM, sparse_filter, None) for sparse_filter in (a_filter(), turned)]
+    planned = list(plan_layers(layers, 0.0, methods=[method]))
+    assert [each.plan.times_from for each in planned] == ["measured", "equal layer"]
+    assert modes == [False, False]
+    x = torch.randn(PROBLEM.input_shape)
+    for (_, sparse_filter, _), each in zip(layers, planned, strict=True):
+        assert reference.compare(each.prepared(x), reference.conv2d(PROBLEM, x, sparse_filter.to_dense())) < 1e-5
