@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from escort import reference
+from escort.cuda.gpu import H200, Gpu
 from escort.filter import SparseFilter
 from escort.methods import Method, Prepared
-from escort.planner import Plan, plan_layers
+from escort.planner import Plan, plan_layers, timing
+from escort.planner.machine import Machine
 from escort.problem import Problem
 
 PROBLEM = Problem(2, 6, 9, 9, 8, (3, 3), padding=(1, 1, 1, 1))
@@ -119,3 +122,15 @@ class Rounded(Method):
 def plans_of(*args: Any, **named: Any) -> Iterator[Plan]:
     """What :func:`plan_layers` plans, without what it prepared."""
     return (planned.plan for planned in plan_layers(*args, **named))
+
+
+def put_gpu_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the CPU stand for a GPU: what is planned for "cuda:0" has its inputs here, three where all are asked for."""
+    machine = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159", "13.0", "9.19.0")
+    inputs = timing.example_inputs
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
+    monkeypatch.setattr(Gpu, "of", classmethod(lambda cls, device: H200))
+    monkeypatch.setattr(timing, "example_inputs", lambda problem, most=3: most * inputs(replace(problem, device="cpu")))
+    monkeypatch.setattr(timing, "glance_us", lambda run, device: 100.0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 
-from escort.cuda.gpu import H200, Gpu
+from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
 from escort.methods import Config
-from escort.planner import Candidate, Plan, cores, measure, plan_layer, planner, store, timing
+from escort.planner import Candidate, Plan, cores, measure, plan_layer, planner, store
 from escort.planner.compile_budget import Grant, Offer, share_out
-from escort.planner.machine import Machine
 from escort.planner.store import Hint
 from escort.problem import Problem
-from tests.fakes import PROBLEM, Compiled, Fake, FakeConfig, a_filter, plans_of
+from tests.fakes import PROBLEM, Compiled, Fake, FakeConfig, a_filter, plans_of, put_gpu_in_place
 
 METHOD = Compiled()
 
@@ -136,15 +135,11 @@ class Generated(Compiled):
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """A GPU without one: the times that are measured, by the method's name."""
-    machine, inputs, measured = Machine.here(), timing.example_inputs, dict[str, float]()
+    measured = dict[str, float]()
+    put_gpu_in_place(monkeypatch)
     planner._remembered.clear()
-    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
-    monkeypatch.setattr(Gpu, "of", classmethod(lambda cls, device: H200))
     monkeypatch.setattr(measure, "_HOPELESS", float("inf"))
-    monkeypatch.setattr(measure.timing, "example_inputs", lambda p, **_: inputs(replace(p, device="cpu"), most=1))
-    monkeypatch.setattr(timing, "survived", str)
     monkeypatch.setattr(measure.Allowance, "__init__", lambda self, device: setattr(self, "_end", float("inf")))
-    monkeypatch.setattr(timing, "glance_us", lambda run, device: 1.0)
 
     def race(problem: Problem, contenders: Any, *_: Any) -> list[Candidate]:
         return [replace(one.candidate, time_us=measured[one.candidate.method]) for one in contenders]

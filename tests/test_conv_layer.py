@@ -144,6 +144,21 @@ def test_a_layer_can_be_prepared_for_the_size_of_its_plan(monkeypatch: pytest.Mo
     assert layer(torch.randn(problem.input_shape)).shape == problem.output_shape
 
 
+def test_a_layer_runs_by_what_was_prepared_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, problem, _ = a_layer(residual=False)
+    x = torch.randn(problem.input_shape)
+    expected = layer(x)
+    prepared = runners.prepare(problem, layer.filter, layer.bias, runners.Choice.of(layer.plan))
+    layer._runners.clear()
+    layer.run_by(prepared)
+    monkeypatch.setattr(runners, "prepare", lambda *args: pytest.fail("prepared again"))
+    assert torch.equal(layer(x), expected)
+    monkeypatch.undo()
+    assert layer.bias is not None
+    layer.bias += 1.0  # what was prepared holds the bias as it was
+    assert not torch.equal(layer(x), expected)
+
+
 def test_another_type_of_device_is_refused_before_anything_moves() -> None:
     layer, *_ = a_layer()
     for move in (lambda: layer.to("meta"), lambda: layer.to_empty(device="meta")):

@@ -13,15 +13,14 @@ import torch
 
 from escort import methods, reference
 from escort.cuda.capture import runs
-from escort.cuda.gpu import H200, Gpu
 from escort.filter import SparseFilter
 from escort.methods import by_name, for_device
-from escort.planner import Plan, cores, measure, plan_layer, planner, search, timing
+from escort.planner import Plan, cores, measure, plan_layer, plan_layers, planner, search, timing
 from escort.planner.machine import Machine
 from escort.planner.store import Hint
 from escort.planner.timing import Timing
 from escort.problem import Problem
-from tests.fakes import PROBLEM, Compiled, Fake, a_filter, plans_of
+from tests.fakes import PROBLEM, Compiled, Fake, a_filter, plans_of, put_gpu_in_place
 
 
 @pytest.fixture(autouse=True)
@@ -177,15 +176,7 @@ ON_GPU = replace(PROBLEM, device="cuda:0")
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is the CPU, on which contestants take as long as their name says."""
-    machine = Machine("NVIDIA H200", "sm_90", 0, "2.11.0", "0.2.0", "580.159", "13.0", "9.19.0")
-    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
-    inputs = timing.example_inputs
-    monkeypatch.setattr(timing, "example_inputs", lambda problem, most=3: most * inputs(replace(problem, device="cpu")))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(timing, "glance_us", lambda run, device: 100.0)
-
-    monkeypatch.setattr(Gpu, "of", classmethod(lambda cls, device: H200))
+    put_gpu_in_place(monkeypatch)
 
     def race(runs: Sequence[Sequence[Any]], device: str, **options: Any) -> list[Timing]:
         assert device == "cuda:0" and all(len(run) == 3 for run in runs)  # every input takes part
@@ -511,3 +502,24 @@ def test_methods_may_be_named() -> None:
     assert plan_layer(PROBLEM, a_filter(), methods=["lowered"]).method == "lowered"
     with pytest.raises(ValueError, match="no method 'direkt' on cpu; there are direct"):
         plan_layer(PROBLEM, a_filter(), methods=["direkt"])
+
+
+def test_what_a_plan_was_measured_with_comes_with_it() -> None:
+    """It was not made in inference mode, whose tensors a converted layer could not hold."""
+    planner._remembered.clear()
+    modes = list[bool]()
+
+    class Watched(Fake):
+        def prepare(self, *args: Any) -> Any:
+            modes.append(torch.is_inference_mode_enabled())
+            return super().prepare(*args)
+
+    method = Watched("watched", lambda y: y)
+    turned = SparseFilter.from_dense(a_filter().to_dense().flip(0))
+    layers = [(PROBLEM, sparse_filter, None) for sparse_filter in (a_filter(), turned)]
+    planned = list(plan_layers(layers, 0.0, methods=[method]))
+    assert [each.plan.times_from for each in planned] == ["measured", "equal layer"]
+    assert modes == [False, False]
+    x = torch.randn(PROBLEM.input_shape)
+    for (_, sparse_filter, _), each in zip(layers, planned, strict=True):
+        assert reference.compare(each.prepared(x), reference.conv2d(PROBLEM, x, sparse_filter.to_dense())) < 1e-5

@@ -115,12 +115,10 @@ def test_doctor_says_why_a_gpu_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_counts_the_kernels_that_come_with_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor.compiler, "KERNELS", tmp_path)
+    monkeypatch.setattr(doctor.shipped, "FILE", tmp_path / "none")
     assert doctor._shipped_kernels().value.startswith("none: ")
-    (tmp_path / "sm_90").mkdir()
-    for name in ("a.cubin", "sm_90/b.cubin", "c.cu"):
-        (tmp_path / name).touch()
-    assert doctor._shipped_kernels().value == "2 cubins"
+    monkeypatch.setattr(doctor.shipped, "archs", lambda: {"sm_80": 3, "sm_90": 4})
+    assert doctor._shipped_kernels().value == "3 for sm_80, 4 for sm_90"
 
 
 def test_doctor_says_why_a_method_refuses_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:

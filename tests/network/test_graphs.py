@@ -15,16 +15,13 @@ from torch import Tensor, nn
 import escort
 from escort.network.model import ConvertedModel, NetworkPlan
 from escort.planner import timing
-from escort.runtime import graphs
 from tests.network.models import Branching, Masked, Small, pruned
-from tests.runtime.fake_gpu import FakeGpu
+from tests.runtime.fake_gpu import FakeGpu, install
 
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    gpu = FakeGpu()
-    monkeypatch.setattr(graphs, "Gpu", lambda device: gpu)
-    return gpu
+    return install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from escort.runtime import graphs
 from escort.runtime.lanes import Gpu, Lane
 
 
@@ -116,3 +118,10 @@ class FakeLane(Lane):
     def __init__(self, gpu: FakeGpu, number: int) -> None:
         super().__init__(0, number)
         self._is_shared = False
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """A GPU of that kind for all graphs that are bound from now on."""
+    gpu = FakeGpu()
+    monkeypatch.setattr(graphs, "Gpu", lambda device: gpu)
+    return gpu

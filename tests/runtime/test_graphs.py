@@ -28,14 +28,12 @@ from escort.planner.plan import Plan
 from escort.problem import Epilogue, Problem
 from escort.runtime import Graphs, Program, graphs
 from tests.network.models import Small, pruned
-from tests.runtime.fake_gpu import FakeGpu
+from tests.runtime.fake_gpu import FakeGpu, install
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    gpu = FakeGpu()
-    monkeypatch.setattr(graphs, "Gpu", lambda device: gpu)
-    return gpu
+    return install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +167,7 @@ def test_outputs_that_a_copy_cannot_stand_for(gpu: FakeGpu, what: str, caplog: p
     with caplog.at_level(logging.WARNING):
         assert not any(served.check(pictures()) for _ in range(4))
     assert len(caplog.records) == 1 and what in caplog.text
+    assert "it is tried again by warmup, or when the network is changed" in caplog.text
     (reason,) = served.stats["failed"]
     assert what in reason and served.stats["eager"][reason] == 3
 
@@ -184,7 +183,7 @@ class Repeats(nn.Module):
         return self.conv(x).mean((2, 3), keepdim=True).expand(-1, -1, times, 1)
 
 
-def test_a_capture_that_fails_is_not_tried_again(gpu: FakeGpu) -> None:
+def test_a_capture_that_fails_is_not_tried_again(gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
     served, x = Served(), pictures()
     gpu.fails = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 8")]
     assert not any(served.check(x) for _ in range(4))
@@ -192,6 +191,7 @@ def test_a_capture_that_fails_is_not_tried_again(gpu: FakeGpu) -> None:
         served.stats["failed"] == ["not captured: out of device memory: Tried to allocate 9 GiB"]
         and served.stats["captures"] == 0
     )
+    assert "(2, 3, 16, 16) do not replay" in caplog.text and "it is tried again after 4 more calls" in caplog.text
     assert [served.check(pictures(3)) for _ in range(2)] == [False, True]  # another size
     assert len(gpu.sizes) == 2  # in a pool in which nothing failed
     served.graphs.capture(served.program, (x,), {})

@@ -16,7 +16,7 @@ from rich.text import Text
 from escort import cache, reference
 from escort.cli.console import Output
 from escort.cli.options import command
-from escort.cuda import compiler
+from escort.cuda import compiler, shipped
 from escort.cuda.kernel import LEAST_CAPABILITY
 from escort.filter import SparseFilter
 from escort.methods import Method, for_device
@@ -176,8 +176,8 @@ def _kernel_cache() -> Finding:
 
 
 def _shipped_kernels() -> Finding:
-    count = sum(1 for _ in compiler.KERNELS.rglob("*.cubin"))
-    return Finding("shipped kernels", f"{count} cubins" if count else "none: all are compiled at their first use")
+    counts = ", ".join(f"{count} for {arch}" for arch, count in shipped.archs().items())
+    return Finding("shipped kernels", counts or "none: all are compiled at their first use")
 
 
 def _plan_store() -> Finding:

@@ -1,7 +1,7 @@
 """CUDA C++ to device code: NVRTC, driven through `cuda.core`, and a cache on disk. Needs no GPU and no toolkit.
 
 The compiler comes with an extra of this package and is imported on first use, so that CPU users need none of it. What
-:mod:`escort.cuda.carried` holds needs no compiler at all.
+:mod:`escort.cuda.carried` or :mod:`escort.cuda.shipped` holds needs no compiler at all.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from escort import cache
-from escort.cuda import carried
+from escort.cuda import carried, shipped
 from escort.cuda.binary import Binary
 
 _log = logging.getLogger(__name__)
@@ -55,6 +55,17 @@ class Text:
 Source = str | Path | Text
 
 
+class Variant(NamedTuple):
+    """A source and the macros that one kernel of it is compiled with.
+
+    `native` says whether it uses instructions that one architecture alone has, such as the `wgmma` of "sm_90a".
+    """
+
+    source: Source
+    defines: Defines
+    native: bool = False
+
+
 #: -v makes ptxas say what a kernel uses. Add "lineinfo": True to see source lines in a profiler; it triples a binary.
 _OPTIONS = {"std": "c++17", "ptxas_options": ["-v"]}
 #: cuda.core changes its own modules while it is imported; a second thread would find it half done.
@@ -65,8 +76,8 @@ class NotInstalledError(ImportError, RuntimeError):
     """A package that kernels need is not installed: a RuntimeError as well, as a kernel that cannot run here raises."""
 
 
-def compile_source(source: Source, defines: Defines, arch: str) -> Binary:
-    """Finds a source's binary among those that are carried or in the cache, or compiles it. Needs no GPU.
+def compile_source(source: Source, defines: Defines, arch: str, newest: tuple[int, int] | None = None) -> Binary:
+    """Finds a source's binary among those that are carried, shipped or in the cache, or compiles it. Needs no GPU.
 
     Threads that compile do so at the same time: the compiler runs outside Python's lock.
 
@@ -74,6 +85,7 @@ def compile_source(source: Source, defines: Defines, arch: str) -> Binary:
         source: a file of `escort/kernels/cuda`, an absolute path, or a generated text.
         defines: macros.
         arch: such as "sm_90".
+        newest: the newest CUDA that the driver supports: what is shipped may be made by a later one. None for any.
 
     Raises:
         ImportError: the compiler is not installed; says what to install.
@@ -86,6 +98,8 @@ def compile_source(source: Source, defines: Defines, arch: str) -> Binary:
     key = _hash({**made_from, "texts": _digests(source, _folders), "options": _OPTIONS})
     if (binary := carried.find(key)) is not None:
         binary.check(made_from)
+        return binary
+    if (binary := shipped.find(key)) is not None and (newest is None or binary.cuda[0] <= newest[0]):
         return binary
     compiler = _compiler_for(source, arch)
     expected = {**made_from, "key": key, "compiler": compiler}

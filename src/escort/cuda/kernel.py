@@ -1,6 +1,6 @@
 """CUDA kernels at run time: from a source to a Kernel on a device, bound to the arguments that never change, launched.
 
-    compiled = kernel("max_pool.cu", macros, torch.device("cuda:0"))          compiled, or from the cache
+    compiled = kernel("max_pool.cu", macros, torch.device("cuda:0"))          shipped, from the cache or compiled
     launch = compiled.bind(256, 64 * 1024, (torch.Tensor, torch.Tensor, filter_table, int))
     launch((blocks, 1, 1), x, y, samples)                                     on torch's current stream
 
@@ -68,7 +68,8 @@ def kernel(
         # Threads that plan side by side ask for the same few kernels: the first one compiles, the others wait for it.
         with _locks.setdefault(key, threading.Lock()):
             if (known := _kernels.get(key)) is None:
-                binary = compile_source(source, defines, arch(torch.device("cuda", index), native=native))
+                its_arch = arch(torch.device("cuda", index), native=native)
+                binary = compile_source(source, defines, its_arch, driver_version())
                 known = _kernels[key] = Kernel(binary, driver.device(index), entry or Path(name).stem)
     return known
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from escort.cuda import kernel
 from escort.cuda.binary import Binary
+from escort.cuda.compiler import Variant
 from escort.cuda.params import pack
 from escort.kernels import _cpu
 from escort.layers.observed import PLAIN, is_observed, is_profiled
@@ -122,9 +123,15 @@ def _pool_launch(device: torch.device, dtype: torch.dtype, vector: int, window: 
 
 
 def _pool_kernel(device: torch.device, dtype: torch.dtype, vector: int, window: Window) -> kernel.Kernel:
-    rows, columns = window[0]
+    variant = pooling_kernel(dtype, vector, window[0])
+    return kernel.kernel(variant.source, variant.defines, device)
+
+
+def pooling_kernel(dtype: torch.dtype, vector: int, kernel_size: Pair) -> Variant:
+    """The kernel that pools tensors of a type, so many elements at once, in windows of so many rows and columns."""
+    rows, columns = kernel_size
     macros = {"STORAGE": POOLED_ON_GPU.index(dtype), "VECTOR": vector, "ROWS": rows, "COLUMNS": columns}
-    return kernel.kernel("max_pool.cu", macros, device)
+    return Variant("max_pool.cu", macros)
 
 
 @torch.compiler.assume_constant_result

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from escort.cuda.binary import Binary
+from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
 from escort.kernels import _cpu
@@ -113,6 +114,10 @@ class Method(ABC):
             RuntimeError: if the device refuses.
             ImportError: if there is no compiler for a kernel that is not compiled yet.
         """
+
+    def kernels(self, problem: Problem, config: Config) -> Sequence[Variant]:
+        """The kernels that a config runs a problem by, but for those that are compiled for the filter."""
+        return ()
 
     def offers(self, problem: Problem, sparse_filter: SparseFilter, config: Config) -> bool:
         """Whether a config is of the search space for this problem. Kernels trust their configs: no other is prepared.

@@ -22,13 +22,16 @@ def check_fields(value: Any) -> None:
     Raises:
         ValueError: naming the field, and what it holds.
     """
-    hints = _hints(type(value))
+    hints = _hints(type(value))  # type: ignore[arg-type]
     for name in (field.name for field in fields(value)):
         if not _is(getattr(value, name), hints[name]):
             raise ValueError(f"{name} cannot be {repr(getattr(value, name))[:100]}")
 
 
-_hints = lru_cache(get_type_hints)  # evaluates annotations, which takes longer than all checks
+@lru_cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a class's fields: evaluating annotations takes longer than all checks."""
+    return get_type_hints(kind)
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -187,7 +187,7 @@ def race_on_host(
             run()
         torch.cuda.synchronize()
 
-    with torch.cuda.device(device):
+    with turn, torch.cuda.device(device):  # waiting for the device would end the capture of another thread
         counts = []
         for run in runs:
             in_a_row(run, _FIRST_CALLS)

@@ -350,7 +350,8 @@ class Graphs:
             bound.failed.clear()
         bound.failed[kind], bound.uses[kind] = reason, later or _Uses(wanted=math.inf)
         shapes = ", ".join(str(tuple(x.shape)) for x in call.tensors)
-        _log.warning("calls of shape %s do not replay a CUDA graph: %s", shapes, reason)
+        again = f"after {later.wanted:.0f} more calls" if later else "by warmup, or when the network is changed"
+        _log.warning("calls of shape %s do not replay a CUDA graph: %s; it is tried again %s", shapes, reason, again)
         return self._left(reason) if output is _NO_OUTPUT else output
 
     def _make_room(self, bound: _Bound) -> None:

@@ -20,6 +20,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
@@ -75,6 +76,9 @@ class DirectCuda(Method):
     def offers(self, problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> bool:
         return is_offered(problem, sparse_filter, Gpu.of(problem.device), config)
 
+    def kernels(self, problem: Problem, config: DirectConfig) -> Sequence[Variant]:
+        return (Variant(_SOURCE, defines(config, Layout.of(problem, config.tile), problem.precision)),)
+
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: DirectConfig | None = None
     ) -> float:
@@ -100,7 +104,8 @@ class DirectCuda(Method):
         device = torch.device(problem.device)
         positions, tables = Positions(problem), lay_out(problem, sparse_filter, config)
         layout = Layout.of(problem, config.tile)
-        compiled = kernel(_SOURCE, defines(config, layout, problem.precision), device)
+        (variant,) = self.kernels(problem, config)
+        compiled = kernel(variant.source, variant.defines, device)
         arrays = (tables.records, tables.segments.view(np.int32), tables.channel_of, tables.first_channels)
         on_device = [torch.from_numpy(array).to(device) for array in arrays]
         offsets = None if bias is None else bias.detach().to(device, torch.float32).contiguous()

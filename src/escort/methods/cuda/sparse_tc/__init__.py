@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from escort.cuda import tensor_map
+from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import Kernel, Launch, arch, kernel, unavailable
 from escort.cuda.launch import Grid
@@ -35,7 +36,7 @@ from escort.methods.base import (
     input_check,
     output_strides,
 )
-from escort.methods.cuda.sparse_tc.arrange import arranger
+from escort.methods.cuda.sparse_tc.arrange import arranger, arranging_kernel
 from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig
 from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
 from escort.methods.cuda.sparse_tc.orders import OrderedFilter, common_order, order_filter
@@ -81,6 +82,11 @@ class SparseTc(Method):
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_CONFIGS, problem.memory_format)
+
+    def kernels(self, problem: Problem, config: SparseTcConfig) -> Sequence[Variant]:
+        tiling = Tiling.of(problem, config, Gpu.of(problem.device).shared_bytes)
+        arranging = () if config.takes_channels_last else (arranging_kernel(problem, tiling.element),)
+        return (Variant(tiling.source, tiling.defines, native=True), *arranging)
 
     def offers(self, problem: Problem, sparse_filter: SparseFilter, config: SparseTcConfig) -> bool:
         return is_offered(problem, Gpu.of(problem.device), config)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from escort.cuda.binary import Binary
+from escort.cuda.compiler import Variant
 from escort.cuda.kernel import kernel
 from escort.filter import IntArray
 from escort.methods.base import aligned
@@ -25,7 +26,8 @@ def arranger(
     """
     plane, places = problem.height * problem.width, len(in_order)
     vector, strips, strip = cut_into_strips(plane, element)
-    compiled = kernel("sparse_tc_arrange.cu", {"BYTES": element.bytes, "VECTOR": vector}, device)
+    variant = arranging_kernel(problem, element)
+    compiled = kernel(variant.source, variant.defines, device)
     fixed = torch.from_numpy(in_order).to(device), problem.in_channels, plane, strips, strip
     launch = compiled.bind(_THREADS, 0, (torch.Tensor, torch.Tensor, *fixed), overlap=True)
 
@@ -37,6 +39,12 @@ def arranger(
         return arranged
 
     return run, compiled.binary
+
+
+def arranging_kernel(problem: Problem, element: Element) -> Variant:
+    """What :func:`arranger` launches."""
+    vector, *_ = cut_into_strips(problem.height * problem.width, element)
+    return Variant("sparse_tc_arrange.cu", {"BYTES": element.bytes, "VECTOR": vector})
 
 
 def cut_into_strips(plane: int, element: Element) -> tuple[int, int, int]:

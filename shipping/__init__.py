@@ -1,0 +1,6 @@
+"""What goes into a wheel besides the package: compiled kernels of layers that many networks have.
+
+    python -m shipping build/shipped.kernels
+
+Needs the compiler (the extra cuda13 or cuda12) and no GPU. `make wheel KERNELS=1` runs it.
+"""

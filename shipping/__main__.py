@@ -1,0 +1,130 @@
+"""python -m shipping FILE: compiles what many networks need first, and writes it to a file for a wheel."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from escort.cuda import shipped
+from escort.cuda.binary import Binary
+from escort.cuda.compiler import Text, Variant, compile_source
+from escort.cuda.gpu import H200, Gpu
+from escort.layers.pool import POOLED_ON_GPU, pooling_kernel
+from escort.methods import for_device
+from escort.planner.cores import on_all_cores
+from escort.planner.plan import Layer
+from escort.planner.search import Search
+from shipping.layers import common_layers
+
+#: What is shipped for which GPU: compute capability 8.0 has no kernels of its successors' instructions.
+GPUS = (H200, Gpu(multiprocessors=108, shared_bytes=166912, capability=(8, 0)))
+_POOLED = ((2, 2), (3, 3))  # windows
+_AT_A_TIME = 64  # kernels that are compiled before it is seen whether more find room
+_log = logging.getLogger("shipping")
+
+#: A variant's source by name and digest, its macros, and the architecture that it is compiled for.
+Key = tuple[str, str, tuple[tuple[str, str], ...], str]
+
+
+@contextmanager
+def in_place_of_a_gpu(gpu: Gpu) -> Iterator[None]:
+    """Lets methods search for a GPU that need not be there. Nothing can be run on it."""
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "get_device_capability": lambda device=None: gpu.capability,
+        "get_device_name": lambda device=None: f"a GPU of compute capability {gpu.capability}",
+    }
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(patch.object(torch.cuda, name, answer))
+        stack.enter_context(patch.object(torch.version, "cuda", torch.version.cuda or "13.0"))
+        stack.enter_context(patch.object(Gpu, "of", lambda device: gpu))
+        yield
+
+
+def variants_of(layers: Iterable[Layer]) -> Iterator[Variant]:
+    """The kernels that a conversion of these layers prepares, those of each layer one after the other."""
+    for layer in layers:
+        for method, configs in Search.of(layer, for_device(layer.problem.device), None).tried:
+            for config in configs:
+                yield from method.kernels(layer.problem, config)
+
+
+def pooling_variants() -> Iterator[Variant]:
+    """The kernels that pool whole vectors of channels, or planes element by element."""
+    for dtype in POOLED_ON_GPU:
+        for vector in (1, 16 // dtype.itemsize):
+            yield from (pooling_kernel(dtype, vector, window) for window in _POOLED)
+
+
+def key_of(variant: Variant, arch: str) -> Key:
+    source = variant.source
+    digest = source.digest if isinstance(source, Text) else ""
+    return str(source), digest, tuple(sorted((name, str(value)) for name, value in variant.defines.items())), arch
+
+
+def wanted(layers: Iterable[Layer]) -> dict[Key, Variant]:
+    """What is worth shipping: first what pools, then what most layers try."""
+    variants: dict[Key, Variant] = {}
+    counts = Counter[Key]()
+    layers = list(layers)
+    for gpu in GPUS:
+        with in_place_of_a_gpu(gpu):
+            pooling = list(pooling_variants())
+            for variant in (*pooling, *variants_of(layers)):
+                number = "".join(map(str, gpu.capability))
+                key = key_of(variant, f"sm_{number}" + ("a" if variant.native else ""))
+                variants[key] = variant
+                counts[key] += 1 if variant not in pooling else len(layers) * len(GPUS)
+    return {key: variants[key] for key, _ in counts.most_common()}
+
+
+def compile_all(variants: dict[Key, Variant], most_bytes: int) -> list[Binary]:
+    """The binaries of as many of the first variants as fit a file of so many bytes."""
+    compiled: dict[Key, Binary] = {}
+
+    def make(key: Key) -> None:
+        compiled[key] = compile_source(variants[key].source, variants[key].defines, key[-1])
+
+    kept: list[Binary] = []
+    size, keys = 0, list(variants)
+    for begin in range(0, len(keys), _AT_A_TIME):
+        some = keys[begin : begin + _AT_A_TIME]
+        on_all_cores([partial(make, key) for key in some])
+        for binary in (compiled[key] for key in some):
+            size += len(shipped.pack([binary]))
+            if size > most_bytes:
+                return kept
+            kept.append(binary)
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m shipping", description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--megabytes", type=float, default=20.0, help="how large the file may be (default: 20)")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    variants = wanted(common_layers())
+    binaries = compile_all(variants, int(options.megabytes * 1e6))
+    options.file.parent.mkdir(parents=True, exist_ok=True)
+    options.file.write_bytes(shipped.pack(binaries))
+    counts = Counter((binary.source, binary.arch) for binary in binaries)
+    _log.info(
+        "%s: %.1f MB, %d of %d kernels", options.file, options.file.stat().st_size / 1e6, len(binaries), len(variants)
+    )
+    for (source, arch), count in sorted(counts.items()):
+        _log.info("  %-22s %-7s %d", source, arch, count)
+
+
+if __name__ == "__main__":
+    main()
