@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -13,7 +13,7 @@ from benchmarks.commands.options import NETWORKS_HELP, RunOptions
 from benchmarks.commands.rows import Results
 from benchmarks.suite import NetworkRace, Row, Subject
 from escort.cli.console import Output, note
-from escort.cli.options import CheckpointOption, EffortOption, command, effort_of, numbers
+from escort.cli.options import CheckpointOption, EffortOption, EngineOptions, command, effort_of, numbers
 from escort.problem import TORCH_DTYPE
 
 
@@ -46,10 +46,22 @@ class NetworkOptions:
 
 
 @command
-def main(chosen: NetworkOptions, options: RunOptions, output: Output) -> None:
-    """Time a whole network, converted, against eager torch and other engines; outputs are checked before timings."""
+def main(chosen: NetworkOptions, engines: EngineOptions, options: RunOptions, output: Output) -> None:
+    """Time a whole network, converted, against eager torch and other engines; outputs are checked before timings.
+
+    On the CPU each engine runs in processes of its own, one per round, while no other engine runs.
+    """
     device = options.find_device()
-    race = NetworkRace(chosen.rivals, options.precision.value, effort_of(chosen.effort), progress=True)
+    with engines.placed(device):
+        _measure(chosen, engines, options, output, device)
+
+
+def _measure(chosen: NetworkOptions, engines: EngineOptions, options: RunOptions, output: Output, device: str) -> None:
+    race = NetworkRace(
+        chosen.rivals, options.precision.value, effort_of(chosen.effort), progress=True, files=engines.files
+    )
+    if device == "cpu":
+        race = replace(race, rounds=engines.rounds)
     batches = options.batches
     torch.manual_seed(options.seed)
     input_size = None if chosen.size is None else numbers(chosen.size, "--input")
@@ -59,7 +71,7 @@ def main(chosen: NetworkOptions, options: RunOptions, output: Output) -> None:
     results = Results.begin(options, device, f"{subject.name}-{subject.weights}", "escort")
     rows: list[Row] = []
     for batch in batches:
-        note(f"{subject.name}, {subject.weights}, batch {batch}: converting, then timing against eager torch")
+        note(f"{subject.name}, {subject.weights}, batch {batch}: converting, then timing")
         x = torch.randn(batch, *subject.input_size).to(device, TORCH_DTYPE[options.precision.value])
         model = subject.model.to(device, TORCH_DTYPE[options.precision.value])
         rows += suite.measure_network(model, x, network=subject.name, weights=subject.weights, race=race)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.suite.rows import WHOLE, NetworkTimer, Row, check, leave_out
 from escort import reference
-from escort.cli.rivals import dense_at_its_best, in_onnxruntime
+from escort.cli.engines import ENGINES
+from escort.cli.rivals import Race, dense_at_its_best, measure
 from escort.network.check import Effort
 from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.network.convert import convert
@@ -22,7 +24,7 @@ from escort.planner.timing import Timing
 from escort.problem import Precision
 
 #: The rivals that :func:`measure_network` knows besides eager torch, by type of device.
-RIVALS = {"cpu": ("onnxruntime",), "cuda": ("graph", "compile")}
+RIVALS = {"cpu": tuple(name for name in ENGINES if name != "eager"), "cuda": ("graph", "compile")}
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,12 @@ class NetworkRace:
     """How a network is raced.
 
     Attributes:
-        against: some of the device's :data:`RIVALS`; onnxruntime gets as many threads as torch has.
+        against: some of the device's :data:`RIVALS`.
         precision: of all; fp32 is strict.
         effort: what compiling kernels for the weights may take, "fast", "best" or seconds, see :func:`escort.convert`.
-        rounds: of timed calls at most.
-        budget_s: seconds of timing.
+        rounds: of timed calls at most; on the CPU of processes of each engine.
+        budget_s: seconds of timing on a GPU.
+        files: on the CPU the user's own files of the model, see :class:`escort.cli.engines.Bench`.
         progress: show a progress bar while converting.
     """
 
@@ -63,12 +66,16 @@ class NetworkRace:
     rounds: int = 8
     budget_s: float = 30.0
     progress: bool = False
+    files: Mapping[str, Path] = field(default_factory=dict)
 
 
 def measure_network(
     model: nn.Module, x: Tensor, *, network: str, weights: str, race: NetworkRace | None = None
 ) -> list[Row]:
     """The model converted, raced against itself in eager mode (both memory formats) and against other engines.
+
+    On the CPU each engine runs in processes of its own, one per round, with as many threads as torch has here and on
+    the same cores. One that fails is left out with a warning.
 
     On a GPU calls are timed as a user makes them, the host's work included: each waited for ("call"), and back to back
     ("pipelined"). ``graph`` times the same in CUDA graphs, ``compile`` what torch.compile makes of the model, in all
@@ -87,6 +94,12 @@ def measure_network(
     if unknown := set(race.against) - set(RIVALS[x.device.type]):
         rivals = ", ".join(RIVALS[x.device.type])
         raise ValueError(f"there is no rival {', '.join(sorted(unknown))}; there are {rivals}")
+    return (_measure_in_turn if x.is_cuda else _measure_alone)(model, x, (network, weights), race)
+
+
+def _measure_in_turn(model: nn.Module, x: Tensor, subject: tuple[str, str], race: NetworkRace) -> list[Row]:
+    """The rows of a GPU, for a network's name and its weights'."""
+    network, weights = subject
     ways = _ways(model, x, race)
     with torch.inference_mode():
         expected = copy.deepcopy(model).double()(x.double())
@@ -109,9 +122,23 @@ def measure_network(
     return rows
 
 
+def _measure_alone(model: nn.Module, x: Tensor, subject: tuple[str, str], race: NetworkRace) -> list[Row]:
+    """The rows of the CPU, for a network's name and its weights'."""
+    rivals = Race(("eager", *race.against), race.precision, race.effort, race.files, race.rounds, race.progress)
+    rows = []
+    for result in measure(model, (x,), rivals):
+        if result.time_us is None:
+            leave_out(f"{subject[0]} in {result.method} {dict(result.config)}", result.reason)
+            continue
+        about = *subject, WHOLE, len(x), race.precision, result.method, dict(result.config)
+        rounds_us = tuple(round(time_us, 2) for time_us in result.rounds_us)
+        error = 0.0 if result.rel_error is None else result.rel_error
+        rows.append(Row(*about, round(result.time_us, 2), error, "call", rounds_us, result.others))
+    return rows
+
+
 def _ways(model: nn.Module, x: Tensor, race: NetworkRace) -> list[_Way]:
     """All ways to run the network, the converted one first."""
-    engines = [_onnxruntime(model, x) for name in race.against if name == "onnxruntime"]  # may not be installed
     channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x_last = x.contiguous(memory_format=torch.channels_last)
     converted = convert(model, x, precision=race.precision, effort=race.effort, progress=race.progress)
@@ -121,7 +148,6 @@ def _ways(model: nn.Module, x: Tensor, race: NetworkRace) -> list[_Way]:
         _Way("escort", choice, lambda: converted(x)),
         _Way("eager", {"memory_format": "contiguous"}, lambda: model(x)),
         _Way("eager", {"memory_format": "channels_last"}, lambda: channels_last(x_last)),
-        *engines,
     ]
     if "compile" in race.against:
         last = {"memory_format": "channels_last"}
@@ -155,8 +181,6 @@ def _race_network(
 ) -> dict[NetworkTimer, dict[int, Timing]]:
     """What each timer says of the ways, by their index."""
     runs, rounds, budget_s = [way.run for way in ways], race.rounds, race.budget_s
-    if device.type == "cpu":
-        return {"call": _by_index(timing.race(runs, rounds=rounds, burst=4, budget_s=budget_s))}
     captured = [index for index, way in enumerate(ways) if way.is_compiled or "graph" in race.against]
     graphs = timing.race_on_gpu([runs[index] for index in captured], device, rounds=rounds, budget_s=budget_s)
     host = partial(timing.race_on_host, runs, device, rounds=rounds, budget_s=budget_s)
@@ -169,11 +193,6 @@ def _race_network(
 
 def _by_index(times_us: Sequence[float]) -> dict[int, Timing]:
     return {index: Timing(time_us, "calls") for index, time_us in enumerate(times_us)}
-
-
-def _onnxruntime(model: nn.Module, x: Tensor) -> _Way:
-    (way,) = in_onnxruntime(model, (x,))
-    return _Way(way.method, dict(way.config), lambda: way.run()[0])
 
 
 def _checked(out: Tensor, expected: Tensor, bound: float, what: str) -> float:

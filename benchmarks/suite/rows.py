@@ -35,6 +35,9 @@ class Row:
             converted in it and of a load against the original.
         timer: how a whole network was timed: "graph" by replays of a CUDA graph, "call" by calls of which each is
             waited for, "pipelined" by calls back to back. None for layers, and in files of before there was a choice.
+        rounds_us: of a whole network on the CPU the median of each round, each in a process of its own; `time_us` is
+            their median. Empty in files of before that.
+        others: the largest share of the cores' time that other processes took in one of them.
     """
 
     network: str
@@ -47,11 +50,15 @@ class Row:
     time_us: float
     rel_error: float
     timer: NetworkTimer | None = None
+    rounds_us: tuple[float, ...] = ()
+    others: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rounds_us", tuple(self.rounds_us))  # a list, out of a file
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; `timer` where it says anything."""
-        data = asdict(self)
-        return data if self.timer is not None else {name: value for name, value in data.items() if name != "timer"}
+        """The fields as JSON values; the last three where they say anything."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, ())}
 
 
 def config_of(method: Method, row: Row) -> Any:
@@ -107,12 +114,18 @@ def header(command: str, device: str = "cpu") -> dict[str, Any]:
     if device == "cpu":
         hardware: dict[str, Any] = {"device": "cpu", "cpu": machine.device, "isa": machine.isa}
         hardware["threads"] = machine.threads
-        libraries: dict[str, str | None] = {name: installed_version(name) for name in ("numpy", "onnxruntime")}
-        timing = "median of calls taken in turn after warm-up, in microseconds; outputs checked first"
+        hardware["cores"] = sorted(os.sched_getaffinity(0))
+        packages = "numpy", "onnxruntime", "openvino", "ai-edge-litert"
+        libraries: dict[str, str | None] = {name: installed_version(name) for name in packages}
+        timing = (
+            "median in microseconds of calls after warm-up, of layers taken in turn; of whole networks each engine "
+            "alone, in a fresh process each round, engines taking turns: median of the rounds' medians (rounds_us); "
+            "outputs checked first"
+        )
     else:
         hardware = {"device": "cuda", "gpu": machine.device, "isa": machine.isa, "driver": machine.driver}
-        packages = {name: installed_version(name) for name in ("numpy", "cuda-core", "triton")}
-        libraries = {"cuda": machine.cuda, "cudnn": machine.cudnn, **packages}
+        others = {name: installed_version(name) for name in ("numpy", "cuda-core", "triton")}
+        libraries = {"cuda": machine.cuda, "cudnn": machine.cudnn, **others}
         timing = (
             "device time of a call in microseconds: median of CUDA graph replays taken in turn after warm-up, over "
             "inputs and outputs twice the L2 cache where one call's are smaller; outputs checked first; whole networks "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -293,12 +294,13 @@ def test_network_against_its_rivals() -> None:
     suite.prune_all_but_first(model, 0.8)
     shares = prune.sparsity(model)
     assert shares["0"] == 0.0 and shares["2"] == pytest.approx(0.8, abs=0.01)
-    quick = NetworkRace(against=["onnxruntime"], rounds=1, budget_s=0.0)
+    quick = NetworkRace(against=["onnxruntime"], rounds=2)
     rows = suite.measure_network(model, x, network="tiny", weights="random-0.80", race=quick)
     assert [row.method for row in rows] == ["escort", "eager", "eager", "onnxruntime"]
     assert rows[3].config == {"intra_op_num_threads": torch.get_num_threads()}
     assert all(row.layer == "all" and row.batch == 2 and row.rel_error <= 1e-4 for row in rows)
     assert {row.timer for row in rows} == {"call"}
+    assert all(len(row.rounds_us) == 2 and min(row.rounds_us) <= row.time_us <= max(row.rounds_us) for row in rows)
 
 
 @pytest.fixture
@@ -319,6 +321,7 @@ def gpu_timers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     measure = networks._race_network
     monkeypatch.setattr(networks, "_race_network", race_network)
+    monkeypatch.setattr(networks, "_measure_alone", networks._measure_in_turn)
     monkeypatch.setattr(timing, "race_on_gpu", graphs)
     monkeypatch.setattr(timing, "race_on_host", host)
     monkeypatch.setitem(suite.RIVALS, "cpu", ("graph", "compile"))
@@ -375,7 +378,7 @@ def test_without_rivals_in_graphs_none_is_captured(monkeypatch: pytest.MonkeyPat
 def test_unknown_rival() -> None:
     model, x = tiny(), torch.randn(1, 3, 8, 8)
     model(x)
-    with pytest.raises(ValueError, match="there is no rival fastnet; there are onnxruntime"):
+    with pytest.raises(ValueError, match="there is no rival fastnet; there are compile, onnxruntime"):
         suite.measure_network(model, x, network="tiny", weights="random", race=NetworkRace(against=["fastnet"]))
 
 
@@ -401,14 +404,17 @@ def test_means_take_the_best_configuration_and_are_geometric() -> None:
 
 
 def test_result_files(tmp_path: Path) -> None:
-    assert [field.name for field in fields(Row)] == [*ROW_FIELDS, "timer"]
-    rows = [row("a", "1", "dense", 2.0), replace(row("a", "all", "escort", 3.0), timer="pipelined")]
+    assert [field.name for field in fields(Row)] == [*ROW_FIELDS, "timer", "rounds_us", "others"]
+    alone = replace(row("a", "all", "escort", 3.0), timer="call", rounds_us=(2.0, 3.0, 4.0), others=0.0)
+    rows = [row("a", "1", "dense", 2.0), replace(row("a", "all", "escort", 3.0), timer="pipelined"), alone]
     suite.write_results(tmp_path / "a.json", suite.header("layers"), rows)
     result = json.loads((tmp_path / "a.json").read_text())
     assert list(result["rows"][0]) == ROW_FIELDS and list(result["rows"][1]) == [*ROW_FIELDS, "timer"]
+    assert list(result["rows"][2]) == [*ROW_FIELDS, "timer", "rounds_us", "others"]
     assert Result.read(tmp_path / "a.json").rows == rows
     head = result["header"]
     assert head["device"] == "cpu" and head["threads"] == torch.get_num_threads() and head["command"] == "layers"
+    assert head["cores"] == sorted(os.sched_getaffinity(0)) and "openvino" in head["versions"]
     assert {"cpu", "isa", "load_average", "versions", "commit", "date"} <= set(head)
 
 

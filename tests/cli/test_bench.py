@@ -1,21 +1,26 @@
-"""escort bench: a model of the user's beside its rivals, and why one of them is missing."""
+"""escort bench: a model of the user's beside its rivals, each alone on the CPU, and why one of them is missing."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from statistics import median
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from escort.cli import rivals
-from escort.cli.rivals import Way, measure
-from tests.cli.invoking import succeed, succeed_json
+from escort.cli.engines import ENGINES, Bench, Engine, Turns, engine, placed_on, take_turns, turns, worker
+from escort.cli.rivals import Race, measure
+from tests.cli.invoking import fail, succeed, succeed_json
 from tests.cli.named import TINY, tiny
 
 X = (torch.randn(2, 3, 8, 8),)
+ONE_ROUND = "--rounds", "1"
 
 
 def test_bench_of_a_model(pruned: Path) -> None:

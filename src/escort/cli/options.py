@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import wraps
@@ -20,6 +21,7 @@ import escort
 from escort import artifact
 from escort.cli import models
 from escort.cli.console import Output, check_is_file, note_if_busy, reporting
+from escort.cli.engines import ENGINES, placed_on
 from escort.network.check import Effort
 from escort.network.model import ConvertedModel
 from escort.planner.machine import find_device
@@ -155,6 +157,42 @@ class ModelOptions(SourceOptions):
         return escort.convert(
             model, inputs, precision=self.precision.value, effort=effort, progress=True, remeasure=remeasure
         )
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How engines are timed on the CPU, each alone, and the user's own files for some of them."""
+
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Threads of each engine on the CPU, which gets as many cores. By default torch's number, on all cores."
+        ),
+    ] = None
+    rounds: Annotated[int, typer.Option(min=1, help="Processes of each engine on the CPU.")] = 5
+    onnx: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same model for ONNX Runtime and OpenVINO, not exported.")
+    ] = None
+    tflite: Annotated[Path | None, typer.Option(metavar="FILE", help="The same model for LiteRT.")] = None
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The user's files by ending. Raises FileNotFoundError where one is none."""
+        given = {name: path for name, path in (("onnx", self.onnx), ("tflite", self.tflite)) if path is not None}
+        for name, path in given.items():
+            check_is_file(path, f"the model in an .{name} file")
+        return given
+
+    def default(self, device: str) -> list[str]:
+        """All engines that a device and the files allow."""
+        on_cpu = [name for name in ENGINES if name != "litert" or self.tflite is not None]
+        return on_cpu if device == "cpu" else ["eager", "compile"]
+
+    def placed(self, device: str) -> AbstractContextManager[int]:
+        """On the cores for those threads. Raises ValueError where they are for a GPU."""
+        if device != "cpu" and (self.threads is not None or self.files):
+            raise ValueError("--threads, --onnx and --tflite are for the CPU; leave them out, or give --device cpu")
+        return placed_on(self.threads)
 
 
 def effort_of(text: str) -> Effort:

@@ -1,22 +1,22 @@
-"""A network against the other ways to run it: eager torch, torch.compile and ONNX Runtime."""
+"""A network against the other ways to run it: eager torch, torch.compile, and other engines on the CPU."""
 
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from rich.text import Text
 from torch import Tensor, nn
 
 from escort import convert
+from escort.cli.engines import ENGINES, Bench, Result, Turns, engine, take_turns
 from escort.methods.precision import float32_convolutions, float32_products
 from escort.network.check import Effort
 from escort.network.choose import NETWORK_ERROR_BOUND
@@ -24,9 +24,10 @@ from escort.network.example import Example
 from escort.network.rivals import compiled, laid_out
 from escort.network.values import output_error, tensors_of
 from escort.planner import timing
-from escort.planner.timing import Timer, Timing
+from escort.planner.timing import Timing
 from escort.problem import TORCH_MEMORY_FORMAT, Precision
 
+_T = TypeVar("_T")
 Inputs = tuple[Tensor, ...]
 
 
@@ -40,72 +41,98 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What became of a way to run a network.
+class Race:
+    """What a model is raced against, and how.
 
     Attributes:
-        time_us: median time of a forward; None where it is missing.
-        rel_error: ``||out - ref|| / ||ref||`` against the model in float64.
-        timer: how it was timed (see :mod:`escort.planner.timing`), the same for all.
-        reason: why it is missing.
-    """
-
-    method: str
-    config: Mapping[str, Any]
-    time_us: float | None = None
-    rel_error: float | None = None
-    timer: Timer = "calls"
-    reason: str | None = None
-
-
-def measure(
-    model: nn.Module,
-    inputs: Inputs,
-    against: Sequence[str],
-    precision: Precision = "fp32",
-    effort: Effort = "fast",
-    *,
-    progress: bool = False,
-) -> list[Result]:
-    """The model converted, and raced against some rivals. Every output is checked before anything is timed.
-
-    On the CPU calls are timed, in turn. On a GPU it is CUDA graphs, or calls where one of them cannot be captured.
-
-    Args:
-        model: in eval mode, on the device of the inputs; the zeros are already in its weights.
         against: some of :data:`RIVALS`. What cannot run is a result with a reason.
         precision: of all; fp32 is strict.
         effort: as of :func:`escort.convert`.
+        files: on the CPU the user's own files of the model, see :class:`Bench`.
+        rounds: on the CPU.
         progress: show a progress bar while converting.
+        begin: on the CPU, is told which engine begins, and in which round.
+    """
+
+    against: Sequence[str] = ()
+    precision: Precision = "fp32"
+    effort: Effort = "fast"
+    files: Mapping[str, Path] = field(default_factory=dict)
+    rounds: int = 5
+    progress: bool = False
+    begin: Callable[[str, int], object] = lambda method, number: None
+
+
+def measure(model: nn.Module, inputs: Inputs, race: Race) -> list[Result]:
+    """The model converted, and raced against some rivals. Every output is checked before anything is timed.
+
+    On the CPU each engine runs in a process of its own (see :mod:`escort.cli.engines`), with as many threads as torch
+    has here and on the same cores. On a GPU they take turns in this process: by CUDA graphs, or by calls where one of
+    them cannot be captured.
+
+    Args:
+        model: in eval mode, on the device of the inputs; the zeros are already in its weights.
 
     Returns:
         A result for each way, the converted model's first.
 
     Raises:
         ValueError: where there is no such rival, or as :func:`escort.convert` does.
-        RuntimeError: where the converted model computes something else than the model.
+        RuntimeError: where the converted model computes something else than the model, or does not run alone.
     """
-    if unknown := sorted(set(against) - set(RIVALS)):
+    if unknown := sorted(set(race.against) - set(RIVALS)):
         raise ValueError(f"there is no rival {', '.join(unknown)}; there are {', '.join(RIVALS)}")
-    converted = convert(model, inputs, precision=precision, effort=effort, progress=progress)
-    with torch.inference_mode():
-        expected = tensors_of(copy.deepcopy(model).double()(*(x.double() for x in inputs)))
-    choice = {"kept_dense": converted.plan.kept_dense, "memory_format": converted.plan.memory_format}
-    ways = [Way("escort", choice, partial(converted, *inputs))]
-    missing = []
-    for name in against:
-        try:
-            ways += RIVALS[name](model, inputs)
-        except (ImportError, RuntimeError, ValueError) as error:
-            missing.append(Result(name, {}, reason=_first_line(error)))
-    with torch.inference_mode(), dense_at_its_best(precision):
-        results = [check(way, expected, NETWORK_ERROR_BOUND[precision]) for way in ways]
+    results = _measure_alone(model, inputs, race) if inputs[0].device.type == "cpu" else _measure(model, inputs, race)
+    if results[0].reason is not None:
+        raise RuntimeError(f"the converted model: {results[0].reason}; please report this with the model")
+    return results
+
+
+def _measure_alone(model: nn.Module, inputs: Inputs, race: Race) -> list[Result]:
+    with tempfile.TemporaryDirectory(prefix="escort-") as folder:
+        bench = Bench(model, inputs, Path(folder), torch.get_num_threads(), race.files)
+        ways, missing = _of_all(race.against, lambda rival: ENGINES[rival](bench))
+        converted, config, expected = _converted(model, inputs, race)
+        own = engine.escort(bench, converted, config)
+        del converted
+        turns = Turns(bench.threads, race.rounds, begin=race.begin)
+        bound = NETWORK_ERROR_BOUND[race.precision]
+        return take_turns([own, *ways], expected, bound, bench.folder, turns) + missing
+
+
+def _measure(model: nn.Module, inputs: Inputs, race: Race) -> list[Result]:
+    converted, config, expected = _converted(model, inputs, race)
+    rivals, missing = _of_all(race.against, lambda rival: _on_gpu(rival)(model, inputs))
+    ways = [Way("escort", config, partial(converted, *inputs)), *rivals]
+    with torch.inference_mode(), dense_at_its_best(race.precision):
+        results = [check(way, expected, NETWORK_ERROR_BOUND[race.precision]) for way in ways]
         if results[0].reason is not None:
-            raise RuntimeError(f"the converted model: {results[0].reason}; please report this with the model")
+            return results
         right = [index for index, result in enumerate(results) if result.reason is None]
-        for index, taken in zip(right, race([ways[index].run for index in right], inputs[0].device), strict=True):
+        timings = race_on_gpu([ways[index].run for index in right], inputs[0].device)
+        for index, taken in zip(right, timings, strict=True):
             results[index] = replace(results[index], time_us=taken.time_us, timer=taken.timer, reason=taken.reason)
     return results + missing
+
+
+def _converted(model: nn.Module, inputs: Inputs, race: Race) -> tuple[nn.Module, dict[str, Any], list[Tensor]]:
+    """The converted model, how it is set up, and what the model computes in float64."""
+    converted = convert(model, inputs, precision=race.precision, effort=race.effort, progress=race.progress)
+    with torch.inference_mode():
+        expected = tensors_of(copy.deepcopy(model).double()(*(x.double() for x in inputs)))
+    return converted, {name: getattr(converted.plan, name) for name in ("kept_dense", "memory_format")}, expected
+
+
+def _of_all(names: Sequence[str], make: Callable[[str], Sequence[_T]]) -> tuple[list[_T], list[Result]]:
+    """What is made of each rival, and a result for each that cannot be."""
+    made: list[_T] = []
+    missing = []
+    for name in names:
+        try:
+            made += make(name)
+        except (ImportError, RuntimeError, ValueError) as error:
+            missing.append(Result(name, {}, reason=_first_line(error)))
+    return made, missing
 
 
 def eager(model: nn.Module, inputs: Inputs) -> list[Way]:
@@ -122,35 +149,16 @@ def in_inductor(model: nn.Module, inputs: Inputs) -> list[Way]:
     return [Way("compile", {"memory_format": "channels_last"}, compiled(model, Example(inputs)))]
 
 
-def in_onnxruntime(model: nn.Module, inputs: Inputs) -> list[Way]:
-    """ONNX Runtime on the CPU, with as many threads as torch has. Raises ImportError where it is not installed."""
-    if inputs[0].device.type != "cpu":
-        raise ValueError("ONNX Runtime is timed on the CPU only")
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{error.name} is not installed: pip install escort-sparse[bench]") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads = torch.get_num_threads()
-    # Rivals take turns: its threads must not go on spinning on the cores while the next one is timed.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about its own future
-        path = os.path.join(folder, "model.onnx")
-        torch.onnx.export(model, inputs, path, dynamo=True, external_data=False, verbose=False)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {source.name: x.numpy() for source, x in zip(session.get_inputs(), inputs, strict=True)}
-
-    def run() -> list[Tensor]:
-        return [torch.from_numpy(out) for out in session.run(None, feed)]
-
-    return [Way("onnxruntime", {"intra_op_num_threads": threads}, run)]
-
-
 #: The rivals by name.
-RIVALS = {"eager": eager, "compile": in_inductor, "onnxruntime": in_onnxruntime}
+RIVALS = tuple(ENGINES)
+#: Those that run on GPUs.
+ON_GPU = {"eager": eager, "compile": in_inductor}
+
+
+def _on_gpu(rival: str) -> Callable[[nn.Module, Inputs], list[Way]]:
+    if rival not in ON_GPU:
+        raise ValueError(f"{rival} is timed on the CPU only")
+    return ON_GPU[rival]
 
 
 @contextmanager
@@ -176,10 +184,8 @@ def check(way: Way, expected: Sequence[Tensor], bound: float) -> Result:
     return Result(way.method, way.config, rel_error=error, reason=reason)
 
 
-def race(runs: Sequence[Callable[[], Any]], device: torch.device) -> list[Timing]:
+def race_on_gpu(runs: Sequence[Callable[[], Any]], device: torch.device) -> list[Timing]:
     """The median time of each, all taken in the same way."""
-    if device.type == "cpu":
-        return [Timing(time_us, "calls") for time_us in timing.race(runs, rounds=8, burst=4, budget_s=30.0)]
     timings = timing.race_on_gpu(runs, device, rounds=8, budget_s=30.0)
     all_captured = all(taken.timer == "graph" for taken in timings)
     return timings if all_captured else timing.race_on_gpu(runs, device, rounds=8, budget_s=30.0, capture=False)
