@@ -6,9 +6,9 @@ it by :data:`every_case`, through what interprets the kernel on a CPU and, by :f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ import torch
 from escort import reference
 from escort.filter import SparseFilter
 from escort.methods import Method
-from escort.problem import TORCH_MEMORY_FORMAT, Epilogue, Precision, Problem
+from escort.problem import TORCH_MEMORY_FORMAT, Activation, Epilogue, Precision, Problem
 
 FULL = Epilogue(bias=True, residual=True, activation="relu")
 
@@ -46,6 +46,11 @@ class Case:
     def filter(self) -> SparseFilter:
         return SparseFilter.from_dense(self.tensors()[1], self.problem.groups)
 
+    def slope(self) -> torch.Tensor | None:
+        """The slopes of "prelu", None for other activations."""
+        p = self.problem
+        return torch.linspace(-0.5, 1.5, p.out_channels) if p.epilogue.activation == "prelu" else None
+
     def on(self, device: str, precision: Precision = "fp32") -> tuple[Problem, Any, Any, Any, Any]:
         """The problem on a device, x, weight, bias and residual; weight and bias stay in float32 on the host."""
         problem = replace(self.problem, precision=precision, device=device)
@@ -58,11 +63,11 @@ class Case:
 def check(method: Method, case: Case, device: str, precision: Precision) -> None:
     """Each config of a method computes a case, in whichever memory format x comes."""
     problem, x, weight, bias, residual = case.on(device, precision)
-    expected = reference.conv2d(problem, x, weight, bias, residual)
+    expected = reference.conv2d(problem, x, weight, bias, residual, case.slope())
     configs = benchmark_configs(method, problem, case.filter())
     assert configs
     for config in configs:
-        run = method.prepare(problem, case.filter(), bias, config)
+        run = method.prepare(problem, case.filter(), bias, config, case.slope())
         for memory_format in TORCH_MEMORY_FORMAT.values():
             y = run(x.contiguous(memory_format=memory_format), residual)
             assert (y.dtype, y.device) == (problem.storage, x.device)
@@ -79,10 +84,10 @@ def check_kernels(
         tensor_cores: whether the kernels use them; without them TF32 is as exact as fp32.
     """
     problem, x, weight, bias, residual = case.on(device, precision)
-    expected = reference.conv2d(problem, x, weight, bias, residual)
+    expected = reference.conv2d(problem, x, weight, bias, residual, case.slope())
     bound = reference.ERROR_BOUND["fp32" if precision == "tf32" and not tensor_cores else precision]
     for config in configs:
-        run = method.prepare(problem, case.filter(), bias, config)
+        run = method.prepare(problem, case.filter(), bias, config, case.slope())
         y = run(x, residual)
         assert y.is_contiguous() and y.dtype is problem.storage
         assert reference.compare(y, expected) <= bound, config
@@ -163,6 +168,20 @@ CASES = (
     Case("ResNet-50 res2 1x1", Problem(1, 64, 56, 56, 32, (1, 1), epilogue=FULL), 0.1),
     Case("CaffeNet conv2", Problem(1, 96, 27, 27, 32, (5, 5), padding=(2, 2, 2, 2), groups=2), 0.15),
 )
+
+
+def _activated(activation: Activation) -> Iterator[Case]:
+    """An activation behind each way that kernels write their results: with a residual or without, in rows or planes."""
+    slope = 0.2 if activation == "leaky_relu" else 0.0
+    for residual in (False, True):
+        epilogue = Epilogue(True, residual, activation, slope)
+        what = f"{activation}{' and residual' if residual else ''}"
+        yield Case(f"{what}, in rows", Problem(2, 9, 13, 13, 11, (3, 3), padding=(1, 1, 1, 1), epilogue=epilogue))
+        yield Case(f"{what}, in planes", Problem(3, 40, 7, 7, 11, (1, 1), epilogue=epilogue), 0.3)
+
+
+#: Every activation, behind convolutions of two shapes. What kernels do not compute, torch does behind them.
+ACTIVATED = tuple(case for activation in get_args(Activation) for case in _activated(activation))
 
 #: Runs a test over the whole table.
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

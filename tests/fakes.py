@@ -46,7 +46,14 @@ class Fake(Method):
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[FakeConfig]:
         return self.space
 
-    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
+    def prepare(
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: Any,
+        slope: torch.Tensor | None = None,
+    ) -> Any:
         self.prepared += 1
         weight = sparse_filter.to_dense()
         return Prepared(
@@ -66,7 +73,14 @@ class Compiled(Fake):
     def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: FakeConfig) -> float:
         return self.seconds[config.knob] + self.per_nnz * sparse_filter.nnz
 
-    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any) -> Any:
+    def prepare(
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: Any,
+        slope: torch.Tensor | None = None,
+    ) -> Any:
         binary: Any = SimpleNamespace(compile_s=1.5, cubin=bytes(7 + config.knob))
         return replace(super().prepare(problem, sparse_filter, bias, config), binary=binary)
 
@@ -88,7 +102,12 @@ class Rounded(Method):
         return (NoSettings(),)
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: NoSettings,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             return reference.conv2d(problem, x, sparse_filter.to_dense(), bias, residual).to(problem.storage)

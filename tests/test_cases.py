@@ -14,11 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from escort import reference
-from escort.filter import SparseFilter
 from escort.methods import Method, by_name, for_device
 from escort.methods.cpu.direct import ISAS, DirectConfig
-from escort.problem import Epilogue, Precision, Problem
-from tests.cases import CASES, Case, check, every_case
+from escort.problem import Activation, Epilogue, Precision, Problem
+from tests.cases import ACTIVATED, CASES, Case, check
 
 #: cuDNN, cuBLAS and cuSPARSE are called through torch, whose CPU operators stand in for them.
 BASELINES = [by_name(name, "cuda") for name in ("cudnn", "cublas", "cusparse")]
@@ -41,7 +40,7 @@ def stand_ins(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.usefixtures("stand_ins")
-@every_case
+@pytest.mark.parametrize("case", (*CASES, *ACTIVATED), ids=lambda case: case.name)
 @pytest.mark.parametrize(("method", "device", "precision"), WAYS)
 def test_case(method: Method, device: str, precision: Precision, case: Case) -> None:
     if method.device_type == device.partition(":")[0]:
@@ -53,14 +52,14 @@ def test_case(method: Method, device: str, precision: Precision, case: Case) -> 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@every_case
+@pytest.mark.parametrize("case", (*CASES, *ACTIVATED), ids=lambda case: case.name)
 def test_direct_on_every_instruction_set(isa: str, case: Case) -> None:
     x, weight, bias, residual = case.tensors()
-    expected = reference.conv2d(case.problem, x, weight, bias, residual)
+    expected = reference.conv2d(case.problem, x, weight, bias, residual, case.slope())
     for vectors in range(1, ISAS[isa][1] + 1):
         block = 1 + vectors % max(case.filter().shape[1], 1)
         config = DirectConfig(isa, vectors, channel_block=block, parts=1 + vectors % 3)
-        y = by_name("direct").prepare(case.problem, case.filter(), bias, config)(x, residual)
+        y = by_name("direct").prepare(case.problem, case.filter(), bias, config, case.slope())(x, residual)
         assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp32"], config
 
 
@@ -73,7 +72,7 @@ def test_direct_on_any_shape(data: st.DataObject) -> None:
     groups = draw(1, 3)
     kernel_size, stride, dilation = ((draw(1, high), draw(1, high)) for high in (4, 3, 3))
     padding = (draw(0, 4), draw(0, 4), draw(0, 4), draw(0, 4))
-    activation = data.draw(st.sampled_from(("none", "relu", "relu6")))
+    activation = data.draw(st.sampled_from(get_args(Activation)))
     sizes = (draw(1, 3), groups * draw(1, 8), draw(1, 30), draw(1, 30), groups * draw(1, 8))
     try:
         problem = Problem(
@@ -92,8 +91,8 @@ def test_direct_on_any_shape(data: st.DataObject) -> None:
     x, weight, bias, residual = case.tensors()
     isa = data.draw(st.sampled_from(sorted(ISAS)))
     config = DirectConfig(isa, draw(1, ISAS[isa][1]), draw(1, weight.shape[1]), draw(1, 5))
-    y = by_name("direct").prepare(problem, case.filter(), bias, config)(x, residual)
-    expected = reference.conv2d(problem, x, weight, bias, residual)
+    y = by_name("direct").prepare(problem, case.filter(), bias, config, case.slope())(x, residual)
+    expected = reference.conv2d(problem, x, weight, bias, residual, case.slope())
     assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp32"]
 
 
@@ -121,16 +120,6 @@ def test_threads_share_the_work_without_changing_it() -> None:
             assert torch.equal(run(x), alone)
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
-def test_direct_keeps_nan_as_torch_does(activation: str) -> None:
-    problem = Problem(1, 1, 4, 8, 1, (1, 1), epilogue=Epilogue(activation=activation))  # type: ignore[arg-type]
-    x = torch.full(problem.input_shape, float("nan"))
-    sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape))
-    method = by_name("direct")
-    for config in method.configs(problem, sparse_filter):
-        assert method.prepare(problem, sparse_filter, None, config)(x).isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,19 @@ def test_the_filter_and_new_state_come_back() -> None:
     assert torch.allclose(layer(x), 2 * before, atol=1e-5)
 
 
+def test_the_filter_is_one_object_until_values_are_written_to() -> None:
+    layer, _, weight = a_layer(residual=False)
+    before = layer.filter
+    layer(inputs(layer, 1, 7, 7)[0])
+    assert layer.filter is before and copy.deepcopy(layer).filter is not before
+    with torch.no_grad():
+        layer.values.mul_(2)
+    assert layer.filter is not before and torch.equal(layer.filter.to_dense(), 2 * weight)
+    written = layer.filter
+    layer.load_state_dict(layer.state_dict())
+    assert layer.filter is not written
+
+
 def test_loading_that_fails_leaves_the_layer_whole() -> None:
     layer, _, _ = a_layer()
 

@@ -40,6 +40,7 @@ ROOMS = [
 MANY_PARAMETERS = {
     "escort.network.convert.convert": "what a conversion can be asked for, each of it by name",
     "escort.cuda.tensor_map.im2col": "what the driver's own function takes, each of it by name",
+    "escort.layers.operator._sparse_conv2d": "what the operator's schema names",
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from escort.problem import Epilogue, Problem, explicit_padding
+import escort
+from escort.methods.base import ON_GPUS
+from escort.problem import Activation, Epilogue, Problem, explicit_padding
 
 
 @given(
@@ -87,4 +91,35 @@ def test_from_json_refuses_what_is_no_problem(data: dict[str, Any]) -> None:
 
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(ValueError, match="activation is one of"):
-        Epilogue(activation="gelu")  # type: ignore[arg-type]
+        Epilogue(activation="exp")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("slope", [float("nan"), float("inf"), -1e39, 10**400, True, "0.1", None])
+def test_a_slope_is_a_number_that_kernels_can_hold(slope: Any) -> None:
+    with pytest.raises(ValueError, match="negative_slope is a finite float32"):
+        Epilogue(activation="leaky_relu", negative_slope=slope)
+
+
+def test_a_slope_goes_with_leaky_relu_alone() -> None:
+    with pytest.raises(ValueError, match="negative_slope goes with leaky_relu, got 0.1 with relu"):
+        Epilogue(activation="relu", negative_slope=0.1)
+
+
+def test_an_epilogue_is_written_as_it_always_was_unless_it_has_a_slope() -> None:
+    assert Problem(1, 1, 4, 4, 1, (1, 1), epilogue=Epilogue(True, False, "relu6")).to_json()["epilogue"] == {
+        "bias": True,
+        "residual": False,
+        "activation": "relu6",
+    }
+    for epilogue in (Epilogue(activation="silu"), Epilogue(True, True, "leaky_relu", 0.2)):
+        problem = Problem(1, 1, 4, 4, 1, (1, 1), epilogue=epilogue)
+        assert Problem.from_json(problem.to_json()) == problem
+    assert str(Epilogue(True, activation="leaky_relu", negative_slope=0.2)) == "bias+leaky_relu(0.2)"
+
+
+def test_kernels_number_the_activations_alike() -> None:
+    """C++ by the places in its enum; CUDA has the first three."""
+    text = (Path(escort.__file__).parent / "kernels" / "cpu" / "activation.hpp").read_text()
+    enum = re.search(r"enum class Activation : int32_t {([^}]*)}", text)
+    assert enum and tuple(re.findall(r"\w+", enum.group(1))) == get_args(Activation)
+    assert {Epilogue(activation=name).activation_number for name in ON_GPUS} == {0, 1, 2}

@@ -32,7 +32,12 @@ class Picky(Rounded):
         return "too tall" if problem.height > 20 else None
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: NoSettings,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         if problem.width > 20:
             raise ValueError("too wide")
@@ -71,7 +76,12 @@ class Compiling(Picky):
         return 60.0
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: NoSettings
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: NoSettings,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         pytest.fail("compiled where another method would do")
 
@@ -110,7 +120,12 @@ class Uncompiled(Compiled):
     """Its kernel is not compiled yet, and there is no compiler."""
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: Any,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         raise ImportError("kernel.cu is not compiled for sm_90 yet")
 

@@ -22,9 +22,12 @@ from escort.cuda.gpu import H200
 from escort.cuda.params import pack
 from escort.filter import SparseFilter
 from escort.layers import runners
+from escort.methods.cuda import sparse_tc
 from escort.methods.cuda.sparse_tc import SparseTc, SparseTcConfig
 from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
+from escort.methods.cuda.sparse_tc.orders import OrderedFilter, order_filter
 from escort.methods.cuda.sparse_tc.packing import Packed
+from escort.methods.cuda.sparse_tc.packing import pack as pack_filter
 from escort.methods.cuda.sparse_tc.params import Params
 from escort.methods.cuda.sparse_tc.search import candidates, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling
@@ -286,7 +289,7 @@ class Model:
             out = (p.out_width, p.out_height, 1, 3) if rows_apart else (p.out_height * p.out_width, 1, 1, 1)
             assert (*y_map.sizes, y_map.samples_along) == (p.out_channels, *out) and y_map == residual_map
             assert y_map.copied == {"box": tiling.store} and y_map.dtype is p.storage
-        y = torch.from_numpy(emulate(tiling, Packed(a, first, steps.view(np.uint32), rows), nhwc))
+        y = torch.from_numpy(emulate(tiling, Packed(a, first, steps.view(np.uint32), rows, first[:0]), nhwc))
         by_channel = torch.zeros(p.out_channels, dtype=torch.float64)
         by_channel[rows[rows >= 0]] = torch.from_numpy(bias[rows >= 0]).double()
         out, residual = args[:2]
@@ -318,6 +321,26 @@ def test_a_runner_launches_its_kernels(
             assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.precision]
             memory_format = torch.channels_last if config.takes_channels_last else torch.contiguous_format
             assert y.is_contiguous(memory_format=memory_format)
+
+
+def test_runners_of_a_filter_share_its_weight_tiles_as_long_as_one_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(1, 64, 14, 14, 64, (1, 1), precision="fp16", memory_format="contiguous")
+    config = SparseTcConfig("flat", 64, memory_format="channels_last")
+    tiling, packings = Tiling.of(problem, config, H200.shared_bytes), []
+
+    def counted(ordered: OrderedFilter, tiling: Tiling) -> Packed:
+        packings.append(tiling)
+        return pack_filter(ordered, tiling)
+
+    monkeypatch.setattr(sparse_tc, "pack", counted)
+    ordered = order_filter(SparseFilter.from_dense(uneven(problem.weight_shape)), config.memory_format, tiling.element)
+    other = Tiling.of(replace(problem, height=6, width=6), config, H200.shared_bytes)
+    device = torch.device("cpu")
+    (first, _), (second, _) = (sparse_tc._packed_on(device, ordered, each) for each in (tiling, other))
+    assert first is second and len(packings) == 1
+    del first, second
+    sparse_tc._packed_on(device, ordered, other)
+    assert len(packings) == 2
 
 
 # On a GPU

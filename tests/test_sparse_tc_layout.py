@@ -14,7 +14,7 @@ from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
 from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig, UnfitError
 from escort.methods.cuda.sparse_tc.orders import order_filter
-from escort.methods.cuda.sparse_tc.packing import pack
+from escort.methods.cuda.sparse_tc.packing import pack, tiles_key
 from escort.methods.cuda.sparse_tc.search import candidates
 from escort.methods.cuda.sparse_tc.split import split
 from escort.methods.cuda.sparse_tc.tiling import Tiling
@@ -154,6 +154,18 @@ def test_packed_filters_are_the_filter(config: SparseTcConfig, precision: Precis
         > 0
     )
     assert 0.0 < ordered.split.share < 0.2
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_packed_filter_is_placed_for_other_input_sizes(config: SparseTcConfig) -> None:
+    sparse_filter = SparseFilter.from_dense(uneven(RES4.weight_shape))
+    sizes = [replace(RES4, height=size, width=size) for size in (14, 6)]
+    here, there = (Tiling.of(problem, config, H200.shared_bytes) for problem in sizes)
+    ordered = order_filter(sparse_filter, config.memory_format, here.element)
+    assert tiles_key(here) == tiles_key(there)
+    placed, expected = pack(ordered, here).placed(there), pack(ordered, there)
+    for name, table in vars(expected).items():
+        assert np.array_equal(getattr(placed, name), table), name
 
 
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])

@@ -36,10 +36,15 @@ class Limited(Method):
         return () if self._configs is not None else self._method.benchmark_configs(problem, sparse_filter)
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Any
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: Any,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         ready = self._ready.pop(config, None)
-        return ready or self._method.prepare(problem, sparse_filter, bias, config)
+        return ready or self._method.prepare(problem, sparse_filter, bias, config, slope)
 
     def prepare_ahead(self, layer: Layer, config: Any) -> None:
         """Keeps what a later `prepare` of the layer returns. What fails here fails there again, and is reported."""

@@ -9,9 +9,24 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-Activation = Literal["none", "relu", "relu6"]
+Activation = Literal[
+    "none",
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "prelu",
+    "sigmoid",
+    "tanh",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "hardsigmoid",
+    "hardswish",
+]
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
+
+_MOST = torch.finfo(torch.float32).max
 
 #: The storage type of each precision. ``tf32`` is stored as float32 and multiplied with a 10-bit mantissa.
 TORCH_DTYPE: dict[str, torch.dtype] = {
@@ -32,26 +47,46 @@ TORCH_MEMORY_FORMAT: dict[MemoryFormat, torch.memory_format] = {
 class Epilogue:
     """What is fused behind the convolution, in this order: bias, residual add, activation.
 
+    Attributes:
+        activation: as torch computes what it calls so; "gelu_tanh" is ``gelu(approximate="tanh")``. The slopes of
+            "prelu" are a tensor (K,), which lies beside the bias.
+        negative_slope: what "leaky_relu" multiplies negative numbers by.
+
     Raises:
-        ValueError: if the activation is unknown.
+        ValueError: if the activation is unknown, or the slope is no float32 or goes with another activation.
     """
 
     bias: bool = False
     residual: bool = False
     activation: Activation = "none"
+    negative_slope: float = 0.0
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation is one of {get_args(Activation)}, got {self.activation!r}")
+        slope = self.negative_slope
+        if type(slope) not in (float, int) or not abs(slope) <= _MOST:
+            raise ValueError(f"negative_slope is a finite float32, got {slope!r}")
+        if slope and self.activation != "leaky_relu":
+            raise ValueError(f"a negative_slope goes with leaky_relu, got {slope} with {self.activation}")
 
     @property
     def activation_number(self) -> int:
         """The activation's number in kernels: its place in `Activation`."""
         return get_args(Activation).index(self.activation)
 
+    def without_activation(self) -> Epilogue:
+        return replace(self, activation="none", negative_slope=0.0)
+
     def __str__(self) -> str:
         parts = [name for name in ("bias", "residual") if getattr(self, name)]
-        return "+".join(parts + ([self.activation] if self.activation != "none" else [])) or "none"
+        slope = f"({self.negative_slope:g})" if self.activation == "leaky_relu" else ""
+        return "+".join(parts + ([self.activation + slope] if self.activation != "none" else [])) or "none"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values, the slope where there is one."""
+        fields = asdict(self)
+        return fields if self.activation == "leaky_relu" else {k: v for k, v in fields.items() if k != "negative_slope"}
 
 
 @dataclass(frozen=True)
@@ -206,7 +241,7 @@ class Problem:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; :meth:`from_json` reads them back."""
-        return asdict(self)
+        return asdict(self) | {"epilogue": self.epilogue.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Problem:

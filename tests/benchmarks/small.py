@@ -70,7 +70,14 @@ class Fake(methods.Method):
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[Knobs]:
         return Knobs(), Knobs(size=4), Knobs(depth=3)
 
-    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: Any, config: Knobs) -> methods.Prepared:
+    def prepare(
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: Any,
+        config: Knobs,
+        slope: Any = None,
+    ) -> methods.Prepared:
         weight = sparse_filter.to_dense()
         return methods.Prepared(lambda x, residual=None: reference.conv2d(problem, x, weight).float())
 
@@ -86,7 +93,14 @@ class Compiled(Fake):
     def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: Knobs) -> float:
         return 1.0
 
-    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: Any, config: Knobs) -> methods.Prepared:
+    def prepare(
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: Any,
+        config: Knobs,
+        slope: Any = None,
+    ) -> methods.Prepared:
         self.prepared.append((problem.in_channels, config))
         return super().prepare(problem, sparse_filter, bias, config)
 

@@ -210,7 +210,14 @@ class FakeGpuMethod(Dense):
     def input_format(self, config: Scaled) -> MemoryFormat:
         return "channels_last" if config.takes_channels_last else "contiguous"
 
-    def prepare(self, problem: Problem, sparse_filter: SparseFilter, bias: Any, config: Any) -> Any:
+    def prepare(
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: Any,
+        config: Any,
+        slope: torch.Tensor | None = None,
+    ) -> Any:
         run = super().prepare(problem, sparse_filter, bias, DenseConfig())
 
         def scaled(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from random import Random
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from escort.methods import Method, for_device
 from escort.methods.cpu.direct import ISAS, DirectConfig
 from escort.planner import Plan
 from escort.planner.machine import Machine
-from escort.problem import Epilogue, Problem
+from escort.problem import Activation, Epilogue, Problem
 from tests.cases import benchmark_configs
 
 _MOST_PRODUCTS = 4e6  # multiplications of a problem, zeros included: small ones find as much, and more of them run
@@ -37,6 +38,7 @@ class Drawn:
     problem: Problem
     weight: Tensor
     bias: Tensor | None
+    slope: Tensor | None
     rng: Random
 
     @property
@@ -54,7 +56,8 @@ def draw(seed: int) -> Drawn:
             break
     weight = torch.randn(problem.weight_shape) * _mask(rng, problem.weight_shape)
     bias = torch.randn(problem.out_channels) if problem.epilogue.bias else None
-    return Drawn(problem, weight, bias, rng)
+    slope = torch.randn(problem.out_channels) if problem.epilogue.activation == "prelu" else None
+    return Drawn(problem, weight, bias, slope, rng)
 
 
 def _problem(rng: Random) -> Problem | None:
@@ -62,7 +65,9 @@ def _problem(rng: Random) -> Problem | None:
     per_group = [rng.choice((1, 2, 3, rng.randint(1, 16), rng.randint(1, 80))) for _ in "CK"]
     kernel, stride, dilation = ((rng.randint(1, n), rng.randint(1, n)) for n in (rng.choice((1, 3, 5, 7)), 4, 3))
     padding = tuple(rng.choice((0, 1, rng.randint(0, 7))) for _ in range(4))
-    epilogue = Epilogue(rng.random() < 0.5, rng.random() < 0.5, rng.choice(("none", "relu", "relu6")))
+    activation = rng.choice(("none", "relu", "relu6", *get_args(Activation)))
+    slope = rng.choice((0.01, 0.2, -1.0)) if activation == "leaky_relu" else 0.0
+    epilogue = Epilogue(rng.random() < 0.5, rng.random() < 0.5, activation, slope)
     sizes = rng.randint(0, 5), groups * per_group[0], rng.randint(1, 34), rng.randint(1, 34), groups * per_group[1]
     try:
         problem = Problem(
@@ -107,16 +112,18 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def expected(problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def expected(
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Tensor | None = None,
+) -> Tensor:
     """The result in float64; the residual is of any shape that broadcasts."""
     y = reference.conv2d(replace(problem, epilogue=Epilogue(bias is not None)), x, weight, bias)
     y = y if residual is None else y + residual.double()
-    match problem.epilogue.activation:
-        case "relu":
-            return y.clamp(min=0.0)
-        case "relu6":
-            return y.clamp(0.0, 6.0)
-    return y
+    return reference.activate(y, problem.epilogue, slope)
 
 
 @dataclass(frozen=True)
@@ -128,10 +135,11 @@ class Truth:
     weight: Tensor
     bias: Tensor | None
     residual: Tensor | None
+    slope: Tensor | None
 
     @cached_property
     def result(self) -> Tensor:
-        return expected(self.problem, self.x, self.weight, self.bias, self.residual)
+        return expected(self.problem, self.x, self.weight, self.bias, self.residual, self.slope)
 
     @cached_property
     def size(self) -> float:
@@ -153,7 +161,7 @@ def check_methods(drawn: Drawn) -> None:
     problem, rng = drawn.problem, drawn.rng
     x = torch.randn(problem.input_shape)
     residual = torch.randn(problem.output_shape) if problem.epilogue.residual else None
-    truth = Truth(problem, x, drawn.weight, drawn.bias, residual)
+    truth = Truth(problem, x, drawn.weight, drawn.bias, residual, drawn.slope)
     forms = sorted(FORMS.keys() - {"negated", "needs a gradient", "one sample many times"})
     for method in for_device("cpu"):
         configs = benchmark_configs(method, problem, drawn.filter)
@@ -162,7 +170,7 @@ def check_methods(drawn: Drawn) -> None:
             chosen.append(_any_config(rng, drawn.weight.shape[1]))
         for config in chosen:
             form = rng.choice(forms)
-            y = method.prepare(problem, drawn.filter, drawn.bias, config)(FORMS[form](x), residual)
+            y = method.prepare(problem, drawn.filter, drawn.bias, config, drawn.slope)(FORMS[form](x), residual)
             truth.check(y, f"{method.name}, {config}, {form}")
 
 
@@ -176,7 +184,8 @@ def check_layer(drawn: Drawn) -> None:
     problem, rng = drawn.problem, drawn.rng
     method: Method = rng.choice(list(for_device("cpu")))
     config = asdict(rng.choice(list(method.configs(problem, drawn.filter))))
-    layer = SparseConv2d(drawn.filter, drawn.bias, Plan(problem, method.name, config, (), Machine.here()))
+    plan = Plan(problem, method.name, config, (), Machine.here())
+    layer = SparseConv2d(drawn.filter, drawn.bias, plan, slope=drawn.slope)
     for number in range(5):
         size = [problem.height, problem.width] if number == 0 else [rng.randint(1, 24), rng.randint(1, 24)]
         x = torch.randn(rng.randint(0, 5), problem.in_channels, *size)
@@ -190,10 +199,12 @@ def check_layer(drawn: Drawn) -> None:
         residual = _residual(rng, now) if problem.epilogue.residual else None
         if layer.bias is not None and rng.random() < 0.4:
             layer.bias.add_(torch.randn_like(layer.bias))
+        if layer.slope is not None and rng.random() < 0.4:
+            layer.slope.add_(torch.randn_like(layer.slope))
         y = layer(given, residual)
         shape = None if residual is None else tuple(residual.shape)
         what = f"a layer by {method.name}, {config}, call {number} on {tuple(x.shape)} {form} with a residual {shape}"
-        Truth(now, given.detach(), drawn.weight, layer.bias, residual).check(y, what)
+        Truth(now, given.detach(), drawn.weight, layer.bias, residual, layer.slope).check(y, what)
 
 
 def _refused(layer: SparseConv2d, x: Tensor, reason: str) -> None:

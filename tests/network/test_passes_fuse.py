@@ -66,8 +66,17 @@ def test_a_projection_shortcut_is_fused_into_the_convolution_that_runs_last() ->
         (nn.Hardtanh(0.0, 6.0), "relu6"),
         (nn.Hardtanh(0, 6, inplace=True), "relu6"),
         (nn.Hardtanh(), "none"),
-        (nn.LeakyReLU(), "none"),
-        (nn.SiLU(), "none"),
+        (nn.ELU(), "none"),
+        *(
+            (getattr(nn, name)(), name.lower())
+            for name in ("SiLU", "Sigmoid", "Tanh", "GELU", "Hardsigmoid", "Hardswish")
+        ),
+        *((getattr(nn, name)(inplace=True), name.lower()) for name in ("SiLU", "Hardsigmoid", "Hardswish")),
+        (nn.GELU("tanh"), "gelu_tanh"),
+        (nn.LeakyReLU(), "leaky_relu"),
+        (nn.LeakyReLU(0.2, inplace=True), "leaky_relu"),
+        (nn.PReLU(), "prelu"),
+        (nn.PReLU(8), "prelu"),
         (F.relu, "relu"),
         (F.relu_, "relu"),
         (F.relu6, "relu6"),
@@ -82,6 +91,19 @@ def test_a_projection_shortcut_is_fused_into_the_convolution_that_runs_last() ->
         (lambda y: y.relu(), "relu"),
         (lambda y: y.relu_(), "relu"),
         (lambda y: y.relu_().relu(), "relu"),
+        (lambda y: y.clamp(0, 6), "relu6"),
+        (lambda y: torch.clamp(y, min=0.0), "relu"),
+        (lambda y: y.clamp_min(0.0), "relu"),
+        (lambda y: y.clamp(max=6.0), "none"),
+        (lambda y: F.silu(y, inplace=True), "silu"),
+        (lambda y: y.sigmoid(), "sigmoid"),
+        (lambda y: torch.sigmoid(y), "sigmoid"),
+        (lambda y: y.sigmoid_(), "sigmoid"),
+        (lambda y: F.tanh(y), "tanh"),
+        (lambda y: F.gelu(y, approximate="tanh"), "gelu_tanh"),
+        (lambda y: F.leaky_relu(y, 0.3), "leaky_relu"),
+        (lambda y: F.prelu(y, torch.full((8,), 0.1)), "prelu"),
+        (lambda y: F.prelu(y, y.mean((0, 2, 3))), "none"),
         (lambda y: y, "none"),
     ],
 )
@@ -108,7 +130,7 @@ def test_activations(activation: Any, name: str) -> None:
 )
 def test_residual_adds(add: Callable[[Any, Any], Any]) -> None:
     def pattern(net: Any, x: Any) -> Any:
-        z = F.silu(net.conv(x))
+        z = F.elu(net.conv(x))
         return net.relu(add(net.norm2(net.conv2(z)), z))
 
     result = fused(pattern)
@@ -136,7 +158,7 @@ def test_residual_adds(add: Callable[[Any, Any], Any]) -> None:
 )
 def test_what_is_no_residual_add(add: Callable[[Any, Any], Any]) -> None:
     def pattern(net: Any, x: Any) -> Any:
-        z = F.silu(net.conv(x))
+        z = F.elu(net.conv(x))
         return F.relu(add(net.conv2(z), z)).float()
 
     assert fused(pattern).epilogues["conv2"] == (False, "none")
@@ -158,7 +180,7 @@ def test_without_shapes_no_add_is_fused() -> None:
 
 def test_only_the_first_add_and_the_first_activation_are_fused() -> None:
     def pattern(net: Any, x: Any) -> Any:
-        z = F.silu(net.conv(x))
+        z = F.elu(net.conv(x))
         y = net.conv2(z) + z + z.sigmoid()
         return F.relu6(F.relu(F.relu6(net.conv2(y)) + y))
 
@@ -168,7 +190,7 @@ def test_only_the_first_add_and_the_first_activation_are_fused() -> None:
 
 def test_an_activation_comes_before_its_add_and_a_norm_after_it() -> None:
     def pattern(net: Any, x: Any) -> Any:
-        z = F.silu(net.conv(x))
+        z = F.elu(net.conv(x))
         return net.norm(F.relu(net.conv2(z)) + z), net.norm2(net.conv2(z) + z)
 
     net = Net(lambda net, x: operator.add(*pattern(net, x)))
@@ -211,13 +233,13 @@ def test_writes_in_place_are_neither_dropped_nor_reordered() -> None:
         return y
 
     def between(net: Any, x: Any) -> Any:
-        z = F.silu(net.conv(x))
+        z = F.elu(net.conv(x))
         y = net.conv2(z)  # must read z before it is written to
         z.mul_(2.0)
         return y + z
 
     def before(net: Any, x: Any) -> Any:
-        z = F.silu(net.conv(x))
+        z = F.elu(net.conv(x))
         return net.conv2(net.relu(z)).add_(z)
 
     assert fused(statement).rest == ["ReLU"]
@@ -234,7 +256,7 @@ def test_a_convolution_whose_result_nobody_uses_is_gone() -> None:
 
 
 def test_what_does_nothing_in_eval_mode_does_not_stand_between() -> None:
-    net = Net(lambda net, x: (lambda z: net.relu(z + net.drop(net.norm2(net.idle(net.conv2(z))))))(F.silu(net.conv(x))))
+    net = Net(lambda net, x: (lambda z: net.relu(z + net.drop(net.norm2(net.idle(net.conv2(z))))))(F.elu(net.conv(x))))
     net.idle, net.drop = nn.Identity(), nn.Dropout2d()
     assert Fused(net.eval(), SAMPLES).epilogues["conv2"] == (True, "relu")
 

@@ -79,7 +79,7 @@ def test_a_stack_fuses_as_a_2_d_one_does(exported: bool) -> None:
         "stem.0": (False, "relu"),
         "first.0": (False, "relu6"),
         "second.0": (True, "relu"),
-        "gate": (False, "none"),
+        "gate": (False, "sigmoid"),
         "up.0": (False, "relu"),
         "head": (False, "none"),
     }

@@ -55,7 +55,12 @@ class Compiled(Dense):
         return 10.0 * cores.count()
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: DenseConfig,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         self.prepared.append(config.memory_format)
         return super().prepare(problem, sparse_filter, bias, config)

@@ -38,7 +38,7 @@ class Structure:
 
 
 STRUCTURES = {
-    "mobile": Structure(zoo.Mobile, 17, 17, 14),
+    "mobile": Structure(zoo.Mobile, 17, 17, 17),
     "detector": Structure(zoo.Detector, 18, 18, 14),
     "unet": Structure(zoo.UNet, 11, 11, 10),
     "deeplab": Structure(zoo.DeepLab, 11, 11, 9),

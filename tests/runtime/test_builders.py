@@ -58,6 +58,8 @@ def rebuilt(layer: nn.Module) -> nn.Module:
         (nn.Upsample((9, 7)), (2, 4, 6, 6)),
         (nn.UpsamplingNearest2d(scale_factor=2), (2, 4, 6, 6)),
         (FusedConv2d(nn.Conv2d(4, 6, 3), "relu6", residual=False), (2, 4, 6, 6)),
+        (FusedConv2d(nn.Conv2d(4, 6, 3), "leaky_relu", False, 0.2), (2, 4, 6, 6)),
+        (FusedConv2d(nn.Conv2d(4, 6, 3), "prelu"), (2, 4, 6, 6)),
         (FusedConv2d(nn.Conv2d(4, 6, 3), "relu", zeros=(0, 1, 2, 0)), (2, 4, 6, 6)),
         (MaxPool2d(3, 2, 1), (2, 4, 6, 6)),
     ],

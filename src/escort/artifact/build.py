@@ -69,16 +69,21 @@ def _restore_layer(name: str, record: Mapping[str, Any], container: Container, p
 def _restore_sparse(name: str, container: Container, plan: Plan) -> SparseConv2d:
     problem = plan.problem
     sparse_filter = container.sparse_filter(f"{name}.weight", problem.weight_shape, problem.groups)
-    bias = container.tensor(f"{name}.bias") if problem.epilogue.bias else None
-    if bias is not None and bias.dtype is not torch.float32:
-        raise ValueError(f"its bias is {bias.dtype}, not float32")
+    bias, slope = (
+        container.tensor(f"{name}.{kind}") if is_there else None
+        for kind, is_there in (("bias", problem.epilogue.bias), ("slope", problem.epilogue.activation == "prelu"))
+    )
+    for kind, tensor in (("bias is", bias), ("slopes are", slope)):
+        if tensor is not None and tensor.dtype is not torch.float32:
+            raise ValueError(f"its {kind} {tensor.dtype}, not float32")
     is_too_large = lowered_numbers(problem) > MAX_LOWERED
     methods = sorted(for_device(problem.device), key=lambda method: method.name != plan.method)  # the plan's first
     method = next((m for m in methods if m.unsupported(problem) is None and not (m.lowers and is_too_large)), None)
     if method is None:
         raise ValueError(f"no method here can run {problem}; convert the model on this machine")
     config = _planned_config(plan, method, sparse_filter) or method.configs(problem, sparse_filter)[0]
-    return SparseConv2d(sparse_filter, bias, replace(plan, method=method.name, config=asdict(config)), name)
+    plan = replace(plan, method=method.name, config=asdict(config))
+    return SparseConv2d(sparse_filter, bias, plan, name, slope=slope)
 
 
 def _planned_config(plan: Plan, method: Method, sparse_filter: SparseFilter) -> Config | None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from escort import reference
 from escort.cuda.binary import Binary
 from escort.filter import SparseFilter
 from escort.layers import runners
@@ -22,9 +23,11 @@ from escort.layers.operator import check_not_for_onnx, output_shape, sparse_conv
 from escort.layers.runners import Choice, RunnerCache
 from escort.layers.weight import DenseWeight
 from escort.methods import Prepared, Runner
-from escort.methods.base import apply_epilogue
 from escort.planner.plan import Layer, Plan
 from escort.problem import Epilogue, Problem
+
+#: The tensors of a layer that count as they are in each call.
+_FOLLOWED = "values", "bias", "slope"
 
 #: How many input sizes a layer keeps runners for.
 _MOST_SIZES = 64
@@ -38,9 +41,9 @@ class SparseConv2d(ConvLike):
     :func:`escort.layers.runners.prepare`).
 
     To the code around it, it is the convolution that it was made from: `weight`, `bias`, `in_channels` and so on. Its
-    one parameter is empty; it is frozen, and of the type and on the device of the weights. A bias or values that are
-    written to, or that ``load_state_dict`` brings, count from the next call on. What is written through ``.data`` is
-    not seen, as by autograd.
+    one parameter is empty; it is frozen, and of the type and on the device of the weights. A bias, slopes or values
+    that are written to, or that ``load_state_dict`` brings, count from the next call on. What is written through
+    ``.data`` is not seen, as by autograd.
 
     Args:
         sparse_filter: the weights, (K, C / groups, R, S).
@@ -49,15 +52,17 @@ class SparseConv2d(ConvLike):
         name: what errors call this layer.
         unfolded: what `weight` shows, where a batch norm was folded into `sparse_filter`, or its channels were put
             into another order.
+        slope: (K,) where the activation is "prelu", else None.
 
     Raises:
-        ValueError: where filter or bias are not those of the plan's problem.
+        ValueError: where filter, bias or slopes are not those of the plan's problem.
     """
 
     values: torch.Tensor
     columns: torch.Tensor
     indptr: torch.Tensor
     bias: torch.Tensor | None
+    slope: torch.Tensor | None
 
     def __init__(
         self,
@@ -66,19 +71,22 @@ class SparseConv2d(ConvLike):
         plan: Plan,
         name: str = "SparseConv2d",
         unfolded: SparseFilter | None = None,
+        slope: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         problem = plan.problem
-        Layer(problem, sparse_filter, bias).check()
+        Layer(problem, sparse_filter, bias, slope).check()
         self._runners: RunnerCache[Runner]
+        self._filter: tuple[tuple[torch.Tensor, ...], int, SparseFilter] | None = None
         self._versions = -1
         with torch.inference_mode(False):  # tensors made inside of it could not be followed, or moved outside of it
             for array in ("values", "columns", "indptr"):
                 self.register_buffer(
                     array, torch.from_numpy(getattr(sparse_filter, array)).to(problem.device, copy=True)
                 )
-            bias = None if bias is None else bias.detach().to(problem.device, torch.float32, copy=True)
-            self.register_buffer("bias", bias)
+            for kind, tensor in (("bias", bias), ("slope", slope)):
+                own = None if tensor is None else tensor.detach().to(problem.device, torch.float32, copy=True)
+                self.register_buffer(kind, own)
             empty = torch.empty(0, dtype=problem.storage, device=problem.device)
             self.register_parameter("frozen", nn.Parameter(empty, requires_grad=False))
         self.plan, self.name, self.unfolded = plan, name, unfolded
@@ -114,17 +122,23 @@ class SparseConv2d(ConvLike):
                 f"layer {self.name}: its weight is compressed and cannot be set; set it in the original model and "
                 "convert that again"
             )
-        if name in ("values", "bias") and isinstance(value, torch.Tensor) and value.is_inference():
+        if name in _FOLLOWED and isinstance(value, torch.Tensor) and value.is_inference():
             with torch.inference_mode(False):  # what is written to a tensor of inference mode cannot be followed
                 value = value.clone()
         super().__setattr__(name, value)
-        if name in ("values", "bias") and "_versions" in self.__dict__:
+        if name in _FOLLOWED and "_versions" in self.__dict__:
             self._follow()
 
     @property
     def filter(self) -> SparseFilter:
-        indptr, columns, values = (tensor.cpu().numpy() for tensor in (self.indptr, self.columns, self.values))
-        return SparseFilter(self.plan.problem.weight_shape, self.groups, indptr, columns, values)
+        """The weights as they are now. One object until values are written to, as runners share what is made of it."""
+        followed, known = self._followed, self._filter
+        versions = sum(tensor._version for tensor in followed)
+        if known is None or known[0] is not followed or known[1] != versions:
+            indptr, columns, values = (tensor.cpu().numpy() for tensor in (self.indptr, self.columns, self.values))
+            sparse_filter = SparseFilter(self.plan.problem.weight_shape, self.groups, indptr, columns, values)
+            known = self._filter = followed, versions, sparse_filter
+        return known[2]
 
     def problem(self, batch: int, height: int, width: int) -> Problem:
         """The problem of this convolution on an input of shape (batch, in_channels, height, width)."""
@@ -192,7 +206,7 @@ class SparseConv2d(ConvLike):
         arrays = self.values, self.columns, self.indptr, self.bias
         if residual is not None and self._broadcasts(x, residual):
             return self._add_behind(sparse_conv2d(x, None, *arrays, self._plain_spec), residual)
-        return sparse_conv2d(x, residual, *arrays, self._spec)
+        return sparse_conv2d(x, residual, *arrays, self._spec, self.slope)
 
     def _broadcasts(self, x: torch.Tensor, residual: torch.Tensor) -> bool:
         """Whether a residual is not of the result's shape, but can be added to it."""
@@ -206,7 +220,7 @@ class SparseConv2d(ConvLike):
 
     def _add_behind(self, y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The epilogue by torch's operators: what is added may be larger than the convolution's result, or smaller."""
-        return apply_epilogue(y + residual, None, self.activation)
+        return reference.activate(y + residual, self.plan.problem.epilogue, self.slope)
 
     @staticmethod
     def _plain(problem: Problem) -> Problem:
@@ -228,7 +242,7 @@ class SparseConv2d(ConvLike):
 
         Other threads may be making runners meanwhile: those of what was here before go into the cache of before.
         """
-        tensors = self._buffers.get("values"), self._buffers.get("bias", self._parameters.get("bias"))
+        tensors = (self._buffers.get(name, self._parameters.get(name)) for name in _FOLLOWED)
         followed = tuple(tensor for tensor in tensors if tensor is not None and not tensor.is_inference())
         versions = sum(tensor._version for tensor in followed)
         self._runners = RunnerCache(_MOST_SIZES, self.__dict__.get("_runners"))
@@ -278,7 +292,15 @@ class SparseConv2d(ConvLike):
             runners.check_not_capturing(self.values.device)
             problem = self.problem(batch, height, width)
             problem = self._plain(problem) if alone else problem
-            return runners.prepare(problem, self.filter, self.bias, Choice.of(self.plan), self.name, self.counters)
+            return runners.prepare(
+                problem,
+                self.filter,
+                self.bias,
+                Choice.of(self.plan),
+                self.name,
+                self.counters,
+                None if alone else self.slope,
+            )
         except (ValueError, RuntimeError) as error:
             kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)
             raise next(kind for kind in kinds if isinstance(error, kind))(f"layer {self.name}: {error}") from error
@@ -317,13 +339,12 @@ class SparseConv2d(ConvLike):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: runners hold kernels and pointers, and are made anew where the copy runs."""
-        return {
-            name: value for name, value in self.__dict__.items() if name not in ("_runners", "_followed", "counters")
-        }
+        left_out = "_runners", "_followed", "_filter", "counters"
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.counters = Counters()
+        self._filter, self.counters = None, Counters()
         self._follow()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from escort.layers import runners
 from escort.layers.observed import is_capturing
 from escort.layers.runners import Choice, RunnerCache
 from escort.methods import Runner
-from escort.problem import Epilogue, Problem
+from escort.problem import Problem
 
 #: How many kinds of calls the operator keeps runners for, of all layers together.
 _MOST_CALLS = 1024
@@ -25,8 +25,11 @@ _MOST_CALLS = 1024
 # `spec` is a :class:`Choice` as JSON: one string costs less per call than its dozens of values would.
 torch.library.define(
     "escort::sparse_conv2d",
-    "(Tensor x, Tensor? residual, Tensor values, Tensor columns, Tensor indptr, Tensor? bias, str spec) -> Tensor",
+    "(Tensor x, Tensor? residual, Tensor values, Tensor columns, Tensor indptr, Tensor? bias, str spec, "
+    "Tensor? slope=None) -> Tensor",
 )
+
+_SPEC = 5  # its place among the arguments behind x
 
 #: Runners of the operator. An entry keeps its filter alive, so that an address in a key is never another filter's.
 _runners: RunnerCache[tuple[Runner, tuple[torch.Tensor | None, ...]]] = RunnerCache(_MOST_CALLS)
@@ -41,16 +44,17 @@ def _sparse_conv2d(
     indptr: torch.Tensor,
     bias: torch.Tensor | None,
     spec: str,
+    slope: torch.Tensor | None = None,
 ) -> torch.Tensor:
     version = 0 if values.is_inference() else values._version
     key: tuple[object, ...] = (x.shape[1:], x.dtype, x.device, residual is None, spec)
     key += (values.data_ptr(), columns.data_ptr(), indptr.data_ptr(), version)
-    if bias is not None:
-        key += (bias.data_ptr(), 0 if bias.is_inference() else bias._version)
+    for tensor in (bias, slope):
+        key += (None,) if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
     entry = _runners.get(key)
     if entry is None:
-        run = _operator_runner(x, residual, (values, columns, indptr), bias, Choice.from_json(spec))
-        entry = run, (values, columns, indptr, bias)
+        run = _operator_runner(x, residual, (values, columns, indptr), bias, slope, Choice.from_json(spec))
+        entry = run, (values, columns, indptr, bias, slope)
         _runners.add(key, entry)
     if x.is_cuda and is_capturing():
         _runners.keep(entry)
@@ -62,6 +66,7 @@ def _operator_runner(
     residual: torch.Tensor | None,
     arrays: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     bias: torch.Tensor | None,
+    slope: torch.Tensor | None,
     choice: Choice,
 ) -> Runner:
     """A runner for a new kind of call, or the error that the call deserves."""
@@ -76,17 +81,17 @@ def _operator_runner(
     runners.check_not_capturing(device)
     values, columns, indptr = (tensor.cpu().numpy() for tensor in arrays)
     sparse_filter = SparseFilter(planned.weight_shape, planned.groups, indptr, columns, values)
-    epilogue = Epilogue(bias is not None, residual is not None, planned.epilogue.activation)
+    epilogue = replace(planned.epilogue, bias=bias is not None, residual=residual is not None)
     batch, _, height, width = x.shape
     problem = replace(planned, batch=batch, height=height, width=width, device=str(device), epilogue=epilogue)
-    return runners.prepare(problem, sparse_filter, bias, choice).run
+    return runners.prepare(problem, sparse_filter, bias, choice, slope=slope).run
 
 
 @torch.library.register_fake("escort::sparse_conv2d")
 def _empty_result(x: torch.Tensor, *others: Any) -> torch.Tensor:
     """A tensor like the operator's result; sizes may be symbols."""
     check_not_for_onnx("sparse_conv2d")
-    problem = Choice.from_json(others[-1]).problem
+    problem = Choice.from_json(others[_SPEC]).problem
     return x.new_empty(output_shape(problem, x)).contiguous(memory_format=problem.torch_memory_format)
 
 
@@ -116,7 +121,7 @@ def _over_batches(
     """The rule for ``vmap``: a batch of batches is one larger batch. The filter is the same for all."""
     if any(dim is not None for dim in in_dims[2:]):
         raise ValueError(
-            "vmap over the filter or bias of a sparse_conv2d is not supported; pass them with in_dims None"
+            "vmap over the filter, bias or slopes of a sparse_conv2d is not supported; pass them with in_dims None"
         )
 
     def flat(tensor: torch.Tensor, dim: int | None) -> torch.Tensor:

@@ -148,6 +148,7 @@ def prepare(
     choice: Choice,
     name: str = "a convolution",
     counters: Counters | None = None,
+    slope: torch.Tensor | None = None,
 ) -> Prepared:
     """The chosen method and config, complete on its device when this returns: any stream may call it.
 
@@ -160,6 +161,7 @@ def prepare(
         bias: (K,) on any device, or None.
         name: what the warning and the log call the layer.
         counters: of the layer; they count what does not go as planned.
+        slope: (K,) on any device, where the activation is "prelu".
 
     Raises:
         ValueError: where no method takes the problem.
@@ -167,12 +169,12 @@ def prepare(
     """
     counters = counters or Counters()
     if problem.device_type == "cpu":
-        return _prepare(problem, sparse_filter, bias, choice, name, counters)
-    bias = None if bias is None else bias.cpu()
+        return _prepare(problem, sparse_filter, bias, slope, choice, name, counters)
+    bias, slope = (None if tensor is None else tensor.cpu() for tensor in (bias, slope))
 
     def on_device() -> Prepared:
         with torch.cuda.device(problem.device):
-            prepared = _prepare(problem, sparse_filter, bias, choice, name, counters)
+            prepared = _prepare(problem, sparse_filter, bias, slope, choice, name, counters)
             torch.cuda.current_stream().synchronize()
             return prepared
 
@@ -186,6 +188,7 @@ def _prepare(
     problem: Problem,
     sparse_filter: SparseFilter,
     bias: torch.Tensor | None,
+    slope: torch.Tensor | None,
     choice: Choice,
     name: str,
     counters: Counters,
@@ -210,7 +213,7 @@ def _prepare(
             if reason := method.unsupported(problem):
                 raise ValueError(reason)
             config = method.config_type(**choice.config) if by_choice else method.configs(problem, sparse_filter)[0]
-            prepared = method.prepare(problem, sparse_filter, bias, config)
+            prepared = method.prepare(problem, sparse_filter, bias, config, slope)
         except ImportError as error:
             if planned == size:
                 raise

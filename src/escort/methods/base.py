@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, Protocol
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
+import torch.nn.functional as F
 
 from escort.cuda.binary import Binary
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
-from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
+from escort.problem import TORCH_MEMORY_FORMAT, Activation, MemoryFormat, Precision, Problem
+
+#: The activations that our kernels for GPUs compute.
+ON_GPUS: frozenset[Activation] = frozenset(("none", "relu", "relu6"))
 
 #: Of how many batch sizes a runner remembers how it cuts them up; a further one is worked out anew.
 MOST_BATCHES = 64
@@ -63,6 +68,7 @@ class Method(ABC):
         is_dense: whether it multiplies the zeros as well. The fastest of these stands for the dense model.
         compiles_per_filter: whether `prepare` compiles a kernel for the filter, which takes long and has a budget.
         lowers: whether it writes the input out patch by patch, which takes memory.
+        activations: which it computes at least as fast as torch's operator behind it would. It runs the others too.
     """
 
     name: ClassVar[str]
@@ -71,6 +77,7 @@ class Method(ABC):
     is_dense: ClassVar[bool] = False
     compiles_per_filter: ClassVar[bool] = False
     lowers: ClassVar[bool] = False
+    activations: ClassVar[frozenset[Activation]] = frozenset(get_args(Activation))
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method cannot run a problem on its type of device, or None where it can."""
@@ -82,13 +89,19 @@ class Method(ABC):
 
     @abstractmethod
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: Config
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: Config,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         """Makes what runs this filter on this input size, on the problem's device.
 
         Args:
             bias: (K,) float32 on any device, or None.
             config: one of :meth:`configs` or :meth:`benchmark_configs`.
+            slope: (K,) float32 on any device where the activation is "prelu", else None.
 
         Raises:
             ValueError: if the config does not fit the problem, or a weight is too large for the storage type.
@@ -198,14 +211,64 @@ def aligned(x: torch.Tensor, alignment: int) -> torch.Tensor:
     return x.clone() if x.data_ptr() % alignment else x
 
 
-def apply_epilogue(y: torch.Tensor, residual: torch.Tensor | None, activation: str) -> torch.Tensor:
-    """Adds the residual to y and applies the activation, by torch's operators and in place."""
-    if residual is not None:
-        if residual.shape != y.shape or residual.dtype is not y.dtype:
-            raise ValueError(
-                f"a residual is {y.dtype} of shape {tuple(y.shape)}, got {residual.dtype} {tuple(residual.shape)}"
-            )
-        y += residual
-    if activation == "relu":
-        return y.relu_()
-    return y.clamp_(0.0, 6.0) if activation == "relu6" else y
+def finisher(
+    problem: Problem, slope: torch.Tensor | None
+) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """What adds a residual, or None, to y and applies the activation, by torch's operators and in y's place."""
+    activate = _in_place(problem, slope)
+
+    def finish(y: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        if residual is not None:
+            if residual.shape != y.shape or residual.dtype is not y.dtype:
+                raise ValueError(
+                    f"a residual is {y.dtype} of shape {tuple(y.shape)}, got {residual.dtype} {tuple(residual.shape)}"
+                )
+            y += residual
+        return activate(y)
+
+    return finish
+
+
+def _in_place(problem: Problem, slope: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A problem's activation, written over its argument where torch can do that."""
+    match problem.epilogue.activation:
+        case "none":
+            return lambda y: y
+        case "relu":
+            return torch.relu_
+        case "relu6":
+            return lambda y: y.clamp_(0.0, 6.0)
+        case "leaky_relu":
+            return partial(F.leaky_relu_, negative_slope=problem.epilogue.negative_slope)
+        case "prelu":
+            assert slope is not None
+            slopes = slope.detach().to(problem.device, problem.storage)
+            return lambda y: torch.prelu(y, slopes)
+        case "sigmoid":
+            return torch.sigmoid_
+        case "tanh":
+            return torch.tanh_
+        case "gelu":
+            return torch.ops.aten.gelu_.default
+        case "gelu_tanh":
+            return partial(torch.ops.aten.gelu_.default, approximate="tanh")
+        case name:
+            return partial(getattr(F, name), inplace=True)
+
+
+def activated_behind(
+    problem: Problem, slope: torch.Tensor | None, activations: Collection[Activation]
+) -> tuple[Problem, Callable[[Runner], Runner]]:
+    """What a kernel is left with that computes these activations alone, and what lets torch do the rest behind it.
+
+    Returns:
+        The problem for the kernel, and what turns a runner of that into one of `problem`.
+    """
+    if problem.epilogue.activation in activations:
+        return problem, lambda run: run
+    activate = _in_place(problem, slope)
+
+    def behind(run: Runner) -> Runner:
+        return lambda x, residual=None: activate(run(x, residual))
+
+    return replace(problem, epilogue=problem.epilogue.without_activation()), behind

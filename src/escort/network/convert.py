@@ -306,4 +306,5 @@ def _restriction(plan: NetworkPlan, device: torch.device) -> tuple[Method, ...] 
 def _as_planned(module: SparseConv2d) -> Layer:
     """What to plan for a layer, at the size that it was planned for before."""
     planned = module.plan.problem
-    return Layer(module.problem(planned.batch, planned.height, planned.width), module.filter, module.bias)
+    problem = module.problem(planned.batch, planned.height, planned.width)
+    return Layer(problem, module.filter, module.bias, module.slope)

@@ -196,7 +196,7 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
         with running_out(f"layer {name}"), naming(name):
             plans[name] = next(planned)
             unfolded = getattr(old, "unfolded", None)
-            sparse = SparseConv2d(layer.sparse_filter, layer.bias, plans[name], name, unfolded)
+            sparse = SparseConv2d(layer.sparse_filter, layer.bias, plans[name], name, unfolded, layer.slope)
         adopt(sparse, old)
         replace_module(network, name, sparse)
         device = layer.problem.device
@@ -235,11 +235,11 @@ def _summary(plan: Plan) -> str:
 def _layer(module: nn.Module, shape: torch.Size, name: str, memory_format: MemoryFormat, request: Request) -> Layer:
     """What to plan for a convolution that is called on a shape."""
     if isinstance(module, FusedConv2d):
-        conv, zeros, activation, residual = module.conv, module.zeros, module.activation, module.residual
+        conv, zeros, epilogue, slope = module.conv, module.zeros, module.epilogue, module.slope
     else:
         assert isinstance(module, nn.Conv2d)
-        conv, zeros, activation, residual = module, (0, 0, 0, 0), "none", False
-    epilogue, precision = Epilogue(conv.bias is not None, residual, activation), request.precision
+        conv, zeros, epilogue, slope = module, (0, 0, 0, 0), Epilogue(module.bias is not None), None
+    precision = request.precision
     with naming(name):
         if conv.weight.dtype is not TORCH_DTYPE[precision]:
             raise ValueError(
@@ -256,7 +256,8 @@ def _layer(module: nn.Module, shape: torch.Size, name: str, memory_format: Memor
             memory_format=memory_format,
         )
         sparse_filter = SparseFilter.from_dense(conv.weight, conv.groups)
-    return Layer(problem, sparse_filter, None if conv.bias is None else conv.bias.detach().float())
+    bias, slope = (None if tensor is None else tensor.detach().float() for tensor in (conv.bias, slope))
+    return Layer(problem, sparse_filter, bias, slope)
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class Offer:
     @classmethod
     def of(cls, layer: Layer, methods: Sequence[Method], layers: int = 1) -> Offer:
         """What could be compiled for the first of these layers; what it saves is not known yet."""
-        problem, sparse_filter, _ = layer
+        problem, sparse_filter = layer.problem, layer.sparse_filter
         able = [method for method in methods if method.compiles_per_filter and method.unsupported(problem) is None]
         configs = tuple((method, config) for method in able for config in method.configs(problem, sparse_filter))
         return cls(configs, tuple(estimate_s(method, layer, config) for method, config in configs), layers)

@@ -70,13 +70,13 @@ class Ahead(dict[tuple[str, Config], Prepared]):
 
     def prepare(self, layer: Layer, method: Method, config: Config) -> None:
         with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
-            prepared = method.prepare(*layer, config)
+            prepared = layer.prepare(method, config)
             if self._allowance is None or self._allowance.is_left:
                 self[method.name, config] = prepared
 
     def take(self, layer: Layer, method: Method, config: Config) -> Prepared:
         """The candidate, prepared now if it was not before. Raises what :meth:`Method.prepare` raises."""
-        return self.pop((method.name, config), None) or method.prepare(*layer, config)
+        return self.pop((method.name, config), None) or layer.prepare(method, config)
 
 
 def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan:
@@ -174,7 +174,7 @@ class _Trial:
         self.samples = sorted({0, len(x) - 1})
         some_residual = None if residual is None else residual[self.samples]
         weight = layer.sparse_filter.to_dense()
-        self.expected = reference.conv2d(layer.problem, x[self.samples], weight, layer.bias, some_residual)
+        self.expected = reference.conv2d(layer.problem, x[self.samples], weight, layer.bias, some_residual, layer.slope)
         self.bound = reference.ERROR_BOUND[layer.problem.precision]
 
     def error(self, run: Runner) -> float:

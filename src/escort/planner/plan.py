@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods import by_name, dense_for
+from escort.methods import Config, Method, Prepared, by_name, dense_for
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import Problem
@@ -23,16 +23,23 @@ class Layer(NamedTuple):
     problem: Problem
     sparse_filter: SparseFilter
     bias: torch.Tensor | None = None
+    slope: torch.Tensor | None = None
+
+    def prepare(self, method: Method, config: Config) -> Prepared:
+        """The layer run by a config of a method. Raises what :meth:`Method.prepare` raises."""
+        return method.prepare(self.problem, self.sparse_filter, self.bias, config, self.slope)
 
     def check(self) -> None:
-        """Raises ValueError where filter or bias are not those of the problem."""
+        """Raises ValueError where filter, bias or slopes are not those of the problem."""
         problem, found = self.problem, (self.sparse_filter.shape, self.sparse_filter.groups)
         if found != (problem.weight_shape, problem.groups):
             raise ValueError(f"the plan is for a filter of shape {problem.weight_shape}, got {found[0]}")
-        expected = (problem.out_channels,) if problem.epilogue.bias else None
-        shape = None if self.bias is None else tuple(self.bias.shape)
-        if shape != expected:
-            raise ValueError(f"the plan is for a bias of shape {expected}, got {shape}")
+        has_slope = problem.epilogue.activation == "prelu"
+        for name, tensor, needed in (("a bias", self.bias, problem.epilogue.bias), ("slopes", self.slope, has_slope)):
+            expected = (problem.out_channels,) if needed else None
+            shape = None if tensor is None else tuple(tensor.shape)
+            if shape != expected:
+                raise ValueError(f"the plan is for {name} of shape {expected}, got {shape}")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def plan_layer(
     problem: Problem,
     sparse_filter: SparseFilter,
     bias: torch.Tensor | None = None,
+    slope: torch.Tensor | None = None,
     *,
     methods: Sequence[Method | str] | None = None,
     budget_s: float = _BUDGET_S,
@@ -56,6 +57,7 @@ def plan_layer(
         problem: the convolution, with its device; see :class:`escort.Problem`.
         sparse_filter: the weights, (K, C / groups, R, S).
         bias: (K,) on any device, or None; there is one if and only if ``problem.epilogue.bias``.
+        slope: (K,) on any device, the slopes of the activation "prelu"; None for others.
         methods: the candidates or their names, by default all methods of the problem's device.
         budget_s: seconds after which timing stops at three rounds per candidate.
         compile_budget_s: seconds that compiling kernels for this filter may take, by the methods' estimates and with
@@ -63,12 +65,12 @@ def plan_layer(
             compile for each filter. What other methods compile is not counted.
 
     Raises:
-        ValueError: where filter or bias are not the problem's, there is no such device or method, or no method can run
-            the problem; the message holds each one's reason.
+        ValueError: where filter, bias or slopes are not the problem's, there is no such device or method, or no method
+            can run the problem; the message holds each one's reason.
         torch.OutOfMemoryError: where the device cannot even hold the problem's input.
     """
     check_compile_budget(compile_budget_s)
-    layer = Layer(problem, sparse_filter, bias)
+    layer = Layer(problem, sparse_filter, bias, slope)
     layer.check()
     chosen = None if methods is None else [_method(method, problem.device) for method in methods]
     task = _Task.of(layer, chosen)
@@ -79,7 +81,7 @@ def plan_layer(
 
 
 def plan_layers(
-    layers: Sequence[tuple[Problem, SparseFilter, torch.Tensor | None]],
+    layers: Sequence[Layer | tuple[Problem, SparseFilter, torch.Tensor | None]],
     compile_budget_s: float,
     preparing: Callable[[int, int], None] = lambda done, total: None,
     *,
@@ -95,7 +97,7 @@ def plan_layers(
     all others whose plan is known when it is due.
 
     Args:
-        layers: problem, filter and bias of each.
+        layers: problem, filter, bias and slopes of each; those that a layer has not may be left out.
         compile_budget_s: as of a layer, but for the sum of all.
         preparing: is called with how many candidates are prepared, and of how many.
         methods: the candidates of every layer, by default all methods of its problem's device.
@@ -323,5 +325,5 @@ def _choice_of(plan: Plan, task: _Task) -> tuple[Method, Config]:
 def _is_offered(plan: Plan, task: _Task) -> bool:
     """Whether a plan's choice is one that the method itself offers for a layer. Kernels trust their configs."""
     method, config = _choice_of(plan, task)
-    problem, sparse_filter, _ = task.layer
+    problem, sparse_filter = task.layer.problem, task.layer.sparse_filter
     return method.unsupported(problem) is None and method.offers(problem, sparse_filter, config)

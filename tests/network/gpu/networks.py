@@ -88,9 +88,13 @@ def assert_close(fast: nn.Module, model: nn.Module, x: Tensor, precision: Precis
     assert reference.compare(out, expected) < NETWORK_ERROR_BOUND[precision]
 
 
-def assert_same(out: Tensor, expected: Tensor) -> None:
-    """The same computation: bits may differ, as not every kernel fixes the order of its sums."""
-    precision = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(out.dtype, "fp32")
+def assert_same(out: Tensor, expected: Tensor, precision: Precision | None = None) -> None:
+    """The same computation: bits may differ, as not every kernel fixes the order of its sums.
+
+    Args:
+        precision: of products, where it is not that of the tensors: another process may choose another dense algorithm.
+    """
+    precision = precision or {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(out.dtype, "fp32")
     assert out.dtype is expected.dtype and reference.compare(out, expected) < reference.ERROR_BOUND[precision]
 
 

@@ -75,7 +75,7 @@ def test_without_a_compiler_a_saved_network_runs_as_planned(precision: Precision
     with torch.inference_mode():
         expected = fast(x).cpu()
     for y in torch.load(out):
-        assert_same(y, expected)
+        assert_same(y, expected, precision)
 
 
 def test_the_file_holds_the_kernels_of_layers_and_pools(tmp_path: Path) -> None:

@@ -1,22 +1,11 @@
 // The kernel of direct.hpp, compiled once per instruction set.
 #include "direct.hpp"
+
+#include "epilogue.hpp"
 #include "vector.hpp"
 
 namespace escort {
 namespace {
-
-// Both bounds let a NaN pass, as torch does.
-template <class T>
-inline T activate(T v, Activation activation) {
-  if (activation == Activation::none) return v;
-  const T zero = T{};
-  v = v < zero ? zero : v;
-  if (activation == Activation::relu6) {
-    const T six = T{} + 6.0f;
-    v = v > six ? six : v;
-  }
-  return v;
-}
 
 // Prefetches what a channel some way ahead will read and write: the output channels of a tile lie a plane apart, each
 // in a page of its own, where no hardware prefetcher follows.
@@ -73,18 +62,28 @@ void stage_block(const Direct& d, const Tile& tile, const Block& block, const fl
 }
 
 // Writes a finished tile of one output channel, segment by segment; what the tile holds between rows is dropped.
-void write_segments(const Direct& d, const Tile& tile, const float* sums, const float* residual, float* y) {
+void write_segments(const Direct& d, const Tile& tile, Epilogue epilogue, float* sums, const float* residual,
+                    float* y) {
+  if (!is_bound(epilogue.activation)) {  // at once for all segments, as rows may be shorter than vectors
+    for (int n = tile.first_segment; residual && n < tile.end_segment; n++) {
+      const Segment& s = d.segments[n];
+      for (int i = 0; i < s.length; i++) sums[s.tile_position + i] += residual[s.plane_position + i];
+    }
+    activate(sums, tile.vectors * kLanes, epilogue);
+    residual = nullptr;
+    epilogue.activation = Activation::none;
+  }
   const auto vector = [&](const Segment& s, int i) {
-    Vector v = load(sums + s.tile_position + i);
-    if (residual) v += load(residual + s.plane_position + i);
-    store(y + s.plane_position + i, activate(v, d.activation));
+    const Vector v = load(sums + s.tile_position + i);
+    const Vector sum = residual ? v + load(residual + s.plane_position + i) : v;
+    store(y + s.plane_position + i, bounded(sum, epilogue.activation));
   };
   for (int n = tile.first_segment; n < tile.end_segment; n++) {
     const Segment& s = d.segments[n];
     if (s.length < kLanes) {
       for (int i = 0; i < s.length; i++) {
         const float v = sums[s.tile_position + i] + (residual ? residual[s.plane_position + i] : 0.0f);
-        y[s.plane_position + i] = activate(v, d.activation);
+        y[s.plane_position + i] = bounded(v, epilogue.activation);
       }
       continue;
     }
@@ -127,6 +126,7 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, Places pl
         for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(ahead.x + fetched * d.x_plane_stride + j, 0, 2);
     }
     const OutChannel& out = d.out_channels[i];
+    const Epilogue epilogue = {d.activation, out.slope};
     const Nonzero* end = d.nonzeros + d.out_channels[i + 1].first_nonzero;
     float* slot = partial + int64_t(out.slot) * (V * kLanes);
     if (last && i + kChannelsAhead < block.end_record) {
@@ -148,16 +148,27 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, Places pl
       for (int v = 0; v < V; v++) store(slot + v * kLanes, sum[v]);
     } else if (InPlace) {
       const int64_t plane = out.channel * d.y_plane_stride;
+      if (!is_bound(d.activation)) {
+        const int64_t begin = tail < 0 ? tail : 0;  // a tile shorter than a vector begins in the one before it
+#pragma GCC unroll 28
+        for (int v = 0; v < V; v++) {
+          const int64_t at = v == V - 1 ? tail : v * kLanes;
+          store(sums + at - begin, residual ? sum[v] + load(residual + plane + at) : sum[v]);
+        }
+        activate(sums, tile.length - begin, epilogue);
+        copy(y + plane + begin, sums, tile.length - begin);
+        continue;
+      }
 #pragma GCC unroll 28
       for (int v = 0; v < V; v++) {
         const int64_t at = plane + (v == V - 1 ? tail : v * kLanes);
-        store(y + at, activate(residual ? sum[v] + load(residual + at) : sum[v], d.activation));
+        store(y + at, bounded(residual ? sum[v] + load(residual + at) : sum[v], d.activation));
       }
     } else {
       const int64_t plane = out.channel * d.y_plane_stride;
 #pragma GCC unroll 28
       for (int v = 0; v < V; v++) store(sums + v * kLanes, sum[v]);
-      write_segments(d, tile, sums, residual ? residual + plane : nullptr, y + plane);
+      write_segments(d, tile, epilogue, sums, residual ? residual + plane : nullptr, y + plane);
     }
   }
 }

@@ -14,6 +14,8 @@
 
 #include <cstdint>
 
+#include "activation.hpp"
+
 namespace escort {
 
 struct Nonzero {
@@ -27,6 +29,7 @@ struct OutChannel {
   int32_t slot;  // which of the job's partial sums it accumulates into
   int32_t first_nonzero;
   float bias;
+  float slope;  // of the activation, if it has one
 };
 
 struct Block {  // input channels of one stage, and the records of the output channels that read them
@@ -52,8 +55,6 @@ struct Tile {
   int32_t start, length;               // tiles read and written in place: positions start .. start + length
   int32_t vectors;
 };
-
-enum class Activation : int32_t { none, relu, relu6 };
 
 struct Params {                      // what all tiles have in common
   int64_t stage_size, partial_size;  // scratch of a thread: the staged block and the partial sums

@@ -45,7 +45,7 @@ template <>
 struct Fields<OutChannel> {
   using T = OutChannel;
   static constexpr Field list[] = {ESCORT_FIELD(channel), ESCORT_FIELD(slot), ESCORT_FIELD(first_nonzero),
-                                   ESCORT_FIELD(bias)};
+                                   ESCORT_FIELD(bias), ESCORT_FIELD(slope)};
 };
 
 template <>

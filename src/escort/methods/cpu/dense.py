@@ -5,7 +5,7 @@ A pointwise convolution of one pixel is a linear layer, for which torch has some
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from escort.filter import SparseFilter
-from escort.methods.base import Method, Prepared, apply_epilogue
+from escort.methods.base import Method, Prepared, finisher
 from escort.methods.lowering import is_linear, symmetric_padding
-from escort.problem import TORCH_MEMORY_FORMAT, Activation, MemoryFormat, Problem
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,25 @@ class Dense(Method):
         return configs[:1] if is_linear(problem) else configs
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DenseConfig
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: DenseConfig,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
         weight = sparse_filter.to_dense().contiguous(memory_format=memory_format)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups
-        activation = problem.epilogue.activation
+        finish = finisher(problem, slope)
         if is_linear(problem):
-            return Prepared(partial(_linear, sparse_filter.to_dense().flatten(1), bias, activation))
+            return Prepared(partial(_linear, sparse_filter.to_dense().flatten(1), bias, finish))
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             x, padding = symmetric_padding(problem, x)
             x = x.contiguous(memory_format=memory_format)
             y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-            return apply_epilogue(y.contiguous(), residual, activation)
+            return finish(y.contiguous(), residual)
 
         return Prepared(run)
 
@@ -59,9 +64,9 @@ class Dense(Method):
 def _linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    activation: Activation,
+    finish: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
     x: torch.Tensor,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     y = F.linear(x.flatten(1), weight, bias)[:, :, None, None]
-    return apply_epilogue(y, residual, activation)
+    return finish(y, residual)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods.base import Method, Prepared, apply_epilogue
+from escort.methods.base import Method, Prepared, finisher
 from escort.methods.lowering import csr_matrices, unfold
 from escort.problem import Problem
 
@@ -30,11 +30,16 @@ class Lowered(Method):
         return (LoweredConfig(),)
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: LoweredConfig
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: LoweredConfig,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         matrices = csr_matrices(sparse_filter)
         out = problem.out_height, problem.out_width
-        activation = problem.epilogue.activation
+        finish = finisher(problem, slope)
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             samples = x.shape[0]
@@ -43,6 +48,6 @@ class Lowered(Method):
             y = y.view(problem.out_channels, samples, *out).transpose(0, 1).contiguous()
             if bias is not None:
                 y += bias.view(-1, 1, 1)
-            return apply_epilogue(y, residual, activation)
+            return finish(y, residual)
 
         return Prepared(run)

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods.base import Method, Prepared, apply_epilogue, contiguous_only
+from escort.methods.base import Method, Prepared, contiguous_only, finisher
 from escort.methods.lowering import unfold
 from escort.methods.precision import float32_products
+from escort.methods.sharing import shared
 from escort.problem import Problem
 
 
@@ -48,13 +49,22 @@ class Cublas(Method):
         return CublasConfig("at_once", "by_sample"), CublasConfig("at_once", "by_group")
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: CublasConfig
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: CublasConfig,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         device, dtype = torch.device(problem.device), problem.storage
         channels = problem.out_channels // problem.groups
-        weight = sparse_filter.to_dense().view(problem.groups, channels, -1).to(device, dtype)
+        weight, _ = shared(
+            sparse_filter,
+            (self.name, device, dtype),
+            lambda: (sparse_filter.to_dense().view(problem.groups, channels, -1).to(device, dtype), None),
+        )
         addend = None if bias is None else bias.detach().to(device, dtype).view(-1, 1, 1)
-        out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
+        out_shape, finish = problem.output_shape[1:], finisher(problem, slope)
         groups, positions, precision = problem.groups, problem.out_height * problem.out_width, problem.precision
         by_sample, by_group = config.unfold == "by_sample", config.product == "by_group"
 
@@ -80,9 +90,9 @@ class Cublas(Method):
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             if x.shape[0] == 0:
-                return apply_epilogue(x.new_empty(0, *out_shape), residual, activation)
+                return finish(x.new_empty(0, *out_shape), residual)
             with float32_products(precision):
                 y = multiply(unfold(problem, x, by_sample=by_sample))
-            return apply_epilogue(y, residual, activation)
+            return finish(y, residual)
 
         return Prepared(run)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from escort.filter import SparseFilter
-from escort.methods.base import Method, Prepared, apply_epilogue
+from escort.methods.base import Method, Prepared, finisher
 from escort.methods.lowering import symmetric_padding
+from escort.methods.sharing import shared
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 
 _CHANNEL_MULTIPLE = 8  # channels that tensor cores read at once
@@ -72,17 +73,26 @@ class Cudnn(Method):
         return config.memory_format if config.output == "as_is" else "contiguous"
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: CudnnConfig
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: CudnnConfig,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
         device, dtype = torch.device(problem.device), problem.storage
         added_channels = -problem.in_channels % _CHANNEL_MULTIPLE if config.fused else 0
-        weight = F.pad(sparse_filter.to_dense(), (0, 0, 0, 0, 0, added_channels)).to(device, dtype)
-        weight = weight.contiguous(memory_format=memory_format)
+
+        def make_weight() -> tuple[torch.Tensor, None]:
+            padded = F.pad(sparse_filter.to_dense(), (0, 0, 0, 0, 0, added_channels)).to(device, dtype)
+            return padded.contiguous(memory_format=memory_format), None
+
+        weight, _ = shared(sparse_filter, (self.name, device, dtype, memory_format, added_channels), make_weight)
         addend = None if bias is None else bias.detach().to(device, dtype)
         column = None if addend is None else addend.view(-1, 1, 1)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups
-        out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
+        out_shape, finish = problem.output_shape[1:], finisher(problem, slope)
         allow_tf32, convert = problem.precision == "tf32", config.output == "contiguous"
 
         def convolve(x: torch.Tensor, padding: tuple[int, int], residual: torch.Tensor | None) -> torch.Tensor:
@@ -93,7 +103,7 @@ class Cudnn(Method):
                 y = y.contiguous()
             if column is not None:
                 y += column
-            return apply_epilogue(y, residual, activation)
+            return finish(y, residual)
 
         def convolve_fused(x: torch.Tensor, padding: tuple[int, int], residual: torch.Tensor | None) -> torch.Tensor:
             geometry = stride, padding, dilation, groups
@@ -109,7 +119,7 @@ class Cudnn(Method):
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             if x.shape[0] == 0:
                 empty = x.new_empty(0, *out_shape).contiguous(memory_format=problem.torch_memory_format)
-                return apply_epilogue(empty, residual, activation)
+                return finish(empty, residual)
             x, padding = symmetric_padding(problem, x)
             return compute(x.contiguous(memory_format=memory_format), padding, residual)
 

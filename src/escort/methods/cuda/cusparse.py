@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods.base import Method, Prepared, apply_epilogue, contiguous_only
+from escort.methods.base import Method, Prepared, contiguous_only, finisher
 from escort.methods.lowering import csr_matrices, unfold
 from escort.problem import Problem
 
@@ -45,18 +45,23 @@ class Cusparse(Method):
         return (CusparseConfig(),)
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: CusparseConfig
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: CusparseConfig,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         device, dtype = torch.device(problem.device), problem.storage
         matrices = csr_matrices(sparse_filter, device, dtype)
         addend = None if bias is None else bias.detach().to(device, dtype).view(-1, 1, 1)
-        out_shape, activation = problem.output_shape[1:], problem.epilogue.activation
+        out_shape, finish = problem.output_shape[1:], finisher(problem, slope)
         channels, by_sample = problem.out_channels // problem.groups, config.unfold == "by_sample"
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             samples = x.shape[0]
             if samples == 0:
-                return apply_epilogue(x.new_empty(0, *out_shape), residual, activation)
+                return finish(x.new_empty(0, *out_shape), residual)
             columns = unfold(problem, x, by_sample=by_sample).permute(1, 2, 0, 3).flatten(2)
             y = x.new_empty(len(matrices), channels, columns.shape[2])
             for matrix, lowered, product in zip(matrices, columns, y, strict=True):
@@ -64,6 +69,6 @@ class Cusparse(Method):
             y = y.view(out_shape[0], samples, *out_shape[1:]).transpose(0, 1)
             # One pass over y adds the bias and moves it.
             y = y.contiguous() if addend is None else torch.add(y, addend, out=y.new_empty(y.shape))
-            return apply_epilogue(y, residual, activation)
+            return finish(y, residual)
 
         return Prepared(run)

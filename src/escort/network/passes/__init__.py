@@ -15,7 +15,7 @@ from collections.abc import Callable
 from torch import fx, nn
 
 from escort.network.check import Request
-from escort.network.passes import fuse, linear, padding, pool, rows, subclasses, transposed
+from escort.network.passes import activations, fuse, linear, padding, pool, rows, subclasses, transposed
 from escort.network.passes.operations import replace_module
 from escort.network.tracing.graphs import graphs
 from escort.runtime.stand_in import adopt
@@ -24,6 +24,7 @@ Pass = Callable[[fx.GraphModule, Request], tuple[fx.GraphModule, dict[str, str]]
 
 #: The passes that every network goes through, in this order. Those before `fuse` make 2-d convolutions of torch.
 PASSES: tuple[Pass, ...] = (
+    activations.rewrite,
     subclasses.rewrite,
     padding.rewrite,
     rows.rewrite,

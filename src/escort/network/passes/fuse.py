@@ -9,16 +9,19 @@ The fused network computes what the graph computes in eval mode, and each 2-d co
 from __future__ import annotations
 
 from operator import add
-from typing import Any, cast
+from typing import Any, cast, get_args
 
+import torch
 from torch import Tensor, fx, nn
 
 from escort.layers import FusedConv2d
+from escort.methods import fused_activations
 from escort.network.check import Request
 from escort.network.passes.operations import CONV, convolution_name, mutates, new_conv2d, zeros_around_maps
 from escort.network.passes.rewriting import Rewriting
 from escort.network.tracing.conv_types import not_2d, unsupported
 from escort.network.tracing.trace import shape_of
+from escort.problem import Activation
 from escort.runtime.stand_in import adopt, has_hooks
 
 
@@ -45,6 +48,7 @@ class _Fuser(Rewriting):
     def __init__(self, network: fx.GraphModule, request: Request) -> None:
         super().__init__(network, request)
         self.fused: dict[fx.Node, FusedConv2d] = {}
+        self.activations = fused_activations(str(request.device), request.methods)
 
     def replace_convolutions(self) -> None:
         """Puts a fused convolution in the place of each, and notes why others are left alone."""
@@ -98,12 +102,13 @@ class _Fuser(Rewriting):
         elif operation == "pad" and isinstance(source, fx.Node):
             self.absorb_pad(node, source, zeros_around_maps(arguments))
         elif operation and self.is_open(source):
-            limits = arguments.get("min_val", -1.0), arguments.get("max_val", 1.0)
-            if operation == "hardtanh" and limits == (0.0, 6.0):
-                operation = "relu6"
-            if operation in ("relu", "relu6"):
-                self.fused[source].activation = "relu" if operation == "relu" else "relu6"
-                self.merge(node, source)
+            self.absorb_activation(node, source, operation, arguments)
+
+    def absorb_activation(self, node: fx.Node, conv: fx.Node, operation: str, arguments: dict[str, Any]) -> None:
+        found = _activation(operation, arguments, self.fused[conv].conv)
+        if found is not None and found[0] in self.activations and "out" not in arguments:
+            self.fused[conv].activate_by(*found)
+            self.merge(node, conv)
 
     def absorb_pad(self, node: fx.Node, source: fx.Node, zeros: tuple[int, int, int, int] | None) -> None:
         """Lets convolutions add the zeros that a pad adds, if they alone read it: they pad while they read."""
@@ -158,3 +163,31 @@ class _Fuser(Rewriting):
         if node not in self.fused or len(node.users) != 1:
             return False
         return self.fused[node].activation == "none" and not has_hooks(self.fused[node])
+
+
+#: The activations that bound, by their least and their largest value.
+_BOUNDS: dict[tuple[Any, Any], Activation] = {(0.0, 6.0): "relu6", (0.0, None): "relu"}
+
+
+def _activation(
+    operation: str, arguments: dict[str, Any], conv: nn.Conv2d
+) -> tuple[Activation, float, Tensor | None] | None:
+    """Activation, slope and slopes of the epilogue that an operation behind a convolution is; None for any other."""
+    name: Any = operation
+    match operation:
+        case "leaky_relu":
+            slope = arguments.get("negative_slope", 0.01)
+            is_number = type(slope) in (int, float) and abs(slope) <= torch.finfo(torch.float32).max
+            return ("leaky_relu", float(slope), None) if is_number else None
+        case "prelu":
+            slopes = arguments.get("weight")
+            if not isinstance(slopes, Tensor) or slopes.numel() not in (1, conv.out_channels):
+                return None
+            return ("prelu", 0.0, slopes.flatten()) if bool(torch.isfinite(slopes).all()) else None
+        case "gelu":
+            name = {"none": "gelu", "tanh": "gelu_tanh"}.get(arguments.get("approximate", "none"))
+        case "hardtanh":
+            name = _BOUNDS.get((arguments.get("min_val", -1.0), arguments.get("max_val", 1.0)))
+        case "clamp":
+            name = _BOUNDS.get((arguments.get("min"), arguments.get("max")))
+    return (name, 0.0, None) if name in get_args(Activation) else None

@@ -36,15 +36,25 @@ _EXPORTED_TRANSPOSES = (aten.conv_transpose1d.default, aten.conv_transpose2d.inp
 _ADDS = (torch.add, operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor, "add", "add_")
 _RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_")
 _HARDTANHS = (nn.Hardtanh, F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default)
-_ACTIVATIONS = (nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.SELU, nn.SiLU)
-_FUNCTIONAL_ACTIVATIONS = (F.elu, F.gelu, F.hardsigmoid, F.hardswish, F.leaky_relu, F.mish, F.selu, F.silu, F.softplus)
-_EXPORTED_ACTIVATIONS = tuple(
-    packet.default
-    for packet in (aten.elu, aten.gelu, aten.hardsigmoid, aten.hardswish, aten.leaky_relu, aten.mish, aten.silu)
+_CLAMPS = (torch.clamp, torch.clamp_, torch.clip, aten.clamp.default, aten.clamp_.default, "clamp", "clamp_", "clip")
+_CLAMP_MINS = (torch.clamp_min, torch.clamp_min_, aten.clamp_min.default, "clamp_min", "clamp_min_")
+_CLAMP_MAXES = (torch.clamp_max, torch.clamp_max_, aten.clamp_max.default, "clamp_max", "clamp_max_")
+_OTHER_ACTIVATIONS = (
+    *(nn.CELU, nn.ELU, nn.Mish, nn.SELU, nn.Softplus, F.elu, F.mish, F.selu, F.softplus),
+    *(aten.elu.default, aten.mish.default),
 )
-_SIGMOIDS = (nn.Sigmoid, torch.sigmoid, aten.sigmoid.default, "sigmoid")
-_TANHS = (nn.Tanh, torch.tanh, aten.tanh.default, "tanh")
+_SIGMOIDS = (
+    *(nn.Sigmoid, torch.sigmoid, torch.sigmoid_, F.sigmoid, aten.sigmoid.default, aten.sigmoid_.default),
+    *("sigmoid", "sigmoid_"),
+)
+_TANHS = (
+    *(nn.Tanh, torch.tanh, torch.tanh_, F.tanh, aten.tanh.default, aten.tanh_.default),
+    *("tanh", "tanh_"),
+)
+_LEAKY_RELUS = (nn.LeakyReLU, F.leaky_relu, F.leaky_relu_, aten.leaky_relu.default, aten.leaky_relu_.default)
+_PRELUS = (nn.PReLU, F.prelu, torch.prelu, aten.prelu.default, "prelu")
 _PRODUCTS = (torch.mul, operator.mul, operator.imul, aten.mul.Tensor, aten.mul_.Tensor, "mul", "mul_")
+_QUOTIENTS = (torch.div, torch.true_divide, operator.truediv, operator.itruediv, aten.div.Tensor, "div", "div_")
 _DIFFERENCES = (torch.sub, operator.sub, operator.isub, aten.sub.Tensor, aten.sub_.Tensor, "sub", "sub_")
 _SPELLINGS: dict[tuple[str, tuple[str, ...]], tuple[Any, ...]] = {
     ("conv", CONV): (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_FUNCTIONAL_CONVS, *_EXPORTED_CONVS),
@@ -61,11 +71,21 @@ _SPELLINGS: dict[tuple[str, tuple[str, ...]], tuple[Any, ...]] = {
     ("relu", ("input",)): _RELUS,
     ("relu6", ("input",)): (nn.ReLU6, F.relu6, aten.relu6.default, aten.relu6_.default),
     ("hardtanh", ("input", "min_val", "max_val")): _HARDTANHS,
-    ("pointwise", ("input",)): (
-        *(*_ACTIVATIONS, *_FUNCTIONAL_ACTIVATIONS, *_EXPORTED_ACTIVATIONS, *_SIGMOIDS, *_TANHS),
-        nn.Softplus,
-    ),
-    ("pointwise", ("input", "other")): (*_PRODUCTS, *_DIFFERENCES),
+    ("clamp", ("input", "min", "max")): _CLAMPS,
+    ("clamp", ("input", "min")): _CLAMP_MINS,
+    ("clamp", ("input", "max")): _CLAMP_MAXES,
+    ("leaky_relu", ("input", "negative_slope")): _LEAKY_RELUS,
+    ("prelu", ("input", "weight")): _PRELUS,
+    ("sigmoid", ("input",)): _SIGMOIDS,
+    ("tanh", ("input",)): _TANHS,
+    ("silu", ("input",)): (nn.SiLU, F.silu, aten.silu.default, aten.silu_.default),
+    ("gelu", ("input", "approximate")): (nn.GELU, F.gelu, aten.gelu.default, aten.gelu_.default),
+    ("hardsigmoid", ("input",)): (nn.Hardsigmoid, F.hardsigmoid, aten.hardsigmoid.default, aten.hardsigmoid_.default),
+    ("hardswish", ("input",)): (nn.Hardswish, F.hardswish, aten.hardswish.default, aten.hardswish_.default),
+    ("pointwise", ("input",)): _OTHER_ACTIVATIONS,
+    ("product", ("input", "other")): _PRODUCTS,
+    ("quotient", ("input", "other")): _QUOTIENTS,
+    ("pointwise", ("input", "other")): _DIFFERENCES,
     ("pad", ("input", "pad", "mode", "value")): (F.pad, aten.pad.default),
     ("pad", ("input", "pad", "value")): (torch.constant_pad_nd, aten.constant_pad_nd.default),
     ("pad", ("input", "padding", "value")): (
@@ -77,7 +97,9 @@ _SPELLINGS: dict[tuple[str, tuple[str, ...]], tuple[Any, ...]] = {
     ),
 }
 #: Operations that compute each number from those at the same place of their operands.
-POINTWISE = ("add", "relu", "relu6", "hardtanh", "pointwise")
+POINTWISE = frozenset(
+    "add relu relu6 hardtanh leaky_relu sigmoid tanh silu gelu hardsigmoid hardswish product pointwise".split()
+)
 #: By module type, function or method: the name of the operation and the names of its arguments.
 OPERATIONS = {spelling: key for key, spellings in _SPELLINGS.items() for spelling in spellings}
 _VIEWS = frozenset(

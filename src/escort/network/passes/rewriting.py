@@ -72,7 +72,7 @@ class Rewriting:
             if runs_more(module) and unsupported(module) is not None:
                 return "", {}
             arguments |= {name: getattr(module, name, None) for name in names[1:]}
-        elif name in ("conv", "transposed", "linear", "norm"):
+        elif name in ("conv", "transposed", "linear", "norm", "prelu"):
             arguments |= {key: self.value(arguments[key]) for key in TENSORS if key in arguments}
         if name == "conv" and arguments.pop("transposed", False):
             name = "transposed"

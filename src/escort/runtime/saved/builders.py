@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from escort.layers import FusedConv2d, MaxPool2d, SamePad, SparseConv2d
 from escort.layers.pool import pair
+from escort.problem import Activation
 from escort.runtime.saved.limits import MAX_COUNT, MAX_DEEP, MAX_SCALE, MAX_WINDOW
 from escort.runtime.saved.values import decode, encode
 from escort.runtime.stand_in import has_hooks, is_patched
@@ -81,8 +82,8 @@ def _is_factor(value: Any) -> bool:
 
 
 _WORDS = frozenset(
-    "zeros reflect replicate circular nearest linear bilinear bicubic trilinear area nearest-exact none tanh relu "
-    "relu6".split()
+    "zeros reflect replicate circular nearest linear bilinear bicubic trilinear area nearest-exact none tanh "
+    "relu".split()
 )
 #: What a constructor's argument of a name must be, besides None. torch gives an argument one meaning in all classes.
 _ARGUMENTS: dict[str, Callable[[Any], bool]] = {
@@ -109,7 +110,8 @@ _ARGUMENTS: dict[str, Callable[[Any], bool]] = {
             "track_running_stats",
             lambda value: type(value) is bool,
         ),
-        ("activation approximate mode nonlinearity padding_mode", lambda value: value in _WORDS),
+        ("approximate mode nonlinearity padding_mode", lambda value: value in _WORDS),
+        ("activation", lambda value: value in get_args(Activation)),
         ("scale_factor", _is_factor),
         ("num_layers", lambda value: type(value) is int and 1 <= value <= MAX_DEEP),
     )

@@ -79,11 +79,18 @@ class Direct(Method):
         return tuple(configs)
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: DirectConfig,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
         lanes, most = ISAS[config.isa]
         layout = Layout.of(problem, lanes, min(config.vectors, most))
-        schedule = Schedule.of(sparse_filter, layout, bias, config.channel_block, config.parts)
+        if problem.epilogue.activation == "leaky_relu":
+            slope = torch.full((problem.out_channels,), problem.epilogue.negative_slope)
+        schedule = Schedule.of(sparse_filter, layout, bias, config.channel_block, config.parts, slope)
         tables = {
             "params": _params(problem, layout, schedule, config),
             "nonzeros": schedule.nonzeros,

@@ -13,7 +13,7 @@ from escort.methods.cpu.direct.layout import Layout, Records, records
 
 # The structs of kernels/cpu/direct.hpp, which says what the fields mean.
 NONZERO = np.dtype([("offset", "i4"), ("value", "f4")])
-OUT_CHANNEL = np.dtype([("channel", "i4"), ("slot", "i4"), ("first_nonzero", "i4"), ("bias", "f4")])
+OUT_CHANNEL = np.dtype([("channel", "i4"), ("slot", "i4"), ("first_nonzero", "i4"), ("bias", "f4"), ("slope", "f4")])
 BLOCK = np.dtype([(name, "i4") for name in ("first_channel", "end_channel", "first_record", "end_record")])
 JOB = np.dtype([(name, "i4") for name in ("first_block", "end_block")])
 
@@ -40,7 +40,13 @@ class Schedule:
 
     @classmethod
     def of(
-        cls, sparse_filter: SparseFilter, layout: Layout, bias: torch.Tensor | None, channel_block: int, parts: int
+        cls,
+        sparse_filter: SparseFilter,
+        layout: Layout,
+        bias: torch.Tensor | None,
+        channel_block: int,
+        parts: int,
+        slope: torch.Tensor | None = None,
     ) -> Schedule:
         """Sorts a filter into the tables of the kernel.
 
@@ -48,6 +54,7 @@ class Schedule:
             bias: (K,) or None.
             channel_block: input channels of a block.
             parts: jobs among which the output channels of a group are dealt.
+            slope: of the activation where it has one, (K,).
         """
         parts = min(parts, sparse_filter.shape[0] // sparse_filter.groups)
         job, slot = _deal(sparse_filter, parts)
@@ -59,8 +66,9 @@ class Schedule:
         out_channels["first_nonzero"] = np.append(first_nonzero, sparse_filter.nnz)
         out_channels["channel"][:-1] = cells.channel
         out_channels["slot"][:-1] = slot[cells.channel]
-        if bias is not None:
-            out_channels["bias"][:-1] = bias.detach().numpy().astype(np.float32)[cells.channel]
+        for name, values in (("bias", bias), ("slope", slope)):
+            if values is not None:
+                out_channels[name][:-1] = values.detach().numpy().astype(np.float32)[cells.channel]
 
         stretched = sparse_filter.stretch(layout.geometry)
         assert stretched.offsets is not None

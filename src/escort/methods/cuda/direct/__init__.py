@@ -25,7 +25,17 @@ from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.cuda.params import pack
 from escort.filter import SparseFilter
-from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, contiguous_only, input_check, output_strides
+from escort.methods.base import (
+    MOST_BATCHES,
+    ON_GPUS,
+    Method,
+    Prepared,
+    activated_behind,
+    aligned,
+    contiguous_only,
+    input_check,
+    output_strides,
+)
 from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_samples, shared_bytes
 from escort.methods.cuda.direct.params import Params, defines
 from escort.methods.cuda.direct.search import has_room, is_offered, neighbours, predicted_clocks, search
@@ -45,6 +55,7 @@ class DirectCuda(Method):
 
     name = "direct"
     device_type = "cuda"
+    activations = ON_GPUS
     config_type = DirectConfig
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -78,8 +89,14 @@ class DirectCuda(Method):
         return neighbours(config, problem, sparse_filter, Gpu.of(problem.device))
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: DirectConfig
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: DirectConfig,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
+        problem, activated = activated_behind(problem, slope, self.activations)
         device = torch.device(problem.device)
         positions, tables = Positions(problem), lay_out(problem, sparse_filter, config)
         layout = Layout.of(problem, config.tile)
@@ -119,4 +136,4 @@ class DirectCuda(Method):
             launch(grid, x, y, residual, samples, tiles)
             return y
 
-        return Prepared(run, binaries=(compiled.binary,))
+        return Prepared(activated(run), binaries=(compiled.binary,))

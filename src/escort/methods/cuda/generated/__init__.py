@@ -22,7 +22,17 @@ from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.filter import SparseFilter
-from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, contiguous_only, input_check, output_strides
+from escort.methods.base import (
+    MOST_BATCHES,
+    ON_GPUS,
+    Method,
+    Prepared,
+    activated_behind,
+    aligned,
+    contiguous_only,
+    input_check,
+    output_strides,
+)
 from escort.methods.cuda.generated import codegen
 from escort.methods.cuda.generated.config import GeneratedConfig
 from escort.methods.cuda.generated.model import part_count, part_steps, predict_us, space_of
@@ -45,6 +55,7 @@ class Generated(Method):
     name = "generated"
     compiles_per_filter = True
     device_type = "cuda"
+    activations = ON_GPUS
     config_type = GeneratedConfig
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -81,8 +92,14 @@ class Generated(Method):
         return float(steps[0] / _STEPS_PER_S)
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: GeneratedConfig
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: GeneratedConfig,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
+        problem, activated = activated_behind(problem, slope, self.activations)
         device = torch.device(problem.device)
         kernel_steps = KernelSteps.of(problem, sparse_filter, config)
         text = codegen.text(kernel_steps, None if bias is None else bias.detach().float().cpu().numpy())
@@ -123,7 +140,7 @@ class Generated(Method):
             launch(grid, x, y, residual, samples, tiles)
             return y
 
-        return Prepared(run, compiled.binary, binaries=tuple(binaries))
+        return Prepared(activated(run), compiled.binary, binaries=tuple(binaries))
 
 
 def _arrange(kernel_steps: KernelSteps, device: torch.device) -> tuple[Callable[[torch.Tensor], torch.Tensor], Binary]:

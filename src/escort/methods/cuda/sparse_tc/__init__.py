@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -24,15 +25,25 @@ from escort.cuda.launch import Grid
 from escort.cuda.params import pack as pack_params
 from escort.cuda.tensor_map import TensorMap
 from escort.filter import FloatArray, IntArray, SparseFilter
-from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_check, output_strides
+from escort.methods.base import (
+    MOST_BATCHES,
+    ON_GPUS,
+    Method,
+    Prepared,
+    activated_behind,
+    aligned,
+    input_check,
+    output_strides,
+)
 from escort.methods.cuda.sparse_tc.arrange import arranger
 from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig
 from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
-from escort.methods.cuda.sparse_tc.orders import common_order, order_filter
-from escort.methods.cuda.sparse_tc.packing import Packed, pack
+from escort.methods.cuda.sparse_tc.orders import OrderedFilter, common_order, order_filter
+from escort.methods.cuda.sparse_tc.packing import Packed, pack, tiles_key
 from escort.methods.cuda.sparse_tc.params import Params
 from escort.methods.cuda.sparse_tc.search import candidates, is_offered, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
+from escort.methods.sharing import shared
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
 
 __all__ = ["SparseTc", "SparseTcConfig"]
@@ -49,6 +60,7 @@ class SparseTc(Method):
 
     name = "sparse_tc"
     device_type = "cuda"
+    activations = ON_GPUS
     config_type = SparseTcConfig
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -96,13 +108,19 @@ class SparseTc(Method):
         return common_order(weights, ELEMENTS[precision].kept, ELEMENTS[precision].of)
 
     def prepare(
-        self, problem: Problem, sparse_filter: SparseFilter, bias: torch.Tensor | None, config: SparseTcConfig
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: SparseTcConfig,
+        slope: torch.Tensor | None = None,
     ) -> Prepared:
+        problem, activated = activated_behind(problem, slope, self.activations)
         device, gpu = torch.device(problem.device), Gpu.of(problem.device)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
         ordered = order_filter(sparse_filter, config.memory_format, tiling.element)
         compiled = kernel(tiling.source, tiling.defines, device, native=True)
-        launch = _bind(compiled, tiling, pack(ordered, tiling), bias)
+        launch = _bind(compiled, tiling, *_packed_on(device, ordered, tiling), bias)
         check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + _TILE_ELEMENTS))
         torch_format = TORCH_MEMORY_FORMAT[config.memory_format]
         last = config.takes_channels_last
@@ -133,15 +151,29 @@ class SparseTc(Method):
             launch(grid, x, y, residual, samples, tile_groups)
             return y
 
-        return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
+        return Prepared(activated(run), compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
 
 
-def _bind(compiled: Kernel, tiling: Tiling, packed: Packed, bias: torch.Tensor | None) -> Launch:
+def _packed_on(device: torch.device, ordered: OrderedFilter, tiling: Tiling) -> tuple[torch.Tensor, Packed]:
+    """The filter's weight tiles on a device, and how it is packed, without them. Most input sizes are packed alike."""
+
+    def make() -> tuple[torch.Tensor, Packed]:
+        packed = pack(ordered, tiling)
+        weight_tiles = torch.from_numpy(packed.weight_tiles).to(device)
+        return weight_tiles, replace(packed, weight_tiles=np.empty((0, 0), np.uint8))
+
+    weight_tiles, packed = shared(ordered, (device, tiles_key(tiling)), make)
+    return weight_tiles, packed.placed(tiling)
+
+
+def _bind(
+    compiled: Kernel, tiling: Tiling, weight_tiles: torch.Tensor, packed: Packed, bias: torch.Tensor | None
+) -> Launch:
     """A launch that is given x, y, the residual, the samples and the tile groups."""
-    tables = [packed.weight_tiles, _in_order(bias, packed.out_order), packed.first, packed.steps.view(np.int32)]
+    tables = [_in_order(bias, packed.out_order), packed.first, packed.steps.view(np.int32)]
     if not tiling.stores_boxes:
         tables.append(packed.out_order)
-    fixed = [torch.from_numpy(table).to(tiling.problem.device) for table in tables]
+    fixed = [weight_tiles, *(torch.from_numpy(table).to(tiling.problem.device) for table in tables)]
     output = _output_map(tiling) if tiling.stores_boxes else torch.Tensor
     args = _input_map(tiling), *fixed, output, output, pack_params(Params.of(tiling)), int, int
     return compiled.bind(_THREADS, tiling.memory.bytes, args, overlap=True, cluster=tiling.config.cluster)

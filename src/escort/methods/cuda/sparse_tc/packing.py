@@ -16,7 +16,8 @@ the orders of channels (orders.py) make most of them empty.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -46,21 +47,35 @@ class Packed:
             group's pixels, in units of 16 bytes; from bit 16 two bits for each warpgroup across, which halves of the
             block's channels it has for it; bit 31: it is the last of its tap group.
         out_order: which output channel stands at each place of all tiles; -1: none.
+        taps: (weight tiles,) the tap of each, in the order of all tap groups.
     """
 
     weight_tiles: NDArray[np.uint8]
     first: IntArray
     steps: NDArray[np.uint32]
     out_order: IntArray
+    taps: IntArray
+
+    def placed(self, tiling: Tiling) -> Packed:
+        """The same for another tiling of the same `tiles_key`, whose taps may begin at other pixels."""
+        starts = np.append(_starts(tiling)[self.taps], np.uint32(0))
+        return replace(self, steps=self.steps & ~np.uint32(0xFFFF) | starts)
 
 
 def pack(ordered: OrderedFilter, tiling: Tiling) -> Packed:
     """The filter for a tiling. Raises ValueError where the precision does not hold a weight."""
     nonzeros = _Nonzeros.of(ordered, tiling)
-    numbers, first, steps = _choose(nonzeros, tiling)
+    numbers, first, steps, taps = _choose(nonzeros, tiling)
     out_order = np.full(tiling.channel_tiles * tiling.config.tile_channels, -1, dtype=np.int32)
     out_order[: len(ordered.out_order)] = ordered.out_order
-    return Packed(_weight_tiles(nonzeros, numbers, len(steps) - 1, tiling), first, steps, out_order)
+    return Packed(_weight_tiles(nonzeros, numbers, len(taps), tiling), first, steps, out_order, taps)
+
+
+def tiles_key(tiling: Tiling) -> Hashable:
+    """What the weight tiles of a filter depend on. Tilings for several input sizes may have the same."""
+    config = tiling.config
+    order = tuple(tuple(tap[:3] for tap in tap_group) for tap_group in tiling.tap_groups)
+    return tiling.problem.precision, config.tile_channels, config.across, order
 
 
 class _Nonzeros(NamedTuple):
@@ -99,10 +114,15 @@ class _Nonzeros(NamedTuple):
         return cls(*(array[kept] for array in (bits, tile, row, tap, column, part)))
 
 
-def _choose(nonzeros: _Nonzeros, tiling: Tiling) -> tuple[IntArray, IntArray, NDArray[np.uint32]]:
-    """The weight tiles that are kept: (tiles, taps, parts) their numbers, else -1; and Packed's first and steps."""
-    across, group_taps = tiling.config.across, len(tiling.tap_groups[0])
+def _starts(tiling: Tiling) -> NDArray[np.uint32]:
+    """(taps,) where each begins in its group's pixels, in units of 16 bytes."""
     starts = [tap.start * PIXEL_BYTES // 16 for tap_group in tiling.tap_groups for tap in tap_group]
+    return np.array(starts, np.uint32)
+
+
+def _choose(nonzeros: _Nonzeros, tiling: Tiling) -> tuple[IntArray, IntArray, NDArray[np.uint32], IntArray]:
+    """The weight tiles that are kept: (tiles, taps, parts) their numbers, else -1; and Packed's first, steps, taps."""
+    across, group_taps, starts = tiling.config.across, len(tiling.tap_groups[0]), _starts(tiling)
     holds = np.zeros((tiling.channel_tiles, len(starts), 2, across, 2), dtype=np.uint32)  # of halves of the channels
     warpgroup = nonzeros.row // np.int32(tiling.config.tile_channels // across)
     half = nonzeros.column // np.int32(tiling.element.k_block // 2)
@@ -114,11 +134,11 @@ def _choose(nonzeros: _Nonzeros, tiling: Tiling) -> tuple[IntArray, IntArray, ND
     kept[:, ::group_taps, 0] = True  # each group is used, if only to be passed over
     tile, tap, _ = np.nonzero(kept)
     numbers = np.where(kept, np.cumsum(kept).reshape(kept.shape) - 1, -1).astype(np.int32)
-    steps = np.append(np.array(starts, np.uint32)[tap] | halves[kept] << np.uint32(16), np.uint32(0))
+    steps = np.append(starts[tap] | halves[kept] << np.uint32(16), np.uint32(0))
     tap_group = tile * len(tiling.tap_groups) + tap // group_taps
     first = np.searchsorted(tap_group, np.arange(tiling.channel_tiles * len(tiling.tap_groups) + 1)).astype(np.int32)
     steps[first[1:] - 1] |= np.uint32(_LAST_OF_GROUP)
-    return numbers, first, steps
+    return numbers, first, steps, tap.astype(np.int32)
 
 
 def _stored(values: FloatArray, tiling: Tiling) -> Bits:

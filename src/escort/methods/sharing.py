@@ -1,0 +1,33 @@
+"""What runners of one filter have in common whatever the size of their inputs: tensors made of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, ref
+
+import torch
+
+Known = TypeVar("Known")
+
+_shared: WeakKeyDictionary[Any, dict[Hashable, tuple[ref[torch.Tensor], Any]]] = WeakKeyDictionary()
+
+
+def shared(owner: object, key: Hashable, make: Callable[[], tuple[torch.Tensor, Known]]) -> tuple[torch.Tensor, Known]:
+    """The tensor of that key, and what is known of it: made once, and again where no runner has it any more.
+
+    Args:
+        owner: the filter, or what was made of it; compared by identity.
+        key: whatever the tensor depends on besides the owner, its device too.
+        make: the tensor, complete on its device when this returns, and what is known of it.
+    """
+    entries = _shared.setdefault(owner, {})
+    if key in entries:
+        reference, known = entries[key]
+        if (tensor := reference()) is not None:
+            return tensor, known
+    tensor, known = make()
+    if tensor.is_cuda:  # another thread may launch a kernel that reads it
+        torch.cuda.current_stream(tensor.device).synchronize()
+    entries[key] = ref(tensor), known
+    return tensor, known
