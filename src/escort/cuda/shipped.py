@@ -1,6 +1,6 @@
 """Binaries that this package brings, of kernels that many networks need: no compiler is needed for them, and no cache.
 
-A wheel may hold them in one file (`make wheel KERNELS=1`); an install from source does without. They are found by what
+A wheel may hold them in one file (`make wheel SHIP=1`); an install from source does without. They are found by what
 this version would compile (:attr:`Binary.key`), so that a file of another version's would serve nothing.
 """
 
