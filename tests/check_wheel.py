@@ -38,7 +38,9 @@ def main() -> None:
         [Path(sys.executable).with_name("escort"), "--help"], capture_output=True, text=True, check=True
     )
     assert all(name in commands.stdout for name in ("convert", "plan", "bench"))
-    assert all(shipped.find(key) is not None for key in shipped._records(shipped.FILE)), "what is shipped is whole"
+    assert all(shipped.find(key) is not None for key in shipped._opened(shipped.FILE).records), (
+        "what is shipped is whole"
+    )
     print(f"escort {escort.__version__} converts: {', '.join(plan.method for plan in fast.plan.layers.values())}")
     print(f"kernels shipped: {shipped.archs() or 'none'}")
 
