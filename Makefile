@@ -112,13 +112,13 @@ test-sanitizer:  ## Run the kernel cases on a GPU under compute-sanitizer, which
 		$(TEST_ON_GPU) -q -k "$(CASES)" tests/test_direct_cuda.py
 	$(SANITIZER) --tool initcheck $(TEST_ON_GPU) -q -k "($(CASES)) and (not last or tf32)" $(WITH_CASES)
 
-# KERNELS=1 compiles kernels of common layers into the wheel, some twenty megabytes; else users' machines compile all.
-SHIPPED := $(if $(KERNELS),$(CURDIR)/build/shipped.kernels)
-wheel: $(VENV)/.installed  ## Build a wheel into dist/; KERNELS=1 puts compiled kernels for GPUs in, which takes minutes
+# SHIP=1 compiles kernels of common layers into the wheel, some twenty megabytes; else users' machines compile all.
+SHIPPED := $(CURDIR)/build/shipping/shipped.kernels
+wheel: $(VENV)/.installed  ## Build a wheel into dist/; SHIP=1 puts compiled kernels for GPUs in, which takes minutes
 	rm -rf dist
-	$(if $(KERNELS),$(BIN)/python -m shipping $(SHIPPED))
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps $(BUILD)=build/release \
-		--config-settings=cmake.define.ESCORT_SHIPPED=$(SHIPPED) --wheel-dir dist .
+	$(if $(SHIP),$(BIN)/python -m shipping $(SHIPPED))
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist \
+		$(if $(SHIP),$(BUILD)=build/shipping/cmake --config-settings=cmake.define.ESCORT_SHIPPED=$(SHIPPED),$(BUILD)=build/release) .
 
 wheel-test: wheel  ## Install the wheel into an empty environment and convert a model there
 	rm -rf build/wheel-test

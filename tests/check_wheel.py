@@ -12,7 +12,7 @@ from torch import nn
 
 import escort
 from escort import report
-from escort.cuda import compiler
+from escort.cuda import compiler, shipped
 
 
 def main() -> None:
@@ -38,7 +38,11 @@ def main() -> None:
         [Path(sys.executable).with_name("escort"), "--help"], capture_output=True, text=True, check=True
     )
     assert all(name in commands.stdout for name in ("convert", "plan", "bench"))
+    assert all(shipped.find(key) is not None for key in shipped._opened(shipped.FILE).records), (
+        "what is shipped is whole"
+    )
     print(f"escort {escort.__version__} converts: {', '.join(plan.method for plan in fast.plan.layers.values())}")
+    print(f"kernels shipped: {shipped.archs() or 'none'}")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "shipped.kernels"
     monkeypatch.setattr(shipped, "FILE", path)
     monkeypatch.setattr(carried, "_binaries", {})
-    shipped._records.cache_clear()
+    shipped._opened.cache_clear()
     yield path
-    shipped._records.cache_clear()
+    shipped._opened.cache_clear()
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def ship(file: Path, scale: Path) -> Callable[[], Binary]:
         other = compiler.compile_source(scale, {"FACTOR": 2}, "sm_80")
         file.write_bytes(shipped.pack([binary, other]))
         cache.clear("kernel")
-        shipped._records.cache_clear()
+        shipped._opened.cache_clear()
         return binary
 
     return ship
@@ -132,5 +132,5 @@ def test_a_damaged_file_counts_as_absent(
 def test_the_same_kernels_give_the_same_file(ship: Callable[[], Binary], file: Path) -> None:
     binary = ship()
     assert shipped.pack([binary, binary]) == shipped.pack([binary])
-    other = shipped.find(next(iter(set(shipped._records(file)) - {binary.key})))
+    other = shipped.find(next(iter(set(shipped._opened(file).records) - {binary.key})))
     assert other is not None and shipped.pack([other, binary]) == shipped.pack([binary, other]) == file.read_bytes()

@@ -1,6 +1,6 @@
 """Binaries that this package brings, of kernels that many networks need: no compiler is needed for them, and no cache.
 
-A wheel may hold them in one file (`make wheel KERNELS=1`); an install from source does without. They are found by what
+A wheel may hold them in one file (`make wheel SHIP=1`); an install from source does without. They are found by what
 this version would compile (:attr:`Binary.key`), so that a file of another version's would serve nothing.
 """
 
@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,26 +24,35 @@ from escort.cuda.binary import Binary
 #: Where a wheel has them.
 FILE = Path(__file__).parents[1] / "kernels" / "cuda" / "shipped.kernels"
 _log = logging.getLogger(__name__)
+_DAMAGED = "%s is damaged, reinstall escort-sparse: %s"
+_DAMAGES = OSError, SafetensorError, ValueError, KeyError, TypeError
+
+
+class _Shipped(NamedTuple):
+    """A file that is open: what it says of each binary, and the packed code, both by key."""
+
+    records: dict[str, Any]
+    codes: Any
 
 
 def find(key: str) -> Binary | None:
     """The binary that is shipped under a key (:attr:`Binary.key`). A damaged one counts as absent."""
-    if (record := _records(FILE).get(key)) is None:
+    records, codes = _opened(FILE)
+    if (record := records.get(key)) is None:
         return None
     try:
-        with safe_open(FILE, "pt") as file:
-            cubin = zlib.decompress(file.get_tensor(key).numpy())
+        cubin = zlib.decompress(codes.get_tensor(key).numpy())
         if hashlib.sha256(cubin).hexdigest() != record["sha256"]:
             raise ValueError(f"the code of {key} has another SHA-256")
         return Binary.of(record["kernel"], cubin)
-    except (OSError, SafetensorError, zlib.error, ValueError, KeyError, TypeError) as error:
-        _log.warning("%s is damaged, reinstall escort-sparse: %s", FILE, error)
+    except (*_DAMAGES, zlib.error) as error:
+        _log.warning(_DAMAGED, FILE, error)
         return None
 
 
 def archs() -> dict[str, int]:
     """How many binaries are shipped for each architecture."""
-    listed = [record["kernel"]["arch"] for record in _records(FILE).values()]
+    listed = [record["kernel"]["arch"] for record in _opened(FILE).records.values()]
     return {arch: listed.count(arch) for arch in sorted(set(listed))}
 
 
@@ -60,13 +69,13 @@ def pack(binaries: Iterable[Binary]) -> bytes:
 
 
 @lru_cache
-def _records(path: Path) -> dict[str, Any]:
-    """What the file says of each binary, by key; it is read once in a process."""
+def _opened(path: Path) -> _Shipped:
+    """The file, which stays open; without one nothing is shipped."""
     if not path.exists():
-        return {}
+        return _Shipped({}, None)
     try:
-        with safe_open(path, "pt") as file:
-            return dict(json.loads(file.metadata()["kernels"]))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        _log.warning("%s is damaged, reinstall escort-sparse: %s", path, error)
-        return {}
+        codes = safe_open(path, "pt")
+        return _Shipped(dict(json.loads(codes.metadata()["kernels"])), codes)
+    except _DAMAGES as error:
+        _log.warning(_DAMAGED, path, error)
+        return _Shipped({}, None)

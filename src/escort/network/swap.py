@@ -189,11 +189,11 @@ def _slower(
         sum(last or _UNKNOWN * (nchw or 0.0) for nchw, last in pairs),
     )
     if least[0] > bounds[1] * most[1]:
-        bound = "at least " if least[1] < most[1] else ""
-        return {"contiguous": f"its layers {take} {bound}{least[0] / most[1]:.2f} of the time in channels_last"}
+        share = f"{'at least ' if least[1] < most[1] else ''}{least[0] / most[1]:.2f}"
+        return {"contiguous": f"its layers {take} {share} of the time in channels_last"}
     if most[0] < bounds[0] * least[1]:
-        bound = "at most " if least[0] < most[0] else ""
-        return {"channels_last": f"layers in NCHW {take} {bound}{most[0] / least[1]:.2f} of its time"}
+        share = f"{'at most ' if least[0] < most[0] else ''}{most[0] / least[1]:.2f}"
+        return {"channels_last": f"layers in NCHW {take} {share} of its time"}
     return {}
 
 
