@@ -141,8 +141,8 @@ def test_times_of_a_busy_machine_are_for_one_layer_alone(
 
 def test_the_timer_tells_what_it_saw() -> None:
     seen: list[Any] = []
-    times_us = timing.race([lambda: None, lambda: None], rounds=4, burst=2, seen=seen.extend)
-    assert [median(calls_s) * 1e6 for calls_s in seen] == times_us and list(map(len, seen)) == [8, 8]
+    times_us = timing.race([lambda: None, lambda: None], rounds=4, seen=seen.extend)
+    assert [median(calls_s) * 1e6 for calls_s in seen] == times_us and min(map(len, seen)) >= 12
 
 
 def test_what_is_remembered_is_stored_again_where_it_is_gone(

@@ -17,11 +17,51 @@ from escort.planner.timing import Timing
 from escort.problem import Epilogue, Problem
 
 
-def test_race_takes_turns_and_reports_medians() -> None:
-    order: list[str] = []
-    times = timing.race([lambda: order.append("a"), lambda: order.append("b")], warmup=1, rounds=4)
-    assert order == ["a", "b"] + ["a", "b"] * 4
-    assert len(times) == 2 and min(times) > 0.0
+class Clock:
+    """A clock that only work moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        self.calls: list[str] = []
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now_s)
+
+    def work(self, name: str, seconds: float, disturbed_s: float = 0.0) -> Callable[[], None]:
+        """A call that takes longer while it is less than 8 ms since another one's call."""
+        begin = -1.0
+
+        def run() -> None:
+            nonlocal begin
+            if not self.calls or self.calls[-1] != name:
+                begin = self.now_s
+            self.calls.append(name)
+            self.now_s += seconds + (disturbed_s if self.now_s - begin < 0.008 else 0.0)
+
+        return run
+
+
+def test_race_takes_turns_of_consecutive_calls_that_others_do_not_disturb(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    a, b = clock.work("a", 1e-3, 5e-3), clock.work("b", 2e-3, 1e-3)
+    seen: list[list[float]] = []
+    assert timing.race([a, b], rounds=3, seen=seen.extend) == pytest.approx([1000.0, 2000.0])
+    assert [max(seconds) for seconds in seen] == pytest.approx([1e-3, 2e-3])
+    turns = [name for name, before in zip(clock.calls, ["", *clock.calls], strict=False) if name != before]
+    assert turns == ["a", "b"] * 3
+    assert all(len(seconds) == 9 for seconds in seen)
+
+
+def test_only_the_first_of_a_pool_waits_for_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    runs = [clock.work(name, 1e-3) for name in "abc"]
+    timing.race(runs, rounds=2, pools=["direct", "direct", "dense"])
+    counts = [clock.calls.count(name) for name in "abc"]
+    assert counts == [2 * (10 + 3), 2 * (1 + 3), 2 * (10 + 3)]
+
+
+def test_a_race_ends_when_its_budget_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    timing.race([clock.work("a", 1.0)], rounds=9, budget_s=1.0)
+    assert len(clock.calls) == 2 * (1 + 3)
 
 
 class Device:

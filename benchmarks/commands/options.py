@@ -14,7 +14,7 @@ from escort.cli.options import PrecisionName, PrecisionOption, device_for, numbe
 #: What results say they were made by.
 PROGRAM = "python -m benchmarks"
 #: What names a network.
-NETWORKS_HELP = f"{', '.join(NETWORKS)}, torchvision:NAME, or package.module:factory."
+NETWORKS_HELP = f"{', '.join(NETWORKS)}, torchvision:NAME, package.module:factory, or a torch.export archive (.pt2)."
 SeedOption = Annotated[int, typer.Option(help="Of random positions, weights and inputs.")]
 
 

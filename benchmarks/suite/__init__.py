@@ -2,7 +2,8 @@
 
 A rival is timed only after its output was compared with a float64 reference, and every one that was timed is a row.
 `layers`, `patterns` and `subjects` have the layers and networks. `race`, `networks` and `conversions` measure, the last
-in processes that run `fresh`. `limited` limits what is tried, `rows` has the result files.
+in processes that run `fresh`; `ranking` examines how the planner measures. `limited` limits what is tried, `rows` has
+the result files.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from benchmarks.suite.limited import Limited, limited
 from benchmarks.suite.networks import RIVALS, NetworkRace, measure_network
 from benchmarks.suite.patterns import pattern_layers
 from benchmarks.suite.race import as_taken, measure_layer
+from benchmarks.suite.ranking import Ranked, rank
 from benchmarks.suite.rows import WHOLE, Row, best_times, config_of, geometric_means, header, write_results
 from benchmarks.suite.subjects import Subject, prune_all_but_first, prune_to_patterns
 
@@ -23,6 +25,7 @@ __all__ = [
     "Layer",
     "Limited",
     "NetworkRace",
+    "Ranked",
     "Row",
     "Subject",
     "as_taken",
@@ -41,5 +44,6 @@ __all__ = [
     "prune_all_but_first",
     "prune_to_patterns",
     "random_filter",
+    "rank",
     "write_results",
 ]

@@ -100,7 +100,7 @@ def choices(conversion: Conversion, folder: str) -> dict[str, Any]:
 
 def _race(runs: list[Callable[[], Any]], device: torch.device) -> list[Timing]:
     if device.type == "cpu":
-        return [Timing(time_us, "calls") for time_us in timing.race(runs, rounds=8, burst=4, budget_s=10.0)]
+        return [Timing(time_us, "calls") for time_us in timing.race(runs, rounds=8, budget_s=10.0)]
     return timing.race_on_gpu(runs, device, rounds=25, budget_s=10.0)
 
 

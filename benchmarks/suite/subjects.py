@@ -48,7 +48,7 @@ class Subject:
         """Builds a network. Random weights follow torch's global generator.
 
         Args:
-            network: one of :data:`NETWORKS`, ``torchvision:NAME``, or ``package.module:factory``.
+            network: one of :data:`NETWORKS`, ``torchvision:NAME``, ``package.module:factory``, or an archive (.pt2).
             sparsity: of all convolutions but the first, by magnitude; None leaves the weights as they are.
             patterns: an .npz of sparsity patterns, which takes the place of `sparsity`.
             input_size: (C, H, W), where the network's name does not tell it.
@@ -57,7 +57,8 @@ class Subject:
             ValueError, TypeError, FileNotFoundError: naming what is wrong and the remedy.
         """
         spec = network
-        if ":" not in network:
+        is_archive = Path(network).suffix == models.ARCHIVE_SUFFIX
+        if ":" not in network and not is_archive:
             if network not in NETWORKS:
                 raise ValueError(f"{network}: there are {', '.join(NETWORKS)}, and package.module:factory")
             input_size = input_size or NETWORKS[network].input_size
@@ -77,6 +78,8 @@ class Subject:
             weights += f"-{sparsity:.2f}"
         if patterns is not None or (network.startswith(_TORCHVISION) and checkpoint is None):
             _settle_norms(model, torch.randn(_SETTLING, *input_size))
+        if is_archive:
+            return cls(Path(network).stem, "as-given" if sparsity is None else f"{sparsity:.2f}", model, input_size)
         return cls(network.rpartition(":")[2], weights, model, input_size)
 
 

@@ -17,7 +17,7 @@ import torch
 from typer.testing import Result
 
 from escort import artifact, cache, report
-from escort.cli import models, rivals
+from escort.cli import engines, models
 from escort.network.model import NetworkPlan
 from escort.planner import plan_layer, planner
 from escort.planner.plan import Plan
@@ -119,10 +119,10 @@ def test_run(saved: Path, images: Path, tmp_path: Path) -> None:
 
 
 def test_bench_says_why_a_rival_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(model: Any, inputs: Any) -> Any:
+    def failing(bench: Any) -> Any:
         raise RuntimeError(f"{HOSTILE}")
 
-    monkeypatch.setitem(rivals.RIVALS, "eager", failing)
+    monkeypatch.setitem(engines.ENGINES, "eager", failing)
     result = succeed("bench", TINY, "--input", "1,3,8,8", "--against", "eager")
     shows(both(result), whole=False)
     assert "RuntimeError" in result.stdout

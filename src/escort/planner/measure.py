@@ -89,7 +89,7 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
     """The plan of a layer: every candidate with its time or a reason, and the fastest one that is right.
 
     Args:
-        budget_s: seconds after which timing stops at three rounds per candidate.
+        budget_s: seconds after which timing stops, once there were a few rounds per candidate.
 
     Raises:
         ValueError: where no candidate is left; the message holds each one's reason.
@@ -276,7 +276,8 @@ def _race(
     candidates = [contender.candidate for contender in contenders]
     if problem.device_type == "cpu":
         runs = [partial(contender.prepared.run, *inputs[0]) for contender in contenders]
-        times = timing.race(runs, warmup=0, rounds=7, budget_s=budget_s, seen=seen)
+        pools = [candidate.method for candidate in candidates]
+        times = timing.race(runs, pools=pools, budget_s=budget_s, seen=seen)
         return [replace(candidate, time_us=time_us) for candidate, time_us in zip(candidates, times, strict=True)]
     rotations = [[partial(contender.prepared.run, *example) for example in inputs] for contender in contenders]
     timings = timing.race_on_gpu(rotations, problem.device, rounds=7, budget_s=budget_s)

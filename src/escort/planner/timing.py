@@ -1,6 +1,7 @@
 """The only timer.
 
-On the CPU a time is the median of calls, taken in turn after warm-up, with the threads that torch has.
+On the CPU a time is the median of calls with the threads that torch has, in blocks of consecutive calls that take turns
+(:func:`race`).
 
 On a GPU a time is device time: the median over replays of a CUDA graph, divided by the calls in it. A contestant (what
 is timed) is captured after warm-up. Its graph is a lap, as many calls as fill a millisecond, so that neither the host
@@ -32,6 +33,9 @@ _WARM_FOR_S = 0.5  # that they are taken to stay high behind the last replay
 _MOST_INPUTS = 1024  # of one problem
 _FIRST_CALLS = 3  # in which a network may record a CUDA graph of its own
 _BURST = 10  # calls of a turn that are waited for one by one
+#: On the CPU: seconds of the calls that lead a turn, where threads of other contestants may spin (OpenMP's do so for 4
+#: to 9 ms) and where they do not, and of those that are timed; calls that are timed in a turn, and rounds, at least.
+_SPINNING_S, _LEAD_S, _BLOCK_S, _LEAST_CALLS, _LEAST_ROUNDS = 0.010, 0.0005, 0.002, 3, 2
 _PIPELINE_US, _LEAST_PIPELINED = 10_000.0, 10  # time and calls of a turn whose last call alone is waited for
 
 #: How a time was taken: by calls on the CPU, by replays of a CUDA graph, or by calls between CUDA events, whose times
@@ -44,41 +48,49 @@ Contestant = Callable[[], object] | Sequence[Callable[[], object]]
 def race(
     runs: Sequence[Callable[[], object]],
     *,
-    warmup: int = 2,
-    rounds: int = 9,
-    burst: int = 1,
+    rounds: int = 4,
+    pools: Sequence[object] = (),
     budget_s: float = 1.0,
     seen: Callable[[Sequence[Sequence[float]]], object] = lambda seconds: None,
 ) -> list[float]:
-    """The median time of each of several calls in microseconds, taken in turn so that a machine's moods hit all alike.
+    """The median time of each of several calls in microseconds, as loops of their own would find it.
 
-    For work on the CPU; :func:`race_on_gpu` times a GPU's.
+    For work on the CPU; :func:`race_on_gpu` times a GPU's. The contestants take turns, so that a machine's moods hit
+    all alike. A turn is a block of calls, one behind the other, and those that lead it are not timed: they bring the
+    contestant's weights and maps back into the caches. Where the one before may have left threads that wait for work
+    by spinning, they go on until those have gone to sleep.
 
     Args:
-        warmup: calls of each that are not timed, before the first round.
         rounds: of one turn each.
-        burst: timed calls per turn. Above one, a call that is not timed leads each turn: it brings a contestant's
-            weights back into cache and lets the threads of the one before it go to sleep.
-        budget_s: seconds after which no further round starts once there were three.
+        pools: for each contestant what its threads belong to, such as its method; by default one for each. Those of
+            one pool lie together in `runs`, as only the first of them waits for other threads.
+        budget_s: seconds after which no further round starts once there were two.
         seen: is called with the seconds of all timed calls of each, at the end.
     """
-    for run in runs:
-        for _ in range(warmup):
-            run()
+    pools = pools or range(len(runs))
     seconds: list[list[float]] = [[] for _ in runs]
-    begin = time.perf_counter()
+    begin, pool = time.perf_counter(), None
     for past_rounds in range(rounds):
-        if past_rounds >= 3 and time.perf_counter() - begin > budget_s:
+        if past_rounds >= _LEAST_ROUNDS and time.perf_counter() - begin > budget_s:
             break
-        for run, its_seconds in zip(runs, seconds, strict=True):
-            if burst > 1:
-                run()
-            for _ in range(burst):
-                start = time.perf_counter()
-                run()
-                its_seconds.append(time.perf_counter() - start)
+        for run, its_pool, its_seconds in zip(runs, pools, seconds, strict=True):
+            _block(run, 1, _LEAD_S if its_pool == pool else _SPINNING_S)
+            its_seconds += _block(run, _LEAST_CALLS, _BLOCK_S)
+            pool = its_pool
     seen(seconds)
     return [median(its_seconds) * 1e6 for its_seconds in seconds]
+
+
+def _block(run: Callable[[], object], calls: int, block_s: float) -> list[float]:
+    """The seconds of each of so many consecutive calls at least, for so long at least."""
+    seconds: list[float] = []
+    begin = start = time.perf_counter()
+    while len(seconds) < calls or start - begin < block_s:
+        run()
+        end = time.perf_counter()
+        seconds.append(end - start)
+        start = end
+    return seconds
 
 
 def glance_us(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
@@ -179,7 +191,8 @@ def race_on_host(
 
     Args:
         runs: the contestants, called on torch's current stream of `device`. They take turns of several calls.
-        rounds, budget_s: as of :func:`race`.
+        rounds: of one turn each.
+        budget_s: seconds after which no further round starts once there were three.
     """
 
     def in_a_row(run: Callable[[], object], calls: int) -> None:
@@ -196,8 +209,20 @@ def race_on_host(
             call_us = (time.perf_counter() - start) * 1e6 / _FIRST_CALLS
             counts.append(max(_LEAST_PIPELINED, math.ceil(_PIPELINE_US / max(call_us, 1.0))) if pipelined else 1)
         turns = [partial(in_a_row, run, calls) for run, calls in zip(runs, counts, strict=True)]
-        times_us = race(turns, warmup=0, rounds=rounds, burst=1 if pipelined else _BURST, budget_s=budget_s)
+        times_us = _in_turn(turns, rounds, 1 if pipelined else _BURST, budget_s)
     return [time_us / calls for time_us, calls in zip(times_us, counts, strict=True)]
+
+
+def _in_turn(turns: Sequence[Callable[[], object]], rounds: int, burst: int, budget_s: float) -> list[float]:
+    """The median time of each of several calls in microseconds, so many at a time; of several, one more leads them."""
+    seconds: list[list[float]] = [[] for _ in turns]
+    begin = time.perf_counter()
+    for past_rounds in range(rounds):
+        if past_rounds >= 3 and time.perf_counter() - begin > budget_s:
+            break
+        for run, its_seconds in zip(turns, seconds, strict=True):
+            its_seconds += _block(run, burst + 1, 0.0)[1:] if burst > 1 else _block(run, 1, 0.0)
+    return [median(its_seconds) * 1e6 for its_seconds in seconds]
 
 
 def _lap(runs: Sequence[Callable[[], object]], pool: Any) -> _Lap:

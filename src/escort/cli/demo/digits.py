@@ -272,7 +272,7 @@ def _verify(converted: nn.Module, pruned: nn.Module, pictures: Tensor) -> float:
 def _time(dense: nn.Module, converted: nn.Module, x: Tensor, budget_s: float) -> dict[str, Any]:
     """Median times of a forward: of the trained network as torch runs it in its better memory format, and converted."""
     runs = [*(way.run for way in rivals.eager(dense, (x,))), lambda: converted(x)]
-    *dense_us, converted_us = timing.race(runs, warmup=5, rounds=50, budget_s=budget_s)
+    *dense_us, converted_us = timing.race(runs, rounds=50, budget_s=budget_s)
     return {
         "batch": len(x),
         "dense_us": min(dense_us),

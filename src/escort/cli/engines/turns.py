@@ -40,7 +40,7 @@ class Turns:
     Attributes:
         threads: of each engine.
         rounds: turns of each; a time is the median of its rounds' medians.
-        seconds: of timed calls in a turn, after half a second of others.
+        seconds: of timed calls in a turn, after half as many of others.
         limit_s: that a turn may take, loading and compiling included.
         begin: is told which engine begins, and in which round.
     """
@@ -136,9 +136,13 @@ def _take_turn(entrant: _Entrant, expected: Sequence[Tensor], bound: float, outp
     entrant.version = best["version"]
 
 
-def _in_a_process(engine: Engine, outputs: Path | None, turns: Turns) -> dict[str, Any]:
-    """What a fresh process says of an engine. Its modules are found where this process finds them."""
-    job = {
+def job(engine: Engine, outputs: Path | None, turns: Turns) -> dict[str, Any]:
+    """What the worker is told, as JSON values.
+
+    Args:
+        outputs: where the engine's outputs go, None for nowhere.
+    """
+    return {
         "loader": engine.loader,
         "model": str(engine.model),
         "inputs": None if engine.inputs is None else str(engine.inputs),
@@ -148,9 +152,13 @@ def _in_a_process(engine: Engine, outputs: Path | None, turns: Turns) -> dict[st
         "outputs": None if outputs is None else str(outputs),
         "cores": cores.__file__,
     }
+
+
+def _in_a_process(engine: Engine, outputs: Path | None, turns: Turns) -> dict[str, Any]:
+    """What a fresh process says of an engine. Its modules are found where this process finds them."""
     threads = {"OMP_NUM_THREADS": str(turns.threads)}
     environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    words = [sys.executable, worker.__file__, json.dumps(job)]
+    words = [sys.executable, worker.__file__, json.dumps(job(engine, outputs, turns))]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=turns.limit_s, env=environment)
     except subprocess.TimeoutExpired:

@@ -17,9 +17,7 @@ from importlib.metadata import version
 from statistics import median
 from typing import Any
 
-#: Calls that are not timed go on for so long at least, in seconds, and are so many.
-_WARM_S, _WARM_CALLS = 0.5, 3
-_LEAST_CALLS = 3  # that are timed
+_WARM_CALLS, _LEAST_CALLS = 3, 3  # that are not timed and that are, at least
 
 Run = Callable[[], Any]
 #: What a loader gives: a call, what makes numpy arrays of its result, the package whose version counts, and in what
@@ -134,7 +132,7 @@ def _timed(job: Mapping[str, Any], run: Run, arrays: Callable[[Any], list[Any]],
 
         np.savez(job["outputs"], *arrays(run()))
     begin, warm_calls = time.perf_counter(), 0
-    while warm_calls < _WARM_CALLS or time.perf_counter() - begin < _WARM_S:
+    while warm_calls < _WARM_CALLS or time.perf_counter() - begin < job["seconds"] / 2:
         run()
         warm_calls += 1
     seconds: list[float] = []
