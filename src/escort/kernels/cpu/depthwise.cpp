@@ -184,15 +184,23 @@ const Compute* computes(const Depthwise& d) {
 void stage_rows(const Depthwise& d, const float* plane, int first, int count, float* stage) {
   const int above = first < 0 ? (-first < count ? -first : count) : 0;
   const int inside = d.height - first < count ? d.height - first : count;  // and above
+  for (int i = 0; d.bands > 1 && i < count; i++) {
+    if (i >= above && i < inside) continue;
+    for (int n = 0; n < d.phase_count; n++)
+      for (int j = 0; j < d.phases[n].length; j++) stage[int64_t(i) * d.pitch + d.phases[n].position + j] = 0.0f;
+  }
+  const int rows = inside - above;
+  if (rows <= 0) return;
+  stage += int64_t(above) * d.pitch;
+  plane += int64_t(first + above) * d.width;
+  if (d.column_stride == 2 && d.phase_count == 2) {
+    const Phase &even = d.phases[d.phases[0].first_column], &odd = d.phases[1 - d.phases[0].first_column];
+    return split_rows({stage + even.position, d.pitch}, odd.position - even.position, {plane, d.width}, rows, d.width);
+  }
   for (int n = 0; n < d.phase_count; n++) {
     const Phase& phase = d.phases[n];
-    float* to = stage + phase.position;
-    for (int i = 0; d.bands > 1 && i < count; i++)
-      for (int j = 0; (i < above || i >= inside) && j < phase.length; j++) to[int64_t(i) * d.pitch + j] = 0.0f;
-    if (inside > above)
-      copy_rows({to + int64_t(above) * d.pitch, d.pitch},
-                {plane + int64_t(first + above) * d.width + phase.first_column, d.width}, inside - above, phase.length,
-                d.column_stride);
+    copy_rows({stage + phase.position, d.pitch}, {plane + phase.first_column, d.width}, rows, phase.length,
+              d.column_stride);
   }
 }
 
