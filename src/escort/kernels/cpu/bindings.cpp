@@ -69,8 +69,11 @@ class DirectConvolution {
         tiles_(records<Tile>(tables, "tiles")) {
     const std::vector<Params> params = records<Params>(tables, "params");
     if (params.size() != 1) throw std::invalid_argument("params: one record");
+    const int channels = params[0].channels;
+    if (channels < 1 || channels > 4) throw std::invalid_argument("params: 1 to 4 channels at a time");
     for (const Tile& tile : tiles_)
-      if (tile.vectors < 1 || tile.vectors > isa_->max_vectors) throw std::invalid_argument("tile: too many vectors");
+      if (tile.vectors < 1 || tile.vectors > isa_->max_vectors / channels)
+        throw std::invalid_argument("tile: too many vectors");
     direct_ = {params[0],
                nonzeros_.data(),
                out_channels_.data(),

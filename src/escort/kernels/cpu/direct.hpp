@@ -51,9 +51,10 @@ struct Segment {  // a vector of a tile, or a part of one, that lies in one outp
 };
 
 struct Tile {
-  int32_t first_run, end_run;          // staged tiles
-  int32_t first_segment, end_segment;  // none where the tile is positions start .. start + length of the plane
-  int32_t start, length;
+  int32_t x_start;                     // where it is read in place, or what its runs add their plane_position to
+  int32_t first_run, end_run;          // staged tiles; tiles that read alike share them
+  int32_t first_segment, end_segment;  // none where the tile is `length` positions of the plane from y_start on
+  int32_t y_start, length;
   int32_t vectors;
 };
 
