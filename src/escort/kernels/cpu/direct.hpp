@@ -1,12 +1,12 @@
 // Direct sparse convolution on the CPU: the tables and parameters that the kernel walks.
 //
-// The output plane of a sample is cut into tiles of consecutive positions in a row pitch that leaves room for padding.
+// The output plane of a sample is cut into strips of columns, and these into tiles of consecutive positions.
 // Every nonzero of an output channel then reads the input at one constant distance from the tile, so a tile's
 // accumulators stay in registers while the nonzeros stream by:
 //
 //     for each tile, for each block of input channels:
 //         stage the block's part of the input (with its zero padding) into cache
-//         for each output channel: accumulator[0:vectors] += value * stage[offset + 0:vectors]
+//         for each output channel, some at a time: accumulator[0:vectors] += value * stage[offset + 0:vectors]
 //
 // Python makes every table as a numpy array of records with the same field names (methods/cpu/direct/), and
 // bindings.cpp checks that they agree. Counts are in floats unless a comment says otherwise.

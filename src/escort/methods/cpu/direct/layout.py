@@ -1,8 +1,8 @@
 """How the direct kernel cuts a sample into tiles, and how it stages their input.
 
-The output plane is numbered row by row in a pitch that leaves room for the padding. Any range of positions is then a
-tile, and every nonzero reads the input at one constant distance from it (the Escoin paper's stretched offsets, arXiv
-1802.10280, section 3). Padded rows share their zeros: the right padding of one row is the left padding of the next.
+The output plane is cut into strips of columns, and a strip is numbered row by row. A range of its positions is a tile,
+and every nonzero reads the stage at one constant distance from it (the Escoin paper's stretched offsets, arXiv
+1802.10280, section 3). The stage holds as many copies of the input as it takes for these distances to be whole vectors.
 """
 
 from __future__ import annotations
