@@ -9,8 +9,10 @@ import pytest
 
 from escort.kernels import _cpu
 from escort.methods.cpu.direct import ISAS, PARAMS
-from escort.methods.cpu.direct.layout import RUN, SEGMENT, TILE, Records, records
+from escort.methods.cpu.direct.layout import RUN, SEGMENT, TILE, Layout, Records, records
 from escort.methods.cpu.direct.schedule import BLOCK, JOB, NONZERO, OUT_CHANNEL
+from escort.problem import Problem
+from tests.cases import Case, every_case
 
 TABLES = {
     "params": PARAMS,
@@ -65,6 +67,39 @@ def test_tiles_that_registers_do_not_hold_are_refused() -> None:
     for vectors in (0, most + 1):
         with pytest.raises(ValueError, match="too many vectors"):
             convolution(tiles=records(TILE, 2, vectors=[1, vectors]))
+
+
+def test_channels_that_registers_do_not_hold_are_refused() -> None:
+    most = ISAS[ISA][1]
+    two_at_a_time = records(PARAMS, 1, channels=2)
+    convolution(params=two_at_a_time, tiles=records(TILE, 1, vectors=most // 2))
+    with pytest.raises(ValueError, match="too many vectors"):
+        convolution(params=two_at_a_time, tiles=records(TILE, 1, vectors=most // 2 + 1))
+    for channels in (0, 5):
+        with pytest.raises(ValueError, match="1 to 4 channels"):
+            convolution(params=records(PARAMS, 1, channels=channels))
+
+
+@every_case
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("vectors", [1, 7])
+def test_every_load_is_aligned(case: Case, lanes: int, vectors: int) -> None:
+    layout = Layout.of(case.problem, lanes, vectors)
+    assert not np.any(layout.tap_offsets % lanes)
+    assert layout.channel_stride % lanes == 0
+    if layout.in_place:
+        assert not np.any(layout.tiles["x_start"] % lanes)
+    else:
+        assert not np.any(layout.runs["stage_position"] % lanes)
+        assert layout.runs["stage_position"].max() + lanes <= layout.channel_stride
+        assert layout.tap_offsets.max() + layout.vectors * lanes <= layout.channel_stride
+
+
+def test_tiles_that_read_alike_share_their_runs() -> None:
+    def runs(size: int) -> int:
+        return len(Layout.of(Problem(1, 1, size, size, 1, (3, 3), (2, 2), (1, 1, 1, 1)), 16, 7).runs)
+
+    assert runs(4096) <= 4 * runs(64), "a table of runs does not grow with the map"
 
 
 def test_params_are_one_record() -> None:

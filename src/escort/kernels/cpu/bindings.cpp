@@ -80,8 +80,10 @@ class DirectConvolution : public Op {
     const Params& params = all[0];
     input_sizes = {params.x_sample_stride, params.y_sample_stride};
     output_size = params.y_sample_stride;
+    if (params.channels < 1 || params.channels > 4) throw std::invalid_argument("params: 1 to 4 channels at a time");
     for (const Tile& tile : tiles_)
-      if (tile.vectors < 1 || tile.vectors > isa_->max_vectors) throw std::invalid_argument("tile: too many vectors");
+      if (tile.vectors < 1 || tile.vectors > isa_->max_vectors / params.channels)
+        throw std::invalid_argument("tile: too many vectors");
     direct_ = {params,
                nonzeros_.data(),
                out_channels_.data(),

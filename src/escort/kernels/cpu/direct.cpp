@@ -32,7 +32,7 @@ void stage_block(const Direct& d, const Tile& tile, const Block& block, const fl
   const Run *const runs = d.runs + tile.first_run, *const end = d.runs + tile.end_run;
   const int64_t plane_stride = d.x_plane_stride, channel_stride = d.channel_stride;
   const int stride = d.column_stride;
-  x += block.first_channel * plane_stride;
+  x += block.first_channel * plane_stride + tile.x_start;
   for (int channel = block.first_channel; channel < block.end_channel; channel++) {
     for (const Run* run = runs; run != end; run++) {
       Vector v = staged<Stride>(*run, x, stride);
@@ -86,7 +86,7 @@ inline void prefetch_tile(const Direct& d, const Tile& tile, const Places& place
     __builtin_prefetch(places.y + at, 1);
   };
   if (tile.first_segment == tile.end_segment)
-    for (int i = 0; i < V * kLanes; i += 16) prefetch(plane + tile.start + i);
+    for (int i = 0; i < V * kLanes; i += 16) prefetch(plane + tile.y_start + i);
   for (int n = tile.first_segment; n < tile.end_segment; n++) prefetch(plane + d.segments[n].plane_position);
 }
 
@@ -95,8 +95,8 @@ inline void prefetch_tile(const Direct& d, const Tile& tile, const Places& place
 template <int V>
 inline void finish_tile(const Direct& d, const Tile& tile, const Vector* sum, const float* residual, float* y) {
   if (tile.first_segment == tile.end_segment) {  // a range of the plane
-    y += tile.start;
-    if (residual) residual += tile.start;
+    y += tile.y_start;
+    if (residual) residual += tile.y_start;
 #pragma GCC unroll 28
     for (int v = 0; v < V - 1; v++)
       store(y + v * kLanes, finish(sum[v], residual ? residual + v * kLanes : nullptr, d.activation));
@@ -231,9 +231,9 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
     if (d.in_place) {
       const Block& next = d.blocks[last ? job.first_block : b + 1];
       const Tile& next_tile = last && &tile != d.tiles + d.tile_count - 1 ? (&tile)[1] : tile;
-      ahead = {x + next.first_channel * d.x_plane_stride + next_tile.start,
+      ahead = {x + next.first_channel * d.x_plane_stride + next_tile.x_start,
                d.fetch_ahead ? next.end_channel - next.first_channel : 0};
-      block_x = x + block.first_channel * d.x_plane_stride + tile.start;
+      block_x = x + block.first_channel * d.x_plane_stride + tile.x_start;
     } else {
       (d.column_stride == 1   ? stage_block<1>
        : d.column_stride == 2 ? stage_block<2>

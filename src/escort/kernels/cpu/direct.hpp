@@ -1,12 +1,12 @@
 // Direct sparse convolution on the CPU: the tables and parameters that the kernel walks.
 //
-// The output plane of a sample is cut into tiles of consecutive positions in a row pitch that leaves room for padding.
+// The output plane of a sample is cut into strips of columns, and these into tiles of consecutive positions.
 // Every nonzero of an output channel then reads the input at one constant distance from the tile, so a tile's
 // accumulators stay in registers while the nonzeros stream by:
 //
 //     for each tile, for each block of input channels:
 //         stage the block's part of the input (with its zero padding) into cache
-//         for each output channel: accumulator[0:vectors] += value * stage[offset + 0:vectors]
+//         for each output channel, some at a time: accumulator[0:vectors] += value * stage[offset + 0:vectors]
 //
 // Python makes every table as a numpy array of records with the same field names (methods/cpu/direct/), and
 // bindings.cpp checks that they agree. Counts are in floats unless a comment says otherwise.
@@ -52,9 +52,10 @@ struct Segment {  // a vector of a tile, or a part of one, that lies in one outp
 };
 
 struct Tile {
-  int32_t first_run, end_run;          // staged tiles
-  int32_t first_segment, end_segment;  // none where the tile is positions start .. start + length of the plane
-  int32_t start, length;
+  int32_t x_start;                     // where it is read in place, or what its runs add their plane_position to
+  int32_t first_run, end_run;          // staged tiles; tiles that read alike share them
+  int32_t first_segment, end_segment;  // none where the tile is `length` positions of the plane from y_start on
+  int32_t y_start, length;
   int32_t vectors;
 };
 

@@ -78,9 +78,9 @@ struct Fields<Segment> {
 template <>
 struct Fields<Tile> {
   using T = Tile;
-  static constexpr Field list[] = {ESCORT_FIELD(first_run),   ESCORT_FIELD(end_run), ESCORT_FIELD(first_segment),
-                                   ESCORT_FIELD(end_segment), ESCORT_FIELD(start),   ESCORT_FIELD(length),
-                                   ESCORT_FIELD(vectors)};
+  static constexpr Field list[] = {ESCORT_FIELD(x_start),       ESCORT_FIELD(first_run),   ESCORT_FIELD(end_run),
+                                   ESCORT_FIELD(first_segment), ESCORT_FIELD(end_segment), ESCORT_FIELD(y_start),
+                                   ESCORT_FIELD(length),        ESCORT_FIELD(vectors)};
 };
 
 template <>

@@ -1,8 +1,8 @@
 """How the direct kernel cuts a sample into tiles, and how it stages their input.
 
-The output plane is numbered row by row in a pitch that leaves room for the padding. Any range of positions is then a
-tile, and every nonzero reads the input at one constant distance from it (the Escoin paper's stretched offsets, arXiv
-1802.10280, section 3). Padded rows share their zeros: the right padding of one row is the left padding of the next.
+The output plane is cut into strips of columns, and a strip is numbered row by row. A range of its positions is a tile,
+and every nonzero reads the stage at one constant distance from it (the Escoin paper's stretched offsets, arXiv
+1802.10280, section 3). The stage holds as many copies of the input as it takes for these distances to be whole vectors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from escort.problem import Problem
 RUN = np.dtype([(name, "i4") for name in ("stage_position", "plane_position", "lanes", "more_lanes", "joins")])
 SEGMENT = np.dtype([(name, "i4") for name in ("plane_position", "tile_position", "length")])
 TILE = np.dtype(
-    [(name, "i4") for name in ("first_run", "end_run", "first_segment", "end_segment", "start", "length", "vectors")]
+    [
+        (name, "i4")
+        for name in ("x_start", "first_run", "end_run", "first_segment", "end_segment", "y_start", "length", "vectors")
+    ]
 )
 
 Records = NDArray[np.void]
@@ -98,7 +101,7 @@ def _layout(shape: PlaneShape, lanes: int, most_vectors: int) -> Layout:
 
 def _in_place_layout(plane: int, lanes: int, most_vectors: int) -> Layout:
     starts, vectors = _cut(plane, lanes, most_vectors)
-    tiles = records(TILE, len(starts), start=starts, length=vectors * lanes, vectors=vectors)
+    tiles = records(TILE, len(starts), x_start=starts, y_start=starts, length=vectors * lanes, vectors=vectors)
     return Layout(
         np.zeros((1, 1), np.int64), plane, True, int(vectors.max()), records(RUN, 0), records(SEGMENT, 0), tiles
     )
@@ -121,36 +124,82 @@ class _Copy(NamedTuple):
     vectors: int
 
 
-def _staged_layout(shape: PlaneShape, lanes: int, most_vectors: int) -> Layout:
-    if shape.kernel_size[0] == 1:
-        pitch = shape.out_width  # rows follow one another: every tap is aligned in a copy of its own
-    else:
-        pitch = min(lanes, 1 << (shape.out_width - 1).bit_length())  # narrower strips of columns
-    strips = -(-shape.out_width // pitch)
-    starts, vectors = _cut((shape.out_height - 1) * pitch + min(pitch, shape.out_width), lanes, most_vectors)
-    most = int(vectors.max())
-    copies, tap_offsets, channel_stride = _copies(shape, lanes, most, pitch)
+class _Strips(NamedTuple):
+    """The tiles as they lie in strips of columns, whose positions are numbered row by row in a pitch; each (tiles,).
 
-    tile_starts, left = np.tile(starts, strips), np.repeat(np.arange(strips) * pitch, len(starts))
-    tiles = records(TILE, len(left), start=tile_starts, vectors=np.tile(vectors, strips))
-    runs = np.concatenate([_stage_runs(shape, lanes, pitch, copy, tile_starts, left) for copy in copies], axis=1)
+    Attributes:
+        left: the first output column of the strip.
+        start: the first position in the strip.
+        vectors: how many the tile has.
+    """
+
+    left: NDArray[np.int64]
+    start: NDArray[np.int64]
+    vectors: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, shape: PlaneShape, lanes: int, most_vectors: int) -> tuple[int, _Strips]:
+        """The pitch, and the tiles."""
+        if shape.out_height == 1:  # each tile is a strip
+            starts, vectors = _cut(shape.out_width, lanes, most_vectors)
+            return int(vectors.max()) * lanes, cls(starts, np.zeros_like(starts), vectors)
+        # Where the kernel has one row, rows may follow one another, as each tap is aligned in a copy of its own.
+        narrow = min(lanes, 1 << (shape.out_width - 1).bit_length())
+        pitch = shape.out_width if shape.kernel_size[0] == 1 else narrow
+        strips = -(-shape.out_width // pitch)
+        starts, vectors = _cut((shape.out_height - 1) * pitch + min(pitch, shape.out_width), lanes, most_vectors)
+        left = np.repeat(np.arange(strips) * pitch, len(starts))
+        return pitch, cls(left, np.tile(starts, strips), np.tile(vectors, strips))
+
+
+def _staged_layout(shape: PlaneShape, lanes: int, most_vectors: int) -> Layout:
+    pitch, strips = _Strips.of(shape, lanes, most_vectors)
+    most = int(strips.vectors.max())
+    copies, tap_offsets, channel_stride = _copies(shape, lanes, most, pitch)
+    tiles = records(TILE, len(strips.left), vectors=strips.vectors)
+
+    # Tiles that read alike, from different places, share their runs.
+    row = strips.start // pitch
+    tiles["x_start"] = row * shape.stride[0] * shape.width + strips.left * shape.stride[1]
+    readings = _readings(shape, pitch, most * lanes, strips)
+    _, first, kind = np.unique(readings, axis=0, return_index=True, return_inverse=True)
+    kind = kind.ravel()  # some versions of numpy keep the axis
+    own = _Strips(*(column[first] for column in strips))
+    runs = np.concatenate([_stage_runs(shape, lanes, pitch, copy, own) for copy in copies], axis=1)
+    runs["plane_position"] -= tiles["x_start"][first, None]
     brings = runs["lanes"] >= 0
-    tiles["end_run"] = np.cumsum(brings.sum(axis=1))
-    tiles["first_run"] = tiles["end_run"] - brings.sum(axis=1)
-    segments = records(SEGMENT, (len(left), 0))
-    if pitch == shape.out_width:
-        tiles["length"] = np.minimum(tiles["vectors"] * lanes, shape.out_height * pitch - tile_starts)
+    end = np.cumsum(brings.sum(axis=1))
+    tiles["first_run"], tiles["end_run"] = (end - brings.sum(axis=1))[kind], end[kind]
+
+    segments = records(SEGMENT, (len(tiles), 0))
+    if shape.out_height == 1 or pitch == shape.out_width:
+        tiles["y_start"] = strips.left + strips.start
+        positions = shape.out_height * shape.out_width - tiles["y_start"]
+        tiles["length"] = np.minimum(strips.vectors * lanes, positions)
     else:
-        segments = _segments(shape, lanes, pitch, tiles, left)
+        segments = _segments(shape, lanes, pitch, strips)
     holds = segments["length"] > 0
     tiles["end_segment"] = np.cumsum(holds.sum(axis=1))
     tiles["first_segment"] = tiles["end_segment"] - holds.sum(axis=1)
     return Layout(tap_offsets, channel_stride, False, most, runs[brings], segments[holds], tiles)
 
 
-def _copies(
-    shape: PlaneShape, lanes: int, vectors: int, pitch: int
-) -> tuple[list[_Copy], NDArray[np.int64], int]:
+def _readings(shape: PlaneShape, pitch: int, positions: int, strips: _Strips) -> NDArray[np.int64]:
+    """What the runs of tiles depend on besides their place, (tiles, 6): tiles with equal numbers read alike.
+
+    That is where in a row the tile starts, its size, and by how much what it reads reaches beyond each side of the map.
+    """
+    row, column = np.divmod(strips.start, pitch)
+    row_reach, column_reach = ((taps - 1) * step for taps, step in zip(shape.kernel_size, shape.dilation, strict=True))
+    first_row = row * shape.stride[0] - shape.padding[0]
+    last_row = first_row + (column + positions) // pitch * shape.stride[0] + row_reach
+    first_column = strips.left * shape.stride[1] - shape.padding[2]
+    last_column = first_column + (pitch - 1) * shape.stride[1] + column_reach
+    beyond = (-first_row, last_row - shape.height + 1, -first_column, last_column - shape.width + 1)
+    return np.stack([column, strips.vectors, *(np.maximum(side, 0) for side in beyond)], axis=1)
+
+
+def _copies(shape: PlaneShape, lanes: int, vectors: int, pitch: int) -> tuple[list[_Copy], NDArray[np.int64], int]:
     """The copies that make every tap's loads aligned, the offset of each tap in them, and the stride of a channel.
 
     Taps share a copy where they read the same columns, and rows that are whole vectors apart and near one another.
@@ -182,22 +231,15 @@ def _cut(positions: int, lanes: int, most_vectors: int) -> tuple[NDArray[np.int6
     return edges[:-1] * lanes, np.diff(edges)
 
 
-def _stage_runs(
-    shape: PlaneShape, lanes: int, pitch: int, copy: _Copy, tile_starts: NDArray[np.int64], left: NDArray[np.int64]
-) -> Records:
-    """The runs that stage a copy, (tiles, runs). Those to leave out have lanes -1.
-
-    Args:
-        tile_starts: (tiles,) the first position of each tile in its strip.
-        left: (tiles,) the first output column of each strip.
-    """
+def _stage_runs(shape: PlaneShape, lanes: int, pitch: int, copy: _Copy, strips: _Strips) -> Records:
+    """The runs that stage a copy, (tiles, runs). Those to leave out have lanes -1."""
     most_rows = (lanes + pitch - 2) // pitch + 1  # that a vector reaches
     vector, part = np.divmod(np.arange(copy.vectors * most_rows), most_rows)
-    position = tile_starts[:, None] + copy.row * pitch + vector * lanes
+    position = strips.start[:, None] + copy.row * pitch + vector * lanes
     row = position // pitch + part
     lane = row * pitch - position  # of the row's first column
     map_row = row * shape.stride[0] + copy.row_phase - shape.padding[0]
-    map_column = left[:, None] * shape.stride[1] + copy.column - shape.padding[2]  # of the row's first column
+    map_column = strips.left[:, None] * shape.stride[1] + copy.column - shape.padding[2]  # of the row's first column
     first = np.maximum(lane + np.maximum(-(map_column // shape.stride[1]), 0), 0)
     end = np.minimum(lane + np.minimum(-((map_column - shape.width) // shape.stride[1]), pitch), lanes)
     is_empty = (map_row < 0) | (map_row >= shape.height) | (first >= end)
@@ -217,20 +259,16 @@ def _stage_runs(
     )
 
 
-def _segments(shape: PlaneShape, lanes: int, pitch: int, tiles: Records, left: NDArray[np.int64]) -> Records:
-    """The segments of each tile, (tiles, segments), with length 0 where there is none.
-
-    Args:
-        left: (tiles,) the first output column of each strip.
-    """
-    position = np.arange(0, tiles["vectors"].max() * lanes, pitch)
-    row = tiles["start"][:, None] // pitch + position // pitch
-    length = np.minimum(shape.out_width - left, pitch)[:, None]
-    held = (row < shape.out_height) & (position < tiles["vectors"][:, None] * lanes)
+def _segments(shape: PlaneShape, lanes: int, pitch: int, strips: _Strips) -> Records:
+    """The segments of each tile, (tiles, segments), with length 0 where there is none."""
+    position = np.arange(0, strips.vectors.max() * lanes, pitch)
+    row = strips.start[:, None] // pitch + position // pitch
+    length = np.minimum(shape.out_width - strips.left, pitch)[:, None]
+    holds = (row < shape.out_height) & (position < strips.vectors[:, None] * lanes)
     return records(
         SEGMENT,
         row.shape,
-        plane_position=row * shape.out_width + left[:, None],
+        plane_position=row * shape.out_width + strips.left[:, None],
         tile_position=np.broadcast_to(position, row.shape),
-        length=np.where(held, length, 0),
+        length=np.where(holds, length, 0),
     )

@@ -71,11 +71,10 @@ class Schedule:
                 out_channels[name][:-1] = values.detach().numpy().astype(np.float32)[cells.channel]
 
         channel, row, column = sparse_filter.taps
-        in_block = (channel - block_of * channel_block) * np.int64(layout.channel_stride) + layout.tap_offsets[row, column]
+        in_block = (channel - block_of * channel_block) * np.int64(layout.channel_stride)
+        in_block += layout.tap_offsets[row, column]
         source = np.arange(sparse_filter.nnz) + np.repeat(cells.source - first_nonzero, cells.nnz)
-        nonzeros = records(
-            NONZERO, sparse_filter.nnz, offset=in_block[source], value=sparse_filter.values[source]
-        )
+        nonzeros = records(NONZERO, sparse_filter.nnz, offset=in_block[source], value=sparse_filter.values[source])
 
         blocks, jobs = _blocks_and_jobs(sparse_filter, cells, channel_block, parts)
         one_block = channel_block >= sparse_filter.shape[1]
