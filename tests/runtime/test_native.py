@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
 import escort
+from escort.kernels import _cpu
 from escort.planner import timing
-from escort.runtime import Program
+from escort.runtime import Program, native
 from tests.network.models import Small, pruned
 
 
@@ -205,14 +206,12 @@ def test_large_operations_on_threads(threads: int) -> None:
 SMALL = images(2, 3, 16, 16)
 
 
-def test_steps_are_called_from_no_python() -> None:
+def test_steps_are_called_from_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = converted(pruned(Small()), SMALL)
     expected = fast(SMALL)
-    for _ in range(2):
-        fast(SMALL)
     for module in fast.network.modules():
         if module is not fast.network:
-            module.forward = None  # a call of a layer would fail
+            monkeypatch.setattr(type(module), "forward", None)
     assert torch.equal(fast(SMALL), expected)
 
 
@@ -225,3 +224,313 @@ def test_convolutions_give_the_same_bits(samples: int) -> None:
     for _ in range(4):
         assert torch.equal(fast(x), by_step(x))
     assert not steps_left(fast.network) and by_step.network.native.stats()["eager"] == {"it is switched off": 4}
+
+
+def test_a_chain_of_small_steps_is_one_segment_with_little_memory() -> None:
+    x = images(1, 6, 32, 32)
+    model = Net(lambda m, x: [x := F.relu(x * 2 - 1) for _ in range(20)][-1])
+    program = program_of(model)
+    check(program, model, x)
+    (form,) = program.native.stats()["forms"]
+    assert form["segments"] == 1 and form["instructions"] == form["steps"] == 60
+    assert form["bytes"] == 2 * 4 * x.numel()  # one that is read and one that is written, in turn
+
+
+def test_parts_are_written_where_they_are_joined() -> None:
+    """Concatenation costs nothing where its parts are made for it alone, and a copy where they are not."""
+    cases: dict[str, tuple[Callable[[Any, Tensor], Any], int]] = {
+        "new parts": (lambda m, x: torch.cat([x * 2, x + 1], 1), 2),
+        "parts that are read again": (lambda m, x: (lambda y: torch.cat([y, x + 1], 1)[:, :6] * y)(x * 2), 3),
+        "an input": (lambda m, x: torch.cat([x, x + 1], 1), 2),
+        "nested": (lambda m, x: torch.cat([torch.cat([x * 2, x + 1], 1), x - 1], 1), 3),
+        "one part twice": (lambda m, x: (lambda y: torch.cat([y, y], 1))(x * 2), 2),
+        "a part that is returned": (lambda m, x: (lambda y: (y, torch.cat([y, x + 1], 1)))(x * 2), 3),
+        "a part that is written to before": (lambda m, x: torch.cat([(x * 2).relu_(), x + 1], 1), 3),
+        "a part that is written to behind": (lambda m, x: (lambda y: (torch.cat([y, x], 1), y.relu_())[0])(x * 2), 4),
+        "a result that is written to": (lambda m, x: (lambda y: torch.cat([y, x], 1).relu_()[:, :6] + y)(x * 2), 5),
+    }
+    for name, (function, count) in cases.items():
+        for samples in (1, 3):
+            x, model = images(samples), Net(function)
+            program = program_of(model)
+            check(program, model, x)
+            assert program.native.stats()["forms"][-1]["instructions"] == count, name
+
+
+ALIASES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "the input": lambda m, x: (x, F.relu(x)),
+    "a view of the input": lambda m, x: (x.flatten(1), F.relu(x)),
+    "two views of one result": lambda m, x: (lambda y: (y.flatten(1), y[:, 1:]))(F.relu(x)),
+    "one result twice": lambda m, x: (lambda y: [y, y])(F.relu(x)),
+    "a result that is read again": lambda m, x: (lambda y: (y, F.relu(y) + y))(x * 2),
+    "in place": lambda m, x: (lambda y: (y.relu_(), y))(x * 2),
+    "in place on a view": lambda m, x: (lambda y: (y[:, :2].mul_(3.0), y + 1))(x * 2),
+    "in place by an operator": lambda m, x: operator.iadd(x * 2, 1) * operator.imul(x + 1, x),
+    "in place and read before": lambda m, x: (lambda y: (y + 1, F.relu(y, inplace=True), y))(x * 2),
+    "in place on the input": lambda m, x: (x.relu_() + 1, x),
+    "in place on a view of the input": lambda m, x: (x[:, :1].add_(1.0), x * 2),
+    "in place between unknown steps": lambda m, x: (lambda y: (y.cumsum(1), y.mul_(2.0), y.cumsum(1)))(x + 1),
+    "an unknown step in place": lambda m, x: (lambda y: (F.relu(y), y.exp_(), y * 2))(x + 1),
+    "an unknown step in place on a view": lambda m, x: (lambda y: (y[:, :3].exp_(), y * 2))(x + 1),
+}
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("name", ALIASES)
+def test_what_shares_memory(name: str, samples: int) -> None:
+    model = Net(ALIASES[name])
+    program = program_of(model)
+    for _ in range(3):
+        mine, theirs = images(samples), images(samples)
+        outputs, expected = program(mine), model(theirs)
+        same(outputs, expected)
+        same(mine, theirs)
+        assert sharing((*outputs, mine)) == sharing((*expected, theirs))
+
+
+def sharing(tensors: tuple[Tensor, ...]) -> list[int]:
+    """For each tensor the first one that lies in the same memory."""
+    addresses = [x.untyped_storage().data_ptr() for x in tensors]
+    return [addresses.index(address) for address in addresses]
+
+
+def test_results_are_the_callers() -> None:
+    program = program_of(Net(lambda m, x: F.relu(x) * 2))
+    first = program(SMALL)
+    kept = first.clone()
+    second = program(SMALL + 1)
+    assert torch.equal(first, kept) and not torch.equal(first, second)
+    second.zero_()
+    assert torch.equal(program(SMALL), kept)
+
+
+def test_unknown_steps_run_between_segments() -> None:
+    def function(m: Any, x: Tensor) -> Any:
+        y = F.relu(x) * 2
+        z = torch.softmax(y, 1) + y
+        return z.view(z.size(0), -1) * 2, torch.cumsum(z, 1) * y
+
+    model = Net(function)
+    program = program_of(model)
+    check(program, model, images(2), images(3), images(1, height=4))
+    assert set(steps_left(program).values()) == {"there is no native softmax", "there is no native cumsum"}
+    assert {form["segments"] for form in program.native.stats()["forms"]} == {3}
+
+
+class Sometimes(nn.Module):
+    """A module of the model's own, whose result has another shape now and then."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x if self.calls % 3 else torch.cat([x, x])
+
+
+class OwnModules(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, Sometimes) or super().is_leaf_module(module, name)
+
+
+def test_a_tensor_that_changes_its_shape_within_a_call() -> None:
+    def function(m: Any, x: Tensor) -> Any:
+        y = m.own(x * 2)
+        count = y.size(0)
+        return F.relu(torch.cumsum(y, 1)).view(count, -1) + count
+
+    model = Net(function, own=Sometimes())
+    graph = OwnModules().trace(model)
+    program = Program.of(fx.GraphModule(model, graph))
+    twin = copy.deepcopy(model)
+    for _ in range(7):
+        same(program(SMALL), twin(SMALL))
+    assert program.native.stats()["eager"] == {"a tensor was not as in the call before": 2}
+
+
+def test_each_kind_of_call_has_a_form() -> None:
+    model = Net(lambda m, x: F.relu(x) * x.shape[0] + x.mean((2, 3), keepdim=True))
+    program = program_of(model)
+    inputs = [images(1), images(2), images(2, height=5), images(2)[:, :, ::2], images(2).permute(0, 1, 3, 2)]
+    inputs.append(images(2).to(memory_format=torch.channels_last))
+    for x in inputs * 2:
+        same(program(x), model(x))
+    assert len(program.native.stats()["forms"]) == len(inputs)
+
+
+def test_forms_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_MOST_KINDS", 3)
+    model = Net(lambda m, x: F.relu(x) * 2)
+    program = program_of(model)
+    check(program, model, *[images(samples) for samples in range(1, 8)])
+    assert len(program.native.stats()["forms"]) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+def test_other_types_run_step_by_step(dtype: torch.dtype) -> None:
+    model = Net(lambda m, x: F.relu(x) + 1)
+    program, x = program_of(model), (images() * 10).to(dtype)
+    check(program, model, x)
+    assert not any(form["segments"] for form in program.native.stats()["forms"])
+
+
+def test_empty_batches() -> None:
+    model = Net(lambda m, x: F.relu(x) * 2 + x.mean((2, 3), keepdim=True))
+    program = program_of(model)
+    check(program, model, images(2)[:0])
+
+
+class Hooked:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        self.calls += 1
+        return output + 1
+
+
+def test_a_hook_that_is_registered_later_is_called() -> None:
+    fast, hook = converted(pruned(Small()), SMALL), Hooked()
+    plain = [fast(SMALL) for _ in range(3)][-1]
+    handle = fast.first.register_forward_hook(hook)
+    for _ in range(3):
+        assert not torch.equal(fast(SMALL), plain)
+    assert hook.calls == 3 and fast.network.native.stats()["forms"][-1]["reasons"][0].startswith("runs code besides")
+    handle.remove()
+    assert torch.equal(fast(SMALL), plain) and hook.calls == 3
+
+
+def test_a_hook_on_all_modules_is_called() -> None:
+    fast, hook = converted(pruned(Small()), SMALL), Hooked()
+    fast(SMALL)
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        fast(SMALL)
+    finally:
+        handle.remove()
+    assert hook.calls > len(fast.plan.layers)
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "a bias": lambda network: network.first.bias.add_(1.0),
+    "values": lambda network: network.second.values.mul_(-1.0),
+    "a bias that is set": lambda network: setattr(network.second, "bias", torch.ones(8)),
+    "a linear layer's weight": lambda network: network.head.weight.mul_(2.0),
+    "a linear layer's bias, set": lambda network: setattr(network.head, "bias", nn.Parameter(torch.ones(5))),
+    "a layer": lambda network: network.set_submodule("pool", nn.AvgPool2d(2)),
+    "a layer's attribute": lambda network: setattr(network.pool, "ceil_mode", True),
+    "a layer's code": lambda network: setattr(network.pool, "forward", lambda x: F.max_pool2d(x, 3)),
+    "a state": lambda network: network.load_state_dict(
+        {name: x * 2 if x.is_floating_point() else x for name, x in network.state_dict().items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_counts_from_the_next_call_on(name: str) -> None:
+    fast, x = converted(pruned(Small()), SMALL), images(2, 3, 18, 18)
+    fast(x)
+    before = fast(x)
+    CHANGES[name](fast.network)
+    by_step = copy.deepcopy(fast)
+    by_step.network.native.enabled = False
+    for _ in range(3):
+        output = fast(x)
+        same(output, by_step(x))
+        assert not torch.equal(output, before)
+
+
+def test_a_network_that_is_changed_again_and_again_runs_step_by_step() -> None:
+    program = program_of(Net(lambda m, x: m.head(x.mean((2, 3))), head=nn.Linear(3, 2)))
+    for _ in range(40):
+        program.head.bias = nn.Parameter(torch.randn(2), requires_grad=False)
+        same(program(SMALL), F.linear(SMALL.mean((2, 3)), program.head.weight, program.head.bias))
+    assert program.native.stats()["eager"]["the network is changed again and again"] > 25
+
+
+def test_copies_make_forms_of_their_own() -> None:
+    fast = converted(pruned(Small()), SMALL)
+    expected = [fast(SMALL) for _ in range(2)][-1]
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert not other.network.native.stats()["forms"]
+        other.first.bias.add_(1.0)
+        assert not torch.equal(other(SMALL), expected) and torch.equal(fast(SMALL), expected)
+
+
+def test_a_program_that_goes_lets_go_of_its_forms() -> None:
+    program = program_of(Net(lambda m, x: m.head(x.mean((2, 3))), head=nn.Linear(3, 2)))
+    program(SMALL)
+    weight = weakref.ref(program.head.weight)
+    del program
+    gc.collect()
+    assert weight() is None
+
+
+def test_gradients_of_parameters_pass_through_steps() -> None:
+    program = program_of(Net(lambda m, x: m.head(x.mean((2, 3))), head=nn.Linear(3, 2)))
+    program(SMALL)
+    program.head.weight.requires_grad_(True)
+    with torch.enable_grad():
+        program(SMALL).sum().backward()
+        assert program.head.weight.grad is not None
+        x = SMALL.clone().requires_grad_()
+        program(x).sum().backward()
+        assert x.grad is not None
+
+
+def test_threads_share_forms() -> None:
+    fast = converted(pruned(Small()), SMALL)
+    inputs = [images(1 + i % 3, 3, 16 + 2 * (i % 2), 16) for i in range(6)]
+    by_step = copy.deepcopy(fast)
+    by_step.network.native.enabled = False
+    expected, failures, start = [by_step(x) for x in inputs], list[BaseException](), threading.Barrier(len(inputs))
+
+    def call(x: Tensor, wanted: Tensor) -> None:
+        try:
+            start.wait()
+            with torch.no_grad():
+                for _ in range(30):
+                    same(fast(x), wanted)
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=call, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures, failures
+
+
+def test_nan_and_infinity_pass() -> None:
+    x = images()
+    x[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
+    for name in ("relu", "relu6", "maximum", "average pooling", "max pooling", "nearest", "clamp", "sigmoid"):
+        model = net_for(name, x)
+        check(program_of(model), model, x)
+
+
+def test_instructions_are_checked() -> None:
+    relu = _cpu.Elementwise("first", 1, 0.0, [6], [1], [])
+    whole = (0, 0, 6)
+    for wrong in (
+        [(relu, 1, [whole, whole], (1, 0, 6))],  # an input too many
+        [(relu, 1, [whole], (-1, 0, 6))],
+        [(relu, 2, [whole], (2, 0, 6))],  # beyond the arena
+        [(relu, 1, [(3, 0, 6)], (1, 0, 6))],
+        [(relu, 1, [(0, -1, 6)], (1, 0, 6))],
+    ):
+        with pytest.raises(ValueError):
+            _cpu.NativeProgram(wrong, 2, 8)
+    with pytest.raises(ValueError, match="buffers"):
+        _cpu.NativeProgram([(relu, 1, [whole], (1, 0, 6))], 2, 0).run([0], 1)
+    for make in (
+        lambda: _cpu.Elementwise("first", 1, 0.0, [6], [2], []),
+        lambda: _cpu.Elementwise("add", 1, 0.0, [6], [1], []),
+        lambda: _cpu.Elementwise("power", 1, 0.0, [6], [1], [1]),
+        lambda: _cpu.Copy([2, 3], [1]),
+        lambda: _cpu.Pad(1, (2, 2), (-1, -1, 0, 0), 0.0),
+        lambda: _cpu.AveragePool(1, (4, 4), [(0, 5, 1.0)], [(0, 4, 1.0)]),
+        lambda: _cpu.Resize(1, (4, 4), [(0, 4, 0.5)], [(0, 0, 0.0)]),
+    ):
+        with pytest.raises(ValueError):
+            make()

@@ -27,13 +27,12 @@ from escort.planner import Plan
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision
-from escort.runtime import Graphs, Program, not_capturable
+from escort.runtime import Graphs, Program, how_calls_run, not_capturable
 from escort.runtime.saved.builders import is_own
 from escort.runtime.stand_in import plain_attributes
 
-_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name) for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
-}
+_NAMES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +48,8 @@ class NetworkPlan:
         input_shapes: the example's shapes.
         input_dtypes: the example's types, as torch writes them without its name.
         input_names: the names of those inputs that are given by name, which are the last ones.
-        dense_time_us, converted_time_us: median time of a forward on the example, of the model as given and converted,
-            both in `precision`. A network that was planned anew knows its own time only; then the other is None.
+        dense_time_us, converted_time_us: median time of a forward on the example, of the model as given (None where the
+            network was planned anew) and converted, both in `precision`.
         rel_error: ``||out - ref|| / ||ref||`` of the converted network against the original.
         kept_dense: whether the original network was kept because converting it did not pay.
         machine: what it was measured on.
@@ -61,6 +60,7 @@ class NetworkPlan:
         rivals: median times in us of the dense model by others: by "torch.compile". It is never what was kept.
         not_saved: why the network cannot be saved; None where it can.
         not_captured: why calls on a GPU replay no CUDA graph; None where they do.
+        native_steps, not_native: how many steps run natively on a CPU, and why the others do not.
         methods: the methods that the choice was restricted to; empty where it was among all.
         widened: the original's type, "float16" or "bfloat16", where it is computed in float32; empty where in its own.
     """
@@ -85,6 +85,8 @@ class NetworkPlan:
     rivals: dict[str, float] = field(default_factory=dict)
     not_saved: str | None = None
     not_captured: str | None = None
+    native_steps: int = 0
+    not_native: dict[str, str] = field(default_factory=dict)
     methods: tuple[str, ...] = ()
     widened: str = ""
 
@@ -139,7 +141,7 @@ class NetworkPlan:
         return Example(tuple(tensors[:positional]), dict(zip(self.input_names, tensors[positional:], strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; the last nine where they say anything."""
+        """The fields as JSON values; the last eleven where they say anything."""
         data: dict[str, Any] = {
             "layers": {name: plan.to_json() for name, plan in self.layers.items()},
             "skipped": self.skipped,
@@ -159,6 +161,7 @@ class NetworkPlan:
             **{"input_names": list(self.input_names), "not_tried": self.not_tried, "packed_inputs": self.packed_inputs},
             **{"refused": self.refused, "rivals": self.rivals, "not_saved": self.not_saved},
             **{"not_captured": self.not_captured, "methods": list(self.methods), "widened": self.widened},
+            **{"native_steps": self.native_steps, "not_native": self.not_native},
         }
         return data | {name: value for name, value in sometimes.items() if value}
 
@@ -187,6 +190,8 @@ class NetworkPlan:
                 rivals={str(name): float(time_us) for name, time_us in data.get("rivals", {}).items()},
                 not_saved=None if data.get("not_saved") is None else str(data["not_saved"]),
                 not_captured=None if data.get("not_captured") is None else str(data["not_captured"]),
+                native_steps=int(data.get("native_steps", 0)),
+                not_native=_texts(data.get("not_native", {})),
                 methods=tuple(str(name) for name in data.get("methods", ())),
                 widened=str(data.get("widened", "")),
             )
@@ -254,9 +259,9 @@ class ConvertedModel(nn.Module):
         super().train(False)
 
     def _plan_graphs(self, plan: NetworkPlan, graphs: Graphs) -> None:
-        """Takes a plan, and says in it whether calls replay graphs, which are made as these are."""
+        """Takes a plan, and says in it how calls run: whether they replay graphs, which are made as these are."""
         is_on_gpu = not plan.device.startswith("cpu")
-        self.plan = replace(plan, not_captured=not_capturable(self.network) if is_on_gpu else None)
+        self.plan = replace(plan, **how_calls_run(self.network, is_on_gpu=is_on_gpu))
         self.graphs = copy.copy(graphs)
         self._may_replay = is_on_gpu
 

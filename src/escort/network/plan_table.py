@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from escort.methods import dense_for
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from escort.network.model import NetworkPlan
 
 _COLUMNS = ("Layer", "Convolution", "Method", "µs", "Dense µs", "Speedup", "Others µs")
+_MOST_NAMES = 4  # of steps that are listed for a reason
 #: What is said of times that were not taken of the layer itself.
 _TIMES_FROM = {"equal layer": "equal layers", "plan store": "the plan store"}
 #: How a network is not tried, where that is not in a memory format.
@@ -80,8 +82,23 @@ def _caption(plan: NetworkPlan) -> str:
             caption += f" The times of {count} of {len(plan.layers)} layers are from {phrase}."
     if scattered := sum(not layer.is_steady for layer in plan.layers.values()):
         caption += f" The times of {scattered} of {len(plan.layers)} layers were disturbed by other processes."
+    caption += _steps(plan.native_steps, plan.not_native)
     caption += f" Calls replay no CUDA graph: {plan.not_captured}." if plan.not_captured else ""
     return caption + (f" It cannot be saved: {plan.not_saved}." if plan.not_saved else "")
+
+
+def _steps(native: int, others: Mapping[str, str]) -> str:
+    """How many steps run natively, and the others by reason."""
+    if not others:
+        return f" All {native} steps run natively." if native else ""
+    groups: dict[str, list[str]] = {}
+    for name, reason in others.items():
+        groups.setdefault(reason, []).append(name)
+    parts = []
+    for reason, names in groups.items():
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        parts.append(f"{', '.join(names[:_MOST_NAMES])}{more} ({reason})")
+    return f" {native} of {native + len(others)} steps run natively; not {'; '.join(parts)}."
 
 
 def _us(time_us: float | None) -> str:

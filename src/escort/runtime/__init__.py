@@ -1,7 +1,7 @@
 """The program form of a converted network, and what runs it."""
 
-from escort.runtime.capture import not_capturable
+from escort.runtime.capture import how_calls_run, not_capturable
 from escort.runtime.graphs import Graphs
 from escort.runtime.program import Program, as_programs, with_plain
 
-__all__ = ["Graphs", "Program", "as_programs", "not_capturable", "with_plain"]
+__all__ = ["Graphs", "Program", "as_programs", "how_calls_run", "not_capturable", "with_plain"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from escort.layers import SparseConv2d
 from escort.runtime.effects import given, is_view, name_of, writes
-from escort.runtime.program import Program
+from escort.runtime.program import Program, native_steps
 from escort.runtime.saved.builders import LAYERS
 from escort.runtime.stand_in import has_hooks, runs_more
 from escort.runtime.steps import Step
@@ -24,6 +24,14 @@ from escort.runtime.watch import SWITCHED
 _UNSURE_LAYERS = (nn.GRU, nn.LSTM, nn.RNN, nn.MultiheadAttention, nn.SyncBatchNorm)
 _LAYERS = frozenset((*LAYERS.values(), SparseConv2d)) - frozenset(_UNSURE_LAYERS)
 _FACTORIES = frozenset("arange full linspace ones scalar_tensor zeros".split())
+
+
+def how_calls_run(network: nn.Module, *, is_on_gpu: bool) -> dict[str, Any]:
+    """What a plan says of it: `not_captured` of calls on a GPU, `native_steps` and `not_native` of those on a CPU."""
+    if is_on_gpu:
+        return {"not_captured": not_capturable(network), "native_steps": 0, "not_native": {}}
+    count, others = native_steps(network)
+    return {"not_captured": None, "native_steps": count, "not_native": others}
 
 
 def not_capturable(network: nn.Module) -> str | None:

@@ -14,6 +14,7 @@ from escort.layers.observed import is_observed
 from escort.runtime.graph import read
 from escort.runtime.loop import BoundStep, run_steps
 from escort.runtime.native import Native
+from escort.runtime.native.form import unknown
 from escort.runtime.stand_in import adopt
 from escort.runtime.steps import REQUIRED, Listing, Step
 from escort.runtime.templates import Slot, filled, mapped
@@ -188,6 +189,21 @@ def as_programs(network: nn.Module) -> nn.Module:
             return program
         network.set_submodule(name, program)
     return network
+
+
+def native_steps(network: nn.Module) -> tuple[int, dict[str, str]]:
+    """How many steps of a network's programs run natively on a CPU, whatever the sizes are; the others, and why."""
+    count, others = 0, {}
+    for path, program in network.named_modules():
+        if not isinstance(program, Program):
+            continue
+        prefix = f"{path}." if path else ""
+        for step in program.listing.steps:
+            reason = unknown(program, step)
+            count += reason is None
+            if reason is not None:
+                others[prefix + step.target if step.kind == "layer" else str(step)] = reason
+    return count, others
 
 
 class Bound:

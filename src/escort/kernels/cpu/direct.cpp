@@ -53,7 +53,7 @@ void activate_channels(const Direct& d, const Tile& tile, float* y, int record, 
     const OutChannel& out = d.out_channels[record];
     float* plane = y + out.channel * d.y_plane_stride;
     const Epilogue epilogue = {d.activation, out.slope};
-    if (tile.first_segment == tile.end_segment) activate(plane + tile.start, tile.length, epilogue);
+    if (tile.first_segment == tile.end_segment) activate(plane + tile.y_start, tile.length, epilogue);
     for (int n = tile.first_segment; n < tile.end_segment; n++) {  // those that follow one another at once
       const int begin = d.segments[n].plane_position;
       int end = begin + d.segments[n].length;

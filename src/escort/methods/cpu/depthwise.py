@@ -64,6 +64,7 @@ class Depthwise(Method):
     name = "depthwise"
     device_type = "cpu"
     config_type = DepthwiseConfig
+    is_native = True
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.precision != "fp32":

@@ -19,6 +19,7 @@ from escort.layers.observed import is_profiled
 from escort.layers.runners import RunnerCache
 from escort.runtime.loop import BoundStep, run_steps
 from escort.runtime.native.form import Form, record, unknown
+from escort.runtime.native.lowering import settings
 from escort.runtime.native.segment import is_plain
 from escort.runtime.steps import Listing, Step
 from escort.runtime.watch import Watch
@@ -45,8 +46,17 @@ class _Made:
         for layer in layers:
             if isinstance(layer, SparseConv2d):
                 layer.follow()
-        self.watch = Watch(network, dict.fromkeys((network, *_around(network, native), *layers)))
+        self._watch = Watch(network, dict.fromkeys((network, *_around(network, native), *layers)))
+        self._with_settings = [layer for layer in layers if settings(layer)]
+        self._settings = [settings(layer) for layer in self._with_settings]
+        self._attributes = [vars(layer) for layer in layers]
         self.forms: RunnerCache[Form] = RunnerCache(_MOST_KINDS)
+
+    def holds(self) -> bool:
+        """Whether the program is as it was, and its layers run their own code by the same settings."""
+        if any(["forward" in attributes for attributes in self._attributes]):
+            return False
+        return self._watch.holds() and [settings(layer) for layer in self._with_settings] == self._settings
 
 
 def _around(network: nn.Module, steps: Sequence[Step]) -> Iterator[nn.Module]:
@@ -94,7 +104,7 @@ class Native:
         if reason := _unusual():
             return reason
         made = self._made
-        if made is not None and not (made.steps is steps and made.watch.holds()):
+        if made is not None and not (made.steps is steps and made.holds()):
             made = self._made = None
             self._wait, self._next_wait = self._next_wait, min(max(2 * self._next_wait, 1), _MOST_WAITING)
         if made is None:

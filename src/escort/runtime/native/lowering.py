@@ -304,6 +304,12 @@ def has_operation(layer: nn.Module) -> bool:
     return type(layer) in LAYERS or isinstance(layer, SamePad)
 
 
+def settings(layer: nn.Module) -> list[Any]:
+    """The attributes of a layer, besides tensors, that its calls depend on."""
+    names = LAYERS[type(layer)][1].split() if type(layer) in LAYERS else []
+    return [getattr(layer, name) for name in names if name not in layer._parameters]
+
+
 def empty_result(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What a layer of the table makes of tensors without memory."""
     if isinstance(layer, SparseConv2d):
