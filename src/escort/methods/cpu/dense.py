@@ -45,12 +45,12 @@ class Dense(Method):
         config: DenseConfig,
         slope: torch.Tensor | None = None,
     ) -> Prepared:
-        memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
-        weight = sparse_filter.to_dense().contiguous(memory_format=memory_format)
-        stride, dilation, groups = problem.stride, problem.dilation, problem.groups
-        finish = finisher(problem, slope)
+        weight, finish = sparse_filter.to_dense(), finisher(problem, slope)
         if is_linear(problem):
-            return Prepared(partial(_linear, sparse_filter.to_dense().flatten(1), bias, finish))
+            return Prepared(partial(_linear, weight.flatten(1), bias, finish))
+        memory_format = TORCH_MEMORY_FORMAT[config.memory_format]
+        weight = weight.contiguous(memory_format=memory_format)
+        stride, dilation, groups = problem.stride, problem.dilation, problem.groups
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             x, padding = symmetric_padding(problem, x)
