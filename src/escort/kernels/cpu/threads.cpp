@@ -65,13 +65,28 @@ void wait_while(const std::atomic<int>& number, int value) {
   number.wait(value);
 }
 
+// Waits for a number to be reached, and lets go of the core while it takes long: a thread that woke up on this core
+// would else come to run when the system's timer moves one of the two, which is 8 ms later. Whoever reaches the number
+// does not wake this thread, which would take the core from it on its way into OpenMP's barrier.
+void await(const std::atomic<int>& number, int value) {
+  for (const Clock::time_point begin = Clock::now(); number.load(std::memory_order_acquire) < value;) {
+    for (int i = 0; i < 32 && number.load(std::memory_order_acquire) < value; i++) pause();
+    if (Clock::now() - begin > kPatience) std::this_thread::sleep_for(std::chrono::microseconds(10));
+  }
+}
+
 // Calls call(work, thread) on up to so many threads, this one as thread 0, and waits for all of them. OpenMP is always
 // asked for the number that torch has: each change of it ends threads and starts others, which takes a millisecond.
 void fork_join(int threads, Call call, const void* work) {
 #ifdef _OPENMP
   if (!came_out_of_fork) {
+    std::atomic<int> done{0};
 #pragma omp parallel num_threads(threads)
-    call(work, omp_get_thread_num());
+    {
+      call(work, omp_get_thread_num());
+      done++;
+      if (omp_get_thread_num() == 0) await(done, omp_get_num_threads());
+    }
     return;
   }
 #endif
