@@ -7,8 +7,8 @@
 namespace escort {
 namespace {
 
-// Vectors of which each of P planes fills an equal share of the lanes; what belongs to the second lies `apart` from that
-// of the first.
+// Vectors of which each of P planes fills an equal share of the lanes; what belongs to the second lies `apart` from
+// that of the first.
 template <int P>
 struct Lanes;
 
@@ -52,7 +52,7 @@ struct Block {
   int64_t left;              // floats of the band from there on
   int rows;
   Epilogue epilogue;
-  float low, high;        // what the sums are bounded by in registers
+  float low, high;       // what the sums are bounded by in registers
   bool is_only_bounded;  // and nothing else happens to them
 };
 
@@ -126,11 +126,12 @@ __attribute__((noinline)) void finish_block(const Depthwise& d, const Block& blo
     }
   }
   activate(sums, int64_t(block.rows) * kLanes, block.epilogue);
-  for (int o = 0; o < block.rows; o++) write<P>(block, int64_t(o) * d.out_width + column, rest, load(sums + o * kLanes));
+  for (int o = 0; o < block.rows; o++)
+    write<P>(block, int64_t(o) * d.out_width + column, rest, load(sums + o * kLanes));
 }
 
-// Computes a block of R rows. The last vector of a row overlaps the one before it. Where a row is shorter than a vector,
-// what is written behind it is overwritten by the next row.
+// Computes a block of R rows. The last vector of a row overlaps the one before it. Where a row is shorter than a
+// vector, what is written behind it is overwritten by the next row.
 template <class Taps, int R, int P>
 void compute(const Depthwise& d, const Block& block) {
   constexpr int kShare = kLanes / P;
@@ -208,7 +209,8 @@ void run_band(const Depthwise& d, const Compute* compute_rows, Block block, int 
   const int rows = end - begin, blocks = (rows + d.block_rows - 1) / d.block_rows;
   const int staged = (rows - 1) * d.row_stride + (d.kernel_rows - 1) * d.row_dilation + 1;
   for (int p = 0; p < P; p++)
-    stage_rows(d, x + (channel + p * apart) * plane_size, begin * d.row_stride - d.top, staged, stage + p * d.stage_size);
+    stage_rows(d, x + (channel + p * apart) * plane_size, begin * d.row_stride - d.top, staged,
+               stage + p * d.stage_size);
   const int k_apart = apart * d.multiplier;
   float* y = block.y.first;
   const float* residual = block.residual.first;

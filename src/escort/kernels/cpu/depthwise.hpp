@@ -1,8 +1,8 @@
 // Depthwise convolution on the CPU: each output channel reads one input channel through a dense filter.
 //
-// A plane is computed in bands of output rows. The input rows of a band are staged in cache, with their zero padding and
-// split into the phases of the column stride. The sums of several output rows then lie in registers, and a vector of
-// inputs is loaded once for all of them that read it:
+// A plane is computed in bands of output rows. The input rows of a band are staged in cache, with their zero padding
+// and split into the phases of the column stride. The sums of several output rows then lie in registers, and a vector
+// of inputs is loaded once for all of them that read it:
 //
 //     for each input plane, for each band of its output rows:
 //         stage the band's input rows

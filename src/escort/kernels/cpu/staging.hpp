@@ -13,7 +13,8 @@ struct PitchedRows {
   int64_t pitch;
 };
 
-// Copies rows of n floats, N or more, that lie Stride apart, 1 or 2. The last vector of a row overlaps the one before it.
+// Copies rows of n floats, N or more, that lie Stride apart, 1 or 2. The last vector of a row overlaps the one before
+// it.
 template <int N, int Stride>
 void copy_vectors(PitchedRows<float> to, PitchedRows<const float> from, int rows, int n) {
   using Part = Floats<N>;
@@ -21,8 +22,8 @@ void copy_vectors(PitchedRows<float> to, PitchedRows<const float> from, int rows
     const float* p = from.first;
     const auto move = [&](int i) {
       // The second load of every second value starts one early, so that nothing behind the last value is read.
-      Part::store(to.first + i, Stride == 1 ? Part::load(p + i)
-                                            : pick_evens(Part::load(p + 2 * i), Part::load(p + 2 * i + N - 1)));
+      Part::store(to.first + i,
+                  Stride == 1 ? Part::load(p + i) : pick_evens(Part::load(p + 2 * i), Part::load(p + 2 * i + N - 1)));
     };
     for (int i = 0; i < n - N; i += N) move(i);
     move(n - N);

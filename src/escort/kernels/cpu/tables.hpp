@@ -102,12 +102,12 @@ struct Fields<Phase> {
 template <>
 struct Fields<DepthwiseParams> {
   using T = DepthwiseParams;
-  static constexpr Field list[] = {
-      ESCORT_FIELD(channels),      ESCORT_FIELD(multiplier),   ESCORT_FIELD(height),         ESCORT_FIELD(width),
-      ESCORT_FIELD(out_height),    ESCORT_FIELD(out_width),    ESCORT_FIELD(kernel_rows),    ESCORT_FIELD(kernel_columns),
-      ESCORT_FIELD(row_stride),    ESCORT_FIELD(row_dilation), ESCORT_FIELD(column_stride),  ESCORT_FIELD(top),
-      ESCORT_FIELD(pitch),         ESCORT_FIELD(stage_size),   ESCORT_FIELD(bands),          ESCORT_FIELD(block_rows),
-      ESCORT_FIELD(planes),        ESCORT_FIELD(activation)};
+  static constexpr Field list[] = {ESCORT_FIELD(channels),     ESCORT_FIELD(multiplier),     ESCORT_FIELD(height),
+                                   ESCORT_FIELD(width),        ESCORT_FIELD(out_height),     ESCORT_FIELD(out_width),
+                                   ESCORT_FIELD(kernel_rows),  ESCORT_FIELD(kernel_columns), ESCORT_FIELD(row_stride),
+                                   ESCORT_FIELD(row_dilation), ESCORT_FIELD(column_stride),  ESCORT_FIELD(top),
+                                   ESCORT_FIELD(pitch),        ESCORT_FIELD(stage_size),     ESCORT_FIELD(bands),
+                                   ESCORT_FIELD(block_rows),   ESCORT_FIELD(planes),         ESCORT_FIELD(activation)};
 };
 
 #undef ESCORT_FIELD
