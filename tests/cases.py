@@ -94,6 +94,13 @@ def check_kernels(
         assert torch.equal(run(x, residual), y), "not the same twice: a race"
 
 
+def takes(method: Method, problem: Problem) -> bool:
+    """Whether a method of the problem's device is to compute it."""
+    if method.name == "depthwise":
+        return problem.groups == problem.in_channels
+    return (method.name, problem.precision) != ("cusparse", "tf32")
+
+
 def benchmark_configs(method: Method, problem: Problem, sparse_filter: SparseFilter) -> list[Any]:
     """A method's search space, and the configs that only benchmarks time."""
     return [*method.configs(problem, sparse_filter), *method.benchmark_configs(problem, sparse_filter)]
@@ -166,6 +173,30 @@ CASES = (
     Case("CaffeNet conv2", Problem(1, 96, 27, 27, 32, (5, 5), padding=(2, 2, 2, 2), groups=2), 0.15),
 )
 
+#: Depthwise convolutions: rows shorter and longer than vectors of each size, more bands than one, any taps.
+DEPTHWISE = tuple(
+    Case(f"depthwise {name}", replace(problem, groups=problem.in_channels), 0.9)
+    for name, problem in {
+        "3x3 on one pixel": Problem(2, 5, 1, 1, 5, (3, 3), padding=(1, 1, 1, 1)),
+        "3x3 on 7x7, odd channels": Problem(3, 9, 7, 7, 9, (3, 3), padding=(1, 1, 1, 1), epilogue=FULL),
+        "5x5 on 7x7": Problem(1, 6, 7, 7, 6, (5, 5), padding=(2, 2, 2, 2), epilogue=Epilogue(True, False, "relu6")),
+        "5x5 to 8x8, threefold": Problem(2, 3, 15, 16, 9, (5, 5), (2, 2), (2, 1, 2, 1), epilogue=FULL),
+        "3x3 on 14x14": Problem(1, 4, 14, 14, 4, (3, 3), padding=(1, 1, 1, 1), epilogue=Epilogue(True)),
+        "3x3, stride 2, padded right and below": Problem(2, 3, 28, 28, 3, (3, 3), (2, 2), (0, 1, 0, 1)),
+        "5x5, stride 2, padded as TensorFlow does": Problem(1, 3, 56, 57, 3, (5, 5), (2, 2), (1, 2, 1, 2)),
+        "3x3 of several bands": Problem(1, 2, 130, 75, 4, (3, 3), padding=(1, 1, 1, 1), epilogue=FULL),
+        "5x5 of several bands, stride 2": Problem(2, 2, 190, 61, 2, (5, 5), (2, 2), (2, 2, 2, 2)),
+        "narrow and tall": Problem(1, 3, 900, 3, 3, (3, 3), padding=(1, 1, 1, 1), epilogue=FULL),
+        "padding beyond the kernel": Problem(1, 3, 4, 5, 3, (3, 3), padding=(9, 4, 6, 19)),
+        "7x7": Problem(1, 4, 20, 33, 4, (7, 7), padding=(3, 3, 3, 3), epilogue=FULL),
+        "dilation": Problem(1, 3, 19, 22, 6, (3, 3), padding=(2, 2, 3, 3), dilation=(2, 3)),
+        "dilated columns": Problem(1, 3, 19, 22, 3, (3, 3), padding=(1, 1, 2, 2), dilation=(1, 2)),
+        "wide, stride 3 by 4": Problem(2, 3, 17, 41, 3, (2, 5), (3, 4), (0, 1, 2, 0)),
+        "of one channel": Problem(2, 1, 9, 9, 3, (3, 3), padding=(1, 1, 1, 1)),
+        "no samples": Problem(0, 4, 8, 8, 4, (3, 3), padding=(1, 1, 1, 1)),
+    }.items()
+)
+
 
 def _activated(activation: Activation) -> Iterator[Case]:
     """An activation behind each way that kernels write their results: with a residual or without, in rows or planes."""
@@ -175,9 +206,11 @@ def _activated(activation: Activation) -> Iterator[Case]:
         what = f"{activation}{' and residual' if residual else ''}"
         yield Case(f"{what}, in rows", Problem(2, 9, 13, 13, 11, (3, 3), padding=(1, 1, 1, 1), epilogue=epilogue))
         yield Case(f"{what}, in planes", Problem(3, 40, 7, 7, 11, (1, 1), epilogue=epilogue), 0.3)
+        depthwise = Problem(2, 5, 11, 7, 5, (3, 3), padding=(1, 1, 1, 1), groups=5, epilogue=epilogue)
+        yield Case(f"{what}, depthwise", depthwise, 0.9)
 
 
-#: Every activation, behind convolutions of two shapes. What kernels do not compute, torch does behind them.
+#: Every activation, behind convolutions of three shapes. What kernels do not compute, torch does behind them.
 ACTIVATED = tuple(case for activation in get_args(Activation) for case in _activated(activation))
 
 #: Runs a test over the whole table.

@@ -17,7 +17,7 @@ from escort import reference
 from escort.methods import Method, by_name, for_device
 from escort.methods.cpu.direct import ISAS, DirectConfig
 from escort.problem import Activation, Epilogue, Precision, Problem
-from tests.cases import ACTIVATED, CASES, Case, check
+from tests.cases import ACTIVATED, CASES, DEPTHWISE, Case, check, takes
 
 #: cuDNN, cuBLAS and cuSPARSE are called through torch, whose CPU operators stand in for them.
 BASELINES = [by_name(name, "cuda") for name in ("cudnn", "cublas", "cusparse")]
@@ -40,12 +40,13 @@ def stand_ins(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.usefixtures("stand_ins")
-@pytest.mark.parametrize("case", (*CASES, *ACTIVATED), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (*CASES, *DEPTHWISE, *ACTIVATED), ids=lambda case: case.name)
 @pytest.mark.parametrize(("method", "device", "precision"), WAYS)
 def test_case(method: Method, device: str, precision: Precision, case: Case) -> None:
     if method.device_type == device.partition(":")[0]:
-        reason = method.unsupported(case.on(device, precision)[0])
-        assert (reason is None) is ((method.name, precision) != ("cusparse", "tf32")), reason
+        problem = case.on(device, precision)[0]
+        reason = method.unsupported(problem)
+        assert (reason is None) is takes(method, problem), reason
         if reason is not None:
             return
     check(method, case, device, precision)
@@ -98,7 +99,7 @@ def test_direct_on_any_shape(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("method", for_device("cpu"), ids=lambda method: method.name)
 def test_a_runner_takes_any_batch_and_memory_format(method: Method) -> None:
-    case = CASES[4]
+    case = next(case for case in CASES if case.name == "depthwise")  # which all methods take
     x, weight, bias, _ = case.tensors()
     run = method.prepare(case.problem, case.filter(), bias, method.configs(case.problem, case.filter())[0])
     for samples in (0, 1, 3, 8, 17):

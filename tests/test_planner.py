@@ -45,7 +45,8 @@ def test_every_candidate_is_timed_or_has_a_reason() -> None:
     assert {c.method for c in plan.candidates} == {method.name for method in for_device("cpu")}
     for candidate in plan.candidates:
         assert (candidate.time_us is None) is (candidate.reason is not None)
-        assert candidate.rel_error is not None and candidate.rel_error < 1e-5
+        if candidate.config is not None:
+            assert candidate.rel_error is not None and candidate.rel_error < 1e-5
     assert plan.time_us == min(c.time_us for c in plan.candidates if c.time_us is not None)
     assert plan.dense_time_us is not None and plan.dense_time_us >= (plan.time_us or 0.0)
     assert plan.machine == Machine.here()

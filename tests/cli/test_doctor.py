@@ -10,7 +10,7 @@ import torch
 
 from escort import cache
 from escort.cli import doctor
-from escort.methods import for_device
+from escort.methods import by_name, for_device
 from escort.planner import plan_layer, planner, timing
 from escort.planner.machine import Machine
 from escort.planner.timing import Timing
@@ -124,7 +124,7 @@ def test_doctor_counts_the_kernels_that_come_with_the_package(monkeypatch: pytes
 
 
 def test_doctor_says_why_a_method_refuses_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    refusing, failing = for_device("cpu")[:2]
+    refusing, failing = by_name("lowered"), by_name("direct")
 
     def fail(*args: object) -> None:
         raise RuntimeError("out of order")

@@ -23,6 +23,7 @@ from escort.filter import SparseFilter
 from escort.kernels import _cpu
 from escort.layers import SparseConv2d
 from escort.methods import Method, for_device
+from escort.methods.cpu.depthwise import LANES, MOST_ROWS, DepthwiseConfig
 from escort.methods.cpu.direct import ISAS, DirectConfig
 from escort.planner import Plan
 from escort.planner.machine import Machine
@@ -64,6 +65,8 @@ def draw(seed: int) -> Drawn:
 def _problem(rng: Random) -> Problem | None:
     groups = rng.choice((1, 1, 1, 2, 3, 4))
     per_group = [rng.choice((1, 2, 3, rng.randint(1, 16), rng.randint(1, 80))) for _ in "CK"]
+    if rng.random() < 0.2:  # depthwise
+        groups, per_group = rng.randint(1, 40), [1, rng.choice((1, 1, 2, 3))]
     kernel, stride, dilation = ((rng.randint(1, n), rng.randint(1, n)) for n in (rng.choice((1, 3, 5, 7)), 4, 3))
     padding = tuple(rng.choice((0, 1, rng.randint(0, 7))) for _ in range(4))
     activation = rng.choice(("none", "relu", "relu6", *get_args(Activation)))
@@ -158,21 +161,28 @@ class Truth:
 
 
 def check_methods(drawn: Drawn) -> None:
-    """Two configs of every method, and one of our kernel that nothing offers."""
+    """Two configs of every method, and one of each of our kernels that nothing offers."""
     problem, rng = drawn.problem, drawn.rng
     x = torch.randn(problem.input_shape)
     residual = torch.randn(problem.output_shape) if problem.epilogue.residual else None
     truth = Truth(problem, x, drawn.weight, drawn.bias, residual, drawn.slope)
     forms = sorted(FORMS.keys() - {"negated", "needs a gradient", "one sample many times"})
-    for method in for_device("cpu"):
+    for method in _methods(problem):
         configs = benchmark_configs(method, problem, drawn.filter)
         chosen = rng.sample(configs, min(2, len(configs)))
         if method.config_type is DirectConfig:
             chosen.append(_any_config(rng, drawn.weight.shape[1]))
+        if method.config_type is DepthwiseConfig:
+            isa = rng.choice(sorted(LANES))
+            chosen.append(DepthwiseConfig(isa, rng.randint(1, MOST_ROWS), rng.choice((1, 500, 4000, 100_000))))
         for config in chosen:
             form = rng.choice(forms)
             y = method.prepare(problem, drawn.filter, drawn.bias, config, drawn.slope)(FORMS[form](x), residual)
             truth.check(y, f"{method.name}, {config}, {form}")
+
+
+def _methods(problem: Problem) -> list[Method]:
+    return [method for method in for_device("cpu") if method.unsupported(problem) is None]
 
 
 def _any_config(rng: Random, channels: int) -> DirectConfig:
@@ -183,7 +193,7 @@ def _any_config(rng: Random, channels: int) -> DirectConfig:
 def check_layer(drawn: Drawn) -> None:
     """One layer at several sizes and batches, in any memory, with any residual, and with a bias that changes."""
     problem, rng = drawn.problem, drawn.rng
-    method: Method = rng.choice(list(for_device("cpu")))
+    method: Method = rng.choice(_methods(problem))
     config = asdict(rng.choice(list(method.configs(problem, drawn.filter))))
     plan = Plan(problem, method.name, config, (), Machine.here())
     layer = SparseConv2d(drawn.filter, drawn.bias, plan, slope=drawn.slope)

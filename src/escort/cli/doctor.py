@@ -34,6 +34,8 @@ _OPTIONAL = {
     "onnxscript": ("the same", "bench"),
 }
 _PROBLEM = Problem(2, 16, 9, 9, 16, (3, 3), padding=(1, 1, 1, 1))
+#: Every method takes one of these on its device.
+_PROBLEMS = _PROBLEM, replace(_PROBLEM, groups=16)
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,14 @@ def _have(available: bool, remedy: str) -> tuple[str, bool | None, str]:
 
 
 def _methods(device: str) -> Iterator[Finding]:
-    """Whether each method of a device runs a small problem, in the first precision that it takes."""
+    """Whether each method of a device runs a small problem, the first and in the first precision that it takes."""
     for method in for_device(device):
         name = f"method {method.name}" if device == "cpu" else f"method {method.name} on {device}"
-        problems = [replace(_PROBLEM, device=device, precision=precision) for precision in get_args(Precision)]
+        problems = [
+            replace(problem, device=device, precision=precision)
+            for problem in _PROBLEMS
+            for precision in get_args(Precision)
+        ]
         reasons = [method.unsupported(problem) for problem in problems]
         if None not in reasons:
             yield Finding(name, f"refuses: {reasons[0]}", None)
@@ -124,7 +130,7 @@ def _try(name: str, method: Method, problem: Problem) -> Finding:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator) for shape in (problem.input_shape, problem.weight_shape))
     x, weight = x.to(problem.storage), (weight * (weight > 0.5)).to(problem.storage).float()
-    sparse_filter = SparseFilter.from_dense(weight)
+    sparse_filter = SparseFilter.from_dense(weight, problem.groups)
     config = method.configs(problem, sparse_filter)[0]
     y = method.prepare(problem, sparse_filter, None, config)(x.to(problem.device))
     error = reference.compare(y.cpu(), reference.conv2d(problem, x, weight))

@@ -185,28 +185,44 @@ const Compute* computes(const Depthwise& d) {
 void stage_rows(const Depthwise& d, const float* plane, int first, int count, float* stage) {
   const int above = first < 0 ? (-first < count ? -first : count) : 0;
   const int inside = d.height - first < count ? d.height - first : count;  // and above
+  for (int i = 0; d.bands > 1 && i < count; i++) {
+    if (i >= above && i < inside) continue;
+    for (int n = 0; n < d.phase_count; n++)
+      for (int j = 0; j < d.phases[n].length; j++) stage[int64_t(i) * d.pitch + d.phases[n].position + j] = 0.0f;
+  }
+  const int rows = inside - above;
+  if (rows <= 0) return;
+  stage += int64_t(above) * d.pitch;
+  plane += int64_t(first + above) * d.width;
+  if (d.column_stride == 2 && d.phase_count == 2) {
+    const Phase &even = d.phases[d.phases[0].first_column], &odd = d.phases[1 - d.phases[0].first_column];
+    return split_rows({stage + even.position, d.pitch}, odd.position - even.position, {plane, d.width}, rows, d.width);
+  }
   for (int n = 0; n < d.phase_count; n++) {
     const Phase& phase = d.phases[n];
-    float* to = stage + phase.position;
-    for (int i = 0; d.bands > 1 && i < count; i++)
-      for (int j = 0; (i < above || i >= inside) && j < phase.length; j++) to[int64_t(i) * d.pitch + j] = 0.0f;
-    if (inside > above)
-      copy_rows({to + int64_t(above) * d.pitch, d.pitch},
-                {plane + int64_t(first + above) * d.width + phase.first_column, d.width}, inside - above, phase.length,
-                d.column_stride);
+    copy_rows({stage + phase.position, d.pitch}, {plane + phase.first_column, d.width}, rows, phase.length,
+              d.column_stride);
   }
 }
 
-// Band i of a plane, or of two side by side, from `channel` on.
+// Rows that are cut into parts of nearly the same size: part i ends where part i + 1 begins.
+struct Cut {
+  int size, rest;
+
+  Cut(int rows, int parts) : size(rows / parts), rest(rows % parts) {}
+  int begin(int i) const { return i * size + (i < rest ? i : rest); }
+};
+
+// Rows begin .. end of a plane, or of two side by side, from `channel` on.
 template <int P>
-void run_band(const Depthwise& d, const Compute* compute_rows, Block block, int channel, int i, const float* x,
-              float* stage) {
+void run_band(const Depthwise& d, const Compute* compute_rows, Block block, int channel, int begin, int end,
+              const float* x, float* stage) {
   const int64_t plane_size = int64_t(d.height) * d.width, out_size = int64_t(d.out_height) * d.out_width;
   const int taps = d.kernel_rows * d.kernel_columns;
   // The last plane of an odd number is computed twice, side by side.
   const int apart = P == 2 && channel + 1 < d.channels ? 1 : 0;
-  const int begin = int64_t(d.out_height) * i / d.bands, end = int64_t(d.out_height) * (i + 1) / d.bands;
   const int rows = end - begin, blocks = (rows + d.block_rows - 1) / d.block_rows;
+  const Cut cut(rows, blocks);
   const int staged = (rows - 1) * d.row_stride + (d.kernel_rows - 1) * d.row_dilation + 1;
   for (int p = 0; p < P; p++)
     stage_rows(d, x + (channel + p * apart) * plane_size, begin * d.row_stride - d.top, staged,
@@ -216,7 +232,7 @@ void run_band(const Depthwise& d, const Compute* compute_rows, Block block, int 
   const float* residual = block.residual.first;
   for (int k = channel * d.multiplier; k < (channel + 1) * d.multiplier; k++) {
     for (int b = 0; b < blocks; b++) {
-      const int row = rows * b / blocks;
+      const int row = cut.begin(b);
       const int64_t place = k * out_size + int64_t(begin + row) * d.out_width;
       block.stage = {stage + int64_t(row) * d.row_stride * d.pitch, d.stage_size};
       block.weights = {d.weights + int64_t(k) * taps, int64_t(k_apart) * taps};
@@ -224,7 +240,7 @@ void run_band(const Depthwise& d, const Compute* compute_rows, Block block, int 
       block.residual = {residual ? residual + place : nullptr, k_apart * out_size};
       block.y = {y + place, k_apart * out_size};
       block.left = int64_t(rows - row) * d.out_width;
-      block.rows = rows * (b + 1) / blocks - row;
+      block.rows = cut.begin(b + 1) - row;
       block.epilogue = {d.activation, d.slope[k]};
       compute_rows[block.rows - 1](d, block);
     }
@@ -238,12 +254,19 @@ void run_bands(const Depthwise& d, const DepthwiseTensors& tensors, int64_t firs
   block.low = d.activation == Activation::none ? -__builtin_inff() : 0.0f;
   block.high = d.activation == Activation::relu6 ? 6.0f : __builtin_inff();
   block.is_only_bounded = is_bound(d.activation) && !tensors.residual;
+  const Cut cut(d.out_height, d.bands);
+  int band = first % d.bands;
+  int64_t group = first / d.bands % d.groups, sample = first / d.bands / d.groups;
   for (int64_t i = first; i < end; i++) {
-    const int64_t group = i / d.bands, sample = group / d.groups;
     block.residual.first = tensors.residual ? tensors.residual + sample * tensors.residual_stride : nullptr;
     block.y.first = tensors.y + sample * tensors.y_stride;
-    run_band<P>(d, compute_rows, block, static_cast<int>(group % d.groups) * P, static_cast<int>(i % d.bands),
+    run_band<P>(d, compute_rows, block, static_cast<int>(group) * P, cut.begin(band), cut.begin(band + 1),
                 tensors.x + sample * tensors.x_stride, stage);
+    if (++band < d.bands) continue;
+    band = 0;
+    if (++group < d.groups) continue;
+    group = 0;
+    sample++;
   }
 }
 

@@ -149,8 +149,9 @@ std::vector<T> records(const nanobind::dict& tables, const char* name) {
 template <class T>
 std::vector<T> numbers(const nanobind::dict& tables, const char* name) {
   using Numbers = nanobind::ndarray<const T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
+  const nanobind::object table = tables[name];
   Numbers array;
-  if (!nanobind::try_cast<Numbers>(tables[name], array, false)) {
+  if (!nanobind::try_cast<Numbers>(table, array, false)) {
     const std::string message = std::string(name) + " are a vector of " + type_of<T>();
     throw nanobind::type_error(message.c_str());
   }
