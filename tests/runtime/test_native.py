@@ -139,6 +139,9 @@ OPERATIONS: dict[str, Callable[[Any, Tensor], Any]] = {
     "pad": lambda m, x: F.pad(x, (1, 2, 3, 0)) + 1,
     "pad by a number": lambda m, x: F.pad(x, (1, 1), value=-2.0) + F.pad(x, (0, 2, -1, 1), "constant", 3.0)[:, :, :1],
     "pad as a layer": lambda m, x: m.pad(x),
+    "pixel shuffle": lambda m, x: F.pixel_shuffle(torch.cat([x, x * 2], 1), 2) + m.pixels(torch.cat([x * 3, x], 1)),
+    "batch norm": lambda m, x: F.relu(m.norm(x)) + m.plain_norm(x * 2),
+    "batch norm by a function": lambda m, x: F.batch_norm(x, m.mean, m.var, None, m.offset, False, 0.1, 0.01),
     "linear": lambda m, x: m.head(x.flatten(1)) + m.head(torch.flatten(x, 1)) * 2,
     "linear by a function": lambda m, x: F.linear(F.relu(x), m.weight) + F.linear(x, m.weight, m.bias),
     "reshape": lambda m, x: F.relu(x.reshape(x.shape[0], -1)).view(-1, x.size(1), x.size(2) * x.size(3)) + 1,
@@ -165,10 +168,19 @@ def net_for(name: str, x: Tensor) -> nn.Module:
         "up": nn.Upsample(scale_factor=3, mode="bilinear"),
         "up_nearest": nn.UpsamplingNearest2d(scale_factor=3),
         "pad": nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), nn.ConstantPad2d(1, 0.5)),
+        "norm": nn.BatchNorm2d(6),
+        "plain_norm": nn.BatchNorm2d(6, affine=False, eps=0.1),
+        "mean": torch.randn(6),
+        "var": torch.rand(6),
+        "offset": torch.randn(6),
+        "pixels": nn.PixelShuffle(2),
         "head": nn.Linear(x[0].numel(), 5),
         "weight": torch.randn(7, x.shape[-1]),
         "bias": torch.randn(7),
     }
+    for norm in (owned["norm"], owned["plain_norm"]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
     return Net(OPERATIONS[name], **owned).eval()
 
 

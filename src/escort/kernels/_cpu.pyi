@@ -57,6 +57,9 @@ class Copy(Op):
 class Pad(Op):
     def __init__(self, channels: int, input_size: Sequence[int], borders: Sequence[int], value: float) -> None: ...
 
+class BatchNorm(Op):
+    def __init__(self, channels: int, input_size: Sequence[int], epsilon: float) -> None: ...
+
 class AveragePool(Op):
     def __init__(
         self,

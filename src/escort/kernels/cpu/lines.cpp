@@ -68,6 +68,12 @@ void combine(Combine how, Epilogue epilogue, const float* a, int a_step, const f
   if (!bounds) activate(y, n, epilogue);
 }
 
+void scale(const float* x, float factor, float shift, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i) * factor + shift);
+  for (; i < n; i++) y[i] = x[i] * factor + shift;
+}
+
 inline float total(Vector v) {
   float lanes[kLanes], result = 0.0f;
   store(lanes, v);
@@ -141,6 +147,6 @@ void products(const float* x, int64_t x_stride, int64_t samples, const float* we
 }  // namespace
 
 extern const Lines ESCORT_FOR_ISA(lines);
-const Lines ESCORT_FOR_ISA(lines) = {combine, sum, accumulate, blend, products};
+const Lines ESCORT_FOR_ISA(lines) = {combine, scale, sum, accumulate, blend, products};
 
 }  // namespace escort

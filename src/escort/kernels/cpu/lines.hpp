@@ -12,6 +12,8 @@ enum class Combine : int32_t { first, add, subtract, multiply, divide, maximum, 
 struct Lines {
   // y[i] = activate(combine(a[i], b[i])). An operand with a step of 0 is one number. y may be one of the operands.
   void (*combine)(Combine, Epilogue, const float* a, int a_step, const float* b, int b_step, float* y, int64_t n);
+  // y[i] = x[i] * factor + shift.
+  void (*scale)(const float* x, float factor, float shift, float* y, int64_t n);
   // The sum of x[i].
   float (*sum)(const float* x, int64_t n);
   // y[i] += x[i], or y[i] = x[i] where it is the first.

@@ -1,6 +1,7 @@
 #include "ops.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <numeric>
 #include <stdexcept>
@@ -147,6 +148,23 @@ void Pad::run(const Input* inputs, Output output, int64_t samples, int threads) 
       std::copy(from + begin, from + end, y + begin);
       std::fill(y + end, y + out_width, value_);
     }
+  });
+}
+
+BatchNorm::BatchNorm(int64_t channels, Plane input_size, float epsilon)
+    : Op({channels * input_size[0] * input_size[1], channels, channels, channels, channels},
+         channels * input_size[0] * input_size[1]),
+      channels_(channels),
+      plane_(input_size[0] * input_size[1]),
+      epsilon_(epsilon) {}
+
+void BatchNorm::run(const Input* inputs, Output output, int64_t samples, int threads) const {
+  const float *mean = inputs[1].data, *variance = inputs[2].data, *weight = inputs[3].data, *bias = inputs[4].data;
+  for_planes(channels_, samples, plane_, threads, [&](int64_t sample, int64_t channel, int) {
+    const float scale = (weight ? weight[channel] : 1.0f) / std::sqrt(variance[channel] + epsilon_);
+    const float shift = (bias ? bias[channel] : 0.0f) - mean[channel] * scale;
+    lines().scale(inputs[0].data + sample * inputs[0].stride + channel * plane_, scale, shift,
+                  output.data + sample * output.stride + channel * plane_, plane_);
   });
 }
 

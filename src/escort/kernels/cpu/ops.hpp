@@ -51,6 +51,18 @@ class Pad : public Op {
   float value_;
 };
 
+// y = (x - mean) / sqrt(variance + epsilon) * weight + bias, channel by channel. Inputs are x, mean, variance, weight
+// and bias, of which the last two may be left out.
+class BatchNorm : public Op {
+ public:
+  BatchNorm(int64_t channels, Plane input_size, float epsilon);
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
+
+ private:
+  int64_t channels_, plane_;
+  float epsilon_;
+};
+
 // The rows or columns that are averaged into one, and what their sum is divided by.
 struct Window {
   int32_t begin, end;

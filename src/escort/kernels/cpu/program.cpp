@@ -15,7 +15,7 @@ namespace {
 // Memory that runs take turns with: as many pieces as runs were under way at once, at most kMostIdle. Each is as large
 // as the largest run that had it; larger ones than kMostKept go back at once.
 constexpr int kMostIdle = 8;
-constexpr int64_t kMostKept = 1 << 26;  // floats: 256 MiB
+constexpr int64_t kMostKept = 1 << 24;  // floats: 64 MiB
 
 struct Arena {
   explicit Arena(int64_t size)

@@ -102,6 +102,8 @@ void bind_program(nb::module_& m) {
   nb::class_<Pad, Op>(m, "Pad", "borders: at the left, right, top and bottom.")
       .def(nb::init<int64_t, Plane, std::array<int64_t, 4>, float>(), "channels"_a, "input_size"_a, "borders"_a,
            "value"_a);
+  nb::class_<BatchNorm, Op>(m, "BatchNorm")
+      .def(nb::init<int64_t, Plane, float>(), "channels"_a, "input_size"_a, "epsilon"_a);
   bind_plane_op<AveragePool, Window>(m, "AveragePool");
   bind_plane_op<Resize, Between>(m, "Resize");
   nb::class_<Linear, Op>(m, "Linear").def(nb::init<int64_t, int64_t>(), "in_features"_a, "out_features"_a);

@@ -258,7 +258,8 @@ class _Recorder:
             if self._draft.instructions:
                 segment = self._segment(numbers, steps)
                 self._parts.append(segment)
-                segment.run(self._values)
+                if not segment.run(self._values):
+                    run_steps(steps, self._values)
             else:
                 self._add_steps(steps)
                 run_steps(steps, self._values)

@@ -159,6 +159,38 @@ class Operations(Call):
         op = _cpu.Copy((of_group, groups, inner), (inner, of_group * inner, 1))
         return self.make(op, samples, self.samples(x, samples))
 
+    def pixel_shuffle(self, input: Any, upscale_factor: int) -> Value:  # noqa: A002
+        x = self.contiguous(self.tensor(input, ndim=4))
+        samples, channels, height, width = x.shape
+        r, plane = upscale_factor, height * width
+        op = _cpu.Copy((channels // r**2, height, r, width, r), (r * r * plane, width, r * plane, 1, plane))
+        return self.make(op, samples, self.samples(x, samples))
+
+    def batch_norm(
+        self,
+        input: Any,  # noqa: A002
+        running_mean: Any,
+        running_var: Any,
+        weight: Any = None,
+        bias: Any = None,
+        *options: Any,
+        **others: Any,
+    ) -> Value:
+        """options: training, momentum and eps, as torch's function takes them."""
+        settings = dict(zip(("training", "momentum", "eps"), options, strict=False)) | others
+        x, epsilon = self.tensor(input, ndim=4), settings.pop("eps", 1e-5)
+        if settings.pop("training", False) or running_mean is None or settings.keys() > {"momentum"}:
+            raise NotNativeError("computes with the statistics of the batch")
+        of_channels = [
+            None if each is None else _whole(self.tensor(each)) for each in (running_mean, running_var, weight, bias)
+        ]
+        op = _cpu.BatchNorm(x.shape[1], x.shape[2:], epsilon)
+        return self.make(op, x.shape[0], self.samples(x, x.shape[0]), *of_channels)
+
+    def batch_norm_layer(self, input: Any, *tensors: Any) -> Value:  # noqa: A002
+        *tensors_of_channels, training, epsilon = tensors
+        return self.batch_norm(input, *tensors_of_channels, training=training, eps=epsilon)
+
     def rearranged(self, input: Any, *_: Any, **__: Any) -> Value:  # noqa: A002
         """A contiguous copy, of which the result is a view: it is called where the result is no view of the input."""
         x = self.contiguous(self.tensor(input), copy=True)
@@ -267,7 +299,7 @@ OPERATIONS: Mapping[str, Callable[..., Value]] = {
         name: getattr(Operations, name)
         for name in """
         adaptive_avg_pool2d avg_pool2d cat channel_shuffle clamp gelu hardtanh interpolate leaky_relu linear max_pool2d
-        mean pad
+        batch_norm mean pad pixel_shuffle
         """.split()
     },
     **{"concat": Operations.cat, "constant_pad_nd": Operations.constant_pad},
@@ -283,6 +315,8 @@ LAYERS: Mapping[type[nn.Module], tuple[Callable[..., Value], str]] = {
         cls: (Operations.interpolate, "size scale_factor mode align_corners recompute_scale_factor")
         for cls in (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
     },
+    nn.BatchNorm2d: (Operations.batch_norm_layer, "running_mean running_var weight bias training eps"),
+    nn.PixelShuffle: (Operations.pixel_shuffle, "upscale_factor"),
     nn.Linear: (Operations.linear, "weight bias"),
     **{cls: (Operations.rearranged, "") for cls in (nn.Flatten, nn.Unflatten)},
     nn.ChannelShuffle: (Operations.channel_shuffle, "groups"),
@@ -307,7 +341,7 @@ def has_operation(layer: nn.Module) -> bool:
 def settings(layer: nn.Module) -> list[Any]:
     """The attributes of a layer, besides tensors, that its calls depend on."""
     names = LAYERS[type(layer)][1].split() if type(layer) in LAYERS else []
-    return [getattr(layer, name) for name in names if name not in layer._parameters]
+    return [getattr(layer, name) for name in names if name not in layer._parameters and name not in layer._buffers]
 
 
 def empty_result(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -315,9 +349,11 @@ def empty_result(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if isinstance(layer, SparseConv2d):
         return _empty_convolved(layer, *args, **kwargs)
     twin = copy.copy(layer)  # other threads call the layer meanwhile
-    twin._parameters = {name: x if x is None else nn.Parameter(x.to("meta")) for name, x in layer._parameters.items()}
-    with torch.no_grad():
-        return twin(*args, **kwargs)
+    twin.__dict__ |= {
+        kind: {name: x if x is None else torch.empty_like(x, device="meta") for name, x in vars(layer)[kind].items()}
+        for kind in ("_parameters", "_buffers")
+    }
+    return twin(*args, **kwargs)
 
 
 def _empty_convolved(layer: SparseConv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
