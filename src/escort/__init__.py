@@ -18,7 +18,8 @@ from escort import prune
 from escort.artifact import ArtifactError, load, save
 from escort.filter import SparseFilter
 from escort.network.convert import convert, replan
-from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.model import ConvertedModel
+from escort.network.plan import NetworkPlan
 from escort.planner import Candidate, Plan, plan_layer
 from escort.problem import Epilogue, Problem
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from escort.artifact import ArtifactError, load, save
 from escort.layers import SparseConv2d
 from escort.network.convert import ConvertedModel, convert
-from escort.network.model import NetworkPlan
+from escort.network.plan import NetworkPlan
 from escort.runtime import Program
 from escort.runtime.saved.builders import OWN
 from escort.runtime.saved.description import describe

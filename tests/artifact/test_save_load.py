@@ -18,7 +18,8 @@ from torch import nn
 
 from escort.artifact import ArtifactError, load, save
 from escort.network.convert import convert
-from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.model import ConvertedModel
+from escort.network.plan import NetworkPlan
 from tests.artifact.networks import Residual, Untraceable, X, assert_same, sparse
 
 

@@ -18,7 +18,7 @@ from typer.testing import Result
 
 from escort import artifact, cache, report
 from escort.cli import engines, models
-from escort.network.model import NetworkPlan
+from escort.network.plan import NetworkPlan
 from escort.planner import plan_layer, planner
 from escort.planner.plan import Plan
 from escort.report import Console, printable

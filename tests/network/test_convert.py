@@ -18,8 +18,8 @@ from escort import reference
 from escort.layers import MaxPool2d, SparseConv2d
 from escort.network import choose
 from escort.network.choose import NETWORK_ERROR_BOUND
-from escort.network.model import ConvertedModel, NetworkPlan
-from escort.network.plan_table import plan_table
+from escort.network.model import ConvertedModel
+from escort.network.plan import NetworkPlan, plan_table
 from escort.planner import cores, measure, planner
 from escort.runtime import Program
 from tests.network.models import Branching, Masked, Small, pruned, three_convolutions

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import escort
-from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.model import ConvertedModel
+from escort.network.plan import NetworkPlan
 from escort.planner import timing
 from tests.network.models import Branching, Masked, Small, pruned
 from tests.runtime.fake_gpu import FakeGpu, install

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import escort
 from escort.network.choose import NETWORK_ERROR_BOUND
-from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.model import ConvertedModel
 from escort.network.passes import widen
+from escort.network.plan import NetworkPlan
 from escort.reference import compare
 from tests.network.patterns import traced
 from tests.network.rewritten import settled

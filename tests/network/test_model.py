@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from escort.network.model import NetworkPlan
+from escort.network.plan import NetworkPlan
 from escort.planner.machine import Machine, find_device
 
 PLAN = NetworkPlan(

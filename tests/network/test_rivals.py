@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import escort
 from escort.network.check import Request
 from escort.network.example import Example
-from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.model import ConvertedModel
 from escort.network.original import run_original
+from escort.network.plan import NetworkPlan
 from escort.network.rivals import compare_with_compiled, compiled
 from escort.planner import timing
 from tests.network.models import Small, pruned

@@ -14,7 +14,7 @@ from escort.artifact.container import Container
 from escort.filter import SparseFilter
 from escort.layers import SparseConv2d
 from escort.methods import Config, Method, for_device
-from escort.network.model import NetworkPlan
+from escort.network.plan import NetworkPlan
 from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan
 from escort.planner.checked import check_fields

@@ -27,8 +27,9 @@ from escort.layers import SparseConv2d
 from escort.methods import by_name
 from escort.network.check import Effort
 from escort.network.convert import replan
-from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.model import ConvertedModel
 from escort.network.original import plain_copy, unwrap
+from escort.network.plan import NetworkPlan
 from escort.planner.cores import on_all_cores
 from escort.planner.machine import Machine, find_device
 from escort.problem import Precision

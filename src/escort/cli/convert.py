@@ -13,7 +13,7 @@ from escort import report
 from escort.artifact.kernels import beside
 from escort.cli.console import Output
 from escort.cli.options import ModelOptions, check_writable, command
-from escort.network.plan_table import plan_table
+from escort.network.plan import plan_table
 from escort.planner.machine import find_device
 
 

@@ -11,8 +11,7 @@ from escort import artifact, report
 from escort.cli import checkpoints, models
 from escort.cli.console import Output, check_is_file
 from escort.cli.options import SAVED, ModelOptions, command
-from escort.network.model import NetworkPlan
-from escort.network.plan_table import plan_table
+from escort.network.plan import NetworkPlan, plan_table
 from escort.planner.plan import Candidate
 
 

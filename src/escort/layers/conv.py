@@ -320,15 +320,9 @@ class SparseConv2d(ConvLike):
             runners.check_not_capturing(self.values.device)
             problem = self.problem(batch, height, width)
             problem = self._plain(problem) if alone else problem
-            return runners.prepare(
-                problem,
-                self.filter,
-                self.bias,
-                Choice.of(self.plan),
-                self.name,
-                self.counters,
-                None if alone else self.slope,
-            )
+            arrays = self.filter, self.bias
+            slope = None if alone else self.slope
+            return runners.prepare(problem, *arrays, Choice.of(self.plan), self.name, self.counters, slope)
         except (ValueError, RuntimeError) as error:
             kinds = (ValueError, torch.OutOfMemoryError, RuntimeError)
             raise next(kind for kind in kinds if isinstance(error, kind))(f"layer {self.name}: {error}") from error

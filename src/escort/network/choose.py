@@ -15,8 +15,9 @@ from escort.network import batching
 from escort.network.check import Request
 from escort.network.context import dense_in
 from escort.network.example import Example
-from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.model import ConvertedModel
 from escort.network.original import Original
+from escort.network.plan import NetworkPlan
 from escort.network.swap import Swapped
 from escort.network.values import largest_error, tensors_of
 from escort.planner import timing

@@ -30,10 +30,11 @@ from escort.network.choose import choose, race, run_in_parts, samples_to_try
 from escort.network.context import dense_in, on_device, running_out
 from escort.network.example import Example
 from escort.network.memory import keep_freed_memory
-from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.model import ConvertedModel
 from escort.network.original import Original, plain_copy, run_original, unwrap
 from escort.network.passes import rewrite, widen
 from escort.network.passes.channels_last import in_memory_formats
+from escort.network.plan import NetworkPlan
 from escort.network.progress import Progress
 from escort.network.rivals import compare_with_compiled
 from escort.network.swap import Swapped, check_calls, find_layers, likely, plan_into, record_calls, swap

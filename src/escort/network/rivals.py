@@ -17,8 +17,9 @@ from escort.network.check import Request
 from escort.network.choose import NETWORK_ERROR_BOUND, race
 from escort.network.context import dense_in
 from escort.network.example import Example
-from escort.network.model import ConvertedModel, NetworkPlan
+from escort.network.model import ConvertedModel
 from escort.network.original import Original
+from escort.network.plan import NetworkPlan
 from escort.network.tracing.state import same_draws
 from escort.network.values import largest_error, tensors_of
 from escort.planner import timing

@@ -27,6 +27,6 @@ struct Epilogue {  // what runs behind the sums of one output channel and its re
 };
 
 // Whether an activation only bounds its argument, which costs no more than an instruction or two per vector.
-inline bool is_bound(Activation activation) { return activation <= Activation::relu6; }
+static inline bool is_bound(Activation activation) { return activation <= Activation::relu6; }
 
 }  // namespace escort

@@ -137,7 +137,7 @@ inline void accumulate_channels(const Direct& d, const Tile& tile, const Places&
     common = min(common, out[g + 1].first_nonzero - out[g].first_nonzero);
   }
   const auto add = [&](int g) __attribute__((always_inline)) {
-    const Vector weight = Vector{} + nonzero[g]->value;
+    const Vector weight = nonzero[g]->value - Vector{};  // plus zeros, which changes -0, would be an instruction
     const float* p = places.x + nonzero[g]->offset;
     nonzero[g]++;
 #pragma GCC unroll 28

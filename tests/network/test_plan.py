@@ -12,8 +12,7 @@ from torch import nn
 
 import escort
 from escort import report
-from escort.network.model import NetworkPlan
-from escort.network.plan_table import machine_line, plan_table
+from escort.network.plan import NetworkPlan, machine_line, plan_table
 from escort.planner import Candidate, Plan, timing
 from escort.planner.machine import Machine
 from escort.problem import Problem

@@ -1,0 +1,307 @@
+"""The plan of a network, and its table: what runs each layer, how long it takes, what became of the other methods."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+
+from escort import report
+from escort.methods import dense_for
+from escort.network.example import Example
+from escort.planner import Plan
+from escort.planner.machine import Machine
+from escort.planner.timing import Timer
+from escort.problem import MemoryFormat, Precision, Problem
+from escort.report import Table
+
+_NAMES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES}
+#: Fields of a plan that are JSON values as they are, and that it holds where they say anything.
+_PLAIN = "not_tried packed_inputs refused rivals not_saved not_captured native_steps not_native widened".split()
+_COLUMNS = ("Layer", "Convolution", "Method", "µs", "Dense µs", "Speedup", "Others µs")
+_MOST_NAMES = 4  # of steps that are listed for a reason
+#: What is said of times that were not taken of the layer itself.
+_TIMES_FROM = {"equal layer": "equal layers", "plan store": "the plan store"}
+#: How a network is not tried, where that is not in a memory format.
+_WAYS = {"graph": "as a graph", "torch.compile": "by torch.compile"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkPlan:
+    """What became of each convolution of a model, and how long the whole takes. Printed, it is a table.
+
+    Attributes:
+        layers: layer name to plan, in the order of execution.
+        skipped: layer name to the reason why it was left alone.
+        packed_inputs: whether some inputs come in lists or dicts, or are no tensors, so that shapes do not tell them.
+        refused: why the converted network was not taken, whatever its time; None where it is right.
+        not_tried: why the network was not tried as a "graph", in "channels_last" or by "torch.compile".
+        input_shapes: the example's shapes.
+        input_dtypes: the example's types, as torch writes them without its name.
+        input_names: the names of those inputs that are given by name, which are the last ones.
+        dense_time_us, converted_time_us: median time of a forward on the example, of the model as given (None where the
+            network was planned anew) and converted, both in `precision`.
+        rel_error: ``||out - ref|| / ||ref||`` of the converted network against the original.
+        kept_dense: whether the original network was kept because converting it did not pay.
+        machine: what it was measured on.
+        samples: how many samples of a larger batch run at a time; None for all (see :mod:`escort.network.batching`).
+        precision: what the convolutions compute in.
+        device: what they were planned on, as torch writes it.
+        timer: how both times were taken (see :mod:`escort.planner.timing`).
+        rivals: median times in us of the dense model by others: by "torch.compile". It is never what was kept.
+        not_saved: why the network cannot be saved; None where it can.
+        not_captured: why calls on a GPU replay no CUDA graph; None where they do.
+        native_steps, not_native: how many steps run natively on a CPU, and why the others do not.
+        methods: the methods that the choice was restricted to; empty where it was among all.
+        widened: the original's type, "float16" or "bfloat16", where it is computed in float32; empty where in its own.
+    """
+
+    layers: dict[str, Plan]
+    skipped: dict[str, str]
+    input_shapes: tuple[tuple[int, ...], ...]
+    dense_time_us: float | None
+    converted_time_us: float
+    rel_error: float
+    kept_dense: bool
+    machine: Machine
+    samples: int | None = None
+    precision: Precision = "fp32"
+    device: str = "cpu"
+    input_dtypes: tuple[str, ...] = ()
+    timer: Timer = "calls"
+    input_names: tuple[str, ...] = ()
+    not_tried: dict[str, str] = field(default_factory=dict)
+    packed_inputs: bool = False
+    refused: str | None = None
+    rivals: dict[str, float] = field(default_factory=dict)
+    not_saved: str | None = None
+    not_captured: str | None = None
+    native_steps: int = 0
+    not_native: dict[str, str] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
+    widened: str = ""
+
+    def __str__(self) -> str:
+        return report.text(plan_table(self))
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return report.html(plan_table(self))
+
+    @property
+    def speedup(self) -> float | None:
+        """Dense time over the time of what was kept; None where the dense time is not known."""
+        if self.kept_dense:
+            return 1.0
+        return None if self.dense_time_us is None else self.dense_time_us / self.converted_time_us
+
+    @property
+    def memory_format(self) -> MemoryFormat:
+        """The memory format of the tensors that its convolutions write."""
+        return next((layer.problem.memory_format for layer in self.layers.values()), "contiguous")
+
+    @property
+    def reason(self) -> str | None:
+        """Why the original network was kept, None where it was converted."""
+        if not self.kept_dense:
+            return None
+        if self.refused is not None:
+            return f"{self.refused}: the original is kept"
+        return (
+            f"the converted network takes {self.converted_time_us:.0f} us, the original {self.dense_time_us:.0f} us: "
+            "the original is kept; prune further or use a larger input"
+        )
+
+    @property
+    def input_types(self) -> tuple[torch.dtype, ...]:
+        """The example's types."""
+        return tuple(_DTYPES[name] for name in self.input_dtypes) or (torch.float32,) * len(self.input_shapes)
+
+    def example(self, device: torch.device | str) -> Example | None:
+        """Random inputs like those that the network was planned for; zeros where they are no floating-point numbers.
+
+        None where shapes do not tell what the inputs are.
+        """
+        if self.packed_inputs:
+            return None
+        tensors = [
+            (torch.randn if dtype.is_floating_point else torch.zeros)(shape, dtype=dtype, device=device)
+            for shape, dtype in zip(self.input_shapes, self.input_types, strict=True)
+        ]
+        positional = len(tensors) - len(self.input_names)
+        return Example(tuple(tensors[:positional]), dict(zip(self.input_names, tensors[positional:], strict=True)))
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; the last eleven where they say anything."""
+        data: dict[str, Any] = {
+            "layers": {name: plan.to_json() for name, plan in self.layers.items()},
+            "skipped": self.skipped,
+            "input_shapes": [list(shape) for shape in self.input_shapes],
+            "dense_time_us": self.dense_time_us,
+            "converted_time_us": self.converted_time_us,
+            "rel_error": self.rel_error,
+            "kept_dense": self.kept_dense,
+            "machine": self.machine.to_json(),
+            "samples": self.samples,
+            "precision": self.precision,
+            "device": self.device,
+            "input_dtypes": list(self.input_dtypes),
+            "timer": self.timer,
+        }
+        sometimes = {
+            **{"input_names": list(self.input_names), "methods": list(self.methods)},
+            **{name: getattr(self, name) for name in _PLAIN},
+        }
+        return data | {name: value for name, value in sometimes.items() if value}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> NetworkPlan:
+        """The plan behind :meth:`to_json`. Raises ValueError on anything else."""
+        try:
+            plan = cls(
+                layers={str(name): Plan.from_json(plan) for name, plan in data["layers"].items()},
+                skipped=_texts(data["skipped"]),
+                input_shapes=tuple(tuple(int(size) for size in shape) for shape in data["input_shapes"]),
+                dense_time_us=None if data["dense_time_us"] is None else float(data["dense_time_us"]),
+                converted_time_us=float(data["converted_time_us"]),
+                rel_error=float(data["rel_error"]),
+                kept_dense=bool(data["kept_dense"]),
+                machine=Machine.from_json(data["machine"]),
+                samples=None if data.get("samples") is None else max(int(data["samples"]), 1),
+                precision=data.get("precision", "fp32"),
+                device=str(data.get("device", "cpu")),
+                input_dtypes=tuple(str(name) for name in data.get("input_dtypes", ())),
+                timer=data.get("timer", "calls"),
+                input_names=tuple(str(name) for name in data.get("input_names", ())),
+                not_tried=_texts(data.get("not_tried", {})),
+                packed_inputs=bool(data.get("packed_inputs", False)),
+                refused=None if data.get("refused") is None else str(data["refused"]),
+                rivals={str(name): float(time_us) for name, time_us in data.get("rivals", {}).items()},
+                not_saved=None if data.get("not_saved") is None else str(data["not_saved"]),
+                not_captured=None if data.get("not_captured") is None else str(data["not_captured"]),
+                native_steps=int(data.get("native_steps", 0)),
+                not_native=_texts(data.get("not_native", {})),
+                methods=tuple(str(name) for name in data.get("methods", ())),
+                widened=str(data.get("widened", "")),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a network plan: {error}") from error
+        plan._check()
+        return plan
+
+    def _check(self) -> None:
+        """Raises ValueError where the fields contradict each other."""
+        problems = [layer.problem for layer in self.layers.values()]
+        kinds = {(problem.device, problem.precision, problem.memory_format) for problem in problems}
+        if (
+            not re.fullmatch(r"cpu|cuda:\d{1,3}", self.device)
+            or self.precision not in get_args(Precision)
+            or self.timer not in get_args(Timer)
+            or len(self.input_dtypes) not in (0, len(self.input_shapes))
+            or not all(name in _DTYPES for name in self.input_dtypes)
+            or len(set(self.input_names)) != len(self.input_names)
+            or len(self.input_names) > len(self.input_shapes)
+            or self.widened not in ("", "float16", "bfloat16")
+            or not kinds <= {(self.device, self.precision, self.memory_format)}
+        ):
+            raise ValueError(
+                f"not a network plan: its layers are for {kinds}, the whole for {self.device} in {self.precision}, "
+                f"inputs of {self.input_dtypes} and named {self.input_names}, timed by {self.timer}"
+            )
+
+
+def plan_table(plan: NetworkPlan, heading: str = "Plan per layer") -> Table:
+    """One line per layer, then those that were left alone, then the whole network and its rivals."""
+    lines = [_layer(name, layer) for name, layer in plan.layers.items()]
+    lines += [(name, "", "left alone", "-", "-", "-", reason) for name, reason in plan.skipped.items()]
+    kept = "kept dense" if plan.kept_dense else "escort"
+    times = _us(plan.converted_time_us), _us(plan.dense_time_us), _ratio(plan.dense_time_us, plan.converted_time_us)
+    lines.append(("whole network", "", kept, *times, plan.reason or ""))
+    for rival, time_us in plan.rivals.items():
+        times = _us(time_us), _us(plan.dense_time_us), _ratio(plan.dense_time_us, time_us)
+        lines.append(("whole network", "", rival, *times, "of the dense model, for comparison"))
+    return Table(heading, _COLUMNS, tuple(lines), _caption(plan))
+
+
+def machine_line(machine: Machine) -> str:
+    """What a measurement was made on, in a few words."""
+    host = f"{machine.threads} thread{'' if machine.threads == 1 else 's'}"
+    if machine.cuda:
+        host = f"driver {machine.driver}, CUDA {machine.cuda}"
+    return f"{machine.device}, {machine.isa}, {host}, torch {machine.torch}"
+
+
+def convolution(p: Problem) -> str:
+    """A convolution in a few words: channels, kernel_size, input size, stride and groups."""
+    text = f"{p.in_channels}->{p.out_channels} {p.kernel_size[0]}x{p.kernel_size[1]}, {p.height}x{p.width}"
+    if p.stride != (1, 1):
+        text += f" /{p.stride[0]}" if p.stride[0] == p.stride[1] else f" /{p.stride[0]},{p.stride[1]}"
+    return text + (f", {p.groups} groups" if p.groups > 1 else "")
+
+
+def _layer(name: str, plan: Plan) -> tuple[str, ...]:
+    times = _us(plan.time_us), _us(plan.dense_time_us), _ratio(plan.dense_time_us, plan.time_us)
+    return (name, convolution(plan.problem), plan.method, *times, _others(plan))
+
+
+def _others(plan: Plan) -> str:
+    """The best times of the methods that have no column of their own, and why a method was refused."""
+    texts = []
+    dense = dense_for(plan.problem.device).name
+    for method in dict.fromkeys(candidate.method for candidate in plan.candidates if candidate.method != plan.method):
+        time_us = plan.best_us(method)
+        if method == dense and time_us is not None:
+            continue
+        reasons = (c.reason for c in plan.candidates if c.method == method and c.reason)
+        texts.append(f"{method} {_us(time_us)}" if time_us is not None else f"{method}: {next(reasons, 'not timed')}")
+    return "; ".join(texts)
+
+
+def _caption(plan: NetworkPlan) -> str:
+    shapes = ", ".join("x".join(map(str, shape)) for shape in plan.input_shapes)
+    memory_format = "" if plan.memory_format == "contiguous" else f", tensors in {plan.memory_format}"
+    caption = f"Medians for an input of {shapes}{memory_format}, on {machine_line(plan.machine)}."
+    if plan.widened and not plan.kept_dense:
+        caption += f" Computed in {plan.precision}; inputs and outputs of {plan.widened} are converted."
+    for way, reason in plan.not_tried.items():
+        caption += f" Not tried {_WAYS.get(way, f'in {way}')}: {reason}."
+    for source, phrase in _TIMES_FROM.items():
+        if count := sum(layer.times_from == source for layer in plan.layers.values()):
+            caption += f" The times of {count} of {len(plan.layers)} layers are from {phrase}."
+    if scattered := sum(not layer.is_steady for layer in plan.layers.values()):
+        caption += f" The times of {scattered} of {len(plan.layers)} layers were disturbed by other processes."
+    caption += _steps(plan.native_steps, plan.not_native)
+    caption += f" Calls replay no CUDA graph: {plan.not_captured}." if plan.not_captured else ""
+    return caption + (f" It cannot be saved: {plan.not_saved}." if plan.not_saved else "")
+
+
+def _steps(native: int, others: Mapping[str, str]) -> str:
+    """How many steps run natively, and the others by reason."""
+    if not others:
+        return f" All {native} steps run natively." if native else ""
+    groups: dict[str, list[str]] = {}
+    for name, reason in others.items():
+        groups.setdefault(reason, []).append(name)
+    parts = []
+    for reason, names in groups.items():
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        parts.append(f"{', '.join(names[:_MOST_NAMES])}{more} ({reason})")
+    return f" {native} of {native + len(others)} steps run natively; not {'; '.join(parts)}."
+
+
+def _us(time_us: float | None) -> str:
+    if time_us is None:
+        return "-"
+    return f"{time_us:,.0f}" if time_us >= 10 else f"{time_us:.1f}"
+
+
+def _ratio(slow_us: float | None, fast_us: float | None) -> str:
+    return f"{slow_us / fast_us:.2f}x" if slow_us and fast_us else "-"
+
+
+def _texts(data: dict[str, Any]) -> dict[str, str]:
+    return {str(name): str(text) for name, text in data.items()}
