@@ -18,6 +18,7 @@ from escort.layers.observed import is_observed
 from escort.network import batching
 from escort.network.example import Example, is_shape
 from escort.network.memory import keep_freed_memory
+from escort.network.plan import NetworkPlan
 from escort.network.tracing.state import unchanged
 from escort.network.values import tensors_of
 from escort.runtime import Graphs, Program, how_calls_run, not_capturable
