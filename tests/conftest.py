@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from escort.cli import rivals
+from escort.cli.engines import turns
 from escort.kernels import _cpu
 from escort.planner import measure
 
@@ -18,6 +21,21 @@ from escort.planner import measure
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_turns() -> Iterator[None]:
+    """Engines that are timed in processes of their own run for a moment, at most twice, and are not tried again."""
+    told, take_turns = turns.job, turns.take_turns
+
+    def short(engines: Any, expected: Any, bound: float, folder: Path, asked: Any) -> Any:
+        return take_turns(engines, expected, bound, folder, replace(asked, rounds=min(asked.rounds, 2)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns, "job", lambda *about: {**told(*about), "seconds": 0.01})
+        patch.setattr(turns, "_TRIES", 1)
+        patch.setattr(rivals, "take_turns", short)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -62,6 +62,9 @@ def rank(model: nn.Module, x: Tensor, say: Callable[[str], object] = lambda line
 
     Args:
         say: is told of each layer.
+
+    Raises:
+        RuntimeError: where no layer has several candidates that are close, as in a network that is kept dense.
     """
     begin = time.perf_counter()
     converted = convert(model, x, remeasure=True)
@@ -89,6 +92,9 @@ def rank(model: nn.Module, x: Tensor, say: Callable[[str], object] = lambda line
         ranked.append(each)
         agree, pairs = each.pairs
         say(f"{each.name}: {close[0].method}, loss {each.loss:.1%}, {agree} of {pairs} pairs in the same order")
+    if not ranked:
+        kept = "the network was kept dense" if converted.plan.kept_dense else "no layer has candidates that are close"
+        raise RuntimeError(f"there is nothing to rank: {kept}; run it on an idle machine, or on another network")
     return ranked
 
 

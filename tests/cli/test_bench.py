@@ -23,14 +23,6 @@ X = (torch.randn(2, 3, 8, 8),)
 ONE_ROUND = "--rounds", "1"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turns as short as can be, each tried once."""
-    told = turns.job
-    monkeypatch.setattr(turns, "job", lambda *about: {**told(*about), "seconds": 0.01})
-    monkeypatch.setattr(turns, "_TRIES", 1)
-
-
 def test_bench_of_a_model(pruned: Path) -> None:
     args = "--checkpoint", pruned, "--input", "2,3,8,8", "--against", "eager", "--rounds", "2", "--threads", "1"
     report = succeed_json("bench", TINY, *args)
