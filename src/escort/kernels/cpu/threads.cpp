@@ -188,8 +188,9 @@ struct Meeting {
   Clock::time_point end;
   std::atomic<int> present{0};
 };
-constexpr int kMostForkJoin = 50'000;                    // ns, where a core is busy with something else
-constexpr std::chrono::milliseconds kMostMeasuring{20};  // as OpenMP's barriers take milliseconds there
+constexpr int kMostForkJoin = 50'000;                   // ns, where a core is busy with something else
+constexpr std::chrono::milliseconds kMostMeasuring{5};  // as OpenMP's barriers take milliseconds there
+constexpr std::chrono::milliseconds kRetry{200};
 
 void meet(const void* m, int) {
   Meeting& meeting = *static_cast<Meeting*>(const_cast<void*>(m));
@@ -243,15 +244,21 @@ double fork_join_ns(int threads) {
   std::atomic<float>& known = fork_joins[team != nullptr][threads];
   float least = known.load(std::memory_order_relaxed);
   if (least > 0) return least;
+  static std::atomic<Clock::rep> next_try{0};
   const Clock::time_point first = Clock::now();
   least = kMostForkJoin;
+  if (first.time_since_epoch().count() < next_try) return least;
   for (int i = 0; i < 30 && Clock::now() - first < kMostMeasuring; i++) {
     const Clock::time_point begin = Clock::now();
     Meeting meeting{threads, begin + std::chrono::nanoseconds(kMostForkJoin)};
     team ? team->run(threads, meet, &meeting) : fork_join(threads, meet, &meeting);
     least = std::min(least, std::chrono::duration<float, std::nano>(Clock::now() - begin).count());
   }
-  known.store(least, std::memory_order_relaxed);
+  if (least < kMostForkJoin) {
+    known.store(least, std::memory_order_relaxed);
+  } else {  // a core is busy with something else
+    next_try = (Clock::now() + kRetry).time_since_epoch().count();
+  }
   return least;
 }
 
