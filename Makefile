@@ -82,7 +82,7 @@ build/tsan/threads: tests/threads.cpp src/escort/kernels/cpu/threads.cpp src/esc
 
 # setarch: this sanitizer does not find its way where addresses are random in many bits.
 test-tsan: build/tsan/threads  ## Run the threads of the CPU kernels under the thread sanitizer
-	TSAN_OPTIONS=die_after_fork=0 setarch -R $<
+	setarch -R $<
 
 fuzz: build/asan/.installed  ## Under the sanitizers: random problems (FUZZ_SECONDS=300), changed files (FUZZ_FILES=10000)
 	$(SANITIZED) -m tests.fuzz.problems --seconds $(FUZZ_SECONDS)

@@ -296,7 +296,17 @@ NB_MODULE(_cpu, m) {
       },
       "The instruction sets of this machine, fastest first: (name, floats per vector, vectors per tile).");
   m.def("keep_freed_memory", &keep_freed_memory, "most_bytes"_a);
-  m.def("fork_join_ns", &fork_join_ns, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "fork_join_ns",
+      [](int threads, bool at_hand) {
+        const nb::gil_scoped_release release;
+        if (!at_hand) return fork_join_ns(threads);
+        double taken = 0;
+        const auto measure = [&] { taken = fork_join_ns(threads); };
+        with_threads(threads, measure);
+        return taken;
+      },
+      "threads"_a, "at_hand"_a);
   m.def("assume_fork_join_ns", &assume_fork_join_ns, "nanoseconds"_a);
   m.def("spread_channels", &checked_spread_channels, "sites"_a, "channels"_a, "site_count"_a, "channel_count"_a,
         "kept"_a, "of"_a);

@@ -1,11 +1,10 @@
-// See threads.hpp.
+// See threads.hpp. Without OpenMP, and in a child of a fork, each call starts threads of its own.
 #include "threads.hpp"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 #include <pthread.h>
-#include <time.h>
 
 #include <algorithm>
 #include <chrono>
@@ -15,6 +14,7 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 namespace escort {
 namespace {
@@ -27,8 +27,8 @@ constexpr std::chrono::microseconds kPatience{50};
 // The threads of all calls that run on several: a further call that would exceed the cores runs alone.
 std::atomic<int> threads_at_work{0};
 
-// fork_join_ns by number of threads. Zero: not measured yet.
-std::atomic<float> fork_joins[kMostThreads + 1];
+// fork_join_ns by number of threads: outside and inside of with_threads. Zero: not measured yet.
+std::atomic<float> fork_joins[2][kMostThreads + 1];
 
 // Whether this thread came out of a fork: the threads that OpenMP believes it has were left behind in the parent, and a
 // parallel region would wait for them forever. Threads that a child starts later have none yet, and are as any other.
@@ -54,7 +54,7 @@ inline void pause() {
 }
 
 // Waits while `number` is `value`: awake for a while, then asleep.
-void wait_while(const std::atomic<uint32_t>& number, uint32_t value) {
+void wait_while(const std::atomic<int>& number, int value) {
   const Clock::time_point begin = Clock::now();
   do {
     for (int i = 0; i < 32; i++) {
@@ -65,22 +65,54 @@ void wait_while(const std::atomic<uint32_t>& number, uint32_t value) {
   number.wait(value);
 }
 
-// Threads that take turns with the one that the team belongs to. A turn with an odd number is open, and whoever sees it
-// may join in. The owner waits for those alone that have joined.
+// Waits for a number to be reached, and lets go of the core while it takes long: a thread that woke up on this core
+// would else come to run when the system's timer moves one of the two, which is 8 ms later. Whoever reaches the number
+// does not wake this thread, which would take the core from it on its way into OpenMP's barrier.
+void await(const std::atomic<int>& number, int value) {
+  for (const Clock::time_point begin = Clock::now(); number.load(std::memory_order_acquire) < value;) {
+    for (int i = 0; i < 32 && number.load(std::memory_order_acquire) < value; i++) pause();
+    if (Clock::now() - begin > kPatience) std::this_thread::sleep_for(std::chrono::microseconds(10));
+  }
+}
+
+// Calls call(work, thread) on up to so many threads, this one as thread 0, and waits for all of them. OpenMP is always
+// asked for the number that torch has: each change of it ends threads and starts others, which takes a millisecond.
+void fork_join(int threads, Call call, const void* work) {
+#ifdef _OPENMP
+  if (!came_out_of_fork) {
+    std::atomic<int> done{0};
+#pragma omp parallel num_threads(threads)
+    {
+      call(work, omp_get_thread_num());
+      done++;
+      if (omp_get_thread_num() == 0) await(done, omp_get_num_threads());
+    }
+    return;
+  }
+#endif
+  std::vector<std::thread> others;
+  others.reserve(threads - 1);
+  try {
+    for (int t = 1; t < threads; t++) others.emplace_back(call, work, t);
+  } catch (const std::system_error&) {  // no more threads are to be had: those that are there do the work
+  }
+  call(work, 0);
+  for (std::thread& other : others) other.join();
+}
+
+// The threads of a with_threads. They take turns: a turn with an odd number is open, and whoever sees it may join in.
 class Team {
  public:
-  // For the owner alone: how many run at most, itself among them.
-  void resize(int threads) { size_ = std::min(threads, cores()); }
-  int size() const { return size_; }
+  explicit Team(int threads) : size_(std::min(threads, cores())) {}
 
-  // On the owner: calls call(work, thread) with as many others as come in time.
+  // On the thread that the team belongs to: calls call(work, thread) with as many others as come in time.
   void run(int threads, Call call, const void* work) {
     threads = std::min(threads, size_);
     if (threads <= 1) return call(work, 0);
     call_ = call;
     work_ = work;
     members_.store(threads, std::memory_order_relaxed);
-    const uint32_t turn = turn_.load(std::memory_order_relaxed) + 1;
+    const int turn = turn_.load(std::memory_order_relaxed) + 1;
     turn_.store(turn);
     turn_.notify_all();
     call(work, 0);
@@ -91,8 +123,9 @@ class Team {
 
   // On every other thread: joins in until the team is dismissed.
   void serve(int thread) {
-    std::atomic<uint32_t>& joined = joined_[thread].turn;
-    for (uint32_t turn = 0; !dismissed_.load();) {
+    if (thread >= size_) return;
+    std::atomic<int>& joined = joined_[thread].turn;
+    for (int turn = 0; turn != kDismissed;) {
       wait_while(turn_, turn);
       turn = turn_.load();
       if (turn % 2 == 0 || thread >= members_.load(std::memory_order_relaxed)) continue;
@@ -105,89 +138,27 @@ class Team {
   }
 
   void dismiss() {
-    dismissed_.store(true);
-    turn_.store(turn_.load() + 2);
+    turn_.store(kDismissed);
     turn_.notify_all();
   }
 
+  int size() const { return size_; }
+
  private:
+  static constexpr int kDismissed = -2;
   struct alignas(64) Joined {
-    std::atomic<uint32_t> turn{0};
+    std::atomic<int> turn{0};
   };
 
-  alignas(64) std::atomic<uint32_t> turn_{0};
+  alignas(64) std::atomic<int> turn_{0};
   std::atomic<int> members_{0};
-  std::atomic<bool> dismissed_{false};
   Call call_ = nullptr;
   const void* work_ = nullptr;
-  int size_ = 1;
+  const int size_;
   Joined joined_[kMostThreads];  // the turn that each thread is in, or 0
 };
 
 thread_local Team* team = nullptr;  // of the with_threads that this thread is in
-
-// Threads of our own, started when they are first needed and never ended: one call has them at a time.
-class Pool {
- public:
-  // The team, with as many threads as can be had, or null where another call has it.
-  Team* take(int threads) {
-    if (taken_.exchange(true)) return nullptr;
-    team_.resize(threads);
-    try {
-      for (; started_ < team_.size(); started_++) std::thread(&Team::serve, &team_, started_).detach();
-    } catch (const std::system_error&) {  // no more threads are to be had: those that are there do the work
-      team_.resize(started_);
-    }
-    return &team_;
-  }
-  void give_back() { taken_ = false; }
-
- private:
-  Team team_;
-  std::atomic<bool> taken_{false};
-  int started_ = 1;  // the caller counts
-};
-
-std::atomic<Pool*> pool{nullptr};  // never freed: its threads run until the process ends
-
-Pool& the_pool() {
-  if (Pool* known = pool) return *known;
-  Pool *made = new Pool, *known = nullptr;
-  if (pool.compare_exchange_strong(known, made)) return *made;
-  delete made;
-  return *known;
-}
-
-#ifdef _OPENMP
-// Whether this thread's OpenMP threads are awake, as they are for milliseconds behind an operator of torch: they then
-// hold the cores. Only whether the clock of one of them goes says so.
-bool openmp_is_awake(int threads) {
-  thread_local clockid_t clock;
-  thread_local bool known = false;
-  timespec before, after;
-  if (came_out_of_fork) return false;  // its threads were left behind in the parent
-  if (!known || clock_gettime(clock, &before) != 0) {
-    known = false;
-    bool found = false;
-    clockid_t other = 0;
-#pragma omp parallel num_threads(threads)
-    if (omp_get_thread_num() == 1) found = pthread_getcpuclockid(pthread_self(), &other) == 0;
-    clock = other;
-    return known = found;
-  }
-  return clock_gettime(clock, &after) == 0 && (before.tv_nsec != after.tv_nsec || before.tv_sec != after.tv_sec);
-}
-
-// Calls call(work, thread) on OpenMP's threads, this one as thread 0, and waits for all of them. OpenMP is always asked
-// for the number that torch has: each change of it ends threads and starts others, which takes a millisecond.
-void fork_join(int threads, Call call, const void* work) {
-#pragma omp parallel num_threads(threads)
-  call(work, omp_get_thread_num());
-}
-#else
-bool openmp_is_awake(int) { return false; }
-void fork_join(int, Call call, const void* work) { call(work, 0); }
-#endif
 
 // Says how many threads a call gets: all that it asks for, or only its own.
 class Grant {
@@ -217,8 +188,9 @@ struct Meeting {
   Clock::time_point end;
   std::atomic<int> present{0};
 };
-constexpr int kMostForkJoin = 50'000;                    // ns, where a core is busy with something else
-constexpr std::chrono::milliseconds kMostMeasuring{20};  // until the system has given each thread a core
+constexpr int kMostForkJoin = 50'000;                   // ns, where a core is busy with something else
+constexpr std::chrono::milliseconds kMostMeasuring{5};  // as OpenMP's barriers take milliseconds there
+constexpr std::chrono::milliseconds kRetry{200};
 
 void meet(const void* m, int) {
   Meeting& meeting = *static_cast<Meeting*>(const_cast<void*>(m));
@@ -235,75 +207,70 @@ struct Free {
 void on_threads(int threads, Call call, const void* work) {
   if (team) return team->run(threads, call, work);
   const Grant grant(threads);
-  if (grant.threads() > 1 && openmp_is_awake(grant.threads())) return fork_join(grant.threads(), call, work);
-  Team* own = grant.threads() > 1 ? the_pool().take(grant.threads()) : nullptr;
-  if (!own) return call(work, 0);
-  own->run(threads, call, work);
-  the_pool().give_back();
+  if (grant.threads() <= 1) return call(work, 0);
+  fork_join(grant.threads(), call, work);
 }
 
 void with_threads(int threads, const std::function<void()>& body) {
   if (team) return body();
   const Grant grant(threads);
-  std::exception_ptr error;
-  const auto lead = [&](Team& led) {
-    team = &led;
+  struct Session {
+    Team team;
+    const std::function<void()>& body;
+    std::exception_ptr error;
+  } session{Team(grant.threads()), body, nullptr};
+  const auto take_part = [](const void* s, int thread) {
+    Session& session = *static_cast<Session*>(const_cast<void*>(s));
+    if (thread > 0) return session.team.serve(thread);
+    team = &session.team;
     try {
-      body();
+      session.body();
     } catch (...) {
-      error = std::current_exception();
+      session.error = std::current_exception();
     }
     team = nullptr;
+    session.team.dismiss();
   };
-  if (grant.threads() > 1 && openmp_is_awake(grant.threads())) {
-    Team openmp;
-    openmp.resize(grant.threads());
-    const auto take_part = [&](int thread) {
-      if (thread > 0) return openmp.serve(thread);
-      lead(openmp);
-      openmp.dismiss();
-    };
-    using Part = decltype(take_part);
-    fork_join(grant.threads(), [](const void* p, int thread) { (*static_cast<Part*>(p))(thread); }, &take_part);
-  } else if (Team* own = grant.threads() > 1 ? the_pool().take(grant.threads()) : nullptr) {
-    lead(*own);
-    the_pool().give_back();
+  if (session.team.size() <= 1) {
+    take_part(&session, 0);
   } else {
-    Team alone;
-    lead(alone);
+    fork_join(grant.threads(), take_part, &session);
   }
-  if (error) std::rethrow_exception(error);
+  if (session.error) std::rethrow_exception(session.error);
 }
 
 double fork_join_ns(int threads) {
-  threads = std::clamp(threads, 1, kMostThreads);
-  std::atomic<float>& known = fork_joins[threads];
+  threads = std::clamp(threads, 1, team ? team->size() : kMostThreads);
+  std::atomic<float>& known = fork_joins[team != nullptr][threads];
   float least = known.load(std::memory_order_relaxed);
   if (least > 0) return least;
-  Team* own = team ? team : the_pool().take(threads);
-  if (!own) return kMostForkJoin;
-  const int present = std::min(threads, own->size());
+  static std::atomic<Clock::rep> next_try{0};
   const Clock::time_point first = Clock::now();
   least = kMostForkJoin;
-  for (int i = 0; i < 1000 && (i < 30 || least == kMostForkJoin) && Clock::now() - first < kMostMeasuring; i++) {
+  if (first.time_since_epoch().count() < next_try) return least;
+  for (int i = 0; i < 30 && Clock::now() - first < kMostMeasuring; i++) {
     const Clock::time_point begin = Clock::now();
-    Meeting meeting{present, begin + std::chrono::nanoseconds(kMostForkJoin)};
-    own->run(threads, meet, &meeting);
+    Meeting meeting{threads, begin + std::chrono::nanoseconds(kMostForkJoin)};
+    team ? team->run(threads, meet, &meeting) : fork_join(threads, meet, &meeting);
     least = std::min(least, std::chrono::duration<float, std::nano>(Clock::now() - begin).count());
   }
-  if (!team) the_pool().give_back();
-  known.store(least, std::memory_order_relaxed);
+  if (least < kMostForkJoin) {
+    known.store(least, std::memory_order_relaxed);
+  } else {  // a core is busy with something else
+    next_try = (Clock::now() + kRetry).time_since_epoch().count();
+  }
   return least;
 }
 
 void assume_fork_join_ns(double nanoseconds) {
-  for (std::atomic<float>& known : fork_joins) known = static_cast<float>(nanoseconds);
+  for (auto& row : fork_joins)
+    for (std::atomic<float>& known : row) known = static_cast<float>(nanoseconds);
 }
 
 int threads_for(int64_t nanoseconds, int threads) {
   constexpr double kShort = 500;  // no machine starts a thread in less: nothing is measured, and no thread started
   if (threads <= 1) return 1;
-  const bool known = fork_joins[std::min(threads, kMostThreads)].load(std::memory_order_relaxed) > 0;
+  const bool known = fork_joins[team != nullptr][std::min(threads, kMostThreads)].load(std::memory_order_relaxed) > 0;
   const double fork_join = known || nanoseconds >= 2 * kShort ? fork_join_ns(threads) : kShort;
   const double shares = static_cast<double>(nanoseconds) / (2 * fork_join);
   if (!team) return shares >= 1 ? threads : 1;  // OpenMP starts all or none
@@ -314,7 +281,7 @@ void watch_forks() {
   pthread_atfork(nullptr, nullptr, [] {
     came_out_of_fork = true;
     threads_at_work = 0;  // calls of threads that are not here
-    pool = nullptr;
+    assume_fork_join_ns(0);
   });
 }
 

@@ -1,9 +1,7 @@
 // Work on several threads, and their scratch memory.
 //
-// There are two kinds. Where OpenMP's threads are awake, as they are for milliseconds behind each operator of torch,
-// they hold the cores, and ours would add nothing: measured. They are then used. Where they are asleep, ours are:
-// OpenMP's barriers wait for every thread, which took 8 ms after a rest of 20 ms, and ours for none that comes too
-// late.
+// The threads are those of OpenMP, as in torch's operators. Threads of our own would share their cores with OpenMP's,
+// which wait for milliseconds behind each operator of torch without sleeping: measured, ours then add nothing.
 #pragma once
 
 #include <atomic>
