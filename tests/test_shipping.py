@@ -38,7 +38,7 @@ def test_a_method_asks_for_the_kernels_that_it_names(name: str, monkeypatch: pyt
             for config in method.configs(layer.problem, layer.sparse_filter)[:3]:
                 named = [key_of(each, str(each.native)) for each in method.kernels(layer.problem, config)]
                 with pytest.raises(AskedError):
-                    method.prepare(*layer, config)
+                    layer.prepare(method, config)
                 assert asked[-1] == named[0]
 
 

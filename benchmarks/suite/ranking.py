@@ -105,7 +105,7 @@ def alone_us(layer: Layer, candidate: Candidate, threads: int) -> float:
     config: Any = method.config_type(**(candidate.config or {}))
     with torch.inference_mode():
         x, residual = timing.example_inputs(layer.problem)[0]
-        run = method.prepare(*layer, config).run
+        run = layer.prepare(method, config).run
         _loop(lambda: run(x, residual), _WARM_S)
         return median(_loop(lambda: run(x, residual), _TIMED_S)) * 1e6
 
