@@ -15,7 +15,7 @@ from tests.artifact.forgery import sealed
 # The keys of a plan that may be missing.
 OPTIONAL = (
     b',\\"precision\\":\\"fp32\\",\\"device\\":\\"cpu\\",\\"input_dtypes\\":[\\"float32\\"],\\"timer\\":\\"calls\\"'
-    b',\\"native_steps\\":1'
+    b',\\"native_steps\\":2'
 )
 # A model that adds a parameter to its input.
 TINY_HEADER = (

@@ -214,7 +214,8 @@ try:
     escort.convert(model, x, progress=True)
 except KeyboardInterrupt:
     time.sleep(0.5)  # in which the bar's thread looks up
-    assert threading.active_count() == 1, threading.enumerate()
+    left = [thread for thread in threading.enumerate() if not thread.daemon]  # libraries may watch by a daemon
+    assert len(left) == 1, left
     assert torch.equal(torch.get_rng_state(), random)
     assert not any(module._forward_pre_hooks for module in model.modules())
     logging.disable()
@@ -238,7 +239,8 @@ try:
     on_all_cores([partial(compile_source, kernel(number), {}, "sm_90") for number in range(2000)],
                  lambda done, total: done == 3 and print("begun", flush=True))
 except KeyboardInterrupt:
-    assert threading.active_count() == 1, threading.enumerate()
+    left = [thread for thread in threading.enumerate() if not thread.daemon]  # libraries may watch by a daemon
+    assert len(left) == 1, left
     print("ended", flush=True)
 """
 

@@ -17,6 +17,7 @@ from escort.network.example import Example
 from escort.network.model import ConvertedModel
 from escort.network.original import run_original
 from escort.network.plan import NetworkPlan
+from escort.network.rivals import _log as compared
 from escort.network.rivals import compare_with_compiled, compiled
 from escort.planner import timing
 from tests.network.models import Small, pruned
@@ -53,7 +54,7 @@ def test_its_time_is_kept_and_a_faster_one_is_warned_of(
     with caplog.at_level(logging.WARNING):
         plan = compare(fast, model)
     assert plan == replace(fast.plan, rivals={"torch.compile": times_us[1]})
-    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [
+    assert [r.getMessage() for r in caplog.records if r.name == compared.name and r.levelno == logging.WARNING] == [
         "torch.compile of the dense model is faster than what was chosen: 3 us, instead of 5 us"
     ] * warnings
 
