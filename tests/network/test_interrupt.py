@@ -247,8 +247,10 @@ except KeyboardInterrupt:
 
 def interrupted(code: str, line: str, cache: Path, delay_s: float = 0.0, exits: int = 0) -> tuple[str, float]:
     """What a process prints from the line on at which it gets a SIGINT, and the seconds until it ended."""
+    # A process in the background of a shell starts with SIGINT ignored.
+    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", code],
+        [sys.executable, "-u", "-c", listens + code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
