@@ -292,5 +292,5 @@ def test_a_real_ctrl_c_ends_a_command_without_a_word_and_without_a_file(tmp_path
         "-vv",
     ]
     code = f"import sys; from escort.cli import app; sys.argv, sys.stderr = {words!r}, sys.stdout; app()"
-    output, _ = interrupted(code, "layer 0", tmp_path / "cache", exits=130)
+    output, _ = interrupted(code, "checked", tmp_path / "cache", exits=130)  # early: the rest takes a second
     assert "Traceback" not in output and "wrote" not in output and not list(tmp_path.rglob("*escort*"))
