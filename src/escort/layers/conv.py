@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -78,7 +78,7 @@ class SparseConv2d(ConvLike):
         problem = plan.problem
         Layer(problem, sparse_filter, bias, slope).check()
         self._runners: RunnerCache[Prepared]
-        self._filter: tuple[tuple[torch.Tensor, ...], int, SparseFilter] | None = None
+        self._filter: tuple[tuple[torch.Tensor, ...], SparseFilter] | None = None
         self._versions = -1
         with torch.inference_mode(False):  # tensors made inside of it could not be followed, or moved outside of it
             for array in ("values", "columns", "indptr"):
@@ -133,13 +133,13 @@ class SparseConv2d(ConvLike):
     @property
     def filter(self) -> SparseFilter:
         """The weights as they are now. One object until values are written to, as runners share what is made of it."""
+        self.follow()
         followed, known = self._followed, self._filter
-        versions = sum(tensor._version for tensor in followed)
-        if known is None or known[0] is not followed or known[1] != versions:
+        if known is None or known[0] is not followed:
             indptr, columns, values = (tensor.cpu().numpy() for tensor in (self.indptr, self.columns, self.values))
             sparse_filter = SparseFilter(self.plan.problem.weight_shape, self.groups, indptr, columns, values)
-            known = self._filter = followed, versions, sparse_filter
-        return known[2]
+            known = self._filter = followed, sparse_filter
+        return known[1]
 
     def problem(self, batch: int, height: int, width: int) -> Problem:
         """The problem of this convolution on an input of shape (batch, in_channels, height, width)."""
@@ -241,8 +241,7 @@ class SparseConv2d(ConvLike):
         Raises:
             ValueError, RuntimeError: as such a call does.
         """
-        key = shape[1:], self.plan.problem.storage, self.values.device, not self.residual
-        prepared = self._runners.get(key)
+        prepared = self._runners.get(self._key(shape[2], shape[3]))
         if prepared is None:
             prepared = self._lay_out(shape[0], shape[2], shape[3])
         return prepared.op
@@ -280,7 +279,7 @@ class SparseConv2d(ConvLike):
 
         It stands in for :meth:`prepare`. No stream may call the layer before the tables are complete on its device.
         """
-        self._add(self._runners, self.plan.problem.height, self.plan.problem.width, prepared)
+        self._runners.add(self._key(self.plan.problem.height, self.plan.problem.width), prepared)
 
     def binaries(self) -> tuple[Binary, ...]:
         """Those of the kernels that run the plan's input size, which is laid out for that once more."""
@@ -308,12 +307,13 @@ class SparseConv2d(ConvLike):
     def _lay_out(self, batch: int, height: int, width: int) -> Prepared:
         cached = self._runners  # as it was before bias and values are read
         prepared = self._make(batch, height, width)
-        self._add(cached, height, width, prepared)
+        cached.add(self._key(height, width), prepared)
         return prepared
 
-    def _add(self, cached: RunnerCache[Prepared], height: int, width: int, prepared: Prepared) -> None:
+    def _key(self, height: int, width: int) -> Hashable:
+        """Under which the runner of an input size is remembered: as a plain call asks for it."""
         shape = torch.Size((self.in_channels, height, width))
-        cached.add((shape, self.plan.problem.storage, self.values.device, not self.residual), prepared)
+        return shape, self.plan.problem.storage, self.values.device, not self.residual
 
     def _make(self, batch: int, height: int, width: int, *, alone: bool = False) -> Prepared:
         try:

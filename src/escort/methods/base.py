@@ -205,7 +205,7 @@ def input_check(
     return check
 
 
-def prepared_op(problem: Problem, op: _cpu.DirectConvolution | _cpu.DepthwiseConvolution) -> Prepared:
+def prepared_op(problem: Problem, op: _cpu.Convolution) -> Prepared:
     """A convolution of the CPU kernels, to be called with tensors or in a native program."""
     run_kernel, threads = op.run, torch.get_num_threads
     check, out_shape = input_check(problem), problem.output_shape[1:]

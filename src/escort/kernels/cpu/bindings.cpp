@@ -61,13 +61,29 @@ Kernels find_isa(const std::string& name) {
 
 constexpr int64_t kFarFloats = 2 << 20;  // an input of 8 MiB is not in cache when its layer starts
 
-// Owns the tables of one convolution. Inputs are x and the residual, which may be left out.
-class DirectConvolution : public Op {
+// A convolution whose inputs are x and the residual, which may be left out.
+class Convolution : public Op {
+ public:
+  Convolution() : Op({}, 0) {}
+
+  // x, residual (or 0) and y are addresses of contiguous float32 tensors of `samples` samples.
+  void run_at(uintptr_t x, uintptr_t residual, uintptr_t y, int64_t samples, int threads) const {
+    const nb::gil_scoped_release release;
+    const Input inputs[] = {{reinterpret_cast<const float*>(x), input_sizes[0]},
+                            {reinterpret_cast<const float*>(residual), output_size}};
+    run(inputs, {reinterpret_cast<float*>(y), output_size}, samples, threads);
+  }
+
+ protected:
+  int64_t sample_ns_ = 0;  // about what a sample takes one thread
+};
+
+// Owns the tables of one convolution.
+class DirectConvolution : public Convolution {
  public:
   // tables: arrays of records by name, each of the structs of direct.hpp; params is an array of one record.
   DirectConvolution(const std::string& isa, const nb::dict& tables)
-      : Op({}, 0),
-        isa_(find_isa(isa).direct),
+      : isa_(find_isa(isa).direct),
         nonzeros_(records<Nonzero>(tables, "nonzeros")),
         out_channels_(records<OutChannel>(tables, "out_channels")),
         blocks_(records<Block>(tables, "blocks")),
@@ -103,14 +119,6 @@ class DirectConvolution : public Op {
     sample_ns_ = vectors * static_cast<int64_t>(nonzeros_.size() / 2 + out_channels_.size());
   }
 
-  // x, residual (or 0) and y are addresses of contiguous float32 tensors of `samples` samples.
-  void run(uintptr_t x, uintptr_t residual, uintptr_t y, int64_t samples, int threads) const {
-    const nb::gil_scoped_release release;
-    const Input inputs[] = {{reinterpret_cast<const float*>(x), input_sizes[0]},
-                            {reinterpret_cast<const float*>(residual), output_size}};
-    run(inputs, {reinterpret_cast<float*>(y), output_size}, samples, threads);
-  }
-
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
     const int64_t tasks = samples * direct_.tile_count * direct_.job_count;
     threads = threads_for(samples * sample_ns_, static_cast<int>(std::min<int64_t>(threads, tasks)));
@@ -135,16 +143,14 @@ class DirectConvolution : public Op {
   std::vector<Segment> segments_;
   std::vector<Tile> tiles_;
   Direct direct_;
-  int64_t sample_ns_;  // about what a sample takes one thread
 };
 
-// Owns the tables of one depthwise convolution. Inputs are x and the residual, which may be left out.
-class DepthwiseConvolution : public Op {
+// Owns the tables of one depthwise convolution.
+class DepthwiseConvolution : public Convolution {
  public:
   // tables: arrays by name, as in depthwise.hpp; phases and params are records, params one of them.
   DepthwiseConvolution(const std::string& isa, const nb::dict& tables)
-      : Op({}, 0),
-        isa_(find_isa(isa).depthwise),
+      : isa_(find_isa(isa).depthwise),
         phases_(records<Phase>(tables, "phases")),
         tap_columns_(numbers<int32_t>(tables, "tap_columns")),
         weights_(numbers<float>(tables, "weights")),
@@ -172,14 +178,6 @@ class DepthwiseConvolution : public Op {
     sample_ns_ = output_size * static_cast<int64_t>(taps + 9) / 100;  // about, of one thread
   }
 
-  // x, residual (or 0) and y are addresses of contiguous float32 tensors of `samples` samples.
-  void run(uintptr_t x, uintptr_t residual, uintptr_t y, int64_t samples, int threads) const {
-    const nb::gil_scoped_release release;
-    const Input inputs[] = {{reinterpret_cast<const float*>(x), input_sizes[0]},
-                            {reinterpret_cast<const float*>(residual), output_size}};
-    run(inputs, {reinterpret_cast<float*>(y), output_size}, samples, threads);
-  }
-
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
     const int64_t bands = samples * depthwise_.groups * depthwise_.bands;
     threads = threads_for(samples * sample_ns_, static_cast<int>(std::min<int64_t>(threads, bands)));
@@ -200,7 +198,6 @@ class DepthwiseConvolution : public Op {
   std::vector<int32_t> tap_columns_;
   std::vector<float> weights_, bias_, slope_;
   Depthwise depthwise_;
-  int64_t sample_ns_;
 };
 
 // Max pooling of planes of one size. Pairs are (rows, columns).
@@ -311,16 +308,12 @@ NB_MODULE(_cpu, m) {
   m.def("spread_channels", &checked_spread_channels, "sites"_a, "channels"_a, "site_count"_a, "channel_count"_a,
         "kept"_a, "of"_a);
   bind_program(m);
-  using Addresses = void (DirectConvolution::*)(uintptr_t, uintptr_t, uintptr_t, int64_t, int) const;
-  nb::class_<DirectConvolution, Op>(m, "DirectConvolution")
-      .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a)
-      .def("run", static_cast<Addresses>(&DirectConvolution::run), "x"_a, "residual"_a, "y"_a, "samples"_a,
-           "threads"_a);
-  using DepthwiseAddresses = void (DepthwiseConvolution::*)(uintptr_t, uintptr_t, uintptr_t, int64_t, int) const;
-  nb::class_<DepthwiseConvolution, Op>(m, "DepthwiseConvolution")
-      .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a)
-      .def("run", static_cast<DepthwiseAddresses>(&DepthwiseConvolution::run), "x"_a, "residual"_a, "y"_a, "samples"_a,
-           "threads"_a);
+  nb::class_<Convolution, Op>(m, "Convolution")
+      .def("run", &Convolution::run_at, "x"_a, "residual"_a, "y"_a, "samples"_a, "threads"_a);
+  nb::class_<DirectConvolution, Convolution>(m, "DirectConvolution")
+      .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a);
+  nb::class_<DepthwiseConvolution, Convolution>(m, "DepthwiseConvolution")
+      .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a);
   using Pair = MaxPool2d::Pair;
   nb::class_<MaxPool2d, Op>(m, "MaxPool2d", "window: kernel_size, stride, padding and dilation.")
       .def(nb::init<int64_t, Pair, Pair, const std::array<Pair, 4>&>(), "channels"_a, "input_size"_a, "output_size"_a,

@@ -129,20 +129,6 @@ __attribute__((noinline, unused)) void activate(float* values, int64_t count, Ep
   });
 }
 
-__attribute__((noinline, unused)) Vector activate_beyond_bounds(Vector v, Epilogue epilogue) {
-  with_function(epilogue, [&](const auto& function) { v = function(v); });
-  return v;
-}
-
-// The activation of a vector or a float: at once where it only bounds, else by a call. A NaN passes, as in torch.
-inline Vector activate(Vector v, Epilogue epilogue) {
-  return is_bound(epilogue.activation) ? bounded(v, epilogue.activation) : activate_beyond_bounds(v, epilogue);
-}
-inline float activate(float v, Epilogue epilogue) {
-  if (is_bound(epilogue.activation)) return bounded(v, epilogue.activation);
-  return activate_beyond_bounds(Vector{} + v, epilogue)[0];
-}
-
 // The bounded sum of a vector and a residual, which may be null; of its first `count` lanes, which are written to y.
 inline Vector finish(Vector sum, const float* residual, Activation bound) {
   return bounded(residual ? sum + load(residual) : sum, bound);

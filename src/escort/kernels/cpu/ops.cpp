@@ -168,11 +168,25 @@ void BatchNorm::run(const Input* inputs, Output output, int64_t samples, int thr
   });
 }
 
-AveragePool::AveragePool(int64_t channels, Plane input_size, std::vector<Window> rows, std::vector<Window> columns)
-    : Op({channels * input_size[0] * input_size[1]}, channels * int64_t(rows.size()) * int64_t(columns.size())),
+OfPlanes::OfPlanes(int64_t channels, Plane input_size, Plane output_size)
+    : Op({channels * input_size[0] * input_size[1]}, channels * output_size[0] * output_size[1]),
       channels_(channels),
       height_(input_size[0]),
       width_(input_size[1]),
+      out_plane_(output_size[0] * output_size[1]) {}
+
+void OfPlanes::run(const Input* inputs, Output output, int64_t samples, int threads) const {
+  const int64_t in_plane = height_ * width_, line = (width_ + 15) / 16 * 16;
+  float* memory = scratch(line * std::min(std::max(threads, 1), kMostThreads));
+  for_planes(channels_, samples, std::max(in_plane, out_plane_), threads,
+             [&](int64_t sample, int64_t channel, int thread) {
+               plane(inputs[0].data + sample * inputs[0].stride + channel * in_plane,
+                     output.data + sample * output.stride + channel * out_plane_, memory + thread * line);
+             });
+}
+
+AveragePool::AveragePool(int64_t channels, Plane input_size, std::vector<Window> rows, std::vector<Window> columns)
+    : OfPlanes(channels, input_size, {int64_t(rows.size()), int64_t(columns.size())}),
       rows_(std::move(rows)),
       columns_(std::move(columns)) {
   const auto within = [](const std::vector<Window>& windows, int64_t size) {
@@ -195,20 +209,8 @@ void AveragePool::plane(const float* x, float* y, float* line) const {
   }
 }
 
-void AveragePool::run(const Input* inputs, Output output, int64_t samples, int threads) const {
-  const int64_t out_plane = int64_t(rows_.size()) * int64_t(columns_.size()), line = (width_ + 15) / 16 * 16;
-  float* memory = scratch(line * std::min(std::max(threads, 1), kMostThreads));
-  for_planes(channels_, samples, height_ * width_, threads, [&](int64_t sample, int64_t channel, int thread) {
-    plane(inputs[0].data + sample * inputs[0].stride + channel * height_ * width_,
-          output.data + sample * output.stride + channel * out_plane, memory + thread * line);
-  });
-}
-
 Resize::Resize(int64_t channels, Plane input_size, std::vector<Between> rows, std::vector<Between> columns)
-    : Op({channels * input_size[0] * input_size[1]}, channels * int64_t(rows.size()) * int64_t(columns.size())),
-      channels_(channels),
-      height_(input_size[0]),
-      width_(input_size[1]),
+    : OfPlanes(channels, input_size, {int64_t(rows.size()), int64_t(columns.size())}),
       rows_(std::move(rows)),
       columns_(std::move(columns)) {
   const auto within = [](const std::vector<Between>& all, int64_t size) {
@@ -240,15 +242,6 @@ void Resize::plane(const float* x, float* y, float* line) const {
       *y++ = column.low == column.high ? low : low * (1.0f - column.share) + from[column.high] * column.share;
     }
   }
-}
-
-void Resize::run(const Input* inputs, Output output, int64_t samples, int threads) const {
-  const int64_t out_plane = int64_t(rows_.size()) * int64_t(columns_.size()), line = (width_ + 15) / 16 * 16;
-  float* memory = scratch(line * std::min(std::max(threads, 1), kMostThreads));
-  for_planes(channels_, samples, out_plane, threads, [&](int64_t sample, int64_t channel, int thread) {
-    plane(inputs[0].data + sample * inputs[0].stride + channel * height_ * width_,
-          output.data + sample * output.stride + channel * out_plane, memory + thread * line);
-  });
 }
 
 Linear::Linear(int64_t in, int64_t out) : Op({in, in * out, out}, out), in_(in), out_(out) {

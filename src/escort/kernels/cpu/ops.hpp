@@ -69,16 +69,29 @@ struct Window {
   float count;
 };
 
-// Averages of windows of planes.
-class AveragePool : public Op {
+// What makes planes of planes, one by one.
+class OfPlanes : public Op {
  public:
-  AveragePool(int64_t channels, Plane input_size, std::vector<Window> rows, std::vector<Window> columns);
-  void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const final;
+
+ protected:
+  OfPlanes(int64_t channels, Plane input_size, Plane output_size);
+
+  int64_t channels_, height_, width_, out_plane_;
 
  private:
-  void plane(const float* x, float* y, float* line) const;
+  // `line` is scratch for a row of x.
+  virtual void plane(const float* x, float* y, float* line) const = 0;
+};
 
-  int64_t channels_, height_, width_;
+// Averages of windows of planes.
+class AveragePool : public OfPlanes {
+ public:
+  AveragePool(int64_t channels, Plane input_size, std::vector<Window> rows, std::vector<Window> columns);
+
+ private:
+  void plane(const float* x, float* y, float* line) const override;
+
   std::vector<Window> rows_, columns_;
 };
 
@@ -89,15 +102,13 @@ struct Between {
 };
 
 // Planes of another size.
-class Resize : public Op {
+class Resize : public OfPlanes {
  public:
   Resize(int64_t channels, Plane input_size, std::vector<Between> rows, std::vector<Between> columns);
-  void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
 
  private:
-  void plane(const float* x, float* y, float* line) const;
+  void plane(const float* x, float* y, float* line) const override;
 
-  int64_t channels_, height_, width_;
   std::vector<Between> rows_, columns_;
 };
 
