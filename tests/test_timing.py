@@ -157,6 +157,14 @@ def test_graphs_take_turns(device: Device) -> None:
     assert device.replays[-8:] == [first, second] * 4
 
 
+def test_who_is_beaten_after_some_rounds_is_timed_no_further(device: Device) -> None:
+    timings = timing.race_on_gpu([device.work(time_us) for time_us in (500.0, 550.0, 600.0)], "cuda:0", drop=1.15)
+    assert timings == [Timing(500.0), Timing(550.0), Timing(600.0)]
+    counts = [device.replays.count(graph) for graph in device.replays[-2:]]
+    assert counts == [counts[0]] * 2 and len(device.replays[-9 * 2 - 3 :]) - 9 * 2 == 3
+    assert len(set(device.replays[-6 * 2 :])) == 2, "two go on"
+
+
 def test_a_host_that_is_slow_does_not_shorten_the_graph(device: Device) -> None:
     assert timing.race_on_gpu([device.work(5.0, host_us=250.0)], "cuda:0") == [Timing(5.0)]
     assert device.replays[-1].recorded_us == 1000.0

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from escort import convert
 from escort.layers.conv import SparseConv2d
 from escort.methods import by_name
+from escort.network.memory import keep_freed_memory
 from escort.planner import timing
 from escort.planner.plan import Candidate, Layer
 
@@ -101,6 +102,7 @@ def rank(model: nn.Module, x: Tensor, say: Callable[[str], object] = lambda line
 def alone_us(layer: Layer, candidate: Candidate, threads: int) -> float:
     """The median time of a candidate's calls in a loop of its own, in a process that has run nothing else."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as converting does before it times anything
     method = by_name(candidate.method, layer.problem.device)
     config: Any = method.config_type(**(candidate.config or {}))
     with torch.inference_mode():

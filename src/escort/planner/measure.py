@@ -24,6 +24,8 @@ from escort.problem import Problem
 
 #: A candidate whose first runs take this many times as long as the fastest one's is not timed further.
 _HOPELESS = 1.6
+#: A candidate that takes so many times the fastest's time after some rounds on a GPU, whose times repeat, has lost.
+_BEATEN = 1.15
 #: How many times the least of a candidate's times their median may be: beyond that, something else ran meanwhile.
 _SCATTER = 2.0
 #: The share of a CPU's time that others may take while a layer is measured. Where threads wait for cores that others
@@ -280,7 +282,7 @@ def _race(
         times = timing.race(runs, pools=pools, budget_s=budget_s, seen=seen)
         return [replace(candidate, time_us=time_us) for candidate, time_us in zip(candidates, times, strict=True)]
     rotations = [[partial(contender.prepared.run, *example) for example in inputs] for contender in contenders]
-    timings = timing.race_on_gpu(rotations, problem.device, rounds=7, budget_s=budget_s)
+    timings = timing.race_on_gpu(rotations, problem.device, rounds=7, budget_s=budget_s, drop=_BEATEN)
     return [
         replace(candidate, time_us=t.time_us, timer=t.timer, reason=t.reason if t.time_us is None else None)
         for candidate, t in zip(candidates, timings, strict=True)

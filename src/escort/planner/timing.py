@@ -28,6 +28,7 @@ from escort.cuda.capture import in_a_line, runs, turn
 from escort.problem import Problem
 
 _LAP_US = 1000.0  # device time between two events, which are good for about half a microsecond
+_MOST_PASSES = 1024  # of a lap, whatever they take
 _WARM_S = 0.05  # of replays before the first that counts, for the clocks to rise
 _WARM_FOR_S = 0.5  # that they are taken to stay high behind the last replay
 _MOST_INPUTS = 1024  # of one problem
@@ -36,6 +37,7 @@ _BURST = 10  # calls of a turn that are waited for one by one
 #: On the CPU: seconds of the calls that lead a turn, where threads of other contestants may spin (OpenMP's do so for 4
 #: to 9 ms) and where they do not, and of those that are timed; calls that are timed in a turn, and rounds, at least.
 _SPINNING_S, _LEAD_S, _BLOCK_S, _LEAST_CALLS, _LEAST_ROUNDS = 0.010, 0.0005, 0.002, 3, 2
+_LEAST_GPU_ROUNDS = 3  # of graphs on a GPU
 _PIPELINE_US, _LEAST_PIPELINED = 10_000.0, 10  # time and calls of a turn whose last call alone is waited for
 
 #: How a time was taken: by calls on the CPU, by replays of a CUDA graph, or by calls between CUDA events, whose times
@@ -131,6 +133,7 @@ def race_on_gpu(
     rounds: int = 9,
     budget_s: float = 1.0,
     capture: bool = True,
+    drop: float = math.inf,
 ) -> list[Timing]:
     """The device time of each of several calls, taken in turn.
 
@@ -141,6 +144,7 @@ def race_on_gpu(
         rounds: of one turn each.
         budget_s: seconds after which no further round starts once there were three.
         capture: False to time calls as a user without CUDA graphs would see them.
+        drop: a contestant that takes so many times the fastest's time after three rounds starts in no further one.
 
     Raises:
         RuntimeError: where a contestant leaves the device unusable to this process.
@@ -160,7 +164,7 @@ def race_on_gpu(
                     laps.append(Timing(None, reason=survived(error)))
                 if laps[-1].reason:  # a capture that failed may have left the pool unusable
                     pool = torch.cuda.graph_pool_handle()
-            times = _take_turns([lap for lap in laps if isinstance(lap, _Lap)], rounds, budget_s)
+            times = _take_turns([lap for lap in laps if isinstance(lap, _Lap)], rounds, budget_s, drop)
         caller.wait_stream(side)
     medians = iter(times)
     return [lap if isinstance(lap, Timing) else Timing(next(medians), lap.timer, lap.reason) for lap in laps]
@@ -238,20 +242,26 @@ def _lap(runs: Sequence[Callable[[], object]], pool: Any) -> _Lap:
 
     for _ in range(2):  # algorithms are chosen, workspaces allocated
         runs[0]()
+    reason = None
+    if pool is not None:
+        try:
+            return _captured_lap(calls, len(runs), pool)
+        except RuntimeError as error:
+            reason = f"not captured: {survived(error)}"
     passes = _passes(1, _elapsed_us([calls(1)])[0])
-    plain = _Lap(calls(passes), passes * len(runs))
-    if pool is None:
-        return plain
-    try:
-        graph = _captured(calls(passes), pool)
+    return _Lap(calls(passes), passes * len(runs), reason=reason)
+
+
+def _captured_lap(calls: Callable[[int], Callable[[], object]], inputs: int, pool: Any) -> _Lap:
+    """As many passes through all inputs as fill a lap. The start of a short graph takes longer than its passes do."""
+    graph, passes = _captured(calls(1), pool), 1
+    for _ in range(2):
         graph.replay()
-        enough = _passes(passes, _elapsed_us([graph.replay])[0])
-        if enough >= 2 * passes:  # the host took the time, not the GPU
-            graph, passes = _captured(calls(enough), pool), enough
-    except RuntimeError as error:
-        plain.reason = f"not captured: {survived(error)}"
-        return plain
-    return _Lap(graph.replay, passes * len(runs), "graph")
+        enough = min(_passes(passes, _elapsed_us([graph.replay])[0]), _MOST_PASSES)
+        if enough < 2 * passes:
+            break
+        graph, passes = _captured(calls(enough), pool), enough
+    return _Lap(graph.replay, passes * inputs, "graph")
 
 
 def _passes(passes: int, elapsed_us: float) -> int:
@@ -292,21 +302,26 @@ def _end(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         raise
 
 
-def _take_turns(laps: Sequence[_Lap], rounds: int, budget_s: float) -> list[float]:
+def _take_turns(laps: Sequence[_Lap], rounds: int, budget_s: float, drop: float) -> list[float]:
     """The median time of a call in each lap, in microseconds."""
     if not laps:
         return []
-    starts = [lap.start for lap in laps]
     begin, device = time.perf_counter(), torch.cuda.current_device()
     warm_s = _WARM_S if begin - _last_replay_s.get(device, -math.inf) > _WARM_FOR_S else 0.0
     while time.perf_counter() - begin < warm_s:
-        _elapsed_us(starts)
-    rounds_us: list[list[float]] = []
-    begin = time.perf_counter()
-    while len(rounds_us) < rounds and (len(rounds_us) < 3 or time.perf_counter() - begin <= budget_s):
-        rounds_us.append(_elapsed_us(starts))
+        _elapsed_us([lap.start for lap in laps])
+    times_us: list[list[float]] = [[] for _ in laps]
+    racing, begin = list(range(len(laps))), time.perf_counter()
+    for past_rounds in range(rounds):
+        if past_rounds >= _LEAST_GPU_ROUNDS:
+            if time.perf_counter() - begin > budget_s:
+                break
+            medians = [median(times) / lap.calls for lap, times in zip(laps, times_us, strict=True)]
+            racing = [index for index in racing if medians[index] <= drop * min(medians)]
+        for index, time_us in zip(racing, _elapsed_us([laps[index].start for index in racing]), strict=True):
+            times_us[index].append(time_us)
     _last_replay_s[device] = time.perf_counter()
-    return [median(times) / lap.calls for lap, times in zip(laps, zip(*rounds_us, strict=True), strict=True)]
+    return [median(times) / lap.calls for lap, times in zip(laps, times_us, strict=True)]
 
 
 def _elapsed_us(starts: Sequence[Callable[[], object]]) -> list[float]:
