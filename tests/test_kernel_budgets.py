@@ -71,8 +71,30 @@ def pool_variants() -> list[Variant]:
     return [("max_pool.cu", {"STORAGE": storage, "VECTOR": vector, **window}, 40) for storage, vector in vectors]
 
 
+def plane_variants() -> list[Variant]:
+    """The same of what else stands between convolutions."""
+    vectors = [{"STORAGE": storage, "VECTOR": vector} for storage, vector in ((0, 1), (0, 4), (1, 1), (1, 8), (2, 8))]
+    both = [(macros, {"LAST": last}) for macros in vectors for last in (0, 1)]
+    bytes_at_once = ((2, 4), (2, 8), (4, 2), (4, 4))
+    return [
+        *(("average_pool.cu", macros, 48) for macros in vectors),
+        *(("gate.cu", macros | last, 32) for macros, last in both),
+        *(("local_response_norm.cu", macros | last | {"SIZE": 5}, 80) for macros, last in both),
+        *(("concat.cu", {"BYTES": size, "VECTOR": vector}, 40) for size, vector in bytes_at_once),
+    ]
+
+
+def depthwise_variants() -> list[Variant]:
+    """Filters with strips of each width, for three blocks of a multiprocessor at least."""
+    return [
+        ("depthwise.cu", {**macros, "ROWS": size, "COLUMNS": size, "WIDTH": width, "RIGHT": right}, 144)
+        for macros in ({"STORAGE": 0, "VECTOR": 4}, {"STORAGE": 1, "VECTOR": 8}, {"STORAGE": 2, "VECTOR": 8})
+        for size, width, right in ((3, 1, 1), (3, 2, 2), (3, 4, 1), (3, 4, 2), (5, 2, 1), (5, 4, 2), (7, 4, 1))
+    ]
+
+
 def every_variant() -> list[Variant]:
-    return direct_variants() + arrange_variants() + pool_variants()
+    return direct_variants() + arrange_variants() + pool_variants() + plane_variants() + depthwise_variants()
 
 
 @pytest.mark.parametrize("arch", ARCHS)

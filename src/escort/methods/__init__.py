@@ -14,6 +14,7 @@ from escort.methods.cpu.lowered import Lowered
 from escort.methods.cuda.cublas import Cublas
 from escort.methods.cuda.cudnn import Cudnn
 from escort.methods.cuda.cusparse import Cusparse
+from escort.methods.cuda.depthwise import DepthwiseCuda
 from escort.methods.cuda.direct import DirectCuda
 from escort.methods.cuda.generated import Generated
 from escort.methods.cuda.sparse_tc import SparseTc
@@ -27,6 +28,7 @@ METHODS: tuple[Method, ...] = (
     DirectCuda(),
     Generated(),
     SparseTc(),
+    DepthwiseCuda(),
     Cudnn(),
     Cublas(),
     Cusparse(),

@@ -1,0 +1,125 @@
+// Depthwise convolution, dense: y[p][k] = activation(sum over taps of w[tap][k] * x[p + tap][k / multiplier] + bias[k] +
+// residual[p][k]), summed in float. NHWC has samples outside and channels as pitch; NCHW has planes outside, a pitch of 1
+// and a VECTOR of 1, and each plane its own weights.
+//
+// Memory bounds it: x and y should pass once. A thread computes a strip of WIDTH outputs of a row for a vector of
+// channels, and loads each input of a row once for all taps that read it. A block has vectors, strips and rows side by
+// side in a tile, whose overlapping inputs its threads find in the first-level cache. Nothing else is shared.
+// VECTOR           elements of 16 bytes at most, a divisor of the channels
+// ROWS, COLUMNS    of the filter
+// WIDTH            outputs of a strip; 1 with any stride and dilation of columns
+// RIGHT            the stride of columns where a strip is wider, which has no dilation of columns then
+#define THREADS 128
+
+#include "divisor.cuh"
+#include "elements.cuh"
+#include "ptx.cuh"
+
+#define INFINITY __int_as_float(0x7f800000)
+#define SPAN ((WIDTH - 1) * RIGHT + COLUMNS)  // inputs of a row that a strip reads
+
+// The same in every launch; methods/cuda/depthwise.py has a dataclass of the same fields that says what each means.
+struct Params {
+  int vectors, in_pitch, out_pitch, weight_pitch;
+  int height, width, out_height, out_width;
+  int multiplier, planes, plane_multiplier;
+  int stride_down, stride_right, top, left, dilation_down, dilation_right;
+  int log_vectors, log_strips;
+  int vector_tiles, strip_tiles, row_tiles;
+  Divisor by_vector_tiles, by_strip_tiles, by_row_tiles;
+  int bound;
+};
+
+// Where a thread's strip begins in y.
+struct Strip {
+  u32 outer;  // the sample, or in NCHW the plane
+  int channel, row, column;
+
+  __device__ explicit Strip(const Params& p) {
+    const u32 strips = p.by_vector_tiles.quotient(blockIdx.x), rows = p.by_strip_tiles.quotient(strips);
+    outer = p.by_row_tiles.quotient(rows);
+    const u32 thread = threadIdx.x, across = thread >> p.log_vectors;
+    channel = ((blockIdx.x - strips * p.vector_tiles << p.log_vectors) + (thread & (1 << p.log_vectors) - 1)) * VECTOR;
+    column = ((strips - rows * p.strip_tiles << p.log_strips) + (across & (1 << p.log_strips) - 1)) * WIDTH;
+    row = (rows - outer * p.row_tiles) * (THREADS >> p.log_vectors + p.log_strips) + (across >> p.log_strips);
+  }
+};
+
+__device__ __forceinline__ void add_products(float (&sum)[WIDTH][VECTOR], const float (&x)[VECTOR], int column,
+                                             const float (&weights)[COLUMNS][VECTOR]) {
+#pragma unroll
+  for (int t = 0; t < WIDTH; t++) {
+    const int s = column - t * RIGHT;
+    if (s < 0 || s >= COLUMNS) continue;
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) sum[t][i] = fmaf(x[i], weights[s][i], sum[t][i]);
+  }
+}
+
+// NaN goes through, as in torch.
+__device__ __forceinline__ float clamp(float value, float least, float most) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(least));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(most));
+  return value;
+}
+
+// bias may be null; residual lies as y does, or is null.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    depthwise(const Element* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual,
+              const Element* __restrict__ weights, const float* __restrict__ bias,
+              const __grid_constant__ Params p) {
+  let_next_kernel_start();
+  const Strip at(p);
+  if (at.channel >= p.vectors * VECTOR || at.column >= p.out_width || at.row >= p.out_height) return;
+  const int of_weights = at.channel + (p.planes > 1 ? at.outer % p.planes : 0);
+  const int of_input = VECTOR > 1 ? at.channel : at.channel / p.multiplier;
+  const u32 in_outer = p.plane_multiplier > 1 ? at.outer / p.plane_multiplier : at.outer;
+  const Element* const sample = x + (long long)in_outer * p.height * p.width * p.in_pitch + of_input;
+  const int top = at.row * p.stride_down - p.top, left = at.column * p.stride_right - p.left;
+  const int step = WIDTH > 1 ? 1 : p.dilation_right;
+  float sum[WIDTH][VECTOR];
+#pragma unroll
+  for (int t = 0; t < WIDTH; t++)
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) sum[t][i] = bias ? __ldg(bias + of_weights + i) : 0.f;
+  wait_for_previous_kernel();
+#pragma unroll(ROWS > 3 ? 1 : ROWS)
+  for (int r = 0; r < ROWS; r++) {
+    const int row = top + r * p.dilation_down;
+    const bool is_inside = row >= 0 && row < p.height;
+    const Element* const from = sample + ((long long)row * p.width + left) * p.in_pitch;
+    Vector inputs[SPAN];
+#pragma unroll
+    for (int j = 0; j < SPAN; j++) {
+      const int column = left + j * step;
+      inputs[j] = {};
+      if (is_inside && column >= 0 && column < p.width) inputs[j] = load(from + j * step * p.in_pitch);
+    }
+    float row_weights[COLUMNS][VECTOR];
+#pragma unroll
+    for (int s = 0; s < COLUMNS; s++)
+      widen(load(weights + (r * COLUMNS + s) * p.weight_pitch + of_weights), row_weights[s]);
+#pragma unroll
+    for (int j = 0; j < SPAN; j++) {
+      float values[VECTOR];
+      widen(inputs[j], values);
+      add_products(sum, values, j, row_weights);
+    }
+  }
+  const float least = p.bound >= 1 ? 0.f : -INFINITY, most = p.bound == 2 ? 6.f : INFINITY;
+  const long long line = (long long)at.outer * p.out_height + at.row;
+  const long long out = (line * p.out_width + at.column) * p.out_pitch + at.channel;
+#pragma unroll
+  for (int t = 0; t < WIDTH; t++) {
+    if (at.column + t >= p.out_width) break;
+    if (residual) {
+      float added[VECTOR];
+      widen(load(residual + out + t * p.out_pitch), added);
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) sum[t][i] += added[i];
+    }
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) sum[t][i] = clamp(sum[t][i], least, most);
+    *(Vector*)(y + out + t * p.out_pitch) = narrow(sum[t]);
+  }
+}
