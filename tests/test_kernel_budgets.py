@@ -41,7 +41,7 @@ def direct_variants() -> list[Variant]:
             weight = np.zeros(problem.weight_shape, dtype=np.float32)
             weight.reshape(-1)[spread] = 1.0
             config = search(problem, SparseFilter.from_dense(weight), H200, most=1)[0]
-            macros = defines(config, Layout.of(problem, config.tile), precision)
+            macros = defines(problem, config, Layout.of(problem, config.tile))
             variants.append(("direct.cu", macros, 65536 // (config.threads * config.occupancy) // 8 * 8))
     return variants
 

@@ -17,6 +17,7 @@
 //   ODD       where PAIRED, whether a channel has an odd number of elements
 //   SLOTS     most words (pairs of words where PAIRED) per lane that a producer warp copies per channel
 //   THREADS   threads per multiprocessor that registers must leave room for, in one block or in several
+//   ACTIVATION   the activation, where it does more than bound (activation.cuh)
 //   SIGNALS   lanes of a warp that arrive when the warp is done with a stage: the first one, or all. compute-sanitizer
 //             does not follow that __syncwarp puts all lanes' accesses before the first lane's arrival
 #if STORAGE == 1
@@ -31,6 +32,7 @@ typedef __nv_bfloat162 Pair;
 typedef float Element;
 #endif
 
+#include "activation.cuh"
 #include "divisor.cuh"
 #include "ptx.cuh"
 
@@ -55,7 +57,7 @@ struct Params {
   int channel_words, slots;
   int chunks, channel_block, stages;
   int position_warps, out_channel_warps, in_channel_warps, producers;
-  int record_bytes, activation;
+  int record_bytes, bound;
 };
 
 // Where a segment, what a stage holds of a group's filter, begins: its records, in units of 16 bytes, and its channels.
@@ -157,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   clean(p, ring, shared);
   const Consumer me(p, warp);
   Output out[OUT_CHANNELS];
-  outputs(out, channel_of + (tile.group * p.out_channel_warps + me.out_channel_warp) * OUT_CHANNELS, bias);
+  outputs(out, channel_of + (tile.group * p.out_channel_warps + me.out_channel_warp) * OUT_CHANNELS, bias, p);
   float sum[OUT_CHANNELS][SUMS];
   consume(sum, p, ring, me);
   if (p.in_channel_warps > 1 && !gather(sum, p, shared, me)) return;

@@ -1,18 +1,19 @@
 // direct.cu, what consumer warps do in the end: add up the sums of warps that share output channels, and store.
 #define INFINITY __int_as_float(0x7f800000)
 
-// An output channel of a warp, -1 where there is none, and its bias.
+// An output channel of a warp, -1 where there is none, with its bias and its activation's slope.
 struct Output {
   int channel;
-  float bias;
+  float bias, slope;
 };
 
 __device__ __forceinline__ void outputs(Output (&out)[OUT_CHANNELS], const int* __restrict__ channel,
-                                        const float* __restrict__ bias) {
+                                        const float* __restrict__ bias, const Shape& p) {
 #pragma unroll
   for (int j = 0; j < OUT_CHANNELS; j++) {
     out[j].channel = channel[j];
     out[j].bias = bias && out[j].channel >= 0 ? bias[out[j].channel] : 0.f;
+    out[j].slope = SLOPED && out[j].channel >= 0 ? bias[p.out_channels + out[j].channel] : 0.f;
   }
 }
 
@@ -72,7 +73,7 @@ __device__ __forceinline__ void finish(float (&sum)[OUT_CHANNELS][SUMS], const O
                                        const Element* residual) {
   wait_for_previous_kernel();
   const int out_plane = p.out_height * p.out_width, out_size = p.out_channels * out_plane;
-  const float least = p.activation >= 1 ? 0.f : -INFINITY, most = p.activation == 2 ? 6.f : INFINITY;
+  const float least = p.bound >= 1 ? 0.f : -INFINITY, most = p.bound == 2 ? 6.f : INFINITY;
   u32 at[WORDS];                         // in channel 0 of the first sample
   u32 inside = 0, neighbour_inside = 0;  // a bit per word
 #pragma unroll
@@ -98,7 +99,7 @@ __device__ __forceinline__ void finish(float (&sum)[OUT_CHANNELS][SUMS], const O
         if ((neighbour ? neighbour_inside : inside) >> v & 1) {
           float value = sum[j][v * SAMPLES + neighbour] + out[j].bias;
           if (residual) value += load(from + place);
-          store(to + place, clamp(value, least, most));
+          store(to + place, BEYOND_BOUNDS ? activated(value, out[j].slope) : clamp(value, least, most));
         }
       }
     }

@@ -20,6 +20,14 @@ __device__ float4 at_least_0(float4 v) {
 __device__ float4 at_most_6(float4 v) {
   return make_float4(at_most_6(v.x), at_most_6(v.y), at_most_6(v.z), at_most_6(v.w));
 }
+__device__ float4 activated(float4 v, float4 slope) {
+  return make_float4(activated(v.x, slope.x), activated(v.y, slope.y), activated(v.z, slope.z),
+                     activated(v.w, slope.w));
+}
+// Of the channels of a vector.
+__device__ Vector slope_of(const float* __restrict__ slopes) {
+  return SLOPED ? __ldg(reinterpret_cast<const Vector*>(slopes)) : Vector{};
+}
 
 // Where the first channel of a tile's pixel lies in y; -1: it is no output.
 __device__ int place_of(const Params& p, int pixel, int tile, int samples) {
@@ -56,14 +64,14 @@ struct Store {
   __device__ void store(const Sums& d, const Bias& bias, int first_channel, int tile) {
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++) {
-      const int* const channels = out.out_order + first_channel + i * 64 + threadIdx.x / 32 % 4 * 16;
-      store_block(d[i], bias.low[i], bias.high[i], channels, tile);
+      const int of_warp = first_channel + i * 64 + threadIdx.x / 32 % 4 * 16;
+      store_block(d[i], bias.low[i], bias.high[i], out.out_order + of_warp, out.slopes + of_warp, tile);
     }
   }
 
   // A warp's sums: of each 8 pixels lane l has those from 2 (l % 4) on, of channel l / 4 and of channel l / 4 + 8.
   __device__ void store_block(const float (&d)[PIXELS / 2], float bias_low, float bias_high,
-                              const int* __restrict__ channels, int tile) {
+                              const int* __restrict__ channels, const float* __restrict__ slopes, int tile) {
     const u32 staging = base + p.staging_begin + threadIdx.x / 32 * p.staging_bytes;
     const int lane = threadIdx.x % 32, channel = __ldg(channels + lane % 16);
     const u32 to = staging + lane / 4 * CHANNEL_BYTES + lane % 4 * 2 * NEXT_BYTES;
@@ -109,11 +117,15 @@ struct Store {
         load_shared(staging + row[i] * CHANNEL_BYTES + pixel[i] * NEXT_BYTES, sums[i]);
         sums[i] = add(sums[i], residuals[i]);
       }
-      if (p.activation) {
+      if (BEYOND_BOUNDS) {
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) sums[i] = activated(sums[i], slope_of(slopes + row[i]));
+      }
+      if (p.bound) {
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) sums[i] = at_least_0(sums[i]);
       }
-      if (p.activation == 2) {
+      if (p.bound == 2) {
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) sums[i] = at_most_6(sums[i]);
       }
