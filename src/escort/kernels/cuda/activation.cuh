@@ -4,13 +4,14 @@
 // what replaces the register v by its activation. SLOPED says whether that has slopes: slope, a register or a number,
 // is what multiplies numbers below zero.
 //
-// Infinities and NaN give what torch makes of them. Relative errors against float64: 2e-6 down to where e^-v overflows,
-// gelu 1e-5 down to -6; hardsigmoid and hardswish 1e-7, absolute, as few digits are left near -3.
+// Infinities and NaN give what torch makes of them. Against float64 the results are off by 1e-6 (gelu 2e-6, gelu_tanh
+// 5e-6) of themselves down to -6; hardsigmoid and hardswish by 3e-7, absolute, as few digits are left near -3.
 //
-// Where results have 16 bits (STORAGE), silu, gelu, gelu_tanh and tanh are made of tanh.approx, which is off by 2^-11
-// of its result: a result by 2^-12 of its argument, half a unit in the last place of fp16 where the argument is
-// positive. That is one instruction of the unit for special functions instead of two, and a multiprocessor does 16 of
-// these per clock. Results of sigmoid may all be small, so that it stays exact.
+// Where results are rounded to 16 bits (STORAGE), tanh and silu are made of tanh.approx, which may be off by 2^-11 of
+// its result. So silu is off by 2^-12 of its argument: where that is positive half a unit in the last place of fp16,
+// and a part of the result that grows below -3. It saves one of two instructions of the unit for special functions, of
+// which a multiprocessor does 16 per clock: in layers that read few channels these would take longer than the products.
+// sigmoid stays exact, as all of its results may be small, and gelu, whose tail is shorter.
 #pragma once
 
 // Each reads and writes y; part, square, series and below are its own.
@@ -34,49 +35,6 @@
   "add.f32 part, part, 1.0; "                 \
   "rcp.approx.ftz.f32 part, part; "
 #define ACTIVATION_sigmoid "mov.f32 part, y; " SIGMOID "mov.f32 y, part; "
-
-#if STORAGE
-#define ACTIVATION_tanh "tanh.approx.f32 y, y; "
-
-// y = y (1 + tanh part) / 2
-#define HALF_TANH                \
-  "tanh.approx.f32 part, part; " \
-  "mul.f32 y, y, 0.5; "          \
-  "fma.rn.f32 y, y, part, y; "
-#define ACTIVATION_silu "mul.f32 part, y, 0.5; " HALF_TANH
-
-// tanh of a polynomial in place of erf(y / sqrt 2), fitted to 2.5e-5 of gelu. From 5 on both are 1.
-#define ACTIVATION_gelu                                      \
-  "mul.f32 square, y, y; "                                   \
-  "min.f32 square, square, 25.0; "                           \
-  "fma.rn.f32 part, square, -3.51523349e-4, 3.70056887e-2; " \
-  "fma.rn.f32 part, part, square, 0.797507834; "             \
-  "mul.f32 part, part, y; " HALF_TANH
-
-#define ACTIVATION_gelu_tanh                                          \
-  "mul.f32 part, y, y; "                                              \
-  "fma.rn.f32 part, part, 0.035677408136300125, 0.7978845608028654; " \
-  "mul.f32 part, part, y; " HALF_TANH
-#else
-// An odd polynomial below 0.6, exact to 8e-8 of the result; from there on 1 - 2 / (1 + e^2|y|).
-#define ACTIVATION_tanh                                  \
-  "mul.f32 square, y, y; "                               \
-  "fma.rn.f32 series, square, 0.01561239, -0.05221166; " \
-  "fma.rn.f32 series, series, square, 0.13313115; "      \
-  "fma.rn.f32 series, series, square, -0.33332598; "     \
-  "mul.f32 series, series, square; "                     \
-  "fma.rn.f32 series, series, y, y; "                    \
-  "abs.f32 part, y; "                                    \
-  "setp.lt.f32 below, part, 0.6; "                       \
-  "mul.f32 part, part, 2.8853900817779268; "             \
-  "ex2.approx.ftz.f32 part, part; "                      \
-  "add.f32 part, part, 1.0; "                            \
-  "rcp.approx.ftz.f32 part, part; "                      \
-  "fma.rn.f32 part, part, -2.0, 1.0; "                   \
-  "copysign.f32 part, y, part; "                         \
-  "selp.f32 y, series, part, below; "
-
-#define ACTIVATION_silu "mov.f32 part, y; " SIGMOID "mul.f32 y, y, part; "
 
 // Times the share of a standard normal distribution below y. The share beyond |y| is e^(-y^2 / 2) t p(t) with
 // t = 1 / (1 + 0.3 |y|) and the polynomial p of kernels/cpu/epilogue.hpp.
@@ -105,6 +63,35 @@
   "mul.f32 part, y, y; "                                             \
   "fma.rn.f32 part, part, 0.07135481627260025, 1.5957691216057308; " \
   "mul.f32 part, part, y; " SIGMOID "mul.f32 y, y, part; "
+
+#if STORAGE
+#define ACTIVATION_tanh "tanh.approx.f32 y, y; "
+
+// y (1 + tanh(y / 2)) / 2
+#define ACTIVATION_silu       \
+  "mul.f32 y, y, 0.5; "       \
+  "tanh.approx.f32 part, y; " \
+  "fma.rn.f32 y, y, part, y; "
+#else
+// An odd polynomial below 0.6, exact to 8e-8 of the result; from there on 1 - 2 / (1 + e^2|y|).
+#define ACTIVATION_tanh                                  \
+  "mul.f32 square, y, y; "                               \
+  "fma.rn.f32 series, square, 0.01561239, -0.05221166; " \
+  "fma.rn.f32 series, series, square, 0.13313115; "      \
+  "fma.rn.f32 series, series, square, -0.33332598; "     \
+  "mul.f32 series, series, square; "                     \
+  "fma.rn.f32 series, series, y, y; "                    \
+  "abs.f32 part, y; "                                    \
+  "setp.lt.f32 below, part, 0.6; "                       \
+  "mul.f32 part, part, 2.8853900817779268; "             \
+  "ex2.approx.ftz.f32 part, part; "                      \
+  "add.f32 part, part, 1.0; "                            \
+  "rcp.approx.ftz.f32 part, part; "                      \
+  "fma.rn.f32 part, part, -2.0, 1.0; "                   \
+  "copysign.f32 part, y, part; "                         \
+  "selp.f32 y, series, part, below; "
+
+#define ACTIVATION_silu "mov.f32 part, y; " SIGMOID "mul.f32 y, y, part; "
 #endif
 
 #ifdef ACTIVATION

@@ -137,6 +137,7 @@ __device__ __forceinline__ void set_up(const Shape& p, const Ring& ring) {
   __syncthreads();
 }
 
+// bias: null or one per output channel, where SLOPED with the slopes behind them.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     direct(const Element* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual,
            const float* __restrict__ bias, const uint4* __restrict__ records, const Segment* __restrict__ segments,
@@ -159,9 +160,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   clean(p, ring, shared);
   const Consumer me(p, warp);
   Output out[OUT_CHANNELS];
-  outputs(out, channel_of + (tile.group * p.out_channel_warps + me.out_channel_warp) * OUT_CHANNELS, bias, p);
+  outputs(out, channel_of + (tile.group * p.out_channel_warps + me.out_channel_warp) * OUT_CHANNELS, bias);
   float sum[OUT_CHANNELS][SUMS];
   consume(sum, p, ring, me);
   if (p.in_channel_warps > 1 && !gather(sum, p, shared, me)) return;
-  finish(sum, out, p, tile, me, y, residual);
+  finish(sum, out, p, tile, me, y, residual, bias + p.out_channels);
 }

@@ -1,19 +1,18 @@
 // direct.cu, what consumer warps do in the end: add up the sums of warps that share output channels, and store.
 #define INFINITY __int_as_float(0x7f800000)
 
-// An output channel of a warp, -1 where there is none, with its bias and its activation's slope.
+// An output channel of a warp, -1 where there is none, and its bias.
 struct Output {
   int channel;
-  float bias, slope;
+  float bias;
 };
 
 __device__ __forceinline__ void outputs(Output (&out)[OUT_CHANNELS], const int* __restrict__ channel,
-                                        const float* __restrict__ bias, const Shape& p) {
+                                        const float* __restrict__ bias) {
 #pragma unroll
   for (int j = 0; j < OUT_CHANNELS; j++) {
     out[j].channel = channel[j];
     out[j].bias = bias && out[j].channel >= 0 ? bias[out[j].channel] : 0.f;
-    out[j].slope = SLOPED && out[j].channel >= 0 ? bias[p.out_channels + out[j].channel] : 0.f;
   }
 }
 
@@ -70,7 +69,7 @@ __device__ __forceinline__ bool gather(float (&sum)[OUT_CHANNELS][SUMS], const S
 // Stores activation(sum + bias + residual).
 __device__ __forceinline__ void finish(float (&sum)[OUT_CHANNELS][SUMS], const Output (&out)[OUT_CHANNELS],
                                        const Shape& p, const Tile& tile, const Consumer& me, Element* y,
-                                       const Element* residual) {
+                                       const Element* residual, const float* __restrict__ slopes) {
   wait_for_previous_kernel();
   const int out_plane = p.out_height * p.out_width, out_size = p.out_channels * out_plane;
   const float least = p.bound >= 1 ? 0.f : -INFINITY, most = p.bound == 2 ? 6.f : INFINITY;
@@ -91,6 +90,7 @@ __device__ __forceinline__ void finish(float (&sum)[OUT_CHANNELS][SUMS], const O
     if (out[j].channel < 0) continue;
     Element* const to = y + out[j].channel * out_plane;
     const Element* const from = residual + out[j].channel * out_plane;
+    const float slope = SLOPED ? slopes[out[j].channel] : 0.f;
 #pragma unroll
     for (int v = 0; v < WORDS; v++) {
 #pragma unroll
@@ -99,7 +99,7 @@ __device__ __forceinline__ void finish(float (&sum)[OUT_CHANNELS][SUMS], const O
         if ((neighbour ? neighbour_inside : inside) >> v & 1) {
           float value = sum[j][v * SAMPLES + neighbour] + out[j].bias;
           if (residual) value += load(from + place);
-          store(to + place, BEYOND_BOUNDS ? activated(value, out[j].slope) : clamp(value, least, most));
+          store(to + place, BEYOND_BOUNDS ? activated(value, slope) : clamp(value, least, most));
         }
       }
     }

@@ -17,9 +17,9 @@ INSTRUCTIONS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "hardswish": ((4, 0), (4, 0)),
     "sigmoid": ((4, 2), (4, 2)),
     "tanh": ((1, 1), (15, 2)),
-    "silu": ((4, 1), (5, 2)),
-    "gelu": ((8, 1), (18, 2)),
-    "gelu_tanh": ((6, 1), (8, 2)),
+    "silu": ((3, 1), (5, 2)),
+    "gelu": ((18, 2), (18, 2)),
+    "gelu_tanh": ((8, 2), (8, 2)),
 }
 #: Instructions that a multiprocessor issues for a thread each per clock, and those of them for that unit.
 RATE, _SPECIAL_RATE = 128, 16
