@@ -64,14 +64,14 @@ struct Store {
   __device__ void store(const Sums& d, const Bias& bias, int first_channel, int tile) {
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++) {
-      const int of_warp = first_channel + i * 64 + threadIdx.x / 32 % 4 * 16;
-      store_block(d[i], bias.low[i], bias.high[i], out.out_order + of_warp, out.slopes + of_warp, tile);
+      const int* const channels = out.out_order + first_channel + i * 64 + threadIdx.x / 32 % 4 * 16;
+      store_block(d[i], bias.low[i], bias.high[i], channels, tile);
     }
   }
 
   // A warp's sums: of each 8 pixels lane l has those from 2 (l % 4) on, of channel l / 4 and of channel l / 4 + 8.
   __device__ void store_block(const float (&d)[PIXELS / 2], float bias_low, float bias_high,
-                              const int* __restrict__ channels, const float* __restrict__ slopes, int tile) {
+                              const int* __restrict__ channels, int tile) {
     const u32 staging = base + p.staging_begin + threadIdx.x / 32 * p.staging_bytes;
     const int lane = threadIdx.x % 32, channel = __ldg(channels + lane % 16);
     const u32 to = staging + lane / 4 * CHANNEL_BYTES + lane % 4 * 2 * NEXT_BYTES;
@@ -119,7 +119,8 @@ struct Store {
       }
       if (BEYOND_BOUNDS) {
 #pragma unroll
-        for (int i = 0; i < VECTORS; i++) sums[i] = activated(sums[i], slope_of(slopes + row[i]));
+        for (int i = 0; i < VECTORS; i++)
+          sums[i] = activated(sums[i], slope_of(out.slopes + (channels - out.out_order) + row[i]));
       }
       if (p.bound) {
 #pragma unroll

@@ -124,9 +124,9 @@ struct Store {
 #pragma unroll 1
     for (int i = 0; i < M_BLOCKS; i++) {
       if (p.residual)
-        store_channels<true>(staging + i * p.staging_bytes, first_channel + i * 64, outputs);
+        store_channels<true>(staging + i * p.staging_bytes, out.out_order + first_channel + i * 64, outputs);
       else
-        store_channels<false>(staging + i * p.staging_bytes, first_channel + i * 64, outputs);
+        store_channels<false>(staging + i * p.staging_bytes, out.out_order + first_channel + i * 64, outputs);
     }
     __syncwarp();
   }
@@ -143,9 +143,9 @@ struct Store {
   // A warp's rows of staging to y; pixels that are no outputs are passed over. Sums are rounded before the residual is
   // added.
   template <bool RESIDUAL>
-  __device__ void store_channels(u32 staging, int first_channel, const TileOutputs& outputs) {
+  __device__ void store_channels(u32 staging, const int* __restrict__ order, const TileOutputs& outputs) {
     const int count = 16 / ALONG, of_warp = threadIdx.x / 32 % 4 * 16 + group.along * count;
-    const int lane = threadIdx.x % 32, channel = __ldg(out.out_order + first_channel + of_warp + (lane & (count - 1)));
+    const int lane = threadIdx.x % 32, channel = __ldg(order + of_warp + (lane & (count - 1)));
     Adder adder(p.bound);
     staging += of_warp * p.staging_pitch;
     // All lanes go round as often, and the compiler must see it: else it takes the next products for divergent.
@@ -174,7 +174,7 @@ struct Store {
           if (to < 0 || !inside) continue;
           Vector v = load_vector(staging + (row + i) * p.staging_pitch + column * 2);
           if constexpr (RESIDUAL) {
-            if (SLOPED) adder.slope = __ldg(out.slopes + first_channel + of_warp + row + i);
+            if (SLOPED) adder.slope = __ldg(out.slopes + (order - out.out_order) + of_warp + row + i);
             v = adder.add(v, residuals[i]);
           }
           *reinterpret_cast<Vector*>(out.y + (first + static_cast<u32>(to) * p.out_plane)) = v;
