@@ -213,7 +213,7 @@ def _activated(activation: Activation) -> Iterator[Case]:
         yield Case(f"{what}, depthwise", depthwise, 0.9)
 
 
-#: Every activation, behind convolutions of three shapes. What kernels do not compute, torch does behind them.
+#: Every activation, behind convolutions of three shapes.
 ACTIVATED = tuple(case for activation in get_args(Activation) for case in _activated(activation))
 
 #: Runs a test over the whole table.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from escort.cuda import compiler
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
+from escort.methods.cuda.activation import INSTRUCTIONS
 from escort.methods.cuda.direct.layout import Layout
 from escort.methods.cuda.direct.params import defines
 from escort.methods.cuda.direct.search import search
@@ -30,7 +32,10 @@ pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def direct_variants() -> list[Variant]:
-    """The choices of the search for four layers, one of them strided, in each way to store and to copy."""
+    """The choices of the search for four layers, one of them strided, in each way to store and to copy.
+
+    Then with activations that do more than bound.
+    """
     variants: list[Variant] = []
     for precision in ("fp32", "fp16", "bf16"):
         for channels, size, stride in ((64, 56, 1), (256, 14, 1), (512, 7, 1), (128, 28, 2)):
@@ -41,9 +46,13 @@ def direct_variants() -> list[Variant]:
             weight = np.zeros(problem.weight_shape, dtype=np.float32)
             weight.reshape(-1)[spread] = 1.0
             config = search(problem, SparseFilter.from_dense(weight), H200, most=1)[0]
-            macros = defines(config, Layout.of(problem, config.tile), precision)
+            macros = defines(problem, config, Layout.of(problem, config.tile))
             variants.append(("direct.cu", macros, 65536 // (config.threads * config.occupancy) // 8 * 8))
-    return variants
+    activated = [
+        (source, {**macros, "ACTIVATION": name}, budget)
+        for name, (source, macros, budget) in zip(itertools.cycle(INSTRUCTIONS), variants, strict=False)
+    ]
+    return variants + activated
 
 
 def arrange_variants() -> list[Variant]:

@@ -31,7 +31,7 @@ from escort.methods.cuda.sparse_tc.packing import pack as pack_filter
 from escort.methods.cuda.sparse_tc.params import Params
 from escort.methods.cuda.sparse_tc.search import candidates, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling
-from escort.problem import Epilogue, MemoryFormat, Precision, Problem
+from escort.problem import Activation, Epilogue, MemoryFormat, Precision, Problem
 from tests.cases import CASES, FULL, Case, check_kernels
 from tests.sparse_tc_model import emulate
 from tests.test_sparse_tc_layout import structured, uneven
@@ -147,6 +147,14 @@ def test_layers_share_kernels() -> None:
             Tiling.of(problem, replace(config, memory_format=LAST), H200.shared_bytes) for problem, config in pair
         )
         assert (one.source.digest, one.defines) == (another.source.digest, another.defines)
+
+
+@of_each_kind
+@pytest.mark.parametrize("activation", ["prelu", "silu", "gelu"])
+def test_activations_assemble_without_spills(problem: Problem, config: SparseTcConfig, activation: Activation) -> None:
+    binary = compiled(replace(problem, epilogue=replace(problem.epilogue, activation=activation)), config)
+    assert binary.defines["ACTIVATION"] == ("leaky_relu" if activation == "prelu" else activation)
+    assert binary.spill_bytes == binary.stack_bytes == 0
 
 
 def compiled(problem: Problem, config: SparseTcConfig) -> compiler.Binary:
@@ -367,7 +375,8 @@ def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches:
     """One runner for any batch, twice the same, for x in both memory formats and in no one's."""
     sparse_filter = SparseFilter.from_dense(weight)
     bias = torch.randn(problem.out_channels) if problem.epilogue.bias else None
-    run = SparseTc().prepare(problem, sparse_filter, bias, config)
+    slope = torch.rand(problem.out_channels) if problem.epilogue.activation == "prelu" else None
+    run = SparseTc().prepare(problem, sparse_filter, bias, config, slope)
     for batch in batches:
         shape = batch, *problem.input_shape[1:]
         x = torch.randn(shape, device="cuda", dtype=problem.storage)
@@ -378,7 +387,7 @@ def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches:
             residual = torch.randn(out_shape, device="cuda", dtype=x.dtype) if problem.epilogue.residual else None
             y = run(variant, residual)
             expected = reference.conv2d(
-                replace(problem, batch=batch), variant, sparse_filter.to_dense().cuda(), bias, residual
+                replace(problem, batch=batch), variant, sparse_filter.to_dense().cuda(), bias, residual, slope
             )
             last = config.takes_channels_last
             assert y.shape == expected.shape
@@ -391,6 +400,18 @@ def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches:
 @of_each_kind
 def test_any_batch_in_any_memory_format_on_the_gpu(problem: Problem, config: SparseTcConfig) -> None:
     check(problem, uneven(problem.weight_shape), config, (0, 1, 3, 70))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ["prelu", "silu"])
+@of_each_kind
+def test_activations_on_the_gpu(
+    problem: Problem, config: SparseTcConfig, activation: Activation, residual: bool
+) -> None:
+    """In every way in which results are stored."""
+    problem = replace(problem, epilogue=Epilogue(bias=True, residual=residual, activation=activation))
+    check(problem, uneven(problem.weight_shape), config, (0, 1, 3))
 
 
 @pytest.mark.gpu

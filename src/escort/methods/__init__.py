@@ -18,7 +18,7 @@ from escort.methods.cuda.depthwise import DepthwiseCuda
 from escort.methods.cuda.direct import DirectCuda
 from escort.methods.cuda.generated import Generated
 from escort.methods.cuda.sparse_tc import SparseTc
-from escort.problem import Activation, Precision
+from escort.problem import Precision
 
 METHODS: tuple[Method, ...] = (
     Direct(),
@@ -62,15 +62,6 @@ def channel_order(weights: Sequence[torch.Tensor], precision: Precision, device:
     return next((order for order in orders if order is not None), None)
 
 
-def fused_activations(device: str, methods: Sequence[Method] | None = None) -> frozenset[Activation]:
-    """The activations that lose nothing by being fused, whichever of these methods runs a layer.
-
-    Args:
-        methods: by default all of the device.
-    """
-    return frozenset.intersection(*(method.activations for method in methods or for_device(device)))
-
-
 __all__ = [
     "METHODS",
     "Config",
@@ -81,5 +72,4 @@ __all__ = [
     "channel_order",
     "dense_for",
     "for_device",
-    "fused_activations",
 ]
