@@ -98,6 +98,8 @@ def takes(method: Method, problem: Problem) -> bool:
     """Whether a method of the problem's device is to compute it."""
     if method.name == "depthwise":
         return problem.groups == problem.in_channels
+    if method.name == "gemv":
+        return problem.groups == 1 and (problem.height, problem.width, *problem.kernel_size) == (1, 1, 1, 1)
     return (method.name, problem.precision) != ("cusparse", "tf32")
 
 

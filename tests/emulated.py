@@ -46,6 +46,14 @@ static thread_local Index threadIdx;
 static pthread_barrier_t barrier;
 using std::max, std::min;
 static void __syncthreads() { pthread_barrier_wait(&barrier); }
+static float __shfl_xor_sync(unsigned, float value, unsigned by) {
+  static float lanes[1024];
+  lanes[threadIdx.x] = value;
+  __syncthreads();
+  const float other = lanes[threadIdx.x ^ by];
+  __syncthreads();
+  return other;
+}
 static float __uint_as_float(unsigned bits) { float v; std::memcpy(&v, &bits, 4); return v; }
 static unsigned __float_as_uint(float v) { unsigned bits; std::memcpy(&bits, &v, 4); return bits; }
 static unsigned __cvta_generic_to_shared(const void*) { return 0; }
@@ -71,7 +79,17 @@ static __nv_bfloat162 __floats2bfloat162_rn(float low, float high) { return {nea
 static float __int_as_float(int bits) { return __uint_as_float(bits); }
 static float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a > b ? a : b; }
 static float min_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a < b ? a : b; }
-#undef INFINITY
+// Two activations in place of activation.cuh, which is PTX.
+#define leaky_relu 1
+#define silu 2
+#ifdef ACTIVATION
+#define BEYOND_BOUNDS 1
+#define SLOPED (ACTIVATION == leaky_relu)
+#else
+#define BEYOND_BOUNDS 0
+#define SLOPED 0
+#endif
+static float activated(float v, float slope) { return SLOPED ? v < 0.f ? v * slope : v : v / (1.f + std::exp(-v)); }
 KERNEL
 template <class... Args, std::size_t... I>
 static void call(void (*kernel)(Args...), void** args, std::index_sequence<I...>) {
@@ -111,7 +129,7 @@ def launch(variant: Variant, grid: Sequence[int], block: int, args: Sequence[Any
     addresses = (ctypes.c_void_p * len(buffers))(*(ctypes.addressof(buffer) for buffer in buffers))
     text = _text(variant.source)
     _library(variant.source, tuple(sorted(variant.defines.items())), folder).run(
-        addresses, *grid, block, int("__syncthreads" in text)
+        addresses, *grid, block, bool(re.search("__syncthreads|__shfl", text))
     )
 
 
@@ -132,7 +150,7 @@ def _library(source: str, defines: tuple[tuple[str, object], ...], folder: Path)
 _BOUNDING = r'asm\("(max|min)\.NaN\.f32 %0, %0, %1;" : "\+f"\((\w+)\) : "f"\((\w+)\)\);'
 
 
-def _text(name: str, seen: tuple[str, ...] = ()) -> str:
+def _text(name: str, seen: tuple[str, ...] = ("activation.cuh",)) -> str:
     """A source with our own headers in it and without the toolkit's."""
     text = (KERNELS / name).read_text()
     for header in re.findall(r'#include "(.*)"', text):

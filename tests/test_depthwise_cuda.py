@@ -17,6 +17,7 @@ from escort.cuda.gpu import H200
 from escort.cuda.params import pack
 from escort.filter import SparseFilter
 from escort.methods import by_name
+from escort.methods.cuda import activation
 from escort.methods.cuda.depthwise import DepthwiseConfig, Params, Tile
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Precision, Problem
 from tests.cases import ACTIVATED, CASES, DEPTHWISE, Case
@@ -40,6 +41,12 @@ VECTORS = tuple(
         (DEPTHWISE[4], 12),
     )
 )
+#: Behind depthwise convolutions: one of each kind that is compiled in.
+COMPILED_IN = [
+    case
+    for case in ACTIVATED
+    if "depthwise" in case.name and case.problem.epilogue.activation in ("leaky_relu", "prelu", "silu")
+]
 EVERY = [case for case in (*CASES, *DEPTHWISE, *VECTORS) if case.problem.groups == case.problem.in_channels]
 
 
@@ -67,7 +74,7 @@ def runs(problem: Problem) -> Iterator[DepthwiseConfig]:
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*EVERY, *COMPILED_IN], ids=lambda case: case.name)
 def test_the_source_computes_every_case(
     case: Case, precision: Precision, memory_format: MemoryFormat, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -79,12 +86,13 @@ def test_the_source_computes_every_case(
     )
     assert x is not None
     weight = weight.to(dtype)
-    expected = reference.conv2d(problem, x, weight, bias, residual)
+    expected = reference.conv2d(problem, x, weight, bias, residual, case.slope())
+    per_channel = activation.per_channel(replace(problem, device="cpu", memory_format="contiguous"), bias, case.slope())
     by_tap = weight.flatten(1).t().contiguous()
     for config in runs(problem):
         (variant,), tile = METHOD.kernels(problem, config), Tile.of(problem, config)
         y = torch.full(expected.shape, float("nan"), dtype=dtype).contiguous(memory_format=torch_format)
-        args = x, y, residual, by_tap, bias, pack(Params.of(problem, tile))
+        args = x, y, residual, by_tap, per_channel, pack(Params.of(problem, tile))
         launch(variant, (problem.batch * tile.blocks, 1, 1), 128, args, tmp_path_factory.getbasetemp())
         assert reference.compare(y, expected) <= reference.ERROR_BOUND[precision], config
 

@@ -89,6 +89,7 @@ def plane_variants() -> list[Variant]:
         *(("average_pool.cu", macros, 48) for macros in vectors),
         *(("gate.cu", macros | last, 32) for macros, last in both),
         *(("local_response_norm.cu", macros | last | {"SIZE": 5}, 80) for macros, last in both),
+        *(("gemv.cu", macros | {"SAMPLES": samples}, 96) for macros in vectors for samples in (1, 8)),
         *(("concat.cu", {"BYTES": size, "VECTOR": vector}, 40) for size, vector in bytes_at_once),
     ]
 

@@ -16,6 +16,7 @@ from escort.methods.cuda.cudnn import Cudnn
 from escort.methods.cuda.cusparse import Cusparse
 from escort.methods.cuda.depthwise import DepthwiseCuda
 from escort.methods.cuda.direct import DirectCuda
+from escort.methods.cuda.gemv import Gemv
 from escort.methods.cuda.generated import Generated
 from escort.methods.cuda.sparse_tc import SparseTc
 from escort.problem import Precision
@@ -29,6 +30,7 @@ METHODS: tuple[Method, ...] = (
     Generated(),
     SparseTc(),
     DepthwiseCuda(),
+    Gemv(),
     Cudnn(),
     Cublas(),
     Cusparse(),

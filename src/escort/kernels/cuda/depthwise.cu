@@ -9,13 +9,14 @@
 // ROWS, COLUMNS    of the filter
 // WIDTH            outputs of a strip; 1 with any stride and dilation of columns
 // RIGHT            the stride of columns where a strip is wider, which has no dilation of columns then
+// ACTIVATION       as in activation.cuh
 #define THREADS 128
 
+#include "activation.cuh"
 #include "divisor.cuh"
 #include "elements.cuh"
 #include "ptx.cuh"
 
-#define INFINITY __int_as_float(0x7f800000)
 #define SPAN ((WIDTH - 1) * RIGHT + COLUMNS)  // inputs of a row that a strip reads
 
 // The same in every launch; methods/cuda/depthwise.py has a dataclass of the same fields that says what each means.
@@ -56,18 +57,10 @@ __device__ __forceinline__ void add_products(float (&sum)[WIDTH][VECTOR], const 
   }
 }
 
-// NaN goes through, as in torch.
-__device__ __forceinline__ float clamp(float value, float least, float most) {
-  asm("max.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(least));
-  asm("min.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(most));
-  return value;
-}
-
-// bias may be null; residual lies as y does, or is null.
+// bias may be null, and has the activation's slopes behind it; residual lies as y does, or is null.
 extern "C" __global__ void __launch_bounds__(THREADS)
     depthwise(const Element* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual,
-              const Element* __restrict__ weights, const float* __restrict__ bias,
-              const __grid_constant__ Params p) {
+              const Element* __restrict__ weights, const float* __restrict__ bias, const __grid_constant__ Params p) {
   let_next_kernel_start();
   const Strip at(p);
   if (at.channel >= p.vectors * VECTOR || at.column >= p.out_width || at.row >= p.out_height) return;
@@ -106,7 +99,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       add_products(sum, values, j, row_weights);
     }
   }
-  const float least = p.bound >= 1 ? 0.f : -INFINITY, most = p.bound == 2 ? 6.f : INFINITY;
   const long long line = (long long)at.outer * p.out_height + at.row;
   const long long out = (line * p.out_width + at.column) * p.out_pitch + at.channel;
 #pragma unroll
@@ -119,7 +111,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int i = 0; i < VECTOR; i++) sum[t][i] += added[i];
     }
 #pragma unroll
-    for (int i = 0; i < VECTOR; i++) sum[t][i] = clamp(sum[t][i], least, most);
+    for (int i = 0; i < VECTOR; i++) {
+      float slope = 0.f;
+#if SLOPED
+      slope = __ldg(bias + p.weight_pitch + of_weights + i);
+#endif
+      sum[t][i] = BEYOND_BOUNDS ? activated(sum[t][i], slope) : bounded(sum[t][i], p.bound);
+    }
     *(Vector*)(y + out + t * p.out_pitch) = narrow(sum[t]);
   }
 }

@@ -20,16 +20,8 @@ from escort.cuda.kernel import NATIVE_CAPABILITY, kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.cuda.params import Divisor, pack
 from escort.filter import SparseFilter
-from escort.methods.base import (
-    MOST_BATCHES,
-    ON_GPUS,
-    Method,
-    Prepared,
-    activated_behind,
-    aligned,
-    input_check,
-    output_strides,
-)
+from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_check, output_strides
+from escort.methods.cuda import activation
 from escort.methods.sharing import shared
 from escort.problem import Problem
 
@@ -40,7 +32,7 @@ _STRIPS = 4, 2, 1
 _MOST_COLUMNS = 11  # of a filter, whose weights of a row lie in registers
 _MOST = 2**31 - 1
 _RESIDENT = 512  # threads of a multiprocessor that hide what memory takes
-_BYTES_PER_US, _PRODUCTS_PER_US = 3.2e6, 15e6  # reached in a large layer
+_BYTES_PER_US, _PRODUCTS_PER_CLOCK, _CLOCK_MHZ = 3.2e6, 64.0, 1755.0  # of a large layer
 _LEAST_US = 2.0
 _MOST_TILE_VECTORS = 8  # a cache line
 _SECTOR_BYTES = 32  # that caches move at least
@@ -62,7 +54,6 @@ class DepthwiseCuda(Method):
 
     name = "depthwise"
     device_type = "cuda"
-    activations = ON_GPUS
     config_type = DepthwiseConfig
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -84,7 +75,7 @@ class DepthwiseCuda(Method):
         return tuple(map(DepthwiseConfig, (*enough, *(strip for strip in _STRIPS[::-1] if strip not in enough))))
 
     def kernels(self, problem: Problem, config: DepthwiseConfig) -> Sequence[Variant]:
-        macros = {
+        macros: dict[str, int | str] = {
             "STORAGE": _STORAGE[problem.storage],
             "VECTOR": _vector(problem),
             "ROWS": problem.kernel_size[0],
@@ -92,16 +83,17 @@ class DepthwiseCuda(Method):
             "WIDTH": config.strip,
             "RIGHT": problem.stride[1] if config.strip > 1 else 1,
         }
-        return (Variant(_SOURCE, macros),)
+        return (Variant(_SOURCE, macros | activation.macros(problem.epilogue)),)
 
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: DepthwiseConfig | None = None
     ) -> float:
-        """What memory takes, or the products where a filter is large: an estimate, not measured yet (2026-11-30)."""
+        """What memory takes, or computing where a filter is large: an estimate, not measured yet (2026-11-30)."""
         outputs = math.prod(problem.output_shape)
         elements = math.prod(problem.input_shape) + outputs * (2 if problem.epilogue.residual else 1)
-        products = outputs * math.prod(problem.kernel_size)
-        return _LEAST_US + max(elements * problem.storage.itemsize / _BYTES_PER_US, products / _PRODUCTS_PER_US)
+        memory_us = elements * problem.storage.itemsize / _BYTES_PER_US
+        clocks = math.prod(problem.kernel_size) / _PRODUCTS_PER_CLOCK + activation.clocks(problem)
+        return _LEAST_US + max(memory_us, outputs * clocks / (gpu.multiprocessors * _CLOCK_MHZ))
 
     def prepare(
         self,
@@ -111,7 +103,6 @@ class DepthwiseCuda(Method):
         config: DepthwiseConfig,
         slope: torch.Tensor | None = None,
     ) -> Prepared:
-        problem, activated = activated_behind(problem, slope, self.activations)
         if config.strip > 1 and problem.dilation[1] > 1:
             raise ValueError("a strip of several outputs has no dilated columns; use a strip of 1")
         device, tile = torch.device(problem.device), Tile.of(problem, config)
@@ -123,8 +114,7 @@ class DepthwiseCuda(Method):
             return by_tap.to(device, problem.storage), None
 
         weights, _ = shared(sparse_filter, (self.name, device, problem.storage), make_weights)
-        offsets = None if bias is None else bias.detach().to(device, torch.float32).contiguous()
-        fixed = weights, offsets, pack(Params.of(problem, tile))
+        fixed = weights, activation.per_channel(problem, bias, slope), pack(Params.of(problem, tile))
         overlap = torch.cuda.get_device_capability(device) >= NATIVE_CAPABILITY
         launch = compiled.bind(_THREADS, 0, (*[torch.Tensor] * 3, *fixed), overlap=overlap)
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
@@ -144,7 +134,7 @@ class DepthwiseCuda(Method):
             launch(cut(x.shape[0]), aligned(x.contiguous(memory_format=memory_format), alignment), y, residual)
             return y
 
-        return Prepared(activated(run), binaries=(compiled.binary,))
+        return Prepared(run, binaries=(compiled.binary,))
 
 
 def _vector(problem: Problem) -> int:
@@ -283,5 +273,5 @@ class Params:
             by_vector_tiles=Divisor.of(tile.counts[0]),
             by_strip_tiles=Divisor.of(tile.counts[1]),
             by_row_tiles=Divisor.of(tile.counts[2]),
-            bound=problem.epilogue.activation_number,
+            bound=activation.bound(problem.epilogue),
         )

@@ -105,7 +105,11 @@ class DirectCuda(Method):
         compiled = kernel(variant.source, variant.defines, device)
         arrays = (tables.records, tables.segments.view(np.int32), tables.channel_of, tables.first_channels)
         on_device = [torch.from_numpy(array).to(device) for array in arrays]
-        fixed = (_per_channel(problem, bias, slope), *on_device, pack(Params.of(problem, layout, tables, config)))
+        fixed = (
+            activation.per_channel(problem, bias, slope),
+            *on_device,
+            pack(Params.of(problem, layout, tables, config)),
+        )
         launch = compiled.bind(
             config.threads,
             int(shared_bytes(layout, asdict(config), tables.record_bytes)),
@@ -138,12 +142,3 @@ class DirectCuda(Method):
             return y
 
         return Prepared(run, binaries=(compiled.binary,))
-
-
-def _per_channel(problem: Problem, bias: torch.Tensor | None, slope: torch.Tensor | None) -> torch.Tensor | None:
-    """The bias of each output channel, and behind them the activation's slopes; None where there are neither."""
-    slopes = activation.slopes(problem, slope)
-    if bias is None and slopes is None:
-        return None
-    offsets = torch.zeros(problem.out_channels) if bias is None else bias.detach().float().cpu()
-    return (offsets if slopes is None else torch.cat([offsets, slopes])).to(problem.device)
