@@ -94,19 +94,21 @@
 #define ACTIVATION_silu "mov.f32 part, y; " SIGMOID "mul.f32 y, y, part; "
 #endif
 
-#ifdef ACTIVATION
-#define BEYOND_BOUNDS 1
 #define JOINED(a, b) a##b
 #define NAME(a, b) JOINED(a, b)
-#define SLOPED NAME(SLOPED_, ACTIVATION)  // a name that nobody defines counts as 0
-#define ACTIVATE(v, slope)                                                      \
-  "{ .reg .f32 y, slope, part, square, series; .reg .pred below; mov.f32 y, " v \
-  "; "                                                                          \
-  "mov.f32 slope, " slope "; " NAME(ACTIVATION_, ACTIVATION) "mov.f32 " v ", y; }"
+#ifdef ACTIVATION
+#define BEYOND_BOUNDS 1
+#define ACTIVATE(v, slope)                                                                                \
+  "{ .reg .f32 y, slope, part, square, series; .reg .pred below; mov.f32 y, " v "; mov.f32 slope, " slope \
+  "; " NAME(ACTIVATION_, ACTIVATION) "mov.f32 " v ", y; }"
 #else
 #define BEYOND_BOUNDS 0
-#define SLOPED 0
 #define ACTIVATE(v, slope) ""
+#endif
+#if NAME(SLOPED_, ACTIVATION)  // a name that nobody defines counts as 0
+#define SLOPED 1
+#else
+#define SLOPED 0
 #endif
 
 __device__ __forceinline__ float activated(float v, float slope) {
