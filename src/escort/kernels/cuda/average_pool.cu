@@ -2,9 +2,9 @@
 // as pitch, NCHW planes outside and a pitch of 1.
 //
 // Threads share a window where there are few: its pixels are dealt to `1 << log_parts` threads of each block of a
-// cluster, whose sums are added up in shared memory. A thread has VECTOR neighbouring outputs. Neighbouring threads have
-// neighbouring outputs in NHWC, and neighbouring pixels of a window in NCHW.
-// VECTOR    elements of 16 bytes at most, a divisor of the pitch
+// cluster, whose sums are added up in shared memory. A thread has VECTOR neighbouring outputs. Neighbouring threads
+// have neighbouring outputs in NHWC, and neighbouring pixels of a window in NCHW. VECTOR    elements of 16 bytes at
+// most, a divisor of the pitch
 #define THREADS 256
 #define AT_ONCE 4  // pixels whose loads are issued together
 

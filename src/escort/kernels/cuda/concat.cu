@@ -1,5 +1,5 @@
-// Up to eight x (pixels, channels) side by side as a slice of y (pixels, pitch), where a pixel has all its channels side by
-// side. A thread copies VECTOR elements of BYTES bytes.
+// Up to eight x (pixels, channels) side by side as a slice of y (pixels, pitch), where a pixel has all its channels
+// side by side. A thread copies VECTOR elements of BYTES bytes.
 #define THREADS 256
 
 #include "divisor.cuh"

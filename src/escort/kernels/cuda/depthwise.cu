@@ -1,6 +1,6 @@
-// Depthwise convolution, dense: y[p][k] = activation(sum over taps of w[tap][k] * x[p + tap][k / multiplier] + bias[k] +
-// residual[p][k]), summed in float. NHWC has samples outside and channels as pitch; NCHW has planes outside, a pitch of 1
-// and a VECTOR of 1, and each plane its own weights.
+// Depthwise convolution, dense: y[p][k] = activation(sum over taps of w[tap][k] * x[p + tap][k / multiplier] + bias[k]
+// + residual[p][k]), summed in float. NHWC has samples outside and channels as pitch; NCHW has planes outside, a pitch
+// of 1 and a VECTOR of 1, and each plane its own weights.
 //
 // Memory bounds it: x and y should pass once. A thread computes a strip of WIDTH outputs of a row for a vector of
 // channels, and loads each input of a row once for all taps that read it. A block has vectors, strips and rows side by

@@ -73,7 +73,8 @@ __device__ __forceinline__ Element narrowed(float value) {
 
 // What a bound (1: 0 from below, 2: also 6 from above) leaves of a value. NaN goes through, as in torch.
 __device__ __forceinline__ float bounded(float value, int bound) {
-  const float infinity = __int_as_float(0x7f800000), least = bound >= 1 ? 0.f : -infinity, most = bound == 2 ? 6.f : infinity;
+  const float infinity = __int_as_float(0x7f800000), least = bound >= 1 ? 0.f : -infinity,
+              most = bound == 2 ? 6.f : infinity;
   asm("max.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(least));
   asm("min.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(most));
   return value;

@@ -1,7 +1,6 @@
-// y[n][c][p] = x[n][c][p] * gates[n][c], of one size of elements. In NHWC a thread has a vector of a pixel's channels, in
-// NCHW one of a channel's pixels.
-// LAST      1: x is in NHWC, 0: in NCHW
-// VECTOR    elements of 16 bytes at most, a divisor of the channels or of the plane
+// y[n][c][p] = x[n][c][p] * gates[n][c], of one size of elements. In NHWC a thread has a vector of a pixel's channels,
+// in NCHW one of a channel's pixels. LAST      1: x is in NHWC, 0: in NCHW VECTOR    elements of 16 bytes at most, a
+// divisor of the channels or of the plane
 #define THREADS 256
 
 #include "divisor.cuh"

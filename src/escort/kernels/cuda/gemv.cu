@@ -1,5 +1,5 @@
-// y[n][k] = activation(sum over c of w[k][c] * x[n][c] + bias[k] + residual[n][k]), dense, summed in float: a convolution of
-// one pixel, such as those of squeeze-excitation and classifiers.
+// y[n][k] = activation(sum over c of w[k][c] * x[n][c] + bias[k] + residual[n][k]), dense, summed in float: a
+// convolution of one pixel, such as those of squeeze-excitation and classifiers.
 //
 // Reading the weights bounds it. A warp has one k and SAMPLES neighbouring n; its lanes have vectors of channels.
 // VECTOR        elements of 16 bytes at most, a divisor of the input channels

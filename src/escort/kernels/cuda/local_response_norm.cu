@@ -1,11 +1,10 @@
 // y = x * (k + alpha * sum of x^2 over SIZE neighbouring channels)^-beta, computed in float, where the sum reaches from
 // SIZE / 2 channels before the element to (SIZE - 1) / 2 behind it and torch's alpha was divided by SIZE.
 //
-// The result is read and written once. In NHWC a thread has a vector of a pixel's channels, and finds those around it in
-// the vectors before and behind, which its neighbours have brought into the first-level cache. In NCHW a thread has a
-// vector of pixels, and walks along some channels with what the next ones need in registers.
-// LAST      1: x is in NHWC, 0: in NCHW
-// SIZE      channels of a sum
+// The result is read and written once. In NHWC a thread has a vector of a pixel's channels, and finds those around it
+// in the vectors before and behind, which its neighbours have brought into the first-level cache. In NCHW a thread has
+// a vector of pixels, and walks along some channels with what the next ones need in registers. LAST      1: x is in
+// NHWC, 0: in NCHW SIZE      channels of a sum
 #define THREADS 256
 #define BEFORE (SIZE / 2)
 #define BEHIND ((SIZE - 1) / 2)
@@ -38,7 +37,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int i = -AROUND; i <= AROUND; i++) {
     float values[VECTOR] = {};
-    if (i == 0 || (i < 0 ? at >= (u32)-i : at + i < of_pixel)) widen(load(x + (number + i) * (long long)VECTOR), values);
+    if (i == 0 || (i < 0 ? at >= (u32)-i : at + i < of_pixel))
+      widen(load(x + (number + i) * (long long)VECTOR), values);
 #pragma unroll
     for (int j = 0; j < VECTOR; j++) {
       if (i == 0) own[j] = values[j];
@@ -59,7 +59,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 #define AT_ONCE (VECTOR >= 4 ? 4 : 8)  // channels that are loaded before the first is used
 
-// plane: elements from channel to channel. A block has pixels of a sample, and `walk` channels of `walks` times as many.
+// plane: elements from channel to channel. A block has pixels of a sample, and `walk` channels of `walks` times as
+// many.
 extern "C" __global__ void __launch_bounds__(THREADS)
     local_response_norm(const Element* __restrict__ x, Element* __restrict__ y, int plane, int channels, int walk,
                         int walks, const __grid_constant__ Params p) {
@@ -67,7 +68,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   wait_for_previous_kernel();
   const int pixel = (blockIdx.y * THREADS + threadIdx.x) * VECTOR;
   if (pixel >= plane) return;
-  const int sample = blockIdx.x / walks, first = (blockIdx.x - sample * walks) * walk, end = min(first + walk, channels);
+  const int sample = blockIdx.x / walks, first = (blockIdx.x - sample * walks) * walk,
+            end = min(first + walk, channels);
   const Element* const from = x + (long long)sample * channels * plane + pixel;
   Element* const to = y + (long long)sample * channels * plane + pixel;
   // Of the channels from BEFORE before those at hand on; what lies beyond the first and the last counts as 0.
