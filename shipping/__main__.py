@@ -18,10 +18,11 @@ from escort.cuda import shipped
 from escort.cuda.binary import Binary
 from escort.cuda.compiler import Text, Variant, compile_source
 from escort.cuda.gpu import H200, Gpu
-from escort.layers.average import average_kernel
-from escort.layers.concat import concat_kernel
-from escort.layers.gate import gate_kernel
-from escort.layers.norm import local_response_kernel
+from escort.layers.planes.average import average_kernel
+from escort.layers.planes.concat import concat_kernel
+from escort.layers.planes.gate import gate_kernel
+from escort.layers.planes.norm import local_response_kernel
+from escort.layers.planes.resize import resize_kernel
 from escort.layers.pool import POOLED_ON_GPU, pooling_kernel
 from escort.methods import for_device
 from escort.planner.cores import on_all_cores
@@ -70,7 +71,7 @@ def plane_variants() -> Iterator[Variant]:
         whole = 16 // dtype.itemsize
         for vector in (1, whole):
             yield from (pooling_kernel(dtype, vector, window) for window in _POOLED)
-            yield average_kernel(dtype, vector)
+            yield from (average_kernel(dtype, vector), resize_kernel(dtype, vector))
             yield from (gate_kernel(dtype, vector, is_last) for is_last in (False, True))
         yield concat_kernel(dtype, whole)
         yield from (local_response_kernel(dtype, vector, False, _NORMALIZED) for vector in (1, 8 // dtype.itemsize))

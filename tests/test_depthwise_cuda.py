@@ -16,8 +16,7 @@ from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
 from escort.cuda.params import pack
 from escort.filter import SparseFilter
-from escort.methods import by_name
-from escort.methods.cuda import activation
+from escort.methods import activation, by_name
 from escort.methods.cuda.depthwise import DepthwiseConfig, Params, Tile
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Precision, Problem
 from tests.cases import ACTIVATED, CASES, DEPTHWISE, Case

@@ -12,8 +12,7 @@ from escort import reference
 from escort.cuda.compiler import KERNELS
 from escort.cuda.params import pack
 from escort.filter import SparseFilter
-from escort.methods import by_name
-from escort.methods.cuda import activation
+from escort.methods import activation, by_name
 from escort.methods.cuda.gemv import Params
 from escort.problem import TORCH_DTYPE, Activation, Epilogue, MemoryFormat, Precision, Problem
 from tests.cases import FULL, Case

@@ -12,7 +12,7 @@ import torch
 from escort.cuda import compiler
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
-from escort.methods.cuda.activation import INSTRUCTIONS
+from escort.methods.activation import INSTRUCTIONS
 from escort.methods.cuda.direct.layout import Layout
 from escort.methods.cuda.direct.params import defines
 from escort.methods.cuda.direct.search import search
@@ -86,7 +86,7 @@ def plane_variants() -> list[Variant]:
     both = [(macros, {"LAST": last}) for macros in vectors for last in (0, 1)]
     bytes_at_once = ((2, 4), (2, 8), (4, 2), (4, 4))
     return [
-        *(("average_pool.cu", macros, 48) for macros in vectors),
+        *((source, macros, 48) for source in ("average_pool.cu", "resize.cu") for macros in vectors),
         *(("gate.cu", macros | last, 32) for macros, last in both),
         *(("local_response_norm.cu", macros | last | {"SIZE": 5}, 80) for macros, last in both),
         *(("gemv.cu", macros | {"SAMPLES": samples}, 96) for macros in vectors for samples in (1, 8)),

@@ -13,19 +13,9 @@ from torch import Tensor, nn
 
 from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
-from escort.layers import (
-    AdaptiveAvgPool2d,
-    AvgPool2d,
-    Concat,
-    Gate,
-    LocalResponseNorm,
-    average,
-    concat,
-    gate,
-    norm,
-    planes,
-)
-from escort.layers.planes import OnPlanes, Planes
+from escort.layers import AdaptiveAvgPool2d, AvgPool2d, Concat, Gate, LocalResponseNorm, Upsample
+from escort.layers.planes import average, base, concat, gate, norm
+from escort.layers.planes.base import OnPlanes, Planes
 from escort.layers.pool import POOLED_ON_GPU
 from escort.reference import ERROR_BOUND, compare
 from tests.emulated import launch
@@ -93,6 +83,21 @@ CASES = [
         )
     ),
     *(
+        Case(Upsample(**settings), (shape,))  # type: ignore[arg-type]
+        for settings, shape in (
+            ({"scale_factor": 2}, (2, 16, 5, 7)),
+            ({"scale_factor": (1.5, 3)}, (1, 12, 8, 5)),
+            ({"size": (9, 20)}, (1, 5, 6, 8)),
+            ({"size": 7, "mode": "nearest-exact"}, (2, 8, 12, 5)),
+            ({"scale_factor": 2, "mode": "bilinear"}, (2, 16, 5, 7)),
+            ({"scale_factor": 2, "mode": "bilinear", "align_corners": True}, (2, 24, 6, 4)),
+            ({"scale_factor": 1.7, "mode": "bilinear"}, (1, 8, 9, 9)),
+            ({"scale_factor": 1.7, "mode": "bilinear", "recompute_scale_factor": True}, (1, 8, 9, 9)),
+            ({"size": (3, 1), "mode": "bilinear", "align_corners": True}, (1, 7, 8, 6)),
+            ({"size": (4, 11), "mode": "bilinear"}, (1, 8, 8, 5)),
+        )
+    ),
+    *(
         Case(Gate(), ((samples, channels, *size), (samples, channels, 1, 1)))
         for samples, channels, *size in ((2, 16, 5, 7), (3, 12, 8, 8), (1, 7, 4, 3), (2, 40, 1, 9))
     ),
@@ -126,7 +131,7 @@ def emulated(layer: OnPlanes, inputs: Sequence[Tensor], folder: Path) -> Tensor 
     y = torch.full(work.out_shape, float("nan"), dtype=x.dtype).contiguous(memory_format=x.torch_memory_format)
     given = [*inputs, *[None] * (work.inputs * len(work.launches) - len(inputs))]
     for i, (grid, args) in enumerate(work.launches):
-        launch(work.variant, grid, planes.THREADS, (*given[i * work.inputs : (i + 1) * work.inputs], y, *args), folder)
+        launch(work.variant, grid, base.THREADS, (*given[i * work.inputs : (i + 1) * work.inputs], y, *args), folder)
     return y
 
 
@@ -176,6 +181,7 @@ def test_the_structs_are_the_dataclasses(params: Any, source: str) -> None:
         (LocalResponseNorm(17), [(1, 32, 4, 4)]),
         (AvgPool2d(9), [(1, 3, 4, 4)]),
         (AvgPool2d(3, padding=2), [(1, 3, 9, 9)]),
+        (Upsample(scale_factor=2, mode="bicubic"), [(1, 3, 4, 4)]),
         (AdaptiveAvgPool2d(0), [(1, 3, 4, 4)]),
         (Gate(), [(2, 8, 4, 4), (1, 8, 1, 1)]),
         (Gate(), [(2, 8, 1, 1), (2, 8, 4, 4)]),

@@ -50,6 +50,8 @@ def rewritten(model: nn.Module, x: Tensor) -> list[str]:
         (lambda x, g: x.mean((2, 3)), "AdaptiveAvgPool2d"),
         (lambda x, g: x.mean([-1, -2], keepdim=True), "AdaptiveAvgPool2d"),
         (lambda x, g: torch.mean(x, dim=(2, 3)).relu(), "AdaptiveAvgPool2d"),
+        (lambda x, g: F.interpolate(x, scale_factor=2), "Upsample"),
+        (lambda x, g: F.interpolate(x, (9, 20), mode="bilinear", align_corners=False), "Upsample"),
         (lambda x, g: x * g, "Gate"),
         (lambda x, g: g.sigmoid() * x, "Gate"),
         (lambda x, g: torch.mul(x, g), "Gate"),
@@ -68,6 +70,7 @@ def test_what_becomes_a_layer(function: Callable[[Tensor, Tensor], Tensor], laye
         lambda x, g: x.mean((1, 2)),
         lambda x, g: x.mean((2, 3), dtype=torch.float64),
         lambda x, g: F.adaptive_avg_pool2d(x, (x.shape[2] // 2, 1)),
+        lambda x, g: F.interpolate(x, (4, 4), mode="bilinear", antialias=True),
         lambda x, g: x * x,
         lambda x, g: g * g,
         lambda x, g: x * 2.0,
@@ -93,14 +96,15 @@ def hooked() -> nn.Module:
 
 def test_modules_are_replaced_where_they_stand() -> None:
     model = nn.Sequential(
-        nn.LocalResponseNorm(5, 0.1), nn.AvgPool2d(3, 2, 1, True, False), Own(2), hooked(), nn.AdaptiveAvgPool2d(1)
+        *(nn.LocalResponseNorm(5, 0.1), nn.AvgPool2d(3, 2, 1, True, False), Own(2), hooked()),
+        *(nn.UpsamplingNearest2d(scale_factor=2), nn.AdaptiveAvgPool2d(1)),
     )
     x = torch.randn(2, 6, 33, 34)
     expected = model(x)
     planes.replace_modules(model)
     names = [type(module).__name__ for module in model]
-    assert names == ["LocalResponseNorm", "AvgPool2d", "Own", "AvgPool2d", "AdaptiveAvgPool2d"]
-    assert [isinstance(module, OnPlanes) for module in model] == [True, True, False, False, True]
+    assert names == ["LocalResponseNorm", "AvgPool2d", "Own", "AvgPool2d", "Upsample", "AdaptiveAvgPool2d"]
+    assert [isinstance(module, OnPlanes) for module in model] == [True, True, False, False, True, True]
     assert torch.equal(model(x), expected)
 
 

@@ -1,13 +1,14 @@
 """The layers of a converted network: what computes is an operator of torch and the module that calls it."""
 
-from escort.layers.average import AdaptiveAvgPool2d, AvgPool2d
-from escort.layers.concat import Concat
 from escort.layers.conv import SparseConv2d
 from escort.layers.fused import FusedConv2d
-from escort.layers.gate import Gate
-from escort.layers.norm import LocalResponseNorm
 from escort.layers.pad import SamePad
-from escort.layers.planes import OnPlanes
+from escort.layers.planes.average import AdaptiveAvgPool2d, AvgPool2d
+from escort.layers.planes.base import OnPlanes
+from escort.layers.planes.concat import Concat
+from escort.layers.planes.gate import Gate
+from escort.layers.planes.norm import LocalResponseNorm
+from escort.layers.planes.resize import Upsample
 from escort.layers.pool import MaxPool2d
 
 #: Layers other than convolutions that launch kernels of our own, and say which: they have `binaries`.
@@ -25,4 +26,5 @@ __all__ = [
     "OnPlanes",
     "SamePad",
     "SparseConv2d",
+    "Upsample",
 ]

@@ -11,7 +11,7 @@
 #include "elements.cuh"
 #include "ptx.cuh"
 
-// layers/average.py has a dataclass of the same fields that says what each means.
+// layers/planes/average.py has a dataclass of the same fields that says what each means.
 struct Params {
   int vectors, pitch, height, width, out_height, out_width;
   int is_adaptive, rows, columns, down, right, top, left;

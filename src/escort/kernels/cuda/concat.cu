@@ -6,7 +6,7 @@
 #include "ptx.cuh"
 #include "vectors.cuh"
 
-// layers/concat.py has a dataclass of the same fields that says what each means. All are counted in vectors.
+// layers/planes/concat.py has a dataclass of the same fields that says what each means. All are counted in vectors.
 struct Params {
   int vectors, slice, pitch, offset;
   Divisor by_slice;

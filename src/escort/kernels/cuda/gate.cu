@@ -7,7 +7,7 @@
 #include "elements.cuh"
 #include "ptx.cuh"
 
-// layers/gate.py has a dataclass of the same fields: vectors of x, of a pixel or a plane, and of a sample.
+// layers/planes/gate.py has a dataclass of the same fields: vectors of x, of a pixel or a plane, and of a sample.
 struct Params {
   int vectors, row_vectors, sample_vectors;
   Divisor by_row, by_sample;

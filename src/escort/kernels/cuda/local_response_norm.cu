@@ -12,7 +12,7 @@
 #include "elements.cuh"
 #include "ptx.cuh"
 
-// layers/norm.py has a dataclass of the same fields.
+// layers/planes/norm.py has a dataclass of the same fields.
 struct Params {
   float alpha, beta, k;
 };

@@ -20,8 +20,8 @@ from escort.cuda.kernel import NATIVE_CAPABILITY, kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.cuda.params import Divisor, pack
 from escort.filter import SparseFilter
+from escort.methods import activation
 from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_check, output_strides
-from escort.methods.cuda import activation
 from escort.methods.sharing import shared
 from escort.problem import Problem
 

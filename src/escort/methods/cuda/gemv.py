@@ -16,8 +16,8 @@ from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import NATIVE_CAPABILITY, kernel, unavailable
 from escort.cuda.params import pack
 from escort.filter import SparseFilter
+from escort.methods import activation
 from escort.methods.base import Method, Prepared, aligned, input_check, output_strides
-from escort.methods.cuda import activation
 from escort.methods.sharing import shared
 from escort.problem import Problem
 

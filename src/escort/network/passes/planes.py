@@ -1,4 +1,4 @@
-"""What stands between convolutions, by our kernels for GPUs: normalisation, averages, gates and joins."""
+"""What stands between convolutions, by our kernels for GPUs: normalisation, averages, gates, joins and resizing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from escort.layers import AdaptiveAvgPool2d, AvgPool2d, Concat, Gate, LocalResponseNorm
+from escort.layers import AdaptiveAvgPool2d, AvgPool2d, Concat, Gate, LocalResponseNorm, Upsample
 from escort.layers.pool import POOLED_ON_GPU
 from escort.network.check import Request
 from escort.network.passes.operations import OPERATIONS, mutates, replace_module
@@ -20,14 +20,17 @@ aten = torch.ops.aten
 Layer = Callable[..., nn.Module]
 
 _NORM, _AVERAGE = "size alpha beta k", "kernel_size stride padding ceil_mode count_include_pad divisor_override"
+_RESIZE = "size scale_factor mode align_corners recompute_scale_factor"
 #: The layer in the place of each of torch's, and the names of its arguments.
 _MODULES: Mapping[type[nn.Module], tuple[Layer, str]] = {
     nn.LocalResponseNorm: (LocalResponseNorm, _NORM),
     nn.AvgPool2d: (AvgPool2d, _AVERAGE),
     nn.AdaptiveAvgPool2d: (AdaptiveAvgPool2d, "output_size"),
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), (Upsample, _RESIZE)),
 }
 #: The same for functions, whose first argument is the input.
 _FUNCTIONS: Mapping[Any, tuple[Layer, str]] = {
+    F.interpolate: (Upsample, _RESIZE),
     F.local_response_norm: (LocalResponseNorm, _NORM),
     **dict.fromkeys((F.avg_pool2d, aten.avg_pool2d.default), (AvgPool2d, _AVERAGE)),
     **dict.fromkeys((F.adaptive_avg_pool2d, aten.adaptive_avg_pool2d.default), (AdaptiveAvgPool2d, "output_size")),
@@ -75,6 +78,8 @@ def _replace_function(network: fx.GraphModule, node: fx.Node) -> None:
     layer, names = _FUNCTIONS[node.target]
     arguments = dict(zip(["input", *names.split()], node.args, strict=False)) | dict(node.kwargs)
     x = arguments.pop("input")
+    if any(arguments.pop(key) for key in arguments.keys() - set(names.split())):
+        return  # such as antialias
     if not any(isinstance(value, fx.Node) for value in _flat(arguments.values())) and isinstance(x, fx.Node):
         settings = {key: value for key, value in arguments.items() if value != []}  # aten's empty stride is the default
         _call(network, node, layer(**settings), (x,))

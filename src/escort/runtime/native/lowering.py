@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from escort.kernels import _cpu
-from escort.layers import AdaptiveAvgPool2d, AvgPool2d, Concat, Gate, MaxPool2d, SamePad, SparseConv2d
+from escort.layers import AdaptiveAvgPool2d, AvgPool2d, Concat, Gate, MaxPool2d, SamePad, SparseConv2d, Upsample
 from escort.layers.operator import output_shape
 from escort.layers.pad import same_zeros
 from escort.layers.pool import pair
@@ -318,7 +318,7 @@ LAYERS: Mapping[type[nn.Module], tuple[Callable[..., Value], str]] = {
     Concat: (lambda step, *parts: step.cat(parts, 1), ""),
     **{
         cls: (Operations.interpolate, "size scale_factor mode align_corners recompute_scale_factor")
-        for cls in (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+        for cls in (Upsample, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
     },
     nn.BatchNorm2d: (Operations.batch_norm_layer, "running_mean running_var weight bias training eps"),
     nn.PixelShuffle: (Operations.pixel_shuffle, "upscale_factor"),

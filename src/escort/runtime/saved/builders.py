@@ -20,6 +20,7 @@ from escort.layers import (
     MaxPool2d,
     SamePad,
     SparseConv2d,
+    Upsample,
 )
 from escort.layers.pool import pair
 from escort.problem import Activation
@@ -51,7 +52,10 @@ LAYERS: dict[str, type[nn.Module]] = {
     },
     **{
         f"escort.{cls.__name__}": cls
-        for cls in (AdaptiveAvgPool2d, AvgPool2d, Concat, FusedConv2d, Gate, LocalResponseNorm, MaxPool2d, SamePad)
+        for cls in (
+            *(AdaptiveAvgPool2d, AvgPool2d, Concat, FusedConv2d, Gate, LocalResponseNorm, MaxPool2d, SamePad),
+            Upsample,
+        )
     },
 }
 _DESCRIBED = frozenset((*LAYERS.values(), SparseConv2d))

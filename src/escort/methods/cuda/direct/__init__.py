@@ -26,6 +26,7 @@ from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.cuda.params import pack
 from escort.filter import SparseFilter
+from escort.methods import activation
 from escort.methods.base import (
     MOST_BATCHES,
     Method,
@@ -35,7 +36,6 @@ from escort.methods.base import (
     input_check,
     output_strides,
 )
-from escort.methods.cuda import activation
 from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_samples, shared_bytes
 from escort.methods.cuda.direct.params import Params, defines
 from escort.methods.cuda.direct.search import has_room, is_offered, neighbours, predicted_clocks, search

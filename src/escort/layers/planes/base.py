@@ -1,4 +1,4 @@
-"""What stands between convolutions and runs by kernels of our own on a GPU: how such layers reach them.
+"""How layers that stand between convolutions reach kernels of our own on a GPU.
 
 A layer is a subclass of torch's that says which launch computes it. Whatever observes or transforms operators, and
 whatever the kernels do not take, sees and gets torch's own.

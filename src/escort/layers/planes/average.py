@@ -11,7 +11,7 @@ from torch import nn
 from escort.cuda.compiler import Variant
 from escort.cuda.kernel import NATIVE_CAPABILITY
 from escort.cuda.params import pack
-from escort.layers.planes import MOST, THREADS, OnPlanes, Planes, Work
+from escort.layers.planes.base import MOST, THREADS, OnPlanes, Planes, Work
 from escort.layers.pool import pair, pooled_size
 
 _MOST_LOG_PARTS = 6  # of a block, which then still reads 64 bytes of a pixel in channels_last

@@ -9,7 +9,7 @@ from torch import nn
 
 from escort.cuda.compiler import Variant
 from escort.cuda.params import Divisor, pack
-from escort.layers.planes import MOST, THREADS, OnPlanes, Planes, Work
+from escort.layers.planes.base import MOST, THREADS, OnPlanes, Planes, Work
 
 
 @dataclass(frozen=True)

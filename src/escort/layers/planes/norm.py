@@ -9,7 +9,7 @@ from torch import nn
 
 from escort.cuda.compiler import Variant
 from escort.cuda.params import pack
-from escort.layers.planes import MOST, MOST_ACROSS, THREADS, OnPlanes, Planes, Work
+from escort.layers.planes.base import MOST, MOST_ACROSS, THREADS, OnPlanes, Planes, Work
 
 _MOST_SIZE = 16  # channels of a sum, which lie in registers
 _PLANE_BYTES = 8  # most that a thread reads of a plane at once: it has that of several channels in registers

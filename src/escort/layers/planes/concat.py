@@ -11,7 +11,7 @@ from torch import nn
 
 from escort.cuda.compiler import Variant
 from escort.cuda.params import Divisor, pack
-from escort.layers.planes import MOST, THREADS, OnPlanes, Planes, Work
+from escort.layers.planes.base import MOST, THREADS, OnPlanes, Planes, Work
 
 _AT_ONCE = 8  # inputs that a launch takes
 _LEAST_BYTES = 8  # that a thread copies; where so many are not aligned, torch's is as fast
