@@ -19,7 +19,7 @@ from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
 from escort.cuda.params import Divisor, pack
 from escort.filter import SparseFilter
-from escort.methods.cuda import activation
+from escort.methods import activation
 from escort.methods.cuda.direct import DirectCuda
 from escort.methods.cuda.direct.layout import LANES, STORAGE, DirectConfig, Layout, most_samples
 from escort.methods.cuda.direct.params import Params, defines

@@ -16,8 +16,8 @@ from escort import reference
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
 from escort.methods import Method, by_name
-from escort.methods.cuda import activation as compiled
-from escort.methods.cuda.activation import INSTRUCTIONS
+from escort.methods import activation as compiled
+from escort.methods.activation import INSTRUCTIONS
 from escort.problem import TORCH_DTYPE, Activation, Epilogue, MemoryFormat, Precision, Problem
 from tests import ptx_interpreter
 from tests.cases import ACTIVATED, Case, check_kernels

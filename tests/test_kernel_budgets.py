@@ -12,7 +12,7 @@ import torch
 from escort.cuda import compiler
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
-from escort.methods.cuda.activation import INSTRUCTIONS
+from escort.methods.activation import INSTRUCTIONS
 from escort.methods.cuda.direct.layout import Layout
 from escort.methods.cuda.direct.params import defines
 from escort.methods.cuda.direct.search import search

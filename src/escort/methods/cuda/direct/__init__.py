@@ -26,6 +26,7 @@ from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.cuda.params import pack
 from escort.filter import SparseFilter
+from escort.methods import activation
 from escort.methods.base import (
     MOST_BATCHES,
     Method,
@@ -35,7 +36,6 @@ from escort.methods.base import (
     input_check,
     output_strides,
 )
-from escort.methods.cuda import activation
 from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_samples, shared_bytes
 from escort.methods.cuda.direct.params import Params, defines
 from escort.methods.cuda.direct.search import has_room, is_offered, neighbours, predicted_clocks, search
@@ -105,7 +105,11 @@ class DirectCuda(Method):
         compiled = kernel(variant.source, variant.defines, device)
         arrays = (tables.records, tables.segments.view(np.int32), tables.channel_of, tables.first_channels)
         on_device = [torch.from_numpy(array).to(device) for array in arrays]
-        fixed = (_per_channel(problem, bias, slope), *on_device, pack(Params.of(problem, layout, tables, config)))
+        fixed = (
+            activation.per_channel(problem, bias, slope),
+            *on_device,
+            pack(Params.of(problem, layout, tables, config)),
+        )
         launch = compiled.bind(
             config.threads,
             int(shared_bytes(layout, asdict(config), tables.record_bytes)),
@@ -138,12 +142,3 @@ class DirectCuda(Method):
             return y
 
         return Prepared(run, binaries=(compiled.binary,))
-
-
-def _per_channel(problem: Problem, bias: torch.Tensor | None, slope: torch.Tensor | None) -> torch.Tensor | None:
-    """The bias of each output channel, and behind them the activation's slopes; None where there are neither."""
-    slopes = activation.slopes(problem, slope)
-    if bias is None and slopes is None:
-        return None
-    offsets = torch.zeros(problem.out_channels) if bias is None else bias.detach().float().cpu()
-    return (offsets if slopes is None else torch.cat([offsets, slopes])).to(problem.device)

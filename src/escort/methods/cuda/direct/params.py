@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from escort.cuda.params import Divisor
-from escort.methods.cuda import activation
+from escort.methods import activation
 from escort.methods.cuda.direct.layout import SLOT_CLASSES, STORAGE, DirectConfig, Layout, Positions
 from escort.methods.cuda.direct.tables import Tables
 from escort.problem import Problem

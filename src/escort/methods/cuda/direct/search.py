@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
-from escort.methods.cuda import activation
+from escort.methods import activation
 from escort.methods.cuda.direct.layout import (
     HALF_REACH,
     LANES,

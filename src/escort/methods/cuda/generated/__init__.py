@@ -22,6 +22,7 @@ from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.filter import SparseFilter
+from escort.methods import activation
 from escort.methods.base import (
     MOST_BATCHES,
     Method,
@@ -31,7 +32,6 @@ from escort.methods.base import (
     input_check,
     output_strides,
 )
-from escort.methods.cuda import activation
 from escort.methods.cuda.generated import codegen
 from escort.methods.cuda.generated.config import GeneratedConfig
 from escort.methods.cuda.generated.model import part_count, part_steps, predict_us, space_of

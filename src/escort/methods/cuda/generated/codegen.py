@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from escort.methods.cuda import activation
+from escort.methods import activation
 from escort.methods.cuda.generated.ptx import Emitter
 from escort.methods.cuda.generated.steps import KernelSteps, MultiplyAdd, slice_channels
 

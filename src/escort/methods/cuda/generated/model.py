@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
-from escort.methods.cuda import activation
+from escort.methods import activation
 from escort.methods.cuda.generated.config import LANES, GeneratedConfig
 from escort.methods.cuda.generated.staging import Stage
 from escort.methods.cuda.generated.steps import slice_channels

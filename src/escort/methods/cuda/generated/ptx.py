@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from escort.methods.cuda import activation
+from escort.methods import activation
 from escort.methods.cuda.generated.steps import Chunk, Join, KernelSteps, Load, MultiplyAdd, Part, Step
 
 # The operands of the code, see generated.cuh.

@@ -26,6 +26,7 @@ from escort.cuda.launch import Grid
 from escort.cuda.params import pack as pack_params
 from escort.cuda.tensor_map import TensorMap
 from escort.filter import FloatArray, IntArray, SparseFilter
+from escort.methods import activation
 from escort.methods.base import (
     MOST_BATCHES,
     Method,
@@ -34,7 +35,6 @@ from escort.methods.base import (
     input_check,
     output_strides,
 )
-from escort.methods.cuda import activation
 from escort.methods.cuda.sparse_tc.arrange import arranger, arranging_kernel
 from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig
 from escort.methods.cuda.sparse_tc.model import Remainder, predict_us

@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from escort.cuda.gpu import Gpu
-from escort.methods.cuda import activation
+from escort.methods import activation
 from escort.methods.cuda.sparse_tc.config import M_BLOCK_BYTES, PIXEL_BYTES
 from escort.methods.cuda.sparse_tc.orders import OrderedFilter
 from escort.methods.cuda.sparse_tc.tiling import Tiling

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from escort.cuda.params import Divisor
-from escort.methods.cuda import activation
+from escort.methods import activation
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 
 

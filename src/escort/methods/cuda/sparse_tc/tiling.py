@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from escort.cuda.compiler import Text
-from escort.methods.cuda import activation
+from escort.methods import activation
 from escort.methods.cuda.sparse_tc.config import ELEMENTS, Element, SparseTcConfig, TapGroup, UnfitError
 from escort.methods.cuda.sparse_tc.shared_memory import SharedMemory, up
 from escort.methods.cuda.sparse_tc.source import kernel_source

@@ -58,6 +58,15 @@ def slopes(problem: Problem, slope: torch.Tensor | None) -> torch.Tensor | None:
     return None
 
 
+def per_channel(problem: Problem, bias: torch.Tensor | None, slope: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias of each output channel, and behind them the slopes, on the device; None where there are neither."""
+    of_channels = slopes(problem, slope)
+    if bias is None and of_channels is None:
+        return None
+    offsets = torch.zeros(problem.out_channels) if bias is None else bias.detach().float().cpu()
+    return (offsets if of_channels is None else torch.cat([offsets, of_channels])).to(problem.device)
+
+
 def clocks(problem: Problem) -> float:
     """What a result's activation takes of a multiprocessor, beside what a bound takes: an estimate, not measured."""
     if (name := compiled_in(problem.epilogue)) is None:
