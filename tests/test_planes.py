@@ -223,6 +223,14 @@ def test_on_the_cpu_layers_are_torchs() -> None:
     assert torch.equal(Gate()(x, gates), x * gates)
 
 
+def test_what_observes_operators_sees_torchs() -> None:
+    x = torch.randn(2, 6, 8, 8)
+    for layer in (LocalResponseNorm(5), AvgPool2d(3, 2, 1), AdaptiveAvgPool2d(3), Upsample(scale_factor=2)):
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
+        assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
 @pytest.mark.gpu
 @every_case
 @every_type

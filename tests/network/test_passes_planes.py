@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from escort.layers import OnPlanes
 from escort.network.passes import planes
+from tests.network.models import Between
 from tests.network.patterns import ON_CPU, traced
+from tests.network.rewritten import Rewritten, settled
 
 ON_GPU = replace(ON_CPU, device=torch.device("cuda:0"))
 
@@ -112,3 +114,13 @@ def test_on_a_cpu_all_stays() -> None:
     network = traced(nn.Sequential(nn.AvgPool2d(2), nn.LocalResponseNorm(5)).eval(), torch.randn(1, 6, 8, 8))
     rewritten, _ = planes.rewrite(network, ON_CPU)
     assert not any(isinstance(module, OnPlanes) for module in rewritten.modules())
+
+
+def test_a_network_keeps_nothing_that_a_kernel_computes() -> None:
+    torch.manual_seed(0)
+    model, x = settled(Between()), torch.randn(2, 3, 16, 16)
+    rewritten = Rewritten(model, x, torch.randn(3, 3, 16, 16), request=ON_GPU)
+    names = ["AdaptiveAvgPool2d", "Gate", "LocalResponseNorm", "AvgPool2d", "Upsample", "Concat", "AdaptiveAvgPool2d"]
+    assert [name for name in rewritten.rest if name in names or name in ("mean", "mul", "cat", "interpolate")] == names
+    activations = {name: conv.activation for name, conv in rewritten.convs.items()}
+    assert activations["depthwise.0"] == activations["reduce"] == "silu" and activations["expand"] == "sigmoid"

@@ -121,7 +121,7 @@ class OnPlanes(nn.Module):
 
 def _is_taken(x: torch.Tensor) -> bool:
     """Whether kernels may be handed a tensor's memory."""
-    if type(x) not in PLAIN or not x.is_cuda or x.requires_grad or x.is_neg() or torch.is_autocast_enabled("cuda"):
+    if type(x) not in PLAIN or not x.is_cuda or x.requires_grad or x.is_neg() or torch.is_autocast_enabled():
         return False
     return x.ndim == 4 and x.numel() > 0 and pools(x.device, x.dtype)
 
