@@ -59,7 +59,7 @@ static unsigned __float_as_uint(float v) { unsigned bits; std::memcpy(&bits, &v,
 static unsigned __cvta_generic_to_shared(const void*) { return 0; }
 static unsigned __umulhi(unsigned a, unsigned b) { return (std::uint64_t)a * b >> 32; }
 #define __powf(x, y) std::pow(x, y)
-static float __fdividef(float x, float y) { return x / y; }
+static float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 template <class T> static T __ldg(const T* from) {
   if (reinterpret_cast<std::uintptr_t>(from) % sizeof(T)) std::abort();
   return *from;

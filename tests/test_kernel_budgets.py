@@ -84,13 +84,12 @@ def plane_variants() -> list[Variant]:
     """The same of what else stands between convolutions."""
     vectors = [{"STORAGE": storage, "VECTOR": vector} for storage, vector in ((0, 1), (0, 4), (1, 1), (1, 8), (2, 8))]
     both = [(macros, {"LAST": last}) for macros in vectors for last in (0, 1)]
-    bytes_at_once = ((2, 4), (2, 8), (4, 2), (4, 4))
     return [
         *((source, macros, 48) for source in ("average_pool.cu", "resize.cu") for macros in vectors),
         *(("gate.cu", macros | last, 32) for macros, last in both),
         *(("local_response_norm.cu", macros | last | {"SIZE": 5}, 80) for macros, last in both),
         *(("gemv.cu", macros | {"SAMPLES": samples}, 96) for macros in vectors for samples in (1, 8)),
-        *(("concat.cu", {"BYTES": size, "VECTOR": vector}, 40) for size, vector in bytes_at_once),
+        *(("concat.cu", macros | {"NORM": norm}, 56) for macros in vectors for norm in (0, 1)),
     ]
 
 

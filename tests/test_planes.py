@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
-from escort.layers import AdaptiveAvgPool2d, AvgPool2d, Concat, Gate, LocalResponseNorm, Upsample
+from escort.layers import AdaptiveAvgPool2d, AvgPool2d, Concat, Gate, LocalResponseNorm, NormedConcat, Upsample
 from escort.layers.planes import average, base, concat, gate, norm
 from escort.layers.planes.base import OnPlanes, Planes
 from escort.layers.pool import POOLED_ON_GPU
@@ -106,6 +107,21 @@ JOINS = [
     Case(Concat(), tuple((2, channels, 5, 3) for channels in widths))
     for widths in ((16, 8), (24, 32, 4), (8,) * 9, (4, 20, 12, 8) * 5)
 ]
+
+
+def normed(channels: int, activation: Any) -> NormedConcat:
+    generator = torch.Generator().manual_seed(channels)
+    layer = NormedConcat(channels, 1e-3, activation=activation).requires_grad_(False).eval()
+    for tensor in (layer.running_mean, layer.running_var, layer.weight, layer.bias):
+        assert tensor is not None
+        tensor.uniform_(0.5, 1.5, generator=generator)
+    return layer
+
+
+NORMED = [
+    Case(normed(sum(widths), activation), tuple((2, channels, 5, 3) for channels in widths))
+    for widths, activation in (((16, 8), "relu"), ((40,), "none"), ((4, 20, 12, 8) * 5, "relu"))
+]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_type = pytest.mark.parametrize("dtype", POOLED_ON_GPU, ids=str)
 both_memory_formats = pytest.mark.parametrize(
@@ -131,7 +147,8 @@ def emulated(layer: OnPlanes, inputs: Sequence[Tensor], folder: Path) -> Tensor 
     y = torch.full(work.out_shape, float("nan"), dtype=x.dtype).contiguous(memory_format=x.torch_memory_format)
     given = [*inputs, *[None] * (work.inputs * len(work.launches) - len(inputs))]
     for i, (grid, args) in enumerate(work.launches):
-        launch(work.variant, grid, base.THREADS, (*given[i * work.inputs : (i + 1) * work.inputs], y, *args), folder)
+        pointers = *given[i * work.inputs : (i + 1) * work.inputs], y, *(table.to(x.dtype) for table in layer.tables())
+        launch(work.variant, grid, base.THREADS, (*pointers, *args), folder)
     return y
 
 
@@ -157,6 +174,25 @@ def test_the_source_joins_channels(
     y = emulated(case.layer, inputs, tmp_path_factory.getbasetemp())
     assert y is not None and torch.equal(y, torch.cat(inputs, 1))
     assert emulated(case.layer, [x.contiguous() for x in inputs], tmp_path) is None
+
+
+def of_type(layer: OnPlanes, dtype: torch.dtype) -> OnPlanes:
+    return copy.deepcopy(layer).to(dtype)
+
+
+@pytest.mark.usefixtures("an_h200")
+@pytest.mark.parametrize("case", NORMED, ids=lambda case: f"{len(case.shapes)}")
+@every_type
+def test_the_source_normalises_what_it_joins(
+    case: Case, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    inputs = case.inputs(dtype, torch.channels_last)
+    layer = of_type(case.layer, dtype)
+    expected = of_type(layer, torch.float64)(*(x.double() for x in inputs))
+    y = emulated(layer, inputs, tmp_path_factory.getbasetemp())
+    assert y is not None and compare(y, expected) <= BOUNDS[dtype]
+    assert emulated(layer, [x.contiguous() for x in inputs], tmp_path) is None
+    assert emulated(layer.train(), inputs, tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -252,6 +288,23 @@ def test_channels_are_joined_on_the_gpu(case: Case, dtype: torch.dtype, memory_f
     inputs = [x.cuda().contiguous(memory_format=memory_format) for x in case.inputs(dtype, memory_format)]
     y = case.layer(*inputs)
     assert torch.equal(y, torch.cat(inputs, 1)) and y.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", NORMED, ids=lambda case: f"{len(case.shapes)}")
+@every_type
+@both_memory_formats
+def test_what_is_joined_is_normalised_on_the_gpu(
+    case: Case, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    inputs = [x.cuda().contiguous(memory_format=memory_format) for x in case.inputs(dtype, memory_format)]
+    layer = of_type(case.layer, dtype).cuda()
+    assert len(layer.binaries(*inputs)) == (memory_format is torch.channels_last)
+    expected = of_type(layer, torch.float64)(*(x.double() for x in inputs))
+    y = layer(*inputs)
+    assert compare(y, expected) <= BOUNDS[dtype] and y.is_contiguous(memory_format=memory_format)
+    layer.weight.mul_(2.0)  # is read in each call
+    assert compare(layer(*inputs), of_type(layer, torch.float64)(*(x.double() for x in inputs))) <= BOUNDS[dtype]
 
 
 @pytest.mark.gpu

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from escort.layers import OnPlanes
+from escort.layers import NormedConcat, OnPlanes
 from escort.network.passes import planes
+from escort.network.passes.norms import join_norms
 from tests.network.models import Between
 from tests.network.patterns import ON_CPU, traced
 from tests.network.rewritten import Rewritten, settled
@@ -124,3 +125,48 @@ def test_a_network_keeps_nothing_that_a_kernel_computes() -> None:
     assert [name for name in rewritten.rest if name in names or name in ("mean", "mul", "cat", "interpolate")] == names
     activations = {name: conv.activation for name, conv in rewritten.convs.items()}
     assert activations["depthwise.0"] == activations["reduce"] == "silu" and activations["expand"] == "sigmoid"
+
+
+class Dense(nn.Module):
+    """Norms behind a concatenation, behind a tensor that others read too, and in front of what is no ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(11, 4, 1)
+        self.norm1, self.norm2, self.norm3 = nn.BatchNorm2d(11), nn.BatchNorm2d(15), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.first(x)
+        z = self.second(self.relu(self.norm1(torch.cat([x, y], 1))))
+        both = torch.cat([x, y, z], 1)
+        return F.relu(self.norm2(both)), both, torch.tanh(self.norm3(y.abs()))
+
+
+def test_norms_take_in_what_is_around_them() -> None:
+    model = settled(Dense(), density=1.0)
+    x = torch.randn(2, 3, 8, 9)
+    network, _ = planes.rewrite(traced(model, x), ON_GPU)
+    names = set(network.state_dict())
+    join_norms(network)
+    assert set(network.state_dict()) == names
+    for inputs in (x, torch.randn(3, 3, 5, 5)):
+        for ours, expected in zip(network(inputs), model(inputs), strict=True):
+            torch.testing.assert_close(ours, expected)
+    joined = {name: module for name, module in network.named_modules() if isinstance(module, NormedConcat)}
+    activations = {name: norm.activation for name, norm in joined.items()}
+    assert activations == {"norm1": "relu", "norm2": "relu", "norm3": "none"}
+    calls = {node.target: len(node.args) for node in network.graph.nodes if node.op == "call_module"}
+    assert (calls["norm1"], calls["norm2"], calls["norm3"]) == (2, 1, 1)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules() if module not in joined.values())
+
+
+def test_norms_that_do_something_else_stay() -> None:
+    twice = nn.BatchNorm2d(6)
+    model = nn.Sequential(nn.BatchNorm2d(6, affine=False), twice, twice, nn.Sigmoid()).eval()
+    network = traced(model, torch.randn(2, 6, 4, 4))
+    join_norms(network)
+    assert not any(isinstance(module, NormedConcat) for module in network.modules())
+    training = fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(6)).train())
+    join_norms(training)
+    assert not any(isinstance(module, NormedConcat) for module in training.modules())

@@ -18,6 +18,7 @@ from escort.layers import (
     Gate,
     LocalResponseNorm,
     MaxPool2d,
+    NormedConcat,
     Upsample,
 )
 from escort.runtime.saved import builders
@@ -75,6 +76,7 @@ def rebuilt(layer: nn.Module) -> nn.Module:
         (AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), (2, 4, 6, 6)),
         (AdaptiveAvgPool2d((2, None)), (2, 4, 6, 6)),
         (Upsample(scale_factor=1.5, mode="bilinear", align_corners=True), (2, 4, 6, 6)),
+        (NormedConcat(4, eps=1e-3, activation="relu"), (2, 4, 6, 6)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )

@@ -5,7 +5,7 @@ from escort.layers.fused import FusedConv2d
 from escort.layers.pad import SamePad
 from escort.layers.planes.average import AdaptiveAvgPool2d, AvgPool2d
 from escort.layers.planes.base import OnPlanes
-from escort.layers.planes.concat import Concat
+from escort.layers.planes.concat import Concat, NormedConcat
 from escort.layers.planes.gate import Gate
 from escort.layers.planes.norm import LocalResponseNorm
 from escort.layers.planes.resize import Upsample
@@ -23,6 +23,7 @@ __all__ = [
     "Gate",
     "LocalResponseNorm",
     "MaxPool2d",
+    "NormedConcat",
     "OnPlanes",
     "SamePad",
     "SparseConv2d",

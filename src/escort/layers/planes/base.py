@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -81,14 +81,16 @@ class Work:
         out_shape: of the result, which lies as the first input does.
         alignment: bytes of which the inputs' addresses must be multiples.
         inputs: how many inputs each launch takes, one after the other; null pointers stand for those that are missing.
+        tables: how many of the layer's own tensors each launch takes behind the result.
         cluster: blocks of a cluster, of which the grids are multiples.
     """
 
     variant: Variant
-    launches: tuple[tuple[Grid, tuple[int | bytes, ...]], ...]
+    launches: tuple[tuple[Grid, tuple[int | bytes | None, ...]], ...]
     out_shape: tuple[int, ...]
     alignment: int
     inputs: int = 1
+    tables: int = 0
     cluster: int = 1
 
 
@@ -99,22 +101,37 @@ class OnPlanes(nn.Module):
     def settings(self) -> tuple[Any, ...]:
         """The numbers that the work depends on besides the inputs."""
 
+    def tables(self) -> tuple[torch.Tensor, ...]:
+        """The layer's own tensors that its kernel reads, of the inputs' type and on their device."""
+        return ()
+
+    def is_taken(self, x: torch.Tensor) -> bool:
+        """Whether the kernel may read the layer's own tensors for such an input."""
+        return all(
+            (table.dtype, table.device) == (x.dtype, x.device)
+            and table.is_contiguous()
+            and not (table.requires_grad and torch.is_grad_enabled())
+            for table in self.tables()
+        )
+
     @staticmethod
     @abstractmethod
     def work(settings: Any, x: Planes, *others: Planes) -> Work | None:
         """What computes the layer for such inputs; None where torch does."""
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        if not is_observed() and all(map(_is_taken, inputs)):
+        if not is_observed() and all(map(_is_taken, inputs)) and self.is_taken(inputs[0]):
             run = _runner(self.work, self.settings(), *map(Planes.of, inputs))
             if run is not None:
-                return run(*inputs)
+                return run(inputs, self.tables())
         result: torch.Tensor = super().forward(*inputs)
         return result
 
     def binaries(self, *inputs: torch.Tensor) -> tuple[Binary, ...]:
         """Those of the kernels that run it on such inputs on a GPU, none where torch's do."""
-        if not all(map(_is_taken, inputs)) or (work := self.work(self.settings(), *map(Planes.of, inputs))) is None:
+        if not all(map(_is_taken, inputs)) or not self.is_taken(inputs[0]):
+            return ()
+        if (work := self.work(self.settings(), *map(Planes.of, inputs))) is None:
             return ()
         return (kernel.kernel(work.variant.source, work.variant.defines, inputs[0].device).binary,)
 
@@ -129,7 +146,7 @@ def _is_taken(x: torch.Tensor) -> bool:
 @lru_cache(_MOST_LAUNCHES)
 def _runner(
     find_work: Callable[..., Work | None], settings: Any, x: Planes, *others: Planes
-) -> Callable[..., torch.Tensor] | None:
+) -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor] | None:
     """What runs a layer of these settings on such inputs: all that a call need not work out. None where torch does."""
     work = find_work(settings, x, *others)
     if work is None or any((other.dtype, other.device) != (x.dtype, x.device) for other in others):
@@ -140,7 +157,7 @@ def _runner(
     except ImportError as error:  # there is no compiler, and other kernels than this one are carried
         _log.warning("%s for %s on %s is run by torch: %s", find_work.__qualname__, x.shape, x.device, error)
         return None
-    tensors = [torch.Tensor] * (work.inputs + 1)
+    tensors = [torch.Tensor] * (work.inputs + 1 + work.tables)
     overlap = x.gpu.capability >= kernel.NATIVE_CAPABILITY
     launches = [
         (compiled.bind(THREADS, 0, (*tensors, *args), overlap=overlap, cluster=work.cluster), grid)
@@ -150,11 +167,11 @@ def _runner(
     strides = torch.empty(out_shape, device="meta", memory_format=memory_format).stride()
     missing = [None] * (taken * len(launches) - 1 - len(others))
 
-    def run(*inputs: torch.Tensor) -> torch.Tensor:
+    def run(inputs: Sequence[torch.Tensor], tables: Sequence[torch.Tensor]) -> torch.Tensor:
         y = inputs[0].new_empty_strided(out_shape, strides)
         given = [*(aligned(each.contiguous(memory_format=memory_format), alignment) for each in inputs), *missing]
         for i, (launch, grid) in enumerate(launches):
-            launch(grid, *given[i * taken : (i + 1) * taken], y)
+            launch(grid, *given[i * taken : (i + 1) * taken], y, *tables)
         return y
 
     return run

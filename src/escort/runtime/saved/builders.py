@@ -18,6 +18,7 @@ from escort.layers import (
     Gate,
     LocalResponseNorm,
     MaxPool2d,
+    NormedConcat,
     SamePad,
     SparseConv2d,
     Upsample,
@@ -54,7 +55,7 @@ LAYERS: dict[str, type[nn.Module]] = {
         f"escort.{cls.__name__}": cls
         for cls in (
             *(AdaptiveAvgPool2d, AvgPool2d, Concat, FusedConv2d, Gate, LocalResponseNorm, MaxPool2d, SamePad),
-            Upsample,
+            *(NormedConcat, Upsample),
         )
     },
 }
