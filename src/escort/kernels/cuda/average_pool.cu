@@ -65,7 +65,7 @@ __device__ __forceinline__ void add_up(float (&sum)[VECTOR], int slot, int part,
         sum[i] += other;
       }
   }
-  asm volatile("barrier.cluster.arrive.relaxed; barrier.cluster.wait;" ::: "memory");
+  asm volatile("barrier.cluster.arrive; barrier.cluster.wait;" ::: "memory");
 #endif
 }
 
