@@ -33,7 +33,7 @@ _MOST_COLUMNS = 11  # of a filter, whose weights of a row lie in registers
 _MOST = 2**31 - 1
 _RESIDENT = 512  # threads of a multiprocessor that hide what memory takes
 _BYTES_PER_US, _PRODUCTS_PER_CLOCK, _CLOCK_MHZ = 3.2e6, 64.0, 1755.0  # of a large layer
-_LEAST_US = 2.0
+_LEAST_US = 3.0  # rather too much: what is predicted far faster keeps others from being timed
 _MOST_TILE_VECTORS = 8  # a cache line
 _SECTOR_BYTES = 32  # that caches move at least
 

@@ -24,7 +24,7 @@ from escort.problem import Problem
 _STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _THREADS, _WARPS = 256, 8  # of a block
 _MOST_ACROSS = 65535  # blocks of a grid along its second axis
-_BYTES_PER_US, _PRODUCTS_PER_CLOCK, _CLOCK_MHZ, _LEAST_US = 2.5e6, 40.0, 1755.0, 2.0
+_BYTES_PER_US, _PRODUCTS_PER_CLOCK, _CLOCK_MHZ, _LEAST_US = 2.5e6, 40.0, 1755.0, 3.0
 
 
 @dataclass(frozen=True)
