@@ -96,7 +96,7 @@ def plane_variants() -> list[Variant]:
 def depthwise_variants() -> list[Variant]:
     """Filters with strips of each width, for three blocks of a multiprocessor at least."""
     return [
-        ("depthwise.cu", {**macros, "ROWS": size, "COLUMNS": size, "WIDTH": width, "RIGHT": right}, 144)
+        ("depthwise.cu", {**macros, "ROWS": size, "COLUMNS": size, "WIDTH": width, "RIGHT": right}, 168)
         for macros in ({"STORAGE": 0, "VECTOR": 4}, {"STORAGE": 1, "VECTOR": 8}, {"STORAGE": 2, "VECTOR": 8})
         for size, width, right in ((3, 1, 1), (3, 2, 2), (3, 4, 1), (3, 4, 2), (5, 2, 1), (5, 4, 2), (7, 4, 1))
     ]

@@ -1,7 +1,7 @@
 """Method `depthwise` on CUDA: our dense kernel for convolutions whose output channels read one input channel each.
 
 Memory bounds these, whatever the filter's zeros: kernels/cuda/depthwise.cu reads x about once and writes y once, in
-channels_last with 16 bytes of a pixel's channels at a time. It takes NCHW too, one plane after the other.
+channels_last with 16 bytes of a pixel's channels at a time, and takes NCHW too.
 """
 
 from __future__ import annotations
@@ -150,19 +150,17 @@ class Tile:
 
     Attributes:
         sizes: of the tile.
-        counts: tiles along the vectors, strips and rows of a plane.
-        planes: of a sample.
+        counts: tiles along the vectors, strips and rows of a sample.
     """
 
     sizes: tuple[int, int, int]
     counts: tuple[int, int, int]
-    planes: int
 
     @classmethod
     def of(cls, problem: Problem, config: DepthwiseConfig) -> Tile:
         """The tile with the least to load and compute, where each input is loaded once for a tile."""
         is_last = problem.memory_format == "channels_last"
-        vectors = problem.out_channels // _vector(problem) if is_last else 1
+        vectors = problem.out_channels // _vector(problem)
         whole = vectors, -(-problem.out_width // config.strip), problem.out_height
 
         def cost(sizes: tuple[int, int, int]) -> float:
@@ -176,11 +174,10 @@ class Tile:
                 )
             )
             if is_last:
-                loaded = rows * columns * max(sizes[0], _SECTOR_BYTES // 16)
+                sectors = columns * max(sizes[0] * 16 / _SECTOR_BYTES, 1)
             else:
-                sector = _SECTOR_BYTES // problem.storage.itemsize
-                loaded = rows * (columns // sector + 2) * sector
-            return tiles * (loaded + _THREADS * config.strip)
+                sectors = (columns * problem.storage.itemsize // _SECTOR_BYTES + 2) * sizes[0]
+            return tiles * (rows * sectors + _THREADS * config.strip / 2)
 
         powers = [2**log for log in range(_LOG_THREADS + 1)]
         most_vectors = min(_MOST_TILE_VECTORS, 2 * vectors - 1)
@@ -191,12 +188,12 @@ class Tile:
         ]
         sizes = min(tiles, key=cost)
         counts = tuple(-(-length // size) for length, size in zip(whole, sizes, strict=True))
-        return cls(sizes, (counts[0], counts[1], counts[2]), 1 if is_last else problem.out_channels)
+        return cls(sizes, (counts[0], counts[1], counts[2]))
 
     @property
     def blocks(self) -> int:
         """Those of a sample."""
-        return math.prod(self.counts) * self.planes
+        return math.prod(self.counts)
 
 
 @dataclass(frozen=True)
@@ -204,30 +201,30 @@ class Params:
     """The kernel's parameters that are the same in every launch: the fields of its struct, in their order.
 
     Attributes:
-        vectors: of channels, of a pixel of y.
-        in_pitch, out_pitch: elements from pixel to pixel.
-        weight_pitch: elements from tap to tap.
+        channels: of y.
+        multiplier: how many of them read a channel of x.
+        in_sample, in_channel, in_pixel: elements of x from one of these to the next.
+        out_sample, out_channel, out_pixel: the same of y.
         height, width, out_height, out_width: of x and y.
-        multiplier: output channels that read a channel, where they lie side by side.
-        planes, plane_multiplier: output planes of a sample, and those that read a plane, in NCHW; else 1.
         stride_down, stride_right, top, left, dilation_down, dilation_right: of the convolution.
         log_vectors, log_strips: of a tile's sizes.
-        vector_tiles, strip_tiles, row_tiles: of a plane.
+        vector_tiles, strip_tiles, row_tiles: of a sample.
         by_vector_tiles, by_strip_tiles, by_row_tiles: divide by these.
         bound: 0 none, 1 ReLU, 2 ReLU6.
     """
 
-    vectors: int
-    in_pitch: int
-    out_pitch: int
-    weight_pitch: int
+    channels: int
+    multiplier: int
+    in_sample: int
+    in_channel: int
+    in_pixel: int
+    out_sample: int
+    out_channel: int
+    out_pixel: int
     height: int
     width: int
     out_height: int
     out_width: int
-    multiplier: int
-    planes: int
-    plane_multiplier: int
     stride_down: int
     stride_right: int
     top: int
@@ -246,19 +243,20 @@ class Params:
 
     @classmethod
     def of(cls, problem: Problem, tile: Tile) -> Params:
-        is_last, multiplier = problem.memory_format == "channels_last", problem.out_channels // problem.in_channels
+        is_last = problem.memory_format == "channels_last"
         return cls(
-            vectors=problem.out_channels // _vector(problem) if is_last else 1,
-            in_pitch=problem.in_channels if is_last else 1,
-            out_pitch=problem.out_channels if is_last else 1,
-            weight_pitch=problem.out_channels,
+            channels=problem.out_channels,
+            multiplier=problem.out_channels // problem.in_channels,
+            in_sample=math.prod(problem.input_shape[1:]),
+            in_channel=1 if is_last else problem.height * problem.width,
+            in_pixel=problem.in_channels if is_last else 1,
+            out_sample=math.prod(problem.output_shape[1:]),
+            out_channel=1 if is_last else problem.out_height * problem.out_width,
+            out_pixel=problem.out_channels if is_last else 1,
             height=problem.height,
             width=problem.width,
             out_height=problem.out_height,
             out_width=problem.out_width,
-            multiplier=multiplier if is_last else 1,
-            planes=tile.planes,
-            plane_multiplier=1 if is_last else multiplier,
             stride_down=problem.stride[0],
             stride_right=problem.stride[1],
             top=problem.padding[0],
