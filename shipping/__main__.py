@@ -18,6 +18,11 @@ from escort.cuda import shipped
 from escort.cuda.binary import Binary
 from escort.cuda.compiler import Text, Variant, compile_source
 from escort.cuda.gpu import H200, Gpu
+from escort.layers.planes.average import average_kernel
+from escort.layers.planes.concat import concat_kernel
+from escort.layers.planes.gate import gate_kernel
+from escort.layers.planes.norm import local_response_kernel
+from escort.layers.planes.resize import resize_kernel
 from escort.layers.pool import POOLED_ON_GPU, pooling_kernel
 from escort.methods import for_device
 from escort.planner.cores import on_all_cores
@@ -28,6 +33,7 @@ from shipping.layers import common_layers
 #: What is shipped for which GPU: compute capability 8.0 has no kernels of its successors' instructions.
 GPUS = (H200, Gpu(multiprocessors=108, shared_bytes=166912, capability=(8, 0)))
 _POOLED = ((2, 2), (3, 3))  # windows
+_NORMALIZED = 5  # channels
 _AT_A_TIME = 64  # kernels that are compiled before it is seen whether more find room
 _log = logging.getLogger("shipping")
 
@@ -59,11 +65,17 @@ def variants_of(layers: Iterable[Layer]) -> Iterator[Variant]:
                 yield from method.kernels(layer.problem, config)
 
 
-def pooling_variants() -> Iterator[Variant]:
-    """The kernels that pool whole vectors of channels, or planes element by element."""
+def plane_variants() -> Iterator[Variant]:
+    """The kernels between convolutions, for whole vectors of channels or pixels, and element by element."""
     for dtype in POOLED_ON_GPU:
-        for vector in (1, 16 // dtype.itemsize):
+        whole = 16 // dtype.itemsize
+        for vector in (1, whole):
             yield from (pooling_kernel(dtype, vector, window) for window in _POOLED)
+            yield from (average_kernel(dtype, vector), resize_kernel(dtype, vector))
+            yield from (gate_kernel(dtype, vector, is_last) for is_last in (False, True))
+        yield concat_kernel(dtype, whole)
+        yield from (local_response_kernel(dtype, vector, False, _NORMALIZED) for vector in (1, 8 // dtype.itemsize))
+        yield local_response_kernel(dtype, whole, True, _NORMALIZED)
 
 
 def key_of(variant: Variant, arch: str) -> Key:
@@ -73,18 +85,18 @@ def key_of(variant: Variant, arch: str) -> Key:
 
 
 def wanted(layers: Iterable[Layer]) -> dict[Key, Variant]:
-    """What is worth shipping: first what pools, then what most layers try."""
+    """What is worth shipping: first what stands between convolutions, then what most layers try."""
     variants: dict[Key, Variant] = {}
     counts = Counter[Key]()
     layers = list(layers)
     for gpu in GPUS:
         with in_place_of_a_gpu(gpu):
-            pooling = list(pooling_variants())
-            for variant in (*pooling, *variants_of(layers)):
+            between = list(plane_variants())
+            for variant in (*between, *variants_of(layers)):
                 number = "".join(map(str, gpu.capability))
                 key = key_of(variant, f"sm_{number}" + ("a" if variant.native else ""))
                 variants[key] = variant
-                counts[key] += 1 if variant not in pooling else len(layers) * len(GPUS)
+                counts[key] += 1 if variant not in between else len(layers) * len(GPUS)
     return {key: variants[key] for key, _ in counts.most_common()}
 
 

@@ -98,6 +98,8 @@ def takes(method: Method, problem: Problem) -> bool:
     """Whether a method of the problem's device is to compute it."""
     if method.name == "depthwise":
         return problem.groups == problem.in_channels
+    if method.name == "gemv":
+        return problem.groups == 1 and (problem.height, problem.width, *problem.kernel_size) == (1, 1, 1, 1)
     return (method.name, problem.precision) != ("cusparse", "tf32")
 
 
@@ -213,7 +215,7 @@ def _activated(activation: Activation) -> Iterator[Case]:
         yield Case(f"{what}, depthwise", depthwise, 0.9)
 
 
-#: Every activation, behind convolutions of three shapes. What kernels do not compute, torch does behind them.
+#: Every activation, behind convolutions of three shapes.
 ACTIVATED = tuple(case for activation in get_args(Activation) for case in _activated(activation))
 
 #: Runs a test over the whole table.

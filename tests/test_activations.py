@@ -1,25 +1,23 @@
-"""Activations in the epilogue: number by number as torch computes them, in layers, and behind kernels without them."""
+"""Activations in the epilogue: number by number as torch computes them, and in layers."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
 
-from escort import methods, reference
+from escort import reference
 from escort.filter import SparseFilter
 from escort.layers import SparseConv2d
-from escort.methods import Method, Prepared, by_name, for_device, fused_activations
-from escort.methods.base import ON_GPUS, activated_behind
+from escort.methods import by_name
 from escort.methods.cpu.direct import ISAS, DirectConfig
 from escort.planner import Plan, plan_layer
 from escort.planner.machine import Machine
-from escort.problem import Activation, Epilogue, Precision, Problem
-from tests.cases import ACTIVATED, Case, benchmark_configs, check_kernels
+from escort.problem import Activation, Epilogue, Problem
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 SLOPE = 0.3
@@ -138,76 +136,3 @@ def test_slopes_are_there_if_and_only_if_the_activation_has_them() -> None:
     with pytest.raises(ValueError, match=r"the plan is for slopes of shape None, got \(3,\)"):
         plan_layer(replace(problem, epilogue=Epilogue()), sparse_filter, None, torch.ones(3))
     assert plan_layer(problem, sparse_filter, None, torch.ones(3)).problem == problem
-
-
-# GPUs, whose kernels do not compute all of them
-def test_on_gpus_only_what_every_method_computes_is_fused() -> None:
-    assert fused_activations("cuda:0") == ON_GPUS == {"none", "relu", "relu6"}
-    assert fused_activations("cpu") == set(ACTIVATIONS)
-    assert fused_activations("cuda:0", [by_name("cudnn", "cuda")]) == set(ACTIVATIONS)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_what_a_kernel_does_not_compute_torch_does_behind_it(activation: Activation) -> None:
-    case = next(case for case in ACTIVATED if case.name == f"{activation} and residual, in rows")
-    x, weight, bias, residual = case.tensors()
-    inner, activated = activated_behind(case.problem, case.slope(), ON_GPUS)
-    assert inner.epilogue == replace(
-        case.problem.epilogue, activation=activation if activation in ON_GPUS else "none", negative_slope=0.0
-    )
-
-    def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return reference.conv2d(inner, x, weight, bias, residual).float()
-
-    expected = reference.conv2d(case.problem, x, weight, bias, residual, case.slope())
-    assert reference.compare(activated(run)(x, residual), expected) < 1e-6
-
-
-OURS = [method for method in for_device("cuda") if method.activations == ON_GPUS]
-
-
-def test_our_kernels_for_gpus_are_those_that_know_few() -> None:
-    assert {method.name for method in OURS} == {"direct", "generated", "sparse_tc"}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", ACTIVATED, ids=lambda case: case.name)
-@pytest.mark.parametrize("precision", get_args(Precision))
-@pytest.mark.parametrize("method", OURS, ids=lambda method: method.name)
-def test_our_kernels_on_a_gpu(method: Method, precision: Precision, case: Case) -> None:
-    problem = case.on("cuda:0", precision)[0]
-    if method.unsupported(problem) is not None:
-        pytest.skip(f"{method.name} does not take it: {method.unsupported(problem)}")
-    configs = benchmark_configs(method, problem, case.filter())[:2]
-    configs = [config for config in configs if method.input_format(config) == "contiguous"]
-    check_kernels(method, case, "cuda:0", precision, configs, tensor_cores=method.name == "sparse_tc")
-
-
-class Recording(Method):
-    """Notes what it is asked to prepare."""
-
-    name, device_type, config_type = "recording", "cpu", DirectConfig
-    activations = ON_GPUS
-
-    def __init__(self) -> None:
-        self.asked: list[Problem] = []
-
-    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Any:
-        return by_name("direct").configs(problem, sparse_filter)
-
-    def prepare(self, problem: Problem, *args: Any) -> Prepared:
-        self.asked.append(problem)
-        return by_name("direct").prepare(problem, *args)
-
-
-def test_a_conversion_fuses_what_all_of_its_methods_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    import escort
-
-    recording = Recording()
-    monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, recording))
-    conv = torch.nn.Conv2d(3, 8, 3)
-    with torch.no_grad():
-        conv.weight *= torch.rand(conv.weight.shape) < 0.2
-    model = torch.nn.Sequential(conv, torch.nn.SiLU(), torch.nn.Conv2d(8, 8, 1), torch.nn.ReLU()).eval()
-    escort.convert(model, torch.randn(1, 3, 12, 12))
-    assert {problem.epilogue.activation for problem in recording.asked} == {"none", "relu"}

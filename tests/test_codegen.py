@@ -136,6 +136,26 @@ def test_everything_assembles_without_spills(
         assert binary.registers <= 64 and binary.spill_bytes == binary.stack_bytes == 0
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("activation", ["prelu", "silu", "gelu"])
+def test_activations_assemble_without_spills(activation: str, split: int, precision: str, arch: str) -> None:
+    if split > 1 and arch < "sm_90":
+        pytest.skip("clusters need compute capability 9.0")
+    weight = torch.randn(64, 16, 3, 3) * (torch.rand(64, 16, 3, 3) < 0.1)
+    epilogue = Epilogue(bias=True, residual=True, activation=activation)  # type: ignore[arg-type]
+    problem = Problem(2, 16, 14, 16, 64, (3, 3), padding=(1, 1, 1, 1), precision=precision, epilogue=epilogue)  # type: ignore[arg-type]
+    config = GeneratedConfig(32, 12, 4, 4, copy=4, arranged=True, split=split)
+    kernel_steps = KernelSteps.of(problem, SparseFilter.from_dense(weight), config)
+    slopes = np.linspace(0.0, 0.63, 64).astype(np.float32) if activation == "prelu" else None
+    text = codegen.text(kernel_steps, np.ones(64, np.float32), slopes)
+    assert f"#define ACTIVATION {'leaky_relu' if activation == 'prelu' else activation}\n" in text
+    assert ("0f3F2147AE" in text) is (split == 1 and activation == "prelu"), "the last slope is part of the code"
+    binary = compiler.compile_source(compiler.Text("generated.cu", text), {}, arch)
+    assert binary.registers <= 128 and binary.spill_bytes == binary.stack_bytes == 0
+
+
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
 def test_the_code_reads_where_its_stage_lies(stride: tuple[int, int]) -> None:
     problem = Problem(1, 12, 9, 9, 8, (3, 3), stride, padding=(1, 1, 1, 1))

@@ -19,6 +19,7 @@ from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
 from escort.cuda.params import Divisor, pack
 from escort.filter import SparseFilter
+from escort.methods import activation
 from escort.methods.cuda.direct import DirectCuda
 from escort.methods.cuda.direct.layout import LANES, STORAGE, DirectConfig, Layout, most_samples
 from escort.methods.cuda.direct.params import Params, defines
@@ -178,7 +179,7 @@ def test_the_struct_is_the_dataclass() -> None:
     packed = pack(Params.of(problem, Layout.of(problem, config.tile), tables, config))
     words = np.frombuffer(packed, np.uint32)
     assert len(words) == len(fields(Params)) + 4, "a divisor has two"
-    assert words[0] == problem.in_channels and words[-1] == problem.epilogue.activation_number
+    assert words[0] == problem.in_channels and words[-1] == activation.bound(problem.epilogue)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

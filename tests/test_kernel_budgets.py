@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from escort.cuda import compiler
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
+from escort.methods.activation import INSTRUCTIONS
 from escort.methods.cuda.direct.layout import Layout
 from escort.methods.cuda.direct.params import defines
 from escort.methods.cuda.direct.search import search
@@ -30,7 +32,10 @@ pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def direct_variants() -> list[Variant]:
-    """The choices of the search for four layers, one of them strided, in each way to store and to copy."""
+    """The choices of the search for four layers, one of them strided, in each way to store and to copy.
+
+    Then with activations that do more than bound.
+    """
     variants: list[Variant] = []
     for precision in ("fp32", "fp16", "bf16"):
         for channels, size, stride in ((64, 56, 1), (256, 14, 1), (512, 7, 1), (128, 28, 2)):
@@ -41,9 +46,13 @@ def direct_variants() -> list[Variant]:
             weight = np.zeros(problem.weight_shape, dtype=np.float32)
             weight.reshape(-1)[spread] = 1.0
             config = search(problem, SparseFilter.from_dense(weight), H200, most=1)[0]
-            macros = defines(config, Layout.of(problem, config.tile), precision)
+            macros = defines(problem, config, Layout.of(problem, config.tile))
             variants.append(("direct.cu", macros, 65536 // (config.threads * config.occupancy) // 8 * 8))
-    return variants
+    activated = [
+        (source, {**macros, "ACTIVATION": name}, budget)
+        for name, (source, macros, budget) in zip(itertools.cycle(INSTRUCTIONS), variants, strict=False)
+    ]
+    return variants + activated
 
 
 def arrange_variants() -> list[Variant]:
@@ -71,8 +80,30 @@ def pool_variants() -> list[Variant]:
     return [("max_pool.cu", {"STORAGE": storage, "VECTOR": vector, **window}, 40) for storage, vector in vectors]
 
 
+def plane_variants() -> list[Variant]:
+    """The same of what else stands between convolutions."""
+    vectors = [{"STORAGE": storage, "VECTOR": vector} for storage, vector in ((0, 1), (0, 4), (1, 1), (1, 8), (2, 8))]
+    both = [(macros, {"LAST": last}) for macros in vectors for last in (0, 1)]
+    return [
+        *((source, macros, 48) for source in ("average_pool.cu", "resize.cu") for macros in vectors),
+        *(("gate.cu", macros | last, 32) for macros, last in both),
+        *(("local_response_norm.cu", macros | last | {"SIZE": 5}, 80) for macros, last in both),
+        *(("gemv.cu", macros | {"SAMPLES": samples}, 96) for macros in vectors for samples in (1, 8)),
+        *(("concat.cu", macros | {"NORM": norm}, 56) for macros in vectors for norm in (0, 1)),
+    ]
+
+
+def depthwise_variants() -> list[Variant]:
+    """Filters with strips of each width, for three blocks of a multiprocessor at least."""
+    return [
+        ("depthwise.cu", {**macros, "ROWS": size, "COLUMNS": size, "WIDTH": width, "RIGHT": right}, 168)
+        for macros in ({"STORAGE": 0, "VECTOR": 4}, {"STORAGE": 1, "VECTOR": 8}, {"STORAGE": 2, "VECTOR": 8})
+        for size, width, right in ((3, 1, 1), (3, 2, 2), (3, 4, 1), (3, 4, 2), (5, 2, 1), (5, 4, 2), (7, 4, 1))
+    ]
+
+
 def every_variant() -> list[Variant]:
-    return direct_variants() + arrange_variants() + pool_variants()
+    return direct_variants() + arrange_variants() + pool_variants() + plane_variants() + depthwise_variants()
 
 
 @pytest.mark.parametrize("arch", ARCHS)

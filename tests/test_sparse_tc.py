@@ -31,7 +31,7 @@ from escort.methods.cuda.sparse_tc.packing import pack as pack_filter
 from escort.methods.cuda.sparse_tc.params import Params
 from escort.methods.cuda.sparse_tc.search import candidates, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling
-from escort.problem import Epilogue, MemoryFormat, Precision, Problem
+from escort.problem import Activation, Epilogue, MemoryFormat, Precision, Problem
 from tests.cases import CASES, FULL, Case, check_kernels
 from tests.sparse_tc_model import emulate
 from tests.test_sparse_tc_layout import structured, uneven
@@ -149,6 +149,16 @@ def test_layers_share_kernels() -> None:
         assert (one.source.digest, one.defines) == (another.source.digest, another.defines)
 
 
+@of_each_kind
+@pytest.mark.parametrize("activation", ["prelu", "silu", "gelu"])
+def test_activations_assemble_with_hardly_a_spill(
+    problem: Problem, config: SparseTcConfig, activation: Activation
+) -> None:
+    binary = compiled(replace(problem, epilogue=replace(problem.epilogue, activation=activation)), config)
+    assert binary.defines["ACTIVATION"] == ("leaky_relu" if activation == "prelu" else activation)
+    assert binary.spill_bytes <= 16, "a value or two, around the stores"
+
+
 def compiled(problem: Problem, config: SparseTcConfig) -> compiler.Binary:
     tiling = Tiling.of(problem, config, H200.shared_bytes)
     return compiler.compile_source(tiling.source, tiling.defines, "sm_90a")
@@ -224,7 +234,12 @@ def overwritten(code: list[str], labels: dict[str, int], sets: int) -> list[str]
 
 
 @of_each_kind
-def test_metadata_stays_while_products_read_it(problem: Problem, config: SparseTcConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", ["a bound", "prelu", "silu", "gelu"])
+def test_metadata_stays_while_products_read_it(
+    problem: Problem, config: SparseTcConfig, activation: Any, tmp_path: Path
+) -> None:
+    if activation != "a bound":
+        problem = replace(problem, epilogue=replace(problem.epilogue, activation=activation))
     code, labels = machine_code(compiled(problem, config), tmp_path)
     assert overwritten(code, labels, 2 * config.m_blocks) == []
     # Three ways to issue a step, for each set; more groups would mean that the compiler waits for each product.
@@ -367,7 +382,8 @@ def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches:
     """One runner for any batch, twice the same, for x in both memory formats and in no one's."""
     sparse_filter = SparseFilter.from_dense(weight)
     bias = torch.randn(problem.out_channels) if problem.epilogue.bias else None
-    run = SparseTc().prepare(problem, sparse_filter, bias, config)
+    slope = torch.rand(problem.out_channels) if problem.epilogue.activation == "prelu" else None
+    run = SparseTc().prepare(problem, sparse_filter, bias, config, slope)
     for batch in batches:
         shape = batch, *problem.input_shape[1:]
         x = torch.randn(shape, device="cuda", dtype=problem.storage)
@@ -378,7 +394,7 @@ def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches:
             residual = torch.randn(out_shape, device="cuda", dtype=x.dtype) if problem.epilogue.residual else None
             y = run(variant, residual)
             expected = reference.conv2d(
-                replace(problem, batch=batch), variant, sparse_filter.to_dense().cuda(), bias, residual
+                replace(problem, batch=batch), variant, sparse_filter.to_dense().cuda(), bias, residual, slope
             )
             last = config.takes_channels_last
             assert y.shape == expected.shape
@@ -391,6 +407,18 @@ def check(problem: Problem, weight: np.ndarray, config: SparseTcConfig, batches:
 @of_each_kind
 def test_any_batch_in_any_memory_format_on_the_gpu(problem: Problem, config: SparseTcConfig) -> None:
     check(problem, uneven(problem.weight_shape), config, (0, 1, 3, 70))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ["prelu", "silu"])
+@of_each_kind
+def test_activations_on_the_gpu(
+    problem: Problem, config: SparseTcConfig, activation: Activation, residual: bool
+) -> None:
+    """In every way in which results are stored."""
+    problem = replace(problem, epilogue=Epilogue(bias=True, residual=residual, activation=activation))
+    check(problem, uneven(problem.weight_shape), config, (0, 1, 3))
 
 
 @pytest.mark.gpu

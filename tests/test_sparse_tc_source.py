@@ -274,6 +274,17 @@ template <int COUNT> void load_transposed(u32 address, u32* v) {
   __syncwarp();
 }
 """
+#: As kernels/cuda/activation.cuh has it; what its text makes of numbers is tested in test_gpu_activations.py.
+ACTIVATION = """
+#ifdef ACTIVATION
+#define BEYOND_BOUNDS 1
+#define SLOPED 1
+#else
+#define BEYOND_BOUNDS 0
+#define SLOPED 0
+#endif
+float activated(float v, float slope) { return v < 0 ? v * slope : v; }
+"""
 RUN = """
 extern "C" int run(const TensorMap* x, const u8* a, const float* bias, const int* first, const u32* steps,
                    const int* out_order, TensorMap* y, TensorMap* residual, const Params* params, int samples,
@@ -333,7 +344,7 @@ def host_source() -> str:
         if name in included or name == "ptx.cuh":
             return ""
         included.add(name)
-        return INSTRUCTIONS if name == "sparse_tc_ptx.cuh" else expanded(name)
+        return {"sparse_tc_ptx.cuh": INSTRUCTIONS, "activation.cuh": ACTIVATION}.get(name) or expanded(name)
 
     def expanded(name: str) -> str:
         return re.sub(r'#include "(.*)"\n', include, (KERNELS / name).read_text().replace("#pragma once\n", ""))
@@ -404,6 +415,23 @@ def test_one_kernel_computes_every_epilogue(memory_format: MemoryFormat, precisi
         check(replace(tiling, problem=replace(tiling.problem, epilogue=epilogue)), density, run)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kind", ["halo along", "flat", "flat along", "im2col across"])
+def test_slopes_reach_their_channels(
+    kind: str, memory_format: MemoryFormat, precision: Precision, residual: bool, tmp_path: Path
+) -> None:
+    """The activation comes last, and is compiled in."""
+    name, config, _ = KINDS[kind]
+    problem, density = CASES[name]
+    epilogue = Epilogue(bias=True, residual=residual, activation="prelu")
+    config = replace(config, memory_format=memory_format)
+    tiling = Tiling.of(replace(problem, precision=precision, epilogue=epilogue), config, H200.shared_bytes)
+    assert tiling.defines["ACTIVATION"] == "leaky_relu"
+    check(tiling, density, host_kernel(tiling, tmp_path))
+
+
 def host_kernel(tiling: Tiling, folder: Path) -> Callable[..., int]:
     run: Callable[..., int] = compiled(
         host_source(), folder, tiling.defines | {"SHARED_BYTES": tiling.memory.bytes}
@@ -420,6 +448,10 @@ def check(tiling: Tiling, density: float, run: Callable[..., int]) -> None:
     generator = np.random.default_rng(1)
     x = generator.integers(-3, 4, problem.input_shape).astype(np.float64)
     bias = np.where(packed.out_order >= 0, packed.out_order % 5, 0).astype(np.float32) * epilogue.bias
+    slopes = torch.arange(problem.out_channels) % 4 / 2 - 0.5 if epilogue.activation == "prelu" else None
+    if slopes is not None:
+        of_places = slopes.numpy()[np.maximum(packed.out_order, 0)]
+        bias = np.concatenate([bias, of_places.astype(np.float32)])
     last = config.takes_channels_last
     shape = problem.output_shape if not last else tuple(problem.output_shape[i] for i in (0, 2, 3, 1))
     residual = torch.from_numpy(generator.integers(-9, 9, shape)).to(problem.storage)
@@ -447,7 +479,7 @@ def check(tiling: Tiling, density: float, run: Callable[..., int]) -> None:
     )
     by_channel = torch.arange(problem.out_channels) % 5.0 * epilogue.bias
     added = (residual.permute(0, 3, 1, 2) if last else residual) if epilogue.residual else None
-    expected = reference.conv2d(problem, torch.from_numpy(x), torch.from_numpy(weight), by_channel, added)
+    expected = reference.conv2d(problem, torch.from_numpy(x), torch.from_numpy(weight), by_channel, added, slopes)
     computed = (y.permute(0, 3, 1, 2) if last else y).double()
     assert reference.compare(computed, expected) <= 2**-8
     exact = expected.abs() < (128 if problem.precision == "bf16" else 2**24)

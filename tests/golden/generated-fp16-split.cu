@@ -39,9 +39,10 @@
 #define PART_OUT_CHANNELS 3
 #define RING_BYTES 512
 #define RESIDUAL 0
-#define ACTIVATION 2
+#define BOUND 2
 __constant__ int CHANNEL_OF[] = {0, 1, 2, -1};
 __constant__ float BIAS[] = {0x1.0000000000000p+0f, -0x1.0000000000000p+0f, 0x0.0p+0f};
+__constant__ float SLOPES[] = {0x0.0p+0f, 0x0.0p+0f, 0x0.0p+0f};
 #include "generated.cuh"
 
 GENERATED {

@@ -97,3 +97,24 @@ class Checked(nn.Module):
         if width % 3:
             raise ValueError("width must be divisible by three")
         return self.conv(x)
+
+
+class Between(nn.Module):
+    """A depthwise layer with squeeze-excitation, a normalisation, and a pyramid of two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.SiLU())
+        self.depthwise = nn.Sequential(nn.Conv2d(16, 16, 5, 1, 2, groups=16), nn.BatchNorm2d(16), nn.SiLU())
+        self.reduce, self.expand = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+        self.project = nn.Conv2d(16, 24, 1)
+        self.norm = nn.LocalResponseNorm(5, 0.1)
+        self.pool, self.up = nn.AvgPool2d(2), nn.Upsample(scale_factor=2)
+        self.deep, self.head = nn.Conv2d(24, 32, 3, padding=1), nn.Linear(56, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.stem(x))
+        x = x * torch.sigmoid(self.expand(F.silu(self.reduce(x.mean((2, 3), keepdim=True)))))
+        x = self.norm(self.project(x))
+        x = torch.cat([self.up(F.relu(self.deep(self.pool(x)))), x], 1)
+        return self.head(x.mean((2, 3)))

@@ -10,7 +10,17 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from escort.layers import FusedConv2d, MaxPool2d
+from escort.layers import (
+    AdaptiveAvgPool2d,
+    AvgPool2d,
+    Concat,
+    FusedConv2d,
+    Gate,
+    LocalResponseNorm,
+    MaxPool2d,
+    NormedConcat,
+    Upsample,
+)
 from escort.runtime.saved import builders
 from escort.runtime.saved.limits import MAX_COUNT, MAX_DEEP, MAX_SCALE, MAX_WINDOW
 from tests.artifact.networks import through_json
@@ -62,6 +72,11 @@ def rebuilt(layer: nn.Module) -> nn.Module:
         (FusedConv2d(nn.Conv2d(4, 6, 3), "prelu"), (2, 4, 6, 6)),
         (FusedConv2d(nn.Conv2d(4, 6, 3), "relu", zeros=(0, 1, 2, 0)), (2, 4, 6, 6)),
         (MaxPool2d(3, 2, 1), (2, 4, 6, 6)),
+        (LocalResponseNorm(5, 0.1, 0.5, 2.0), (2, 4, 6, 6)),
+        (AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), (2, 4, 6, 6)),
+        (AdaptiveAvgPool2d((2, None)), (2, 4, 6, 6)),
+        (Upsample(scale_factor=1.5, mode="bilinear", align_corners=True), (2, 4, 6, 6)),
+        (NormedConcat(4, eps=1e-3, activation="relu"), (2, 4, 6, 6)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
@@ -70,6 +85,13 @@ def test_a_layer_computes_the_same_when_rebuilt(layer: nn.Module, shape: tuple[i
     layer.eval()
     x = torch.randn(shape)
     assert torch.equal(rebuilt(layer)(x.clone()), layer(x.clone()))
+
+
+@pytest.mark.parametrize("layer", [Concat(), Gate()])
+def test_a_layer_of_several_inputs_computes_the_same_when_rebuilt(layer: nn.Module) -> None:
+    x, gates = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 1, 1)
+    inputs = (x, gates) if isinstance(layer, Gate) else (x, x + 1, x)
+    assert torch.equal(rebuilt(layer.eval())(*inputs), layer(*inputs))
 
 
 class _Doubling(nn.Linear):

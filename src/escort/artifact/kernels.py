@@ -24,7 +24,7 @@ from escort.artifact.errors import ArtifactError, blaming
 from escort.cuda import kernel
 from escort.cuda.binary import Binary
 from escort.cuda.compiler import dotted
-from escort.layers import MaxPool2d, SparseConv2d
+from escort.layers import LAUNCHING, SparseConv2d
 from escort.network.context import on_device
 from escort.network.model import ConvertedModel
 from escort.network.tracing.state import State
@@ -52,8 +52,8 @@ def digest(data: bytes) -> str:
 def used_by(model: ConvertedModel, device: torch.device) -> list[Binary]:
     """The binaries of all kernels that a network on a GPU runs the input sizes of its plan by.
 
-    Which ones pool is seen in a call, on random inputs. Where the inputs are packed nobody can make some, and those
-    that pool are left out.
+    Which ones run between convolutions is seen in a call, on random inputs. Where the inputs are packed nobody can make
+    some, and those are left out.
 
     Raises:
         ValueError, RuntimeError: naming the layer that cannot be laid out.
@@ -61,25 +61,25 @@ def used_by(model: ConvertedModel, device: torch.device) -> list[Binary]:
     layers = [module for module in model.network.modules() if isinstance(module, SparseConv2d)]
     found: list[Binary] = []
     on_all_cores([lambda layer=layer: found.extend(layer.binaries()) for layer in layers])  # type: ignore[misc]
-    return [*{binary.key: binary for binary in (*found, *_of_pools(model, device))}.values()]
+    return [*{binary.key: binary for binary in (*found, *_between(model, device))}.values()]
 
 
-def _of_pools(model: ConvertedModel, device: torch.device) -> list[Binary]:
+def _between(model: ConvertedModel, device: torch.device) -> list[Binary]:
     network, example = model.network, model.plan.example(device)
-    pools = [module for module in network.modules() if isinstance(module, MaxPool2d)]
-    if not pools:
+    layers = [module for module in network.modules() if isinstance(module, LAUNCHING)]
+    if not layers:
         return []
     if example is None:
-        _log.warning("the kernels that pool are not saved: the network's inputs are packed")
+        _log.warning("the kernels between convolutions are not saved: the network's inputs are packed")
         return []
     found: list[Binary] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(module, MaxPool2d)
-        found.extend(module.binaries(next(iter((*args, *kwargs.values())))))
+        assert isinstance(module, LAUNCHING)
+        found.extend(module.binaries(*args, *kwargs.values()))
 
     state = State(network)
-    hooks = [pool.register_forward_pre_hook(note, with_kwargs=True) for pool in pools]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         with torch.inference_mode(), on_device(device):
             example.run(network)

@@ -3,6 +3,29 @@
 from escort.layers.conv import SparseConv2d
 from escort.layers.fused import FusedConv2d
 from escort.layers.pad import SamePad
+from escort.layers.planes.average import AdaptiveAvgPool2d, AvgPool2d
+from escort.layers.planes.base import OnPlanes
+from escort.layers.planes.concat import Concat, NormedConcat
+from escort.layers.planes.gate import Gate
+from escort.layers.planes.norm import LocalResponseNorm
+from escort.layers.planes.resize import Upsample
 from escort.layers.pool import MaxPool2d
 
-__all__ = ["FusedConv2d", "MaxPool2d", "SamePad", "SparseConv2d"]
+#: Layers other than convolutions that launch kernels of our own, and say which: they have `binaries`.
+LAUNCHING = MaxPool2d, OnPlanes
+
+__all__ = [
+    "LAUNCHING",
+    "AdaptiveAvgPool2d",
+    "AvgPool2d",
+    "Concat",
+    "FusedConv2d",
+    "Gate",
+    "LocalResponseNorm",
+    "MaxPool2d",
+    "NormedConcat",
+    "OnPlanes",
+    "SamePad",
+    "SparseConv2d",
+    "Upsample",
+]

@@ -85,7 +85,7 @@ def _pooling(
     """What pools tensors of a shape on a GPU: all that a call need not work out itself."""
     _check_pool(shape, dtype, POOLED_ON_GPU, window)
     memory_format = TORCH_MEMORY_FORMAT["channels_last" if is_channels_last else "contiguous"]
-    size = _pooled_size(shape, *window, ceil_mode)
+    size = pooled_size(shape, *window, ceil_mode)
     result = torch.empty((*shape[:2], *size), dtype=dtype, device="meta", memory_format=memory_format)
     out_shape, strides = result.shape, result.stride()
     pitch = shape[1] if is_channels_last else 1
@@ -173,7 +173,7 @@ def _check_pool(shape: torch.Size, dtype: torch.dtype, taken: Sequence[torch.dty
         )
 
 
-def _pooled_size(
+def pooled_size(
     shape: torch.Size, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> list[int]:
     """Height and width of the result; sizes may be symbols."""
@@ -195,7 +195,7 @@ def _empty_result(
     x: torch.Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> torch.Tensor:
     """A tensor for the operator's result; sizes may be symbols."""
-    size = _pooled_size(x.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    size = pooled_size(x.shape, kernel_size, stride, padding, dilation, ceil_mode)
     memory_format = TORCH_MEMORY_FORMAT["channels_last" if _in_channels_last(x) else "contiguous"]
     return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
 

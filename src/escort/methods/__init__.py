@@ -14,10 +14,12 @@ from escort.methods.cpu.lowered import Lowered
 from escort.methods.cuda.cublas import Cublas
 from escort.methods.cuda.cudnn import Cudnn
 from escort.methods.cuda.cusparse import Cusparse
+from escort.methods.cuda.depthwise import DepthwiseCuda
 from escort.methods.cuda.direct import DirectCuda
+from escort.methods.cuda.gemv import Gemv
 from escort.methods.cuda.generated import Generated
 from escort.methods.cuda.sparse_tc import SparseTc
-from escort.problem import Activation, Precision
+from escort.problem import Precision
 
 METHODS: tuple[Method, ...] = (
     Direct(),
@@ -27,6 +29,8 @@ METHODS: tuple[Method, ...] = (
     DirectCuda(),
     Generated(),
     SparseTc(),
+    DepthwiseCuda(),
+    Gemv(),
     Cudnn(),
     Cublas(),
     Cusparse(),
@@ -60,15 +64,6 @@ def channel_order(weights: Sequence[torch.Tensor], precision: Precision, device:
     return next((order for order in orders if order is not None), None)
 
 
-def fused_activations(device: str, methods: Sequence[Method] | None = None) -> frozenset[Activation]:
-    """The activations that lose nothing by being fused, whichever of these methods runs a layer.
-
-    Args:
-        methods: by default all of the device.
-    """
-    return frozenset.intersection(*(method.activations for method in methods or for_device(device)))
-
-
 __all__ = [
     "METHODS",
     "Config",
@@ -79,5 +74,4 @@ __all__ = [
     "channel_order",
     "dense_for",
     "for_device",
-    "fused_activations",
 ]

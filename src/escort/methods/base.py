@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,7 @@ from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
 from escort.kernels import _cpu
-from escort.problem import TORCH_MEMORY_FORMAT, Activation, MemoryFormat, Precision, Problem
-
-#: The activations that our kernels for GPUs compute.
-ON_GPUS: frozenset[Activation] = frozenset(("none", "relu", "relu6"))
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
 
 #: Of how many batch sizes a runner remembers how it cuts them up; a further one is worked out anew.
 MOST_BATCHES = 64
@@ -73,7 +70,6 @@ class Method(ABC):
         compiles_per_filter: whether `prepare` compiles a kernel for the filter, which takes long and has a budget.
         lowers: whether it writes the input out patch by patch, which takes memory.
         is_native: whether what it prepares has an `op`, so that native programs call it.
-        activations: which it computes at least as fast as torch's operator behind it would. It runs the others too.
     """
 
     name: ClassVar[str]
@@ -83,7 +79,6 @@ class Method(ABC):
     compiles_per_filter: ClassVar[bool] = False
     lowers: ClassVar[bool] = False
     is_native: ClassVar[bool] = False
-    activations: ClassVar[frozenset[Activation]] = frozenset(get_args(Activation))
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method cannot run a problem on its type of device, or None where it can."""
@@ -282,21 +277,3 @@ def _in_place(problem: Problem, slope: torch.Tensor | None) -> Callable[[torch.T
             return partial(torch.ops.aten.gelu_.default, approximate="tanh")
         case name:
             return partial(getattr(F, name), inplace=True)
-
-
-def activated_behind(
-    problem: Problem, slope: torch.Tensor | None, activations: Collection[Activation]
-) -> tuple[Problem, Callable[[Runner], Runner]]:
-    """What a kernel is left with that computes these activations alone, and what lets torch do the rest behind it.
-
-    Returns:
-        The problem for the kernel, and what turns a runner of that into one of `problem`.
-    """
-    if problem.epilogue.activation in activations:
-        return problem, lambda run: run
-    activate = _in_place(problem, slope)
-
-    def behind(run: Runner) -> Runner:
-        return lambda x, residual=None: activate(run(x, residual))
-
-    return replace(problem, epilogue=problem.epilogue.without_activation()), behind

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from escort.layers import MaxPool2d, SamePad, SparseConv2d
+from escort.layers import AdaptiveAvgPool2d, AvgPool2d, LocalResponseNorm, MaxPool2d, SamePad, SparseConv2d
 from escort.runtime import Program
 from escort.runtime.stand_in import runs_more
 from escort.runtime.steps import REQUIRED, Step, spellings
@@ -25,6 +25,9 @@ _MODULES = (
     SparseConv2d,
     MaxPool2d,
     SamePad,
+    AdaptiveAvgPool2d,
+    AvgPool2d,
+    LocalResponseNorm,
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
     nn.AvgPool2d,

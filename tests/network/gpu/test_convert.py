@@ -56,6 +56,21 @@ def test_any_input_is_right(precision: Precision, method: str, only: Callable[[s
         assert fast(samples(precision)[:0]).shape == (0, 10)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", ["direct", "cudnn"])
+def test_activations_are_fused_and_right(precision: Precision, method: str, only: Callable[[str], None]) -> None:
+    only(method)
+    activations = (nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.LeakyReLU(0.1), nn.PReLU(16), nn.Tanh())
+    convs = (nn.Conv2d(16 if i else 3, 16, 3, padding=1) for i in range(len(activations)))
+    layers = (nn.Sequential(conv, activation) for conv, activation in zip(convs, activations, strict=True))
+    model = on_gpu(pruned(nn.Sequential(*layers)), precision)
+    fast = converted(precision, model)
+    fused = [plan.problem.epilogue.activation for plan in fast.plan.layers.values()]
+    assert fused == ["silu", "hardswish", "gelu", "leaky_relu", "prelu", "tanh"]
+    for shape in ((2, 3, 32, 32), (3, 3, 9, 70)):
+        assert_close(fast, model, samples(precision, *shape), precision)
+
+
 @in_formats(("contiguous", "channels_last"))
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_resnet_18_is_the_same_network(precision: Precision) -> None:

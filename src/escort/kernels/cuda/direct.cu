@@ -17,6 +17,7 @@
 //   ODD       where PAIRED, whether a channel has an odd number of elements
 //   SLOTS     most words (pairs of words where PAIRED) per lane that a producer warp copies per channel
 //   THREADS   threads per multiprocessor that registers must leave room for, in one block or in several
+//   ACTIVATION   the activation, where it does more than bound (activation.cuh)
 //   SIGNALS   lanes of a warp that arrive when the warp is done with a stage: the first one, or all. compute-sanitizer
 //             does not follow that __syncwarp puts all lanes' accesses before the first lane's arrival
 #if STORAGE == 1
@@ -31,6 +32,7 @@ typedef __nv_bfloat162 Pair;
 typedef float Element;
 #endif
 
+#include "activation.cuh"
 #include "divisor.cuh"
 #include "ptx.cuh"
 
@@ -55,7 +57,7 @@ struct Params {
   int channel_words, slots;
   int chunks, channel_block, stages;
   int position_warps, out_channel_warps, in_channel_warps, producers;
-  int record_bytes, activation;
+  int record_bytes, bound;
 };
 
 // Where a segment, what a stage holds of a group's filter, begins: its records, in units of 16 bytes, and its channels.
@@ -135,6 +137,7 @@ __device__ __forceinline__ void set_up(const Shape& p, const Ring& ring) {
   __syncthreads();
 }
 
+// bias: null or one per output channel, where SLOPED with the slopes behind them.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     direct(const Element* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual,
            const float* __restrict__ bias, const uint4* __restrict__ records, const Segment* __restrict__ segments,
@@ -161,5 +164,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   float sum[OUT_CHANNELS][SUMS];
   consume(sum, p, ring, me);
   if (p.in_channel_warps > 1 && !gather(sum, p, shared, me)) return;
-  finish(sum, out, p, tile, me, y, residual);
+  finish(sum, out, p, tile, me, y, residual, bias + p.out_channels);
 }

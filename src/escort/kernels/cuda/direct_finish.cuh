@@ -69,10 +69,10 @@ __device__ __forceinline__ bool gather(float (&sum)[OUT_CHANNELS][SUMS], const S
 // Stores activation(sum + bias + residual).
 __device__ __forceinline__ void finish(float (&sum)[OUT_CHANNELS][SUMS], const Output (&out)[OUT_CHANNELS],
                                        const Shape& p, const Tile& tile, const Consumer& me, Element* y,
-                                       const Element* residual) {
+                                       const Element* residual, const float* __restrict__ slopes) {
   wait_for_previous_kernel();
   const int out_plane = p.out_height * p.out_width, out_size = p.out_channels * out_plane;
-  const float least = p.activation >= 1 ? 0.f : -INFINITY, most = p.activation == 2 ? 6.f : INFINITY;
+  const float least = p.bound >= 1 ? 0.f : -INFINITY, most = p.bound == 2 ? 6.f : INFINITY;
   u32 at[WORDS];                         // in channel 0 of the first sample
   u32 inside = 0, neighbour_inside = 0;  // a bit per word
 #pragma unroll
@@ -90,6 +90,7 @@ __device__ __forceinline__ void finish(float (&sum)[OUT_CHANNELS][SUMS], const O
     if (out[j].channel < 0) continue;
     Element* const to = y + out[j].channel * out_plane;
     const Element* const from = residual + out[j].channel * out_plane;
+    const float slope = SLOPED ? slopes[out[j].channel] : 0.f;
 #pragma unroll
     for (int v = 0; v < WORDS; v++) {
 #pragma unroll
@@ -98,7 +99,7 @@ __device__ __forceinline__ void finish(float (&sum)[OUT_CHANNELS][SUMS], const O
         if ((neighbour ? neighbour_inside : inside) >> v & 1) {
           float value = sum[j][v * SAMPLES + neighbour] + out[j].bias;
           if (residual) value += load(from + place);
-          store(to + place, clamp(value, least, most));
+          store(to + place, BEYOND_BOUNDS ? activated(value, slope) : clamp(value, least, most));
         }
       }
     }

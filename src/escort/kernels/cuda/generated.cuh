@@ -17,7 +17,10 @@
 //   CHUNKS             stages that a slice fills; at START_POINTS of them tiles begin
 //   STAGE_WORDS        words of a channel that TILE_WORDS positions read; a stage has room for CHANNEL_WORDS
 //   PART_OUT_CHANNELS  output channels of the largest part, where input channels are split
-//   CHANNEL_OF, BIAS   then tables: the output channels of each part, and what is added to each
+//   BOUND              0: none, 1: at least 0, 2: and at most 6, where input channels are split
+//   ACTIVATION         the activation, where it does more than bound (activation.cuh)
+//   CHANNEL_OF, BIAS, SLOPES   then tables: the output channels of each part, what is added to each, and its slope
+#include "activation.cuh"
 #include "ptx.cuh"
 
 #if STORAGE == 0
@@ -261,9 +264,10 @@ __device__ __forceinline__ Output output(Element* y, int samples, u32 tile) {
 }
 
 #if SPLIT > 1
-__device__ __forceinline__ float activate(float sum) {
-  if (ACTIVATION > 0) asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(sum));
-  if (ACTIVATION > 1) asm("min.NaN.f32 %0, %0, 0f40C00000;" : "+f"(sum));
+__device__ __forceinline__ float activate(float sum, float slope) {
+  if (BEYOND_BOUNDS) return activated(sum, slope);
+  if (BOUND > 0) asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(sum));
+  if (BOUND > 1) asm("min.NaN.f32 %0, %0, 0f40C00000;" : "+f"(sum));
   return sum;
 }
 
@@ -300,6 +304,7 @@ __device__ __forceinline__ void finish(const Ring ring, u32 slice, u32 part, con
   for (u32 i = 0; i < SHARE; i++) {
     const int channel = CHANNEL_OF[part * (SHARE * SPLIT) + slice * SHARE + i];
     if (channel < 0) break;
+    const float slope = SLOPES[channel];
     float sum[COLUMNS * SAMPLES];
 #pragma unroll
     for (int e = 0; e < COLUMNS * SAMPLES; e++) sum[e] = BIAS[channel];
@@ -324,10 +329,10 @@ __device__ __forceinline__ void finish(const Ring ring, u32 slice, u32 part, con
       Element* const y = to + (e ? second : 0);
       const Element* const residual = (const Element*)((const char*)y + to_residual);
 #if STORAGE == 0
-      *y = activate(RESIDUAL ? sum[e] + *residual : sum[e]);
+      *y = activate(RESIDUAL ? sum[e] + *residual : sum[e], slope);
 #else
       *y = __half_as_ushort(
-          __float2half_rn(activate(RESIDUAL ? sum[e] + __half2float(__ushort_as_half(*residual)) : sum[e])));
+          __float2half_rn(activate(RESIDUAL ? sum[e] + __half2float(__ushort_as_half(*residual)) : sum[e], slope)));
 #endif
     }
   }

@@ -24,6 +24,7 @@
 //   OUT_NCHW    1: y and the residual lie in NCHW, 0: in NHWC
 //   VECTOR      of 16-bit elements in NCHW, how many neighbours a lane stores at once
 //   UNALIGNED   whether these lie unaligned in staging
+//   ACTIVATION  the activation, where it does more than bound (activation.cuh)
 // source.py puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate) before this.
 //
 //   sparse_tc_tiles.cuh     sizes, shared memory, the order of work
@@ -55,8 +56,8 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
   store.end();
 }
 
-// a: weight tiles; bias: one per output channel of all tiles; first: (m_tiles * tap_groups + 1), a tap group's first
-// weight tile; steps: one per weight tile, and one more that is only read.
+// a: weight tiles; bias: one per output channel of all tiles, where SLOPED with the slopes behind them; first: (m_tiles
+// * tap_groups + 1), a tap group's first weight tile; steps: one per weight tile, and one more that is only read.
 extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,
               const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS,
@@ -98,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     }
   } else {
     take_registers<CONSUMER_REGISTERS>();
-    consume(p, base, bias, first, steps, {MAKE_OUTPUTS}, samples, tile_groups);
+    consume(p, base, bias, first, steps, {MAKE_OUTPUTS, bias + p.m_tiles * (TILE_BLOCKS * 64)}, samples, tile_groups);
   }
   __syncwarp();
   meet();  // others may still write here, or arrive at barriers here

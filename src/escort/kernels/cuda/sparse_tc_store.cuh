@@ -7,6 +7,7 @@
 #elif STORAGE == 2
 #include <cuda_bf16.h>
 #endif
+#include "activation.cuh"
 #include "sparse_tc_ptx.cuh"
 #include "sparse_tc_tiles.cuh"
 #define BOXES_OUT (STORAGE && !OUT_NCHW)  // the copy engine stores y and loads the residual; else warps do
@@ -22,6 +23,7 @@ using Element = u16;
 #define OUTPUTS const __grid_constant__ TensorMap y_map, const __grid_constant__ TensorMap residual_map
 struct Outputs {
   const TensorMap &y_map, &residual_map;
+  const float* slopes;  // one per output channel of all tiles
 };
 #define MAKE_OUTPUTS y_map, residual_map
 #else
@@ -30,6 +32,7 @@ struct Outputs {
   const int* out_order;  // which output channel stands at each place of all tiles; -1: none
   Element* y;
   const Element* residual;
+  const float* slopes;  // one at each place
 };
 #define MAKE_OUTPUTS out_order, y, residual
 #endif
@@ -48,6 +51,18 @@ struct Bias {
   }
 };
 
+// Those of the activation, where it has any.
+struct Slopes {
+  float low = 0.f, high = 0.f;
+  __device__ explicit Slopes(const float* __restrict__ slopes) {
+    const float* const channel = slopes + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    if (SLOPED) low = __ldg(channel), high = __ldg(channel + 8);
+  }
+};
+
+// Whether anything is done to sums with bias and residual.
+__device__ bool activates(const Params& p) { return BEYOND_BOUNDS || p.bound; }
+
 #if STORAGE == 1
 __device__ float2 unpack(u32 pair) { return __half22float2(reinterpret_cast<const __half2&>(pair)); }
 constexpr u32 SIX = 0x46004600, INFINITE = 0x7c007c00;  // in pairs
@@ -57,13 +72,14 @@ constexpr u32 SIX = 0x40c040c0, INFINITE = 0x7f807f80;
 #endif
 
 #if STORAGE
-// What activations leave of a pair at most.
-__device__ u32 most_of(int activation) { return activation == 2 ? SIX : INFINITE; }
+// What a bound leaves of a pair at most.
+__device__ u32 most_of(int bound) { return bound == 2 ? SIX : INFINITE; }
 
 // 8 channels twice x 8 pixels of sums, 4 a lane, with bias as two words of outputs. What is known of the epilogue makes
 // code of its own, since it is done for every output.
 template <bool RESIDUAL, bool ACTIVATED>
-__device__ void finish(const float* d, float bias_low, float bias_high, const u32* residuals, u32 most, u32* out) {
+__device__ void finish(const float* d, float bias_low, float bias_high, const Slopes& slopes, const u32* residuals,
+                       u32 most, u32* out) {
   float v[4] = {d[0] + bias_low, d[1] + bias_low, d[2] + bias_high, d[3] + bias_high};
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -71,8 +87,13 @@ __device__ void finish(const float* d, float bias_low, float bias_high, const u3
       const float2 r = unpack(residuals[i]);
       v[2 * i] += r.x, v[2 * i + 1] += r.y;
     }
-    out[i] = pack<ACTIVATED>(v[2 * i], v[2 * i + 1]);
-    if constexpr (ACTIVATED) out[i] = smaller(out[i], most);
+    if constexpr (ACTIVATED && BEYOND_BOUNDS) {
+      const float slope = i ? slopes.high : slopes.low;
+      out[i] = pack<false>(activated(v[2 * i], slope), activated(v[2 * i + 1], slope));
+    } else {
+      out[i] = pack<ACTIVATED>(v[2 * i], v[2 * i + 1]);
+      if constexpr (ACTIVATED) out[i] = smaller(out[i], most);
+    }
   }
 }
 #endif

@@ -4,7 +4,8 @@
 
 // Sums to staging, as rows of pixels (64 channels each, 128-byte swizzle), in place of the residual that lies there.
 template <bool RESIDUAL, bool ACTIVATED>
-__device__ void stage(const float (&d)[PIXELS / 2], u32 staging, float bias_low, float bias_high, u32 most) {
+__device__ void stage(const float (&d)[PIXELS / 2], u32 staging, float bias_low, float bias_high, const Slopes& slopes,
+                      u32 most) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   // Lanes 0-7 address 8 pixels of channels 0-7 of the warp's 16, lanes 8-15 of channels 8-15, the others 8 pixels on.
   const int pixel = lane % 8 + lane / 16 * 8, chunk = (warp * 2 + lane / 8 % 2) ^ lane % 8;
@@ -13,15 +14,15 @@ __device__ void stage(const float (&d)[PIXELS / 2], u32 staging, float bias_low,
   for (int j = 0; j + 2 <= PIXELS / 8; j += 2) {
     u32 r[4] = {}, v[4];
     if constexpr (RESIDUAL) load_transposed<4>(at + j * 8 * PIXEL_BYTES, r);
-    finish<RESIDUAL, ACTIVATED>(d + 4 * j, bias_low, bias_high, r, most, v);
-    finish<RESIDUAL, ACTIVATED>(d + 4 * j + 4, bias_low, bias_high, r + 2, most, v + 2);
+    finish<RESIDUAL, ACTIVATED>(d + 4 * j, bias_low, bias_high, slopes, r, most, v);
+    finish<RESIDUAL, ACTIVATED>(d + 4 * j + 4, bias_low, bias_high, slopes, r + 2, most, v + 2);
     store_matrices<4, true>(at + j * 8 * PIXEL_BYTES, v);
   }
   if constexpr (PIXELS / 8 % 2) {
     constexpr int j = PIXELS / 8 - 1;
     u32 r[2] = {}, v[2];
     if constexpr (RESIDUAL) load_transposed<2>(at + j * 8 * PIXEL_BYTES, r);
-    finish<RESIDUAL, ACTIVATED>(d + 4 * j, bias_low, bias_high, r, most, v);
+    finish<RESIDUAL, ACTIVATED>(d + 4 * j, bias_low, bias_high, slopes, r, most, v);
     store_matrices<2, true>(at + j * 8 * PIXEL_BYTES, v);
   }
 }
@@ -59,20 +60,21 @@ struct Store {
   }
 
   __device__ void store(const Sums& d, const Bias& bias, int first_channel, int tile) {
+    const float* const slopes = out.slopes + first_channel;
     if (p.residual) {
       barrier_wait_opaque(residual_here, residual_parity);
       residual_parity ^= 1;
-      if (p.activation)
-        stage_all<true, true>(d, bias);
+      if (activates(p))
+        stage_all<true, true>(d, bias, slopes);
       else
-        stage_all<true, false>(d, bias);
+        stage_all<true, false>(d, bias, slopes);
     } else {
       if (leads) store_wait();  // the tile before has left staging
       sync(store_id, threads);
-      if (p.activation)
-        stage_all<false, true>(d, bias);
+      if (activates(p))
+        stage_all<false, true>(d, bias, slopes);
       else
-        stage_all<false, false>(d, bias);
+        stage_all<false, false>(d, bias, slopes);
     }
     async_fence();
     sync(store_id, threads);
@@ -88,10 +90,11 @@ struct Store {
 
  private:
   template <bool RESIDUAL, bool ACTIVATED>
-  __device__ void stage_all(const Sums& d, const Bias& bias) {
+  __device__ void stage_all(const Sums& d, const Bias& bias, const float* slopes) {
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++)
-      stage<RESIDUAL, ACTIVATED>(d[i], staging + i * p.staging_bytes, bias.low[i], bias.high[i], most_of(p.activation));
+      stage<RESIDUAL, ACTIVATED>(d[i], staging + i * p.staging_bytes, bias.low[i], bias.high[i],
+                                 Slopes(slopes + i * 64), most_of(p.bound));
   }
 
   __device__ void copy_boxes(bool load, const TensorMap& map, int c, int tile) {

@@ -20,6 +20,14 @@ __device__ float4 at_least_0(float4 v) {
 __device__ float4 at_most_6(float4 v) {
   return make_float4(at_most_6(v.x), at_most_6(v.y), at_most_6(v.z), at_most_6(v.w));
 }
+__device__ float4 activated(float4 v, float4 slope) {
+  return make_float4(activated(v.x, slope.x), activated(v.y, slope.y), activated(v.z, slope.z),
+                     activated(v.w, slope.w));
+}
+// Of the channels of a vector.
+__device__ Vector slope_of(const float* __restrict__ slopes) {
+  return SLOPED ? __ldg(reinterpret_cast<const Vector*>(slopes)) : Vector{};
+}
 
 // Where the first channel of a tile's pixel lies in y; -1: it is no output.
 __device__ int place_of(const Params& p, int pixel, int tile, int samples) {
@@ -109,11 +117,16 @@ struct Store {
         load_shared(staging + row[i] * CHANNEL_BYTES + pixel[i] * NEXT_BYTES, sums[i]);
         sums[i] = add(sums[i], residuals[i]);
       }
-      if (p.activation) {
+      if (BEYOND_BOUNDS) {
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+          sums[i] = activated(sums[i], slope_of(out.slopes + (channels - out.out_order) + row[i]));
+      }
+      if (p.bound) {
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) sums[i] = at_least_0(sums[i]);
       }
-      if (p.activation == 2) {
+      if (p.bound == 2) {
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) sums[i] = at_most_6(sums[i]);
       }

@@ -25,13 +25,14 @@ __device__ Vector load_vector(u32 from) {
   return v;
 }
 
-// A vector of outputs that were rounded before, and the residual.
+// A vector of outputs that were rounded before, and the residual; activated.
 struct Adder {
   u32 least, most;
-  __device__ explicit Adder(int activation)
-      : least(activation ? 0 : INFINITE | 0x80008000), most(activation == 2 ? SIX : INFINITE) {}
+  float slope = 0.f;
+  __device__ explicit Adder(int bound) : least(bound ? 0 : INFINITE | 0x80008000), most(bound == 2 ? SIX : INFINITE) {}
   __device__ u32 add(u32 pair, u32 residual) const {
     const float2 v = unpack(pair), r = unpack(residual);
+    if constexpr (BEYOND_BOUNDS) return pack<false>(activated(v.x + r.x, slope), activated(v.y + r.y, slope));
     return smaller(larger(pack<false>(v.x + r.x, v.y + r.y), least), most);
   }
   __device__ u16 add(u16 v, u16 residual) const { return add(u32{v}, u32{residual}); }
@@ -43,21 +44,22 @@ struct Adder {
 
 // Sums to staging, as rows of channels.
 template <bool ACTIVATED>
-__device__ void stage(const float (&d)[PIXELS / 2], u32 staging, u32 pitch, float bias_low, float bias_high, u32 most) {
+__device__ void stage(const float (&d)[PIXELS / 2], u32 staging, u32 pitch, float bias_low, float bias_high,
+                      const Slopes& slopes, u32 most) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   // Lanes 0-7 address channels 0-7 of the warp's 16, lanes 8-15 channels 8-15, the others 8 pixels on.
   const u32 at = staging + (warp * 16 + lane % 16) * pitch + lane / 16 * 16;
 #pragma unroll
   for (int j = 0; j + 2 <= PIXELS / 8; j += 2) {
     u32 v[4];
-    finish<false, ACTIVATED>(d + 4 * j, bias_low, bias_high, nullptr, most, v);
-    finish<false, ACTIVATED>(d + 4 * j + 4, bias_low, bias_high, nullptr, most, v + 2);
+    finish<false, ACTIVATED>(d + 4 * j, bias_low, bias_high, slopes, nullptr, most, v);
+    finish<false, ACTIVATED>(d + 4 * j + 4, bias_low, bias_high, slopes, nullptr, most, v + 2);
     store_matrices<4, false>(at + j * 16, v);
   }
   if constexpr (PIXELS / 8 % 2) {
     constexpr int j = PIXELS / 8 - 1;
     u32 v[2];
-    finish<false, ACTIVATED>(d + 4 * j, bias_low, bias_high, nullptr, most, v);
+    finish<false, ACTIVATED>(d + 4 * j, bias_low, bias_high, slopes, nullptr, most, v);
     store_matrices<2, false>(at + j * 16, v);
   }
 }
@@ -111,10 +113,11 @@ struct Store {
     if (ALONG == 2) sync(1, CONSUMERS);
     const u32 staging = base + p.staging_begin + group.across * M_BLOCKS * p.staging_bytes;
     const u32 columns = staging + group.along * PIXELS * 2;
-    if (p.activation && !p.residual)
-      stage_all<true>(d, bias, columns);
+    const float* const slopes = out.slopes + first_channel;
+    if (activates(p) && !p.residual)
+      stage_all<true>(d, bias, slopes, columns);
     else
-      stage_all<false>(d, bias, columns);
+      stage_all<false>(d, bias, slopes, columns);
     if (ALONG == 2) sync(1, CONSUMERS);
     __syncwarp();
     const TileOutputs outputs(p, tile, samples);
@@ -130,11 +133,11 @@ struct Store {
 
  private:
   template <bool ACTIVATED>
-  __device__ void stage_all(const Sums& d, const Bias& bias, u32 columns) {
+  __device__ void stage_all(const Sums& d, const Bias& bias, const float* slopes, u32 columns) {
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++)
       stage<ACTIVATED>(d[i], columns + i * p.staging_bytes, p.staging_pitch, bias.low[i], bias.high[i],
-                       most_of(p.activation));
+                       Slopes(slopes + i * 64), most_of(p.bound));
   }
 
   // A warp's rows of staging to y; pixels that are no outputs are passed over. Sums are rounded before the residual is
@@ -143,7 +146,7 @@ struct Store {
   __device__ void store_channels(u32 staging, const int* __restrict__ order, const TileOutputs& outputs) {
     const int count = 16 / ALONG, of_warp = threadIdx.x / 32 % 4 * 16 + group.along * count;
     const int lane = threadIdx.x % 32, channel = __ldg(order + of_warp + (lane & (count - 1)));
-    const Adder adder(p.activation);
+    Adder adder(p.bound);
     staging += of_warp * p.staging_pitch;
     // All lanes go round as often, and the compiler must see it: else it takes the next products for divergent.
     for (int begin = 0; begin < outputs.count; begin += 32 * VECTOR) {
@@ -170,7 +173,10 @@ struct Store {
           const int to = __shfl_sync(~0u, channel, row + i);
           if (to < 0 || !inside) continue;
           Vector v = load_vector(staging + (row + i) * p.staging_pitch + column * 2);
-          if constexpr (RESIDUAL) v = adder.add(v, residuals[i]);
+          if constexpr (RESIDUAL) {
+            if (SLOPED) adder.slope = __ldg(out.slopes + (order - out.out_order) + of_warp + row + i);
+            v = adder.add(v, residuals[i]);
+          }
           *reinterpret_cast<Vector*>(out.y + (first + static_cast<u32>(to) * p.out_plane)) = v;
         }
       }

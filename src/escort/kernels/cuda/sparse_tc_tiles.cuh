@@ -34,7 +34,7 @@ struct Params {
   int b_stage_bytes;
   u32 staging_begin;
   int staging_bytes, staging_pitch;
-  int residual, activation;
+  int residual, bound;
 };
 
 // What all lanes of a warp have, as a register. The compiler does not see through a shuffle of what differs by lane;

@@ -2,7 +2,7 @@
 
 A pass takes a graph and the request. It returns the graph that takes its place, and the convolutions that it left alone
 with the reasons; of several reasons the first counts. Passes return a graph of their own, so that the original can be
-compared with the result; `pool`, which stands behind all of them, writes to the graph that it gets.
+compared with the result; `pool` and `planes`, which stand behind all of them, write to the graph that they get.
 
 Two are not in PASSES: with `channels_last` and without it the network is tried, and `widen` comes first where a CPU is
 given a model of 16 bits.
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from torch import fx, nn
 
 from escort.network.check import Request
-from escort.network.passes import activations, fuse, linear, padding, pool, rows, subclasses, transposed
+from escort.network.passes import activations, fuse, linear, padding, planes, pool, rows, subclasses, transposed
 from escort.network.passes.operations import replace_module
 from escort.network.tracing.graphs import graphs
 from escort.runtime.stand_in import adopt
@@ -32,6 +32,7 @@ PASSES: tuple[Pass, ...] = (
     linear.rewrite,
     fuse.rewrite,
     pool.rewrite,
+    planes.rewrite,
 )
 
 
@@ -54,4 +55,6 @@ def rewrite(network: nn.Module, request: Request) -> tuple[nn.Module, dict[str, 
         else:
             replace_module(network, path, result)
     pool.replace_modules(network)
+    if request.device.type == "cuda":
+        planes.replace_modules(network)
     return network, skipped

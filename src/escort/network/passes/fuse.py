@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from escort.layers import FusedConv2d
-from escort.methods import fused_activations
 from escort.network.check import Request
 from escort.network.passes.operations import CONV, convolution_name, mutates, new_conv2d, zeros_around_maps
 from escort.network.passes.rewriting import Rewriting
@@ -48,7 +47,6 @@ class _Fuser(Rewriting):
     def __init__(self, network: fx.GraphModule, request: Request) -> None:
         super().__init__(network, request)
         self.fused: dict[fx.Node, FusedConv2d] = {}
-        self.activations = fused_activations(str(request.device), request.methods)
 
     def replace_convolutions(self) -> None:
         """Puts a fused convolution in the place of each, and notes why others are left alone."""
@@ -106,7 +104,7 @@ class _Fuser(Rewriting):
 
     def absorb_activation(self, node: fx.Node, conv: fx.Node, operation: str, arguments: dict[str, Any]) -> None:
         found = _activation(operation, arguments, self.fused[conv].conv)
-        if found is not None and found[0] in self.activations and "out" not in arguments:
+        if found is not None and "out" not in arguments:
             self.fused[conv].activate_by(*found)
             self.merge(node, conv)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from escort.kernels import _cpu
-from escort.layers import MaxPool2d, SamePad, SparseConv2d
+from escort.layers import AdaptiveAvgPool2d, AvgPool2d, Concat, Gate, MaxPool2d, SamePad, SparseConv2d, Upsample
 from escort.layers.operator import output_shape
 from escort.layers.pad import same_zeros
 from escort.layers.pool import pair
@@ -309,11 +309,16 @@ _POOL = "kernel_size stride padding"
 #: Layers: the function that each calls, and which of its attributes are arguments behind the input.
 LAYERS: Mapping[type[nn.Module], tuple[Callable[..., Value], str]] = {
     **{cls: (Operations.max_pool2d, f"{_POOL} dilation ceil_mode") for cls in (MaxPool2d, nn.MaxPool2d)},
-    nn.AvgPool2d: (Operations.avg_pool2d, f"{_POOL} ceil_mode count_include_pad divisor_override"),
-    nn.AdaptiveAvgPool2d: (Operations.adaptive_avg_pool2d, "output_size"),
+    **{
+        cls: (Operations.avg_pool2d, f"{_POOL} ceil_mode count_include_pad divisor_override")
+        for cls in (AvgPool2d, nn.AvgPool2d)
+    },
+    **{cls: (Operations.adaptive_avg_pool2d, "output_size") for cls in (AdaptiveAvgPool2d, nn.AdaptiveAvgPool2d)},
+    Gate: (OPERATIONS["mul"], ""),
+    Concat: (lambda step, *parts: step.cat(parts, 1), ""),
     **{
         cls: (Operations.interpolate, "size scale_factor mode align_corners recompute_scale_factor")
-        for cls in (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+        for cls in (Upsample, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
     },
     nn.BatchNorm2d: (Operations.batch_norm_layer, "running_mean running_var weight bias training eps"),
     nn.PixelShuffle: (Operations.pixel_shuffle, "upscale_factor"),

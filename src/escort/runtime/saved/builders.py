@@ -10,7 +10,19 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from escort.layers import FusedConv2d, MaxPool2d, SamePad, SparseConv2d
+from escort.layers import (
+    AdaptiveAvgPool2d,
+    AvgPool2d,
+    Concat,
+    FusedConv2d,
+    Gate,
+    LocalResponseNorm,
+    MaxPool2d,
+    NormedConcat,
+    SamePad,
+    SparseConv2d,
+    Upsample,
+)
 from escort.layers.pool import pair
 from escort.problem import Activation
 from escort.runtime.saved.limits import MAX_COUNT, MAX_DEEP, MAX_SCALE, MAX_WINDOW
@@ -39,9 +51,13 @@ LAYERS: dict[str, type[nn.Module]] = {
         UpsamplingBilinear2d UpsamplingNearest2d ZeroPad1d ZeroPad2d ZeroPad3d
         """.split()
     },
-    "escort.FusedConv2d": FusedConv2d,
-    "escort.MaxPool2d": MaxPool2d,
-    "escort.SamePad": SamePad,
+    **{
+        f"escort.{cls.__name__}": cls
+        for cls in (
+            *(AdaptiveAvgPool2d, AvgPool2d, Concat, FusedConv2d, Gate, LocalResponseNorm, MaxPool2d, SamePad),
+            *(NormedConcat, Upsample),
+        )
+    },
 }
 _DESCRIBED = frozenset((*LAYERS.values(), SparseConv2d))
 

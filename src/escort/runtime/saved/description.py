@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from escort.layers import MaxPool2d, SparseConv2d
+from escort.layers import LAUNCHING, SparseConv2d
 from escort.runtime.program import Program, tensor_at
 from escort.runtime.saved.builders import OWN, SPARSE, check_hooks, describe_layer, is_own
 from escort.runtime.saved.errors import naming
@@ -65,7 +65,7 @@ def _parts(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield joined(path, target), layer
                 if is_own(layer):
                     yield from inside(layer, joined(path, target))
-        elif isinstance(module, SparseConv2d | MaxPool2d):
+        elif isinstance(module, (SparseConv2d, *LAUNCHING)):
             yield path, module
         else:
             yield from inside(module, path)

@@ -26,12 +26,11 @@ from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.cuda.params import pack
 from escort.filter import SparseFilter
+from escort.methods import activation
 from escort.methods.base import (
     MOST_BATCHES,
-    ON_GPUS,
     Method,
     Prepared,
-    activated_behind,
     aligned,
     contiguous_only,
     input_check,
@@ -56,7 +55,6 @@ class DirectCuda(Method):
 
     name = "direct"
     device_type = "cuda"
-    activations = ON_GPUS
     config_type = DirectConfig
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -77,7 +75,7 @@ class DirectCuda(Method):
         return is_offered(problem, sparse_filter, Gpu.of(problem.device), config)
 
     def kernels(self, problem: Problem, config: DirectConfig) -> Sequence[Variant]:
-        return (Variant(_SOURCE, defines(config, Layout.of(problem, config.tile), problem.precision)),)
+        return (Variant(_SOURCE, defines(problem, config, Layout.of(problem, config.tile))),)
 
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: DirectConfig | None = None
@@ -100,7 +98,6 @@ class DirectCuda(Method):
         config: DirectConfig,
         slope: torch.Tensor | None = None,
     ) -> Prepared:
-        problem, activated = activated_behind(problem, slope, self.activations)
         device = torch.device(problem.device)
         positions, tables = Positions(problem), lay_out(problem, sparse_filter, config)
         layout = Layout.of(problem, config.tile)
@@ -108,8 +105,11 @@ class DirectCuda(Method):
         compiled = kernel(variant.source, variant.defines, device)
         arrays = (tables.records, tables.segments.view(np.int32), tables.channel_of, tables.first_channels)
         on_device = [torch.from_numpy(array).to(device) for array in arrays]
-        offsets = None if bias is None else bias.detach().to(device, torch.float32).contiguous()
-        fixed = (offsets, *on_device, pack(Params.of(problem, layout, tables, config)))
+        fixed = (
+            activation.per_channel(problem, bias, slope),
+            *on_device,
+            pack(Params.of(problem, layout, tables, config)),
+        )
         launch = compiled.bind(
             config.threads,
             int(shared_bytes(layout, asdict(config), tables.record_bytes)),
@@ -141,4 +141,4 @@ class DirectCuda(Method):
             launch(grid, x, y, residual, samples, tiles)
             return y
 
-        return Prepared(activated(run), binaries=(compiled.binary,))
+        return Prepared(run, binaries=(compiled.binary,))

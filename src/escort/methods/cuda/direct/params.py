@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from escort.cuda.params import Divisor
+from escort.methods import activation
 from escort.methods.cuda.direct.layout import SLOT_CLASSES, STORAGE, DirectConfig, Layout, Positions
 from escort.methods.cuda.direct.tables import Tables
 from escort.problem import Problem
@@ -12,13 +13,13 @@ from escort.problem import Problem
 _THREADS, _MOST_THREADS = 128, 1024  # the compiler counts in these; of a block
 
 
-def defines(config: DirectConfig, layout: Layout, precision: str) -> dict[str, int]:
+def defines(problem: Problem, config: DirectConfig, layout: Layout) -> dict[str, int | str]:
     """The macros that a config is compiled with; kernels/cuda/direct.cu says what each means.
 
     Configs share a kernel where a multiprocessor has as many threads, in one block or in several.
     """
     return {
-        "STORAGE": STORAGE[precision],
+        "STORAGE": STORAGE[problem.precision],
         "PACKED": int(config.packed),
         "PAIRED": int(layout.paired),
         "ODD": int(layout.paired and layout.odd),
@@ -26,6 +27,7 @@ def defines(config: DirectConfig, layout: Layout, precision: str) -> dict[str, i
         "OUT_CHANNELS": config.out_channels,
         "SLOTS": next(slots for slots in SLOT_CLASSES if slots >= layout.slots),
         "THREADS": min(-(-config.threads * config.occupancy // _THREADS) * _THREADS, _MOST_THREADS),
+        **activation.macros(problem.epilogue),
     }
 
 
@@ -45,7 +47,7 @@ class Params:
         chunks: stages that a group takes.
         channel_block, stages, position_warps, out_channel_warps, in_channel_warps, producers: of the config.
         record_bytes: room for records in a stage.
-        activation: 0 none, 1 ReLU, 2 ReLU6.
+        bound: 0 none, 1 ReLU, 2 ReLU6.
     """
 
     in_channels: int
@@ -76,7 +78,7 @@ class Params:
     in_channel_warps: int
     producers: int
     record_bytes: int
-    activation: int
+    bound: int
 
     @classmethod
     def of(cls, problem: Problem, layout: Layout, tables: Tables, config: DirectConfig) -> Params:
@@ -110,5 +112,5 @@ class Params:
             in_channel_warps=config.in_channel_warps,
             producers=config.producers,
             record_bytes=tables.record_bytes,
-            activation=problem.epilogue.activation_number,
+            bound=activation.bound(problem.epilogue),
         )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
+from escort.methods import activation
 from escort.methods.cuda.direct.layout import (
     HALF_REACH,
     LANES,
@@ -171,6 +172,7 @@ def _clocks(
     busy = np.maximum(busy, chunks * staging / (knobs["stages"] - 1))
     # Blocks of one multiprocessor hide each other's first stage and epilogue.
     edges = staging + _EPILOGUE * out_channels * words * (1 + half)
+    edges = edges + activation.clocks(problem) * block_channels * tile * layout.samples_per_word
     clocks: NDArray[np.floating[Any]] = waves * (busy + edges / resident**2) + _LAUNCH
     return clocks
 

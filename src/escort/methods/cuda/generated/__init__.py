@@ -22,12 +22,11 @@ from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.filter import SparseFilter
+from escort.methods import activation
 from escort.methods.base import (
     MOST_BATCHES,
-    ON_GPUS,
     Method,
     Prepared,
-    activated_behind,
     aligned,
     contiguous_only,
     input_check,
@@ -55,7 +54,6 @@ class Generated(Method):
     name = "generated"
     compiles_per_filter = True
     device_type = "cuda"
-    activations = ON_GPUS
     config_type = GeneratedConfig
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -99,10 +97,13 @@ class Generated(Method):
         config: GeneratedConfig,
         slope: torch.Tensor | None = None,
     ) -> Prepared:
-        problem, activated = activated_behind(problem, slope, self.activations)
         device = torch.device(problem.device)
         kernel_steps = KernelSteps.of(problem, sparse_filter, config)
-        text = codegen.text(kernel_steps, None if bias is None else bias.detach().float().cpu().numpy())
+        per_channel = (
+            None if table is None else table.detach().float().cpu().numpy()
+            for table in (bias, activation.slopes(problem, slope))
+        )
+        text = codegen.text(kernel_steps, *per_channel)
         compiled = kernel(Text("generated.cu", text), {}, device)
         launch = compiled.bind(
             config.threads,
@@ -140,7 +141,7 @@ class Generated(Method):
             launch(grid, x, y, residual, samples, tiles)
             return y
 
-        return Prepared(activated(run), compiled.binary, binaries=tuple(binaries))
+        return Prepared(run, compiled.binary, binaries=tuple(binaries))
 
 
 def _arrange(kernel_steps: KernelSteps, device: torch.device) -> tuple[Callable[[torch.Tensor], torch.Tensor], Binary]:

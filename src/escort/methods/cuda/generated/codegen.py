@@ -7,20 +7,26 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from escort.methods import activation
 from escort.methods.cuda.generated.ptx import Emitter
 from escort.methods.cuda.generated.steps import KernelSteps, MultiplyAdd, slice_channels
 
 
-def text(kernel_steps: KernelSteps, bias: NDArray[np.float32] | None = None) -> str:
+def text(
+    kernel_steps: KernelSteps, bias: NDArray[np.float32] | None = None, slopes: NDArray[np.float32] | None = None
+) -> str:
     """The kernel `generated(x, y, residual, samples, tiles)`, for a grid of any number of blocks (clusters).
 
     Args:
         bias: (K,), becomes part of the code.
+        slopes: (K,) of an activation that has them, becomes part of the code.
     """
-    return "\n".join(_lines(kernel_steps, bias)) + "\n"
+    return "\n".join(_lines(kernel_steps, bias, slopes)) + "\n"
 
 
-def _lines(kernel_steps: KernelSteps, bias: NDArray[np.float32] | None) -> Iterator[str]:
+def _lines(
+    kernel_steps: KernelSteps, bias: NDArray[np.float32] | None, slopes: NDArray[np.float32] | None
+) -> Iterator[str]:
     split = kernel_steps.config.split
     products = sum(isinstance(step, MultiplyAdd) for chunk in kernel_steps.chunks for step in chunk.steps)
     yield f"// {kernel_steps.problem}"
@@ -32,7 +38,7 @@ def _lines(kernel_steps: KernelSteps, bias: NDArray[np.float32] | None) -> Itera
     macros = _macros(kernel_steps) | (_split_macros(kernel_steps) if split > 1 else {})
     yield from (f"#define {name} {value}" for name, value in macros.items())
     if split > 1:
-        yield from _tables(kernel_steps, bias)
+        yield from _tables(kernel_steps, bias, slopes)
     yield '#include "generated.cuh"'
     yield ""
     yield "GENERATED {"
@@ -41,7 +47,7 @@ def _lines(kernel_steps: KernelSteps, bias: NDArray[np.float32] | None) -> Itera
     for case, (part, chunks) in enumerate(slices):
         yield f"  case {case}:"
         yield "    asm volatile("
-        yield from (f'        "{line}\\n"' for line in Emitter(kernel_steps, part, chunks, bias).lines())
+        yield from (f'        "{line}\\n"' for line in Emitter(kernel_steps, part, chunks, bias, slopes).lines())
         yield "        OPERANDS);"
         yield "    break;"
     yield "  END"
@@ -79,7 +85,7 @@ def _layout_macros(kernel_steps: KernelSteps) -> dict[str, int]:
     }
 
 
-def _macros(kernel_steps: KernelSteps) -> dict[str, int]:
+def _macros(kernel_steps: KernelSteps) -> dict[str, int | str]:
     """The macros of generated.cuh, which takes planes for channels."""
     p, c, w = kernel_steps.problem, kernel_steps.config, kernel_steps.words
     planes = len(w.phases)
@@ -110,6 +116,7 @@ def _macros(kernel_steps: KernelSteps) -> dict[str, int]:
         "STAGE_BYTES": kernel_steps.stage.words * 4,
         "TILE_WORDS": c.tile,
         "STAGE_WORDS": c.tile + w.reach,
+        **activation.macros(p.epilogue),
     }
 
 
@@ -120,17 +127,20 @@ def _split_macros(kernel_steps: KernelSteps) -> dict[str, int]:
         "PART_OUT_CHANNELS": kernel_steps.most_channels,
         "RING_BYTES": kernel_steps.ring_bytes,
         "RESIDUAL": int(epilogue.residual),
-        "ACTIVATION": epilogue.activation_number,
+        "BOUND": activation.bound(epilogue),
     }
 
 
-def _tables(kernel_steps: KernelSteps, bias: NDArray[np.float32] | None) -> Iterator[str]:
-    """The output channels of each part, -1 where there is none, and the bias of each output channel."""
+def _tables(
+    kernel_steps: KernelSteps, bias: NDArray[np.float32] | None, slopes: NDArray[np.float32] | None
+) -> Iterator[str]:
+    """The output channels of each part, -1 where there is none, and the bias and slope of each output channel."""
     split = kernel_steps.config.split
     room = -(-kernel_steps.most_channels // split) * split
     channel_of = [
         channel for part in kernel_steps.parts for channel in (*part.channels, *[-1] * (room - len(part.channels)))
     ]
     yield f"__constant__ int CHANNEL_OF[] = {{{', '.join(map(str, channel_of))}}};"
-    values = np.zeros(kernel_steps.problem.out_channels, np.float32) if bias is None else bias
-    yield f"__constant__ float BIAS[] = {{{', '.join(f'{float(value).hex()}f' for value in values)}}};"
+    for name, table in (("BIAS", bias), ("SLOPES", slopes)):
+        values = np.zeros(kernel_steps.problem.out_channels, np.float32) if table is None else table
+        yield f"__constant__ float {name}[] = {{{', '.join(f'{float(value).hex()}f' for value in values)}}};"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
+from escort.methods import activation
 from escort.methods.cuda.generated.config import LANES, GeneratedConfig
 from escort.methods.cuda.generated.staging import Stage
 from escort.methods.cuda.generated.steps import slice_channels
@@ -112,9 +113,9 @@ def predict_us(problem: Problem, sparse_filter: SparseFilter, space: Space, gpu:
     words = words_of(problem, space)
     chunks = -(-slice_channels(problem, common(space, "split")) // (space["channel_block"] * space["stages"]))
     chunks = chunks * space["stages"]
-    steps = (
-        part_steps(problem, sparse_filter, space) + _CHUNK * chunks + _OUTPUT * space["out_channels"] * words.elements
-    )
+    output = _OUTPUT + activation.clocks(problem) * activation.RATE
+    steps = part_steps(problem, sparse_filter, space) + _CHUNK * chunks
+    steps = steps + output * space["out_channels"] * words.elements
     steps = steps * np.where(space["prefetch_warps"] > 0, _JUMPS, 1.0)
     hot = _tile_clocks(problem, words, space, steps, gpu)
     clocks = _clocks(problem, words, space, steps, chunks, hot, gpu)

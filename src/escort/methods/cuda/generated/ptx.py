@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from escort.methods import activation
 from escort.methods.cuda.generated.steps import Chunk, Join, KernelSteps, Load, MultiplyAdd, Part, Step
 
 # The operands of the code, see generated.cuh.
@@ -23,12 +24,18 @@ class Emitter:
     """
 
     def __init__(
-        self, kernel_steps: KernelSteps, part: Part, chunks: tuple[Chunk, ...], bias: NDArray[np.float32] | None
+        self,
+        kernel_steps: KernelSteps,
+        part: Part,
+        chunks: tuple[Chunk, ...],
+        bias: NDArray[np.float32] | None,
+        slopes: NDArray[np.float32] | None,
     ) -> None:
-        """The code of these chunks of a part. bias: (K,), or None where there is none."""
+        """The code of these chunks of a part. bias, slopes: (K,), or None where there are none."""
         self._steps, self._config, self._problem = kernel_steps, kernel_steps.config, kernel_steps.problem
         self._channels, self._chunks = part.channels, chunks
         self._bias = None if self._config.split > 1 else bias  # the blocks that add up the slices add it
+        self._slopes = slopes
         self._fp32 = kernel_steps.words.elements == 1
         self._kind = "f32" if self._fp32 else "b32"  # of sums and words
 
@@ -167,7 +174,7 @@ class Emitter:
         """The output of a channel that lies so many bytes behind the first channel's."""
         if self._problem.epilogue.residual:
             yield f"mov.f32 w, 0f00000000; @a ld.global.f32 w, [d+{at}]; add.f32 s{place}, s{place}, w;"
-        yield from self._activate("f32", f"s{place}")
+        yield from self._activate("f32", f"s{place}", self._channels[place])
         yield f"@a st.global.f32 [{_Y}+{at}], s{place};"
 
     def _half_sums(self, place: int, at: int) -> Iterator[str]:
@@ -176,7 +183,7 @@ class Emitter:
         if self._ends_in_16_bits:
             if bias is not None:
                 yield f"mov.b32 t, {_half2(bias[channel])}; add.rn.f16x2 s{place}, s{place}, t;"
-            yield from self._activate("f16x2", f"s{place}")
+            yield from self._activate("f16x2", f"s{place}", channel)
             return
         yield from self._halves(place)
         if bias is not None:
@@ -186,8 +193,8 @@ class Emitter:
             yield "mov.b16 h, 0; mov.b16 g, 0;"
             yield f"@a ld.global.b16 h, [d+{at}]; @b ld.global.b16 g, [{second}];"
             yield "cvt.f32.f16 w, h; add.f32 u, u, w; cvt.f32.f16 w, g; add.f32 v, v, w;"
-        yield from self._activate("f32", "u")
-        yield from self._activate("f32", "v")
+        yield from self._activate("f32", "u", channel)
+        yield from self._activate("f32", "v", channel)
         yield f"cvt.rn.f16x2.f32 s{place}, v, u;"
 
     def _half_outputs(self, place: int, at: int) -> Iterator[str]:
@@ -202,13 +209,18 @@ class Emitter:
     @cached_property
     def _ends_in_16_bits(self) -> bool:
         """Whether 16-bit sums can be finished in 16 bits, as nothing is added to them that 16 bits do not hold."""
-        if self._config.sums > 1 or self._problem.epilogue.residual:
+        epilogue = self._problem.epilogue
+        if self._config.sums > 1 or epilogue.residual or activation.compiled_in(epilogue):
             return False
         added = np.zeros(0, np.float32) if self._bias is None else self._bias[list(self._channels)]
         return np.array_equal(added.astype(np.float16), added)
 
-    def _activate(self, kind: str, value: str) -> Iterator[str]:
-        """The activation of a float, or of both halves of a word."""
+    def _activate(self, kind: str, value: str, channel: int) -> Iterator[str]:
+        """The activation of a channel's float, or of both halves of a word; that of activation.cuh is a macro."""
+        if activation.compiled_in(self._problem.epilogue):
+            slope = 0.0 if self._slopes is None else self._slopes[channel]
+            yield f'" ACTIVATE("{value}", "{_f32(slope)}") "'
+            return
         zero, six = (_f32(0.0), _f32(6.0)) if kind == "f32" else (_half2(0.0), _half2(6.0))
         steps = {"none": (), "relu": (("max", zero),), "relu6": (("max", zero), ("min", six))}
         for step, bound in steps[self._problem.epilogue.activation]:

@@ -26,12 +26,11 @@ from escort.cuda.launch import Grid
 from escort.cuda.params import pack as pack_params
 from escort.cuda.tensor_map import TensorMap
 from escort.filter import FloatArray, IntArray, SparseFilter
+from escort.methods import activation
 from escort.methods.base import (
     MOST_BATCHES,
-    ON_GPUS,
     Method,
     Prepared,
-    activated_behind,
     aligned,
     input_check,
     output_strides,
@@ -61,7 +60,6 @@ class SparseTc(Method):
 
     name = "sparse_tc"
     device_type = "cuda"
-    activations = ON_GPUS
     config_type = SparseTcConfig
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -121,12 +119,11 @@ class SparseTc(Method):
         config: SparseTcConfig,
         slope: torch.Tensor | None = None,
     ) -> Prepared:
-        problem, activated = activated_behind(problem, slope, self.activations)
         device, gpu = torch.device(problem.device), Gpu.of(problem.device)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
         ordered = order_filter(sparse_filter, config.memory_format, tiling.element)
         compiled = kernel(tiling.source, tiling.defines, device, native=True)
-        launch = _bind(compiled, tiling, *_packed_on(device, ordered, tiling), bias)
+        launch = _bind(compiled, tiling, *_packed_on(device, ordered, tiling), bias, activation.slopes(problem, slope))
         check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + _TILE_ELEMENTS))
         torch_format = TORCH_MEMORY_FORMAT[config.memory_format]
         last = config.takes_channels_last
@@ -157,7 +154,7 @@ class SparseTc(Method):
             launch(grid, x, y, residual, samples, tile_groups)
             return y
 
-        return Prepared(activated(run), compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
+        return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
 
 
 def _packed_on(device: torch.device, ordered: OrderedFilter, tiling: Tiling) -> tuple[torch.Tensor, Packed]:
@@ -173,10 +170,18 @@ def _packed_on(device: torch.device, ordered: OrderedFilter, tiling: Tiling) -> 
 
 
 def _bind(
-    compiled: Kernel, tiling: Tiling, weight_tiles: torch.Tensor, packed: Packed, bias: torch.Tensor | None
+    compiled: Kernel,
+    tiling: Tiling,
+    weight_tiles: torch.Tensor,
+    packed: Packed,
+    bias: torch.Tensor | None,
+    slopes: torch.Tensor | None,
 ) -> Launch:
     """A launch that is given x, y, the residual, the samples and the tile groups."""
-    tables = [_in_order(bias, packed.out_order), packed.first, packed.steps.view(np.int32)]
+    per_channel = _in_order(bias, packed.out_order)
+    if slopes is not None:
+        per_channel = np.concatenate([per_channel, _in_order(slopes, packed.out_order)])
+    tables = [per_channel, packed.first, packed.steps.view(np.int32)]
     if not tiling.stores_boxes:
         tables.append(packed.out_order)
     fixed = [weight_tiles, *(torch.from_numpy(table).to(tiling.problem.device) for table in tables)]
@@ -185,11 +190,11 @@ def _bind(
     return compiled.bind(_THREADS, tiling.memory.bytes, args, overlap=True, cluster=tiling.config.cluster)
 
 
-def _in_order(bias: torch.Tensor | None, out_order: IntArray) -> FloatArray:
-    """The bias of the output channel at each place, 0 where there is none."""
+def _in_order(of_channels: torch.Tensor | None, out_order: IntArray) -> FloatArray:
+    """What the output channel at each place has, 0 where there is none."""
     values = np.zeros(len(out_order), dtype=np.float32)
-    if bias is not None:
-        values[out_order >= 0] = bias.detach().float().cpu().numpy()[out_order[out_order >= 0]]
+    if of_channels is not None:
+        values[out_order >= 0] = of_channels.detach().float().cpu().numpy()[out_order[out_order >= 0]]
     return values
 
 

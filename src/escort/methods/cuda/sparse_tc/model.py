@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 from escort.cuda.gpu import Gpu
+from escort.methods import activation
 from escort.methods.cuda.sparse_tc.config import M_BLOCK_BYTES, PIXEL_BYTES
 from escort.methods.cuda.sparse_tc.orders import OrderedFilter
 from escort.methods.cuda.sparse_tc.tiling import Tiling
@@ -73,7 +74,7 @@ def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:
         remainder_products = _REMAINDER * products * remainder_halves / remainder_tiles
         tile += remainder_tiles * _step(remainder_products + tile_bytes, tile_bytes / config.cluster)
     tile *= len(tiling.tap_groups) * len(tiling.tap_groups[0]) * _WAIT[config.cluster]
-    tile += _TILE + config.tile_pixels * config.tile_channels * element.bytes / _stored(tiling)
+    tile += _TILE + config.tile_pixels * config.tile_channels * (element.bytes / _stored(tiling) + activation.clocks(p))
     pixels, out_pixels = p.height * p.width, p.out_height * p.out_width
     read = min(pixels, out_pixels * math.prod(p.kernel_size))  # a stride passes over some
     in_bytes, out_bytes = (p.batch * channels * element.bytes for channels in (tiling.channels, p.out_channels))

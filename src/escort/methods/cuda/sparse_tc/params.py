@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from escort.cuda.params import Divisor
+from escort.methods import activation
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 
 
@@ -28,7 +29,7 @@ class Params:
         load_pixels, zero_pixels, store_pixels: of a tap group, of the zeros behind it, and of what is stored at a time.
         b_stage_bytes, staging_begin, staging_bytes, staging_pitch: of its :class:`SharedMemory`.
         residual: whether one is added.
-        activation: 0 none, 1 ReLU, 2 ReLU6.
+        bound: 0 none, 1 ReLU, 2 ReLU6.
     """
 
     cluster: int
@@ -68,7 +69,7 @@ class Params:
     staging_bytes: int
     staging_pitch: int
     residual: bool
-    activation: int
+    bound: int
 
     @classmethod
     def of(cls, tiling: Tiling) -> Params:
@@ -113,5 +114,5 @@ class Params:
             staging_bytes=memory.staging.buffer_bytes,
             staging_pitch=memory.staging.pitch,
             residual=p.epilogue.residual,
-            activation=p.epilogue.activation_number,
+            bound=activation.bound(p.epilogue),
         )

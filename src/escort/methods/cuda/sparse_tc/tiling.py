@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from escort.cuda.compiler import Text
+from escort.methods import activation
 from escort.methods.cuda.sparse_tc.config import ELEMENTS, Element, SparseTcConfig, TapGroup, UnfitError
 from escort.methods.cuda.sparse_tc.shared_memory import SharedMemory, up
 from escort.methods.cuda.sparse_tc.source import kernel_source
@@ -118,7 +119,7 @@ class Tiling:
         }
         if element.bytes == 2 and not config.takes_channels_last:
             macros |= {"VECTOR": self.vector, "UNALIGNED": int(self.unaligned)}
-        return macros
+        return macros | activation.macros(self.problem.epilogue)
 
     @classmethod
     def of(cls, problem: Problem, config: SparseTcConfig, shared_bytes: int) -> Tiling:

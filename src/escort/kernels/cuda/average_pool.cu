@@ -1,0 +1,115 @@
+// The average of each window of x (outer, height, width, pitch), summed in float. NHWC has samples outside and channels
+// as pitch, NCHW planes outside and a pitch of 1.
+//
+// Threads share a window where there are few: its pixels are dealt to `1 << log_parts` threads of each block of a
+// cluster, whose sums are added up in shared memory. A thread has VECTOR neighbouring outputs. Neighbouring threads
+// have neighbouring outputs in NHWC, and neighbouring pixels of a window in NCHW. VECTOR    elements of 16 bytes at
+// most, a divisor of the pitch
+#define THREADS 256
+#define AT_ONCE 4  // pixels whose loads are issued together
+
+#include "elements.cuh"
+#include "ptx.cuh"
+
+// layers/planes/average.py has a dataclass of the same fields that says what each means.
+struct Params {
+  int vectors, pitch, height, width, out_height, out_width;
+  int is_adaptive, rows, columns, down, right, top, left;
+  int counts_padding, divisor;
+  int log_parts, cluster;
+};
+
+// A window along one axis, and how many elements it counts there.
+struct Side {
+  int begin, end, counted;
+
+  __device__ Side(int i, int size, int out_size, int window, int stride, int padding, const Params& p) {
+    if (p.is_adaptive) {
+      begin = (u32)(i * size) / out_size, end = (u32)((i + 1) * size + out_size - 1) / out_size;
+      counted = end - begin;
+    } else {
+      const int first = i * stride - padding, last = min(first + window, size + padding);
+      begin = max(first, 0), end = min(last, size);
+      counted = p.counts_padding ? last - first : end - begin;
+    }
+  }
+};
+
+// The sums of the first part of each window, of all blocks of a cluster, in its first block.
+__device__ __forceinline__ void add_up(float (&sum)[VECTOR], int slot, int part, const Params& p) {
+  __shared__ float sums[VECTOR * THREADS];
+#pragma unroll
+  for (int i = 0; i < VECTOR; i++) sums[i * THREADS + slot] = sum[i];
+  const int windows = THREADS >> p.log_parts;
+  for (int half = 1 << p.log_parts >> 1; half; half >>= 1) {
+    __syncthreads();
+    if (part >= half) continue;
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) {
+      sum[i] += sums[i * THREADS + slot + half * windows];
+      sums[i * THREADS + slot] = sum[i];
+    }
+  }
+#if __CUDA_ARCH__ >= 900
+  if (p.cluster == 1) return;
+  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+  if (part == 0 && blockIdx.x % p.cluster == 0) {
+    for (int rank = 1; rank < p.cluster; rank++)
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) {
+        float other;
+        asm volatile("{ .reg .b32 at; mapa.shared::cluster.u32 at, %1, %2; ld.shared::cluster.f32 %0, [at]; }"
+                     : "=f"(other)
+                     : "r"(shared_address(sums + i * THREADS + slot)), "r"(rank)
+                     : "memory");
+        sum[i] += other;
+      }
+  }
+  asm volatile("barrier.cluster.arrive; barrier.cluster.wait;" ::: "memory");
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    average_pool(const Element* __restrict__ x, Element* __restrict__ y, const __grid_constant__ Params p) {
+  let_next_kernel_start();
+  const u32 windows = THREADS >> p.log_parts, thread = threadIdx.x, block = blockIdx.x / p.cluster;
+  const u32 part = p.pitch > 1 ? thread / windows : thread & (1u << p.log_parts) - 1;
+  const u32 window = p.pitch > 1 ? thread - part * windows : thread >> p.log_parts;
+  const u32 number = block * windows + window, of_pixel = p.pitch / VECTOR, pixel = number / of_pixel;
+  const u32 line = pixel / p.out_width, outer = line / p.out_height;
+  const Side down(line - outer * p.out_height, p.height, p.out_height, p.rows, p.down, p.top, p);
+  const Side right(pixel - line * p.out_width, p.width, p.out_width, p.columns, p.right, p.left, p);
+  const bool is_output = number < (u32)p.vectors;
+  float sum[VECTOR] = {};
+  wait_for_previous_kernel();
+  if (is_output) {
+    const Element* const plane =
+        x + (long long)outer * p.height * p.width * p.pitch + (number - pixel * of_pixel) * VECTOR;
+    const int columns = right.end - right.begin, step = p.cluster << p.log_parts;
+    const int first = (blockIdx.x - block * p.cluster << p.log_parts) + part;
+    const int rows_on = step / columns, columns_on = step - rows_on * columns;
+    int row = down.begin + first / columns, column = right.begin + first % columns;
+    while (row < down.end) {
+      Vector here[AT_ONCE] = {};
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) {
+        if (row < down.end) here[i] = load(plane + ((long long)row * p.width + column) * p.pitch);
+        row += rows_on, column += columns_on;
+        if (column >= right.end) column -= columns, row++;
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) {
+        float values[VECTOR];
+        widen(here[i], values);
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) sum[j] += values[j];
+      }
+    }
+  }
+  if (p.log_parts > 0 || p.cluster > 1) add_up(sum, part * windows + window, part, p);
+  if (!is_output || part > 0 || blockIdx.x != block * p.cluster) return;
+  const float count = p.divisor ? p.divisor : down.counted * right.counted;
+#pragma unroll
+  for (int i = 0; i < VECTOR; i++) sum[i] /= count;
+  *(Vector*)(y + number * (long long)VECTOR) = narrow(sum);
+}
