@@ -99,5 +99,6 @@ struct Isa {
 extern const Isa direct_generic;
 extern const Isa direct_avx2;
 extern const Isa direct_avx512;
+extern const Isa direct_neon;
 
 }  // namespace escort

@@ -16,7 +16,12 @@ const std::vector<Kernels>& supported() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       isas.push_back({&direct_avx2, &depthwise_avx2, pool_avx2, &lines_avx2});
 #endif
+#ifdef ESCORT_HAVE_NEON  // which every AArch64 has
+    isas.push_back({&direct_neon, &depthwise_neon, pool_neon, &lines_neon});
+#endif
+#ifdef ESCORT_HAVE_GENERIC
     isas.push_back({&direct_generic, &depthwise_generic, pool_generic, &lines_generic});
+#endif
     return isas;
   }();
   return all;

@@ -29,6 +29,7 @@ struct Lines {
 extern const Lines lines_generic;
 extern const Lines lines_avx2;
 extern const Lines lines_avx512;
+extern const Lines lines_neon;
 
 // Those of the fastest instruction set of this machine.
 const Lines& lines();

@@ -70,6 +70,13 @@ void for_planes(int64_t channels, int64_t samples, int64_t floats, int threads, 
 
 }  // namespace
 
+Combine combine_of(const std::string& name) {
+  static const char* const names[] = {"first", "add", "subtract", "multiply", "divide", "maximum", "minimum"};
+  for (int32_t i = 0; i < 7; i++)
+    if (name == names[i]) return static_cast<Combine>(i);
+  throw std::invalid_argument("operands cannot be combined by '" + name + "'");
+}
+
 Elementwise::Elementwise(Combine combine, Epilogue epilogue, std::vector<int64_t> shape, std::vector<int64_t> a_strides,
                          std::vector<int64_t> b_strides)
     : Op(sizes_of(shape, a_strides, b_strides), product(shape)),

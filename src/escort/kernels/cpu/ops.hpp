@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -12,6 +13,9 @@
 namespace escort {
 
 using Plane = std::array<int64_t, 2>;  // rows and columns
+
+// By its name in the enumeration. Throws std::invalid_argument for any other.
+Combine combine_of(const std::string& name);
 
 // y = activate(combine(a, b)), where axes of size 1 in an operand are broadcast. The output may be one of the operands
 // where that has its size.

@@ -53,13 +53,6 @@ class OwningProgram {
   std::vector<nb::object> ops_;
 };
 
-Combine combine_of(const std::string& name) {
-  static const char* const names[] = {"first", "add", "subtract", "multiply", "divide", "maximum", "minimum"};
-  for (int32_t i = 0; i < 7; i++)
-    if (name == names[i]) return static_cast<Combine>(i);
-  throw std::invalid_argument("operands cannot be combined by '" + name + "'");
-}
-
 // Windows and pairs of neighbours as Python lists them: (int, int, float).
 template <class T>
 std::vector<T> records_of(const std::vector<std::tuple<int32_t, int32_t, float>>& tuples) {
