@@ -1,4 +1,4 @@
-"""The files for the driver: read back they are what was written, and this machine's kernels make of them what they say."""
+"""Files for the driver: read back they are what was written, and this machine's kernels make of them what they say."""
 
 from __future__ import annotations
 
