@@ -37,13 +37,13 @@ class Stage(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, shortcut: bool) -> None:
         super().__init__()
-        self.half = out_channels // 2
-        self.enter = Conv(in_channels, 2 * self.half)
-        self.bottlenecks = nn.ModuleList(Bottleneck(self.half, shortcut) for _ in range(depth))
-        self.leave = Conv((2 + depth) * self.half, out_channels)
+        self.width = out_channels // 2
+        self.enter = Conv(in_channels, 2 * self.width)
+        self.bottlenecks = nn.ModuleList(Bottleneck(self.width, shortcut) for _ in range(depth))
+        self.leave = Conv((2 + depth) * self.width, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self.enter(x).split(self.half, 1)
+        first, second = self.enter(x).split(self.width, 1)
         parts = [first, second]
         for bottleneck in self.bottlenecks:
             parts.append(bottleneck(parts[-1]))
