@@ -79,5 +79,17 @@ class Resize(Op):
         columns: Sequence[tuple[int, int, float]],
     ) -> None: ...
 
+class Bicubic(Op):
+    def __init__(
+        self,
+        channels: int,
+        input_size: Sequence[int],
+        rows: Sequence[tuple[Sequence[int], Sequence[float]]],
+        columns: Sequence[tuple[Sequence[int], Sequence[float]]],
+    ) -> None: ...
+
+class Softmax(Op):
+    def __init__(self, outer: int, size: int, inner: int) -> None: ...
+
 class Linear(Op):
     def __init__(self, in_features: int, out_features: int) -> None: ...
