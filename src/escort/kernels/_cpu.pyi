@@ -29,6 +29,11 @@ class NativeProgram:
 class Convolution(Op):
     def run(self, x: int, residual: int, y: int, samples: int, threads: int) -> None: ...
 
+class LinearConvolution(Convolution):
+    def __init__(
+        self, in_channels: int, out_channels: int, activation: int, tables: Mapping[str, NDArray[np.float32]]
+    ) -> None: ...
+
 class DepthwiseConvolution(Convolution):
     def __init__(self, isa: str, tables: dict[str, NDArray[Any]]) -> None: ...
 

@@ -200,6 +200,56 @@ class DepthwiseConvolution : public Convolution {
   Depthwise depthwise_;
 };
 
+// A convolution of one pixel by all weights: a matrix times a vector for each sample.
+class LinearConvolution : public Convolution {
+ public:
+  // tables: weights (in_channels, pitch) with zeros behind the output channels, bias and slope (pitch,); pitch is a
+  // multiple of 16.
+  LinearConvolution(int64_t in_channels, int64_t out_channels, int activation, const nb::dict& tables)
+      : in_(in_channels),
+        out_(out_channels),
+        pitch_((out_channels + 15) / 16 * 16),
+        activation_(static_cast<Activation>(activation)),
+        weights_(numbers<float>(tables, "weights")),
+        bias_(numbers<float>(tables, "bias")),
+        slope_(numbers<float>(tables, "slope")) {
+    if (in_ < 1 || out_ < 1 || weights_.size() != size_t(in_ * pitch_) || bias_.size() != size_t(pitch_) ||
+        slope_.size() != size_t(pitch_))
+      throw std::invalid_argument("weights, bias and slope are those of so many channels");
+    input_sizes = {in_, out_};
+    output_size = out_;
+    sample_ns_ = in_ * pitch_ / 32;  // about two vectors of multiply-adds in a nanosecond
+  }
+
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
+    constexpr int64_t kColumns = 64;  // of a task
+    const int64_t tasks = (out_ + kColumns - 1) / kColumns;
+    parallel(tasks, threads_for(samples * sample_ns_, threads), [&](int64_t i, int) {
+      const int64_t begin = i * kColumns, columns = std::min(kColumns, out_ - begin);
+      lines().mix(inputs[0].data, inputs[0].stride, samples, weights_.data() + begin, pitch_, bias_.data() + begin,
+                  static_cast<int>(columns), in_, output.data + begin, output.stride);
+      for (int64_t s = 0; s < samples; s++) {
+        const float* residual = inputs[1].data ? inputs[1].data + s * inputs[1].stride + begin : nullptr;
+        finish(output.data + s * output.stride + begin, residual, slope_.data() + begin, columns);
+      }
+    });
+  }
+
+ private:
+  void finish(float* y, const float* residual, const float* slope, int64_t n) const {
+    if (residual) lines().combine(Combine::add, {}, y, 1, residual, 1, y, n);
+    if (activation_ == Activation::leaky_relu || activation_ == Activation::prelu) {
+      lines().combine(Combine::slope, {}, y, 1, slope, 1, y, n);
+    } else if (activation_ != Activation::none) {
+      lines().combine(Combine::first, {activation_, 0.0f}, y, 1, y, 1, y, n);
+    }
+  }
+
+  int64_t in_, out_, pitch_;
+  Activation activation_;
+  std::vector<float> weights_, bias_, slope_;
+};
+
 // Max pooling of planes of one size. Pairs are (rows, columns).
 class MaxPool2d : public Op {
  public:
@@ -314,6 +364,9 @@ NB_MODULE(_cpu, m) {
       .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a);
   nb::class_<DepthwiseConvolution, Convolution>(m, "DepthwiseConvolution")
       .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a);
+  nb::class_<LinearConvolution, Convolution>(m, "LinearConvolution")
+      .def(nb::init<int64_t, int64_t, int, const nb::dict&>(), "in_channels"_a, "out_channels"_a, "activation"_a,
+           "tables"_a);
   using Pair = MaxPool2d::Pair;
   nb::class_<MaxPool2d, Op>(m, "MaxPool2d", "window: kernel_size, stride, padding and dilation.")
       .def(nb::init<int64_t, Pair, Pair, const std::array<Pair, 4>&>(), "channels"_a, "input_size"_a, "output_size"_a,

@@ -169,9 +169,39 @@ void products(const float* x, int64_t x_stride, int64_t samples, const float* we
     some_rows<1>(x, x_stride, samples, weight + r * n, bias ? bias + r : nullptr, n, y + r, y_stride);
 }
 
+// V vectors of columns, the last of which may be cut off, for S samples.
+template <int S, int V>
+inline void mix_block(const float* x, int64_t x_stride, const float* weight, int64_t pitch, const float* bias,
+                      int columns, int64_t n, float* y, int64_t y_stride) {
+  Vector sums[S][V];
+  for (int s = 0; s < S; s++)
+    for (int v = 0; v < V; v++) sums[s][v] = load(bias + v * kLanes);
+  for (int64_t i = 0; i < n; i++, weight += pitch) {
+    for (int v = 0; v < V; v++) {
+      const Vector w = load(weight + v * kLanes);
+      for (int s = 0; s < S; s++) sums[s][v] += x[s * x_stride + i] * w;
+    }
+  }
+  for (int s = 0; s < S; s++)
+    for (int v = 0; v < V; v++) store_lanes(y + s * y_stride + v * kLanes, sums[s][v], min(columns - v * kLanes, kLanes));
+}
+
+void mix(const float* x, int64_t x_stride, int64_t samples, const float* weight, int64_t pitch, const float* bias,
+         int columns, int64_t n, float* y, int64_t y_stride) {
+  using Block = void (*)(const float*, int64_t, const float*, int64_t, const float*, int, int64_t, float*, int64_t);
+  static constexpr Block blocks[2][4] = {{mix_block<1, 1>, mix_block<1, 2>, mix_block<1, 3>, mix_block<1, 4>},
+                                         {mix_block<2, 1>, mix_block<2, 2>, mix_block<2, 3>, mix_block<2, 4>}};
+  for (int k = 0; k < columns; k += 4 * kLanes) {
+    const int left = min(columns - k, 4 * kLanes), v = (left + kLanes - 1) / kLanes - 1;
+    for (int64_t s = 0; s < samples; s += 2)
+      blocks[s + 2 <= samples][v](x + s * x_stride, x_stride, weight + k, pitch, bias + k, left, n,
+                                  y + s * y_stride + k, y_stride);
+  }
+}
+
 }  // namespace
 
 extern const Lines ESCORT_FOR_ISA(lines);
-const Lines ESCORT_FOR_ISA(lines) = {combine, scale, sum, largest, exponential, accumulate, blend, products};
+const Lines ESCORT_FOR_ISA(lines) = {combine, scale, sum, largest, exponential, accumulate, blend, products, mix};
 
 }  // namespace escort
