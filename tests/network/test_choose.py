@@ -19,7 +19,7 @@ from escort.network.plan import NetworkPlan
 from escort.network.values import largest_error, output_error
 from escort.planner import timing
 from escort.planner.timing import Timing
-from escort.runtime import Favor, Schedule
+from escort.runtime import Batching, Favor
 from tests.network.models import Small, pruned
 
 
@@ -81,9 +81,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def schedules_raced(monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Tensor, best: int, **options: Any) -> Any:
-    """The converted model, and the schedules that were tried for it, of which that number won."""
-    seen: list[Schedule] = []
+def batchings_raced(monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Tensor, best: int, **options: Any) -> Any:
+    """The converted model, and the batchings that were tried for it, of which that number won."""
+    seen: list[Batching] = []
 
     def race(runs: Any, **_: Any) -> list[float]:
         for run in runs[1:] if runs[0].func is not run_by else runs:
@@ -96,7 +96,7 @@ def schedules_raced(monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Tensor
         return escort.convert(model, x, methods=["direct"], **options), seen
 
 
-LATENCY = [Schedule(), *(Schedule(samples) for samples in (1, 2, 4))]
+LATENCY = [Batching(), *(Batching(samples) for samples in (1, 2, 4))]
 
 
 @pytest.mark.usefixtures("direct_wins")
@@ -105,21 +105,21 @@ LATENCY = [Schedule(), *(Schedule(samples) for samples in (1, 2, 4))]
     [
         (2, 1, None, LATENCY[:1]),
         (1, 5, None, LATENCY),
-        (2, 4, None, [*LATENCY[:3], Schedule(1, "throughput"), Schedule(2, "throughput")]),
-        (3, 5, None, [*LATENCY, Schedule(1, "throughput")]),
+        (2, 4, None, [*LATENCY[:3], Batching(1, "throughput"), Batching(2, "throughput")]),
+        (3, 5, None, [*LATENCY, Batching(1, "throughput")]),
         (2, 5, "latency", LATENCY),
-        (2, 5, "throughput", [Schedule(1, "throughput"), Schedule(2, "throughput")]),
-        (2, 1, "throughput", [Schedule(1, "throughput")]),
+        (2, 5, "throughput", [Batching(1, "throughput"), Batching(2, "throughput")]),
+        (2, 1, "throughput", [Batching(1, "throughput")]),
     ],
     indirect=["threads"],
 )
-def test_schedules_race(
-    monkeypatch: pytest.MonkeyPatch, threads: int, batch: int, favor: Favor | None, tried: list[Schedule]
+def test_batchings_race(
+    monkeypatch: pytest.MonkeyPatch, threads: int, batch: int, favor: Favor | None, tried: list[Batching]
 ) -> None:
     model, x = pruned(Small()), torch.randn(batch, 3, 12, 12)
     for best in range(len(tried)):
-        fast, seen = schedules_raced(monkeypatch, model, x, best, favor=favor)
-        assert seen == tried and fast.plan.schedule == fast.network.native.schedule == tried[best]
+        fast, seen = batchings_raced(monkeypatch, model, x, best, favor=favor)
+        assert seen == tried and fast.plan.batching == fast.network.native.batching == tried[best]
         assert fast.plan.is_favor_asked == (favor is not None)
         assert NetworkPlan.from_json(fast.plan.to_json()) == fast.plan
     with torch.no_grad():
@@ -131,11 +131,11 @@ def test_schedules_race(
 @pytest.mark.usefixtures("direct_wins")
 @pytest.mark.parametrize("threads", [2], indirect=True)
 def test_what_was_asked_for_outlasts_a_new_plan(monkeypatch: pytest.MonkeyPatch, threads: int, tmp_path: Path) -> None:
-    fast, _ = schedules_raced(monkeypatch, pruned(Small()), torch.randn(4, 3, 12, 12), 1, favor="throughput")
-    assert fast.plan.schedule == Schedule(2, "throughput") and "2 samples at a time" in str(fast.plan)
+    fast, _ = batchings_raced(monkeypatch, pruned(Small()), torch.randn(4, 3, 12, 12), 1, favor="throughput")
+    assert fast.plan.batching == Batching(2, "throughput") and "2 samples at a time" in str(fast.plan)
     escort.save(fast, tmp_path / "fast.escort")
     again = escort.load(tmp_path / "fast.escort", remeasure=False)
-    assert again.network.native.schedule == again.plan.schedule == Schedule(2, "throughput")
+    assert again.network.native.batching == again.plan.batching == Batching(2, "throughput")
     assert escort.replan(again).plan.favor == "throughput"
 
 

@@ -320,5 +320,5 @@ def _transfer(plan: NetworkPlan, target: torch.device) -> NetworkPlan:
     if moves and plan.methods:
         _log.warning("the choice among %s is among all methods of %s now", ", ".join(plan.methods), target)
     methods = () if moves else plan.methods
-    schedule: dict[str, Any] = {"samples": None, "favor": "latency", "is_favor_asked": False} if moves else {}
-    return replace(plan, layers=layers, device=str(target), precision=precision, methods=methods, **schedule)
+    batching: dict[str, Any] = {"samples": None, "favor": "latency", "is_favor_asked": False} if moves else {}
+    return replace(plan, layers=layers, device=str(target), precision=precision, methods=methods, **batching)

@@ -21,7 +21,7 @@ from escort.network.values import largest_error
 from escort.planner import timing
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
-from escort.runtime import Favor, Schedule, programs_in
+from escort.runtime import Batching, Favor, programs_in
 
 #: Largest relative error of a converted network's outputs: its precision's rounding, summed over the layers. The
 #: original that it is compared with rounds too, by as much, but never to TF32.
@@ -49,7 +49,7 @@ def choose(
         RuntimeError: where the networks cannot be timed.
     """
     example = original.example
-    ways: list[tuple[Swapped, float, Schedule]] = []  # with the error
+    ways: list[tuple[Swapped, float, Batching]] = []  # with the error
     runs: list[Callable[[], Any]] = [partial(example.run, dense)]
     wrong: dict[int, tuple[float, str]] = {}
     with dense_in(request.precision, request.device):
@@ -58,17 +58,17 @@ def choose(
             if reason is not None:
                 wrong[number] = error, reason
                 continue
-            schedules = schedules_to_try(candidate.network, example, request.favor)
-            runs += [partial(run_by, candidate.network, example, schedule) for schedule in schedules]
-            ways += [(candidate, error, schedule) for schedule in schedules]
+            batchings = batchings_to_try(candidate.network, example, request.favor)
+            runs += [partial(run_by, candidate.network, example, batching) for batching in batchings]
+            ways += [(candidate, error, batching) for batching in batchings]
         request.progress.done("compared with the original")
         with torch.inference_mode():
             (dense_us, *times_us), timer = race(runs, request.device)
     converted_us = min(times_us, default=dense_us)
-    best, error, schedule = ways[times_us.index(converted_us)] if ways else (candidates[0], wrong[0][0], Schedule())
+    best, error, batching = ways[times_us.index(converted_us)] if ways else (candidates[0], wrong[0][0], Batching())
     kept_dense = not ways or converted_us >= dense_us
     if kept_dense:
-        schedule = Schedule()
+        batching = Batching()
     plan = NetworkPlan(
         layers=best.layers,
         skipped=best.skipped,
@@ -83,8 +83,8 @@ def choose(
         rel_error=error,
         kept_dense=kept_dense,
         machine=Machine.here(str(request.device)),
-        samples=schedule.samples,
-        favor=schedule.favor,
+        samples=batching.samples,
+        favor=batching.favor,
         is_favor_asked=request.favor is not None and not kept_dense,
         precision=request.precision,
         device=str(request.device),
@@ -100,7 +100,7 @@ def choose(
     return ConvertedModel(network, plan, original.model)
 
 
-def schedules_to_try(network: nn.Module, example: Example, favor: Favor | None) -> list[Schedule]:
+def batchings_to_try(network: nn.Module, example: Example, favor: Favor | None) -> list[Batching]:
     """The ways in which the example's batch may go through a network.
 
     Where samples do not depend on each other, a few may run at a time on a CPU, so that their activations stay in
@@ -110,23 +110,23 @@ def schedules_to_try(network: nn.Module, example: Example, favor: Favor | None) 
         favor: what threads shall do for; None for either.
     """
     if example.device.type != "cpu":
-        return [Schedule()]
+        return [Batching()]
     for program in programs_in(network):
-        program.native.schedule = Schedule(1)
+        program.native.batching = Batching(1)
     example.run(network)
     samples = max((form["chunks"] for each in programs_in(network) for form in each.native.stats()["forms"]), default=1)
     threads = torch.get_num_threads()
-    sharing = [Schedule(), *(Schedule(count) for count in _SAMPLES if count < samples)]
-    taking = [Schedule(count, "throughput") for count in _SAMPLES if 1 < threads <= samples // count]
+    sharing = [Batching(), *(Batching(count) for count in _SAMPLES if count < samples)]
+    taking = [Batching(count, "throughput") for count in _SAMPLES if 1 < threads <= samples // count]
     if favor == "throughput":
-        return taking or [Schedule(1, "throughput")]
+        return taking or [Batching(1, "throughput")]
     return sharing + ([] if favor == "latency" else taking)
 
 
-def run_by(network: nn.Module, example: Example, schedule: Schedule) -> Any:
-    """Runs a network on the example by a schedule, which it keeps."""
+def run_by(network: nn.Module, example: Example, batching: Batching) -> Any:
+    """Runs a network on the example by a batching, which it keeps."""
     for program in programs_in(network):
-        program.native.schedule = schedule
+        program.native.batching = batching
     return example.run(network)
 
 

@@ -27,7 +27,7 @@ from escort.network.check import (
     settle_precision,
     settle_skip,
 )
-from escort.network.choose import choose, race, run_by, schedules_to_try
+from escort.network.choose import batchings_to_try, choose, race, run_by
 from escort.network.context import dense_in, on_device, running_out
 from escort.network.example import Example
 from escort.network.memory import keep_freed_memory
@@ -292,14 +292,14 @@ def replan(
             request.progress.estimate.compare()
             state = State(network)
             with running_out("the network"), torch.inference_mode(), dense_in(request.precision, device):
-                schedules = schedules_to_try(network, example, request.favor)
-                times_us, timer = race([partial(run_by, network, example, each) for each in schedules], device)
+                batchings = batchings_to_try(network, example, request.favor)
+                times_us, timer = race([partial(run_by, network, example, each) for each in batchings], device)
             # The original is not here, so that its time on this machine is not known, unless it is what was kept.
             fastest = min(times_us)
             if plan.kept_dense:
                 plan = replace(plan, dense_time_us=fastest, timer=timer)
             else:
-                best = schedules[times_us.index(fastest)]
+                best = batchings[times_us.index(fastest)]
                 plan = replace(plan, converted_time_us=fastest, dense_time_us=None, timer=timer)
                 plan = replace(plan, samples=best.samples, favor=best.favor)
             state.restore(network)

@@ -15,7 +15,7 @@ from torch import nn
 
 from escort.layers import SparseConv2d
 from escort.layers.observed import is_observed
-from escort.network import batching
+from escort.network import mixing
 from escort.network.example import Example, is_shape
 from escort.network.memory import keep_freed_memory
 from escort.network.plan import NetworkPlan
@@ -47,7 +47,7 @@ class ConvertedModel(nn.Module):
         if plan.device == "cpu":
             keep_freed_memory()
         self.network = network.requires_grad_(False)
-        self._plan_graphs(plan, Graphs(batching.mixing))
+        self._plan_graphs(plan, Graphs(mixing.mixing))
         self._missing: frozenset[str] = frozenset()
         if original is not None:
             signature = inspect.signature(original.forward)
@@ -62,7 +62,7 @@ class ConvertedModel(nn.Module):
     def _plan_graphs(self, plan: NetworkPlan, graphs: Graphs) -> None:
         """Takes a plan, and says in it how calls run: whether they replay graphs, which are made as these are."""
         for program in programs_in(self.network):
-            program.native.schedule = plan.schedule
+            program.native.batching = plan.batching
         is_on_gpu = not plan.device.startswith("cpu")
         self.plan = replace(plan, **how_calls_run(self.network, is_on_gpu=is_on_gpu))
         self.graphs = copy.copy(graphs)

@@ -17,7 +17,7 @@ from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision, Problem
 from escort.report import Table
-from escort.runtime import Favor, Schedule
+from escort.runtime import Batching, Favor
 
 _NAMES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES}
@@ -108,9 +108,9 @@ class NetworkPlan:
         return None if self.dense_time_us is None else self.dense_time_us / self.converted_time_us
 
     @property
-    def schedule(self) -> Schedule:
+    def batching(self) -> Batching:
         """How a batch goes through native steps."""
-        return Schedule(self.samples, self.favor)
+        return Batching(self.samples, self.favor)
 
     @property
     def memory_format(self) -> MemoryFormat:
@@ -291,7 +291,7 @@ def _caption(plan: NetworkPlan) -> str:
             caption += f" The times of {count} of {len(plan.layers)} layers are from {phrase}."
     if scattered := sum(not layer.is_steady for layer in plan.layers.values()):
         caption += f" The times of {scattered} of {len(plan.layers)} layers were disturbed by other processes."
-    caption += _steps(plan.native_steps, plan.not_native) + _schedule(plan.schedule)
+    caption += _steps(plan.native_steps, plan.not_native) + _batching(plan.batching)
     caption += f" Calls replay no CUDA graph: {plan.not_captured}." if plan.not_captured else ""
     return caption + (f" It cannot be saved: {plan.not_saved}." if plan.not_saved else "")
 
@@ -310,12 +310,12 @@ def _steps(native: int, others: Mapping[str, str]) -> str:
     return f" {native} of {native + len(others)} steps run natively; not {'; '.join(parts)}."
 
 
-def _schedule(schedule: Schedule) -> str:
+def _batching(batching: Batching) -> str:
     """How a batch runs, where that is not all at once."""
-    if schedule.samples is None:
+    if batching.samples is None:
         return ""
-    at_a_time = f" Of a batch, {schedule.samples} sample{'' if schedule.samples == 1 else 's'}"
-    if schedule.favor == "throughput":
+    at_a_time = f" Of a batch, {batching.samples} sample{'' if batching.samples == 1 else 's'}"
+    if batching.favor == "throughput":
         return f"{at_a_time} at a time go through native steps on each thread."
     return f"{at_a_time} at a time go through native steps, on all threads."
 

@@ -2,14 +2,14 @@
 
 from escort.runtime.capture import how_calls_run, not_capturable
 from escort.runtime.graphs import Graphs
-from escort.runtime.native.schedule import Favor, Schedule
+from escort.runtime.native.batching import Batching, Favor
 from escort.runtime.program import Program, as_programs, programs_in, with_plain
 
 __all__ = [
+    "Batching",
     "Favor",
     "Graphs",
     "Program",
-    "Schedule",
     "as_programs",
     "how_calls_run",
     "not_capturable",

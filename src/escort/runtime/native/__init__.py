@@ -18,9 +18,9 @@ from escort.layers.counters import Counters
 from escort.layers.observed import is_profiled
 from escort.layers.runners import RunnerCache
 from escort.runtime.loop import BoundStep, run_steps
+from escort.runtime.native.batching import Batching
 from escort.runtime.native.form import Form, record, unknown
 from escort.runtime.native.lowering import settings
-from escort.runtime.native.schedule import Schedule
 from escort.runtime.native.segment import is_plain
 from escort.runtime.steps import Listing, Step
 from escort.runtime.watch import Watch
@@ -76,18 +76,18 @@ class Native:
 
     Attributes:
         enabled: whether calls run natively at all.
-        schedule: how the samples of a batch go through segments.
+        batching: how the samples of a batch go through segments.
     """
 
-    def __init__(self, enabled: bool = True, schedule: Schedule | None = None) -> None:
-        self.enabled, self.schedule = enabled, schedule or Schedule()
+    def __init__(self, enabled: bool = True, batching: Batching | None = None) -> None:
+        self.enabled, self.batching = enabled, batching or Batching()
         self._made: _Made | None = None
         self._wait = self._next_wait = 0  # calls until another form is made
         self._counters = Counters()
 
     def __reduce__(self) -> Any:
         """For copies and pickle: forms belong to one program."""
-        return Native, (self.enabled, self.schedule)
+        return Native, (self.enabled, self.batching)
 
     def run(self, network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any]) -> None:
         """Runs a call that nothing observes: its inputs are in the values, and its results will be."""
@@ -116,11 +116,11 @@ class Native:
             made = self._made = _Made(network, listing, steps)
         if _is_grad_enabled() and any(parameter.requires_grad for parameter in made.parameters):
             return "a parameter needs a gradient"
-        schedule = self.schedule
-        kind = (schedule, *kind)
+        batching = self.batching
+        kind = (batching, *kind)
         form = made.forms.get(kind)
         if form is None:
-            made.forms.add(kind, record(network, listing, steps, values, schedule))
+            made.forms.add(kind, record(network, listing, steps, values, batching))
         elif not form.run(values):
             self._counters.count("a tensor was not as in the call before")
         return None

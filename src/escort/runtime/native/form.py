@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from escort.cuda.capture import in_a_line
 from escort.runtime.effects import is_view, name_of, writes
 from escort.runtime.loop import BoundStep, run_steps
+from escort.runtime.native.batching import Batching
 from escort.runtime.native.call import Draft, NotNativeError
 from escort.runtime.native.lowering import OPERATIONS, Operations, empty_result, has_operation, lower_layer
-from escort.runtime.native.schedule import Schedule
 from escort.runtime.native.segment import Like, Segment, is_plain
 from escort.runtime.native.values import Storage, Value
 from escort.runtime.stand_in import runs_more
@@ -94,16 +94,16 @@ class Form:
 
 
 def record(
-    network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any], schedule: Schedule
+    network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any], batching: Batching
 ) -> Form:
     """Makes the form of calls of a kind, and runs the first of them by it.
 
     Args:
         network: the program with these steps.
         values: with the inputs; the results are written to them.
-        schedule: how the samples of a batch go through its segments.
+        batching: how the samples of a batch go through its segments.
     """
-    return _Recorder(network, listing, steps, values, schedule).form()
+    return _Recorder(network, listing, steps, values, batching).form()
 
 
 class _Recorder:
@@ -122,10 +122,10 @@ class _Recorder:
         listing: Listing,
         steps: Sequence[BoundStep],
         values: list[Any],
-        schedule: Schedule,
+        batching: Batching,
     ) -> None:
         self._network, self._listing, self._steps, self._values = network, listing, steps, values
-        self._schedule = schedule
+        self._batching = batching
         self._first = len(listing.inputs)
         self._metas: dict[int, Any] = {}
         self._constants: dict[int, Any] = {}
@@ -295,7 +295,7 @@ class _Recorder:
         gone = {i for step in steps for i in step[-1]}
         results = {number: place for number, place in self._places.items() if number not in gone}
         outside = {number: Like.of(self._values[number]) for number in self._outside}
-        return Segment(steps, self._draft, outside, results, reads, self._schedule)
+        return Segment(steps, self._draft, outside, results, reads, self._batching)
 
 
 def _check_result(result: Any) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from benchmarks.networks import NETWORKS
-from escort.network import batching
+from escort.network import mixing
 from escort.runtime import Program
 
 
@@ -27,7 +27,7 @@ class Lambda(nn.Module):
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS])
 def test_the_networks_keep_samples_apart(name: str) -> None:
-    assert batching.mixing(Program.of(fx.symbolic_trace(NETWORKS[name].factory(num_classes=4).eval()))) is None
+    assert mixing.mixing(Program.of(fx.symbolic_trace(NETWORKS[name].factory(num_classes=4).eval()))) is None
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_the_networks_keep_samples_apart(name: str) -> None:
     ],
 )
 def test_what_may_mix_samples_is_refused(function: Callable[[Any], Any]) -> None:
-    assert "may mix samples" in str(batching.mixing(Program.of(fx.symbolic_trace(Lambda(function)))))
+    assert "may mix samples" in str(mixing.mixing(Program.of(fx.symbolic_trace(Lambda(function)))))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,6 @@ def test_what_may_mix_samples_is_refused(function: Callable[[Any], Any]) -> None
 )
 def test_what_keeps_samples_apart_gives_the_same_alone(function: Callable[[Any], Any]) -> None:
     network = Program.of(fx.symbolic_trace(Lambda(function)))
-    assert batching.mixing(network) is None
+    assert mixing.mixing(network) is None
     x = torch.randn(7, 3, 4, 4)
     assert torch.equal(torch.cat([network(sample) for sample in x.split(1)]), network(x))

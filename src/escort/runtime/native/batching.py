@@ -10,7 +10,7 @@ Favor = Literal["latency", "throughput"]
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Batching:
     """How a batch goes through segments whose samples do not depend on each other.
 
     Attributes:

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from escort.kernels import _cpu
-from escort.runtime import Favor, Program, Schedule
+from escort.runtime import Batching, Favor, Program
 from escort.runtime.native import Native
 from tests.network.models import Small, pruned
 from tests.runtime.test_native import BY_TORCH, OPERATIONS, SMALL, Net, converted, images, net_for, program_of, same
 
 #: Those whose samples are not known to be apart: they join along the samples, as the batch lies in memory.
 TOGETHER = {"permuted operands"}
-SCHEDULES = [Schedule(samples, favor) for samples in (1, 2, 3) for favor in ("latency", "throughput")]  # type: ignore[arg-type]
+BATCHINGS = [Batching(samples, favor) for samples in (1, 2, 3) for favor in ("latency", "throughput")]  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +48,11 @@ def test_an_operation_by_chunks(name: str) -> None:
     x = images(5)
     model = net_for(name, x)
     program, expected = program_of(model), model(x)
-    for schedule in SCHEDULES:
-        program.native.schedule = schedule
+    for batching in BATCHINGS:
+        program.native.batching = batching
         same(program(x), expected)
-        assert schedule.samples is not None
-        assert name in BY_TORCH | TOGETHER or chunks(program) == -(-5 // schedule.samples)
+        assert batching.samples is not None
+        assert name in BY_TORCH | TOGETHER or chunks(program) == -(-5 // batching.samples)
 
 
 @pytest.mark.parametrize("favor", ["latency", "throughput"])
@@ -64,7 +64,7 @@ def test_a_network_by_chunks(threads: int, favor: Favor, samples: int) -> None:
         x = images(batch, 3, 16, 16)
         fast.network.native = Native()
         expected = fast(x)
-        fast.network.native = Native(schedule=Schedule(samples, favor))
+        fast.network.native = Native(batching=Batching(samples, favor))
         for _ in range(2):
             same(fast(x), expected)
         assert chunks(fast.network) == -(-batch // samples)
@@ -87,8 +87,8 @@ def test_samples_that_depend_on_each_other_stay_together(name: str) -> None:
     x = images(6)
     model = Net(TOGETHER_CASES[name])
     program = program_of(model)
-    for schedule in SCHEDULES:
-        program.native.schedule = schedule
+    for batching in BATCHINGS:
+        program.native.batching = batching
         same(program(x), model(x))
         assert chunks(program) == 1
 
@@ -97,26 +97,26 @@ def test_some_steps_may_be_of_several_shares_of_a_sample() -> None:
     """A linear layer on each of some rows of a sample has more samples than the batch."""
     model = Net(lambda m, x: m.head(F.relu(x)).flatten(1) + 1, head=nn.Linear(11, 4))
     program, x = program_of(model), images(5)
-    for schedule in SCHEDULES:
-        program.native.schedule = schedule
+    for batching in BATCHINGS:
+        program.native.batching = batching
         same(program(x), model(x))
-        assert chunks(program) == -(-5 // (schedule.samples or 5))
+        assert chunks(program) == -(-5 // (batching.samples or 5))
 
 
 def test_pairs_of_samples_may_be_apart() -> None:
     model = Net(lambda m, x: F.relu(F.relu(x).view(3, 2, 6, 9, 11)[:, 0]) + 1)
     program, x = program_of(model), images(6)
-    for schedule in SCHEDULES:
-        program.native.schedule = schedule
+    for batching in BATCHINGS:
+        program.native.batching = batching
         same(program(x), model(x))
-        assert chunks(program) == -(-3 // (schedule.samples or 3))
+        assert chunks(program) == -(-3 // (batching.samples or 3))
 
 
 def test_inputs_may_lie_apart(threads: int) -> None:
     x = images(8, 12)[::2, 3:9]
     model = net_for("max pooling", x)
     program = program_of(model)
-    program.native.schedule = Schedule(1, "throughput")
+    program.native.batching = Batching(1, "throughput")
     same(program(x), model(x))
     assert chunks(program) == 4
 
@@ -126,18 +126,18 @@ def test_memory_is_that_of_a_chunk() -> None:
     program = program_of(Net(lambda m, x: [x := F.relu(x * 2 - 1) for _ in range(4)][-1]))
     of_samples = {}
     for samples in (None, 1, 2, 8, 50):
-        program.native.schedule = Schedule(samples, "throughput")
+        program.native.batching = Batching(samples, "throughput")
         program(x)
         of_samples[samples] = program.native.stats()["forms"][-1]["bytes"]
     one = 2 * 4 * x[0].numel()
     assert of_samples == {None: 8 * one, 1: one, 2: 2 * one, 8: 8 * one, 50: 8 * one}
 
 
-def test_threads_that_call_at_once_share_schedules(threads: int) -> None:
+def test_threads_that_call_at_once_share_batchings(threads: int) -> None:
     fast = converted(pruned(Small()), SMALL)
     inputs = [images(2 + i, 3, 16, 16) for i in range(6)]
     expected = [fast(x) for x in inputs]
-    fast.network.native.schedule = Schedule(1, "throughput")
+    fast.network.native.batching = Batching(1, "throughput")
     failures, start = list[BaseException](), threading.Barrier(len(inputs))
 
     def call(x: Tensor, wanted: Tensor) -> None:
@@ -158,10 +158,10 @@ def test_threads_that_call_at_once_share_schedules(threads: int) -> None:
     assert not failures, failures
 
 
-def test_a_schedule_is_kept_by_copies() -> None:
+def test_a_batching_is_kept_by_copies() -> None:
     program = program_of(net_for("relu", SMALL))
-    program.native.schedule = Schedule(2, "throughput")
-    assert pickle.loads(pickle.dumps(program.native)).schedule == Schedule(2, "throughput")
+    program.native.batching = Batching(2, "throughput")
+    assert pickle.loads(pickle.dumps(program.native)).batching == Batching(2, "throughput")
 
 
 def test_chunks_are_checked() -> None:
