@@ -22,9 +22,14 @@ class Op:
 
 class NativeProgram:
     def __init__(
-        self, instructions: Sequence[tuple[Op, int, Sequence[Place], Place]], buffers: int, arena_size: int
+        self,
+        instructions: Sequence[tuple[Op, int, Sequence[Place], Place]],
+        buffers: int,
+        arena_size: int,
+        samples: int = 1,
+        chunk: int = 1,
     ) -> None: ...
-    def run(self, buffers: Sequence[int], threads: int) -> None: ...
+    def run(self, buffers: Sequence[int], threads: int, take_chunks: bool = False) -> None: ...
 
 class Convolution(Op):
     def run(self, x: int, residual: int, y: int, samples: int, threads: int) -> None: ...

@@ -26,16 +26,16 @@ Operand operand(const Place& place) { return {std::get<0>(place), std::get<1>(pl
 // A program that keeps its operations alive.
 class OwningProgram {
  public:
-  OwningProgram(const std::vector<Step>& steps, int32_t buffers, int64_t arena_size)
-      : program_(instructions(steps), buffers, arena_size) {
+  OwningProgram(const std::vector<Step>& steps, int32_t buffers, int64_t arena_size, int64_t samples, int64_t chunk)
+      : program_(instructions(steps), buffers, arena_size, {samples, chunk}) {
     for (const Step& step : steps) ops_.push_back(std::get<0>(step));
   }
 
-  void run(const std::vector<uintptr_t>& buffers, int threads) const {
+  void run(const std::vector<uintptr_t>& buffers, int threads, bool take_chunks) const {
     const nb::gil_scoped_release release;
     std::vector<float*> addresses;
     for (const uintptr_t buffer : buffers) addresses.push_back(reinterpret_cast<float*>(buffer));
-    program_.run(addresses, threads);
+    program_.run(addresses, threads, take_chunks);
   }
 
  private:
@@ -87,8 +87,9 @@ void bind_program(nb::module_& m) {
       .def_ro("input_sizes", &Op::input_sizes)
       .def_ro("output_size", &Op::output_size);
   nb::class_<OwningProgram>(m, "NativeProgram", "See kernels/cpu/program.hpp.")
-      .def(nb::init<const std::vector<Step>&, int32_t, int64_t>(), "instructions"_a, "buffers"_a, "arena_size"_a)
-      .def("run", &OwningProgram::run, "buffers"_a, "threads"_a);
+      .def(nb::init<const std::vector<Step>&, int32_t, int64_t, int64_t, int64_t>(), "instructions"_a, "buffers"_a,
+           "arena_size"_a, "samples"_a = 1, "chunk"_a = 1)
+      .def("run", &OwningProgram::run, "buffers"_a, "threads"_a, "take_chunks"_a = false);
   nb::class_<Elementwise, Op>(m, "Elementwise")
       .def(
           "__init__",
