@@ -36,7 +36,7 @@ class Convolution(Op):
 
 class LinearConvolution(Convolution):
     def __init__(
-        self, in_channels: int, out_channels: int, activation: int, tables: Mapping[str, NDArray[np.float32]]
+        self, in_channels: int, out_channels: int, activation: int, tables: dict[str, NDArray[np.float32]]
     ) -> None: ...
 
 class DepthwiseConvolution(Convolution):

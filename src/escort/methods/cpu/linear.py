@@ -1,4 +1,4 @@
-"""Method `linear`: convolutions of one pixel, as squeeze and excitation has them, by our kernel for matrices and vectors.
+"""Method `linear`: convolutions of one pixel, as in squeeze and excitation, by our kernel for matrices and vectors.
 
 Every weight is multiplied, zeros as well: positions are what the vectors of `direct` hold, and here there is one. The
 vectors of this kernel hold output channels.
