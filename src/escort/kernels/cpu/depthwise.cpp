@@ -146,8 +146,7 @@ void compute(const Depthwise& d, const Block& block) {
       const Vector low = block.low - Vector{}, high = block.high - Vector{};
 #pragma GCC unroll 8
       for (int o = 0; o < R; o++) {
-        sum[o] = sum[o] < low ? low : sum[o];  // these let a NaN pass
-        sum[o] = sum[o] > high ? high : sum[o];
+        sum[o] = at_most(high, at_least(low, sum[o]));
         write<P>(block, int64_t(o) * d.out_width + column, d.out_width - column, sum[o]);
       }
     } else {

@@ -52,14 +52,16 @@ void activate_channels(const Direct& d, const Tile& tile, float* y, int record, 
   for (; record < end_record; record++) {
     const OutChannel& out = d.out_channels[record];
     float* plane = y + out.channel * d.y_plane_stride;
-    const Epilogue epilogue = {d.activation, out.slope};
-    if (tile.first_segment == tile.end_segment) activate(plane + tile.y_start, tile.length, epilogue);
-    for (int n = tile.first_segment; n < tile.end_segment; n++) {  // those that follow one another at once
-      const int begin = d.segments[n].plane_position;
-      int end = begin + d.segments[n].length;
-      for (; n + 1 < tile.end_segment && d.segments[n + 1].plane_position == end; n++) end += d.segments[n + 1].length;
-      activate(plane + begin, end - begin, epilogue);
-    }
+    with_function({d.activation, out.slope}, [&](const auto& function) {
+      if (tile.first_segment == tile.end_segment) activate_line(plane + tile.y_start, tile.length, function);
+      const Segment *s = d.segments + tile.first_segment, *const last = d.segments + tile.end_segment;
+      while (s != last) {  // those that follow one another at once
+        const int begin = s->plane_position;
+        int end = begin + s->length;
+        for (s++; s != last && s->plane_position == end; s++) end += s->length;
+        activate_line(plane + begin, end - begin, function);
+      }
+    });
   }
 }
 
