@@ -110,7 +110,8 @@ float largest(const float* x, int64_t n) {
 void exponential(const float* x, const float* largest, int step, float* y, int64_t n) {
   const Vector one = Vector{} + *largest;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(y + i, Exponential(load(x + i) - (step ? load(largest + i) : one)).value());
+  for (; i + kLanes <= n; i += kLanes)
+    store(y + i, Exponential(load(x + i) - (step ? load(largest + i) : one)).value());
   if (const int left = static_cast<int>(n - i)) {
     const Vector most = step ? load_some(largest + i, left) : one;
     store_some(y + i, Exponential(load_some(x + i, left) - most).value(), left);
@@ -183,7 +184,8 @@ inline void mix_block(const float* x, int64_t x_stride, const float* weight, int
     }
   }
   for (int s = 0; s < S; s++)
-    for (int v = 0; v < V; v++) store_lanes(y + s * y_stride + v * kLanes, sums[s][v], min(columns - v * kLanes, kLanes));
+    for (int v = 0; v < V; v++)
+      store_lanes(y + s * y_stride + v * kLanes, sums[s][v], min(columns - v * kLanes, kLanes));
 }
 
 void mix(const float* x, int64_t x_stride, int64_t samples, const float* weight, int64_t pitch, const float* bias,

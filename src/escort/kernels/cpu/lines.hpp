@@ -29,8 +29,8 @@ struct Lines {
   // null.
   void (*products)(const float* x, int64_t x_stride, int64_t samples, const float* weight, const float* bias, int rows,
                    int64_t n, float* y, int64_t y_stride);
-  // y[s * y_stride + k] = bias[k] + the sum of x[s * x_stride + i] * weight[i * pitch + k], for k below `columns`. Whole
-  // vectors of weights and biases are read, at most 16 floats.
+  // y[s * y_stride + k] = bias[k] + the sum of x[s * x_stride + i] * weight[i * pitch + k], for k below `columns`.
+  // Whole vectors of weights and biases are read, at most 16 floats.
   void (*mix)(const float* x, int64_t x_stride, int64_t samples, const float* weight, int64_t pitch, const float* bias,
               int columns, int64_t n, float* y, int64_t y_stride);
 };

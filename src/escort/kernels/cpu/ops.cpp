@@ -12,7 +12,7 @@ namespace escort {
 namespace {
 
 constexpr int64_t kTaskFloats = 1 << 13;  // about a microsecond of work
-constexpr int64_t kFloatsPerNs = 4;       // that one thread reads and writes, about
+constexpr int64_t kSoftmaxWork = 8;       // times as long as a copy, about
 constexpr int64_t kBandRows = 16;         // of a transposed copy: a line of cache
 
 int64_t product(const std::vector<int64_t>& sizes) {
@@ -277,7 +277,8 @@ Bicubic::Bicubic(int64_t channels, Plane input_size, std::vector<Cubic> rows, st
 
 void Bicubic::plane(const float* x, float* y, float* line) const {
   const auto of_four = [](const Cubic& c, const auto& at) {
-    return at(c.at[0]) * c.weight[0] + at(c.at[1]) * c.weight[1] + at(c.at[2]) * c.weight[2] + at(c.at[3]) * c.weight[3];
+    return at(c.at[0]) * c.weight[0] + at(c.at[1]) * c.weight[1] + at(c.at[2]) * c.weight[2] +
+           at(c.at[3]) * c.weight[3];
   };
   for (const Cubic& row : rows_) {
     for (int64_t i = 0; i < width_; i++) line[i] = of_four(row, [&](int32_t r) { return x[r * width_ + i]; });
@@ -288,14 +289,14 @@ void Bicubic::plane(const float* x, float* y, float* line) const {
 Softmax::Softmax(int64_t outer, int64_t size, int64_t inner)
     : Op({outer * size * inner}, outer * size * inner), outer_(outer), size_(size), inner_(inner) {
   if (outer < 1 || size < 1 || inner < 1) throw std::invalid_argument("sizes are positive");
+  sample_ns = kSoftmaxWork * output_size / kFloatsPerNs;
 }
 
 void Softmax::run(const Input* inputs, Output output, int64_t samples, int threads) const {
   constexpr int64_t kPiece = 512;  // columns at a time
-  constexpr int64_t kWork = 8;     // times as long as a copy, about
   const int64_t pieces = (inner_ + kPiece - 1) / kPiece;
   float* memory = scratch(2 * kPiece * std::min(std::max(threads, 1), kMostThreads));
-  for_planes(outer_ * pieces, samples, kWork * size_ * std::min(inner_, kPiece), threads,
+  for_planes(outer_ * pieces, samples, kSoftmaxWork * size_ * std::min(inner_, kPiece), threads,
              [&](int64_t sample, int64_t i, int thread) {
                const int64_t begin = i % pieces * kPiece, offset = i / pieces * size_ * inner_ + begin;
                const float* x = inputs[0].data + sample * inputs[0].stride + offset;
@@ -315,8 +316,7 @@ void Softmax::row(const float* x, float* y) const {
 void Softmax::columns(const float* x, float* y, int64_t n, float* line) const {
   float *largest = line, *sums = line + n;
   std::copy(x, x + n, largest);
-  for (int64_t i = 1; i < size_; i++)
-    lines().combine(Combine::maximum, {}, x + i * inner_, 1, largest, 1, largest, n);
+  for (int64_t i = 1; i < size_; i++) lines().combine(Combine::maximum, {}, x + i * inner_, 1, largest, 1, largest, n);
   for (int64_t i = 0; i < size_; i++) {
     lines().exponential(x + i * inner_, largest, 1, y + i * inner_, n);
     lines().accumulate(y + i * inner_, sums, n, i == 0);
@@ -327,12 +327,13 @@ void Softmax::columns(const float* x, float* y, int64_t n, float* line) const {
 
 Linear::Linear(int64_t in, int64_t out) : Op({in, in * out, out}, out), in_(in), out_(out) {
   if (in < 1 || out < 1) throw std::invalid_argument("sizes are positive");
+  sample_ns = in * out / kFloatsPerNs;
 }
 
 void Linear::run(const Input* inputs, Output output, int64_t samples, int threads) const {
   constexpr int64_t kRows = 16;  // of a task
   const int64_t tasks = (out_ + kRows - 1) / kRows;
-  parallel(tasks, threads_for(samples * out_ * in_ / kFloatsPerNs, threads), [&](int64_t i, int) {
+  parallel(tasks, threads_for(samples * sample_ns, threads), [&](int64_t i, int) {
     const int64_t row = i * kRows;
     lines().products(inputs[0].data, inputs[0].stride, samples, inputs[1].data + row * in_,
                      inputs[2].data ? inputs[2].data + row : nullptr, static_cast<int>(std::min(kRows, out_ - row)),
