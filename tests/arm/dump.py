@@ -23,13 +23,15 @@ from torch.utils._pytree import tree_leaves
 from escort import reference
 from escort.filter import SparseFilter
 from escort.kernels import _cpu
-from escort.methods import Method, by_name
+from escort.methods import Method, by_name, for_device
 from escort.methods.cpu import depthwise, direct
 from escort.problem import Activation, Problem
 from tests.arm.file import Instruction, Place, Result, Run, array_of, write
 from tests.cases import ACTIVATED, CASES, DEPTHWISE, Case
 from tests.runtime.test_native import BY_TORCH, OPERATIONS, images, net_for, program_of
 from tests.test_activations import ATOL, epilogue_of, slopes_of
+
+CONVOLUTIONS = ("DirectConvolution", "DepthwiseConvolution", "LinearConvolution")
 
 
 class Isa(NamedTuple):
@@ -46,8 +48,11 @@ NORM = (reference.ERROR_BOUND["fp32"],)
 EACH = (1e-5, 1e-5)  # of operations between convolutions, as in tests/runtime/test_native.py
 GAP = 3  # floats between samples, which are NaN
 
-#: The arguments of the operations, as _cpu.pyi names them.
+#: The arguments of the operations, as _cpu.pyi names them. Each of the `tables` is an argument of its own in a file.
 ARGUMENTS = {
+    "DirectConvolution": "isa tables",
+    "DepthwiseConvolution": "isa tables",
+    "LinearConvolution": "in_channels out_channels activation tables",
     "MaxPool2d": "channels input_size output_size window",
     "Elementwise": "combine activation slope shape a_strides b_strides",
     "Copy": "shape strides",
@@ -55,28 +60,28 @@ ARGUMENTS = {
     "BatchNorm": "channels input_size epsilon",
     "AveragePool": "channels input_size rows columns",
     "Resize": "channels input_size rows columns",
+    "Bicubic": "channels input_size rows columns",
+    "Softmax": "outer size inner",
     "Linear": "in_features out_features",
 }
 
 
-class Noted:
-    """A convolution that is not there: its arguments alone."""
-
-    def __init__(self, isa: str, tables: dict[str, NDArray[Any]]) -> None:
-        self.arguments = {"isa": array_of(isa), **tables}
-        self.run = None  # is not called
-
-
-def noting(kind: str) -> type:
-    """An operation of this machine's kernels that notes its arguments."""
+def noting(kind: str, base: type) -> type:
+    """An operation that notes its arguments, and is one of this machine's where the base is."""
 
     def __init__(self: Any, *arguments: Any) -> None:  # noqa: N807
-        real.__init__(self, *arguments)
-        names = ARGUMENTS[kind].split()
-        self.arguments = {name: array_of(value) for name, value in zip(names, arguments, strict=True)}
+        base.__init__(self, *(arguments if base is not Absent else ()))
+        self.arguments = {}
+        for name, value in zip(ARGUMENTS[kind].split(), arguments, strict=True):
+            self.arguments |= value if name == "tables" else {name: array_of(value)}
 
-    real = getattr(_cpu, kind)
-    return type(kind, (real,), {"__init__": __init__})
+    return type(kind, (base,), {"__init__": __init__})
+
+
+class Absent:
+    """A convolution for another machine, which is not called."""
+
+    run = None
 
 
 @contextmanager
@@ -85,8 +90,8 @@ def for_isa(isa: Isa) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(direct, "ISAS", {isa.name: (isa.lanes, isa.vectors)})
         patch.setattr(depthwise, "LANES", {isa.name: isa.lanes})
-        for kind in ("DirectConvolution", "DepthwiseConvolution"):
-            patch.setattr(_cpu, kind, type(kind, (Noted,), {}))
+        for kind in CONVOLUTIONS:
+            patch.setattr(_cpu, kind, noting(kind, Absent))
         yield
 
 
@@ -97,14 +102,15 @@ def noted_operations() -> Iterator[list[tuple[Any, list[NDArray[np.float32]]]]]:
     real = _cpu.NativeProgram
 
     class NotedProgram(real):
-        def __init__(self, instructions: Any, buffers: int, arena_size: int) -> None:
-            real.__init__(self, instructions, buffers, arena_size)
+        def __init__(self, instructions: Any, buffers: int, arena_size: int, samples: int, chunk: int) -> None:
+            real.__init__(self, instructions, buffers, arena_size, samples, chunk)
             self.instructions, self.buffers, self.arena_size = instructions, buffers, arena_size
+            self.batch = samples, chunk
 
-        def run(self, addresses: Sequence[int], threads: int) -> None:
+        def run(self, addresses: Sequence[int], threads: int, take_chunks: bool) -> None:
             runs.append((self, [_memory(address, size) for address, size in zip(addresses, self.sizes(), strict=True)]))
             self.addresses = addresses
-            real.run(self, addresses, threads)
+            real.run(self, addresses, threads, take_chunks)
 
         def sizes(self) -> list[int]:
             sizes = [1] * (self.buffers + 1)
@@ -117,8 +123,8 @@ def noted_operations() -> Iterator[list[tuple[Any, list[NDArray[np.float32]]]]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cpu, "NativeProgram", NotedProgram)
-        for kind in ARGUMENTS:
-            patch.setattr(_cpu, kind, noting(kind))
+        for kind in ARGUMENTS.keys() - CONVOLUTIONS:
+            patch.setattr(_cpu, kind, noting(kind, getattr(_cpu, kind)))
         yield runs
 
 
@@ -248,7 +254,7 @@ def program_runs(name: str, model: torch.nn.Module, x: torch.Tensor, bound: tupl
     instructions = [
         _instruction(op, samples, [*inputs, output]) for op, samples, inputs, output in program.instructions
     ]
-    run = Run(name, bound, buffers, instructions, results, program.arena_size)
+    run = Run(name, bound, buffers, instructions, results, program.arena_size, program.batch)
     yield run
     yield _with_wrong_input(run)
 
@@ -261,7 +267,7 @@ def _results(program: Any, leaves: Sequence[Any], references: Sequence[Any]) -> 
         address = leaf.untyped_storage().data_ptr()
         if address in program.addresses and leaf[0].is_contiguous():
             place = program.addresses.index(address), leaf.storage_offset(), leaf.stride(0)
-            yield Result(place, wanted.reshape(len(wanted), -1).numpy())
+            yield Result(place, wanted.double().reshape(len(wanted), -1).numpy())
 
 
 def _with_wrong_input(run: Run) -> Run:
@@ -272,7 +278,7 @@ def _with_wrong_input(run: Run) -> Run:
 
 def convolution_runs(cases: Sequence[Case] = (*CASES, *DEPTHWISE, *ACTIVATED)) -> Iterator[Run]:
     for case in cases:
-        for method in (by_name("direct"), by_name("depthwise")):
+        for method in (method for method in for_device("cpu") if method.is_native):
             # Of no samples nothing is computed.
             if case.problem.batch and method.unsupported(case.problem) is None:
                 yield from case_runs(case, method)

@@ -2,9 +2,9 @@
 
 A file is runs, one behind another. A run is groups of arrays, in this order:
 
-- a header: `name` (text), `is_right` (0 where it is wrong on purpose), `bound` (float64), `arena_size`, and how many
-  `instructions` and `results` follow. A bound of one number is that of ``reference.compare``, one of two is rtol and
-  atol of each number, as ``torch.testing.assert_close`` takes them;
+- a header: `name` (text), `is_right` (0 where it is wrong on purpose), `bound` (float64), `arena_size`, `batch` (samples
+  and those of a chunk), and how many `instructions` and `results` follow. A bound of one number is that of
+  ``reference.compare``, one of two is rtol and atol of each number, as ``torch.testing.assert_close`` takes them;
 - the buffers, float32, by number. What is written to holds NaN;
 - each instruction of a NativeProgram: `op` (its class), `samples`, `places` (buffer, offset and stride of each input,
   then of the output; the arena has the number behind the last buffer) and the arguments of the op, by name. The tables
@@ -13,7 +13,7 @@ A file is runs, one behind another. A run is groups of arrays, in this order:
 
 A group is a uint32, how many arrays it has, and for each its name (uint32 length, text), the bytes of an item (uint32),
 how many items there are (uint64), and these. Plain integers are int64, plain floats float32, triples of (int, int,
-float) records of 12 bytes. Everything is little-endian.
+float) records of 12 bytes, pairs of four int and four float records of 32. Everything is little-endian.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 Arrays = dict[str, NDArray[Any]]
 Place = tuple[int, int, int]  # buffer, offset and stride, as in NativeProgram
 
-#: The records of triples: windows, and pairs of neighbours.
+#: The records of triples: windows, and pairs of neighbours; and of four neighbours with their weights.
 TRIPLE = np.dtype([("a", "<i4"), ("b", "<i4"), ("c", "<f4")])
+FOUR = np.dtype([("at", "<4i4"), ("weight", "<4f4")])
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Run:
     instructions: list[Instruction]
     results: list[Result]
     arena_size: int = 0
+    batch: tuple[int, int] = (1, 1)  # samples, and how many of them are a chunk
     is_right: bool = True
 
     def groups(self) -> Iterator[Arrays]:
@@ -65,6 +67,7 @@ class Run:
             "is_right": np.array([self.is_right], np.int64),
             "bound": np.array(self.bound, np.float64),
             "arena_size": np.array([self.arena_size]),
+            "batch": np.array(self.batch),
             "instructions": np.array([len(self.instructions)]),
             "results": np.array([len(self.results)]),
         }
@@ -86,8 +89,11 @@ def array_of(argument: Any) -> NDArray[Any]:
         return _text(argument)
     if isinstance(argument, float):
         return np.array([argument], np.float32)
-    if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], tuple) and len(argument[0]) == 3:
-        return np.array(argument, TRIPLE)
+    if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], tuple):
+        if len(argument[0]) == 3:
+            return np.array(argument, TRIPLE)
+        if not isinstance(argument[0][0], int):
+            return np.array([(tuple(at), tuple(weight)) for at, weight in argument], FOUR)
     return np.array(argument, np.int64).ravel()
 
 

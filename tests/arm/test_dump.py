@@ -24,9 +24,11 @@ from tests.arm.dump import (
     native_runs,
     pool_runs,
 )
-from tests.arm.file import TRIPLE, Instruction, Run, read, write
+from tests.arm.file import FOUR, TRIPLE, Instruction, Run, read, write
 from tests.cases import ACTIVATED, CASES, DEPTHWISE
 
+#: Arguments that are one integer.
+NUMBERS = "channels activation in_features out_features in_channels out_channels outer size inner".split()
 TABLES: dict[str, Callable[[], Iterator[Run]]] = {
     "convolutions": lambda: convolution_runs((*CASES[:30:3], *DEPTHWISE[::4], *ACTIVATED[::5])),
     "activations": lambda: activation_runs("gelu"),
@@ -67,7 +69,8 @@ def holds(run: Run) -> bool:
     """What the driver finds of a run, by this machine's kernels."""
     buffers = [buffer.copy() for buffer in run.buffers]
     steps = [(made(each), each.samples, each.places[:-1], each.places[-1]) for each in run.instructions]
-    _cpu.NativeProgram(steps, len(buffers), run.arena_size).run([buffer.ctypes.data for buffer in buffers], 1)
+    program = _cpu.NativeProgram(steps, len(buffers), run.arena_size, *run.batch)
+    program.run([buffer.ctypes.data for buffer in buffers], 1)
     for result in run.results:
         number, offset, stride = result.place
         shape, strides = result.values.shape, (4 * stride, 4)
@@ -83,10 +86,11 @@ def holds(run: Run) -> bool:
 
 def made(each: Instruction) -> Any:
     """The operation of an instruction."""
-    arguments = dict(each.arguments)
-    if "isa" in arguments:
-        return getattr(_cpu, each.op)(argument("isa", arguments.pop("isa")), arguments)
-    return getattr(_cpu, each.op)(*(argument(name, arguments[name]) for name in ARGUMENTS[each.op].split()))
+    names = ARGUMENTS[each.op].split()
+    tables = {name: array for name, array in each.arguments.items() if name not in names}
+    return getattr(_cpu, each.op)(
+        *(tables if name == "tables" else argument(name, each.arguments[name]) for name in names)
+    )
 
 
 def argument(name: str, array: NDArray[Any]) -> Any:
@@ -95,6 +99,5 @@ def argument(name: str, array: NDArray[Any]) -> Any:
         return array.tobytes().decode()
     if name == "window":
         return array.reshape(4, 2).tolist()
-    is_number = array.dtype == np.float32 or name in ("channels", "activation", "in_features", "out_features")
-    assert array.dtype in (np.int64, np.float32, TRIPLE)
-    return array[0].item() if is_number else array.tolist()
+    assert array.dtype in (np.int64, np.float32, TRIPLE, FOUR)
+    return array[0].item() if array.dtype == np.float32 or name in NUMBERS else array.tolist()

@@ -12,6 +12,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "isas.hpp"
@@ -152,6 +153,17 @@ NB_MODULE(_cpu, m) {
             new (self) DepthwiseConvolution(kernel, depthwise_tables(tables));
           },
           "isa"_a, "tables"_a);
+  nb::class_<LinearConvolution, Convolution>(m, "LinearConvolution")
+      .def(
+          "__init__",
+          [](LinearConvolution* self, int64_t in_channels, int64_t out_channels, int activation,
+             const nb::dict& tables) {
+            LinearTables own = {numbers<float>(tables, "weights"), numbers<float>(tables, "bias"),
+                                numbers<float>(tables, "slope")};
+            new (self)
+                LinearConvolution(in_channels, out_channels, static_cast<Activation>(activation), std::move(own));
+          },
+          "in_channels"_a, "out_channels"_a, "activation"_a, "tables"_a);
   using Pair = MaxPool2d::Pair;
   nb::class_<MaxPool2d, Op>(m, "MaxPool2d", "window: kernel_size, stride, padding and dilation.")
       .def(nb::init<int64_t, Pair, Pair, const std::array<Pair, 4>&>(), "channels"_a, "input_size"_a, "output_size"_a,

@@ -38,12 +38,12 @@ DirectConvolution::DirectConvolution(const Isa& isa, DirectTables tables) : isa_
   // About two vectors of multiply-adds per nanosecond, and one that is written.
   int64_t vectors = 0;
   for (const Tile& tile : tables_.tiles) vectors += tile.vectors;
-  sample_ns_ = vectors * static_cast<int64_t>(tables_.nonzeros.size() / 2 + tables_.out_channels.size());
+  sample_ns = vectors * static_cast<int64_t>(tables_.nonzeros.size() / 2 + tables_.out_channels.size());
 }
 
 void DirectConvolution::run(const Input* inputs, Output output, int64_t samples, int threads) const {
   const int64_t tasks = samples * direct_.tile_count * direct_.job_count;
-  threads = threads_for(samples * sample_ns_, static_cast<int>(std::min<int64_t>(threads, tasks)));
+  threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, tasks)));
   float* memory = scratch(direct_.scratch_size * (threads > 1 ? threads : 1));
   Direct direct = direct_;
   direct.fetch_ahead = samples * direct.x_sample_stride > kFarFloats;
@@ -74,12 +74,12 @@ DepthwiseConvolution::DepthwiseConvolution(const DepthwiseIsa& isa, DepthwiseTab
                 slope.data(),
                 static_cast<int32_t>(phases.size()),
                 (int64_t(p.channels) + p.planes - 1) / p.planes};
-  sample_ns_ = output_size * static_cast<int64_t>(taps + 9) / 100;  // about, of one thread
+  sample_ns = output_size * static_cast<int64_t>(taps + 9) / 100;  // about, of one thread
 }
 
 void DepthwiseConvolution::run(const Input* inputs, Output output, int64_t samples, int threads) const {
   const int64_t bands = samples * depthwise_.groups * depthwise_.bands;
-  threads = threads_for(samples * sample_ns_, static_cast<int>(std::min<int64_t>(threads, bands)));
+  threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, bands)));
   // A task clears its scratch once: one for a thread alone, else eight of each thread.
   const int64_t tasks = threads > 1 ? std::min<int64_t>(bands, 8 * threads) : std::min<int64_t>(bands, 1);
   const int64_t scratch_size = (int64_t(depthwise_.planes) * depthwise_.stage_size + isa_->lanes + 15) / 16 * 16;
@@ -91,16 +91,56 @@ void DepthwiseConvolution::run(const Input* inputs, Output output, int64_t sampl
   });
 }
 
+LinearConvolution::LinearConvolution(int64_t in_channels, int64_t out_channels, Activation activation,
+                                     LinearTables tables)
+    : in_(in_channels),
+      out_(out_channels),
+      pitch_((out_channels + 15) / 16 * 16),
+      activation_(activation),
+      tables_(std::move(tables)) {
+  const auto& [weights, bias, slope] = tables_;
+  if (in_ < 1 || out_ < 1 || weights.size() != size_t(in_ * pitch_) || bias.size() != size_t(pitch_) ||
+      slope.size() != size_t(pitch_))
+    throw std::invalid_argument("weights, bias and slope are those of so many channels");
+  input_sizes = {in_, out_};
+  output_size = out_;
+  sample_ns = in_ * pitch_ / 32;  // about two vectors of multiply-adds in a nanosecond
+}
+
+void LinearConvolution::run(const Input* inputs, Output output, int64_t samples, int threads) const {
+  constexpr int64_t kColumns = 64;  // of a task
+  const int64_t tasks = (out_ + kColumns - 1) / kColumns;
+  parallel(tasks, threads_for(samples * sample_ns, threads), [&](int64_t i, int) {
+    const int64_t begin = i * kColumns, columns = std::min(kColumns, out_ - begin);
+    lines().mix(inputs[0].data, inputs[0].stride, samples, tables_.weights.data() + begin, pitch_,
+                tables_.bias.data() + begin, static_cast<int>(columns), in_, output.data + begin, output.stride);
+    for (int64_t s = 0; s < samples; s++) {
+      const float* residual = inputs[1].data ? inputs[1].data + s * inputs[1].stride + begin : nullptr;
+      finish(output.data + s * output.stride + begin, residual, tables_.slope.data() + begin, columns);
+    }
+  });
+}
+
+void LinearConvolution::finish(float* y, const float* residual, const float* slope, int64_t n) const {
+  if (residual) lines().combine(Combine::add, {}, y, 1, residual, 1, y, n);
+  if (activation_ == Activation::leaky_relu || activation_ == Activation::prelu) {
+    lines().combine(Combine::slope, {}, y, 1, slope, 1, y, n);
+  } else if (activation_ != Activation::none) {
+    lines().combine(Combine::first, {activation_, 0.0f}, y, 1, y, 1, y, n);
+  }
+}
+
 MaxPool2d::MaxPool2d(int64_t channels, Pair input_size, Pair output_size, const std::array<Pair, 4>& window)
     : Op({channels * input_size[0] * input_size[1]}, channels * output_size[0] * output_size[1]),
       channels_(channels),
       pool_{input_size[0], input_size[1], output_size[0], output_size[1], window[0][0], window[0][1],
-            window[1][0],  window[1][1],  window[3][0],   window[3][1],   window[2][0], window[2][1]} {}
+            window[1][0],  window[1][1],  window[3][0],   window[3][1],   window[2][0], window[2][1]} {
+  sample_ns = channels * pool_.height * pool_.width / 2;
+}
 
 void MaxPool2d::run(const Input* inputs, Output output, int64_t samples, int threads) const {
   const int64_t planes = samples * channels_;
-  const int64_t plane_ns = int64_t(pool_.height) * pool_.width / 2;  // about, of one thread
-  threads = threads_for(planes * plane_ns, static_cast<int>(std::min<int64_t>(threads, planes)));
+  threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, planes)));
   const PoolPlane pool_plane = supported().front().pool;
   // A window that ceil_mode adds may reach beyond the right padding.
   const int64_t line_size =

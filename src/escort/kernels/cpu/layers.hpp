@@ -16,9 +16,6 @@ namespace escort {
 class Convolution : public Op {
  public:
   Convolution() : Op({}, 0) {}
-
- protected:
-  int64_t sample_ns_ = 0;  // about what a sample takes one thread
 };
 
 struct DirectTables {
@@ -61,6 +58,26 @@ class DepthwiseConvolution : public Convolution {
   const DepthwiseIsa* isa_;
   DepthwiseTables tables_;
   Depthwise depthwise_;
+};
+
+struct LinearTables {
+  std::vector<float> weights;      // (in_channels, pitch) with zeros behind the output channels
+  std::vector<float> bias, slope;  // (pitch,), which is a multiple of 16
+};
+
+// A convolution of one pixel by all weights: a matrix times a vector for each sample.
+class LinearConvolution : public Convolution {
+ public:
+  // Throws std::invalid_argument for tables that are not those of so many channels.
+  LinearConvolution(int64_t in_channels, int64_t out_channels, Activation activation, LinearTables tables);
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
+
+ private:
+  void finish(float* y, const float* residual, const float* slope, int64_t n) const;
+
+  int64_t in_, out_, pitch_;
+  Activation activation_;
+  LinearTables tables_;
 };
 
 // Max pooling of planes of one size. Pairs are (rows, columns).
