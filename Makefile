@@ -24,7 +24,7 @@ SOURCES := $(shell find src -name '*.py')
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test smoke lint format test-asan test-tsan fuzz test-gpu test-sanitizer wheel wheel-test bench zoo hooks clean
+.PHONY: help demo test smoke lint format test-asan test-tsan test-arm fuzz test-gpu test-sanitizer wheel wheel-test bench zoo hooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,7 +75,7 @@ SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-n
 test-asan: build/asan/.installed  ## Run the kernel cases under the address and undefined-behaviour sanitizers
 	$(SANITIZED) -m pytest -p no:faulthandler --capture=sys tests/test_cases.py
 
-build/tsan/threads: tests/threads.cpp src/escort/kernels/cpu/threads.cpp src/escort/kernels/cpu/threads.hpp
+build/tsan/threads: tests/threads.cpp $(foreach name,threads program,$(addprefix src/escort/kernels/cpu/$(name).,cpp hpp))
 	mkdir -p $(@D)
 	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -fsanitize=thread -DESCORT_CORES=8 -Isrc/escort/kernels/cpu \
 		$(filter %.cpp,$^) -o $@
@@ -83,6 +83,27 @@ build/tsan/threads: tests/threads.cpp src/escort/kernels/cpu/threads.cpp src/esc
 # setarch: this sanitizer does not find its way where addresses are random in many bits.
 test-tsan: build/tsan/threads  ## Run the threads of the CPU kernels under the thread sanitizer
 	setarch -R $<
+
+# No processor of that kind is needed: a cross compiler and an emulator, which knows what is right and not what is fast.
+# On such a processor: make test-arm ARM_CXX=g++ ARM_RUN=
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
+ARM_FLAGS := -std=c++20 -O3 -ffp-contract=fast -fno-math-errno -fopenmp -Wall -Wextra -DESCORT_ISA=neon -DESCORT_HAVE_NEON
+ARM_OBJECTS := $(patsubst %,build/arm/%.o,depthwise direct lines max_pool isas layers ops program threads)
+NEEDED = command -v $(1) >/dev/null || { echo "make test-arm needs $(1): apt-get install $(2)" >&2; exit 1; }
+
+build/arm/%.o: src/escort/kernels/cpu/%.cpp $(filter %.hpp,$(KERNELS))
+	@$(call NEEDED,$(ARM_CXX),g++-aarch64-linux-gnu)
+	@mkdir -p $(@D)
+	$(ARM_CXX) $(ARM_FLAGS) -c $< -o $@
+
+build/arm/driver: tests/arm/driver.cpp $(ARM_OBJECTS)
+	$(ARM_CXX) $(ARM_FLAGS) -Isrc/escort/kernels/cpu $^ -o $@
+
+test-arm: $(VENV)/.installed build/arm/driver  ## Run the kernel cases on an AArch64 processor that is emulated (not part of `make test`)
+	@$(if $(ARM_RUN),$(call NEEDED,$(firstword $(ARM_RUN)),qemu-user))
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.arm.dump build/arm/runs
+	OMP_WAIT_POLICY=passive $(ARM_RUN) build/arm/driver build/arm/runs/*.runs
 
 fuzz: build/asan/.installed  ## Under the sanitizers: random problems (FUZZ_SECONDS=300), changed files (FUZZ_FILES=10000)
 	$(SANITIZED) -m tests.fuzz.problems --seconds $(FUZZ_SECONDS)

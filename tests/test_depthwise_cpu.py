@@ -124,7 +124,7 @@ def test_tables_of_other_types_or_sizes_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("isa", "field", "value"), [(ISA, "block_rows", 9), (ISA, "block_rows", 0), ("generic", "planes", 2)]
+    ("isa", "field", "value"), [(ISA, "block_rows", 9), (ISA, "block_rows", 0), (list(LANES)[-1], "planes", 2)]
 )
 def test_what_registers_do_not_hold_is_refused(isa: str, field: str, value: int) -> None:
     params = np.ones(1, PARAMS)

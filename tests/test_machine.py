@@ -39,3 +39,22 @@ def test_a_gpu_is_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Machine.here("cuda:0")
     assert (gpu.device, gpu.isa, gpu.threads) == ("NVIDIA H200", "sm_90", 0)
     assert (gpu.driver, gpu.cuda, gpu.cudnn) == ("580.159.04", "13.0", "9.10.2")
+
+
+ARM = """processor\t: 0
+BogoMIPS\t: 50.00
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU part\t: 0xd05
+
+"""
+
+
+def test_the_name_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    intel = "processor\t: 0\nmodel name\t: Intel(R) Xeon(R) @ 2.0GHz\nprocessor\t: 1\nmodel name\t: another\n"
+    assert machine._cpu_described(intel) == "Intel(R) Xeon(R) @ 2.0GHz"
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    big = ARM.replace("0xd05", "0xd41")
+    assert machine._cpu_described(ARM + ARM + big) == "aarch64 0x41:0xd05 0x41:0xd41"
+    assert machine._cpu_described(ARM) != machine._cpu_described(big), "plans are measured again on another one"
+    assert machine._cpu_described("processor\t: 0\n") is None

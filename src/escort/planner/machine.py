@@ -73,11 +73,26 @@ def _own_version() -> str:
 @lru_cache(maxsize=1)
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    described = _cpu_described(info.read_text()) if info.exists() else None
+    return described or platform.processor() or platform.machine()
+
+
+def _cpu_described(info: str) -> str | None:
+    """The processor's name in the text of /proc/cpuinfo: that of its model or, on ARM, the numbers that stand for it.
+
+    A processor may have cores of several kinds, which are all named.
+    """
+    parts: dict[str, None] = {}  # in order, each once
+    maker = ""
+    for line in info.splitlines():
+        key, _, value = (word.strip() for word in line.partition(":"))
+        if key == "model name":
+            return value
+        if key == "CPU implementer":
+            maker = value
+        if key == "CPU part":
+            parts[f"{maker}:{value}"] = None
+    return f"{platform.machine()} {' '.join(parts)}" if parts else None
 
 
 @lru_cache(maxsize=1)

@@ -72,5 +72,6 @@ struct DepthwiseIsa {
 extern const DepthwiseIsa depthwise_generic;
 extern const DepthwiseIsa depthwise_avx2;
 extern const DepthwiseIsa depthwise_avx512;
+extern const DepthwiseIsa depthwise_neon;
 
 }  // namespace escort

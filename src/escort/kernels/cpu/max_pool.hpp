@@ -18,5 +18,6 @@ using PoolPlane = void (*)(const Pool&, const float* x, float* y, float* line);
 extern const PoolPlane pool_generic;
 extern const PoolPlane pool_avx2;
 extern const PoolPlane pool_avx512;
+extern const PoolPlane pool_neon;
 
 }  // namespace escort

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -12,6 +13,9 @@
 namespace escort {
 
 using Plane = std::array<int64_t, 2>;  // rows and columns
+
+// By its name in the enumeration. Throws std::invalid_argument for any other.
+Combine combine_of(const std::string& name);
 
 // y = activate(combine(a, b)), where axes of size 1 in an operand are broadcast. The output may be one of the operands
 // where that has its size.
@@ -36,6 +40,8 @@ class Copy : public Op {
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
 
  private:
+  void transpose(const float* x, float* y, int64_t rows) const;
+
   std::vector<int64_t> shape_, strides_;
 };
 
@@ -110,6 +116,36 @@ class Resize : public OfPlanes {
   void plane(const float* x, float* y, float* line) const override;
 
   std::vector<Between> rows_, columns_;
+};
+
+// A row or column that four make: the sum of weight[i] of each at[i].
+struct Cubic {
+  std::array<int32_t, 4> at;
+  std::array<float, 4> weight;
+};
+
+// Planes of another size, each row and column of which four make.
+class Bicubic : public OfPlanes {
+ public:
+  Bicubic(int64_t channels, Plane input_size, std::vector<Cubic> rows, std::vector<Cubic> columns);
+
+ private:
+  void plane(const float* x, float* y, float* line) const override;
+
+  std::vector<Cubic> rows_, columns_;
+};
+
+// y = e^x / the sum of e^x along the middle one of three axes.
+class Softmax : public Op {
+ public:
+  Softmax(int64_t outer, int64_t size, int64_t inner);
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
+
+ private:
+  void row(const float* x, float* y) const;
+  void columns(const float* x, float* y, int64_t n, float* line) const;
+
+  int64_t outer_, size_, inner_;
 };
 
 // y = x weight^T + bias. Inputs are x, the weight (out, in) and the bias (out), which may be left out.

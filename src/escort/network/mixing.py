@@ -1,19 +1,13 @@
-"""Depth first: a batch run through a network a few samples at a time, so that activations stay in cache.
-
-Layer by layer, a batch of large samples writes and reads every activation from memory; sample by sample the next layer
-finds it in cache. That is only the same computation if no operation mixes samples, which is decided here.
-"""
+"""Whether samples of a batch can be computed apart, so that a CUDA graph may run with more than a call has."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from escort.layers import AdaptiveAvgPool2d, AvgPool2d, LocalResponseNorm, MaxPool2d, SamePad, SparseConv2d
 from escort.runtime import Program
@@ -51,6 +45,7 @@ _FUNCTIONS = {
     F.dropout,
     F.hardsigmoid,
     F.hardswish,
+    F.interpolate,
     F.max_pool2d,
     F.relu,
     F.relu6,
@@ -68,6 +63,7 @@ _FUNCTIONS = {
 }
 _FLATTENS = (torch.flatten, *spellings("flatten"))
 _MEANS = (torch.mean, *spellings("mean"))
+_SPLITS = (torch.split, torch.chunk, *spellings("split"), *spellings("chunk"))
 
 
 def mixing(network: nn.Module) -> str | None:
@@ -97,28 +93,24 @@ def _keeps_apart(network: Program, step: Step) -> bool:
         return _argument(step, 1, "dim", 0) == 1
     if step.target is torch.permute:
         return _argument(step, 1, "dims", (1,))[0] == 0
+    if step.target in _SPLITS:
+        return _argument(step, 2, "dim", 0) >= 1
     if step.target is operator.getitem:
         index = _argument(step, 1, "index", None)
-        return isinstance(index, tuple) and index[0] == slice(None)
+        return _is_of_split(network, step) or (isinstance(index, tuple) and index[0] == slice(None))
     if step.target in (torch.cat, torch.concat):
-        return _argument(step, 1, "dim", 0) == 1
+        return _argument(step, 1, "dim", 0) >= 1
     if step.target in _MEANS:
         dims = _argument(step, 1, "dim", 0)
         return all(dim > 0 for dim in (dims if isinstance(dims, (tuple, list)) else (dims,)))
     return step.target in _FUNCTIONS
 
 
+def _is_of_split(network: Program, step: Step) -> bool:
+    """Whether a step picks from what a split returned."""
+    source = step.args[0].number - len(network.listing.inputs)
+    return source >= 0 and network.listing.steps[source].target in _SPLITS
+
+
 def _argument(step: Step, position: int, name: str, default: Any) -> Any:
     return step.args[position] if len(step.args) > position else step.kwargs.get(name, default)
-
-
-def run_in_parts(network: Callable[[torch.Tensor], Any], x: torch.Tensor, samples: int) -> Any:
-    """``network(x)``, for a network that does not mix samples, `samples` of them at a time.
-
-    x: (N, ...). The parts of every output tensor are joined along the batch.
-    """
-
-    def joined(*parts: Any) -> Any:
-        return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0]
-
-    return tree_map(joined, *(network(part) for part in x.split(samples)))
