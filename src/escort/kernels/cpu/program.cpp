@@ -15,8 +15,8 @@ namespace {
 // Memory that runs take turns with: as many pieces as runs were under way at once, at most kMostIdle. Each is as large
 // as the largest run that had it; larger ones than kMostKept go back at once.
 constexpr int kMostIdle = 8;
-constexpr int64_t kMostKept = 1 << 24;   // floats: 64 MiB
-constexpr int64_t kLineFloats = 16;      // of a cache line: arenas of threads do not share one
+constexpr int64_t kMostKept = 1 << 24;  // floats: 64 MiB
+constexpr int64_t kLineFloats = 16;     // of a cache line: arenas of threads do not share one
 
 struct Arena {
   explicit Arena(int64_t size)
@@ -103,10 +103,29 @@ void NativeProgram::run_chunk(int64_t chunk, const std::vector<float*>& buffers,
   }
 }
 
+// Threads at hand save a part of what they share. Where nothing is shared for a while, they fall asleep and have to be
+// woken up: whole programs of small operations take longer with them.
+bool NativeProgram::gains_by(int threads) const {
+  int64_t saved = 0, alone = 0;
+  for (const Instruction& each : instructions_) {
+    const int64_t nanoseconds = each.op->sample_ns * (each.samples / batch_.samples * batch_.chunk);
+    const int taken = threads_at_hand_for(nanoseconds, threads);
+    if (taken > 1) {
+      if (alone > kPatienceNs) saved -= kWakingNs;
+      saved += nanoseconds - nanoseconds / taken;
+      alone = 0;
+    } else {
+      alone += nanoseconds;
+    }
+  }
+  return saved > (alone > kPatienceNs ? kWakingNs : 0);
+}
+
 void NativeProgram::run(const std::vector<float*>& buffers, int threads, bool take_chunks) const {
   if (buffers.size() != static_cast<size_t>(buffers_)) throw std::invalid_argument("too many or few buffers");
   threads = std::clamp(threads, 1, kMostThreads);
   const int64_t taken = take_chunks && threads > 1 ? batch_.chunks() / threads * threads : 0;
+  if (taken == 0 && !gains_by(threads)) threads = 1;
   const int64_t arena_size = (arena_size_ + kLineFloats - 1) / kLineFloats * kLineFloats;
   const Borrowed arena(arena_size * (taken > 0 ? threads : 1));
   with_threads(threads, [&] {

@@ -32,8 +32,9 @@ struct Batch {
 
 class NativeProgram {
  public:
-  // Buffers are those of the caller, by number, and behind them the arena of `arena_size` floats for a chunk, which each
-  // run has for itself. Throws std::invalid_argument for operands that an operation does not take, or beyond the arena.
+  // Buffers are those of the caller, by number, and behind them the arena of `arena_size` floats for a chunk, which
+  // each run has for itself. Throws std::invalid_argument for operands that an operation does not take, or beyond the
+  // arena.
   NativeProgram(std::vector<Instruction> instructions, int32_t buffers, int64_t arena_size, Batch batch);
 
   // Runs all instructions in their order on each chunk; any number of threads may do so at once. The threads share each
@@ -43,6 +44,7 @@ class NativeProgram {
 
  private:
   void check(const Operand& operand, int64_t size, int64_t samples) const;
+  bool gains_by(int threads) const;
   void run_chunk(int64_t chunk, const std::vector<float*>& buffers, float* arena, int threads) const;
 
   std::vector<Instruction> instructions_;

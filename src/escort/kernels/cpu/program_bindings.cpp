@@ -54,8 +54,8 @@ class OwningProgram {
 };
 
 Combine combine_of(const std::string& name) {
-  static const char* const names[] = {"first", "add", "subtract", "multiply", "divide", "maximum", "minimum"};
-  for (int32_t i = 0; i < 7; i++)
+  static const char* const names[] = {"first", "add", "subtract", "multiply", "divide", "maximum", "minimum", "slope"};
+  for (int32_t i = 0; i < 8; i++)
     if (name == names[i]) return static_cast<Combine>(i);
   throw std::invalid_argument("operands cannot be combined by '" + name + "'");
 }
@@ -107,6 +107,21 @@ void bind_program(nb::module_& m) {
       .def(nb::init<int64_t, Plane, float>(), "channels"_a, "input_size"_a, "epsilon"_a);
   bind_plane_op<AveragePool, Window>(m, "AveragePool");
   bind_plane_op<Resize, Between>(m, "Resize");
+  using Cubics = std::vector<std::tuple<std::array<int32_t, 4>, std::array<float, 4>>>;
+  nb::class_<Bicubic, Op>(m, "Bicubic")
+      .def(
+          "__init__",
+          [](Bicubic* self, int64_t channels, Plane input_size, const Cubics& rows, const Cubics& columns) {
+            const auto cubics = [](const Cubics& tuples) {
+              std::vector<Cubic> result;
+              for (const auto& [at, weight] : tuples) result.push_back({at, weight});
+              return result;
+            };
+            new (self) Bicubic(channels, input_size, cubics(rows), cubics(columns));
+          },
+          "channels"_a, "input_size"_a, "rows"_a, "columns"_a);
+  nb::class_<Softmax, Op>(m, "Softmax", "Along the middle one of three axes.")
+      .def(nb::init<int64_t, int64_t, int64_t>(), "outer"_a, "size"_a, "inner"_a);
   nb::class_<Linear, Op>(m, "Linear").def(nb::init<int64_t, int64_t>(), "in_features"_a, "out_features"_a);
 }
 

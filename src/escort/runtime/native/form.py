@@ -13,7 +13,8 @@ from escort.runtime.effects import is_view, name_of, writes
 from escort.runtime.loop import BoundStep, run_steps
 from escort.runtime.native.batching import Batching
 from escort.runtime.native.call import Draft, NotNativeError
-from escort.runtime.native.lowering import OPERATIONS, Operations, empty_result, has_operation, lower_layer
+from escort.runtime.native.lowering import OPERATIONS, empty_result, has_operation, lower_layer
+from escort.runtime.native.operations import Operations
 from escort.runtime.native.segment import Like, Segment, is_plain
 from escort.runtime.native.values import Storage, Value
 from escort.runtime.stand_in import runs_more
@@ -180,6 +181,9 @@ class _Recorder:
                 self._place(slot)  # which has it checked in each call
             self._constants[number] = self._places[number] = result
             return
+        for leaf in leaves([args, kwargs]):
+            if isinstance(leaf, Tensor) and leaf.dtype is not torch.float32:
+                raise NotNativeError(f"computes with {leaf.dtype}")
         place_args, place_kwargs = mapped(step.args, self._place), mapped(step.kwargs, self._place)
         place = self._view(step, place_args, args, result)
         if place is None:
@@ -246,7 +250,7 @@ class _Recorder:
                 raise NotNativeError("writes to a tensor that others see")
         elif not result.is_contiguous():
             raise NotNativeError("gives a tensor that is not contiguous")
-        lowered = Operations(tuple(result.shape), target)
+        lowered = Operations(tuple(result.shape), target, Draft(joined=self._draft.joined))
         try:
             value = self._function(step)(lowered, *args, **kwargs)
         except TypeError as error:
