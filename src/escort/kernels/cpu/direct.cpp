@@ -13,6 +13,9 @@ namespace {
 // in a page of its own, where no hardware prefetcher follows.
 constexpr int kChannelsAhead = 4;
 
+// How far ahead nonzeros are prefetched. Hardware prefetchers stop at the end of a page, which is so many nonzeros.
+constexpr int kNonzerosAhead = 4096 / sizeof(Nonzero), kNonzerosOfLine = 64 / sizeof(Nonzero);
+
 // What a vector of a run holds of a plane, from `from` on, whose values lie `stride` apart; Stride is 1, 2 or, for any
 // other, 0.
 template <int Stride>
@@ -184,7 +187,10 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, const Pla
   int fetched = 0;  // channels of `ahead`
   const bool activates = places.last && !is_bound(d.activation);
   int activated = block.first_record;
+  int64_t nonzero = d.out_channels[block.first_record].first_nonzero;
   for (int i = block.first_record; i < block.end_record; i += G) {
+    for (; nonzero < d.out_channels[min(i + G, block.end_record)].first_nonzero; nonzero += kNonzerosOfLine)
+      __builtin_prefetch(d.nonzeros + nonzero + kNonzerosAhead, 0, 2);
     if (ahead.channels > 0) {
       const int64_t due =
           int64_t(ahead.channels) * (i + G - block.first_record) / (block.end_record - block.first_record);

@@ -122,8 +122,8 @@ class Placement:
 
     def _size(self, storage: Storage) -> int:
         """The floats that a storage takes in the arena."""
-        samples = storage.samples // self.samples * self.chunk
-        return -(-samples * storage.sample // _ALIGNMENT) * _ALIGNMENT
+        share = storage.samples * storage.sample // self.samples
+        return -(-share * self.chunk // _ALIGNMENT) * _ALIGNMENT
 
     def _lifetimes(self, kept: Set[Storage]) -> dict[Storage, tuple[int, int]]:
         """The first and the last instruction that uses each storage of the arena."""

@@ -76,7 +76,7 @@ class Direct(Method):
                 # Blocks of equal size: a last one of a few channels would cost as much as a full one.
                 blocks = -(-channels // min(max(stage_kib * 256 // channel_floats, 1), channels))
                 tasks, most_parts = problem.groups * len(layout.tiles), problem.out_channels // problem.groups
-                for parts in _parts(problem.batch * tasks)[: None if (tile, stage_kib) == _TILES[0] else 1]:
+                for parts in _parts(max(problem.batch, 1) * tasks)[: None if (tile, stage_kib) == _TILES[0] else 1]:
                     configs[DirectConfig(isa, vectors, -(-channels // blocks), min(parts, most_parts))] = None
         return tuple(configs)
 
