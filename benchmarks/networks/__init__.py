@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from benchmarks.networks.densenet import densenet121
 from benchmarks.networks.googlenet import googlenet
 from benchmarks.networks.mobilenet import mobilenet_v2
 from benchmarks.networks.plain import alexnet, caffenet, vgg16, vgg16_bn
-from benchmarks.networks.resnet import resnet18, resnet50
+from benchmarks.networks.resnet import resnet18, resnet50, resnext50_32x4d
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ class Network:
 NETWORKS: dict[str, Network] = {
     "alexnet": Network(alexnet, (3, 224, 224)),
     "caffenet": Network(caffenet, (3, 227, 227)),
+    "densenet121": Network(densenet121, (3, 224, 224)),
     "googlenet": Network(googlenet, (3, 224, 224)),
     "mobilenet_v2": Network(mobilenet_v2, (3, 224, 224)),
     "resnet18": Network(resnet18, (3, 224, 224)),
     "resnet50": Network(resnet50, (3, 224, 224)),
+    "resnext50_32x4d": Network(resnext50_32x4d, (3, 224, 224)),
     "vgg16": Network(vgg16, (3, 224, 224)),
     "vgg16_bn": Network(vgg16_bn, (3, 224, 224)),
 }
@@ -47,10 +50,12 @@ __all__ = [
     "Network",
     "alexnet",
     "caffenet",
+    "densenet121",
     "googlenet",
     "mobilenet_v2",
     "resnet18",
     "resnet50",
+    "resnext50_32x4d",
     "vgg16",
     "vgg16_bn",
 ]
