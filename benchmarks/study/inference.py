@@ -36,6 +36,7 @@ def race_inference(study: Study, precision: Precision) -> list[Item]:
 
     def measure(name: str) -> list[Row]:
         torch.manual_seed(study.seed)
+        torch.compiler.reset()  # it gives up on code that it compiled for too many other models
         model, layers = paper_network(name, study.seed)
         storage = TORCH_DTYPE[precision]
         model = model.to(study.device, storage)

@@ -77,7 +77,7 @@ class Subject:
             prune_all_but_first(model, sparsity)
             weights += f"-{sparsity:.2f}"
         if patterns is not None or (network.startswith(_TORCHVISION) and checkpoint is None):
-            _settle_norms(model, torch.randn(_SETTLING, *input_size))
+            settle_norms(model, input_size)
         if is_archive:
             return cls(Path(network).stem, "as-given" if sparsity is None else f"{sparsity:.2f}", model, input_size)
         return cls(network.rpartition(":")[2], weights, model, input_size)
@@ -112,8 +112,8 @@ def prune_to_patterns(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} holds no pattern of the shape of a convolution of {type(model).__name__}")
 
 
-def _settle_norms(model: nn.Module, x: torch.Tensor) -> None:
-    """Gives batch norms the statistics of x: without those of its weights, a network overflows 16 bits."""
+def settle_norms(model: nn.Module, input_size: tuple[int, ...]) -> None:
+    """Gives batch norms the statistics of random pictures: without those of its weights a network overflows 16 bits."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -121,7 +121,7 @@ def _settle_norms(model: nn.Module, x: torch.Tensor) -> None:
         norm.momentum = None  # the mean of all that it sees
         norm.train()
     with torch.no_grad():
-        model(x)
+        model(torch.randn(_SETTLING, *input_size))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
