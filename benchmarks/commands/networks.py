@@ -25,6 +25,9 @@ class NetworkOptions:
     sparsity: Annotated[
         float | None, typer.Option(help="Prune every convolution of the network but the first to this share of zeros.")
     ] = None
+    dense_depthwise: Annotated[
+        bool, typer.Option("--dense-depthwise", help="Leave depthwise convolutions out of what --sparsity prunes.")
+    ] = False
     checkpoint: CheckpointOption = None
     size: Annotated[
         str | None, typer.Option("--input", metavar="C,H,W", help="One input's shape, for package.module:factory.")
@@ -66,7 +69,11 @@ def _measure(chosen: NetworkOptions, engines: EngineOptions, options: RunOptions
     torch.manual_seed(options.seed)
     input_size = None if chosen.size is None else numbers(chosen.size, "--input")
     subject = Subject.load(
-        chosen.network, checkpoint=chosen.checkpoint, sparsity=chosen.sparsity, input_size=input_size
+        chosen.network,
+        checkpoint=chosen.checkpoint,
+        sparsity=chosen.sparsity,
+        input_size=input_size,
+        dense_depthwise=chosen.dense_depthwise,
     )
     results = Results.begin(options, device, f"{subject.name}-{subject.weights}", "escort")
     rows: list[Row] = []

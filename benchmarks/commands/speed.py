@@ -110,7 +110,6 @@ class SpeedOptions:
         def measure() -> list[Row]:
             torch.manual_seed(self.seed)
             subject = Subject.load(name, sparsity=None if of_file else sparsity_of(weights), patterns=of_file)
-            suite.settle_norms(subject.model, subject.input_size)
             storage = TORCH_DTYPE[precision]
             model, x = subject.model.to(device, storage), torch.randn(batch, *subject.input_size).to(device, storage)
             return suite.measure_speed(model, x, network=name, weights=weights, race=race, formats=formats)

@@ -17,7 +17,7 @@ from benchmarks.suite.race import as_taken, measure_layer
 from benchmarks.suite.ranking import Ranked, rank
 from benchmarks.suite.rows import WHOLE, Row, best_times, config_of, geometric_means, header, write_results
 from benchmarks.suite.speed import BOTH_FORMATS, measure_speed
-from benchmarks.suite.subjects import Subject, prune_all_but_first, prune_to_patterns, settle_norms
+from benchmarks.suite.subjects import Subject, prune_all_but_first, prune_to_patterns
 
 __all__ = [
     "BOTH_FORMATS",
@@ -48,6 +48,5 @@ __all__ = [
     "prune_to_patterns",
     "random_filter",
     "rank",
-    "settle_norms",
     "write_results",
 ]

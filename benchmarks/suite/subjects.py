@@ -44,6 +44,7 @@ class Subject:
         sparsity: float | None = None,
         patterns: Path | None = None,
         input_size: tuple[int, ...] | None = None,
+        dense_depthwise: bool = False,
     ) -> Subject:
         """Builds a network. Random weights follow torch's global generator.
 
@@ -52,6 +53,7 @@ class Subject:
             sparsity: of all convolutions but the first, by magnitude; None leaves the weights as they are.
             patterns: an .npz of sparsity patterns, which takes the place of `sparsity`.
             input_size: (C, H, W), where the network's name does not tell it.
+            dense_depthwise: leave depthwise convolutions out of what `sparsity` prunes.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: naming what is wrong and the remedy.
@@ -74,18 +76,28 @@ class Subject:
             prune_to_patterns(model, patterns)
             weights = patterns.stem
         elif sparsity is not None:
-            prune_all_but_first(model, sparsity)
-            weights += f"-{sparsity:.2f}"
-        if patterns is not None or (network.startswith(_TORCHVISION) and checkpoint is None):
-            settle_norms(model, input_size)
+            prune_all_but_first(model, sparsity, dense_depthwise=dense_depthwise)
+            weights += f"-{sparsity:.2f}" + ("-dense-depthwise" if dense_depthwise else "")
+        is_random = checkpoint is None and (network in NETWORKS or network.startswith(_TORCHVISION))
+        if patterns is not None or is_random:
+            _settle_norms(model, torch.randn(_SETTLING, *input_size))
         if is_archive:
             return cls(Path(network).stem, "as-given" if sparsity is None else f"{sparsity:.2f}", model, input_size)
         return cls(network.rpartition(":")[2], weights, model, input_size)
 
 
-def prune_all_but_first(model: nn.Module, sparsity: float) -> None:
-    """Prunes every convolution but the first, which sees the picture and has few weights, by magnitude and for good."""
-    prune.uniform(model, sparsity, skip=next(iter(prune.convolutions(model))))
+def prune_all_but_first(model: nn.Module, sparsity: float, *, dense_depthwise: bool = False) -> None:
+    """Prunes every convolution but the first, which sees the picture and has few weights, by magnitude and for good.
+
+    Args:
+        dense_depthwise: leave depthwise convolutions as they are, too: they have few weights and little to gain.
+    """
+    first = next(iter(prune.convolutions(model)))
+
+    def stays(name: str, conv: nn.Conv2d) -> bool:
+        return name == first or (dense_depthwise and conv.groups == conv.in_channels > 1)
+
+    prune.uniform(model, sparsity, skip=stays)
     prune.make_permanent(model)
 
 
@@ -112,8 +124,8 @@ def prune_to_patterns(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} holds no pattern of the shape of a convolution of {type(model).__name__}")
 
 
-def settle_norms(model: nn.Module, input_size: tuple[int, ...]) -> None:
-    """Gives batch norms the statistics of random pictures: without those of its weights a network overflows 16 bits."""
+def _settle_norms(model: nn.Module, x: torch.Tensor) -> None:
+    """Gives batch norms the statistics of x: without those of its weights, a network overflows 16 bits."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -121,7 +133,7 @@ def settle_norms(model: nn.Module, input_size: tuple[int, ...]) -> None:
         norm.momentum = None  # the mean of all that it sees
         norm.train()
     with torch.no_grad():
-        model(torch.randn(_SETTLING, *input_size))
+        model(x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks import exhibits, suite
 from benchmarks.result_files import Result
 from benchmarks.suite import Conversion, Row, Subject, conversions, fresh
+from escort import prune
 from escort.cuda import compiler
 from escort.planner import timing
 from escort.planner.timing import Timing
@@ -219,6 +220,15 @@ def test_patterns_take_the_place_of_a_sparsity(tmp_path: Path) -> None:
     first, second = (module for module in subject.model if isinstance(module, nn.Conv2d))
     assert (first.weight.count_nonzero(), second.weight.count_nonzero()) == (8, second.weight.numel())
     assert subject.weights == "net_l1"
+
+
+def test_depthwise_convolutions_stay_dense_where_that_is_asked() -> None:
+    subject = Subject.load("mobilenet_v2", sparsity=0.9, dense_depthwise=True)
+    shares = {name: (conv.weight == 0).double().mean() for name, conv in prune.convolutions(subject.model).items()}
+    depthwise = {name for name, conv in prune.convolutions(subject.model).items() if conv.groups > 1}
+    assert len(depthwise) == 17
+    dense = {name for name, share in shares.items() if share < 0.89}
+    assert dense == {*depthwise, "features.0.0"} and subject.weights == "random-0.90-dense-depthwise"
 
 
 def test_torchvisions_networks_have_norms_that_know_their_activations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,10 @@ def test_the_networks_keep_samples_apart(name: str) -> None:
         lambda x: x[None],
         lambda x: torch.permute(x, (1, 0, 2, 3)),
         lambda x: torch.unflatten(x, 0, (-1, 1)),
+        lambda x: x[0],
+        lambda x: torch.split(x, 1)[0],
+        lambda x: torch.split(x, 1, 1)[0][0],
+        lambda x: x.chunk(2)[1],
         torch.mul,
     ],
 )
@@ -65,6 +69,8 @@ def test_what_may_mix_samples_is_refused(function: Callable[[Any], Any]) -> None
         lambda x: torch.flatten(torch.permute(x[:, :, None, :-1], (0, 2, 1, 4, 3)), 2, 3)[:, 0],
         lambda x: torch.pixel_shuffle(torch.cat((x, x, x, x), 1), 2),
         lambda x: torch.unflatten(x, 1, (3, 1)).mean(2),
+        lambda x: torch.cat((x.split(1, 1)[1], torch.chunk(x, 3, dim=1)[0]), dim=2),
+        lambda x: F.interpolate(x, scale_factor=2.0),
     ],
 )
 def test_what_keeps_samples_apart_gives_the_same_in_parts(function: Callable[[Any], Any]) -> None:

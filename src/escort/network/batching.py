@@ -48,6 +48,7 @@ _FUNCTIONS = {
     F.dropout,
     F.hardsigmoid,
     F.hardswish,
+    F.interpolate,
     F.max_pool2d,
     F.relu,
     F.relu6,
@@ -65,6 +66,7 @@ _FUNCTIONS = {
 }
 _FLATTENS = (torch.flatten, *spellings("flatten"))
 _MEANS = (torch.mean, *spellings("mean"))
+_SPLITS = (torch.split, torch.chunk, *spellings("split"), *spellings("chunk"))
 
 
 def mixing(network: nn.Module) -> str | None:
@@ -94,15 +96,23 @@ def _keeps_apart(network: Program, step: Step) -> bool:
         return _argument(step, 1, "dim", 0) == 1
     if step.target is torch.permute:
         return _argument(step, 1, "dims", (1,))[0] == 0
+    if step.target in _SPLITS:
+        return _argument(step, 2, "dim", 0) >= 1
     if step.target is operator.getitem:
         index = _argument(step, 1, "index", None)
-        return isinstance(index, tuple) and index[0] == slice(None)
+        return _is_of_split(network, step) or (isinstance(index, tuple) and index[0] == slice(None))
     if step.target in (torch.cat, torch.concat):
-        return _argument(step, 1, "dim", 0) == 1
+        return _argument(step, 1, "dim", 0) >= 1
     if step.target in _MEANS:
         dims = _argument(step, 1, "dim", 0)
         return all(dim > 0 for dim in (dims if isinstance(dims, (tuple, list)) else (dims,)))
     return step.target in _FUNCTIONS
+
+
+def _is_of_split(network: Program, step: Step) -> bool:
+    """Whether a step picks from what a split returned."""
+    source = step.args[0].number - len(network.listing.inputs)
+    return source >= 0 and network.listing.steps[source].target in _SPLITS
 
 
 def _argument(step: Step, position: int, name: str, default: Any) -> Any:
