@@ -29,6 +29,9 @@ from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision
 #: The rivals that :func:`measure_network` knows besides eager torch, by type of device.
 RIVALS = {"cpu": tuple(name for name in ENGINES if name != "eager"), "cuda": ("graph", "compile")}
 
+#: How many times the error of eager torch another way may have, beyond the bound.
+_AS_GOOD = 3.0
+
 
 @dataclass(frozen=True)
 class Way:
@@ -129,10 +132,13 @@ def race_in_turn(
     network, weights = subject
     with torch.inference_mode():
         expected = copy.deepcopy(model).double()(x.double())
-    bound = NETWORK_ERROR_BOUND[race.precision]
+    bound = NETWORK_ERROR_BOUND[race.precision]  # or what the model's own rounding, which it may amplify, explains
     with torch.inference_mode(), dense_at_its_best(race.precision):
         ways = [way for number, way in enumerate(ways) if number == 0 or _starts(way, network)]
-        errors = [_checked(way.run(), expected, bound, f"{network} in {way.method}") for way in ways]
+        errors = [reference.compare(way.run(), expected) for way in ways]
+        own = [error for way, error in zip(ways, errors, strict=True) if way.method == "eager"]
+        for way, error in zip(ways, errors, strict=True):
+            check(error, max(bound, _AS_GOOD * min(own, default=0.0)), f"{network} in {way.method}")
         timings = timers(ways, x.device, race)
     rows = []
     for timer, by_way in timings.items():
@@ -227,9 +233,3 @@ def _race_network(ways: Sequence[Way], device: torch.device, race: NetworkRace) 
 
 def _by_index(times_us: Sequence[float]) -> dict[int, Timing]:
     return {index: Timing(time_us, "calls") for index, time_us in enumerate(times_us)}
-
-
-def _checked(out: Tensor, expected: Tensor, bound: float, what: str) -> float:
-    error = reference.compare(out, expected)
-    check(error, bound, what)
-    return error

@@ -19,6 +19,7 @@ from benchmarks.findings.speed import speeds
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.suite import NetworkRace, Row
 from benchmarks.suite import speed as speed_suite
+from benchmarks.suite.networks import Way, race_in_turn
 from escort.planner import timing
 from escort.planner.timing import Timing
 from tests.benchmarks.invoking import invoke
@@ -201,3 +202,21 @@ def test_speed_on_a_gpu(precision: Any) -> None:
     assert measured.gain_over_dense
     if ("compile", "graph", True) in timers:  # there may be no compiler
         assert measured.gain and measured.gain_in_graphs
+
+
+@pytest.mark.parametrize(("own", "ours", "is_right"), [(1e-6, 2e-4, False), (1e-3, 2e-3, True), (1e-3, 4e-3, False)])
+def test_what_the_model_itself_amplifies_is_no_error(own: float, ours: float, is_right: bool) -> None:
+    model, x = a_network()
+    with torch.no_grad():
+        y = model.double()(x.double()).float()
+    model.float()
+    ways = [Way("escort", {}, lambda: y * (1 + ours)), Way("eager", {}, lambda: y * (1 + own))]
+
+    def race() -> list[Row]:
+        return race_in_turn(ways, model, x, ("tiny", "random"), QUICK, speed_suite._by_every_clock)
+
+    if is_right:
+        assert [row.rel_error for row in race()] == pytest.approx([ours, own], rel=1e-2)
+        return
+    with pytest.raises(RuntimeError, match="tiny in escort: relative error"):
+        race()
