@@ -15,11 +15,14 @@ from benchmarks.networks import NETWORKS
 from benchmarks.paper_layers import LAYERS, PAPER_BATCH
 from benchmarks.paper_networks import FACTORIES, module_of, paper_network
 from benchmarks.result_files import read_results
-from benchmarks.suite import NetworkRace, prune_all_but_first
+from benchmarks.suite import NetworkRace, by_method, prune_all_but_first
 from benchmarks.suite.by_method import convert_keeping, run_by, run_free
+from escort.filter import SparseFilter
 from escort.layers import SparseConv2d
 from escort.methods import by_name
+from escort.methods.cpu.lowered import Lowered, LoweredConfig
 from escort.planner import timing
+from escort.problem import Problem
 from tests.benchmarks.small import QUICK, TINY, measured, tiny
 
 
@@ -80,14 +83,34 @@ def converted() -> tuple[nn.Module, torch.Tensor, nn.Module]:
 def test_a_network_runs_some_layers_by_another_method(name: str, converted: Any) -> None:
     model, x, network = converted
     before = {layer: network.get_submodule(layer).plan for layer in ("0", "2")}
-    by_method = run_by(network, ["2"], by_name(name))
-    layer = by_method.get_submodule("2")
+    lowered = run_by(network, ["2"], by_name(name))
+    layer = lowered.get_submodule("2")
     assert isinstance(layer, SparseConv2d) and layer.plan.method == name
     with torch.no_grad():
-        assert torch.allclose(by_method(x), model(x), atol=1e-4)
-    assert by_method.get_submodule("0").plan == before["0"], "the layers around it stay"
+        assert torch.allclose(lowered(x), model(x), atol=1e-4)
+    assert lowered.get_submodule("0").plan == before["0"], "the layers around it stay"
     assert network.get_submodule("2").plan == before["2"], "and the network that it was made of"
     assert not layer.counters()
+
+
+def test_a_network_runs_some_layers_as_torch_alone_would(converted: Any) -> None:
+    class AsTorch(Lowered):
+        def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> tuple[LoweredConfig, ...]:
+            return (LoweredConfig(),)
+
+    model, x, network = converted
+    lowered = run_by(network, ["2"], AsTorch(), as_torch=True)
+    layer = lowered.get_submodule("2")
+    assert isinstance(layer, SparseConv2d) and layer.plan.method == "lowered" and not layer.plan.candidates
+    with torch.no_grad():
+        assert torch.allclose(lowered(x), model(x), atol=1e-4)
+
+
+def test_what_writes_nchw_is_converted() -> None:
+    x, conv = torch.randn(2, 3, 8, 8), nn.Conv2d(3, 8, 3)
+    with torch.no_grad():
+        y = by_method._InFormat(conv, "channels_last")(x)
+        assert y.is_contiguous(memory_format=torch.channels_last) and torch.allclose(y, conv(x))
 
 
 def test_layers_in_no_time_give_what_they_gave_first(converted: Any) -> None:
