@@ -23,7 +23,7 @@ from escort.methods import by_name
 from escort.methods.cpu.lowered import Lowered, LoweredConfig
 from escort.planner import timing
 from escort.problem import Problem
-from tests.benchmarks.small import QUICK, TINY, measured, tiny
+from tests.benchmarks.small import QUICK, TINY, measured, tiny, tiny_of_the_paper
 
 
 @pytest.mark.parametrize("name", PAPER_BATCH)
@@ -135,12 +135,7 @@ def test_what_cannot_be_run_by_a_method_is_said(converted: Any) -> None:
 
 @pytest.fixture
 def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def paper(name: str, seed: int) -> tuple[nn.Module, list[str]]:
-        model = tiny().eval()
-        prune_all_but_first(model, 0.9)
-        return model, ["2"]
-
-    monkeypatch.setattr(study.inference, "paper_network", paper)
+    monkeypatch.setattr(study.inference, "paper_network", tiny_of_the_paper)
 
 
 @pytest.mark.usefixtures("tiny_network")
