@@ -75,7 +75,7 @@ SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-n
 test-asan: build/asan/.installed  ## Run the kernel cases under the address and undefined-behaviour sanitizers
 	$(SANITIZED) -m pytest -p no:faulthandler --capture=sys tests/test_cases.py
 
-build/tsan/threads: tests/threads.cpp src/escort/kernels/cpu/threads.cpp src/escort/kernels/cpu/threads.hpp
+build/tsan/threads: tests/threads.cpp $(foreach name,threads program,$(addprefix src/escort/kernels/cpu/$(name).,cpp hpp))
 	mkdir -p $(@D)
 	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -fsanitize=thread -DESCORT_CORES=8 -Isrc/escort/kernels/cpu \
 		$(filter %.cpp,$^) -o $@

@@ -16,6 +16,7 @@ import torch
 from escort import reference
 from escort.filter import SparseFilter
 from escort.methods import Method
+from escort.methods.lowering import is_linear
 from escort.problem import TORCH_MEMORY_FORMAT, Activation, Epilogue, Precision, Problem
 
 FULL = Epilogue(bias=True, residual=True, activation="relu")
@@ -98,6 +99,8 @@ def takes(method: Method, problem: Problem) -> bool:
     """Whether a method of the problem's device is to compute it."""
     if method.name == "depthwise":
         return problem.groups == problem.in_channels
+    if method.name == "linear":
+        return is_linear(problem)
     return (method.name, problem.precision) != ("cusparse", "tf32")
 
 
@@ -156,6 +159,8 @@ CASES = (
     Case("dilation and stride", Problem(1, 4, 19, 22, 6, (3, 3), (2, 3), (2, 2, 3, 3), (3, 2))),
     Case("groups", Problem(2, 6, 9, 9, 9, (3, 3), padding=(1, 1, 1, 1), groups=3, epilogue=FULL)),
     Case("depthwise", Problem(2, 16, 12, 12, 16, (3, 3), padding=(1, 1, 1, 1), groups=16), 0.5),
+    Case("one pixel", Problem(2, 35, 1, 1, 5, (1, 1)), 0.5),
+    Case("one pixel, many outputs", Problem(5, 7, 1, 1, 200, (1, 1), epilogue=FULL), 0.5),
     Case("depthwise stride 2, twofold", Problem(1, 6, 13, 13, 12, (3, 3), (2, 2), (1, 1, 1, 1), groups=6), 0.5),
     Case("depthwise stride 2, zeros at the end", Problem(2, 8, 12, 14, 8, (5, 5), (2, 2), (1, 2, 1, 2), groups=8), 1.0),
     Case("no weights at all", Problem(2, 4, 8, 8, 6, (3, 3), padding=(1, 1, 1, 1), epilogue=FULL), 0.0),
@@ -211,9 +216,10 @@ def _activated(activation: Activation) -> Iterator[Case]:
         yield Case(f"{what}, in planes", Problem(3, 40, 7, 7, 11, (1, 1), epilogue=epilogue), 0.3)
         depthwise = Problem(2, 5, 11, 7, 5, (3, 3), padding=(1, 1, 1, 1), groups=5, epilogue=epilogue)
         yield Case(f"{what}, depthwise", depthwise, 0.9)
+        yield Case(f"{what}, of one pixel", Problem(3, 20, 1, 1, 83, (1, 1), epilogue=epilogue), 0.5)
 
 
-#: Every activation, behind convolutions of three shapes. What kernels do not compute, torch does behind them.
+#: Every activation, behind convolutions of four shapes. What kernels do not compute, torch does behind them.
 ACTIVATED = tuple(case for activation in get_args(Activation) for case in _activated(activation))
 
 #: Runs a test over the whole table.

@@ -6,8 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from escort.filter import SparseFilter
 from escort.kernels import _cpu
+from escort.methods import by_name
+from escort.methods.cpu import direct
 from escort.methods.cpu.direct import ISAS, PARAMS
 from escort.methods.cpu.direct.layout import RUN, SEGMENT, TILE, Layout, Records, records
 from escort.methods.cpu.direct.schedule import BLOCK, JOB, NONZERO, OUT_CHANNEL
@@ -110,3 +114,23 @@ def test_params_are_one_record() -> None:
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="'mmx' is not available"):
         _cpu.DirectConvolution("mmx", {})
+
+
+@pytest.mark.parametrize(
+    ("threads", "tasks", "parts"),
+    [(1, 1, 1), (2, 1, 2), (2, 7, 2), (2, 8, 1), (16, 1, 16), (16, 2, 8), (16, 7, 2), (16, 28, 1), (16, 40, 2)],
+)
+def test_parts_feed_threads_and_stage_little(
+    monkeypatch: pytest.MonkeyPatch, threads: int, tasks: int, parts: int
+) -> None:
+    """Seven tiles in two parts leave two of sixteen threads idle; in three, eleven wait while five do a second one."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert direct._parts(tasks) == (parts, -(-4 * threads // tasks))
+
+
+def test_a_batch_needs_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    filter_of_ones = SparseFilter.from_dense(torch.ones(64, 64, 3, 3))
+    for batch, parts in ((1, 16), (4, 4), (16, 1), (64, 1)):
+        problem = Problem(batch, 64, 7, 7, 64, (3, 3), padding=(1, 1, 1, 1))
+        assert by_name("direct").configs(problem, filter_of_ones)[0].parts == parts

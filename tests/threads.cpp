@@ -1,5 +1,6 @@
-// Holds what threads.hpp promises, under the thread sanitizer: `make test-tsan`. It is built without OpenMP, whose
+// Holds what threads.hpp and program.hpp promise, under the thread sanitizer: `make test-tsan`. It is built without OpenMP, whose
 // runtime the sanitizer does not know, and with more cores than there are (ESCORT_CORES).
+#include "program.hpp"
 #include "threads.hpp"
 
 #include <sys/wait.h>
@@ -64,6 +65,39 @@ void check_errors() {
   check_tasks(20, 4);
 }
 
+// Adds 1 to each number of each sample.
+struct AddOne : Op {
+  explicit AddOne(int64_t size) : Op({size}, size) {}
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
+    parallel(samples * output_size, threads, [&](int64_t i, int) {
+      const int64_t sample = i / output_size, place = i % output_size;
+      output.data[sample * output.stride + place] = inputs[0].data[sample * inputs[0].stride + place] + 1;
+    });
+  }
+};
+
+// A program of three steps, whose threads share steps or take chunks of the samples.
+void programs() {
+  constexpr int64_t kSize = 5;
+  const AddOne add(kSize);
+  for (const int64_t samples : {1, 4, 7, 16}) {
+    for (const int64_t chunk : {1, 2, 3}) {
+      if (chunk > samples) continue;
+      const int64_t beside = chunk * kSize;
+      const NativeProgram program({{&add, samples, {{0, 0, kSize}}, {2, 0, kSize}},
+                                   {&add, samples, {{2, 0, kSize}}, {2, beside, kSize}},
+                                   {&add, samples, {{2, beside, kSize}}, {1, 0, kSize}}},
+                                  2, 2 * beside, {samples, chunk});
+      for (const int threads : {1, 3, 4}) {
+        std::vector<float> x(samples * kSize, 2), y(samples * kSize);
+        program.run({x.data(), y.data()}, threads, true);
+        program.run({y.data(), x.data()}, threads, false);
+        for (const float value : x) check(value == 8, "each sample goes through all steps");
+      }
+    }
+  }
+}
+
 void check_threads_for() {
   check(threads_for(100, 8) == 1, "short work stays on one thread");
   check(threads_for(int64_t(1) << 40, 1) == 1, "one thread is one thread");
@@ -81,6 +115,7 @@ void all() {
   with_threads(3, [] { with_threads(8, [] { chain(8); }); });  // the inner one only runs its body
   with_threads(1, [] { chain(4); });
   check_errors();
+  programs();
 }
 
 }  // namespace

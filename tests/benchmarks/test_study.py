@@ -141,7 +141,7 @@ def test_methods_that_are_named_are_compared_alone() -> None:
     (item, *_) = study.compare(question, "fp32")
     assert {row.method for row in item.measure()} == {"dense", "lowered"}
     assert question.conditions()["methods"] == ["dense", "lowered"] and "methods" not in QUICK.conditions()
-    with pytest.raises(ValueError, match="there is no method sparse; there are direct, depthwise, dense, lowered"):
+    with pytest.raises(ValueError, match="there is no method sparse; there are direct, depthwise, linear, dense"):
         replace(QUICK, methods=("sparse",))
 
 

@@ -81,7 +81,7 @@ def test_plan_of_a_saved_file_is_the_stored_one(saved: Path, monkeypatch: pytest
     report = succeed_json("plan", saved)
     assert report["input_shapes"] == [[2, 3, 16, 16]]
     methods = {candidate["method"] for candidate in report["layers"]["3"]["candidates"]}
-    assert methods == {"direct", "depthwise", "dense", "lowered"}
+    assert methods == {"direct", "depthwise", "linear", "dense", "lowered"}
     text = succeed("plan", saved, "--candidates").stdout
     assert "chosen" in text and "memory_format channels_last" in text
 

@@ -196,7 +196,11 @@ def test_the_dense_method_can_always_be_chosen() -> None:
 @pytest.mark.parametrize(
     ("names", "error", "says"),
     [
-        (["direct", "cudnn"], ValueError, "no method 'cudnn' on cpu; there are direct, depthwise, dense, lowered"),
+        (
+            ["direct", "cudnn"],
+            ValueError,
+            "no method 'cudnn' on cpu; there are direct, depthwise, linear, dense, lowered",
+        ),
         ("direct", TypeError, r"methods is a list of names, got 'direct'; write \['direct'\]"),
     ],
 )

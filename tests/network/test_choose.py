@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 import escort
 from escort.layers import SparseConv2d
-from escort.network.choose import race
+from escort.network.check import settle_favor
+from escort.network.choose import race, run_by
+from escort.network.plan import NetworkPlan
 from escort.network.values import largest_error, output_error
 from escort.planner import timing
 from escort.planner.timing import Timing
+from escort.runtime import Batching, Favor
 from tests.network.models import Small, pruned
 
 
@@ -64,28 +67,94 @@ class Outputs(nn.Module):
 def test_an_output_may_hold_what_is_no_tensor(output: Callable[[Tensor], Any]) -> None:
     model, x = pruned(Outputs(output)), torch.randn(4, 3, 9, 9)
     fast = escort.convert(model, x)
-    for samples in (1, 2, None):
-        fast.plan = replace(fast.plan, samples=samples)
-        with torch.no_grad():
-            ours, theirs = tree_leaves(fast(x)), tree_leaves(model(x))
-        assert [type(leaf) for leaf in ours] == [type(leaf) for leaf in theirs]
-        assert torch.allclose(ours[0], theirs[0], atol=1e-5)
+    with torch.no_grad():
+        ours, theirs = tree_leaves(fast(x)), tree_leaves(model(x))
+    assert [type(leaf) for leaf in ours] == [type(leaf) for leaf in theirs]
+    assert torch.allclose(ours[0], theirs[0], atol=1e-5)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def batchings_raced(monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Tensor, best: int, **options: Any) -> Any:
+    """The converted model, and the batchings that were tried for it, of which that number won."""
+    seen: list[Batching] = []
+
+    def race(runs: Any, **_: Any) -> list[float]:
+        for run in runs[1:] if runs[0].func is not run_by else runs:
+            run()
+            seen.append(run.args[2])
+        return [9.0, *(1.0 if i == best else 2.0 for i in range(len(seen)))][-len(runs) :]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("escort.network.choose.race", lambda runs, device: (race(runs), "calls"))
+        return escort.convert(model, x, methods=["direct"], **options), seen
+
+
+LATENCY = [Batching(), *(Batching(samples) for samples in (1, 2, 4))]
+
+
+@pytest.mark.usefixtures("direct_wins")
+@pytest.mark.parametrize(
+    ("threads", "batch", "favor", "tried"),
+    [
+        (2, 1, None, LATENCY[:1]),
+        (1, 5, None, LATENCY),
+        (2, 4, None, [*LATENCY[:3], Batching(1, "throughput"), Batching(2, "throughput")]),
+        (3, 5, None, [*LATENCY, Batching(1, "throughput")]),
+        (2, 5, "latency", LATENCY),
+        (2, 5, "throughput", [Batching(1, "throughput"), Batching(2, "throughput")]),
+        (2, 1, "throughput", [Batching(1, "throughput")]),
+    ],
+    indirect=["threads"],
+)
+def test_batchings_race(
+    monkeypatch: pytest.MonkeyPatch, threads: int, batch: int, favor: Favor | None, tried: list[Batching]
+) -> None:
+    model, x = pruned(Small()), torch.randn(batch, 3, 12, 12)
+    for best in range(len(tried)):
+        fast, seen = batchings_raced(monkeypatch, model, x, best, favor=favor)
+        assert seen == tried and fast.plan.batching == fast.network.native.batching == tried[best]
+        assert fast.plan.is_favor_asked == (favor is not None)
+        assert NetworkPlan.from_json(fast.plan.to_json()) == fast.plan
+    with torch.no_grad():
+        for samples in (1, 2, 7):
+            x = torch.randn(samples, 3, 12, 12)
+            assert torch.allclose(fast(x), model(x), atol=1e-5)
+
+
+@pytest.mark.usefixtures("direct_wins")
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_what_was_asked_for_outlasts_a_new_plan(monkeypatch: pytest.MonkeyPatch, threads: int, tmp_path: Path) -> None:
+    fast, _ = batchings_raced(monkeypatch, pruned(Small()), torch.randn(4, 3, 12, 12), 1, favor="throughput")
+    assert fast.plan.batching == Batching(2, "throughput") and "2 samples at a time" in str(fast.plan)
+    escort.save(fast, tmp_path / "fast.escort")
+    again = escort.load(tmp_path / "fast.escort", remeasure=False)
+    assert again.network.native.batching == again.plan.batching == Batching(2, "throughput")
+    assert escort.replan(again).plan.favor == "throughput"
 
 
 @pytest.mark.usefixtures("always_faster")
-@pytest.mark.parametrize(
-    "output",
-    [
-        lambda y: torch.add(y.mean((1, 2, 3)), y.mean((2, 3)).mean(1, keepdim=True)),  # (N,) and (N, 1)
-        lambda y: y + y.mean((2, 3)),  # (N, 8, H, W) and (N, 8), which fit where H is N and W is 8
-    ],
-)
-def test_samples_that_broadcasting_mixes_run_together(output: Callable[[Tensor], Tensor]) -> None:
+def test_samples_that_are_not_apart_run_together() -> None:
+    def output(y: Tensor) -> Tensor:
+        return torch.add(y.mean((1, 2, 3)), y.mean((2, 3)).mean(1, keepdim=True))  # (N,) and (N, 1)
+
     model, x = pruned(Outputs(output)), torch.randn(8, 3, 8, 8)
-    fast = escort.convert(model, x)
-    assert fast.plan.samples is None and escort.replan(fast).plan.samples is None
+    fast = escort.convert(model, x, favor="throughput")
     with torch.no_grad():
         assert torch.allclose(fast(x), model(x), atol=1e-5)
+
+
+def test_favor_is_checked() -> None:
+    with pytest.raises(ValueError, match="favor is one of"):
+        settle_favor("speed", torch.device("cpu"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="leave it out for a model on cuda:0"):
+        settle_favor("latency", torch.device("cuda:0"))
 
 
 class Masked(nn.Module):

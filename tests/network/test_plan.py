@@ -107,12 +107,12 @@ def test_a_rival_has_a_line_of_its_own_or_a_reason() -> None:
 
 def test_it_says_which_steps_run_natively() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Softmax(1), nn.Conv2d(8, 4, 3), nn.Softmax(1)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.LogSoftmax(1), nn.Conv2d(8, 4, 3), nn.LogSoftmax(1)).eval()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "race", lambda runs, **_: [2.0] + [1.0] * (len(runs) - 1))
         fast, by_torch = (escort.convert(model, torch.randn(1, 3, 8, 8), methods=[m]) for m in ("direct", "dense"))
-    assert fast.plan.native_steps == 2 and fast.plan.not_native == {"2": "is a Softmax", "4": "is a Softmax"}
-    assert "2 of 4 steps run natively; not 2, 4 (is a Softmax)." in " ".join(str(fast.plan).split())
+    assert fast.plan.native_steps == 2 and fast.plan.not_native == {"2": "is a LogSoftmax", "4": "is a LogSoftmax"}
+    assert "2 of 4 steps run natively; not 2, 4 (is a LogSoftmax)." in " ".join(str(fast.plan).split())
     assert by_torch.plan.native_steps == 0 and by_torch.plan.not_native["0"] == "is run by method dense"
     assert "0 of 4 steps run natively; not 0, 3 (is run by method dense);" in " ".join(str(by_torch.plan).split())
     assert NetworkPlan.from_json(fast.plan.to_json()) == fast.plan

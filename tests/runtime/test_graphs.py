@@ -22,7 +22,7 @@ from escort.cuda.capture import turn
 from escort.filter import SparseFilter
 from escort.layers import SparseConv2d, runners
 from escort.methods import by_name
-from escort.network.batching import mixing
+from escort.network.mixing import mixing
 from escort.planner.machine import Machine
 from escort.planner.plan import Plan
 from escort.problem import Epilogue, Problem

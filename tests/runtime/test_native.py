@@ -127,8 +127,31 @@ OPERATIONS: dict[str, Callable[[Any, Tensor], Any]] = {
     "bilinear to a size": lambda m, x: F.interpolate(x, size=(4, 30), mode="bilinear"),
     "bilinear by corners": lambda m, x: F.interpolate(x, size=(17, 5), mode="bilinear", align_corners=True),
     "upsampling layers": lambda m, x: m.up(x) + m.up_nearest(x),
+    "bicubic": lambda m, x: F.interpolate(x, scale_factor=1.7, mode="bicubic"),
+    "bicubic to a size": lambda m, x: F.interpolate(x, size=(4, 30), mode="bicubic") + 1,
+    "bicubic by corners": lambda m, x: F.interpolate(x, size=(17, 5), mode="bicubic", align_corners=True),
+    "by area": lambda m, x: F.interpolate(x, size=(3, 4), mode="area"),
+    "exported upsampling": lambda m, x: (
+        torch.ops.aten.upsample_bilinear2d.vec(x, [14, 15], False, None)
+        + torch.ops.aten.upsample_bilinear2d.vec(x, None, True, [1.6, 1.4])
+        + torch.ops.aten.upsample_bicubic2d.default(x, [14, 15], False)
+        + torch.ops.aten.upsample_nearest2d.vec(x, None, [1.6, 1.4])
+        + torch.ops.aten.upsample_nearest2d.default(x, [14, 15], 1.6, 1.4)
+    ),
+    "softmax": lambda m, x: torch.softmax(x, 1) + F.softmax(x * 30, dim=-1) + x.softmax(2) + m.softmax(x),
+    "softmax of a matrix": lambda m, x: torch.softmax(m.head(x.flatten(1)), 1, dtype=torch.float32),
+    "prelu": lambda m, x: m.prelu(x) + m.prelus(x * 2) + m.prelu(x.flatten(1)).view_as(x) + F.prelu(x, m.offset),
+    "powers": lambda m, x: x**2 + x.pow(2) * -x - torch.neg(x),
+    "a mean of the last axes": lambda m, x: x.flatten(2).mean(-1) + x.mean(3).mean(2) * x.mean(dim=(-1, 1, 2))[:, None],
     "concatenation": lambda m, x: torch.cat([F.relu(x), x, x * 2], 1),
     "concatenation by a negative axis": lambda m, x: torch.cat((F.relu(x), x), dim=-3) + 1,
+    "concatenation along other axes": lambda m, x: [torch.cat([x, x * 2], axis) for axis in (0, 2, 3, -1)],
+    "concatenation of rows": lambda m, x: torch.cat([F.relu(x).flatten(2), x[:, :, 1:].flatten(2)], 2) * 2,
+    "concatenation of slices": lambda m, x: torch.cat([x[..., ::2, 1::2], F.relu(x)[..., 1:6, 1:6]], 1),
+    "growing concatenation": lambda m, x: (
+        lambda a, b, c: torch.cat([torch.cat([a, b], 1) + 1, torch.cat([a, b, c], 1), torch.cat([a, b, c, x], 1)], 1)
+    )(F.relu(x), x * 2, x + 1),
+    "stack": lambda m, x: torch.stack([x, x * 2], -1) + torch.stack((x + 1, x), dim=1).permute(0, 2, 3, 4, 1),
     "nested concatenation": lambda m, x: torch.cat([torch.cat([F.relu(x), x + 1], 1), F.relu(x * 2)], 1) * 2,
     "one part twice": lambda m, x: (lambda y: torch.cat([y, y], 1) + torch.cat([y, x], 1))(F.relu(x)),
     "chunks": lambda m, x: (lambda y: torch.cat([F.relu(y[1]), y[0]], 1))(torch.chunk(x + 1, 2, 1)),
@@ -139,12 +162,18 @@ OPERATIONS: dict[str, Callable[[Any, Tensor], Any]] = {
     "pad": lambda m, x: F.pad(x, (1, 2, 3, 0)) + 1,
     "pad by a number": lambda m, x: F.pad(x, (1, 1), value=-2.0) + F.pad(x, (0, 2, -1, 1), "constant", 3.0)[:, :, :1],
     "pad as a layer": lambda m, x: m.pad(x),
+    "pad along channels": lambda m, x: F.pad(F.relu(x), (0, 0, 0, 0, 0, 3)) + F.pad(x, (0, 0, 0, 0, 2, 1), value=1.5),
+    "pad and cut channels": lambda m, x: F.pad(F.relu(x), (1, 0, 0, 2, -2, 1)) * 2 + F.pad(x, (0, 1, 0, 2, -1, 0)),
+    "pad in front of pooling": lambda m, x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-float("inf")), 2),
     "pixel shuffle": lambda m, x: F.pixel_shuffle(torch.cat([x, x * 2], 1), 2) + m.pixels(torch.cat([x * 3, x], 1)),
     "batch norm": lambda m, x: F.relu(m.norm(x)) + m.plain_norm(x * 2),
     "batch norm by a function": lambda m, x: F.batch_norm(x, m.mean, m.var, None, m.offset, False, 0.1, 0.01),
     "linear": lambda m, x: m.head(x.flatten(1)) + m.head(torch.flatten(x, 1)) * 2,
     "linear by a function": lambda m, x: F.linear(F.relu(x), m.weight) + F.linear(x, m.weight, m.bias),
     "reshape": lambda m, x: F.relu(x.reshape(x.shape[0], -1)).view(-1, x.size(1), x.size(2) * x.size(3)) + 1,
+    "a transposed head": lambda m, x: (
+        F.relu(x).view(x.shape[0], 2, 3, -1).permute(0, 1, 3, 2).reshape(x.shape[0], -1, 3)
+    ),
     "a permuted reshape": lambda m, x: F.relu(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1) * 2,
     "permuted operands": lambda m, x: torch.cat([F.relu(x).permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)], 1).relu(),
     "a residual": lambda m, x: (lambda y: F.relu(y * 2 + y))(F.relu(x)),
@@ -167,6 +196,9 @@ def net_for(name: str, x: Tensor) -> nn.Module:
         "average": nn.AvgPool2d(3, 2, padding=1, count_include_pad=False),
         "up": nn.Upsample(scale_factor=3, mode="bilinear"),
         "up_nearest": nn.UpsamplingNearest2d(scale_factor=3),
+        "softmax": nn.Softmax(1),
+        "prelu": nn.PReLU(),
+        "prelus": nn.PReLU(6),
         "pad": nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), nn.ConstantPad2d(1, 0.5)),
         "norm": nn.BatchNorm2d(6),
         "plain_norm": nn.BatchNorm2d(6, affine=False, eps=0.1),
@@ -178,6 +210,7 @@ def net_for(name: str, x: Tensor) -> nn.Module:
         "weight": torch.randn(7, x.shape[-1]),
         "bias": torch.randn(7),
     }
+    owned["prelus"].weight.data.normal_()
     for norm in (owned["norm"], owned["plain_norm"]):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2.0)
@@ -248,6 +281,14 @@ def test_a_chain_of_small_steps_is_one_segment_with_little_memory() -> None:
     assert form["bytes"] == 2 * 4 * x.numel()  # one that is read and one that is written, in turn
 
 
+def grown(*parts: Tensor) -> Tensor:
+    """As in dense blocks: what is computed of all parts so far becomes another one."""
+    features = list(parts)
+    for _ in range(2):
+        features.append(F.relu(torch.cat(features, 1)[:, :6]))
+    return torch.cat(features, 1)
+
+
 def test_parts_are_written_where_they_are_joined() -> None:
     """Concatenation costs nothing where its parts are made for it alone, and a copy where they are not."""
     cases: dict[str, tuple[Callable[[Any, Tensor], Any], int]] = {
@@ -255,6 +296,8 @@ def test_parts_are_written_where_they_are_joined() -> None:
         "parts that are read again": (lambda m, x: (lambda y: torch.cat([y, x + 1], 1)[:, :6] * y)(x * 2), 3),
         "an input": (lambda m, x: torch.cat([x, x + 1], 1), 2),
         "nested": (lambda m, x: torch.cat([torch.cat([x * 2, x + 1], 1), x - 1], 1), 3),
+        "growing": (lambda m, x: grown(x * 2, x + 1, x - 1), 5),
+        "growing, and written to": (lambda m, x: (lambda a: (grown(a, x), a.mul_(2.0), grown(a, x))[2])(x * 2), 9),
         "one part twice": (lambda m, x: (lambda y: torch.cat([y, y], 1))(x * 2), 2),
         "a part that is returned": (lambda m, x: (lambda y: (y, torch.cat([y, x + 1], 1)))(x * 2), 3),
         "a part that is written to before": (lambda m, x: torch.cat([(x * 2).relu_(), x + 1], 1), 3),
@@ -316,16 +359,30 @@ def test_results_are_the_callers() -> None:
     assert torch.equal(program(SMALL), kept)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x * 2 + x.argmax(1, keepdim=True) * 3,
+        lambda m, x: (x > 0) * x,
+        lambda m, x: x.maximum(x.sum((2, 3), dtype=torch.float64)[..., None, None].to(torch.int32)),
+    ],
+)
+def test_other_types_are_left_to_torch(function: Callable[[Any, Tensor], Any]) -> None:
+    program = program_of(Net(function))
+    check(program, Net(function), images(2))
+    assert any(reason.startswith("computes with torch.") for reason in steps_left(program).values())
+
+
 def test_unknown_steps_run_between_segments() -> None:
     def function(m: Any, x: Tensor) -> Any:
         y = F.relu(x) * 2
-        z = torch.softmax(y, 1) + y
+        z = torch.cumprod(y, 1) + y
         return z.view(z.size(0), -1) * 2, torch.cumsum(z, 1) * y
 
     model = Net(function)
     program = program_of(model)
     check(program, model, images(2), images(3), images(1, height=4))
-    assert set(steps_left(program).values()) == {"there is no native softmax", "there is no native cumsum"}
+    assert set(steps_left(program).values()) == {"there is no native cumprod", "there is no native cumsum"}
     assert {form["segments"] for form in program.native.stats()["forms"]} == {3}
 
 

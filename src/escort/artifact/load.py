@@ -317,8 +317,8 @@ def _transfer(plan: NetworkPlan, target: torch.device) -> NetworkPlan:
     for name, layer in plan.layers.items():
         layer = replace(layer, problem=replace(layer.problem.on(str(target)), precision=precision))
         layers[name] = replace(layer, method="", candidates=()) if moves else layer
-    samples = None if moves else plan.samples
     if moves and plan.methods:
         _log.warning("the choice among %s is among all methods of %s now", ", ".join(plan.methods), target)
     methods = () if moves else plan.methods
-    return replace(plan, layers=layers, device=str(target), precision=precision, samples=samples, methods=methods)
+    batching: dict[str, Any] = {"samples": None, "favor": "latency", "is_favor_asked": False} if moves else {}
+    return replace(plan, layers=layers, device=str(target), precision=precision, methods=methods, **batching)

@@ -22,12 +22,22 @@ class Op:
 
 class NativeProgram:
     def __init__(
-        self, instructions: Sequence[tuple[Op, int, Sequence[Place], Place]], buffers: int, arena_size: int
+        self,
+        instructions: Sequence[tuple[Op, int, Sequence[Place], Place]],
+        buffers: int,
+        arena_size: int,
+        samples: int = 1,
+        chunk: int = 1,
     ) -> None: ...
-    def run(self, buffers: Sequence[int], threads: int) -> None: ...
+    def run(self, buffers: Sequence[int], threads: int, take_chunks: bool = False) -> None: ...
 
 class Convolution(Op):
     def run(self, x: int, residual: int, y: int, samples: int, threads: int) -> None: ...
+
+class LinearConvolution(Convolution):
+    def __init__(
+        self, in_channels: int, out_channels: int, activation: int, tables: dict[str, NDArray[np.float32]]
+    ) -> None: ...
 
 class DepthwiseConvolution(Convolution):
     def __init__(self, isa: str, tables: dict[str, NDArray[Any]]) -> None: ...
@@ -78,6 +88,18 @@ class Resize(Op):
         rows: Sequence[tuple[int, int, float]],
         columns: Sequence[tuple[int, int, float]],
     ) -> None: ...
+
+class Bicubic(Op):
+    def __init__(
+        self,
+        channels: int,
+        input_size: Sequence[int],
+        rows: Sequence[tuple[Sequence[int], Sequence[float]]],
+        columns: Sequence[tuple[Sequence[int], Sequence[float]]],
+    ) -> None: ...
+
+class Softmax(Op):
+    def __init__(self, outer: int, size: int, inner: int) -> None: ...
 
 class Linear(Op):
     def __init__(self, in_features: int, out_features: int) -> None: ...

@@ -10,6 +10,7 @@ from escort.methods.base import Config, Method, Prepared, Runner
 from escort.methods.cpu.dense import Dense
 from escort.methods.cpu.depthwise import Depthwise
 from escort.methods.cpu.direct import Direct
+from escort.methods.cpu.linear import Linear
 from escort.methods.cpu.lowered import Lowered
 from escort.methods.cuda.cublas import Cublas
 from escort.methods.cuda.cudnn import Cudnn
@@ -22,6 +23,7 @@ from escort.problem import Activation, Precision
 METHODS: tuple[Method, ...] = (
     Direct(),
     Depthwise(),
+    Linear(),
     Dense(),
     Lowered(),
     DirectCuda(),

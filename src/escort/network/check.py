@@ -17,6 +17,7 @@ from escort.network.context import tf32_is_allowed
 from escort.network.example import Example
 from escort.network.progress import Progress
 from escort.problem import TORCH_DTYPE, Precision
+from escort.runtime import Favor
 
 #: How long conversion may compile kernels for the weights: by name, or in seconds.
 Effort = Literal["fast", "best"] | float
@@ -46,6 +47,7 @@ class Request:
         progress: where the conversion tells what it is at.
         remeasure: whether to measure all layers, whatever was measured before.
         widened: the type of the model's weights where float32 stands for it; None where it is that of the precision.
+        favor: what threads of a CPU do for; None for what is faster on the example.
     """
 
     device: torch.device
@@ -56,6 +58,7 @@ class Request:
     progress: Progress = field(default_factory=Progress)
     remeasure: bool = False
     widened: torch.dtype | None = None
+    favor: Favor | None = None
 
     @property
     def rounding(self) -> Precision:
@@ -123,6 +126,15 @@ def _check_filters_are_finite(model: nn.Module) -> None:
                     raise ValueError(
                         f"{where} holds NaN or infinity; mend it, as a pruned filter cannot skip what is not finite"
                     )
+
+
+def settle_favor(favor: Favor | None, device: torch.device) -> Favor | None:
+    """What threads shall do for. Raises ValueError for anything else, and on a GPU."""
+    if favor is not None and favor not in get_args(Favor):
+        raise ValueError(f"favor is one of {get_args(Favor)}, or None for what is faster, got {favor!r}")
+    if favor is not None and device.type != "cpu":
+        raise ValueError(f"favor says how threads of a CPU share a batch; leave it out for a model on {device}")
+    return favor
 
 
 def settle_precision(

@@ -8,10 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from escort.network import batching
 from escort.network.check import Request
 from escort.network.context import dense_in
 from escort.network.example import Example
@@ -19,11 +17,11 @@ from escort.network.model import ConvertedModel
 from escort.network.original import Original
 from escort.network.plan import NetworkPlan
 from escort.network.swap import Swapped
-from escort.network.values import largest_error, tensors_of
+from escort.network.values import largest_error
 from escort.planner import timing
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
-from escort.problem import Precision
+from escort.runtime import Batching, Favor, programs_in
 
 #: Largest relative error of a converted network's outputs: its precision's rounding, summed over the layers. The
 #: original that it is compared with rounds too, by as much, but never to TF32.
@@ -31,7 +29,7 @@ NETWORK_ERROR_BOUND: dict[str, float] = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-
 
 #: How many times the original's own error a converted network may have, beyond the bound.
 _AS_GOOD = 3.0
-_SAMPLES = (1, 2, 4)  # how many samples at a time are tried
+_SAMPLES = (1, 2, 4)  # how many samples are tried to go through a network together
 
 
 def choose(
@@ -51,7 +49,7 @@ def choose(
         RuntimeError: where the networks cannot be timed.
     """
     example = original.example
-    ways: list[tuple[Swapped, float, int | None]] = []  # with the error, and how many samples run at a time
+    ways: list[tuple[Swapped, float, Batching]] = []  # with the error
     runs: list[Callable[[], Any]] = [partial(example.run, dense)]
     wrong: dict[int, tuple[float, str]] = {}
     with dense_in(request.precision, request.device):
@@ -60,16 +58,17 @@ def choose(
             if reason is not None:
                 wrong[number] = error, reason
                 continue
-            whole = original.expected if request.widened is None else original.run_afresh(candidate.network)
-            samples = samples_to_try(candidate.network, example, whole, request.rounding)
-            runs += [partial(run_in_parts, candidate.network, example, count) for count in samples]
-            ways += [(candidate, error, count) for count in samples]
+            batchings = batchings_to_try(candidate.network, example, request.favor)
+            runs += [partial(run_by, candidate.network, example, batching) for batching in batchings]
+            ways += [(candidate, error, batching) for batching in batchings]
         request.progress.done("compared with the original")
         with torch.inference_mode():
             (dense_us, *times_us), timer = race(runs, request.device)
     converted_us = min(times_us, default=dense_us)
-    best, error, count = ways[times_us.index(converted_us)] if ways else (candidates[0], wrong[0][0], None)
+    best, error, batching = ways[times_us.index(converted_us)] if ways else (candidates[0], wrong[0][0], Batching())
     kept_dense = not ways or converted_us >= dense_us
+    if kept_dense:
+        batching = Batching()
     plan = NetworkPlan(
         layers=best.layers,
         skipped=best.skipped,
@@ -84,7 +83,9 @@ def choose(
         rel_error=error,
         kept_dense=kept_dense,
         machine=Machine.here(str(request.device)),
-        samples=None if kept_dense else count,
+        samples=batching.samples,
+        favor=batching.favor,
+        is_favor_asked=request.favor is not None and not kept_dense,
         precision=request.precision,
         device=str(request.device),
         timer=timer,
@@ -99,40 +100,34 @@ def choose(
     return ConvertedModel(network, plan, original.model)
 
 
-def samples_to_try(
-    network: nn.Module, example: Example, whole: list[Tensor], rounding: Precision = "fp32"
-) -> list[int | None]:
-    """How many samples of the batch may run at a time: all, and on the CPU, where samples do not mix, a few.
+def batchings_to_try(network: nn.Module, example: Example, favor: Favor | None) -> list[Batching]:
+    """The ways in which the example's batch may go through a network.
 
-    Broadcasting may mix them where no operation does, so what runs in parts must give the whole batch's outputs.
+    Where samples do not depend on each other, a few may run at a time on a CPU, so that their activations stay in
+    cache, and with as many of them as threads each thread may take some of its own.
 
     Args:
-        whole: what the network makes of the whole batch.
-        rounding: what its outputs are rounded to.
+        favor: what threads shall do for; None for either.
     """
-    is_one = example.is_plain and len(example.tensors) == len(example.args) == 1
-    if example.device.type != "cpu" or not is_one or batching.mixing(network) is not None:
-        return [None]
-    counts = [count for count in _SAMPLES if count < len(example.args[0])]
-    return [None, *(count for count in counts if _gives(whole, network, example, count, rounding))]
+    if example.device.type != "cpu":
+        return [Batching()]
+    for program in programs_in(network):
+        program.native.batching = Batching(1)
+    example.run(network)
+    samples = max((form["chunks"] for each in programs_in(network) for form in each.native.stats()["forms"]), default=1)
+    threads = torch.get_num_threads()
+    sharing = [Batching(), *(Batching(count) for count in _SAMPLES if count < samples)]
+    taking = [Batching(count, "throughput") for count in _SAMPLES if 1 < threads <= samples // count]
+    if favor == "throughput":
+        return taking or [Batching(1, "throughput")]
+    return sharing + ([] if favor == "latency" else taking)
 
 
-def _gives(whole: list[Tensor], network: nn.Module, example: Example, count: int, rounding: Precision) -> bool:
-    try:
-        parts = run_in_parts(network, example, count)
-    except (RuntimeError, ValueError):
-        return False
-    if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(parts)):
-        return False  # a number may be that of the batch
-    return largest_error(tensors_of(parts), whole) <= NETWORK_ERROR_BOUND[rounding]
-
-
-def run_in_parts(network: nn.Module, example: Example, samples: int | None) -> Any:
-    """Runs a network on the example, so many samples at a time, or all of them at once."""
-    if not samples:
-        return example.run(network)
-    x = example.args[0]
-    return batching.run_in_parts(network, x.clone() if example.is_written else x, samples)
+def run_by(network: nn.Module, example: Example, batching: Batching) -> Any:
+    """Runs a network on the example by a batching, which it keeps."""
+    for program in programs_in(network):
+        program.native.batching = batching
+    return example.run(network)
 
 
 def race(runs: list[Callable[[], Any]], device: torch.device) -> tuple[list[float], Timer]:

@@ -22,11 +22,12 @@ from escort.network.check import (
     Skip,
     check_model,
     settle_effort,
+    settle_favor,
     settle_methods,
     settle_precision,
     settle_skip,
 )
-from escort.network.choose import choose, race, run_in_parts, samples_to_try
+from escort.network.choose import batchings_to_try, choose, race, run_by
 from escort.network.context import dense_in, on_device, running_out
 from escort.network.example import Example
 from escort.network.memory import keep_freed_memory
@@ -40,11 +41,10 @@ from escort.network.rivals import compare_with_compiled, compare_with_eager
 from escort.network.swap import Swapped, check_calls, find_layers, likely, plan_into, record_calls, swap
 from escort.network.tracing.state import State, own_draws
 from escort.network.tracing.trace import trace
-from escort.network.values import tensors_of
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer
 from escort.problem import Precision
-from escort.runtime import as_programs
+from escort.runtime import Favor, as_programs
 from escort.runtime.saved.description import unsavable
 
 _log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def convert(
     precision: Precision | None = None,
     effort: Effort = "fast",
     methods: Collection[str] | None = None,
+    favor: Favor | None = None,
     skip: Skip | None = None,
     progress: bool = False,
     remeasure: bool = False,
@@ -106,6 +107,9 @@ def convert(
             measured anew first.
         methods: the names of the methods to choose from, by default all that the device has. The dense one is always
             among them.
+        favor: how the threads of a CPU share a batch: all of them each layer, so that a sample takes little time
+            ("latency"), or each takes samples of its own through the network where there are as many as threads, so
+            that many take little together ("throughput"). By default what is faster on the example.
         skip: is called with the name and the module of each convolution, and true for those to leave alone.
         progress: show a progress bar on stderr.
         remeasure: measure every layer anew, whatever plans are kept, and replace those.
@@ -125,6 +129,7 @@ def convert(
         widened=widened,
         compile_budget_s=settle_effort(effort),
         methods=settle_methods(methods, example.device),
+        favor=settle_favor(favor, example.device),
         skip=settle_skip(skip),
         progress=reports,
         remeasure=remeasure,
@@ -268,7 +273,10 @@ def replan(
     tensors = (*model.network.parameters(), *model.network.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
     methods = _restriction(model.plan, device)
-    request = Request(device, model.plan.precision, settle_effort(effort), methods=methods, remeasure=remeasure)
+    favor = model.plan.favor if model.plan.is_favor_asked and device.type == "cpu" else None
+    request = Request(
+        device, model.plan.precision, settle_effort(effort), methods=methods, favor=favor, remeasure=remeasure
+    )
     with _turn, on_device(device), own_draws(), request.progress.bar(shown=progress):
         with running_out("the network"):
             network = copy.deepcopy(model.network)
@@ -279,21 +287,24 @@ def replan(
         request.progress.estimate.expect(1, len(sparse), whole=whole)
         layers |= plan_into(network, {name: _as_planned(module) for name, module in sparse.items()}, request)
         machine = Machine.here(str(device))
-        plan = replace(model.plan, layers=layers, machine=machine, samples=None, device=str(device), rivals={})
+        plan = replace(model.plan, layers=layers, machine=machine, device=str(device), rivals={})
+        if device.type != "cpu":
+            plan = replace(plan, samples=None, favor="latency", is_favor_asked=False)
         example = model.plan.example(device) if whole else None
         if example is not None:
             request.progress.estimate.compare()
             state = State(network)
             with running_out("the network"), torch.inference_mode(), dense_in(request.precision, device):
-                samples = samples_to_try(network, example, tensors_of(example.run(network)))
-                times_us, timer = race([partial(run_in_parts, network, example, count) for count in samples], device)
+                batchings = batchings_to_try(network, example, request.favor)
+                times_us, timer = race([partial(run_by, network, example, each) for each in batchings], device)
             # The original is not here, so that its time on this machine is not known, unless it is what was kept.
             fastest = min(times_us)
             if plan.kept_dense:
                 plan = replace(plan, dense_time_us=fastest, timer=timer)
             else:
-                count = samples[times_us.index(fastest)]
-                plan = replace(plan, converted_time_us=fastest, dense_time_us=None, samples=count, timer=timer)
+                best = batchings[times_us.index(fastest)]
+                plan = replace(plan, converted_time_us=fastest, dense_time_us=None, timer=timer)
+                plan = replace(plan, samples=best.samples, favor=best.favor)
             state.restore(network)
             request.progress.done("timed as a whole")
     return model.with_network(network, replace(plan, call_time_us=None))

@@ -15,13 +15,13 @@ from torch import nn
 
 from escort.layers import SparseConv2d
 from escort.layers.observed import is_observed
-from escort.network import batching
+from escort.network import mixing
 from escort.network.example import Example, is_shape
 from escort.network.memory import keep_freed_memory
 from escort.network.plan import NetworkPlan
 from escort.network.tracing.state import unchanged
 from escort.network.values import tensors_of
-from escort.runtime import Graphs, Program, how_calls_run, not_capturable
+from escort.runtime import Graphs, Program, how_calls_run, not_capturable, programs_in
 from escort.runtime.saved.builders import is_own
 from escort.runtime.stand_in import plain_attributes
 
@@ -47,7 +47,7 @@ class ConvertedModel(nn.Module):
         if plan.device == "cpu":
             keep_freed_memory()
         self.network = network.requires_grad_(False)
-        self._plan_graphs(plan, Graphs(batching.mixing))
+        self._plan_graphs(plan, Graphs(mixing.mixing))
         self._missing: frozenset[str] = frozenset()
         if original is not None:
             signature = inspect.signature(original.forward)
@@ -61,6 +61,8 @@ class ConvertedModel(nn.Module):
 
     def _plan_graphs(self, plan: NetworkPlan, graphs: Graphs) -> None:
         """Takes a plan, and says in it how calls run: whether they replay graphs, which are made as these are."""
+        for program in programs_in(self.network):
+            program.native.batching = plan.batching
         is_on_gpu = not plan.device.startswith("cpu")
         self.plan = replace(plan, **how_calls_run(self.network, is_on_gpu=is_on_gpu))
         self.graphs = copy.copy(graphs)
@@ -78,9 +80,6 @@ class ConvertedModel(nn.Module):
                 "a converted model has no gradient, and its input needs one: detach the input, or call the model under "
                 "torch.no_grad()"
             )
-        samples = None if named or len(inputs) != 1 or torch.compiler.is_compiling() else self.plan.samples
-        if samples and len(inputs[0]) > samples:
-            return batching.run_in_parts(self.network, inputs[0], samples)
         return self.network(*inputs, **named)
 
     def counters(self) -> dict[str, dict[str, int]]:

@@ -17,11 +17,14 @@ from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision, Problem
 from escort.report import Table
+from escort.runtime import Batching, Favor
 
 _NAMES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES}
 #: Fields of a plan that are JSON values as they are, and that it holds where they say anything.
-_PLAIN = "not_tried packed_inputs refused rivals not_saved not_captured native_steps not_native widened".split()
+_PLAIN = (
+    "not_tried packed_inputs refused rivals not_saved not_captured native_steps not_native widened is_favor_asked"
+).split()
 _COLUMNS = ("Layer", "Convolution", "Method", "µs", "Dense µs", "Speedup", "Others µs")
 _MOST_NAMES = 4  # of steps that are listed for a reason
 #: What is said of times that were not taken of the layer itself.
@@ -50,7 +53,10 @@ class NetworkPlan:
         rel_error: ``||out - ref|| / ||ref||`` of the converted network against the original.
         kept_dense: whether the original network was kept because converting it did not pay.
         machine: what it was measured on.
-        samples: how many samples of a larger batch run at a time; None for all (see :mod:`escort.network.batching`).
+        samples: how many samples of a larger batch go through native steps together; None for all.
+        favor: whether threads share each layer ("latency"), or each takes samples of its own where a batch has enough
+            for all of them ("throughput").
+        is_favor_asked: whether that was asked for; else it is what was faster on the example.
         precision: what the convolutions compute in.
         device: what they were planned on, as torch writes it.
         timer: how both times were taken (see :mod:`escort.planner.timing`).
@@ -74,6 +80,8 @@ class NetworkPlan:
     kept_dense: bool
     machine: Machine
     samples: int | None = None
+    favor: Favor = "latency"
+    is_favor_asked: bool = False
     precision: Precision = "fp32"
     device: str = "cpu"
     input_dtypes: tuple[str, ...] = ()
@@ -104,6 +112,11 @@ class NetworkPlan:
         if self.kept_dense:
             return 1.0
         return None if self.dense_time_us is None else self.dense_time_us / self.converted_time_us
+
+    @property
+    def batching(self) -> Batching:
+        """How a batch goes through native steps."""
+        return Batching(self.samples, self.favor)
 
     @property
     def memory_format(self) -> MemoryFormat:
@@ -142,7 +155,7 @@ class NetworkPlan:
         return Example(tuple(tensors[:positional]), dict(zip(self.input_names, tensors[positional:], strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; the last twelve where they say anything."""
+        """The fields as JSON values; the last fourteen where they say anything."""
         data: dict[str, Any] = {
             "layers": {name: plan.to_json() for name, plan in self.layers.items()},
             "skipped": self.skipped,
@@ -160,6 +173,7 @@ class NetworkPlan:
         }
         sometimes = {
             **{"input_names": list(self.input_names), "methods": list(self.methods)},
+            "favor": self.favor if self.favor != "latency" else None,
             **{name: getattr(self, name) for name in (*_PLAIN, "call_time_us")},
         }
         return data | {name: value for name, value in sometimes.items() if value}
@@ -178,6 +192,8 @@ class NetworkPlan:
                 kept_dense=bool(data["kept_dense"]),
                 machine=Machine.from_json(data["machine"]),
                 samples=None if data.get("samples") is None else max(int(data["samples"]), 1),
+                favor=data.get("favor", "latency"),
+                is_favor_asked=bool(data.get("is_favor_asked", False)),
                 precision=data.get("precision", "fp32"),
                 device=str(data.get("device", "cpu")),
                 input_dtypes=tuple(str(name) for name in data.get("input_dtypes", ())),
@@ -208,6 +224,7 @@ class NetworkPlan:
             not re.fullmatch(r"cpu|cuda:\d{1,3}", self.device)
             or self.precision not in get_args(Precision)
             or self.timer not in get_args(Timer)
+            or self.favor not in get_args(Favor)
             or len(self.input_dtypes) not in (0, len(self.input_shapes))
             or not all(name in _DTYPES for name in self.input_dtypes)
             or len(set(self.input_names)) != len(self.input_names)
@@ -286,7 +303,7 @@ def _caption(plan: NetworkPlan) -> str:
             caption += f" The times of {count} of {len(plan.layers)} layers are from {phrase}."
     if scattered := sum(not layer.is_steady for layer in plan.layers.values()):
         caption += f" The times of {scattered} of {len(plan.layers)} layers were disturbed by other processes."
-    caption += _steps(plan.native_steps, plan.not_native)
+    caption += _steps(plan.native_steps, plan.not_native) + _batching(plan.batching)
     caption += f" Calls replay no CUDA graph: {plan.not_captured}." if plan.not_captured else ""
     return caption + (f" It cannot be saved: {plan.not_saved}." if plan.not_saved else "")
 
@@ -303,6 +320,16 @@ def _steps(native: int, others: Mapping[str, str]) -> str:
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         parts.append(f"{', '.join(names[:_MOST_NAMES])}{more} ({reason})")
     return f" {native} of {native + len(others)} steps run natively; not {'; '.join(parts)}."
+
+
+def _batching(batching: Batching) -> str:
+    """How a batch runs, where that is not all at once."""
+    if batching.samples is None:
+        return ""
+    at_a_time = f" Of a batch, {batching.samples} sample{'' if batching.samples == 1 else 's'}"
+    if batching.favor == "throughput":
+        return f"{at_a_time} at a time go through native steps on each thread."
+    return f"{at_a_time} at a time go through native steps, on all threads."
 
 
 def _us(time_us: float | None) -> str:

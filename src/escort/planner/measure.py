@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -29,6 +30,9 @@ _SCATTER = 2.0
 #: The share of a CPU's time that others may take while a layer is measured. Where threads wait for cores that others
 #: have, each call of a method may take a slice of the scheduler longer, as steadily as if that were its time.
 _BUSY = cores.BUSY
+#: Microseconds that a network on a CPU takes longer for a layer that no native program calls, besides the layer's own
+#: time: Python calls it, and hands over to the native steps behind it (docs/notes/cpu.md).
+_HAND_OVER_US = 10.0
 #: So many microseconds of a first run on a GPU may be waiting for the host, which the replay of a graph does not do.
 _HOST_US = 60.0
 #: Bytes of a GPU's memory that the candidates of layers to come may take.
@@ -86,7 +90,7 @@ def _prepared(layer: Layer, method: Method, config: Config) -> Prepared:
 
 
 def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Planned:
-    """The plan of a layer: every candidate with its time or a reason, and the fastest one that is right.
+    """The plan of a layer: every candidate with its time or a reason, and the right one that a network runs fastest.
 
     Args:
         budget_s: seconds after which timing stops, once there were a few rounds per candidate.
@@ -116,10 +120,10 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
     if not timed:
         reasons = "; ".join(f"{c.method}: {c.reason}" for c in settled)
         raise ValueError(f"no method can run {problem}, leave it out with skip: {reasons}")
-    best = min(timed, key=lambda candidate: candidate.time_us or 0.0)
+    best = _best(timed, runnable)
     assert best.config is not None
     choice = best.method, best.config
-    prepared = next(run.prepared for run in runnable if (run.candidate.method, run.candidate.config) == choice)
+    prepared = next(run.prepared for run in runnable if run.choice == choice)
     is_busy = problem.device_type == "cpu" and watch.others_share() > _BUSY
     is_steady = not is_busy and not any(
         median(seconds) > _SCATTER * min(seconds)
@@ -172,6 +176,10 @@ class _FirstRun:
     candidate: Candidate
     prepared: Prepared
     time_us: float
+
+    @property
+    def choice(self) -> tuple[str, dict[str, Any] | None]:
+        return self.candidate.method, self.candidate.config
 
 
 class _Trial:
@@ -259,10 +267,21 @@ def _with_notes(candidate: Candidate, prepared: Prepared) -> Candidate:
     return replace(candidate, remainder_share=prepared.notes.get("remainder_share"))
 
 
+def _best(timed: Sequence[Candidate], runnable: Sequence[_FirstRun]) -> Candidate:
+    """The candidate with which a network takes least: one that a native program calls spares it the hand-over."""
+    native = [first.choice for first in runnable if first.prepared.op is not None]
+
+    def in_a_network_us(candidate: Candidate) -> float:
+        is_native = (candidate.method, candidate.config) in native
+        return (candidate.time_us or 0.0) + (0.0 if is_native else _HAND_OVER_US)
+
+    return min(timed, key=in_a_network_us)
+
+
 def _limit_us(problem: Problem, runnable: Sequence[_FirstRun]) -> float:
     """The rough time beyond which a candidate is hopeless."""
     best_us = min((first.time_us for first in runnable), default=0.0)
-    return max(_HOPELESS * best_us, best_us + (_HOST_US if problem.device_type == "cuda" else 0.0))
+    return max(_HOPELESS * best_us, best_us + (_HOST_US if problem.device_type == "cuda" else _HAND_OVER_US))
 
 
 def _race(

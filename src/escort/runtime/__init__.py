@@ -2,6 +2,17 @@
 
 from escort.runtime.capture import how_calls_run, not_capturable
 from escort.runtime.graphs import Graphs
-from escort.runtime.program import Program, as_programs, with_plain
+from escort.runtime.native.batching import Batching, Favor
+from escort.runtime.program import Program, as_programs, programs_in, with_plain
 
-__all__ = ["Graphs", "Program", "as_programs", "how_calls_run", "not_capturable", "with_plain"]
+__all__ = [
+    "Batching",
+    "Favor",
+    "Graphs",
+    "Program",
+    "as_programs",
+    "how_calls_run",
+    "not_capturable",
+    "programs_in",
+    "with_plain",
+]

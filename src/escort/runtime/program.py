@@ -191,6 +191,11 @@ def as_programs(network: nn.Module) -> nn.Module:
     return network
 
 
+def programs_in(network: nn.Module) -> list[Program]:
+    """A network where it is a program, and the programs in it."""
+    return [module for module in network.modules() if isinstance(module, Program)]
+
+
 def native_steps(network: nn.Module) -> tuple[int, dict[str, str]]:
     """How many steps of a network's programs run natively on a CPU, whatever the sizes are; the others, and why."""
     count, others = 0, {}

@@ -73,9 +73,6 @@ class Convolution : public Op {
                             {reinterpret_cast<const float*>(residual), output_size}};
     run(inputs, {reinterpret_cast<float*>(y), output_size}, samples, threads);
   }
-
- protected:
-  int64_t sample_ns_ = 0;  // about what a sample takes one thread
 };
 
 // Owns the tables of one convolution.
@@ -116,12 +113,12 @@ class DirectConvolution : public Convolution {
     // About two vectors of multiply-adds per nanosecond, and one that is written.
     int64_t vectors = 0;
     for (const Tile& tile : tiles_) vectors += tile.vectors;
-    sample_ns_ = vectors * static_cast<int64_t>(nonzeros_.size() / 2 + out_channels_.size());
+    sample_ns = vectors * static_cast<int64_t>(nonzeros_.size() / 2 + out_channels_.size());
   }
 
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
     const int64_t tasks = samples * direct_.tile_count * direct_.job_count;
-    threads = threads_for(samples * sample_ns_, static_cast<int>(std::min<int64_t>(threads, tasks)));
+    threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, tasks)));
     float* memory = scratch(direct_.scratch_size * (threads > 1 ? threads : 1));
     Direct direct = direct_;
     direct.fetch_ahead = samples * direct.x_sample_stride > kFarFloats;
@@ -175,12 +172,12 @@ class DepthwiseConvolution : public Convolution {
                   slope_.data(),
                   static_cast<int32_t>(phases_.size()),
                   (int64_t(p.channels) + p.planes - 1) / p.planes};
-    sample_ns_ = output_size * static_cast<int64_t>(taps + 9) / 100;  // about, of one thread
+    sample_ns = output_size * static_cast<int64_t>(taps + 9) / 100;  // about, of one thread
   }
 
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
     const int64_t bands = samples * depthwise_.groups * depthwise_.bands;
-    threads = threads_for(samples * sample_ns_, static_cast<int>(std::min<int64_t>(threads, bands)));
+    threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, bands)));
     // A task clears its scratch once: one for a thread alone, else eight of each thread.
     const int64_t tasks = threads > 1 ? std::min<int64_t>(bands, 8 * threads) : std::min<int64_t>(bands, 1);
     const int64_t scratch_size = (int64_t(depthwise_.planes) * depthwise_.stage_size + isa_->lanes + 15) / 16 * 16;
@@ -200,6 +197,56 @@ class DepthwiseConvolution : public Convolution {
   Depthwise depthwise_;
 };
 
+// A convolution of one pixel by all weights: a matrix times a vector for each sample.
+class LinearConvolution : public Convolution {
+ public:
+  // tables: weights (in_channels, pitch) with zeros behind the output channels, bias and slope (pitch,); pitch is a
+  // multiple of 16.
+  LinearConvolution(int64_t in_channels, int64_t out_channels, int activation, const nb::dict& tables)
+      : in_(in_channels),
+        out_(out_channels),
+        pitch_((out_channels + 15) / 16 * 16),
+        activation_(static_cast<Activation>(activation)),
+        weights_(numbers<float>(tables, "weights")),
+        bias_(numbers<float>(tables, "bias")),
+        slope_(numbers<float>(tables, "slope")) {
+    if (in_ < 1 || out_ < 1 || weights_.size() != size_t(in_ * pitch_) || bias_.size() != size_t(pitch_) ||
+        slope_.size() != size_t(pitch_))
+      throw std::invalid_argument("weights, bias and slope are those of so many channels");
+    input_sizes = {in_, out_};
+    output_size = out_;
+    sample_ns = in_ * pitch_ / 32;  // about two vectors of multiply-adds in a nanosecond
+  }
+
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
+    constexpr int64_t kColumns = 64;  // of a task
+    const int64_t tasks = (out_ + kColumns - 1) / kColumns;
+    parallel(tasks, threads_for(samples * sample_ns, threads), [&](int64_t i, int) {
+      const int64_t begin = i * kColumns, columns = std::min(kColumns, out_ - begin);
+      lines().mix(inputs[0].data, inputs[0].stride, samples, weights_.data() + begin, pitch_, bias_.data() + begin,
+                  static_cast<int>(columns), in_, output.data + begin, output.stride);
+      for (int64_t s = 0; s < samples; s++) {
+        const float* residual = inputs[1].data ? inputs[1].data + s * inputs[1].stride + begin : nullptr;
+        finish(output.data + s * output.stride + begin, residual, slope_.data() + begin, columns);
+      }
+    });
+  }
+
+ private:
+  void finish(float* y, const float* residual, const float* slope, int64_t n) const {
+    if (residual) lines().combine(Combine::add, {}, y, 1, residual, 1, y, n);
+    if (activation_ == Activation::leaky_relu || activation_ == Activation::prelu) {
+      lines().combine(Combine::slope, {}, y, 1, slope, 1, y, n);
+    } else if (activation_ != Activation::none) {
+      lines().combine(Combine::first, {activation_, 0.0f}, y, 1, y, 1, y, n);
+    }
+  }
+
+  int64_t in_, out_, pitch_;
+  Activation activation_;
+  std::vector<float> weights_, bias_, slope_;
+};
+
 // Max pooling of planes of one size. Pairs are (rows, columns).
 class MaxPool2d : public Op {
  public:
@@ -209,7 +256,9 @@ class MaxPool2d : public Op {
       : Op({channels * input_size[0] * input_size[1]}, channels * output_size[0] * output_size[1]),
         channels_(channels),
         pool_{input_size[0], input_size[1], output_size[0], output_size[1], window[0][0], window[0][1],
-              window[1][0],  window[1][1],  window[3][0],   window[3][1],   window[2][0], window[2][1]} {}
+              window[1][0],  window[1][1],  window[3][0],   window[3][1],   window[2][0], window[2][1]} {
+    sample_ns = channels * pool_.height * pool_.width / 2;
+  }
 
   // x and y are addresses of contiguous float32 tensors of `samples` samples.
   void run(uintptr_t x, uintptr_t y, int64_t samples, int threads) const {
@@ -220,8 +269,7 @@ class MaxPool2d : public Op {
 
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override {
     const int64_t planes = samples * channels_;
-    const int64_t plane_ns = int64_t(pool_.height) * pool_.width / 2;  // about, of one thread
-    threads = threads_for(planes * plane_ns, static_cast<int>(std::min<int64_t>(threads, planes)));
+    threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, planes)));
     static const PoolPlane pool_plane = supported().front().pool;
     // A window that ceil_mode adds may reach beyond the right padding.
     const int64_t line_size =
@@ -314,6 +362,9 @@ NB_MODULE(_cpu, m) {
       .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a);
   nb::class_<DepthwiseConvolution, Convolution>(m, "DepthwiseConvolution")
       .def(nb::init<const std::string&, const nb::dict&>(), "isa"_a, "tables"_a);
+  nb::class_<LinearConvolution, Convolution>(m, "LinearConvolution")
+      .def(nb::init<int64_t, int64_t, int, const nb::dict&>(), "in_channels"_a, "out_channels"_a, "activation"_a,
+           "tables"_a);
   using Pair = MaxPool2d::Pair;
   nb::class_<MaxPool2d, Op>(m, "MaxPool2d", "window: kernel_size, stride, padding and dilation.")
       .def(nb::init<int64_t, Pair, Pair, const std::array<Pair, 4>&>(), "channels"_a, "input_size"_a, "output_size"_a,

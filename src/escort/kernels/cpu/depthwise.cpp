@@ -51,9 +51,7 @@ struct Block {
   Of<float> y;               // from its first row
   int64_t left;              // floats of the band from there on
   int rows;
-  Epilogue epilogue;
-  float low, high;       // what the sums are bounded by in registers
-  bool is_only_bounded;  // and nothing else happens to them
+  float low, high;  // what the sums are bounded by
 };
 
 // Taps that are known when this is compiled: an input vector is loaded once for all rows that read it.
@@ -108,26 +106,22 @@ inline void write(const Block& block, int64_t place, int rest, Vector v) {
   for (int p = 0; p < P; p++) copy(y + p * block.y.apart, part + p * kShare, rest);
 }
 
-// Finishes a vector of each row of a block, and writes it. It is compiled once for all sizes of blocks.
+// Adds the residual to a vector of each row of a block, and writes it. It is compiled once for all sizes of blocks.
 template <int P>
-__attribute__((noinline)) void finish_block(const Depthwise& d, const Block& block, int column, float* sums) {
+__attribute__((noinline)) void finish_block(const Depthwise& d, const Block& block, int column, const float* sums) {
   constexpr int kShare = kLanes / P;
   const int rest = d.out_width - column;
-  if (block.residual.first) {
-    int64_t place = column;
-    for (int o = 0; o < block.rows; o++, place += d.out_width) {
-      const float* residual = block.residual.first + place;
-      alignas(64) float part[2 * kLanes] = {};
-      const bool is_whole = place + kShare <= block.left;
-      if (!is_whole)
-        for (int p = 0; p < P; p++) copy(part + p * kShare, residual + p * block.residual.apart, rest);
-      const Vector more = is_whole ? Lanes<P>::gather(residual, block.residual.apart) : load(part);
-      store(sums + o * kLanes, load(sums + o * kLanes) + more);
-    }
+  const Vector low = block.low - Vector{}, high = block.high - Vector{};
+  int64_t place = column;
+  for (int o = 0; o < block.rows; o++, place += d.out_width) {
+    const float* residual = block.residual.first + place;
+    alignas(64) float part[2 * kLanes] = {};
+    const bool is_whole = place + kShare <= block.left;
+    if (!is_whole)
+      for (int p = 0; p < P; p++) copy(part + p * kShare, residual + p * block.residual.apart, rest);
+    const Vector more = is_whole ? Lanes<P>::gather(residual, block.residual.apart) : load(part);
+    write<P>(block, place, rest, at_most(high, at_least(low, load(sums + o * kLanes) + more)));
   }
-  activate(sums, int64_t(block.rows) * kLanes, block.epilogue);
-  for (int o = 0; o < block.rows; o++)
-    write<P>(block, int64_t(o) * d.out_width + column, rest, load(sums + o * kLanes));
 }
 
 // Computes a block of R rows. The last vector of a row overlaps the one before it. Where a row is shorter than a
@@ -142,12 +136,11 @@ void compute(const Depthwise& d, const Block& block) {
 #pragma GCC unroll 8
     for (int o = 0; o < R; o++) sum[o] = bias;
     Taps::template add<R, P>(d, block, column, sum);
-    if (block.is_only_bounded) {
+    if (!block.residual.first) {
       const Vector low = block.low - Vector{}, high = block.high - Vector{};
 #pragma GCC unroll 8
       for (int o = 0; o < R; o++) {
-        sum[o] = sum[o] < low ? low : sum[o];  // these let a NaN pass
-        sum[o] = sum[o] > high ? high : sum[o];
+        sum[o] = at_most(high, at_least(low, sum[o]));
         write<P>(block, int64_t(o) * d.out_width + column, d.out_width - column, sum[o]);
       }
     } else {
@@ -241,9 +234,12 @@ void run_band(const Depthwise& d, const Compute* compute_rows, Block block, int 
       block.y = {y + place, k_apart * out_size};
       block.left = int64_t(rows - row) * d.out_width;
       block.rows = cut.begin(b + 1) - row;
-      block.epilogue = {d.activation, d.slope[k]};
       compute_rows[block.rows - 1](d, block);
     }
+    if (is_bound(d.activation)) continue;
+    for (int other = k; other <= k + k_apart; other += d.multiplier)  // what lies in the level-1 cache now
+      activate(y + other * out_size + int64_t(begin) * d.out_width, int64_t(rows) * d.out_width,
+               {d.activation, d.slope[other]});
   }
 }
 
@@ -251,9 +247,9 @@ template <int P>
 void run_bands(const Depthwise& d, const DepthwiseTensors& tensors, int64_t first, int64_t end, float* stage) {
   const Compute* compute_rows = computes<P>(d);
   Block block = {};
-  block.low = d.activation == Activation::none ? -__builtin_inff() : 0.0f;
+  const bool is_relu = d.activation == Activation::relu || d.activation == Activation::relu6;
+  block.low = is_relu ? 0.0f : -__builtin_inff();
   block.high = d.activation == Activation::relu6 ? 6.0f : __builtin_inff();
-  block.is_only_bounded = is_bound(d.activation) && !tensors.residual;
   const Cut cut(d.out_height, d.bands);
   int band = first % d.bands;
   int64_t group = first / d.bands % d.groups, sample = first / d.bands / d.groups;

@@ -13,10 +13,10 @@ namespace {
 // in a page of its own, where no hardware prefetcher follows.
 constexpr int kChannelsAhead = 4;
 
-// What a run brings of a plane, whose values lie `stride` apart; Stride is 1, 2 or, for any other, 0.
+// What a vector of a run holds of a plane, from `from` on, whose values lie `stride` apart; Stride is 1, 2 or, for any
+// other, 0.
 template <int Stride>
-inline Vector staged(const Run& run, const float* plane, int stride) {
-  const float* from = plane + run.plane_position;
+ESCORT_INLINE Vector staged(const Run& run, const float* from, int stride) {
   if (Stride == 1) return load_lanes(from, run.lanes);
   // The second load starts one early and takes the odd lanes, so that nothing behind the last value is read.
   if (Stride == 2) return pick_evens(load_lanes(from, run.lanes), load_lanes(from + kLanes - 1, run.more_lanes));
@@ -35,10 +35,13 @@ void stage_block(const Direct& d, const Tile& tile, const Block& block, const fl
   x += block.first_channel * plane_stride + tile.x_start;
   for (int channel = block.first_channel; channel < block.end_channel; channel++) {
     for (const Run* run = runs; run != end; run++) {
-      Vector v = staged<Stride>(*run, x, stride);
-      float* to = stage + run->stage_position;
-      if (__builtin_expect(run->joins, 0)) v += load(to);
-      store(to, v);
+      const float* from = x + run->plane_position;
+      float *to = stage + run->stage_position, *const last = to + int64_t(run->count) * kLanes;
+      const int64_t step = run->plane_step;
+      if (run->joins)
+        for (; to != last; to += kLanes, from += step) store(to, staged<Stride>(*run, from, stride) + load(to));
+      else
+        for (; to != last; to += kLanes, from += step) store(to, staged<Stride>(*run, from, stride));
     }
     x += plane_stride;
     stage += channel_stride;
@@ -49,17 +52,28 @@ void stage_block(const Direct& d, const Tile& tile, const Block& block, const fl
 // exponentials; those of several overlap.
 constexpr int kActivatedTogether = 16;
 void activate_channels(const Direct& d, const Tile& tile, float* y, int record, int end_record) {
+  if (d.y_plane_stride == 1 && d.activation != Activation::prelu) {  // vectors of output channels
+    float values[2 * kActivatedTogether];
+    const OutChannel* out = d.out_channels + record;
+    const int count = end_record - record;
+    for (int i = 0; i < count; i++) values[i] = y[out[i].channel];
+    activate(values, count, {d.activation, out->slope});
+    for (int i = 0; i < count; i++) y[out[i].channel] = values[i];
+    return;
+  }
   for (; record < end_record; record++) {
     const OutChannel& out = d.out_channels[record];
     float* plane = y + out.channel * d.y_plane_stride;
-    const Epilogue epilogue = {d.activation, out.slope};
-    if (tile.first_segment == tile.end_segment) activate(plane + tile.y_start, tile.length, epilogue);
-    for (int n = tile.first_segment; n < tile.end_segment; n++) {  // those that follow one another at once
-      const int begin = d.segments[n].plane_position;
-      int end = begin + d.segments[n].length;
-      for (; n + 1 < tile.end_segment && d.segments[n + 1].plane_position == end; n++) end += d.segments[n + 1].length;
-      activate(plane + begin, end - begin, epilogue);
-    }
+    with_function({d.activation, out.slope}, [&](const auto& function) {
+      if (tile.first_segment == tile.end_segment) activate_line(plane + tile.y_start, tile.length, function);
+      const Segment *s = d.segments + tile.first_segment, *const last = d.segments + tile.end_segment;
+      while (s != last) {  // those that follow one another at once
+        const int begin = s->plane_position;
+        int end = begin + s->length;
+        for (s++; s != last && s->plane_position == end; s++) end += s->length;
+        activate_line(plane + begin, end - begin, function);
+      }
+    });
   }
 }
 

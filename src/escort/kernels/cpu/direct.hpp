@@ -41,10 +41,12 @@ struct Job {  // a share of the output channels of one group: its blocks, in the
   int32_t first_block, end_block;
 };
 
-struct Run {                               // what a vector of the stage holds of a plane; its other lanes hold zeros
-  int32_t stage_position, plane_position;  // of lane 0
+// What vectors of the stage, one behind the other, hold of a plane; their other lanes hold zeros.
+struct Run {
+  int32_t stage_position, plane_position;  // of lane 0 of the first
+  int32_t count, plane_step;               // vectors, and how far apart they are in the plane
   int32_t lanes, more_lanes;  // a bit for each value to load from there; stride 2: and from kLanes - 1 further on
-  int32_t joins;              // whether the vector also holds what a run before it put there, in other lanes
+  int32_t joins;              // whether they also hold what a run before put there, in other lanes
 };
 
 struct Segment {  // a vector of a tile, or a part of one, that lies in one output row

@@ -19,8 +19,8 @@ constexpr int32_t kSign = INT32_MIN;
 struct Exponential {
   Vector scale, fraction;
 
-  explicit Exponential(Vector v) {
-    v = v < -88.0f ? Vector{} - 88.0f : v;
+  ESCORT_INLINE explicit Exponential(Vector v) {
+    v = at_least(Vector{} - 88.0f, v);
     // Adding 1.5 * 2^23 leaves no room for digits behind the point: the last bits are v / ln 2, rounded.
     const Vector rounded = v * 1.44269504f + 12582912.0f;
     const Vector n = rounded - 12582912.0f;
@@ -31,17 +31,26 @@ struct Exponential {
     fraction = r * r * tail + r;
   }
 
-  Vector value() const { return scale * fraction + scale; }
+  ESCORT_INLINE Vector value() const { return scale * fraction + scale; }
 };
 
-inline Vector minus_abs(Vector v) { return (Vector)((Integers)v | kSign); }
+ESCORT_INLINE Vector minus_abs(Vector v) { return (Vector)((Integers)v | kSign); }
 
-inline Vector sigmoid(Vector v) {
-  const Vector e = Exponential(minus_abs(v)).value();  // of the negative argument, which cannot overflow
-  return (v < 0.0f ? e : Vector{} + 1.0f) / (e + 1.0f);
+// 1 + e^-v, which a sigmoid is the inverse of: as in Exponential, but to 1.1e-7. Infinite below -89 or so.
+ESCORT_INLINE Vector sigmoid_divisor(Vector v) {
+  v = at_most(Vector{} + 87.0f, at_least(Vector{} - 89.0f, v));
+  const Vector rounded = v * -1.44269504f + 12582912.0f;
+  const Vector n = rounded - 12582912.0f;
+  const Vector scale = (Vector)(((Integers)rounded << 23) + (127 << 23));
+  const Vector r = n * 2.12194440e-4f - (n * 0.693359375f + v);
+  Vector e = ((8.31248256e-3f * r + 4.18905587e-2f) * r + 0.166671163f) * r + 0.499992287f;
+  e = (e * r + 1.0f) * r + 1.0f;
+  return scale * e + 1.0f;
 }
 
-inline Vector tanh(Vector v) {
+ESCORT_INLINE Vector sigmoid(Vector v) { return 1.0f / sigmoid_divisor(v); }
+
+ESCORT_INLINE Vector tanh(Vector v) {
   const Exponential e(2.0f * minus_abs(v));
   const Vector less = e.scale * e.fraction + (e.scale - 1.0f);  // e^-2|v| - 1, to its last digits
   const Vector size = less / (less + 2.0f);
@@ -50,7 +59,7 @@ inline Vector tanh(Vector v) {
 
 // The share of a standard normal distribution below v. Its tail is e^(-v^2 / 2) t p(t) with t = 1 / (1 + 0.3 |v|),
 // where p was found like the polynomial above, to 1.3e-7 of the result.
-inline Vector normal(Vector v) {
+ESCORT_INLINE Vector normal(Vector v) {
   const Vector t = 1.0f / (1.0f - 0.3f * minus_abs(v));
   Vector p = 0.0359317549f * t - 0.158276081f;
   p = p * t + 0.208206728f;
@@ -63,24 +72,15 @@ inline Vector normal(Vector v) {
   return v < 0.0f ? tail : 1.0f - tail;
 }
 
-inline Vector hardsigmoid(Vector v) {
-  v += 3.0f;
-  v = v < 0.0f ? Vector{} : v;
-  v = v > 6.0f ? Vector{} + 6.0f : v;
-  return v * (1.0f / 6.0f);
+ESCORT_INLINE Vector hardsigmoid(Vector v) {
+  return at_most(Vector{} + 6.0f, at_least(Vector{}, v + 3.0f)) * (1.0f / 6.0f);
 }
 
-// An activation of a vector or a float where that only bounds; others leave it as it is.
-template <class T>
-inline T bounded(T v, Activation bound) {
+// An activation where that only bounds; others leave a vector as it is.
+ESCORT_INLINE Vector bounded(Vector v, Activation bound) {
   if (bound != Activation::relu && bound != Activation::relu6) return v;
-  const T zero = T{};
-  v = v < zero ? zero : v;
-  if (bound == Activation::relu6) {
-    const T six = T{} + 6.0f;
-    v = v > six ? six : v;
-  }
-  return v;
+  v = at_least(Vector{}, v);
+  return bound == Activation::relu6 ? at_most(Vector{} + 6.0f, v) : v;
 }
 
 // Calls use(function) with the activation as a function from a vector to a vector.
@@ -101,11 +101,11 @@ inline void with_function(Epilogue epilogue, const Use& use) {
     case Activation::tanh:
       return use([](Vector v) { return tanh(v); });
     case Activation::silu:
-      return use([](Vector v) { return v * sigmoid(v); });
+      return use([](Vector v) { return v / sigmoid_divisor(v); });
     case Activation::gelu:
       return use([](Vector v) { return v * normal(v); });
     case Activation::gelu_tanh:  // v (1 + tanh u) / 2 = v sigmoid(2u)
-      return use([](Vector v) { return v * sigmoid(v * (1.59576912f + 0.0713548163f * (v * v))); });
+      return use([](Vector v) { return v / sigmoid_divisor(v * (1.59576912f + 0.0713548163f * (v * v))); });
     case Activation::hardsigmoid:
       return use([](Vector v) { return hardsigmoid(v); });
     case Activation::hardswish:
@@ -113,27 +113,24 @@ inline void with_function(Epilogue epilogue, const Use& use) {
   }
 }
 
+template <class Function>
+ESCORT_INLINE void activate_line(float* values, int64_t count, const Function& function) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(values + i, function(load(values + i)));
+  if (const int left = static_cast<int>(count - i))
+    store_lanes(values + i, function(load_lanes(values + i, (1 << left) - 1)), left);
+}
+
 // Activates `count` numbers in place. Constants are loaded once for all of them.
 __attribute__((noinline, unused)) void activate(float* values, int64_t count, Epilogue epilogue) {
-  with_function(epilogue, [&](const auto& function) {
-    if (count < kLanes) {
-      float few[kLanes] = {};
-      for (int64_t i = 0; i < count; i++) few[i] = values[i];
-      store(few, function(load(few)));
-      for (int64_t i = 0; i < count; i++) values[i] = few[i];
-      return;
-    }
-    const Vector last = load(values + count - kLanes);  // overlaps the vector before, and is loaded ahead of it
-    for (int64_t i = 0; i + kLanes <= count; i += kLanes) store(values + i, function(load(values + i)));
-    store(values + count - kLanes, function(last));
-  });
+  with_function(epilogue, [&](const auto& function) { activate_line(values, count, function); });
 }
 
 // The bounded sum of a vector and a residual, which may be null; of its first `count` lanes, which are written to y.
-inline Vector finish(Vector sum, const float* residual, Activation bound) {
+ESCORT_INLINE Vector finish(Vector sum, const float* residual, Activation bound) {
   return bounded(residual ? sum + load(residual) : sum, bound);
 }
-inline void finish_lanes(float* y, Vector sum, const float* residual, int count, Activation bound) {
+ESCORT_INLINE void finish_lanes(float* y, Vector sum, const float* residual, int count, Activation bound) {
   if (residual) sum += load_lanes(residual, (1 << count) - 1);
   store_lanes(y, bounded(sum, bound), count);
 }

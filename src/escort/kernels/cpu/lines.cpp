@@ -26,6 +26,8 @@ inline Vector combined(Vector a, Vector b) {
       return larger(a, b);
     case Combine::minimum:
       return smaller(a, b);
+    case Combine::slope:
+      return a < 0.0f ? a * b : a;
     default:
       return a;
   }
@@ -62,7 +64,7 @@ void combine(Combine how, Epilogue epilogue, const float* a, int a_step, const f
   static constexpr Line all[] = {combine_line<Combine::first>,    combine_line<Combine::add>,
                                  combine_line<Combine::subtract>, combine_line<Combine::multiply>,
                                  combine_line<Combine::divide>,   combine_line<Combine::maximum>,
-                                 combine_line<Combine::minimum>};
+                                 combine_line<Combine::minimum>,  combine_line<Combine::slope>};
   const bool bounds = is_bound(epilogue.activation);
   all[static_cast<int32_t>(how)](bounds ? epilogue.activation : Activation::none, a, a_step, b, b_step, y, n);
   if (!bounds) activate(y, n, epilogue);
@@ -90,6 +92,30 @@ float sum(const float* x, int64_t n) {
   for (; i + kLanes <= n; i += kLanes) sums[0] += load(x + i);
   sums[1] += load_some(x + i, static_cast<int>(n - i));
   return total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+float largest(const float* x, int64_t n) {
+  float lanes[kLanes], result = x[0];
+  int64_t i = 0;
+  if (n >= kLanes) {
+    Vector v = load(x);
+    for (i = kLanes; i + kLanes <= n; i += kLanes) v = larger(load(x + i), v);
+    store(lanes, v);
+    for (const float lane : lanes) result = lane > result || lane != lane ? lane : result;
+  }
+  for (; i < n; i++) result = x[i] > result || x[i] != x[i] ? x[i] : result;
+  return result;
+}
+
+void exponential(const float* x, const float* largest, int step, float* y, int64_t n) {
+  const Vector one = Vector{} + *largest;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    store(y + i, Exponential(load(x + i) - (step ? load(largest + i) : one)).value());
+  if (const int left = static_cast<int>(n - i)) {
+    const Vector most = step ? load_some(largest + i, left) : one;
+    store_some(y + i, Exponential(load_some(x + i, left) - most).value(), left);
+  }
 }
 
 void accumulate(const float* x, float* y, int64_t n, bool first) {
@@ -144,9 +170,40 @@ void products(const float* x, int64_t x_stride, int64_t samples, const float* we
     some_rows<1>(x, x_stride, samples, weight + r * n, bias ? bias + r : nullptr, n, y + r, y_stride);
 }
 
+// V vectors of columns, the last of which may be cut off, for S samples.
+template <int S, int V>
+inline void mix_block(const float* x, int64_t x_stride, const float* weight, int64_t pitch, const float* bias,
+                      int columns, int64_t n, float* y, int64_t y_stride) {
+  Vector sums[S][V];
+  for (int s = 0; s < S; s++)
+    for (int v = 0; v < V; v++) sums[s][v] = load(bias + v * kLanes);
+  for (int64_t i = 0; i < n; i++, weight += pitch) {
+    for (int v = 0; v < V; v++) {
+      const Vector w = load(weight + v * kLanes);
+      for (int s = 0; s < S; s++) sums[s][v] += x[s * x_stride + i] * w;
+    }
+  }
+  for (int s = 0; s < S; s++)
+    for (int v = 0; v < V; v++)
+      store_lanes(y + s * y_stride + v * kLanes, sums[s][v], min(columns - v * kLanes, kLanes));
+}
+
+void mix(const float* x, int64_t x_stride, int64_t samples, const float* weight, int64_t pitch, const float* bias,
+         int columns, int64_t n, float* y, int64_t y_stride) {
+  using Block = void (*)(const float*, int64_t, const float*, int64_t, const float*, int, int64_t, float*, int64_t);
+  static constexpr Block blocks[2][4] = {{mix_block<1, 1>, mix_block<1, 2>, mix_block<1, 3>, mix_block<1, 4>},
+                                         {mix_block<2, 1>, mix_block<2, 2>, mix_block<2, 3>, mix_block<2, 4>}};
+  for (int k = 0; k < columns; k += 4 * kLanes) {
+    const int left = min(columns - k, 4 * kLanes), v = (left + kLanes - 1) / kLanes - 1;
+    for (int64_t s = 0; s < samples; s += 2)
+      blocks[s + 2 <= samples][v](x + s * x_stride, x_stride, weight + k, pitch, bias + k, left, n,
+                                  y + s * y_stride + k, y_stride);
+  }
+}
+
 }  // namespace
 
 extern const Lines ESCORT_FOR_ISA(lines);
-const Lines ESCORT_FOR_ISA(lines) = {combine, scale, sum, accumulate, blend, products};
+const Lines ESCORT_FOR_ISA(lines) = {combine, scale, sum, largest, exponential, accumulate, blend, products, mix};
 
 }  // namespace escort

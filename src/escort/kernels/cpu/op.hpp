@@ -18,10 +18,12 @@ struct Output {
   int64_t stride;
 };
 
+constexpr int64_t kFloatsPerNs = 4;  // that one thread reads and writes, about
+
 class Op {
  public:
   Op(std::vector<int64_t> input_sizes, int64_t output_size)
-      : input_sizes(std::move(input_sizes)), output_size(output_size) {}
+      : input_sizes(std::move(input_sizes)), output_size(output_size), sample_ns(output_size / kFloatsPerNs) {}
   virtual ~Op() = default;
   Op(const Op&) = delete;
   Op& operator=(const Op&) = delete;
@@ -32,6 +34,7 @@ class Op {
 
   std::vector<int64_t> input_sizes;  // floats of a sample
   int64_t output_size;
+  int64_t sample_ns;  // about what a sample takes one thread: what writing it takes, unless the operation knows better
 };
 
 }  // namespace escort

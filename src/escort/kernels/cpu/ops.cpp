@@ -12,7 +12,8 @@ namespace escort {
 namespace {
 
 constexpr int64_t kTaskFloats = 1 << 13;  // about a microsecond of work
-constexpr int64_t kFloatsPerNs = 4;       // that one thread reads and writes, about
+constexpr int64_t kSoftmaxWork = 8;       // times as long as a copy, about
+constexpr int64_t kBandRows = 16;         // of a transposed copy: a line of cache
 
 int64_t product(const std::vector<int64_t>& sizes) {
   return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<int64_t>());
@@ -104,7 +105,18 @@ Copy::Copy(std::vector<int64_t> shape, std::vector<int64_t> strides)
 }
 
 void Copy::run(const Input* inputs, Output output, int64_t samples, int threads) const {
-  const int64_t step = strides_.back();
+  const int64_t step = strides_.back(), axes = static_cast<int64_t>(shape_.size());
+  if (step != 1 && axes > 1 && strides_[axes - 2] == 1) {
+    const int64_t height = shape_[axes - 2], planes = product(shape_) / (height * shape_.back());
+    const int64_t bands = (height + kBandRows - 1) / kBandRows;
+    for_planes(planes * bands, samples, kBandRows * shape_.back(), threads, [&](int64_t sample, int64_t i, int) {
+      const int64_t row = i / bands * height + i % bands * kBandRows;
+      transpose(inputs[0].data + sample * inputs[0].stride + row_offset(row, shape_, strides_),
+                output.data + sample * output.stride + row * shape_.back(),
+                std::min(kBandRows, height - i % bands * kBandRows));
+    });
+    return;
+  }
   for_rows(shape_, samples, threads, [&](int64_t sample, int64_t row, int64_t begin, int64_t end) {
     const float* x = inputs[0].data + sample * inputs[0].stride + row_offset(row, shape_, strides_);
     float* y = output.data + sample * output.stride + row * shape_.back();
@@ -114,6 +126,13 @@ void Copy::run(const Input* inputs, Output output, int64_t samples, int threads)
       for (int64_t i = begin; i < end; i++) y[i] = x[i * step];
     }
   });
+}
+
+// Rows of y that are neighbours in x: what is read of a line of cache is written before the next is read.
+void Copy::transpose(const float* x, float* y, int64_t rows) const {
+  const int64_t columns = shape_.back(), step = strides_.back();
+  for (int64_t column = 0; column < columns; column++)
+    for (int64_t row = 0; row < rows; row++) y[row * columns + column] = x[column * step + row];
 }
 
 Pad::Pad(int64_t channels, Plane input_size, std::array<int64_t, 4> borders, float value)
@@ -244,14 +263,77 @@ void Resize::plane(const float* x, float* y, float* line) const {
   }
 }
 
+Bicubic::Bicubic(int64_t channels, Plane input_size, std::vector<Cubic> rows, std::vector<Cubic> columns)
+    : OfPlanes(channels, input_size, {int64_t(rows.size()), int64_t(columns.size())}),
+      rows_(std::move(rows)),
+      columns_(std::move(columns)) {
+  const auto within = [](const std::vector<Cubic>& all, int64_t size) {
+    return std::all_of(all.begin(), all.end(), [&](const Cubic& each) {
+      return std::all_of(each.at.begin(), each.at.end(), [&](int32_t i) { return 0 <= i && i < size; });
+    });
+  };
+  if (!within(rows_, height_) || !within(columns_, width_)) throw std::invalid_argument("all lie within the plane");
+}
+
+void Bicubic::plane(const float* x, float* y, float* line) const {
+  const auto of_four = [](const Cubic& c, const auto& at) {
+    return at(c.at[0]) * c.weight[0] + at(c.at[1]) * c.weight[1] + at(c.at[2]) * c.weight[2] +
+           at(c.at[3]) * c.weight[3];
+  };
+  for (const Cubic& row : rows_) {
+    for (int64_t i = 0; i < width_; i++) line[i] = of_four(row, [&](int32_t r) { return x[r * width_ + i]; });
+    for (const Cubic& column : columns_) *y++ = of_four(column, [&](int32_t c) { return line[c]; });
+  }
+}
+
+Softmax::Softmax(int64_t outer, int64_t size, int64_t inner)
+    : Op({outer * size * inner}, outer * size * inner), outer_(outer), size_(size), inner_(inner) {
+  if (outer < 1 || size < 1 || inner < 1) throw std::invalid_argument("sizes are positive");
+  sample_ns = kSoftmaxWork * output_size / kFloatsPerNs;
+}
+
+void Softmax::run(const Input* inputs, Output output, int64_t samples, int threads) const {
+  constexpr int64_t kPiece = 512;  // columns at a time
+  const int64_t pieces = (inner_ + kPiece - 1) / kPiece;
+  float* memory = scratch(2 * kPiece * std::min(std::max(threads, 1), kMostThreads));
+  for_planes(outer_ * pieces, samples, kSoftmaxWork * size_ * std::min(inner_, kPiece), threads,
+             [&](int64_t sample, int64_t i, int thread) {
+               const int64_t begin = i % pieces * kPiece, offset = i / pieces * size_ * inner_ + begin;
+               const float* x = inputs[0].data + sample * inputs[0].stride + offset;
+               float* y = output.data + sample * output.stride + offset;
+               if (inner_ == 1) return row(x, y);
+               columns(x, y, std::min(kPiece, inner_ - begin), memory + thread * 2 * kPiece);
+             });
+}
+
+void Softmax::row(const float* x, float* y) const {
+  const float largest = lines().largest(x, size_);
+  lines().exponential(x, &largest, 0, y, size_);
+  const float sum = lines().sum(y, size_);
+  lines().combine(Combine::divide, {}, y, 1, &sum, 0, y, size_);
+}
+
+void Softmax::columns(const float* x, float* y, int64_t n, float* line) const {
+  float *largest = line, *sums = line + n;
+  std::copy(x, x + n, largest);
+  for (int64_t i = 1; i < size_; i++) lines().combine(Combine::maximum, {}, x + i * inner_, 1, largest, 1, largest, n);
+  for (int64_t i = 0; i < size_; i++) {
+    lines().exponential(x + i * inner_, largest, 1, y + i * inner_, n);
+    lines().accumulate(y + i * inner_, sums, n, i == 0);
+  }
+  for (int64_t i = 0; i < size_; i++)
+    lines().combine(Combine::divide, {}, y + i * inner_, 1, sums, 1, y + i * inner_, n);
+}
+
 Linear::Linear(int64_t in, int64_t out) : Op({in, in * out, out}, out), in_(in), out_(out) {
   if (in < 1 || out < 1) throw std::invalid_argument("sizes are positive");
+  sample_ns = in * out / kFloatsPerNs;
 }
 
 void Linear::run(const Input* inputs, Output output, int64_t samples, int threads) const {
   constexpr int64_t kRows = 16;  // of a task
   const int64_t tasks = (out_ + kRows - 1) / kRows;
-  parallel(tasks, threads_for(samples * out_ * in_ / kFloatsPerNs, threads), [&](int64_t i, int) {
+  parallel(tasks, threads_for(samples * sample_ns, threads), [&](int64_t i, int) {
     const int64_t row = i * kRows;
     lines().products(inputs[0].data, inputs[0].stride, samples, inputs[1].data + row * in_,
                      inputs[2].data ? inputs[2].data + row : nullptr, static_cast<int>(std::min(kRows, out_ - row)),

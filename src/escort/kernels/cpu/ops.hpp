@@ -36,6 +36,8 @@ class Copy : public Op {
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
 
  private:
+  void transpose(const float* x, float* y, int64_t rows) const;
+
   std::vector<int64_t> shape_, strides_;
 };
 
@@ -110,6 +112,36 @@ class Resize : public OfPlanes {
   void plane(const float* x, float* y, float* line) const override;
 
   std::vector<Between> rows_, columns_;
+};
+
+// A row or column that four make: the sum of weight[i] of each at[i].
+struct Cubic {
+  std::array<int32_t, 4> at;
+  std::array<float, 4> weight;
+};
+
+// Planes of another size, each row and column of which four make.
+class Bicubic : public OfPlanes {
+ public:
+  Bicubic(int64_t channels, Plane input_size, std::vector<Cubic> rows, std::vector<Cubic> columns);
+
+ private:
+  void plane(const float* x, float* y, float* line) const override;
+
+  std::vector<Cubic> rows_, columns_;
+};
+
+// y = e^x / the sum of e^x along the middle one of three axes.
+class Softmax : public Op {
+ public:
+  Softmax(int64_t outer, int64_t size, int64_t inner);
+  void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
+
+ private:
+  void row(const float* x, float* y) const;
+  void columns(const float* x, float* y, int64_t n, float* line) const;
+
+  int64_t outer_, size_, inner_;
 };
 
 // y = x weight^T + bias. Inputs are x, the weight (out, in) and the bias (out), which may be left out.

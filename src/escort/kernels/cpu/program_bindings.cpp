@@ -26,16 +26,16 @@ Operand operand(const Place& place) { return {std::get<0>(place), std::get<1>(pl
 // A program that keeps its operations alive.
 class OwningProgram {
  public:
-  OwningProgram(const std::vector<Step>& steps, int32_t buffers, int64_t arena_size)
-      : program_(instructions(steps), buffers, arena_size) {
+  OwningProgram(const std::vector<Step>& steps, int32_t buffers, int64_t arena_size, int64_t samples, int64_t chunk)
+      : program_(instructions(steps), buffers, arena_size, {samples, chunk}) {
     for (const Step& step : steps) ops_.push_back(std::get<0>(step));
   }
 
-  void run(const std::vector<uintptr_t>& buffers, int threads) const {
+  void run(const std::vector<uintptr_t>& buffers, int threads, bool take_chunks) const {
     const nb::gil_scoped_release release;
     std::vector<float*> addresses;
     for (const uintptr_t buffer : buffers) addresses.push_back(reinterpret_cast<float*>(buffer));
-    program_.run(addresses, threads);
+    program_.run(addresses, threads, take_chunks);
   }
 
  private:
@@ -54,8 +54,8 @@ class OwningProgram {
 };
 
 Combine combine_of(const std::string& name) {
-  static const char* const names[] = {"first", "add", "subtract", "multiply", "divide", "maximum", "minimum"};
-  for (int32_t i = 0; i < 7; i++)
+  static const char* const names[] = {"first", "add", "subtract", "multiply", "divide", "maximum", "minimum", "slope"};
+  for (int32_t i = 0; i < 8; i++)
     if (name == names[i]) return static_cast<Combine>(i);
   throw std::invalid_argument("operands cannot be combined by '" + name + "'");
 }
@@ -87,8 +87,9 @@ void bind_program(nb::module_& m) {
       .def_ro("input_sizes", &Op::input_sizes)
       .def_ro("output_size", &Op::output_size);
   nb::class_<OwningProgram>(m, "NativeProgram", "See kernels/cpu/program.hpp.")
-      .def(nb::init<const std::vector<Step>&, int32_t, int64_t>(), "instructions"_a, "buffers"_a, "arena_size"_a)
-      .def("run", &OwningProgram::run, "buffers"_a, "threads"_a);
+      .def(nb::init<const std::vector<Step>&, int32_t, int64_t, int64_t, int64_t>(), "instructions"_a, "buffers"_a,
+           "arena_size"_a, "samples"_a = 1, "chunk"_a = 1)
+      .def("run", &OwningProgram::run, "buffers"_a, "threads"_a, "take_chunks"_a = false);
   nb::class_<Elementwise, Op>(m, "Elementwise")
       .def(
           "__init__",
@@ -106,6 +107,21 @@ void bind_program(nb::module_& m) {
       .def(nb::init<int64_t, Plane, float>(), "channels"_a, "input_size"_a, "epsilon"_a);
   bind_plane_op<AveragePool, Window>(m, "AveragePool");
   bind_plane_op<Resize, Between>(m, "Resize");
+  using Cubics = std::vector<std::tuple<std::array<int32_t, 4>, std::array<float, 4>>>;
+  nb::class_<Bicubic, Op>(m, "Bicubic")
+      .def(
+          "__init__",
+          [](Bicubic* self, int64_t channels, Plane input_size, const Cubics& rows, const Cubics& columns) {
+            const auto cubics = [](const Cubics& tuples) {
+              std::vector<Cubic> result;
+              for (const auto& [at, weight] : tuples) result.push_back({at, weight});
+              return result;
+            };
+            new (self) Bicubic(channels, input_size, cubics(rows), cubics(columns));
+          },
+          "channels"_a, "input_size"_a, "rows"_a, "columns"_a);
+  nb::class_<Softmax, Op>(m, "Softmax", "Along the middle one of three axes.")
+      .def(nb::init<int64_t, int64_t, int64_t>(), "outer"_a, "size"_a, "inner"_a);
   nb::class_<Linear, Op>(m, "Linear").def(nb::init<int64_t, int64_t>(), "in_features"_a, "out_features"_a);
 }
 

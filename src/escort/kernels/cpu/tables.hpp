@@ -65,8 +65,9 @@ struct Fields<Job> {
 template <>
 struct Fields<Run> {
   using T = Run;
-  static constexpr Field list[] = {ESCORT_FIELD(stage_position), ESCORT_FIELD(plane_position), ESCORT_FIELD(lanes),
-                                   ESCORT_FIELD(more_lanes), ESCORT_FIELD(joins)};
+  static constexpr Field list[] = {ESCORT_FIELD(stage_position), ESCORT_FIELD(plane_position), ESCORT_FIELD(count),
+                                   ESCORT_FIELD(plane_step),     ESCORT_FIELD(lanes),          ESCORT_FIELD(more_lanes),
+                                   ESCORT_FIELD(joins)};
 };
 
 template <>

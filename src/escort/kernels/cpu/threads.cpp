@@ -22,7 +22,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 // How long a thread waits before it sleeps: about what waking it costs, so that it costs twice that at worst.
-constexpr std::chrono::microseconds kPatience{50};
+constexpr std::chrono::nanoseconds kPatience{kPatienceNs};
 
 // The threads of all calls that run on several: a further call that would exceed the cores runs alone.
 std::atomic<int> threads_at_work{0};
@@ -192,6 +192,8 @@ constexpr int kMostForkJoin = 50'000;                   // ns, where a core is b
 constexpr std::chrono::milliseconds kMostMeasuring{5};  // as OpenMP's barriers take milliseconds there
 constexpr std::chrono::milliseconds kRetry{200};
 
+constexpr double kShort = 500;  // no machine starts a thread in less: nothing is measured, and no thread started
+
 void meet(const void* m, int) {
   Meeting& meeting = *static_cast<Meeting*>(const_cast<void*>(m));
   meeting.present++;
@@ -267,8 +269,13 @@ void assume_fork_join_ns(double nanoseconds) {
     for (std::atomic<float>& known : row) known = static_cast<float>(nanoseconds);
 }
 
+int threads_at_hand_for(int64_t nanoseconds, int threads) {
+  const float known = fork_joins[1][std::clamp(threads, 1, kMostThreads)].load(std::memory_order_relaxed);
+  const double shares = static_cast<double>(nanoseconds) / (2 * (known > 0 ? known : kShort));
+  return static_cast<int>(std::clamp(shares, 1.0, static_cast<double>(threads)));
+}
+
 int threads_for(int64_t nanoseconds, int threads) {
-  constexpr double kShort = 500;  // no machine starts a thread in less: nothing is measured, and no thread started
   if (threads <= 1) return 1;
   const bool known = fork_joins[team != nullptr][std::min(threads, kMostThreads)].load(std::memory_order_relaxed) > 0;
   const double fork_join = known || nanoseconds >= 2 * kShort ? fork_join_ns(threads) : kShort;

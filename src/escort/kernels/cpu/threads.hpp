@@ -29,6 +29,13 @@ void with_threads(int threads, const std::function<void()>& body);
 // the time that they take to begin and end together, which is measured when it is first asked for.
 int threads_for(int64_t nanoseconds, int threads);
 
+// The same with threads at hand, without measuring anything.
+int threads_at_hand_for(int64_t nanoseconds, int threads);
+
+// Threads at hand that are not called for so long fall asleep, and the end of a with_threads waits until they are awake
+// again.
+constexpr int64_t kPatienceNs = 50'000, kWakingNs = 25'000;
+
 // How long an on_threads takes in which all threads only wait for each other, here: in a with_threads or outside of
 // one. Measured by the first call for a number of threads.
 double fork_join_ns(int threads);

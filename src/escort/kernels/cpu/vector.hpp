@@ -17,6 +17,9 @@
 #define ESCORT_FOR_ISA(name) ESCORT_JOIN(name, ESCORT_ISA)
 #define ESCORT_ISA_NAME ESCORT_TEXT(ESCORT_ISA)
 
+// For what runs once per vector: a call would spill the vectors that registers hold.
+#define ESCORT_INLINE inline __attribute__((always_inline))
+
 namespace escort {
 namespace {
 
@@ -57,23 +60,35 @@ inline Vector in_register(Vector v) {
   return v;
 }
 
+// The larger of two, and the smaller. A NaN in v passes.
+#if defined(__AVX512F__)
+ESCORT_INLINE Vector at_least(Vector low, Vector v) { return _mm512_max_ps(low, v); }
+ESCORT_INLINE Vector at_most(Vector high, Vector v) { return _mm512_min_ps(high, v); }
+#elif defined(__AVX2__)
+ESCORT_INLINE Vector at_least(Vector low, Vector v) { return _mm256_max_ps(low, v); }
+ESCORT_INLINE Vector at_most(Vector high, Vector v) { return _mm256_min_ps(high, v); }
+#else
+ESCORT_INLINE Vector at_least(Vector low, Vector v) { return v < low ? low : v; }
+ESCORT_INLINE Vector at_most(Vector high, Vector v) { return v > high ? high : v; }
+#endif
+
 inline int min(int a, int b) { return a < b ? a : b; }
 
 // load_lanes: the lanes of p whose bits are set in `lanes`, and zeros in the others, which are not read.
 // store_lanes: the first `count` lanes, at least one; the others are not written.
 constexpr int kAllLanes = (1 << kLanes) - 1;
 #if defined(__AVX512F__)
-inline Vector load_lanes(const float* p, int lanes) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p); }
-inline void store_lanes(float* p, Vector v, int count) {
+ESCORT_INLINE Vector load_lanes(const float* p, int lanes) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p); }
+ESCORT_INLINE void store_lanes(float* p, Vector v, int count) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>(kAllLanes >> (kLanes - count)), v);
 }
 #elif defined(__AVX2__)
-inline Vector load_lanes(const float* p, int lanes) {
+ESCORT_INLINE Vector load_lanes(const float* p, int lanes) {
   if (lanes == kAllLanes) return load(p);
   const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return _mm256_maskload_ps(p, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(lanes), bits), bits));
 }
-inline void store_lanes(float* p, Vector v, int count) {
+ESCORT_INLINE void store_lanes(float* p, Vector v, int count) {
   if (count == kLanes) return store(p, v);
   __m128 rest = _mm256_castps256_ps128(v);  // masked stores take dozens of instructions on some processors
   if (count & 4) {
@@ -89,14 +104,14 @@ inline void store_lanes(float* p, Vector v, int count) {
   if (count & 1) _mm_store_ss(p, rest);
 }
 #else
-inline Vector load_lanes(const float* p, int lanes) {
+ESCORT_INLINE Vector load_lanes(const float* p, int lanes) {
   if (lanes == kAllLanes) return load(p);
   Vector v = {};
   for (int i = 0; i < kLanes; i++)
     if (lanes >> i & 1) v[i] = p[i];
   return v;
 }
-inline void store_lanes(float* p, Vector v, int count) {
+ESCORT_INLINE void store_lanes(float* p, Vector v, int count) {
   if (count == kLanes) return store(p, v);
   for (int i = 0; i < count; i++) p[i] = v[i];
 }

@@ -18,6 +18,7 @@ from escort.layers.counters import Counters
 from escort.layers.observed import is_profiled
 from escort.layers.runners import RunnerCache
 from escort.runtime.loop import BoundStep, run_steps
+from escort.runtime.native.batching import Batching
 from escort.runtime.native.form import Form, record, unknown
 from escort.runtime.native.lowering import settings
 from escort.runtime.native.segment import is_plain
@@ -75,17 +76,18 @@ class Native:
 
     Attributes:
         enabled: whether calls run natively at all.
+        batching: how the samples of a batch go through segments.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
+    def __init__(self, enabled: bool = True, batching: Batching | None = None) -> None:
+        self.enabled, self.batching = enabled, batching or Batching()
         self._made: _Made | None = None
         self._wait = self._next_wait = 0  # calls until another form is made
         self._counters = Counters()
 
     def __reduce__(self) -> Any:
         """For copies and pickle: forms belong to one program."""
-        return Native, (self.enabled,)
+        return Native, (self.enabled, self.batching)
 
     def run(self, network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any]) -> None:
         """Runs a call that nothing observes: its inputs are in the values, and its results will be."""
@@ -114,9 +116,11 @@ class Native:
             made = self._made = _Made(network, listing, steps)
         if _is_grad_enabled() and any(parameter.requires_grad for parameter in made.parameters):
             return "a parameter needs a gradient"
+        batching = self.batching
+        kind = (batching, *kind)
         form = made.forms.get(kind)
         if form is None:
-            made.forms.add(kind, record(network, listing, steps, values))
+            made.forms.add(kind, record(network, listing, steps, values, batching))
         elif not form.run(values):
             self._counters.count("a tensor was not as in the call before")
         return None
@@ -126,8 +130,9 @@ class Native:
 
         Returns:
             "forms": for each kind of call that has one, how many "steps" run natively in how many "segments", as how
-            many "instructions", in how many "bytes" of memory beside inputs and outputs, and the "reasons" why others
-            do not, by number of the step. "eager": how many calls ran step by step, by reason.
+            many "instructions", in how many "bytes" of memory for a chunk beside inputs and outputs, in how many
+            "chunks" of the batch, and the "reasons" why others do not, by number of the step. "eager": how many calls
+            ran step by step, by reason.
         """
         made = self._made
         forms = [] if made is None else [form for form in list(made.forms.values()) if isinstance(form, Form)]
@@ -146,7 +151,7 @@ def _unusual() -> str | None:
     return None
 
 
-def _kind(inputs: Sequence[Any]) -> Hashable | None:
+def _kind(inputs: Sequence[Any]) -> tuple[Hashable, ...] | None:
     """What a form is made for; None for calls that have none."""
     parts: list[Any] = []
     for x in inputs:

@@ -10,7 +10,7 @@ import torch
 
 from escort.kernels import _cpu
 from escort.runtime.native.placement import Joined
-from escort.runtime.native.values import Instruction, Operand, Sizes, Value, operand
+from escort.runtime.native.values import Instruction, Operand, Sizes, Value, collapsed, operand
 
 Step = TypeVar("Step", bound="Call")
 
@@ -26,11 +26,13 @@ class Draft:
     Attributes:
         constants: the tensors that are no values of the program: parameters of layers, and numbers.
         joins: of the instructions, those that only copy a part into what it is joined to.
+        joined: what was joined along the channels before, by its parts; shared by all drafts of a segment.
     """
 
     instructions: list[Instruction] = field(default_factory=list)
     joins: list[Joined] = field(default_factory=list)
     constants: list[torch.Tensor] = field(default_factory=list)
+    joined: dict[tuple[Value, ...], Value] = field(default_factory=dict)
 
     def add(self, other: Draft) -> None:
         """Puts another one behind it, whose joins are numbered from its own first instruction."""
@@ -90,9 +92,8 @@ class Call:
         if min(strides) < 0:
             raise NotNativeError("reads backwards")
         result = Value.new(value.shape)
-        copied = _cpu.Copy(shape[1:], strides[1:])
-        source = Operand(value.storage, value.offset, strides[0])
-        self._append(copied, shape[0], (source,), operand(result, shape[0], math.prod(shape[1:])))
+        size = math.prod(shape[1:])
+        self._copy(Value(value.storage, value.offset, shape, strides), Operand(result.storage, 0, size))
         return result
 
     def make(self, op: _cpu.Op, samples: int, *inputs: Operand | None) -> Value:
@@ -100,8 +101,10 @@ class Call:
         result = Value.new(self.result_shape) if self._target is None else self._target
         if result.shape != self.result_shape:
             raise NotNativeError("writes to a tensor of another shape")
-        if self._target is not None and not isinstance(op, _cpu.Elementwise):
-            raise NotNativeError("writes in place what cannot be")
+        if self._target is not None:
+            if not isinstance(op, _cpu.Elementwise):
+                raise NotNativeError("writes in place what cannot be")
+            self.draft.joined.clear()  # what was joined may not be what its parts are any more
         if op.output_size * samples != math.prod(result.shape):
             raise ValueError(f"an operation gives {samples} x {op.output_size} numbers for {result.shape}")
         self._append(op, samples, inputs, operand(result, samples, op.output_size))
@@ -111,19 +114,38 @@ class Call:
         """The same step, while it computes something of a shape on the way to its result."""
         return type(self)(shape, None, self.draft)
 
-    def join(self, parts: list[Value]) -> Value:
-        """The result, made of parts along the axis behind the samples."""
+    def join(self, parts: list[Value], axis: int = 1) -> Value:
+        """The result, made of parts along an axis; where that is behind the samples, parts may lie in it at once."""
         result = Value.new(self.result_shape)
-        samples, offset = self.result_shape[0], 0
+        rows, size = math.prod(self.result_shape[:axis]), math.prod(self.result_shape[axis:])
+        if axis == 1:
+            parts = self._with_joined(parts, result)
+        offset = 0
         for part in parts:
-            size = math.prod(part.shape) // samples
-            source = self.samples(part, samples)
-            if part.is_whole:
+            floats = math.prod(part.shape) // rows
+            if axis == 1 and part.is_whole:
                 self.draft.joins.append(Joined(part.storage, result.storage, offset, len(self.draft.instructions)))
-            target = Operand(result.storage, offset, result.storage.sample)
-            self._append(_cpu.Copy((size,), (1,)), samples, (source,), target)
-            offset += size
+            target = Operand(result.storage, offset, size)
+            if axis == 1 and operand(part, rows, floats) is None and min(part.strides) >= 0:
+                self._copy(part, target)
+            else:
+                self._append(_cpu.Copy((floats,), (1,)), rows, (self.samples(part, rows),), target)
+            offset += floats
         return result
+
+    def _with_joined(self, parts: list[Value], result: Value) -> list[Value]:
+        """The parts, whose first ones may have been joined before: where features grow, each is then written once."""
+        known = max((key for key in self.draft.joined if key == tuple(parts[: len(key)])), key=len, default=())
+        rest = parts[len(known) :]
+        first = [self.draft.joined[known]] if known else []
+        self.draft.joined[tuple(parts)] = result
+        return first + rest
+
+    def _copy(self, value: Value, target: Operand) -> None:
+        """Copies the samples of a value, which has axes besides theirs, one by one."""
+        source = Operand(value.storage, value.offset, value.strides[0])
+        shape, (strides,) = collapsed(value.shape[1:], [value.strides[1:]])
+        self._append(_cpu.Copy(shape, strides), value.shape[0], (source,), target)
 
     def _append(self, op: _cpu.Op, samples: int, inputs: tuple[Operand | None, ...], output: Operand | None) -> None:
         if output is None:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from escort.cuda.capture import in_a_line
 from escort.runtime.effects import is_view, name_of, writes
 from escort.runtime.loop import BoundStep, run_steps
+from escort.runtime.native.batching import Batching
 from escort.runtime.native.call import Draft, NotNativeError
-from escort.runtime.native.lowering import OPERATIONS, Operations, empty_result, has_operation, lower_layer
+from escort.runtime.native.lowering import OPERATIONS, empty_result, has_operation, lower_layer
+from escort.runtime.native.operations import Operations
 from escort.runtime.native.segment import Like, Segment, is_plain
 from escort.runtime.native.values import Storage, Value
 from escort.runtime.stand_in import runs_more
@@ -71,6 +73,7 @@ class Form:
             "segments": len(self.segments),
             "instructions": sum(segment.instructions for segment in self.segments),
             "bytes": 4 * max((segment.arena_size for segment in self.segments), default=0),
+            "chunks": max((segment.chunks for segment in self.segments), default=1),
             "reasons": dict(self.reasons),
         }
 
@@ -91,14 +94,17 @@ class Form:
         return is_as_before
 
 
-def record(network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any]) -> Form:
+def record(
+    network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any], batching: Batching
+) -> Form:
     """Makes the form of calls of a kind, and runs the first of them by it.
 
     Args:
         network: the program with these steps.
         values: with the inputs; the results are written to them.
+        batching: how the samples of a batch go through its segments.
     """
-    return _Recorder(network, listing, steps, values).form()
+    return _Recorder(network, listing, steps, values, batching).form()
 
 
 class _Recorder:
@@ -111,8 +117,16 @@ class _Recorder:
         outside: what it reads of what was there before.
     """
 
-    def __init__(self, network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        listing: Listing,
+        steps: Sequence[BoundStep],
+        values: list[Any],
+        batching: Batching,
+    ) -> None:
         self._network, self._listing, self._steps, self._values = network, listing, steps, values
+        self._batching = batching
         self._first = len(listing.inputs)
         self._metas: dict[int, Any] = {}
         self._constants: dict[int, Any] = {}
@@ -167,6 +181,9 @@ class _Recorder:
                 self._place(slot)  # which has it checked in each call
             self._constants[number] = self._places[number] = result
             return
+        for leaf in leaves([args, kwargs]):
+            if isinstance(leaf, Tensor) and leaf.dtype is not torch.float32:
+                raise NotNativeError(f"computes with {leaf.dtype}")
         place_args, place_kwargs = mapped(step.args, self._place), mapped(step.kwargs, self._place)
         place = self._view(step, place_args, args, result)
         if place is None:
@@ -233,7 +250,7 @@ class _Recorder:
                 raise NotNativeError("writes to a tensor that others see")
         elif not result.is_contiguous():
             raise NotNativeError("gives a tensor that is not contiguous")
-        lowered = Operations(tuple(result.shape), target)
+        lowered = Operations(tuple(result.shape), target, Draft(joined=self._draft.joined))
         try:
             value = self._function(step)(lowered, *args, **kwargs)
         except TypeError as error:
@@ -282,7 +299,7 @@ class _Recorder:
         gone = {i for step in steps for i in step[-1]}
         results = {number: place for number, place in self._places.items() if number not in gone}
         outside = {number: Like.of(self._values[number]) for number in self._outside}
-        return Segment(steps, self._draft, outside, results, reads)
+        return Segment(steps, self._draft, outside, results, reads, self._batching)
 
 
 def _check_result(result: Any) -> None:

@@ -26,14 +26,19 @@ class Placement:
     Args:
         joins: copies that need not be made where the part can lie in the whole from the start.
         kept: the storages that are still read when all instructions have run; they are no part of the arena.
+        chunk: for how many samples the arena is to have room, where samples do not depend on each other; None for all.
 
     Attributes:
         instructions: those that are left.
+        samples, chunk: how many samples there are that do not depend on each other, and how many the arena has room
+            for; both are 1 where it has room for all of them.
         offsets: of each storage in the arena, in floats.
         arena_size: in floats.
     """
 
-    def __init__(self, instructions: Sequence[Instruction], joins: Sequence[Joined], kept: Set[Storage]) -> None:
+    def __init__(
+        self, instructions: Sequence[Instruction], joins: Sequence[Joined], kept: Set[Storage], chunk: int | None = None
+    ) -> None:
         self._homes: dict[Storage, tuple[Storage, int]] = {}
         dropped: set[int] = set()
         for join in joins:
@@ -41,10 +46,12 @@ class Placement:
                 self._homes[join.part] = join.whole, join.offset
                 dropped.add(join.number)
         self.instructions = [each for number, each in enumerate(instructions) if number not in dropped]
+        self.samples = 1 if chunk is None else self._samples_apart()
+        self.chunk = 1 if chunk is None else min(chunk, self.samples)
         lifetimes = self._lifetimes(kept)
         self.offsets: dict[Storage, int] = {}
         self.arena_size = 0
-        for storage in sorted(lifetimes, key=lambda storage: -_size(storage)):
+        for storage in sorted(lifetimes, key=lambda storage: -self._size(storage)):
             self._place(storage, lifetimes)
 
     def _fits(self, join: Joined, instructions: Sequence[Instruction], copies: Set[int]) -> bool:
@@ -93,6 +100,31 @@ class Placement:
         is_moved = storage is not operand.storage and storage.samples > 1
         return Operand(storage, shift + operand.offset, storage.sample if is_moved else operand.stride)
 
+    def _samples_apart(self) -> int:
+        """How many samples do not depend on each other: 1, or as many as the instructions of fewest samples have."""
+        samples = min((each.samples for each in self.instructions), default=1)
+        return samples if all(self._keeps_apart(each, samples) for each in self.instructions) else 1
+
+    def _keeps_apart(self, each: Instruction, samples: int) -> bool:
+        """Whether an instruction makes each of so many equal shares of its result of the same shares of storages.
+
+        What comes from outside is read as it lies, since nothing writes to it.
+        """
+        of_share, rest = divmod(each.samples, samples)
+        for operand, size in _operands(each):
+            storage, offset, stride = self.place(operand)
+            if storage.source is not None:
+                continue
+            share = storage.samples * storage.sample / samples
+            if of_share * stride != share or offset + (of_share - 1) * stride + size > share:
+                return False
+        return rest == 0
+
+    def _size(self, storage: Storage) -> int:
+        """The floats that a storage takes in the arena."""
+        samples = storage.samples // self.samples * self.chunk
+        return -(-samples * storage.sample // _ALIGNMENT) * _ALIGNMENT
+
     def _lifetimes(self, kept: Set[Storage]) -> dict[Storage, tuple[int, int]]:
         """The first and the last instruction that uses each storage of the arena."""
         lifetimes: dict[Storage, tuple[int, int]] = {}
@@ -107,21 +139,17 @@ class Placement:
         """Puts a storage into the first gap of the arena that is free for all of its lifetime."""
         first, last = lifetimes[storage]
         taken = sorted(
-            (offset, offset + _size(other))
+            (offset, offset + self._size(other))
             for other, offset in self.offsets.items()
             if lifetimes[other][0] <= last and first <= lifetimes[other][1]
         )
         offset = 0
         for begin, end in taken:
-            if begin - offset >= _size(storage):
+            if begin - offset >= self._size(storage):
                 break
             offset = max(offset, end)
         self.offsets[storage] = offset
-        self.arena_size = max(self.arena_size, offset + _size(storage))
-
-
-def _size(storage: Storage) -> int:
-    return -(-storage.samples * storage.sample // _ALIGNMENT) * _ALIGNMENT
+        self.arena_size = max(self.arena_size, offset + self._size(storage))
 
 
 def _operands(instruction: Instruction) -> list[tuple[Operand, int]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from escort.kernels import _cpu
 from escort.layers.observed import PLAIN
 from escort.runtime.loop import BoundStep, run_steps
+from escort.runtime.native.batching import Batching
 from escort.runtime.native.call import Draft
 from escort.runtime.native.placement import Placement
 from escort.runtime.native.values import Operand, Sizes, Storage, Value
@@ -66,6 +67,12 @@ class Segment:
         outside: what is read from outside, by number, and what it must be like.
         results: what is read behind the segment, by number: values, plain values, and containers of them.
         reads: those of the steps that read tensors of the program, which run before all others.
+        batching: how the samples of a batch go through it.
+
+    Attributes:
+        instructions: how many it has.
+        arena_size: the floats of memory that a chunk takes, beside what comes from outside and goes there.
+        chunks: in how many chunks a batch goes through it.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class Segment:
         outside: Mapping[int, Like],
         results: Mapping[int, Any],
         reads: Sequence[BoundStep],
+        batching: Batching,
     ) -> None:
         self.steps, self._reads = steps, reads
         self._outside = tuple(outside.items())
@@ -88,15 +96,15 @@ class Segment:
         ]
         self._numbers = [number for number in outside]
         self._addresses = [tensor.data_ptr() for tensor in self.constants]
-        self._compile(draft, list(made))
+        self._compile(draft, list(made), batching)
         self._results = [
             (number, mapped(result, lambda leaf: self._escape(leaf, list(made)))) for number, result in results.items()
         ]
         # What was made before and is read here for the last time; what is internal never gets a place.
         self._released = tuple({i for step in steps for i in step[-1]} - results.keys())
 
-    def _compile(self, draft: Draft, made: list[Storage]) -> None:
-        placement = Placement(draft.instructions, draft.joins, set(made))
+    def _compile(self, draft: Draft, made: list[Storage], batching: Batching) -> None:
+        placement = Placement(draft.instructions, draft.joins, set(made), batching.samples)
         buffers: dict[Any, int] = {number: i for i, number in enumerate(self._numbers)}
         buffers |= {id(tensor): len(buffers) + i for i, tensor in enumerate(self.constants)}
         buffers |= {id(storage): len(buffers) + i for i, storage in enumerate(made)}
@@ -118,7 +126,11 @@ class Segment:
         ]
         self.instructions = len(instructions)
         self.arena_size = placement.arena_size
-        self._program = _cpu.NativeProgram(instructions, arena, placement.arena_size)
+        self.chunks = -(-placement.samples // placement.chunk)
+        self._take_chunks = batching.favor == "throughput"
+        self._program = _cpu.NativeProgram(
+            instructions, arena, placement.arena_size, placement.samples, placement.chunk
+        )
 
     def _escape(self, leaf: Any, made: list[Storage]) -> Any:
         if not isinstance(leaf, Value):
@@ -148,7 +160,7 @@ class Segment:
         addresses = [values[number].data_ptr() for number in self._numbers]
         addresses += self._addresses
         addresses += [tensor.data_ptr() for tensor in made]
-        self._program.run(addresses, torch.get_num_threads())
+        self._program.run(addresses, torch.get_num_threads(), self._take_chunks)
         for number, result in self._results:
             values[number] = (
                 _tensor(result, made, values)

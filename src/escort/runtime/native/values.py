@@ -95,3 +95,17 @@ def operand(value: Value, samples: int, size: int) -> Operand | None:
     if shape and shape[0] == samples and is_contiguous(shape[1:], strides[1:]):
         return Operand(value.storage, value.offset, strides[0] if samples > 1 else size)
     return Operand(value.storage, value.offset, size) if value.is_contiguous else None
+
+
+def collapsed(shape: Sizes, strides: list[Sizes]) -> tuple[Sizes, list[Sizes]]:
+    """A shape of fewer axes, and strides that read the same: neighbours that lie alike in all operands become one."""
+    axes: list[tuple[int, tuple[int, ...]]] = []  # the last one first
+    for size, *steps in reversed(list(zip(shape, *strides, strict=True))):
+        if size == 1:
+            continue
+        if axes and all(step == inner * axes[-1][0] for step, inner in zip(steps, axes[-1][1], strict=True)):
+            axes[-1] = axes[-1][0] * size, axes[-1][1]
+        else:
+            axes.append((size, tuple(steps)))
+    axes = axes[::-1] or [(1, (0,) * len(strides))]
+    return tuple(size for size, _ in axes), [tuple(steps[i] for _, steps in axes) for i in range(len(strides))]

@@ -75,12 +75,9 @@ class Direct(Method):
                 channel_floats = layout.vectors * lanes if layout.in_place else layout.channel_stride
                 # Blocks of equal size: a last one of a few channels would cost as much as a full one.
                 blocks = -(-channels // min(max(stage_kib * 256 // channel_floats, 1), channels))
-                # At least a task per thread for a single sample, so that the plan serves every batch. Four per thread
-                # balance better, but each part stages its input anew.
                 tasks, most_parts = problem.groups * len(layout.tiles), problem.out_channels // problem.groups
-                for per_thread in (1, 4) if (tile, stage_kib) == _TILES[0] else (1,):
-                    parts = min(-(-per_thread * torch.get_num_threads() // tasks), most_parts)
-                    configs[DirectConfig(isa, vectors, -(-channels // blocks), parts)] = None
+                for parts in _parts(problem.batch * tasks)[: None if (tile, stage_kib) == _TILES[0] else 1]:
+                    configs[DirectConfig(isa, vectors, -(-channels // blocks), min(parts, most_parts))] = None
         return tuple(configs)
 
     def prepare(
@@ -107,6 +104,22 @@ class Direct(Method):
             "tiles": layout.tiles,
         }
         return prepared_op(problem, _cpu.DirectConvolution(config.isa, tables))
+
+
+def _parts(tasks: int) -> tuple[int, int]:
+    """Into how many parts to cut each of so many tasks: what is predicted to be fastest, and four for each thread.
+
+    Each part stages the input of its task anew, which is taken to be a sixteenth of the work. More parts than are
+    predicted to be best balance threads where tasks take unequally long.
+    """
+    threads = torch.get_num_threads()
+    most = -(-4 * threads // tasks)
+
+    def fullest(parts: int) -> float:
+        """What the thread with most to do takes, in tasks."""
+        return -(-parts * tasks // threads) * (1 / parts + 1 / 16)
+
+    return min(range(1, most + 1), key=fullest), most
 
 
 def _params(problem: Problem, layout: Layout, schedule: Schedule, config: DirectConfig) -> Records:

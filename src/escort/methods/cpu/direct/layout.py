@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 from escort.problem import Problem
 
 # The structs of kernels/cpu/direct.hpp, which says what the fields mean.
-RUN = np.dtype([(name, "i4") for name in ("stage_position", "plane_position", "lanes", "more_lanes", "joins")])
+_RUN = "stage_position plane_position count plane_step lanes more_lanes joins"
+RUN = np.dtype([(name, "i4") for name in _RUN.split()])
 SEGMENT = np.dtype([(name, "i4") for name in ("plane_position", "tile_position", "length")])
 TILE = np.dtype(
     [
@@ -167,9 +168,9 @@ def _staged_layout(shape: PlaneShape, lanes: int, most_vectors: int) -> Layout:
     own = _Strips(*(column[first] for column in strips))
     runs = np.concatenate([_stage_runs(shape, lanes, pitch, copy, own) for copy in copies], axis=1)
     runs["plane_position"] -= tiles["x_start"][first, None]
-    brings = runs["lanes"] >= 0
-    end = np.cumsum(brings.sum(axis=1))
-    tiles["first_run"], tiles["end_run"] = (end - brings.sum(axis=1))[kind], end[kind]
+    runs, counts = _joined(runs, lanes)
+    end = np.cumsum(counts)
+    tiles["first_run"], tiles["end_run"] = (end - counts)[kind], end[kind]
 
     segments = records(SEGMENT, (len(tiles), 0))
     if shape.out_height == 1 or pitch == shape.out_width:
@@ -181,7 +182,7 @@ def _staged_layout(shape: PlaneShape, lanes: int, most_vectors: int) -> Layout:
     holds = segments["length"] > 0
     tiles["end_segment"] = np.cumsum(holds.sum(axis=1))
     tiles["first_segment"] = tiles["end_segment"] - holds.sum(axis=1)
-    return Layout(tap_offsets, channel_stride, False, most, runs[brings], segments[holds], tiles)
+    return Layout(tap_offsets, channel_stride, False, most, runs, segments[holds], tiles)
 
 
 def _readings(shape: PlaneShape, pitch: int, positions: int, strips: _Strips) -> NDArray[np.int64]:
@@ -232,9 +233,9 @@ def _cut(positions: int, lanes: int, most_vectors: int) -> tuple[NDArray[np.int6
 
 
 def _stage_runs(shape: PlaneShape, lanes: int, pitch: int, copy: _Copy, strips: _Strips) -> Records:
-    """The runs that stage a copy, (tiles, runs). Those to leave out have lanes -1."""
+    """The runs of one vector that stage a copy, (tiles, runs). Those to leave out have lanes -1."""
     most_rows = (lanes + pitch - 2) // pitch + 1  # that a vector reaches
-    vector, part = np.divmod(np.arange(copy.vectors * most_rows), most_rows)
+    part, vector = np.divmod(np.arange(copy.vectors * most_rows), copy.vectors)
     position = strips.start[:, None] + copy.row * pitch + vector * lanes
     row = position // pitch + part
     lane = row * pitch - position  # of the row's first column
@@ -257,6 +258,23 @@ def _stage_runs(shape: PlaneShape, lanes: int, pitch: int, copy: _Copy, strips: 
         more_lanes=more_lanes,
         joins=part > 0,
     )
+
+
+def _joined(runs: Records, lanes: int) -> tuple[Records, NDArray[np.int64]]:
+    """Runs of one vector, (tiles, runs), as runs of vectors that lie evenly apart, and how many each tile has."""
+    brings = runs["lanes"] >= 0
+    tile, runs = np.nonzero(brings)[0], runs[brings]
+    follows = (np.diff(tile) == 0) & (np.diff(runs["stage_position"]) == lanes)
+    for name in ("lanes", "more_lanes", "joins"):
+        follows &= np.diff(runs[name]) == 0
+    step = np.diff(runs["plane_position"])
+    # One that would be the third or later of its run must be as far away as the second was.
+    follows[1:] &= ~follows[:-1] | (np.diff(step) == 0)
+    first = np.flatnonzero(np.append(True, ~follows))
+    joined = runs[first]
+    joined["count"] = np.diff(np.append(first, len(runs)))
+    joined["plane_step"] = np.where(joined["count"] > 1, np.append(step, 0)[first], 0)
+    return joined, np.bincount(tile[first], minlength=len(brings))
 
 
 def _segments(shape: PlaneShape, lanes: int, pitch: int, strips: _Strips) -> Records:

@@ -1,19 +1,13 @@
-"""Depth first: a batch run through a network a few samples at a time, so that activations stay in cache.
-
-Layer by layer, a batch of large samples writes and reads every activation from memory; sample by sample the next layer
-finds it in cache. That is only the same computation if no operation mixes samples, which is decided here.
-"""
+"""Whether samples of a batch can be computed apart, so that a CUDA graph may run with more than a call has."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from escort.layers import MaxPool2d, SamePad, SparseConv2d
 from escort.runtime import Program
@@ -117,15 +111,3 @@ def _is_of_split(network: Program, step: Step) -> bool:
 
 def _argument(step: Step, position: int, name: str, default: Any) -> Any:
     return step.args[position] if len(step.args) > position else step.kwargs.get(name, default)
-
-
-def run_in_parts(network: Callable[[torch.Tensor], Any], x: torch.Tensor, samples: int) -> Any:
-    """``network(x)``, for a network that does not mix samples, `samples` of them at a time.
-
-    x: (N, ...). The parts of every output tensor are joined along the batch.
-    """
-
-    def joined(*parts: Any) -> Any:
-        return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0]
-
-    return tree_map(joined, *(network(part) for part in x.split(samples)))
