@@ -17,7 +17,7 @@ from escort.artifact.files import replace_file
 from escort.problem import Precision
 
 #: The stems of a study's result files, each followed by a precision: ``layers-fp32.json``.
-STEMS = ("layers", "ablation", "counters", "break-even", "networks", "breakdown", "patterns", "conversions")
+STEMS = tuple("layers ablation counters break-even networks inference speed breakdown patterns conversions".split())
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 

@@ -10,8 +10,10 @@ from benchmarks.exhibits.conditions import conditions_table
 from benchmarks.exhibits.conversions import show_conversions
 from benchmarks.exhibits.costs import show_ablation, show_breakdown, show_counters
 from benchmarks.exhibits.forecast import FORECAST, show_forecast
+from benchmarks.exhibits.inference import show_inference
 from benchmarks.exhibits.layers import show_layers
 from benchmarks.exhibits.networks import show_break_evens, show_networks
+from benchmarks.exhibits.speed import show_speed
 from benchmarks.result_files import PRECISIONS, Result
 from escort.report import Figure, Table
 
@@ -46,6 +48,8 @@ _SHOWN: dict[str, Callable[[Mapping[str, Result]], Shown]] = {
     "counters": show_counters,
     "break-even": show_break_evens,
     "networks": show_networks,
+    "inference": show_inference,
+    "speed": show_speed,
     "breakdown": show_breakdown,
     "patterns": show_patterns,
     "conversions": show_conversions,

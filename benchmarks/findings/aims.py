@@ -136,6 +136,39 @@ class CallAim:
         return self.times * graph_us + self.plus_us
 
 
+@dataclass(frozen=True)
+class InferenceAim:
+    """What whole networks of the paper are to gain over the same networks with their pruned layers by a rival.
+
+    Attributes:
+        least: by rival, what the paper reports for it.
+        share_of_cap: at least, of the gain that there would be if the pruned layers took no time.
+    """
+
+    least: Mapping[str, float]
+    share_of_cap: float
+
+
+@dataclass(frozen=True)
+class SpeedAim:
+    """What whole networks are to gain over torch.compile of the dense model in a CUDA graph.
+
+    Attributes:
+        weights: ``random-0.90`` and the like, or the stem of a pattern file.
+        wanted: by precision.
+    """
+
+    networks: tuple[str, ...]
+    weights: str
+    batches: tuple[int, ...]
+    wanted: Mapping[str, Wanted]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> SpeedAim:
+        lists = {name: tuple(data[name]) for name in ("networks", "batches")}
+        return cls(**{**data, **lists, "wanted": _wanted(data)})
+
+
 def _wanted(data: dict[str, Any]) -> dict[str, Wanted]:
     return {name: Wanted(**ratios) for name, ratios in data["wanted"].items()}
 
@@ -145,6 +178,8 @@ class Aims:
     """All aims, each kind in the order in which it is shown.
 
     Attributes:
+        speed: of whole networks against torch.compile.
+        slower: how many times as long as the fastest dense network a converted one may take.
         choices: how many times as long as what an exhaustive search chooses that of the effort "fast" may take, in the
             geometric mean over networks.
     """
@@ -153,6 +188,9 @@ class Aims:
     sparse: tuple[SparseAim, ...]
     patterns: tuple[PatternAim, ...]
     conversions: tuple[ConversionAim, ...]
+    inference: InferenceAim
+    speed: tuple[SpeedAim, ...]
+    slower: float
     choices: float
     calls: CallAim
 
@@ -167,6 +205,9 @@ def read_aims(path: Path = AIMS_FILE) -> Aims:
             sparse=tuple(map(SparseAim.from_json, data["sparse"])),
             patterns=tuple(map(PatternAim.from_json, data["patterns"])),
             conversions=tuple(map(ConversionAim.from_json, data["conversions"])),
+            inference=InferenceAim(**data["inference"]),
+            speed=tuple(map(SpeedAim.from_json, data["speed"])),
+            slower=float(data["slower"]),
             choices=float(data["choices"]),
             calls=CallAim(**data["calls"]),
         )

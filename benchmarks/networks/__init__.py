@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from benchmarks.networks.densenet import densenet121
 from benchmarks.networks.efficientnet import efficientnet_b0
 from benchmarks.networks.googlenet import googlenet
 from benchmarks.networks.mobilenet import mobilenet_v2
 from benchmarks.networks.plain import alexnet, caffenet, vgg16, vgg16_bn
-from benchmarks.networks.resnet import resnet18, resnet50
+from benchmarks.networks.resnet import resnet18, resnet50, resnext50_32x4d
 from benchmarks.networks.unet import unet
 from benchmarks.networks.yolo import yolo
 
@@ -39,11 +40,13 @@ class Network:
 NETWORKS: dict[str, Network] = {
     "alexnet": Network(alexnet, (3, 224, 224)),
     "caffenet": Network(caffenet, (3, 227, 227)),
+    "densenet121": Network(densenet121, (3, 224, 224)),
     "efficientnet_b0": Network(efficientnet_b0, (3, 224, 224)),
     "googlenet": Network(googlenet, (3, 224, 224)),
     "mobilenet_v2": Network(mobilenet_v2, (3, 224, 224)),
     "resnet18": Network(resnet18, (3, 224, 224)),
     "resnet50": Network(resnet50, (3, 224, 224)),
+    "resnext50_32x4d": Network(resnext50_32x4d, (3, 224, 224)),
     "unet": Network(unet, (3, 512, 512)),
     "vgg16": Network(vgg16, (3, 224, 224)),
     "vgg16_bn": Network(vgg16_bn, (3, 224, 224)),
@@ -54,11 +57,13 @@ __all__ = [
     "Network",
     "alexnet",
     "caffenet",
+    "densenet121",
     "efficientnet_b0",
     "googlenet",
     "mobilenet_v2",
     "resnet18",
     "resnet50",
+    "resnext50_32x4d",
     "unet",
     "vgg16",
     "vgg16_bn",

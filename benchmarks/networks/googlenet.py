@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,13 +26,22 @@ class BasicConv2d(nn.Module):
 
 
 class Inception(nn.Module):
-    """Four parallel branches, concatenated; `branch3`, the paper's 5x5, is a 3x3 here as in torchvision."""
+    """Four parallel branches, concatenated.
 
-    def __init__(self, in_channels: int, out1: int, mid3: int, out3: int, mid5: int, out5: int, pool: int) -> None:
+    Args:
+        sizes: output channels of the 1x1; of the 1x1 and the 3x3 of `branch2`; of the 1x1 and the 5x5 of `branch3`; and
+            behind the pool.
+        kernel_size: of `branch3`: 5 as in the paper, or 3 as in torchvision.
+    """
+
+    def __init__(self, in_channels: int, *sizes: int, kernel_size: int) -> None:
         super().__init__()
+        out1, mid3, out3, mid5, out5, pool = sizes
         self.branch1 = BasicConv2d(in_channels, out1, 1)
         self.branch2 = nn.Sequential(BasicConv2d(in_channels, mid3, 1), BasicConv2d(mid3, out3, 3, padding=1))
-        self.branch3 = nn.Sequential(BasicConv2d(in_channels, mid5, 1), BasicConv2d(mid5, out5, 3, padding=1))
+        self.branch3 = nn.Sequential(
+            BasicConv2d(in_channels, mid5, 1), BasicConv2d(mid5, out5, kernel_size, padding=kernel_size // 2)
+        )
         self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, padding=1, ceil_mode=True), BasicConv2d(in_channels, pool, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,8 +67,9 @@ class InceptionAux(nn.Module):
 class GoogLeNet(nn.Module):
     """Inception v1 with batch norm; with auxiliary classifiers, training returns (logits, logits of aux2, of aux1)."""
 
-    def __init__(self, num_classes: int, aux_logits: bool, transform_input: bool) -> None:
+    def __init__(self, num_classes: int, aux_logits: bool, transform_input: bool, kernel_size: int) -> None:
         super().__init__()
+        inception = partial(Inception, kernel_size=kernel_size)
         self.aux_logits = aux_logits
         self.transform_input = transform_input
         self.conv1 = BasicConv2d(3, 64, 7, stride=2, padding=3)
@@ -65,17 +77,17 @@ class GoogLeNet(nn.Module):
         self.conv2 = BasicConv2d(64, 64, 1)
         self.conv3 = BasicConv2d(64, 192, 3, padding=1)
         self.maxpool2 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
-        self.inception3a = Inception(192, 64, 96, 128, 16, 32, 32)
-        self.inception3b = Inception(256, 128, 128, 192, 32, 96, 64)
+        self.inception3a = inception(192, 64, 96, 128, 16, 32, 32)
+        self.inception3b = inception(256, 128, 128, 192, 32, 96, 64)
         self.maxpool3 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
-        self.inception4a = Inception(480, 192, 96, 208, 16, 48, 64)
-        self.inception4b = Inception(512, 160, 112, 224, 24, 64, 64)
-        self.inception4c = Inception(512, 128, 128, 256, 24, 64, 64)
-        self.inception4d = Inception(512, 112, 144, 288, 32, 64, 64)
-        self.inception4e = Inception(528, 256, 160, 320, 32, 128, 128)
+        self.inception4a = inception(480, 192, 96, 208, 16, 48, 64)
+        self.inception4b = inception(512, 160, 112, 224, 24, 64, 64)
+        self.inception4c = inception(512, 128, 128, 256, 24, 64, 64)
+        self.inception4d = inception(512, 112, 144, 288, 32, 64, 64)
+        self.inception4e = inception(528, 256, 160, 320, 32, 128, 128)
         self.maxpool4 = nn.MaxPool2d(2, stride=2, ceil_mode=True)
-        self.inception5a = Inception(832, 256, 160, 320, 32, 128, 128)
-        self.inception5b = Inception(832, 384, 192, 384, 48, 128, 128)
+        self.inception5a = inception(832, 256, 160, 320, 32, 128, 128)
+        self.inception5b = inception(832, 384, 192, 384, 48, 128, 128)
         if aux_logits:
             self.aux1 = InceptionAux(512, num_classes)
             self.aux2 = InceptionAux(528, num_classes)
@@ -106,6 +118,12 @@ def _from_imagenet_normalization(x: Tensor) -> Tensor:
     return torch.cat(channels, 1)
 
 
-def googlenet(num_classes: int = 1000, aux_logits: bool = False, transform_input: bool = False) -> nn.Module:
-    """GoogLeNet; torchvision's ImageNet checkpoint wants both flags True."""
-    return with_he_weights(GoogLeNet(num_classes, aux_logits, transform_input))
+def googlenet(
+    num_classes: int = 1000, aux_logits: bool = False, transform_input: bool = False, kernel_size: int = 3
+) -> nn.Module:
+    """GoogLeNet; torchvision's ImageNet checkpoint wants both flags True.
+
+    Args:
+        kernel_size: of the branch that has 5x5 filters in the paper and 3x3 in torchvision.
+    """
+    return with_he_weights(GoogLeNet(num_classes, aux_logits, transform_input, kernel_size))

@@ -1,6 +1,8 @@
-"""ResNet-18 and ResNet-50."""
+"""ResNet-18, ResNet-50 and ResNeXt-50."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +32,34 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Residual 1x1-3x3-1x1 block (ResNet-50 v1.5: the stride sits on the 3x3)."""
+    """Residual 1x1-3x3-1x1 block.
+
+    Args:
+        width: a quarter of its output channels, and its inner channels where there is one group.
+        stride: of the 3x3 as in ResNet v1.5, or of the first 1x1 as in the paper's v1.
+        groups: of the 3x3.
+        group_width: inner channels of a group by those of `width`, in sixty-fourths.
+    """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        *,
+        groups: int = 1,
+        group_width: int = 64,
+        strides_first: bool = False,
+    ) -> None:
         super().__init__()
         out_channels = width * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        width = width * group_width // 64 * groups
+        first, second = (stride, 1) if strides_first else (1, stride)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, first, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, second, padding=1, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -62,9 +82,15 @@ def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
 
 
 class ResNet(nn.Module):
-    """Stem, four stages of residual blocks, global average pool, classifier."""
+    """Stem, four stages of residual blocks, global average pool, classifier. Options are those of the blocks."""
 
-    def __init__(self, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...], num_classes: int) -> None:
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, ...],
+        num_classes: int,
+        **options: Any,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -76,7 +102,7 @@ class ResNet(nn.Module):
             nonlocal channels
             blocks = []
             for index in range(depth):
-                blocks.append(block(channels, width, stride if index == 0 else 1))
+                blocks.append(block(channels, width, stride if index == 0 else 1, **options))
                 channels = width * block.expansion
             return nn.Sequential(*blocks)
 
@@ -98,6 +124,11 @@ def resnet18(num_classes: int = 1000) -> nn.Module:
     return with_he_weights(ResNet(BasicBlock, (2, 2, 2, 2), num_classes))
 
 
-def resnet50(num_classes: int = 1000) -> nn.Module:
-    """ResNet-50 v1.5."""
-    return with_he_weights(ResNet(Bottleneck, (3, 4, 6, 3), num_classes))
+def resnet50(num_classes: int = 1000, strides_first: bool = False) -> nn.Module:
+    """ResNet-50 v1.5, whose strides are on the 3x3; or v1, where they come first, as in Caffe."""
+    return with_he_weights(ResNet(Bottleneck, (3, 4, 6, 3), num_classes, strides_first=strides_first))
+
+
+def resnext50_32x4d(num_classes: int = 1000) -> nn.Module:
+    """ResNeXt-50 of 32 groups, 4 channels wide in the first stage."""
+    return with_he_weights(ResNet(Bottleneck, (3, 4, 6, 3), num_classes, groups=32, group_width=4))

@@ -8,12 +8,14 @@ at one precision is one result file, written anew after every item: a study that
 from __future__ import annotations
 
 from benchmarks.study.ablation import ablate, count
+from benchmarks.study.inference import CAP, race_inference, rivals
 from benchmarks.study.layers import compare, compare_on_patterns, find_break_even, in_order_of_channels_last
 from benchmarks.study.networks import break_down, sweep_networks
 from benchmarks.study.questions import COUNTERS, PAPER_QUESTIONS, QUESTIONS, Part, plan, run
 from benchmarks.study.study import SPARSITIES, Study
 
 __all__ = [
+    "CAP",
     "COUNTERS",
     "PAPER_QUESTIONS",
     "QUESTIONS",
@@ -28,6 +30,8 @@ __all__ = [
     "find_break_even",
     "in_order_of_channels_last",
     "plan",
+    "race_inference",
+    "rivals",
     "run",
     "sweep_networks",
 ]

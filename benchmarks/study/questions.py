@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks import result_files, suite
 from benchmarks.result_files import Item
 from benchmarks.study.ablation import ablate, count
+from benchmarks.study.inference import race_inference
 from benchmarks.study.layers import compare, compare_on_patterns, find_break_even
 from benchmarks.study.networks import break_down, sweep_networks
 from benchmarks.study.study import Study
@@ -40,6 +41,7 @@ QUESTIONS: dict[str, tuple[Part, ...]] = {
         Part("break-even", find_break_even, ("fp32", "fp16"), raced=False),
         Part("networks", sweep_networks, ("fp32", "fp16"), raced=False),
     ),
+    "inference": (Part("inference", race_inference, ("fp32", "fp16"), raced=False),),
     "breakdown": (Part("breakdown", break_down, ("fp32",)),),
     "patterns": (Part("patterns", compare_on_patterns, ("fp32", "tf32", "fp16"), raced=False),),
 }

@@ -1,9 +1,9 @@
 """Benchmark suites: the paper's layers, real patterns and whole networks, each raced against its rivals in one run.
 
 A rival is timed only after its output was compared with a float64 reference, and every one that was timed is a row.
-`layers`, `patterns` and `subjects` have the layers and networks. `race`, `networks` and `conversions` measure, the last
-in processes that run `fresh`; `ranking` examines how the planner measures. `limited` limits what is tried, `rows` has
-the result files.
+`layers`, `patterns` and `subjects` have the layers and networks. `race`, `networks`, `speed` and `conversions` measure,
+the last in processes that run `fresh`; `by_method` makes networks whose layers run by one method, `ranking` examines
+how the planner measures. `limited` limits what is tried, `rows` has the result files.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from benchmarks.suite.patterns import pattern_layers
 from benchmarks.suite.race import as_taken, measure_layer
 from benchmarks.suite.ranking import Ranked, rank
 from benchmarks.suite.rows import WHOLE, Row, best_times, config_of, geometric_means, header, write_results
+from benchmarks.suite.speed import BOTH_FORMATS, measure_speed
 from benchmarks.suite.subjects import Subject, prune_all_but_first, prune_to_patterns
 
 __all__ = [
+    "BOTH_FORMATS",
     "RIVALS",
     "WHOLE",
     "Conversion",
@@ -38,6 +40,7 @@ __all__ = [
     "measure_conversion",
     "measure_layer",
     "measure_network",
+    "measure_speed",
     "paper_layers",
     "paper_layers_by_name",
     "pattern_layers",

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.result_files import Item
 from benchmarks.study import Study
-from benchmarks.suite import Row
+from benchmarks.suite import Row, prune_all_but_first
 from escort import methods, reference
 from escort.filter import SparseFilter
 from escort.problem import Problem
@@ -30,6 +30,13 @@ def tiny() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(144, 5)
     )
+
+
+def tiny_of_the_paper(network: str, seed: int) -> tuple[nn.Module, list[str]]:
+    """Stands in for :func:`benchmarks.paper_networks.paper_network`: the second convolution is pruned."""
+    model = tiny().eval()
+    prune_all_but_first(model, 0.9)
+    return model, ["2"]
 
 
 TINY = {"googlenet": SimpleNamespace(factory=tiny, input_size=(3, 8, 8))}

@@ -106,3 +106,22 @@ def test_aims_need_every_layer_at_the_papers_batch(change: dict[str, Any]) -> No
     rows = [Row(**{**vars(r), **change}) if r.layer == "conv5" or "batch" in change else r for r in rows]
     table = cells(exhibits.tables(results(layers_fp32=rows))["aims"])
     assert table[0]["Reached"] == "not measured"
+
+
+def test_whole_networks_are_judged_by_the_paper_and_by_their_cap() -> None:
+    def times(network: str, **times_us: float) -> list[Row]:
+        return [row(network, "all", method, time_us, timer="graph") for method, time_us in times_us.items()]
+
+    rows = times("caffenet", escort=100.0, cap=90.0, cublas=150.0, cusparse=150.0, cudnn=130.0)
+    rows += [row("caffenet", "all", "cublas", 140.0, config={"variant": "torch"})]
+    rows += times("resnet50", escort=100.0, cap=80.0, cublas=400.0) + times("googlenet", escort=100.0, cublas=400.0)
+    table = cells(exhibits.tables(results(inference_fp32=rows))["inference-fp32"])
+    found = {(line["Network"], line["Against"].split()[-2]): line for line in table}
+    assert {(name, rival): line["Reached"] for (name, rival), line in found.items()} == {
+        ("caffenet", "cuBLAS"): "yes",
+        ("caffenet", "cuSPARSE"): "no",  # 1.5x instead of 1.6x
+        ("caffenet", "by"): "-",
+        ("resnet50", "cuBLAS"): "no",  # 80 % of the cap
+    }
+    line = found["caffenet", "cuBLAS"]
+    assert (line["Gain"], line["Paper"], line["Cap"], line["Of the cap"]) == ("1.40x", "1.38x", "1.56x", "90%")

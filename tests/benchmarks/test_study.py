@@ -18,7 +18,7 @@ from escort import reference
 from escort.methods.cuda.sparse_tc.config import ELEMENTS
 from escort.methods.cuda.sparse_tc.split import split
 from escort.problem import Precision, Problem
-from tests.benchmarks.small import QUICK, SMALL, TINY, Compiled, measured, write_patterns
+from tests.benchmarks.small import QUICK, SMALL, TINY, Compiled, measured, tiny_of_the_paper, write_patterns
 
 
 def test_every_method_runs_on_every_layer() -> None:
@@ -169,7 +169,8 @@ def test_bad_studies(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.gpu
-def test_every_question_on_a_gpu(tmp_path: Path) -> None:
+def test_every_question_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study.inference, "paper_network", tiny_of_the_paper)
     files = (write_patterns(tmp_path),)
     on_gpu = replace(QUICK, device="cuda:0", batch=2, factories=TINY, raced={}, layers=f"{SMALL},conv?", patterns=files)
     parts = [part for question in study.QUESTIONS.values() for part in question]

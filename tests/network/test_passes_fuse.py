@@ -30,6 +30,9 @@ def test_whole_networks_stay_equal(name: str) -> None:
     result = Fused(model, torch.randn(1, 3, side, side), others=(torch.randn(2, 3, side, side),))
     assert result.convs.keys() == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     assert not result.skipped
+    if name == "densenet121":  # half of its norms and activations stand before a convolution
+        assert result.rest.count("BatchNorm2d") == 62 and result.rest.count("ReLU") == 61
+        return
     assert not set(result.rest) & {"BatchNorm2d", "ReLU6", "add", "relu"}
     linear = sum(isinstance(m, nn.Linear) for m in model.modules())
     assert result.rest.count("ReLU") == max(linear - 1, 0)  # those of the classifier

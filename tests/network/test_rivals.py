@@ -1,7 +1,8 @@
-"""A converted network is compared with torch.compile of the dense model, which it never becomes."""
+"""A converted network is compared with plain calls of the original, and with torch.compile of it."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from escort.network.model import ConvertedModel
 from escort.network.original import run_original
 from escort.network.plan import NetworkPlan
 from escort.network.rivals import _log as compared
-from escort.network.rivals import compare_with_compiled, compiled
+from escort.network.rivals import compare_with_compiled, compare_with_eager, compiled
 from escort.planner import timing
 from tests.network.models import Small, pruned
 
@@ -138,14 +139,81 @@ def test_on_a_cpu_it_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not plan.rivals and not plan.not_tried
 
 
+def call_by_call(
+    chosen: ConvertedModel, model: nn.Module, times_us: list[float], monkeypatch: pytest.MonkeyPatch
+) -> ConvertedModel:
+    """What stays where plain calls of the chosen network and of the original take so long."""
+
+    def timed(runs: Any, *_: Any, **__: Any) -> list[float]:
+        assert len(runs) == 2
+        for run in runs:
+            run()
+        return times_us
+
+    monkeypatch.setattr(timing, "race_on_host", timed)
+    with torch.no_grad():
+        original = run_original(model, Example((X,)))
+        return compare_with_eager(chosen, original.model, original, Request(torch.device("cpu"), "fp32"))
+
+
+@pytest.mark.parametrize("times_us", [[50.0, 40.0], [40.0, 50.0]])
+def test_plans_have_the_times_of_plain_calls(times_us: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pruned(Small())
+    fast = escort.convert(model, X)
+    before = fast.plan
+    after = call_by_call(fast, model, times_us, monkeypatch)
+    assert after is fast, "in a graph it was the faster, and calls replay graphs"
+    assert after.plan == replace(before, call_time_us=times_us[0], rivals={"eager": times_us[1]})
+    words = f"Plain calls take {times_us[0]:.0f} us, those of the original {times_us[1]:.0f} us."
+    assert words in " ".join(str(after.plan).split()) and " eager " not in str(after.plan)
+    assert NetworkPlan.from_json(after.plan.to_json()) == after.plan
+    assert escort.replan(after).plan.call_time_us is None
+
+
+@pytest.mark.parametrize(("times_us", "is_kept"), [([50.0, 40.0], True), ([40.0, 50.0], False)])
+def test_calls_without_graphs_count_as_they_are(
+    times_us: list[float], is_kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pruned(Small())
+    fast = escort.convert(model, X)
+    fast.plan = replace(fast.plan, not_captured="the network has hooks", kept_dense=False)
+    after = call_by_call(fast, model, times_us, monkeypatch)
+    assert after.plan.kept_dense is is_kept and after.plan.call_time_us == 40.0
+    if is_kept:
+        assert "calls replay no CUDA graph, and take 50 us without, those of the original 40 us" in str(
+            after.plan.reason
+        )
+        with torch.no_grad():
+            assert torch.allclose(after(X), model(X), atol=1e-5)
+
+
+def test_plain_calls_change_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pruned(Counting())
+    fast = escort.convert(model, X)
+    for not_captured in (None, "it counts"):
+        fast.plan = replace(fast.plan, not_captured=not_captured, kept_dense=False)
+        after = call_by_call(fast, model, [50.0, 40.0], monkeypatch)
+        with torch.no_grad():
+            assert torch.allclose(after(X), copy.deepcopy(model)(X), atol=1e-5)
+        after.network.get_buffer("calls").zero_()
+
+
+@pytest.mark.gpu
+def test_plain_calls_on_a_gpu_are_timed() -> None:
+    model, x = pruned(Small()).cuda(), X.cuda()
+    plan = escort.convert(model, x, precision="fp32").plan
+    assert plan.rivals["eager"] > 0.0 and plan.call_time_us is not None and plan.call_time_us > 0.0
+    assert plan.call_time_us < plan.rivals["eager"], "a replay takes the host less than a dozen launches"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("effort", ["fast", 1.0])
 def test_a_conversion_on_a_gpu_is_compared_where_time_is_given(effort: Any) -> None:
     model, x = pruned(Small()).cuda(), X.cuda()
     plan = escort.convert(model, x, precision="fp32", effort=effort).plan
     if effort == "fast":
-        assert not plan.rivals and "torch.compile" not in plan.not_tried
+        assert plan.rivals.keys() == {"eager"} and "torch.compile" not in plan.not_tried
     elif "torch.compile" in plan.not_tried:  # there may be no compiler
-        assert not plan.rivals and "torch.compile" in str(plan)
+        assert plan.rivals.keys() == {"eager"} and "torch.compile" in str(plan)
     else:
         assert plan.timer == "graph" and 0.0 < plan.rivals["torch.compile"] < 1e5

@@ -37,7 +37,7 @@ from escort.network.passes import rewrite, widen
 from escort.network.passes.channels_last import in_memory_formats
 from escort.network.plan import NetworkPlan
 from escort.network.progress import Progress
-from escort.network.rivals import compare_with_compiled
+from escort.network.rivals import compare_with_compiled, compare_with_eager
 from escort.network.swap import Swapped, check_calls, find_layers, likely, plan_into, record_calls, swap
 from escort.network.tracing.state import State, own_draws
 from escort.network.tracing.trace import trace
@@ -195,7 +195,10 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
     candidates = [replace(candidate, network=as_programs(candidate.network)) for candidate in candidates]
     request.progress.estimate.compare()
     with running_out("the whole network"):
-        chosen = _choose(as_programs(dense), candidates, not_tried | not_in_format | unlikely, original, request)
+        dense = as_programs(dense)
+        chosen = _choose(dense, candidates, not_tried | not_in_format | unlikely, original, request)
+        if request.device.type == "cuda":
+            chosen = compare_with_eager(chosen, dense, original, request)
         if request.compile_budget_s > 0.0 and request.device.type == "cuda":
             chosen.plan = compare_with_compiled(chosen, original, request)
     if chosen.plan.kept_dense:
@@ -304,7 +307,7 @@ def replan(
                 plan = replace(plan, samples=best.samples, favor=best.favor)
             state.restore(network)
             request.progress.done("timed as a whole")
-    return model.with_network(network, plan)
+    return model.with_network(network, replace(plan, call_time_us=None))
 
 
 def _restriction(plan: NetworkPlan, device: torch.device) -> tuple[Method, ...] | None:

@@ -29,6 +29,8 @@ _COLUMNS = ("Layer", "Convolution", "Method", "µs", "Dense µs", "Speedup", "Ot
 _MOST_NAMES = 4  # of steps that are listed for a reason
 #: What is said of times that were not taken of the layer itself.
 _TIMES_FROM = {"equal layer": "equal layers", "plan store": "the plan store"}
+#: The rival that was timed by plain calls, as `call_time_us` was.
+_BY_CALLS = "eager"
 #: How a network is not tried, where that is not in a memory format.
 _WAYS = {"graph": "as a graph", "torch.compile": "by torch.compile"}
 
@@ -58,7 +60,10 @@ class NetworkPlan:
         precision: what the convolutions compute in.
         device: what they were planned on, as torch writes it.
         timer: how both times were taken (see :mod:`escort.planner.timing`).
-        rivals: median times in us of the dense model by others: by "torch.compile". It is never what was kept.
+        rivals: median times in us on a GPU of the dense model by others, which are never what was kept: by
+            "torch.compile", and "eager" by plain calls of the model itself, see `call_time_us`.
+        call_time_us: on a GPU the median time of a plain call of what was kept, waited for, by the host's clock; None
+            where it was not taken.
         not_saved: why the network cannot be saved; None where it can.
         not_captured: why calls on a GPU replay no CUDA graph; None where they do.
         native_steps, not_native: how many steps run natively on a CPU, and why the others do not.
@@ -92,6 +97,7 @@ class NetworkPlan:
     not_native: dict[str, str] = field(default_factory=dict)
     methods: tuple[str, ...] = ()
     widened: str = ""
+    call_time_us: float | None = None
 
     def __str__(self) -> str:
         return report.text(plan_table(self))
@@ -149,7 +155,7 @@ class NetworkPlan:
         return Example(tuple(tensors[:positional]), dict(zip(self.input_names, tensors[positional:], strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; the last thirteen where they say anything."""
+        """The fields as JSON values; the last fourteen where they say anything."""
         data: dict[str, Any] = {
             "layers": {name: plan.to_json() for name, plan in self.layers.items()},
             "skipped": self.skipped,
@@ -168,7 +174,7 @@ class NetworkPlan:
         sometimes = {
             **{"input_names": list(self.input_names), "methods": list(self.methods)},
             "favor": self.favor if self.favor != "latency" else None,
-            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: getattr(self, name) for name in (*_PLAIN, "call_time_us")},
         }
         return data | {name: value for name, value in sometimes.items() if value}
 
@@ -203,6 +209,7 @@ class NetworkPlan:
                 not_native=_texts(data.get("not_native", {})),
                 methods=tuple(str(name) for name in data.get("methods", ())),
                 widened=str(data.get("widened", "")),
+                call_time_us=None if data.get("call_time_us") is None else float(data["call_time_us"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a network plan: {error}") from error
@@ -239,6 +246,8 @@ def plan_table(plan: NetworkPlan, heading: str = "Plan per layer") -> Table:
     times = _us(plan.converted_time_us), _us(plan.dense_time_us), _ratio(plan.dense_time_us, plan.converted_time_us)
     lines.append(("whole network", "", kept, *times, plan.reason or ""))
     for rival, time_us in plan.rivals.items():
+        if rival == _BY_CALLS:  # by another clock
+            continue
         times = _us(time_us), _us(plan.dense_time_us), _ratio(plan.dense_time_us, time_us)
         lines.append(("whole network", "", rival, *times, "of the dense model, for comparison"))
     return Table(heading, _COLUMNS, tuple(lines), _caption(plan))
@@ -286,6 +295,9 @@ def _caption(plan: NetworkPlan) -> str:
         caption += f" Computed in {plan.precision}; inputs and outputs of {plan.widened} are converted."
     for way, reason in plan.not_tried.items():
         caption += f" Not tried {_WAYS.get(way, f'in {way}')}: {reason}."
+    if plan.call_time_us is not None and _BY_CALLS in plan.rivals:
+        eager_us = plan.rivals[_BY_CALLS]
+        caption += f" Plain calls take {_us(plan.call_time_us)} us, those of the original {_us(eager_us)} us."
     for source, phrase in _TIMES_FROM.items():
         if count := sum(layer.times_from == source for layer in plan.layers.values()):
             caption += f" The times of {count} of {len(plan.layers)} layers are from {phrase}."

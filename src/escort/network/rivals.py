@@ -1,4 +1,4 @@
-"""The dense model by torch.compile: what a conversion of much effort is compared with, besides the model as it is."""
+"""What a conversion is compared with besides the original's CUDA graph: its plain calls, and torch.compile of it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from escort.network.choose import NETWORK_ERROR_BOUND, race
 from escort.network.context import dense_in
 from escort.network.example import Example
 from escort.network.model import ConvertedModel
-from escort.network.original import Original
+from escort.network.original import Original, plain_copy
 from escort.network.plan import NetworkPlan
 from escort.network.tracing.state import same_draws
 from escort.network.values import largest_error, tensors_of
 from escort.planner import timing
 
-#: What plans call it.
-COMPILED = "torch.compile"
+#: What plans call them.
+EAGER, COMPILED = "eager", "torch.compile"
 
+_PLAIN_CALLS_S = 0.3  # seconds of calls after which no further round of them starts
 _log = logging.getLogger(__name__)
 
 
@@ -49,6 +50,40 @@ def compiled(model: nn.Module, example: Example) -> Callable[[], Any]:
     network, example = laid_out(model, example, torch.channels_last)
     network.compile(dynamic=False)
     return partial(example.run, network)
+
+
+def compare_with_eager(
+    chosen: ConvertedModel, dense: nn.Module, original: Original, request: Request
+) -> ConvertedModel:
+    """The network on a GPU with the times of plain calls in its plan, its own and those of the original.
+
+    All were timed in CUDA graphs, which is what calls replay. Where they cannot, a converted network may be faster in a
+    graph and slower without one: then the original is kept where its plain calls take less time.
+
+    Args:
+        dense: what stays where the original is kept.
+    """
+    plan, example = chosen.plan, original.example
+    called = ConvertedModel(chosen.network, plan, original.model)  # its graphs go with it
+    model = original.model if original.state is None else plain_copy(original.model)
+    runs = [partial(example.run, called), partial(example.run, model)]
+    try:
+        with torch.inference_mode(), dense_in(request.precision, request.device):
+            own_us, eager_us = timing.race_on_host(runs, request.device, budget_s=_PLAIN_CALLS_S)
+    finally:
+        called.graphs.clear()
+        if original.state is not None:
+            original.state.restore(chosen.network)
+    request.progress.done(f"timed by plain calls: {own_us:.1f} us, the original's {eager_us:.1f} us")
+    plan = replace(plan, call_time_us=own_us, rivals={**plan.rivals, EAGER: eager_us})
+    if plan.not_captured is None or plan.kept_dense or own_us <= eager_us:
+        chosen.plan = plan
+        return chosen
+    reason = f"calls replay no CUDA graph, and take {own_us:.0f} us without, those of the original {eager_us:.0f} us"
+    if original.state is not None:
+        original.state.restore(dense)
+    kept = replace(plan, kept_dense=True, refused=reason, call_time_us=eager_us)
+    return ConvertedModel(dense, kept, original.model)
 
 
 def compare_with_compiled(chosen: ConvertedModel, original: Original, request: Request) -> NetworkPlan:
@@ -80,4 +115,4 @@ def compare_with_compiled(chosen: ConvertedModel, original: Original, request: R
     if time_us < own_us:
         message = "torch.compile of the dense model is faster than what was chosen: %.0f us, instead of %.0f us"
         _log.warning(message, time_us, own_us)
-    return replace(plan, rivals={COMPILED: time_us})
+    return replace(plan, rivals={**plan.rivals, COMPILED: time_us})

@@ -38,8 +38,10 @@ def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.compile makes of a network is tested once, as it takes long."""
-    monkeypatch.setattr(sys.modules["escort.network.convert"], "compare_with_compiled", lambda chosen, *_: chosen.plan)
+    """What torch.compile makes of a network is tested once, as it takes long, and small networks need not win calls."""
+    module = sys.modules["escort.network.convert"]
+    monkeypatch.setattr(module, "compare_with_compiled", lambda chosen, *_: chosen.plan)
+    monkeypatch.setattr(module, "compare_with_eager", lambda chosen, *_: chosen)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,153 @@
+"""python -m benchmarks speed: converted networks against torch.compile, network by network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks import exhibits, suite
+from benchmarks.commands.options import PROGRAM, SeedOption
+from benchmarks.commands.rows import results_folder
+from benchmarks.findings.aims import read_aims
+from benchmarks.findings.break_even import sparsity_of
+from benchmarks.findings.speed import Key
+from benchmarks.result_files import Item, Result, measure
+from benchmarks.suite import NetworkRace, Row, Subject
+from escort import report
+from escort.cli.console import Output, command_line, note
+from escort.cli.options import command, effort_of, numbers
+from escort.planner.machine import find_device
+from escort.problem import TORCH_DTYPE, MemoryFormat, Precision
+
+_PRECISIONS: tuple[Precision, ...] = "fp16", "tf32", "fp32"
+#: How networks are converted: strict float32 gains most by kernels that are compiled for the weights.
+_EFFORTS: dict[str, str] = {"fp32": "best"}
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """Which networks, how they are converted, and where the rows go."""
+
+    networks: Annotated[
+        list[str] | None, typer.Argument(metavar="[NETWORK]...", help="Some of those that have aims; by default all.")
+    ] = None
+    batch: Annotated[str | None, typer.Option(metavar="N,...", help="Only these of the aims' batch sizes.")] = None
+    precision: Annotated[
+        str | None, typer.Option(metavar="P,...", help="Precisions, by default all of the aims; the CPU has fp32.")
+    ] = None
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,...", help="Only these of the aims' weights, such as random-0.90.")
+    ] = None
+    patterns: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of the files of sparsity patterns that aims name, such as resnet50_magnitude_90.npz."
+        ),
+    ] = Path("shared/data/patterns")
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fast|best|SECONDS",
+            help="What compiling kernels for the weights may take; by default best in fp32, and else fast.",
+        ),
+    ] = None
+    formats: Annotated[
+        str, typer.Option(metavar="F,...", help="The memory formats in which torch.compile is tried.")
+    ] = ",".join(suite.BOTH_FORMATS)
+    device: Annotated[str, typer.Option(help="cuda, cuda:1 or cpu.")] = "cuda"
+    budget_s: Annotated[float, typer.Option(min=0.0, help="Seconds of timing per clock and network.")] = 5.0
+    seed: SeedOption = 0
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results, benchmarks/results/DEVICE by default; it may hold some.")
+    ] = None
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what the folder holds already.")] = False
+
+    def precisions(self, device: str) -> list[Precision]:
+        """Those that are measured on a device. Raises ValueError for those that it does not have."""
+        there: tuple[Precision, ...] = ("fp32",) if device == "cpu" else _PRECISIONS
+        names = there if self.precision is None else self.precision.split(",")
+        if unknown := set(names) - set(there):
+            raise ValueError(
+                f"--precision: there is no {', '.join(sorted(unknown))} on {device}; there are {', '.join(there)}"
+            )
+        return [precision for precision in there if precision in names]
+
+    def memory_formats(self) -> list[MemoryFormat]:
+        names = self.formats.split(",")
+        if unknown := set(names) - set(suite.BOTH_FORMATS):
+            raise ValueError(
+                f"--formats: there is no {', '.join(sorted(unknown))}; there are {', '.join(suite.BOTH_FORMATS)}"
+            )
+        return [name for name in suite.BOTH_FORMATS if name in names]
+
+    def chosen(self) -> Iterator[Key]:
+        """Networks, weights and batch sizes of the aims. Raises ValueError for a network that has none."""
+        aims = read_aims().speed
+        known = list(dict.fromkeys(network for aim in aims for network in aim.networks))
+        if unknown := set(self.networks or ()) - set(known):
+            raise ValueError(f"there is no aim for {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        batches = None if self.batch is None else numbers(self.batch, "--batch")
+        weights = None if self.weights is None else self.weights.split(",")
+        for aim in aims:
+            for network in aim.networks:
+                for batch in aim.batches:
+                    wanted = (not self.networks or network in self.networks) and (not batches or batch in batches)
+                    if wanted and (not weights or aim.weights in weights):
+                        yield network, aim.weights, batch
+
+    def item(self, key: Key, precision: Precision, device: str) -> Item:
+        """One network to be measured. Raises ValueError where an option is wrong, or a file is missing."""
+        name, weights, batch = key
+        of_file, formats = self.file_of(weights), self.memory_formats()
+        effort = effort_of(self.effort or _EFFORTS.get(precision, "fast"))
+        race = NetworkRace(precision=precision, effort=effort, rounds=25, budget_s=self.budget_s)
+
+        def measure() -> list[Row]:
+            torch.manual_seed(self.seed)
+            subject = Subject.load(name, sparsity=None if of_file else sparsity_of(weights), patterns=of_file)
+            storage = TORCH_DTYPE[precision]
+            model, x = subject.model.to(device, storage), torch.randn(batch, *subject.input_size).to(device, storage)
+            return suite.measure_speed(model, x, network=name, weights=weights, race=race, formats=formats)
+
+        return Item(f"{name} {weights} N={batch}", measure)
+
+    def file_of(self, weights: str) -> Path | None:
+        """The file of patterns that weights come from. Raises ValueError where it is missing."""
+        if weights.startswith("random-"):
+            return None
+        path = self.patterns / f"{weights}.npz"
+        if not path.is_file():
+            raise ValueError(f"there is no {path}; name the folder that holds it with --patterns")
+        return path
+
+
+@command
+def main(options: SpeedOptions, output: Output) -> None:
+    """Race converted networks against torch.compile of the dense models in CUDA graphs: the table of aims.
+
+    The files are written after every network; the same command goes on where a run was cut off.
+    """
+    device = str(find_device(options.device))
+    work = {
+        f"speed-{precision}": [options.item(key, precision, device) for key in options.chosen()]
+        for precision in options.precisions(device)
+    }
+    folder = options.out or results_folder(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    head = suite.header(command_line(PROGRAM), device) | {"study": {"device": device, "seed": options.seed}}
+    failures = measure(work, folder, head, again=options.again, begin=lambda stem, label: note(f"{stem}: {label}"))
+    results = {stem: Result.read(folder / f"{stem}.json") for stem in work}
+    for what, why in failures.items():
+        note(f"failed: {what}: {why}")
+    tables = exhibits.tables(results)
+    for name, table in tables.items():
+        if name in results:
+            output.text.print(report.terminal(table))
+    rows = {stem: [row.to_json() for row in result.rows] for stem, result in results.items()}
+    output.result = {"output": str(folder), "rows": rows, "failures": failures}
+    output.failed = bool(failures)

@@ -1,0 +1,65 @@
+"""The table of how fast converted networks are against torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from benchmarks.exhibits.cells import Shown, milliseconds, times_faster
+from benchmarks.findings.aims import Wanted, read_aims
+from benchmarks.findings.speed import Key, Speed, speeds
+from benchmarks.result_files import Result
+from escort.report import Table
+
+
+def show_speed(results: Mapping[str, Result]) -> Shown:
+    """Every network that has an aim, with what was measured of it, per precision."""
+    slower, shown = read_aims().slower, Shown()
+    times = "Call, ms", "Graph, ms", "compile, ms"
+    judged = "Floor", "Goal", "Gain", "Reached", "In graphs", "vs dense", "Never slower"
+    columns = "Network", "Weights", "Samples", *times, *judged
+    caption = (
+        "Gain: plain calls of ours (call) against replays of the dense model by `torch.compile` in a CUDA graph, its "
+        "best memory format, interleaved, both waited for by the host's clock; a replay copies nothing in or out. Ours "
+        "and `torch.compile` in graphs: both by the GPU's clock, and so against the fastest dense model of all (vs "
+        "dense), eager torch in both memory formats among them. Never slower is at most "
+        f"{slower - 1.0:.0%} slower than that. A tie is a network that was kept dense."
+    )
+    for precision, result in results.items():
+        measured = speeds(result.rows)
+        lines = [(*map(str, key), *_cells(measured.get(key), wanted, slower)) for key, wanted in _aims(precision)]
+        shown[f"speed-{precision}"] = Table(f"Whole networks, {precision}", columns, tuple(lines), caption)
+    return shown
+
+
+def _aims(precision: str) -> Iterator[tuple[Key, Wanted]]:
+    """The networks of the aims, in their order."""
+    for aim in read_aims().speed:
+        for network in aim.networks:
+            for batch in aim.batches:
+                yield (network, aim.weights, batch), aim.wanted[precision]
+
+
+def _cells(speed: Speed | None, wanted: Wanted, slower: float) -> tuple[str, ...]:
+    aims = times_faster(wanted.floor), times_faster(wanted.goal)
+    if speed is None:
+        return ("-", "-", "-", *aims, "-", "not measured", "-", "-", "-")
+    times = (milliseconds(time_us) for time_us in (speed.call_us, speed.graph_us, speed.rival_graph_us))
+    gains = times_faster(speed.gain_in_graphs), times_faster(speed.gain_over_dense)
+    judged = times_faster(speed.gain), _reached(speed, wanted)
+    return (*times, *aims, *judged, *gains, _never_slower(speed, slower))
+
+
+def _reached(speed: Speed, wanted: Wanted) -> str:
+    if speed.gain is None:
+        return "not measured"
+    if speed.gain >= wanted.floor:
+        return "goal" if speed.gain >= wanted.goal else "floor"
+    return "tie" if speed.kept_dense else "no"
+
+
+def _never_slower(speed: Speed, slower: float) -> str:
+    if speed.kept_dense:
+        return "tie"
+    if speed.gain_over_dense is None:
+        return "not measured"
+    return "yes" if speed.gain_over_dense * slower >= 1.0 else "no"

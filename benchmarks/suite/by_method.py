@@ -1,0 +1,131 @@
+"""A converted network with some of its layers run by one method, or in no time; everything around them stays."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from escort.layers import SparseConv2d
+from escort.methods import Method
+from escort.network.check import Effort
+from escort.network.choose import choose
+from escort.network.convert import convert
+from escort.network.model import ConvertedModel
+from escort.network.passes.operations import replace_module
+from escort.network.swap import Swapped
+from escort.planner import Plan, plan_layers
+from escort.planner.machine import Machine
+from escort.planner.plan import Layer, Planned
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision
+
+
+def convert_keeping(
+    model: nn.Module, x: Tensor, *, precision: Precision, effort: Effort, progress: bool = False
+) -> tuple[ConvertedModel, list[Swapped]]:
+    """The model converted, and the networks that it was chosen from: one for each memory format that was planned."""
+    networks: list[Swapped] = []
+
+    def keep(dense: nn.Module, candidates: Sequence[Swapped], *args: Any) -> ConvertedModel:
+        networks[:] = candidates
+        return choose(dense, candidates, *args)
+
+    with mock.patch("escort.network.convert.choose", keep):
+        converted = convert(model, x, precision=precision, effort=effort, progress=progress)
+    return converted, networks
+
+
+def run_by(network: nn.Module, names: Sequence[str], method: Method, *, as_torch: bool = False) -> nn.Module:
+    """A copy of a converted network, some layers of which run by a method.
+
+    A layer that the method cannot run in the network's memory format is run in NCHW, and what it writes is converted.
+
+    Args:
+        as_torch: by what the method does as torch alone would; else each layer by the config that is fastest there.
+
+    Raises:
+        ValueError: where the method cannot run a layer, or has nothing that torch alone would do.
+    """
+    layers = [_layer(network, name, method) for name in names]
+    if as_torch:
+        planned = [_as_torch(layer, method) for layer in layers]
+    else:
+        planned = list(plan_layers(layers, 0.0, methods=[method]))
+    new = copy.deepcopy(network)
+    for name, layer, (plan, prepared) in zip(names, layers, planned, strict=True):
+        module = SparseConv2d(layer.sparse_filter, layer.bias, plan, name, slope=layer.slope)
+        module.run_by(prepared)
+        wanted = _sparse(network, name).plan.problem.memory_format
+        replace_module(new, name, module if plan.problem.memory_format == wanted else _InFormat(module, wanted))
+    if layers[0].problem.device_type == "cuda":
+        torch.cuda.synchronize()  # any stream may read the tables from now on
+    return new
+
+
+def run_free(network: nn.Module, names: Sequence[str]) -> nn.Module:
+    """A copy of a converted network, some layers of which take no time.
+
+    Its first call computes them. Every later one reads what they gave then.
+    """
+    new = copy.deepcopy(network)
+    for name in names:
+        replace_module(new, name, _Once(_sparse(new, name)))
+    return new
+
+
+def _sparse(network: nn.Module, name: str) -> SparseConv2d:
+    layer = network.get_submodule(name)
+    if not isinstance(layer, SparseConv2d):
+        raise ValueError(f"layer {name} was left alone in the conversion, which says why in its plan's `skipped`")
+    return layer
+
+
+def _layer(network: nn.Module, name: str, method: Method) -> Layer:
+    """What a method is given of a layer."""
+    layer = _sparse(network, name)
+    problem = layer.plan.problem
+    if method.unsupported(problem) is not None:
+        problem = replace(problem, memory_format="contiguous")
+    if reason := method.unsupported(problem):
+        raise ValueError(f"layer {name}: {method.name} cannot run it: {reason}")
+    return Layer(problem, layer.filter, layer.bias, layer.slope)
+
+
+def _as_torch(layer: Layer, method: Method) -> Planned:
+    config = next(iter(method.benchmark_configs(layer.problem, layer.sparse_filter)), None)
+    if config is None:
+        raise ValueError(f"{method.name} has nothing that torch alone would do")
+    machine = Machine.here(layer.problem.device)
+    plan = Plan(layer.problem, method.name, asdict(config), (), machine)
+    return Planned(plan, layer.prepare(method, config))
+
+
+class _InFormat(nn.Module):
+    """A layer, with what it writes in another memory format."""
+
+    def __init__(self, layer: nn.Module, memory_format: MemoryFormat) -> None:
+        super().__init__()
+        self.layer, self.memory_format = layer, TORCH_MEMORY_FORMAT[memory_format]
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.layer(*args).contiguous(memory_format=self.memory_format)
+
+
+class _Once(nn.Module):
+    """A layer that computes in its first call, and returns the same tensor in every later one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer: nn.Module | None = layer
+        self.result: Tensor | None = None
+
+    def forward(self, *args: Tensor) -> Tensor:
+        if self.result is None:
+            assert self.layer is not None
+            self.result, self.layer = self.layer(*args), None
+        return self.result
