@@ -19,7 +19,7 @@ from tests.network.models import Small, pruned
 from tests.runtime.test_native import BY_TORCH, OPERATIONS, SMALL, Net, converted, images, net_for, program_of, same
 
 #: Those whose samples are not known to be apart: they join along the samples, as the batch lies in memory.
-TOGETHER = {"permuted operands"}
+TOGETHER = {"permuted operands", "concatenation along other axes"}
 BATCHINGS = [Batching(samples, favor) for samples in (1, 2, 3) for favor in ("latency", "throughput")]  # type: ignore[arg-type]
 
 
