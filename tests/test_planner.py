@@ -14,8 +14,9 @@ import torch
 from escort import methods, reference
 from escort.cuda.capture import runs
 from escort.filter import SparseFilter
-from escort.methods import by_name, for_device
-from escort.planner import Plan, cores, measure, plan_layer, plan_layers, planner, search, timing
+from escort.kernels import _cpu
+from escort.methods import Prepared, by_name, for_device
+from escort.planner import Candidate, Plan, cores, measure, plan_layer, plan_layers, planner, search, timing
 from escort.planner.machine import Machine
 from escort.planner.store import Hint
 from escort.planner.timing import Timing
@@ -523,3 +524,15 @@ def test_what_a_plan_was_measured_with_comes_with_it() -> None:
     x = torch.randn(PROBLEM.input_shape)
     for (_, sparse_filter, _), each in zip(layers, planned, strict=True):
         assert reference.compare(each.prepared(x), reference.conv2d(PROBLEM, x, sparse_filter.to_dense())) < 1e-5
+
+
+@pytest.mark.parametrize(("native_us", "method"), [(100.0, "direct"), (108.0, "direct"), (112.0, "dense")])
+def test_a_method_that_native_programs_call_may_be_slower_by_a_hand_over(native_us: float, method: str) -> None:
+    def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return x
+
+    times_us = {"dense": 100.0, "direct": native_us}
+    candidates = [Candidate(name, {}, time_us=time_us) for name, time_us in times_us.items()]
+    prepared = [Prepared(run), Prepared(run, op=_cpu.Copy((1,), (1,)))]
+    runnable = [measure._FirstRun(*each, 1.0) for each in zip(candidates, prepared, strict=True)]
+    assert measure._best(candidates, runnable).method == method

@@ -116,3 +116,27 @@ def test_it_says_which_steps_run_natively() -> None:
     assert by_torch.plan.native_steps == 0 and by_torch.plan.not_native["0"] == "is run by method dense"
     assert "0 of 4 steps run natively; not 0, 3 (is run by method dense);" in " ".join(str(by_torch.plan).split())
     assert NetworkPlan.from_json(fast.plan.to_json()) == fast.plan
+
+
+def test_it_says_why_steps_of_these_sizes_do_not_run_natively() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x).mean(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "race", lambda runs, **_: [2.0] + [1.0] * (len(runs) - 1))
+        fast = escort.convert(Net().eval(), torch.randn(1, 3, 8, 8), methods=["direct"])
+    assert list(fast.plan.not_native.values()) == ["averages other axes than the last ones"]
+
+
+def test_it_says_where_torch_was_faster_and_not_chosen() -> None:
+    layer = next(iter(network_plan().layers.values()))
+    faster = Candidate("dense", {}, time_us=0.9 * (layer.time_us or 0.0))
+    layer = replace(layer, candidates=(*layer.candidates, faster))
+    plan = replace(network_plan(), layers={"a": layer})
+    assert "In 1 of 1 layers torch is faster by less than the step between costs." in plan_table(plan).caption
+    assert "torch is faster" not in plan_table(network_plan()).caption

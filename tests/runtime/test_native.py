@@ -603,3 +603,10 @@ def test_instructions_are_checked() -> None:
     ):
         with pytest.raises(ValueError):
             make()
+
+
+def test_layers_refuse_other_channels_as_torch_does() -> None:
+    program = program_of(Net(lambda m, x: F.relu(m.norm(x) * 2), norm=nn.BatchNorm2d(6)))
+    program(images(2, 6))
+    with pytest.raises(RuntimeError, match="should contain 5 elements not 6"):
+        program(images(2, 5))

@@ -12,6 +12,7 @@ from typing import get_args
 import torch
 from rich.table import Table
 from rich.text import Text
+from torch import fx, nn
 
 from escort import cache, reference
 from escort.cli.console import Output
@@ -23,6 +24,8 @@ from escort.methods import Method, for_device
 from escort.planner import cores, store, timing
 from escort.planner.machine import Machine
 from escort.problem import Precision, Problem
+from escort.runtime import Program
+from escort.runtime.native.lowering import LAYERS, OPERATIONS
 
 #: Package to what it is good for and the extra that brings it.
 _OPTIONAL = {
@@ -78,6 +81,7 @@ def examine() -> Iterator[Finding]:
     yield Finding("torch OpenMP", *_have(openmp, "torch runs on one thread; install a build of torch with OpenMP"))
     yield Finding("torch oneDNN", *_have(onednn, "dense convolutions are slow; install a build of torch with oneDNN"))
     yield from _methods("cpu")
+    yield _native_programs()
     yield Finding("compiler", "not needed: the CPU's kernels are compiled into the package")
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() and torch.version.cuda else 0)
     if not gpus:
@@ -136,7 +140,19 @@ def _try(name: str, method: Method, problem: Problem) -> Finding:
     error = reference.compare(y.cpu(), reference.conv2d(problem, x, weight))
     if not error <= reference.ERROR_BOUND[problem.precision]:
         return Finding(name, f"computes wrong, error {error:.1e}", False, "reinstall escort-sparse, report it")
-    return Finding(name, "works")
+    between = "" if method.is_native or problem.device != "cpu" else ", as a step of its own between native ones"
+    return Finding(name, f"works{between}")
+
+
+def _native_programs() -> Finding:
+    """Whether a small program runs without Python between its steps, and how much may be in one."""
+    program = Program.of(fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.Sigmoid())))
+    with torch.no_grad():
+        program(torch.zeros(1, 4))
+    if reasons := ", ".join(program.native.stats()["eager"]):
+        return Finding("native programs", f"steps run one by one: {reasons}", None)
+    value = f"{len(OPERATIONS)} functions and {len(LAYERS)} layers of torch run without Python between them"
+    return Finding("native programs", f"{value}; print(fast.plan) says which steps of a model do not")
 
 
 def _no_gpu() -> Finding:

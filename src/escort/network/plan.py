@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, get_args
 import torch
 
 from escort import report
-from escort.methods import dense_for
+from escort.methods import by_name, dense_for
 from escort.network.example import Example
 from escort.planner import Plan
 from escort.planner.machine import Machine
@@ -304,6 +305,8 @@ def _caption(plan: NetworkPlan) -> str:
     if scattered := sum(not layer.is_steady for layer in plan.layers.values()):
         caption += f" The times of {scattered} of {len(plan.layers)} layers were disturbed by other processes."
     caption += _steps(plan.native_steps, plan.not_native) + _batching(plan.batching)
+    if waived := sum(_is_waived(layer) for layer in plan.layers.values()):
+        caption += f" In {waived} of {len(plan.layers)} layers torch is faster by less than the step between costs."
     caption += f" Calls replay no CUDA graph: {plan.not_captured}." if plan.not_captured else ""
     return caption + (f" It cannot be saved: {plan.not_saved}." if plan.not_saved else "")
 
@@ -330,6 +333,14 @@ def _batching(batching: Batching) -> str:
     if batching.favor == "throughput":
         return f"{at_a_time} at a time go through native steps on each thread."
     return f"{at_a_time} at a time go through native steps, on all threads."
+
+
+def _is_waived(plan: Plan) -> bool:
+    """Whether a method is faster and was not chosen, since no native program calls it."""
+    methods = {candidate.method for candidate in plan.candidates if candidate.time_us is not None}
+    methods = {name for name in methods if not by_name(name, plan.problem.device).is_native}
+    times_us = [plan.best_us(name) or 0.0 for name in methods - {plan.method}]
+    return plan.problem.device_type == "cpu" and min(times_us, default=math.inf) < (plan.time_us or 0.0)
 
 
 def _us(time_us: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -28,7 +28,13 @@ _NOT_WRITING = frozenset("and_ not_ or_".split())
 _INPLACE = frozenset("celu elu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 selu silu threshold".split())
 
 
-def writes(network: nn.Module, step: Step) -> bool:
+class Layers(Protocol):
+    """The layers that steps call, by their paths: a network, or what remembers those of one."""
+
+    def get_submodule(self, target: str) -> nn.Module: ...
+
+
+def writes(network: Layers, step: Step) -> bool:
     """Whether a step writes to its first argument."""
     if step.kind == "layer":
         return bool(getattr(network.get_submodule(step.target), "inplace", False))
@@ -40,7 +46,7 @@ def writes(network: nn.Module, step: Step) -> bool:
     return name in _INPLACE and (step.kwargs.get("inplace") is True or True in step.args[1:])
 
 
-def is_view(network: nn.Module, step: Step) -> bool:
+def is_view(network: Layers, step: Step) -> bool:
     if step.kind == "layer":
         return isinstance(network.get_submodule(step.target), _VIEWING_LAYERS)
     return name_of(step) in _VIEWS

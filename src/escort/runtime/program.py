@@ -197,14 +197,18 @@ def programs_in(network: nn.Module) -> list[Program]:
 
 
 def native_steps(network: nn.Module) -> tuple[int, dict[str, str]]:
-    """How many steps of a network's programs run natively on a CPU, whatever the sizes are; the others, and why."""
-    count, others = 0, {}
+    """How many steps of a network's programs run natively on a CPU; the others, and why.
+
+    It says so of the last kind of call that was made of a program; where there was none, of any kind.
+    """
+    count, others = 0, dict[str, str]()
     for path, program in network.named_modules():
         if not isinstance(program, Program):
             continue
         prefix = f"{path}." if path else ""
-        for step in program.listing.steps:
-            reason = unknown(program, step)
+        forms = program.native.stats()["forms"]
+        for number, step in enumerate(program.listing.steps):
+            reason = forms[-1]["reasons"].get(number) if forms else unknown(program, step)
             count += reason is None
             if reason is not None:
                 others[prefix + step.target if step.kind == "layer" else str(step)] = reason

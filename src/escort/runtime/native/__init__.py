@@ -25,7 +25,7 @@ from escort.runtime.native.segment import is_plain
 from escort.runtime.steps import Listing, Step
 from escort.runtime.watch import Watch
 
-_MOST_KINDS, _MOST_WAITING = 256, 1 << 16
+_MOST_KINDS, _MOST_WAITING = 64, 1 << 16  # layers keep tables for as many sizes
 _SCALARS = frozenset((bool, int, float, str, type(None)))
 _function_modes = torch._C._len_torch_function_stack
 _is_autocast, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled

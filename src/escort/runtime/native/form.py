@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from escort.cuda.capture import in_a_line
-from escort.runtime.effects import is_view, name_of, writes
+from escort.runtime.effects import Layers, is_view, name_of, writes
 from escort.runtime.loop import BoundStep, run_steps
 from escort.runtime.native.batching import Batching
 from escort.runtime.native.call import Draft, NotNativeError
-from escort.runtime.native.lowering import OPERATIONS, empty_result, has_operation, lower_layer
+from escort.runtime.native.lowering import OPERATIONS, empty_result, has_operation, keeps_shape, lower_layer
 from escort.runtime.native.operations import Operations
 from escort.runtime.native.segment import Like, Segment, is_plain
 from escort.runtime.native.values import Storage, Value
@@ -30,7 +31,14 @@ _OF_SHAPES = frozenset(
 )
 
 
-def unknown(network: nn.Module, step: Step) -> str | None:
+class _Found:
+    """The layers of a network that were looked for: a look-up by path takes microseconds."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.get_submodule = cache(network.get_submodule)
+
+
+def unknown(network: Layers, step: Step) -> str | None:
     """Why no step of this kind runs natively, whatever the sizes are; None where it may."""
     if step.kind == "tensor":
         return None
@@ -125,7 +133,7 @@ class _Recorder:
         values: list[Any],
         batching: Batching,
     ) -> None:
-        self._network, self._listing, self._steps, self._values = network, listing, steps, values
+        self._network, self._listing, self._steps, self._values = _Found(network), listing, steps, values
         self._batching = batching
         self._first = len(listing.inputs)
         self._metas: dict[int, Any] = {}
@@ -213,12 +221,20 @@ class _Recorder:
 
     def _result(self, step: Step, args: Any, kwargs: Any) -> Any:
         """The result of a step without memory. What torch refuses is left to it."""
+        if self._is_like_its_input(step, args):
+            return args[0] if writes(self._network, step) else torch.empty_like(args[0])
         try:
             if step.kind == "call":
                 return step.target(*args, **kwargs)
             return empty_result(self._network.get_submodule(step.target), *args, **kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise NotNativeError(f"cannot be run without memory: {in_a_line(error)}") from error
+
+    def _is_like_its_input(self, step: Step, args: Any) -> bool:
+        """Whether the result has the shape of the first argument: torch takes up to a millisecond to find that out."""
+        if not args or not isinstance(args[0], Tensor) or not args[0].is_contiguous():
+            return False
+        return keeps_shape(self._network.get_submodule(step.target) if step.kind == "layer" else name_of(step))
 
     def _view(self, step: Step, places: Any, args: Any, result: Any) -> Any:
         """The result as views of the first argument, or None where it is none."""

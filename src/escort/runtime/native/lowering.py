@@ -80,11 +80,30 @@ LAYERS: Mapping[type[nn.Module], tuple[Callable[..., Value], str]] = {
 }
 
 
+_SHAPE_KEEPING_LAYERS = frozenset(
+    cls
+    for cls, (function, _) in LAYERS.items()
+    if function in (Operations.batch_norm_layer, Operations.hardtanh, Operations.leaky_relu, Operations.gelu)
+    or function in (Operations.prelu, Operations.softmax, *(OPERATIONS[name] for name in _ACTIVATED.split()))
+)
+
+
 def has_operation(layer: nn.Module) -> bool:
     """Whether calls of a layer may become instructions."""
     if isinstance(layer, SparseConv2d):
         return by_name(layer.plan.method, layer.plan.problem.device).is_native
     return type(layer) in LAYERS or isinstance(layer, SamePad)
+
+
+#: Functions whose results have the shape of their first argument, whatever else they are given.
+_SHAPE_KEEPING = frozenset((*_ACTIVATED.split(), *"batch_norm gelu hardtanh leaky_relu prelu softmax".split()))
+
+
+def keeps_shape(called: nn.Module | str) -> bool:
+    """Whether the result of a layer or of a function of that name has the shape of its first argument."""
+    if isinstance(called, str):
+        return called.rstrip("_") in _SHAPE_KEEPING
+    return type(called) in _SHAPE_KEEPING_LAYERS
 
 
 def settings(layer: nn.Module) -> list[Any]:

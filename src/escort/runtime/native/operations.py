@@ -218,9 +218,10 @@ class Operations(Call):
         x, epsilon = self.tensor(input, ndim=4), settings.pop("eps", 1e-5)
         if settings.pop("training", False) or running_mean is None or settings.keys() > {"momentum"}:
             raise NotNativeError("computes with the statistics of the batch")
-        of_channels = [
-            None if each is None else _whole(self.tensor(each)) for each in (running_mean, running_var, weight, bias)
-        ]
+        values = [None if each is None else self.tensor(each) for each in (running_mean, running_var, weight, bias)]
+        if any(value is not None and value.shape != x.shape[1:2] for value in values):
+            raise NotNativeError("normalises another number of channels")
+        of_channels = [None if value is None else _whole(value) for value in values]
         op = _cpu.BatchNorm(x.shape[1], x.shape[2:], epsilon)
         return self.make(op, x.shape[0], self.samples(x, x.shape[0]), *of_channels)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import NamedTuple
 
 from escort.runtime.native.values import Instruction, Operand, Storage
@@ -18,6 +18,16 @@ class Joined(NamedTuple):
     whole: Storage
     offset: int
     number: int
+
+
+class _Use(NamedTuple):
+    """An operand of the instruction of that number, which reads or writes so many floats of so many samples."""
+
+    number: int
+    operand: Operand
+    size: int
+    samples: int
+    is_output: bool
 
 
 class Placement:
@@ -40,10 +50,17 @@ class Placement:
         self, instructions: Sequence[Instruction], joins: Sequence[Joined], kept: Set[Storage], chunk: int | None = None
     ) -> None:
         self._homes: dict[Storage, tuple[Storage, int]] = {}
-        dropped: set[int] = set()
+        self._inside: dict[Storage, list[Storage]] = {}
+        self._uses: dict[Storage, list[_Use]] = {}
+        for number, each in enumerate(instructions):
+            for operand, size in _operands(each):
+                use = _Use(number, operand, size, each.samples, operand is each.output)
+                self._uses.setdefault(operand.storage, []).append(use)
+        copies, dropped = {join.number for join in joins}, set[int]()
         for join in joins:
-            if join.part not in kept and self._fits(join, instructions, {other.number for other in joins}):
+            if join.part not in kept and self._fits(join, copies):
                 self._homes[join.part] = join.whole, join.offset
+                self._inside.setdefault(join.whole, []).append(join.part)
                 dropped.add(join.number)
         self.instructions = [each for number, each in enumerate(instructions) if number not in dropped]
         self.samples = 1 if chunk is None else self._samples_apart()
@@ -54,30 +71,29 @@ class Placement:
         for storage in sorted(lifetimes, key=lambda storage: -self._size(storage)):
             self._place(storage, lifetimes)
 
-    def _fits(self, join: Joined, instructions: Sequence[Instruction], copies: Set[int]) -> bool:
+    def _fits(self, join: Joined, copies: Set[int]) -> bool:
         """Whether a part can lie in the whole: nothing writes to either behind the copy, and its samples stay whole."""
         part, whole = join.part, join.whole
         if part.source is not None or part in self._homes or part.samples != whole.samples:
             return False
         if self.root(whole)[0] is part:
             return False
-        for number, each in enumerate(instructions):
-            if number > join.number and number not in copies and self._is_in(each.output.storage, part, whole):
+        for use in (*self._uses_in(part), *self._uses_in(whole)):
+            if use.is_output and use.number > join.number and use.number not in copies:
                 return False
-            for operand, size in _operands(each):
-                if self._is_in(operand.storage, part) and part.samples > 1:
-                    is_within = self._shift(operand.storage, part) + operand.offset + size <= part.sample
-                    if each.samples != part.samples or operand.stride != operand.storage.sample or not is_within:
-                        return False
-        return True
+        return part.samples == 1 or all(self._is_by_sample(use, part) for use in self._uses_in(part))
 
-    def _is_in(self, storage: Storage, *others: Storage) -> bool:
-        """Whether a storage is one of these, or lies in one."""
-        while storage not in others:
-            if storage not in self._homes:
-                return False
-            storage = self._homes[storage][0]
-        return True
+    def _uses_in(self, storage: Storage) -> Iterator[_Use]:
+        """Those of a storage and of all that lie in it."""
+        yield from self._uses.get(storage, ())
+        for inner in self._inside.get(storage, ()):
+            yield from self._uses_in(inner)
+
+    def _is_by_sample(self, use: _Use, part: Storage) -> bool:
+        """Whether a use of what lies in a part takes some of each of its samples."""
+        operand = use.operand
+        is_within = self._shift(operand.storage, part) + operand.offset + use.size <= part.sample
+        return is_within and use.samples == part.samples and operand.stride == operand.storage.sample
 
     def _shift(self, storage: Storage, outer: Storage) -> int:
         shift = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,7 @@ class Instruction(NamedTuple):
     output: Operand
 
 
+@lru_cache(4096)
 def contiguous_strides(shape: Sizes) -> Sizes:
     strides = [1]
     for size in reversed(shape[1:]):
@@ -81,9 +83,9 @@ def contiguous_strides(shape: Sizes) -> Sizes:
 
 def is_contiguous(shape: Sizes, strides: Sizes) -> bool:
     """Whether numbers lie as they are counted; an axis of size 1 may have any stride."""
-    return all(
-        size == 1 or stride == wanted
-        for size, stride, wanted in zip(shape, strides, contiguous_strides(shape), strict=True)
+    expected = contiguous_strides(shape)
+    return strides == expected or all(
+        size == 1 or stride == wanted for size, stride, wanted in zip(shape, strides, expected, strict=True)
     )
 
 
