@@ -42,14 +42,19 @@ class Group {
   bool has(const std::string& name) const { return arrays_.count(name) == 1; }
 
   // Throws where there is none, or its items are of another size.
-  template <class T>
-  std::vector<T> all(const std::string& name) const {
+  template <class T, class Vector = std::vector<T>>
+  Vector all(const std::string& name) const {
     if (!has(name)) throw std::runtime_error("there is no " + name);
     const Array& array = arrays_.at(name);
     if (array.item_size != sizeof(T)) throw std::runtime_error("items of another size: " + name);
-    std::vector<T> result(array.bytes.size() / sizeof(T));
+    Vector result(array.bytes.size() / sizeof(T));
     if (!result.empty()) std::memcpy(result.data(), array.bytes.data(), array.bytes.size());
     return result;
+  }
+
+  template <class T>
+  Table<T> table(const std::string& name) const {
+    return all<T, Table<T>>(name);
   }
 
   template <class T>
@@ -106,19 +111,19 @@ std::unique_ptr<Op> make_op(const std::string& kind, const Group& g) {
   if (kind == "DirectConvolution")
     return std::make_unique<DirectConvolution>(
         *find_isa(g.text("isa")).direct,
-        DirectTables{g.one<Params>("params"), g.all<Nonzero>("nonzeros"), g.all<OutChannel>("out_channels"),
-                     g.all<Block>("blocks"), g.all<Job>("jobs"), g.all<Run>("runs"), g.all<Segment>("segments"),
-                     g.all<Tile>("tiles")});
+        DirectTables{g.one<Params>("params"), g.table<Nonzero>("nonzeros"), g.table<OutChannel>("out_channels"),
+                     g.table<Block>("blocks"), g.table<Job>("jobs"), g.table<Run>("runs"), g.table<Segment>("segments"),
+                     g.table<Tile>("tiles")});
   if (kind == "DepthwiseConvolution")
     return std::make_unique<DepthwiseConvolution>(
         *find_isa(g.text("isa")).depthwise,
-        DepthwiseTables{g.one<DepthwiseParams>("params"), g.all<Phase>("phases"), g.all<int32_t>("tap_columns"),
-                        g.all<float>("weights"), g.all<float>("bias"), g.all<float>("slope")});
+        DepthwiseTables{g.one<DepthwiseParams>("params"), g.table<Phase>("phases"), g.table<int32_t>("tap_columns"),
+                        g.table<float>("weights"), g.table<float>("bias"), g.table<float>("slope")});
   if (kind == "LinearConvolution")
     return std::make_unique<LinearConvolution>(
         g.one<int64_t>("in_channels"), g.one<int64_t>("out_channels"),
         static_cast<Activation>(g.one<int64_t>("activation")),
-        LinearTables{g.all<float>("weights"), g.all<float>("bias"), g.all<float>("slope")});
+        LinearTables{g.table<float>("weights"), g.table<float>("bias"), g.table<float>("slope")});
   if (kind == "MaxPool2d")
     return std::make_unique<MaxPool2d>(channels(), g.some<int, 2>("input_size"), g.some<int, 2>("output_size"),
                                        window(g));

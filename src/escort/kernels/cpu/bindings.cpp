@@ -32,7 +32,7 @@ namespace {
 // The only record of the table of that name.
 template <class T>
 T record(const nb::dict& tables, const char* name) {
-  const std::vector<T> all = records<T>(tables, name);
+  const Table<T> all = records<T>(tables, name);
   if (all.size() != 1) throw std::invalid_argument(std::string(name) + ": one record");
   return all[0];
 }

@@ -3,11 +3,11 @@
 
 #include <array>
 #include <cstdint>
-#include <vector>
 
 #include "depthwise.hpp"
 #include "direct.hpp"
 #include "max_pool.hpp"
+#include "memory.hpp"
 #include "op.hpp"
 
 namespace escort {
@@ -20,13 +20,13 @@ class Convolution : public Op {
 
 struct DirectTables {
   Params params;
-  std::vector<Nonzero> nonzeros;
-  std::vector<OutChannel> out_channels;
-  std::vector<Block> blocks;
-  std::vector<Job> jobs;
-  std::vector<Run> runs;
-  std::vector<Segment> segments;
-  std::vector<Tile> tiles;
+  Table<Nonzero> nonzeros;
+  Table<OutChannel> out_channels;
+  Table<Block> blocks;
+  Table<Job> jobs;
+  Table<Run> runs;
+  Table<Segment> segments;
+  Table<Tile> tiles;
 };
 
 class DirectConvolution : public Convolution {
@@ -43,9 +43,9 @@ class DirectConvolution : public Convolution {
 
 struct DepthwiseTables {
   DepthwiseParams params;
-  std::vector<Phase> phases;
-  std::vector<int32_t> tap_columns;
-  std::vector<float> weights, bias, slope;
+  Table<Phase> phases;
+  Table<int32_t> tap_columns;
+  Table<float> weights, bias, slope;
 };
 
 class DepthwiseConvolution : public Convolution {
@@ -61,8 +61,8 @@ class DepthwiseConvolution : public Convolution {
 };
 
 struct LinearTables {
-  std::vector<float> weights;      // (in_channels, pitch) with zeros behind the output channels
-  std::vector<float> bias, slope;  // (pitch,), which is a multiple of 16
+  Table<float> weights;      // (in_channels, pitch) with zeros behind the output channels
+  Table<float> bias, slope;  // (pitch,), which is a multiple of 16
 };
 
 // A convolution of one pixel by all weights: a matrix times a vector for each sample.

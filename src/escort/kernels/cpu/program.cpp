@@ -2,11 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <stdexcept>
 
+#include "memory.hpp"
 #include "threads.hpp"
 
 namespace escort {
@@ -19,15 +18,9 @@ constexpr int64_t kMostKept = 1 << 24;  // floats: 64 MiB
 constexpr int64_t kLineFloats = 16;     // of a cache line: arenas of threads do not share one
 
 struct Arena {
-  explicit Arena(int64_t size)
-      : data(static_cast<float*>(std::aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64))), size(size) {
-    if (!data) throw std::bad_alloc();
-  }
-  ~Arena() { std::free(data); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
+  explicit Arena(int64_t size) : memory(allocate_array<float>(size)), size(size) {}
 
-  float* data;
+  Memory<float> memory;
   int64_t size;
 };
 
@@ -56,7 +49,7 @@ class Borrowed {
       }
     }
   }
-  float* data() const { return arena_ ? arena_->data : nullptr; }
+  float* data() const { return arena_ ? arena_->memory.get() : nullptr; }
 
  private:
   std::unique_ptr<Arena> arena_;

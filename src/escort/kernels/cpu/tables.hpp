@@ -1,4 +1,4 @@
-// The structs of direct.hpp as numpy describes them, and numpy's arrays of records as vectors of these structs.
+// The structs of direct.hpp as numpy describes them, and numpy's arrays of records as tables of these structs.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -13,6 +13,7 @@
 
 #include "depthwise.hpp"
 #include "direct.hpp"
+#include "memory.hpp"
 
 namespace escort {
 
@@ -130,10 +131,10 @@ nanobind::object dtype_of() {
   return nanobind::module_::import_("numpy").attr("dtype")(dtype);
 }
 
-// The table of that name, an array of records of shape (n,), as a vector of structs. Raises TypeError where names,
+// The table of that name, an array of records of shape (n,), as structs. Raises TypeError where names,
 // types or places of its fields are not those of T.
 template <class T>
-std::vector<T> records(const nanobind::dict& tables, const char* name) {
+Table<T> records(const nanobind::dict& tables, const char* name) {
   using Bytes = nanobind::ndarray<const uint8_t, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
   const nanobind::object array = tables[name], expected = dtype_of<T>();
   if (!array.attr("dtype").equal(expected)) {
@@ -141,14 +142,14 @@ std::vector<T> records(const nanobind::dict& tables, const char* name) {
     throw nanobind::type_error(message.c_str());
   }
   const auto bytes = nanobind::cast<Bytes>(array.attr("view")("u1"));
-  std::vector<T> result(bytes.size() / sizeof(T));
+  Table<T> result(bytes.size() / sizeof(T));
   if (!result.empty()) std::memcpy(result.data(), bytes.data(), bytes.size());
   return result;
 }
 
 // The table of that name, an array of plain numbers of shape (n,). Raises TypeError where they are of another type.
 template <class T>
-std::vector<T> numbers(const nanobind::dict& tables, const char* name) {
+Table<T> numbers(const nanobind::dict& tables, const char* name) {
   using Numbers = nanobind::ndarray<const T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
   const nanobind::object table = tables[name];
   Numbers array;
@@ -156,7 +157,7 @@ std::vector<T> numbers(const nanobind::dict& tables, const char* name) {
     const std::string message = std::string(name) + " are a vector of " + type_of<T>();
     throw nanobind::type_error(message.c_str());
   }
-  return std::vector<T>(array.data(), array.data() + array.size());
+  return Table<T>(array.data(), array.data() + array.size());
 }
 
 }  // namespace escort

@@ -8,13 +8,12 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <exception>
-#include <memory>
-#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "memory.hpp"
 
 namespace escort {
 namespace {
@@ -200,10 +199,6 @@ void meet(const void* m, int) {
   while (meeting.present < meeting.threads && Clock::now() < meeting.end) pause();
 }
 
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-
 }  // namespace
 
 void on_threads(int threads, Call call, const void* work) {
@@ -293,12 +288,12 @@ void watch_forks() {
 }
 
 float* scratch(int64_t floats) {
-  thread_local std::unique_ptr<float, Free> memory;
+  thread_local Memory<float> memory;
   thread_local int64_t capacity = 0;
   if (floats > capacity) {
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
-    capacity = memory ? floats : 0;
-    if (!memory) throw std::bad_alloc();
+    capacity = 0;
+    memory = allocate_array<float>(floats);
+    capacity = floats;
   }
   return memory.get();
 }

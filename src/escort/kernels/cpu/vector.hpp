@@ -78,7 +78,9 @@ inline int min(int a, int b) { return a < b ? a : b; }
 // store_lanes: the first `count` lanes, at least one; the others are not written.
 constexpr int kAllLanes = (1 << kLanes) - 1;
 #if defined(__AVX512F__)
-ESCORT_INLINE Vector load_lanes(const float* p, int lanes) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p); }
+ESCORT_INLINE Vector load_lanes(const float* p, int lanes) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p);
+}
 ESCORT_INLINE void store_lanes(float* p, Vector v, int count) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>(kAllLanes >> (kLanes - count)), v);
 }
