@@ -285,7 +285,7 @@ def grown(*parts: Tensor) -> Tensor:
     """As in dense blocks: what is computed of all parts so far becomes another one."""
     features = list(parts)
     for _ in range(2):
-        features.append(F.relu(torch.cat(features, 1)[:, :6]))
+        features.append(F.relu_(torch.cat(features, 1)[:, :6] * 2))
     return torch.cat(features, 1)
 
 
@@ -296,8 +296,8 @@ def test_parts_are_written_where_they_are_joined() -> None:
         "parts that are read again": (lambda m, x: (lambda y: torch.cat([y, x + 1], 1)[:, :6] * y)(x * 2), 3),
         "an input": (lambda m, x: torch.cat([x, x + 1], 1), 2),
         "nested": (lambda m, x: torch.cat([torch.cat([x * 2, x + 1], 1), x - 1], 1), 3),
-        "growing": (lambda m, x: grown(x * 2, x + 1, x - 1), 5),
-        "growing, and written to": (lambda m, x: (lambda a: (grown(a, x), a.mul_(2.0), grown(a, x))[2])(x * 2), 9),
+        "growing": (lambda m, x: grown(x * 2, x + 1, x - 1), 7),
+        "growing, and written to": (lambda m, x: (lambda a: (grown(a, x), a.mul_(2.0), grown(a, x))[2])(x * 2), 13),
         "one part twice": (lambda m, x: (lambda y: torch.cat([y, y], 1))(x * 2), 2),
         "a part that is returned": (lambda m, x: (lambda y: (y, torch.cat([y, x + 1], 1)))(x * 2), 3),
         "a part that is written to before": (lambda m, x: torch.cat([(x * 2).relu_(), x + 1], 1), 3),

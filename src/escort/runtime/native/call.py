@@ -10,7 +10,7 @@ import torch
 
 from escort.kernels import _cpu
 from escort.runtime.native.placement import Joined
-from escort.runtime.native.values import Instruction, Operand, Sizes, Value, collapsed, operand
+from escort.runtime.native.values import Instruction, Operand, Sizes, Storage, Value, collapsed, operand
 
 Step = TypeVar("Step", bound="Call")
 
@@ -104,7 +104,7 @@ class Call:
         if self._target is not None:
             if not isinstance(op, _cpu.Elementwise):
                 raise NotNativeError("writes in place what cannot be")
-            self.draft.joined.clear()  # what was joined may not be what its parts are any more
+            self._forget_joined(self._target.storage)
         if op.output_size * samples != math.prod(result.shape):
             raise ValueError(f"an operation gives {samples} x {op.output_size} numbers for {result.shape}")
         self._append(op, samples, inputs, operand(result, samples, op.output_size))
@@ -140,6 +140,12 @@ class Call:
         first = [self.draft.joined[known]] if known else []
         self.draft.joined[tuple(parts)] = result
         return first + rest
+
+    def _forget_joined(self, written: Storage) -> None:
+        """What was joined is not what its parts are any more, where one of both is written to."""
+        for parts, whole in list(self.draft.joined.items()):
+            if any(value.storage is written for value in (*parts, whole)):
+                del self.draft.joined[parts]
 
     def _copy(self, value: Value, target: Operand) -> None:
         """Copies the samples of a value, which has axes besides theirs, one by one."""
