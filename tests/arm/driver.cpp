@@ -140,6 +140,10 @@ std::unique_ptr<Op> make_op(const std::string& kind, const Group& g) {
     return std::make_unique<AveragePool>(channels(), plane(), g.all<Window>("rows"), g.all<Window>("columns"));
   if (kind == "Resize")
     return std::make_unique<Resize>(channels(), plane(), g.all<Between>("rows"), g.all<Between>("columns"));
+  if (kind == "Bicubic")
+    return std::make_unique<Bicubic>(channels(), plane(), g.all<Cubic>("rows"), g.all<Cubic>("columns"));
+  if (kind == "Softmax")
+    return std::make_unique<Softmax>(g.one<int64_t>("outer"), g.one<int64_t>("size"), g.one<int64_t>("inner"));
   if (kind == "Linear") return std::make_unique<Linear>(g.one<int64_t>("in_features"), g.one<int64_t>("out_features"));
   throw std::runtime_error("no operation is a " + kind);
 }

@@ -2,8 +2,8 @@
 
 A file is runs, one behind another. A run is groups of arrays, in this order:
 
-- a header: `name` (text), `is_right` (0 where it is wrong on purpose), `bound` (float64), `arena_size`, `batch` (samples
-  and those of a chunk), and how many `instructions` and `results` follow. A bound of one number is that of
+- a header: `name` (text), `is_right` (0 where it is wrong on purpose), `bound` (float64), `arena_size`, `batch`
+  (samples and those of a chunk), and how many `instructions` and `results` follow. A bound of one number is that of
   ``reference.compare``, one of two is rtol and atol of each number, as ``torch.testing.assert_close`` takes them;
 - the buffers, float32, by number. What is written to holds NaN;
 - each instruction of a NativeProgram: `op` (its class), `samples`, `places` (buffer, offset and stride of each input,
