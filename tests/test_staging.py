@@ -53,6 +53,8 @@ static unsigned short __ushort_as_half(unsigned short bits) { return bits; }
 static unsigned short __half_as_ushort(unsigned short bits) { return bits; }
 static unsigned short __float2half_rn(float) { return 0; }
 static void __syncthreads() {}
+#define BEYOND_BOUNDS 0
+static float activated(float v, float) { return v; }  // of activation.cuh; nothing is computed here
 char shared[1 << 20];
 
 """
