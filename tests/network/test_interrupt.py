@@ -71,11 +71,11 @@ def interrupted_everywhere(run: Callable[[], object], points: int) -> Iterator[N
 
 
 def threads() -> frozenset[threading.Thread]:
-    """Those that run, once that of the bar has looked up and found that it shall end."""
-    for thread in threading.enumerate():
-        if isinstance(thread, rich.live._RefreshThread):
-            thread.join(2.0)
-    return frozenset(threading.enumerate())
+    """Those that run, once that of the bar has looked up and found that it ends. Libraries may watch by a daemon."""
+    bars = [thread for thread in threading.enumerate() if isinstance(thread, rich.live._RefreshThread)]
+    for bar in bars:
+        bar.join(2.0)
+    return frozenset(thread for thread in threading.enumerate() if not thread.daemon or thread in bars)
 
 
 def settings() -> dict[str, Any]:
@@ -209,7 +209,14 @@ model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Conv2d(32, 32, 
 prune.uniform(model, 0.9)
 prune.make_permanent(model)
 x, random = torch.randn(2, 32, 40, 40), torch.get_rng_state()
-logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format="%(message)s")
+
+class Lines(logging.StreamHandler):
+    def emit(self, record):
+        super().emit(record)
+        if record.getMessage().startswith(LINE):
+            time.sleep(5.0)  # until the signal comes: what is left to do may take less than sending it
+
+logging.basicConfig(level=logging.DEBUG, handlers=[Lines(sys.stdout)], format="%(message)s")
 try:
     escort.convert(model, x, progress=True)
 except KeyboardInterrupt:
@@ -269,7 +276,7 @@ def interrupted(code: str, line: str, cache: Path, delay_s: float = 0.0, exits: 
 
 @pytest.mark.parametrize("line", ["run as it is", "rewritten", "layer 2", "compared"])
 def test_a_real_ctrl_c_ends_a_conversion_and_the_next_one_works(line: str, tmp_path: Path) -> None:
-    output, _ = interrupted(CONVERTING, line, tmp_path / "cache")
+    output, _ = interrupted(f"LINE = {line!r}\n{CONVERTING}", line, tmp_path / "cache")
     assert output.endswith("converted after all\n")
 
 
