@@ -19,7 +19,14 @@ from escort.report import Figure, Table, horizontal_bars
 
 RESULTS = Path(__file__).parents[1] / "results"
 
-_NETWORKS = {"caffenet": "CaffeNet", "googlenet": "GoogLeNet", "resnet50": "ResNet-50"}
+_NETWORKS = {
+    "caffenet": "CaffeNet",
+    "efficientnet_b0": "EfficientNet-B0",
+    "googlenet": "GoogLeNet",
+    "mobilenet_v2": "MobileNetV2",
+    "resnet50": "ResNet-50",
+    "yolo": "YOLO-style detector",
+}
 _ENGINES = {
     "eager": "eager torch",
     "graph": "torch in a CUDA graph",

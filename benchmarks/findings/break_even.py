@@ -53,5 +53,5 @@ def random_weights(sparsity: float) -> str:
 
 
 def sparsity_of(weights: str) -> float:
-    """The share of zeros in :func:`random_weights`."""
-    return float(weights.removeprefix("random-"))
+    """The share of zeros in :func:`random_weights`, whatever else they are: ``random-0.90-dense-depthwise``."""
+    return float(weights.removeprefix("random-").partition("-")[0])

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import suite
 from benchmarks.findings import layers, prediction
-from benchmarks.findings.break_even import break_even
+from benchmarks.findings.break_even import break_even, random_weights, sparsity_of
 from benchmarks.paper_layers import LAYERS
 from benchmarks.result_files import Result
 from benchmarks.suite import Row
@@ -23,6 +23,11 @@ from tests.benchmarks.made_up import (
     layer_rows,
     row,
 )
+
+
+@pytest.mark.parametrize("weights", [random_weights(0.9), "random-0.90-dense-depthwise"])
+def test_the_share_of_zeros_is_read_off_the_weights_name(weights: str) -> None:
+    assert sparsity_of(weights) == 0.9
 
 
 def test_totals_sum_each_methods_best() -> None:
