@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 import io
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from escort.network.values import output_error
+from tests.at_once import at_once
 from tests.forked import in_a_child
 from tests.modes.kinds import Inputs, Kind
 
@@ -253,22 +253,12 @@ def threads(cell: Cell) -> None:
     """Eight threads call one model for the first time at once, each with other inputs."""
     inputs = [cell.kind.inputs(1 + i % 4, 16 + 2 * (i % 3)) for i in range(8)]
     expected = [cell.expected(each) for each in inputs]
-    start, failures = threading.Barrier(len(inputs)), list[BaseException]()
 
     def call(each: Inputs, wanted: Any) -> None:
-        try:
-            start.wait()
-            for _ in range(5):
-                same(cell.call(each), wanted)
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(5):
+            same(cell.call(each), wanted)
 
-    workers = [threading.Thread(target=call, args=pair) for pair in zip(inputs, expected, strict=True)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures, failures
+    at_once(call, zip(inputs, expected, strict=True))
 
 
 def fork(cell: Cell) -> None:

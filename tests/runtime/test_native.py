@@ -6,7 +6,6 @@ import copy
 import gc
 import operator
 import pickle
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +20,7 @@ import escort
 from escort.kernels import _cpu
 from escort.planner import timing
 from escort.runtime import Program, native
+from tests.at_once import at_once
 from tests.network.models import Small, pruned
 
 
@@ -551,23 +551,14 @@ def test_threads_share_forms() -> None:
     inputs = [images(1 + i % 3, 3, 16 + 2 * (i % 2), 16) for i in range(6)]
     by_step = copy.deepcopy(fast)
     by_step.network.native.enabled = False
-    expected, failures, start = [by_step(x) for x in inputs], list[BaseException](), threading.Barrier(len(inputs))
+    expected = [by_step(x) for x in inputs]
 
     def call(x: Tensor, wanted: Tensor) -> None:
-        try:
-            start.wait()
-            with torch.no_grad():
-                for _ in range(30):
-                    same(fast(x), wanted)
-        except BaseException as error:
-            failures.append(error)
+        with torch.no_grad():
+            for _ in range(30):
+                same(fast(x), wanted)
 
-    workers = [threading.Thread(target=call, args=pair) for pair in zip(inputs, expected, strict=True)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures, failures
+    at_once(call, zip(inputs, expected, strict=True))
 
 
 def test_nan_and_infinity_pass() -> None:

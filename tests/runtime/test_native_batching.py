@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from escort.kernels import _cpu
 from escort.runtime import Batching, Favor, Program
 from escort.runtime.native import Native
+from tests.at_once import at_once
 from tests.network.models import Small, pruned
 from tests.runtime.test_native import BY_TORCH, OPERATIONS, SMALL, Net, converted, images, net_for, program_of, same
 
@@ -138,24 +138,14 @@ def test_threads_that_call_at_once_share_batchings(threads: int) -> None:
     inputs = [images(2 + i, 3, 16, 16) for i in range(6)]
     expected = [fast(x) for x in inputs]
     fast.network.native.batching = Batching(1, "throughput")
-    failures, start = list[BaseException](), threading.Barrier(len(inputs))
 
     def call(x: Tensor, wanted: Tensor) -> None:
-        try:
-            start.wait()
-            torch.set_num_threads(threads)
-            with torch.no_grad():
-                for _ in range(20):
-                    same(fast(x), wanted)
-        except BaseException as error:
-            failures.append(error)
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            for _ in range(20):
+                same(fast(x), wanted)
 
-    workers = [threading.Thread(target=call, args=pair) for pair in zip(inputs, expected, strict=True)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures, failures
+    at_once(call, zip(inputs, expected, strict=True))
 
 
 def test_a_batching_is_kept_by_copies() -> None:

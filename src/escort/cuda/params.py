@@ -15,8 +15,14 @@ import struct
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+#: How kernels number the types of elements: their macro STORAGE (kernels/cuda/elements.cuh).
+STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True)

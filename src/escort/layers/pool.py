@@ -16,7 +16,7 @@ from torch import nn
 from escort.cuda import kernel
 from escort.cuda.binary import Binary
 from escort.cuda.compiler import Variant
-from escort.cuda.params import pack
+from escort.cuda.params import STORAGE, pack
 from escort.kernels import _cpu
 from escort.layers.observed import PLAIN, is_observed, is_profiled
 from escort.layers.runners import check_not_capturing
@@ -130,7 +130,7 @@ def _pool_kernel(device: torch.device, dtype: torch.dtype, vector: int, window: 
 def pooling_kernel(dtype: torch.dtype, vector: int, kernel_size: Pair) -> Variant:
     """The kernel that pools tensors of a type, so many elements at once, in windows of so many rows and columns."""
     rows, columns = kernel_size
-    macros = {"STORAGE": POOLED_ON_GPU.index(dtype), "VECTOR": vector, "ROWS": rows, "COLUMNS": columns}
+    macros = {"STORAGE": STORAGE[dtype], "VECTOR": vector, "ROWS": rows, "COLUMNS": columns}
     return Variant("max_pool.cu", macros)
 
 

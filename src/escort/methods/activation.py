@@ -1,4 +1,4 @@
-"""Activations in kernels for GPUs: those that only bound are parameters, others are compiled in (activation.cuh)."""
+"""What kernels are told of activations: slopes, and on GPUs whether one bounds, as a parameter, or is compiled in."""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ from escort.cuda.binary import Binary
 from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.cuda.launch import Grid
+from escort.cuda.params import STORAGE
 from escort.layers.observed import PLAIN, is_observed
-from escort.layers.pool import POOLED_ON_GPU, pools
+from escort.layers.pool import pools
 from escort.layers.runners import check_not_capturing
 from escort.methods.base import aligned
 from escort.problem import TORCH_MEMORY_FORMAT
@@ -68,7 +69,7 @@ class Planes:
     @staticmethod
     def macros(dtype: torch.dtype, vector: int) -> dict[str, int | str]:
         """Those that every kernel has."""
-        return {"STORAGE": POOLED_ON_GPU.index(dtype), "VECTOR": vector}
+        return {"STORAGE": STORAGE[dtype], "VECTOR": vector}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from escort.filter import SparseFilter
 from escort.kernels import _cpu
+from escort.methods.activation import slopes
 from escort.methods.base import Method, Prepared, prepared_op
 from escort.problem import Problem
 
@@ -93,16 +94,14 @@ class Depthwise(Method):
         slope: torch.Tensor | None = None,
     ) -> Prepared:
         layout = _Layout.of(problem, LANES[config.isa])
-        zeros = torch.zeros(problem.out_channels)
-        if problem.epilogue.activation == "leaky_relu":
-            slope = zeros + problem.epilogue.negative_slope
+        zeros, of_channels = torch.zeros(problem.out_channels), slopes(problem, slope)
         tables = {
             "params": _params(problem, layout, config),
             "phases": layout.phases,
             "tap_columns": layout.tap_columns,
             "weights": sparse_filter.to_dense().numpy().ravel(),
             "bias": _numbers(zeros if bias is None else bias),
-            "slope": _numbers(zeros if slope is None else slope),
+            "slope": _numbers(zeros if of_channels is None else of_channels),
         }
         return prepared_op(problem, _cpu.DepthwiseConvolution(config.isa, tables))
 

@@ -13,6 +13,7 @@ import torch
 
 from escort.filter import SparseFilter
 from escort.kernels import _cpu
+from escort.methods.activation import slopes
 from escort.methods.base import Method, Prepared, prepared_op
 from escort.methods.lowering import is_linear
 from escort.problem import Problem
@@ -49,12 +50,10 @@ class Linear(Method):
         config: LinearConfig,
         slope: torch.Tensor | None = None,
     ) -> Prepared:
-        if problem.epilogue.activation == "leaky_relu":
-            slope = torch.full((problem.out_channels,), problem.epilogue.negative_slope)
         channels = problem.out_channels
         rows = torch.zeros(problem.in_channels + 2, -(-channels // _PITCH) * _PITCH)
         rows[:-2, :channels] = sparse_filter.to_dense().flatten(1).T
-        for row, given in ((-2, bias), (-1, slope)):
+        for row, given in ((-2, bias), (-1, slopes(problem, slope))):
             if given is not None:
                 rows[row, :channels] = given.detach()
         tables = {"weights": rows[:-2].numpy().ravel(), "bias": rows[-2].numpy(), "slope": rows[-1].numpy()}

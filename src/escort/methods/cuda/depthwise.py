@@ -18,7 +18,7 @@ from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import NATIVE_CAPABILITY, kernel, unavailable
 from escort.cuda.launch import Grid
-from escort.cuda.params import Divisor, pack
+from escort.cuda.params import STORAGE, Divisor, pack
 from escort.filter import SparseFilter
 from escort.methods import activation
 from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_check, output_strides
@@ -26,7 +26,6 @@ from escort.methods.sharing import shared
 from escort.problem import Problem
 
 _SOURCE = "depthwise.cu"
-_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _THREADS, _LOG_THREADS = 128, 7  # of a block
 _STRIPS = 4, 2, 1
 _MOST_COLUMNS = 11  # of a filter, whose weights of a row lie in registers
@@ -76,7 +75,7 @@ class DepthwiseCuda(Method):
 
     def kernels(self, problem: Problem, config: DepthwiseConfig) -> Sequence[Variant]:
         macros: dict[str, int | str] = {
-            "STORAGE": _STORAGE[problem.storage],
+            "STORAGE": STORAGE[problem.storage],
             "VECTOR": _vector(problem),
             "ROWS": problem.kernel_size[0],
             "COLUMNS": problem.kernel_size[1],
@@ -88,7 +87,7 @@ class DepthwiseCuda(Method):
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: DepthwiseConfig | None = None
     ) -> float:
-        """What memory takes, or computing where a filter is large: an estimate, not measured yet (2026-11-30)."""
+        """What memory takes, or computing where a filter is large: an estimate, not fitted to times yet."""
         outputs = math.prod(problem.output_shape)
         elements = math.prod(problem.input_shape) + outputs * (2 if problem.epilogue.residual else 1)
         memory_us = elements * problem.storage.itemsize / _BYTES_PER_US

@@ -14,14 +14,13 @@ import torch
 from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import NATIVE_CAPABILITY, kernel, unavailable
-from escort.cuda.params import pack
+from escort.cuda.params import STORAGE, pack
 from escort.filter import SparseFilter
 from escort.methods import activation
 from escort.methods.base import Method, Prepared, aligned, input_check, output_strides
 from escort.methods.sharing import shared
 from escort.problem import Problem
 
-_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _THREADS, _WARPS = 256, 8  # of a block
 _MOST_ACROSS = 65535  # blocks of a grid along its second axis
 _BYTES_PER_US, _PRODUCTS_PER_CLOCK, _CLOCK_MHZ, _LEAST_US = 2.5e6, 40.0, 1755.0, 3.0
@@ -58,7 +57,7 @@ class Gemv(Method):
 
     def kernels(self, problem: Problem, config: GemvConfig) -> Sequence[Variant]:
         macros: dict[str, int | str] = {
-            "STORAGE": _STORAGE[problem.storage],
+            "STORAGE": STORAGE[problem.storage],
             "VECTOR": _vector(problem),
             "SAMPLES": config.samples,
         }
@@ -67,7 +66,7 @@ class Gemv(Method):
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: GemvConfig | None = None
     ) -> float:
-        """What the weights take that each warp reads, or the products: an estimate, not measured yet (2026-11-30)."""
+        """What the weights take that each warp reads, or the products: an estimate, not fitted to times yet."""
         config = config or self.configs(problem, sparse_filter)[0]
         weights, reads = math.prod(problem.weight_shape), -(-problem.batch // config.samples)
         memory_us = weights * problem.storage.itemsize * max(reads / 4, 1.0) / _BYTES_PER_US  # again out of the L2

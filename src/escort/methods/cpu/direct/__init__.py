@@ -13,6 +13,7 @@ import torch
 
 from escort.filter import SparseFilter
 from escort.kernels import _cpu
+from escort.methods.activation import slopes
 from escort.methods.base import Method, Prepared, prepared_op
 from escort.methods.cpu.direct.layout import Layout, Records, records
 from escort.methods.cpu.direct.schedule import Schedule
@@ -90,9 +91,8 @@ class Direct(Method):
     ) -> Prepared:
         lanes, most = ISAS[config.isa]
         layout = Layout.of(problem, lanes, min(config.vectors, most))
-        if problem.epilogue.activation == "leaky_relu":
-            slope = torch.full((problem.out_channels,), problem.epilogue.negative_slope)
-        schedule = Schedule.of(sparse_filter, layout, bias, config.channel_block, config.parts, slope)
+        of_channels = slopes(problem, slope)
+        schedule = Schedule.of(sparse_filter, layout, bias, config.channel_block, config.parts, of_channels)
         tables = {
             "params": _params(problem, layout, schedule, config),
             "nonzeros": schedule.nonzeros,
