@@ -21,7 +21,7 @@ from escort.planner.machine import Machine
 from escort.planner.store import Hint
 from escort.planner.timing import Timing
 from escort.problem import Problem
-from tests.fakes import PROBLEM, Compiled, Fake, a_filter, plans_of, put_gpu_in_place
+from tests.fakes import PROBLEM, Compiled, Fake, Trying, a_filter, plans_of, put_gpu_in_place
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +188,32 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def out_of_memory(y: torch.Tensor) -> torch.Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB. GPU 0 has less.")
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("races", "chosen", "prepared"),
+    [
+        ([[10.0, 14.0]], ("other", 0), 1),  # far from the fastest: not tried
+        ([[10.0, 12.0], [10.0, 9.0]], ("cudnn", 0), 2),
+        ([[10.0, 12.0], [10.0, 11.0]], ("other", 0), 2),
+        ([[12.0, 10.0], [10.0, 9.9]], ("cudnn", 1), 2),  # a hundredth is not worth trying wherever it is loaded
+        ([[12.0, 10.0], [10.0, 9.0]], ("cudnn", 0), 2),
+    ],
+)
+def test_what_takes_long_to_try_is_tried_where_it_may_win(
+    races: list[list[float]], chosen: tuple[str, int], prepared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(races)
+    monkeypatch.setattr(timing, "race_on_gpu", lambda *_, **__: [Timing(time_us) for time_us in next(left)])
+    trying = Trying()
+    (plan,) = plans_of([(ON_GPU, a_filter(), None)], 0.0, methods=(Fake("other", lambda y: y), trying))
+    assert (plan.method, plan.config["knob"]) == chosen and next(left, None) is None
+    assert len(trying.knobs) == prepared
+    # Where there is time for all, it is tried with the others.
+    monkeypatch.setattr(timing, "race_on_gpu", lambda *_, **__: [Timing(t) for t in (10.0, 9.9, 10.0)])
+    (plan,) = plans_of([(ON_GPU, a_filter(), None)], 9.0, methods=(Fake("other", lambda y: y), Trying()))
+    assert (plan.method, plan.config["knob"]) == ("other", 0) and plan.dense_time_us == 9.9
 
 
 @pytest.mark.usefixtures("gpu")

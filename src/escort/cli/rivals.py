@@ -163,14 +163,19 @@ def _on_gpu(rival: str) -> Callable[[nn.Module, Inputs], list[Way]]:
 
 @contextmanager
 def dense_at_its_best(precision: Precision) -> Iterator[None]:
-    """Lets torch's own operators compute in a precision, and cuDNN choose its algorithms by trying them."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    """Lets torch's own operators compute in a precision, and cuDNN choose its algorithms by trying them.
+
+    Torch would go on with those that a convolution took before without trying, as in a conversion, but for asking for
+    deterministic ones, which all forward algorithms are.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark = cudnn.deterministic = True
     try:
         with float32_products(precision), float32_convolutions(precision):
             yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 def check(way: Way, expected: Sequence[Tensor], bound: float) -> Result:
