@@ -285,7 +285,7 @@ def test_rows_of_a_layer(precision: Precision) -> None:
     expected = {m.name for m in for_device(DEVICE) if m.unsupported(layer.problem) is None}
     assert {row.method for row in rows} == expected
     assert all(row.rel_error <= reference.ERROR_BOUND[precision] and "timer" not in row.config for row in rows)
-    assert {"memory_format": "channels_last", "output": "as_is", "fused": False} in [
+    assert {"memory_format": "channels_last", "output": "as_is", "fused": False, "tries": True} in [
         r.config for r in rows if r.method == "cudnn"
     ]
     head = suite.header("layers", DEVICE)
