@@ -22,7 +22,7 @@ from escort.cli.options import check_writable, command, effort_of, numbers
 _NETWORKS = ("resnet50", "resnet18", "vgg16_bn", "mobilenet_v2")
 _TIMING = (
     "convert and load: wall time in a fresh process, whose imports, model and device are ready before; escort: median "
-    "time of a call, both efforts raced in turn in one process, or of one effort by its timer: replays of a CUDA graph, "
+    "time of a call, both efforts raced in turn in one process, or of one effort by its timer: CUDA graph replays, "
     "calls each waited for (call) or back to back, or the host's part of calls that replay no graph (host)"
 )
 
