@@ -112,21 +112,25 @@ def plan_layers(
     tasks = [_Task.of(Layer(*layer), methods, reads_store=not remeasure) for layer in layers]
     if compile_budget_s > 0.0:
         tasks = _share_out(tasks, compile_budget_s)
-    searches, recalled, waiting = _sort(tasks)
+    searches, waiting = dict[int, Search](), set[int]()
     allowance = Allowance(layers[0][0].device) if layers else None
     ahead = {index: Ahead(allowance) for index in range(len(tasks))}
     begin = time.perf_counter()
-    on_all_cores(
-        [
-            partial(ahead[index].prepare, tasks[index].layer, method, config)
-            for index, search in searches.items()
-            for method, configs in search.tried
-            for config in configs
-            if method.compiles_per_filter or tasks[index].layer.problem.device_type == "cuda"
-        ]
-        + [partial(ahead[index].prepare, tasks[index].layer, *choice[:2]) for index, choice in recalled.items()],
-        preparing,
-    )
+
+    def jobs() -> Iterator[Callable[[], None]]:  # while the next layer is searched, what the last ones need is compiled
+        for index, found in _sort(tasks):
+            prepare = partial(ahead[index].prepare, tasks[index].layer)
+            if isinstance(found, Search):
+                searches[index] = found
+                for method, configs in found.tried:
+                    if method.compiles_per_filter or tasks[index].layer.problem.device_type == "cuda":
+                        yield from (partial(prepare, method, config) for config in configs)
+            elif found is None:
+                waiting.add(index)
+            else:
+                yield partial(prepare, *found[:2])
+
+    on_all_cores(jobs(), preparing)
     _log.debug("prepared %d candidates in %.2f s", sum(map(len, ahead.values())), time.perf_counter() - begin)
     for index, task in enumerate(tasks):
         if search := searches.get(index):
@@ -252,26 +256,24 @@ def _best_us(plan: Plan, methods: set[str]) -> float | None:
     return min((us for us in times_us if us is not None), default=None)
 
 
-def _sort(tasks: Sequence[_Task]) -> tuple[dict[int, Search], dict[int, _Choice], set[int]]:
+def _sort(tasks: Sequence[_Task]) -> Iterator[tuple[int, Search | _Choice | None]]:
     """Says what is prepared for each task, by its index.
 
-    Returns:
-        What to try for those that will not take over a plan; what those take over whose plan is known; and those whose
-        plan is that of another one. What compiles nothing on a CPU is in none: it takes no time before it is timed.
+    That is what to try for those that will not take over a plan, and what those take over whose plan is known; None for
+    those whose plan is that of another one. What compiles nothing on a CPU is left out: it takes no time before it is
+    timed.
     """
-    searches, recalled, waiting = dict[int, Search](), dict[int, _Choice](), set[int]()
     begun: set[store.Key] = set()  # of those layers whose plans others will take over
     for index, task in enumerate(tasks):
         if not task.compiles and task.layer.problem.device_type == "cpu":
             continue
         if choice := _recall(task):
-            recalled[index] = choice
+            yield index, choice
         elif task.key in begun:
-            waiting.add(index)
+            yield index, None
         else:
-            searches[index] = Search.of(task.layer, task.methods, task.grant)
+            yield index, Search.of(task.layer, task.methods, task.grant)
             begun.add(task.key)
-    return searches, recalled, waiting
 
 
 def _method(method: Method | str, device: str) -> Method:

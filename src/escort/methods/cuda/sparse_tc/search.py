@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
@@ -19,6 +20,7 @@ _PIXELS = (48, 64, 96, 112, 128, 192, 256)  # of products whose tiles are not ro
 _SAMPLES = (2, 3, 4, 6, 8)  # of a tile of several
 _LEAST_USED = 0.5  # of a tile's channels
 _ALIKE = 2  # configs that differ in their clusters only
+_MOST_LISTED = 256  # problems whose tilings are remembered
 
 
 def search(
@@ -26,7 +28,7 @@ def search(
 ) -> list[SparseTcConfig]:
     """At most so many configs, those of least predicted time, of some variety: few differ in their clusters only."""
     remainder = Remainder.of(order_filter(sparse_filter, memory_format, ELEMENTS[problem.precision]))
-    tilings = sorted(candidates(problem, gpu, memory_format), key=lambda tiling: predict_us(tiling, remainder, gpu))
+    tilings = sorted(_listed(problem, gpu, memory_format), key=lambda tiling: predict_us(tiling, remainder, gpu))
     chosen: list[SparseTcConfig] = []
     alike: Counter[SparseTcConfig] = Counter()  # of those that are chosen, but for their clusters
     for tiling in tilings:
@@ -37,6 +39,12 @@ def search(
             alike[kind] += 1
             chosen.append(tiling.config)
     return chosen
+
+
+@lru_cache(_MOST_LISTED)
+def _listed(problem: Problem, gpu: Gpu, memory_format: MemoryFormat) -> tuple[Tiling, ...]:
+    """The candidates, which a prediction and the search behind it both ask for."""
+    return tuple(candidates(problem, gpu, memory_format))
 
 
 def candidates(problem: Problem, gpu: Gpu, memory_format: MemoryFormat) -> Iterator[Tiling]:
