@@ -45,6 +45,9 @@ class ConversionOptions:
     effort: Annotated[
         str, typer.Option(metavar="fast|best|SECONDS,...", help="What compiling kernels for the weights may take.")
     ] = "fast"
+    conversions: Annotated[
+        bool, typer.Option("--conversions/--no-conversions", help="Time conversions, and loads with --load.")
+    ] = True
     load: Annotated[
         bool, typer.Option("--load", help="Time loading and the first call, too, where there is no compiler.")
     ] = False
@@ -83,7 +86,7 @@ class ConversionOptions:
         call = partial(suite.measure_calls, limit_s=self.limit_s, say=note)
         converted = [replace(conversion, effort=effort) for conversion in conversions for effort in efforts]
         return [
-            *(Item(one.label, partial(convert, one)) for one in converted),
+            *(Item(one.label, partial(convert, one)) for one in converted if self.conversions),
             *(Item(f"{one.label} against exhaustive", partial(choose, one)) for one in conversions if self.choices),
             *(Item(f"calls of {one.label}", partial(call, one)) for one in conversions if self.calls),
         ]

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +86,11 @@ def choices(conversion: Conversion, folder: str) -> dict[str, Any]:
     subject, model, x = _placed(conversion)
     efforts: dict[str, Effort] = {"fast": "fast", "exhaustive": EXHAUSTIVE}
     converted: dict[str, ConvertedModel] = {}
-    for name, effort in efforts.items():
-        os.environ[CACHE_VARIABLE] = str(Path(folder) / name)
-        converted[name] = escort.convert(model, x, precision=conversion.precision, effort=effort)
+    # Where there is time to compile, torch.compile is timed too, for minutes: nothing of it is chosen.
+    with patch("escort.network.convert.compare_with_compiled", lambda chosen, *_: chosen.plan):
+        for name, effort in efforts.items():
+            os.environ[CACHE_VARIABLE] = str(Path(folder) / name)
+            converted[name] = escort.convert(model, x, precision=conversion.precision, effort=effort)
     with torch.inference_mode(), dense_at_its_best(conversion.precision):
         timings = _race([partial(network, x) for network in converted.values()], x.device)
     found = []

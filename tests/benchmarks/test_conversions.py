@@ -144,6 +144,10 @@ def test_efforts_and_batches_are_conversions_of_their_own(processes: Any, tmp_pa
         (4, 3.0),
     ]
     assert [job["conversion"]["batch"] for job, _ in started] == [1] * 4 + [4] * 4
+    answers.append(found(1.0, config={"layers": 1}, calls=[{"timer": "call", "time_us": 5.0}]))
+    made = "--no-conversions", "--no-choices", "--calls", "--batch", 1, "--output", tmp_path / "b.json"
+    (called,) = succeed_json("conversions", TINY, "--input", "3,8,8", *made)["rows"]
+    assert (called["time_us"], called["timer"], called["config"]) == (5.0, "call", {"layers": 1})
 
 
 def choices_on_gpu(monkeypatch: pytest.MonkeyPatch, timings: list[Timing], tmp_path: Path) -> dict[str, Any]:
