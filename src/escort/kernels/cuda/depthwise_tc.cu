@@ -33,8 +33,8 @@
 
 #define PER_CHANNEL_BYTES (4 * VECTORS * VECTOR * (1 + SLOPED))  // the bias and the slopes of a tile's channels
 
-// A row of pixels in shared memory, and where the next PIXELS begin.
-struct Pitch {
+// A rectangle of pixels with so many columns, and how far on the pixel is that PIXELS others lie before.
+struct Rectangle {
   int columns, rows_on, columns_on;
 };
 
@@ -44,7 +44,7 @@ struct Params {
   int height, width, out_height, out_width, top, left;
   int rows, strips, samples;
   int in_rows, read_columns, row_quads;
-  Pitch in, out;
+  Rectangle in_pixels, out_pixels;
   int vector_tiles, strip_tiles, row_tiles;
   Divisor by_vector_tiles, by_strip_tiles, by_row_tiles, by_strips;
   int bound;
@@ -68,13 +68,13 @@ struct Tile {
 struct Walk {
   int row, column;
 
-  __device__ __forceinline__ explicit Walk(const Pitch& pitch) {
+  __device__ __forceinline__ explicit Walk(const Rectangle& pixels) {
     row = 0, column = threadIdx.x / VECTORS;
-    while (column >= pitch.columns) column -= pitch.columns, row++;
+    while (column >= pixels.columns) column -= pixels.columns, row++;
   }
-  __device__ __forceinline__ void advance(const Pitch& pitch) {
-    row += pitch.rows_on, column += pitch.columns_on;
-    if (column >= pitch.columns) column -= pitch.columns, row++;
+  __device__ __forceinline__ void advance(const Rectangle& pixels) {
+    row += pixels.rows_on, column += pixels.columns_on;
+    if (column >= pixels.columns) column -= pixels.columns, row++;
   }
 };
 
@@ -143,7 +143,7 @@ __device__ __forceinline__ void copy_in(u32 to, const Element* x, const Tile& at
   const u32 width = channel < p.channels ? max(min(p.width, left + p.read_columns), 0) : 0;
   to += threadIdx.x / (4 * VECTORS) * QUAD_BYTES + threadIdx.x % (4 * VECTORS) * 16;
 #pragma unroll 1
-  for (Walk walk(p.in); walk.row < p.in_rows; walk.advance(p.in)) {
+  for (Walk walk(p.in_pixels); walk.row < p.in_rows; walk.advance(p.in_pixels)) {
     const int row = top + walk.row, column = left + walk.column;
     const bool is_inside = (u32)row < (u32)p.height && (u32)column < width;
     copy16_or_zeros(to, x + (is_inside ? (row * p.width + column) * p.channels + channel : 0), is_inside);
@@ -159,7 +159,7 @@ __device__ __forceinline__ void copy_out(Element* y, u32 from, const Tile& at, c
   y += (at.row * p.out_width + at.column) * p.channels + channel;
   from += threadIdx.x % VECTORS * 16;
 #pragma unroll 1
-  for (Walk walk(p.out); walk.row < rows; walk.advance(p.out))
+  for (Walk walk(p.out_pixels); walk.row < rows; walk.advance(p.out_pixels))
     if (walk.column < columns)
       *(uint4*)(y + (walk.row * p.out_width + walk.column) * p.channels) =
           load16(from + (walk.row * p.row_quads + walk.column / 4) * QUAD_BYTES + walk.column % 4 * PIXEL_BYTES);
