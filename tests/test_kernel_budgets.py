@@ -12,14 +12,16 @@ import torch
 from escort.cuda import compiler
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
+from escort.methods import by_name
 from escort.methods.activation import INSTRUCTIONS
+from escort.methods.cuda.depthwise_tc import DepthwiseTcConfig
 from escort.methods.cuda.direct.layout import Layout
 from escort.methods.cuda.direct.params import defines
 from escort.methods.cuda.direct.search import search
 from escort.methods.cuda.generated import GeneratedConfig
 from escort.methods.cuda.generated.codegen import arrange_defines
 from escort.methods.cuda.generated.steps import KernelSteps
-from escort.problem import Problem
+from escort.problem import Precision, Problem
 from tests.cuda.kernels import ARCHS
 
 #: Source, macros and the most registers per thread.
@@ -85,7 +87,8 @@ def plane_variants() -> list[Variant]:
     vectors = [{"STORAGE": storage, "VECTOR": vector} for storage, vector in ((0, 1), (0, 4), (1, 1), (1, 8), (2, 8))]
     both = [(macros, {"LAST": last}) for macros in vectors for last in (0, 1)]
     return [
-        *((source, macros, 48) for source in ("average_pool.cu", "resize.cu") for macros in vectors),
+        *(("resize.cu", macros, 48) for macros in vectors),
+        *((source, macros, 64) for source in ("average_pool.cu", "mean.cu") for macros in vectors),
         *(("gate.cu", macros | last, 32) for macros, last in both),
         *(("local_response_norm.cu", macros | last | {"SIZE": 5}, 80) for macros, last in both),
         *(("gemv.cu", macros | {"SAMPLES": samples}, 96) for macros in vectors for samples in (1, 8)),
@@ -102,8 +105,32 @@ def depthwise_variants() -> list[Variant]:
     ]
 
 
+def depthwise_tc_variants() -> list[Variant]:
+    """Filters of each size, for as many blocks of a multiprocessor as their lanes' numbers leave room for."""
+    variants: list[Variant] = []
+    for (size, stride, precision), down in itertools.product(
+        (
+            (3, 1, "fp16"),
+            (3, 2, "fp16"),
+            (3, 1, "bf16"),
+            (5, 1, "fp16"),
+            (5, 2, "fp16"),
+            (7, 1, "fp16"),
+            (7, 2, "fp16"),
+        ),
+        (1, 2),
+    ):
+        problem = Problem(1, 32, 14, 14, 32, (size, size), (stride, stride), groups=32, precision=precision)  # type: ignore[arg-type]
+        config = DepthwiseTcConfig(down, rows=2, strips=1, samples=1)
+        (variant,) = by_name("depthwise_tc", "cuda:0").kernels(problem, config)
+        most = 65536 // 128 // int(variant.defines["OCCUPANCY"])
+        variants.append(("depthwise_tc.cu", dict(variant.defines), most))
+    return variants
+
+
 def every_variant() -> list[Variant]:
-    return direct_variants() + arrange_variants() + pool_variants() + plane_variants() + depthwise_variants()
+    between = pool_variants() + plane_variants() + depthwise_variants() + depthwise_tc_variants()
+    return direct_variants() + arrange_variants() + between
 
 
 @pytest.mark.parametrize("arch", ARCHS)

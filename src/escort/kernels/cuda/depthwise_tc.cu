@@ -1,13 +1,13 @@
 // Depthwise convolution by dense products on tensor cores, in NHWC, of 16-bit elements: y[p][k] = activation(sum over
 // taps of w[tap][k] * x[p + tap][k] + bias[k] + residual[p][k]), summed in float.
 //
-// Memory bounds it: x and y should pass once. Multiply-adds and conversions alone would take longer, so a row of taps is
-// a product of matrices. Its rows are 16 strips of four neighbouring outputs. Along the reduction lie the pixels that a
-// strip reads, each with two channels; columns are the four outputs with the same channels. The weights between them
-// form a band: w[tap][channel] where the pixel is the output's tap and the channels are equal, else zero.
+// Memory bounds it: x and y should pass once. Multiply-adds and conversions alone would take longer, so a row of taps
+// is a product of matrices. Its rows are 16 strips of four neighbouring outputs. Along the reduction lie the pixels
+// that a strip reads, each with two channels; columns are the four outputs with the same channels. The weights between
+// them form a band: w[tap][channel] where the pixel is the output's tap and the channels are equal, else zero.
 //
-// A block computes a tile of rows and strips of a few samples for four vectors of eight channels. Its input is copied to
-// shared memory with its padding. A warp has a vector, and transposes it in place: four pixels of pairs of channels
+// A block computes a tile of rows and strips of a few samples for four vectors of eight channels. Its input is copied
+// to shared memory with its padding. A warp has a vector, and transposes it in place: four pixels of pairs of channels
 // become four pairs of pixels' words, as the products read them. Four products have all eight channels; what they give
 // takes the place of inputs that are no longer needed, and is written from there, 64 bytes of a pixel at a time.
 // ROWS, COLUMNS    of the filter
@@ -18,10 +18,10 @@
 // ACTIVATION       as in activation.cuh
 #define THREADS 128
 #define VECTOR 8
-#define VECTORS (THREADS / 32)            // of a tile
+#define VECTORS (THREADS / 32)      // of a tile
 #define PIXELS (THREADS / VECTORS)  // that are copied at once
 #define PIXEL_BYTES (16 * VECTORS)
-#define QUAD_BYTES (4 * PIXEL_BYTES + 16)  // of four pixels, so that eight neighbours lie in different banks
+#define QUAD_BYTES (4 * PIXEL_BYTES + 16)      // of four pixels, so that eight neighbours lie in different banks
 #define QUADS ((3 * RIGHT + COLUMNS + 3) / 4)  // four pixels each that a strip reads
 #define SPAN ((DOWN - 1) * STRIDE + ROWS)      // input rows of a pass
 
@@ -187,8 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
            bias && of < p.channels ? __float_as_uint(__ldg(bias + is_slope * p.channels + of)) : 0);
   }
   wait_for_previous_kernel();
-  for (int n = 0; n < count; n++)
-    copy_in(tile + n * sample_bytes, x + (long long)(at.sample + n) * p.in_sample, at, p);
+  for (int n = 0; n < count; n++) copy_in(tile + n * sample_bytes, x + (long long)(at.sample + n) * p.in_sample, at, p);
   wait_for_copies();
   __syncthreads();
   const Bounds bounds(p.bound);
@@ -200,8 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
 #pragma unroll 1
     for (int base = 0; base < passes; base += 16) {
       const int read = min(base + lane % 16, passes - 1), down = p.by_strips.quotient(read);
-      u32 from = own + down * DOWN * STRIDE * row_bytes +
-                 ((read - down * p.strips) * RIGHT + lane / 16) * QUAD_BYTES;
+      u32 from = own + down * DOWN * STRIDE * row_bytes + ((read - down * p.strips) * RIGHT + lane / 16) * QUAD_BYTES;
       float sum[DOWN][4][4] = {};
 #pragma unroll
       for (int i = 0; i < SPAN; i++, from += row_bytes)
@@ -235,8 +233,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
         for (int d = 0; d < DOWN; d++) {
           const int out_row = at.row + row + d, out_column = at.column + strip * 4 + lane % 4;
           if (RESIDUAL && (out_row >= p.out_height || out_column >= p.out_width)) continue;
-          const long long out = (long long)(at.sample + n) * p.out_sample +
-                                (out_row * p.out_width + out_column) * p.channels + channel;
+          const long long out =
+              (long long)(at.sample + n) * p.out_sample + (out_row * p.out_width + out_column) * p.channels + channel;
           float values[VECTOR];
 #pragma unroll
           for (int j = 0; j < VECTOR; j++) values[j] = sum[d][j / 2][2 * h + j % 2];

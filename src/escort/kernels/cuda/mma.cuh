@@ -1,7 +1,9 @@
-// Products of small matrices on tensor cores, by all lanes of a warp at once: sum += a b, 16 rows and 8 columns, in float.
+// Products of small matrices on tensor cores, by all lanes of a warp at once: sum += a b, 16 rows and 8 columns, in
+// float.
 //
-// A lane of sums has columns 2 (lane % 4) and the next of rows lane / 4 (sum 0, 1) and lane / 4 + 8 (sum 2, 3). A word is two
-// neighbours along the reduction, 2 (lane % 4) and the next: of a in row lane / 4 or 8 further, of b in column lane / 4.
+// A lane of sums has columns 2 (lane % 4) and the next of rows lane / 4 (sum 0, 1) and lane / 4 + 8 (sum 2, 3). A word
+// is two neighbours along the reduction, 2 (lane % 4) and the next: of a in row lane / 4 or 8 further, of b in column
+// lane / 4.
 #pragma once
 
 #include "ptx.cuh"

@@ -60,8 +60,8 @@ class DepthwiseTcConfig:
 class DepthwiseTc(Method):
     """Filters up to 7x7 (9x9 with stride 1) without dilation, of channels in eights; sums are in fp32.
 
-    An infinity or NaN in x makes NaN of a few more outputs than those that read it: of the neighbours, in its row and of
-    the channel beside it, whose products have a zero for it.
+    An infinity or NaN in x makes NaN of a few more outputs than those that read it: of neighbours in the row and of the
+    channel beside it, whose products have a zero for it.
     """
 
     name = "depthwise_tc"
@@ -170,7 +170,7 @@ def _occupancy(problem: Problem, down: int) -> int:
 
 @lru_cache(1024)
 def _configs(problem: Problem, gpu: Gpu) -> tuple[DepthwiseTcConfig, ...]:
-    """The tile that is predicted to take the least time, then the best of those that are smaller or otherwise different."""
+    """The tile that is predicted to take the least time, then the best of those that differ from it, then others."""
     tiles = sorted((Tile.of(problem, config) for config in _space(problem)), key=lambda tile: tile.clocks(gpu))
     first = tiles[0]
     best = [first]
@@ -234,7 +234,7 @@ class Tile:
         return math.prod(self.counts)
 
     def clocks(self, gpu: Gpu) -> float:
-        """How long a GPU takes, but for its memory: an estimate by instructions, whose numbers the machine code gave."""
+        """How long a GPU takes, but for its memory, by the instructions that the machine code has for each part."""
         rows, quads = self.problem.kernel_size[0], _quads(self.problem)
         down, samples = self.config.down, self.config.samples
         in_quads, out_quads = self.in_rows * self.row_quads, self.config.rows * self.config.strips
