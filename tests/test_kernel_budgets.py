@@ -107,20 +107,11 @@ def depthwise_variants() -> list[Variant]:
 
 def depthwise_tc_variants() -> list[Variant]:
     """Filters of each size, for as many blocks of a multiprocessor as their lanes' numbers leave room for."""
+    filters: list[tuple[int, int, Precision]] = [(3, 1, "bf16")]
+    filters += [(size, stride, "fp16") for size in (3, 5, 7) for stride in (1, 2)]
     variants: list[Variant] = []
-    for (size, stride, precision), down in itertools.product(
-        (
-            (3, 1, "fp16"),
-            (3, 2, "fp16"),
-            (3, 1, "bf16"),
-            (5, 1, "fp16"),
-            (5, 2, "fp16"),
-            (7, 1, "fp16"),
-            (7, 2, "fp16"),
-        ),
-        (1, 2),
-    ):
-        problem = Problem(1, 32, 14, 14, 32, (size, size), (stride, stride), groups=32, precision=precision)  # type: ignore[arg-type]
+    for (size, stride, precision), down in itertools.product(filters, (1, 2)):
+        problem = Problem(1, 32, 14, 14, 32, (size, size), (stride, stride), groups=32, precision=precision)
         config = DepthwiseTcConfig(down, rows=2, strips=1, samples=1)
         (variant,) = by_name("depthwise_tc", "cuda:0").kernels(problem, config)
         most = 65536 // 128 // int(variant.defines["OCCUPANCY"])
