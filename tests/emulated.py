@@ -56,6 +56,7 @@ static float __shfl_xor_sync(unsigned, float value, unsigned by) {
 }
 static float __uint_as_float(unsigned bits) { float v; std::memcpy(&v, &bits, 4); return v; }
 static unsigned __float_as_uint(float v) { unsigned bits; std::memcpy(&bits, &v, 4); return bits; }
+static void __syncwarp() {}
 static unsigned __cvta_generic_to_shared(const void*) { return 0; }
 static unsigned __umulhi(unsigned a, unsigned b) { return (std::uint64_t)a * b >> 32; }
 #define __powf(x, y) std::pow(x, y)
@@ -79,6 +80,42 @@ static __nv_bfloat162 __floats2bfloat162_rn(float low, float high) { return {nea
 static float __int_as_float(int bits) { return __uint_as_float(bits); }
 static float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a > b ? a : b; }
 static float min_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a < b ? a : b; }
+// In place of mma.cuh, which is PTX: lanes show one another what they have, and each sums its own part.
+static float product(unsigned a, unsigned b) {
+#if STORAGE == 0
+  return __uint_as_float(a & 0xffffe000) * __uint_as_float(b & 0xffffe000);
+#else
+  unsigned both[2] = {a, b};
+  float2 pairs[2];
+  for (int i = 0; i < 2; i++) {
+#if STORAGE == 1
+    __half2 halves;
+    std::memcpy(&halves, both + i, 4);
+    pairs[i] = __half22float2(halves);
+#else
+    __nv_bfloat162 halves;
+    std::memcpy(&halves, both + i, 4);
+    pairs[i] = __bfloat1622float2(halves);
+#endif
+  }
+  return pairs[0].x * pairs[1].x + pairs[0].y * pairs[1].y;
+#endif
+}
+static pthread_barrier_t warp_barriers[32];
+static void multiply_add(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  static unsigned shown[32][32][6];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const unsigned own[6] = {a0, a1, a2, a3, b0, b1};
+  std::copy(own, own + 6, shown[warp][lane]);
+  pthread_barrier_wait(warp_barriers + warp);
+  for (int i = 0; i < 4; i++)
+    for (int word = 0; word < 8; word++) {
+      const unsigned(*const a)[6] = shown[warp] + lane / 4 * 4, (*const b)[6] = shown[warp] + (lane % 4 * 2 + i % 2) * 4;
+      sum[i] += product(a[word % 4][word / 4 * 2 + i / 2], b[word % 4][4 + word / 4]);
+    }
+  pthread_barrier_wait(warp_barriers + warp);
+}
+static unsigned rounded_to_tf32(unsigned bits) { return bits + 0x1000 & 0xffffe000; }
 // Two activations in place of activation.cuh, which is PTX.
 #define leaky_relu 1
 #define silu 2
@@ -101,6 +138,7 @@ template <class... Args> static void call(void (*kernel)(Args...), void** args) 
 extern "C" void run(void** args, unsigned x, unsigned y, unsigned z, unsigned block, int has_barriers) {
   gridDim = {x, y, z};
   pthread_barrier_init(&barrier, nullptr, block);
+  for (pthread_barrier_t& warp : warp_barriers) pthread_barrier_init(&warp, nullptr, 32);
   for (blockIdx.z = 0; blockIdx.z < z; blockIdx.z++)
     for (blockIdx.y = 0; blockIdx.y < y; blockIdx.y++)
       for (blockIdx.x = 0; blockIdx.x < x; blockIdx.x++) {
@@ -150,11 +188,12 @@ def _library(source: str, defines: tuple[tuple[str, object], ...], folder: Path)
 _BOUNDING = r'asm\("(max|min)\.NaN\.f32 %0, %0, %1;" : "\+f"\((\w+)\) : "f"\((\w+)\)\);'
 
 
-def _text(name: str, seen: tuple[str, ...] = ("activation.cuh",)) -> str:
+def _text(name: str, seen: tuple[str, ...] = ("activation.cuh", "mma.cuh")) -> str:
     """A source with our own headers in it and without the toolkit's."""
     text = (KERNELS / name).read_text()
     for header in re.findall(r'#include "(.*)"', text):
         text = text.replace(f'#include "{header}"', "" if header in seen else _text(header, seen))
         seen = (*seen, header)
+    text = text.replace("extern __shared__ uint4 shared[];", "static uint4 shared[1 << 14];")
     text = re.sub(_BOUNDING, r"\2 = \1_nan(\2, \3);", text)
     return re.sub(r"#include <.*>|#pragma (?:once|unroll.*)", "", text)

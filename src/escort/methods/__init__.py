@@ -20,6 +20,7 @@ from escort.methods.cuda.direct import DirectCuda
 from escort.methods.cuda.gemv import Gemv
 from escort.methods.cuda.generated import Generated
 from escort.methods.cuda.sparse_tc import SparseTc
+from escort.methods.cuda.stem import Stem
 from escort.problem import Precision
 
 METHODS: tuple[Method, ...] = (
@@ -32,6 +33,7 @@ METHODS: tuple[Method, ...] = (
     Generated(),
     SparseTc(),
     DepthwiseCuda(),
+    Stem(),
     Gemv(),
     Cudnn(),
     Cublas(),
