@@ -1,7 +1,7 @@
 """Kernels of kernels/cuda without a GPU: their sources compiled for the CPU, launched with the same arguments.
 
-A block's threads run one after the other, or each on a thread of the CPU where the kernel has barriers. Loads check
-that they are aligned. What depends on the architecture is left out, as for compute capability 8.0.
+A block's threads run one after the other on one thread of the CPU, each until it waits at a barrier. Loads check that
+they are aligned. What depends on the architecture is left out, as for compute capability 8.0.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ _PRELUDE = """
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <pthread.h>
-#include <thread>
+#include <ucontext.h>
 #include <utility>
 #include <vector>
 #define __global__
@@ -42,10 +41,26 @@ struct float2 { float x, y; };
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 static Index blockIdx, gridDim;
-static thread_local Index threadIdx;
-static pthread_barrier_t barrier;
+static Index threadIdx;
 using std::max, std::min;
-static void __syncthreads() { pthread_barrier_wait(&barrier); }
+// A thread that waits lets the others run until all have come.
+struct Thread {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool is_done;
+};
+static ucontext_t scheduler;
+static std::vector<Thread> threads;
+struct Barrier {
+  unsigned expected, arrived, passed;
+  void wait() {
+    const unsigned own = passed;
+    if (++arrived == expected) arrived = 0, passed++;
+    while (passed == own) swapcontext(&threads[threadIdx.x].context, &scheduler);
+  }
+};
+static Barrier barrier, warp_barriers[32];
+static void __syncthreads() { barrier.wait(); }
 static float __shfl_xor_sync(unsigned, float value, unsigned by) {
   static float lanes[1024];
   lanes[threadIdx.x] = value;
@@ -101,19 +116,18 @@ static float product(unsigned a, unsigned b) {
   return pairs[0].x * pairs[1].x + pairs[0].y * pairs[1].y;
 #endif
 }
-static pthread_barrier_t warp_barriers[32];
 static void multiply_add(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   static unsigned shown[32][32][6];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned own[6] = {a0, a1, a2, a3, b0, b1};
   std::copy(own, own + 6, shown[warp][lane]);
-  pthread_barrier_wait(warp_barriers + warp);
+  warp_barriers[warp].wait();
   for (int i = 0; i < 4; i++)
     for (int word = 0; word < 8; word++) {
       const unsigned(*const a)[6] = shown[warp] + lane / 4 * 4, (*const b)[6] = shown[warp] + (lane % 4 * 2 + i % 2) * 4;
       sum[i] += product(a[word % 4][word / 4 * 2 + i / 2], b[word % 4][4 + word / 4]);
     }
-  pthread_barrier_wait(warp_barriers + warp);
+  warp_barriers[warp].wait();
 }
 static unsigned rounded_to_tf32(unsigned bits) { return bits + 0x1000 & 0xffffe000; }
 // Two activations in place of activation.cuh, which is PTX.
@@ -135,25 +149,35 @@ static void call(void (*kernel)(Args...), void** args, std::index_sequence<I...>
 template <class... Args> static void call(void (*kernel)(Args...), void** args) {
   call(kernel, args, std::index_sequence_for<Args...>());
 }
-extern "C" void run(void** args, unsigned x, unsigned y, unsigned z, unsigned block, int has_barriers) {
+static void** kernel_args;
+static void start() {
+  call(NAME, kernel_args);
+  threads[threadIdx.x].is_done = true;
+}
+extern "C" void run(void** args, unsigned x, unsigned y, unsigned z, unsigned block) {
   gridDim = {x, y, z};
-  pthread_barrier_init(&barrier, nullptr, block);
-  for (pthread_barrier_t& warp : warp_barriers) pthread_barrier_init(&warp, nullptr, 32);
+  kernel_args = args;
+  threads.resize(block);
+  barrier = {block, 0, 0};
+  for (Barrier& warp : warp_barriers) warp = {32, 0, 0};
   for (blockIdx.z = 0; blockIdx.z < z; blockIdx.z++)
     for (blockIdx.y = 0; blockIdx.y < y; blockIdx.y++)
       for (blockIdx.x = 0; blockIdx.x < x; blockIdx.x++) {
-        std::vector<std::thread> threads;
-        for (unsigned thread = 0; thread < block; thread++) {
-          auto work = [=] {
-            threadIdx = {thread, 0, 0};
-            call(NAME, args);
-          };
-          if (has_barriers)
-            threads.emplace_back(work);
-          else
-            work();
+        for (Thread& thread : threads) {
+          thread.stack.resize(1 << 16), thread.is_done = false;
+          getcontext(&thread.context);
+          thread.context.uc_stack.ss_sp = thread.stack.data(), thread.context.uc_stack.ss_size = thread.stack.size();
+          thread.context.uc_link = &scheduler;
+          makecontext(&thread.context, start, 0);
         }
-        for (std::thread& thread : threads) thread.join();
+        for (unsigned running = block; running;) {
+          running = 0;
+          for (threadIdx = {0, 0, 0}; threadIdx.x < block; threadIdx.x++) {
+            if (threads[threadIdx.x].is_done) continue;
+            swapcontext(&scheduler, &threads[threadIdx.x].context);
+            running += !threads[threadIdx.x].is_done;
+          }
+        }
       }
 }
 """
@@ -165,10 +189,7 @@ def launch(variant: Variant, grid: Sequence[int], block: int, args: Sequence[Any
     values = [_bytes(arg) for arg in args]
     buffers = [ctypes.create_string_buffer(value, len(value)) for value in values]
     addresses = (ctypes.c_void_p * len(buffers))(*(ctypes.addressof(buffer) for buffer in buffers))
-    text = _text(variant.source)
-    _library(variant.source, tuple(sorted(variant.defines.items())), folder).run(
-        addresses, *grid, block, bool(re.search("__syncthreads|__shfl", text))
-    )
+    _library(variant.source, tuple(sorted(variant.defines.items())), folder).run(addresses, *grid, block)
 
 
 def _bytes(arg: Any) -> bytes:

@@ -102,8 +102,21 @@ def depthwise_variants() -> list[Variant]:
     ]
 
 
+def stem_variants() -> list[Variant]:
+    """As many channels at a time as registers hold, in NHWC and NCHW: four blocks of a multiprocessor, or three."""
+    types = ((0, 4, 168), (1, 8, 128), (2, 8, 128))
+    plain: list[Variant] = [
+        ("stem.cu", {"STORAGE": storage, "LAST": last, "CHANNELS": 3, "TILES": 8, "VECTOR": vector if last else 2}, most)
+        for storage, vector, most in types
+        for last in (0, 1)
+    ]
+    macros: dict[str, int | str] = {"STORAGE": 1, "LAST": 1, "CHANNELS": 4, "TILES": 6, "VECTOR": 4}
+    return [*plain, ("stem.cu", macros | {"IMAGES": 1}, 128), ("stem.cu", macros | {"ACTIVATION": "gelu"}, 128)]
+
+
 def every_variant() -> list[Variant]:
-    return direct_variants() + arrange_variants() + pool_variants() + plane_variants() + depthwise_variants()
+    planes = pool_variants() + plane_variants() + depthwise_variants() + stem_variants()
+    return direct_variants() + arrange_variants() + planes
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -12,7 +12,7 @@
 // CHANNELS    of x, up to 4
 // TILES       of 8 output channels that a warp multiplies at a time, an even number
 // VECTOR      neighbours that a lane writes: channels, of which it has 2 TILES, or in NCHW outputs of a row, 1 or 2
-// IMAGES      1: x has bytes, and an element is scale[c] * byte + shift[c]
+// IMAGES      where it is 1 x has bytes, of which elements are made by a scale and a shift for each channel
 // ACTIVATION  as in activation.cuh
 #define THREADS 128
 
@@ -25,6 +25,7 @@
 #define WARPS (THREADS / 32)
 #define OCTETS 4  // of a warp
 #define BATCH 4   // pixels that a thread loads before it stores the first
+#define BLOCKS (BYTES == 4 ? 3 : 4)  // of a multiprocessor at least
 
 #if IMAGES
 typedef unsigned char Input;
@@ -234,7 +235,7 @@ __device__ __forceinline__ void finish(const Sums& sums, const Octets& octets, i
 
 // bias may be null, and has the activation's slopes behind it; residual lies as y does, or is null. words: for each
 // word of a window its bytes from the window's begin, and the bits of it that count.
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     stem(const Input* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual,
          const uint4* __restrict__ weights, const uint2* __restrict__ words, const float* __restrict__ bias,
          const float* __restrict__ scale, const __grid_constant__ Params p, int in_sample, int in_channel, int in_row,

@@ -72,7 +72,6 @@ class Stem(Method):
             "CHANNELS": problem.in_channels,
             "TILES": channels.tiles,
             "VECTOR": channels.vector,
-            "IMAGES": 0,
         }
         return (Variant("stem.cu", macros | activation.macros(problem.epilogue)),)
 

@@ -142,12 +142,18 @@ class Layout:
 
         Args:
             weight: (K, C, R, S) float32.
+
+        Raises:
+            ValueError: a weight is too large for the storage type.
         """
         is_last, storage = self.problem.memory_format == "channels_last", self.problem.storage
         columns = self.channels.columns(is_last)
         rows = torch.zeros(columns.max() + 1, math.prod(weight.shape[1:]) + 1)  # the last stands for what is none
         rows[: len(weight), :-1] = weight.flatten(1)
         elements = rows[:, torch.from_numpy(self.elements.reshape(-1))].to(storage).contiguous()
+        if not bool(elements.isfinite().all()):
+            largest, precision = float(weight.abs().max()), self.problem.precision
+            raise ValueError(f"a weight of {largest:g} is too large for {precision}; scale the filter, or use bf16")
         words = elements.view(torch.int32)
         if storage is torch.float32:
             words = (words + 0x1000) & ~0x1FFF  # to the nearest number of TF32

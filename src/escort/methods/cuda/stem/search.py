@@ -14,7 +14,8 @@ from escort.problem import Problem
 
 WARPS, OCTETS = 4, 4  # of a block, of a warp at a time
 _ROWS, _MOST_PARTS = (1, 2, 4, 8, 16), 8
-_CLOCK_MHZ, _BYTES_PER_US, _START_US = 1755.0, 3.6e6, 2.5
+_CLOCK_MHZ, _BYTES_PER_US, _CACHED_BYTES_PER_US = 1755.0, 3.8e6, 5.5e6
+_START_US, _EXPOSED = 2.0, 0.25  # and the share of the shorter of computing and moving that the longer does not hide
 _RESIDENT = {2: 4, 4: 3}  # blocks of a multiprocessor that registers leave room for, by the bytes of an element
 _PRODUCT_CLOCKS = 2.0  # of a multiprocessor
 _SCHEDULERS = 4
@@ -49,7 +50,7 @@ def search(problem: Problem, gpu: Gpu, most: int) -> list[StemConfig]:
 
 
 def predict_us(problem: Problem, config: StemConfig, gpu: Gpu) -> float:
-    """What memory takes, or a multiprocessor for its blocks, whichever is more, and a start."""
+    """What memory or the level-2 cache take, and a multiprocessor for its blocks, one mostly hidden by the other."""
     layout, channels = Layout.of(problem, config), Channels.of(problem)
     blocks = problem.batch * Params.of(layout, config).blocks
     passes = -(-config.rows * config.octets // OCTETS)
@@ -71,6 +72,8 @@ def predict_us(problem: Problem, config: StemConfig, gpu: Gpu) -> float:
     each = math.ceil(blocks / gpu.multiprocessors)
     resident = max(min(_RESIDENT[problem.storage.itemsize], gpu.shared_bytes // layout.shared_bytes), 1)
     clocks = max(each * busy, math.ceil(each / resident) * alone)
-    moved = math.prod(problem.input_shape) + math.prod(problem.output_shape) * (2 if problem.epilogue.residual else 1)
-    memory_us = moved * problem.storage.itemsize / _BYTES_PER_US
-    return _START_US + max(memory_us, clocks / _CLOCK_MHZ)
+    outputs = math.prod(problem.output_shape) * (2 if problem.epilogue.residual else 1)
+    memory_us = (math.prod(problem.input_shape) + outputs) * problem.storage.itemsize / _BYTES_PER_US
+    cached = outputs * problem.storage.itemsize + blocks * layout.shared_bytes
+    less, more = sorted((clocks / _CLOCK_MHZ, max(memory_us, cached / _CACHED_BYTES_PER_US)))
+    return _START_US + more + _EXPOSED * less
