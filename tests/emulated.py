@@ -116,7 +116,8 @@ static float product(unsigned a, unsigned b) {
   return pairs[0].x * pairs[1].x + pairs[0].y * pairs[1].y;
 #endif
 }
-static void multiply_add(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+static void multiply_add(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                         unsigned b1) {
   static unsigned shown[32][32][6];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned own[6] = {a0, a1, a2, a3, b0, b1};
@@ -124,7 +125,8 @@ static void multiply_add(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2,
   warp_barriers[warp].wait();
   for (int i = 0; i < 4; i++)
     for (int word = 0; word < 8; word++) {
-      const unsigned(*const a)[6] = shown[warp] + lane / 4 * 4, (*const b)[6] = shown[warp] + (lane % 4 * 2 + i % 2) * 4;
+      const unsigned(*const a)[6] = shown[warp] + lane / 4 * 4;
+      const unsigned(*const b)[6] = shown[warp] + (lane % 4 * 2 + i % 2) * 4;
       sum[i] += product(a[word % 4][word / 4 * 2 + i / 2], b[word % 4][4 + word / 4]);
     }
   warp_barriers[warp].wait();

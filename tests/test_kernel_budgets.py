@@ -104,14 +104,17 @@ def depthwise_variants() -> list[Variant]:
 
 def stem_variants() -> list[Variant]:
     """As many channels at a time as registers hold, in NHWC and NCHW: four blocks of a multiprocessor, or three."""
+    wide, narrow = {"CHANNELS": 3, "TILES": 8}, {"CHANNELS": 4, "TILES": 6, "STORAGE": 1, "LAST": 1, "VECTOR": 4}
     types = ((0, 4, 168), (1, 8, 128), (2, 8, 128))
-    plain: list[Variant] = [
-        ("stem.cu", {"STORAGE": storage, "LAST": last, "CHANNELS": 3, "TILES": 8, "VECTOR": vector if last else 2}, most)
-        for storage, vector, most in types
-        for last in (0, 1)
+    return [
+        *(
+            ("stem.cu", {**wide, "STORAGE": storage, "LAST": 1, "VECTOR": vector}, most)
+            for storage, vector, most in types
+        ),
+        *(("stem.cu", {**wide, "STORAGE": storage, "LAST": 0, "VECTOR": 2}, most) for storage, _, most in types),
+        ("stem.cu", {**narrow, "IMAGES": 1}, 128),
+        ("stem.cu", {**narrow, "ACTIVATION": "gelu"}, 128),
     ]
-    macros: dict[str, int | str] = {"STORAGE": 1, "LAST": 1, "CHANNELS": 4, "TILES": 6, "VECTOR": 4}
-    return [*plain, ("stem.cu", macros | {"IMAGES": 1}, 128), ("stem.cu", macros | {"ACTIVATION": "gelu"}, 128)]
 
 
 def every_variant() -> list[Variant]:

@@ -93,12 +93,12 @@ def test_the_struct_is_the_dataclass() -> None:
 
 
 #: Each stem in one precision and memory format, the first in three.
-EMULATED = [
-    (case, PRECISIONS[i % 3], FORMATS[(i + i // 3) % 2]) for i, case in enumerate((STEMS[0], STEMS[0], *STEMS))
-]
+EMULATED = [(case, PRECISIONS[i % 3], FORMATS[(i + i // 3) % 2]) for i, case in enumerate((STEMS[0], STEMS[0], *STEMS))]
 
 
-@pytest.mark.parametrize(("case", "precision", "memory_format"), EMULATED, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(
+    ("case", "precision", "memory_format"), EMULATED, ids=lambda value: getattr(value, "name", value)
+)
 def test_the_source_computes_every_stem(
     case: Case, precision: Precision, memory_format: MemoryFormat, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -2,12 +2,11 @@
 // x[p + (r, s)][c] + bias[k] + residual[p][k]), summed in float. x lies in any memory format.
 //
 // An implicit matrix product. A block stages the input of a tile of outputs in shared memory, pixel by pixel with the
-// channels innermost, so that a filter's row reads one run of it; and all weights, arranged as registers want them. What
-// is summed are words of such a run, two elements or one float each: a table says where in a window each word lies, and
-// which of its halves count. A warp multiplies four octets, each eight outputs of a row, with 8 TILES channels at a
-// time. In NHWC outputs are rows of the product, and channels are dealt to its columns so that a lane writes VECTOR
-// neighbours; in NCHW channels are its rows.
-// STORAGE     0: float multiplied as TF32, 1: fp16, 2: bf16
+// channels innermost, so that a filter's row reads one run of it; and all weights, arranged as registers want them.
+// What is summed are words of such a run, two elements or one float each: a table says where in a window each word
+// lies, and which of its halves count. A warp multiplies four octets, each eight outputs of a row, with 8 TILES
+// channels at a time. In NHWC outputs are rows of the product, and channels are dealt to its columns so that a lane
+// writes VECTOR neighbours; in NCHW channels are its rows. STORAGE     0: float multiplied as TF32, 1: fp16, 2: bf16
 // LAST        1: y and the residual lie in NHWC, 0: in NCHW
 // CHANNELS    of x, up to 4
 // TILES       of 8 output channels that a warp multiplies at a time, an even number
@@ -23,8 +22,8 @@
 #include "ptx.cuh"
 
 #define WARPS (THREADS / 32)
-#define OCTETS 4  // of a warp
-#define BATCH 4   // pixels that a thread loads before it stores the first
+#define OCTETS 4                     // of a warp
+#define BATCH 4                      // pixels that a thread loads before it stores the first
 #define BLOCKS (BYTES == 4 ? 3 : 4)  // of a multiprocessor at least
 
 #if IMAGES
@@ -149,8 +148,8 @@ __device__ __forceinline__ void write(float (&sums)[VECTOR], long long at, int c
 }
 
 #if LAST
-#define PAIRS (VECTOR / 2)    // of neighbouring channels that a lane writes at once, each of a tile of its own
-#define ACROSS (4 * VECTOR)   // channels that four lanes write at once
+#define PAIRS (VECTOR / 2)   // of neighbouring channels that a lane writes at once, each of a tile of its own
+#define ACROSS (4 * VECTOR)  // channels that four lanes write at once
 
 __device__ __forceinline__ void begin(Sums& sums, int first_channel, const float* bias, const Params& p) {
   const int t = threadIdx.x % 4;
@@ -168,7 +167,7 @@ __device__ __forceinline__ void begin(Sums& sums, int first_channel, const float
 __device__ __forceinline__ void multiply(Sums& sums, int j, const uint4& w, const u32 (&x)[OCTETS][2]) {
 #pragma unroll
   for (int o = 0; o < OCTETS; o += 2) {
-    float(*const sum)[4] = sums + o / 2 * TILES + 2 * j;
+    float (*const sum)[4] = sums + o / 2 * TILES + 2 * j;
     multiply_add(sum[0], x[o][0], x[o + 1][0], x[o][1], x[o + 1][1], w.x, w.y);
     multiply_add(sum[1], x[o][0], x[o + 1][0], x[o][1], x[o + 1][1], w.z, w.w);
   }

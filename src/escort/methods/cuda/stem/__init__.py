@@ -127,7 +127,6 @@ class Stem(Method):
         return Prepared(run, binaries=(compiled.binary,))
 
 
-
 def in_steps(problem: Problem) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """The elements from a sample, channel, row and pixel of x to the next, in NCHW and in NHWC."""
     channels, height, width = problem.input_shape[1:]

@@ -1,4 +1,4 @@
-"""How the stem kernel lays things out: a tile of x in shared memory, the words of a window, and the weights by register.
+"""How the stem kernel lays out a tile of x in shared memory, the words of a window, and the weights by register.
 
 Numbers of lanes and registers are those of `multiply_add` in kernels/cuda/mma.cuh.
 """

@@ -65,9 +65,8 @@ def predict_us(problem: Problem, config: StemConfig, gpu: Gpu) -> float:
         + layout.weight_vectors / 32 * 4
     )
     busy = max(products, instructions / _SCHEDULERS) + values * 32 * activation.clocks(problem)
-    alone = (
-        math.ceil(pixels / _LOADED_AT_ONCE) * _LOAD_CLOCKS
-        + math.ceil(passes / WARPS) * (steps * _STEP_CLOCKS + _FINISH_CLOCKS * channels.groups)
+    alone = math.ceil(pixels / _LOADED_AT_ONCE) * _LOAD_CLOCKS + math.ceil(passes / WARPS) * (
+        steps * _STEP_CLOCKS + _FINISH_CLOCKS * channels.groups
     )
     each = math.ceil(blocks / gpu.multiprocessors)
     resident = max(min(_RESIDENT[problem.storage.itemsize], gpu.shared_bytes // layout.shared_bytes), 1)
