@@ -143,22 +143,29 @@ template <int WORDS> static void load_matrices(u32 (&words)[WORDS], u32 address)
   for (int i = 0; i < WORDS; i++)
     words[i] = (&shared<uint4>(rows[8 * i + threadIdx.x % 32 / 4]).x)[threadIdx.x % 4];
 }
-static void load_matrices4(u32 (&words)[4], u32 address) { load_matrices(words, address); }
-static void load_matrices2(u32 (&words)[2], u32 address) { load_matrices(words, address); }
+static void load_words(u32 (&words)[4], u32 address) { load_matrices(words, address); }
+static void load_words8(u32 (&words)[2], u32 address) { load_matrices(words, address); }
+static float product(u32 a, u32 b) {
+#if STORAGE == 0
+  return __uint_as_float(a & 0xffffe000) * __uint_as_float(b & 0xffffe000);
+#else
+  return element(a, 0) * element(b, 0) + element(a, 1) * element(b, 1);
+#endif
+}
 template <int WORDS> struct Factors { u32 a[WORDS], b[WORDS / 2]; };
 template <int WORDS> static void multiply(float (&sum)[4], const Factors<WORDS>& own) {
   const Factors<WORDS>* const lanes = of_warp(own);
   for (int i = 0; i < 4; i++)
-    for (int k = 0; k < 4 * WORDS; k++) {
-      const u32 a = lanes[threadIdx.x % 32 / 4 * 4 + k % 8 / 2].a[k / 8 * 2 + i / 2];
-      const u32 b = lanes[(threadIdx.x % 4 * 2 + i % 2) * 4 + k % 8 / 2].b[k / 8];
-      sum[i] += element(a, k % 2) * element(b, k % 2);
+    for (int k = 0; k < 2 * WORDS; k++) {
+      const u32 a = lanes[threadIdx.x % 32 / 4 * 4 + k % 4].a[k / 4 * 2 + i / 2];
+      sum[i] += product(a, lanes[(threadIdx.x % 4 * 2 + i % 2) * 4 + k % 4].b[k / 4]);
     }
 }
-static void multiply16(float (&sum)[4], const u32 (&a)[4], u32 low, u32 high) {
-  multiply<4>(sum, {{a[0], a[1], a[2], a[3]}, {low, high}});
+static void multiply_add(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  multiply<4>(sum, {{a0, a1, a2, a3}, {b0, b1}});
 }
-static void multiply8(float (&sum)[4], const u32 (&a)[2], u32 b) { multiply<2>(sum, {{a[0], a[1]}, {b}}); }
+static void multiply_add8(float (&sum)[4], u32 a0, u32 a1, u32 b) { multiply<2>(sum, {{a0, a1}, {b}}); }
+static u32 rounded_to_tf32(u32 bits) { return bits + 0x1000 & 0xffffe000; }
 // Two activations in place of activation.cuh, which is PTX.
 #define leaky_relu 1
 #define silu 2

@@ -119,9 +119,24 @@ def depthwise_tc_variants() -> list[Variant]:
     return variants
 
 
+def stem_variants() -> list[Variant]:
+    """As many channels at a time as registers hold, in NHWC and NCHW: four blocks of a multiprocessor, or three."""
+    wide, narrow = {"CHANNELS": 3, "TILES": 8}, {"CHANNELS": 4, "TILES": 6, "STORAGE": 1, "LAST": 1, "VECTOR": 4}
+    types = ((0, 4, 168), (1, 8, 128), (2, 8, 128))
+    return [
+        *(
+            ("stem.cu", {**wide, "STORAGE": storage, "LAST": 1, "VECTOR": vector}, most)
+            for storage, vector, most in types
+        ),
+        *(("stem.cu", {**wide, "STORAGE": storage, "LAST": 0, "VECTOR": 2}, most) for storage, _, most in types),
+        ("stem.cu", {**narrow, "IMAGES": 1}, 128),
+        ("stem.cu", {**narrow, "ACTIVATION": "gelu"}, 128),
+    ]
+
+
 def every_variant() -> list[Variant]:
-    between = pool_variants() + plane_variants() + depthwise_variants() + depthwise_tc_variants()
-    return direct_variants() + arrange_variants() + between
+    planes = pool_variants() + plane_variants() + depthwise_variants() + depthwise_tc_variants()
+    return direct_variants() + arrange_variants() + planes + stem_variants()
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -21,6 +21,7 @@ from escort.methods.cuda.direct import DirectCuda
 from escort.methods.cuda.gemv import Gemv
 from escort.methods.cuda.generated import Generated
 from escort.methods.cuda.sparse_tc import SparseTc
+from escort.methods.cuda.stem import Stem
 from escort.problem import Precision
 
 METHODS: tuple[Method, ...] = (
@@ -34,6 +35,7 @@ METHODS: tuple[Method, ...] = (
     SparseTc(),
     DepthwiseCuda(),
     DepthwiseTc(),
+    Stem(),
     Gemv(),
     Cudnn(),
     Cublas(),

@@ -209,17 +209,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
           for (int q = 0; q < QUADS; q += 2) {
             u32 pixels[4], last[2];
             if (q + 1 < QUADS)
-              load_matrices4(pixels, from + q * QUAD_BYTES + j * PIXEL_BYTES);
+              load_words(pixels, from + q * QUAD_BYTES + j * PIXEL_BYTES);
             else
-              load_matrices2(last, from + q * QUAD_BYTES + j * PIXEL_BYTES);
+              load_words8(last, from + q * QUAD_BYTES + j * PIXEL_BYTES);
 #pragma unroll
             for (int d = 0; d < DOWN; d++) {
               const int r = i - d * STRIDE;
               if (r < 0 || r >= ROWS) continue;
               if (q + 1 < QUADS)
-                multiply16(sum[d][j], pixels, band[r][q][j], band[r][q + 1][j]);
+                multiply_add(sum[d][j], pixels[0], pixels[1], pixels[2], pixels[3], band[r][q][j], band[r][q + 1][j]);
               else
-                multiply8(sum[d][j], last, band[r][q][j]);
+                multiply_add8(sum[d][j], last[0], last[1], band[r][q][j]);
             }
           }
       __syncwarp();  // all lanes have read what is overwritten now
