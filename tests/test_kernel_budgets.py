@@ -79,7 +79,7 @@ def pool_variants() -> list[Variant]:
     """The same of max pooling."""
     window: dict[str, int | str] = {"ROWS": 3, "COLUMNS": 3}
     vectors = ((0, 1), (0, 4), (1, 1), (1, 8), (2, 2), (2, 8))
-    return [("max_pool.cu", {"STORAGE": storage, "VECTOR": vector, **window}, 40) for storage, vector in vectors]
+    return [("max_pool.cu", {"STORAGE": storage, "VECTOR": vector, **window}, 64) for storage, vector in vectors]
 
 
 def plane_variants() -> list[Variant]:
