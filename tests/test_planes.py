@@ -200,6 +200,7 @@ def test_the_source_normalises_what_it_joins(
     [
         (norm.Params, "local_response_norm"),
         (average.Params, "average_pool"),
+        (average.MeanParams, "mean"),
         (gate.Params, "gate"),
         (concat.Params, "concat"),
     ],

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from escort import prune
 from escort.artifact import ArtifactError, load, save
 from escort.filter import SparseFilter
+from escort.layers import Images
 from escort.network.convert import convert, replan
 from escort.network.model import ConvertedModel
 from escort.network.plan import NetworkPlan
@@ -31,6 +32,7 @@ __all__ = [
     "Candidate",
     "ConvertedModel",
     "Epilogue",
+    "Images",
     "NetworkPlan",
     "Plan",
     "Problem",

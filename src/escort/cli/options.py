@@ -22,6 +22,7 @@ from escort import artifact
 from escort.cli import models
 from escort.cli.console import Output, check_is_file, note_if_busy, reporting
 from escort.cli.engines import ENGINES, placed_on
+from escort.layers import Images
 from escort.network.check import Effort
 from escort.network.model import ConvertedModel
 from escort.planner.machine import find_device
@@ -150,10 +151,16 @@ class ModelOptions(SourceOptions):
         note_if_busy(placed[1][0].device.type)
         return placed
 
-    def convert(self, *, remeasure: bool = False) -> ConvertedModel:
-        """The converted model; a progress bar shows on stderr."""
+    def convert(self, *, remeasure: bool = False, images: Images | None = None) -> ConvertedModel:
+        """The converted model; a progress bar shows on stderr.
+
+        Args:
+            images: what is put in front of the model, so that it takes bytes.
+        """
         effort = effort_of(self.effort)  # before anything that takes long
         model, inputs = self.load_with_inputs()
+        if images is not None:
+            model, inputs = _taking_bytes(model, inputs, images)
         return escort.convert(
             model, inputs, precision=self.precision.value, effort=effort, progress=True, remeasure=remeasure
         )
@@ -193,6 +200,21 @@ class EngineOptions:
         if device != "cpu" and (self.threads is not None or self.files):
             raise ValueError("--threads, --onnx and --tflite are for the CPU; leave them out, or give --device cpu")
         return placed_on(self.threads)
+
+
+def _taking_bytes(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], images: Images
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """A model with a layer of images in front of it, and the input that it takes then."""
+    x, *others = inputs
+    if others or x.ndim != 4 or x.shape[1] != len(images.mean):
+        given = ", ".join(str(tuple(each.shape)) for each in inputs)
+        raise ValueError(
+            f"--mean and --std have {len(images.mean)} values, for a model of one image of as many channels; its input "
+            f"is {given}"
+        )
+    pixels = torch.randint(256, x.movedim(1, 3).shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return nn.Sequential(images.to(x.device, x.dtype), model).eval(), (pixels.to(x.device),)
 
 
 def effort_of(text: str) -> Effort:
@@ -266,7 +288,7 @@ def place(
 ) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """A model and inputs for it, moved to a device and into the type in which a precision is stored."""
     target, storage = device_for(precision, device), TORCH_DTYPE[precision.value]
-    return model.to(target, storage), tuple(x.to(target, storage) for x in inputs)
+    return model.to(target, storage), tuple(x.to(target, storage if x.is_floating_point() else None) for x in inputs)
 
 
 def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:

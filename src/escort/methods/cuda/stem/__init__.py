@@ -1,0 +1,134 @@
+"""Method `stem`: our dense kernel for a network's first convolution, of few channels and a large map.
+
+Tensor cores multiply all weights, whatever their zeros: kernels/cuda/stem.cu gathers a filter's windows out of shared
+memory, so that x is read about once, in any memory format, and y is written once. `layout` says what lies where, and
+`search` which tiles are worth timing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from escort.cuda.compiler import Variant
+from escort.cuda.gpu import Gpu
+from escort.cuda.kernel import NATIVE_CAPABILITY, kernel, unavailable
+from escort.cuda.launch import Grid
+from escort.cuda.params import STORAGE, pack
+from escort.filter import SparseFilter
+from escort.methods import activation
+from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_check, output_strides
+from escort.methods.cuda.stem.config import StemConfig
+from escort.methods.cuda.stem.layout import Channels, Layout
+from escort.methods.cuda.stem.params import Params
+from escort.methods.cuda.stem.search import candidates, is_offered, predict_us, search
+from escort.methods.sharing import shared
+from escort.problem import Problem
+
+__all__ = ["Stem", "StemConfig"]
+
+_THREADS = 128  # of a block
+_MOST = 2**31 - 1
+_MOST_CHANNELS, _CHANNEL_MULTIPLE = 4, 8
+_MOST_CONFIGS = 8
+
+
+class Stem(Method):
+    """Up to four input channels; any kernel size, stride, dilation and padding; TF32, fp16 and bf16, summed in fp32."""
+
+    name = "stem"
+    device_type = "cuda"
+    config_type = StemConfig
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.precision == "fp32":
+            return "tensor cores multiply no fp32; ask for TF32, fp16 or bf16"
+        if problem.groups > 1 or problem.in_channels > _MOST_CHANNELS:
+            return f"it is for {_MOST_CHANNELS} input channels at most, without groups"
+        if problem.out_channels % _CHANNEL_MULTIPLE:
+            return f"tensor cores write {_CHANNEL_MULTIPLE} channels at a time, and there are {problem.out_channels}"
+        if max(math.prod(problem.input_shape[1:]), math.prod(problem.output_shape[1:])) > _MOST // 2:
+            return "a sample has more elements than 32 bits number; use a smaller input"
+        if reason := unavailable(torch.device(problem.device)):
+            return reason
+        if next(candidates(problem, Gpu.of(problem.device)), None) is None:
+            return "shared memory has no room for all weights and a row of x"
+        return None
+
+    def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[StemConfig]:
+        return search(problem, Gpu.of(problem.device), _MOST_CONFIGS)
+
+    def offers(self, problem: Problem, sparse_filter: SparseFilter, config: StemConfig) -> bool:
+        return is_offered(problem, config, Gpu.of(problem.device))
+
+    def kernels(self, problem: Problem, config: StemConfig) -> Sequence[Variant]:
+        channels = Channels.of(problem)
+        macros: dict[str, int | str] = {
+            "STORAGE": STORAGE[problem.storage],
+            "LAST": int(problem.memory_format == "channels_last"),
+            "CHANNELS": problem.in_channels,
+            "TILES": channels.tiles,
+            "VECTOR": channels.vector,
+        }
+        return (Variant("stem.cu", macros | activation.macros(problem.epilogue)),)
+
+    def predict_us(
+        self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: StemConfig | None = None
+    ) -> float:
+        (config,) = search(problem, gpu, 1) if config is None else [config]
+        return predict_us(problem, config, gpu)
+
+    def prepare(
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: StemConfig,
+        slope: torch.Tensor | None = None,
+    ) -> Prepared:
+        device, layout = torch.device(problem.device), Layout.of(problem, config)
+        (variant,) = self.kernels(problem, config)
+        compiled = kernel(variant.source, variant.defines, device)
+
+        def make_weights() -> tuple[torch.Tensor, None]:
+            return layout.arrange(sparse_filter.to_dense()).to(device), None
+
+        key = self.name, device, problem.precision, problem.memory_format, layout.channels, layout.pixel
+        weights, _ = shared(sparse_filter, key, make_weights)
+        params, table = Params.of(layout, config), torch.from_numpy(layout.table.view("int32")).to(device)
+        fixed = weights, table, activation.per_channel(problem, bias, slope), None, pack(params)
+        overlap = torch.cuda.get_device_capability(device) >= NATIVE_CAPABILITY
+        arguments = (*[torch.Tensor] * 3, *fixed, *[int] * 4)
+        launch = compiled.bind(_THREADS, layout.shared_bytes, arguments, overlap=overlap)
+        torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
+        blocks, memory_format = params.blocks, problem.torch_memory_format
+        check, out_shape = input_check(problem, _MOST // blocks), problem.output_shape[1:]
+        strides = output_strides(problem, problem.memory_format)
+        planes, pixels = in_steps(problem)
+
+        @lru_cache(MOST_BATCHES)
+        def cut(samples: int) -> Grid:
+            return samples * blocks, 1, 1
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            check(x, residual)
+            y = x.new_empty_strided((x.shape[0], *out_shape), strides)
+            if residual is not None:
+                residual = aligned(residual.contiguous(memory_format=memory_format), 16)
+            in_planes = x.is_contiguous()
+            if not in_planes:
+                x = x.contiguous(memory_format=torch.channels_last)
+            launch(cut(x.shape[0]), x, y, residual, *(planes if in_planes else pixels))
+            return y
+
+        return Prepared(run, binaries=(compiled.binary,))
+
+
+def in_steps(problem: Problem) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """The elements from a sample, channel, row and pixel of x to the next, in NCHW and in NHWC."""
+    channels, height, width = problem.input_shape[1:]
+    sample = channels * height * width
+    return (sample, height * width, width, 1), (sample, 1, width * channels, channels)
