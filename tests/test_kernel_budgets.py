@@ -89,6 +89,7 @@ def plane_variants() -> list[Variant]:
     return [
         *(("resize.cu", macros, 48) for macros in vectors),
         *((source, macros, 64) for source in ("average_pool.cu", "mean.cu") for macros in vectors),
+        *(("images.cu", {"STORAGE": storage, "VECTOR": vector}, 40) for storage in (0, 1, 2) for vector in (1, 4)),
         *(("gate.cu", macros | last, 32) for macros, last in both),
         *(("local_response_norm.cu", macros | last | {"SIZE": 5}, 80) for macros, last in both),
         *(("gemv.cu", macros | {"SAMPLES": samples}, 96) for macros in vectors for samples in (1, 8)),
