@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +13,11 @@ from torch.fx.node import map_aggregate
 from escort.integrations.onnx.errors import NotSupportedError
 from escort.integrations.onnx.limits import MAX_BYTES, MAX_CONSTANT, MAX_NUMBERS
 from escort.integrations.onnx.names import Paths, identifier, module_path, tensor_path
+from escort.integrations.onnx.tensors import is_narrow, to_torch
 from escort.integrations.onnx.values import Sizes, Value, Whole
+
+if TYPE_CHECKING:
+    from onnx import TensorProto
 
 #: What stands for sizes that a file leaves open: two samples counts and two sizes of maps, which many numbers divide.
 OPEN_SAMPLES, OPEN_SIZES = (8, 24), (256, 384)
@@ -29,6 +33,7 @@ class Builder:
         graph: the steps.
         current: the name of the file that the next steps are called like.
         names: those of constants in the file, by ``id``.
+        narrow: constants whose type in the file is of a few bits, by ``id``.
     """
 
     def __init__(self) -> None:
@@ -36,6 +41,7 @@ class Builder:
         self.graph = fx.Graph()
         self.current = ""
         self.names: dict[int, str] = {}
+        self.narrow: set[int] = set()
         self._paths = Paths({*dir(fx.GraphModule), "graph", "code", "meta", "training"})
         self._constants: dict[int, tuple[Tensor, Value]] = {}
         self._modules: dict[Any, tuple[str, nn.Module, Any]] = {}
@@ -162,6 +168,14 @@ class Builder:
                 if tensor.numel() > MAX_NUMBERS:
                     raise NotSupportedError(f"its result of shape {tuple(tensor.shape)} is larger than any network's")
         return tuple(results)
+
+    def take(self, tensor: TensorProto) -> Tensor:
+        """A constant of the file. Raises NotSupportedError where torch has no such type."""
+        constant = to_torch(tensor)
+        if is_narrow(tensor):
+            self.narrow.add(id(constant))
+        self.keep(constant, tensor.name or self.current)
+        return constant
 
     def keep(self, x: Tensor, name: str) -> None:
         """Notes the name of a constant in the file."""

@@ -17,7 +17,7 @@ from escort.integrations.onnx.node import Context, Node
 from escort.integrations.onnx.operators import mapped, why_not
 from escort.integrations.onnx.read import opset, read
 from escort.integrations.onnx.simplify import simplify
-from escort.integrations.onnx.tensors import dtype_of, to_torch
+from escort.integrations.onnx.tensors import dtype_of
 from escort.integrations.onnx.values import Operand, Sizes, Value
 
 if TYPE_CHECKING:
@@ -118,11 +118,9 @@ def _take_initializers(
     for tensor in graph.initializer:
         if tensor.name in read_names:
             try:
-                operands[tensor.name] = constant = to_torch(tensor)
+                operands[tensor.name] = builder.take(tensor)
             except NotSupportedError as error:
                 faults.append(f"tensor {tensor.name[:100]!r}: {error}")
-                continue
-            builder.keep(constant, tensor.name)
     return faults
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from escort.integrations.onnx.builder import Builder
 from escort.integrations.onnx.errors import NotSupportedError
-from escort.integrations.onnx.tensors import to_torch
 from escort.integrations.onnx.values import Operand, Sizes, Value, Whole
 
 if TYPE_CHECKING:
@@ -87,7 +86,10 @@ class Node:
         """An input that must be constant."""
         operand = self[index]
         if not isinstance(operand, Tensor):
-            raise NotSupportedError(f"its {what} is computed of the network's input, and must be constant")
+            raise NotSupportedError(
+                f"its {what} must be constant, and not computed of the network's input; export the network with inputs "
+                "of fixed sizes, and with constant folding"
+            )
         return operand
 
     def is_constant(self, index: int) -> bool:
@@ -122,7 +124,7 @@ class Node:
                 raise NotSupportedError(f"it lacks its attribute {name}; export it anew")
             return default
         value = self._attributes[name]
-        return to_torch(value) if hasattr(value, "data_type") else value
+        return self.builder.take(value) if hasattr(value, "data_type") else value
 
     def text(self, name: str, default: str, known: str) -> str:
         """An attribute that is one of a few words."""

@@ -59,6 +59,10 @@ def _converted(model: ModelProto) -> ModelProto:
     """A model of an old opset in the one that operators are read in."""
     import onnx
 
+    declared = {each.name for each in model.graph.input}
+    for tensor in model.graph.initializer:  # which the converter knows as inputs only, as they were once
+        if tensor.name not in declared:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     try:
         return onnx.version_converter.convert_version(model, OPSET)
     except Exception as error:

@@ -46,6 +46,11 @@ def dtype_of(number: int) -> torch.dtype:
     return DTYPES[name]
 
 
+def is_narrow(tensor: TensorProto) -> bool:
+    """Whether the numbers of a tensor are of a type of a few bits, and :func:`to_torch` gives them in a larger one."""
+    return type_name(tensor.data_type) not in DTYPES
+
+
 def to_torch(tensor: TensorProto) -> Tensor:
     """A tensor of a file, in memory of its own.
 

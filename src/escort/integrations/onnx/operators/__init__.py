@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from escort.integrations.onnx.errors import NotSupportedError
 from escort.integrations.onnx.node import Node
 from escort.integrations.onnx.operators import (
     convolution,
@@ -60,6 +61,9 @@ def mapped(node: Node) -> tuple[Any, ...]:
     Raises:
         NotSupportedError: saying what of it has no counterpart, and the remedy.
     """
+    constants = [node[index] for index in range(node.arity) if node.is_constant(index)]
+    if node.op != "DequantizeLinear" and any(id(constant) in node.builder.narrow for constant in constants):
+        raise NotSupportedError("it computes with numbers of a few bits, which only DequantizeLinear does here")
     function = sizes.OPERATORS[node.op] if _is_of_sizes(node) else OPERATORS[node.op]
     result = function(node)
     return result if isinstance(result, tuple) else (result,)

@@ -16,7 +16,7 @@ from escort.integrations.onnx.node import Node
 from escort.integrations.onnx.tensors import dtype_of
 from escort.integrations.onnx.values import Operand, Value
 
-_Function = Callable[[Node], Operand]
+_Function = Callable[[Node], Any]
 
 
 def unary(function: Callable[..., Any]) -> _Function:
@@ -232,13 +232,11 @@ def identity(node: Node) -> Operand:
     return node[0]
 
 
-def dropout(node: Node) -> Operand:
-    """Nothing, as in inference."""
-    if node.wants(1):
-        raise NotSupportedError("it returns what it drops, which is nothing in inference; leave that out")
+def dropout(node: Node) -> Any:
+    """Nothing is dropped in inference, and the mask says so."""
     if node.has(2) and node.number(2, "training mode"):
         raise NotSupportedError("it is in training mode; export the network in eval mode")
-    return node[0]
+    return (node[0], node.call(torch.ones_like, node.x, dtype=torch.bool)) if node.wants(1) else node[0]
 
 
 OPERATORS: dict[str, _Function] = {

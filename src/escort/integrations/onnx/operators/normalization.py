@@ -49,13 +49,17 @@ def _as_large(node: Node, scale: Any, shape: list[int]) -> Any:
     return node.call(torch.broadcast_to, scale, shape)
 
 
-def layer_norm(node: Node) -> Operand:
-    if node.wants(1) or node.wants(2):
-        raise NotSupportedError("it returns its mean or deviation, which training needs; leave these out")
-    x = node.x
+def layer_norm(node: Node) -> Any:
+    x, eps = node.x, node.get("epsilon", 1e-5)
     shape = _normalized_shape(node, x)
     scale, bias = (_as_large(node, node.input(i), shape) if node.has(i) else None for i in (1, 2))
-    return node.call(F.layer_norm, x, shape, scale, bias, node.get("epsilon", 1e-5))
+    normed = node.call(F.layer_norm, x, shape, scale, bias, eps)
+    if not node.wants(1) and not node.wants(2):
+        return normed
+    dims = list(range(x.ndim - len(shape), x.ndim))
+    mean = node.call(torch.mean, x, dims, True)
+    variance = node.call(torch.mean, node.call(torch.square, node.call(torch.sub, x, mean)), dims, True)
+    return normed, mean, node.call(torch.rsqrt, node.call(torch.add, variance, eps))
 
 
 def rms_norm(node: Node) -> Operand:

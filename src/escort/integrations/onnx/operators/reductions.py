@@ -54,27 +54,32 @@ def _mean(node: Node, x: Any, dims: list[int], keepdims: bool) -> Any:
 
 def _argument(function: Callable[..., Any]) -> Callable[[Node], Operand]:
     def mapped(node: Node) -> Operand:
-        if node.get("select_last_index", 0):
-            raise NotSupportedError("it returns the last of equal numbers, and the first is what torch returns")
-        return node.call(function, node.x, node.get("axis", 0), bool(node.get("keepdims", 1)))
+        x, keepdims = node.x, bool(node.get("keepdims", 1))
+        axis = node.axis(node.get("axis", 0), x.ndim)
+        if not node.get("select_last_index", 0):
+            return node.call(function, x, axis, keepdims)
+        found = node.call(function, node.call(torch.flip, x, [axis]), axis, keepdims)
+        last = node.known(node.shape(x)[axis], "last indices") - 1
+        return node.call(torch.add, node.call(torch.neg, found), last)
 
     return mapped
 
 
 def top_k(node: Node) -> Any:
+    """By a sort that keeps the order of equal numbers, as ONNX wants it."""
     x = node.x
-    count = int(node.number(1, "count"))
-    found = node.call(torch.topk, x, count, node.get("axis", -1), bool(node.get("largest", 1)), bool(node.get("sorted", 1)))
-    return node.parts(found, 2)
+    count, axis = int(node.number(1, "count")), node.axis(node.get("axis", -1), x.ndim)
+    found = node.call(torch.sort, x, stable=True, dim=axis, descending=bool(node.get("largest", 1)))
+    return tuple(node.call(torch.narrow, part, axis, 0, count) for part in node.parts(found, 2))
 
 
 def cumulative_sum(node: Node) -> Operand:
     x, axis = node.x, int(node.number(1, "axis"))
     if node.get("exclusive", 0):
         raise NotSupportedError("it leaves out the number itself (exclusive), which torch does not; subtract it instead")
-    if not node.get("reverse", 0):
-        return node.call(torch.cumsum, x, axis)
-    return node.call(torch.flip, node.call(torch.cumsum, node.call(torch.flip, x, [axis]), axis), [axis])
+    turned = node.call(torch.flip, x, [axis]) if node.get("reverse", 0) else x
+    sums = convert(node, node.call(torch.cumsum, turned, axis), x.dtype)
+    return node.call(torch.flip, sums, [axis]) if node.get("reverse", 0) else sums
 
 
 OPERATORS: dict[str, Callable[[Node], Any]] = {

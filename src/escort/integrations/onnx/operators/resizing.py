@@ -39,6 +39,8 @@ def resize(node: Node) -> Operand:
     axes = {axis: each for axis, each in _axes(node, x).items() if _changes(node, x, axis, each)}
     if not axes:
         return x
+    if rule.coordinates == "align_corners":
+        _check_corners(node, x, axes)
     mode = _mode_of_torch(rule, x, axes)
     if mode is not None:
         return _interpolated(node, x, axes, rule, mode)
@@ -83,6 +85,14 @@ def _changes(node: Node, x: Value, axis: int, becomes: _Axis) -> bool:
     if isinstance(own, Value) and isinstance(becomes.size, Value):
         return own.node is not becomes.size.node
     return becomes.factor != 1.0 or (becomes.size is not None and becomes.size != own)
+
+
+def _check_corners(node: Node, x: Value, axes: dict[int, _Axis]) -> None:
+    """Raises NotSupportedError where corners would lie between positions, on which ONNX and its runtime disagree."""
+    for axis, each in axes.items():
+        own, factor = node.shape(x)[axis], each.factor
+        if each.size is None and factor is not None and (factor * (1 if own is None else own)) % 1 != 0.0:
+            raise NotSupportedError("its factors make no whole sizes, so that no corners align; export it with sizes")
 
 
 def _mode_of_torch(rule: Rule, x: Value, axes: dict[int, _Axis]) -> str | None:
@@ -152,8 +162,9 @@ def space_to_depth(node: Node) -> Operand:
     x, block = node.variable(), node.get("blocksize")
     n, channels, height, width = _four(node, x)
     rows, columns = height // block, width // block
+    order = (0, 3, 5, 1, 2, 4) if node.text("mode", "DCR", "DCR CRD") == "DCR" else (0, 1, 3, 5, 2, 4)
     blocks = node.call(torch.reshape, x, (n, channels, rows, block, columns, block))
-    moved = node.call(torch.permute, blocks, (0, 3, 5, 1, 2, 4))
+    moved = node.call(torch.permute, blocks, order)
     return node.call(torch.reshape, moved, (n, channels * (block * block), rows, columns))
 
 

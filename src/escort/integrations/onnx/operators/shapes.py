@@ -211,7 +211,6 @@ def constant(node: Node) -> Operand:
     value = node.get("value", None)
     if not isinstance(value, Tensor):
         raise NotSupportedError("its value is a text or no tensor, which no network computes with")
-    node.builder.keep(value, node.outputs[0])
     return value
 
 
