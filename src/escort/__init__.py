@@ -7,6 +7,7 @@ How to use it:
     print(fast.plan)                                 # what runs each layer, and why
     escort.save(fast, "model.escort")                # one file without code
     fast = escort.load("model.escort")               # measured anew where the machine is another one
+    model = escort.from_onnx("model.onnx")           # a network that another tool wrote, to convert like any other
 
 Public are the names in ``escort.__all__``. Everything else in the package is internal and may change at any time.
 """
@@ -17,6 +18,7 @@ from importlib.metadata import version
 from escort import prune
 from escort.artifact import ArtifactError, load, save
 from escort.filter import SparseFilter
+from escort.integrations.onnx import OnnxError, from_onnx
 from escort.network.convert import convert, replan
 from escort.network.model import ConvertedModel
 from escort.network.plan import NetworkPlan
@@ -32,11 +34,13 @@ __all__ = [
     "ConvertedModel",
     "Epilogue",
     "NetworkPlan",
+    "OnnxError",
     "Plan",
     "Problem",
     "SparseFilter",
     "__version__",
     "convert",
+    "from_onnx",
     "load",
     "plan_layer",
     "prune",

@@ -1,1 +1,1 @@
-"""Where users already are: other libraries' ways in and out, each imported only when it is used."""
+"""Other libraries' files and ways of asking, each in a room of its own that imports its library only when it is used."""
