@@ -1,0 +1,71 @@
+"""Paths for modules and tensors, and names for results, out of those of a file."""
+
+from __future__ import annotations
+
+import keyword
+import re
+
+#: What a quantizer puts behind the name of a weight.
+_QUANTIZED = re.compile(r"(_quantized|_DequantizeLinear_Output|_dequantized|_QuantizeLinear_Output)+$")
+_PARAMETER = re.compile(r"\.(weight|bias|scale|gamma|running_mean|kernel|weights)$")
+_MAX_PART, _MAX_PATH = 100, 600
+
+
+def identifier(name: str) -> str:
+    """A name as one of Python: a name of a file may hold any character, and torch.fx writes names into source."""
+    plain = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_")[:_MAX_PART]
+    return f"_{plain}" if not plain or plain[0].isdigit() or keyword.iskeyword(plain) else plain
+
+
+def module_path(weight: str | None, node: str, output: str) -> str:
+    """The path of a module: that of its weight, if it has one, else the node's name or that of its result.
+
+    ``layer1.0.conv1.weight`` is of ``layer1.0.conv1``; a node ``/layer1/conv1/Conv`` is ``layer1.conv1.Conv``.
+    """
+    if weight is not None:
+        weight = _QUANTIZED.sub("", weight)
+        if _PARAMETER.search(weight):
+            return _path(_PARAMETER.sub("", weight))
+    return _path(node or output)
+
+
+def tensor_path(name: str) -> str:
+    """The path of a tensor that is no module's."""
+    return _path(name)
+
+
+def _path(name: str) -> str:
+    """The name's parts between dots, slashes and colons, each of them letters, digits and underscores."""
+    parts = (re.sub(r"[^A-Za-z0-9_]+", "_", part).strip("_")[:_MAX_PART] for part in re.split(r"[./:]+", name))
+    return ".".join(filter(None, parts))[:_MAX_PATH].strip(".") or "unnamed"
+
+
+class Paths:
+    """Paths that are taken. None of them leads into another."""
+
+    def __init__(self, reserved: set[str]) -> None:
+        self._reserved = reserved
+        self._taken: set[str] = set()
+        self._inner: set[str] = set()  # what stands around them
+
+    def take(self, path: str) -> str:
+        """The path, or one like it that is free."""
+        first, number = path, 1
+        while not self._is_free(path):
+            path, number = f"{first}_{number}", number + 1
+        self._taken.add(path)
+        self._inner.update(_around(path))
+        return path
+
+    def _is_free(self, path: str) -> bool:
+        return (
+            path.partition(".")[0] not in self._reserved
+            and path not in self._taken
+            and path not in self._inner
+            and not any(outer in self._taken for outer in _around(path))
+        )
+
+
+def _around(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
