@@ -81,13 +81,13 @@ class Builder:
             self.graph.create_node("call_method", name, _nodes((x, *args)), name=identifier(self.current)), examples
         )
 
-    def module(self, make: Callable[[], nn.Module], state: Mapping[str, Tensor], x: Value, like: tuple[Any, ...]) -> Value:
+    def module(self, make: Callable[[], nn.Module], state: Mapping[str, Tensor], x: Value, like: tuple[str | None, str, str]) -> Value:
         """What a module makes of x. A module of the same tensors and settings is called again.
 
         Args:
             make: makes the module.
             state: its tensors.
-            like: the names of its weight, of the node and of its result, as :func:`names.module_path` takes them.
+            like: the names of its weight and of the node, and the operator, as :func:`names.module_path` takes them.
         """
         with torch.device("meta"):
             module = make().eval()

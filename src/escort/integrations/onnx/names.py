@@ -17,16 +17,21 @@ def identifier(name: str) -> str:
     return f"_{plain}" if not plain or plain[0].isdigit() or keyword.iskeyword(plain) else plain
 
 
-def module_path(weight: str | None, node: str, output: str) -> str:
-    """The path of a module: that of its weight, if it has one, else the node's name or that of its result.
+def module_path(weight: str | None, node: str, operator: str) -> str:
+    """The path of a module: that of its weight, if it has one, else that of its node.
 
-    ``layer1.0.conv1.weight`` is of ``layer1.0.conv1``; a node ``/layer1/conv1/Conv`` is ``layer1.conv1.Conv``.
+    ``layer1.0.conv1.weight`` is of ``layer1.0.conv1``, and so is the node ``/layer1/layer1.0/conv1/Conv``, as torch calls
+    it: what is a part of a module comes behind it with the module's name again.
     """
     if weight is not None:
         weight = _QUANTIZED.sub("", weight)
         if _PARAMETER.search(weight):
             return _path(_PARAMETER.sub("", weight))
-    return _path(node or output)
+    scopes = [part for part in node.split("/") if part]
+    if len(scopes) > 1 and re.fullmatch(rf"{operator}(_\d+)?", scopes[-1]):
+        scopes.pop()
+    inner = [part for part, behind in zip(scopes, [*scopes[1:], ""], strict=True) if not behind.startswith(f"{part}.")]
+    return _path("/".join(inner))
 
 
 def tensor_path(name: str) -> str:

@@ -149,7 +149,7 @@ class Node:
     def module(self, make: Callable[[], nn.Module], state: Mapping[str, Tensor], x: Value) -> Value:
         """What a module makes of x; it is named after its weight, or after this node."""
         weight = self.builder.names.get(id(state["weight"])) if "weight" in state else None
-        return self.builder.module(make, state, x, (weight, self.name, self.outputs[0]))
+        return self.builder.module(make, state, x, (weight, self.name or self.outputs[0], self.op))
 
     def derived(self, x: Tensor, source: Tensor) -> Tensor:
         """A constant that is called like the one that it was made of."""
