@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,13 +138,15 @@ def _error(ours: tuple[torch.Tensor, ...], theirs: list[Any]) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def rows() -> Iterator[Row]:
-    """Each network by each exporter."""
+def rows(only: Sequence[str] = ()) -> Iterator[Row]:
+    """Each network, or those that are named, by each exporter."""
     for network, size, legacy, dynamo in NETWORKS:
+        if only and network not in only:
+            continue
         for exporter, opset in zip(EXPORTERS, (legacy, dynamo), strict=True):
             yield row(network, size, opset, exporter)
 
 
 if __name__ == "__main__":
-    for each in rows():
+    for each in rows(sys.argv[1:]):
         print(each, flush=True)

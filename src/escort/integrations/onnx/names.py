@@ -14,7 +14,9 @@ _MAX_PART, _MAX_PATH = 100, 600
 def identifier(name: str) -> str:
     """A name as one of Python: a name of a file may hold any character, and torch.fx writes names into source."""
     plain = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_")[:_MAX_PART]
-    return f"_{plain}" if not plain or plain[0].isdigit() or keyword.iskeyword(plain) else plain
+    if plain == "self" or keyword.iskeyword(plain):  # what torch.fx calls the module
+        return f"{plain}_"
+    return f"_{plain}" if not plain or plain[0].isdigit() else plain
 
 
 def module_path(weight: str | None, node: str, operator: str) -> str:
@@ -55,7 +57,9 @@ class Paths:
 
     def take(self, path: str) -> str:
         """The path, or one like it that is free."""
-        first, number = path, 1
+        head, dot, rest = path.partition(".")
+        first = path = f"{head}_{dot}{rest}" if head in self._reserved else path
+        number = 1
         while not self._is_free(path):
             path, number = f"{first}_{number}", number + 1
         self._taken.add(path)
@@ -64,8 +68,7 @@ class Paths:
 
     def _is_free(self, path: str) -> bool:
         return (
-            path.partition(".")[0] not in self._reserved
-            and path not in self._taken
+            path not in self._taken
             and path not in self._inner
             and not any(outer in self._taken for outer in _around(path))
         )

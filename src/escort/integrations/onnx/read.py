@@ -92,6 +92,8 @@ def _check_counts(model: ModelProto) -> None:
         return total
 
     size(iter(model.graph.node), 0, ())
+    for function in model.functions:
+        size(iter(function.node), 0, ((function.domain, function.name),))
 
 
 def _graphs(node: NodeProto) -> Iterator[GraphProto]:

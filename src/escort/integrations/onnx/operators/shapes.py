@@ -225,7 +225,14 @@ def constant_of_shape(node: Node) -> Operand:
 
 
 def ranges(node: Node) -> Operand:
-    start, limit, step = (node.number(index, what) for index, what in enumerate(("start", "limit", "step")))
+    """Up to a size of the input it is counted by a sum of ones, which lie where the network does."""
+    start, step = node.number(0, "start"), node.number(2, "step")
+    if isinstance(node[1], Sizes) and isinstance(start, int) and isinstance(step, int) and step > 0:
+        count = -((start - node.wholes(1, "limit")[0]) // step)
+        ones = node.call(torch.broadcast_to, node.builder.tensor(torch.ones((), dtype=torch.int64)), (count,))
+        counted = node.call(torch.sub, node.call(torch.cumsum, ones, 0), 1)
+        return node.call(torch.add, node.call(torch.mul, counted, step), start)
+    limit = node.number(1, "limit")
     if step == 0 or abs((limit - start) / step) > MAX_CONSTANT:
         raise NotSupportedError(f"its range from {start} to {limit} in steps of {step} is none of a network")
     return node.call(torch.arange, start, limit, step, dtype=node.constant(0, "start").dtype)
