@@ -114,7 +114,9 @@ def test_sizes_are_computed_as_the_file_does(tmp_path: Path) -> None:
             node("Mul", "batch two", "twice"),
             node("Concat", "twice rest", "shape", axis=0),
             node("Squeeze", "twice", "limit"),
-            node("Range", "start limit step", "counted"),
+            node("Mul", "limit step", "steps"),
+            node("Add", "steps start", "end"),
+            node("Range", "start end step", "counted"),
             node("Cast", "counted", "count", to=TensorProto.FLOAT),
             node("Reshape", "count column", "counts"),
             node("Equal", "shape none", "unknown"),
@@ -204,7 +206,9 @@ def test_weights_in_other_files(tmp_path: Path) -> None:
     model, x = small(), numbers(2, 3, 12, 10)
     expected = runtime(model, x)[0]
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
-    np.testing.assert_allclose(outputs_of(escort.from_onnx(tmp_path / "model.onnx"), x)[0], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        outputs_of(escort.from_onnx(tmp_path / "model.onnx"), x)[0], expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -381,7 +385,14 @@ def test_names_are_names_and_no_code(tmp_path: Path) -> None:
         [1, 3, 4, 4],
         ["o"],
     )
-    names = {"x": evil, "w": f"{evil}.weight", "b": f"forward.{evil}", "w2": "training", "y": f"def {evil}", "z": "self"}
+    names = {
+        "x": evil,
+        "w": f"{evil}.weight",
+        "b": f"forward.{evil}",
+        "w2": "training",
+        "y": f"def {evil}",
+        "z": "self",
+    }
     for number, each in enumerate(model.graph.node):
         each.input[:] = [names.get(name, name) for name in each.input]
         each.output[:] = [names.get(name, name) for name in each.output]
@@ -399,9 +410,7 @@ def test_functions_are_written_out(tmp_path: Path) -> None:
     """What torch's exporter makes of modules, and a branch that a constant decides."""
     model = small()
     model.functions.append(
-        helper.make_function(
-            "own", "Twice", ["a"], ["b"], [node("Add", "a a", "b")], [helper.make_opsetid("", 18)]
-        )
+        helper.make_function("own", "Twice", ["a"], ["b"], [node("Add", "a a", "b")], [helper.make_opsetid("", 18)])
     )
     model.opset_import.append(helper.make_opsetid("own", 1))
     model.graph.node[3].input[0] = "twice"
@@ -421,9 +430,11 @@ def test_one_module_for_layers_that_share_weights(tmp_path: Path) -> None:
 
 
 def test_windows_of_open_maps(tmp_path: Path) -> None:
-    """"Same" padding at the end follows the size of the map."""
+    """ "Same" padding at the end follows the size of the map."""
     model = model_of(
-        [node("Conv", "x w", "y", auto_pad="SAME_UPPER", strides=[2, 2])], {"w": numbers(4, 3, 3, 3)}, ["n", 3, "h", "w"]
+        [node("Conv", "x w", "y", auto_pad="SAME_UPPER", strides=[2, 2])],
+        {"w": numbers(4, 3, 3, 3)},
+        ["n", 3, "h", "w"],
     )
     network = read(model, tmp_path)
     for size in (6, 7):

@@ -31,7 +31,12 @@ def whole(*values: int) -> Array:
 
 
 def model_of(
-    operator: str, arrays: Sequence[Array | None], opset: int = 18, outputs: int = 1, free: bool = False, **attributes: Any
+    operator: str,
+    arrays: Sequence[Array | None],
+    opset: int = 18,
+    outputs: int = 1,
+    free: bool = False,
+    **attributes: Any,
 ) -> onnx.ModelProto:
     """One node: the first array is its input, the others are constants; `free` leaves the first size open."""
     names = ["" if array is None else f"in{number}" for number, array in enumerate(arrays)]
@@ -68,8 +73,8 @@ POSITIVE = np.abs(X) + 0.1
 CASES: list[tuple[str, list[Array | None], dict[str, Any]]] = [
     *(
         (name, [X], {})
-        for name in "Abs Ceil Cos Elu Erf Exp Floor HardSwish Identity LeakyRelu Neg Relu Round Sigmoid Sign Sin Softplus "
-        "Softsign Tanh Mish Celu Selu GlobalAveragePool GlobalMaxPool Flatten Softmax LogSoftmax HardSigmoid "
+        for name in "Abs Ceil Cos Elu Erf Exp Floor HardSwish Identity LeakyRelu Neg Relu Round Sigmoid Sign Sin "
+        "Softplus Softsign Tanh Mish Celu Selu GlobalAveragePool GlobalMaxPool Flatten Softmax LogSoftmax HardSigmoid "
         "ThresholdedRelu Shrink".split()
     ),
     *((name, [POSITIVE], {}) for name in ("Log", "Sqrt", "Reciprocal")),
@@ -123,7 +128,10 @@ CASES: list[tuple[str, list[Array | None], dict[str, Any]]] = [
     ("LpPool", [X], {"kernel_shape": [2, 2], "p": 2}),
     ("ReduceMean", [X], {"axes": [2, 3], "opset": 13}),
     ("ReduceMean", [X, whole(-1)], {"keepdims": 0}),
-    *((name, [POSITIVE, whole(1, 2)], {}) for name in ("ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1")),
+    *(
+        (name, [POSITIVE, whole(1, 2)], {})
+        for name in ("ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1")
+    ),
     *((name, [POSITIVE, whole(3)], {}) for name in ("ReduceL2", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp")),
     ("ReduceSum", [X], {"keepdims": 0}),
     ("ArgMax", [X], {"axis": 1, "keepdims": 0}),
@@ -199,7 +207,16 @@ CASES: list[tuple[str, list[Array | None], dict[str, Any]]] = [
 NAMED = {f"{case[0]}-{sum(each[0] == case[0] for each in CASES[:index])}": case for index, case in enumerate(CASES)}
 #: What needs the first size, or the reference does not compute.
 NEEDS_FIRST_SIZE = {"Reshape-1", "Where-0", "Gemm-2", "Div-1", "Mod-0", "DequantizeLinear-0", "Mul-1", "MatMul-1"}
-NEEDS_FIRST_SIZE |= {"Einsum-0", "GridSample-0", "Expand-0", "GatherElements-0", "Resize-9", "Mean-0", "Sum-0", "Concat-0"}
+NEEDS_FIRST_SIZE |= {
+    "Einsum-0",
+    "GridSample-0",
+    "Expand-0",
+    "GatherElements-0",
+    "Resize-9",
+    "Mean-0",
+    "Sum-0",
+    "Concat-0",
+}
 
 
 @pytest.mark.parametrize("name", NAMED)

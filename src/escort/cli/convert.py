@@ -27,7 +27,7 @@ def main(
         typer.Option(
             "--output",
             "-o",
-            help="The converted model, for example model.escort; by default the name of the ONNX file with this ending.",
+            help="The converted model, for example model.escort; by default named like the ONNX file.",
         ),
     ] = None,
     kernels: Annotated[

@@ -22,8 +22,8 @@ def identifier(name: str) -> str:
 def module_path(weight: str | None, node: str, operator: str) -> str:
     """The path of a module: that of its weight, if it has one, else that of its node.
 
-    ``layer1.0.conv1.weight`` is of ``layer1.0.conv1``, and so is the node ``/layer1/layer1.0/conv1/Conv``, as torch calls
-    it: what is a part of a module comes behind it with the module's name again.
+    ``layer1.0.conv1.weight`` is of ``layer1.0.conv1``, and so is the node ``/layer1/layer1.0/conv1/Conv``, as torch
+    calls it: what is a part of a module comes behind it with the module's name again.
     """
     if weight is not None:
         weight = _QUANTIZED.sub("", weight)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from escort.integrations.onnx.errors import NotSupportedError
 from escort.integrations.onnx.node import Node
-from escort.integrations.onnx.values import Operand, Value
+from escort.integrations.onnx.values import Operand
 
 _NORMS: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 

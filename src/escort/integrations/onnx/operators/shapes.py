@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -172,9 +173,7 @@ def _from_front(node: Node, x: Any, axis: int, indices: Any) -> Any:
     if isinstance(indices, Tensor) or indices.dtype == torch.uint8:
         return indices.to(torch.int64) if isinstance(indices, Tensor) else indices
     length = node.sizes(x)[axis]
-    return node.call(
-        torch.where, node.call(torch.lt, indices, 0), node.call(torch.add, indices, length), indices
-    )
+    return node.call(torch.where, node.call(torch.lt, indices, 0), node.call(torch.add, indices, length), indices)
 
 
 def gather_elements(node: Node) -> Operand:
@@ -194,9 +193,8 @@ def expand(node: Node) -> Operand:
 
 
 def _broadcast(own: list[Whole], wanted: list[Whole]) -> list[Whole]:
-    count = max(len(own), len(wanted))
-    own, wanted = [1] * (count - len(own)) + own, [1] * (count - len(wanted)) + wanted
-    return [a if _is(b, 1) else b for a, b in zip(own, wanted, strict=True)]
+    pairs = zip_longest(reversed(own), reversed(wanted), fillvalue=1)
+    return [a if _is(b, 1) else b for a, b in pairs][::-1]
 
 
 def tile(node: Node) -> Operand:
