@@ -47,7 +47,7 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["prune", TINY, "--sparsity", "90", "--output", "{tmp}/p.safetensors"], "write 0.9"),
         (["prune", TINY, "--sparsity", "0.9", "--skip", "7", "--output", "{tmp}/p.safetensors"], "not a convolution"),
         (["prune", TINY, "--sparsity", "0.9", "--output", "{tmp}/p.pt"], "name it so"),
-        (["prune", "net.pt2", "--sparsity", "0.9", "--output", "{tmp}/p.safetensors"], "before torch.export"),
+        (["prune", "net.pt2", "--sparsity", "0.9", "--output", "{tmp}/p.safetensors"], "before it is exported"),
         (
             ["convert", TINY, "--input", "1,3,8,8", "--kernels", "--output", "{tmp}/m.escort"],
             "--kernels is for GPUs; add --device cuda",

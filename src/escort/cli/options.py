@@ -77,8 +77,9 @@ class SourceOptions:
         str,
         typer.Argument(
             metavar="MODEL",
-            help="package.module:factory, which is imported and called, or a torch.export archive (.pt2), which may "
-            "call any operator of torch and have Python evaluated: use those of people you trust.",
+            help="package.module:factory, which is imported and called; an ONNX file (.onnx); or a torch.export "
+            "archive (.pt2), which may call any operator of torch and have Python evaluated: use those of people you "
+            "trust.",
         ),
     ]
     checkpoint: CheckpointOption = None
@@ -125,7 +126,11 @@ class ModelOptions(SourceOptions):
 
     shapes: Annotated[
         list[str] | None,
-        typer.Option("--input", metavar="N,C,H,W", help="Shape of a typical input; repeat it for a model of several."),
+        typer.Option(
+            "--input",
+            metavar="N,C,H,W",
+            help="Shape of a typical input; repeat it for a model of several. By default what an ONNX file says.",
+        ),
     ] = None
     device: DeviceOption = "cpu"
     precision: PrecisionOption = PrecisionName.FP32
@@ -137,17 +142,15 @@ class ModelOptions(SourceOptions):
         """Whether none was given that says what to convert but the model."""
         return replace(self, shapes=self.shapes or None, verbose=0) == ModelOptions(self.model)
 
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        """Random inputs of the shapes, the same each time, on the CPU in float32."""
-        if not self.shapes:
-            raise ValueError("give the shape of a typical input, for example --input 1,3,224,224")
-        generator = torch.Generator().manual_seed(0)
-        return tuple(torch.randn(numbers(shape, "--input"), generator=generator) for shape in self.shapes)
-
     def load_with_inputs(self) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-        """The model and inputs for it, on the device and in the type in which the precision is stored, to be timed."""
-        inputs = self.inputs()
-        placed = place(self.load(), inputs, self.device, self.precision)
+        """The model and random inputs for it, the same each time, on the device and as the precision is stored."""
+        shapes = [numbers(shape, "--input") for shape in self.shapes or []]
+        if not shapes and Path(self.model).suffix != models.ONNX_SUFFIX:
+            raise ValueError("give the shape of a typical input, for example --input 1,3,224,224")
+        model = self.load()
+        generator = torch.Generator().manual_seed(0)
+        inputs = (torch.randn(shape, generator=generator) for shape in shapes or models.declared_shapes(model))
+        placed = place(model, tuple(inputs), self.device, self.precision)
         note_if_busy(placed[1][0].device.type)
         return placed
 

@@ -1,1 +1,1 @@
-"""Other libraries' files and ways of asking, each in a room of its own that imports its library only when it is used."""
+"""Where users already are: other libraries' ways in and out, each imported only when it is used."""

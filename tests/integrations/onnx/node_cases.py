@@ -1,7 +1,7 @@
 """The ONNX project's own tests of single operators, on what :func:`escort.from_onnx` makes of them.
 
-``python -m tests.integrations.onnx.node_cases`` prints a table by operator; with ``--verbose`` what was refused, and why.
-The tests give all operands as inputs of a network. A case that is refused so, as filters and shapes must be constant, is
+``python -m tests.integrations.onnx.node_cases`` prints a table by operator; with ``--verbose`` what was refused, too.
+The tests give all operands as inputs of a network. As filters, shapes and the like must be constant here, each is also
 tried with all of its inputs but the first as constants, and then with the first axis of that one left open.
 """
 
@@ -132,7 +132,9 @@ def _difference(ours: torch.Tensor, theirs: Any, case: Any) -> str | None:
     if str(ours.dtype).removeprefix("torch.") != theirs.dtype.name:
         return f"type {ours.dtype} instead of {theirs.dtype}"
     ours_array = ours.to(torch.float64).numpy()
-    close = np.allclose(ours_array, theirs.astype(np.float64), rtol=case.rtol, atol=max(case.atol, 1e-7), equal_nan=True)
+    close = np.allclose(
+        ours_array, theirs.astype(np.float64), rtol=case.rtol, atol=max(case.atol, 1e-7), equal_nan=True
+    )
     return None if close else f"off by {np.nanmax(np.abs(ours_array - theirs.astype(np.float64))):.2e}"
 
 

@@ -7,21 +7,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from escort.integrations.onnx.errors import OnnxError
 
 __all__ = ["OnnxError", "from_onnx", "inputs_of"]
-
-SUFFIX = ".onnx"
 
 
 def from_onnx(path: str | os.PathLike[str], *, rounding: bool = True) -> fx.GraphModule:
     """The network of an ONNX file as a plain module, to prune, convert or compute with.
 
     Convolutions, linear layers, normalisations and pooling become modules of ``torch.nn``, called like their weights in
-    the file (``layer1.0.conv1``); everything else becomes functions of torch. Sizes that the file leaves open, such as the
-    batch, stay open. It takes the file's inputs by position in the file's order, and returns its output, or a tuple of
+    the file (``layer1.0.conv1``); everything else becomes functions of torch. Sizes that the file leaves open, such as
+    the batch, stay open. It takes the file's inputs by position in the file's order, and returns its output, or a tuple of
     them. Nothing in the file is run. It takes the extra: ``pip install 'escort-sparse[onnx]'``.
 
     Example:
@@ -46,6 +44,11 @@ def from_onnx(path: str | os.PathLike[str], *, rounding: bool = True) -> fx.Grap
     return build(Path(path), rounding)
 
 
-def inputs_of(module: fx.GraphModule) -> list[tuple[str, tuple[int | None, ...], torch.dtype]]:
-    """Name, shape and type of each input of what :func:`from_onnx` returned; None is a size that the file leaves open."""
-    return [node.meta["onnx_input"] for node in module.graph.nodes if node.op == "placeholder"]
+def inputs_of(module: nn.Module) -> list[tuple[str, tuple[int | None, ...], torch.dtype]]:
+    """Name, shape and type of each input of what :func:`from_onnx` returned; None is a size that the file leaves open.
+
+    Of other modules there are none.
+    """
+    if not isinstance(module, fx.GraphModule):
+        return []
+    return [node.meta["onnx_input"] for node in module.graph.nodes if "onnx_input" in node.meta]

@@ -81,13 +81,15 @@ class Builder:
             self.graph.create_node("call_method", name, _nodes((x, *args)), name=identifier(self.current)), examples
         )
 
-    def module(self, make: Callable[[], nn.Module], state: Mapping[str, Tensor], x: Value, like: tuple[Any, ...]) -> Value:
+    def module(
+        self, make: Callable[[], nn.Module], state: Mapping[str, Tensor], x: Value, like: tuple[str | None, str, str]
+    ) -> Value:
         """What a module makes of x. A module of the same tensors and settings is called again.
 
         Args:
             make: makes the module.
             state: its tensors.
-            like: the names of its weight, of the node and of its result, as :func:`names.module_path` takes them.
+            like: the names of its weight and of the node, and the operator, as :func:`names.module_path` takes them.
         """
         with torch.device("meta"):
             module = make().eval()
@@ -154,7 +156,7 @@ class Builder:
 
     def _settled(self, args: Any) -> Any:
         """Arguments with the constants among them as buffers."""
-        return map_aggregate(args, lambda x: self.tensor(x) if isinstance(x, Tensor) else x)
+        return _mapped(args, lambda x: self.tensor(x) if isinstance(x, Tensor) else x)
 
     def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...]:
         """The results at both examples."""
@@ -189,29 +191,34 @@ def _empty(shape: list[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _mapped(args: Any, function: Callable[[Any], Any]) -> Any:
+    """Arguments with a function of each in them, inside of lists, tuples, dicts and slices."""
+    return map_aggregate(args, function)
+
+
 def _has_value(args: Any) -> bool:
-    found = []
-    map_aggregate(args, lambda x: found.append(x) if isinstance(x, Value | Sizes) else x)
-    return bool(found)
+    found: list[Any] = []
+    _mapped(args, found.append)
+    return any(isinstance(x, Value | Sizes) for x in found)
 
 
 def _tensors(args: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_aggregate(args, lambda x: found.append(x) if isinstance(x, Tensor) else x)
-    return found
+    found: list[Any] = []
+    _mapped(args, found.append)
+    return [x for x in found if isinstance(x, Tensor)]
 
 
 def _nodes(args: Any) -> Any:
-    return map_aggregate(args, lambda x: x.node if isinstance(x, Value) else x)
+    return _mapped(args, lambda x: x.node if isinstance(x, Value) else x)
 
 
 def _at(args: Any, i: int) -> Any:
     """Arguments at an example."""
-    return map_aggregate(args, lambda x: x.examples[i] if isinstance(x, Value) else x)
+    return _mapped(args, lambda x: x.examples[i] if isinstance(x, Value) else x)
 
 
 def _to_meta(args: Any) -> Any:
-    return map_aggregate(args, lambda x: x.to("meta") if isinstance(x, Tensor) else x)
+    return _mapped(args, lambda x: x.to("meta") if isinstance(x, Tensor) else x)
 
 
 def _said(error: Exception) -> str:

@@ -14,19 +14,26 @@ _MAX_PART, _MAX_PATH = 100, 600
 def identifier(name: str) -> str:
     """A name as one of Python: a name of a file may hold any character, and torch.fx writes names into source."""
     plain = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_")[:_MAX_PART]
-    return f"_{plain}" if not plain or plain[0].isdigit() or keyword.iskeyword(plain) else plain
+    if plain == "self" or keyword.iskeyword(plain):  # what torch.fx calls the module
+        return f"{plain}_"
+    return f"_{plain}" if not plain or plain[0].isdigit() else plain
 
 
-def module_path(weight: str | None, node: str, output: str) -> str:
-    """The path of a module: that of its weight, if it has one, else the node's name or that of its result.
+def module_path(weight: str | None, node: str, operator: str) -> str:
+    """The path of a module: that of its weight, if it has one, else that of its node.
 
-    ``layer1.0.conv1.weight`` is of ``layer1.0.conv1``; a node ``/layer1/conv1/Conv`` is ``layer1.conv1.Conv``.
+    ``layer1.0.conv1.weight`` is of ``layer1.0.conv1``, and so is the node ``/layer1/layer1.0/conv1/Conv``, as torch
+    calls it: what is a part of a module comes behind it with the module's name again.
     """
     if weight is not None:
         weight = _QUANTIZED.sub("", weight)
         if _PARAMETER.search(weight):
             return _path(_PARAMETER.sub("", weight))
-    return _path(node or output)
+    scopes = [part for part in node.split("/") if part]
+    if len(scopes) > 1 and re.fullmatch(rf"{operator}(_\d+)?", scopes[-1]):
+        scopes.pop()
+    inner = [part for part, behind in zip(scopes, [*scopes[1:], ""], strict=True) if not behind.startswith(f"{part}.")]
+    return _path("/".join(inner))
 
 
 def tensor_path(name: str) -> str:
@@ -50,7 +57,9 @@ class Paths:
 
     def take(self, path: str) -> str:
         """The path, or one like it that is free."""
-        first, number = path, 1
+        head, dot, rest = path.partition(".")
+        first = path = f"{head}_{dot}{rest}" if head in self._reserved else path
+        number = 1
         while not self._is_free(path):
             path, number = f"{first}_{number}", number + 1
         self._taken.add(path)
@@ -59,8 +68,7 @@ class Paths:
 
     def _is_free(self, path: str) -> bool:
         return (
-            path.partition(".")[0] not in self._reserved
-            and path not in self._taken
+            path not in self._taken
             and path not in self._inner
             and not any(outer in self._taken for outer in _around(path))
         )

@@ -85,7 +85,9 @@ def _in_order(graph: GraphProto) -> list[NodeProto]:
         missing.append(len(unknown))
         for name in unknown:
             if name not in made:
-                raise OnnxError(f"node {node.name[:100]!r} reads {name[:100]!r}, which nothing computes; export it anew")
+                raise OnnxError(
+                    f"node {node.name[:100]!r} reads {name[:100]!r}, which nothing computes; export it anew"
+                )
             readers.setdefault(name, []).append(number)
     ready = [number for number, count in enumerate(missing) if not count]
     order = []

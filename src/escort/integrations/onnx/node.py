@@ -66,7 +66,7 @@ class Node:
         operand = self[index]
         if isinstance(operand, Sizes):
             if operand.array.size == 1:
-                return operand.array.item()  # type: ignore[no-any-return]
+                return operand.array.item()
             raise NotSupportedError(
                 "it computes with sizes of the input as a tensor; export the network with inputs of fixed sizes"
             )
@@ -110,7 +110,7 @@ class Node:
         return [int(each) for each in self.constant(index, what).reshape(-1).tolist()]
 
     def attribute_or_input(self, name: str, index: int) -> list[int] | None:
-        """Whole numbers that older opsets have as an attribute and newer ones as an input; None where there are none."""
+        """Whole numbers that older opsets have as an attribute, newer ones as an input; None where there are none."""
         if name in self._attributes:
             return [int(each) for each in self._attributes[name]]
         if not self.has(index):
@@ -149,7 +149,7 @@ class Node:
     def module(self, make: Callable[[], nn.Module], state: Mapping[str, Tensor], x: Value) -> Value:
         """What a module makes of x; it is named after its weight, or after this node."""
         weight = self.builder.names.get(id(state["weight"])) if "weight" in state else None
-        return self.builder.module(make, state, x, (weight, self.name, self.outputs[0]))
+        return self.builder.module(make, state, x, (weight, self.name or self.outputs[0], self.op))
 
     def derived(self, x: Tensor, source: Tensor) -> Tensor:
         """A constant that is called like the one that it was made of."""
@@ -206,5 +206,3 @@ class Context:
 def is_floating(x: Tensor | Value) -> bool:
     """Whether an operand is of a floating-point type."""
     return x.dtype.is_floating_point if isinstance(x, Tensor | Value) else isinstance(x, float)
-
-

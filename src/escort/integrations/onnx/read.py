@@ -92,6 +92,8 @@ def _check_counts(model: ModelProto) -> None:
         return total
 
     size(iter(model.graph.node), 0, ())
+    for function in model.functions:
+        size(iter(function.node), 0, ((function.domain, function.name),))
 
 
 def _graphs(node: NodeProto) -> Iterator[GraphProto]:
@@ -146,7 +148,9 @@ def _check_tensor(tensor: TensorProto, path: Path) -> None:
     try:
         bits = _bits(tensor.data_type)
     except (KeyError, TypeError, ValueError) as error:
-        raise OnnxError(f"{where} is of a type {tensor.data_type} that onnx {onnx.__version__} does not know") from error
+        raise OnnxError(
+            f"{where} is of a type {tensor.data_type} that onnx {onnx.__version__} does not know"
+        ) from error
     wanted = (count * bits + 7) // 8
     if wanted > MAX_BYTES:
         raise OnnxError(f"{where} of shape {list(tensor.dims)} takes more than {MAX_BYTES >> 30} GiB")
@@ -157,17 +161,21 @@ def _check_tensor(tensor: TensorProto, path: Path) -> None:
     if has is None:
         field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
         numbers = len(getattr(tensor, field))
-        is_whole = numbers == count or (bits < 8 and numbers == wanted) or (_is_complex(tensor) and numbers == 2 * count)
+        is_whole = (
+            numbers == count or (bits < 8 and numbers == wanted) or (_is_complex(tensor) and numbers == 2 * count)
+        )
     else:
         is_whole = has == wanted
     if not is_whole:
-        raise OnnxError(f"{where} of shape {list(tensor.dims)} is not there in this size; the file is cut off or damaged")
+        raise OnnxError(
+            f"{where} of shape {list(tensor.dims)} is not there in this size; the file is cut off or damaged"
+        )
 
 
 def _bits(data_type: int) -> int:
     import onnx
 
-    name = onnx.TensorProto.DataType.Name(data_type)  # type: ignore[arg-type]
+    name = onnx.TensorProto.DataType.Name(data_type)
     if name.endswith("INT4") or name.startswith("FLOAT4"):
         return 4
     if name.endswith("INT2"):
@@ -187,8 +195,15 @@ def _check_external(tensor: TensorProto, where: str, wanted: int, path: Path) ->
     location = entries.get("location", "")
     folder = Path(os.path.realpath(path.parent))
     target = Path(os.path.realpath(folder / location))
-    if not location or Path(location).is_absolute() or ".." in Path(location).parts or not target.is_relative_to(folder):
-        raise OnnxError(f"{where} lies in {location[:200]!r}, which is not within the folder of the model; move it there")
+    if (
+        not location
+        or Path(location).is_absolute()
+        or ".." in Path(location).parts
+        or not target.is_relative_to(folder)
+    ):
+        raise OnnxError(
+            f"{where} lies in {location[:200]!r}, which is not within the folder of the model; move it there"
+        )
     try:
         status = target.stat()
     except OSError as error:

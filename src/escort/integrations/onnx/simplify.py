@@ -1,7 +1,7 @@
 """A model as one list of nodes in one opset: functions written out, what is decided by constants decided.
 
-The onnx and onnxscript libraries do that. They compute no constants but small ones of shapes, as what they compute has no
-bounds; all others are computed where nodes are mapped (`builder.py`).
+The onnx and onnxscript libraries do that. They compute no constants but small ones of shapes, as what they compute has
+no bounds; all others are computed where nodes are mapped (`builder.py`).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def type_name(number: int) -> str:
     """What ONNX calls an element type."""
     from onnx import TensorProto
 
-    return TensorProto.DataType.Name(number)  # type: ignore[arg-type]
+    return TensorProto.DataType.Name(number)
 
 
 def dtype_of(number: int) -> torch.dtype:

@@ -31,7 +31,8 @@ class Value:
     @property
     def shape(self) -> tuple[int | None, ...]:
         """Its sizes, None for those that are open."""
-        return tuple(sizes[0] if len({*sizes}) == 1 else None for sizes in zip(*(x.shape for x in self.examples)))
+        shapes = (x.shape for x in self.examples)
+        return tuple(sizes[0] if len({*sizes}) == 1 else None for sizes in zip(*shapes, strict=True))
 
     @property
     def ndim(self) -> int:

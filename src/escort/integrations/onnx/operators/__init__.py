@@ -45,7 +45,9 @@ _REMEDIES = {
     ),
 }
 _REMEDY = "do without it, or cut the file around it with onnx.utils.extract_model"
-_FOREIGN = "export the network without operators of that domain; for com.microsoft, without ONNX Runtime's optimisations"
+_FOREIGN = (
+    "export the network without operators of that domain; for com.microsoft, without ONNX Runtime's optimisations"
+)
 
 
 def why_not(domain: str, op: str) -> str | None:

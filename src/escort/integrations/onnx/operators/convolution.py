@@ -26,7 +26,12 @@ def conv(node: Node) -> Operand:
     size = tuple(node.known(each, "filter's sizes") for each in node.shape(weight)[2:])
     window = Window.of(node, size, node.x)
     x, padding = (node.x, window.before) if window.is_symmetric else (window.padded(node, node.x), (0,) * len(size))
-    settings = {"stride": window.stride, "padding": padding, "dilation": window.dilation, "groups": _groups(node)}
+    settings: dict[str, Any] = {
+        "stride": window.stride,
+        "padding": padding,
+        "dilation": window.dilation,
+        "groups": _groups(node),
+    }
     bias = node.input(2) if node.has(2) else None
     if not isinstance(weight, Tensor) or isinstance(bias, Value) or isinstance(x, Tensor):
         return node.call(_FUNCTIONS[weight.ndim], x, weight, bias, **settings)

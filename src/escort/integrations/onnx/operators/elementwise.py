@@ -25,7 +25,7 @@ def unary(function: Callable[..., Any]) -> _Function:
 
 
 def scalar(operand: Any, beside: Any) -> Any:
-    """A constant of one number as that number, where that changes neither the shape nor the type of what is computed."""
+    """A constant of one number as that number, where that changes neither shape nor type of what is computed."""
     if isinstance(operand, Tensor) and isinstance(beside, Value) and operand.numel() == 1:
         example = beside.examples[0]
         if isinstance(example, Tensor) and operand.ndim <= example.ndim and operand.dtype == example.dtype:
@@ -92,7 +92,9 @@ def convert(node: Node, x: Any, dtype: torch.dtype) -> Any:
     if isinstance(x, Tensor):
         return node.call(lambda x: x.to(dtype), x)
     if isinstance(x, Value) and not isinstance(x.examples[0], Tensor):
-        raise NotSupportedError("it makes a tensor of sizes of the input; export the network with inputs of fixed sizes")
+        raise NotSupportedError(
+            "it makes a tensor of sizes of the input; export the network with inputs of fixed sizes"
+        )
     return x if x.dtype == dtype else node.builder.method("to", x, dtype)
 
 

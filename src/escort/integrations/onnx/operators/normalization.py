@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from escort.integrations.onnx.errors import NotSupportedError
 from escort.integrations.onnx.node import Node
-from escort.integrations.onnx.values import Operand, Value
+from escort.integrations.onnx.values import Operand
 
 _NORMS: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -79,13 +79,11 @@ def group_norm(node: Node) -> Operand:
 
 
 def local_response_norm(node: Node) -> Operand:
-    """Of an even number of channels torch takes one more before a channel, ONNX one more behind it."""
     size = node.get("size")
     settings = size, node.get("alpha", 1e-4), node.get("beta", 0.75), node.get("bias", 1.0)
-    if size % 2 and isinstance(node.x, Value):
-        return node.module(lambda: nn.LocalResponseNorm(*settings), {}, node.x)
-    turned = node.call(torch.flip, node.x, [1])
-    return node.call(torch.flip, node.call(F.local_response_norm, turned, *settings), [1])
+    if size % 2 == 0:
+        raise NotSupportedError(f"it sums {size} channels, of which torch and ONNX take others; use an odd number")
+    return node.module(lambda: nn.LocalResponseNorm(*settings), {}, node.variable())
 
 
 def lp_norm(node: Node) -> Operand:

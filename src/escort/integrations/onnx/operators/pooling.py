@@ -48,7 +48,9 @@ def average_pool(node: Node) -> Operand:
     inside = torch.ones(1, 1, *sizes)
     if counts:  # zeros that the file asks for are counted, those that complete the last window are not
         inside = F.pad(inside, window.padding, value=1.0)
-        beyond = [n for pair in zip(window.before, rounded.before, window.after, rounded.after, strict=True) for n in pair]
+        beyond = [
+            n for pair in zip(window.before, rounded.before, window.after, rounded.after, strict=True) for n in pair
+        ]
         inside = F.pad(inside, _differences(beyond), value=0.0)
     else:
         inside = F.pad(inside, rounded.padding)

@@ -76,7 +76,9 @@ def top_k(node: Node) -> Any:
 def cumulative_sum(node: Node) -> Operand:
     x, axis = node.x, int(node.number(1, "axis"))
     if node.get("exclusive", 0):
-        raise NotSupportedError("it leaves out the number itself (exclusive), which torch does not; subtract it instead")
+        raise NotSupportedError(
+            "it leaves out the number itself (exclusive), which torch does not; subtract it instead"
+        )
     turned = node.call(torch.flip, x, [axis]) if node.get("reverse", 0) else x
     sums = convert(node, node.call(torch.cumsum, turned, axis), x.dtype)
     return node.call(torch.flip, sums, [axis]) if node.get("reverse", 0) else sums

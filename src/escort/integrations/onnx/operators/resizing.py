@@ -68,16 +68,15 @@ def _axes(node: Node, x: Value) -> dict[int, _Axis]:
     sizes = node.wholes(3, "sizes")
     if len(sizes) != len(axes) or any(isinstance(size, int) and size < 1 for size in sizes):
         raise NotSupportedError(f"its sizes are not one above 0 for each of {len(axes)} axes; export it anew")
-    owns = [node.shape(x)[axis] for axis in axes]
-    factors_or_none = [
-        size / own if isinstance(size, int) and own else None for size, own in zip(sizes, owns, strict=True)
-    ]
+    stretched = {}
+    for axis, size in zip(axes, sizes, strict=True):
+        own = node.shape(x)[axis]
+        stretched[axis] = _Axis(size, size / own if isinstance(size, int) and own else None)
     if policy == "stretch":
-        return {axis: _Axis(*each) for axis, *each in zip(axes, sizes, factors_or_none, strict=True)}
-    ratios = [node.known(None, "sizes") if factor is None else factor for factor in factors_or_none]
+        return stretched
+    ratios = [node.known(None, "sizes") if each.factor is None else each.factor for each in stretched.values()]
     ratio = min(ratios) if policy == "not_larger" else max(ratios)
-    kept = [int(np.floor(ratio * own + 0.5)) for own in owns if own is not None]
-    return {axis: _Axis(size, ratio) for axis, size in zip(axes, kept, strict=True)}
+    return {axis: _Axis(int(np.floor(ratio * (node.shape(x)[axis] or 0) + 0.5)), ratio) for axis in axes}
 
 
 def _changes(node: Node, x: Value, axis: int, becomes: _Axis) -> bool:
@@ -109,7 +108,9 @@ def _mode_of_torch(rule: Rule, x: Value, axes: dict[int, _Axis]) -> str | None:
         is_half = rule.coordinates in ("half_pixel", "pytorch_half_pixel") and rule.nearest.startswith("round")
         return "nearest" if (rule.coordinates == "asymmetric" and is_floor) or (is_whole and is_half) else None
     becomes_one = any(each.size == 1 for each in axes.values())  # for which one of the rules has an exception
-    if rule.coordinates not in ("half_pixel", "align_corners") and (rule.coordinates != "pytorch_half_pixel" or becomes_one):
+    if rule.coordinates not in ("half_pixel", "align_corners") and (
+        rule.coordinates != "pytorch_half_pixel" or becomes_one
+    ):
         return None
     if rule.mode == "cubic":
         return "bicubic" if x.ndim == 4 and rule.cubic == -0.75 else None

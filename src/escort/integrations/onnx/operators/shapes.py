@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -172,9 +173,7 @@ def _from_front(node: Node, x: Any, axis: int, indices: Any) -> Any:
     if isinstance(indices, Tensor) or indices.dtype == torch.uint8:
         return indices.to(torch.int64) if isinstance(indices, Tensor) else indices
     length = node.sizes(x)[axis]
-    return node.call(
-        torch.where, node.call(torch.lt, indices, 0), node.call(torch.add, indices, length), indices
-    )
+    return node.call(torch.where, node.call(torch.lt, indices, 0), node.call(torch.add, indices, length), indices)
 
 
 def gather_elements(node: Node) -> Operand:
@@ -194,9 +193,8 @@ def expand(node: Node) -> Operand:
 
 
 def _broadcast(own: list[Whole], wanted: list[Whole]) -> list[Whole]:
-    count = max(len(own), len(wanted))
-    own, wanted = [1] * (count - len(own)) + own, [1] * (count - len(wanted)) + wanted
-    return [a if _is(b, 1) else b for a, b in zip(own, wanted, strict=True)]
+    pairs = zip_longest(reversed(own), reversed(wanted), fillvalue=1)
+    return [a if _is(b, 1) else b for a, b in pairs][::-1]
 
 
 def tile(node: Node) -> Operand:
@@ -225,7 +223,14 @@ def constant_of_shape(node: Node) -> Operand:
 
 
 def ranges(node: Node) -> Operand:
-    start, limit, step = (node.number(index, what) for index, what in enumerate(("start", "limit", "step")))
+    """Up to a size of the input it is counted by a sum of ones, which lie where the network does."""
+    start, step = node.number(0, "start"), node.number(2, "step")
+    if isinstance(node[1], Sizes) and isinstance(start, int) and isinstance(step, int) and step > 0:
+        count = -((start - node.wholes(1, "limit")[0]) // step)
+        ones = node.call(torch.broadcast_to, node.builder.tensor(torch.ones((), dtype=torch.int64)), (count,))
+        counted = node.call(torch.sub, node.call(torch.cumsum, ones, 0), 1)
+        return node.call(torch.add, node.call(torch.mul, counted, step), start)
+    limit = node.number(1, "limit")
     if step == 0 or abs((limit - start) / step) > MAX_CONSTANT:
         raise NotSupportedError(f"its range from {start} to {limit} in steps of {step} is none of a network")
     return node.call(torch.arange, start, limit, step, dtype=node.constant(0, "start").dtype)

@@ -31,7 +31,7 @@ def _array(node: Node, index: int) -> _Array:
 
 
 def _dtype(node: Node, index: int = 0) -> torch.dtype:
-    return node[index].dtype  # type: ignore[no-any-return]
+    return node[index].dtype
 
 
 def _each(function: Callable[[Any], Any]) -> Callable[[Node], Operand]:
@@ -45,7 +45,9 @@ def _each(function: Callable[[Any], Any]) -> Callable[[Node], Operand]:
 def _over(function: Callable[[Any], Any], array: _Array) -> _Array:
     """A function of each number."""
     result = np.empty(array.shape, dtype=object)
-    result[...] = np.array([function(number) for number in array.reshape(-1).tolist()], dtype=object).reshape(array.shape)
+    result[...] = np.array([function(number) for number in array.reshape(-1).tolist()], dtype=object).reshape(
+        array.shape
+    )
     return result
 
 

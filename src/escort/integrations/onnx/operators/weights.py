@@ -44,9 +44,7 @@ class Rule:
             "half_pixel",
             "half_pixel pytorch_half_pixel align_corners asymmetric half_pixel_symmetric",
         )
-        nearest = node.text(
-            "nearest_mode", "round_prefer_floor", "round_prefer_floor round_prefer_ceil floor ceil"
-        )
+        nearest = node.text("nearest_mode", "round_prefer_floor", "round_prefer_floor round_prefer_ceil floor ceil")
         exclude = bool(node.get("exclude_outside", 0))
         return cls(
             mode, coordinates, nearest, node.get("cubic_coeff_a", -0.75), bool(node.get("antialias", 0)), exclude
