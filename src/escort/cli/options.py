@@ -27,6 +27,7 @@ from escort.network.check import Effort
 from escort.network.model import ConvertedModel
 from escort.planner.machine import find_device
 from escort.problem import TORCH_DTYPE
+from escort.runtime import Favor
 
 #: What a saved model is, for messages.
 SAVED = "one that escort convert wrote"
@@ -39,6 +40,13 @@ class PrecisionName(str, Enum):
     TF32 = "tf32"
     FP16 = "fp16"
     BF16 = "bf16"
+
+
+class FavorName(str, Enum):
+    """What threads of a CPU may do for, as Typer wants it."""
+
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
 
 
 CheckpointOption = Annotated[
@@ -58,6 +66,13 @@ EffortOption = Annotated[
     typer.Option(
         metavar="fast|best|SECONDS",
         help="Time for compiling GPU kernels for the weights: fast compiles none, best takes up to five minutes.",
+    ),
+]
+FavorOption = Annotated[
+    FavorName | None,
+    typer.Option(
+        help="What threads of a CPU do for: latency has all of them share each layer, throughput has each take samples "
+        "of its own where a batch has enough for all. By default what is faster on the input.",
     ),
 ]
 VerboseOption = Annotated[
@@ -122,7 +137,7 @@ class SavedOptions:
 
 @dataclass(frozen=True)
 class ModelOptions(SourceOptions):
-    """A model to convert: where it comes from, a typical input, the device, the precision, and the effort."""
+    """A model to convert: where it comes from, a typical input, and what :func:`escort.convert` takes besides."""
 
     shapes: Annotated[
         list[str] | None,
@@ -135,7 +150,13 @@ class ModelOptions(SourceOptions):
     device: DeviceOption = "cpu"
     precision: PrecisionOption = PrecisionName.FP32
     effort: EffortOption = "fast"
+    favor: FavorOption = None
     verbose: VerboseOption = 0
+
+    @property
+    def favored(self) -> Favor | None:
+        """The choice of `favor` as :func:`escort.convert` takes it."""
+        return None if self.favor is None else self.favor.value
 
     @property
     def are_default(self) -> bool:
@@ -165,7 +186,13 @@ class ModelOptions(SourceOptions):
         if images is not None:
             model, inputs = _taking_bytes(model, inputs, images)
         return escort.convert(
-            model, inputs, precision=self.precision.value, effort=effort, progress=True, remeasure=remeasure
+            model,
+            inputs,
+            precision=self.precision.value,
+            effort=effort,
+            favor=self.favored,
+            progress=True,
+            remeasure=remeasure,
         )
 
 

@@ -68,6 +68,7 @@ struct Params {                      // what all tiles have in common
   int32_t channel_stride;  // between staged channels
   int32_t in_place;        // whether tiles are read from x without a stage: 1x1 without stride or padding
   int32_t channels;        // output channels that are accumulated at a time
+  int32_t alike;           // whether the nonzeros of all output channels of a block have the same offsets: all weights
   Activation activation;
 };
 
