@@ -15,6 +15,8 @@ import torch
 
 from escort import reference
 from escort.cuda.capture import runs
+from escort.cuda.compiler import Variant
+from escort.cuda.kernel import kernel
 from escort.methods import Config, Method, Prepared, dense_for
 from escort.planner import cores, timing
 from escort.planner.machine import Machine
@@ -86,6 +88,20 @@ class Ahead(dict[tuple[str, Config], Prepared]):
     def take(self, layer: Layer, method: Method, config: Config) -> Prepared:
         """The candidate, prepared now if it was not before. Raises what :meth:`Method.prepare` raises."""
         return self.pop((method.name, config), None) or _prepared(layer, method, config)
+
+
+def kernels_of(layer: Layer, method: Method, config: Config) -> Sequence[Variant]:
+    """The kernels that a candidate is prepared of; none where it cannot be, as it will say itself."""
+    try:
+        return method.kernels(layer.problem, config)
+    except (RuntimeError, ValueError):
+        return ()
+
+
+def compile_kernel(layer: Layer, variant: Variant) -> None:
+    """Compiles a kernel and loads it on the layer's GPU, where a candidate will find it. A failure shows there."""
+    with suppress(RuntimeError, ValueError):
+        kernel(variant.source, variant.defines, torch.device(layer.problem.device), native=variant.native)
 
 
 def _prepared(layer: Layer, method: Method, config: Config) -> Prepared:

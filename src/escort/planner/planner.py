@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from escort.methods import Config, Method, by_name, for_device
 from escort.planner import store
 from escort.planner.compile_budget import Grant, Offer, check_compile_budget, estimate_s, fits, share_out
 from escort.planner.cores import on_all_cores
-from escort.planner.measure import Ahead, Allowance, check, measure
+from escort.planner.measure import Ahead, Allowance, check, compile_kernel, kernels_of, measure
 from escort.planner.plan import Layer, Plan, Planned
 from escort.planner.search import Search, predict_compiled_us, predict_us
 from escort.problem import Problem
@@ -99,7 +99,7 @@ def plan_layers(
     Args:
         layers: problem, filter, bias and slopes of each; those that a layer has not may be left out.
         compile_budget_s: as of a layer, but for the sum of all.
-        preparing: is called with how many candidates are prepared, and of how many.
+        preparing: is called with how many kernels are compiled and candidates prepared, and of how many.
         methods: the candidates of every layer, by default all methods of its problem's device.
         remeasure: whether to take over no plan from before this call.
 
@@ -116,21 +116,8 @@ def plan_layers(
     allowance = Allowance(layers[0][0].device) if layers else None
     ahead = {index: Ahead(allowance) for index in range(len(tasks))}
     begin = time.perf_counter()
-
-    def jobs() -> Iterator[Callable[[], None]]:  # while the next layer is searched, what the last ones need is compiled
-        for index, found in _sort(tasks):
-            prepare = partial(ahead[index].prepare, tasks[index].layer)
-            if isinstance(found, Search):
-                searches[index] = found
-                for method, configs in found.tried:
-                    if method.compiles_per_filter or tasks[index].layer.problem.device_type == "cuda":
-                        yield from (partial(prepare, method, config) for config in configs)
-            elif found is None:
-                waiting.add(index)
-            else:
-                yield partial(prepare, *found[:2])
-
-    on_all_cores(jobs(), preparing)
+    choices = _to_prepare(tasks, searches, waiting)
+    on_all_cores(_jobs((tasks[index].layer, ahead[index], *choice) for index, *choice in choices), preparing)
     _log.debug("prepared %d candidates in %.2f s", sum(map(len, ahead.values())), time.perf_counter() - begin)
     for index, task in enumerate(tasks):
         if search := searches.get(index):
@@ -256,24 +243,49 @@ def _best_us(plan: Plan, methods: set[str]) -> float | None:
     return min((us for us in times_us if us is not None), default=None)
 
 
-def _sort(tasks: Sequence[_Task]) -> Iterator[tuple[int, Search | _Choice | None]]:
-    """Says what is prepared for each task, by its index.
+def _to_prepare(
+    tasks: Sequence[_Task], searches: dict[int, Search], waiting: set[int]
+) -> Iterator[tuple[int, Method, Config]]:
+    """What is prepared, by the index of its task: what will be tried, and what is taken over of a plan that is known.
 
-    That is what to try for those that will not take over a plan, and what those take over whose plan is known; None for
-    those whose plan is that of another one. What compiles nothing on a CPU is left out: it takes no time before it is
-    timed.
+    What compiles nothing on a CPU is left out: it takes no time before it is timed.
+
+    Args:
+        searches: those of the tasks that will not take over a plan are written to it.
+        waiting: the tasks whose plan is that of another one are written to it.
     """
     begun: set[store.Key] = set()  # of those layers whose plans others will take over
     for index, task in enumerate(tasks):
-        if not task.compiles and task.layer.problem.device_type == "cpu":
+        on_gpu = task.layer.problem.device_type == "cuda"
+        if not task.compiles and not on_gpu:
             continue
         if choice := _recall(task):
-            yield index, choice
+            yield index, choice.method, choice.config
         elif task.key in begun:
-            yield index, None
+            waiting.add(index)
         else:
-            yield index, Search.of(task.layer, task.methods, task.grant)
             begun.add(task.key)
+            search = searches[index] = Search.of(task.layer, task.methods, task.grant)
+            for method, configs in search.tried:
+                if on_gpu or method.compiles_per_filter:
+                    yield from ((index, method, config) for config in configs)
+
+
+def _jobs(choices: Iterable[tuple[Layer, Ahead, Method, Config]]) -> Iterator[Callable[[], None]]:
+    """Jobs that prepare choices: first each kernel that any of them needs, then the choices.
+
+    Layers ask for the same few kernels: threads that prepared them one by one would wait for each other. The first are
+    compiled while what comes next is searched.
+    """
+    prepare: list[Callable[[], None]] = []
+    compiled: set[Hashable] = set()
+    for layer, ahead, method, config in choices:
+        prepare.append(partial(ahead.prepare, layer, method, config))
+        for variant in kernels_of(layer, method, config):
+            if variant.key not in compiled:
+                compiled.add(variant.key)
+                yield partial(compile_kernel, layer, variant)
+    yield from prepare
 
 
 def _method(method: Method | str, device: str) -> Method:
