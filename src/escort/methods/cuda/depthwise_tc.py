@@ -15,7 +15,7 @@ import torch
 
 from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
-from escort.cuda.kernel import NATIVE_CAPABILITY, kernel, unavailable
+from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.cuda.params import STORAGE, Divisor, pack
 from escort.filter import SparseFilter
@@ -133,8 +133,7 @@ class DepthwiseTc(Method):
 
         weights, _ = shared(sparse_filter, (self.name, device, problem.storage), make_weights)
         fixed = weights, activation.per_channel(problem, bias, slope), pack(Params.of(problem, tile))
-        overlap = torch.cuda.get_device_capability(device) >= NATIVE_CAPABILITY
-        launch = compiled.bind(_THREADS, tile.shared_bytes, (*[torch.Tensor] * 3, *fixed, int), overlap=overlap)
+        launch = compiled.bind(_THREADS, tile.shared_bytes, (*[torch.Tensor] * 3, *fixed, int), overlap=True)
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
         blocks, memory_format = tile.blocks, problem.torch_memory_format
         check, out_shape = input_check(problem, _MOST // max(blocks, 1)), problem.output_shape[1:]
