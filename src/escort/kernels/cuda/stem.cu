@@ -23,7 +23,7 @@
 
 #define WARPS (THREADS / 32)
 #define OCTETS 4                     // of a warp
-#define BATCH 4                      // pixels that a thread loads before it stores the first
+#define BATCH 8                      // pixels that a thread loads before it stores the first
 #define BLOCKS (BYTES == 4 ? 3 : 4)  // of a multiprocessor at least
 
 #if IMAGES
