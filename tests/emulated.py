@@ -131,6 +131,20 @@ static void multiply_add(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2,
     }
   warp_barriers[warp].wait();
 }
+// The same in place of wgmma.cuh, with weights as tensor cores find them.
+#if GROUP
+static void show_to_products() {}
+static void begin_products() {}
+static void end_products() {}
+static void start_product(float (*sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, const uint4* weights) {
+  const unsigned(*const b)[2][8][4] = (const unsigned(*)[2][8][4])weights;
+  const int t = threadIdx.x % 4;
+  for (int j = 0; j < TILES; j++) {
+    const int column = threadIdx.x % 32 / 4;  // that of which the lane shows the weights
+    multiply_add(sum[j], a0, a1, a2, a3, b[j][0][column][t], b[j][1][column][t]);
+  }
+}
+#endif
 static unsigned rounded_to_tf32(unsigned bits) { return bits + 0x1000 & 0xffffe000; }
 // Two activations in place of activation.cuh, which is PTX.
 #define leaky_relu 1
@@ -211,7 +225,7 @@ def _library(source: str, defines: tuple[tuple[str, object], ...], folder: Path)
 _BOUNDING = r'asm\("(max|min)\.NaN\.f32 %0, %0, %1;" : "\+f"\((\w+)\) : "f"\((\w+)\)\);'
 
 
-def _text(name: str, seen: tuple[str, ...] = ("activation.cuh", "mma.cuh")) -> str:
+def _text(name: str, seen: tuple[str, ...] = ("activation.cuh", "mma.cuh", "wgmma.cuh")) -> str:
     """A source with our own headers in it and without the toolkit's."""
     text = (KERNELS / name).read_text()
     for header in re.findall(r'#include "(.*)"', text):
