@@ -166,6 +166,20 @@ static void multiply_add(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0
 }
 static void multiply_add8(float (&sum)[4], u32 a0, u32 a1, u32 b) { multiply<2>(sum, {{a0, a1}, {b}}); }
 static u32 rounded_to_tf32(u32 bits) { return bits + 0x1000 & 0xffffe000; }
+// The same in place of wgmma.cuh, with weights as tensor cores find them.
+#if GROUP
+static void show_to_products() {}
+static void begin_products() {}
+static void end_products() {}
+static void start_product(float (*sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, const uint4* weights) {
+  const unsigned(*const b)[2][8][4] = (const unsigned(*)[2][8][4])weights;
+  const int t = threadIdx.x % 4;
+  for (int j = 0; j < TILES; j++) {
+    const int column = threadIdx.x % 32 / 4;  // that of which the lane shows the weights
+    multiply_add(sum[j], a0, a1, a2, a3, b[j][0][column][t], b[j][1][column][t]);
+  }
+}
+#endif
 // Two activations in place of activation.cuh, which is PTX.
 #define leaky_relu 1
 #define silu 2
@@ -260,7 +274,7 @@ def _library(source: str, defines: tuple[tuple[str, object], ...], folder: Path)
 
 
 _BOUNDING = r'asm\("(max|min)\.NaN\.(?:f32|" PAIR ") %0, %0, %1;" : "\+[fr]"\((\w+)\) : "[fr]"\((\w+)\)\);'
-_REPLACED = "activation.cuh", "mma.cuh", "ptx.cuh"
+_REPLACED = "activation.cuh", "mma.cuh", "ptx.cuh", "wgmma.cuh"
 
 
 def _text(name: str, seen: tuple[str, ...] = _REPLACED) -> str:

@@ -121,8 +121,9 @@ def depthwise_tc_variants() -> list[Variant]:
 
 
 def stem_variants() -> list[Variant]:
-    """As many channels at a time as registers hold, in NHWC and NCHW: four blocks of a multiprocessor, or three."""
-    wide, narrow = {"CHANNELS": 3, "TILES": 8}, {"CHANNELS": 4, "TILES": 6, "STORAGE": 1, "LAST": 1, "VECTOR": 4}
+    """As many channels at a time as registers hold, in NHWC and NCHW, for 512 threads of a multiprocessor, or 384."""
+    wide = {"CHANNELS": 3, "TILES": 8, "THREADS": 128}
+    narrow = {"CHANNELS": 4, "TILES": 6, "STORAGE": 1, "LAST": 1, "VECTOR": 4, "THREADS": 256}
     types = ((0, 4, 168), (1, 8, 128), (2, 8, 128))
     return [
         *(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from escort import reference
-from escort.cuda.compiler import KERNELS
+from escort.cuda.compiler import KERNELS, compile_source
 from escort.cuda.gpu import H200
 from escort.cuda.params import pack
 from escort.filter import SparseFilter
@@ -87,7 +87,7 @@ def run_on_cpu(
     if factors is not None:
         variant = variant._replace(defines={**variant.defines, "IMAGES": 1})
     args = x, y, residual, *tables, per_channel, factors, pack(params), *in_x
-    launch(variant, (len(x) * params.blocks, 1, 1), 128, args, folder)
+    launch(variant, (len(x) * params.blocks, 1, 1), layout.threads, args, folder)
     return y
 
 
@@ -115,10 +115,23 @@ def test_the_source_computes_every_stem(
     configs = METHOD.configs(problem, case.filter())
     rest = {"bias": bias, "residual": residual, "slope": case.slope(), "folder": tmp_path_factory.getbasetemp()}
     assert len({*configs}) == len(configs) > 1
-    for config, its_format in zip((configs[0], configs[-1]), TORCH_MEMORY_FORMAT.values(), strict=True):
+    assert any(config.together for config in configs) is (memory_format == "channels_last")
+    by_way = {config.together: config for config in configs}
+    tried = (*by_way.values(), configs[-1])[:2]
+    for config, its_format in zip(tried, TORCH_MEMORY_FORMAT.values(), strict=True):
         assert METHOD.offers(problem, case.filter(), config)
         y = run_on_cpu(problem, config, x.contiguous(memory_format=its_format), weight.float(), **rest)
         assert reference.compare(y, expected) <= reference.ERROR_BOUND[precision], config
+
+
+@pytest.mark.parametrize("tiles", [2, 4, 6, 8])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_warps_that_multiply_together_keep_to_their_registers(precision: Precision, tiles: int) -> None:
+    problem = replace(on_gpu(STEMS[0], "channels_last", precision), out_channels=8 * tiles)
+    (variant,) = METHOD.kernels(problem, StemConfig(8, 2, together=True))
+    assert variant.native and variant.defines["TILES"] == tiles
+    binary = compile_source(variant.source, variant.defines, "sm_90a")
+    assert binary.registers <= 128 and binary.spill_bytes == 0
 
 
 def test_infinities_and_nan_reach_the_outputs_that_read_them(tmp_path: Path) -> None:
@@ -175,6 +188,9 @@ def test_a_config_of_another_problem_is_not_offered() -> None:
     for config in (StemConfig(1, 5), StemConfig(3, 1), StemConfig(0, 1), StemConfig(1, 0), StemConfig(1, -1)):
         assert not METHOD.offers(problem, None, config), config  # type: ignore[arg-type]
     assert METHOD.offers(problem, None, StemConfig(1, 4))  # type: ignore[arg-type]
+    together = StemConfig(1, 4, together=True)
+    assert not METHOD.offers(problem, None, together)  # type: ignore[arg-type]
+    assert METHOD.offers(replace(problem, memory_format="channels_last"), None, together)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("out_channels", range(8, 200, 8))

@@ -11,20 +11,27 @@
 // CHANNELS    of x, up to 4
 // TILES       of 8 output channels that a warp multiplies at a time, an even number
 // VECTOR      neighbours that a lane writes: channels, of which it has 2 TILES, or in NCHW outputs of a row, 1 or 2
+// THREADS     of a block, 128 or 256
+// GROUP       where it is 1 four warps multiply together, which takes LAST and compute capability 9.0
 // IMAGES      where it is 1 x has bytes, of which elements are made by a scale and a shift for each channel
 // ACTIVATION  as in activation.cuh
-#define THREADS 128
-
 #include "activation.cuh"
 #include "divisor.cuh"
 #include "elements.cuh"
 #include "mma.cuh"
 #include "ptx.cuh"
+#if GROUP
+#include "wgmma.cuh"
+#endif
 
+#ifndef GROUP
+#define GROUP 0
+#endif
 #define WARPS (THREADS / 32)
-#define OCTETS 4                     // of a warp
-#define BATCH 4                      // pixels that a thread loads before it stores the first
-#define BLOCKS (BYTES == 4 ? 3 : 4)  // of a multiprocessor at least
+#define OCTETS 4  // of a warp
+#define BATCH 8   // pixels that a thread loads before it stores the first
+// Blocks of a multiprocessor at least.
+#define BLOCKS ((BYTES == 2 ? 512 : GROUP ? 512 : 384) / THREADS)
 
 #if IMAGES
 typedef unsigned char Input;
@@ -164,14 +171,28 @@ __device__ __forceinline__ void begin(Sums& sums, int first_channel, const float
     }
 }
 
-__device__ __forceinline__ void multiply(Sums& sums, int j, const uint4& w, const u32 (&x)[OCTETS][2]) {
+#if GROUP
+__device__ __forceinline__ void multiply(Sums& sums, const uint4* weights, const u32 (&x)[OCTETS][2]) {
+  begin_products();
 #pragma unroll
-  for (int o = 0; o < OCTETS; o += 2) {
-    float (*const sum)[4] = sums + o / 2 * TILES + 2 * j;
-    multiply_add(sum[0], x[o][0], x[o + 1][0], x[o][1], x[o + 1][1], w.x, w.y);
-    multiply_add(sum[1], x[o][0], x[o + 1][0], x[o][1], x[o + 1][1], w.z, w.w);
+  for (int o = 0; o < OCTETS; o += 2)
+    start_product(sums + o / 2 * TILES, x[o][0], x[o + 1][0], x[o][1], x[o + 1][1], weights);
+  end_products();
+}
+#else
+__device__ __forceinline__ void multiply(Sums& sums, const uint4* weights, const u32 (&x)[OCTETS][2]) {
+#pragma unroll
+  for (int j = 0; j < TILES; j += 2) {
+    const uint4 w = weights[j / 2 * 32 + threadIdx.x % 32];
+#pragma unroll
+    for (int o = 0; o < OCTETS; o += 2) {
+      float (*const sum)[4] = sums + o / 2 * TILES + j;
+      multiply_add(sum[0], x[o][0], x[o + 1][0], x[o][1], x[o + 1][1], w.x, w.y);
+      multiply_add(sum[1], x[o][0], x[o + 1][0], x[o][1], x[o + 1][1], w.z, w.w);
+    }
   }
 }
+#endif
 
 __device__ __forceinline__ void finish(const Sums& sums, const Octets& octets, int sample, int first_channel,
                                        Element* y, const Element* residual, const float* bias, const Params& p) {
@@ -205,9 +226,13 @@ __device__ __forceinline__ void begin(Sums& sums, int first_channel, const float
   }
 }
 
-__device__ __forceinline__ void multiply(Sums& sums, int j, const uint4& w, const u32 (&x)[OCTETS][2]) {
+__device__ __forceinline__ void multiply(Sums& sums, const uint4* weights, const u32 (&x)[OCTETS][2]) {
 #pragma unroll
-  for (int o = 0; o < OCTETS; o++) multiply_add(sums[o * TILES / 2 + j], w.x, w.y, w.z, w.w, x[o][0], x[o][1]);
+  for (int j = 0; j < TILES / 2; j++) {
+    const uint4 w = weights[j * 32 + threadIdx.x % 32];
+#pragma unroll
+    for (int o = 0; o < OCTETS; o++) multiply_add(sums[o * TILES / 2 + j], w.x, w.y, w.z, w.w, x[o][0], x[o][1]);
+  }
 }
 
 __device__ __forceinline__ void finish(const Sums& sums, const Octets& octets, int sample, int first_channel,
@@ -241,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
          int in_pixel) {
   extern __shared__ uint4 shared[];
   let_next_kernel_start();
-  const int weight_vectors = p.groups * p.steps * TILES / 2 * 32, lane = threadIdx.x % 32, t = lane % 4;
+  const int step_vectors = TILES / 2 * 32, weight_vectors = p.groups * p.steps * step_vectors;
   uint2* const word = (uint2*)(shared + weight_vectors);
   char* const staged = (char*)(word + p.steps * 8);
 #pragma unroll 4
@@ -250,25 +275,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const Tile tile(p);
   wait_for_previous_kernel();
   stage((Element*)staged, Source{x, in_sample, in_channel, in_row, in_pixel, scale}, tile, p);
+#if GROUP
+  show_to_products();
+#endif
   __syncthreads();
-  for (int first = threadIdx.x / 32 * OCTETS; first < p.rows * p.octets; first += WARPS * OCTETS) {
-    const Octets octets(staged, first, tile, p);
+  for (int first = 0; first < p.rows * p.octets; first += WARPS * OCTETS) {  // the warps of a group go on together
+    const int own = first + threadIdx.x / 32 * OCTETS;
+    if (!GROUP && own >= p.rows * p.octets) break;
+    const Octets octets(staged, own, tile, p);
     for (int group = 0; group < p.groups; group++) {
       Sums sums;
       begin(sums, group * TILES * 8, bias, p);
-      const uint4* const own = shared + group * p.steps * TILES / 2 * 32 + lane;
+      const uint4* const from = shared + group * p.steps * step_vectors;
       __syncwarp();
-#pragma unroll 2
+#pragma unroll(GROUP ? 1 : 2)
       for (int step = 0; step < p.steps; step++) {
         u32 pixels[OCTETS][2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const uint2 at = word[step * 8 + half * 4 + t];
+          const uint2 at = word[step * 8 + half * 4 + threadIdx.x % 4];
 #pragma unroll
           for (int o = 0; o < OCTETS; o++) pixels[o][half] = *(const u32*)(octets.from[o] + at.x) & at.y;
         }
-#pragma unroll
-        for (int j = 0; j < TILES / 2; j++) multiply(sums, j, own[(step * TILES / 2 + j) * 32], pixels);
+        multiply(sums, from + step * step_vectors, pixels);
       }
       finish(sums, octets, tile.sample, group * TILES * 8, y, residual, bias, p);
     }

@@ -39,7 +39,6 @@ from escort.problem import Problem
 
 __all__ = ["Stem", "StemConfig"]
 
-_THREADS = 128  # of a block
 _MOST = 2**31 - 1
 _MOST_CHANNELS, _CHANNEL_MULTIPLE = 4, 8
 _MOST_CONFIGS = 8
@@ -61,7 +60,8 @@ class Stem(Method):
             return f"tensor cores write {_CHANNEL_MULTIPLE} channels at a time, and there are {problem.out_channels}"
         if max(math.prod(problem.input_shape[1:]), math.prod(problem.output_shape[1:])) > _MOST // 2:
             return "a sample has more elements than 32 bits number; use a smaller input"
-        if reason := unavailable(torch.device(problem.device)):
+        device = torch.device(problem.device)
+        if (reason := unavailable(device)) and unavailable(device, native=True):  # of which kernels may be carried
             return reason
         if next(candidates(problem, Gpu.of(problem.device)), None) is None:
             return "shared memory has no room for all weights and a row of x"
@@ -81,8 +81,11 @@ class Stem(Method):
             "CHANNELS": problem.in_channels,
             "TILES": channels.tiles,
             "VECTOR": channels.vector,
+            "THREADS": Layout.of(problem, config).threads,
         }
-        return (Variant("stem.cu", macros | activation.macros(problem.epilogue)),)
+        if config.together:
+            macros["GROUP"] = 1
+        return (Variant("stem.cu", macros | activation.macros(problem.epilogue), native=config.together),)
 
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: StemConfig | None = None
@@ -103,8 +106,8 @@ class Stem(Method):
         def make_weights() -> tuple[torch.Tensor, None]:
             return layout.arrange(sparse_filter.to_dense()).to(device), None
 
-        key = self.name, device, problem.precision, problem.memory_format, layout.channels, layout.pixel
-        weights, _ = shared(sparse_filter, key, make_weights)
+        kind = problem.precision, problem.memory_format, layout.channels, layout.pixel, layout.together
+        weights, _ = shared(sparse_filter, (self.name, device, kind), make_weights)
         table = torch.from_numpy(layout.table.view("int32")).to(device)
         tables = weights, table, activation.per_channel(problem, bias, slope)
         (variant,) = self.kernels(problem, config)
@@ -154,10 +157,10 @@ def _bind(
 ) -> tuple[Launch, Binary]:
     """The launch of a kernel, which takes x, y, the residual, factors of images, and the steps of x; and its binary."""
     device = torch.device(layout.problem.device)
-    compiled = kernel(variant.source, variant.defines, device)
+    compiled = kernel(variant.source, variant.defines, device, native=variant.native)
     arguments = (*[torch.Tensor] * 3, *tables, torch.Tensor, pack(Params.of(layout, config)), *[int] * 4)
     overlap = torch.cuda.get_device_capability(device) >= NATIVE_CAPABILITY
-    return compiled.bind(_THREADS, layout.shared_bytes, arguments, overlap=overlap), compiled.binary
+    return compiled.bind(layout.threads, layout.shared_bytes, arguments, overlap=overlap), compiled.binary
 
 
 def in_steps(problem: Problem) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
