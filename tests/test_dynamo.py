@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from escort import NetworkPlan, prune
+from escort import ConvertedModel, NetworkPlan, convert, prune
 from escort.integrations import dynamo
 from tests.network.models import Small, pruned
 
@@ -248,3 +248,23 @@ def test_there_is_no_mode() -> None:
     fast = torch.compile(nn.Conv2d(1, 1, 1), backend="escort", mode="max-autotune")
     with torch.no_grad(), pytest.raises(Exception, match="has no mode"):
         fast(torch.ones(1, 1, 2, 2))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each graph replays a CUDA graph of its own, with the weights of now, for any batch."""
+    made: list[ConvertedModel] = []
+    monkeypatch.setattr(dynamo, "convert", lambda *args, **asked: made.append(convert(*args, **asked)) or made[-1])
+    model = pruned(Branching()).cuda().half()
+    fast = torch.compile(model, backend="escort", dynamic=True)
+    for batch in (2, 2, 2, 2, 5):
+        x = torch.randn(batch, 3, 10, 10, device="cuda", dtype=torch.half) + 1
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x), rtol=2e-2, atol=2e-2)
+    assert len(made) == 2 and all(network.plan.precision == "fp16" for network in made)
+    for network in made:
+        assert network.plan.not_captured is None and network.graphs.stats()["replays"] >= 1
+    with torch.no_grad():
+        model.left.weight.mul_(2)
+        torch.testing.assert_close(fast(x), model(x), rtol=2e-2, atol=2e-2)
+    assert len(made) == 3

@@ -53,7 +53,7 @@ def test_a_model_whose_code_no_file_holds(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match="has no model.escort; name a folder that a converted model.s save_pretrained"):
+    with pytest.raises(FileNotFoundError, match="has no model.escort; name a folder"):
         escort.from_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"me/small is no folder here, and .*pip install 'escort-sparse\[hub\]'"):
@@ -69,3 +69,13 @@ def test_without_the_library(fast: escort.ConvertedModel, monkeypatch: pytest.Mo
 def test_kernels_are_for_gpus(fast: escort.ConvertedModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kernels are saved of networks on a GPU"):
         fast.save_pretrained(tmp_path, kernels=True)
+
+
+@pytest.mark.gpu
+def test_kernels_go_along(tmp_path: Path) -> None:
+    fast = escort.convert(pruned(Small()).cuda().half(), X.cuda().half())
+    fast.save_pretrained(tmp_path, kernels=True)
+    assert (tmp_path / "model.escort.kernels").exists()
+    loaded = escort.from_pretrained(tmp_path, kernels=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(X.cuda().half()), fast(X.cuda().half()), rtol=2e-2, atol=2e-2)
