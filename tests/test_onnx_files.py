@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +16,7 @@ from torch import nn
 
 import escort
 from escort.integrations.onnx import OnnxError, inputs_of
-from tests.test_onnx_operators import numbers, outputs_of, read, runtime, whole
-
-
-def model_of(
-    nodes: Sequence[NodeProto],
-    constants: dict[str, Any],
-    shape: Sequence[int | str],
-    outputs: Sequence[str] = ("y",),
-    opset: int = 18,
-) -> ModelProto:
-    graph = helper.make_graph(
-        nodes,
-        "graph",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))],
-        [helper.make_empty_tensor_value_info(name) for name in outputs],
-        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
-
-
-def node(operator: str, inputs: str, outputs: str, name: str = "", **attributes: Any) -> NodeProto:
-    return helper.make_node(operator, inputs.split(), outputs.split(), name=name, **attributes)
-
-
-def small(**constants: Any) -> ModelProto:
-    """A convolution, a norm, an activation and a linear layer, as exporters write them, with an open batch."""
-    return model_of(
-        [
-            node("Conv", "x body.0.conv.weight", "a", "/body/body.0/conv/Conv", pads=[1, 1, 1, 1]),
-            node("BatchNormalization", "a body.1.weight shift mean variance", "b", "/body/body.1/BatchNormalization"),
-            node("Relu", "b", "c", "/body/body.2/Relu"),
-            node("GlobalAveragePool", "c", "d", "/pool/GlobalAveragePool"),
-            node("Shape", "d", "sizes"),
-            node("Gather", "sizes zero", "batch"),
-            node("Unsqueeze", "batch first", "batches"),
-            node("Concat", "batches rest", "flat", axis=0),
-            node("Reshape", "d flat", "e"),
-            node("Gemm", "e onnx::Gemm_12 head.bias", "y", "/head/Gemm", transB=1),
-        ],
-        {
-            "body.0.conv.weight": numbers(8, 3, 3, 3),
-            **{name: np.abs(numbers(8)) + 0.5 for name in ("body.1.weight", "shift", "mean", "variance")},
-            **{"zero": np.int64(0), "first": whole(0), "rest": whole(-1)},
-            **{"onnx::Gemm_12": numbers(5, 8), "head.bias": numbers(5)},
-            **constants,
-        },
-        ["n", 3, 12, 10],
-    )
+from tests.onnx_models import model_of, node, numbers, outputs_of, read, runtime, small, whole
 
 
 def test_modules_have_the_names_of_the_file(tmp_path: Path) -> None:

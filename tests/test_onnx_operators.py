@@ -8,26 +8,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-import torch
-from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-import escort
 from escort.integrations.onnx import OnnxError
 from escort.integrations.onnx.operators import OPERATORS
-
-_random = np.random.default_rng(0)
-Array = NDArray[Any]
-
-
-def numbers(*shape: int) -> Array:
-    return _random.standard_normal(shape).astype(np.float32)
-
-
-def whole(*values: int) -> Array:
-    return np.array(values, dtype=np.int64)
+from tests.onnx_models import Array, numbers, outputs_of, read, runtime, whole
 
 
 def model_of(
@@ -52,17 +38,6 @@ def model_of(
         [numpy_helper.from_array(a, n) for a, n in list(zip(arrays, names, strict=True))[1:] if a is not None],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
-
-
-def read(model: onnx.ModelProto, folder: Path, **options: Any) -> torch.fx.GraphModule:
-    onnx.save(model, folder / "model.onnx")
-    return escort.from_onnx(folder / "model.onnx", **options)
-
-
-def outputs_of(network: Any, *arrays: Array) -> list[Array]:
-    with torch.no_grad():
-        found = network(*(torch.from_numpy(array) for array in arrays))
-    return [x.numpy() for x in (found if isinstance(found, tuple) else (found,))]
 
 
 X, ROW = numbers(2, 4, 7, 6), numbers(2, 3, 9)
@@ -232,13 +207,6 @@ def test_operators(name: str, tmp_path: Path) -> None:
         for ours, theirs in zip(outputs_of(network, first), expected, strict=True):
             assert ours.dtype == theirs.dtype
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
-
-
-def runtime(model: onnx.ModelProto, *arrays: Array) -> list[Array]:
-    """What ONNX Runtime computes."""
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    feed = {given.name: array for given, array in zip(session.get_inputs(), arrays, strict=True)}
-    return [np.asarray(array) for array in session.run(None, feed)]
 
 
 #: Mapped, and tested elsewhere: by what is computed of shapes, or by ONNX's own tests (`make test-integrations`).

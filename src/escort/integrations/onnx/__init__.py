@@ -19,8 +19,8 @@ def from_onnx(path: str | os.PathLike[str], *, rounding: bool = True) -> fx.Grap
 
     Convolutions, linear layers, normalisations and pooling become modules of ``torch.nn``, called like their weights in
     the file (``layer1.0.conv1``); everything else becomes functions of torch. Sizes that the file leaves open, such as
-    the batch, stay open. It takes the file's inputs by position in the file's order, and returns its output, or a tuple of
-    them. Nothing in the file is run. It takes the extra: ``pip install 'escort-sparse[onnx]'``.
+    the batch, stay open. It takes the file's inputs in the file's order, and returns its output, or a tuple of them.
+    Nothing in the file is run. It takes the extra: ``pip install 'escort-sparse[onnx]'``.
 
     Example:
         >>> model = escort.from_onnx("model.onnx")

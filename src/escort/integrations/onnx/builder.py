@@ -82,14 +82,18 @@ class Builder:
         )
 
     def module(
-        self, make: Callable[[], nn.Module], state: Mapping[str, Tensor], x: Value, like: tuple[str | None, str, str]
+        self,
+        make: Callable[[], nn.Module],
+        state: Mapping[str, Tensor],
+        x: Value,
+        like: tuple[str | None, str, str, str],
     ) -> Value:
         """What a module makes of x. A module of the same tensors and settings is called again.
 
         Args:
             make: makes the module.
             state: its tensors.
-            like: the names of its weight and of the node, and the operator, as :func:`names.module_path` takes them.
+            like: what it is called after, as :func:`names.module_path` takes it.
         """
         with torch.device("meta"):
             module = make().eval()

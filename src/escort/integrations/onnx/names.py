@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
+from itertools import chain, count
 
 #: What a quantizer puts behind the name of a weight.
 _QUANTIZED = re.compile(r"(_quantized|_DequantizeLinear_Output|_dequantized|_QuantizeLinear_Output)+$")
@@ -19,16 +20,24 @@ def identifier(name: str) -> str:
     return f"_{plain}" if not plain or plain[0].isdigit() else plain
 
 
-def module_path(weight: str | None, node: str, operator: str) -> str:
+def module_path(weight: str | None, node: str, operator: str, scope: str) -> str:
     """The path of a module: that of its weight, if it has one, else that of its node.
 
     ``layer1.0.conv1.weight`` is of ``layer1.0.conv1``, and so is the node ``/layer1/layer1.0/conv1/Conv``, as torch
     calls it: what is a part of a module comes behind it with the module's name again.
+
+    Args:
+        weight: the name of the weight.
+        node: the name of the node, or of its result where it has none.
+        operator: what the node computes.
+        scope: the path of the module that the exporter says the node is of, "" where it does not.
     """
     if weight is not None:
         weight = _QUANTIZED.sub("", weight)
         if _PARAMETER.search(weight):
             return _path(_PARAMETER.sub("", weight))
+    if scope:
+        return _path(scope)
     scopes = [part for part in node.split("/") if part]
     if len(scopes) > 1 and re.fullmatch(rf"{operator}(_\d+)?", scopes[-1]):
         scopes.pop()
@@ -58,20 +67,16 @@ class Paths:
     def take(self, path: str) -> str:
         """The path, or one like it that is free."""
         head, dot, rest = path.partition(".")
-        first = path = f"{head}_{dot}{rest}" if head in self._reserved else path
-        number = 1
-        while not self._is_free(path):
-            path, number = f"{first}_{number}", number + 1
-        self._taken.add(path)
+        path = f"{head}_{dot}{rest}" if head in self._reserved else path
+        if any(outer in self._taken for outer in _around(path)):
+            path = path.replace(".", "_")
+        free = (name for name in chain([path], (f"{path}_{number}" for number in count(1))) if self._is_free(name))
+        self._taken.add(path := next(free))
         self._inner.update(_around(path))
         return path
 
     def _is_free(self, path: str) -> bool:
-        return (
-            path not in self._taken
-            and path not in self._inner
-            and not any(outer in self._taken for outer in _around(path))
-        )
+        return path not in self._taken and path not in self._inner and path not in self._reserved
 
 
 def _around(path: str) -> list[str]:

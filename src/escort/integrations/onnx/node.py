@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ class Node:
         self.version = context.version
         self._input_names = tuple(proto.input)
         self._inputs = inputs
+        self._scope = _scope(proto)
         self._attributes: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
 
     @property
@@ -149,7 +151,7 @@ class Node:
     def module(self, make: Callable[[], nn.Module], state: Mapping[str, Tensor], x: Value) -> Value:
         """What a module makes of x; it is named after its weight, or after this node."""
         weight = self.builder.names.get(id(state["weight"])) if "weight" in state else None
-        return self.builder.module(make, state, x, (weight, self.name or self.outputs[0], self.op))
+        return self.builder.module(make, state, x, (weight, self.name or self.outputs[0], self.op, self._scope))
 
     def derived(self, x: Tensor, source: Tensor) -> Tensor:
         """A constant that is called like the one that it was made of."""
@@ -184,6 +186,13 @@ class Node:
     def notice(self, kind: str) -> None:
         """Counts something that the user shall be told."""
         self.context.notices[kind] = self.context.notices.get(kind, 0) + 1
+
+
+def _scope(proto: NodeProto) -> str:
+    """The path of the module that torch.onnx says a node is of: a list of scopes, the last of them the function's."""
+    scopes = next((each.value for each in proto.metadata_props if each.key == "pkg.torch.onnx.name_scopes"), "")
+    paths = re.findall(r"'([\w.]*)'", scopes)
+    return paths[-2] if len(paths) > 1 else ""
 
 
 class Context:
