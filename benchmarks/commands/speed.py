@@ -11,8 +11,9 @@ import torch
 import typer
 
 from benchmarks import exhibits, suite
-from benchmarks.commands.options import PROGRAM, SeedOption
+from benchmarks.commands.options import FORMATS, PROGRAM, FormatsOption, SecondsOption, SeedOption, memory_formats
 from benchmarks.commands.rows import results_folder
+from benchmarks.commands.telling import telling
 from benchmarks.findings.aims import read_aims
 from benchmarks.findings.break_even import sparsity_of
 from benchmarks.findings.speed import Key
@@ -22,7 +23,7 @@ from escort import report
 from escort.cli.console import Output, command_line, note
 from escort.cli.options import command, effort_of, numbers
 from escort.planner.machine import find_device
-from escort.problem import TORCH_DTYPE, MemoryFormat, Precision
+from escort.problem import TORCH_DTYPE, Precision
 
 _PRECISIONS: tuple[Precision, ...] = "fp16", "tf32", "fp32"
 #: How networks are converted: strict float32 gains most by kernels that are compiled for the weights.
@@ -56,15 +57,14 @@ class SpeedOptions:
             help="What compiling kernels for the weights may take; by default best in fp32, and else fast.",
         ),
     ] = None
-    formats: Annotated[
-        str, typer.Option(metavar="F,...", help="The memory formats in which torch.compile is tried.")
-    ] = ",".join(suite.BOTH_FORMATS)
+    formats: FormatsOption = FORMATS
     device: Annotated[str, typer.Option(help="cuda, cuda:1 or cpu.")] = "cuda"
     budget_s: Annotated[float, typer.Option(min=0.0, help="Seconds of timing per clock and network.")] = 5.0
     seed: SeedOption = 0
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results, benchmarks/results/DEVICE by default; it may hold some.")
     ] = None
+    seconds: SecondsOption = None
     again: Annotated[bool, typer.Option("--again", help="Measure anew what the folder holds already.")] = False
 
     def precisions(self, device: str) -> list[Precision]:
@@ -76,14 +76,6 @@ class SpeedOptions:
                 f"--precision: there is no {', '.join(sorted(unknown))} on {device}; there are {', '.join(there)}"
             )
         return [precision for precision in there if precision in names]
-
-    def memory_formats(self) -> list[MemoryFormat]:
-        names = self.formats.split(",")
-        if unknown := set(names) - set(suite.BOTH_FORMATS):
-            raise ValueError(
-                f"--formats: there is no {', '.join(sorted(unknown))}; there are {', '.join(suite.BOTH_FORMATS)}"
-            )
-        return [name for name in suite.BOTH_FORMATS if name in names]
 
     def chosen(self) -> Iterator[Key]:
         """Networks, weights and batch sizes of the aims. Raises ValueError for a network that has none."""
@@ -103,7 +95,7 @@ class SpeedOptions:
     def item(self, key: Key, precision: Precision, device: str) -> Item:
         """One network to be measured. Raises ValueError where an option is wrong, or a file is missing."""
         name, weights, batch = key
-        of_file, formats = self.file_of(weights), self.memory_formats()
+        of_file, formats = self.file_of(weights), memory_formats(self.formats)
         effort = effort_of(self.effort or _EFFORTS.get(precision, "fast"))
         race = NetworkRace(precision=precision, effort=effort, rounds=25, budget_s=self.budget_s)
 
@@ -140,8 +132,12 @@ def main(options: SpeedOptions, output: Output) -> None:
     folder = options.out or results_folder(device)
     folder.mkdir(parents=True, exist_ok=True)
     head = suite.header(command_line(PROGRAM), device) | {"study": {"device": device, "seed": options.seed}}
-    failures = measure(work, folder, head, again=options.again, begin=lambda stem, label: note(f"{stem}: {label}"))
-    results = {stem: Result.read(folder / f"{stem}.json") for stem in work}
+    with telling(work) as told:
+        failures = measure(
+            work, folder, head, again=options.again, seconds=options.seconds, begin=told.begin, end=told.end
+        )
+    paths = {stem: folder / f"{stem}.json" for stem in work}
+    results = {stem: Result.read(path) for stem, path in paths.items() if path.is_file()}
     for what, why in failures.items():
         note(f"failed: {what}: {why}")
     tables = exhibits.tables(results)

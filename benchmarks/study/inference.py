@@ -19,7 +19,7 @@ from escort.methods import Method, for_device
 from escort.network.swap import Swapped
 from escort.planner import timing
 from escort.planner.timing import Timing
-from escort.problem import TORCH_DTYPE, Precision
+from escort.problem import TORCH_DTYPE, MemoryFormat, Precision
 
 #: What rows call the network whose pruned layers take no time.
 CAP = "cap"
@@ -41,13 +41,20 @@ def race_inference(study: Study, precision: Precision) -> list[Item]:
         storage = TORCH_DTYPE[precision]
         model = model.to(study.device, storage)
         x = torch.randn(study.samples(name), *study.factories[name].input_size).to(study.device, storage)
-        ways = list(_ways(model, x, layers, race, name))
+        ways = list(_ways(model, x, layers, race, name, study.formats))
         return race_in_turn(ways, model, x, (name, "paper"), race, _by_graphs)
 
     return [Item(f"{name} N={study.samples(name)}", partial(measure, name)) for name in study.networks]
 
 
-def _ways(model: nn.Module, x: Tensor, layers: Sequence[str], race: NetworkRace, name: str) -> Iterator[Way]:
+def _ways(
+    model: nn.Module,
+    x: Tensor,
+    layers: Sequence[str],
+    race: NetworkRace,
+    name: str,
+    formats: Sequence[MemoryFormat],
+) -> Iterator[Way]:
     """All ways to run the network, the converted one first."""
     with torch.no_grad():
         converted, networks = convert_keeping(model, x, precision=race.precision, effort=race.effort)
@@ -56,7 +63,7 @@ def _ways(model: nn.Module, x: Tensor, layers: Sequence[str], race: NetworkRace,
             yield from _by_methods(network, x, layers, name)
     yield from dense_ways(model, x)
     if x.is_cuda:
-        yield from dense_ways(model, x, compiled=True)
+        yield from dense_ways(model, x, formats, compiled=True)
 
 
 def _by_methods(swapped: Swapped, x: Tensor, layers: Sequence[str], name: str) -> Iterator[Way]:
@@ -69,7 +76,7 @@ def _by_methods(swapped: Swapped, x: Tensor, layers: Sequence[str], name: str) -
             config = {"memory_format": memory_format, "variant": variant}
             try:
                 by_method = run_by(network, layers, method, as_torch=variant == "torch")
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # nor is there memory for everything
                 leave_out(f"{name} by {method.name} {config}", str(error))
                 continue
             yield Way(method.name, config, partial(by_method, x))

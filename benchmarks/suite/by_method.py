@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 from unittest import mock
@@ -18,7 +18,7 @@ from escort.network.choose import choose
 from escort.network.convert import convert
 from escort.network.model import ConvertedModel
 from escort.network.passes.operations import replace_module
-from escort.network.swap import Swapped
+from escort.network.swap import Swapped, Unplanned
 from escort.planner import Plan, plan_layers
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer, Planned
@@ -28,14 +28,23 @@ from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision
 def convert_keeping(
     model: nn.Module, x: Tensor, *, precision: Precision, effort: Effort, progress: bool = False
 ) -> tuple[ConvertedModel, list[Swapped]]:
-    """The model converted, and the networks that it was chosen from: one for each memory format that was planned."""
+    """The model converted, and the networks that it was chosen from: one for each memory format.
+
+    All are planned, whatever the effort: a rival may be fastest in another than ours.
+    """
     networks: list[Swapped] = []
 
     def keep(dense: nn.Module, candidates: Sequence[Swapped], *args: Any) -> ConvertedModel:
         networks[:] = candidates
         return choose(dense, candidates, *args)
 
-    with mock.patch("escort.network.convert.choose", keep):
+    def all_of(
+        found: Mapping[MemoryFormat, Unplanned], _: object
+    ) -> tuple[Mapping[MemoryFormat, Unplanned], dict[str, str]]:
+        return found, {}
+
+    stage = "escort.network.convert"
+    with mock.patch(f"{stage}.choose", keep), mock.patch(f"{stage}.likely", all_of):
         converted = convert(model, x, precision=precision, effort=effort, progress=progress)
     return converted, networks
 

@@ -38,7 +38,8 @@ def measure_speed(
         formats: in which torch.compile is tried.
 
     Raises:
-        RuntimeError: where one computes something else than the model in float64; nothing is timed then.
+        RuntimeError: where the converted network computes something else than the model in float64; nothing is timed
+            then.
     """
     torch.compiler.reset()  # it gives up on code that it compiled for too many other models
     with torch.no_grad():

@@ -146,9 +146,13 @@ def tiny_aims(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("tiny_aims")
 def test_the_command_measures_and_goes_on(tmp_path: Path) -> None:
     run = ("speed", "--device", "cpu", "--weights", "random-0.90", "--budget-s", 0, "--out", tmp_path)
+    path = tmp_path / "speed-fp32.json"
+    result = invoke(*run, "--seconds", 0)
+    assert result.exit_code == 0 and not path.exists(), "nothing began"
     result = invoke(*run, "--batch", 1)
     assert result.exit_code == 0, result.output
-    path = tmp_path / "speed-fp32.json"
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("speed-fp32: tiny random-0.90 N=1: ")]
+    assert " s: call escort " in line and " eager " in line
     assert json.loads(path.read_text())["header"]["finished"] == ["tiny random-0.90 N=1"]
     result = invoke(*run, "--json")
     assert result.exit_code == 0, result.output
@@ -164,6 +168,7 @@ def test_a_network_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     run = ("speed", "--device", "cpu", "--batch", 1, "--patterns", tmp_path, "--budget-s", 0, "--out", tmp_path / "out")
     result = invoke(*run)
     assert result.exit_code == 1 and "failed: speed-fp32, tiny net_l1 N=1: ValueError" in result.stderr
+    assert "speed-fp32: tiny net_l1 N=1: failed after 0 s: ValueError" in result.stderr
     header = json.loads((tmp_path / "out" / "speed-fp32.json").read_text())["header"]
     assert header["finished"] == ["tiny random-0.90 N=1"] and not header["complete"]
 
@@ -220,3 +225,17 @@ def test_what_the_model_itself_amplifies_is_no_error(own: float, ours: float, is
         return
     with pytest.raises(RuntimeError, match="tiny in escort: relative error"):
         race()
+
+
+def test_a_rival_that_computes_something_else_is_left_out() -> None:
+    model, x = a_network()
+    with torch.no_grad():
+        y = model.double()(x.double()).float()
+    model.float()
+    ways = [
+        Way(name, {}, lambda scale=scale: y * scale)
+        for name, scale in (("escort", 1.0), ("eager", 1.0), ("compile", 2.0))
+    ]
+    with pytest.warns(UserWarning, match="tiny in compile .* is left out: its relative error 1.0e\\+00 exceeds"):
+        rows = race_in_turn(ways, model, x, ("tiny", "random"), QUICK, speed_suite._by_every_clock)
+    assert [row.method for row in rows] == ["escort", "eager"]
