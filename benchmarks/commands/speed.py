@@ -22,6 +22,7 @@ from benchmarks.suite import NetworkRace, Row, Subject
 from escort import report
 from escort.cli.console import Output, command_line, note
 from escort.cli.options import command, effort_of, numbers
+from escort.methods import by_name
 from escort.planner.machine import find_device
 from escort.problem import TORCH_DTYPE, Precision
 
@@ -58,6 +59,14 @@ class SpeedOptions:
         ),
     ] = None
     formats: FormatsOption = FORMATS
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="M,...",
+            help="Also against the network with all convolutions by these dense methods of GPUs: "
+            f"{', '.join(suite.BY_METHOD)} (pip install 'escort-sparse\\[cudnn]').",
+        ),
+    ] = ""
     device: Annotated[str, typer.Option(help="cuda, cuda:1 or cpu.")] = "cuda"
     budget_s: Annotated[float, typer.Option(min=0.0, help="Seconds of timing per clock and network.")] = 5.0
     seed: SeedOption = 0
@@ -76,6 +85,16 @@ class SpeedOptions:
                 f"--precision: there is no {', '.join(sorted(unknown))} on {device}; there are {', '.join(there)}"
             )
         return [precision for precision in there if precision in names]
+
+    def rivals(self, device: str) -> list[str]:
+        """The methods of --against. Raises ValueError for one that there is not, or of which something is missing."""
+        names = self.against.split(",") if self.against else []
+        for name in names:
+            if name not in suite.BY_METHOD or device == "cpu":
+                raise ValueError(f"--against: there is no {name} on {device}; there are {', '.join(suite.BY_METHOD)}")
+            if reason := by_name(name, device).missing():
+                raise ValueError(f"--against: {name}: {reason}")
+        return names
 
     def chosen(self) -> Iterator[Key]:
         """Networks, weights and batch sizes of the aims. Raises ValueError for a network that has none."""
@@ -97,7 +116,7 @@ class SpeedOptions:
         name, weights, batch = key
         of_file, formats = self.file_of(weights), memory_formats(self.formats)
         effort = effort_of(self.effort or _EFFORTS.get(precision, "fast"))
-        race = NetworkRace(precision=precision, effort=effort, rounds=25, budget_s=self.budget_s)
+        race = NetworkRace(self.rivals(device), precision, effort, rounds=25, budget_s=self.budget_s)
 
         def measure() -> list[Row]:
             torch.manual_seed(self.seed)

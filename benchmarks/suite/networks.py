@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -17,6 +17,7 @@ from benchmarks.suite.rows import WHOLE, NetworkTimer, Row, check, leave_out
 from escort import reference
 from escort.cli.engines import ENGINES
 from escort.cli.rivals import Race, dense_at_its_best, measure
+from escort.methods import by_name
 from escort.network.check import Effort
 from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.network.convert import convert
@@ -27,8 +28,10 @@ from escort.planner import timing
 from escort.planner.timing import Timing
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision
 
+#: The dense methods of GPUs by which a rival runs all convolutions of a network: cuDNN's graphs of one kernel each.
+BY_METHOD = ("cudnn_graph",)
 #: The rivals that :func:`measure_network` knows besides eager torch, by type of device.
-RIVALS = {"cpu": tuple(name for name in ENGINES if name != "eager"), "cuda": ("graph", "compile")}
+RIVALS = {"cpu": tuple(name for name in ENGINES if name != "eager"), "cuda": ("graph", "compile", *BY_METHOD)}
 
 #: How many times the error of eager torch another way may have, beyond the bound.
 _AS_GOOD = 3.0
@@ -181,6 +184,25 @@ def _ways(model: nn.Module, x: Tensor, race: NetworkRace) -> list[Way]:
     if "compile" in race.against:
         ways += dense_ways(model, x, ("channels_last",), compiled=True)
         ways.append(Way("escort", ways[0].config | {"compiled": True}, _compiled(converted, x), is_compiled=True))
+    return ways + by_methods(model, x, race)
+
+
+def by_methods(model: nn.Module, x: Tensor, race: NetworkRace) -> list[Way]:
+    """The model converted with nothing but dense methods to choose from, for each that the race is against.
+
+    Raises:
+        ImportError: where what a method takes is not installed.
+    """
+    ways = []
+    for name in (name for name in BY_METHOD if name in race.against):
+        if reason := by_name(name, str(x.device)).missing():
+            raise ImportError(f"{name}: {reason}")
+        try:
+            converted = convert(model, x, precision=race.precision, methods=[name])
+        except RuntimeError as error:  # there is not memory for everything
+            leave_out(f"the network by {name}", str(error))
+            continue
+        ways.append(replace(of_converted(converted, x), method=name))
     return ways
 
 
