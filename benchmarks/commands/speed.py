@@ -15,7 +15,7 @@ from benchmarks.commands.options import FORMATS, PROGRAM, FormatsOption, Seconds
 from benchmarks.commands.rows import results_folder
 from benchmarks.commands.telling import telling
 from benchmarks.findings.aims import read_aims
-from benchmarks.findings.break_even import sparsity_of
+from benchmarks.findings.break_even import SEMI_STRUCTURED, sparsity_of
 from benchmarks.findings.speed import Key
 from benchmarks.result_files import Item, Result, measure
 from benchmarks.suite import NetworkRace, Row, Subject
@@ -96,15 +96,15 @@ class SpeedOptions:
                 raise ValueError(f"--against: {name}: {reason}")
         return names
 
-    def chosen(self) -> Iterator[Key]:
-        """Networks, weights and batch sizes of the aims. Raises ValueError for a network that has none."""
+    def chosen(self, precision: Precision) -> Iterator[Key]:
+        """Networks, weights and batch sizes of a precision's aims. Raises ValueError for a network that has none."""
         aims = read_aims().speed
         known = list(dict.fromkeys(network for aim in aims for network in aim.networks))
         if unknown := set(self.networks or ()) - set(known):
             raise ValueError(f"there is no aim for {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         batches = None if self.batch is None else numbers(self.batch, "--batch")
         weights = None if self.weights is None else self.weights.split(",")
-        for aim in aims:
+        for aim in (aim for aim in aims if precision in aim.wanted):
             for network in aim.networks:
                 for batch in aim.batches:
                     wanted = (not self.networks or network in self.networks) and (not batches or batch in batches)
@@ -120,7 +120,9 @@ class SpeedOptions:
 
         def measure() -> list[Row]:
             torch.manual_seed(self.seed)
-            subject = Subject.load(name, sparsity=None if of_file else sparsity_of(weights), patterns=of_file)
+            is_2_4 = weights == SEMI_STRUCTURED
+            sparsity = None if of_file or is_2_4 else sparsity_of(weights)
+            subject = Subject.load(name, sparsity=sparsity, semi_structured=is_2_4, patterns=of_file)
             storage = TORCH_DTYPE[precision]
             model, x = subject.model.to(device, storage), torch.randn(batch, *subject.input_size).to(device, storage)
             return suite.measure_speed(model, x, network=name, weights=weights, race=race, formats=formats)
@@ -145,7 +147,7 @@ def main(options: SpeedOptions, output: Output) -> None:
     """
     device = str(find_device(options.device))
     work = {
-        f"speed-{precision}": [options.item(key, precision, device) for key in options.chosen()]
+        f"speed-{precision}": [options.item(key, precision, device) for key in options.chosen(precision)]
         for precision in options.precisions(device)
     }
     folder = options.out or results_folder(device)

@@ -130,7 +130,11 @@ def test_networks_are_judged(ours_us: float, kept_dense: bool, reached: str, nev
 def test_the_table_of_the_aims_has_every_network() -> None:
     table = cells(exhibits.tables(results(speed_tf32=[], speed_fp32=[]))["speed-tf32"])
     assert len(table) == 21 == len({(line["Network"], line["Weights"], line["Samples"]) for line in table})
-    assert all(aim.wanted.keys() == {"fp16", "tf32", "fp32"} for aim in read_aims().speed)
+    *unstructured, semi_structured = read_aims().speed
+    assert all(aim.wanted.keys() == {"fp16", "tf32", "fp32"} for aim in unstructured)
+    assert (semi_structured.weights, semi_structured.wanted.keys()) == ("random-2:4", {"fp16"})
+    table = cells(exhibits.tables(results(speed_fp16=[]))["speed-fp16"])
+    assert len(table) == 22 and table[-1]["Weights"] == "random-2:4"
 
 
 @pytest.fixture
@@ -162,6 +166,21 @@ def test_the_command_measures_and_goes_on(tmp_path: Path) -> None:
     assert [row["batch"] for row in written["rows"] if row["method"] == "escort"] == [1, 2]
 
 
+def test_a_network_of_2_of_4(tiny_aims: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aims = SpeedAim(("tiny",), "random-2:4", (1,), {"fp32": Wanted(1.0, 2.0)}), *command.read_aims().speed[:1]
+    monkeypatch.setattr(command, "read_aims", lambda: replace(read_aims(), speed=aims))
+    seen: list[nn.Module] = []
+    measure = suite.measure_speed
+    monkeypatch.setattr(
+        suite, "measure_speed", lambda model, *a, **named: seen.append(model) or measure(model, *a, **named)
+    )
+    result = invoke("speed", "--device", "cpu", "--weights", "random-2:4", "--budget-s", 0, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    first, second = (module.weight for module in seen[0].modules() if isinstance(module, nn.Conv2d))
+    assert first.all() and torch.equal((second.unflatten(1, (-1, 4)) != 0).sum(2).unique(), torch.tensor([2]))
+    assert json.loads((tmp_path / "speed-fp32.json").read_text())["header"]["finished"] == ["tiny random-2:4 N=1"]
+
+
 @pytest.mark.usefixtures("tiny_aims")
 def test_a_network_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     write_patterns(tmp_path)  # of no shape that is in the network
@@ -182,6 +201,7 @@ def test_a_network_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
         (("--formats", "nchw"), "--formats: there is no nchw; there are channels_last, contiguous"),
         (("--weights", "net_l1"), "net_l1.npz; name the folder that holds it with --patterns"),
         (("--batch", "many"), "--batch"),
+        (("--against", "tensorrt"), "--against: there is no tensorrt on cpu; there are cudnn_graph"),
         (("--effort", "much"), "--effort takes fast, best or a number of seconds"),
     ],
 )

@@ -165,7 +165,7 @@ def likely(
     elif known:
         slower = _slower(known["contiguous"], known["channels_last"], _NCHW_PAID, "took")
     else:
-        sparse = {name: [layer for layer in layers[name] if layer.sparse_filter.sparsity > 0.5] for name in networks}
+        sparse = {name: [layer for layer in layers[name] if layer.sparse_filter.sparsity >= 0.5] for name in networks}
         predicted = {name: predicted_us(sparse[name], request.methods) for name in networks}
         slower = _slower(predicted["contiguous"], predicted["channels_last"], _NCHW_PAYS, "are predicted to take")
     kept = {name: network for name, network in networks.items() if name not in slower}
