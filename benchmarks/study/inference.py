@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -13,7 +14,7 @@ from benchmarks.result_files import Item
 from benchmarks.study.study import Study
 from benchmarks.suite import NetworkRace, Row
 from benchmarks.suite.by_method import convert_keeping, run_by, run_free
-from benchmarks.suite.networks import Times, Way, dense_ways, of_converted, race_in_turn
+from benchmarks.suite.networks import Times, Way, dense_ways, log, of_converted, race_in_turn
 from benchmarks.suite.rows import leave_out
 from escort.methods import Method, for_device
 from escort.network.swap import Swapped
@@ -56,8 +57,10 @@ def _ways(
     formats: Sequence[MemoryFormat],
 ) -> Iterator[Way]:
     """All ways to run the network, the converted one first."""
+    begin = time.perf_counter()
     with torch.no_grad():
         converted, networks = convert_keeping(model, x, precision=race.precision, effort=race.effort)
+        log.info("%s: converted in %.1f s", name, time.perf_counter() - begin)
         yield of_converted(converted, x)
         for network in networks:
             yield from _by_methods(network, x, layers, name)
@@ -74,11 +77,13 @@ def _by_methods(swapped: Swapped, x: Tensor, layers: Sequence[str], name: str) -
     for method in rivals(str(x.device)):
         for variant in ("fastest", "torch"):
             config = {"memory_format": memory_format, "variant": variant}
+            begin = time.perf_counter()
             try:
                 by_method = run_by(network, layers, method, as_torch=variant == "torch")
             except (ValueError, RuntimeError) as error:  # nor is there memory for everything
                 leave_out(f"{name} by {method.name} {config}", str(error))
                 continue
+            log.info("%s by %s %s: made in %.1f s", name, method.name, config, time.perf_counter() - begin)
             yield Way(method.name, config, partial(by_method, x))
 
 

@@ -55,16 +55,14 @@ def run_by(network: nn.Module, names: Sequence[str], method: Method, *, as_torch
     A layer that the method cannot run in the network's memory format is run in NCHW, and what it writes is converted.
 
     Args:
-        as_torch: by what the method does as torch alone would; else each layer by the config that is fastest there.
+        as_torch: by what the method does as torch alone would; else by the config that is fastest for the first layer
+            of its problem.
 
     Raises:
         ValueError: where the method cannot run a layer, or has nothing that torch alone would do.
     """
     layers = [_layer(network, name, method) for name in names]
-    if as_torch:
-        planned = [_as_torch(layer, method) for layer in layers]
-    else:
-        planned = list(plan_layers(layers, 0.0, methods=[method]))
+    planned = [_as_torch(layer, method) for layer in layers] if as_torch else _fastest(layers, method)
     new = copy.deepcopy(network)
     for name, layer, (plan, prepared) in zip(names, layers, planned, strict=True):
         module = SparseConv2d(layer.sparse_filter, layer.bias, plan, name, slope=layer.slope)
@@ -103,6 +101,18 @@ def _layer(network: nn.Module, name: str, method: Method) -> Layer:
     if reason := method.unsupported(problem):
         raise ValueError(f"layer {name}: {method.name} cannot run it: {reason}")
     return Layer(problem, layer.filter, layer.bias, layer.slope)
+
+
+def _fastest(layers: Sequence[Layer], method: Method) -> list[Planned]:
+    firsts = {layer.problem: layer for layer in reversed(layers)}
+    plans = dict(zip(firsts, plan_layers(list(firsts.values()), 0.0, methods=[method]), strict=True))
+    planned = []
+    for layer in layers:
+        plan, prepared = plans[layer.problem]
+        if layer is not firsts[layer.problem]:
+            prepared = layer.prepare(method, method.config_type(**plan.config))
+        planned.append(Planned(plan, prepared))
+    return planned
 
 
 def _as_torch(layer: Layer, method: Method) -> Planned:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +30,8 @@ from escort.planner import timing
 from escort.planner.timing import Timing
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision
 
+#: What a race tells as it goes, which -v shows.
+log = logging.getLogger("escort.benchmarks")
 #: The dense methods of GPUs by which a rival runs all convolutions of a network: cuDNN's graphs of one kernel each.
 BY_METHOD = ("cudnn_graph",)
 #: The rivals that :func:`measure_network` knows besides eager torch, by type of device.
@@ -147,7 +151,9 @@ def race_in_turn(
         bound = max(bound, _AS_GOOD * min(own, default=0.0))
         check(errors[0], bound, f"{network} in {ways[0].method}")
         ways, errors = _right(ways, errors, bound, network)
+        begin = time.perf_counter()
         timings = timers(ways, x.device, race)
+        log.info("%s: timed %d ways in %.1f s", network, len(ways), time.perf_counter() - begin)
     rows = []
     for timer, by_way in timings.items():
         for index, taken in by_way.items():
@@ -231,8 +237,10 @@ def dense_ways(
 
 def _starts(way: Way, network: str) -> bool:
     """Whether a way runs at all: what torch.compile makes may not, and some take more memory than there is."""
+    begin = time.perf_counter()
     try:
-        way.run()
+        way.run().flatten()[:1].cpu()  # which waits for it
+        log.info("%s in %s %s: ran first in %.1f s", network, way.method, way.config, time.perf_counter() - begin)
     except Exception as failure:  # of many kinds: compilers may be missing, or fail
         reason = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
         leave_out(f"{network} in {way.method} {'by torch.compile' if way.is_compiled else way.config}", reason)
