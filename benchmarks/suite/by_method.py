@@ -35,7 +35,7 @@ def convert_keeping(
     networks: list[Swapped] = []
 
     def keep(dense: nn.Module, candidates: Sequence[Swapped], *args: Any) -> ConvertedModel:
-        networks[:] = candidates
+        networks[:] = {id(candidate.network): candidate for candidate in candidates}.values()
         return choose(dense, candidates, *args)
 
     def all_of(
