@@ -18,7 +18,7 @@ from benchmarks.paper_layers import PAPER_BATCH
 from benchmarks.result_files import Item, read_results
 from benchmarks.study import COUNTERS, PAPER_QUESTIONS, QUESTIONS, SPARSITIES, Study, plan, run
 from escort.cli.console import Output, command_line, note
-from escort.cli.options import EffortOption, command, effort_of
+from escort.cli.options import EffortOption, VerboseOption, command, effort_of
 from escort.planner.machine import find_device
 from escort.problem import Precision
 
@@ -64,6 +64,7 @@ class MeasureOptions:
     )
     seconds: SecondsOption = None
     again: Annotated[bool, typer.Option("--again", help="Measure anew what the folder holds already.")] = False
+    verbose: VerboseOption = 0
 
 
 @command

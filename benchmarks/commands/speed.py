@@ -21,7 +21,7 @@ from benchmarks.result_files import Item, Result, measure
 from benchmarks.suite import NetworkRace, Row, Subject
 from escort import report
 from escort.cli.console import Output, command_line, note
-from escort.cli.options import command, effort_of, numbers
+from escort.cli.options import VerboseOption, command, effort_of, numbers
 from escort.methods import by_name
 from escort.planner.machine import find_device
 from escort.problem import TORCH_DTYPE, Precision
@@ -75,6 +75,7 @@ class SpeedOptions:
     ] = None
     seconds: SecondsOption = None
     again: Annotated[bool, typer.Option("--again", help="Measure anew what the folder holds already.")] = False
+    verbose: VerboseOption = 0
 
     def precisions(self, device: str) -> list[Precision]:
         """Those that are measured on a device. Raises ValueError for those that it does not have."""

@@ -153,8 +153,9 @@ def test_the_command_measures_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "speed-fp32.json"
     result = invoke(*run, "--seconds", 0)
     assert result.exit_code == 0 and not path.exists(), "nothing began"
-    result = invoke(*run, "--batch", 1)
+    result = invoke(*run, "--batch", 1, "-v")
     assert result.exit_code == 0, result.output
+    assert "tiny in eager" in result.stderr and ": ran first in " in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("speed-fp32: tiny random-0.90 N=1: ")]
     assert " s: call escort " in line and " eager " in line
     assert json.loads(path.read_text())["header"]["finished"] == ["tiny random-0.90 N=1"]
