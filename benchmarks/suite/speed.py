@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.suite.networks import NetworkRace, Times, Way, dense_ways, of_converted, race_in_turn
+from benchmarks.suite.networks import NetworkRace, Times, Way, by_methods, dense_ways, of_converted, race_in_turn
 from benchmarks.suite.rows import Row
 from escort.network.convert import convert
 from escort.planner import timing
@@ -35,17 +35,20 @@ def measure_speed(
 
     Args:
         network, weights: for the rows.
+        race: of the rivals that it is against, those count that run by a method.
         formats: in which torch.compile is tried.
 
     Raises:
-        RuntimeError: where one computes something else than the model in float64; nothing is timed then.
+        RuntimeError: where the converted network computes something else than the model in float64; nothing is timed
+            then.
+        ImportError: where what a rival takes is not installed.
     """
     torch.compiler.reset()  # it gives up on code that it compiled for too many other models
     with torch.no_grad():
         converted = convert(model, x, precision=race.precision, effort=race.effort)
     ways = [of_converted(converted, x), *dense_ways(model, x)]
     if x.is_cuda:
-        ways += dense_ways(model, x, formats, compiled=True)
+        ways += dense_ways(model, x, formats, compiled=True) + by_methods(model, x, race)
     return race_in_turn(ways, model, x, (network, weights), race, _by_every_clock)
 
 

@@ -88,6 +88,10 @@ class Method(ABC):
     lowers: ClassVar[bool] = False
     is_native: ClassVar[bool] = False
 
+    def missing(self) -> str | None:
+        """What has to be installed for the method, with the command that does; None where all is here."""
+        return None
+
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method cannot run a problem on its type of device, or None where it can."""
         return None

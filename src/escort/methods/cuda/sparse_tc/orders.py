@@ -102,10 +102,15 @@ def _places(order: IntArray) -> IntArray:
 
 
 def common_order(weights: Sequence[torch.Tensor], kept: int, of: int) -> torch.Tensor:
-    """One order, (C,) int64, of the input channels of weights (K, C, R, S) that read the same tensor."""
+    """One order, (C,) int64, of the input channels of weights (K, C, R, S) that read the same tensor.
+
+    Their own order stays where it leaves no remainder, as in networks that were pruned to 2:4.
+    """
     taps = torch.cat([weight.permute(0, 2, 3, 1).flatten(0, 2) for weight in weights])
-    order = spread_channels(SparseFilter.from_dense(taps[:, :, None, None]), kept, of)
-    return torch.from_numpy(order).long().to(taps.device)
+    together = SparseFilter.from_dense(taps[:, :, None, None])
+    if split(together, kept, of).remainder.nnz == 0:
+        return torch.arange(taps.shape[1], device=taps.device)
+    return torch.from_numpy(spread_channels(together, kept, of)).long().to(taps.device)
 
 
 def spread_channels(sparse_filter: SparseFilter, kept: int = 2, of: int = 4) -> IntArray:
