@@ -14,7 +14,7 @@
 //        FLAT     pixels in a row (pointwise): its only tap.
 //
 // Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
-// PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent.
+// PIXELS pixels; two threads of the producer warpgroup copy. Blocks are persistent.
 //
 // Geometry and epilogue are a struct (Params), so that few kernels serve all layers. It is compiled once per
 //   STORAGE     0: float, multiplied in TF32, 1: fp16, 2: bf16
@@ -28,7 +28,7 @@
 // source.py puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate) before this.
 //
 //   sparse_tc_tiles.cuh     sizes, shared memory, the order of work
-//   sparse_tc_load.cuh      the producer
+//   sparse_tc_load.cuh      the producers
 //   sparse_tc_multiply.cuh  the products
 //   sparse_tc_store.cuh     the epilogue, in one of three ways
 #include "sparse_tc_load.cuh"
@@ -57,7 +57,7 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
 }
 
 // a: weight tiles; bias: one per output channel of all tiles, where SLOPED with the slopes behind them; first: (m_tiles
-// * tap_groups + 1), a tap group's first weight tile; steps: one per weight tile, and one more that is only read.
+// * tap_groups + 1), a tap group's first weight tile; steps: one per weight tile, and 64 more that are only read.
 extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,
               const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS,
@@ -91,12 +91,12 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (warp >= CONSUMER_WARPS) {
     give_registers_up<PRODUCER_REGISTERS>();
-    if (warp == CONSUMER_WARPS) {
-      if (p.cluster == 1)
-        produce<false>(p, base, x_map, a, first, tile_groups);
-      else
-        produce<true>(p, base, x_map, a, first, tile_groups);
-    }
+    if (warp == CONSUMER_WARPS)
+      copy_pixels(p, base, x_map, tile_groups);
+    else if (warp == CONSUMER_WARPS + 1 && p.cluster == 1)
+      copy_weight_tiles<false>(p, base, a, first, tile_groups);
+    else if (warp == CONSUMER_WARPS + 1)
+      copy_weight_tiles<true>(p, base, a, first, tile_groups);
   } else {
     take_registers<CONSUMER_REGISTERS>();
     consume(p, base, bias, first, steps, {MAKE_OUTPUTS, bias + p.m_tiles * (TILE_BLOCKS * 64)}, samples, tile_groups);

@@ -3,11 +3,11 @@
 #include "sparse_tc_ptx.cuh"
 #include "sparse_tc_tiles.cuh"
 
-// Matrix descriptors, k innermost: A has rows of 64 bytes in 64-byte swizzle, B rows of 128 in 128-byte swizzle. Starts
-// are in units of 16 bytes.
-constexpr u32 A_ROWS = 512 / 16 | 2u << 30, B_ROWS = 1024 / 16 | 1u << 30;
+// Matrix descriptors, k innermost: A has rows of 64 bytes in 64-byte swizzle, B rows of 128 in 128-byte swizzle. Their
+// lower words begin with where the matrix does, in units of 16 bytes: it is added to, which never carries.
+constexpr u32 A_ROWS = 512 / 16 | 2u << 30, B_ROWS = 1024 / 16 | 1u << 30, LOWER = 1u << 16;
 constexpr u32 A_HALF = 32 / 16, B_HALF = 64 / 16;  // from the first half of the input channels to the others
-__device__ u64 descriptor(u32 start, u32 rows) { return static_cast<u64>(rows) << 32 | 1u << 16 | start; }
+__device__ u64 descriptor(u32 lower, u32 rows) { return static_cast<u64>(rows) << 32 | lower; }
 
 // What a step multiplies: bits 0-15: where its tap begins in the group's pixels; from bit 16 two for each warpgroup
 // across: which halves of the input channels there are for it; bit 31: it is the last of its tap group.
@@ -18,6 +18,21 @@ struct Step {
   __device__ bool is_last() const { return bits >> 31; }
 };
 
+// The steps of a tile. Lanes hold 32 of them, and the next 32 come meanwhile: no step waits for its own.
+struct StepList {
+  const u32* from;  // a lane's first one
+  u32 words, later;
+  int at = 0;
+  __device__ explicit StepList(const u32* from) : from(from), words(__ldg(from)), later(__ldg(from + 32)) {}
+  __device__ Step next() {
+    if (at == 32) {
+      at = 0, from += 32;
+      words = later, later = __ldg(from + 32);
+    }
+    return {__shfl_sync(~0u, words, at++)};
+  }
+};
+
 struct Products {
   float d[M_BLOCKS][PIXELS / 2];
 
@@ -26,8 +41,8 @@ struct Products {
         base(base),
         across(group.across),
         lane(threadIdx.x % 32),
-        a_first((base + A_BEGIN + group.across * M_BLOCKS * A_BLOCK) / 16),
-        b_first((base + B_BEGIN + group.along * PIXELS * PIXEL_BYTES) / 16),
+        a_first(LOWER + (base + A_BEGIN + group.across * M_BLOCKS * A_BLOCK) / 16),
+        b_first(LOWER + (base + B_BEGIN + group.along * PIXELS * PIXEL_BYTES) / 16),
         metadata_first(base + A_BEGIN + TILE_BLOCKS * A_BLOCK + group.across * M_BLOCKS * METADATA_BLOCK +
                        threadIdx.x % WARPGROUP * 4),
         never(kept(never)),
@@ -41,7 +56,8 @@ struct Products {
     for (int i = 0; i < M_BLOCKS; i++)
 #pragma unroll
       for (int j = 0; j < PIXELS / 2; j++) forget(d[i][j]);
-    u32 next = __ldg(steps);
+    StepList list(steps + lane);
+    Step step = list.next();
     int accumulate = 0;
     // Neither loop may be unrolled or peeled: of products in several places the compiler waits for each.
 #pragma unroll 1
@@ -51,18 +67,16 @@ struct Products {
       bool more = true;
 #pragma unroll 1
       for (int tap = 0; more; tap++) {
-        const Step step = {__shfl_sync(~0u, next, 0)};
         more = !step.is_last();
-        next = __ldg(++steps);  // there is one behind the last
         barrier_wait_opaque(base + FULL_A + 8 * ring_a.stage, ring_a.parity);
-        const u64 a = descriptor(a_first + ring_a.stage * (A_BYTES / 16), A_ROWS);
-        const u64 b = descriptor(pixels + step.start(), B_ROWS);
+        const u32 a = a_first + ring_a.stage * (A_BYTES / 16), b = pixels + step.start();
         const u32 from = metadata_first + ring_a.stage * A_BYTES, halves = step.halves(across);
         if (set == 0)
           issue(metadata[0], from, a, b, halves, accumulate);
         else
           issue(metadata[1], from, a, b, halves, accumulate);
         set ^= 1;
+        step = list.next();  // in the shadow of the products
         mma_wait<1>();
         keep_metadata();
         if (accumulate) {  // the step before this one is done with its stages
@@ -98,30 +112,37 @@ struct Products {
 
   // One weight tile times the pixels of its tap. Each way commits for itself: a commit behind the branches would become
   // a group of its own, and one without products would make the compiler wait for every product.
-  __device__ void issue(u32 (&words)[M_BLOCKS], u32 from, u64 a, u64 b, u32 halves, int accumulate) {
+  __device__ void issue(u32 (&words)[M_BLOCKS], u32 from, u32 a, u32 b, u32 halves, int accumulate) {
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++) load_shared(from + i * METADATA_BLOCK, words[i]);
     if (halves == 3) {
       mma_fence();
 #pragma unroll
       for (int i = 0; i < M_BLOCKS; i++) {
-        mma<0>(d[i], a + i * (A_BLOCK / 16), b, words[i], accumulate);
-        mma<1>(d[i], a + i * (A_BLOCK / 16) + A_HALF, b + B_HALF, words[i], 1);
+        product<0>(i, a, b, words[i], accumulate);
+        product<1>(i, a, b, words[i], 1);
       }
       mma_commit();
     } else if (halves == 1) {
       mma_fence();
 #pragma unroll
-      for (int i = 0; i < M_BLOCKS; i++) mma<0>(d[i], a + i * (A_BLOCK / 16), b, words[i], 1);
+      for (int i = 0; i < M_BLOCKS; i++) product<0>(i, a, b, words[i], 1);
       mma_commit();
     } else if (halves == 2) {
       mma_fence();
 #pragma unroll
-      for (int i = 0; i < M_BLOCKS; i++) mma<1>(d[i], a + i * (A_BLOCK / 16) + A_HALF, b + B_HALF, words[i], 1);
+      for (int i = 0; i < M_BLOCKS; i++) product<1>(i, a, b, words[i], 1);
       mma_commit();
     } else {
       mma_wait<0>();
     }
+  }
+
+  // Of a half of the input channels.
+  template <int HALF>
+  __device__ void product(int i, u32 a, u32 b, u32 metadata, int accumulate) {
+    mma<HALF>(d[i], descriptor(a + i * (A_BLOCK / 16) + HALF * A_HALF, A_ROWS), descriptor(b + HALF * B_HALF, B_ROWS),
+              metadata, accumulate);
   }
 
   // A sparse wgmma reads its metadata register while it runs, and the assembler takes the register for free as soon as
