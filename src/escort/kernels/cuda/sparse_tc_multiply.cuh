@@ -33,6 +33,9 @@ struct StepList {
   }
 };
 
+// Whether a step waits for the stages of the next one before it frees those of the step before: there must be others.
+constexpr bool WAITS_EARLY = A_STAGES >= 4 && B_STAGES >= 4;
+
 struct Products {
   float d[M_BLOCKS][PIXELS / 2];
 
@@ -41,10 +44,10 @@ struct Products {
         base(base),
         across(group.across),
         lane(threadIdx.x % 32),
-        a_first(LOWER + (base + A_BEGIN + group.across * M_BLOCKS * A_BLOCK) / 16),
-        b_first(LOWER + (base + B_BEGIN + group.along * PIXELS * PIXEL_BYTES) / 16),
-        metadata_first(base + A_BEGIN + TILE_BLOCKS * A_BLOCK + group.across * M_BLOCKS * METADATA_BLOCK +
-                       threadIdx.x % WARPGROUP * 4),
+        a_first(kept(LOWER + (base + A_BEGIN + group.across * M_BLOCKS * A_BLOCK) / 16)),
+        b_first(kept(LOWER + (base + B_BEGIN + group.along * PIXELS * PIXEL_BYTES) / 16)),
+        metadata_first(kept(base + A_BEGIN + TILE_BLOCKS * A_BLOCK + group.across * M_BLOCKS * METADATA_BLOCK +
+                            threadIdx.x / 32 % 4 * 128) + lane * 4),
         never(kept(never)),
         stage_bytes(b_stage_bytes(p)),
         releases(lane < static_cast<int>(kept(p.cluster))) {}
@@ -58,43 +61,50 @@ struct Products {
       for (int j = 0; j < PIXELS / 2; j++) forget(d[i][j]);
     StepList list(steps + lane);
     Step step = list.next();
-    int accumulate = 0;
-    // Neither loop may be unrolled or peeled: of products in several places the compiler waits for each.
+    wait_for_pixels();
+    wait_for_weights();
+    int accumulate = 0, groups = p.tap_groups;
+    int opens = 0;  // whether this step is the first of its tap group, and there is one before
+    // The loop may not be unrolled or peeled: of products in several places the compiler waits for each.
 #pragma unroll 1
-    for (int groups = p.tap_groups; groups > 0; groups--) {
-      barrier_wait_opaque(base + FULL_B + 8 * ring_b.stage, ring_b.parity);
-      const u32 pixels = b_first + ring_b.stage * (stage_bytes / 16);
-      bool more = true;
-#pragma unroll 1
-      for (int tap = 0; more; tap++) {
-        more = !step.is_last();
-        barrier_wait_opaque(base + FULL_A + 8 * ring_a.stage, ring_a.parity);
-        const u32 a = a_first + ring_a.stage * (A_BYTES / 16), b = pixels + step.start();
-        const u32 from = metadata_first + ring_a.stage * A_BYTES, halves = step.halves(across);
-        if (set == 0)
-          issue(metadata[0], from, a, b, halves, accumulate);
-        else
-          issue(metadata[1], from, a, b, halves, accumulate);
-        set ^= 1;
-        step = list.next();  // in the shadow of the products
-        mma_wait<1>();
-        keep_metadata();
-        if (accumulate) {  // the step before this one is done with its stages
-          release_a();
-          if (tap == 0) release_b();
-        }
-        accumulate = 1;
-        ring_a.next();
+    do {
+      const u32 from = metadata_first + ring_a.stage * A_BYTES, a = a_first + ring_a.stage * (A_BYTES / 16);
+      const u32 b = b_first + ring_b.stage * (stage_bytes / 16) + step.start(), halves = step.halves(across);
+      if (set == 0)
+        issue(metadata[0], from, a, b, halves, accumulate);
+      else
+        issue(metadata[1], from, a, b, halves, accumulate);
+      // While these products run all is made ready for the next ones, which are late otherwise.
+      const int closes = step.is_last();
+      groups -= closes;
+      step = list.next();
+      set ^= 1;
+      const int done_a = ring_a.previous, done_b = ring_b.previous;
+      ring_a.next();
+      if (closes) ring_b.next();
+      if (WAITS_EARLY && groups > 0) {
+        wait_for_weights();
+        if (closes) wait_for_pixels();
       }
-      ring_b.next();
-    }
+      mma_wait<1>();
+      keep_metadata();
+      if (accumulate) {  // the step before this one is done with its stages
+        release_a(done_a);
+        if (opens) release_b(done_b);
+      }
+      if (!WAITS_EARLY && groups > 0) {
+        wait_for_weights();
+        if (closes) wait_for_pixels();
+      }
+      accumulate = 1, opens = closes;
+    } while (groups > 0);
   }
 
   __device__ void wait() {
     mma_wait<0>();
     keep_metadata();
-    release_a();
-    release_b();
+    release_a(ring_a.previous);
+    release_b(ring_b.previous);
   }
 
  private:
@@ -109,6 +119,9 @@ struct Products {
   Ring<B_STAGES> ring_b;
   u32 metadata[2][M_BLOCKS] = {};
   int set = 0;
+
+  __device__ void wait_for_weights() { barrier_wait_opaque(base + FULL_A + 8 * ring_a.stage, ring_a.parity); }
+  __device__ void wait_for_pixels() { barrier_wait_opaque(base + FULL_B + 8 * ring_b.stage, ring_b.parity); }
 
   // One weight tile times the pixels of its tap. Each way commits for itself: a commit behind the branches would become
   // a group of its own, and one without products would make the compiler wait for every product.
@@ -155,11 +168,11 @@ struct Products {
       for (int j = 0; j < M_BLOCKS; j++) keep(metadata[i][j], never, base + UNUSED);
   }
 
-  // The stages before the next ones are free.
-  __device__ void release_a() {
-    if (releases) barrier_arrive_at(base + EMPTY_A + 8 * ring_a.previous, lane);
+  // Stages are free.
+  __device__ void release_a(int stage) {
+    if (releases) barrier_arrive_at(base + EMPTY_A + 8 * stage, lane);
   }
-  __device__ void release_b() {
-    if (lane == 0) barrier_arrive(base + EMPTY_B + 8 * ring_b.previous);
+  __device__ void release_b(int stage) {
+    if (lane == 0) barrier_arrive(base + EMPTY_B + 8 * stage);
   }
 };
