@@ -10,12 +10,14 @@ constexpr u32 A_HALF = 32 / 16, B_HALF = 64 / 16;  // from the first half of the
 __device__ u64 descriptor(u32 lower, u32 rows) { return static_cast<u64>(rows) << 32 | lower; }
 
 // What a step multiplies: bits 0-15: where its tap begins in the group's pixels; from bit 16 two for each warpgroup
-// across: which halves of the input channels there are for it; bit 31: it is the last of its tap group.
+// across: which halves of the input channels there are for it; BY_TURNS bits 20-30: of a tap group's
+// last one, how many the next tap group has; bit 31: it is the last of its tap group.
 struct Step {
   u32 bits;
   __device__ u32 start() const { return bits & 0xffff; }
   __device__ u32 halves(int across) const { return bits >> (16 + 2 * across) & 3; }
-  __device__ bool is_last() const { return bits >> 31; }
+  __device__ int is_last() const { return bits >> 31; }
+  __device__ int others() const { return bits >> 20 & 0x7ff; }
 };
 
 // The steps of a tile. Lanes hold 32 of them, and the next 32 come meanwhile: no step waits for its own.
@@ -24,9 +26,10 @@ struct StepList {
   u32 words, later;
   int at = 0;
   __device__ explicit StepList(const u32* from) : from(from), words(__ldg(from)), later(__ldg(from + 32)) {}
-  __device__ Step next() {
-    if (at == 32) {
-      at = 0, from += 32;
+  __device__ Step next(int skipped) {
+    at += skipped;
+    if (at >= 32) {
+      at -= 32, from += 32;
       words = later, later = __ldg(from + 32);
     }
     return {__shfl_sync(~0u, words, at++)};
@@ -34,7 +37,9 @@ struct StepList {
 };
 
 // Whether a step waits for the stages of the next one before it frees those of the step before: there must be others.
-constexpr bool WAITS_EARLY = A_STAGES >= 4 && B_STAGES >= 4;
+// BY_TURNS the next one lies behind the other warpgroup's tap group, which is two steps where a group is one tap.
+constexpr bool WAITS_EARLY = BY_TURNS ? TAP_GROUP != COLUMNS && A_STAGES >= 5 && B_STAGES >= 5
+                                      : A_STAGES >= 4 && B_STAGES >= 4;
 
 struct Products {
   float d[M_BLOCKS][PIXELS / 2];
@@ -52,18 +57,20 @@ struct Products {
         stage_bytes(b_stage_bytes(p)),
         releases(lane < static_cast<int>(kept(p.cluster))) {}
 
-  // Starts all products of a tile, of which the last one may still run afterwards.
-  __device__ void start(const u32* steps) {
+  // Starts all products of a tile, of which the last one may still run afterwards. BY_TURNS those of every other tap
+  // group, of which the first one lies behind so many steps of the other warpgroup's, if any.
+  __device__ void start(const u32* steps, int others) {
     // The first step overwrites the sums: they need no registers through the end of the tile before.
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++)
 #pragma unroll
       for (int j = 0; j < PIXELS / 2; j++) forget(d[i][j]);
     StepList list(steps + lane);
-    Step step = list.next();
+    Step step = list.next(others);
+    int accumulate = 0, groups = p.tap_groups;
+    if (BY_TURNS && others) ring_a.skip(others), ring_b.skip(1), groups--;
     wait_for_pixels();
     wait_for_weights();
-    int accumulate = 0, groups = p.tap_groups;
     int opens = 0;  // whether this step is the first of its tap group, and there is one before
     // The loop may not be unrolled or peeled: of products in several places the compiler waits for each.
 #pragma unroll 1
@@ -76,12 +83,15 @@ struct Products {
         issue(metadata[1], from, a, b, halves, accumulate);
       // While these products run all is made ready for the next ones, which are late otherwise.
       const int closes = step.is_last();
-      groups -= closes;
-      step = list.next();
+      groups -= BY_TURNS ? 2 * closes : closes;
+      const int skipped = BY_TURNS && closes ? step.others() : 0;
+      step = list.next(skipped);
       set ^= 1;
       const int done_a = ring_a.previous, done_b = ring_b.previous;
       ring_a.next();
+      if (BY_TURNS) ring_a.skip(skipped);
       if (closes) ring_b.next();
+      if (BY_TURNS && closes && groups >= 0) ring_b.skip(1);
       if (WAITS_EARLY && groups > 0) {
         wait_for_weights();
         if (closes) wait_for_pixels();
@@ -105,6 +115,28 @@ struct Products {
     keep_metadata();
     release_a(ring_a.previous);
     release_b(ring_b.previous);
+  }
+
+  // BY_TURNS: sums go to the other warpgroup, thread by thread, through memory in which both stage outputs: no warp
+  // may still read what this one has staged, nor stage before all have taken theirs.
+  __device__ void give() const {
+    const u32 to = base + p.sums_begin + threadIdx.x % WARPGROUP * 16;
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS; i++)
+#pragma unroll
+      for (int j = 0; j < PIXELS / 2; j += 4)
+        store_shared(to + (i * PIXELS / 2 + j) * WARPGROUP * 4,
+                     make_float4(d[i][j], d[i][j + 1], d[i][j + 2], d[i][j + 3]));
+    __syncwarp();
+    if (lane == 0) barrier_arrive(base + SUMS_HERE);
+  }
+  __device__ void take(u32 parity) {
+    const u32 from = base + p.sums_begin + threadIdx.x % WARPGROUP * 16;
+    barrier_wait_opaque(base + SUMS_HERE, parity);
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS; i++)
+#pragma unroll
+      for (int j = 0; j < PIXELS / 2; j += 4) add_shared(from + (i * PIXELS / 2 + j) * WARPGROUP * 4, d[i] + j);
   }
 
  private:
