@@ -146,7 +146,9 @@ def _choose(nonzeros: _Nonzeros, tiling: Tiling) -> tuple[IntArray, IntArray, ND
     steps[first[1:] - 1] |= np.uint32(_LAST_OF_GROUP)
     if tiling.config.by_turns:
         of_group = np.diff(first).reshape(tiling.channel_tiles, -1)
-        steps[first[1:] - 1] |= np.pad(of_group[:, 1:], ((0, 0), (0, 1))).ravel().astype(np.uint32) << np.uint32(_OTHERS)
+        steps[first[1:] - 1] |= np.pad(of_group[:, 1:], ((0, 0), (0, 1))).ravel().astype(np.uint32) << np.uint32(
+            _OTHERS
+        )
     return numbers, first, steps, tap.astype(np.int32)
 
 
