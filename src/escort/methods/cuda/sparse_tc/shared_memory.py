@@ -43,8 +43,8 @@ class SharedMemory(NamedTuple):
     Attributes:
         a_stages, b_stages: of weight tiles, and of the pixels of a tap group.
         b_stage_bytes: of the pixels of a tap group.
-        b_begin, staging_begin, sums_begin: where the pixels begin, the staging of outputs, and the sums that a warpgroup
-            gives the other one.
+        b_begin, staging_begin, sums_begin: where the pixels begin, the staging of outputs, and the sums that a
+            warpgroup gives the other one.
         staging: of outputs.
         bytes: of all.
     """
@@ -78,7 +78,7 @@ class SharedMemory(NamedTuple):
         """
         staging = Staging.of(config, element, store_pixels)
         a_bytes, b_stage_bytes = config.tile_channels // 64 * M_BLOCK_BYTES, up(load_pixels * PIXEL_BYTES, 1024)
-        # Sums that a warpgroup gives the other one lie where both stage outputs, but for floats, whose staging is small.
+        # Sums that a warpgroup gives the other one lie where both stage outputs; the staging of floats is too small.
         sums_bytes = config.tile_channels * config.tile_pixels * 4 if config.by_turns and element.bytes == 4 else 0
         room = most - _BARRIER_BYTES - staging.buffers * staging.buffer_bytes - sums_bytes - 1024
         if config.by_turns:
