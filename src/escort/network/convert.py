@@ -202,9 +202,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         candidates = [variant for candidate in candidates for variant in variants(candidate, request)]
         chosen = _choose(dense, candidates, not_tried | not_in_format | unlikely, original, request)
         if request.device.type == "cuda":
-            chosen = compare_with_eager(chosen, dense, original, request)
-        if request.compile_budget_s > 0.0 and request.device.type == "cuda":
-            chosen.plan = compare_with_compiled(chosen, original, request)
+            chosen = _compared_on_gpu(chosen, dense, original, request)
     if chosen.plan.kept_dense:
         not_saved = unsavable(chosen.network, request.device)
     chosen.plan = replace(chosen.plan, not_saved=not_saved)
@@ -246,6 +244,14 @@ def _choose(
         anew.append(replace(candidate, layers=plans))
     request.progress.estimate.compare()
     return choose(dense, anew, not_tried, original, request)
+
+
+def _compared_on_gpu(chosen: ConvertedModel, dense: nn.Module, original: Original, request: Request) -> ConvertedModel:
+    """What stays behind plain calls of the original, and torch.compile where time may be spent on compiling."""
+    chosen = compare_with_eager(chosen, dense, original, request)
+    if request.compile_budget_s > 0.0:
+        chosen.plan = compare_with_compiled(chosen, original, request)
+    return chosen
 
 
 def _sparse(network: nn.Module) -> dict[str, SparseConv2d]:
