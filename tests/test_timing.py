@@ -217,6 +217,9 @@ def test_calls_that_are_waited_for_take_the_hosts_time_and_the_devices(host: Hos
     assert timing.race_on_host(runs, "cuda:0", rounds=4) == pytest.approx([250.0, 320.0])
     turn = 1 + timing._BURST  # one that is not timed leads each
     assert host.calls == ["a"] * 6 + ["b"] * 6 + (["a"] * turn + ["b"] * turn) * 4
+    host.calls.clear()
+    timing.race_on_host([host.work("slow", 9000.0, 0.0)], "cuda:0", rounds=4)
+    assert host.calls == ["slow"] * (6 + 4 * 3), "few of slow calls are enough"
 
 
 def test_pipelined_calls_take_the_longer_of_both(host: Host) -> None:
