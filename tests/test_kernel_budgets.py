@@ -88,7 +88,8 @@ def plane_variants() -> list[Variant]:
     both = [(macros, {"LAST": last}) for macros in vectors for last in (0, 1)]
     return [
         *(("resize.cu", macros, 48) for macros in vectors),
-        *((source, macros, 64) for source in ("average_pool.cu", "mean.cu") for macros in vectors),
+        *(("mean.cu", macros, 64) for macros in vectors),
+        *(("average_pool.cu", macros | {"ROWS": n, "COLUMNS": n}, 64) for macros in vectors for n in (0, 2, 3)),
         *(("gate.cu", macros | last, 32) for macros, last in both),
         *(("local_response_norm.cu", macros | last | {"SIZE": 5}, 80) for macros, last in both),
         *(("gemv.cu", macros | {"SAMPLES": samples}, 96) for macros in vectors for samples in (1, 8)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,25 @@ def test_the_sources_compute_what_torch_does(
     case: Case, dtype: torch.dtype, memory_format: torch.memory_format, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     inputs = case.inputs(dtype, memory_format)
+    y = emulated(case.layer, inputs, tmp_path_factory.getbasetemp())
+    assert y is not None and compare(y, case.expected(inputs)) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("window", [(2,), (3, 1, 1), (3, 2, 1, True, False), ((1, 2), 1, 0, False, True, 5)], ids=str)
+@every_type
+@both_memory_formats
+def test_the_source_averages_small_windows_that_are_many(
+    window: tuple[Any, ...],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: replace(Gpu80, multiprocessors=1))
+    case = Case(AvgPool2d(*window), ((4, 64, 17, 18),))
+    inputs = case.inputs(dtype, memory_format)
+    work = case.layer.work(case.layer.settings(), Planes.of(inputs[0]))
+    assert work is not None and work.variant.defines["ROWS"] == case.layer.settings()[0][0]
     y = emulated(case.layer, inputs, tmp_path_factory.getbasetemp())
     assert y is not None and compare(y, case.expected(inputs)) <= BOUNDS[dtype]
 
