@@ -3,16 +3,17 @@
 //
 // Memory bounds it: x and y should pass once. Multiply-adds and conversions alone would take longer, so a row of taps
 // is a product of matrices. Its rows are 16 strips of four neighbouring outputs. Along the reduction lie the pixels
-// that a strip reads, each with two channels; columns are the four outputs with the same channels. The weights between
-// them form a band: w[tap][channel] where the pixel is the output's tap and the channels are equal, else zero.
+// that a strip reads, each with two channels; columns are the four outputs with the same channels. The matrix between
+// them (Toeplitz) has w[tap][channel] where the pixel is the output's tap and the channels are equal, else zero.
 //
 // A block computes a tile of rows and strips of a few samples for four vectors of eight channels. Its input is copied
-// to shared memory with its padding. A warp has a vector, and transposes it in place: four pixels of pairs of channels
-// become four pairs of pixels' words, as the products read them. Four products have all eight channels; what they give
-// takes the place of inputs that are no longer needed, and is written from there, 64 bytes of a pixel at a time.
+// to shared memory with its padding. A warp has a vector, and transposes it in place: a quad, four pixels with four
+// pairs of channels each, becomes four pairs with four pixels each, as the products read them. Four products have all
+// eight channels; what they give takes the place of inputs that are no longer needed, and is written from there, 64
+// bytes of a pixel at a time.
 // ROWS, COLUMNS    of the filter
 // STRIDE, RIGHT    of rows and columns
-// DOWN             neighbouring outputs of a column that a lane computes from one pass over their input rows
+// DOWN             neighbouring outputs of a column that a lane computes, a stack: input rows are read once for all
 // RESIDUAL         1: there is one
 // OCCUPANCY        blocks that registers leave room for
 // ACTIVATION       as in activation.cuh
@@ -23,7 +24,7 @@
 #define PIXEL_BYTES (16 * VECTORS)
 #define QUAD_BYTES (4 * PIXEL_BYTES + 16)      // of four pixels, so that eight neighbours lie in different banks
 #define QUADS ((3 * RIGHT + COLUMNS + 3) / 4)  // four pixels each that a strip reads
-#define SPAN ((DOWN - 1) * STRIDE + ROWS)      // input rows of a pass
+#define SPAN ((DOWN - 1) * STRIDE + ROWS)      // input rows of a stack
 
 #include "activation.cuh"
 #include "divisor.cuh"
@@ -78,8 +79,8 @@ struct Walk {
   }
 };
 
-// The lane's words of the band of weights of a vector of channels.
-__device__ __forceinline__ void load_band(u32 (&band)[ROWS][QUADS][4], const Element* weights, int channels) {
+// The lane's words of the matrices of weights, one for each row of taps and pair of channels.
+__device__ __forceinline__ void load_matrices(u32 (&matrices)[ROWS][QUADS][4], const Element* weights, int channels) {
   const int lane = threadIdx.x % 32, output = lane / 8;
   const u32 own = lane / 4 % 2 ? 0xffff0000 : 0xffff;  // of two channels that of the lane's column
 #pragma unroll
@@ -90,7 +91,7 @@ __device__ __forceinline__ void load_band(u32 (&band)[ROWS][QUADS][4], const Ele
       Elements taps = {};
       if (tap >= 0 && tap < COLUMNS) taps.vector = load(weights + (r * COLUMNS + tap) * channels);
 #pragma unroll
-      for (int j = 0; j < 4; j++) band[r][q][j] = taps.words[j] & own;
+      for (int j = 0; j < 4; j++) matrices[r][q][j] = taps.words[j] & own;
     }
   }
 }
@@ -174,12 +175,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
   let_next_kernel_start();
   const Tile at(p);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = at.channel + warp * VECTOR;
-  const int count = min(p.samples, samples - at.sample), passes = p.rows / DOWN * p.strips;
+  const int count = min(p.samples, samples - at.sample), stacks = p.rows / DOWN * p.strips;
   const u32 per_channel = shared_address(memory), tile = per_channel + PER_CHANNEL_BYTES;
   const u32 row_bytes = p.row_quads * QUAD_BYTES, sample_bytes = p.in_rows * row_bytes;
   const bool has_channels = channel < p.channels;
-  u32 band[ROWS][QUADS][4];
-  if (has_channels) load_band(band, weights + channel, p.channels);
+  u32 matrices[ROWS][QUADS][4];
+  if (has_channels) load_matrices(matrices, weights + channel, p.channels);
   if (threadIdx.x < PER_CHANNEL_BYTES / 4) {
     const int of = at.channel + threadIdx.x % (VECTORS * VECTOR);
     const bool is_slope = threadIdx.x >= VECTORS * VECTOR;
@@ -197,8 +198,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
 #pragma unroll 1
   for (int n = 0; n < (has_channels ? count : 0); n++, own += sample_bytes) {
 #pragma unroll 1
-    for (int base = 0; base < passes; base += 16) {
-      const int read = min(base + lane % 16, passes - 1), down = p.by_strips.quotient(read);
+    for (int base = 0; base < stacks; base += 16) {
+      const int read = min(base + lane % 16, stacks - 1), down = p.by_strips.quotient(read);
       u32 from = own + down * DOWN * STRIDE * row_bytes + ((read - down * p.strips) * RIGHT + lane / 16) * QUAD_BYTES;
       float sum[DOWN][4][4] = {};
 #pragma unroll
@@ -217,17 +218,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
               const int r = i - d * STRIDE;
               if (r < 0 || r >= ROWS) continue;
               if (q + 1 < QUADS)
-                multiply_add(sum[d][j], pixels[0], pixels[1], pixels[2], pixels[3], band[r][q][j], band[r][q + 1][j]);
+                multiply_add(sum[d][j], pixels[0], pixels[1], pixels[2], pixels[3], matrices[r][q][j],
+                             matrices[r][q + 1][j]);
               else
-                multiply_add8(sum[d][j], last[0], last[1], band[r][q][j]);
+                multiply_add8(sum[d][j], last[0], last[1], matrices[r][q][j]);
             }
           }
       __syncwarp();  // all lanes have read what is overwritten now
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int pass = base + 8 * h + lane / 4, row = p.by_strips.quotient(pass) * DOWN;
-        if (pass >= passes) continue;
-        const int strip = pass - row / DOWN * p.strips;
+        const int stack = base + 8 * h + lane / 4, row = p.by_strips.quotient(stack) * DOWN;
+        if (stack >= stacks) continue;
+        const int strip = stack - row / DOWN * p.strips;
         const u32 to = own + row * row_bytes + strip * QUAD_BYTES + lane % 4 * PIXEL_BYTES;
 #pragma unroll
         for (int d = 0; d < DOWN; d++) {

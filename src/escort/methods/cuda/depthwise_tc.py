@@ -29,7 +29,7 @@ _THREADS, _VECTOR, _VECTORS = 128, 8, 4  # of a block; channels of a vector, vec
 _STRIP = 4  # outputs, and as many inputs are a quad
 _PIXELS = _THREADS // _VECTORS  # that a block copies at once
 _QUAD_BYTES = _STRIP * _VECTORS * 16 + 16
-_PASSES = 16  # that a warp computes at once
+_STACKS = 16  # with a strip's four columns, that a warp computes at once
 _MOST_WORDS = 28  # rows of a filter times the quads that a strip reads: the weights that a lane's registers hold
 _MOST = 2**31 - 1
 _MOST_STRIPS, _MOST_SAMPLES = 16, 4  # of a tile
@@ -45,7 +45,7 @@ class DepthwiseTcConfig:
     """The knobs of the kernel: what a block computes of a vector of channels.
 
     Attributes:
-        down: neighbouring outputs of a column that a lane computes from one pass over their input rows.
+        down: neighbouring outputs of a column that a lane computes, a stack; their input rows are read once for all.
         rows: of outputs, a multiple of `down`.
         strips: of four neighbouring outputs of a row.
         samples: whose outputs these are.
@@ -238,9 +238,9 @@ class Tile:
         down, samples = self.config.down, self.config.samples
         in_quads, out_quads = self.in_rows * self.row_quads, self.config.rows * self.config.strips
         span, products = (down - 1) * self.problem.stride[0] + rows, 4 * -(-quads // 2)
-        passes = -(-self.config.rows // down * self.config.strips // _PASSES)
+        turns = -(-self.config.rows // down * self.config.strips // _STACKS)
         copied = 20 * -(-4 * in_quads // _PIXELS) + 14 * -(-4 * out_quads // _PIXELS)
-        computed = passes * (50 + products * (span + 2 * down * rows) + 55 * down)
+        computed = turns * (50 + products * (span + 2 * down * rows) + 55 * down)
         issued = 150 + 10 * rows * quads + samples * (copied + computed) + 45 * -(-samples * in_quads // 32)
         blocks = self.blocks * -(-self.problem.batch // samples)
         resident = min(
