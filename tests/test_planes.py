@@ -346,3 +346,13 @@ def test_blocks_of_a_cluster_share_windows(shape: tuple[int, ...], memory_format
     x = torch.randn(shape, device="cuda", dtype=torch.float16).contiguous(memory_format=memory_format) + 1.0
     for _ in range(3):
         assert compare(AdaptiveAvgPool2d(1)(x), x.double().mean((2, 3), True)) <= 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [(2,), (3, 1, 1), (3, 2, 1, True, False)], ids=str)
+@both_memory_formats
+def test_small_windows_that_are_many_on_the_gpu(window: tuple[Any, ...], memory_format: torch.memory_format) -> None:
+    x = torch.randn(32, 96, 57, 58, device="cuda", dtype=torch.float16).contiguous(memory_format=memory_format)
+    layer = AvgPool2d(*window)
+    assert [binary.defines["ROWS"] for binary in layer.binaries(x)] == [str(layer.settings()[0][0])]
+    assert compare(layer(x), layer(x.double())) <= 1e-3
