@@ -108,7 +108,7 @@ def depthwise_variants() -> list[Variant]:
 
 def depthwise_tc_variants() -> list[Variant]:
     """Filters of each size, for as many blocks of a multiprocessor as their lanes' numbers leave room for."""
-    filters: list[tuple[int, int, Precision]] = [(3, 1, "bf16")]
+    filters: list[tuple[int, int, Precision]] = [(3, 1, "bf16"), (3, 1, "tf32"), (5, 2, "tf32")]
     filters += [(size, stride, "fp16") for size in (3, 5, 7) for stride in (1, 2)]
     variants: list[Variant] = []
     for (size, stride, precision), down in itertools.product(filters, (1, 2)):
