@@ -4,7 +4,8 @@
 // Threads share a window where there are few: its pixels are dealt to `1 << log_parts` threads of each block of a
 // cluster, whose sums are added up in shared memory. A thread has VECTOR neighbouring outputs. Neighbouring threads
 // have neighbouring outputs in NHWC, and neighbouring pixels of a window in NCHW.
-// VECTOR    elements of 16 bytes at most, a divisor of the pitch
+// VECTOR          elements of 16 bytes at most, a divisor of the pitch
+// ROWS, COLUMNS   of a small window that no threads share, whose loads are all issued together; 0 for any other
 #define LOG_THREADS 8
 #define THREADS (1 << LOG_THREADS)
 #define AT_ONCE 4  // pixels whose loads are issued together
@@ -27,7 +28,7 @@ struct Side {
   int begin, end, counted;
 
   __device__ Side(int i, int size, int out_size, int window, int stride, int padding, const Params& p) {
-    if (p.is_adaptive) {
+    if (!ROWS && p.is_adaptive) {
       begin = (u32)(i * size) / out_size, end = (u32)((i + 1) * size + out_size - 1) / out_size;
       counted = end - begin;
     } else {
@@ -37,6 +38,13 @@ struct Side {
     }
   }
 };
+
+__device__ __forceinline__ void add(float (&sum)[VECTOR], Vector vector) {
+  float values[VECTOR];
+  widen(vector, values);
+#pragma unroll
+  for (int i = 0; i < VECTOR; i++) sum[i] += values[i];
+}
 
 // The sums of the first part of each window, of all blocks of a cluster, in its first block.
 __device__ __forceinline__ void add_up(float (&sum)[VECTOR], int slot, int part, const Params& p) {
@@ -85,12 +93,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
   const Side down(line - outer * p.out_height, p.height, p.out_height, p.rows, p.down, p.top, p);
   const Side right(pixel - line * p.out_width, p.width, p.out_width, p.columns, p.right, p.left, p);
   const bool is_output = number < (u32)p.vectors;
-  const bool is_shared = p.log_parts > 0 || p.log_cluster > 0;
+  const bool is_shared = !ROWS && (p.log_parts > 0 || p.log_cluster > 0);
   float sum[VECTOR] = {};
   wait_for_previous_kernel();
   if (is_output) {
     const Element* const plane =
         x + (long long)outer * p.height * p.width * p.pitch + (number - pixel * of_pixel) * VECTOR;
+#if ROWS
+    const int top = (line - outer * p.out_height) * p.down - p.top,
+              left = (pixel - line * p.out_width) * p.right - p.left;
+    Vector here[ROWS * COLUMNS] = {};
+#pragma unroll
+    for (int i = 0; i < ROWS * COLUMNS; i++) {
+      const int row = top + i / COLUMNS, column = left + i % COLUMNS;
+      const Element* const from = plane + (long long)(row * p.width) * p.pitch;
+      if ((u32)row < (u32)p.height && (u32)column < (u32)p.width) here[i] = load(from + column * p.pitch);
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS * COLUMNS; i++) add(sum, here[i]);
+#else
     const int columns = right.end - right.begin;
     int row = down.begin, column = right.begin, rows_on = 0, columns_on = 1;
     if (is_shared) {
@@ -108,13 +129,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
         if (column >= right.end) column -= columns, row++;
       }
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) {
-        float values[VECTOR];
-        widen(here[i], values);
-#pragma unroll
-        for (int j = 0; j < VECTOR; j++) sum[j] += values[j];
-      }
+      for (int i = 0; i < AT_ONCE; i++) add(sum, here[i]);
     }
+#endif
   }
   if (is_shared) add_up(sum, part * windows + window, part, p);
   if (!is_output || part > 0 || blockIdx.x != block << p.log_cluster) return;

@@ -18,6 +18,7 @@ _MOST_LOG_PARTS = 6  # of a block, which then still reads 64 bytes of a pixel in
 _MOST_LOG_CLUSTER = 3
 _LANES = 32
 _RESIDENT = 1024, 512  # threads of a multiprocessor, below which more share a window, and blocks as well
+_MOST_AT_ONCE = 9  # pixels of a window whose loads are issued together
 _LOG_WARPS = 3  # of a block that averages whole planes
 _MEAN_VECTORS, _MEAN_WARPS = 4, 24  # of a warp; of a multiprocessor, below which more share a plane
 _LEAST_SHARE = 8  # pixels of a window that a thread has before blocks share it
@@ -168,7 +169,8 @@ def _work(x: Planes, params: Params) -> Work | None:
     params = replace(params, log_parts=log_parts, log_cluster=log_cluster)
     grid = -(-params.vectors // (THREADS >> log_parts)) << log_cluster, 1, 1
     out_shape = *x.shape[:2], params.out_height, params.out_width
-    variant = average_kernel(x.dtype, _vector(x))
+    is_small = not (params.is_adaptive or log_parts or log_cluster) and params.rows * params.columns <= _MOST_AT_ONCE
+    variant = average_kernel(x.dtype, _vector(x), (params.rows, params.columns) if is_small else (0, 0))
     return Work(variant, ((grid, (pack(params),)),), out_shape, _vector(x) * x.dtype.itemsize, cluster=1 << log_cluster)
 
 
@@ -204,6 +206,6 @@ def mean_kernel(dtype: torch.dtype, vector: int) -> Variant:
     return Variant("mean.cu", Planes.macros(dtype, vector))
 
 
-def average_kernel(dtype: torch.dtype, vector: int) -> Variant:
-    """The kernel that averages elements of a type, so many channels at once."""
-    return Variant("average_pool.cu", Planes.macros(dtype, vector))
+def average_kernel(dtype: torch.dtype, vector: int, window: tuple[int, int]) -> Variant:
+    """The kernel that averages elements of a type, so many channels at once, in small windows or (0, 0) in any."""
+    return Variant("average_pool.cu", Planes.macros(dtype, vector) | {"ROWS": window[0], "COLUMNS": window[1]})
