@@ -95,6 +95,8 @@ static __nv_bfloat162 __floats2bfloat162_rn(float low, float high) { return {nea
 static float __int_as_float(int bits) { return __uint_as_float(bits); }
 static float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a > b ? a : b; }
 static float min_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a < b ? a : b; }
+static void start_copy(uint4* to, const uint4* from) { *to = __ldg(from); }
+static void end_copies() {}
 // In place of mma.cuh, which is PTX: lanes show one another what they have, and each sums its own part.
 static float product(unsigned a, unsigned b) {
 #if STORAGE == 0
@@ -225,7 +227,7 @@ def _library(source: str, defines: tuple[tuple[str, object], ...], folder: Path)
 _BOUNDING = r'asm\("(max|min)\.NaN\.f32 %0, %0, %1;" : "\+f"\((\w+)\) : "f"\((\w+)\)\);'
 
 
-def _text(name: str, seen: tuple[str, ...] = ("activation.cuh", "mma.cuh", "wgmma.cuh")) -> str:
+def _text(name: str, seen: tuple[str, ...] = ("activation.cuh", "copies.cuh", "mma.cuh", "wgmma.cuh")) -> str:
     """A source with our own headers in it and without the toolkit's."""
     text = (KERNELS / name).read_text()
     for header in re.findall(r'#include "(.*)"', text):
