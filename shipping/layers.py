@@ -10,7 +10,7 @@ import torch
 
 from escort.filter import SparseFilter
 from escort.planner.plan import Layer
-from escort.problem import Epilogue, MemoryFormat, Precision, Problem
+from escort.problem import Activation, Epilogue, MemoryFormat, Precision, Problem
 
 #: Sides of maps, which networks halve from pictures.
 _PICTURE, _SIDES = 224, (112, 56, 28, 14, 7)
@@ -28,12 +28,12 @@ def common_layers(precisions: tuple[Precision, ...] = _PRECISIONS) -> Iterator[L
     for side, precision, batch in itertools.product((_PICTURE, *_SIDES), precisions, _BATCHES):
         for filters, stride in _filters(side):
             size = filters.shape[2]
-            for memory_format in _memory_formats(precision):
+            for memory_format, activation in _variations(precision):
                 problem = Problem(
                     *(batch, filters.shape[1] * filters.groups, side, side, filters.shape[0]),
                     *((size, size), (stride, stride), (size // 2,) * 4),
                     groups=filters.groups,
-                    epilogue=Epilogue(True, False, "relu"),
+                    epilogue=Epilogue(True, False, activation),
                     precision=precision,
                     device="cuda:0",
                     memory_format=memory_format,
@@ -41,9 +41,14 @@ def common_layers(precisions: tuple[Precision, ...] = _PRECISIONS) -> Iterator[L
                 yield Layer(problem, filters, torch.zeros(filters.shape[0]))
 
 
-def _memory_formats(precision: Precision) -> tuple[MemoryFormat, ...]:
-    """Those in which networks are planned."""
-    return ("contiguous",) if precision == "fp32" else ("channels_last", "contiguous")
+def _variations(precision: Precision) -> Iterator[tuple[MemoryFormat, Activation]]:
+    """Memory formats in which networks are planned, and activations: kernels with ReLU have all bounds and none.
+
+    Most of what networks have else is SiLU, as they run in channels_last. Others are compiled where they are met.
+    """
+    if precision != "fp32":
+        yield from (("channels_last", "relu"), ("channels_last", "silu"))
+    yield "contiguous", "relu"
 
 
 def _filters(side: int) -> Iterator[tuple[SparseFilter, int]]:

@@ -16,6 +16,7 @@ from escort.methods.cuda.cublas import Cublas
 from escort.methods.cuda.cudnn import Cudnn
 from escort.methods.cuda.cusparse import Cusparse
 from escort.methods.cuda.depthwise import DepthwiseCuda
+from escort.methods.cuda.depthwise_tc import DepthwiseTc
 from escort.methods.cuda.direct import DirectCuda
 from escort.methods.cuda.gemv import Gemv
 from escort.methods.cuda.generated import Generated
@@ -33,6 +34,7 @@ METHODS: tuple[Method, ...] = (
     Generated(),
     SparseTc(),
     DepthwiseCuda(),
+    DepthwiseTc(),
     Stem(),
     Gemv(),
     Cudnn(),

@@ -27,3 +27,34 @@ __device__ __forceinline__ u32 rounded_to_tf32(u32 bits) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(__uint_as_float(bits)));
   return bits;
 }
+
+#if STORAGE
+// The same of half as many words: a's first two, and b's first.
+__device__ __forceinline__ void multiply_add8(float (&sum)[4], u32 a0, u32 a1, u32 b) {
+#if STORAGE == 1
+#define MMA8 "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
+#else
+#define MMA8 "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32"
+#endif
+  asm volatile(MMA8 " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a0), "r"(a1), "r"(b));
+}
+#endif
+
+// The words of a, in their order, from shared memory: lane % 8 says of which row the lane's address is, whose first
+// word lies there and the next three behind it, and lane / 8 to which of a lane's words it belongs.
+__device__ __forceinline__ void load_words(u32 (&words)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The first two of them, by the addresses of the first 16 lanes.
+__device__ __forceinline__ void load_words8(u32 (&words)[2], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(words[0]), "=r"(words[1])
+               : "r"(address)
+               : "memory");
+}

@@ -16,7 +16,6 @@
 // IMAGES      where it is 1 x has bytes, of which elements are made by a scale and a shift for each channel
 // ACTIVATION  as in activation.cuh
 #include "activation.cuh"
-#include "copies.cuh"
 #include "divisor.cuh"
 #include "elements.cuh"
 #include "mma.cuh"
@@ -271,12 +270,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   uint2* const word = (uint2*)(shared + weight_vectors);
   char* const staged = (char*)(word + p.steps * 8);
 #pragma unroll 4
-  for (int i = threadIdx.x; i < weight_vectors; i += THREADS) start_copy(shared + i, weights + i);
+  for (int i = threadIdx.x; i < weight_vectors; i += THREADS) copy16(shared_address(shared + i), weights + i);
   for (int i = threadIdx.x; i < p.steps * 8; i += THREADS) word[i] = __ldg(words + i);
   const Tile tile(p);
   wait_for_previous_kernel();
   stage((Element*)staged, Source{x, in_sample, in_channel, in_row, in_pixel, scale}, tile, p);
-  end_copies();
+  wait_for_copies();
 #if GROUP
   show_to_products();
 #endif
