@@ -106,6 +106,7 @@ static u32 shared_address(const void* p) { return (const char*)p - (const char*)
 static uint4 load16(u32 from) { return shared<uint4>(from); }
 static void store16(u32 to, uint4 words) { shared<uint4>(to) = words; }
 static void store4(u32 to, u32 word) { shared<u32>(to) = word; }
+static void copy16(u32 to, const void* from) { store16(to, __ldg((const uint4*)from)); }
 static void copy16_or_zeros(u32 to, const void* from, bool is_read) {
   store16(to, is_read ? __ldg((const uint4*)from) : uint4());
 }
@@ -165,21 +166,18 @@ static void multiply_add(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0
   multiply<4>(sum, {{a0, a1, a2, a3}, {b0, b1}});
 }
 static void multiply_add8(float (&sum)[4], u32 a0, u32 a1, u32 b) { multiply<2>(sum, {{a0, a1}, {b}}); }
-static u32 rounded_to_tf32(u32 bits) { return bits + 0x1000 & 0xffffe000; }
-// The same in place of wgmma.cuh, with weights as tensor cores find them.
+// In place of wgmma.cuh, with weights where tensor cores find them.
 #if GROUP
 static void show_to_products() {}
 static void begin_products() {}
 static void end_products() {}
-static void start_product(float (*sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, const uint4* weights) {
-  const unsigned(*const b)[2][8][4] = (const unsigned(*)[2][8][4])weights;
-  const int t = threadIdx.x % 4;
-  for (int j = 0; j < TILES; j++) {
-    const int column = threadIdx.x % 32 / 4;  // that of which the lane shows the weights
-    multiply_add(sum[j], a0, a1, a2, a3, b[j][0][column][t], b[j][1][column][t]);
-  }
+static void start_product(float (*sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, const uint4* weights) {
+  const u32(*const b)[2][8][4] = (const u32(*)[2][8][4])weights;
+  const int t = threadIdx.x % 4, column = threadIdx.x % 32 / 4;  // those of which the lane gives the weights
+  for (int j = 0; j < TILES; j++) multiply_add(sum[j], a0, a1, a2, a3, b[j][0][column][t], b[j][1][column][t]);
 }
 #endif
+static u32 rounded_to_tf32(u32 bits) { return bits + 0x1000 & 0xffffe000; }
 // Two activations in place of activation.cuh, which is PTX.
 #define leaky_relu 1
 #define silu 2

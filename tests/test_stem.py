@@ -87,7 +87,7 @@ def run_on_cpu(
     if factors is not None:
         variant = variant._replace(defines={**variant.defines, "IMAGES": 1})
     args = x, y, residual, *tables, per_channel, factors, pack(params), *in_x
-    launch(variant, (len(x) * params.blocks, 1, 1), layout.threads, args, folder)
+    launch(variant, (len(x) * params.blocks, 1, 1), layout.threads, args, folder, layout.shared_bytes)
     return y
 
 

@@ -6,7 +6,9 @@
 // What is summed are words of such a run, two elements or one float each: a table says where in a window each word
 // lies, and which of its halves count. A warp multiplies four octets, each eight outputs of a row, with 8 TILES
 // channels at a time. In NHWC outputs are rows of the product, and channels are dealt to its columns so that a lane
-// writes VECTOR neighbours; in NCHW channels are its rows. STORAGE     0: float multiplied as TF32, 1: fp16, 2: bf16
+// writes VECTOR neighbours; in NCHW channels are its rows.
+//
+// STORAGE     0: float multiplied as TF32, 1: fp16, 2: bf16
 // LAST        1: y and the residual lie in NHWC, 0: in NCHW
 // CHANNELS    of x, up to 4
 // TILES       of 8 output channels that a warp multiplies at a time, an even number
@@ -31,7 +33,7 @@
 #define OCTETS 4  // of a warp
 #define BATCH 8   // pixels that a thread loads before it stores the first
 // Blocks of a multiprocessor at least.
-#define BLOCKS ((BYTES == 2 ? 512 : GROUP ? 512 : 384) / THREADS)
+#define BLOCKS ((BYTES == 2 || GROUP ? 512 : 384) / THREADS)
 
 #if IMAGES
 typedef unsigned char Input;
@@ -270,11 +272,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   uint2* const word = (uint2*)(shared + weight_vectors);
   char* const staged = (char*)(word + p.steps * 8);
 #pragma unroll 4
-  for (int i = threadIdx.x; i < weight_vectors; i += THREADS) shared[i] = __ldg(weights + i);
+  for (int i = threadIdx.x; i < weight_vectors; i += THREADS) copy16(shared_address(shared + i), weights + i);
   for (int i = threadIdx.x; i < p.steps * 8; i += THREADS) word[i] = __ldg(words + i);
   const Tile tile(p);
   wait_for_previous_kernel();
   stage((Element*)staged, Source{x, in_sample, in_channel, in_row, in_pixel, scale}, tile, p);
+  wait_for_copies();
 #if GROUP
   show_to_products();
 #endif
