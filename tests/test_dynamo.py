@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from escort import ConvertedModel, NetworkPlan, convert, prune
 from escort.integrations import dynamo
-from tests.network.models import Small, pruned
+from tests.network.models import Block, Small, pruned
 
 
 @pytest.fixture(autouse=True)
@@ -114,8 +114,36 @@ def test_changed_weights_are_converted_anew(change: Callable[[nn.Module], None])
     assert len(plans) == 2
 
 
+class Looping(nn.Module):
+    """A loop that Dynamo cannot cut, so that it compiles the code of the blocks in it, which are alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+            if x.sum() < 0:
+                x = -x
+        return x
+
+
+def test_one_graph_for_blocks_that_are_alike() -> None:
+    model, x = pruned(Looping()), torch.randn(1, 3, 8, 8)
+    fast, plans = compiled(model)
+    for _ in range(3):
+        check(fast, model, x)
+    assert len(plans) == len(model.blocks)
+    with torch.no_grad():
+        model.blocks[2].conv.weight.mul_(2)
+    for _ in range(3):
+        check(fast, model, x)
+    assert len(plans) == len(model.blocks) + 1
+
+
 def test_weights_that_go_on_changing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamo, "_MOST_CONVERSIONS", 2)
+    monkeypatch.setattr(dynamo, "_MOST_CHANGES", 2)
     model, x = pruned(Small()), torch.randn(2, 3, 16, 16)
     fast, plans = compiled(model)
     for _ in range(2):

@@ -12,8 +12,8 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter, is_
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -31,13 +31,12 @@ _log = logging.getLogger(__name__)
 _OPTIONS = frozenset(inspect.signature(convert).parameters) - {"model", "example_inputs", "example_kwargs"} | {
     "on_plan"
 }
-#: How often one graph is converted before it is taken for one whose weights go on changing.
-_MOST_CONVERSIONS = 8
+#: How often the weights of one graph change before it is left as it is.
+_MOST_CHANGES = 8
 #: What Dynamo notes of inputs that are a module's parameters, buffers and other tensors.
 _STATIC = "_dynamo_static_input_type"
 _PATH = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 _LAYERS = ("conv", "transposed", "linear")
-_version = attrgetter("_version")
 
 
 def backend(
@@ -70,7 +69,7 @@ def backend(
     _check(asked, device)
     reason = _why_not(graph, example_inputs)
     if reason:
-        warnings.warn(f'a graph of torch.compile(..., backend="escort") runs as it is: {reason}', stacklevel=2)
+        _warn(reason, stacklevel=3)
     if reason is not None:
         return graph.forward
     return _Converted(graph, asked)
@@ -119,7 +118,9 @@ def _operation(node: fx.Node) -> tuple[str, dict[str, Any]]:
 
 
 class _Converted:
-    """A graph of Dynamo's that is converted when it is first called, and whenever its weights changed.
+    """A graph of Dynamo's, converted for the weights that it is called with, and anew whenever those changed.
+
+    Dynamo calls one graph with the weights of several modules where these are alike, as the blocks of a loop are.
 
     Attributes:
         graph: as Dynamo cut it out.
@@ -139,53 +140,59 @@ class _Converted:
         self._sizes = _sizes(placeholders)
         left = self._names.keys() | self._sizes.keys()
         self._inputs = [place for place in range(len(placeholders)) if place not in left]
-        self._frozen = _Frozen()
-        self._returned: dict[int, Tensor] = {}
-        self._network: ConvertedModel | None = None
-        self._is_left = False  # as it is
+        self._frozen: dict[tuple[int, ...], _Frozen] = {}  # by the identities of the weights
         self._conversions = 0
+        self._is_left = False  # as it is
         self._turn = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
-        weights = [args[place] for place in self._names]
-        if not self._is_left and not self._frozen.holds(weights):
-            with self._turn:
-                if not self._is_left and not self._frozen.holds(weights):
-                    self._convert(args, weights)
-        if self._is_left or self._network is None:
+        if self._is_left:
             return self.graph(*args)
-        outputs = self._network(*[args[place] for place in self._inputs])
-        if not self._returned:
+        weights = [args[place] for place in self._names]
+        frozen = self._frozen.get(tuple(map(id, weights)))
+        if frozen is None or not frozen.holds(weights):
+            frozen = self._convert(args, weights)
+        if frozen is None or frozen.network is None:
+            return self.graph(*args)
+        outputs = frozen.network(*[args[place] for place in self._inputs])
+        if not frozen.returned:
             return outputs
         computed = iter(outputs)
-        count = len(outputs) + len(self._returned)
-        return tuple(self._returned[i] if i in self._returned else next(computed) for i in range(count))
+        count = len(outputs) + len(frozen.returned)
+        return tuple(frozen.returned[i] if i in frozen.returned else next(computed) for i in range(count))
 
-    def _convert(self, args: Sequence[Any], weights: list[Tensor]) -> None:
-        if self._conversions == _MOST_CONVERSIONS:
-            self._leave(f"its weights changed {_MOST_CONVERSIONS} times; convert the model once they stay")
-            return
-        if self._conversions:
-            _log.warning("weights of a compiled graph changed: it is converted anew")
-        self._conversions += 1
+    def _convert(self, args: Sequence[Any], weights: list[Tensor]) -> _Frozen | None:
+        key = tuple(map(id, weights))
+        with self._turn:
+            frozen = self._frozen.get(key)
+            if frozen is not None and frozen.holds(weights):  # by another thread
+                return frozen
+            self._frozen = {key: each for key, each in self._frozen.items() if each.is_alive()}
+            changes = self._conversions - len(self._frozen.keys() - {key})
+            if changes == _MOST_CHANGES:
+                self._is_left, self._frozen = True, {}
+                _warn(f"its weights changed {changes} times; compile the model once they stay", stacklevel=4)
+                return None
+            if changes:
+                _log.warning("weights of a compiled graph changed: it is converted anew")
+            self._conversions += 1
+            self._frozen[key] = frozen = self._converted(args, weights)
+            return frozen
+
+    def _converted(self, args: Sequence[Any], weights: list[Tensor]) -> _Frozen:
         try:
             model, returned = self._with_weights(weights)
             network = convert(model, tuple(args[place] for place in self._inputs), **self.asked)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of whatever the graph calls
-            self._leave(str(error))
-            return
-        self._network, self._returned = network, returned
-        self._frozen = _Frozen(weights, returned.values())
+            _warn(str(error), stacklevel=5)
+            return _Frozen(weights)
         plan = network.plan
         _log.info("converted a graph of %d layers: %s", len(plan.layers), plan.reason or f"{plan.speedup:.2f}x as fast")
         if self._on_plan is not None:
             self._on_plan(plan)
-
-    def _leave(self, reason: str) -> None:
-        warnings.warn(f'a graph of torch.compile(..., backend="escort") runs as it is: {reason}', stacklevel=4)
-        self._is_left, self._network, self._frozen = True, None, _Frozen()
+        return _Frozen(weights, network, returned)
 
     def _with_weights(self, weights: list[Tensor]) -> tuple[fx.GraphModule, dict[int, Tensor]]:
         """The graph with weights as tensors of its own, and sizes read off the inputs that have them.
@@ -218,28 +225,43 @@ class _Converted:
 
 
 class _Frozen:
-    """Tensors as they were when a graph was converted.
+    """Weights as they were when a graph was converted, and what came of it.
+
+    It does not keep them alive. Tensors of inference mode count no versions.
 
     Args:
-        tensors: are passed anew in each call, and may be others then.
-        kept: are not.
-
-    Those of inference mode count no versions.
+        network: None where the graph runs as it is.
+        returned: outputs of the graph that depend on weights alone, by their place.
     """
 
-    def __init__(self, tensors: list[Tensor] | None = None, kept: Iterable[Tensor] = ()) -> None:
-        self._tensors = tensors
-        self._kept = [x for x in kept if not x.is_inference()]
-        self._counted = [i for i, x in enumerate(tensors or []) if not x.is_inference()]
-        self._state = self._now(tensors or [])
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        network: ConvertedModel | None = None,
+        returned: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        self.network, self.returned = network, returned or {}
+        self._weights = [*map(weakref.ref, weights)]
+        self._counted = [i for i, x in enumerate(weights) if not x.is_inference()]
+        self._kept = [x for x in self.returned.values() if not x.is_inference()]
+        self._state = self._now(weights)
 
-    def holds(self, tensors: list[Tensor]) -> bool:
+    def is_alive(self) -> bool:
+        return all(weight() is not None for weight in self._weights)
+
+    def holds(self, weights: Sequence[Tensor]) -> bool:
         """Whether they are the same tensors, and nothing was written to them since."""
-        return self._tensors is not None and all(map(is_, tensors, self._tensors)) and self._now(tensors) == self._state
+        same = all(weight() is x for weight, x in zip(self._weights, weights, strict=True))
+        return same and self._now(weights) == self._state
 
-    def _now(self, tensors: list[Tensor]) -> tuple[list[int], ...]:
-        versions = [tensors[i]._version for i in self._counted]
-        return versions, [*map(_version, self._kept)], [*map(Tensor.data_ptr, tensors)]
+    def _now(self, weights: Sequence[Tensor]) -> tuple[list[int], ...]:
+        versions = [weights[i]._version for i in self._counted]
+        return versions, [x._version for x in self._kept], [*map(Tensor.data_ptr, weights)]
+
+
+def _warn(reason: str, stacklevel: int) -> None:
+    message = f'a graph of torch.compile(..., backend="escort") runs as it is: {reason}'
+    warnings.warn(message, stacklevel=stacklevel)
 
 
 def _name(node: fx.Node, taken: Any) -> str:
