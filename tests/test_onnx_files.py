@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -117,7 +119,8 @@ def test_quantized_networks_round_as_the_file_says(tmp_path: Path) -> None:
     said = " ".join(str(warning.message) for warning in caught)
     assert "1 quantized weights were turned into float32" in said and "2 results between layers are rounded" in said
     assert dict(network.named_modules())["conv"].weight.dtype is torch.float32  # type: ignore[union-attr]
-    np.testing.assert_allclose(outputs_of(network, x)[0], runtime(model, x)[0], atol=1e-5)
+    off = np.abs(outputs_of(network, x)[0] - runtime(model, x)[0])
+    assert (off > 1e-5).mean() < 0.02 and off.max() < 0.051  # what lies in the middle of two steps may take either
 
 
 def test_rounding_may_be_left_out_and_bounds_stay(tmp_path: Path) -> None:
@@ -328,6 +331,26 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             escort.from_onnx(tmp_path / "model.onnx")
     with pytest.raises(FileNotFoundError, match="no such file"):
         escort.from_onnx(tmp_path / "none.onnx")
+
+
+def test_files_that_were_changed_at_random(tmp_path: Path) -> None:
+    """They are read, or refused like any other."""
+    random, path, refused = Random(0), tmp_path / "model.onnx", 0
+    whole_files = [model.SerializeToString() for model in (small(), quantized())]
+    for _ in range(150):
+        content = bytearray(random.choice(whole_files))
+        for _ in range(3):
+            place = random.randrange(len(content))
+            content[place : place + random.choice((0, 1, 1, 4))] = random.randbytes(random.choice((0, 1, 1, 4)))
+        path.write_bytes(content)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                escort.from_onnx(path)
+        except OnnxError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 50
 
 
 def test_names_are_names_and_no_code(tmp_path: Path) -> None:

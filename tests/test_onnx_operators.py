@@ -41,8 +41,9 @@ def model_of(
 
 
 X, ROW = numbers(2, 4, 7, 6), numbers(2, 3, 9)
-KERNEL, WEIGHTS, CHANNELS = numbers(6, 4, 3, 3), numbers(4, 3, 3, 2), np.abs(numbers(4)) + 0.5
+KERNEL, WEIGHTS = numbers(6, 4, 3, 3), numbers(4, 3, 3, 2)
 POSITIVE = np.abs(X) + 0.1
+NORM = [np.abs(numbers(4, seed=seed)) + 0.5 for seed in range(4)]
 
 #: Operator, inputs of which all but the first are constant, attributes; "opset" and "outputs" are of the file.
 CASES: list[tuple[str, list[Array | None], dict[str, Any]]] = [
@@ -80,12 +81,12 @@ CASES: list[tuple[str, list[Array | None], dict[str, Any]]] = [
     ("Gemm", [numbers(4, 3), numbers(4, 5), numbers(3, 5)], {"transA": 1}),
     ("MatMul", [ROW, numbers(9, 2)], {}),
     ("MatMul", [ROW, numbers(2, 9, 2)], {}),
-    ("BatchNormalization", [X, CHANNELS, CHANNELS, CHANNELS, CHANNELS], {"epsilon": 1e-3}),
-    ("BatchNormalization", [X, CHANNELS, CHANNELS, CHANNELS, CHANNELS], {"opset": 9}),
-    ("InstanceNormalization", [X, CHANNELS, CHANNELS], {}),
+    ("BatchNormalization", [X, *NORM], {"epsilon": 1e-3}),
+    ("BatchNormalization", [X, *NORM], {"opset": 9}),
+    ("InstanceNormalization", [X, NORM[0], NORM[1]], {}),
     ("LayerNormalization", [X, numbers(6), numbers(6)], {}),
     ("LayerNormalization", [X, numbers(4, 7, 6)], {"axis": 1, "outputs": 3}),
-    ("GroupNormalization", [X, CHANNELS, CHANNELS], {"num_groups": 2, "opset": 21}),
+    ("GroupNormalization", [X, NORM[0], NORM[1]], {"num_groups": 2, "opset": 21}),
     ("RMSNormalization", [X, numbers(6)], {"opset": 23}),
     ("LRN", [X], {"size": 3, "alpha": 0.1}),
     ("LpNormalization", [X], {"axis": 1, "p": 1}),

@@ -28,11 +28,15 @@ _log = logging.getLogger(__name__)
 
 def build(path: Path, rounding: bool) -> fx.GraphModule:
     """The network of a file; see :func:`escort.from_onnx`."""
-    model = simplify(read(path))
+    model = read(path)
     try:
-        module, notices = _build(model, rounding)
+        module, notices = _build(simplify(model), rounding)
     except OnnxError as error:
         raise OnnxError(f"{path}: {error}", error.faults) from error
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # a damaged file may go wrong anywhere
+        raise OnnxError(f"{path} is damaged ({type(error).__name__}: {error}); export it anew") from error
     for kind, count in notices.items():
         warnings.warn(f"{path}: {count} {kind}", stacklevel=3)
     return module

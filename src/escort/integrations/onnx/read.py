@@ -242,7 +242,9 @@ def _take_in(model: ModelProto, path: Path) -> None:
 
     size = 0
     for tensor in _tensors(model):
-        size += math.prod(tensor.dims) * _bits(tensor.data_type) // 8 if tensor.data_type != tensor.STRING else 0
+        if tensor.data_type in (tensor.STRING, tensor.UNDEFINED):
+            continue
+        size += math.prod(tensor.dims) * _bits(tensor.data_type) // 8
         if size > MAX_BYTES:
             raise OnnxError(f"its tensors take more than {MAX_BYTES >> 30} GiB")
         if external_data_helper.uses_external_data(tensor):

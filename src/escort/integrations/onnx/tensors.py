@@ -35,7 +35,7 @@ def type_name(number: int) -> str:
     """What ONNX calls an element type."""
     from onnx import TensorProto
 
-    return TensorProto.DataType.Name(number)
+    return TensorProto.DataType.Name(number) if number in TensorProto.DataType.values() else f"number {number}"
 
 
 def dtype_of(number: int) -> torch.dtype:
