@@ -259,6 +259,7 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
   y += sample * d.y_sample_stride;
   if (residual) residual += sample * d.residual_sample_stride;
   float* partial = scratch + d.stage_size;
+  const bool reads_on = d.fetch_next_task && &job == d.jobs + d.job_count - 1;  // else the next task reads the same tile
   const Accumulate accumulate = pick(tile.vectors, d.channels, d.alike);
   for (int b = job.first_block; b < job.end_block; b++) {
     const Block& block = d.blocks[b];
@@ -269,7 +270,7 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
       const Block& next = d.blocks[last ? job.first_block : b + 1];
       const Tile& next_tile = last && &tile != d.tiles + d.tile_count - 1 ? (&tile)[1] : tile;
       ahead = {x + next.first_channel * d.x_plane_stride + next_tile.x_start,
-               d.fetch_ahead ? next.end_channel - next.first_channel : 0};
+               d.fetch_ahead && (!last || reads_on) ? next.end_channel - next.first_channel : 0};
       block_x = x + block.first_channel * d.x_plane_stride + tile.x_start;
     } else {
       (d.column_stride == 1   ? stage_block<1>

@@ -35,6 +35,7 @@ DirectConvolution::DirectConvolution(const Isa& isa, DirectTables tables) : isa_
              static_cast<int32_t>(tables_.tiles.size()),
              (params.stage_size + params.partial_size + 15) / 16 * 16,
              params.y_sample_stride,
+             false,
              false};
   // About two vectors of multiply-adds per nanosecond, and one that is written.
   int64_t vectors = 0;
@@ -47,7 +48,8 @@ void DirectConvolution::run(const Input* inputs, Output output, int64_t samples,
   threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, tasks)));
   float* memory = scratch(direct_.scratch_size * (threads > 1 ? threads : 1));
   Direct direct = direct_;
-  direct.fetch_ahead = samples * direct.x_sample_stride > kFarFloats;
+  direct.fetch_ahead = threads > 1 || samples * direct.x_sample_stride > kFarFloats;  // others have written a part
+  direct.fetch_next_task = tasks > threads;
   direct.x_sample_stride = inputs[0].stride;
   direct.residual_sample_stride = inputs[1].stride;
   direct.y_sample_stride = output.stride;
