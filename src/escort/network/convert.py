@@ -38,7 +38,7 @@ from escort.network.passes.channels_last import in_memory_formats
 from escort.network.plan import NetworkPlan
 from escort.network.progress import Progress
 from escort.network.rivals import compare_with_compiled, compare_with_eager
-from escort.network.swap import Swapped, check_calls, find_layers, likely, plan_into, record_calls, swap, alternatives
+from escort.network.swap import Swapped, alternatives, check_calls, find_layers, likely, plan_into, record_calls, swap
 from escort.network.tracing.state import State, own_draws
 from escort.network.tracing.trace import trace
 from escort.planner.machine import Machine
