@@ -104,13 +104,22 @@ def _places(order: IntArray) -> IntArray:
 def common_order(weights: Sequence[torch.Tensor], kept: int, of: int) -> torch.Tensor:
     """One order, (C,) int64, of the input channels of weights (K, C, R, S) that read the same tensor.
 
-    Their own order stays where it leaves no remainder, as in networks that were pruned to 2:4.
+    Their own order stays where it leaves no remainder, as in networks that were pruned to 2:4. Filters that have a
+    remainder in any order have no say.
     """
+    own = torch.arange(weights[0].shape[1], device=weights[0].device)
+    sparsities = [1.0 - int(weight.count_nonzero()) / weight.numel() for weight in weights]
+    able = [weight for weight, sparsity in zip(weights, sparsities, strict=True) if sparsity >= 1.0 - kept / of]
+    if not able or split(_of_taps(able), kept, of).remainder.nnz == 0:
+        return own
+    gaining = [weight for weight, sparsity in zip(weights, sparsities, strict=True) if sparsity >= _LEAST_SPARSITY]
+    return torch.from_numpy(spread_channels(_of_taps(gaining), kept, of)).long().to(own.device) if gaining else own
+
+
+def _of_taps(weights: Sequence[torch.Tensor]) -> SparseFilter:
+    """Weights (K, C, R, S) as one pointwise filter, whose output channels are the taps of all."""
     taps = torch.cat([weight.permute(0, 2, 3, 1).flatten(0, 2) for weight in weights])
-    together = SparseFilter.from_dense(taps[:, :, None, None])
-    if split(together, kept, of).remainder.nnz == 0:
-        return torch.arange(taps.shape[1], device=taps.device)
-    return torch.from_numpy(spread_channels(together, kept, of)).long().to(taps.device)
+    return SparseFilter.from_dense(taps[:, :, None, None])
 
 
 def spread_channels(sparse_filter: SparseFilter, kept: int = 2, of: int = 4) -> IntArray:
