@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from escort.filter import SparseFilter
 from escort.kernels import _cpu
-from escort.methods.cuda.sparse_tc.orders import spread_channels
+from escort.methods.cuda.sparse_tc.orders import common_order, spread_channels
 from escort.methods.cuda.sparse_tc.split import split
 
 
@@ -130,3 +130,17 @@ def test_any_number_of_channels_has_an_order_the_same_each_time(channels: int, d
     order = spread_channels(sparse_filter)
     assert sorted(order.tolist()) == list(range(channels))
     assert np.array_equal(spread_channels(sparse_filter), order)
+
+
+def test_filters_that_gain_by_no_order_have_no_say() -> None:
+    generator = torch.Generator().manual_seed(3)
+    dense = torch.randn(32, 64, 1, 1, generator=generator)
+    sparse = dense * (torch.rand(dense.shape, generator=generator) < 0.15)
+    own = torch.arange(64)
+    assert torch.equal(common_order([dense], 2, 4), own)
+    order = common_order([sparse, dense], 2, 4)
+    assert torch.equal(order, common_order([sparse], 2, 4)) and not torch.equal(order, own)
+    groups = dense.unflatten(1, (-1, 4))
+    of_four = torch.zeros_like(groups).scatter_(2, groups.abs().topk(2, 2).indices, 1.0).flatten(1, 2) * dense
+    assert torch.equal(common_order([of_four, of_four], 2, 4), own)
+    assert torch.equal(common_order([of_four, dense], 2, 4), own)

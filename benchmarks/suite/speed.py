@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.suite.networks import NetworkRace, Times, Way, by_methods, dense_ways, of_converted, race_in_turn
-from benchmarks.suite.rows import Row
+from benchmarks.suite.rows import Row, leave_out
 from escort.network.convert import convert
 from escort.planner import timing
 from escort.planner.timing import Timing
@@ -58,8 +58,14 @@ def _by_every_clock(ways: Sequence[Way], device: torch.device, race: NetworkRace
         times_us = timing.race(runs, rounds=rounds, budget_s=budget_s)
         return {"call": {index: Timing(time_us, "calls") for index, time_us in enumerate(times_us)}}
     graphs = dict(enumerate(timing.race_on_gpu(runs, device, rounds=rounds, budget_s=budget_s)))
-    captured = [index for index in graphs if index > 0 and graphs[index].timer == "graph" and not graphs[index].reason]
-    by_host = [runs[0], *(_replays(runs[index], device) for index in captured)]
+    captured: list[int] = []
+    by_host: list[Callable[[], object]] = [runs[0]]
+    for index in (i for i in graphs if i > 0 and graphs[i].timer == "graph" and not graphs[i].reason):
+        try:
+            by_host.append(_replays(runs[index], device))
+            captured.append(index)
+        except RuntimeError as error:  # there may be no memory for another graph
+            leave_out(f"{ways[index].method} {ways[index].config} by the host's clock", timing.survived(error))
     host = partial(timing.race_on_host, by_host, device, rounds=rounds, budget_s=budget_s)
 
     def by_index(times_us: Sequence[float]) -> dict[int, Timing]:

@@ -79,6 +79,15 @@ def test_every_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert len(replayed) == 1
 
+    def full(run: Any, device: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(speed_suite, "_replays", full)
+    monkeypatch.setattr(timing, "survived", str)
+    with pytest.warns(UserWarning, match="eager .* by the host's clock is left out: no room"):
+        rows = suite.measure_speed(model, x, network="tiny", weights="random-0.90", race=QUICK)
+    assert {row.method for row in rows if row.timer == "call"} == {"escort"}
+
 
 def row(method: str, timer: Any, time_us: float, network: str = "resnet50", **config: Any) -> Row:
     weights = "resnet50_magnitude_90" if network == "resnet50" else "random-0.90"

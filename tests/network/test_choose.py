@@ -19,7 +19,7 @@ from escort.methods import by_name
 from escort.network.check import Request, settle_favor
 from escort.network.choose import choose, race, run_by
 from escort.network.plan import NetworkPlan
-from escort.network.swap import Swapped, variants
+from escort.network.swap import Swapped, alternatives
 from escort.network.values import largest_error, output_error
 from escort.planner import timing
 from escort.planner.timing import Timing
@@ -231,24 +231,24 @@ def timed(swapped: Swapped, dense_us: dict[str, float]) -> Swapped:
 GPU = Request(torch.device("cuda:0"), "fp32")
 
 
-def methods_of(variant: Swapped) -> dict[str, str]:
-    """What runs the layers of a network once a variant is in its place."""
-    variant.put_in_place()
-    methods = {name: variant.network.get_submodule(name).plan.method for name in variant.layers}
-    assert methods == {name: plan.method for name, plan in variant.layers.items()}
+def methods_of(alternative: Swapped) -> dict[str, str]:
+    """What runs the layers of a network once a alternative is in its place."""
+    alternative.put_in_place()
+    methods = {name: alternative.network.get_submodule(name).plan.method for name in alternative.layers}
+    assert methods == {name: plan.method for name, plan in alternative.layers.items()}
     return methods
 
 
 def test_layers_that_are_nearly_as_fast_dense_are_tried_so_in_the_network(swapped: Any) -> None:
     model, x, candidate = swapped
     names = list(candidate.layers)
-    own, close = variants(timed(candidate, {names[0]: 11.0}), GPU)
+    own, close = alternatives(timed(candidate, {names[0]: 11.0}), GPU)
     before = dict.fromkeys(names, "direct")
     assert methods_of(close) == before | {names[0]: "dense"} and methods_of(own) == before
     with torch.no_grad():
-        for variant in (own, close, own):
-            variant.put_in_place()
-            assert torch.allclose(variant.network(x), model(x), atol=1e-5)
+        for alternative in (own, close, own):
+            alternative.put_in_place()
+            assert torch.allclose(alternative.network(x), model(x), atol=1e-5)
     assert close.layers[names[0]].time_us == 11.0
 
 
@@ -256,7 +256,7 @@ def test_all_layers_are_tried_dense_where_they_take_little_longer_together(swapp
     _, _, candidate = swapped
     names = list(candidate.layers)
     times_us = dict.fromkeys(names, 10.5) | {names[0]: 12.0}
-    _, close, dense = variants(timed(candidate, times_us), GPU)
+    _, close, dense = alternatives(timed(candidate, times_us), GPU)
     assert methods_of(dense) == dict.fromkeys(names, "dense")
     assert methods_of(close) == methods_of(dense) | {names[0]: "direct"}
 
@@ -264,23 +264,23 @@ def test_all_layers_are_tried_dense_where_they_take_little_longer_together(swapp
 def test_where_dense_is_far_slower_the_network_has_no_variants(swapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, candidate = swapped
     names = list(candidate.layers)
-    assert variants(timed(candidate, {}), GPU) == [timed(candidate, {})]
+    assert alternatives(timed(candidate, {}), GPU) == [timed(candidate, {})]
     close = timed(candidate, {names[0]: 11.0})
-    assert variants(close, replace(GPU, device=torch.device("cpu"))) == [close]
+    assert alternatives(close, replace(GPU, device=torch.device("cpu"))) == [close]
 
     def full(*args: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(by_name("dense"), "prepare", full)
-    assert variants(close, GPU) == [close]
+    assert alternatives(close, GPU) == [close]
 
 
 def test_the_fastest_variant_is_kept(swapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, candidate = swapped
     name = next(iter(candidate.layers))
     for fastest, method in ((1, "direct"), (2, "dense")):
-        several = variants(timed(candidate, {name: 11.0}), GPU)
-        monkeypatch.setattr("escort.network.convert.variants", lambda *_, several=several: several)
+        several = alternatives(timed(candidate, {name: 11.0}), GPU)
+        monkeypatch.setattr("escort.network.convert.alternatives", lambda *_, several=several: several)
 
         def raced(runs: Any, device: Any, fastest: int = fastest) -> Any:
             for run in runs:

@@ -39,7 +39,7 @@ from escort.network.passes.channels_last import in_memory_formats
 from escort.network.plan import NetworkPlan
 from escort.network.progress import Progress
 from escort.network.rivals import compare_with_compiled, compare_with_eager
-from escort.network.swap import Swapped, check_calls, find_layers, likely, plan_into, record_calls, swap, variants
+from escort.network.swap import Swapped, alternatives, check_calls, find_layers, likely, plan_into, record_calls, swap
 from escort.network.tracing.state import State, own_draws
 from escort.network.tracing.trace import trace
 from escort.planner.machine import Machine
@@ -199,7 +199,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
     request.progress.estimate.compare()
     with running_out("the whole network"):
         dense = as_programs(dense)
-        candidates = [variant for candidate in candidates for variant in variants(candidate, request)]
+        candidates = [alternative for candidate in candidates for alternative in alternatives(candidate, request)]
         chosen = _choose(dense, candidates, not_tried | not_in_format | unlikely, original, request)
         if request.device.type == "cuda":
             chosen = _compared_on_gpu(chosen, dense, original, request)

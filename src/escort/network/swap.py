@@ -58,7 +58,7 @@ class Swapped:
     """A network whose convolutions run as planned, their plans, and which were left alone for what reason.
 
     Attributes:
-        modules: where the network has variants, the layers of this one in which they differ.
+        modules: where the network has alternatives, the layers of this one in which they differ.
     """
 
     network: nn.Module
@@ -67,7 +67,7 @@ class Swapped:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def put_in_place(self) -> None:
-        """Makes the network this variant of it."""
+        """Makes the network this alternative of it."""
         for name, module in self.modules.items():
             if self.network.get_submodule(name) is not module:
                 replace_module(self.network, name, module)
@@ -249,7 +249,7 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
     return plans
 
 
-def variants(swapped: Swapped, request: Request) -> list[Swapped]:
+def alternatives(swapped: Swapped, request: Request) -> list[Swapped]:
     """A network on a GPU as it was planned, and with more of its layers by dense methods.
 
     A layer's times are those of the layer alone. In a network its input may lie in a cache, and kernels overlap: where

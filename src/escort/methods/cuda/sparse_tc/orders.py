@@ -119,15 +119,22 @@ def _places(order: IntArray) -> IntArray:
 def common_order(weights: Sequence[torch.Tensor], kept: int, of: int) -> torch.Tensor:
     """One order, (C,) int64, of the input channels of weights (K, C, R, S) that read the same tensor.
 
-    Their own order stays where it leaves no remainder, as in networks that were pruned to 2:4.
+    Their own order stays where it leaves no remainder, as in networks that were pruned to 2:4. Filters that have a
+    remainder in any order have no say.
     """
-    # As one pointwise filter: an output channel for each tap of theirs, whole blocks for each tap.
+    own = torch.arange(weights[0].shape[1], device=weights[0].device)
+    sparsities = [1.0 - int(weight.count_nonzero()) / weight.numel() for weight in weights]
+    able = [weight for weight, sparsity in zip(weights, sparsities, strict=True) if sparsity >= 1.0 - kept / of]
+    if not able or split(_of_taps(able), kept, of).remainder.nnz == 0:
+        return own
+    gaining = [weight for weight, sparsity in zip(weights, sparsities, strict=True) if sparsity >= _LEAST_SPARSITY]
+    return torch.from_numpy(spread_channels(_of_taps(gaining), kept, of)).long().to(own.device) if gaining else own
+
+
+def _of_taps(weights: Sequence[torch.Tensor]) -> SparseFilter:
+    """Weights (K, C, R, S) as one pointwise filter: an output channel for each tap of theirs, whole blocks for each tap."""
     taps = [functional.pad(weight.permute(2, 3, 1, 0), (0, -len(weight) % _BLOCK)) for weight in weights]
-    rows = torch.cat([tap.transpose(2, 3).flatten(0, 2) for tap in taps])
-    together = SparseFilter.from_dense(rows[:, :, None, None])
-    if split(together, kept, of).remainder.nnz == 0:
-        return torch.arange(rows.shape[1], device=rows.device)
-    return torch.from_numpy(spread_channels(together, kept, of)).long().to(rows.device)
+    return SparseFilter.from_dense(torch.cat([tap.transpose(2, 3).flatten(0, 2) for tap in taps])[:, :, None, None])
 
 
 def spread_channels(sparse_filter: SparseFilter, kept: int = 2, of: int = 4, cell_cost: int = _CELL_COST) -> IntArray:
