@@ -10,10 +10,10 @@
 namespace escort {
 namespace {
 
-constexpr int kGroupsOfHalf = 8;          // of half a weight tile's input channels
-constexpr int64_t kMostSwaps = 150'000;  // that are tried,
+constexpr int kGroupsOfHalf = 8;           // of half a weight tile's input channels
+constexpr int64_t kMostSwaps = 150'000;    // that are tried,
 constexpr int64_t kMostWords = 4'000'000;  // and words that these read: a hundredth of a second's work
-constexpr int kGroupsInstead = 8;         // every so many tries two groups swap instead of two channels
+constexpr int kGroupsInstead = 8;          // every so many tries two groups swap instead of two channels
 
 // Sites at which more than half of a group's channels are not zero.
 template <int KEPT>

@@ -14,7 +14,8 @@
 //        FLAT     pixels in a row (pointwise): its only tap.
 //
 // Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
-// PIXELS pixels; BY_TURNS both compute the same ones, from every other tap group, and one of them adds up and stores; two threads of the producer warpgroup copy. Blocks are persistent.
+// PIXELS pixels; BY_TURNS both compute the same ones, from every other tap group, and one of them adds up and stores.
+// Two threads of the producer warpgroup copy. Blocks are persistent.
 //
 // Geometry and epilogue are a struct (Params), so that few kernels serve all layers. It is compiled once per
 //   STORAGE     0: float, multiplied in TF32, 1: fp16, 2: bf16
@@ -45,6 +46,7 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
   Products products(p, base, group, samples < 0);
   Store store(p, base, group, out, samples);
   wait_for_previous_kernel();  // which may have written the residual, and read what y overwrites
+  if (p.apart && group.number) products.fall_behind(p.apart);
   int turn = 0;  // BY_TURNS: which warpgroup has a tile's first tap group and stores, while the other one goes on
   for (Work work(p, tile_groups); work.left(); work.next(), turn ^= 1) {
     const int first_channel = (work.m_tile() * ACROSS + group.across) * M_BLOCKS * 64;

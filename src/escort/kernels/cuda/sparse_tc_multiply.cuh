@@ -38,8 +38,8 @@ struct StepList {
 
 // Whether a step waits for the stages of the next one before it frees those of the step before: there must be others.
 // BY_TURNS the next one lies behind the other warpgroup's tap group, which is two steps where a group is one tap.
-constexpr bool WAITS_EARLY = BY_TURNS ? TAP_GROUP != COLUMNS && A_STAGES >= 5 && B_STAGES >= 5
-                                      : A_STAGES >= 4 && B_STAGES >= 4;
+constexpr bool WAITS_EARLY =
+    BY_TURNS ? TAP_GROUP != COLUMNS && A_STAGES >= 5 && B_STAGES >= 5 : A_STAGES >= 4 && B_STAGES >= 4;
 
 struct Products {
   float d[M_BLOCKS][PIXELS / 2];
@@ -52,10 +52,18 @@ struct Products {
         a_first(kept(LOWER + (base + A_BEGIN + group.across * M_BLOCKS * A_BLOCK) / 16)),
         b_first(kept(LOWER + (base + B_BEGIN + group.along * PIXELS * PIXEL_BYTES) / 16)),
         metadata_first(kept(base + A_BEGIN + TILE_BLOCKS * A_BLOCK + group.across * M_BLOCKS * METADATA_BLOCK +
-                            threadIdx.x / 32 % 4 * 128) + lane * 4),
+                            threadIdx.x / 32 % 4 * 128) +
+                       lane * 4),
         never(kept(never)),
         stage_bytes(b_stage_bytes(p)),
         releases(lane < static_cast<int>(kept(p.cluster))) {}
+
+  // Begins so many clocks behind the first pixels, and stays behind from then on as far as there are stages: while the
+  // other warpgroup stores a tile, this one multiplies alone, and the other way round.
+  __device__ void fall_behind(int clocks) const {
+    wait_for_pixels();
+    pause(clocks);
+  }
 
   // Starts all products of a tile, of which the last one may still run afterwards. BY_TURNS those of every other tap
   // group, of which the first one lies behind so many steps of the other warpgroup's, if any.
@@ -152,8 +160,8 @@ struct Products {
   u32 metadata[2][M_BLOCKS] = {};
   int set = 0;
 
-  __device__ void wait_for_weights() { barrier_wait_opaque(base + FULL_A + 8 * ring_a.stage, ring_a.parity); }
-  __device__ void wait_for_pixels() { barrier_wait_opaque(base + FULL_B + 8 * ring_b.stage, ring_b.parity); }
+  __device__ void wait_for_weights() const { barrier_wait_opaque(base + FULL_A + 8 * ring_a.stage, ring_a.parity); }
+  __device__ void wait_for_pixels() const { barrier_wait_opaque(base + FULL_B + 8 * ring_b.stage, ring_b.parity); }
 
   // One weight tile times the pixels of its tap. Each way commits for itself: a commit behind the branches would become
   // a group of its own, and one without products would make the compiler wait for every product.

@@ -9,7 +9,7 @@ enum TapGroup { IM2COL, COLUMNS, HALO, FLAT };
 constexpr bool WHOLE_ROWS = TAP_GROUP == COLUMNS || TAP_GROUP == HALO;
 
 constexpr int WARPGROUP = 128, CONSUMERS = 2 * WARPGROUP, CONSUMER_WARPS = CONSUMERS / 32;  // threads; warps
-constexpr int ALONG = BY_TURNS ? 1 : 2 / ACROSS;  // warpgroups side by side along the pixels
+constexpr int ALONG = BY_TURNS ? 1 : 2 / ACROSS;                             // warpgroups side by side along the pixels
 constexpr int STAGE_WARPS = BY_TURNS ? CONSUMER_WARPS / 2 : CONSUMER_WARPS;  // that read a stage
 constexpr int TILE_BLOCKS = ACROSS * M_BLOCKS, TILE_PIXELS = ALONG * PIXELS;
 constexpr int A_BLOCK = 64 * 64, METADATA_BLOCK = 512;  // bytes of 64 channels
@@ -36,6 +36,7 @@ struct Params {
   u32 staging_begin;
   int staging_bytes, staging_pitch;
   u32 sums_begin;
+  int apart;
   int residual, bound;
 };
 
