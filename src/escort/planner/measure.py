@@ -80,6 +80,8 @@ class Ahead(dict[tuple[str, Config], Prepared]):
         self._allowance = allowance
 
     def prepare(self, layer: Layer, method: Method, config: Config) -> None:
+        if (method.name, config) in self:
+            return
         with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
             prepared = _prepared(layer, method, config)
             if self._allowance is None or self._allowance.is_left:

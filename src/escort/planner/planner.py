@@ -23,6 +23,8 @@ from escort.problem import Problem
 
 #: Seconds after which a layer's race stops at three rounds per candidate.
 _BUDGET_S = 0.3
+#: Seconds of one core beyond which compiling for a filter is not left for when its turn comes.
+_LONG_S = 3.0
 _log = logging.getLogger(__name__)
 
 #: The plans that like layers take over.
@@ -125,7 +127,7 @@ def plan_layers(
             continue
         if index in waiting:
             known = {other: choice for other in waiting if (choice := _recall(tasks[other]))}
-            on_all_cores([partial(ahead[other].prepare, tasks[other].layer, *known[other][:2]) for other in known])
+            on_all_cores(_jobs((tasks[other].layer, ahead[other], *known[other][:2]) for other in known))
             waiting -= known.keys() | {index}
         yield _plan(task, ahead.pop(index), _BUDGET_S)
 
@@ -248,44 +250,59 @@ def _to_prepare(
 ) -> Iterator[tuple[int, Method, Config]]:
     """What is prepared, by the index of its task: what will be tried, and what is taken over of a plan that is known.
 
-    What compiles nothing on a CPU is left out: it takes no time before it is timed.
+    What compiles nothing on a CPU is left out: it takes no time before it is timed. Where kernels for the weights take
+    one core long and are likely to win, layers that will take over a plan are prepared for the best guess of it.
 
     Args:
         searches: those of the tasks that will not take over a plan are written to it.
         waiting: the tasks whose plan is that of another one are written to it.
     """
-    begun: set[store.Key] = set()  # of those layers whose plans others will take over
+    begun: dict[store.Key, Search] = {}  # of those layers whose plans others will take over
     for index, task in enumerate(tasks):
         on_gpu = task.layer.problem.device_type == "cuda"
         if not task.compiles and not on_gpu:
             continue
         if choice := _recall(task):
             yield index, choice.method, choice.config
-        elif task.key in begun:
+        elif (other := begun.get(task.key)) is not None:
             waiting.add(index)
+            yield from ((index, *guess) for guess in _guess(other, task))
         else:
-            begun.add(task.key)
-            search = searches[index] = Search.of(task.layer, task.methods, task.grant)
+            search = searches[index] = begun[task.key] = Search.of(task.layer, task.methods, task.grant)
             for method, configs in search.tried:
                 if on_gpu or method.compiles_per_filter:
                     yield from ((index, method, config) for config in configs)
 
 
+def _guess(search: Search, task: _Task) -> list[tuple[Method, Config]]:
+    """What a search is likely to choose for a layer that shares its plan, if that takes long to compile."""
+    if task.grant is None or not task.grant.is_likely:
+        return []
+    guesses = [(method, configs[0]) for method, configs in search.tried if method.compiles_per_filter and configs]
+    return [guess for guess in guesses[:1] if _compile_s(task.layer, *guess) > _LONG_S]
+
+
+def _compile_s(layer: Layer, method: Method, config: Config) -> float:
+    """About how many seconds of one core it takes to compile a config for the layer's filter."""
+    return method.compile_s(layer.problem, layer.sparse_filter, config) if method.compiles_per_filter else 0.0
+
+
 def _jobs(choices: Iterable[tuple[Layer, Ahead, Method, Config]]) -> Iterator[Callable[[], None]]:
-    """Jobs that prepare choices: first each kernel that any of them needs, then the choices.
+    """Jobs that prepare choices: first each kernel that any of them needs, then the choices, what takes longest first.
 
     Layers ask for the same few kernels: threads that prepared them one by one would wait for each other. The first are
     compiled while what comes next is searched.
     """
-    prepare: list[Callable[[], None]] = []
+    prepare: list[tuple[float, Callable[[], None]]] = []
     compiled: set[Hashable] = set()
     for layer, ahead, method, config in choices:
-        prepare.append(partial(ahead.prepare, layer, method, config))
+        prepare.append((_compile_s(layer, method, config), partial(ahead.prepare, layer, method, config)))
         for variant in kernels_of(layer, method, config):
             if variant.key not in compiled:
                 compiled.add(variant.key)
                 yield partial(compile_kernel, layer, variant)
-    yield from prepare
+    prepare.sort(key=lambda timed: -timed[0])
+    yield from (job for _, job in prepare)
 
 
 def _method(method: Method | str, device: str) -> Method:
