@@ -89,7 +89,7 @@ def plane_variants() -> list[Variant]:
     return [
         *(("resize.cu", macros, 48) for macros in vectors),
         *(("mean.cu", macros, 64) for macros in vectors),
-        *(("average_pool.cu", macros | {"ROWS": n, "COLUMNS": n}, 64) for macros in vectors for n in (0, 2, 3)),
+        *(("average_pool.cu", macros | {"ROWS": n, "COLUMNS": n}, 80) for macros in vectors for n in (0, 2, 3)),
         *(("gate.cu", macros | last, 32) for macros, last in both),
         *(("local_response_norm.cu", macros | last | {"SIZE": 5}, 80) for macros, last in both),
         *(("gemv.cu", macros | {"SAMPLES": samples}, 96) for macros in vectors for samples in (1, 8)),

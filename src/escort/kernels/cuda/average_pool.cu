@@ -81,7 +81,7 @@ __device__ __forceinline__ void add_up(float (&sum)[VECTOR], int slot, int part,
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
+extern "C" __global__ void __launch_bounds__(THREADS, ROWS * COLUMNS > 4 ? 3 : 4)
     average_pool(const Element* __restrict__ x, Element* __restrict__ y, const __grid_constant__ Params p) {
   let_next_kernel_start();
   const u32 thread = threadIdx.x, log_windows = LOG_THREADS - p.log_parts, windows = 1 << log_windows;
