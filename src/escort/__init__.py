@@ -18,6 +18,7 @@ from importlib.metadata import version
 from escort import prune
 from escort.artifact import ArtifactError, load, save
 from escort.filter import SparseFilter
+from escort.integrations.hub import from_pretrained, push_to_hub, save_pretrained
 from escort.integrations.onnx import OnnxError, from_onnx
 from escort.network.convert import convert, replan
 from escort.network.model import ConvertedModel
@@ -26,6 +27,7 @@ from escort.planner import Candidate, Plan, plan_layer
 from escort.problem import Epilogue, Problem
 
 __version__ = version("escort-sparse")
+ConvertedModel.save_pretrained, ConvertedModel.push_to_hub = save_pretrained, push_to_hub  # which save files
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # what is logged shows where an application says so
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "convert",
     "from_onnx",
+    "from_pretrained",
     "load",
     "plan_layer",
     "prune",

@@ -30,6 +30,7 @@ from escort.network.check import (
 from escort.network.choose import batchings_to_try, choose, race, run_by
 from escort.network.context import dense_in, on_device, running_out
 from escort.network.example import Example
+from escort.network.masks import check_masks, check_zeros
 from escort.network.memory import keep_freed_memory
 from escort.network.model import ConvertedModel
 from escort.network.original import Original, plain_copy, run_original, unwrap
@@ -153,6 +154,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
     with running_out("the model itself"), dense_in("fp32", request.device):
         original = run_original(model, example)
         request.progress.done("run as it is")
+        check_masks(original.model)
         example = original.example
         not_tried: dict[str, str] = {}
         try:
@@ -188,6 +190,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
             memory_format: find_layers(network, calls, memory_format, skipped, request)
             for memory_format, network in networks.items()
         }
+        check_zeros([layer.sparse_filter for unplanned in found.values() for layer in unplanned.layers.values()])
         found, unlikely = likely(found, request)
     request.progress.done(f"rewritten for {' and '.join(found)}")
     request.progress.estimate.expect(len(found), len(calls))
