@@ -126,6 +126,8 @@ CASES: list[tuple[str, list[Array | None], dict[str, Any]]] = [
     ("Mean", [X, X], {}),
     ("Sum", [X, X, numbers(6)], {}),
     ("Greater", [X, np.float32(0)], {}),
+    ("Not", [X > 0], {}),
+    ("GlobalLpPool", [X], {}),
     ("Where", [X > 0, X, np.float32(0)], {}),
     ("Cast", [X], {"to": TensorProto.INT32}),
     ("Concat", [X, X], {"axis": 1}),
@@ -212,8 +214,8 @@ def test_operators(name: str, tmp_path: Path) -> None:
 
 #: Mapped, and tested elsewhere: by what is computed of shapes, or by ONNX's own tests (`make test-integrations`).
 ELSEWHERE = set(
-    "Acos And Asin Atan CastLike Constant ConstantOfShape Cosh Equal GlobalLpPool GreaterOrEqual IsInf IsNaN Less "
-    "LessOrEqual Not Or Range Shape Sinh Size Swish Tan Xor".split()
+    "Acos And Asin Atan CastLike Constant ConstantOfShape Cosh Equal GreaterOrEqual IsInf IsNaN Less "
+    "LessOrEqual Or Range Shape Sinh Size Swish Tan Xor".split()
 )
 
 

@@ -40,6 +40,9 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["convert", TINY, "--output", "{tmp}/m.escort"], "--input 1,3,224,224"),
+        (["convert", TINY, "--input", "1,3,8,8"], "--output model.escort"),
+        (["convert", "{tmp}/none.onnx"], "name an ONNX model"),
+        (["prune", "net.onnx", "--sparsity", "0.9", "--output", "{tmp}/p.safetensors"], "before it is exported"),
         (["convert", TINY, "--input", "1,3,x,8", "--output", "{tmp}/m.escort"], "--input takes integers"),
         (["convert", TINY, "--input", "1,4,8,8", "--output", "{tmp}/m.escort"], "4 channels"),
         (["convert", TINY, "--input", "1,3,8,8", "--output", "{tmp}/nowhere/m.escort"], "there is no folder"),
