@@ -132,7 +132,7 @@ def common_order(weights: Sequence[torch.Tensor], kept: int, of: int) -> torch.T
 
 
 def _of_taps(weights: Sequence[torch.Tensor]) -> SparseFilter:
-    """Weights (K, C, R, S) as one pointwise filter: an output channel for each tap of theirs, whole blocks for each tap."""
+    """Weights (K, C, R, S) as one pointwise filter, of an output channel for each tap, in whole blocks for each tap."""
     taps = [functional.pad(weight.permute(2, 3, 1, 0), (0, -len(weight) % _BLOCK)) for weight in weights]
     return SparseFilter.from_dense(torch.cat([tap.transpose(2, 3).flatten(0, 2) for tap in taps])[:, :, None, None])
 
