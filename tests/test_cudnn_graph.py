@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -109,22 +108,8 @@ class Graph:
     def bias(self, input: Node, bias: Node) -> Node:  # noqa: A002
         return self.add(input, bias)
 
-    def relu(self, input: Node, negative_slope: float = 0.0, **clips: float) -> Node:  # noqa: A002
-        def compute(values: dict[int, Tensor]) -> Tensor:
-            y = F.leaky_relu(input.compute(values), negative_slope)
-            return y.clamp(clips.get("lower_clip", -math.inf), clips.get("upper_clip", math.inf))
-
-        return self._next(compute)
-
-    def _pointwise(self, function: Callable[[Tensor], Tensor]) -> Callable[..., Node]:
-        return lambda **named: self._next(lambda values: function(named["input"].compute(values)))
-
-    def __getattr__(self, name: str) -> Any:
-        functions = {"swish": F.silu, "gelu": F.gelu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
-        functions["gelu_approx_tanh"] = lambda y: F.gelu(y, approximate="tanh")
-        if name not in functions:
-            raise AttributeError(name)
-        return self._pointwise(functions[name])
+    def relu(self, input: Node) -> Node:  # noqa: A002
+        return self._next(lambda values: input.compute(values).relu())
 
     def validate(self) -> None:
         numbers = [node.number for node in (*self.given, self.last)]
@@ -167,9 +152,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
         data_type=types,
         heur_mode=SimpleNamespace(A="A", B="B"),
         cudnnGraphNotSupportedError=NotSupportedError,
-        create_kernel_cache=lambda: "kernels",
     )
-    cudnn_graph._kernels.cache_clear()
     monkeypatch.setattr(cudnn_graph, "library", lambda: fake)
     monkeypatch.setattr(cudnn_graph, "_handle", lambda device: "handle")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -213,7 +196,7 @@ EPILOGUES = [
     Epilogue(bias=True),
     Epilogue(activation="relu"),
     FULL,
-    *(Epilogue(True, True, name) for name in ("relu6", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh")),
+    *(Epilogue(True, True, name) for name in ("relu6", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "hardswish")),
     Epilogue(True, False, "leaky_relu", 0.1),
 ]
 
@@ -247,11 +230,8 @@ def of_batch(problem: Problem, batch: int) -> Problem:
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
 def test_graphs_compute_the_problem(library: type[Graph], epilogue: Epilogue, precision: Any) -> None:
     problem = a_problem(epilogue=epilogue, precision=precision)
-    assert check_all(problem, "cpu", (2, 5)) >= 4
-    options = [graph.options for graph in library.made]
-    compiled = [o for o in options if "kernel_cache" not in o]
-    assert bool(compiled) == (epilogue.activation in ("none", "relu")), "what the library brings compiled knows no more"
-    assert all(o.get("is_dynamic_shape_enabled") for o in options if o not in compiled)
+    assert check_all(problem, "cpu", (2, 5)) == 4
+    assert {graph.options["handle"] for graph in library.made} == {"handle"}
 
 
 GEOMETRIES: list[dict[str, Any]] = [
@@ -266,7 +246,7 @@ GEOMETRIES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", GEOMETRIES, ids=str)
 def test_geometries(library: type[Graph], fields: dict[str, Any]) -> None:
-    assert check_all(a_problem(**fields), "cpu", (2, 1)) >= 4
+    assert check_all(a_problem(**fields), "cpu", (2, 1)) == 4
 
 
 def test_plans_of_a_name_count_once_and_what_takes_too_much_memory_does_not(library: type[Graph]) -> None:
@@ -274,18 +254,18 @@ def test_plans_of_a_name_count_once_and_what_takes_too_much_memory_does_not(libr
     x, weight, bias, residual = tensors(problem, 2)
     sparse_filter = SparseFilter.from_dense(weight)
     for choice, index in ((0, 0), (1, 4)):  # eng2 cannot be built, eng3 takes a gigabyte
-        run = CudnnGraph().prepare(problem, sparse_filter, bias, CudnnGraphConfig("compiled", choice))
+        run = CudnnGraph().prepare(problem, sparse_filter, bias, CudnnGraphConfig(choice))
         run(x, residual)
         assert library.made[-1].ran == [(index, "handle")]
-    with pytest.raises(ValueError, match="cuDNN's compiled engines have no plan number 2 for it"):
-        CudnnGraph().prepare(problem, sparse_filter, bias, CudnnGraphConfig("compiled", 2))
+    with pytest.raises(ValueError, match="cuDNN's engines have no plan number 2 for it"):
+        CudnnGraph().prepare(problem, sparse_filter, bias, CudnnGraphConfig(2))
 
 
 def test_a_plan_is_made_for_each_batch_size_once(library: type[Graph]) -> None:
     problem = a_problem()
     _, weight, bias, _ = tensors(problem, 2)
     sparse_filter = SparseFilter.from_dense(weight)
-    run = CudnnGraph().prepare(problem, sparse_filter, bias, CudnnGraphConfig("compiled"))
+    run = CudnnGraph().prepare(problem, sparse_filter, bias, CudnnGraphConfig())
     for batch in (2, 3, 2, 3, 0):
         x, _, _, residual = tensors(problem, batch)
         assert run(x, residual).shape == (batch, *problem.output_shape[1:])
@@ -299,9 +279,9 @@ def test_what_no_engine_runs_is_refused(library: type[Graph], monkeypatch: pytes
     monkeypatch.setattr(Graph, "create_execution_plans", refuse)
     problem = a_problem()
     _, weight, bias, _ = tensors(problem, 2)
-    with pytest.raises(ValueError, match="cuDNN has no generated engine for it: No valid engine configs$"):
+    with pytest.raises(ValueError, match="cuDNN has no engine for it: No valid engine configs$"):
         sparse_filter = SparseFilter.from_dense(weight)
-        CudnnGraph().prepare(problem, sparse_filter, bias, CudnnGraphConfig("generated"))
+        CudnnGraph().prepare(problem, sparse_filter, bias, CudnnGraphConfig())
 
 
 @pytest.mark.usefixtures("library")
@@ -310,7 +290,10 @@ def test_what_no_engine_runs_is_refused(library: type[Graph], monkeypatch: pytes
     [
         ({"precision": "fp32"}, "strict float32"),
         ({"memory_format": "contiguous"}, "plan it in that memory format"),
-        ({"epilogue": Epilogue(activation="hardswish")}, "its graphs have no hardswish"),
+        ({"groups": 6, "out_channels": 12}, "slow for depthwise"),
+        ({"in_channels": 16}, "torch has a call of cuDNN that does the same"),
+        ({"in_channels": 16, "precision": "tf32"}, None),
+        ({"in_channels": 16, "epilogue": Epilogue(activation="silu")}, None),
         ({}, None),
     ],
 )
@@ -395,15 +378,14 @@ def test_geometries_on_a_gpu(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("engine", ["compiled", "generated"])
-def test_it_runs_on_the_callers_stream_and_in_captures(engine: Any) -> None:
+def test_it_runs_on_the_callers_stream_and_in_captures() -> None:
     pytest.importorskip("cudnn")
     problem = a_problem(in_channels=32, out_channels=64, device="cuda:0")
     x, weight, bias, residual = tensors(problem, 2)
     assert residual is not None
     expected = reference.conv2d(of_batch(problem, 2), x, weight, bias, residual)
     x, residual, stream = x.cuda(), residual.cuda(), torch.cuda.Stream()
-    run = CudnnGraph().prepare(problem, SparseFilter.from_dense(weight), bias, CudnnGraphConfig(engine))
+    run = CudnnGraph().prepare(problem, SparseFilter.from_dense(weight), bias, CudnnGraphConfig())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)  # what ran on another stream would not wait for x

@@ -268,6 +268,10 @@ def test_where_dense_is_far_slower_the_network_has_no_variants(swapped: Any, mon
     close = timed(candidate, {names[0]: 11.0})
     assert alternatives(close, replace(GPU, device=torch.device("cpu"))) == [close]
 
+    with monkeypatch.context() as patch:
+        patch.setattr(by_name("dense"), "without_trying", lambda config: None)
+        assert alternatives(close, GPU) == [close], "its first call takes long"
+
     def full(*args: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 

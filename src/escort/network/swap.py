@@ -25,7 +25,7 @@ from escort.network.passes.operations import replace_module
 from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan, plan_layers
 from escort.planner.cores import BUSY, Watch
-from escort.planner.plan import Layer
+from escort.planner.plan import Candidate, Layer
 from escort.planner.planner import known_us, predicted_us
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Problem
 from escort.runtime.stand_in import adopt
@@ -280,13 +280,27 @@ def alternatives(swapped: Swapped, request: Request) -> list[Swapped]:
 
 
 def _by_dense_method(plan: Plan) -> Plan | None:
-    """A layer's plan by the fastest dense method; None where it is chosen already, or none was timed."""
+    """A layer's plan by the fastest dense method; None where it is chosen already, or none was timed.
+
+    What is tried by its first call does not count: that takes long in each process, also where plans are known.
+    """
     device = plan.problem.device
     if by_name(plan.method, device).is_dense or plan.time_us is None:
         return None
-    timed = [c for c in plan.candidates if c.time_us is not None and by_name(c.method, device).is_dense]
-    best = min(timed, key=lambda candidate: candidate.time_us or 0.0, default=None)
+    best = min(
+        (c for c in plan.candidates if c.time_us is not None and _is_plain_dense(c, device)),
+        key=lambda candidate: candidate.time_us or 0.0,
+        default=None,
+    )
     return None if best is None else replace(plan, method=best.method, config=dict(best.config or {}))
+
+
+def _is_plain_dense(candidate: Candidate, device: str) -> bool:
+    method = by_name(candidate.method, device)
+    if not method.is_dense or candidate.config is None:
+        return False
+    config = method.config_type(**candidate.config)
+    return bool(method.without_trying(config) == config)
 
 
 def _time_us(plans: Iterable[Plan]) -> float:

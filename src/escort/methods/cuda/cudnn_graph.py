@@ -1,8 +1,9 @@
-"""Method `cudnn_graph`: a dense convolution with its epilogue as one graph of cuDNN's, by cuDNN's Python frontend.
+"""Method `cudnn_graph`: a dense convolution, residual, bias and ReLU as one graph of cuDNN's, by its Python frontend.
 
-cuDNN's heuristics say which engines may run a graph. Those that the library brings compiled take a graph of one form
-alone: convolution, residual, bias in the storage type, ReLU. For any other graph cuDNN generates a kernel, which takes
-about a second. Such graphs are of dynamic shape, so that one kernel serves all sizes (docs/notes/rivals.md).
+cuDNN's heuristics say which engines may run a graph. Those that the library brings compiled take a graph of this form
+alone: convolution, residual, bias in the storage type, ReLU, in this order. They are planned in a few milliseconds. For
+any other graph cuDNN generates a kernel, which takes a second and was slower where it was measured: other activations
+run behind the graph (docs/notes/rivals.md).
 """
 
 from __future__ import annotations
@@ -11,36 +12,21 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from escort.filter import SparseFilter
-from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_check, output_strides
+from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, finisher, input_check, output_strides
 from escort.methods.sharing import dense_weight
 from escort.problem import Problem
 
-#: Whose kernel runs a graph: one that cuDNN brings compiled, or one that it generates for graphs of this form.
-Engine = Literal["compiled", "generated"]
-
 _MISSING = "the package nvidia-cudnn-frontend, or cuDNN itself, is missing: pip install 'escort-sparse[cudnn]'"
 _ALIGNMENT = 16  # bytes, of all tensors
+_CHANNEL_MULTIPLE = 8  # channels that tensor cores read at once
 _MOST_WORKSPACE = 64 << 20  # bytes of a plan's
-_MOST_COMPILED = 3  # plans that are offered: cuDNN puts the one first that it expects to be fastest
+_MOST_PLANS = 2  # that are offered: cuDNN puts the one first that it expects to be fastest
 _X, _WEIGHT, _BIAS, _RESIDUAL, _Y = range(1, 6)  # the tensors of a graph
-
-#: What cuDNN calls the activations that it generates code for, and with which arguments.
-_ACTIVATIONS: dict[str, tuple[str, dict[str, float]]] = {
-    "none": ("", {}),
-    "relu": ("relu", {}),
-    "relu6": ("relu", {"lower_clip": 0.0, "upper_clip": 6.0}),
-    "leaky_relu": ("relu", {}),
-    "sigmoid": ("sigmoid", {}),
-    "tanh": ("tanh", {}),
-    "silu": ("swish", {}),
-    "gelu": ("gelu", {}),
-    "gelu_tanh": ("gelu_approx_tanh", {}),
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +37,6 @@ class CudnnGraphConfig:
         choice: the how many-th of those that cuDNN's heuristics offer, from 0.
     """
 
-    engine: Engine
     choice: int = 0
 
 
@@ -71,15 +56,16 @@ class CudnnGraph(Method):
             return "its graphs run on tensor cores, which strict float32 does not use"
         if problem.memory_format != "channels_last":
             return "it reads and writes channels_last; plan it in that memory format"
-        if problem.epilogue.activation not in _ACTIVATIONS:
-            return f"its graphs have no {problem.epilogue.activation}"
+        if problem.groups == problem.in_channels > 1:
+            return "its engines are slow for depthwise convolutions"
+        channels = problem.in_channels, problem.out_channels
+        is_whole = problem.groups == 1 and not any(count % _CHANNEL_MULTIPLE for count in channels)
+        if is_whole and problem.precision != "tf32" and problem.epilogue.activation == "relu":
+            return "torch has a call of cuDNN that does the same"
         return self.missing()
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CudnnGraphConfig]:
-        if problem.epilogue.activation in ("none", "relu"):
-            compiled = [CudnnGraphConfig("compiled", choice) for choice in range(_MOST_COMPILED)]
-            return [*compiled, CudnnGraphConfig("generated")]
-        return [CudnnGraphConfig("generated", choice) for choice in range(2)]
+        return [CudnnGraphConfig(choice) for choice in range(_MOST_PLANS)]
 
     def prepare(
         self,
@@ -91,12 +77,12 @@ class CudnnGraph(Method):
     ) -> Prepared:
         if library() is None:
             raise ImportError(_MISSING)
-        device, is_compiled = torch.device(problem.device), config.engine == "compiled"
+        device = torch.device(problem.device)
         weight = dense_weight(problem, sparse_filter, torch.channels_last)
-        if bias is None and is_compiled:
-            bias = torch.zeros(problem.out_channels)
-        addend = None if bias is None else bias.detach().to(device, problem.storage if is_compiled else torch.float32)
-        plan_for = partial(_Plan.of, problem, config, has_bias=addend is not None)
+        bias = torch.zeros(problem.out_channels) if bias is None else bias.detach()
+        bias = bias.to(device, problem.storage)
+        finish = None if problem.epilogue.activation in ("none", "relu") else finisher(problem, slope)
+        plan_for = partial(_Plan.of, problem, config)
         planned = max(problem.batch, 1)
         plans = {planned: plan_for(planned)}
         check, out_shape = input_check(problem), problem.output_shape[1:]
@@ -115,8 +101,8 @@ class CudnnGraph(Method):
             x = aligned(x.contiguous(memory_format=torch.channels_last), _ALIGNMENT)
             if residual is not None:
                 residual = aligned(residual.contiguous(memory_format=torch.channels_last), _ALIGNMENT)
-            plan.run(device, {_X: x, _WEIGHT: weight, _BIAS: addend, _RESIDUAL: residual, _Y: y})
-            return y
+            plan.run(device, {_X: x, _WEIGHT: weight, _BIAS: bias, _RESIDUAL: residual, _Y: y})
+            return y if finish is None else finish(y, None)
 
         return Prepared(run)
 
@@ -147,7 +133,7 @@ class _Plan:
     workspace: int
 
     @classmethod
-    def of(cls, problem: Problem, config: CudnnGraphConfig, batch: int, *, has_bias: bool) -> _Plan:
+    def of(cls, problem: Problem, config: CudnnGraphConfig, batch: int) -> _Plan:
         """The plan of a config. For another batch than the problem's, it is the last where there are not so many.
 
         Raises:
@@ -155,7 +141,7 @@ class _Plan:
         """
         cudnn = library()
         with torch.cuda.device(problem.device):
-            graph = _graph(problem, config, batch, has_bias=has_bias)
+            graph = _graph(problem, batch)
             found, names = None, set[str]()
             try:
                 graph.validate()
@@ -170,9 +156,9 @@ class _Plan:
                         return found
             except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
                 reason = str(error).partition("\n")[0]
-                raise ValueError(f"cuDNN has no {config.engine} engine for it: {reason}") from error
+                raise ValueError(f"cuDNN has no engine for it: {reason}") from error
             if found is None or batch == max(problem.batch, 1):
-                raise ValueError(f"cuDNN's {config.engine} engines have no plan number {config.choice} for it")
+                raise ValueError(f"cuDNN's engines have no plan number {config.choice} for it")
             return found
 
     def run(self, device: torch.device, tensors: Mapping[int, torch.Tensor | None]) -> None:
@@ -183,45 +169,36 @@ class _Plan:
             self.graph.execute_plan_at_index(addresses, workspace.data_ptr(), self.index, _handle(device))
 
 
-def _graph(problem: Problem, config: CudnnGraphConfig, batch: int, *, has_bias: bool) -> Any:
-    """A problem as a graph, for so many samples."""
-    cudnn, epilogue = library(), problem.epilogue
+def _graph(problem: Problem, batch: int) -> Any:
+    """A problem as a graph, for so many samples; activations other than ReLU are left out."""
+    cudnn = library()
     types = {torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT"}
     storage, single = getattr(cudnn.data_type, types[problem.storage]), cudnn.data_type.FLOAT
-    is_compiled = config.engine == "compiled"
-    device = torch.device(problem.device)
-    dynamic = {} if is_compiled else {"is_dynamic_shape_enabled": True, "kernel_cache": _kernels(device.index)}
     graph = cudnn.pygraph(
         io_data_type=storage,
         intermediate_data_type=single,
         compute_data_type=single,
-        handle=_handle(device),
-        **dynamic,
+        handle=_handle(torch.device(problem.device)),
     )
 
-    def tensor(number: int, shape: Sequence[int], data_type: Any) -> Any:
-        return graph.tensor(dim=list(shape), stride=_strides(shape), data_type=data_type).set_uid(number)
+    def tensor(number: int, shape: Sequence[int]) -> Any:
+        return graph.tensor(dim=list(shape), stride=_strides(shape), data_type=storage).set_uid(number)
 
     out_shape = (batch, *problem.output_shape[1:])
     top, bottom, left, right = problem.padding
     y = graph.conv_fprop(
-        image=tensor(_X, (batch, *problem.input_shape[1:]), storage),
-        weight=tensor(_WEIGHT, problem.weight_shape, storage),
+        image=tensor(_X, (batch, *problem.input_shape[1:])),
+        weight=tensor(_WEIGHT, problem.weight_shape),
         pre_padding=[top, left],
         post_padding=[bottom, right],
         stride=list(problem.stride),
         dilation=list(problem.dilation),
     )
-    if epilogue.residual:
-        y = graph.add(a=y, b=tensor(_RESIDUAL, out_shape, storage))
-    if has_bias:
-        column = (1, problem.out_channels, 1, 1)
-        y = graph.bias(input=y, bias=tensor(_BIAS, column, storage if is_compiled else single))
-    activation, arguments = _ACTIVATIONS[epilogue.activation]
-    if epilogue.activation == "leaky_relu":
-        arguments = {"negative_slope": epilogue.negative_slope}
-    if activation:
-        y = getattr(graph, activation)(input=y, **arguments)
+    if problem.epilogue.residual:
+        y = graph.add(a=y, b=tensor(_RESIDUAL, out_shape))
+    y = graph.bias(input=y, bias=tensor(_BIAS, (1, problem.out_channels, 1, 1)))
+    if problem.epilogue.activation == "relu":
+        y = graph.relu(input=y)
     y.set_output(True).set_data_type(storage).set_uid(_Y)
     y.set_dim(list(out_shape)).set_stride(_strides(out_shape))
     return graph
@@ -240,12 +217,6 @@ def _builds(graph: Any, index: int) -> bool:
     except (RuntimeError, library().cudnnGraphNotSupportedError):
         return False
     return bool(graph.get_workspace_size_plan_at_index(index) <= _MOST_WORKSPACE)
-
-
-@cache
-def _kernels(device_index: int) -> Any:
-    """The kernels that cuDNN generated for graphs of dynamic shape, of whatever size."""
-    return library().create_kernel_cache()
 
 
 _of_thread = threading.local()
