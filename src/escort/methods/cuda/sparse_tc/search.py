@@ -33,9 +33,14 @@ _MOST_LISTED = 256  # problems whose tilings are remembered
 def search(
     problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int, memory_format: MemoryFormat
 ) -> list[SparseTcConfig]:
-    """At most so many configs, those of least predicted time, of some variety: few differ in their clusters only."""
+    """At most so many configs, those of least predicted time, of some variety: few differ in their clusters only.
+
+    The best whose warpgroups take turns and the best whose do not come first: only a timing tells which is faster.
+    """
     remainder = Remainder.of(order_filter(sparse_filter, memory_format, ELEMENTS[problem.precision]))
     tilings = sorted(_listed(problem, gpu, memory_format), key=lambda tiling: predict_us(tiling, remainder, gpu))
+    firsts = {tiling.config.by_turns: tiling.config for tiling in reversed(tilings)}.values()
+    tilings.sort(key=lambda tiling: tiling.config not in firsts)
     chosen: list[SparseTcConfig] = []
     alike: Counter[SparseTcConfig] = Counter()  # of those that are chosen, but for their clusters
     for tiling in tilings:
