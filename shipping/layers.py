@@ -10,10 +10,12 @@ import torch
 
 from escort.filter import SparseFilter
 from escort.planner.plan import Layer
-from escort.problem import Epilogue, MemoryFormat, Precision, Problem
+from escort.problem import Activation, Epilogue, MemoryFormat, Precision, Problem
 
-#: Sides of maps, which networks halve from pictures of 224.
-_SIDES = (112, 56, 28, 14, 7)
+#: Sides of maps, which networks halve from pictures.
+_PICTURE, _SIDES = 224, (112, 56, 28, 14, 7)
+#: Output channels of a network's first convolution, which reads three.
+_STEMS = (32, 64)
 #: Channels of a map, times its side: networks keep this about the same, and wide ones have eight times as many.
 _CHANNELS_BY_SIDE = (896, 1792, 3584, 7168, 14336)
 _BATCHES = (1, 8, 32, 128)
@@ -23,15 +25,15 @@ _PRECISIONS: tuple[Precision, ...] = ("fp16", "tf32", "bf16", "fp32")
 
 def common_layers(precisions: tuple[Precision, ...] = _PRECISIONS) -> Iterator[Layer]:
     """Pointwise and 3x3 convolutions of maps of common sizes, pruned at random, and depthwise ones, on "cuda:0"."""
-    for side, precision, batch in itertools.product(_SIDES, precisions, _BATCHES):
+    for side, precision, batch in itertools.product((_PICTURE, *_SIDES), precisions, _BATCHES):
         for filters, stride in _filters(side):
             size = filters.shape[2]
-            for memory_format in _memory_formats(precision):
+            for memory_format, activation in _variations(precision):
                 problem = Problem(
                     *(batch, filters.shape[1] * filters.groups, side, side, filters.shape[0]),
                     *((size, size), (stride, stride), (size // 2,) * 4),
                     groups=filters.groups,
-                    epilogue=Epilogue(True, False, "relu"),
+                    epilogue=Epilogue(True, False, activation),
                     precision=precision,
                     device="cuda:0",
                     memory_format=memory_format,
@@ -39,13 +41,21 @@ def common_layers(precisions: tuple[Precision, ...] = _PRECISIONS) -> Iterator[L
                 yield Layer(problem, filters, torch.zeros(filters.shape[0]))
 
 
-def _memory_formats(precision: Precision) -> tuple[MemoryFormat, ...]:
-    """Those in which networks are planned."""
-    return ("contiguous",) if precision == "fp32" else ("channels_last", "contiguous")
+def _variations(precision: Precision) -> Iterator[tuple[MemoryFormat, Activation]]:
+    """Memory formats in which networks are planned, and activations: kernels with ReLU have all bounds and none.
+
+    Most of what networks have else is SiLU, as they run in channels_last. Others are compiled where they are met.
+    """
+    if precision != "fp32":
+        yield from (("channels_last", "relu"), ("channels_last", "silu"))
+    yield "contiguous", "relu"
 
 
 def _filters(side: int) -> Iterator[tuple[SparseFilter, int]]:
     """A map's convolutions, each with its stride: from any number of channels to any, larger ones to as many."""
+    if side == _PICTURE:
+        yield from ((_filter(k, 3, 3), 2) for k in _STEMS)
+        return
     widths = [channels // side for channels in _CHANNELS_BY_SIDE]
     for c, k in itertools.product(widths, widths):
         yield _filter(k, c, 1), 1

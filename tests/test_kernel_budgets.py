@@ -12,14 +12,16 @@ import torch
 from escort.cuda import compiler
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
+from escort.methods import by_name
 from escort.methods.activation import INSTRUCTIONS
+from escort.methods.cuda.depthwise_tc import DepthwiseTcConfig
 from escort.methods.cuda.direct.layout import Layout
 from escort.methods.cuda.direct.params import defines
 from escort.methods.cuda.direct.search import search
 from escort.methods.cuda.generated import GeneratedConfig
 from escort.methods.cuda.generated.codegen import arrange_defines
 from escort.methods.cuda.generated.steps import KernelSteps
-from escort.problem import Problem
+from escort.problem import Precision, Problem
 from tests.cuda.kernels import ARCHS
 
 #: Source, macros and the most registers per thread.
@@ -77,7 +79,7 @@ def pool_variants() -> list[Variant]:
     """The same of max pooling."""
     window: dict[str, int | str] = {"ROWS": 3, "COLUMNS": 3}
     vectors = ((0, 1), (0, 4), (1, 1), (1, 8), (2, 2), (2, 8))
-    return [("max_pool.cu", {"STORAGE": storage, "VECTOR": vector, **window}, 40) for storage, vector in vectors]
+    return [("max_pool.cu", {"STORAGE": storage, "VECTOR": vector, **window}, 64) for storage, vector in vectors]
 
 
 def plane_variants() -> list[Variant]:
@@ -85,7 +87,10 @@ def plane_variants() -> list[Variant]:
     vectors = [{"STORAGE": storage, "VECTOR": vector} for storage, vector in ((0, 1), (0, 4), (1, 1), (1, 8), (2, 8))]
     both = [(macros, {"LAST": last}) for macros in vectors for last in (0, 1)]
     return [
-        *((source, macros, 48) for source in ("average_pool.cu", "resize.cu") for macros in vectors),
+        *(("images.cu", {"STORAGE": storage, "VECTOR": vector}, 40) for storage in (0, 1, 2) for vector in (1, 4)),
+        *(("resize.cu", macros, 48) for macros in vectors),
+        *(("mean.cu", macros, 64) for macros in vectors),
+        *(("average_pool.cu", macros | {"ROWS": n, "COLUMNS": n}, 64) for macros in vectors for n in (0, 2, 3)),
         *(("gate.cu", macros | last, 32) for macros, last in both),
         *(("local_response_norm.cu", macros | last | {"SIZE": 5}, 80) for macros, last in both),
         *(("gemv.cu", macros | {"SAMPLES": samples}, 96) for macros in vectors for samples in (1, 8)),
@@ -102,8 +107,39 @@ def depthwise_variants() -> list[Variant]:
     ]
 
 
+def depthwise_tc_variants() -> list[Variant]:
+    """Filters of each size, for as many blocks of a multiprocessor as their lanes' numbers leave room for."""
+    filters: list[tuple[int, int, Precision]] = [(3, 1, "bf16")]
+    filters += [(size, stride, "fp16") for size in (3, 5, 7) for stride in (1, 2)]
+    variants: list[Variant] = []
+    for (size, stride, precision), down in itertools.product(filters, (1, 2)):
+        problem = Problem(1, 32, 14, 14, 32, (size, size), (stride, stride), groups=32, precision=precision)
+        config = DepthwiseTcConfig(down, rows=2, strips=1, samples=1)
+        (variant,) = by_name("depthwise_tc", "cuda:0").kernels(problem, config)
+        most = 65536 // 128 // int(variant.defines["OCCUPANCY"])
+        variants.append(("depthwise_tc.cu", dict(variant.defines), most))
+    return variants
+
+
+def stem_variants() -> list[Variant]:
+    """As many channels at a time as registers hold, in NHWC and NCHW, for 512 threads of a multiprocessor, or 384."""
+    wide = {"CHANNELS": 3, "TILES": 8, "THREADS": 128}
+    narrow = {"CHANNELS": 4, "TILES": 6, "STORAGE": 1, "LAST": 1, "VECTOR": 4, "THREADS": 256}
+    types = ((0, 4, 168), (1, 8, 128), (2, 8, 128))
+    return [
+        *(
+            ("stem.cu", {**wide, "STORAGE": storage, "LAST": 1, "VECTOR": vector}, most)
+            for storage, vector, most in types
+        ),
+        *(("stem.cu", {**wide, "STORAGE": storage, "LAST": 0, "VECTOR": 2}, most) for storage, _, most in types),
+        ("stem.cu", {**narrow, "IMAGES": 1}, 128),
+        ("stem.cu", {**narrow, "ACTIVATION": "gelu"}, 128),
+    ]
+
+
 def every_variant() -> list[Variant]:
-    return direct_variants() + arrange_variants() + pool_variants() + plane_variants() + depthwise_variants()
+    planes = pool_variants() + plane_variants() + depthwise_variants() + depthwise_tc_variants()
+    return direct_variants() + arrange_variants() + planes + stem_variants()
 
 
 @pytest.mark.parametrize("arch", ARCHS)

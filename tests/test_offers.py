@@ -25,6 +25,7 @@ CASES: tuple[tuple[str, Precision, MemoryFormat, dict[str, Any]], ...] = (
     ("generated", "fp16", "contiguous", {"consumers": 99, "copy": 3}),
     ("sparse_tc", "fp16", "contiguous", {"pixels": 8, "cluster": 3, "memory_format": "channels_last"}),
     ("sparse_tc", "tf32", "channels_last", {"across": 3, "m_blocks": 0, "samples": 99, "tap_group": "none"}),
+    ("stem", "fp16", "channels_last", {"rows": 3, "octets": 9}),
     ("cudnn", "fp32", "contiguous", {"memory_format": "none"}),
 )
 
@@ -47,6 +48,8 @@ def test_what_is_found_is_offered_and_nothing_that_cannot_be(
 ) -> None:
     method: Method = method_of(name)
     problem = replace(problem, precision=precision, memory_format=memory_format)
+    if name == "stem":
+        problem = replace(problem, in_channels=3)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(problem.weight_shape, generator=generator)
     sparse_filter = SparseFilter.from_dense(weight * (torch.rand(weight.shape, generator=generator) < 0.1))

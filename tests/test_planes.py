@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,25 @@ def test_the_sources_compute_what_torch_does(
     assert y is not None and compare(y, case.expected(inputs)) <= BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("window", [(2,), (3, 1, 1), (3, 2, 1, True, False), ((1, 2), 1, 0, False, True, 5)], ids=str)
+@every_type
+@both_memory_formats
+def test_the_source_averages_small_windows_that_are_many(
+    window: tuple[Any, ...],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: replace(Gpu80, multiprocessors=1))
+    case = Case(AvgPool2d(*window), ((4, 64, 17, 18),))
+    inputs = case.inputs(dtype, memory_format)
+    work = case.layer.work(case.layer.settings(), Planes.of(inputs[0]))
+    assert work is not None and work.variant.defines["ROWS"] == case.layer.settings()[0][0]
+    y = emulated(case.layer, inputs, tmp_path_factory.getbasetemp())
+    assert y is not None and compare(y, case.expected(inputs)) <= BOUNDS[dtype]
+
+
 @pytest.mark.usefixtures("an_h200")
 @pytest.mark.parametrize("case", JOINS, ids=str)
 @every_type
@@ -200,6 +219,7 @@ def test_the_source_normalises_what_it_joins(
     [
         (norm.Params, "local_response_norm"),
         (average.Params, "average_pool"),
+        (average.MeanParams, "mean"),
         (gate.Params, "gate"),
         (concat.Params, "concat"),
     ],
@@ -326,3 +346,13 @@ def test_blocks_of_a_cluster_share_windows(shape: tuple[int, ...], memory_format
     x = torch.randn(shape, device="cuda", dtype=torch.float16).contiguous(memory_format=memory_format) + 1.0
     for _ in range(3):
         assert compare(AdaptiveAvgPool2d(1)(x), x.double().mean((2, 3), True)) <= 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [(2,), (3, 1, 1), (3, 2, 1, True, False)], ids=str)
+@both_memory_formats
+def test_small_windows_that_are_many_on_the_gpu(window: tuple[Any, ...], memory_format: torch.memory_format) -> None:
+    x = torch.randn(32, 96, 57, 58, device="cuda", dtype=torch.float16).contiguous(memory_format=memory_format)
+    layer = AvgPool2d(*window)
+    assert [binary.defines["ROWS"] for binary in layer.binaries(x)] == [str(layer.settings()[0][0])]
+    assert compare(layer(x), layer(x.double())) <= 1e-3

@@ -126,6 +126,18 @@ VARIANTS = {
 }
 IN_TF32 = ("halo", "halo along", "halo, uneven", "columns", "flat", "im2col", "im2col along", *list(VARIANTS)[-5:])
 VARIANTS |= {
+    "im2col by turns": (STRIDED, SparseTcConfig("im2col", 192, across=1, by_turns=True)),
+    "columns by turns, last": (
+        replace(RES4, epilogue=FULL),
+        SparseTcConfig("columns", 112, across=1, rows=7, memory_format=LAST, by_turns=True),
+    ),
+    "flat by turns, last": (
+        replace(POINTWISE, epilogue=FULL),
+        SparseTcConfig("flat", 128, across=1, m_blocks=2, cluster=2, memory_format=LAST, by_turns=True),
+    ),
+}
+IN_TF32 += ("columns by turns, last",)
+VARIANTS |= {
     f"{name}, tf32": (replace(problem, precision="tf32"), config)
     for name, (problem, config) in VARIANTS.items()
     if name in IN_TF32

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from escort.cli.console import first_sentence, note
 from escort.cli.options import numbers
+from escort.layers import Images
 from escort.prune import listing
 
 _ARRAYS = (".npy", ".npz")
@@ -31,6 +32,9 @@ _MODES = {1: "L", 3: "RGB"}
 class Preparation:
     """How an image becomes a tensor: resized, scaled to 0..1, then ``(x - mean) / deviation`` per channel.
 
+    Attributes:
+        layer: of a model that does all but the first of these itself, and takes bytes.
+
     Raises:
         ValueError: unless there are 1 or 3 channels, with as many means and positive deviations.
     """
@@ -40,6 +44,7 @@ class Preparation:
     width: int
     mean: tuple[float, ...] = ()
     deviation: tuple[float, ...] = ()
+    layer: Images | None = None
 
     def __post_init__(self) -> None:
         if self.channels not in _MODES:
@@ -55,7 +60,7 @@ class Preparation:
             raise ValueError(f"deviations are positive, got {self.deviation}")
 
     def read(self, path: Path) -> Tensor:
-        """The image as (channels, height, width)."""
+        """The image as (channels, height, width), or as the model's own layer takes it."""
         from PIL import Image
 
         try:
@@ -69,9 +74,19 @@ class Preparation:
             raise ValueError(
                 f"{path} is no readable image ({error}); mend it, convert it to 8 bits, or leave it out"
             ) from error
-        pixels = np.asarray(resized, dtype=np.float32).reshape(self.height, self.width, self.channels) / 255.0
+        pixels = np.asarray(resized).reshape(self.height, self.width, self.channels)
+        if self.layer is not None:
+            return torch.from_numpy(pixels.copy() if self.layer.channels_last else pixels.transpose(2, 0, 1).copy())
+        pixels = pixels.astype(np.float32) / 255.0
         normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.deviation, np.float32)
         return torch.from_numpy(normalised.transpose(2, 0, 1).copy())
+
+
+def layer_of(mean: str, deviation: str) -> Images | None:
+    """The layer that normalises so, as the command line says it; None where it says nothing."""
+    if not mean and not deviation:
+        return None
+    return Images(_floats(mean, "--mean"), _floats(deviation, "--std"))
 
 
 @dataclass(frozen=True)
@@ -88,17 +103,23 @@ class ImageOptions:
         str, typer.Option("--std", metavar="R,G,B", help="Pixels are divided by it; same default.")
     ] = ""
 
-    def inputs(self, source: Path, shape: tuple[int, int, int]) -> Inputs:
-        """The inputs in a folder or a file, for a model that was planned for (C, H, W)."""
+    def inputs(self, source: Path, shape: tuple[int, int, int], layer: Images | None = None) -> Inputs:
+        """The inputs in a folder or a file, for a model that was planned for (C, H, W).
+
+        Args:
+            layer: what the model begins with where it takes bytes.
+        """
         channels, height, width = shape
+        if layer is not None and (self.mean or self.deviation):
+            raise ValueError("the model normalises images itself; leave out --mean and --std")
         if source.is_dir() or source.suffix.lower() not in _ARRAYS:
             if self.size is not None:
                 height, width = _pair(self.size)
             mean, deviation = _floats(self.mean, "--mean"), _floats(self.deviation, "--std")
-            return Inputs.of_images(source, Preparation(channels, height, width, mean, deviation))
+            return Inputs.of_images(source, Preparation(channels, height, width, mean, deviation, layer))
         if self != ImageOptions():
             raise ValueError("--size, --mean and --std are for images; an array goes in as it is")
-        return Inputs.of_file(source, channels)
+        return Inputs.of_file(source, channels, layer)
 
 
 @dataclass(frozen=True)
@@ -106,7 +127,7 @@ class Inputs:
     """Named inputs that are read batch by batch; an image is opened when its turn comes."""
 
     names: list[str]
-    array: NDArray[np.float32] | None
+    array: NDArray[Any] | None
     paths: list[Path]
     preparation: Preparation | None
 
@@ -127,22 +148,27 @@ class Inputs:
         return cls([path.name for path in paths], None, paths, preparation)
 
     @classmethod
-    def of_file(cls, path: Path, channels: int) -> Inputs:
-        """The (N, channels, H, W) array of an .npy file, or the only one of an .npz."""
+    def of_file(cls, path: Path, channels: int, layer: Images | None = None) -> Inputs:
+        """The (N, channels, H, W) array of an .npy file, or the only one of an .npz; of bytes as a layer takes them."""
         array = _read_array(path)
-        if array.ndim != 4 or not len(array) or array.shape[1] != channels:
-            raise ValueError(
-                f"{path} holds an array of shape {array.shape}; the model takes (N, {channels}, H, W); save one"
-            )
+        is_last = layer is not None and layer.channels_last
+        if array.ndim != 4 or not len(array) or array.shape[3 if is_last else 1] != channels:
+            expected = f"(N, H, W, {channels})" if is_last else f"(N, {channels}, H, W)"
+            raise ValueError(f"{path} holds an array of shape {array.shape}; the model takes {expected}; save one")
+        if layer is not None:
+            if array.dtype != np.uint8:
+                raise ValueError(f"{path} holds {array.dtype}; the model normalises images itself: save them as uint8")
+            return cls([str(index) for index in range(len(array))], array, [], None)
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"{path} holds {array.dtype}; prepare it as the model was trained, as float32")
         return cls([str(index) for index in range(len(array))], array, [], None)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """(up to `size`, C, H, W) float32, in order."""
+        """Up to `size` each, in order: (C, H, W) float32, or bytes where the model takes these."""
         for first in range(0, len(self.names), size):
             if self.array is not None:
-                yield torch.from_numpy(np.ascontiguousarray(self.array[first : first + size], dtype=np.float32))
+                dtype = np.uint8 if self.array.dtype == np.uint8 else np.float32
+                yield torch.from_numpy(np.ascontiguousarray(self.array[first : first + size], dtype=dtype))
             else:
                 assert self.preparation is not None
                 yield torch.stack([self.preparation.read(path) for path in self.paths[first : first + size]])

@@ -18,6 +18,7 @@ from escort.artifact.files import replace_file
 from escort.cli.console import Output, progress
 from escort.cli.images import ImageOptions, Inputs
 from escort.cli.options import SavedOptions, check_writable, command
+from escort.layers import Images
 from escort.network.model import ConvertedModel
 from escort.report import Console, printable
 
@@ -51,7 +52,8 @@ def main(
     if not source.is_dir() and not source.is_file():
         raise FileNotFoundError(f"{source}: there is no such folder or file; name images, or an .npy or .npz batch")
     model = saved.load()
-    inputs = images.inputs(source, _image_shape(model, saved.saved))
+    layer = next((module for module in model.network.modules() if isinstance(module, Images)), None)
+    inputs = images.inputs(source, _image_shape(model, saved.saved, layer), layer)
     classes_only = output_path is not None and output_path.suffix == ".csv"
     predictions = _predict(model, inputs, batch, classes_only=classes_only)
     if output_path is not None:
@@ -168,9 +170,11 @@ def _forward(model: ConvertedModel, x: torch.Tensor) -> tuple[torch.Tensor, floa
     return y, time.perf_counter() - start
 
 
-def _image_shape(model: ConvertedModel, saved: Path) -> tuple[int, int, int]:
-    """The (C, H, W) that the model was planned for."""
+def _image_shape(model: ConvertedModel, saved: Path, layer: Images | None) -> tuple[int, int, int]:
+    """The (C, H, W) that the model was planned for, whose images `layer` normalises."""
     shapes = model.plan.input_shapes
     if len(shapes) != 1 or len(shapes[0]) != 4:
         raise ValueError(f"{saved} takes inputs of shapes {shapes}; run feeds models of one image; call it in Python")
-    return shapes[0][1], shapes[0][2], shapes[0][3]
+    _, *sizes = shapes[0]
+    channels = sizes.pop(2 if layer is not None and layer.channels_last else 0)
+    return channels, sizes[0], sizes[1]

@@ -158,7 +158,7 @@ class Kernel:
                 (`torch.Tensor`, `int` or `float`), or the map of the tensor (`tensor_map`). A struct is bytes, made by
                 `params.pack`.
             overlap: the kernel may start while the one before it in the stream still runs, and waits for its results
-                itself (programmatic dependent launch, from compute capability 9.0).
+                itself (programmatic dependent launch). Below compute capability 9.0 none does.
             cluster: blocks of a cluster along x, of which the grid is a multiple; 8 at most (from compute capability
                 9.0).
 
@@ -171,7 +171,8 @@ class Kernel:
         if self._parameter_bytes not in (None, [parameter.size for parameter in parameters]):
             described = ", ".join(map(str, parameters))
             raise TypeError(f"{self} has parameters of {self._parameter_bytes} bytes, got ({described})")
-        extra = attributes(overlap, cluster)
+        can_overlap = torch.cuda.get_device_capability(self.device) >= NATIVE_CAPABILITY
+        extra = attributes(overlap and can_overlap, cluster)
         return Launch(str(self), self._function, self._device, block, shared_bytes, args, extra)
 
     def _reserve(self, block: int, shared_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from escort.layers.conv import SparseConv2d
 from escort.layers.fused import FusedConv2d
+from escort.layers.images import Images
 from escort.layers.pad import SamePad
 from escort.layers.planes.average import AdaptiveAvgPool2d, AvgPool2d
 from escort.layers.planes.base import OnPlanes
@@ -12,7 +13,7 @@ from escort.layers.planes.resize import Upsample
 from escort.layers.pool import MaxPool2d
 
 #: Layers other than convolutions that launch kernels of our own, and say which: they have `binaries`.
-LAUNCHING = MaxPool2d, OnPlanes
+LAUNCHING = MaxPool2d, OnPlanes, Images
 
 __all__ = [
     "LAUNCHING",
@@ -21,6 +22,7 @@ __all__ = [
     "Concat",
     "FusedConv2d",
     "Gate",
+    "Images",
     "LocalResponseNorm",
     "MaxPool2d",
     "NormedConcat",

@@ -54,6 +54,7 @@ def race(
     rounds: int = 4,
     pools: Sequence[object] = (),
     budget_s: float = 1.0,
+    narrowing: bool = False,
     seen: Callable[[Sequence[Sequence[float]]], object] = lambda seconds: None,
 ) -> list[float]:
     """The median time of each of several calls in microseconds, as loops of their own would find it.
@@ -68,18 +69,24 @@ def race(
         pools: for each contestant what its threads belong to, such as its method; by default one for each. Those of
             one pool lie together in `runs`, as only the first of them waits for other threads.
         budget_s: seconds after which no further round starts once there were two.
+        narrowing: whether those that are behind start in no further round: by half of the fastest's time after two
+            rounds, by a third after three, and so on. The others get more rounds for it.
         seen: is called with the seconds of all timed calls of each, at the end.
     """
     pools = pools or range(len(runs))
     seconds: list[list[float]] = [[] for _ in runs]
-    begin, pool = time.perf_counter(), None
+    begin, pool, racing = time.perf_counter(), None, list(range(len(runs)))
     for past_rounds in range(rounds):
-        if past_rounds >= _LEAST_ROUNDS and time.perf_counter() - begin > budget_s:
-            break
-        for run, its_pool, its_seconds in zip(runs, pools, seconds, strict=True):
-            _block(run, 1, _LEAD_S if its_pool == pool else _SPINNING_S)
-            its_seconds += _block(run, _LEAST_CALLS, _BLOCK_S)
-            pool = its_pool
+        if past_rounds >= _LEAST_ROUNDS:
+            if narrowing:
+                most_s = (1 + 1 / past_rounds) * min(median(seconds[index]) for index in racing)
+                racing = [index for index in racing if median(seconds[index]) <= most_s]
+            if (narrowing and len(racing) == 1) or time.perf_counter() - begin > budget_s:
+                break
+        for index in racing:
+            _block(runs[index], 1, _LEAD_S if pools[index] == pool else _SPINNING_S)
+            seconds[index] += _block(runs[index], _LEAST_CALLS, _BLOCK_S)
+            pool = pools[index]
     seen(seconds)
     return [median(its_seconds) * 1e6 for its_seconds in seconds]
 

@@ -94,3 +94,34 @@ __device__ __forceinline__ Vector narrow(const float (&values)[VECTOR]) {
 #endif
   return elements.vector;
 }
+
+#if STORAGE && VECTOR > 1
+#if STORAGE == 1
+#define PAIR "f16x2"
+#else
+#define PAIR "bf16x2"
+#endif
+// The same for vectors: rounding keeps the order.
+struct Bounds {
+  u32 least, most;
+
+  __device__ explicit Bounds(int bound) {
+    const float infinity = __int_as_float(0x7f800000), low = bound >= 1 ? 0.f : -infinity,
+                high = bound == 2 ? 6.f : infinity;
+    least = word_of(low, low), most = word_of(high, high);
+  }
+
+  __device__ __forceinline__ Vector of(Vector vector) const {
+    Elements elements = {};
+    elements.vector = vector;
+#pragma unroll
+    for (int i = 0; i < VECTOR / 2; i++) {
+      u32 word = elements.words[i];
+      asm("max.NaN." PAIR " %0, %0, %1;" : "+r"(word) : "r"(least));
+      asm("min.NaN." PAIR " %0, %0, %1;" : "+r"(word) : "r"(most));
+      elements.words[i] = word;
+    }
+    return elements.vector;
+  }
+};
+#endif

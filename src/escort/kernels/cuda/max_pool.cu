@@ -4,7 +4,7 @@
 // A thread computes VECTOR neighbouring outputs. Nothing is shared: windows overlap in the first-level cache.
 // STORAGE   0: float, 1: fp16, 2: bf16
 // VECTOR    elements of 16 bytes at most, a divisor of the pitch
-// ROWS, COLUMNS   of a window, whose loads are all issued at once
+// ROWS, COLUMNS   of a window, whose loads are issued together, row by row at least
 #define THREADS 256
 
 #if STORAGE == 0
@@ -46,7 +46,7 @@ struct Params {
 };
 
 // vectors: how many there are in y, which fit 32 bits.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
     max_pool(const Element* __restrict__ x, Element* __restrict__ y, int vectors, int pitch, int height, int width,
              int out_height, int out_width, const __grid_constant__ Params params) {
   let_next_kernel_start();
@@ -57,22 +57,26 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int top = (int)(line - outer * out_height) * params.down - params.top,
             left = (int)(pixel - line * out_width) * params.right - params.left;
   const Element* const from = x + (long long)outer * height * width * pitch + (number - pixel * of_pixel) * VECTOR;
-  Elements largest;
+  Elements lowest, largest;
 #pragma unroll
-  for (int i = 0; i < WORDS; i++) largest.words[i] = LOWEST;
-#pragma unroll
+  for (int i = 0; i < WORDS; i++) lowest.words[i] = LOWEST;
+  largest = lowest;
+#pragma unroll(ROWS > 3 ? 1 : ROWS)
   for (int r = 0; r < ROWS; r++) {
     const int row = top + r * params.dilation_down;
-    if (row < 0 || row >= height) continue;
+    const Element* const line = from + (long long)row * width * pitch;
+    Elements here[COLUMNS];
 #pragma unroll
     for (int s = 0; s < COLUMNS; s++) {
       const int column = left + s * params.dilation_right;
-      if (column < 0 || column >= width) continue;
-      Elements here = {};
-      here.vector = __ldg((const Vector*)(from + ((long long)row * width + column) * pitch));
-#pragma unroll
-      for (int i = 0; i < WORDS; i++) take_larger(largest.words[i], here.words[i]);
+      here[s] = lowest;
+      if ((u32)row < (u32)height && (u32)column < (u32)width)
+        here[s].vector = __ldg((const Vector*)(line + column * pitch));
     }
+#pragma unroll
+    for (int s = 0; s < COLUMNS; s++)
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) take_larger(largest.words[i], here[s].words[i]);
   }
   *(Vector*)(y + (long long)number * VECTOR) = largest.vector;
 }

@@ -159,9 +159,8 @@ def _runner(
         _log.warning("%s for %s on %s is run by torch: %s", find_work.__qualname__, x.shape, x.device, error)
         return None
     tensors = [torch.Tensor] * (work.inputs + 1 + work.tables)
-    overlap = x.gpu.capability >= kernel.NATIVE_CAPABILITY
     launches = [
-        (compiled.bind(THREADS, 0, (*tensors, *args), overlap=overlap, cluster=work.cluster), grid)
+        (compiled.bind(THREADS, 0, (*tensors, *args), overlap=True, cluster=work.cluster), grid)
         for grid, args in work.launches
     ]
     memory_format, alignment, out_shape, taken = x.torch_memory_format, work.alignment, work.out_shape, work.inputs

@@ -14,7 +14,7 @@ from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, finisher
 from escort.methods.lowering import is_linear, symmetric_padding
-from escort.methods.sharing import shared
+from escort.methods.sharing import dense_weight
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 
 _CHANNEL_MULTIPLE = 8  # channels that tensor cores read at once
@@ -116,11 +116,7 @@ class Cudnn(Method):
         device, dtype = torch.device(problem.device), problem.storage
         added_channels = -problem.in_channels % _CHANNEL_MULTIPLE if config.fused else 0
 
-        def make_weight() -> tuple[torch.Tensor, None]:
-            padded = F.pad(sparse_filter.to_dense(), (0, 0, 0, 0, 0, added_channels)).to(device, dtype)
-            return padded.contiguous(memory_format=memory_format), None
-
-        weight, _ = shared(sparse_filter, (self.name, device, dtype, memory_format, added_channels), make_weight)
+        weight = dense_weight(problem, sparse_filter, memory_format, added_channels)
         addend = None if bias is None else bias.detach().to(device, dtype)
         column = None if addend is None else addend.view(-1, 1, 1)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups

@@ -16,7 +16,7 @@ import torch
 
 from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
-from escort.cuda.kernel import NATIVE_CAPABILITY, kernel, unavailable
+from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.cuda.params import STORAGE, Divisor, pack
 from escort.filter import SparseFilter
@@ -31,8 +31,10 @@ _STRIPS = 4, 2, 1
 _MOST_COLUMNS = 11  # of a filter, whose weights of a row lie in registers
 _MOST = 2**31 - 1
 _RESIDENT = 512  # threads of a multiprocessor that hide what memory takes
-_BYTES_PER_US, _PRODUCTS_PER_CLOCK, _CLOCK_MHZ = 3.2e6, 64.0, 1755.0  # of a large layer
-_LEAST_US = 3.0  # rather too much: what is predicted far faster keeps others from being timed
+# Fitted to 15 layers on an H200 in channels_last (docs/notes/planes.md).
+_LEAST_US, _BYTES_PER_US, _CLOCK_MHZ = 1.9, 2.5e6, 1755.0
+_PRODUCTS_PER_CLOCK, _CLOCKS = 43.0, 0.27  # of a multiprocessor; of it for an output besides
+_AT_ONCE, _ROW_US = 3, 1.3  # rows of a filter whose inputs are loaded together; a further one waits for its own
 _MOST_TILE_VECTORS = 8  # a cache line
 _SECTOR_BYTES = 32  # that caches move at least
 
@@ -87,12 +89,13 @@ class DepthwiseCuda(Method):
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: DepthwiseConfig | None = None
     ) -> float:
-        """What memory takes, or computing where a filter is large: an estimate, not fitted to times yet."""
+        """What memory takes, or computing where a filter is large."""
         outputs = math.prod(problem.output_shape)
         elements = math.prod(problem.input_shape) + outputs * (2 if problem.epilogue.residual else 1)
         memory_us = elements * problem.storage.itemsize / _BYTES_PER_US
-        clocks = math.prod(problem.kernel_size) / _PRODUCTS_PER_CLOCK + activation.clocks(problem)
-        return _LEAST_US + max(memory_us, outputs * clocks / (gpu.multiprocessors * _CLOCK_MHZ))
+        clocks = math.prod(problem.kernel_size) / _PRODUCTS_PER_CLOCK + _CLOCKS + activation.clocks(problem)
+        waiting_us = _LEAST_US + _ROW_US * max(problem.kernel_size[0] - _AT_ONCE, 0)
+        return waiting_us + max(memory_us, outputs * clocks / (gpu.multiprocessors * _CLOCK_MHZ))
 
     def prepare(
         self,
@@ -114,8 +117,7 @@ class DepthwiseCuda(Method):
 
         weights, _ = shared(sparse_filter, (self.name, device, problem.storage), make_weights)
         fixed = weights, activation.per_channel(problem, bias, slope), pack(Params.of(problem, tile))
-        overlap = torch.cuda.get_device_capability(device) >= NATIVE_CAPABILITY
-        launch = compiled.bind(_THREADS, 0, (*[torch.Tensor] * 3, *fixed), overlap=overlap)
+        launch = compiled.bind(_THREADS, 0, (*[torch.Tensor] * 3, *fixed), overlap=True)
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
         blocks, memory_format = tile.blocks, problem.torch_memory_format
         check, out_shape = input_check(problem, _MOST // max(blocks, 1)), problem.output_shape[1:]

@@ -13,7 +13,7 @@ import torch
 
 from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
-from escort.cuda.kernel import NATIVE_CAPABILITY, kernel, unavailable
+from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.params import STORAGE, pack
 from escort.filter import SparseFilter
 from escort.methods import activation
@@ -90,8 +90,7 @@ class Gemv(Method):
 
         weights, _ = shared(sparse_filter, (self.name, device, problem.storage), make_weights)
         fixed = weights, activation.per_channel(problem, bias, slope), pack(Params.of(problem))
-        overlap = torch.cuda.get_device_capability(device) >= NATIVE_CAPABILITY
-        launch = compiled.bind(_THREADS, 0, (*[torch.Tensor] * 3, *fixed, int), overlap=overlap)
+        launch = compiled.bind(_THREADS, 0, (*[torch.Tensor] * 3, *fixed, int), overlap=True)
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
         check, out_shape = input_check(problem, _MOST_ACROSS * samples_of_warp), problem.output_shape[1:]
         strides, alignment = output_strides(problem, problem.memory_format), _vector(problem) * problem.storage.itemsize

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils._pytree import tree_leaves
 
+from escort.layers import Images
 from escort.network.tracing.conv_types import is_leaf
 from escort.runtime.stand_in import runs_more
 
@@ -84,7 +85,7 @@ class Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        stays = id(m) in self._leaves or runs_more(m) or is_leaf(m)
+        stays = id(m) in self._leaves or runs_more(m) or is_leaf(m) or isinstance(m, Images)
         return stays or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:

@@ -16,6 +16,7 @@ from escort.layers import (
     Concat,
     FusedConv2d,
     Gate,
+    Images,
     LocalResponseNorm,
     MaxPool2d,
     NormedConcat,
@@ -55,7 +56,7 @@ LAYERS: dict[str, type[nn.Module]] = {
         f"escort.{cls.__name__}": cls
         for cls in (
             *(AdaptiveAvgPool2d, AvgPool2d, Concat, FusedConv2d, Gate, LocalResponseNorm, MaxPool2d, SamePad),
-            *(NormedConcat, Upsample),
+            *(Images, NormedConcat, Upsample),
         )
     },
 }
@@ -93,6 +94,10 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and not math.isnan(value)
 
 
+def _is_finite(value: Any) -> bool:
+    return _each(value, lambda item: type(item) in (int, float) and math.isfinite(item))
+
+
 def _is_factor(value: Any) -> bool:
     return _each(value, lambda item: type(item) in (int, float) and 0 < item <= MAX_SCALE)
 
@@ -121,14 +126,15 @@ _ARGUMENTS: dict[str, Callable[[Any], bool]] = {
             _is_number,
         ),
         (
-            "add_bias_kv add_zero_attn affine align_corners batch_first bias bidirectional ceil_mode count_include_pad "
-            "elementwise_affine inplace recompute_scale_factor residual return_indices scale_grad_by_freq sparse "
-            "track_running_stats",
+            "add_bias_kv add_zero_attn affine align_corners batch_first bias bidirectional ceil_mode channels_last "
+            "count_include_pad elementwise_affine inplace recompute_scale_factor residual return_indices "
+            "scale_grad_by_freq sparse track_running_stats",
             lambda value: type(value) is bool,
         ),
         ("approximate mode nonlinearity padding_mode", lambda value: value in _WORDS),
         ("activation", lambda value: value in get_args(Activation)),
         ("scale_factor", _is_factor),
+        ("mean std scale", _is_finite),
         ("num_layers", lambda value: type(value) is int and 1 <= value <= MAX_DEEP),
     )
     for name in names.split()

@@ -114,7 +114,7 @@ class DirectCuda(Method):
             config.threads,
             int(shared_bytes(layout, asdict(config), tables.record_bytes)),
             (torch.Tensor, torch.Tensor, torch.Tensor, *fixed, int, int),  # x, y, residual; samples, tiles
-            overlap=torch.cuda.get_device_capability(device) >= (9, 0),
+            overlap=True,
         )
         # The tables are there before any stream reads them. Other streams may be in a capture, and are not waited for.
         torch.cuda.current_stream(device).synchronize()

@@ -109,7 +109,7 @@ class Generated(Method):
             config.threads,
             kernel_steps.shared_bytes,
             (torch.Tensor, torch.Tensor, torch.Tensor, int, int),
-            overlap=torch.cuda.get_device_capability(device) >= (9, 0),
+            overlap=True,
         )
         check, out_shape = input_check(problem, _most_samples(kernel_steps)), problem.output_shape[1:]
         clusters = config.clusters(Gpu.of(problem.device))
@@ -148,8 +148,7 @@ def _arrange(kernel_steps: KernelSteps, device: torch.device) -> tuple[Callable[
     """Lays out an input x (N, C, H, W) as (planes, words) of 32 bits, by kernels/cuda/generated_arrange.cu."""
     planes = kernel_steps.problem.in_channels * len(kernel_steps.words.phases)
     compiled = kernel("generated_arrange.cu", codegen.arrange_defines(kernel_steps, _ARRANGE_THREADS), device)
-    overlap = torch.cuda.get_device_capability(device) >= (9, 0)
-    launch = compiled.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, int, int), overlap=overlap)
+    launch = compiled.bind(_ARRANGE_THREADS, 0, (torch.Tensor, torch.Tensor, int, int), overlap=True)
 
     @lru_cache(MOST_BATCHES)
     def cut(samples: int) -> tuple[Grid, int]:
