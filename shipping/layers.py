@@ -12,8 +12,10 @@ from escort.filter import SparseFilter
 from escort.planner.plan import Layer
 from escort.problem import Activation, Epilogue, MemoryFormat, Precision, Problem
 
-#: Sides of maps, which networks halve from pictures of 224.
-_SIDES = (112, 56, 28, 14, 7)
+#: Sides of maps, which networks halve from pictures.
+_PICTURE, _SIDES = 224, (112, 56, 28, 14, 7)
+#: Output channels of a network's first convolution, which reads three.
+_STEMS = (32, 64)
 #: Channels of a map, times its side: networks keep this about the same, and wide ones have eight times as many.
 _CHANNELS_BY_SIDE = (896, 1792, 3584, 7168, 14336)
 _BATCHES = (1, 8, 32, 128)
@@ -23,7 +25,7 @@ _PRECISIONS: tuple[Precision, ...] = ("fp16", "tf32", "bf16", "fp32")
 
 def common_layers(precisions: tuple[Precision, ...] = _PRECISIONS) -> Iterator[Layer]:
     """Pointwise and 3x3 convolutions of maps of common sizes, pruned at random, and depthwise ones, on "cuda:0"."""
-    for side, precision, batch in itertools.product(_SIDES, precisions, _BATCHES):
+    for side, precision, batch in itertools.product((_PICTURE, *_SIDES), precisions, _BATCHES):
         for filters, stride in _filters(side):
             size = filters.shape[2]
             for memory_format, activation in _variations(precision):
@@ -51,6 +53,9 @@ def _variations(precision: Precision) -> Iterator[tuple[MemoryFormat, Activation
 
 def _filters(side: int) -> Iterator[tuple[SparseFilter, int]]:
     """A map's convolutions, each with its stride: from any number of channels to any, larger ones to as many."""
+    if side == _PICTURE:
+        yield from ((_filter(k, 3, 3), 2) for k in _STEMS)
+        return
     widths = [channels // side for channels in _CHANNELS_BY_SIDE]
     for c, k in itertools.product(widths, widths):
         yield _filter(k, c, 1), 1

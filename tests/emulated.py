@@ -106,6 +106,7 @@ static u32 shared_address(const void* p) { return (const char*)p - (const char*)
 static uint4 load16(u32 from) { return shared<uint4>(from); }
 static void store16(u32 to, uint4 words) { shared<uint4>(to) = words; }
 static void store4(u32 to, u32 word) { shared<u32>(to) = word; }
+static void copy16(u32 to, const void* from) { store16(to, __ldg((const uint4*)from)); }
 static void copy16_or_zeros(u32 to, const void* from, bool is_read) {
   store16(to, is_read ? __ldg((const uint4*)from) : uint4());
 }
@@ -165,6 +166,17 @@ static void multiply_add(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0
   multiply<4>(sum, {{a0, a1, a2, a3}, {b0, b1}});
 }
 static void multiply_add8(float (&sum)[4], u32 a0, u32 a1, u32 b) { multiply<2>(sum, {{a0, a1}, {b}}); }
+// In place of wgmma.cuh, with weights where tensor cores find them.
+#if GROUP
+static void show_to_products() {}
+static void begin_products() {}
+static void end_products() {}
+static void start_product(float (*sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, const uint4* weights) {
+  const u32(*const b)[2][8][4] = (const u32(*)[2][8][4])weights;
+  const int t = threadIdx.x % 4, column = threadIdx.x % 32 / 4;  // those of which the lane gives the weights
+  for (int j = 0; j < TILES; j++) multiply_add(sum[j], a0, a1, a2, a3, b[j][0][column][t], b[j][1][column][t]);
+}
+#endif
 static u32 rounded_to_tf32(u32 bits) { return bits + 0x1000 & 0xffffe000; }
 // Two activations in place of activation.cuh, which is PTX.
 #define leaky_relu 1
@@ -260,7 +272,7 @@ def _library(source: str, defines: tuple[tuple[str, object], ...], folder: Path)
 
 
 _BOUNDING = r'asm\("(max|min)\.NaN\.(?:f32|" PAIR ") %0, %0, %1;" : "\+[fr]"\((\w+)\) : "[fr]"\((\w+)\)\);'
-_REPLACED = "activation.cuh", "mma.cuh", "ptx.cuh"
+_REPLACED = "activation.cuh", "mma.cuh", "ptx.cuh", "wgmma.cuh"
 
 
 def _text(name: str, seen: tuple[str, ...] = _REPLACED) -> str:

@@ -87,6 +87,7 @@ def plane_variants() -> list[Variant]:
     vectors = [{"STORAGE": storage, "VECTOR": vector} for storage, vector in ((0, 1), (0, 4), (1, 1), (1, 8), (2, 8))]
     both = [(macros, {"LAST": last}) for macros in vectors for last in (0, 1)]
     return [
+        *(("images.cu", {"STORAGE": storage, "VECTOR": vector}, 40) for storage in (0, 1, 2) for vector in (1, 4)),
         *(("resize.cu", macros, 48) for macros in vectors),
         *(("mean.cu", macros, 64) for macros in vectors),
         *(("average_pool.cu", macros | {"ROWS": n, "COLUMNS": n}, 80) for macros in vectors for n in (0, 2, 3)),
@@ -121,8 +122,9 @@ def depthwise_tc_variants() -> list[Variant]:
 
 
 def stem_variants() -> list[Variant]:
-    """As many channels at a time as registers hold, in NHWC and NCHW: four blocks of a multiprocessor, or three."""
-    wide, narrow = {"CHANNELS": 3, "TILES": 8}, {"CHANNELS": 4, "TILES": 6, "STORAGE": 1, "LAST": 1, "VECTOR": 4}
+    """As many channels at a time as registers hold, in NHWC and NCHW, for 512 threads of a multiprocessor, or 384."""
+    wide = {"CHANNELS": 3, "TILES": 8, "THREADS": 128}
+    narrow = {"CHANNELS": 4, "TILES": 6, "STORAGE": 1, "LAST": 1, "VECTOR": 4, "THREADS": 256}
     types = ((0, 4, 168), (1, 8, 128), (2, 8, 128))
     return [
         *(

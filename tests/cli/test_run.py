@@ -14,6 +14,7 @@ import torch
 from escort import artifact
 from escort.cli import run
 from tests.cli.invoking import invoke, succeed, succeed_json
+from tests.cli.named import TINY
 
 
 def test_run_on_images(saved: Path, images: Path, tmp_path: Path) -> None:
@@ -160,3 +161,33 @@ def test_unreadable_images(saved: Path, images: Path) -> None:
     (images / "b.png").write_bytes(b"no png")
     result = invoke("run", saved, images)
     assert result.exit_code == 2 and "b.png is no readable image" in result.stderr
+
+
+def test_a_model_that_takes_bytes(saved: Path, pruned: Path, images: Path, tmp_path: Path) -> None:
+    """It gives what the one gives whose images are normalised before."""
+    path, normalising = tmp_path / "bytes.escort", ["--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]
+    succeed("convert", TINY, "--checkpoint", pruned, "--input", "2,3,16,16", "--output", path, *normalising)
+    of_bytes, of_floats = (succeed_json("run", model, images)["predictions"] for model in (path, saved))
+    assert [row["input"] for row in of_bytes] == ["a.jpg", "b.png", "c.PNG"]
+    scores = [[row["score"] for row in rows] for rows in (of_bytes, of_floats)]
+    np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4)
+    batch = tmp_path / "batch.npy"
+    np.save(batch, np.zeros((5, 16, 16, 3), np.uint8))
+    assert succeed_json("run", path, batch)["inputs"] == 5
+    for array, says in (
+        (np.zeros((5, 3, 16, 16), np.uint8), "the model takes (N, H, W, 3)"),
+        (np.zeros((5, 16, 16, 3), np.float32), "save them as uint8"),
+    ):
+        np.save(batch, array)
+        result = invoke("run", path, batch)
+        assert result.exit_code == 2 and says in result.stderr.replace("\n", " ")
+    result = invoke("run", path, images, *normalising)
+    assert result.exit_code == 2 and "normalises images itself" in result.stderr
+
+
+def test_bytes_for_a_model_of_other_inputs(tmp_path: Path) -> None:
+    options = ["--input", "2,3,16,16", "--output", tmp_path / "x.escort", "--mean", "0.5", "--std"]
+    result = invoke("convert", TINY, *options, "0.5")
+    assert result.exit_code == 2 and "--mean and --std have 1 values" in result.stderr.replace("\n", " ")
+    result = invoke("convert", TINY, *options, "0.5,0.5")
+    assert result.exit_code == 2 and "a finite number for each channel" in result.stderr.replace("\n", " ")

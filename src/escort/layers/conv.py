@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 from escort import reference
 from escort.cuda.binary import Binary
 from escort.filter import SparseFilter
-from escort.kernels import _cpu
 from escort.layers import runners
 from escort.layers.conv_like import ConvLike
 from escort.layers.counters import BROADCAST, BY_OPERATOR, Counters
@@ -235,16 +234,14 @@ class SparseConv2d(ConvLike):
             cached.keep(prepared)
         return prepared.run
 
-    def op(self, shape: tuple[int, ...]) -> _cpu.Op | None:
-        """What runs plain calls on inputs of a shape (N, C, H, W) natively; None where no operation does.
-
-        Raises:
-            ValueError, RuntimeError: as such a call does.
-        """
+    def prepared(self, shape: tuple[int, ...]) -> Prepared:
+        """What runs plain calls on inputs of a shape (N, C, H, W). Raises what such a call does."""
         prepared = self._runners.get(self._key(shape[2], shape[3]))
         if prepared is None:
             prepared = self._lay_out(shape[0], shape[2], shape[3])
-        return prepared.op
+        if self.values.is_cuda and is_capturing():
+            self._runners.keep(prepared)
+        return prepared
 
     def follow(self) -> None:
         """Notices what was written to bias and values since the last call."""

@@ -106,7 +106,7 @@ class Images(nn.Module):
             return _runner(self.channels_last, images.shape, self.frozen.dtype, images.device)(images, self.factors)
         planes = images.movedim(3, 1) if self.channels_last else images
         scale, shift = self.factors[:, :, None, None]
-        y = planes.to(torch.float32, memory_format=torch.contiguous_format) * scale + shift
+        y = planes.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).add_(shift)
         return y.to(self.frozen.dtype)
 
     def check(self, images: torch.Tensor) -> None:

@@ -34,6 +34,11 @@ class Runner(Protocol):
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor: ...
 
 
+#: Runs a convolution on images of bytes. It is given these, (N, H, W, C) or (N, C, H, W), and for each channel what
+#: bytes are multiplied by and what is added then, (2, C) float32; it returns y.
+ImagesRunner = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A convolution that is ready to run.
@@ -44,6 +49,8 @@ class Prepared:
         notes: numbers by name that the plan shows beside the time.
         binaries: of all the kernels that it launches.
         op: the same for a native program, where the method has that: its inputs are x and the residual.
+        of_images: given whether channels come last, what normalises images of bytes on the way; None where the method
+            has no such thing, or its kernel cannot be had.
     """
 
     run: Runner
@@ -51,6 +58,7 @@ class Prepared:
     notes: Mapping[str, float] = field(default_factory=dict)
     binaries: tuple[Binary, ...] = ()
     op: _cpu.Op | None = None
+    of_images: Callable[[bool], ImagesRunner | None] = lambda channels_last: None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return self.run(x, residual)

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from escort.layers.observed import is_observed
 from escort.runtime.graph import read
+from escort.runtime.images import ConvOfImages, of_images, pass_on
 from escort.runtime.loop import BoundStep, run_steps
 from escort.runtime.native import Native
 from escort.runtime.native.form import unknown
@@ -102,7 +103,7 @@ class Program(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._bound
         if bound is None or not bound.belongs_to(self):
-            bound = self._bound = Bound(self)
+            bound = self._bound = Bound(self, joins_images=True)
         values = bound.values.copy()
         if kwargs or len(args) != bound.positional:
             args = self._in_order(args, kwargs)
@@ -218,13 +219,16 @@ def native_steps(network: nn.Module) -> tuple[int, dict[str, str]]:
 class Bound:
     """A program's steps with the places where their functions, layers and values are.
 
+    Args:
+        joins_images: whether a convolution may normalise images itself, as part of one launch.
+
     Attributes:
         values: what a run starts with: room for inputs and results, then the plain arguments of steps.
         positional: how many inputs a call by position has; -1 where it may have any number, or they are checked.
         steps: what :func:`escort.runtime.loop.run_steps` runs.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, joins_images: bool = False) -> None:
         self.modules = program._modules
         self.containers: dict[tuple[str, ...], tuple[dict[str, Any], str, nn.Module]] = {}
         listing = program.listing
@@ -233,8 +237,14 @@ class Bound:
         self.positional = -1 if is_checked else count
         self.values: list[Any] = [None] * (count + len(listing.steps))
         self.steps: list[BoundStep] = []
+        joined = of_images(listing, program) if joins_images else {}
         for number, (step, last_reads) in enumerate(zip(listing.steps, listing.last_reads(), strict=True), count):
             table, key = self._callable(program, step)
+            if number in joined.values():
+                table, key = (pass_on,), 0
+            elif number in joined:
+                images = self._callable(program, listing.steps[joined[number] - count])
+                table, key = (ConvOfImages(images, (table, key)),), 0
             is_simple = not step.kwargs and all(isinstance(value, Slot) or _is_fixed(value) for value in step.args)
             arguments = tuple(self._number(value) for value in step.args) if is_simple else ()
             template = None if is_simple else (step.args, step.kwargs)

@@ -6,25 +6,34 @@
 // What is summed are words of such a run, two elements or one float each: a table says where in a window each word
 // lies, and which of its halves count. A warp multiplies four octets, each eight outputs of a row, with 8 TILES
 // channels at a time. In NHWC outputs are rows of the product, and channels are dealt to its columns so that a lane
-// writes VECTOR neighbours; in NCHW channels are its rows. STORAGE     0: float multiplied as TF32, 1: fp16, 2: bf16
+// writes VECTOR neighbours; in NCHW channels are its rows.
+//
+// STORAGE     0: float multiplied as TF32, 1: fp16, 2: bf16
 // LAST        1: y and the residual lie in NHWC, 0: in NCHW
 // CHANNELS    of x, up to 4
 // TILES       of 8 output channels that a warp multiplies at a time, an even number
 // VECTOR      neighbours that a lane writes: channels, of which it has 2 TILES, or in NCHW outputs of a row, 1 or 2
+// THREADS     of a block, 128 or 256
+// GROUP       where it is 1 four warps multiply together, which takes LAST and compute capability 9.0
 // IMAGES      where it is 1 x has bytes, of which elements are made by a scale and a shift for each channel
 // ACTIVATION  as in activation.cuh
-#define THREADS 128
-
 #include "activation.cuh"
 #include "divisor.cuh"
 #include "elements.cuh"
 #include "mma.cuh"
 #include "ptx.cuh"
+#if GROUP
+#include "wgmma.cuh"
+#endif
 
+#ifndef GROUP
+#define GROUP 0
+#endif
 #define WARPS (THREADS / 32)
-#define OCTETS 4                     // of a warp
-#define BATCH 4                      // pixels that a thread loads before it stores the first
-#define BLOCKS (BYTES == 4 ? 3 : 4)  // of a multiprocessor at least
+#define OCTETS 4  // of a warp
+#define BATCH 6   // pixels that a thread loads before it stores the first
+// Blocks of a multiprocessor at least.
+#define BLOCKS ((BYTES == 2 || GROUP ? 512 : 384) / THREADS)
 
 #if IMAGES
 typedef unsigned char Input;
@@ -61,11 +70,19 @@ struct Tile {
 struct Source {
   const Input* x;
   int sample, channel, row, pixel;
-  const float* scale;
+  float scale[CHANNELS], shift[CHANNELS];
+
+  __device__ Source(const Input* x, int sample, int channel, int row, int pixel, const float* factors)
+      : x(x), sample(sample), channel(channel), row(row), pixel(pixel) {
+#if IMAGES
+#pragma unroll
+    for (int c = 0; c < CHANNELS; c++) scale[c] = __ldg(factors + c), shift[c] = __ldg(factors + CHANNELS + c);
+#endif
+  }
 
   __device__ Element element(Input value, int c) const {
 #if IMAGES
-    const Element made = narrowed(fmaf(value, __ldg(scale + c), __ldg(scale + CHANNELS + c)));
+    const Element made = narrowed(fmaf(value, scale[c], shift[c]));
 #else
     const Element made = value;
 #endif
@@ -77,31 +94,32 @@ struct Source {
   }
 };
 
-// What a tile of outputs reads, with zeros around x.
+// What a tile of outputs reads, with zeros around x. All loads of a batch come before its first store, which waits for
+// them: what is outside of x is loaded from its first pixel, and not used.
 __device__ __forceinline__ void stage(Element* staged, const Source& from, const Tile& tile, const Params& p) {
   const int top = tile.row * p.stride_down - p.top, left = tile.column * p.stride_right - p.left;
   const Input* const x = from.x + (long long)tile.sample * from.sample;
   const int pixels = p.in_rows * p.in_columns;
   for (int first = threadIdx.x; first < pixels; first += BATCH * THREADS) {
     Input values[BATCH][CHANNELS];
-    bool is_inside[BATCH];
     int to[BATCH];
+    u32 inside = 0;
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       const int at = first + b * THREADS, row = p.by_in_columns.quotient(at), column = at - row * p.in_columns;
-      const int h = top + row, w = left + column;
-      to[b] = row * p.pitch + column * p.pixel;
-      is_inside[b] = at < pixels && h >= 0 && h < p.height && w >= 0 && w < p.width;
+      const u32 h = top + row, w = left + column;  // those before x are large
+      const bool is_inside = h < (u32)p.height && w < (u32)p.width;
+      const int offset = is_inside ? h * from.row + w * from.pixel : 0;
+      to[b] = at < pixels ? row * p.pitch + column * p.pixel : -1;
+      inside |= (u32)is_inside << b;
 #pragma unroll
-      for (int c = 0; c < CHANNELS; c++)
-        values[b][c] = is_inside[b] ? __ldg(x + h * from.row + w * from.pixel + c * from.channel) : Input(0);
+      for (int c = 0; c < CHANNELS; c++) values[b][c] = __ldg(x + offset + c * from.channel);
     }
 #pragma unroll
     for (int b = 0; b < BATCH; b++)
-      if (first + b * THREADS < pixels)
 #pragma unroll
-        for (int c = 0; c < CHANNELS; c++)
-          staged[to[b] + c] = is_inside[b] ? from.element(values[b][c], c) : Element(0);
+      for (int c = 0; c < CHANNELS; c++)
+        if (to[b] >= 0) staged[to[b] + c] = inside >> b & 1 ? from.element(values[b][c], c) : Element(0);
   }
 }
 
@@ -164,14 +182,28 @@ __device__ __forceinline__ void begin(Sums& sums, int first_channel, const float
     }
 }
 
-__device__ __forceinline__ void multiply(Sums& sums, int j, const uint4& w, const u32 (&x)[OCTETS][2]) {
+#if GROUP
+__device__ __forceinline__ void multiply(Sums& sums, const uint4* weights, const u32 (&x)[OCTETS][2]) {
+  begin_products();
 #pragma unroll
-  for (int o = 0; o < OCTETS; o += 2) {
-    float (*const sum)[4] = sums + o / 2 * TILES + 2 * j;
-    multiply_add(sum[0], x[o][0], x[o + 1][0], x[o][1], x[o + 1][1], w.x, w.y);
-    multiply_add(sum[1], x[o][0], x[o + 1][0], x[o][1], x[o + 1][1], w.z, w.w);
+  for (int o = 0; o < OCTETS; o += 2)
+    start_product(sums + o / 2 * TILES, x[o][0], x[o + 1][0], x[o][1], x[o + 1][1], weights);
+  end_products();
+}
+#else
+__device__ __forceinline__ void multiply(Sums& sums, const uint4* weights, const u32 (&x)[OCTETS][2]) {
+#pragma unroll
+  for (int j = 0; j < TILES; j += 2) {
+    const uint4 w = weights[j / 2 * 32 + threadIdx.x % 32];
+#pragma unroll
+    for (int o = 0; o < OCTETS; o += 2) {
+      float (*const sum)[4] = sums + o / 2 * TILES + j;
+      multiply_add(sum[0], x[o][0], x[o + 1][0], x[o][1], x[o + 1][1], w.x, w.y);
+      multiply_add(sum[1], x[o][0], x[o + 1][0], x[o][1], x[o + 1][1], w.z, w.w);
+    }
   }
 }
+#endif
 
 __device__ __forceinline__ void finish(const Sums& sums, const Octets& octets, int sample, int first_channel,
                                        Element* y, const Element* residual, const float* bias, const Params& p) {
@@ -205,9 +237,13 @@ __device__ __forceinline__ void begin(Sums& sums, int first_channel, const float
   }
 }
 
-__device__ __forceinline__ void multiply(Sums& sums, int j, const uint4& w, const u32 (&x)[OCTETS][2]) {
+__device__ __forceinline__ void multiply(Sums& sums, const uint4* weights, const u32 (&x)[OCTETS][2]) {
 #pragma unroll
-  for (int o = 0; o < OCTETS; o++) multiply_add(sums[o * TILES / 2 + j], w.x, w.y, w.z, w.w, x[o][0], x[o][1]);
+  for (int j = 0; j < TILES / 2; j++) {
+    const uint4 w = weights[j * 32 + threadIdx.x % 32];
+#pragma unroll
+    for (int o = 0; o < OCTETS; o++) multiply_add(sums[o * TILES / 2 + j], w.x, w.y, w.z, w.w, x[o][0], x[o][1]);
+  }
 }
 
 __device__ __forceinline__ void finish(const Sums& sums, const Octets& octets, int sample, int first_channel,
@@ -237,38 +273,43 @@ __device__ __forceinline__ void finish(const Sums& sums, const Octets& octets, i
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     stem(const Input* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual,
          const uint4* __restrict__ weights, const uint2* __restrict__ words, const float* __restrict__ bias,
-         const float* __restrict__ scale, const __grid_constant__ Params p, int in_sample, int in_channel, int in_row,
+         const float* __restrict__ factors, const __grid_constant__ Params p, int in_sample, int in_channel, int in_row,
          int in_pixel) {
   extern __shared__ uint4 shared[];
   let_next_kernel_start();
-  const int weight_vectors = p.groups * p.steps * TILES / 2 * 32, lane = threadIdx.x % 32, t = lane % 4;
+  const int step_vectors = TILES / 2 * 32, weight_vectors = p.groups * p.steps * step_vectors;
   uint2* const word = (uint2*)(shared + weight_vectors);
   char* const staged = (char*)(word + p.steps * 8);
 #pragma unroll 4
-  for (int i = threadIdx.x; i < weight_vectors; i += THREADS) shared[i] = __ldg(weights + i);
+  for (int i = threadIdx.x; i < weight_vectors; i += THREADS) copy16(shared_address(shared + i), weights + i);
   for (int i = threadIdx.x; i < p.steps * 8; i += THREADS) word[i] = __ldg(words + i);
   const Tile tile(p);
   wait_for_previous_kernel();
-  stage((Element*)staged, Source{x, in_sample, in_channel, in_row, in_pixel, scale}, tile, p);
+  stage((Element*)staged, Source(x, in_sample, in_channel, in_row, in_pixel, factors), tile, p);
+  wait_for_copies();
+#if GROUP
+  show_to_products();
+#endif
   __syncthreads();
-  for (int first = threadIdx.x / 32 * OCTETS; first < p.rows * p.octets; first += WARPS * OCTETS) {
-    const Octets octets(staged, first, tile, p);
+  for (int first = 0; first < p.rows * p.octets; first += WARPS * OCTETS) {  // the warps of a group go on together
+    const int own = first + threadIdx.x / 32 * OCTETS;
+    if (!GROUP && own >= p.rows * p.octets) break;
+    const Octets octets(staged, own, tile, p);
     for (int group = 0; group < p.groups; group++) {
       Sums sums;
       begin(sums, group * TILES * 8, bias, p);
-      const uint4* const own = shared + group * p.steps * TILES / 2 * 32 + lane;
+      const uint4* const from = shared + group * p.steps * step_vectors;
       __syncwarp();
-#pragma unroll 2
+#pragma unroll(GROUP ? 1 : 2)
       for (int step = 0; step < p.steps; step++) {
         u32 pixels[OCTETS][2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const uint2 at = word[step * 8 + half * 4 + t];
+          const uint2 at = word[step * 8 + half * 4 + threadIdx.x % 4];
 #pragma unroll
           for (int o = 0; o < OCTETS; o++) pixels[o][half] = *(const u32*)(octets.from[o] + at.x) & at.y;
         }
-#pragma unroll
-        for (int j = 0; j < TILES / 2; j++) multiply(sums, j, own[(step * TILES / 2 + j) * 32], pixels);
+        multiply(sums, from + step * step_vectors, pixels);
       }
       finish(sums, octets, tile.sample, group * TILES * 8, y, residual, bias, p);
     }

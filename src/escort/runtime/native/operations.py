@@ -27,7 +27,7 @@ class Operations(Call):
 
     def conv(self, layer: SparseConv2d, input: Any, residual: Any = None) -> Value:  # noqa: A002
         x = self.tensor(input, ndim=4)
-        op = layer.op(x.shape)
+        op = layer.prepared(x.shape).op
         if op is None:
             raise NotNativeError(f"is run by {layer.plan.method}, which has no operation for that")
         samples = x.shape[0]

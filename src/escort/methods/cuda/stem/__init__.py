@@ -13,14 +13,23 @@ from functools import lru_cache
 
 import torch
 
+from escort.cuda.binary import Binary
 from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import NATIVE_CAPABILITY, kernel, unavailable
-from escort.cuda.launch import Grid
+from escort.cuda.launch import Grid, Launch
 from escort.cuda.params import STORAGE, pack
 from escort.filter import SparseFilter
 from escort.methods import activation
-from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_check, output_strides
+from escort.methods.base import (
+    MOST_BATCHES,
+    ImagesRunner,
+    Method,
+    Prepared,
+    aligned,
+    input_check,
+    output_strides,
+)
 from escort.methods.cuda.stem.config import StemConfig
 from escort.methods.cuda.stem.layout import Channels, Layout
 from escort.methods.cuda.stem.params import Params
@@ -30,7 +39,6 @@ from escort.problem import Problem
 
 __all__ = ["Stem", "StemConfig"]
 
-_THREADS = 128  # of a block
 _MOST = 2**31 - 1
 _MOST_CHANNELS, _CHANNEL_MULTIPLE = 4, 8
 _MOST_CONFIGS = 8
@@ -52,7 +60,8 @@ class Stem(Method):
             return f"tensor cores write {_CHANNEL_MULTIPLE} channels at a time, and there are {problem.out_channels}"
         if max(math.prod(problem.input_shape[1:]), math.prod(problem.output_shape[1:])) > _MOST // 2:
             return "a sample has more elements than 32 bits number; use a smaller input"
-        if reason := unavailable(torch.device(problem.device)):
+        device = torch.device(problem.device)
+        if (reason := unavailable(device)) and unavailable(device, native=True):  # of which kernels may be carried
             return reason
         if next(candidates(problem, Gpu.of(problem.device)), None) is None:
             return "shared memory has no room for all weights and a row of x"
@@ -72,8 +81,11 @@ class Stem(Method):
             "CHANNELS": problem.in_channels,
             "TILES": channels.tiles,
             "VECTOR": channels.vector,
+            "THREADS": Layout.of(problem, config).threads,
         }
-        return (Variant("stem.cu", macros | activation.macros(problem.epilogue)),)
+        if config.together:
+            macros["GROUP"] = 1
+        return (Variant("stem.cu", macros | activation.macros(problem.epilogue), native=config.together),)
 
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: StemConfig | None = None
@@ -90,21 +102,18 @@ class Stem(Method):
         slope: torch.Tensor | None = None,
     ) -> Prepared:
         device, layout = torch.device(problem.device), Layout.of(problem, config)
-        (variant,) = self.kernels(problem, config)
-        compiled = kernel(variant.source, variant.defines, device)
 
         def make_weights() -> tuple[torch.Tensor, None]:
             return layout.arrange(sparse_filter.to_dense()).to(device), None
 
-        key = self.name, device, problem.precision, problem.memory_format, layout.channels, layout.pixel
-        weights, _ = shared(sparse_filter, key, make_weights)
-        params, table = Params.of(layout, config), torch.from_numpy(layout.table.view("int32")).to(device)
-        fixed = weights, table, activation.per_channel(problem, bias, slope), None, pack(params)
-        overlap = torch.cuda.get_device_capability(device) >= NATIVE_CAPABILITY
-        arguments = (*[torch.Tensor] * 3, *fixed, *[int] * 4)
-        launch = compiled.bind(_THREADS, layout.shared_bytes, arguments, overlap=overlap)
+        kind = problem.precision, problem.memory_format, layout.channels, layout.pixel, layout.together
+        weights, _ = shared(sparse_filter, (self.name, device, kind), make_weights)
+        table = torch.from_numpy(layout.table.view("int32")).to(device)
+        tables = weights, table, activation.per_channel(problem, bias, slope)
+        (variant,) = self.kernels(problem, config)
+        launch, binary = _bind(variant, layout, config, tables)
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
-        blocks, memory_format = params.blocks, problem.torch_memory_format
+        blocks, memory_format = Params.of(layout, config).blocks, problem.torch_memory_format
         check, out_shape = input_check(problem, _MOST // blocks), problem.output_shape[1:]
         strides = output_strides(problem, problem.memory_format)
         planes, pixels = in_steps(problem)
@@ -121,10 +130,37 @@ class Stem(Method):
             in_planes = x.is_contiguous()
             if not in_planes:
                 x = x.contiguous(memory_format=torch.channels_last)
-            launch(cut(x.shape[0]), x, y, residual, *(planes if in_planes else pixels))
+            launch(cut(x.shape[0]), x, y, residual, None, *(planes if in_planes else pixels))
             return y
 
-        return Prepared(run, binaries=(compiled.binary,))
+        @lru_cache
+        def of_images(channels_last: bool) -> ImagesRunner | None:
+            try:
+                launch, _ = _bind(variant._replace(defines={**variant.defines, "IMAGES": 1}), layout, config, tables)
+            except ImportError:  # there is no compiler, and no such kernel is carried
+                return None
+            steps = pixels if channels_last else planes
+
+            def run_on_images(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+                shape, dtype = (images.shape[0], *out_shape), problem.storage
+                y = torch.empty_strided(shape, strides, dtype=dtype, device=images.device)
+                launch(cut(images.shape[0]), images.contiguous(), y, None, factors, *steps)
+                return y
+
+            return run_on_images
+
+        return Prepared(run, binaries=(binary,), of_images=of_images)
+
+
+def _bind(
+    variant: Variant, layout: Layout, config: StemConfig, tables: Sequence[torch.Tensor | None]
+) -> tuple[Launch, Binary]:
+    """The launch of a kernel, which takes x, y, the residual, factors of images, and the steps of x; and its binary."""
+    device = torch.device(layout.problem.device)
+    compiled = kernel(variant.source, variant.defines, device, native=variant.native)
+    arguments = (*[torch.Tensor] * 3, *tables, torch.Tensor, pack(Params.of(layout, config)), *[int] * 4)
+    overlap = torch.cuda.get_device_capability(device) >= NATIVE_CAPABILITY
+    return compiled.bind(layout.threads, layout.shared_bytes, arguments, overlap=overlap), compiled.binary
 
 
 def in_steps(problem: Problem) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:

@@ -12,7 +12,9 @@ class StemConfig:
     Attributes:
         rows: of outputs.
         octets: of outputs in each row, eight of which a warp multiplies side by side.
+        together: whether the warps of a block multiply together (wgmma), and tensor cores read the weights themselves.
     """
 
     rows: int
     octets: int
+    together: bool = False

@@ -20,6 +20,7 @@ OCTET = 8  # outputs of a row that a warp's product has side by side
 _STEP_WORDS = 8  # of a product along what is summed
 _LANES = 32
 _MOST_TILES = 8  # that registers hold the sums of
+_SMALL_BYTES = 56 * 1024  # of shared memory, of which a multiprocessor of compute capability 9.0 has four times as much
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Layout:
     Attributes:
         pixel, pitch: elements from a pixel or row of the staged input to the next.
         in_rows, in_columns: of the staged input.
+        together: how the weights lie; as of the config.
         words: of a window, a multiple of those of a product.
     """
 
@@ -77,6 +79,7 @@ class Layout:
     pitch: int
     in_rows: int
     in_columns: int
+    together: bool
 
     @classmethod
     def of(cls, problem: Problem, config: StemConfig) -> Layout:
@@ -93,7 +96,7 @@ class Layout:
         steps = [problem.stride[1]] + [1] * (problem.dilation[1] > 1)
         pixel += any(pixel * step % elements for step in steps)
         pitch = -(-in_columns * pixel // elements) * elements
-        return cls(problem, Channels.of(problem), pixel, pitch, in_rows, in_columns)
+        return cls(problem, Channels.of(problem), pixel, pitch, in_rows, in_columns, config.together)
 
     @cached_property
     def elements(self) -> NDArray[np.int64]:
@@ -137,8 +140,13 @@ class Layout:
         staged = self.in_rows * self.pitch * self.problem.storage.itemsize + 4  # a word may reach beyond the last pixel
         return self.weight_vectors * 16 + self.table.nbytes + -(-staged // 16) * 16
 
+    @property
+    def threads(self) -> int:
+        """Of a block: more where shared memory has room for few of them."""
+        return 128 if self.shared_bytes <= _SMALL_BYTES else 256
+
     def arrange(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weights as lanes load them: (groups, steps, tiles / 2, lanes, 4) int32.
+        """The weights as lanes load them, or tensor cores: (groups, steps, tiles / 2, lanes, 4) int32.
 
         Args:
             weight: (K, C, R, S) float32.
@@ -161,5 +169,8 @@ class Layout:
         groups, tiles = self.channels.groups, self.channels.tiles
         # (group, pair of tiles, tile of the pair, column g, step, half, t)
         words = words.view(groups, tiles // 2, 2, 8, self.steps, 2, 4)
-        lanes = words.permute(0, 4, 1, 3, 6, 2, 5) if is_last else words.permute(0, 4, 1, 3, 6, 5, 2)
+        if self.together:
+            lanes = words.permute(0, 4, 1, 2, 5, 3, 6)
+        else:
+            lanes = words.permute(0, 4, 1, 3, 6, 2, 5) if is_last else words.permute(0, 4, 1, 3, 6, 5, 2)
         return lanes.reshape(groups, self.steps, tiles // 2, _LANES, 4).contiguous()
