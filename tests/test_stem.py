@@ -206,13 +206,13 @@ def test_channels_are_dealt_once(precision: Precision, memory_format: MemoryForm
         assert deal.tiles % (deal.vector // 2) == 0
 
 
-def test_stems_of_networks_are_predicted_to_take_little_more_than_memory_does() -> None:
+def test_stems_of_networks_are_predicted_to_take_about_twice_what_memory_does() -> None:
     resnet = Problem(32, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3, 3, 3), epilogue=Epilogue(True, False, "relu"))
     for problem in (resnet, replace(resnet, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1, 1, 1))):
         problem = replace(problem, precision="fp16", device="cuda:0", memory_format="channels_last")
         elements = torch.Size(problem.input_shape).numel() + torch.Size(problem.output_shape).numel()
         predicted = METHOD.predict_us(problem, None, H200)  # type: ignore[arg-type]
-        assert predicted is not None and 1.0 < predicted / (2 * elements / 4e6) < 2.0
+        assert predicted is not None and 1.0 < predicted / (2 * elements / 4e6) < 2.5
 
 
 @pytest.mark.gpu

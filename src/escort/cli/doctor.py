@@ -38,7 +38,10 @@ _OPTIONAL = {
 }
 _PROBLEM = Problem(2, 16, 9, 9, 16, (3, 3), padding=(1, 1, 1, 1))
 #: Every method takes one of these on its device.
-_PROBLEMS = _PROBLEM, replace(_PROBLEM, groups=16), Problem(2, 16, 1, 1, 16, (1, 1))
+_PROBLEMS = (
+    *(_PROBLEM, replace(_PROBLEM, groups=16), Problem(2, 16, 1, 1, 16, (1, 1))),
+    replace(_PROBLEM, groups=16, memory_format="channels_last"),
+)
 
 
 @dataclass(frozen=True)

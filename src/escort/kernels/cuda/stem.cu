@@ -31,7 +31,7 @@
 #endif
 #define WARPS (THREADS / 32)
 #define OCTETS 4  // of a warp
-#define BATCH 8   // pixels that a thread loads before it stores the first
+#define BATCH 6   // pixels that a thread loads before it stores the first
 // Blocks of a multiprocessor at least.
 #define BLOCKS ((BYTES == 2 || GROUP ? 512 : 384) / THREADS)
 
@@ -70,11 +70,19 @@ struct Tile {
 struct Source {
   const Input* x;
   int sample, channel, row, pixel;
-  const float* scale;
+  float scale[CHANNELS], shift[CHANNELS];
+
+  __device__ Source(const Input* x, int sample, int channel, int row, int pixel, const float* factors)
+      : x(x), sample(sample), channel(channel), row(row), pixel(pixel) {
+#if IMAGES
+#pragma unroll
+    for (int c = 0; c < CHANNELS; c++) scale[c] = __ldg(factors + c), shift[c] = __ldg(factors + CHANNELS + c);
+#endif
+  }
 
   __device__ Element element(Input value, int c) const {
 #if IMAGES
-    const Element made = narrowed(fmaf(value, __ldg(scale + c), __ldg(scale + CHANNELS + c)));
+    const Element made = narrowed(fmaf(value, scale[c], shift[c]));
 #else
     const Element made = value;
 #endif
@@ -86,31 +94,32 @@ struct Source {
   }
 };
 
-// What a tile of outputs reads, with zeros around x.
+// What a tile of outputs reads, with zeros around x. All loads of a batch come before its first store, which waits for
+// them: what is outside of x is loaded from its first pixel, and not used.
 __device__ __forceinline__ void stage(Element* staged, const Source& from, const Tile& tile, const Params& p) {
   const int top = tile.row * p.stride_down - p.top, left = tile.column * p.stride_right - p.left;
   const Input* const x = from.x + (long long)tile.sample * from.sample;
   const int pixels = p.in_rows * p.in_columns;
   for (int first = threadIdx.x; first < pixels; first += BATCH * THREADS) {
     Input values[BATCH][CHANNELS];
-    bool is_inside[BATCH];
     int to[BATCH];
+    u32 inside = 0;
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       const int at = first + b * THREADS, row = p.by_in_columns.quotient(at), column = at - row * p.in_columns;
-      const int h = top + row, w = left + column;
-      to[b] = row * p.pitch + column * p.pixel;
-      is_inside[b] = at < pixels && h >= 0 && h < p.height && w >= 0 && w < p.width;
+      const u32 h = top + row, w = left + column;  // those before x are large
+      const bool is_inside = h < (u32)p.height && w < (u32)p.width;
+      const int offset = is_inside ? h * from.row + w * from.pixel : 0;
+      to[b] = at < pixels ? row * p.pitch + column * p.pixel : -1;
+      inside |= (u32)is_inside << b;
 #pragma unroll
-      for (int c = 0; c < CHANNELS; c++)
-        values[b][c] = is_inside[b] ? __ldg(x + h * from.row + w * from.pixel + c * from.channel) : Input(0);
+      for (int c = 0; c < CHANNELS; c++) values[b][c] = __ldg(x + offset + c * from.channel);
     }
 #pragma unroll
     for (int b = 0; b < BATCH; b++)
-      if (first + b * THREADS < pixels)
 #pragma unroll
-        for (int c = 0; c < CHANNELS; c++)
-          staged[to[b] + c] = is_inside[b] ? from.element(values[b][c], c) : Element(0);
+      for (int c = 0; c < CHANNELS; c++)
+        if (to[b] >= 0) staged[to[b] + c] = inside >> b & 1 ? from.element(values[b][c], c) : Element(0);
   }
 }
 
@@ -264,7 +273,7 @@ __device__ __forceinline__ void finish(const Sums& sums, const Octets& octets, i
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     stem(const Input* __restrict__ x, Element* __restrict__ y, const Element* __restrict__ residual,
          const uint4* __restrict__ weights, const uint2* __restrict__ words, const float* __restrict__ bias,
-         const float* __restrict__ scale, const __grid_constant__ Params p, int in_sample, int in_channel, int in_row,
+         const float* __restrict__ factors, const __grid_constant__ Params p, int in_sample, int in_channel, int in_row,
          int in_pixel) {
   extern __shared__ uint4 shared[];
   let_next_kernel_start();
@@ -276,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   for (int i = threadIdx.x; i < p.steps * 8; i += THREADS) word[i] = __ldg(words + i);
   const Tile tile(p);
   wait_for_previous_kernel();
-  stage((Element*)staged, Source{x, in_sample, in_channel, in_row, in_pixel, scale}, tile, p);
+  stage((Element*)staged, Source(x, in_sample, in_channel, in_row, in_pixel, factors), tile, p);
   wait_for_copies();
 #if GROUP
   show_to_products();
