@@ -24,7 +24,7 @@ SOURCES := $(shell find src -name '*.py')
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test smoke lint format test-asan test-tsan test-arm fuzz test-gpu test-sanitizer wheel wheel-test bench zoo hooks clean
+.PHONY: help demo test smoke lint format test-asan test-tsan test-arm test-integrations fuzz test-gpu test-sanitizer wheel wheel-test bench zoo hooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -163,6 +163,20 @@ $(ZOO)/.installed: benchmarks/zoo/requirements.txt pyproject.toml CMakeLists.txt
 
 zoo: $(ZOO)/.installed  ## Convert some hundred networks of torchvision, timm and others; results in benchmarks/results/zoo.json
 	$(ZOO)/venv/bin/python -m benchmarks zoo $(ZOO_FLAGS)
+
+# Other libraries, each group of them in an environment of its own. They are not in constraints.txt: never in CI.
+# tests/integrations/GROUP has the libraries in requirements.txt, pinned, and tests in checks.py, which plain pytest
+# does not collect.
+GROUPS ?= $(notdir $(patsubst %/,%,$(dir $(wildcard tests/integrations/*/requirements.txt))))
+INTEGRATIONS := build/integrations
+$(INTEGRATIONS)/%/.installed: tests/integrations/%/requirements.txt pyproject.toml CMakeLists.txt $(filter-out %.cu %.cuh,$(KERNELS))
+	test -x $(@D)/venv/bin/python || $(PYTHON) -m venv $(@D)/venv
+	$(@D)/venv/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) scikit-build-core nanobind cmake ninja -r $<
+	$(@D)/venv/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) $(BUILD)=$(@D)/cmake --editable .
+	@touch $@
+
+test-integrations: $(GROUPS:%=$(INTEGRATIONS)/%/.installed)  ## Try other libraries, each group in its own environment; GROUPS="onnx pruners"
+	$(foreach group,$(GROUPS),$(INTEGRATIONS)/$(group)/venv/bin/python -m pytest tests/integrations/$(group)/checks.py &&) true
 
 hooks: $(VENV)/.installed  ## Check style and types before each commit
 	$(BIN)/pre-commit install

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,13 +62,40 @@ class Item:
     measure: Callable[[], list[Row]]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an item: its rows and what was left out of it, or why it failed, and how many seconds it took."""
+
+    rows: Sequence[Row]
+    left_out: Sequence[str]
+    failure: str | None
+    seconds: float
+
+    def __str__(self) -> str:
+        """In a line: the least times in microseconds of each method by each timer, or the failure."""
+        if self.failure is not None:
+            return f"failed after {self.seconds:.0f} s: {self.failure.partition(chr(10))[0]}"
+        by_timer: dict[str, dict[str, float]] = {}
+        for row in self.rows:
+            times_us = by_timer.setdefault(row.timer or "", {})
+            times_us[row.method] = min(row.time_us, times_us.get(row.method, math.inf))
+        told = (
+            f"{timer} ".lstrip() + " ".join(f"{method} {time_us:.5g}" for method, time_us in times_us.items())
+            for timer, times_us in by_timer.items()
+        )
+        left_out = f" ({len(self.left_out)} left out)" if self.left_out else ""
+        return f"{self.seconds:.0f} s: {'; '.join(told)}{left_out}"
+
+
 def measure(
     work: Mapping[str, Sequence[Item]],
     folder: Path,
     head: Mapping[str, Any],
     *,
     again: bool = False,
+    seconds: float | None = None,
     begin: Callable[[str, str], object] = lambda stem, label: None,
+    end: Callable[[str, str, Outcome], object] = lambda stem, label, outcome: None,
 ) -> dict[str, str]:
     """Measures the items that a folder's files do not hold yet, and returns what failed: why, by file and label.
 
@@ -77,7 +106,9 @@ def measure(
         work: items by the stem of their file.
         head: of every file; rows are only added to a file of the same study and machine.
         again: measure all anew.
+        seconds: after which no further item begins; None for no end.
         begin: called with stem and label as each item begins, also those that are skipped.
+        end: called with what became of each that was measured, once the file holds it.
 
     Raises:
         ValueError: where a file is of another study or machine; nothing is measured then.
@@ -85,28 +116,42 @@ def measure(
     paths = {stem: folder / f"{stem}.json" for stem in work}
     earlier = {stem: known(path, head) for stem, path in paths.items() if path.is_file() and not again}
     failures: dict[str, str] = {}
+    last = math.inf if seconds is None else time.perf_counter() + seconds
     for stem, items in work.items():
         before = earlier.get(stem, Result({}, []))
         rows, finished, left_out = before.rows, before.header.get("finished", []), before.header.get("left_out", [])
         failed: dict[str, str] = {}
         for item in items:
             begin(stem, item.label)
-            if item.label in finished:
+            if item.label in finished or time.perf_counter() > last:
                 continue
-            try:
-                with _noting(left_out):
-                    rows += item.measure()
+            outcome = _outcome(item)
+            left_out += outcome.left_out
+            if outcome.failure is None:
+                rows += outcome.rows
                 finished.append(item.label)
-            except Exception as error:  # whatever it is: the next item may do well, and the header names the failure
-                failed[item.label] = f"{type(error).__name__}: {error}"
+            else:
+                failed[item.label] = outcome.failure
             complete = all(other.label in finished for other in items)
             state = {"complete": complete, "finished": finished, "failed": failed, "left_out": left_out}
             if before.header:
                 state["continues"] = {name: before.header.get(name) for name in ("date", "commit", "command")}
             write = partial(suite.write_results, head={**head, **state}, rows=rows)
             replace_file(paths[stem], write)
+            end(stem, item.label, outcome)
         failures |= {f"{stem}, {label}": why for label, why in failed.items()}
     return failures
+
+
+def _outcome(item: Item) -> Outcome:
+    begin = time.perf_counter()
+    rows, left_out, failure = list[Row](), list[str](), None
+    try:
+        with _noting(left_out):
+            rows = item.measure()
+    except Exception as error:  # whatever it is: the next item may do well, and the header names the failure
+        failure = f"{type(error).__name__}: {error}"
+    return Outcome(rows, left_out, failure, time.perf_counter() - begin)
 
 
 def known(path: Path, head: Mapping[str, Any]) -> Result:

@@ -89,6 +89,30 @@ class Compiled(Fake):
         return replace(super().prepare(problem, sparse_filter, bias, config), binary=binary)
 
 
+class Trying(Fake):
+    """A dense method whose config 0 tries something in its first call, and 1 does without."""
+
+    is_dense = True
+
+    def __init__(self) -> None:
+        super().__init__("cudnn", lambda y: y, configs=2)
+        self.knobs = list[int]()
+
+    def without_trying(self, config: FakeConfig) -> FakeConfig:
+        return FakeConfig(1)
+
+    def prepare(
+        self,
+        problem: Problem,
+        sparse_filter: SparseFilter,
+        bias: torch.Tensor | None,
+        config: Any,
+        slope: torch.Tensor | None = None,
+    ) -> Any:
+        self.knobs.append(config.knob)
+        return super().prepare(problem, sparse_filter, bias, config)
+
+
 @dataclass(frozen=True)
 class NoSettings:
     """A method's config that leaves no choice."""

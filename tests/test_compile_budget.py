@@ -87,6 +87,16 @@ def test_further_configs_are_tried_while_they_are_expected_to_save_enough() -> N
     assert candidate.reason is not None and "7 more configs were not tried: compiling it takes" in candidate.reason
 
 
+def test_no_kernel_is_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many cores there are, one of them compiles it."""
+    monkeypatch.setattr(cores, "count", lambda: 16)
+    grants = share_out([offer(3.0, saved_us=90.0), offer(2.0, saved_us=5.0)], 300.0)
+    assert counts(grants) == [0, 1] and counts(share_out([offer(3.0, saved_us=90.0)], 400.0)) == [1]
+    assert [candidate.reason for candidate in grants[0].refused] == [
+        "compiling it takes one core about 48 s, and all would wait for it; pass effort=384 or more seconds"
+    ]
+
+
 def test_what_no_model_tells_is_tried_one_config_each_first() -> None:
     unknown = offer(2.0, 2.0, saved_us=None, compiled_us=None)
     assert counts(share_out([unknown, unknown], 6.0)) == [2, 1]
@@ -181,6 +191,26 @@ def test_the_same_network_is_taken_over_and_a_layer_alone_outgrows_it(gpu: dict[
     # It is known to be faster now, so that the network may compile it too.
     known = list(plans_of(layers(1, 2), 300.0, methods=methods))
     assert [(plan.method, plan.times_from) for plan in known] == [("compiled", "equal layer")] * 2
+
+
+def test_what_takes_long_to_compile_comes_first_and_for_all_layers_that_will_need_it(gpu: dict[str, float]) -> None:
+    order: list[tuple[int, int]] = []
+
+    class Noting(Generated):
+        def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: FakeConfig) -> float:
+            return {1: 2.0, 2: 8.0}[problem.batch]
+
+        def prepare(self, problem: Problem, sparse_filter: SparseFilter, *args: Any) -> Any:
+            order.append((problem.batch, args[1].knob))
+            return super().prepare(problem, sparse_filter, *args)
+
+    methods = Noting({1: 50.0, 2: 50.0}), Modelled("other", {1: 90.0, 2: 90.0})
+    gpu |= {"compiled": 50.0, "other": 60.0}
+    plans = plans_of(layers(1, 2, 2, 1), 300.0, methods=methods)
+    assert next(plans).method == "compiled"
+    # The third layer's, before it is known to be the choice; what the last one needs compiles as soon as it is known.
+    assert order == [(2, 0), (2, 1), (2, 0), (1, 0), (1, 1)]
+    assert [plan.method for plan in plans] == ["compiled"] * 3 and len(order) == 6
 
 
 def test_a_known_time_without_such_kernels_counts_more_than_a_prediction(gpu: dict[str, float]) -> None:

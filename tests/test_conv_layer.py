@@ -184,6 +184,21 @@ def test_copies_and_pickles_run_by_themselves() -> None:
     assert torch.equal(layer(x), expected)
 
 
+def test_a_copy_made_in_inference_mode_notices_what_is_written_to_it() -> None:
+    layer, *_ = a_layer(residual=False)
+    x, _ = inputs(layer, 2, 11, 12)
+    with torch.inference_mode():
+        expected, twin = layer(x), copy.deepcopy(layer)
+        assert torch.equal(twin(x), expected)
+        known = twin.filter
+        twin.load_state_dict(layer.state_dict() | {"values": layer.values * 2})
+        doubled = twin(x)
+        assert twin.filter is not known and not torch.equal(doubled, expected)
+        twin.values.fill_(1.0)
+    assert not torch.equal(twin(x), doubled)
+    assert torch.equal(layer(x), expected)
+
+
 def test_the_filter_and_new_state_come_back() -> None:
     layer, _, weight = a_layer(residual=False)
     assert torch.equal(layer.filter.to_dense(), weight)

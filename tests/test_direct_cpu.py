@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from escort.filter import SparseFilter
 from escort.kernels import _cpu
 from escort.methods import by_name
 from escort.methods.cpu import direct
-from escort.methods.cpu.direct import ISAS, PARAMS
+from escort.methods.cpu.direct import ISAS, PARAMS, DirectConfig, schedule
 from escort.methods.cpu.direct.layout import RUN, SEGMENT, TILE, Layout, Records, records
 from escort.methods.cpu.direct.schedule import BLOCK, JOB, NONZERO, OUT_CHANNEL
 from escort.problem import Problem
@@ -126,6 +127,57 @@ def test_parts_feed_threads_and_stage_little(
     """Seven tiles in two parts leave two of sixteen threads idle; in three, eleven wait while five do a second one."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert direct._parts(tasks) == (parts, -(-4 * threads // tasks))
+
+
+def random_filter(out_channels: int, groups: int = 1) -> SparseFilter:
+    weight = torch.randn(out_channels, 64, 1, 1, generator=torch.Generator().manual_seed(0))
+    return SparseFilter.from_dense(
+        weight * (weight.abs() > torch.linspace(1.0, 2.0, out_channels)[:, None, None, None]), groups
+    )
+
+
+@pytest.mark.parametrize(("out_channels", "parts", "groups"), [(64, 2, 1), (512, 16, 1), (100, 3, 1), (256, 4, 2)])
+def test_jobs_of_many_channels_are_consecutive_and_weigh_the_same(out_channels: int, parts: int, groups: int) -> None:
+    sparse_filter = random_filter(out_channels, groups)
+    job, slot = schedule._deal(sparse_filter, parts)
+    assert (np.diff(job) >= 0).all() and set(job) == set(range(parts * groups))
+    assert all(sorted(slot[job == one]) == list(range((job == one).sum())) for one in set(job))
+    weights = np.bincount(job, np.diff(sparse_filter.indptr) + 4).reshape(groups, parts)
+    assert (weights <= 1.2 * weights.mean(axis=1, keepdims=True)).all()
+
+
+def test_jobs_of_few_channels_are_dealt_and_weigh_the_same() -> None:
+    sparse_filter = random_filter(64)
+    job, _ = schedule._deal(sparse_filter, 8)
+    weights = np.bincount(job, np.diff(sparse_filter.indptr))
+    assert (np.bincount(job) == 8).all() and weights.max() <= 1.05 * weights.mean()
+
+
+def test_a_channel_that_outweighs_all_others_leaves_jobs_empty() -> None:
+    weight = torch.zeros(128, 4096, 1, 1)
+    weight[:, 0], weight[70] = 1.0, 2.0
+    sparse_filter, x = SparseFilter.from_dense(weight), torch.randn(1, 4096, 4, 4)
+    job, _ = schedule._deal(sparse_filter, 4)
+    assert len(set(job)) < 4
+    problem = Problem(1, 4096, 4, 4, 128, (1, 1))
+    y = by_name("direct").prepare(problem, sparse_filter, None, DirectConfig(ISA, 1, 64, parts=4)).run(x)
+    assert torch.allclose(y, torch.conv2d(x, weight), rtol=1e-4, atol=1e-3)
+
+
+def test_where_no_weight_is_zero_tiles_leave_registers_for_weights() -> None:
+    problem = Problem(1, 3, 32, 32, 64, (3, 3), padding=(1, 1, 1, 1))
+    full = SparseFilter.from_dense(torch.ones(64, 3, 3, 3))
+    lanes, most = ISAS[ISA]
+    config = by_name("direct").configs(problem, full)[0]
+    assert config.vectors == min(96 // lanes, most)
+    x, bias = torch.randn(2, 3, 32, 32), torch.randn(64)
+    weight = torch.randn(64, 3, 3, 3)
+    for channels in (64, 62, 3):  # the last ones are no four
+        sparse_filter = SparseFilter.from_dense(weight[:channels])
+        one = replace(problem, out_channels=channels)
+        for config in by_name("direct").configs(one, sparse_filter):
+            y = by_name("direct").prepare(one, sparse_filter, bias[:channels], config).run(x)
+            assert torch.allclose(y, torch.conv2d(x, weight[:channels], bias[:channels], padding=1), atol=1e-4)
 
 
 def test_a_batch_needs_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:

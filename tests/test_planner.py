@@ -13,6 +13,7 @@ import torch
 
 from escort import methods, reference
 from escort.cuda.capture import runs
+from escort.cuda.compiler import Variant
 from escort.filter import SparseFilter
 from escort.kernels import _cpu
 from escort.methods import Prepared, by_name, for_device
@@ -21,7 +22,7 @@ from escort.planner.machine import Machine
 from escort.planner.store import Hint
 from escort.planner.timing import Timing
 from escort.problem import Problem
-from tests.fakes import PROBLEM, Compiled, Fake, a_filter, plans_of, put_gpu_in_place
+from tests.fakes import PROBLEM, Compiled, Fake, FakeConfig, Trying, a_filter, plans_of, put_gpu_in_place
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +189,58 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def out_of_memory(y: torch.Tensor) -> torch.Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB. GPU 0 has less.")
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("races", "chosen", "prepared"),
+    [
+        ([[10.0, 14.0]], ("other", 0), 1),  # far from the fastest: not tried
+        ([[10.0, 12.0], [10.0, 9.0]], ("cudnn", 0), 2),
+        ([[10.0, 12.0], [10.0, 11.0]], ("other", 0), 2),
+        ([[12.0, 10.0], [10.0, 9.9]], ("cudnn", 1), 2),  # a hundredth is not worth trying wherever it is loaded
+        ([[12.0, 10.0], [10.0, 9.0]], ("cudnn", 0), 2),
+    ],
+)
+def test_what_takes_long_to_try_is_tried_where_it_may_win(
+    races: list[list[float]], chosen: tuple[str, int], prepared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(races)
+    monkeypatch.setattr(timing, "race_on_gpu", lambda *_, **__: [Timing(time_us) for time_us in next(left)])
+    trying = Trying()
+    (plan,) = plans_of([(ON_GPU, a_filter(), None)], 0.0, methods=(Fake("other", lambda y: y), trying))
+    assert (plan.method, plan.config["knob"]) == chosen and next(left, None) is None
+    assert len(trying.knobs) == prepared
+    # Where there is time for all, it is tried with the others.
+    monkeypatch.setattr(timing, "race_on_gpu", lambda *_, **__: [Timing(t) for t in (10.0, 9.9, 10.0)])
+    (plan,) = plans_of([(ON_GPU, a_filter(), None)], 9.0, methods=(Fake("other", lambda y: y), Trying()))
+    assert (plan.method, plan.config["knob"]) == ("other", 0) and plan.dense_time_us == 9.9
+
+
+@pytest.mark.usefixtures("gpu")
+def test_each_kernel_is_compiled_once_and_before_what_needs_it_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    class OfKernels(Fake):
+        def kernels(self, problem: Problem, config: FakeConfig) -> tuple[Variant, ...]:
+            if config.knob == 2:
+                raise ValueError("it does not fit")
+            return Variant("first.cu", {"KNOB": config.knob}), Variant("second.cu", {})
+
+        def prepare(self, *args: Any) -> Any:
+            done.append("prepared")
+            return super().prepare(*args)
+
+    def compile_kernel(source: str, defines: dict[str, int], device: torch.device, *, native: bool) -> None:
+        done.append((source, defines.get("KNOB")))
+        raise RuntimeError("it does not compile")  # which shows where it is prepared
+
+    monkeypatch.setattr(measure, "kernel", compile_kernel)
+    monkeypatch.setattr(cores, "count", lambda: 1)
+    layers = [(replace(ON_GPU, batch=batch), a_filter(), None) for batch in (1, 2)]
+    plans = plans_of(layers, 0.0, methods=(OfKernels("cudnn", lambda y: y, configs=3),))
+    next(plans)
+    assert done == [("first.cu", 0), ("second.cu", None), ("first.cu", 1), *["prepared"] * 6]
 
 
 @pytest.mark.usefixtures("gpu")

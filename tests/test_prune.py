@@ -52,6 +52,32 @@ def test_the_smallest_magnitudes_go():
         assert torch.equal(weight[kept], before[name][kept])
 
 
+def test_two_of_four_neighbours_stay():
+    model = network()
+    before = weights(model)
+    prune.semi_structured(model)
+    for name, weight in weights(model).items():
+        kept = weight != 0
+        assert torch.equal(weight[kept], before[name][kept])
+        for first in range(0, weight.shape[1], 4):
+            of_tap, were = kept[:, first : first + 4], before[name][:, first : first + 4].abs()
+            assert (of_tap.sum(1) == min(2, of_tap.shape[1])).all()
+            gone = were.masked_fill(of_tap, 0.0).amax(1)
+            assert (were.masked_fill(~of_tap, torch.inf).amin(1) >= gone).all()
+    assert prune.sparsity(model)["4"] == 0.5 and prune.sparsity(model)["0"] == pytest.approx(1 / 3)
+
+
+def test_two_of_four_revives_nothing():
+    model = network()
+    prune.uniform(model, 0.8)
+    before = weights(model)
+    prune.semi_structured(model)
+    assert all(not weight[before[name] == 0].any() for name, weight in weights(model).items())
+    assert prune.sparsity(model)["overall"] > 0.8
+    prune.semi_structured(model, kept=1, of=2, skip="0")
+    assert prune.sparsity(model)["overall"] > 0.8
+
+
 def test_global_magnitude_compares_across_layers():
     model = network()
     with torch.no_grad():
@@ -149,6 +175,7 @@ def test_the_schedule_is_cubic_and_holds_between_prunings():
         (lambda m: prune.uniform(m, 1.0), r"\[0, 1\)"),
         (lambda m: prune.uniform(m, -0.1), r"\[0, 1\)"),
         (lambda m: prune.uniform(m, 90), r"for 90 % write 0.9"),
+        (lambda m: prune.semi_structured(m, kept=4), r"got kept=4; write kept=2, of=4 for 2:4"),
         (lambda m: prune.global_magnitude(m, float("nan")), r"\[0, 1\)"),
         (lambda m: prune.layerwise(m, {"0": 0.5, "2": 1.5}), r"layer '2': sparsity"),
         (

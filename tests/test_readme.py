@@ -14,16 +14,27 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import onnx
 import pytest
 import torch
 
 import escort
 from escort.network import choose
+from tests.cli.invoking import succeed
+from tests.onnx_models import classifier
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
-COMMANDS = [line.split("  #")[0].strip() for line in README.splitlines() if line.startswith("    escort ")]
+
+
+def commands(heading: str) -> list[str]:
+    """The commands of a section of the README."""
+    section = README.partition(f"# {heading}\n")[2].partition("\n#")[0]
+    return [line.split("  #")[0].strip() for line in section.splitlines() if line.startswith("    escort ")]
+
+
+COMMANDS = commands("On the command line")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 #: The reader's own model that the README imports.
@@ -131,6 +142,19 @@ def test_the_commands_run_in_order(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "predictions.csv").read_text().count("\n") >= 2
     assert (tmp_path / "model.escort").stat().st_size > 100_000
+
+
+def test_from_onnx_to_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "photos").mkdir()
+    image.new("RGB", (40, 30), "teal").save(tmp_path / "photos" / "one.png")
+    onnx.save(classifier(), tmp_path / "pruned.onnx")
+    monkeypatch.chdir(tmp_path)
+    both = commands("From ONNX to predictions in two commands")
+    assert len(both) == 2
+    for command in both:
+        succeed(*shlex.split(command)[1:])
+    assert (tmp_path / "predictions.csv").read_text().count("\n") >= 2
 
 
 def test_the_map_is_what_is_there() -> None:

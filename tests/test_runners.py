@@ -20,7 +20,7 @@ from escort.methods import Prepared, by_name
 from escort.planner.machine import Machine
 from escort.planner.plan import Plan
 from escort.problem import Epilogue, Problem
-from tests.fakes import PROBLEM, Compiled, NoSettings, Rounded, a_filter
+from tests.fakes import PROBLEM, Compiled, NoSettings, Rounded, Trying, a_filter
 
 
 class Picky(Rounded):
@@ -61,6 +61,15 @@ def test_a_size_that_the_plan_does_not_fit_runs_by_another_method(
     if max(height, width) > 20:
         with pytest.raises(ValueError, match="late: too (tall|wide)"):
             layer(x)
+
+
+def test_what_takes_long_to_try_is_tried_for_the_planned_size_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    trying = Trying()
+    monkeypatch.setattr(methods, "METHODS", (trying,))
+    layer = SparseConv2d(a_filter(), None, Plan(PROBLEM, "cudnn", {"knob": 0}, (), Machine.here()))
+    for shape in ((2, 6, 9, 9), (2, 6, 12, 9), (3, 6, 9, 9), (2, 6, 30, 30)):
+        layer(torch.randn(shape))
+    assert trying.knobs == [0, 1, 1]
 
 
 class Compiling(Picky):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from escort.filter import SparseFilter
 from escort.kernels import _cpu
-from escort.methods.cuda.sparse_tc.orders import spread_channels
+from escort.methods.cuda.sparse_tc.orders import common_order, spread_channels
 from escort.methods.cuda.sparse_tc.split import split
 
 
@@ -60,16 +60,38 @@ def test_spread_channels_leave_less() -> None:
         assert split(sparse_filter, channels=order).share <= most * split(sparse_filter).share
 
 
-def test_no_swap_of_two_channels_leaves_less() -> None:
-    weight = (np.random.default_rng(0).random((24, 16, 2, 2)) < 0.2).astype(float)
-    sparse_filter = SparseFilter.from_dense(weight)
-    order = spread_channels(sparse_filter)
-    least = split(sparse_filter, channels=order).remainder.nnz
-    assert 0 < least < split(sparse_filter).remainder.nnz
-    for a, b in itertools.combinations(range(16), 2):
+def cost(weight: np.ndarray, order: np.ndarray, cell_cost: int, kept: int, of: int) -> int:
+    """Of an order of a filter's channels: its sites with a remainder, and the halves of weight tiles that have any."""
+    nonzeros = np.pad(weight[:, order] != 0, ((0, -len(weight) % 64), (0, -len(order) % (8 * of)), (0, 0), (0, 0)))
+    k, c, r, s = nonzeros.shape
+    exceeds = nonzeros.reshape(k // 64, 64, c // (8 * of), 8, of, r, s).sum(axis=4) > kept
+    return int(exceeds.sum() + cell_cost * exceeds.any(axis=(1, 3)).sum())
+
+
+@pytest.mark.parametrize(("kept", "of", "density"), [(2, 4, 0.2), (1, 2, 0.1)])
+@pytest.mark.parametrize("cell_cost", [0, 5])
+def test_no_swap_of_two_channels_costs_less(cell_cost: int, kept: int, of: int, density: float) -> None:
+    weight = (np.random.default_rng(0).random((72, 42, 2, 2)) < density).astype(float)
+    order = spread_channels(SparseFilter.from_dense(weight), kept, of, cell_cost)
+    least = cost(weight, order, cell_cost, kept, of)
+    assert 0 < least < 0.8 * cost(weight, np.arange(42), cell_cost, kept, of)
+    for a, b in itertools.combinations(range(42), 2):
         swapped = order.copy()
         swapped[[a, b]] = order[[b, a]]
-        assert split(sparse_filter, channels=swapped).remainder.nnz >= least
+        assert cost(weight, swapped, cell_cost, kept, of) >= least
+
+
+def test_a_remainder_is_gathered() -> None:
+    """In fewer halves of weight tiles than where it is made as small as can be, of nonzeros as pruning leaves them."""
+    rng = np.random.default_rng(0)
+    spread = rng.lognormal(sigma=0.5, size=(128, 1, 1, 1)) * rng.lognormal(sigma=0.5, size=(1, 128, 1, 1))
+    importance = spread * rng.random((128, 128, 3, 3))
+    sparse_filter = SparseFilter.from_dense(np.where(importance > np.quantile(importance, 0.9), 1.0, 0.0))
+    weight = sparse_filter.to_dense().numpy()
+    gathered, small = (
+        cost(weight, spread_channels(sparse_filter, cell_cost=of_cell), 1000, 2, 4) // 1000 for of_cell in (5, 0)
+    )
+    assert 0 < gathered < 0.9 * small
 
 
 @pytest.mark.parametrize(
@@ -98,16 +120,27 @@ def test_what_is_no_filter_has_no_order(
 ) -> None:
     arrays = (np.array(numbers, dtype=np.int32) for numbers in (sites, channels))
     with pytest.raises(ValueError, match=message):
-        _cpu.spread_channels(*arrays, 6, 10, kept, of)
+        _cpu.spread_channels(*arrays, 6, 10, kept, of, 5)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 130])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_groups_are_sorted_by_what_exceeds_and_the_smaller_one_stays_last(channels: int, density: float) -> None:
+def test_any_number_of_channels_has_an_order_the_same_each_time(channels: int, density: float) -> None:
     sparse_filter = random_filter(1, density, channels)
     order = spread_channels(sparse_filter)
     assert sorted(order.tolist()) == list(range(channels))
-    kept_out = (split(sparse_filter, channels=order).remainder.to_dense() != 0).sum((0, 2, 3))[order]
-    exceeding = [int(group.sum()) for group in kept_out.split(4)]
-    whole = exceeding[: channels // 4]
-    assert whole == sorted(whole)
+    assert np.array_equal(spread_channels(sparse_filter), order)
+
+
+def test_filters_that_gain_by_no_order_have_no_say() -> None:
+    generator = torch.Generator().manual_seed(3)
+    dense = torch.randn(32, 64, 1, 1, generator=generator)
+    sparse = dense * (torch.rand(dense.shape, generator=generator) < 0.15)
+    own = torch.arange(64)
+    assert torch.equal(common_order([dense], 2, 4), own)
+    order = common_order([sparse, dense], 2, 4)
+    assert torch.equal(order, common_order([sparse], 2, 4)) and not torch.equal(order, own)
+    groups = dense.unflatten(1, (-1, 4))
+    of_four = torch.zeros_like(groups).scatter_(2, groups.abs().topk(2, 2).indices, 1.0).flatten(1, 2) * dense
+    assert torch.equal(common_order([of_four, of_four], 2, 4), own)
+    assert torch.equal(common_order([of_four, dense], 2, 4), own)

@@ -64,6 +64,16 @@ def test_a_race_ends_when_its_budget_is_used_up(monkeypatch: pytest.MonkeyPatch)
     assert len(clock.calls) == 2 * (1 + 3)
 
 
+def test_a_race_that_narrows_leaves_the_close_ones_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    times_s = {"a": 0.010, "b": 0.0116, "c": 0.013, "d": 0.0155}
+    runs = [clock.work(name, time_s) for name, time_s in times_s.items()]
+    assert timing.race(runs, rounds=7, narrowing=True) == pytest.approx([1e6 * time_s for time_s in times_s.values()])
+    assert [clock.calls.count(name) // (1 + 3) for name in times_s] == [7, 7, 4, 2]
+    timing.race(runs[::3], rounds=9, narrowing=True)
+    assert clock.calls.count("a") == (7 + 2) * (1 + 3)  # alone from then on
+
+
 class Device:
     """A GPU made of a clock: work takes device time when it runs, and none while it is captured into a graph."""
 
@@ -207,6 +217,9 @@ def test_calls_that_are_waited_for_take_the_hosts_time_and_the_devices(host: Hos
     assert timing.race_on_host(runs, "cuda:0", rounds=4) == pytest.approx([250.0, 320.0])
     turn = 1 + timing._BURST  # one that is not timed leads each
     assert host.calls == ["a"] * 6 + ["b"] * 6 + (["a"] * turn + ["b"] * turn) * 4
+    host.calls.clear()
+    timing.race_on_host([host.work("slow", 9000.0, 0.0)], "cuda:0", rounds=4)
+    assert host.calls == ["slow"] * (6 + 4 * 3), "few of slow calls are enough"
 
 
 def test_pipelined_calls_take_the_longer_of_both(host: Host) -> None:

@@ -22,7 +22,8 @@ from escort.cli.options import check_writable, command, effort_of, numbers
 _NETWORKS = ("resnet50", "resnet18", "vgg16_bn", "mobilenet_v2")
 _TIMING = (
     "convert and load: wall time in a fresh process, whose imports, model and device are ready before; escort: median "
-    "time of a call, both efforts raced in turn in one process"
+    "time of a call, both efforts raced in turn in one process, or of one effort by its timer: CUDA graph replays, "
+    "calls each waited for (call) or back to back, or the host's part of calls that replay no graph (host)"
 )
 
 
@@ -44,6 +45,9 @@ class ConversionOptions:
     effort: Annotated[
         str, typer.Option(metavar="fast|best|SECONDS,...", help="What compiling kernels for the weights may take.")
     ] = "fast"
+    conversions: Annotated[
+        bool, typer.Option("--conversions/--no-conversions", help="Time conversions, and loads with --load.")
+    ] = True
     load: Annotated[
         bool, typer.Option("--load", help="Time loading and the first call, too, where there is no compiler.")
     ] = False
@@ -53,11 +57,14 @@ class ConversionOptions:
             "--choices/--no-choices", help="Race what the effort fast chooses against what an exhaustive search does."
         ),
     ] = True
+    calls: Annotated[
+        bool, typer.Option("--calls", help="Time calls of what was converted, too, and the host's part of one.")
+    ] = False
     limit_s: Annotated[float, typer.Option(min=1.0, help="Seconds after which a process is given up.")] = 1200.0
     again: Annotated[bool, typer.Option("--again", help="Measure anew what the file holds already.")] = False
 
     def work(self, options: RunOptions, device: str) -> list[Item]:
-        """The conversions, and behind them all the races."""
+        """The conversions, and behind them all the races and calls."""
         efforts = [effort_of(text) for text in self.effort.split(",")]
         patterns = None if self.patterns is None else str(self.patterns.resolve())
         conversions = [
@@ -76,10 +83,12 @@ class ConversionOptions:
         ]
         convert = partial(suite.measure_conversion, with_load=self.load, limit_s=self.limit_s, say=note)
         choose = partial(suite.measure_choices, limit_s=self.limit_s, say=note)
+        call = partial(suite.measure_calls, limit_s=self.limit_s, say=note)
         converted = [replace(conversion, effort=effort) for conversion in conversions for effort in efforts]
         return [
-            *(Item(one.label, partial(convert, one)) for one in converted),
+            *(Item(one.label, partial(convert, one)) for one in converted if self.conversions),
             *(Item(f"{one.label} against exhaustive", partial(choose, one)) for one in conversions if self.choices),
+            *(Item(f"calls of {one.label}", partial(call, one)) for one in conversions if self.calls),
         ]
 
 

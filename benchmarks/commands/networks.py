@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -28,6 +29,10 @@ class NetworkOptions:
     dense_depthwise: Annotated[
         bool, typer.Option("--dense-depthwise", help="Leave depthwise convolutions out of what --sparsity prunes.")
     ] = False
+    patterns: Annotated[
+        Path | None,
+        typer.Option(help="An .npz of sparsity patterns, by which convolutions are pruned: those of equal shape."),
+    ] = None
     checkpoint: CheckpointOption = None
     size: Annotated[
         str | None, typer.Option("--input", metavar="C,H,W", help="One input's shape, for package.module:factory.")
@@ -72,6 +77,7 @@ def _measure(chosen: NetworkOptions, engines: EngineOptions, options: RunOptions
         chosen.network,
         checkpoint=chosen.checkpoint,
         sparsity=chosen.sparsity,
+        patterns=chosen.patterns,
         input_size=input_size,
         dense_depthwise=chosen.dense_depthwise,
     )

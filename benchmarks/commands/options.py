@@ -9,13 +9,24 @@ from typing import Annotated
 import typer
 
 from benchmarks.networks import NETWORKS
+from benchmarks.suite import BOTH_FORMATS
 from escort.cli.options import PrecisionName, PrecisionOption, device_for, numbers
+from escort.problem import MemoryFormat
 
 #: What results say they were made by.
 PROGRAM = "python -m benchmarks"
 #: What names a network.
 NETWORKS_HELP = f"{', '.join(NETWORKS)}, torchvision:NAME, package.module:factory, or a torch.export archive (.pt2)."
 SeedOption = Annotated[int, typer.Option(help="Of random positions, weights and inputs.")]
+SecondsOption = Annotated[
+    float | None,
+    typer.Option(min=0.0, metavar="S", help="Seconds after which nothing more begins; the same command goes on later."),
+]
+#: What :data:`FormatsOption` is by default.
+FORMATS = ",".join(BOTH_FORMATS)
+FormatsOption = Annotated[
+    str, typer.Option(metavar="F,...", help="The memory formats in which torch.compile is tried.")
+]
 
 
 @dataclass(frozen=True)
@@ -42,3 +53,11 @@ class RunOptions:
     def find_device(self) -> str:
         """The device with its number. Raises ValueError where it is not here or does not know the precision."""
         return str(device_for(self.precision, self.device))
+
+
+def memory_formats(names: str) -> list[MemoryFormat]:
+    """Those of :data:`FormatsOption`. Raises ValueError for one that there is not."""
+    wanted = names.split(",")
+    if unknown := set(wanted) - set(BOTH_FORMATS):
+        raise ValueError(f"--formats: there is no {', '.join(sorted(unknown))}; there are {', '.join(BOTH_FORMATS)}")
+    return [name for name in BOTH_FORMATS if name in wanted]

@@ -13,7 +13,7 @@ from escort.report import Section, Table
 
 #: The tables that the terminal shows: by name, and those that there are for each precision.
 _IN_SHORT = ("totals", "aims", "sparse-aims", "pattern-aims", "break-even")
-_SHORT_BY_PRECISION = ("networks-", "inference-", "speed-", "calls-", "conversions-", "choices-")
+_SHORT_BY_PRECISION = ("networks-", "inference-", "speed-", "calls-", "conversions-", "choices-", "callers-")
 
 
 def write_page(folder: Path, results: dict[str, Result]) -> None:

@@ -10,14 +10,15 @@ from typing import Annotated, Any, get_args
 import typer
 
 from benchmarks import counters
-from benchmarks.commands.options import PROGRAM, SeedOption
+from benchmarks.commands.options import FORMATS, PROGRAM, FormatsOption, SecondsOption, SeedOption, memory_formats
 from benchmarks.commands.pages import show, write_page
+from benchmarks.commands.telling import telling
 from benchmarks.networks import NETWORKS
 from benchmarks.paper_layers import PAPER_BATCH
 from benchmarks.result_files import Item, read_results
 from benchmarks.study import COUNTERS, PAPER_QUESTIONS, QUESTIONS, SPARSITIES, Study, plan, run
-from escort.cli.console import Output, command_line, note, progress
-from escort.cli.options import EffortOption, command, effort_of
+from escort.cli.console import Output, command_line, note
+from escort.cli.options import EffortOption, VerboseOption, command, effort_of
 from escort.planner.machine import find_device
 from escort.problem import Precision
 
@@ -55,12 +56,15 @@ class MeasureOptions:
     search: Annotated[int, typer.Option(min=1, help="Most configurations of a method that are tried on a layer.")] = 16
     budget_s: Annotated[float, typer.Option(min=0.0, help="Seconds of timing per layer.")] = 0.5
     effort: EffortOption = "best"
+    formats: FormatsOption = FORMATS
     seed: SeedOption = 0
     ncu: Annotated[bool, typer.Option("--ncu", help="Read hardware counters, with NVIDIA Nsight Compute.")] = False
     out: Annotated[Path, typer.Option(help="Folder of results, plots and a page; results it holds are kept.")] = Path(
         "out/paper"
     )
+    seconds: SecondsOption = None
     again: Annotated[bool, typer.Option("--again", help="Measure anew what the folder holds already.")] = False
+    verbose: VerboseOption = 0
 
 
 @command
@@ -100,6 +104,7 @@ def _study(subject: SubjectOptions, measure: MeasureOptions) -> Study:
         search=measure.search,
         budget_s=measure.budget_s,
         effort=effort_of(measure.effort),
+        formats=memory_formats(measure.formats),
         seed=measure.seed,
         factories=NETWORKS,
         patterns=tuple(Path(name) for name in subject.patterns.split(",") if name),
@@ -108,14 +113,17 @@ def _study(subject: SubjectOptions, measure: MeasureOptions) -> Study:
 
 
 def _measure(study: Study, work: dict[str, list[Item]], options: MeasureOptions) -> dict[str, str]:
-    with progress() as bar:
-        task = bar.add_task("starting", total=sum(map(len, work.values())))
-
-        def begin(stem: str, label: str) -> None:
-            bar.update(task, description=f"{stem}: {label}")
-            bar.advance(task)
-
-        return run(study, work, options.out, command_line(PROGRAM), again=options.again, begin=begin)
+    with telling(work) as told:
+        return run(
+            study,
+            work,
+            options.out,
+            command_line(PROGRAM),
+            again=options.again,
+            seconds=options.seconds,
+            begin=told.begin,
+            end=told.end,
+        )
 
 
 def _names(text: str, option: str, known: Iterable[str]) -> tuple[Any, ...]:

@@ -11,18 +11,20 @@ import torch
 import typer
 
 from benchmarks import exhibits, suite
-from benchmarks.commands.options import PROGRAM, SeedOption
+from benchmarks.commands.options import FORMATS, PROGRAM, FormatsOption, SecondsOption, SeedOption, memory_formats
 from benchmarks.commands.rows import results_folder
+from benchmarks.commands.telling import telling
 from benchmarks.findings.aims import read_aims
-from benchmarks.findings.break_even import sparsity_of
+from benchmarks.findings.break_even import SEMI_STRUCTURED, sparsity_of
 from benchmarks.findings.speed import Key
 from benchmarks.result_files import Item, Result, measure
 from benchmarks.suite import NetworkRace, Row, Subject
 from escort import report
 from escort.cli.console import Output, command_line, note
-from escort.cli.options import command, effort_of, numbers
+from escort.cli.options import VerboseOption, command, effort_of, numbers
+from escort.methods import by_name
 from escort.planner.machine import find_device
-from escort.problem import TORCH_DTYPE, MemoryFormat, Precision
+from escort.problem import TORCH_DTYPE, Precision
 
 _PRECISIONS: tuple[Precision, ...] = "fp16", "tf32", "fp32"
 #: How networks are converted: strict float32 gains most by kernels that are compiled for the weights.
@@ -56,16 +58,24 @@ class SpeedOptions:
             help="What compiling kernels for the weights may take; by default best in fp32, and else fast.",
         ),
     ] = None
-    formats: Annotated[
-        str, typer.Option(metavar="F,...", help="The memory formats in which torch.compile is tried.")
-    ] = ",".join(suite.BOTH_FORMATS)
+    formats: FormatsOption = FORMATS
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="M,...",
+            help="Also against the network with all convolutions by these dense methods of GPUs: "
+            f"{', '.join(suite.BY_METHOD)} (pip install 'escort-sparse\\[cudnn]').",
+        ),
+    ] = ""
     device: Annotated[str, typer.Option(help="cuda, cuda:1 or cpu.")] = "cuda"
     budget_s: Annotated[float, typer.Option(min=0.0, help="Seconds of timing per clock and network.")] = 5.0
     seed: SeedOption = 0
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results, benchmarks/results/DEVICE by default; it may hold some.")
     ] = None
+    seconds: SecondsOption = None
     again: Annotated[bool, typer.Option("--again", help="Measure anew what the folder holds already.")] = False
+    verbose: VerboseOption = 0
 
     def precisions(self, device: str) -> list[Precision]:
         """Those that are measured on a device. Raises ValueError for those that it does not have."""
@@ -77,23 +87,25 @@ class SpeedOptions:
             )
         return [precision for precision in there if precision in names]
 
-    def memory_formats(self) -> list[MemoryFormat]:
-        names = self.formats.split(",")
-        if unknown := set(names) - set(suite.BOTH_FORMATS):
-            raise ValueError(
-                f"--formats: there is no {', '.join(sorted(unknown))}; there are {', '.join(suite.BOTH_FORMATS)}"
-            )
-        return [name for name in suite.BOTH_FORMATS if name in names]
+    def rivals(self, device: str) -> list[str]:
+        """The methods of --against. Raises ValueError for one that there is not, or of which something is missing."""
+        names = self.against.split(",") if self.against else []
+        for name in names:
+            if name not in suite.BY_METHOD or device == "cpu":
+                raise ValueError(f"--against: there is no {name} on {device}; there are {', '.join(suite.BY_METHOD)}")
+            if reason := by_name(name, device).missing():
+                raise ValueError(f"--against: {name}: {reason}")
+        return names
 
-    def chosen(self) -> Iterator[Key]:
-        """Networks, weights and batch sizes of the aims. Raises ValueError for a network that has none."""
+    def chosen(self, precision: Precision) -> Iterator[Key]:
+        """Networks, weights and batch sizes of a precision's aims. Raises ValueError for a network that has none."""
         aims = read_aims().speed
         known = list(dict.fromkeys(network for aim in aims for network in aim.networks))
         if unknown := set(self.networks or ()) - set(known):
             raise ValueError(f"there is no aim for {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         batches = None if self.batch is None else numbers(self.batch, "--batch")
         weights = None if self.weights is None else self.weights.split(",")
-        for aim in aims:
+        for aim in (aim for aim in aims if precision in aim.wanted):
             for network in aim.networks:
                 for batch in aim.batches:
                     wanted = (not self.networks or network in self.networks) and (not batches or batch in batches)
@@ -103,13 +115,15 @@ class SpeedOptions:
     def item(self, key: Key, precision: Precision, device: str) -> Item:
         """One network to be measured. Raises ValueError where an option is wrong, or a file is missing."""
         name, weights, batch = key
-        of_file, formats = self.file_of(weights), self.memory_formats()
+        of_file, formats = self.file_of(weights), memory_formats(self.formats)
         effort = effort_of(self.effort or _EFFORTS.get(precision, "fast"))
-        race = NetworkRace(precision=precision, effort=effort, rounds=25, budget_s=self.budget_s)
+        race = NetworkRace(self.rivals(device), precision, effort, rounds=25, budget_s=self.budget_s)
 
         def measure() -> list[Row]:
             torch.manual_seed(self.seed)
-            subject = Subject.load(name, sparsity=None if of_file else sparsity_of(weights), patterns=of_file)
+            is_2_4 = weights == SEMI_STRUCTURED
+            sparsity = None if of_file or is_2_4 else sparsity_of(weights)
+            subject = Subject.load(name, sparsity=sparsity, semi_structured=is_2_4, patterns=of_file)
             storage = TORCH_DTYPE[precision]
             model, x = subject.model.to(device, storage), torch.randn(batch, *subject.input_size).to(device, storage)
             return suite.measure_speed(model, x, network=name, weights=weights, race=race, formats=formats)
@@ -134,14 +148,18 @@ def main(options: SpeedOptions, output: Output) -> None:
     """
     device = str(find_device(options.device))
     work = {
-        f"speed-{precision}": [options.item(key, precision, device) for key in options.chosen()]
+        f"speed-{precision}": [options.item(key, precision, device) for key in options.chosen(precision)]
         for precision in options.precisions(device)
     }
     folder = options.out or results_folder(device)
     folder.mkdir(parents=True, exist_ok=True)
     head = suite.header(command_line(PROGRAM), device) | {"study": {"device": device, "seed": options.seed}}
-    failures = measure(work, folder, head, again=options.again, begin=lambda stem, label: note(f"{stem}: {label}"))
-    results = {stem: Result.read(folder / f"{stem}.json") for stem in work}
+    with telling(work) as told:
+        failures = measure(
+            work, folder, head, again=options.again, seconds=options.seconds, begin=told.begin, end=told.end
+        )
+    paths = {stem: folder / f"{stem}.json" for stem in work}
+    results = {stem: Result.read(path) for stem, path in paths.items() if path.is_file()}
     for what, why in failures.items():
         note(f"failed: {what}: {why}")
     tables = exhibits.tables(results)

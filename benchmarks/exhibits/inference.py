@@ -14,6 +14,7 @@ _BY = {
     "cublas": "layers by cuBLAS lowering",
     "cusparse": "layers by cuSPARSE lowering",
     "cudnn": "layers by cuDNN",
+    "cudnn_graph": "layers by cuDNN's graphs",
     "graph": "dense, in a CUDA graph",
     "compile": "dense, by `torch.compile`",
 }

@@ -32,8 +32,8 @@ def show_speed(results: Mapping[str, Result]) -> Shown:
 
 
 def _aims(precision: str) -> Iterator[tuple[Key, Wanted]]:
-    """The networks of the aims, in their order."""
-    for aim in read_aims().speed:
+    """The networks of a precision's aims, in their order."""
+    for aim in (aim for aim in read_aims().speed if precision in aim.wanted):
         for network in aim.networks:
             for batch in aim.batches:
                 yield (network, aim.weights, batch), aim.wanted[precision]

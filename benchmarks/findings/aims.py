@@ -106,7 +106,7 @@ class ConversionAim:
     Attributes:
         networks, precision, effort: which conversions.
         batches: samples; empty for any.
-        seconds: at most, by state of the caches.
+        seconds: at most, by state of the caches; "load" for loading what was converted, with the first call.
     """
 
     networks: tuple[str, ...]
@@ -127,10 +127,16 @@ class ConversionAim:
 
 @dataclass(frozen=True)
 class CallAim:
-    """How long a call of a converted network may take that is waited for: some times its graph's, and some more."""
+    """How long a call of a converted network may take.
+
+    Attributes:
+        times, plus_us: where it is waited for: so many times the time of its graph, and so much more.
+        host_us_per_layer: of the host's time, where it replays no graph.
+    """
 
     times: float
     plus_us: float
+    host_us_per_layer: float
 
     def most_us(self, graph_us: float) -> float:
         return self.times * graph_us + self.plus_us

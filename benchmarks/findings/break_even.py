@@ -9,6 +9,8 @@ from benchmarks.suite import Row
 
 #: A share of zeros, and what we and the others take at it.
 Point = tuple[float, float, float]
+#: What rows call random weights of which two of each four are zero.
+SEMI_STRUCTURED = "random-2:4"
 
 
 def break_even(points: Sequence[Point]) -> float:

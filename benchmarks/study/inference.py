@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -13,13 +14,13 @@ from benchmarks.result_files import Item
 from benchmarks.study.study import Study
 from benchmarks.suite import NetworkRace, Row
 from benchmarks.suite.by_method import convert_keeping, run_by, run_free
-from benchmarks.suite.networks import Times, Way, dense_ways, of_converted, race_in_turn
+from benchmarks.suite.networks import Times, Way, dense_ways, log, of_converted, race_in_turn
 from benchmarks.suite.rows import leave_out
 from escort.methods import Method, for_device
 from escort.network.swap import Swapped
 from escort.planner import timing
 from escort.planner.timing import Timing
-from escort.problem import TORCH_DTYPE, Precision
+from escort.problem import TORCH_DTYPE, MemoryFormat, Precision
 
 #: What rows call the network whose pruned layers take no time.
 CAP = "cap"
@@ -41,22 +42,31 @@ def race_inference(study: Study, precision: Precision) -> list[Item]:
         storage = TORCH_DTYPE[precision]
         model = model.to(study.device, storage)
         x = torch.randn(study.samples(name), *study.factories[name].input_size).to(study.device, storage)
-        ways = list(_ways(model, x, layers, race, name))
+        ways = list(_ways(model, x, layers, race, name, study.formats))
         return race_in_turn(ways, model, x, (name, "paper"), race, _by_graphs)
 
     return [Item(f"{name} N={study.samples(name)}", partial(measure, name)) for name in study.networks]
 
 
-def _ways(model: nn.Module, x: Tensor, layers: Sequence[str], race: NetworkRace, name: str) -> Iterator[Way]:
+def _ways(
+    model: nn.Module,
+    x: Tensor,
+    layers: Sequence[str],
+    race: NetworkRace,
+    name: str,
+    formats: Sequence[MemoryFormat],
+) -> Iterator[Way]:
     """All ways to run the network, the converted one first."""
+    begin = time.perf_counter()
     with torch.no_grad():
         converted, networks = convert_keeping(model, x, precision=race.precision, effort=race.effort)
+        log.info("%s: converted in %.1f s", name, time.perf_counter() - begin)
         yield of_converted(converted, x)
         for network in networks:
             yield from _by_methods(network, x, layers, name)
     yield from dense_ways(model, x)
     if x.is_cuda:
-        yield from dense_ways(model, x, compiled=True)
+        yield from dense_ways(model, x, formats, compiled=True)
 
 
 def _by_methods(swapped: Swapped, x: Tensor, layers: Sequence[str], name: str) -> Iterator[Way]:
@@ -67,11 +77,13 @@ def _by_methods(swapped: Swapped, x: Tensor, layers: Sequence[str], name: str) -
     for method in rivals(str(x.device)):
         for variant in ("fastest", "torch"):
             config = {"memory_format": memory_format, "variant": variant}
+            begin = time.perf_counter()
             try:
                 by_method = run_by(network, layers, method, as_torch=variant == "torch")
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # nor is there memory for everything
                 leave_out(f"{name} by {method.name} {config}", str(error))
                 continue
+            log.info("%s by %s %s: made in %.1f s", name, method.name, config, time.perf_counter() - begin)
             yield Way(method.name, config, partial(by_method, x))
 
 

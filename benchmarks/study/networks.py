@@ -26,7 +26,7 @@ BREAKDOWN_SPARSITY = 0.90
 def sweep_networks(study: Study, precision: Precision) -> list[Item]:
     """RQ4 for networks: converted ones against torch's ways to run them dense, at several sparsities."""
     race = NetworkRace(
-        against=() if study.device_type == "cpu" else suite.RIVALS["cuda"],
+        against=() if study.device_type == "cpu" else ("graph", "compile"),
         precision=precision,
         effort=study.effort,
         budget_s=4 * study.budget_s,

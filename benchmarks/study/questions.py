@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import result_files, suite
-from benchmarks.result_files import Item
+from benchmarks.result_files import Item, Outcome
 from benchmarks.study.ablation import ablate, count
 from benchmarks.study.inference import race_inference
 from benchmarks.study.layers import compare, compare_on_patterns, find_break_even
@@ -76,7 +76,9 @@ def run(
     command: str,
     *,
     again: bool = False,
+    seconds: float | None = None,
     begin: Callable[[str, str], object] = lambda stem, label: None,
+    end: Callable[[str, str, Outcome], object] = lambda stem, label, outcome: None,
 ) -> dict[str, str]:
     """Measures what a folder does not hold yet, and returns what failed, see :func:`benchmarks.result_files.measure`.
 
@@ -91,4 +93,4 @@ def run(
     for path in folder.glob("layers-*.json") if needed else ():
         for row in result_files.known(path, head).rows:
             study.raced.setdefault((row.network, row.layer, row.batch, row.dtype), []).append(row)
-    return result_files.measure(work, folder, head, again=again, begin=begin)
+    return result_files.measure(work, folder, head, again=again, seconds=seconds, begin=begin, end=end)

@@ -15,7 +15,7 @@ from benchmarks.paper_layers import PAPER_BATCH, PAPER_LAYERS
 from benchmarks.suite import Layer, Limited, Row
 from escort.methods import Method, by_name, for_device
 from escort.network.check import Effort
-from escort.problem import Precision
+from escort.problem import MemoryFormat, Precision
 
 #: Shares of zeros at which networks and shapes of layers are compared.
 SPARSITIES = (0.70, 0.80, 0.85, 0.90, 0.95, 0.98)
@@ -46,6 +46,7 @@ class Study:
         search: most configurations of a method that are tried on a layer, best guesses first.
         budget_s: seconds of timing per race.
         effort: what compiling for whole networks may take, as of :func:`escort.convert`.
+        formats: the memory formats in which torch.compile is tried on whole networks.
         seed: of positions, weights and inputs.
         factories: whole networks by name.
         patterns: files of real patterns, see :func:`benchmarks.suite.pattern_layers`.
@@ -61,6 +62,7 @@ class Study:
     search: int = 16
     budget_s: float = 0.5
     effort: Effort = "best"
+    formats: Sequence[MemoryFormat] = suite.BOTH_FORMATS
     seed: int = 0
     factories: Mapping[str, Network] = field(default_factory=dict)
     patterns: tuple[Path, ...] = ()

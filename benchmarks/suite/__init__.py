@@ -8,10 +8,10 @@ how the planner measures. `limited` limits what is tried, `rows` has the result 
 
 from __future__ import annotations
 
-from benchmarks.suite.conversions import Conversion, measure_choices, measure_conversion
+from benchmarks.suite.conversions import Conversion, measure_calls, measure_choices, measure_conversion
 from benchmarks.suite.layers import Layer, paper_layers, paper_layers_by_name, random_filter
 from benchmarks.suite.limited import Limited, limited
-from benchmarks.suite.networks import RIVALS, NetworkRace, measure_network
+from benchmarks.suite.networks import BY_METHOD, RIVALS, NetworkRace, measure_network
 from benchmarks.suite.patterns import pattern_layers
 from benchmarks.suite.race import as_taken, measure_layer
 from benchmarks.suite.ranking import Ranked, rank
@@ -21,6 +21,7 @@ from benchmarks.suite.subjects import Subject, prune_all_but_first, prune_to_pat
 
 __all__ = [
     "BOTH_FORMATS",
+    "BY_METHOD",
     "RIVALS",
     "WHOLE",
     "Conversion",
@@ -36,6 +37,7 @@ __all__ = [
     "geometric_means",
     "header",
     "limited",
+    "measure_calls",
     "measure_choices",
     "measure_conversion",
     "measure_layer",

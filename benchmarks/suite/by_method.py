@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 from unittest import mock
@@ -18,7 +18,7 @@ from escort.network.choose import choose
 from escort.network.convert import convert
 from escort.network.model import ConvertedModel
 from escort.network.passes.operations import replace_module
-from escort.network.swap import Swapped
+from escort.network.swap import Swapped, Unplanned
 from escort.planner import Plan, plan_layers
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer, Planned
@@ -28,14 +28,23 @@ from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision
 def convert_keeping(
     model: nn.Module, x: Tensor, *, precision: Precision, effort: Effort, progress: bool = False
 ) -> tuple[ConvertedModel, list[Swapped]]:
-    """The model converted, and the networks that it was chosen from: one for each memory format that was planned."""
+    """The model converted, and the networks that it was chosen from: one for each memory format.
+
+    All are planned, whatever the effort: a rival may be fastest in another than ours.
+    """
     networks: list[Swapped] = []
 
     def keep(dense: nn.Module, candidates: Sequence[Swapped], *args: Any) -> ConvertedModel:
-        networks[:] = candidates
+        networks[:] = {id(candidate.network): candidate for candidate in candidates}.values()
         return choose(dense, candidates, *args)
 
-    with mock.patch("escort.network.convert.choose", keep):
+    def all_of(
+        found: Mapping[MemoryFormat, Unplanned], _: object
+    ) -> tuple[Mapping[MemoryFormat, Unplanned], dict[str, str]]:
+        return found, {}
+
+    stage = "escort.network.convert"
+    with mock.patch(f"{stage}.choose", keep), mock.patch(f"{stage}.likely", all_of):
         converted = convert(model, x, precision=precision, effort=effort, progress=progress)
     return converted, networks
 
@@ -46,16 +55,14 @@ def run_by(network: nn.Module, names: Sequence[str], method: Method, *, as_torch
     A layer that the method cannot run in the network's memory format is run in NCHW, and what it writes is converted.
 
     Args:
-        as_torch: by what the method does as torch alone would; else each layer by the config that is fastest there.
+        as_torch: by what the method does as torch alone would; else by the config that is fastest for the first layer
+            of its problem.
 
     Raises:
         ValueError: where the method cannot run a layer, or has nothing that torch alone would do.
     """
     layers = [_layer(network, name, method) for name in names]
-    if as_torch:
-        planned = [_as_torch(layer, method) for layer in layers]
-    else:
-        planned = list(plan_layers(layers, 0.0, methods=[method]))
+    planned = [_as_torch(layer, method) for layer in layers] if as_torch else _fastest(layers, method)
     new = copy.deepcopy(network)
     for name, layer, (plan, prepared) in zip(names, layers, planned, strict=True):
         module = SparseConv2d(layer.sparse_filter, layer.bias, plan, name, slope=layer.slope)
@@ -94,6 +101,18 @@ def _layer(network: nn.Module, name: str, method: Method) -> Layer:
     if reason := method.unsupported(problem):
         raise ValueError(f"layer {name}: {method.name} cannot run it: {reason}")
     return Layer(problem, layer.filter, layer.bias, layer.slope)
+
+
+def _fastest(layers: Sequence[Layer], method: Method) -> list[Planned]:
+    firsts = {layer.problem: layer for layer in reversed(layers)}
+    plans = dict(zip(firsts, plan_layers(list(firsts.values()), 0.0, methods=[method]), strict=True))
+    planned = []
+    for layer in layers:
+        plan, prepared = plans[layer.problem]
+        if layer is not firsts[layer.problem]:
+            prepared = layer.prepare(method, method.config_type(**plan.config))
+        planned.append(Planned(plan, prepared))
+    return planned
 
 
 def _as_torch(layer: Layer, method: Method) -> Planned:

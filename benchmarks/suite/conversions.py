@@ -22,7 +22,7 @@ from escort.network.check import Effort
 from escort.problem import Precision
 
 #: What a fresh process measures.
-Task = Literal["convert", "load", "choices"]
+Task = Literal["convert", "load", "choices", "calls"]
 #: Seconds for compiling kernels for the weights that compile none, but have all configs searched in all memory formats.
 EXHAUSTIVE: Effort = 0.001
 _PROCESS = "benchmarks.suite.fresh"
@@ -117,6 +117,22 @@ def measure_choices(
     rows = [_row(conversion, "escort", choice["config"], {**found, **choice}) for choice in found["choices"]]
     fast, exhaustive = (row.time_us for row in rows)
     say(f"{conversion.label}: {fast:,.1f} us, {fast / exhaustive:.3f} of what an exhaustive search chooses takes")
+    return rows
+
+
+def measure_calls(
+    conversion: Conversion, *, limit_s: float, say: Callable[[str], object] = lambda line: None
+) -> list[Row]:
+    """What a caller of the converted network sees, by all timers; on the CPU by calls alone.
+
+    Raises:
+        RuntimeError: where the process fails, or what was converted is wrong or cannot be captured.
+    """
+    with tempfile.TemporaryDirectory(prefix="escort-") as folder:
+        found = _in_a_process("calls", conversion, _environment(Path(folder)), limit_s)
+    rows = [_row(conversion, "escort", found["config"], {**found, **call}) for call in found["calls"]]
+    times = ", ".join(f"{row.timer} {row.time_us:,.1f} us" for row in rows)
+    say(f"{conversion.label}, {found['config']['layers']} layers: {times}")
     return rows
 
 

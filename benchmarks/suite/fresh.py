@@ -12,14 +12,16 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 import escort
 from benchmarks.suite.conversions import CACHE_VARIABLE, EXHAUSTIVE, Conversion
-from benchmarks.suite.rows import check
+from benchmarks.suite.rows import NetworkTimer, check
 from benchmarks.suite.subjects import Subject
 from escort.cli.rivals import dense_at_its_best
 from escort.cuda.compiler import compiler_version
@@ -30,6 +32,8 @@ from escort.network.values import output_error, tensors_of
 from escort.planner import timing
 from escort.planner.timing import Timing
 from escort.problem import TORCH_DTYPE
+
+_HOST_ROUNDS, _HOST_CALLS = 50, 4  # of calls without a graph
 
 
 def convert(conversion: Conversion, saved: str | None = None) -> dict[str, Any]:
@@ -82,9 +86,11 @@ def choices(conversion: Conversion, folder: str) -> dict[str, Any]:
     subject, model, x = _placed(conversion)
     efforts: dict[str, Effort] = {"fast": "fast", "exhaustive": EXHAUSTIVE}
     converted: dict[str, ConvertedModel] = {}
-    for name, effort in efforts.items():
-        os.environ[CACHE_VARIABLE] = str(Path(folder) / name)
-        converted[name] = escort.convert(model, x, precision=conversion.precision, effort=effort)
+    # Where there is time to compile, torch.compile is timed too, for minutes: nothing of it is chosen.
+    with patch("escort.network.convert.compare_with_compiled", lambda chosen, *_: chosen.plan):
+        for name, effort in efforts.items():
+            os.environ[CACHE_VARIABLE] = str(Path(folder) / name)
+            converted[name] = escort.convert(model, x, precision=conversion.precision, effort=effort)
     with torch.inference_mode(), dense_at_its_best(conversion.precision):
         timings = _race([partial(network, x) for network in converted.values()], x.device)
     found = []
@@ -96,6 +102,42 @@ def choices(conversion: Conversion, folder: str) -> dict[str, Any]:
         timer = "graph" if x.is_cuda else "call"
         found.append({"config": config, "time_us": taken.time_us, "timer": timer, **_right(network)})
     return {**_about(subject), "choices": found}
+
+
+def calls(conversion: Conversion) -> dict[str, Any]:
+    """Times a call of the converted network as callers make it, and what the host takes of one without a graph."""
+    subject, model, x = _placed(conversion)
+    converted = escort.convert(model, x, precision=conversion.precision, effort=conversion.effort)
+    run, times_us = partial(converted, x), dict[NetworkTimer, float]()
+    with torch.inference_mode():
+        if x.is_cuda:
+            (graph,) = timing.race_on_gpu([run], x.device)
+            if graph.time_us is None or graph.timer != "graph":
+                raise RuntimeError(graph.reason)
+            times_us["graph"] = graph.time_us
+            (times_us["call"],) = timing.race_on_host([run], x.device, rounds=25, budget_s=3.0)
+            (times_us["pipelined"],) = timing.race_on_host([run], x.device, pipelined=True, budget_s=3.0)
+            converted.graphs.policy = "off"
+            times_us["host"] = _host_us(run)
+        else:
+            (times_us["call"],) = timing.race([run])
+    layers, plan = len(converted.plan.layers), converted.plan
+    config = {"layers": layers, "kept_dense": plan.kept_dense, "memory_format": plan.memory_format}
+    taken = [{"timer": timer, "time_us": time_us} for timer, time_us in times_us.items()]
+    return {**_about(subject), **_right(converted), "config": config, "calls": taken}
+
+
+def _host_us(run: Callable[[], Any]) -> float:
+    """The median host time of a call to a GPU in us, a few at a time: what is launched fits the driver's queue."""
+    seconds = []
+    for _ in range(_HOST_ROUNDS):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(_HOST_CALLS):
+            run()
+        seconds.append((time.perf_counter() - begin) / _HOST_CALLS)
+    torch.cuda.synchronize()
+    return median(seconds) * 1e6
 
 
 def _race(runs: list[Callable[[], Any]], device: torch.device) -> list[Timing]:
@@ -156,7 +198,12 @@ def _check_compiler_is_hidden() -> None:
 
 
 #: By the names of :data:`benchmarks.suite.conversions.Task`.
-_TASKS: dict[str, Callable[..., dict[str, Any]]] = {"convert": convert, "load": load, "choices": choices}
+_TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "convert": convert,
+    "load": load,
+    "choices": choices,
+    "calls": calls,
+}
 
 
 def main(job: str) -> None:

@@ -20,7 +20,7 @@ from escort.methods import Method
 from escort.planner.machine import Machine
 
 #: How a whole network is timed, see :class:`Row`.
-NetworkTimer = Literal["graph", "call", "pipelined"]
+NetworkTimer = Literal["graph", "call", "pipelined", "host"]
 #: The `layer` of a row that is about a whole network.
 WHOLE = "all"
 
@@ -34,7 +34,8 @@ class Row:
         rel_error: ``||out - ref|| / ||ref||`` against float64, checked before timing; of a conversion, of what was
             converted in it and of a load against the original.
         timer: how a whole network was timed: "graph" by replays of a CUDA graph, "call" by calls of which each is
-            waited for, "pipelined" by calls back to back. None for layers, and in files of before there was a choice.
+            waited for, "pipelined" by calls back to back, "host" by what the host takes for a call that replays no
+            graph and that nobody waits for. None for layers, and in files of before there was a choice.
         rounds_us: of a whole network on the CPU the median of each round, each in a process of its own; `time_us` is
             their median. Empty in files of before that.
         others: the largest share of the cores' time that other processes took in one of them.

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.suite.networks import NetworkRace, Times, Way, dense_ways, of_converted, race_in_turn
-from benchmarks.suite.rows import Row
+from benchmarks.suite.networks import NetworkRace, Times, Way, by_methods, dense_ways, of_converted, race_in_turn
+from benchmarks.suite.rows import Row, leave_out
 from escort.network.convert import convert
 from escort.planner import timing
 from escort.planner.timing import Timing
@@ -35,17 +35,20 @@ def measure_speed(
 
     Args:
         network, weights: for the rows.
+        race: of the rivals that it is against, those count that run by a method.
         formats: in which torch.compile is tried.
 
     Raises:
-        RuntimeError: where one computes something else than the model in float64; nothing is timed then.
+        RuntimeError: where the converted network computes something else than the model in float64; nothing is timed
+            then.
+        ImportError: where what a rival takes is not installed.
     """
     torch.compiler.reset()  # it gives up on code that it compiled for too many other models
     with torch.no_grad():
         converted = convert(model, x, precision=race.precision, effort=race.effort)
     ways = [of_converted(converted, x), *dense_ways(model, x)]
     if x.is_cuda:
-        ways += dense_ways(model, x, formats, compiled=True)
+        ways += dense_ways(model, x, formats, compiled=True) + by_methods(model, x, race)
     return race_in_turn(ways, model, x, (network, weights), race, _by_every_clock)
 
 
@@ -55,8 +58,14 @@ def _by_every_clock(ways: Sequence[Way], device: torch.device, race: NetworkRace
         times_us = timing.race(runs, rounds=rounds, budget_s=budget_s)
         return {"call": {index: Timing(time_us, "calls") for index, time_us in enumerate(times_us)}}
     graphs = dict(enumerate(timing.race_on_gpu(runs, device, rounds=rounds, budget_s=budget_s)))
-    captured = [index for index in graphs if index > 0 and graphs[index].timer == "graph" and not graphs[index].reason]
-    by_host = [runs[0], *(_replays(runs[index], device) for index in captured)]
+    captured: list[int] = []
+    by_host: list[Callable[[], object]] = [runs[0]]
+    for index in (i for i in graphs if i > 0 and graphs[i].timer == "graph" and not graphs[i].reason):
+        try:
+            by_host.append(_replays(runs[index], device))
+            captured.append(index)
+        except RuntimeError as error:  # there may be no memory for another graph
+            leave_out(f"{ways[index].method} {ways[index].config} by the host's clock", timing.survived(error))
     host = partial(timing.race_on_host, by_host, device, rounds=rounds, budget_s=budget_s)
 
     def by_index(times_us: Sequence[float]) -> dict[int, Timing]:

@@ -42,6 +42,7 @@ class Subject:
         *,
         checkpoint: Path | None = None,
         sparsity: float | None = None,
+        semi_structured: bool = False,
         patterns: Path | None = None,
         input_size: tuple[int, ...] | None = None,
         dense_depthwise: bool = False,
@@ -51,7 +52,8 @@ class Subject:
         Args:
             network: one of :data:`NETWORKS`, ``torchvision:NAME``, ``package.module:factory``, or an archive (.pt2).
             sparsity: of all convolutions but the first, by magnitude; None leaves the weights as they are.
-            patterns: an .npz of sparsity patterns, which takes the place of `sparsity`.
+            semi_structured: prune two of each four weights instead, as sparse tensor cores take them (2:4).
+            patterns: an .npz of sparsity patterns, which takes the place of both.
             input_size: (C, H, W), where the network's name does not tell it.
             dense_depthwise: leave depthwise convolutions out of what `sparsity` prunes.
 
@@ -75,6 +77,10 @@ class Subject:
         if patterns is not None:
             prune_to_patterns(model, patterns)
             weights = patterns.stem
+        elif semi_structured:
+            prune.semi_structured(model, skip=lambda name, _: name == _first(model))
+            prune.make_permanent(model)
+            weights += "-2:4"
         elif sparsity is not None:
             prune_all_but_first(model, sparsity, dense_depthwise=dense_depthwise)
             weights += f"-{sparsity:.2f}" + ("-dense-depthwise" if dense_depthwise else "")
@@ -92,13 +98,17 @@ def prune_all_but_first(model: nn.Module, sparsity: float, *, dense_depthwise: b
     Args:
         dense_depthwise: leave depthwise convolutions as they are, too: they have few weights and little to gain.
     """
-    first = next(iter(prune.convolutions(model)))
+    first = _first(model)
 
     def stays(name: str, conv: nn.Conv2d) -> bool:
         return name == first or (dense_depthwise and conv.groups == conv.in_channels > 1)
 
     prune.uniform(model, sparsity, skip=stays)
     prune.make_permanent(model)
+
+
+def _first(model: nn.Module) -> str:
+    return next(iter(prune.convolutions(model)))
 
 
 def prune_to_patterns(model: nn.Module, path: Path) -> None:

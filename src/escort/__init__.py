@@ -7,6 +7,7 @@ How to use it:
     print(fast.plan)                                 # what runs each layer, and why
     escort.save(fast, "model.escort")                # one file without code
     fast = escort.load("model.escort")               # measured anew where the machine is another one
+    model = escort.from_onnx("model.onnx")           # a network that another tool wrote, to convert like any other
 
 Public are the names in ``escort.__all__``. Everything else in the package is internal and may change at any time.
 """
@@ -17,6 +18,8 @@ from importlib.metadata import version
 from escort import prune
 from escort.artifact import ArtifactError, load, save
 from escort.filter import SparseFilter
+from escort.integrations.hub import from_pretrained, push_to_hub, save_pretrained
+from escort.integrations.onnx import OnnxError, from_onnx
 from escort.layers import Images
 from escort.network.convert import convert, replan
 from escort.network.model import ConvertedModel
@@ -25,6 +28,7 @@ from escort.planner import Candidate, Plan, plan_layer
 from escort.problem import Epilogue, Problem
 
 __version__ = version("escort-sparse")
+ConvertedModel.save_pretrained, ConvertedModel.push_to_hub = save_pretrained, push_to_hub  # which save files
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # what is logged shows where an application says so
 
 __all__ = [
@@ -34,11 +38,14 @@ __all__ = [
     "Epilogue",
     "Images",
     "NetworkPlan",
+    "OnnxError",
     "Plan",
     "Problem",
     "SparseFilter",
     "__version__",
     "convert",
+    "from_onnx",
+    "from_pretrained",
     "load",
     "plan_layer",
     "prune",

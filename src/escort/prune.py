@@ -95,6 +95,30 @@ def global_magnitude(model: nn.Module, sparsity: float, *, skip: Skip = ()) -> N
     _prune(list(convs.values()), [_scores(name, conv) for name, conv in convs.items()], sparsity)
 
 
+def semi_structured(model: nn.Module, *, kept: int = 2, of: int = 4, skip: Skip = ()) -> None:
+    """Prune every convolution so that of each `of` neighbouring input channels of a tap `kept` weights stay: 2:4.
+
+    The largest stay, as in NVIDIA's ASP and ModelOpt: such a filter runs on sparse tensor cores as it is. Neighbours
+    are counted within a group of the convolution, and fewer of them, at the end, keep as many. What is pruned stays
+    pruned.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+        >>> semi_structured(model, skip="0")
+        >>> float((model[2].weight == 0).float().mean())
+        0.5
+
+    Raises:
+        ValueError: see :func:`convolutions`; or unless ``0 < kept < of``.
+    """
+    convs = convolutions(model, skip=skip)
+    if not 0 < kept < of:
+        raise ValueError(f"of each {of} weights some stay and some go, got kept={kept}; write kept=2, of=4 for 2:4")
+    masks = {name: _largest(_scores(name, conv), kept, of) for name, conv in convs.items()}
+    for name, conv in convs.items():
+        _set_mask(conv, masks[name])
+
+
 @dataclass(frozen=True)
 class GradualSchedule:
     """Sparsity that rises from `initial` to `final` while training goes on, fast at first and slowly at the end.
@@ -194,9 +218,22 @@ def _prune(convs: list[nn.Conv2d], scores: list[Tensor], sparsity: float) -> Non
     keep = torch.ones_like(ranked)
     keep[torch.topk(ranked, zeros, largest=False, sorted=False).indices] = 0.0
     for conv, mask in zip(convs, keep.split([score.numel() for score in scores]), strict=True):
-        if _mask(conv) is not None:
-            torch_prune.remove(conv, "weight")  # else torch's container would keep all earlier masks in memory
-        torch_prune.custom_from_mask(conv, "weight", mask.view_as(conv.weight))
+        _set_mask(conv, mask.view_as(conv.weight))
+
+
+def _set_mask(conv: nn.Conv2d, mask: Tensor) -> None:
+    if _mask(conv) is not None:
+        torch_prune.remove(conv, "weight")  # else torch's container would keep all earlier masks in memory
+    torch_prune.custom_from_mask(conv, "weight", mask)
+
+
+def _largest(scores: Tensor, kept: int, of: int) -> Tensor:
+    """1 for the largest `kept` of each `of` scores that neighbour each other along the second axis, 0 for others."""
+    channels = scores.shape[1]
+    padded = torch.cat([scores, scores.new_full((len(scores), -channels % of, *scores.shape[2:]), -1.0)], dim=1)
+    groups = padded.unflatten(1, (-1, of))
+    largest = torch.zeros_like(groups).scatter_(2, groups.topk(kept, dim=2).indices, 1.0)
+    return largest.flatten(1, 2)[:, :channels] * (scores >= 0)
 
 
 def _check_sparsity(sparsity: float, prefix: str = "") -> None:

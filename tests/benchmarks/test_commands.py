@@ -79,6 +79,7 @@ def test_a_network_that_there_is_not() -> None:
         (["layers", "--device", "tpu"], "'tpu' is no device"),
         (["networks", TINY, "--input", "3,8,8", "--batch", "paper"], "--batch takes integers"),
         (["networks", TINY], "--input 3,224,224"),
+        (["networks", TINY, "--input", "3,8,8", "--patterns", "{tmp}/none.npz"], "none.npz"),
         (["networks", TINY, "--input", "3,8,8", "--effort", "-1"], "--effort takes fast, best or a number of seconds"),
         (["layers", "--patterns", "{tmp}/nowhere.npz"], "there is no such file"),
         (["networks", TINY, "--input", "3,8,8", "--against", "fastnet", "--output", "{tmp}/r.json"], "no rival"),

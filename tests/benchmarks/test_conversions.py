@@ -31,9 +31,10 @@ TINY = "tests.benchmarks.small:tiny"
 CONVERSION = Conversion(TINY, 2, sparsity=0.5, input_size=(3, 8, 8))
 
 
-def test_conversions_loads_and_choices(tmp_path: Path) -> None:
+def test_conversions_loads_choices_and_calls(tmp_path: Path) -> None:
     path = tmp_path / "conversions-fp32.json"
-    command = "conversions", TINY, "--input", "3,8,8", "--batch", 2, "--sparsity", 0.5, "--load", "--output", path
+    options = "--batch", 2, "--sparsity", 0.5, "--load", "--calls", "--output", path
+    command = "conversions", TINY, "--input", "3,8,8", *options
     printed = succeed_json(*command)
     result = Result.read(path)
     assert [row.to_json() for row in result.rows] == printed["rows"] and result.header["complete"]
@@ -43,7 +44,9 @@ def test_conversions_loads_and_choices(tmp_path: Path) -> None:
         ("load", "fast", None, None),
         ("escort", "fast", None, "call"),
         ("escort", "exhaustive", None, "call"),
+        ("escort", None, None, "call"),
     ]
+    assert result.rows[-1].config["layers"] == 2
     assert {(r.network, r.weights, r.layer, r.batch, r.dtype) for r in result.rows} == {
         ("tiny", "random-0.50", "all", 2, "fp32")
     }
@@ -141,6 +144,10 @@ def test_efforts_and_batches_are_conversions_of_their_own(processes: Any, tmp_pa
         (4, 3.0),
     ]
     assert [job["conversion"]["batch"] for job, _ in started] == [1] * 4 + [4] * 4
+    answers.append(found(1.0, config={"layers": 1}, calls=[{"timer": "call", "time_us": 5.0}]))
+    made = "--no-conversions", "--no-choices", "--calls", "--batch", 1, "--output", tmp_path / "b.json"
+    (called,) = succeed_json("conversions", TINY, "--input", "3,8,8", *made)["rows"]
+    assert (called["time_us"], called["timer"], called["config"]) == (5.0, "call", {"layers": 1})
 
 
 def choices_on_gpu(monkeypatch: pytest.MonkeyPatch, timings: list[Timing], tmp_path: Path) -> dict[str, Any]:
@@ -273,7 +280,7 @@ def test_tables_of_conversions_tell_aims() -> None:
         "11.0",
         "4.0",
         "2.5",
-        "12, 4",
+        "12, 4, 3",
     ]
     on_cpu = exhibits.tables({"conversions-fp16": Result({**HEADER, "device": "cpu"}, rows)})
     assert {line["Aims, s"] for line in cells(on_cpu["conversions-fp16"])} == {"-"}, "aims are about GPUs"
@@ -290,7 +297,26 @@ def test_tables_of_choices_have_a_geometric_mean() -> None:
         "1.100",
         "0.900",
     ] and "0.995 in the geometric mean" in table.caption
-    assert cells(table)[0]["Timer"] == "graph"
+    other = [replace(each, time_us=2.0 * each.time_us) if each.config["effort"] == "fast" else each for each in rows]
+    results = {"conversions-fp32": Result(HEADER, rows), "conversions-fp16": Result(HEADER, other)}
+    captions = [table.caption for name, table in exhibits.tables(results).items() if name.startswith("choices")]
+    assert len(captions) == 2 and all("1.407 over all precisions" in caption for caption in captions)
+
+
+def test_tables_of_calls_of_conversions_tell_aims() -> None:
+    def called(network: str, **times: float) -> list[Row]:
+        about: dict[str, Any] = {"batch": 1, "config": {"layers": 10}, "weights": "random-0.90"}
+        return [row(network, "all", "escort", us, timer=timer, **about) for timer, us in times.items()]
+
+    rows = called("a", graph=100.0, call=134.0, pipelined=99.0, host=90.0)
+    rows += called("b", graph=100.0, call=136.0, pipelined=99.0, host=101.0) + called("cpu", call=1.0)
+    tables = exhibits.tables({"conversions-fp32": Result(HEADER, rows)})
+    names = "Call, µs", "Aim, µs", "Reached", "Host per layer, µs", "It is reached"
+    assert [tuple(line[name] for name in names) for line in cells(tables["callers-fp32"])] == [
+        ("134", "135", "yes", "9.0", "yes"),
+        ("136", "135", "no", "10.1", "no"),
+    ]
+    assert set(tables) & {"choices-fp32", "conversions-fp32"} == set()
 
 
 def test_tables_of_calls_tell_what_a_caller_sees() -> None:
@@ -314,10 +340,11 @@ def test_tables_of_calls_tell_what_a_caller_sees() -> None:
 
 @pytest.mark.gpu
 def test_conversions_on_a_gpu(tmp_path: Path) -> None:
-    options = "--input", "3,32,32", "--batch", 4, "--device", "cuda", "--precision", "fp16", "--load"
+    options = "--input", "3,32,32", "--batch", 4, "--device", "cuda", "--precision", "fp16", "--load", "--calls"
     result = invoke("conversions", "tests.benchmarks.test_conversions:wide", *options, "--output", tmp_path / "a.json")
     rows = Result.read(tmp_path / "a.json").rows
-    assert [row.timer for row in rows if row.method == "escort"] == ["graph", "graph"], result.stderr
+    raced = [row.timer for row in rows if row.method == "escort"]
+    assert raced == ["graph", "graph", "graph", "call", "pipelined", "host"], result.stderr
     assert [row.config["caches"] for row in rows if row.method == "convert"] == ["empty", "filled"]
     assert "MiB of the GPU at most" in result.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import study
-from benchmarks.result_files import Item, Result
+from benchmarks.result_files import Item, Outcome, Result
 from benchmarks.suite import Row
 from tests.benchmarks.small import QUICK, a_row
 
@@ -59,6 +60,25 @@ def test_what_was_raced_before_is_not_raced_again(tmp_path: Path) -> None:
         study.run(other, work_of(Item("a", lambda: []), stem="ablation-fp32"), tmp_path, "paper")
     study.run(other, work_of(Item("a", lambda: []), stem="break-even-fp32"), tmp_path, "paper")
     assert not other.raced, "what does not start from it takes another study's folder"
+
+
+def test_nothing_begins_once_the_time_is_over(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def end(stem: str, label: str, outcome: Outcome) -> None:
+        told.append(f"{stem} {label} {outcome}")
+
+    def slow() -> list[Row]:
+        time.sleep(0.3)
+        warnings.warn("direct {} is left out: out of device memory", stacklevel=1)
+        return [a_row("a", 12.0), replace(a_row("a", 10.0), method="cudnn"), a_row("a", 11.0)]
+
+    work = work_of(Item("a", slow), Item("b", lambda: [a_row("b")]))
+    assert study.run(QUICK, work, tmp_path, "paper", seconds=0.2, end=end) == {}
+    assert told == ["layers-fp32 a 0 s: direct 11 cudnn 10 (1 left out)"]
+    assert not Result.read(tmp_path / "layers-fp32.json").header["complete"]
+    assert study.run(QUICK, work, tmp_path, "paper", end=end) == {}
+    assert told[1:] == ["layers-fp32 b 0 s: direct 1"]
 
 
 def test_an_item_that_fails_is_named_and_tried_again(tmp_path: Path) -> None:

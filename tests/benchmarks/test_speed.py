@@ -79,6 +79,15 @@ def test_every_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert len(replayed) == 1
 
+    def full(run: Any, device: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(speed_suite, "_replays", full)
+    monkeypatch.setattr(timing, "survived", str)
+    with pytest.warns(UserWarning, match="eager .* by the host's clock is left out: no room"):
+        rows = suite.measure_speed(model, x, network="tiny", weights="random-0.90", race=QUICK)
+    assert {row.method for row in rows if row.timer == "call"} == {"escort"}
+
 
 def row(method: str, timer: Any, time_us: float, network: str = "resnet50", **config: Any) -> Row:
     weights = "resnet50_magnitude_90" if network == "resnet50" else "random-0.90"
@@ -130,7 +139,11 @@ def test_networks_are_judged(ours_us: float, kept_dense: bool, reached: str, nev
 def test_the_table_of_the_aims_has_every_network() -> None:
     table = cells(exhibits.tables(results(speed_tf32=[], speed_fp32=[]))["speed-tf32"])
     assert len(table) == 21 == len({(line["Network"], line["Weights"], line["Samples"]) for line in table})
-    assert all(aim.wanted.keys() == {"fp16", "tf32", "fp32"} for aim in read_aims().speed)
+    *unstructured, semi_structured = read_aims().speed
+    assert all(aim.wanted.keys() == {"fp16", "tf32", "fp32"} for aim in unstructured)
+    assert (semi_structured.weights, semi_structured.wanted.keys()) == ("random-2:4", {"fp16"})
+    table = cells(exhibits.tables(results(speed_fp16=[]))["speed-fp16"])
+    assert len(table) == 22 and table[-1]["Weights"] == "random-2:4"
 
 
 @pytest.fixture
@@ -146,9 +159,14 @@ def tiny_aims(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("tiny_aims")
 def test_the_command_measures_and_goes_on(tmp_path: Path) -> None:
     run = ("speed", "--device", "cpu", "--weights", "random-0.90", "--budget-s", 0, "--out", tmp_path)
-    result = invoke(*run, "--batch", 1)
-    assert result.exit_code == 0, result.output
     path = tmp_path / "speed-fp32.json"
+    result = invoke(*run, "--seconds", 0)
+    assert result.exit_code == 0 and not path.exists(), "nothing began"
+    result = invoke(*run, "--batch", 1, "-v")
+    assert result.exit_code == 0, result.output
+    assert "tiny in eager" in result.stderr and ": ran first in " in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("speed-fp32: tiny random-0.90 N=1: ")]
+    assert " s: call escort " in line and " eager " in line
     assert json.loads(path.read_text())["header"]["finished"] == ["tiny random-0.90 N=1"]
     result = invoke(*run, "--json")
     assert result.exit_code == 0, result.output
@@ -158,12 +176,28 @@ def test_the_command_measures_and_goes_on(tmp_path: Path) -> None:
     assert [row["batch"] for row in written["rows"] if row["method"] == "escort"] == [1, 2]
 
 
+def test_a_network_of_2_of_4(tiny_aims: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aims = SpeedAim(("tiny",), "random-2:4", (1,), {"fp32": Wanted(1.0, 2.0)}), *command.read_aims().speed[:1]
+    monkeypatch.setattr(command, "read_aims", lambda: replace(read_aims(), speed=aims))
+    seen: list[nn.Module] = []
+    measure = suite.measure_speed
+    monkeypatch.setattr(
+        suite, "measure_speed", lambda model, *a, **named: seen.append(model) or measure(model, *a, **named)
+    )
+    result = invoke("speed", "--device", "cpu", "--weights", "random-2:4", "--budget-s", 0, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    first, second = (module.weight for module in seen[0].modules() if isinstance(module, nn.Conv2d))
+    assert first.all() and torch.equal((second.unflatten(1, (-1, 4)) != 0).sum(2).unique(), torch.tensor([2]))
+    assert json.loads((tmp_path / "speed-fp32.json").read_text())["header"]["finished"] == ["tiny random-2:4 N=1"]
+
+
 @pytest.mark.usefixtures("tiny_aims")
 def test_a_network_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     write_patterns(tmp_path)  # of no shape that is in the network
     run = ("speed", "--device", "cpu", "--batch", 1, "--patterns", tmp_path, "--budget-s", 0, "--out", tmp_path / "out")
     result = invoke(*run)
     assert result.exit_code == 1 and "failed: speed-fp32, tiny net_l1 N=1: ValueError" in result.stderr
+    assert "speed-fp32: tiny net_l1 N=1: failed after 0 s: ValueError" in result.stderr
     header = json.loads((tmp_path / "out" / "speed-fp32.json").read_text())["header"]
     assert header["finished"] == ["tiny random-0.90 N=1"] and not header["complete"]
 
@@ -177,6 +211,7 @@ def test_a_network_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
         (("--formats", "nchw"), "--formats: there is no nchw; there are channels_last, contiguous"),
         (("--weights", "net_l1"), "net_l1.npz; name the folder that holds it with --patterns"),
         (("--batch", "many"), "--batch"),
+        (("--against", "tensorrt"), "--against: there is no tensorrt on cpu; there are cudnn_graph"),
         (("--effort", "much"), "--effort takes fast, best or a number of seconds"),
     ],
 )
@@ -220,3 +255,17 @@ def test_what_the_model_itself_amplifies_is_no_error(own: float, ours: float, is
         return
     with pytest.raises(RuntimeError, match="tiny in escort: relative error"):
         race()
+
+
+def test_a_rival_that_computes_something_else_is_left_out() -> None:
+    model, x = a_network()
+    with torch.no_grad():
+        y = model.double()(x.double()).float()
+    model.float()
+    ways = [
+        Way(name, {}, lambda scale=scale: y * scale)
+        for name, scale in (("escort", 1.0), ("eager", 1.0), ("compile", 2.0))
+    ]
+    with pytest.warns(UserWarning, match="tiny in compile .* is left out: its relative error 1.0e\\+00 exceeds"):
+        rows = race_in_turn(ways, model, x, ("tiny", "random"), QUICK, speed_suite._by_every_clock)
+    assert [row.method for row in rows] == ["escort", "eager"]

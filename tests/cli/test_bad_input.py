@@ -40,6 +40,9 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["convert", TINY, "--output", "{tmp}/m.escort"], "--input 1,3,224,224"),
+        (["convert", TINY, "--input", "1,3,8,8"], "--output model.escort"),
+        (["convert", "{tmp}/none.onnx"], "name an ONNX model"),
+        (["prune", "net.onnx", "--sparsity", "0.9", "--output", "{tmp}/p.safetensors"], "before it is exported"),
         (["convert", TINY, "--input", "1,3,x,8", "--output", "{tmp}/m.escort"], "--input takes integers"),
         (["convert", TINY, "--input", "1,4,8,8", "--output", "{tmp}/m.escort"], "4 channels"),
         (["convert", TINY, "--input", "1,3,8,8", "--output", "{tmp}/nowhere/m.escort"], "there is no folder"),
@@ -47,7 +50,7 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["prune", TINY, "--sparsity", "90", "--output", "{tmp}/p.safetensors"], "write 0.9"),
         (["prune", TINY, "--sparsity", "0.9", "--skip", "7", "--output", "{tmp}/p.safetensors"], "not a convolution"),
         (["prune", TINY, "--sparsity", "0.9", "--output", "{tmp}/p.pt"], "name it so"),
-        (["prune", "net.pt2", "--sparsity", "0.9", "--output", "{tmp}/p.safetensors"], "before torch.export"),
+        (["prune", "net.pt2", "--sparsity", "0.9", "--output", "{tmp}/p.safetensors"], "before it is exported"),
         (
             ["convert", TINY, "--input", "1,3,8,8", "--kernels", "--output", "{tmp}/m.escort"],
             "--kernels is for GPUs; add --device cuda",
@@ -66,7 +69,8 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["plan", TINY, "--input", "1,3,8,8", "--device", "mps"], "not on mps"),
         (["plan", "{saved}", "--input", "1,3,8,8"], "leave out --input"),
         (["plan", "{saved}", "--device", "cuda"], "leave out --input, --checkpoint, --device, --precision"),
-        (["plan", "{saved}", "--effort", "5"], "--precision and --effort"),
+        (["plan", "{saved}", "--effort", "5"], "--precision, --effort and --favor"),
+        (["plan", TINY, "--input", "1,3,8,8", "--favor", "speed"], "'latency', 'throughput'"),
         (["plan", TINY, "--input", "1,3,8,8", "--effort", "nan"], "--effort takes fast, best or a number of seconds"),
         (["plan", TINY, "--input", "1,3,8,8", "--effort", "much"], "--effort takes fast, best or a number of seconds"),
         (["plan", TINY, "--input", "1,3,8,8", "--effort", "-1"], "--effort takes fast, best or a number of seconds"),

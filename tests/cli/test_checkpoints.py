@@ -108,6 +108,17 @@ def test_what_other_tools_save(
     assert (loaded[3].weight == 0).any() == (make is not trained)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_masks_of_nncf(prefix: str, tmp_path: Path) -> None:
+    """They lie beside the dense weights, in what it puts into the outermost module."""
+    source, loaded, path = trained(), tiny(), tmp_path / "weights.pt"
+    mask = torch.rand(4, 8, 3, 3) > 0.5
+    hooks = {"__nncf_hooks.post_hooks.3:weight__0.0.binary_mask": mask}
+    torch.save(named({**source.state_dict(), **hooks}, lambda name: prefix + name), path)
+    checkpoints.load_into(loaded, path)
+    assert torch.equal(loaded[3].weight, source[3].weight * mask) and torch.equal(loaded[0].weight, source[0].weight)
+
+
 @pytest.mark.parametrize("suffix", checkpoints.SUFFIXES)
 def test_every_suffix(suffix: str, tmp_path: Path) -> None:
     path, source, loaded = tmp_path / f"weights{suffix}", trained(), tiny()
@@ -153,6 +164,10 @@ class _NeedsMore:
             "several times, behind student., teacher.; save those that are meant",
         ),
         (weight_normed().state_dict(), r"computed from 3.parametrizations.weight.original0.*make them permanent"),
+        (
+            {**tiny().state_dict(), "__nncf_hooks.post_hooks.3:weight__0.0.mask": torch.ones(4, 8, 3, 3)},
+            "computed from __nncf_hooks.*not by a mask that is in it; make them permanent .*by nncf.strip",
+        ),
         (
             {**tiny().state_dict(), "3.weight_orig": torch.ones(1), "3.weight_mask": torch.ones(2)},
             "computed from 3.weight_orig",

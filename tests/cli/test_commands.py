@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import escort
 from escort import artifact, cache
 from escort.cli import models
+from escort.network.check import settle_favor
 from escort.planner import plan_layer, planner
 from tests.cli.invoking import invoke, succeed, succeed_json
 from tests.cli.named import TINY, tiny
@@ -100,6 +101,21 @@ def test_the_effort_is_for_the_whole_network(tmp_path: Path, monkeypatch: pytest
         succeed(*command, TINY, "--input", "1,3,8,8", "--effort", "best")
         succeed(*command, TINY, "--input", "1,3,8,8", "--effort", "12.5")
     assert budgets_s == [0.0, 300.0, 12.5] * 2
+
+
+def test_what_threads_are_to_do_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def record(favor: Any, device: torch.device) -> Any:
+        asked.append(favor)
+        return settle_favor(favor, device)
+
+    monkeypatch.setattr("escort.network.convert.settle_favor", record)
+    convert, bench = ["convert", "--output", tmp_path / "model.escort"], ["bench", "--against", "", "--rounds", "1"]
+    for command in (["plan", "--favor", "latency"], [*convert, "--favor", "throughput"], ["plan"]):
+        succeed(*command, TINY, "--input", "2,3,8,8")
+    succeed(*bench, TINY, "--input", "2,3,8,8", "--favor", "throughput")
+    assert asked == ["latency", "throughput", None, "throughput"]
 
 
 def test_plan_says_what_was_compiled_for_a_filter(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

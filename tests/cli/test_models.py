@@ -11,11 +11,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import nn
 
 from escort.cli import models
+from tests.onnx_models import small
 
 TINY = "tests.cli.test_models:tiny"
 
@@ -37,6 +39,19 @@ def test_archives_run_at_other_batch_sizes(tmp_path: Path) -> None:
     loaded, x = models.load(str(path)), torch.randn(5, 3, 8, 8)
     assert not loaded.training
     torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_onnx_files_say_what_they_take(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(small(), path)
+    assert models.declared_shapes(models.load(str(path))) == [(1, 3, 12, 10)]
+    with pytest.raises(ValueError, match="leave out the checkpoint"):
+        models.load(str(path), tmp_path / "weights.pt")
+    width = small()
+    width.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "w"
+    onnx.save(width, path)
+    with pytest.raises(ValueError, match=r"leaves sizes of 'x' open \(\?,3,12,\?\); give them with --input"):
+        models.declared_shapes(models.load(str(path)))
 
 
 def test_models_come_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

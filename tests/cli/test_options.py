@@ -64,7 +64,9 @@ def test_a_negative_finding_prints_its_result_and_fails() -> None:
     assert result.exit_code == 1 and json.loads(result.stdout) == {"area": 0.0}
 
 
-@pytest.mark.parametrize("options", [{"device": "cuda"}, {"shapes": ["1,3,8,8"]}, {"effort": "best"}])
+@pytest.mark.parametrize(
+    "options", [{"device": "cuda"}, {"shapes": ["1,3,8,8"]}, {"effort": "best"}, {"favor": "latency"}]
+)
 def test_options_differ_from_defaults(options: dict[str, object]) -> None:
     assert ModelOptions("net").are_default and ModelOptions("net", shapes=[]).are_default
     assert not ModelOptions("net", **options).are_default  # type: ignore[arg-type]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 import escort
 from escort.layers import SparseConv2d
-from escort.network.check import settle_favor
-from escort.network.choose import race, run_by
+from escort.methods import by_name
+from escort.network.check import Request, settle_favor
+from escort.network.choose import choose, race, run_by
 from escort.network.plan import NetworkPlan
+from escort.network.swap import Swapped, alternatives
 from escort.network.values import largest_error, output_error
 from escort.planner import timing
 from escort.planner.timing import Timing
@@ -195,3 +199,102 @@ def test_the_largest_error_is_that_of_all_outputs() -> None:
     ref = torch.ones(3)
     assert largest_error([ref, 3 * ref, ref], [ref, ref, ref]) == 2.0 and largest_error([], []) == 0.0
     assert largest_error([ref], [ref, ref]) == largest_error([ref, ref], [ref]) == float("inf")
+
+
+@pytest.fixture
+def swapped(direct_wins: None, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Tensor, Swapped]:
+    """A model, an example, and the network that a conversion made of it."""
+    model, x, found = pruned(Small()), torch.randn(2, 3, 8, 8), []
+
+    def keep(dense: nn.Module, candidates: Any, *args: Any) -> Any:
+        found[:] = candidates
+        return choose(dense, candidates, *args)
+
+    monkeypatch.setattr("escort.network.convert.choose", keep)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    escort.convert(model, x)
+    (candidate,) = found
+    assert {plan.method for plan in candidate.layers.values()} == {"direct"}
+    return model, x, candidate
+
+
+def timed(swapped: Swapped, dense_us: dict[str, float]) -> Swapped:
+    """The network with layers that take 10 us by their choice, and so long by the dense method; by default 99 us."""
+    layers = {}
+    for name, plan in swapped.layers.items():
+        times_us = {"direct": 10.0, "dense": dense_us.get(name, 99.0)}
+        own = [replace(c, time_us=times_us.get(c.method)) for c in plan.candidates if c.config is not None]
+        layers[name] = replace(plan, candidates=tuple(own))
+    return replace(swapped, layers=layers)
+
+
+GPU = Request(torch.device("cuda:0"), "fp32")
+
+
+def methods_of(alternative: Swapped) -> dict[str, str]:
+    """What runs the layers of a network once a alternative is in its place."""
+    alternative.put_in_place()
+    methods = {name: alternative.network.get_submodule(name).plan.method for name in alternative.layers}
+    assert methods == {name: plan.method for name, plan in alternative.layers.items()}
+    return methods
+
+
+def test_layers_that_are_nearly_as_fast_dense_are_tried_so_in_the_network(swapped: Any) -> None:
+    model, x, candidate = swapped
+    names = list(candidate.layers)
+    own, close = alternatives(timed(candidate, {names[0]: 11.0}), GPU)
+    before = dict.fromkeys(names, "direct")
+    assert methods_of(close) == before | {names[0]: "dense"} and methods_of(own) == before
+    with torch.no_grad():
+        for alternative in (own, close, own):
+            alternative.put_in_place()
+            assert torch.allclose(alternative.network(x), model(x), atol=1e-5)
+    assert close.layers[names[0]].time_us == 11.0
+
+
+def test_all_layers_are_tried_dense_where_they_take_little_longer_together(swapped: Any) -> None:
+    _, _, candidate = swapped
+    names = list(candidate.layers)
+    times_us = dict.fromkeys(names, 10.5) | {names[0]: 12.0}
+    _, close, dense = alternatives(timed(candidate, times_us), GPU)
+    assert methods_of(dense) == dict.fromkeys(names, "dense")
+    assert methods_of(close) == methods_of(dense) | {names[0]: "direct"}
+
+
+def test_where_dense_is_far_slower_the_network_has_no_variants(swapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, candidate = swapped
+    names = list(candidate.layers)
+    assert alternatives(timed(candidate, {}), GPU) == [timed(candidate, {})]
+    close = timed(candidate, {names[0]: 11.0})
+    assert alternatives(close, replace(GPU, device=torch.device("cpu"))) == [close]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(by_name("dense"), "without_trying", lambda config: None)
+        assert alternatives(close, GPU) == [close], "its first call takes long"
+
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(by_name("dense"), "prepare", full)
+    assert alternatives(close, GPU) == [close]
+
+
+def test_the_fastest_variant_is_kept(swapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, candidate = swapped
+    name = next(iter(candidate.layers))
+    for fastest, method in ((1, "direct"), (2, "dense")):
+        several = alternatives(timed(candidate, {name: 11.0}), GPU)
+        monkeypatch.setattr("escort.network.convert.alternatives", lambda *_, several=several: several)
+
+        def raced(runs: Any, device: Any, fastest: int = fastest) -> Any:
+            for run in runs:
+                run()
+            return [9.0, *(1.0 if i == fastest else 2.0 for i in range(1, len(runs)))], "calls"
+
+        monkeypatch.setattr("escort.network.choose.race", raced)
+        monkeypatch.setattr("escort.network.choose.batchings_to_try", lambda *_: [Batching()])
+        fast = escort.convert(model, x)
+        assert fast.network is candidate.network and not fast.plan.kept_dense
+        assert fast.network.get_submodule(name).plan.method == fast.plan.layers[name].method == method
+        with torch.no_grad():
+            assert torch.allclose(fast(x), model(x), atol=1e-5)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from benchmarks.networks import NETWORKS
+from escort import layers
 from escort.network import mixing
 from escort.runtime import Program
 
@@ -23,6 +24,12 @@ class Lambda(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.function(x) if self.function is not torch.mul else x * self.scale
+
+
+def test_every_layer_of_a_converted_network_keeps_samples_apart() -> None:
+    for name in set(layers.__all__) - {"LAUNCHING", "OnPlanes"}:
+        kind = getattr(layers, name)
+        assert issubclass(kind, (layers.OnPlanes, *mixing._MODULES)), name
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS])

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from escort import prune
 from escort.filter import SparseFilter
 from escort.layers import FusedConv2d
+from escort.methods.cuda.sparse_tc.config import ELEMENTS
+from escort.methods.cuda.sparse_tc.orders import order_filter
 from escort.methods.cuda.sparse_tc.split import split
 from escort.network.check import Request
 from escort.network.passes import channels_last, fuse
@@ -95,6 +98,20 @@ def test_a_rewritten_network_computes_the_same_and_leaves_less_over(
         reads_free = name in ("reduce", "spatial", "expand", "again", "wide")
         assert (left_over(new, kept, of) < 0.7 * left_over(old, kept, of)) is reads_free, name
         torch.testing.assert_close(network.get_submodule(name).conv.weight, old.conv.weight, rtol=0, atol=0)
+
+
+def test_a_network_of_2_of_4_has_no_remainder(x: Tensor) -> None:
+    model = pruned(0.0)
+    prune.semi_structured(model, skip=["stem", "last"])
+    prune.make_permanent(model)
+    last = channels_last.rewrite(fused(model, x), on_gpu("fp16"))
+    for name, module in last.named_modules():
+        if isinstance(module, FusedConv2d) and name not in ("stem", "last"):
+            sparse_filter = SparseFilter.from_dense(module.conv.weight, module.conv.groups)
+            for memory_format in ("channels_last", "contiguous"):
+                ordered = order_filter(sparse_filter, memory_format, ELEMENTS["fp16"])
+                assert ordered.split.remainder.nnz == 0 and ordered.remainder_share(64, 64) == 0.0, name
+            assert sparse_filter.nnz == module.conv.weight.numel() // 2
 
 
 def test_channels_that_others_read_keep_their_order(x: Tensor) -> None:

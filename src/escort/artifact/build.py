@@ -81,7 +81,9 @@ def _restore_sparse(name: str, container: Container, plan: Plan) -> SparseConv2d
     method = next((m for m in methods if m.unsupported(problem) is None and not (m.lowers and is_too_large)), None)
     if method is None:
         raise ValueError(f"no method here can run {problem}; convert the model on this machine")
-    config = _planned_config(plan, method, sparse_filter) or method.configs(problem, sparse_filter)[0]
+    config = _planned_config(plan, method, sparse_filter)
+    if config is None:
+        config = method.without_trying(method.configs(problem, sparse_filter)[0])
     plan = replace(plan, method=method.name, config=asdict(config))
     return SparseConv2d(sparse_filter, bias, plan, name, slope=slope)
 

@@ -107,6 +107,8 @@ def load(
                 f"{path}: its layers were not measured here, and measuring them takes {too_much}; pass remeasure=True "
                 "if you trust the file, or remeasure=False"
             )
+    if not remeasure:
+        _check_here(saved, target)
     if not remeasure and target.type == "cuda" and not too_much:
         _lay_out(saved, network, is_carried=kernels is not False)
     _log.info("loaded %s in %.2f s%s", path, time.perf_counter() - begin, ", to be measured anew" if remeasure else "")
@@ -245,6 +247,18 @@ def _check_kept(saved: _Saved, plan: NetworkPlan) -> None:
         if method.name != layer.method:
             reason = method.unsupported(layer.problem) or f"{method.name} does not take {layer.problem}"
             raise ArtifactError(f"{saved.path}: layer {name}: {reason}; or {_SAVE_AGAIN}")
+
+
+def _check_here(saved: _Saved, target: torch.device) -> None:
+    """Raises ArtifactError where a layer's method takes something that is not installed."""
+    names = [name for name, record in saved.layers.items() if record["type"] == SPARSE and not saved.moves_to(target)]
+    for name in names:
+        method = by_name(saved.plan.layers[name].method, str(saved.device))
+        if (reason := method.missing()) is not None:
+            raise ArtifactError(
+                f"{saved.path}: layer {name} was planned for {method.name}: {reason}; or pass remeasure=True, which "
+                "measures the other methods"
+            )
 
 
 def _lay_out(saved: _Saved, network: nn.Module, *, is_carried: bool) -> None:

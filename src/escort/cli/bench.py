@@ -44,6 +44,7 @@ def main(
         engines.rounds,
         progress=True,
         begin=_note_round,
+        favor=options.favored,
     )
     with engines.placed(options.device):
         model, inputs = options.load_with_inputs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ _COMPILED = "_orig_mod."
 _COUNT = "num_batches_tracked"
 _ORIGINAL, _MASK = "_orig", "_mask"
 _PARAMETRIZED, _PARAMETRIZATION_MASK = ".original", ".0.mask"
+#: NNCF's names: a mask that is multiplied, and whatever else a weight passes through.
+_NNCF = "__nncf_hooks."
+_NNCF_MASK = re.compile(r"(.*)__nncf_hooks\.post_hooks\.([^.]+)__0\.0\.binary_mask")
 
 
 def load_into(model: nn.Module, path: Path) -> list[str]:
@@ -103,24 +107,30 @@ def _masked(state: Mapping[str, Tensor], known: Collection[str], path: Path) -> 
     """The state with each pruned weight in the place of its original and its mask, but for names that the model has."""
     whole = dict(state)
     for name in [name for name in state if name not in known]:
-        if ".parametrizations." in name and name.endswith(_PARAMETRIZED):
-            head = name.removesuffix(_PARAMETRIZED)
-            weight, mask = head.replace(".parametrizations.", "."), head + _PARAMETRIZATION_MASK
-        elif name.endswith(_ORIGINAL):
-            weight = name.removesuffix(_ORIGINAL)
-            mask = weight + _MASK
-        else:
-            continue
-        if mask in whole and whole[mask].shape == whole[name].shape:
-            original = whole.pop(name)
-            whole[weight] = original * whole.pop(mask).to(original.dtype)
-    computed = (name for name in whole if name.endswith(_ORIGINAL) or ".parametrizations." in name)
+        weight, original, mask = _parts(name)
+        if original in whole and mask in whole and whole[mask].shape == whole[original].shape:
+            value = whole.pop(original)
+            whole[weight] = value * whole.pop(mask).to(value.dtype)
+    computed = (name for name in whole if name.endswith(_ORIGINAL) or ".parametrizations." in name or _NNCF in name)
     if unknown := [name for name in computed if name not in known]:
         raise ValueError(
-            f"{path} holds weights that are computed from {listing(unknown, 6)}, and not by a mask; make them "
-            "permanent before saving, for example with torch.nn.utils.parametrize.remove_parametrizations"
+            f"{path} holds weights that are computed from {listing(unknown, 6)}, and not by a mask that is in it; make "
+            "them permanent before saving: by torch.nn.utils.parametrize.remove_parametrizations, by squash_mask of "
+            "torch.ao.pruning's sparsifiers, whose masks are in no state dict, or by nncf.strip"
         )
     return whole
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """The names of a pruned weight, its original and its mask, by that of one of the two; or empty."""
+    if ".parametrizations." in name and name.endswith(_PARAMETRIZED):
+        head = name.removesuffix(_PARAMETRIZED)
+        return head.replace(".parametrizations.", "."), name, head + _PARAMETRIZATION_MASK
+    if match := _NNCF_MASK.fullmatch(name):
+        weight = match[1] + match[2].replace(":", ".")
+        return weight, weight, name
+    weight = name.removesuffix(_ORIGINAL)
+    return (weight, name, weight + _MASK) if weight != name else ("", "", "")
 
 
 def _prefix(state: Iterable[str], wanted: list[str], path: Path) -> str:

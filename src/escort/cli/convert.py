@@ -13,6 +13,7 @@ from escort import report
 from escort.artifact.kernels import beside
 from escort.cli.console import Output
 from escort.cli.images import layer_of
+from escort.cli.models import ONNX_SUFFIX
 from escort.cli.options import ModelOptions, check_writable, command
 from escort.network.plan import plan_table
 from escort.planner.machine import find_device
@@ -21,8 +22,15 @@ from escort.planner.machine import find_device
 @command
 def main(
     options: ModelOptions,
-    output_path: Annotated[Path, typer.Option("--output", "-o", help="The converted model, for example model.escort.")],
     output: Output,
+    output_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The converted model, for example model.escort; by default named like the ONNX file.",
+        ),
+    ] = None,
     kernels: Annotated[
         bool,
         typer.Option(
@@ -45,6 +53,10 @@ def main(
     ] = "",
 ) -> None:
     """Convert a pruned model: every convolution runs by whichever method measures fastest on this machine."""
+    if output_path is None:
+        if Path(options.model).suffix != ONNX_SUFFIX:
+            raise ValueError("name the file to write, for example --output model.escort")
+        output_path = Path(options.model).with_suffix(".escort")
     check_writable(output_path)
     if kernels and find_device(options.device).type == "cpu":
         raise ValueError("--kernels is for GPUs; add --device cuda")

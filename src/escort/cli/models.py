@@ -1,4 +1,4 @@
-"""Models by name: a factory to import, with an optional checkpoint, or a torch.export archive."""
+"""Models by name: a factory to import, with an optional checkpoint, an ONNX file, or a torch.export archive."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+import escort
 from escort.cli import checkpoints
 from escort.cli.console import check_is_file, note
+from escort.integrations.onnx import inputs_of
 from escort.prune import listing
 
-ARCHIVE_SUFFIX = ".pt2"
+ARCHIVE_SUFFIX, ONNX_SUFFIX = ".pt2", ".onnx"
 #: The members of an archive that are read, behind the name of its root: those of today's torch and of older ones.
 #: Torch unpickles constants whose names begin with custom_obj or opaque_obj, in any case and with any ending.
 _MEMBER = re.compile(
@@ -37,18 +39,19 @@ def load(spec: str, checkpoint: Path | None = None) -> nn.Module:
 
     Args:
         spec: ``package.module:factory``, importable from the working directory, where factory takes no argument and
-            returns an nn.Module (or is one); or the path of a ``torch.export`` archive (.pt2). An archive is code:
-            it calls any operator of torch, and torch evaluates the expressions of its shapes in Python. Load only those
-            of people you trust. Anything in it but the graph, texts and tensors is refused.
+            returns an nn.Module (or is one); the path of an ONNX file (.onnx); or that of a ``torch.export`` archive
+            (.pt2). An archive is code: it calls any operator of torch, and torch evaluates the expressions of its
+            shapes in Python. Load only those of people you trust. Anything in it but the graph, texts and tensors is
+            refused.
         checkpoint: weights for the factory's model, as :func:`checkpoints.load_into` takes them.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: naming what is wrong and the remedy.
     """
-    if Path(spec).suffix == ARCHIVE_SUFFIX:
+    if Path(spec).suffix in (ARCHIVE_SUFFIX, ONNX_SUFFIX):
         if checkpoint is not None:
             raise ValueError(f"{spec} holds its own weights; leave out the checkpoint {checkpoint}")
-        return _from_archive(Path(spec))
+        return _from_archive(Path(spec)) if Path(spec).suffix == ARCHIVE_SUFFIX else escort.from_onnx(spec)
     if Path(spec).suffix in checkpoints.SUFFIXES:
         raise ValueError(
             f"{spec} is a checkpoint, weights without a model; name package.module:factory and pass it along"
@@ -59,6 +62,23 @@ def load(spec: str, checkpoint: Path | None = None) -> nn.Module:
     return model.eval()
 
 
+def declared_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """The shapes of the inputs of a model of an ONNX file, one sample where the file leaves the batch open.
+
+    Raises:
+        ValueError: where it leaves other sizes open, or an input takes no floating-point numbers.
+    """
+    shapes = []
+    for name, shape, dtype in inputs_of(model):
+        if not dtype.is_floating_point:
+            raise ValueError(f"its input {name[:100]!r} is of {dtype}; convert it in Python, with escort.from_onnx")
+        if None in shape[1:]:
+            text = ",".join("?" if size is None else str(size) for size in shape)
+            raise ValueError(f"the file leaves sizes of {name[:100]!r} open ({text}); give them with --input")
+        shapes.append(tuple(size or 1 for size in shape))
+    return shapes
+
+
 def attribute(spec: str) -> Any:
     """What ``package.module:name`` names, imported from the working directory or from what is installed.
 
@@ -67,7 +87,9 @@ def attribute(spec: str) -> Any:
     """
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
-        raise ValueError(f"a model is named package.module:factory or is a {ARCHIVE_SUFFIX} file, got {spec!r}")
+        raise ValueError(
+            f"a model is named package.module:factory or is a {ONNX_SUFFIX} or {ARCHIVE_SUFFIX} file, got {spec!r}"
+        )
     if module_name.endswith(".py") or "/" in module_name:
         dotted = module_name.removesuffix(".py").replace("/", ".")
         raise ValueError(f"{spec}: a module is named as import takes it; write {dotted}:{name}")

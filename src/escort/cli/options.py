@@ -27,6 +27,7 @@ from escort.network.check import Effort
 from escort.network.model import ConvertedModel
 from escort.planner.machine import find_device
 from escort.problem import TORCH_DTYPE
+from escort.runtime import Favor
 
 #: What a saved model is, for messages.
 SAVED = "one that escort convert wrote"
@@ -39,6 +40,13 @@ class PrecisionName(str, Enum):
     TF32 = "tf32"
     FP16 = "fp16"
     BF16 = "bf16"
+
+
+class FavorName(str, Enum):
+    """What threads of a CPU may do for, as Typer wants it."""
+
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
 
 
 CheckpointOption = Annotated[
@@ -60,6 +68,13 @@ EffortOption = Annotated[
         help="Time for compiling GPU kernels for the weights: fast compiles none, best takes up to five minutes.",
     ),
 ]
+FavorOption = Annotated[
+    FavorName | None,
+    typer.Option(
+        help="What threads of a CPU do for: latency has all of them share each layer, throughput has each take samples "
+        "of its own where a batch has enough for all. By default what is faster on the input.",
+    ),
+]
 VerboseOption = Annotated[
     int,
     typer.Option(
@@ -77,8 +92,9 @@ class SourceOptions:
         str,
         typer.Argument(
             metavar="MODEL",
-            help="package.module:factory, which is imported and called, or a torch.export archive (.pt2), which may "
-            "call any operator of torch and have Python evaluated: use those of people you trust.",
+            help="package.module:factory, which is imported and called; an ONNX file (.onnx); or a torch.export "
+            "archive (.pt2), which may call any operator of torch and have Python evaluated: use those of people you "
+            "trust.",
         ),
     ]
     checkpoint: CheckpointOption = None
@@ -121,33 +137,41 @@ class SavedOptions:
 
 @dataclass(frozen=True)
 class ModelOptions(SourceOptions):
-    """A model to convert: where it comes from, a typical input, the device, the precision, and the effort."""
+    """A model to convert: where it comes from, a typical input, and what :func:`escort.convert` takes besides."""
 
     shapes: Annotated[
         list[str] | None,
-        typer.Option("--input", metavar="N,C,H,W", help="Shape of a typical input; repeat it for a model of several."),
+        typer.Option(
+            "--input",
+            metavar="N,C,H,W",
+            help="Shape of a typical input; repeat it for a model of several. By default what an ONNX file says.",
+        ),
     ] = None
     device: DeviceOption = "cpu"
     precision: PrecisionOption = PrecisionName.FP32
     effort: EffortOption = "fast"
+    favor: FavorOption = None
     verbose: VerboseOption = 0
+
+    @property
+    def favored(self) -> Favor | None:
+        """The choice of `favor` as :func:`escort.convert` takes it."""
+        return None if self.favor is None else self.favor.value
 
     @property
     def are_default(self) -> bool:
         """Whether none was given that says what to convert but the model."""
         return replace(self, shapes=self.shapes or None, verbose=0) == ModelOptions(self.model)
 
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        """Random inputs of the shapes, the same each time, on the CPU in float32."""
-        if not self.shapes:
-            raise ValueError("give the shape of a typical input, for example --input 1,3,224,224")
-        generator = torch.Generator().manual_seed(0)
-        return tuple(torch.randn(numbers(shape, "--input"), generator=generator) for shape in self.shapes)
-
     def load_with_inputs(self) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-        """The model and inputs for it, on the device and in the type in which the precision is stored, to be timed."""
-        inputs = self.inputs()
-        placed = place(self.load(), inputs, self.device, self.precision)
+        """The model and random inputs for it, the same each time, on the device and as the precision is stored."""
+        shapes = [numbers(shape, "--input") for shape in self.shapes or []]
+        if not shapes and Path(self.model).suffix != models.ONNX_SUFFIX:
+            raise ValueError("give the shape of a typical input, for example --input 1,3,224,224")
+        model = self.load()
+        generator = torch.Generator().manual_seed(0)
+        inputs = (torch.randn(shape, generator=generator) for shape in shapes or models.declared_shapes(model))
+        placed = place(model, tuple(inputs), self.device, self.precision)
         note_if_busy(placed[1][0].device.type)
         return placed
 
@@ -162,7 +186,13 @@ class ModelOptions(SourceOptions):
         if images is not None:
             model, inputs = _taking_bytes(model, inputs, images)
         return escort.convert(
-            model, inputs, precision=self.precision.value, effort=effort, progress=True, remeasure=remeasure
+            model,
+            inputs,
+            precision=self.precision.value,
+            effort=effort,
+            favor=self.favored,
+            progress=True,
+            remeasure=remeasure,
         )
 
 

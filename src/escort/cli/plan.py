@@ -35,7 +35,7 @@ def main(
 
 def _stored_plan(options: ModelOptions) -> NetworkPlan:
     if not options.are_default:
-        names = "--input, --checkpoint, --device, --precision and --effort"
+        names = "--input, --checkpoint, --device, --precision, --effort and --favor"
         raise ValueError(f"{options.model} is saved with its plan and weights; leave out {names}")
     check_is_file(Path(options.model), SAVED)
     return artifact.load_plan(Path(options.model))

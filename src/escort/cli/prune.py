@@ -38,8 +38,8 @@ def main(
     """Zero the smallest weights and save the state dict. Accuracy suffers: fine-tune with escort.prune in Python."""
     if output_path.suffix != ".safetensors":
         raise ValueError(f"--output {output_path}: the pruned weights are a .safetensors file; name it so")
-    if source.model.endswith(models.ARCHIVE_SUFFIX):
-        raise ValueError(f"{source.model} has no state dict to go on with; prune the model before torch.export")
+    if source.model.endswith((models.ARCHIVE_SUFFIX, models.ONNX_SUFFIX)):
+        raise ValueError(f"{source.model} has no state dict to go on with; prune the model before it is exported")
     check_writable(output_path)
     network = source.load()
     recipe = prune.uniform if method is Recipe.UNIFORM else prune.global_magnitude

@@ -26,6 +26,7 @@ from escort.network.values import output_error, tensors_of
 from escort.planner import timing
 from escort.planner.timing import Timing
 from escort.problem import TORCH_MEMORY_FORMAT, Precision
+from escort.runtime import Favor
 
 _T = TypeVar("_T")
 Inputs = tuple[Tensor, ...]
@@ -52,6 +53,7 @@ class Race:
         rounds: on the CPU.
         progress: show a progress bar while converting.
         begin: on the CPU, is told which engine begins, and in which round.
+        favor: as of :func:`escort.convert`.
     """
 
     against: Sequence[str] = ()
@@ -61,6 +63,7 @@ class Race:
     rounds: int = 5
     progress: bool = False
     begin: Callable[[str, int], object] = lambda method, number: None
+    favor: Favor | None = None
 
 
 def measure(model: nn.Module, inputs: Inputs, race: Race) -> list[Result]:
@@ -117,7 +120,9 @@ def _measure(model: nn.Module, inputs: Inputs, race: Race) -> list[Result]:
 
 def _converted(model: nn.Module, inputs: Inputs, race: Race) -> tuple[nn.Module, dict[str, Any], list[Tensor]]:
     """The converted model, how it is set up, and what the model computes in float64."""
-    converted = convert(model, inputs, precision=race.precision, effort=race.effort, progress=race.progress)
+    converted = convert(
+        model, inputs, precision=race.precision, effort=race.effort, favor=race.favor, progress=race.progress
+    )
     with torch.inference_mode():
         expected = tensors_of(copy.deepcopy(model).double()(*(x.double() for x in inputs)))
     return converted, {name: getattr(converted.plan, name) for name in ("kept_dense", "memory_format")}, expected
@@ -163,14 +168,19 @@ def _on_gpu(rival: str) -> Callable[[nn.Module, Inputs], list[Way]]:
 
 @contextmanager
 def dense_at_its_best(precision: Precision) -> Iterator[None]:
-    """Lets torch's own operators compute in a precision, and cuDNN choose its algorithms by trying them."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    """Lets torch's own operators compute in a precision, and cuDNN choose its algorithms by trying them.
+
+    Torch would go on with those that a convolution took before without trying, as in a conversion, but for asking for
+    deterministic ones, which all forward algorithms are.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark = cudnn.deterministic = True
     try:
         with float32_products(precision), float32_convolutions(precision):
             yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 def check(way: Way, expected: Sequence[Tensor], bound: float) -> Result:

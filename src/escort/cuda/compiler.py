@@ -13,7 +13,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -64,6 +64,11 @@ class Variant(NamedTuple):
     source: Source
     defines: Defines
     native: bool = False
+
+    @property
+    def key(self) -> Hashable:
+        """The same for the same variant."""
+        return self.source, tuple(sorted(self.defines.items())), self.native
 
 
 #: -v makes ptxas say what a kernel uses. Add "lineinfo": True to see source lines in a profiler; it triples a binary.

@@ -11,7 +11,13 @@ def keep_freed_memory(most_bytes: int) -> bool: ...
 def fork_join_ns(threads: int, at_hand: bool) -> float: ...
 def assume_fork_join_ns(nanoseconds: float) -> None: ...
 def spread_channels(
-    sites: NDArray[np.int32], channels: NDArray[np.int32], site_count: int, channel_count: int, kept: int, of: int
+    sites: NDArray[np.int32],
+    channels: NDArray[np.int32],
+    site_count: int,
+    channel_count: int,
+    kept: int,
+    of: int,
+    cell_cost: int,
 ) -> list[int]: ...
 
 Place = tuple[int, int, int]  # buffer (-1 for none), offset, and from one sample to the next

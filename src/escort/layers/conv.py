@@ -77,7 +77,7 @@ class SparseConv2d(ConvLike):
         problem = plan.problem
         Layer(problem, sparse_filter, bias, slope).check()
         self._runners: RunnerCache[Prepared]
-        self._filter: tuple[tuple[torch.Tensor, ...], SparseFilter] | None = None
+        self._filter: tuple[RunnerCache[Prepared], SparseFilter] | None = None
         self._versions = -1
         with torch.inference_mode(False):  # tensors made inside of it could not be followed, or moved outside of it
             for array in ("values", "columns", "indptr"):
@@ -133,11 +133,11 @@ class SparseConv2d(ConvLike):
     def filter(self) -> SparseFilter:
         """The weights as they are now. One object until values are written to, as runners share what is made of it."""
         self.follow()
-        followed, known = self._followed, self._filter
-        if known is None or known[0] is not followed:
+        cached, known = self._runners, self._filter  # as it was before the values are read; another one since a change
+        if known is None or known[0] is not cached:
             indptr, columns, values = (tensor.cpu().numpy() for tensor in (self.indptr, self.columns, self.values))
             sparse_filter = SparseFilter(self.plan.problem.weight_shape, self.groups, indptr, columns, values)
-            known = self._filter = followed, sparse_filter
+            known = self._filter = cached, sparse_filter
         return known[1]
 
     def problem(self, batch: int, height: int, width: int) -> Problem:
@@ -364,6 +364,8 @@ class SparseConv2d(ConvLike):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._filter, self.counters = None, Counters()
+        for name in _FOLLOWED:  # a copy that is made in inference mode consists of tensors that cannot be followed
+            setattr(self, name, getattr(self, name))
         self._follow()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -152,7 +152,8 @@ def prepare(
 ) -> Prepared:
     """The chosen method and config, complete on its device when this returns: any stream may call it.
 
-    An input size that the config does not fit runs by the method's own first choice for it. A size that the method
+    An input size that the config does not fit runs by the method's own first choice for it, and what takes a method
+    long to try in a first call is tried for the planned size alone. A size that the method
     refuses runs by the first other method that takes it. A size that was not planned, and that takes long to compile
     for or cannot be compiled for here, runs by another method as well, with a warning: a call must not take minutes.
 
@@ -213,6 +214,8 @@ def _prepare(
             if reason := method.unsupported(problem):
                 raise ValueError(reason)
             config = method.config_type(**choice.config) if by_choice else method.configs(problem, sparse_filter)[0]
+            if planned != size or not by_choice:
+                config = method.without_trying(config)
             prepared = method.prepare(problem, sparse_filter, bias, config, slope)
         except ImportError as error:
             if planned == size:

@@ -14,6 +14,7 @@ from escort.methods.cpu.linear import Linear
 from escort.methods.cpu.lowered import Lowered
 from escort.methods.cuda.cublas import Cublas
 from escort.methods.cuda.cudnn import Cudnn
+from escort.methods.cuda.cudnn_graph import CudnnGraph
 from escort.methods.cuda.cusparse import Cusparse
 from escort.methods.cuda.depthwise import DepthwiseCuda
 from escort.methods.cuda.depthwise_tc import DepthwiseTc
@@ -38,22 +39,27 @@ METHODS: tuple[Method, ...] = (
     Stem(),
     Gemv(),
     Cudnn(),
+    CudnnGraph(),
     Cublas(),
     Cusparse(),
 )
 
 
 def by_name(name: str, device: str = "cpu") -> Method:
-    """The method of that name on a device ("cpu", "cuda:0"). Raises ValueError that names the methods there are."""
-    methods = {method.name: method for method in for_device(device)}
+    """The method of that name on a device ("cpu", "cuda:0"), also one of which something is missing here.
+
+    Raises ValueError that names the methods there are.
+    """
+    methods = {method.name: method for method in METHODS if method.device_type == device.partition(":")[0]}
     if name not in methods:
         raise ValueError(f"no method {name!r} on {device}; there are {', '.join(methods)}")
     return methods[name]
 
 
 def for_device(device: str) -> tuple[Method, ...]:
-    """The methods that run on a device ("cpu", "cuda:0")."""
-    return tuple(method for method in METHODS if method.device_type == device.partition(":")[0])
+    """The methods that run on a device ("cpu", "cuda:0") and of which nothing is missing here."""
+    device_type = device.partition(":")[0]
+    return tuple(method for method in METHODS if method.device_type == device_type and method.missing() is None)
 
 
 def dense_for(device: str) -> Method:

@@ -88,6 +88,10 @@ class Method(ABC):
     lowers: ClassVar[bool] = False
     is_native: ClassVar[bool] = False
 
+    def missing(self) -> str | None:
+        """What has to be installed for the method, with the command that does; None where all is here."""
+        return None
+
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method cannot run a problem on its type of device, or None where it can."""
         return None
@@ -128,6 +132,10 @@ class Method(ABC):
         It says no less than :meth:`configs`, without a prediction. The config's fields have their types.
         """
         return config in self.configs(problem, sparse_filter)
+
+    def without_trying(self, config: Config) -> Config:
+        """A config with what its first call takes long to try left out: nearly as fast, or the config itself."""
+        return config
 
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: Config | None = None

@@ -7,6 +7,10 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
+import torch.nn.functional as F
+
+from escort.filter import SparseFilter
+from escort.problem import Problem
 
 Known = TypeVar("Known")
 
@@ -31,3 +35,16 @@ def shared(owner: object, key: Hashable, make: Callable[[], tuple[torch.Tensor, 
         torch.cuda.current_stream(tensor.device).synchronize()
     entries[key] = ref(tensor), known
     return tensor, known
+
+
+def dense_weight(
+    problem: Problem, sparse_filter: SparseFilter, memory_format: torch.memory_format, added_channels: int = 0
+) -> torch.Tensor:
+    """The weight (K, C / groups + added_channels, R, S) on the problem's device, which runners of a filter share."""
+    device, dtype = torch.device(problem.device), problem.storage
+
+    def make() -> tuple[torch.Tensor, None]:
+        padded = F.pad(sparse_filter.to_dense(), (0, 0, 0, 0, 0, added_channels)).to(device, dtype)
+        return padded.contiguous(memory_format=memory_format), None
+
+    return shared(sparse_filter, ("dense", device, dtype, memory_format, added_channels), make)[0]

@@ -54,18 +54,20 @@ def choose(
     wrong: dict[int, tuple[float, str]] = {}
     with dense_in(request.precision, request.device):
         for number, candidate in enumerate(candidates):
+            candidate.put_in_place()
             error, reason = _judge(candidate.network, original, request)
             if reason is not None:
                 wrong[number] = error, reason
                 continue
             batchings = batchings_to_try(candidate.network, example, request.favor)
-            runs += [partial(run_by, candidate.network, example, batching) for batching in batchings]
+            runs += [partial(run_by, candidate, example, batching) for batching in batchings]
             ways += [(candidate, error, batching) for batching in batchings]
         request.progress.done("compared with the original")
         with torch.inference_mode():
             (dense_us, *times_us), timer = race(runs, request.device)
     converted_us = min(times_us, default=dense_us)
     best, error, batching = ways[times_us.index(converted_us)] if ways else (candidates[0], wrong[0][0], Batching())
+    best.put_in_place()
     kept_dense = not ways or converted_us >= dense_us
     if kept_dense:
         batching = Batching()
@@ -123,8 +125,11 @@ def batchings_to_try(network: nn.Module, example: Example, favor: Favor | None) 
     return sharing + ([] if favor == "latency" else taking)
 
 
-def run_by(network: nn.Module, example: Example, batching: Batching) -> Any:
+def run_by(network: nn.Module | Swapped, example: Example, batching: Batching) -> Any:
     """Runs a network on the example by a batching, which it keeps."""
+    if isinstance(network, Swapped):
+        network.put_in_place()
+        network = network.network
     for program in programs_in(network):
         program.native.batching = batching
     return example.run(network)
@@ -133,7 +138,7 @@ def run_by(network: nn.Module, example: Example, batching: Batching) -> Any:
 def race(runs: list[Callable[[], Any]], device: torch.device) -> tuple[list[float], Timer]:
     """The median time of each in microseconds, and how all of them were taken."""
     if device.type == "cpu":
-        return timing.race(runs, budget_s=2.0), "calls"
+        return timing.race(runs, rounds=12, budget_s=4.0, narrowing=True), "calls"
     timings = timing.race_on_gpu(runs, device, budget_s=2.0)
     if any(each.timer != "graph" or each.time_us is None for each in timings):
         timings = timing.race_on_gpu(runs, device, budget_s=2.0, capture=False)

@@ -30,6 +30,7 @@ from escort.network.check import (
 from escort.network.choose import batchings_to_try, choose, race, run_by
 from escort.network.context import dense_in, on_device, running_out
 from escort.network.example import Example
+from escort.network.masks import check_masks, check_zeros
 from escort.network.memory import keep_freed_memory
 from escort.network.model import ConvertedModel
 from escort.network.original import Original, plain_copy, run_original, unwrap
@@ -38,7 +39,7 @@ from escort.network.passes.channels_last import in_memory_formats
 from escort.network.plan import NetworkPlan
 from escort.network.progress import Progress
 from escort.network.rivals import compare_with_compiled, compare_with_eager
-from escort.network.swap import Swapped, check_calls, find_layers, likely, plan_into, record_calls, swap
+from escort.network.swap import Swapped, alternatives, check_calls, find_layers, likely, plan_into, record_calls, swap
 from escort.network.tracing.state import State, own_draws
 from escort.network.tracing.trace import trace
 from escort.planner.machine import Machine
@@ -153,6 +154,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
     with running_out("the model itself"), dense_in("fp32", request.device):
         original = run_original(model, example)
         request.progress.done("run as it is")
+        check_masks(original.model)
         example = original.example
         not_tried: dict[str, str] = {}
         try:
@@ -188,6 +190,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
             memory_format: find_layers(network, calls, memory_format, skipped, request)
             for memory_format, network in networks.items()
         }
+        check_zeros([layer.sparse_filter for unplanned in found.values() for layer in unplanned.layers.values()])
         found, unlikely = likely(found, request)
     request.progress.done(f"rewritten for {' and '.join(found)}")
     request.progress.estimate.expect(len(found), len(calls))
@@ -196,11 +199,10 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
     request.progress.estimate.compare()
     with running_out("the whole network"):
         dense = as_programs(dense)
+        candidates = [alternative for candidate in candidates for alternative in alternatives(candidate, request)]
         chosen = _choose(dense, candidates, not_tried | not_in_format | unlikely, original, request)
         if request.device.type == "cuda":
-            chosen = compare_with_eager(chosen, dense, original, request)
-        if request.compile_budget_s > 0.0 and request.device.type == "cuda":
-            chosen.plan = compare_with_compiled(chosen, original, request)
+            chosen = _compared_on_gpu(chosen, dense, original, request)
     if chosen.plan.kept_dense:
         not_saved = unsavable(chosen.network, request.device)
     chosen.plan = replace(chosen.plan, not_saved=not_saved)
@@ -242,6 +244,14 @@ def _choose(
         anew.append(replace(candidate, layers=plans))
     request.progress.estimate.compare()
     return choose(dense, anew, not_tried, original, request)
+
+
+def _compared_on_gpu(chosen: ConvertedModel, dense: nn.Module, original: Original, request: Request) -> ConvertedModel:
+    """What stays behind plain calls of the original, and torch.compile where time may be spent on compiling."""
+    chosen = compare_with_eager(chosen, dense, original, request)
+    if request.compile_budget_s > 0.0:
+        chosen.plan = compare_with_compiled(chosen, original, request)
+    return chosen
 
 
 def _sparse(network: nn.Module) -> dict[str, SparseConv2d]:

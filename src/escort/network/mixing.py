@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from escort.layers import AdaptiveAvgPool2d, AvgPool2d, LocalResponseNorm, MaxPool2d, SamePad, SparseConv2d
+from escort.layers import FusedConv2d, MaxPool2d, OnPlanes, SamePad, SparseConv2d
 from escort.runtime import Program
 from escort.runtime.stand_in import runs_more
 from escort.runtime.steps import REQUIRED, Step, spellings
@@ -17,35 +17,41 @@ from escort.runtime.steps import REQUIRED, Step, spellings
 # Modules and functions that treat each sample for itself, whatever their arguments.
 _MODULES = (
     SparseConv2d,
+    FusedConv2d,
     MaxPool2d,
     SamePad,
-    AdaptiveAvgPool2d,
-    AvgPool2d,
-    LocalResponseNorm,
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
     nn.AvgPool2d,
     nn.BatchNorm2d,
     nn.Conv2d,
     nn.Dropout,
+    nn.GELU,
     nn.Hardsigmoid,
     nn.Hardswish,
     nn.Identity,
+    nn.LeakyReLU,
     nn.Linear,
     nn.LocalResponseNorm,
     nn.MaxPool2d,
+    nn.PReLU,
     nn.ReLU,
     nn.ReLU6,
     nn.SiLU,
     nn.Sigmoid,
+    nn.Tanh,
+    nn.Upsample,
 )
 _FUNCTIONS = {
     F.adaptive_avg_pool2d,
     F.avg_pool2d,
     F.dropout,
+    F.gelu,
     F.hardsigmoid,
     F.hardswish,
     F.interpolate,
+    F.leaky_relu,
+    F.local_response_norm,
     F.max_pool2d,
     F.relu,
     F.relu6,
@@ -59,7 +65,8 @@ _FUNCTIONS = {
     torch.pixel_shuffle,
     torch.relu,
     torch.sigmoid,
-    *(spelling for name in ("relu", "sigmoid", "to") for spelling in spellings(name)),
+    torch.tanh,
+    *(spelling for name in ("relu", "sigmoid", "tanh", "to") for spelling in spellings(name)),
 }
 _FLATTENS = (torch.flatten, *spellings("flatten"))
 _MEANS = (torch.mean, *spellings("mean"))
@@ -86,7 +93,8 @@ def _keeps_apart(network: Program, step: Step) -> bool:
         module = network.get_submodule(step.target)
         if runs_more(module) or (isinstance(module, nn.BatchNorm2d) and module.running_mean is None):
             return False  # hooks may do anything, and such a norm computes with the statistics of the batch
-        return type(module) in _MODULES or (type(module) is nn.Flatten and module.start_dim == 1)
+        known = isinstance(module, OnPlanes) or type(module) in _MODULES
+        return known or (type(module) is nn.Flatten and module.start_dim == 1)
     if step.target in _FLATTENS:
         return _argument(step, 1, "start_dim", 0) >= 1
     if step.target is torch.unflatten:

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -40,7 +40,11 @@ class ConvertedModel(nn.Module):
         network: what runs; a program where the model could be traced, else the model with swapped layers.
         plan: what was chosen per layer and why.
         graphs: the CUDA graphs that calls on a GPU replay.
+        save_pretrained, push_to_hub: methods, see :mod:`escort.integrations.hub`, which adds them.
     """
+
+    save_pretrained: ClassVar[Callable[..., str | None]]
+    push_to_hub: ClassVar[Callable[..., str]]
 
     def __init__(self, network: nn.Module, plan: NetworkPlan, original: nn.Module | None = None) -> None:
         super().__init__()

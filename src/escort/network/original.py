@@ -23,6 +23,8 @@ from escort.problem import Precision
 #: How far two runs of one model on one input may be apart, relatively, by the order of sums alone.
 _SAME_RUN = 1e-2
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+#: The module that NNCF puts into a model, with what its weights pass through in each call.
+_NNCF = "__nncf_hooks"
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -96,6 +98,8 @@ def _what_is_not_copied(model: nn.Module, memo: dict[int, Any]) -> str:
 
 
 def _make_plain(module: nn.Module) -> None:
+    if _NNCF in module._modules:
+        _leave_nncf(module)
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):
             prune.remove(module, hook._tensor_name)
@@ -110,6 +114,22 @@ def _make_plain(module: nn.Module) -> None:
         del module.parametrizations
         for name, value in values.items():
             module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
+
+
+def _leave_nncf(module: nn.Module) -> None:
+    """Takes away what NNCF called a model by, where that does nothing more.
+
+    Raises:
+        ValueError: where weights still pass through masks or quantizers.
+    """
+    hooks: Any = module._modules[_NNCF]
+    if not hooks.is_empty():
+        kinds = {type(hook).__name__ for _, hook in hooks.named_hooks()}
+        raise ValueError(
+            f"NNCF applies {', '.join(sorted(kinds))} to weights of the model in each call; have it write them into "
+            "the weights by nncf.strip(model, strip_format=nncf.StripFormat.IN_PLACE), and convert what that returns"
+        )
+    del module._modules[_NNCF], module.forward, module._replicate_for_data_parallel
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from escort.filter import SparseFilter
 from escort.layers import FusedConv2d, SparseConv2d
 from escort.layers.weight import is_outside
+from escort.methods import by_name
 from escort.network.check import Request
 from escort.network.context import naming, running_out
 from escort.network.original import Original
@@ -24,7 +25,7 @@ from escort.network.passes.operations import replace_module
 from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan, plan_layers
 from escort.planner.cores import BUSY, Watch
-from escort.planner.plan import Layer
+from escort.planner.plan import Candidate, Layer
 from escort.planner.planner import known_us, predicted_us
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Problem
 from escort.runtime.stand_in import adopt
@@ -39,6 +40,8 @@ _NCHW_PAID = 0.75, 1.1
 #: A layer of which models know nothing in one memory format, as of a first one of three channels, takes up to so many
 #: times there what it takes in the other: the dense method can run it.
 _UNKNOWN = 2.0
+#: A dense method is tried in the network where it takes at most so many times what the choice takes alone.
+_CLOSE = 1.15
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,22 @@ class Unplanned:
 
 @dataclass(frozen=True)
 class Swapped:
-    """A network whose convolutions run as planned, their plans, and which were left alone for what reason."""
+    """A network whose convolutions run as planned, their plans, and which were left alone for what reason.
+
+    Attributes:
+        modules: where the network has alternatives, the layers of this one in which they differ.
+    """
 
     network: nn.Module
     layers: dict[str, Plan]
     skipped: dict[str, str]
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def put_in_place(self) -> None:
+        """Makes the network this alternative of it."""
+        for name, module in self.modules.items():
+            if self.network.get_submodule(name) is not module:
+                replace_module(self.network, name, module)
 
 
 def record_calls(network: nn.Module, skipped: dict[str, str], original: Original) -> dict[str, torch.Size]:
@@ -165,7 +179,7 @@ def likely(
     elif known:
         slower = _slower(known["contiguous"], known["channels_last"], _NCHW_PAID, "took")
     else:
-        sparse = {name: [layer for layer in layers[name] if layer.sparse_filter.sparsity > 0.5] for name in networks}
+        sparse = {name: [layer for layer in layers[name] if layer.sparse_filter.sparsity >= 0.5] for name in networks}
         predicted = {name: predicted_us(sparse[name], request.methods) for name in networks}
         slower = _slower(predicted["contiguous"], predicted["channels_last"], _NCHW_PAYS, "are predicted to take")
     kept = {name: network for name, network in networks.items() if name not in slower}
@@ -233,6 +247,75 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
             stream.synchronize()
     request.progress.done(f"planned {len(plans)} layers")
     return plans
+
+
+def alternatives(swapped: Swapped, request: Request) -> list[Swapped]:
+    """A network on a GPU as it was planned, and with more of its layers by dense methods.
+
+    A layer's times are those of the layer alone. In a network its input may lie in a cache, and kernels overlap: where
+    a dense method is nearly as fast alone, it may be the faster one there.
+    """
+    plans = swapped.layers
+    denser = {name: plan for name, old in plans.items() if (plan := _by_dense_method(old)) is not None}
+    close = {name: plan for name, plan in denser.items() if _time_us([plan]) <= _CLOSE * _time_us([plans[name]])}
+    sets = [close]
+    if len(denser) > len(close) and _time_us({**plans, **denser}.values()) <= _CLOSE * _time_us(plans.values()):
+        sets.append(denser)
+    if request.device.type == "cpu" or (not close and len(sets) == 1):
+        return [swapped]
+    made: dict[str, nn.Module] = {}
+    try:
+        for name, plan in (denser if len(sets) > 1 else close).items():
+            made[name] = _rerun(swapped.network.get_submodule(name), plan, name)
+        torch.cuda.current_stream(request.device).synchronize()  # any stream may read the tables from now on
+    except (RuntimeError, ValueError) as error:  # there may be no memory for more
+        _log.info("no layer was tried by a dense method in the network: %s", error)
+        return [swapped]
+    own = {name: swapped.network.get_submodule(name) for name in made}
+    return [replace(swapped, modules=own)] + [
+        replace(swapped, layers={**plans, **chosen}, modules=own | {name: made[name] for name in chosen})
+        for chosen in sets
+        if chosen
+    ]
+
+
+def _by_dense_method(plan: Plan) -> Plan | None:
+    """A layer's plan by the fastest dense method; None where it is chosen already, or none was timed.
+
+    What is tried by its first call does not count: that takes long in each process, also where plans are known.
+    """
+    device = plan.problem.device
+    if by_name(plan.method, device).is_dense or plan.time_us is None:
+        return None
+    best = min(
+        (c for c in plan.candidates if c.time_us is not None and _is_plain_dense(c, device)),
+        key=lambda candidate: candidate.time_us or 0.0,
+        default=None,
+    )
+    return None if best is None else replace(plan, method=best.method, config=dict(best.config or {}))
+
+
+def _is_plain_dense(candidate: Candidate, device: str) -> bool:
+    method = by_name(candidate.method, device)
+    if not method.is_dense or candidate.config is None:
+        return False
+    config = method.config_type(**candidate.config)
+    return bool(method.without_trying(config) == config)
+
+
+def _time_us(plans: Iterable[Plan]) -> float:
+    return sum(plan.time_us or 0.0 for plan in plans)
+
+
+def _rerun(old: nn.Module, plan: Plan, name: str) -> SparseConv2d:
+    """A layer like another one, that runs by another plan of it."""
+    assert isinstance(old, SparseConv2d)
+    method = by_name(plan.method, plan.problem.device)
+    layer = Layer(plan.problem, old.filter, old.bias, old.slope)
+    new = SparseConv2d(*layer[1:3], plan, name, old.unfolded, layer.slope)
+    new.run_by(layer.prepare(method, method.config_type(**plan.config)))
+    adopt(new, old)
+    return new
 
 
 def _warn_if_busy(plans: Mapping[str, Plan], others_share: float) -> None:

@@ -19,6 +19,8 @@ from escort.planner.plan import Candidate, Layer
 _FURTHER_SAVE = (0.044, 0.016, 0.016, 0.006, 0.006)
 #: A second of all cores must save this share of the layers' time; less is not worth waiting for.
 _LEAST_SAVED_PER_S = 5e-4
+#: No kernel is compiled that takes one core longer than this, or than a share of a large budget: all would wait for it.
+_LONGEST_S, _LONGEST_SHARE = 40.0, 1 / 8
 #: Layers that share a plan differ in their nonzeros by up to a twentieth, and in the time to compile for them too.
 _MARGIN = 1.06
 
@@ -115,6 +117,7 @@ class Grant:
 def share_out(offers: Sequence[Offer], compile_budget_s: float) -> list[Grant]:
     """Gives the budget to what saves most in a second of compiling, until it is used up or too little is saved."""
     left_s, tried = compile_budget_s, [0] * len(offers)
+    longest_s = max(_LONGEST_S, compile_budget_s * _LONGEST_SHARE)
     reasons = [""] * len(offers)
     least_per_s = _LEAST_SAVED_PER_S * sum(offer.least_us for offer in offers)
     queue = [(-offer.saved_per_s(0), 0, index) for index, offer in enumerate(offers) if offer.configs]
@@ -123,12 +126,18 @@ def share_out(offers: Sequence[Offer], compile_budget_s: float) -> list[Grant]:
         per_s, count, index = heapq.heappop(queue)
         offer = offers[index]
         needed_s = offer.needed_s(count)
+        alone_s = offer.seconds[count] * cores.count()
         if -per_s <= least_per_s:
             reasons[index] = _too_little(offer, count)
         elif not fits(needed_s, left_s):
             reasons[index] = (
                 f"compiling it takes about {_seconds(needed_s)} of all {cores.count()} cores, more than the "
                 f"{_seconds(left_s)} left; pass effort='best' or more seconds"
+            )
+        elif alone_s > longest_s:
+            reasons[index] = (
+                f"compiling it takes one core about {_seconds(alone_s)}, and all would wait for it; pass "
+                f"effort={math.ceil(alone_s / _LONGEST_SHARE):.0f} or more seconds"
             )
         else:
             left_s -= needed_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,19 +20,20 @@ def count() -> int:
 
 
 def on_all_cores(
-    jobs: Sequence[Callable[[], object]], progress: Callable[[int, int], None] = lambda done, total: None
+    jobs: Iterable[Callable[[], object]], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
-    """Runs jobs side by side. The first error is raised, and what had not begun is not.
+    """Runs jobs side by side, each from when it is given on. The first error is raised, and what had not begun is not.
 
     Args:
         progress: is called with how many jobs are done, and of how many.
     """
-    if jobs:
-        progress(0, len(jobs))
     with threads() as pool:
-        for done, future in enumerate(as_completed([pool.submit(job) for job in jobs]), 1):
+        futures = [pool.submit(job) for job in jobs]
+        if futures:
+            progress(0, len(futures))
+        for done, future in enumerate(as_completed(futures), 1):
             future.result()
-            progress(done, len(jobs))
+            progress(done, len(futures))
 
 
 @contextmanager

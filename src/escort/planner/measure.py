@@ -15,11 +15,13 @@ import torch
 
 from escort import reference
 from escort.cuda.capture import runs
+from escort.cuda.compiler import Variant
+from escort.cuda.kernel import kernel
 from escort.methods import Config, Method, Prepared, dense_for
 from escort.planner import cores, timing
 from escort.planner.machine import Machine
 from escort.planner.plan import Candidate, Layer, Plan, Planned
-from escort.planner.search import Search, not_tried
+from escort.planner.search import Search, Tried, not_tried
 from escort.planner.timing import Timer
 from escort.problem import Problem
 
@@ -27,6 +29,9 @@ from escort.problem import Problem
 _HOPELESS = 1.6
 #: A candidate that takes so many times the fastest's time after some rounds on a GPU, whose times repeat, has lost.
 _BEATEN = 1.15
+#: What takes long to try is tried where the same without that takes up to so many times the fastest's time, and chosen
+#: where it then takes less than this share of it: each process that loads the network tries it again.
+_NEARLY, _WORTH_TRYING = 1.3, 0.97
 #: How many times the least of a candidate's times their median may be: beyond that, something else ran meanwhile.
 _SCATTER = 2.0
 #: The share of a CPU's time that others may take while a layer is measured. Where threads wait for cores that others
@@ -75,6 +80,8 @@ class Ahead(dict[tuple[str, Config], Prepared]):
         self._allowance = allowance
 
     def prepare(self, layer: Layer, method: Method, config: Config) -> None:
+        if (method.name, config) in self:
+            return
         with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
             prepared = _prepared(layer, method, config)
             if self._allowance is None or self._allowance.is_left:
@@ -83,6 +90,20 @@ class Ahead(dict[tuple[str, Config], Prepared]):
     def take(self, layer: Layer, method: Method, config: Config) -> Prepared:
         """The candidate, prepared now if it was not before. Raises what :meth:`Method.prepare` raises."""
         return self.pop((method.name, config), None) or _prepared(layer, method, config)
+
+
+def kernels_of(layer: Layer, method: Method, config: Config) -> Sequence[Variant]:
+    """The kernels that a candidate is prepared of; none where it cannot be, as it will say itself."""
+    try:
+        return method.kernels(layer.problem, config)
+    except (RuntimeError, ValueError):
+        return ()
+
+
+def compile_kernel(layer: Layer, variant: Variant) -> None:
+    """Compiles a kernel and loads it on the layer's GPU, where a candidate will find it. A failure shows there."""
+    with suppress(RuntimeError, ValueError):
+        kernel(variant.source, variant.defines, torch.device(layer.problem.device), native=variant.native)
 
 
 def _prepared(layer: Layer, method: Method, config: Config) -> Prepared:
@@ -104,16 +125,16 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
     problem, settled, watch = layer.problem, list(search.refused), cores.Watch()
     with torch.inference_mode():
         inputs = timing.example_inputs(problem)
-        runnable: list[_FirstRun] = []
-        for outcome in _first_runs(layer, search, ahead, inputs[0]):
-            if isinstance(outcome, _FirstRun):
-                runnable.append(outcome)
-            else:
-                settled.append(outcome)
+        trial = _Trial(layer, inputs[0])
+        runnable = _first_runs(layer, search.tried, ahead, trial, settled)
         limit_us = _limit_us(problem, runnable)
         calls_s: list[Sequence[float]] = []
         contenders = [first for first in runnable if first.time_us <= limit_us]
         raced = _race(problem, contenders, inputs, budget_s, calls_s.extend)
+        late = _first_runs(layer, _worth_trying(search, raced), ahead, trial, settled)
+        if late:
+            fastest = min(zip(raced, contenders, strict=True), key=lambda pair: pair[0].time_us or math.inf)[1]
+            raced += _race(problem, [fastest, *late], inputs, budget_s, calls_s.extend)[1:]
         settled += raced
     timer: Timer = "calls" if problem.device_type == "cpu" else "events"
     hopeless = [first for first in runnable if first.time_us > limit_us]
@@ -122,6 +143,7 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
     if not timed:
         reasons = "; ".join(f"{c.method}: {c.reason}" for c in settled)
         raise ValueError(f"no method can run {problem}, leave it out with skip: {reasons}")
+    runnable += late
     best = _best(timed, runnable)
     assert best.config is not None
     choice = best.method, best.config
@@ -173,11 +195,17 @@ def check(layer: Layer, plan: Plan, method: Method, ahead: Ahead) -> Planned | N
 
 @dataclass(frozen=True)
 class _FirstRun:
-    """A candidate that ran and is right, with a rough time of a call in microseconds."""
+    """A candidate that ran and is right.
+
+    Attributes:
+        time_us: a rough time of a call in microseconds.
+        tries: whether its first call took long to try something.
+    """
 
     candidate: Candidate
     prepared: Prepared
     time_us: float
+    tries: bool = False
 
     @property
     def choice(self) -> tuple[str, dict[str, Any] | None]:
@@ -208,20 +236,34 @@ class _Trial:
         return timing.glance_us(partial(run, *self.example), self.problem.device)
 
 
-def _first_runs(layer: Layer, search: Search, ahead: Ahead, example: _Input) -> Iterator[_FirstRun | Candidate]:
-    """What became of each candidate when it ran once; a :class:`Candidate` where that settles it."""
-    trial = _Trial(layer, example)
-    searched_s = 0.0
-    for method, configs in search.tried:
+def _first_runs(layer: Layer, tried: Tried, ahead: Ahead, trial: _Trial, settled: list[Candidate]) -> list[_FirstRun]:
+    """The candidates that ran once and are right. What became of the others goes to `settled`."""
+    runnable, searched_s = list[_FirstRun](), 0.0
+    for method, configs in tried:
         with _preparing(layer, method, configs, ahead) as prepare_each:
             for index, (config, prepare) in enumerate(zip(configs, prepare_each, strict=True)):
                 # What is compiled for the filter is tried however long that took: it has a budget of its own.
                 if index and searched_s > _SEARCH_S and not method.compiles_per_filter:
-                    yield not_tried(method, len(configs) - index)
+                    settled.append(not_tried(method, len(configs) - index))
                     break
                 outcome, seconds = _first_run(method, config, prepare, trial)
                 searched_s += seconds
-                yield outcome
+                if isinstance(outcome, _FirstRun):
+                    runnable.append(outcome)
+                else:
+                    settled.append(outcome)
+    return runnable
+
+
+def _worth_trying(search: Search, raced: Sequence[Candidate]) -> Tried:
+    """What takes long to try of a search, where the same without that is nearly the fastest in a race."""
+    times_us = {(c.method, str(c.config)): c.time_us for c in raced if c.time_us is not None}
+    most_us = _NEARLY * min(times_us.values(), default=0.0)
+    return tuple(
+        (method, (config,))
+        for method, config, plain in search.late
+        if times_us.get((method.name, str(asdict(plain))), math.inf) <= most_us
+    )
 
 
 @contextmanager
@@ -252,7 +294,8 @@ def _first_run(
             error = trial.error(prepared)
         candidate = replace(candidate, rel_error=error if math.isfinite(error) else None)
         if error <= trial.bound:
-            outcome = _FirstRun(candidate, prepared, trial.glance_us(prepared))
+            tries = method.without_trying(config) != config
+            outcome = _FirstRun(candidate, prepared, trial.glance_us(prepared), tries)
         else:
             outcome = replace(candidate, reason=f"relative error {error:.1e} exceeds {trial.bound:.0e}")
     except (RuntimeError, ValueError) as failure:
@@ -270,12 +313,17 @@ def _with_notes(candidate: Candidate, prepared: Prepared) -> Candidate:
 
 
 def _best(timed: Sequence[Candidate], runnable: Sequence[_FirstRun]) -> Candidate:
-    """The candidate with which a network takes least: one that a native program calls spares it the hand-over."""
+    """The candidate with which a network takes least: one that a native program calls spares it the hand-over.
+
+    What takes long to try has to gain something by it.
+    """
     native = [first.choice for first in runnable if first.prepared.op is not None]
+    trying = [first.choice for first in runnable if first.tries]
 
     def in_a_network_us(candidate: Candidate) -> float:
-        is_native = (candidate.method, candidate.config) in native
-        return (candidate.time_us or 0.0) + (0.0 if is_native else _HAND_OVER_US)
+        choice = candidate.method, candidate.config
+        time_us = (candidate.time_us or 0.0) / (_WORTH_TRYING if choice in trying else 1.0)
+        return time_us + (0.0 if choice in native else _HAND_OVER_US)
 
     return min(timed, key=in_a_network_us)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -16,13 +16,15 @@ from escort.methods import Config, Method, by_name, for_device
 from escort.planner import store
 from escort.planner.compile_budget import Grant, Offer, check_compile_budget, estimate_s, fits, share_out
 from escort.planner.cores import on_all_cores
-from escort.planner.measure import Ahead, Allowance, check, measure
+from escort.planner.measure import Ahead, Allowance, check, compile_kernel, kernels_of, measure
 from escort.planner.plan import Layer, Plan, Planned
 from escort.planner.search import Search, predict_compiled_us, predict_us
 from escort.problem import Problem
 
 #: Seconds after which a layer's race stops at three rounds per candidate.
 _BUDGET_S = 0.3
+#: Seconds of one core beyond which compiling for a filter is not left for when its turn comes.
+_LONG_S = 3.0
 _log = logging.getLogger(__name__)
 
 #: The plans that like layers take over.
@@ -99,7 +101,7 @@ def plan_layers(
     Args:
         layers: problem, filter, bias and slopes of each; those that a layer has not may be left out.
         compile_budget_s: as of a layer, but for the sum of all.
-        preparing: is called with how many candidates are prepared, and of how many.
+        preparing: is called with how many kernels are compiled and candidates prepared, and of how many.
         methods: the candidates of every layer, by default all methods of its problem's device.
         remeasure: whether to take over no plan from before this call.
 
@@ -112,21 +114,12 @@ def plan_layers(
     tasks = [_Task.of(Layer(*layer), methods, reads_store=not remeasure) for layer in layers]
     if compile_budget_s > 0.0:
         tasks = _share_out(tasks, compile_budget_s)
-    searches, recalled, waiting = _sort(tasks)
+    searches, waiting = dict[int, Search](), set[int]()
     allowance = Allowance(layers[0][0].device) if layers else None
     ahead = {index: Ahead(allowance) for index in range(len(tasks))}
     begin = time.perf_counter()
-    on_all_cores(
-        [
-            partial(ahead[index].prepare, tasks[index].layer, method, config)
-            for index, search in searches.items()
-            for method, configs in search.tried
-            for config in configs
-            if method.compiles_per_filter or tasks[index].layer.problem.device_type == "cuda"
-        ]
-        + [partial(ahead[index].prepare, tasks[index].layer, *choice[:2]) for index, choice in recalled.items()],
-        preparing,
-    )
+    choices = _to_prepare(tasks, searches, waiting)
+    on_all_cores(_jobs((tasks[index].layer, ahead[index], *choice) for index, *choice in choices), preparing)
     _log.debug("prepared %d candidates in %.2f s", sum(map(len, ahead.values())), time.perf_counter() - begin)
     for index, task in enumerate(tasks):
         if search := searches.get(index):
@@ -134,7 +127,7 @@ def plan_layers(
             continue
         if index in waiting:
             known = {other: choice for other in waiting if (choice := _recall(tasks[other]))}
-            on_all_cores([partial(ahead[other].prepare, tasks[other].layer, *known[other][:2]) for other in known])
+            on_all_cores(_jobs((tasks[other].layer, ahead[other], *known[other][:2]) for other in known))
             waiting -= known.keys() | {index}
         yield _plan(task, ahead.pop(index), _BUDGET_S)
 
@@ -252,26 +245,64 @@ def _best_us(plan: Plan, methods: set[str]) -> float | None:
     return min((us for us in times_us if us is not None), default=None)
 
 
-def _sort(tasks: Sequence[_Task]) -> tuple[dict[int, Search], dict[int, _Choice], set[int]]:
-    """Says what is prepared for each task, by its index.
+def _to_prepare(
+    tasks: Sequence[_Task], searches: dict[int, Search], waiting: set[int]
+) -> Iterator[tuple[int, Method, Config]]:
+    """What is prepared, by the index of its task: what will be tried, and what is taken over of a plan that is known.
 
-    Returns:
-        What to try for those that will not take over a plan; what those take over whose plan is known; and those whose
-        plan is that of another one. What compiles nothing on a CPU is in none: it takes no time before it is timed.
+    What compiles nothing on a CPU is left out: it takes no time before it is timed. Where kernels for the weights take
+    one core long and are likely to win, layers that will take over a plan are prepared for the best guess of it.
+
+    Args:
+        searches: those of the tasks that will not take over a plan are written to it.
+        waiting: the tasks whose plan is that of another one are written to it.
     """
-    searches, recalled, waiting = dict[int, Search](), dict[int, _Choice](), set[int]()
-    begun: set[store.Key] = set()  # of those layers whose plans others will take over
+    begun: dict[store.Key, Search] = {}  # of those layers whose plans others will take over
     for index, task in enumerate(tasks):
-        if not task.compiles and task.layer.problem.device_type == "cpu":
+        on_gpu = task.layer.problem.device_type == "cuda"
+        if not task.compiles and not on_gpu:
             continue
         if choice := _recall(task):
-            recalled[index] = choice
-        elif task.key in begun:
+            yield index, choice.method, choice.config
+        elif (other := begun.get(task.key)) is not None:
             waiting.add(index)
+            yield from ((index, *guess) for guess in _guess(other, task))
         else:
-            searches[index] = Search.of(task.layer, task.methods, task.grant)
-            begun.add(task.key)
-    return searches, recalled, waiting
+            search = searches[index] = begun[task.key] = Search.of(task.layer, task.methods, task.grant)
+            for method, configs in search.tried:
+                if on_gpu or method.compiles_per_filter:
+                    yield from ((index, method, config) for config in configs)
+
+
+def _guess(search: Search, task: _Task) -> list[tuple[Method, Config]]:
+    """What a search is likely to choose for a layer that shares its plan, if that takes long to compile."""
+    if task.grant is None or not task.grant.is_likely:
+        return []
+    guesses = [(method, configs[0]) for method, configs in search.tried if method.compiles_per_filter and configs]
+    return [guess for guess in guesses[:1] if _compile_s(task.layer, *guess) > _LONG_S]
+
+
+def _compile_s(layer: Layer, method: Method, config: Config) -> float:
+    """About how many seconds of one core it takes to compile a config for the layer's filter."""
+    return method.compile_s(layer.problem, layer.sparse_filter, config) if method.compiles_per_filter else 0.0
+
+
+def _jobs(choices: Iterable[tuple[Layer, Ahead, Method, Config]]) -> Iterator[Callable[[], None]]:
+    """Jobs that prepare choices: first each kernel that any of them needs, then the choices, what takes longest first.
+
+    Layers ask for the same few kernels: threads that prepared them one by one would wait for each other. The first are
+    compiled while what comes next is searched.
+    """
+    prepare: list[tuple[float, Callable[[], None]]] = []
+    compiled: set[Hashable] = set()
+    for layer, ahead, method, config in choices:
+        prepare.append((_compile_s(layer, method, config), partial(ahead.prepare, layer, method, config)))
+        for variant in kernels_of(layer, method, config):
+            if variant.key not in compiled:
+                compiled.add(variant.key)
+                yield partial(compile_kernel, layer, variant)
+    prepare.sort(key=lambda timed: -timed[0])
+    yield from (job for _, job in prepare)
 
 
 def _method(method: Method | str, device: str) -> Method:

@@ -21,6 +21,8 @@ _LIKELY_CONFIGS = 3
 #: Where predictions choose, a method that is predicted to take so many times as long as another is not tried: the
 #: models of two methods may be off by a factor of two against one another.
 _FAR = 2.0
+#: Methods with what is tried of their configs.
+Tried = tuple[tuple[Method, tuple[Config, ...]], ...]
 _NO_TIME = "it is compiled for each filter, for which no time is given; pass effort='best'"
 
 
@@ -30,26 +32,31 @@ class Search:
 
     Attributes:
         tried: methods with their configs, best guess first.
+        late: configs with what they do without: tried only where that turns out to be nearly the fastest, as their
+            first calls take long.
         refused: the candidates that are not tried.
         cut_at_s: the seconds for compiling for its filter, where more would let more be tried; else None.
     """
 
-    tried: tuple[tuple[Method, tuple[Config, ...]], ...]
+    tried: Tried
     refused: tuple[Candidate, ...]
     cut_at_s: float | None
+    late: tuple[tuple[Method, Config, Config], ...] = ()
 
     @classmethod
     def of(cls, layer: Layer, methods: Sequence[Method], grant: Grant | None) -> Search:
         """What to try of these methods for a layer, and what not.
 
         Without a grant, or where what is granted is likely to win, predictions choose among the other methods: a few
-        configs of each are tried, and none of a method that is predicted to be far slower than another.
+        configs of each are tried, and none of a method that is predicted to be far slower than another. Without a
+        grant what takes long in a first call is tried late, too.
 
         Args:
             grant: what may be compiled for the filter; None where nothing may be compiled for any.
         """
         predicted = predict_us(layer, methods) if grant is None or grant.is_likely else {}
         tried: list[tuple[Method, tuple[Config, ...]]] = []
+        late: list[tuple[Method, Config, Config]] = []
         refused: list[Candidate] = [] if grant is None else list(grant.refused)
         is_cut = bool(predicted) or (grant is not None and grant.is_cut)
         for method in methods:
@@ -64,12 +71,17 @@ class Search:
                 refused.append(Candidate(method.name, reason=reason + ("" if grant else "; effort='best' tries it")))
             else:
                 configs = method.configs(layer.problem, layer.sparse_filter)
+                if grant is None:
+                    plain = [method.without_trying(config) for config in configs]
+                    pairs = list(zip(configs, plain, strict=True))
+                    late += [(method, config, other) for config, other in pairs if config != other]
+                    configs = [config for config, other in pairs if config == other]
                 most = _LIKELY_CONFIGS if method.name in predicted else _MOST_CONFIGS
                 if len(configs) > most:
                     refused.append(not_tried(method, len(configs) - most))
                 tried.append((method, tuple(configs[:most])))
         seconds = 0.0 if grant is None else grant.seconds
-        return cls(tuple(tried), tuple(refused), seconds if is_cut else None)
+        return cls(tuple(tried), tuple(refused), seconds if is_cut or late else None, tuple(late))
 
 
 def not_tried(method: Method, configs: int) -> Candidate:

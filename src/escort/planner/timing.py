@@ -33,7 +33,8 @@ _WARM_S = 0.05  # of replays before the first that counts, for the clocks to ris
 _WARM_FOR_S = 0.5  # that they are taken to stay high behind the last replay
 _MOST_INPUTS = 1024  # of one problem
 _FIRST_CALLS = 3  # in which a network may record a CUDA graph of its own
-_BURST = 10  # calls of a turn that are waited for one by one
+_BURST, _BURST_US = 10, 20_000.0  # calls of a turn that are waited for one by one, or as many as take so long
+_LEAST_BURST = 2
 #: On the CPU: seconds of the calls that lead a turn, where threads of other contestants may spin (OpenMP's do so for 4
 #: to 9 ms) and where they do not, and of those that are timed; calls that are timed in a turn, and rounds, at least.
 _SPINNING_S, _LEAD_S, _BLOCK_S, _LEAST_CALLS, _LEAST_ROUNDS = 0.010, 0.0005, 0.002, 3, 2
@@ -53,6 +54,7 @@ def race(
     rounds: int = 4,
     pools: Sequence[object] = (),
     budget_s: float = 1.0,
+    narrowing: bool = False,
     seen: Callable[[Sequence[Sequence[float]]], object] = lambda seconds: None,
 ) -> list[float]:
     """The median time of each of several calls in microseconds, as loops of their own would find it.
@@ -67,18 +69,24 @@ def race(
         pools: for each contestant what its threads belong to, such as its method; by default one for each. Those of
             one pool lie together in `runs`, as only the first of them waits for other threads.
         budget_s: seconds after which no further round starts once there were two.
+        narrowing: whether those that are behind start in no further round: by half of the fastest's time after two
+            rounds, by a third after three, and so on. The others get more rounds for it.
         seen: is called with the seconds of all timed calls of each, at the end.
     """
     pools = pools or range(len(runs))
     seconds: list[list[float]] = [[] for _ in runs]
-    begin, pool = time.perf_counter(), None
+    begin, pool, racing = time.perf_counter(), None, list(range(len(runs)))
     for past_rounds in range(rounds):
-        if past_rounds >= _LEAST_ROUNDS and time.perf_counter() - begin > budget_s:
-            break
-        for run, its_pool, its_seconds in zip(runs, pools, seconds, strict=True):
-            _block(run, 1, _LEAD_S if its_pool == pool else _SPINNING_S)
-            its_seconds += _block(run, _LEAST_CALLS, _BLOCK_S)
-            pool = its_pool
+        if past_rounds >= _LEAST_ROUNDS:
+            if narrowing:
+                most_s = (1 + 1 / past_rounds) * min(median(seconds[index]) for index in racing)
+                racing = [index for index in racing if median(seconds[index]) <= most_s]
+            if (narrowing and len(racing) == 1) or time.perf_counter() - begin > budget_s:
+                break
+        for index in racing:
+            _block(runs[index], 1, _LEAD_S if pools[index] == pool else _SPINNING_S)
+            seconds[index] += _block(runs[index], _LEAST_CALLS, _BLOCK_S)
+            pool = pools[index]
     seen(seconds)
     return [median(its_seconds) * 1e6 for its_seconds in seconds]
 
@@ -205,15 +213,17 @@ def race_on_host(
         torch.cuda.synchronize()
 
     with turn, torch.cuda.device(device):  # waiting for the device would end the capture of another thread
-        counts = []
+        counts, longest_us = [], 1.0
         for run in runs:
             in_a_row(run, _FIRST_CALLS)
             start = time.perf_counter()
             in_a_row(run, _FIRST_CALLS)
             call_us = (time.perf_counter() - start) * 1e6 / _FIRST_CALLS
+            longest_us = max(longest_us, call_us)
             counts.append(max(_LEAST_PIPELINED, math.ceil(_PIPELINE_US / max(call_us, 1.0))) if pipelined else 1)
         turns = [partial(in_a_row, run, calls) for run, calls in zip(runs, counts, strict=True)]
-        times_us = _in_turn(turns, rounds, 1 if pipelined else _BURST, budget_s)
+        burst = min(_BURST, max(_LEAST_BURST, round(_BURST_US / longest_us)))
+        times_us = _in_turn(turns, rounds, 1 if pipelined else burst, budget_s)
     return [time_us / calls for time_us, calls in zip(times_us, counts, strict=True)]
 
 

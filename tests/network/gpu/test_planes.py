@@ -29,8 +29,8 @@ def test_what_stands_between_convolutions_is_right(precision: Precision, tmp_pat
         for _ in range(3):  # by the steps, and by replays
             assert_close(fast, model, samples(precision, *shape), precision)
     for layer, method in (("depthwise.0", "depthwise"), ("reduce", "gemv")):
-        (candidate, *_) = (c for c in fast.plan.layers[layer].candidates if c.method == method)
-        assert candidate.time_us is not None or "predicted" in str(candidate.reason)
+        candidates = [each for each in fast.plan.layers[layer].candidates if each.method == method]
+        assert any(each.time_us is not None or "predicted" in str(each.reason) for each in candidates), candidates
     escort.save(fast, tmp_path / "model", kernels=True)
     data = kernels.beside(tmp_path / "model")
     sources = {binary.source for binary in kernels.read(data, kernels.digest(data.read_bytes()))}

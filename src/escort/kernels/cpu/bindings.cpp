@@ -71,7 +71,7 @@ using Numbers = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device
 
 // See spread_channels.hpp; sites and channels are those of the nonzeros.
 std::vector<int32_t> checked_spread_channels(const Numbers& sites, const Numbers& channels, int64_t site_count,
-                                             int32_t channel_count, int kept, int of) {
+                                             int32_t channel_count, int kept, int of, int cell_cost) {
   const Pattern pattern = {sites.data(), channels.data(), static_cast<int64_t>(sites.size()), site_count,
                            channel_count};
   const auto within = [&](const Numbers& numbers, int64_t end) {
@@ -82,7 +82,7 @@ std::vector<int32_t> checked_spread_channels(const Numbers& sites, const Numbers
     throw std::invalid_argument("each nonzero has a site and a channel within the filter");
   if (kept < 1 || kept > of || of > 255) throw std::invalid_argument("a group keeps some of at most 255 channels");
   const nb::gil_scoped_release release;
-  return spread_channels(pattern, kept, of);
+  return spread_channels(pattern, kept, of, cell_cost);
 }
 
 // Makes glibc's allocator keep freed memory: what is smaller than `most_bytes` is neither mapped on its own nor given
@@ -127,7 +127,7 @@ NB_MODULE(_cpu, m) {
       "threads"_a, "at_hand"_a);
   m.def("assume_fork_join_ns", &assume_fork_join_ns, "nanoseconds"_a);
   m.def("spread_channels", &checked_spread_channels, "sites"_a, "channels"_a, "site_count"_a, "channel_count"_a,
-        "kept"_a, "of"_a);
+        "kept"_a, "of"_a, "cell_cost"_a);
   bind_program(m);
   nb::class_<Convolution, Op>(m, "Convolution")
       .def(

@@ -137,8 +137,9 @@ inline void finish_tile(const Direct& d, const Tile& tile, const Vector* sum, co
     finish_segment(*s, load(sums + s->tile_position));
 }
 
-// Accumulates one block into G output channels, records i .. i + G, for one tile of V vectors.
-template <int V, int G>
+// Accumulates one block into G output channels, records i .. i + G, for one tile of V vectors. Where their nonzeros are
+// alike, a vector of x is loaded once for all of them.
+template <int V, int G, bool Alike>
 inline void accumulate_channels(const Direct& d, const Tile& tile, const Places& places, int i) {
   const OutChannel* out = d.out_channels + i;
   const bool first = places.first, last = places.last;
@@ -160,10 +161,25 @@ inline void accumulate_channels(const Direct& d, const Tile& tile, const Places&
 #pragma GCC unroll 28
     for (int v = 0; v < V; v++) sum[g][v] += weight * load(p + v * kLanes);
   };
-  for (int n = 0; n < common; n++)
+  if constexpr (Alike) {
+    for (int n = 0; n < common; n++) {
+      const float* p = places.x + nonzero[0]->offset;
+      Vector weight[G];
 #pragma GCC unroll 4
-    for (int g = 0; g < G; g++) add(g);
-  if (G > 1) {
+      for (int g = 0; g < G; g++) weight[g] = in_register(nonzero[g]++->value - Vector{});
+#pragma GCC unroll 28
+      for (int v = 0; v < V; v++) {
+        const Vector x = in_register(load(p + v * kLanes));
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) sum[g][v] += weight[g] * x;
+      }
+    }
+  } else {
+    for (int n = 0; n < common; n++)
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) add(g);
+  }
+  if (G > 1 && !Alike) {
 #pragma GCC unroll 4
     for (int g = 0; g < G; g++)
       while (nonzero[g] < d.nonzeros + out[g + 1].first_nonzero) add(g);
@@ -182,7 +198,7 @@ inline void accumulate_channels(const Direct& d, const Tile& tile, const Places&
 }
 
 // Accumulates one block into every output channel of a job, for one tile of V vectors, G channels at a time.
-template <int V, int G>
+template <int V, int G, bool Alike = false>
 void accumulate(const Direct& d, const Tile& tile, const Block& block, const Places& places, const Ahead& ahead) {
   int fetched = 0;  // channels of `ahead`
   const bool activates = places.last && !is_bound(d.activation);
@@ -201,9 +217,9 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, const Pla
       for (int j = i + kChannelsAhead; j < min(i + kChannelsAhead + G, block.end_record); j++)
         prefetch_tile<V>(d, tile, places, d.out_channels[j].channel * d.y_plane_stride);
     if (i + G <= block.end_record) {
-      accumulate_channels<V, G>(d, tile, places, i);
+      accumulate_channels<V, G, Alike>(d, tile, places, i);
     } else {
-      for (int j = i; j < block.end_record; j++) accumulate_channels<V, 1>(d, tile, places, j);
+      for (int j = i; j < block.end_record; j++) accumulate_channels<V, 1, false>(d, tile, places, j);
     }
     const int end = min(i + G, block.end_record);
     if (activates && (end == block.end_record || end - activated >= kActivatedTogether)) {
@@ -216,12 +232,13 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, const Pla
 using Accumulate = void (*)(const Direct&, const Tile&, const Block&, const Places&, const Ahead&);
 
 // accumulate<1, G>, accumulate<2, G>, ... as far as the registers reach, by number of vectors.
-template <int G, int... V>
+template <int G, bool Alike = false, int... V>
 Accumulate pick(int vectors, std::integer_sequence<int, V...>) {
-  static constexpr Accumulate table[] = {accumulate<V + 1, G>...};
+  static constexpr Accumulate table[] = {accumulate<V + 1, G, Alike>...};
   return table[vectors - 1];
 }
-Accumulate pick(int vectors, int channels) {
+Accumulate pick(int vectors, int channels, bool alike) {
+  if (alike && channels == 4) return pick<4, true>(vectors, std::make_integer_sequence<int, kMaxVectors / 4>{});
   switch (channels) {
     case 1:
       return pick<1>(vectors, std::make_integer_sequence<int, kMaxVectors>{});
@@ -242,7 +259,8 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
   y += sample * d.y_sample_stride;
   if (residual) residual += sample * d.residual_sample_stride;
   float* partial = scratch + d.stage_size;
-  const Accumulate accumulate = pick(tile.vectors, d.channels);
+  const bool reads_on = d.fetch_next_task && &job == d.jobs + d.job_count - 1;  // else the next task reads the same tile
+  const Accumulate accumulate = pick(tile.vectors, d.channels, d.alike);
   for (int b = job.first_block; b < job.end_block; b++) {
     const Block& block = d.blocks[b];
     const bool first = b == job.first_block, last = b == job.end_block - 1;
@@ -252,7 +270,7 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
       const Block& next = d.blocks[last ? job.first_block : b + 1];
       const Tile& next_tile = last && &tile != d.tiles + d.tile_count - 1 ? (&tile)[1] : tile;
       ahead = {x + next.first_channel * d.x_plane_stride + next_tile.x_start,
-               d.fetch_ahead ? next.end_channel - next.first_channel : 0};
+               d.fetch_ahead && (!last || reads_on) ? next.end_channel - next.first_channel : 0};
       block_x = x + block.first_channel * d.x_plane_stride + tile.x_start;
     } else {
       (d.column_stride == 1   ? stage_block<1>

@@ -68,6 +68,7 @@ struct Params {                      // what all tiles have in common
   int32_t channel_stride;  // between staged channels
   int32_t in_place;        // whether tiles are read from x without a stage: 1x1 without stride or padding
   int32_t channels;        // output channels that are accumulated at a time
+  int32_t alike;           // whether the nonzeros of all output channels of a block have the same offsets: all weights
   Activation activation;
 };
 
@@ -84,7 +85,8 @@ struct Direct : Params {
   int64_t scratch_size;  // of a thread
   // Set for each call, as the sample strides of x and y are:
   int64_t residual_sample_stride;
-  bool fetch_ahead;  // in place: whether x is too large to be in cache already
+  // In place: whether x is not in this thread's cache already, and whether the thread most likely takes the next task.
+  bool fetch_ahead, fetch_next_task;
 };
 
 // Runs one task: task = (sample * tile_count + tile) * job_count + job. `residual` may be null; `scratch` holds

@@ -10,17 +10,17 @@ const std::vector<Kernels>& supported() {
 #ifdef ESCORT_HAVE_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq"))
-      isas.push_back({&direct_avx512, &depthwise_avx512, pool_avx512, &lines_avx512});
+      isas.push_back({&direct_avx512, &depthwise_avx512, pool_avx512, &lines_avx512, swap_channels_avx512});
 #endif
 #ifdef ESCORT_HAVE_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      isas.push_back({&direct_avx2, &depthwise_avx2, pool_avx2, &lines_avx2});
+      isas.push_back({&direct_avx2, &depthwise_avx2, pool_avx2, &lines_avx2, swap_channels_avx2});
 #endif
 #ifdef ESCORT_HAVE_NEON  // which every AArch64 has
-    isas.push_back({&direct_neon, &depthwise_neon, pool_neon, &lines_neon});
+    isas.push_back({&direct_neon, &depthwise_neon, pool_neon, &lines_neon, swap_channels_neon});
 #endif
 #ifdef ESCORT_HAVE_GENERIC
-    isas.push_back({&direct_generic, &depthwise_generic, pool_generic, &lines_generic});
+    isas.push_back({&direct_generic, &depthwise_generic, pool_generic, &lines_generic, swap_channels_generic});
 #endif
     return isas;
   }();

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "channel_swaps.hpp"
 #include "depthwise.hpp"
 #include "direct.hpp"
 #include "lines.hpp"
@@ -16,6 +17,7 @@ struct Kernels {
   const DepthwiseIsa* depthwise;
   PoolPlane pool;
   const Lines* lines;
+  SwapChannels swap_channels;
 };
 
 // Those that this build holds and this processor runs, fastest first.

@@ -10,7 +10,8 @@
 namespace escort {
 namespace {
 
-constexpr int64_t kFarFloats = 2 << 20;  // an input of 8 MiB is not in cache when its layer starts
+// An input of 1 MiB is not all in the level-2 cache when its layer starts.
+constexpr int64_t kFarFloats = 1 << 18;
 
 }  // namespace
 
@@ -34,6 +35,7 @@ DirectConvolution::DirectConvolution(const Isa& isa, DirectTables tables) : isa_
              static_cast<int32_t>(tables_.tiles.size()),
              (params.stage_size + params.partial_size + 15) / 16 * 16,
              params.y_sample_stride,
+             false,
              false};
   // About two vectors of multiply-adds per nanosecond, and one that is written.
   int64_t vectors = 0;
@@ -46,7 +48,8 @@ void DirectConvolution::run(const Input* inputs, Output output, int64_t samples,
   threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, tasks)));
   float* memory = scratch(direct_.scratch_size * (threads > 1 ? threads : 1));
   Direct direct = direct_;
-  direct.fetch_ahead = samples * direct.x_sample_stride > kFarFloats;
+  direct.fetch_ahead = threads > 1 || samples * direct.x_sample_stride > kFarFloats;  // others have written a part
+  direct.fetch_next_task = tasks > threads;
   direct.x_sample_stride = inputs[0].stride;
   direct.residual_sample_stride = inputs[1].stride;
   direct.y_sample_stride = output.stride;
@@ -142,9 +145,10 @@ void MaxPool2d::run(const Input* inputs, Output output, int64_t samples, int thr
   const int64_t planes = samples * channels_;
   threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, planes)));
   const PoolPlane pool_plane = supported().front().pool;
-  // A window that ceil_mode adds may reach beyond the right padding.
-  const int64_t line_size =
+  // A window that ceil_mode adds may reach beyond the right padding. Lines of two threads share no line of the cache.
+  const int64_t reach =
       pool_.left + pool_.width + int64_t(pool_.columns) * pool_.column_dilation + pool_.column_stride;
+  const int64_t line_size = (reach + 31) / 32 * 32;
   float* memory = scratch(line_size * (threads > 1 ? threads : 1));
   parallel(planes, threads, [&](int64_t i, int thread) {
     const int64_t sample = i / channels_, channel = i % channels_;

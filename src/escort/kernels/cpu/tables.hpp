@@ -92,7 +92,7 @@ struct Fields<Params> {
       ESCORT_FIELD(stage_size),     ESCORT_FIELD(partial_size),    ESCORT_FIELD(x_sample_stride),
       ESCORT_FIELD(x_plane_stride), ESCORT_FIELD(y_sample_stride), ESCORT_FIELD(y_plane_stride),
       ESCORT_FIELD(column_stride),  ESCORT_FIELD(channel_stride),  ESCORT_FIELD(in_place),
-      ESCORT_FIELD(channels),       ESCORT_FIELD(activation)};
+      ESCORT_FIELD(channels),       ESCORT_FIELD(alike),           ESCORT_FIELD(activation)};
 };
 
 template <>

@@ -9,6 +9,8 @@
 #define LOG_THREADS 8
 #define THREADS (1 << LOG_THREADS)
 #define AT_ONCE 4  // pixels whose loads are issued together
+#define OCCUPANCY \
+  (ROWS * COLUMNS > 4 ? 3 : 4)  // blocks that registers leave room for; by itself the compiler saves more
 
 #include "divisor.cuh"
 #include "elements.cuh"
@@ -81,7 +83,7 @@ __device__ __forceinline__ void add_up(float (&sum)[VECTOR], int slot, int part,
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
+extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
     average_pool(const Element* __restrict__ x, Element* __restrict__ y, const __grid_constant__ Params p) {
   let_next_kernel_start();
   const u32 thread = threadIdx.x, log_windows = LOG_THREADS - p.log_parts, windows = 1 << log_windows;

@@ -1,16 +1,17 @@
-// Depthwise convolution by dense products on tensor cores, in NHWC, of 16-bit elements: y[p][k] = activation(sum over
-// taps of w[tap][k] * x[p + tap][k] + bias[k] + residual[p][k]), summed in float.
+// Depthwise convolution by dense products on tensor cores, in NHWC, of 16-bit elements or of floats as TF32:
+// y[p][k] = activation(sum over taps of w[tap][k] * x[p + tap][k] + bias[k] + residual[p][k]), summed in float.
 //
 // Memory bounds it: x and y should pass once. Multiply-adds and conversions alone would take longer, so a row of taps
-// is a product of matrices. Its rows are 16 strips of four neighbouring outputs. Along the reduction lie the pixels
-// that a strip reads, each with two channels; columns are the four outputs with the same channels. The matrix between
-// them (Toeplitz) has w[tap][channel] where the pixel is the output's tap and the channels are equal, else zero.
+// is a product of matrices. Its rows are 16 strips of neighbouring outputs, four or in TF32 eight. Along the reduction
+// lie the pixels that a strip reads, each with a word: two channels, or one float. Columns are the outputs with the
+// same channels. The matrix between them (Toeplitz) has w[tap][channel] where the pixel is the output's tap and the
+// channels are equal, else zero.
 //
-// A block computes a tile of rows and strips of a few samples for four vectors of eight channels. Its input is copied
-// to shared memory with its padding. A warp has a vector, and transposes it in place: a quad, four pixels with four
-// pairs of channels each, becomes four pairs with four pixels each, as the products read them. Four products have all
-// eight channels; what they give takes the place of inputs that are no longer needed, and is written from there, 64
-// bytes of a pixel at a time.
+// A block computes a tile of rows and strips of a few samples for four vectors of channels, 16 bytes each. Its input is
+// copied to shared memory with its padding. A warp has a vector, and transposes it in place: a quad, four pixels with
+// four words each, becomes four words with four pixels each, as the products read them. Four products have the whole
+// vector; what they give takes the place of inputs that are no longer needed, and is written from there, 64 bytes of a
+// pixel at a time.
 // ROWS, COLUMNS    of the filter
 // STRIDE, RIGHT    of rows and columns
 // DOWN             neighbouring outputs of a column that a lane computes, a stack: input rows are read once for all
@@ -18,13 +19,14 @@
 // OCCUPANCY        blocks that registers leave room for
 // ACTIVATION       as in activation.cuh
 #define THREADS 128
-#define VECTOR 8
+#define VECTOR (STORAGE ? 8 : 4)
 #define VECTORS (THREADS / 32)      // of a tile
 #define PIXELS (THREADS / VECTORS)  // that are copied at once
 #define PIXEL_BYTES (16 * VECTORS)
-#define QUAD_BYTES (4 * PIXEL_BYTES + 16)      // of four pixels, so that eight neighbours lie in different banks
-#define QUADS ((3 * RIGHT + COLUMNS + 3) / 4)  // four pixels each that a strip reads
-#define SPAN ((DOWN - 1) * STRIDE + ROWS)      // input rows of a stack
+#define QUAD_BYTES (4 * PIXEL_BYTES + 16)  // of four pixels, so that eight neighbours lie in different banks
+#define STRIP (STORAGE ? 4 : 8)
+#define QUADS (((STRIP - 1) * RIGHT + COLUMNS + 3) / 4)  // four pixels each that a strip reads
+#define SPAN ((DOWN - 1) * STRIDE + ROWS)                // input rows of a stack
 
 #include "activation.cuh"
 #include "divisor.cuh"
@@ -60,7 +62,7 @@ struct Tile {
     const u32 samples = p.by_row_tiles.quotient(rows);
     sample = samples * p.samples;
     channel = (blockIdx.x - strips * p.vector_tiles) * VECTORS * VECTOR;
-    column = (strips - rows * p.strip_tiles) * p.strips * 4;
+    column = (strips - rows * p.strip_tiles) * p.strips * STRIP;
     row = (rows - samples * p.row_tiles) * p.rows;
   }
 };
@@ -79,10 +81,9 @@ struct Walk {
   }
 };
 
-// The lane's words of the matrices of weights, one for each row of taps and pair of channels.
+// The lane's words of the matrices of weights, one for each row of taps and word of a vector.
 __device__ __forceinline__ void load_matrices(u32 (&matrices)[ROWS][QUADS][4], const Element* weights, int channels) {
-  const int lane = threadIdx.x % 32, output = lane / 8;
-  const u32 own = lane / 4 % 2 ? 0xffff0000 : 0xffff;  // of two channels that of the lane's column
+  const int lane = threadIdx.x % 32, output = lane / 4 * STRIP / 8;
 #pragma unroll
   for (int q = 0; q < QUADS; q++) {
     const int tap = 4 * q + lane % 4 - output * RIGHT;
@@ -91,7 +92,9 @@ __device__ __forceinline__ void load_matrices(u32 (&matrices)[ROWS][QUADS][4], c
       Elements taps = {};
       if (tap >= 0 && tap < COLUMNS) taps.vector = load(weights + (r * COLUMNS + tap) * channels);
 #pragma unroll
-      for (int j = 0; j < 4; j++) matrices[r][q][j] = taps.words[j] & own;
+      for (int j = 0; j < 4; j++)
+        matrices[r][q][j] = STORAGE ? taps.words[j] & (lane / 4 % 2 ? 0xffff0000 : 0xffff)  // the lane's column
+                                    : rounded_to_tf32(taps.words[j]);
     }
   }
 }
@@ -113,8 +116,7 @@ __device__ __forceinline__ void transpose(u32 own, int quads) {
 
 // Adds the bias and the residual that lies at an address, applies the activation and rounds. In shared memory lie the
 // bias of a vector, and the activation's slopes behind the tile's.
-__device__ __forceinline__ Vector finished(float (&values)[VECTOR], u32 bias, const Element* residual,
-                                           const Bounds& bounds) {
+__device__ __forceinline__ Vector finished(float (&values)[VECTOR], u32 bias, const Element* residual, int bound) {
 #if RESIDUAL
   float added[VECTOR];
   widen(load(residual), added);
@@ -132,9 +134,15 @@ __device__ __forceinline__ Vector finished(float (&values)[VECTOR], u32 bias, co
       value += added[i + j];
 #endif
       if (BEYOND_BOUNDS) value = activated(value, __uint_as_float(slope[j]));
+#if STORAGE == 0
+      if (!BEYOND_BOUNDS) value = bounded(value, bound);
+#endif
     }
   }
-  return BEYOND_BOUNDS ? narrow(values) : bounds.of(narrow(values));
+#if STORAGE
+  if (!BEYOND_BOUNDS) return Bounds(bound).of(narrow(values));
+#endif
+  return narrow(values);
 }
 
 // Copies the input of a tile's sample, which zeros stand for beyond the map.
@@ -191,7 +199,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
   for (int n = 0; n < count; n++) copy_in(tile + n * sample_bytes, x + (long long)(at.sample + n) * p.in_sample, at, p);
   wait_for_copies();
   __syncthreads();
-  const Bounds bounds(p.bound);
   u32 own = tile + warp * 16;
   if (has_channels) transpose(own, count * p.in_rows * p.row_quads);
   __syncwarp();
@@ -200,7 +207,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
 #pragma unroll 1
     for (int base = 0; base < stacks; base += 16) {
       const int read = min(base + lane % 16, stacks - 1), down = p.by_strips.quotient(read);
-      u32 from = own + down * DOWN * STRIDE * row_bytes + ((read - down * p.strips) * RIGHT + lane / 16) * QUAD_BYTES;
+      u32 from = own + down * DOWN * STRIDE * row_bytes +
+                 ((read - down * p.strips) * (STRIP / 4 * RIGHT) + lane / 16) * QUAD_BYTES;
       float sum[DOWN][4][4] = {};
 #pragma unroll
       for (int i = 0; i < SPAN; i++, from += row_bytes)
@@ -230,17 +238,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY)
         const int stack = base + 8 * h + lane / 4, row = p.by_strips.quotient(stack) * DOWN;
         if (stack >= stacks) continue;
         const int strip = stack - row / DOWN * p.strips;
-        const u32 to = own + row * row_bytes + strip * QUAD_BYTES + lane % 4 * PIXEL_BYTES;
 #pragma unroll
-        for (int d = 0; d < DOWN; d++) {
-          const int out_row = at.row + row + d, out_column = at.column + strip * 4 + lane % 4;
+        for (int i = 0; i < DOWN * STRIP / 4; i++) {
+          const int d = i % DOWN, output = STORAGE ? lane % 4 : lane % 4 * 2 + i / DOWN;
+          const int out_row = at.row + row + d, out_column = at.column + strip * STRIP + output;
           if (RESIDUAL && (out_row >= p.out_height || out_column >= p.out_width)) continue;
           const long long out =
               (long long)(at.sample + n) * p.out_sample + (out_row * p.out_width + out_column) * p.channels + channel;
           float values[VECTOR];
 #pragma unroll
-          for (int j = 0; j < VECTOR; j++) values[j] = sum[d][j / 2][2 * h + j % 2];
-          store16(to + d * row_bytes, finished(values, per_channel + 4 * VECTOR * warp, residual + out, bounds));
+          for (int j = 0; j < VECTOR; j++)
+            values[j] = STORAGE ? sum[d][j / 2][2 * h + j % 2] : sum[d][j][2 * h + i / DOWN];
+          const u32 quad = own + (row + d) * row_bytes + (strip * (STRIP / 4) + output / 4) * QUAD_BYTES;
+          store16(quad + output % 4 * PIXEL_BYTES,
+                  finished(values, per_channel + 4 * VECTOR * warp, residual + out, p.bound));
         }
       }
     }

@@ -28,10 +28,11 @@ __device__ __forceinline__ u32 rounded_to_tf32(u32 bits) {
   return bits;
 }
 
-#if STORAGE
 // The same of half as many words: a's first two, and b's first.
 __device__ __forceinline__ void multiply_add8(float (&sum)[4], u32 a0, u32 a1, u32 b) {
-#if STORAGE == 1
+#if STORAGE == 0
+#define MMA8 "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32"
+#elif STORAGE == 1
 #define MMA8 "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
 #else
 #define MMA8 "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32"
@@ -40,7 +41,6 @@ __device__ __forceinline__ void multiply_add8(float (&sum)[4], u32 a0, u32 a1, u
                : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
                : "r"(a0), "r"(a1), "r"(b));
 }
-#endif
 
 // The words of a, in their order, from shared memory: lane % 8 says of which row the lane's address is, whose first
 // word lies there and the next three behind it, and lane / 8 to which of a lane's words it belongs.

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
+from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
 from escort.methods.base import Method, Prepared, finisher
-from escort.methods.lowering import symmetric_padding
-from escort.methods.sharing import shared
+from escort.methods.lowering import is_linear, symmetric_padding
+from escort.methods.sharing import dense_weight
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 
 _CHANNEL_MULTIPLE = 8  # channels that tensor cores read at once
+#: What a depthwise convolution and one of a pixel take at least, and each pass that adds a bias or activates behind
+#: them: of the times in docs/notes/planes.md none is below. In us, and bytes that memory moves in one.
+_DEPTHWISE_US, _DEPTHWISE_BYTES_PER_US, _PIXEL_US = 3.5, 1.6e6, 4.0
+_PASS_US, _PASS_BYTES_PER_US = 1.5, 4e6
 
 
 def _fuses(problem: Problem) -> bool:
@@ -36,18 +42,22 @@ class CudnnConfig:
         output: "contiguous" gives NCHW, whatever it costs to convert; "as_is" leaves the output as cuDNN wrote it.
         fused: cuDNN computes bias, residual and ReLU itself, by an algorithm that it chooses without trying. Where x
             has too few channels for tensor cores, as a picture does, channels of zeros are added.
+        tries: on its first call cuDNN builds all its algorithms and times ten; else it takes the one that it expects to
+            be fastest, as torch does by default. Fused, it never tries.
     """
 
     memory_format: MemoryFormat = "contiguous"
     output: Literal["contiguous", "as_is"] = "contiguous"
     fused: bool = False
+    tries: bool = True
 
 
 class Cudnn(Method):
     """The dense baseline on GPUs, and the choice where sparsity does not pay.
 
-    cuDNN tries its algorithms on the first call of each shape (benchmark mode). Each call says whether TF32 is allowed,
-    so that no setting of the process is read or changed: fp32 is strict whatever the setting says.
+    Trying its algorithms takes a tenth of a second to a second, in each process and each thread that calls. Only the
+    batch is tried that was prepared for. Each call says whether TF32 is allowed, so that no setting of the process is
+    read or changed: fp32 is strict whatever the setting says.
     """
 
     name = "cudnn"
@@ -60,10 +70,32 @@ class Cudnn(Method):
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CudnnConfig]:
         if problem.memory_format == "channels_last":
-            return [CudnnConfig("channels_last", "as_is", fused) for fused in (False, True)[: 1 + _fuses(problem)]]
-        formats = CudnnConfig("contiguous"), CudnnConfig("channels_last")
-        # Tensor cores read channels_last; strict fp32 does not use them.
-        return formats if problem.precision == "fp32" else formats[::-1]
+            tried = [CudnnConfig("channels_last", "as_is", fused) for fused in (False, True)[: 1 + _fuses(problem)]]
+        else:
+            tried = [CudnnConfig("contiguous"), CudnnConfig("channels_last")]
+            # Tensor cores read channels_last; strict fp32 does not use them.
+            tried = tried if problem.precision == "fp32" else tried[::-1]
+        return [*tried, *(self.without_trying(config) for config in tried if not config.fused)]
+
+    def without_trying(self, config: CudnnConfig) -> CudnnConfig:
+        return config if config.fused else replace(config, tries=False)
+
+    def predict_us(
+        self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: CudnnConfig | None = None
+    ) -> float | None:
+        """What it takes at least where another dense method is faster, in channels_last; None elsewhere."""
+        if problem.memory_format != "channels_last":
+            return None
+        x, y = (math.prod(shape) * problem.storage.itemsize for shape in (problem.input_shape, problem.output_shape))
+        if problem.groups == problem.in_channels > 1:
+            alone_us = _DEPTHWISE_US + (x + y) / _DEPTHWISE_BYTES_PER_US
+        elif is_linear(problem):
+            alone_us = _PIXEL_US
+        else:
+            return None
+        epilogue = problem.epilogue
+        passes = 0 if _fuses(problem) else epilogue.bias + epilogue.residual + (epilogue.activation != "none")
+        return alone_us + passes * (_PASS_US + 2 * y / _PASS_BYTES_PER_US)
 
     def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[CudnnConfig]:
         """The config that would run if x and y lay in channels_last and nothing were converted."""
@@ -84,20 +116,23 @@ class Cudnn(Method):
         device, dtype = torch.device(problem.device), problem.storage
         added_channels = -problem.in_channels % _CHANNEL_MULTIPLE if config.fused else 0
 
-        def make_weight() -> tuple[torch.Tensor, None]:
-            padded = F.pad(sparse_filter.to_dense(), (0, 0, 0, 0, 0, added_channels)).to(device, dtype)
-            return padded.contiguous(memory_format=memory_format), None
-
-        weight, _ = shared(sparse_filter, (self.name, device, dtype, memory_format, added_channels), make_weight)
+        weight = dense_weight(problem, sparse_filter, memory_format, added_channels)
         addend = None if bias is None else bias.detach().to(device, dtype)
         column = None if addend is None else addend.view(-1, 1, 1)
         stride, dilation, groups = problem.stride, problem.dilation, problem.groups
         out_shape, finish = problem.output_shape[1:], finisher(problem, slope)
         allow_tf32, convert = problem.precision == "tf32", config.output == "contiguous"
+        tried_batch = problem.batch if config.tries else -1
 
         def convolve(x: torch.Tensor, padding: tuple[int, int], residual: torch.Tensor | None) -> torch.Tensor:
+            tries = x.shape[0] == tried_batch
+            # Torch remembers an algorithm by all of these but `benchmark`: what the same convolution took before,
+            # without trying, would be taken again. All forward algorithms are deterministic.
             y = torch.cudnn_convolution(
-                x, weight, padding, stride, dilation, groups, benchmark=True, deterministic=False, allow_tf32=allow_tf32
+                *(x, weight, padding, stride, dilation, groups),
+                benchmark=tries,
+                deterministic=tries,
+                allow_tf32=allow_tf32,
             )
             if convert:
                 y = y.contiguous()

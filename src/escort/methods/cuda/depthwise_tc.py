@@ -1,4 +1,4 @@
-"""Method `depthwise_tc` on CUDA: dense products on tensor cores for depthwise convolutions of 16 bits in channels_last.
+"""Method `depthwise_tc` on CUDA: dense products on tensor cores for depthwise convolutions in channels_last.
 
 Memory bounds these layers, and multiply-adds would take longer than it does: kernels/cuda/depthwise_tc.cu.
 """
@@ -25,11 +25,10 @@ from escort.methods.sharing import shared
 from escort.problem import MemoryFormat, Problem
 
 _SOURCE = "depthwise_tc.cu"
-_THREADS, _VECTOR, _VECTORS = 128, 8, 4  # of a block; channels of a vector, vectors of a tile
-_STRIP = 4  # outputs, and as many inputs are a quad
-_PIXELS = _THREADS // _VECTORS  # that a block copies at once
-_QUAD_BYTES = _STRIP * _VECTORS * 16 + 16
-_STACKS = 16  # with a strip's four columns, that a warp computes at once
+_THREADS, _VECTORS, _VECTOR_BYTES = 128, 4, 16  # of a block; vectors of channels of a tile
+_PIXELS, _QUAD = _THREADS // _VECTORS, 4  # that a block copies at once; that are transposed together
+_QUAD_BYTES = _QUAD * _VECTORS * _VECTOR_BYTES + 16
+_STACKS = 16  # that a warp computes at once
 _MOST_WORDS = 28  # rows of a filter times the quads that a strip reads: the weights that a lane's registers hold
 _MOST = 2**31 - 1
 _MOST_STRIPS, _MOST_SAMPLES = 16, 4  # of a tile
@@ -47,7 +46,7 @@ class DepthwiseTcConfig:
     Attributes:
         down: neighbouring outputs of a column that a lane computes, a stack; their input rows are read once for all.
         rows: of outputs, a multiple of `down`.
-        strips: of four neighbouring outputs of a row.
+        strips: of four neighbouring outputs of a row, in TF32 eight.
         samples: whose outputs these are.
     """
 
@@ -58,7 +57,7 @@ class DepthwiseTcConfig:
 
 
 class DepthwiseTc(Method):
-    """Filters up to 7x7 (9x9 with stride 1) without dilation, of channels in eights; sums are in fp32.
+    """Filters up to 7x7 without dilation, and 9x9 of 16 bits with stride 1; sums are in fp32.
 
     An infinity or NaN in x makes NaN of a few more outputs than those that read it: of neighbours in the row and of the
     channel beside it, whose products have a zero for it.
@@ -71,12 +70,12 @@ class DepthwiseTc(Method):
     def unsupported(self, problem: Problem) -> str | None:
         if problem.groups != problem.in_channels or problem.out_channels != problem.in_channels:
             return "each output channel must read an input channel of its own"
-        if problem.storage.itemsize != 2:
-            return "tensor cores multiply fp16 and bf16 here"
+        if problem.precision == "fp32":
+            return "tensor cores multiply in fp16, bf16 or TF32"
         if problem.memory_format != "channels_last":
             return "it reads and writes channels_last; plan it in that memory format"
-        if problem.in_channels % _VECTOR:
-            return f"the channels must be a multiple of {_VECTOR}"
+        if problem.in_channels % _vector(problem):
+            return f"the channels must be a multiple of {_vector(problem)}"
         if problem.dilation != (1, 1):
             return "its filters have no dilation"
         if problem.kernel_size[0] * _quads(problem) > _MOST_WORDS:
@@ -137,7 +136,7 @@ class DepthwiseTc(Method):
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
         blocks, memory_format = tile.blocks, problem.torch_memory_format
         check, out_shape = input_check(problem, _MOST // max(blocks, 1)), problem.output_shape[1:]
-        strides, alignment = output_strides(problem, problem.memory_format), _VECTOR * problem.storage.itemsize
+        strides = output_strides(problem, problem.memory_format)
 
         @lru_cache(MOST_BATCHES)
         def cut(samples: int) -> Grid:
@@ -148,17 +147,27 @@ class DepthwiseTc(Method):
             samples = x.shape[0]
             y = x.new_empty_strided((samples, *out_shape), strides)
             if residual is not None:
-                residual = aligned(residual.contiguous(memory_format=memory_format), alignment)
-            x = aligned(x.contiguous(memory_format=memory_format), alignment)
+                residual = aligned(residual.contiguous(memory_format=memory_format), _VECTOR_BYTES)
+            x = aligned(x.contiguous(memory_format=memory_format), _VECTOR_BYTES)
             launch(cut(samples), x, y, residual, samples)
             return y
 
         return Prepared(run, binaries=(compiled.binary,))
 
 
+def _vector(problem: Problem) -> int:
+    """How many neighbouring channels a warp computes."""
+    return _VECTOR_BYTES // problem.storage.itemsize
+
+
+def _strip(problem: Problem) -> int:
+    """The outputs of a strip: tensor cores multiply eight columns, of two channels where a word has two."""
+    return 4 if problem.storage.itemsize == 2 else 8
+
+
 def _quads(problem: Problem) -> int:
     """How many quads of inputs a strip reads."""
-    return -(-((_STRIP - 1) * problem.stride[1] + problem.kernel_size[1]) // _STRIP)
+    return -(-((_strip(problem) - 1) * problem.stride[1] + problem.kernel_size[1]) // _QUAD)
 
 
 def _occupancy(problem: Problem, down: int) -> int:
@@ -184,7 +193,7 @@ def _configs(problem: Problem, gpu: Gpu) -> tuple[DepthwiseTcConfig, ...]:
 
 def _space(problem: Problem) -> Iterator[DepthwiseTcConfig]:
     """Tiles that share out a sample's rows and strips evenly, or hold whole samples."""
-    strips = -(-problem.out_width // _STRIP)
+    strips = -(-problem.out_width // _strip(problem))
     for down, row_tiles, strip_tiles in itertools.product((1, 2), range(1, 17), range(1, 17)):
         rows = -(-problem.out_height // row_tiles)
         rows, of_row = -(-rows // down) * down, -(-strips // strip_tiles)
@@ -219,12 +228,13 @@ class Tile:
     @classmethod
     def of(cls, problem: Problem, config: DepthwiseTcConfig) -> Tile:
         in_rows = (config.rows - 1) * problem.stride[0] + problem.kernel_size[0]
-        row_quads = (config.strips - 1) * problem.stride[1] + _quads(problem)
-        whole = problem.out_channels // _VECTOR, -(-problem.out_width // _STRIP), problem.out_height
+        strip, vector = _strip(problem), _vector(problem)
+        row_quads = (config.strips - 1) * problem.stride[1] * strip // _QUAD + _quads(problem)
+        whole = problem.out_channels // vector, -(-problem.out_width // strip), problem.out_height
         sizes = _VECTORS, config.strips, config.rows
         counts = tuple(-(-length // size) for length, size in zip(whole, sizes, strict=True))
         tables = 2 if problem.epilogue.activation in ("leaky_relu", "prelu") else 1  # slopes are one
-        shared_bytes = 4 * _VECTORS * _VECTOR * tables + config.samples * in_rows * row_quads * _QUAD_BYTES
+        shared_bytes = 4 * _VECTORS * vector * tables + config.samples * in_rows * row_quads * _QUAD_BYTES
         return cls(problem, config, in_rows, row_quads, (counts[0], counts[1], counts[2]), shared_bytes)
 
     @property
@@ -236,11 +246,12 @@ class Tile:
         """How long a GPU takes, but for its memory, by the instructions that the machine code has for each part."""
         rows, quads = self.problem.kernel_size[0], _quads(self.problem)
         down, samples = self.config.down, self.config.samples
-        in_quads, out_quads = self.in_rows * self.row_quads, self.config.rows * self.config.strips
+        quads_of_strip = _strip(self.problem) // _QUAD
+        in_quads, out_quads = self.in_rows * self.row_quads, self.config.rows * self.config.strips * quads_of_strip
         span, products = (down - 1) * self.problem.stride[0] + rows, 4 * -(-quads // 2)
         turns = -(-self.config.rows // down * self.config.strips // _STACKS)
-        copied = 20 * -(-4 * in_quads // _PIXELS) + 14 * -(-4 * out_quads // _PIXELS)
-        computed = turns * (50 + products * (span + 2 * down * rows) + 55 * down)
+        copied = 20 * -(-_QUAD * in_quads // _PIXELS) + 14 * -(-_QUAD * out_quads // _PIXELS)
+        computed = turns * (50 + products * (span + 2 * down * rows) + 55 * down * quads_of_strip)
         issued = 150 + 10 * rows * quads + samples * (copied + computed) + 45 * -(-samples * in_quads // 32)
         blocks = self.blocks * -(-self.problem.batch // samples)
         resident = min(
@@ -313,7 +324,7 @@ class Params:
 
     @classmethod
     def of(cls, problem: Problem, tile: Tile) -> Params:
-        config, counts = tile.config, tile.counts
+        config, counts, strip = tile.config, tile.counts, _strip(problem)
         return cls(
             channels=problem.out_channels,
             in_sample=math.prod(problem.input_shape[1:]),
@@ -328,10 +339,10 @@ class Params:
             strips=config.strips,
             samples=config.samples,
             in_rows=tile.in_rows,
-            read_columns=(config.strips * _STRIP - 1) * problem.stride[1] + problem.kernel_size[1],
+            read_columns=(config.strips * strip - 1) * problem.stride[1] + problem.kernel_size[1],
             row_quads=tile.row_quads,
-            in_pixels=Rectangle.of(tile.row_quads * _STRIP),
-            out_pixels=Rectangle.of(config.strips * _STRIP),
+            in_pixels=Rectangle.of(tile.row_quads * _QUAD),
+            out_pixels=Rectangle.of(config.strips * strip),
             vector_tiles=counts[0],
             strip_tiles=counts[1],
             row_tiles=counts[2],

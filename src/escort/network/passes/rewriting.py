@@ -155,10 +155,10 @@ class Rewriting:
 
         So a masked weight is one, and what a model asserts about dimensions, which keeps no norm from fusing then.
         """
-        written = self._written()
+        are_written = written(self.root, self.graph)
         for node in self.graph.nodes:
             inputs = node.all_input_nodes
-            if node in written:
+            if node in are_written:
                 continue
             computed = node.op in ("call_function", "call_method") and not (
                 node.is_impure() or mutates(self.root, node)
@@ -166,18 +166,6 @@ class Rewriting:
             is_constant = computed and inputs and self.constants.issuperset(inputs)
             if node.op == "get_attr" or is_constant or _rank(node) is not None:
                 self.constants.add(node)
-
-    def _written(self) -> set[fx.Node]:
-        """What a node writes to, and what this is a view of."""
-        written: set[fx.Node] = set()
-        for node in self.graph.nodes:
-            pending = list(node.all_input_nodes) if mutates(self.root, node) else []
-            while pending:
-                source = pending.pop()
-                if source not in written:
-                    written.add(source)
-                    pending += source.all_input_nodes[:1] if may_be_view(source) else []
-        return written
 
     def value(self, argument: Any) -> Any:
         """The value of a constant node; any other argument as it is."""
@@ -192,6 +180,19 @@ class Rewriting:
             if argument.op == "call_function":
                 return argument.target(*args, **kwargs)
             return getattr(args[0], argument.target)(*args[1:], **kwargs)
+
+
+def written(root: fx.GraphModule, graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a graph that another one writes to, and what these are views of."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        pending = list(node.all_input_nodes) if mutates(root, node) else []
+        while pending:
+            source = pending.pop()
+            if source not in found:
+                found.add(source)
+                pending += source.all_input_nodes[:1] if may_be_view(source) else []
+    return found
 
 
 def note_shape(node: fx.Node, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

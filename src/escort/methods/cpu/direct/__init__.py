@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ PARAMS = np.dtype(
     [
         *((name, "i8") for name in ("stage_size", "partial_size")),
         *((f"{tensor}_{unit}_stride", "i8") for tensor in "xy" for unit in ("sample", "plane")),
-        *((name, "i4") for name in ("column_stride", "channel_stride", "in_place", "channels", "activation")),
+        *((name, "i4") for name in ("column_stride", "channel_stride", "in_place", "channels", "alike", "activation")),
     ],
     align=True,
 )
@@ -35,6 +36,8 @@ PARAMS = np.dtype(
 _MOST_CHANNELS = 4  # output channels that the kernel accumulates at a time, as far as its registers reach
 #: Tiles and stages that are worth a try: positions of a tile, and KiB that a block's input takes, best guess first.
 _TILES = ((112, 48), (224, 64), (112, 96), (80, 48), (56, 64), (112, 32))
+#: The same where all weights are there: sums of four channels, their weights and a vector of x are in registers.
+_FULL_TILES = ((96, 48), (64, 48), (80, 48), (112, 48))
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,18 @@ class Direct(Method):
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[DirectConfig]:
         channels = sparse_filter.shape[1]
+        tiles = _FULL_TILES if _is_full(sparse_filter) else _TILES
         configs: dict[DirectConfig, None] = {}  # in order, each once
         for isa in [name for name in ISAS if name != "generic"] or ["generic"]:
             lanes, most = ISAS[isa]
-            for tile, stage_kib in _TILES:
+            for tile, stage_kib in tiles:
                 vectors = min(tile // lanes, most)
                 layout = Layout.of(problem, lanes, vectors)
                 channel_floats = layout.vectors * lanes if layout.in_place else layout.channel_stride
                 # Blocks of equal size: a last one of a few channels would cost as much as a full one.
                 blocks = -(-channels // min(max(stage_kib * 256 // channel_floats, 1), channels))
                 tasks, most_parts = problem.groups * len(layout.tiles), problem.out_channels // problem.groups
-                for parts in _parts(max(problem.batch, 1) * tasks)[: None if (tile, stage_kib) == _TILES[0] else 1]:
+                for parts in _parts(max(problem.batch, 1) * tasks)[: None if (tile, stage_kib) == tiles[0] else 1]:
                     configs[DirectConfig(isa, vectors, -(-channels // blocks), min(parts, most_parts))] = None
         return tuple(configs)
 
@@ -94,7 +98,7 @@ class Direct(Method):
         of_channels = slopes(problem, slope)
         schedule = Schedule.of(sparse_filter, layout, bias, config.channel_block, config.parts, of_channels)
         tables = {
-            "params": _params(problem, layout, schedule, config),
+            "params": _params(problem, layout, schedule, config, _is_full(sparse_filter)),
             "nonzeros": schedule.nonzeros,
             "out_channels": schedule.out_channels,
             "blocks": schedule.blocks,
@@ -104,6 +108,11 @@ class Direct(Method):
             "tiles": layout.tiles,
         }
         return prepared_op(problem, _cpu.DirectConvolution(config.isa, tables))
+
+
+def _is_full(sparse_filter: SparseFilter) -> bool:
+    """Whether no weight is zero, so that all output channels read alike."""
+    return sparse_filter.nnz == math.prod(sparse_filter.shape)
 
 
 def _parts(tasks: int) -> tuple[int, int]:
@@ -122,8 +131,8 @@ def _parts(tasks: int) -> tuple[int, int]:
     return min(range(1, most + 1), key=fullest), most
 
 
-def _params(problem: Problem, layout: Layout, schedule: Schedule, config: DirectConfig) -> Records:
-    """One record of PARAMS."""
+def _params(problem: Problem, layout: Layout, schedule: Schedule, config: DirectConfig, is_full: bool) -> Records:
+    """One record of PARAMS. `is_full`: whether no weight is zero."""
     plane, out_plane = problem.height * problem.width, problem.out_height * problem.out_width
     return records(
         PARAMS,
@@ -138,5 +147,6 @@ def _params(problem: Problem, layout: Layout, schedule: Schedule, config: Direct
         channel_stride=layout.channel_stride,
         in_place=layout.in_place,
         channels=min(_MOST_CHANNELS, ISAS[config.isa][1] // layout.vectors),
+        alike=is_full,
         activation=problem.epilogue.activation_number,
     )

@@ -65,6 +65,8 @@ class SparseTcConfig:
         m_blocks: of 64 output channels that a warpgroup computes.
         rows: of the output in a tile, for columns and halo.
         samples: in a tile, for columns and halo; several only where a tile has all rows of each.
+        by_turns: the two warpgroups take every other tap group each and add their sums up, with `across` 1.
+        apart: clocks by which the second of two warpgroups across begins later, so that it stores later, too.
         cluster: thread blocks that copy the filter to one another.
         memory_format: of x, residual and y. For "contiguous" a kernel arranges x before, and y is written in NCHW;
             "channels_last" converts nothing.
@@ -78,6 +80,8 @@ class SparseTcConfig:
     samples: int = 1
     cluster: int = 1
     memory_format: MemoryFormat = "contiguous"
+    by_turns: bool = False
+    apart: int = 0
 
     @property
     def whole_rows(self) -> bool:
@@ -91,7 +95,7 @@ class SparseTcConfig:
     @property
     def along(self) -> int:
         """Warpgroups side by side along the pixels."""
-        return 2 // self.across
+        return 1 if self.by_turns else 2 // self.across
 
     @property
     def tile_channels(self) -> int:

@@ -9,13 +9,16 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from escort.filter import IntArray, SparseFilter
 from escort.kernels import _cpu
 from escort.methods.cuda.sparse_tc.config import Element
-from escort.methods.cuda.sparse_tc.split import Split, channels_and_sites, split
+from escort.methods.cuda.sparse_tc.split import Split, split
 from escort.problem import MemoryFormat
 
+_BLOCK = 64  # output channels that a warpgroup multiplies at the least
+_CELL_COST = 5  # of a half of a weight tile with a remainder, for the search of orders: as much as so many sites
 _LEAST_SPARSITY = 0.65  # in denser filters every weight tile has a remainder in any order
 
 
@@ -73,18 +76,30 @@ def _keep_order(sparse_filter: SparseFilter, element: Element) -> OrderedFilter:
 
 
 def _gather_remainder(sparse_filter: SparseFilter, element: Element) -> OrderedFilter:
-    """The remainder made small by the order of the input channels, and gathered in few weight tiles by both orders."""
+    """The remainder in few halves of weight tiles, by the order of the input channels, or by both orders.
+
+    Output channels in an order of their own gather what the input channels spread over them, where these made it as
+    small as they can. Which of the two leaves less depends on the filter.
+    """
     natural, whole = _keep_order(sparse_filter, element), _whole_blocks(sparse_filter, element.k_block)
     if natural.split.remainder.nnz == 0 or sparse_filter.sparsity < _LEAST_SPARSITY:
         return natural
-    parts = split(whole, element.kept, element.of, spread_channels(whole, element.kept, element.of))
-    nonzeros = np.bincount(parts.remainder.out_channels, minlength=len(natural.out_order))
-    return replace(
-        natural,
-        split=parts,
-        in_order=np.where(parts.channels < sparse_filter.shape[1], parts.channels, -1).astype(np.int32),
-        out_order=np.argsort(-nonzeros, kind="stable").astype(np.int32),
+    few_cells, small = (
+        split(whole, element.kept, element.of, spread_channels(whole, element.kept, element.of, cell_cost))
+        for cell_cost in (_CELL_COST, 0)
     )
+    nonzeros = np.bincount(small.remainder.out_channels, minlength=len(natural.out_order))
+    by_nonzeros = np.argsort(-nonzeros, kind="stable").astype(np.int32)
+    ordered = [
+        replace(
+            natural,
+            split=parts,
+            in_order=np.where(parts.channels < sparse_filter.shape[1], parts.channels, -1).astype(np.int32),
+            out_order=out_order,
+        )
+        for parts, out_order in ((few_cells, natural.out_order), (small, by_nonzeros))
+    ]
+    return min(ordered, key=lambda one: one.remainder_share(_BLOCK, element.k_block // 2))
 
 
 def _whole_blocks(sparse_filter: SparseFilter, k_block: int) -> SparseFilter:
@@ -102,18 +117,34 @@ def _places(order: IntArray) -> IntArray:
 
 
 def common_order(weights: Sequence[torch.Tensor], kept: int, of: int) -> torch.Tensor:
-    """One order, (C,) int64, of the input channels of weights (K, C, R, S) that read the same tensor."""
-    taps = torch.cat([weight.permute(0, 2, 3, 1).flatten(0, 2) for weight in weights])
-    order = spread_channels(SparseFilter.from_dense(taps[:, :, None, None]), kept, of)
-    return torch.from_numpy(order).long().to(taps.device)
+    """One order, (C,) int64, of the input channels of weights (K, C, R, S) that read the same tensor.
+
+    Their own order stays where it leaves no remainder, as in networks that were pruned to 2:4. Filters that have a
+    remainder in any order have no say.
+    """
+    own = torch.arange(weights[0].shape[1], device=weights[0].device)
+    sparsities = [1.0 - int(weight.count_nonzero()) / weight.numel() for weight in weights]
+    able = [weight for weight, sparsity in zip(weights, sparsities, strict=True) if sparsity >= 1.0 - kept / of]
+    if not able or split(_of_taps(able), kept, of).remainder.nnz == 0:
+        return own
+    gaining = [weight for weight, sparsity in zip(weights, sparsities, strict=True) if sparsity >= _LEAST_SPARSITY]
+    return torch.from_numpy(spread_channels(_of_taps(gaining), kept, of)).long().to(own.device) if gaining else own
 
 
-def spread_channels(sparse_filter: SparseFilter, kept: int = 2, of: int = 4) -> IntArray:
-    """An order of the channels for :func:`split` with a small remainder, most of it in the last channels.
+def _of_taps(weights: Sequence[torch.Tensor]) -> SparseFilter:
+    """Weights (K, C, R, S) as one pointwise filter: an output channel for each tap, whole blocks for each tap."""
+    taps = [functional.pad(weight.permute(2, 3, 1, 0), (0, -len(weight) % _BLOCK)) for weight in weights]
+    return SparseFilter.from_dense(torch.cat([tap.transpose(2, 3).flatten(0, 2) for tap in taps])[:, :, None, None])
+
+
+def spread_channels(sparse_filter: SparseFilter, kept: int = 2, of: int = 4, cell_cost: int = _CELL_COST) -> IntArray:
+    """An order of the channels for :func:`split` with a small remainder, which is in few halves of weight tiles.
 
     kernels/cpu/spread_channels.hpp says how it is found.
     """
     outputs, width, *kernel_size = sparse_filter.shape
-    channel, site = channels_and_sites(sparse_filter)
-    sites = outputs * math.prod(kernel_size)
-    return np.array(_cpu.spread_channels(site.astype(np.int32), channel, sites, width, kept, of), dtype=np.int32)
+    channel, tap = np.divmod(sparse_filter.columns, np.int32(math.prod(kernel_size)))
+    of_tap = -(-outputs // _BLOCK) * _BLOCK
+    site = tap * np.int32(of_tap) + sparse_filter.out_channels.astype(np.int32)
+    sites = of_tap * math.prod(kernel_size)
+    return np.array(_cpu.spread_channels(site, channel, sites, width, kept, of, cell_cost), dtype=np.int32)

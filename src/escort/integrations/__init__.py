@@ -1,0 +1,1 @@
+"""Where users already are: other libraries' ways in and out, each imported only when it is used."""
