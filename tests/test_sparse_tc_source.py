@@ -219,7 +219,6 @@ template <int REGISTERS> void take_registers() {}
 void let_next_kernel_start() {}
 void wait_for_previous_kernel() {}
 u32 shared_address(const void*) { return 0; }
-void pause(int) {}
 void forget(float& v) { v = NAN; }
 void obscure(int&) {}
 template <bool NOT_NEGATIVE> u32 pack(float low, float high) {

@@ -46,7 +46,6 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
   Products products(p, base, group, samples < 0);
   Store store(p, base, group, out, samples);
   wait_for_previous_kernel();  // which may have written the residual, and read what y overwrites
-  if (p.apart && group.number) products.fall_behind(p.apart);
   int turn = 0;  // BY_TURNS: which warpgroup has a tile's first tap group and stores, while the other one goes on
   for (Work work(p, tile_groups); work.left(); work.next(), turn ^= 1) {
     const int first_channel = (work.m_tile() * ACROSS + group.across) * M_BLOCKS * 64;

@@ -58,13 +58,6 @@ struct Products {
         stage_bytes(b_stage_bytes(p)),
         releases(lane < static_cast<int>(kept(p.cluster))) {}
 
-  // Begins so many clocks behind the first pixels, and stays behind from then on as far as there are stages: while the
-  // other warpgroup stores a tile, this one multiplies alone, and the other way round.
-  __device__ void fall_behind(int clocks) const {
-    wait_for_pixels();
-    pause(clocks);
-  }
-
   // Starts all products of a tile, of which the last one may still run afterwards. BY_TURNS those of every other tap
   // group, of which the first one lies behind so many steps of the other warpgroup's, if any.
   __device__ void start(const u32* steps, int others) {

@@ -33,12 +33,6 @@ __device__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-__device__ void pause(int clocks) {
-  const long long end = clock64() + clocks;
-  while (clock64() < end) {
-  }
-}
-
 // -------------------------------------------------------------------------------------------------------- copies ----
 // Some bytes to the same place of all blocks of the cluster; not CLUSTERED: of this block.
 template <bool CLUSTERED>

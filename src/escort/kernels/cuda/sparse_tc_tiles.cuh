@@ -36,7 +36,6 @@ struct Params {
   u32 staging_begin;
   int staging_bytes, staging_pitch;
   u32 sums_begin;
-  int apart;
   int residual, bound;
 };
 

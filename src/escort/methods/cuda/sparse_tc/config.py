@@ -65,11 +65,10 @@ class SparseTcConfig:
         m_blocks: of 64 output channels that a warpgroup computes.
         rows: of the output in a tile, for columns and halo.
         samples: in a tile, for columns and halo; several only where a tile has all rows of each.
-        by_turns: the two warpgroups take every other tap group each and add their sums up, with `across` 1.
-        apart: clocks by which the second of two warpgroups across begins later, so that it stores later, too.
         cluster: thread blocks that copy the filter to one another.
         memory_format: of x, residual and y. For "contiguous" a kernel arranges x before, and y is written in NCHW;
             "channels_last" converts nothing.
+        by_turns: the two warpgroups take every other tap group each and add their sums up, with `across` 1.
     """
 
     tap_group: TapGroup
@@ -81,7 +80,6 @@ class SparseTcConfig:
     cluster: int = 1
     memory_format: MemoryFormat = "contiguous"
     by_turns: bool = False
-    apart: int = 0
 
     @property
     def whole_rows(self) -> bool:

@@ -28,7 +28,6 @@ class Params:
         pitch, sample_pitch: pixels from row to row and from sample to sample, of tiles of rows.
         load_pixels, zero_pixels, store_pixels: of a tap group, of the zeros behind it, and of what is stored at a time.
         b_stage_bytes, staging_begin, staging_bytes, staging_pitch, sums_begin: of its :class:`SharedMemory`.
-        apart: clocks by which the second warpgroup begins later.
         residual: whether one is added.
         bound: 0 none, 1 ReLU, 2 ReLU6.
     """
@@ -70,7 +69,6 @@ class Params:
     staging_bytes: int
     staging_pitch: int
     sums_begin: int
-    apart: int
     residual: bool
     bound: int
 
@@ -117,7 +115,6 @@ class Params:
             staging_bytes=memory.staging.buffer_bytes,
             staging_pitch=memory.staging.pitch,
             sums_begin=memory.sums_begin,
-            apart=config.apart,
             residual=p.epilogue.residual,
             bound=activation.bound(p.epilogue),
         )

@@ -80,7 +80,7 @@ def candidates(problem: Problem, gpu: Gpu, memory_format: MemoryFormat) -> Itera
 def is_offered(problem: Problem, gpu: Gpu, config: SparseTcConfig) -> bool:
     """Whether a config is one of the candidates in the problem's memory format."""
     shape, tile = (config.across, config.m_blocks, config.by_turns), (config.tap_group, config.pixels, config.rows)
-    if config.memory_format != problem.memory_format or config.cluster not in CLUSTERS or config.apart:
+    if config.memory_format != problem.memory_format or config.cluster not in CLUSTERS:
         return False
     if shape not in _SHAPES or _is_mostly_empty(problem, *shape[:2]):
         return False
