@@ -23,7 +23,7 @@ from escort.filter import SparseFilter
 from escort.methods import Method, for_device
 from escort.planner import cores, store, timing
 from escort.planner.machine import Machine
-from escort.problem import Precision, Problem
+from escort.problem import MemoryFormat, Precision, Problem
 from escort.runtime import Program
 from escort.runtime.native.lowering import LAYERS, OPERATIONS
 
@@ -38,10 +38,7 @@ _OPTIONAL = {
 }
 _PROBLEM = Problem(2, 16, 9, 9, 16, (3, 3), padding=(1, 1, 1, 1))
 #: Every method takes one of these on its device.
-_PROBLEMS = (
-    *(_PROBLEM, replace(_PROBLEM, groups=16), Problem(2, 16, 1, 1, 16, (1, 1))),
-    replace(_PROBLEM, groups=16, memory_format="channels_last"),
-)
+_PROBLEMS = _PROBLEM, replace(_PROBLEM, groups=16), Problem(2, 16, 1, 1, 16, (1, 1))
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,8 @@ def _methods(device: str) -> Iterator[Finding]:
     for method in for_device(device):
         name = f"method {method.name}" if device == "cpu" else f"method {method.name} on {device}"
         problems = [
-            replace(problem, device=device, precision=precision)
+            replace(problem, device=device, precision=precision, memory_format=memory_format)
+            for memory_format in (get_args(MemoryFormat) if device != "cpu" else ("contiguous",))
             for problem in _PROBLEMS
             for precision in get_args(Precision)
         ]
