@@ -146,8 +146,7 @@ void MaxPool2d::run(const Input* inputs, Output output, int64_t samples, int thr
   threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, planes)));
   const PoolPlane pool_plane = supported().front().pool;
   // A window that ceil_mode adds may reach beyond the right padding. Lines of two threads share no line of the cache.
-  const int64_t reach =
-      pool_.left + pool_.width + int64_t(pool_.columns) * pool_.column_dilation + pool_.column_stride;
+  const int64_t reach = pool_.left + pool_.width + int64_t(pool_.columns) * pool_.column_dilation + pool_.column_stride;
   const int64_t line_size = (reach + 31) / 32 * 32;
   float* memory = scratch(line_size * (threads > 1 ? threads : 1));
   parallel(planes, threads, [&](int64_t i, int thread) {
