@@ -23,7 +23,8 @@ from escort.problem import Problem
 
 _THREADS, _WARPS = 256, 8  # of a block
 _MOST_ACROSS = 65535  # blocks of a grid along its second axis
-_BYTES_PER_US, _PRODUCTS_PER_CLOCK, _CLOCK_MHZ, _LEAST_US = 2.5e6, 40.0, 1755.0, 3.0
+# Fitted to eight layers on an H200 (docs/notes/planes.md).
+_BYTES_PER_US, _PRODUCTS_PER_CLOCK, _CLOCK_MHZ, _LEAST_US = 3.4e6, 30.0, 1755.0, 2.2
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ class Gemv(Method):
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: GemvConfig | None = None
     ) -> float:
-        """What the weights take that each warp reads, or the products: an estimate, not fitted to times yet."""
+        """What the weights take that each warp reads, or the products."""
         config = config or self.configs(problem, sparse_filter)[0]
         weights, reads = math.prod(problem.weight_shape), -(-problem.batch // config.samples)
-        memory_us = weights * problem.storage.itemsize * max(reads / 4, 1.0) / _BYTES_PER_US  # again out of the L2
+        memory_us = weights * problem.storage.itemsize * max(reads / 2, 1.0) / _BYTES_PER_US  # again out of the L2
         products = weights * reads * config.samples
         return _LEAST_US + max(memory_us, products / (_PRODUCTS_PER_CLOCK * gpu.multiprocessors * _CLOCK_MHZ))
 
