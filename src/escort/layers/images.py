@@ -157,9 +157,8 @@ def _runner(
     check_not_capturing(device)
     variant, grid, params = _launched(channels_last, shape, dtype)
     compiled = kernel.kernel(variant.source, variant.defines, device)
-    overlap = torch.cuda.get_device_capability(device) >= kernel.NATIVE_CAPABILITY
     fixed: list[Any] = [*[torch.Tensor] * 3, pack(params)]
-    launch = compiled.bind(_THREADS, 0, fixed, overlap=overlap)
+    launch = compiled.bind(_THREADS, 0, fixed, overlap=True)
     out_shape = (shape[0], shape[3], *shape[1:3]) if channels_last else shape
 
     def run(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
