@@ -18,6 +18,7 @@ from escort.cuda import shipped
 from escort.cuda.binary import Binary
 from escort.cuda.compiler import Text, Variant, compile_source
 from escort.cuda.gpu import H200, Gpu
+from escort.layers.images import images_kernel
 from escort.layers.planes.average import average_kernel, mean_kernel
 from escort.layers.planes.concat import concat_kernel
 from escort.layers.planes.gate import gate_kernel
@@ -75,6 +76,7 @@ def plane_variants() -> Iterator[Variant]:
             yield resize_kernel(dtype, vector)
             yield from (gate_kernel(dtype, vector, is_last) for is_last in (False, True))
         yield mean_kernel(dtype, whole)
+        yield images_kernel(dtype, 4)
         yield concat_kernel(dtype, whole)
         yield from (local_response_kernel(dtype, vector, False, _NORMALIZED) for vector in (1, 8 // dtype.itemsize))
         yield local_response_kernel(dtype, whole, True, _NORMALIZED)

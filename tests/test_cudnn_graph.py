@@ -321,6 +321,7 @@ def test_handles_belong_to_threads_and_follow_the_stream(monkeypatch: pytest.Mon
     made = iter(range(7, 99))
     fake = SimpleNamespace(create_handle=lambda: next(made), set_stream=lambda **named: calls.append(named))
     monkeypatch.setattr(cudnn_graph, "library", lambda: fake)
+    monkeypatch.setattr(cudnn_graph, "_left", {})
     monkeypatch.setattr(cudnn_graph, "_of_thread", threading.local())
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     streams = iter((100, 200, 300))
@@ -328,11 +329,12 @@ def test_handles_belong_to_threads_and_follow_the_stream(monkeypatch: pytest.Mon
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
     assert [cudnn_graph._handle(device) for device in (first, second, first)] == [7, 8, 7]
     assert calls == [{"handle": h, "stream": s} for h, s in ((7, 100), (8, 200), (7, 300))]
-    streams = iter((400,))
-    other = threading.Thread(target=cudnn_graph._handle, args=(first,))
-    other.start()
-    other.join()
-    assert calls[3:] == [{"handle": 9, "stream": 400}]
+    streams = iter((400, 500))
+    for _ in range(2):  # the second thread takes what the first one left
+        other = threading.Thread(target=cudnn_graph._handle, args=(first,))
+        other.start()
+        other.join()
+    assert calls[3:] == [{"handle": 9, "stream": 400}, {"handle": 9, "stream": 500}]
 
 
 @pytest.fixture

@@ -106,7 +106,13 @@ def test_the_structs_are_the_dataclasses() -> None:
         assert struct_fields(source, kind.__name__) == [(field.type, field.name) for field in fields(kind)]
 
 
-@pytest.mark.parametrize("shape", [(1, 32, 112, 112), (32, 96, 112, 112), (1, 1152, 7, 7), (8, 144, 56, 56)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((1, 32, 112, 112), (32, 96, 112, 112), (1, 1152, 7, 7), (8, 144, 56, 56)),
+        *((1, 32, 512, 1024), (2, 32, 4, 8192), (1, 32, 8192, 4)),  # too large for 16 tiles down and across
+    ],
+)
 @pytest.mark.parametrize("taps", [3, 5])
 def test_tiles_cover_the_plane_and_fit(shape: tuple[int, ...], taps: int) -> None:
     batch, channels, height, width = shape

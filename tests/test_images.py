@@ -215,6 +215,20 @@ def test_the_source_normalises(
     torch.testing.assert_close(y.double(), normalised(x), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+def test_without_a_compiler_torch_normalises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*args: Any, **named: Any) -> Any:
+        raise ImportError("no compiler")
+
+    monkeypatch.setattr(layer_module.Images, "is_taken", lambda self, images: True)
+    monkeypatch.setattr(layer_module, "check_not_capturing", lambda device: None)
+    monkeypatch.setattr(layer_module.kernel, "kernel", absent)
+    x = pixels(2, 11, 13, 3)
+    try:
+        torch.testing.assert_close(Images(MEAN, STD)(x).double(), normalised(x), rtol=1e-5, atol=1e-6)
+    finally:
+        layer_module._runner.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

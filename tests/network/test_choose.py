@@ -232,7 +232,7 @@ GPU = Request(torch.device("cuda:0"), "fp32")
 
 
 def methods_of(alternative: Swapped) -> dict[str, str]:
-    """What runs the layers of a network once a alternative is in its place."""
+    """What runs the layers of a network once an alternative is in its place."""
     alternative.put_in_place()
     methods = {name: alternative.network.get_submodule(name).plan.method for name in alternative.layers}
     assert methods == {name: plan.method for name, plan in alternative.layers.items()}
@@ -261,7 +261,9 @@ def test_all_layers_are_tried_dense_where_they_take_little_longer_together(swapp
     assert methods_of(close) == methods_of(dense) | {names[0]: "direct"}
 
 
-def test_where_dense_is_far_slower_the_network_has_no_variants(swapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_dense_is_far_slower_the_network_has_no_alternatives(
+    swapped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, _, candidate = swapped
     names = list(candidate.layers)
     assert alternatives(timed(candidate, {}), GPU) == [timed(candidate, {})]
@@ -279,7 +281,7 @@ def test_where_dense_is_far_slower_the_network_has_no_variants(swapped: Any, mon
     assert alternatives(close, GPU) == [close]
 
 
-def test_the_fastest_variant_is_kept(swapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_alternative_is_kept(swapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, candidate = swapped
     name = next(iter(candidate.layers))
     for fastest, method in ((1, "direct"), (2, "dense")):

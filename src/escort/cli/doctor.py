@@ -33,8 +33,10 @@ _OPTIONAL = {
     "matplotlib": ("the plots of its report", "demo"),
     "Pillow": ("escort run on a folder of images", "images"),
     "onnxruntime": ("escort bench --against onnxruntime", "bench"),
-    "onnx": ("the same", "bench"),
-    "onnxscript": ("the same", "bench"),
+    "onnx": ("the same, and escort.from_onnx", "onnx"),
+    "onnxscript": ("the same", "onnx"),
+    "huggingface_hub": ("models on the Hugging Face Hub", "hub"),
+    "nvidia-cudnn-frontend": ("method cudnn_graph on GPUs", "cudnn"),
 }
 _PROBLEM = Problem(2, 16, 9, 9, 16, (3, 3), padding=(1, 1, 1, 1))
 #: Every method takes one of these on its device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from escort.layers.runners import check_not_capturing
 
 _THREADS, _MOST, _MOST_LAUNCHES = 256, 2**31 - 256, 256
 _IN_A_ROW = 4  # pixels that a thread has at most
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ class Images(nn.Module):
         """
         self.check(images)
         if self.is_taken(images):
-            return _runner(self.channels_last, images.shape, self.frozen.dtype, images.device)(images, self.factors)
+            run = _runner(self.channels_last, images.shape, self.frozen.dtype, images.device)
+            if run is not None:
+                return run(images, self.factors)
         planes = images.movedim(3, 1) if self.channels_last else images
         scale, shift = self.factors[:, :, None, None]
         y = planes.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).add_(shift)
@@ -152,14 +156,17 @@ def images_kernel(dtype: torch.dtype, vector: int) -> Variant:
 @lru_cache(_MOST_LAUNCHES)
 def _runner(
     channels_last: bool, shape: torch.Size, dtype: torch.dtype, device: torch.device
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """What normalises images of a shape on a GPU: all that a call need not work out."""
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """What normalises images of a shape on a GPU: all that a call need not work out. None where torch does."""
     check_not_capturing(device)
     variant, grid, params = _launched(channels_last, shape, dtype)
-    compiled = kernel.kernel(variant.source, variant.defines, device)
-    overlap = torch.cuda.get_device_capability(device) >= kernel.NATIVE_CAPABILITY
+    try:
+        compiled = kernel.kernel(variant.source, variant.defines, device)
+    except ImportError as error:  # there is no compiler, and other kernels than this one are carried
+        _log.warning("images of %s on %s are normalised by torch: %s", tuple(shape), device, error)
+        return None
     fixed: list[Any] = [*[torch.Tensor] * 3, pack(params)]
-    launch = compiled.bind(_THREADS, 0, fixed, overlap=overlap)
+    launch = compiled.bind(_THREADS, 0, fixed, overlap=True)
     out_shape = (shape[0], shape[3], *shape[1:3]) if channels_last else shape
 
     def run(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,9 +69,18 @@ class Swapped:
 
     def put_in_place(self) -> None:
         """Makes the network this alternative of it."""
-        for name, module in self.modules.items():
-            if self.network.get_submodule(name) is not module:
+        for name, module, around, child in self._places:
+            if around[child] is not module:
                 replace_module(self.network, name, module)
+
+    @cached_property
+    def _places(self) -> list[tuple[str, nn.Module, dict[str, nn.Module | None], str]]:
+        """The layers with what each lies in, and its name there: looking for them would count in the network's time."""
+        places = []
+        for name, module in self.modules.items():
+            parent, _, child = name.rpartition(".")
+            places.append((name, module, self.network.get_submodule(parent)._modules, child))
+        return places
 
 
 def record_calls(network: nn.Module, skipped: dict[str, str], original: Original) -> dict[str, torch.Size]:

@@ -97,9 +97,9 @@ def predict_us(layer: Layer, methods: Sequence[Method]) -> dict[str, float]:
     problem = layer.problem
     if problem.device_type == "cpu":
         return {}
-    known, key = _predicted.setdefault(layer.sparse_filter, {}), (problem, tuple(methods))
+    gpu = Gpu.of(problem.device)
+    known, key = _predicted.setdefault(layer.sparse_filter, {}), (problem, gpu, tuple(methods))
     if key not in known:
-        gpu = Gpu.of(problem.device)
         able = [method for method in methods if not method.compiles_per_filter and method.unsupported(problem) is None]
         times_us = {method.name: method.predict_us(problem, layer.sparse_filter, gpu) for method in able}
         known[key] = {name: least_us for name, least_us in times_us.items() if least_us is not None}
@@ -107,7 +107,7 @@ def predict_us(layer: Layer, methods: Sequence[Method]) -> dict[str, float]:
 
 
 #: What :func:`predict_us` returned, as long as the filter lives: a memory format is chosen by it, and then what to try.
-_predicted: WeakKeyDictionary[SparseFilter, dict[tuple[Problem, tuple[Method, ...]], dict[str, float]]]
+_predicted: WeakKeyDictionary[SparseFilter, dict[tuple[Problem, Gpu, tuple[Method, ...]], dict[str, float]]]
 _predicted = WeakKeyDictionary()
 
 

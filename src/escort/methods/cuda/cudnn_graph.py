@@ -219,14 +219,35 @@ def _builds(graph: Any, index: int) -> bool:
     return bool(graph.get_workspace_size_plan_at_index(index) <= _MOST_WORKSPACE)
 
 
+class _Handles(dict[torch.device, Any]):
+    """A thread's handles. Once it ends others take them: layers are prepared by many threads that live shortly."""
+
+    def __init__(self, left: dict[torch.device, list[Any]]) -> None:
+        super().__init__()
+        self._left = left
+
+    def take(self, device: torch.device) -> Any:
+        if device not in self:
+            try:
+                self[device] = self._left[device].pop()
+            except LookupError:
+                with torch.cuda.device(device):
+                    self[device] = library().create_handle()
+        return self[device]
+
+    def __del__(self) -> None:
+        for device, handle in self.items():
+            self._left.setdefault(device, []).append(handle)
+
+
 _of_thread = threading.local()
+_left: dict[torch.device, list[Any]] = {}  # by threads that ended
 
 
 def _handle(device: torch.device) -> Any:
     """This thread's handle of cuDNN, on the device's current stream."""
-    handles = _of_thread.__dict__.setdefault("handles", {})
-    if device not in handles:
-        with torch.cuda.device(device):
-            handles[device] = library().create_handle()
-    library().set_stream(handle=handles[device], stream=torch.cuda.current_stream(device).cuda_stream)
-    return handles[device]
+    if (handles := _of_thread.__dict__.get("handles")) is None:
+        handles = _of_thread.handles = _Handles(_left)
+    handle = handles.take(device)
+    library().set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
+    return handle

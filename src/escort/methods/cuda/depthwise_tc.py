@@ -34,7 +34,7 @@ _MOST = 2**31 - 1
 _MOST_STRIPS, _MOST_SAMPLES = 16, 4  # of a tile
 _MOST_TILE_BYTES = 48 * 1024  # of shared memory: several blocks of a multiprocessor take turns with memory
 _SHARED_BYTES, _BLOCK_BYTES = 228 * 1024, 1024  # of a multiprocessor; what the system takes of it for each block
-_CONFIGS = 5  # that are worth timing
+_CONFIGS, _FEW = 5, 16  # that are worth timing; of which some are good
 # Fitted to 118 times of 13 layers on an H200 (docs/notes/planes.md).
 _LEAST_US, _BYTES_PER_US, _CLOCK_MHZ = 1.25, 4.3e6, 1755.0
 _CLOCKS, _CLOCKS_ALONE = 1.64, 7.8  # of an instruction: of a multiprocessor's share of all blocks; of a block by itself
@@ -192,13 +192,25 @@ def _configs(problem: Problem, gpu: Gpu) -> tuple[DepthwiseTcConfig, ...]:
     return tuple(dict.fromkeys(tile.config for tile in (*best, *tiles)))[:_CONFIGS]
 
 
-def _space(problem: Problem) -> Iterator[DepthwiseTcConfig]:
-    """Tiles that share out a sample's rows and strips evenly, or hold whole samples."""
+def _space(problem: Problem) -> list[DepthwiseTcConfig]:
+    """Tiles that fit: up to 16 down and across, and of a map that is too large for so few, multiples of that."""
+    found, step, longest = list[DepthwiseTcConfig](), 1, max(problem.out_height, problem.out_width)
+    while not found or (len(found) < _FEW and step < longest):  # a strip of a row fits at the latest
+        found += _evenly(problem, step)
+        step *= 2
+    return found
+
+
+def _evenly(problem: Problem, step: int) -> Iterator[DepthwiseTcConfig]:
+    """Tiles that share out a sample's rows and strips evenly, or hold whole samples; their numbers go by a step."""
     strips = -(-problem.out_width // _strip(problem))
-    for down, row_tiles, strip_tiles in itertools.product((1, 2), range(1, 17), range(1, 17)):
+    row_counts, strip_counts = (
+        sorted({min(count * step, length) for count in range(1, 17)}) for length in (problem.out_height, strips)
+    )
+    for down, row_tiles, strip_tiles in itertools.product((1, 2), row_counts, strip_counts):
         rows = -(-problem.out_height // row_tiles)
         rows, of_row = -(-rows // down) * down, -(-strips // strip_tiles)
-        if of_row > _MOST_STRIPS or row_tiles > problem.out_height or strip_tiles > strips:
+        if of_row > _MOST_STRIPS:
             continue
         for samples in (1, 2, _MOST_SAMPLES) if row_tiles == strip_tiles == 1 else (1,):
             config = DepthwiseTcConfig(down, rows, of_row, samples)

@@ -16,7 +16,7 @@ import torch
 from escort.cuda.binary import Binary
 from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
-from escort.cuda.kernel import NATIVE_CAPABILITY, kernel, unavailable
+from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid, Launch
 from escort.cuda.params import STORAGE, pack
 from escort.filter import SparseFilter
@@ -159,8 +159,7 @@ def _bind(
     device = torch.device(layout.problem.device)
     compiled = kernel(variant.source, variant.defines, device, native=variant.native)
     arguments = (*[torch.Tensor] * 3, *tables, torch.Tensor, pack(Params.of(layout, config)), *[int] * 4)
-    overlap = torch.cuda.get_device_capability(device) >= NATIVE_CAPABILITY
-    return compiled.bind(layout.threads, layout.shared_bytes, arguments, overlap=overlap), compiled.binary
+    return compiled.bind(layout.threads, layout.shared_bytes, arguments, overlap=True), compiled.binary
 
 
 def in_steps(problem: Problem) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
