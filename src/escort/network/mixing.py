@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from escort.layers import FusedConv2d, MaxPool2d, OnPlanes, SamePad, SparseConv2d
+from escort.layers import FusedConv2d, Images, MaxPool2d, OnPlanes, SamePad, SparseConv2d
 from escort.runtime import Program
 from escort.runtime.stand_in import runs_more
 from escort.runtime.steps import REQUIRED, Step, spellings
@@ -18,6 +18,7 @@ from escort.runtime.steps import REQUIRED, Step, spellings
 _MODULES = (
     SparseConv2d,
     FusedConv2d,
+    Images,
     MaxPool2d,
     SamePad,
     nn.AdaptiveAvgPool2d,
