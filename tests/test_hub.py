@@ -52,6 +52,11 @@ def test_a_model_whose_code_no_file_holds(tmp_path: Path) -> None:
     torch.testing.assert_close(escort.from_pretrained(tmp_path, Branching())(X), fast(X))
 
 
+def test_arguments_that_nothing_takes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="from_pretrained takes no kernel, remeasuer"):
+        escort.from_pretrained(tmp_path, remeasuer=True, kernel=True, revision="main")
+
+
 def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="has no model.escort; name a folder"):
         escort.from_pretrained(tmp_path)

@@ -419,3 +419,38 @@ def test_windows_of_open_maps(tmp_path: Path) -> None:
     for size in (6, 7):
         x = numbers(1, 3, size, size)
         np.testing.assert_allclose(outputs_of(network, x)[0], runtime(model, x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_called_by_words_of_python(tmp_path: Path) -> None:
+    model = model_of([node("Conv", "x in.class.weight", "y")], {"in.class.weight": numbers(4, 3, 3, 3)}, [1, 3, 8, 8])
+    network = read(model, tmp_path)
+    assert isinstance(network.get_submodule("in_.class_"), nn.Conv2d)
+    x = numbers(1, 3, 8, 8)
+    assert np.allclose(outputs_of(network, x)[0], runtime(model, x)[0], atol=1e-5)
+
+
+def test_networks_of_half_precision(tmp_path: Path) -> None:
+    weight, bias = numbers(4, 3, 3, 3).astype(np.float16), numbers(4).astype(np.float16)
+    model = model_of([node("Conv", "x weight bias", "y")], {"weight": weight, "bias": bias}, ["n", 3, 8, 8])
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    x = numbers(2, 3, 8, 8).astype(np.float16)
+    (found,), (expected,) = outputs_of(read(model, tmp_path), x), runtime(model, x)
+    assert found.dtype == np.float16 and np.allclose(found, expected, atol=2e-2)
+
+
+def test_a_kernel_shape_that_is_not_the_filters_is_refused(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x weight", "y", kernel_shape=[5, 5])]
+    with pytest.raises(OnnxError, match=r"kernel_shape \[5, 5\] is not that of its filter, \[3, 3\]"):
+        read(model_of(nodes, {"weight": numbers(4, 3, 3, 3)}, [1, 3, 8, 8]), tmp_path)
+
+
+@pytest.mark.parametrize("factor", [0.7, 0.9, 1.3, 1.4])
+@pytest.mark.parametrize("size", [10, "h"])
+def test_factors_make_the_sizes_that_the_exporter_saw(factor: float, size: int | str, tmp_path: Path) -> None:
+    scales = np.array([1, 1, factor, factor], dtype=np.float32)
+    nodes = [node("Resize", "x  scales", "y", mode="linear", coordinate_transformation_mode="half_pixel")]
+    nodes[0].input[:] = ["x", "", "scales"]
+    model = model_of(nodes, {"scales": scales}, [1, 2, size, size])
+    x = numbers(1, 2, 10, 10)
+    (found,), (expected,) = outputs_of(read(model, tmp_path), x), runtime(model, x)
+    assert found.shape == expected.shape and np.allclose(found, expected, atol=1e-5)

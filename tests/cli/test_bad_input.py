@@ -45,6 +45,10 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["prune", "net.onnx", "--sparsity", "0.9", "--output", "{tmp}/p.safetensors"], "before it is exported"),
         (["convert", TINY, "--input", "1,3,x,8", "--output", "{tmp}/m.escort"], "--input takes integers"),
         (["convert", TINY, "--input", "1,4,8,8", "--output", "{tmp}/m.escort"], "4 channels"),
+        (
+            ["convert", TINY, "--input", "1,8,8,3", "--mean", "0,0,0", "--output", "{tmp}/m.escort"],
+            "go together: pass both",
+        ),
         (["convert", TINY, "--input", "1,3,8,8", "--output", "{tmp}/nowhere/m.escort"], "there is no folder"),
         (["convert", TINY, "--input", "1,3,8,8", "--output", "{tmp}"], "is a folder"),
         (["prune", TINY, "--sparsity", "90", "--output", "{tmp}/p.safetensors"], "write 0.9"),
@@ -57,6 +61,7 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         ),
         (["plan", "{tmp}/nowhere.escort"], "there is no such file; name one that escort convert wrote"),
         (["plan", "{tmp}"], "it is a folder; name one that escort convert wrote"),
+        (["plan", "{tmp}/none.onnx", "--favor", "latency"], "name an ONNX model"),
         (["plan", __file__], "it is not what escort.save wrote"),
         (
             ["convert", TINY, "--input", "1,3,8,8", "--precision", "fp16", "--output", "{tmp}/m.escort"],

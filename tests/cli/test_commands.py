@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from escort.planner import plan_layer, planner
 from tests.cli.invoking import invoke, succeed, succeed_json
 from tests.cli.named import TINY, tiny
 from tests.fakes import PROBLEM, a_filter
+from tests.onnx_models import small
 
 COMMANDS = ("demo", "prune", "convert", "run", "plan", "bench", "cache", "doctor")
 
@@ -132,6 +134,11 @@ def test_plan_of_an_exported_archive(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     torch.export.save(torch.export.export(tiny().eval(), (torch.randn(2, 3, 8, 8),)), path)
     assert set(succeed_json("plan", path, "--input", "4,3,8,8")["layers"]) == {"0", "3"}
+
+
+def test_plan_of_an_onnx_file(tmp_path: Path) -> None:
+    onnx.save(small(), tmp_path / "model.onnx")
+    assert set(succeed_json("plan", tmp_path / "model.onnx", "--favor", "latency")["layers"]) == {"body.0.conv"}
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,8 @@ def layer_of(mean: str, deviation: str) -> Images | None:
     """The layer that normalises so, as the command line says it; None where it says nothing."""
     if not mean and not deviation:
         return None
+    if not (mean and deviation):
+        raise ValueError("--mean and --std go together: pass both, with a number for each channel")
     return Images(_floats(mean, "--mean"), _floats(deviation, "--std"))
 
 

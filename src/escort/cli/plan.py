@@ -42,8 +42,9 @@ def _stored_plan(options: ModelOptions) -> NetworkPlan:
 
 
 def _is_saved(model: str) -> bool:
-    """Whether it is a path, of any suffix but those of archives and checkpoints."""
-    return ":" not in model and Path(model).suffix not in (models.ARCHIVE_SUFFIX, *checkpoints.SUFFIXES)
+    """Whether it is a path, of any suffix but those of archives, ONNX files and checkpoints."""
+    others = models.ARCHIVE_SUFFIX, models.ONNX_SUFFIX, *checkpoints.SUFFIXES
+    return ":" not in model and Path(model).suffix not in others
 
 
 def _candidates(plan: NetworkPlan) -> report.Table:

@@ -139,6 +139,12 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
+#: What `from_pretrained` takes for the Hub alone, and a folder has no use for.
+_OF_DOWNLOADS = frozenset(
+    "revision token cache_dir local_files_only force_download subfolder endpoint etag_timeout user_agent".split()
+)
+
+
 def from_pretrained(
     pretrained_model_name_or_path: str | os.PathLike[str],
     model: nn.Module | None = None,
@@ -163,6 +169,7 @@ def from_pretrained(
     Raises:
         ArtifactError, ValueError, OSError: as :func:`escort.load`.
         FileNotFoundError: where there is no converted model in it.
+        TypeError: for an argument that nothing takes.
         ImportError: where huggingface_hub is not installed, and it is no folder.
         Exception: what huggingface_hub raises.
     """
@@ -174,6 +181,8 @@ def from_pretrained(
 
 
 def _in_folder(folder: str, name: str, download: dict[str, Any]) -> Path:
+    if unknown := sorted(set(download) - _OF_DOWNLOADS):
+        raise TypeError(f"from_pretrained takes no {', '.join(unknown)}")
     path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {name}; name a folder that a converted model's save_pretrained wrote")

@@ -97,6 +97,8 @@ class Builder:
         """
         with torch.device("meta"):
             module = make().eval()
+        if state:  # of the file's types, which examples are to meet
+            module.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, assign=True)
         settings = str(module), tuple(sorted((name, id(tensor)) for name, tensor in state.items()))
         examples = self._run(module, (x,), {})
         if not state or settings not in self._modules:

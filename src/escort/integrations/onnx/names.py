@@ -51,8 +51,12 @@ def tensor_path(name: str) -> str:
 
 
 def _path(name: str) -> str:
-    """The name's parts between dots, slashes and colons, each of them letters, digits and underscores."""
+    """The name's parts between dots, slashes and colons, each of them letters, digits and underscores.
+
+    A part that is a word of Python's gets an underscore, as torch.fx writes paths into source.
+    """
     parts = (re.sub(r"[^A-Za-z0-9_]+", "_", part).strip("_")[:_MAX_PART] for part in re.split(r"[./:]+", name))
+    parts = (f"{part}_" if keyword.iskeyword(part) else part for part in parts)
     return ".".join(filter(None, parts))[:_MAX_PATH].strip(".") or "unnamed"
 
 

@@ -24,6 +24,8 @@ def conv(node: Node) -> Operand:
     if weight.ndim not in _CONVOLUTIONS:
         raise NotSupportedError(f"its filter is of shape {list(weight.shape)}, and must be of one to three dimensions")
     size = tuple(node.known(each, "filter's sizes") for each in node.shape(weight)[2:])
+    if tuple(said := node.get("kernel_shape", list(size))) != size:
+        raise NotSupportedError(f"its kernel_shape {said} is not that of its filter, {list(size)}; export it anew")
     window = Window.of(node, size, node.x)
     x, padding = (node.x, window.before) if window.is_symmetric else (window.padded(node, node.x), (0,) * len(size))
     settings: dict[str, Any] = {

@@ -61,7 +61,8 @@ def _axes(node: Node, x: Value) -> dict[int, _Axis]:
     policy = node.text("keep_aspect_ratio_policy", "stretch", "stretch not_larger not_smaller")
     index = 1 if node.op == "Upsample" or node.arity == 2 else 2
     if node.has(index) and not (node.is_constant(index) and not node.constant(index, "factors").numel()):
-        factors = [float(factor) for factor in node.constant(index, "factors").reshape(-1).tolist()]
+        # The shortest decimal of a float32 is what its exporter was given: 10 numbers times 0.7 are 7, and not 6.
+        factors = [float(str(np.float32(factor))) for factor in node.constant(index, "factors").reshape(-1).tolist()]
         if len(factors) != len(axes) or not all(0.0 < factor < MAX_CONSTANT for factor in factors):
             raise NotSupportedError(f"its factors {factors[:8]} are not one above 0 for each of {len(axes)} axes")
         return {axis: _Axis(None, factor) for axis, factor in zip(axes, factors, strict=True)}
