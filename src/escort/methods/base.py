@@ -74,7 +74,8 @@ class Method(ABC):
         name: what plans and results call the method. On each type of device a name means one method.
         device_type: "cpu" or "cuda".
         config_type: the class of its configs, a frozen dataclass of scalars.
-        is_dense: whether it multiplies the zeros as well. The fastest of these stands for the dense model.
+        is_dense: whether it is a dense library's, which multiplies the zeros as well. The fastest of these stands for
+            the dense model; kernels of ours for layers that are dense anyway do not.
         compiles_per_filter: whether `prepare` compiles a kernel for the filter, which takes long and has a budget.
         lowers: whether it writes the input out patch by patch, which takes memory.
         is_native: whether what it prepares has an `op`, so that native programs call it.
