@@ -89,7 +89,7 @@ test-tsan: build/tsan/threads  ## Run the threads of the CPU kernels under the t
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_RUN ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 ARM_FLAGS := -std=c++20 -O3 -ffp-contract=fast -fno-math-errno -fopenmp -Wall -Wextra -DESCORT_ISA=neon -DESCORT_HAVE_NEON
-ARM_OBJECTS := $(patsubst %,build/arm/%.o,depthwise direct lines max_pool isas layers ops program threads)
+ARM_OBJECTS := $(patsubst %,build/arm/%.o,channel_swaps depthwise direct lines max_pool isas layers ops program threads)
 NEEDED = command -v $(1) >/dev/null || { echo "make test-arm needs $(1): apt-get install $(2)" >&2; exit 1; }
 
 build/arm/%.o: src/escort/kernels/cpu/%.cpp $(filter %.hpp,$(KERNELS))
