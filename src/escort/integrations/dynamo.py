@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from escort.integrations.placing import put
 from escort.network.check import Request, settle_effort, settle_favor, settle_methods, settle_skip
 from escort.network.convert import convert
 from escort.network.model import ConvertedModel
@@ -208,7 +209,7 @@ class _Converted:
             node.meta = {}
         with graph.inserting_before(placeholders[-1].next):
             for (place, name), weight in zip(self._names.items(), weights, strict=True):
-                _register(root, name, weight)
+                put(root, name, weight)
                 placeholders[place].replace_all_uses_with(graph.get_attr(name))
             for place, (holder, axis) in self._sizes.items():
                 size = graph.call_method("size", (placeholders[holder], axis))
@@ -284,15 +285,3 @@ def _sizes(placeholders: Sequence[fx.Node]) -> dict[int, tuple[int, int]]:
             if isinstance(size, torch.SymInt):
                 found |= {i: (holder, axis) for i, symbol in symbols.items() if symbol == size.node.expr}
     return found
-
-
-def _register(root: nn.Module, name: str, weight: Tensor) -> None:
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    if isinstance(weight, nn.Parameter):
-        root.register_parameter(leaf, weight)
-    else:
-        root.register_buffer(leaf, weight)

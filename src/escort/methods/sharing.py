@@ -48,3 +48,13 @@ def dense_weight(
         return padded.contiguous(memory_format=memory_format), None
 
     return shared(sparse_filter, ("dense", device, dtype, memory_format, added_channels), make)[0]
+
+
+def weights_by_tap(problem: Problem, sparse_filter: SparseFilter) -> torch.Tensor:
+    """The weights of a depthwise filter, (R * S, K) on the problem's device, which runners of a filter share."""
+    device, dtype = torch.device(problem.device), problem.storage
+
+    def make() -> tuple[torch.Tensor, None]:
+        return sparse_filter.to_dense().flatten(1).t().contiguous().to(device, dtype), None
+
+    return shared(sparse_filter, ("by tap", device, dtype), make)[0]

@@ -15,6 +15,7 @@ from escort.integrations.onnx.limits import MAX_BYTES, MAX_CONSTANT, MAX_NUMBERS
 from escort.integrations.onnx.names import Paths, identifier, module_path, tensor_path
 from escort.integrations.onnx.tensors import is_narrow, to_torch
 from escort.integrations.onnx.values import Sizes, Value, Whole
+from escort.integrations.placing import put
 
 if TYPE_CHECKING:
     from onnx import TensorProto
@@ -106,7 +107,7 @@ class Builder:
             if state:
                 module.load_state_dict({name: x.contiguous() for name, x in state.items()}, assign=True)
             self._modules[settings] = path, module, state  # which keeps the tensors, and so their ids
-            self._put(path, module)
+            put(self.root, path, module)
         path = self._modules[settings][0]
         node = self.graph.create_node("call_module", path, (x.node,), name=identifier(self.current))
         return Value(node, examples)
@@ -115,7 +116,7 @@ class Builder:
         """A constant as a result of the graph: a buffer of the network."""
         if id(x) not in self._constants:
             path = self._paths.take(tensor_path(self.names.get(id(x), self.current)))
-            self._put(path, x.contiguous())
+            put(self.root, path, x.contiguous())
             node = self.graph.get_attr(path)
             self._constants[id(x)] = x, Value(node, (x.to("meta"),) * 2)
         return self._constants[id(x)][1]
@@ -129,18 +130,6 @@ class Builder:
         if (x.node, axis) not in self._sizes:
             self._sizes[x.node, axis] = self.method("size", x, axis)
         return self._sizes[x.node, axis]
-
-    def _put(self, path: str, item: nn.Module | Tensor) -> None:
-        owner = self.root
-        *around, last = path.split(".")
-        for part in around:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        if isinstance(item, nn.Module):
-            owner.add_module(last, item)
-        else:
-            owner.register_buffer(last, item)
 
     def _computed(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The result of a function of constants, whose size is known before it takes memory."""

@@ -22,7 +22,7 @@ from escort.cuda.params import STORAGE, Divisor, pack
 from escort.filter import SparseFilter
 from escort.methods import activation
 from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_check, output_strides
-from escort.methods.sharing import shared
+from escort.methods.sharing import weights_by_tap
 from escort.problem import Problem
 
 _SOURCE = "depthwise.cu"
@@ -110,13 +110,11 @@ class DepthwiseCuda(Method):
         device, tile = torch.device(problem.device), Tile.of(problem, config)
         (variant,) = self.kernels(problem, config)
         compiled = kernel(variant.source, variant.defines, device)
-
-        def make_weights() -> tuple[torch.Tensor, None]:
-            by_tap = sparse_filter.to_dense().flatten(1).t().contiguous()
-            return by_tap.to(device, problem.storage), None
-
-        weights, _ = shared(sparse_filter, (self.name, device, problem.storage), make_weights)
-        fixed = weights, activation.per_channel(problem, bias, slope), pack(Params.of(problem, tile))
+        fixed = (
+            weights_by_tap(problem, sparse_filter),
+            activation.per_channel(problem, bias, slope),
+            pack(Params.of(problem, tile)),
+        )
         launch = compiled.bind(_THREADS, 0, (*[torch.Tensor] * 3, *fixed), overlap=True)
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
         blocks, memory_format = tile.blocks, problem.torch_memory_format
