@@ -18,7 +18,7 @@ from escort.cuda.params import STORAGE, pack
 from escort.filter import SparseFilter
 from escort.methods import activation
 from escort.methods.base import Method, Prepared, aligned, input_check, output_strides
-from escort.methods.sharing import shared
+from escort.methods.sharing import dense_weight
 from escort.problem import Problem
 
 _THREADS, _WARPS = 256, 8  # of a block
@@ -85,11 +85,7 @@ class Gemv(Method):
         device, samples_of_warp = torch.device(problem.device), config.samples
         (variant,) = self.kernels(problem, config)
         compiled = kernel(variant.source, variant.defines, device)
-
-        def make_weights() -> tuple[torch.Tensor, None]:
-            return sparse_filter.to_dense().flatten(1).to(device, problem.storage).contiguous(), None
-
-        weights, _ = shared(sparse_filter, (self.name, device, problem.storage), make_weights)
+        weights = dense_weight(problem, sparse_filter, torch.contiguous_format)
         fixed = weights, activation.per_channel(problem, bias, slope), pack(Params.of(problem))
         launch = compiled.bind(_THREADS, 0, (*[torch.Tensor] * 3, *fixed, int), overlap=True)
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
