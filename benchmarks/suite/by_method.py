@@ -52,14 +52,15 @@ def convert_keeping(
 def run_by(network: nn.Module, names: Sequence[str], method: Method, *, as_torch: bool = False) -> nn.Module:
     """A copy of a converted network, some layers of which run by a method.
 
-    A layer that the method cannot run in the network's memory format is run in NCHW, and what it writes is converted.
+    A layer that the method cannot run in the network's memory format is run in the other one, and what it writes is
+    converted.
 
     Args:
         as_torch: by what the method does as torch alone would; else by the config that is fastest for the first layer
             of its problem.
 
     Raises:
-        ValueError: where the method cannot run a layer, or has nothing that torch alone would do.
+        ValueError: where the method can run a layer in neither, or has nothing that torch alone would do.
     """
     layers = [_layer(network, name, method) for name in names]
     planned = [_as_torch(layer, method) for layer in layers] if as_torch else _fastest(layers, method)
@@ -97,7 +98,8 @@ def _layer(network: nn.Module, name: str, method: Method) -> Layer:
     layer = _sparse(network, name)
     problem = layer.plan.problem
     if method.unsupported(problem) is not None:
-        problem = replace(problem, memory_format="contiguous")
+        other: MemoryFormat = "channels_last" if problem.memory_format == "contiguous" else "contiguous"
+        problem = replace(problem, memory_format=other)
     if reason := method.unsupported(problem):
         raise ValueError(f"layer {name}: {method.name} cannot run it: {reason}")
     return Layer(problem, layer.filter, layer.bias, layer.slope)
