@@ -97,7 +97,7 @@ def _layer(network: nn.Module, name: str, method: Method) -> Layer:
     """What a method is given of a layer."""
     layer = _sparse(network, name)
     problem = layer.plan.problem
-    if method.unsupported(problem) is not None:
+    if method.unsupported(problem) is not None and problem.device_type == "cuda":
         other: MemoryFormat = "channels_last" if problem.memory_format == "contiguous" else "contiguous"
         problem = replace(problem, memory_format=other)
     if reason := method.unsupported(problem):
