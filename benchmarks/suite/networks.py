@@ -142,7 +142,7 @@ def race_in_turn(
     """
     network, weights = subject
     with torch.inference_mode():
-        expected = copy.deepcopy(model).double()(x.double())
+        expected = copy.deepcopy(model).double()(x.double() if x.is_floating_point() else x)
     bound = NETWORK_ERROR_BOUND[race.precision]  # or what the model's own rounding, which it may amplify, explains
     with torch.inference_mode(), dense_at_its_best(race.precision):
         ways = [way for number, way in enumerate(ways) if number == 0 or _starts(way, network)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import wraps
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -169,9 +170,8 @@ class ModelOptions(SourceOptions):
         if not shapes and Path(self.model).suffix != models.ONNX_SUFFIX:
             raise ValueError("give the shape of a typical input, for example --input 1,3,224,224")
         model = self.load()
-        generator = torch.Generator().manual_seed(0)
-        inputs = (torch.randn(shape, generator=generator) for shape in shapes or models.declared_shapes(model))
-        placed = place(model, tuple(inputs), self.device, self.precision)
+        inputs = _drawn(shapes or models.declared_shapes(model), models.input_types(model))
+        placed = place(model, inputs, self.device, self.precision)
         note_if_busy(placed[1][0].device.type)
         return placed
 
@@ -232,18 +232,31 @@ class EngineOptions:
         return placed_on(self.threads)
 
 
+def _drawn(shapes: Sequence[tuple[int, ...]], types: Sequence[torch.dtype]) -> tuple[torch.Tensor, ...]:
+    """Random inputs, the same each time: of float32 where the model says nothing of their types."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randint(256, shape, dtype=dtype, generator=generator)
+        if dtype is torch.uint8
+        else torch.randn(shape, generator=generator)
+        for shape, dtype in zip_longest(shapes, types[: len(shapes)], fillvalue=torch.float32)
+    )
+
+
 def _taking_bytes(
     model: nn.Module, inputs: tuple[torch.Tensor, ...], images: Images
 ) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """A model with a layer of images in front of it, and the input that it takes then."""
     x, *others = inputs
+    if x.dtype is torch.uint8:
+        raise ValueError("the model takes bytes as it is; leave out --mean and --std")
     if others or x.ndim != 4 or x.shape[1] != len(images.mean):
         given = ", ".join(str(tuple(each.shape)) for each in inputs)
         raise ValueError(
             f"--mean and --std have {len(images.mean)} values, for a model of one image of as many channels; its input "
             f"is {given}"
         )
-    pixels = torch.randint(256, x.movedim(1, 3).shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (pixels,) = _drawn([x.movedim(1, 3).shape], [torch.uint8])
     return nn.Sequential(images.to(x.device, x.dtype), model).eval(), (pixels.to(x.device),)
 
 
