@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import wraps
-from itertools import zip_longest
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -239,7 +239,7 @@ def _drawn(shapes: Sequence[tuple[int, ...]], types: Sequence[torch.dtype]) -> t
         torch.randint(256, shape, dtype=dtype, generator=generator)
         if dtype is torch.uint8
         else torch.randn(shape, generator=generator)
-        for shape, dtype in zip_longest(shapes, types[: len(shapes)], fillvalue=torch.float32)
+        for shape, dtype in zip(shapes, chain(types, repeat(torch.float32)), strict=False)
     )
 
 
