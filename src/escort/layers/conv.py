@@ -358,7 +358,7 @@ class SparseConv2d(ConvLike):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: runners hold kernels and pointers, and are made anew where the copy runs."""
-        left_out = "_runners", "_followed", "_filter", "counters"
+        left_out = "_runners", "_followed", "_versions", "_filter", "counters"
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
