@@ -30,13 +30,20 @@ def convert_keeping(
 ) -> tuple[ConvertedModel, list[Swapped]]:
     """The model converted, and the networks that it was chosen from: one for each memory format.
 
-    All are planned, whatever the effort: a rival may be fastest in another than ours.
+    All are planned, whatever the effort: a rival may be fastest in another than ours. The one that was chosen is as it
+    was chosen, with its dense layers; the others are as they were planned.
     """
     networks: list[Swapped] = []
 
     def keep(dense: nn.Module, candidates: Sequence[Swapped], *args: Any) -> ConvertedModel:
-        networks[:] = {id(candidate.network): candidate for candidate in candidates}.values()
-        return choose(dense, candidates, *args)
+        chosen = choose(dense, candidates, *args)
+        networks.clear()
+        for candidate in {id(candidate.network): candidate for candidate in reversed(candidates)}.values():
+            if candidate.network is not chosen.network:
+                candidate.put_in_place()  # what was raced last may be another alternative
+            layers = {name: _sparse(candidate.network, name).plan for name in candidate.layers}
+            networks.insert(0, replace(candidate, layers=layers, modules={}))
+        return chosen
 
     def all_of(
         found: Mapping[MemoryFormat, Unplanned], _: object
