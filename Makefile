@@ -24,7 +24,7 @@ SOURCES := $(shell find src -name '*.py')
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test smoke lint format test-asan test-tsan test-arm test-integrations fuzz test-gpu test-sanitizer wheel wheel-test bench zoo hooks clean
+.PHONY: help demo test smoke lint format test-asan test-tsan test-arm test-integrations fuzz test-gpu test-stress test-sanitizer wheel wheel-test bench zoo hooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,12 +110,15 @@ fuzz: build/asan/.installed  ## Under the sanitizers: random problems (FUZZ_SECO
 	$(SANITIZED) -m tests.fuzz.files --count $(FUZZ_FILES)
 
 # Several processes share the GPU, as most of the time goes into compiling kernels and into references.
-TEST_ON_GPU = $(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -m gpu --numprocesses 8
+TEST_ON_GPU = $(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -m "gpu and not stress" --numprocesses 8
 # On a machine that brings its own Python with torch, pytest, pytest-xdist and hypothesis, and no network:
 #   python3 -m pip install --no-build-isolation --no-deps . && make test-gpu ESCORT_PYTHON=python3
 test-gpu: $(if $(ESCORT_PYTHON),,$(VENV)/.installed)  ## Run the tests that need a GPU
 	@$(or $(ESCORT_PYTHON),$(BIN)/python) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no GPU")'
 	$(TEST_ON_GPU)
+
+test-stress: $(if $(ESCORT_PYTHON),,$(VENV)/.installed)  ## On a GPU that nobody else uses: ten thousand calls, many threads
+	$(or $(ESCORT_PYTHON),$(BIN)/python) -m pytest -m stress
 
 # Torch's allocator would hide an access beyond a tensor inside its blocks, so it is off. Libraries ask the driver for what
 # it lacks and go on: calls that fail are not reported. initcheck must see torch's own kernels write what ours read; what the
@@ -124,10 +127,13 @@ test-gpu: $(if $(ESCORT_PYTHON),,$(VENV)/.installed)  ## Run the tests that need
 # barriers every lane joins, as direct.cu says of SIGNALS, and no others.
 SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --report-api-errors no \
 	--error-exitcode 1
-CASES = test_case or test_any_batch or test_pools
-WITH_CASES = tests/test_direct_cuda.py tests/test_generated.py tests/test_sparse_tc.py tests/test_max_pool.py
+CASES = test_case or test_every or test_any_batch or test_pools
+WITH_CASES = $(patsubst %,tests/test_%.py,direct_cuda generated sparse_tc max_pool depthwise_cuda depthwise_tc stem gemv planes)
+CHECKED = direct generated sparse_tc max_pool depthwise stem gemv average_pool concat resize
 test-sanitizer:  ## Run the kernel cases on a GPU under compute-sanitizer, which must be on the PATH
-	$(SANITIZER) --tool memcheck $(addprefix --kernel-name kns=,direct generated sparse_tc max_pool) \
+	@command -v compute-sanitizer >/dev/null || { echo "make test-sanitizer needs compute-sanitizer on the PATH, which" \
+		"comes with the CUDA toolkit" >&2; exit 1; }
+	$(SANITIZER) --tool memcheck $(addprefix --kernel-name kns=,$(CHECKED)) \
 		$(TEST_ON_GPU) -q -k "$(CASES)" $(WITH_CASES)
 	ESCORT_EVERY_LANE=1 $(SANITIZER) --tool racecheck --kernel-name kns=direct \
 		$(TEST_ON_GPU) -q -k "$(CASES)" tests/test_direct_cuda.py

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from escort.layers import SparseConv2d
 from escort.methods import Method
-from escort.network.check import Effort
+from escort.network.check import Effort, Request
 from escort.network.choose import choose
 from escort.network.convert import convert
 from escort.network.model import ConvertedModel
 from escort.network.passes.operations import replace_module
-from escort.network.swap import Swapped, Unplanned
+from escort.network.swap import Swapped, Unplanned, likely
 from escort.planner import Plan, plan_layers
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer, Planned
@@ -26,21 +26,39 @@ from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision
 
 
 def convert_keeping(
-    model: nn.Module, x: Tensor, *, precision: Precision, effort: Effort, progress: bool = False
+    model: nn.Module,
+    x: Tensor,
+    *,
+    precision: Precision,
+    effort: Effort,
+    progress: bool = False,
+    only_likely: bool = False,
 ) -> tuple[ConvertedModel, list[Swapped]]:
     """The model converted, and the networks that it was chosen from: one for each memory format.
 
-    All are planned, whatever the effort: a rival may be fastest in another than ours.
+    All are planned, whatever the effort: a rival may be fastest in another than ours. The one that was chosen is as it
+    was chosen, with its dense layers; the others are as they were planned.
+
+    Args:
+        only_likely: choose from those alone that the effort would plan.
     """
     networks: list[Swapped] = []
+    tried = set[MemoryFormat]()
 
     def keep(dense: nn.Module, candidates: Sequence[Swapped], *args: Any) -> ConvertedModel:
-        networks[:] = {id(candidate.network): candidate for candidate in candidates}.values()
-        return choose(dense, candidates, *args)
+        chosen = choose(dense, [each for each in candidates if _memory_format(each) in tried], *args)
+        networks.clear()
+        for candidate in {id(candidate.network): candidate for candidate in reversed(candidates)}.values():
+            if candidate.network is not chosen.network:
+                candidate.put_in_place()  # what was raced last may be another alternative
+            layers = {name: _sparse(candidate.network, name).plan for name in candidate.layers}
+            networks.insert(0, replace(candidate, layers=layers, modules={}))
+        return chosen
 
     def all_of(
-        found: Mapping[MemoryFormat, Unplanned], _: object
+        found: Mapping[MemoryFormat, Unplanned], request: Request
     ) -> tuple[Mapping[MemoryFormat, Unplanned], dict[str, str]]:
+        tried.update(likely(found, request)[0] if only_likely else found)
         return found, {}
 
     stage = "escort.network.convert"
@@ -84,6 +102,10 @@ def run_free(network: nn.Module, names: Sequence[str]) -> nn.Module:
     for name in names:
         replace_module(new, name, _Once(_sparse(new, name)))
     return new
+
+
+def _memory_format(swapped: Swapped) -> MemoryFormat:
+    return next(iter(swapped.layers.values())).problem.memory_format
 
 
 def _sparse(network: nn.Module, name: str) -> SparseConv2d:

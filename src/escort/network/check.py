@@ -215,12 +215,19 @@ def settle_effort(effort: Effort) -> float:
 
 
 def settle_methods(names: Collection[str] | None, device: torch.device) -> tuple[Method, ...] | None:
-    """The methods of these names, the dense one among them whether it is named or not."""
+    """The methods of these names, the dense one among them whether it is named or not.
+
+    Raises:
+        ValueError, TypeError: where there is no such method, or something that it needs is not installed.
+    """
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, Collection):
         raise TypeError(f"methods is a list of names, got {names!r}; write [{names!r}]")
     chosen = {name: by_name(name, str(device)) for name in names}
+    for name, method in chosen.items():
+        if missing := method.missing():
+            raise ValueError(f"the method {name} was asked for, and {missing}; or leave it out of `methods`")
     dense = dense_for(str(device))
     return tuple(({dense.name: dense} | chosen).values())
 

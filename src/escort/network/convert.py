@@ -201,6 +201,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         dense = as_programs(dense)
         candidates = [alternative for candidate in candidates for alternative in alternatives(candidate, request)]
         chosen = _choose(dense, candidates, not_tried | not_in_format | unlikely, original, request)
+        del candidates, found, networks, network  # what was not chosen lets go of its memory
         if request.device.type == "cuda":
             chosen = _compared_on_gpu(chosen, dense, original, request)
     if chosen.plan.kept_dense:
