@@ -11,11 +11,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from benchmarks.suite.networks import BOTH_FORMATS, NetworkRace, converted_alone
 from escort.layers import SparseConv2d
 from escort.methods import Method
 from escort.network.check import Effort, Request
 from escort.network.choose import choose
-from escort.network.convert import convert
 from escort.network.model import ConvertedModel
 from escort.network.passes.operations import replace_module
 from escort.network.swap import Swapped, Unplanned, likely
@@ -31,7 +31,7 @@ def convert_keeping(
     *,
     precision: Precision,
     effort: Effort,
-    progress: bool = False,
+    formats: Sequence[MemoryFormat] = BOTH_FORMATS,
     only_likely: bool = False,
 ) -> tuple[ConvertedModel, list[Swapped]]:
     """The model converted, and the networks that it was chosen from: one for each memory format.
@@ -40,6 +40,7 @@ def convert_keeping(
     was chosen, with its dense layers; the others are as they were planned.
 
     Args:
+        formats: memory formats, of which only those are planned, where there is a network for any of them.
         only_likely: choose from those alone that the effort would plan.
     """
     networks: list[Swapped] = []
@@ -58,12 +59,13 @@ def convert_keeping(
     def all_of(
         found: Mapping[MemoryFormat, Unplanned], request: Request
     ) -> tuple[Mapping[MemoryFormat, Unplanned], dict[str, str]]:
-        tried.update(likely(found, request)[0] if only_likely else found)
-        return found, {}
+        wanted = {name: network for name, network in found.items() if name in formats} or found
+        tried.update(likely(wanted, request)[0] if only_likely else wanted)
+        return wanted, {}
 
     stage = "escort.network.convert"
     with mock.patch(f"{stage}.choose", keep), mock.patch(f"{stage}.likely", all_of):
-        converted = convert(model, x, precision=precision, effort=effort, progress=progress)
+        converted = converted_alone(model, x, NetworkRace(precision=precision, effort=effort))
     return converted, networks
 
 
