@@ -241,6 +241,11 @@ template <class T> void store_shared(u32 address, T v) {
   if (address % sizeof v) std::abort();
   std::memcpy(block->shared + address, &v, sizeof v);
 }
+void add_shared(u32 address, float* d) {
+  float4 v;
+  load_shared(address, v);
+  d[0] += v.x, d[1] += v.y, d[2] += v.z, d[3] += v.w;
+}
 void keep(u32, u32, u32) {}
 // Matrices of 8 x 8 between registers and shared memory; a lane has the address of a row.
 void addresses(u32 address, u32* rows) {
@@ -369,6 +374,13 @@ KINDS = {
     "im2col across": ("dilation and stride", SparseTcConfig("im2col", 40), "contiguous"),
     "flat": ("pointwise", SparseTcConfig("flat", 48, m_blocks=2, cluster=2), "contiguous"),
     "flat along": ("pointwise, even plane", SparseTcConfig("flat", 24, across=1), "channels_last"),
+    "columns by turns": ("dilation", SparseTcConfig("columns", 176, across=1, rows=11, by_turns=True), "channels_last"),
+    "im2col by turns": ("dilation and stride", SparseTcConfig("im2col", 40, across=1, by_turns=True), "contiguous"),
+    "flat by turns": (
+        "pointwise",
+        SparseTcConfig("flat", 48, across=1, m_blocks=2, cluster=2, by_turns=True),
+        "channels_last",
+    ),
 }
 
 

@@ -14,12 +14,13 @@
 //        FLAT     pixels in a row (pointwise): its only tap.
 //
 // Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
-// PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent.
+// PIXELS pixels; BY_TURNS both compute the same ones, from every other tap group, and one of them adds up and stores.
+// One thread of the producer warpgroup copies. Blocks are persistent.
 //
 // Geometry and epilogue are a struct (Params), so that few kernels serve all layers. It is compiled once per
 //   STORAGE     0: float, multiplied in TF32, 1: fp16, 2: bf16
 //   TAP_GROUP   IM2COL, COLUMNS, HALO or FLAT
-//   PIXELS, M_BLOCKS, ACROSS   the tile, and so what sizes the sums, which are registers
+//   PIXELS, M_BLOCKS, ACROSS, BY_TURNS   the tile, and so what sizes the sums, which are registers
 //   A_STAGES, B_STAGES   of weight tiles and of pixels; IM2COL and FLAT: what fits beside such a tile
 //   OUT_NCHW    1: y and the residual lie in NCHW, 0: in NHWC
 //   VECTOR      of 16-bit elements in NCHW, how many neighbours a lane stores at once
@@ -45,12 +46,28 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
   Products products(p, base, group, samples < 0);
   Store store(p, base, group, out, samples);
   wait_for_previous_kernel();  // which may have written the residual, and read what y overwrites
-  for (Work work(p, tile_groups); work.left(); work.next()) {
+  int turn = 0;  // BY_TURNS: which warpgroup has a tile's first tap group and stores, while the other one goes on
+  for (Work work(p, tile_groups); work.left(); work.next(), turn ^= 1) {
     const int first_channel = (work.m_tile() * ACROSS + group.across) * M_BLOCKS * 64;
-    store.begin(first_channel, work.tile());
-    products.start(steps + __ldg(first + work.m_tile() * p.tap_groups));
+    const bool stores = !BY_TURNS || group.number == turn;
+    if (!BY_TURNS) store.begin(first_channel, work.tile());
+    const int* const firsts = first + work.m_tile() * p.tap_groups;
+    const int step = __ldg(firsts);
+    products.start(steps + step, stores ? 0 : __ldg(firsts + 1) - step);
     const Bias biases(bias + first_channel);
     products.wait();
+    if (BY_TURNS && !stores) {
+      store.end();
+      sync(1 + group.number, WARPGROUP);
+      products.give();
+      continue;
+    }
+    if (BY_TURNS) {
+      products.take(turn);
+      async_fence();
+      sync(1 + group.number, WARPGROUP);
+      store.begin(first_channel, work.tile());
+    }
     store.store(products.d, biases, first_channel, work.tile());
   }
   store.end();
@@ -68,13 +85,14 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < A_STAGES; i++) {
       barrier_init(base + FULL_A + 8 * i, 1);
-      barrier_init(base + EMPTY_A + 8 * i, CONSUMER_WARPS * p.cluster);
+      barrier_init(base + EMPTY_A + 8 * i, STAGE_WARPS * p.cluster);
     }
     for (int i = 0; i < B_STAGES; i++) {
       barrier_init(base + FULL_B + 8 * i, 1);
-      barrier_init(base + EMPTY_B + 8 * i, CONSUMER_WARPS);
+      barrier_init(base + EMPTY_B + 8 * i, STAGE_WARPS);
     }
     for (int i = 0; i < 2; i++) barrier_init(base + RESIDUAL_HERE + 8 * i, 1);
+    barrier_init(base + SUMS_HERE, CONSUMER_WARPS / 2);
     barriers_are_ready();
   }
   // HALO: the padding behind a tap group's last row, which no next row holds.

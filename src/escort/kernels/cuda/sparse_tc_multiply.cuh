@@ -10,12 +10,14 @@ constexpr u32 A_HALF = 32 / 16, B_HALF = 64 / 16;  // from the first half of the
 __device__ u64 descriptor(u32 start, u32 rows) { return static_cast<u64>(rows) << 32 | 1u << 16 | start; }
 
 // What a step multiplies: bits 0-15: where its tap begins in the group's pixels; from bit 16 two for each warpgroup
-// across: which halves of the input channels there are for it; bit 31: it is the last of its tap group.
+// across: which halves of the input channels there are for it; BY_TURNS bits 20-30: of a tap group's last one, how many
+// the next tap group has; bit 31: it is the last of its tap group.
 struct Step {
   u32 bits;
   __device__ u32 start() const { return bits & 0xffff; }
   __device__ u32 halves(int across) const { return bits >> (16 + 2 * across) & 3; }
   __device__ bool is_last() const { return bits >> 31; }
+  __device__ int others() const { return BY_TURNS ? bits >> 20 & 0x7ff : 0; }
 };
 
 struct Products {
@@ -34,26 +36,30 @@ struct Products {
         stage_bytes(b_stage_bytes(p)),
         releases(lane < static_cast<int>(kept(p.cluster))) {}
 
-  // Starts all products of a tile, of which the last one may still run afterwards.
-  __device__ void start(const u32* steps) {
+  // Starts all products of a tile, of which the last one may still run afterwards. BY_TURNS those of every other tap
+  // group, of which the first one lies behind so many steps of the other warpgroup's, if any.
+  __device__ void start(const u32* steps, int others) {
     // The first step overwrites the sums: they need no registers through the end of the tile before.
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++)
 #pragma unroll
       for (int j = 0; j < PIXELS / 2; j++) forget(d[i][j]);
+    int accumulate = 0, groups = p.tap_groups;
+    if (BY_TURNS && others) steps += others, ring_a.skip(others), ring_b.skip(1), groups--;
     u32 next = __ldg(steps);
-    int accumulate = 0;
     // Neither loop may be unrolled or peeled: of products in several places the compiler waits for each.
 #pragma unroll 1
-    for (int groups = p.tap_groups; groups > 0; groups--) {
+    while (groups > 0) {
       barrier_wait_opaque(base + FULL_B + 8 * ring_b.stage, ring_b.parity);
       const u32 pixels = b_first + ring_b.stage * (stage_bytes / 16);
+      int others = 0;
       bool more = true;
 #pragma unroll 1
       for (int tap = 0; more; tap++) {
         const Step step = {__shfl_sync(~0u, next, 0)};
-        more = !step.is_last();
-        next = __ldg(++steps);  // there is one behind the last
+        more = !step.is_last(), others = step.others();
+        steps += 1 + others;
+        next = __ldg(steps);  // there is one behind the last
         barrier_wait_opaque(base + FULL_A + 8 * ring_a.stage, ring_a.parity);
         const u64 a = descriptor(a_first + ring_a.stage * (A_BYTES / 16), A_ROWS);
         const u64 b = descriptor(pixels + step.start(), B_ROWS);
@@ -73,6 +79,11 @@ struct Products {
         ring_a.next();
       }
       ring_b.next();
+      groups -= BY_TURNS ? 2 : 1;
+      if (BY_TURNS) {
+        ring_a.skip(others);
+        if (groups >= 0) ring_b.skip(1);
+      }
     }
   }
 
@@ -81,6 +92,28 @@ struct Products {
     keep_metadata();
     release_a();
     release_b();
+  }
+
+  // BY_TURNS: sums go to the other warpgroup, thread by thread, through memory in which both stage outputs: no warp
+  // may still read what this one has staged, nor stage before all have taken theirs.
+  __device__ void give() const {
+    const u32 to = base + p.sums_begin + threadIdx.x % WARPGROUP * 16;
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS; i++)
+#pragma unroll
+      for (int j = 0; j < PIXELS / 2; j += 4)
+        store_shared(to + (i * PIXELS / 2 + j) * WARPGROUP * 4,
+                     make_float4(d[i][j], d[i][j + 1], d[i][j + 2], d[i][j + 3]));
+    __syncwarp();
+    if (lane == 0) barrier_arrive(base + SUMS_HERE);
+  }
+  __device__ void take(u32 parity) {
+    const u32 from = base + p.sums_begin + threadIdx.x % WARPGROUP * 16;
+    barrier_wait_opaque(base + SUMS_HERE, parity);
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS; i++)
+#pragma unroll
+      for (int j = 0; j < PIXELS / 2; j += 4) add_shared(from + (i * PIXELS / 2 + j) * WARPGROUP * 4, d[i] + j);
   }
 
  private:

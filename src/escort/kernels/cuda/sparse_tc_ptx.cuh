@@ -156,6 +156,18 @@ __device__ void load_shared(u32 from, float4& v) {
                : "memory");
 }
 __device__ void store_shared(u32 to, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory"); }
+// Added to four numbers. As one statement, which nothing moves to where the sums are used.
+__device__ void add_shared(u32 from, float* d) {
+  asm volatile(
+      "{ .reg .f32 a, b, c, d; ld.shared.v4.f32 {a, b, c, d}, [%4]; "
+      "add.f32 %0, %0, a; add.f32 %1, %1, b; add.f32 %2, %2, c; add.f32 %3, %3, d; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(from)
+      : "memory");
+}
+__device__ void store_shared(u32 to, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
 __device__ void store_shared(u32 to, float2 v) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(v.x), "f"(v.y) : "memory");
 }
