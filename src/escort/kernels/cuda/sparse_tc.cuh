@@ -74,7 +74,7 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
 }
 
 // a: weight tiles; bias: one per output channel of all tiles, where SLOPED with the slopes behind them; first: (m_tiles
-// * tap_groups + 1), a tap group's first weight tile; steps: one per weight tile, and one more that is only read.
+// * tap_groups + 1), a tap group's first weight tile; steps: one per weight tile, and two more that are only read.
 extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,
               const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS,
@@ -93,6 +93,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     }
     for (int i = 0; i < 2; i++) barrier_init(base + RESIDUAL_HERE + 8 * i, 1);
     barrier_init(base + SUMS_HERE, CONSUMER_WARPS / 2);
+    barrier_init(base + NO_STAGE, 1);
     barriers_are_ready();
   }
   // HALO: the padding behind a tap group's last row, which no next row holds.
@@ -109,12 +110,12 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (warp >= CONSUMER_WARPS) {
     give_registers_up<PRODUCER_REGISTERS>();
-    if (warp == CONSUMER_WARPS) {
-      if (p.cluster == 1)
-        produce<false>(p, base, x_map, a, first, tile_groups);
-      else
-        produce<true>(p, base, x_map, a, first, tile_groups);
-    }
+    if (warp == CONSUMER_WARPS)
+      copy_pixels(p, base, x_map, tile_groups);
+    else if (warp == CONSUMER_WARPS + 1 && p.cluster == 1)
+      copy_weight_tiles<false>(p, base, a, first, tile_groups);
+    else if (warp == CONSUMER_WARPS + 1)
+      copy_weight_tiles<true>(p, base, a, first, tile_groups);
   } else {
     take_registers<CONSUMER_REGISTERS>();
     consume(p, base, bias, first, steps, {MAKE_OUTPUTS, bias + p.m_tiles * (TILE_BLOCKS * 64)}, samples, tile_groups);

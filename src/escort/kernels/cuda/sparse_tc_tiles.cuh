@@ -50,24 +50,20 @@ __device__ const u8* kept(const u8* v) {
 // Shared memory: barriers, the stages of weight tiles, those of pixels, the staging of outputs, and BY_TURNS sums.
 constexpr u32 FULL_A = 0, EMPTY_A = FULL_A + 8 * A_STAGES, FULL_B = EMPTY_A + 8 * A_STAGES;
 constexpr u32 EMPTY_B = FULL_B + 8 * B_STAGES, RESIDUAL_HERE = EMPTY_B + 8 * B_STAGES, SUMS_HERE = RESIDUAL_HERE + 16;
-constexpr u32 UNUSED = SUMS_HERE + 8;
+constexpr u32 NO_STAGE = SUMS_HERE + 8;  // a barrier that nobody waits for
 constexpr u32 A_BEGIN = 1024, B_BEGIN = (A_BEGIN + A_STAGES * A_BYTES + 1023) / 1024 * 1024;
-static_assert(UNUSED + 8 <= A_BEGIN);
+static_assert(NO_STAGE + 8 <= A_BEGIN);
 
 // From a stage of pixels to the next.
 __device__ int b_stage_bytes(const Params& p) { return WHOLE_ROWS ? kept(p.b_stage_bytes) : TILE_PIXELS * PIXEL_BYTES; }
 
-// A ring of stages: which one is next, the one before it, and the parity of the next one's barriers' phase.
+// A ring of stages: which one is next, and the parity of its barriers' phase.
 template <int STAGES>
 struct Ring {
-  int stage = 0, previous = 0;
+  int stage = 0;
   u32 parity = 0;
-  __device__ void next() {
-    previous = stage;
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-  __device__ void skip(int count) {  // fewer than there are
-    stage += count;
+  __device__ void advance(int by) {  // fewer than there are
+    stage += by;
     if (stage >= STAGES) stage -= STAGES, parity ^= 1;
   }
 };

@@ -31,6 +31,7 @@ from escort.methods.cuda.sparse_tc.orders import OrderedFilter
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 
 _LAST_OF_GROUP = 1 << 31
+_BEHIND = 2  # zeros behind the steps, which are read, too
 _OTHERS = 20  # the first bit of how many steps the next tap group has
 _ROW_BYTES, _CHUNK_BYTES = 64, 16  # of the values of an output channel
 _GROUPS = 16  # of neighbours, of an output channel
@@ -44,7 +45,7 @@ class Packed:
     Attributes:
         weight_tiles: (weight tiles, bytes) uint8.
         first: (tiles of channels * tap groups + 1,) the first weight tile of each tap group.
-        steps: (weight tiles + 1,) uint32, one per weight tile, and a zero: bits 0-15 where its tap begins in the
+        steps: (weight tiles + 2,) uint32, one per weight tile, and zeros: bits 0-15 where its tap begins in the
             group's pixels, in units of 16 bytes; from bit 16 two bits for each warpgroup across, which halves of the
             block's channels it has for it; where warpgroups take turns bits 20-30 of a tap group's last one, how many
             the next group of the tile has; bit 31: it is the last of its tap group.
@@ -60,7 +61,7 @@ class Packed:
 
     def placed(self, tiling: Tiling) -> Packed:
         """The same for another tiling of the same `tiles_key`, whose taps may begin at other pixels."""
-        starts = np.append(_starts(tiling)[self.taps], np.uint32(0))
+        starts = np.pad(_starts(tiling)[self.taps], (0, _BEHIND))
         return replace(self, steps=self.steps & ~np.uint32(0xFFFF) | starts)
 
 
@@ -138,7 +139,7 @@ def _choose(nonzeros: _Nonzeros, tiling: Tiling) -> tuple[IntArray, IntArray, ND
     kept[:, ::group_taps, 0] = True  # each group is used, if only to be passed over
     tile, tap, _ = np.nonzero(kept)
     numbers = np.where(kept, np.cumsum(kept).reshape(kept.shape) - 1, -1).astype(np.int32)
-    steps = np.append(starts[tap] | halves[kept] << np.uint32(16), np.uint32(0))
+    steps = np.pad(starts[tap] | halves[kept] << np.uint32(16), (0, _BEHIND))
     tap_group = tile * len(tiling.tap_groups) + tap // group_taps
     first = np.searchsorted(tap_group, np.arange(tiling.channel_tiles * len(tiling.tap_groups) + 1)).astype(np.int32)
     steps[first[1:] - 1] |= np.uint32(_LAST_OF_GROUP)
