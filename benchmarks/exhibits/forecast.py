@@ -12,7 +12,7 @@ from benchmarks.exhibits.cells import Shown, bar_length, microseconds
 from benchmarks.findings import forecast
 from benchmarks.findings.methods import OURS, methods_in
 from benchmarks.result_files import Result
-from escort.network.plan import convolution
+from escort.network.wording import convolution
 from escort.problem import Precision
 from escort.report import Table, horizontal_bars
 
