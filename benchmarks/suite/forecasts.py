@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import escort
 from benchmarks.suite.rows import WHOLE, Row
 from benchmarks.suite.subjects import Subject
 from escort import prune
+from escort.cli.engines import DISTURBED
+from escort.planner.cores import Watch
 
 #: How zeros are spread: each layer alike, by magnitude over all layers, or by a share for each layer drawn at random.
 SPREADS = ("uniform-0.75", "uniform-0.90", "global-0.85", "global-0.95", "drawn-0.70-0.98")
@@ -124,4 +126,9 @@ def _in_a_process(function: Callable[[Any], list[Row]], argument: object) -> lis
 
 def _with_threads(threads: int, function: Callable[[Any], list[Row]], argument: object) -> list[Row]:
     torch.set_num_threads(threads)
-    return function(argument)
+    watch = Watch()
+    rows = function(argument)
+    others = watch.others_share()
+    if others > DISTURBED:
+        raise RuntimeError(f"other processes took {others:.0%} of the cores meanwhile; run it again in quiet")
+    return [replace(row, others=round(others, 4)) for row in rows]
