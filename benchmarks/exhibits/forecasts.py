@@ -33,11 +33,11 @@ def forecast_table(result: Result) -> Table:
     return Table("Forecasts", ("Network", "Pruned", "Zeros", "Forecast", "Measured", "Error"), rows, caption)
 
 
-def network_forecast_table(result: Result) -> Table:
-    """What each network gains by the share of zeros, all layers alike."""
+def network_forecast_table(result: Result, only: str | None = None) -> Table:
+    """What each network gains by the share of zeros, all layers alike; `only` one of them."""
     shares = list(dict.fromkeys(row.weights for row in result.rows if row.weights[0] == "0"))
     lines = []
-    for network in dict.fromkeys(row.network for row in result.rows):
+    for network in dict.fromkeys(row.network for row in result.rows if only in (None, row.network)):
         rows = {row.weights: row for row in result.rows if row.network == network and row.method == "forecast"}
         if not rows:
             continue
