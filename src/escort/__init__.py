@@ -2,6 +2,7 @@
 
 How to use it:
 
+    print(escort.forecast(model.eval(), example))    # what pruning would gain on this device, before it is done
     escort.prune.uniform(model, 0.9)                 # or a model that you have pruned
     fast = escort.convert(model.eval(), example)     # a drop-in: every convolution by its fastest method
     print(fast.plan)                                 # what runs each layer, and why
@@ -22,6 +23,7 @@ from escort.integrations.hub import from_pretrained, push_to_hub, save_pretraine
 from escort.integrations.onnx import OnnxError, from_onnx
 from escort.layers import Images
 from escort.network.convert import convert, replan
+from escort.network.forecast.forecast import Forecast, forecast
 from escort.network.model import ConvertedModel
 from escort.network.plan import NetworkPlan
 from escort.planner import Candidate, Plan, plan_layer
@@ -36,6 +38,7 @@ __all__ = [
     "Candidate",
     "ConvertedModel",
     "Epilogue",
+    "Forecast",
     "Images",
     "NetworkPlan",
     "OnnxError",
@@ -44,6 +47,7 @@ __all__ = [
     "SparseFilter",
     "__version__",
     "convert",
+    "forecast",
     "from_onnx",
     "from_pretrained",
     "load",

@@ -13,7 +13,7 @@ import typer
 from escort import artifact, cache, report
 from escort.cli.console import Output
 from escort.cli.options import check_writable, command
-from escort.network.plan import convolution
+from escort.network.wording import convolution
 from escort.planner import store
 
 _KERNEL = ("Kernel", "For", "Defines", "Registers", "kB", "Used", "Entry")

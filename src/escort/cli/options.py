@@ -19,7 +19,7 @@ import typer
 from torch import nn
 
 import escort
-from escort import artifact
+from escort import artifact, report
 from escort.cli import models
 from escort.cli.console import Output, check_is_file, note_if_busy, reporting
 from escort.cli.engines import ENGINES, placed_on
@@ -353,3 +353,11 @@ def check_writable(path: Path) -> None:
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it or write elsewhere")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path}: the folder {path.parent} is not writable; write elsewhere")
+
+
+def check_page(path: Path) -> None:
+    """Says before the work that a page cannot be written: for its name, its folder, or for want of matplotlib."""
+    if path.suffix != ".html":
+        raise ValueError(f"{path}: a page is an .html file; name it so")
+    check_writable(path)
+    report.require_matplotlib()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from escort.layers import SparseConv2d
 from escort.network.check import Request
 from escort.network.context import dense_in
 from escort.network.example import Example
@@ -92,6 +93,7 @@ def choose(
         device=str(request.device),
         timer=timer,
         methods=tuple(method.name for method in request.methods or ()),
+        sparsities=_sparsities(best.network),
         widened="" if request.widened is None else str(request.widened).removeprefix("torch."),
     )
     why = plan.reason or f"{converted_us:.1f} us, the original {dense_us:.1f} us"
@@ -100,6 +102,11 @@ def choose(
     if original.state is not None:
         original.state.restore(network)
     return ConvertedModel(network, plan, original.model)
+
+
+def _sparsities(network: nn.Module) -> dict[str, float]:
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, SparseConv2d)}
+    return {name: round(layer.filter.sparsity, 4) for name, layer in layers.items()}
 
 
 def batchings_to_try(network: nn.Module, example: Example, favor: Favor | None) -> list[Batching]:
