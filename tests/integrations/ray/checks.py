@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +24,7 @@ import pytest
 import ray
 import torch
 from PIL import Image
+from ray import serve
 from ray.data import ActorPoolStrategy
 
 import escort
@@ -27,7 +33,7 @@ from tests.cli.named import tiny
 from tests.network.models import pruned
 
 BAD = {"017.jpg", "118.jpg"}
-COUNT = 160
+COUNT = 240
 LIMIT_S = 150
 
 
@@ -95,8 +101,9 @@ def below(ancestor: int) -> Iterator[tuple[int, str]]:
             yield process, names[process]
 
 
-def workers_of(driver: subprocess.Popen[str]) -> list[int]:
-    return [process for process, name in below(driver.pid) if name.startswith("ray::") and "Worker" in name]
+def workers_of(driver: subprocess.Popen[str]) -> dict[int, bool]:
+    """The workers that there are, and whether each is in the middle of a task, as Ray names them."""
+    return {process: ".submit" in name for process, name in below(driver.pid) if "MapWorker(" in name}
 
 
 def check_all_there(output: Path, report: Mapping[str, object]) -> None:
@@ -142,10 +149,14 @@ def test_a_predictor_in_a_pipeline(saved: Path) -> None:
 def test_a_killed_worker_is_replaced(saved: Path, images: Path, tmp_path: Path) -> None:
     output = tmp_path / "predictions"
     driver = start(saved, images, output)
-    wait_for_files(output, 1, driver)
-    workers = workers_of(driver)
-    assert len(workers) == 2
-    os.kill(workers[0], signal.SIGKILL)
+    while list((workers := workers_of(driver)).values()) != [True, True]:
+        assert driver.poll() is None, f"it ended too early: {driver.communicate()[1][-4000:]}"
+    os.kill(min(workers), signal.SIGKILL)
+    replaced = set()
+    while driver.poll() is None:
+        replaced |= workers_of(driver).keys() - workers.keys()
+        time.sleep(0.1)
+    assert replaced
     report = report_of(driver)
     assert report["done"] == COUNT - len(BAD) and report["done_before"] == 0 and report["workers"] == 2
     check_all_there(output, report)
@@ -178,6 +189,41 @@ def test_room_for_workers(saved: Path, images: Path, tmp_path: Path) -> None:
     driver = start(saved, images, tmp_path / "predictions", "--threads", 1000)
     assert "error: Ray has room for 0 workers by its CPUs" in driver.communicate()[1]
     assert driver.returncode == 1
+
+
+def test_serving_in_batches(tmp_path: Path) -> None:
+    from examples.serve import MOST, Classifier
+
+    path, pixels = tmp_path / "model.escort", torch.randint(256, (40, 16, 16, 3), dtype=torch.uint8)
+    network = torch.nn.Sequential(escort.Images([0.5] * 3, [0.25] * 3), pruned(tiny().eval()))
+    escort.save(escort.convert(network, pixels[:4], methods=["direct"]), path)
+    bodies = [io.BytesIO() for _ in pixels]
+    for body, image in zip(bodies, pixels, strict=True):
+        Image.fromarray(image.numpy()).save(body, "png")
+    ray.init(address="local", num_cpus=4, include_dashboard=False)
+    try:
+        handle = serve.run(Classifier.bind(str(path)))
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            answers = list(pool.map(ask, [body.getvalue() for body in bodies]))
+        assert ask(b"no image") == (400, {"error": ANY})
+        calls = handle.statistics.remote().result()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    with torch.inference_mode():
+        expected = escort.load(path, remeasure=False)(pixels)
+    assert [status for status, _ in answers] == [200] * len(pixels)
+    np.testing.assert_allclose([said["score"] for _, said in answers], expected.amax(1), rtol=1e-4, atol=1e-5)
+    assert sum(size * count for size, count in calls.items()) == len(pixels)
+    assert calls.total() < len(pixels) and max(calls) <= MOST, "batches of several"
+
+
+def ask(body: bytes) -> tuple[int, dict[str, object]]:
+    try:
+        with urllib.request.urlopen("http://127.0.0.1:8000/", body, timeout=LIMIT_S) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
 
 
 def table_of(blocks: Blocks) -> dict[str, float]:

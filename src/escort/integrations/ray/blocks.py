@@ -22,10 +22,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from escort.artifact.files import replace_file
+from escort.integrations.ray.workers import ID, OUTPUTS
 from escort.report import cell
 
-#: The columns that say whose prediction a row is, and what it is; the list of what could not be read.
-ID, OUTPUTS, FAILED = "input", "outputs", "_failed.csv"
+#: The list of what could not be read.
+FAILED = "_failed.csv"
 _MADE_BY = b"escort"  # the key of what made a file, in its metadata
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from escort.integrations.ray.blocks import ID, Blocks
-from escort.integrations.ray.workers import PATH, Reader, Worker, Written
+from escort.integrations.ray.blocks import Blocks
+from escort.integrations.ray.workers import ID, PATH, Reader, Worker, Written
 from escort.report import printable
 
 _MOST_BYTES = 1 << 26  # of read images in one block, which is what a task takes

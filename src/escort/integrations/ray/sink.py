@@ -9,8 +9,8 @@ import numpy as np
 from ray.data import Datasink
 from ray.data.block import BlockAccessor
 
-from escort.integrations.ray.blocks import ID, OUTPUTS, Blocks
-from escort.integrations.ray.workers import BEGUN, ENDED, PREDICTING_S, READING_S, REASON, Written
+from escort.integrations.ray.blocks import Blocks
+from escort.integrations.ray.workers import BEGUN, ENDED, ID, OUTPUTS, PREDICTING_S, READING_S, REASON, Written
 
 
 class Sink(Datasink[Written]):  # type: ignore[misc]  # Ray is not there where types are checked

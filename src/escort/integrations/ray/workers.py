@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from escort.integrations.ray.blocks import ID
 from escort.integrations.ray.predictor import Predictor
 
+#: The columns of predictions: whose one is, and what it is.
+ID, OUTPUTS = "input", "outputs"
 #: The columns of a batch on its way: where an input lies, what was read, why it could not be read ("" if it could).
 PATH, PIXELS, REASON = "path", "x", "reason"
 #: Its share of the seconds that reading and predicting its batch took; the clock when that began and ended.
@@ -66,7 +67,7 @@ class Worker:
     """Predicts, and reads before where it has a reader. Takes what a Predictor takes."""
 
     def __init__(self, reader: Reader | None = None, **predictor: Any) -> None:
-        self._reader, self._predictor = reader, Predictor(columns=[PIXELS], **predictor)
+        self._reader, self._predictor = reader, Predictor(columns=[PIXELS], output=OUTPUTS, **predictor)
 
     def __call__(self, batch: Batch) -> dict[str, NDArray[Any]]:
         if self._reader is not None:
