@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from benchmarks.commands import conversions, forecast, layers, networks, paper, ranking, render, speed, zoo
+from benchmarks.commands import conversions, forecast, layers, networks, paper, ranking, render, scaling, speed, zoo
 
 app = typer.Typer(
     help="Measure what Escort's documents quote.",
@@ -14,7 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for module in (layers, networks, speed, conversions, forecast, ranking, paper, render, zoo):
+for module in (layers, networks, speed, conversions, forecast, ranking, scaling, paper, render, zoo):
     app.command(module.__name__.rpartition(".")[2])(module.main)
 
 if __name__ == "__main__":

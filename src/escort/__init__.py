@@ -19,6 +19,7 @@ from importlib.metadata import version
 from escort import prune
 from escort.artifact import ArtifactError, load, save
 from escort.filter import SparseFilter
+from escort.integrations import ray
 from escort.integrations.hub import from_pretrained, push_to_hub, save_pretrained
 from escort.integrations.onnx import OnnxError, from_onnx
 from escort.layers import Images
@@ -53,6 +54,7 @@ __all__ = [
     "load",
     "plan_layer",
     "prune",
+    "ray",
     "replan",
     "save",
 ]

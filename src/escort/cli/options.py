@@ -132,8 +132,11 @@ class SavedOptions:
     def load(self) -> ConvertedModel:
         """The model, ready to run."""
         check_is_file(self.saved, SAVED)
-        model = None if self.original is None else models.load(self.original)
-        return artifact.load(self.saved, model, device=self.device, kernels=self.kernels)
+        return artifact.load(self.saved, self.original_model(), device=self.device, kernels=self.kernels)
+
+    def original_model(self) -> nn.Module | None:
+        """The dense model, where one was named."""
+        return None if self.original is None else models.load(self.original)
 
 
 @dataclass(frozen=True)
