@@ -8,14 +8,20 @@ later version builds keeps to the stable ABI, and serves all of them from 3.12 o
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from elftools.elf.elffile import ELFFile
+from elftools.elf.gnuversions import GNUVerSymSection
+from elftools.elf.sections import SymbolTableSection
 
 ROOT = Path(__file__).parents[1]
 DIST, BUILD = ROOT / "dist", ROOT / "build" / "wheels"
@@ -74,7 +80,26 @@ def build_wheel(sources: Path, python: str, arch: str, kernels: Path | None) -> 
         raise SystemExit(
             f"{wheel.name} asks for more than glibc 2.{GLIBC} and what came with it: see `auditwheel show`"
         )
+    if missing := _missing(wheel):
+        raise SystemExit(f"{wheel.name} calls what nothing defines: {', '.join(sorted(missing))}")
     wheel.rename(DIST / wheel.name)
+
+
+def _missing(wheel: Path) -> set[str]:
+    """The symbols that a wheel's modules need of no library, but for Python's own, which the interpreter has."""
+    found = set[str]()
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if not name.endswith(".so"):
+                continue
+            elf = ELFFile(io.BytesIO(archive.read(name)))
+            versions, symbols = elf.get_section_by_name(".gnu.version"), elf.get_section_by_name(".dynsym")
+            assert isinstance(versions, GNUVerSymSection) and isinstance(symbols, SymbolTableSection)
+            for number, symbol in enumerate(symbols.iter_symbols()):
+                is_needed = symbol["st_shndx"] == "SHN_UNDEF" and symbol["st_info"]["bind"] == "STB_GLOBAL"
+                if is_needed and versions.get_symbol(number)["ndx"] == "VER_NDX_GLOBAL":
+                    found.add(symbol.name)
+    return {name for name in found if not name.startswith(("Py", "_Py"))}
 
 
 def _cross(arch: str) -> dict[str, str]:

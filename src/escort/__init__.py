@@ -21,6 +21,7 @@ from escort.filter import SparseFilter
 from escort.integrations.hub import from_pretrained, push_to_hub, save_pretrained
 from escort.integrations.onnx import OnnxError, from_onnx
 from escort.layers import Images
+from escort.network.compare import Comparison, compare
 from escort.network.convert import convert, replan
 from escort.network.model import ConvertedModel
 from escort.network.plan import NetworkPlan
@@ -34,6 +35,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # what is logged 
 __all__ = [
     "ArtifactError",
     "Candidate",
+    "Comparison",
     "ConvertedModel",
     "Epilogue",
     "Images",
@@ -43,6 +45,7 @@ __all__ = [
     "Problem",
     "SparseFilter",
     "__version__",
+    "compare",
     "convert",
     "from_onnx",
     "from_pretrained",
