@@ -23,6 +23,7 @@ from escort.integrations import ray
 from escort.integrations.hub import from_pretrained, push_to_hub, save_pretrained
 from escort.integrations.onnx import OnnxError, from_onnx
 from escort.layers import Images
+from escort.network.compare import Comparison, compare
 from escort.network.convert import convert, replan
 from escort.network.forecast.forecast import Forecast, forecast
 from escort.network.model import ConvertedModel
@@ -37,6 +38,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # what is logged 
 __all__ = [
     "ArtifactError",
     "Candidate",
+    "Comparison",
     "ConvertedModel",
     "Epilogue",
     "Forecast",
@@ -47,6 +49,7 @@ __all__ = [
     "Problem",
     "SparseFilter",
     "__version__",
+    "compare",
     "convert",
     "forecast",
     "from_onnx",

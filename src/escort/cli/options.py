@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from functools import wraps
 from itertools import chain, repeat
 from pathlib import Path
@@ -34,7 +34,7 @@ from escort.runtime import Favor
 SAVED = "one that escort convert wrote"
 
 
-class PrecisionName(str, Enum):
+class PrecisionName(StrEnum):
     """The precisions of a Problem, as Typer wants them."""
 
     FP32 = "fp32"
@@ -43,7 +43,7 @@ class PrecisionName(str, Enum):
     BF16 = "bf16"
 
 
-class FavorName(str, Enum):
+class FavorName(StrEnum):
     """What threads of a CPU may do for, as Typer wants it."""
 
     LATENCY = "latency"
