@@ -47,19 +47,29 @@ def seed_of(result: Result) -> int:
 
 def read_results(folder: Path) -> dict[str, Result]:
     """The study's files in a folder, by name without ending. Raises ValueError where there are none."""
-    paths = {f"{stem}-{precision}": folder / f"{stem}-{precision}.json" for stem in STEMS for precision in PRECISIONS}
-    results = {stem: Result.read(path) for stem, path in paths.items() if path.is_file()}
+    results = find_results(folder)
     if not results:
         raise ValueError(f"{folder} holds no results of a study; run: python -m benchmarks paper --out {folder}")
     return results
 
 
+def find_results(folder: Path) -> dict[str, Result]:
+    """As :func:`read_results`, of a folder that may hold none, or not be there."""
+    paths = {f"{stem}-{precision}": folder / f"{stem}-{precision}.json" for stem in STEMS for precision in PRECISIONS}
+    return {stem: Result.read(path) for stem, path in paths.items() if path.is_file()}
+
+
 @dataclass(frozen=True)
 class Item:
-    """A few rows that are measured in one go; `label` tells it from the others of its file."""
+    """A few rows that are measured in one go; `label` tells it from the others of its file.
+
+    Attributes:
+        seconds: that it is expected to take.
+    """
 
     label: str
     measure: Callable[[], list[Row]]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,13 +110,13 @@ def measure(
     """Measures the items that a folder's files do not hold yet, and returns what failed: why, by file and label.
 
     An item that fails does not end the study: it is named in its file's header, and tried again by the next run. The
-    header names what was left out of an item, too.
+    header names what was left out of an item, too, how many seconds each took, and every run that the rows come from.
 
     Args:
         work: items by the stem of their file.
         head: of every file; rows are only added to a file of the same study and machine.
         again: measure all anew.
-        seconds: after which no further item begins; None for no end.
+        seconds: after which no further item begins, nor one that is expected to end later; None for no end.
         begin: called with stem and label as each item begins, also those that are skipped.
         end: called with what became of each that was measured, once the file holds it.
 
@@ -120,27 +130,40 @@ def measure(
     for stem, items in work.items():
         before = earlier.get(stem, Result({}, []))
         rows, finished, left_out = before.rows, before.header.get("finished", []), before.header.get("left_out", [])
+        seconds_of, runs = before.header.get("seconds", {}), [*runs_of(before.header), _run(head)]
         failed: dict[str, str] = {}
         for item in items:
             begin(stem, item.label)
-            if item.label in finished or time.perf_counter() > last:
+            if item.label in finished or time.perf_counter() + item.seconds > last:
                 continue
             outcome = _outcome(item)
             left_out += outcome.left_out
             if outcome.failure is None:
                 rows += outcome.rows
                 finished.append(item.label)
+                seconds_of[item.label] = round(outcome.seconds, 1)
             else:
                 failed[item.label] = outcome.failure
             complete = all(other.label in finished for other in items)
             state = {"complete": complete, "finished": finished, "failed": failed, "left_out": left_out}
-            if before.header:
-                state["continues"] = {name: before.header.get(name) for name in ("date", "commit", "command")}
+            state |= {"seconds": seconds_of, "runs": runs}
             write = partial(suite.write_results, head={**head, **state}, rows=rows)
             replace_file(paths[stem], write)
             end(stem, item.label, outcome)
         failures |= {f"{stem}, {label}": why for label, why in failed.items()}
     return failures
+
+
+def runs_of(header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Date, commit and command of every run that a file's rows come from, the last one last."""
+    if not header:
+        return []
+    continued = [header["continues"]] if "continues" in header else []  # files of before all runs were kept
+    return list(header.get("runs", [*continued, _run(header)]))
+
+
+def _run(header: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: header.get(name) for name in ("date", "commit", "command")}
 
 
 def _outcome(item: Item) -> Outcome:
