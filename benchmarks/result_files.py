@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks import suite
+from benchmarks.ahead import Ahead, Compilation
 from benchmarks.suite import Row
 from escort.artifact.files import replace_file
 from escort.problem import Precision
@@ -61,14 +62,17 @@ def find_results(folder: Path) -> dict[str, Result]:
 
 @dataclass(frozen=True)
 class Item:
-    """A few rows that are measured in one go; `label` tells it from the others of its file.
+    """A few rows that are measured in one go.
 
     Attributes:
-        seconds: that it is expected to take.
+        label: tells it from the others of its file.
+        compilation: what is compiled for them that may be compiled ahead.
+        seconds: that they are expected to take.
     """
 
     label: str
     measure: Callable[[], list[Row]]
+    compilation: Compilation | None = None
     seconds: float = 0.0
 
 
@@ -104,6 +108,8 @@ def measure(
     *,
     again: bool = False,
     seconds: float | None = None,
+    ahead: Ahead | None = None,
+    interleaved: bool = False,
     begin: Callable[[str, str], object] = lambda stem, label: None,
     end: Callable[[str, str, Outcome], object] = lambda stem, label, outcome: None,
 ) -> dict[str, str]:
@@ -117,6 +123,8 @@ def measure(
         head: of every file; rows are only added to a file of the same study and machine.
         again: measure all anew.
         seconds: after which no further item begins, nor one that is expected to end later; None for no end.
+        ahead: compiles meanwhile for the items that are to be measured, where it was made for any processes.
+        interleaved: an item's namesakes of all files follow one another; else the files do.
         begin: called with stem and label as each item begins, also those that are skipped.
         end: called with what became of each that was measured, once the file holds it.
 
@@ -125,33 +133,48 @@ def measure(
     """
     paths = {stem: folder / f"{stem}.json" for stem in work}
     earlier = {stem: known(path, head) for stem, path in paths.items() if path.is_file() and not again}
-    failures: dict[str, str] = {}
+    files = {stem: _File(paths[stem], head, items, earlier.get(stem, Result({}, []))) for stem, items in work.items()}
+    turns = [(stem, item) for stem, items in work.items() for item in items]
+    if interleaved:
+        labels = list(dict.fromkeys(item.label for _, item in turns))
+        turns.sort(key=lambda turn: labels.index(turn[1].label))
     last = math.inf if seconds is None else time.perf_counter() + seconds
-    for stem, items in work.items():
-        before = earlier.get(stem, Result({}, []))
-        rows, finished, left_out = before.rows, before.header.get("finished", []), before.header.get("left_out", [])
-        seconds_of, runs = before.header.get("seconds", {}), [*runs_of(before.header), _run(head)]
-        failed: dict[str, str] = {}
-        for item in items:
+    ahead = ahead or Ahead()
+    with ahead.of(item.compilation for stem, item in turns if item.label not in files[stem].finished):
+        for stem, item in turns:
             begin(stem, item.label)
-            if item.label in finished or time.perf_counter() + item.seconds > last:
+            if item.label in files[stem].finished or time.perf_counter() + item.seconds > last:
                 continue
+            ahead.turn_to(item.compilation)
             outcome = _outcome(item)
-            left_out += outcome.left_out
-            if outcome.failure is None:
-                rows += outcome.rows
-                finished.append(item.label)
-                seconds_of[item.label] = round(outcome.seconds, 1)
-            else:
-                failed[item.label] = outcome.failure
-            complete = all(other.label in finished for other in items)
-            state = {"complete": complete, "finished": finished, "failed": failed, "left_out": left_out}
-            state |= {"seconds": seconds_of, "runs": runs}
-            write = partial(suite.write_results, head={**head, **state}, rows=rows)
-            replace_file(paths[stem], write)
+            files[stem].add(item, outcome)
             end(stem, item.label, outcome)
-        failures |= {f"{stem}, {label}": why for label, why in failed.items()}
-    return failures
+    return {f"{stem}, {label}": why for stem, file in files.items() for label, why in file.failed.items()}
+
+
+class _File:
+    """A result file that grows item by item, on what an earlier run left in it."""
+
+    def __init__(self, path: Path, head: Mapping[str, Any], items: Sequence[Item], before: Result) -> None:
+        self._path, self._head, self._items = path, head, items
+        self._runs, self._seconds = [*runs_of(before.header), _run(head)], before.header.get("seconds", {})
+        self._rows, self._left_out = before.rows, before.header.get("left_out", [])
+        self.finished: list[str] = before.header.get("finished", [])
+        self.failed: dict[str, str] = {}
+
+    def add(self, item: Item, outcome: Outcome) -> None:
+        """Writes it with what became of an item."""
+        self._left_out += outcome.left_out
+        if outcome.failure is None:
+            self._rows += outcome.rows
+            self.finished.append(item.label)
+            self._seconds[item.label] = round(outcome.seconds, 1)
+        else:
+            self.failed[item.label] = outcome.failure
+        complete = all(other.label in self.finished for other in self._items)
+        names = {"complete": complete, "finished": self.finished, "failed": self.failed, "left_out": self._left_out}
+        names |= {"seconds": self._seconds, "runs": self._runs}
+        replace_file(self._path, partial(suite.write_results, head={**self._head, **names}, rows=self._rows))
 
 
 def runs_of(header: Mapping[str, Any]) -> list[dict[str, Any]]:

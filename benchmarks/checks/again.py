@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import counters, study, suite
+from benchmarks.ahead import Ahead
 from benchmarks.checks.sample import Key, Subject
 from benchmarks.commands.speed import SpeedOptions
 from benchmarks.findings.break_even import sparsity_of
@@ -195,7 +196,7 @@ def _speed(subject: Subject, keys: Sequence[Key], bench: Bench) -> list[Row]:
     options = SpeedOptions(formats=",".join(formats or suite.BOTH_FORMATS), effort=effort and str(effort), **of)
     if not options.has_file(row.weights):
         bench.file(row.weights)
-    return options.item((row.network, row.weights, row.batch), _precision(subject), device).measure()
+    return options.item((row.network, row.weights, row.batch), _precision(subject), device, Ahead()).measure()
 
 
 def _breakdown(subject: Subject, keys: Sequence[Key], bench: Bench) -> list[Row]:

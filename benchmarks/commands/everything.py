@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import suite
-from benchmarks.commands.options import PROGRAM, SecondsOption, SeedOption
+from benchmarks.ahead import Ahead
+from benchmarks.commands.options import PROGRAM, AheadOption, SecondsOption, SeedOption
 from benchmarks.commands.parts import Part, parts, with_seconds
 from benchmarks.commands.telling import telling
 from benchmarks.result_files import Item, Result, find_results, measure
@@ -50,16 +51,16 @@ class EverythingOptions:
         bool, typer.Option("--list", help="Say what would be measured and how long; measure nothing.")
     ] = False
     seconds: SecondsOption = None
+    ahead: AheadOption = 0
     seed: SeedOption = 0
     verbose: VerboseOption = 0
 
-    def chosen(self, device: str, known: Mapping[str, Result]) -> list[Part]:
+    def chosen(self, device: str, known: Mapping[str, Result], ahead: Ahead) -> list[Part]:
         """The parts with the items that are wanted. Raises ValueError where there are none."""
+        made = parts(device, self.patterns, seed=self.seed, ncu=self.ncu, ahead=ahead)
         found = [
             replace(part, work=work)
-            for part in (
-                with_seconds(part, known) for part in parts(device, self.patterns, seed=self.seed, ncu=self.ncu)
-            )
+            for part in (with_seconds(part, known) for part in made)
             if (work := self._wanted(part.work))
         ]
         if not found:
@@ -84,11 +85,12 @@ def main(options: EverythingOptions, output: Output) -> None:
     if device != "cpu" and options.threads is not None:
         raise ValueError("--threads is for the CPU; leave it out, or give --device cpu")
     known = find_results(options.into)
-    chosen = options.chosen(device, known)
+    ahead = Ahead(options.ahead)
+    chosen = options.chosen(device, known, ahead)
     if not options.listed:
         options.into.mkdir(parents=True, exist_ok=True)
         with placed_on(options.threads):
-            failures = _measure(chosen, options, device)
+            failures = _measure(chosen, options, device, ahead)
         output.failed = bool(failures)
         for what, why in failures.items():
             note(f"failed: {what}: {why}")
@@ -100,7 +102,7 @@ def main(options: EverythingOptions, output: Output) -> None:
         note(f"{options.patterns} holds no resnet50_magnitude_90.npz: what is about real patterns is left out")
 
 
-def _measure(chosen: Sequence[Part], options: EverythingOptions, device: str) -> dict[str, str]:
+def _measure(chosen: Sequence[Part], options: EverythingOptions, device: str, ahead: Ahead) -> dict[str, str]:
     """What failed, of all parts, one behind the other in the time that there is."""
     line, failures = command_line(PROGRAM), dict[str, str]()
     last = None if options.seconds is None else time.perf_counter() + options.seconds
@@ -112,7 +114,7 @@ def _measure(chosen: Sequence[Part], options: EverythingOptions, device: str) ->
                 failures |= run(part.study, part.work, options.into, line, **about)
             else:
                 head = suite.header(line, device) | part.head
-                failures |= measure(part.work, options.into, head, **about)
+                failures |= measure(part.work, options.into, head, ahead=ahead, **about)
     return failures
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import suite
+from benchmarks.ahead import Ahead
 from benchmarks.commands.conversions import ConversionOptions
 from benchmarks.commands.options import RunOptions
 from benchmarks.commands.speed import SpeedOptions
@@ -30,7 +31,7 @@ EFFORTS: dict[Precision, Effort] = {"fp16": "fast", "tf32": "fast", "fp32": 25.0
 #: Seconds that an item of a file of these stems takes, roughly, where no file tells.
 SECONDS = {
     **{"layers": 2.5, "patterns": 1.5, "break-even": 2.0, "ablation": 4.0, "counters": 15.0, "breakdown": 3.0},
-    **{"networks": 40.0, "inference": 90.0, "speed": 60.0, "speed-fp32": 300.0, "conversions": 60.0},
+    **{"networks": 40.0, "inference": 90.0, "speed": 60.0, "speed-fp32": 90.0, "conversions": 60.0},
 }
 _PATTERNS = ("resnet50_magnitude_90", "resnet50_magnitude_95")
 
@@ -71,15 +72,18 @@ CPU_NETWORKS = (
 )
 
 
-def parts(device: str, patterns: Path, *, seed: int = 0, ncu: bool = False) -> list[Part]:
+def parts(device: str, patterns: Path, *, seed: int = 0, ncu: bool = False, ahead: Ahead | None = None) -> list[Part]:
     """What there is to measure on a device, what documents quote most first.
 
     Args:
         patterns: the folder of files of real patterns; what needs one that is not there is left out.
         ncu: read hardware counters too.
+        ahead: compiles meanwhile what torch.compile makes of networks.
     """
     found = tuple(path for name in _PATTERNS if (path := patterns / f"{name}.npz").is_file())
-    return list(_on_cpu(found, seed) if device == "cpu" else _on_gpu(device, found, patterns, seed, ncu))
+    return list(
+        _on_cpu(found, seed) if device == "cpu" else _on_gpu(device, found, patterns, seed, ncu, ahead or Ahead())
+    )
 
 
 def with_seconds(part: Part, known: Mapping[str, Result]) -> Part:
@@ -97,14 +101,14 @@ def with_seconds(part: Part, known: Mapping[str, Result]) -> Part:
     return replace(part, work={stem: [told(stem, item) for item in items] for stem, items in part.work.items()})
 
 
-def _on_gpu(device: str, files: Sequence[Path], folder: Path, seed: int, ncu: bool) -> Iterator[Part]:
-    study = Study(device=device, search=6, budget_s=0.1, seed=seed, factories=NETWORKS)
+def _on_gpu(device: str, files: Sequence[Path], folder: Path, seed: int, ncu: bool, ahead: Ahead) -> Iterator[Part]:
+    study = Study(device=device, search=6, budget_s=0.1, seed=seed, factories=NETWORKS, ahead=ahead)
     yield _paper(study, QUESTIONS["rq3"])
-    speed = SpeedOptions(patterns=folder, device=device, seed=seed)
-    for precision in speed.precisions(device):
+    for precision, effort in EFFORTS.items():
+        speed = SpeedOptions(patterns=folder, device=device, seed=seed, effort=str(effort))
         keys = [key for key in speed.chosen(precision) if speed.has_file(key[1])]
-        work = {f"speed-{precision}": [speed.item(key, precision, device) for key in keys]}
-        yield Part(work, {"study": {"device": device, "seed": seed}})
+        work = {f"speed-{precision}": [speed.item(key, precision, device, ahead) for key in keys]}
+        yield Part(work, {"study": {"device": device, "seed": seed}, "effort": effort})
     if files:
         pruned = replace(study, patterns=tuple(files), layers="module*,conv2d_[!0]*", search=3)
         yield _merged([_paper(replace(pruned, batch=batch), QUESTIONS["patterns"]) for batch in (32, 128)])

@@ -93,4 +93,6 @@ def run(
     for path in folder.glob("layers-*.json") if needed else ():
         for row in result_files.known(path, head).rows:
             study.raced.setdefault((row.network, row.layer, row.batch, row.dtype), []).append(row)
-    return result_files.measure(work, folder, head, again=again, seconds=seconds, begin=begin, end=end)
+    return result_files.measure(
+        work, folder, head, again=again, seconds=seconds, ahead=study.ahead, begin=begin, end=end
+    )

@@ -11,11 +11,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from benchmarks.suite.networks import BOTH_FORMATS, NetworkRace, converted_alone
 from escort.layers import SparseConv2d
 from escort.methods import Method
 from escort.network.check import Effort
 from escort.network.choose import choose
-from escort.network.convert import convert
 from escort.network.model import ConvertedModel
 from escort.network.passes.operations import replace_module
 from escort.network.swap import Swapped, Unplanned
@@ -26,11 +26,14 @@ from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision
 
 
 def convert_keeping(
-    model: nn.Module, x: Tensor, *, precision: Precision, effort: Effort, progress: bool = False
+    model: nn.Module, x: Tensor, *, precision: Precision, effort: Effort, formats: Sequence[MemoryFormat] = BOTH_FORMATS
 ) -> tuple[ConvertedModel, list[Swapped]]:
     """The model converted, and the networks that it was chosen from: one for each memory format.
 
     All are planned, whatever the effort: a rival may be fastest in another than ours.
+
+    Args:
+        formats: memory formats, of which only those are planned, where there is a network for any of them.
     """
     networks: list[Swapped] = []
 
@@ -41,11 +44,12 @@ def convert_keeping(
     def all_of(
         found: Mapping[MemoryFormat, Unplanned], _: object
     ) -> tuple[Mapping[MemoryFormat, Unplanned], dict[str, str]]:
-        return found, {}
+        wanted = {name: network for name, network in found.items() if name in formats}
+        return wanted or found, {}
 
     stage = "escort.network.convert"
     with mock.patch(f"{stage}.choose", keep), mock.patch(f"{stage}.likely", all_of):
-        converted = convert(model, x, precision=precision, effort=effort, progress=progress)
+        converted = converted_alone(model, x, NetworkRace(precision=precision, effort=effort))
     return converted, networks
 
 
