@@ -34,7 +34,7 @@ class EverythingOptions:
     ]
     device: Annotated[str, typer.Option(help="cuda, cuda:1 or cpu.")] = "cuda"
     only: Annotated[
-        str, typer.Option(metavar="GLOB,...", help="Only files named like these, for example layers-*,speed-fp16.")
+        str, typer.Option(metavar="GLOB,...", help="Only files named like these, in this order: speed-fp16,layers-*.")
     ] = "*"
     items: Annotated[
         str, typer.Option(metavar="GLOB,...", help="Only items named like these, for example 'resnet50*'.")
@@ -65,14 +65,18 @@ class EverythingOptions:
         ]
         if not found:
             raise ValueError(f"--only {self.only} --items {self.items}: nothing is named so; --list says what there is")
-        return found
+        return sorted(found, key=lambda part: min(map(self._place, part.work)))
+
+    def _place(self, stem: str) -> int:
+        """Where a file is named: that is its turn."""
+        return next(index for index, glob in enumerate(self.only.split(",")) if fnmatch(stem, glob))
 
     def _wanted(self, work: Mapping[str, Sequence[Item]]) -> dict[str, list[Item]]:
         of_files = {stem: items for stem, items in work.items() if _is_like(stem, self.only)}
         wanted = {
             stem: [item for item in items if _is_like(item.label, self.items)] for stem, items in of_files.items()
         }
-        return {stem: items for stem, items in wanted.items() if items}
+        return {stem: wanted[stem] for stem in sorted(wanted, key=self._place) if wanted[stem]}
 
 
 @command

@@ -64,6 +64,11 @@ def test_nothing_begins_that_would_end_too_late(measured: list[str], tmp_path: P
     assert measured == ["networks-fp32 a", "networks-fp32 b"], "they take no time, but others of their kind do"
 
 
+def test_files_are_measured_in_the_order_in_which_they_are_named(measured: list[str], tmp_path: Path) -> None:
+    invoke("all", "--into", tmp_path, "--device", "cpu", "--only", "speed-*,*")
+    assert measured[0] == "speed-fp32 a" and measured[-1] == "networks-fp32 b"
+
+
 def test_bad_input(measured: list[str], tmp_path: Path) -> None:
     nothing = invoke("all", "--into", tmp_path, "--device", "cpu", "--only", "none")
     assert nothing.exit_code == 2 and "--list says what there is" in nothing.stderr
