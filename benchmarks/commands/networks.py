@@ -93,4 +93,5 @@ def _measure(chosen: NetworkOptions, engines: EngineOptions, options: RunOptions
         x = torch.randn(batch, *subject.input_size).to(device, TORCH_DTYPE[options.precision.value])
         model = subject.model.to(device, TORCH_DTYPE[options.precision.value])
         rows += suite.measure_network(model, x, network=subject.name, weights=subject.weights, race=race)
+    results.head["effort"] = race.effort
     results.finish(output, rows)
