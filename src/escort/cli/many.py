@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,7 @@ _ROWS = 1024
 _LITTLE = 0.5  # of the workers' time
 
 
-class Engine(str, Enum):
+class Engine(StrEnum):
     """What runs the inputs, as Typer wants it."""
 
     HERE = "here"
