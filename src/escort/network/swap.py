@@ -16,13 +16,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from escort.filter import SparseFilter
-from escort.layers import FusedConv2d, SparseConv2d
+from escort.layers import FusedConv2d, SparseConv2d, Squeeze
 from escort.layers.weight import is_outside
 from escort.methods import by_name
 from escort.network.check import Request
 from escort.network.context import naming, running_out
 from escort.network.original import Original
 from escort.network.passes.operations import replace_module
+from escort.network.passes.squeezes import ONE_LAUNCH
 from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan, plan_layers
 from escort.planner.cores import BUSY, Watch
@@ -152,8 +153,10 @@ def find_layers(
     layers: dict[str, Layer] = {}
     skipped = dict(skipped)
     for name, shape in calls.items():
-        module = network.get_submodule(name)
-        reason = None
+        module, reason = network.get_submodule(name), None
+        if isinstance(network.get_submodule(name.rpartition(".")[0]), Squeeze):
+            skipped[name] = ONE_LAUNCH
+            continue
         if isinstance(module, nn.Conv2d):  # of a module without a graph
             reason = request.left_alone(name, module) or unsupported(module)
         if len(shape) != 4:
