@@ -251,6 +251,7 @@ void add_shared(u32 address, float* d) {
   load_shared(address, v);
   d[0] += v.x, d[1] += v.y, d[2] += v.z, d[3] += v.w;
 }
+void keep(u32, u32, u32) {}
 void load_shared_if(u32 condition, u32 address, u32& v) { condition ? load_shared(address, v) : std::abort(); }
 // Matrices of 8 x 8 between registers and shared memory; a lane has the address of a row.
 void addresses(u32 address, u32* rows) {

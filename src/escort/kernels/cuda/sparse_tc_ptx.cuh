@@ -101,6 +101,13 @@ __device__ void mma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
 }
 
+// A use of a register, so that it holds its value until here. It is a store that is never done, since the compiler may
+// move calculations to before a wait for the tensor cores.
+__device__ void keep(u32 value, u32 never, u32 unused) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.volatile.shared.b32 [%2], %0; }" ::"r"(value), "r"(never),
+               "r"(unused)
+               : "memory");
+}
 // From here on a register may hold any value.
 __device__ void forget(float& v) { asm volatile("" : "=f"(v)); }
 __device__ void forget(u32& v) { asm volatile("" : "=r"(v)); }
