@@ -85,7 +85,6 @@ def test_the_search_ranks_what_fits(problem: Problem) -> None:
         times = [predict_us(tiling, NONE, H200) for tiling in candidates(problem, H200, memory_format)]  # type: ignore[arg-type]
         assert min(predict_us(tiling, NONE, H200) for tiling in tilings) < 1.1 * min(times)
         assert len({replace(config, cluster=1) for config in configs}) >= 3, "of some variety"
-        assert {config.by_turns for config in configs[:2]} == {False, True}
         assert predict_us(tilings[0], NONE, H200) < 1.1 * min(times), "best guess first"
 
 

@@ -166,6 +166,7 @@ void barrier_arrive(u32 barrier) { block->barriers.at(barrier).change(1, 0); }
 u32 barrier_of(u32 barrier, u32 other) { return barrier | other << 24; }
 void barrier_arrive_remotely(u32 remote) { blocks[remote >> 24].barriers.at(remote & 0xffffff).change(1, 0); }
 u32 barrier_test(u32 barrier, u32 parity) { return block->barriers.at(barrier).has_ended(parity); }
+void prefetch(const TensorMap&) {}
 bool is_elected() { return threadIdx.x % 32 == 0; }
 void barrier_wait_opaque(u32 barrier, u32 parity) { block->barriers.at(barrier).wait(parity); }
 void barriers_are_ready() {}
@@ -250,6 +251,7 @@ void add_shared(u32 address, float* d) {
   load_shared(address, v);
   d[0] += v.x, d[1] += v.y, d[2] += v.z, d[3] += v.w;
 }
+void keep(u32, u32, u32) {}
 void load_shared_if(u32 condition, u32 address, u32& v) { condition ? load_shared(address, v) : std::abort(); }
 // Matrices of 8 x 8 between registers and shared memory; a lane has the address of a row.
 void addresses(u32 address, u32* rows) {

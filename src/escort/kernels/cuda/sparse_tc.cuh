@@ -45,17 +45,17 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
   const Warpgroup group;
   Products products(p, base, group, samples < 0);
   Store store(p, base, group, out, samples);
-  wait_for_previous_kernel();  // which may have written the residual, and read what y overwrites
   int turn = 0;  // BY_TURNS: which warpgroup has a tile's first tap group and stores, while the other one goes on
   for (Work work(p, tile_groups); work.left(); work.next(), turn ^= 1) {
     const int first_channel = (work.m_tile() * ACROSS + group.across) * M_BLOCKS * 64;
     const bool stores = !BY_TURNS || group.number == turn;
-    if (!BY_TURNS) store.begin(first_channel, work.tile());
     const int* const firsts = first + work.m_tile() * p.tap_groups;
     const int step = __ldg(firsts);
+    if (!BY_TURNS) store.begin(first_channel, work.tile());
     products.start(steps + step, stores ? 0 : __ldg(firsts + 1) - step);
     const Bias biases(bias + first_channel);
     products.wait();
+    wait_for_previous_kernel();  // which may read what y overwrites
     if (BY_TURNS && !stores) {
       store.end();
       sync(1 + group.number, WARPGROUP);
@@ -96,6 +96,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     barrier_init(base + NO_STAGE, 1);
     barriers_are_ready();
   }
+  if (threadIdx.x == CONSUMERS) prefetch(x_map);
+  if (threadIdx.x == CONSUMERS + WARPGROUP / 2) PREFETCH_OUTPUTS(p.residual);
   // HALO: the padding behind a tap group's last row, which no next row holds.
   for (int stage = 0; TAP_GROUP == HALO && stage < B_STAGES; stage++) {
     u8* const zeros = memory + B_BEGIN + stage * p.b_stage_bytes + p.load_pixels * PIXEL_BYTES;

@@ -65,9 +65,9 @@ __device__ void copy_pixels(const Params& p, u32 base, const TensorMap& x_map, i
   const int stage_bytes = b_stage_bytes(p);
   const int load_bytes = WHOLE_ROWS ? kept(p.load_pixels * PIXEL_BYTES) : TILE_PIXELS * PIXEL_BYTES;
   if (!is_elected()) return;
-  wait_for_previous_kernel();  // which may have written x
   for (Work work(p, tile_groups); work.left(); work.next()) {
     pixels.begin(work.tile());
+    wait_for_previous_kernel();  // which may have written x; it is done when this comes here again
 #pragma unroll 1
     for (int groups = p.tap_groups; groups > 0; groups--) {
       barrier_wait_opaque(base + EMPTY_B + 8 * ring.stage, ring.parity ^ 1);

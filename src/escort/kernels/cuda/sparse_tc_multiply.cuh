@@ -98,7 +98,9 @@ struct Products {
     if (releases) barrier_arrive_remotely(last_a);
     if (lane == 0) barrier_arrive(last_b);
 #pragma unroll
-    for (int i = 0; i < M_BLOCKS; i++) forget(metadata[0][i]), forget(metadata[1][i]);
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int j = 0; j < M_BLOCKS; j++) keep(metadata[i][j], !always[0], base + NO_STAGE), forget(metadata[i][j]);
   }
 
   // BY_TURNS: sums go to the other warpgroup, thread by thread, through memory in which both stage outputs: no warp

@@ -7,6 +7,9 @@ struct __align__(64) TensorMap {
   u64 opaque[16];
 };
 
+// Lets the copy engine read it, so that the first copy need not wait for that.
+__device__ void prefetch(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
 // ------------------------------------------------------------------------------------------------------ clusters ----
 // A barrier of this block in another block of the cluster, as an address there.
 __device__ u32 barrier_of(u32 barrier, u32 block) {
@@ -98,6 +101,13 @@ __device__ void mma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
 }
 
+// A use of a register, so that it holds its value until here. It is a store that is never done, since the compiler may
+// move calculations to before a wait for the tensor cores.
+__device__ void keep(u32 value, u32 never, u32 unused) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.volatile.shared.b32 [%2], %0; }" ::"r"(value), "r"(never),
+               "r"(unused)
+               : "memory");
+}
 // From here on a register may hold any value.
 __device__ void forget(float& v) { asm volatile("" : "=f"(v)); }
 __device__ void forget(u32& v) { asm volatile("" : "=r"(v)); }

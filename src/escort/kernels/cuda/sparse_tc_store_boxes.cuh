@@ -53,6 +53,7 @@ struct Store {
   // Lets the residual come, while the products are computed.
   __device__ void begin(int first_channel, int tile) {
     if (p.residual && leads) {
+      wait_for_previous_kernel();  // which may have written it
       store_wait();
       barrier_expect(residual_here, M_BLOCKS * p.store_pixels * PIXEL_BYTES);
       copy_boxes(true, out.residual_map, first_channel, tile);

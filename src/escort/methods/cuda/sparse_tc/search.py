@@ -20,8 +20,6 @@ _SHAPES = (  # across, m_blocks and whether by turns
     (2, 2, False),
     (1, 1, False),
     (1, 2, False),
-    (1, 1, True),
-    (1, 2, True),
 )
 _PIXELS = (48, 64, 96, 112, 128, 192, 256)  # of products whose tiles are not rows
 _SAMPLES = (2, 3, 4, 6, 8)  # of a tile of several
