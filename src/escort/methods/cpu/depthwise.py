@@ -79,13 +79,20 @@ class Depthwise(Method):
         configs: dict[DepthwiseConfig, None] = {}  # in order, each once
         for isa in [name for name in LANES if name != "generic"] or ["generic"]:
             lanes = LANES[isa]
-            # Where two rows fit into a vector, half of it would be idle. Slopes differ from plane to plane.
-            fits_two = lanes >= 16 and 2 * problem.out_width <= lanes and problem.epilogue.activation != "prelu"
             stage = _stage(problem, _Layout.of(problem, lanes).pitch)
-            for planes in (2, 1) if fits_two else (1,):
+            for planes in (2, 1) if _fits_two(problem, lanes) else (1,):
                 for rows in (MOST_ROWS, MOST_ROWS // 2):
                     configs[DepthwiseConfig(isa, min(rows, problem.out_height), stage, planes)] = None
         return tuple(configs)
+
+    def offers(self, problem: Problem, sparse_filter: SparseFilter, config: DepthwiseConfig) -> bool:
+        """Whatever the kernel runs: what is tried depends on the number of threads, which may be another later."""
+        return (
+            config.isa in LANES
+            and 1 <= config.rows <= min(MOST_ROWS, problem.out_height)
+            and 1 <= config.stage <= _STAGE_FLOATS
+            and (config.planes == 1 or (config.planes == 2 and _fits_two(problem, LANES[config.isa])))
+        )
 
     def prepare(
         self,
@@ -142,6 +149,12 @@ class _Layout(NamedTuple):
 
 def _numbers(tensor: torch.Tensor) -> NDArray[np.float32]:
     return tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+
+
+def _fits_two(problem: Problem, lanes: int) -> bool:
+    """Whether rows of two planes fit into a vector, half of which would else be idle."""
+    # Slopes differ from plane to plane.
+    return lanes >= 16 and 2 * problem.out_width <= lanes and problem.epilogue.activation != "prelu"
 
 
 def _stage(problem: Problem, pitch: int) -> int:

@@ -93,6 +93,15 @@ class Direct(Method):
                     configs[DirectConfig(isa, vectors, -(-channels // blocks), min(parts, most_parts))] = None
         return tuple(configs)
 
+    def offers(self, problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> bool:
+        """Whatever the kernel runs: what is tried depends on the number of threads, which may be another later."""
+        return (
+            config.isa in ISAS
+            and 1 <= config.vectors <= ISAS[config.isa][1]
+            and 1 <= config.channel_block <= sparse_filter.shape[1]
+            and 1 <= config.parts <= problem.out_channels // problem.groups
+        )
+
     def prepare(
         self,
         problem: Problem,
