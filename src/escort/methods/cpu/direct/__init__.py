@@ -37,6 +37,9 @@ PARAMS = np.dtype(
 _MOST_CHANNELS = 4  # output channels that the kernel accumulates at a time, as far as its registers reach
 #: Tiles and stages that are worth a try: positions of a tile, and KiB that a block's input takes, best guess first.
 _TILES = ((112, 48), (224, 64), (112, 96), (80, 48), (56, 64), (112, 32))
+#: From so many threads on, small maps are worth tiles so low that threads share their positions, too: each then reads
+#: less of what others wrote.
+_MANY_THREADS, _TILES_OF_MANY = 8, (*_TILES, (32, 96))
 #: The same where all weights are there: sums of four channels, their weights and a vector of x are in registers.
 _FULL_TILES = ((96, 48), (64, 48), (80, 48), (112, 48))
 
@@ -72,15 +75,15 @@ class Direct(Method):
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[DirectConfig]:
         channels = sparse_filter.shape[1]
-        choices = _FULL_TILES if _is_full(sparse_filter) else _TILES
         threads = torch.get_num_threads()
+        choices = _FULL_TILES if _is_full(sparse_filter) else _TILES if threads < _MANY_THREADS else _TILES_OF_MANY
         configs: dict[DirectConfig, None] = {}  # in order, each once
         for isa in [name for name in ISAS if name != "generic"] or ["generic"]:
             lanes, most = ISAS[isa]
             layouts = [Layout.of(problem, lanes, min(tile // lanes, most)) for tile, _ in choices]
-            # Where some tiles feed all threads, so do all that are tried: threads that share positions read what they
-            # wrote in the layer before, and threads that share channels read what others wrote.
-            least_tiles = threads if max(len(layout.tiles) for layout in layouts) >= threads else 0
+            # Where tiles of the best guess feed all threads, no plan has one tile: threads that share positions read
+            # what they wrote in the layer before, and threads that share channels alone read all that others wrote.
+            least_tiles = min(threads, 2) if len(layouts[0].tiles) >= threads else 0
             for (tile, stage_kib), layout in zip(choices, layouts, strict=True):
                 if len(layout.tiles) < least_tiles:
                     continue
@@ -92,6 +95,15 @@ class Direct(Method):
                 for parts in _parts(tasks)[: None if (tile, stage_kib) == choices[0] else 1]:
                     configs[DirectConfig(isa, vectors, -(-channels // blocks), min(parts, most_parts))] = None
         return tuple(configs)
+
+    def offers(self, problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> bool:
+        """Whatever the kernel runs: what is tried depends on the number of threads, which may be another later."""
+        return (
+            config.isa in ISAS
+            and 1 <= config.vectors <= ISAS[config.isa][1]
+            and 1 <= config.channel_block <= sparse_filter.shape[1]
+            and 1 <= config.parts <= problem.out_channels // problem.groups
+        )
 
     def prepare(
         self,
