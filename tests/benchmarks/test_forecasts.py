@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from benchmarks.commands import forecast as command
 from benchmarks.exhibits.committed import FORECASTS, committed
 from benchmarks.exhibits.forecasts import forecast_table, network_forecast_table
 from benchmarks.findings.forecasts import checks, errors
 from benchmarks.result_files import Result
-from benchmarks.suite import Row, forecasts
+from benchmarks.suite import Row, Subject, forecasts
 from benchmarks.suite.forecasts import SPREADS, Pruned
 from escort import prune
 from tests.benchmarks.invoking import succeed_json
@@ -29,17 +31,14 @@ def rows(weights: str, forecast_us: float, escort_us: float) -> list[Row]:
     ]
 
 
+def by_share() -> list[Row]:
+    times_us = {"0.50": 1200.0, "0.90": 250.0}
+    return [Row("resnet18", share, "all", 1, "fp32", "forecast", ABOUT, us, 0.0) for share, us in times_us.items()]
+
+
 def made_up() -> list[Row]:
-    by_share = [
-        Row("resnet18", share, "all", 1, "fp32", "forecast", ABOUT, us, 0.0)
-        for share, us in (("0.50", 1200.0), ("0.90", 250.0))
-    ]
-    return [
-        *by_share,
-        *rows("global-0.95", 250.0, 220.0),
-        *rows("uniform-0.75", 500.0, 500.0),
-        *rows("x", 900.0, 1000.0),
-    ]
+    pruned = rows("global-0.95", 250.0, 220.0), rows("uniform-0.75", 500.0, 500.0), rows("x", 900.0, 1000.0)
+    return by_share() + [row for each in pruned for row in each]
 
 
 def test_errors_are_of_speedups_that_are_worth_it() -> None:
@@ -70,32 +69,43 @@ def test_the_tables_of_forecasts() -> None:
     )
 
 
+def small(network: str) -> Subject:
+    sizes = (3, 16, 32, 64, 64)
+    layers = [nn.Conv2d(left, right, 3) for left, right in pairwise(sizes)]
+    return Subject(network, "random", nn.Sequential(*layers, nn.Conv2d(64, 64, 3, groups=64)), (3, 16, 16))
+
+
 @pytest.mark.parametrize("spread", SPREADS)
-def test_zeros_are_spread_as_the_name_says(spread: str) -> None:
-    pruned = Pruned("resnet18", spread, 1)
+def test_zeros_are_spread_as_the_name_says(spread: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Subject, "load", small)
+    pruned = Pruned("small", spread, 1)
     shares = prune.sparsity(pruned.subject().model)
-    assert pruned.weights == spread and shares.pop("conv1") == 0.0
-    overall, least, most = shares.pop("overall"), min(shares.values()), max(shares.values())
+    assert pruned.weights == spread and shares.pop("0") == shares.pop("4") == 0.0
+    del shares["overall"]
     kind, *numbers = spread.split("-")
     low = float(numbers[0])
-    if kind == "drawn":
-        assert low <= least < most <= float(numbers[1])
+    if kind == "uniform":
+        assert list(shares.values()) == pytest.approx([low] * 3, abs=1e-3)
+    elif kind == "drawn":
+        assert low <= min(shares.values()) < max(shares.values()) <= float(numbers[1])
     else:
-        assert overall == pytest.approx(low, abs=0.01)
-        assert (most - least < 0.01) is (kind == "uniform")
+        assert min(shares.values()) < low < max(shares.values())
 
 
 def test_the_command_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "forecast.json"
     asked: list[str] = []
 
-    def measure(what: Pruned | list[Pruned]) -> list[Row]:
-        held_to = what if isinstance(what, list) else [what]
-        asked.append("forecast" if isinstance(what, list) else what.weights)
-        return [row for each in held_to for row in rows(each.weights, 250.0, 220.0)][: 1 if len(held_to) > 1 else None]
+    def measure_forecast(held_to: list[Pruned]) -> list[Row]:
+        asked.append("forecast")
+        return [*by_share(), *(rows(each.weights, 250.0, 220.0)[0] for each in held_to)]
 
-    monkeypatch.setattr(command, "measure_forecast", measure)
-    monkeypatch.setattr(command, "measure_pruned", measure)
+    def measure_pruned(pruned: Pruned) -> list[Row]:
+        asked.append(pruned.weights)
+        return rows(pruned.weights, 250.0, 220.0)[1:]
+
+    monkeypatch.setattr(command, "measure_forecast", measure_forecast)
+    monkeypatch.setattr(command, "measure_pruned", measure_pruned)
     words = "forecast", "resnet18", "--output", path
     first = succeed_json(*words, "--seconds", 1000)
     assert asked == ["forecast", *SPREADS] and not first["failures"]
