@@ -28,7 +28,10 @@ from ray import serve
 from ray.data import ActorPoolStrategy
 
 import escort
+from escort.cli.images import Preparation
 from escort.integrations.ray.blocks import FAILED, Blocks
+from escort.integrations.ray.job import Job, Workers
+from escort.integrations.ray.workers import Reader
 from tests.cli.named import tiny
 from tests.network.models import pruned
 
@@ -146,6 +149,28 @@ def test_a_predictor_in_a_pipeline(saved: Path) -> None:
     np.testing.assert_allclose([rows[float(key)] for key in x[:, 0, 0, 0]], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_workers_on_gpus_have_others_read(saved: Path, images: Path, tmp_path: Path) -> None:
+    """GPUs that Ray only believes in: the network runs on the CPU."""
+    preparation = Preparation(3, 16, 16)
+    reader = Reader(preparation.read, (3, 16, 16), "float32")
+    paths = {path.name: path for path in sorted(images.glob("01*.jpg"))}
+    job = Job(paths, reader, {"path": saved, "device": "cpu", "remeasure": False}, Blocks(tmp_path, {}), 4, 4)
+    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False)
+    try:
+        with pytest.raises(RuntimeError, match="Ray has room for 2 workers by its GPUs"):
+            job.run(Workers(3, on_gpus=True))
+        report = job.run(Workers(None, on_gpus=True))
+    finally:
+        ray.shutdown()
+    assert (report.done, report.workers, report.written.failed.keys()) == (9, 2, {"017.jpg"})
+    assert report.working_s > 0 and 0 < report.predicting_share < 1
+    x = torch.stack([preparation.read(paths["010.jpg"])])
+    with torch.inference_mode():
+        expected = escort.load(saved, remeasure=False)(x)[0]
+    row = next(row for row in pq.read_table(tmp_path).to_pylist() if row["input"] == "010.jpg")
+    np.testing.assert_allclose(row["outputs"], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_killed_worker_is_replaced(saved: Path, images: Path, tmp_path: Path) -> None:
     output = tmp_path / "predictions"
     driver = start(saved, images, output)
@@ -195,7 +220,7 @@ def test_serving_in_batches(tmp_path: Path) -> None:
     from examples.serve import MOST, Classifier
 
     path, pixels = tmp_path / "model.escort", torch.randint(256, (40, 16, 16, 3), dtype=torch.uint8)
-    network = torch.nn.Sequential(escort.Images([0.5] * 3, [0.25] * 3), pruned(tiny().eval()))
+    network = torch.nn.Sequential(escort.Images([0.5] * 3, [0.25] * 3), pruned(tiny())).eval()
     escort.save(escort.convert(network, pixels[:4], methods=["direct"]), path)
     bodies = [io.BytesIO() for _ in pixels]
     for body, image in zip(bodies, pixels, strict=True):

@@ -105,7 +105,10 @@ class Job:
             left = {name: path for name, path in self.images.items() if name not in before}
             unnamed = {name: _NO_UTF8 for name in left if not _is_utf8(name)}
             named = {name: path for name, path in left.items() if name not in unnamed}
-            written, count = self._predict(named, workers) if named else (Written(), 0)
+            written, count = Written(), 0
+            if named:
+                with _cluster():
+                    written, count = self._predict(named, workers)
             missing = named.keys() - self.blocks.settle() - written.failed.keys()
             if missing:
                 raise RuntimeError(f"{len(missing)} predictions are missing, of {min(missing)} for one; run it again")
@@ -123,7 +126,6 @@ class Job:
 
         from escort.integrations.ray.sink import Sink
 
-        _connect()
         count = _count(workers)
         names, paths = list(images), [str(path) for path in images.values()]
         table, rows = pa.table({ID: pa.array(names), PATH: pa.array(paths)}), self._rows_of_a_block()
@@ -160,13 +162,20 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _connect() -> None:
-    """Joins the cluster that there is, or starts one of this machine, which tells its makers nothing."""
+@contextmanager
+def _cluster() -> Iterator[None]:
+    """The cluster that there is, or one of this machine while the job takes, which tells its makers nothing."""
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False)
+    ray.init(include_dashboard=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()  # which also ends what it prints of its workers
 
 
 def _count(workers: Workers) -> int:
