@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from escort.cli.engines import ENGINES, placed_on
 from escort.layers import Images
 from escort.network.check import Effort
 from escort.network.model import ConvertedModel
+from escort.network.plan import NetworkPlan
 from escort.planner.machine import find_device
 from escort.problem import TORCH_DTYPE
 from escort.runtime import Favor
@@ -74,6 +76,14 @@ FavorOption = Annotated[
     typer.Option(
         help="What threads of a CPU do for: latency has all of them share each layer, throughput has each take samples "
         "of its own where a batch has enough for all. By default what is faster on the input.",
+    ),
+]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="What runs each layer: the plan of an earlier conversion of this model, in MODEL.escort or in JSON, as "
+        "escort plan --json writes it. Nothing is timed then, and every process computes alike.",
     ),
 ]
 VerboseOption = Annotated[
@@ -155,6 +165,7 @@ class ModelOptions(SourceOptions):
     precision: PrecisionOption = PrecisionName.FP32
     effort: EffortOption = "fast"
     favor: FavorOption = None
+    plan: PlanOption = None
     verbose: VerboseOption = 0
 
     @property
@@ -196,6 +207,7 @@ class ModelOptions(SourceOptions):
             favor=self.favored,
             progress=True,
             remeasure=remeasure,
+            plan=None if self.plan is None else _read_plan(self.plan),
         )
 
 
@@ -244,6 +256,17 @@ def _drawn(shapes: Sequence[tuple[int, ...]], types: Sequence[torch.dtype]) -> t
         else torch.randn(shape, generator=generator)
         for shape, dtype in zip(shapes, chain(types, repeat(torch.float32)), strict=False)
     )
+
+
+def _read_plan(path: Path) -> NetworkPlan:
+    """The plan in a saved model, or in JSON. Raises ValueError where there is none."""
+    check_is_file(path, f"{SAVED}, or the JSON of escort plan")
+    if path.suffix != ".json":
+        return artifact.load_plan(path)
+    try:
+        return NetworkPlan.from_json(json.loads(path.read_text()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; write it by escort plan --json") from error
 
 
 def _taking_bytes(

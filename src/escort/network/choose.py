@@ -56,7 +56,7 @@ def choose(
     with dense_in(request.precision, request.device):
         for number, candidate in enumerate(candidates):
             candidate.put_in_place()
-            error, reason = _judge(candidate.network, original, request)
+            error, reason = judge(candidate.network, original, request)
             if reason is not None:
                 wrong[number] = error, reason
                 continue
@@ -156,7 +156,7 @@ def race(runs: list[Callable[[], Any]], device: torch.device) -> tuple[list[floa
     return times_us, timings[0].timer
 
 
-def _judge(network: nn.Module, original: Original, request: Request) -> tuple[float, str | None]:
+def judge(network: nn.Module, original: Original, request: Request) -> tuple[float, str | None]:
     """The largest relative error of a converted network's outputs, and why it is not taken, None where it is right.
 
     It is right where it is as close to the original as its precision's rounding explains. Beyond that, where the model
