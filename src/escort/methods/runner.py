@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from escort.cuda.launch import Grid
+from escort.cuda.memory import allocator
 from escort.methods.base import MOST_BATCHES, Runner, aligned, input_check, output_strides
 from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Problem
 
 #: The shape of y, the grid of the launch and what is passed behind it. No grid stands for a launch that is none.
-_Batch = tuple[torch.Size, Grid | None, tuple[Any, ...]]
+_Batch = tuple[tuple[int, ...], Grid | None, tuple[Any, ...]]
 
 
 def runner(
@@ -41,7 +42,7 @@ def runner(
     check, dtype, device = input_check(problem, most_samples), problem.storage, torch.device(problem.device)
     torch_format = TORCH_MEMORY_FORMAT[memory_format or problem.memory_format]
     strides, out_shape = output_strides(problem, memory_format or problem.memory_format), problem.output_shape[1:]
-    takes_residual = problem.epilogue.residual
+    takes_residual, allocate = problem.epilogue.residual, allocator(dtype, device)
     batches: dict[torch.Size, _Batch] = {}  # by the shape of x, which is right then
 
     def laid_out(x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +54,7 @@ def runner(
         grid, *further = cut(x.shape[0]) if len(x) else [None]
         if len(batches) >= MOST_BATCHES:
             batches.clear()
-        batch = batches[x.shape] = torch.Size((x.shape[0], *out_shape)), grid, tuple(further)
+        batch = batches[x.shape] = (x.shape[0], *out_shape), grid, tuple(further)
         return batch
 
     arrange = arrange or laid_out
@@ -63,7 +64,7 @@ def runner(
         if batch is None or x.dtype is not dtype or x.device != device or (residual is not None) is not takes_residual:
             batch = first(x, residual)
         shape, grid, further = batch
-        y = x.new_empty_strided(shape, strides)
+        y = allocate(shape, strides)
         if grid is None:
             return y
         if residual is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from escort.cuda.memory import allocator
 from escort.filter import SparseFilter
 from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, finisher, input_check, output_strides
 from escort.methods.sharing import dense_weight
@@ -92,12 +93,12 @@ class CudnnGraph(Method):
         plans = {planned: plan_for(planned)}
         captured: dict[int, _Plan] = {}  # CUDA graphs run these, and go before this runner does
         check, out_shape = input_check(problem), problem.output_shape[1:]
-        strides = output_strides(problem, "channels_last")
+        strides, allocate = output_strides(problem, "channels_last"), allocator(problem.storage, device)
 
         def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             check(x, residual)
             samples = x.shape[0]
-            y = x.new_empty_strided((samples, *out_shape), strides)
+            y = allocate((samples, *out_shape), strides)
             if samples == 0:
                 return y
             if (plan := captured.get(samples) or plans.get(samples)) is None:
