@@ -14,8 +14,8 @@
 //        FLAT     pixels in a row (pointwise): its only tap.
 //
 // Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
-// PIXELS pixels; BY_TURNS both compute the same ones, from every other tap group, and one of them adds up and stores.
-// One thread of the producer warpgroup copies. Blocks are persistent.
+// PIXELS pixels; BY_TURNS both compute the same ones, of half of the tap groups each, and one of them adds up and
+// stores. Two threads of the producer warpgroup copy. Blocks are persistent.
 //
 // Geometry and epilogue are a struct (Params), so that few kernels serve all layers. It is compiled once per
 //   STORAGE     0: float, multiplied in TF32, 1: fp16, 2: bf16
@@ -29,7 +29,7 @@
 // source.py puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate) before this.
 //
 //   sparse_tc_tiles.cuh     sizes, shared memory, the order of work
-//   sparse_tc_load.cuh      the producer
+//   sparse_tc_load.cuh      the producers
 //   sparse_tc_multiply.cuh  the products
 //   sparse_tc_store.cuh     the epilogue, in one of three ways
 #include "sparse_tc_load.cuh"
@@ -45,14 +45,15 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
   const Warpgroup group;
   Products products(p, base, group, samples < 0);
   Store store(p, base, group, out, samples);
-  int turn = 0;  // BY_TURNS: which warpgroup has a tile's first tap group and stores, while the other one goes on
+  const int storing = storing_groups(p);
+  int turn = 0;  // BY_TURNS: which warpgroup stores a tile, while the other one goes on
   for (Work work(p, tile_groups); work.left(); work.next(), turn ^= 1) {
     const int first_channel = (work.m_tile() * ACROSS + group.across) * M_BLOCKS * 64;
     const bool stores = !BY_TURNS || group.number == turn;
-    const int* const firsts = first + work.m_tile() * p.tap_groups;
-    const int step = __ldg(firsts);
+    const int begin = BY_TURNS && !stores ? storing : 0, groups = BY_TURNS && stores ? storing : p.tap_groups - begin;
+    const int step = __ldg(first + work.m_tile() * p.tap_groups + begin);
     if (!BY_TURNS) store.begin(first_channel, work.tile());
-    products.start(steps + step, stores ? 0 : __ldg(firsts + 1) - step);
+    products.start(steps + step, groups);
     const Bias biases(bias + first_channel);
     products.wait();
     wait_for_previous_kernel();  // which may read what y overwrites

@@ -11,6 +11,7 @@ constexpr bool WHOLE_ROWS = TAP_GROUP == COLUMNS || TAP_GROUP == HALO;
 constexpr int WARPGROUP = 128, CONSUMERS = 2 * WARPGROUP, CONSUMER_WARPS = CONSUMERS / 32;  // threads; warps
 constexpr int ALONG = BY_TURNS ? 1 : 2 / ACROSS;                             // warpgroups side by side along the pixels
 constexpr int STAGE_WARPS = BY_TURNS ? CONSUMER_WARPS / 2 : CONSUMER_WARPS;  // that read a stage
+constexpr int RINGS = BY_TURNS ? 2 : 1, RING_A = A_STAGES / RINGS, RING_B = B_STAGES / RINGS;  // stages of each
 constexpr int TILE_BLOCKS = ACROSS * M_BLOCKS, TILE_PIXELS = ALONG * PIXELS;
 constexpr int A_BLOCK = 64 * 64, METADATA_BLOCK = 512;  // bytes of 64 channels
 constexpr int A_BYTES = TILE_BLOCKS * (A_BLOCK + METADATA_BLOCK);
@@ -39,6 +40,9 @@ struct Params {
   int residual, bound;
 };
 
+// BY_TURNS: the tap groups of the warpgroup that stores a tile, its first ones; the other warpgroup has the others.
+__device__ int storing_groups(const Params& p) { return BY_TURNS ? p.tap_groups / 2 : 0; }
+
 // What all lanes of a warp have, as a register. The compiler does not see through a shuffle of what differs by lane;
 // else it would read parameters anew in every step, which takes as long as ten instructions.
 __device__ u32 kept(u32 v) { return __shfl_sync(~0u, v + threadIdx.x % 32, 0); }
@@ -62,11 +66,17 @@ template <int STAGES>
 struct Ring {
   int stage = 0;
   u32 parity = 0;
-  __device__ void advance(int by) {  // fewer than there are
+  __device__ void advance(int by) {  // 0 or 1
     stage += by;
     if (stage >= STAGES) stage -= STAGES, parity ^= 1;
   }
 };
+
+template <class T>
+__device__ void swap(T& one, T& other) {
+  const T kept = one;
+  one = other, other = kept;
+}
 
 // Which block of its cluster this is.
 __device__ int block_in_cluster(const Params& p) { return blockIdx.x - p.by_cluster.quotient(blockIdx.x) * p.cluster; }
@@ -99,10 +109,11 @@ struct Place {
 struct Warpgroup {
   int number;         // 0 or 1
   int across, along;  // its place along the channels, and along the pixels
-  int staging;        // which part of the staging it has
+  int staging, ring;  // which part of the staging it has, and which ring of stages
 
   // The same in all lanes of a warp, and the compiler knows it.
   __device__ Warpgroup() : number(__shfl_sync(~0u, threadIdx.x / WARPGROUP, 0)) {
     across = ACROSS == 2 ? number : 0, along = ALONG == 2 ? number : 0, staging = BY_TURNS ? number : across;
+    ring = BY_TURNS ? number : 0;
   }
 };

@@ -68,7 +68,7 @@ class SparseTcConfig:
         cluster: thread blocks that copy the filter to one another.
         memory_format: of x, residual and y. For "contiguous" a kernel arranges x before, and y is written in NCHW;
             "channels_last" converts nothing.
-        by_turns: the two warpgroups take every other tap group each and add their sums up, with `across` 1.
+        by_turns: the two warpgroups take half of the tap groups each and add their sums up, with `across` 1.
     """
 
     tap_group: TapGroup

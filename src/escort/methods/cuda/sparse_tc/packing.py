@@ -32,7 +32,6 @@ from escort.methods.cuda.sparse_tc.tiling import Tiling
 
 _LAST_OF_GROUP = 1 << 31
 _BEHIND = 2  # zeros behind the steps, which are read, too
-_OTHERS = 20  # the first bit of how many steps the next tap group has
 _ROW_BYTES, _CHUNK_BYTES = 64, 16  # of the values of an output channel
 _GROUPS = 16  # of neighbours, of an output channel
 Bits = NDArray[np.unsignedinteger[Any]]  # of elements as they are stored
@@ -47,8 +46,7 @@ class Packed:
         first: (tiles of channels * tap groups + 1,) the first weight tile of each tap group.
         steps: (weight tiles + 2,) uint32, one per weight tile, and zeros: bits 0-15 where its tap begins in the
             group's pixels, in units of 16 bytes; from bit 16 two bits for each warpgroup across, which halves of the
-            block's channels it has for it; where warpgroups take turns bits 20-30 of a tap group's last one, how many
-            the next group of the tile has; bit 31: it is the last of its tap group.
+            block's channels it has for it; bit 31: it is the last of its tap group.
         out_order: which output channel stands at each place of all tiles; -1: none.
         taps: (weight tiles,) the tap of each, in the order of all tap groups.
     """
@@ -132,7 +130,7 @@ def _choose(nonzeros: _Nonzeros, tiling: Tiling) -> tuple[IntArray, IntArray, ND
     holds[nonzeros.tile, nonzeros.tap, nonzeros.part, warpgroup, half] = 1
     holds[:, 0, 0] = 1  # a tile's first products overwrite the sums
     if tiling.config.by_turns:
-        holds[:, group_taps, 0] = 1  # the other warpgroup's first ones, too
+        holds[:, tiling.storing_groups * group_taps, 0] = 1  # the other warpgroup's first ones, too
     halves = holds.reshape(*holds.shape[:3], -1) @ (1 << np.arange(2 * across, dtype=np.uint32))
 
     kept = halves != 0
@@ -143,11 +141,6 @@ def _choose(nonzeros: _Nonzeros, tiling: Tiling) -> tuple[IntArray, IntArray, ND
     tap_group = tile * len(tiling.tap_groups) + tap // group_taps
     first = np.searchsorted(tap_group, np.arange(tiling.channel_tiles * len(tiling.tap_groups) + 1)).astype(np.int32)
     steps[first[1:] - 1] |= np.uint32(_LAST_OF_GROUP)
-    if tiling.config.by_turns:
-        of_group = np.diff(first).reshape(tiling.channel_tiles, -1)
-        steps[first[1:] - 1] |= np.pad(of_group[:, 1:], ((0, 0), (0, 1))).ravel().astype(np.uint32) << np.uint32(
-            _OTHERS
-        )
     return numbers, first, steps, tap.astype(np.int32)
 
 

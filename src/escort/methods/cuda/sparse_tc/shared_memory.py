@@ -9,7 +9,7 @@ from escort.methods.cuda.sparse_tc.config import M_BLOCK_BYTES, PIXEL_BYTES, Ele
 
 _BARRIER_BYTES = 1024
 _MOST_STAGES = 8
-_MOST_BY_TURNS, _LEAST_BY_TURNS = 12, 8  # stages of weight tiles where warpgroups take turns
+_MOST_BY_TURNS, _LEAST_BY_TURNS = 6, 3  # stages of weight tiles for each of two warpgroups that take turns
 _FLOAT_STAGINGS, _FLOAT_STAGING_BYTES = 8, 2560  # one for each warp: 16 channels of 32 pixels, with gaps
 
 
@@ -101,16 +101,12 @@ class SharedMemory(NamedTuple):
 
 
 def _stages_by_turns(taps: int, room: int, a_bytes: int, b_bytes: int) -> tuple[int, int]:
-    """Stages of weight tiles, and of pixels. Raises UnfitError where too few fit.
-
-    A warpgroup that holds a stage gets to its next one if all between them fit, of the other's tap group: at most two
-    weight tiles for each tap.
-    """
-    b_stages = min(6 if taps == 1 else 4, (room - _LEAST_BY_TURNS * a_bytes) // b_bytes)
-    a_stages = min(_MOST_BY_TURNS, (room - b_stages * b_bytes) // a_bytes)
-    if b_stages < 3 or a_stages < 2 * taps + 2:
+    """Stages of weight tiles, and of pixels, half of them for each warpgroup. Raises UnfitError where too few fit."""
+    b_ring = min(3 if taps == 1 else 2, (room // 2 - _LEAST_BY_TURNS * a_bytes) // b_bytes)
+    a_ring = min(_MOST_BY_TURNS, (room // 2 - b_ring * b_bytes) // a_bytes)
+    if b_ring < 2:
         raise UnfitError("the stages of two warpgroups that take turns do not fit shared memory; choose smaller tiles")
-    return a_stages, b_stages
+    return 2 * a_ring, 2 * b_ring
 
 
 def up(value: int, multiple: int) -> int:

@@ -84,6 +84,11 @@ class Tiling:
         return -(-self.problem.out_channels // self.config.tile_channels)
 
     @property
+    def storing_groups(self) -> int:
+        """By turns: the tap groups of the warpgroup that stores, its first ones; the other one has the others."""
+        return len(self.tap_groups) // 2
+
+    @property
     def tile_rows(self) -> int:
         """Rows of the output in a tile, where those are whole rows."""
         return _tile_rows(self.problem, self.config)
