@@ -336,7 +336,7 @@ def _limit_us(problem: Problem, runnable: Sequence[_FirstRun]) -> float:
     return max(_HOPELESS * best_us, best_us + (_HOST_US if problem.device_type == "cuda" else _HAND_OVER_US))
 
 
-def _rewriting(tensors: Sequence[torch.Tensor]) -> Callable[[], object]:
+def rewriting(tensors: Sequence[torch.Tensor]) -> Callable[[], object]:
     """What writes a layer's inputs anew, by all threads, as the layer before it does in a network.
 
     A thread then finds in its cache what it wrote itself. Who reads much that others wrote takes longer in a network
@@ -360,7 +360,7 @@ def _race(
     if problem.device_type == "cpu":
         runs = [partial(contender.prepared.run, *inputs[0]) for contender in contenders]
         pools = [candidate.method for candidate in candidates]
-        before = _rewriting([tensor for tensor in inputs[0] if tensor is not None])
+        before = rewriting([tensor for tensor in inputs[0] if tensor is not None])
         times = timing.race(runs, pools=pools, budget_s=budget_s, before=before, seen=seen)
         return [replace(candidate, time_us=time_us) for candidate, time_us in zip(candidates, times, strict=True)]
     rotations = [[partial(contender.prepared.run, *example) for example in inputs] for contender in contenders]
