@@ -134,7 +134,8 @@ class Job:
         reader: Reader | None = self.reader
         if workers.on_gpus:
             dataset, reader = dataset.map_batches(self.reader, **options), None
-        device = {"num_gpus": 1} if workers.on_gpus else {"num_cpus": workers.threads}
+        # Beside its GPU a worker would get a core by default, and with few of them none would be left to read.
+        device = {"num_gpus": 1, "num_cpus": 0} if workers.on_gpus else {"num_cpus": workers.threads}
         dataset = dataset.map_batches(
             Worker,
             fn_constructor_kwargs={"reader": reader, **self.predictor},
