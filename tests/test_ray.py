@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +186,21 @@ def test_the_table_of_workers() -> None:
     assert [line["Of one call's rate each"] for line in lines] == ["-", "80%", "75%"]
     assert [line["Of the fewest workers' rate each"] for line in lines] == ["-", "-", "94%"]
     assert scaling_table(read_scaling()).rows
+
+
+@pytest.mark.gpu
+def test_a_predictor_on_a_gpu(tmp_path: Path) -> None:
+    """Batches of any size, from several threads, as Ray calls it."""
+    path = tmp_path / "model.escort"
+    model = nn.Sequential(escort.Images([0.5] * 3, [0.25] * 3), pruned(tiny())).eval().cuda()
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 16, 16, 3), dtype=np.uint8)
+    escort.save(escort.convert(model, torch.from_numpy(pixels[:8]).cuda()), path)
+    predictor = escort.ray.Predictor(path)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(pixels).cuda()).cpu().numpy()
+    parts = [pixels[first : first + size] for size in (8, 3, 5) for first in range(0, 200, size)]
+    wanted = [expected[first : first + size] for size in (8, 3, 5) for first in range(0, 200, size)]
+    with ThreadPoolExecutor(2) as pool:
+        for result, want in zip(pool.map(predictor, [{"x": part} for part in parts]), wanted, strict=True):
+            np.testing.assert_allclose(result["outputs"], want, rtol=1e-3, atol=1e-4)
+    assert predictor.model.graphs.stats()["replays"] > 0

@@ -108,7 +108,8 @@ def sample(model: escort.ConvertedModel, batch: int) -> torch.Tensor:
 def arrays(path: Path, batch: int, workers: int, threads: int, samples: int) -> tuple[float, float]:
     """Samples per second of workers on arrays that lie in Ray's memory, and the seconds in which all were at work."""
     import ray
-    from ray.data import ActorPoolStrategy
+
+    from escort.integrations.ray.job import actors
 
     model = escort.load(path, remeasure=False)
     on_gpus, x = model.plan.device != "cpu", sample(model, batch)
@@ -117,14 +118,12 @@ def arrays(path: Path, batch: int, workers: int, threads: int, samples: int) -> 
     del model
     batches = max(1, _BLOCK_BYTES // x.nbytes)
     block = ray.put(np.concatenate([x.numpy()] * batches))
-    device = {"num_gpus": 1} if on_gpus else {"num_cpus": threads}
     dataset = ray.data.from_numpy_refs([block] * max(workers, -(-samples // (batches * batch)))).map_batches(
         Timed,
         fn_constructor_kwargs={"path": path, "columns": ["data"], "threads": None if on_gpus else threads},
         batch_size=batch,
         batch_format="numpy",
-        compute=ActorPoolStrategy(size=workers),
-        **device,
+        **actors(workers, threads, on_gpus=on_gpus),
     )
     events = []
     for part in dataset.iter_batches(batch_size=None):

@@ -69,7 +69,8 @@ class Report:
     @property
     def predicting_share(self) -> float:
         """The share of that time in which the workers predicted; the rest is reading, and waiting."""
-        return self.written.predicting_s / (self.working_s * self.workers) if self.workers else 0.0
+        share = self.written.predicting_s / (self.working_s * self.workers) if self.workers else 0.0
+        return min(share, 1.0)  # on a GPU two batches at a time
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,6 @@ class Job:
         """What was written, and by how many workers."""
         import pyarrow as pa
         import ray
-        from ray.data import ActorPoolStrategy
 
         from escort.integrations.ray.sink import Sink
 
@@ -134,12 +134,10 @@ class Job:
         reader: Reader | None = self.reader
         if workers.on_gpus:
             dataset, reader = dataset.map_batches(self.reader, **options), None
-        device = {"num_gpus": 1} if workers.on_gpus else {"num_cpus": workers.threads}
         dataset = dataset.map_batches(
             Worker,
             fn_constructor_kwargs={"reader": reader, **self.predictor},
-            compute=ActorPoolStrategy(size=count),
-            **device,
+            **actors(count, workers.threads, on_gpus=workers.on_gpus),
             **options,
         )
         sink = Sink(self.blocks, self.least_rows)
@@ -152,6 +150,20 @@ class Job:
         image_bytes = np.dtype(self.reader.dtype).itemsize * int(np.prod(self.reader.shape))
         batches = max(1, _MOST_BYTES // (image_bytes * self.batch))
         return min(batches * self.batch, -(-self.least_rows // self.batch) * self.batch)
+
+
+def actors(count: int, threads: int, *, on_gpus: bool) -> dict[str, Any]:
+    """What map_batches takes for actors that predict.
+
+    On a GPU two batches at a time, so that one is copied while the other is computed; and no core, which an actor with
+    a GPU would get by default: with few of them none would be left to read.
+    """
+    from ray.data import ActorPoolStrategy
+
+    if not on_gpus:
+        return {"compute": ActorPoolStrategy(size=count), "num_cpus": threads}
+    pool = ActorPoolStrategy(size=count, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True)
+    return {"compute": pool, "num_gpus": 1, "num_cpus": 0}
 
 
 def _is_utf8(name: str) -> bool:

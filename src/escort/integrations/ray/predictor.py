@@ -92,6 +92,11 @@ class Predictor:
         return {**{name: batch[name] for name in batch if name not in self._columns}, self._output: result}
 
     def _tensor(self, array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
-        """A column on the network's device. Ray's arrays lie in shared memory, which must not be written to."""
-        own = array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
-        return torch.from_numpy(own).to(self.model.plan.device, dtype)
+        """A column on the network's device. Ray's arrays lie in shared memory, which must not be written to.
+
+        To a GPU they go by page-locked memory, from which they are copied while this thread goes on.
+        """
+        on_gpu = self.model.plan.device != "cpu"
+        own = torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, pin_memory=on_gpu)
+        np.copyto(own.numpy(), array)
+        return own.to(self.model.plan.device, non_blocking=True).to(dtype)
