@@ -217,6 +217,23 @@ def test_convert_measures_anew_where_asked(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [False, True]
 
 
+def test_convert_follows_a_plan(saved: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("escort.network.swap.plan_layers", lambda *args, **kwargs: pytest.fail("measured again"))
+    plan = succeed_json("plan", saved)
+    as_json = tmp_path / "plan.json"
+    as_json.write_text(json.dumps(plan))
+    given = (TINY, "--checkpoint", pruned, "--input", "2,3,16,16")
+    words = ("convert", *given, "--output", tmp_path / "again.escort", "--plan")
+    for file in (saved, as_json):
+        again = succeed_json(*words, file)
+        assert again["converted_time_us"] == plan["converted_time_us"]
+        assert {name: layer["method"] for name, layer in again["layers"].items()} == {
+            name: layer["method"] for name, layer in plan["layers"].items()
+        }
+    as_json.write_text("[]")
+    assert "write it by escort plan --json" in invoke(*words, as_json).stderr
+
+
 @pytest.mark.usefixtures("plan_store")
 def test_cache_lists_shares_and_clears_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planner._remembered.clear()
