@@ -48,11 +48,16 @@ def seed_of(result: Result) -> int:
 
 def read_results(folder: Path) -> dict[str, Result]:
     """The study's files in a folder, by name without ending. Raises ValueError where there are none."""
-    paths = {f"{stem}-{precision}": folder / f"{stem}-{precision}.json" for stem in STEMS for precision in PRECISIONS}
-    results = {stem: Result.read(path) for stem, path in paths.items() if path.is_file()}
+    results = find_results(folder)
     if not results:
         raise ValueError(f"{folder} holds no results of a study; run: python -m benchmarks paper --out {folder}")
     return results
+
+
+def find_results(folder: Path) -> dict[str, Result]:
+    """As :func:`read_results`, of a folder that may hold none, or not be there."""
+    paths = {f"{stem}-{precision}": folder / f"{stem}-{precision}.json" for stem in STEMS for precision in PRECISIONS}
+    return {stem: Result.read(path) for stem, path in paths.items() if path.is_file()}
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,13 @@ class Item:
     Attributes:
         label: tells it from the others of its file.
         compilation: what is compiled for them that may be compiled ahead.
+        seconds: that they are expected to take.
     """
 
     label: str
     measure: Callable[[], list[Row]]
     compilation: Compilation | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,13 +116,13 @@ def measure(
     """Measures the items that a folder's files do not hold yet, and returns what failed: why, by file and label.
 
     An item that fails does not end the study: it is named in its file's header, and tried again by the next run. The
-    header names what was left out of an item, too.
+    header names what was left out of an item, too, how many seconds each took, and every run that the rows come from.
 
     Args:
         work: items by the stem of their file.
         head: of every file; rows are only added to a file of the same study and machine.
         again: measure all anew.
-        seconds: after which no further item begins; None for no end.
+        seconds: after which no further item begins, nor one that is expected to end later; None for no end.
         ahead: compiles meanwhile for the items that are to be measured, where it was made for any processes.
         interleaved: an item's namesakes of all files follow one another; else the files do.
         begin: called with stem and label as each item begins, also those that are skipped.
@@ -136,7 +143,7 @@ def measure(
     with ahead.of(item.compilation for stem, item in turns if item.label not in files[stem].finished):
         for stem, item in turns:
             begin(stem, item.label)
-            if item.label in files[stem].finished or time.perf_counter() > last:
+            if item.label in files[stem].finished or time.perf_counter() + item.seconds > last:
                 continue
             ahead.turn_to(item.compilation)
             outcome = _outcome(item)
@@ -149,7 +156,8 @@ class _File:
     """A result file that grows item by item, on what an earlier run left in it."""
 
     def __init__(self, path: Path, head: Mapping[str, Any], items: Sequence[Item], before: Result) -> None:
-        self._path, self._head, self._items, self._before = path, head, items, before
+        self._path, self._head, self._items = path, head, items
+        self._runs, self._seconds = [*runs_of(before.header), _run(head)], before.header.get("seconds", {})
         self._rows, self._left_out = before.rows, before.header.get("left_out", [])
         self.finished: list[str] = before.header.get("finished", [])
         self.failed: dict[str, str] = {}
@@ -160,13 +168,25 @@ class _File:
         if outcome.failure is None:
             self._rows += outcome.rows
             self.finished.append(item.label)
+            self._seconds[item.label] = round(outcome.seconds, 1)
         else:
             self.failed[item.label] = outcome.failure
         complete = all(other.label in self.finished for other in self._items)
         names = {"complete": complete, "finished": self.finished, "failed": self.failed, "left_out": self._left_out}
-        if self._before.header:
-            names["continues"] = {name: self._before.header.get(name) for name in ("date", "commit", "command")}
+        names |= {"seconds": self._seconds, "runs": self._runs}
         replace_file(self._path, partial(suite.write_results, head={**self._head, **names}, rows=self._rows))
+
+
+def runs_of(header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Date, commit and command of every run that a file's rows come from, the last one last."""
+    if not header:
+        return []
+    continued = [header["continues"]] if "continues" in header else []  # files of before all runs were kept
+    return list(header.get("runs", [*continued, _run(header)]))
+
+
+def _run(header: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: header.get(name) for name in ("date", "commit", "command")}
 
 
 def _outcome(item: Item) -> Outcome:

@@ -186,6 +186,18 @@ class Evicted:
     """What a cache lets go of, to be found again."""
 
 
+def test_of_two_threads_that_lay_out_a_size_at_once_neither_loses_its_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both launch what they made, and a GPU may read its tables when the call has returned."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    cache, found = RunnerCache[Evicted](2), list[weakref.ref[Evicted]]()
+    for _ in range(2):
+        entry = Evicted()
+        found.append(weakref.ref(entry))
+        cache.add("size", entry)
+        del entry
+    assert cache["size"] is found[0]() and found[1]() is not None
+
+
 @pytest.mark.parametrize(("on_gpu", "kept"), [(False, 0), (True, 3)])
 def test_runners_that_go_stay_for_a_while_where_another_stream_may_run_them(
     on_gpu: bool, kept: int, monkeypatch: pytest.MonkeyPatch

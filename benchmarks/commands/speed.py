@@ -37,7 +37,7 @@ from escort.problem import TORCH_DTYPE, Precision
 
 _PRECISIONS: tuple[Precision, ...] = "fp16", "tf32", "fp32"
 #: How networks are converted: strict float32 gains most by kernels that are compiled for the weights.
-_EFFORTS: dict[str, str] = {"fp32": "best"}
+EFFORTS: dict[str, str] = {"fp32": "best"}
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class SpeedOptions:
         """One network to be measured. Raises ValueError where an option is wrong, or a file is missing."""
         name, weights, batch = key
         of_file, formats = self.file_of(weights), memory_formats(self.formats)
-        effort = effort_of(self.effort or _EFFORTS.get(precision, "fast"))
+        effort = effort_of(self.effort or EFFORTS.get(precision, "fast"))
         race = NetworkRace(self.rivals(device), precision, effort, rounds=25, budget_s=self.budget_s, ahead=ahead)
 
         def measure() -> list[Row]:
@@ -152,12 +152,16 @@ class SpeedOptions:
         compilation = None if device == "cpu" else Compilation(name, batch, precision, device, tuple(formats))
         return Item(f"{name} {weights} N={batch}", measure, compilation)
 
+    def has_file(self, weights: str) -> bool:
+        """Whether weights are random, or their file of patterns is there."""
+        return weights.startswith("random-") or (self.patterns / f"{weights}.npz").is_file()
+
     def file_of(self, weights: str) -> Path | None:
         """The file of patterns that weights come from. Raises ValueError where it is missing."""
         if weights.startswith("random-"):
             return None
         path = self.patterns / f"{weights}.npz"
-        if not path.is_file():
+        if not self.has_file(weights):
             raise ValueError(f"there is no {path}; name the folder that holds it with --patterns")
         return path
 
@@ -178,6 +182,7 @@ def main(options: SpeedOptions, output: Output) -> None:
     folder = options.out or results_folder(device)
     folder.mkdir(parents=True, exist_ok=True)
     head = suite.header(command_line(PROGRAM), device) | {"study": {"device": device, "seed": options.seed}}
+    head |= {} if options.effort is None else {"effort": effort_of(options.effort)}
     with telling(work) as told:
         failures = measure(
             work,

@@ -16,6 +16,7 @@ from torch import nn
 from escort.cuda import kernel
 from escort.cuda.binary import Binary
 from escort.cuda.compiler import Variant
+from escort.cuda.memory import allocator
 from escort.cuda.params import STORAGE, pack
 from escort.kernels import _cpu
 from escort.layers.observed import PLAIN, is_observed, is_profiled
@@ -87,7 +88,7 @@ def _pooling(
     memory_format = TORCH_MEMORY_FORMAT["channels_last" if is_channels_last else "contiguous"]
     size = pooled_size(shape, *window, ceil_mode)
     result = torch.empty((*shape[:2], *size), dtype=dtype, device="meta", memory_format=memory_format)
-    out_shape, strides = result.shape, result.stride()
+    out_shape, strides, allocate = tuple(result.shape), result.stride(), allocator(dtype, device)
     pitch = shape[1] if is_channels_last else 1
     vector = _vector(pitch, dtype)
     vectors, alignment = result.numel() // vector, vector * dtype.itemsize
@@ -101,7 +102,7 @@ def _pooling(
     sizes = vectors, pitch, *shape[2:], *size
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        y = x.new_empty_strided(out_shape, strides)
+        y = allocate(out_shape, strides)
         launch(grid, aligned(x.contiguous(memory_format=memory_format), alignment), y, *sizes)
         return y
 

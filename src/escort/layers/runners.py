@@ -75,8 +75,11 @@ class RunnerCache(OrderedDict[Hashable, Entry]):
             self._leaving.add(before)  # as a whole: another thread may be adding to it
 
     def add(self, key: Hashable, entry: Entry) -> None:
-        self[key] = entry
+        """Remembers an entry. Where another thread was faster, it is kept for a while, as its caller may launch it."""
+        known = self.setdefault(key, entry)
         self._leaving.let_go()
+        if known is not entry:
+            self._leaving.add(entry)
         if len(self) > self.most:
             self._leaving.add(self.popitem(last=False)[1])
 

@@ -22,6 +22,7 @@ from escort.cuda.binary import Binary
 from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.cuda.launch import Grid
+from escort.cuda.memory import allocator
 from escort.cuda.params import STORAGE
 from escort.layers.observed import PLAIN, is_observed
 from escort.layers.pool import pools
@@ -165,12 +166,14 @@ def _runner(
         (compiled.bind(THREADS, work.shared_bytes, (*tensors, *args), overlap=True, cluster=work.cluster), grid)
         for grid, args in work.launches
     ]
-    memory_format, alignment, out_shape, taken = x.torch_memory_format, work.alignment, work.out_shape, work.inputs
+    memory_format, alignment, taken = x.torch_memory_format, work.alignment, work.inputs
+    out_shape = tuple(work.out_shape)
     strides = torch.empty(out_shape, device="meta", memory_format=memory_format).stride()
+    allocate = allocator(x.dtype, x.device)
     missing = [None] * (taken * len(launches) - 1 - len(others))
 
     def run(inputs: Sequence[torch.Tensor], tables: Sequence[torch.Tensor]) -> torch.Tensor:
-        y = inputs[0].new_empty_strided(out_shape, strides)
+        y = allocate(out_shape, strides)
         given = [*(aligned(each.contiguous(memory_format=memory_format), alignment) for each in inputs), *missing]
         for i, (launch, grid) in enumerate(launches):
             launch(grid, *given[i * taken : (i + 1) * taken], y, *tables)

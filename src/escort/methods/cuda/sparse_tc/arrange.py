@@ -9,6 +9,7 @@ import torch
 from escort.cuda.binary import Binary
 from escort.cuda.compiler import Variant
 from escort.cuda.kernel import kernel
+from escort.cuda.memory import allocator
 from escort.filter import IntArray
 from escort.methods.base import aligned
 from escort.methods.cuda.sparse_tc.config import Element
@@ -31,10 +32,12 @@ def arranger(
     fixed = torch.from_numpy(in_order).to(device), problem.in_channels, plane, strips, strip
     launch = compiled.bind(_THREADS, 0, (torch.Tensor, torch.Tensor, *fixed), overlap=True)
 
+    allocate = allocator(problem.storage, device)
+
     def run(x: torch.Tensor) -> torch.Tensor:
-        x = aligned(x, element.bytes * vector)
+        x = aligned(x.contiguous(), element.bytes * vector)
         samples = x.shape[0]
-        arranged = x.new_empty_strided((samples, plane, places), (plane * places, places, 1))
+        arranged = allocate((samples, plane, places), (plane * places, places, 1))
         launch((samples * strips, places // element.k_block, 1), x, arranged)
         return arranged
 
