@@ -115,12 +115,19 @@ def horizontal_bars(
 
 
 def line_chart(
-    heading: str, x: Sequence[float], series: Mapping[str, Sequence[float]], x_axis: str, y_axis: str
+    heading: str,
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float]],
+    x_axis: str,
+    y_axis: str,
+    *,
+    mark: float | None = None,
 ) -> Figure:
     """Lines with markers over a common x.
 
     Args:
-        series: (len(x),) values by name.
+        series: (len(x),) values by name; NaN where there is none.
+        mark: where to draw a line across, at this value.
     """
 
     def draw(axes: Axes) -> None:
@@ -128,11 +135,44 @@ def line_chart(
             axes.plot(x, values, _MARKS[index], label=name, color=_SERIES[index], markersize=4)
         if all(isinstance(value, int) for value in x):
             axes.locator_params(axis="x", integer=True)
+        if mark is not None:
+            axes.axhline(mark, color=_INK, linewidth=0.8)
         axes.set_xlabel(x_axis)
         axes.set_ylabel(y_axis)
 
     ends = ", ".join(f"{name} from {_short(values[0])} to {_short(values[-1])}" for name, values in series.items())
     return _figure(heading, draw, len(series) > 1, f"{y_axis} by {x_axis}: {ends}.")
+
+
+def scatter_chart(
+    heading: str,
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x_axis: str,
+    y_axis: str,
+) -> Figure:
+    """Points, and lines beside them, on logarithmic axes.
+
+    Args:
+        points, lines: x and y, both positive, by name.
+    """
+
+    def draw(axes: Axes) -> None:
+        for index, (name, of_line) in enumerate(lines.items()):
+            axes.plot(*zip(*of_line, strict=True), "-:"[index % 2], label=name, color=_INK, linewidth=1.0)
+        for index, (name, of_points) in enumerate(points.items()):
+            axes.plot(*zip(*of_points, strict=True), _MARKS[index][0], label=name, color=_SERIES[index], markersize=4)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(x_axis)
+        axes.set_ylabel(y_axis)
+
+    told = "; ".join(
+        f"{name} {len(of_points)} points, from {_short(min(y for _, y in of_points))} to "
+        f"{_short(max(y for _, y in of_points))}"
+        for name, of_points in points.items()
+    )
+    return _figure(heading, draw, True, f"{y_axis} by {x_axis}. {told}; lines: {', '.join(lines)}.", 4.0)
 
 
 def require_matplotlib() -> None:
