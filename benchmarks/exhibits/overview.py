@@ -212,7 +212,7 @@ def _gains_plot(result: Result) -> Figure:
         name = f"{NETWORKS.get(network, network)}, pays {_from(break_even(points), shares)}"
         series[name] = [gains.get(share, math.nan) for share in shares]
     heading, axis = f"Gain by zeros, {where(result, strict=True)}", "Zeros in all convolutions but the first, percent"
-    gain = "Times as fast as the fastest dense engine"
+    gain = "Times as fast as the best dense"
     return line_chart(heading, [100 * share for share in shares], series, axis, gain, mark=1.0)
 
 

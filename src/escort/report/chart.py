@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 #: Stand-ins that :func:`_figure` turns into the page's colours, which follow the reader's theme.
 _INK, _RULE = "#010203", "#040506"
 _SERIES = ("#8a8f98", "#3b7dd8", "#d9730d", "#2f9e6e", "#a566cc")  # each at least 3:1 on both grounds
+_LEGEND = 96  # characters beside one another, with the room of six for each mark
 _MARKS = ("o-", "s--", "^:", "D-.", "v-")
 
 
@@ -162,8 +163,10 @@ def scatter_chart(
             axes.plot(*zip(*of_line, strict=True), "-:"[index % 2], label=name, color=_INK, linewidth=1.0)
         for index, (name, of_points) in enumerate(points.items()):
             axes.plot(*zip(*of_points, strict=True), _MARKS[index][0], label=name, color=_SERIES[index], markersize=4)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+            scale("log")
+            axis.set_major_formatter("{x:g}")  # plain numbers, as text is not parsed for powers
+            axis.set_minor_formatter("")
         axes.set_xlabel(x_axis)
         axes.set_ylabel(y_axis)
 
@@ -218,7 +221,9 @@ def _figure(
         axes.set_axisbelow(True)
         draw(axes)
         if legend:
-            canvas.legend(loc="outside upper left", ncols=len(_SERIES), frameon=False)
+            longest = max(len(str(text)) for text in axes.get_legend_handles_labels()[1])
+            columns = max(1, min(len(_SERIES), _LEGEND // (longest + 6)))
+            canvas.legend(loc="outside upper left", ncols=columns, frameon=False)
         buffer = StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
