@@ -66,7 +66,7 @@ def test_networks_on_cpus_and_what_they_were_measured_on() -> None:
     assert first["vs eager"] == "50.00x"
     assert (second["Samples"], second["vs compile"], second["escort ms"]) == ("8", "2.00x", "0.10")
     paper = next(line for line in cells(shown["cpu-conditions"]) if line["File"] == "cpu/paper")
-    assert (paper["Device"], paper["Commit"]) == ("a CPU, avx2, 2 threads", "0123456-dirty")
+    assert (paper["Device"], paper["Commits"]) == ("a CPU, avx2, 2 threads", "0123456-dirty")
 
 
 def test_the_committed_files_fill_them() -> None:

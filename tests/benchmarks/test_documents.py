@@ -86,7 +86,7 @@ def test_sentences_get_their_values() -> None:
         (("vs cublas", "vs nobody"), "table totals has no column vs nobody"),
         (("Network=", "Net="), "table totals has no column Net"),
         (("fp32", "fp64"), "0 rows of table totals are so"),
-        ((";\n Precision=fp32", ""), "2 rows of table totals are so"),
+        ((";\n Precision=fp32", ""), r"\d rows of table totals are so, of which there must be one"),
     ],
 )
 def test_values_that_are_nowhere(change: tuple[str, str], message: str) -> None:
@@ -117,7 +117,9 @@ RESULTS = ROOT / "benchmarks/results/h200"
 DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Documents with tables or values. What results.md alone has is of one folder, all else of committed files, whatever
 #: folder is rendered. The table of onnx.md is of tests/integrations, which write it.
-REPORTS = [path for path in DOCUMENTS if re.search("<!-- (table|value):", path.read_text()) and path.name != "onnx.md"]
+REPORTS = [
+    path for path in DOCUMENTS if path.name != "onnx.md" and re.search(r"(?<!`)<!-- (table|value):", path.read_text())
+]
 ILLUSTRATED = [path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")) if ".svg)" in path.read_text()]
 
 
