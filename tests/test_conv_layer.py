@@ -184,6 +184,14 @@ def test_copies_and_pickles_run_by_themselves() -> None:
     assert torch.equal(layer(x), expected)
 
 
+def test_a_copy_begins_with_one_cache_of_runners(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, *_ = a_layer(residual=False)
+    follow, follows = SparseConv2d._follow, list[SparseConv2d]()
+    monkeypatch.setattr(SparseConv2d, "_follow", lambda self: (follows.append(self), follow(self)))
+    twin = copy.deepcopy(layer)
+    assert follows == [twin]
+
+
 def test_a_copy_made_in_inference_mode_notices_what_is_written_to_it() -> None:
     layer, *_ = a_layer(residual=False)
     x, _ = inputs(layer, 2, 11, 12)

@@ -20,9 +20,11 @@ from escort import convert, prune, reference
 from escort.artifact import ArtifactError, load, load_plan, save
 from escort.filter import SparseFilter
 from escort.methods import by_name, for_device
+from escort.methods.base import MOST_BATCHES
 from escort.methods.cpu.direct import Direct
 from escort.methods.cuda import cudnn_graph
 from escort.methods.cuda.cudnn_graph import CudnnGraph, CudnnGraphConfig
+from escort.network.check import settle_methods
 from escort.problem import Epilogue, Problem
 from tests.cases import FULL
 
@@ -156,6 +158,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
     monkeypatch.setattr(cudnn_graph, "library", lambda: fake)
     monkeypatch.setattr(cudnn_graph, "_handle", lambda device: "handle")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     Graph.made = []
     return Graph
 
@@ -272,6 +275,28 @@ def test_a_plan_is_made_for_each_batch_size_once(library: type[Graph]) -> None:
     assert [graph.last.dim[0] for graph in library.made] == [2, 3]
 
 
+def test_a_plan_that_was_captured_is_kept_for_its_batch_size(
+    library: type[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = a_problem(height=3, width=3)
+    _, weight, bias, _ = tensors(problem, 2)
+    prepared = CudnnGraph().prepare(problem, SparseFilter.from_dense(weight), bias, CudnnGraphConfig())
+
+    def run(batch: int) -> None:
+        x, _, _, residual = tensors(problem, batch)
+        prepared(x, residual)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        run(3)
+    captured = library.made[-1]
+    others = range(4, 5 + MOST_BATCHES)
+    for batch in (*others, 3, 2):
+        run(batch)
+    assert [graph.last.dim[0] for graph in library.made] == [2, 3, *others, 2]
+    assert len(captured.ran) == 2
+
+
 def test_what_no_engine_runs_is_refused(library: type[Graph], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(graph: Graph, modes: list[str]) -> None:
         raise NotSupportedError("No valid engine configs\nfor this and that")
@@ -309,6 +334,8 @@ def test_without_the_package_it_is_not_offered(monkeypatch: pytest.MonkeyPatch) 
     assert "pip install 'escort-sparse[cudnn]'" in str(method.unsupported(a_problem()))
     with pytest.raises(ImportError, match="nvidia-cudnn-frontend, or cuDNN itself, is missing"):
         method.prepare(a_problem(), SparseFilter.from_dense(torch.ones(8, 6, 3, 3)), None, None)
+    with pytest.raises(ValueError, match=r"cudnn_graph was asked for, and .*pip install 'escort-sparse\[cudnn\]'"):
+        settle_methods(["sparse_tc", "cudnn_graph"], torch.device("cuda:0"))
 
 
 @pytest.mark.usefixtures("library")

@@ -231,6 +231,18 @@ def test_a_change_of_the_sources_takes_over_no_times(fakes: tuple[Fake, Fake], m
     assert plan_layer(PROBLEM, a_filter()).times_from == "measured"
 
 
+def test_a_change_of_a_library_that_a_method_needs_takes_over_no_times(
+    fakes: tuple[Fake, Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = key()
+    monkeypatch.setattr(Fake, "version", lambda self: "1.2" if self is fakes[1] else "")
+    plan_layer(PROBLEM, a_filter())
+    assert key().sources != before.sources and key() == store.entries()[0][1][0]
+    forget()
+    monkeypatch.setattr(Fake, "version", lambda self: "1.3" if self is fakes[1] else "")
+    assert plan_layer(PROBLEM, a_filter()).times_from == "measured" and len(files()) == 2
+
+
 def test_the_digest_is_of_kernels_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "escort"
     shutil.copytree(Path(escort.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))

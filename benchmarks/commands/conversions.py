@@ -57,6 +57,10 @@ class ConversionOptions:
             "--choices/--no-choices", help="Race what the effort fast chooses against what an exhaustive search does."
         ),
     ] = True
+    search_s: Annotated[
+        float,
+        typer.Option("--search-s", min=0.0, help="Seconds after which an exhaustive search leaves layers as they are."),
+    ] = suite.SEARCH_S
     calls: Annotated[
         bool, typer.Option("--calls", help="Time calls of what was converted, too, and the host's part of one.")
     ] = False
@@ -82,7 +86,7 @@ class ConversionOptions:
             for batch in options.batches
         ]
         convert = partial(suite.measure_conversion, with_load=self.load, limit_s=self.limit_s, say=note)
-        choose = partial(suite.measure_choices, limit_s=self.limit_s, say=note)
+        choose = partial(suite.measure_choices, search_s=self.search_s, limit_s=self.limit_s, say=note)
         call = partial(suite.measure_calls, limit_s=self.limit_s, say=note)
         converted = [replace(conversion, effort=effort) for conversion in conversions for effort in efforts]
         return [

@@ -9,7 +9,7 @@ from benchmarks.exhibits.cells import Exhibit, Shown
 from benchmarks.exhibits.conditions import conditions_table
 from benchmarks.exhibits.conversions import show_conversions
 from benchmarks.exhibits.costs import show_ablation, show_breakdown, show_counters
-from benchmarks.exhibits.forecast import FORECAST, show_forecast
+from benchmarks.exhibits.crossing import CROSSING, show_crossing
 from benchmarks.exhibits.inference import show_inference
 from benchmarks.exhibits.layers import show_layers
 from benchmarks.exhibits.networks import show_break_evens, show_networks
@@ -39,8 +39,8 @@ def exhibits(results: Mapping[str, Result]) -> Iterator[Exhibit]:
             for name, shown in show(by_precision).items():
                 of = [precision for precision in by_precision if precision in name.split("-")] or by_precision
                 yield name, shown, tuple(f"{stem}-{precision}" for precision in of)
-    for precision in FORECAST:
-        for name, shown in show_forecast(results, precision).items():
+    for precision in CROSSING:
+        for name, shown in show_crossing(results, precision).items():
             of_stems = (f"{stem}-{precision}" for stem in ("layers", "patterns"))
             yield name, shown, tuple(stem for stem in of_stems if stem in results)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks import suite
 from benchmarks.exhibits.cells import Exhibit, milliseconds, times_faster
 from benchmarks.exhibits.conditions import conditions_table
+from benchmarks.exhibits.forecasts import forecast_table, network_forecast_table
 from benchmarks.exhibits.overview import NETWORKS, show_overview, where
 from benchmarks.exhibits.roofline import show_rooflines
 from benchmarks.findings.break_even import by_sparsity
@@ -21,6 +22,8 @@ from benchmarks.suite import WHOLE
 from escort.report import Figure, Table, horizontal_bars
 
 RESULTS = Path(__file__).parents[1] / "results"
+#: Forecasts and what became of them, under :data:`RESULTS`, without ending.
+FORECASTS = "forecast/cpu-avx512"
 
 _ENGINES = {
     "eager": "eager torch",
@@ -76,7 +79,8 @@ def committed_exhibits(results: Mapping[str, Result] | None = None) -> Iterator[
         results: as of :func:`committed`, which is the default.
     """
     results = committed() if results is None else results
-    of_cpus = {name: result for name, result in results.items() if result.header.get("device") == "cpu"}
+    races = {name: result for name, result in results.items() if name != FORECASTS}
+    of_cpus = {name: result for name, result in races.items() if result.header.get("device") == "cpu"}
     layers, networks = _with_rows(of_cpus, whole=False), _with_rows(of_cpus, whole=True)
     files = tuple(dict.fromkeys(headline.file for headline in HEADLINES))
     yield "headlines", _headlines_table(results), files
@@ -85,8 +89,12 @@ def committed_exhibits(results: Mapping[str, Result] | None = None) -> Iterator[
     yield "cpu-networks", _cpu_networks_table(networks), tuple(networks)
     yield "cpu-conditions", conditions_table(of_cpus), ()
     yield "all-conditions", conditions_table(results), ()
-    yield from show_overview(results)
-    yield from show_rooflines(results)
+    yield from show_overview(races)
+    yield from show_rooflines(races)
+    if FORECASTS in results:
+        yield "forecast-by-sparsity", network_forecast_table(results[FORECASTS]), (FORECASTS,)
+        yield "forecast-resnet50", network_forecast_table(results[FORECASTS], "resnet50"), (FORECASTS,)
+        yield "forecast", forecast_table(results[FORECASTS]), (FORECASTS,)
 
 
 def _with_rows(results: Mapping[str, Result], *, whole: bool) -> dict[str, Result]:

@@ -15,7 +15,7 @@ from escort.report import Table
 def show_conversions(results: Mapping[str, Result]) -> Shown:
     """The times of conversions and loads with their aims, what they choose and what callers see, per precision."""
     shown: Shown = {}
-    ratios = [fast / exhaustive for result in results.values() for fast, exhaustive in _raced(result.rows).values()]
+    ratios = [fast / exhaustive for result in results.values() for fast, exhaustive, _ in _raced(result.rows).values()]
     of_all = geometric_mean(ratios) if ratios else 1.0
     for precision, result in results.items():
         aims = read_aims().conversions if result.header.get("device") == "cuda" else ()
@@ -66,28 +66,39 @@ def _judged(aim: ConversionAim | None, taken: Mapping[str, float]) -> tuple[str,
     return ", ".join(f"{most:g}" for most in aim.seconds.values()), reached
 
 
-def _raced(rows: Iterable[Row]) -> dict[tuple[str, str, int], tuple[float, float]]:
-    """What the choices of the effort "fast" and of an exhaustive search take in us, by network, weights and samples."""
-    times: dict[tuple[str, str, int], dict[str, float]] = {}
+def _raced(rows: Iterable[Row]) -> dict[tuple[str, str, int], tuple[float, float, str]]:
+    """What the choices of the effort "fast" and of an exhaustive search take in us, and how many layers were searched.
+
+    By network, weights and samples.
+    """
+    found: dict[tuple[str, str, int], dict[str, Row]] = {}
     for row in rows:
         if row.method == "escort" and "effort" in row.config:
-            times.setdefault((row.network, row.weights, row.batch), {})[row.config["effort"]] = row.time_us
-    return {subject: (by_effort["fast"], by_effort["exhaustive"]) for subject, by_effort in times.items()}
+            found.setdefault((row.network, row.weights, row.batch), {})[row.config["effort"]] = row
+    raced = {}
+    for subject, by_effort in found.items():
+        fast, exhaustive = by_effort["fast"], by_effort["exhaustive"]
+        about = exhaustive.config
+        searched = f"{about['searched_layers']} of {about['all_layers']}"
+        raced[subject] = fast.time_us, exhaustive.time_us, searched
+    return raced
 
 
 def _choices(precision: str, rows: Sequence[Row], of_all: float) -> Table | None:
     """The table of a precision; `of_all` is the geometric mean over those of all."""
     lines, ratios = [], []
-    for (network, weights, batch), (fast, exhaustive) in _raced(rows).items():
+    for (network, weights, batch), (fast, exhaustive, searched) in _raced(rows).items():
         ratios.append(fast / exhaustive)
-        lines.append((network, weights, str(batch), microseconds(fast), microseconds(exhaustive), f"{ratios[-1]:.3f}"))
+        cells = microseconds(fast), microseconds(exhaustive), f"{ratios[-1]:.3f}", searched
+        lines.append((network, weights, str(batch), *cells))
     if not lines:
         return None
-    columns = ("Network", "Weights", "Samples", "Fast, µs", "Exhaustive, µs", "Ratio")
+    columns = ("Network", "Weights", "Samples", "Fast, µs", "Exhaustive, µs", "Ratio", "Layers searched")
     caption = (
         f"What the effort fast chooses by what an exhaustive search does, raced in turn: {geometric_mean(ratios):.3f} "
         f"in the geometric mean, {of_all:.3f} over all precisions; at most {read_aims().choices:g} is the aim. Neither "
-        "compiles anything for the weights."
+        "compiles anything for the weights. An exhaustive search times all configs, 24 of a method at most, of all "
+        "methods that do not write their input out, for as many layers as it has time for, the longest first."
     )
     return Table(f"What little search chooses, {precision}", columns, tuple(lines), caption)
 

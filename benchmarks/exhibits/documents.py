@@ -8,6 +8,7 @@ from functools import partial
 
 from benchmarks.exhibits.catalogue import exhibits
 from benchmarks.exhibits.committed import committed_exhibits
+from benchmarks.exhibits.scaling import read_scaling, scaling_table
 from benchmarks.exhibits.zoo import zoo_tables
 from benchmarks.result_files import Result
 from benchmarks.zoo import read_zoo
@@ -36,7 +37,7 @@ def render(text: str, results: Mapping[str, Result]) -> str:
     for name, shown, of in (*exhibits(results), *committed_exhibits()):
         if isinstance(shown, Table):
             known[name], files[name] = shown, of
-    known |= zoo_tables(*read_zoo())
+    known |= zoo_tables(*read_zoo()) | {"scaling": scaling_table(read_scaling())}
     text, values = _VALUE.subn(partial(_filled, known), text)
     rendered, tables = _with_tables(text, known, files)
     if not tables and not values:

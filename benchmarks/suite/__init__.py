@@ -8,7 +8,7 @@ how the planner measures. `limited` limits what is tried, `rows` has the result 
 
 from __future__ import annotations
 
-from benchmarks.suite.conversions import Conversion, measure_calls, measure_choices, measure_conversion
+from benchmarks.suite.conversions import SEARCH_S, Conversion, measure_calls, measure_choices, measure_conversion
 from benchmarks.suite.layers import Layer, paper_layers, paper_layers_by_name, random_filter
 from benchmarks.suite.limited import Limited, limited
 from benchmarks.suite.networks import BOTH_FORMATS, BY_METHOD, RIVALS, NetworkRace, measure_network
@@ -23,6 +23,7 @@ __all__ = [
     "BOTH_FORMATS",
     "BY_METHOD",
     "RIVALS",
+    "SEARCH_S",
     "WHOLE",
     "Conversion",
     "Layer",

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from benchmarks.suite.networks import BOTH_FORMATS, NetworkRace, converted_alone
 from escort.layers import SparseConv2d
 from escort.methods import Method
-from escort.network.check import Effort
+from escort.network.check import Effort, Request
 from escort.network.choose import choose
 from escort.network.model import ConvertedModel
 from escort.network.passes.operations import replace_module
-from escort.network.swap import Swapped, Unplanned
+from escort.network.swap import Swapped, Unplanned, likely
 from escort.planner import Plan, plan_layers
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer, Planned
@@ -26,26 +26,42 @@ from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision
 
 
 def convert_keeping(
-    model: nn.Module, x: Tensor, *, precision: Precision, effort: Effort, formats: Sequence[MemoryFormat] = BOTH_FORMATS
+    model: nn.Module,
+    x: Tensor,
+    *,
+    precision: Precision,
+    effort: Effort,
+    formats: Sequence[MemoryFormat] = BOTH_FORMATS,
+    only_likely: bool = False,
 ) -> tuple[ConvertedModel, list[Swapped]]:
     """The model converted, and the networks that it was chosen from: one for each memory format.
 
-    All are planned, whatever the effort: a rival may be fastest in another than ours.
+    All are planned, whatever the effort: a rival may be fastest in another than ours. The one that was chosen is as it
+    was chosen, with its dense layers; the others are as they were planned.
 
     Args:
         formats: memory formats, of which only those are planned, where there is a network for any of them.
+        only_likely: choose from those alone that the effort would plan.
     """
     networks: list[Swapped] = []
+    tried = set[MemoryFormat]()
 
     def keep(dense: nn.Module, candidates: Sequence[Swapped], *args: Any) -> ConvertedModel:
-        networks[:] = {id(candidate.network): candidate for candidate in candidates}.values()
-        return choose(dense, candidates, *args)
+        chosen = choose(dense, [each for each in candidates if _memory_format(each) in tried], *args)
+        networks.clear()
+        for candidate in {id(candidate.network): candidate for candidate in reversed(candidates)}.values():
+            if candidate.network is not chosen.network:
+                candidate.put_in_place()  # what was raced last may be another alternative
+            layers = {name: _sparse(candidate.network, name).plan for name in candidate.layers}
+            networks.insert(0, replace(candidate, layers=layers, modules={}))
+        return chosen
 
     def all_of(
-        found: Mapping[MemoryFormat, Unplanned], _: object
+        found: Mapping[MemoryFormat, Unplanned], request: Request
     ) -> tuple[Mapping[MemoryFormat, Unplanned], dict[str, str]]:
-        wanted = {name: network for name, network in found.items() if name in formats}
-        return wanted or found, {}
+        wanted = {name: network for name, network in found.items() if name in formats} or found
+        tried.update(likely(wanted, request)[0] if only_likely else wanted)
+        return wanted, {}
 
     stage = "escort.network.convert"
     with mock.patch(f"{stage}.choose", keep), mock.patch(f"{stage}.likely", all_of):
@@ -56,14 +72,15 @@ def convert_keeping(
 def run_by(network: nn.Module, names: Sequence[str], method: Method, *, as_torch: bool = False) -> nn.Module:
     """A copy of a converted network, some layers of which run by a method.
 
-    A layer that the method cannot run in the network's memory format is run in NCHW, and what it writes is converted.
+    A layer that the method cannot run in the network's memory format is run in the other one, and what it writes is
+    converted.
 
     Args:
         as_torch: by what the method does as torch alone would; else by the config that is fastest for the first layer
             of its problem.
 
     Raises:
-        ValueError: where the method cannot run a layer, or has nothing that torch alone would do.
+        ValueError: where the method can run a layer in neither, or has nothing that torch alone would do.
     """
     layers = [_layer(network, name, method) for name in names]
     planned = [_as_torch(layer, method) for layer in layers] if as_torch else _fastest(layers, method)
@@ -89,6 +106,10 @@ def run_free(network: nn.Module, names: Sequence[str]) -> nn.Module:
     return new
 
 
+def _memory_format(swapped: Swapped) -> MemoryFormat:
+    return next(iter(swapped.layers.values())).problem.memory_format
+
+
 def _sparse(network: nn.Module, name: str) -> SparseConv2d:
     layer = network.get_submodule(name)
     if not isinstance(layer, SparseConv2d):
@@ -100,8 +121,9 @@ def _layer(network: nn.Module, name: str, method: Method) -> Layer:
     """What a method is given of a layer."""
     layer = _sparse(network, name)
     problem = layer.plan.problem
-    if method.unsupported(problem) is not None:
-        problem = replace(problem, memory_format="contiguous")
+    if method.unsupported(problem) is not None and problem.device_type == "cuda":
+        other: MemoryFormat = "channels_last" if problem.memory_format == "contiguous" else "contiguous"
+        problem = replace(problem, memory_format=other)
     if reason := method.unsupported(problem):
         raise ValueError(f"layer {name}: {method.name} cannot run it: {reason}")
     return Layer(problem, layer.filter, layer.bias, layer.slope)

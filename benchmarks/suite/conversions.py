@@ -23,11 +23,11 @@ from escort.problem import Precision
 
 #: What a fresh process measures.
 Task = Literal["convert", "load", "choices", "calls"]
-#: Seconds for compiling kernels for the weights that compile none, but have all configs searched in all memory formats.
-EXHAUSTIVE: Effort = 0.001
 _PROCESS = "benchmarks.suite.fresh"
 #: Where Escort keeps what it compiled and measured.
 CACHE_VARIABLE = "ESCORT_CACHE_DIR"
+#: How long an exhaustive search lasts where it is not said.
+SEARCH_S = 30.0
 #: Where others than Escort keep what they compile: conversions with empty caches find nothing there either.
 _OTHER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
 
@@ -103,20 +103,29 @@ def measure_conversion(
 
 
 def measure_choices(
-    conversion: Conversion, *, limit_s: float, say: Callable[[str], object] = lambda line: None
+    conversion: Conversion,
+    *,
+    limit_s: float,
+    search_s: float = SEARCH_S,
+    say: Callable[[str], object] = lambda line: None,
 ) -> list[Row]:
-    """What the effort "fast" chooses and what an exhaustive search does, converted in one process and raced in turn.
+    """What the effort "fast" chooses and what an exhaustive search does, found in one process and raced in turn.
 
     Neither compiles anything for the weights. On a GPU they are raced by replays of CUDA graphs.
+
+    Args:
+        search_s: seconds after which no further layer is searched exhaustively; the row says how many were.
 
     Raises:
         RuntimeError: where the process fails, or one of them is wrong or cannot be captured.
     """
     with tempfile.TemporaryDirectory(prefix="escort-") as folder:
-        found = _in_a_process("choices", conversion, _environment(Path(folder)), limit_s, folder=folder)
+        found = _in_a_process("choices", conversion, _environment(Path(folder)), limit_s, search_s=search_s)
     rows = [_row(conversion, "escort", choice["config"], {**found, **choice}) for choice in found["choices"]]
     fast, exhaustive = (row.time_us for row in rows)
-    say(f"{conversion.label}: {fast:,.1f} us, {fast / exhaustive:.3f} of what an exhaustive search chooses takes")
+    about = rows[1].config
+    said = f"{conversion.label}: {fast:,.1f} us, {fast / exhaustive:.3f} of what an exhaustive search chooses takes"
+    say(f"{said} ({about['searched_layers']} of {about['all_layers']} layers, {about['candidates']} candidates)")
     return rows
 
 
@@ -142,7 +151,7 @@ def _row(conversion: Conversion, method: str, config: dict[str, Any], found: Map
 
 
 def _in_a_process(
-    task: Task, conversion: Conversion, environment: Mapping[str, str], limit_s: float, **options: str
+    task: Task, conversion: Conversion, environment: Mapping[str, str], limit_s: float, **options: str | float
 ) -> dict[str, Any]:
     """What a fresh process found. Raises RuntimeError with the last that it said where it found nothing."""
     job = json.dumps({"task": task, "conversion": asdict(conversion), **options})

@@ -14,18 +14,17 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 import escort
-from benchmarks.suite.conversions import CACHE_VARIABLE, EXHAUSTIVE, Conversion
+from benchmarks.suite.conversions import Conversion
+from benchmarks.suite.exhaustive import convert_and_search
 from benchmarks.suite.rows import NetworkTimer, check
 from benchmarks.suite.subjects import Subject
 from escort.cli.rivals import dense_at_its_best
 from escort.cuda.compiler import compiler_version
-from escort.network.check import Effort
 from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.network.model import ConvertedModel
 from escort.network.values import output_error, tensors_of
@@ -81,27 +80,31 @@ def load(conversion: Conversion, saved: str) -> dict[str, Any]:
     return {**json.loads((folder / "about.json").read_text()), "rel_error": error, "time_us": seconds * 1e6}
 
 
-def choices(conversion: Conversion, folder: str) -> dict[str, Any]:
-    """Converts with little, then with all search, which measures anew what the first left out, and races both."""
+def choices(conversion: Conversion, search_s: float) -> dict[str, Any]:
+    """Converts with little search, searches exhaustively as far as there is time, and races what both choose."""
     subject, model, x = _placed(conversion)
-    efforts: dict[str, Effort] = {"fast": "fast", "exhaustive": EXHAUSTIVE}
-    converted: dict[str, ConvertedModel] = {}
-    # Where there is time to compile, torch.compile is timed too, for minutes: nothing of it is chosen.
-    with patch("escort.network.convert.compare_with_compiled", lambda chosen, *_: chosen.plan):
-        for name, effort in efforts.items():
-            os.environ[CACHE_VARIABLE] = str(Path(folder) / name)
-            converted[name] = escort.convert(model, x, precision=conversion.precision, effort=effort)
+    converted, networks = convert_and_search(model, x, precision=conversion.precision, search_s=search_s)
+    plan = converted.plan
+    fast = {"effort": "fast", "kept_dense": plan.kept_dense, "memory_format": plan.memory_format}
+    ways: list[tuple[dict[str, Any], float, Callable[[], Any]]] = [
+        (fast, _right(converted)["rel_error"], partial(converted, x))
+    ]
+    for searched in networks:
+        config = {"effort": "exhaustive", "kept_dense": False, **searched.about}
+        ways += [(config, searched.rel_error, run) for run in searched.runs]
+    if plan.kept_dense:  # a search may find nothing faster
+        ways.append(({**ways[-1][0], "kept_dense": True}, 0.0, ways[0][2]))
     with torch.inference_mode(), dense_at_its_best(conversion.precision):
-        timings = _race([partial(network, x) for network in converted.values()], x.device)
-    found = []
-    for (name, network), taken in zip(converted.items(), timings, strict=True):
-        plan = network.plan
+        timings = _race([run for *_, run in ways], x.device)
+    found: dict[str, dict[str, Any]] = {}
+    for (config, error, _), taken in zip(ways, timings, strict=True):
+        effort = config["effort"]
         if taken.time_us is None or (x.is_cuda and taken.timer != "graph"):
-            raise RuntimeError(f"effort {name}: {taken.reason}")
-        config = {"effort": name, "kept_dense": plan.kept_dense, "memory_format": plan.memory_format}
-        timer = "graph" if x.is_cuda else "call"
-        found.append({"config": config, "time_us": taken.time_us, "timer": timer, **_right(network)})
-    return {**_about(subject), "choices": found}
+            raise RuntimeError(f"effort {effort}: {taken.reason}")
+        if effort not in found or taken.time_us < found[effort]["time_us"]:
+            timer = "graph" if x.is_cuda else "call"
+            found[effort] = {"config": config, "time_us": taken.time_us, "timer": timer, "rel_error": error}
+    return {**_about(subject), "choices": list(found.values())}
 
 
 def calls(conversion: Conversion) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class NetworkRace:
         precision: of all; fp32 is strict.
         effort: what compiling kernels for the weights may take, "fast", "best" or seconds, see :func:`escort.convert`.
         rounds: of timed calls at most; on the CPU of processes of each engine.
+        eager: whether eager torch is timed; on a GPU it always is.
         budget_s: seconds of timing on a GPU.
         files: on the CPU the user's own files of the model, see :class:`escort.cli.engines.Bench`.
         progress: show a progress bar while converting.
@@ -83,6 +84,7 @@ class NetworkRace:
     precision: Precision = "fp32"
     effort: Effort = "best"
     rounds: int = 8
+    eager: bool = True
     budget_s: float = 30.0
     progress: bool = False
     files: Mapping[str, Path] = field(default_factory=dict)
@@ -154,7 +156,7 @@ def race_in_turn(
     """
     network, weights = subject
     with torch.inference_mode():
-        expected = copy.deepcopy(model).double()(x.double())
+        expected = copy.deepcopy(model).double()(x.double() if x.is_floating_point() else x)
     bound = NETWORK_ERROR_BOUND[race.precision]  # or what the model's own rounding, which it may amplify, explains
     with torch.inference_mode(), dense_at_its_best(race.precision):
         ways = [way for number, way in enumerate(ways) if number == 0 or _starts(way, network, race)]
@@ -183,7 +185,8 @@ def race_in_turn(
 
 def _measure_alone(model: nn.Module, x: Tensor, subject: tuple[str, str], race: NetworkRace) -> list[Row]:
     """The rows of the CPU, for a network's name and its weights'."""
-    rivals = Race(("eager", *race.against), race.precision, race.effort, race.files, race.rounds, race.progress)
+    against = ("eager", *race.against) if race.eager else tuple(race.against)
+    rivals = Race(against, race.precision, race.effort, race.files, race.rounds, race.progress)
     rows = []
     for result in measure(model, (x,), rivals):
         if result.time_us is None:

@@ -9,7 +9,7 @@ import subprocess
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from platform import python_version
 from statistics import geometric_mean
@@ -140,7 +140,7 @@ def header(command: str, device: str = "cpu") -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {"python": python_version(), "torch": machine.torch, "escort": machine.escort, **libraries},
         "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "timing": timing,
     }

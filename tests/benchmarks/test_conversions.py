@@ -18,14 +18,14 @@ from torch import nn
 
 from benchmarks import exhibits, suite
 from benchmarks.result_files import Result
-from benchmarks.suite import Conversion, Row, Subject, conversions, fresh
+from benchmarks.suite import Conversion, Row, Subject, conversions, exhaustive, fresh
 from escort import prune
 from escort.cuda import compiler
 from escort.planner import timing
 from escort.planner.timing import Timing
 from tests.benchmarks.invoking import invoke, succeed_json
 from tests.benchmarks.made_up import HEADER, cells, row
-from tests.benchmarks.small import write_patterns
+from tests.benchmarks.small import tiny, write_patterns
 
 TINY = "tests.benchmarks.small:tiny"
 CONVERSION = Conversion(TINY, 2, sparsity=0.5, input_size=(3, 8, 8))
@@ -119,7 +119,7 @@ def test_processes_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(RuntimeError, match="it took more than 9 s"):
-        suite.measure_choices(CONVERSION, limit_s=9.0)
+        suite.measure_choices(CONVERSION, search_s=1.0, limit_s=9.0)
 
 
 def test_efforts_and_batches_are_conversions_of_their_own(processes: Any, tmp_path: Path) -> None:
@@ -150,27 +150,51 @@ def test_efforts_and_batches_are_conversions_of_their_own(processes: Any, tmp_pa
     assert (called["time_us"], called["timer"], called["config"]) == (5.0, "call", {"layers": 1})
 
 
-def choices_on_gpu(monkeypatch: pytest.MonkeyPatch, timings: list[Timing], tmp_path: Path) -> dict[str, Any]:
-    monkeypatch.setenv("ESCORT_CACHE_DIR", "")  # is put back
-    monkeypatch.setattr(fresh, "_race", lambda runs, device: timings)
-    return fresh.choices(CONVERSION, str(tmp_path))
+def choices(monkeypatch: pytest.MonkeyPatch, search_s: float, *timings: Timing) -> dict[str, Any]:
+    def race(runs: Any, device: Any) -> list[Timing]:
+        for run in runs:
+            run()
+        return [*timings, *[Timing(9.0, "calls")] * (len(runs) - len(timings))]
+
+    monkeypatch.setattr(fresh, "_race", race)
+    return fresh.choices(CONVERSION, search_s)
 
 
-def test_choices_do_not_see_each_others_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folders: list[tuple[Any, str]] = []
-    convert = fresh.escort.convert
-
-    def noting(*args: Any, **options: Any) -> Any:
-        folders.append((options["effort"], os.environ["ESCORT_CACHE_DIR"]))
-        return convert(*args, **options)
-
-    monkeypatch.setattr(fresh.escort, "convert", noting)
-    answer = choices_on_gpu(monkeypatch, [Timing(3.0, "calls"), Timing(2.0, "calls")], tmp_path)
-    assert folders == [("fast", str(tmp_path / "fast")), (conversions.EXHAUSTIVE, str(tmp_path / "exhaustive"))]
-    assert [(c["config"]["effort"], c["time_us"]) for c in answer["choices"]] == [("fast", 3.0), ("exhaustive", 2.0)]
-    monkeypatch.setattr(fresh.escort, "convert", convert)
+def test_what_there_is_no_time_to_search_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = Timing(3.0, "calls"), Timing(2.0, "calls")
+    for search_s, layers in ((60.0, 2), (0.0, 0)):
+        fast, exhaustive = choices(monkeypatch, search_s, *taken)["choices"]
+        assert (fast["config"]["effort"], fast["time_us"]) == ("fast", 3.0)
+        assert (exhaustive["config"]["effort"], exhaustive["time_us"]) == ("exhaustive", 2.0)
+        about = exhaustive["config"]
+        assert (about["searched_layers"], about["all_layers"], about["candidates"] > 2) == (layers, 2, layers > 0)
+        assert max(fast["rel_error"], exhaustive["rel_error"]) < 1e-4
     with pytest.raises(RuntimeError, match="effort exhaustive: out of device memory"):
-        choices_on_gpu(monkeypatch, [Timing(3.0), Timing(None, reason="out of device memory")], tmp_path)
+        choices(monkeypatch, 0.0, Timing(3.0), Timing(None, reason="out of device memory"))
+
+
+def test_a_search_of_all_candidates_is_checked_and_takes_close_memory_formats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model, x = tiny().eval(), torch.randn(2, 3, 8, 8)
+    real = exhaustive.convert_keeping
+
+    def several(*args: Any, **options: Any) -> Any:
+        """As if there were three networks, of which one is far slower."""
+        assert options["only_likely"]
+        converted, (network,) = real(*args, **options)
+        plans = {name: replace(plan, candidates=()) for name, plan in network.layers.items()}
+        times_us = {"far": 3.0, "close": 1.2, "best": 1.0}
+        monkeypatch.setattr(exhaustive, "_time_us", lambda each: times_us[next(iter(each.skipped))])
+        return converted, [replace(network, layers=plans, skipped={name: ""}) for name in times_us]
+
+    monkeypatch.setattr(exhaustive, "convert_keeping", several)
+    _, found = exhaustive.convert_and_search(model, x, precision="fp32", search_s=60.0)
+    assert [each.about["searched_layers"] for each in found] == [2, 2]
+    monkeypatch.setattr(exhaustive, "largest_error", lambda *_: 0.5)
+    with pytest.raises(RuntimeError, match=r"an exhaustive search chose is off by 5.0e-01 \(bound 1e-04\)"):
+        exhaustive.convert_and_search(model, x, precision="fp32", search_s=0.0)
 
 
 def test_a_wrong_conversion_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,16 +311,18 @@ def test_tables_of_conversions_tell_aims() -> None:
 
 
 def test_tables_of_choices_have_a_geometric_mean() -> None:
+    exhaustive = {"effort": "exhaustive", "searched_layers": 5, "all_layers": 7}
     rows = [
-        row(network, "all", "escort", time_us, config={"effort": effort}, batch=1, weights="random-0.90", timer="graph")
+        row(network, "all", "escort", time_us, config=config, batch=1, weights="random-0.90", timer="graph")
         for network, fast in (("a", 110.0), ("b", 90.0))
-        for effort, time_us in (("fast", fast), ("exhaustive", 100.0))
+        for config, time_us in (({"effort": "fast"}, fast), (exhaustive, 100.0))
     ]
     table = exhibits.tables({"conversions-fp32": Result(HEADER, rows)})["choices-fp32"]
     assert [line["Ratio"] for line in cells(table)] == [
         "1.100",
         "0.900",
     ] and "0.995 in the geometric mean" in table.caption
+    assert {line["Layers searched"] for line in cells(table)} == {"5 of 7"}
     other = [replace(each, time_us=2.0 * each.time_us) if each.config["effort"] == "fast" else each for each in rows]
     results = {"conversions-fp32": Result(HEADER, rows), "conversions-fp16": Result(HEADER, other)}
     captions = [table.caption for name, table in exhibits.tables(results).items() if name.startswith("choices")]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from escort.filter import SparseFilter
 from escort.layers import SparseConv2d
 from escort.methods import by_name
 from escort.methods.cpu.lowered import Lowered, LoweredConfig
+from escort.network.swap import Swapped
 from escort.planner import timing
-from escort.problem import Problem
+from escort.problem import MemoryFormat, Problem
+from escort.runtime import Batching
 from tests.benchmarks.small import QUICK, TINY, measured, tiny, tiny_of_the_paper
 
 
@@ -77,6 +80,36 @@ def converted() -> tuple[nn.Module, torch.Tensor, nn.Module]:
     fast, (swapped,) = convert_keeping(model, x, precision="fp32", effort="fast")
     assert type(fast).__name__ == "ConvertedModel" and set(swapped.layers) == {"0", "2"}
     return model, x, swapped.network
+
+
+@pytest.mark.parametrize("fastest", ["dense", "own", "other"])
+def test_of_alternatives_what_was_chosen_is_kept_and_else_what_was_planned(
+    fastest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, SparseConv2d] = {}
+
+    def two(candidate: Swapped, request: Any) -> list[Swapped]:
+        made["own"] = own = candidate.network.get_submodule("0")  # type: ignore[assignment]
+        made["other"] = other = copy.deepcopy(own)  # type: ignore[assignment]
+        other.plan = replace(other.plan, candidates=())
+        layers = {**candidate.layers, "0": other.plan}
+        return [replace(candidate, modules={"0": own}), replace(candidate, layers=layers, modules={"0": other})]
+
+    def race(runs: Any, device: Any) -> Any:
+        for run in runs:
+            run()
+        return [1.0 if name == fastest else 2.0 for name in ("dense", "own", "other")], "calls"
+
+    monkeypatch.setattr("escort.network.convert.alternatives", two)
+    monkeypatch.setattr("escort.network.choose.batchings_to_try", lambda *_: [Batching()])
+    monkeypatch.setattr("escort.network.choose.race", race)
+    torch.manual_seed(0)
+    model, x = tiny().eval(), torch.randn(2, 3, 8, 8)
+    prune_all_but_first(model, 0.8)
+    fast, (swapped,) = convert_keeping(model, x, precision="fp32", effort="fast")
+    expected = made["other" if fastest == "other" else "own"]
+    assert (fast.network is swapped.network) == (fastest != "dense") and not swapped.modules
+    assert swapped.network.get_submodule("0") is expected and swapped.layers["0"] is expected.plan
 
 
 @pytest.mark.parametrize("name", ["lowered", "dense"])
@@ -195,9 +228,15 @@ def test_layers_by_another_method_in_channels_last() -> None:
         _, networks = convert_keeping(model, x, precision="fp16", effort=0.001)
         expected = model(x)
         for swapped in networks:
+            ran = set()
             for method in study.rivals("cuda:0"):
+                problem = swapped.layers["2"].problem
+                if all(method.unsupported(replace(problem, memory_format=each)) for each in get_args(MemoryFormat)):
+                    continue
                 out = run_by(swapped.network, ["2"], method)(x)
-                assert (out - expected).norm() < 1e-2 * expected.norm(), (method.name, swapped.layers["2"].problem)
+                assert (out - expected).norm() < 1e-2 * expected.norm(), (method.name, problem)
+                ran.add(method.name)
+            assert ran >= {"cublas", "cusparse", "cudnn"}
 
 
 def test_timings_on_a_gpu_are_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ class SparseConv2d(ConvLike):
         prepared = self._runners.get((x.shape[1:], x.dtype, x.device, residual is None))
         if prepared is None:
             prepared = self._prepare(x, residual)
-        if x.is_cuda and is_capturing():
+        if is_captured := x.is_cuda and is_capturing():
             self._runners.keep(prepared)
         run = prepared.run
         try:
@@ -184,6 +184,11 @@ class SparseConv2d(ConvLike):
                 self.counters.count(BROADCAST)
                 return self._add_behind(self._without_epilogue(x)(x), residual)
             raise ValueError(f"layer {self.name}: {error}") from error
+        except RuntimeError as error:
+            if is_captured and not isinstance(error, torch.OutOfMemoryError):  # what libraries make is a thread's
+                remedy = "in a thread's first capture, call the network once before"
+                raise RuntimeError(f"layer {self.name}: {error}; {remedy}") from error
+            raise
 
     def _by_operator(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Runs the convolution as an operator of torch, unless a gradient would have to pass through it."""
@@ -358,7 +363,7 @@ class SparseConv2d(ConvLike):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: runners hold kernels and pointers, and are made anew where the copy runs."""
-        left_out = "_runners", "_followed", "_filter", "counters"
+        left_out = "_runners", "_followed", "_versions", "_filter", "counters"
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -93,6 +93,10 @@ class Method(ABC):
         """What has to be installed for the method, with the command that does; None where all is here."""
         return None
 
+    def version(self) -> str:
+        """The version of a library besides torch that the method runs by; empty where there is none."""
+        return ""
+
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method cannot run a problem on its type of device, or None where it can."""
         return None

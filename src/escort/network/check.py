@@ -15,6 +15,7 @@ from escort.layers import SparseConv2d
 from escort.methods import Method, by_name, dense_for
 from escort.network.context import tf32_is_allowed
 from escort.network.example import Example
+from escort.network.plan import NetworkPlan
 from escort.network.progress import Progress
 from escort.problem import TORCH_DTYPE, Precision
 from escort.runtime import Favor
@@ -48,6 +49,7 @@ class Request:
         remeasure: whether to measure all layers, whatever was measured before.
         widened: the type of the model's weights where float32 stands for it; None where it is that of the precision.
         favor: what threads of a CPU do for; None for what is faster on the example.
+        pinned: the plan to follow, which was made before; None where what runs a layer is measured.
     """
 
     device: torch.device
@@ -59,6 +61,7 @@ class Request:
     remeasure: bool = False
     widened: torch.dtype | None = None
     favor: Favor | None = None
+    pinned: NetworkPlan | None = None
 
     @property
     def rounding(self) -> Precision:
@@ -215,12 +218,19 @@ def settle_effort(effort: Effort) -> float:
 
 
 def settle_methods(names: Collection[str] | None, device: torch.device) -> tuple[Method, ...] | None:
-    """The methods of these names, the dense one among them whether it is named or not."""
+    """The methods of these names, the dense one among them whether it is named or not.
+
+    Raises:
+        ValueError, TypeError: where there is no such method, or something that it needs is not installed.
+    """
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, Collection):
         raise TypeError(f"methods is a list of names, got {names!r}; write [{names!r}]")
     chosen = {name: by_name(name, str(device)) for name in names}
+    for name, method in chosen.items():
+        if missing := method.missing():
+            raise ValueError(f"the method {name} was asked for, and {missing}; or leave it out of `methods`")
     dense = dense_for(str(device))
     return tuple(({dense.name: dense} | chosen).values())
 

@@ -45,7 +45,7 @@ class Key:
         methods: the names of the methods to choose from.
         compiles: whether kernels may be compiled for the filter.
         machine: what the plan is for.
-        sources: a digest of what else times depend on, see :func:`digest_sources`.
+        sources: a digest of what else times depend on: see :func:`digest_sources`; and versions of what methods need.
     """
 
     problem: Problem
@@ -59,13 +59,16 @@ class Key:
     def of(cls, layer: Layer, methods: Sequence[Method], *, compiles: bool) -> Key:
         """The key of a layer on this machine."""
         problem = replace(layer.problem, device=layer.problem.device_type)
+        sources = digest_sources(problem.device)
+        if versions := [f"{method.name} {version}" for method in methods if (version := method.version())]:
+            sources = hashlib.sha256(" ".join((sources, *versions)).encode()).hexdigest()
         return cls(
             problem,
             _rounded(layer.sparse_filter.nnz),
             tuple(method.name for method in methods),
             compiles,
             Machine.here(layer.problem.device),
-            digest_sources(problem.device),
+            sources,
         )
 
     @property

@@ -9,7 +9,7 @@ from escort.report.chart import (
     scatter_chart,
     write_svg,
 )
-from escort.report.console import Console, Description, printable
+from escort.report.console import Console, Description, cell, printable
 from escort.report.page import Facts, Section, Text, write_html
 from escort.report.table import Table, html, markdown, terminal, text
 
@@ -22,6 +22,7 @@ __all__ = [
     "Table",
     "Text",
     "bar_chart",
+    "cell",
     "horizontal_bars",
     "html",
     "line_chart",

@@ -123,17 +123,21 @@ def line_chart(
     y_axis: str,
     *,
     mark: float | None = None,
+    marks: bool = True,
 ) -> Figure:
-    """Lines with markers over a common x.
+    """Lines over a common x.
 
     Args:
         series: (len(x),) values by name; NaN where there is none.
         mark: where to draw a line across, at this value.
+        marks: whether each value has a marker, as what was measured has.
     """
+    series = {printable(name): values for name, values in series.items()}
 
     def draw(axes: Axes) -> None:
         for index, (name, values) in enumerate(series.items()):
-            axes.plot(x, values, _MARKS[index], label=name, color=_SERIES[index], markersize=4)
+            style = _MARKS[index] if marks else _MARKS[index][1:]
+            axes.plot(x, values, style, label=name, color=_SERIES[index], markersize=4)
         if all(isinstance(value, int) for value in x):
             axes.locator_params(axis="x", integer=True)
         if mark is not None:

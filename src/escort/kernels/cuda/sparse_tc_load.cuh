@@ -1,4 +1,4 @@
-// The producer of sparse_tc.cuh: one thread that copies pixels and weight tiles to shared memory, stage by stage.
+// The producers of sparse_tc.cuh: one thread copies pixels to shared memory, one weight tiles, stage by stage.
 #pragma once
 #include "sparse_tc_ptx.cuh"
 #include "sparse_tc_tiles.cuh"
@@ -57,42 +57,51 @@ struct PixelCopies {
   }
 };
 
-// All lanes of a warp come here, and the first one copies.
-template <bool CLUSTERED>
-__device__ void produce(const Params& p, u32 base, const TensorMap& x_map, const u8* __restrict__ a,
-                        const int* __restrict__ first, int tile_groups) {
-  Ring<A_STAGES> ring_a;
-  Ring<B_STAGES> ring_b;
+// All lanes of a warp come to these, and one copies. Neither ring waits for the other.
+__device__ void copy_pixels(const Params& p, u32 base, const TensorMap& x_map, int tile_groups) {
+  Ring<B_STAGES> ring;
   PixelCopies pixels(p);
   base = kept(base);
   const int stage_bytes = b_stage_bytes(p);
   const int load_bytes = WHOLE_ROWS ? kept(p.load_pixels * PIXEL_BYTES) : TILE_PIXELS * PIXEL_BYTES;
+  if (!is_elected()) return;
+  for (Work work(p, tile_groups); work.left(); work.next()) {
+    pixels.begin(work.tile());
+    wait_for_previous_kernel();  // which may have written x; it is done when this comes here again
+#pragma unroll 1
+    for (int groups = p.tap_groups; groups > 0; groups--) {
+      barrier_wait_opaque(base + EMPTY_B + 8 * ring.stage, ring.parity ^ 1);
+      const u32 barrier = base + FULL_B + 8 * ring.stage;
+      barrier_expect(barrier, load_bytes);
+      pixels.copy(base + B_BEGIN + ring.stage * stage_bytes, x_map, barrier);
+      ring.advance(1);
+    }
+  }
+}
+
+// The previous kernel wrote no weight tiles: they come while it still runs.
+template <bool CLUSTERED>
+__device__ void copy_weight_tiles(const Params& p, u32 base, const u8* __restrict__ a, const int* __restrict__ first,
+                                  int tile_groups) {
+  Ring<A_STAGES> ring;
+  base = kept(base);
   const int part_bytes = CLUSTERED ? p.by_cluster.quotient(A_BYTES) : A_BYTES;
   const int part = CLUSTERED ? block_in_cluster(p) * part_bytes : 0;
   a = kept(a + part);
-  if (threadIdx.x % 32) return;
+  if (!is_elected()) return;
   for (Work work(p, tile_groups); work.left(); work.next()) {
-    const int* firsts = first + work.m_tile() * p.tap_groups;
-    pixels.begin(work.tile());
-    wait_for_previous_kernel();  // which may have written x; it is done when this comes here again
-    for (int groups = p.tap_groups; groups > 0; groups--, firsts++) {
-      int weight_tile = __ldg(firsts);  // it and the next one come while pixels are copied
-      const int end = __ldg(firsts + 1);
-      barrier_wait_opaque(base + EMPTY_B + 8 * ring_b.stage, ring_b.parity ^ 1);
-      const u32 barrier = base + FULL_B + 8 * ring_b.stage;
-      barrier_expect(barrier, load_bytes);
-      pixels.copy(base + B_BEGIN + ring_b.stage * stage_bytes, x_map, barrier);
-      ring_b.next();
+    const int* const firsts = first + work.m_tile() * p.tap_groups;
+    int weight_tile = __ldg(firsts);
+    const int end = __ldg(firsts + p.tap_groups);
 #pragma unroll 1
-      do {
-        // Empty when the consumers of all blocks are done with it, as every block writes a part of everyone's.
-        barrier_wait_opaque(base + EMPTY_A + 8 * ring_a.stage, ring_a.parity ^ 1);
-        const u32 barrier = base + FULL_A + 8 * ring_a.stage;
-        barrier_expect(barrier, A_BYTES);
-        load_to_cluster<CLUSTERED>(base + A_BEGIN + ring_a.stage * A_BYTES + part,
-                                   a + static_cast<long long>(weight_tile) * A_BYTES, part_bytes, p.cluster, barrier);
-        ring_a.next();
-      } while (++weight_tile < end);
-    }
+    do {
+      // Empty when the consumers of all blocks are done with it, as every block writes a part of everyone's.
+      barrier_wait_opaque(base + EMPTY_A + 8 * ring.stage, ring.parity ^ 1);
+      const u32 barrier = base + FULL_A + 8 * ring.stage;
+      barrier_expect(barrier, A_BYTES);
+      load_to_cluster<CLUSTERED>(base + A_BEGIN + ring.stage * A_BYTES + part,
+                                 a + static_cast<long long>(weight_tile) * A_BYTES, part_bytes, p.cluster, barrier);
+      ring.advance(1);
+    } while (++weight_tile < end);
   }
 }

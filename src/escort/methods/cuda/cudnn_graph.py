@@ -51,6 +51,11 @@ class CudnnGraph(Method):
     def missing(self) -> str | None:
         return None if library() is not None else _MISSING
 
+    def version(self) -> str:
+        """The frontend's, and that of the cuDNN that it found."""
+        cudnn = library()
+        return "" if cudnn is None else f"{cudnn.__version__} {cudnn.backend_version()}"
+
     def unsupported(self, problem: Problem) -> str | None:
         if problem.precision == "fp32":
             return "its graphs run on tensor cores, which strict float32 does not use"
@@ -85,6 +90,7 @@ class CudnnGraph(Method):
         plan_for = partial(_Plan.of, problem, config)
         planned = max(problem.batch, 1)
         plans = {planned: plan_for(planned)}
+        captured: dict[int, _Plan] = {}  # CUDA graphs run these, and go before this runner does
         check, out_shape = input_check(problem), problem.output_shape[1:]
         strides = output_strides(problem, "channels_last")
 
@@ -94,10 +100,12 @@ class CudnnGraph(Method):
             y = x.new_empty_strided((samples, *out_shape), strides)
             if samples == 0:
                 return y
-            if (plan := plans.get(samples)) is None:
+            if (plan := captured.get(samples) or plans.get(samples)) is None:
                 if len(plans) >= MOST_BATCHES:
                     plans.clear()
                 plan = plans[samples] = plan_for(samples)
+            if samples not in captured and torch.cuda.is_current_stream_capturing():
+                captured[samples] = plan
             x = aligned(x.contiguous(memory_format=torch.channels_last), _ALIGNMENT)
             if residual is not None:
                 residual = aligned(residual.contiguous(memory_format=torch.channels_last), _ALIGNMENT)

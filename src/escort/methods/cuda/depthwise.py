@@ -10,18 +10,17 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import kernel, unavailable
-from escort.cuda.launch import Grid
 from escort.cuda.params import STORAGE, Divisor, pack
 from escort.filter import SparseFilter
 from escort.methods import activation
-from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_check, output_strides
+from escort.methods.base import Method, Prepared
+from escort.methods.runner import runner
 from escort.methods.sharing import weights_by_tap
 from escort.problem import Problem
 
@@ -117,22 +116,11 @@ class DepthwiseCuda(Method):
         )
         launch = compiled.bind(_THREADS, 0, (*[torch.Tensor] * 3, *fixed), overlap=True)
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
-        blocks, memory_format = tile.blocks, problem.torch_memory_format
-        check, out_shape = input_check(problem, _MOST // max(blocks, 1)), problem.output_shape[1:]
-        strides, alignment = output_strides(problem, problem.memory_format), _vector(problem) * problem.storage.itemsize
-
-        @lru_cache(MOST_BATCHES)
-        def cut(samples: int) -> Grid:
-            return samples * blocks, 1, 1
-
-        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            check(x, residual)
-            y = x.new_empty_strided((x.shape[0], *out_shape), strides)
-            if residual is not None:
-                residual = aligned(residual.contiguous(memory_format=memory_format), alignment)
-            launch(cut(x.shape[0]), aligned(x.contiguous(memory_format=memory_format), alignment), y, residual)
-            return y
-
+        run = runner(
+            *(problem, launch, lambda samples: ((samples * tile.blocks, 1, 1),)),
+            most_samples=_MOST // max(tile.blocks, 1),
+            alignment=_vector(problem) * problem.storage.itemsize,
+        )
         return Prepared(run, binaries=(compiled.binary,))
 
 

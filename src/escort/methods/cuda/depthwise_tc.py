@@ -20,7 +20,8 @@ from escort.cuda.launch import Grid
 from escort.cuda.params import STORAGE, Divisor, pack
 from escort.filter import SparseFilter
 from escort.methods import activation
-from escort.methods.base import MOST_BATCHES, Method, Prepared, aligned, input_check, output_strides
+from escort.methods.base import Method, Prepared
+from escort.methods.runner import runner
 from escort.methods.sharing import weights_by_tap
 from escort.problem import MemoryFormat, Problem
 
@@ -60,8 +61,8 @@ class DepthwiseTcConfig:
 class DepthwiseTc(Method):
     """Filters up to 7x7 without dilation, and 9x9 of 16 bits with stride 1; sums are in fp32.
 
-    An infinity or NaN in x makes NaN of a few more outputs than those that read it, whose products have a zero for it: of
-    six beside them in a row at most (in TF32 ten), in its channel and, in 16 bits, in the one that it shares a word with.
+    An infinity or NaN in x makes NaN of a few more outputs than those that read it, whose products have a zero for it:
+    of six beside them in a row at most (in TF32 ten), in its channel and in 16 bits in the one that shares its word.
     """
 
     name = "depthwise_tc"
@@ -133,24 +134,12 @@ class DepthwiseTc(Method):
         )
         launch = compiled.bind(_THREADS, tile.shared_bytes, (*[torch.Tensor] * 3, *fixed, int), overlap=True)
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
-        blocks, memory_format = tile.blocks, problem.torch_memory_format
-        check, out_shape = input_check(problem, _MOST // max(blocks, 1)), problem.output_shape[1:]
-        strides = output_strides(problem, problem.memory_format)
 
-        @lru_cache(MOST_BATCHES)
-        def cut(samples: int) -> Grid:
-            return -(-samples // samples_of_tile) * blocks, 1, 1
+        def cut(samples: int) -> tuple[Grid, int]:
+            return (-(-samples // samples_of_tile) * tile.blocks, 1, 1), samples
 
-        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            check(x, residual)
-            samples = x.shape[0]
-            y = x.new_empty_strided((samples, *out_shape), strides)
-            if residual is not None:
-                residual = aligned(residual.contiguous(memory_format=memory_format), _VECTOR_BYTES)
-            x = aligned(x.contiguous(memory_format=memory_format), _VECTOR_BYTES)
-            launch(cut(samples), x, y, residual, samples)
-            return y
-
+        most_samples = _MOST // max(tile.blocks, 1)
+        run = runner(problem, launch, cut, most_samples=most_samples, alignment=_VECTOR_BYTES)
         return Prepared(run, binaries=(compiled.binary,))
 
 

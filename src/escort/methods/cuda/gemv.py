@@ -14,10 +14,12 @@ import torch
 from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.cuda.kernel import kernel, unavailable
+from escort.cuda.launch import Grid
 from escort.cuda.params import STORAGE, pack
 from escort.filter import SparseFilter
 from escort.methods import activation
-from escort.methods.base import Method, Prepared, aligned, input_check, output_strides
+from escort.methods.base import Method, Prepared
+from escort.methods.runner import runner
 from escort.methods.sharing import dense_weight
 from escort.problem import Problem
 
@@ -89,19 +91,16 @@ class Gemv(Method):
         fixed = weights, activation.per_channel(problem, bias, slope), pack(Params.of(problem))
         launch = compiled.bind(_THREADS, 0, (*[torch.Tensor] * 3, *fixed, int), overlap=True)
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
-        check, out_shape = input_check(problem, _MOST_ACROSS * samples_of_warp), problem.output_shape[1:]
-        strides, alignment = output_strides(problem, problem.memory_format), _vector(problem) * problem.storage.itemsize
         blocks = -(-problem.out_channels // _WARPS)
 
-        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            check(x, residual)
-            samples = x.shape[0]
-            y = x.new_empty_strided((samples, *out_shape), strides)
-            residual = None if residual is None else residual.contiguous()
-            grid = blocks, -(-samples // samples_of_warp), 1
-            launch(grid, aligned(x.contiguous(), alignment), y, residual, samples)
-            return y
+        def cut(samples: int) -> tuple[Grid, int]:
+            return (blocks, -(-samples // samples_of_warp), 1), samples
 
+        run = runner(
+            *(problem, launch, cut),
+            most_samples=_MOST_ACROSS * samples_of_warp,
+            alignment=_vector(problem) * problem.storage.itemsize,
+        )
         return Prepared(run, binaries=(compiled.binary,))
 
 

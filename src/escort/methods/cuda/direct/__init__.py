@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -27,19 +26,12 @@ from escort.cuda.launch import Grid
 from escort.cuda.params import pack
 from escort.filter import SparseFilter
 from escort.methods import activation
-from escort.methods.base import (
-    MOST_BATCHES,
-    Method,
-    Prepared,
-    aligned,
-    contiguous_only,
-    input_check,
-    output_strides,
-)
+from escort.methods.base import Method, Prepared, contiguous_only
 from escort.methods.cuda.direct.layout import DirectConfig, Layout, Positions, most_samples, shared_bytes
 from escort.methods.cuda.direct.params import Params, defines
 from escort.methods.cuda.direct.search import has_room, is_offered, neighbours, predicted_clocks, search
 from escort.methods.cuda.direct.tables import lay_out
+from escort.methods.runner import runner
 from escort.problem import Problem
 
 _SOURCE = "direct.cu"
@@ -118,27 +110,12 @@ class DirectCuda(Method):
         )
         # The tables are there before any stream reads them. Other streams may be in a capture, and are not waited for.
         torch.cuda.current_stream(device).synchronize()
-        check, out_shape = input_check(problem, most_samples(problem)), problem.output_shape[1:]
-        groups, tile, strides = len(tables.first_channels), config.tile, output_strides(problem, "contiguous")
+        groups, tile = len(tables.first_channels), config.tile
 
-        @lru_cache(MOST_BATCHES)
-        def cut(samples: int) -> tuple[Grid, int]:
+        def cut(samples: int) -> tuple[Grid, int, int]:
             tiles = -(-positions.count(-(-samples // layout.samples_per_word)) // tile)
-            return (groups, min(tiles, _MOST_TILES_Y), -(-tiles // _MOST_TILES_Y)), tiles
+            return (groups, min(tiles, _MOST_TILES_Y), -(-tiles // _MOST_TILES_Y)), samples, tiles
 
-        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            check(x, residual)
-            samples = x.shape[0]
-            y = x.new_empty_strided((samples, *out_shape), strides)
-            if not samples:
-                return y
-            x = x.contiguous()
-            if layout.paired:
-                x = aligned(x, 4)  # the kernel reads two columns at once
-            if residual is not None:
-                residual = residual.contiguous()
-            grid, tiles = cut(samples)
-            launch(grid, x, y, residual, samples, tiles)
-            return y
-
+        alignment = 4 if layout.paired else problem.storage.itemsize  # the kernel reads two columns at once
+        run = runner(problem, launch, cut, most_samples=most_samples(problem), alignment=alignment)
         return Prepared(run, binaries=(compiled.binary,))

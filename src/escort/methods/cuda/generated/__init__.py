@@ -23,20 +23,13 @@ from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.filter import SparseFilter
 from escort.methods import activation
-from escort.methods.base import (
-    MOST_BATCHES,
-    Method,
-    Prepared,
-    aligned,
-    contiguous_only,
-    input_check,
-    output_strides,
-)
+from escort.methods.base import MOST_BATCHES, Method, Prepared, contiguous_only
 from escort.methods.cuda.generated import codegen
 from escort.methods.cuda.generated.config import GeneratedConfig
 from escort.methods.cuda.generated.model import part_count, part_steps, predict_us, space_of
 from escort.methods.cuda.generated.search import candidates, is_offered, search
 from escort.methods.cuda.generated.steps import KernelSteps
+from escort.methods.runner import runner
 from escort.problem import Problem
 
 __all__ = ["Generated", "GeneratedConfig"]
@@ -111,36 +104,25 @@ class Generated(Method):
             (torch.Tensor, torch.Tensor, torch.Tensor, int, int),
             overlap=True,
         )
-        check, out_shape = input_check(problem, _most_samples(kernel_steps)), problem.output_shape[1:]
         clusters = config.clusters(Gpu.of(problem.device))
-        alignment = max(config.copy * 4, problem.storage.itemsize)
         arrange, binaries = None, [compiled.binary]
         if config.arranged:
             arrange, arranging = _arrange(kernel_steps, device)
             binaries.append(arranging)
-        strides = output_strides(problem, "contiguous")
 
-        @lru_cache(MOST_BATCHES)
-        def cut(samples: int) -> tuple[Grid, int]:
+        def cut(samples: int) -> tuple[Grid, int, int]:
             tiles = kernel_steps.tiles(samples)
             items = -(-tiles // config.multicast) * len(kernel_steps.parts)
             # Clusters take several items in turn, but those that split channels only one.
-            return ((items if config.split > 1 else min(items, clusters)) * config.cluster, 1, 1), tiles
+            blocks = (items if config.split > 1 else min(items, clusters)) * config.cluster
+            return (blocks, 1, 1), samples, tiles
 
-        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            check(x, residual)
-            samples = x.shape[0]
-            y = x.new_empty_strided((samples, *out_shape), strides)
-            if not samples:
-                return y
-            x = x.contiguous()
-            if residual is not None:
-                residual = residual.contiguous()
-            x = aligned(x, alignment) if arrange is None else arrange(x)  # the kernel copies several elements at once
-            grid, tiles = cut(samples)
-            launch(grid, x, y, residual, samples, tiles)
-            return y
-
+        run = runner(
+            *(problem, launch, cut),
+            most_samples=_most_samples(kernel_steps),
+            alignment=max(config.copy * 4, problem.storage.itemsize),  # the kernel copies several elements at once
+            arrange=arrange,
+        )
         return Prepared(run, compiled.binary, binaries=tuple(binaries))
 
 
@@ -156,7 +138,7 @@ def _arrange(kernel_steps: KernelSteps, device: torch.device) -> tuple[Callable[
         return (-(-words // (_ARRANGE_WORDS * _ARRANGE_THREADS)), min(planes, _MOST_BLOCKS_Y), 1), words
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        samples = x.shape[0]
+        x, samples = x.contiguous(), x.shape[0]
         grid, words = cut(samples)
         arranged = torch.empty_strided((planes, words), (words, 1), dtype=torch.int32, device=device)
         launch(grid, x, arranged, samples, words)

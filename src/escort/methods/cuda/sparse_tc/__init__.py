@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -27,14 +26,7 @@ from escort.cuda.params import pack as pack_params
 from escort.cuda.tensor_map import TensorMap
 from escort.filter import FloatArray, IntArray, SparseFilter
 from escort.methods import activation
-from escort.methods.base import (
-    MOST_BATCHES,
-    Method,
-    Prepared,
-    aligned,
-    input_check,
-    output_strides,
-)
+from escort.methods.base import Method, Prepared
 from escort.methods.cuda.sparse_tc.arrange import arranger, arranging_kernel
 from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig
 from escort.methods.cuda.sparse_tc.model import Remainder, predict_us
@@ -43,8 +35,9 @@ from escort.methods.cuda.sparse_tc.packing import Packed, pack, tiles_key
 from escort.methods.cuda.sparse_tc.params import Params
 from escort.methods.cuda.sparse_tc.search import candidates, is_offered, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling, im2col_corners
+from escort.methods.runner import runner
 from escort.methods.sharing import shared
-from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
+from escort.problem import MemoryFormat, Precision, Problem
 
 __all__ = ["SparseTc", "SparseTcConfig"]
 
@@ -134,36 +127,25 @@ class SparseTc(Method):
         ordered = order_filter(sparse_filter, config.memory_format, tiling.element)
         compiled = kernel(tiling.source, tiling.defines, device, native=True)
         launch = _bind(compiled, tiling, *_packed_on(device, ordered, tiling), bias, activation.slopes(problem, slope))
-        check = input_check(problem, _MOST_ELEMENTS // (math.prod(problem.output_shape[1:]) + _TILE_ELEMENTS))
-        torch_format = TORCH_MEMORY_FORMAT[config.memory_format]
-        last = config.takes_channels_last
-        alignment = 16 if last else tiling.element.bytes * tiling.vector
-        arrange, binaries = None, [compiled.binary]
-        if not last:
+        arrange, binaries, alignment = None, [compiled.binary], 16
+        if not config.takes_channels_last:
+            alignment = tiling.element.bytes * tiling.vector
             arrange, arranging = arranger(problem, tiling.element, ordered.in_order, device)
             binaries.append(arranging)
-        clusters, out_shape = gpu.clusters(config.cluster), problem.output_shape[1:]
-        strides = output_strides(problem, config.memory_format)
+        clusters, most = gpu.clusters(config.cluster), math.prod(problem.output_shape[1:]) + _TILE_ELEMENTS
 
-        @lru_cache(MOST_BATCHES)
-        def cut(samples: int) -> tuple[Grid, int]:
+        def cut(samples: int) -> tuple[Grid, int, int]:
             tile_groups = tiling.tile_groups(samples)
-            return (min(tile_groups * tiling.channel_tiles, clusters) * config.cluster, 1, 1), tile_groups
+            blocks = min(tile_groups * tiling.channel_tiles, clusters) * config.cluster
+            return (blocks, 1, 1), samples, tile_groups
 
-        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            check(x, residual)
-            samples = x.shape[0]
-            y = x.new_empty_strided((samples, *out_shape), strides)
-            if not samples:
-                return y
-            x = x.contiguous(memory_format=torch_format)
-            x = aligned(x, 16) if arrange is None else arrange(x)
-            if residual is not None:
-                residual = aligned(residual.contiguous(memory_format=torch_format), alignment)
-            grid, tile_groups = cut(samples)
-            launch(grid, x, y, residual, samples, tile_groups)
-            return y
-
+        run = runner(
+            *(problem, launch, cut),
+            most_samples=_MOST_ELEMENTS // most,
+            alignment=alignment,
+            memory_format=config.memory_format,
+            arrange=arrange,
+        )
         return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
 
 

@@ -32,7 +32,7 @@ def arranger(
     launch = compiled.bind(_THREADS, 0, (torch.Tensor, torch.Tensor, *fixed), overlap=True)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        x = aligned(x, element.bytes * vector)
+        x = aligned(x.contiguous(), element.bytes * vector)
         samples = x.shape[0]
         arranged = x.new_empty_strided((samples, plane, places), (plane * places, places, 1))
         launch((samples * strips, places // element.k_block, 1), x, arranged)

@@ -21,19 +21,12 @@ from escort.cuda.launch import Grid, Launch
 from escort.cuda.params import STORAGE, pack
 from escort.filter import SparseFilter
 from escort.methods import activation
-from escort.methods.base import (
-    MOST_BATCHES,
-    ImagesRunner,
-    Method,
-    Prepared,
-    aligned,
-    input_check,
-    output_strides,
-)
+from escort.methods.base import ImagesRunner, Method, Prepared, output_strides
 from escort.methods.cuda.stem.config import StemConfig
 from escort.methods.cuda.stem.layout import Channels, Layout
 from escort.methods.cuda.stem.params import Params
 from escort.methods.cuda.stem.search import candidates, is_offered, predict_us, search
+from escort.methods.runner import runner
 from escort.methods.sharing import shared
 from escort.problem import Problem
 
@@ -113,25 +106,19 @@ class Stem(Method):
         (variant,) = self.kernels(problem, config)
         launch, binary = _bind(variant, layout, config, tables)
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
-        blocks, memory_format = Params.of(layout, config).blocks, problem.torch_memory_format
-        check, out_shape = input_check(problem, _MOST // blocks), problem.output_shape[1:]
-        strides = output_strides(problem, problem.memory_format)
-        planes, pixels = in_steps(problem)
+        blocks, (planes, pixels) = Params.of(layout, config).blocks, in_steps(problem)
+        out_shape, strides = problem.output_shape[1:], output_strides(problem, problem.memory_format)
 
-        @lru_cache(MOST_BATCHES)
-        def cut(samples: int) -> Grid:
-            return samples * blocks, 1, 1
+        def arrange(x: torch.Tensor) -> torch.Tensor:
+            return x if x.is_contiguous() else x.contiguous(memory_format=torch.channels_last)
 
-        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            check(x, residual)
-            y = x.new_empty_strided((x.shape[0], *out_shape), strides)
-            if residual is not None:
-                residual = aligned(residual.contiguous(memory_format=memory_format), 16)
-            in_planes = x.is_contiguous()
-            if not in_planes:
-                x = x.contiguous(memory_format=torch.channels_last)
-            launch(cut(x.shape[0]), x, y, residual, None, *(planes if in_planes else pixels))
-            return y
+        def launch_on(grid: Grid, x: torch.Tensor, y: torch.Tensor, residual: torch.Tensor | None) -> None:
+            launch(grid, x, y, residual, None, *(planes if x.is_contiguous() else pixels))
+
+        def cut(samples: int) -> tuple[Grid]:
+            return ((samples * blocks, 1, 1),)
+
+        run = runner(problem, launch_on, cut, most_samples=_MOST // blocks, alignment=16, arrange=arrange)
 
         @lru_cache
         def of_images(channels_last: bool) -> ImagesRunner | None:
@@ -144,7 +131,7 @@ class Stem(Method):
             def run_on_images(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
                 shape, dtype = (images.shape[0], *out_shape), problem.storage
                 y = torch.empty_strided(shape, strides, dtype=dtype, device=images.device)
-                launch(cut(images.shape[0]), images.contiguous(), y, None, factors, *steps)
+                launch(*cut(images.shape[0]), images.contiguous(), y, None, factors, *steps)
                 return y
 
             return run_on_images
