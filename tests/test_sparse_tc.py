@@ -52,7 +52,9 @@ def filter_of(problem: Problem) -> SparseFilter:
     ("change", "reason"),
     [
         ({"precision": "fp32"}, "ask for TF32, fp16 or bf16"),
-        ({"groups": 2}, "groups must be 1"),
+        ({"groups": 2}, "groups are slices of tensors"),
+        ({"groups": 2, "memory_format": "channels_last", "precision": "tf32"}, "those of 16 bits in channels_last"),
+        ({"groups": 8, "memory_format": "channels_last"}, "make groups wider"),
         ({"height": 4096, "width": 4096}, "use a smaller input"),
     ],
 )
@@ -299,8 +301,9 @@ class Model:
         rows = np.arange(len(bias)) if boxes else bound[5].numpy()
         rows = np.where(rows < tiling.problem.out_channels, rows, -1).astype(np.int32)
         flat = x.permute(0, 2, 3, 1) if last else x
-        p = tiling.problem
+        p, x_begin = tiling.problem, bound[0].begin
         nhwc = flat.double().numpy().reshape(samples, p.height, p.width, -1)
+        nhwc = nhwc[..., x_begin : x_begin + bound[0].sizes[0]] if bound[0].pitch else nhwc
         whole = tiling.config.tap_group != "flat"
         sizes = (p.width, p.height, 1, 3) if whole else (p.height * p.width, 1, 1, 1)
         x_map, y_map, residual_map = bound[0], *bound[-5:-3]
@@ -320,8 +323,9 @@ class Model:
         y = torch.from_numpy(emulate(tiling, Packed(a, first, steps.view(np.uint32), rows, first[:0]), nhwc))
         by_channel = torch.zeros(p.out_channels, dtype=torch.float64)
         by_channel[rows[rows >= 0]] = torch.from_numpy(bias[rows >= 0]).double()
-        out, residual = args[:2]
-        y = y + by_channel.view(-1, 1, 1) + (residual.double() if p.epilogue.residual else 0.0)
+        own = slice(y_map.begin, y_map.begin + p.out_channels) if boxes else slice(None)
+        out, residual = args[0][:, own], None if args[1] is None else args[1][:, own]
+        y = y + by_channel.view(-1, 1, 1) + (residual.double() if residual is not None else 0.0)
         out[:] = y.clamp_min(0.0) if p.epilogue.activation == "relu" else y
 
 
@@ -349,6 +353,29 @@ def test_a_runner_launches_its_kernels(
             assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.precision]
             memory_format = torch.channels_last if config.takes_channels_last else torch.contiguous_format
             assert y.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("kind", ["halo", "flat", "im2col"])
+def test_groups_are_launched_one_after_the_other(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel_size, padding = ((1, 1), (0, 0, 0, 0)) if kind == "flat" else ((3, 3), SAME)
+    epilogue = Epilogue(bias=True, residual=True, activation="relu")
+    problem = Problem(2, 144, 14, 14, 272, kernel_size, padding=padding, groups=2, precision="fp16", epilogue=epilogue)
+    config = SparseTcConfig(
+        *(kind, 216 if kind == "halo" else 128),
+        rows=14 if kind == "halo" else 0,
+        memory_format=LAST,  # type: ignore[arg-type]
+    )
+    monkeypatch.setattr("escort.methods.cuda.sparse_tc.kernel", Model.of)
+    monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
+    one = replace(problem, in_channels=72, out_channels=136, groups=1)
+    monkeypatch.setattr(Model, "tiling", Tiling.of(one, config, H200.shared_bytes), raising=False)
+    weight, bias = torch.from_numpy(uneven(problem.weight_shape)), torch.randn(272)
+    run = SparseTc().prepare(problem, SparseFilter.from_dense(weight, 2), bias, config)
+    x, residual = (torch.randn(3, *shape[1:]).half() for shape in (problem.input_shape, problem.output_shape))
+    y = run(x, residual)
+    expected = reference.conv2d(replace(problem, batch=3), x, weight, bias, residual)
+    assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp16"]
+    assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_runners_of_a_filter_share_its_weight_tiles_as_long_as_one_lives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,3 +552,33 @@ def test_threads_share_a_runner_on_streams_of_their_own(kind: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         for results in pool.map(work, range(4)):
             assert all(torch.equal(y, expected[i]) for i, y in results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "size", "taps", "stride"),
+    [(96, 256, 27, 5, 1), (384, 384, 13, 3, 1), (384, 256, 13, 3, 1), (128, 192, 14, 1, 1), (192, 128, 15, 3, 2)],
+)
+def test_groups_on_the_gpu(channels: int, out_channels: int, size: int, taps: int, stride: int) -> None:
+    epilogue = Epilogue(bias=True, residual=stride == 1, activation="relu")
+    problem = Problem(
+        *(5, channels, size, size, out_channels, (taps, taps), (stride, stride), (taps // 2,) * 4),
+        groups=2,
+        precision="fp16",
+        device="cuda:0",
+        memory_format=LAST,
+        epilogue=epilogue,
+    )
+    torch.manual_seed(0)
+    weight = torch.randn(problem.weight_shape) * (torch.rand(problem.weight_shape) < 0.15)
+    bias, sparse_filter = torch.randn(out_channels), SparseFilter.from_dense(weight, 2)
+    x, residual = (
+        torch.randn(shape, device="cuda").half().contiguous(memory_format=torch.channels_last)
+        for shape in (problem.input_shape, problem.output_shape)
+    )
+    added = residual if epilogue.residual else None
+    expected = reference.conv2d(problem, x, weight.cuda(), bias.cuda(), added)
+    assert SparseTc().unsupported(problem) is None
+    for config in SparseTc().configs(problem, sparse_filter):
+        y = SparseTc().prepare(problem, sparse_filter, bias, config)(x, added)
+        assert reference.compare(y, expected) <= reference.ERROR_BOUND["fp16"], config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_pixels_of_all_samples_in_a_row(mapped: Kernel, driver: FakeDriver) -> N
     launch(mapped, tiled(torch.float16, (64, 9 * 13, 1, 1), (64, 128, 1, 1), 1), tensor_of())
     pixels = SAMPLES * 9 * 13
     assert driver.maps[0][2:4] == ([64, pixels, 1, 1], [128, pixels * 128, pixels * 128])
+
+
+def test_a_tensor_map_of_some_channels(mapped: Kernel, driver: FakeDriver) -> None:
+    x, sizes = tensor_of(), (16, *SAMPLE[1:])
+    launch(mapped, replace(tiled(torch.float16, sizes, (16, 8, 1, 1)), pitch=64, begin=32), x)
+    launch(mapped, replace(tiled(torch.float16, (16, 9 * 13, 1, 1), (16, 128, 1, 1), 1), pitch=64), x)
+    pixels = SAMPLES * 9 * 13
+    assert [made[1:4] for made in driver.maps] == [
+        (x.data_ptr() + 64, [16, *SIZES[1:]], [128, 13 * 128, 9 * 13 * 128]),
+        (x.data_ptr(), [16, pixels, 1, 1], [128, pixels * 128, pixels * 128]),
+    ]
+    with pytest.raises(ValueError, match="of 64 channels those from 56 to 72 are not there"):
+        replace(tiled(torch.float16, sizes, (16, 8, 1, 1)), pitch=64, begin=56)
 
 
 def test_a_tensor_map_of_taps(mapped: Kernel, driver: FakeDriver) -> None:

@@ -13,6 +13,8 @@ class Tensor:
         samples_along: int,
         swizzle: int,
         promotion: int,
+        pitch: int,
+        begin: int,
     ) -> None: ...
 
 class TensorMap: ...

@@ -62,17 +62,18 @@ using Encode = std::function<Status(void*, void*, const uint64_t*, const uint64_
 struct TensorMap {
   Encode encode;
   uint64_t element_bytes;
-  Sizes sizes;        // of a sample, innermost first
-  int samples_along;  // the dimension of `sizes` that grows with each sample
+  Sizes sizes;            // of a sample, innermost first
+  int samples_along;      // the dimension of `sizes` that grows with each sample
+  uint64_t pitch, begin;  // elements from pixel to pixel, of which those from `begin` on are mapped
 
-  uint64_t sample_elements() const { return sizes[0] * sizes[1] * sizes[2] * sizes[3]; }
+  uint64_t sample_elements() const { return pitch * sizes[1] * sizes[2] * sizes[3]; }
 
   Status write(void* map, void* address, uint64_t samples) const {
     Sizes whole = sizes;
     whole[samples_along] *= samples;
     uint64_t strides[kRank - 1], bytes = element_bytes;
-    for (uint32_t i = 0; i < kRank - 1; i++) strides[i] = bytes *= whole[i];
-    return encode(map, address, whole.data(), strides);
+    for (uint32_t i = 0; i < kRank - 1; i++) strides[i] = bytes *= i ? whole[i] : pitch;
+    return encode(map, static_cast<char*>(address) + begin * element_bytes, whole.data(), strides);
   }
 };
 
@@ -82,6 +83,7 @@ struct Tensor {
   uint64_t element_bytes;
   Sizes sizes;
   int samples_along, swizzle, promotion;
+  uint64_t pitch, begin;
 };
 
 TensorMap tiled(uintptr_t function, const Tensor& x, const Box& box) {
@@ -91,7 +93,7 @@ TensorMap tiled(uintptr_t function, const Tensor& x, const Box& box) {
     return ask(map, x.type, kRank, address, sizes, strides, box.data(), steps.data(), kNotInterleaved, x.swizzle,
                x.promotion, kFilledWithZeros);
   };
-  return {encode, x.element_bytes, x.sizes, x.samples_along};
+  return {encode, x.element_bytes, x.sizes, x.samples_along, x.pitch, x.begin};
 }
 
 TensorMap im2col(uintptr_t function, const Tensor& x, Corner lower, Corner upper, uint32_t channels, uint32_t pixels,
@@ -101,7 +103,7 @@ TensorMap im2col(uintptr_t function, const Tensor& x, Corner lower, Corner upper
     return ask(map, x.type, kRank, address, sizes, strides, lower.data(), upper.data(), channels, pixels, steps.data(),
                kNotInterleaved, x.swizzle, x.promotion, kFilledWithZeros);
   };
-  return {encode, x.element_bytes, x.sizes, x.samples_along};
+  return {encode, x.element_bytes, x.sizes, x.samples_along, x.pitch, x.begin};
 }
 
 // What a tensor says of itself, by the method of that name.
@@ -273,8 +275,8 @@ NB_MODULE(_launch, m) {
   numel = PyUnicode_InternFromString("numel");
   m.doc() = "Launches of kernels by the driver of CUDA.";
   nb::class_<Tensor>(m, "Tensor")
-      .def(nb::init<int, uint64_t, Sizes, int, int, int>(), "type"_a, "element_bytes"_a, "sizes"_a, "samples_along"_a,
-           "swizzle"_a, "promotion"_a);
+      .def(nb::init<int, uint64_t, Sizes, int, int, int, uint64_t, uint64_t>(), "type"_a, "element_bytes"_a, "sizes"_a,
+           "samples_along"_a, "swizzle"_a, "promotion"_a, "pitch"_a, "begin"_a);
   nb::class_<TensorMap>(m, "TensorMap");
   m.def("tiled", &tiled, "function"_a, "x"_a, "box"_a);
   m.def("im2col", &im2col, "function"_a, "x"_a, "lower"_a, "upper"_a, "channels"_a, "pixels"_a, "steps"_a);

@@ -45,6 +45,8 @@ class TensorMap:
         samples_along: the dimension that grows with each sample.
         copied: what a copy brings, by the driver function's names.
         swizzle, promotion: as for `tiled`.
+        pitch: elements from pixel to pixel, where those of the tensor have more channels than are mapped; else 0.
+        begin: the first channel that is mapped.
     """
 
     function: str
@@ -54,6 +56,8 @@ class TensorMap:
     copied: Mapping[str, Any]
     swizzle: int
     promotion: int
+    pitch: int = 0
+    begin: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in _TYPES:
@@ -63,17 +67,29 @@ class TensorMap:
                 f"swizzle {self.swizzle} of {[*_SWIZZLES]}, promotion {self.promotion} of {[*_PROMOTIONS]}: choose one "
                 "of these"
             )
+        end, channels = self.begin + self.sizes[0], self.pitch or self.sizes[0]
+        if end > channels:
+            raise ValueError(f"of {channels} channels those from {self.begin} to {end} are not there")
 
     def encoder(self) -> _launch.TensorMap:
         """What makes it for the tensors of launches."""
         modes = _SWIZZLES[self.swizzle], _PROMOTIONS[self.promotion]
-        x = _launch.Tensor(_TYPES[self.dtype], self.dtype.itemsize, self.sizes, self.samples_along, *modes)
+        x = _launch.Tensor(
+            _TYPES[self.dtype],
+            self.dtype.itemsize,
+            self.sizes,
+            self.samples_along,
+            *modes,
+            self.pitch or self.sizes[0],
+            self.begin,
+        )
         make = _launch.tiled if self.function == "cuTensorMapEncodeTiled" else _launch.im2col
         return make(driver.address(self.function), x, **self.copied)
 
     def error(self, kernel: str, x: torch.Tensor, status: Any) -> Exception:
         """The error for a tensor of which the driver makes no map: a ValueError where it finds a value wrong."""
         values = {"of samples of": self.sizes, **self.copied, "swizzle": self.swizzle}
+        values |= {"pitch": self.pitch, "begin": self.begin} if self.pitch else {}
         described = ", ".join(f"{name} {value}" for name, value in values.items())
         what = f"{kernel}: a tensor map of {self.dtype} {tuple(x.shape)} at {x.data_ptr():#x}, {described}"
         error = driver.DriverError(self.function, status)

@@ -11,8 +11,10 @@ small remainder (orders.py), and y is written in NCHW. Tensors in channels_last 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -48,6 +50,7 @@ _TILE_ELEMENTS = 1024  # that the last tile may number beyond y
 #: A filter of fewer zeros has a remainder in every weight tile, so that both take as many products as a dense library,
 #: which multiplies at this rate at most; of shorter layers the time is that of something else.
 _LEAST_SPARSITY, _PRODUCTS_PER_US, _LEAST_PRODUCTS_US = 0.4, {"fp16": 330e6, "bf16": 330e6, "tf32": 165e6}, 4.0
+_LEAST_GROUP = 64  # output channels of a group, which are a block of a tile
 _PIXELS = 1  # the dimension of a tensor map along which pixels of all samples lie, where they are one row
 
 
@@ -61,8 +64,8 @@ class SparseTc(Method):
     def unsupported(self, problem: Problem) -> str | None:
         if problem.precision not in ELEMENTS:
             return "sparse tensor cores multiply no fp32; ask for TF32, fp16 or bf16"
-        if problem.groups > 1:
-            return "each group would fill blocks of channels of its own, mostly with zeros; groups must be 1"
+        if problem.groups > 1 and (reason := _ungroupable(problem)):
+            return reason
         if math.prod(problem.output_shape[1:]) + _TILE_ELEMENTS > _MOST_ELEMENTS:
             return "a sample has more outputs than 32 bits number; use a smaller input"
         device = torch.device(problem.device)
@@ -70,20 +73,21 @@ class SparseTc(Method):
             return reason
         if (native := arch(device, native=True)) != "sm_90a":
             return f"the kernel is made of instructions that compute capability 9.0 alone has, and this is {native}"
-        if next(candidates(problem, Gpu.of(problem.device), problem.memory_format), None) is None:
+        if next(candidates(_of_one_group(problem), Gpu.of(problem.device), problem.memory_format), None) is None:
             return "no tiling fits its kernel, stride, padding and dilation"
         return None
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
-        return search(problem, sparse_filter, Gpu.of(problem.device), _MOST_CONFIGS, problem.memory_format)
+        first, gpu = _groups_of(sparse_filter)[0], Gpu.of(problem.device)
+        return search(_of_one_group(problem), first, gpu, _MOST_CONFIGS, problem.memory_format)
 
     def kernels(self, problem: Problem, config: SparseTcConfig) -> Sequence[Variant]:
-        tiling = Tiling.of(problem, config, Gpu.of(problem.device).shared_bytes)
+        tiling = Tiling.of(_of_one_group(problem), config, Gpu.of(problem.device).shared_bytes)
         arranging = () if config.takes_channels_last else (arranging_kernel(problem, tiling.element),)
         return (Variant(tiling.source, tiling.defines, native=True), *arranging)
 
     def offers(self, problem: Problem, sparse_filter: SparseFilter, config: SparseTcConfig) -> bool:
-        return is_offered(problem, Gpu.of(problem.device), config)
+        return is_offered(_of_one_group(problem), Gpu.of(problem.device), config)
 
     def predict_us(
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: SparseTcConfig | None = None
@@ -91,9 +95,10 @@ class SparseTc(Method):
         if config is None:
             if self.outdone(problem, sparse_filter):
                 return _products_us(problem)
-            (config,) = search(problem, sparse_filter, gpu, 1, problem.memory_format)
-        tiling = Tiling.of(problem, config, gpu.shared_bytes)
-        return predict_us(tiling, Remainder.of(order_filter(sparse_filter, config.memory_format, tiling.element)), gpu)
+            (config,) = search(_of_one_group(problem), _groups_of(sparse_filter)[0], gpu, 1, problem.memory_format)
+        tiling = Tiling.of(_of_one_group(problem), config, gpu.shared_bytes)
+        ordered = (order_filter(each, config.memory_format, tiling.element) for each in _groups_of(sparse_filter))
+        return sum(predict_us(tiling, Remainder.of(each), gpu) for each in ordered)
 
     def outdone(self, problem: Problem, sparse_filter: SparseFilter) -> str | None:
         if sparse_filter.sparsity >= _LEAST_SPARSITY or _products_us(problem) < _LEAST_PRODUCTS_US:
@@ -123,10 +128,19 @@ class SparseTc(Method):
         slope: torch.Tensor | None = None,
     ) -> Prepared:
         device, gpu = torch.device(problem.device), Gpu.of(problem.device)
-        tiling = Tiling.of(problem, config, gpu.shared_bytes)
-        ordered = order_filter(sparse_filter, config.memory_format, tiling.element)
+        tiling = Tiling.of(_of_one_group(problem), config, gpu.shared_bytes)
+        filters = _groups_of(sparse_filter)
+        groups = [order_filter(each, config.memory_format, tiling.element) for each in filters]
+        ordered = groups[0]
         compiled = kernel(tiling.source, tiling.defines, device, native=True)
-        launch = _bind(compiled, tiling, *_packed_on(device, ordered, tiling), bias, activation.slopes(problem, slope))
+        per_channel = [
+            [None] * len(groups) if each is None else each.chunk(len(groups))
+            for each in (bias, activation.slopes(problem, slope))
+        ]
+        launches = [
+            _bind(compiled, tiling, _Slice(number, len(groups)), *_packed_on(device, group, tiling), *its_own)
+            for number, (group, *its_own) in enumerate(zip(groups, *per_channel, strict=True))
+        ]
         arrange, binaries, alignment = None, [compiled.binary], 16
         if not config.takes_channels_last:
             alignment = tiling.element.bytes * tiling.vector
@@ -140,13 +154,72 @@ class SparseTc(Method):
             return (blocks, 1, 1), samples, tile_groups
 
         run = runner(
-            *(problem, launch, cut),
+            *(problem, launches[0] if len(launches) == 1 else _one_by_one(launches), cut),
             most_samples=_MOST_ELEMENTS // most,
             alignment=alignment,
             memory_format=config.memory_format,
             arrange=arrange,
         )
-        return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
+        share = sum(group.split.share for group in groups) / len(groups)
+        return Prepared(run, compiled.binary, {"remainder_share": share}, tuple(binaries))
+
+
+def _one_by_one(launches: Sequence[Launch]) -> Callable[..., None]:
+    def launch(*args: Any) -> None:
+        for each in launches:
+            each(*args)
+
+    return launch
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """The channels of one of a problem's groups, which has a launch of its own."""
+
+    number: int
+    groups: int
+
+    def mapped(self, whole: TensorMap) -> TensorMap:
+        """The map of its channels of a tensor, as of `whole` where that had no others."""
+        channels = whole.sizes[0]
+        return replace(whole, pitch=self.groups * channels, begin=self.number * channels)
+
+
+def _ungroupable(problem: Problem) -> str | None:
+    """Why a problem's groups are not run one after the other, None where they are."""
+    if problem.memory_format != "channels_last" or problem.precision == "tf32":
+        return "groups are slices of tensors, of which it takes those of 16 bits in channels_last"
+    if (
+        problem.out_channels // problem.groups < _LEAST_GROUP
+        or problem.in_channels // problem.groups < _LEAST_GROUP // 2
+    ):
+        return "each group would fill blocks of channels of its own, mostly with zeros; make groups wider"
+    return None
+
+
+def _of_one_group(problem: Problem) -> Problem:
+    channels = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+    return replace(problem, in_channels=channels[0], out_channels=channels[1], groups=1)
+
+
+def _groups_of(sparse_filter: SparseFilter) -> tuple[SparseFilter, ...]:
+    """A filter's groups, each as a filter."""
+    if sparse_filter.groups == 1:
+        return (sparse_filter,)
+    if (known := _grouped.get(sparse_filter)) is None:
+        channels = sparse_filter.shape[0] // sparse_filter.groups
+        parts = []
+        for number in range(sparse_filter.groups):
+            indptr = sparse_filter.indptr[number * channels : (number + 1) * channels + 1]
+            nonzeros = slice(indptr[0], indptr[-1])
+            columns, values = sparse_filter.columns[nonzeros], sparse_filter.values[nonzeros]
+            parts.append(SparseFilter((channels, *sparse_filter.shape[1:]), 1, indptr - indptr[0], columns, values))
+        known = _grouped[sparse_filter] = tuple(parts)
+    return known
+
+
+#: What :func:`_groups_of` returned, as long as the filter lives.
+_grouped: WeakKeyDictionary[SparseFilter, tuple[SparseFilter, ...]] = WeakKeyDictionary()
 
 
 def _products_us(problem: Problem) -> float:
@@ -170,12 +243,13 @@ def _packed_on(device: torch.device, ordered: OrderedFilter, tiling: Tiling) -> 
 def _bind(
     compiled: Kernel,
     tiling: Tiling,
+    of: _Slice,
     weight_tiles: torch.Tensor,
     packed: Packed,
     bias: torch.Tensor | None,
     slopes: torch.Tensor | None,
 ) -> Launch:
-    """A launch that is given x, y, the residual, the samples and the tile groups."""
+    """A launch for a group that is given x, y, the residual, the samples and the tile groups."""
     per_channel = _in_order(bias, packed.out_order)
     if slopes is not None:
         per_channel = np.concatenate([per_channel, _in_order(slopes, packed.out_order)])
@@ -183,8 +257,8 @@ def _bind(
     if not tiling.stores_boxes:
         tables.append(packed.out_order)
     fixed = [weight_tiles, *(torch.from_numpy(table).to(tiling.problem.device) for table in tables)]
-    output = _output_map(tiling) if tiling.stores_boxes else torch.Tensor
-    args = _input_map(tiling), *fixed, output, output, pack_params(Params.of(tiling)), int, int
+    output = of.mapped(_output_map(tiling)) if tiling.stores_boxes else torch.Tensor
+    args = of.mapped(_input_map(tiling)), *fixed, output, output, pack_params(Params.of(tiling)), int, int
     return compiled.bind(_THREADS, tiling.memory.bytes, args, overlap=True, cluster=tiling.config.cluster)
 
 
