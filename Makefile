@@ -18,24 +18,35 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 # The build tools come from .venv, pinned like everything else, and object files are kept under build/.
 BUILD := --no-build-isolation --config-settings=build-dir
-KERNELS := $(wildcard src/escort/kernels/cpu/*.?pp src/escort/kernels/cuda/* src/escort/cuda/*.cpp)
+KERNELS := $(wildcard src/escort/kernels/*.cpp src/escort/kernels/cpu/*.?pp src/escort/kernels/cuda/* src/escort/cuda/*.cpp)
 SOURCES := $(shell find src -name '*.py')
 # Several processes, torch with one thread in each: small tests gain nothing from more threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test smoke lint format test-asan test-tsan test-arm test-integrations fuzz test-gpu test-stress test-sanitizer wheel wheel-test bench zoo hooks clean
+.PHONY: help demo test smoke lint lock format test-asan test-tsan test-arm test-integrations fuzz test-gpu test-stress test-sanitizer wheel wheels wheel-test bench zoo docs hooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Editable: a changed .py or .cu file takes effect at once, only the files named here call for another install.
-$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(filter-out %.cu %.cuh,$(KERNELS))
+# Torch is PyPI's with CUDA, or the build for CPUs that PIP_FLAGS leads to; what it brings itself comes last. All else is
+# of the files whose hashes requirements.lock has.
+$(VENV)/.installed: pyproject.toml requirements.lock CMakeLists.txt $(filter-out %.cu %.cuh,$(KERNELS))
 	@echo "Setting up $(VENV): a few minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) scikit-build-core nanobind cmake ninja
-	$(INSTALL) $(BUILD)=build/release --editable '.[dev]'
+	$(INSTALL) --no-deps torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(INSTALL) torch
+	$(INSTALL) --no-deps $(BUILD)=build/release --editable .
+	$(BIN)/pip check
 	@touch $@
+
+lock:  ## Look up the hashes of the versions in constraints.txt, for requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) uv
+	$(BIN)/uv pip compile --quiet --no-deps --no-annotate --generate-hashes --python-version 3.11.2 \
+		--custom-compile-command "make lock" --output-file requirements.lock constraints.txt
 
 demo: $(VENV)/.installed  ## Train, prune, convert and time a small CNN; results in out/demo
 	$(BIN)/escort demo --out out/demo
@@ -139,17 +150,24 @@ test-sanitizer:  ## Run the kernel cases on a GPU under compute-sanitizer, which
 		$(TEST_ON_GPU) -q -k "$(CASES)" tests/test_direct_cuda.py
 	$(SANITIZER) --tool initcheck $(TEST_ON_GPU) -q -k "($(CASES)) and (not last or tf32)" $(WITH_CASES)
 
-# SHIP=1 compiles kernels of common layers into the wheel, some twenty megabytes; else users' machines compile all.
+# What pip installs without a compiler (shipping/wheels.py). SHIP=1 compiles kernels of common layers into the wheel, some
+# twenty megabytes; else users' machines compile all.
 SHIPPED := $(CURDIR)/build/shipping/shipped.kernels
-wheel: $(VENV)/.installed  ## Build a wheel into dist/; SHIP=1 puts compiled kernels for GPUs in, which takes minutes
-	rm -rf dist
+WHEEL_PYTHONS ?= $(PYTHON)
+WHEEL_ARCHS ?= $(shell uname -m)
+wheel: $(VENV)/.installed  ## Build sources and a wheel into dist/; SHIP=1 puts compiled kernels for GPUs in, which takes minutes
 	$(if $(SHIP),$(BIN)/python -m shipping $(SHIPPED))
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist \
-		$(if $(SHIP),$(BUILD)=build/shipping/cmake --config-settings=cmake.define.ESCORT_SHIPPED=$(SHIPPED),$(BUILD)=build/release) .
+	$(BIN)/python -m shipping.wheels $(WHEEL_PYTHONS:%=--python %) $(WHEEL_ARCHS:%=--arch %) \
+		$(if $(SHIP),--kernels $(SHIPPED))
 
-wheel-test: wheel  ## Install the wheel into an empty environment and convert a model there
+# All that is uploaded. It takes Python 3.11 and 3.12, and GCC's cross compiler for AArch64.
+wheels: WHEEL_PYTHONS = python3.11 python3.12
+wheels: WHEEL_ARCHS = x86_64 aarch64
+wheels: wheel  ## Build the wheels for all versions of Python and both kinds of processors
+
+wheel-test: wheel  ## Install the wheel into an empty environment and convert a model there; WHEEL_PYTHONS=python3.12
 	rm -rf build/wheel-test
-	$(PYTHON) -m venv build/wheel-test
+	$(WHEEL_PYTHONS) -m venv build/wheel-test
 	build/wheel-test/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS) dist/*.whl
 	build/wheel-test/bin/python -I tests/check_wheel.py
 
@@ -183,6 +201,11 @@ $(INTEGRATIONS)/%/.installed: tests/integrations/%/requirements.txt pyproject.to
 
 test-integrations: $(GROUPS:%=$(INTEGRATIONS)/%/.installed)  ## Try other libraries, each group in its own environment; GROUPS="onnx pruners"
 	$(foreach group,$(GROUPS),$(INTEGRATIONS)/$(group)/venv/bin/python -m pytest tests/integrations/$(group)/checks.py &&) true
+
+docs: $(VENV)/.installed  ## Build the documentation's pages into build/docs
+	rm -rf build/docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -j 2 -c docs . build/docs
+	cp build/docs/README.html build/docs/index.html
 
 hooks: $(VENV)/.installed  ## Check style and types before each commit
 	$(BIN)/pre-commit install

@@ -6,7 +6,20 @@ import os
 
 import typer
 
-from benchmarks.commands import conversions, layers, networks, paper, ranking, render, speed, zoo
+from benchmarks.commands import (
+    check,
+    conversions,
+    everything,
+    forecast,
+    layers,
+    networks,
+    paper,
+    ranking,
+    render,
+    scaling,
+    speed,
+    zoo,
+)
 
 app = typer.Typer(
     help="Measure what Escort's documents quote.",
@@ -14,8 +27,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for module in (layers, networks, speed, conversions, ranking, paper, render, zoo):
+for module in (layers, networks, speed, conversions, forecast, ranking, scaling, paper, render, check, zoo):
     app.command(module.__name__.rpartition(".")[2])(module.main)
+app.command("all")(everything.main)
 
 if __name__ == "__main__":
     os.environ.setdefault("ESCORT_KEEP_PLANS", "0")  # what is published was measured in the run that says so

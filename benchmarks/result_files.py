@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks import suite
+from benchmarks.ahead import Ahead, Compilation
 from benchmarks.suite import Row
 from escort.artifact.files import replace_file
 from escort.problem import Precision
@@ -47,19 +48,32 @@ def seed_of(result: Result) -> int:
 
 def read_results(folder: Path) -> dict[str, Result]:
     """The study's files in a folder, by name without ending. Raises ValueError where there are none."""
-    paths = {f"{stem}-{precision}": folder / f"{stem}-{precision}.json" for stem in STEMS for precision in PRECISIONS}
-    results = {stem: Result.read(path) for stem, path in paths.items() if path.is_file()}
+    results = find_results(folder)
     if not results:
         raise ValueError(f"{folder} holds no results of a study; run: python -m benchmarks paper --out {folder}")
     return results
 
 
+def find_results(folder: Path) -> dict[str, Result]:
+    """As :func:`read_results`, of a folder that may hold none, or not be there."""
+    paths = {f"{stem}-{precision}": folder / f"{stem}-{precision}.json" for stem in STEMS for precision in PRECISIONS}
+    return {stem: Result.read(path) for stem, path in paths.items() if path.is_file()}
+
+
 @dataclass(frozen=True)
 class Item:
-    """A few rows that are measured in one go; `label` tells it from the others of its file."""
+    """A few rows that are measured in one go.
+
+    Attributes:
+        label: tells it from the others of its file.
+        compilation: what is compiled for them that may be compiled ahead.
+        seconds: that they are expected to take.
+    """
 
     label: str
     measure: Callable[[], list[Row]]
+    compilation: Compilation | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,19 +108,23 @@ def measure(
     *,
     again: bool = False,
     seconds: float | None = None,
+    ahead: Ahead | None = None,
+    interleaved: bool = False,
     begin: Callable[[str, str], object] = lambda stem, label: None,
     end: Callable[[str, str, Outcome], object] = lambda stem, label, outcome: None,
 ) -> dict[str, str]:
     """Measures the items that a folder's files do not hold yet, and returns what failed: why, by file and label.
 
     An item that fails does not end the study: it is named in its file's header, and tried again by the next run. The
-    header names what was left out of an item, too.
+    header names what was left out of an item, too, how many seconds each took, and every run that the rows come from.
 
     Args:
         work: items by the stem of their file.
         head: of every file; rows are only added to a file of the same study and machine.
         again: measure all anew.
-        seconds: after which no further item begins; None for no end.
+        seconds: after which no further item begins, nor one that is expected to end later; None for no end.
+        ahead: compiles meanwhile for the items that are to be measured, where it was made for any processes.
+        interleaved: an item's namesakes of all files follow one another; else the files do.
         begin: called with stem and label as each item begins, also those that are skipped.
         end: called with what became of each that was measured, once the file holds it.
 
@@ -115,32 +133,60 @@ def measure(
     """
     paths = {stem: folder / f"{stem}.json" for stem in work}
     earlier = {stem: known(path, head) for stem, path in paths.items() if path.is_file() and not again}
-    failures: dict[str, str] = {}
+    files = {stem: _File(paths[stem], head, items, earlier.get(stem, Result({}, []))) for stem, items in work.items()}
+    turns = [(stem, item) for stem, items in work.items() for item in items]
+    if interleaved:
+        labels = list(dict.fromkeys(item.label for _, item in turns))
+        turns.sort(key=lambda turn: labels.index(turn[1].label))
     last = math.inf if seconds is None else time.perf_counter() + seconds
-    for stem, items in work.items():
-        before = earlier.get(stem, Result({}, []))
-        rows, finished, left_out = before.rows, before.header.get("finished", []), before.header.get("left_out", [])
-        failed: dict[str, str] = {}
-        for item in items:
+    ahead = ahead or Ahead()
+    with ahead.of(item.compilation for stem, item in turns if item.label not in files[stem].finished):
+        for stem, item in turns:
             begin(stem, item.label)
-            if item.label in finished or time.perf_counter() > last:
+            if item.label in files[stem].finished or time.perf_counter() + item.seconds > last:
                 continue
+            ahead.turn_to(item.compilation)
             outcome = _outcome(item)
-            left_out += outcome.left_out
-            if outcome.failure is None:
-                rows += outcome.rows
-                finished.append(item.label)
-            else:
-                failed[item.label] = outcome.failure
-            complete = all(other.label in finished for other in items)
-            state = {"complete": complete, "finished": finished, "failed": failed, "left_out": left_out}
-            if before.header:
-                state["continues"] = {name: before.header.get(name) for name in ("date", "commit", "command")}
-            write = partial(suite.write_results, head={**head, **state}, rows=rows)
-            replace_file(paths[stem], write)
+            files[stem].add(item, outcome)
             end(stem, item.label, outcome)
-        failures |= {f"{stem}, {label}": why for label, why in failed.items()}
-    return failures
+    return {f"{stem}, {label}": why for stem, file in files.items() for label, why in file.failed.items()}
+
+
+class _File:
+    """A result file that grows item by item, on what an earlier run left in it."""
+
+    def __init__(self, path: Path, head: Mapping[str, Any], items: Sequence[Item], before: Result) -> None:
+        self._path, self._head, self._items = path, head, items
+        self._runs, self._seconds = [*runs_of(before.header), _run(head)], before.header.get("seconds", {})
+        self._rows, self._left_out = before.rows, before.header.get("left_out", [])
+        self.finished: list[str] = before.header.get("finished", [])
+        self.failed: dict[str, str] = {}
+
+    def add(self, item: Item, outcome: Outcome) -> None:
+        """Writes it with what became of an item."""
+        self._left_out += outcome.left_out
+        if outcome.failure is None:
+            self._rows += outcome.rows
+            self.finished.append(item.label)
+            self._seconds[item.label] = round(outcome.seconds, 1)
+        else:
+            self.failed[item.label] = outcome.failure
+        complete = all(other.label in self.finished for other in self._items)
+        names = {"complete": complete, "finished": self.finished, "failed": self.failed, "left_out": self._left_out}
+        names |= {"seconds": self._seconds, "runs": self._runs}
+        replace_file(self._path, partial(suite.write_results, head={**self._head, **names}, rows=self._rows))
+
+
+def runs_of(header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Date, commit and command of every run that a file's rows come from, the last one last."""
+    if not header:
+        return []
+    continued = [header["continues"]] if "continues" in header else []  # files of before all runs were kept
+    return list(header.get("runs", [*continued, _run(header)]))
+
+
+def _run(header: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: header.get(name) for name in ("date", "commit", "command")}
 
 
 def _outcome(item: Item) -> Outcome:

@@ -26,5 +26,9 @@ struct Barrier {
     std::unique_lock<std::mutex> lock(mutex);
     if (!ended.wait_for(lock, std::chrono::seconds(stuck ? 0 : 20), [&] { return phase != parity; })) stuck = true;
   }
+  bool has_ended(unsigned parity) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return phase != parity;
+  }
 };
 """

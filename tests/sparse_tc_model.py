@@ -98,7 +98,7 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
     Shared memory begins as NaN, so that what is read from beyond what was loaded, and is not cut off, shows.
     """
     p, config, d = tiling.problem, tiling.config, Params.of(tiling)
-    along, m_tile, depth = 2 // config.across, config.tile_channels, BLOCK[p.precision] // 2
+    along, m_tile, depth = 1 if config.by_turns else 2 // config.across, config.tile_channels, BLOCK[p.precision] // 2
     samples = len(nhwc)
     whole_rows = config.tap_group in ("columns", "halo")
     read = nhwc if whole_rows or config.tap_group == "im2col" else nhwc.reshape(1, 1, -1, tiling.channels)

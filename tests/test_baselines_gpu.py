@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -300,9 +301,11 @@ def test_rows_of_a_network(precision: Precision) -> None:
     model = model.to(DEVICE, TORCH_DTYPE[precision])
     suite.prune_all_but_first(model, 0.9)
     x = torch.randn(4, 3, 32, 32, device=DEVICE, dtype=TORCH_DTYPE[precision])
-    race = suite.NetworkRace(against=suite.RIVALS["cuda"], precision=precision, budget_s=0.2)
+    graphs = [] if importlib.util.find_spec("cudnn") is None else ["cudnn_graph"]
+    race = suite.NetworkRace(against=("graph", "compile", *graphs), precision=precision, budget_s=0.2)
     rows = suite.measure_network(model, x, network="tiny", weights="random-0.90", race=race)
     plain = [("escort", False), ("eager", False), ("eager", False), ("compile", False), ("escort", True)]
+    plain += [(method, False) for method in graphs]
     captured = [("graph" if method == "eager" else method, compiled) for method, compiled in plain]
     assert [(row.timer, row.method, "compiled" in row.config) for row in rows] == [
         *(("call", *way) for way in plain),

@@ -14,6 +14,7 @@ from escort import reference
 from escort.filter import SparseFilter
 from escort.kernels import _cpu
 from escort.methods import by_name
+from escort.methods.cpu import depthwise
 from escort.methods.cpu.depthwise import LANES, MOST_ROWS, PARAMS, PHASE, DepthwiseConfig
 from escort.planner import plan_layer
 from escort.problem import Epilogue, Problem
@@ -131,3 +132,13 @@ def test_what_registers_do_not_hold_is_refused(isa: str, field: str, value: int)
     params[field] = value
     with pytest.raises(ValueError, match=field):
         _cpu.DepthwiseConvolution(isa, {**TABLES, "params": params})
+
+
+def test_each_thread_has_rows_of_its_own_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = SparseFilter.from_dense(torch.ones(96, 1, 3, 3), groups=96)
+    for threads, size, bands in ((1, 112, 5), (2, 28, 2), (8, 112, 8), (8, 14, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        problem = Problem(1, 96, size, size, 96, (3, 3), padding=(1, 1, 1, 1), groups=96)
+        config = by_name("depthwise").configs(problem, full)[0]
+        layout = depthwise._Layout.of(problem, depthwise.LANES[config.isa])
+        assert depthwise._params(problem, layout, config)["bands"] == bands

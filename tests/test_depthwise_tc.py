@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,8 +56,14 @@ def configs(problem: Problem) -> Sequence[DepthwiseTcConfig]:
 
 
 def check(case: Case, config: DepthwiseTcConfig, folder: Path) -> None:
+    y, expected = computed(case, case.tensors(), config, folder)
+    assert reference.compare(y, expected) <= reference.ERROR_BOUND[case.problem.precision] / 2, config
+
+
+def computed(case: Case, tensors: Any, config: DepthwiseTcConfig, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the source computes, and the reference."""
     problem = case.problem
-    x, weight, bias, residual = case.tensors()
+    x, weight, bias, residual = tensors
     x, residual = (
         None if each is None else each.to(problem.storage).contiguous(memory_format=torch.channels_last)
         for each in (x, residual)
@@ -71,7 +78,7 @@ def check(case: Case, config: DepthwiseTcConfig, folder: Path) -> None:
     args = x, y, residual, by_tap, per_channel, pack(Params.of(problem, tile)), problem.batch
     grid = -(-problem.batch // config.samples) * tile.blocks, 1, 1
     launch(variant, grid, 128, args, folder, tile.shared_bytes)
-    assert reference.compare(y, expected) <= reference.ERROR_BOUND[problem.precision] / 2, config
+    return y, expected
 
 
 #: One of each kind that is compiled in, and every kind of epilogue.
@@ -98,6 +105,23 @@ def test_the_source_computes_other_types(name: str, precision: Precision, tmp_pa
     case = next(case for case in EVERY if name in case.name)
     case = replace(case, problem=replace(case.problem, precision=precision))
     check(case, configs(case.problem)[0], tmp_path)
+
+
+@pytest.mark.parametrize(("precision", "beside", "channels"), [("fp16", 6, 2), ("tf32", 10, 1)])
+def test_a_nan_reaches_few_outputs_that_do_not_read_it(
+    precision: Precision, beside: int, channels: int, tmp_path: Path
+) -> None:
+    problem = on_gpu(Problem(1, 8, 9, 40, 8, (3, 3), padding=(1, 1, 1, 1), groups=8), 8, precision)
+    case = Case("nan", problem, 0.0)
+    x, *others = case.tensors()
+    row, column, channel = 4, 19, 5
+    x[0, channel, row, column] = math.nan
+    y, _ = computed(case, (x, *others), configs(problem)[0], tmp_path)
+    found = y[0].isnan()
+    assert found[channel, row - 1 : row + 2, column - 1 : column + 2].all()
+    first = channel // channels * channels
+    found[first : first + channels, row - 1 : row + 2, column - 1 - beside : column + 2 + beside] = False
+    assert not found.any()
 
 
 def test_the_structs_are_the_dataclasses() -> None:

@@ -15,7 +15,7 @@ from escort.methods import by_name
 from escort.methods.cpu import direct
 from escort.methods.cpu.direct import ISAS, PARAMS, DirectConfig, schedule
 from escort.methods.cpu.direct.layout import RUN, SEGMENT, TILE, Layout, Records, records
-from escort.methods.cpu.direct.schedule import BLOCK, JOB, NONZERO, OUT_CHANNEL
+from escort.methods.cpu.direct.schedule import BLOCK, NONZERO, OUT_CHANNEL
 from escort.problem import Problem
 from tests.cases import Case, every_case
 
@@ -24,7 +24,6 @@ TABLES = {
     "nonzeros": NONZERO,
     "out_channels": OUT_CHANNEL,
     "blocks": BLOCK,
-    "jobs": JOB,
     "runs": RUN,
     "segments": SEGMENT,
     "tiles": TILE,
@@ -76,13 +75,13 @@ def test_tiles_that_registers_do_not_hold_are_refused() -> None:
 
 def test_channels_that_registers_do_not_hold_are_refused() -> None:
     most = ISAS[ISA][1]
-    two_at_a_time = records(PARAMS, 1, channels=2)
+    two_at_a_time = records(PARAMS, 1, parts=1, blocks_of_part=1, channels=2)
     convolution(params=two_at_a_time, tiles=records(TILE, 1, vectors=most // 2))
     with pytest.raises(ValueError, match="too many vectors"):
         convolution(params=two_at_a_time, tiles=records(TILE, 1, vectors=most // 2 + 1))
     for channels in (0, 5):
         with pytest.raises(ValueError, match="1 to 4 channels"):
-            convolution(params=records(PARAMS, 1, channels=channels))
+            convolution(params=records(PARAMS, 1, parts=1, blocks_of_part=1, channels=channels))
 
 
 @every_case
@@ -107,6 +106,11 @@ def test_tiles_that_read_alike_share_their_runs() -> None:
     assert runs(4096) <= 4 * runs(64), "a table of runs does not grow with the map"
 
 
+def test_blocks_are_those_of_parts() -> None:
+    with pytest.raises(ValueError, match="as many for each part"):
+        convolution(blocks=np.ones(3, BLOCK), params=records(PARAMS, 1, parts=2, blocks_of_part=1, channels=1))
+
+
 def test_params_are_one_record() -> None:
     with pytest.raises(ValueError, match="one record"):
         convolution(params=np.ones(2, PARAMS))
@@ -126,7 +130,7 @@ def test_parts_feed_threads_and_stage_little(
 ) -> None:
     """Seven tiles in two parts leave two of sixteen threads idle; in three, eleven wait while five do a second one."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert direct._parts(tasks) == (parts, -(-4 * threads // tasks))
+    assert direct._parts(tasks) == (parts, -(-4 * threads // tasks) if threads > 1 else 1)
 
 
 def random_filter(out_channels: int, groups: int = 1) -> SparseFilter:
@@ -180,9 +184,49 @@ def test_where_no_weight_is_zero_tiles_leave_registers_for_weights() -> None:
             assert torch.allclose(y, torch.conv2d(x, weight[:channels], bias[:channels], padding=1), atol=1e-4)
 
 
-def test_a_batch_needs_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_positions_where_there_are_tiles_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = SparseFilter.from_dense(torch.eye(64)[:, :, None, None])
+    for threads, least in ((2, 2), (16, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        problem = Problem(1, 64, 14, 14, 64, (1, 1))
+        configs = by_name("direct").configs(problem, full)
+        assert min(len(Layout.of(problem, *_size(config)).tiles) for config in configs) == least
+
+
+def _size(config: DirectConfig) -> tuple[int, int]:
+    return ISAS[config.isa][0], config.vectors
+
+
+def test_tiles_of_the_same_rows_follow_one_another() -> None:
+    tiles = Layout.of(Problem(1, 1, 56, 56, 1, (3, 3), padding=(1, 1, 1, 1)), 16, 7).tiles
+    assert len(tiles) == 4 * 8 and (np.diff(tiles["x_start"] // 56) >= 0).all()
+
+
+def test_what_is_tried_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan for a large batch has parts enough for the threads that single samples get."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     filter_of_ones = SparseFilter.from_dense(torch.ones(64, 64, 3, 3))
-    for batch, parts in ((1, 16), (4, 4), (16, 1), (64, 1)):
-        problem = Problem(batch, 64, 7, 7, 64, (3, 3), padding=(1, 1, 1, 1))
-        assert by_name("direct").configs(problem, filter_of_ones)[0].parts == parts
+    one, many = (Problem(batch, 64, 7, 7, 64, (3, 3), padding=(1, 1, 1, 1)) for batch in (1, 64))
+    assert by_name("direct").configs(one, filter_of_ones) == by_name("direct").configs(many, filter_of_ones)
+    assert by_name("direct").configs(many, filter_of_ones)[0].parts == 16
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("samples", [1, 2, 3, 5, 16])
+def test_tasks_take_several_parts_of_a_batch(samples: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread takes all parts at once, several take as many as feed them; blocks without nonzeros are left out."""
+    weight = torch.randn(42, 96 // groups, 3, 3)
+    weight[weight.abs() < 1.5] = 0.0
+    weight[:, 10:20] = 0.0
+    sparse_filter = SparseFilter.from_dense(weight, groups)
+    problem = Problem(samples, 96, 7, 7, 42, (3, 3), padding=(1, 1, 1, 1), groups=groups)
+    x = torch.randn(samples, 96, 7, 7)
+    y = torch.conv2d(x, weight, padding=1, groups=groups)
+    _cpu.assume_fork_join_ns(1.0)  # so that threads are taken
+    try:
+        for threads in (1, 2, 5):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            run = by_name("direct").prepare(problem, sparse_filter, None, DirectConfig(ISA, 4, 10, parts=7)).run
+            assert torch.allclose(run(x), y, rtol=1e-4, atol=1e-4)
+    finally:
+        _cpu.assume_fork_join_ns(0.0)

@@ -252,6 +252,21 @@ def test_what_cannot_be_converted_runs_as_it_is() -> None:
 
 
 @pytest.mark.filterwarnings("error")
+def test_numbers_of_modules_are_constants() -> None:
+    """Where sizes change Dynamo hands numbers over as tensors: batch norms are folded all the same, and followed."""
+    model = pruned(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    plans: list[NetworkPlan] = []
+    options = {"methods": ["direct"], "on_plan": plans.append}
+    fast = torch.compile(model, backend="escort", dynamic=True, options=options)
+    for batch in (2, 3):
+        check(fast, model, torch.randn(batch, 3, 8, 8))
+    (plan,) = plans
+    assert [layer.problem.epilogue.activation for layer in plan.layers.values()] == ["relu"]
+    model[1].eps = 0.5
+    check(fast, model, torch.randn(4, 3, 8, 8))
+    assert len(plans) == 2
+
+
 def test_graphs_without_layers_say_nothing() -> None:
     fast = torch.compile(lambda x: x * 2, backend="escort")
     assert fast(torch.ones(2)).tolist() == [2, 2]

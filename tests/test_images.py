@@ -90,7 +90,11 @@ def test_what_makes_no_layer(mean: Any, std: Any, says: str) -> None:
 
 
 def test_what_are_no_images() -> None:
+    with pytest.raises(TypeError, match=r"mean and std are lists with a number for each channel, got 0.5 and \[0.2\]"):
+        Images(0.5, [0.2])  # type: ignore[arg-type]
     layer = Images(MEAN, STD)
+    with pytest.raises(TypeError, match="takes a tensor of images, got ndarray; use torch.from_numpy"):
+        layer(torch.zeros(1, 4, 4, 3, dtype=torch.uint8).numpy())
     with pytest.raises(TypeError, match=r"takes images of torch.uint8, and normalises them; got torch.float32"):
         layer(torch.zeros(1, 4, 4, 3))
     for shape in ((1, 3, 4, 4), (4, 4, 3)):

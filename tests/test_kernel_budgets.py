@@ -90,6 +90,7 @@ def plane_variants() -> list[Variant]:
         *(("images.cu", {"STORAGE": storage, "VECTOR": vector}, 40) for storage in (0, 1, 2) for vector in (1, 4)),
         *(("resize.cu", macros, 48) for macros in vectors),
         *(("mean.cu", macros, 64) for macros in vectors),
+        *(("squeeze.cu", macros, 80) for macros in vectors if macros["VECTOR"] > 1),
         *(("average_pool.cu", macros | {"ROWS": n, "COLUMNS": n}, 80) for macros in vectors for n in (0, 2, 3)),
         *(("gate.cu", macros | last, 32) for macros, last in both),
         *(("local_response_norm.cu", macros | last | {"SIZE": 5}, 80) for macros, last in both),

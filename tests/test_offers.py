@@ -28,6 +28,10 @@ CASES: tuple[tuple[str, Precision, MemoryFormat, dict[str, Any]], ...] = (
     ("stem", "fp16", "channels_last", {"rows": 3, "octets": 9}),
     ("cudnn", "fp32", "contiguous", {"memory_format": "none"}),
 )
+ON_CPUS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("direct", {"isa": ["mmx"], "vectors": [0, 99], "channel_block": [0, 65], "parts": [0, 65]}),
+    ("depthwise", {"isa": ["mmx"], "rows": [0, 9], "stage": [0, 1 << 20], "planes": [0, 3]}),
+)
 
 
 @pytest.fixture
@@ -59,6 +63,25 @@ def test_what_is_found_is_offered_and_nothing_that_cannot_be(
         assert not method.offers(problem, sparse_filter, replace(configs[0], **{knob: value})), knob
 
 
+@pytest.mark.parametrize("problem", [Problem(2, 64, 28, 28, 64, (3, 3)), Problem(1, 8, 7, 7, 8, (3, 3))], ids=str)
+@pytest.mark.parametrize(("name", "changes"), ON_CPUS)
+def test_methods_of_cpus_offer_what_any_number_of_threads_finds(
+    problem: Problem, name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = by_name(name)
+    if name == "depthwise":
+        problem = replace(problem, groups=problem.in_channels)
+    sparse_filter = SparseFilter.from_dense(torch.ones(problem.weight_shape), problem.groups)
+    for threads in (16, 1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        configs = method.configs(problem, sparse_filter)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        assert configs and all(method.offers(problem, sparse_filter, config) for config in configs)
+    for knob, values in changes.items():
+        for value in values:
+            assert not method.offers(problem, sparse_filter, replace(configs[0], **{knob: value})), knob
+
+
 def test_the_cases_are_of_all_methods_that_have_a_check_of_their_own() -> None:
     own = {method.name for method in METHODS if type(method).offers is not Method.offers}
-    assert own <= {case[0] for case in CASES}
+    assert own <= {case[0] for case in (*CASES, *ON_CPUS)}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from escort.cuda.compiler import KERNELS
 from escort.cuda.gpu import H200
-from escort.layers import AdaptiveAvgPool2d, AvgPool2d, Concat, Gate, LocalResponseNorm, NormedConcat, Upsample
-from escort.layers.planes import average, base, concat, gate, norm
+from escort.layers import AdaptiveAvgPool2d, AvgPool2d, Concat, Gate, LocalResponseNorm, NormedConcat, Squeeze, Upsample
+from escort.layers.planes import average, base, concat, gate, norm, squeeze
 from escort.layers.planes.base import OnPlanes, Planes
 from escort.layers.pool import POOLED_ON_GPU
 from escort.reference import ERROR_BOUND, compare
@@ -122,6 +122,15 @@ NORMED = [
     Case(normed(sum(widths), activation), tuple((2, channels, 5, 3) for channels in widths))
     for widths, activation in (((16, 8), "relu"), ((40,), "none"), ((4, 20, 12, 8) * 5, "relu"))
 ]
+SQUEEZES = [
+    Case(Squeeze(shape[1], hidden, *activations).requires_grad_(False).eval(), (shape,))  # type: ignore[arg-type]
+    for shape, hidden, activations in (
+        ((2, 32, 7, 7), 8, ("silu", "sigmoid")),
+        ((3, 40, 9, 13), 10, ("relu", "hardsigmoid")),
+        ((1, 1152, 3, 5), 6, ("silu", "sigmoid")),
+        ((1, 2080, 2, 1), 3, ("relu", "sigmoid")),  # more vectors than threads
+    )
+]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_type = pytest.mark.parametrize("dtype", POOLED_ON_GPU, ids=str)
 both_memory_formats = pytest.mark.parametrize(
@@ -148,7 +157,7 @@ def emulated(layer: OnPlanes, inputs: Sequence[Tensor], folder: Path) -> Tensor 
     given = [*inputs, *[None] * (work.inputs * len(work.launches) - len(inputs))]
     for i, (grid, args) in enumerate(work.launches):
         pointers = *given[i * work.inputs : (i + 1) * work.inputs], y, *(table.to(x.dtype) for table in layer.tables())
-        launch(work.variant, grid, base.THREADS, (*pointers, *args), folder)
+        launch(work.variant, grid, base.THREADS, (*pointers, *args), folder, work.shared_bytes)
     return y
 
 
@@ -214,6 +223,39 @@ def test_the_source_normalises_what_it_joins(
     assert emulated(layer.train(), inputs, tmp_path) is None
 
 
+@pytest.mark.usefixtures("an_h200")
+@pytest.mark.parametrize("case", SQUEEZES, ids=lambda case: f"{case.shapes[0][1]}")
+@every_type
+def test_the_source_computes_gates(
+    case: Case, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    inputs, layer = case.inputs(dtype, torch.channels_last), of_type(case.layer, dtype)
+    expected = of_type(layer, torch.float64)(*(x.double() for x in inputs))
+    y = emulated(layer, inputs, tmp_path_factory.getbasetemp())
+    assert y is not None and compare(y, expected) <= BOUNDS[dtype]
+    assert emulated(layer, [x.contiguous() for x in inputs], tmp_path) is None
+
+
+def test_how_blocks_share_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
+
+    def work(samples: int, channels: int, hidden: int, dtype: torch.dtype = torch.float16) -> base.Work | None:
+        x = Planes((samples, channels, 7, 7), dtype, torch.device("cuda:0"), True)
+        return Squeeze.work((channels, hidden, "silu", "sigmoid"), x)
+
+    found = work(32, 1152, 48)
+    assert found is not None and found.launches[0][0] == (256, 1, 1) and found.cluster == 8
+    assert found.shared_bytes == 2 * 48 * 144 * 2 + 4 * (2048 + 1152 + 96)
+    assert work(1, 1152, 48, torch.float32) is not None and work(1, 32, 8) is not None
+    assert work(1, 1150, 48) is None, "its channels are no vectors"
+    assert work(1, 960, 240) is None, "its weights do not fit"
+    for names in (("fc1", "fc1"), ("fc1", "a.b"), ("training", "fc2"), ("fc1",), ("fc1", "def"), "ab", (1, 2)):
+        with pytest.raises(ValueError, match="two names of their own|sequence"):
+            Squeeze(8, 2, names=names)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="activations of relu, silu, sigmoid, hardsigmoid, got tanh"):
+        Squeeze(8, 2, "tanh")
+
+
 @pytest.mark.parametrize(
     ("params", "source"),
     [
@@ -222,6 +264,7 @@ def test_the_source_normalises_what_it_joins(
         (average.MeanParams, "mean"),
         (gate.Params, "gate"),
         (concat.Params, "concat"),
+        (squeeze.Params, "squeeze"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -356,3 +399,26 @@ def test_small_windows_that_are_many_on_the_gpu(window: tuple[Any, ...], memory_
     layer = AvgPool2d(*window)
     assert [binary.defines["ROWS"] for binary in layer.binaries(x)] == [str(layer.settings()[0][0])]
     assert compare(layer(x), layer(x.double())) <= 1e-3
+
+
+ON_GPU_ONLY = [
+    Case(Squeeze(channels, hidden, *activations).requires_grad_(False).eval(), ((samples, channels, *size),))  # type: ignore[arg-type]
+    for samples, channels, hidden, size, activations in (
+        (1, 1152, 48, (7, 7), ("silu", "sigmoid")),
+        (5, 144, 6, (56, 56), ("silu", "sigmoid")),
+        (3, 32, 8, (112, 112), ("silu", "sigmoid")),
+        (2, 672, 168, (14, 14), ("relu", "hardsigmoid")),
+    )
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SQUEEZES + ON_GPU_ONLY, ids=lambda case: "x".join(map(str, case.shapes[0])))
+@every_type
+def test_gates_on_the_gpu(case: Case, dtype: torch.dtype) -> None:
+    inputs, layer = [x.cuda() for x in case.inputs(dtype, torch.channels_last)], of_type(case.layer, dtype).cuda()
+    expected = of_type(layer, torch.float64)(*(x.double() for x in inputs))
+    is_ours = len(layer.binaries(*inputs)) == 1
+    assert is_ours or (dtype is torch.float32 and case.shapes[0][1] in (672, 2080))
+    for _ in range(2):
+        assert not is_ours or compare(layer(*inputs), expected) <= BOUNDS[dtype]

@@ -41,6 +41,17 @@ def took_over(plan: Plan, earlier: Plan) -> bool:
     )
 
 
+def test_inputs_are_written_anew_where_threads_share_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads, most, is_written in ((1, 100, False), (2, 100, True), (2, 10, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(measure, "_MOST_REWRITTEN", most)
+        x = torch.zeros(4)
+        rewrite = measure.rewriting([x])
+        x.fill_(1.0)
+        rewrite()
+        assert bool((x == 0.0).all()) is is_written
+
+
 def test_every_candidate_is_timed_or_has_a_reason() -> None:
     plan = plan_layer(PROBLEM, a_filter())
     assert {c.method for c in plan.candidates} == {method.name for method in for_device("cpu")}

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from escort.cuda.gpu import H200, Gpu
 from escort.filter import SparseFilter
 from escort.methods import Config, Method
+from escort.methods.cuda.sparse_tc import SparseTc
 from escort.planner import planner
 from escort.planner.compile_budget import Offer, share_out
 from escort.planner.machine import Machine
 from escort.planner.plan import Layer
 from escort.planner.planner import known_us, plan_layer, predicted_us
 from escort.planner.search import Search, predict_us
-from escort.problem import Problem
+from escort.problem import Precision, Problem
 from tests.fakes import PROBLEM, Compiled, Fake, a_filter
 
 LAYER = Layer(replace(PROBLEM, device="cuda:0"), a_filter())
@@ -63,6 +65,44 @@ def test_a_few_configs_of_each_likely_method_are_tried() -> None:
         "far": "predicted to take 21 us, near 10 us; effort='best' tries it",
         "lowers": "it writes its input out patch by patch, which other methods do without; effort='best' tries it",
     }
+
+
+def test_what_a_dense_library_is_sure_to_match_is_not_tried() -> None:
+    class Outdone(Modelled):
+        def outdone(self, problem: Problem, sparse_filter: SparseFilter) -> str | None:
+            return "it skips nothing"
+
+    search = Search.of(LAYER, (Outdone("outdone", 1.0), Modelled("near", 1.9)), None)
+    assert tried(search) == {"near": 1}
+    assert reasons(search) == {"outdone": "it skips nothing; effort='best' tries it"}
+    (grant,) = share_out([Offer.of(LAYER, (Outdone("outdone", 1.0), Compiled(1.0)))], 900.0)
+    assert tried(Search.of(LAYER, (Outdone("outdone", 1.0),), grant)) == {"outdone": 1}, "with time all are"
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "batch", "precision", "is_outdone"),
+    [
+        (0.0, 32, "fp16", True),
+        (0.3, 32, "tf32", True),
+        (0.5, 32, "fp16", False),  # as of 2:4
+        (0.0, 1, "fp16", False),  # products take little of its time
+        (0.9, 128, "fp16", False),
+    ],
+)
+def test_a_dense_filter_gains_nothing_by_sparse_tensor_cores(
+    sparsity: float, batch: int, precision: Precision, is_outdone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(batch, 256, 256, 14, 14, (3, 3), padding=(1, 1, 1, 1), precision=precision, device="cuda:0")
+    weight = torch.ones(256, 256, 3, 3)
+    weight[:, : int(256 * sparsity)] = 0.0
+    sparse_filter, method = SparseFilter.from_dense(weight), SparseTc()
+    assert (method.outdone(problem, sparse_filter) is not None) == is_outdone
+    if is_outdone:
+        monkeypatch.setattr("escort.methods.cuda.sparse_tc.search", lambda *_: pytest.fail("searched"))
+        us = method.predict_us(problem, sparse_filter, H200)
+        assert us == pytest.approx(
+            2 * 0.5 * batch * 14 * 14 * 256 * 256 * 9 / (330e6 if precision == "fp16" else 165e6)
+        )
 
 
 def test_with_time_to_compile_all_are_tried() -> None:

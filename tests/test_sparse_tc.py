@@ -85,6 +85,7 @@ def test_the_search_ranks_what_fits(problem: Problem) -> None:
         times = [predict_us(tiling, NONE, H200) for tiling in candidates(problem, H200, memory_format)]  # type: ignore[arg-type]
         assert min(predict_us(tiling, NONE, H200) for tiling in tilings) < 1.1 * min(times)
         assert len({replace(config, cluster=1) for config in configs}) >= 3, "of some variety"
+        assert predict_us(tilings[0], NONE, H200) < 1.1 * min(times), "best guess first"
 
 
 def test_predictions_follow_the_work() -> None:
@@ -125,6 +126,18 @@ VARIANTS = {
     ),
 }
 IN_TF32 = ("halo", "halo along", "halo, uneven", "columns", "flat", "im2col", "im2col along", *list(VARIANTS)[-5:])
+VARIANTS |= {
+    "im2col by turns": (STRIDED, SparseTcConfig("im2col", 192, across=1, by_turns=True)),
+    "columns by turns, last": (
+        replace(RES4, epilogue=FULL),
+        SparseTcConfig("columns", 112, across=1, rows=7, memory_format=LAST, by_turns=True),
+    ),
+    "flat by turns, last": (
+        replace(POINTWISE, epilogue=FULL),
+        SparseTcConfig("flat", 128, across=1, m_blocks=2, cluster=2, memory_format=LAST, by_turns=True),
+    ),
+}
+IN_TF32 += ("columns by turns, last",)
 VARIANTS |= {
     f"{name}, tf32": (replace(problem, precision="tf32"), config)
     for name, (problem, config) in VARIANTS.items()

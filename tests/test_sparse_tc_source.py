@@ -163,7 +163,11 @@ struct TensorMap {
 void barrier_init(u32 barrier, int count) { block->barriers[barrier].all = block->barriers[barrier].left = count; }
 void barrier_expect(u32 barrier, int bytes) { block->barriers.at(barrier).change(1, bytes); }
 void barrier_arrive(u32 barrier) { block->barriers.at(barrier).change(1, 0); }
-void barrier_arrive_at(u32 barrier, u32 other) { blocks[other].barriers.at(barrier).change(1, 0); }
+u32 barrier_of(u32 barrier, u32 other) { return barrier | other << 24; }
+void barrier_arrive_remotely(u32 remote) { blocks[remote >> 24].barriers.at(remote & 0xffffff).change(1, 0); }
+u32 barrier_test(u32 barrier, u32 parity) { return block->barriers.at(barrier).has_ended(parity); }
+void prefetch(const TensorMap&) {}
+bool is_elected() { return threadIdx.x % 32 == 0; }
 void barrier_wait_opaque(u32 barrier, u32 parity) { block->barriers.at(barrier).wait(parity); }
 void barriers_are_ready() {}
 template <bool CLUSTERED>
@@ -220,6 +224,7 @@ void let_next_kernel_start() {}
 void wait_for_previous_kernel() {}
 u32 shared_address(const void*) { return 0; }
 void forget(float& v) { v = NAN; }
+void forget(u32& v) { v = ~0u; }
 void obscure(int&) {}
 template <bool NOT_NEGATIVE> u32 pack(float low, float high) {
   if (NOT_NEGATIVE) low = std::fmax(low, 0.0f), high = std::fmax(high, 0.0f);
@@ -241,7 +246,13 @@ template <class T> void store_shared(u32 address, T v) {
   if (address % sizeof v) std::abort();
   std::memcpy(block->shared + address, &v, sizeof v);
 }
+void add_shared(u32 address, float* d) {
+  float4 v;
+  load_shared(address, v);
+  d[0] += v.x, d[1] += v.y, d[2] += v.z, d[3] += v.w;
+}
 void keep(u32, u32, u32) {}
+void load_shared_if(u32 condition, u32 address, u32& v) { condition ? load_shared(address, v) : std::abort(); }
 // Matrices of 8 x 8 between registers and shared memory; a lane has the address of a row.
 void addresses(u32 address, u32* rows) {
   Meeting& warp = block->warps[threadIdx.x / 32];
@@ -369,6 +380,13 @@ KINDS = {
     "im2col across": ("dilation and stride", SparseTcConfig("im2col", 40), "contiguous"),
     "flat": ("pointwise", SparseTcConfig("flat", 48, m_blocks=2, cluster=2), "contiguous"),
     "flat along": ("pointwise, even plane", SparseTcConfig("flat", 24, across=1), "channels_last"),
+    "columns by turns": ("dilation", SparseTcConfig("columns", 176, across=1, rows=11, by_turns=True), "channels_last"),
+    "im2col by turns": ("dilation and stride", SparseTcConfig("im2col", 40, across=1, by_turns=True), "contiguous"),
+    "flat by turns": (
+        "pointwise",
+        SparseTcConfig("flat", 48, across=1, m_blocks=2, cluster=2, by_turns=True),
+        "channels_last",
+    ),
 }
 
 

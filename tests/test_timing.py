@@ -50,6 +50,12 @@ def test_race_takes_turns_of_consecutive_calls_that_others_do_not_disturb(monkey
     assert all(len(seconds) == 9 for seconds in seen)
 
 
+def test_what_is_done_before_each_call_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    times_us = timing.race([clock.work("a", 1e-3)], rounds=2, before=clock.work("before", 5e-3))
+    assert times_us == pytest.approx([1000.0]) and clock.calls[::2] == ["before"] * (len(clock.calls) // 2)
+
+
 def test_only_the_first_of_a_pool_waits_for_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     runs = [clock.work(name, 1e-3) for name in "abc"]

@@ -60,7 +60,7 @@ class ConversionOptions:
     search_s: Annotated[
         float,
         typer.Option("--search-s", min=0.0, help="Seconds after which an exhaustive search leaves layers as they are."),
-    ] = 30.0
+    ] = suite.SEARCH_S
     calls: Annotated[
         bool, typer.Option("--calls", help="Time calls of what was converted, too, and the host's part of one.")
     ] = False

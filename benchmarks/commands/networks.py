@@ -46,6 +46,9 @@ class NetworkOptions:
             + ".",
         ),
     ] = None
+    eager: Annotated[
+        bool, typer.Option("--eager/--no-eager", help="Time eager torch, too; on the CPU it may be left out.")
+    ] = True
     effort: EffortOption = "best"
 
     @property
@@ -69,7 +72,9 @@ def _measure(chosen: NetworkOptions, engines: EngineOptions, options: RunOptions
         chosen.rivals, options.precision.value, effort_of(chosen.effort), progress=True, files=engines.files
     )
     if device == "cpu":
-        race = replace(race, rounds=engines.rounds)
+        race = replace(race, rounds=engines.rounds, eager=chosen.eager)
+    elif not chosen.eager:
+        raise ValueError("--no-eager is for the CPU: on a GPU errors are weighed against those of eager torch")
     batches = options.batches
     torch.manual_seed(options.seed)
     input_size = None if chosen.size is None else numbers(chosen.size, "--input")
@@ -88,4 +93,5 @@ def _measure(chosen: NetworkOptions, engines: EngineOptions, options: RunOptions
         x = torch.randn(batch, *subject.input_size).to(device, TORCH_DTYPE[options.precision.value])
         model = subject.model.to(device, TORCH_DTYPE[options.precision.value])
         rows += suite.measure_network(model, x, network=subject.name, weights=subject.weights, race=race)
+    results.head["effort"] = race.effort
     results.finish(output, rows)

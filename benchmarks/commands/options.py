@@ -25,7 +25,15 @@ SecondsOption = Annotated[
 #: What :data:`FormatsOption` is by default.
 FORMATS = ",".join(BOTH_FORMATS)
 FormatsOption = Annotated[
-    str, typer.Option(metavar="F,...", help="The memory formats in which torch.compile is tried.")
+    str, typer.Option(metavar="F,...", help="The memory formats in which whole networks are tried on a GPU.")
+]
+AheadOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Let so many processes compile ahead what torch.compile makes of networks that are still to come.",
+    ),
 ]
 
 

@@ -10,7 +10,16 @@ from typing import Annotated, Any, get_args
 import typer
 
 from benchmarks import counters
-from benchmarks.commands.options import FORMATS, PROGRAM, FormatsOption, SecondsOption, SeedOption, memory_formats
+from benchmarks.ahead import Ahead
+from benchmarks.commands.options import (
+    FORMATS,
+    PROGRAM,
+    AheadOption,
+    FormatsOption,
+    SecondsOption,
+    SeedOption,
+    memory_formats,
+)
 from benchmarks.commands.pages import show, write_page
 from benchmarks.commands.telling import telling
 from benchmarks.networks import NETWORKS
@@ -63,6 +72,7 @@ class MeasureOptions:
         "out/paper"
     )
     seconds: SecondsOption = None
+    ahead: AheadOption = 0
     again: Annotated[bool, typer.Option("--again", help="Measure anew what the folder holds already.")] = False
     verbose: VerboseOption = 0
 
@@ -109,6 +119,7 @@ def _study(subject: SubjectOptions, measure: MeasureOptions) -> Study:
         factories=NETWORKS,
         patterns=tuple(Path(name) for name in subject.patterns.split(",") if name),
         methods=tuple(name for name in subject.methods.split(",") if name),
+        ahead=Ahead(measure.ahead),
     )
 
 

@@ -16,7 +16,7 @@ from escort import report
 from escort.artifact.files import replace_file
 from escort.cli.console import Output, command_line, note
 from escort.cli.options import check_writable
-from escort.network.plan import machine_line
+from escort.network.wording import machine_line
 from escort.planner.machine import Machine
 
 #: Share of the cores that may be in use by others before a result is worth a warning.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,16 @@ import torch
 import typer
 
 from benchmarks import exhibits, suite
-from benchmarks.commands.options import FORMATS, PROGRAM, FormatsOption, SecondsOption, SeedOption, memory_formats
+from benchmarks.ahead import Ahead, Compilation
+from benchmarks.commands.options import (
+    FORMATS,
+    PROGRAM,
+    AheadOption,
+    FormatsOption,
+    SecondsOption,
+    SeedOption,
+    memory_formats,
+)
 from benchmarks.commands.rows import results_folder
 from benchmarks.commands.telling import telling
 from benchmarks.findings.aims import read_aims
@@ -28,7 +37,7 @@ from escort.problem import TORCH_DTYPE, Precision
 
 _PRECISIONS: tuple[Precision, ...] = "fp16", "tf32", "fp32"
 #: How networks are converted: strict float32 gains most by kernels that are compiled for the weights.
-_EFFORTS: dict[str, str] = {"fp32": "best"}
+EFFORTS: dict[str, str] = {"fp32": "best"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ class SpeedOptions:
         Path | None, typer.Option(help="Folder of the results, benchmarks/results/DEVICE by default; it may hold some.")
     ] = None
     seconds: SecondsOption = None
+    ahead: AheadOption = 0
     again: Annotated[bool, typer.Option("--again", help="Measure anew what the folder holds already.")] = False
     verbose: VerboseOption = 0
 
@@ -97,10 +107,15 @@ class SpeedOptions:
                 raise ValueError(f"--against: {name}: {reason}")
         return names
 
-    def chosen(self, precision: Precision) -> Iterator[Key]:
-        """Networks, weights and batch sizes of a precision's aims. Raises ValueError for a network that has none."""
+    def chosen(self, precision: Precision) -> list[Key]:
+        """Networks, weights and batch sizes of a precision's aims, in the order in which the options name them.
+
+        Raises:
+            ValueError: for a network that has none.
+        """
         aims = read_aims().speed
         known = list(dict.fromkeys(network for aim in aims for network in aim.networks))
+        keys = []
         if unknown := set(self.networks or ()) - set(known):
             raise ValueError(f"there is no aim for {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         batches = None if self.batch is None else numbers(self.batch, "--batch")
@@ -110,14 +125,20 @@ class SpeedOptions:
                 for batch in aim.batches:
                     wanted = (not self.networks or network in self.networks) and (not batches or batch in batches)
                     if wanted and (not weights or aim.weights in weights):
-                        yield network, aim.weights, batch
+                        keys.append((network, aim.weights, batch))
+        order: tuple[Sequence[object], ...] = weights or (), self.networks or (), batches or ()
 
-    def item(self, key: Key, precision: Precision, device: str) -> Item:
+        def place(key: Key) -> list[int]:
+            return [names.index(of) if names else 0 for names, of in zip(order, (key[1], key[0], key[2]), strict=True)]
+
+        return sorted(keys, key=place)
+
+    def item(self, key: Key, precision: Precision, device: str, ahead: Ahead) -> Item:
         """One network to be measured. Raises ValueError where an option is wrong, or a file is missing."""
         name, weights, batch = key
         of_file, formats = self.file_of(weights), memory_formats(self.formats)
-        effort = effort_of(self.effort or _EFFORTS.get(precision, "fast"))
-        race = NetworkRace(self.rivals(device), precision, effort, rounds=25, budget_s=self.budget_s)
+        effort = effort_of(self.effort or EFFORTS.get(precision, "fast"))
+        race = NetworkRace(self.rivals(device), precision, effort, rounds=25, budget_s=self.budget_s, ahead=ahead)
 
         def measure() -> list[Row]:
             torch.manual_seed(self.seed)
@@ -128,14 +149,19 @@ class SpeedOptions:
             model, x = subject.model.to(device, storage), torch.randn(batch, *subject.input_size).to(device, storage)
             return suite.measure_speed(model, x, network=name, weights=weights, race=race, formats=formats)
 
-        return Item(f"{name} {weights} N={batch}", measure)
+        compilation = None if device == "cpu" else Compilation(name, batch, precision, device, tuple(formats))
+        return Item(f"{name} {weights} N={batch}", measure, compilation)
+
+    def has_file(self, weights: str) -> bool:
+        """Whether weights are random, or their file of patterns is there."""
+        return weights.startswith("random-") or (self.patterns / f"{weights}.npz").is_file()
 
     def file_of(self, weights: str) -> Path | None:
         """The file of patterns that weights come from. Raises ValueError where it is missing."""
         if weights.startswith("random-"):
             return None
         path = self.patterns / f"{weights}.npz"
-        if not path.is_file():
+        if not self.has_file(weights):
             raise ValueError(f"there is no {path}; name the folder that holds it with --patterns")
         return path
 
@@ -144,19 +170,30 @@ class SpeedOptions:
 def main(options: SpeedOptions, output: Output) -> None:
     """Race converted networks against torch.compile of the dense models in CUDA graphs: the table of aims.
 
-    The files are written after every network; the same command goes on where a run was cut off.
+    A network's precisions follow one another. The files are written after each; the same command goes on where a run
+    was cut off.
     """
     device = str(find_device(options.device))
+    ahead = Ahead(options.ahead)
     work = {
-        f"speed-{precision}": [options.item(key, precision, device) for key in options.chosen(precision)]
+        f"speed-{precision}": [options.item(key, precision, device, ahead) for key in options.chosen(precision)]
         for precision in options.precisions(device)
     }
     folder = options.out or results_folder(device)
     folder.mkdir(parents=True, exist_ok=True)
     head = suite.header(command_line(PROGRAM), device) | {"study": {"device": device, "seed": options.seed}}
+    head |= {} if options.effort is None else {"effort": effort_of(options.effort)}
     with telling(work) as told:
         failures = measure(
-            work, folder, head, again=options.again, seconds=options.seconds, begin=told.begin, end=told.end
+            work,
+            folder,
+            head,
+            again=options.again,
+            seconds=options.seconds,
+            ahead=ahead,
+            interleaved=True,
+            begin=told.begin,
+            end=told.end,
         )
     paths = {stem: folder / f"{stem}.json" for stem in work}
     results = {stem: Result.read(path) for stem, path in paths.items() if path.is_file()}

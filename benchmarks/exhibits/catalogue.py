@@ -9,7 +9,7 @@ from benchmarks.exhibits.cells import Plot, Shown
 from benchmarks.exhibits.conditions import conditions_table
 from benchmarks.exhibits.conversions import show_conversions
 from benchmarks.exhibits.costs import show_ablation, show_breakdown, show_counters
-from benchmarks.exhibits.forecast import FORECAST, show_forecast
+from benchmarks.exhibits.crossing import CROSSING, show_crossing
 from benchmarks.exhibits.inference import show_inference
 from benchmarks.exhibits.layers import show_layers
 from benchmarks.exhibits.networks import show_break_evens, show_networks
@@ -37,8 +37,8 @@ def exhibits(results: Mapping[str, Result]) -> Iterator[tuple[str, Table | Plot]
         }
         if by_precision:
             yield from show(by_precision).items()
-    for precision in FORECAST:
-        yield from show_forecast(results, precision).items()
+    for precision in CROSSING:
+        yield from show_crossing(results, precision).items()
 
 
 #: What is shown of the result files of each stem, given by precision.

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks import suite
 from benchmarks.exhibits.cells import Plot, milliseconds, times_faster
 from benchmarks.exhibits.conditions import conditions_table
+from benchmarks.exhibits.forecasts import forecast_table, network_forecast_table
 from benchmarks.findings.break_even import by_sparsity
 from benchmarks.findings.methods import OURS, methods_in, rivals_in
 from benchmarks.paper_layers import LAYERS
@@ -18,6 +19,8 @@ from benchmarks.suite import WHOLE
 from escort.report import Figure, Table, horizontal_bars
 
 RESULTS = Path(__file__).parents[1] / "results"
+#: Forecasts and what became of them, under :data:`RESULTS`, without ending.
+FORECASTS = "forecast/cpu-avx512"
 
 _NETWORKS = {
     "caffenet": "CaffeNet",
@@ -66,7 +69,7 @@ HEADLINES = (
 def committed() -> Mapping[str, Result]:
     """The files that are shown here, by their path under the results' folder, without ending."""
     of_cpus = (str(path.relative_to(RESULTS).with_suffix("")) for path in sorted(RESULTS.glob("cpu*/*.json")))
-    names = dict.fromkeys((*of_cpus, *(headline.file for headline in HEADLINES)))
+    names = dict.fromkeys((*of_cpus, *(headline.file for headline in HEADLINES), FORECASTS))
     return {name: Result.read(RESULTS / f"{name}.json") for name in names}
 
 
@@ -77,12 +80,17 @@ def committed_exhibits(results: Mapping[str, Result] | None = None) -> Iterator[
         results: as of :func:`committed`, which is the default.
     """
     results = committed() if results is None else results
-    of_cpus = {name: result for name, result in results.items() if result.header.get("device") == "cpu"}
+    races = {name: result for name, result in results.items() if name != FORECASTS}
+    of_cpus = {name: result for name, result in races.items() if result.header.get("device") == "cpu"}
     yield "headlines", _headlines_table(results)
     yield "speedup", partial(_headlines_plot, results)
     yield "cpu-layers", _cpu_layers_table(of_cpus)
     yield "cpu-networks", _cpu_networks_table(of_cpus)
     yield "cpu-conditions", conditions_table(of_cpus)
+    if FORECASTS in results:
+        yield "forecast-by-sparsity", network_forecast_table(results[FORECASTS])
+        yield "forecast-resnet50", network_forecast_table(results[FORECASTS], "resnet50")
+        yield "forecast", forecast_table(results[FORECASTS])
 
 
 def _headlines_table(results: Mapping[str, Result]) -> Table:

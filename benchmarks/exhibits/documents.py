@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from benchmarks.exhibits.catalogue import exhibits, tables
 from benchmarks.exhibits.committed import committed_exhibits
+from benchmarks.exhibits.scaling import read_scaling, scaling_table
 from benchmarks.exhibits.zoo import zoo_tables
 from benchmarks.result_files import Result
 from benchmarks.zoo import read_zoo
@@ -26,7 +27,7 @@ def render(text: str, results: Mapping[str, Result]) -> str:
         ValueError: where there is no such place, one does not end, or the results have no table of that name.
     """
     known = tables(results) | {name: shown for name, shown in committed_exhibits() if isinstance(shown, Table)}
-    known |= zoo_tables(*read_zoo())
+    known |= zoo_tables(*read_zoo()) | {"scaling": scaling_table(read_scaling())}
     lines: list[str] = []
     name = None
     names = 0

@@ -13,7 +13,7 @@ from benchmarks.findings.methods import OURS, methods_in
 from benchmarks.paper_layers import LAYERS
 from benchmarks.result_files import Result
 from benchmarks.suite import Row
-from escort.network.plan import convolution
+from escort.network.wording import convolution
 from escort.report import Table, horizontal_bars, line_chart
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from benchmarks.study.ablation import ablate, count
 from benchmarks.study.inference import CAP, race_inference, rivals
 from benchmarks.study.layers import compare, compare_on_patterns, find_break_even, in_order_of_channels_last
-from benchmarks.study.networks import break_down, sweep_networks
+from benchmarks.study.networks import break_down, parts_of_layer, parts_of_network, pruned, sweep_networks
 from benchmarks.study.questions import COUNTERS, PAPER_QUESTIONS, QUESTIONS, Part, plan, run
 from benchmarks.study.study import SPARSITIES, Study
 
@@ -29,7 +29,10 @@ __all__ = [
     "count",
     "find_break_even",
     "in_order_of_channels_last",
+    "parts_of_layer",
+    "parts_of_network",
     "plan",
+    "pruned",
     "race_inference",
     "rivals",
     "run",

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from benchmarks.ahead import Compilation
 from benchmarks.paper_networks import paper_network
 from benchmarks.result_files import Item
 from benchmarks.study.study import Study
@@ -33,7 +34,9 @@ def race_inference(study: Study, precision: Precision) -> list[Item]:
     conversion chose from. Beside them there are the dense model and what torch.compile makes of it, and, as a cap, our
     networks with the pruned layers at no time.
     """
-    race = NetworkRace(precision=precision, effort=study.effort, rounds=25, budget_s=20 * study.budget_s)
+    race = NetworkRace(
+        precision=precision, effort=study.effort, rounds=25, budget_s=20 * study.budget_s, ahead=study.ahead
+    )
 
     def measure(name: str) -> list[Row]:
         torch.manual_seed(study.seed)
@@ -45,7 +48,14 @@ def race_inference(study: Study, precision: Precision) -> list[Item]:
         ways = list(_ways(model, x, layers, race, name, study.formats))
         return race_in_turn(ways, model, x, (name, "paper"), race, _by_graphs)
 
-    return [Item(f"{name} N={study.samples(name)}", partial(measure, name)) for name in study.networks]
+    def compilation(name: str) -> Compilation | None:
+        if study.device_type == "cpu":
+            return None
+        return Compilation(name, study.samples(name), precision, study.device, tuple(study.formats), of_the_paper=True)
+
+    return [
+        Item(f"{name} N={study.samples(name)}", partial(measure, name), compilation(name)) for name in study.networks
+    ]
 
 
 def _ways(
@@ -59,14 +69,16 @@ def _ways(
     """All ways to run the network, the converted one first."""
     begin = time.perf_counter()
     with torch.no_grad():
-        converted, networks = convert_keeping(model, x, precision=race.precision, effort=race.effort)
+        converted, networks = convert_keeping(model, x, precision=race.precision, effort=race.effort, formats=formats)
         log.info("%s: converted in %.1f s", name, time.perf_counter() - begin)
         yield of_converted(converted, x)
         for network in networks:
             yield from _by_methods(network, x, layers, name)
-    yield from dense_ways(model, x)
     if x.is_cuda:
+        yield from dense_ways(model, x, formats)
         yield from dense_ways(model, x, formats, compiled=True)
+    else:
+        yield from dense_ways(model, x)
 
 
 def _by_methods(swapped: Swapped, x: Tensor, layers: Sequence[str], name: str) -> Iterator[Way]:

@@ -47,30 +47,37 @@ def break_down(study: Study, precision: Precision) -> list[Item]:
     """Where the time goes: in every method's best configuration on the pruned layers, and in whole networks."""
 
     def measure(layer: Layer) -> list[Row]:
-        x = timing.example_inputs(layer.problem, seed=study.seed)[0][0]
-        rows = []
-        for row in best_rows(raced(study, layer)):
-            method = by_name(row.method, study.device)
-            config = suite.config_of(method, row)
-            prepared = method.prepare(layer.problem, layer.sparse_filter, None, config)
-            run = partial(prepared, suite.as_taken(method, config, x))
-            with torch.inference_mode():
-                parts = part_times(marking(run) if row.method == OURS else run, study.device)
-            for part, time_us in parts.items():
-                rows.append(replace(row, config={**row.config, "part": part}, time_us=round(time_us, 2)))
-        return rows
+        return [part for row in best_rows(raced(study, layer)) for part in parts_of_layer(layer, row, study.seed)]
 
     def measure_network(name: str) -> list[Row]:
-        model, x = pruned(study, name, BREAKDOWN_SPARSITY, precision)
-        about = name, random_weights(BREAKDOWN_SPARSITY), WHOLE, len(x), precision
-        return [
-            Row(*about, method, {**config, "part": part}, round(time_us, 2), error)
-            for method, config, error, parts in network_part_times(model, x, precision)
-            for part, time_us in parts.items()
-        ]
+        return parts_of_network(*pruned(study, name, BREAKDOWN_SPARSITY, precision), name, precision)
 
     layers = [Item(label(layer), partial(measure, layer)) for layer in layers_of(study, precision)]
     return layers + [Item(f"{name} N={study.samples(name)}", partial(measure_network, name)) for name in study.networks]
+
+
+def parts_of_layer(layer: Layer, row: Row, seed: int) -> list[Row]:
+    """A row for each part of the time of a layer by the method and the configuration of a row."""
+    method = by_name(row.method, layer.problem.device)
+    config = suite.config_of(method, row)
+    x = timing.example_inputs(layer.problem, seed=seed)[0][0]
+    prepared = method.prepare(layer.problem, layer.sparse_filter, None, config)
+    run = partial(prepared, suite.as_taken(method, config, x))
+    with torch.inference_mode():
+        times = part_times(marking(run) if row.method == OURS else run, layer.problem.device)
+    return [
+        replace(row, config={**row.config, "part": part}, time_us=round(time_us, 2)) for part, time_us in times.items()
+    ]
+
+
+def parts_of_network(model: nn.Module, x: Tensor, name: str, precision: Precision) -> list[Row]:
+    """A row for each part of the time of a whole network, converted and run eagerly."""
+    about = name, random_weights(BREAKDOWN_SPARSITY), WHOLE, len(x), precision
+    return [
+        Row(*about, method, {**config, "part": part}, round(time_us, 2), error)
+        for method, config, error, parts in network_part_times(model, x, precision)
+        for part, time_us in parts.items()
+    ]
 
 
 def pruned(study: Study, name: str, sparsity: float, precision: Precision) -> tuple[nn.Module, Tensor]:

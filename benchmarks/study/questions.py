@@ -87,10 +87,12 @@ def run(
         command: for the headers.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    head = suite.header(command, study.device) | {"study": study.conditions()}
+    head = suite.header(command, study.device) | {"study": study.conditions(), "effort": study.effort}
     apart = {part.stem for parts in QUESTIONS.values() for part in parts if not part.raced}
     needed = not again and any(stem.rpartition("-")[0] not in apart for stem in work)
     for path in folder.glob("layers-*.json") if needed else ():
         for row in result_files.known(path, head).rows:
             study.raced.setdefault((row.network, row.layer, row.batch, row.dtype), []).append(row)
-    return result_files.measure(work, folder, head, again=again, seconds=seconds, begin=begin, end=end)
+    return result_files.measure(
+        work, folder, head, again=again, seconds=seconds, ahead=study.ahead, begin=begin, end=end
+    )

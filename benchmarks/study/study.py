@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from benchmarks import suite
+from benchmarks.ahead import Ahead
 from benchmarks.paper_layers import PAPER_BATCH, PAPER_LAYERS
 from benchmarks.suite import Layer, Limited, Row
 from escort.methods import Method, by_name, for_device
@@ -46,12 +47,13 @@ class Study:
         search: most configurations of a method that are tried on a layer, best guesses first.
         budget_s: seconds of timing per race.
         effort: what compiling for whole networks may take, as of :func:`escort.convert`.
-        formats: the memory formats in which torch.compile is tried on whole networks.
+        formats: the memory formats in which whole networks are tried on a GPU.
         seed: of positions, weights and inputs.
         factories: whole networks by name.
         patterns: files of real patterns, see :func:`benchmarks.suite.pattern_layers`.
         methods: names of those that are compared, all where none are named.
         raced: what was raced on the paper's layers so far, from which other questions start.
+        ahead: what compiles whole networks ahead.
     """
 
     device: str = "cpu"
@@ -68,6 +70,7 @@ class Study:
     patterns: tuple[Path, ...] = ()
     methods: tuple[str, ...] = ()
     raced: dict[Key, list[Row]] = field(default_factory=dict, repr=False)
+    ahead: Ahead = field(default_factory=Ahead, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.networks if name not in PAPER_BATCH]

@@ -8,21 +8,22 @@ how the planner measures. `limited` limits what is tried, `rows` has the result 
 
 from __future__ import annotations
 
-from benchmarks.suite.conversions import Conversion, measure_calls, measure_choices, measure_conversion
+from benchmarks.suite.conversions import SEARCH_S, Conversion, measure_calls, measure_choices, measure_conversion
 from benchmarks.suite.layers import Layer, paper_layers, paper_layers_by_name, random_filter
 from benchmarks.suite.limited import Limited, limited
-from benchmarks.suite.networks import BY_METHOD, RIVALS, NetworkRace, measure_network
+from benchmarks.suite.networks import BOTH_FORMATS, BY_METHOD, RIVALS, NetworkRace, measure_network
 from benchmarks.suite.patterns import pattern_layers
 from benchmarks.suite.race import as_taken, measure_layer
 from benchmarks.suite.ranking import Ranked, rank
 from benchmarks.suite.rows import WHOLE, Row, best_times, config_of, geometric_means, header, write_results
-from benchmarks.suite.speed import BOTH_FORMATS, measure_speed
+from benchmarks.suite.speed import measure_speed
 from benchmarks.suite.subjects import Subject, prune_all_but_first, prune_to_patterns
 
 __all__ = [
     "BOTH_FORMATS",
     "BY_METHOD",
     "RIVALS",
+    "SEARCH_S",
     "WHOLE",
     "Conversion",
     "Layer",

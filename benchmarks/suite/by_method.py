@@ -11,11 +11,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from benchmarks.suite.networks import BOTH_FORMATS, NetworkRace, converted_alone
 from escort.layers import SparseConv2d
 from escort.methods import Method
 from escort.network.check import Effort, Request
 from escort.network.choose import choose
-from escort.network.convert import convert
 from escort.network.model import ConvertedModel
 from escort.network.passes.operations import replace_module
 from escort.network.swap import Swapped, Unplanned, likely
@@ -31,7 +31,7 @@ def convert_keeping(
     *,
     precision: Precision,
     effort: Effort,
-    progress: bool = False,
+    formats: Sequence[MemoryFormat] = BOTH_FORMATS,
     only_likely: bool = False,
 ) -> tuple[ConvertedModel, list[Swapped]]:
     """The model converted, and the networks that it was chosen from: one for each memory format.
@@ -40,6 +40,7 @@ def convert_keeping(
     was chosen, with its dense layers; the others are as they were planned.
 
     Args:
+        formats: memory formats, of which only those are planned, where there is a network for any of them.
         only_likely: choose from those alone that the effort would plan.
     """
     networks: list[Swapped] = []
@@ -58,26 +59,28 @@ def convert_keeping(
     def all_of(
         found: Mapping[MemoryFormat, Unplanned], request: Request
     ) -> tuple[Mapping[MemoryFormat, Unplanned], dict[str, str]]:
-        tried.update(likely(found, request)[0] if only_likely else found)
-        return found, {}
+        wanted = {name: network for name, network in found.items() if name in formats} or found
+        tried.update(likely(wanted, request)[0] if only_likely else wanted)
+        return wanted, {}
 
     stage = "escort.network.convert"
     with mock.patch(f"{stage}.choose", keep), mock.patch(f"{stage}.likely", all_of):
-        converted = convert(model, x, precision=precision, effort=effort, progress=progress)
+        converted = converted_alone(model, x, NetworkRace(precision=precision, effort=effort))
     return converted, networks
 
 
 def run_by(network: nn.Module, names: Sequence[str], method: Method, *, as_torch: bool = False) -> nn.Module:
     """A copy of a converted network, some layers of which run by a method.
 
-    A layer that the method cannot run in the network's memory format is run in NCHW, and what it writes is converted.
+    A layer that the method cannot run in the network's memory format is run in the other one, and what it writes is
+    converted.
 
     Args:
         as_torch: by what the method does as torch alone would; else by the config that is fastest for the first layer
             of its problem.
 
     Raises:
-        ValueError: where the method cannot run a layer, or has nothing that torch alone would do.
+        ValueError: where the method can run a layer in neither, or has nothing that torch alone would do.
     """
     layers = [_layer(network, name, method) for name in names]
     planned = [_as_torch(layer, method) for layer in layers] if as_torch else _fastest(layers, method)
@@ -118,8 +121,9 @@ def _layer(network: nn.Module, name: str, method: Method) -> Layer:
     """What a method is given of a layer."""
     layer = _sparse(network, name)
     problem = layer.plan.problem
-    if method.unsupported(problem) is not None:
-        problem = replace(problem, memory_format="contiguous")
+    if method.unsupported(problem) is not None and problem.device_type == "cuda":
+        other: MemoryFormat = "channels_last" if problem.memory_format == "contiguous" else "contiguous"
+        problem = replace(problem, memory_format=other)
     if reason := method.unsupported(problem):
         raise ValueError(f"layer {name}: {method.name} cannot run it: {reason}")
     return Layer(problem, layer.filter, layer.bias, layer.slope)

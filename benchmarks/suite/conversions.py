@@ -26,6 +26,8 @@ Task = Literal["convert", "load", "choices", "calls"]
 _PROCESS = "benchmarks.suite.fresh"
 #: Where Escort keeps what it compiled and measured.
 CACHE_VARIABLE = "ESCORT_CACHE_DIR"
+#: How long an exhaustive search lasts where it is not said.
+SEARCH_S = 30.0
 #: Where others than Escort keep what they compile: conversions with empty caches find nothing there either.
 _OTHER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
 
@@ -101,7 +103,11 @@ def measure_conversion(
 
 
 def measure_choices(
-    conversion: Conversion, *, search_s: float, limit_s: float, say: Callable[[str], object] = lambda line: None
+    conversion: Conversion,
+    *,
+    limit_s: float,
+    search_s: float = SEARCH_S,
+    say: Callable[[str], object] = lambda line: None,
 ) -> list[Row]:
     """What the effort "fast" chooses and what an exhaustive search does, found in one process and raced in turn.
 

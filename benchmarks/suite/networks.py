@@ -11,10 +11,12 @@ from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.ahead import Ahead
 from benchmarks.suite.rows import WHOLE, NetworkTimer, Row, check, leave_out
 from escort import reference
 from escort.cli.engines import ENGINES
@@ -37,6 +39,8 @@ BY_METHOD = ("cudnn_graph",)
 #: The rivals that :func:`measure_network` knows besides eager torch, by type of device.
 RIVALS = {"cpu": tuple(name for name in ENGINES if name != "eager"), "cuda": ("graph", "compile", *BY_METHOD)}
 
+#: The memory formats in which networks are tried on a GPU.
+BOTH_FORMATS: tuple[MemoryFormat, ...] = "channels_last", "contiguous"
 #: How many times the error of eager torch another way may have, beyond the bound.
 _AS_GOOD = 3.0
 
@@ -69,18 +73,22 @@ class NetworkRace:
         precision: of all; fp32 is strict.
         effort: what compiling kernels for the weights may take, "fast", "best" or seconds, see :func:`escort.convert`.
         rounds: of timed calls at most; on the CPU of processes of each engine.
+        eager: whether eager torch is timed; on a GPU it always is.
         budget_s: seconds of timing on a GPU.
         files: on the CPU the user's own files of the model, see :class:`escort.cli.engines.Bench`.
         progress: show a progress bar while converting.
+        ahead: what compiles ahead what torch.compile makes, and is stopped while ways are timed.
     """
 
     against: Sequence[str] = ()
     precision: Precision = "fp32"
     effort: Effort = "best"
     rounds: int = 8
+    eager: bool = True
     budget_s: float = 30.0
     progress: bool = False
     files: Mapping[str, Path] = field(default_factory=dict)
+    ahead: Ahead = field(default_factory=Ahead)
 
 
 def measure_network(
@@ -117,6 +125,12 @@ def _measure_in_turn(model: nn.Module, x: Tensor, subject: tuple[str, str], race
     return race_in_turn(_ways(model, x, race), model, x, subject, race, _race_network)
 
 
+def converted_alone(model: nn.Module, x: Tensor, race: NetworkRace) -> ConvertedModel:
+    """The model converted, for a race of its own with torch.compile: the conversion times nothing of that."""
+    with mock.patch("escort.network.convert.compare_with_compiled", lambda chosen, *_: chosen.plan):
+        return convert(model, x, precision=race.precision, effort=race.effort)
+
+
 #: What each timer says of the ways, by their index.
 Times = dict[NetworkTimer, dict[int, Timing]]
 Timers = Callable[[Sequence[Way], torch.device, NetworkRace], Times]
@@ -142,17 +156,18 @@ def race_in_turn(
     """
     network, weights = subject
     with torch.inference_mode():
-        expected = copy.deepcopy(model).double()(x.double())
+        expected = copy.deepcopy(model).double()(x.double() if x.is_floating_point() else x)
     bound = NETWORK_ERROR_BOUND[race.precision]  # or what the model's own rounding, which it may amplify, explains
     with torch.inference_mode(), dense_at_its_best(race.precision):
-        ways = [way for number, way in enumerate(ways) if number == 0 or _starts(way, network)]
+        ways = [way for number, way in enumerate(ways) if number == 0 or _starts(way, network, race)]
         errors = [reference.compare(way.run(), expected) for way in ways]
         own = [error for way, error in zip(ways, errors, strict=True) if way.method == "eager"]
         bound = max(bound, _AS_GOOD * min(own, default=0.0))
         check(errors[0], bound, f"{network} in {ways[0].method}")
         ways, errors = _right(ways, errors, bound, network)
         begin = time.perf_counter()
-        timings = timers(ways, x.device, race)
+        with race.ahead.paused():
+            timings = timers(ways, x.device, race)
         log.info("%s: timed %d ways in %.1f s", network, len(ways), time.perf_counter() - begin)
     rows = []
     for timer, by_way in timings.items():
@@ -170,7 +185,8 @@ def race_in_turn(
 
 def _measure_alone(model: nn.Module, x: Tensor, subject: tuple[str, str], race: NetworkRace) -> list[Row]:
     """The rows of the CPU, for a network's name and its weights'."""
-    rivals = Race(("eager", *race.against), race.precision, race.effort, race.files, race.rounds, race.progress)
+    against = ("eager", *race.against) if race.eager else tuple(race.against)
+    rivals = Race(against, race.precision, race.effort, race.files, race.rounds, race.progress)
     rows = []
     for result in measure(model, (x,), rivals):
         if result.time_us is None:
@@ -235,8 +251,10 @@ def dense_ways(
     return ways
 
 
-def _starts(way: Way, network: str) -> bool:
+def _starts(way: Way, network: str, race: NetworkRace) -> bool:
     """Whether a way runs at all: what torch.compile makes may not, and some take more memory than there is."""
+    if way.is_compiled:
+        race.ahead.wait()
     begin = time.perf_counter()
     try:
         way.run().flatten()[:1].cpu()  # which waits for it

@@ -1,7 +1,8 @@
 """Whether the planner ranks candidates as loops of their own do: each of a network's layers, both ways.
 
 The planner times a layer's candidates in one process, in turn. Here each of them is timed again in a process of its
-own, forked from one that has computed nothing yet. What counts is what a wrong choice costs.
+own, forked from one that has computed nothing yet, on inputs that are written anew as the planner does. What counts is
+what a wrong choice costs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from escort.layers.conv import SparseConv2d
 from escort.methods import by_name
 from escort.network.memory import keep_freed_memory
 from escort.planner import timing
+from escort.planner.measure import rewriting
 from escort.planner.plan import Candidate, Layer
 
 #: A candidate counts up to so many times the time of the one that was chosen: the others could not have won.
@@ -108,14 +110,16 @@ def alone_us(layer: Layer, candidate: Candidate, threads: int) -> float:
     with torch.inference_mode():
         x, residual = timing.example_inputs(layer.problem)[0]
         run = layer.prepare(method, config).run
-        _loop(lambda: run(x, residual), _WARM_S)
-        return median(_loop(lambda: run(x, residual), _TIMED_S)) * 1e6
+        before = rewriting([tensor for tensor in (x, residual) if tensor is not None])
+        _loop(lambda: run(x, residual), before, _WARM_S)
+        return median(_loop(lambda: run(x, residual), before, _TIMED_S)) * 1e6
 
 
-def _loop(run: Callable[[], object], seconds: float) -> list[float]:
+def _loop(run: Callable[[], object], before: Callable[[], object], seconds: float) -> list[float]:
     times: list[float] = []
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds:
+        before()
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

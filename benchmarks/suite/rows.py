@@ -9,7 +9,7 @@ import subprocess
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from platform import python_version
 from statistics import geometric_mean
@@ -23,6 +23,8 @@ from escort.planner.machine import Machine
 NetworkTimer = Literal["graph", "call", "pipelined", "host"]
 #: The `layer` of a row that is about a whole network.
 WHOLE = "all"
+#: Names the commit of a tree that is no repository.
+COMMIT_VARIABLE = "ESCORT_COMMIT"
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def header(command: str, device: str = "cpu") -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {"python": python_version(), "torch": machine.torch, "escort": machine.escort, **libraries},
         "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "timing": timing,
     }
@@ -156,7 +158,10 @@ def write_lines(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str,
 
 
 def commit() -> str | None:
-    """The commit that this file was run from, "-dirty" where tracked files differ; None outside of its repository."""
+    """The commit that this file was run from, "-dirty" where tracked files differ.
+
+    Outside of its repository the one that the environment names, for a copy of a tree without its history; or None.
+    """
     # An installed copy may lie inside another project's repository: only a tracked file tells of the right one.
     tracked = ["git", "ls-files", "--error-unmatch", __file__]
     describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]
@@ -164,5 +169,5 @@ def commit() -> str | None:
         subprocess.run(tracked, cwd=Path(__file__).parent, capture_output=True, check=True)
         done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, check=True, text=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get(COMMIT_VARIABLE)
     return done.stdout.strip()

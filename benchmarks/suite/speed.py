@@ -8,14 +8,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.suite.networks import NetworkRace, Times, Way, by_methods, dense_ways, of_converted, race_in_turn
+from benchmarks.suite.networks import (
+    BOTH_FORMATS,
+    NetworkRace,
+    Times,
+    Way,
+    by_methods,
+    converted_alone,
+    dense_ways,
+    of_converted,
+    race_in_turn,
+)
 from benchmarks.suite.rows import Row, leave_out
-from escort.network.convert import convert
 from escort.planner import timing
 from escort.planner.timing import Timing
 from escort.problem import MemoryFormat
-
-BOTH_FORMATS: tuple[MemoryFormat, ...] = "channels_last", "contiguous"
 
 
 def measure_speed(
@@ -36,7 +43,7 @@ def measure_speed(
     Args:
         network, weights: for the rows.
         race: of the rivals that it is against, those count that run by a method.
-        formats: in which torch.compile is tried.
+        formats: in which the dense model is tried on a GPU, as it is and by torch.compile.
 
     Raises:
         RuntimeError: where the converted network computes something else than the model in float64; nothing is timed
@@ -45,10 +52,14 @@ def measure_speed(
     """
     torch.compiler.reset()  # it gives up on code that it compiled for too many other models
     with torch.no_grad():
-        converted = convert(model, x, precision=race.precision, effort=race.effort)
-    ways = [of_converted(converted, x), *dense_ways(model, x)]
+        converted = converted_alone(model, x, race)
+    ways = [of_converted(converted, x)]
     if x.is_cuda:
-        ways += dense_ways(model, x, formats, compiled=True) + by_methods(model, x, race)
+        ways += (
+            dense_ways(model, x, formats) + dense_ways(model, x, formats, compiled=True) + by_methods(model, x, race)
+        )
+    else:
+        ways += dense_ways(model, x)
     return race_in_turn(ways, model, x, (network, weights), race, _by_every_clock)
 
 

@@ -2,6 +2,7 @@
 
 How to use it:
 
+    print(escort.forecast(model.eval(), example))    # what pruning would gain on this device, before it is done
     escort.prune.uniform(model, 0.9)                 # or a model that you have pruned
     fast = escort.convert(model.eval(), example)     # a drop-in: every convolution by its fastest method
     print(fast.plan)                                 # what runs each layer, and why
@@ -18,10 +19,13 @@ from importlib.metadata import version
 from escort import prune
 from escort.artifact import ArtifactError, load, save
 from escort.filter import SparseFilter
+from escort.integrations import ray
 from escort.integrations.hub import from_pretrained, push_to_hub, save_pretrained
 from escort.integrations.onnx import OnnxError, from_onnx
 from escort.layers import Images
+from escort.network.compare import Comparison, compare
 from escort.network.convert import convert, replan
+from escort.network.forecast.forecast import Forecast, forecast
 from escort.network.model import ConvertedModel
 from escort.network.plan import NetworkPlan
 from escort.planner import Candidate, Plan, plan_layer
@@ -34,8 +38,10 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # what is logged 
 __all__ = [
     "ArtifactError",
     "Candidate",
+    "Comparison",
     "ConvertedModel",
     "Epilogue",
+    "Forecast",
     "Images",
     "NetworkPlan",
     "OnnxError",
@@ -43,12 +49,15 @@ __all__ = [
     "Problem",
     "SparseFilter",
     "__version__",
+    "compare",
     "convert",
+    "forecast",
     "from_onnx",
     "from_pretrained",
     "load",
     "plan_layer",
     "prune",
+    "ray",
     "replan",
     "save",
 ]

@@ -13,6 +13,7 @@ in it is no file of the user's (a link, a pipe, a folder, a file of somebody els
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -168,6 +169,24 @@ def _in_folder(write: Callable[[Path, int], None]) -> None:
             f"the cache {place} cannot be written ({error.strerror or error}): {_CONSEQUENCE}; make room, or set "
             f"{FOLDER_VARIABLE} to a folder that can be written"
         )
+
+
+@contextlib.contextmanager
+def turn(name: str) -> Iterator[None]:
+    """Waits for other processes of this machine that have a turn of that name; without a folder nobody waits.
+
+    What the first one of several puts into the folder is there for those after it.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            place = folder()
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory = held.enter_context(_opened(place))
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            lock = os.open(f"{name}.lock", flags, 0o600, dir_fd=directory)
+            held.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def entries(kind: Kind) -> list[Entry]:

@@ -93,7 +93,7 @@ class Epilogue:
 class Problem:
     """One convolution: ``activation(conv2d(x, w) + bias + residual)``.
 
-    x is (batch, in_channels, height, width), w is (out_channels, in_channels / groups, *kernel_size), and the result is
+    x is (batch, in_channels, height, width), w is ``(out_channels, in_channels / groups, *kernel_size)``, the result is
     (batch, out_channels, out_height, out_width), as in :func:`torch.nn.functional.conv2d`.
 
     Attributes:

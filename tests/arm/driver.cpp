@@ -112,7 +112,7 @@ std::unique_ptr<Op> make_op(const std::string& kind, const Group& g) {
     return std::make_unique<DirectConvolution>(
         *find_isa(g.text("isa")).direct,
         DirectTables{g.one<Params>("params"), g.table<Nonzero>("nonzeros"), g.table<OutChannel>("out_channels"),
-                     g.table<Block>("blocks"), g.table<Job>("jobs"), g.table<Run>("runs"), g.table<Segment>("segments"),
+                     g.table<Block>("blocks"), g.table<Run>("runs"), g.table<Segment>("segments"),
                      g.table<Tile>("tiles")});
   if (kind == "DepthwiseConvolution")
     return std::make_unique<DepthwiseConvolution>(

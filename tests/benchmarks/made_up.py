@@ -68,7 +68,7 @@ def cells(table: report.Table) -> list[dict[str, str]]:
     return [dict(zip(table.columns, line, strict=True)) for line in table.rows]
 
 
-FORECAST_ROWS = [
+CROSSING_ROWS = [
     row("resnet50", "res2b_branch2b", "cudnn", 30.0, config={"output": "contiguous"}),
     row("resnet50", "res2b_branch2b", "cudnn", 20.0, config={"output": "as_is"}),
 ]
@@ -85,9 +85,9 @@ def curve(network: str, layer: str, ours: str, theirs: str, gains: Mapping[float
 def everything() -> dict[str, Result]:
     networks = curve("resnet50", "all", "escort", "eager", {0.7: 0.5, 0.9: 2.0})
     layers = {
-        "layers-fp32": Result(ON_H200, [*layer_rows("caffenet", direct=10.0, cublas=60.0), *FORECAST_ROWS]),
+        "layers-fp32": Result(ON_H200, [*layer_rows("caffenet", direct=10.0, cublas=60.0), *CROSSING_ROWS]),
         "layers-tf32": Result(ON_H200, layer_rows("caffenet", generated=10.0)),
-        "layers-fp16": Result(ON_H200, [*layer_rows("caffenet", direct=10.0, cudnn=5.0), *FORECAST_ROWS]),
+        "layers-fp16": Result(ON_H200, [*layer_rows("caffenet", direct=10.0, cudnn=5.0), *CROSSING_ROWS]),
     }
     return layers | results(
         ablation_fp32=[row("caffenet", "conv2", "direct", 5.0, config={"words": words}) for words in (7, 1)],

@@ -50,11 +50,11 @@ def a_row(label: str = "a", time_us: float = 1.0) -> Row:
     return Row("googlenet", "paper", label, 1, "fp32", "direct", {}, time_us, 0.0)
 
 
-def write_patterns(folder: Path, name: str = "net_l1") -> Path:
+def write_patterns(folder: Path, name: str = "net_l1", layers: str = "conv") -> Path:
     """Two layers of 8 filters for 4 channels, 3x3 on 6x6 maps."""
     layer = {"shape": [6, 6, 4, 8, 3, 1, 1, 1], "indptr": range(0, 17, 2), "indices": [3, 21] * 8}
     np.savez(
-        folder / f"{name}.npz", **{f"conv{i}.{key}": np.array(part) for i in (1, 2) for key, part in layer.items()}
+        folder / f"{name}.npz", **{f"{layers}{i}.{key}": np.array(part) for i in (1, 2) for key, part in layer.items()}
     )
     return folder / f"{name}.npz"
 

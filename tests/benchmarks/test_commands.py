@@ -34,7 +34,7 @@ def test_layers_of_a_pattern_file(tmp_path: Path) -> None:
 
 def test_networks_write_results_where_they_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = succeed("networks", TINY, "--input", "3,8,8", "--sparsity", 0.5, "--batch", "1,2").stdout
+    text = succeed("networks", TINY, "--input", "3,8,8", "--sparsity", 0.5, "--batch", "1,2", "--rounds", 1).stdout
     path = Path("benchmarks/results/cpu/tiny-random-0.50.json")
     rows = json.loads(path.read_text())["rows"]
     assert [(row["batch"], row["method"]) for row in rows] == [

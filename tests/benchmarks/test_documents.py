@@ -79,7 +79,7 @@ def test_a_folder_without_results(tmp_path: Path) -> None:
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/h200"
 #: Documents with tables. Those of the README and of the zoo are of committed results, whatever folder is rendered.
-REPORTS = [ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/zoo.md"]
+REPORTS = [ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/zoo.md", ROOT / "docs/many.md"]
 ILLUSTRATED = [path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")) if ".svg)" in path.read_text()]
 
 

@@ -149,7 +149,7 @@ def test_plots_have_a_name_each_and_can_be_written(tmp_path: Path) -> None:
     plots = exhibits.plots(everything())
     both = {f"speedup-caffenet-{precision}" for precision in ("fp32", "fp16")}
     both |= {f"network-resnet50-{precision}" for precision in ("fp32", "tf32", "fp16")}
-    both |= {f"forecast-{precision}-plot" for precision in ("fp32", "fp16")}
+    both |= {f"crossing-{precision}-plot" for precision in ("fp32", "fp16")}
     assert set(plots) == {*both, "sparse-caffenet-fp16", "break-even-plot", "breakdown-fp32-plot"}
     for name, plot in plots.items():
         report.write_svg(tmp_path / f"{name}.svg", plot)

@@ -202,6 +202,18 @@ def test_a_network_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     assert header["finished"] == ["tiny random-0.90 N=1"] and not header["complete"]
 
 
+def test_rows_come_in_the_order_that_is_asked_for() -> None:
+    options = command.SpeedOptions(["vgg16_bn", "resnet50"], "32,1", weights="random-0.92,resnet50_magnitude_90")
+    assert options.chosen("fp16") == [
+        ("vgg16_bn", "random-0.92", 32),
+        ("vgg16_bn", "random-0.92", 1),
+        ("resnet50", "resnet50_magnitude_90", 32),
+        ("resnet50", "resnet50_magnitude_90", 1),
+    ]
+    everything = command.SpeedOptions().chosen("fp16")
+    assert len(everything) == len(set(everything)) == 22 and everything[0] == ("resnet50", "resnet50_magnitude_90", 1)
+
+
 @pytest.mark.usefixtures("tiny_aims")
 @pytest.mark.parametrize(
     ("args", "message"),

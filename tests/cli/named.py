@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from escort import Images
+
 TINY = "tests.cli.named:tiny"
 
 
@@ -21,6 +23,11 @@ def tiny() -> nn.Module:
         nn.Flatten(),
         nn.Linear(16, 5),
     )
+
+
+def of_bytes() -> nn.Module:
+    """Takes images of bytes, N,H,W,C."""
+    return nn.Sequential(Images([0.5] * 3, [0.25] * 3), tiny())
 
 
 class Branching(nn.Module):

@@ -38,6 +38,12 @@ def test_bench_of_a_model(pruned: Path) -> None:
         assert result["version"] == torch.__version__ and 0.0 <= result["others"] <= 1.0
 
 
+def test_bench_of_a_model_of_bytes() -> None:
+    args = "--input", "1,8,8,3", "--against", "eager", *ONE_ROUND
+    report = succeed_json("bench", "tests.cli.named:of_bytes", *args)
+    assert len(report["results"]) == 3 and all(result["rel_error"] <= 1e-4 for result in report["results"])
+
+
 @pytest.mark.parametrize("rival", ["onnxruntime", "openvino"])
 def test_bench_against_engines_that_take_onnx(rival: str) -> None:
     for package in (rival, "onnxscript"):

@@ -22,7 +22,7 @@ from tests.cli.named import TINY, tiny
 from tests.fakes import PROBLEM, a_filter
 from tests.onnx_models import small
 
-COMMANDS = ("demo", "prune", "convert", "run", "plan", "bench", "cache", "doctor")
+COMMANDS = ("demo", "forecast", "prune", "convert", "run", "plan", "bench", "cache", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -71,6 +71,17 @@ def test_convert_reports_its_plan_and_computes_the_same(pruned: Path, tmp_path: 
 def test_convert_says_on_stdout_what_was_chosen(tmp_path: Path) -> None:
     result = succeed("convert", TINY, "--input", "1,3,8,8", "--output", tmp_path / "model.escort")
     assert "Plan per layer" in result.stdout and "whole network" in result.stdout
+
+
+def test_forecast_and_the_report_of_a_conversion(tmp_path: Path) -> None:
+    page = tmp_path / "forecast.html"
+    report = succeed_json("forecast", TINY, "--input", "1,3,8,8", "--page", page)
+    assert [layer["is_pruned"] for layer in report["layers"]] == [False, True]
+    assert json.loads(page.with_suffix(".json").read_text())["network"] == report["network"]
+    written = "convert", TINY, "--input", "1,3,8,8", "--output", tmp_path / "m.escort", "--report"
+    assert "Layers by time" in (succeed(*written, tmp_path / "r.html"), (tmp_path / "r.html").read_text())[1]
+    for command in (("forecast", TINY, "--input", "1,3,8,8", "--page"), written):
+        assert "name it so" in invoke(*command, tmp_path / "page.txt").stderr
 
 
 def test_json_stays_clean_when_the_model_prints(tmp_path: Path) -> None:
@@ -204,6 +215,23 @@ def test_convert_measures_anew_where_asked(tmp_path: Path, monkeypatch: pytest.M
     succeed(*words)
     succeed(*words, "--remeasure")
     assert asked == [False, True]
+
+
+def test_convert_follows_a_plan(saved: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("escort.network.swap.plan_layers", lambda *args, **kwargs: pytest.fail("measured again"))
+    plan = succeed_json("plan", saved)
+    as_json = tmp_path / "plan.json"
+    as_json.write_text(json.dumps(plan))
+    given = (TINY, "--checkpoint", pruned, "--input", "2,3,16,16")
+    words = ("convert", *given, "--output", tmp_path / "again.escort", "--plan")
+    for file in (saved, as_json):
+        again = succeed_json(*words, file)
+        assert again["converted_time_us"] == plan["converted_time_us"]
+        assert {name: layer["method"] for name, layer in again["layers"].items()} == {
+            name: layer["method"] for name, layer in plan["layers"].items()
+        }
+    as_json.write_text("[]")
+    assert "write it by escort plan --json" in invoke(*words, as_json).stderr
 
 
 @pytest.mark.usefixtures("plan_store")

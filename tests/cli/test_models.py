@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from escort.cli import models
+from escort.cli.options import ModelOptions
 from tests.onnx_models import small
 
 TINY = "tests.cli.test_models:tiny"
@@ -52,6 +53,23 @@ def test_onnx_files_say_what_they_take(tmp_path: Path) -> None:
     onnx.save(width, path)
     with pytest.raises(ValueError, match=r"leaves sizes of 'x' open \(\?,3,12,\?\); give them with --input"):
         models.declared_shapes(models.load(str(path)))
+
+
+def test_files_of_bytes_are_given_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    file = small()
+    file.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+    cast = onnx.helper.make_node("Cast", [file.graph.input[0].name], ["as_float"], to=onnx.TensorProto.FLOAT)
+    for node in file.graph.node:
+        node.input[:] = ["as_float" if name == file.graph.input[0].name else name for name in node.input]
+    file.graph.node.insert(0, cast)
+    onnx.save(file, path)
+    _, (x,) = ModelOptions(str(path)).load_with_inputs()
+    assert x.dtype is torch.uint8 and x.shape == (1, 3, 12, 10) and x.max() > 200
+    file.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    onnx.save(file, path)
+    with pytest.raises(ValueError, match="its input 'x' is of torch.int64; convert it in Python"):
+        ModelOptions(str(path)).load_with_inputs()
 
 
 def test_models_come_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

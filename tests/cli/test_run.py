@@ -191,3 +191,22 @@ def test_bytes_for_a_model_of_other_inputs(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "--mean and --std have 1 values" in result.stderr.replace("\n", " ")
     result = invoke("convert", TINY, *options, "0.5,0.5")
     assert result.exit_code == 2 and "a finite number for each channel" in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--workers", 2], "--workers is for --engine ray; leave it out, or add that"),
+        (["--engine", "ray"], "--engine ray writes a folder of Parquet files; name one"),
+        (["--engine", "ray", "--output", "out.csv"], "--engine ray writes a folder of Parquet files; name one"),
+        (["--engine", "ray", "--output", "{images}/b.png"], "is a file; name a folder for the predictions"),
+        (["--engine", "ray", "--output", "{images}/out"], "--engine ray takes Ray Data: pip install"),
+    ],
+)
+def test_what_many_workers_take(
+    options: list[object], says: str, saved: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("escort.cli.many.find_spec", lambda name: None)
+    result = invoke("run", saved, images, *(str(option).format(images=images) for option in options))
+    assert result.exit_code == (1 if "pip install" in says else 2)
+    assert says in result.stderr.replace("\n", " ")

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from escort.layers import NormedConcat, OnPlanes
+from escort.cuda.gpu import H200
+from escort.layers import NormedConcat, OnPlanes, Squeeze
 from escort.network.passes import planes
 from escort.network.passes.norms import join_norms
+from escort.network.passes.squeezes import ONE_LAUNCH, join_squeezes
+from escort.network.swap import find_layers
 from tests.network.models import Between
 from tests.network.patterns import ON_CPU, traced
 from tests.network.rewritten import Rewritten, settled
@@ -159,6 +162,57 @@ def test_norms_take_in_what_is_around_them() -> None:
     calls = {node.target: len(node.args) for node in network.graph.nodes if node.op == "call_module"}
     assert (calls["norm1"], calls["norm2"], calls["norm3"]) == (2, 1, 1)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules() if module not in joined.values())
+
+
+class Excited(nn.Module):
+    """Squeeze-excitation as a module of its own, as code of a block, and as something that no kernel computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.se = Excitation()
+        self.other = Excitation()
+        self.fc1, self.fc2 = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.wide = Excitation(nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y = y * self.se(y)
+        y = self.other(y) * y
+        y = y * torch.sigmoid(self.fc2(F.relu(self.fc1(F.adaptive_avg_pool2d(y, 1)))))
+        return y * self.wide(y)
+
+
+class Excitation(nn.Module):
+    def __init__(self, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.conv_reduce, self.act, self.conv_expand = nn.Conv2d(16, 4, 1), activation or nn.SiLU(), nn.Conv2d(4, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_expand(self.act(self.conv_reduce(self.pool(x)))).sigmoid()
+
+
+def test_squeeze_excitation_becomes_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
+    torch.manual_seed(0)
+    model, x = Excited().eval(), torch.randn(2, 3, 8, 8)
+    rewritten = Rewritten(model, x, torch.randn(3, 3, 6, 6), request=ON_GPU)
+    network = rewritten.network
+    assert isinstance(network, fx.GraphModule)
+    join_squeezes(network)
+    found = {name: module for name, module in network.named_modules() if isinstance(module, Squeeze)}
+    assert found.keys() == {"se", "other"}, "convolutions of a block stay, and so does a tanh"
+    assert {name for name in network.state_dict() if name.startswith(("se.", "other."))} <= set(model.state_dict())
+    assert (found["se"].activation, found["se"].gate_activation) == ("silu", "sigmoid")
+    for inputs in (x, torch.randn(3, 3, 5, 9)):
+        torch.testing.assert_close(network(inputs), model(inputs))
+    calls = {node.target for node in network.graph.nodes if node.op == "call_module"}
+    assert {"se", "other", "fc1", "fc2", "wide.conv_reduce"} <= calls and not calls & {"se.pool", "se.conv_reduce"}
+    pixel = torch.Size((2, 16, 1, 1))
+    layers = {"first": x.shape, "se.conv_reduce": pixel, "fc1": pixel}
+    unplanned = find_layers(network, layers, "contiguous", {}, ON_CPU)
+    assert unplanned.skipped["se.conv_reduce"] == ONE_LAUNCH and set(unplanned.layers) == {"first", "fc1"}
 
 
 def test_norms_that_do_something_else_stay() -> None:

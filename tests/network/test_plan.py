@@ -12,7 +12,8 @@ from torch import nn
 
 import escort
 from escort import report
-from escort.network.plan import NetworkPlan, machine_line, plan_table
+from escort.network.plan import NetworkPlan, plan_table
+from escort.network.wording import machine_line
 from escort.planner import Candidate, Plan, timing
 from escort.planner.machine import Machine
 from escort.problem import Problem
@@ -56,12 +57,12 @@ def test_the_plan_table_says_what_the_plan_says():
 def test_the_plan_table_says_why_the_dense_network_was_kept():
     plan = network_plan(kept_dense=True)
     last = plan_table(plan).rows[-1]
-    assert last[2] == "kept dense"
+    assert last[3] == "kept dense"
     assert last[-1] == plan.reason
 
 
 def test_the_terminal_prints_brackets_as_they_are():
-    console = Console(width=100, record=True, file=None, quiet=False, force_terminal=False)
+    console = Console(width=120, record=True, file=None, quiet=False, force_terminal=False)
     with console.capture() as capture:
         console.print(report.terminal(plan_table(network_plan())))
     assert "stem[0]" in capture.get()
@@ -100,7 +101,7 @@ def test_what_was_not_tried_is_said() -> None:
 
 def test_a_rival_has_a_line_of_its_own_or_a_reason() -> None:
     rival = plan_table(replace(network_plan(), rivals={"torch.compile": 2000.0})).rows[-1]
-    assert rival[2:6] == ("torch.compile", "2,000", "3,000", "1.50x") and "dense model" in rival[6]
+    assert rival[3:7] == ("torch.compile", "2,000", "3,000", "1.50x") and "dense model" in rival[7]
     caption = plan_table(replace(network_plan(), not_tried={"torch.compile": "there is no C compiler"})).caption
     assert caption.endswith(" Not tried by torch.compile: there is no C compiler.")
 

@@ -19,6 +19,7 @@ from escort.layers import (
     LocalResponseNorm,
     MaxPool2d,
     NormedConcat,
+    Squeeze,
     Upsample,
 )
 from escort.runtime.saved import builders
@@ -77,6 +78,7 @@ def rebuilt(layer: nn.Module) -> nn.Module:
         (AdaptiveAvgPool2d((2, None)), (2, 4, 6, 6)),
         (Upsample(scale_factor=1.5, mode="bilinear", align_corners=True), (2, 4, 6, 6)),
         (NormedConcat(4, eps=1e-3, activation="relu"), (2, 4, 6, 6)),
+        (Squeeze(8, 2, "relu", "hardsigmoid", ("reduce", "expand")), (2, 8, 6, 6)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import escort
-from escort.cli import bench, cache, convert, demo, doctor, plan, prune, run
+from escort.cli import bench, cache, convert, demo, doctor, forecast, plan, prune, run
 from escort.cli.console import BAD_INPUT, fail
 
 #: A command line that no command takes. Typer has it from click or brings it, depending on the version.
@@ -48,7 +48,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for module in (demo, prune, convert, run, plan, bench, cache, doctor):
+for module in (demo, forecast, prune, convert, run, plan, bench, cache, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.main)
 
 

@@ -13,7 +13,7 @@ from escort.cli.console import Output, command_line, note
 from escort.cli.engines import DISTURBED, ENGINES, Result
 from escort.cli.options import EngineOptions, ModelOptions, command, effort_of
 from escort.cli.rivals import Race, measure
-from escort.network.plan import machine_line
+from escort.network.wording import machine_line
 from escort.planner.machine import Machine
 
 

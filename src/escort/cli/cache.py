@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from enum import Enum
+from enum import StrEnum
 from itertools import starmap
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ import typer
 from escort import artifact, cache, report
 from escort.cli.console import Output
 from escort.cli.options import check_writable, command
-from escort.network.plan import convolution
+from escort.network.wording import convolution
 from escort.planner import store
 
 _KERNEL = ("Kernel", "For", "Defines", "Registers", "kB", "Used", "Entry")
@@ -21,7 +21,7 @@ _PLAN = ("Convolution", "Batch", "Nonzeros", "For", "Method", "µs", "Dense µs"
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 
 
-class Action(str, Enum):
+class Action(StrEnum):
     """What is done with what is kept, as Typer wants it."""
 
     LIST = "list"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,14 +15,32 @@ from escort.artifact.kernels import beside
 from escort.cli.console import Output
 from escort.cli.images import layer_of
 from escort.cli.models import ONNX_SUFFIX
-from escort.cli.options import ModelOptions, check_writable, command
+from escort.cli.options import ModelOptions, check_page, check_writable, command
+from escort.network import plan_page
 from escort.network.plan import plan_table
 from escort.planner.machine import find_device
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Images of bytes, which the converted model normalises."""
+
+    mean: Annotated[
+        str,
+        typer.Option(
+            metavar="R,G,B",
+            help="The converted model takes images of bytes, N,H,W,C: it subtracts this from pixels in 0..1.",
+        ),
+    ] = ""
+    deviation: Annotated[
+        str, typer.Option("--std", metavar="R,G,B", help="And divides them by this; both have a value per channel.")
+    ] = ""
 
 
 @command
 def main(
     options: ModelOptions,
+    normalise: ImageOptions,
     output: Output,
     output_path: Annotated[
         Path | None,
@@ -41,16 +60,12 @@ def main(
     remeasure: Annotated[
         bool, typer.Option("--remeasure", help="Measure every layer anew, whatever plans this machine keeps.")
     ] = False,
-    mean: Annotated[
-        str,
+    page: Annotated[
+        Path | None,
         typer.Option(
-            metavar="R,G,B",
-            help="The converted model takes images of bytes, N,H,W,C: it subtracts this from pixels in 0..1.",
+            "--report", metavar="FILE.html", help="Write a page: layers by time before and after, and what to do next."
         ),
-    ] = "",
-    deviation: Annotated[
-        str, typer.Option("--std", metavar="R,G,B", help="And divides them by this; both have a value per channel.")
-    ] = "",
+    ] = None,
 ) -> None:
     """Convert a pruned model: every convolution runs by whichever method measures fastest on this machine."""
     if output_path is None:
@@ -58,12 +73,17 @@ def main(
             raise ValueError("name the file to write, for example --output model.escort")
         output_path = Path(options.model).with_suffix(".escort")
     check_writable(output_path)
+    if page is not None:
+        check_page(page)
     if kernels and find_device(options.device).type == "cpu":
         raise ValueError("--kernels is for GPUs; add --device cuda")
-    converted = options.convert(remeasure=remeasure, images=layer_of(mean, deviation))
+    converted = options.convert(remeasure=remeasure, images=layer_of(normalise.mean, normalise.deviation))
     escort.save(converted, output_path, kernels=kernels)
     plan = converted.plan
     output.result = {"output": str(output_path), "bytes": output_path.stat().st_size, **plan.to_json()}
     output.text.print(report.terminal(plan_table(plan)))
     for path in [output_path, beside(output_path)] if kernels else [output_path]:
         output.text.print(f"wrote {path}, {filesize.decimal(path.stat().st_size)}")
+    if page is not None:
+        plan_page.write(plan, page)
+        output.text.print(f"wrote {page}")

@@ -59,6 +59,14 @@ class Preparation:
         if min(self.deviation) <= 0:
             raise ValueError(f"deviations are positive, got {self.deviation}")
 
+    def blank(self) -> Tensor:
+        """Zeros as :meth:`read` gives an image."""
+        if self.layer is None:
+            return torch.zeros(self.channels, self.height, self.width)
+        is_last = self.layer.channels_last
+        shape = (self.height, self.width, self.channels) if is_last else (self.channels, self.height, self.width)
+        return torch.zeros(shape, dtype=torch.uint8)
+
     def read(self, path: Path) -> Tensor:
         """The image as (channels, height, width), or as the model's own layer takes it."""
         from PIL import Image

@@ -20,6 +20,7 @@ import escort
 from escort.cli import checkpoints
 from escort.cli.console import check_is_file, note
 from escort.integrations.onnx import inputs_of
+from escort.layers import Images
 from escort.prune import listing
 
 ARCHIVE_SUFFIX, ONNX_SUFFIX = ".pt2", ".onnx"
@@ -62,16 +63,28 @@ def load(spec: str, checkpoint: Path | None = None) -> nn.Module:
     return model.eval()
 
 
+def input_types(model: nn.Module) -> list[torch.dtype]:
+    """The types of a model's inputs, as far as the model says: an ONNX file does, and so does :class:`escort.Images`.
+
+    Raises:
+        ValueError: for numbers of which no example can be drawn.
+    """
+    for name, _, dtype in inputs_of(model):
+        if not (dtype.is_floating_point or dtype is torch.uint8):
+            raise ValueError(f"its input {name[:100]!r} is of {dtype}; convert it in Python, with escort.from_onnx")
+    first = next((module for module in model.modules() if not any(module.children())), None)
+    declared = [dtype if dtype is torch.uint8 else torch.float32 for _, _, dtype in inputs_of(model)]
+    return declared or ([torch.uint8] if isinstance(first, Images) else [])
+
+
 def declared_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     """The shapes of the inputs of a model of an ONNX file, one sample where the file leaves the batch open.
 
     Raises:
-        ValueError: where it leaves other sizes open, or an input takes no floating-point numbers.
+        ValueError: where it leaves other sizes open.
     """
     shapes = []
-    for name, shape, dtype in inputs_of(model):
-        if not dtype.is_floating_point:
-            raise ValueError(f"its input {name[:100]!r} is of {dtype}; convert it in Python, with escort.from_onnx")
+    for name, shape, _ in inputs_of(model):
         if None in shape[1:]:
             text = ",".join("?" if size is None else str(size) for size in shape)
             raise ValueError(f"the file leaves sizes of {name[:100]!r} open ({text}); give them with --input")

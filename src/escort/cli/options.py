@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from functools import wraps
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -18,13 +20,14 @@ import typer
 from torch import nn
 
 import escort
-from escort import artifact
+from escort import artifact, report
 from escort.cli import models
 from escort.cli.console import Output, check_is_file, note_if_busy, reporting
 from escort.cli.engines import ENGINES, placed_on
 from escort.layers import Images
 from escort.network.check import Effort
 from escort.network.model import ConvertedModel
+from escort.network.plan import NetworkPlan
 from escort.planner.machine import find_device
 from escort.problem import TORCH_DTYPE
 from escort.runtime import Favor
@@ -33,7 +36,7 @@ from escort.runtime import Favor
 SAVED = "one that escort convert wrote"
 
 
-class PrecisionName(str, Enum):
+class PrecisionName(StrEnum):
     """The precisions of a Problem, as Typer wants them."""
 
     FP32 = "fp32"
@@ -42,7 +45,7 @@ class PrecisionName(str, Enum):
     BF16 = "bf16"
 
 
-class FavorName(str, Enum):
+class FavorName(StrEnum):
     """What threads of a CPU may do for, as Typer wants it."""
 
     LATENCY = "latency"
@@ -73,6 +76,14 @@ FavorOption = Annotated[
     typer.Option(
         help="What threads of a CPU do for: latency has all of them share each layer, throughput has each take samples "
         "of its own where a batch has enough for all. By default what is faster on the input.",
+    ),
+]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="What runs each layer: the plan of an earlier conversion of this model, in MODEL.escort or in JSON, as "
+        "escort plan --json writes it. Nothing is timed then, and every process computes alike.",
     ),
 ]
 VerboseOption = Annotated[
@@ -131,8 +142,11 @@ class SavedOptions:
     def load(self) -> ConvertedModel:
         """The model, ready to run."""
         check_is_file(self.saved, SAVED)
-        model = None if self.original is None else models.load(self.original)
-        return artifact.load(self.saved, model, device=self.device, kernels=self.kernels)
+        return artifact.load(self.saved, self.original_model(), device=self.device, kernels=self.kernels)
+
+    def original_model(self) -> nn.Module | None:
+        """The dense model, where one was named."""
+        return None if self.original is None else models.load(self.original)
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,7 @@ class ModelOptions(SourceOptions):
     precision: PrecisionOption = PrecisionName.FP32
     effort: EffortOption = "fast"
     favor: FavorOption = None
+    plan: PlanOption = None
     verbose: VerboseOption = 0
 
     @property
@@ -169,9 +184,8 @@ class ModelOptions(SourceOptions):
         if not shapes and Path(self.model).suffix != models.ONNX_SUFFIX:
             raise ValueError("give the shape of a typical input, for example --input 1,3,224,224")
         model = self.load()
-        generator = torch.Generator().manual_seed(0)
-        inputs = (torch.randn(shape, generator=generator) for shape in shapes or models.declared_shapes(model))
-        placed = place(model, tuple(inputs), self.device, self.precision)
+        inputs = _drawn(shapes or models.declared_shapes(model), models.input_types(model))
+        placed = place(model, inputs, self.device, self.precision)
         note_if_busy(placed[1][0].device.type)
         return placed
 
@@ -193,6 +207,7 @@ class ModelOptions(SourceOptions):
             favor=self.favored,
             progress=True,
             remeasure=remeasure,
+            plan=None if self.plan is None else _read_plan(self.plan),
         )
 
 
@@ -232,18 +247,42 @@ class EngineOptions:
         return placed_on(self.threads)
 
 
+def _drawn(shapes: Sequence[tuple[int, ...]], types: Sequence[torch.dtype]) -> tuple[torch.Tensor, ...]:
+    """Random inputs, the same each time: of float32 where the model says nothing of their types."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randint(256, shape, dtype=dtype, generator=generator)
+        if dtype is torch.uint8
+        else torch.randn(shape, generator=generator)
+        for shape, dtype in zip(shapes, chain(types, repeat(torch.float32)), strict=False)
+    )
+
+
+def _read_plan(path: Path) -> NetworkPlan:
+    """The plan in a saved model, or in JSON. Raises ValueError where there is none."""
+    check_is_file(path, f"{SAVED}, or the JSON of escort plan")
+    if path.suffix != ".json":
+        return artifact.load_plan(path)
+    try:
+        return NetworkPlan.from_json(json.loads(path.read_text()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; write it by escort plan --json") from error
+
+
 def _taking_bytes(
     model: nn.Module, inputs: tuple[torch.Tensor, ...], images: Images
 ) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """A model with a layer of images in front of it, and the input that it takes then."""
     x, *others = inputs
+    if x.dtype is torch.uint8:
+        raise ValueError("the model takes bytes as it is; leave out --mean and --std")
     if others or x.ndim != 4 or x.shape[1] != len(images.mean):
         given = ", ".join(str(tuple(each.shape)) for each in inputs)
         raise ValueError(
             f"--mean and --std have {len(images.mean)} values, for a model of one image of as many channels; its input "
             f"is {given}"
         )
-    pixels = torch.randint(256, x.movedim(1, 3).shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (pixels,) = _drawn([x.movedim(1, 3).shape], [torch.uint8])
     return nn.Sequential(images.to(x.device, x.dtype), model).eval(), (pixels.to(x.device),)
 
 
@@ -340,3 +379,11 @@ def check_writable(path: Path) -> None:
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it or write elsewhere")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path}: the folder {path.parent} is not writable; write elsewhere")
+
+
+def check_page(path: Path) -> None:
+    """Says before the work that a page cannot be written: for its name, its folder, or for want of matplotlib."""
+    if path.suffix != ".html":
+        raise ValueError(f"{path}: a page is an .html file; name it so")
+    check_writable(path)
+    report.require_matplotlib()

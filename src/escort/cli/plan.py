@@ -35,7 +35,7 @@ def main(
 
 def _stored_plan(options: ModelOptions) -> NetworkPlan:
     if not options.are_default:
-        names = "--input, --checkpoint, --device, --precision, --effort and --favor"
+        names = "--input, --checkpoint, --device, --precision, --effort, --favor and --plan"
         raise ValueError(f"{options.model} is saved with its plan and weights; leave out {names}")
     check_is_file(Path(options.model), SAVED)
     return artifact.load_plan(Path(options.model))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from escort.cli.console import Output
 from escort.cli.options import SourceOptions, check_writable, command
 
 
-class Recipe(str, Enum):
+class Recipe(StrEnum):
     """How the zeros are spread over the layers."""
 
     UNIFORM = "uniform"

@@ -124,7 +124,9 @@ def _converted(model: nn.Module, inputs: Inputs, race: Race) -> tuple[nn.Module,
         model, inputs, precision=race.precision, effort=race.effort, favor=race.favor, progress=race.progress
     )
     with torch.inference_mode():
-        expected = tensors_of(copy.deepcopy(model).double()(*(x.double() for x in inputs)))
+        expected = tensors_of(
+            copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in inputs))
+        )
     return converted, {name: getattr(converted.plan, name) for name in ("kept_dense", "memory_format")}, expected
 
 

@@ -17,10 +17,11 @@ from rich.table import Table
 from escort.artifact.files import replace_file
 from escort.cli.console import Output, progress
 from escort.cli.images import ImageOptions, Inputs
+from escort.cli.many import ManyOptions
 from escort.cli.options import SavedOptions, check_writable, command
 from escort.layers import Images
 from escort.network.model import ConvertedModel
-from escort.report import Console, printable
+from escort.report import Console, cell
 
 _SHOWN = 10  # predictions on the terminal
 _OUTPUT_SUFFIXES = (".npz", ".csv")
@@ -33,10 +34,15 @@ def main(
         Path, typer.Argument(metavar="INPUT", help="A folder of images, an image, or an .npy / .npz batch.")
     ],
     images: ImageOptions,
+    many: ManyOptions,
     output: Output,
     output_path: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Predictions: .npz (names, top1, outputs) or .csv (input, top1, score)."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Predictions: .npz (names, top1, outputs), .csv (input, top1, score), or a folder of --engine ray.",
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Inputs per forward.")] = 8,
 ) -> None:
@@ -45,15 +51,22 @@ def main(
     Images are of any format that Pillow reads by itself (which leaves out EPS, WMF, MPEG, BUFR, GRIB and HDF5), with up
     to 8 bits per channel; of an animation it is the first frame. The first forward is a warm-up and not counted.
     """
-    if output_path is not None:
+    by_ray = many.check(output_path)
+    if output_path is not None and not by_ray:
         if output_path.suffix not in _OUTPUT_SUFFIXES:
             raise ValueError(f"--output {output_path}: predictions are {' or '.join(_OUTPUT_SUFFIXES)}; name it so")
         check_writable(output_path)
     if not source.is_dir() and not source.is_file():
         raise FileNotFoundError(f"{source}: there is no such folder or file; name images, or an .npy or .npz batch")
+    if by_ray:
+        many.set_threads()
     model = saved.load()
     layer = next((module for module in model.network.modules() if isinstance(module, Images)), None)
     inputs = images.inputs(source, _image_shape(model, saved.saved, layer), layer)
+    if by_ray:
+        assert output_path is not None
+        many.run(saved, model, inputs, output_path, batch, output)
+        return
     classes_only = output_path is not None and output_path.suffix == ".csv"
     predictions = _predict(model, inputs, batch, classes_only=classes_only)
     if output_path is not None:
@@ -99,19 +112,13 @@ class _Predictions:
     def write(self, path: Path) -> None:
         if path.suffix == ".csv":
             with path.open("w", newline="", encoding="utf-8") as file:
-                rows = ((_cell(name), top1, score) for name, top1, score in self.rows())
+                rows = ((cell(name), top1, score) for name, top1, score in self.rows())
                 csv.writer(file).writerows([("input", "top1", "score"), *rows])
             return
         arrays: dict[str, Any] = {"names": np.array(self.names), "outputs": self.outputs}
         if self.top1 is not None:
             arrays["top1"] = self.top1
         np.savez_compressed(path, **arrays)
-
-
-def _cell(text: str) -> str:
-    """A text as a cell of a CSV file: in one line, and for a spreadsheet no formula."""
-    text = printable(text)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _print(predictions: _Predictions, batch: int, console: Console) -> None:

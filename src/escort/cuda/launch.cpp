@@ -107,7 +107,8 @@ TensorMap im2col(uintptr_t function, const Tensor& x, Corner lower, Corner upper
 // What a tensor says of itself, by the method of that name.
 template <class Number>
 Number asked(nb::handle tensor, PyObject* method) {
-  PyObject* result = PyObject_CallMethodNoArgs(tensor.ptr(), method);
+  PyObject* self = tensor.ptr();  // PyObject_CallMethodNoArgs, which is this, is not of the stable ABI
+  PyObject* result = PyObject_VectorcallMethod(method, &self, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
   if (!result) throw nb::python_error();
   return nb::cast<Number>(nb::steal(result));
 }

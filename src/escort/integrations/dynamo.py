@@ -100,8 +100,10 @@ def _why_not(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> str | None
         )
     placeholders = graph.graph.find_nodes(op="placeholder")
     sizes = _sizes(placeholders)
+    on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs)
     for place, node in enumerate(placeholders):
-        if isinstance(node.meta.get("example_value"), torch.SymInt | torch.SymFloat) and place not in sizes:
+        is_number = isinstance(node.meta.get("example_value"), torch.SymInt | torch.SymFloat) and place not in sizes
+        if is_number or (on_gpu and _is_boxed(node) and not _is_of_module(node)):
             return f"its input {node.name} is a number that changes, and conversion fixes numbers; pass it as a tensor"
     for name, arguments in operations:
         uses_batch = name == "norm" and arguments.get("running_mean") is None
@@ -138,8 +140,9 @@ class _Converted:
         for place, node in enumerate(placeholders):
             if _STATIC in node.meta.get("tensor_dict", {}) and node not in is_written:
                 self._names[place] = _name(node, self._names.values())
+        self._numbers = [i for i, node in enumerate(placeholders) if _is_boxed(node) and _is_of_module(node)]
         self._sizes = _sizes(placeholders)
-        left = self._names.keys() | self._sizes.keys()
+        left = {*self._names, *self._sizes, *self._numbers}
         self._inputs = [place for place in range(len(placeholders)) if place not in left]
         self._frozen: dict[tuple[int, ...], _Frozen] = {}  # by the identities of the weights
         self._conversions = 0
@@ -150,9 +153,10 @@ class _Converted:
         if self._is_left:
             return self.graph(*args)
         weights = [args[place] for place in self._names]
+        numbers = [args[place].item() for place in self._numbers]
         frozen = self._frozen.get(tuple(map(id, weights)))
-        if frozen is None or not frozen.holds(weights):
-            frozen = self._convert(args, weights)
+        if frozen is None or not frozen.holds(weights, numbers):
+            frozen = self._convert(args, weights, numbers)
         if frozen is None or frozen.network is None:
             return self.graph(*args)
         outputs = frozen.network(*[args[place] for place in self._inputs])
@@ -162,11 +166,11 @@ class _Converted:
         count = len(outputs) + len(frozen.returned)
         return tuple(frozen.returned[i] if i in frozen.returned else next(computed) for i in range(count))
 
-    def _convert(self, args: Sequence[Any], weights: list[Tensor]) -> _Frozen | None:
+    def _convert(self, args: Sequence[Any], weights: list[Tensor], numbers: list[float]) -> _Frozen | None:
         key = tuple(map(id, weights))
         with self._turn:
             frozen = self._frozen.get(key)
-            if frozen is not None and frozen.holds(weights):  # by another thread
+            if frozen is not None and frozen.holds(weights, numbers):  # by another thread
                 return frozen
             self._frozen = {key: each for key, each in self._frozen.items() if each.is_alive()}
             changes = self._conversions - len(self._frozen.keys() - {key})
@@ -177,26 +181,27 @@ class _Converted:
             if changes:
                 _log.warning("weights of a compiled graph changed: it is converted anew")
             self._conversions += 1
-            self._frozen[key] = frozen = self._converted(args, weights)
+            self._frozen[key] = frozen = self._converted(args, weights, numbers)
             return frozen
 
-    def _converted(self, args: Sequence[Any], weights: list[Tensor]) -> _Frozen:
+    def _converted(self, args: Sequence[Any], weights: list[Tensor], numbers: list[float]) -> _Frozen:
         try:
-            model, returned = self._with_weights(weights)
+            model, returned = self._with_weights(weights, numbers)
             network = convert(model, tuple(args[place] for place in self._inputs), **self.asked)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of whatever the graph calls
             _warn(str(error), stacklevel=5)
-            return _Frozen(weights)
+            return _Frozen(weights, numbers)
         plan = network.plan
         _log.info("converted a graph of %d layers: %s", len(plan.layers), plan.reason or f"{plan.speedup:.2f}x as fast")
         if self._on_plan is not None:
             self._on_plan(plan)
-        return _Frozen(weights, network, returned)
+        return _Frozen(weights, numbers, network, returned)
 
-    def _with_weights(self, weights: list[Tensor]) -> tuple[fx.GraphModule, dict[int, Tensor]]:
-        """The graph with weights as tensors of its own, and sizes read off the inputs that have them.
+    def _with_weights(self, weights: list[Tensor], numbers: list[float]) -> tuple[fx.GraphModule, dict[int, Tensor]]:
+        """The graph with weights as tensors of its own, the modules' numbers as numbers, and sizes read off the inputs
+        that have them.
 
         Returns:
             The graph without those of its outputs that depend on weights alone, such as a weight with a mask applied,
@@ -214,7 +219,11 @@ class _Converted:
             for place, (holder, axis) in self._sizes.items():
                 size = graph.call_method("size", (placeholders[holder], axis))
                 placeholders[place].replace_all_uses_with(size)
-        for place in (*self._names, *self._sizes):
+        for place, number in zip(self._numbers, numbers, strict=True):
+            for taken_out in [*placeholders[place].users]:
+                taken_out.replace_all_uses_with(number)
+                graph.erase_node(taken_out)
+        for place in (*self._names, *self._sizes, *self._numbers):
             graph.erase_node(placeholders[place])
         device = weights[0].device if weights else torch.device("cpu")
         rewriting = Rewriting(root, Request(device, "fp32"))  # which asks for nothing here
@@ -231,6 +240,7 @@ class _Frozen:
     It does not keep them alive. Tensors of inference mode count no versions.
 
     Args:
+        numbers: of the modules, such as the epsilon of a batch norm, which are part of what was converted, too.
         network: None where the graph runs as it is.
         returned: outputs of the graph that depend on weights alone, by their place.
     """
@@ -238,10 +248,12 @@ class _Frozen:
     def __init__(
         self,
         weights: Sequence[Tensor],
+        numbers: list[float],
         network: ConvertedModel | None = None,
         returned: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.network, self.returned = network, returned or {}
+        self._numbers = numbers
         self._weights = [*map(weakref.ref, weights)]
         self._counted = [i for i, x in enumerate(weights) if not x.is_inference()]
         self._kept = [x for x in self.returned.values() if not x.is_inference()]
@@ -250,10 +262,10 @@ class _Frozen:
     def is_alive(self) -> bool:
         return all(weight() is not None for weight in self._weights)
 
-    def holds(self, weights: Sequence[Tensor]) -> bool:
-        """Whether they are the same tensors, and nothing was written to them since."""
+    def holds(self, weights: Sequence[Tensor], numbers: list[float]) -> bool:
+        """Whether they are the same tensors and numbers, and nothing was written to them since."""
         same = all(weight() is x for weight, x in zip(self._weights, weights, strict=True))
-        return same and self._now(weights) == self._state
+        return same and numbers == self._numbers and self._now(weights) == self._state
 
     def _now(self, weights: Sequence[Tensor]) -> tuple[list[int], ...]:
         versions = [weights[i]._version for i in self._counted]
@@ -267,12 +279,28 @@ def _warn(reason: str, stacklevel: int) -> None:
 
 def _name(node: fx.Node, taken: Any) -> str:
     """What the model calls a weight, or the graph where two models call one so."""
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    text = getattr(source, "name", "")
-    path = _PATH.findall(text() if callable(text) else text)
+    path = _PATH.findall(_source(node))
     name = ".".join(path)
     around = any(other == name or other.startswith(f"{name}.") or name.startswith(f"{other}.") for other in taken)
     return node.name if not path or around else name
+
+
+def _source(node: fx.Node) -> str:
+    """Where Dynamo found an input, as it writes that."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    text = getattr(source, "name", "")
+    return text() if callable(text) else text
+
+
+def _is_boxed(node: fx.Node) -> bool:
+    """Whether an input is a number that Dynamo hands over as a tensor on the CPU, which the graph takes it out of."""
+    users = [user.op == "call_method" and user.target == "item" for user in node.users]
+    return bool(getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)) and all(users)
+
+
+def _is_of_module(node: fx.Node) -> bool:
+    """Whether an input is an attribute of a module, as opposed to an argument of the call."""
+    return "._modules[" in _source(node) or _source(node).startswith("L['self'].")
 
 
 def _sizes(placeholders: Sequence[fx.Node]) -> dict[int, tuple[int, int]]:

@@ -10,6 +10,7 @@ from escort.layers.planes.concat import Concat, NormedConcat
 from escort.layers.planes.gate import Gate
 from escort.layers.planes.norm import LocalResponseNorm
 from escort.layers.planes.resize import Upsample
+from escort.layers.planes.squeeze import Squeeze
 from escort.layers.pool import MaxPool2d
 
 #: Layers other than convolutions that launch kernels of our own, and say which: they have `binaries`.
@@ -29,5 +30,6 @@ __all__ = [
     "OnPlanes",
     "SamePad",
     "SparseConv2d",
+    "Squeeze",
     "Upsample",
 ]

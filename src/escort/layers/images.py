@@ -58,6 +58,7 @@ class Images(nn.Module):
         channels_last: whether images are (N, H, W, C), as decoders give them; else (N, C, H, W).
 
     Raises:
+        TypeError: unless mean and std are sequences of numbers.
         ValueError: unless there are as many means as deviations, all finite, and the deviations positive.
     """
 
@@ -68,6 +69,8 @@ class Images(nn.Module):
         self, mean: Sequence[float], std: Sequence[float], scale: float = 1 / 255, channels_last: bool = True
     ) -> None:
         super().__init__()
+        if not isinstance(mean, Sequence) or not isinstance(std, Sequence):
+            raise TypeError(f"mean and std are lists with a number for each channel, got {mean!r} and {std!r}")
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.scale, self.channels_last = float(scale), bool(channels_last)
         numbers = (*self.mean, *self.std, self.scale)
@@ -115,6 +118,8 @@ class Images(nn.Module):
 
     def check(self, images: torch.Tensor) -> None:
         """Raises TypeError or ValueError for what it does not take."""
+        if not isinstance(images, torch.Tensor):
+            raise TypeError(f"the network takes a tensor of images, got {type(images).__name__}; use torch.from_numpy")
         if images.dtype is not torch.uint8:
             raise TypeError(f"the network takes images of torch.uint8, and normalises them; got {images.dtype}")
         if images.ndim != 4 or images.shape[3 if self.channels_last else 1] != len(self.mean):

@@ -151,6 +151,10 @@ class Method(ABC):
         """
         return None
 
+    def outdone(self, problem: Problem, sparse_filter: SparseFilter) -> str | None:
+        """Why a dense library is sure to be as fast, which is known without a search; None where it may not be."""
+        return None
+
     def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: Config) -> float:
         """About how many seconds of one core it takes to compile a config for the filter."""
         return 0.0

@@ -15,6 +15,7 @@ from escort.layers import SparseConv2d
 from escort.methods import Method, by_name, dense_for
 from escort.network.context import tf32_is_allowed
 from escort.network.example import Example
+from escort.network.plan import NetworkPlan
 from escort.network.progress import Progress
 from escort.problem import TORCH_DTYPE, Precision
 from escort.runtime import Favor
@@ -48,6 +49,7 @@ class Request:
         remeasure: whether to measure all layers, whatever was measured before.
         widened: the type of the model's weights where float32 stands for it; None where it is that of the precision.
         favor: what threads of a CPU do for; None for what is faster on the example.
+        pinned: the plan to follow, which was made before; None where what runs a layer is measured.
     """
 
     device: torch.device
@@ -59,6 +61,7 @@ class Request:
     remeasure: bool = False
     widened: torch.dtype | None = None
     favor: Favor | None = None
+    pinned: NetworkPlan | None = None
 
     @property
     def rounding(self) -> Precision:

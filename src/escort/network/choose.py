@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from escort.layers import SparseConv2d
 from escort.network.check import Request
 from escort.network.context import dense_in
 from escort.network.example import Example
@@ -55,7 +56,7 @@ def choose(
     with dense_in(request.precision, request.device):
         for number, candidate in enumerate(candidates):
             candidate.put_in_place()
-            error, reason = _judge(candidate.network, original, request)
+            error, reason = judge(candidate.network, original, request)
             if reason is not None:
                 wrong[number] = error, reason
                 continue
@@ -92,6 +93,7 @@ def choose(
         device=str(request.device),
         timer=timer,
         methods=tuple(method.name for method in request.methods or ()),
+        sparsities=_sparsities(best.network),
         widened="" if request.widened is None else str(request.widened).removeprefix("torch."),
     )
     why = plan.reason or f"{converted_us:.1f} us, the original {dense_us:.1f} us"
@@ -100,6 +102,11 @@ def choose(
     if original.state is not None:
         original.state.restore(network)
     return ConvertedModel(network, plan, original.model)
+
+
+def _sparsities(network: nn.Module) -> dict[str, float]:
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, SparseConv2d)}
+    return {name: round(layer.filter.sparsity, 4) for name, layer in layers.items()}
 
 
 def batchings_to_try(network: nn.Module, example: Example, favor: Favor | None) -> list[Batching]:
@@ -149,7 +156,7 @@ def race(runs: list[Callable[[], Any]], device: torch.device) -> tuple[list[floa
     return times_us, timings[0].timer
 
 
-def _judge(network: nn.Module, original: Original, request: Request) -> tuple[float, str | None]:
+def judge(network: nn.Module, original: Original, request: Request) -> tuple[float, str | None]:
     """The largest relative error of a converted network's outputs, and why it is not taken, None where it is right.
 
     It is right where it is as close to the original as its precision's rounding explains. Beyond that, where the model

@@ -36,6 +36,7 @@ from escort.network.model import ConvertedModel
 from escort.network.original import Original, plain_copy, run_original, unwrap
 from escort.network.passes import rewrite, widen
 from escort.network.passes.channels_last import in_memory_formats
+from escort.network.pinned import check_pinned, keep_as_planned, only_planned
 from escort.network.plan import NetworkPlan
 from escort.network.progress import Progress
 from escort.network.rivals import compare_with_compiled, compare_with_eager
@@ -69,6 +70,7 @@ def convert(
     skip: Skip | None = None,
     progress: bool = False,
     remeasure: bool = False,
+    plan: NetworkPlan | None = None,
 ) -> ConvertedModel:
     """A faster drop-in for a pruned model.
 
@@ -114,6 +116,9 @@ def convert(
         skip: is called with the name and the module of each convolution, and true for those to leave alone.
         progress: show a progress bar on stderr.
         remeasure: measure every layer anew, whatever plans are kept, and replace those.
+        plan: what an earlier conversion of this model chose, its ``.plan``. It is followed: nothing is timed, so that
+            each process computes alike; each layer and the whole are compared with the original all the same, and what
+            is not right is refused. It goes with none of the arguments above that say what to choose.
 
     Raises:
         ValueError, TypeError: naming the layer, the problem and the remedy.
@@ -123,7 +128,13 @@ def convert(
     example = Example.of(example_inputs, example_kwargs)
     model = unwrap(model)
     check_model(model, example)
+    if plan is not None:
+        asked = {"methods": methods, "favor": favor, "remeasure": remeasure or None}
+        check_pinned(plan, example, asked | {"effort": None if effort == "fast" else effort})
+        precision = precision or (None if plan.widened else plan.precision)
     settled, widened = settle_precision(model, example.device, precision)
+    if plan is not None and settled != plan.precision:
+        raise ValueError(f"the plan is for {plan.precision}, the model is computed in {settled}; convert it without")
     request = Request(
         device=example.device,
         precision=settled,
@@ -134,6 +145,7 @@ def convert(
         skip=settle_skip(skip),
         progress=reports,
         remeasure=remeasure,
+        pinned=plan,
     )
     reports.done("checked")
     # What is made here is used outside, where tensors of inference mode could not be followed or written to.
@@ -191,7 +203,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
             for memory_format, network in networks.items()
         }
         check_zeros([layer.sparse_filter for unplanned in found.values() for layer in unplanned.layers.values()])
-        found, unlikely = likely(found, request)
+        found, unlikely = (only_planned(found, request.pinned), {}) if request.pinned else likely(found, request)
     request.progress.done(f"rewritten for {' and '.join(found)}")
     request.progress.estimate.expect(len(found), len(calls))
     candidates = [swap(unplanned, request) for unplanned in found.values()]
@@ -202,7 +214,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         candidates = [alternative for candidate in candidates for alternative in alternatives(candidate, request)]
         chosen = _choose(dense, candidates, not_tried | not_in_format | unlikely, original, request)
         del candidates, found, networks, network  # what was not chosen lets go of its memory
-        if request.device.type == "cuda":
+        if request.device.type == "cuda" and request.pinned is None:
             chosen = _compared_on_gpu(chosen, dense, original, request)
     if chosen.plan.kept_dense:
         not_saved = unsavable(chosen.network, request.device)
@@ -230,6 +242,8 @@ def _choose(
 
     On a CPU, whose times vary, all layers are measured anew before the original is kept for what stored plans say.
     """
+    if request.pinned is not None:
+        return keep_as_planned(dense, candidates[0], original, request)
     chosen = choose(dense, candidates, not_tried, original, request)
     stored = any(plan.times_from == "plan store" for candidate in candidates for plan in candidate.layers.values())
     loses = chosen.plan.kept_dense and chosen.plan.refused is None

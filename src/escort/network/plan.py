@@ -13,10 +13,12 @@ import torch
 from escort import report
 from escort.methods import by_name, dense_for
 from escort.network.example import Example
+from escort.network.forecast.advice import advice_table
+from escort.network.wording import convolution, machine_line, microseconds, percent, ratio
 from escort.planner import Plan
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
-from escort.problem import MemoryFormat, Precision, Problem
+from escort.problem import MemoryFormat, Precision
 from escort.report import Table
 from escort.runtime import Batching, Favor
 
@@ -24,9 +26,10 @@ _NAMES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".sp
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES}
 #: Fields of a plan that are JSON values as they are, and that it holds where they say anything.
 _PLAIN = (
-    "not_tried packed_inputs refused rivals not_saved not_captured native_steps not_native widened is_favor_asked"
+    "not_tried packed_inputs refused rivals not_saved not_captured native_steps not_native widened is_favor_asked "
+    "sparsities"
 ).split()
-_COLUMNS = ("Layer", "Convolution", "Method", "µs", "Dense µs", "Speedup", "Others µs")
+_COLUMNS = ("Layer", "Convolution", "Zeros", "Method", "µs", "Dense µs", "Speedup", "Others µs")
 _MOST_NAMES = 4  # of steps that are listed for a reason
 #: What is said of times that were not taken of the layer itself.
 _TIMES_FROM = {"equal layer": "equal layers", "plan store": "the plan store"}
@@ -70,6 +73,7 @@ class NetworkPlan:
         native_steps, not_native: how many steps run natively on a CPU, and why the others do not.
         methods: the methods that the choice was restricted to; empty where it was among all.
         widened: the original's type, "float16" or "bfloat16", where it is computed in float32; empty where in its own.
+        sparsities: layer name to the share of zeros in its filter; of plans of older versions nothing.
     """
 
     layers: dict[str, Plan]
@@ -99,13 +103,15 @@ class NetworkPlan:
     methods: tuple[str, ...] = ()
     widened: str = ""
     call_time_us: float | None = None
+    sparsities: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return report.text(plan_table(self))
 
     def _repr_html_(self) -> str:
-        """For notebooks."""
-        return report.html(plan_table(self))
+        """For notebooks: the table, and what to prune further."""
+        advice = advice_table(self.layers, self.sparsities)
+        return report.html(plan_table(self)) + ("" if advice is None else report.html(advice))
 
     @property
     def speedup(self) -> float | None:
@@ -156,7 +162,7 @@ class NetworkPlan:
         return Example(tuple(tensors[:positional]), dict(zip(self.input_names, tensors[positional:], strict=True)))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; the last fourteen where they say anything."""
+        """The fields as JSON values; the last fifteen where they say anything."""
         data: dict[str, Any] = {
             "layers": {name: plan.to_json() for name, plan in self.layers.items()},
             "skipped": self.skipped,
@@ -211,6 +217,7 @@ class NetworkPlan:
                 methods=tuple(str(name) for name in data.get("methods", ())),
                 widened=str(data.get("widened", "")),
                 call_time_us=None if data.get("call_time_us") is None else float(data["call_time_us"]),
+                sparsities={str(name): float(share) for name, share in data.get("sparsities", {}).items()},
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a network plan: {error}") from error
@@ -241,38 +248,26 @@ class NetworkPlan:
 
 def plan_table(plan: NetworkPlan, heading: str = "Plan per layer") -> Table:
     """One line per layer, then those that were left alone, then the whole network and its rivals."""
-    lines = [_layer(name, layer) for name, layer in plan.layers.items()]
-    lines += [(name, "", "left alone", "-", "-", "-", reason) for name, reason in plan.skipped.items()]
+    lines = [_layer(name, layer, plan.sparsities.get(name)) for name, layer in plan.layers.items()]
+    lines += [(name, "", "-", "left alone", "-", "-", "-", reason) for name, reason in plan.skipped.items()]
     kept = "kept dense" if plan.kept_dense else "escort"
-    times = _us(plan.converted_time_us), _us(plan.dense_time_us), _ratio(plan.dense_time_us, plan.converted_time_us)
-    lines.append(("whole network", "", kept, *times, plan.reason or ""))
+    times = (
+        microseconds(plan.converted_time_us),
+        microseconds(plan.dense_time_us),
+        ratio(plan.dense_time_us, plan.converted_time_us),
+    )
+    lines.append(("whole network", "", "-", kept, *times, plan.reason or ""))
     for rival, time_us in plan.rivals.items():
         if rival == _BY_CALLS:  # by another clock
             continue
-        times = _us(time_us), _us(plan.dense_time_us), _ratio(plan.dense_time_us, time_us)
-        lines.append(("whole network", "", rival, *times, "of the dense model, for comparison"))
+        times = microseconds(time_us), microseconds(plan.dense_time_us), ratio(plan.dense_time_us, time_us)
+        lines.append(("whole network", "", "-", rival, *times, "of the dense model, for comparison"))
     return Table(heading, _COLUMNS, tuple(lines), _caption(plan))
 
 
-def machine_line(machine: Machine) -> str:
-    """What a measurement was made on, in a few words."""
-    host = f"{machine.threads} thread{'' if machine.threads == 1 else 's'}"
-    if machine.cuda:
-        host = f"driver {machine.driver}, CUDA {machine.cuda}"
-    return f"{machine.device}, {machine.isa}, {host}, torch {machine.torch}"
-
-
-def convolution(p: Problem) -> str:
-    """A convolution in a few words: channels, kernel_size, input size, stride and groups."""
-    text = f"{p.in_channels}->{p.out_channels} {p.kernel_size[0]}x{p.kernel_size[1]}, {p.height}x{p.width}"
-    if p.stride != (1, 1):
-        text += f" /{p.stride[0]}" if p.stride[0] == p.stride[1] else f" /{p.stride[0]},{p.stride[1]}"
-    return text + (f", {p.groups} groups" if p.groups > 1 else "")
-
-
-def _layer(name: str, plan: Plan) -> tuple[str, ...]:
-    times = _us(plan.time_us), _us(plan.dense_time_us), _ratio(plan.dense_time_us, plan.time_us)
-    return (name, convolution(plan.problem), plan.method, *times, _others(plan))
+def _layer(name: str, plan: Plan, sparsity: float | None) -> tuple[str, ...]:
+    times = microseconds(plan.time_us), microseconds(plan.dense_time_us), ratio(plan.dense_time_us, plan.time_us)
+    return (name, convolution(plan.problem), percent(sparsity), plan.method, *times, _others(plan))
 
 
 def _others(plan: Plan) -> str:
@@ -284,7 +279,9 @@ def _others(plan: Plan) -> str:
         if method == dense and time_us is not None:
             continue
         reasons = (c.reason for c in plan.candidates if c.method == method and c.reason)
-        texts.append(f"{method} {_us(time_us)}" if time_us is not None else f"{method}: {next(reasons, 'not timed')}")
+        texts.append(
+            f"{method} {microseconds(time_us)}" if time_us is not None else f"{method}: {next(reasons, 'not timed')}"
+        )
     return "; ".join(texts)
 
 
@@ -297,8 +294,8 @@ def _caption(plan: NetworkPlan) -> str:
     for way, reason in plan.not_tried.items():
         caption += f" Not tried {_WAYS.get(way, f'in {way}')}: {reason}."
     if plan.call_time_us is not None and _BY_CALLS in plan.rivals:
-        eager_us = plan.rivals[_BY_CALLS]
-        caption += f" Plain calls take {_us(plan.call_time_us)} us, those of the original {_us(eager_us)} us."
+        ours, eager = microseconds(plan.call_time_us), microseconds(plan.rivals[_BY_CALLS])
+        caption += f" Plain calls take {ours} us, those of the original {eager} us."
     for source, phrase in _TIMES_FROM.items():
         if count := sum(layer.times_from == source for layer in plan.layers.values()):
             caption += f" The times of {count} of {len(plan.layers)} layers are from {phrase}."
@@ -341,16 +338,6 @@ def _is_waived(plan: Plan) -> bool:
     methods = {name for name in methods if not by_name(name, plan.problem.device).is_native}
     times_us = [plan.best_us(name) or 0.0 for name in methods - {plan.method}]
     return plan.problem.device_type == "cpu" and min(times_us, default=math.inf) < (plan.time_us or 0.0)
-
-
-def _us(time_us: float | None) -> str:
-    if time_us is None:
-        return "-"
-    return f"{time_us:,.0f}" if time_us >= 10 else f"{time_us:.1f}"
-
-
-def _ratio(slow_us: float | None, fast_us: float | None) -> str:
-    return f"{slow_us / fast_us:.2f}x" if slow_us and fast_us else "-"
 
 
 def _texts(data: dict[str, Any]) -> dict[str, str]:

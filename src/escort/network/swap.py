@@ -16,16 +16,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from escort.filter import SparseFilter
-from escort.layers import FusedConv2d, SparseConv2d
+from escort.layers import FusedConv2d, SparseConv2d, Squeeze
 from escort.layers.weight import is_outside
 from escort.methods import by_name
 from escort.network.check import Request
 from escort.network.context import naming, running_out
 from escort.network.original import Original
 from escort.network.passes.operations import replace_module
+from escort.network.passes.squeezes import ONE_LAUNCH
 from escort.network.tracing.conv_types import unsupported
 from escort.planner import Plan, plan_layers
 from escort.planner.cores import BUSY, Watch
+from escort.planner.follow import follow
 from escort.planner.plan import Candidate, Layer
 from escort.planner.planner import known_us, predicted_us
 from escort.problem import TORCH_DTYPE, Epilogue, MemoryFormat, Problem
@@ -152,8 +154,10 @@ def find_layers(
     layers: dict[str, Layer] = {}
     skipped = dict(skipped)
     for name, shape in calls.items():
-        module = network.get_submodule(name)
-        reason = None
+        module, reason = network.get_submodule(name), None
+        if isinstance(network.get_submodule(name.rpartition(".")[0]), Squeeze):
+            skipped[name] = ONE_LAUNCH
+            continue
         if isinstance(module, nn.Conv2d):  # of a module without a graph
             reason = request.left_alone(name, module) or unsupported(module)
         if len(shape) != 4:
@@ -232,13 +236,16 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
     estimate = request.progress.estimate
     estimate.begin(len(layers))
     watch = Watch()
-    planned = plan_layers(
-        list(layers.values()),
-        request.compile_budget_s,
-        estimate.kernels,
-        methods=request.methods,
-        remeasure=request.remeasure,
-    )
+    if request.pinned is not None:
+        planned = follow(list(layers.values()), [request.pinned.layers[name] for name in layers])
+    else:
+        planned = plan_layers(
+            list(layers.values()),
+            request.compile_budget_s,
+            estimate.kernels,
+            methods=request.methods,
+            remeasure=request.remeasure,
+        )
     for name, layer in layers.items():
         old = network.get_submodule(name)
         with running_out(f"layer {name}"), naming(name):
@@ -271,7 +278,7 @@ def alternatives(swapped: Swapped, request: Request) -> list[Swapped]:
     sets = [close]
     if len(denser) > len(close) and _time_us({**plans, **denser}.values()) <= _CLOSE * _time_us(plans.values()):
         sets.append(denser)
-    if request.device.type == "cpu" or (not close and len(sets) == 1):
+    if request.device.type == "cpu" or request.pinned is not None or (not close and len(sets) == 1):
         return [swapped]
     made: dict[str, nn.Module] = {}
     try:

@@ -40,6 +40,8 @@ _BUSY = cores.BUSY
 #: Microseconds that a network on a CPU takes longer for a layer that no native program calls, besides the layer's own
 #: time: Python calls it, and hands over to the native steps behind it (docs/notes/cpu.md).
 _HAND_OVER_US = 10.0
+#: Bytes of inputs beyond which caches keep nothing of them from layer to layer on a CPU.
+_MOST_REWRITTEN = 32 << 20
 #: So many microseconds of a first run on a GPU may be waiting for the host, which the replay of a graph does not do.
 _HOST_US = 60.0
 #: Bytes of a GPU's memory that the candidates of layers to come may take.
@@ -334,6 +336,18 @@ def _limit_us(problem: Problem, runnable: Sequence[_FirstRun]) -> float:
     return max(_HOPELESS * best_us, best_us + (_HOST_US if problem.device_type == "cuda" else _HAND_OVER_US))
 
 
+def rewriting(tensors: Sequence[torch.Tensor]) -> Callable[[], object]:
+    """What writes a layer's inputs anew, by all threads, as the layer before it does in a network.
+
+    A thread then finds in its cache what it wrote itself. Who reads much that others wrote takes longer in a network
+    than in a loop of its own, where each thread keeps a copy of all that it reads.
+    """
+    if torch.get_num_threads() == 1 or sum(tensor.nbytes for tensor in tensors) > _MOST_REWRITTEN:
+        return lambda: None
+    values = [tensor.clone() for tensor in tensors]
+    return lambda: [tensor.copy_(value) for tensor, value in zip(tensors, values, strict=True)]
+
+
 def _race(
     problem: Problem,
     contenders: Sequence[_FirstRun],
@@ -346,7 +360,8 @@ def _race(
     if problem.device_type == "cpu":
         runs = [partial(contender.prepared.run, *inputs[0]) for contender in contenders]
         pools = [candidate.method for candidate in candidates]
-        times = timing.race(runs, pools=pools, budget_s=budget_s, seen=seen)
+        before = rewriting([tensor for tensor in inputs[0] if tensor is not None])
+        times = timing.race(runs, pools=pools, budget_s=budget_s, before=before, seen=seen)
         return [replace(candidate, time_us=time_us) for candidate, time_us in zip(candidates, times, strict=True)]
     rotations = [[partial(contender.prepared.run, *example) for example in inputs] for contender in contenders]
     timings = timing.race_on_gpu(rotations, problem.device, rounds=7, budget_s=budget_s, drop=_BEATEN)

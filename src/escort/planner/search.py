@@ -67,7 +67,9 @@ class Search:
                 refused.append(Candidate(method.name, reason=_NO_TIME))
             elif method.compiles_per_filter and grant is not None:
                 tried.append((method, tuple(config for granted, config in grant.configs if granted is method)))
-            elif reason := _unlikely(method, predicted):
+            elif predicted and (
+                reason := method.outdone(layer.problem, layer.sparse_filter) or _unlikely(method, predicted)
+            ):
                 refused.append(Candidate(method.name, reason=reason + ("" if grant else "; effort='best' tries it")))
             else:
                 configs = method.configs(layer.problem, layer.sparse_filter)
@@ -123,8 +125,6 @@ def predict_compiled_us(layer: Layer, configs: Sequence[tuple[Method, Config]]) 
 
 def _unlikely(method: Method, predicted: dict[str, float]) -> str | None:
     """Why a method is not tried where predictions choose, None where it is."""
-    if not predicted:
-        return None
     if method.lowers:
         return "it writes its input out patch by patch, which other methods do without"
     name, least_us = min(predicted.items(), key=lambda item: item[1])

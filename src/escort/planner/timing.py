@@ -44,8 +44,8 @@ _PIPELINE_US, _LEAST_PIPELINED = 10_000.0, 10  # time and calls of a turn whose 
 #: How a time was taken: by calls on the CPU, by replays of a CUDA graph, or by calls between CUDA events, whose times
 #: include the GPU's waiting for the host.
 Timer = Literal["calls", "graph", "events"]
-#: A call, or the same call on each of several inputs.
-Contestant = Callable[[], object] | Sequence[Callable[[], object]]
+Call = Callable[[], object]
+Contestant = Call | Sequence[Call]  # a call, or the same call on each of several inputs
 
 
 def race(
@@ -55,14 +55,14 @@ def race(
     pools: Sequence[object] = (),
     budget_s: float = 1.0,
     narrowing: bool = False,
+    before: Call = lambda: None,
     seen: Callable[[Sequence[Sequence[float]]], object] = lambda seconds: None,
 ) -> list[float]:
     """The median time of each of several calls in microseconds, as loops of their own would find it.
 
-    For work on the CPU; :func:`race_on_gpu` times a GPU's. The contestants take turns, so that a machine's moods hit
-    all alike. A turn is a block of calls, one behind the other, and those that lead it are not timed: they bring the
-    contestant's weights and maps back into the caches. Where the one before may have left threads that wait for work
-    by spinning, they go on until those have gone to sleep.
+    For work on the CPU. The contestants take turns, so that a machine's moods hit all alike. A turn is a block of
+    calls, and those that lead it are not timed: they bring its weights and maps back into the caches. Where threads of
+    the one before may wait for work by spinning, they go on until those have gone to sleep.
 
     Args:
         rounds: of one turn each.
@@ -71,6 +71,7 @@ def race(
         budget_s: seconds after which no further round starts once there were two.
         narrowing: whether those that are behind start in no further round: by half of the fastest's time after two
             rounds, by a third after three, and so on. The others get more rounds for it.
+        before: is called ahead of each call, and not timed.
         seen: is called with the seconds of all timed calls of each, at the end.
     """
     pools = pools or range(len(runs))
@@ -84,22 +85,23 @@ def race(
             if (narrowing and len(racing) == 1) or time.perf_counter() - begin > budget_s:
                 break
         for index in racing:
-            _block(runs[index], 1, _LEAD_S if pools[index] == pool else _SPINNING_S)
-            seconds[index] += _block(runs[index], _LEAST_CALLS, _BLOCK_S)
+            _block(runs[index], 1, _LEAD_S if pools[index] == pool else _SPINNING_S, before)
+            seconds[index] += _block(runs[index], _LEAST_CALLS, _BLOCK_S, before)
             pool = pools[index]
     seen(seconds)
     return [median(its_seconds) * 1e6 for its_seconds in seconds]
 
 
-def _block(run: Callable[[], object], calls: int, block_s: float) -> list[float]:
+def _block(run: Call, calls: int, block_s: float, before: Call = lambda: None) -> list[float]:
     """The seconds of each of so many consecutive calls at least, for so long at least."""
     seconds: list[float] = []
-    begin = start = time.perf_counter()
-    while len(seconds) < calls or start - begin < block_s:
+    begin = end = time.perf_counter()
+    while len(seconds) < calls or end - begin < block_s:
+        before()
+        start = time.perf_counter()
         run()
         end = time.perf_counter()
         seconds.append(end - start)
-        start = end
     return seconds
 
 

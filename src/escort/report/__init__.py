@@ -1,7 +1,7 @@
 """Measurements as tables for terminals and Markdown, as plots, and as one self-contained HTML page."""
 
 from escort.report.chart import Figure, bar_chart, horizontal_bars, line_chart, require_matplotlib, write_svg
-from escort.report.console import Console, Description, printable
+from escort.report.console import Console, Description, cell, printable
 from escort.report.page import Facts, Section, Text, write_html
 from escort.report.table import Table, html, markdown, terminal, text
 
@@ -14,6 +14,7 @@ __all__ = [
     "Table",
     "Text",
     "bar_chart",
+    "cell",
     "horizontal_bars",
     "html",
     "line_chart",

@@ -115,17 +115,26 @@ def horizontal_bars(
 
 
 def line_chart(
-    heading: str, x: Sequence[float], series: Mapping[str, Sequence[float]], x_axis: str, y_axis: str
+    heading: str,
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float]],
+    x_axis: str,
+    y_axis: str,
+    *,
+    marks: bool = True,
 ) -> Figure:
-    """Lines with markers over a common x.
+    """Lines over a common x.
 
     Args:
         series: (len(x),) values by name.
+        marks: whether each value has a marker, as what was measured has.
     """
+    series = {printable(name): values for name, values in series.items()}
 
     def draw(axes: Axes) -> None:
         for index, (name, values) in enumerate(series.items()):
-            axes.plot(x, values, _MARKS[index], label=name, color=_SERIES[index], markersize=4)
+            mark = _MARKS[index] if marks else _MARKS[index][1:]
+            axes.plot(x, values, mark, label=name, color=_SERIES[index], markersize=4)
         if all(isinstance(value, int) for value in x):
             axes.locator_params(axis="x", integer=True)
         axes.set_xlabel(x_axis)

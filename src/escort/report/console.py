@@ -20,6 +20,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def cell(text: str) -> str:
+    """A text as a cell of a CSV file: in one line, and for a spreadsheet no formula."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 class Console(rich.console.Console):
     """A rich console for which a string is text: no markup, no emoji codes, no colours for numbers, and printable.
 

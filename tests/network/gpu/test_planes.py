@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import escort
 from escort.artifact import kernels
@@ -38,3 +40,31 @@ def test_what_stands_between_convolutions_is_right(precision: Precision, tmp_pat
     back = escort.load(tmp_path / "model", kernels=True)
     with torch.inference_mode():
         assert_same(back(x), fast(x), precision)
+
+
+@each("fp16", "tf32")
+def test_squeeze_excitation_is_one_launch(precision: Precision, tmp_path: Path) -> None:
+    model = on_gpu(pruned(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), Excited(), nn.Conv2d(16, 8, 1))), precision)
+    fast, x = converted(precision, model, 4, 3, 32, 32), samples(precision, 4, 3, 32, 32)
+    for shape in ((4, 3, 32, 32), (1, 3, 32, 32), (3, 3, 48, 40)):
+        for _ in range(3):
+            assert_close(fast, model, samples(precision, *shape), precision)
+    if fast.plan.memory_format != "channels_last":
+        pytest.skip("the network was kept in NCHW, which has no such kernel")
+    assert "squeeze-excitation" in fast.plan.skipped["1.fc1"] and "1.fc2" not in fast.plan.layers
+    assert fast.plan.not_captured is None and fast.plan.not_saved is None
+    escort.save(fast, tmp_path / "model", kernels=True)
+    data = kernels.beside(tmp_path / "model")
+    assert "squeeze.cu" in {binary.source for binary in kernels.read(data, kernels.digest(data.read_bytes()))}
+    back = escort.load(tmp_path / "model", kernels=True)
+    with torch.inference_mode():
+        assert_same(back(x), fast(x), precision)
+
+
+class Excited(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(self.fc2(F.silu(self.fc1(F.adaptive_avg_pool2d(x, 1)))))

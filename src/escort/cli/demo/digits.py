@@ -23,7 +23,8 @@ from escort import prune, reference, report
 from escort.cli import rivals
 from escort.cli.console import note_if_busy, progress
 from escort.network.model import ConvertedModel
-from escort.network.plan import machine_line, plan_table
+from escort.network.plan import plan_table
+from escort.network.wording import machine_line
 from escort.planner import timing
 from escort.planner.machine import Machine
 from escort.report import Console

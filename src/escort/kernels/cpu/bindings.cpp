@@ -42,7 +42,6 @@ DirectTables direct_tables(const nb::dict& tables) {
           records<Nonzero>(tables, "nonzeros"),
           records<OutChannel>(tables, "out_channels"),
           records<Block>(tables, "blocks"),
-          records<Job>(tables, "jobs"),
           records<Run>(tables, "runs"),
           records<Segment>(tables, "segments"),
           records<Tile>(tables, "tiles")};

@@ -251,17 +251,17 @@ void run_bands(const Depthwise& d, const DepthwiseTensors& tensors, int64_t firs
   block.low = is_relu ? 0.0f : -__builtin_inff();
   block.high = d.activation == Activation::relu6 ? 6.0f : __builtin_inff();
   const Cut cut(d.out_height, d.bands);
-  int band = first % d.bands;
-  int64_t group = first / d.bands % d.groups, sample = first / d.bands / d.groups;
+  int64_t group = first % d.groups, sample = first / d.groups / d.bands;
+  int band = first / d.groups % d.bands;
   for (int64_t i = first; i < end; i++) {
     block.residual.first = tensors.residual ? tensors.residual + sample * tensors.residual_stride : nullptr;
     block.y.first = tensors.y + sample * tensors.y_stride;
     run_band<P>(d, compute_rows, block, static_cast<int>(group) * P, cut.begin(band), cut.begin(band + 1),
                 tensors.x + sample * tensors.x_stride, stage);
-    if (++band < d.bands) continue;
-    band = 0;
     if (++group < d.groups) continue;
     group = 0;
+    if (++band < d.bands) continue;
+    band = 0;
     sample++;
   }
 }

@@ -83,7 +83,7 @@ void activate_channels(const Direct& d, const Tile& tile, float* y, int record, 
 // Where a block is read, accumulated and written for one tile.
 struct Places {
   const float* x;         // offset 0 of the block
-  float* partial;         // the job's partial sums
+  float* partial;         // the part's partial sums
   const float* residual;  // like y, or null
   float* y;               // the plane of channel 0
   bool first, last;       // whether the block starts the sums, and whether it finishes them
@@ -197,7 +197,7 @@ inline void accumulate_channels(const Direct& d, const Tile& tile, const Places&
   }
 }
 
-// Accumulates one block into every output channel of a job, for one tile of V vectors, G channels at a time.
+// Accumulates one block into every output channel of a part, for one tile of V vectors, G channels at a time.
 template <int V, int G, bool Alike = false>
 void accumulate(const Direct& d, const Tile& tile, const Block& block, const Places& places, const Ahead& ahead) {
   int fetched = 0;  // channels of `ahead`
@@ -252,33 +252,44 @@ Accumulate pick(int vectors, int channels, bool alike) {
 }
 
 void run_task(const Direct& d, int64_t task, const float* x, const float* residual, float* y, float* scratch) {
-  const Job& job = d.jobs[task % d.job_count];
-  const Tile& tile = d.tiles[task / d.job_count % d.tile_count];
-  const int64_t sample = task / d.job_count / d.tile_count;
+  const int64_t share = task % d.shares, group = task / d.shares % d.group_count;
+  const int64_t of_tile = task / d.shares / d.group_count, sample = of_tile / d.tile_count;
+  const Tile& tile = d.tiles[of_tile % d.tile_count];
+  const int64_t first_part = d.parts * share / d.shares, parts = d.parts * (share + 1) / d.shares - first_part;
+  const Block* const blocks = d.blocks + (group * d.parts + first_part) * d.blocks_of_part;
   x += sample * d.x_sample_stride;
   y += sample * d.y_sample_stride;
   if (residual) residual += sample * d.residual_sample_stride;
   float* partial = scratch + d.stage_size;
   const bool reads_on =
-      d.fetch_next_task && &job == d.jobs + d.job_count - 1;  // else the next task reads the same tile
+      d.fetch_next_task && share == d.shares - 1 && group == d.group_count - 1;  // else the next task reads the same tile
   const Accumulate accumulate = pick(tile.vectors, d.channels, d.alike);
-  for (int b = job.first_block; b < job.end_block; b++) {
-    const Block& block = d.blocks[b];
-    const bool first = b == job.first_block, last = b == job.end_block - 1;
-    Ahead ahead = {};
+  for (int b = 0; b < d.blocks_of_part; b++) {
+    const bool first = b == 0, last = b == d.blocks_of_part - 1;
+    const Block& channels = blocks[b];  // all parts have blocks of the same input channels
+    bool is_empty = true;
+    for (int64_t p = 0; p < parts; p++)
+      is_empty &= blocks[p * d.blocks_of_part + b].first_record == blocks[p * d.blocks_of_part + b].end_record;
+    if (is_empty) continue;
     const float* block_x = scratch;
+    Ahead next = {};
     if (d.in_place) {
-      const Block& next = d.blocks[last ? job.first_block : b + 1];
+      const Block& next_block = blocks[last ? 0 : b + 1];
       const Tile& next_tile = last && &tile != d.tiles + d.tile_count - 1 ? (&tile)[1] : tile;
-      ahead = {x + next.first_channel * d.x_plane_stride + next_tile.x_start,
-               d.fetch_ahead && (!last || reads_on) ? next.end_channel - next.first_channel : 0};
-      block_x = x + block.first_channel * d.x_plane_stride + tile.x_start;
+      next = {x + next_block.first_channel * d.x_plane_stride + next_tile.x_start,
+              d.fetch_ahead && (!last || reads_on) ? next_block.end_channel - next_block.first_channel : 0};
+      block_x = x + channels.first_channel * d.x_plane_stride + tile.x_start;
     } else {
       (d.column_stride == 1   ? stage_block<1>
        : d.column_stride == 2 ? stage_block<2>
-                              : stage_block<0>)(d, tile, block, x, scratch);
+                              : stage_block<0>)(d, tile, channels, x, scratch);
     }
-    accumulate(d, tile, block, {block_x, partial, residual, y, first, last}, ahead);
+    for (int64_t p = 0; p < parts; p++) {
+      const int64_t from = next.channels * p / parts, to = next.channels * (p + 1) / parts;
+      accumulate(d, tile, blocks[p * d.blocks_of_part + b],
+                 {block_x, partial + p * d.partial_size, residual, y, first, last},
+                 {next.x + from * d.x_plane_stride, static_cast<int>(to - from)});
+    }
   }
 }
 

@@ -26,19 +26,15 @@ struct Nonzero {
 // One output channel within one block of input channels; its nonzeros end where those of the next record begin.
 struct OutChannel {
   int32_t channel;
-  int32_t slot;  // which of the job's partial sums it accumulates into
+  int32_t slot;  // which of its part's partial sums it accumulates into
   int32_t first_nonzero;
   float bias;
   float slope;  // of the activation, if it has one
 };
 
-struct Block {  // input channels of one stage, and the records of the output channels that read them
+struct Block {  // input channels of one stage, and the records of a part's output channels that read them
   int32_t first_channel, end_channel;
-  int32_t first_record, end_record;
-};
-
-struct Job {  // a share of the output channels of one group: its blocks, in the order of accumulation
-  int32_t first_block, end_block;
+  int32_t first_record, end_record;  // the first and the last block of a part have all its output channels
 };
 
 // What vectors of the stage, one behind the other, hold of a plane; their other lanes hold zeros.
@@ -62,11 +58,13 @@ struct Tile {
 };
 
 struct Params {                      // what all tiles have in common
-  int64_t stage_size, partial_size;  // scratch of a thread: the staged block and the partial sums
+  int64_t stage_size, partial_size;  // scratch of a thread: the staged block; the partial sums of a part
   int64_t x_sample_stride, x_plane_stride, y_sample_stride, y_plane_stride;
   int32_t column_stride;   // between the values that a run gathers
   int32_t channel_stride;  // between staged channels
   int32_t in_place;        // whether tiles are read from x without a stage: 1x1 without stride or padding
+  int32_t parts;           // into which the output channels of each group are cut
+  int32_t blocks_of_part;  // in the order of accumulation; those of the next part follow
   int32_t channels;        // output channels that are accumulated at a time
   int32_t alike;           // whether the nonzeros of all output channels of a block have the same offsets: all weights
   Activation activation;
@@ -76,21 +74,20 @@ struct Params {                      // what all tiles have in common
 struct Direct : Params {
   const Nonzero* nonzeros;
   const OutChannel* out_channels;  // one more than there are, to end the last one's nonzeros
-  const Block* blocks;
-  const Job* jobs;
+  const Block* blocks;  // of all parts of the first group, then of the next
   const Run* runs;
   const Segment* segments;
   const Tile* tiles;
-  int32_t job_count, tile_count;
-  int64_t scratch_size;  // of a thread
+  int32_t group_count, tile_count;
   // Set for each call, as the sample strides of x and y are:
   int64_t residual_sample_stride;
+  int32_t shares;  // tasks that share the parts of a group, for a tile of a sample
   // In place: whether x is not in this thread's cache already, and whether the thread most likely takes the next task.
   bool fetch_ahead, fetch_next_task;
 };
 
-// Runs one task: task = (sample * tile_count + tile) * job_count + job. `residual` may be null; `scratch` holds
-// scratch_size floats, aligned to 64 bytes.
+// Runs one task: task = ((sample * tile_count + tile) * group_count + group) * shares + share. `residual` may be null;
+// `scratch` holds a stage and the partial sums of a task's parts, aligned to 64 bytes.
 using RunTask = void (*)(const Direct&, int64_t task, const float* x, const float* residual, float* y, float* scratch);
 
 struct Isa {

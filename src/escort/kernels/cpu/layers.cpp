@@ -13,6 +13,23 @@ namespace {
 // An input of 1 MiB is not all in the level-2 cache when its layer starts.
 constexpr int64_t kFarFloats = 1 << 18;
 
+// Into how many shares to cut the parts of a group, where a share of each is so many tasks. A task stages its input once
+// for all its parts, which takes about a sixteenth of the work on them all. Single samples have the shares that were
+// planned and timed; of others, those are taken that give least to the thread with most to do.
+int32_t shares_of(int32_t parts, int64_t tasks, int64_t samples, int threads) {
+  if (threads == 1) return 1;
+  if (samples == 1) return parts;
+  int32_t best = 1;
+  double least = 0;
+  for (int32_t shares = 1; shares <= parts; shares++) {
+    const double fullest = (shares * tasks + threads - 1) / threads * (1.0 / shares + 1.0 / 16);
+    if (shares > 1 && fullest >= least) continue;
+    best = shares;
+    least = fullest;
+  }
+  return best;
+}
+
 }  // namespace
 
 DirectConvolution::DirectConvolution(const Isa& isa, DirectTables tables) : isa_(&isa), tables_(std::move(tables)) {
@@ -23,18 +40,20 @@ DirectConvolution::DirectConvolution(const Isa& isa, DirectTables tables) : isa_
   for (const Tile& tile : tables_.tiles)
     if (tile.vectors < 1 || tile.vectors > isa.max_vectors / params.channels)
       throw std::invalid_argument("tile: too many vectors");
+  const size_t blocks_of_group = size_t(params.parts) * params.blocks_of_part;
+  if (params.parts < 1 || params.blocks_of_part < 1 || tables_.blocks.size() % blocks_of_group != 0)
+    throw std::invalid_argument("blocks: as many for each part of each group");
   direct_ = {params,
              tables_.nonzeros.data(),
              tables_.out_channels.data(),
              tables_.blocks.data(),
-             tables_.jobs.data(),
              tables_.runs.data(),
              tables_.segments.data(),
              tables_.tiles.data(),
-             static_cast<int32_t>(tables_.jobs.size()),
+             static_cast<int32_t>(tables_.blocks.size() / blocks_of_group),
              static_cast<int32_t>(tables_.tiles.size()),
-             (params.stage_size + params.partial_size + 15) / 16 * 16,
              params.y_sample_stride,
+             1,
              false,
              false};
   // About two vectors of multiply-adds per nanosecond, and one that is written.
@@ -44,17 +63,20 @@ DirectConvolution::DirectConvolution(const Isa& isa, DirectTables tables) : isa_
 }
 
 void DirectConvolution::run(const Input* inputs, Output output, int64_t samples, int threads) const {
-  const int64_t tasks = samples * direct_.tile_count * direct_.job_count;
-  threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, tasks)));
-  float* memory = scratch(direct_.scratch_size * (threads > 1 ? threads : 1));
+  const int64_t of_share = samples * direct_.tile_count * direct_.group_count;
+  threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, of_share * direct_.parts)));
   Direct direct = direct_;
+  direct.shares = shares_of(direct_.parts, of_share, samples, threads);
+  const int64_t tasks = of_share * direct.shares, parts = (direct.parts + direct.shares - 1) / direct.shares;
+  const int64_t scratch_size = (direct.stage_size + direct.partial_size * parts + 15) / 16 * 16;
+  float* memory = scratch(scratch_size * (threads > 1 ? threads : 1));
   direct.fetch_ahead = threads > 1 || samples * direct.x_sample_stride > kFarFloats;  // others have written a part
   direct.fetch_next_task = tasks > threads;
   direct.x_sample_stride = inputs[0].stride;
   direct.residual_sample_stride = inputs[1].stride;
   direct.y_sample_stride = output.stride;
   parallel(tasks, threads, [&](int64_t i, int thread) {
-    isa_->run(direct, i, inputs[0].data, inputs[1].data, output.data, memory + thread * direct_.scratch_size);
+    isa_->run(direct, i, inputs[0].data, inputs[1].data, output.data, memory + thread * scratch_size);
   });
 }
 

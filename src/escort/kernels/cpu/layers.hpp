@@ -23,7 +23,6 @@ struct DirectTables {
   Table<Nonzero> nonzeros;
   Table<OutChannel> out_channels;
   Table<Block> blocks;
-  Table<Job> jobs;
   Table<Run> runs;
   Table<Segment> segments;
   Table<Tile> tiles;
@@ -31,7 +30,7 @@ struct DirectTables {
 
 class DirectConvolution : public Convolution {
  public:
-  // Throws std::invalid_argument for tiles that the registers do not hold.
+  // Throws std::invalid_argument for tiles that the registers do not hold, and blocks that are not those of parts.
   DirectConvolution(const Isa& isa, DirectTables tables);
   void run(const Input* inputs, Output output, int64_t samples, int threads) const override;
 

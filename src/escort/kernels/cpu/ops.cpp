@@ -204,7 +204,8 @@ OfPlanes::OfPlanes(int64_t channels, Plane input_size, Plane output_size)
 void OfPlanes::run(const Input* inputs, Output output, int64_t samples, int threads) const {
   const int64_t in_plane = height_ * width_, line = (width_ + 15) / 16 * 16;
   float* memory = scratch(line * std::min(std::max(threads, 1), kMostThreads));
-  for_planes(channels_, samples, std::max(in_plane, out_plane_), threads,
+  constexpr int64_t kCall = 100;  // floats that are read in the time that the calls for a plane take
+  for_planes(channels_, samples, std::max(in_plane, out_plane_) + kCall, threads,
              [&](int64_t sample, int64_t channel, int thread) {
                plane(inputs[0].data + sample * inputs[0].stride + channel * in_plane,
                      output.data + sample * output.stride + channel * out_plane_, memory + thread * line);

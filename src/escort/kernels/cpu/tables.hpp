@@ -58,12 +58,6 @@ struct Fields<Block> {
 };
 
 template <>
-struct Fields<Job> {
-  using T = Job;
-  static constexpr Field list[] = {ESCORT_FIELD(first_block), ESCORT_FIELD(end_block)};
-};
-
-template <>
 struct Fields<Run> {
   using T = Run;
   static constexpr Field list[] = {ESCORT_FIELD(stage_position), ESCORT_FIELD(plane_position), ESCORT_FIELD(count),
@@ -92,7 +86,8 @@ struct Fields<Params> {
       ESCORT_FIELD(stage_size),     ESCORT_FIELD(partial_size),    ESCORT_FIELD(x_sample_stride),
       ESCORT_FIELD(x_plane_stride), ESCORT_FIELD(y_sample_stride), ESCORT_FIELD(y_plane_stride),
       ESCORT_FIELD(column_stride),  ESCORT_FIELD(channel_stride),  ESCORT_FIELD(in_place),
-      ESCORT_FIELD(channels),       ESCORT_FIELD(alike),           ESCORT_FIELD(activation)};
+      ESCORT_FIELD(parts),          ESCORT_FIELD(blocks_of_part),  ESCORT_FIELD(channels),
+      ESCORT_FIELD(alike),          ESCORT_FIELD(activation)};
 };
 
 template <>

@@ -14,12 +14,13 @@
 //        FLAT     pixels in a row (pointwise): its only tap.
 //
 // Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
-// PIXELS pixels; one thread of the producer warpgroup copies. Blocks are persistent.
+// PIXELS pixels; BY_TURNS both compute the same ones, of half of the tap groups each, and one of them adds up and
+// stores. Two threads of the producer warpgroup copy. Blocks are persistent.
 //
 // Geometry and epilogue are a struct (Params), so that few kernels serve all layers. It is compiled once per
 //   STORAGE     0: float, multiplied in TF32, 1: fp16, 2: bf16
 //   TAP_GROUP   IM2COL, COLUMNS, HALO or FLAT
-//   PIXELS, M_BLOCKS, ACROSS   the tile, and so what sizes the sums, which are registers
+//   PIXELS, M_BLOCKS, ACROSS, BY_TURNS   the tile, and so what sizes the sums, which are registers
 //   A_STAGES, B_STAGES   of weight tiles and of pixels; IM2COL and FLAT: what fits beside such a tile
 //   OUT_NCHW    1: y and the residual lie in NCHW, 0: in NHWC
 //   VECTOR      of 16-bit elements in NCHW, how many neighbours a lane stores at once
@@ -28,7 +29,7 @@
 // source.py puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate) before this.
 //
 //   sparse_tc_tiles.cuh     sizes, shared memory, the order of work
-//   sparse_tc_load.cuh      the producer
+//   sparse_tc_load.cuh      the producers
 //   sparse_tc_multiply.cuh  the products
 //   sparse_tc_store.cuh     the epilogue, in one of three ways
 #include "sparse_tc_load.cuh"
@@ -44,20 +45,37 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
   const Warpgroup group;
   Products products(p, base, group, samples < 0);
   Store store(p, base, group, out, samples);
-  wait_for_previous_kernel();  // which may have written the residual, and read what y overwrites
-  for (Work work(p, tile_groups); work.left(); work.next()) {
+  const int storing = storing_groups(p);
+  int turn = 0;  // BY_TURNS: which warpgroup stores a tile, while the other one goes on
+  for (Work work(p, tile_groups); work.left(); work.next(), turn ^= 1) {
     const int first_channel = (work.m_tile() * ACROSS + group.across) * M_BLOCKS * 64;
-    store.begin(first_channel, work.tile());
-    products.start(steps + __ldg(first + work.m_tile() * p.tap_groups));
+    const bool stores = !BY_TURNS || group.number == turn;
+    const int begin = BY_TURNS && !stores ? storing : 0, groups = BY_TURNS && stores ? storing : p.tap_groups - begin;
+    const int step = __ldg(first + work.m_tile() * p.tap_groups + begin);
+    if (!BY_TURNS) store.begin(first_channel, work.tile());
+    products.start(steps + step, groups);
     const Bias biases(bias + first_channel);
     products.wait();
+    wait_for_previous_kernel();  // which may read what y overwrites
+    if (BY_TURNS && !stores) {
+      store.end();
+      sync(1 + group.number, WARPGROUP);
+      products.give();
+      continue;
+    }
+    if (BY_TURNS) {
+      products.take(turn);
+      async_fence();
+      sync(1 + group.number, WARPGROUP);
+      store.begin(first_channel, work.tile());
+    }
     store.store(products.d, biases, first_channel, work.tile());
   }
   store.end();
 }
 
 // a: weight tiles; bias: one per output channel of all tiles, where SLOPED with the slopes behind them; first: (m_tiles
-// * tap_groups + 1), a tap group's first weight tile; steps: one per weight tile, and one more that is only read.
+// * tap_groups + 1), a tap group's first weight tile; steps: one per weight tile, and two more that are only read.
 extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     sparse_tc(const __grid_constant__ TensorMap x_map, const u8* __restrict__ a, const float* __restrict__ bias,
               const int* __restrict__ first, const u32* __restrict__ steps, OUTPUTS,
@@ -68,15 +86,19 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < A_STAGES; i++) {
       barrier_init(base + FULL_A + 8 * i, 1);
-      barrier_init(base + EMPTY_A + 8 * i, CONSUMER_WARPS * p.cluster);
+      barrier_init(base + EMPTY_A + 8 * i, STAGE_WARPS * p.cluster);
     }
     for (int i = 0; i < B_STAGES; i++) {
       barrier_init(base + FULL_B + 8 * i, 1);
-      barrier_init(base + EMPTY_B + 8 * i, CONSUMER_WARPS);
+      barrier_init(base + EMPTY_B + 8 * i, STAGE_WARPS);
     }
     for (int i = 0; i < 2; i++) barrier_init(base + RESIDUAL_HERE + 8 * i, 1);
+    barrier_init(base + SUMS_HERE, CONSUMER_WARPS / 2);
+    barrier_init(base + NO_STAGE, 1);
     barriers_are_ready();
   }
+  if (threadIdx.x == CONSUMERS) prefetch(x_map);
+  if (threadIdx.x == CONSUMERS + WARPGROUP / 2) PREFETCH_OUTPUTS(p.residual);
   // HALO: the padding behind a tap group's last row, which no next row holds.
   for (int stage = 0; TAP_GROUP == HALO && stage < B_STAGES; stage++) {
     u8* const zeros = memory + B_BEGIN + stage * p.b_stage_bytes + p.load_pixels * PIXEL_BYTES;
@@ -91,12 +113,12 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (warp >= CONSUMER_WARPS) {
     give_registers_up<PRODUCER_REGISTERS>();
-    if (warp == CONSUMER_WARPS) {
-      if (p.cluster == 1)
-        produce<false>(p, base, x_map, a, first, tile_groups);
-      else
-        produce<true>(p, base, x_map, a, first, tile_groups);
-    }
+    if (warp == CONSUMER_WARPS)
+      copy_pixels(p, base, x_map, tile_groups);
+    else if (warp == CONSUMER_WARPS + 1 && p.cluster == 1)
+      copy_weight_tiles<false>(p, base, a, first, tile_groups);
+    else if (warp == CONSUMER_WARPS + 1)
+      copy_weight_tiles<true>(p, base, a, first, tile_groups);
   } else {
     take_registers<CONSUMER_REGISTERS>();
     consume(p, base, bias, first, steps, {MAKE_OUTPUTS, bias + p.m_tiles * (TILE_BLOCKS * 64)}, samples, tile_groups);

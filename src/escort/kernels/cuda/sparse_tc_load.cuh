@@ -1,4 +1,4 @@
-// The producer of sparse_tc.cuh: one thread that copies pixels and weight tiles to shared memory, stage by stage.
+// The producers of sparse_tc.cuh: one thread copies pixels to shared memory, one weight tiles, stage by stage.
 #pragma once
 #include "sparse_tc_ptx.cuh"
 #include "sparse_tc_tiles.cuh"
@@ -24,8 +24,17 @@ struct PixelCopies {
         end(GOES_DOWN ? kept(p.kernel_rows * p.dilation_down << 16) : 0),
         first_column(WHOLE_ROWS ? kept(-p.left) : 0) {}
 
-  __device__ void begin(int tile) {
-    c = 0, tap = 0;
+  // From a tap group of the tile on.
+  __device__ void begin(int tile, int tap_group) {
+    int k_block = tap_group;
+    tap = 0;
+    if (GOES_RIGHT && tap_group) {
+      const int line = tap_group / p.kernel_columns;
+      k_block = GOES_DOWN ? line / p.kernel_rows : line;
+      tap = (tap_group - line * p.kernel_columns) * p.dilation_right;
+      if (GOES_DOWN) tap += (line - k_block * p.kernel_rows) * p.dilation_down << 16;
+    }
+    c = k_block * K_BLOCK;
     const Place at(p, tile);
 #pragma unroll
     for (int i = 0; i < ALONG; i++) {
@@ -57,42 +66,75 @@ struct PixelCopies {
   }
 };
 
-// All lanes of a warp come here, and the first one copies.
-template <bool CLUSTERED>
-__device__ void produce(const Params& p, u32 base, const TensorMap& x_map, const u8* __restrict__ a,
-                        const int* __restrict__ first, int tile_groups) {
-  Ring<A_STAGES> ring_a;
-  Ring<B_STAGES> ring_b;
-  PixelCopies pixels(p);
+// All lanes of a warp come to these, and one copies. Neither ring waits for the other. BY_TURNS each warpgroup has
+// rings of its own: as it passes over none of their stages, the parity of a phase tells enough.
+__device__ void copy_pixels(const Params& p, u32 base, const TensorMap& x_map, int tile_groups) {
   base = kept(base);
-  const int stage_bytes = b_stage_bytes(p);
+  const int stage_bytes = b_stage_bytes(p), storing = storing_groups(p);
   const int load_bytes = WHOLE_ROWS ? kept(p.load_pixels * PIXEL_BYTES) : TILE_PIXELS * PIXEL_BYTES;
-  const int part_bytes = CLUSTERED ? p.by_cluster.quotient(A_BYTES) : A_BYTES;
-  const int part = CLUSTERED ? block_in_cluster(p) * part_bytes : 0;
-  a = kept(a + part);
-  if (threadIdx.x % 32) return;
+  Ring<RING_B> ring, others_ring;
+  PixelCopies pixels(p), others(p);
+  int first_stage = 0;
+  if (!is_elected()) return;
+  const auto copy = [&](PixelCopies& pixels, Ring<RING_B>& ring, int first_stage) {
+    const int stage = first_stage + ring.stage;
+    barrier_wait_opaque(base + EMPTY_B + 8 * stage, ring.parity ^ 1);
+    const u32 barrier = base + FULL_B + 8 * stage;
+    barrier_expect(barrier, load_bytes);
+    pixels.copy(base + B_BEGIN + stage * stage_bytes, x_map, barrier);
+    ring.advance(1);
+  };
   for (Work work(p, tile_groups); work.left(); work.next()) {
-    const int* firsts = first + work.m_tile() * p.tap_groups;
-    pixels.begin(work.tile());
+    pixels.begin(work.tile(), 0);
+    if (BY_TURNS) others.begin(work.tile(), storing);
     wait_for_previous_kernel();  // which may have written x; it is done when this comes here again
-    for (int groups = p.tap_groups; groups > 0; groups--, firsts++) {
-      int weight_tile = __ldg(firsts);  // it and the next one come while pixels are copied
-      const int end = __ldg(firsts + 1);
-      barrier_wait_opaque(base + EMPTY_B + 8 * ring_b.stage, ring_b.parity ^ 1);
-      const u32 barrier = base + FULL_B + 8 * ring_b.stage;
-      barrier_expect(barrier, load_bytes);
-      pixels.copy(base + B_BEGIN + ring_b.stage * stage_bytes, x_map, barrier);
-      ring_b.next();
 #pragma unroll 1
-      do {
-        // Empty when the consumers of all blocks are done with it, as every block writes a part of everyone's.
-        barrier_wait_opaque(base + EMPTY_A + 8 * ring_a.stage, ring_a.parity ^ 1);
-        const u32 barrier = base + FULL_A + 8 * ring_a.stage;
-        barrier_expect(barrier, A_BYTES);
-        load_to_cluster<CLUSTERED>(base + A_BEGIN + ring_a.stage * A_BYTES + part,
-                                   a + static_cast<long long>(weight_tile) * A_BYTES, part_bytes, p.cluster, barrier);
-        ring_a.next();
-      } while (++weight_tile < end);
+    for (int group = storing; group < p.tap_groups; group++) {
+      if (!BY_TURNS || group < 2 * storing) copy(pixels, ring, first_stage);
+      if (BY_TURNS) copy(others, others_ring, RING_B - first_stage);
+    }
+    if (BY_TURNS) swap(ring, others_ring), first_stage = RING_B - first_stage;
+  }
+}
+
+// The previous kernel wrote no weight tiles: they come while it still runs.
+template <bool CLUSTERED>
+__device__ void copy_weight_tiles(const Params& p, u32 base, const u8* __restrict__ a, const int* __restrict__ first,
+                                  int tile_groups) {
+  base = kept(base);
+  const int part_bytes = CLUSTERED ? p.by_cluster.quotient(A_BYTES) : A_BYTES, storing = storing_groups(p);
+  const int part = CLUSTERED ? block_in_cluster(p) * part_bytes : 0;
+  Ring<RING_A> ring, others_ring;
+  int first_stage = 0;
+  a = kept(a + part);
+  if (!is_elected()) return;
+  const auto copy = [&](int weight_tile, int end, Ring<RING_A>& ring, int first_stage) {
+#pragma unroll 1
+    do {
+      // Empty when the consumers of all blocks are done with it, as every block writes a part of everyone's.
+      const int stage = first_stage + ring.stage;
+      barrier_wait_opaque(base + EMPTY_A + 8 * stage, ring.parity ^ 1);
+      const u32 barrier = base + FULL_A + 8 * stage;
+      barrier_expect(barrier, A_BYTES);
+      load_to_cluster<CLUSTERED>(base + A_BEGIN + stage * A_BYTES + part,
+                                 a + static_cast<long long>(weight_tile) * A_BYTES, part_bytes, p.cluster, barrier);
+      ring.advance(1);
+    } while (++weight_tile < end);
+  };
+  for (Work work(p, tile_groups); work.left(); work.next()) {
+    const int* const firsts = first + work.m_tile() * p.tap_groups;
+    if constexpr (!BY_TURNS) {
+      copy(__ldg(firsts), __ldg(firsts + p.tap_groups), ring, 0);
+    } else {
+      int begin = __ldg(firsts), others_begin = __ldg(firsts + storing);
+#pragma unroll 1
+      for (int group = storing; group < p.tap_groups; group++) {
+        const int end = __ldg(firsts + group - storing + 1), others_end = __ldg(firsts + group + 1);
+        if (group < 2 * storing) copy(begin, end, ring, first_stage);
+        copy(others_begin, others_end, others_ring, RING_A - first_stage);
+        begin = end, others_begin = others_end;
+      }
+      swap(ring, others_ring), first_stage = RING_A - first_stage;
     }
   }
 }

@@ -3,11 +3,11 @@
 #include "sparse_tc_ptx.cuh"
 #include "sparse_tc_tiles.cuh"
 
-// Matrix descriptors, k innermost: A has rows of 64 bytes in 64-byte swizzle, B rows of 128 in 128-byte swizzle. Starts
-// are in units of 16 bytes.
-constexpr u32 A_ROWS = 512 / 16 | 2u << 30, B_ROWS = 1024 / 16 | 1u << 30;
+// Matrix descriptors, k innermost: A has rows of 64 bytes in 64-byte swizzle, B rows of 128 in 128-byte swizzle. Their
+// lower words begin with where the matrix does, in units of 16 bytes: it is added to, which never carries.
+constexpr u32 A_ROWS = 512 / 16 | 2u << 30, B_ROWS = 1024 / 16 | 1u << 30, LOWER = 1u << 16;
 constexpr u32 A_HALF = 32 / 16, B_HALF = 64 / 16;  // from the first half of the input channels to the others
-__device__ u64 descriptor(u32 start, u32 rows) { return static_cast<u64>(rows) << 32 | 1u << 16 | start; }
+__device__ u64 descriptor(u32 lower, u32 rows) { return static_cast<u64>(rows) << 32 | lower; }
 
 // What a step multiplies: bits 0-15: where its tap begins in the group's pixels; from bit 16 two for each warpgroup
 // across: which halves of the input channels there are for it; bit 31: it is the last of its tap group.
@@ -22,123 +22,155 @@ struct Products {
   float d[M_BLOCKS][PIXELS / 2];
 
   __device__ Products(const Params& p, u32 base, const Warpgroup& group, bool never)
-      : p(p),
-        base(base),
+      : base(base),
+        sums(base + p.sums_begin + threadIdx.x % WARPGROUP * 16),
         across(group.across),
         lane(threadIdx.x % 32),
-        a_first((base + A_BEGIN + group.across * M_BLOCKS * A_BLOCK) / 16),
-        b_first((base + B_BEGIN + group.along * PIXELS * PIXEL_BYTES) / 16),
-        metadata_first(base + A_BEGIN + TILE_BLOCKS * A_BLOCK + group.across * M_BLOCKS * METADATA_BLOCK +
-                       threadIdx.x % WARPGROUP * 4),
-        never(kept(never)),
         stage_bytes(b_stage_bytes(p)),
-        releases(lane < static_cast<int>(kept(p.cluster))) {}
+        a_first(
+            kept(LOWER + (base + A_BEGIN + group.ring * RING_A * A_BYTES + group.across * M_BLOCKS * A_BLOCK) / 16)),
+        b_first(kept(LOWER +
+                     (base + B_BEGIN + group.ring * RING_B * stage_bytes + group.along * PIXELS * PIXEL_BYTES) / 16)),
+        metadata_first(kept(base + A_BEGIN + group.ring * RING_A * A_BYTES + TILE_BLOCKS * A_BLOCK +
+                            group.across * M_BLOCKS * METADATA_BLOCK + threadIdx.x / 32 % 4 * 128) +
+                       lane * 4),
+        full_a(base + FULL_A + 8 * RING_A * group.ring),
+        full_b(base + FULL_B + 8 * RING_B * group.ring),
+        empty_a(barrier_of(base + EMPTY_A + 8 * RING_A * group.ring, lane < p.cluster ? lane : 0)),
+        empty_b(base + EMPTY_B + 8 * RING_B * group.ring),
+        no_stage_of_cluster(barrier_of(base + NO_STAGE, lane < p.cluster ? lane : 0)),
+        releases(lane < static_cast<int>(kept(p.cluster))),
+        always{kept(!never), kept(!never)} {}
 
-  // Starts all products of a tile, of which the last one may still run afterwards.
-  __device__ void start(const u32* steps) {
+  // Starts all products of so many tap groups, of which the last one may still run afterwards.
+  __device__ void start(const u32* steps, int groups) {
     // The first step overwrites the sums: they need no registers through the end of the tile before.
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++)
 #pragma unroll
       for (int j = 0; j < PIXELS / 2; j++) forget(d[i][j]);
-    u32 next = __ldg(steps);
+    Step step = {__ldg(steps)}, next = {__ldg(steps + 1)};
+    u32 freed_a = no_stage_of_cluster, freed_b = base + NO_STAGE;  // barriers of the step before
+    u32 here;
     int accumulate = 0;
-    // Neither loop may be unrolled or peeled: of products in several places the compiler waits for each.
+    // One step. What takes long is begun early, and whatever fits between comes there: a step takes as long as one warp
+    // takes to run through it. Weight tile and pixels are here.
+    const auto multiply = [&](u32(&words)[M_BLOCKS]) {
+      const u32 from = metadata_first + ring_a.stage * A_BYTES, a = a_first + ring_a.stage * (A_BYTES / 16);
+      const u32 b = b_first + ring_b.stage * (stage_bytes / 16) + step.start(), halves = step.halves(across);
+#pragma unroll
+      for (int i = 0; i < M_BLOCKS; i++) load_shared_if(always[i], from + i * METADATA_BLOCK, words[i]);
+      const int closes = step.is_last();
+      step = next, next = {__ldg(++steps + 1)};
+      const u32 at_a = empty_a + 8 * ring_a.stage, at_b = empty_b + 8 * ring_b.stage;
+      ring_a.advance(1), ring_b.advance(closes), groups -= closes;
+      issue(words, a, b, halves, accumulate);
+      // Of a tap group's next step the pixels are those of this one, and no copy is in their place before they are
+      // freed.
+      here = barrier_test(full_a + 8 * ring_a.stage, ring_a.parity);
+      here &= barrier_test(full_b + 8 * ring_b.stage, ring_b.parity);
+      mma_wait<1>();
+      if (releases) barrier_arrive_remotely(freed_a);
+      if (lane == 0) barrier_arrive(freed_b);
+      accumulate = 1, freed_a = at_a, freed_b = closes ? at_b : base + NO_STAGE;
+    };
+    wait_for_step();
+    // The loop may not be unrolled or peeled: of products in more places the compiler waits for each.
 #pragma unroll 1
-    for (int groups = p.tap_groups; groups > 0; groups--) {
-      barrier_wait_opaque(base + FULL_B + 8 * ring_b.stage, ring_b.parity);
-      const u32 pixels = b_first + ring_b.stage * (stage_bytes / 16);
-      bool more = true;
-#pragma unroll 1
-      for (int tap = 0; more; tap++) {
-        const Step step = {__shfl_sync(~0u, next, 0)};
-        more = !step.is_last();
-        next = __ldg(++steps);  // there is one behind the last
-        barrier_wait_opaque(base + FULL_A + 8 * ring_a.stage, ring_a.parity);
-        const u64 a = descriptor(a_first + ring_a.stage * (A_BYTES / 16), A_ROWS);
-        const u64 b = descriptor(pixels + step.start(), B_ROWS);
-        const u32 from = metadata_first + ring_a.stage * A_BYTES, halves = step.halves(across);
-        if (set == 0)
-          issue(metadata[0], from, a, b, halves, accumulate);
-        else
-          issue(metadata[1], from, a, b, halves, accumulate);
-        set ^= 1;
-        mma_wait<1>();
-        keep_metadata();
-        if (accumulate) {  // the step before this one is done with its stages
-          release_a();
-          if (tap == 0) release_b();
-        }
-        accumulate = 1;
-        ring_a.next();
-      }
-      ring_b.next();
+    for (;;) {
+      multiply(metadata[0]);
+      if (groups <= 0) break;
+      if (!here) wait_for_step();
+      multiply(metadata[1]);
+      if (groups <= 0) break;
+      if (!here) wait_for_step();
     }
+    last_a = freed_a, last_b = freed_b;
   }
 
   __device__ void wait() {
     mma_wait<0>();
-    keep_metadata();
-    release_a();
-    release_b();
+    if (releases) barrier_arrive_remotely(last_a);
+    if (lane == 0) barrier_arrive(last_b);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int j = 0; j < M_BLOCKS; j++) keep(metadata[i][j], !always[0], base + NO_STAGE), forget(metadata[i][j]);
+  }
+
+  // BY_TURNS: sums go to the other warpgroup, thread by thread, through memory in which both stage outputs: no warp
+  // may still read what this one has staged, nor stage before all have taken theirs.
+  __device__ void give() const {
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS; i++)
+#pragma unroll
+      for (int j = 0; j < PIXELS / 2; j += 4)
+        store_shared(sums + (i * PIXELS / 2 + j) * WARPGROUP * 4,
+                     make_float4(d[i][j], d[i][j + 1], d[i][j + 2], d[i][j + 3]));
+    __syncwarp();
+    if (lane == 0) barrier_arrive(base + SUMS_HERE);
+  }
+  __device__ void take(u32 parity) {
+    barrier_wait_opaque(base + SUMS_HERE, parity);
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS; i++)
+#pragma unroll
+      for (int j = 0; j < PIXELS / 2; j += 4) add_shared(sums + (i * PIXELS / 2 + j) * WARPGROUP * 4, d[i] + j);
   }
 
  private:
-  const Params& p;
-  const u32 base;
-  const int across, lane;
+  const u32 base, sums;
+  const int across, lane, stage_bytes;
   const u32 a_first, b_first, metadata_first;
-  const u32 never;
-  const int stage_bytes;
+  const u32 full_a, full_b, empty_a,
+      empty_b;  // the first of these barriers; empty_a is a lane's, of a block of the cluster
+  const u32 no_stage_of_cluster;
   const bool releases;  // whether this lane tells a block of the cluster which weight tiles are done
-  Ring<A_STAGES> ring_a;
-  Ring<B_STAGES> ring_b;
+  // A sparse wgmma reads its metadata register while it runs, and the assembler takes the register for free as soon as
+  // the instruction is issued: with two steps in flight the second's metadata would overwrite that of the first. So
+  // steps take turns with two sets of registers, and each is loaded on a condition that always holds, so that the
+  // assembler keeps what is in it until then.
+  const u32 always[2];
   u32 metadata[2][M_BLOCKS] = {};
-  int set = 0;
+  u32 last_a, last_b;
+  Ring<RING_A> ring_a;
+  Ring<RING_B> ring_b;
+
+  __device__ void wait_for_step() const {
+    barrier_wait_opaque(full_a + 8 * ring_a.stage, ring_a.parity);
+    barrier_wait_opaque(full_b + 8 * ring_b.stage, ring_b.parity);
+  }
 
   // One weight tile times the pixels of its tap. Each way commits for itself: a commit behind the branches would become
   // a group of its own, and one without products would make the compiler wait for every product.
-  __device__ void issue(u32 (&words)[M_BLOCKS], u32 from, u64 a, u64 b, u32 halves, int accumulate) {
-#pragma unroll
-    for (int i = 0; i < M_BLOCKS; i++) load_shared(from + i * METADATA_BLOCK, words[i]);
+  __device__ void issue(const u32 (&words)[M_BLOCKS], u32 a, u32 b, u32 halves, int accumulate) {
     if (halves == 3) {
       mma_fence();
 #pragma unroll
       for (int i = 0; i < M_BLOCKS; i++) {
-        mma<0>(d[i], a + i * (A_BLOCK / 16), b, words[i], accumulate);
-        mma<1>(d[i], a + i * (A_BLOCK / 16) + A_HALF, b + B_HALF, words[i], 1);
+        product<0>(i, a, b, words[i], accumulate);
+        product<1>(i, a, b, words[i], 1);
       }
       mma_commit();
     } else if (halves == 1) {
       mma_fence();
 #pragma unroll
-      for (int i = 0; i < M_BLOCKS; i++) mma<0>(d[i], a + i * (A_BLOCK / 16), b, words[i], 1);
+      for (int i = 0; i < M_BLOCKS; i++) product<0>(i, a, b, words[i], 1);
       mma_commit();
     } else if (halves == 2) {
       mma_fence();
 #pragma unroll
-      for (int i = 0; i < M_BLOCKS; i++) mma<1>(d[i], a + i * (A_BLOCK / 16) + A_HALF, b + B_HALF, words[i], 1);
+      for (int i = 0; i < M_BLOCKS; i++) product<1>(i, a, b, words[i], 1);
       mma_commit();
     } else {
       mma_wait<0>();
     }
   }
 
-  // A sparse wgmma reads its metadata register while it runs, and the assembler takes the register for free as soon as
-  // the instruction is issued: with two steps in flight the second's metadata would overwrite that of the first. So
-  // steps take turns with two sets of registers, and both are kept alive until behind the wait for what reads them.
-  __device__ void keep_metadata() {
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-      for (int j = 0; j < M_BLOCKS; j++) keep(metadata[i][j], never, base + UNUSED);
-  }
-
-  // The stages before the next ones are free.
-  __device__ void release_a() {
-    if (releases) barrier_arrive_at(base + EMPTY_A + 8 * ring_a.previous, lane);
-  }
-  __device__ void release_b() {
-    if (lane == 0) barrier_arrive(base + EMPTY_B + 8 * ring_b.previous);
+  // Of a half of the input channels.
+  template <int HALF>
+  __device__ void product(int i, u32 a, u32 b, u32 metadata, int accumulate) {
+    mma<HALF>(d[i], descriptor(a + i * (A_BLOCK / 16) + HALF * A_HALF, A_ROWS), descriptor(b + HALF * B_HALF, B_ROWS),
+              metadata, accumulate);
   }
 };

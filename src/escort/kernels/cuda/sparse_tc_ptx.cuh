@@ -7,14 +7,27 @@ struct __align__(64) TensorMap {
   u64 opaque[16];
 };
 
+// Lets the copy engine read it, so that the first copy need not wait for that.
+__device__ void prefetch(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
 // ------------------------------------------------------------------------------------------------------ clusters ----
-// Arrives at the same barrier of another block of the cluster.
-__device__ void barrier_arrive_at(u32 barrier, u32 block) {
-  asm volatile(
-      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
-      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
-      "r"(block)
-      : "memory");
+// A barrier of this block in another block of the cluster, as an address there.
+__device__ u32 barrier_of(u32 barrier, u32 block) {
+  u32 remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(barrier), "r"(block));
+  return remote;
+}
+__device__ void barrier_arrive_remotely(u32 remote) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+}
+// Whether the phase of that parity has ended, without a wait.
+__device__ u32 barrier_test(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return done;
 }
 __device__ void barriers_are_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
@@ -23,6 +36,13 @@ __device__ void meet() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ void sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// Whether this lane is the one of its warp that acts for it. The compiler knows that there is one only.
+__device__ bool is_elected() {
+  u32 elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(elected));
+  return elected;
+}
 
 template <int REGISTERS>
 __device__ void give_registers_up() {
@@ -90,6 +110,7 @@ __device__ void keep(u32 value, u32 never, u32 unused) {
 }
 // From here on a register may hold any value.
 __device__ void forget(float& v) { asm volatile("" : "=f"(v)); }
+__device__ void forget(u32& v) { asm volatile("" : "=r"(v)); }
 // From here on the compiler knows nothing of a value.
 __device__ void obscure(int& v) { asm volatile("" : "+r"(v)); }
 
@@ -137,6 +158,13 @@ __device__ void load_shared(u32 from, u16& v) {
 __device__ void load_shared(u32 from, u32& v) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
 }
+// The register holds its old value until then.
+__device__ void load_shared_if(u32 condition, u32 from, u32& v) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p ld.shared.u32 %0, [%2]; }"
+               : "+r"(v)
+               : "r"(condition), "r"(from)
+               : "memory");
+}
 __device__ void load_shared(u32 from, uint2& v) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
 }
@@ -156,6 +184,18 @@ __device__ void load_shared(u32 from, float4& v) {
                : "memory");
 }
 __device__ void store_shared(u32 to, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory"); }
+// Added to four numbers. As one statement, which nothing moves to where the sums are used.
+__device__ void add_shared(u32 from, float* d) {
+  asm volatile(
+      "{ .reg .f32 a, b, c, d; ld.shared.v4.f32 {a, b, c, d}, [%4]; "
+      "add.f32 %0, %0, a; add.f32 %1, %1, b; add.f32 %2, %2, c; add.f32 %3, %3, d; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(from)
+      : "memory");
+}
+__device__ void store_shared(u32 to, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
 __device__ void store_shared(u32 to, float2 v) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(v.x), "f"(v.y) : "memory");
 }

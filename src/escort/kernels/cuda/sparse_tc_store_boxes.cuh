@@ -47,12 +47,13 @@ struct Store {
         threads(JOINT ? CONSUMERS : WARPGROUP),
         leads(threadIdx.x == (JOINT ? 0 : group.number * WARPGROUP)),
         residual_here(base + RESIDUAL_HERE + (JOINT ? 0 : 8 * group.number)),
-        staging(base + p.staging_begin + group.across * M_BLOCKS * p.staging_bytes + along * PIXELS * PIXEL_BYTES),
+        staging(base + p.staging_begin + group.staging * M_BLOCKS * p.staging_bytes + along * PIXELS * PIXEL_BYTES),
         box(JOINT ? base + p.staging_begin : staging) {}
 
   // Lets the residual come, while the products are computed.
   __device__ void begin(int first_channel, int tile) {
     if (p.residual && leads) {
+      wait_for_previous_kernel();  // which may have written it
       store_wait();
       barrier_expect(residual_here, M_BLOCKS * p.store_pixels * PIXEL_BYTES);
       copy_boxes(true, out.residual_map, first_channel, tile);

@@ -111,7 +111,7 @@ struct Store {
   // A warp stores what it has staged itself; but warpgroups that have the same channels store half of them each.
   __device__ void store(const Sums& d, const Bias& bias, int first_channel, int tile) {
     if (ALONG == 2) sync(1, CONSUMERS);
-    const u32 staging = base + p.staging_begin + group.across * M_BLOCKS * p.staging_bytes;
+    const u32 staging = base + p.staging_begin + group.staging * M_BLOCKS * p.staging_bytes;
     const u32 columns = staging + group.along * PIXELS * 2;
     const float* const slopes = out.slopes + first_channel;
     if (activates(p) && !p.residual)

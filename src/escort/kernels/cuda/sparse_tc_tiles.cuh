@@ -9,7 +9,9 @@ enum TapGroup { IM2COL, COLUMNS, HALO, FLAT };
 constexpr bool WHOLE_ROWS = TAP_GROUP == COLUMNS || TAP_GROUP == HALO;
 
 constexpr int WARPGROUP = 128, CONSUMERS = 2 * WARPGROUP, CONSUMER_WARPS = CONSUMERS / 32;  // threads; warps
-constexpr int ALONG = 2 / ACROSS;  // warpgroups side by side along the pixels
+constexpr int ALONG = BY_TURNS ? 1 : 2 / ACROSS;                             // warpgroups side by side along the pixels
+constexpr int STAGE_WARPS = BY_TURNS ? CONSUMER_WARPS / 2 : CONSUMER_WARPS;  // that read a stage
+constexpr int RINGS = BY_TURNS ? 2 : 1, RING_A = A_STAGES / RINGS, RING_B = B_STAGES / RINGS;  // stages of each
 constexpr int TILE_BLOCKS = ACROSS * M_BLOCKS, TILE_PIXELS = ALONG * PIXELS;
 constexpr int A_BLOCK = 64 * 64, METADATA_BLOCK = 512;  // bytes of 64 channels
 constexpr int A_BYTES = TILE_BLOCKS * (A_BLOCK + METADATA_BLOCK);
@@ -34,8 +36,12 @@ struct Params {
   int b_stage_bytes;
   u32 staging_begin;
   int staging_bytes, staging_pitch;
+  u32 sums_begin;
   int residual, bound;
 };
+
+// BY_TURNS: the tap groups of the warpgroup that stores a tile, its first ones; the other warpgroup has the others.
+__device__ int storing_groups(const Params& p) { return BY_TURNS ? p.tap_groups / 2 : 0; }
 
 // What all lanes of a warp have, as a register. The compiler does not see through a shuffle of what differs by lane;
 // else it would read parameters anew in every step, which takes as long as ten instructions.
@@ -45,25 +51,32 @@ __device__ const u8* kept(const u8* v) {
   return reinterpret_cast<const u8*>(high << 32 | kept(static_cast<u32>(bits)));
 }
 
-// Shared memory: barriers, the stages of weight tiles, those of pixels, and the staging of outputs.
+// Shared memory: barriers, the stages of weight tiles, those of pixels, the staging of outputs, and BY_TURNS sums.
 constexpr u32 FULL_A = 0, EMPTY_A = FULL_A + 8 * A_STAGES, FULL_B = EMPTY_A + 8 * A_STAGES;
-constexpr u32 EMPTY_B = FULL_B + 8 * B_STAGES, RESIDUAL_HERE = EMPTY_B + 8 * B_STAGES, UNUSED = RESIDUAL_HERE + 16;
+constexpr u32 EMPTY_B = FULL_B + 8 * B_STAGES, RESIDUAL_HERE = EMPTY_B + 8 * B_STAGES, SUMS_HERE = RESIDUAL_HERE + 16;
+constexpr u32 NO_STAGE = SUMS_HERE + 8;  // a barrier that nobody waits for
 constexpr u32 A_BEGIN = 1024, B_BEGIN = (A_BEGIN + A_STAGES * A_BYTES + 1023) / 1024 * 1024;
-static_assert(UNUSED + 8 <= A_BEGIN);
+static_assert(NO_STAGE + 8 <= A_BEGIN);
 
 // From a stage of pixels to the next.
 __device__ int b_stage_bytes(const Params& p) { return WHOLE_ROWS ? kept(p.b_stage_bytes) : TILE_PIXELS * PIXEL_BYTES; }
 
-// A ring of stages: which one is next, the one before it, and the parity of the next one's barriers' phase.
+// A ring of stages: which one is next, and the parity of its barriers' phase.
 template <int STAGES>
 struct Ring {
-  int stage = 0, previous = 0;
+  int stage = 0;
   u32 parity = 0;
-  __device__ void next() {
-    previous = stage;
-    if (++stage == STAGES) stage = 0, parity ^= 1;
+  __device__ void advance(int by) {  // 0 or 1
+    stage += by;
+    if (stage >= STAGES) stage -= STAGES, parity ^= 1;
   }
 };
+
+template <class T>
+__device__ void swap(T& one, T& other) {
+  const T kept = one;
+  one = other, other = kept;
+}
 
 // Which block of its cluster this is.
 __device__ int block_in_cluster(const Params& p) { return blockIdx.x - p.by_cluster.quotient(blockIdx.x) * p.cluster; }
@@ -96,9 +109,11 @@ struct Place {
 struct Warpgroup {
   int number;         // 0 or 1
   int across, along;  // its place along the channels, and along the pixels
+  int staging, ring;  // which part of the staging it has, and which ring of stages
 
   // The same in all lanes of a warp, and the compiler knows it.
   __device__ Warpgroup() : number(__shfl_sync(~0u, threadIdx.x / WARPGROUP, 0)) {
-    across = ACROSS == 2 ? number : 0, along = ACROSS == 2 ? 0 : number;
+    across = ACROSS == 2 ? number : 0, along = ALONG == 2 ? number : 0, staging = BY_TURNS ? number : across;
+    ring = BY_TURNS ? number : 0;
   }
 };

@@ -85,6 +85,7 @@ class Work:
         inputs: how many inputs each launch takes, one after the other; null pointers stand for those that are missing.
         tables: how many of the layer's own tensors each launch takes behind the result.
         cluster: blocks of a cluster, of which the grids are multiples.
+        shared_bytes: of dynamic shared memory of a block.
     """
 
     variant: Variant
@@ -94,6 +95,7 @@ class Work:
     inputs: int = 1
     tables: int = 0
     cluster: int = 1
+    shared_bytes: int = 0
 
 
 class OnPlanes(nn.Module):
@@ -161,7 +163,7 @@ def _runner(
         return None
     tensors = [torch.Tensor] * (work.inputs + 1 + work.tables)
     launches = [
-        (compiled.bind(THREADS, 0, (*tensors, *args), overlap=True, cluster=work.cluster), grid)
+        (compiled.bind(THREADS, work.shared_bytes, (*tensors, *args), overlap=True, cluster=work.cluster), grid)
         for grid, args in work.launches
     ]
     memory_format, alignment, taken = x.torch_memory_format, work.alignment, work.inputs

@@ -39,6 +39,7 @@ PARAMS = np.dtype(
     ]
 )
 
+_LEAST_ROWS = 14  # of a band that is there for a thread of its own
 _STAGE_FLOATS = 4 * 1024  # of a 32 KiB level-1 cache, leaving room for what is read and written meanwhile
 
 
@@ -78,12 +79,20 @@ class Depthwise(Method):
         configs: dict[DepthwiseConfig, None] = {}  # in order, each once
         for isa in [name for name in LANES if name != "generic"] or ["generic"]:
             lanes = LANES[isa]
-            # Where two rows fit into a vector, half of it would be idle. Slopes differ from plane to plane.
-            fits_two = lanes >= 16 and 2 * problem.out_width <= lanes and problem.epilogue.activation != "prelu"
-            for planes in (2, 1) if fits_two else (1,):
+            stage = _stage(problem, _Layout.of(problem, lanes).pitch)
+            for planes in (2, 1) if _fits_two(problem, lanes) else (1,):
                 for rows in (MOST_ROWS, MOST_ROWS // 2):
-                    configs[DepthwiseConfig(isa, min(rows, problem.out_height), _STAGE_FLOATS, planes)] = None
+                    configs[DepthwiseConfig(isa, min(rows, problem.out_height), stage, planes)] = None
         return tuple(configs)
+
+    def offers(self, problem: Problem, sparse_filter: SparseFilter, config: DepthwiseConfig) -> bool:
+        """Whatever the kernel runs: what is tried depends on the number of threads, which may be another later."""
+        return (
+            config.isa in LANES
+            and 1 <= config.rows <= min(MOST_ROWS, problem.out_height)
+            and 1 <= config.stage <= _STAGE_FLOATS
+            and (config.planes == 1 or (config.planes == 2 and _fits_two(problem, LANES[config.isa])))
+        )
 
     def prepare(
         self,
@@ -142,10 +151,30 @@ def _numbers(tensor: torch.Tensor) -> NDArray[np.float32]:
     return tensor.detach().to("cpu", torch.float32).contiguous().numpy()
 
 
+def _fits_two(problem: Problem, lanes: int) -> bool:
+    """Whether rows of two planes fit into a vector, half of which would else be idle."""
+    # Slopes differ from plane to plane.
+    return lanes >= 16 and 2 * problem.out_width <= lanes and problem.epilogue.activation != "prelu"
+
+
+def _stage(problem: Problem, pitch: int) -> int:
+    """How many floats to stage: a band for each thread, so that it has the rows that it has of other layers.
+
+    As many as fit the cache where bands would be so low that most of their work were rows that others stage, too.
+    """
+    bands = min(torch.get_num_threads(), max(problem.out_height // _LEAST_ROWS, 1))
+    return min(_STAGE_FLOATS, _staged_rows(problem, -(-problem.out_height // bands)) * pitch)
+
+
+def _staged_rows(problem: Problem, rows: int) -> int:
+    """Input rows that so many output rows read."""
+    return (rows - 1) * problem.stride[0] + (problem.kernel_size[0] - 1) * problem.dilation[0] + 1
+
+
 def _params(problem: Problem, layout: _Layout, config: DepthwiseConfig) -> NDArray[np.void]:
     """One record of PARAMS."""
-    span = (problem.kernel_size[0] - 1) * problem.dilation[0] + 1  # input rows that an output row reads
-    fitting_rows = max((config.stage // layout.pitch - span) // problem.stride[0] + 1, config.rows)
+    spare_rows = config.stage // layout.pitch - _staged_rows(problem, 1)
+    fitting_rows = max(spare_rows // problem.stride[0] + 1, config.rows)
     bands = -(-problem.out_height // fitting_rows)
     band_rows = -(-problem.out_height // bands)
     params = np.zeros(1, PARAMS)
@@ -163,7 +192,7 @@ def _params(problem: Problem, layout: _Layout, config: DepthwiseConfig) -> NDArr
         "column_stride": problem.stride[1],
         "top": problem.padding[0],
         "pitch": layout.pitch,
-        "stage_size": ((band_rows - 1) * problem.stride[0] + span) * layout.pitch,
+        "stage_size": _staged_rows(problem, band_rows) * layout.pitch,
         "bands": bands,
         "block_rows": config.rows,
         "planes": config.planes,

@@ -61,8 +61,8 @@ class DepthwiseTcConfig:
 class DepthwiseTc(Method):
     """Filters up to 7x7 without dilation, and 9x9 of 16 bits with stride 1; sums are in fp32.
 
-    An infinity or NaN in x makes NaN of a few more outputs than those that read it: of neighbours in the row and of the
-    channel beside it, whose products have a zero for it.
+    An infinity or NaN in x makes NaN of a few more outputs than those that read it, whose products have a zero for it:
+    of six beside them in a row at most (in TF32 ten), in its channel and in 16 bits in the one that shares its word.
     """
 
     name = "depthwise_tc"

@@ -22,6 +22,7 @@ from escort.methods import channel_order
 from escort.network.check import Request
 from escort.network.passes.norms import join_norms
 from escort.network.passes.operations import mutates
+from escort.network.passes.squeezes import join_squeezes
 from escort.planner.cores import on_all_cores
 from escort.problem import MemoryFormat
 
@@ -68,6 +69,7 @@ def rewrite(network: nn.Module, request: Request) -> nn.Module:
         if node.op in ("call_function", "call_method"):
             node.target = _VIEWS.get(node.target, node.target)
     join_norms(network)
+    join_squeezes(network)
     groups = [group for alike in _alike(network) if (group := _Group.of(network, alike)) is not None]
     # The order of its inputs is all that a filter's remainder depends on, so that no search waits for another.
     on_all_cores([partial(group.search, request) for group in groups])

@@ -22,8 +22,10 @@ from escort.layers import (
     NormedConcat,
     SamePad,
     SparseConv2d,
+    Squeeze,
     Upsample,
 )
+from escort.layers.planes.squeeze import are_names
 from escort.layers.pool import pair
 from escort.problem import Activation
 from escort.runtime.saved.limits import MAX_COUNT, MAX_DEEP, MAX_SCALE, MAX_WINDOW
@@ -56,7 +58,7 @@ LAYERS: dict[str, type[nn.Module]] = {
         f"escort.{cls.__name__}": cls
         for cls in (
             *(AdaptiveAvgPool2d, AvgPool2d, Concat, FusedConv2d, Gate, LocalResponseNorm, MaxPool2d, SamePad),
-            *(Images, NormedConcat, Upsample),
+            *(Images, NormedConcat, Squeeze, Upsample),
         )
     },
 }
@@ -132,7 +134,8 @@ _ARGUMENTS: dict[str, Callable[[Any], bool]] = {
             lambda value: type(value) is bool,
         ),
         ("approximate mode nonlinearity padding_mode", lambda value: value in _WORDS),
-        ("activation", lambda value: value in get_args(Activation)),
+        ("activation gate_activation", lambda value: value in get_args(Activation)),
+        ("names", are_names),
         ("scale_factor", _is_factor),
         ("mean std scale", _is_finite),
         ("num_layers", lambda value: type(value) is int and 1 <= value <= MAX_DEEP),

@@ -23,12 +23,13 @@ from escort.problem import Problem
 #: name -> (floats per vector, largest tile in vectors), fastest first.
 ISAS: dict[str, tuple[int, int]] = {name: (lanes, vectors) for name, lanes, vectors in _cpu.isas()}
 
+_INTS = "column_stride channel_stride in_place parts blocks_of_part channels alike activation".split()
 #: The struct of kernels/cpu/direct.hpp, which says what the fields mean.
 PARAMS = np.dtype(
     [
         *((name, "i8") for name in ("stage_size", "partial_size")),
         *((f"{tensor}_{unit}_stride", "i8") for tensor in "xy" for unit in ("sample", "plane")),
-        *((name, "i4") for name in ("column_stride", "channel_stride", "in_place", "channels", "alike", "activation")),
+        *((name, "i4") for name in _INTS),
     ],
     align=True,
 )
@@ -36,6 +37,9 @@ PARAMS = np.dtype(
 _MOST_CHANNELS = 4  # output channels that the kernel accumulates at a time, as far as its registers reach
 #: Tiles and stages that are worth a try: positions of a tile, and KiB that a block's input takes, best guess first.
 _TILES = ((112, 48), (224, 64), (112, 96), (80, 48), (56, 64), (112, 32))
+#: From so many threads on, small maps are worth tiles so low that threads share their positions, too: each then reads
+#: less of what others wrote.
+_MANY_THREADS, _TILES_OF_MANY = 8, (*_TILES, (32, 96))
 #: The same where all weights are there: sums of four channels, their weights and a vector of x are in registers.
 _FULL_TILES = ((96, 48), (64, 48), (80, 48), (112, 48))
 
@@ -48,7 +52,8 @@ class DirectConfig:
         isa: instruction set, a key of :data:`ISAS`.
         vectors: largest tile, in vectors of that instruction set.
         channel_block: input channels that are staged and accumulated at a time.
-        parts: shares into which the output channels of a group are cut, to feed threads where tiles are few.
+        parts: into which the output channels of a group are cut, to feed threads where tiles are few. A task of a
+            batch takes several.
     """
 
     isa: str
@@ -70,20 +75,35 @@ class Direct(Method):
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[DirectConfig]:
         channels = sparse_filter.shape[1]
-        tiles = _FULL_TILES if _is_full(sparse_filter) else _TILES
+        threads = torch.get_num_threads()
+        choices = _FULL_TILES if _is_full(sparse_filter) else _TILES if threads < _MANY_THREADS else _TILES_OF_MANY
         configs: dict[DirectConfig, None] = {}  # in order, each once
         for isa in [name for name in ISAS if name != "generic"] or ["generic"]:
             lanes, most = ISAS[isa]
-            for tile, stage_kib in tiles:
+            layouts = [Layout.of(problem, lanes, min(tile // lanes, most)) for tile, _ in choices]
+            # Where tiles of the best guess feed all threads, no plan has one tile: threads that share positions read
+            # what they wrote in the layer before, and threads that share channels alone read all that others wrote.
+            least_tiles = min(threads, 2) if len(layouts[0].tiles) >= threads else 0
+            for (tile, stage_kib), layout in zip(choices, layouts, strict=True):
+                if len(layout.tiles) < least_tiles:
+                    continue
                 vectors = min(tile // lanes, most)
-                layout = Layout.of(problem, lanes, vectors)
                 channel_floats = layout.vectors * lanes if layout.in_place else layout.channel_stride
                 # Blocks of equal size: a last one of a few channels would cost as much as a full one.
                 blocks = -(-channels // min(max(stage_kib * 256 // channel_floats, 1), channels))
                 tasks, most_parts = problem.groups * len(layout.tiles), problem.out_channels // problem.groups
-                for parts in _parts(max(problem.batch, 1) * tasks)[: None if (tile, stage_kib) == tiles[0] else 1]:
+                for parts in _parts(tasks)[: None if (tile, stage_kib) == choices[0] else 1]:
                     configs[DirectConfig(isa, vectors, -(-channels // blocks), min(parts, most_parts))] = None
         return tuple(configs)
+
+    def offers(self, problem: Problem, sparse_filter: SparseFilter, config: DirectConfig) -> bool:
+        """Whatever the kernel runs: what is tried depends on the number of threads, which may be another later."""
+        return (
+            config.isa in ISAS
+            and 1 <= config.vectors <= ISAS[config.isa][1]
+            and 1 <= config.channel_block <= sparse_filter.shape[1]
+            and 1 <= config.parts <= problem.out_channels // problem.groups
+        )
 
     def prepare(
         self,
@@ -102,7 +122,6 @@ class Direct(Method):
             "nonzeros": schedule.nonzeros,
             "out_channels": schedule.out_channels,
             "blocks": schedule.blocks,
-            "jobs": schedule.jobs,
             "runs": layout.runs,
             "segments": layout.segments,
             "tiles": layout.tiles,
@@ -118,11 +137,13 @@ def _is_full(sparse_filter: SparseFilter) -> bool:
 def _parts(tasks: int) -> tuple[int, int]:
     """Into how many parts to cut each of so many tasks: what is predicted to be fastest, and four for each thread.
 
+    Of a sample: what a task of a batch takes is left to its call.
+
     Each part stages the input of its task anew, which is taken to be a sixteenth of the work. More parts than are
     predicted to be best balance threads where tasks take unequally long.
     """
     threads = torch.get_num_threads()
-    most = -(-4 * threads // tasks)
+    most = -(-4 * threads // tasks) if threads > 1 else 1
 
     def fullest(parts: int) -> float:
         """What the thread with most to do takes, in tasks."""
@@ -146,6 +167,8 @@ def _params(problem: Problem, layout: Layout, schedule: Schedule, config: Direct
         column_stride=problem.stride[1],
         channel_stride=layout.channel_stride,
         in_place=layout.in_place,
+        parts=schedule.parts,
+        blocks_of_part=schedule.blocks_of_part,
         channels=min(_MOST_CHANNELS, ISAS[config.isa][1] // layout.vectors),
         alike=is_full,
         activation=problem.epilogue.activation_number,

@@ -149,8 +149,10 @@ class _Strips(NamedTuple):
         pitch = shape.out_width if shape.kernel_size[0] == 1 else narrow
         strips = -(-shape.out_width // pitch)
         starts, vectors = _cut((shape.out_height - 1) * pitch + min(pitch, shape.out_width), lanes, most_vectors)
-        left = np.repeat(np.arange(strips) * pitch, len(starts))
-        return pitch, cls(left, np.tile(starts, strips), np.tile(vectors, strips))
+        # Tiles of the same rows follow one another: a thread then computes rows, as in layers that have no strips, and
+        # reads those that it wrote.
+        left = np.tile(np.arange(strips) * pitch, len(starts))
+        return pitch, cls(left, np.repeat(starts, strips), np.repeat(vectors, strips))
 
 
 def _staged_layout(shape: PlaneShape, lanes: int, most_vectors: int) -> Layout:

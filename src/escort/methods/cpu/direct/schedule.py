@@ -15,7 +15,6 @@ from escort.methods.cpu.direct.layout import Layout, Records, records
 NONZERO = np.dtype([("offset", "i4"), ("value", "f4")])
 OUT_CHANNEL = np.dtype([("channel", "i4"), ("slot", "i4"), ("first_nonzero", "i4"), ("bias", "f4"), ("slope", "f4")])
 BLOCK = np.dtype([(name, "i4") for name in ("first_channel", "end_channel", "first_record", "end_record")])
-JOB = np.dtype([(name, "i4") for name in ("first_block", "end_block")])
 
 _Numbers = NDArray[np.int64]
 
@@ -30,15 +29,17 @@ class Schedule:
     Attributes:
         nonzeros: records of NONZERO.
         out_channels: records of OUT_CHANNEL, one more than there are.
-        blocks: records of BLOCK.
-        jobs: records of JOB.
+        blocks: records of BLOCK, as many for each job.
+        parts: jobs of a group.
+        blocks_of_part: of a job.
         partial_sums: output channels whose sums a job keeps from block to block; none where there is one block.
     """
 
     nonzeros: Records
     out_channels: Records
     blocks: Records
-    jobs: Records
+    parts: int
+    blocks_of_part: int
     partial_sums: int
 
     @classmethod
@@ -79,9 +80,10 @@ class Schedule:
         source = np.arange(sparse_filter.nnz) + np.repeat(cells.source - first_nonzero, cells.nnz)
         nonzeros = records(NONZERO, sparse_filter.nnz, offset=in_block[source], value=sparse_filter.values[source])
 
-        blocks, jobs = _blocks_and_jobs(sparse_filter, cells, channel_block, parts)
-        one_block = channel_block >= sparse_filter.shape[1]
-        return cls(nonzeros, out_channels, blocks, jobs, 0 if one_block else int(slot.max()) + 1)
+        block_count = -(-sparse_filter.shape[1] // channel_block)
+        partial_sums = 0 if block_count == 1 else int(slot.max()) + 1
+        blocks = _blocks(sparse_filter, cells, channel_block, parts)
+        return cls(nonzeros, out_channels, blocks, parts, block_count, partial_sums)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,23 +152,19 @@ def _cells(sparse_filter: SparseFilter, job: _Numbers, block_of: IntArray, block
     return _Cells(channel[kept], job[channel[kept]], block[kept], nnz[kept], source[kept])
 
 
-def _blocks_and_jobs(
-    sparse_filter: SparseFilter, cells: _Cells, channel_block: int, parts: int
-) -> tuple[Records, Records]:
-    """The blocks of each job that hold a cell, and the blocks of each job."""
+def _blocks(sparse_filter: SparseFilter, cells: _Cells, channel_block: int, parts: int) -> Records:
+    """All blocks of input channels of each job, those without a cell as well."""
     group_channels = sparse_filter.shape[1]
-    starts = (np.diff(cells.job, prepend=-1) != 0) | (np.diff(cells.block, prepend=-1) != 0)
-    first_record = np.flatnonzero(starts)
-    job, block = cells.job[first_record], cells.block[first_record]
-    first_of_group = job // parts * group_channels
-    first_channel = first_of_group + block * channel_block
-    blocks = records(
+    count = -(-group_channels // channel_block)
+    group, block = np.divmod(np.arange(sparse_filter.groups * parts * count), parts * count)
+    block %= count
+    edges = np.searchsorted(cells.job * count + cells.block, np.arange(len(block) + 1))
+    first_of_group = group * group_channels
+    return records(
         BLOCK,
-        len(first_record),
-        first_channel=first_channel,
-        end_channel=np.minimum(first_channel + channel_block, first_of_group + group_channels),
-        first_record=first_record,
-        end_record=np.append(first_record[1:], len(cells.channel)),
+        len(block),
+        first_channel=first_of_group + block * channel_block,
+        end_channel=first_of_group + np.minimum((block + 1) * channel_block, group_channels),
+        first_record=edges[:-1],
+        end_record=edges[1:],
     )
-    edges = np.searchsorted(job, np.arange(sparse_filter.groups * parts + 1))
-    return blocks, records(JOB, len(edges) - 1, first_block=edges[:-1], end_block=edges[1:])

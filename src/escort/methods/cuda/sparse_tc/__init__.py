@@ -45,6 +45,9 @@ _MOST_CONFIGS, _MOST_BENCHMARKS = 8, 3
 _THREADS = 384  # of a block of sparse_tc.cuh
 _MOST_ELEMENTS = 2**31 - 1  # that 32 bits number
 _TILE_ELEMENTS = 1024  # that the last tile may number beyond y
+#: A filter of fewer zeros has a remainder in every weight tile, so that both take as many products as a dense library,
+#: which multiplies at this rate at most; of shorter layers the time is that of something else.
+_LEAST_SPARSITY, _PRODUCTS_PER_US, _LEAST_PRODUCTS_US = 0.4, {"fp16": 330e6, "bf16": 330e6, "tf32": 165e6}, 4.0
 _PIXELS = 1  # the dimension of a tensor map along which pixels of all samples lie, where they are one row
 
 
@@ -86,9 +89,16 @@ class SparseTc(Method):
         self, problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, config: SparseTcConfig | None = None
     ) -> float:
         if config is None:
+            if self.outdone(problem, sparse_filter):
+                return _products_us(problem)
             (config,) = search(problem, sparse_filter, gpu, 1, problem.memory_format)
         tiling = Tiling.of(problem, config, gpu.shared_bytes)
         return predict_us(tiling, Remainder.of(order_filter(sparse_filter, config.memory_format, tiling.element)), gpu)
+
+    def outdone(self, problem: Problem, sparse_filter: SparseFilter) -> str | None:
+        if sparse_filter.sparsity >= _LEAST_SPARSITY or _products_us(problem) < _LEAST_PRODUCTS_US:
+            return None
+        return f"of {sparse_filter.sparsity:.0%} zeros it skips none: dense methods do as many products"
 
     def benchmark_configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[SparseTcConfig]:
         """What it would run if x and y were in channels_last, and nothing converted."""
@@ -137,6 +147,12 @@ class SparseTc(Method):
             arrange=arrange,
         )
         return Prepared(run, compiled.binary, {"remainder_share": ordered.split.share}, tuple(binaries))
+
+
+def _products_us(problem: Problem) -> float:
+    """The least time of the products of a dense filter."""
+    products = math.prod(problem.output_shape) * math.prod(problem.weight_shape[1:])
+    return products / _PRODUCTS_PER_US[problem.precision]
 
 
 def _packed_on(device: torch.device, ordered: OrderedFilter, tiling: Tiling) -> tuple[torch.Tensor, Packed]:

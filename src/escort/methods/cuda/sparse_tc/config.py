@@ -68,6 +68,7 @@ class SparseTcConfig:
         cluster: thread blocks that copy the filter to one another.
         memory_format: of x, residual and y. For "contiguous" a kernel arranges x before, and y is written in NCHW;
             "channels_last" converts nothing.
+        by_turns: the two warpgroups take half of the tap groups each and add their sums up, with `across` 1.
     """
 
     tap_group: TapGroup
@@ -78,6 +79,7 @@ class SparseTcConfig:
     samples: int = 1
     cluster: int = 1
     memory_format: MemoryFormat = "contiguous"
+    by_turns: bool = False
 
     @property
     def whole_rows(self) -> bool:
@@ -91,7 +93,7 @@ class SparseTcConfig:
     @property
     def along(self) -> int:
         """Warpgroups side by side along the pixels."""
-        return 2 // self.across
+        return 1 if self.by_turns else 2 // self.across
 
     @property
     def tile_channels(self) -> int:

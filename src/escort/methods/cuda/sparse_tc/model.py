@@ -23,10 +23,11 @@ _LAUNCH_US = 3.1
 _SHARED_BYTES = 128.0  # a clock
 _PRODUCT_BYTES = 1024  # of the filter that an instruction waits for: half of them
 _L2_BYTES = 75.0  # a clock that reach a multiprocessor when all of them read
-_LEAST_STEP = 390.0  # from one step to the next: barriers, metadata, and the start of the products
+_LEAST_STEP = 200.0  # from one step to the next: barriers, metadata, and the start of the products
 _REMAINDER = 0.78  # products of the remainder, of the time of others
 _WAIT = {1: 1.0, 2: 1.0, 4: 1.1, 8: 1.4}  # of a cluster's blocks for one another, as a factor
 _TILE = 1000.0  # around the steps of a tile
+_ADD_UP = 300.0  # the sums of warpgroups that take turns
 _STORED, _STORED_ONE_BY_ONE, _FLOATS_STORED = 36.0, 6.5, 31.0  # bytes of outputs a clock; in NCHW, but for floats
 _BOXES_STORED = 500.0  # the same in channels_last
 _MEMORY_BYTES = 4.4e6  # a us
@@ -67,24 +68,32 @@ def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:
     rounds = -(-tiling.tile_groups(max(p.batch, 1)) * tiling.channel_tiles // gpu.clusters(config.cluster))
     tile_bytes = config.tile_channels // 64 * M_BLOCK_BYTES
     load_bytes = tiling.load[1] * tiling.load[2] * tiling.load[3] * PIXEL_BYTES / len(tiling.tap_groups[0])
-    products = 4 * config.m_blocks * (config.pixels * 64 + _PRODUCT_BYTES)
+    at_once = 1 if config.by_turns else 2  # warpgroups that multiply in a step; those of another step run beside it
+    products = 2 * at_once * config.m_blocks * (config.pixels * 64 + _PRODUCT_BYTES)
     remainder_tiles, remainder_halves = remainder.tiles[config.tile_channels], remainder.halves[64 * config.m_blocks]
-    tile = _step(products + tile_bytes + load_bytes, tile_bytes / config.cluster + load_bytes)
+    least = _LEAST_STEP * at_once / 2
+    steps = _step(products + tile_bytes + load_bytes, tile_bytes / config.cluster + load_bytes, least)
     if remainder_tiles:
         remainder_products = _REMAINDER * products * remainder_halves / remainder_tiles
-        tile += remainder_tiles * _step(remainder_products + tile_bytes, tile_bytes / config.cluster)
-    tile *= len(tiling.tap_groups) * len(tiling.tap_groups[0]) * _WAIT[config.cluster]
-    tile += _TILE + config.tile_pixels * config.tile_channels * (element.bytes / _stored(tiling) + activation.clocks(p))
+        steps += remainder_tiles * _step(remainder_products + tile_bytes, tile_bytes / config.cluster, least)
+    count = len(tiling.tap_groups) * len(tiling.tap_groups[0])
+    steps *= count * _WAIT[config.cluster]
+    store = _TILE + config.tile_pixels * config.tile_channels * (element.bytes / _stored(tiling) + activation.clocks(p))
+    if config.by_turns:  # one stores while the other multiplies, but for the last tile
+        tile = max(steps, count * (1 + remainder_tiles) * least + store / 2) + _ADD_UP
+        work = rounds * tile + store
+    else:
+        work = rounds * (steps + store)
     pixels, out_pixels = p.height * p.width, p.out_height * p.out_width
     read = min(pixels, out_pixels * math.prod(p.kernel_size))  # a stride passes over some
     in_bytes, out_bytes = (p.batch * channels * element.bytes for channels in (tiling.channels, p.out_channels))
-    compute, memory = rounds * tile / _CLOCK_MHZ, (in_bytes * read + out_bytes * out_pixels) / _MEMORY_BYTES
+    compute, memory = work / _CLOCK_MHZ, (in_bytes * read + out_bytes * out_pixels) / _MEMORY_BYTES
     arrange = 0.0 if config.takes_channels_last else _ARRANGE_US + 2 * in_bytes * pixels / _ARRANGE_BYTES
     return _LAUNCH_US + arrange + max(compute, memory) + _BESIDE * min(compute, memory)
 
 
-def _step(shared_bytes: float, copied_bytes: float) -> float:
-    return max(shared_bytes / _SHARED_BYTES, copied_bytes / _L2_BYTES, _LEAST_STEP)
+def _step(shared_bytes: float, copied_bytes: float, least: float) -> float:
+    return max(shared_bytes / _SHARED_BYTES, copied_bytes / _L2_BYTES, least)
 
 
 def _stored(tiling: Tiling) -> float:

@@ -31,6 +31,7 @@ from escort.methods.cuda.sparse_tc.orders import OrderedFilter
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 
 _LAST_OF_GROUP = 1 << 31
+_BEHIND = 2  # zeros behind the steps, which are read, too
 _ROW_BYTES, _CHUNK_BYTES = 64, 16  # of the values of an output channel
 _GROUPS = 16  # of neighbours, of an output channel
 Bits = NDArray[np.unsignedinteger[Any]]  # of elements as they are stored
@@ -43,7 +44,7 @@ class Packed:
     Attributes:
         weight_tiles: (weight tiles, bytes) uint8.
         first: (tiles of channels * tap groups + 1,) the first weight tile of each tap group.
-        steps: (weight tiles + 1,) uint32, one per weight tile, and a zero: bits 0-15 where its tap begins in the
+        steps: (weight tiles + 2,) uint32, one per weight tile, and zeros: bits 0-15 where its tap begins in the
             group's pixels, in units of 16 bytes; from bit 16 two bits for each warpgroup across, which halves of the
             block's channels it has for it; bit 31: it is the last of its tap group.
         out_order: which output channel stands at each place of all tiles; -1: none.
@@ -58,7 +59,7 @@ class Packed:
 
     def placed(self, tiling: Tiling) -> Packed:
         """The same for another tiling of the same `tiles_key`, whose taps may begin at other pixels."""
-        starts = np.append(_starts(tiling)[self.taps], np.uint32(0))
+        starts = np.pad(_starts(tiling)[self.taps], (0, _BEHIND))
         return replace(self, steps=self.steps & ~np.uint32(0xFFFF) | starts)
 
 
@@ -75,7 +76,7 @@ def tiles_key(tiling: Tiling) -> Hashable:
     """What the weight tiles of a filter depend on. Tilings for several input sizes may have the same."""
     config = tiling.config
     order = tuple(tuple(tap[:3] for tap in tap_group) for tap_group in tiling.tap_groups)
-    return tiling.problem.precision, config.tile_channels, config.across, order
+    return tiling.problem.precision, config.tile_channels, config.across, config.by_turns, order
 
 
 class _Nonzeros(NamedTuple):
@@ -128,13 +129,15 @@ def _choose(nonzeros: _Nonzeros, tiling: Tiling) -> tuple[IntArray, IntArray, ND
     half = nonzeros.column // np.int32(tiling.element.k_block // 2)
     holds[nonzeros.tile, nonzeros.tap, nonzeros.part, warpgroup, half] = 1
     holds[:, 0, 0] = 1  # a tile's first products overwrite the sums
+    if tiling.config.by_turns:
+        holds[:, tiling.storing_groups * group_taps, 0] = 1  # the other warpgroup's first ones, too
     halves = holds.reshape(*holds.shape[:3], -1) @ (1 << np.arange(2 * across, dtype=np.uint32))
 
     kept = halves != 0
     kept[:, ::group_taps, 0] = True  # each group is used, if only to be passed over
     tile, tap, _ = np.nonzero(kept)
     numbers = np.where(kept, np.cumsum(kept).reshape(kept.shape) - 1, -1).astype(np.int32)
-    steps = np.append(starts[tap] | halves[kept] << np.uint32(16), np.uint32(0))
+    steps = np.pad(starts[tap] | halves[kept] << np.uint32(16), (0, _BEHIND))
     tap_group = tile * len(tiling.tap_groups) + tap // group_taps
     first = np.searchsorted(tap_group, np.arange(tiling.channel_tiles * len(tiling.tap_groups) + 1)).astype(np.int32)
     steps[first[1:] - 1] |= np.uint32(_LAST_OF_GROUP)

@@ -27,7 +27,7 @@ class Params:
         by_tile_plane: by the outputs of a sample in a tile of rows.
         pitch, sample_pitch: pixels from row to row and from sample to sample, of tiles of rows.
         load_pixels, zero_pixels, store_pixels: of a tap group, of the zeros behind it, and of what is stored at a time.
-        b_stage_bytes, staging_begin, staging_bytes, staging_pitch: of its :class:`SharedMemory`.
+        b_stage_bytes, staging_begin, staging_bytes, staging_pitch, sums_begin: of its :class:`SharedMemory`.
         residual: whether one is added.
         bound: 0 none, 1 ReLU, 2 ReLU6.
     """
@@ -68,6 +68,7 @@ class Params:
     staging_begin: int
     staging_bytes: int
     staging_pitch: int
+    sums_begin: int
     residual: bool
     bound: int
 
@@ -113,6 +114,7 @@ class Params:
             staging_begin=memory.staging_begin,
             staging_bytes=memory.staging.buffer_bytes,
             staging_pitch=memory.staging.pitch,
+            sums_begin=memory.sums_begin,
             residual=p.epilogue.residual,
             bound=activation.bound(p.epilogue),
         )

@@ -15,7 +15,12 @@ from escort.methods.cuda.sparse_tc.orders import order_filter
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 from escort.problem import MemoryFormat, Problem
 
-_SHAPES = ((2, 1), (2, 2), (1, 1), (1, 2))  # across and m_blocks
+_SHAPES = (  # across, m_blocks and whether by turns
+    (2, 1, False),
+    (2, 2, False),
+    (1, 1, False),
+    (1, 2, False),
+)
 _PIXELS = (48, 64, 96, 112, 128, 192, 256)  # of products whose tiles are not rows
 _SAMPLES = (2, 3, 4, 6, 8)  # of a tile of several
 _LEAST_USED = 0.5  # of a tile's channels
@@ -26,9 +31,14 @@ _MOST_LISTED = 256  # problems whose tilings are remembered
 def search(
     problem: Problem, sparse_filter: SparseFilter, gpu: Gpu, most: int, memory_format: MemoryFormat
 ) -> list[SparseTcConfig]:
-    """At most so many configs, those of least predicted time, of some variety: few differ in their clusters only."""
+    """At most so many configs, those of least predicted time, of some variety: few differ in their clusters only.
+
+    The best whose warpgroups take turns and the best whose do not come first: only a timing tells which is faster.
+    """
     remainder = Remainder.of(order_filter(sparse_filter, memory_format, ELEMENTS[problem.precision]))
     tilings = sorted(_listed(problem, gpu, memory_format), key=lambda tiling: predict_us(tiling, remainder, gpu))
+    firsts = {tiling.config.by_turns: tiling.config for tiling in reversed(tilings)}.values()
+    tilings.sort(key=lambda tiling: tiling.config not in firsts)
     chosen: list[SparseTcConfig] = []
     alike: Counter[SparseTcConfig] = Counter()  # of those that are chosen, but for their clusters
     for tiling in tilings:
@@ -49,12 +59,14 @@ def _listed(problem: Problem, gpu: Gpu, memory_format: MemoryFormat) -> tuple[Ti
 
 def candidates(problem: Problem, gpu: Gpu, memory_format: MemoryFormat) -> Iterator[Tiling]:
     """Every config that fits, of tiles that are not mostly empty."""
-    for across, m_blocks in _SHAPES:
+    for across, m_blocks, by_turns in _SHAPES:
         if _is_mostly_empty(problem, across, m_blocks):
             continue
-        for tap_group, pixels, rows, samples in _tiles(problem, across, m_blocks):
+        for tap_group, pixels, rows, samples in _tiles(problem, across, m_blocks, by_turns):
             for cluster in CLUSTERS:
-                config = SparseTcConfig(tap_group, pixels, across, m_blocks, rows, samples, cluster, memory_format)
+                config = SparseTcConfig(
+                    tap_group, pixels, across, m_blocks, rows, samples, cluster, memory_format, by_turns
+                )
                 try:
                     tiling = Tiling.of(problem, config, gpu.shared_bytes)
                 except UnfitError:
@@ -65,12 +77,12 @@ def candidates(problem: Problem, gpu: Gpu, memory_format: MemoryFormat) -> Itera
 
 def is_offered(problem: Problem, gpu: Gpu, config: SparseTcConfig) -> bool:
     """Whether a config is one of the candidates in the problem's memory format."""
-    across, m_blocks, tile = config.across, config.m_blocks, (config.tap_group, config.pixels, config.rows)
+    shape, tile = (config.across, config.m_blocks, config.by_turns), (config.tap_group, config.pixels, config.rows)
     if config.memory_format != problem.memory_format or config.cluster not in CLUSTERS:
         return False
-    if (across, m_blocks) not in _SHAPES or _is_mostly_empty(problem, across, m_blocks):
+    if shape not in _SHAPES or _is_mostly_empty(problem, *shape[:2]):
         return False
-    if (*tile, config.samples) not in _tiles(problem, across, m_blocks):
+    if (*tile, config.samples) not in _tiles(problem, *shape):
         return False
     try:
         return _fills(Tiling.of(problem, config, gpu.shared_bytes))
@@ -87,7 +99,7 @@ def _fills(tiling: Tiling) -> bool:
     return tiling.config.cluster == 1 or tiling.tiles(max(tiling.problem.batch, 1)) >= tiling.config.cluster
 
 
-def _tiles(p: Problem, across: int, m_blocks: int) -> Iterator[tuple[TapGroup, int, int, int]]:
+def _tiles(p: Problem, across: int, m_blocks: int, by_turns: bool) -> Iterator[tuple[TapGroup, int, int, int]]:
     """(tap group, pixels of a warpgroup, rows, samples) of tiles that hold their outputs."""
     pointwise = p.kernel_size == p.stride == (1, 1) and not any(p.padding)
     yield from (("flat" if pointwise else "im2col", pixels, 0, 1) for pixels in _PIXELS)
@@ -102,6 +114,6 @@ def _tiles(p: Problem, across: int, m_blocks: int) -> Iterator[tuple[TapGroup, i
     for tap_group, pitch, sample_rows in pitches:
         for tile_rows, samples in shapes:
             outputs = ((samples - 1) * sample_rows + tile_rows - 1) * pitch + p.out_width
-            pixels = -(-outputs * across // 16) * 8
+            pixels = -(-outputs * (2 if by_turns else across) // 16) * 8
             if p.kernel_size != (1, 1) and pixels * m_blocks <= 256:
                 yield tap_group, pixels, tile_rows, samples

@@ -84,6 +84,11 @@ class Tiling:
         return -(-self.problem.out_channels // self.config.tile_channels)
 
     @property
+    def storing_groups(self) -> int:
+        """By turns: the tap groups of the warpgroup that stores, its first ones; the other one has the others."""
+        return len(self.tap_groups) // 2
+
+    @property
     def tile_rows(self) -> int:
         """Rows of the output in a tile, where those are whole rows."""
         return _tile_rows(self.problem, self.config)
@@ -113,6 +118,7 @@ class Tiling:
             "PIXELS": config.pixels,
             "M_BLOCKS": config.m_blocks,
             "ACROSS": config.across,
+            "BY_TURNS": int(config.by_turns),
             "A_STAGES": self.memory.a_stages,
             "B_STAGES": self.memory.b_stages,
             "OUT_NCHW": int(not config.takes_channels_last),
@@ -133,6 +139,8 @@ class Tiling:
         load, store = _boxes(problem, config, rows, element.k_block)
         load_pixels, store_pixels = math.prod(load[1:]), math.prod(store[1:])
         starts = [tap.start for tap in tap_groups[0]]
+        if config.by_turns and len(tap_groups) < 2:
+            raise UnfitError("warpgroups take turns at tap groups: there must be two")
         memory = SharedMemory.of(config, element, starts, load_pixels + rows.zeros, store_pixels, shared_bytes)
         vector, unaligned = _vector(problem, config, rows, element)
         channels = problem.in_channels if config.takes_channels_last else k_blocks * element.k_block
@@ -148,6 +156,8 @@ def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
         )
     if config.pixels % 8 or not 0 < config.pixels * config.m_blocks <= 2 * _MOST_SUMS:
         raise UnfitError(f"{config.pixels} pixels by {config.m_blocks} blocks of channels do not fit a warpgroup")
+    if config.by_turns and (config.across != 1 or config.tap_group == "halo"):
+        raise UnfitError("warpgroups take turns with the same channels, and not with halo, whose tap groups are few")
     if config.tap_group == "flat" and (p.kernel_size != (1, 1) or any(p.padding)):
         raise UnfitError("flat is for pointwise convolutions without padding; choose im2col")
     if config.tap_group != "im2col":

@@ -22,7 +22,7 @@ from escort.problem import MemoryFormat, Precision, Problem
 
 #: Shares of zeros, rising, at which the models predict, to find out from where on a method pays.
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
-#: What forecasts are made of: by network and name some of the paper's layers, one per kind of shape, and two pointwise
+#: What crossings are made of: by network and name some of the paper's layers, one per kind of shape, and two pointwise
 #: ones of the pattern files, whose rows do not tell their shapes.
 SHAPES: dict[tuple[str, str], Problem] = {
     (network, layer): LAYERS[network, layer].problem(LAYERS[network, layer].batch)
@@ -42,7 +42,7 @@ SHAPES: dict[tuple[str, str], Problem] = {
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Crossing:
     """From which share of zeros on methods are faster than cuDNN, as their models say; nothing of theirs was timed.
 
     Attributes:
@@ -57,8 +57,8 @@ class Forecast:
     least: Mapping[str, float]
 
 
-def forecasts(results: Mapping[str, Result], precision: Precision) -> list[Forecast]:
-    """A forecast for each of :data:`SHAPES` that cuDNN was timed on, with nonzeros at random positions.
+def crossings(results: Mapping[str, Result], precision: Precision) -> list[Crossing]:
+    """A crossing for each of :data:`SHAPES` that cuDNN was timed on, with nonzeros at random positions.
 
     There is none on GPUs that the models do not know, and none of direct where it was not timed: its times scale its
     model.
@@ -70,7 +70,7 @@ def forecasts(results: Mapping[str, Result], precision: Precision) -> list[Forec
     slower = {name: 1.0 for name in (ON_FMA if precision == "fp32" else SPARSE) if factors or name != OURS}
     if factors:
         slower[OURS] = median(factors)
-    predictions: list[Forecast] = []
+    predictions: list[Crossing] = []
     for result in (results[stem] for stem in (f"layers-{precision}", f"patterns-{precision}") if stem in results):
         gpu, seed = gpu_of(result), seed_of(result)
         for (problem, memory_format), cudnn_us in _cudnn_us(result.rows, precision).items():
@@ -82,7 +82,7 @@ def forecasts(results: Mapping[str, Result], precision: Precision) -> list[Forec
                 name: _least_share(by_name(name, "cuda"), problems, seed, gpu, cudnn_us / factor)
                 for name, factor in slower.items()
             }
-            predictions.append(Forecast(problem, memory_format, cudnn_us, least))
+            predictions.append(Crossing(problem, memory_format, cudnn_us, least))
     return predictions
 
 

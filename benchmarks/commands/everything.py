@@ -1,0 +1,143 @@
+"""python -m benchmarks all: everything that documents quote, measured on this machine into one folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import suite
+from benchmarks.ahead import Ahead
+from benchmarks.commands.options import PROGRAM, AheadOption, SecondsOption, SeedOption
+from benchmarks.commands.parts import Part, parts, with_seconds
+from benchmarks.commands.telling import telling
+from benchmarks.result_files import Item, Result, find_results, measure
+from benchmarks.study import run
+from escort import report
+from escort.cli.console import Output, command_line, note
+from escort.cli.engines import placed_on
+from escort.cli.options import VerboseOption, command
+from escort.planner.machine import find_device
+
+
+@dataclass(frozen=True)
+class EverythingOptions:
+    """What is measured, and where it goes."""
+
+    into: Annotated[
+        Path, typer.Option(help="Folder of the results, such as benchmarks/results/NAME; it may hold some.")
+    ]
+    device: Annotated[str, typer.Option(help="cuda, cuda:1 or cpu.")] = "cuda"
+    only: Annotated[
+        str, typer.Option(metavar="GLOB,...", help="Only files named like these, in this order: speed-fp16,layers-*.")
+    ] = "*"
+    items: Annotated[
+        str, typer.Option(metavar="GLOB,...", help="Only items named like these, for example 'resnet50*'.")
+    ] = "*"
+    patterns: Annotated[
+        Path,
+        typer.Option(help="Folder of files of sparsity patterns; what needs one that is not there is left out."),
+    ] = Path("shared/data/patterns")
+    threads: Annotated[
+        int | None, typer.Option(help="Threads on the CPU, on as many cores. By default torch's number, on all cores.")
+    ] = None
+    ncu: Annotated[bool, typer.Option("--ncu", help="Read hardware counters, with NVIDIA Nsight Compute.")] = False
+    listed: Annotated[
+        bool, typer.Option("--list", help="Say what would be measured and how long; measure nothing.")
+    ] = False
+    seconds: SecondsOption = None
+    ahead: AheadOption = 0
+    seed: SeedOption = 0
+    verbose: VerboseOption = 0
+
+    def chosen(self, device: str, known: Mapping[str, Result], ahead: Ahead) -> list[Part]:
+        """The parts with the items that are wanted. Raises ValueError where there are none."""
+        made = parts(device, self.patterns, seed=self.seed, ncu=self.ncu, ahead=ahead)
+        found = [
+            replace(part, work=work)
+            for part in (with_seconds(part, known) for part in made)
+            if (work := self._wanted(part.work))
+        ]
+        if not found:
+            raise ValueError(f"--only {self.only} --items {self.items}: nothing is named so; --list says what there is")
+        return sorted(found, key=lambda part: min(map(self._place, part.work)))
+
+    def _place(self, stem: str) -> int:
+        """Where a file is named: that is its turn."""
+        return next(index for index, glob in enumerate(self.only.split(",")) if fnmatch(stem, glob))
+
+    def _wanted(self, work: Mapping[str, Sequence[Item]]) -> dict[str, list[Item]]:
+        of_files = {stem: items for stem, items in work.items() if _is_like(stem, self.only)}
+        wanted = {
+            stem: [item for item in items if _is_like(item.label, self.items)] for stem, items in of_files.items()
+        }
+        return {stem: wanted[stem] for stem in sorted(wanted, key=self._place) if wanted[stem]}
+
+
+@command
+def main(options: EverythingOptions, output: Output) -> None:
+    """Measure everything that documents quote on this machine's device, into a folder.
+
+    Files are written after every measurement; the same command goes on where a run was cut off.
+    """
+    device = str(find_device(options.device))
+    if device != "cpu" and options.threads is not None:
+        raise ValueError("--threads is for the CPU; leave it out, or give --device cpu")
+    known = find_results(options.into)
+    ahead = Ahead(options.ahead)
+    chosen = options.chosen(device, known, ahead)
+    if not options.listed:
+        options.into.mkdir(parents=True, exist_ok=True)
+        with placed_on(options.threads):
+            failures = _measure(chosen, options, device, ahead)
+        output.failed = bool(failures)
+        for what, why in failures.items():
+            note(f"failed: {what}: {why}")
+        known = find_results(options.into)
+    left = [_left(stem, items, known.get(stem)) for part in chosen for stem, items in part.work.items()]
+    output.text.print(report.terminal(_table(left)))
+    output.result = {"output": str(options.into), "left": left}
+    if not (options.patterns / "resnet50_magnitude_90.npz").is_file():
+        note(f"{options.patterns} holds no resnet50_magnitude_90.npz: what is about real patterns is left out")
+
+
+def _measure(chosen: Sequence[Part], options: EverythingOptions, device: str, ahead: Ahead) -> dict[str, str]:
+    """What failed, of all parts, one behind the other in the time that there is."""
+    line, failures = command_line(PROGRAM), dict[str, str]()
+    last = None if options.seconds is None else time.perf_counter() + options.seconds
+    for part in chosen:
+        left = None if last is None else max(last - time.perf_counter(), 0.0)
+        with telling(part.work) as told:
+            about: dict[str, Any] = {"seconds": left, "begin": told.begin, "end": told.end}
+            if part.study is not None:
+                failures |= run(part.study, part.work, options.into, line, **about)
+            else:
+                head = suite.header(line, device) | part.head
+                failures |= measure(part.work, options.into, head, ahead=ahead, **about)
+    return failures
+
+
+def _left(stem: str, items: Sequence[Item], result: Result | None) -> dict[str, Any]:
+    """What a file holds of the items, what it lacks, and how many seconds that takes."""
+    head = {} if result is None else result.header
+    missing = [item for item in items if item.label not in head.get("finished", ())]
+    failed = sum(item.label in head.get("failed", ()) for item in missing)
+    seconds = sum(item.seconds for item in missing)
+    return {"file": stem, "items": len(items), "left": len(missing), "failed": failed, "seconds": round(seconds)}
+
+
+def _table(left: Sequence[dict[str, Any]]) -> report.Table:
+    lines = [tuple(str(value) for value in of_file.values()) for of_file in left]
+    total = sum(of_file["seconds"] for of_file in left)
+    columns = ("File", "Items", "To measure", "Of them failed", "About, s")
+    caption = f"About {total / 60:.0f} minutes are left, as items of these kinds took before or roughly take."
+    return report.Table("What is measured, and what is left", columns, tuple(lines), caption)
+
+
+def _is_like(name: str, globs: str) -> bool:
+    return any(fnmatch(name, glob) for glob in globs.split(","))

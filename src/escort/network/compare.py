@@ -1,0 +1,183 @@
+"""Two models on data of yours: how far the outputs of one are from those of the other, sample by sample."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from escort import report
+from escort.network.example import Example
+from escort.network.model import ConvertedModel
+from escort.network.values import output_error, tensors_of
+from escort.report import Table
+
+_COLUMNS = ("Output", "Shape", "Top-1 agreement", "Mean error", "Largest error", "Worst sample")
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """How far one output is from the model's, over all samples.
+
+    Attributes:
+        shape: of the output in the first batch.
+        top1_agreement: the share of samples, or of their pixels, whose largest class is the same. Classes are the
+            second axis; None where the output has no such axis of more than one, or no floating-point numbers.
+        mean_error, largest_error: of the samples' relative errors, ``||out - ref|| / ||ref||``. One is infinite where
+            the two have not the same NaNs and infinities, or not the same shape.
+        worst_sample: which sample has the largest error, counted through all batches from 0.
+    """
+
+    shape: tuple[int, ...]
+    top1_agreement: float | None
+    mean_error: float
+    largest_error: float
+    worst_sample: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found. Printed, it is a table.
+
+    Attributes:
+        samples: how many samples were compared.
+        outputs: each of the model's output tensors, in order.
+    """
+
+    samples: int
+    outputs: tuple[OutputComparison, ...]
+
+    def __str__(self) -> str:
+        return report.text(self._table())
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return report.html(self._table())
+
+    def _table(self) -> Table:
+        rows = [
+            (
+                str(number),
+                "x".join(map(str, each.shape)),
+                "-" if each.top1_agreement is None else f"{100 * each.top1_agreement:.2f} %",
+                f"{each.mean_error:.1e}",
+                f"{each.largest_error:.1e}",
+                str(each.worst_sample),
+            )
+            for number, each in enumerate(self.outputs)
+        ]
+        caption = f"Relative errors of {self.samples:,} samples, against the outputs of the model."
+        return Table("Comparison", _COLUMNS, tuple(rows), caption)
+
+
+def compare(
+    model: nn.Module,
+    fast: nn.Module,
+    loader: Iterable[Any],
+    *,
+    inputs: Callable[[Any], Any] | None = None,
+    batches: int | None = None,
+) -> Comparison:
+    """How far the outputs of a converted model are from those of the model, on real data.
+
+    Each of the two may be on a device and in a precision of its own: floating-point inputs are given to it as it takes
+    them. What the model's convolutions are multiplied in on a GPU is what torch's settings say.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+        >>> compare(model, model, [torch.randn(4, 3, 16, 16)]).outputs[0].top1_agreement
+        1.0
+
+    Args:
+        model: in eval mode; its outputs are what the others are compared with.
+        fast: what :func:`escort.convert` or :func:`escort.load` returned, or another model of like outputs.
+        loader: batches, such as a DataLoader has them.
+        inputs: what the models are called with, given a batch: a tensor, or a tuple of all arguments. By default the
+            first item of a list, as a DataLoader makes one of images and labels, else the batch itself.
+        batches: how many batches to take; all by default.
+
+    Raises:
+        TypeError: where there is no tensor in what the models are called with.
+        ValueError: where a model is in training mode, there is no batch, or the models do not return as many tensors.
+    """
+    for name, each in (("model", model), ("fast", fast)):
+        if each.training:
+            raise ValueError(f"{name} is in training mode; call {name}.eval() first")
+    sums: list[_Sums] = []
+    samples = 0
+    with torch.inference_mode():
+        for number, batch in enumerate(itertools.islice(loader, batches)):
+            example = Example.of(_inputs(batch) if inputs is None else inputs(batch))
+            expected, outputs = (tensors_of(_placed(example, each).run(each)) for each in (model, fast))
+            sums = sums or [_Sums(tuple(x.shape)) for x in expected]
+            if not len(outputs) == len(expected) == len(sums):
+                raise ValueError(
+                    f"batch {number}: the model returns {len(expected)} tensors, fast {len(outputs)}, and there were "
+                    f"{len(sums)} before; compare models that return the same"
+                )
+            count = len(example.tensors[0]) if example.tensors[0].ndim else 1
+            for so_far, out, ref in zip(sums, outputs, expected, strict=True):
+                so_far.add(out.to(ref.device), ref, count, samples)
+            samples += count
+    if not samples:
+        raise ValueError("the loader has no batch; pass at least one")
+    return Comparison(samples, tuple(each.comparison() for each in sums))
+
+
+def _inputs(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, list) and batch else batch
+
+
+def _placed(example: Example, model: nn.Module) -> Example:
+    """The example on the device and in the floating-point type that a model takes."""
+    tensors = [*model.parameters(), *model.buffers()]
+    device = tensors[0].device if tensors else example.device
+    dtype = next((x.dtype for x in tensors if x.is_floating_point()), None)
+    if isinstance(model, ConvertedModel):  # a layer's parameters need not be of the type of what it takes
+        dtype = next((each for each in model.plan.input_types if each.is_floating_point), None)
+
+    def place(x: Tensor) -> Tensor:
+        return x.to(device, dtype if x.is_floating_point() else None, copy=True)  # a model may write to it
+
+    args, kwargs = tree_map_only(Tensor, place, (example.args, dict(example.kwargs)))
+    return Example(args, kwargs)
+
+
+class _Sums:
+    """What is summed over the samples of an output."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        self._errors, self._largest, self._worst, self._samples = 0.0, -1.0, 0, 0
+        self._agreeing, self._classified = 0, 0
+
+    def add(self, out: Tensor, ref: Tensor, count: int, first: int) -> None:
+        """Takes in an output of a batch.
+
+        Args:
+            count: the batch's samples. Where the output has no axis of so many, it counts as one sample.
+            first: the number of the first of them.
+        """
+        by_sample = out.shape == ref.shape and ref.ndim > 0 and len(ref) == count
+        pairs = zip(out, ref, strict=True) if by_sample else [(out, ref)]
+        for number, (one, other) in enumerate(pairs, first):
+            error = output_error(one, other)
+            self._errors += error
+            self._samples += 1
+            if error > self._largest:
+                self._largest, self._worst = error, number
+        if by_sample and ref.is_floating_point() and ref.ndim > 1 and ref.shape[1] > 1:
+            agrees = out.argmax(1) == ref.argmax(1)
+            self._agreeing += int(agrees.sum())
+            self._classified += agrees.numel()
+
+    def comparison(self) -> OutputComparison:
+        agreement = self._agreeing / self._classified if self._classified else None
+        mean = self._errors / self._samples if self._samples else math.nan
+        return OutputComparison(self._shape, agreement, mean, max(self._largest, 0.0), self._worst)

@@ -1,0 +1,72 @@
+"""A conversion by a plan that was made before: what it says is done, compared with the original, and not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from escort.network.check import Request
+from escort.network.choose import judge
+from escort.network.context import dense_in
+from escort.network.example import Example
+from escort.network.model import ConvertedModel
+from escort.network.original import Original
+from escort.network.plan import NetworkPlan
+from escort.network.swap import Swapped, Unplanned
+from escort.problem import MemoryFormat
+
+_ANEW = "convert it without a plan"
+
+
+def check_pinned(plan: NetworkPlan, example: Example, asked: Mapping[str, Any]) -> None:
+    """Raises TypeError or ValueError where a plan is not for an example, or goes with nothing that was asked for.
+
+    Args:
+        asked: other arguments of the conversion by name, None for those that were not given.
+    """
+    if not isinstance(plan, NetworkPlan):
+        raise TypeError(f"plan is the plan of a converted model, fast.plan, got {type(plan).__name__}")
+    if given := ", ".join(name for name, value in asked.items() if value is not None):
+        raise ValueError(f"a plan says what runs, so that nothing is measured; leave out {given}")
+    if (here := example.device.type) != (there := plan.device.partition(":")[0]):
+        raise ValueError(f"the plan is for {there}, the model on {here}; move the model, or {_ANEW}")
+    shapes = tuple(tuple(x.shape) for x in example.tensors)
+    if shapes != plan.input_shapes:
+        raise ValueError(f"the plan is for inputs of {plan.input_shapes}, the example has {shapes}; pass one like them")
+
+
+def only_planned(networks: Mapping[MemoryFormat, Unplanned], plan: NetworkPlan) -> dict[MemoryFormat, Unplanned]:
+    """The network in the memory format of a plan. Raises ValueError where it has other layers than that."""
+    if plan.kept_dense:
+        return {"contiguous": replace(networks["contiguous"], layers={})}
+    if plan.memory_format not in networks:
+        raise ValueError(f"the plan is for tensors in {plan.memory_format}, in which this model is not converted here")
+    unplanned = networks[plan.memory_format]
+    if differing := sorted(unplanned.layers.keys() ^ plan.layers.keys()):
+        raise ValueError(f"the plan is for another model: only one of the two has the layer {differing[0]}")
+    for name, layer in unplanned.layers.items():
+        if (planned := plan.layers[name].problem.on(layer.problem.device)) != layer.problem:
+            raise ValueError(f"layer {name}: the plan is for {planned}, the model has {layer.problem}")
+    return {plan.memory_format: unplanned}
+
+
+def keep_as_planned(dense: nn.Module, swapped: Swapped, original: Original, request: Request) -> ConvertedModel:
+    """The network that a plan keeps, with that plan. Raises ValueError where it is not right here."""
+    plan = request.pinned
+    assert plan is not None
+    network, error = dense, plan.rel_error
+    if not plan.kept_dense:
+        network = swapped.network
+        with dense_in(request.precision, request.device):
+            error, reason = judge(network, original, request)
+        if reason is not None:
+            raise ValueError(f"by its plan the network is wrong here: {reason}; {_ANEW}")
+        request.progress.done("compared with the original")
+    if original.state is not None:
+        original.state.restore(network)
+    layers = plan.layers if plan.kept_dense else swapped.layers
+    plan = replace(plan, layers=layers, skipped=swapped.skipped, rel_error=error, device=str(request.device))
+    return ConvertedModel(network, plan, original.model)

@@ -1,0 +1,113 @@
+"""A plan that was made before is followed: nothing is measured, and what comes out is the same bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import escort
+from escort.network.plan import NetworkPlan
+from escort.planner import timing
+from tests.network.models import Small, pruned
+
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return pruned(Small())
+
+
+@pytest.fixture(scope="module")
+def plan(model: nn.Module) -> NetworkPlan:
+    """A plan by which the layers run by different methods, as JSON brings it from another process."""
+    first, second = (escort.convert(model, X, methods=[name]).plan for name in ("direct", "lowered"))
+    layers = {"first": by(first, "first", "direct"), "second": by(second, "second", "lowered")}
+    made = replace(first, layers=layers, kept_dense=False, methods=(), samples=1)
+    return NetworkPlan.from_json(json.loads(json.dumps(made.to_json())))
+
+
+def by(plan: NetworkPlan, name: str, method: str) -> Any:
+    """A layer's plan with the choice of a method."""
+    layer = plan.layers[name]
+    chosen = next(c for c in layer.candidates if c.method == method and c.time_us is not None)
+    return replace(layer, method=method, config=chosen.config)
+
+
+@pytest.fixture
+def no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*args: Any, **options: Any) -> None:
+        raise AssertionError("something was timed")
+
+    for name in ("race", "race_on_gpu"):
+        monkeypatch.setattr(timing, name, measured)
+
+
+@pytest.mark.usefixtures("no_timer")
+def test_what_runs_is_what_the_plan_says(model: nn.Module, plan: NetworkPlan) -> None:
+    one, other = (escort.convert(model, X, plan=plan) for _ in range(2))
+    assert {name: layer.method for name, layer in one.plan.layers.items()} == {"first": "direct", "second": "lowered"}
+    assert [layer.config for layer in one.plan.layers.values()] == [layer.config for layer in plan.layers.values()]
+    assert not one.plan.kept_dense and one.plan.converted_time_us == plan.converted_time_us
+    assert one.plan.batching == plan.batching and one.plan.layers["first"].times_from == "measured"
+    assert torch.equal(one(X), other(X)), "bit for bit"
+    torch.testing.assert_close(one(X), model(X))
+
+
+@pytest.mark.usefixtures("no_timer")
+def test_the_original_is_kept_where_the_plan_kept_it(model: nn.Module, plan: NetworkPlan) -> None:
+    kept = escort.convert(model, X, plan=replace(plan, kept_dense=True))
+    assert kept.plan.kept_dense and kept.plan.layers.keys() == plan.layers.keys()
+    torch.testing.assert_close(kept(X), model(X))
+
+
+@pytest.mark.usefixtures("no_timer")
+def test_other_weights_of_the_model_follow_it_too(model: nn.Module, plan: NetworkPlan) -> None:
+    torch.manual_seed(7)
+    other = pruned(Small())
+    torch.testing.assert_close(escort.convert(other, X, plan=plan)(X), other(X))
+
+
+def test_a_choice_that_is_wrong_here_is_refused(
+    model: nn.Module, plan: NetworkPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("escort.planner.follow.check", lambda *args: None)
+    with pytest.raises(ValueError, match="layer first: its plan has direct with .*does not compute it here"):
+        escort.convert(model, X, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"effort": "best"}, "leave out effort"),
+        ({"methods": ["direct"], "remeasure": True}, "leave out methods, remeasure"),
+        ({"plan": "model.escort"}, "plan is the plan of a converted model"),
+        ({"precision": "tf32"}, "TF32|tf32"),
+    ],
+)
+def test_what_does_not_go_with_a_plan(
+    model: nn.Module, plan: NetworkPlan, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        escort.convert(model, X, **{"plan": plan, **arguments})
+
+
+def test_plans_of_something_else(model: nn.Module, plan: NetworkPlan) -> None:
+    with pytest.raises(ValueError, match="the plan is for inputs of"):
+        escort.convert(model, X[:1], plan=plan)
+    with pytest.raises(ValueError, match="the plan is for cuda, the model on cpu"):
+        escort.convert(model, X, plan=replace(plan, device="cuda:0"))
+    with pytest.raises(ValueError, match="only one of the two has the layer second"):
+        escort.convert(model, X, plan=replace(plan, layers={"first": plan.layers["first"]}))
+    wider = replace(plan.layers["first"], problem=replace(plan.layers["first"].problem, stride=(2, 2)))
+    with pytest.raises(ValueError, match="layer first: the plan is for"):
+        escort.convert(model, X, plan=replace(plan, layers={**plan.layers, "first": wider}))
+    strange = replace(plan.layers["first"], config={**plan.layers["first"].config, "channel_block": 10**6})
+    with pytest.raises(ValueError, match="layer first: its plan has direct, and .* is none of its configs"):
+        escort.convert(model, X, plan=replace(plan, layers={**plan.layers, "first": strange}))
