@@ -10,11 +10,11 @@ from pathlib import Path
 from benchmarks import suite
 from benchmarks.exhibits.cells import Plot, milliseconds, times_faster
 from benchmarks.exhibits.conditions import conditions_table
-from benchmarks.findings.break_even import by_sparsity
+from benchmarks.findings.break_even import by_sparsity, sparsity_of
 from benchmarks.findings.methods import OURS, methods_in, rivals_in
 from benchmarks.paper_layers import LAYERS
 from benchmarks.result_files import Result
-from benchmarks.suite import WHOLE
+from benchmarks.suite import WHOLE, Row
 from escort.report import Figure, Table, horizontal_bars
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -160,23 +160,38 @@ def _zeros(layers: Mapping[tuple[str, str, int], object]) -> str:
 
 
 def _cpu_networks_table(results: Mapping[str, Result]) -> Table:
-    whole = {
-        name: [row for row in result.rows if row.layer == WHOLE and row.weights.startswith("random-")]
-        for name, result in results.items()
-    }
-    curves = {name: by_sparsity(rows) for name, rows in whole.items()}
-    all_times = [times for curve in curves.values() for by_share in curve.values() for times in by_share.values()]
-    engines = methods_in(all_times)
+    measured: list[tuple[tuple[str, ...], dict[str, float]]] = []
+    for result in results.values():
+        on = f"{result.header['threads']} threads, {_isa(result)}, {_maker(result)}"
+        by_weights: dict[str, list[Row]] = {}
+        for row in result.rows:
+            if row.layer == WHOLE and _zeros_of(row.weights) is not None:
+                by_weights.setdefault(row.weights, []).append(row)
+        for weights, rows in by_weights.items():
+            for (network, _, batch), times in suite.best_times(rows).items():
+                about = _NETWORKS.get(network, network), _zeros_of(weights) or "", str(batch), on
+                measured.append((about, times))
+    engines = methods_in([times for _, times in measured])
     rivals = [engine for engine in engines if engine != "escort"]
     lines = []
-    for name, result in results.items():
-        for (network, _, batch), curve in curves[name].items():
-            for sparsity, times in curve.items():
-                on = f"{result.header['threads']} threads, {_isa(result)}"
-                times_ms = (milliseconds(times.get(engine)) for engine in engines)
-                ratios = (times_faster(times[r] / times["escort"] if r in times else None) for r in rivals)
-                about = _NETWORKS.get(network, network), f"{sparsity:.0%}", str(batch), on
-                lines.append((*about, *times_ms, *ratios))
+    for about, times in measured:
+        times_ms = (milliseconds(times.get(engine)) for engine in engines)
+        ratios = (times_faster(times[r] / times["escort"] if r in times else None) for r in rivals)
+        lines.append((*about, *times_ms, *ratios))
     columns = ("Network", "Zeros", "Samples", "On", *(f"{engine} ms" for engine in engines))
     columns += tuple(f"vs {rival}" for rival in rivals)
     return Table("Whole networks on CPUs, fp32", columns, tuple(lines))
+
+
+def _zeros_of(weights: str) -> str | None:
+    """The share of zeros of a network that was pruned at random or as a trained one; None for other weights."""
+    if weights.startswith("random-"):
+        return f"{sparsity_of(weights):.0%}"
+    _, as_trained, percent = weights.partition("_magnitude_")
+    return f"{percent}%, as trained" if as_trained else None
+
+
+def _maker(result: Result) -> str:
+    """The processor's name without what all of them have in it."""
+    name: str = result.header["cpu"]
+    return name.replace("(R)", "").replace("Processor", "").strip()
