@@ -169,8 +169,8 @@ def _cpu_networks_table(results: Mapping[str, Result]) -> Table:
                 by_weights.setdefault(row.weights, []).append(row)
         for weights, rows in by_weights.items():
             for (network, _, batch), times in suite.best_times(rows).items():
-                about = _NETWORKS.get(network, network), _zeros_of(weights) or "", str(batch), on
-                measured.append((about, times))
+                named = _NETWORKS.get(network, network), _zeros_of(weights) or "", str(batch), on
+                measured.append((named, times))
     engines = methods_in([times for _, times in measured])
     rivals = [engine for engine in engines if engine != "escort"]
     lines = []
