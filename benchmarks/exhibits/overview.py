@@ -44,7 +44,8 @@ def where(result: Result, *, strict: bool = False) -> str:
     """The device and the precision of a result, in a few words."""
     head, precision = result.header, result.rows[0].dtype
     if head["device"] == "cpu":
-        return f"{head['threads']} CPU threads ({_ISAS.get(head['isa'], head['isa'])}), {precision}"
+        name = head["cpu"].replace("(R)", "").replace("Processor", "").strip()
+        return f"{name}, {head['threads']} threads ({_ISAS.get(head['isa'], head['isa'])}), {precision}"
     return f"{head['gpu'].removeprefix('NVIDIA ')}, {'strict ' if strict and precision == 'fp32' else ''}{precision}"
 
 
