@@ -36,7 +36,7 @@ from tests.cli.named import tiny
 from tests.network.models import pruned
 
 BAD = {"017.jpg", "118.jpg"}
-COUNT = 240
+COUNT = 120
 LIMIT_S = 150
 
 
@@ -205,9 +205,15 @@ def test_a_killed_job_goes_on(saved: Path, images: Path, tmp_path: Path) -> None
     check_all_there(output, report)
     again = report_of(start(saved, images, output))
     assert (again["done"], again["done_before"]) == (0, COUNT - len(BAD)) and again["failed"].keys() == BAD
-    refused = start(saved, images, output, "--size", "8,8")
-    assert "was made by another preparation; name another folder" in refused.communicate()[1].replace("\n", " ")
-    assert refused.returncode == 2
+    (tmp_path / "others").mkdir()
+    os.link(images / "001.jpg", tmp_path / "others" / "001.jpg")
+    for folder, options, what in (
+        (images, ["--size", "8,8"], "preparation"),
+        (tmp_path / "others", [], "folder of images"),
+    ):
+        refused = start(saved, folder, output, *options)
+        assert f"was made by another {what}; name another folder" in refused.communicate()[1].replace("\n", " ")
+        assert refused.returncode == 2
 
 
 def test_room_for_workers(saved: Path, images: Path, tmp_path: Path) -> None:
