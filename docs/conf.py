@@ -25,7 +25,7 @@ html_show_copyright = False
 
 #: The pages beside the first one, in the order of a reader.
 _CONTENTS = {
-    "Use": ["docs/guide", "docs/api", "docs/pruners", "docs/onnx", "docs/zoo", "SECURITY", "CHANGELOG"],
+    "Use": ["docs/guide", "docs/api", "docs/pruners", "docs/onnx", "docs/many", "docs/zoo", "SECURITY", "CHANGELOG"],
     "How fast, how it works": [
         "docs/which-method",
         "docs/results",
