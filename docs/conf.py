@@ -25,8 +25,15 @@ html_show_copyright = False
 
 #: The pages beside the first one, in the order of a reader.
 _CONTENTS = {
-    "Use": ["docs/guide", "docs/api", "docs/pruners", "docs/onnx", "docs/zoo", "SECURITY", "CHANGELOG"],
-    "How fast, how it works": ["docs/results", "docs/architecture", "docs/format", "docs/notes/README"],
+    "Use": ["docs/guide", "docs/api", "docs/pruners", "docs/onnx", "docs/many", "docs/zoo", "SECURITY", "CHANGELOG"],
+    "How fast, how it works": [
+        "docs/which-method",
+        "docs/results",
+        "docs/devices",
+        "docs/architecture",
+        "docs/format",
+        "docs/notes/README",
+    ],
 }
 
 

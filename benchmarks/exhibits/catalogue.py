@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from benchmarks.exhibits.aims import show_patterns
-from benchmarks.exhibits.cells import Plot, Shown
+from benchmarks.exhibits.cells import Exhibit, Shown
 from benchmarks.exhibits.conditions import conditions_table
 from benchmarks.exhibits.conversions import show_conversions
 from benchmarks.exhibits.costs import show_ablation, show_breakdown, show_counters
@@ -20,25 +20,29 @@ from escort.report import Figure, Table
 
 def tables(results: Mapping[str, Result]) -> dict[str, Table]:
     """Every table that the results can fill, by the name that documents call it."""
-    return {name: shown for name, shown in exhibits(results) if isinstance(shown, Table)}
+    return {name: shown for name, shown, _ in exhibits(results) if isinstance(shown, Table)}
 
 
 def plots(results: Mapping[str, Result]) -> dict[str, Figure]:
     """Every plot, by the name of its file. Raises ImportError without matplotlib."""
-    return {name: shown() for name, shown in exhibits(results) if not isinstance(shown, Table)}
+    return {name: shown() for name, shown, _ in exhibits(results) if not isinstance(shown, Table)}
 
 
-def exhibits(results: Mapping[str, Result]) -> Iterator[tuple[str, Table | Plot]]:
-    """All tables, and all plots as the functions that draw them."""
-    yield "conditions", conditions_table(results)
+def exhibits(results: Mapping[str, Result]) -> Iterator[Exhibit]:
+    """All tables, and all plots as the functions that draw them, with the files that they are made of."""
+    yield "conditions", conditions_table(results), ()
     for stem, show in _SHOWN.items():
         by_precision = {
             precision: results[f"{stem}-{precision}"] for precision in PRECISIONS if f"{stem}-{precision}" in results
         }
         if by_precision:
-            yield from show(by_precision).items()
+            for name, shown in show(by_precision).items():
+                of = [precision for precision in by_precision if precision in name.split("-")] or by_precision
+                yield name, shown, tuple(f"{stem}-{precision}" for precision in of)
     for precision in CROSSING:
-        yield from show_crossing(results, precision).items()
+        for name, shown in show_crossing(results, precision).items():
+            of_stems = (f"{stem}-{precision}" for stem in ("layers", "patterns"))
+            yield name, shown, tuple(stem for stem in of_stems if stem in results)
 
 
 #: What is shown of the result files of each stem, given by precision.

@@ -13,6 +13,9 @@ Plot = Callable[[], Figure]
 #: Tables and plots by the name that documents call them.
 Shown = dict[str, Table | Plot]
 
+#: A table or a plot by the name that documents call it, and the files that it is made of.
+Exhibit = tuple[str, Table | Plot, tuple[str, ...]]
+
 
 def zeros_in_paper(network: str, layer: str) -> str:
     """The share of zeros that the paper published for a layer."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 from benchmarks import suite
-from benchmarks.exhibits.cells import Plot, milliseconds, times_faster
+from benchmarks.exhibits.cells import Exhibit, milliseconds, times_faster
 from benchmarks.exhibits.conditions import conditions_table
 from benchmarks.exhibits.forecasts import forecast_table, network_forecast_table
+from benchmarks.exhibits.overview import NETWORKS, show_overview, where
+from benchmarks.exhibits.roofline import show_rooflines
 from benchmarks.findings.break_even import by_sparsity
 from benchmarks.findings.methods import OURS, methods_in, rivals_in
 from benchmarks.paper_layers import LAYERS
@@ -22,21 +25,12 @@ RESULTS = Path(__file__).parents[1] / "results"
 #: Forecasts and what became of them, under :data:`RESULTS`, without ending.
 FORECASTS = "forecast/cpu-avx512"
 
-_NETWORKS = {
-    "caffenet": "CaffeNet",
-    "efficientnet_b0": "EfficientNet-B0",
-    "googlenet": "GoogLeNet",
-    "mobilenet_v2": "MobileNetV2",
-    "resnet50": "ResNet-50",
-    "yolo": "YOLO-style detector",
-}
 _ENGINES = {
     "eager": "eager torch",
     "graph": "torch in a CUDA graph",
     "compile": "`torch.compile`",
     "onnxruntime": "ONNX Runtime",
 }
-_ISAS = {"avx2": "AVX2", "avx512": "AVX-512"}
 
 
 @dataclass(frozen=True)
@@ -66,15 +60,20 @@ HEADLINES = (
 
 
 @cache
-def committed() -> Mapping[str, Result]:
-    """The files that are shown here, by their path under the results' folder, without ending."""
-    of_cpus = (str(path.relative_to(RESULTS).with_suffix("")) for path in sorted(RESULTS.glob("cpu*/*.json")))
-    names = dict.fromkeys((*of_cpus, *(headline.file for headline in HEADLINES), FORECASTS))
-    return {name: Result.read(RESULTS / f"{name}.json") for name in names}
+def committed(folder: Path = RESULTS) -> Mapping[str, Result]:
+    """All result files in a folder and below, by their path in it without ending."""
+    paths = (
+        path for path in sorted(folder.rglob("*.json")) if path.parent != folder
+    )  # aims and the zoo are no results
+    return {
+        str(path.relative_to(folder).with_suffix("")): Result.read(path)
+        for path in paths
+        if "drawn_by" not in json.loads(path.read_text(encoding="utf-8"))  # what a check found
+    }
 
 
-def committed_exhibits(results: Mapping[str, Result] | None = None) -> Iterator[tuple[str, Table | Plot]]:
-    """Tables, and plots as the functions that draw them, by the names that documents call them.
+def committed_exhibits(results: Mapping[str, Result] | None = None) -> Iterator[Exhibit]:
+    """Tables, and plots as the functions that draw them, by the names that documents call them, with their files.
 
     Args:
         results: as of :func:`committed`, which is the default.
@@ -82,15 +81,33 @@ def committed_exhibits(results: Mapping[str, Result] | None = None) -> Iterator[
     results = committed() if results is None else results
     races = {name: result for name, result in results.items() if name != FORECASTS}
     of_cpus = {name: result for name, result in races.items() if result.header.get("device") == "cpu"}
-    yield "headlines", _headlines_table(results)
-    yield "speedup", partial(_headlines_plot, results)
-    yield "cpu-layers", _cpu_layers_table(of_cpus)
-    yield "cpu-networks", _cpu_networks_table(of_cpus)
-    yield "cpu-conditions", conditions_table(of_cpus)
+    layers, networks = _with_rows(of_cpus, whole=False), _with_rows(of_cpus, whole=True)
+    files = tuple(dict.fromkeys(headline.file for headline in HEADLINES))
+    yield "headlines", _headlines_table(results), files
+    yield "speedup", partial(_headlines_plot, results), files
+    yield "cpu-layers", _cpu_layers_table(layers), tuple(layers)
+    yield "cpu-networks", _cpu_networks_table(networks), tuple(networks)
+    yield "cpu-conditions", conditions_table(of_cpus), ()
+    yield "all-conditions", conditions_table(results), ()
+    yield from show_overview(races)
+    yield from show_rooflines(races)
     if FORECASTS in results:
-        yield "forecast-by-sparsity", network_forecast_table(results[FORECASTS])
-        yield "forecast-resnet50", network_forecast_table(results[FORECASTS], "resnet50")
-        yield "forecast", forecast_table(results[FORECASTS])
+        yield "forecast-by-sparsity", network_forecast_table(results[FORECASTS]), (FORECASTS,)
+        yield "forecast-resnet50", network_forecast_table(results[FORECASTS], "resnet50"), (FORECASTS,)
+        yield "forecast", forecast_table(results[FORECASTS]), (FORECASTS,)
+
+
+def _with_rows(results: Mapping[str, Result], *, whole: bool) -> dict[str, Result]:
+    """The rows of whole networks that engines raced, or those of layers, of the files that have any."""
+    kept = {
+        name: Result(
+            result.header,
+            [row for row in result.rows if (row.layer == WHOLE) == whole and row.method not in ("convert", "load")],
+        )
+        for name, result in results.items()
+        if not name.rpartition("/")[2].startswith("conversions-")
+    }
+    return {name: result for name, result in kept.items() if result.rows}
 
 
 def _headlines_table(results: Mapping[str, Result]) -> Table:
@@ -98,16 +115,14 @@ def _headlines_table(results: Mapping[str, Result]) -> Table:
     for headline in HEADLINES:
         best, gain = _against(results, headline)
         note = f", `{headline.note}`" if headline.note else ""
-        where = _where(results[headline.file], strict=True) + note
-        network = f"{_NETWORKS[headline.network]}, {headline.sparsity:.0%}"
-        lines.append((network, str(headline.batch), where, _ENGINES[best], times_faster(gain)))
+        on = where(results[headline.file], strict=True) + note
+        network = f"{NETWORKS[headline.network]}, {headline.sparsity:.0%}"
+        lines.append((network, str(headline.batch), on, _ENGINES[best], times_faster(gain)))
     return Table("Headlines", ("Network, zeros", "Samples", "On", "Fastest dense engine", "Gain"), tuple(lines))
 
 
 def _headlines_plot(results: Mapping[str, Result]) -> Figure:
-    names = [
-        f"{_NETWORKS[h.network]}, {h.sparsity:.0%} zeros, {_where(results[h.file])}, N={h.batch}" for h in HEADLINES
-    ]
+    names = [f"{NETWORKS[h.network]}, {h.sparsity:.0%} zeros, {where(results[h.file])}, N={h.batch}" for h in HEADLINES]
     gains = {"gain": [_against(results, headline)[1] for headline in HEADLINES]}
     heading = "Converted networks against the fastest dense engine"
     return horizontal_bars(heading, names, gains, "Times as fast as the fastest dense engine", mark=1.0)
@@ -122,30 +137,16 @@ def _against(results: Mapping[str, Result], headline: Headline) -> tuple[str, fl
     return best, times[best] / ours
 
 
-def _where(result: Result, *, strict: bool = False) -> str:
-    """The device and the precision of a result, in a few words."""
-    head, precision = result.header, result.rows[0].dtype
-    if head["device"] == "cpu":
-        return f"{head['threads']} CPU threads ({_isa(result)}), {precision}"
-    return f"{head['gpu'].removeprefix('NVIDIA ')}, {'strict ' if strict and precision == 'fp32' else ''}{precision}"
-
-
-def _isa(result: Result) -> str:
-    isa = result.header["isa"]
-    return _ISAS.get(isa, isa)
-
-
 def _cpu_layers_table(results: Mapping[str, Result]) -> Table:
     """Geometric means over the layers of a network; of all networks where a file has several."""
     rivals: list[str] = []
     for result in results.values():
-        best = suite.best_times(row for row in result.rows if row.layer != WHOLE)
+        best = suite.best_times(result.rows)
         rivals += [rival for rival in rivals_in(best.values()) if rival not in rivals]
     lines = []
     for result in results.values():
-        rows = [row for row in result.rows if row.layer != WHOLE]
-        best = suite.best_times(rows)
-        means = suite.geometric_means(rows, OURS)
+        best = suite.best_times(result.rows)
+        means = suite.geometric_means(result.rows, OURS)
         networks = list(dict.fromkeys(network for network, _, _ in best))
         for name in (*networks, *(("all",) if len(networks) > 1 else ())):
             layers = {key: times for key, times in best.items() if name in (key[0], "all")}
@@ -153,7 +154,7 @@ def _cpu_layers_table(results: Mapping[str, Result]) -> Table:
             batches = ", ".join(dict.fromkeys(str(batch) for _, _, batch in layers))
             means_of = (times_faster(means[name].get(rival)) for rival in rivals)
             ends = times_faster(min(ratios)), times_faster(max(ratios))
-            about = _NETWORKS.get(name, name), rows[0].weights, _zeros(layers), batches, str(len(layers))
+            about = NETWORKS.get(name, name), result.rows[0].weights, _zeros(layers), batches, str(len(layers))
             lines.append((*about, *means_of, *ends))
     columns = ("Network", "Weights", "Zeros", "Samples", "Layers", *(f"vs {rival}" for rival in rivals))
     columns += ("Least vs dense", "Most vs dense")
@@ -168,23 +169,25 @@ def _zeros(layers: Mapping[tuple[str, str, int], object]) -> str:
 
 
 def _cpu_networks_table(results: Mapping[str, Result]) -> Table:
-    whole = {
-        name: [row for row in result.rows if row.layer == WHOLE and row.weights.startswith("random-")]
-        for name, result in results.items()
-    }
-    curves = {name: by_sparsity(rows) for name, rows in whole.items()}
-    all_times = [times for curve in curves.values() for by_share in curve.values() for times in by_share.values()]
-    engines = methods_in(all_times)
+    timed: list[tuple[Result, tuple[str, str, int], dict[str, float]]] = []
+    for result in results.values():
+        rows = {(row.network, row.weights, row.batch): row for row in result.rows}
+        for key in rows:
+            of_network = [row for row in result.rows if (row.network, row.weights, row.batch) == key]
+            timed += [(result, key, times) for times in suite.best_times(of_network).values()]
+    engines = methods_in(times for *_, times in timed)
     rivals = [engine for engine in engines if engine != "escort"]
     lines = []
-    for name, result in results.items():
-        for (network, _, batch), curve in curves[name].items():
-            for sparsity, times in curve.items():
-                on = f"{result.header['threads']} threads, {_isa(result)}"
-                times_ms = (milliseconds(times.get(engine)) for engine in engines)
-                ratios = (times_faster(times[r] / times["escort"] if r in times else None) for r in rivals)
-                about = _NETWORKS.get(network, network), f"{sparsity:.0%}", str(batch), on
-                lines.append((*about, *times_ms, *ratios))
-    columns = ("Network", "Zeros", "Samples", "On", *(f"{engine} ms" for engine in engines))
+    for result, (network, weights, batch), times in timed:
+        alone = any(row.rounds_us for row in result.rows)
+        times_ms = (milliseconds(times.get(engine)) for engine in engines)
+        ratios = (times_faster(times[r] / times["escort"] if r in times else None) for r in rivals)
+        about = NETWORKS.get(network, network), weights, str(batch), where(result), "alone" if alone else "in turn"
+        lines.append((*about, *times_ms, *ratios))
+    columns = ("Network", "Weights", "Samples", "On", "Timed", *(f"{engine} ms" for engine in engines))
     columns += tuple(f"vs {rival}" for rival in rivals)
-    return Table("Whole networks on CPUs, fp32", columns, tuple(lines))
+    caption = (
+        "Timed alone: each engine in fresh processes of its own while no other runs. In turn: all in one process, "
+        "where they disturb each other, our rivals more. Weights of dense-depthwise keep depthwise layers dense."
+    )
+    return Table("Whole networks on CPUs, fp32", columns, tuple(lines), caption)

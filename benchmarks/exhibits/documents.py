@@ -1,11 +1,12 @@
-"""Documents that hold the tables and plots of results."""
+"""Documents that hold the tables, plots and single numbers of results."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 
-from benchmarks.exhibits.catalogue import exhibits, tables
+from benchmarks.exhibits.catalogue import exhibits
 from benchmarks.exhibits.committed import committed_exhibits
 from benchmarks.exhibits.scaling import read_scaling, scaling_table
 from benchmarks.exhibits.zoo import zoo_tables
@@ -14,20 +15,40 @@ from benchmarks.zoo import read_zoo
 from escort.report import Figure, Table, markdown
 
 _BEGIN, _END = re.compile(r"<!-- table: (\S+) -->"), "<!-- end -->"
-_PLOT = re.compile(r"!\[[^]]*\]\(((?:[\w.-]+/)*([\w-]+)\.svg)\)")
+_VALUE = re.compile(r"<!-- value: (.+?) -->(.*?)<!-- /value -->", re.DOTALL)
+_PLOT = re.compile(r"!\[[^]]*\]\(((?:[\w.-]+/)*([\w.-]+)\.svg)\)")
 
 
 def render(text: str, results: Mapping[str, Result]) -> str:
-    """A Markdown document with its tables replaced by those of the results.
+    """A Markdown document with its tables and values replaced by those of the results.
 
     Beside the results' own tables there are those of committed files (:mod:`benchmarks.exhibits.committed`). A table's
-    place is between a line ``<!-- table: NAME -->`` and a line ``<!-- end -->``; the rest stays as it is.
+    place is between a line ``<!-- table: NAME -->`` and a line ``<!-- end -->``; the files that it is made of are named
+    below it. A value is a cell of a table, in a sentence:
+    ``<!-- value: NAME; COLUMN; OTHER COLUMN=TEXT; ... -->1.43x<!-- /value -->`` is that of the one row in which other
+    columns hold these texts. The rest stays as it is.
 
     Raises:
-        ValueError: where there is no such place, one does not end, or the results have no table of that name.
+        ValueError: where there is no such place, one does not end, there is no table of that name, or a value is that
+            of no row or of several.
     """
-    known = tables(results) | {name: shown for name, shown in committed_exhibits() if isinstance(shown, Table)}
+    known: dict[str, Table] = {}
+    files: dict[str, tuple[str, ...]] = {}
+    for name, shown, of in (*exhibits(results), *committed_exhibits()):
+        if isinstance(shown, Table):
+            known[name], files[name] = shown, of
     known |= zoo_tables(*read_zoo()) | {"scaling": scaling_table(read_scaling())}
+    text, values = _VALUE.subn(partial(_filled, known), text)
+    rendered, tables = _with_tables(text, known, files)
+    if not tables and not values:
+        raise ValueError(
+            "there is no place for a table; put <!-- table: totals --> and <!-- end --> on lines of their own"
+        )
+    return rendered
+
+
+def _with_tables(text: str, known: Mapping[str, Table], files: Mapping[str, tuple[str, ...]]) -> tuple[str, int]:
+    """The text with its tables, and how many there are."""
     lines: list[str] = []
     name = None
     names = 0
@@ -41,6 +62,8 @@ def render(text: str, results: Mapping[str, Result]) -> str:
             if name not in known:
                 raise ValueError(f"line {number}: the results hold no table {name}; there are {', '.join(known)}")
             lines += [line, "", markdown(known[name]), ""]
+            if of := files.get(name):
+                lines += [f"From {', '.join(f'`{file}`' for file in of)}.", ""]
         elif name is None and line.strip() == _END:
             raise ValueError(f"line {number}: {_END} ends nothing")
         elif name is None:
@@ -50,14 +73,28 @@ def render(text: str, results: Mapping[str, Result]) -> str:
             name = None
     if name is not None:
         raise ValueError(f"the place of table {name} does not end; put {_END} on a line behind it")
-    if not names:
-        raise ValueError(
-            "there is no place for a table; put <!-- table: totals --> and <!-- end --> on lines of their own"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n", names
+
+
+def _filled(known: Mapping[str, Table], place: re.Match[str]) -> str:
+    """A value's place with what the table says."""
+    address = " ".join(place[1].split())
+    name, column, *conditions = address.split("; ")
+    wanted = dict(condition.split("=", 1) for condition in conditions if "=" in condition)
+    if name not in known:
+        raise ValueError(f"value {address}: there is no table {name}; there are {', '.join(known)}")
+    table = known[name]
+    if missing := [each for each in (column, *wanted) if each not in table.columns]:
+        raise ValueError(f"value {address}: table {name} has no column {missing[0]}, but {'; '.join(table.columns)}")
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    found = [row[column] for row in rows if wanted.items() <= row.items()]
+    if len(found) != 1:
+        raise ValueError(f"value {address}: {len(found)} rows of table {name} are so, of which there must be one")
+    return f"<!-- value: {place[1]} -->{found[0]}<!-- /value -->"
 
 
 def illustrations(text: str, results: Mapping[str, Result]) -> dict[str, Figure]:
     """The plots that a document shows, by the path by which it does. Raises ImportError without matplotlib."""
-    plots = {name: shown for name, shown in (*exhibits(results), *committed_exhibits()) if not isinstance(shown, Table)}
+    shown = (*exhibits(results), *committed_exhibits())
+    plots = {name: plot for name, plot, _ in shown if not isinstance(plot, Table)}
     return {path: plots[name]() for path, name in _PLOT.findall(text) if name in plots}

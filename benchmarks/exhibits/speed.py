@@ -12,7 +12,7 @@ from escort.report import Table
 
 
 def show_speed(results: Mapping[str, Result]) -> Shown:
-    """Every network that has an aim, with what was measured of it, per precision."""
+    """Every network that has an aim and was measured, or why it could not be, per precision."""
     slower, shown = read_aims().slower, Shown()
     times = "Call, ms", "Graph, ms", "compile, ms"
     judged = "Floor", "Goal", "Gain", "Reached", "In graphs", "vs dense", "Never slower"
@@ -25,8 +25,12 @@ def show_speed(results: Mapping[str, Result]) -> Shown:
         f"{slower - 1.0:.0%} slower than that. A tie is a network that was kept dense."
     )
     for precision, result in results.items():
-        measured = speeds(result.rows)
-        lines = [(*map(str, key), *_cells(measured.get(key), wanted, slower)) for key, wanted in _aims(precision)]
+        measured, failed, lines = speeds(result.rows), result.header.get("failed", {}), []
+        for (network, weights, batch), wanted in _aims(precision):
+            key, label = (network, weights, batch), f"{network} {weights} N={batch}"
+            if key in measured or label in failed:
+                cells = _cells(measured.get(key), failed.get(label, ""), wanted, slower)
+                lines.append((network, weights, str(batch), *cells))
         shown[f"speed-{precision}"] = Table(f"Whole networks, {precision}", columns, tuple(lines), caption)
     return shown
 
@@ -39,10 +43,10 @@ def _aims(precision: str) -> Iterator[tuple[Key, Wanted]]:
                 yield (network, aim.weights, batch), aim.wanted[precision]
 
 
-def _cells(speed: Speed | None, wanted: Wanted, slower: float) -> tuple[str, ...]:
+def _cells(speed: Speed | None, failure: str, wanted: Wanted, slower: float) -> tuple[str, ...]:
     aims = times_faster(wanted.floor), times_faster(wanted.goal)
     if speed is None:
-        return ("-", "-", "-", *aims, "-", "not measured", "-", "-", "-")
+        return ("-", "-", "-", *aims, "-", f"failed: {failure.partition(chr(10))[0]}", "-", "-", "-")
     times = (milliseconds(time_us) for time_us in (speed.call_us, speed.graph_us, speed.rival_graph_us))
     gains = times_faster(speed.gain_in_graphs), times_faster(speed.gain_over_dense)
     judged = times_faster(speed.gain), _reached(speed, wanted)
@@ -51,7 +55,7 @@ def _cells(speed: Speed | None, wanted: Wanted, slower: float) -> tuple[str, ...
 
 def _reached(speed: Speed, wanted: Wanted) -> str:
     if speed.gain is None:
-        return "not measured"
+        return "-"
     if speed.gain >= wanted.floor:
         return "goal" if speed.gain >= wanted.goal else "floor"
     return "tie" if speed.kept_dense else "no"
@@ -61,5 +65,5 @@ def _never_slower(speed: Speed, slower: float) -> str:
     if speed.kept_dense:
         return "tie"
     if speed.gain_over_dense is None:
-        return "not measured"
+        return "-"
     return "yes" if speed.gain_over_dense * slower >= 1.0 else "no"

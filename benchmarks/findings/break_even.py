@@ -32,9 +32,12 @@ def break_even(points: Sequence[Point]) -> float:
 
 
 def by_sparsity(rows: Iterable[Row]) -> dict[tuple[str, str, int], dict[float, dict[str, float]]]:
-    """(network, layer, batch) to sparsity, rising, to each method's best time in microseconds."""
+    """(network, layer, batch) to sparsity, rising, to each method's best time in microseconds.
+
+    Rows whose weights do not say their share of zeros, as those of pattern files, do not count.
+    """
     curves: dict[tuple[str, str, int], dict[float, dict[str, float]]] = {}
-    for row in rows:
+    for row in (row for row in rows if _has_share(row.weights)):
         times = curves.setdefault((row.network, row.layer, row.batch), {}).setdefault(sparsity_of(row.weights), {})
         times[row.method] = min(row.time_us, times.get(row.method, math.inf))
     return {key: dict(sorted(curve.items())) for key, curve in curves.items()}
@@ -47,6 +50,10 @@ def points_of(curve: Mapping[float, Mapping[str, float]], ours: str) -> list[Poi
         for sparsity, times in curve.items()
         if ours in times and len(times) > 1
     ]
+
+
+def _has_share(weights: str) -> bool:
+    return weights.startswith("random-") and weights != SEMI_STRUCTURED
 
 
 def random_weights(sparsity: float) -> str:

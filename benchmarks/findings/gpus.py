@@ -11,6 +11,11 @@ GPUS = {"NVIDIA H200": H200}
 #: is 2 flop * 128 lanes * 132 multiprocessors * 1.98 GHz, and packed fp16 does two multiply-adds per lane.
 PEAK_TFLOPS = {"NVIDIA H200": {"fp32": 67.0, "fp16": 134.0}}
 
+#: Their memory's TB/s, from the same data sheet.
+MEMORY_TB_S = {"NVIDIA H200": 4.8}
+#: TFLOP/s of their tensor cores on dense operands, by precision.
+TENSOR_TFLOPS = {"NVIDIA H200": {"tf32": 495.0, "fp16": 990.0, "bf16": 990.0}}
+
 
 def gpu_of(result: Result) -> Gpu | None:
     """The GPU that a result was measured on; None where the models do not know it."""

@@ -43,7 +43,7 @@ def test_aims_of_sparse_methods_are_geometric_means_over_layers() -> None:
         "no",
         "0 of 16",
     )
-    assert table["cuDNN TF32", "caffenet"]["Reached"] == "not measured"
+    assert ("cuDNN TF32", "caffenet") not in table, "what was not measured is no line"
 
 
 def test_aims_may_be_about_layers_of_all_networks_within_some_sparsities() -> None:
@@ -70,7 +70,7 @@ def test_aims_on_real_patterns_count_the_layers_they_are_about() -> None:
     assert layers.against_cudnn_on_patterns(rows, aim) == [(6.0, 2.0)] * aim.count
     assert layers.against_cudnn_on_patterns(rows, other) == [], "not all of its layers are there"
     table = cells(exhibits.tables(results(patterns_fp32=rows))["pattern-aims"])
-    assert [line["Reached"] for line in table] == ["floor", *["not measured"] * 9]
+    assert [line["Reached"] for line in table] == ["floor"]
     assert table[0]["Measured"] == "3.00x"
     (first, *_) = cells(exhibits.tables(results(patterns_fp32=rows))["patterns-fp32"])
     assert (first["Fastest"], first["vs cudnn"], first["Patterns"]) == ("generated", "3.00x", aim.weights)
@@ -83,9 +83,7 @@ def test_aims_are_judged_by_the_rows() -> None:
     assert reached["cuBLAS lowering", "caffenet"] == ("6.00x", "yes")
     assert reached["cuDNN strict fp32", "caffenet"] == ("1.10x", "no")
     assert reached["cuBLAS lowering", "resnet50"] == ("9.00x", "yes")
-    assert reached["cuSPARSE lowering", "caffenet"] == ("-", "not measured")
-    assert reached["cuBLAS lowering", "googlenet"] == ("-", "not measured")
-    assert reached["cuDNN, layers of at least 96 %", "resnet50"] == ("-", "not measured")
+    assert len(reached) == 3, "what was not measured is no line"
 
 
 def test_aims_are_about_the_papers_lowering_and_show_the_fastest() -> None:
@@ -104,8 +102,7 @@ def test_aims_are_for_gpus() -> None:
 def test_aims_need_every_layer_at_the_papers_batch(change: dict[str, Any]) -> None:
     rows = layer_rows("caffenet", direct=10.0, cublas=60.0)
     rows = [Row(**{**vars(r), **change}) if r.layer == "conv5" or "batch" in change else r for r in rows]
-    table = cells(exhibits.tables(results(layers_fp32=rows))["aims"])
-    assert table[0]["Reached"] == "not measured"
+    assert not exhibits.tables(results(layers_fp32=rows))["aims"].rows
 
 
 def test_whole_networks_are_judged_by_the_paper_and_by_their_cap() -> None:

@@ -34,7 +34,7 @@ def made_up() -> dict[str, Result]:
 
 
 def tables(results: Mapping[str, Result] | None = None) -> dict[str, report.Table]:
-    return {name: shown for name, shown in committed_exhibits(results) if isinstance(shown, report.Table)}
+    return {name: shown for name, shown, _ in committed_exhibits(results) if isinstance(shown, report.Table)}
 
 
 def test_headlines_are_against_the_fastest_dense_engine() -> None:
@@ -61,11 +61,12 @@ def test_layers_on_cpus_are_means_per_network_and_of_all() -> None:
 def test_networks_on_cpus_and_what_they_were_measured_on() -> None:
     shown = tables(made_up())
     first, second = cells(shown["cpu-networks"])
-    assert (first["Samples"], first["Zeros"], first["On"]) == ("1", "90%", "2 threads, AVX2")
+    assert (first["Samples"], first["Weights"], first["On"]) == ("1", "random-0.90", "2 CPU threads (AVX2), fp32")
+    assert first["Timed"] == "in turn"
     assert first["vs eager"] == "50.00x"
     assert (second["Samples"], second["vs compile"], second["escort ms"]) == ("8", "2.00x", "0.10")
     paper = next(line for line in cells(shown["cpu-conditions"]) if line["File"] == "cpu/paper")
-    assert (paper["Device"], paper["Commit"]) == ("a CPU, avx2, 2 threads", "0123456-dirty")
+    assert (paper["Device"], paper["Commits"]) == ("a CPU, avx2, 2 threads", "0123456-dirty")
 
 
 def test_the_committed_files_fill_them() -> None:
@@ -75,6 +76,6 @@ def test_the_committed_files_fill_them() -> None:
 
 def test_the_plot_has_a_bar_for_each_headline(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    draw = dict(committed_exhibits(made_up()))["speedup"]
+    (draw,) = [shown for name, shown, _ in committed_exhibits(made_up()) if name == "speedup"]
     assert not isinstance(draw, report.Table)
     assert draw().description.count("gain") == len(HEADLINES)

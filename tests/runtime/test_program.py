@@ -170,6 +170,56 @@ def test_a_layer_in_the_place_of_another_is_called() -> None:
     torch.testing.assert_close(network(x), (x + 1).sigmoid())
 
 
+class Counting(nn.ReLU):
+    """Counts the calls that went through torch's module."""
+
+    calls = 0
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super()._call_impl(*args, **kwargs)
+
+
+@pytest.mark.parametrize("hooks", ["none", "before", "behind", "of all modules", "another layer", "a forward"])
+def test_what_torch_does_around_a_layer_is_left_out_where_nothing_wants_it(hooks: str) -> None:
+    layer = Counting()
+    network = Program(Listing((Input("x"),), (Step("layer", "a", (Slot(0),)),), Slot(1)), {"a": layer})
+    network.native.enabled = False
+    x = torch.tensor([-1.0, 2.0])
+    assert torch.equal(network(x), x.relu()) and layer.calls == 0
+    handle, expected, calls = None, x.relu(), 1
+    match hooks:
+        case "before":
+            handle = layer.register_forward_pre_hook(lambda module, args: (-args[0],))
+            expected = (-x).relu()
+        case "behind":
+            handle = layer.register_forward_hook(lambda module, args, output: output + 1)
+            expected = x.relu() + 1
+        case "of all modules":
+            handle = nn.modules.module.register_module_forward_hook(
+                lambda module, args, output: output + 1 if module is layer else None
+            )
+            expected = x.relu() + 1
+        case "another layer":
+            before, layer = layer, Counting()
+            network.a = layer
+            assert before.calls == 0
+        case "a forward":
+            layer.forward = torch.sigmoid  # type: ignore[method-assign]
+            expected, calls = x.sigmoid(), 0
+        case _:
+            calls = 0
+    assert torch.equal(network(x), expected) and layer.calls == calls
+    if handle is not None:
+        handle.remove()
+        assert torch.equal(network(x), x.relu()) and layer.calls == calls
+    gone = weakref.ref(layer)
+    if hooks == "none":
+        network.a = nn.ReLU()
+        del layer
+        assert torch.equal(network(x), x.relu()) and gone() is None, "what was replaced is not kept"
+
+
 def test_a_value_lives_until_its_last_reader() -> None:
     seen: list[Any] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
@@ -98,9 +99,13 @@ class ManyOptions:
             "kernels": saved.kernels,
             "threads": None if on_gpus else threads,
         }
-        digest = hashlib.sha256(saved.saved.read_bytes()).hexdigest()
-        blocks = Blocks(folder, {"network": digest, "preparation": str(preparation)})
-        images = dict(zip(inputs.names, (path.resolve() for path in inputs.paths), strict=True))
+        images = dict(zip(inputs.names, (path.absolute() for path in inputs.paths), strict=True))
+        made_by = {
+            "network": _digest(saved.saved.read_bytes()),
+            "preparation": str(preparation),
+            "folder of images": _digest(os.fsencode(inputs.paths[0].parent.resolve())),  # which has names of its own
+        }
+        blocks = Blocks(folder, made_by)
         job = Job(images, reader, predictor, blocks, batch, self.rows or _ROWS)
         report = job.run(Workers(self.workers, on_gpus, threads))
         output.result = {
@@ -120,6 +125,10 @@ class ManyOptions:
             "output": str(folder),
         }
         _print(report, folder / FAILED, output.text)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _print(report: Report, listed: Path, console: Console) -> None:

@@ -67,6 +67,7 @@ class ConvertedModel(nn.Module):
         """Takes a plan, and says in it how calls run: whether they replay graphs, which are made as these are."""
         for program in programs_in(self.network):
             program.native.batching = plan.batching
+            program.bind_anew()
         is_on_gpu = not plan.device.startswith("cpu")
         self.plan = replace(plan, **how_calls_run(self.network, is_on_gpu=is_on_gpu))
         self.graphs = copy.copy(graphs)

@@ -15,7 +15,7 @@ from escort.filter import SparseFilter
 from escort.methods import Config, Method, by_name, for_device
 from escort.planner import store
 from escort.planner.compile_budget import Grant, Offer, check_compile_budget, estimate_s, fits, share_out
-from escort.planner.cores import on_all_cores
+from escort.planner.cores import on_all_cores, threads
 from escort.planner.measure import Ahead, Allowance, check, compile_kernel, kernels_of, measure
 from escort.planner.plan import Layer, Plan, Planned
 from escort.planner.search import Search, predict_compiled_us, predict_us
@@ -155,14 +155,15 @@ def predicted_us(layers: Sequence[Layer], methods: Sequence[Method] | None = Non
     Args:
         methods: as of :func:`plan_layers`.
     """
-    known: dict[store.Key, float | None] = {}
-    times: list[float | None] = []
-    for task in (_Task.of(layer, methods) for layer in layers):
-        key = task.key
-        if key not in known:
-            known[key] = min(predict_us(task.layer, task.methods).values(), default=None)
-        times.append(known[key])
-    return times
+    tasks = [_Task.of(layer, methods) for layer in layers]
+    alike = {task.key: task for task in reversed(tasks)}
+
+    def least_us(task: _Task) -> float | None:
+        return min(predict_us(task.layer, task.methods).values(), default=None)
+
+    with threads() as pool:  # orders of channels, which take longest, are searched outside of Python's lock
+        times_us = dict(zip(alike, pool.map(least_us, alike.values()), strict=True))
+    return [times_us[task.key] for task in tasks]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,14 @@
 """Measurements as tables for terminals and Markdown, as plots, and as one self-contained HTML page."""
 
-from escort.report.chart import Figure, bar_chart, horizontal_bars, line_chart, require_matplotlib, write_svg
+from escort.report.chart import (
+    Figure,
+    bar_chart,
+    horizontal_bars,
+    line_chart,
+    require_matplotlib,
+    scatter_chart,
+    write_svg,
+)
 from escort.report.console import Console, Description, cell, printable
 from escort.report.page import Facts, Section, Text, write_html
 from escort.report.table import Table, html, markdown, terminal, text
@@ -21,6 +29,7 @@ __all__ = [
     "markdown",
     "printable",
     "require_matplotlib",
+    "scatter_chart",
     "terminal",
     "text",
     "write_html",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 #: Stand-ins that :func:`_figure` turns into the page's colours, which follow the reader's theme.
 _INK, _RULE = "#010203", "#040506"
 _SERIES = ("#8a8f98", "#3b7dd8", "#d9730d", "#2f9e6e", "#a566cc")  # each at least 3:1 on both grounds
+_LEGEND = 96  # characters beside one another, with the room of six for each mark
 _MARKS = ("o-", "s--", "^:", "D-.", "v-")
 
 
@@ -121,27 +122,64 @@ def line_chart(
     x_axis: str,
     y_axis: str,
     *,
+    mark: float | None = None,
     marks: bool = True,
 ) -> Figure:
     """Lines over a common x.
 
     Args:
-        series: (len(x),) values by name.
+        series: (len(x),) values by name; NaN where there is none.
+        mark: where to draw a line across, at this value.
         marks: whether each value has a marker, as what was measured has.
     """
     series = {printable(name): values for name, values in series.items()}
 
     def draw(axes: Axes) -> None:
         for index, (name, values) in enumerate(series.items()):
-            mark = _MARKS[index] if marks else _MARKS[index][1:]
-            axes.plot(x, values, mark, label=name, color=_SERIES[index], markersize=4)
+            style = _MARKS[index] if marks else _MARKS[index][1:]
+            axes.plot(x, values, style, label=name, color=_SERIES[index], markersize=4)
         if all(isinstance(value, int) for value in x):
             axes.locator_params(axis="x", integer=True)
+        if mark is not None:
+            axes.axhline(mark, color=_INK, linewidth=0.8)
         axes.set_xlabel(x_axis)
         axes.set_ylabel(y_axis)
 
     ends = ", ".join(f"{name} from {_short(values[0])} to {_short(values[-1])}" for name, values in series.items())
     return _figure(heading, draw, len(series) > 1, f"{y_axis} by {x_axis}: {ends}.")
+
+
+def scatter_chart(
+    heading: str,
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x_axis: str,
+    y_axis: str,
+) -> Figure:
+    """Points, and lines beside them, on logarithmic axes.
+
+    Args:
+        points, lines: x and y, both positive, by name.
+    """
+
+    def draw(axes: Axes) -> None:
+        for index, (name, of_line) in enumerate(lines.items()):
+            axes.plot(*zip(*of_line, strict=True), "-:"[index % 2], label=name, color=_INK, linewidth=1.0)
+        for index, (name, of_points) in enumerate(points.items()):
+            axes.plot(*zip(*of_points, strict=True), _MARKS[index][0], label=name, color=_SERIES[index], markersize=4)
+        for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+            scale("log")
+            axis.set_major_formatter("{x:g}")  # plain numbers, as text is not parsed for powers
+            axis.set_minor_formatter("")
+        axes.set_xlabel(x_axis)
+        axes.set_ylabel(y_axis)
+
+    told = "; ".join(
+        f"{name} {len(of_points)} points, from {_short(min(y for _, y in of_points))} to "
+        f"{_short(max(y for _, y in of_points))}"
+        for name, of_points in points.items()
+    )
+    return _figure(heading, draw, True, f"{y_axis} by {x_axis}. {told}; lines: {', '.join(lines)}.", 4.0)
 
 
 def require_matplotlib() -> None:
@@ -187,7 +225,9 @@ def _figure(
         axes.set_axisbelow(True)
         draw(axes)
         if legend:
-            canvas.legend(loc="outside upper left", ncols=len(_SERIES), frameon=False)
+            longest = max(len(str(text)) for text in axes.get_legend_handles_labels()[1])
+            columns = max(1, min(len(_SERIES), _LEGEND // (longest + 6)))
+            canvas.legend(loc="outside upper left", ncols=columns, frameon=False)
         buffer = StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

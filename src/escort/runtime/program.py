@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
+from weakref import ref
 
 from torch import fx, nn
+from torch.nn.modules import module as torch_module
 
 from escort.layers.observed import is_observed
 from escort.runtime.graph import read
@@ -19,6 +21,10 @@ from escort.runtime.native.form import unknown
 from escort.runtime.stand_in import adopt
 from escort.runtime.steps import REQUIRED, Listing, Step
 from escort.runtime.templates import Slot, filled, mapped
+
+#: What torch's modules look at in each call before they run their forward alone.
+_HOOKS = "_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks"
+_GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
 
 
 class Container(nn.Module):
@@ -111,8 +117,12 @@ class Program(nn.Module):
         if is_observed():
             run_steps(bound.steps, values)
         else:
-            self.native.run(self, self.listing, bound.steps, values)
+            self.native.run(self, self.listing, bound.steps, values, bound.unobserved)
         return filled(self.listing.output, values)
+
+    def bind_anew(self) -> None:
+        """Lets the next call find the layers again, of which some took the places of others."""
+        self._bound = None
 
     def _in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The values of all inputs. Raises TypeError as a function does."""
@@ -226,6 +236,8 @@ class Bound:
         values: what a run starts with: room for inputs and results, then the plain arguments of steps.
         positional: how many inputs a call by position has; -1 where it may have any number, or they are checked.
         steps: what :func:`escort.runtime.loop.run_steps` runs.
+        unobserved: gives the same for a call that nothing observes: the forward of each layer, without what torch's
+            modules do around it, as long as no hook wants that.
     """
 
     def __init__(self, program: Program, *, joins_images: bool = False) -> None:
@@ -237,6 +249,8 @@ class Bound:
         self.positional = -1 if is_checked else count
         self.values: list[Any] = [None] * (count + len(listing.steps))
         self.steps: list[BoundStep] = []
+        self._forwards: list[BoundStep] = []
+        self._hooks: list[Any] = [*_GLOBAL_HOOKS]
         joined = of_images(listing, program) if joins_images else {}
         for number, (step, last_reads) in enumerate(zip(listing.steps, listing.last_reads(), strict=True), count):
             table, key = self._callable(program, step)
@@ -249,6 +263,14 @@ class Bound:
             arguments = tuple(self._number(value) for value in step.args) if is_simple else ()
             template = None if is_simple else (step.args, step.kwargs)
             self.steps.append((table, key, arguments, template, number, last_reads))
+            layer = table[key]
+            if isinstance(layer, nn.Module) and type(layer).__call__ is nn.Module.__call__:
+                self._hooks += (getattr(layer, name) for name in _HOOKS)
+                table = _Forward(table, layer)
+            self._forwards.append((table, key, arguments, template, number, last_reads))
+
+    def unobserved(self) -> list[BoundStep]:
+        return self.steps if any(self._hooks) else self._forwards
 
     def _number(self, value: Any) -> int:
         if isinstance(value, Slot):
@@ -275,6 +297,19 @@ class Bound:
         if self.modules is not program._modules:
             return False
         return all(modules.get(name) is module for modules, name, module in self.containers.values())
+
+
+class _Forward:
+    """What a table of layers is asked for: the forward of the layer that was there, or what has taken its place."""
+
+    __slots__ = ("layer", "layers")
+
+    def __init__(self, layers: Mapping[str, nn.Module | None], layer: nn.Module) -> None:
+        self.layers, self.layer = layers, ref(layer)
+
+    def __getitem__(self, name: str) -> Any:
+        layer = self.layers[name]
+        return layer.forward if layer is self.layer() else layer  # type: ignore[union-attr]
 
 
 def _is_fixed(value: Any) -> bool:

@@ -14,7 +14,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import ANY
 
 import numpy as np
@@ -36,7 +38,7 @@ from tests.cli.named import tiny
 from tests.network.models import pruned
 
 BAD = {"017.jpg", "118.jpg"}
-COUNT = 240
+COUNT = 120
 LIMIT_S = 150
 
 
@@ -65,24 +67,39 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(saved: Path, images: Path, output: Path, *options: object) -> subprocess.Popen[str]:
+@dataclass(frozen=True)
+class Run:
+    """escort run, and what it says: into files, since a pipe that is full would stop it."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+
+    @property
+    def errors(self) -> str:
+        return self.out.with_suffix(".err").read_text()
+
+    def report(self) -> dict[str, Any]:
+        assert self.process.wait(LIMIT_S) == 0, self.errors[-4000:]
+        return json.loads(self.out.read_text())
+
+    def check_runs(self) -> None:
+        assert self.process.poll() is None, f"it ended too early: {self.errors[-4000:]}"
+
+
+def start(saved: Path, images: Path, output: Path, *options: object) -> Run:
     """escort run by two workers of a Ray of its own."""
     words = ["run", saved, images, "--engine", "ray", "--output", output, "--workers", 2, "--batch", 4, "--rows", 8]
     command = [sys.executable, "-m", "escort", *map(str, [*words, "--json", *options])]
     environment = {**os.environ, "RAY_ADDRESS": "local"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    out = output.with_suffix(".out")
+    with out.open("wb") as stdout, out.with_suffix(".err").open("wb") as stderr:
+        return Run(subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment), out)
 
 
-def report_of(driver: subprocess.Popen[str]) -> dict[str, object]:
-    out, err = driver.communicate(timeout=LIMIT_S)
-    assert driver.returncode == 0, err[-4000:]
-    return json.loads(out)
-
-
-def wait_for_files(output: Path, count: int, driver: subprocess.Popen[str]) -> None:
+def wait_for_files(output: Path, count: int, driver: Run) -> None:
     until = time.monotonic() + LIMIT_S
     while len(list(output.glob("*.parquet"))) < count:
-        assert driver.poll() is None, f"it ended too early: {driver.communicate()[1][-4000:]}"
+        driver.check_runs()
         assert time.monotonic() < until
         time.sleep(0.05)
 
@@ -104,9 +121,9 @@ def below(ancestor: int) -> Iterator[tuple[int, str]]:
             yield process, names[process]
 
 
-def workers_of(driver: subprocess.Popen[str]) -> dict[int, bool]:
+def workers_of(driver: Run) -> dict[int, bool]:
     """The workers that there are, and whether each is in the middle of a task, as Ray names them."""
-    return {process: ".submit" in name for process, name in below(driver.pid) if "MapWorker(" in name}
+    return {process: ".submit" in name for process, name in below(driver.process.pid) if "MapWorker(" in name}
 
 
 def check_all_there(output: Path, report: Mapping[str, object]) -> None:
@@ -175,14 +192,15 @@ def test_a_killed_worker_is_replaced(saved: Path, images: Path, tmp_path: Path) 
     output = tmp_path / "predictions"
     driver = start(saved, images, output)
     while list((workers := workers_of(driver)).values()) != [True, True]:
-        assert driver.poll() is None, f"it ended too early: {driver.communicate()[1][-4000:]}"
+        driver.check_runs()
+        time.sleep(0.02)
     os.kill(min(workers), signal.SIGKILL)
     replaced = set()
-    while driver.poll() is None:
+    while driver.process.poll() is None:
         replaced |= workers_of(driver).keys() - workers.keys()
         time.sleep(0.1)
     assert replaced
-    report = report_of(driver)
+    report = driver.report()
     assert report["done"] == COUNT - len(BAD) and report["done_before"] == 0 and report["workers"] == 2
     check_all_there(output, report)
 
@@ -191,29 +209,35 @@ def test_a_killed_job_goes_on(saved: Path, images: Path, tmp_path: Path) -> None
     output = tmp_path / "predictions"
     driver = start(saved, images, output)
     wait_for_files(output, 3, driver)
-    started = [process for process, _ in below(driver.pid)]
-    driver.kill()
-    driver.communicate()
+    started = [process for process, _ in below(driver.process.pid)]
+    driver.process.kill()
+    driver.process.wait()
     while any(Path(f"/proc/{process}/exe").exists() for process in started):
         time.sleep(0.1)  # what the driver started ends with it
     before = {path: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
     names = pq.read_table(output)["input"].to_pylist()
     assert 0 < len(names) == len(set(names)) < COUNT - len(BAD)
-    report = report_of(start(saved, images, output))
+    report = start(saved, images, output).report()
     assert report["done_before"] == len(names) and report["done"] == COUNT - len(BAD) - len(names)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
     check_all_there(output, report)
-    again = report_of(start(saved, images, output))
+    again = start(saved, images, output).report()
     assert (again["done"], again["done_before"]) == (0, COUNT - len(BAD)) and again["failed"].keys() == BAD
-    refused = start(saved, images, output, "--size", "8,8")
-    assert "was made by another preparation; name another folder" in refused.communicate()[1].replace("\n", " ")
-    assert refused.returncode == 2
+    (tmp_path / "others").mkdir()
+    os.link(images / "001.jpg", tmp_path / "others" / "001.jpg")
+    for folder, options, what in (
+        (images, ["--size", "8,8"], "preparation"),
+        (tmp_path / "others", [], "folder of images"),
+    ):
+        refused = start(saved, folder, output, *options)
+        assert refused.process.wait(LIMIT_S) == 2
+        assert f"was made by another {what}; name another folder" in refused.errors.replace("\n", " ")
 
 
 def test_room_for_workers(saved: Path, images: Path, tmp_path: Path) -> None:
     driver = start(saved, images, tmp_path / "predictions", "--threads", 1000)
-    assert "error: Ray has room for 0 workers by its CPUs" in driver.communicate()[1]
-    assert driver.returncode == 1
+    assert driver.process.wait(LIMIT_S) == 1
+    assert "error: Ray has room for 0 workers by its CPUs" in driver.errors
 
 
 def test_serving_in_batches(tmp_path: Path) -> None:

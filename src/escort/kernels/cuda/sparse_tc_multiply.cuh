@@ -122,10 +122,9 @@ struct Products {
   const u32 base, sums;
   const int across, lane, stage_bytes;
   const u32 a_first, b_first, metadata_first;
-  const u32 full_a, full_b, empty_a,
-      empty_b;  // the first of these barriers; empty_a is a lane's, of a block of the cluster
-  const u32 no_stage_of_cluster;
-  const bool releases;  // whether this lane tells a block of the cluster which weight tiles are done
+  const u32 full_a, full_b, empty_b;       // the first of these barriers
+  const u32 empty_a, no_stage_of_cluster;  // a lane's, of a block of the cluster
+  const bool releases;                     // whether this lane tells a block of the cluster which weight tiles are done
   // A sparse wgmma reads its metadata register while it runs, and the assembler takes the register for free as soon as
   // the instruction is issued: with two steps in flight the second's metadata would overwrite that of the first. So
   // steps take turns with two sets of registers, and each is loaded on a condition that always holds, so that the

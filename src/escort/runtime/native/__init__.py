@@ -5,7 +5,7 @@ Whatever is not known to be the same natively runs step by step, as it does else
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,12 +89,23 @@ class Native:
         """For copies and pickle: forms belong to one program."""
         return Native, (self.enabled, self.batching)
 
-    def run(self, network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any]) -> None:
-        """Runs a call that nothing observes: its inputs are in the values, and its results will be."""
+    def run(
+        self,
+        network: nn.Module,
+        listing: Listing,
+        steps: Sequence[BoundStep],
+        values: list[Any],
+        unobserved: Callable[[], Sequence[BoundStep]],
+    ) -> None:
+        """Runs a call that nothing observes: its inputs are in the values, and its results will be.
+
+        Args:
+            unobserved: gives the steps as they run one by one.
+        """
         reason = self._natively(network, listing, steps, values) if self.enabled else "it is switched off"
         if reason is not None:
             self._counters.count(reason)
-            run_steps(steps, values)
+            run_steps(unobserved(), values)
 
     def _natively(
         self, network: nn.Module, listing: Listing, steps: Sequence[BoundStep], values: list[Any]
