@@ -223,8 +223,11 @@ def test_the_source_normalises_what_it_joins(
     assert emulated(layer.train(), inputs, tmp_path) is None
 
 
-@pytest.mark.parametrize("gpu", [Gpu80, H200], ids=["a block", "a cluster"])
-@pytest.mark.parametrize("case", SQUEEZES, ids=lambda case: f"{case.shapes[0][1]}")
+@pytest.mark.parametrize(
+    ("case", "gpu"),
+    [(SQUEEZES[0], Gpu80), *((case, H200) for case in SQUEEZES)],  # a block for each sample, and clusters
+    ids=lambda value: f"{value.shapes[0][1]}" if isinstance(value, Case) else f"{value.capability[0]}.0",
+)
 @every_type
 def test_the_source_computes_gates(
     case: Case,

@@ -364,7 +364,7 @@ def test_a_runner_launches_its_kernels(
             assert y.is_contiguous(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("kind", ["halo", "flat", "im2col"])
+@pytest.mark.parametrize("kind", ["halo", "flat"])
 def test_groups_are_launched_one_after_the_other(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel_size, padding = ((1, 1), (0, 0, 0, 0)) if kind == "flat" else ((3, 3), SAME)
     epilogue = Epilogue(bias=True, residual=True, activation="relu")
