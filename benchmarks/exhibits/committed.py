@@ -69,7 +69,9 @@ HEADLINES = (
 def committed() -> Mapping[str, Result]:
     """The files that are shown here, by their path under the results' folder, without ending."""
     of_cpus = (str(path.relative_to(RESULTS).with_suffix("")) for path in sorted(RESULTS.glob("cpu*/*.json")))
-    names = dict.fromkeys((*of_cpus, *(headline.file for headline in HEADLINES), FORECASTS))
+    names = dict.fromkeys((*of_cpus, *(headline.file for headline in HEADLINES)))
+    if (RESULTS / f"{FORECASTS}.json").is_file():
+        names[FORECASTS] = None
     return {name: Result.read(RESULTS / f"{name}.json") for name in names}
 
 
