@@ -61,11 +61,17 @@ def test_layers_on_cpus_are_means_per_network_and_of_all() -> None:
 def test_networks_on_cpus_and_what_they_were_measured_on() -> None:
     shown = tables(made_up())
     first, second = cells(shown["cpu-networks"])
-    assert (first["Samples"], first["Zeros"], first["On"]) == ("1", "90%", "2 threads, AVX2")
+    assert (first["Samples"], first["Zeros"], first["On"]) == ("1", "90%", "2 threads, AVX2, a CPU")
     assert first["vs eager"] == "50.00x"
     assert (second["Samples"], second["vs compile"], second["escort ms"]) == ("8", "2.00x", "0.10")
     paper = next(line for line in cells(shown["cpu-conditions"]) if line["File"] == "cpu/paper")
     assert (paper["Device"], paper["Commit"]) == ("a CPU, avx2, 2 threads", "0123456-dirty")
+
+
+def test_networks_that_are_pruned_as_trained_ones_are_shown() -> None:
+    """And no eager torch, where a file has none."""
+    lines = [line for line in cells(tables()["cpu-networks"]) if line["Zeros"].endswith(", as trained")]
+    assert {line["On"] for line in lines} >= {"16 threads, AVX-512, Intel Xeon", "2 threads, AVX-512, AMD EPYC"}
 
 
 def test_the_committed_files_fill_them() -> None:
