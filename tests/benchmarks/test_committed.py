@@ -69,6 +69,13 @@ def test_networks_on_cpus_and_what_they_were_measured_on() -> None:
     assert (paper["Device"], paper["Commits"]) == ("a CPU, avx2, 2 threads", "0123456-dirty")
 
 
+def test_networks_that_are_pruned_as_trained_ones_are_shown() -> None:
+    """And no eager torch, where a file has none."""
+    lines = [line for line in cells(tables()["cpu-networks"]) if "_magnitude_" in line["Weights"]]
+    on = {f"{processor} (AVX-512), fp32" for processor in ("Intel Xeon, 16 threads", "AMD EPYC, 2 threads")}
+    assert {line["On"] for line in lines} >= on
+
+
 def test_the_committed_files_fill_them() -> None:
     assert all(table.rows for table in tables().values())
     assert len(tables()["cpu-conditions"].rows) == sum(name.startswith("cpu") for name in committed())
