@@ -2,7 +2,8 @@
 
 A block's threads run one after the other, until each waits for the others of its block or warp; that they wait for the
 same is checked. Loads check that they are aligned. Dynamic shared memory is NaN at first and checks its bounds. What
-depends on the architecture is left out, as for compute capability 8.0.
+depends on the architecture is left out, as for compute capability 8.0. The blocks of a cluster run together, each with
+dynamic shared memory of its own.
 """
 
 from __future__ import annotations
@@ -44,16 +45,17 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 static Index blockIdx, gridDim;
 static Index threadIdx;
 using std::max, std::min;
-enum State { READY, AT_WARP, AT_BLOCK, DONE };
+enum State { READY, AT_WARP, AT_BLOCK, AT_CLUSTER, DONE };
 struct Thread {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(1 << 17);
   State state;
 };
-static std::vector<Thread> threads;
+static std::vector<Thread> threads;  // of all blocks of a cluster
+static std::size_t current, block_threads;
 static ucontext_t scheduler;
 static void pause_at(State state) {
-  Thread& self = threads[threadIdx.x];
+  Thread& self = threads[current];
   self.state = state;
   swapcontext(&self.context, &scheduler);
 }
@@ -64,9 +66,9 @@ template <class T> static const T* of_warp(T value) {
   static std::vector<T> values;
   values.resize(threads.size());
   __syncwarp();
-  values[threadIdx.x] = value;
+  values[current] = value;
   __syncwarp();
-  return &values[threadIdx.x / 32 * 32];
+  return &values[current / 32 * 32];
 }
 static float __shfl_xor_sync(unsigned, float value, unsigned by) { return of_warp(value)[threadIdx.x % 32 ^ by]; }
 static float __uint_as_float(unsigned bits) { float v; std::memcpy(&v, &bits, 4); return v; }
@@ -96,7 +98,8 @@ static float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ?
 static float min_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a < b ? a : b; }
 // In place of ptx.cuh and mma.cuh.
 typedef unsigned u32;
-static uint4 dynamic_shared[1 << 14];
+static uint4 shared_of_blocks[8][1 << 14];
+#define dynamic_shared shared_of_blocks[current / block_threads]
 static std::size_t dynamic_bytes;
 template <class T> static T& shared(u32 address) {
   if (address % sizeof(T) || address + sizeof(T) > dynamic_bytes) std::abort();
@@ -109,6 +112,10 @@ static void store4(u32 to, u32 word) { shared<u32>(to) = word; }
 static void copy16(u32 to, const void* from) { store16(to, __ldg((const uint4*)from)); }
 static void copy16_or_zeros(u32 to, const void* from, bool is_read) {
   store16(to, is_read ? __ldg((const uint4*)from) : uint4());
+}
+static void meet_blocks() { pause_at(AT_CLUSTER); }
+static float of_block(const float* own, unsigned rank) {
+  return *(const float*)((const char*)shared_of_blocks[rank] + shared_address(own));
 }
 static void wait_for_copies() {}
 static void wait_for_previous_kernel() {}
@@ -200,7 +207,7 @@ template <class... Args> static void call(void (*kernel)(Args...), void** args) 
 static void** arguments;
 static void start() {
   call(NAME, arguments);
-  threads[threadIdx.x].state = DONE;
+  threads[current].state = DONE;
 }
 // Lets threads go on that wait where all others of their warp or block do.
 static void release() {
@@ -213,11 +220,14 @@ static void release() {
   };
   for (std::size_t warp = 0; warp < threads.size(); warp += 32)
     pass(threads.begin() + warp, threads.begin() + min(warp + 32, threads.size()), AT_WARP);
-  if (!is_ready) pass(threads.begin(), threads.end(), AT_BLOCK);
+  for (std::size_t block = 0; !is_ready && block < threads.size(); block += block_threads)
+    pass(threads.begin() + block, threads.begin() + block + block_threads, AT_BLOCK);
+  if (!is_ready) pass(threads.begin(), threads.end(), AT_CLUSTER);
   if (!is_ready && std::any_of(threads.begin(), threads.end(), [](auto& thread) { return thread.state != DONE; }))
     std::abort();
 }
-static void run_block() {
+static void run_cluster() {
+  const unsigned first = blockIdx.x;
   auto is_done = [](const Thread& thread) { return thread.state == DONE; };
   for (Thread& thread : threads) {
     getcontext(&thread.context);
@@ -227,26 +237,36 @@ static void run_block() {
     thread.state = READY;
   }
   while (!std::all_of(threads.begin(), threads.end(), is_done)) {
-    for (threadIdx.x = 0; threadIdx.x < threads.size(); threadIdx.x++)
-      if (threads[threadIdx.x].state == READY) swapcontext(&scheduler, &threads[threadIdx.x].context);
+    for (current = 0; current < threads.size(); current++) {
+      threadIdx.x = current % block_threads, blockIdx.x = first + current / block_threads;
+      if (threads[current].state == READY) swapcontext(&scheduler, &threads[current].context);
+    }
     release();
   }
+  blockIdx.x = first;
 }
-extern "C" void run(void** args, unsigned x, unsigned y, unsigned z, unsigned block, unsigned shared_bytes) {
-  arguments = args, gridDim = {x, y, z}, dynamic_bytes = shared_bytes;
-  threads.resize(block);
+extern "C" void run(void** args, unsigned x, unsigned y, unsigned z, unsigned block, unsigned shared_bytes,
+                    unsigned cluster) {
+  arguments = args, gridDim = {x, y, z}, dynamic_bytes = shared_bytes, block_threads = block;
+  threads.resize(cluster * block);
   for (blockIdx.z = 0; blockIdx.z < z; blockIdx.z++)
     for (blockIdx.y = 0; blockIdx.y < y; blockIdx.y++)
-      for (blockIdx.x = 0; blockIdx.x < x; blockIdx.x++) {
-        std::memset(dynamic_shared, 0xff, shared_bytes);
-        run_block();
+      for (blockIdx.x = 0; blockIdx.x < x; blockIdx.x += cluster) {
+        for (unsigned rank = 0; rank < cluster; rank++) std::memset(shared_of_blocks[rank], 0xff, shared_bytes);
+        run_cluster();
       }
 }
 """
 
 
 def launch(
-    variant: Variant, grid: Sequence[int], block: int, args: Sequence[Any], folder: Path, shared_bytes: int = 0
+    variant: Variant,
+    grid: Sequence[int],
+    block: int,
+    args: Sequence[Any],
+    folder: Path,
+    shared_bytes: int = 0,
+    cluster: int = 1,
 ) -> None:
     """Runs a kernel on tensors of the CPU, with arguments as `Kernel.bind` and a launch take them."""
     assert isinstance(variant.source, str)
@@ -254,7 +274,7 @@ def launch(
     buffers = [ctypes.create_string_buffer(value, len(value)) for value in values]
     addresses = (ctypes.c_void_p * len(buffers))(*(ctypes.addressof(buffer) for buffer in buffers))
     library = _library(variant.source, tuple(sorted(variant.defines.items())), folder)
-    library.run(addresses, *grid, block, shared_bytes)
+    library.run(addresses, *grid, block, shared_bytes, cluster)
 
 
 def _bytes(arg: Any) -> bytes:

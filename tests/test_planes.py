@@ -157,7 +157,7 @@ def emulated(layer: OnPlanes, inputs: Sequence[Tensor], folder: Path) -> Tensor 
     given = [*inputs, *[None] * (work.inputs * len(work.launches) - len(inputs))]
     for i, (grid, args) in enumerate(work.launches):
         pointers = *given[i * work.inputs : (i + 1) * work.inputs], y, *(table.to(x.dtype) for table in layer.tables())
-        launch(work.variant, grid, base.THREADS, (*pointers, *args), folder, work.shared_bytes)
+        launch(work.variant, grid, base.THREADS, (*pointers, *args), folder, work.shared_bytes, work.cluster)
     return y
 
 
@@ -223,12 +223,21 @@ def test_the_source_normalises_what_it_joins(
     assert emulated(layer.train(), inputs, tmp_path) is None
 
 
-@pytest.mark.usefixtures("an_h200")
-@pytest.mark.parametrize("case", SQUEEZES, ids=lambda case: f"{case.shapes[0][1]}")
+@pytest.mark.parametrize(
+    ("case", "gpu"),
+    [(SQUEEZES[0], Gpu80), *((case, H200) for case in SQUEEZES)],  # a block for each sample, and clusters
+    ids=lambda value: f"{value.shapes[0][1]}" if isinstance(value, Case) else f"{value.capability[0]}.0",
+)
 @every_type
 def test_the_source_computes_gates(
-    case: Case, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    case: Case,
+    dtype: torch.dtype,
+    gpu: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: gpu)
     inputs, layer = case.inputs(dtype, torch.channels_last), of_type(case.layer, dtype)
     expected = of_type(layer, torch.float64)(*(x.double() for x in inputs))
     y = emulated(layer, inputs, tmp_path_factory.getbasetemp())

@@ -90,6 +90,18 @@ def test_the_search_ranks_what_fits(problem: Problem) -> None:
         assert predict_us(tilings[0], NONE, H200) < 1.1 * min(times), "best guess first"
 
 
+@pytest.mark.parametrize(("longer", "first"), [(1.1, [False, True]), (1.3, [False, False])])
+def test_the_best_of_both_kinds_comes_first_where_they_are_close(
+    longer: float, first: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def predicted(tiling: Tiling, remainder: Remainder, gpu: Any) -> float:
+        return longer if tiling.config.by_turns else 1.0
+
+    monkeypatch.setitem(search.__globals__, "predict_us", predicted)
+    configs = search(RES4, filter_of(RES4), H200, 6, "channels_last")
+    assert [config.by_turns for config in configs[:2]] == first
+
+
 def test_predictions_follow_the_work() -> None:
     tiling = Tiling.of(RES4, SparseTcConfig("halo", 216, rows=14), H200.shared_bytes)
     less = Tiling.of(replace(RES4, batch=32), tiling.config, H200.shared_bytes)
@@ -364,7 +376,7 @@ def test_a_runner_launches_its_kernels(
             assert y.is_contiguous(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("kind", ["halo", "flat", "im2col"])
+@pytest.mark.parametrize("kind", ["halo", "flat"])
 def test_groups_are_launched_one_after_the_other(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel_size, padding = ((1, 1), (0, 0, 0, 0)) if kind == "flat" else ((3, 3), SAME)
     epilogue = Epilogue(bias=True, residual=True, activation="relu")

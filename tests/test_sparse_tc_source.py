@@ -166,7 +166,6 @@ void barrier_arrive(u32 barrier) { block->barriers.at(barrier).change(1, 0); }
 u32 barrier_of(u32 barrier, u32 other) { return barrier | other << 24; }
 void barrier_arrive_remotely(u32 remote) { blocks[remote >> 24].barriers.at(remote & 0xffffff).change(1, 0); }
 u32 barrier_test(u32 barrier, u32 parity) { return block->barriers.at(barrier).has_ended(parity); }
-void prefetch(const TensorMap&) {}
 bool is_elected() { return threadIdx.x % 32 == 0; }
 void barrier_wait_opaque(u32 barrier, u32 parity) { block->barriers.at(barrier).wait(parity); }
 void barriers_are_ready() {}

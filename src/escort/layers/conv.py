@@ -186,7 +186,7 @@ class SparseConv2d(ConvLike):
             raise ValueError(f"layer {self.name}: {error}") from error
         except RuntimeError as error:
             if is_captured and not isinstance(error, torch.OutOfMemoryError):  # what libraries make is a thread's
-                remedy = "in a thread's first capture, call the network once before"
+                remedy = "call the network's warmup in the thread that captures, before it does"
                 raise RuntimeError(f"layer {self.name}: {error}; {remedy}") from error
             raise
 

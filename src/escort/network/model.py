@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from escort.cuda.capture import runs
 from escort.layers import SparseConv2d
 from escort.layers.observed import is_observed
 from escort.network import mixing
@@ -108,7 +109,9 @@ class ConvertedModel(nn.Module):
     def warmup(self, inputs: Iterable[Any]) -> None:
         """Does for each of these inputs what its first calls would do: lays out tables, captures a CUDA graph.
 
-        It serves calls on the current stream; where a capture fails, `graphs.stats()` says why. A state stays.
+        It serves calls on the current stream; where a capture fails, `graphs.stats()` says why. A state stays. It also
+        runs each step in the calling thread, for which libraries make handles and choose algorithms then: a thread
+        that captures the network in a CUDA graph of its own has to call it before.
 
         Args:
             inputs: each is what the network is called with, as :func:`escort.convert` takes it; or a shape, where the
@@ -122,7 +125,8 @@ class ConvertedModel(nn.Module):
             raise TypeError("warmup takes several inputs or shapes; pass a list, with this one in it")
         with torch.no_grad(), unchanged(self.network) if not_capturable(self.network) else nullcontext():
             for example in map(self._example, inputs):
-                example.run(self)
+                with runs if self._may_replay else nullcontext():
+                    example.run(self._run)  # type: ignore[arg-type]
                 if self._may_replay:
                     self.graphs.capture(self.network, example.args, dict(example.kwargs))
 

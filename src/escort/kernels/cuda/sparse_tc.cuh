@@ -97,8 +97,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     barrier_init(base + NO_STAGE, 1);
     barriers_are_ready();
   }
-  if (threadIdx.x == CONSUMERS) prefetch(x_map);
-  if (threadIdx.x == CONSUMERS + WARPGROUP / 2) PREFETCH_OUTPUTS(p.residual);
   // HALO: the padding behind a tap group's last row, which no next row holds.
   for (int stage = 0; TAP_GROUP == HALO && stage < B_STAGES; stage++) {
     u8* const zeros = memory + B_BEGIN + stage * p.b_stage_bytes + p.load_pixels * PIXEL_BYTES;

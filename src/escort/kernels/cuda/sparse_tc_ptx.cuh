@@ -7,9 +7,6 @@ struct __align__(64) TensorMap {
   u64 opaque[16];
 };
 
-// Lets the copy engine read it, so that the first copy need not wait for that.
-__device__ void prefetch(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
-
 // ------------------------------------------------------------------------------------------------------ clusters ----
 // A barrier of this block in another block of the cluster, as an address there.
 __device__ u32 barrier_of(u32 barrier, u32 block) {

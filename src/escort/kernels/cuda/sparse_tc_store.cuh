@@ -26,7 +26,6 @@ struct Outputs {
   const float* slopes;  // one per output channel of all tiles
 };
 #define MAKE_OUTPUTS y_map, residual_map
-#define PREFETCH_OUTPUTS(residual) prefetch(y_map), prefetch(residual ? residual_map : y_map)
 #else
 #define OUTPUTS const int* __restrict__ out_order, Element* __restrict__ y, const Element* __restrict__ residual
 struct Outputs {
@@ -36,7 +35,6 @@ struct Outputs {
   const float* slopes;  // one at each place
 };
 #define MAKE_OUTPUTS out_order, y, residual
-#define PREFETCH_OUTPUTS(residual)
 #endif
 
 using Sums = float[M_BLOCKS][PIXELS / 2];

@@ -3,8 +3,8 @@
 //
 // A cluster of blocks has a sample: each block sums a part of the pixels, and then has a part of the channels, a slice:
 // of these it adds up the blocks' sums, multiplies them by its columns of the first weights, and computes their gates by
-// its rows of the second. In between the blocks meet and read each other's shared memory. Its weights, which no kernel
-// before this one wrote, are copied while that still runs.
+// its rows of the second. In between the blocks meet and read each other's shared memory. Its weights, which are the
+// model's own tensors, are copied while pixels are summed.
 // VECTOR    elements of 16 bytes, a divisor of the channels
 #define THREADS 256
 #define WARPS (THREADS / 32)
@@ -28,32 +28,12 @@ __device__ __forceinline__ float activated(float v, int activation) {
   return activation == 1 ? v * sigmoid : sigmoid;
 }
 
-// Until all blocks of the cluster are here, whose shared memory may then be read.
-__device__ __forceinline__ void meet_blocks() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
-#else
-  __syncthreads();
-#endif
-}
-
 // The sum of what all blocks of the cluster have at a place of their shared memory.
 __device__ __forceinline__ float total(const float* own, int log_cluster) {
-#if __CUDA_ARCH__ >= 900
   float sum = 0.f;
 #pragma unroll 8
-  for (int rank = 0; rank < 1 << log_cluster; rank++) {
-    float value;
-    asm volatile("{ .reg .b32 at; mapa.shared::cluster.u32 at, %1, %2; ld.shared::cluster.f32 %0, [at]; }"
-                 : "=f"(value)
-                 : "r"(shared_address(own)), "r"(rank)
-                 : "memory");
-    sum += value;
-  }
+  for (int rank = 0; rank < 1 << log_cluster; rank++) sum += of_block(own, rank);
   return sum;
-#else
-  return *own;
-#endif
 }
 
 // Sums a block's pixels of a sample to `sums`, all channels. `parts` holds a vector of each thread.
@@ -102,12 +82,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
   uint4 *const columns = memory, *const rows = columns + p.hidden * own_vectors;
   float* const parts = (float*)(memory + 2 * p.hidden * (p.slice / VECTOR));
   float *const sums = parts + THREADS * VECTOR, *const partial = sums + p.channels, *const hidden = partial + p.hidden;
+  wait_for_previous_kernel();
   for (int i = threadIdx.x; i < p.hidden * own_vectors; i += THREADS) {
     const int row = i / own_vectors, vector = i - row * own_vectors;
     copy16(shared_address(columns + i), w1 + row * p.channels + first + vector * VECTOR);
     copy16(shared_address(rows + i), w2 + first * p.hidden + i * VECTOR);
   }
-  wait_for_previous_kernel();
   add_pixels(sums, parts, x + (long long)sample * p.pixels * p.channels, rank, p);
   meet_blocks();
 

@@ -16,22 +16,23 @@ from escort.methods.cuda.sparse_tc.config import M_BLOCK_BYTES, PIXEL_BYTES
 from escort.methods.cuda.sparse_tc.orders import OrderedFilter
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 
-# The model, in clocks of a multiprocessor, fitted to 1731 timings in fp16 and TF32 on an H200, most of them in
-# benchmarks/results/h200: median error 4 %, 90th percentile 12 %, the same on layers that the fit had not seen.
+# The model, in clocks of a multiprocessor, fitted to timings on an H200: what channels_last in 16 bits needs to 223 of
+# 2026-11-30, in docs/notes/sparse_tc.md (median error 5 %, 90th percentile 13 %); stores in NCHW and the kernel that
+# arranges x to 1731 of kernels before.
 _CLOCK_MHZ = 1750.0
-_LAUNCH_US = 3.1
+_LAUNCH_US = 1.65
 _SHARED_BYTES = 128.0  # a clock
 _PRODUCT_BYTES = 1024  # of the filter that an instruction waits for: half of them
 _L2_BYTES = 75.0  # a clock that reach a multiprocessor when all of them read
-_LEAST_STEP = 200.0  # from one step to the next: barriers, metadata, and the start of the products
-_REMAINDER = 0.78  # products of the remainder, of the time of others
+_LEAST_STEP = 270.0  # from one step to the next, which is its warp's own instructions and what these wait for
+_REMAINDER = 1.0  # products of the remainder, of the time of others
 _WAIT = {1: 1.0, 2: 1.0, 4: 1.1, 8: 1.4}  # of a cluster's blocks for one another, as a factor
-_TILE = 1000.0  # around the steps of a tile
-_ADD_UP = 300.0  # the sums of warpgroups that take turns
+_TILE = 500.0  # around the steps of a tile
+_ADD_UP = 930.0  # the sums of warpgroups that take turns
 _STORED, _STORED_ONE_BY_ONE, _FLOATS_STORED = 36.0, 6.5, 31.0  # bytes of outputs a clock; in NCHW, but for floats
 _BOXES_STORED = 500.0  # the same in channels_last
 _MEMORY_BYTES = 4.4e6  # a us
-_BESIDE = 0.28  # of what takes less time, computing or memory, that the other does not hide
+_BESIDE = 0.7  # of what takes less time, computing or memory, that the other does not hide
 _ARRANGE_US, _ARRANGE_BYTES = 3.6, 3.3e6  # of the kernel that arranges x; a us
 
 #: Sizes of clusters that the model knows.

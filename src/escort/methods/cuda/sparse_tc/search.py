@@ -20,10 +20,13 @@ _SHAPES = (  # across, m_blocks and whether by turns
     (2, 2, False),
     (1, 1, False),
     (1, 2, False),
+    (1, 1, True),
+    (1, 2, True),
 )
 _PIXELS = (48, 64, 96, 112, 128, 192, 256)  # of products whose tiles are not rows
 _SAMPLES = (2, 3, 4, 6, 8)  # of a tile of several
 _LEAST_USED = 0.5  # of a tile's channels
+_CLOSE = 1.2  # times whose order the model does not know
 _ALIKE = 2  # configs that differ in their clusters only
 _MOST_LISTED = 256  # problems whose tilings are remembered
 
@@ -33,15 +36,20 @@ def search(
 ) -> list[SparseTcConfig]:
     """At most so many configs, those of least predicted time, of some variety: few differ in their clusters only.
 
-    The best whose warpgroups take turns and the best whose do not come first: only a timing tells which is faster.
+    The best whose warpgroups take turns and the best whose do not come first where they are close: only a timing tells
+    which is faster.
     """
     remainder = Remainder.of(order_filter(sparse_filter, memory_format, ELEMENTS[problem.precision]))
-    tilings = sorted(_listed(problem, gpu, memory_format), key=lambda tiling: predict_us(tiling, remainder, gpu))
-    firsts = {tiling.config.by_turns: tiling.config for tiling in reversed(tilings)}.values()
-    tilings.sort(key=lambda tiling: tiling.config not in firsts)
+    predicted = [(predict_us(tiling, remainder, gpu), tiling) for tiling in _listed(problem, gpu, memory_format)]
+    predicted.sort(key=lambda one: one[0])
+    other = next(
+        (i for i, (_, tiling) in enumerate(predicted) if tiling.config.by_turns != predicted[0][1].config.by_turns), 0
+    )
+    if other and predicted[other][0] < _CLOSE * predicted[0][0]:
+        predicted.insert(1, predicted.pop(other))
     chosen: list[SparseTcConfig] = []
     alike: Counter[SparseTcConfig] = Counter()  # of those that are chosen, but for their clusters
-    for tiling in tilings:
+    for _, tiling in predicted:
         if len(chosen) == most:
             break
         kind = replace(tiling.config, cluster=1)
