@@ -142,7 +142,7 @@ MEASURED = re.compile(
 )
 #: What looks so and is none: settings, constants of the code, and arithmetic.
 NO_RESULTS = re.compile(
-    r"\d+ %\s(?:zeros|sparsity|of their weights zero)|pruned to \d+ %|more than 5 % of these cores"
+    r"\d+ %\s(?:zeros|sparsity|of their weights zero)|pruned to \d+ %|more than 5 % of these cores|at most 5 ms"
     r"|to 50 %, 80 %\sand 95 % zeros|less than 1\.2 times as fast|\(1x1\)"
     r"|a filter takes 12\.5 % of its\sdense size, at 98 %, where gaps need two bytes, 3 %"
 )
