@@ -16,8 +16,10 @@ from escort.methods.cuda.sparse_tc.config import ELEMENTS
 from escort.methods.cuda.sparse_tc.orders import order_filter
 from escort.methods.cuda.sparse_tc.split import split
 from escort.network.check import Request
+from escort.network.mixing import mixing
 from escort.network.passes import channels_last, fuse
 from escort.problem import Precision, Problem
+from escort.runtime import Program
 from tests.network.patterns import traced
 
 FREE = {"stem", "reduce", "spatial", "expand", "again"}  # whose outputs convolutions alone read, or add
@@ -178,15 +180,41 @@ def test_what_depends_on_how_tensors_lie_is_not_rewritten(x: Tensor, between: st
 
 def test_in_which_memory_formats_a_network_is_tried(x: Tensor) -> None:
     network = fused(pruned(), x)
-    networks, not_tried = channels_last.in_memory_formats(network, on_gpu("fp16"))
+    networks, not_tried = channels_last.in_memory_formats(network, on_gpu("fp16"), [])
     assert list(networks) == ["contiguous", "channels_last"] and networks["contiguous"] is network and not not_tried
-    assert channels_last.in_memory_formats(network, Request(torch.device("cpu"), "fp32")) == (
+    assert channels_last.in_memory_formats(network, Request(torch.device("cpu"), "fp32"), []) == (
         {"contiguous": network},
         {},
     )
     for tried, precision, reason in ((network, "fp32", "in fp32"), (Bottleneck(), "fp16", "could not be traced")):
-        networks, not_tried = channels_last.in_memory_formats(tried, on_gpu(precision))
+        networks, not_tried = channels_last.in_memory_formats(tried, on_gpu(precision), [])
         assert list(networks) == ["contiguous"] and reason in not_tried["channels_last"]
+
+
+class TwoMaps(nn.Module):
+    """Returns maps twice, its input, and numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, stride=2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.first(x)
+        return y, self.second(y), y, x, y.mean((2, 3))
+
+
+def test_maps_are_returned_as_the_original_does(x: Tensor) -> None:
+    """A caller may take views of them."""
+    model = TwoMaps().eval()
+    last = x.contiguous(memory_format=torch.channels_last)
+    for example in (x, last):
+        expected = model(example)
+        network = channels_last.rewrite(fused(model, x), on_gpu("fp16"), expected)
+        found = network(last)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert found[0] is found[2] and [ours.stride() for ours in found[:3]] == [y.stride() for y in expected[:3]]
+        assert mixing(Program.of(network)) is None
 
 
 def test_strict_float32_stays_as_it_is(x: Tensor) -> None:

@@ -197,7 +197,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
             calls = record_calls(network, skipped, original)
         check_calls(calls, skipped)
         not_saved = unsavable(network, request.device)
-        networks, not_in_format = in_memory_formats(network, request)
+        networks, not_in_format = in_memory_formats(network, request, original.expected)
         found = {
             memory_format: find_layers(network, calls, memory_format, skipped, request)
             for memory_format, network in networks.items()

@@ -67,7 +67,7 @@ _FUNCTIONS = {
     torch.relu,
     torch.sigmoid,
     torch.tanh,
-    *(spelling for name in ("relu", "sigmoid", "tanh", "to") for spelling in spellings(name)),
+    *(spelling for name in ("relu", "sigmoid", "tanh", "to", "contiguous") for spelling in spellings(name)),
 }
 _FLATTENS = (torch.flatten, *spellings("flatten"))
 _MEANS = (torch.mean, *spellings("mean"))

@@ -1,21 +1,24 @@
 """A network's graph in channels_last, which tensor cores read.
 
 Torch's operators keep the memory format of their inputs, so a network stays in channels_last from the first convolution
-that writes it. Two things change. A ``view`` becomes a ``reshape``: what is a view in NCHW need not be one in
-channels_last. And where our convolutions alone write and read a tensor, its channels get the order that suits the
-methods best (:func:`escort.methods.channel_order`). Tensors that are added have one order.
+that writes it; maps that it returns lie as the original's do. Two things change. A ``view`` becomes a ``reshape``: what
+is a view in NCHW need not be one in channels_last. And where our convolutions alone write and read a tensor, its
+channels get the order that suits the methods best (:func:`escort.methods.channel_order`). Tensors that are added have
+one order.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from escort.layers import FusedConv2d
 from escort.methods import channel_order
@@ -33,14 +36,20 @@ _PER_CHANNEL = (F.max_pool2d, torch.max_pool2d, aten.max_pool2d.default, F.avg_p
 _STRIDED = ("as_strided", "view_as", "stride", "is_contiguous", "storage_offset", "data_ptr")
 
 
-def in_memory_formats(network: nn.Module, request: Request) -> tuple[dict[MemoryFormat, nn.Module], dict[str, str]]:
-    """The network for each memory format in which it is tried, and why it is not tried in one that a GPU could use."""
+def in_memory_formats(
+    network: nn.Module, request: Request, expected: Sequence[Tensor]
+) -> tuple[dict[MemoryFormat, nn.Module], dict[str, str]]:
+    """The network for each memory format in which it is tried, and why it is not tried in one that a GPU could use.
+
+    Args:
+        expected: what the original returns, as it lies.
+    """
     networks: dict[MemoryFormat, nn.Module] = {"contiguous": network}
     if request.device.type == "cpu":
         return networks, {}
     if reason := precluded(network, request):
         return networks, {"channels_last": reason}
-    networks["channels_last"] = rewrite(network, request)
+    networks["channels_last"] = rewrite(network, request, expected)
     return networks, {}
 
 
@@ -61,8 +70,12 @@ def precluded(network: nn.Module, request: Request) -> str | None:
     return None
 
 
-def rewrite(network: nn.Module, request: Request) -> nn.Module:
-    """A copy of a network that computes the same in channels_last; :func:`precluded` must have had no objection."""
+def rewrite(network: nn.Module, request: Request, expected: Sequence[Tensor] = ()) -> nn.Module:
+    """A copy of a network that computes the same in channels_last; :func:`precluded` must have had no objection.
+
+    Args:
+        expected: what the original returns. A caller may take views of maps that lie so.
+    """
     assert isinstance(network, fx.GraphModule)
     network = copy.deepcopy(network)
     for node in network.graph.nodes:
@@ -75,7 +88,22 @@ def rewrite(network: nn.Module, request: Request) -> nn.Module:
     on_all_cores([partial(group.search, request) for group in groups])
     for group in groups:
         group.reorder()
+    _return_as(network, expected)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _return_as(network: fx.GraphModule, expected: Sequence[Tensor]) -> None:
+    """Has maps that the original returns in NCHW returned so."""
+    (output,) = network.graph.find_nodes(op="output")
+    returned = [leaf for leaf in tree_leaves(output.args) if isinstance(leaf, fx.Node)]
+    if len(returned) != len(expected):  # what else is returned holds tensors of its own
+        return
+    with network.graph.inserting_before(output):
+        for node, x in dict(zip(returned, expected, strict=True)).items():
+            is_map = x.ndim == 4 and not x.is_contiguous(memory_format=torch.channels_last)
+            if is_map and x.is_contiguous() and node.op != "placeholder":
+                output.replace_input_with(node, network.graph.call_method("contiguous", (node,)))
+    network.recompile()
 
 
 def _alike(network: fx.GraphModule) -> list[list[fx.Node]]:
