@@ -16,13 +16,18 @@ from torch.utils._pytree import tree_leaves
 import escort
 from escort.layers import SparseConv2d
 from escort.methods import by_name
+from escort.methods.precision import float32_convolutions
 from escort.network.check import Request, settle_favor
-from escort.network.choose import choose, race, run_by
+from escort.network.choose import choose, judge, race, run_by
+from escort.network.context import tf32_is_allowed
+from escort.network.example import Example
+from escort.network.original import run_original
 from escort.network.plan import NetworkPlan
 from escort.network.swap import Swapped, alternatives
 from escort.network.values import largest_error, output_error
 from escort.planner import timing
 from escort.planner.timing import Timing
+from escort.problem import Precision
 from escort.runtime import Batching, Favor
 from tests.network.models import Small, pruned
 
@@ -193,6 +198,29 @@ def test_an_infinity_of_one_network_alone_is_an_error(wrong: float) -> None:
         out[place] = wrong
         if not torch.equal(out, ref):
             assert output_error(out, ref) > 0.1
+
+
+class Coarse(nn.Module):
+    """A convolution that amplifies its rounding, which is coarse where torch may use TF32, or always."""
+
+    def __init__(self, *, always: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.always = nn.Conv2d(3, 4, 3), always
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        coarse = self.always or tf32_is_allowed()
+        return (8 * y).round() / 8 if coarse and x.dtype is torch.float32 else y
+
+
+@pytest.mark.parametrize(("precision", "is_right"), [("tf32", True), ("fp32", False)])
+def test_in_tf32_the_original_is_judged_in_tf32(precision: Precision, is_right: bool) -> None:
+    """Its weights are float32, and run so it would be exact."""
+    with torch.no_grad(), float32_convolutions("fp32"):
+        original = run_original(Coarse(always=False).eval(), Example((torch.randn(2, 3, 8, 8),)))
+        error, why_not = judge(Coarse(always=True).eval(), original, Request(torch.device("cpu"), precision))
+    assert error > 5e-3 and (why_not is None) is is_right
 
 
 def test_the_largest_error_is_that_of_all_outputs() -> None:

@@ -160,7 +160,8 @@ def judge(network: nn.Module, original: Original, request: Request) -> tuple[flo
     """The largest relative error of a converted network's outputs, and why it is not taken, None where it is right.
 
     It is right where it is as close to the original as its precision's rounding explains. Beyond that, where the model
-    itself amplifies rounding, it is right where it is about as close as the original is to what a finer type gives.
+    itself amplifies rounding, it is right where it is about as close as the original in that precision is to what a
+    finer type gives.
     """
     bound = NETWORK_ERROR_BOUND[request.rounding]
     try:
@@ -180,7 +181,7 @@ def judge(network: nn.Module, original: Original, request: Request) -> tuple[flo
     exact = original.more_exactly(request.rounding)
     if exact is None:
         return error, f"its outputs differ by {error:.1e} (bound {bound:.0e}) from the original's"
-    own, ours = largest_error(original.expected, exact), largest_error(outputs, exact)
+    own, ours = largest_error(original.rounded(request.rounding), exact), largest_error(outputs, exact)
     if ours <= max(bound, _AS_GOOD * own):
         return error, None
     return error, f"its outputs are off by {ours:.1e} (bound {bound:.0e}), the original's by {own:.1e}"

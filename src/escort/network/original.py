@@ -162,6 +162,16 @@ class Original:
         """Whether a network in the same precision makes the same of the example."""
         return largest_error(self.run_afresh(network), self.expected) <= _SAME_RUN
 
+    def rounded(self, precision: Precision) -> list[Tensor]:
+        """What the model makes of the example where its convolutions compute in a precision.
+
+        That is `expected`, but for TF32, which the weights' type does not say.
+        """
+        if precision != "tf32":
+            return self.expected
+        with float32_convolutions("tf32"):
+            return self.run_afresh(copy.deepcopy(self.model))
+
     def more_exactly(self, precision: Precision) -> list[Tensor] | None:
         """The tensors that the model makes of the example in a type beside whose rounding that of `precision` is large.
 
