@@ -59,9 +59,9 @@ struct DepthwiseTensors {
   int64_t x_stride, residual_stride, y_stride;
 };
 
-// Computes the bands first .. end, numbered through the samples, the bands of a plane and the groups of planes: a thread
-// computes rows of many planes, as in convolutions of all channels, and reads those that it wrote.
-// `scratch` holds planes * stage_size floats and a vector, aligned to 64 bytes.
+// Computes the bands first .. end, numbered through the samples, the bands of a plane and the groups of planes: a
+// thread computes rows of many planes, as in convolutions of all channels, and reads those that it wrote. `scratch`
+// holds planes * stage_size floats and a vector, aligned to 64 bytes.
 using RunDepthwise = void (*)(const Depthwise&, const DepthwiseTensors&, int64_t first, int64_t end, float* scratch);
 
 struct DepthwiseIsa {

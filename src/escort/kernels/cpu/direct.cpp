@@ -261,8 +261,8 @@ void run_task(const Direct& d, int64_t task, const float* x, const float* residu
   y += sample * d.y_sample_stride;
   if (residual) residual += sample * d.residual_sample_stride;
   float* partial = scratch + d.stage_size;
-  const bool reads_on =
-      d.fetch_next_task && share == d.shares - 1 && group == d.group_count - 1;  // else the next task reads the same tile
+  const bool reads_on = d.fetch_next_task && share == d.shares - 1 &&
+                        group == d.group_count - 1;  // else the next task reads the same tile
   const Accumulate accumulate = pick(tile.vectors, d.channels, d.alike);
   for (int b = 0; b < d.blocks_of_part; b++) {
     const bool first = b == 0, last = b == d.blocks_of_part - 1;

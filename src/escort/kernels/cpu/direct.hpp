@@ -74,7 +74,7 @@ struct Params {                      // what all tiles have in common
 struct Direct : Params {
   const Nonzero* nonzeros;
   const OutChannel* out_channels;  // one more than there are, to end the last one's nonzeros
-  const Block* blocks;  // of all parts of the first group, then of the next
+  const Block* blocks;             // of all parts of the first group, then of the next
   const Run* runs;
   const Segment* segments;
   const Tile* tiles;

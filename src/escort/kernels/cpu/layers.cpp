@@ -13,9 +13,9 @@ namespace {
 // An input of 1 MiB is not all in the level-2 cache when its layer starts.
 constexpr int64_t kFarFloats = 1 << 18;
 
-// Into how many shares to cut the parts of a group, where a share of each is so many tasks. A task stages its input once
-// for all its parts, which takes about a sixteenth of the work on them all. Single samples have the shares that were
-// planned and timed; of others, those are taken that give least to the thread with most to do.
+// Into how many shares to cut the parts of a group, where a share of each is so many tasks. A task stages its input
+// once for all its parts, which takes about a sixteenth of the work on them all. Single samples have the shares that
+// were planned and timed; of others, those are taken that give least to the thread with most to do.
 int32_t shares_of(int32_t parts, int64_t tasks, int64_t samples, int threads) {
   if (threads == 1) return 1;
   if (samples == 1) return parts;

@@ -95,8 +95,8 @@ __device__ __forceinline__ uint4 load16(u32 from) {
   return words;
 }
 
-// --------------------------------------------------------- blocks of a cluster, of which there is one before sm_90 ----
-// Until all are here, whose shared memory may then be read.
+// --------------------------------------------------------- blocks of a cluster, of which there is one before sm_90
+// ---- Until all are here, whose shared memory may then be read.
 __device__ __forceinline__ void meet_blocks() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");

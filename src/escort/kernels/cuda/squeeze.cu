@@ -2,8 +2,8 @@
 // NHWC, summed in float.
 //
 // A cluster of blocks has a sample: each block sums a part of the pixels, and then has a part of the channels, a slice:
-// of these it adds up the blocks' sums, multiplies them by its columns of the first weights, and computes their gates by
-// its rows of the second. In between the blocks meet and read each other's shared memory. Its weights, which are the
+// of these it adds up the blocks' sums, multiplies them by its columns of the first weights, and computes their gates
+// by its rows of the second. In between the blocks meet and read each other's shared memory. Its weights, which are the
 // model's own tensors, are copied while pixels are summed.
 // VECTOR    elements of 16 bytes, a divisor of the channels
 #define THREADS 256
