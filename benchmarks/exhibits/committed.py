@@ -116,7 +116,8 @@ def _headlines_table(results: Mapping[str, Result]) -> Table:
         best, gain = _against(results, headline)
         note = f", `{headline.note}`" if headline.note else ""
         on = where(results[headline.file], strict=True) + note
-        lines.append((f"{NETWORKS[headline.network]}, {headline.zeros}", str(headline.batch), on, _ENGINES[best], times_faster(gain)))
+        network = f"{NETWORKS[headline.network]}, {headline.zeros}"
+        lines.append((network, str(headline.batch), on, _ENGINES[best], times_faster(gain)))
     return Table("Headlines", ("Network, zeros", "Samples", "On", "Fastest dense engine", "Gain"), tuple(lines))
 
 
