@@ -126,7 +126,8 @@ ILLUSTRATED = [path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.m
 @pytest.mark.parametrize("document", REPORTS, ids=lambda path: path.name)
 def test_the_reports_name_tables_that_there_are(document: Path) -> None:
     text = document.read_text()
-    assert exhibits.render(text, everything()).count("\n|") >= text.count("<!-- table:")
+    made_up = read_results(RESULTS) | everything()
+    assert exhibits.render(text, made_up).count("\n|") >= text.count("<!-- table:")
 
 
 @pytest.mark.parametrize("document", REPORTS, ids=lambda path: path.name)
