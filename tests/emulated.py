@@ -292,7 +292,7 @@ def _library(source: str, defines: tuple[tuple[str, object], ...], folder: Path)
 
 
 _BOUNDING = r'asm\("(max|min)\.NaN\.(?:f32|" PAIR ") %0, %0, %1;" : "\+[fr]"\((\w+)\) : "[fr]"\((\w+)\)\);'
-_REPLACED = "activation.cuh", "mma.cuh", "ptx.cuh", "wgmma.cuh"
+_REPLACED = "activation.cuh", "cluster.cuh", "mma.cuh", "ptx.cuh", "wgmma.cuh"
 
 
 def _text(name: str, seen: tuple[str, ...] = _REPLACED) -> str:

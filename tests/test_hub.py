@@ -37,7 +37,7 @@ def test_the_card(fast: escort.ConvertedModel, tmp_path: Path) -> None:
     assert card.startswith("---\nlibrary_name: escort-sparse\n") and "\n# me/small\n" in card
     assert 'escort.from_pretrained("me/small")' in card
     assert f"{(tmp_path / 'model.escort').stat().st_size:,} bytes" in card
-    assert "| Layer | Convolution | Method |" in card and "\n| second | 8->8 3x3, 8x8 |" in card
+    assert "| Layer | Convolution | Zeros | Method |" in card and "\n| second | 8->8 3x3, 8x8 |" in card
     (tmp_path / "README.md").write_text("mine")
     fast.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"

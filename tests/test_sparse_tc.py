@@ -185,7 +185,7 @@ def test_activations_assemble_with_hardly_a_spill(
 ) -> None:
     binary = compiled(replace(problem, epilogue=replace(problem.epilogue, activation=activation)), config)
     assert binary.defines["ACTIVATION"] == ("leaky_relu" if activation == "prelu" else activation)
-    assert binary.spill_bytes <= 16, "a value or two, around the stores"
+    assert binary.spill_bytes <= 32, "a few values, around the stores"
 
 
 def compiled(problem: Problem, config: SparseTcConfig) -> compiler.Binary:

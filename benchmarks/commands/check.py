@@ -99,7 +99,8 @@ def main(options: CheckOptions, output: Output) -> None:
     ours, within one run. What was found is written after each measurement; the same command goes on where it was cut
     off. It fails where differences exceed the limits, or something fails.
     """
-    check_writable(options.path)
+    if options.output_path is not None:
+        check_writable(options.output_path)
     sample = checks.draw(checks.subjects_of(options.results()), options.sample, options.seed)
     found = Found() if options.again else _before(options)
     for drawn in _measured(sample, found, options):

@@ -74,7 +74,7 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["plan", TINY, "--input", "1,3,8,8", "--device", "mps"], "not on mps"),
         (["plan", "{saved}", "--input", "1,3,8,8"], "leave out --input"),
         (["plan", "{saved}", "--device", "cuda"], "leave out --input, --checkpoint, --device, --precision"),
-        (["plan", "{saved}", "--effort", "5"], "--precision, --effort and --favor"),
+        (["plan", "{saved}", "--effort", "5"], "--precision, --effort, --favor and --plan"),
         (["plan", TINY, "--input", "1,3,8,8", "--favor", "speed"], "'latency', 'throughput'"),
         (["plan", TINY, "--input", "1,3,8,8", "--effort", "nan"], "--effort takes fast, best or a number of seconds"),
         (["plan", TINY, "--input", "1,3,8,8", "--effort", "much"], "--effort takes fast, best or a number of seconds"),

@@ -69,6 +69,18 @@ def test_a_file_that_lies_about_its_format(saved: Path, images: Path) -> None:
     assert result.exit_code == 2 and "b.png is no readable image" in result.stderr
 
 
+def test_what_a_decoder_raises_names_the_image(saved: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged AVIF files are a RuntimeError of Pillow's, and some formats are not implemented."""
+    from PIL import Image
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Failed to decode frame 0")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    result = invoke("run", saved, images / "b.png")
+    assert result.exit_code == 2 and "b.png is no readable image (Failed to decode frame 0)" in result.stderr
+
+
 def test_images_of_16_bits_are_refused(saved: Path, images: Path) -> None:
     from PIL import Image
 

@@ -108,6 +108,14 @@ def test_a_forecast_takes_shares_by_layer() -> None:
         found.time_us({"c": 0.9})
 
 
+@pytest.mark.parametrize("share", [90, -0.5, float("nan"), "0.9", None])
+def test_what_is_no_share_of_zeros(share: Any) -> None:
+    found = a_forecast()
+    for given in (share, {"a": share}):
+        with pytest.raises(ValueError, match="a share of zeros is between 0 and 1"):
+            found.speedup(given)
+
+
 def test_a_forecast_says_how_far_off_it_was_in_between() -> None:
     off = replace(at(0.8), converted_time_us=1.25 * at(0.8).converted_time_us)
     assert from_plans([at(0.5), off, at(0.95)], {"a": 0.0, "b": 0.0}).error == pytest.approx(0.2)

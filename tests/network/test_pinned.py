@@ -70,8 +70,10 @@ def test_the_original_is_kept_where_the_plan_kept_it(model: nn.Module, plan: Net
 @pytest.mark.usefixtures("no_timer")
 def test_other_weights_of_the_model_follow_it_too(model: nn.Module, plan: NetworkPlan) -> None:
     torch.manual_seed(7)
-    other = pruned(Small())
-    torch.testing.assert_close(escort.convert(other, X, plan=plan)(X), other(X))
+    other = pruned(Small(), 0.6)
+    fast = escort.convert(other, X, plan=plan)
+    torch.testing.assert_close(fast(X), other(X))
+    assert all(0.55 < share < 0.65 for share in fast.plan.sparsities.values()), "the zeros of the weights at hand"
 
 
 def test_a_choice_that_is_wrong_here_is_refused(
@@ -101,6 +103,13 @@ def test_what_does_not_go_with_a_plan(
 def test_plans_of_something_else(model: nn.Module, plan: NetworkPlan) -> None:
     with pytest.raises(ValueError, match="the plan is for inputs of"):
         escort.convert(model, X[:1], plan=plan)
+    for other in (replace(plan, input_dtypes=("float16",)), replace(plan, input_names=("x",))):
+        with pytest.raises(ValueError, match="the plan is for inputs of .* with the names"):
+            escort.convert(model, X, plan=other)
+    with pytest.raises(ValueError, match="the plan is for a model of float16"):
+        escort.convert(model, X, plan=replace(plan, widened="float16"))
+    with pytest.raises(ValueError, match=r"as json.loads gives it, got str"):
+        NetworkPlan.from_json(json.dumps(plan.to_json()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the plan is for cuda, the model on cpu"):
         escort.convert(model, X, plan=replace(plan, device="cuda:0"))
     with pytest.raises(ValueError, match="only one of the two has the layer second"):

@@ -78,7 +78,7 @@ class Preparation:
                 resized = image.convert(_MODES[self.channels]).resize(
                     (self.width, self.height), Image.Resampling.BILINEAR
                 )
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"{path} is no readable image ({error}); mend it, convert it to 8 bits, or leave it out"
             ) from error

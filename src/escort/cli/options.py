@@ -178,6 +178,11 @@ class ModelOptions(SourceOptions):
         """Whether none was given that says what to convert but the model."""
         return replace(self, shapes=self.shapes or None, verbose=0) == ModelOptions(self.model)
 
+    def check_no_plan(self) -> None:
+        """Raises ValueError where a plan is given to a command that follows none."""
+        if self.plan is not None:
+            raise ValueError("--plan is for escort convert and escort plan; leave it out")
+
     def load_with_inputs(self) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
         """The model and random inputs for it, the same each time, on the device and as the precision is stored."""
         shapes = [numbers(shape, "--input") for shape in self.shapes or []]
@@ -186,7 +191,8 @@ class ModelOptions(SourceOptions):
         model = self.load()
         inputs = _drawn(shapes or models.declared_shapes(model), models.input_types(model))
         placed = place(model, inputs, self.device, self.precision)
-        note_if_busy(placed[1][0].device.type)
+        if self.plan is None:
+            note_if_busy(placed[1][0].device.type)
         return placed
 
     def convert(self, *, remeasure: bool = False, images: Images | None = None) -> ConvertedModel:

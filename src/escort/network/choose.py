@@ -93,7 +93,7 @@ def choose(
         device=str(request.device),
         timer=timer,
         methods=tuple(method.name for method in request.methods or ()),
-        sparsities=_sparsities(best.network),
+        sparsities=sparsities(best.network),
         widened="" if request.widened is None else str(request.widened).removeprefix("torch."),
     )
     why = plan.reason or f"{converted_us:.1f} us, the original {dense_us:.1f} us"
@@ -104,7 +104,8 @@ def choose(
     return ConvertedModel(network, plan, original.model)
 
 
-def _sparsities(network: nn.Module) -> dict[str, float]:
+def sparsities(network: nn.Module) -> dict[str, float]:
+    """The share of zeros of each converted layer."""
     layers = {name: module for name, module in network.named_modules() if isinstance(module, SparseConv2d)}
     return {name: round(layer.filter.sparsity, 4) for name, layer in layers.items()}
 

@@ -133,6 +133,8 @@ def convert(
         check_pinned(plan, example, asked | {"effort": None if effort == "fast" else effort})
         precision = precision or (None if plan.widened else plan.precision)
     settled, widened = settle_precision(model, example.device, precision)
+    if plan is not None and plan.widened != ("" if widened is None else str(widened).removeprefix("torch.")):
+        raise ValueError(f"the plan is for a model of {plan.widened or 'float32'}, this one is of another type")
     if plan is not None and settled != plan.precision:
         raise ValueError(f"the plan is for {plan.precision}, the model is computed in {settled}; convert it without")
     request = Request(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from escort.network.check import Request
-from escort.network.choose import judge
+from escort.network.choose import judge, sparsities
 from escort.network.context import dense_in
 from escort.network.example import Example
 from escort.network.model import ConvertedModel
@@ -36,6 +36,12 @@ def check_pinned(plan: NetworkPlan, example: Example, asked: Mapping[str, Any]) 
     shapes = tuple(tuple(x.shape) for x in example.tensors)
     if shapes != plan.input_shapes:
         raise ValueError(f"the plan is for inputs of {plan.input_shapes}, the example has {shapes}; pass one like them")
+    types, names = tuple(x.dtype for x in example.tensors), tuple(example.kwargs) if example.is_plain else ()
+    if (types, names) != (plan.input_types, plan.input_names):
+        raise ValueError(
+            f"the plan is for inputs of {plan.input_types} with the names {plan.input_names}, the example has {types} "
+            f"and {names}; pass one like them, or {_ANEW}"
+        )
 
 
 def only_planned(networks: Mapping[MemoryFormat, Unplanned], plan: NetworkPlan) -> dict[MemoryFormat, Unplanned]:
@@ -67,6 +73,11 @@ def keep_as_planned(dense: nn.Module, swapped: Swapped, original: Original, requ
         request.progress.done("compared with the original")
     if original.state is not None:
         original.state.restore(network)
-    layers = plan.layers if plan.kept_dense else swapped.layers
-    plan = replace(plan, layers=layers, skipped=swapped.skipped, rel_error=error, device=str(request.device))
+    here = str(request.device)
+    if plan.kept_dense:
+        layers = {name: replace(each, problem=each.problem.on(here)) for name, each in plan.layers.items()}
+        plan = replace(plan, layers=layers)
+    else:
+        plan = replace(plan, layers=swapped.layers, sparsities=sparsities(network))
+    plan = replace(plan, skipped=swapped.skipped, rel_error=error, device=here)
     return ConvertedModel(network, plan, original.model)

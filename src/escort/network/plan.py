@@ -188,6 +188,10 @@ class NetworkPlan:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> NetworkPlan:
         """The plan behind :meth:`to_json`. Raises ValueError on anything else."""
+        if not isinstance(data, dict):
+            raise ValueError(
+                f"not a network plan: it is a dictionary, as json.loads gives it, got {type(data).__name__}"
+            )
         try:
             plan = cls(
                 layers={str(name): Plan.from_json(plan) for name, plan in data["layers"].items()},
@@ -219,7 +223,7 @@ class NetworkPlan:
                 call_time_us=None if data.get("call_time_us") is None else float(data["call_time_us"]),
                 sparsities={str(name): float(share) for name, share in data.get("sparsities", {}).items()},
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a network plan: {error}") from error
         plan._check()
         return plan

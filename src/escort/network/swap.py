@@ -258,7 +258,8 @@ def plan_into(network: nn.Module, layers: Mapping[str, Layer], request: Request)
         estimate.layer()
         _log.debug("layer %s: %s", name, _summary(plans[name]))
     if request.device.type == "cpu":
-        _warn_if_busy(plans, watch.others_share())
+        if request.pinned is None:
+            _warn_if_busy(plans, watch.others_share())
     else:  # any stream may read the tables from now on
         for stream in (torch.cuda.default_stream(request.device), torch.cuda.current_stream(request.device)):
             stream.synchronize()

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from escort.methods import Config, Method, by_name
+from escort.planner.checked import check_fields
 from escort.planner.cores import on_all_cores
 from escort.planner.measure import Ahead, Allowance, check
 from escort.planner.plan import Layer, Plan, Planned
@@ -41,7 +42,9 @@ def follow(layers: Sequence[Layer], plans: Sequence[Plan]) -> Iterator[Planned]:
 
 def _choice(layer: Layer, plan: Plan) -> tuple[Method, Config]:
     method = by_name(plan.method, layer.problem.device)
-    return method, method.without_trying(method.config_type(**plan.config))
+    config = method.config_type(**plan.config)
+    check_fields(config)  # kernels trust their configs
+    return method, method.without_trying(config)
 
 
 def _refusal(layer: Layer, choice: tuple[Method, Config]) -> str | None:

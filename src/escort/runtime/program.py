@@ -264,7 +264,7 @@ class Bound:
             template = None if is_simple else (step.args, step.kwargs)
             self.steps.append((table, key, arguments, template, number, last_reads))
             layer = table[key]
-            if isinstance(layer, nn.Module) and type(layer).__call__ is nn.Module.__call__:
+            if isinstance(layer, nn.Module) and type(layer).__call__ is _CALL:
                 self._hooks += (getattr(layer, name) for name in _HOOKS)
                 table = _Forward(table, layer)
             self._forwards.append((table, key, arguments, template, number, last_reads))
@@ -299,6 +299,9 @@ class Bound:
         return all(modules.get(name) is module for modules, name, module in self.containers.values())
 
 
+_CALL = nn.Module.__call__
+
+
 class _Forward:
     """What a table of layers is asked for: the forward of the layer that was there, or what has taken its place."""
 
@@ -309,7 +312,10 @@ class _Forward:
 
     def __getitem__(self, name: str) -> Any:
         layer = self.layers[name]
-        return layer.forward if layer is self.layer() else layer  # type: ignore[union-attr]
+        if layer is None or layer is not self.layer():
+            return layer
+        is_plain = type(layer).__call__ is _CALL and layer._compiled_call_impl is None
+        return layer.forward if is_plain else layer
 
 
 def _is_fixed(value: Any) -> bool:

@@ -95,30 +95,6 @@ __device__ __forceinline__ uint4 load16(u32 from) {
   return words;
 }
 
-// --------------------------------------------------------- blocks of a cluster, of which there is one before sm_90
-// ---- Until all are here, whose shared memory may then be read.
-__device__ __forceinline__ void meet_blocks() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
-#else
-  __syncthreads();
-#endif
-}
-
-// What another one has at a place of its shared memory.
-__device__ __forceinline__ float of_block(const float* own, u32 rank) {
-#if __CUDA_ARCH__ >= 900
-  float value;
-  asm volatile("{ .reg .b32 at; mapa.shared::cluster.u32 at, %1, %2; ld.shared::cluster.f32 %0, [at]; }"
-               : "=f"(value)
-               : "r"(shared_address(own)), "r"(rank)
-               : "memory");
-  return value;
-#else
-  return *own;
-#endif
-}
-
 // ------------------------------------------------------------------------------ kernels that overlap (sm_90 only) ----
 // Where a kernel was launched to overlap the one before it: its results may be read after the wait only.
 __device__ __forceinline__ void wait_for_previous_kernel() {

@@ -10,6 +10,7 @@
 #define WARPS (THREADS / 32)
 #define AT_ONCE 8  // pixels of a thread whose loads are issued together
 
+#include "cluster.cuh"
 #include "elements.cuh"
 #include "ptx.cuh"
 

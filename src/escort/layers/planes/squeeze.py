@@ -63,6 +63,9 @@ class _Squeeze(nn.Module):
         return first, second
 
 
+_OWN = frozenset(("in_channels", "hidden_size", "names", "activation", "gate_activation", "_layers"))
+
+
 class Squeeze(OnPlanes, _Squeeze):
     """``gate(conv2(activation(conv1(mean of x))))``, (N, C, 1, 1) of x (N, C, H, W), the convolutions of one pixel.
 
@@ -85,7 +88,7 @@ class Squeeze(OnPlanes, _Squeeze):
         super().__init__()
         if unknown := {activation, gate_activation} - {*ACTIVATIONS}:
             raise ValueError(f"it has activations of {', '.join(ACTIVATIONS)}, got {unknown.pop()}")
-        if not are_names(names) or any(hasattr(self, name) for name in names):
+        if not are_names(names) or any(name in _OWN or hasattr(self, name) for name in names):
             raise ValueError(f"its convolutions have two names of their own, got {names}")
         self.in_channels, self.hidden_size, self.names = in_channels, hidden_size, (names[0], names[1])
         self.activation, self.gate_activation = activation, gate_activation
@@ -113,6 +116,8 @@ class Squeeze(OnPlanes, _Squeeze):
         numbers = ACTIVATIONS.index(activation), ACTIVATIONS.index(gate)
         params = Params(channels, hidden, height * width, own, log_cluster, *numbers, 1.0 / (height * width))
         shared_bytes = 2 * hidden * own * x.dtype.itemsize + 4 * (THREADS * vector + channels + 2 * hidden)
+        if own > THREADS * vector:  # means would lie on the sums that other blocks still read
+            return None
         if shared_bytes > _MOST_SHARED_BYTES or max(samples << log_cluster, channels * hidden) > MOST:
             return None
         launch = (samples << log_cluster, 1, 1), (pack(params),)

@@ -28,6 +28,8 @@ from escort.problem import Precision, Problem
 _log = logging.getLogger(__name__)
 #: The shares of zeros at which a network is pruned, converted and timed.
 MEASURED = (0.5, 0.8, 0.95)
+#: How far the shares of zeros of a layer that nobody prunes may be apart.
+_SAME_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Forecast:
                 A layer has at least the zeros that it has now.
 
         Raises:
-            ValueError: for the name of a layer that there is not.
+            ValueError: for the name of a layer that there is not, and for what is no share.
         """
         layers_us = self.layers_us(sparsity)
         sums_us, times_us = zip(*self.points, strict=True)
@@ -154,6 +156,9 @@ class Forecast:
         return sum(layer.time_us(share) for layer, share in self._shares(sparsity))
 
     def _shares(self, sparsity: float | Mapping[str, float]) -> list[tuple[LayerForecast, float]]:
+        given = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
+        if wrong := [share for share in given if not (isinstance(share, (int, float)) and 0.0 <= share <= 1.0)]:
+            raise ValueError(f"a share of zeros is between 0 and 1, got {wrong[0]!r}; write 0.9 for 90 %")
         if not isinstance(sparsity, Mapping):
             return [(layer, max(sparsity, layer.zeros) if layer.is_pruned else layer.zeros) for layer in self.layers]
         known = {layer.name for layer in self.layers} | self.skipped.keys() | {"overall"}
@@ -197,6 +202,12 @@ def forecast(
     stays = _usually_dense(model) if skip is None else skip
     now = prune.sparsity(plain_copy(model))
     prunable = prune.convolutions(model, skip=stays)
+    if there := [name for name in prunable if now[name] > MEASURED[0]]:
+        _log.warning(
+            "%d of %d layers have more than %.0f %% zeros already, and are forecast with no fewer; forecast the model "
+            "as it was before it was pruned",
+            *(len(there), len(prunable), 100 * MEASURED[0]),
+        )
     plans: list[NetworkPlan] = []
     for share in MEASURED:
         pruned = plain_copy(model)
@@ -277,5 +288,7 @@ def _layer(name: str, plans: Sequence[NetworkPlan], now: Mapping[str, float]) ->
     for method in dense:  # which take as long whatever the weights are
         curves[method] = Curve(((1.0, median(us for _, us in points[method])),))
     dense_us = min((curves[method](1.0) for method in dense), default=None)
-    zeros = now.get(name, plans[0].sparsities[name])
-    return LayerForecast(name, problem, zeros, name in now, curves, dense_us)
+    shares = [plan.sparsities[name] for plan in plans]
+    is_pruned = name in now or max(shares) - min(shares) > _SAME_SHARE  # by another name, where it is called twice
+    zeros = now.get(name, 0.0 if is_pruned else shares[0])
+    return LayerForecast(name, problem, zeros, is_pruned, curves, dense_us)

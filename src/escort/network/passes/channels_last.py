@@ -26,6 +26,7 @@ from escort.network.check import Request
 from escort.network.passes.norms import join_norms
 from escort.network.passes.operations import mutates
 from escort.network.passes.squeezes import join_squeezes
+from escort.network.tracing.trace import shape_of
 from escort.planner.cores import on_all_cores
 from escort.problem import MemoryFormat
 
@@ -100,7 +101,8 @@ def _return_as(network: fx.GraphModule, expected: Sequence[Tensor]) -> None:
         return
     with network.graph.inserting_before(output):
         for node, x in dict(zip(returned, expected, strict=True)).items():
-            is_map = x.ndim == 4 and not x.is_contiguous(memory_format=torch.channels_last)
+            is_map = x.ndim == 4 and shape_of(node) is not None
+            is_map = is_map and not x.is_contiguous(memory_format=torch.channels_last)
             if is_map and x.is_contiguous() and node.op != "placeholder":
                 output.replace_input_with(node, network.graph.call_method("contiguous", (node,)))
     network.recompile()
