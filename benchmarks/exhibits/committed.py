@@ -11,7 +11,7 @@ from benchmarks import suite
 from benchmarks.exhibits.cells import Exhibit, milliseconds, times_faster
 from benchmarks.exhibits.conditions import conditions_table
 from benchmarks.exhibits.forecasts import forecast_table, network_forecast_table
-from benchmarks.exhibits.overview import NETWORKS, show_overview, where
+from benchmarks.exhibits.overview import NETWORKS, of_networks, show_overview, where
 from benchmarks.exhibits.roofline import show_rooflines
 from benchmarks.findings.break_even import sparsity_of
 from benchmarks.findings.methods import OURS, methods_in, rivals_in
@@ -130,9 +130,7 @@ def _headlines_plot(results: Mapping[str, Result]) -> Figure:
 
 def _against(results: Mapping[str, Result], headline: Headline) -> tuple[str, float]:
     """The fastest dense engine, and its time by that of the converted network."""
-    result = results[headline.file]
-    timers = ("call", None) if result.header["device"] == "cpu" else ("graph", None)
-    rows = [row for row in result.rows if row.weights == headline.weights and row.timer in timers]
+    rows = [row for row in of_networks(results[headline.file]) if row.weights == headline.weights]
     times = suite.best_times(rows)[headline.network, WHOLE, headline.batch]
     ours = times.pop("escort")
     best = min(times, key=times.__getitem__)

@@ -103,6 +103,12 @@ class _Race:
         return self.times[self.best] / self.times["escort"]
 
 
+def of_networks(result: Result) -> list[Row]:
+    """The rows of whole networks by which engines are compared: on a GPU those that its own clock timed."""
+    by_clock = ("call", None) if result.header.get("device") == "cpu" else ("graph", None)
+    return [row for row in result.rows if row.layer == WHOLE and row.timer in by_clock]
+
+
 def _races(results: Mapping[str, Result]) -> list[_Race]:
     """All networks that were raced against dense engines, each with its last measurement, most gained first."""
     races: dict[tuple[str, str, str, int], _Race] = {}
@@ -112,10 +118,8 @@ def _races(results: Mapping[str, Result]) -> list[_Race]:
         if stems[name] in ("conversions", "breakdown", "inference"):
             continue
         grouped: dict[tuple[str, str, int], list[Row]] = {}
-        for row in result.rows:
-            by_device = result.header.get("device") == "cpu" or row.timer in ("graph", None)
-            if row.layer == WHOLE and by_device:
-                grouped.setdefault((row.network, row.weights, row.batch), []).append(row)
+        for row in of_networks(result):
+            grouped.setdefault((row.network, row.weights, row.batch), []).append(row)
         for (network, weights, batch), rows in grouped.items():
             (times,) = suite.best_times(rows).values()
             if "escort" in times and any(engine not in _NO_RIVALS for engine in times):
