@@ -181,23 +181,33 @@ def likely(
     """
     if len(networks) == 1 or request.compile_budget_s > 0.0:
         return dict(networks), {}
-    layers = {memory_format: list(network.layers.values()) for memory_format, network in networks.items()}
-    known: dict[MemoryFormat, list[float]] = {}
-    for name in () if request.remeasure else networks:
-        if (times_us := known_us(layers[name], request.methods)) is not None:
-            known[name] = times_us
+    known: dict[MemoryFormat, dict[str, float]] = {}
+    for name, network in {} if request.remeasure else networks.items():
+        if (times_us := known_us(list(network.layers.values()), request.methods)) is not None:
+            known[name] = dict(zip(network.layers, times_us, strict=True))
     slower: dict[MemoryFormat, str] = {}
     if len(known) == 1:
         (only,) = known
         slower = {name: f"the plans of all layers are known in {only} alone" for name in networks if name != only}
     elif known:
-        slower = _slower(known["contiguous"], known["channels_last"], _NCHW_PAID, "took")
+        shared = _shared(networks)
+        took = {name: [times_us[layer] for layer in shared] for name, times_us in known.items()}
+        slower = _slower(took["contiguous"], took["channels_last"], _NCHW_PAID, "took")
     else:
-        sparse = {name: [layer for layer in layers[name] if layer.sparse_filter.sparsity >= 0.5] for name in networks}
-        predicted = {name: predicted_us(sparse[name], request.methods) for name in networks}
+        sparse = [n for n in _shared(networks) if networks["contiguous"].layers[n].sparse_filter.sparsity >= 0.5]
+        predicted = {
+            name: predicted_us([network.layers[layer] for layer in sparse], request.methods)
+            for name, network in networks.items()
+        }
         slower = _slower(predicted["contiguous"], predicted["channels_last"], _NCHW_PAYS, "are predicted to take")
     kept = {name: network for name, network in networks.items() if name not in slower}
     return kept, {name: f"{reason}; effort='best' tries it" for name, reason in slower.items()}
+
+
+def _shared(networks: Mapping[MemoryFormat, Unplanned]) -> list[str]:
+    """The layers that all networks have: in channels_last those of a squeeze-excitation are one launch."""
+    first, *others = networks.values()
+    return [name for name in first.layers if all(name in other.layers for other in others)]
 
 
 def _slower(
