@@ -13,6 +13,7 @@ words per clock, and each nonzero takes a wavefront for every 32 positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -102,20 +103,21 @@ class DirectCuda(Method):
             *on_device,
             pack(Params.of(problem, layout, tables, config)),
         )
-        launch = compiled.bind(
-            config.threads,
-            int(shared_bytes(layout, asdict(config), tables.record_bytes)),
-            (torch.Tensor, torch.Tensor, torch.Tensor, *fixed, int, int),  # x, y, residual; samples, tiles
-            overlap=True,
-        )
-        # The tables are there before any stream reads them. Other streams may be in a capture, and are not waited for.
-        torch.cuda.current_stream(device).synchronize()
         groups, tile = len(tables.first_channels), config.tile
 
         def cut(samples: int) -> tuple[Grid, int, int]:
             tiles = -(-positions.count(-(-samples // layout.samples_per_word)) // tile)
             return (groups, min(tiles, _MOST_TILES_Y), -(-tiles // _MOST_TILES_Y)), samples, tiles
 
+        spreading = Gpu.of(problem.device).spreading_bytes(math.prod(cut(problem.batch)[0]))
+        launch = compiled.bind(
+            config.threads,
+            max(int(shared_bytes(layout, asdict(config), tables.record_bytes)), spreading),
+            (torch.Tensor, torch.Tensor, torch.Tensor, *fixed, int, int),  # x, y, residual; samples, tiles
+            overlap=True,
+        )
+        # The tables are there before any stream reads them. Other streams may be in a capture, and are not waited for.
+        torch.cuda.current_stream(device).synchronize()
         alignment = 4 if layout.paired else problem.storage.itemsize  # the kernel reads two columns at once
         run = runner(problem, launch, cut, most_samples=most_samples(problem), alignment=alignment)
         return Prepared(run, binaries=(compiled.binary,))
