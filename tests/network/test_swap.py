@@ -99,7 +99,7 @@ def test_kernels_are_compiled_within_a_budget_and_shown(monkeypatch: pytest.Monk
 
 
 def test_a_memory_format_that_is_predicted_to_be_slow_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only layers of mostly zeros count, and only those that both have: a squeeze-excitation's are one launch in one."""
+    """Only layers of mostly zeros count, and only those that both have: a squeeze-excitation's are a launch in one."""
     weight = torch.eye(4).reshape(4, 4, 1, 1)
     sparse, dense = (Layer(Problem(1, 4, 8, 8, 4, (1, 1)), SparseFilter.from_dense(w)) for w in (weight, weight + 1.0))
     networks: dict[MemoryFormat, Unplanned] = {
