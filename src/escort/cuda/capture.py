@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from escort.cuda import driver
+from escort.cuda import _launch, driver
 
 #: Held while a graph is captured, or while something is timed: a thread that waits for the whole device would end the
 #: capture of another.
@@ -122,6 +122,20 @@ class Graph:
         (status,) = self._launch(self._exec, stream)
         if status:
             raise driver.DriverError("cuGraphLaunch", status).of("a graph of a network")
+
+    def with_input(self, address: int, size: int) -> Callable[[int, torch.Tensor], int]:
+        """What copies a tensor to the graph's input and launches the graph, at the least cost of the host.
+
+        It is called with a stream's address and a tensor of the graph's device, of so many bytes as they lie there, and
+        returns zero; else the graph was not launched: somebody captures the stream, or the driver refused.
+        It must not outlive this.
+
+        Args:
+            address: where the input lies.
+            size: its bytes.
+        """
+        launch, copy, ask = map(driver.address, ("cuGraphLaunch", "cuMemcpyDtoDAsync", "cuStreamIsCapturing"))
+        return _launch.Replay(launch, copy, ask, int(self._exec), address, size).issue  # type: ignore[arg-type]
 
 
 def _destroy(graph: Any, device: int, pool: Any) -> None:
