@@ -299,8 +299,9 @@ class Replay {
         size_(size),
         first_(std::move(first)) {}
 
-  // Copies the bytes of a tensor there, or launches what reads them where they lie, and launches the graph. Returns the driver's status, and
-  // others, with nothing launched, where somebody captures the stream or a kernel might not read such an address.
+  // Copies the bytes of a tensor there, or launches what reads them where they lie, and launches the graph. Returns the
+  // driver's status, and others, with nothing launched, where somebody captures the stream or a kernel might not read
+  // such an address.
   Status issue(uintptr_t stream, nb::handle x) const {
     const auto from = asked<uintptr_t>(x, data_ptr);
     void* const on = reinterpret_cast<void*>(stream);

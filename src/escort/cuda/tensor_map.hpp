@@ -65,8 +65,8 @@ inline TensorMap tiled(uintptr_t function, const Tensor& x, const Box& box) {
   return {encode, x.element_bytes, x.sizes, x.samples_along, x.pitch, x.begin};
 }
 
-inline TensorMap im2col(uintptr_t function, const Tensor& x, Corner lower, Corner upper, uint32_t channels, uint32_t pixels,
-                 const Box& steps) {
+inline TensorMap im2col(uintptr_t function, const Tensor& x, Corner lower, Corner upper, uint32_t channels,
+                        uint32_t pixels, const Box& steps) {
   const auto encode = [=, ask = reinterpret_cast<EncodeIm2col*>(function)](
                           void* map, void* address, const uint64_t* sizes, const uint64_t* strides) {
     return ask(map, x.type, kRank, address, sizes, strides, lower.data(), upper.data(), channels, pixels, steps.data(),
