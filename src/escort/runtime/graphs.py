@@ -193,12 +193,12 @@ class Graphs:
             if not graph.launch(x, stream):
                 return _NO_OUTPUT
             holds = self._unusual(gpu) is None and settings() == captured_under and is_plain(x) and bound.watch.holds()
-            output = graph.copy_out([x]) if holds else _NO_OUTPUT
-        if holds:
+            if not holds:
+                bound.again.clear()
+                return _NO_OUTPUT
             graph.used, graph.replays = next(self._clock), graph.replays + 1
-            self._leaving.let_go()
-        else:
-            bound.again.clear()
+            output = graph.copy_out([x])
+        self._leaving.let_go()
         return output
 
     def _by_graph(
