@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from collections.abc import Callable
@@ -23,6 +24,7 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
         self.fails: str | None = None
+        self.exec: str | int = "exec"
         modes = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread", CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
         flags = SimpleNamespace(CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH=1)
         api = SimpleNamespace(
@@ -51,7 +53,7 @@ class Device:
             raise RuntimeError(f"{name} failed")
         if name == "cuStreamBeginCapture":
             assert args == (7, "thread") and not gc.isenabled()
-        return {"cuStreamEndCapture": "graph", "cuGraphInstantiate": "exec"}.get(name, args[0])
+        return {"cuStreamEndCapture": "graph", "cuGraphInstantiate": self.exec}.get(name, args[0])
 
     def launch(self, graph: str, stream: int) -> int:
         self.log.append(f"{graph} on {stream}")
@@ -75,6 +77,93 @@ def test_a_graph_is_launched_and_freed(device: Device) -> None:
     del graph
     exchange = "ThreadExchangeStreamCaptureMode"
     assert device.log[len(made) + 1 :] == [exchange, "GraphExecDestroy", exchange, "release"]
+
+
+def test_a_graph_is_launched_with_its_input(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver is asked by its functions' addresses, and whatever it refuses is said, with nothing launched."""
+    log, refused, captured = list[tuple[Any, ...]](), dict[str, int](), 0
+
+    def noted(name: str) -> Callable[..., int]:
+        def call(*args: Any) -> int:
+            if name == "cuStreamIsCapturing":
+                ctypes.c_int.from_address(args[1]).value = captured
+            log.append((name, *args))
+            return refused.get(name, 0)
+
+        return call
+
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    functions = {
+        "cuGraphLaunch": ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer)(noted("cuGraphLaunch")),
+        "cuMemcpyDtoDAsync": ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer, size, pointer)(
+            noted("cuMemcpyDtoDAsync")
+        ),
+        "cuStreamIsCapturing": ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer)(noted("cuStreamIsCapturing")),
+    }
+    monkeypatch.setattr(driver, "address", lambda name: ctypes.cast(functions[name], pointer).value)
+    device.exec = 11
+    graph, x = capture.Graph(lambda: None, STREAM, "pool"), torch.zeros(3)
+    launch = graph.with_input(64, 12)
+    assert launch(7, x) == 0 and log[0][:2] == ("cuStreamIsCapturing", 7)
+    assert log[1:] == [("cuMemcpyDtoDAsync", 64, x.data_ptr(), 12, 7), ("cuGraphLaunch", 11, 7)]
+    for name, others in (("cuGraphLaunch", 2), ("cuMemcpyDtoDAsync", 1), ("cuStreamIsCapturing", 0)):
+        log.clear()
+        refused[name] = 201
+        assert launch(7, x) == 201 and len(log) == others + 1
+    refused.clear()
+    log.clear()
+    captured = 1
+    assert launch(7, x) == -1 and len(log) == 1
+
+
+class Made:
+    """A launch that was recorded, of a kernel that reads the input at an address."""
+
+    def __init__(self, reads: int, *, is_mapped: bool = False) -> None:
+        self.address, self.is_mapped, self.grid, self.function = reads, is_mapped, [3, 2, 1], 5
+
+    def reads(self, place: int, size: int) -> bool:
+        return place <= self.address < place + size
+
+    def takes_pointer(self, place: int) -> bool:
+        return self.address == place and not self.is_mapped
+
+
+@pytest.mark.parametrize(
+    ("launches", "change", "is_taken"),
+    [
+        ([Made(64), Made(128)], {}, True),
+        ([], {}, False),
+        ([Made(64), Made(68)], {}, False),  # another one reads a part of it
+        ([Made(64, is_mapped=True)], {}, False),
+        ([Made(32)], {}, False),
+        ([Made(64)], {"roots": ["a", "b"]}, False),
+        ([Made(64)], {"kind": "memcpy"}, False),
+        ([Made(64)], {"func": 6}, False),  # a library's kernel comes first
+        ([Made(64)], {"gridDimY": 1}, False),
+        ([Made(64)], {"refused": 1}, False),
+    ],
+)
+def test_a_launch_goes_ahead_that_alone_reads_the_input_and_comes_first(
+    monkeypatch: pytest.MonkeyPatch, launches: list[Any], change: dict[str, Any], is_taken: bool
+) -> None:
+    is_as = {"roots": ["a"], "kind": "kernel", "func": 5, "gridDimX": 3, "gridDimY": 2, "gridDimZ": 1, "refused": 0}
+    graph, destroyed = SimpleNamespace(**(is_as | change)), list[Any]()
+
+    def destroy(node: Any) -> tuple[int]:
+        destroyed.append(node)
+        return (graph.refused,)
+
+    api = SimpleNamespace(
+        CUgraphNodeType=SimpleNamespace(CU_GRAPH_NODE_TYPE_KERNEL="kernel"),
+        cuGraphGetRootNodes=lambda graph, count: (0, graph.roots[:count], len(graph.roots)),
+        cuGraphNodeGetType=lambda node: (0, graph.kind),
+        cuGraphKernelNodeGetParams=lambda node: (0, graph),
+        cuGraphDestroyNode=destroy,
+    )
+    monkeypatch.setattr(driver, "api", lambda: api)
+    assert (capture._taken_out(graph, launches, 64, 16) is not None) is is_taken
+    assert bool(destroyed) is (is_taken or "refused" in change)
 
 
 def fail() -> None:

@@ -46,6 +46,7 @@ class FakeGpu(Gpu):
         needs: how many bytes a capture adds to its pool.
         fails: what the next captures raise.
         during: is called in each capture.
+        place: the input of the last capture that one of its launches may read where a caller has it.
     """
 
     def __init__(self) -> None:
@@ -55,6 +56,7 @@ class FakeGpu(Gpu):
         self.sizes: dict[Any, int] = {}
         self.fails: list[Exception] = []
         self.during: Callable[[], object] = lambda: None
+        self.place: Tensor | None = None
         self._lanes: dict[int, Lane] = {}
 
     def unusable(self) -> str | None:
@@ -76,7 +78,7 @@ class FakeGpu(Gpu):
         self.sizes[len(self.sizes)] = 0
         return len(self.sizes) - 1
 
-    def capture(self, calls: Callable[[], object], lane: Lane, pool: Any) -> Any:
+    def capture(self, calls: Callable[[], object], lane: Lane, pool: Any, place: Callable[[], Any]) -> Any:
         self.during()
         recording = Recording()
         self.is_captured = True
@@ -87,8 +89,19 @@ class FakeGpu(Gpu):
                     raise self.fails.pop(0)
         finally:
             self.is_captured = False
+        self.place = place()
         self.sizes[pool] += self.needs
         return recording
+
+    def launcher(self, graph: Any, place: Tensor) -> Callable[[int, Tensor], int]:
+        def launch(stream: int, x: Tensor) -> int:
+            if self.is_captured:
+                return -1
+            place.copy_(x)
+            graph.replay(stream)
+            return 0
+
+        return launch
 
     @property
     def is_captured(self) -> bool:
@@ -117,7 +130,7 @@ class FakeLane(Lane):
 
     def __init__(self, gpu: FakeGpu, number: int) -> None:
         super().__init__(0, number)
-        self._is_shared = False
+        self.is_shared = False
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:

@@ -1,6 +1,6 @@
 """What launch.cpp offers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor as TorchTensor
 
@@ -45,3 +45,19 @@ class Launch:
     def issue(
         self, grid: Sequence[int], stream: int, args: tuple[TorchTensor | int | float | None, ...]
     ) -> tuple[int, int] | None: ...
+
+class Recorded:
+    grid: list[int]
+    @property
+    def function(self) -> int: ...
+    def reads(self, place: int, size: int) -> bool: ...
+    def takes_pointer(self, place: int) -> bool: ...
+    def issue(self, stream: int, place: int, x: int) -> int: ...
+
+def recorded(function: Callable[[], object]) -> list[Recorded]: ...
+
+class Replay:
+    def __init__(
+        self, launch: int, copy: int, ask_capturing: int, graph: int, place: int, size: int, first: Recorded | None
+    ) -> None: ...
+    def issue(self, stream: int, x: TorchTensor) -> int: ...

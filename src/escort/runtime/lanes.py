@@ -32,12 +32,13 @@ class Lane:
 
     Attributes:
         number: among those of its device.
+        is_shared: whether streams have it that wait for each other.
         lock: held while inputs are copied, a graph is replayed and its outputs are copied.
     """
 
     def __init__(self, device: int, number: int) -> None:
         self.number, self.lock = number, threading.Lock()
-        self._device, self._is_shared = device, number == MOST_LANES
+        self._device, self.is_shared = device, number == MOST_LANES
         self._last: int | None = None
         self._workspace: tuple[Graph, Any] | None = None  # what keeps the pool, and the pool
 
@@ -47,20 +48,20 @@ class Lane:
 
     def enter(self, stream: int) -> None:
         """Lets a stream wait until what was replayed before, on another one, is done. The lock is held."""
-        if self._is_shared and self._last not in (None, stream):
+        if self.is_shared and self._last not in (None, stream):
             torch.cuda.current_stream(self._device).wait_event(self._done)
 
     def leave(self, stream: int) -> None:
         """Marks the end of what a stream did in this lane."""
-        if self._is_shared:
+        if self.is_shared:
             self._done.record(torch.cuda.current_stream(self._device))
             self._last = stream
 
-    def capture(self, calls: Callable[[], object], pool: Any) -> Graph:
-        """The calls as a graph. The caller holds `turn` and makes the GPU the current one."""
+    def capture(self, calls: Callable[[], object], pool: Any, place: Callable[[], tuple[int, int] | None]) -> Graph:
+        """The calls as a graph, as `Graph` takes them. The caller holds `turn` and makes the GPU the current one."""
         stream = capture_stream(self._device, self.number)
         self._keep_workspace(stream)
-        return Graph(calls, stream, pool)
+        return Graph(calls, stream, pool, place)
 
     def _keep_workspace(self, stream: torch.cuda.Stream) -> None:
         """Lets cuBLAS have its workspace for this lane in a pool that stays.
@@ -129,8 +130,19 @@ class Gpu:
     def new_pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
 
-    def capture(self, calls: Callable[[], object], lane: Lane, pool: Any) -> Graph:
-        return lane.capture(calls, pool)
+    def capture(
+        self, calls: Callable[[], object], lane: Lane, pool: Any, place: Callable[[], torch.Tensor | None]
+    ) -> Graph:
+        """The calls as a graph; `place` is asked behind them for an input that one of them alone reads."""
+
+        def at() -> tuple[int, int] | None:
+            return None if (x := place()) is None else (x.data_ptr(), _spanned(x))
+
+        return lane.capture(calls, pool, at)
+
+    def launcher(self, graph: Graph, place: torch.Tensor) -> Callable[[int, torch.Tensor], int]:
+        """What copies a tensor to where a graph reads it and launches the graph: see `Graph.with_input`."""
+        return graph.with_input(place.data_ptr(), _spanned(place))
 
     def memory(self) -> int:
         """All of the GPU's memory in bytes."""
@@ -154,10 +166,15 @@ class Gpu:
         """A tensor where another one lies, which does not keep that memory from being used again."""
         if not tensor.numel():
             return tensor
-        steps = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        memory = _Memory(tensor.data_ptr(), (steps + 1) * tensor.itemsize)
+        memory = _Memory(tensor.data_ptr(), _spanned(tensor))
         there = torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)
         return there.as_strided(tensor.shape, tensor.stride())
+
+
+def _spanned(tensor: torch.Tensor) -> int:
+    """The bytes from the first to the last element of a tensor that has some."""
+    steps = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.itemsize
 
 
 class _Memory:

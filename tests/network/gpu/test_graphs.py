@@ -74,6 +74,38 @@ def test_replays_are_the_same_bit_by_bit(ours: ConvertedModel) -> None:
         assert torch.equal(ours(big[1:3]), step_by_step(ours, big[1:3]))
 
 
+def test_calls_are_launched_first_whatever_input_they_have(
+    ours: ConvertedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, failures = picture(), list[BaseException]()
+    for _ in range(3):
+        ours(x)
+    inputs = [picture() for _ in range(4)]
+    inputs += [picture(4)[1:3], x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)]  # the last one lies askew
+    expected = [step_by_step(ours, x) for x in inputs]
+
+    def call() -> None:
+        try:
+            for x, y in zip(inputs, expected, strict=True):
+                assert torch.equal(ours(x), y)
+        except BaseException as error:
+            failures.append(error)
+
+    by_graph, long_ways = ours.graphs._by_graph, list[Tensor]()
+
+    def noted(network: Any, inputs: Any, named: Any) -> Any:
+        long_ways.append(inputs[0])
+        return by_graph(network, inputs, named)
+
+    monkeypatch.setattr(ours.graphs, "_by_graph", noted)
+    call()
+    assert not failures and all(x is inputs[-1] for x in long_ways)
+    thread = threading.Thread(target=call)  # which has not used the GPU before
+    thread.start()
+    thread.join()
+    assert not failures and stats(ours)["eager"] == {"a size that is new": 1}
+
+
 def test_warmup_and_buckets(ours: ConvertedModel) -> None:
     ours.graphs.policy = "buckets"
     ours.warmup([(1, 3, 32, 32), (8, 3, 32, 32)])
