@@ -24,6 +24,7 @@ from escort.layers.planes.concat import concat_kernel
 from escort.layers.planes.gate import gate_kernel
 from escort.layers.planes.norm import local_response_kernel
 from escort.layers.planes.resize import resize_kernel
+from escort.layers.planes.squeeze import squeeze_kernel
 from escort.layers.pool import POOLED_ON_GPU, pooling_kernel
 from escort.methods import for_device
 from escort.planner.cores import on_all_cores
@@ -77,7 +78,8 @@ def plane_variants() -> Iterator[Variant]:
             yield from (gate_kernel(dtype, vector, is_last) for is_last in (False, True))
         yield mean_kernel(dtype, whole)
         yield images_kernel(dtype, 4)
-        yield concat_kernel(dtype, whole)
+        yield squeeze_kernel(dtype)
+        yield from (concat_kernel(dtype, whole, norm=norm) for norm in (False, True))
         yield from (local_response_kernel(dtype, vector, False, _NORMALIZED) for vector in (1, 8 // dtype.itemsize))
         yield local_response_kernel(dtype, whole, True, _NORMALIZED)
 
