@@ -90,6 +90,12 @@ def key_of(variant: Variant, arch: str) -> Key:
     return str(source), digest, tuple(sorted((name, str(value)) for name, value in variant.defines.items())), arch
 
 
+def arch_of(variant: Variant, gpu: Gpu) -> str:
+    """The architecture that a variant is compiled for where a GPU asks for it."""
+    major, minor = gpu.capability
+    return f"sm_{major}{minor}" + ("a" if variant.native else "")
+
+
 def wanted(layers: Iterable[Layer]) -> dict[Key, Variant]:
     """What is worth shipping: first what stands between convolutions, then what most layers try."""
     variants: dict[Key, Variant] = {}
@@ -99,8 +105,7 @@ def wanted(layers: Iterable[Layer]) -> dict[Key, Variant]:
         with in_place_of_a_gpu(gpu):
             between = list(plane_variants())
             for variant in (*between, *variants_of(layers)):
-                number = "".join(map(str, gpu.capability))
-                key = key_of(variant, f"sm_{number}" + ("a" if variant.native else ""))
+                key = key_of(variant, arch_of(variant, gpu))
                 variants[key] = variant
                 counts[key] += 1 if variant not in between else len(layers) * len(GPUS)
     return {key: variants[key] for key, _ in counts.most_common()}

@@ -44,8 +44,8 @@ _HAND_OVER_US = 10.0
 _MOST_REWRITTEN = 32 << 20
 #: So many microseconds of a first run on a GPU may be waiting for the host, which the replay of a graph does not do.
 _HOST_US = 60.0
-#: Inputs of a race on a GPU at most: a pass through so many fills a lap. Where twice the L2 cache would hold more, a map
-#: is so small that a network finds it in that cache.
+#: Inputs of a race on a GPU at most: a pass through so many fills a lap. Where more would fit twice the L2 cache, maps
+#: are so small that a network finds them in that cache.
 _MOST_INPUTS = 256
 #: Bytes of a GPU's memory that the candidates of layers to come may take.
 _MOST_AHEAD_BYTES = 2 << 30
