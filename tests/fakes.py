@@ -154,7 +154,7 @@ def put_gpu_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = timing.example_inputs
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
     monkeypatch.setattr(Gpu, "of", classmethod(lambda cls, device: H200))
-    monkeypatch.setattr(timing, "example_inputs", lambda problem, most=3: most * inputs(replace(problem, device="cpu")))
+    monkeypatch.setattr(timing, "example_inputs", lambda p, most: min(most, 3) * inputs(replace(p, device="cpu")))
     monkeypatch.setattr(timing, "glance_us", lambda run, device: 100.0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

@@ -28,10 +28,10 @@ from tests.network.models import Small, pruned, three_convolutions
 def test_running_out_of_memory_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     example_inputs = timing.example_inputs
 
-    def draw(problem: Problem) -> Any:
+    def draw(problem: Problem, most: int) -> Any:
         if problem.epilogue.residual:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 4 bytes free.")
-        return example_inputs(problem)
+        return example_inputs(problem, most=most)
 
     planner._remembered.clear()
     monkeypatch.setattr(timing, "example_inputs", draw)
