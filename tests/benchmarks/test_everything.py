@@ -88,10 +88,15 @@ def test_everything_of_a_gpu_is_what_documents_show(tmp_path: Path) -> None:
 
 
 def test_everything_of_a_cpu(tmp_path: Path) -> None:
-    found = parts.parts("cpu", tmp_path)
+    (tmp_path / "networks").mkdir()
+    (tmp_path / "networks" / "pose_detection.pt2").touch()
+    found = parts.parts("cpu", tmp_path / "patterns")
     labels = {stem: [item.label for item in items] for part in found for stem, items in part.work.items()}
     assert "resnet50 random-0.90 N=8" in labels["networks-fp32"] and len(labels["layers-fp32"]) == 39
+    assert labels["networks-fp32"][-1] == "pose_detection as-given N=1"
     assert not [label for label in labels["networks-fp32"] if "magnitude" in label]
+    without = [item.label for item in parts.parts("cpu", tmp_path)[0].work["networks-fp32"]]
+    assert without == labels["networks-fp32"][:-1]
 
 
 def test_files_of_before_all_runs_were_kept() -> None:

@@ -55,6 +55,7 @@ DirectConvolution::DirectConvolution(const Isa& isa, DirectTables tables) : isa_
              params.y_sample_stride,
              1,
              false,
+             false,
              false};
   // About two vectors of multiply-adds per nanosecond, and one that is written.
   int64_t vectors = 0;
@@ -72,6 +73,7 @@ void DirectConvolution::run(const Input* inputs, Output output, int64_t samples,
   float* memory = scratch(scratch_size * (threads > 1 ? threads : 1));
   direct.fetch_ahead = threads > 1 || samples * direct.x_sample_stride > kFarFloats;  // others have written a part
   direct.fetch_next_task = tasks > threads;
+  direct.fetch_written = threads > 1 || samples * direct.y_sample_stride > kFarFloats;
   direct.x_sample_stride = inputs[0].stride;
   direct.residual_sample_stride = inputs[1].stride;
   direct.y_sample_stride = output.stride;
