@@ -113,6 +113,12 @@ def check_model(model: nn.Module, example: Example) -> None:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"convolutions run on the CPU and on NVIDIA GPUs; move the model from {device} with .cpu()")
     _check_filters_are_finite(model)
+    for x in example.tensors:
+        if not torch.isfinite(x).all():
+            raise ValueError(
+                f"the example of shape {tuple(x.shape)} holds NaN or infinity, by which no output can be judged; pass "
+                "finite numbers"
+            )
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
             "autocast is on, which converted layers do not follow; convert outside of it, the model in one type"

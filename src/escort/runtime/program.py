@@ -19,7 +19,7 @@ from escort.runtime.loop import BoundStep, run_steps
 from escort.runtime.native import Native
 from escort.runtime.native.form import unknown
 from escort.runtime.stand_in import adopt
-from escort.runtime.steps import REQUIRED, Listing, Step
+from escort.runtime.steps import REQUIRED, Input, Listing, Step
 from escort.runtime.templates import Slot, filled, mapped
 
 #: What torch's modules look at in each call before they run their forward alone.
@@ -114,10 +114,15 @@ class Program(nn.Module):
         if kwargs or len(args) != bound.positional:
             args = self._in_order(args, kwargs)
         values[: len(args)] = args
-        if is_observed():
-            run_steps(bound.steps, values)
-        else:
-            self.native.run(self, self.listing, bound.steps, values, bound.unobserved)
+        try:
+            if is_observed():
+                run_steps(bound.steps, values)
+            else:
+                self.native.run(self, self.listing, bound.steps, values, bound.unobserved)
+        except Exception as error:  # whatever a step raises: where a tensor is missing, that is to be read first
+            if reason := next(filter(None, map(Input.no_tensor, self.listing.inputs, args)), None):
+                raise TypeError(reason) from error
+            raise
         return filled(self.listing.output, values)
 
     def bind_anew(self) -> None:
