@@ -36,7 +36,7 @@ from escort.network.model import ConvertedModel
 from escort.network.original import Original, plain_copy, run_original, unwrap
 from escort.network.passes import rewrite, widen
 from escort.network.passes.channels_last import in_memory_formats
-from escort.network.pinned import check_pinned, keep_as_planned, only_planned
+from escort.network.pinned import check_pinned, check_pinned_precision, keep_as_planned, only_planned
 from escort.network.plan import NetworkPlan
 from escort.network.progress import Progress
 from escort.network.rivals import compare_with_compiled, compare_with_eager
@@ -133,10 +133,8 @@ def convert(
         check_pinned(plan, example, asked | {"effort": None if effort == "fast" else effort})
         precision = precision or (None if plan.widened else plan.precision)
     settled, widened = settle_precision(model, example.device, precision)
-    if plan is not None and plan.widened != ("" if widened is None else str(widened).removeprefix("torch.")):
-        raise ValueError(f"the plan is for a model of {plan.widened or 'float32'}, this one is of another type")
-    if plan is not None and settled != plan.precision:
-        raise ValueError(f"the plan is for {plan.precision}, the model is computed in {settled}; convert it without")
+    if plan is not None:
+        check_pinned_precision(plan, settled, widened)
     request = Request(
         device=example.device,
         precision=settled,
