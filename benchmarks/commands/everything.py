@@ -36,9 +36,9 @@ class EverythingOptions:
             help="Folder of the results, such as benchmarks/results/NAME; it may hold some. --list does without."
         ),
     ] = None
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1 or cpu; by default the GPU where there is one.")
-    ] = None
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; by default the GPU where there is one.")] = (
+        None
+    )
     only: Annotated[
         str, typer.Option(metavar="GLOB,...", help="Only files named like these, in this order: speed-fp16,layers-*.")
     ] = "*"
@@ -101,7 +101,9 @@ def main(options: EverythingOptions, output: Output) -> None:
     chosen = options.chosen(device, known, ahead)
     if not options.listed:
         if into is None:
-            raise ValueError("name the folder of the results, for example --into benchmarks/results/NAME; or add --list")
+            raise ValueError(
+                "name the folder of the results, for example --into benchmarks/results/NAME; or add --list"
+            )
         into.mkdir(parents=True, exist_ok=True)
         with placed_on(options.threads):
             failures = _measure(chosen, into, options.seconds, device, ahead)
@@ -116,9 +118,7 @@ def main(options: EverythingOptions, output: Output) -> None:
         note(f"{options.patterns} holds no resnet50_magnitude_90.npz: what is about real patterns is left out")
 
 
-def _measure(
-    chosen: Sequence[Part], into: Path, seconds: float | None, device: str, ahead: Ahead
-) -> dict[str, str]:
+def _measure(chosen: Sequence[Part], into: Path, seconds: float | None, device: str, ahead: Ahead) -> dict[str, str]:
     """What failed, of all parts, one behind the other in the time that there is."""
     line, failures = command_line(PROGRAM), dict[str, str]()
     last = None if seconds is None else time.perf_counter() + seconds

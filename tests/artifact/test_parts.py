@@ -57,9 +57,7 @@ def path(in_parts: ConvertedModel, tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
-def test_it_comes_back(
-    in_parts: ConvertedModel, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_it_comes_back(in_parts: ConvertedModel, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     back = load(path, Halting())
     assert not back.traced
     assert type(back.network.body) is Program and type(back.network.conv) is SparseConv2d

@@ -72,6 +72,11 @@ class Logarithm(nn.Module):
         return x.log()
 
 
+def with_sparse_tensor(model: nn.Module) -> nn.Module:
+    model.register_buffer("held", torch.eye(2).to_sparse())
+    return model
+
+
 def with_nan(model: nn.Module) -> nn.Module:
     model.second.weight.data[0, 0, 0, 0] = float("nan")  # type: ignore[union-attr, index]
     return model
@@ -116,6 +121,12 @@ def with_nan(model: nn.Module) -> nn.Module:
             torch.randn(1, 3, 8, 8, device="meta"),
             ValueError,
             "tensor .* is on cpu, the example on meta",
+        ),
+        (
+            lambda: with_sparse_tensor(pruned(Small())),
+            torch.randn(1, 3, 8, 8),
+            ValueError,
+            "tensor held has the layout",
         ),
         (lambda: with_nan(pruned(Small())), torch.randn(1, 3, 8, 8), ValueError, "layer second: its weight holds NaN"),
         (

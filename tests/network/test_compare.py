@@ -122,7 +122,12 @@ def test_what_is_refused() -> None:
         (["image.png"], {}, TypeError, "batch 0: .* with the batch itself, and there is no tensor in 'image.png'"),
         ([("image.png", torch.ones(2))], {}, TypeError, "with the first item of a tuple, and there is no tensor"),
         ([torch.ones(1, 2)], {"inputs": lambda batch: None}, TypeError, "with what inputs.batch. returns"),
-        ([(torch.ones(1, 2), torch.ones(1, 2))], {"inputs": tuple}, ValueError, "batch 0: model does not take .*inputs="),
+        (
+            [(torch.ones(1, 2), torch.ones(1, 2))],
+            {"inputs": tuple},
+            ValueError,
+            "batch 0: model does not take .*inputs=",
+        ),
         ([{"image": torch.ones(1, 2)}], {}, ValueError, "batch 0: model does not take .*'image'"),
     ],
 )

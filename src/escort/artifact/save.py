@@ -34,8 +34,8 @@ def save(model: ConvertedModel, path: str | os.PathLike[str], *, kernels: bool =
 
     An older file of that name is replaced once the new one is complete, and stays if anything fails; a link stays a
     link, and the file's mode stays what it was. Where modules of the model could not be traced, the file does not hold
-    their code, a warning in the log names them, and :func:`load` takes a new model besides. Whether a model can be saved is known before it is
-    converted: its plan's `not_saved` says why not.
+    their code, a warning in the log names them, and :func:`load` takes a new model besides. Whether a model
+    can be saved is known before it is converted: its plan's `not_saved` says why not.
 
     Args:
         kernels: whether to write a second file beside it, `path` with `.kernels` behind: the compiled kernels that the

@@ -76,6 +76,9 @@ class Runs:
 runs = Runs()
 
 
+_has_context: Callable[[int], bool] = getattr(torch._C, "_cuda_hasPrimaryContext", lambda index: True)
+
+
 def wait_for_gpus() -> bool:
     """Waits until all that was launched so far, on any stream, has run.
 
@@ -89,7 +92,7 @@ def wait_for_gpus() -> bool:
         if torch.cuda.is_current_stream_capturing():
             return False
         for index in range(torch.cuda.device_count()):
-            if torch._C._cuda_hasPrimaryContext(index):  # else nothing runs there
+            if _has_context(index):  # else nothing runs there
                 torch.cuda.synchronize(index)
     finally:
         turn.release()

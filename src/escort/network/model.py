@@ -147,6 +147,11 @@ class ConvertedModel(nn.Module):
             return False
         return not any(is_own(network.get_submodule(s.target)) for s in network.listing.steps if s.kind == "layer")
 
+    def __getitem__(self, index: Any) -> Any:
+        return self.network[index]  # type: ignore[index]
+
+    __iter__ = None  # or Python would ask for numbers until one is not there
+
     def __getattr__(self, name: str) -> Any:
         network = self.__dict__.get("_modules", {}).get("network")
         if name == "network" or network is None:

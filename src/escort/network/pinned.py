@@ -54,7 +54,9 @@ def check_pinned(plan: NetworkPlan, example: Example, asked: Mapping[str, Any]) 
 def check_pinned_precision(plan: NetworkPlan, precision: Precision, widened: torch.dtype | None) -> None:
     """Raises ValueError where a plan is for another precision than the model's."""
     if plan.widened != ("" if widened is None else torch_name(widened)):
-        raise ValueError(f"the plan is for a model of {plan.widened or 'float32'}, this one is of another type; {_ANEW}")
+        raise ValueError(
+            f"the plan is for a model of {plan.widened or 'float32'}, this one is of another type; {_ANEW}"
+        )
     if plan.precision != precision:
         raise ValueError(f"the plan is for {plan.precision}, the model is computed in {precision}; {_ANEW}")
 
