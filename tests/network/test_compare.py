@@ -119,6 +119,7 @@ def test_what_is_refused() -> None:
         (torch.ones(1, 2), {}, TypeError, r"got a tensor; pass a list with it in it, \[x\]"),
         (TensorDataset(torch.ones(1, 2)), {}, TypeError, "the samples of a TensorDataset; pass a DataLoader of it"),
         (7, {}, TypeError, "loader has batches, got int"),
+        ({"image": torch.ones(1, 2)}, {}, TypeError, "loader has batches, got dict"),
         (["image.png"], {}, TypeError, "batch 0: .* with the batch itself, and there is no tensor in 'image.png'"),
         ([("image.png", torch.ones(2))], {}, TypeError, "with the first item of a tuple, and there is no tensor"),
         ([torch.ones(1, 2)], {"inputs": lambda batch: None}, TypeError, "with what inputs.batch. returns"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,7 @@ def _check_loader(loader: Any, batches: int | None) -> None:
         raise TypeError("loader has batches, got a tensor; pass a list with it in it, [x]")
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         raise TypeError(f"loader has batches, got the samples of a {type(loader).__name__}; pass a DataLoader of it")
-    if not isinstance(loader, Iterable):
+    if not isinstance(loader, Iterable) or isinstance(loader, Mapping | str):
         raise TypeError(f"loader has batches, got {type(loader).__name__}; pass a DataLoader, or a list of tensors")
     if batches is not None and batches < 1:
         raise ValueError(f"batches is how many to take, got {batches}; leave it out for all")

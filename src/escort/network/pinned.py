@@ -35,7 +35,10 @@ def check_pinned(plan: NetworkPlan, example: Example, asked: Mapping[str, Any]) 
         asked: other arguments of the conversion by name, None for those that were not given.
     """
     if not isinstance(plan, NetworkPlan):
-        raise TypeError(f"plan is the plan of a converted model, fast.plan, got {type(plan).__name__}")
+        raise TypeError(
+            f"plan is the plan of a converted model, fast.plan, got {type(plan).__name__}; of JSON make one by "
+            "NetworkPlan.from_json"
+        )
     if given := ", ".join(name for name, value in asked.items() if value is not None):
         raise ValueError(f"a plan says what runs, so that nothing is measured; leave out {given}")
     if (here := example.device.type) != (there := plan.device.partition(":")[0]):
