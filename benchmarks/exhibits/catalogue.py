@@ -28,13 +28,8 @@ def plots(results: Mapping[str, Result]) -> dict[str, Figure]:
     return {name: shown() for name, shown, _ in exhibits(results) if not isinstance(shown, Table)}
 
 
-def exhibits(results: Mapping[str, Result], text: str | None = None) -> Iterator[Exhibit]:
-    """All tables, and all plots as the functions that draw them, with the files that they are made of.
-
-    Args:
-        text: of a document that they are for; crossings, for which models predict for seconds, are left out where it
-            does not name them.
-    """
+def exhibits(results: Mapping[str, Result]) -> Iterator[Exhibit]:
+    """All tables, and all plots as the functions that draw them, with the files that they are made of."""
     yield "conditions", conditions_table(results), ()
     for stem, show in _SHOWN.items():
         by_precision = {
@@ -45,8 +40,6 @@ def exhibits(results: Mapping[str, Result], text: str | None = None) -> Iterator
                 of = [precision for precision in by_precision if precision in name.split("-")] or by_precision
                 yield name, shown, tuple(f"{stem}-{precision}" for precision in of)
     for precision in CROSSING:
-        if text is not None and f"crossing-{precision}" not in text:
-            continue
         for name, shown in show_crossing(results, precision).items():
             of_stems = (f"{stem}-{precision}" for stem in ("layers", "patterns"))
             yield name, shown, tuple(stem for stem in of_stems if stem in results)

@@ -34,7 +34,7 @@ def render(text: str, results: Mapping[str, Result]) -> str:
     """
     known: dict[str, Table] = {}
     files: dict[str, tuple[str, ...]] = {}
-    for name, shown, of in (*exhibits(results, text), *committed_exhibits()):
+    for name, shown, of in (*exhibits(results), *committed_exhibits()):
         if isinstance(shown, Table):
             known[name], files[name] = shown, of
     known |= zoo_tables(*read_zoo()) | {"scaling": scaling_table(read_scaling())}
@@ -95,6 +95,6 @@ def _filled(known: Mapping[str, Table], place: re.Match[str]) -> str:
 
 def illustrations(text: str, results: Mapping[str, Result]) -> dict[str, Figure]:
     """The plots that a document shows, by the path by which it does. Raises ImportError without matplotlib."""
-    shown = (*exhibits(results, text), *committed_exhibits())
+    shown = (*exhibits(results), *committed_exhibits())
     plots = {name: plot for name, plot, _ in shown if not isinstance(plot, Table)}
     return {path: plots[name]() for path, name in _PLOT.findall(text) if name in plots}
