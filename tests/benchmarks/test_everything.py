@@ -69,6 +69,15 @@ def test_files_are_measured_in_the_order_in_which_they_are_named(measured: list[
     assert measured[0] == "speed-fp32 a" and measured[-1] == "networks-fp32 b"
 
 
+def test_a_list_takes_neither_folder_nor_device(measured: list[str]) -> None:
+    listed = succeed_json("all", "--list")
+    assert listed["output"] is None and [each["left"] for each in listed["left"]] == [2, 2]
+    assert succeed_json("all", "--list", "--device", "cuda")["left"] == listed["left"], "of a GPU that is not here"
+    nowhere = invoke("all", "--device", "cpu")
+    assert nowhere.exit_code == 2 and "--into benchmarks/results/NAME; or add --list" in nowhere.stderr
+    assert not measured
+
+
 def test_bad_input(measured: list[str], tmp_path: Path) -> None:
     nothing = invoke("all", "--into", tmp_path, "--device", "cpu", "--only", "none")
     assert nothing.exit_code == 2 and "--list says what there is" in nothing.stderr

@@ -165,7 +165,6 @@ class ModelOptions(SourceOptions):
     precision: PrecisionOption = PrecisionName.FP32
     effort: EffortOption = "fast"
     favor: FavorOption = None
-    plan: PlanOption = None
     verbose: VerboseOption = 0
 
     @property
@@ -176,12 +175,12 @@ class ModelOptions(SourceOptions):
     @property
     def are_default(self) -> bool:
         """Whether none was given that says what to convert but the model."""
-        return replace(self, shapes=self.shapes or None, verbose=0) == ModelOptions(self.model)
+        return replace(self, shapes=self.shapes or None, verbose=0) == type(self)(self.model)
 
-    def check_no_plan(self) -> None:
-        """Raises ValueError where a plan is given to a command that follows none."""
-        if self.plan is not None:
-            raise ValueError("--plan is for escort convert and escort plan; leave it out")
+    @property
+    def is_timed(self) -> bool:
+        """Whether something is measured, for which the machine should be idle."""
+        return True
 
     def load_with_inputs(self) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
         """The model and random inputs for it, the same each time, on the device and as the precision is stored."""
@@ -191,9 +190,20 @@ class ModelOptions(SourceOptions):
         model = self.load()
         inputs = _drawn(shapes or models.declared_shapes(model), models.input_types(model))
         placed = place(model, inputs, self.device, self.precision)
-        if self.plan is None:
+        if self.is_timed:
             note_if_busy(placed[1][0].device.type)
         return placed
+
+
+@dataclass(frozen=True)
+class ConvertOptions(ModelOptions):
+    """A model to convert, and a plan that it may follow."""
+
+    plan: PlanOption = None
+
+    @property
+    def is_timed(self) -> bool:
+        return self.plan is None
 
     def convert(self, *, remeasure: bool = False, images: Images | None = None) -> ConvertedModel:
         """The converted model; a progress bar shows on stderr.

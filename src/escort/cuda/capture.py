@@ -76,6 +76,29 @@ class Runs:
 runs = Runs()
 
 
+_has_context: Callable[[int], bool] = getattr(torch._C, "_cuda_hasPrimaryContext", lambda index: True)
+
+
+def wait_for_gpus() -> bool:
+    """Waits until all that was launched so far, on any stream, has run.
+
+    Returns:
+        Whether it did. While this package times or captures something in another thread, or the current stream is
+        captured, nothing may wait for a whole device.
+    """
+    if not turn.acquire(blocking=False):
+        return False
+    try:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        for index in range(torch.cuda.device_count()):
+            if _has_context(index):  # else nothing runs there
+                torch.cuda.synchronize(index)
+    finally:
+        turn.release()
+    return True
+
+
 class Graph:
     """What some calls launch, as a graph of the current device that any stream may replay.
 
