@@ -63,9 +63,12 @@ class Ahead:
 
     @contextmanager
     def of(self, compilations: Iterable[Compilation | None]) -> Iterator[None]:
-        """Compiles these, in their order, until the end of the block, which ends what still runs."""
+        """Compiles these, in their order, until the end of the block, which ends what still runs.
+
+        Within such a block another one does nothing: it lasts for several measurements.
+        """
         wanted = dict.fromkeys(each for each in compilations if each is not None) if self.processes else {}
-        if not wanted:
+        if not wanted or self._pool is not None:
             yield
             return
         self._pool = ThreadPoolExecutor(self.processes)

@@ -45,6 +45,17 @@ def exhibits(results: Mapping[str, Result]) -> Iterator[Exhibit]:
             yield name, shown, tuple(stem for stem in of_stems if stem in results)
 
 
+#: Tables of which each precision that was measured has one.
+_BY_PRECISION = "layers sparse-layers ablation counters networks calls inference speed breakdown".split()
+_BY_PRECISION += "conversions choices callers".split()
+
+
+def may_be_absent(name: str) -> bool:
+    """Whether a table is of one precision, and so not of every folder of results."""
+    stem, _, precision = name.rpartition("-")
+    return precision in PRECISIONS and stem in _BY_PRECISION
+
+
 #: What is shown of the result files of each stem, given by precision.
 _SHOWN: dict[str, Callable[[Mapping[str, Result]], Shown]] = {
     "layers": show_layers,
