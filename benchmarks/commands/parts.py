@@ -39,8 +39,9 @@ SECONDS = {
 }
 _PATTERNS = ("resnet50_magnitude_90", "resnet50_magnitude_95")
 #: Of whole networks the most telling first.
-_NETWORKS = ("resnet50", "vgg16_bn", "googlenet", "caffenet", "mobilenet_v2", "efficientnet_b0")
-_NETWORKS += ("densenet121", "resnext50_32x4d", "yolo", "unet")
+_NETWORKS = (
+    "resnet50 vgg16_bn googlenet caffenet mobilenet_v2 efficientnet_b0 densenet121 resnext50_32x4d yolo unet".split()
+)
 #: Shares of zeros of whole networks and of layers between which a break-even is interpolated.
 _SPARSITIES = (0.90, 0.80, 0.70, 0.95)
 
@@ -119,7 +120,7 @@ def _on_gpu(device: str, files: Sequence[Path], folder: Path, seed: int, ncu: bo
     study = Study(device=device, search=4, budget_s=0.1, seed=seed, factories=NETWORKS, ahead=ahead)
     for precision, effort in EFFORTS.items():
         speed = SpeedOptions(
-            networks=list(_NETWORKS),
+            networks=_NETWORKS,
             batch="1,32,128,8",
             patterns=folder,
             device=device,
@@ -189,18 +190,18 @@ def _merged(several: Sequence[Part]) -> Part:
 
 def _conversions_on_gpu(device: str, files: Sequence[Path], seed: int) -> Iterator[Part]:
     """Conversions of the aims, calls of what they make, and what little search chooses."""
-    real = ConversionOptions(networks=["resnet50"], patterns=files[0] if files else None, limit_s=120.0)
-    other = replace(real, networks=["densenet121", "efficientnet_b0"], patterns=None)
-    timed, raced = {"load": True, "choices": False}, {"conversions": False, "search_s": 12.0}
+    real = ConversionOptions(
+        ["resnet50"], patterns=files[0] if files else None, load=True, choices=False, limit_s=120.0
+    )
+    random = replace(real, networks=["densenet121", "efficientnet_b0"], patterns=None)
+    raced = replace(real, conversions=False, choices=True, search_s=12.0)
+    raced_random = replace(raced, networks=["vgg16_bn", "mobilenet_v2"], patterns=None)
     by_precision = {
         PrecisionName.FP16: [
-            (replace(real, **timed, calls=True), "1"),
-            (replace(real, **timed), "32"),
-            (replace(other, **timed), "32"),
-            (replace(real, **raced), "32"),
-            (replace(other, **raced, networks=["vgg16_bn", "mobilenet_v2"]), "32"),
+            (replace(real, calls=True), "1"),
+            *((options, "32") for options in (real, random, raced, raced_random)),
         ],
-        PrecisionName.TF32: [(replace(other, **raced, networks=["resnet18"]), "1")],
+        PrecisionName.TF32: [(replace(raced_random, networks=["resnet18"]), "1")],
     }
     for precision, several in by_precision.items():
         made = [_conversions(each, RunOptions(batch, device, precision, seed=seed)) for each, batch in several]

@@ -35,31 +35,36 @@ def device_of(result: Result) -> str:
 
 
 def sources(files: Sequence[str], results: Mapping[str, Result]) -> str:
-    """In a sentence the files that something is made of, with their commits; what is older than its folder says so.
+    """In sentences the files of a table with their commits, and which is the last one beside those that are older.
 
     Args:
         files: names in results, of which those of a folder have its name before a slash.
     """
-    by_commit: dict[str, list[str]] = {}
+    by_commits: dict[str, list[str]] = {}
+    last: dict[str, str] = {}
     for file in files:
-        by_commit.setdefault(_provenance(file, results), []).append(f"`{file}`")
-    told = (f"{', '.join(names)} ({commit})" for commit, names in by_commit.items())
-    return f"From {'; '.join(told)}."
-
-
-def _provenance(file: str, results: Mapping[str, Result]) -> str:
-    """The commits of a file, with the day and the folder's last commit where that is another one."""
-    beside = [result for name, result in results.items() if name.partition("/")[0] == file.partition("/")[0]]
-    last = max(beside if "/" in file else results.values(), key=_date)
-    commits = commits_of(results[file])
-    text = ", ".join(commits)
-    newest = commits_of(last)[-1]
-    return text if commits == [newest] else f"{text} of {_date(results[file])[:10]}; the last here is {newest}"
+        folder = _folder(file)
+        beside = [name for name in results if _folder(name) == folder]
+        commits = commits_of(results[file])
+        newest = commits_of(results[max(beside, key=lambda name: _date(results[name]))])[-1]
+        is_older = commits != [newest]
+        day = f" of {_date(results[file])[:10]}" if is_older else ""
+        by_commits.setdefault(", ".join(commits) + day, []).append(f"`{file}`")
+        if is_older:
+            last[f"of `{folder}`" if folder else "here"] = newest
+    told = (f"{', '.join(names)} ({commits})" for commits, names in by_commits.items())
+    older = (f" The last commit {where} is {newest}." for where, newest in last.items())
+    return f"From {'; '.join(told)}.{''.join(older)}"
 
 
 def commits_of(result: Result) -> list[str]:
     """The commits of all runs that a file's rows come from, in short, the last one last."""
     return list(dict.fromkeys(_short(run["commit"]) for run in runs_of(result.header)))
+
+
+def _folder(file: str) -> str:
+    """The device's folder of a file, empty where a folder's own files are shown."""
+    return file.partition("/")[0] if "/" in file else ""
 
 
 def _date(result: Result) -> str:

@@ -25,7 +25,8 @@ def render(text: str, results: Mapping[str, Result]) -> str:
 
     Beside the results' own tables there are those of committed files (:mod:`benchmarks.exhibits.committed`). A table's
     place is between a line ``<!-- table: NAME -->`` and a line ``<!-- end -->``; the files that it is made of are named
-    below it, with their commits. A table of a precision that was not measured is a sentence that says so. A value is a cell of a table, in a sentence:
+    below it, with their commits. In the place of a table of a precision that was not measured a sentence says so. A
+    value is a cell of a table, in a sentence:
     ``<!-- value: NAME; COLUMN; OTHER COLUMN=TEXT; ... -->1.43x<!-- /value -->`` is that of the one row in which other
     columns hold these texts. The rest stays as it is.
 

@@ -32,7 +32,8 @@ def show_speed(results: Mapping[str, Result]) -> Shown:
                 cells = _cells(measured.get(key), failed.get(label, ""), wanted, slower)
                 lines.append((network, weights, str(batch), *cells))
         formats = dict.fromkeys(row.config["memory_format"] for row in result.rows if row.method == "compile")
-        about = f"{caption}{' and '.join(formats) or 'no memory format'}."
+        effort = f", converted ones made with effort={result.header['effort']}" if "effort" in result.header else ""
+        about = f"{caption}{' and '.join(formats) or 'no memory format'}{effort}."
         shown[f"speed-{precision}"] = Table(f"Whole networks, {precision}", columns, tuple(lines), about)
     return shown
 
