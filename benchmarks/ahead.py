@@ -57,7 +57,8 @@ class Ahead:
         self._pool: ThreadPoolExecutor | None = None
         self._results: dict[Compilation, Future[None]] = {}
         self._running: set[subprocess.Popen[str]] = set()
-        self._turn = threading.Lock()  # held while processes are stopped: none begins then
+        self._turn = threading.RLock()  # held while processes are stopped: none begins then
+        self._is_paused = False
         self._is_over = False
         self._current: Compilation | None = None
 
@@ -97,12 +98,17 @@ class Ahead:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops all processes meanwhile."""
+        """Stops all processes meanwhile; within such a block another one changes nothing."""
         with self._turn:
+            if self._is_paused:
+                yield
+                return
+            self._is_paused = True
             self._signal(signal.SIGSTOP)
             try:
                 yield
             finally:
+                self._is_paused = False
                 self._signal(signal.SIGCONT)
 
     def _compile(self, compilation: Compilation) -> None:
