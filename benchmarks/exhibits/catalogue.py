@@ -28,8 +28,12 @@ def plots(results: Mapping[str, Result]) -> dict[str, Figure]:
     return {name: shown() for name, shown, _ in exhibits(results) if not isinstance(shown, Table)}
 
 
-def exhibits(results: Mapping[str, Result]) -> Iterator[Exhibit]:
-    """All tables, and all plots as the functions that draw them, with the files that they are made of."""
+def exhibits(results: Mapping[str, Result], text: str | None = None) -> Iterator[Exhibit]:
+    """All tables, and all plots as the functions that draw them, with the files that they are made of.
+
+    Args:
+        text: a document. What takes seconds is left out where it does not name it.
+    """
     yield "conditions", conditions_table(results), ()
     for stem, show in _SHOWN.items():
         by_precision = {
@@ -39,7 +43,7 @@ def exhibits(results: Mapping[str, Result]) -> Iterator[Exhibit]:
             for name, shown in show(by_precision).items():
                 of = [precision for precision in by_precision if precision in name.split("-")] or by_precision
                 yield name, shown, tuple(f"{stem}-{precision}" for precision in of)
-    for precision in CROSSING:
+    for precision in (each for each in CROSSING if text is None or f"crossing-{each}" in text):
         for name, shown in show_crossing(results, precision).items():
             of_stems = (f"{stem}-{precision}" for stem in ("layers", "patterns"))
             yield name, shown, tuple(stem for stem in of_stems if stem in results)

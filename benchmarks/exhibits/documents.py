@@ -36,7 +36,7 @@ def render(text: str, results: Mapping[str, Result]) -> str:
     """
     known: dict[str, Table] = {}
     origins: dict[str, str] = {}
-    for found, made in ((results, exhibits(results)), (committed(), committed_exhibits())):
+    for found, made in ((results, exhibits(results, text)), (committed(), committed_exhibits())):
         for name, shown, files in made:
             if isinstance(shown, Table):
                 known[name] = shown
@@ -100,6 +100,6 @@ def _filled(known: Mapping[str, Table], place: re.Match[str]) -> str:
 
 def illustrations(text: str, results: Mapping[str, Result]) -> dict[str, Figure]:
     """The plots that a document shows, by the path by which it does. Raises ImportError without matplotlib."""
-    shown = (*exhibits(results), *committed_exhibits())
+    shown = (*exhibits(results, text), *committed_exhibits())
     plots = {name: plot for name, plot, _ in shown if not isinstance(plot, Table)}
     return {path: plots[name]() for path, name in _PLOT.findall(text) if name in plots}
