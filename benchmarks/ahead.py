@@ -57,15 +57,19 @@ class Ahead:
         self._pool: ThreadPoolExecutor | None = None
         self._results: dict[Compilation, Future[None]] = {}
         self._running: set[subprocess.Popen[str]] = set()
-        self._turn = threading.Lock()  # held while processes are stopped: none begins then
+        self._turn = threading.RLock()  # held while processes are stopped: none begins then
+        self._is_paused = False
         self._is_over = False
         self._current: Compilation | None = None
 
     @contextmanager
     def of(self, compilations: Iterable[Compilation | None]) -> Iterator[None]:
-        """Compiles these, in their order, until the end of the block, which ends what still runs."""
+        """Compiles these, in their order, until the end of the block, which ends what still runs.
+
+        Within such a block another one does nothing: it lasts for several measurements.
+        """
         wanted = dict.fromkeys(each for each in compilations if each is not None) if self.processes else {}
-        if not wanted:
+        if not wanted or self._pool is not None:
             yield
             return
         self._pool = ThreadPoolExecutor(self.processes)
@@ -94,12 +98,17 @@ class Ahead:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops all processes meanwhile."""
+        """Stops all processes meanwhile; within such a block another one changes nothing."""
         with self._turn:
+            if self._is_paused:
+                yield
+                return
+            self._is_paused = True
             self._signal(signal.SIGSTOP)
             try:
                 yield
             finally:
+                self._is_paused = False
                 self._signal(signal.SIGCONT)
 
     def _compile(self, compilation: Compilation) -> None:

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,7 @@ class Item:
 
     Attributes:
         label: tells it from the others of its file.
-        compilation: what is compiled for them that may be compiled ahead.
+        compilation: what is compiled for them that may be compiled ahead. Without one nothing is, meanwhile.
         seconds: that they are expected to take.
     """
 
@@ -120,7 +120,7 @@ def measure(
 
     Args:
         work: items by the stem of their file.
-        head: of every file; rows are only added to a file of the same study and machine.
+        head: of every file; rows are only added to a file of the same study, machine and commit.
         again: measure all anew.
         seconds: after which no further item begins, nor one that is expected to end later; None for no end.
         ahead: compiles meanwhile for the items that are to be measured, where it was made for any processes.
@@ -129,7 +129,7 @@ def measure(
         end: called with what became of each that was measured, once the file holds it.
 
     Raises:
-        ValueError: where a file is of another study or machine; nothing is measured then.
+        ValueError: where a file is of another study, machine or commit; nothing is measured then.
     """
     paths = {stem: folder / f"{stem}.json" for stem in work}
     earlier = {stem: known(path, head) for stem, path in paths.items() if path.is_file() and not again}
@@ -146,7 +146,8 @@ def measure(
             if item.label in files[stem].finished or time.perf_counter() + item.seconds > last:
                 continue
             ahead.turn_to(item.compilation)
-            outcome = _outcome(item)
+            with nullcontext() if item.compilation else ahead.paused():  # networks pause it where they are timed
+                outcome = _outcome(item)
             files[stem].add(item, outcome)
             end(stem, item.label, outcome)
     return {f"{stem}, {label}": why for stem, file in files.items() for label, why in file.failed.items()}
@@ -161,10 +162,12 @@ class _File:
         self._rows, self._left_out = before.rows, before.header.get("left_out", [])
         self.finished: list[str] = before.header.get("finished", [])
         self.failed: dict[str, str] = {}
+        self._failed_before: dict[str, str] = before.header.get("failed", {})
 
     def add(self, item: Item, outcome: Outcome) -> None:
         """Writes it with what became of an item."""
         self._left_out += outcome.left_out
+        self._failed_before.pop(item.label, None)
         if outcome.failure is None:
             self._rows += outcome.rows
             self.finished.append(item.label)
@@ -172,7 +175,8 @@ class _File:
         else:
             self.failed[item.label] = outcome.failure
         complete = all(other.label in self.finished for other in self._items)
-        names = {"complete": complete, "finished": self.finished, "failed": self.failed, "left_out": self._left_out}
+        failed = {**self._failed_before, **self.failed}
+        names = {"complete": complete, "finished": self.finished, "failed": failed, "left_out": self._left_out}
         names |= {"seconds": self._seconds, "runs": self._runs}
         replace_file(self._path, partial(suite.write_results, head={**self._head, **names}, rows=self._rows))
 
@@ -201,9 +205,9 @@ def _outcome(item: Item) -> Outcome:
 
 
 def known(path: Path, head: Mapping[str, Any]) -> Result:
-    """What a file holds of the same study on the same machine. Raises ValueError where it is of another."""
+    """What a file holds of the same study, machine and commit. Raises ValueError where it is of another."""
     result = Result.read(path)
-    for name in ("study", "cpu", "gpu", "driver", "threads", "versions"):
+    for name in ("study", "cpu", "gpu", "driver", "threads", "versions", "commit"):
         if result.header.get(name) != head.get(name):
             raise ValueError(
                 f"{path} was measured with another {name} ({result.header.get(name)}, now {head.get(name)}); measure "

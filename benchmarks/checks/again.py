@@ -22,7 +22,7 @@ from benchmarks.suite import WHOLE, Conversion, Layer, Limited, NetworkRace, Row
 from escort.cli.engines import placed_on
 from escort.methods import by_name
 from escort.planner.machine import Machine
-from escort.problem import TORCH_DTYPE, Precision
+from escort.problem import TORCH_DTYPE, MemoryFormat, Precision
 
 _DENSE_DEPTHWISE = "-dense-depthwise"
 
@@ -149,12 +149,7 @@ def _network(subject: Subject, keys: Sequence[Key], bench: Bench) -> list[Row]:
     race = NetworkRace(rivals, precision, _effort(subject))
     if rounds:
         race = replace(race, rounds=rounds)
-    if "search" in subject.header.get("study", {}):  # of the paper's study, which leaves norms as they are
-        of_study = _study(subject, bench)
-        model, x = study.pruned(of_study, row.network, sparsity_of(row.weights), precision)
-        race = replace(race, budget_s=4 * of_study.budget_s)
-    else:
-        model, x = _subject_of(row, _seed(subject), bench, bench.device(subject))
+    model, x = _subject_of(row, _seed(subject), bench, bench.device(subject))
     return suite.measure_network(model, x, network=row.network, weights=row.weights, race=race)
 
 
@@ -178,7 +173,14 @@ def _effort(subject: Subject) -> Any:
 def _study(subject: Subject, bench: Bench) -> Study:
     row = subject.rows[0]
     about: dict[str, Any] = {"networks": (row.network,), "batch": row.batch, "effort": subject.header.get("effort")}
+    about["formats"] = _formats(subject)
     return Study(device=bench.device(subject), budget_s=0.25, seed=_seed(subject), factories=NETWORKS, **about)
+
+
+def _formats(subject: Subject) -> tuple[MemoryFormat, ...]:
+    """The memory formats in which torch.compile was tried."""
+    found = dict.fromkeys(row.config.get("memory_format") for row in subject.rows if row.method == "compile")
+    return tuple(name for name in suite.BOTH_FORMATS if name in found) or suite.BOTH_FORMATS
 
 
 def _inference(subject: Subject, keys: Sequence[Key], bench: Bench) -> list[Row]:
@@ -187,13 +189,21 @@ def _inference(subject: Subject, keys: Sequence[Key], bench: Bench) -> list[Row]
     return item.measure()
 
 
+def _networks(subject: Subject, keys: Sequence[Key], bench: Bench) -> list[Row]:
+    if "search" not in subject.header.get("study", {}):  # of engines that raced, not of the paper's study
+        return _network(subject, keys, bench)
+    _effort(subject)
+    at = replace(_study(subject, bench), sparsities=(sparsity_of(subject.rows[0].weights),))
+    (item,) = study.sweep_networks(at, _precision(subject))
+    return item.measure()
+
+
 def _speed(subject: Subject, keys: Sequence[Key], bench: Bench) -> list[Row]:
     row, device = subject.rows[0], bench.device(subject)
-    formats = dict.fromkeys(row.config["memory_format"] for row in subject.rows if row.method == "compile")
     of: dict[str, Any] = {"patterns": bench.patterns, "device": device, "seed": _seed(subject)}
     of["against"] = ",".join(dict.fromkeys(row.method for row in subject.rows if row.method in suite.BY_METHOD))
     effort = subject.header.get("effort")
-    options = SpeedOptions(formats=",".join(formats or suite.BOTH_FORMATS), effort=effort and str(effort), **of)
+    options = SpeedOptions(formats=",".join(_formats(subject)), effort=effort and str(effort), budget_s=0.5, **of)
     if not options.has_file(row.weights):
         bench.file(row.weights)
     return options.item((row.network, row.weights, row.batch), _precision(subject), device, Ahead()).measure()
@@ -241,6 +251,7 @@ def _conversion(subject: Subject, keys: Sequence[Key], bench: Bench) -> list[Row
 
 #: What measures subjects of files of these kinds again; layers and whole networks of all others go by their rows.
 _KINDS = {
+    "networks": _networks,
     "inference": _inference,
     "speed": _speed,
     "breakdown": _breakdown,

@@ -40,10 +40,12 @@ class EverythingOptions:
         None
     )
     only: Annotated[
-        str, typer.Option(metavar="GLOB,...", help="Only files named like these, in this order: speed-fp16,layers-*.")
-    ] = "*"
-    items: Annotated[
-        str, typer.Option(metavar="GLOB,...", help="Only items named like these, for example 'resnet50*'.")
+        str,
+        typer.Option(
+            metavar="GLOB[:GLOB],...",
+            help="Only files named like these and, behind a colon, only their items named like that, in this order: "
+            "'speed-*:resnet50*,layers-fp16'.",
+        ),
     ] = "*"
     patterns: Annotated[
         Path,
@@ -62,27 +64,28 @@ class EverythingOptions:
     verbose: VerboseOption = 0
 
     def chosen(self, device: str, known: Mapping[str, Result], ahead: Ahead) -> list[Part]:
-        """The parts with the items that are wanted. Raises ValueError where there are none."""
-        made = parts(device, self.patterns, seed=self.seed, ncu=self.ncu, ahead=ahead)
-        found = [
-            replace(part, work=work)
-            for part in (with_seconds(part, known) for part in made)
-            if (work := self._wanted(part.work))
+        """The items that are wanted, in the order in which they are named, each with what its part says of it.
+
+        Raises:
+            ValueError: where there are none.
+        """
+        made = [
+            with_seconds(part, known)
+            for part in parts(device, self.patterns, seed=self.seed, ncu=self.ncu, ahead=ahead)
         ]
+        found, taken = list[Part](), set[tuple[str, str]]()
+        for name in self.only.split(","):
+            files, _, labels = name.partition(":")
+            for part in made:
+                named = {stem: items for stem, items in part.work.items() if fnmatch(stem, files)}
+                for stem, items in named.items():
+                    new = [each for each in items if fnmatch(each.label, labels or "*")]
+                    if new := [each for each in new if (stem, each.label) not in taken]:
+                        found.append(replace(part, work={stem: new}))
+                        taken.update((stem, each.label) for each in new)
         if not found:
-            raise ValueError(f"--only {self.only} --items {self.items}: nothing is named so; --list says what there is")
-        return sorted(found, key=lambda part: min(map(self._place, part.work)))
-
-    def _place(self, stem: str) -> int:
-        """Where a file is named: that is its turn."""
-        return next(index for index, glob in enumerate(self.only.split(",")) if fnmatch(stem, glob))
-
-    def _wanted(self, work: Mapping[str, Sequence[Item]]) -> dict[str, list[Item]]:
-        of_files = {stem: items for stem, items in work.items() if _is_like(stem, self.only)}
-        wanted = {
-            stem: [item for item in items if _is_like(item.label, self.items)] for stem, items in of_files.items()
-        }
-        return {stem: wanted[stem] for stem in sorted(wanted, key=self._place) if wanted[stem]}
+            raise ValueError(f"--only {self.only}: nothing is named so; --list says what there is")
+        return found
 
 
 @command
@@ -106,12 +109,18 @@ def main(options: EverythingOptions, output: Output) -> None:
             )
         into.mkdir(parents=True, exist_ok=True)
         with placed_on(options.threads):
-            failures = _measure(chosen, into, options.seconds, device, ahead)
+            missing = [item for part in chosen for item in part.missing(known)]
+            with ahead.of(item.compilation for item in missing):
+                failures = _measure(chosen, into, options.seconds, device, ahead)
         output.failed = bool(failures)
         for what, why in failures.items():
             note(f"failed: {what}: {why}")
         known = find_results(into)
-    left = [_left(stem, items, known.get(stem)) for part in chosen for stem, items in part.work.items()]
+    by_file: dict[str, list[Item]] = {}
+    for part in chosen:
+        for stem, items in part.work.items():
+            by_file.setdefault(stem, []).extend(items)
+    left = [_left(stem, items, known.get(stem)) for stem, items in by_file.items()]
     output.text.print(report.terminal(_table(left)))
     output.result = {"output": None if into is None else str(into), "left": left}
     if not (options.patterns / "resnet50_magnitude_90.npz").is_file():
@@ -149,7 +158,3 @@ def _table(left: Sequence[dict[str, Any]]) -> report.Table:
     columns = ("File", "Items", "To measure", "Of them failed", "About, s")
     caption = f"About {total / 60:.0f} minutes are left, as items of these kinds took before or roughly take."
     return report.Table("What is measured, and what is left", columns, tuple(lines), caption)
-
-
-def _is_like(name: str, globs: str) -> bool:
-    return any(fnmatch(name, glob) for glob in globs.split(","))

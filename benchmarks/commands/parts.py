@@ -17,6 +17,7 @@ from benchmarks.ahead import Ahead
 from benchmarks.commands.conversions import ConversionOptions
 from benchmarks.commands.options import RunOptions
 from benchmarks.commands.speed import SpeedOptions
+from benchmarks.findings.aims import read_aims
 from benchmarks.networks import NETWORKS
 from benchmarks.result_files import Item, Result
 from benchmarks.study import COUNTERS, QUESTIONS, Study, plan
@@ -24,16 +25,25 @@ from benchmarks.study import Part as Question
 from benchmarks.suite import NetworkRace, Row, Subject
 from escort.cli.options import PrecisionName
 from escort.network.check import Effort
-from escort.problem import Precision
+from escort.problem import MemoryFormat, Precision
 
-#: How whole networks are converted for the paper's questions: strict float32 gains by kernels made for the weights.
-EFFORTS: dict[Precision, Effort] = {"fp16": "fast", "tf32": "fast", "fp32": 25.0}
+#: How whole networks are converted: strict float32 gains by kernels made for the weights.
+EFFORTS: dict[Precision, Effort] = {"tf32": "fast", "fp16": "fast", "fp32": 10.0}
+#: The memory format in which dense networks are fastest. Compiling them for the other one takes minutes of a core.
+FORMATS: dict[Precision, MemoryFormat] = {"tf32": "channels_last", "fp16": "channels_last", "fp32": "contiguous"}
 #: Seconds that an item of a file of these stems takes, roughly, where no file tells.
 SECONDS = {
-    **{"layers": 2.5, "patterns": 1.5, "break-even": 2.0, "ablation": 4.0, "counters": 15.0, "breakdown": 3.0},
-    **{"networks": 40.0, "inference": 90.0, "speed": 60.0, "speed-fp32": 90.0, "conversions": 60.0},
+    **{"layers": 1.5, "patterns": 1.0, "break-even": 1.0, "ablation": 3.0, "counters": 15.0, "breakdown": 2.5},
+    **{"networks": 18.0, "networks-fp32": 55.0, "inference": 25.0, "inference-fp32": 80.0, "conversions": 45.0},
+    **{"speed": 22.0, "speed-fp32": 60.0},
 }
 _PATTERNS = ("resnet50_magnitude_90", "resnet50_magnitude_95")
+#: Of whole networks the most telling first.
+_NETWORKS = (
+    "resnet50 vgg16_bn googlenet caffenet mobilenet_v2 efficientnet_b0 densenet121 resnext50_32x4d yolo unet".split()
+)
+#: Shares of zeros of whole networks and of layers between which a break-even is interpolated.
+_SPARSITIES = (0.90, 0.80, 0.70, 0.95)
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,11 @@ class Part:
     work: dict[str, list[Item]]
     head: dict[str, Any]
     study: Study | None = None
+
+    def missing(self, known: Mapping[str, Result]) -> list[Item]:
+        """The items that result files, by stem, do not hold yet."""
+        finished = {stem: known[stem].header.get("finished", ()) if stem in known else () for stem in self.work}
+        return [item for stem, items in self.work.items() for item in items if item.label not in finished[stem]]
 
 
 @dataclass(frozen=True)
@@ -129,27 +144,47 @@ def with_seconds(part: Part, known: Mapping[str, Result]) -> Part:
 
 
 def _on_gpu(device: str, files: Sequence[Path], folder: Path, seed: int, ncu: bool, ahead: Ahead) -> Iterator[Part]:
-    study = Study(device=device, search=6, budget_s=0.1, seed=seed, factories=NETWORKS, ahead=ahead)
-    yield _paper(study, QUESTIONS["rq3"])
+    study = Study(device=device, search=4, budget_s=0.1, seed=seed, factories=NETWORKS, ahead=ahead)
     for precision, effort in EFFORTS.items():
-        speed = SpeedOptions(patterns=folder, device=device, seed=seed, effort=str(effort))
+        speed = SpeedOptions(
+            networks=_NETWORKS,
+            batch="1,32,128,8",
+            patterns=folder,
+            device=device,
+            seed=seed,
+            effort=str(effort),
+            formats=FORMATS[precision],
+            budget_s=0.5,
+        )
         keys = [key for key in speed.chosen(precision) if speed.has_file(key[1])]
         work = {f"speed-{precision}": [speed.item(key, precision, device, ahead) for key in keys]}
         yield Part(work, {"study": {"device": device, "seed": seed}, "effort": effort})
-    if files:
-        pruned = replace(study, patterns=tuple(files), layers="module*,conv2d_[!0]*", search=3)
-        yield _merged([_paper(replace(pruned, batch=batch), QUESTIONS["patterns"]) for batch in (32, 128)])
+    yield from _conversions_on_gpu(device, files, seed)
+    yield _paper(study, QUESTIONS["rq3"])
+    for precision in QUESTIONS["patterns"][0].precisions if files else ():
+        yield _on_patterns(replace(study, search=2), {path.stem: path for path in files}, precision)
     for precision, effort in EFFORTS.items():
-        about = [
-            question for question in (*QUESTIONS["rq4"], *QUESTIONS["inference"]) if _is_about(question, precision)
-        ]
-        yield _paper(replace(study, effort=effort), about, (precision,))
+        at = replace(study, effort=effort, formats=(FORMATS[precision],), sparsities=_SPARSITIES)
+        for question in (*QUESTIONS["inference"], *QUESTIONS["rq4"]):
+            if precision in question.precisions:
+                yield _paper(at, [question], (precision,))
     yield _paper(study, [*QUESTIONS["rq2"], *([COUNTERS] if ncu else []), *QUESTIONS["breakdown"]])
-    yield _conversions(device, PrecisionName.FP16, "1,32", seed)
 
 
-def _is_about(question: Question, precision: Precision) -> bool:
-    return precision in question.precisions or (question.stem, precision) == ("networks", "tf32")
+def _on_patterns(study: Study, files: Mapping[str, Path], precision: Precision) -> Part:
+    """The layers of the aims, by methods that compile nothing for the weights but in strict float32."""
+    if precision != "fp32":
+        study = replace(study, methods=tuple(m.name for m in study.compared if not m.compiles_per_filter))
+    several = [
+        _paper(
+            replace(study, patterns=(files[aim.weights],), layers=",".join(aim.layers), batch=aim.batch),
+            QUESTIONS["patterns"],
+            (precision,),
+        )
+        for aim in read_aims().patterns
+        if precision in aim.wanted and aim.weights in files
+    ]
+    return _merged(several)
 
 
 def _on_cpu(patterns: Path, seed: int) -> Iterator[Part]:
@@ -162,7 +197,8 @@ def _on_cpu(patterns: Path, seed: int) -> Iterator[Part]:
     ]
     yield Part({"networks-fp32": networks}, {"study": {"device": "cpu", "seed": seed}, "effort": "best"})
     yield _paper(study, QUESTIONS["rq1"])
-    yield _conversions("cpu", PrecisionName.FP32, "1", seed)
+    of_cpu = ConversionOptions(load=True, calls=True, choices=False, limit_s=300.0)
+    yield _conversions(of_cpu, RunOptions("1", "cpu", seed=seed))
 
 
 def _paper(study: Study, questions: Sequence[Question], precisions: Sequence[Precision] | None = None) -> Part:
@@ -170,15 +206,37 @@ def _paper(study: Study, questions: Sequence[Question], precisions: Sequence[Pre
 
 
 def _merged(several: Sequence[Part]) -> Part:
-    """Parts of the same files, under the header of the first."""
-    stems = dict.fromkeys(stem for part in several for stem in part.work)
-    return replace(several[0], work={stem: [item for part in several for item in part.work[stem]] for stem in stems})
+    """Parts of the same files, under the header of the first; each item once."""
+    work: dict[str, dict[str, Item]] = {}
+    for part in several:
+        for stem, items in part.work.items():
+            work.setdefault(stem, {}).update({item.label: item for item in items})
+    return replace(several[0], work={stem: list(items.values()) for stem, items in work.items()})
 
 
-def _conversions(device: str, precision: PrecisionName, batch: str, seed: int) -> Part:
-    run = RunOptions(batch=batch, device=device, precision=precision, seed=seed)
-    items = ConversionOptions(load=True, calls=True, choices=False, limit_s=300.0).work(run, device)
-    return Part({f"conversions-{precision.value}": items}, {"study": {"device": device, "seed": seed}})
+def _conversions_on_gpu(device: str, files: Sequence[Path], seed: int) -> Iterator[Part]:
+    """Conversions of the aims, calls of what they make, and what little search chooses."""
+    real = ConversionOptions(
+        ["resnet50"], patterns=files[0] if files else None, load=True, choices=False, limit_s=120.0
+    )
+    random = replace(real, networks=["densenet121", "efficientnet_b0"], patterns=None)
+    raced = replace(real, conversions=False, choices=True, search_s=12.0)
+    raced_random = replace(raced, networks=["vgg16_bn", "mobilenet_v2"], patterns=None)
+    by_precision = {
+        PrecisionName.FP16: [
+            (replace(real, calls=True), "1"),
+            *((options, "32") for options in (real, random, raced, raced_random)),
+        ],
+        PrecisionName.TF32: [(replace(raced_random, networks=["resnet18"]), "1")],
+    }
+    for precision, several in by_precision.items():
+        made = [_conversions(each, RunOptions(batch, device, precision, seed=seed)) for each, batch in several]
+        yield _merged(made)
+
+
+def _conversions(options: ConversionOptions, run: RunOptions) -> Part:
+    items = options.work(run, run.device)
+    return Part({f"conversions-{run.precision.value}": items}, {"study": {"device": run.device, "seed": run.seed}})
 
 
 def _race(one: OnCpu, batch: int, patterns: Path, seed: int) -> list[Row]:

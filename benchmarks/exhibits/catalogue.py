@@ -28,8 +28,12 @@ def plots(results: Mapping[str, Result]) -> dict[str, Figure]:
     return {name: shown() for name, shown, _ in exhibits(results) if not isinstance(shown, Table)}
 
 
-def exhibits(results: Mapping[str, Result]) -> Iterator[Exhibit]:
-    """All tables, and all plots as the functions that draw them, with the files that they are made of."""
+def exhibits(results: Mapping[str, Result], text: str | None = None) -> Iterator[Exhibit]:
+    """All tables, and all plots as the functions that draw them, with the files that they are made of.
+
+    Args:
+        text: a document. What takes seconds is left out where it does not name it.
+    """
     yield "conditions", conditions_table(results), ()
     for stem, show in _SHOWN.items():
         by_precision = {
@@ -39,10 +43,21 @@ def exhibits(results: Mapping[str, Result]) -> Iterator[Exhibit]:
             for name, shown in show(by_precision).items():
                 of = [precision for precision in by_precision if precision in name.split("-")] or by_precision
                 yield name, shown, tuple(f"{stem}-{precision}" for precision in of)
-    for precision in CROSSING:
+    for precision in (each for each in CROSSING if text is None or f"crossing-{each}" in text):
         for name, shown in show_crossing(results, precision).items():
             of_stems = (f"{stem}-{precision}" for stem in ("layers", "patterns"))
             yield name, shown, tuple(stem for stem in of_stems if stem in results)
+
+
+#: Tables of which each precision that was measured has one.
+_BY_PRECISION = "layers sparse-layers ablation counters networks calls inference speed breakdown".split()
+_BY_PRECISION += "conversions choices callers".split()
+
+
+def may_be_absent(name: str) -> bool:
+    """Whether a table is of one precision, and so not of every folder of results."""
+    stem, _, precision = name.rpartition("-")
+    return precision in PRECISIONS and stem in _BY_PRECISION
 
 
 #: What is shown of the result files of each stem, given by precision.

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from functools import partial
 
-from benchmarks.exhibits.catalogue import exhibits
-from benchmarks.exhibits.committed import committed_exhibits
+from benchmarks.exhibits.catalogue import exhibits, may_be_absent
+from benchmarks.exhibits.committed import committed, committed_exhibits
+from benchmarks.exhibits.conditions import sources
 from benchmarks.exhibits.scaling import read_scaling, scaling_table
 from benchmarks.exhibits.zoo import zoo_tables
 from benchmarks.result_files import Result
@@ -24,7 +25,8 @@ def render(text: str, results: Mapping[str, Result]) -> str:
 
     Beside the results' own tables there are those of committed files (:mod:`benchmarks.exhibits.committed`). A table's
     place is between a line ``<!-- table: NAME -->`` and a line ``<!-- end -->``; the files that it is made of are named
-    below it. A value is a cell of a table, in a sentence:
+    below it, with their commits. In the place of a table of a precision that was not measured a sentence says so. A
+    value is a cell of a table, in a sentence:
     ``<!-- value: NAME; COLUMN; OTHER COLUMN=TEXT; ... -->1.43x<!-- /value -->`` is that of the one row in which other
     columns hold these texts. The rest stays as it is.
 
@@ -33,13 +35,15 @@ def render(text: str, results: Mapping[str, Result]) -> str:
             of no row or of several.
     """
     known: dict[str, Table] = {}
-    files: dict[str, tuple[str, ...]] = {}
-    for name, shown, of in (*exhibits(results), *committed_exhibits()):
-        if isinstance(shown, Table):
-            known[name], files[name] = shown, of
+    origins: dict[str, str] = {}
+    for found, made in ((results, exhibits(results, text)), (committed(), committed_exhibits())):
+        for name, shown, files in made:
+            if isinstance(shown, Table):
+                known[name] = shown
+                origins[name] = sources(files, found) if files else ""
     known |= zoo_tables(*read_zoo()) | {"scaling": scaling_table(read_scaling())}
     text, values = _VALUE.subn(partial(_filled, known), text)
-    rendered, tables = _with_tables(text, known, files)
+    rendered, tables = _with_tables(text, known, origins)
     if not tables and not values:
         raise ValueError(
             "there is no place for a table; put <!-- table: totals --> and <!-- end --> on lines of their own"
@@ -47,7 +51,7 @@ def render(text: str, results: Mapping[str, Result]) -> str:
     return rendered
 
 
-def _with_tables(text: str, known: Mapping[str, Table], files: Mapping[str, tuple[str, ...]]) -> tuple[str, int]:
+def _with_tables(text: str, known: Mapping[str, Table], origins: Mapping[str, str]) -> tuple[str, int]:
     """The text with its tables, and how many there are."""
     lines: list[str] = []
     name = None
@@ -59,11 +63,12 @@ def _with_tables(text: str, known: Mapping[str, Table], files: Mapping[str, tupl
         if begin:
             name = begin[1]
             names += 1
-            if name not in known:
+            if name not in known and not may_be_absent(name):
                 raise ValueError(f"line {number}: the results hold no table {name}; there are {', '.join(known)}")
-            lines += [line, "", markdown(known[name]), ""]
-            if of := files.get(name):
-                lines += [f"From {', '.join(f'`{file}`' for file in of)}.", ""]
+            shown = markdown(known[name]) if name in known else f"There are no rows of `{name}` from this device."
+            lines += [line, "", shown, ""]
+            if origin := origins.get(name):
+                lines += [origin, ""]
         elif name is None and line.strip() == _END:
             raise ValueError(f"line {number}: {_END} ends nothing")
         elif name is None:
@@ -95,6 +100,6 @@ def _filled(known: Mapping[str, Table], place: re.Match[str]) -> str:
 
 def illustrations(text: str, results: Mapping[str, Result]) -> dict[str, Figure]:
     """The plots that a document shows, by the path by which it does. Raises ImportError without matplotlib."""
-    shown = (*exhibits(results), *committed_exhibits())
+    shown = (*exhibits(results, text), *committed_exhibits())
     plots = {name: plot for name, plot, _ in shown if not isinstance(plot, Table)}
     return {path: plots[name]() for path, name in _PLOT.findall(text) if name in plots}

@@ -38,9 +38,9 @@ def show_networks(results: Mapping[str, Result]) -> Shown:
             shown[f"network-{network}-{precision}"] = partial(line_chart, heading, percent, lengths, axis, "ms")
         columns = ("Network", "Batch", "Zeros", *(f"{engine} ms" for engine in engines))
         columns += tuple(f"vs {rival}" for rival in rivals)
-        shown[f"networks-{precision}"] = Table(
-            f"Whole networks, {precision}", columns, tuple(lines), _network_crossings(best)
-        )
+        effort = f"Converted with effort={result.header['effort']}. " if "effort" in result.header else ""
+        caption = effort + _network_crossings(best)
+        shown[f"networks-{precision}"] = Table(f"Whole networks, {precision}", columns, tuple(lines), caption)
         if calls := _calls_table(precision, result.rows):
             shown[f"calls-{precision}"] = calls
     return shown

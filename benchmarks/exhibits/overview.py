@@ -11,7 +11,7 @@ from statistics import geometric_mean
 
 from benchmarks import suite
 from benchmarks.exhibits.cells import Exhibit, milliseconds, times_faster
-from benchmarks.exhibits.conditions import device_of
+from benchmarks.exhibits.conditions import commits_of, device_of
 from benchmarks.findings.break_even import break_even, by_sparsity, points_of
 from benchmarks.findings.methods import SPARSE, methods_in
 from benchmarks.paper_layers import LAYERS
@@ -190,16 +190,22 @@ def _devices_table(results: Mapping[str, Result]) -> Table:
         headers = [result.header for result in found.values()]
         runs = [run for header in headers for run in runs_of(header)]
         dates = sorted({str(run["date"])[:10] for run in runs})
-        commits = dict.fromkeys(str(run["commit"] or "unknown")[:7] for run in runs)
+        commits = Counter(commit for result in found.values() for commit in commits_of(result))
         rows, failed = (
             sum(len(result.rows) for result in found.values()),
             sum(len(h.get("failed", ())) for h in headers),
         )
         kinds = ", ".join(dict.fromkeys(_kind(name) for name in found))
         period = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-        lines.append((folder, device, kinds, str(len(found)), str(rows), str(failed), period, ", ".join(commits)))
-    columns = ("Folder", "Device", "What", "Files", "Rows", "Failed items", "Dates", "Commits")
+        lines.append((folder, device, kinds, str(len(found)), str(rows), str(failed), period, _counted(commits)))
+    columns = ("Folder", "Device", "What", "Files", "Rows", "Failed items", "Dates", "Commits (files)")
     return Table("What was measured, by device", columns, tuple(lines))
+
+
+def _counted(commits: Counter[str]) -> str:
+    """The commits, that of most files first; of several each with its number of files."""
+    counts = commits.most_common()
+    return ", ".join(f"{commit} ({files})" for commit, files in counts) if len(counts) > 1 else "".join(commits)
 
 
 def _kind(name: str) -> str:

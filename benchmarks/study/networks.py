@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import suite
+from benchmarks.ahead import Compilation
 from benchmarks.breakdown import marking, network_part_times, part_times
 from benchmarks.findings.break_even import random_weights
 from benchmarks.findings.methods import OURS
@@ -25,19 +26,22 @@ BREAKDOWN_SPARSITY = 0.90
 
 def sweep_networks(study: Study, precision: Precision) -> list[Item]:
     """RQ4 for networks: converted ones against torch's ways to run them dense, at several sparsities."""
-    race = NetworkRace(
-        against=() if study.device_type == "cpu" else ("graph", "compile"),
-        precision=precision,
-        effort=study.effort,
-        budget_s=4 * study.budget_s,
-    )
+    race = NetworkRace(precision=precision, effort=study.effort, budget_s=4 * study.budget_s, ahead=study.ahead)
 
     def measure(name: str, sparsity: float) -> list[Row]:
         model, x = pruned(study, name, sparsity, precision)
-        return suite.measure_network(model, x, network=name, weights=random_weights(sparsity), race=race)
+        weights = random_weights(sparsity)
+        if study.device_type == "cpu":
+            return suite.measure_network(model, x, network=name, weights=weights, race=race)
+        return suite.measure_speed(model, x, network=name, weights=weights, race=race, formats=study.formats)
+
+    def compilation(name: str) -> Compilation | None:
+        if study.device_type == "cpu":
+            return None
+        return Compilation(name, study.samples(name), precision, study.device, tuple(study.formats))
 
     return [
-        Item(f"{name} {sparsity:.2f} N={study.samples(name)}", partial(measure, name, sparsity))
+        Item(f"{name} {sparsity:.2f} N={study.samples(name)}", partial(measure, name, sparsity), compilation(name))
         for name in study.networks
         for sparsity in study.sparsities
     ]

@@ -59,6 +59,8 @@ def test_processes_take_turns_stop_and_end(ticks: Any, tmp_path: Path, caplog: p
     with compiling.of([FIRST, None, SECOND, FIRST, third]):
         until(lambda: ticks("resnet50") > 0)
         with compiling.paused():
+            with compiling.of([SECOND]), compiling.paused():
+                pass
             time.sleep(0.05)  # a signal may take a moment
             before = ticks("resnet50")
             time.sleep(0.05)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 import pytest
 
 from benchmarks import exhibits, suite
+from benchmarks.exhibits.conditions import sources
 from benchmarks.result_files import Result, read_results
 from escort import report
 from tests.benchmarks.made_up import (
@@ -96,8 +98,31 @@ def test_values_that_are_nowhere(change: tuple[str, str], message: str) -> None:
 
 def test_tables_name_their_files() -> None:
     rendered = exhibits.render(DOCUMENT, everything())
-    assert "\nFrom `layers-fp32`, `layers-tf32`, `layers-fp16`.\n" in rendered
-    assert "\nFrom `networks-fp32`.\n" in rendered
+    assert "\nFrom `layers-fp32`, `layers-tf32`, `layers-fp16` (abc).\n" in rendered
+    assert "\nFrom `networks-fp32` (abc).\n" in rendered
+
+
+def test_what_is_older_than_the_last_commit_of_its_folder_says_so() -> None:
+    results = everything()
+    for stem, date, commit in (("layers-tf32", "2026-11-22", "0123456789"), ("networks-fp16", "2026-11-30", None)):
+        results[stem] = replace(results[stem], header={**HEADER, "date": date, "commit": commit})
+    told = "`layers-fp32`, `layers-fp16` (abc of 2026-11-21); `layers-tf32` (0123456 of 2026-11-22)."
+    assert "The last commit" not in exhibits.render(DOCUMENT, everything())
+    assert told in (rendered := exhibits.render(DOCUMENT, results)) and "The last commit here is unknown." in rendered
+    of_folders = {
+        "h200/a": results["networks-fp16"],
+        "h200/b/c": results["layers-tf32"],
+        "cpu/a": results["layers-fp32"],
+    }
+    told = "From `cpu/a` (abc); `h200/a` (unknown); `h200/b/c` (0123456 of 2026-11-22)."
+    assert sources(["cpu/a", "h200/a", "h200/b/c"], of_folders) == f"{told} The last commit of `h200` is unknown."
+
+
+def test_a_table_of_a_precision_that_was_not_measured_says_so() -> None:
+    place = "<!-- table: speed-tf32 -->\n<!-- end -->\n"
+    assert "There are no rows of `speed-tf32` from this device." in exhibits.render(place, everything())
+    with pytest.raises(ValueError, match="no table speed-tf64"):
+        exhibits.render(place.replace("tf32", "tf64"), everything())
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"header": {}}', '{"header": {}, "rows": [{"layer": "a"}]}'])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import suite
 from benchmarks.commands import everything, parts
 from benchmarks.commands.parts import Part
 from benchmarks.commands.speed import SpeedOptions
@@ -43,9 +44,9 @@ def test_a_folder_is_filled_and_what_failed_is_tried_again(measured: list[str], 
     run = ("all", "--into", tmp_path / "new", "--device", "cpu")
     listed = succeed_json(*run, "--list")
     assert [(each["file"], each["left"]) for each in listed["left"]] == [("networks-fp32", 2), ("speed-fp32", 2)]
-    assert listed["left"][0]["seconds"] == 2 * parts.SECONDS["networks"]
+    assert listed["left"][0]["seconds"] == 2 * parts.SECONDS["networks-fp32"]
     assert not measured and not (tmp_path / "new").exists()
-    assert invoke(*run, "--only", "networks-*", "--items", "b").exit_code == 0 and measured == ["networks-fp32 b"]
+    assert invoke(*run, "--only", "networks-*:b").exit_code == 0 and measured == ["networks-fp32 b"]
     first = invoke(*run)
     assert first.exit_code == 1 and "failed: speed-fp32, b: RuntimeError: wrong result" in first.stderr
     assert measured[1:] == ["networks-fp32 a", "speed-fp32 a", "speed-fp32 b"]
@@ -59,14 +60,35 @@ def test_a_folder_is_filled_and_what_failed_is_tried_again(measured: list[str], 
 
 
 def test_nothing_begins_that_would_end_too_late(measured: list[str], tmp_path: Path) -> None:
-    run = ("all", "--into", tmp_path, "--device", "cpu", "--seconds", parts.SECONDS["networks"] + 5.0)
+    run = ("all", "--into", tmp_path, "--device", "cpu", "--seconds", parts.SECONDS["networks-fp32"] + 5.0)
     assert invoke(*run).exit_code == 0
     assert measured == ["networks-fp32 a", "networks-fp32 b"], "they take no time, but others of their kind do"
 
 
 def test_files_are_measured_in_the_order_in_which_they_are_named(measured: list[str], tmp_path: Path) -> None:
     invoke("all", "--into", tmp_path, "--device", "cpu", "--only", "speed-*,*")
-    assert measured[0] == "speed-fp32 a" and measured[-1] == "networks-fp32 b"
+    assert measured == ["speed-fp32 a", "speed-fp32 b", "networks-fp32 a", "networks-fp32 b"]
+    measured.clear()
+    invoke("all", "--into", tmp_path / "new", "--device", "cpu", "--only", "networks-*:b,*:a,speed-*")
+    assert measured == ["networks-fp32 b", "networks-fp32 a", "speed-fp32 a", "speed-fp32 b"]
+    assert list(Result.read(tmp_path / "new" / "speed-fp32.json").header["failed"]) == ["b"]
+
+
+def test_what_failed_is_named_until_it_is_measured(measured: list[str], tmp_path: Path) -> None:
+    invoke("all", "--into", tmp_path, "--device", "cpu", "--only", "speed-*:b")
+    assert invoke("all", "--into", tmp_path, "--device", "cpu", "--only", "speed-*:a").exit_code == 0
+    header = Result.read(tmp_path / "speed-fp32.json").header
+    assert header["finished"] == ["a"] and list(header["failed"]) == ["b"]
+
+
+def test_a_file_is_of_one_commit(measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ("all", "--into", tmp_path, "--device", "cpu", "--only")
+    monkeypatch.setattr(suite.rows, "commit", lambda: "0123456")
+    assert invoke(*run, "networks-*:a").exit_code == 0
+    monkeypatch.setattr(suite.rows, "commit", lambda: "abcdef0")
+    refused = invoke(*run, "networks-*:b")
+    assert refused.exit_code == 2 and "was measured with another commit (0123456, now abcdef0)" in refused.stderr
+    assert measured == ["networks-fp32 a"]
 
 
 def test_a_list_takes_neither_folder_nor_device(measured: list[str]) -> None:
@@ -85,11 +107,12 @@ def test_bad_input(measured: list[str], tmp_path: Path) -> None:
 
 def test_everything_of_a_gpu_is_what_documents_show(tmp_path: Path) -> None:
     for name in ("resnet50_magnitude_90", "resnet50_magnitude_95"):
-        write_patterns(tmp_path, name, "conv2d_")
+        write_patterns(tmp_path, name, "module_conv2d_")
     found = parts.parts("cuda:0", tmp_path, ncu=True)
     stems = [stem for part in found for stem in part.work]
     assert len(stems) == len(set(stems)) and {stem.rpartition("-")[0] for stem in stems} <= set(STEMS)
-    assert {"patterns-fp16", "inference-fp32", "networks-tf32", "conversions-fp16", "counters-fp32"} <= set(stems)
+    wanted = {"patterns-fp16", "inference-fp32", "networks-fp16", "conversions-fp16", "conversions-tf32"}
+    assert wanted | {"counters-fp32"} <= set(stems)
     labels = [item.label for part in found for item in part.work.get("speed-fp16", ())]
     assert any("magnitude" in label for label in labels)
     assert SpeedOptions(patterns=tmp_path / "none").has_file("random-0.90")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import study, suite
+from benchmarks.ahead import Compilation
 from benchmarks.result_files import read_results
 from benchmarks.study import Study
 from benchmarks.suite import Layer, Row
@@ -84,14 +85,17 @@ def test_whole_networks_at_every_sparsity() -> None:
     assert all((row.network, row.layer) == ("googlenet", "all") for row in rows)
 
 
-def test_networks_on_a_gpu_race_against_graphs_and_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_on_a_gpu_are_raced_as_for_speed_and_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(study.networks, "pruned", lambda *_: (None, None))
-    monkeypatch.setattr(suite, "measure_network", lambda *_, **options: calls.append(options) or [])
-    measured(study.sweep_networks(replace(QUICK, device="cuda:0", sparsities=(0.9,)), "fp16"))
+    monkeypatch.setattr(suite, "measure_speed", lambda *_, **options: calls.append(options) or [])
+    on_gpu = replace(QUICK, device="cuda:0", sparsities=(0.9,), formats=("channels_last",))
+    (item,) = study.sweep_networks(on_gpu, "fp16")
+    assert item.compilation == Compilation("googlenet", 1, "fp16", "cuda:0", ("channels_last",))
+    assert item.measure() == []
     (options,) = calls
     assert (options["network"], options["weights"]) == ("googlenet", "random-0.90")
-    assert (options["race"].precision, options["race"].against) == ("fp16", ("graph", "compile"))
+    assert (options["race"].precision, options["formats"]) == ("fp16", ("channels_last",))
 
 
 def test_sparse_methods_meet_the_dense_one_on_real_patterns(tmp_path: Path) -> None:
