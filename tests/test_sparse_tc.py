@@ -305,7 +305,7 @@ class Model:
         assert overlap and block == (384 if self.source == "sparse_tc.cu" else 256)
         if self.source != "sparse_tc.cu":
             return partial(self.lay_out, args[2])
-        assert shared_bytes == Model.tiling.memory.bytes and cluster == Model.tiling.config.cluster
+        assert shared_bytes == Model.tiling.memory.bytes and cluster == Model.tiling.config.thread_blocks
         assert args[-3] == pack(Params.of(Model.tiling))
         return partial(self.multiply, args)
 
@@ -316,7 +316,7 @@ class Model:
     def multiply(self, bound: Sequence[Any], grid: Any, x: torch.Tensor, *args: Any) -> None:
         samples, tile_groups = args[-2:]
         tiling, last = Model.tiling, Model.tiling.config.takes_channels_last
-        assert tile_groups == tiling.tile_groups(samples) and grid[0] % tiling.config.cluster == 0
+        assert tile_groups == tiling.tile_groups(samples) and grid[0] % tiling.config.thread_blocks == 0
         a, bias, first, steps = (bound[i].numpy() for i in (1, 2, 3, 4))
         boxes = tiling.stores_boxes
         rows = np.arange(len(bias)) if boxes else bound[5].numpy()
