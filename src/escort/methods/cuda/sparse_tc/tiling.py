@@ -89,7 +89,9 @@ class Tiling:
         split, groups = self.config.split, len(self.tap_groups)
         shares = [groups * rank // split for rank in range(split + 1)]
         begins = zip(shares, shares[1:], strict=False)
-        return sorted({first for begin, end in begins for first in (begin, (begin + end) // 2)[: 1 + self.config.by_turns]})
+        return sorted(
+            {first for begin, end in begins for first in (begin, (begin + end) // 2)[: 1 + self.config.by_turns]}
+        )
 
     @property
     def tile_rows(self) -> int:
@@ -147,7 +149,9 @@ class Tiling:
         if config.by_turns and len(tap_groups) < 2:
             raise UnfitError("warpgroups take turns at tap groups: there must be two")
         if config.split > 1 and (len(tap_groups) < 2 * config.split or store_pixels % 8):
-            raise UnfitError("each thread block takes turns at its share of tap groups, and stores whole eights of pixels")
+            raise UnfitError(
+                "each thread block takes turns at its share of tap groups, and stores whole eights of pixels"
+            )
         memory = SharedMemory.of(config, element, starts, load_pixels + rows.zeros, store_pixels, shared_bytes)
         vector, unaligned = _vector(problem, config, rows, element)
         channels = problem.in_channels if config.takes_channels_last else k_blocks * element.k_block
