@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from escort.cuda.compiler import Text
@@ -87,11 +88,10 @@ class Tiling:
     def first_groups(self) -> list[int]:
         """The tap groups with which the sums of a thread block, and by turns of a warpgroup, begin."""
         split, groups = self.config.split, len(self.tap_groups)
-        shares = [groups * rank // split for rank in range(split + 1)]
-        begins = zip(shares, shares[1:], strict=False)
-        return sorted(
-            {first for begin, end in begins for first in (begin, (begin + end) // 2)[: 1 + self.config.by_turns]}
-        )
+        begins = [groups * rank // split for rank in range(split + 1)]
+        if self.config.by_turns:
+            begins += [(begin + end) // 2 for begin, end in pairwise(begins)]
+        return sorted(set(begins) - {groups})
 
     @property
     def tile_rows(self) -> int:
