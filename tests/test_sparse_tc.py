@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -152,6 +153,20 @@ VARIANTS |= {
     ),
 }
 IN_TF32 += ("columns by turns, last",)
+VARIANTS |= {
+    "flat shared, last": (
+        replace(POINTWISE, epilogue=FULL),
+        SparseTcConfig("flat", 48, across=1, memory_format=LAST, by_turns=True, split=2),
+    ),
+    "columns shared, last": (
+        replace(RES4, epilogue=FULL, precision="bf16"),
+        SparseTcConfig("columns", 64, across=1, rows=4, memory_format=LAST, by_turns=True, split=4),
+    ),
+    "im2col shared, last": (
+        STRIDED,
+        SparseTcConfig("im2col", 64, across=1, m_blocks=2, memory_format=LAST, by_turns=True, split=8),
+    ),
+}
 VARIANTS |= {
     f"{name}, tf32": (replace(problem, precision="tf32"), config)
     for name, (problem, config) in VARIANTS.items()
@@ -305,7 +320,7 @@ class Model:
         assert overlap and block == (384 if self.source == "sparse_tc.cu" else 256)
         if self.source != "sparse_tc.cu":
             return partial(self.lay_out, args[2])
-        assert shared_bytes == Model.tiling.memory.bytes and cluster == Model.tiling.config.cluster
+        assert shared_bytes == Model.tiling.memory.bytes and cluster == Model.tiling.config.thread_blocks
         assert args[-3] == pack(Params.of(Model.tiling))
         return partial(self.multiply, args)
 
@@ -316,7 +331,7 @@ class Model:
     def multiply(self, bound: Sequence[Any], grid: Any, x: torch.Tensor, *args: Any) -> None:
         samples, tile_groups = args[-2:]
         tiling, last = Model.tiling, Model.tiling.config.takes_channels_last
-        assert tile_groups == tiling.tile_groups(samples) and grid[0] % tiling.config.cluster == 0
+        assert tile_groups == tiling.tile_groups(samples) and grid[0] % tiling.config.thread_blocks == 0
         a, bias, first, steps = (bound[i].numpy() for i in (1, 2, 3, 4))
         boxes = tiling.stores_boxes
         rows = np.arange(len(bias)) if boxes else bound[5].numpy()
@@ -354,7 +369,8 @@ class Model:
 def test_a_runner_launches_its_kernels(
     problem: Problem, config: SparseTcConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = replace(problem, device="cpu", batch=2, in_channels=72, out_channels=136)
+    channels = 72 if config.split == 1 else 264
+    problem = replace(problem, device="cpu", batch=2, in_channels=channels, out_channels=136)
     monkeypatch.setattr("escort.methods.cuda.sparse_tc.kernel", Model.of)
     monkeypatch.setattr("escort.methods.cuda.sparse_tc.arrange.kernel", Model.of)
     monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
@@ -480,6 +496,31 @@ def test_activations_on_the_gpu(
     """In every way in which results are stored."""
     problem = replace(problem, epilogue=Epilogue(bias=True, residual=residual, activation=activation))
     check(problem, uneven(problem.weight_shape), config, (0, 1, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [2, 4, 8])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        replace(RES4, batch=1, epilogue=FULL, memory_format=LAST),
+        replace(RES4, batch=1, in_channels=512, out_channels=72, height=7, width=7, memory_format=LAST),
+        replace(RES4, batch=1, in_channels=136, stride=(2, 2), epilogue=FULL, memory_format=LAST),
+        replace(POINTWISE, batch=1, in_channels=2056, out_channels=200, height=7, width=7, memory_format=LAST),
+    ],
+    ids=str,
+)
+def test_thread_blocks_share_tiles_on_the_gpu(problem: Problem, split: int) -> None:
+    """As few samples as they do it for, and more; patterns that differ from run to run."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    generator = np.random.default_rng(seed)
+    rows, channels = (generator.lognormal(size=(size, 1, 1, 1)) for size in problem.weight_shape[:2])
+    kept = generator.random(problem.weight_shape) < 0.1 * rows * channels.reshape(1, -1, 1, 1)
+    weight = np.where(kept, generator.standard_normal(problem.weight_shape), 0).astype(np.float32)
+    tilings = [tiling for tiling in candidates(problem, H200, LAST) if tiling.config.split == split]
+    print("seed", seed)
+    for tiling in [*tilings[:1], *tilings[len(tilings) // 2 :: len(tilings)], *tilings[-1:]]:
+        check(problem, weight, tiling.config, (1, 2, 9))
 
 
 @pytest.mark.gpu
