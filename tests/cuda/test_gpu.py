@@ -5,7 +5,7 @@ import pytest
 from escort.cuda.gpu import H200
 
 
-@pytest.mark.parametrize(("blocks", "most"), [(1, 1), (132, 1), (133, 2), (264, 2), (1000, 8)])
+@pytest.mark.parametrize(("blocks", "most"), [(0, 1), (1, 1), (132, 1), (133, 2), (264, 2), (1000, 8)])
 def test_as_many_blocks_fit_as_one_multiprocessor_must_take(blocks: int, most: int) -> None:
     """With each block the GPU keeps 1 KB to itself."""
     of_block = H200.spreading_bytes(blocks) + 1024

@@ -41,7 +41,7 @@ class Gpu:
         Launches overlap, and blocks are placed while those of the launch before still run. Where there is room, some
         multiprocessors then get several blocks while others get none.
         """
-        most = -(-blocks // self.multiprocessors)
+        most = -(-max(blocks, 1) // self.multiprocessors)
         too_many = (self.shared_bytes + _RESERVED_BYTES) // (most + 1) - _RESERVED_BYTES
         return max(0, too_many // _ALIGNED_BYTES * _ALIGNED_BYTES + _ALIGNED_BYTES)
 
