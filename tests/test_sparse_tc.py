@@ -30,7 +30,7 @@ from escort.methods.cuda.sparse_tc.orders import OrderedFilter, order_filter
 from escort.methods.cuda.sparse_tc.packing import Packed
 from escort.methods.cuda.sparse_tc.packing import pack as pack_filter
 from escort.methods.cuda.sparse_tc.params import Params
-from escort.methods.cuda.sparse_tc.search import candidates, search
+from escort.methods.cuda.sparse_tc.search import candidates, is_offered, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 from escort.problem import Activation, Epilogue, MemoryFormat, Precision, Problem
 from tests.cases import CASES, FULL, Case, check_kernels
@@ -101,6 +101,25 @@ def test_the_best_of_both_kinds_comes_first_where_they_are_close(
     monkeypatch.setitem(search.__globals__, "predict_us", predicted)
     configs = search(RES4, filter_of(RES4), H200, 6, "channels_last")
     assert [config.by_turns for config in configs[:2]] == first
+
+
+def test_thread_blocks_share_tiles_where_these_are_few() -> None:
+    few = replace(RES4, batch=1, in_channels=512, height=7, width=7, memory_format=LAST)
+    shared = [tiling for tiling in candidates(few, H200, LAST) if tiling.config.split > 1]
+    assert {tiling.config.split for tiling in shared} == {2, 4, 8}
+    for tiling in shared:
+        split, groups = tiling.config.split, len(tiling.tap_groups)
+        assert tiling.tiles(1) * tiling.channel_tiles * split <= H200.multiprocessors
+        assert is_offered(few, H200, tiling.config) and not is_offered(replace(few, batch=128), H200, tiling.config)
+        begins = np.array(tiling.first_groups)
+        assert len(begins) == 2 * split and begins[0] == 0, "those of each warpgroup"
+        counts = np.diff([*begins, groups])
+        assert counts.min() >= 1 and np.ptp(counts[::2] + counts[1::2]) <= 1, "equal shares"
+    alone = [tiling for tiling in candidates(few, H200, LAST) if tiling.config.split == 1]
+    best, best_alone = (min(predict_us(tiling, NONE, H200) for tiling in tilings) for tilings in (shared, alone))
+    assert best < 0.7 * best_alone
+    for other in (replace(few, batch=128), replace(few, precision="tf32"), replace(few, memory_format="contiguous")):
+        assert all(tiling.config.split == 1 for tiling in candidates(other, H200, other.memory_format))
 
 
 def test_predictions_follow_the_work() -> None:
