@@ -177,12 +177,7 @@ class ModelOptions(SourceOptions):
         """Whether none was given that says what to convert but the model."""
         return replace(self, shapes=self.shapes or None, verbose=0) == type(self)(self.model)
 
-    @property
-    def is_timed(self) -> bool:
-        """Whether something is measured, for which the machine should be idle."""
-        return True
-
-    def load_with_inputs(self) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    def load_with_inputs(self, *, is_timed: bool = True) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
         """The model and random inputs for it, the same each time, on the device and as the precision is stored."""
         shapes = [numbers(shape, "--input") for shape in self.shapes or []]
         if not shapes and Path(self.model).suffix != models.ONNX_SUFFIX:
@@ -190,7 +185,7 @@ class ModelOptions(SourceOptions):
         model = self.load()
         inputs = _drawn(shapes or models.declared_shapes(model), models.input_types(model))
         placed = place(model, inputs, self.device, self.precision)
-        if self.is_timed:
+        if is_timed:
             note_if_busy(placed[1][0].device.type)
         return placed
 
@@ -201,10 +196,6 @@ class ConvertOptions(ModelOptions):
 
     plan: PlanOption = None
 
-    @property
-    def is_timed(self) -> bool:
-        return self.plan is None
-
     def convert(self, *, remeasure: bool = False, images: Images | None = None) -> ConvertedModel:
         """The converted model; a progress bar shows on stderr.
 
@@ -212,7 +203,7 @@ class ConvertOptions(ModelOptions):
             images: what is put in front of the model, so that it takes bytes.
         """
         effort = effort_of(self.effort)  # before anything that takes long
-        model, inputs = self.load_with_inputs()
+        model, inputs = self.load_with_inputs(is_timed=self.plan is None)
         if images is not None:
             model, inputs = _taking_bytes(model, inputs, images)
         return escort.convert(
