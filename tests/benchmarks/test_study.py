@@ -15,7 +15,7 @@ from benchmarks.ahead import Compilation
 from benchmarks.result_files import read_results
 from benchmarks.study import Study
 from benchmarks.suite import Layer, Row
-from escort import reference
+from escort import prune, reference
 from escort.methods.cuda.sparse_tc.config import ELEMENTS
 from escort.methods.cuda.sparse_tc.split import split
 from escort.problem import Precision, Problem
@@ -78,11 +78,14 @@ def test_random_filters_have_the_sparsity_asked_for() -> None:
     assert not torch.equal(*(suite.random_filter(problem, 0.9, seed).to_dense() for seed in (0, 1)))
 
 
-def test_whole_networks_at_every_sparsity() -> None:
-    rows = measured(study.sweep_networks(replace(QUICK, factories=TINY), "fp32"))
-    assert {row.weights for row in rows} == {"random-0.50", "random-0.95"}
-    assert {row.method for row in rows} == {"escort", "eager"}
-    assert all((row.network, row.layer) == ("googlenet", "all") for row in rows)
+def test_whole_networks_at_every_sparsity(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(suite, "measure_network", lambda *args, **options: asked.append((args, options)) or [])
+    assert measured(study.sweep_networks(replace(QUICK, factories=TINY), "fp32")) == []
+    for (model, x), options in asked:
+        assert (options["network"], options["race"].precision, len(x)) == ("googlenet", "fp32", 1)
+        assert prune.sparsity(model)["2"] == pytest.approx(float(options["weights"].removeprefix("random-")), abs=0.01)
+    assert [options["weights"] for _, options in asked] == ["random-0.50", "random-0.95"]
 
 
 def test_networks_on_a_gpu_are_raced_as_for_speed_and_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

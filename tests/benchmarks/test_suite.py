@@ -294,10 +294,10 @@ def test_network_against_its_rivals() -> None:
     suite.prune_all_but_first(model, 0.8)
     shares = prune.sparsity(model)
     assert shares["0"] == 0.0 and shares["2"] == pytest.approx(0.8, abs=0.01)
-    quick = NetworkRace(against=["onnxruntime"], rounds=2)
+    quick = NetworkRace(against=["onnxruntime"], rounds=2, eager=False)
     rows = suite.measure_network(model, x, network="tiny", weights="random-0.80", race=quick)
-    assert [row.method for row in rows] == ["escort", "eager", "eager", "onnxruntime"]
-    assert rows[3].config == {"intra_op_num_threads": torch.get_num_threads()}
+    assert [row.method for row in rows] == ["escort", "onnxruntime"]
+    assert rows[1].config == {"intra_op_num_threads": torch.get_num_threads()}
     assert all(row.layer == "all" and row.batch == 2 and row.rel_error <= 1e-4 for row in rows)
     assert {row.timer for row in rows} == {"call"}
     assert all(len(row.rounds_us) == 2 and min(row.rounds_us) <= row.time_us <= max(row.rounds_us) for row in rows)

@@ -22,7 +22,7 @@ from tests.cli.named import TINY
     [
         ("convert", TINY, "--input", "1,3,8,8", "--output", "{tmp}/m.escort"),
         ("plan", TINY, "--input", "1,3,8,8"),
-        ("bench", TINY, "--input", "1,3,8,8", "--against", "eager"),
+        ("bench", TINY, "--input", "1,3,8,8", "--against", "litert", "--rounds", "1"),  # which has no file
         ("demo", "--quick", "--out", "{tmp}/demo"),
     ],
 )
@@ -108,7 +108,7 @@ def test_without_words_there_is_help() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("plan",), ("convert", "--output", "{tmp}/m.escort"), ("bench", "--against", "eager")]
+    "command", [("plan",), ("convert", "--output", "{tmp}/m.escort"), ("bench", "--against", "litert", "--rounds", "1")]
 )
 def test_verbose_commands_say_what_is_done(command: tuple[str, ...], tmp_path: Path) -> None:
     words = [word.format(tmp=tmp_path) for word in command]

@@ -104,7 +104,7 @@ def test_prune_and_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     shows(both(succeed("prune", TINY, "--sparsity", "0.5", "--output", output)))
     shows(both(succeed("plan", TINY, "--input", "1,3,8,8")), whole=False)
     shows(invoke("convert", TINY, "--input", "1,3,8,8", "--output", tmp_path / "x.escort").stderr)
-    shows(both(succeed("bench", TINY, "--input", "1,3,8,8", "--against", "eager")), whole=False)
+    shows(both(succeed("bench", TINY, "--input", "1,3,8,8", "--against", "eager", "--rounds", "1")), whole=False)
 
 
 def test_run(saved: Path, images: Path, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_bench_says_why_a_rival_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError(f"{HOSTILE}")
 
     monkeypatch.setitem(engines.ENGINES, "eager", failing)
-    result = succeed("bench", TINY, "--input", "1,3,8,8", "--against", "eager")
+    result = succeed("bench", TINY, "--input", "1,3,8,8", "--against", "eager", "--rounds", "1")
     shows(both(result), whole=False)
     assert "RuntimeError" in result.stdout
 
