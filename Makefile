@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 # The build tools come from .venv, pinned like everything else, and object files are kept under build/.
 BUILD := --no-build-isolation --config-settings=build-dir
-KERNELS := $(wildcard src/escort/kernels/*.cpp src/escort/kernels/cpu/*.?pp src/escort/kernels/cuda/* src/escort/cuda/*.?pp)
+KERNELS := $(wildcard src/escort/kernels/*.cpp src/escort/kernels/cpu/*.?pp src/escort/kernels/cuda/* src/escort/cuda/*.cpp)
 SOURCES := $(shell find src -name '*.py')
 # Several processes, torch with one thread in each: small tests gain nothing from more threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 2

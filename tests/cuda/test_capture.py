@@ -116,56 +116,6 @@ def test_a_graph_is_launched_with_its_input(device: Device, monkeypatch: pytest.
     assert launch(7, x) == -1 and len(log) == 1
 
 
-class Made:
-    """A launch that was recorded, of a kernel that reads the input at an address."""
-
-    def __init__(self, reads: int, *, is_mapped: bool = False) -> None:
-        self.address, self.is_mapped, self.grid, self.function = reads, is_mapped, [3, 2, 1], 5
-
-    def reads(self, place: int, size: int) -> bool:
-        return place <= self.address < place + size
-
-    def takes_pointer(self, place: int) -> bool:
-        return self.address == place and not self.is_mapped
-
-
-@pytest.mark.parametrize(
-    ("launches", "change", "is_taken"),
-    [
-        ([Made(64), Made(128)], {}, True),
-        ([], {}, False),
-        ([Made(64), Made(68)], {}, False),  # another one reads a part of it
-        ([Made(64, is_mapped=True)], {}, False),
-        ([Made(32)], {}, False),
-        ([Made(64)], {"roots": ["a", "b"]}, False),
-        ([Made(64)], {"kind": "memcpy"}, False),
-        ([Made(64)], {"func": 6}, False),  # a library's kernel comes first
-        ([Made(64)], {"gridDimY": 1}, False),
-        ([Made(64)], {"refused": 1}, False),
-    ],
-)
-def test_a_launch_goes_ahead_that_alone_reads_the_input_and_comes_first(
-    monkeypatch: pytest.MonkeyPatch, launches: list[Any], change: dict[str, Any], is_taken: bool
-) -> None:
-    is_as = {"roots": ["a"], "kind": "kernel", "func": 5, "gridDimX": 3, "gridDimY": 2, "gridDimZ": 1, "refused": 0}
-    graph, destroyed = SimpleNamespace(**(is_as | change)), list[Any]()
-
-    def destroy(node: Any) -> tuple[int]:
-        destroyed.append(node)
-        return (graph.refused,)
-
-    api = SimpleNamespace(
-        CUgraphNodeType=SimpleNamespace(CU_GRAPH_NODE_TYPE_KERNEL="kernel"),
-        cuGraphGetRootNodes=lambda graph, count: (0, graph.roots[:count], len(graph.roots)),
-        cuGraphNodeGetType=lambda node: (0, graph.kind),
-        cuGraphKernelNodeGetParams=lambda node: (0, graph),
-        cuGraphDestroyNode=destroy,
-    )
-    monkeypatch.setattr(driver, "api", lambda: api)
-    assert (capture._taken_out(graph, launches, 64, 16) is not None) is is_taken
-    assert bool(destroyed) is (is_taken or "refused" in change)
-
-
 def fail() -> None:
     raise ValueError("the calls failed")
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from cuda.bindings import driver as bindings
 
-from escort.cuda import _launch
 from escort.cuda.kernel import Kernel, Text, kernel
 from escort.cuda.tensor_map import TensorMap, tiled
 from tests.cuda.kernels import FUNCTION, LAUNCH, SHARED, THREADS, FakeDriver, LaunchConfig, Status, bind, tensor
@@ -379,63 +378,3 @@ def test_what_the_gpu_has_not_is_refused_and_the_next_launch_works(scale: Path) 
         compiled.bind(THREADS, SHARED, (x, y, 3.0))
     launch_scale(compiled, x, y)
     torch.testing.assert_close(y, 6 * x + 0.5)
-
-
-def test_a_recorded_launch_is_made_again_with_another_input(compiled: Kernel, driver: FakeDriver) -> None:
-    x, y, other, launch = tensor(), tensor(), tensor(), bind(compiled)
-
-    def calls() -> None:
-        launch((3, 2, 1), x, y, 2.5, -7)
-        launch((1, 1, 1), y, x, 1.0, 1)
-        launch((0, 1, 1), y, y, 1.0, 1)  # launches nothing
-
-    first, second = _launch.recorded(calls)
-    launch((1, 1, 1), x, y, 1.0, 1)  # is not recorded any more
-    size = x.numel() * x.itemsize
-    assert (*first.grid, first.function) == (3, 2, 1, FUNCTION) and first.takes_pointer(x.data_ptr())
-    assert second.reads(x.data_ptr() - 4, size) and not second.reads(other.data_ptr(), size)
-    assert not first.takes_pointer(x.data_ptr() + 4)
-    assert first.issue(9, x.data_ptr(), other.data_ptr()) == 0
-    again = driver.launches[-1]
-    assert again.values == [other.data_ptr(), y.data_ptr(), 2.5, -7]
-    assert (again.grid, again.block, again.shared, again.stream) == ((3, 2, 1), (THREADS, 1, 1), SHARED, 9)
-    with pytest.raises(ZeroDivisionError):
-        _launch.recorded(lambda: 1 // 0)
-
-    log = list[Any]()
-
-    def noted(*args: Any) -> int:
-        log.append(args)
-        return 0
-
-    function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(noted)
-    address: Any = ctypes.cast(function, ctypes.c_void_p).value
-    # What a copy would be is no function: an input is read where it lies.
-    replay = _launch.Replay(address, 0, address, 11, x.data_ptr(), size, first)
-    begin = -(-other.data_ptr() // 256) * 256
-    for at, status in ((begin, 0), (begin + 16, -2)):
-        log.clear()
-        count = len(driver.launches)
-        assert replay.issue(9, At(at)) == status  # type: ignore[arg-type]
-        assert [args[0] for args in log] == ([9] if status else [9, 11])
-        assert len(driver.launches) - count == (status == 0)
-    assert driver.launches[-1].values[0] == begin
-
-
-class At:
-    """A tensor at an address, as far as a replay asks."""
-
-    def __init__(self, address: int) -> None:
-        self.address = address
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-def test_an_input_of_which_a_kernel_has_a_map_stays_where_it_is(mapped: Kernel) -> None:
-    x, y = sample_tensor(), tensor()
-    launch = mapped.bind(THREADS, 0, (torch.Tensor, MAP, 1, MAP, 1.0))
-    (made,) = _launch.recorded(lambda: launch((1, 1, 1), y, x, None))
-    assert made.reads(x.data_ptr(), 4) and not made.takes_pointer(x.data_ptr()) and made.takes_pointer(y.data_ptr())
-    (made,) = _launch.recorded(lambda: launch((1, 1, 1), x, x, None))
-    assert not made.takes_pointer(x.data_ptr())

@@ -46,7 +46,6 @@ class FakeGpu(Gpu):
         needs: how many bytes a capture adds to its pool.
         fails: what the next captures raise.
         during: is called in each capture.
-        place: the input of the last capture that one of its launches may read where a caller has it.
     """
 
     def __init__(self) -> None:
@@ -56,7 +55,6 @@ class FakeGpu(Gpu):
         self.sizes: dict[Any, int] = {}
         self.fails: list[Exception] = []
         self.during: Callable[[], object] = lambda: None
-        self.place: Tensor | None = None
         self._lanes: dict[int, Lane] = {}
 
     def unusable(self) -> str | None:
@@ -78,7 +76,7 @@ class FakeGpu(Gpu):
         self.sizes[len(self.sizes)] = 0
         return len(self.sizes) - 1
 
-    def capture(self, calls: Callable[[], object], lane: Lane, pool: Any, place: Callable[[], Any]) -> Any:
+    def capture(self, calls: Callable[[], object], lane: Lane, pool: Any) -> Any:
         self.during()
         recording = Recording()
         self.is_captured = True
@@ -89,7 +87,6 @@ class FakeGpu(Gpu):
                     raise self.fails.pop(0)
         finally:
             self.is_captured = False
-        self.place = place()
         self.sizes[pool] += self.needs
         return recording
 

@@ -238,9 +238,9 @@ def test_a_graph_beyond_the_limit_is_not_kept(gpu: FakeGpu) -> None:
 class Sharing(FakeGpu):
     """Its pools are as large as the largest of their graphs needs, 100 bytes a sample, and do not shrink."""
 
-    def capture(self, calls: Any, lane: Any, pool: Any, place: Any) -> Any:
+    def capture(self, calls: Any, lane: Any, pool: Any) -> Any:
         before = self.sizes[pool]
-        recording = super().capture(calls, lane, pool, place)
+        recording = super().capture(calls, lane, pool)
         samples = max(len(x) for *_, x in recording.steps if isinstance(x, Tensor) and x.ndim == 4)
         self.sizes[pool] = max(before, 100 * samples)
         return recording
@@ -447,26 +447,6 @@ def test_a_call_like_one_before_is_launched_first(gpu: FakeGpu, monkeypatch: pyt
     assert takes_the_long_way(lambda: served(x)) and served.was_replayed and not takes_the_long_way(lambda: served(x))
 
 
-def test_an_input_that_one_convolution_alone_reads(gpu: FakeGpu) -> None:
-    """It may be read where the caller has it; not where anything else of the network reads it, too."""
-
-    class Twice(Sparse):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x) + x.mean()
-
-    class Returned(Sparse):
-        def forward(self, x: Tensor) -> Any:
-            return self.conv(x), x
-
-    for served, is_read_once in ((sparse(), True), (sparse(Twice()), False), (sparse(Returned()), False)):
-        x = torch.randn(2, 8, 9, 9)
-        served(x), served(x)
-        assert (gpu.place is not None) is is_read_once and served.stats["captures"] == 1
-    served = Served()  # whose convolutions are torch's
-    served(pictures()), served(pictures())
-    assert gpu.place is None
-
-
 def test_a_graph_that_went_is_not_launched_again(gpu: FakeGpu) -> None:
     served, x = Served(), pictures()
     for _ in range(4):
@@ -583,8 +563,9 @@ class AsLayers(fx.Tracer):
         return isinstance(module, SparseConv2d)
 
 
-def sparse(model: nn.Module | None = None) -> Served:
-    served, model = Served(), model or Sparse()
+def sparse() -> Served:
+    served = Served()
+    model = Sparse()
     served.program = Program.of(fx.GraphModule(model, AsLayers().trace(model)))
     return served
 

@@ -104,50 +104,32 @@ class Graph:
 
     Its memory comes from the pool, which graphs may share that never run at the same time. The caller holds `turn`.
 
-    Where a launch of ours comes before everything else and alone reads the graph's input, it is no part of what is
-    instantiated: it goes ahead of each replay, so that it may read an input where that lies, and the GPU is at work
-    while the host launches the rest.
-
     Args:
         calls: launch what the graph shall do, on the current stream. They draw no random numbers.
         stream: where they are captured, one of :func:`capture_stream`.
         pool: a handle of ``torch.cuda.graph_pool_handle()``. It is new, or a graph lives that has it.
-        place: is asked behind the calls for the address and the bytes of an input that one of them alone reads; None
-            where there is no such input.
-
-    Attributes:
-        first: the launch that goes ahead, if there is one.
 
     Raises:
         RuntimeError: where something cannot be captured, or there is no memory; and what `calls` raise. Torch's
             allocator goes on as before.
     """
 
-    def __init__(
-        self,
-        calls: Callable[[], object],
-        stream: torch.cuda.Stream,
-        pool: Any,
-        place: Callable[[], tuple[int, int] | None] = lambda: None,
-    ) -> None:
+    def __init__(self, calls: Callable[[], object], stream: torch.cuda.Stream, pool: Any) -> None:
         api, device = driver.api(), torch.cuda.current_device()
         self._launch, self._exec = api.cuGraphLaunch, None
-        self.first: _launch.Recorded | None = None
         with torch.cuda.stream(stream), _no_garbage_collected():
             torch._C._cuda_beginAllocateCurrentStreamToPool(device, pool)
             try:
                 mode = api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
                 driver.call("cuStreamBeginCapture", stream.cuda_stream, mode)
                 try:
-                    launches = _launch.recorded(calls)
+                    calls()
                 except BaseException:
                     with suppress(driver.DriverError):
                         driver.call("cuGraphDestroy", driver.call("cuStreamEndCapture", stream.cuda_stream))
                     raise
                 graph = driver.call("cuStreamEndCapture", stream.cuda_stream)
                 try:
-                    if (at := place()) is not None:
-                        self.first, self._place = _taken_out(graph, launches, *at), at[0]
                     flag = api.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
                     self._exec = driver.call("cuGraphInstantiate", graph, int(flag))
                 finally:
@@ -160,8 +142,6 @@ class Graph:
 
     def replay(self, stream: int) -> None:
         """Launches it on a stream, given by its address. The thread has used the device before."""
-        if self.first is not None and (refused := self.first.issue(stream, self._place, self._place)):
-            raise driver.DriverError("cuLaunchKernelEx", driver.status(refused)).of("a graph of a network")
         (status,) = self._launch(self._exec, stream)
         if status:
             raise driver.DriverError("cuGraphLaunch", status).of("a graph of a network")
@@ -178,31 +158,7 @@ class Graph:
             size: its bytes.
         """
         launch, copy, ask = map(driver.address, ("cuGraphLaunch", "cuMemcpyDtoDAsync", "cuStreamIsCapturing"))
-        replay = _launch.Replay(launch, copy, ask, int(self._exec), address, size, self.first)  # type: ignore[arg-type]
-        return replay.issue
-
-
-def _taken_out(graph: Any, launches: list[_launch.Recorded], address: int, size: int) -> _launch.Recorded | None:
-    """The launch that everything else in a graph waits for, out of the graph, if it alone reads the graph's input.
-
-    Args:
-        graph: not instantiated yet.
-        launches: those of ours, in their order.
-    """
-    if not launches or any(other.reads(address, size) for other in launches[1:]):
-        return None
-    api, first = driver.api(), launches[0]
-    status, _, count = api.cuGraphGetRootNodes(graph, 0)
-    if status or count != 1 or not first.takes_pointer(address):
-        return None
-    (root,) = api.cuGraphGetRootNodes(graph, 1)[1]
-    if api.cuGraphNodeGetType(root)[1] != api.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL:
-        return None
-    status, node = api.cuGraphKernelNodeGetParams(root)
-    if status or (int(node.func), node.gridDimX, node.gridDimY, node.gridDimZ) != (first.function, *first.grid):
-        return None
-    (status,) = api.cuGraphDestroyNode(root)
-    return None if status else first
+        return _launch.Replay(launch, copy, ask, int(self._exec), address, size).issue  # type: ignore[arg-type]
 
 
 def _destroy(graph: Any, device: int, pool: Any) -> None:

@@ -2,29 +2,27 @@
 // needs of cuda.h is declared here, and Python brings the addresses of the driver's functions.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
 #include <array>
 #include <climits>
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
-
-#include "tensor_map.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace escort {
 namespace {
+
+using Status = int;  // CUresult
+constexpr Status kSuccess = 0;
 
 struct LaunchAttribute {  // CUlaunchAttribute
   int id;
@@ -43,9 +41,74 @@ struct LaunchConfig {  // CUlaunchConfig
 static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "as in cuda.h");
 
 using LaunchKernel = Status(const LaunchConfig*, void* function, void** parameters, void** extra);
+using EncodeTiled = Status(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes,
+                           const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleaving,
+                           int swizzle, int promotion, int fill);
+using EncodeIm2col = Status(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes,
+                            const uint64_t* strides, const int* lower, const int* upper, uint32_t channels,
+                            uint32_t pixels, const uint32_t* steps, int interleaving, int swizzle, int promotion,
+                            int fill);
+
 using LaunchGraph = Status(void* graph, void* stream);
 using CopyOnDevice = Status(uintptr_t to, uintptr_t from, size_t bytes, void* stream);
 using AskCapturing = Status(void* stream, int* capturing);
+
+constexpr uint32_t kRank = 4;
+constexpr int kNotInterleaved = 0, kFilledWithZeros = 0;
+using Sizes = std::array<uint64_t, kRank>;
+using Box = std::array<uint32_t, kRank>;
+using Corner = std::array<int, 2>;
+
+// Asks the driver for a map: writes its 128 bytes, for a tensor at an address, of such sizes and strides.
+using Encode = std::function<Status(void*, void*, const uint64_t*, const uint64_t*)>;
+
+// Makes a tensor map (CUtensorMap) for each tensor that it is given. Its samples lie one behind the other.
+struct TensorMap {
+  Encode encode;
+  uint64_t element_bytes;
+  Sizes sizes;            // of a sample, innermost first
+  int samples_along;      // the dimension of `sizes` that grows with each sample
+  uint64_t pitch, begin;  // elements from pixel to pixel, of which those from `begin` on are mapped
+
+  uint64_t sample_elements() const { return pitch * sizes[1] * sizes[2] * sizes[3]; }
+
+  Status write(void* map, void* address, uint64_t samples) const {
+    Sizes whole = sizes;
+    whole[samples_along] *= samples;
+    uint64_t strides[kRank - 1], bytes = element_bytes;
+    for (uint32_t i = 0; i < kRank - 1; i++) strides[i] = bytes *= i ? whole[i] : pitch;
+    return encode(map, static_cast<char*>(address) + begin * element_bytes, whole.data(), strides);
+  }
+};
+
+// As the fields of the same names of Python's TensorMap; `type`, `swizzle` and `promotion` are the driver's numbers.
+struct Tensor {
+  int type;
+  uint64_t element_bytes;
+  Sizes sizes;
+  int samples_along, swizzle, promotion;
+  uint64_t pitch, begin;
+};
+
+TensorMap tiled(uintptr_t function, const Tensor& x, const Box& box) {
+  const auto encode = [=, ask = reinterpret_cast<EncodeTiled*>(function)](
+                          void* map, void* address, const uint64_t* sizes, const uint64_t* strides) {
+    constexpr Box steps = {1, 1, 1, 1};
+    return ask(map, x.type, kRank, address, sizes, strides, box.data(), steps.data(), kNotInterleaved, x.swizzle,
+               x.promotion, kFilledWithZeros);
+  };
+  return {encode, x.element_bytes, x.sizes, x.samples_along, x.pitch, x.begin};
+}
+
+TensorMap im2col(uintptr_t function, const Tensor& x, Corner lower, Corner upper, uint32_t channels, uint32_t pixels,
+                 const Box& steps) {
+  const auto encode = [=, ask = reinterpret_cast<EncodeIm2col*>(function)](
+                          void* map, void* address, const uint64_t* sizes, const uint64_t* strides) {
+    return ask(map, x.type, kRank, address, sizes, strides, lower.data(), upper.data(), channels, pixels, steps.data(),
+               kNotInterleaved, x.swizzle, x.promotion, kFilledWithZeros);
+  };
+  return {encode, x.element_bytes, x.sizes, x.samples_along, x.pitch, x.begin};
+}
 
 // What a tensor says of itself, by the method of that name.
 template <class Number>
@@ -63,27 +126,6 @@ constexpr size_t kMostPerLaunch = 16, kMostParameters = 64;
 struct alignas(64) Slot {  // aligned as a tensor map must be
   unsigned char bytes[128];
 };
-
-class Launch;
-
-// A launch as it was made, which may be made again with another tensor in the place of one. It holds no tensor.
-struct Recorded {
-  nb::object kernel;  // what was launched, which holds the bytes that all launches share
-  const Launch* launch;
-  std::array<unsigned, 3> grid;
-  std::array<Slot, kMostPerLaunch> slots;
-  std::array<uintptr_t, kMostPerLaunch> tensors;  // the address of each that was passed, also of those with a map; or 0
-
-  bool reads(uintptr_t place, size_t size) const {
-    return std::any_of(tensors.begin(), tensors.end(), [=](uintptr_t at) { return at >= place && at - place < size; });
-  }
-  bool takes_pointer(uintptr_t place) const;
-  uintptr_t function() const;
-  Status issue(uintptr_t stream, uintptr_t place, uintptr_t x) const;
-};
-
-// Launches of this thread since `record`, or null where nobody records.
-thread_local std::vector<Recorded>* recording = nullptr;
 
 // A kernel with its block, shared memory and the arguments that all launches share. It never changes: what differs lies
 // on the stack of the call, so that any thread may launch.
@@ -129,40 +171,8 @@ class Launch {
       nb::gil_scoped_release others;  // the driver waits where the stream is full
       status = launch_(&config, function_, addresses, nullptr);
     }
-    if (recording && status == kSuccess) record(grid, slots, args);
     return status == kSuccess ? nb::object(nb::none()) : nb::object(nb::make_tuple(status, -1));
   }
-
-  // Makes a launch again, with an address in the place of another one.
-  Status again(const Recorded& made, uintptr_t stream, uintptr_t place, uintptr_t x) const {
-    Slot slots[kMostPerLaunch];
-    void* addresses[kMostParameters];
-    for (size_t i = 0; i < parameters_.size(); i++) {
-      const Parameter& parameter = parameters_[i];
-      addresses[i] = parameter.shared;
-      if (parameter.kind == Kind::kShared) continue;
-      slots[parameter.index] = made.slots[parameter.index];
-      addresses[i] = slots[parameter.index].bytes;
-      if (parameter.kind == Kind::kTensor && made.tensors[parameter.index] == place) put(addresses[i], x);
-    }
-    LaunchConfig config = config_;
-    config.grid = made.grid;
-    config.stream = reinterpret_cast<void*>(stream);
-    return launch_(&config, function_, addresses, nullptr);
-  }
-
-  // Whether all that a launch reads at a place, it was passed as a pointer there.
-  bool takes_pointer(const Recorded& made, uintptr_t place) const {
-    bool takes = false;
-    for (const Parameter& parameter : parameters_) {
-      if (parameter.kind == Kind::kShared || made.tensors[parameter.index] != place) continue;
-      if (parameter.kind != Kind::kTensor) return false;
-      takes = true;
-    }
-    return takes;
-  }
-
-  uintptr_t function() const { return reinterpret_cast<uintptr_t>(function_); }
 
  private:
   enum class Kind { kShared, kTensor, kInt, kFloat, kMap };
@@ -173,17 +183,6 @@ class Launch {
     size_t index;  // in the arguments of a launch
     TensorMap map;
   };
-
-  void record(const std::array<unsigned, 3>& grid, const Slot* slots, const nb::tuple& args) const {
-    Recorded made = {nb::find(*this), this, grid, {}, {}};
-    for (const Parameter& parameter : parameters_) {
-      if (parameter.kind == Kind::kShared) continue;
-      made.slots[parameter.index] = slots[parameter.index];
-      if (parameter.kind == Kind::kTensor || parameter.kind == Kind::kMap)
-        made.tensors[parameter.index] = reinterpret_cast<uintptr_t>(address(args[parameter.index]));
-    }
-    recording->push_back(made);
-  }
 
   void add(nb::handle parameter) {
     Parameter added = {Kind::kShared, nullptr, 0, {}};
@@ -269,39 +268,20 @@ class Launch {
   size_t passed_ = 0;
 };
 
-bool Recorded::takes_pointer(uintptr_t place) const { return launch->takes_pointer(*this, place); }
-uintptr_t Recorded::function() const { return launch->function(); }
-Status Recorded::issue(uintptr_t stream, uintptr_t place, uintptr_t x) const {
-  return launch->again(*this, stream, place, x);
-}
-
-// The launches that a function makes in this thread.
-std::vector<Recorded> recorded(const nb::callable& function) {
-  struct Begun {
-    std::vector<Recorded> made, *before = std::exchange(recording, &made);
-    ~Begun() { recording = before; }
-  } begun;
-  function();
-  return std::move(begun.made);
-}
-
 // A captured graph of one input: what the driver is asked for by a call, as one step of the caller. It never changes.
 class Replay {
  public:
-  // place, size: where the graph reads its input; or, where `first` leads it, that reads it there, and x in its place.
-  Replay(uintptr_t launch, uintptr_t copy, uintptr_t ask_capturing, uintptr_t graph, uintptr_t place, size_t size,
-         std::optional<Recorded> first)
+  // place, size: where the graph reads its input.
+  Replay(uintptr_t launch, uintptr_t copy, uintptr_t ask_capturing, uintptr_t graph, uintptr_t place, size_t size)
       : launch_(reinterpret_cast<LaunchGraph*>(launch)),
         copy_(reinterpret_cast<CopyOnDevice*>(copy)),
         ask_capturing_(reinterpret_cast<AskCapturing*>(ask_capturing)),
         graph_(reinterpret_cast<void*>(graph)),
         place_(place),
-        size_(size),
-        first_(std::move(first)) {}
+        size_(size) {}
 
-  // Copies the bytes of a tensor there, or launches what reads them where they lie, and launches the graph. Returns the
-  // driver's status, and others, with nothing launched, where somebody captures the stream or a kernel might not read
-  // such an address.
+  // Copies the bytes of a tensor there and launches the graph. Returns the driver's status, and kIsCaptured,
+  // with nothing launched, where somebody captures the stream.
   Status issue(uintptr_t stream, nb::handle x) const {
     const auto from = asked<uintptr_t>(x, data_ptr);
     void* const on = reinterpret_cast<void*>(stream);
@@ -309,21 +289,18 @@ class Replay {
     int capturing = 0;
     if (Status status = ask_capturing_(on, &capturing)) return status;
     if (capturing) return kIsCaptured;
-    if (first_ && from % kAlignment) return kIsMisaligned;
-    const Status status = first_ ? first_->issue(stream, place_, from) : copy_(place_, from, size_, on);
-    return status ? status : launch_(graph_, on);
+    if (Status status = copy_(place_, from, size_, on)) return status;
+    return launch_(graph_, on);
   }
 
  private:
-  static constexpr Status kIsCaptured = -1, kIsMisaligned = -2;
-  static constexpr uintptr_t kAlignment = 256;  // of what torch allocates, and so of all that was captured
+  static constexpr Status kIsCaptured = -1;
   LaunchGraph* launch_;
   CopyOnDevice* copy_;
   AskCapturing* ask_capturing_;
   void* graph_;
   uintptr_t place_;
   size_t size_;
-  std::optional<Recorded> first_;
 };
 
 }  // namespace
@@ -347,15 +324,8 @@ NB_MODULE(_launch, m) {
            "kernel"_a, "launch"_a, "function"_a, "device"_a, "block"_a, "shared_bytes"_a, "attributes"_a,
            "parameters"_a)
       .def("issue", &Launch::issue, "grid"_a, "stream"_a, "args"_a);
-  nb::class_<Recorded>(m, "Recorded")
-      .def_ro("grid", &Recorded::grid)
-      .def_prop_ro("function", &Recorded::function)
-      .def("reads", &Recorded::reads, "place"_a, "size"_a)
-      .def("takes_pointer", &Recorded::takes_pointer, "place"_a)
-      .def("issue", &Recorded::issue, "stream"_a, "place"_a, "x"_a);
-  m.def("recorded", &recorded, "function"_a);
   nb::class_<Replay>(m, "Replay")
-      .def(nb::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, size_t, std::optional<Recorded>>(),
-           "launch"_a, "copy"_a, "ask_capturing"_a, "graph"_a, "place"_a, "size"_a, "first"_a.none())
+      .def(nb::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, size_t>(), "launch"_a, "copy"_a,
+           "ask_capturing"_a, "graph"_a, "place"_a, "size"_a)
       .def("issue", &Replay::issue, "stream"_a, "x"_a);
 }

@@ -57,11 +57,11 @@ class Lane:
             self._done.record(torch.cuda.current_stream(self._device))
             self._last = stream
 
-    def capture(self, calls: Callable[[], object], pool: Any, place: Callable[[], tuple[int, int] | None]) -> Graph:
-        """The calls as a graph, as `Graph` takes them. The caller holds `turn` and makes the GPU the current one."""
+    def capture(self, calls: Callable[[], object], pool: Any) -> Graph:
+        """The calls as a graph. The caller holds `turn` and makes the GPU the current one."""
         stream = capture_stream(self._device, self.number)
         self._keep_workspace(stream)
-        return Graph(calls, stream, pool, place)
+        return Graph(calls, stream, pool)
 
     def _keep_workspace(self, stream: torch.cuda.Stream) -> None:
         """Lets cuBLAS have its workspace for this lane in a pool that stays.
@@ -130,15 +130,8 @@ class Gpu:
     def new_pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
 
-    def capture(
-        self, calls: Callable[[], object], lane: Lane, pool: Any, place: Callable[[], torch.Tensor | None]
-    ) -> Graph:
-        """The calls as a graph; `place` is asked behind them for an input that one of them alone reads."""
-
-        def at() -> tuple[int, int] | None:
-            return None if (x := place()) is None else (x.data_ptr(), _spanned(x))
-
-        return lane.capture(calls, pool, at)
+    def capture(self, calls: Callable[[], object], lane: Lane, pool: Any) -> Graph:
+        return lane.capture(calls, pool)
 
     def launcher(self, graph: Graph, place: torch.Tensor) -> Callable[[int, torch.Tensor], int]:
         """What copies a tensor to where a graph reads it and launches the graph: see `Graph.with_input`."""

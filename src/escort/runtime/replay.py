@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from escort.layers import SparseConv2d
 from escort.layers.runners import kept_by_graph
 from escort.runtime.lanes import Gpu, Lane
-from escort.runtime.templates import Slot, filled, leaves, mapped, slots_in
+from escort.runtime.templates import Slot, filled, leaves, mapped
 
 #: How far the outputs of a padded batch may be from those of the batch alone, relatively: libraries may choose other
 #: kernels for it, which round otherwise. Products in float32 may be those of TF32.
@@ -90,12 +89,8 @@ class Captured:
                 inputs = [_like(x, call.samples) for x in call.tensors]
                 made.extend((inputs, self._run(network, call, inputs)))
 
-            def place() -> Tensor | None:
-                inputs = made[0]
-                return inputs[0] if self._reads_once(network, inputs) else None
-
             with kept_by_graph() as self.kept:
-                self._graph = gpu.capture(calls, lane, pool, place)
+                self._graph = gpu.capture(calls, lane, pool)
             self._take(network, gpu, *made)
 
     def _run(self, network: nn.Module, call: Call, tensors: list[Tensor]) -> Any:
@@ -158,22 +153,8 @@ class Captured:
         self._inputs_at = [gpu.at(x) for x in inputs]
         self._outputs_at = [gpu.at(x) for x in outputs]
         self._launch: Callable[[int, Tensor], int] | None = None
-        if self._is_plain(inputs):
+        if len(inputs) == 1 and self._samples is None and not self.lane.is_shared and _has_no_gaps(inputs[0]):
             self._launch = gpu.launcher(self._graph, self._inputs_at[0])
-
-    def _is_plain(self, inputs: list[Tensor]) -> bool:
-        """Whether its calls are of one tensor without gaps, on a stream that has its lane alone."""
-        return len(inputs) == 1 and self._samples is None and not self.lane.is_shared and _has_no_gaps(inputs[0])
-
-    def _reads_once(self, network: nn.Module, inputs: list[Tensor]) -> bool:
-        """Whether such calls' input is read by one step of a program, a convolution of ours."""
-        listing = getattr(network, "listing", None)
-        if listing is None or len(listing.inputs) != 1 or not self._is_plain(inputs):
-            return False
-        readers = [step for step in listing.steps if Slot(0) in slots_in((step.args, step.kwargs))]
-        if len(readers) != 1 or Slot(0) in slots_in(listing.output) or readers[0].kind != "layer":
-            return False
-        return isinstance(network.get_submodule(readers[0].target), SparseConv2d)
 
     def _check_output(self, leaf: Tensor, inputs: list[Tensor], taken: dict[int, str]) -> None:
         """Raises NotCapturedError for an output that a copy could not stand for."""
