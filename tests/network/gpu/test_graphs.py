@@ -17,7 +17,7 @@ from escort.cuda.capture import Graph
 from escort.layers import runners
 from escort.network.model import ConvertedModel
 from escort.problem import Precision
-from escort.runtime import lanes
+from escort.runtime import graphs, lanes
 from escort.runtime.lanes import MOST_LANES
 from tests.network.gpu.networks import TWO_GPUS, Mixed, assert_same, converted, each, in_formats, samples
 
@@ -161,7 +161,8 @@ def test_streams_that_share_a_lane_do_not_mix(ours: ConvertedModel, monkeypatch:
     assert stats(ours)["captures"] == 1
 
 
-def test_memory_stays_as_it_is(ours: ConvertedModel) -> None:
+def test_memory_stays_as_it_is(ours: ConvertedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_MOST_DRIVER_BYTES", 2 << 20)  # of a graph: other tests take memory meanwhile
     sizes = [(1 + k % 5, 24 + 4 * (k // 5)) for k in range(40)]
 
     def round_of_calls() -> tuple[int, int]:
@@ -285,14 +286,14 @@ def test_a_capture_that_fails_leaves_everything_usable(
 ) -> None:
     x, graph_of = picture(), lanes.Graph
 
-    def failing(calls: Callable[[], object], stream: torch.cuda.Stream, pool: Any) -> Graph:
+    def failing(calls: Callable[[], object], stream: torch.cuda.Stream, pool: Any, *place: Any) -> Graph:
         def calls_and_fails() -> None:
             calls()
             if fails == "memory":
                 torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
             torch.cuda.synchronize()  # no capture survives it
 
-        return graph_of(calls_and_fails if calls is not lanes._multiply else calls, stream, pool)
+        return graph_of(calls_and_fails if calls is not lanes._multiply else calls, stream, pool, *place)
 
     monkeypatch.setattr(lanes, "Graph", failing)
     torch.manual_seed(0)
