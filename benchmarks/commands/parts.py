@@ -28,7 +28,7 @@ from escort.network.check import Effort
 from escort.problem import MemoryFormat, Precision
 
 #: How whole networks are converted: strict float32 gains by kernels made for the weights.
-EFFORTS: dict[Precision, Effort] = {"tf32": "fast", "fp16": "fast", "fp32": 10.0}
+EFFORTS: dict[Precision, Effort] = {"tf32": "fast", "fp16": "fast", "fp32": 10}
 #: The memory format in which dense networks are fastest. Compiling them for the other one takes minutes of a core.
 FORMATS: dict[Precision, MemoryFormat] = {"tf32": "channels_last", "fp16": "channels_last", "fp32": "contiguous"}
 #: Seconds that an item of a file of these stems takes, roughly, where no file tells.
