@@ -24,6 +24,7 @@ from escort.layers.planes.concat import concat_kernel
 from escort.layers.planes.gate import gate_kernel
 from escort.layers.planes.norm import local_response_kernel
 from escort.layers.planes.resize import resize_kernel
+from escort.layers.planes.squeeze import squeeze_kernel
 from escort.layers.pool import POOLED_ON_GPU, pooling_kernel
 from escort.methods import for_device
 from escort.planner.cores import on_all_cores
@@ -77,7 +78,8 @@ def plane_variants() -> Iterator[Variant]:
             yield from (gate_kernel(dtype, vector, is_last) for is_last in (False, True))
         yield mean_kernel(dtype, whole)
         yield images_kernel(dtype, 4)
-        yield concat_kernel(dtype, whole)
+        yield squeeze_kernel(dtype)
+        yield from (concat_kernel(dtype, whole, norm=norm) for norm in (False, True))
         yield from (local_response_kernel(dtype, vector, False, _NORMALIZED) for vector in (1, 8 // dtype.itemsize))
         yield local_response_kernel(dtype, whole, True, _NORMALIZED)
 
@@ -86,6 +88,12 @@ def key_of(variant: Variant, arch: str) -> Key:
     source = variant.source
     digest = source.digest if isinstance(source, Text) else ""
     return str(source), digest, tuple(sorted((name, str(value)) for name, value in variant.defines.items())), arch
+
+
+def arch_of(variant: Variant, gpu: Gpu) -> str:
+    """The architecture that a variant is compiled for where a GPU asks for it."""
+    major, minor = gpu.capability
+    return f"sm_{major}{minor}" + ("a" if variant.native else "")
 
 
 def wanted(layers: Iterable[Layer]) -> dict[Key, Variant]:
@@ -97,8 +105,7 @@ def wanted(layers: Iterable[Layer]) -> dict[Key, Variant]:
         with in_place_of_a_gpu(gpu):
             between = list(plane_variants())
             for variant in (*between, *variants_of(layers)):
-                number = "".join(map(str, gpu.capability))
-                key = key_of(variant, f"sm_{number}" + ("a" if variant.native else ""))
+                key = key_of(variant, arch_of(variant, gpu))
                 variants[key] = variant
                 counts[key] += 1 if variant not in between else len(layers) * len(GPUS)
     return {key: variants[key] for key, _ in counts.most_common()}

@@ -41,11 +41,20 @@ class Fake(Method):
     def __init__(
         self, name: str, change: Callable[[torch.Tensor], torch.Tensor], refuses: str | None = None, configs: int = 1
     ) -> None:
-        self.name, self.change, self.refuses, self.prepared = name, change, refuses, 0
+        self.name, self.change, self.refuses, self.knobs = name, change, refuses, list[int]()
         self.space = [FakeConfig(knob) for knob in range(configs)]
+
+    @property
+    def prepared(self) -> int:
+        """How often it was prepared; `knobs` has the config of each time."""
+        return len(self.knobs)
 
     def unsupported(self, problem: Problem) -> str | None:
         return self.refuses
+
+    def binary(self, config: FakeConfig) -> Any:
+        """What it compiles."""
+        return None
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[FakeConfig]:
         return self.space
@@ -58,10 +67,11 @@ class Fake(Method):
         config: Any,
         slope: torch.Tensor | None = None,
     ) -> Any:
-        self.prepared += 1
+        self.knobs.append(config.knob)
         weight = sparse_filter.to_dense()
         return Prepared(
-            lambda x, residual=None: self.change(reference.conv2d(problem, x, weight, bias, residual).float())
+            lambda x, residual=None: self.change(reference.conv2d(problem, x, weight, bias, residual).float()),
+            self.binary(config),
         )
 
 
@@ -77,16 +87,8 @@ class Compiled(Fake):
     def compile_s(self, problem: Problem, sparse_filter: SparseFilter, config: FakeConfig) -> float:
         return self.seconds[config.knob] + self.per_nnz * sparse_filter.nnz
 
-    def prepare(
-        self,
-        problem: Problem,
-        sparse_filter: SparseFilter,
-        bias: torch.Tensor | None,
-        config: Any,
-        slope: torch.Tensor | None = None,
-    ) -> Any:
-        binary: Any = SimpleNamespace(compile_s=1.5, cubin=bytes(7 + config.knob))
-        return replace(super().prepare(problem, sparse_filter, bias, config), binary=binary)
+    def binary(self, config: FakeConfig) -> Any:
+        return SimpleNamespace(compile_s=1.5, cubin=bytes(7 + config.knob))
 
 
 class Trying(Fake):
@@ -96,21 +98,9 @@ class Trying(Fake):
 
     def __init__(self) -> None:
         super().__init__("cudnn", lambda y: y, configs=2)
-        self.knobs = list[int]()
 
     def without_trying(self, config: FakeConfig) -> FakeConfig:
         return FakeConfig(1)
-
-    def prepare(
-        self,
-        problem: Problem,
-        sparse_filter: SparseFilter,
-        bias: torch.Tensor | None,
-        config: Any,
-        slope: torch.Tensor | None = None,
-    ) -> Any:
-        self.knobs.append(config.knob)
-        return super().prepare(problem, sparse_filter, bias, config)
 
 
 @dataclass(frozen=True)
@@ -154,7 +144,7 @@ def put_gpu_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = timing.example_inputs
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls, device="cpu": machine))
     monkeypatch.setattr(Gpu, "of", classmethod(lambda cls, device: H200))
-    monkeypatch.setattr(timing, "example_inputs", lambda problem, most=3: most * inputs(replace(problem, device="cpu")))
+    monkeypatch.setattr(timing, "example_inputs", lambda p, most: min(most, 3) * inputs(replace(p, device="cpu")))
     monkeypatch.setattr(timing, "glance_us", lambda run, device: 100.0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

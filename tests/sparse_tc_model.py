@@ -173,11 +173,12 @@ def emulate(tiling: Tiling, packed: Packed, nhwc: np.ndarray) -> np.ndarray:
                     store_floats(d, tiling, y, tile, of, out_order)
                 elif config.takes_channels_last:
                     place = (0, first_row, first_sample) if whole_rows else (tile * config.tile_pixels, 0, 0)
-                    boxes = along if config.tap_group == "im2col" else 1
+                    boxes = config.split * (along if config.tap_group == "im2col" else 1)
                     for part in range(boxes):
-                        column = place[0] + part * config.pixels
-                        staged = of.T[part * config.pixels :] if boxes > 1 else of.T
-                        store_box(written, tiling.store, m * m_tile + block * 64, (column, *place[1:]), staged)
+                        begin = part * config.tile_pixels // boxes
+                        columns, rows = (0, begin // d.pitch) if whole_rows else (begin, 0)
+                        at_box = place[0] + columns, place[1] + rows, place[2]
+                        store_box(written, tiling.store, m * m_tile + block * 64, at_box, of.T[begin:])
                 else:
                     store_rows(d, tiling, y, tile, of, out_order, first_row, first_sample)
     if tiling.stores_boxes and not whole_rows:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,6 +121,13 @@ def test_params_are_one_record() -> None:
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="'mmx' is not available"):
         _cpu.DirectConvolution("mmx", {})
+
+
+@pytest.mark.skipif("avx2" not in ISAS, reason="opcodes of x86-64")
+def test_the_compiler_keeps_prefetches_of_what_is_written() -> None:
+    """GCC dropped those of a function that did nothing else. PREFETCHW is 0F 0D and a byte with 1 in its middle."""
+    code = Path(_cpu.__file__).read_bytes()
+    assert len(re.findall(rb"\x0f\x0d[\x08-\x0f\x48-\x4f\x88-\x8f]", code)) > 100
 
 
 @pytest.mark.parametrize(

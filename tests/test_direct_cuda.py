@@ -351,7 +351,7 @@ class Launches:
         self.binary, self.bound = None, tuple[Any, ...]()
         self.calls: list[tuple[Any, ...]] = []
 
-    def bind(self, block: int, shared_bytes: int, args: tuple[Any, ...], *, overlap: bool) -> Any:
+    def bind(self, block: int, shared_bytes: int, args: tuple[Any, ...], *, overlap: bool, blocks: int) -> Any:
         self.bound = (block, shared_bytes, args, overlap)
         return lambda grid, *args: self.calls.append((grid, *args))
 

@@ -198,13 +198,20 @@ def test_of_two_threads_that_lay_out_a_size_at_once_neither_loses_its_runner(mon
     assert cache["size"] is found[0]() and found[1]() is not None
 
 
-@pytest.mark.parametrize(("on_gpu", "kept"), [(False, 0), (True, 3)])
+@pytest.mark.parametrize(("on_gpu", "waits", "kept"), [(False, True, 0), (True, True, 3), (True, False, 19)])
 def test_runners_that_go_stay_for_a_while_where_another_stream_may_run_them(
-    on_gpu: bool, kept: int, monkeypatch: pytest.MonkeyPatch
+    on_gpu: bool, waits: bool, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most so many, however many sizes there are within the while."""
+    """However many there are within the while, none goes before the GPU was waited for."""
+    waited = list[list[int]]()
+
+    def wait() -> bool:
+        waited.append([number for number, ref in enumerate(found) if ref() is not None])
+        return waits
+
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: on_gpu)
     monkeypatch.setattr(runners, "_MOST_LEAVING", 3)
+    monkeypatch.setattr(runners, "wait_for_gpus", wait)
     cache, found = RunnerCache[Evicted](1), list[weakref.ref[Evicted]]()
     for size in range(20):
         entry = Evicted()
@@ -212,3 +219,5 @@ def test_runners_that_go_stay_for_a_while_where_another_stream_may_run_them(
         cache.add(size, entry)
         del entry
     assert sum(ref() is not None for ref in found) == 1 + kept
+    if kept == 3:  # the older half went each time, behind a wait that found them there
+        assert waited[:2] == [[0, 1, 2, 3, 4], [2, 3, 4, 5, 6]]

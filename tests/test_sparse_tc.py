@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ from escort.methods.cuda.sparse_tc.orders import OrderedFilter, order_filter
 from escort.methods.cuda.sparse_tc.packing import Packed
 from escort.methods.cuda.sparse_tc.packing import pack as pack_filter
 from escort.methods.cuda.sparse_tc.params import Params
-from escort.methods.cuda.sparse_tc.search import candidates, search
+from escort.methods.cuda.sparse_tc.search import candidates, is_offered, search
 from escort.methods.cuda.sparse_tc.tiling import Tiling
 from escort.problem import Activation, Epilogue, MemoryFormat, Precision, Problem
 from tests.cases import CASES, FULL, Case, check_kernels
@@ -102,6 +103,25 @@ def test_the_best_of_both_kinds_comes_first_where_they_are_close(
     assert [config.by_turns for config in configs[:2]] == first
 
 
+def test_thread_blocks_share_tiles_where_these_are_few() -> None:
+    few = replace(RES4, batch=1, in_channels=512, height=7, width=7, memory_format=LAST)
+    shared = [tiling for tiling in candidates(few, H200, LAST) if tiling.config.split > 1]
+    assert {tiling.config.split for tiling in shared} == {2, 4, 8}
+    for tiling in shared:
+        split, groups = tiling.config.split, len(tiling.tap_groups)
+        assert tiling.tiles(1) * tiling.channel_tiles * split <= H200.multiprocessors
+        assert is_offered(few, H200, tiling.config) and not is_offered(replace(few, batch=128), H200, tiling.config)
+        begins = np.array(tiling.first_groups)
+        assert len(begins) == 2 * split and begins[0] == 0, "those of each warpgroup"
+        counts = np.diff([*begins, groups])
+        assert counts.min() >= 1 and np.ptp(counts[::2] + counts[1::2]) <= 1, "equal shares"
+    alone = [tiling for tiling in candidates(few, H200, LAST) if tiling.config.split == 1]
+    best, best_alone = (min(predict_us(tiling, NONE, H200) for tiling in tilings) for tilings in (shared, alone))
+    assert best < 0.7 * best_alone
+    for other in (replace(few, batch=128), replace(few, precision="tf32"), replace(few, memory_format="contiguous")):
+        assert all(tiling.config.split == 1 for tiling in candidates(other, H200, other.memory_format))
+
+
 def test_predictions_follow_the_work() -> None:
     tiling = Tiling.of(RES4, SparseTcConfig("halo", 216, rows=14), H200.shared_bytes)
     less = Tiling.of(replace(RES4, batch=32), tiling.config, H200.shared_bytes)
@@ -152,6 +172,20 @@ VARIANTS |= {
     ),
 }
 IN_TF32 += ("columns by turns, last",)
+VARIANTS |= {
+    "flat shared, last": (
+        replace(POINTWISE, epilogue=FULL),
+        SparseTcConfig("flat", 48, across=1, memory_format=LAST, by_turns=True, split=2),
+    ),
+    "columns shared, last": (
+        replace(RES4, epilogue=FULL, precision="bf16"),
+        SparseTcConfig("columns", 64, across=1, rows=4, memory_format=LAST, by_turns=True, split=4),
+    ),
+    "im2col shared, last": (
+        STRIDED,
+        SparseTcConfig("im2col", 64, across=1, m_blocks=2, memory_format=LAST, by_turns=True, split=8),
+    ),
+}
 VARIANTS |= {
     f"{name}, tf32": (replace(problem, precision="tf32"), config)
     for name, (problem, config) in VARIANTS.items()
@@ -305,7 +339,7 @@ class Model:
         assert overlap and block == (384 if self.source == "sparse_tc.cu" else 256)
         if self.source != "sparse_tc.cu":
             return partial(self.lay_out, args[2])
-        assert shared_bytes == Model.tiling.memory.bytes and cluster == Model.tiling.config.cluster
+        assert shared_bytes == Model.tiling.memory.bytes and cluster == Model.tiling.config.thread_blocks
         assert args[-3] == pack(Params.of(Model.tiling))
         return partial(self.multiply, args)
 
@@ -316,7 +350,7 @@ class Model:
     def multiply(self, bound: Sequence[Any], grid: Any, x: torch.Tensor, *args: Any) -> None:
         samples, tile_groups = args[-2:]
         tiling, last = Model.tiling, Model.tiling.config.takes_channels_last
-        assert tile_groups == tiling.tile_groups(samples) and grid[0] % tiling.config.cluster == 0
+        assert tile_groups == tiling.tile_groups(samples) and grid[0] % tiling.config.thread_blocks == 0
         a, bias, first, steps = (bound[i].numpy() for i in (1, 2, 3, 4))
         boxes = tiling.stores_boxes
         rows = np.arange(len(bias)) if boxes else bound[5].numpy()
@@ -354,7 +388,8 @@ class Model:
 def test_a_runner_launches_its_kernels(
     problem: Problem, config: SparseTcConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = replace(problem, device="cpu", batch=2, in_channels=72, out_channels=136)
+    channels = 72 if config.split == 1 else 264
+    problem = replace(problem, device="cpu", batch=2, in_channels=channels, out_channels=136)
     monkeypatch.setattr("escort.methods.cuda.sparse_tc.kernel", Model.of)
     monkeypatch.setattr("escort.methods.cuda.sparse_tc.arrange.kernel", Model.of)
     monkeypatch.setattr("escort.cuda.gpu.Gpu.of", lambda device: H200)
@@ -480,6 +515,31 @@ def test_activations_on_the_gpu(
     """In every way in which results are stored."""
     problem = replace(problem, epilogue=Epilogue(bias=True, residual=residual, activation=activation))
     check(problem, uneven(problem.weight_shape), config, (0, 1, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [2, 4, 8])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        replace(RES4, batch=1, epilogue=FULL, memory_format=LAST),
+        replace(RES4, batch=1, in_channels=512, out_channels=72, height=7, width=7, memory_format=LAST),
+        replace(RES4, batch=1, in_channels=136, stride=(2, 2), epilogue=FULL, memory_format=LAST),
+        replace(POINTWISE, batch=1, in_channels=2056, out_channels=200, height=7, width=7, memory_format=LAST),
+    ],
+    ids=str,
+)
+def test_thread_blocks_share_tiles_on_the_gpu(problem: Problem, split: int) -> None:
+    """As few samples as they do it for, and more; patterns that differ from run to run."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    generator = np.random.default_rng(seed)
+    rows, channels = (generator.lognormal(size=(size, 1, 1, 1)) for size in problem.weight_shape[:2])
+    kept = generator.random(problem.weight_shape) < 0.1 * rows * channels.reshape(1, -1, 1, 1)
+    weight = np.where(kept, generator.standard_normal(problem.weight_shape), 0).astype(np.float32)
+    tilings = [tiling for tiling in candidates(problem, H200, LAST) if tiling.config.split == split]
+    print("seed", seed)
+    for tiling in [*tilings[:1], *tilings[len(tilings) // 2 :: len(tilings)], *tilings[-1:]]:
+        check(problem, weight, tiling.config, (1, 2, 9))
 
 
 @pytest.mark.gpu

@@ -135,6 +135,9 @@ CONFIGS = [
 ]
 
 
+SHARED = SparseTcConfig("columns", 112, across=1, rows=7, memory_format="channels_last", by_turns=True, split=2)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_packed_filters_are_the_filter(config: SparseTcConfig, precision: Precision) -> None:
@@ -278,6 +281,10 @@ def test_packing_is_quick() -> None:
         (RES4, SparseTcConfig("halo", 208, rows=14), "208 pixels of a tile do not hold its 209 outputs"),
         (RES4, SparseTcConfig("halo", 216, rows=7, samples=2), "has all their rows"),
         (RES4, SparseTcConfig("im2col", 256, m_blocks=2), "do not fit a warpgroup"),
+        (RES4, SparseTcConfig("columns", 112, across=1, rows=7, by_turns=True, split=2), "share tiles of one sample"),
+        (RES4, SHARED, "cannot share a tile of 16 by 7 pixels"),
+        (RES4, replace(SHARED, pixels=128), "cannot share a tile of 16 by 7 pixels"),
+        (replace(RES4, in_channels=64), replace(SHARED, pixels=64, rows=4), "its share of tap groups"),
         (RES4, SparseTcConfig("im2col", 100), "do not fit a warpgroup"),
         (CASES["pointwise"][0], SparseTcConfig("flat", 256, across=1), "larger than what the device copies"),
         (CASES["padding beyond the kernel"][0], SparseTcConfig("halo", 256, rows=4), "choose columns"),

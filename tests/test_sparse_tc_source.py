@@ -165,9 +165,12 @@ void barrier_expect(u32 barrier, int bytes) { block->barriers.at(barrier).change
 void barrier_arrive(u32 barrier) { block->barriers.at(barrier).change(1, 0); }
 u32 barrier_of(u32 barrier, u32 other) { return barrier | other << 24; }
 void barrier_arrive_remotely(u32 remote) { blocks[remote >> 24].barriers.at(remote & 0xffffff).change(1, 0); }
+void barrier_arrive_in_cluster(u32 remote) { barrier_arrive_remotely(remote); }
 u32 barrier_test(u32 barrier, u32 parity) { return block->barriers.at(barrier).has_ended(parity); }
 bool is_elected() { return threadIdx.x % 32 == 0; }
 void barrier_wait_opaque(u32 barrier, u32 parity) { block->barriers.at(barrier).wait(parity); }
+void barrier_wait_in_cluster(u32 barrier, u32 parity) { barrier_wait_opaque(barrier, parity); }
+void load_of_block(u32 own, u32 other, float4& v) { std::memcpy(&v, blocks[other].shared + own, sizeof v); }
 void barriers_are_ready() {}
 // Copies arrive later, and not in the order in which they were begun; the first of its kind when a test says.
 static std::atomic<int> copies;
@@ -185,10 +188,10 @@ template <class Copy> void later(Copy copy) {
 }
 template <bool CLUSTERED>
 void load_to_cluster(u32 to, const u8* from, int bytes, int count, u32 barrier) {
-  for (int other = 0; other < count; other++)
-    later([=] {
-      std::memcpy(blocks[other].shared + to, from, bytes);
-      blocks[other].barriers.at(barrier).change(0, -bytes);
+  for (int other = 0; other < (CLUSTERED ? count : 1); other++)
+    later([=, of = CLUSTERED ? blocks + other : block] {
+      std::memcpy(of->shared + to, from, bytes);
+      of->barriers.at(barrier).change(0, -bytes);
     });
 }
 // A block of channels of a pixel, or zeros, in 128-byte swizzle.
@@ -445,21 +448,26 @@ def test_one_kernel_computes_every_epilogue(memory_format: MemoryFormat, precisi
         check(replace(tiling, problem=replace(tiling.problem, epilogue=epilogue)), density, run)
 
 
-@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kind", ["halo along", "flat", "flat along", "im2col across"])
 def test_slopes_reach_their_channels(
-    kind: str, memory_format: MemoryFormat, precision: Precision, residual: bool, tmp_path: Path
+    kind: str, memory_format: MemoryFormat, precision: Precision, tmp_path: Path
 ) -> None:
     """The activation comes last, and is compiled in."""
     name, config, _ = KINDS[kind]
     problem, density = CASES[name]
-    epilogue = Epilogue(bias=True, residual=residual, activation="prelu")
+    epilogue = Epilogue(bias=True, activation="prelu")
     config = replace(config, memory_format=memory_format)
     tiling = Tiling.of(replace(problem, precision=precision, epilogue=epilogue), config, H200.shared_bytes)
     assert tiling.defines["ACTIVATION"] == "leaky_relu"
-    check(tiling, density, host_kernel(tiling, tmp_path))
+    run = host_kernel(tiling, tmp_path)
+    for residual in (False, True):
+        check(
+            replace(tiling, problem=replace(tiling.problem, epilogue=replace(epilogue, residual=residual))),
+            density,
+            run,
+        )
 
 
 @pytest.mark.parametrize(
@@ -481,6 +489,20 @@ def test_warpgroups_take_turns(
     problem, density = CASES[name]
     problem = replace(problem, precision=precision, epilogue=FULL)
     tiling = Tiling.of(problem, replace(config, memory_format=memory_format), H200.shared_bytes)
+    check(tiling, density, host_kernel(tiling, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("dilation and stride", SparseTcConfig("im2col", 32, across=1, m_blocks=2, by_turns=True, split=4)),
+        ("even kernel, uneven padding", SparseTcConfig("columns", 64, across=1, rows=4, by_turns=True, split=2)),
+    ],
+)
+def test_thread_blocks_share_tiles(name: str, config: SparseTcConfig, tmp_path: Path) -> None:
+    problem, density = CASES[name]
+    problem = replace(problem, in_channels=136, precision="bf16", epilogue=FULL)
+    tiling = Tiling.of(problem, replace(config, memory_format="channels_last"), H200.shared_bytes)
     check(tiling, density, host_kernel(tiling, tmp_path))
 
 

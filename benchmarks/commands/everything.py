@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from benchmarks import suite
@@ -30,9 +31,14 @@ class EverythingOptions:
     """What is measured, and where it goes."""
 
     into: Annotated[
-        Path, typer.Option(help="Folder of the results, such as benchmarks/results/NAME; it may hold some.")
-    ]
-    device: Annotated[str, typer.Option(help="cuda, cuda:1 or cpu.")] = "cuda"
+        Path | None,
+        typer.Option(
+            help="Folder of the results, such as benchmarks/results/NAME; it may hold some. --list does without."
+        ),
+    ] = None
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; by default the GPU where there is one.")] = (
+        None
+    )
     only: Annotated[
         str,
         typer.Option(
@@ -88,46 +94,52 @@ def main(options: EverythingOptions, output: Output) -> None:
 
     Files are written after every measurement; the same command goes on where a run was cut off.
     """
-    device = str(find_device(options.device))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not options.listed:
+        device = str(find_device(device))
     if device != "cpu" and options.threads is not None:
         raise ValueError("--threads is for the CPU; leave it out, or give --device cpu")
-    known = find_results(options.into)
-    ahead = Ahead(options.ahead)
+    into, ahead = options.into, Ahead(options.ahead)
+    known = {} if into is None else find_results(into)
     chosen = options.chosen(device, known, ahead)
     if not options.listed:
-        options.into.mkdir(parents=True, exist_ok=True)
+        if into is None:
+            raise ValueError(
+                "name the folder of the results, for example --into benchmarks/results/NAME; or add --list"
+            )
+        into.mkdir(parents=True, exist_ok=True)
         with placed_on(options.threads):
             missing = [item for part in chosen for item in part.missing(known)]
             with ahead.of(item.compilation for item in missing):
-                failures = _measure(chosen, options, device, ahead)
+                failures = _measure(chosen, into, options.seconds, device, ahead)
         output.failed = bool(failures)
         for what, why in failures.items():
             note(f"failed: {what}: {why}")
-        known = find_results(options.into)
+        known = find_results(into)
     by_file: dict[str, list[Item]] = {}
     for part in chosen:
         for stem, items in part.work.items():
             by_file.setdefault(stem, []).extend(items)
     left = [_left(stem, items, known.get(stem)) for stem, items in by_file.items()]
     output.text.print(report.terminal(_table(left)))
-    output.result = {"output": str(options.into), "left": left}
+    output.result = {"output": None if into is None else str(into), "left": left}
     if not (options.patterns / "resnet50_magnitude_90.npz").is_file():
         note(f"{options.patterns} holds no resnet50_magnitude_90.npz: what is about real patterns is left out")
 
 
-def _measure(chosen: Sequence[Part], options: EverythingOptions, device: str, ahead: Ahead) -> dict[str, str]:
+def _measure(chosen: Sequence[Part], into: Path, seconds: float | None, device: str, ahead: Ahead) -> dict[str, str]:
     """What failed, of all parts, one behind the other in the time that there is."""
     line, failures = command_line(PROGRAM), dict[str, str]()
-    last = None if options.seconds is None else time.perf_counter() + options.seconds
+    last = None if seconds is None else time.perf_counter() + seconds
     for part in chosen:
         left = None if last is None else max(last - time.perf_counter(), 0.0)
         with telling(part.work) as told:
             about: dict[str, Any] = {"seconds": left, "begin": told.begin, "end": told.end}
             if part.study is not None:
-                failures |= run(part.study, part.work, options.into, line, **about)
+                failures |= run(part.study, part.work, into, line, **about)
             else:
                 head = suite.header(line, device) | part.head
-                failures |= measure(part.work, options.into, head, ahead=ahead, **about)
+                failures |= measure(part.work, into, head, ahead=ahead, **about)
     return failures
 
 

@@ -68,13 +68,39 @@ class Part:
 
 @dataclass(frozen=True)
 class OnCpu:
-    """A network that is raced against other engines on a CPU, each alone."""
+    """A network that is raced against other engines on a CPU, each alone.
+
+    Attributes:
+        network: a name, or that of a file of :data:`NETWORK_FILES` in the folder beside that of patterns.
+        input_size: (C, H, W), where the name does not tell it.
+    """
 
     network: str
     batches: tuple[int, ...]
     sparsity: float | None = None
     patterns: str | None = None
     dense_depthwise: bool = False
+    input_size: tuple[int, ...] | None = None
+
+    @property
+    def weights(self) -> str:
+        """What is pruned, for labels."""
+        return self.patterns or ("as-given" if self.sparsity is None else f"random-{self.sparsity:.2f}")
+
+    def files(self, patterns: Path) -> dict[str, Path]:
+        """Files of the network that are there, by ending."""
+        paths = {ending: patterns.parent / "networks" / f"{self.network}.{ending}" for ending in NETWORK_FILES}
+        return {ending: path for ending, path in paths.items() if path.is_file()}
+
+    def is_there(self, patterns: Path) -> bool:
+        """Whether the files that it takes are there."""
+        if self.patterns is not None:
+            return (patterns / f"{self.patterns}.npz").is_file()
+        return self.input_size is None or "pt2" in self.files(patterns)
+
+
+#: A network out of a file: for us and torch, for ONNX Runtime and OpenVINO, and for LiteRT.
+NETWORK_FILES = ("pt2", "onnx", "tflite")
 
 
 CPU_NETWORKS = (
@@ -84,6 +110,7 @@ CPU_NETWORKS = (
     OnCpu("mobilenet_v2", (1,), 0.90, dense_depthwise=True),
     OnCpu("efficientnet_b0", (1,), 0.90, dense_depthwise=True),
     OnCpu("yolo", (1,), 0.90, dense_depthwise=True),
+    OnCpu("pose_detection", (1,), input_size=(3, 224, 224)),
 )
 
 
@@ -97,7 +124,7 @@ def parts(device: str, patterns: Path, *, seed: int = 0, ncu: bool = False, ahea
     """
     found = tuple(path for name in _PATTERNS if (path := patterns / f"{name}.npz").is_file())
     return list(
-        _on_cpu(found, seed) if device == "cpu" else _on_gpu(device, found, patterns, seed, ncu, ahead or Ahead())
+        _on_cpu(patterns, seed) if device == "cpu" else _on_gpu(device, found, patterns, seed, ncu, ahead or Ahead())
     )
 
 
@@ -160,14 +187,13 @@ def _on_patterns(study: Study, files: Mapping[str, Path], precision: Precision) 
     return _merged(several)
 
 
-def _on_cpu(files: Sequence[Path], seed: int) -> Iterator[Part]:
+def _on_cpu(patterns: Path, seed: int) -> Iterator[Part]:
     study = Study(device="cpu", batch=8, search=16, budget_s=2.0, seed=seed, factories=NETWORKS)
-    by_stem = {path.stem: path for path in files}
     networks = [
-        Item(_label(one, batch), partial(_race, one, batch, by_stem.get(one.patterns or ""), seed))
+        Item(f"{one.network} {one.weights} N={batch}", partial(_race, one, batch, patterns, seed))
         for one in CPU_NETWORKS
         for batch in one.batches
-        if one.patterns is None or one.patterns in by_stem
+        if one.is_there(patterns)
     ]
     yield Part({"networks-fp32": networks}, {"study": {"device": "cpu", "seed": seed}, "effort": "best"})
     yield _paper(study, QUESTIONS["rq1"])
@@ -213,15 +239,20 @@ def _conversions(options: ConversionOptions, run: RunOptions) -> Part:
     return Part({f"conversions-{run.precision.value}": items}, {"study": {"device": run.device, "seed": run.seed}})
 
 
-def _label(one: OnCpu, batch: int) -> str:
-    weights = one.patterns or f"random-{one.sparsity:.2f}"
-    return f"{one.network} {weights} N={batch}"
-
-
-def _race(one: OnCpu, batch: int, patterns: Path | None, seed: int) -> list[Row]:
+def _race(one: OnCpu, batch: int, patterns: Path, seed: int) -> list[Row]:
     torch.manual_seed(seed)
-    engines = [name for name in ("onnxruntime", "openvino") if find_spec(name) is not None]
-    subject = Subject.load(one.network, sparsity=one.sparsity, patterns=patterns, dense_depthwise=one.dense_depthwise)
+    files = one.files(patterns)
+    subject = Subject.load(
+        str(files.pop("pt2", one.network)),
+        sparsity=one.sparsity,
+        patterns=None if one.patterns is None else patterns / f"{one.patterns}.npz",
+        dense_depthwise=one.dense_depthwise,
+        input_size=one.input_size,
+    )
+    packages = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+    if "tflite" in files:
+        packages["litert"] = "ai_edge_litert"
+    engines = [name for name, package in packages.items() if find_spec(package) is not None]
     x = torch.randn(batch, *subject.input_size)
-    race = NetworkRace(engines, rounds=3)
+    race = NetworkRace(engines, rounds=3, files=files)
     return suite.measure_network(subject.model, x, network=subject.name, weights=subject.weights, race=race)

@@ -36,6 +36,12 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 
+
+def torch_name(value: torch.dtype | torch.layout | torch.memory_format) -> str:
+    """What torch calls a type, a layout or a memory format, without its own name in front: "float32"."""
+    return str(value).removeprefix("torch.")
+
+
 #: Torch's name of each memory format: NCHW, and NHWC seen as (N, C, H, W).
 TORCH_MEMORY_FORMAT: dict[MemoryFormat, torch.memory_format] = {
     "contiguous": torch.contiguous_format,

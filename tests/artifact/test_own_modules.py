@@ -80,7 +80,9 @@ def test_what_the_file_says_of_it(around: ConvertedModel) -> None:
     assert {"first.conv", "gate.conv", "gate.pool", "gate.inner.gate.inner.conv"} <= description.layers.keys()
 
 
-def test_it_comes_back_into_a_new_model(around: ConvertedModel, path: Path, tmp_path: Path) -> None:
+def test_it_comes_back_into_a_new_model(
+    around: ConvertedModel, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fresh = deep()
     before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
     back = load(path, fresh)
@@ -93,6 +95,8 @@ def test_it_comes_back_into_a_new_model(around: ConvertedModel, path: Path, tmp_
     assert all(torch.equal(before[name], tensor) for name, tensor in fresh.state_dict().items())
     save(back, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    (said,) = caplog.messages
+    assert "again does not hold the whole program, as layers gate (Gate), gate.inner.gate (Gate) could not be" in said
 
 
 def test_in_another_process(around: ConvertedModel, path: Path, tmp_path: Path) -> None:

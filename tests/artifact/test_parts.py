@@ -57,7 +57,7 @@ def path(in_parts: ConvertedModel, tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
-def test_it_comes_back(in_parts: ConvertedModel, path: Path, tmp_path: Path) -> None:
+def test_it_comes_back(in_parts: ConvertedModel, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     back = load(path, Halting())
     assert not back.traced
     assert type(back.network.body) is Program and type(back.network.conv) is SparseConv2d
@@ -66,6 +66,7 @@ def test_it_comes_back(in_parts: ConvertedModel, path: Path, tmp_path: Path) -> 
     assert back.plan == in_parts.plan
     save(back, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    assert ["as the model, a Halting, could not be traced" in said for said in caplog.messages] == [True]
 
 
 def test_what_the_file_says_of_it(in_parts: ConvertedModel) -> None:

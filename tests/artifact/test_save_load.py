@@ -69,6 +69,12 @@ def test_a_traced_model_needs_no_other(saved: Path) -> None:
         load(saved, Residual())
 
 
+def test_what_names_no_file(converted: ConvertedModel) -> None:
+    for call in (lambda: load(None), lambda: save(converted, None)):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="path is the name of a file, got NoneType; pass one such as"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("model", "complaint"),
     [

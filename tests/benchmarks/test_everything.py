@@ -91,6 +91,15 @@ def test_a_file_is_of_one_commit(measured: list[str], tmp_path: Path, monkeypatc
     assert measured == ["networks-fp32 a"]
 
 
+def test_a_list_takes_neither_folder_nor_device(measured: list[str]) -> None:
+    listed = succeed_json("all", "--list")
+    assert listed["output"] is None and [each["left"] for each in listed["left"]] == [2, 2]
+    assert succeed_json("all", "--list", "--device", "cuda")["left"] == listed["left"], "of a GPU that is not here"
+    nowhere = invoke("all", "--device", "cpu")
+    assert nowhere.exit_code == 2 and "--into benchmarks/results/NAME; or add --list" in nowhere.stderr
+    assert not measured
+
+
 def test_bad_input(measured: list[str], tmp_path: Path) -> None:
     nothing = invoke("all", "--into", tmp_path, "--device", "cpu", "--only", "none")
     assert nothing.exit_code == 2 and "--list says what there is" in nothing.stderr
@@ -111,10 +120,15 @@ def test_everything_of_a_gpu_is_what_documents_show(tmp_path: Path) -> None:
 
 
 def test_everything_of_a_cpu(tmp_path: Path) -> None:
-    found = parts.parts("cpu", tmp_path)
+    (tmp_path / "networks").mkdir()
+    (tmp_path / "networks" / "pose_detection.pt2").touch()
+    found = parts.parts("cpu", tmp_path / "patterns")
     labels = {stem: [item.label for item in items] for part in found for stem, items in part.work.items()}
     assert "resnet50 random-0.90 N=8" in labels["networks-fp32"] and len(labels["layers-fp32"]) == 39
+    assert labels["networks-fp32"][-1] == "pose_detection as-given N=1"
     assert not [label for label in labels["networks-fp32"] if "magnitude" in label]
+    without = [item.label for item in parts.parts("cpu", tmp_path)[0].work["networks-fp32"]]
+    assert without == labels["networks-fp32"][:-1]
 
 
 def test_files_of_before_all_runs_were_kept() -> None:

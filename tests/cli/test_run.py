@@ -66,7 +66,7 @@ def test_a_file_that_lies_about_its_format(saved: Path, images: Path) -> None:
     Image.open(images / "b.png").save(images / "page.eps")
     (images / "page.eps").rename(images / "b.png")
     result = invoke("run", saved, images)
-    assert result.exit_code == 2 and "b.png is no readable image" in result.stderr
+    assert result.exit_code == 1 and "b.png is no readable image" in result.stderr
 
 
 def test_what_a_decoder_raises_names_the_image(saved: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_images_of_16_bits_are_refused(saved: Path, images: Path) -> None:
 
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(images / "b.png")
     result = invoke("run", saved, images)
-    assert result.exit_code == 2 and "more than 8 bits per channel" in result.stderr
+    assert result.exit_code == 1 and "more than 8 bits per channel" in result.stderr
 
 
 def test_the_first_forward_is_not_counted(saved: Path, batch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,10 +169,31 @@ def test_npz_batches_hold_one_array(saved: Path, batch: Path, tmp_path: Path) ->
     assert result.exit_code == 2 and "2 arrays (x, y)" in result.stderr
 
 
-def test_unreadable_images(saved: Path, images: Path) -> None:
+def test_unreadable_images_are_set_aside(saved: Path, images: Path, tmp_path: Path) -> None:
+    """The others' predictions are what they are without it, whatever batch it was in."""
+    expected = succeed_json("run", saved, images)["predictions"]
     (images / "b.png").write_bytes(b"no png")
+    result = invoke("run", saved, images, "--json", "--batch", 2, "--output", tmp_path / "out.csv")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 1 and report["inputs"] == 2 and list(report["failed"]) == ["b.png"]
+    assert [row["input"] for row in report["predictions"]] == ["a.jpg", "c.PNG"]
+    assert [row["score"] for row in report["predictions"]] == pytest.approx([expected[i]["score"] for i in (0, 2)])
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 3
+    assert "set aside: " in result.stderr and "b.png is no readable image" in result.stderr
+    assert "1 of 3 images could not be read" in result.stderr
+    for name in ("a.jpg", "c.PNG"):
+        (images / name).write_bytes(b"none")
     result = invoke("run", saved, images)
-    assert result.exit_code == 2 and "b.png is no readable image" in result.stderr
+    assert result.exit_code == 2 and "a.jpg is no readable image" in result.stderr
+    assert "nor can the 2 others" in result.stderr.replace("\n", " ")
+
+
+def test_how_images_are_normalised_is_said(saved: Path, images: Path) -> None:
+    text = " ".join(succeed("run", saved, images).stdout.split())
+    assert "images are resized to 16x16, scaled to 0..1, less mean 0.485,0.456,0.406" in text
+    assert "ImageNet's; --mean and --std change that" in text
+    text = " ".join(succeed("run", saved, images, "--mean", "0,0,0", "--std", "1,1,1").stdout.split())
+    assert "less mean 0,0,0, by deviation 1,1,1" in text and "ImageNet" not in text
 
 
 def test_a_model_that_takes_bytes(saved: Path, pruned: Path, images: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from collections.abc import Callable
@@ -23,6 +24,7 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
         self.fails: str | None = None
+        self.exec: str | int = "exec"
         modes = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread", CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
         flags = SimpleNamespace(CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH=1)
         api = SimpleNamespace(
@@ -51,7 +53,7 @@ class Device:
             raise RuntimeError(f"{name} failed")
         if name == "cuStreamBeginCapture":
             assert args == (7, "thread") and not gc.isenabled()
-        return {"cuStreamEndCapture": "graph", "cuGraphInstantiate": "exec"}.get(name, args[0])
+        return {"cuStreamEndCapture": "graph", "cuGraphInstantiate": self.exec}.get(name, args[0])
 
     def launch(self, graph: str, stream: int) -> int:
         self.log.append(f"{graph} on {stream}")
@@ -75,6 +77,43 @@ def test_a_graph_is_launched_and_freed(device: Device) -> None:
     del graph
     exchange = "ThreadExchangeStreamCaptureMode"
     assert device.log[len(made) + 1 :] == [exchange, "GraphExecDestroy", exchange, "release"]
+
+
+def test_a_graph_is_launched_with_its_input(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver is asked by its functions' addresses, and whatever it refuses is said, with nothing launched."""
+    log, refused, captured = list[tuple[Any, ...]](), dict[str, int](), 0
+
+    def noted(name: str) -> Callable[..., int]:
+        def call(*args: Any) -> int:
+            if name == "cuStreamIsCapturing":
+                ctypes.c_int.from_address(args[1]).value = captured
+            log.append((name, *args))
+            return refused.get(name, 0)
+
+        return call
+
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    functions = {
+        "cuGraphLaunch": ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer)(noted("cuGraphLaunch")),
+        "cuMemcpyDtoDAsync": ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer, size, pointer)(
+            noted("cuMemcpyDtoDAsync")
+        ),
+        "cuStreamIsCapturing": ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer)(noted("cuStreamIsCapturing")),
+    }
+    monkeypatch.setattr(driver, "address", lambda name: ctypes.cast(functions[name], pointer).value)
+    device.exec = 11
+    graph, x = capture.Graph(lambda: None, STREAM, "pool"), torch.zeros(3)
+    launch = graph.with_input(64, 12)
+    assert launch(7, x) == 0 and log[0][:2] == ("cuStreamIsCapturing", 7)
+    assert log[1:] == [("cuMemcpyDtoDAsync", 64, x.data_ptr(), 12, 7), ("cuGraphLaunch", 11, 7)]
+    for name, others in (("cuGraphLaunch", 2), ("cuMemcpyDtoDAsync", 1), ("cuStreamIsCapturing", 0)):
+        log.clear()
+        refused[name] = 201
+        assert launch(7, x) == 201 and len(log) == others + 1
+    refused.clear()
+    log.clear()
+    captured = 1
+    assert launch(7, x) == -1 and len(log) == 1
 
 
 def fail() -> None:

@@ -67,6 +67,16 @@ def test_tf32_is_switched_for_as_long_as_it_is_needed(monkeypatch: pytest.Monkey
             assert cudnn.allow_tf32 == before
 
 
+class Logarithm(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.log()
+
+
+def with_sparse_tensor(model: nn.Module) -> nn.Module:
+    model.register_buffer("held", torch.eye(2).to_sparse())
+    return model
+
+
 def with_nan(model: nn.Module) -> nn.Module:
     model.second.weight.data[0, 0, 0, 0] = float("nan")  # type: ignore[union-attr, index]
     return model
@@ -112,12 +122,30 @@ def with_nan(model: nn.Module) -> nn.Module:
             ValueError,
             "tensor .* is on cpu, the example on meta",
         ),
+        (
+            lambda: with_sparse_tensor(pruned(Small())),
+            torch.randn(1, 3, 8, 8),
+            ValueError,
+            "tensor held has the layout",
+        ),
         (lambda: with_nan(pruned(Small())), torch.randn(1, 3, 8, 8), ValueError, "layer second: its weight holds NaN"),
         (
             lambda: pruned(Small()),
             torch.randn(0, 3, 8, 8),
             ValueError,
             r"example of shape \(0, 3, 8, 8\) holds nothing",
+        ),
+        (
+            lambda: pruned(Small()),
+            torch.randn(1, 3, 8, 8).masked_fill(torch.arange(8) == 5, torch.inf),
+            ValueError,
+            r"example of shape \(1, 3, 8, 8\) holds NaN or infinity, .* pass finite numbers",
+        ),
+        (
+            lambda: nn.Sequential(one_conv(), nn.Hardtanh(-1.0, -0.5), Logarithm()).eval(),
+            torch.randn(1, 3, 8, 8),
+            ValueError,
+            r"no finite number in output 0, of shape \(1, 4, 6, 6\)",
         ),
         (lambda: nn.Linear(3, 4).eval(), torch.randn(1, 3), ValueError, "no 2-d convolution"),
         (lambda: "resnet50", torch.randn(1, 3), TypeError, "takes an nn.Module, got str"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import escort
 
@@ -62,7 +63,8 @@ def test_pixels_have_classes_too() -> None:
         ([torch.ones(2, 3), torch.tensor([0, 1])], None),  # as a DataLoader makes it of images and labels
         ({"image": torch.ones(2, 3)}, lambda batch: batch["image"]),
         (torch.ones(2, 3), None),
-        ((torch.ones(2, 3),), None),
+        ((torch.ones(2, 3), torch.tensor([0, 1])), None),  # as other loaders do
+        (((torch.ones(2, 3),), torch.tensor([0, 1])), None),  # all arguments, and labels
     ],
 )
 def test_batches_as_loaders_have_them(batch: Any, inputs: Any) -> None:
@@ -105,9 +107,37 @@ def test_what_is_refused() -> None:
     same = nn.Identity().eval()
     with pytest.raises(ValueError, match="fast is in training mode"):
         escort.compare(same, nn.Identity(), [torch.ones(1, 2)])
-    with pytest.raises(ValueError, match="no batch"):
-        escort.compare(same, same, [])
-    with pytest.raises(TypeError, match="no tensor"):
-        escort.compare(same, same, ["image.png"])
     with pytest.raises(ValueError, match="returns 2 tensors, fast 1"):
         escort.compare(Scaled().eval(), same, [torch.ones(1, 2)])
+
+
+@pytest.mark.parametrize(
+    ("loader", "options", "error", "says"),
+    [
+        ([], {}, ValueError, "the loader has no batch"),
+        ([torch.ones(1, 2)], {"batches": 0}, ValueError, "batches is how many to take, got 0"),
+        (torch.ones(1, 2), {}, TypeError, r"got a tensor; pass a list with it in it, \[x\]"),
+        (TensorDataset(torch.ones(1, 2)), {}, TypeError, "the samples of a TensorDataset; pass a DataLoader of it"),
+        (7, {}, TypeError, "loader has batches, got int"),
+        ({"image": torch.ones(1, 2)}, {}, TypeError, "loader has batches, got dict"),
+        (["image.png"], {}, TypeError, "batch 0: .* with the batch itself, and there is no tensor in 'image.png'"),
+        ([("image.png", torch.ones(2))], {}, TypeError, "with the first item of a tuple, and there is no tensor"),
+        ([torch.ones(1, 2)], {"inputs": lambda batch: None}, TypeError, "with what inputs.batch. returns"),
+        (
+            [(torch.ones(1, 2), torch.ones(1, 2))],
+            {"inputs": tuple},
+            ValueError,
+            "batch 0: model does not take .*inputs=",
+        ),
+        ([{"image": torch.ones(1, 2)}], {}, ValueError, "batch 0: model does not take .*'image'"),
+    ],
+)
+def test_loaders_that_are_refused(loader: Any, options: dict[str, Any], error: type[Exception], says: str) -> None:
+    same = nn.Linear(2, 2).eval()
+    with pytest.raises(error, match=says):
+        escort.compare(same, same, loader, **options)
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(TypeError, match="fast is a model, got str; a file's comes from escort.load"):
+        escort.compare(nn.Identity().eval(), "model.escort", [torch.ones(1, 2)])  # type: ignore[arg-type]

@@ -83,6 +83,27 @@ def test_it_has_the_attributes_of_the_original_and_says_what_it_lacks() -> None:
         assert inspect.signature(other.forward) == inspect.signature(fast.forward)
 
 
+def test_sequences_in_it_are_indexed_as_the_originals_are() -> None:
+    def block() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
+
+    model = pruned(nn.Sequential(OrderedDict(first=nn.Conv2d(3, 3, 1), blocks=nn.Sequential(block(), block()))))
+    fast: Any = escort.convert(model, X)
+    assert len(fast.blocks) == 2 and [*fast.blocks] == [fast.blocks[0], fast.blocks[1]]
+    assert fast.blocks[1][3] is fast.get_submodule("network.blocks.1.3") and fast["first"] is fast.first
+    with pytest.raises(
+        IndexError, match="there is no 1 in this part of the converted model, which has 0, 3: others were"
+    ):
+        fast.blocks[0][1]
+    with pytest.raises(KeyError, match="there is no last in this part"):
+        fast["last"]
+    with pytest.raises(TypeError, match="indexed by a number or a name, got slice"):
+        fast.blocks[:1]
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(fast)
+    assert escort.convert(model.blocks, X)[0][0].in_channels == 3 and bool(fast)
+
+
 def test_a_saved_one_takes_the_same(tmp_path: Path) -> None:
     fast = escort.convert(pruned(Options()), (X, 3.0), {"twice": True})
     escort.save(fast, tmp_path / "model.escort")

@@ -124,7 +124,7 @@ def test_warmup_leaves_a_state_as_it_was() -> None:
 
 @pytest.mark.parametrize("given", [(1, 3, 40, 40), torch.Size((1, 3, 40, 40)), torch.zeros(1, 3, 40, 40)])
 def test_warmup_takes_several_inputs(given: object) -> None:
-    with pytest.raises(TypeError, match="several inputs or shapes; pass a list, with this one in it"):
+    with pytest.raises(TypeError, match="several inputs or shapes; pass a list of them"):
         converted().warmup(given)  # type: ignore[arg-type]
 
 

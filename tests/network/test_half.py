@@ -15,7 +15,7 @@ import escort
 from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.network.model import ConvertedModel
 from escort.network.passes import widen
-from escort.network.plan import NetworkPlan
+from escort.network.plan import NetworkPlan, plan_table
 from escort.reference import compare
 from tests.network.patterns import traced
 from tests.network.rewritten import settled
@@ -57,6 +57,9 @@ def test_inputs_and_outputs_keep_the_models_type(dtype: torch.dtype, tmp_path: P
         str(fast.plan).split()
     )
     assert NetworkPlan.from_json(fast.plan.to_json()) == fast.plan
+    rival = next(row for row in plan_table(fast.plan).rows if row[3] == "float32")
+    assert fast.plan.rivals["float32"] > 0.0 and rival[-1] == "of the dense model, for comparison"
+    assert f"The whole network's dense time is torch's in {fast.plan.widened}" in " ".join(str(fast.plan).split())
     assert len(fast.plan.layers) == 3 and not fast.plan.skipped and not fast.plan.kept_dense
     assert {tensor.dtype for tensor in fast.state_dict().values()} == {torch.float32, torch.int32}
     for inputs in (x, torch.randn(3, 3, 9, 20).to(dtype)):

@@ -70,10 +70,19 @@ def test_the_original_is_kept_where_the_plan_kept_it(model: nn.Module, plan: Net
 @pytest.mark.usefixtures("no_timer")
 def test_other_weights_of_the_model_follow_it_too(model: nn.Module, plan: NetworkPlan) -> None:
     torch.manual_seed(7)
-    other = pruned(Small(), 0.6)
+    other = pruned(Small(), 0.82)
     fast = escort.convert(other, X, plan=plan)
     torch.testing.assert_close(fast(X), other(X))
-    assert all(0.55 < share < 0.65 for share in fast.plan.sparsities.values()), "the zeros of the weights at hand"
+    assert all(0.81 < share < 0.83 for share in fast.plan.sparsities.values()), "the zeros of the weights at hand"
+
+
+@pytest.mark.usefixtures("no_timer")
+def test_weights_of_far_other_zeros_do_not_follow_it(plan: NetworkPlan) -> None:
+    for zeros in (0.6, 0.9):
+        with pytest.raises(ValueError, match=f"layer first: the plan is for 80% zeros, the model has {zeros:.0%}, .* "):
+            escort.convert(pruned(Small(), zeros), X, plan=plan)
+    older = replace(plan, sparsities={})  # which does not say
+    assert escort.convert(pruned(Small(), 0.6), X, plan=older).plan.layers.keys() == plan.layers.keys()
 
 
 def test_a_choice_that_is_wrong_here_is_refused(

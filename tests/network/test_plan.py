@@ -42,7 +42,7 @@ def network_plan(kept_dense: bool = False) -> NetworkPlan:
 
 
 def test_the_plan_table_says_what_the_plan_says():
-    section = plan_table(network_plan())
+    section = plan_table(network_plan(), whole=True)
     rows = {row[0]: dict(zip(section.columns, row, strict=True)) for row in section.rows}
     layer = rows["stem[0]"]
     assert layer["Convolution"] == "64->128 3x3, 16x16 /2"
@@ -66,7 +66,8 @@ def test_the_terminal_prints_brackets_as_they_are():
     with console.capture() as capture:
         console.print(report.terminal(plan_table(network_plan())))
     assert "stem[0]" in capture.get()
-    assert "lowered: takes no <dilation>" in re.sub(r"\s+", " ", capture.get())
+    words = " ".join(capture.get().split())
+    assert "25.00x not lowered odd" in words and "or escort plan --candidates." in words
 
 
 def test_a_gpu_is_named_with_its_driver() -> None:
@@ -96,14 +97,14 @@ def test_the_dense_method_of_a_gpu_has_one_column() -> None:
 
 def test_what_was_not_tried_is_said() -> None:
     caption = plan_table(replace(network_plan(), not_tried={"graph": "x.sum() > 0", "channels_last": "fp32"})).caption
-    assert caption.endswith(" Not tried as a graph: x.sum() > 0. Not tried in channels_last: fp32.")
+    assert " Not tried as a graph: x.sum() > 0. Not tried in channels_last: fp32." in caption
 
 
 def test_a_rival_has_a_line_of_its_own_or_a_reason() -> None:
     rival = plan_table(replace(network_plan(), rivals={"torch.compile": 2000.0})).rows[-1]
     assert rival[3:7] == ("torch.compile", "2,000", "3,000", "1.50x") and "dense model" in rival[7]
     caption = plan_table(replace(network_plan(), not_tried={"torch.compile": "there is no C compiler"})).caption
-    assert caption.endswith(" Not tried by torch.compile: there is no C compiler.")
+    assert " Not tried by torch.compile: there is no C compiler." in caption
 
 
 def test_it_says_which_steps_run_natively() -> None:

@@ -90,6 +90,16 @@ class FakeGpu(Gpu):
         self.sizes[pool] += self.needs
         return recording
 
+    def launcher(self, graph: Any, place: Tensor) -> Callable[[int, Tensor], int]:
+        def launch(stream: int, x: Tensor) -> int:
+            if self.is_captured:
+                return -1
+            place.copy_(x)
+            graph.replay(stream)
+            return 0
+
+        return launch
+
     @property
     def is_captured(self) -> bool:
         """Whether the calling thread captures."""
@@ -117,7 +127,7 @@ class FakeLane(Lane):
 
     def __init__(self, gpu: FakeGpu, number: int) -> None:
         super().__init__(0, number)
-        self._is_shared = False
+        self.is_shared = False
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:

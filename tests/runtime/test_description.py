@@ -117,6 +117,20 @@ def test_why_a_network_cannot_be_saved(reason: str) -> None:
     assert re.search(reason, str(unsavable(network, X.device)))
 
 
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [
+        (torch.tensor([1.0, -torch.inf]), "more holds NaN or infinity; use a finite number"),
+        (torch.zeros(2, dtype=torch.complex64), "more is a torch.complex64 tensor"),
+    ],
+)
+def test_tensors_of_no_program_are_asked_too(held: Tensor, reason: str) -> None:
+    whole = AsItIs(nn.Conv2d(3, 4, 3))
+    assert unsavable(whole, X.device) is None
+    whole.register_buffer("more", held)
+    assert str(unsavable(whole, X.device)).startswith(reason)
+
+
 def test_an_input_that_nobody_has_an_example_of() -> None:
     network = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
     assert "what its input input is like is not known" in str(unsavable(network, X.device))

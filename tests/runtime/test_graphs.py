@@ -8,7 +8,7 @@ import logging
 import pickle
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -413,6 +413,51 @@ def test_policies(gpu: FakeGpu) -> None:
     served.graphs.policy = "off"
     assert not any(served.check(pictures()) for _ in range(3)) and served.stats["graphs"] == 0
     assert served.stats["eager"]["graphs are switched off"] == 3 and served.stats["replays"] == 1
+
+
+def test_a_call_like_one_before_is_launched_first(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    served, x, long_ways = Served(), pictures(), list[Any]()
+    by_graph = served.graphs._by_graph
+
+    def noted(*args: Any, **named: Any) -> Any:
+        long_ways.append(args)
+        return by_graph(*args, **named)
+
+    def takes_the_long_way(call: Callable[[], Any]) -> bool:
+        before = len(long_ways)
+        call()
+        return len(long_ways) > before
+
+    monkeypatch.setattr(served.graphs, "_by_graph", noted)
+    assert [served.check(pictures()) for _ in range(6)] == [False, True, True, True, True, True]
+    assert len(long_ways) == 3 and served.stats["replays"] == 5  # the third notes what such calls are like
+    for other in (nn.Parameter(x), pictures(3), x.contiguous(memory_format=torch.channels_last)):
+        assert takes_the_long_way(lambda other=other: served(other)) and not takes_the_long_way(lambda: served(x))
+    assert takes_the_long_way(lambda: served(x=x))
+    negated = torch._neg_view(x)
+    assert torch.equal(served(negated), served.program(negated)) and served.was_replayed
+    for attribute, value in (("is_captured", True), ("current", 7)):
+        before = getattr(gpu, attribute)
+        monkeypatch.setattr(gpu, attribute, value)
+        assert takes_the_long_way(lambda: served(x)) and not served.was_replayed
+        monkeypatch.setattr(gpu, attribute, before)
+        assert not takes_the_long_way(lambda: served(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(takes_the_long_way(lambda: served(x)) and not served.was_replayed for _ in range(2))
+    assert takes_the_long_way(lambda: served(x)) and served.was_replayed and not takes_the_long_way(lambda: served(x))
+
+
+def test_a_graph_that_went_is_not_launched_again(gpu: FakeGpu) -> None:
+    served, x = Served(), pictures()
+    for _ in range(4):
+        served(x)
+    (graph,) = served.graphs._bound.captured.values()  # type: ignore[union-attr]
+    gone = weakref.ref(graph)
+    del graph
+    served.graphs.limit_bytes = 0
+    served.graphs._make_room(served.graphs._bound)  # type: ignore[arg-type]
+    gc.collect()
+    assert gone() is None and not served.check(x)
 
 
 class Watching(TorchFunctionMode):

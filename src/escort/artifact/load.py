@@ -21,6 +21,7 @@ from escort.artifact import build
 from escort.artifact import kernels as carried
 from escort.artifact.container import Container, parse
 from escort.artifact.errors import ArtifactError, blaming
+from escort.artifact.files import named
 from escort.artifact.save import FORMAT, VERSION
 from escort.cuda.carried import carry
 from escort.layers import SparseConv2d
@@ -84,7 +85,7 @@ def load(
         OSError: if the file cannot be read.
         torch.OutOfMemoryError: if the GPU cannot hold the model, or run it on the inputs that it was planned for.
     """
-    path, begin = Path(path), time.perf_counter()
+    path, begin = named(path), time.perf_counter()
     if isinstance(model, str | torch.device):
         raise TypeError(f"model is an nn.Module, got {model!r}; write device={str(model)!r}")
     wanted = None if device is None else find_device(str(device))
@@ -131,7 +132,7 @@ def load_plan(path: str | os.PathLike[str]) -> NetworkPlan:
     Raises:
         ArtifactError, OSError: as :func:`load` does.
     """
-    path = Path(path)
+    path = named(path)
     data = _file_bytes(path)
     with blaming(path, _REMEDY):
         return _open(path, data)[1]

@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from escort.artifact import kernels as carried
+from escort.artifact.build import own_paths
 from escort.artifact.container import pack
-from escort.artifact.files import replace_file
+from escort.artifact.files import named, replace_file
 from escort.layers import SparseConv2d
 from escort.network.model import ConvertedModel
 from escort.planner.machine import Machine
+from escort.prune import listing
 from escort.runtime import Program
-from escort.runtime.saved.description import describe, layers_in, programs_in, tensors_read, unsavable
+from escort.runtime.saved.description import Description, describe, layers_in, programs_in, tensors_read, unsavable
 from escort.runtime.saved.errors import naming
 from escort.runtime.saved.places import Places, joined
 
@@ -32,8 +34,8 @@ def save(model: ConvertedModel, path: str | os.PathLike[str], *, kernels: bool =
 
     An older file of that name is replaced once the new one is complete, and stays if anything fails; a link stays a
     link, and the file's mode stays what it was. Where modules of the model could not be traced, the file does not hold
-    their code, and :func:`load` takes a new model besides. Whether a model can be saved is known before it is
-    converted: its plan's `not_saved` says why not.
+    their code, a warning in the log names them, and :func:`load` takes a new model besides. Whether a model
+    can be saved is known before it is converted: its plan's `not_saved` says why not.
 
     Args:
         kernels: whether to write a second file beside it, `path` with `.kernels` behind: the compiled kernels that the
@@ -50,7 +52,7 @@ def save(model: ConvertedModel, path: str | os.PathLike[str], *, kernels: bool =
         raise ValueError(reason)
     description = describe(model.network)
     _check_as_planned(model)
-    path, compiled = Path(path), _pack_kernels(model) if kernels else None
+    path, compiled = named(path), _pack_kernels(model) if kernels else None
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -66,6 +68,20 @@ def save(model: ConvertedModel, path: str | os.PathLike[str], *, kernels: bool =
         _write(carried.beside(path), compiled)
     _write(path, data)
     _log.info("saved %s, %d bytes", path, len(data))
+    if missing := _not_held(model.network, description):
+        _log.warning(
+            "%s does not hold the whole program, as %s could not be traced: load it into a new model of that class, by "
+            "escort.load(path, model) or by --model on the command line",
+            *(path, missing),
+        )
+
+
+def _not_held(network: nn.Module, description: Description) -> str:
+    """What the file has no code of; empty where it holds all."""
+    if "" not in description.programs:
+        return f"the model, a {type(network).__name__},"
+    own = [f"{path} ({type(network.get_submodule(path)).__name__})" for path in own_paths(description.layers)]
+    return f"layer{'s' if len(own) > 1 else ''} {listing(own)}" if own else ""
 
 
 def _pack_kernels(model: ConvertedModel) -> bytes:

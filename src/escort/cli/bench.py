@@ -35,7 +35,6 @@ def main(
 
     On the CPU each engine runs in processes of its own, one per round, while no other engine runs.
     """
-    options.check_no_plan()
     names = engines.default(options.device) if against is None else [name for name in against.split(",") if name]
     race = Race(
         names,

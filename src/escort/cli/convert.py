@@ -15,7 +15,7 @@ from escort.artifact.kernels import beside
 from escort.cli.console import Output
 from escort.cli.images import layer_of
 from escort.cli.models import ONNX_SUFFIX
-from escort.cli.options import ModelOptions, check_page, check_writable, command
+from escort.cli.options import ConvertOptions, check_page, check_writable, command
 from escort.network import plan_page
 from escort.network.plan import plan_table
 from escort.planner.machine import find_device
@@ -39,7 +39,7 @@ class ImageOptions:
 
 @command
 def main(
-    options: ModelOptions,
+    options: ConvertOptions,
     normalise: ImageOptions,
     output: Output,
     output_path: Annotated[

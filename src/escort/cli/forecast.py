@@ -34,7 +34,6 @@ def main(
 
     It says nothing of accuracy. It takes as long as three conversions.
     """
-    options.check_no_plan()
     effort = effort_of(options.effort)
     if page is not None:
         check_page(page)

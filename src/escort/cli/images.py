@@ -59,6 +59,14 @@ class Preparation:
         if min(self.deviation) <= 0:
             raise ValueError(f"deviations are positive, got {self.deviation}")
 
+    def __str__(self) -> str:
+        size = f"resized to {self.height}x{self.width}"
+        if self.layer is not None:
+            return f"{size}; the model normalises them"
+        mean, deviation = (",".join(f"{x:g}" for x in values) for values in (self.mean, self.deviation))
+        whose = " (ImageNet's; --mean and --std change that)" if (self.mean, self.deviation) == _IMAGENET else ""
+        return f"{size}, scaled to 0..1, less mean {mean}, by deviation {deviation}{whose}"
+
     def blank(self) -> Tensor:
         """Zeros as :meth:`read` gives an image."""
         if self.layer is None:
@@ -107,10 +115,20 @@ class ImageOptions:
         str | None, typer.Option(metavar="H,W", help="Resize images to this; by default to the size of the plan.")
     ] = None
     mean: Annotated[
-        str, typer.Option(metavar="R,G,B", help="Subtracted from pixels in 0..1; by default ImageNet's.")
+        str,
+        typer.Option(
+            metavar="R,G,B",
+            help="Subtracted from pixels in 0..1: what the model was trained with. By default ImageNet's, "
+            "0.485,0.456,0.406; of grey images 0.",
+        ),
     ] = ""
     deviation: Annotated[
-        str, typer.Option("--std", metavar="R,G,B", help="Pixels are divided by it; same default.")
+        str,
+        typer.Option(
+            "--std",
+            metavar="R,G,B",
+            help="Pixels are divided by it then. By default ImageNet's, 0.229,0.224,0.225; of grey images 1.",
+        ),
     ] = ""
 
     def inputs(self, source: Path, shape: tuple[int, int, int], layer: Images | None = None) -> Inputs:
@@ -173,15 +191,32 @@ class Inputs:
             raise ValueError(f"{path} holds {array.dtype}; prepare it as the model was trained, as float32")
         return cls([str(index) for index in range(len(array))], array, [], None)
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Up to `size` each, in order: (C, H, W) float32, or bytes where the model takes these."""
-        for first in range(0, len(self.names), size):
-            if self.array is not None:
-                dtype = np.uint8 if self.array.dtype == np.uint8 else np.float32
-                yield torch.from_numpy(np.ascontiguousarray(self.array[first : first + size], dtype=dtype))
-            else:
-                assert self.preparation is not None
-                yield torch.stack([self.preparation.read(path) for path in self.paths[first : first + size]])
+    def batches(self, size: int, failed: dict[str, str]) -> Iterator[tuple[list[str], Tensor]]:
+        """Up to `size` each with their names, in order: (C, H, W) float32, or bytes where the model takes these.
+
+        Args:
+            failed: images that cannot be read are left out, and written to it by name with the reason.
+        """
+        if self.array is not None:
+            dtype = np.uint8 if self.array.dtype == np.uint8 else np.float32
+            for first in range(0, len(self.names), size):
+                part = np.ascontiguousarray(self.array[first : first + size], dtype=dtype)
+                yield self.names[first : first + size], torch.from_numpy(part)
+            return
+        assert self.preparation is not None
+        names, read = list[str](), list[Tensor]()
+        for name, path in zip(self.names, self.paths, strict=True):
+            try:
+                read.append(self.preparation.read(path))
+            except ValueError as error:
+                failed[name] = str(error)
+                continue
+            names.append(name)
+            if len(names) == size:
+                yield names, torch.stack(read)
+                names, read = [], []
+        if names:
+            yield names, torch.stack(read)
 
 
 def _formats() -> list[str]:

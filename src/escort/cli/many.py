@@ -90,6 +90,7 @@ class ManyOptions:
         if on_gpus and self.threads is not None:
             raise ValueError("--threads are of workers on a CPU; leave it out, or add --device cpu")
         preparation, threads = inputs.preparation, self.threads or 1
+        output.text.print(f"images are {preparation}")
         blank = preparation.blank()
         reader = Reader(preparation.read, tuple(blank.shape), str(blank.numpy().dtype), threads)
         predictor: dict[str, Any] = {
@@ -102,7 +103,7 @@ class ManyOptions:
         images = dict(zip(inputs.names, (path.absolute() for path in inputs.paths), strict=True))
         made_by = {
             "network": _digest(saved.saved.read_bytes()),
-            "preparation": str(preparation),
+            "preparation": repr(preparation),
             "folder of images": _digest(os.fsencode(inputs.paths[0].parent.resolve())),  # which has names of its own
         }
         blocks = Blocks(folder, made_by)
@@ -124,6 +125,7 @@ class ManyOptions:
             "inputs_per_second": report.per_second,
             "output": str(folder),
         }
+        output.failed = bool(report.written.failed)
         _print(report, folder / FAILED, output.text)
 
 

@@ -165,7 +165,6 @@ class ModelOptions(SourceOptions):
     precision: PrecisionOption = PrecisionName.FP32
     effort: EffortOption = "fast"
     favor: FavorOption = None
-    plan: PlanOption = None
     verbose: VerboseOption = 0
 
     @property
@@ -176,14 +175,9 @@ class ModelOptions(SourceOptions):
     @property
     def are_default(self) -> bool:
         """Whether none was given that says what to convert but the model."""
-        return replace(self, shapes=self.shapes or None, verbose=0) == ModelOptions(self.model)
+        return replace(self, shapes=self.shapes or None, verbose=0) == type(self)(self.model)
 
-    def check_no_plan(self) -> None:
-        """Raises ValueError where a plan is given to a command that follows none."""
-        if self.plan is not None:
-            raise ValueError("--plan is for escort convert and escort plan; leave it out")
-
-    def load_with_inputs(self) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    def load_with_inputs(self, *, is_timed: bool = True) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
         """The model and random inputs for it, the same each time, on the device and as the precision is stored."""
         shapes = [numbers(shape, "--input") for shape in self.shapes or []]
         if not shapes and Path(self.model).suffix != models.ONNX_SUFFIX:
@@ -191,9 +185,16 @@ class ModelOptions(SourceOptions):
         model = self.load()
         inputs = _drawn(shapes or models.declared_shapes(model), models.input_types(model))
         placed = place(model, inputs, self.device, self.precision)
-        if self.plan is None:
+        if is_timed:
             note_if_busy(placed[1][0].device.type)
         return placed
+
+
+@dataclass(frozen=True)
+class ConvertOptions(ModelOptions):
+    """A model to convert, and a plan that it may follow."""
+
+    plan: PlanOption = None
 
     def convert(self, *, remeasure: bool = False, images: Images | None = None) -> ConvertedModel:
         """The converted model; a progress bar shows on stderr.
@@ -202,7 +203,7 @@ class ModelOptions(SourceOptions):
             images: what is put in front of the model, so that it takes bytes.
         """
         effort = effort_of(self.effort)  # before anything that takes long
-        model, inputs = self.load_with_inputs()
+        model, inputs = self.load_with_inputs(is_timed=self.plan is None)
         if images is not None:
             model, inputs = _taking_bytes(model, inputs, images)
         return escort.convert(

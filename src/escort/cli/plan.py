@@ -10,14 +10,14 @@ import typer
 from escort import artifact, report
 from escort.cli import checkpoints, models
 from escort.cli.console import Output, check_is_file
-from escort.cli.options import SAVED, ModelOptions, command
+from escort.cli.options import SAVED, ConvertOptions, command
 from escort.network.plan import NetworkPlan, plan_table
 from escort.planner.plan import Candidate
 
 
 @command
 def main(
-    options: ModelOptions,
+    options: ConvertOptions,
     output: Output,
     candidates: Annotated[bool, typer.Option("--candidates", help="Every candidate of every layer.")] = False,
 ) -> None:
@@ -33,7 +33,7 @@ def main(
         output.text.print(report.terminal(_candidates(plan)))
 
 
-def _stored_plan(options: ModelOptions) -> NetworkPlan:
+def _stored_plan(options: ConvertOptions) -> NetworkPlan:
     if not options.are_default:
         names = "--input, --checkpoint, --device, --precision, --effort, --favor and --plan"
         raise ValueError(f"{options.model} is saved with its plan and weights; leave out {names}")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from escort.artifact.files import replace_file
-from escort.cli.console import Output, progress
+from escort.cli.console import Output, note, progress
 from escort.cli.images import ImageOptions, Inputs
 from escort.cli.many import ManyOptions
 from escort.cli.options import SavedOptions, check_writable, command
@@ -23,7 +23,7 @@ from escort.layers import Images
 from escort.network.model import ConvertedModel
 from escort.report import Console, cell
 
-_SHOWN = 10  # predictions on the terminal
+_SHOWN = 10  # predictions on the terminal, and images that could not be read
 _OUTPUT_SUFFIXES = (".npz", ".csv")
 
 
@@ -49,7 +49,9 @@ def main(
     """Run images or a batch through a saved model; write predictions and throughput.
 
     Images are of any format that Pillow reads by itself (which leaves out EPS, WMF, MPEG, BUFR, GRIB and HDF5), with up
-    to 8 bits per channel; of an animation it is the first frame. The first forward is a warm-up and not counted.
+    to 8 bits per channel; of an animation it is the first frame. They are resized, scaled to 0..1 and, by default,
+    normalised by ImageNet's mean and deviation. One that cannot be read is set aside, with the reason; the exit code is
+    1 then. The first forward is a warm-up and not counted.
     """
     by_ray = many.check(output_path)
     if output_path is not None and not by_ray:
@@ -67,6 +69,8 @@ def main(
         assert output_path is not None
         many.run(saved, model, inputs, output_path, batch, output)
         return
+    if inputs.preparation is not None:
+        output.text.print(f"images are {inputs.preparation}")
     classes_only = output_path is not None and output_path.suffix == ".csv"
     predictions = _predict(model, inputs, batch, classes_only=classes_only)
     if output_path is not None:
@@ -80,22 +84,30 @@ def main(
         "total_seconds": predictions.total_seconds,
         "inputs_per_second": predictions.per_second,
         "output": None if output_path is None else str(output_path),
+        "preparation": None if inputs.preparation is None else str(inputs.preparation),
+        "failed": predictions.failed,
         "predictions": [dict(zip(("input", "top1", "score"), row, strict=True)) for row in predictions.rows()],
     }
     _print(predictions, batch, output.text)
     if output_path is not None:
         output.text.print(f"wrote {output_path}")
+    output.failed = bool(predictions.failed)
 
 
 @dataclass(frozen=True, eq=False)
 class _Predictions:
-    """What a model said, and how long that took; top1 is None where the outputs are not (N, classes)."""
+    """What a model said, and how long that took; top1 is None where the outputs are not (N, classes).
+
+    Attributes:
+        failed: the inputs that could not be read, by name with the reason.
+    """
 
     names: list[str]
     outputs: NDArray[np.float32]
     top1: NDArray[np.int64] | None
     model_seconds: float
     total_seconds: float
+    failed: dict[str, str]
 
     @property
     def per_second(self) -> float:
@@ -135,17 +147,29 @@ def _print(predictions: _Predictions, batch: int, console: Console) -> None:
         f"{len(predictions.names)} inputs at batch {batch}: {predictions.per_second:.1f} per second in the model, "
         f"{with_reading:.1f} with reading them"
     )
+    for reason in list(predictions.failed.values())[:_SHOWN]:
+        note(f"set aside: {reason}")
+    if failed := len(predictions.failed):
+        more = f", the first {_SHOWN} above; --json lists all" if failed > _SHOWN else ""
+        note(f"{failed} of {failed + len(predictions.names)} images could not be read{more}")
 
 
 def _predict(model: ConvertedModel, inputs: Inputs, batch: int, *, classes_only: bool) -> _Predictions:
-    """Runs all batches. Raises ValueError at the first one where the outputs are no tensor, or no classes if needed."""
+    """Runs all batches.
+
+    Raises:
+        ValueError: where nothing can be read, or at the first batch whose outputs are no tensor, or no classes if
+            needed.
+    """
+    names, failed = list[str](), dict[str, str]()
     collected: list[NDArray[np.float32]] = []
     model_seconds = 0.0
     device, dtype = torch.device(model.plan.device), model.plan.input_types[0]
     begin = time.perf_counter()
     with progress() as bar, torch.inference_mode():
         task = bar.add_task("running", total=len(inputs.names))
-        for x in inputs.batches(batch):
+        for of_batch, x in inputs.batches(batch, failed):
+            names += of_batch
             x = x.to(device, dtype)
             if not collected:  # the first forward lays out tables and compiles kernels
                 begin += _forward(model, x)[1]
@@ -159,9 +183,12 @@ def _predict(model: ConvertedModel, inputs: Inputs, batch: int, *, classes_only:
                 y = y.to(torch.promote_types(y.dtype, torch.float32))
             collected.append(y.cpu().numpy())
             bar.advance(task, len(x))
+    if not collected:
+        more = f"; nor can the {len(failed) - 1} others" if len(failed) > 1 else ""
+        raise ValueError(next(iter(failed.values())) + more)
     outputs = np.concatenate(collected)
     top1 = outputs.argmax(axis=1) if outputs.ndim == 2 else None
-    return _Predictions(inputs.names, outputs, top1, model_seconds, time.perf_counter() - begin)
+    return _Predictions(names, outputs, top1, model_seconds, time.perf_counter() - begin, failed)
 
 
 def _forward(model: ConvertedModel, x: torch.Tensor) -> tuple[torch.Tensor, float]:

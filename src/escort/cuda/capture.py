@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from escort.cuda import driver
+from escort.cuda import _launch, driver
 
 #: Held while a graph is captured, or while something is timed: a thread that waits for the whole device would end the
 #: capture of another.
@@ -76,6 +76,29 @@ class Runs:
 runs = Runs()
 
 
+_has_context: Callable[[int], bool] = getattr(torch._C, "_cuda_hasPrimaryContext", lambda index: True)
+
+
+def wait_for_gpus() -> bool:
+    """Waits until all that was launched so far, on any stream, has run.
+
+    Returns:
+        Whether it did. While this package times or captures something in another thread, or the current stream is
+        captured, nothing may wait for a whole device.
+    """
+    if not turn.acquire(blocking=False):
+        return False
+    try:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        for index in range(torch.cuda.device_count()):
+            if _has_context(index):  # else nothing runs there
+                torch.cuda.synchronize(index)
+    finally:
+        turn.release()
+    return True
+
+
 class Graph:
     """What some calls launch, as a graph of the current device that any stream may replay.
 
@@ -122,6 +145,20 @@ class Graph:
         (status,) = self._launch(self._exec, stream)
         if status:
             raise driver.DriverError("cuGraphLaunch", status).of("a graph of a network")
+
+    def with_input(self, address: int, size: int) -> Callable[[int, torch.Tensor], int]:
+        """What copies a tensor to the graph's input and launches the graph, at the least cost of the host.
+
+        It is called with a stream's address and a tensor of the graph's device, of so many bytes as they lie there, and
+        returns zero; else the graph was not launched: somebody captures the stream, or the driver refused.
+        It must not outlive this.
+
+        Args:
+            address: where the input lies.
+            size: its bytes.
+        """
+        launch, copy, ask = map(driver.address, ("cuGraphLaunch", "cuMemcpyDtoDAsync", "cuStreamIsCapturing"))
+        return _launch.Replay(launch, copy, ask, int(self._exec), address, size).issue  # type: ignore[arg-type]
 
 
 def _destroy(graph: Any, device: int, pool: Any) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 _CLUSTERED = 0.91  # of the multiprocessors, as an H200 has them: 120 of 132
+_RESERVED_BYTES = 1024  # of shared memory, with every block
+_ALIGNED_BYTES = 128  # what shared memory is given out in
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,16 @@ class Gpu:
         A cluster of more than two blocks lies within one group of multiprocessors, which may leave some of them idle.
         """
         return int(self.multiprocessors * (_CLUSTERED if size > 2 else 1.0)) // size
+
+    def spreading_bytes(self, blocks: int) -> int:
+        """The shared memory of a block by which no multiprocessor takes more of so many blocks than one of them must.
+
+        Launches overlap, and blocks are placed while those of the launch before still run. Where there is room, some
+        multiprocessors then get several blocks while others get none.
+        """
+        most = -(-max(blocks, 1) // self.multiprocessors)
+        too_many = (self.shared_bytes + _RESERVED_BYTES) // (most + 1) - _RESERVED_BYTES
+        return max(0, too_many // _ALIGNED_BYTES * _ALIGNED_BYTES + _ALIGNED_BYTES)
 
 
 H200 = Gpu(multiprocessors=132, shared_bytes=232448)

@@ -20,6 +20,7 @@ from escort.cuda import carried, driver
 from escort.cuda.binary import Binary
 from escort.cuda.compiler import Defines, Source, Text, compile_source, compiler_version, dotted
 from escort.cuda.driver import driver_version
+from escort.cuda.gpu import Gpu
 from escort.cuda.launch import Argument, Launch, Parameter, Passed, attributes
 
 #: Kernels need at least this compute capability.
@@ -148,6 +149,7 @@ class Kernel:
         *,
         overlap: bool = False,
         cluster: int = 1,
+        blocks: int | None = None,
     ) -> Launch:
         """Prepares launches that differ in a few arguments, at the least cost per launch.
 
@@ -161,11 +163,14 @@ class Kernel:
                 itself (programmatic dependent launch). Below compute capability 9.0 none does.
             cluster: blocks of a cluster along x, of which the grid is a multiple; 8 at most (from compute capability
                 9.0).
+            blocks: of a launch, where they are to spread over the multiprocessors (:meth:`Gpu.spreading_bytes`).
 
         Raises:
             ValueError: more threads or shared memory than the device has for this kernel.
             TypeError: arguments of other sizes than the kernel's parameters.
         """
+        if blocks is not None:
+            shared_bytes = max(shared_bytes, Gpu.of(str(self.device)).spreading_bytes(blocks))
         self._reserve(block, shared_bytes)
         parameters = [Parameter.of(arg) for arg in args]
         if self._parameter_bytes not in (None, [parameter.size for parameter in parameters]):

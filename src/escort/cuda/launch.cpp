@@ -49,6 +49,10 @@ using EncodeIm2col = Status(void* map, int type, uint32_t rank, void* address, c
                             uint32_t pixels, const uint32_t* steps, int interleaving, int swizzle, int promotion,
                             int fill);
 
+using LaunchGraph = Status(void* graph, void* stream);
+using CopyOnDevice = Status(uintptr_t to, uintptr_t from, size_t bytes, void* stream);
+using AskCapturing = Status(void* stream, int* capturing);
+
 constexpr uint32_t kRank = 4;
 constexpr int kNotInterleaved = 0, kFilledWithZeros = 0;
 using Sizes = std::array<uint64_t, kRank>;
@@ -264,6 +268,41 @@ class Launch {
   size_t passed_ = 0;
 };
 
+// A captured graph of one input: what the driver is asked for by a call, as one step of the caller. It never changes.
+class Replay {
+ public:
+  // place, size: where the graph reads its input.
+  Replay(uintptr_t launch, uintptr_t copy, uintptr_t ask_capturing, uintptr_t graph, uintptr_t place, size_t size)
+      : launch_(reinterpret_cast<LaunchGraph*>(launch)),
+        copy_(reinterpret_cast<CopyOnDevice*>(copy)),
+        ask_capturing_(reinterpret_cast<AskCapturing*>(ask_capturing)),
+        graph_(reinterpret_cast<void*>(graph)),
+        place_(place),
+        size_(size) {}
+
+  // Copies the bytes of a tensor there and launches the graph. Returns the driver's status, and kIsCaptured,
+  // with nothing launched, where somebody captures the stream.
+  Status issue(uintptr_t stream, nb::handle x) const {
+    const auto from = asked<uintptr_t>(x, data_ptr);
+    void* const on = reinterpret_cast<void*>(stream);
+    nb::gil_scoped_release others;
+    int capturing = 0;
+    if (Status status = ask_capturing_(on, &capturing)) return status;
+    if (capturing) return kIsCaptured;
+    if (Status status = copy_(place_, from, size_, on)) return status;
+    return launch_(graph_, on);
+  }
+
+ private:
+  static constexpr Status kIsCaptured = -1;
+  LaunchGraph* launch_;
+  CopyOnDevice* copy_;
+  AskCapturing* ask_capturing_;
+  void* graph_;
+  uintptr_t place_;
+  size_t size_;
+};
+
 }  // namespace
 }  // namespace escort
 
@@ -285,4 +324,8 @@ NB_MODULE(_launch, m) {
            "kernel"_a, "launch"_a, "function"_a, "device"_a, "block"_a, "shared_bytes"_a, "attributes"_a,
            "parameters"_a)
       .def("issue", &Launch::issue, "grid"_a, "stream"_a, "args"_a);
+  nb::class_<Replay>(m, "Replay")
+      .def(nb::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, size_t>(), "launch"_a, "copy"_a,
+           "ask_capturing"_a, "graph"_a, "place"_a, "size"_a)
+      .def("issue", &Replay::issue, "stream"_a, "x"_a);
 }

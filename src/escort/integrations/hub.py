@@ -217,6 +217,6 @@ def _facts(model: ConvertedModel) -> dict[str, Any]:
 
 def _card(model: ConvertedModel, name: str, size: int) -> str:
     about = "" if model.traced else _OWN_CODE
-    table = markdown(plan_table(model.plan, heading="Plan"))
+    table = markdown(plan_table(model.plan, "Plan", whole=True))
     own = "" if model.traced else ", model"
     return _CARD.format(name=name, file=MODEL, size=size, about=about, plan=table, model=own).replace("\n\n\n", "\n\n")

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 #: The types of tensors that are memory and nothing else, unless they are negated lazily.
 PLAIN = frozenset((torch.Tensor, nn.Parameter))
@@ -21,6 +23,7 @@ is_compiling, is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 is_profiled, _profiler = torch._C._autograd._profiler_enabled, torch._C._autograd._profiler_type
 _KINETO = torch._C._profiler.ActiveProfilerType.KINETO
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_function_modes, _is_autocast = torch._C._len_torch_function_stack, torch.is_autocast_enabled
 
 
 def is_observed() -> bool:
@@ -28,6 +31,18 @@ def is_observed() -> bool:
     if is_compiling() or is_tracing() or _modes() > 0:
         return True
     return _transforms() is not None or bool(forward_ad._current_level >= 0)
+
+
+def watched(device_type: str) -> str | None:
+    """What wants to see the steps of a network, or to change them: the reason why they are not run as one."""
+    if is_profiled():
+        return "a profiler watches"
+    if _is_autocast(device_type):
+        return "autocast is on"
+    # That of a default device changes nothing: results are made where the network is.
+    if _function_modes() and {type(mode) for mode in _get_current_function_mode_stack()} != {DeviceContext}:
+        return "a mode watches"
+    return None
 
 
 def profiled(operator: str, layer: str) -> AbstractContextManager[object]:

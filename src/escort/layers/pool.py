@@ -22,7 +22,7 @@ from escort.kernels import _cpu
 from escort.layers.observed import PLAIN, is_observed, is_profiled
 from escort.layers.runners import check_not_capturing
 from escort.methods.base import aligned
-from escort.problem import TORCH_MEMORY_FORMAT
+from escort.problem import TORCH_MEMORY_FORMAT, torch_name
 
 _log = logging.getLogger(__name__)
 Pair = tuple[int, ...]  # of two
@@ -163,7 +163,7 @@ def _in_channels_last(x: torch.Tensor) -> bool:
 
 def _check_pool(shape: torch.Size, dtype: torch.dtype, taken: Sequence[torch.dtype], window: Window) -> None:
     if len(shape) != 4 or dtype not in taken:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in taken)
+        names = " or ".join(map(torch_name, taken))
         raise ValueError(f"max_pool2d takes {names} (N, C, H, W), got {dtype} of shape {tuple(shape)}")
     kernel_size, stride, padding, dilation = window
     smallest = min(*kernel_size, *stride, *dilation)

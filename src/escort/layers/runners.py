@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from escort.cuda.capture import wait_for_gpus
 from escort.filter import SparseFilter
 from escort.layers.counters import ANOTHER_SIZE, Counters
 from escort.methods import Method, Prepared, by_name, for_device
@@ -26,7 +27,8 @@ from escort.problem import Problem
 _log = logging.getLogger(__name__)
 #: Seconds that a call may take to compile a kernel for an input size that was not planned.
 _PATIENCE_S = 1.0
-#: Seconds after which no kernel reads the tables of a runner that nobody calls any more; how many are kept so long.
+#: Seconds after which no kernel reads the tables of a runner that nobody calls any more; how many are kept so long
+#: before the GPU is waited for instead.
 _GRACE_S, _MOST_LEAVING = 10.0, 64
 
 Entry = TypeVar("Entry")
@@ -35,15 +37,19 @@ Entry = TypeVar("Entry")
 class Leaving:
     """What nobody calls any more, kept for a while: a kernel that was launched on another stream may still read it.
 
-    On CPUs nothing is kept, as a call ends with its work. Else the oldest go where there are too many.
+    On CPUs nothing is kept, as a call ends with its work. Where there are too many, the GPUs in use are waited for, and
+    the older half goes: a thread that had found one of these before it was taken out has launched it by now. Where
+    nothing may wait, since a graph is captured, all stay.
     """
 
     def __init__(self) -> None:
-        self._until: deque[tuple[float, object]] = deque(maxlen=_MOST_LEAVING)
+        self._until: deque[tuple[float, object]] = deque()
 
     def add(self, entry: object) -> None:
         if torch.cuda.is_initialized():
             self._until.append((time.monotonic() + _GRACE_S, entry))
+            if len(self._until) > _MOST_LEAVING:
+                self._wait()
 
     def let_go(self) -> None:
         """Lets go of what has been kept for long enough."""
@@ -51,6 +57,14 @@ class Leaving:
             now = time.monotonic()
             with suppress(IndexError):  # other threads may let go of the same meanwhile
                 while self._until[0][0] < now:
+                    self._until.popleft()
+
+    def _wait(self) -> None:
+        """Lets go of the older half once no kernel that was launched before runs any more."""
+        older = len(self._until) // 2
+        if wait_for_gpus():
+            with suppress(IndexError):
+                for _ in range(older):
                     self._until.popleft()
 
 

@@ -16,7 +16,7 @@ from escort.cuda.compiler import Variant
 from escort.cuda.gpu import Gpu
 from escort.filter import SparseFilter
 from escort.kernels import _cpu
-from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem
+from escort.problem import TORCH_MEMORY_FORMAT, MemoryFormat, Precision, Problem, torch_name
 
 #: Of how many batch sizes a runner remembers how it cuts them up; a further one is worked out anew.
 MOST_BATCHES = 64
@@ -199,7 +199,7 @@ def input_check(
     """
     in_shape, out_shape, dtype = problem.input_shape[1:], problem.output_shape[1:], problem.storage
     device, takes_residual = torch.device(problem.device), problem.epilogue.residual
-    name = str(dtype).removeprefix("torch.")
+    name = torch_name(dtype)
 
     def check(x: torch.Tensor, residual: torch.Tensor | None) -> None:
         shape = x.shape

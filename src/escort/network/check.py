@@ -110,9 +110,17 @@ def check_model(model: nn.Module, example: Example) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != device:
             raise ValueError(f"tensor {name} is on {tensor.device}, the example on {device}; move one to the other")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"tensor {name} has the layout {tensor.layout}; make it dense, with .to_dense()")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"convolutions run on the CPU and on NVIDIA GPUs; move the model from {device} with .cpu()")
     _check_filters_are_finite(model)
+    for x in example.tensors:
+        if not torch.isfinite(x).all():
+            raise ValueError(
+                f"the example of shape {tuple(x.shape)} holds NaN or infinity, by which no output can be judged; pass "
+                "finite numbers"
+            )
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
             "autocast is on, which converted layers do not follow; convert outside of it, the model in one type"

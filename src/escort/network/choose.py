@@ -22,6 +22,7 @@ from escort.network.values import largest_error
 from escort.planner import timing
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
+from escort.problem import torch_name
 from escort.runtime import Batching, Favor, programs_in
 
 #: Largest relative error of a converted network's outputs: its precision's rounding, summed over the layers. The
@@ -78,7 +79,7 @@ def choose(
         not_tried=dict(not_tried),
         refused=None if ways else wrong[0][1],
         input_shapes=tuple(tuple(x.shape) for x in example.tensors),
-        input_dtypes=tuple(str(x.dtype).removeprefix("torch.") for x in example.tensors),
+        input_dtypes=tuple(torch_name(x.dtype) for x in example.tensors),
         input_names=tuple(example.kwargs) if example.is_plain else (),
         packed_inputs=not example.is_plain,
         dense_time_us=dense_us,
@@ -94,7 +95,7 @@ def choose(
         timer=timer,
         methods=tuple(method.name for method in request.methods or ()),
         sparsities=sparsities(best.network),
-        widened="" if request.widened is None else str(request.widened).removeprefix("torch."),
+        widened="" if request.widened is None else torch_name(request.widened),
     )
     why = plan.reason or f"{converted_us:.1f} us, the original {dense_us:.1f} us"
     request.progress.done(f"chosen the {'original' if kept_dense else 'converted'} network ({why})")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import Dataset, IterableDataset
 
 from escort import report
 from escort.network.example import Example
@@ -18,6 +20,9 @@ from escort.network.model import ConvertedModel
 from escort.network.values import output_error, tensors_of
 from escort.report import Table
 
+_REMEDY = (
+    "say what the models take of a batch, such as inputs=lambda batch: batch['image'], or a tuple of all arguments"
+)
 _COLUMNS = ("Output", "Shape", "Top-1 agreement", "Mean error", "Largest error", "Worst sample")
 
 
@@ -99,22 +104,28 @@ def compare(
         fast: what :func:`escort.convert` or :func:`escort.load` returned, or another model of like outputs.
         loader: batches, such as a DataLoader has them.
         inputs: what the models are called with, given a batch: a tensor, or a tuple of all arguments. By default the
-            first item of a list, as a DataLoader makes one of images and labels, else the batch itself.
+            first item of a list or tuple, as loaders make them of images and labels, else the batch itself.
         batches: how many batches to take; all by default.
 
     Raises:
-        TypeError: where there is no tensor in what the models are called with.
-        ValueError: where a model is in training mode, there is no batch, or the models do not return as many tensors.
+        TypeError: where one of the two is no model, the loader holds no batches, or there is no tensor in what the
+            models are called with.
+        ValueError: where a model is in training mode, there is no batch, a model does not take one, or the models do
+            not return as many tensors.
     """
     for name, each in (("model", model), ("fast", fast)):
+        if not isinstance(each, nn.Module):
+            raise TypeError(f"{name} is a model, got {type(each).__name__}; a file's comes from escort.load")
         if each.training:
             raise ValueError(f"{name} is in training mode; call {name}.eval() first")
+    _check_loader(loader, batches)
     sums: list[_Sums] = []
     samples = 0
     with torch.inference_mode():
         for number, batch in enumerate(itertools.islice(loader, batches)):
-            example = Example.of(_inputs(batch) if inputs is None else inputs(batch))
-            expected, outputs = (tensors_of(_placed(example, each).run(each)) for each in (model, fast))
+            example = _example(batch, inputs, number)
+            expected = _outputs("model", model, example, number)
+            outputs = _outputs("fast", fast, example, number)
             sums = sums or [_Sums(tuple(x.shape)) for x in expected]
             if not len(outputs) == len(expected) == len(sums):
                 raise ValueError(
@@ -130,8 +141,43 @@ def compare(
     return Comparison(samples, tuple(each.comparison() for each in sums))
 
 
-def _inputs(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, list) and batch else batch
+def _check_loader(loader: Any, batches: int | None) -> None:
+    """Raises TypeError or ValueError where there are no batches to take."""
+    if isinstance(loader, Tensor):
+        raise TypeError("loader has batches, got a tensor; pass a list with it in it, [x]")
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise TypeError(f"loader has batches, got the samples of a {type(loader).__name__}; pass a DataLoader of it")
+    if not isinstance(loader, Iterable) or isinstance(loader, Mapping | str):
+        raise TypeError(f"loader has batches, got {type(loader).__name__}; pass a DataLoader, or a list of tensors")
+    if batches is not None and batches < 1:
+        raise ValueError(f"batches is how many to take, got {batches}; leave it out for all")
+
+
+def _example(batch: Any, inputs: Callable[[Any], Any] | None, number: int) -> Example:
+    """What the models are called with. Raises TypeError where there is no tensor in it."""
+    if inputs is not None:
+        given, source = inputs(batch), "what inputs(batch) returns"
+    elif isinstance(batch, list | tuple) and batch:
+        given, source = batch[0], f"the first item of a {type(batch).__name__}"
+    else:
+        given, source = batch, "the batch itself"
+    try:
+        return Example.of(given)
+    except TypeError as error:
+        raise TypeError(
+            f"batch {number}: the models are called with {source}, and there is no tensor in {reprlib.repr(given)}; "
+            f"{_REMEDY}"
+        ) from error
+
+
+def _outputs(name: str, model: nn.Module, example: Example, number: int) -> list[Tensor]:
+    """The tensors that a model makes of an example. Raises ValueError where it does not take it."""
+    try:
+        return tensors_of(_placed(example, model).run(model))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model's forward may raise anything
+        raise ValueError(f"batch {number}: {name} does not take {example}: {error}; {_REMEDY}") from error
 
 
 def _placed(example: Example, model: nn.Module) -> Example:

@@ -36,10 +36,10 @@ from escort.network.model import ConvertedModel
 from escort.network.original import Original, plain_copy, run_original, unwrap
 from escort.network.passes import rewrite, widen
 from escort.network.passes.channels_last import in_memory_formats
-from escort.network.pinned import check_pinned, keep_as_planned, only_planned
+from escort.network.pinned import check_pinned, check_pinned_precision, keep_as_planned, only_planned
 from escort.network.plan import NetworkPlan
 from escort.network.progress import Progress
-from escort.network.rivals import compare_with_compiled, compare_with_eager
+from escort.network.rivals import compare_with_compiled, compare_with_eager, compare_with_float32
 from escort.network.swap import Swapped, alternatives, check_calls, find_layers, likely, plan_into, record_calls, swap
 from escort.network.tracing.state import State, own_draws
 from escort.network.tracing.trace import trace
@@ -133,10 +133,8 @@ def convert(
         check_pinned(plan, example, asked | {"effort": None if effort == "fast" else effort})
         precision = precision or (None if plan.widened else plan.precision)
     settled, widened = settle_precision(model, example.device, precision)
-    if plan is not None and plan.widened != ("" if widened is None else str(widened).removeprefix("torch.")):
-        raise ValueError(f"the plan is for a model of {plan.widened or 'float32'}, this one is of another type")
-    if plan is not None and settled != plan.precision:
-        raise ValueError(f"the plan is for {plan.precision}, the model is computed in {settled}; convert it without")
+    if plan is not None:
+        check_pinned_precision(plan, settled, widened)
     request = Request(
         device=example.device,
         precision=settled,
@@ -216,8 +214,8 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         candidates = [alternative for candidate in candidates for alternative in alternatives(candidate, request)]
         chosen = _choose(dense, candidates, not_tried | not_in_format | unlikely, original, request)
         del candidates, found, networks, network  # what was not chosen lets go of its memory
-        if request.device.type == "cuda" and request.pinned is None:
-            chosen = _compared_on_gpu(chosen, dense, original, request)
+        if request.pinned is None:
+            chosen = _compared(chosen, dense, original, request)
     if chosen.plan.kept_dense:
         not_saved = unsavable(chosen.network, request.device)
     chosen.plan = replace(chosen.plan, not_saved=not_saved)
@@ -263,8 +261,16 @@ def _choose(
     return choose(dense, anew, not_tried, original, request)
 
 
-def _compared_on_gpu(chosen: ConvertedModel, dense: nn.Module, original: Original, request: Request) -> ConvertedModel:
-    """What stays behind plain calls of the original, and torch.compile where time may be spent on compiling."""
+def _compared(chosen: ConvertedModel, dense: nn.Module, original: Original, request: Request) -> ConvertedModel:
+    """What stays, with the times of the original's rivals in its plan.
+
+    Of 16 bits on a CPU that is the original in float32; on a GPU plain calls of the original, and torch.compile where
+    time may be spent on compiling.
+    """
+    if request.widened is not None:
+        chosen.plan = compare_with_float32(chosen, original, request)
+    if request.device.type == "cpu":
+        return chosen
     chosen = compare_with_eager(chosen, dense, original, request)
     if request.compile_budget_s > 0.0:
         chosen.plan = compare_with_compiled(chosen, original, request)

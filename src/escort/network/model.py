@@ -121,8 +121,8 @@ class ConvertedModel(nn.Module):
             ValueError: for a shape where the network takes other things than one tensor.
             TypeError: for one shape or one input instead of several.
         """
-        if isinstance(inputs, torch.Tensor) or is_shape(inputs):
-            raise TypeError("warmup takes several inputs or shapes; pass a list, with this one in it")
+        if isinstance(inputs, torch.Tensor) or is_shape(inputs) or not isinstance(inputs, Iterable):
+            raise TypeError("warmup takes several inputs or shapes; pass a list of them, of one alone too")
         with torch.no_grad(), unchanged(self.network) if not_capturable(self.network) else nullcontext():
             for example in map(self._example, inputs):
                 with runs if self._may_replay else nullcontext():
@@ -146,6 +146,11 @@ class ConvertedModel(nn.Module):
         if not isinstance(network, Program):
             return False
         return not any(is_own(network.get_submodule(s.target)) for s in network.listing.steps if s.kind == "layer")
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.network[index]  # type: ignore[index]
+
+    __iter__ = None  # or Python would ask for numbers until one is not there
 
     def __getattr__(self, name: str) -> Any:
         network = self.__dict__.get("_modules", {}).get("network")

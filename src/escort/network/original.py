@@ -215,6 +215,7 @@ def run_original(model: nn.Module, example: Example) -> Original:
             f"the model returns a {type(output).__name__}, in which no tensor can be found to compare; convert the "
             "part of it that returns tensors"
         )
+    _check_some_are_finite(expected)
     changed = state.changed(copied)
     original = Original(
         copied, example, expected, state if changed else None, frozenset(name.rpartition(".")[0] for name in changed)
@@ -227,3 +228,14 @@ def run_original(model: nn.Module, example: Example) -> Original:
     if original.state is not None:
         original.state.restore(copied)
     return original
+
+
+def _check_some_are_finite(outputs: list[Tensor]) -> None:
+    """Raises ValueError where an output holds nothing but NaN and infinities, beside which any other would be right."""
+    for number, x in enumerate(outputs):
+        if x.numel() and not torch.isfinite(x).any():
+            raise ValueError(
+                f"of the example the model makes no finite number in output {number}, of shape {tuple(x.shape)}, so "
+                "that nothing can be judged by it; pass an example as the model gets it, or a model whose type holds "
+                "its numbers"
+            )

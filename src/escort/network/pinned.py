@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from escort.filter import SparseFilter
 from escort.network.check import Request
 from escort.network.choose import judge, sparsities
 from escort.network.context import dense_in
@@ -16,8 +19,12 @@ from escort.network.model import ConvertedModel
 from escort.network.original import Original
 from escort.network.plan import NetworkPlan
 from escort.network.swap import Swapped, Unplanned
-from escort.problem import MemoryFormat
+from escort.network.wording import percent
+from escort.planner.store import steps_of_nonzeros
+from escort.problem import MemoryFormat, Precision, torch_name
 
+#: How many steps of the plan store's numbers of nonzeros a filter may be from its plan: a quarter more, or fewer.
+_FAR = 5
 _ANEW = "convert it without a plan"
 
 
@@ -28,7 +35,10 @@ def check_pinned(plan: NetworkPlan, example: Example, asked: Mapping[str, Any]) 
         asked: other arguments of the conversion by name, None for those that were not given.
     """
     if not isinstance(plan, NetworkPlan):
-        raise TypeError(f"plan is the plan of a converted model, fast.plan, got {type(plan).__name__}")
+        raise TypeError(
+            f"plan is the plan of a converted model, fast.plan, got {type(plan).__name__}; of JSON make one by "
+            "NetworkPlan.from_json"
+        )
     if given := ", ".join(name for name, value in asked.items() if value is not None):
         raise ValueError(f"a plan says what runs, so that nothing is measured; leave out {given}")
     if (here := example.device.type) != (there := plan.device.partition(":")[0]):
@@ -44,6 +54,16 @@ def check_pinned(plan: NetworkPlan, example: Example, asked: Mapping[str, Any]) 
         )
 
 
+def check_pinned_precision(plan: NetworkPlan, precision: Precision, widened: torch.dtype | None) -> None:
+    """Raises ValueError where a plan is for another precision than the model's."""
+    if plan.widened != ("" if widened is None else torch_name(widened)):
+        raise ValueError(
+            f"the plan is for a model of {plan.widened or 'float32'}, this one is of another type; {_ANEW}"
+        )
+    if plan.precision != precision:
+        raise ValueError(f"the plan is for {plan.precision}, the model is computed in {precision}; {_ANEW}")
+
+
 def only_planned(networks: Mapping[MemoryFormat, Unplanned], plan: NetworkPlan) -> dict[MemoryFormat, Unplanned]:
     """The network in the memory format of a plan. Raises ValueError where it has other layers than that."""
     if plan.kept_dense:
@@ -56,7 +76,26 @@ def only_planned(networks: Mapping[MemoryFormat, Unplanned], plan: NetworkPlan) 
     for name, layer in unplanned.layers.items():
         if (planned := plan.layers[name].problem.on(layer.problem.device)) != layer.problem:
             raise ValueError(f"layer {name}: the plan is for {planned}, the model has {layer.problem}")
+        _check_zeros(name, plan.sparsities.get(name), layer.sparse_filter)
     return {plan.memory_format: unplanned}
+
+
+def _check_zeros(name: str, planned: float | None, sparse_filter: SparseFilter) -> None:
+    """Raises ValueError where a filter's nonzeros are far more or fewer than those that its plan was measured with.
+
+    Args:
+        planned: the share of zeros in the plan; None where it does not say.
+    """
+    if planned is None:
+        return
+    weights = math.prod(sparse_filter.shape)
+    shares = planned, round(sparse_filter.sparsity, 4)  # as a plan has it
+    before, now = (steps_of_nonzeros(round((1.0 - zeros) * weights)) for zeros in shares)
+    if abs(before - now) > _FAR:
+        raise ValueError(
+            f"layer {name}: the plan is for {percent(planned)} zeros, the model has {percent(sparse_filter.sparsity)}, "
+            f"of which other methods may be the fastest; {_ANEW}"
+        )
 
 
 def keep_as_planned(dense: nn.Module, swapped: Swapped, original: Original, request: Request) -> ConvertedModel:

@@ -35,6 +35,8 @@ _MOST_NAMES = 4  # of steps that are listed for a reason
 _TIMES_FROM = {"equal layer": "equal layers", "plan store": "the plan store"}
 #: The rival that was timed by plain calls, as `call_time_us` was.
 _BY_CALLS = "eager"
+#: Where a terminal's reader finds what that has no room for.
+_WHY = " Why methods were not timed: candidates of plan.layers[NAME], or escort plan --candidates."
 #: How a network is not tried, where that is not in a memory format.
 _WAYS = {"graph": "as a graph", "torch.compile": "by torch.compile"}
 
@@ -48,7 +50,7 @@ class NetworkPlan:
         skipped: layer name to the reason why it was left alone.
         packed_inputs: whether some inputs come in lists or dicts, or are no tensors, so that shapes do not tell them.
         refused: why the converted network was not taken, whatever its time; None where it is right.
-        not_tried: why the network was not tried as a "graph", in "channels_last" or by "torch.compile".
+        not_tried: why the network was not tried as a "graph", in "channels_last", in "float32" or by "torch.compile".
         input_shapes: the example's shapes.
         input_dtypes: the example's types, as torch writes them without its name.
         input_names: the names of those inputs that are given by name, which are the last ones.
@@ -64,8 +66,9 @@ class NetworkPlan:
         precision: what the convolutions compute in.
         device: what they were planned on, as torch writes it.
         timer: how both times were taken (see :mod:`escort.planner.timing`).
-        rivals: median times in us on a GPU of the dense model by others, which are never what was kept: by
-            "torch.compile", and "eager" by plain calls of the model itself, see `call_time_us`.
+        rivals: median times in us of the dense model by others, which are never what was kept: on a GPU by
+            "torch.compile", and "eager" by plain calls of the model itself, see `call_time_us`; on a CPU of a model of
+            16 bits in "float32".
         call_time_us: on a GPU the median time of a plain call of what was kept, waited for, by the host's clock; None
             where it was not taken.
         not_saved: why the network cannot be saved; None where it can.
@@ -111,7 +114,7 @@ class NetworkPlan:
     def _repr_html_(self) -> str:
         """For notebooks: the table, and what to prune further."""
         advice = advice_table(self.layers, self.sparsities)
-        return report.html(plan_table(self)) + ("" if advice is None else report.html(advice))
+        return report.html(plan_table(self, whole=True)) + ("" if advice is None else report.html(advice))
 
     @property
     def speedup(self) -> float | None:
@@ -250,9 +253,13 @@ class NetworkPlan:
             )
 
 
-def plan_table(plan: NetworkPlan, heading: str = "Plan per layer") -> Table:
-    """One line per layer, then those that were left alone, then the whole network and its rivals."""
-    lines = [_layer(name, layer, plan.sparsities.get(name)) for name, layer in plan.layers.items()]
+def plan_table(plan: NetworkPlan, heading: str = "Plan per layer", *, whole: bool = False) -> Table:
+    """One line per layer, then those that were left alone, then the whole network and its rivals.
+
+    Args:
+        whole: whether to say why methods were not timed, for which a terminal has no room.
+    """
+    lines = [_layer(name, layer, plan.sparsities.get(name), whole) for name, layer in plan.layers.items()]
     lines += [(name, "", "-", "left alone", "-", "-", "-", reason) for name, reason in plan.skipped.items()]
     kept = "kept dense" if plan.kept_dense else "escort"
     times = (
@@ -266,27 +273,28 @@ def plan_table(plan: NetworkPlan, heading: str = "Plan per layer") -> Table:
             continue
         times = microseconds(time_us), microseconds(plan.dense_time_us), ratio(plan.dense_time_us, time_us)
         lines.append(("whole network", "", "-", rival, *times, "of the dense model, for comparison"))
-    return Table(heading, _COLUMNS, tuple(lines), _caption(plan))
+    return Table(heading, _COLUMNS, tuple(lines), _caption(plan) + ("" if whole else _WHY))
 
 
-def _layer(name: str, plan: Plan, sparsity: float | None) -> tuple[str, ...]:
+def _layer(name: str, plan: Plan, sparsity: float | None, whole: bool) -> tuple[str, ...]:
     times = microseconds(plan.time_us), microseconds(plan.dense_time_us), ratio(plan.dense_time_us, plan.time_us)
-    return (name, convolution(plan.problem), percent(sparsity), plan.method, *times, _others(plan))
+    return (name, convolution(plan.problem), percent(sparsity), plan.method, *times, _others(plan, whole))
 
 
-def _others(plan: Plan) -> str:
-    """The best times of the methods that have no column of their own, and why a method was refused."""
-    texts = []
+def _others(plan: Plan, whole: bool) -> str:
+    """The best times of the methods that have no column of their own; those without one, and why if there is room."""
+    texts, untimed = list[str](), dict[str, str]()
     dense = dense_for(plan.problem.device).name
     for method in dict.fromkeys(candidate.method for candidate in plan.candidates if candidate.method != plan.method):
         time_us = plan.best_us(method)
-        if method == dense and time_us is not None:
-            continue
-        reasons = (c.reason for c in plan.candidates if c.method == method and c.reason)
-        texts.append(
-            f"{method} {microseconds(time_us)}" if time_us is not None else f"{method}: {next(reasons, 'not timed')}"
-        )
-    return "; ".join(texts)
+        if time_us is None:
+            reasons = (c.reason for c in plan.candidates if c.method == method and c.reason)
+            untimed[method] = next(reasons, "not timed")
+        elif method != dense:
+            texts.append(f"{method} {microseconds(time_us)}")
+    if whole:
+        return "; ".join(texts + [f"{method}: {reason}" for method, reason in untimed.items()])
+    return "; ".join(texts + ([f"not {', '.join(untimed)}"] if untimed else []))
 
 
 def _caption(plan: NetworkPlan) -> str:
@@ -295,6 +303,8 @@ def _caption(plan: NetworkPlan) -> str:
     caption = f"Medians for an input of {shapes}{memory_format}, on {machine_line(plan.machine)}."
     if plan.widened and not plan.kept_dense:
         caption += f" Computed in {plan.precision}; inputs and outputs of {plan.widened} are converted."
+    if plan.widened:
+        caption += f" The whole network's dense time is torch's in {plan.widened}, in which most CPUs are slow."
     for way, reason in plan.not_tried.items():
         caption += f" Not tried {_WAYS.get(way, f'in {way}')}: {reason}."
     if plan.call_time_us is not None and _BY_CALLS in plan.rivals:

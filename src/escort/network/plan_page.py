@@ -41,7 +41,7 @@ def sections(plan: NetworkPlan) -> list[Section]:
             "converted": [layer.time_us for _, layer in drawn],
         }
         shown.append(horizontal_bars("The layers that take longest", [name for name, _ in drawn], times, "µs"))
-    return [*shown, plan_table(replace(plan, layers=by_time), "Layers by time")]
+    return [*shown, plan_table(replace(plan, layers=by_time), "Layers by time", whole=True)]
 
 
 def zeros(plan: NetworkPlan) -> float | None:

@@ -1,4 +1,4 @@
-"""What a conversion is compared with besides the original's CUDA graph: its plain calls, and torch.compile of it."""
+"""What a conversion is compared with besides the original: its plain calls, torch.compile of it, and it in float32."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from escort.cuda.capture import in_a_line
 from escort.network.check import Request
 from escort.network.choose import NETWORK_ERROR_BOUND, race
 from escort.network.context import dense_in
@@ -25,9 +26,10 @@ from escort.network.values import largest_error, tensors_of
 from escort.planner import timing
 
 #: What plans call them.
-EAGER, COMPILED = "eager", "torch.compile"
+EAGER, COMPILED, FLOAT32 = "eager", "torch.compile", "float32"
 
 _PLAIN_CALLS_S = 0.3  # seconds of calls after which no further round of them starts
+_FLOAT32_S = 1.0  # likewise, of races with the model in float32
 _log = logging.getLogger(__name__)
 
 
@@ -84,6 +86,34 @@ def compare_with_eager(
         original.state.restore(dense)
     kept = replace(plan, kept_dense=True, refused=reason, call_time_us=eager_us)
     return ConvertedModel(dense, kept, original.model)
+
+
+def compare_with_float32(chosen: ConvertedModel, original: Original, request: Request) -> NetworkPlan:
+    """The plan of a network of 16 bits on a CPU with the time of the dense model in float32, or why there is none.
+
+    Torch computes 16 bits slowly on most CPUs, so that the original's own time promises too much.
+    """
+    plan, example = chosen.plan, original.example
+
+    def widened(x: Tensor) -> Tensor:
+        return x.float() if x.is_floating_point() else x.clone()
+
+    try:
+        model = copy.deepcopy(original.model).float()
+        args, kwargs = tree_map_only(Tensor, widened, (example.args, dict(example.kwargs)))
+        runs = [partial(example.run, chosen.network), partial(replace(example, args=args, kwargs=kwargs).run, model)]
+        with torch.inference_mode():
+            own_us, time_us = timing.race(runs, rounds=5, budget_s=_FLOAT32_S)
+    except Exception as failure:  # a model's code may be written for one type
+        return replace(plan, not_tried=plan.not_tried | {FLOAT32: in_a_line(failure).rstrip(".")})
+    finally:
+        if original.state is not None:
+            original.state.restore(chosen.network)
+    request.progress.done(f"timed in {FLOAT32}: {time_us:.1f} us")
+    if time_us < own_us:
+        message = "the dense model in float32 is faster than what was chosen: %.0f us, instead of %.0f us"
+        _log.warning(message, time_us, own_us)
+    return replace(plan, rivals={**plan.rivals, FLOAT32: time_us})
 
 
 def compare_with_compiled(chosen: ConvertedModel, original: Original, request: Request) -> NetworkPlan:

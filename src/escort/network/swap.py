@@ -176,28 +176,34 @@ def likely(
     """The networks that are worth planning by what is known or predicted of their layers, and why the others are not.
 
     Where time may be spent on compiling for the weights, all are planned. Where all plans of one are known, so that an
-    earlier conversion chose it, it is the only one; where those of all are, their times count. Else predictions do.
-    Layers of mostly nonzeros do not count then: the dense method will run them.
+    earlier conversion chose it, it is the only one; where those of all are, their times count. Else predictions do, and
+    only of layers of mostly zeros: the dense method will run the others.
     """
     if len(networks) == 1 or request.compile_budget_s > 0.0:
         return dict(networks), {}
-    layers = {memory_format: list(network.layers.values()) for memory_format, network in networks.items()}
-    known: dict[MemoryFormat, list[float]] = {}
-    for name in () if request.remeasure else networks:
-        if (times_us := known_us(layers[name], request.methods)) is not None:
-            known[name] = times_us
+    known: dict[MemoryFormat, dict[str, float]] = {}
+    for name, network in {} if request.remeasure else networks.items():
+        if (took := known_us(list(network.layers.values()), request.methods)) is not None:
+            known[name] = dict(zip(network.layers, took, strict=True))
     slower: dict[MemoryFormat, str] = {}
     if len(known) == 1:
-        (only,) = known
-        slower = {name: f"the plans of all layers are known in {only} alone" for name in networks if name != only}
+        reason = f"the plans of all layers are known in {next(iter(known))} alone"
+        slower = {name: reason for name in networks if name not in known}
     elif known:
-        slower = _slower(known["contiguous"], known["channels_last"], _NCHW_PAID, "took")
+        of_both = {name: [times_us[layer] for layer in _shared(networks)] for name, times_us in known.items()}
+        slower = _slower(of_both["contiguous"], of_both["channels_last"], _NCHW_PAID, "took")
     else:
-        sparse = {name: [layer for layer in layers[name] if layer.sparse_filter.sparsity >= 0.5] for name in networks}
-        predicted = {name: predicted_us(sparse[name], request.methods) for name in networks}
+        sparse = [n for n in _shared(networks) if networks["contiguous"].layers[n].sparse_filter.sparsity >= 0.5]
+        layers = {name: [network.layers[layer] for layer in sparse] for name, network in networks.items()}
+        predicted = {name: predicted_us(layers[name], request.methods) for name in networks}
         slower = _slower(predicted["contiguous"], predicted["channels_last"], _NCHW_PAYS, "are predicted to take")
     kept = {name: network for name, network in networks.items() if name not in slower}
     return kept, {name: f"{reason}; effort='best' tries it" for name, reason in slower.items()}
+
+
+def _shared(networks: Mapping[MemoryFormat, Unplanned]) -> list[str]:
+    """The layers that all networks have: in channels_last those of a squeeze-excitation are one launch."""
+    return [n for n in networks["contiguous"].layers if n in networks["channels_last"].layers]
 
 
 def _slower(

@@ -44,6 +44,9 @@ _HAND_OVER_US = 10.0
 _MOST_REWRITTEN = 32 << 20
 #: So many microseconds of a first run on a GPU may be waiting for the host, which the replay of a graph does not do.
 _HOST_US = 60.0
+#: Inputs of a race on a GPU at most: a pass through so many fills a lap. Where more would fit twice the L2 cache, maps
+#: are so small that a network finds them in that cache.
+_MOST_INPUTS = 256
 #: Bytes of a GPU's memory that the candidates of layers to come may take.
 _MOST_AHEAD_BYTES = 2 << 30
 #: Seconds after which only the first config of each method is still tried.
@@ -126,7 +129,7 @@ def measure(layer: Layer, search: Search, budget_s: float, ahead: Ahead) -> Plan
     """
     problem, settled, watch = layer.problem, list(search.refused), cores.Watch()
     with torch.inference_mode():
-        inputs = timing.example_inputs(problem)
+        inputs = timing.example_inputs(problem, most=_MOST_INPUTS)
         trial = _Trial(layer, inputs[0])
         runnable = _first_runs(layer, search.tried, ahead, trial, settled)
         limit_us = _limit_us(problem, runnable)

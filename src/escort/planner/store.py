@@ -64,7 +64,7 @@ class Key:
             sources = hashlib.sha256(" ".join((sources, *versions)).encode()).hexdigest()
         return cls(
             problem,
-            _rounded(layer.sparse_filter.nnz),
+            steps_of_nonzeros(layer.sparse_filter.nnz),
             tuple(method.name for method in methods),
             compiles,
             Machine.here(layer.problem.device),
@@ -82,8 +82,8 @@ class Key:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def _rounded(nonzeros: int) -> int:
-    """A number of nonzeros as keys have it."""
+def steps_of_nonzeros(nonzeros: int) -> int:
+    """A number of nonzeros as keys have it: its logarithm, in steps."""
     return round(math.log(nonzeros + 1) / _NONZEROS_STEP)
 
 
@@ -197,7 +197,7 @@ def _check(key: Key, hint: Hint) -> None:
     check_fields(hint)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"a stored plan is for cpu or cuda, not for {device}")
-    if key.nonzeros > _rounded(math.prod(key.problem.weight_shape)):
+    if key.nonzeros > steps_of_nonzeros(math.prod(key.problem.weight_shape)):
         raise ValueError(f"nonzeros cannot be {key.nonzeros}: the filter has {key.problem.weight_shape} weights in all")
     for method in key.methods:
         by_name(method, device)

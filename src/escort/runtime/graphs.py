@@ -13,14 +13,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from escort.cuda.capture import in_a_line, runs, turn
 from escort.layers.counters import Counters
+from escort.layers.observed import watched
 from escort.layers.runners import Leaving
-from escort.methods.precision import float32_settings
 from escort.runtime.capture import not_capturable
+from escort.runtime.kinds import Kind, is_plain, kind_of, like, settings
 from escort.runtime.lanes import Gpu
 from escort.runtime.replay import Call, Captured, NotCapturedError, NotPaddedError
 from escort.runtime.watch import Watch
@@ -29,18 +28,12 @@ from escort.runtime.watch import Watch
 Policy = Literal["exact", "buckets", "off"]
 
 _log = logging.getLogger(__name__)
-_PLAIN = frozenset((torch.Tensor, nn.Parameter))
-_SCALARS = frozenset((bool, int, float, str, type(None)))
 _MOST_GRAPHS, _MOST_KINDS = 512, 4096
 _MOST_WANTED = 1 << 16
 _MEMORY_SHARE = 8  # of the GPU's memory, by default
 _MOST_DRIVER_BYTES = 1 << 26  # what a graph may be said to cost besides: others take memory meanwhile
 _NO_OUTPUT = object()
-_is_profiled = torch._C._autograd._profiler_enabled
-_function_modes = torch._C._len_torch_function_stack
-_is_autocast, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 
-Kind = tuple[Any, ...]
 Run = Callable[..., Any]
 
 
@@ -71,6 +64,8 @@ class _Bound:
         reason: why there are none, as long as the program stays as it is.
         mixing: why batches are not padded.
         captured: the graphs, by kind of call and number of the lane.
+        again: those whose calls may be launched before anything else is looked at, by stream and tensor, with the
+            settings that they were captured under.
         failed: the kinds that could not be captured, and why.
         spoilt: the pools in which a capture failed.
     """
@@ -80,6 +75,7 @@ class _Bound:
     reason: str | None
     mixing: str | None
     captured: dict[Kind, Captured] = field(default_factory=dict)
+    again: dict[Kind, tuple[Captured, Kind]] = field(default_factory=dict)
     failed: dict[Kind, str] = field(default_factory=dict)
     uses: dict[Kind, _Uses] = field(default_factory=dict)
     spoilt: set[Any] = field(default_factory=set)
@@ -160,7 +156,9 @@ class Graphs:
 
     def call(self, network: nn.Module, run: Run, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """The output of a call that nothing traces or transforms, by a graph of the network or by `run`."""
-        output = self._by_graph(network, inputs, named)
+        output = self._again(network, inputs[0]) if len(inputs) == 1 and not named else _NO_OUTPUT
+        if output is _NO_OUTPUT:
+            output = self._by_graph(network, inputs, named)
         if output is not _NO_OUTPUT:
             return output
         with runs:
@@ -176,6 +174,33 @@ class Graphs:
         if bound.mixing != mixing:
             self._by_graph(network, inputs, named, at_once=True)  # without padding
 
+    def _again(self, network: nn.Module, x: Any) -> Any:
+        """What a call gives that is like one before. A GPU that waits for Python does nothing, so it is launched first.
+
+        What else may have changed is looked at while the GPU is at work. Nothing of the caller was written by then: if
+        anything has, the output is _NO_OUTPUT, and such calls take the long way until one has replayed there.
+        """
+        bound = self._bound
+        if bound is None or bound.watch.network is not network or type(x) is not torch.Tensor:
+            return _NO_OUTPUT
+        gpu, is_strided = bound.gpu, x.layout is torch.strided
+        stream = gpu.stream()
+        known = bound.again.get(like(x, stream)) if is_strided and gpu.is_current() else None
+        if known is None:
+            return _NO_OUTPUT
+        graph, captured_under = known
+        with graph.lane.lock:
+            if not graph.launch(x, stream):
+                return _NO_OUTPUT
+            holds = self._unusual(gpu) is None and settings() == captured_under and is_plain(x) and bound.watch.holds()
+            if not holds:
+                bound.again.clear()
+                return _NO_OUTPUT
+            graph.used, graph.replays = next(self._clock), graph.replays + 1
+            output = graph.copy_out([x])
+        self._leaving.let_go()
+        return output
+
     def _by_graph(
         self, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], *, at_once: bool = False
     ) -> Any:
@@ -187,13 +212,19 @@ class Graphs:
         if reason is not None:
             return self._left(reason)
         call = Call(inputs, named)
-        kind = self._kind(bound, call)
+        kind = kind_of(call, bound.gpu.index, pads=self._policy == "buckets" and bound.mixing is None)
         if isinstance(kind, str):
             return self._left(kind)
         kind = (*kind, bound.gpu.lane().number)
         graph = bound.captured.get(kind)
         if graph is not None:
-            return self._replayed(bound, graph, call)
+            output = self._replayed(bound, graph, call)
+            if graph.can_launch and not call.named and len(call.inputs) == 1:
+                alike = like(call.tensors[0], bound.gpu.stream())
+                bound.again[alike] = graph, kind[:2]
+                if bound.captured.get(kind) is not graph:  # another thread has let it go meanwhile
+                    bound.again.pop(alike, None)
+            return output
         return self._missed(bound, kind, call, at_once)
 
     def _left(self, reason: str) -> Any:
@@ -224,37 +255,7 @@ class Graphs:
             return "the current stream is another one in each thread"
         if gpu.is_capturing():
             return "the caller captures a graph"
-        if _is_profiled():
-            return "a profiler watches"
-        if _is_autocast(gpu.device.type):
-            return "autocast is on"
-        # That of a default device changes nothing: what follows it is not captured.
-        if _function_modes() and {type(mode) for mode in _get_current_function_mode_stack()} != {DeviceContext}:
-            return "a mode watches"
-        return None
-
-    def _kind(self, bound: _Bound, call: Call) -> Kind | str:
-        """What a graph is made for, or why there is none for such a call."""
-        index, is_bucket = bound.gpu.index, self._policy == "buckets" and bound.mixing is None
-        parts: list[Any] = [float32_settings(), torch.get_default_dtype(), *call.named]
-        for x in (*call.inputs, *call.named.values()):
-            if type(x) in _PLAIN:
-                if x.get_device() != index or x.layout is not torch.strided:
-                    return "an input is on another device, or sparse"
-                if x.requires_grad and _is_grad_enabled():
-                    return "an input needs a gradient"
-                if is_bucket and len(call.tensors) == 1 and _can_be_padded(x):
-                    call.samples = 1 << (len(x) - 1).bit_length()
-                    parts += x.dtype, "padded", call.samples, x.shape[1:], x.is_contiguous()
-                else:
-                    parts += x.dtype, x.shape, x.stride()
-            elif type(x) in _SCALARS:
-                parts += type(x), x
-            else:
-                return "an input is neither a tensor nor a number"
-        if not call.tensors:
-            return "no input is a tensor"
-        return tuple(parts)
+        return watched(gpu.device.type)
 
     def _replayed(self, bound: _Bound, graph: Captured, call: Call) -> Any:
         self._leaving.let_go()
@@ -361,6 +362,7 @@ class Graphs:
         while len(captured) > _MOST_GRAPHS or _bytes(captured.values(), sizes) > limit:
             oldest = min(captured, key=lambda kind: captured[kind].used)
             self._drop(captured.pop(oldest))
+            bound.again.clear()
             self._counts["evictions"] += 1
             bound.uses[oldest] = bound.uses.get(oldest, _Uses()).later()
 
@@ -373,9 +375,3 @@ def _bytes(graphs: Iterable[Captured], sizes: Mapping[Any, int]) -> int:
     graphs = list(graphs)
     pools = {graph.pool for graph in graphs}
     return sum(sizes.get(pool, 0) for pool in pools) + sum(graph.driver_bytes for graph in graphs)
-
-
-def _can_be_padded(x: torch.Tensor) -> bool:
-    if not x.ndim or not len(x):
-        return False
-    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))

@@ -32,12 +32,13 @@ class Lane:
 
     Attributes:
         number: among those of its device.
+        is_shared: whether streams have it that wait for each other.
         lock: held while inputs are copied, a graph is replayed and its outputs are copied.
     """
 
     def __init__(self, device: int, number: int) -> None:
         self.number, self.lock = number, threading.Lock()
-        self._device, self._is_shared = device, number == MOST_LANES
+        self._device, self.is_shared = device, number == MOST_LANES
         self._last: int | None = None
         self._workspace: tuple[Graph, Any] | None = None  # what keeps the pool, and the pool
 
@@ -47,12 +48,12 @@ class Lane:
 
     def enter(self, stream: int) -> None:
         """Lets a stream wait until what was replayed before, on another one, is done. The lock is held."""
-        if self._is_shared and self._last not in (None, stream):
+        if self.is_shared and self._last not in (None, stream):
             torch.cuda.current_stream(self._device).wait_event(self._done)
 
     def leave(self, stream: int) -> None:
         """Marks the end of what a stream did in this lane."""
-        if self._is_shared:
+        if self.is_shared:
             self._done.record(torch.cuda.current_stream(self._device))
             self._last = stream
 
@@ -132,6 +133,10 @@ class Gpu:
     def capture(self, calls: Callable[[], object], lane: Lane, pool: Any) -> Graph:
         return lane.capture(calls, pool)
 
+    def launcher(self, graph: Graph, place: torch.Tensor) -> Callable[[int, torch.Tensor], int]:
+        """What copies a tensor to where a graph reads it and launches the graph: see `Graph.with_input`."""
+        return graph.with_input(place.data_ptr(), _spanned(place))
+
     def memory(self) -> int:
         """All of the GPU's memory in bytes."""
         return torch.cuda.get_device_properties(self.index).total_memory
@@ -154,10 +159,15 @@ class Gpu:
         """A tensor where another one lies, which does not keep that memory from being used again."""
         if not tensor.numel():
             return tensor
-        steps = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        memory = _Memory(tensor.data_ptr(), (steps + 1) * tensor.itemsize)
+        memory = _Memory(tensor.data_ptr(), _spanned(tensor))
         there = torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)
         return there.as_strided(tensor.shape, tensor.stride())
+
+
+def _spanned(tensor: torch.Tensor) -> int:
+    """The bytes from the first to the last element of a tensor that has some."""
+    steps = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.itemsize
 
 
 class _Memory:

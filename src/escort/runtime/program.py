@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -19,7 +19,7 @@ from escort.runtime.loop import BoundStep, run_steps
 from escort.runtime.native import Native
 from escort.runtime.native.form import unknown
 from escort.runtime.stand_in import adopt
-from escort.runtime.steps import REQUIRED, Listing, Step
+from escort.runtime.steps import REQUIRED, Input, Listing, Step
 from escort.runtime.templates import Slot, filled, mapped
 
 #: What torch's modules look at in each call before they run their forward alone.
@@ -27,8 +27,36 @@ _HOOKS = "_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_p
 _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
 
 
+def _inside(module: nn.Module, index: int | str) -> nn.Module:
+    """The module of a name or a number in another. Raises TypeError, IndexError or KeyError where there is none."""
+    if not isinstance(index, int | str):
+        raise TypeError(
+            f"a part of a converted model is indexed by a number or a name, got {index!r}; slice the original"
+        )
+    if (inner := module._modules.get(str(index))) is None:
+        error = IndexError if isinstance(index, int) else KeyError
+        raise error(
+            f"there is no {index} in this part of the converted model, which has {', '.join(module._modules)}: others "
+            "were fused into these, or do nothing"
+        )
+    return inner
+
+
 class Container(nn.Module):
-    """What layers of a program lie in. It was taken apart into steps, so that nothing calls it."""
+    """What layers of a program lie in. It was taken apart into steps, so that nothing calls it.
+
+    It is indexed and iterated as the original's Sequential, ModuleList or ModuleDict is, where numbers are names: what
+    was fused into another layer is left out, and the others keep their numbers.
+    """
+
+    def __getitem__(self, index: int | str) -> nn.Module:
+        return _inside(self, index)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.children())
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse_hook()
@@ -106,6 +134,11 @@ class Program(nn.Module):
         """
         return cls(*read(network))
 
+    def __getitem__(self, index: int | str) -> nn.Module:
+        return _inside(self, index)
+
+    __iter__ = None  # or Python would ask for numbers until one is not there
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._bound
         if bound is None or not bound.belongs_to(self):
@@ -114,10 +147,15 @@ class Program(nn.Module):
         if kwargs or len(args) != bound.positional:
             args = self._in_order(args, kwargs)
         values[: len(args)] = args
-        if is_observed():
-            run_steps(bound.steps, values)
-        else:
-            self.native.run(self, self.listing, bound.steps, values, bound.unobserved)
+        try:
+            if is_observed():
+                run_steps(bound.steps, values)
+            else:
+                self.native.run(self, self.listing, bound.steps, values, bound.unobserved)
+        except Exception as error:  # whatever a step raises: where a tensor is missing, that is to be read first
+            if reason := next(filter(None, map(Input.no_tensor, self.listing.inputs, args)), None):
+                raise TypeError(reason) from error
+            raise
         return filled(self.listing.output, values)
 
     def bind_anew(self) -> None:

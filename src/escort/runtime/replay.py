@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +152,9 @@ class Captured:
             raise NotPaddedError("it returns what is no tensor")
         self._inputs_at = [gpu.at(x) for x in inputs]
         self._outputs_at = [gpu.at(x) for x in outputs]
+        self._launch: Callable[[int, Tensor], int] | None = None
+        if len(inputs) == 1 and self._samples is None and not self.lane.is_shared and _has_no_gaps(inputs[0]):
+            self._launch = gpu.launcher(self._graph, self._inputs_at[0])
 
     def _check_output(self, leaf: Tensor, inputs: list[Tensor], taken: dict[int, str]) -> None:
         """Raises NotCapturedError for an output that a copy could not stand for."""
@@ -166,6 +169,18 @@ class Captured:
         if (storage := _storage(leaf)) in taken:
             raise NotCapturedError(f"it returns {taken[storage]}")
         taken[storage] = "two views of one tensor"
+
+    @property
+    def can_launch(self) -> bool:
+        """Whether `launch` is there for its calls: of one tensor without gaps, on a stream that has its lane alone."""
+        return self._launch is not None
+
+    def launch(self, x: Tensor, stream: int) -> bool:
+        """Copies an input to where the graph reads it, and replays; False, and nothing is done, where that cannot be.
+
+        The input lies as those do that the graph is for. What else holds is for the caller to know.
+        """
+        return self._launch is not None and not self._launch(stream, x)
 
     def copy_in(self, tensors: list[Tensor]) -> None:
         """Copies the inputs to where the graph reads them."""
@@ -205,6 +220,12 @@ def _is_close(a: Tensor, b: Tensor, bound: float) -> bool:
     """Whether tensors are relatively as close as a bound says, infinities aside."""
     a, b = (x.nan_to_num().to(torch.complex128 if x.is_complex() else torch.float64) for x in (a, b))
     return bool((a - b).norm() <= bound * b.norm())
+
+
+def _has_no_gaps(x: Tensor) -> bool:
+    """Whether a tensor has elements, which fill the memory from the first to the last of them."""
+    steps = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return x.numel() == steps + 1
 
 
 def _storage(x: Tensor) -> int:

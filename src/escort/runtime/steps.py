@@ -44,6 +44,16 @@ class Input:
             f"the model with the {self.name} that it shall have"
         )
 
+    def no_tensor(self, value: Any) -> str | None:
+        """Why a value is none that the input may have, where that is a tensor; else None."""
+        if self.like is None or isinstance(value, torch.Tensor):
+            return None
+        shape, dtype = self.like
+        return (
+            f"the network's input {self.name} is a tensor, such as {dtype} of shape {tuple(shape)}, got "
+            f"{type(value).__name__}; pass torch.as_tensor of an array, or what the original takes"
+        )
+
 
 def _is_same(a: Any, b: Any) -> bool:
     return bool(a == b or (a != a and b != b))  # NaN is not equal to itself

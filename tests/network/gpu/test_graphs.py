@@ -17,7 +17,7 @@ from escort.cuda.capture import Graph
 from escort.layers import runners
 from escort.network.model import ConvertedModel
 from escort.problem import Precision
-from escort.runtime import lanes
+from escort.runtime import graphs, lanes
 from escort.runtime.lanes import MOST_LANES
 from tests.network.gpu.networks import TWO_GPUS, Mixed, assert_same, converted, each, in_formats, samples
 
@@ -72,6 +72,38 @@ def test_replays_are_the_same_bit_by_bit(ours: ConvertedModel) -> None:
     big = picture(4)
     for _ in range(3):
         assert torch.equal(ours(big[1:3]), step_by_step(ours, big[1:3]))
+
+
+def test_calls_are_launched_first_whatever_input_they_have(
+    ours: ConvertedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, failures = picture(), list[BaseException]()
+    for _ in range(3):
+        ours(x)
+    inputs = [picture() for _ in range(4)]
+    inputs += [picture(4)[1:3], x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)]  # the last one lies askew
+    expected = [step_by_step(ours, x) for x in inputs]
+
+    def call() -> None:
+        try:
+            for x, y in zip(inputs, expected, strict=True):
+                assert torch.equal(ours(x), y)
+        except BaseException as error:
+            failures.append(error)
+
+    by_graph, long_ways = ours.graphs._by_graph, list[Tensor]()
+
+    def noted(network: Any, inputs: Any, named: Any) -> Any:
+        long_ways.append(inputs[0])
+        return by_graph(network, inputs, named)
+
+    monkeypatch.setattr(ours.graphs, "_by_graph", noted)
+    call()
+    assert not failures and all(x is inputs[-1] for x in long_ways)
+    thread = threading.Thread(target=call)  # which has not used the GPU before
+    thread.start()
+    thread.join()
+    assert not failures and stats(ours)["eager"] == {"a size that is new": 1}
 
 
 def test_warmup_and_buckets(ours: ConvertedModel) -> None:
@@ -129,7 +161,8 @@ def test_streams_that_share_a_lane_do_not_mix(ours: ConvertedModel, monkeypatch:
     assert stats(ours)["captures"] == 1
 
 
-def test_memory_stays_as_it_is(ours: ConvertedModel) -> None:
+def test_memory_stays_as_it_is(ours: ConvertedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_MOST_DRIVER_BYTES", 2 << 20)  # of a graph: other tests take memory meanwhile
     sizes = [(1 + k % 5, 24 + 4 * (k // 5)) for k in range(40)]
 
     def round_of_calls() -> tuple[int, int]:
@@ -253,14 +286,14 @@ def test_a_capture_that_fails_leaves_everything_usable(
 ) -> None:
     x, graph_of = picture(), lanes.Graph
 
-    def failing(calls: Callable[[], object], stream: torch.cuda.Stream, pool: Any) -> Graph:
+    def failing(calls: Callable[[], object], stream: torch.cuda.Stream, pool: Any, *place: Any) -> Graph:
         def calls_and_fails() -> None:
             calls()
             if fails == "memory":
                 torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
             torch.cuda.synchronize()  # no capture survives it
 
-        return graph_of(calls_and_fails if calls is not lanes._multiply else calls, stream, pool)
+        return graph_of(calls_and_fails if calls is not lanes._multiply else calls, stream, pool, *place)
 
     monkeypatch.setattr(lanes, "Graph", failing)
     torch.manual_seed(0)

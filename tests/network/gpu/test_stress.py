@@ -195,3 +195,28 @@ def test_what_fails_in_a_capture_says_what_to_do(by_cudnn: ConvertedModel) -> No
         remedy = r"layer pointwise: no handle; call the network's warmup in the thread that captures, before it does"
         with pytest.raises(RuntimeError, match=remedy), torch.cuda.graph(graph):
             by_cudnn.network(x)
+
+
+def test_runners_that_make_room_are_not_freed_under_a_kernel_that_waits(
+    only: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream is behind by a second while its layer's runner goes, and so do more than are kept for a while."""
+    only("direct")
+    fast = converted("fp32")
+    fast.graphs.policy = "off"
+    monkeypatch.setattr(runners, "_MOST_LEAVING", 4)
+    for layer in fast.network.modules():
+        if isinstance(layer, SparseConv2d):
+            layer._runners.most = 1
+    x, behind = picture(), torch.cuda.Stream()
+    with torch.no_grad():
+        expected = fast(x)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(behind):
+            torch.cuda._sleep(2_000_000_000)
+            y = fast(x)
+        for size in range(12):
+            fast(picture(size=36 + 4 * size))
+        filled = [torch.full((1 << k,), torch.nan, device="cuda") for k in range(4, 20) for _ in range(8)]
+        behind.synchronize()
+    assert filled and torch.equal(y, expected)

@@ -316,7 +316,7 @@ def _sections(summary: dict[str, Any], converted: ConvertedModel, history: list[
             "Microseconds per digit",
         ),
         _times_section(summary),
-        plan_table(converted.plan),
+        plan_table(converted.plan, whole=True),
         report.bar_chart(
             "Time per convolution",
             list(layers),

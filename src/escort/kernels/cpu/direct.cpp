@@ -11,7 +11,7 @@ namespace {
 
 // Prefetches what an output channel some way ahead will read and write: the channels of a tile lie a plane apart, each
 // in a page of its own, where no hardware prefetcher follows.
-constexpr int kChannelsAhead = 4;
+constexpr int kChannelsAhead = 8;
 
 // How far ahead nonzeros are prefetched. Hardware prefetchers stop at the end of a page, which is so many nonzeros.
 constexpr int kNonzerosAhead = 4096 / sizeof(Nonzero), kNonzerosOfLine = 64 / sizeof(Nonzero);
@@ -96,15 +96,18 @@ struct Ahead {
   int channels;
 };
 
+// What prefetches is inlined: GCC takes a function that does nothing else for one without effect, and drops its calls.
+ESCORT_INLINE void prefetch_written(const Places& places, int64_t at) {
+  if (places.residual) __builtin_prefetch(places.residual + at, 0);
+  __builtin_prefetch(places.y + at, 1);
+}
+
 template <int V>
-inline void prefetch_tile(const Direct& d, const Tile& tile, const Places& places, int64_t plane) {
-  const auto prefetch = [&](int64_t at) {
-    if (places.residual) __builtin_prefetch(places.residual + at, 0);
-    __builtin_prefetch(places.y + at, 1);
-  };
+ESCORT_INLINE void prefetch_tile(const Direct& d, const Tile& tile, const Places& places, int64_t plane) {
   if (tile.first_segment == tile.end_segment)
-    for (int i = 0; i < V * kLanes; i += 16) prefetch(plane + tile.y_start + i);
-  for (int n = tile.first_segment; n < tile.end_segment; n++) prefetch(plane + d.segments[n].plane_position);
+    for (int i = 0; i < V * kLanes; i += 16) prefetch_written(places, plane + tile.y_start + i);
+  for (int n = tile.first_segment; n < tile.end_segment; n++)
+    prefetch_written(places, plane + d.segments[n].plane_position);
 }
 
 // Writes a finished tile of one output channel, not yet activated where that takes more than a bound; what the tile
@@ -213,7 +216,7 @@ void accumulate(const Direct& d, const Tile& tile, const Block& block, const Pla
       for (; fetched < min(due, ahead.channels); fetched++)
         for (int j = 0; j < V * kLanes; j += 16) __builtin_prefetch(ahead.x + fetched * d.x_plane_stride + j, 0, 2);
     }
-    if (places.last)
+    if (places.last && d.fetch_written)
       for (int j = i + kChannelsAhead; j < min(i + kChannelsAhead + G, block.end_record); j++)
         prefetch_tile<V>(d, tile, places, d.out_channels[j].channel * d.y_plane_stride);
     if (i + G <= block.end_record) {

@@ -84,6 +84,7 @@ struct Direct : Params {
   int32_t shares;  // tasks that share the parts of a group, for a tile of a sample
   // In place: whether x is not in this thread's cache already, and whether the thread most likely takes the next task.
   bool fetch_ahead, fetch_next_task;
+  bool fetch_written;  // whether y is not in this thread's cache, nor the residual
 };
 
 // Runs one task: task = ((sample * tile_count + tile) * group_count + group) * shares + share. `residual` may be null;

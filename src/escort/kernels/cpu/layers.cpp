@@ -55,6 +55,7 @@ DirectConvolution::DirectConvolution(const Isa& isa, DirectTables tables) : isa_
              params.y_sample_stride,
              1,
              false,
+             false,
              false};
   // About two vectors of multiply-adds per nanosecond, and one that is written.
   int64_t vectors = 0;
@@ -68,15 +69,15 @@ void DirectConvolution::run(const Input* inputs, Output output, int64_t samples,
   Direct direct = direct_;
   direct.shares = shares_of(direct_.parts, of_share, samples, threads);
   const int64_t tasks = of_share * direct.shares, parts = (direct.parts + direct.shares - 1) / direct.shares;
-  const int64_t scratch_size = (direct.stage_size + direct.partial_size * parts + 15) / 16 * 16;
-  float* memory = scratch(scratch_size * (threads > 1 ? threads : 1));
+  const Scratch memory = scratch(direct.stage_size + direct.partial_size * parts, threads);
   direct.fetch_ahead = threads > 1 || samples * direct.x_sample_stride > kFarFloats;  // others have written a part
   direct.fetch_next_task = tasks > threads;
+  direct.fetch_written = threads > 1 || samples * direct.y_sample_stride > kFarFloats;
   direct.x_sample_stride = inputs[0].stride;
   direct.residual_sample_stride = inputs[1].stride;
   direct.y_sample_stride = output.stride;
   parallel(tasks, threads, [&](int64_t i, int thread) {
-    isa_->run(direct, i, inputs[0].data, inputs[1].data, output.data, memory + thread * scratch_size);
+    isa_->run(direct, i, inputs[0].data, inputs[1].data, output.data, memory.of(thread));
   });
 }
 
@@ -107,12 +108,11 @@ void DepthwiseConvolution::run(const Input* inputs, Output output, int64_t sampl
   threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, bands)));
   // A task clears its scratch once: one for a thread alone, else eight of each thread.
   const int64_t tasks = threads > 1 ? std::min<int64_t>(bands, 8 * threads) : std::min<int64_t>(bands, 1);
-  const int64_t scratch_size = (int64_t(depthwise_.planes) * depthwise_.stage_size + isa_->lanes + 15) / 16 * 16;
-  float* memory = scratch(scratch_size * (threads > 1 ? threads : 1));
+  const Scratch memory = scratch(int64_t(depthwise_.planes) * depthwise_.stage_size + isa_->lanes, threads);
   const DepthwiseTensors tensors = {inputs[0].data,   inputs[1].data,   output.data,
                                     inputs[0].stride, inputs[1].stride, output.stride};
   parallel(tasks, threads, [&](int64_t i, int thread) {
-    isa_->run(depthwise_, tensors, bands * i / tasks, bands * (i + 1) / tasks, memory + thread * scratch_size);
+    isa_->run(depthwise_, tensors, bands * i / tasks, bands * (i + 1) / tasks, memory.of(thread));
   });
 }
 
@@ -167,15 +167,13 @@ void MaxPool2d::run(const Input* inputs, Output output, int64_t samples, int thr
   const int64_t planes = samples * channels_;
   threads = threads_for(samples * sample_ns, static_cast<int>(std::min<int64_t>(threads, planes)));
   const PoolPlane pool_plane = supported().front().pool;
-  // A window that ceil_mode adds may reach beyond the right padding. Lines of two threads share no line of the cache.
+  // A window that ceil_mode adds may reach beyond the right padding.
   const int64_t reach = pool_.left + pool_.width + int64_t(pool_.columns) * pool_.column_dilation + pool_.column_stride;
-  const int64_t line_size = (reach + 31) / 32 * 32;
-  float* memory = scratch(line_size * (threads > 1 ? threads : 1));
+  const Scratch memory = scratch(reach, threads);
   parallel(planes, threads, [&](int64_t i, int thread) {
     const int64_t sample = i / channels_, channel = i % channels_;
     pool_plane(pool_, inputs[0].data + sample * inputs[0].stride + channel * pool_.height * pool_.width,
-               output.data + sample * output.stride + channel * pool_.out_height * pool_.out_width,
-               memory + thread * line_size);
+               output.data + sample * output.stride + channel * pool_.out_height * pool_.out_width, memory.of(thread));
   });
 }
 

@@ -202,13 +202,13 @@ OfPlanes::OfPlanes(int64_t channels, Plane input_size, Plane output_size)
       out_plane_(output_size[0] * output_size[1]) {}
 
 void OfPlanes::run(const Input* inputs, Output output, int64_t samples, int threads) const {
-  const int64_t in_plane = height_ * width_, line = (width_ + 15) / 16 * 16;
-  float* memory = scratch(line * std::min(std::max(threads, 1), kMostThreads));
+  const int64_t in_plane = height_ * width_;
+  const Scratch line = scratch(width_, threads);
   constexpr int64_t kCall = 100;  // floats that are read in the time that the calls for a plane take
   for_planes(channels_, samples, std::max(in_plane, out_plane_) + kCall, threads,
              [&](int64_t sample, int64_t channel, int thread) {
                plane(inputs[0].data + sample * inputs[0].stride + channel * in_plane,
-                     output.data + sample * output.stride + channel * out_plane_, memory + thread * line);
+                     output.data + sample * output.stride + channel * out_plane_, line.of(thread));
              });
 }
 
@@ -303,14 +303,14 @@ Softmax::Softmax(int64_t outer, int64_t size, int64_t inner)
 void Softmax::run(const Input* inputs, Output output, int64_t samples, int threads) const {
   constexpr int64_t kPiece = 512;  // columns at a time
   const int64_t pieces = (inner_ + kPiece - 1) / kPiece;
-  float* memory = scratch(2 * kPiece * std::min(std::max(threads, 1), kMostThreads));
+  const Scratch memory = scratch(2 * kPiece, threads);
   for_planes(outer_ * pieces, samples, kSoftmaxWork * size_ * std::min(inner_, kPiece), threads,
              [&](int64_t sample, int64_t i, int thread) {
                const int64_t begin = i % pieces * kPiece, offset = i / pieces * size_ * inner_ + begin;
                const float* x = inputs[0].data + sample * inputs[0].stride + offset;
                float* y = output.data + sample * output.stride + offset;
                if (inner_ == 1) return row(x, y);
-               columns(x, y, std::min(kPiece, inner_ - begin), memory + thread * 2 * kPiece);
+               columns(x, y, std::min(kPiece, inner_ - begin), memory.of(thread));
              });
 }
 

@@ -287,15 +287,20 @@ void watch_forks() {
   });
 }
 
-float* scratch(int64_t floats) {
+Scratch scratch(int64_t floats, int threads) {
   thread_local Memory<float> memory;
-  thread_local int64_t capacity = 0;
-  if (floats > capacity) {
-    capacity = 0;
-    memory = allocate_array<float>(floats);
-    capacity = floats;
+  thread_local int64_t pitch = 0, workers = 0;
+  threads = std::clamp(threads, 1, kMostThreads);
+  if (floats > pitch || threads > workers) {
+    constexpr int64_t kLine = 16;  // floats of a line of the cache
+    const int64_t wider = std::max(pitch, (floats + kLine - 1) / kLine * kLine),
+                  more = std::max<int64_t>(workers, threads);
+    pitch = workers = 0;
+    memory = allocate_array<float>(wider * more);
+    pitch = wider;
+    workers = more;
   }
-  return memory.get();
+  return {memory.get(), pitch};
 }
 
 }  // namespace escort

@@ -46,9 +46,18 @@ void assume_fork_join_ns(double nanoseconds);
 // Notices forks from here on; called once, when the module is imported.
 void watch_forks();
 
-// Scratch of the calling thread for all its workers, aligned to 64 bytes; it grows to the largest layer and is then
-// reused. It holds until the thread's next call. Throws std::bad_alloc.
-float* scratch(int64_t floats);
+// Scratch of the calling thread for its workers, each aligned to 64 bytes. It grows to the largest layer and is then
+// reused; a worker so has the same memory in every layer, which lies in the cache of its core. It holds until the
+// thread's next call.
+struct Scratch {
+  float* memory;
+  int64_t pitch;
+
+  float* of(int thread) const { return memory + thread * pitch; }
+};
+
+// For so many workers, of at least so many floats each. Throws std::bad_alloc.
+Scratch scratch(int64_t floats, int threads);
 
 // Runs task(i, thread) for every i below `tasks`, on up to so many threads. Each starts with its own share of
 // consecutive tasks, the same share in every layer, so that it finds in its cache what it wrote in the layer before. A

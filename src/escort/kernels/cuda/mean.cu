@@ -7,10 +7,9 @@
 #define THREADS 256
 #define WARPS (THREADS / 32)
 #define VECTORS 4  // of a warp
-#define AT_ONCE 8  // pixels of a lane whose loads are issued together
 
 #include "divisor.cuh"
-#include "elements.cuh"
+#include "pixels.cuh"
 #include "ptx.cuh"
 
 // layers/planes/average.py has a dataclass of the same fields that says what each means.
@@ -57,19 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
   wait_for_previous_kernel();
   if (group < p.groups && channel < p.channels) {
     const Element* const plane = x + (long long)sample * p.pixels * p.channels + channel;
-    for (int pixel = part * (32 / VECTORS) + lane / VECTORS; pixel < p.pixels; pixel += AT_ONCE * step) {
-      Vector here[AT_ONCE] = {};
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; i++)
-        if (pixel + i * step < p.pixels) here[i] = load(plane + (long long)(pixel + i * step) * p.channels);
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) {
-        float values[VECTOR];
-        widen(here[i], values);
-#pragma unroll
-        for (int j = 0; j < VECTOR; j++) sum[j] += values[j];
-      }
-    }
+    add_pixels(sum, plane, part * (32 / VECTORS) + lane / VECTORS, step, p.pixels, p.channels);
   }
   const int first = add_lanes(sum);
   sums[warp][lane % VECTORS * VECTOR + first] = sum[0];

@@ -15,7 +15,8 @@
 //
 // Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
 // PIXELS pixels; BY_TURNS both compute the same ones, of half of the tap groups each, and one of them adds up and
-// stores. Two threads of the producer warpgroup copy. Blocks are persistent.
+// stores. Two threads of the producer warpgroup copy. Blocks are persistent. SPLIT the blocks of a cluster have the same
+// tile instead, and a share of its tap groups each.
 //
 // Geometry and epilogue are a struct (Params), so that few kernels serve all layers. It is compiled once per
 //   STORAGE     0: float, multiplied in TF32, 1: fp16, 2: bf16
@@ -25,12 +26,14 @@
 //   OUT_NCHW    1: y and the residual lie in NCHW, 0: in NHWC
 //   VECTOR      of 16-bit elements in NCHW, how many neighbours a lane stores at once
 //   UNALIGNED   whether these lie unaligned in staging
+//   SPLIT       1: blocks of a cluster share a tile (BY_TURNS, 16-bit elements in NHWC); else it may be left out
 //   ACTIVATION  the activation, where it does more than bound (activation.cuh)
 // source.py puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate) before this.
 //
 //   sparse_tc_tiles.cuh     sizes, shared memory, the order of work
 //   sparse_tc_load.cuh      the producers
 //   sparse_tc_multiply.cuh  the products
+//   sparse_tc_split.cuh     how blocks add up a tile that they share
 //   sparse_tc_store.cuh     the epilogue, in one of three ways
 #include "sparse_tc_load.cuh"
 #include "sparse_tc_multiply.cuh"
@@ -45,18 +48,32 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
   const Warpgroup group;
   Products products(p, base, group, samples < 0);
   Store store(p, base, group, out, samples);
-  const int storing = storing_groups(p);
+  [[maybe_unused]] const Shares shares(p, base);
+  const Part part(p);
   int turn = 0;  // BY_TURNS: which warpgroup stores a tile, while the other one goes on
   for (Work work(p, tile_groups); work.left(); work.next(), turn ^= 1) {
     const int first_channel = (work.m_tile() * ACROSS + group.across) * M_BLOCKS * 64;
     const bool stores = !BY_TURNS || group.number == turn;
-    const int begin = BY_TURNS && !stores ? storing : 0, groups = BY_TURNS && stores ? storing : p.tap_groups - begin;
-    const int step = __ldg(first + work.m_tile() * p.tap_groups + begin);
-    if (!BY_TURNS) store.begin(first_channel, work.tile());
+    const int begin = BY_TURNS && !stores ? part.storing : 0;
+    const int groups = BY_TURNS && stores ? part.storing : part.count - begin;
+    const int step = __ldg(first + work.m_tile() * p.tap_groups + part.begin + begin);
+    if (!BY_TURNS || SPLIT && stores) store.begin(first_channel, work.tile());
     products.start(steps + step, groups);
     const Bias biases(bias + first_channel);
     products.wait();
     wait_for_previous_kernel();  // which may read what y overwrites
+#if SPLIT
+    if (!stores) {
+      shares.wait_until_read(turn);
+      products.give();
+    } else {
+      products.take(turn);
+      products.put();
+      shares.meet(turn);
+      store.store(shares, biases, first_channel, work.tile());
+      shares.are_read();
+    }
+#else
     if (BY_TURNS && !stores) {
       store.end();
       sync(1 + group.number, WARPGROUP);
@@ -70,6 +87,7 @@ __device__ void consume(const Params& p, u32 base, const float* __restrict__ bia
       store.begin(first_channel, work.tile());
     }
     store.store(products.d, biases, first_channel, work.tile());
+#endif
   }
   store.end();
 }
@@ -86,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < A_STAGES; i++) {
       barrier_init(base + FULL_A + 8 * i, 1);
-      barrier_init(base + EMPTY_A + 8 * i, STAGE_WARPS * p.cluster);
+      barrier_init(base + EMPTY_A + 8 * i, STAGE_WARPS * (SPLIT ? 1 : p.cluster));
     }
     for (int i = 0; i < B_STAGES; i++) {
       barrier_init(base + FULL_B + 8 * i, 1);
@@ -95,6 +113,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     for (int i = 0; i < 2; i++) barrier_init(base + RESIDUAL_HERE + 8 * i, 1);
     barrier_init(base + SUMS_HERE, CONSUMER_WARPS / 2);
     barrier_init(base + NO_STAGE, 1);
+    if (SPLIT) {
+      barrier_init(base + ALL_SUMS_HERE, CONSUMER_WARPS / 2 * p.cluster);
+      barrier_init(base + ALL_SUMS_READ, CONSUMER_WARPS / 2 * p.cluster);
+    }
     barriers_are_ready();
   }
   // HALO: the padding behind a tap group's last row, which no next row holds.
@@ -113,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + WARPGROUP, 1)
     give_registers_up<PRODUCER_REGISTERS>();
     if (warp == CONSUMER_WARPS)
       copy_pixels(p, base, x_map, tile_groups);
-    else if (warp == CONSUMER_WARPS + 1 && p.cluster == 1)
+    else if (warp == CONSUMER_WARPS + 1 && (SPLIT || p.cluster == 1))
       copy_weight_tiles<false>(p, base, a, first, tile_groups);
     else if (warp == CONSUMER_WARPS + 1)
       copy_weight_tiles<true>(p, base, a, first, tile_groups);

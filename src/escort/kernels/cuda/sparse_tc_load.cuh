@@ -70,7 +70,8 @@ struct PixelCopies {
 // rings of its own: as it passes over none of their stages, the parity of a phase tells enough.
 __device__ void copy_pixels(const Params& p, u32 base, const TensorMap& x_map, int tile_groups) {
   base = kept(base);
-  const int stage_bytes = b_stage_bytes(p), storing = storing_groups(p);
+  const int stage_bytes = b_stage_bytes(p);
+  const Part part(p);
   const int load_bytes = WHOLE_ROWS ? kept(p.load_pixels * PIXEL_BYTES) : TILE_PIXELS * PIXEL_BYTES;
   Ring<RING_B> ring, others_ring;
   PixelCopies pixels(p), others(p);
@@ -85,12 +86,12 @@ __device__ void copy_pixels(const Params& p, u32 base, const TensorMap& x_map, i
     ring.advance(1);
   };
   for (Work work(p, tile_groups); work.left(); work.next()) {
-    pixels.begin(work.tile(), 0);
-    if (BY_TURNS) others.begin(work.tile(), storing);
+    pixels.begin(work.tile(), part.begin);
+    if (BY_TURNS) others.begin(work.tile(), part.begin + part.storing);
     wait_for_previous_kernel();  // which may have written x; it is done when this comes here again
 #pragma unroll 1
-    for (int group = storing; group < p.tap_groups; group++) {
-      if (!BY_TURNS || group < 2 * storing) copy(pixels, ring, first_stage);
+    for (int group = part.storing; group < part.count; group++) {
+      if (!BY_TURNS || group < 2 * part.storing) copy(pixels, ring, first_stage);
       if (BY_TURNS) copy(others, others_ring, RING_B - first_stage);
     }
     if (BY_TURNS) swap(ring, others_ring), first_stage = RING_B - first_stage;
@@ -102,11 +103,12 @@ template <bool CLUSTERED>
 __device__ void copy_weight_tiles(const Params& p, u32 base, const u8* __restrict__ a, const int* __restrict__ first,
                                   int tile_groups) {
   base = kept(base);
-  const int part_bytes = CLUSTERED ? p.by_cluster.quotient(A_BYTES) : A_BYTES, storing = storing_groups(p);
-  const int part = CLUSTERED ? block_in_cluster(p) * part_bytes : 0;
+  const int piece_bytes = CLUSTERED ? p.by_cluster.quotient(A_BYTES) : A_BYTES;
+  const int piece = CLUSTERED ? block_in_cluster(p) * piece_bytes : 0;
+  const Part part(p);
   Ring<RING_A> ring, others_ring;
   int first_stage = 0;
-  a = kept(a + part);
+  a = kept(a + piece);
   if (!is_elected()) return;
   const auto copy = [&](int weight_tile, int end, Ring<RING_A>& ring, int first_stage) {
 #pragma unroll 1
@@ -116,21 +118,21 @@ __device__ void copy_weight_tiles(const Params& p, u32 base, const u8* __restric
       barrier_wait_opaque(base + EMPTY_A + 8 * stage, ring.parity ^ 1);
       const u32 barrier = base + FULL_A + 8 * stage;
       barrier_expect(barrier, A_BYTES);
-      load_to_cluster<CLUSTERED>(base + A_BEGIN + stage * A_BYTES + part,
-                                 a + static_cast<long long>(weight_tile) * A_BYTES, part_bytes, p.cluster, barrier);
+      load_to_cluster<CLUSTERED>(base + A_BEGIN + stage * A_BYTES + piece,
+                                 a + static_cast<long long>(weight_tile) * A_BYTES, piece_bytes, p.cluster, barrier);
       ring.advance(1);
     } while (++weight_tile < end);
   };
   for (Work work(p, tile_groups); work.left(); work.next()) {
-    const int* const firsts = first + work.m_tile() * p.tap_groups;
+    const int* const firsts = first + work.m_tile() * p.tap_groups + part.begin;
     if constexpr (!BY_TURNS) {
-      copy(__ldg(firsts), __ldg(firsts + p.tap_groups), ring, 0);
+      copy(__ldg(firsts), __ldg(firsts + part.count), ring, 0);
     } else {
-      int begin = __ldg(firsts), others_begin = __ldg(firsts + storing);
+      int begin = __ldg(firsts), others_begin = __ldg(firsts + part.storing);
 #pragma unroll 1
-      for (int group = storing; group < p.tap_groups; group++) {
-        const int end = __ldg(firsts + group - storing + 1), others_end = __ldg(firsts + group + 1);
-        if (group < 2 * storing) copy(begin, end, ring, first_stage);
+      for (int group = part.storing; group < part.count; group++) {
+        const int end = __ldg(firsts + group - part.storing + 1), others_end = __ldg(firsts + group + 1);
+        if (group < 2 * part.storing) copy(begin, end, ring, first_stage);
         copy(others_begin, others_end, others_ring, RING_A - first_stage);
         begin = end, others_begin = others_end;
       }

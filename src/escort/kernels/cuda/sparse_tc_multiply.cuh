@@ -36,10 +36,10 @@ struct Products {
                        lane * 4),
         full_a(base + FULL_A + 8 * RING_A * group.ring),
         full_b(base + FULL_B + 8 * RING_B * group.ring),
-        empty_a(barrier_of(base + EMPTY_A + 8 * RING_A * group.ring, lane < p.cluster ? lane : 0)),
+        empty_a(barrier_of(base + EMPTY_A + 8 * RING_A * group.ring, reader(p))),
         empty_b(base + EMPTY_B + 8 * RING_B * group.ring),
-        no_stage_of_cluster(barrier_of(base + NO_STAGE, lane < p.cluster ? lane : 0)),
-        releases(lane < static_cast<int>(kept(p.cluster))),
+        no_stage_of_cluster(barrier_of(base + NO_STAGE, reader(p))),
+        releases(lane < (SPLIT ? 1 : static_cast<int>(kept(p.cluster)))),
         always{kept(!never), kept(!never)} {}
 
   // Starts all products of so many tap groups, of which the last one may still run afterwards.
@@ -101,13 +101,7 @@ struct Products {
   // BY_TURNS: sums go to the other warpgroup, thread by thread, through memory in which both stage outputs: no warp
   // may still read what this one has staged, nor stage before all have taken theirs.
   __device__ void give() const {
-#pragma unroll
-    for (int i = 0; i < M_BLOCKS; i++)
-#pragma unroll
-      for (int j = 0; j < PIXELS / 2; j += 4)
-        store_shared(sums + (i * PIXELS / 2 + j) * WARPGROUP * 4,
-                     make_float4(d[i][j], d[i][j + 1], d[i][j + 2], d[i][j + 3]));
-    __syncwarp();
+    put();
     if (lane == 0) barrier_arrive(base + SUMS_HERE);
   }
   __device__ void take(u32 parity) {
@@ -116,6 +110,16 @@ struct Products {
     for (int i = 0; i < M_BLOCKS; i++)
 #pragma unroll
       for (int j = 0; j < PIXELS / 2; j += 4) add_shared(sums + (i * PIXELS / 2 + j) * WARPGROUP * 4, d[i] + j);
+  }
+  // A warp's sums to memory.
+  __device__ void put() const {
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS; i++)
+#pragma unroll
+      for (int j = 0; j < PIXELS / 2; j += 4)
+        store_shared(sums + (i * PIXELS / 2 + j) * WARPGROUP * 4,
+                     make_float4(d[i][j], d[i][j + 1], d[i][j + 2], d[i][j + 3]));
+    __syncwarp();
   }
 
  private:
@@ -134,6 +138,9 @@ struct Products {
   u32 last_a, last_b;
   Ring<RING_A> ring_a;
   Ring<RING_B> ring_b;
+
+  // The block of the cluster that this lane tells which weight tiles are done.
+  __device__ int reader(const Params& p) const { return SPLIT ? block_in_cluster(p) : lane < p.cluster ? lane : 0; }
 
   __device__ void wait_for_step() const {
     barrier_wait_opaque(full_a + 8 * ring_a.stage, ring_a.parity);

@@ -17,6 +17,25 @@ __device__ u32 barrier_of(u32 barrier, u32 block) {
 __device__ void barrier_arrive_remotely(u32 remote) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
 }
+// The same with what was written or read before, for those who wait in other blocks.
+__device__ void barrier_arrive_in_cluster(u32 remote) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+}
+__device__ void barrier_wait_in_cluster(u32 barrier, u32 parity) {
+  asm volatile(
+      "{ .reg .pred done; WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; "
+      "@!done bra WAIT; }" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// What a block of the cluster has at a place of its shared memory.
+__device__ void load_of_block(u32 own, u32 block, float4& v) {
+  asm volatile(
+      "{ .reg .b32 at; mapa.shared::cluster.u32 at, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [at]; }"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(own), "r"(block)
+      : "memory");
+}
 // Whether the phase of that parity has ended, without a wait.
 __device__ u32 barrier_test(u32 barrier, u32 parity) {
   u32 done;

@@ -9,6 +9,7 @@
 #endif
 #include "activation.cuh"
 #include "sparse_tc_ptx.cuh"
+#include "sparse_tc_split.cuh"
 #include "sparse_tc_tiles.cuh"
 #define BOXES_OUT (STORAGE && !OUT_NCHW)  // the copy engine stores y and loads the residual; else warps do
 

@@ -27,13 +27,36 @@ __device__ void stage(const float (&d)[PIXELS / 2], u32 staging, float bias_low,
   }
 }
 
+// SPLIT: the same of this block's share of the pixels.
+template <bool RESIDUAL, bool ACTIVATED>
+__device__ void stage_share(const Shares& shares, int channels, u32 staging, float bias_low, float bias_high,
+                            const Slopes& slopes, u32 most) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const u32 at = staging + lane % 8 * PIXEL_BYTES + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+  const int groups = shares.p.store_pixels / 8;
+#pragma unroll 1
+  for (int j = 0; j < groups; j += 2) {
+    const bool twice = j + 1 < groups;
+    float d[8];
+    shares.add_up(channels, j, twice, d);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (i && !twice) break;
+      u32 r[2] = {}, v[2];
+      if constexpr (RESIDUAL) load_transposed<2>(at + (j + i) * 8 * PIXEL_BYTES, r);
+      finish<RESIDUAL, ACTIVATED>(d + 4 * i, bias_low, bias_high, slopes, r, most, v);
+      store_matrices<2, true>(at + (j + i) * 8 * PIXEL_BYTES, v);
+    }
+  }
+}
+
 // Whether a box of pixels belongs to both warpgroups, which store it as one.
 constexpr bool JOINT = ALONG == 2 && TAP_GROUP != IM2COL;
 
 struct Store {
   const Params& p;
   const Outputs& out;
-  const int along;
+  const int along, rank;        // rank: SPLIT, of the block's share
   const int store_id, threads;  // of the warpgroups that share a box
   const bool leads;             // whether this thread issues their copies
   const u32 residual_here, staging, box;
@@ -43,6 +66,7 @@ struct Store {
       : p(p),
         out(out),
         along(group.along),
+        rank(SPLIT ? block_in_cluster(p) : 0),
         store_id(JOINT ? 1 : 1 + group.number),
         threads(JOINT ? CONSUMERS : WARPGROUP),
         leads(threadIdx.x == (JOINT ? 0 : group.number * WARPGROUP)),
@@ -60,7 +84,9 @@ struct Store {
     }
   }
 
-  __device__ void store(const Sums& d, const Bias& bias, int first_channel, int tile) {
+  // d: the sums, or SPLIT the shares of them.
+  template <class D>
+  __device__ void store(const D& d, const Bias& bias, int first_channel, int tile) {
     const float* const slopes = out.slopes + first_channel;
     if (p.residual) {
       barrier_wait_opaque(residual_here, residual_parity);
@@ -98,10 +124,18 @@ struct Store {
                                  Slopes(slopes + i * 64), most_of(p.bound));
   }
 
+  template <bool RESIDUAL, bool ACTIVATED>
+  __device__ void stage_all(const Shares& shares, const Bias& bias, const float* slopes) {
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS; i++)
+      stage_share<RESIDUAL, ACTIVATED>(shares, i, staging + i * p.staging_bytes, bias.low[i], bias.high[i],
+                                       Slopes(slopes + i * 64), most_of(p.bound));
+  }
+
   __device__ void copy_boxes(bool load, const TensorMap& map, int c, int tile) {
     const Place at(p, tile);
-    const int w = WHOLE_ROWS ? 0 : tile * TILE_PIXELS + along * PIXELS;
-    const int h = WHOLE_ROWS ? at.row : 0, n = WHOLE_ROWS ? at.sample : 0;
+    const int w = WHOLE_ROWS ? 0 : tile * TILE_PIXELS + along * PIXELS + rank * p.store_pixels;
+    const int h = WHOLE_ROWS ? at.row + p.by_pitch.quotient(rank * p.store_pixels) : 0, n = WHOLE_ROWS ? at.sample : 0;
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; i++) {
       if (load)

@@ -3,6 +3,10 @@
 #include "divisor.cuh"
 #include "ptx.cuh"
 
+#ifndef SPLIT
+#define SPLIT 0
+#endif
+
 enum TapGroup { IM2COL, COLUMNS, HALO, FLAT };
 
 // Tiles are whole rows of the output; else any pixels in a row.
@@ -40,9 +44,6 @@ struct Params {
   int residual, bound;
 };
 
-// BY_TURNS: the tap groups of the warpgroup that stores a tile, its first ones; the other warpgroup has the others.
-__device__ int storing_groups(const Params& p) { return BY_TURNS ? p.tap_groups / 2 : 0; }
-
 // What all lanes of a warp have, as a register. The compiler does not see through a shuffle of what differs by lane;
 // else it would read parameters anew in every step, which takes as long as ten instructions.
 __device__ u32 kept(u32 v) { return __shfl_sync(~0u, v + threadIdx.x % 32, 0); }
@@ -55,8 +56,9 @@ __device__ const u8* kept(const u8* v) {
 constexpr u32 FULL_A = 0, EMPTY_A = FULL_A + 8 * A_STAGES, FULL_B = EMPTY_A + 8 * A_STAGES;
 constexpr u32 EMPTY_B = FULL_B + 8 * B_STAGES, RESIDUAL_HERE = EMPTY_B + 8 * B_STAGES, SUMS_HERE = RESIDUAL_HERE + 16;
 constexpr u32 NO_STAGE = SUMS_HERE + 8;  // a barrier that nobody waits for
+constexpr u32 ALL_SUMS_HERE = NO_STAGE + 8, ALL_SUMS_READ = ALL_SUMS_HERE + 8;  // SPLIT: those of all blocks
 constexpr u32 A_BEGIN = 1024, B_BEGIN = (A_BEGIN + A_STAGES * A_BYTES + 1023) / 1024 * 1024;
-static_assert(NO_STAGE + 8 <= A_BEGIN);
+static_assert(ALL_SUMS_READ + 8 <= A_BEGIN);
 
 // From a stage of pixels to the next.
 __device__ int b_stage_bytes(const Params& p) { return WHOLE_ROWS ? kept(p.b_stage_bytes) : TILE_PIXELS * PIXEL_BYTES; }
@@ -81,7 +83,20 @@ __device__ void swap(T& one, T& other) {
 // Which block of its cluster this is.
 __device__ int block_in_cluster(const Params& p) { return blockIdx.x - p.by_cluster.quotient(blockIdx.x) * p.cluster; }
 
-// What a cluster computes, one after the other: a tile of channels for a group of pixel tiles, one for each block.
+// The tap groups of a tile that a block computes: all of them, or SPLIT its share.
+struct Part {
+  int begin, count;
+  int storing;  // BY_TURNS: of the warpgroup that stores, the first ones; the other warpgroup has the others
+  __device__ explicit Part(const Params& p) {
+    const int rank = SPLIT ? block_in_cluster(p) : 0;
+    begin = SPLIT ? p.by_cluster.quotient(rank * p.tap_groups) : 0;
+    count = (SPLIT ? p.by_cluster.quotient((rank + 1) * p.tap_groups) : p.tap_groups) - begin;
+    storing = BY_TURNS ? count / 2 : 0;
+  }
+};
+
+// What a cluster computes, one after the other: a tile of channels for a group of pixel tiles, one for each block; or
+// SPLIT for one pixel tile.
 struct Work {
   const Params& p;
   int items, item;
@@ -90,7 +105,9 @@ struct Work {
   __device__ bool left() const { return item < items; }
   __device__ void next() { item += p.by_cluster.quotient(gridDim.x); }
   __device__ int m_tile() const { return item - tile_group() * p.m_tiles; }
-  __device__ int tile() const { return tile_group() * p.cluster + block_in_cluster(p); }  // may be beyond the last
+  __device__ int tile() const {  // may be beyond the last
+    return SPLIT ? tile_group() : tile_group() * p.cluster + block_in_cluster(p);
+  }
 
  private:
   __device__ int tile_group() const { return p.by_m_tiles.quotient(item); }

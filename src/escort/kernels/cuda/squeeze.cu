@@ -8,10 +8,9 @@
 // VECTOR    elements of 16 bytes, a divisor of the channels
 #define THREADS 256
 #define WARPS (THREADS / 32)
-#define AT_ONCE 8  // pixels of a thread whose loads are issued together
 
 #include "cluster.cuh"
-#include "elements.cuh"
+#include "pixels.cuh"
 #include "ptx.cuh"
 
 // layers/planes/squeeze.py has a dataclass of the same fields that says what each means.
@@ -38,7 +37,7 @@ __device__ __forceinline__ float total(const float* own, int log_cluster) {
 }
 
 // Sums a block's pixels of a sample to `sums`, all channels. `parts` holds a vector of each thread.
-__device__ __forceinline__ void add_pixels(float* sums, float* parts, const Element* x, int rank, const Params& p) {
+__device__ __forceinline__ void add_plane(float* sums, float* parts, const Element* x, int rank, const Params& p) {
   const int vectors = p.channels / VECTOR;
   for (int base = 0; base < vectors; base += THREADS) {
     const int count = min(vectors - base, THREADS), lanes = THREADS / count, lane = threadIdx.x / count;
@@ -46,19 +45,7 @@ __device__ __forceinline__ void add_pixels(float* sums, float* parts, const Elem
     float sum[VECTOR] = {};
     if (lane < lanes) {
       const Element* const from = x + (base + threadIdx.x - lane * count) * VECTOR;
-      for (int pixel = (lane << p.log_cluster) + rank; pixel < p.pixels; pixel += AT_ONCE * step) {
-        Vector here[AT_ONCE] = {};
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-          if (pixel + i * step < p.pixels) here[i] = load(from + (long long)(pixel + i * step) * p.channels);
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-          float values[VECTOR];
-          widen(here[i], values);
-#pragma unroll
-          for (int j = 0; j < VECTOR; j++) sum[j] += values[j];
-        }
-      }
+      add_pixels(sum, from, (lane << p.log_cluster) + rank, step, p.pixels, p.channels);
     }
 #pragma unroll
     for (int j = 0; j < VECTOR; j++) parts[threadIdx.x * VECTOR + j] = sum[j];
@@ -89,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     copy16(shared_address(columns + i), w1 + row * p.channels + first + vector * VECTOR);
     copy16(shared_address(rows + i), w2 + first * p.hidden + i * VECTOR);
   }
-  add_pixels(sums, parts, x + (long long)sample * p.pixels * p.channels, rank, p);
+  add_plane(sums, parts, x + (long long)sample * p.pixels * p.channels, rank, p);
   meet_blocks();
 
   float* const means = parts;

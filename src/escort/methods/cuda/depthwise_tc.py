@@ -132,11 +132,13 @@ class DepthwiseTc(Method):
             activation.per_channel(problem, bias, slope),
             pack(Params.of(problem, tile)),
         )
-        launch = compiled.bind(_THREADS, tile.shared_bytes, (*[torch.Tensor] * 3, *fixed, int), overlap=True)
-        torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
 
         def cut(samples: int) -> tuple[Grid, int]:
             return (-(-samples // samples_of_tile) * tile.blocks, 1, 1), samples
+
+        args, blocks = (*[torch.Tensor] * 3, *fixed, int), math.prod(cut(problem.batch)[0])
+        launch = compiled.bind(_THREADS, tile.shared_bytes, args, overlap=True, blocks=blocks)
+        torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
 
         most_samples = _MOST // max(tile.blocks, 1)
         run = runner(problem, launch, cut, most_samples=most_samples, alignment=_VECTOR_BYTES)

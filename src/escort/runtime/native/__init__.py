@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from escort.layers import SparseConv2d
 from escort.layers.counters import Counters
-from escort.layers.observed import is_profiled
+from escort.layers.observed import watched
 from escort.layers.runners import RunnerCache
 from escort.runtime.loop import BoundStep, run_steps
 from escort.runtime.native.batching import Batching
@@ -27,8 +25,7 @@ from escort.runtime.watch import Watch
 
 _MOST_KINDS, _MOST_WAITING = 64, 1 << 16  # layers keep tables for as many sizes
 _SCALARS = frozenset((bool, int, float, str, type(None)))
-_function_modes = torch._C._len_torch_function_stack
-_is_autocast, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
+_is_grad_enabled = torch.is_grad_enabled
 
 
 class _Made:
@@ -114,7 +111,7 @@ class Native:
         kind = _kind(values[: len(listing.inputs)])
         if kind is None:
             return "an input is neither a plain tensor on the CPU nor a number"
-        if reason := _unusual():
+        if reason := watched("cpu"):
             return reason
         made = self._made
         if made is not None and not (made.steps is steps and made.holds()):
@@ -148,18 +145,6 @@ class Native:
         made = self._made
         forms = [] if made is None else [form for form in list(made.forms.values()) if isinstance(form, Form)]
         return {"forms": [form.stats() for form in forms], "eager": self._counters()}
-
-
-def _unusual() -> str | None:
-    """Why calls do not run natively at the moment."""
-    if is_profiled():
-        return "a profiler watches"
-    if _is_autocast("cpu"):
-        return "autocast is on"
-    # That of a default device changes nothing: results are made on the CPU.
-    if _function_modes() and {type(mode) for mode in _get_current_function_mode_stack()} != {DeviceContext}:
-        return "a mode watches"
-    return None
 
 
 def _kind(inputs: Sequence[Any]) -> tuple[Hashable, ...] | None:

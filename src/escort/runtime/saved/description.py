@@ -112,6 +112,9 @@ def unsavable(network: nn.Module, device: torch.device) -> str | None:
     """
     try:
         description = describe(network)
+        if not isinstance(network, Program | fx.GraphModule):  # whose file holds all tensors, those of no program too
+            for name, tensor in network.state_dict(keep_vars=True).items():
+                check_tensor(name, tensor)
         programs = programs_in(network)
         places = Places(programs, layers_in(network))
         for path, program in programs.items():
@@ -144,7 +147,7 @@ def check_tensor(name: str, tensor: Any) -> None:
             f"{name} is a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device}; make it dense"
         )
     if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} holds NaN or infinity")
+        raise ValueError(f"{name} holds NaN or infinity; use a finite number, such as torch.finfo(dtype).min")
 
 
 def _naming(path: str) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from escort.problem import torch_name
 from escort.runtime.program import Program
 from escort.runtime.saved.errors import naming
 from escort.runtime.saved.limits import MAX_DEPTH, MAX_NAME, MAX_NUMBERS, MAX_OPERANDS, MAX_PATH, MAX_STEPS
@@ -20,7 +21,7 @@ from escort.runtime.templates import leaves, slots_in
 # Names are labels and nothing else. These are free of quotes and control characters, so that messages can show them.
 _LABEL = re.compile(r"(?!__)[\w+\-:/@ ]+")
 _MOST_DIMENSIONS = 16
-_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_DTYPES = {torch_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
 def describe_program(program: Program) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def _describe_input(given: Input) -> dict[str, Any]:
         record["fixed"] = encode(given.fixed)
     if given.like is not None:
         shape, dtype = given.like
-        record |= {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+        record |= {"shape": list(shape), "dtype": torch_name(dtype)}
     return record
 
 

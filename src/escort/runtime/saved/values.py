@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from escort.problem import torch_name
 from escort.runtime.saved.limits import INTEGER_BITS, MAX_DEPTH, MAX_NAME, MAX_TEXT
 from escort.runtime.templates import Slot, named_tuple
 
 _FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]*", re.ASCII)
 #: kind of tensor option -> its values by name.
 _OPTIONS = {
-    cls.__name__: {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, cls)}
+    cls.__name__: {torch_name(value): value for value in vars(torch).values() if isinstance(value, cls)}
     for cls in (torch.dtype, torch.memory_format, torch.layout)
 }
 
@@ -34,7 +35,7 @@ def encode(value: Any) -> Any:
     if isinstance(value, torch.device):
         return {"device": str(value)}
     if isinstance(value, torch.dtype | torch.memory_format | torch.layout):
-        return {type(value).__name__: str(value).removeprefix("torch.")}
+        return {type(value).__name__: torch_name(value)}
     return _encode_container(value)
 
 

@@ -51,11 +51,13 @@ _MOST_ALIKE = len(AXES["producers"]) * math.prod(map(len, STAGING_AXES.values())
 _Knobs = Mapping[str, NDArray[Any]]
 
 # Constants of the prediction, in clocks of a multiprocessor; docs/notes/direct-gpu.md says how well it does.
-_LAUNCH = 4000  # from launch to launch, beside the work of the blocks
+_LAUNCH = 4400  # from launch to launch, beside the work of the blocks
 _FETCH = 900  # latency of global memory
-_LOOP = 30  # of an output channel's nonzeros in a stage: header, flush, loop exit
-_EPILOGUE = 60  # of a warp's positions of one output channel
-_ROUND_TRIP = 45  # of four nonzeros of a lone warp, beside its instructions
+_LOOP = 30  # instructions of an output channel's nonzeros in a stage: header, flush, loop exit
+_ALONE_LOOP = 119  # the same as latency, which a warp does not hide from itself
+_STAGE = 790  # of handing over a stage
+_COPY = 29  # of a word that a lane of a producer copies
+_EXPOSED = 0.2  # of staging, though stages are filled ahead
 
 
 @lru_cache(maxsize=8)
@@ -153,7 +155,8 @@ def _clocks(
     samples = -(-max(problem.batch, 1) // layout.samples_per_word)
     blocks = -(-Positions(problem).count(samples) // tile) * groups
 
-    # Wavefronts of shared memory, instruction slots (four per clock) and the time of a warp on its own.
+    # Wavefronts of shared memory, instruction slots (four per clock) and the time of a warp on its own, which add up:
+    # all warps of a block wait for a stage, and then for one another.
     sharing = knobs["position_warps"]  # warps that read the same nonzeros
     block_channels = knobs["out_channel_warps"] * out_channels
     cells = block_channels * knobs["in_channel_warps"] * chunks
@@ -164,15 +167,14 @@ def _clocks(
     instructions = sharing * (group_nnz * (per_product * words + 2) + cells * (_LOOP + 4 * words * packed))
     instructions += channels * layout.slots * (24 if layout.paired else 12 if half else 5)
     warps = knobs["out_channel_warps"] * knobs["in_channel_warps"]
-    alone = group_nnz / warps * (per_product * words + _ROUND_TRIP / 4) + cells / warps * 2 * _LOOP + chunks * 60
+    alone = group_nnz / warps * per_product * words + cells / warps * _ALONE_LOOP + chunks * _STAGE
     resident = np.minimum(occupancy, -(-blocks // gpu.multiprocessors))
     waves = -(-blocks // (gpu.multiprocessors * resident))
-    busy = np.maximum(np.maximum(wavefronts, instructions / 4) * resident, alone)
     staging = _staging_clocks(layout, knobs)
-    busy = np.maximum(busy, chunks * staging / (knobs["stages"] - 1))
+    busy = np.maximum(wavefronts, instructions / 4) * resident + alone
+    busy = busy + _EXPOSED * chunks * staging / (knobs["stages"] - 1)
     # Blocks of one multiprocessor hide each other's first stage and epilogue.
-    edges = staging + _EPILOGUE * out_channels * words * (1 + half)
-    edges = edges + activation.clocks(problem) * block_channels * tile * layout.samples_per_word
+    edges = staging + activation.clocks(problem) * block_channels * tile * layout.samples_per_word
     clocks: NDArray[np.floating[Any]] = waves * (busy + edges / resident**2) + _LAUNCH
     return clocks
 
@@ -182,7 +184,7 @@ def _staging_clocks(layout: Layout, knobs: _Knobs) -> NDArray[np.floating[Any]]:
     copies, producers = knobs["channel_block"] * layout.slots, knobs["producers"]
     clocks: NDArray[np.floating[Any]]
     if layout.samples_per_word == 1:
-        clocks = _FETCH + copies * 6 / producers
+        clocks = copies * _COPY / producers
     else:
         clocks = _FETCH + _FETCH / 2 * -(-copies // (8 * producers))
     return clocks

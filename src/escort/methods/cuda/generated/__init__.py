@@ -98,12 +98,6 @@ class Generated(Method):
         )
         text = codegen.text(kernel_steps, *per_channel)
         compiled = kernel(Text("generated.cu", text), {}, device)
-        launch = compiled.bind(
-            config.threads,
-            kernel_steps.shared_bytes,
-            (torch.Tensor, torch.Tensor, torch.Tensor, int, int),
-            overlap=True,
-        )
         clusters = config.clusters(Gpu.of(problem.device))
         arrange, binaries = None, [compiled.binary]
         if config.arranged:
@@ -117,6 +111,13 @@ class Generated(Method):
             blocks = (items if config.split > 1 else min(items, clusters)) * config.cluster
             return (blocks, 1, 1), samples, tiles
 
+        launch = compiled.bind(
+            config.threads,
+            kernel_steps.shared_bytes,
+            (torch.Tensor, torch.Tensor, torch.Tensor, int, int),
+            overlap=True,
+            blocks=math.prod(cut(problem.batch)[0]),
+        )
         run = runner(
             *(problem, launch, cut),
             most_samples=_most_samples(kernel_steps),

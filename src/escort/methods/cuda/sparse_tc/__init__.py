@@ -146,11 +146,11 @@ class SparseTc(Method):
             alignment = tiling.element.bytes * tiling.vector
             arrange, arranging = arranger(problem, tiling.element, ordered.in_order, device)
             binaries.append(arranging)
-        clusters, most = gpu.clusters(config.cluster), math.prod(problem.output_shape[1:]) + _TILE_ELEMENTS
+        clusters, most = gpu.clusters(config.thread_blocks), math.prod(problem.output_shape[1:]) + _TILE_ELEMENTS
 
         def cut(samples: int) -> tuple[Grid, int, int]:
             tile_groups = tiling.tile_groups(samples)
-            blocks = min(tile_groups * tiling.channel_tiles, clusters) * config.cluster
+            blocks = min(tile_groups * tiling.channel_tiles, clusters) * config.thread_blocks
             return (blocks, 1, 1), samples, tile_groups
 
         run = runner(
@@ -259,7 +259,7 @@ def _bind(
     fixed = [weight_tiles, *(torch.from_numpy(table).to(tiling.problem.device) for table in tables)]
     output = of.mapped(_output_map(tiling)) if tiling.stores_boxes else torch.Tensor
     args = of.mapped(_input_map(tiling)), *fixed, output, output, pack_params(Params.of(tiling)), int, int
-    return compiled.bind(_THREADS, tiling.memory.bytes, args, overlap=True, cluster=tiling.config.cluster)
+    return compiled.bind(_THREADS, tiling.memory.bytes, args, overlap=True, cluster=tiling.config.thread_blocks)
 
 
 def _in_order(of_channels: torch.Tensor | None, out_order: IntArray) -> FloatArray:

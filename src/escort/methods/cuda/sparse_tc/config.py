@@ -69,6 +69,8 @@ class SparseTcConfig:
         memory_format: of x, residual and y. For "contiguous" a kernel arranges x before, and y is written in NCHW;
             "channels_last" converts nothing.
         by_turns: the two warpgroups take half of the tap groups each and add their sums up, with `across` 1.
+        split: thread blocks of a cluster that share a tile: each takes a share of its tap groups, and adds up and
+            stores a share of its pixels. With `by_turns`, `cluster` 1 and 16-bit elements in channels_last.
     """
 
     tap_group: TapGroup
@@ -80,6 +82,12 @@ class SparseTcConfig:
     cluster: int = 1
     memory_format: MemoryFormat = "contiguous"
     by_turns: bool = False
+    split: int = 1
+
+    @property
+    def thread_blocks(self) -> int:
+        """Of a cluster, whatever they share."""
+        return self.cluster * self.split
 
     @property
     def whole_rows(self) -> bool:

@@ -29,6 +29,7 @@ _REMAINDER = 1.0  # products of the remainder, of the time of others
 _WAIT = {1: 1.0, 2: 1.0, 4: 1.1, 8: 1.4}  # of a cluster's blocks for one another, as a factor
 _TILE = 500.0  # around the steps of a tile
 _ADD_UP = 930.0  # the sums of warpgroups that take turns
+_SHARE, _SHARED_SUMS = 700.0, 12.0  # of blocks that share a tile: their waits; bytes a clock of others' sums. Guesses
 _STORED, _STORED_ONE_BY_ONE, _FLOATS_STORED = 36.0, 6.5, 31.0  # bytes of outputs a clock; in NCHW, but for floats
 _BOXES_STORED = 500.0  # the same in channels_last
 _MEMORY_BYTES = 4.4e6  # a us
@@ -66,7 +67,7 @@ def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:
         remainder: of the filter, in the order of the memory format.
     """
     p, config, element = tiling.problem, tiling.config, tiling.element
-    rounds = -(-tiling.tile_groups(max(p.batch, 1)) * tiling.channel_tiles // gpu.clusters(config.cluster))
+    rounds = -(-tiling.tile_groups(max(p.batch, 1)) * tiling.channel_tiles // gpu.clusters(config.thread_blocks))
     tile_bytes = config.tile_channels // 64 * M_BLOCK_BYTES
     load_bytes = tiling.load[1] * tiling.load[2] * tiling.load[3] * PIXEL_BYTES / len(tiling.tap_groups[0])
     at_once = 1 if config.by_turns else 2  # warpgroups that multiply in a step; those of another step run beside it
@@ -77,9 +78,12 @@ def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:
     if remainder_tiles:
         remainder_products = _REMAINDER * products * remainder_halves / remainder_tiles
         steps += remainder_tiles * _step(remainder_products + tile_bytes, tile_bytes / config.cluster, least)
-    count = len(tiling.tap_groups) * len(tiling.tap_groups[0])
+    count = _tap_groups(tiling) * len(tiling.tap_groups[0])
     steps *= count * _WAIT[config.cluster]
-    store = _TILE + config.tile_pixels * config.tile_channels * (element.bytes / _stored(tiling) + activation.clocks(p))
+    outputs, share = config.tile_pixels * config.tile_channels, 1 / config.split
+    store = _TILE + outputs * share * (element.bytes / _stored(tiling) + activation.clocks(p))
+    if config.split > 1:
+        store += _SHARE + outputs * (1 - share) * 4 / _SHARED_SUMS
     if config.by_turns:  # one stores while the other multiplies, but for the last tile
         tile = max(steps, count * (1 + remainder_tiles) * least + store / 2) + _ADD_UP
         work = rounds * tile + store
@@ -91,6 +95,12 @@ def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:
     compute, memory = work / _CLOCK_MHZ, (in_bytes * read + out_bytes * out_pixels) / _MEMORY_BYTES
     arrange = 0.0 if config.takes_channels_last else _ARRANGE_US + 2 * in_bytes * pixels / _ARRANGE_BYTES
     return _LAUNCH_US + arrange + max(compute, memory) + _BESIDE * min(compute, memory)
+
+
+def _tap_groups(tiling: Tiling) -> int:
+    """Those of a thread block, as if both warpgroups had as many as the one with more."""
+    split, groups = tiling.config.split, len(tiling.tap_groups)
+    return groups if split == 1 else 2 * math.ceil(math.ceil(groups / split) / 2)
 
 
 def _step(shared_bytes: float, copied_bytes: float, least: float) -> float:

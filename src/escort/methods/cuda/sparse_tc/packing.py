@@ -76,7 +76,7 @@ def tiles_key(tiling: Tiling) -> Hashable:
     """What the weight tiles of a filter depend on. Tilings for several input sizes may have the same."""
     config = tiling.config
     order = tuple(tuple(tap[:3] for tap in tap_group) for tap_group in tiling.tap_groups)
-    return tiling.problem.precision, config.tile_channels, config.across, config.by_turns, order
+    return tiling.problem.precision, config.tile_channels, config.across, tuple(tiling.first_groups), order
 
 
 class _Nonzeros(NamedTuple):
@@ -128,9 +128,7 @@ def _choose(nonzeros: _Nonzeros, tiling: Tiling) -> tuple[IntArray, IntArray, ND
     warpgroup = nonzeros.row // np.int32(tiling.config.tile_channels // across)
     half = nonzeros.column // np.int32(tiling.element.k_block // 2)
     holds[nonzeros.tile, nonzeros.tap, nonzeros.part, warpgroup, half] = 1
-    holds[:, 0, 0] = 1  # a tile's first products overwrite the sums
-    if tiling.config.by_turns:
-        holds[:, tiling.storing_groups * group_taps, 0] = 1  # the other warpgroup's first ones, too
+    holds[:, np.multiply(tiling.first_groups, group_taps), 0] = 1  # the first products overwrite sums
     halves = holds.reshape(*holds.shape[:3], -1) @ (1 << np.arange(2 * across, dtype=np.uint32))
 
     kept = halves != 0

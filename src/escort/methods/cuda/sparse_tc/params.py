@@ -78,8 +78,8 @@ class Params:
         out_plane, sample_pitch = p.out_height * p.out_width, tiling.rows.sample_rows * tiling.rows.pitch
         tiles_per_sample = -(-p.out_height // tiling.tile_rows)
         return cls(
-            cluster=config.cluster,
-            by_cluster=Divisor.of(config.cluster),
+            cluster=config.thread_blocks,
+            by_cluster=Divisor.of(config.thread_blocks),
             m_tiles=tiling.channel_tiles,
             by_m_tiles=Divisor.of(tiling.channel_tiles),
             tap_groups=len(tiling.tap_groups),

@@ -79,7 +79,9 @@ class SharedMemory(NamedTuple):
         staging = Staging.of(config, element, store_pixels)
         a_bytes, b_stage_bytes = config.tile_channels // 64 * M_BLOCK_BYTES, up(load_pixels * PIXEL_BYTES, 1024)
         # Sums that a warpgroup gives the other one lie where both stage outputs; the staging of floats is too small.
-        sums_bytes = config.tile_channels * config.tile_pixels * 4 if config.by_turns and element.bytes == 4 else 0
+        # Other thread blocks may read this one's for longer than it does not stage.
+        lie_apart = (config.by_turns and element.bytes == 4) or config.split > 1
+        sums_bytes = config.tile_channels * config.tile_pixels * 4 if lie_apart else 0
         room = most - _BARRIER_BYTES - staging.buffers * staging.buffer_bytes - sums_bytes - 1024
         if config.by_turns:
             a_stages, b_stages = _stages_by_turns(len(starts), room, a_bytes, b_stage_bytes)

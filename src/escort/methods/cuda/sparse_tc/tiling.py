@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from escort.cuda.compiler import Text
@@ -84,9 +85,13 @@ class Tiling:
         return -(-self.problem.out_channels // self.config.tile_channels)
 
     @property
-    def storing_groups(self) -> int:
-        """By turns: the tap groups of the warpgroup that stores, its first ones; the other one has the others."""
-        return len(self.tap_groups) // 2
+    def first_groups(self) -> list[int]:
+        """The tap groups with which the sums of a thread block, and by turns of a warpgroup, begin."""
+        split, groups = self.config.split, len(self.tap_groups)
+        begins = [groups * rank // split for rank in range(split + 1)]
+        if self.config.by_turns:
+            begins += [(begin + end) // 2 for begin, end in pairwise(begins)]
+        return sorted(set(begins) - {groups})
 
     @property
     def tile_rows(self) -> int:
@@ -125,6 +130,8 @@ class Tiling:
         }
         if element.bytes == 2 and not config.takes_channels_last:
             macros |= {"VECTOR": self.vector, "UNALIGNED": int(self.unaligned)}
+        if config.split > 1:
+            macros["SPLIT"] = 1
         return macros | activation.macros(self.problem.epilogue)
 
     @classmethod
@@ -141,6 +148,10 @@ class Tiling:
         starts = [tap.start for tap in tap_groups[0]]
         if config.by_turns and len(tap_groups) < 2:
             raise UnfitError("warpgroups take turns at tap groups: there must be two")
+        if config.split > 1 and (len(tap_groups) < 2 * config.split or store_pixels % 8):
+            raise UnfitError(
+                "each thread block takes turns at its share of tap groups, and stores whole eights of pixels"
+            )
         memory = SharedMemory.of(config, element, starts, load_pixels + rows.zeros, store_pixels, shared_bytes)
         vector, unaligned = _vector(problem, config, rows, element)
         channels = problem.in_channels if config.takes_channels_last else k_blocks * element.k_block
@@ -158,6 +169,10 @@ def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
         raise UnfitError(f"{config.pixels} pixels by {config.m_blocks} blocks of channels do not fit a warpgroup")
     if config.by_turns and (config.across != 1 or config.tap_group == "halo"):
         raise UnfitError("warpgroups take turns with the same channels, and not with halo, whose tap groups are few")
+    if config.split > 1 and not (
+        config.by_turns and config.takes_channels_last and element.bytes == 2 and config.samples == config.cluster == 1
+    ):
+        raise UnfitError("thread blocks share tiles of one sample by turns, of 16-bit elements in channels_last")
     if config.tap_group == "flat" and (p.kernel_size != (1, 1) or any(p.padding)):
         raise UnfitError("flat is for pointwise convolutions without padding; choose im2col")
     if config.tap_group != "im2col":
@@ -242,9 +257,22 @@ def _boxes(p: Problem, config: SparseTcConfig, rows: Rows, channels: int) -> tup
     else:
         copied = load = channels, rows.pitch, rows.sample_rows, config.samples
         store = channels, rows.pitch, rows.sample_rows if config.samples > 1 else _tile_rows(p, config), config.samples
+    if config.split > 1:
+        store = _share(store, config)
     if max(copied + store) > _MOST_BOX:
         raise UnfitError(f"a box of {copied[1:]} or {store[1:]} pixels is larger than what the device copies")
     return load, store
+
+
+def _share(store: Box, config: SparseTcConfig) -> Box:
+    """The box of a thread block's share of a tile. Raises UnfitError where shares are not equal."""
+    channels, columns, rows, samples = store
+    shared = rows if config.whole_rows else columns
+    if shared % config.split or columns * rows != config.tile_pixels:
+        raise UnfitError(f"{config.split} thread blocks cannot share a tile of {columns} by {rows} pixels")
+    if config.whole_rows:
+        return channels, columns, rows // config.split, samples
+    return channels, columns // config.split, rows, samples
 
 
 def _vector(p: Problem, config: SparseTcConfig, rows: Rows, element: Element) -> tuple[int, bool]:
