@@ -28,14 +28,14 @@ from escort.network.check import Effort
 from escort.problem import MemoryFormat, Precision
 
 #: How whole networks are converted: strict float32 gains by kernels made for the weights.
-EFFORTS: dict[Precision, Effort] = {"tf32": "fast", "fp16": "fast", "fp32": 10.0}
+EFFORTS: dict[Precision, Effort] = {"tf32": "fast", "fp16": "fast", "fp32": 10}
 #: The memory format in which dense networks are fastest. Compiling them for the other one takes minutes of a core.
 FORMATS: dict[Precision, MemoryFormat] = {"tf32": "channels_last", "fp16": "channels_last", "fp32": "contiguous"}
 #: Seconds that an item of a file of these stems takes, roughly, where no file tells.
 SECONDS = {
     **{"layers": 1.5, "patterns": 1.0, "break-even": 1.0, "ablation": 3.0, "counters": 15.0, "breakdown": 2.5},
-    **{"networks": 18.0, "networks-fp32": 55.0, "inference": 25.0, "inference-fp32": 80.0, "conversions": 45.0},
-    **{"speed": 22.0, "speed-fp32": 60.0},
+    **{"networks": 15.0, "networks-fp32": 50.0, "inference": 22.0, "inference-fp32": 75.0, "conversions": 42.0},
+    **{"speed": 15.0, "speed-fp32": 50.0},
 }
 _PATTERNS = ("resnet50_magnitude_90", "resnet50_magnitude_95")
 #: Of whole networks the most telling first.
