@@ -151,7 +151,7 @@ test-sanitizer:  ## Run the kernel cases on a GPU under compute-sanitizer, which
 	$(SANITIZER) --tool initcheck $(TEST_ON_GPU) -q -k "($(CASES)) and (not last or tf32)" $(WITH_CASES)
 
 # What pip installs without a compiler (shipping/wheels.py). SHIP=1 compiles kernels of common layers into the wheel, some
-# twenty megabytes; else users' machines compile all.
+# thirty megabytes; else users' machines compile all.
 SHIPPED := $(CURDIR)/build/shipping/shipped.kernels
 WHEEL_PYTHONS ?= $(PYTHON)
 WHEEL_ARCHS ?= $(shell uname -m)

@@ -134,7 +134,7 @@ def compile_all(variants: dict[Key, Variant], most_bytes: int) -> list[Binary]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m shipping", description=__doc__)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--megabytes", type=float, default=20.0, help="how large the file may be (default: 20)")
+    parser.add_argument("--megabytes", type=float, default=40.0, help="how large the file may be (default: 40)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     variants = wanted(common_layers())
