@@ -400,6 +400,19 @@ def test_compiling_takes_nothing_from_the_time_to_search(monkeypatch: pytest.Mon
     assert (slow.prepared, other.prepared) == (6, 4)  # what was compiled is tried
 
 
+@pytest.mark.usefixtures("one_core", "first_wins")
+def test_what_is_not_begun_in_time_is_not_compiled_and_no_plan_is_kept_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, other = Compiled(0.01), Fake("other", lambda y: y)
+    prepare = slow.prepare
+    monkeypatch.setattr(slow, "prepare", lambda *args: (time.sleep(0.15), prepare(*args))[1])
+    layers = [(replace(PROBLEM, batch=batch), a_filter(), None) for batch in (1, 2, 3)]
+    first, *late = plans_of(layers, 0.1, methods=(slow, other))
+    assert (first.method, slow.prepared) == ("compiled", 1)
+    assert [plan.method for plan in late] == ["other", "other"]
+    assert all("the time for compiling was over" in str(plan.candidates) for plan in late)
+    assert [problem.batch for problem in (hint.plan.problem for hint in planner._remembered.values())] == [1]
+
+
 LAYERS = [replace(PROBLEM, batch=batch) for batch in (1, 2, 3)]
 
 

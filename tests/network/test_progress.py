@@ -82,6 +82,17 @@ def test_what_was_seen_counts_more_than_what_was_assumed(estimate: Estimate, clo
     assert estimate.remaining_s == pytest.approx(WHOLE_S) and estimate.doing == "comparing networks"
 
 
+def test_a_rival_that_compiles_is_part_of_what_is_left(estimate: Estimate, clock: Clock) -> None:
+    estimate.expect(1, 10, rival=True)
+    estimate.begin(10)
+    assert estimate.remaining_s == pytest.approx(10 * LAYER_S + WHOLE_S + progress._RIVAL_S)
+    estimate.compare()
+    clock.now += 2.0
+    estimate.compare_with_rival()
+    assert estimate.remaining_s == pytest.approx(progress._RIVAL_S)
+    assert estimate.doing == "comparing with torch.compile"
+
+
 def test_time_passes_between_events_too(estimate: Estimate, clock: Clock) -> None:
     estimate.begin(10)
     before = estimate.remaining_s

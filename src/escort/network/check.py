@@ -64,6 +64,11 @@ class Request:
     pinned: NetworkPlan | None = None
 
     @property
+    def has_rival(self) -> bool:
+        """Whether the whole network is compared with torch.compile of the dense model."""
+        return self.device.type == "cuda" and self.pinned is None and self.compile_budget_s > 0.0
+
+    @property
     def rounding(self) -> Precision:
         """The precision that the outputs are rounded to."""
         return self.precision if self.widened is None else _PRECISIONS[self.widened]

@@ -100,14 +100,14 @@ def convert(
             weights are then multiplied as they are. "tf32" allows TF32 products of float32 weights, as torch's own
             convolutions do on GPUs unless ``torch.backends.cudnn.allow_tf32`` is switched off.
         effort: how long compiling kernels for the weights may take on a GPU, by estimate and with all cores at work:
-            "fast" compiles none, "best" takes up to five minutes, a number is a number of seconds. The layers come
-            first where such kernels are predicted to save most in a second of compiling, and it ends where too little
-            is saved; a layer that gets none runs by the other methods, and its plan says why. Unless it is "fast" or 0,
-            the whole network is also compared with torch.compile of the dense model, which takes another while: the
-            plan has its time (``.plan.rivals``), and it is never kept. On the CPU that is not tried. Kernels and plans
-            stay on disk (`escort cache`): a layer like one that was measured before on this machine is not timed again,
-            but its choice is validated. Where the original network would be kept with such plans, all layers are
-            measured anew first.
+            "fast" compiles none, "best" takes up to five minutes, a number is a number of seconds. By the clock, too,
+            none is begun later. The layers come first where such kernels are predicted to save most in a second of
+            compiling, and it ends where too little is saved; a layer that gets none runs by the other methods, and its
+            plan says why. Unless it is "fast" or 0, the whole network is also compared with torch.compile of the dense
+            model, which takes another while: the plan has its time (``.plan.rivals``), and it is never kept. On the CPU
+            that is not tried. Kernels and plans stay on disk (`escort cache`): a layer like one that was measured
+            before on this machine is not timed again, but its choice is validated. Where the original network would be
+            kept with such plans, all layers are measured anew first.
         methods: the names of the methods to choose from, by default all that the device has. The dense one is always
             among them.
         favor: how the threads of a CPU share a batch: all of them each layer, so that a sample takes little time
@@ -205,7 +205,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
         check_zeros([layer.sparse_filter for unplanned in found.values() for layer in unplanned.layers.values()])
         found, unlikely = (only_planned(found, request.pinned), {}) if request.pinned else likely(found, request)
     request.progress.done(f"rewritten for {' and '.join(found)}")
-    request.progress.estimate.expect(len(found), len(calls))
+    request.progress.estimate.expect(len(found), len(calls), rival=request.has_rival)
     candidates = [swap(unplanned, request) for unplanned in found.values()]
     candidates = [replace(candidate, network=as_programs(candidate.network)) for candidate in candidates]
     request.progress.estimate.compare()
@@ -272,7 +272,8 @@ def _compared(chosen: ConvertedModel, dense: nn.Module, original: Original, requ
     if request.device.type == "cpu":
         return chosen
     chosen = compare_with_eager(chosen, dense, original, request)
-    if request.compile_budget_s > 0.0:
+    if request.has_rival:
+        request.progress.estimate.compare_with_rival()
         chosen.plan = compare_with_compiled(chosen, original, request)
     return chosen
 

@@ -16,9 +16,9 @@ from escort.planner import cores
 from escort.report import Console
 
 _log = logging.getLogger(__name__)
-#: Seconds that things take until the first of their kind was seen: a kernel on one core, a layer's race, and the
-#: comparison of the whole networks.
-_KERNEL_S, _LAYER_S, _WHOLE_S = 1.5, 0.4, 3.0
+#: Seconds that things take until the first of their kind was seen: a kernel on one core, a layer's race, the comparison
+#: of the whole networks, and that with torch.compile, which compiles.
+_KERNEL_S, _LAYER_S, _WHOLE_S, _RIVAL_S = 1.5, 0.4, 3.0, 25.0
 _BAR_WIDTH = 40
 
 
@@ -62,15 +62,21 @@ class Estimate:
         self._clock = clock
         self._begin = self._since = clock()
         self._kernels, self._layers = _Work(_KERNEL_S / cores.count()), _Work(_LAYER_S)
-        self._whole = _Work(_WHOLE_S)
+        self._whole, self._rival = _Work(_WHOLE_S), _Work(_RIVAL_S)
         self._current: _Work | None = None
         self._networks, self._of_network = 0, 0  # those not begun, and the layers of each
         self._planned, self._wanted = 0, 0  # of networks that were begun: the layers, and the kernels for them
         self._most = 0.0
 
-    def expect(self, networks: int, layers: int, *, whole: bool = True) -> None:
-        """What there is to do: so many networks of so many layers each, and whether whole networks are timed."""
-        self._networks, self._of_network, self._whole.left = networks, layers, int(whole)
+    def expect(self, networks: int, layers: int, *, whole: bool = True, rival: bool = False) -> None:
+        """What there is to do: so many networks of so many layers each.
+
+        Args:
+            whole: whether whole networks are timed.
+            rival: whether torch.compile of the dense model is.
+        """
+        self._networks, self._of_network = networks, layers
+        self._whole.left, self._rival.left = int(whole), int(rival)
 
     def begin(self, layers: int) -> None:
         """The next network is planned, of so many layers."""
@@ -98,6 +104,11 @@ class Estimate:
         self._networks = self._layers.left = self._kernels.left = 0
         self._turn_to(self._whole)
 
+    def compare_with_rival(self) -> None:
+        """The networks are compared, and torch.compile has its turn from now on."""
+        self._whole.left = 0
+        self._turn_to(self._rival)
+
     def _finish(self, work: _Work, left: int) -> None:
         now = self._clock()
         if left < work.left:
@@ -114,6 +125,8 @@ class Estimate:
             return "tracing"
         if self._current is self._whole:
             return "comparing networks"
+        if self._current is self._rival:
+            return "comparing with torch.compile"
         if self._current is self._kernels and self._kernels.left:
             return f"planning, {self._kernels.left} kernels to prepare"
         return f"planning, {self._layers.left} layers to time"
@@ -130,7 +143,7 @@ class Estimate:
         later_layers = self._networks * self._of_network
         later_kernels = later_layers * self._wanted / max(self._planned, 1)
         later_s = later_layers * self._layers.each_s + later_kernels * self._kernels.each_s
-        work = self._kernels, self._layers, self._whole
+        work = self._kernels, self._layers, self._whole, self._rival
         return later_s + sum(each.left * each.each_s for each in work) + self._correction_s(self._current)
 
     def _correction_s(self, work: _Work) -> float:

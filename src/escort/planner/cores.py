@@ -36,6 +36,33 @@ def on_all_cores(
             progress(done, len(futures))
 
 
+class Limit:
+    """So many seconds by the clock for a kind of work, which may be done in several stretches.
+
+    Args:
+        clock: the time in seconds.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._left_s, self._clock = seconds, clock
+        self._since: float | None = None
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """The time passes."""
+        self._since = self._clock()
+        try:
+            yield
+        finally:
+            self._left_s -= self._clock() - self._since
+            self._since = None
+
+    @property
+    def is_over(self) -> bool:
+        since = self._since
+        return (0.0 if since is None else self._clock() - since) >= self._left_s
+
+
 @contextmanager
 def threads() -> Iterator[ThreadPoolExecutor]:
     """A thread for each core. At the end, or once an error passes through, what has not begun never will."""

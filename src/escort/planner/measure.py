@@ -73,28 +73,51 @@ class Allowance:
         return math.isinf(self._end) or torch.cuda.memory_allocated(self._device) < self._end
 
 
+class LateError(RuntimeError):
+    """There is no time left to compile a candidate for the layer's filter."""
+
+
 class Ahead(dict[tuple[str, Config], Prepared]):
     """A layer's candidates that were prepared before it is measured, by method and config. Taking one removes it.
 
     Once the allowance is used up, what is prepared is let go of at once, as its kernel is compiled then: that is what
-    takes long, and what all cores share.
+    takes long, and what all cores share. Once the time for compiling for filters is over, nothing more is compiled for
+    this one, and `was_late` says so.
     """
 
-    def __init__(self, allowance: Allowance | None = None) -> None:
+    def __init__(self, allowance: Allowance | None = None, limit: cores.Limit | None = None) -> None:
         super().__init__()
-        self._allowance = allowance
+        self._allowance, self._limit = allowance, limit
+        self._begun: set[tuple[str, Config]] = set()
+        self.was_late = False
+
+    def afresh(self) -> Ahead:
+        """The same with nothing prepared, for a layer that is searched after all."""
+        return Ahead(limit=self._limit)
 
     def prepare(self, layer: Layer, method: Method, config: Config) -> None:
-        if (method.name, config) in self:
+        if (method.name, config) in self or self._is_late(method, config):
             return
+        self._begun.add((method.name, config))
         with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
             prepared = _prepared(layer, method, config)
             if self._allowance is None or self._allowance.is_left:
                 self[method.name, config] = prepared
 
     def take(self, layer: Layer, method: Method, config: Config) -> Prepared:
-        """The candidate, prepared now if it was not before. Raises what :meth:`Method.prepare` raises."""
+        """The candidate, prepared now if it was not before.
+
+        Raises what :meth:`Method.prepare` raises, and LateError where no time is left to compile it.
+        """
+        if self._is_late(method, config):
+            self.was_late = True
+            raise LateError("the time for compiling was over before its turn; pass effort='best' or more seconds")
         return self.pop((method.name, config), None) or _prepared(layer, method, config)
+
+    def _is_late(self, method: Method, config: Config) -> bool:
+        if self._limit is None or not method.compiles_per_filter or (method.name, config) in self._begun:
+            return False
+        return self._limit.is_over
 
 
 def kernels_of(layer: Layer, method: Method, config: Config) -> Sequence[Variant]:
@@ -303,6 +326,8 @@ def _first_run(
             outcome = _FirstRun(candidate, prepared, trial.glance_us(prepared), tries)
         else:
             outcome = replace(candidate, reason=f"relative error {error:.1e} exceeds {trial.bound:.0e}")
+    except LateError as late:
+        outcome = replace(candidate, reason=str(late))
     except (RuntimeError, ValueError) as failure:
         if trial.problem.device_type == "cpu":
             raise

@@ -15,7 +15,7 @@ from escort.filter import SparseFilter
 from escort.methods import Config, Method, by_name, for_device
 from escort.planner import store
 from escort.planner.compile_budget import Grant, Offer, check_compile_budget, estimate_s, fits, share_out
-from escort.planner.cores import on_all_cores, threads
+from escort.planner.cores import Limit, on_all_cores, threads
 from escort.planner.measure import Ahead, Allowance, check, compile_kernel, kernels_of, measure
 from escort.planner.plan import Layer, Plan, Planned
 from escort.planner.search import Search, predict_compiled_us, predict_us
@@ -100,7 +100,8 @@ def plan_layers(
 
     Args:
         layers: problem, filter, bias and slopes of each; those that a layer has not may be left out.
-        compile_budget_s: as of a layer, but for the sum of all.
+        compile_budget_s: as of a layer, but for the sum of all. Once compiling has taken so long by the clock, nothing
+            more is compiled for a filter, and its candidate says so.
         preparing: is called with how many kernels are compiled and candidates prepared, and of how many.
         methods: the candidates of every layer, by default all methods of its problem's device.
         remeasure: whether to take over no plan from before this call.
@@ -116,18 +117,21 @@ def plan_layers(
         tasks = _share_out(tasks, compile_budget_s)
     searches, waiting = dict[int, Search](), set[int]()
     allowance = Allowance(layers[0][0].device) if layers else None
-    ahead = {index: Ahead(allowance) for index in range(len(tasks))}
+    limit = Limit(compile_budget_s)
+    ahead = {index: Ahead(allowance, limit) for index in range(len(tasks))}
     begin = time.perf_counter()
     choices = _to_prepare(tasks, searches, waiting)
-    on_all_cores(_jobs((tasks[index].layer, ahead[index], *choice) for index, *choice in choices), preparing)
+    with limit.counting():
+        on_all_cores(_jobs((tasks[index].layer, ahead[index], *choice) for index, *choice in choices), preparing)
     _log.debug("prepared %d candidates in %.2f s", sum(map(len, ahead.values())), time.perf_counter() - begin)
     for index, task in enumerate(tasks):
         if search := searches.get(index):
-            yield _remember(task, search, measure(task.layer, search, _BUDGET_S, ahead.pop(index)))
+            yield _measured(task, search, _BUDGET_S, ahead.pop(index))
             continue
         if index in waiting:
             known = {other: choice for other in waiting if (choice := _recall(tasks[other]))}
-            on_all_cores(_jobs((tasks[other].layer, ahead[other], *known[other][:2]) for other in known))
+            with limit.counting():
+                on_all_cores(_jobs((tasks[other].layer, ahead[other], *known[other][:2]) for other in known))
             waiting -= known.keys() | {index}
         yield _plan(task, ahead.pop(index), _BUDGET_S)
 
@@ -319,12 +323,16 @@ def _plan(task: _Task, ahead: Ahead, budget_s: float) -> Planned:
                 _keep(task.key, replace(choice.hint, imported=False))
             return planned
     search = Search.of(task.layer, task.methods, task.grant)
-    return _remember(task, search, measure(task.layer, search, budget_s, Ahead()))
+    return _measured(task, search, budget_s, ahead.afresh())
 
 
-def _remember(task: _Task, search: Search, planned: Planned) -> Planned:
-    if (plan := planned.plan).is_steady:
+def _measured(task: _Task, search: Search, budget_s: float, ahead: Ahead) -> Planned:
+    """The plan by measurement, which is remembered where nothing disturbed it."""
+    planned = measure(task.layer, search, budget_s, ahead)
+    if (plan := planned.plan).is_steady and not ahead.was_late:
         _keep(task.key, store.Hint(plan, search.cut_at_s))
+    elif ahead.was_late:
+        _log.info("no time was left to compile all that %s tries: no other layer takes over its plan", plan.problem)
     else:
         _log.info("others disturbed the times of %s: no other layer takes over its plan", plan.problem)
     return planned

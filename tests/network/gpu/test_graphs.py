@@ -286,14 +286,14 @@ def test_a_capture_that_fails_leaves_everything_usable(
 ) -> None:
     x, graph_of = picture(), lanes.Graph
 
-    def failing(calls: Callable[[], object], stream: torch.cuda.Stream, pool: Any, *place: Any) -> Graph:
+    def failing(calls: Callable[[], object], stream: torch.cuda.Stream, pool: Any) -> Graph:
         def calls_and_fails() -> None:
             calls()
             if fails == "memory":
                 torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
             torch.cuda.synchronize()  # no capture survives it
 
-        return graph_of(calls_and_fails if calls is not lanes._multiply else calls, stream, pool, *place)
+        return graph_of(calls_and_fails if calls is not lanes._multiply else calls, stream, pool)
 
     monkeypatch.setattr(lanes, "Graph", failing)
     torch.manual_seed(0)
