@@ -15,8 +15,8 @@
 //
 // Two consumer warpgroups multiply, ACROSS of them side by side along the channels, each M_BLOCKS x 64 channels and
 // PIXELS pixels; BY_TURNS both compute the same ones, of half of the tap groups each, and one of them adds up and
-// stores. Two threads of the producer warpgroup copy. Blocks are persistent. SPLIT the blocks of a cluster have the same
-// tile instead, and a share of its tap groups each.
+// stores. Two threads of the producer warpgroup copy. Blocks are persistent. SPLIT the blocks of a cluster have the
+// same tile instead, and a share of its tap groups each.
 //
 // Geometry and epilogue are a struct (Params), so that few kernels serve all layers. It is compiled once per
 //   STORAGE     0: float, multiplied in TF32, 1: fp16, 2: bf16

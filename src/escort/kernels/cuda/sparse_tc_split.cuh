@@ -1,5 +1,6 @@
-// SPLIT: the blocks of a cluster have the same tile. Each sums a share of its tap groups, and adds up, finishes and stores
-// a share of its pixels. Its sums lie in its shared memory as Products::put leaves them, where the others read them.
+// SPLIT: the blocks of a cluster have the same tile. Each sums a share of its tap groups, and adds up, finishes and
+// stores a share of its pixels. Its sums lie in its shared memory as Products::put leaves them, where the others read
+// them.
 #pragma once
 #include "sparse_tc_ptx.cuh"
 #include "sparse_tc_tiles.cuh"

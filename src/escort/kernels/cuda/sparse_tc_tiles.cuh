@@ -55,7 +55,7 @@ __device__ const u8* kept(const u8* v) {
 // Shared memory: barriers, the stages of weight tiles, those of pixels, the staging of outputs, and BY_TURNS sums.
 constexpr u32 FULL_A = 0, EMPTY_A = FULL_A + 8 * A_STAGES, FULL_B = EMPTY_A + 8 * A_STAGES;
 constexpr u32 EMPTY_B = FULL_B + 8 * B_STAGES, RESIDUAL_HERE = EMPTY_B + 8 * B_STAGES, SUMS_HERE = RESIDUAL_HERE + 16;
-constexpr u32 NO_STAGE = SUMS_HERE + 8;  // a barrier that nobody waits for
+constexpr u32 NO_STAGE = SUMS_HERE + 8;                                         // a barrier that nobody waits for
 constexpr u32 ALL_SUMS_HERE = NO_STAGE + 8, ALL_SUMS_READ = ALL_SUMS_HERE + 8;  // SPLIT: those of all blocks
 constexpr u32 A_BEGIN = 1024, B_BEGIN = (A_BEGIN + A_STAGES * A_BYTES + 1023) / 1024 * 1024;
 static_assert(ALL_SUMS_READ + 8 <= A_BEGIN);
