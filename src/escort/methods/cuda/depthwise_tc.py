@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from escort.cuda.compiler import Variant
@@ -21,8 +22,9 @@ from escort.cuda.params import STORAGE, Divisor, pack
 from escort.filter import SparseFilter
 from escort.methods import activation
 from escort.methods.base import Method, Prepared
+from escort.methods.cuda import tf32
 from escort.methods.runner import runner
-from escort.methods.sharing import weights_by_tap
+from escort.methods.sharing import shared, weights_by_tap
 from escort.problem import MemoryFormat, Problem
 
 _SOURCE = "depthwise_tc.cu"
@@ -128,7 +130,7 @@ class DepthwiseTc(Method):
         (variant,) = self.kernels(problem, config)
         compiled = kernel(variant.source, variant.defines, device)
         fixed = (
-            weights_by_tap(problem, sparse_filter),
+            _weights(problem, sparse_filter),
             activation.per_channel(problem, bias, slope),
             pack(Params.of(problem, tile)),
         )
@@ -143,6 +145,19 @@ class DepthwiseTc(Method):
         most_samples = _MOST // max(tile.blocks, 1)
         run = runner(problem, launch, cut, most_samples=most_samples, alignment=_VECTOR_BYTES)
         return Prepared(run, binaries=(compiled.binary,))
+
+
+def _weights(problem: Problem, sparse_filter: SparseFilter) -> torch.Tensor:
+    """The weights (R * S, K); in TF32 for inputs that are cut off, as the kernel hands them to tensor cores."""
+    if problem.precision != "tf32":
+        return weights_by_tap(problem, sparse_filter)
+    device = torch.device(problem.device)
+
+    def make() -> tuple[torch.Tensor, None]:
+        by_tap = np.ascontiguousarray(sparse_filter.to_dense().flatten(1).t().numpy())
+        return torch.from_numpy(tf32.stored(by_tap, cuts_inputs=True)).to(device), None
+
+    return shared(sparse_filter, ("by tap, TF32", device), make)[0]
 
 
 def _vector(problem: Problem) -> int:
