@@ -43,7 +43,7 @@ def test_headlines_are_against_the_fastest_dense_engine() -> None:
     assert [line["Gain"] for line in lines] == [f"{number:.2f}x" for number in range(1, len(HEADLINES) + 1)]
     assert {line["Fastest dense engine"] for line in lines} == {"`torch.compile`"}
     assert lines[0]["On"] == "a CPU, 2 threads (AVX2), fp32"
-    assert lines[3]["On"] == "X1, strict fp32, `effort=25`" and lines[3]["Network, zeros"] == "ResNet-50, 90%"
+    assert lines[3]["On"] == "X1, strict fp32, `effort=10`" and lines[3]["Samples"] == "32"
     assert lines[2]["Network, zeros"] == "ResNet-50, 90%, pattern of a trained one"
 
 
