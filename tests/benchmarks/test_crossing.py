@@ -112,8 +112,8 @@ def test_the_time_measured_of_direct_by_the_time_predicted() -> None:
     layers = {layer.name: layer for layer in suite.paper_layers(None, 3)}
     clocks = [
         predicted_clocks(layers[name].problem, layers[name].sparse_filter, H200, False, None) for name in times
-    ]  # at 1755 MHz
-    expected = [us / (predicted / 1755.0) for us, predicted in zip(times.values(), clocks, strict=True)]
+    ]  # at 1980 MHz
+    expected = [us / (predicted / 1980.0) for us, predicted in zip(times.values(), clocks, strict=True)]
     assert crossing.direct_factors(result, "fp32") == pytest.approx(expected)
     assert crossing.direct_factors(Result(HEADER, rows), "fp32") == []
 

@@ -28,7 +28,7 @@ def trained() -> nn.Sequential:
     """Another state than that of a new one."""
     model = tiny()
     for tensor in model.state_dict().values():
-        tensor.copy_(torch.randn(tensor.shape) if tensor.is_floating_point() else torch.tensor(5))
+        tensor.copy_(torch.rand(tensor.shape) if tensor.is_floating_point() else torch.tensor(5))
     return model
 
 
