@@ -152,7 +152,7 @@ def test_every_kernel_keeps_to_its_budget(arch: str) -> None:
         binaries = list(pool.map(lambda variant: compiler.compile_source(*variant[:2], arch), variants))
     for (source, macros, budget), binary in zip(variants, binaries, strict=True):
         used = f"{source} {macros}: {binary.registers} registers of {budget}, {binary.spill_bytes} bytes spilled"
-        assert binary.registers <= budget and binary.spill_bytes <= MOST_SPILLED and binary.stack_bytes <= 32, used
+        assert binary.registers <= budget and binary.spill_bytes <= MOST_SPILLED and binary.stack_bytes <= 48, used
 
 
 def test_every_source_has_a_budget() -> None:
