@@ -351,8 +351,8 @@ class Launches:
         self.binary, self.bound = None, tuple[Any, ...]()
         self.calls: list[tuple[Any, ...]] = []
 
-    def bind(self, block: int, shared_bytes: int, args: tuple[Any, ...], *, overlap: bool, blocks: int) -> Any:
-        self.bound = (block, shared_bytes, args, overlap)
+    def bind_spread(self, block: int, shared_bytes: int, args: tuple[Any, ...], *, blocks: int) -> Any:
+        self.bound = (block, shared_bytes, args, blocks)
         return lambda grid, *args: self.calls.append((grid, *args))
 
 

@@ -26,8 +26,8 @@ from tests.cuda.kernels import ARCHS
 
 #: Source, macros and the most registers per thread.
 Variant = tuple[str, dict[str, int | str], int]
-#: Bytes of spill stores and loads together; the kernel keeps its inner loops free of them. The tallest tile in 16 bits, 13
-#: words of 4 output channels, spills most, and is the fastest on ResNet-50's first stage all the same.
+#: Bytes of spill stores and loads together; the kernel keeps its inner loops free of them. The tallest tile in 16 bits,
+#: 13 words of 4 output channels, spills most, and is the fastest on ResNet-50's first stage all the same.
 MOST_SPILLED = 160
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -411,6 +412,24 @@ def test_what_is_not_begun_in_time_is_not_compiled_and_no_plan_is_kept_of_it(mon
     assert [plan.method for plan in late] == ["other", "other"]
     assert all("the time for compiling was over" in str(plan.candidates) for plan in late)
     assert [problem.batch for problem in (hint.plan.problem for hint in planner._remembered.values())] == [1]
+
+
+@pytest.mark.usefixtures("one_core", "first_wins")
+def test_what_other_methods_compile_takes_no_time_from_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And equal layers take over a plan for which time was over, in this call alone."""
+    kernel = SimpleNamespace(key="a kernel of any filter")
+    monkeypatch.setattr(planner, "kernels_of", lambda layer, method, config: [kernel])
+    monkeypatch.setattr(planner, "compile_kernel", lambda layer, variant: time.sleep(0.2))
+    slow, other = Compiled(0.01), Fake("other", lambda y: y)
+    (plan,) = plans_of([(PROBLEM, a_filter(), None)], 0.1, methods=(slow, other))
+    assert (plan.method, slow.prepared) == ("compiled", 1)
+    prepare = slow.prepare
+    monkeypatch.setattr(slow, "prepare", lambda *args: (time.sleep(0.15), prepare(*args))[1])
+    first, last = (replace(PROBLEM, batch=batch) for batch in (2, 3))
+    layers = [(problem, a_filter(), None) for problem in (first, last, last)]
+    _, late, same = plans_of(layers, 0.1, methods=(slow, other))
+    assert late.method == "other" and took_over(same, late)
+    assert [hint.plan.problem.batch for hint in planner._remembered.values()] == [1, 2]
 
 
 LAYERS = [replace(PROBLEM, batch=batch) for batch in (1, 2, 3)]

@@ -35,13 +35,16 @@ class Gpu:
         """
         return int(self.multiprocessors * (_CLUSTERED if size > 2 else 1.0)) // size
 
-    def spreading_bytes(self, blocks: int) -> int:
+    def spreading_bytes(self, blocks: int, cluster: int = 1) -> int:
         """The shared memory of a block by which no multiprocessor takes more of so many blocks than one of them must.
 
         Launches overlap, and blocks are placed while those of the launch before still run. Where there is room, some
         multiprocessors then get several blocks while others get none.
+
+        Args:
+            cluster: how many of the blocks are in a cluster.
         """
-        most = -(-max(blocks, 1) // self.multiprocessors)
+        most = -(-max(blocks, 1) // (self.clusters(cluster) * cluster))
         too_many = (self.shared_bytes + _RESERVED_BYTES) // (most + 1) - _RESERVED_BYTES
         return max(0, too_many // _ALIGNED_BYTES * _ALIGNED_BYTES + _ALIGNED_BYTES)
 

@@ -9,8 +9,9 @@ Kernels are `extern "C"`, and their parameters are pointers, 32-bit integers, 32
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,6 @@ class Kernel:
         *,
         overlap: bool = False,
         cluster: int = 1,
-        blocks: int | None = None,
     ) -> Launch:
         """Prepares launches that differ in a few arguments, at the least cost per launch.
 
@@ -163,14 +163,11 @@ class Kernel:
                 itself (programmatic dependent launch). Below compute capability 9.0 none does.
             cluster: blocks of a cluster along x, of which the grid is a multiple; 8 at most (from compute capability
                 9.0).
-            blocks: of a launch, where they are to spread over the multiprocessors (:meth:`Gpu.spreading_bytes`).
 
         Raises:
             ValueError: more threads or shared memory than the device has for this kernel.
             TypeError: arguments of other sizes than the kernel's parameters.
         """
-        if blocks is not None:
-            shared_bytes = max(shared_bytes, Gpu.of(str(self.device)).spreading_bytes(blocks))
         self._reserve(block, shared_bytes)
         parameters = [Parameter.of(arg) for arg in args]
         if self._parameter_bytes not in (None, [parameter.size for parameter in parameters]):
@@ -179,6 +176,22 @@ class Kernel:
         can_overlap = torch.cuda.get_device_capability(self.device) >= NATIVE_CAPABILITY
         extra = attributes(overlap and can_overlap, cluster)
         return Launch(str(self), self._function, self._device, block, shared_bytes, args, extra)
+
+    def bind_spread(
+        self, block: int, shared_bytes: int, args: Sequence[Argument | Passed], *, blocks: int, cluster: int = 1
+    ) -> Callable[..., None]:
+        """The same of launches that overlap. Those of few blocks spread over the multiprocessors.
+
+        Args:
+            blocks: of a launch on as many samples as the layer is planned for. Those of more are left as they are.
+            cluster: as it is in the kernel's source.
+        """
+        plain = self.bind(block, shared_bytes, args, overlap=True)
+        spreading_bytes = Gpu.of(str(self.device)).spreading_bytes(blocks, cluster)
+        if spreading_bytes <= shared_bytes:
+            return plain
+        spread = self.bind(block, spreading_bytes, args, overlap=True)
+        return lambda grid, *passed: (spread if math.prod(grid) <= blocks else plain)(grid, *passed)
 
     def _reserve(self, block: int, shared_bytes: int) -> None:
         """Allows blocks of so many threads with so much dynamic shared memory."""

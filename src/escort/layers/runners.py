@@ -61,11 +61,15 @@ class Leaving:
 
     def _wait(self) -> None:
         """Lets go of the older half once no kernel that was launched before runs any more."""
-        older = len(self._until) // 2
-        if wait_for_gpus():
-            with suppress(IndexError):
-                for _ in range(older):
-                    self._until.popleft()
+        older: list[tuple[float, object]] = []
+        with suppress(IndexError):  # other threads may let go of the same meanwhile
+            for _ in range(len(self._until) // 2):
+                older.append(self._until.popleft())
+        waited = False
+        with suppress(RuntimeError):  # somebody else captures a graph
+            waited = wait_for_gpus()
+        if not waited:
+            self._until.extendleft(reversed(older))
 
 
 class RunnerCache(OrderedDict[Hashable, Entry]):

@@ -121,7 +121,8 @@ def check_model(model: nn.Module, example: Example) -> None:
         raise ValueError(f"convolutions run on the CPU and on NVIDIA GPUs; move the model from {device} with .cpu()")
     _check_filters_are_finite(model)
     for x in example.tensors:
-        if not torch.isfinite(x).all():
+        is_map = x.ndim == 4 and x.layout is torch.strided and x.dtype in _PRECISIONS  # masks may hold infinities
+        if is_map and not torch.isfinite(x).all():
             raise ValueError(
                 f"the example of shape {tuple(x.shape)} holds NaN or infinity, by which no output can be judged; pass "
                 "finite numbers"

@@ -245,11 +245,13 @@ class NetworkPlan:
             or len(set(self.input_names)) != len(self.input_names)
             or len(self.input_names) > len(self.input_shapes)
             or self.widened not in ("", "float16", "bfloat16")
+            or not all(0.0 <= share <= 1.0 for share in self.sparsities.values())
             or not kinds <= {(self.device, self.precision, self.memory_format)}
         ):
             raise ValueError(
                 f"not a network plan: its layers are for {kinds}, the whole for {self.device} in {self.precision}, "
-                f"inputs of {self.input_dtypes} and named {self.input_names}, timed by {self.timer}"
+                f"inputs of {self.input_dtypes} and named {self.input_names}, timed by {self.timer}, "
+                f"shares of zeros from 0 to 1, got {sorted(set(self.sparsities.values()))[:3]}"
             )
 
 

@@ -37,7 +37,7 @@ def on_all_cores(
 
 
 class Limit:
-    """So many seconds by the clock for a kind of work, which may be done in several stretches.
+    """So many seconds by the clock for a kind of work, which may be done in several stretches among other work.
 
     Args:
         clock: the time in seconds.
@@ -49,13 +49,18 @@ class Limit:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """The time passes."""
-        self._since = self._clock()
+        """A stretch, in which time passes from when the work begins."""
         try:
             yield
         finally:
-            self._left_s -= self._clock() - self._since
-            self._since = None
+            if self._since is not None:
+                self._left_s -= self._clock() - self._since
+                self._since = None
+
+    def begin(self) -> None:
+        """The first of the work in this stretch begins."""
+        if self._since is None:
+            self._since = self._clock()
 
     @property
     def is_over(self) -> bool:

@@ -99,6 +99,8 @@ class Ahead(dict[tuple[str, Config], Prepared]):
         if (method.name, config) in self or self._is_late(method, config):
             return
         self._begun.add((method.name, config))
+        if self._limit is not None and method.compiles_per_filter:
+            self._limit.begin()
         with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
             prepared = _prepared(layer, method, config)
             if self._allowance is None or self._allowance.is_left:
@@ -111,7 +113,7 @@ class Ahead(dict[tuple[str, Config], Prepared]):
         """
         if self._is_late(method, config):
             self.was_late = True
-            raise LateError("the time for compiling was over before its turn; pass effort='best' or more seconds")
+            raise LateError("the time for compiling was over before its turn; pass more seconds as effort")
         return self.pop((method.name, config), None) or _prepared(layer, method, config)
 
     def _is_late(self, method: Method, config: Config) -> bool:

@@ -117,7 +117,7 @@ def plan_layers(
         tasks = _share_out(tasks, compile_budget_s)
     searches, waiting = dict[int, Search](), set[int]()
     allowance = Allowance(layers[0][0].device) if layers else None
-    limit = Limit(compile_budget_s)
+    limit, late = Limit(compile_budget_s), set[store.Key]()
     ahead = {index: Ahead(allowance, limit) for index in range(len(tasks))}
     begin = time.perf_counter()
     choices = _to_prepare(tasks, searches, waiting)
@@ -126,7 +126,9 @@ def plan_layers(
     _log.debug("prepared %d candidates in %.2f s", sum(map(len, ahead.values())), time.perf_counter() - begin)
     for index, task in enumerate(tasks):
         if search := searches.get(index):
-            yield _measured(task, search, _BUDGET_S, ahead.pop(index))
+            yield _measured(task, search, _BUDGET_S, ahead[index])
+            if ahead.pop(index).was_late:
+                late.add(task.key)
             continue
         if index in waiting:
             known = {other: choice for other in waiting if (choice := _recall(tasks[other]))}
@@ -134,6 +136,8 @@ def plan_layers(
                 on_all_cores(_jobs((tasks[other].layer, ahead[other], *known[other][:2]) for other in known))
             waiting -= known.keys() | {index}
         yield _plan(task, ahead.pop(index), _BUDGET_S)
+    for key in late:  # equal layers took it over; another call has time of its own
+        _remembered.pop(key, None)
 
 
 def known_us(layers: Sequence[Layer], methods: Sequence[Method] | None = None) -> list[float] | None:
@@ -332,7 +336,8 @@ def _measured(task: _Task, search: Search, budget_s: float, ahead: Ahead) -> Pla
     if (plan := planned.plan).is_steady and not ahead.was_late:
         _keep(task.key, store.Hint(plan, search.cut_at_s))
     elif ahead.was_late:
-        _log.info("no time was left to compile all that %s tries: no other layer takes over its plan", plan.problem)
+        _remembered[task.key] = store.Hint(plan, search.cut_at_s)
+        _log.info("no time was left to compile all that %s tries: its plan is for this conversion alone", plan.problem)
     else:
         _log.info("others disturbed the times of %s: no other layer takes over its plan", plan.problem)
     return planned

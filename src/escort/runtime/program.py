@@ -33,6 +33,8 @@ def _inside(module: nn.Module, index: int | str) -> nn.Module:
         raise TypeError(
             f"a part of a converted model is indexed by a number or a name, got {index!r}; slice the original"
         )
+    if isinstance(index, int) and index < 0:
+        raise IndexError("parts of a converted model are numbered from the front, as some may be left out")
     if (inner := module._modules.get(str(index))) is None:
         error = IndexError if isinstance(index, int) else KeyError
         raise error(
@@ -45,8 +47,8 @@ def _inside(module: nn.Module, index: int | str) -> nn.Module:
 class Container(nn.Module):
     """What layers of a program lie in. It was taken apart into steps, so that nothing calls it.
 
-    It is indexed and iterated as the original's Sequential, ModuleList or ModuleDict is, where numbers are names: what
-    was fused into another layer is left out, and the others keep their numbers.
+    It is indexed as the original's Sequential, ModuleList or ModuleDict is, by names or by numbers from the front. What
+    was fused into another layer is left out, and the others keep their numbers. Iterating gives the layers.
     """
 
     def __getitem__(self, index: int | str) -> nn.Module:

@@ -225,7 +225,7 @@ def _is_close(a: Tensor, b: Tensor, bound: float) -> bool:
 def _has_no_gaps(x: Tensor) -> bool:
     """Whether a tensor has elements, which fill the memory from the first to the last of them."""
     steps = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
-    return x.numel() == steps + 1
+    return 0 < x.numel() == steps + 1
 
 
 def _storage(x: Tensor) -> int:

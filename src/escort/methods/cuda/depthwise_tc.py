@@ -139,7 +139,7 @@ class DepthwiseTc(Method):
             return (-(-samples // samples_of_tile) * tile.blocks, 1, 1), samples
 
         args, blocks = (*[torch.Tensor] * 3, *fixed, int), math.prod(cut(problem.batch)[0])
-        launch = compiled.bind(_THREADS, tile.shared_bytes, args, overlap=True, blocks=blocks)
+        launch = compiled.bind_spread(_THREADS, tile.shared_bytes, args, blocks=blocks)
         torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
 
         most_samples = _MOST // max(tile.blocks, 1)

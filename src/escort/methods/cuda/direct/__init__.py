@@ -109,11 +109,10 @@ class DirectCuda(Method):
             tiles = -(-positions.count(-(-samples // layout.samples_per_word)) // tile)
             return (groups, min(tiles, _MOST_TILES_Y), -(-tiles // _MOST_TILES_Y)), samples, tiles
 
-        launch = compiled.bind(
+        launch = compiled.bind_spread(
             config.threads,
             int(shared_bytes(layout, asdict(config), tables.record_bytes)),
             (torch.Tensor, torch.Tensor, torch.Tensor, *fixed, int, int),  # x, y, residual; samples, tiles
-            overlap=True,
             blocks=math.prod(cut(problem.batch)[0]),
         )
         # The tables are there before any stream reads them. Other streams may be in a capture, and are not waited for.

@@ -111,12 +111,12 @@ class Generated(Method):
             blocks = (items if config.split > 1 else min(items, clusters)) * config.cluster
             return (blocks, 1, 1), samples, tiles
 
-        launch = compiled.bind(
+        launch = compiled.bind_spread(
             config.threads,
             kernel_steps.shared_bytes,
             (torch.Tensor, torch.Tensor, torch.Tensor, int, int),
-            overlap=True,
             blocks=math.prod(cut(problem.batch)[0]),
+            cluster=config.cluster,
         )
         run = runner(
             *(problem, launch, cut),
