@@ -429,7 +429,7 @@ def test_what_other_methods_compile_takes_no_time_from_filters(monkeypatch: pyte
     layers = [(problem, a_filter(), None) for problem in (first, last, last)]
     _, late, same = plans_of(layers, 0.1, methods=(slow, other))
     assert late.method == "other" and took_over(same, late)
-    assert [hint.plan.problem.batch for hint in planner._remembered.values()] == [1, 2]
+    assert [hint.plan.problem.batch for hint in planner._remembered.values()] == [2]
 
 
 LAYERS = [replace(PROBLEM, batch=batch) for batch in (1, 2, 3)]

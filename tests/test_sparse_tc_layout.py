@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from escort.cuda.gpu import H200
 from escort.filter import SparseFilter
-from escort.methods.cuda import tf32
+from escort.methods import tf32
 from escort.methods.cuda.sparse_tc.config import ELEMENTS, SparseTcConfig, UnfitError
 from escort.methods.cuda.sparse_tc.orders import order_filter
 from escort.methods.cuda.sparse_tc.packing import pack, tiles_key

@@ -23,7 +23,7 @@ from escort.cuda.gpu import H200
 from escort.cuda.params import Divisor
 from escort.cuda.params import pack as pack_params
 from escort.filter import SparseFilter
-from escort.methods.cuda import tf32
+from escort.methods import tf32
 from escort.methods.cuda.sparse_tc.config import SparseTcConfig
 from escort.methods.cuda.sparse_tc.orders import order_filter
 from escort.methods.cuda.sparse_tc.packing import pack

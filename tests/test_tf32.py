@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from escort.methods.cuda import tf32
+from escort.methods import tf32
 
 
 def cut_off(x: np.ndarray) -> np.ndarray:

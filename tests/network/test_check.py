@@ -145,7 +145,7 @@ def with_nan(model: nn.Module) -> nn.Module:
             lambda: nn.Sequential(one_conv(), nn.Hardtanh(-1.0, -0.5), Logarithm()).eval(),
             torch.randn(1, 3, 8, 8),
             ValueError,
-            r"no finite number in output 0, of shape \(1, 4, 6, 6\)",
+            r"no finite number, in outputs of shape \(1, 4, 6, 6\)",
         ),
         (lambda: nn.Linear(3, 4).eval(), torch.randn(1, 3), ValueError, "no 2-d convolution"),
         (lambda: "resnet50", torch.randn(1, 3), TypeError, "takes an nn.Module, got str"),

@@ -80,9 +80,8 @@ class LateError(RuntimeError):
 class Ahead(dict[tuple[str, Config], Prepared]):
     """A layer's candidates that were prepared before it is measured, by method and config. Taking one removes it.
 
-    Once the allowance is used up, what is prepared is let go of at once, as its kernel is compiled then: that is what
-    takes long, and what all cores share. Once the time for compiling for filters is over, nothing more is compiled for
-    this one, and `was_late` says so.
+    Once the allowance is used up, what is prepared is let go of at once: its kernel is compiled, which takes long. Once
+    the time for compiling for filters is over, nothing more is compiled for this one, and `was_late` says so.
     """
 
     def __init__(self, allowance: Allowance | None = None, limit: cores.Limit | None = None) -> None:
@@ -99,7 +98,7 @@ class Ahead(dict[tuple[str, Config], Prepared]):
         if (method.name, config) in self or self._is_late(method, config):
             return
         self._begun.add((method.name, config))
-        if self._limit is not None and method.compiles_per_filter:
+        if method.compiles_per_filter and self._limit is not None:
             self._limit.begin()
         with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
             prepared = _prepared(layer, method, config)

@@ -20,9 +20,8 @@ from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.cuda.params import STORAGE, Divisor, pack
 from escort.filter import SparseFilter
-from escort.methods import activation
+from escort.methods import activation, tf32
 from escort.methods.base import Method, Prepared
-from escort.methods.cuda import tf32
 from escort.methods.runner import runner
 from escort.methods.sharing import shared, weights_by_tap
 from escort.problem import MemoryFormat, Problem

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from escort.filter import FloatArray, IntArray
-from escort.methods.cuda import tf32
+from escort.methods import tf32
 from escort.methods.cuda.sparse_tc.config import M_BLOCK_BYTES, PIXEL_BYTES, Element
 from escort.methods.cuda.sparse_tc.orders import OrderedFilter
 from escort.methods.cuda.sparse_tc.tiling import Tiling
