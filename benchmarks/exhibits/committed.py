@@ -56,8 +56,8 @@ class Headline:
 
 
 HEADLINES = (
-    Headline("cpu/resnet50-random-0.90", "resnet50", "random-0.90", 1),
-    Headline("cpu/resnet50-random-0.95", "resnet50", "random-0.95", 8),
+    Headline("cpu-avx512/networks-fp32", "resnet50", "random-0.90", 1),
+    Headline("cpu-avx512/networks-fp32", "resnet50", "random-0.95", 8),
     Headline("h200/speed-fp16", "resnet50", "resnet50_magnitude_90", 32),
     Headline("h200/speed-fp32", "resnet50", "resnet50_magnitude_90", 32, "effort=10"),
     Headline("h200/speed-fp16", "googlenet", "random-0.90", 128),

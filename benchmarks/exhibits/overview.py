@@ -45,7 +45,8 @@ def where(result: Result, *, strict: bool = False) -> str:
     head, precision = result.header, result.rows[0].dtype
     if head["device"] == "cpu":
         name = head["cpu"].replace("(R)", "").replace("Processor", "").strip()
-        return f"{name}, {head['threads']} threads ({_ISAS.get(head['isa'], head['isa'])}), {precision}"
+        threads = "1 thread" if head["threads"] == 1 else f"{head['threads']} threads"
+        return f"{name}, {threads} ({_ISAS.get(head['isa'], head['isa'])}), {precision}"
     return f"{head['gpu'].removeprefix('NVIDIA ')}, {'strict ' if strict and precision == 'fp32' else ''}{precision}"
 
 
