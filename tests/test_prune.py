@@ -161,7 +161,9 @@ def test_make_permanent_drops_masks_of_any_tensor_and_layer():
     zeros = [int((tensor == 0).sum()) for tensor in (model[0].bias, model[1].weight, model[1].bias)]
     prune.make_permanent(model)
     assert not any("mask" in name or "orig" in name for name in model.state_dict())
-    assert [int((tensor == 0).sum()) for tensor in (model[0].bias, model[1].weight, model[1].bias)] == zeros == [2, 8, 2]
+    assert (
+        [int((tensor == 0).sum()) for tensor in (model[0].bias, model[1].weight, model[1].bias)] == zeros == [2, 8, 2]
+    )
 
 
 @given(st.integers(0, 50), st.integers(1, 60), st.integers(1, 9), st.floats(0, 0.5), st.floats(0.5, 0.99))

@@ -41,7 +41,9 @@ def convolutions(model: nn.Module, *, skip: Skip = ()) -> dict[str, nn.Conv2d]:
     else:
         names = {skip} if isinstance(skip, str) else skip
         if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"skip is names of layers, or a function of (name, conv), got {skip!r}; leave it out for none")
+            raise TypeError(
+                f"skip is names of layers, or a function of (name, conv), got {skip!r}; leave it out for none"
+            )
         for name in names:
             _check_known(name, model, convs)
         kept = {name: conv for name, conv in convs.items() if name not in names}

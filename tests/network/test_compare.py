@@ -102,7 +102,9 @@ def test_numbers_that_are_none() -> None:
     both = escort.compare(Broken().eval(), Broken().eval(), [x]).outputs[0]
     assert both.largest_error == 0.0, "the same at the same places is right"
     assert both.top1_agreement == 1.0, "of the sample that has a largest class"
-    with pytest.raises(ValueError, match="of 2 samples the model makes no finite number, so that nothing can be judged"):
+    with pytest.raises(
+        ValueError, match="of 2 samples the model makes no finite number, so that nothing can be judged"
+    ):
         escort.compare(Broken().eval(), Broken().eval(), [x + 1.0])
 
 
