@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -265,18 +266,18 @@ def _largest(scores: Tensor, kept: int, of: int) -> Tensor:
     return largest.flatten(1, 2)[:, :channels] * (scores >= 0)
 
 
-def _check_whole(**numbers: int) -> None:
+def _check_whole(**numbers: Any) -> None:
     for name, number in numbers.items():
         if not isinstance(number, Integral) or isinstance(number, bool):
             raise TypeError(f"{name} is a whole number, got {number!r}; write it without quotes or a fraction")
 
 
-def _check_sparsity(sparsity: float, prefix: str = "") -> None:
+def _check_sparsity(sparsity: Any, prefix: str = "") -> None:
     if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
         remedy = "write 0.9 for 90 %"
         raise TypeError(f"{prefix}sparsity is a number, the share of zeros, got {sparsity!r}; {remedy}")
-    if not 0.0 <= sparsity < 1.0:
-        hint = f"; for {sparsity:g} % write {sparsity / 100:g}" if 1.0 < sparsity < 100.0 else ""
+    if not 0.0 <= float(sparsity) < 1.0:
+        hint = f"; for {sparsity:g} % write {sparsity / 100:g}" if 1.0 < float(sparsity) < 100.0 else ""
         raise ValueError(f"{prefix}sparsity is the share of zeros and lies in [0, 1), got {sparsity}{hint}")
 
 
