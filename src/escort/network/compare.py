@@ -146,8 +146,8 @@ def compare(
         raise ValueError("the loader has no batch; pass at least one")
     if not any(each.is_judged for each in sums):
         raise ValueError(
-            f"of {samples:,} samples the model makes no finite number, so that nothing can be judged by it; pass batches "
-            "as the model gets them, or a model whose type holds its numbers"
+            f"of {samples:,} samples the model makes no finite number, so that nothing can be judged by it; pass "
+            "batches as the model gets them, or a model whose type holds its numbers"
         )
     return Comparison(samples, tuple(each.comparison() for each in sums))
 
