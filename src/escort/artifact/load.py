@@ -222,7 +222,8 @@ def _check_request(saved: _Saved, target: torch.device, model: nn.Module | None,
         raise ArtifactError(f"{path}: it computes in {plan.precision}, which takes a GPU; {remedy}")
     if saved.needs_model and model is None:
         raise ArtifactError(
-            f"{path}: it does not hold the whole program; pass load a new model of the class that was converted"
+            f"{path}: it does not hold the whole program; pass load a new model of the class that was converted, or "
+            "name it by --model on the command line"
         )
     if not saved.needs_model and model is not None:
         raise ArtifactError(f"{path}: it holds its own program; leave out the model")
