@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -90,8 +91,16 @@ def test_what_makes_no_layer(mean: Any, std: Any, says: str) -> None:
 
 
 def test_what_are_no_images() -> None:
-    with pytest.raises(TypeError, match=r"mean and std are lists with a number for each channel, got 0.5 and \[0.2\]"):
-        Images(0.5, [0.2])  # type: ignore[arg-type]
+    for mean in (0.5, "0.5", ["0.5"], torch.tensor(0.5), torch.ones(1, 1)):
+        with pytest.raises(TypeError, match="mean is a list with a number for each channel, got .*; write it as"):
+            Images(mean, [0.2])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="scale is a number that bytes are multiplied by, got '1'"):
+        Images([0.5], [0.2], "1")  # type: ignore[arg-type]
+    for scale in (0, -1.0):
+        with pytest.raises(ValueError, match="deviations and the scale are positive"):
+            Images([0.5], [0.2], scale)
+    for row in (torch.tensor, np.array):
+        torch.testing.assert_close(Images(row(MEAN), row(STD)).factors, Images(MEAN, STD).factors)
     layer = Images(MEAN, STD)
     with pytest.raises(TypeError, match="takes a tensor of images, got ndarray; use torch.from_numpy"):
         layer(torch.zeros(1, 4, 4, 3, dtype=torch.uint8).numpy())

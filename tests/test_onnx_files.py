@@ -225,6 +225,19 @@ def _unknown(model: ModelProto) -> None:
     model.graph.node[2].input[0] = "nothing"
 
 
+def _unnamed(model: ModelProto) -> None:
+    model.graph.node[0].name, model.graph.node[0].input[1] = "", "W"
+
+
+def _without_outputs(model: ModelProto) -> None:
+    del model.graph.output[:]
+
+
+def _of_float64(model: ModelProto) -> None:
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float64), weight.name))
+
+
 def _twice(model: ModelProto) -> None:
     model.graph.node[2].output[0] = "a"
 
@@ -308,10 +321,13 @@ def _attribute(operator: str, name: str, value: Any) -> Callable[[ModelProto], N
         (_constants("Tile", a=np.ones(1, np.float32), b=whole(1 << 40)), "larger than any network"),
         (_constants("Range", a=np.float32(0), b=np.float32(1e12), c=np.float32(1)), "is none of a network"),
         (_constants("Pad", a=np.ones(1, np.float32), b=whole(0, 1 << 40)), "larger than any network"),
-        (_attribute("Conv", "strides", [0, 1]), "does not go over a map"),
+        (_attribute("Conv", "strides", [0, 1]), r"its strides are \[0, 1\], and must be 2 numbers from 1 up; export"),
         (_attribute("Conv", "strides", [1]), "must be 2 numbers"),
         (_attribute("Conv", "pads", [-1, 0, 0, 0]), "numbers from 0 up"),
         (_attribute("Conv", "pads", [1 << 40] * 4), "larger than any network|torch refuses"),
+        (_unnamed, r"Conv '.+': it reads 'W', which nothing computes; export it anew"),
+        (_without_outputs, "it returns nothing, so that there is no network; export it with its output"),
+        (_of_float64, "its input, filter and bias are of torch.float32, torch.float64.*, and must be of one type"),
         (_attribute("Conv", "strides", "abc"), "Conv '/body/body.0/conv/Conv'"),
         (_attribute("Conv", "group", 0), "do not divide"),
         (_attribute("Conv", "auto_pad", "EVIL\n"), "must be one of"),
@@ -328,6 +344,9 @@ def test_files_that_lie_are_refused(change: Callable[[ModelProto], None], messag
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
+    for given in (small(), b"model.onnx", nn.Identity(), None):
+        with pytest.raises(TypeError, match="from_onnx takes the path of a file, got .*; save the model to one first"):
+            escort.from_onnx(given)  # type: ignore[arg-type]
     for content in (b"", b"no model", small().SerializeToString()[:-50]):
         (tmp_path / "model.onnx").write_bytes(content)
         with pytest.raises(OnnxError, match="export"):

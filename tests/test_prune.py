@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as torch_prune
 
 from escort import prune
 
@@ -153,6 +154,18 @@ def test_make_permanent_keeps_the_function_and_drops_the_masks():
     copy.deepcopy(model)  # masked modules of torch cannot be copied; permanent ones can
 
 
+def test_make_permanent_drops_masks_of_any_tensor_and_layer():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4))
+    for layer, name in ((model[0], "bias"), (model[1], "weight"), (model[1], "bias")):
+        torch_prune.random_unstructured(layer, name, 0.5)
+    zeros = [int((tensor == 0).sum()) for tensor in (model[0].bias, model[1].weight, model[1].bias)]
+    prune.make_permanent(model)
+    assert not any("mask" in name or "orig" in name for name in model.state_dict())
+    assert (
+        [int((tensor == 0).sum()) for tensor in (model[0].bias, model[1].weight, model[1].bias)] == zeros == [2, 8, 2]
+    )
+
+
 @given(st.integers(0, 50), st.integers(1, 60), st.integers(1, 9), st.floats(0, 0.5), st.floats(0.5, 0.99))
 def test_the_schedule_rises_from_initial_to_final(begin, length, every, initial, final):
     schedule = prune.GradualSchedule(final, begin, begin + length, every, initial)
@@ -210,9 +223,54 @@ def test_what_is_of_the_wrong_type_is_named(recipe):
         recipe(network, 0.5)
     with pytest.raises(TypeError, match="an nn.Module, got OrderedDict; pass the model"):
         recipe(network().state_dict(), 0.5)
-    for sparsity in ("0.9", [0.9]):
+    for sparsity in ("0.9", [0.9], torch.tensor(0.9)):
         with pytest.raises(TypeError, match="sparsity is a number, the share of zeros, got .*0.9.*; write 0.9"):
             recipe(network(), sparsity)
+
+
+@pytest.mark.parametrize("skip", [None, 0, [0], nn.Conv2d(1, 1, 1), ["0", None]])
+def test_what_skip_is_not(skip):
+    with pytest.raises(TypeError, match=r"skip is names of layers, or a function of \(name, conv\), got"):
+        prune.uniform(network(), 0.5, skip=skip)
+
+
+def test_counts_are_whole_numbers():
+    for counts in ({"kept": 2.0}, {"kept": True}, {"kept": "2"}, {"of": None}):
+        with pytest.raises(TypeError, match=f"{next(iter(counts))} is a whole number, got"):
+            prune.semi_structured(network(), **counts)
+    for steps in ({"begin": "0"}, {"end": 1.5}, {"every": None}):
+        with pytest.raises(TypeError, match=f"{next(iter(steps))} is a whole number, got"):
+            prune.GradualSchedule(0.9, **{"begin": 0, "end": 10, **steps})
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lambda m: prune.uniform(m, 0.5),
+        lambda m: prune.layerwise(m, {"0": 0.5, "2": 0.5}),
+        lambda m: prune.global_magnitude(m, 0.5),
+        prune.semi_structured,
+        lambda m: prune.GradualSchedule(0.5, 0, 1).apply(m, 1),
+        prune.sparsity,
+    ],
+)
+def test_weights_without_a_magnitude_are_refused_by_name(recipe):
+    for number in (torch.nan, torch.inf):
+        model = network()
+        model[2].weight.data[0, 0] = number
+        with pytest.raises(ValueError, match="layer '2': its weight holds NaN or infinity"):
+            recipe(model)
+        assert not hasattr(model[0], "weight_mask")
+    for absent in (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.LazyConv2d(4, 1)), network().to("meta")):
+        with pytest.raises(ValueError, match="its weight has no numbers yet; run the model once, or load"):
+            recipe(absent)
+
+
+def test_a_layer_of_the_name_of_the_total_is_refused():
+    model = nn.Sequential()
+    model.add_module("overall", nn.Conv2d(3, 4, 1))
+    with pytest.raises(ValueError, match="layer 'overall': the share of all layers together has that name; rename"):
+        prune.sparsity(model)
 
 
 def test_sparsities_of_layers_are_by_name():

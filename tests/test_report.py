@@ -56,7 +56,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("page") / "not" / "there" / "page.html"
+    path = tmp_path_factory.mktemp("page") / "page.html"
     report.write_html(path, HOSTILE, every_section())
     return path.read_text(encoding="utf-8")
 
@@ -113,6 +113,13 @@ def test_numbers_are_flush_right_and_words_are_not(tmp_path):
         a.get("class") == "number" for tag, a in Page((tmp_path / "page.html").read_text()).tags if tag == "th"
     ]
     assert flush_right[:3] == [False, True, True]
+
+
+def test_a_heading_and_a_caption_may_be_wider_than_their_table(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    heading, caption = "Forecast of the whole network", "A forecast of speed: it says nothing of accuracy."
+    lines = report.text(report.Table(heading, ("a",), (("1",),), caption)).splitlines()
+    assert (lines[0], lines[-1]) == (heading, caption)
 
 
 def test_a_markdown_table():

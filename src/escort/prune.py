@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ def convolutions(model: nn.Module, *, skip: Skip = ()) -> dict[str, nn.Conv2d]:
     """The model's convolutions by name, in the order of ``model.named_modules()``, without those in `skip`.
 
     Raises:
-        TypeError: if `model` is no module.
+        TypeError: if `model` is no module, or `skip` neither names nor a function.
         ValueError: if there are none, if `skip` names an unknown layer or leaves nothing over.
     """
     if not isinstance(model, nn.Module):
@@ -35,10 +37,14 @@ def convolutions(model: nn.Module, *, skip: Skip = ()) -> dict[str, nn.Conv2d]:
             f"{type(model).__name__} has no nn.Conv2d to prune; prune the dense model, before escort.convert replaces "
             "its convolutions"
         )
-    if callable(skip):
+    if callable(skip) and not isinstance(skip, nn.Module):
         kept = {name: conv for name, conv in convs.items() if not skip(name, conv)}
     else:
-        names = {skip} if isinstance(skip, str) else set(skip)
+        names = {skip} if isinstance(skip, str) else skip
+        if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+            raise TypeError(
+                f"skip is names of layers, or a function of (name, conv), got {skip!r}; leave it out for none"
+            )
         for name in names:
             _check_known(name, model, convs)
         kept = {name: conv for name, conv in convs.items() if name not in names}
@@ -57,7 +63,8 @@ def uniform(model: nn.Module, sparsity: float, *, skip: Skip = ()) -> None:
         0.9
 
     Raises:
-        ValueError: see :func:`convolutions`; or if `sparsity` is outside [0, 1).
+        TypeError: see :func:`convolutions`; or if `sparsity` is no number.
+        ValueError: see :func:`convolutions`; if `sparsity` is outside [0, 1), or a weight holds NaN or infinity.
     """
     layerwise(model, dict.fromkeys(convolutions(model, skip=skip), sparsity))
 
@@ -66,8 +73,9 @@ def layerwise(model: nn.Module, sparsities: Mapping[str, float]) -> None:
     """Prune each named convolution to its own sparsity, the weights of smallest magnitude first.
 
     Raises:
-        TypeError: if `sparsities` are not by name.
-        ValueError: if a name is no convolution of the model, a sparsity lies outside [0, 1), or nothing is named.
+        TypeError: if `sparsities` are not by name, or one is no number.
+        ValueError: if a name is no convolution of the model, a sparsity lies outside [0, 1), nothing is named, or a
+            weight holds NaN or infinity.
     """
     if not isinstance(sparsities, Mapping):
         raise TypeError(f"layerwise takes {{name: sparsity}}, got {sparsities!r}; uniform takes one for all layers")
@@ -88,7 +96,8 @@ def global_magnitude(model: nn.Module, sparsity: float, *, skip: Skip = ()) -> N
     Layers end at different sparsities, and one whose weights are all small may end empty.
 
     Raises:
-        ValueError: see :func:`convolutions`; or if `sparsity` is outside [0, 1).
+        TypeError: see :func:`convolutions`; or if `sparsity` is no number.
+        ValueError: see :func:`convolutions`; if `sparsity` is outside [0, 1), or a weight holds NaN or infinity.
     """
     convs = convolutions(model, skip=skip)
     _check_sparsity(sparsity)
@@ -109,9 +118,11 @@ def semi_structured(model: nn.Module, *, kept: int = 2, of: int = 4, skip: Skip 
         0.5
 
     Raises:
-        ValueError: see :func:`convolutions`; or unless ``0 < kept < of``.
+        TypeError: see :func:`convolutions`; or unless `kept` and `of` are whole numbers.
+        ValueError: see :func:`convolutions`; unless ``0 < kept < of``, or if a weight holds NaN or infinity.
     """
     convs = convolutions(model, skip=skip)
+    _check_whole(kept=kept, of=of)
     if not 0 < kept < of:
         raise ValueError(f"of each {of} weights some stay and some go, got kept={kept}; write kept=2, of=4 for 2:4")
     masks = {name: _largest(_scores(name, conv), kept, of) for name, conv in convs.items()}
@@ -133,6 +144,7 @@ class GradualSchedule:
         [0.0, 0.787, 0.9]
 
     Raises:
+        TypeError: unless steps are whole numbers, and sparsities numbers.
         ValueError: unless 0 <= begin < end, every >= 1 and 0 <= initial <= final < 1.
     """
 
@@ -145,6 +157,7 @@ class GradualSchedule:
     def __post_init__(self) -> None:
         _check_sparsity(self.final, "final: ")
         _check_sparsity(self.initial, "initial: ")
+        _check_whole(begin=self.begin, end=self.end, every=self.every)
         if self.initial > self.final:
             raise ValueError(f"initial must not exceed final, got {self.initial} and {self.final}")
         if not 0 <= self.begin < self.end:
@@ -175,15 +188,28 @@ class GradualSchedule:
 
 
 def make_permanent(model: nn.Module) -> None:
-    """Write the zeros into the weights and drop the masks; the model is an ordinary dense one again."""
-    for conv in convolutions(model).values():
-        if _mask(conv) is not None:
-            torch_prune.remove(conv, "weight")
+    """Write the zeros into what :mod:`torch.nn.utils.prune` masks, in any layer, and drop the masks.
+
+    The model is an ordinary dense one again.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"masks are those of an nn.Module, got {type(model).__name__}; pass the model that was pruned")
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, torch_prune.BasePruningMethod):
+                torch_prune.remove(module, hook._tensor_name)
 
 
 def sparsity(model: nn.Module) -> dict[str, float]:
-    """The share of zero weights per convolution, and under ``"overall"`` that of all of them together."""
+    """The share of zero weights per convolution, and under ``"overall"`` that of all of them together.
+
+    Raises:
+        TypeError, ValueError: see :func:`convolutions`; also if one is called ``overall``, or a weight holds NaN or
+            infinity.
+    """
     weights = {name: _scores(name, conv) for name, conv in convolutions(model).items()}
+    if "overall" in weights:
+        raise ValueError("layer 'overall': the share of all layers together has that name; rename the layer")
     nonzeros = {name: int((weight > 0).sum()) for name, weight in weights.items()}
     shares = {name: 1.0 - nonzeros[name] / weight.numel() for name, weight in weights.items()}
     shares["overall"] = 1.0 - sum(nonzeros.values()) / sum(weight.numel() for weight in weights.values())
@@ -205,6 +231,10 @@ def _scores(name: str, conv: nn.Conv2d) -> Tensor:
             f"layer {name!r}: its weight is computed by a parametrization; make that permanent before pruning, for "
             "example with torch.nn.utils.parametrize.remove_parametrizations"
         )
+    if nn.parameter.is_lazy(weight) or weight.is_meta:
+        raise ValueError(f"layer {name!r}: its weight has no numbers yet; run the model once, or load its weights")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"layer {name!r}: its weight holds NaN or infinity, which has no magnitude to go by; mend it")
     magnitude = weight.detach().abs()
     return magnitude if mask is None else magnitude.masked_fill(mask == 0, -1.0)
 
@@ -236,14 +266,18 @@ def _largest(scores: Tensor, kept: int, of: int) -> Tensor:
     return largest.flatten(1, 2)[:, :channels] * (scores >= 0)
 
 
-def _check_sparsity(sparsity: float, prefix: str = "") -> None:
-    try:
-        is_share = 0.0 <= sparsity < 1.0
-    except TypeError as error:
+def _check_whole(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, Integral) or isinstance(number, bool):
+            raise TypeError(f"{name} is a whole number, got {number!r}; write it without quotes or a fraction")
+
+
+def _check_sparsity(sparsity: Any, prefix: str = "") -> None:
+    if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
         remedy = "write 0.9 for 90 %"
-        raise TypeError(f"{prefix}sparsity is a number, the share of zeros, got {sparsity!r}; {remedy}") from error
-    if not is_share:
-        hint = f"; for {sparsity:g} % write {sparsity / 100:g}" if 1.0 < sparsity < 100.0 else ""
+        raise TypeError(f"{prefix}sparsity is a number, the share of zeros, got {sparsity!r}; {remedy}")
+    if not 0.0 <= float(sparsity) < 1.0:
+        hint = f"; for {sparsity:g} % write {sparsity / 100:g}" if 1.0 < float(sparsity) < 100.0 else ""
         raise ValueError(f"{prefix}sparsity is the share of zeros and lies in [0, 1), got {sparsity}{hint}")
 
 

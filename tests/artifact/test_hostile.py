@@ -51,7 +51,10 @@ ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     "no programs": (lambda f: f.architecture.pop("programs"), "'programs' is missing"),
     "infinite time": (setting("plan", "dense_time_us", to=float("nan")), "NaN is no JSON number"),
     "absurd example": (setting("plan", "input_shapes", to=[[2**40, 3]]), "no network takes inputs"),
-    "negative example": (setting("plan", "input_shapes", to=[[-1, -(2**40)]]), "no network takes inputs"),
+    "negative example": (
+        setting("plan", "input_shapes", to=[[-1, -(2**40)]]),
+        "a whole number from 0 up, got -1",
+    ),
     "machine": (setting("plan", "machine", to={}), "not a machine"),
     "no plan for a layer": (lambda f: f.plan["layers"].pop("stem.0"), "layer stem.0: 'stem.0' is missing"),
     "unknown method": (setting("plan", "layers", "stem.0", "method", to="magic"), "no method 'magic'"),

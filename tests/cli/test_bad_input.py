@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +52,9 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         ),
         (["convert", TINY, "--input", "1,3,8,8", "--output", "{tmp}/nowhere/m.escort"], "there is no folder"),
         (["convert", TINY, "--input", "1,3,8,8", "--output", "{tmp}"], "is a folder"),
+        (["convert", TINY, "--input", "1,3,8,8", "--output", "{tmp}/m.onnx"], "is no .onnx file; name it .escort"),
+        (["convert", TINY, "--input", "1,3,8,8", "--output", "{tmp}/m.py"], "is no .py file; name it .escort"),
+        (["cache", "export", "{saved}"], "the plans are written to a .json file; name it so"),
         (["prune", TINY, "--sparsity", "90", "--output", "{tmp}/p.safetensors"], "write 0.9"),
         (["prune", TINY, "--sparsity", "0.9", "--skip", "7", "--output", "{tmp}/p.safetensors"], "not a convolution"),
         (["prune", TINY, "--sparsity", "0.9", "--output", "{tmp}/p.pt"], "name it so"),
@@ -104,6 +108,21 @@ def test_bad_input(args: list[str], message: str, tmp_path: Path, saved: Path) -
     error = result.stderr.splitlines()[-1]
     assert error.startswith("error: ") and message in error and result.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_read_is_not_overwritten(pruned: Path, saved: Path, batch: Path) -> None:
+    npz, link = batch.with_suffix(".npz"), batch.with_name("link.npz")
+    np.savez(npz, np.load(batch))
+    link.symlink_to(npz)
+    for words in (
+        ("prune", TINY, "--checkpoint", pruned, "--sparsity", "0.9", "--output", pruned),
+        ("convert", saved, "--input", "1,3,8,8", "--output", saved),
+        ("run", saved, npz, "--output", link),
+    ):
+        before = words[-1].read_bytes()
+        result = invoke(*words)
+        assert result.exit_code == 2 and f"{words[-1]} is what is read, and would be overwritten" in result.stderr
+        assert words[-1].read_bytes() == before
 
 
 @pytest.mark.parametrize("command", ["convert", "plan", "run"])

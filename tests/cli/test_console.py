@@ -130,6 +130,10 @@ def test_what_is_logged_is_text(capsys: pytest.CaptureFixture[str]) -> None:
         logging.getLogger("escort.layers").warning("layer %s", "a\x1b[2J\nb [bold]")
         logging.getLogger("escort.layers").debug("not this")
     assert capsys.readouterr().err == "warning: layer a\\x1b[2J\\nb [bold]\n"
+    with reporting(as_json=False):
+        logging.getLogger("escort.layers").warning("shown by itself")
+        logging.getLogger("escort.layers").info("not this")
+    assert capsys.readouterr().err == "warning: shown by itself\n"
 
 
 def test_a_stored_plan_may_be_shown_verbosely(saved: Path) -> None:

@@ -49,10 +49,16 @@ def test_every_format_that_pillow_reads_but_those_it_cannot_alone(saved: Path, i
         (pixels.convert("P") if suffix == ".gif" else pixels).save(images / f"x{suffix}")
     pixels.save(images / "page.eps")
     (images / "=cmd.h5").write_bytes(b"\x89HDF")
+    (images / "cats.png").mkdir()
+    (images / "gone.png").symlink_to("nowhere.png")
     result = succeed("run", saved, images, "--json")
     assert json.loads(result.stdout)["inputs"] == 3 + 8
     note = result.stderr.replace("\n", "")
-    assert "left out =cmd.h5, notes.txt, page.eps: no images, or of formats that are not read here" in note
+    assert "left out =cmd.h5, cats.png/, gone.png, notes.txt, page.eps: no images, or of formats that are not" in note
+    for path in images.iterdir():
+        if not path.is_dir():
+            path.unlink()
+    assert ".jpg or .png, or one of its folders, cats.png/" in invoke("run", saved, images).stderr
 
 
 def test_run_on_one_image(saved: Path, images: Path) -> None:
@@ -133,7 +139,9 @@ def test_run_on_a_batch(saved: Path, batch: Path, tmp_path: Path) -> None:
 
 def test_run_of_a_model_without_classes_and_without_graph(tmp_path: Path, batch: Path) -> None:
     name, path = "tests.cli.named:Branching", tmp_path / "model.escort"
-    succeed("convert", name, "--input", "1,3,16,16", "--output", path)
+    told = succeed("convert", name, "--input", "1,3,16,16", "--output", path).stderr
+    assert "does not hold the whole program" in told and "by --model on the command line" in told
+    assert "or name it by --model on the command line" in invoke("run", path, batch).stderr
     succeed("run", path, batch, "--model", name, "--output", tmp_path / "out.npz")
     assert np.load(tmp_path / "out.npz")["outputs"].shape == (5, 4, 16, 16)
     result = invoke("run", path, batch, "--model", name, "--output", tmp_path / "out.csv")
@@ -145,7 +153,7 @@ def test_run_of_a_model_without_classes_and_without_graph(tmp_path: Path, batch:
     [
         (np.zeros((2, 4, 16, 16), np.float32), "the model takes (N, 3, H, W)"),
         (np.zeros((3, 16, 16), np.float32), "the model takes (N, 3, H, W)"),
-        (np.zeros((0, 3, 16, 16), np.float32), "the model takes (N, 3, H, W)"),
+        (np.zeros((0, 3, 16, 16), np.float32), "holds no sample: its array has the shape (0, 3, 16, 16)"),
         (np.zeros((2, 3, 16, 16), np.uint8), "holds uint8"),
         (np.array([{}], dtype=object), "no readable .npy"),
         (b"no array", "(ValueError: This file contains pickled (object) data); write it by numpy.save"),

@@ -101,6 +101,11 @@ def test_numbers_that_are_none() -> None:
     assert math.isinf(found.largest_error) and found.worst_sample == 0
     both = escort.compare(Broken().eval(), Broken().eval(), [x]).outputs[0]
     assert both.largest_error == 0.0, "the same at the same places is right"
+    assert both.top1_agreement == 1.0, "of the sample that has a largest class"
+    with pytest.raises(
+        ValueError, match="of 2 samples the model makes no finite number, so that nothing can be judged"
+    ):
+        escort.compare(Broken().eval(), Broken().eval(), [x + 1.0])
 
 
 def test_what_is_refused() -> None:
@@ -109,6 +114,8 @@ def test_what_is_refused() -> None:
         escort.compare(same, nn.Identity(), [torch.ones(1, 2)])
     with pytest.raises(ValueError, match="returns 2 tensors, fast 1"):
         escort.compare(Scaled().eval(), same, [torch.ones(1, 2)])
+    with pytest.raises(ValueError, match=r"batch 0: output 0 of the model has shape \(1, 2\), that of fast \(1, 1\)"):
+        escort.compare(same, nn.Linear(2, 1).eval(), [torch.ones(1, 2)])
 
 
 @pytest.mark.parametrize(
@@ -116,6 +123,7 @@ def test_what_is_refused() -> None:
     [
         ([], {}, ValueError, "the loader has no batch"),
         ([torch.ones(1, 2)], {"batches": 0}, ValueError, "batches is how many to take, got 0"),
+        ([torch.ones(1, 2)], {"batches": 1.5}, TypeError, "batches is how many to take, a whole number, got 1.5"),
         (torch.ones(1, 2), {}, TypeError, r"got a tensor; pass a list with it in it, \[x\]"),
         (TensorDataset(torch.ones(1, 2)), {}, TypeError, "the samples of a TensorDataset; pass a DataLoader of it"),
         (7, {}, TypeError, "loader has batches, got int"),

@@ -17,6 +17,7 @@ from escort.network import plan_page
 from escort.network.forecast.advice import advice_table, holding_back, wanted_gain
 from escort.network.forecast.curve import Curve, knee, wins_from
 from escort.network.forecast.forecast import from_plans
+from escort.network.forecast.page import charts, layer_table, network_table
 from escort.network.plan import NetworkPlan
 from escort.planner import Candidate, Plan
 from escort.planner.machine import Machine
@@ -128,11 +129,36 @@ def test_a_network_that_gains_nothing_is_said_to() -> None:
     assert "the original is kept" in str(found)
 
 
+def test_shares_below_what_is_pruned_already_have_no_forecast() -> None:
+    found = from_plans([at(0.9), at(0.9), at(0.95)], {"a": 0.9, "b": 0.9})
+    assert found.zeros == pytest.approx(0.9) and (found.wins_from, found.knee) == pytest.approx((0.9, 0.9))
+    by_share = {row[0]: row[1] for row in network_table(found).rows}
+    assert [by_share[share] for share in ("50.0%", "80.0%", "90.0%")] == ["-", "-", "340.0"]
+    first, a, _ = layer_table(found).rows
+    assert first[4:11] == ("60.0",) * 7 and a[4:9] == (*("-",) * 4, "90.0")
+    data = found.to_json()
+    for points in (data["network"], data["layers"][1]["times"]):
+        assert [point["sparsity"] for point in points] == [0.9, 0.95, 0.98]
+    assert [figure.heading for figure in charts(found)] == ["Speed by zeros", "The layers that take longest"]
+
+
+def test_bad_input_is_refused_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).eval()
+    escort.prune.uniform(model, 0.9)
+    with pytest.raises(TypeError, match="there is no tensor in None"):
+        escort.forecast(model, None)
+    assert not caplog.records
+
+
 def test_a_forecast_is_shown_and_written(tmp_path: Path) -> None:
     found = a_forecast()
     text = " ".join(str(found).split())
     assert "Forecast per layer" in text and "it says nothing of accuracy" in text
     assert '<th scope="row">first</th>' in found._repr_html_()
+    for name, error in (("forecast.json", ValueError), ("nowhere/forecast.html", FileNotFoundError)):
+        with pytest.raises(error):
+            found.write(tmp_path / name)
+    assert not list(tmp_path.iterdir())
     beside = found.write(tmp_path / "forecast.html")
     assert beside == tmp_path / "forecast.json"
     data = json.loads(beside.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -81,8 +82,43 @@ def test_weights_of_far_other_zeros_do_not_follow_it(plan: NetworkPlan) -> None:
     for zeros in (0.6, 0.9):
         with pytest.raises(ValueError, match=f"layer first: the plan is for 80% zeros, the model has {zeros:.0%}, .* "):
             escort.convert(pruned(Small(), zeros), X, plan=plan)
-    older = replace(plan, sparsities={})  # which does not say
-    assert escort.convert(pruned(Small(), 0.6), X, plan=older).plan.layers.keys() == plan.layers.keys()
+    silent = replace(plan, sparsities={"first": plan.sparsities["first"]})
+    with pytest.raises(ValueError, match="layer second: the plan does not say how many zeros it is for; convert it"):
+        escort.convert(pruned(Small(), 0.8), X, plan=silent)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("kept_dense", value) for value in (None, [], "false", 1)),
+        *(("packed_inputs", value) for value in (None, 0)),
+        ("is_favor_asked", "true"),
+        *(("converted_time_us", value) for value in (-1, math.nan, math.inf, None, "1", True)),
+        *(("dense_time_us", value) for value in (-1, math.nan)),
+        *(("rel_error", value) for value in (-1, math.nan, math.inf)),
+        ("call_time_us", -1.0),
+        *(("samples", value) for value in (-1, 0, 1.5, "1")),
+        *(("native_steps", value) for value in (-1, 2.5, None)),
+        *(("input_dtypes", value) for value in ("float32", None)),
+        *(("methods", value) for value in ("direct", [1])),
+        *(("sparsities", {"first": value}) for value in (-0.1, 1.5, math.nan, "0.8")),
+        *(("rivals", {"eager": value}) for value in (-1, "1")),
+        *(("input_shapes", [[value, 3, 16, 16]]) for value in (-1, 2.5, "2")),
+    ],
+)
+def test_fields_that_are_no_plans_are_refused(plan: NetworkPlan, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match="not a network plan: "):
+        NetworkPlan.from_json({**plan.to_json(), name: value})
+
+
+def test_what_is_no_plan_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="it has no layers, skipped, .*, machine; make it by fast.plan.to_json"):
+        NetworkPlan.from_json({})
+
+
+def test_an_infinite_error_is_plain_json(plan: NetworkPlan) -> None:
+    wrong = replace(plan, rel_error=math.inf, kept_dense=True)
+    assert NetworkPlan.from_json(json.loads(json.dumps(wrong.to_json(), allow_nan=False))) == wrong
 
 
 def test_a_choice_that_is_wrong_here_is_refused(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +133,15 @@ def test_tensors_of_no_program_are_asked_too(held: Tensor, reason: str) -> None:
     assert str(unsavable(whole, X.device)).startswith(reason)
 
 
+def test_layers_to_be_of_no_program_are_asked_too() -> None:
+    whole = AsItIs(nn.Conv2d(3, 4, 3))
+    found = unsavable(whole, X.device, ["0", "a\n"])
+    assert found == r"layer a\n: 'a\n' cannot name a layer or tensor of a saved network; rename it"
+    strange = nn.Sequential(OrderedDict({"a\n": nn.Conv2d(3, 4, 1), "other": nn.ReLU()})).eval()
+    plan = replace(escort.convert(strange, X).plan, kept_dense=False)
+    assert escort.convert(strange, X, plan=plan).plan.not_saved == found
+
+
 def test_an_input_that_nobody_has_an_example_of() -> None:
     network = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
     assert "what its input input is like is not known" in str(unsavable(network, X.device))
@@ -140,9 +151,7 @@ def test_it_is_known_before_planning_and_said_by_the_plan(tmp_path: Path, monkey
     model = Net(lambda m, y: torch.special.i0(y)).eval()
     asked: list[str] = []
     convert = importlib.import_module("escort.network.convert")
-    monkeypatch.setattr(
-        convert, "unsavable", lambda network, device: asked.append("asked") or unsavable(network, device)
-    )
+    monkeypatch.setattr(convert, "unsavable", lambda *given: asked.append("asked") or unsavable(*given))
     plan_layers = swap.plan_layers
     monkeypatch.setattr(
         swap, "plan_layers", lambda *args, **named: asked.append("planned") or plan_layers(*args, **named)

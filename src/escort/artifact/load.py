@@ -186,8 +186,7 @@ def _open(path: Path, data: bytes) -> tuple[Container, NetworkPlan]:
     container = Container(data)
     _check_version(path, container.metadata)
     plan = NetworkPlan.from_json(parse(container.metadata["plan"]))
-    sizes = [size for shape in plan.input_shapes for size in shape]
-    if min(sizes, default=0) < 0 or sum(map(math.prod, plan.input_shapes)) > MAX_NUMBERS:
+    if sum(map(math.prod, plan.input_shapes)) > MAX_NUMBERS:
         raise ValueError(f"no network takes inputs of shape {plan.input_shapes}")
     return container, plan
 
@@ -223,7 +222,8 @@ def _check_request(saved: _Saved, target: torch.device, model: nn.Module | None,
         raise ArtifactError(f"{path}: it computes in {plan.precision}, which takes a GPU; {remedy}")
     if saved.needs_model and model is None:
         raise ArtifactError(
-            f"{path}: it does not hold the whole program; pass load a new model of the class that was converted"
+            f"{path}: it does not hold the whole program; pass load a new model of the class that was converted, or "
+            "name it by --model on the command line"
         )
     if not saved.needs_model and model is not None:
         raise ArtifactError(f"{path}: it holds its own program; leave out the model")

@@ -88,7 +88,11 @@ def _read(path: Path) -> bytes:
 def _entries(data: bytes) -> list[Any]:
     if len(data) > _MOST_BYTES:
         raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
-    return parse_list(data.decode(), "plans", (FORMAT, VERSION), _MOST_PLANS, "escort cache export")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError("it is no text, and none that escort cache export wrote") from error
+    return parse_list(text, "plans", (FORMAT, VERSION), _MOST_PLANS, "escort cache export")
 
 
 def _plan(number: int, data: Any) -> tuple[store.Key, store.Hint]:

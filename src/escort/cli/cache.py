@@ -52,6 +52,8 @@ def main(
     if file is None:
         _clear(output) if action is Action.CLEAR else _list(output)
     elif action is Action.EXPORT:
+        if file.suffix != ".json":
+            raise ValueError(f"{file}: the plans are written to a .json file; name it so")
         check_writable(file)
         count = artifact.export_plans(file)
         output.result = {"file": str(file), "exported": count}

@@ -50,7 +50,7 @@ def reporting(as_json: bool, verbose: int = 0) -> Iterator[Output]:
     """Runs the body of a command: an error becomes one message and an exit code, JSON goes to stdout at the end.
 
     Args:
-        verbose: 1 shows on stderr what is logged at INFO, 2 what is logged at DEBUG too.
+        verbose: 0 shows on stderr what is logged at WARNING, 1 at INFO too, 2 at DEBUG too.
     """
     stdout = sys.stdout
     for stream in (sys.stdout, sys.stderr):
@@ -101,14 +101,11 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def _notes_for_log(verbose: int) -> Iterator[None]:
-    """Shows what Escort logs as notes, if it shall be shown."""
-    if not verbose:
-        yield
-        return
+    """Shows what Escort logs as notes: warnings, and what else shall be shown."""
     log, handler = logging.getLogger("escort"), _Notes()
     before = log.level
     log.addHandler(handler)
-    log.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+    log.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
     try:
         yield
     finally:
@@ -137,8 +134,8 @@ def first_sentence(error: Exception) -> str:
 
 
 def note(message: str) -> None:
-    """Prints a line about what is going on, on stderr."""
-    Console(stderr=True).print(message, soft_wrap=True)
+    """Prints a line about what is going on, on stderr: above a progress bar, where there is one."""
+    print(printable(message), file=sys.stderr)
 
 
 def note_if_busy(device: str) -> None:

@@ -12,13 +12,16 @@ from rich import filesize
 import escort
 from escort import report
 from escort.artifact.kernels import beside
+from escort.cli import models
 from escort.cli.console import Output
 from escort.cli.images import layer_of
-from escort.cli.models import ONNX_SUFFIX
 from escort.cli.options import ConvertOptions, check_page, check_writable, command
 from escort.network import plan_page
 from escort.network.plan import plan_table
 from escort.planner.machine import find_device
+
+#: What files of other kinds end in, as which a converted model would be read, or one of which it would replace.
+_OTHERS = (*models.SUFFIXES, ".py", ".json", ".html")
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,12 @@ def main(
 ) -> None:
     """Convert a pruned model: every convolution runs by whichever method measures fastest on this machine."""
     if output_path is None:
-        if Path(options.model).suffix != ONNX_SUFFIX:
+        if Path(options.model).suffix != models.ONNX_SUFFIX:
             raise ValueError("name the file to write, for example --output model.escort")
         output_path = Path(options.model).with_suffix(".escort")
-    check_writable(output_path)
+    if output_path.suffix.lower() in _OTHERS:
+        raise ValueError(f"--output {output_path}: a converted model is no {output_path.suffix} file; name it .escort")
+    check_writable(output_path, options.model, options.checkpoint)
     if page is not None:
         check_page(page)
     if kernels and find_device(options.device).type == "cpu":

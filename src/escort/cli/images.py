@@ -161,15 +161,19 @@ class Inputs:
 
     @classmethod
     def of_images(cls, source: Path, preparation: Preparation) -> Inputs:
-        """An image, or the images of a folder by name; a note says which files in it are left out."""
-        suffixes = _suffixes()
-        files = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
-        paths = [path for path in files if path.suffix.lower() in suffixes]
-        left_out = [path.name for path in files if path.suffix.lower() not in suffixes]
+        """An image, or the images of a folder by name; a note says what else is in it."""
+        suffixes, paths, left_out = _suffixes(), list[Path](), list[str]()
+        for path in sorted(source.iterdir()) if source.is_dir() else [source]:
+            if path.is_file() and path.suffix.lower() in suffixes:
+                paths.append(path)
+            else:
+                left_out.append(f"{path.name}/" if path.is_dir() else path.name)
         if not paths:
+            folders = [name for name in left_out if name.endswith("/")]
+            inside = f", or one of its folders, {listing(folders)}" if folders else ""
             raise ValueError(
                 f"{source} holds no image and is no .npy or .npz batch; name images that Pillow reads, such as .jpg or "
-                ".png"
+                f".png{inside}"
             )
         if left_out:
             note(f"{source}: left out {listing(left_out)}: no images, or of formats that are not read here")
@@ -180,9 +184,11 @@ class Inputs:
         """The (N, channels, H, W) array of an .npy file, or the only one of an .npz; of bytes as a layer takes them."""
         array = _read_array(path)
         is_last = layer is not None and layer.channels_last
-        if array.ndim != 4 or not len(array) or array.shape[3 if is_last else 1] != channels:
+        if array.ndim != 4 or array.shape[3 if is_last else 1] != channels:
             expected = f"(N, H, W, {channels})" if is_last else f"(N, {channels}, H, W)"
             raise ValueError(f"{path} holds an array of shape {array.shape}; the model takes {expected}; save one")
+        if not array.size:
+            raise ValueError(f"{path} holds no sample: its array has the shape {array.shape}; save at least one")
         if layer is not None:
             if array.dtype != np.uint8:
                 raise ValueError(f"{path} holds {array.dtype}; the model normalises images itself: save them as uint8")

@@ -24,6 +24,8 @@ from escort.layers import Images
 from escort.prune import listing
 
 ARCHIVE_SUFFIX, ONNX_SUFFIX = ".pt2", ".onnx"
+#: What files of models and weights end in that are not converted.
+SUFFIXES = (ARCHIVE_SUFFIX, ONNX_SUFFIX, *checkpoints.SUFFIXES)
 #: The members of an archive that are read, behind the name of its root: those of today's torch and of older ones.
 #: Torch unpickles constants whose names begin with custom_obj or opaque_obj, in any case and with any ending.
 _MEMBER = re.compile(

@@ -378,8 +378,10 @@ def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
     return values
 
 
-def check_writable(path: Path) -> None:
-    """Says before the work, not after it, that a result has nowhere to go."""
+def check_writable(path: Path, *sources: str | Path | None) -> None:
+    """Says before the work, not after it, that a result has nowhere to go, or would replace one of its sources."""
+    if path.exists() and any(source and os.path.exists(source) and path.samefile(source) for source in sources):
+        raise ValueError(f"{path} is what is read, and would be overwritten; name another file to write")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
@@ -390,7 +392,6 @@ def check_writable(path: Path) -> None:
 
 def check_page(path: Path) -> None:
     """Says before the work that a page cannot be written: for its name, its folder, or for want of matplotlib."""
-    if path.suffix != ".html":
-        raise ValueError(f"{path}: a page is an .html file; name it so")
+    report.check_page_name(path)
     check_writable(path)
     report.require_matplotlib()

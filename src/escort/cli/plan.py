@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from escort import artifact, report
-from escort.cli import checkpoints, models
+from escort.cli import models
 from escort.cli.console import Output, check_is_file
 from escort.cli.options import SAVED, ConvertOptions, command
 from escort.network.plan import NetworkPlan, plan_table
@@ -43,8 +43,7 @@ def _stored_plan(options: ConvertOptions) -> NetworkPlan:
 
 def _is_saved(model: str) -> bool:
     """Whether it is a path, of any suffix but those of archives, ONNX files and checkpoints."""
-    others = models.ARCHIVE_SUFFIX, models.ONNX_SUFFIX, *checkpoints.SUFFIXES
-    return ":" not in model and Path(model).suffix not in others
+    return ":" not in model and Path(model).suffix not in models.SUFFIXES
 
 
 def _candidates(plan: NetworkPlan) -> report.Table:

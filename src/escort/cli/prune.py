@@ -40,7 +40,7 @@ def main(
         raise ValueError(f"--output {output_path}: the pruned weights are a .safetensors file; name it so")
     if source.model.endswith((models.ARCHIVE_SUFFIX, models.ONNX_SUFFIX)):
         raise ValueError(f"{source.model} has no state dict to go on with; prune the model before it is exported")
-    check_writable(output_path)
+    check_writable(output_path, source.checkpoint)
     network = source.load()
     recipe = prune.uniform if method is Recipe.UNIFORM else prune.global_magnitude
     recipe(network, sparsity, skip=skip or ())

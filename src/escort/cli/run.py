@@ -57,7 +57,7 @@ def main(
     if output_path is not None and not by_ray:
         if output_path.suffix not in _OUTPUT_SUFFIXES:
             raise ValueError(f"--output {output_path}: predictions are {' or '.join(_OUTPUT_SUFFIXES)}; name it so")
-        check_writable(output_path)
+        check_writable(output_path, source, saved.saved)
     if not source.is_dir() and not source.is_file():
         raise FileNotFoundError(f"{source}: there is no such folder or file; name images, or an .npy or .npz batch")
     if by_ray:

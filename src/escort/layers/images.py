@@ -7,9 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from escort.cuda import kernel
@@ -23,6 +26,8 @@ from escort.layers.runners import check_not_capturing
 
 _THREADS, _MOST, _MOST_LAUNCHES = 256, 2**31 - 256, 256
 _IN_A_ROW = 4  # pixels that a thread has at most
+#: A number for each channel.
+_Numbers = Sequence[float] | NDArray[Any] | torch.Tensor
 _log = logging.getLogger(__name__)
 
 
@@ -53,31 +58,29 @@ class Images(nn.Module):
     where method `stem` runs that.
 
     Args:
-        mean, std: of each channel, of the scaled values.
-        scale: what a byte is multiplied by first.
+        mean, std: of each channel, of the scaled values: a list, an array or a tensor of one dimension.
+        scale: what a byte is multiplied by first, more than 0.
         channels_last: whether images are (N, H, W, C), as decoders give them; else (N, C, H, W).
 
     Raises:
-        TypeError: unless mean and std are sequences of numbers.
-        ValueError: unless there are as many means as deviations, all finite, and the deviations positive.
+        TypeError: unless mean and std are numbers in a row, and scale is a number.
+        ValueError: unless there are as many means as deviations, all finite, and deviations and scale positive.
     """
 
     factors: torch.Tensor
     frozen: torch.Tensor
 
-    def __init__(
-        self, mean: Sequence[float], std: Sequence[float], scale: float = 1 / 255, channels_last: bool = True
-    ) -> None:
+    def __init__(self, mean: _Numbers, std: _Numbers, scale: float = 1 / 255, channels_last: bool = True) -> None:
         super().__init__()
-        if not isinstance(mean, Sequence) or not isinstance(std, Sequence):
-            raise TypeError(f"mean and std are lists with a number for each channel, got {mean!r} and {std!r}")
-        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.mean, self.std = _numbers("mean", mean), _numbers("std", std)
+        if not _is_number(scale):
+            raise TypeError(f"scale is a number that bytes are multiplied by, got {scale!r}; leave it out for 1 / 255")
         self.scale, self.channels_last = float(scale), bool(channels_last)
         numbers = (*self.mean, *self.std, self.scale)
         if not self.mean or len(self.mean) != len(self.std) or not all(map(math.isfinite, numbers)):
             raise ValueError(f"mean and std have a finite number for each channel, got {mean} and {std}, scale {scale}")
-        if min(self.std) <= 0.0:
-            raise ValueError(f"deviations are positive, got {std}")
+        if min(self.std) <= 0.0 or self.scale <= 0.0:
+            raise ValueError(f"deviations and the scale are positive, got {std}, scale {scale}")
         self.register_buffer("frozen", torch.empty(0))  # of the type of the results
         self.register_buffer("factors", self._factors(self.frozen.device))
 
@@ -141,6 +144,18 @@ class Images(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mean={self.mean}, std={self.std}, scale={self.scale:g}, channels_last={self.channels_last}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _numbers(name: str, given: _Numbers) -> tuple[float, ...]:
+    """A number for each channel. Raises TypeError for what are none."""
+    values = given.tolist() if isinstance(given, torch.Tensor | np.ndarray) else given
+    if not isinstance(values, Sequence) or not all(map(_is_number, values)):
+        raise TypeError(f"{name} is a list with a number for each channel, got {given!r}; write it as [0.5, 0.5, 0.5]")
+    return tuple(map(float, values))
 
 
 def _launched(channels_last: bool, shape: torch.Size, dtype: torch.dtype) -> tuple[Variant, Grid, Params]:

@@ -33,9 +33,10 @@ class OutputComparison:
     Attributes:
         shape: of the output in the first batch.
         top1_agreement: the share of samples, or of their pixels, whose largest class is the same. Classes are the
-            second axis; None where the output has no such axis of more than one, or no floating-point numbers.
+            second axis; None where the output has no such axis of more than one, or no floating-point numbers. One
+            whose classes hold NaN in the model's output has no largest, and is not counted.
         mean_error, largest_error: of the samples' relative errors, ``||out - ref|| / ||ref||``. One is infinite where
-            the two have not the same NaNs and infinities, or not the same shape.
+            the two have not the same NaNs and infinities.
         worst_sample: which sample has the largest error, counted through all batches from 0.
     """
 
@@ -108,10 +109,10 @@ def compare(
         batches: how many batches to take; all by default.
 
     Raises:
-        TypeError: where one of the two is no model, the loader holds no batches, or there is no tensor in what the
-            models are called with.
-        ValueError: where a model is in training mode, there is no batch, a model does not take one, or the models do
-            not return as many tensors.
+        TypeError: where one of the two is no model, the loader holds no batches, `batches` is no whole number, or there
+            is no tensor in what the models are called with.
+        ValueError: where a model is in training mode, there is no batch, a model does not take one, the models do not
+            return as many tensors of the same shapes, or the model returns no finite number.
     """
     for name, each in (("model", model), ("fast", fast)):
         if not isinstance(each, nn.Module):
@@ -133,11 +134,21 @@ def compare(
                     f"{len(sums)} before; compare models that return the same"
                 )
             count = len(example.tensors[0]) if example.tensors[0].ndim else 1
-            for so_far, out, ref in zip(sums, outputs, expected, strict=True):
+            for output, (so_far, out, ref) in enumerate(zip(sums, outputs, expected, strict=True)):
+                if out.shape != ref.shape:
+                    raise ValueError(
+                        f"batch {number}: output {output} of the model has shape {tuple(ref.shape)}, that of fast "
+                        f"{tuple(out.shape)}; compare models that return the same"
+                    )
                 so_far.add(out.to(ref.device), ref, count, samples)
             samples += count
     if not samples:
         raise ValueError("the loader has no batch; pass at least one")
+    if not any(each.is_judged for each in sums):
+        raise ValueError(
+            f"of {samples:,} samples the model makes no finite number, so that nothing can be judged by it; pass "
+            "batches as the model gets them, or a model whose type holds its numbers"
+        )
     return Comparison(samples, tuple(each.comparison() for each in sums))
 
 
@@ -149,6 +160,8 @@ def _check_loader(loader: Any, batches: int | None) -> None:
         raise TypeError(f"loader has batches, got the samples of a {type(loader).__name__}; pass a DataLoader of it")
     if not isinstance(loader, Iterable) or isinstance(loader, Mapping | str):
         raise TypeError(f"loader has batches, got {type(loader).__name__}; pass a DataLoader, or a list of tensors")
+    if batches is not None and (not isinstance(batches, int) or isinstance(batches, bool)):
+        raise TypeError(f"batches is how many to take, a whole number, got {batches!r}; leave it out for all")
     if batches is not None and batches < 1:
         raise ValueError(f"batches is how many to take, got {batches}; leave it out for all")
 
@@ -198,6 +211,8 @@ def _placed(example: Example, model: nn.Module) -> Example:
 class _Sums:
     """What is summed over the samples of an output."""
 
+    is_judged = False  # whether the model made a finite number, or had none to make
+
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
         self._errors, self._largest, self._worst, self._samples = 0.0, -1.0, 0, 0
@@ -210,7 +225,8 @@ class _Sums:
             count: the batch's samples. Where the output has no axis of so many, it counts as one sample.
             first: the number of the first of them.
         """
-        by_sample = out.shape == ref.shape and ref.ndim > 0 and len(ref) == count
+        self.is_judged = self.is_judged or not ref.numel() or bool(torch.isfinite(ref).any())
+        by_sample = ref.ndim > 0 and len(ref) == count
         pairs = zip(out, ref, strict=True) if by_sample else [(out, ref)]
         for number, (one, other) in enumerate(pairs, first):
             error = output_error(one, other)
@@ -219,9 +235,9 @@ class _Sums:
             if error > self._largest:
                 self._largest, self._worst = error, number
         if by_sample and ref.is_floating_point() and ref.ndim > 1 and ref.shape[1] > 1:
-            agrees = out.argmax(1) == ref.argmax(1)
-            self._agreeing += int(agrees.sum())
-            self._classified += agrees.numel()
+            has_largest = ~ref.isnan().any(1)
+            self._agreeing += int(((out.argmax(1) == ref.argmax(1)) & has_largest).sum())
+            self._classified += int(has_largest.sum())
 
     def comparison(self) -> OutputComparison:
         agreement = self._agreeing / self._classified if self._classified else None

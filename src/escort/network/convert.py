@@ -196,7 +196,7 @@ def _convert(model: nn.Module, example: Example, request: Request) -> ConvertedM
             dense, network, skipped = plain_copy(model), plain_copy(model), {}
             calls = record_calls(network, skipped, original)
         check_calls(calls, skipped)
-        not_saved = unsavable(network, request.device)
+        not_saved = unsavable(network, request.device, calls.keys() - skipped.keys())
         networks, not_in_format = in_memory_formats(network, request, original.expected)
         found = {
             memory_format: find_layers(network, calls, memory_format, skipped, request)

@@ -78,18 +78,18 @@ def only_planned(networks: Mapping[MemoryFormat, Unplanned], plan: NetworkPlan) 
     for name, layer in unplanned.layers.items():
         if (planned := plan.layers[name].problem.on(layer.problem.device)) != layer.problem:
             raise ValueError(f"layer {name}: the plan is for {planned}, the model has {layer.problem}")
-        _check_zeros(name, plan.sparsities.get(name), layer.sparse_filter)
+        if name not in plan.sparsities:
+            raise ValueError(f"layer {name}: the plan does not say how many zeros it is for; {_ANEW}")
+        _check_zeros(name, plan.sparsities[name], layer.sparse_filter)
     return {plan.memory_format: unplanned}
 
 
-def _check_zeros(name: str, planned: float | None, sparse_filter: SparseFilter) -> None:
+def _check_zeros(name: str, planned: float, sparse_filter: SparseFilter) -> None:
     """Raises ValueError where a filter's nonzeros are far more or fewer than those that its plan was measured with.
 
     Args:
-        planned: the share of zeros in the plan; None where it does not say.
+        planned: the share of zeros in the plan.
     """
-    if planned is None:
-        return
     weights = math.prod(sparse_filter.shape)
     shares = planned, round(sparse_filter.sparsity, 4)  # as a plan has it
     before, now = (steps_of_nonzeros(round((1.0 - zeros) * weights)) for zeros in shares)

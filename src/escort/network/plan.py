@@ -29,6 +29,8 @@ _PLAIN = (
     "not_tried packed_inputs refused rivals not_saved not_captured native_steps not_native widened is_favor_asked "
     "sparsities"
 ).split()
+#: Fields that the JSON of every plan has; older versions knew no others.
+_ALWAYS = ("layers skipped input_shapes dense_time_us converted_time_us rel_error kept_dense machine").split()
 _COLUMNS = ("Layer", "Convolution", "Zeros", "Method", "µs", "Dense µs", "Speedup", "Others µs")
 _MOST_NAMES = 4  # of steps that are listed for a reason
 #: What is said of times that were not taken of the layer itself.
@@ -76,7 +78,8 @@ class NetworkPlan:
         native_steps, not_native: how many steps run natively on a CPU, and why the others do not.
         methods: the methods that the choice was restricted to; empty where it was among all.
         widened: the original's type, "float16" or "bfloat16", where it is computed in float32; empty where in its own.
-        sparsities: layer name to the share of zeros in its filter; of plans of older versions nothing.
+        sparsities: layer name to the share of zeros in its filter; of plans of older versions nothing, and such a plan
+            cannot be followed.
     """
 
     layers: dict[str, Plan]
@@ -172,7 +175,7 @@ class NetworkPlan:
             "input_shapes": [list(shape) for shape in self.input_shapes],
             "dense_time_us": self.dense_time_us,
             "converted_time_us": self.converted_time_us,
-            "rel_error": self.rel_error,
+            "rel_error": self.rel_error if math.isfinite(self.rel_error) else None,
             "kept_dense": self.kept_dense,
             "machine": self.machine.to_json(),
             "samples": self.samples,
@@ -195,36 +198,38 @@ class NetworkPlan:
             raise ValueError(
                 f"not a network plan: it is a dictionary, as json.loads gives it, got {type(data).__name__}"
             )
+        if missing := ", ".join(name for name in _ALWAYS if name not in data):
+            raise ValueError(f"not a network plan: it has no {missing}; make it by fast.plan.to_json()")
         try:
             plan = cls(
                 layers={str(name): Plan.from_json(plan) for name, plan in data["layers"].items()},
                 skipped=_texts(data["skipped"]),
-                input_shapes=tuple(tuple(int(size) for size in shape) for shape in data["input_shapes"]),
-                dense_time_us=None if data["dense_time_us"] is None else float(data["dense_time_us"]),
-                converted_time_us=float(data["converted_time_us"]),
-                rel_error=float(data["rel_error"]),
-                kept_dense=bool(data["kept_dense"]),
+                input_shapes=tuple(tuple(_count("a size", size) for size in shape) for shape in data["input_shapes"]),
+                dense_time_us=None if data["dense_time_us"] is None else _number(data, "dense_time_us"),
+                converted_time_us=_number(data, "converted_time_us"),
+                rel_error=math.inf if data["rel_error"] is None else _number(data, "rel_error"),
+                kept_dense=_flag(data, "kept_dense"),
                 machine=Machine.from_json(data["machine"]),
-                samples=None if data.get("samples") is None else max(int(data["samples"]), 1),
+                samples=None if data.get("samples") is None else _count("samples", data["samples"], 1),
                 favor=data.get("favor", "latency"),
-                is_favor_asked=bool(data.get("is_favor_asked", False)),
+                is_favor_asked=_flag(data, "is_favor_asked"),
                 precision=data.get("precision", "fp32"),
                 device=str(data.get("device", "cpu")),
-                input_dtypes=tuple(str(name) for name in data.get("input_dtypes", ())),
+                input_dtypes=_names(data, "input_dtypes"),
                 timer=data.get("timer", "calls"),
-                input_names=tuple(str(name) for name in data.get("input_names", ())),
+                input_names=_names(data, "input_names"),
                 not_tried=_texts(data.get("not_tried", {})),
-                packed_inputs=bool(data.get("packed_inputs", False)),
+                packed_inputs=_flag(data, "packed_inputs"),
                 refused=None if data.get("refused") is None else str(data["refused"]),
-                rivals={str(name): float(time_us) for name, time_us in data.get("rivals", {}).items()},
+                rivals={name: _number(data["rivals"], name) for name in data.get("rivals", {})},
                 not_saved=None if data.get("not_saved") is None else str(data["not_saved"]),
                 not_captured=None if data.get("not_captured") is None else str(data["not_captured"]),
-                native_steps=int(data.get("native_steps", 0)),
+                native_steps=_count("native_steps", data.get("native_steps", 0)),
                 not_native=_texts(data.get("not_native", {})),
-                methods=tuple(str(name) for name in data.get("methods", ())),
+                methods=_names(data, "methods"),
                 widened=str(data.get("widened", "")),
-                call_time_us=None if data.get("call_time_us") is None else float(data["call_time_us"]),
-                sparsities={str(name): float(share) for name, share in data.get("sparsities", {}).items()},
+                call_time_us=None if data.get("call_time_us") is None else _number(data, "call_time_us"),
+                sparsities={name: _number(data["sparsities"], name) for name in data.get("sparsities", {})},
             )
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a network plan: {error}") from error
@@ -358,3 +363,30 @@ def _is_waived(plan: Plan) -> bool:
 
 def _texts(data: dict[str, Any]) -> dict[str, str]:
     return {str(name): str(text) for name, text in data.items()}
+
+
+def _flag(data: dict[str, Any], name: str) -> bool:
+    """A field of JSON that is true or false, and false where it is not there. Raises ValueError on anything else."""
+    if not isinstance(value := data.get(name, False), bool):
+        raise ValueError(f"not a network plan: {name} is true or false, got {value!r:.50}")
+    return value
+
+
+def _number(data: dict[str, Any], name: str) -> float:
+    """A time, an error or a share. Raises ValueError on anything else."""
+    value = data[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < math.inf:
+        raise ValueError(f"not a network plan: {name} is a finite number from 0 up, got {value!r:.50}")
+    return float(value)
+
+
+def _count(name: str, value: Any, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"not a network plan: {name} is a whole number from {least} up, got {value!r:.50}")
+    return value
+
+
+def _names(data: dict[str, Any], name: str) -> tuple[str, ...]:
+    if not isinstance(value := data.get(name, []), list) or not all(isinstance(each, str) for each in value):
+        raise ValueError(f"not a network plan: {name} is a list of names, got {value!r:.50}")
+    return tuple(value)

@@ -10,7 +10,7 @@ from escort.report.chart import (
     write_svg,
 )
 from escort.report.console import Console, Description, cell, printable
-from escort.report.page import Facts, Section, Text, write_html
+from escort.report.page import Facts, Section, Text, check_page_name, write_html
 from escort.report.table import Table, html, markdown, terminal, text
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Text",
     "bar_chart",
     "cell",
+    "check_page_name",
     "horizontal_bars",
     "html",
     "line_chart",

@@ -38,7 +38,12 @@ Section = Text | Facts | Table | Figure
 
 
 def write_html(path: str | Path, title: str, sections: Sequence[Section]) -> None:
-    """Write the page. Raises OSError where `path` cannot be written."""
-    page = render("page.html.j2", title=title, sections=sections)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(page, encoding="utf-8")
+    """Write the page. Raises ValueError where `path` is no .html file, and OSError where it cannot be written."""
+    check_page_name(path)
+    Path(path).write_text(render("page.html.j2", title=title, sections=sections), encoding="utf-8")
+
+
+def check_page_name(path: str | Path) -> None:
+    """Raises ValueError where a path is none of a page."""
+    if Path(path).suffix != ".html":
+        raise ValueError(f"{path}: a page is an .html file; name it so")

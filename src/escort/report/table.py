@@ -10,6 +10,7 @@ from io import StringIO
 from typing import ClassVar
 
 import rich.box
+import rich.console
 import rich.table
 import rich.text
 
@@ -43,19 +44,22 @@ class Table:
         )
 
 
-def terminal(table: Table) -> rich.table.Table:
-    """The table for a rich console; whatever is in its cells is text, in one line."""
-    title, caption = _text(table.heading), _text(table.caption) if table.caption else None
-    out = rich.table.Table(title=title, caption=caption, box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def terminal(table: Table) -> rich.console.Group:
+    """The table for a rich console, below its heading and above its caption, which may be wider than it is.
+
+    Whatever is in its cells is text, in one line.
+    """
+    out = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, (column, numeric) in enumerate(zip(table.columns, table.numeric, strict=True)):
         out.add_column(_text(column), justify="right" if numeric else "left", no_wrap=numeric or index == 0)
     for row in table.rows:
         out.add_row(*map(_text, row))
-    return out
+    caption = [_text(table.caption, "table.caption")] if table.caption else []
+    return rich.console.Group(_text(table.heading, "table.title"), out, *caption)
 
 
-def _text(cell: str) -> rich.text.Text:
-    return rich.text.Text(printable(cell))
+def _text(cell: str, style: str = "") -> rich.text.Text:
+    return rich.text.Text(printable(cell), style)
 
 
 def text(table: Table) -> str:

@@ -36,7 +36,10 @@ def from_onnx(path: str | os.PathLike[str], *, rounding: bool = True) -> fx.Grap
         OnnxError: naming every node that has no counterpart, with the remedy, or what is damaged or beyond a bound.
         FileNotFoundError: where there is no such file.
         ImportError: where onnx is not installed.
+        TypeError: for what is no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"from_onnx takes the path of a file, got {type(path).__name__}; save the model to one first")
     if find_spec("onnx") is None or find_spec("onnxscript") is None:
         raise ImportError("reading an ONNX file takes onnx and onnxscript; pip install 'escort-sparse[onnx]'")
     from escort.integrations.onnx.network import build

@@ -47,6 +47,8 @@ def _build(model: ModelProto, rounding: bool) -> tuple[fx.GraphModule, dict[str,
     nodes = _in_order(graph)
     faults = [_fault(node, reason) for node in nodes if (reason := why_not(node.domain, node.op_type))]
     builder = Builder()
+    if not graph.output:
+        raise OnnxError("it returns nothing, so that there is no network; export it with its output")
     returned = [output.name for output in graph.output]
     read_names = frozenset([name for node in nodes for name in node.input] + returned)
     context = Context(opset(model), read_names, rounding)
@@ -89,9 +91,7 @@ def _in_order(graph: GraphProto) -> list[NodeProto]:
         missing.append(len(unknown))
         for name in unknown:
             if name not in made:
-                raise OnnxError(
-                    f"node {node.name[:100]!r} reads {name[:100]!r}, which nothing computes; export it anew"
-                )
+                raise OnnxError(_fault(node, f"it reads {name[:100]!r}, which nothing computes; export it anew"))
             readers.setdefault(name, []).append(number)
     ready = [number for number, count in enumerate(missing) if not count]
     order = []
@@ -104,7 +104,7 @@ def _in_order(graph: GraphProto) -> list[NodeProto]:
                     ready.append(reader)
     if len(order) < len(graph.node):
         rest = next(node for number, node in enumerate(graph.node) if missing[number])
-        raise OnnxError(f"node {rest.name[:100]!r} reads what is computed of its own result; export it anew")
+        raise OnnxError(_fault(rest, "it reads what is computed of its own result; export it anew"))
     return [graph.node[number] for number in (range(len(order)) if _is_sorted(graph, known) else order)]
 
 

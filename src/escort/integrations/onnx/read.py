@@ -78,7 +78,9 @@ def _check_counts(model: ModelProto) -> None:
         total = 0
         for node in nodes:
             if len(node.input) + len(node.output) > MAX_OPERANDS:
-                raise OnnxError(f"node {node.name[:100]!r} has more than {MAX_OPERANDS} inputs and outputs")
+                raise OnnxError(
+                    f"{node.op_type[:100]} {node.name[:100]!r} has more than {MAX_OPERANDS} inputs and outputs"
+                )
             total += 1 + sum(size(iter(graph.node), depth + 1, calling) for graph in _graphs(node))
             key = (node.domain, node.op_type)
             if key in functions:

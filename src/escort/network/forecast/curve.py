@@ -10,6 +10,8 @@ from itertools import pairwise
 SHARES = tuple(percent / 100 for percent in range(50, 99))
 #: Halving the nonzeros again is worth it where the network gets so many times as fast by it.
 _WORTH = 1.2
+#: How far below what there is a share may be, and still stand for it: half of what lies between two.
+_SAME = 0.005
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,30 @@ class Curve:
         return low_us + (density - low) * slope if density <= high else high_us + (density - high) * max(slope, 0.0)
 
 
-def wins_from(ours: Callable[[float], float], theirs_us: float) -> float | None:
-    """The least of :data:`SHARES` from which a time by sparsity stays below another one; None where not at the last."""
-    last_loss = max((share for share in SHARES if ours(share) >= theirs_us), default=0.0)
-    return next((share for share in SHARES if share > last_loss), None)
+def is_ahead(share: float, now: float) -> bool:
+    """Whether a share of zeros is about what there is now, or more."""
+    return share >= now - _SAME
 
 
-def knee(time_us: Callable[[float], float]) -> float | None:
-    """The least of :data:`SHARES` from which halving the nonzeros again makes a network less than 1.2 times as fast.
+def shares_from(now: float) -> list[float]:
+    """Those of :data:`SHARES` that are ahead of what there is now, the last one in any case."""
+    return [share for share in SHARES if is_ahead(share, now)] or [SHARES[-1]]
+
+
+def wins_from(ours: Callable[[float], float], theirs_us: float, now: float = 0.0) -> float | None:
+    """The least share ahead from which a time by sparsity stays below another one; None where not at the last."""
+    shares = shares_from(now)
+    last_loss = max((share for share in shares if ours(share) >= theirs_us), default=0.0)
+    return next((share for share in shares if share > last_loss), None)
+
+
+def knee(time_us: Callable[[float], float], now: float = 0.0) -> float | None:
+    """The least share ahead from which halving the nonzeros again makes a network less than 1.2 times as fast.
 
     Of a time of a fixed part and one in proportion to the nonzeros that is where these take half as long as the rest:
     the curve of speed bends there, and levels off. None where half the nonzeros are beyond the last share before that.
     """
-    for share in SHARES:
+    for share in shares_from(now):
         halved = 1.0 - (1.0 - share) / 2
         if halved <= SHARES[-1] and time_us(share) < _WORTH * time_us(halved):
             return share

@@ -64,7 +64,7 @@ class LayerForecast:
         sparse = [curve for name, curve in self.curves.items() if not by_name(name, self.problem.device).is_dense]
         if self.dense_us is None or not sparse or not self.is_pruned:
             return None
-        return wins_from(lambda share: min(curve(1.0 - share) for curve in sparse), self.dense_us)
+        return wins_from(lambda share: min(curve(1.0 - share) for curve in sparse), self.dense_us, self.zeros)
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ class Forecast:
         """Writes a self-contained page with the curves, and JSON beside it, whose path it returns.
 
         Raises:
+            ValueError: where `path` is no .html file.
             ImportError: without matplotlib, which draws the curves.
-            OSError: where a file cannot be written.
+            OSError: where a file cannot be written, as where its folder is not there.
         """
         return page.write(self, path)
 
@@ -144,12 +145,18 @@ class Forecast:
     @property
     def wins_from(self) -> float | None:
         """From which share of zeros on the converted network is the faster one; None where it is not at 98 %."""
-        return wins_from(self.time_us, self.dense_us)
+        return wins_from(self.time_us, self.dense_us, self.zeros)
 
     @property
     def knee(self) -> float | None:
         """From which share on more pruning brings little speed, see :func:`escort.network.forecast.curve.knee`."""
-        return knee(self.time_us)
+        return knee(self.time_us, self.zeros)
+
+    @property
+    def zeros(self) -> float:
+        """The share of zeros that there is now in all layers that are pruned together."""
+        weights = [(math.prod(layer.problem.weight_shape), layer.zeros) for layer in self.layers if layer.is_pruned]
+        return sum(count * zeros for count, zeros in weights) / max(sum(count for count, _ in weights), 1)
 
     def layers_us(self, sparsity: float | Mapping[str, float]) -> float:
         """The sum of the times of the layers, each alone, in microseconds; `sparsity` as :meth:`time_us` takes it."""
@@ -202,12 +209,6 @@ def forecast(
     stays = _usually_dense(model) if skip is None else skip
     now = prune.sparsity(plain_copy(model))
     prunable = prune.convolutions(model, skip=stays)
-    if there := [name for name in prunable if now[name] > MEASURED[0]]:
-        _log.warning(
-            "%d of %d layers have more than %.0f %% zeros already, and are forecast with no fewer; forecast the model "
-            "as it was before it was pruned",
-            *(len(there), len(prunable), 100 * MEASURED[0]),
-        )
     plans: list[NetworkPlan] = []
     for share in MEASURED:
         pruned = plain_copy(model)
@@ -219,6 +220,12 @@ def forecast(
         _log.info("forecast: %.0f us at %.0f %% zeros", plans[-1].converted_time_us, 100 * share)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    if there := [name for name in prunable if now[name] > MEASURED[0]]:
+        _log.warning(
+            "%d of %d layers have more than %.0f %% zeros already, and are forecast with no fewer; forecast the model "
+            "as it was before it was pruned",
+            *(len(there), len(prunable), 100 * MEASURED[0]),
+        )
     return from_plans(plans, {name: now[name] for name in prunable}, time.perf_counter() - begin)
 
 

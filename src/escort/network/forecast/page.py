@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escort.network.forecast.curve import SHARES
+from escort.network.forecast.curve import SHARES, is_ahead, shares_from
 from escort.network.wording import convolution, machine_line, microseconds, percent
 from escort.report import Facts, Figure, Section, Table, Text, line_chart, write_html
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SHOWN = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 #: How many layers are drawn: those that take longest at the first share that is shown.
 _DRAWN = 4
+_PRUNED_ALREADY = "it has more zeros already"
 _NO_ACCURACY = "A forecast of speed: it says nothing of accuracy, and some networks bear far fewer zeros than others."
 
 
@@ -24,6 +25,9 @@ def network_table(forecast: Forecast) -> Table:
     """The whole network by share of zeros."""
     rows = [("now", microseconds(forecast.dense_us), "1.00x", "")]
     for share in SHOWN:
+        if not is_ahead(share, forecast.zeros):
+            rows.append((percent(share), "-", "-", _PRUNED_ALREADY))
+            continue
         kept = "the original is kept" if forecast.time_us(share) >= forecast.dense_us else ""
         rows.append((percent(share), microseconds(forecast.time_us(share)), f"{forecast.speedup(share):.2f}x", kept))
     return Table("Forecast of the whole network", ("Zeros", "µs", "Speedup", ""), tuple(rows), _caption(forecast))
@@ -35,14 +39,17 @@ def layer_table(forecast: Forecast) -> Table:
     rows = [_layer_row(layer) for layer in forecast.layers]
     caption = (
         "Times of each layer alone, by the fastest method at each share of zeros. Wins from: the share from which a "
-        "sparse method is faster than the dense ones; a layer that is not pruned has none."
+        "sparse method is faster than the dense ones; a layer that is not pruned has none. A dash: it has more zeros "
+        "than that already."
     )
     return Table("Forecast per layer", columns, tuple(rows), caption)
 
 
 def _layer_row(layer: LayerForecast) -> tuple[str, ...]:
-    shares = [max(share, layer.zeros) if layer.is_pruned else layer.zeros for share in SHOWN]
-    times = (microseconds(layer.time_us(share)) for share in shares)
+    if layer.is_pruned:
+        times = [microseconds(layer.time_us(s)) if is_ahead(s, layer.zeros) else "-" for s in SHOWN]
+    else:
+        times = [microseconds(layer.time_us(layer.zeros))] * len(SHOWN)
     wins = _share(layer.wins_from, "never") if layer.is_pruned else "not pruned"
     return (layer.name, convolution(layer.problem), percent(layer.zeros), microseconds(layer.dense_us), *times, wins)
 
@@ -53,7 +60,7 @@ def sections(forecast: Forecast) -> list[Section]:
         "now": f"{microseconds(forecast.dense_us)} µs",
         "pruning wins from": _share(forecast.wins_from, "never"),
         "the curve levels off at": _share(forecast.knee, "beyond 96%"),
-        "at 90 % zeros": f"{forecast.speedup(0.9):.2f}x",
+        "at 90 % zeros": f"{forecast.speedup(0.9):.2f}x" if is_ahead(0.9, forecast.zeros) else _PRUNED_ALREADY,
     }
     says = (
         _NO_ACCURACY,
@@ -72,11 +79,12 @@ def sections(forecast: Forecast) -> list[Section]:
 
 def charts(forecast: Forecast) -> list[Figure]:
     """Curves over the share of zeros: of the network's speed, and of the layers that take longest."""
-    percents = [100 * share for share in SHARES]
-    speedups = {"whole network": [forecast.speedup(share) for share in SHARES]}
+    shares = shares_from(forecast.zeros)
+    percents = [100 * share for share in shares]
+    speedups = {"whole network": [forecast.speedup(share) for share in shares]}
     pruned = [layer for layer in forecast.layers if layer.is_pruned]
-    longest = sorted(pruned, key=lambda layer: -layer.time_us(SHARES[0]))[:_DRAWN]
-    times = {layer.name: [layer.time_us(share) for share in SHARES] for layer in longest}
+    longest = sorted(pruned, key=lambda layer: -layer.time_us(shares[0]))[:_DRAWN]
+    times = {layer.name: [layer.time_us(max(share, layer.zeros)) for share in shares] for layer in longest}
     drawn = [line_chart("Speed by zeros", percents, speedups, "Percent zeros", "Times as fast as now", marks=False)]
     if times:
         drawn.append(line_chart("The layers that take longest", percents, times, "Percent zeros", "µs", marks=False))
@@ -84,7 +92,7 @@ def charts(forecast: Forecast) -> list[Figure]:
 
 
 def to_json(forecast: Forecast) -> dict[str, Any]:
-    """The forecast as JSON values: the network and each layer, at the shares that tables show."""
+    """The forecast as JSON values: the network and each layer, at the shares that tables show and that are ahead."""
     return {
         "input_shapes": [list(shape) for shape in forecast.input_shapes],
         "precision": forecast.precision,
@@ -105,6 +113,7 @@ def to_json(forecast: Forecast) -> dict[str, Any]:
                 "speedup": round(forecast.speedup(share), 4),
             }
             for share in SHOWN
+            if is_ahead(share, forecast.zeros)
         ],
         "layers": [
             {
@@ -117,6 +126,7 @@ def to_json(forecast: Forecast) -> dict[str, Any]:
                 "times": [
                     {"sparsity": share, "method": layer.method(share), "time_us": round(layer.time_us(share), 2)}
                     for share in (SHOWN if layer.is_pruned else (layer.zeros,))
+                    if is_ahead(share, layer.zeros)
                 ],
             }
             for layer in forecast.layers
@@ -126,7 +136,7 @@ def to_json(forecast: Forecast) -> dict[str, Any]:
 
 
 def write(forecast: Forecast, path: str | Path) -> Path:
-    """Writes a page that stands alone, and JSON beside it, whose path is returned. Raises ImportError, OSError."""
+    """Writes a page that stands alone, and JSON beside it, whose path is returned; raises as `Forecast.write` says."""
     path = Path(path)
     write_html(path, "What pruning would gain", sections(forecast))
     beside = path.with_suffix(".json")

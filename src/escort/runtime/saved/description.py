@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -103,14 +103,18 @@ def _describe(layer: nn.Module) -> dict[str, Any]:
     return dict(OWN) if is_own(layer) else describe_layer(layer)
 
 
-def unsavable(network: nn.Module, device: torch.device) -> str | None:
+def unsavable(network: nn.Module, device: torch.device, planned: Iterable[str] = ()) -> str | None:
     """Why a network cannot be saved, or None. Nothing is planned or run for it.
 
     Args:
         network: converted or not, a graph or not.
         device: where it runs.
+        planned: the layers that will be converted, which a file describes then.
     """
     try:
+        for name in planned:
+            with naming(f"layer {name}"):
+                check_path(name)
         description = describe(network)
         if not isinstance(network, Program | fx.GraphModule):  # whose file holds all tensors, those of no program too
             for name, tensor in network.state_dict(keep_vars=True).items():

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from escort.report import printable
+
 
 @contextmanager
 def naming(subject: str) -> Iterator[None]:
-    """Turns whatever goes wrong into a ValueError whose message begins with `subject`."""
+    """Turns whatever goes wrong into a ValueError whose message begins with `subject`, printable."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{subject}: {said(error)}") from error
+        raise ValueError(f"{printable(subject)}: {said(error)}") from error
 
 
 def said(error: Exception) -> str:

@@ -41,7 +41,7 @@ def conv(node: Node) -> Operand:
         lambda: _CONVOLUTIONS[weight.ndim](
             weight.shape[1] * settings["groups"], weight.shape[0], size, bias=bias is not None, **settings
         ),
-        _state(weight, bias),
+        _state(x, weight, bias),
         x,
     )
 
@@ -57,7 +57,13 @@ def _groups(node: Node) -> int:
     return int(groups)
 
 
-def _state(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+def _state(x: Value, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """What a module has. Raises NotSupportedError where that is of another type than its input."""
+    types = [x.dtype, weight.dtype, *([] if bias is None else [bias.dtype])]
+    if len({*types}) > 1:
+        raise NotSupportedError(
+            f"its input, filter and bias are of {', '.join(map(str, types))}, and must be of one type; export it anew"
+        )
     return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
 
@@ -84,7 +90,7 @@ def conv_transpose(node: Node) -> Operand:
             bias=bias is not None,
             dilation=window.dilation,
         ),
-        _state(weight, bias),
+        _state(x, weight, bias),
         x,
     )
     rest = [(b - m, a - m) for b, a, m in zip(before, after, both, strict=True)]
@@ -145,7 +151,7 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
 def _linear(node: Node, x: Value, rows: Tensor, bias: Tensor | None, weight: Tensor) -> Value:
     return node.module(
         lambda: nn.Linear(rows.shape[1], rows.shape[0], bias=bias is not None),
-        _state(node.derived(rows, weight), bias),
+        _state(x, node.derived(rows, weight), bias),
         x,
     )
 

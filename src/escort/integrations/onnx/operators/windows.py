@@ -54,8 +54,8 @@ class Window:
     def of(cls, node: Node, size: Sequence[int], x: Tensor | Value) -> Window:
         """The window of a node that goes over x (N, C, *sizes)."""
         count, size = len(size), tuple(int(each) for each in size)
-        stride, dilation = (_numbers(node, name, [1] * count) for name in ("strides", "dilations"))
-        if x.ndim != count + 2 or min((*size, *stride, *dilation), default=1) < 1 or max(size, default=0) > MAX_BYTES:
+        stride, dilation = (_numbers(node, name, [1] * count, 1) for name in ("strides", "dilations"))
+        if x.ndim != count + 2 or min(size, default=1) < 1 or max(size, default=0) > MAX_BYTES:
             raise NotSupportedError(f"its window of {size} does not go over a map of shape {list(node.shape(x))}")
         auto = node.text("auto_pad", "NOTSET", _AUTO)
         if auto == "NOTSET":
@@ -84,10 +84,12 @@ class Window:
         return node.call(F.pad, x, self.padding, "constant", value)
 
 
-def _numbers(node: Node, name: str, default: list[int]) -> tuple[int, ...]:
+def _numbers(node: Node, name: str, default: list[int], least: int = 0) -> tuple[int, ...]:
     numbers = tuple(node.get(name, default))
-    if len(numbers) != len(default) or min(numbers, default=0) < 0:
-        raise NotSupportedError(f"its {name} are {list(numbers)[:8]}, and must be {len(default)} numbers from 0 up")
+    if len(numbers) != len(default) or min(numbers, default=least) < least:
+        raise NotSupportedError(
+            f"its {name} are {list(numbers)[:8]}, and must be {len(default)} numbers from {least} up; export it anew"
+        )
     return numbers
 
 
