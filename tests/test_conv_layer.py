@@ -75,6 +75,7 @@ def test_inputs_of_any_strides_are_right() -> None:
         (lambda x, r: (x, r[:, :, 1:]), ValueError, "features.3: a residual is float32"),
         (lambda x, r: (x, r.double()), ValueError, "features.3: a residual is float32"),
         (lambda x, r: (x.requires_grad_(), r), RuntimeError, "layer features.3 has no gradient: .*no_grad"),
+        (lambda x, r: (x.to_sparse(), r), TypeError, r"features.3 takes dense tensors, .*\.to_dense\(\)"),
         (lambda x, r: (x.to("meta"), r), ValueError, "layer features.3 is on cpu, its input on meta"),
     ],
 )

@@ -101,7 +101,19 @@ def _move(model: nn.Module) -> None:
     model.second.weight.data = 2 * model.second.weight.data
 
 
-@pytest.mark.parametrize("change", [_write, _replace, _move])
+def _normalise(model: nn.Module) -> None:
+    """What torch counts no version for."""
+    model.norm.train()(torch.randn(2, model.norm.num_features, 4, 4) + 3)
+    model.norm.eval()
+
+
+def _step_fused(model: nn.Module) -> None:
+    """Neither is one counted here."""
+    model.second.weight.grad = torch.ones_like(model.second.weight)
+    torch.optim.SGD([model.second.weight], lr=0.1, fused=True).step()
+
+
+@pytest.mark.parametrize("change", [_replace, _move, _normalise, _step_fused])
 def test_changed_weights_are_converted_anew(change: Callable[[nn.Module], None]) -> None:
     model, x = pruned(Small()), torch.randn(2, 3, 16, 16)
     fast, plans = compiled(model)
@@ -185,6 +197,14 @@ def test_training_runs_as_it_is() -> None:
     assert not plans and not torch.equal(model.norm.running_mean, before)
 
 
+def test_an_instance_norm_in_training_notes_its_statistics() -> None:
+    norm = nn.InstanceNorm2d(4, track_running_stats=True)
+    fast, plans = compiled(nn.Sequential(nn.Conv2d(3, 4, 3), norm))
+    with torch.no_grad(), pytest.warns(UserWarning, match="training mode.*model.eval()"):
+        fast(torch.randn(2, 3, 8, 8))
+    assert not plans and norm.running_mean.any()
+
+
 def test_what_a_model_keeps_is_its_own() -> None:
     model = pruned(Counting())
     fast, plans = compiled(model)
@@ -265,6 +285,8 @@ def test_numbers_of_modules_are_constants() -> None:
     model[1].eps = 0.5
     check(fast, model, torch.randn(4, 3, 8, 8))
     assert len(plans) == 2
+    check(fast, model, torch.randn(4, 3, 9, 9)[:, :, :8, :8])  # another layout, whose strides are inputs, too
+    assert len(plans) == 3
 
 
 def test_graphs_without_layers_say_nothing() -> None:
@@ -279,6 +301,7 @@ def test_graphs_without_layers_say_nothing() -> None:
         ({"effort": "most"}, "effort is 'fast'"),
         ({"methods": "direct"}, "methods is a list"),
         ({"precision": "int8"}, "precision is one of"),
+        ({"on_plan": 3}, "on_plan is a function of a plan"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
+from torch.optim.swa_utils import AveragedModel
 
 import escort
 from escort.layers import SparseConv2d
@@ -354,14 +355,16 @@ def test_a_frozen_backbone_of_a_model_in_training() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrap", [torch.compile, nn.DataParallel, lambda model: torch.export.export(model, (torch.randn(2, 3, 16, 16),))]
+    "wrap",
+    [torch.compile, nn.DataParallel, AveragedModel, lambda m: torch.export.export(m, (torch.randn(2, 3, 16, 16),))],
 )
 def test_models_in_wrappers(wrap: Any) -> None:
     model, x = pruned(Small()), torch.randn(2, 3, 16, 16)
     wrapped = wrap(model)
     model.cpu()  # DataParallel moves the model to a machine's only GPU
     with torch.no_grad():
-        assert close(escort.convert(wrapped, x)(x), model(x))
+        fast = escort.convert(wrapped, x)
+        assert close(fast(x), model(x)) and (fast.traced or wrap is not AveragedModel)
 
 
 class Quantizable(nn.Module):

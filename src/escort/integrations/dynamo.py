@@ -17,7 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, fx
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from escort.integrations.placing import put
 from escort.network.check import Request, settle_effort, settle_favor, settle_methods, settle_skip
@@ -38,6 +41,19 @@ _MOST_CHANGES = 8
 _STATIC = "_dynamo_static_input_type"
 _PATH = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 _LAYERS = ("conv", "transposed", "linear")
+_INSTANCE_NORM = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats")
+
+
+def _count_fused_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Counts what a fused step writes to weights, as torch does for all other optimizers."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    increment_version(weight)
+
+
+register_optimizer_step_post_hook(_count_fused_step)
 
 
 def backend(
@@ -80,6 +96,9 @@ def _check(asked: Mapping[str, Any], device: torch.device) -> None:
     """Raises ValueError or TypeError for options that no graph could be converted with."""
     if unknown := ", ".join(sorted(asked.keys() - _OPTIONS)):
         raise ValueError(f'backend "escort" has no option {unknown}; it takes {", ".join(sorted(_OPTIONS))}')
+    on_plan = asked.get("on_plan")
+    if on_plan is not None and not callable(on_plan):
+        raise TypeError(f"on_plan is a function of a plan, such as plans.append, got {on_plan!r}")
     settle_effort(asked.get("effort", "fast"))
     settle_methods(asked.get("methods"), device)
     settle_favor(asked.get("favor"), device)
@@ -102,14 +121,24 @@ def _why_not(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> str | None
     sizes = _sizes(placeholders)
     on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs)
     for place, node in enumerate(placeholders):
-        is_number = isinstance(node.meta.get("example_value"), torch.SymInt | torch.SymFloat) and place not in sizes
+        is_number = _is_number(node) and node.users and place not in sizes
         if is_number or (on_gpu and _is_boxed(node) and not _is_of_module(node)):
             return f"its input {node.name} is a number that changes, and conversion fixes numbers; pass it as a tensor"
     for name, arguments in operations:
         uses_batch = name == "norm" and arguments.get("running_mean") is None
         if arguments.get("training") is True and not uses_batch:
             return "it is in training mode; call model.eval()"
+    if any(_writes_statistics(node) for node in graph.graph.nodes):
+        return "it is in training mode; call model.eval()"
     return None
+
+
+def _writes_statistics(node: fx.Node) -> bool:
+    """Whether a node is an instance norm that notes the statistics of its input."""
+    if node.target is not F.instance_norm:
+        return False
+    arguments = dict(zip(_INSTANCE_NORM, node.args, strict=False)) | node.kwargs
+    return arguments.get("running_mean") is not None and arguments.get("use_input_stats", True) is True
 
 
 def _operation(node: fx.Node) -> tuple[str, dict[str, Any]]:
@@ -142,7 +171,8 @@ class _Converted:
                 self._names[place] = _name(node, self._names.values())
         self._numbers = [i for i, node in enumerate(placeholders) if _is_boxed(node) and _is_of_module(node)]
         self._sizes = _sizes(placeholders)
-        left = {*self._names, *self._sizes, *self._numbers}
+        self._unused = [i for i, node in enumerate(placeholders) if _is_number(node) and not node.users]  # as strides
+        left = {*self._names, *self._sizes, *self._numbers, *self._unused}
         self._inputs = [place for place in range(len(placeholders)) if place not in left]
         self._frozen: dict[tuple[int, ...], _Frozen] = {}  # by the identities of the weights
         self._conversions = 0
@@ -223,7 +253,7 @@ class _Converted:
             for taken_out in [*placeholders[place].users]:
                 taken_out.replace_all_uses_with(number)
                 graph.erase_node(taken_out)
-        for place in (*self._names, *self._sizes, *self._numbers):
+        for place in {*self._names, *self._sizes, *self._numbers, *self._unused}:
             graph.erase_node(placeholders[place])
         device = weights[0].device if weights else torch.device("cpu")
         rewriting = Rewriting(root, Request(device, "fp32"))  # which asks for nothing here
@@ -237,7 +267,8 @@ class _Converted:
 class _Frozen:
     """Weights as they were when a graph was converted, and what came of it.
 
-    It does not keep them alive. Tensors of inference mode count no versions.
+    It does not keep them alive. Tensors of inference mode count no versions. Norms in training write to their
+    statistics without counting that, so that vectors which are no parameters are compared number by number.
 
     Args:
         numbers: of the modules, such as the epsilon of a batch norm, which are part of what was converted, too.
@@ -257,15 +288,29 @@ class _Frozen:
         self._weights = [*map(weakref.ref, weights)]
         self._counted = [i for i, x in enumerate(weights) if not x.is_inference()]
         self._kept = [x for x in self.returned.values() if not x.is_inference()]
+        is_statistic = [network is not None and x.ndim == 1 and not isinstance(x, nn.Parameter) for x in weights]
+        self._vectors = [i for i, is_one in enumerate(is_statistic) if is_one]
+        self._joined_then = self._joined(weights)
         self._state = self._now(weights)
 
     def is_alive(self) -> bool:
         return all(weight() is not None for weight in self._weights)
 
     def holds(self, weights: Sequence[Tensor], numbers: list[float]) -> bool:
-        """Whether they are the same tensors and numbers, and nothing was written to them since."""
+        """Whether they are the same tensors and numbers, and nothing was written to them since.
+
+        On a GPU that waits for the statistics of norms to be compared, for which a stream that is captured cannot.
+        """
         same = all(weight() is x for weight, x in zip(self._weights, weights, strict=True))
-        return same and numbers == self._numbers and self._now(weights) == self._state
+        if not same or numbers != self._numbers or self._now(weights) != self._state:
+            return False
+        before = self._joined_then
+        if not self._vectors or (before.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return True
+        return torch.equal(before, self._joined(weights))
+
+    def _joined(self, weights: Sequence[Tensor]) -> Tensor:
+        return torch.cat([weights[i].detach() for i in self._vectors]) if self._vectors else torch.empty(0)
 
     def _now(self, weights: Sequence[Tensor]) -> tuple[list[int], ...]:
         versions = [weights[i]._version for i in self._counted]
@@ -290,6 +335,11 @@ def _source(node: fx.Node) -> str:
     source = getattr(node.meta.get("grapharg"), "source", None)
     text = getattr(source, "name", "")
     return text() if callable(text) else text
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether an input is a number that changes, such as a size."""
+    return isinstance(node.meta.get("example_value"), torch.SymInt | torch.SymFloat)
 
 
 def _is_boxed(node: fx.Node) -> bool:

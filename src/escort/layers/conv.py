@@ -185,6 +185,8 @@ class SparseConv2d(ConvLike):
                 return self._add_behind(self._without_epilogue(x)(x), residual)
             raise ValueError(f"layer {self.name}: {error}") from error
         except RuntimeError as error:
+            if x.layout is not torch.strided:
+                raise TypeError(f"layer {self.name} takes dense tensors, got {x.layout}; call .to_dense()") from error
             if is_captured and not isinstance(error, torch.OutOfMemoryError):  # what libraries make is a thread's
                 remedy = "call the network's warmup in the thread that captures, before it does"
                 raise RuntimeError(f"layer {self.name}: {error}; {remedy}") from error
@@ -194,9 +196,8 @@ class SparseConv2d(ConvLike):
         """Runs the convolution as an operator of torch, unless a gradient would have to pass through it."""
         for value in (x, residual):
             if value is not None and not isinstance(value, torch.Tensor):
-                raise TypeError(
-                    f"layer {self.name} takes tensors, got {type(value).__name__}; pass torch.as_tensor of it"
-                )
+                kind = type(value).__name__
+                raise TypeError(f"layer {self.name} takes tensors, got {kind}; pass torch.as_tensor of it")
         check_not_for_onnx(f"layer {self.name}")
         if not torch.compiler.is_compiling():
             is_forward = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
@@ -298,9 +299,8 @@ class SparseConv2d(ConvLike):
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"layer {self.name} takes (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
         if x.device != self.values.device:
-            raise ValueError(
-                f"layer {self.name} is on {self.values.device}, its input on {x.device}; move one to the other"
-            )
+            where = f"is on {self.values.device}, its input on {x.device}"
+            raise ValueError(f"layer {self.name} {where}; move one to the other")
         if (residual is not None) is not self.residual:
             made = "for" if self.residual else "without"
             raise TypeError(f"layer {self.name} was made {made} a residual, and was called otherwise")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from escort.network.example import Example
 from escort.network.tracing.state import State, same_draws
 from escort.network.values import largest_error, tensors_of
 from escort.problem import Precision
+from escort.runtime.stand_in import runs_more
 
 #: How far two runs of one model on one input may be apart, relatively, by the order of sums alone.
 _SAME_RUN = 1e-2
@@ -27,8 +29,23 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _NNCF = "__nncf_hooks"
 
 
+def _passes_on(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module that only calls the one inside of it, as those of averaged weights do."""
+    return self.module(*args, **kwargs)
+
+
+def _is_wrapper(model: Any) -> bool:
+    """Whether a module's forward is `_passes_on`, whatever the module inside is called."""
+    code = getattr(inspect.getattr_static(type(model), "forward"), "__code__", None)
+    expected = _passes_on.__code__
+    if code is None or runs_more(model) or len(model._modules) != 1 or [*code.co_names] != [*model._modules]:
+        return False
+    stars = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+    return code.co_code == expected.co_code and code.co_argcount == 1 and code.co_flags & stars == stars
+
+
 def unwrap(model: Any) -> nn.Module:
-    """The model inside of ``torch.compile``, data parallelism or an exported program.
+    """The model inside of ``torch.compile``, data parallelism, averaged weights or an exported program.
 
     Raises:
         TypeError: for what is no model that can be converted, with the remedy.
@@ -37,6 +54,8 @@ def unwrap(model: Any) -> nn.Module:
         return unwrap(model._orig_mod)
     if isinstance(model, _WRAPPERS):
         return unwrap(model.module)
+    if isinstance(model, nn.Module) and _is_wrapper(model):
+        return unwrap(*model.children())
     if isinstance(model, torch.export.ExportedProgram):
         return model.module()
     if isinstance(model, torch.jit.ScriptModule):
