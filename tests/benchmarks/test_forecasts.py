@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from benchmarks.commands import forecast as command
+from benchmarks.exhibits.committed import FORECASTS, committed
 from benchmarks.exhibits.forecasts import forecast_table, network_forecast_table
 from benchmarks.findings.forecasts import checks, errors
 from benchmarks.result_files import Result
@@ -118,3 +119,10 @@ def test_a_process_of_its_own_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecasts, "_MOST_OTHERS", -1.0)
     with pytest.raises(RuntimeError, match="run it again in quiet"):
         forecasts._with_threads(1, lambda what: [], None)
+
+
+def test_the_aims_are_met_by_the_committed_forecasts() -> None:
+    found = checks(committed()[FORECASTS].rows)
+    assert len({check.network for check in found}) >= 5 and sum(check.counts for check in found) >= 15
+    middle, worst = errors(found)
+    assert middle <= 0.10 and worst <= 0.25

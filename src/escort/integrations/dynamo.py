@@ -307,7 +307,7 @@ class _Frozen:
         before = self._joined_then
         if not self._vectors or (before.is_cuda and torch.cuda.is_current_stream_capturing()):
             return True
-        return torch.equal(before, self._joined(weights))
+        return torch.equal(*(x.view(torch.uint8) for x in (before, self._joined(weights))))  # NaN is NaN
 
     def _joined(self, weights: Sequence[Tensor]) -> Tensor:
         return torch.cat([weights[i].detach() for i in self._vectors]) if self._vectors else torch.empty(0)

@@ -298,9 +298,8 @@ class SparseConv2d(ConvLike):
             raise TypeError(f"layer {self.name} computes in {storage}, its input is {x.dtype}; {remedy}")
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"layer {self.name} takes (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
-        if x.device != self.values.device:
-            where = f"is on {self.values.device}, its input on {x.device}"
-            raise ValueError(f"layer {self.name} {where}; move one to the other")
+        if x.device != (device := self.values.device):
+            raise ValueError(f"layer {self.name} is on {device}, its input on {x.device}; move one to the other")
         if (residual is not None) is not self.residual:
             made = "for" if self.residual else "without"
             raise TypeError(f"layer {self.name} was made {made} a residual, and was called otherwise")
