@@ -186,24 +186,21 @@ def likely(
         if (took := known_us(list(network.layers.values()), request.methods)) is not None:
             known[name] = dict(zip(network.layers, took, strict=True))
     slower: dict[MemoryFormat, str] = {}
+    # In channels_last those of a squeeze-excitation are one launch.
+    shared = [name for name in networks["contiguous"].layers if name in networks["channels_last"].layers]
     if len(known) == 1:
         reason = f"the plans of all layers are known in {next(iter(known))} alone"
         slower = {name: reason for name in networks if name not in known}
     elif known:
-        of_both = {name: [times_us[layer] for layer in _shared(networks)] for name, times_us in known.items()}
+        of_both = {name: [times_us[layer] for layer in shared] for name, times_us in known.items()}
         slower = _slower(of_both["contiguous"], of_both["channels_last"], _NCHW_PAID, "took")
     else:
-        sparse = [n for n in _shared(networks) if networks["contiguous"].layers[n].sparse_filter.sparsity >= 0.5]
+        sparse = [name for name in shared if networks["contiguous"].layers[name].sparse_filter.sparsity >= 0.5]
         layers = {name: [network.layers[layer] for layer in sparse] for name, network in networks.items()}
         predicted = {name: predicted_us(layers[name], request.methods) for name in networks}
         slower = _slower(predicted["contiguous"], predicted["channels_last"], _NCHW_PAYS, "are predicted to take")
     kept = {name: network for name, network in networks.items() if name not in slower}
     return kept, {name: f"{reason}; effort='best' tries it" for name, reason in slower.items()}
-
-
-def _shared(networks: Mapping[MemoryFormat, Unplanned]) -> list[str]:
-    """The layers that all networks have: in channels_last those of a squeeze-excitation are one launch."""
-    return [n for n in networks["contiguous"].layers if n in networks["channels_last"].layers]
 
 
 def _slower(

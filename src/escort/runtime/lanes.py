@@ -135,7 +135,7 @@ class Gpu:
 
     def launcher(self, graph: Graph, place: torch.Tensor) -> Callable[[int, torch.Tensor], int]:
         """What copies a tensor to where a graph reads it and launches the graph: see `Graph.with_input`."""
-        return graph.with_input(place.data_ptr(), _spanned(place))
+        return graph.with_input(place.data_ptr(), spanned_bytes(place))
 
     def memory(self) -> int:
         """All of the GPU's memory in bytes."""
@@ -159,12 +159,12 @@ class Gpu:
         """A tensor where another one lies, which does not keep that memory from being used again."""
         if not tensor.numel():
             return tensor
-        memory = _Memory(tensor.data_ptr(), _spanned(tensor))
+        memory = _Memory(tensor.data_ptr(), spanned_bytes(tensor))
         there = torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)
         return there.as_strided(tensor.shape, tensor.stride())
 
 
-def _spanned(tensor: torch.Tensor) -> int:
+def spanned_bytes(tensor: torch.Tensor) -> int:
     """The bytes from the first to the last element of a tensor that has some."""
     steps = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return (steps + 1) * tensor.itemsize

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from escort.layers.runners import kept_by_graph
-from escort.runtime.lanes import Gpu, Lane
+from escort.runtime.lanes import Gpu, Lane, spanned_bytes
 from escort.runtime.templates import Slot, filled, leaves, mapped
 
 #: How far the outputs of a padded batch may be from those of the batch alone, relatively: libraries may choose other
@@ -224,8 +224,7 @@ def _is_close(a: Tensor, b: Tensor, bound: float) -> bool:
 
 def _has_no_gaps(x: Tensor) -> bool:
     """Whether a tensor has elements, which fill the memory from the first to the last of them."""
-    steps = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
-    return 0 < x.numel() == steps + 1
+    return x.numel() > 0 and spanned_bytes(x) == x.numel() * x.itemsize
 
 
 def _storage(x: Tensor) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from escort.cuda.compiler import Variant
@@ -153,7 +152,7 @@ def _weights(problem: Problem, sparse_filter: SparseFilter) -> torch.Tensor:
     device = torch.device(problem.device)
 
     def make() -> tuple[torch.Tensor, None]:
-        by_tap = np.ascontiguousarray(sparse_filter.to_dense().flatten(1).t().numpy())
+        by_tap = weights_by_tap(problem.on("cpu"), sparse_filter).numpy()
         return torch.from_numpy(tf32.stored(by_tap, cuts_inputs=True)).to(device), None
 
     return shared(sparse_filter, ("by tap, TF32", device), make)[0]
