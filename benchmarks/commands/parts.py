@@ -28,13 +28,14 @@ from escort.network.check import Effort
 from escort.problem import MemoryFormat, Precision
 
 #: How whole networks are converted: strict float32 gains by kernels made for the weights.
-EFFORTS: dict[Precision, Effort] = {"tf32": "fast", "fp16": "fast", "fp32": 10}
+EFFORTS: dict[Precision, Effort] = {"tf32": "fast", "fp16": "fast", "fp32": 25}
 #: The memory format in which dense networks are fastest. Compiling them for the other one takes minutes of a core.
 FORMATS: dict[Precision, MemoryFormat] = {"tf32": "channels_last", "fp16": "channels_last", "fp32": "contiguous"}
 #: Seconds that an item of a file of these stems takes, roughly, where no file tells.
 SECONDS = {
     **{"layers": 1.5, "patterns": 1.0, "break-even": 1.0, "ablation": 3.0, "counters": 15.0, "breakdown": 2.5},
     **{"networks": 15.0, "networks-fp32": 50.0, "inference": 22.0, "inference-fp32": 75.0, "conversions": 42.0},
+    "conversions-fp32": 150.0,
     **{"speed": 15.0, "speed-fp32": 50.0},
 }
 _PATTERNS = ("resnet50_magnitude_90", "resnet50_magnitude_95")
@@ -222,12 +223,14 @@ def _conversions_on_gpu(device: str, files: Sequence[Path], seed: int) -> Iterat
     random = replace(real, networks=["densenet121", "efficientnet_b0"], patterns=None)
     raced = replace(real, conversions=False, choices=True, search_s=12.0)
     raced_random = replace(raced, networks=["vgg16_bn", "mobilenet_v2"], patterns=None)
+    strict = replace(real, effort="best", load=False, limit_s=180.0)
     by_precision = {
         PrecisionName.FP16: [
             (replace(real, calls=True), "1"),
             *((options, "32") for options in (real, random, raced, raced_random)),
         ],
         PrecisionName.TF32: [(replace(raced_random, networks=["resnet18"]), "1")],
+        PrecisionName.FP32: [(strict, "32")],
     }
     for precision, several in by_precision.items():
         made = [_conversions(each, RunOptions(batch, device, precision, seed=seed)) for each, batch in several]
