@@ -23,7 +23,6 @@ from escort.cuda.gpu import H200
 from escort.cuda.params import Divisor
 from escort.cuda.params import pack as pack_params
 from escort.filter import SparseFilter
-from escort.methods import tf32
 from escort.methods.cuda.sparse_tc.config import SparseTcConfig
 from escort.methods.cuda.sparse_tc.orders import order_filter
 from escort.methods.cuda.sparse_tc.packing import pack
@@ -368,12 +367,6 @@ class TensorMap(ctypes.Structure):
         ("pixels", ctypes.c_int),
         ("zero", ctypes.c_uint32),  # of 16 bits or of 32
     )
-
-
-@pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of TF32 are not enlarged for what inputs lose, so that sums are exact."""
-    monkeypatch.setattr(tf32, "_CUT_OFF", 0.0)
 
 
 def host_source() -> str:
