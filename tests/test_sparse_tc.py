@@ -103,8 +103,9 @@ def test_the_best_of_both_kinds_comes_first_where_they_are_close(
     assert [config.by_turns for config in configs[:2]] == first
 
 
-def test_thread_blocks_share_tiles_where_these_are_few() -> None:
-    few = replace(RES4, batch=1, in_channels=512, height=7, width=7, memory_format=LAST)
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_thread_blocks_share_tiles_where_these_are_few(precision: Precision) -> None:
+    few = replace(RES4, batch=1, in_channels=512, height=7, width=7, precision=precision, memory_format=LAST)
     shared = [tiling for tiling in candidates(few, H200, LAST) if tiling.config.split > 1]
     assert {tiling.config.split for tiling in shared} == {2, 4, 8}
     for tiling in shared:
@@ -118,7 +119,7 @@ def test_thread_blocks_share_tiles_where_these_are_few() -> None:
     alone = [tiling for tiling in candidates(few, H200, LAST) if tiling.config.split == 1]
     best, best_alone = (min(predict_us(tiling, NONE, H200) for tiling in tilings) for tilings in (shared, alone))
     assert best < 0.7 * best_alone
-    for other in (replace(few, batch=128), replace(few, precision="tf32"), replace(few, memory_format="contiguous")):
+    for other in (replace(few, batch=128), replace(few, memory_format="contiguous")):
         assert all(tiling.config.split == 1 for tiling in candidates(other, H200, other.memory_format))
 
 
@@ -186,6 +187,7 @@ VARIANTS |= {
         SparseTcConfig("im2col", 64, across=1, m_blocks=2, memory_format=LAST, by_turns=True, split=8),
     ),
 }
+IN_TF32 += ("flat shared, last", "columns shared, last", "im2col shared, last")
 VARIANTS |= {
     f"{name}, tf32": (replace(problem, precision="tf32"), config)
     for name, (problem, config) in VARIANTS.items()
@@ -519,6 +521,7 @@ def test_activations_on_the_gpu(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("split", [2, 4, 8])
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
 @pytest.mark.parametrize(
     "problem",
     [
@@ -529,8 +532,9 @@ def test_activations_on_the_gpu(
     ],
     ids=str,
 )
-def test_thread_blocks_share_tiles_on_the_gpu(problem: Problem, split: int) -> None:
+def test_thread_blocks_share_tiles_on_the_gpu(problem: Problem, precision: Precision, split: int) -> None:
     """As few samples as they do it for, and more; patterns that differ from run to run."""
+    problem = replace(problem, precision=precision)
     seed = int.from_bytes(os.urandom(4), "little")
     generator = np.random.default_rng(seed)
     rows, channels = (generator.lognormal(size=(size, 1, 1, 1)) for size in problem.weight_shape[:2])

@@ -499,9 +499,10 @@ def test_warpgroups_take_turns(
         ("even kernel, uneven padding", SparseTcConfig("columns", 64, across=1, rows=4, by_turns=True, split=2)),
     ],
 )
-def test_thread_blocks_share_tiles(name: str, config: SparseTcConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_thread_blocks_share_tiles(name: str, config: SparseTcConfig, precision: Precision, tmp_path: Path) -> None:
     problem, density = CASES[name]
-    problem = replace(problem, in_channels=136, precision="bf16", epilogue=FULL)
+    problem = replace(problem, in_channels=136, precision=precision, epilogue=FULL)
     tiling = Tiling.of(problem, replace(config, memory_format="channels_last"), H200.shared_bytes)
     check(tiling, density, host_kernel(tiling, tmp_path))
 

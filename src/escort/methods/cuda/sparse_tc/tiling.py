@@ -170,9 +170,9 @@ def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
     if config.by_turns and (config.across != 1 or config.tap_group == "halo"):
         raise UnfitError("warpgroups take turns with the same channels, and not with halo, whose tap groups are few")
     if config.split > 1 and not (
-        config.by_turns and config.takes_channels_last and element.bytes == 2 and config.samples == config.cluster == 1
+        config.by_turns and config.takes_channels_last and config.samples == config.cluster == 1
     ):
-        raise UnfitError("thread blocks share tiles of one sample by turns, of 16-bit elements in channels_last")
+        raise UnfitError("thread blocks share tiles of one sample by turns, in channels_last")
     if config.tap_group == "flat" and (p.kernel_size != (1, 1) or any(p.padding)):
         raise UnfitError("flat is for pointwise convolutions without padding; choose im2col")
     if config.tap_group != "im2col":
