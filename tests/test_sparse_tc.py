@@ -187,7 +187,7 @@ VARIANTS |= {
         SparseTcConfig("im2col", 64, across=1, m_blocks=2, memory_format=LAST, by_turns=True, split=8),
     ),
 }
-IN_TF32 += ("flat shared, last", "columns shared, last", "im2col shared, last")
+IN_TF32 += ("flat shared, last",)
 VARIANTS |= {
     f"{name}, tf32": (replace(problem, precision="tf32"), config)
     for name, (problem, config) in VARIANTS.items()

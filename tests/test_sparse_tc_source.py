@@ -493,13 +493,18 @@ def test_warpgroups_take_turns(
 
 
 @pytest.mark.parametrize(
-    ("name", "config"),
+    ("name", "config", "precision"),
     [
-        ("dilation and stride", SparseTcConfig("im2col", 32, across=1, m_blocks=2, by_turns=True, split=4)),
-        ("even kernel, uneven padding", SparseTcConfig("columns", 64, across=1, rows=4, by_turns=True, split=2)),
+        ("dilation and stride", SparseTcConfig("im2col", 32, across=1, m_blocks=2, by_turns=True, split=4), "bf16"),
+        (
+            "even kernel, uneven padding",
+            SparseTcConfig("columns", 64, across=1, rows=4, by_turns=True, split=2),
+            "bf16",
+        ),
+        # Shares of two and of three groups of eight pixels.
+        ("dilation and stride", SparseTcConfig("im2col", 40, across=1, m_blocks=2, by_turns=True, split=2), "tf32"),
     ],
 )
-@pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_thread_blocks_share_tiles(name: str, config: SparseTcConfig, precision: Precision, tmp_path: Path) -> None:
     problem, density = CASES[name]
     problem = replace(problem, in_channels=136, precision=precision, epilogue=FULL)

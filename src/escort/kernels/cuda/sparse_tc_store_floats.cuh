@@ -156,10 +156,10 @@ struct Store {
 
   // The same of this block's share of the pixels.
   __device__ void store_block(const Shares& shares, int i, const Bias& bias, int first_channel, int tile) {
-    const int channel = __ldg(out.out_order + first_channel + threadIdx.x % 16), groups = p.store_pixels / 8;
+    const int channel = __ldg(out.out_order + first_channel + threadIdx.x % 16);
 #pragma unroll 1
-    for (int j = 0; j < groups; j += 2) {
-      const bool twice = j + 1 < groups;
+    for (int j = 0; j < shares.groups; j += 2) {
+      const bool twice = j + 1 < shares.groups;
       const Chunk chunk(p, out, channel, (shares.first_group + j) * 8, twice ? 16 : 8, tile, samples);
       float d[8];
       shares.add_up(i, j, twice, d);

@@ -143,7 +143,7 @@ class Tiling:
         rows = _rows(problem, config) if config.whole_rows else Rows(1, 1, 0)
         down, right = problem.dilation[0] * rows.pitch, problem.dilation[1]
         tap_groups = _tap_groups(config.tap_group, problem.kernel_size, k_blocks, down, right)
-        load, store = _boxes(problem, config, rows, element.k_block)
+        load, store = _boxes(problem, config, rows, element)
         load_pixels, store_pixels = math.prod(load[1:]), math.prod(store[1:])
         starts = [tap.start for tap in tap_groups[0]]
         if config.by_turns and len(tap_groups) < 2:
@@ -152,6 +152,8 @@ class Tiling:
             raise UnfitError(
                 "each thread block takes turns at its share of tap groups, and stores whole eights of pixels"
             )
+        if element.bytes == 4 and config.pixels < 8 * config.split:
+            raise UnfitError("each thread block stores eight pixels at least")
         memory = SharedMemory.of(config, element, starts, load_pixels + rows.zeros, store_pixels, shared_bytes)
         vector, unaligned = _vector(problem, config, rows, element)
         channels = problem.in_channels if config.takes_channels_last else k_blocks * element.k_block
@@ -247,8 +249,9 @@ def _tap_groups(
     return tuple(groups)
 
 
-def _boxes(p: Problem, config: SparseTcConfig, rows: Rows, channels: int) -> tuple[Box, Box]:
+def _boxes(p: Problem, config: SparseTcConfig, rows: Rows, element: Element) -> tuple[Box, Box]:
     """The boxes that are loaded for a tap group, and stored at a time in NHWC."""
+    channels = element.k_block
     load: Box = channels, config.tile_pixels, 1, 1
     if config.tap_group == "im2col":  # each warpgroup's own
         copied = store = channels, config.pixels, 1, 1
@@ -257,7 +260,7 @@ def _boxes(p: Problem, config: SparseTcConfig, rows: Rows, channels: int) -> tup
     else:
         copied = load = channels, rows.pitch, rows.sample_rows, config.samples
         store = channels, rows.pitch, rows.sample_rows if config.samples > 1 else _tile_rows(p, config), config.samples
-    if config.split > 1:
+    if config.split > 1 and element.bytes == 2:
         store = _share(store, config)
     if max(copied + store) > _MOST_BOX:
         raise UnfitError(f"a box of {copied[1:]} or {store[1:]} pixels is larger than what the device copies")
