@@ -586,19 +586,6 @@ def test_nan_and_infinity_stay_what_they_are_on_the_gpu(activation: str, precisi
 
 
 @pytest.mark.gpu
-def test_inputs_are_rounded_to_tf32_on_the_gpu() -> None:
-    """In NCHW to the nearest; where x lies as it is read, it may be cut off."""
-    problem = Problem(4, 64, 14, 14, 64, (1, 1), precision="tf32", device="cuda:0")
-    identity = SparseFilter.from_dense(np.eye(64, dtype=np.float32)[:, :, None, None])
-    x = torch.randn(problem.input_shape, device="cuda")
-    for memory_format, bits in (("contiguous", 11), ("channels_last", 10)):
-        config = SparseTcConfig("flat", 128, across=1, memory_format=memory_format)  # type: ignore[arg-type]
-        y = SparseTc().prepare(problem, identity, None, config)(x)
-        assert ((y - x).abs() <= x.abs() * 2.0**-bits).all()
-        assert not (y.view(torch.int32) & 0x1FFF).any()
-
-
-@pytest.mark.gpu
 def test_in_a_cuda_graph() -> None:
     """Tensor maps of the tensors that were captured, and kernels that overlap."""
     problem = replace(RES4, batch=4)
