@@ -284,7 +284,7 @@ def test_packing_is_quick() -> None:
         (RES4, SparseTcConfig("columns", 112, across=1, rows=7, by_turns=True, split=2), "share tiles of one sample"),
         (RES4, SHARED, "cannot share a tile of 16 by 7 pixels"),
         (RES4, replace(SHARED, pixels=128), "cannot share a tile of 16 by 7 pixels"),
-        (replace(RES4, precision="tf32"), replace(SHARED, pixels=16, rows=1, split=4), "stores eight pixels at least"),
+        (replace(RES4, precision="tf32"), replace(SHARED, pixels=16, rows=1, split=4), "whole eights of pixels"),
         (replace(RES4, in_channels=64), replace(SHARED, pixels=64, rows=4), "its share of tap groups"),
         (RES4, SparseTcConfig("im2col", 100), "do not fit a warpgroup"),
         (CASES["pointwise"][0], SparseTcConfig("flat", 256, across=1), "larger than what the device copies"),

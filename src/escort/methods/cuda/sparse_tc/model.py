@@ -102,8 +102,8 @@ def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:
 
 def _tap_groups(tiling: Tiling) -> int:
     """Those of a thread block, as if both warpgroups had as many as the one with more."""
-    split, groups = tiling.config.split, len(tiling.tap_groups)
-    return groups if split == 1 else 2 * math.ceil(math.ceil(groups / split) / 2)
+    config, groups = tiling.config, len(tiling.tap_groups)
+    return 2 * math.ceil(math.ceil(groups / config.split) / 2) if config.by_turns else groups
 
 
 def _step(shared_bytes: float, copied_bytes: float, least: float) -> float:

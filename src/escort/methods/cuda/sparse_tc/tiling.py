@@ -148,12 +148,11 @@ class Tiling:
         starts = [tap.start for tap in tap_groups[0]]
         if config.by_turns and len(tap_groups) < 2:
             raise UnfitError("warpgroups take turns at tap groups: there must be two")
-        if config.split > 1 and (len(tap_groups) < 2 * config.split or store_pixels % 8):
-            raise UnfitError(
-                "each thread block takes turns at its share of tap groups, and stores whole eights of pixels"
-            )
-        if element.bytes == 4 and config.pixels < 8 * config.split:
-            raise UnfitError("each thread block stores eight pixels at least")
+        if config.split > 1 and len(tap_groups) < 2 * config.split:
+            raise UnfitError("each thread block takes turns at its share of tap groups, which are too few")
+        in_eights = config.pixels >= 8 * config.split if element.bytes == 4 else store_pixels % 8 == 0
+        if config.split > 1 and not in_eights:
+            raise UnfitError("each thread block stores whole eights of pixels")
         memory = SharedMemory.of(config, element, starts, load_pixels + rows.zeros, store_pixels, shared_bytes)
         vector, unaligned = _vector(problem, config, rows, element)
         channels = problem.in_channels if config.takes_channels_last else k_blocks * element.k_block
@@ -169,8 +168,8 @@ def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
         )
     if config.pixels % 8 or not 0 < config.pixels * config.m_blocks <= 2 * _MOST_SUMS:
         raise UnfitError(f"{config.pixels} pixels by {config.m_blocks} blocks of channels do not fit a warpgroup")
-    if config.by_turns and (config.across != 1 or config.tap_group == "halo"):
-        raise UnfitError("warpgroups take turns with the same channels, and not with halo, whose tap groups are few")
+    if config.by_turns and config.across != 1:
+        raise UnfitError("warpgroups take turns with the same channels; choose across=1")
     if config.split > 1 and not (
         config.by_turns and config.takes_channels_last and config.samples == config.cluster == 1
     ):
