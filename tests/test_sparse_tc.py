@@ -103,8 +103,9 @@ def test_the_best_of_both_kinds_comes_first_where_they_are_close(
     assert [config.by_turns for config in configs[:2]] == first
 
 
-def test_thread_blocks_share_tiles_where_these_are_few() -> None:
-    few = replace(RES4, batch=1, in_channels=512, height=7, width=7, memory_format=LAST)
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_thread_blocks_share_tiles_where_these_are_few(precision: Precision) -> None:
+    few = replace(RES4, batch=1, in_channels=512, height=7, width=7, precision=precision, memory_format=LAST)
     shared = [tiling for tiling in candidates(few, H200, LAST) if tiling.config.split > 1]
     assert {tiling.config.split for tiling in shared} == {2, 4, 8}
     for tiling in shared:
@@ -118,7 +119,7 @@ def test_thread_blocks_share_tiles_where_these_are_few() -> None:
     alone = [tiling for tiling in candidates(few, H200, LAST) if tiling.config.split == 1]
     best, best_alone = (min(predict_us(tiling, NONE, H200) for tiling in tilings) for tilings in (shared, alone))
     assert best < 0.7 * best_alone
-    for other in (replace(few, batch=128), replace(few, precision="tf32"), replace(few, memory_format="contiguous")):
+    for other in (replace(few, batch=128), replace(few, memory_format="contiguous")):
         assert all(tiling.config.split == 1 for tiling in candidates(other, H200, other.memory_format))
 
 
@@ -171,8 +172,11 @@ VARIANTS |= {
         SparseTcConfig("flat", 128, across=1, m_blocks=2, cluster=2, memory_format=LAST, by_turns=True),
     ),
 }
-IN_TF32 += ("columns by turns, last",)
 VARIANTS |= {
+    "halo by turns, last": (
+        replace(RES4, epilogue=FULL, precision="tf32"),
+        SparseTcConfig("halo", 104, across=1, rows=7, memory_format=LAST, by_turns=True),
+    ),
     "flat shared, last": (
         replace(POINTWISE, epilogue=FULL),
         SparseTcConfig("flat", 48, across=1, memory_format=LAST, by_turns=True, split=2),
@@ -186,6 +190,7 @@ VARIANTS |= {
         SparseTcConfig("im2col", 64, across=1, m_blocks=2, memory_format=LAST, by_turns=True, split=8),
     ),
 }
+IN_TF32 += ("flat shared, last",)
 VARIANTS |= {
     f"{name}, tf32": (replace(problem, precision="tf32"), config)
     for name, (problem, config) in VARIANTS.items()
@@ -519,6 +524,7 @@ def test_activations_on_the_gpu(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("split", [2, 4, 8])
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
 @pytest.mark.parametrize(
     "problem",
     [
@@ -529,8 +535,9 @@ def test_activations_on_the_gpu(
     ],
     ids=str,
 )
-def test_thread_blocks_share_tiles_on_the_gpu(problem: Problem, split: int) -> None:
+def test_thread_blocks_share_tiles_on_the_gpu(problem: Problem, precision: Precision, split: int) -> None:
     """As few samples as they do it for, and more; patterns that differ from run to run."""
+    problem = replace(problem, precision=precision)
     seed = int.from_bytes(os.urandom(4), "little")
     generator = np.random.default_rng(seed)
     rows, channels = (generator.lognormal(size=(size, 1, 1, 1)) for size in problem.weight_shape[:2])
@@ -579,19 +586,6 @@ def test_nan_and_infinity_stay_what_they_are_on_the_gpu(activation: str, precisi
         assert y[0, :, 6:9, 6:9].isnan().all() and int(y.isnan().sum()) == 9 * problem.out_channels
         x[0, 5, 7, 7] = float("inf")
         assert torch.equal(run(x), reference.conv2d(problem, x, sparse_filter.to_dense()).to(x.dtype))
-
-
-@pytest.mark.gpu
-def test_inputs_are_rounded_to_tf32_on_the_gpu() -> None:
-    """In NCHW to the nearest; where x lies as it is read, it may be cut off."""
-    problem = Problem(4, 64, 14, 14, 64, (1, 1), precision="tf32", device="cuda:0")
-    identity = SparseFilter.from_dense(np.eye(64, dtype=np.float32)[:, :, None, None])
-    x = torch.randn(problem.input_shape, device="cuda")
-    for memory_format, bits in (("contiguous", 11), ("channels_last", 10)):
-        config = SparseTcConfig("flat", 128, across=1, memory_format=memory_format)  # type: ignore[arg-type]
-        y = SparseTc().prepare(problem, identity, None, config)(x)
-        assert ((y - x).abs() <= x.abs() * 2.0**-bits).all()
-        assert not (y.view(torch.int32) & 0x1FFF).any()
 
 
 @pytest.mark.gpu

@@ -23,7 +23,6 @@ from escort.cuda.gpu import H200
 from escort.cuda.params import Divisor
 from escort.cuda.params import pack as pack_params
 from escort.filter import SparseFilter
-from escort.methods import tf32
 from escort.methods.cuda.sparse_tc.config import SparseTcConfig
 from escort.methods.cuda.sparse_tc.orders import order_filter
 from escort.methods.cuda.sparse_tc.packing import pack
@@ -370,12 +369,6 @@ class TensorMap(ctypes.Structure):
     )
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of TF32 are not enlarged for what inputs lose, so that sums are exact."""
-    monkeypatch.setattr(tf32, "_CUT_OFF", 0.0)
-
-
 def host_source() -> str:
     included: set[str] = set()
 
@@ -480,7 +473,7 @@ def test_slopes_reach_their_channels(
 @pytest.mark.parametrize(
     ("name", "config", "memory_format", "precision"),
     [
-        ("dilation", SparseTcConfig("columns", 176, across=1, rows=11, by_turns=True), "channels_last", "tf32"),
+        ("3x3", SparseTcConfig("halo", 104, across=1, rows=7, by_turns=True), "channels_last", "tf32"),
         ("dilation and stride", SparseTcConfig("im2col", 40, across=1, by_turns=True), "contiguous", "bf16"),
         (
             "pointwise",
@@ -500,15 +493,21 @@ def test_warpgroups_take_turns(
 
 
 @pytest.mark.parametrize(
-    ("name", "config"),
+    ("name", "config", "precision"),
     [
-        ("dilation and stride", SparseTcConfig("im2col", 32, across=1, m_blocks=2, by_turns=True, split=4)),
-        ("even kernel, uneven padding", SparseTcConfig("columns", 64, across=1, rows=4, by_turns=True, split=2)),
+        ("dilation and stride", SparseTcConfig("im2col", 32, across=1, m_blocks=2, by_turns=True, split=4), "bf16"),
+        (
+            "even kernel, uneven padding",
+            SparseTcConfig("columns", 64, across=1, rows=4, by_turns=True, split=2),
+            "bf16",
+        ),
+        # Shares of two and of three groups of eight pixels.
+        ("dilation and stride", SparseTcConfig("im2col", 40, across=1, m_blocks=2, by_turns=True, split=2), "tf32"),
     ],
 )
-def test_thread_blocks_share_tiles(name: str, config: SparseTcConfig, tmp_path: Path) -> None:
+def test_thread_blocks_share_tiles(name: str, config: SparseTcConfig, precision: Precision, tmp_path: Path) -> None:
     problem, density = CASES[name]
-    problem = replace(problem, in_channels=136, precision="bf16", epilogue=FULL)
+    problem = replace(problem, in_channels=136, precision=precision, epilogue=FULL)
     tiling = Tiling.of(problem, replace(config, memory_format="channels_last"), H200.shared_bytes)
     check(tiling, density, host_kernel(tiling, tmp_path))
 

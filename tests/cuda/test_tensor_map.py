@@ -48,6 +48,9 @@ def test_a_tensor_map_of_boxes(mapped: Kernel, driver: FakeDriver) -> None:
     x = tensor_of(torch.float32)
     launch(mapped, tiled(torch.float32, SAMPLE, (32, 8, 1, 1)), x)
     assert driver.maps[2][:4] == (11, x.data_ptr(), SIZES, [256, 13 * 256, 9 * 13 * 256]), "TF32"
+    launch(mapped, tiled(torch.float32, SAMPLE, (32, 8, 1, 1), rounded=False), x)
+    launch(mapped, tiled(torch.float16, SAMPLE, (64, 8, 1, 1), rounded=False), tensor_of())
+    assert [made[0] for made in driver.maps[3:]] == [7, 6], "what is written must stay what it is"
 
 
 def test_pixels_of_all_samples_in_a_row(mapped: Kernel, driver: FakeDriver) -> None:

@@ -5,8 +5,9 @@
     launch = kernel.bind(256, 0, (boxes, int))
     launch(grid, x, len(x))
 
-Tensors are fp16, bf16 or float32 (mapped as TF32) of four dimensions, given innermost first: channels, columns, rows,
-samples. What a copy reads out of bounds is zero, and what it would write there is left out.
+Tensors are fp16, bf16 or float32 of four dimensions, given innermost first: channels, columns, rows, samples. What a
+copy reads out of bounds is zero, and what it would write there is left out. A float32 is rounded as it is read, to the
+nearest number of TF32, which is what tensor cores multiply, unless the map says that it stays what it is (`rounded`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ Four = tuple[int, int, int, int]
 
 # Values of the driver's enumerations.
 _TYPES = {torch.float16: 6, torch.bfloat16: 9, torch.float32: 11}
+_FLOAT32 = 7
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _PROMOTIONS = {0: 0, 64: 1, 128: 2, 256: 3}
 _RULES = (
@@ -47,6 +49,7 @@ class TensorMap:
         swizzle, promotion: as for `tiled`.
         pitch: elements from pixel to pixel, where those of the tensor have more channels than are mapped; else 0.
         begin: the first channel that is mapped.
+        rounded: whether a float32 is rounded to TF32 as it is read.
     """
 
     function: str
@@ -58,6 +61,7 @@ class TensorMap:
     promotion: int
     pitch: int = 0
     begin: int = 0
+    rounded: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in _TYPES:
@@ -74,8 +78,9 @@ class TensorMap:
     def encoder(self) -> _launch.TensorMap:
         """What makes it for the tensors of launches."""
         modes = _SWIZZLES[self.swizzle], _PROMOTIONS[self.promotion]
+        is_exact = self.dtype == torch.float32 and not self.rounded
         x = _launch.Tensor(
-            _TYPES[self.dtype],
+            _FLOAT32 if is_exact else _TYPES[self.dtype],
             self.dtype.itemsize,
             self.sizes,
             self.samples_along,
@@ -99,7 +104,14 @@ class TensorMap:
 
 
 def tiled(
-    dtype: torch.dtype, sizes: Four, box: Four, samples_along: int = 3, *, swizzle: int = 128, promotion: int = 256
+    dtype: torch.dtype,
+    sizes: Four,
+    box: Four,
+    samples_along: int = 3,
+    *,
+    swizzle: int = 128,
+    promotion: int = 256,
+    rounded: bool = True,
 ) -> TensorMap:
     """A map for copies of boxes, either way (`cp.async.bulk.tensor.4d`).
 
@@ -111,11 +123,14 @@ def tiled(
         swizzle: 128: the number of each 16-byte chunk within a row of 128 bytes of shared memory is xored with the
             row's number modulo 8; 64 or 32: alike, in shorter rows; 0: chunks stay in order.
         promotion: bytes that the level-2 cache fetches at once: 0, 64, 128 or 256.
+        rounded: whether a float32 is rounded to TF32 as it is read; not in a map through which tensors are written.
 
     Raises:
         ValueError: another type, swizzle or promotion.
     """
-    return TensorMap("cuTensorMapEncodeTiled", dtype, sizes, samples_along, {"box": box}, swizzle, promotion)
+    return TensorMap(
+        "cuTensorMapEncodeTiled", dtype, sizes, samples_along, {"box": box}, swizzle, promotion, rounded=rounded
+    )
 
 
 def im2col(

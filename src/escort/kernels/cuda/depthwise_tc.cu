@@ -99,7 +99,8 @@ __device__ __forceinline__ void load_matrices(u32 (&matrices)[ROWS][QUADS][4], c
   }
 }
 
-// Makes of four pixels with four words each four words with four pixels each, in a warp's vector of all quads.
+// Makes of four pixels with four words each four words with four pixels each, in a warp's vector of all quads. Floats
+// are rounded to TF32 here, where each passes once: tensor cores would cut them off, always towards zero.
 __device__ __forceinline__ void transpose(u32 own, int quads) {
   own += threadIdx.x % 32 * QUAD_BYTES;
 #pragma unroll 1
@@ -108,7 +109,10 @@ __device__ __forceinline__ void transpose(u32 own, int quads) {
 #pragma unroll
     for (int i = 0; i < 4; i++) pixels[i].vector = load16(own + i * PIXEL_BYTES);
 #pragma unroll
-    for (int i = 0; i < 16; i++) words[i / 4].words[i % 4] = pixels[i % 4].words[i / 4];
+    for (int i = 0; i < 16; i++) {
+      const u32 word = pixels[i % 4].words[i / 4];
+      words[i / 4].words[i % 4] = STORAGE ? word : rounded_to_tf32(word);
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++) store16(own + i * PIXEL_BYTES, words[i].vector);
   }

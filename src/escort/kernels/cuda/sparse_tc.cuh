@@ -26,7 +26,7 @@
 //   OUT_NCHW    1: y and the residual lie in NCHW, 0: in NHWC
 //   VECTOR      of 16-bit elements in NCHW, how many neighbours a lane stores at once
 //   UNALIGNED   whether these lie unaligned in staging
-//   SPLIT       1: blocks of a cluster share a tile (BY_TURNS, 16-bit elements in NHWC); else it may be left out
+//   SPLIT       1: blocks of a cluster share a tile (BY_TURNS, in NHWC); else it may be left out
 //   ACTIVATION  the activation, where it does more than bound (activation.cuh)
 // source.py puts the integers' short names and mma<SELECTOR>(d, a, b, metadata, accumulate) before this.
 //

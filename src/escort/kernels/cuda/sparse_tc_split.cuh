@@ -10,14 +10,15 @@ constexpr int MOST_SPLIT = 8, GROUP_BYTES = WARPGROUP * 16;  // of the sums of 8
 struct Shares {
   const Params& p;
   const u32 base, sums;
-  const int lane, first_group;  // of 8 pixels, in this block's share
+  const int lane, first_group, groups;  // of 8 pixels, in this block's share
 
   __device__ Shares(const Params& p, u32 base)
       : p(p),
         base(base),
         sums(base + p.sums_begin + threadIdx.x % WARPGROUP * 16),
         lane(threadIdx.x % 32),
-        first_group(block_in_cluster(p) * p.store_pixels / 8) {}
+        first_group(first_group_of(p, block_in_cluster(p))),
+        groups(first_group_of(p, block_in_cluster(p) + 1) - first_group) {}
 
   // Until all blocks have read this one's sums of the tile before.
   __device__ void wait_until_read(u32 turn) const { barrier_wait_in_cluster(base + ALL_SUMS_READ, turn ^ 1); }
@@ -53,6 +54,7 @@ struct Shares {
   }
 
  private:
+  __device__ static int first_group_of(const Params& p, int rank) { return p.by_cluster.quotient(rank * (PIXELS / 8)); }
   __device__ void tell_all(u32 barrier) const {
     if (lane < p.cluster) barrier_arrive_in_cluster(barrier_of(base + barrier, lane));
   }

@@ -33,10 +33,9 @@ __device__ void stage_share(const Shares& shares, int channels, u32 staging, flo
                             const Slopes& slopes, u32 most) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const u32 at = staging + lane % 8 * PIXEL_BYTES + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
-  const int groups = shares.p.store_pixels / 8;
 #pragma unroll 1
-  for (int j = 0; j < groups; j += 2) {
-    const bool twice = j + 1 < groups;
+  for (int j = 0; j < shares.groups; j += 2) {
+    const bool twice = j + 1 < shares.groups;
     float d[8];
     shares.add_up(channels, j, twice, d);
 #pragma unroll

@@ -1,5 +1,5 @@
-// Floats reach y through a staging of each warp, 32 pixels of its 16 channels at a time: in NCHW a lane stores a pixel,
-// so that the warp writes neighbouring pixels of a plane, in NHWC four channels of a pixel.
+// Floats reach y through a staging of each warp, 32 pixels of its 16 channels at a time (SPLIT 16): in NCHW a lane stores
+// a pixel, so that the warp writes neighbouring pixels of a plane, in NHWC four channels of a pixel.
 #pragma once
 
 #if OUT_NCHW
@@ -9,7 +9,7 @@ constexpr int CHANNEL_BYTES = 160, NEXT_BYTES = 4;  // from a channel, and a pix
 using Vector = float4;
 constexpr int CHANNEL_BYTES = 4, NEXT_BYTES = 80;
 #endif
-constexpr int STAGED = 32, VECTORS = 16 * STAGED * sizeof(float) / sizeof(Vector) / 32;  // pixels; of a lane
+constexpr int STAGED = SPLIT ? 16 : 32, VECTORS = 16 * STAGED * sizeof(float) / sizeof(Vector) / 32;  // pixels; of a lane
 constexpr int PLACES = OUT_NCHW ? 1 : VECTORS;                                           // pixels of a lane
 
 __device__ float add(float v, float w) { return v + w; }
@@ -49,6 +49,78 @@ __device__ int place_of(const Params& p, int pixel, int tile, int samples) {
   return sample * p.out_channels * p.out_plane + pixel_of_sample * (OUT_NCHW ? 1 : p.out_channels);
 }
 
+// What a lane stores of up to STAGED pixels of its warp's 16 channels.
+struct Chunk {
+  int row[VECTORS], pixel[VECTORS], place[VECTORS];  // in staging, and in y; -1: it is no output
+  Vector residuals[VECTORS] = {};
+
+  // channel: one of the 16, by lane.
+  __device__ Chunk(const Params& p, const Outputs& out, int channel, int begin_in_tile, int count, int tile,
+                   int samples) {
+    const int lane = threadIdx.x % 32;
+    obscure(begin_in_tile);  // else the compiler computes all places beforehand, for which there are no registers
+    int first[PLACES];
+#pragma unroll
+    for (int i = 0; i < PLACES; i++) {
+      const int in_chunk = OUT_NCHW ? lane : i * 8 + lane / 4;
+      first[i] = in_chunk < count ? place_of(p, begin_in_tile + in_chunk, tile, samples) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+      row[i] = OUT_NCHW ? i : lane % 4 * 4, pixel[i] = OUT_NCHW ? lane : i * 8 + lane / 4;
+      const int of = __shfl_sync(~0u, channel, row[i]), pixel_place = first[OUT_NCHW ? 0 : i];
+      place[i] = of >= 0 && pixel_place >= 0 ? pixel_place + of * (OUT_NCHW ? p.out_plane : 1) : -1;
+    }
+    if (p.residual) {
+#pragma unroll
+      for (int i = 0; i < VECTORS; i++)
+        if (place[i] >= 0) residuals[i] = __ldg(reinterpret_cast<const Vector*>(out.residual + place[i]));
+    }
+  }
+
+  // d: a warp's sums. Of each 8 pixels lane l has those from 2 (l % 4) on, of channel l / 4 and of channel l / 4 + 8.
+  __device__ void store(const Params& p, const Outputs& out, u32 staging, const float* d, int count, float bias_low,
+                        float bias_high, const float* slopes) const {
+    const int lane = threadIdx.x % 32;
+    const u32 to = staging + lane / 4 * CHANNEL_BYTES + lane % 4 * 2 * NEXT_BYTES;
+    __syncwarp();  // what was staged before has been read
+#pragma unroll
+    for (int j = 0; j < count; j += 8) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float bias = half ? bias_high : bias_low, *const sums = d + j / 2 + 2 * half;
+        const u32 at = to + half * 8 * CHANNEL_BYTES + j * NEXT_BYTES;
+        if constexpr (OUT_NCHW)
+          store_shared(at, make_float2(sums[0] + bias, sums[1] + bias));
+        else
+          store_shared(at, sums[0] + bias), store_shared(at + NEXT_BYTES, sums[1] + bias);
+      }
+    }
+    __syncwarp();
+    Vector sums[VECTORS];
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+      load_shared(staging + row[i] * CHANNEL_BYTES + pixel[i] * NEXT_BYTES, sums[i]);
+      sums[i] = add(sums[i], residuals[i]);
+    }
+    if (BEYOND_BOUNDS) {
+#pragma unroll
+      for (int i = 0; i < VECTORS; i++) sums[i] = activated(sums[i], slope_of(slopes + row[i]));
+    }
+    if (p.bound) {
+#pragma unroll
+      for (int i = 0; i < VECTORS; i++) sums[i] = at_least_0(sums[i]);
+    }
+    if (p.bound == 2) {
+#pragma unroll
+      for (int i = 0; i < VECTORS; i++) sums[i] = at_most_6(sums[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++)
+      if (place[i] >= 0) *reinterpret_cast<Vector*>(out.y + place[i]) = sums[i];
+  }
+};
+
 struct Store {
   const Params& p;
   u32 base;
@@ -61,78 +133,37 @@ struct Store {
   __device__ void begin(int, int) {}
   __device__ void end() {}
 
-  __device__ void store(const Sums& d, const Bias& bias, int first_channel, int tile) {
+  // d: the sums, or SPLIT the shares of them.
+  template <class D>
+  __device__ void store(const D& d, const Bias& bias, int first_channel, int tile) {
 #pragma unroll
-    for (int i = 0; i < M_BLOCKS; i++) {
-      const int* const channels = out.out_order + first_channel + i * 64 + threadIdx.x / 32 % 4 * 16;
-      store_block(d[i], bias.low[i], bias.high[i], channels, tile);
+    for (int i = 0; i < M_BLOCKS; i++) store_block(d, i, bias, first_channel + i * 64 + threadIdx.x / 32 % 4 * 16, tile);
+  }
+
+ private:
+  __device__ u32 staging() const { return base + p.staging_begin + threadIdx.x / 32 * p.staging_bytes; }
+
+  // 16 channels, of block i.
+  __device__ void store_block(const Sums& d, int i, const Bias& bias, int first_channel, int tile) {
+    const int channel = __ldg(out.out_order + first_channel + threadIdx.x % 16);
+#pragma unroll
+    for (int begin = 0; begin < PIXELS; begin += STAGED) {
+      const int count = PIXELS - begin < STAGED ? PIXELS - begin : STAGED;
+      const Chunk chunk(p, out, channel, group.along * PIXELS + begin, count, tile, samples);
+      chunk.store(p, out, staging(), d[i] + begin / 2, count, bias.low[i], bias.high[i], out.slopes + first_channel);
     }
   }
 
-  // A warp's sums: of each 8 pixels lane l has those from 2 (l % 4) on, of channel l / 4 and of channel l / 4 + 8.
-  __device__ void store_block(const float (&d)[PIXELS / 2], float bias_low, float bias_high,
-                              const int* __restrict__ channels, int tile) {
-    const u32 staging = base + p.staging_begin + threadIdx.x / 32 * p.staging_bytes;
-    const int lane = threadIdx.x % 32, channel = __ldg(channels + lane % 16);
-    const u32 to = staging + lane / 4 * CHANNEL_BYTES + lane % 4 * 2 * NEXT_BYTES;
-#pragma unroll
-    for (int begin = 0; begin < PIXELS; begin += STAGED) {
-      int begin_in_tile = group.along * PIXELS + begin;
-      obscure(begin_in_tile);  // else the compiler computes all places beforehand, for which there are no registers
-      int first[PLACES], row[VECTORS], pixel[VECTORS], place[VECTORS];
-      Vector residuals[VECTORS] = {};
-#pragma unroll
-      for (int i = 0; i < PLACES; i++) {
-        const int in_chunk = OUT_NCHW ? lane : i * 8 + lane / 4;
-        first[i] = begin + in_chunk < PIXELS ? place_of(p, begin_in_tile + in_chunk, tile, samples) : -1;
-      }
-#pragma unroll
-      for (int i = 0; i < VECTORS; i++) {
-        row[i] = OUT_NCHW ? i : lane % 4 * 4, pixel[i] = OUT_NCHW ? lane : i * 8 + lane / 4;
-        const int of = __shfl_sync(~0u, channel, row[i]), pixel_place = first[OUT_NCHW ? 0 : i];
-        place[i] = of >= 0 && pixel_place >= 0 ? pixel_place + of * (OUT_NCHW ? p.out_plane : 1) : -1;
-      }
-      if (p.residual) {
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++)
-          if (place[i] >= 0) residuals[i] = __ldg(reinterpret_cast<const Vector*>(out.residual + place[i]));
-      }
-      __syncwarp();  // what was staged before has been read
-#pragma unroll
-      for (int j = begin; j < begin + STAGED && j < PIXELS; j += 8) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const float bias = half ? bias_high : bias_low, *const sums = d + j / 2 + 2 * half;
-          const u32 at = to + half * 8 * CHANNEL_BYTES + (j - begin) * NEXT_BYTES;
-          if constexpr (OUT_NCHW)
-            store_shared(at, make_float2(sums[0] + bias, sums[1] + bias));
-          else
-            store_shared(at, sums[0] + bias), store_shared(at + NEXT_BYTES, sums[1] + bias);
-        }
-      }
-      __syncwarp();
-      Vector sums[VECTORS];
-#pragma unroll
-      for (int i = 0; i < VECTORS; i++) {
-        load_shared(staging + row[i] * CHANNEL_BYTES + pixel[i] * NEXT_BYTES, sums[i]);
-        sums[i] = add(sums[i], residuals[i]);
-      }
-      if (BEYOND_BOUNDS) {
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++)
-          sums[i] = activated(sums[i], slope_of(out.slopes + (channels - out.out_order) + row[i]));
-      }
-      if (p.bound) {
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++) sums[i] = at_least_0(sums[i]);
-      }
-      if (p.bound == 2) {
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++) sums[i] = at_most_6(sums[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < VECTORS; i++)
-        if (place[i] >= 0) *reinterpret_cast<Vector*>(out.y + place[i]) = sums[i];
+  // The same of this block's share of the pixels.
+  __device__ void store_block(const Shares& shares, int i, const Bias& bias, int first_channel, int tile) {
+    const int channel = __ldg(out.out_order + first_channel + threadIdx.x % 16);
+#pragma unroll 1
+    for (int j = 0; j < shares.groups; j += 2) {
+      const bool twice = j + 1 < shares.groups;
+      const Chunk chunk(p, out, channel, (shares.first_group + j) * 8, twice ? 16 : 8, tile, samples);
+      float d[8];
+      shares.add_up(i, j, twice, d);
+      chunk.store(p, out, staging(), d, 16, bias.low[i], bias.high[i], out.slopes + first_channel);
     }
   }
 };

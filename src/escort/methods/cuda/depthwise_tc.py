@@ -19,10 +19,10 @@ from escort.cuda.kernel import kernel, unavailable
 from escort.cuda.launch import Grid
 from escort.cuda.params import STORAGE, Divisor, pack
 from escort.filter import SparseFilter
-from escort.methods import activation, tf32
+from escort.methods import activation
 from escort.methods.base import Method, Prepared
 from escort.methods.runner import runner
-from escort.methods.sharing import shared, weights_by_tap
+from escort.methods.sharing import weights_by_tap
 from escort.problem import MemoryFormat, Problem
 
 _SOURCE = "depthwise_tc.cu"
@@ -128,7 +128,7 @@ class DepthwiseTc(Method):
         (variant,) = self.kernels(problem, config)
         compiled = kernel(variant.source, variant.defines, device)
         fixed = (
-            _weights(problem, sparse_filter),
+            weights_by_tap(problem, sparse_filter),
             activation.per_channel(problem, bias, slope),
             pack(Params.of(problem, tile)),
         )
@@ -143,19 +143,6 @@ class DepthwiseTc(Method):
         most_samples = _MOST // max(tile.blocks, 1)
         run = runner(problem, launch, cut, most_samples=most_samples, alignment=_VECTOR_BYTES)
         return Prepared(run, binaries=(compiled.binary,))
-
-
-def _weights(problem: Problem, sparse_filter: SparseFilter) -> torch.Tensor:
-    """The weights (R * S, K); in TF32 for inputs that are cut off, as the kernel hands them to tensor cores."""
-    if problem.precision != "tf32":
-        return weights_by_tap(problem, sparse_filter)
-    device = torch.device(problem.device)
-
-    def make() -> tuple[torch.Tensor, None]:
-        by_tap = weights_by_tap(problem.on("cpu"), sparse_filter).numpy()
-        return torch.from_numpy(tf32.stored(by_tap, cuts_inputs=True)).to(device), None
-
-    return shared(sparse_filter, ("by tap, TF32", device), make)[0]
 
 
 def _vector(problem: Problem) -> int:
@@ -267,7 +254,9 @@ class Tile:
         turns = -(-self.config.rows // down * self.config.strips // _STACKS)
         copied = 20 * -(-_QUAD * in_quads // _PIXELS) + 14 * -(-_QUAD * out_quads // _PIXELS)
         computed = turns * (50 + products * (span + 2 * down * rows) + 55 * down * quads_of_strip)
-        issued = 150 + 10 * rows * quads + samples * (copied + computed) + 45 * -(-samples * in_quads // 32)
+        transposed = 45 if self.problem.storage.itemsize == 2 else 79  # with the rounding of floats
+        arranged = transposed * -(-samples * in_quads // 32)
+        issued = 150 + 10 * rows * quads + samples * (copied + computed) + arranged
         blocks = self.blocks * -(-self.problem.batch // samples)
         resident = min(
             _occupancy(self.problem, down), (gpu.shared_bytes + _BLOCK_BYTES) // (self.shared_bytes + _BLOCK_BYTES)

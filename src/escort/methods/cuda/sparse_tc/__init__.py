@@ -285,6 +285,7 @@ def _input_map(tiling: Tiling) -> TensorMap:
 def _output_map(tiling: Tiling) -> TensorMap:
     """How the copy engine sees y and the residual."""
     p = tiling.problem
-    if tiling.config.whole_rows:
-        return tensor_map.tiled(p.storage, (p.out_channels, p.out_width, p.out_height, 1), tiling.store)
-    return tensor_map.tiled(p.storage, (p.out_channels, p.out_height * p.out_width, 1, 1), tiling.store, _PIXELS)
+    plane, along = (p.out_width, p.out_height, 1), 3
+    if not tiling.config.whole_rows:
+        plane, along = (p.out_height * p.out_width, 1, 1), _PIXELS
+    return tensor_map.tiled(p.storage, (p.out_channels, *plane), tiling.store, along, rounded=False)

@@ -70,7 +70,7 @@ class SparseTcConfig:
             "channels_last" converts nothing.
         by_turns: the two warpgroups take half of the tap groups each and add their sums up, with `across` 1.
         split: thread blocks of a cluster that share a tile: each takes a share of its tap groups, and adds up and
-            stores a share of its pixels. With `by_turns`, `cluster` 1 and 16-bit elements in channels_last.
+            stores a share of its pixels. With `by_turns` and `cluster` 1, in channels_last.
     """
 
     tap_group: TapGroup

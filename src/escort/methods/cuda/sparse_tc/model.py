@@ -24,7 +24,9 @@ _LAUNCH_US = 1.65
 _SHARED_BYTES = 128.0  # a clock
 _PRODUCT_BYTES = 1024  # of the filter that an instruction waits for: half of them
 _L2_BYTES = 75.0  # a clock that reach a multiprocessor when all of them read
-_LEAST_STEP = 270.0  # from one step to the next, which is its warp's own instructions and what these wait for
+#: From one step to the next, by the bytes of an element: its warp's own instructions and what these wait for. In TF32
+#: nearly every remainder tile has both halves, of which each is an instruction.
+_LEAST_STEP = {2: 270.0, 4: 315.0}
 _REMAINDER = 1.0  # products of the remainder, of the time of others
 _WAIT = {1: 1.0, 2: 1.0, 4: 1.1, 8: 1.4}  # of a cluster's blocks for one another, as a factor
 _TILE = 500.0  # around the steps of a tile
@@ -73,14 +75,15 @@ def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:
     at_once = 1 if config.by_turns else 2  # warpgroups that multiply in a step; those of another step run beside it
     products = 2 * at_once * config.m_blocks * (config.pixels * 64 + _PRODUCT_BYTES)
     remainder_tiles, remainder_halves = remainder.tiles[config.tile_channels], remainder.halves[64 * config.m_blocks]
-    least = _LEAST_STEP * at_once / 2
+    least = _LEAST_STEP[element.bytes] * at_once / 2
     steps = _step(products + tile_bytes + load_bytes, tile_bytes / config.cluster + load_bytes, least)
     if remainder_tiles:
         remainder_products = _REMAINDER * products * remainder_halves / remainder_tiles
         steps += remainder_tiles * _step(remainder_products + tile_bytes, tile_bytes / config.cluster, least)
     count = _tap_groups(tiling) * len(tiling.tap_groups[0])
     steps *= count * _WAIT[config.cluster]
-    outputs, share = config.tile_pixels * config.tile_channels, 1 / config.split
+    outputs = config.tile_pixels * config.tile_channels
+    share = 1.0 if config.split == 1 else 8 * math.ceil(config.pixels / 8 / config.split) / config.pixels
     store = _TILE + outputs * share * (element.bytes / _stored(tiling) + activation.clocks(p))
     if config.split > 1:
         store += _SHARE + outputs * (1 - share) * 4 / _SHARED_SUMS
@@ -99,8 +102,8 @@ def predict_us(tiling: Tiling, remainder: Remainder, gpu: Gpu) -> float:
 
 def _tap_groups(tiling: Tiling) -> int:
     """Those of a thread block, as if both warpgroups had as many as the one with more."""
-    split, groups = tiling.config.split, len(tiling.tap_groups)
-    return groups if split == 1 else 2 * math.ceil(math.ceil(groups / split) / 2)
+    config, groups = tiling.config, len(tiling.tap_groups)
+    return 2 * math.ceil(math.ceil(groups / config.split) / 2) if config.by_turns else groups
 
 
 def _step(shared_bytes: float, copied_bytes: float, least: float) -> float:

@@ -26,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 
 from escort.filter import FloatArray, IntArray
-from escort.methods import tf32
 from escort.methods.cuda.sparse_tc.config import M_BLOCK_BYTES, PIXEL_BYTES, Element
 from escort.methods.cuda.sparse_tc.orders import OrderedFilter
 from escort.methods.cuda.sparse_tc.tiling import Tiling
@@ -77,8 +76,7 @@ def tiles_key(tiling: Tiling) -> Hashable:
     """What the weight tiles of a filter depend on. Tilings for several input sizes may have the same."""
     config = tiling.config
     order = tuple(tuple(tap[:3] for tap in tap_group) for tap_group in tiling.tap_groups)
-    kind = tiling.problem.precision, config.takes_channels_last, config.tile_channels, config.across
-    return *kind, tuple(tiling.first_groups), order
+    return tiling.problem.precision, config.tile_channels, config.across, tuple(tiling.first_groups), order
 
 
 class _Nonzeros(NamedTuple):
@@ -145,16 +143,14 @@ def _choose(nonzeros: _Nonzeros, tiling: Tiling) -> tuple[IntArray, IntArray, ND
 
 
 def _stored(values: FloatArray, tiling: Tiling) -> Bits:
-    """Values as they are stored. Raises ValueError where the precision does not hold one."""
-    precision = tiling.problem.precision
-    bits: Bits
-    if precision == "tf32":
-        # In NCHW x is rounded as it is arranged.
-        floats = tf32.stored(values, cuts_inputs=tiling.config.takes_channels_last)
-        bits, finite = floats.view(np.uint32), np.isfinite(floats)
+    """Values as they are stored, rounded to the nearest. Raises ValueError where the precision does not hold one."""
+    precision, bits = tiling.problem.precision, values.view(np.uint32)
+    if precision == "tf32":  # the upper 19 bits
+        bits = bits + np.uint32(0xFFF) + (bits >> 13 & 1) & ~np.uint32(0x1FFF)
+        finite = np.isfinite(bits.view(np.float32))
     else:
-        halves = torch.from_numpy(values).to(tiling.problem.storage)
-        bits, finite = halves.view(torch.int16).numpy().view(np.uint16), halves.isfinite().numpy()
+        stored = torch.from_numpy(values).to(tiling.problem.storage)
+        bits, finite = stored.view(torch.int16).numpy().view(np.uint16), stored.isfinite().numpy()
     if not finite.all():
         largest, remedy = float(np.abs(values).max()), ", or choose bf16" if precision == "fp16" else ""
         raise ValueError(f"a weight of {largest:g} is too large for {precision}; scale the filter{remedy}")

@@ -109,7 +109,7 @@ def _clusters(tiling: Tiling, gpu: Gpu) -> Iterator[SparseTcConfig]:
 
 def _splits(tiling: Tiling, gpu: Gpu) -> Iterator[SparseTcConfig]:
     """The config with thread blocks that share a tile, where there are multiprocessors for all of these."""
-    if tiling.config.by_turns and tiling.stores_boxes:
+    if tiling.config.by_turns and tiling.config.takes_channels_last:
         tiles = tiling.tiles(max(tiling.problem.batch, 1)) * tiling.channel_tiles
         yield from (replace(tiling.config, cluster=1, split=size) for size in _SPLITS if tiles <= gpu.clusters(size))
 

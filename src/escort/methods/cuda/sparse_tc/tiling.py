@@ -143,15 +143,16 @@ class Tiling:
         rows = _rows(problem, config) if config.whole_rows else Rows(1, 1, 0)
         down, right = problem.dilation[0] * rows.pitch, problem.dilation[1]
         tap_groups = _tap_groups(config.tap_group, problem.kernel_size, k_blocks, down, right)
-        load, store = _boxes(problem, config, rows, element.k_block)
+        load, store = _boxes(problem, config, rows, element)
         load_pixels, store_pixels = math.prod(load[1:]), math.prod(store[1:])
         starts = [tap.start for tap in tap_groups[0]]
         if config.by_turns and len(tap_groups) < 2:
             raise UnfitError("warpgroups take turns at tap groups: there must be two")
-        if config.split > 1 and (len(tap_groups) < 2 * config.split or store_pixels % 8):
-            raise UnfitError(
-                "each thread block takes turns at its share of tap groups, and stores whole eights of pixels"
-            )
+        if config.split > 1 and len(tap_groups) < 2 * config.split:
+            raise UnfitError("each thread block takes turns at its share of tap groups, which are too few")
+        in_eights = config.pixels >= 8 * config.split if element.bytes == 4 else store_pixels % 8 == 0
+        if config.split > 1 and not in_eights:
+            raise UnfitError("each thread block stores whole eights of pixels")
         memory = SharedMemory.of(config, element, starts, load_pixels + rows.zeros, store_pixels, shared_bytes)
         vector, unaligned = _vector(problem, config, rows, element)
         channels = problem.in_channels if config.takes_channels_last else k_blocks * element.k_block
@@ -167,12 +168,12 @@ def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
         )
     if config.pixels % 8 or not 0 < config.pixels * config.m_blocks <= 2 * _MOST_SUMS:
         raise UnfitError(f"{config.pixels} pixels by {config.m_blocks} blocks of channels do not fit a warpgroup")
-    if config.by_turns and (config.across != 1 or config.tap_group == "halo"):
-        raise UnfitError("warpgroups take turns with the same channels, and not with halo, whose tap groups are few")
+    if config.by_turns and config.across != 1:
+        raise UnfitError("warpgroups take turns with the same channels; choose across=1")
     if config.split > 1 and not (
-        config.by_turns and config.takes_channels_last and element.bytes == 2 and config.samples == config.cluster == 1
+        config.by_turns and config.takes_channels_last and config.samples == config.cluster == 1
     ):
-        raise UnfitError("thread blocks share tiles of one sample by turns, of 16-bit elements in channels_last")
+        raise UnfitError("thread blocks share tiles of one sample by turns, in channels_last")
     if config.tap_group == "flat" and (p.kernel_size != (1, 1) or any(p.padding)):
         raise UnfitError("flat is for pointwise convolutions without padding; choose im2col")
     if config.tap_group != "im2col":
@@ -247,8 +248,9 @@ def _tap_groups(
     return tuple(groups)
 
 
-def _boxes(p: Problem, config: SparseTcConfig, rows: Rows, channels: int) -> tuple[Box, Box]:
+def _boxes(p: Problem, config: SparseTcConfig, rows: Rows, element: Element) -> tuple[Box, Box]:
     """The boxes that are loaded for a tap group, and stored at a time in NHWC."""
+    channels = element.k_block
     load: Box = channels, config.tile_pixels, 1, 1
     if config.tap_group == "im2col":  # each warpgroup's own
         copied = store = channels, config.pixels, 1, 1
@@ -257,7 +259,7 @@ def _boxes(p: Problem, config: SparseTcConfig, rows: Rows, channels: int) -> tup
     else:
         copied = load = channels, rows.pitch, rows.sample_rows, config.samples
         store = channels, rows.pitch, rows.sample_rows if config.samples > 1 else _tile_rows(p, config), config.samples
-    if config.split > 1:
+    if config.split > 1 and element.bytes == 2:
         store = _share(store, config)
     if max(copied + store) > _MOST_BOX:
         raise UnfitError(f"a box of {copied[1:]} or {store[1:]} pixels is larger than what the device copies")
