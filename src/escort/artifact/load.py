@@ -93,11 +93,8 @@ def load(
     target = _nearest(saved.device) if wanted is None else wanted
     _check_request(saved, target, model, remeasure)
     if kernels is not False:
-        _carry(
-            saved,
-            target,
-            carried.beside(path) if kernels is True else path_of(kernels, "model.escort.kernels", "kernels"),
-        )
+        beside = carried.beside(path)
+        _carry(saved, target, beside if kernels is True else path_of(kernels, beside.name, "kernels"))
     network, plan, works = _build(saved, target, model)
     if kernels is not False:
         _check_kept(saved, plan)

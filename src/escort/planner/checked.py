@@ -25,7 +25,7 @@ def check_fields(value: Any) -> None:
     Raises:
         ValueError: naming the field, and what it holds.
     """
-    for name, is_right in _tests(type(value)):
+    for name, is_right in _tests(type(value)):  # type: ignore[arg-type]
         if not is_right(getattr(value, name)):
             raise ValueError(f"{name} cannot be {repr(getattr(value, name))[:100]}")
 
