@@ -26,15 +26,15 @@ from escort.layers.planes.norm import local_response_kernel
 from escort.layers.planes.resize import resize_kernel
 from escort.layers.planes.squeeze import squeeze_kernel
 from escort.layers.pool import POOLED_ON_GPU, pooling_kernel
-from escort.methods import for_device
+from escort.methods import by_name, for_device
 from escort.planner.cores import on_all_cores
 from escort.planner.plan import Layer
 from escort.planner.search import Search
-from shipping.layers import common_layers
+from shipping.layers import common_layers, pixel_problems
 
 #: What is shipped for which GPU: compute capability 8.0 has no kernels of its successors' instructions.
 GPUS = (H200, Gpu(multiprocessors=108, shared_bytes=166912, capability=(8, 0)))
-_POOLED = ((2, 2), (3, 3))  # windows
+_POOLED, _PYRAMID = ((2, 2), (3, 3)), (5, 5)  # windows, and that of pooling pyramids
 _NORMALIZED = 5  # channels
 _AT_A_TIME = 64  # kernels that are compiled before it is seen whether more find room
 _log = logging.getLogger("shipping")
@@ -72,16 +72,24 @@ def plane_variants() -> Iterator[Variant]:
     for dtype in POOLED_ON_GPU:
         whole = 16 // dtype.itemsize
         for vector in (1, whole):
-            yield from (pooling_kernel(dtype, vector, window) for window in _POOLED)
+            yield from (pooling_kernel(dtype, vector, window) for window in (*_POOLED, _PYRAMID))
             yield from (average_kernel(dtype, vector, window) for window in ((0, 0), *_POOLED))
             yield resize_kernel(dtype, vector)
             yield from (gate_kernel(dtype, vector, is_last) for is_last in (False, True))
         yield mean_kernel(dtype, whole)
-        yield images_kernel(dtype, 4)
+        yield from (images_kernel(dtype, pixels) for pixels in (1, 4))
         yield squeeze_kernel(dtype)
         yield from (concat_kernel(dtype, whole, norm=norm) for norm in (False, True))
         yield from (local_response_kernel(dtype, vector, False, _NORMALIZED) for vector in (1, 8 // dtype.itemsize))
         yield local_response_kernel(dtype, whole, True, _NORMALIZED)
+
+
+def pixel_variants() -> Iterator[Variant]:
+    """The kernels of convolutions of one pixel, as linear layers and squeezes are."""
+    method = by_name("gemv", "cuda:0")
+    for problem, sparse_filter in pixel_problems():
+        for config in method.configs(problem, sparse_filter):
+            yield from method.kernels(problem, config)
 
 
 def key_of(variant: Variant, arch: str) -> Key:
@@ -97,13 +105,13 @@ def arch_of(variant: Variant, gpu: Gpu) -> str:
 
 
 def wanted(layers: Iterable[Layer]) -> dict[Key, Variant]:
-    """What is worth shipping: first what stands between convolutions, then what most layers try."""
+    """What is worth shipping: first what stands between convolutions or is of one pixel, then what most layers try."""
     variants: dict[Key, Variant] = {}
     counts = Counter[Key]()
     layers = list(layers)
     for gpu in GPUS:
         with in_place_of_a_gpu(gpu):
-            between = list(plane_variants())
+            between = [*plane_variants(), *pixel_variants()]
             for variant in (*between, *variants_of(layers)):
                 key = key_of(variant, arch_of(variant, gpu))
                 variants[key] = variant

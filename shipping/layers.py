@@ -19,6 +19,9 @@ _STEMS = (32, 64)
 #: Channels of a map, times its side: networks keep this about the same, and wide ones have eight times as many.
 _CHANNELS_BY_SIDE = (896, 1792, 3584, 7168, 14336)
 _BATCHES = (1, 8, 32, 128)
+#: Channels of maps of one pixel, by what divides them, and the activations of squeezes and classifiers.
+_PIXEL_CHANNELS = (2, 4, 8)
+_PIXEL_ACTIVATIONS: tuple[Activation, ...] = ("relu", "silu", "sigmoid", "hardsigmoid")
 _SPARSITY = 0.9
 _PRECISIONS: tuple[Precision, ...] = ("fp16", "tf32", "bf16", "fp32")
 
@@ -39,6 +42,20 @@ def common_layers(precisions: tuple[Precision, ...] = _PRECISIONS) -> Iterator[L
                     memory_format=memory_format,
                 )
                 yield Layer(problem, filters, torch.zeros(filters.shape[0]))
+
+
+def pixel_problems(precisions: tuple[Precision, ...] = _PRECISIONS) -> Iterator[tuple[Problem, SparseFilter]]:
+    """Convolutions of maps of one pixel on "cuda:0", for every width of a load that numbers of channels leave."""
+    for precision, channels, batch in itertools.product(precisions, _PIXEL_CHANNELS, (1, _BATCHES[-1])):
+        filters = _filter(_PIXEL_CHANNELS[-1], channels, 1)
+        for activation in _PIXEL_ACTIVATIONS:
+            problem = Problem(
+                *(batch, channels, 1, 1, filters.shape[0], (1, 1)),
+                epilogue=Epilogue(True, False, activation),
+                precision=precision,
+                device="cuda:0",
+            )
+            yield problem, filters
 
 
 def _variations(precision: Precision) -> Iterator[tuple[MemoryFormat, Activation]]:

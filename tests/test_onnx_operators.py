@@ -244,3 +244,44 @@ def test_faults_are_named_all_at_once(tmp_path: Path) -> None:
     ]
     for word in ("extract_model", "com.microsoft", "where the maxima lie", "3 things"):
         assert word in str(caught.value)
+
+
+#: Attributes that ask for what is not done: operator, opset, attributes, and what the fault says.
+UNREAD: list[tuple[str, int, dict[str, Any], str]] = [
+    ("BatchNormalization", 18, {"spatial": 0}, "spatial"),
+    ("LayerNormalization", 18, {"stash_type": 11}, "stash_type"),
+    ("QuantizeLinear", 23, {"precision": 10}, "precision"),
+    ("Conv", 18, {"activation": "Relu"}, "'activation' is none that ONNX knows"),
+    ("Relu", 18, {"alpha": 0.5}, "'alpha' is none that ONNX knows"),
+    ("Split", 18, {"num_outputs": 4}, "num_outputs is 4"),
+    ("MaxPool", 18, {"auto_pad": "SAME_UPPER", "pads": [1, 0, 0, 0]}, "not those of its auto_pad"),
+]
+
+
+@pytest.mark.parametrize(("operator", "opset", "attributes", "message"), UNREAD, ids=[case[0] for case in UNREAD])
+def test_what_an_attribute_asks_for_is_done_or_refused(
+    operator: str, opset: int, attributes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    name, arrays, own = next(case for case in CASES if case[0] == operator)
+    asked = {"axis": 1, "outputs": 2} if name == "Split" else {k: v for k, v in own.items() if k != "opset"}
+    arrays = arrays[:1] if name == "Split" else arrays
+    with pytest.raises(OnnxError, match=message) as caught:
+        read(model_of(name, arrays, opset=opset, **asked | attributes), tmp_path)
+    assert len(caught.value.faults) == 1
+    assert "the node" in str(caught.value)
+    assert "export it" in str(caught.value)
+
+
+def test_attributes_that_change_nothing_are_read_over(tmp_path: Path) -> None:
+    """Hints for training, and values that ONNX takes anyway."""
+    for operator, arrays, attributes in (
+        ("BatchNormalization", [X, *NORM], {"momentum": 0.7}),
+        ("Dropout", [X], {"seed": 3}),
+        ("Conv", [X, KERNEL], {"auto_pad": "NOTSET", "pads": [0, 0, 0, 0], "kernel_shape": [3, 3]}),
+        ("LayerNormalization", [X, numbers(6)], {"stash_type": 1}),
+        ("QuantizeLinear", [X, np.float32(0.1), np.int8(3)], {"axis": 1, "saturate": 0, "opset": 19}),
+        ("ReduceSum", [X, whole(1)], {"noop_with_empty_axes": 1}),
+    ):
+        network = read(model_of(operator, arrays, **attributes), tmp_path)  # type: ignore[arg-type]
+        expected = runtime(model_of(operator, arrays, **attributes), X)  # type: ignore[arg-type]
+        np.testing.assert_allclose(outputs_of(network, X)[0], expected[0], rtol=1e-4, atol=2e-5)

@@ -6,13 +6,27 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 
 from escort.cuda import shipped
 from escort.cuda.compiler import Variant, compile_source
 from escort.cuda.gpu import H200
+from escort.filter import SparseFilter
 from escort.methods import by_name
 from escort.planner.plan import Layer
-from shipping.__main__ import GPUS, arch_of, compile_all, in_place_of_a_gpu, key_of, plane_variants, variants_of, wanted
+from escort.planner.search import Search, predict_us
+from escort.problem import Epilogue, Precision, Problem
+from shipping.__main__ import (
+    GPUS,
+    arch_of,
+    compile_all,
+    in_place_of_a_gpu,
+    key_of,
+    pixel_variants,
+    plane_variants,
+    variants_of,
+    wanted,
+)
 from shipping.layers import common_layers
 
 LAYERS = list(itertools.islice(common_layers(("fp16", "fp32")), 0, None, 61))
@@ -60,16 +74,60 @@ def _first(method: Any, layer: Layer) -> list[Variant]:
 
 def test_what_is_wanted_most_comes_first_and_fits() -> None:
     variants = wanted(LAYERS)
-    between = {key_of(variant, arch) for variant in plane_variants() for arch in ("sm_80", "sm_90")}
+    with in_place_of_a_gpu(H200):
+        first = [*plane_variants(), *pixel_variants()]
+    between = {key_of(variant, arch) for variant in first for arch in ("sm_80", "sm_90")}
     assert {*itertools.islice(variants, len(between))} == between
     assert {arch for *_, arch in variants} == {"sm_80", "sm_90", "sm_90a"}
-    first = dict(itertools.islice(variants.items(), 4))
-    binaries = compile_all(first, 10**6)
-    assert [(binary.source, binary.arch) for binary in binaries] == [(source, arch) for source, _, _, arch in first]
+    four = dict(itertools.islice(variants.items(), 4))
+    binaries = compile_all(four, 10**6)
+    assert [(binary.source, binary.arch) for binary in binaries] == [(source, arch) for source, _, _, arch in four]
     sizes = [len(shipped.pack([binary])) for binary in binaries]
-    assert compile_all(first, sum(sizes[:2])) == binaries[:2]
-    variant, (*_, arch) = next(iter(first.values())), next(iter(first))
+    assert compile_all(four, sum(sizes[:2])) == binaries[:2]
+    variant, (*_, arch) = next(iter(four.values())), next(iter(four))
     assert compile_source(variant.source, variant.defines, arch) == binaries[0]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32", "fp32"])
+def test_kernels_of_one_pixel_are_shipped(precision: Precision) -> None:
+    """Those of a classifier, and of both layers of a squeeze, of EfficientNet and of MobileNetV3."""
+    method = by_name("gemv", "cuda:0")
+    with in_place_of_a_gpu(H200):
+        shipped_keys = {key_of(variant, arch_of(variant, H200)) for variant in pixel_variants()}
+        for channels, out_channels, activation in ((4096, 1000, "none"), (96, 4, "silu"), (10, 240, "sigmoid")):
+            layer = pixel(precision, channels, out_channels, activation)
+            for config in method.configs(layer.problem, layer.sparse_filter):
+                (variant,) = method.kernels(layer.problem, config)
+                assert key_of(variant, arch_of(variant, H200)) in shipped_keys
+
+
+def pixel(precision: Precision, channels: int, out_channels: int, activation: Any) -> Layer:
+    problem = Problem(
+        *(1, channels, 1, 1, out_channels, (1, 1)),
+        epilogue=Epilogue(True, False, activation),
+        precision=precision,
+        device="cuda:0",
+    )
+    return Layer(problem, SparseFilter.from_dense(torch.ones(problem.weight_shape)), torch.zeros(out_channels))
+
+
+def test_without_a_compiler_a_method_runs_what_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its configs those whose kernels are there; where none is, it is refused, and no prediction is made of it."""
+    method, layer = by_name("gemv", "cuda:0"), pixel("fp16", 8, 8, "relu")
+    dense = by_name("cudnn", "cuda:0")
+    (eight,) = method.kernels(layer.problem, method.configs(layer.problem, layer.sparse_filter)[1])
+    monkeypatch.setattr("escort.planner.search.no_compiler", lambda: "CUDA kernels need NVRTC")
+    with in_place_of_a_gpu(H200):
+        monkeypatch.setattr(type(method), "unsupported", lambda self, problem: None)
+        monkeypatch.setattr("escort.planner.search.is_had", lambda variant, device: variant.key == eight.key)
+        search = Search.of(layer, [method, dense], None)
+        assert dict(search.tried)[method] == (method.configs(layer.problem, layer.sparse_filter)[1],)
+        assert predict_us(layer, [method])
+        monkeypatch.setattr("escort.planner.search.is_had", lambda variant, device: False)
+        refused = {each.method: each.reason for each in Search.of(layer, [method, dense], None).refused}
+        assert refused["gemv"] == "no kernel for it came with this package or a file, and CUDA kernels need NVRTC"
+        other = pixel("fp16", 8, 8, "relu")
+        assert not predict_us(other, [method])
 
 
 def test_layers_are_of_every_kind() -> None:

@@ -49,15 +49,17 @@ def exhibits(results: Mapping[str, Result], text: str | None = None) -> Iterator
             yield name, shown, tuple(stem for stem in of_stems if stem in results)
 
 
-#: Tables of which each precision that was measured has one.
-_BY_PRECISION = "layers sparse-layers ablation counters networks calls inference speed breakdown".split()
-_BY_PRECISION += "conversions choices callers".split()
+#: Tables of which each precision that was measured has one, by the result file that they are made of.
+_BY_PRECISION = {
+    name: name for name in "layers ablation counters networks inference speed breakdown conversions".split()
+}
+_BY_PRECISION |= {"sparse-layers": "layers", "calls": "networks", "choices": "conversions", "callers": "conversions"}
 
 
-def may_be_absent(name: str) -> bool:
-    """Whether a table is of one precision, and so not of every folder of results."""
+def file_of(name: str) -> str | None:
+    """The result file that a table of one precision is made of, which not every folder has; None for other tables."""
     stem, _, precision = name.rpartition("-")
-    return precision in PRECISIONS and stem in _BY_PRECISION
+    return f"{_BY_PRECISION[stem]}-{precision}" if precision in PRECISIONS and stem in _BY_PRECISION else None
 
 
 #: What is shown of the result files of each stem, given by precision.

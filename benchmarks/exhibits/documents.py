@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 
-from benchmarks.exhibits.catalogue import exhibits, may_be_absent
+from benchmarks.exhibits.catalogue import exhibits, file_of
 from benchmarks.exhibits.committed import committed, committed_exhibits
 from benchmarks.exhibits.conditions import sources
 from benchmarks.exhibits.scaling import read_scaling, scaling_table
@@ -63,9 +63,10 @@ def _with_tables(text: str, known: Mapping[str, Table], origins: Mapping[str, st
         if begin:
             name = begin[1]
             names += 1
-            if name not in known and not may_be_absent(name):
+            file = file_of(name)
+            if name not in known and file is None:
                 raise ValueError(f"line {number}: the results hold no table {name}; there are {', '.join(known)}")
-            shown = markdown(known[name]) if name in known else f"There are no rows of `{name}` from this device."
+            shown = markdown(known[name]) if name in known else f"`{file}` has no rows of this from this device."
             lines += [line, "", shown, ""]
             if origin := origins.get(name):
                 lines += [origin, ""]

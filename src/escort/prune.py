@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
+
+from escort.arguments import is_number, is_whole
 
 #: Which convolutions to leave alone: their names, or a predicate of (name, convolution).
 Skip = str | Collection[str] | Callable[[str, nn.Conv2d], bool]
@@ -268,12 +269,12 @@ def _largest(scores: Tensor, kept: int, of: int) -> Tensor:
 
 def _check_whole(**numbers: Any) -> None:
     for name, number in numbers.items():
-        if not isinstance(number, Integral) or isinstance(number, bool):
+        if not is_whole(number):
             raise TypeError(f"{name} is a whole number, got {number!r}; write it without quotes or a fraction")
 
 
 def _check_sparsity(sparsity: Any, prefix: str = "") -> None:
-    if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
+    if not is_number(sparsity):
         remedy = "write 0.9 for 90 %"
         raise TypeError(f"{prefix}sparsity is a number, the share of zeros, got {sparsity!r}; {remedy}")
     if not 0.0 <= float(sparsity) < 1.0:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import exhibits, suite
+from benchmarks.exhibits.catalogue import file_of
 from benchmarks.exhibits.conditions import sources
 from benchmarks.result_files import Result, read_results
 from escort import report
@@ -120,7 +121,10 @@ def test_what_is_older_than_the_last_commit_of_its_folder_says_so() -> None:
 
 def test_a_table_of_a_precision_that_was_not_measured_says_so() -> None:
     place = "<!-- table: speed-tf32 -->\n<!-- end -->\n"
-    assert "There are no rows of `speed-tf32` from this device." in exhibits.render(place, everything())
+    assert "`speed-tf32` has no rows of this from this device." in exhibits.render(place, everything())
+    assert [file_of(f"{name}-tf32") for name in ("callers", "calls", "sparse-layers", "totals")] == [
+        *("conversions-tf32", "networks-tf32", "layers-tf32", None)
+    ]
     with pytest.raises(ValueError, match="no table speed-tf64"):
         exhibits.render(place.replace("tf32", "tf64"), everything())
 

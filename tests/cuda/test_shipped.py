@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from escort import cache
-from escort.cuda import carried, compiler, shipped
+from escort.cuda import carried, compiler, kernel, shipped
 from escort.cuda.binary import Binary
+from escort.cuda.compiler import Variant
 from tests.cuda.kernels import SCALE, write_scale
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -90,6 +92,27 @@ def test_what_the_driver_cannot_load_is_passed_over(
         assert compiler.compile_source(scale, {"FACTOR": 2}, "sm_90", newest) == binary
     with pytest.raises(ImportError, match="not compiled"):
         compiler.compile_source(scale, {"FACTOR": 2}, "sm_90", (major - 1, 9))
+
+
+def test_a_method_is_there_where_its_kernels_are_shipped(
+    ship: Callable[[], Binary], scale: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a compiler, for an architecture of which any are, and each kernel that is; none of these for a filter."""
+    binary, device, two = ship(), torch.device("cuda:0"), {"FACTOR": 2}
+    hide_compiler(monkeypatch)
+    monkeypatch.setattr(kernel.driver, "api", lambda: None)
+    monkeypatch.setattr(kernel, "arch", lambda device, *, native=False: "sm_90a" if native else "sm_90")
+    monkeypatch.setattr(kernel, "driver_version", lambda: binary.cuda)
+    assert kernel.unavailable(device) is None
+    assert "need NVRTC" in str(kernel.unavailable(device, native=True))
+    assert "need NVRTC" in str(kernel.unavailable(device, per_filter=True))
+    assert kernel.is_had(Variant(scale, two), device)
+    assert not kernel.is_had(Variant(scale, {"FACTOR": 3}), device)
+    assert not kernel.is_had(Variant(scale, two, native=True), device)
+    monkeypatch.setattr(kernel, "driver_version", lambda: (binary.cuda[0] - 1, 9))
+    assert "need NVRTC" in str(kernel.unavailable(device)) and not kernel.is_had(Variant(scale, two), device)
+    carried.carry([binary])
+    assert kernel.unavailable(device, per_filter=True) is None and kernel.is_had(Variant(scale, two), device)
 
 
 def test_an_install_from_source_ships_nothing(scale: Path) -> None:

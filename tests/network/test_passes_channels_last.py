@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from escort.methods.cuda.sparse_tc.split import split
 from escort.network.check import Request
 from escort.network.mixing import mixing
 from escort.network.passes import channels_last, fuse
+from escort.network.values import difference, tensors_of
 from escort.problem import Precision, Problem
 from escort.runtime import Program
 from tests.network.patterns import traced
@@ -215,6 +217,45 @@ def test_maps_are_returned_as_the_original_does(x: Tensor) -> None:
             torch.testing.assert_close(ours, theirs)
         assert found[0] is found[2] and [ours.stride() for ours in found[:3]] == [y.stride() for y in expected[:3]]
         assert mixing(Program.of(network)) is None
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class Packed(TwoMaps):
+    """Returns the maps of `TwoMaps` in one of several ways, some of which hold more tensors than a graph returns."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x)
+        z = self.second(y)
+        match self.how:
+            case "dict":
+                return {"z": z, "a": y, "none": None, "inner": (y.mean((2, 3)), [z, y])}
+            case "named":
+                return {"b": Pair(y, x.shape[0]), "a": [z, Pair(z, Pair(y, None))]}
+            case "parts":
+                return x.shape[0], z, y.chunk(2, 1), x.size()
+            case _:
+                return Pair(z, y.split(4, 1)), y, y
+
+
+@pytest.mark.parametrize("how", ["dict", "named", "parts", "named parts"])
+def test_maps_are_returned_as_the_original_does_in_whatever_they_are_packed(how: str, x: Tensor) -> None:
+    model = Packed(how).eval()
+    last = x.contiguous(memory_format=torch.channels_last)
+    for example in (x, last):
+        expected = model(example)
+        network = channels_last.rewrite(fused(model, x), on_gpu("fp16"), tensors_of(expected))
+        found = network(last)
+        assert difference(found, expected) is None
+        for ours, theirs in zip(tensors_of(found), tensors_of(expected), strict=True):
+            assert ours.stride() == theirs.stride()
 
 
 def test_strict_float32_stays_as_it_is(x: Tensor) -> None:

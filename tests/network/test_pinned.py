@@ -91,6 +91,12 @@ def test_weights_of_far_other_zeros_do_not_follow_it(plan: NetworkPlan) -> None:
     ("name", "value"),
     [
         *(("kept_dense", value) for value in (None, [], "false", 1)),
+        *(("skipped", value) for value in (None, [], {"a": 1}, {"a": "x" * 20000})),
+        *(("refused", value) for value in (1, ["x"], "x" * 20000)),
+        *((name, {"a": ["x"]}) for name in ("not_tried", "not_native")),
+        *((name, 5) for name in ("device", "precision", "favor", "timer", "widened", "not_saved", "not_captured")),
+        ("layers", [1]),
+        ("machine", "here"),
         *(("packed_inputs", value) for value in (None, 0)),
         ("is_favor_asked", "true"),
         *(("converted_time_us", value) for value in (-1, math.nan, math.inf, None, "1", True)),
@@ -109,6 +115,40 @@ def test_weights_of_far_other_zeros_do_not_follow_it(plan: NetworkPlan) -> None:
 def test_fields_that_are_no_plans_are_refused(plan: NetworkPlan, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match="not a network plan: "):
         NetworkPlan.from_json({**plan.to_json(), name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("candidates.0.time_us", value) for value in (-1.0, math.nan, math.inf, "1", True, [1])),
+        *(("candidates.0.method", value) for value in ("eval", 5, None, "x" * 20000)),
+        *(("candidates.0.config", value) for value in ([1], "x", {"a": {}}, {"a": math.nan}, {"a": "x" * 20000})),
+        *(("candidates.0.reason", value) for value in (5, "x" * 20000)),
+        *(("candidates.0.rel_error", value) for value in (-1.0, "0")),
+        *(("candidates.0.compile_s", value) for value in (-1.0, "0")),
+        *(("candidates.0.code_bytes", value) for value in (-1, 1.5)),
+        *(("candidates.0.timer", value) for value in ("sundial", 5)),
+        ("candidates.0", 5),
+        *(("candidates", value) for value in (5, {"a": 1}, "direct")),
+        *(("config", value) for value in ([1], "x", 5)),
+        *(("method", value) for value in ("", "eval", 5, ["direct"])),
+        *(("is_steady", value) for value in (1, "yes", None)),
+        *(("times_from", value) for value in ("hearsay", 5)),
+        *(("problem", value) for value in (5, {})),
+        *(("problem.batch", value) for value in (True, -1, 1.5, 1 << 40)),
+        ("machine.threads", -2),
+    ],
+)
+def test_plans_of_layers_that_are_none_are_refused(plan: NetworkPlan, name: str, value: Any) -> None:
+    data = json.loads(json.dumps(plan.to_json()))
+    place: Any = data["layers"]["first"]
+    *way, last = [int(part) if part.isdecimal() else part for part in name.split(".")]
+    for part in way:
+        place = place[part]
+    place[last] = value
+    with pytest.raises(ValueError, match="^not a network plan: layer first: ") as caught:
+        NetworkPlan.from_json(data)
+    assert len(str(caught.value)) < 500
 
 
 def test_what_is_no_plan_says_what_is_missing() -> None:

@@ -9,13 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def named(path: str | os.PathLike[str]) -> Path:
-    """A path as a user gives it. Raises TypeError for what is none."""
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path is the name of a file, got {type(path).__name__}; pass one such as 'model.escort'")
-    return Path(path)
-
-
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` write a file of the same name in a temporary folder beside `path`, and moves it to `path`.
 

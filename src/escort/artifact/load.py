@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from escort.arguments import path_of
 from escort.artifact import build
 from escort.artifact import kernels as carried
 from escort.artifact.container import Container, parse
 from escort.artifact.errors import ArtifactError, blaming
-from escort.artifact.files import named
 from escort.artifact.save import FORMAT, VERSION
 from escort.cuda.carried import carry
 from escort.layers import SparseConv2d
@@ -85,7 +85,7 @@ def load(
         OSError: if the file cannot be read.
         torch.OutOfMemoryError: if the GPU cannot hold the model, or run it on the inputs that it was planned for.
     """
-    path, begin = named(path), time.perf_counter()
+    path, begin = path_of(path, "model.escort"), time.perf_counter()
     if isinstance(model, str | torch.device):
         raise TypeError(f"model is an nn.Module, got {model!r}; write device={str(model)!r}")
     wanted = None if device is None else find_device(str(device))
@@ -93,7 +93,8 @@ def load(
     target = _nearest(saved.device) if wanted is None else wanted
     _check_request(saved, target, model, remeasure)
     if kernels is not False:
-        _carry(saved, target, carried.beside(path) if kernels is True else Path(kernels))
+        beside = carried.beside(path)
+        _carry(saved, target, beside if kernels is True else path_of(kernels, beside.name, "kernels"))
     network, plan, works = _build(saved, target, model)
     if kernels is not False:
         _check_kept(saved, plan)
@@ -132,7 +133,7 @@ def load_plan(path: str | os.PathLike[str]) -> NetworkPlan:
     Raises:
         ArtifactError, OSError: as :func:`load` does.
     """
-    path = named(path)
+    path = path_of(path, "model.escort")
     data = _file_bytes(path)
     with blaming(path, _REMEDY):
         return _open(path, data)[1]

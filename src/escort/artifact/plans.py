@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from escort import cache
+from escort.arguments import path_of
 from escort.artifact.container import parse_list
 from escort.artifact.errors import blaming
 from escort.artifact.files import replace_file
@@ -45,12 +46,13 @@ def export_plans(path: str | os.PathLike[str]) -> int:
     Raises:
         OSError: where the file cannot be written, or the folder of the plans is not the user's alone.
     """
+    target = path_of(path, "plans.json")
     listed = []
     for _, stored in store.entries():
         if stored is not None:
             listed.append({name: value for name, value in store.to_json(*stored).items() if name != "imported"})
     text = json.dumps({"format": FORMAT, "version": VERSION, "plans": listed}, allow_nan=False)
-    replace_file(Path(path), lambda unfinished: unfinished.write_text(text))
+    replace_file(target, lambda unfinished: unfinished.write_text(text))
     return len(listed)
 
 
@@ -66,9 +68,9 @@ def import_plans(path: str | os.PathLike[str]) -> Imported:
         ValueError: where plans are not kept.
         OSError: where the file cannot be read, or the folder of the plans is not the user's alone.
     """
+    path = path_of(path, "plans.json")
     if not store.is_kept():
         raise ValueError(f"plans are not kept here; leave out {store.KEEP_VARIABLE}=0 and {cache.LIMIT_VARIABLE}=0")
-    path = Path(path)
     data = _read(path)
     with blaming(path, _REMEDY):
         plans = [_plan(number, entry) for number, entry in enumerate(_entries(data))]

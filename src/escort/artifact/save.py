@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from escort.arguments import path_of
 from escort.artifact import kernels as carried
 from escort.artifact.build import own_paths
 from escort.artifact.container import pack
-from escort.artifact.files import named, replace_file
+from escort.artifact.files import replace_file
 from escort.layers import SparseConv2d
 from escort.network.model import ConvertedModel
 from escort.planner.machine import Machine
@@ -52,7 +53,7 @@ def save(model: ConvertedModel, path: str | os.PathLike[str], *, kernels: bool =
         raise ValueError(reason)
     description = describe(model.network)
     _check_as_planned(model)
-    path, compiled = named(path), _pack_kernels(model) if kernels else None
+    path, compiled = path_of(path, "model.escort"), _pack_kernels(model) if kernels else None
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),

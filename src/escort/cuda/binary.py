@@ -73,8 +73,13 @@ class Binary:
     @property
     def cuda(self) -> tuple[int, int]:
         """The CUDA of its compiler, such as (13, 0)."""
-        major, minor = self.compiler.rpartition(" ")[2].split(".")
-        return int(major), int(minor)
+        return cuda_of(self.compiler)
+
+
+def cuda_of(compiler: str) -> tuple[int, int]:
+    """The CUDA that a compiler is of, such as "NVRTC 13.0"."""
+    major, minor = compiler.rpartition(" ")[2].split(".")
+    return int(major), int(minor)
 
 
 def _is_text(value: Any) -> bool:

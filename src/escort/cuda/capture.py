@@ -197,8 +197,8 @@ def capture_stream(device: int, number: int) -> torch.cuda.Stream:
 
 
 def in_a_line(error: Exception) -> str:
-    """What failed on a GPU, in a line."""
-    line = next(iter(str(error).splitlines()), type(error).__name__)
+    """What failed on a GPU, in a line of up to 1,000 characters."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)[:1000]
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of device memory: {line.removeprefix('CUDA out of memory. ').partition('. GPU')[0]}"
     return line

@@ -98,13 +98,8 @@ def compile_source(source: Source, defines: Defines, arch: str, newest: tuple[in
         RuntimeError: the source does not compile; names file and line. Or what is carried for it is something else.
     """
     source = source if isinstance(source, Text) else KERNELS / source
-    macros = {name: str(value) for name, value in sorted(defines.items())}
-    made_from = {"source": source.name, "defines": macros, "arch": arch}
-    key = _hash({**made_from, "texts": _digests(source, _folders), "options": _OPTIONS})
-    if (binary := carried.find(key)) is not None:
-        binary.check(made_from)
-        return binary
-    if (binary := shipped.find(key)) is not None and (newest is None or binary.cuda[0] <= newest[0]):
+    made_from, key = _key_of(source, defines, arch)
+    if (binary := _brought(made_from, key, newest)) is not None:
         return binary
     compiler = _compiler_for(source, arch)
     expected = {**made_from, "key": key, "compiler": compiler}
@@ -114,10 +109,38 @@ def compile_source(source: Source, defines: Defines, arch: str, newest: tuple[in
     if (stored := _from_cache(cache_key, expected)) is not None:
         return stored
     _check_arch(arch)
-    binary = _compile(source, macros, arch, compiler, key)
+    binary = _compile(source, made_from["defines"], arch, compiler, key)
     _log.debug("compiled %s for %s in %.2f s of one core", source.name, arch, binary.compile_s)
     cache.store("kernel", cache_key, binary.describe(), binary.cubin)
     return binary
+
+
+def no_compiler() -> str | None:
+    """Why nothing can be compiled here, None where it can."""
+    found = _find_nvrtc()
+    return str(missing("NVRTC", found)) if isinstance(found, Exception) else None
+
+
+def is_brought(source: Source, defines: Defines, arch: str, newest: tuple[int, int] | None = None) -> bool:
+    """Whether :func:`compile_source` needs no compiler for its arguments, as the binary is carried or shipped."""
+    made_from, key = _key_of(source if isinstance(source, Text) else KERNELS / source, defines, arch)
+    return _brought(made_from, key, newest) is not None
+
+
+def _key_of(source: Path | Text, defines: Defines, arch: str) -> tuple[dict[str, Any], str]:
+    """What a binary is made from, and the key of that."""
+    macros = {name: str(value) for name, value in sorted(defines.items())}
+    made_from = {"source": source.name, "defines": macros, "arch": arch}
+    return made_from, _hash({**made_from, "texts": _digests(source, _folders), "options": _OPTIONS})
+
+
+def _brought(made_from: Mapping[str, Any], key: str, newest: tuple[int, int] | None) -> Binary | None:
+    """The binary that is carried under a key, or shipped and loaded by a driver of that CUDA; None where none is."""
+    if (binary := carried.find(key)) is not None:
+        binary.check(made_from)
+        return binary
+    binary = shipped.find(key)
+    return binary if binary is not None and (newest is None or binary.cuda[0] <= newest[0]) else None
 
 
 def _hash(made_from: Mapping[str, Any]) -> str:

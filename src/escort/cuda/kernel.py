@@ -9,7 +9,6 @@ Kernels are `extern "C"`, and their parameters are pointers, 32-bit integers, 32
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import Any
 
 import torch
 
-from escort.cuda import carried, driver
+from escort.cuda import carried, driver, shipped
 from escort.cuda.binary import Binary
-from escort.cuda.compiler import Defines, Source, Text, compile_source, compiler_version, dotted
+from escort.cuda.compiler import Defines, Source, Text, Variant, compile_source, dotted, is_brought, no_compiler
 from escort.cuda.driver import driver_version
 from escort.cuda.gpu import Gpu
-from escort.cuda.launch import Argument, Launch, Parameter, Passed, attributes
+from escort.cuda.launch import Argument, Grid, Launch, Parameter, Passed, attributes
 
 #: Kernels need at least this compute capability.
 LEAST_CAPABILITY = (8, 0)
@@ -39,6 +38,7 @@ __all__ = [
     "Text",
     "arch",
     "driver_version",
+    "is_had",
     "kernel",
     "unavailable",
 ]
@@ -102,18 +102,28 @@ def arch(device: torch.device, *, native: bool = False) -> str:
     return f"sm_{major}{minor}" + ("a" if native else "")
 
 
-def unavailable(device: torch.device, *, native: bool = False) -> str | None:
+def unavailable(device: torch.device, *, native: bool = False, per_filter: bool = False) -> str | None:
     """Why no kernel can be had for a device, or None where one can; `native` as of :func:`arch`.
 
-    Without a compiler those can be had that are carried, and :func:`kernel` raises ImportError for any other one.
+    Without a compiler those can be had that are carried or shipped, as :func:`is_had` says of each, and :func:`kernel`
+    raises ImportError for any other one.
+
+    Args:
+        per_filter: the kernels are made for a filter, so that none is shipped.
     """
     try:
         driver.api()
-        if not carried.has_any(arch(device, native=native)):
-            compiler_version()
+        its_arch = arch(device, native=native)
+        if carried.has_any(its_arch) or (reason := no_compiler()) is None:
+            return None
+        return None if not per_filter and shipped.has_any(its_arch, driver_version()) else reason
     except (ImportError, RuntimeError) as error:
         return str(error)
-    return None
+
+
+def is_had(variant: Variant, device: torch.device) -> bool:
+    """Whether a kernel can be had for a device without a compiler: it is carried or shipped."""
+    return is_brought(variant.source, variant.defines, arch(device, native=variant.native), driver_version())
 
 
 class Kernel:
@@ -191,7 +201,12 @@ class Kernel:
         if spreading_bytes <= shared_bytes:
             return plain
         spread = self.bind(block, spreading_bytes, args, overlap=True)
-        return lambda grid, *passed: (spread if math.prod(grid) <= blocks else plain)(grid, *passed)
+
+        def launch(grid: Grid, *passed: torch.Tensor | float | None) -> None:
+            x, y, z = grid
+            (spread if x * y * z <= blocks else plain)(grid, *passed)
+
+        return launch
 
     def _reserve(self, block: int, shared_bytes: int) -> None:
         """Allows blocks of so many threads with so much dynamic shared memory."""
@@ -226,10 +241,10 @@ class Kernel:
 
     def _explained(self, error: driver.DriverError) -> Exception:
         """The error for a failure to load: its cause and the remedy."""
-        compiler, supported = self.binary.cuda, driver_version()
-        if error.name in ("CUDA_ERROR_OUT_OF_MEMORY", "CUDA_ERROR_NOT_FOUND") or compiler <= supported:
+        made_by, supported = self.binary.cuda, driver_version()
+        if error.name in ("CUDA_ERROR_OUT_OF_MEMORY", "CUDA_ERROR_NOT_FOUND") or made_by <= supported:
             return error.of(str(self))
-        older = f"install escort-sparse[cuda{supported[0]}], or " if supported[0] < compiler[0] else ""
+        older = f"install escort-sparse[cuda{supported[0]}], or " if supported[0] < made_by[0] else ""
         return RuntimeError(
             f"{self}: the driver supports CUDA {dotted(supported)} and cannot load what {self.binary.compiler} "
             f"compiled ({error.name}); {older}update the driver"

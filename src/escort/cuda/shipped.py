@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from escort.cuda.binary import Binary
+from escort.cuda.binary import Binary, cuda_of
 
 #: Where a wheel has them.
 FILE = Path(__file__).parents[1] / "kernels" / "cuda" / "shipped.kernels"
@@ -48,6 +48,16 @@ def find(key: str) -> Binary | None:
     except (*_DAMAGES, zlib.error) as error:
         _log.warning(_DAMAGED, FILE, error)
         return None
+
+
+def has_any(arch: str, newest: tuple[int, int]) -> bool:
+    """Whether a binary for an architecture is shipped that a driver loads which supports a CUDA."""
+    try:
+        described = [record["kernel"] for record in _opened(FILE).records.values()]
+        return any(each["arch"] == arch and cuda_of(each["compiler"])[0] <= newest[0] for each in described)
+    except _DAMAGES as error:
+        _log.warning(_DAMAGED, FILE, error)
+        return False
 
 
 def archs() -> dict[str, int]:

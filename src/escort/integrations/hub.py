@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from escort.arguments import path_of
 from escort.artifact.kernels import beside
 from escort.artifact.load import load
 from escort.artifact.save import save
@@ -77,7 +78,7 @@ def save_pretrained(
     Raises:
         ValueError, TypeError, OSError: as :func:`escort.save`.
     """
-    folder = Path(save_directory)
+    folder = path_of(save_directory, "resnet50-pruned", "save_directory")
     name = folder.resolve().name if repo_id is None else repo_id
     folder.mkdir(parents=True, exist_ok=True)
     save(self, folder / MODEL, kernels=kernels)
@@ -173,7 +174,7 @@ def from_pretrained(
         ImportError: where huggingface_hub is not installed, and it is no folder.
         Exception: what huggingface_hub raises.
     """
-    source = os.fspath(pretrained_model_name_or_path)
+    source = str(path_of(pretrained_model_name_or_path, "user/name", "pretrained_model_name_or_path"))
     find = _in_folder if os.path.isdir(source) else _on_hub
     path = find(source, MODEL, download)
     beside_it: bool | Path = find(source, beside(Path(MODEL)).name, download) if kernels else False

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from escort.arguments import is_number
 from escort.cuda import kernel
 from escort.cuda.binary import Binary
 from escort.cuda.compiler import Variant
@@ -73,7 +73,7 @@ class Images(nn.Module):
     def __init__(self, mean: _Numbers, std: _Numbers, scale: float = 1 / 255, channels_last: bool = True) -> None:
         super().__init__()
         self.mean, self.std = _numbers("mean", mean), _numbers("std", std)
-        if not _is_number(scale):
+        if not is_number(scale):
             raise TypeError(f"scale is a number that bytes are multiplied by, got {scale!r}; leave it out for 1 / 255")
         self.scale, self.channels_last = float(scale), bool(channels_last)
         numbers = (*self.mean, *self.std, self.scale)
@@ -146,14 +146,10 @@ class Images(nn.Module):
         return f"mean={self.mean}, std={self.std}, scale={self.scale:g}, channels_last={self.channels_last}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def _numbers(name: str, given: _Numbers) -> tuple[float, ...]:
     """A number for each channel. Raises TypeError for what are none."""
     values = given.tolist() if isinstance(given, torch.Tensor | np.ndarray) else given
-    if not isinstance(values, Sequence) or not all(map(_is_number, values)):
+    if not isinstance(values, Sequence) or not all(map(is_number, values)):
         raise TypeError(f"{name} is a list with a number for each channel, got {given!r}; write it as [0.5, 0.5, 0.5]")
     return tuple(map(float, values))
 

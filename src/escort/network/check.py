@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx, nn
 
+from escort.arguments import is_number
 from escort.layers import SparseConv2d
 from escort.methods import Method, by_name, dense_for
 from escort.network.context import tf32_is_allowed
@@ -223,7 +224,7 @@ def _takes_two(function: Callable[..., Any]) -> bool:
 def settle_effort(effort: Effort) -> float:
     """The seconds that compiling kernels for the weights may take."""
     seconds = EFFORT_S.get(effort) if isinstance(effort, str) else effort
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0.0:
+    if not is_number(seconds) or not seconds >= 0.0:
         raise ValueError(
             "effort is 'fast', which compiles no kernel for the weights, 'best', which takes up to "
             f"{EFFORT_S['best']:.0f} s for that, or a number of seconds, got {effort!r}"

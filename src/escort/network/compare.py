@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset, IterableDataset
 
 from escort import report
+from escort.arguments import is_whole
 from escort.network.example import Example
 from escort.network.model import ConvertedModel
 from escort.network.values import output_error, tensors_of
@@ -160,7 +161,7 @@ def _check_loader(loader: Any, batches: int | None) -> None:
         raise TypeError(f"loader has batches, got the samples of a {type(loader).__name__}; pass a DataLoader of it")
     if not isinstance(loader, Iterable) or isinstance(loader, Mapping | str):
         raise TypeError(f"loader has batches, got {type(loader).__name__}; pass a DataLoader, or a list of tensors")
-    if batches is not None and (not isinstance(batches, int) or isinstance(batches, bool)):
+    if batches is not None and not is_whole(batches):
         raise TypeError(f"batches is how many to take, a whole number, got {batches!r}; leave it out for all")
     if batches is not None and batches < 1:
         raise ValueError(f"batches is how many to take, got {batches}; leave it out for all")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -16,11 +16,13 @@ from escort.network.example import Example
 from escort.network.forecast.advice import advice_table
 from escort.network.wording import convolution, machine_line, microseconds, percent, ratio
 from escort.planner import Plan
+from escort.planner.checked import check_fields
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import MemoryFormat, Precision
 from escort.report import Table
 from escort.runtime import Batching, Favor
+from escort.runtime.saved.errors import naming
 
 _NAMES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES}
@@ -29,6 +31,8 @@ _PLAIN = (
     "not_tried packed_inputs refused rivals not_saved not_captured native_steps not_native widened is_favor_asked "
     "sparsities"
 ).split()
+#: Further fields that are such values, where they are there.
+_SOMETIMES = "samples favor precision device timer call_time_us".split()
 #: Fields that the JSON of every plan has; older versions knew no others.
 _ALWAYS = ("layers skipped input_shapes dense_time_us converted_time_us rel_error kept_dense machine").split()
 _COLUMNS = ("Layer", "Convolution", "Zeros", "Method", "µs", "Dense µs", "Speedup", "Others µs")
@@ -193,45 +197,30 @@ class NetworkPlan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> NetworkPlan:
-        """The plan behind :meth:`to_json`. Raises ValueError on anything else."""
+        """The plan behind :meth:`to_json`, of which every field has the type and the range that it must have.
+
+        Raises:
+            ValueError: naming what is wrong; also where a method or a config is none of this version.
+        """
         if not isinstance(data, dict):
             raise ValueError(
                 f"not a network plan: it is a dictionary, as json.loads gives it, got {type(data).__name__}"
             )
         if missing := ", ".join(name for name in _ALWAYS if name not in data):
             raise ValueError(f"not a network plan: it has no {missing}; make it by fast.plan.to_json()")
+        plain = {name: data[name] for name in (*_PLAIN, *_ALWAYS, *_SOMETIMES) if name in data}
         try:
             plan = cls(
-                layers={str(name): Plan.from_json(plan) for name, plan in data["layers"].items()},
-                skipped=_texts(data["skipped"]),
-                input_shapes=tuple(tuple(_count("a size", size) for size in shape) for shape in data["input_shapes"]),
-                dense_time_us=None if data["dense_time_us"] is None else _number(data, "dense_time_us"),
-                converted_time_us=_number(data, "converted_time_us"),
-                rel_error=math.inf if data["rel_error"] is None else _number(data, "rel_error"),
-                kept_dense=_flag(data, "kept_dense"),
-                machine=Machine.from_json(data["machine"]),
-                samples=None if data.get("samples") is None else _count("samples", data["samples"], 1),
-                favor=data.get("favor", "latency"),
-                is_favor_asked=_flag(data, "is_favor_asked"),
-                precision=data.get("precision", "fp32"),
-                device=str(data.get("device", "cpu")),
-                input_dtypes=_names(data, "input_dtypes"),
-                timer=data.get("timer", "calls"),
-                input_names=_names(data, "input_names"),
-                not_tried=_texts(data.get("not_tried", {})),
-                packed_inputs=_flag(data, "packed_inputs"),
-                refused=None if data.get("refused") is None else str(data["refused"]),
-                rivals={name: _number(data["rivals"], name) for name in data.get("rivals", {})},
-                not_saved=None if data.get("not_saved") is None else str(data["not_saved"]),
-                not_captured=None if data.get("not_captured") is None else str(data["not_captured"]),
-                native_steps=_count("native_steps", data.get("native_steps", 0)),
-                not_native=_texts(data.get("not_native", {})),
-                methods=_names(data, "methods"),
-                widened=str(data.get("widened", "")),
-                call_time_us=None if data.get("call_time_us") is None else _number(data, "call_time_us"),
-                sparsities={name: _number(data["sparsities"], name) for name in data.get("sparsities", {})},
+                **plain
+                | {"layers": {name: _layer_plan(name, layer) for name, layer in data["layers"].items()}}
+                | {"input_shapes": tuple(map(tuple, _list(data, "input_shapes")))}
+                | {"rel_error": math.inf if data["rel_error"] is None else data["rel_error"]}
+                | {"machine": Machine.from_json(data["machine"])}
+                | {name: tuple(_list(data, name)) for name in ("input_dtypes", "input_names", "methods")}
             )
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            rest = replace(plan, layers={}, rel_error=0.0 if data["rel_error"] is None else plan.rel_error)
+            check_fields(rest)  # each layer's plan was checked when it was read
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"not a network plan: {error}") from error
         plan._check()
         return plan
@@ -242,9 +231,7 @@ class NetworkPlan:
         kinds = {(problem.device, problem.precision, problem.memory_format) for problem in problems}
         if (
             not re.fullmatch(r"cpu|cuda:\d{1,3}", self.device)
-            or self.precision not in get_args(Precision)
-            or self.timer not in get_args(Timer)
-            or self.favor not in get_args(Favor)
+            or self.samples == 0
             or len(self.input_dtypes) not in (0, len(self.input_shapes))
             or not all(name in _DTYPES for name in self.input_dtypes)
             or len(set(self.input_names)) != len(self.input_names)
@@ -361,32 +348,12 @@ def _is_waived(plan: Plan) -> bool:
     return plan.problem.device_type == "cpu" and min(times_us, default=math.inf) < (plan.time_us or 0.0)
 
 
-def _texts(data: dict[str, Any]) -> dict[str, str]:
-    return {str(name): str(text) for name, text in data.items()}
+def _layer_plan(name: str, data: Any) -> Plan:
+    with naming(f"layer {name:.100}"):
+        return Plan.from_json(data)
 
 
-def _flag(data: dict[str, Any], name: str) -> bool:
-    """A field of JSON that is true or false, and false where it is not there. Raises ValueError on anything else."""
-    if not isinstance(value := data.get(name, False), bool):
-        raise ValueError(f"not a network plan: {name} is true or false, got {value!r:.50}")
+def _list(data: dict[str, Any], name: str) -> list[Any]:
+    if not isinstance(value := data.get(name, []), list):
+        raise ValueError(f"{name} is a list, got {value!r:.50}")
     return value
-
-
-def _number(data: dict[str, Any], name: str) -> float:
-    """A time, an error or a share. Raises ValueError on anything else."""
-    value = data[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < math.inf:
-        raise ValueError(f"not a network plan: {name} is a finite number from 0 up, got {value!r:.50}")
-    return float(value)
-
-
-def _count(name: str, value: Any, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"not a network plan: {name} is a whole number from {least} up, got {value!r:.50}")
-    return value
-
-
-def _names(data: dict[str, Any], name: str) -> tuple[str, ...]:
-    if not isinstance(value := data.get(name, []), list) or not all(isinstance(each, str) for each in value):
-        raise ValueError(f"not a network plan: {name} is a list of names, got {value!r:.50}")
-    return tuple(value)

@@ -3,62 +3,95 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-_MOST_CHARACTERS = 1 << 10
-_MOST_ITEMS = 1 << 10
+_MOST_CHARACTERS = 1 << 14
+_MOST_ITEMS = 1 << 14
 _MOST_INTEGER = (1 << 31) - 1
+
+_Test = Callable[[Any], bool]
 
 
 def check_fields(value: Any) -> None:
     """Checks a dataclass and those in it.
 
-    Integers are from 0 to 2^31 - 1, floats finite and not negative, texts have up to 1,024 characters, tuples and
-    dicts as many items.
+    Integers are from 0 to 2^31 - 1, floats finite and not negative, texts have up to 16,384 characters, tuples and
+    dicts as many items. What a dict says nothing of is a scalar.
 
     Raises:
         ValueError: naming the field, and what it holds.
     """
-    hints = _hints(type(value))  # type: ignore[arg-type]
-    for name in (field.name for field in fields(value)):
-        if not _is(getattr(value, name), hints[name]):
+    for name, is_right in _tests(type(value)):  # type: ignore[arg-type]
+        if not is_right(getattr(value, name)):
             raise ValueError(f"{name} cannot be {repr(getattr(value, name))[:100]}")
 
 
 @lru_cache
-def _hints(kind: Any) -> dict[str, Any]:
-    """The types of a class's fields: evaluating annotations takes longer than all checks."""
-    return get_type_hints(kind)
+def _tests(kind: Any) -> list[tuple[str, _Test]]:
+    """What tells whether each field of a class is right, made once: a plan has hundreds of them."""
+    hints = get_type_hints(kind)
+    return [(field.name, _test(hints[field.name])) for field in fields(kind)]
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _test(kind: Any) -> _Test:
+    """What tells whether a value is of a type, as annotations write it."""
     if is_dataclass(kind):
-        if type(value) is kind:
-            check_fields(value)
-        return type(value) is kind
+        return partial(_is_checked, kind)
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
-        return type(value) is str and value in parts
+        words = frozenset(parts)
+        return lambda value: type(value) is str and value in words
     if origin is UnionType:
-        return any(_is(value, part) for part in parts)
+        return reduce(lambda first, other: lambda value: first(value) or other(value), map(_test, parts))
+    if origin is tuple and parts[-1] is Ellipsis:
+        of_each = _test(parts[0])
+        return lambda value: type(value) is tuple and len(value) <= _MOST_ITEMS and all(map(of_each, value))
     if origin is tuple:
-        if type(value) is not tuple or len(value) > _MOST_ITEMS:
-            return False
-        of_each = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        return len(of_each) == len(value) and all(map(_is, value, of_each))
+        tests = [*map(_test, parts)]
+        return lambda value: (
+            type(value) is tuple
+            and len(value) == len(tests)
+            and all(test(item) for test, item in zip(tests, value, strict=True))
+        )
     if origin is dict:
-        return type(value) is dict and len(value) <= _MOST_ITEMS and all(type(key) is str for key in value)
-    return _is_scalar(value, kind)
+        of_key, of_item = map(_test, parts)
+        return lambda value: (
+            type(value) is dict
+            and len(value) <= _MOST_ITEMS
+            and all(of_key(key) and of_item(item) for key, item in value.items())
+        )
+    return _SCALARS.get(kind, _is_scalar)
 
 
-def _is_scalar(value: Any, kind: Any) -> bool:
-    if kind is float:
-        return type(value) in (int, float) and value >= 0 and math.isfinite(value)
+def _is_checked(kind: Any, value: Any) -> bool:
     if type(value) is not kind:
         return False
-    if kind is int:
-        return 0 <= value <= _MOST_INTEGER
-    return len(value) <= _MOST_CHARACTERS if kind is str else kind in (bool, NoneType)
+    check_fields(value)
+    return True
+
+
+def _is_float(value: Any) -> bool:
+    return (isinstance(value, float) or type(value) is int) and value >= 0 and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _MOST_CHARACTERS  # torch's version, say, has a type of its own
+
+
+#: What tells whether a value is of a plain type.
+_SCALARS: dict[Any, _Test] = {
+    float: _is_float,
+    str: _is_text,
+    int: lambda value: type(value) is int and 0 <= value <= _MOST_INTEGER,
+    bool: lambda value: type(value) is bool,
+    NoneType: lambda value: value is None,
+}
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether a value is of one of them, whichever that is."""
+    return any(test(value) for test in _SCALARS.values())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from escort.filter import SparseFilter
 from escort.methods import Config, Method, Prepared, by_name, dense_for
+from escort.planner.checked import check_fields
 from escort.planner.machine import Machine
 from escort.planner.timing import Timer
 from escort.problem import Problem
@@ -126,17 +127,18 @@ class Plan:
             plan = cls(
                 problem=Problem.from_json(data["problem"]),
                 method=data["method"],
-                config=dict(data["config"]),
+                config=data["config"],
                 candidates=tuple(Candidate(**candidate) for candidate in data["candidates"]),
                 machine=Machine.from_json(data["machine"]),
                 times_from=data.get("times_from", "measured"),
-                is_steady=bool(data.get("is_steady", True)),
+                is_steady=data.get("is_steady", True),
             )
-            by_name(plan.method, plan.problem.device).config_type(**plan.config)
-        except (KeyError, TypeError, AttributeError) as error:
+            check_fields(plan)
+            for candidate in plan.candidates:
+                by_name(candidate.method, plan.problem.device)
+            check_fields(by_name(plan.method, plan.problem.device).config_type(**plan.config))
+        except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"not a plan: {error}") from error
-        if plan.times_from not in get_args(TimesFrom):
-            raise ValueError(f"not a plan: its times are from {plan.times_from!r}")
         return plan
 
 

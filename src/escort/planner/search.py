@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import torch
+
+from escort.cuda.compiler import no_compiler
 from escort.cuda.gpu import Gpu
+from escort.cuda.kernel import is_had
 from escort.filter import SparseFilter
 from escort.methods import Config, Method
 from escort.planner.compile_budget import Grant
@@ -60,7 +64,7 @@ class Search:
         refused: list[Candidate] = [] if grant is None else list(grant.refused)
         is_cut = bool(predicted) or (grant is not None and grant.is_cut)
         for method in methods:
-            if reason := method.unsupported(layer.problem):
+            if reason := unsupported(method, layer):
                 refused.append(Candidate(method.name, reason=reason))
             elif method.compiles_per_filter and grant is None:
                 is_cut = True
@@ -72,7 +76,7 @@ class Search:
             ):
                 refused.append(Candidate(method.name, reason=reason + ("" if grant else "; effort='best' tries it")))
             else:
-                configs = method.configs(layer.problem, layer.sparse_filter)
+                configs = _that_run(method, layer)
                 if grant is None:
                     plain = [method.without_trying(config) for config in configs]
                     pairs = list(zip(configs, plain, strict=True))
@@ -84,6 +88,25 @@ class Search:
                 tried.append((method, tuple(configs[:most])))
         seconds = 0.0 if grant is None else grant.seconds
         return cls(tuple(tried), tuple(refused), seconds if is_cut or late else None, tuple(late))
+
+
+def unsupported(method: Method, layer: Layer) -> str | None:
+    """Why a method cannot run a layer here, None where it can: also that it has no kernel, and none can be compiled."""
+    problem = layer.problem
+    if reason := method.unsupported(problem):
+        return reason
+    if problem.device_type == "cpu" or method.compiles_per_filter or (reason := no_compiler()) is None:
+        return None
+    return None if _that_run(method, layer) else f"no kernel for it came with this package or a file, and {reason}"
+
+
+def _that_run(method: Method, layer: Layer) -> list[Config]:
+    """The configs of a method whose kernels can be had: without a compiler those that are carried or shipped."""
+    problem, device = layer.problem, torch.device(layer.problem.device)
+    configs = list(method.configs(problem, layer.sparse_filter))
+    if problem.device_type == "cpu" or no_compiler() is None:
+        return configs
+    return [each for each in configs if all(is_had(variant, device) for variant in method.kernels(problem, each))]
 
 
 def not_tried(method: Method, configs: int) -> Candidate:
@@ -102,7 +125,7 @@ def predict_us(layer: Layer, methods: Sequence[Method]) -> dict[str, float]:
     gpu = Gpu.of(problem.device)
     known, key = _predicted.setdefault(layer.sparse_filter, {}), (problem, gpu, tuple(methods))
     if key not in known:
-        able = [method for method in methods if not method.compiles_per_filter and method.unsupported(problem) is None]
+        able = [method for method in methods if not method.compiles_per_filter and unsupported(method, layer) is None]
         times_us = {method.name: method.predict_us(problem, layer.sparse_filter, gpu) for method in able}
         known[key] = {name: least_us for name, least_us in times_us.items() if least_us is not None}
     return known[key]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import fx, nn
 
+from escort.arguments import path_of
 from escort.integrations.onnx.errors import OnnxError
 
 __all__ = ["OnnxError", "from_onnx", "inputs_of"]
@@ -38,13 +38,12 @@ def from_onnx(path: str | os.PathLike[str], *, rounding: bool = True) -> fx.Grap
         ImportError: where onnx is not installed.
         TypeError: for what is no path.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"from_onnx takes the path of a file, got {type(path).__name__}; save the model to one first")
+    path = path_of(path, "model.onnx")
     if find_spec("onnx") is None or find_spec("onnxscript") is None:
         raise ImportError("reading an ONNX file takes onnx and onnxscript; pip install 'escort-sparse[onnx]'")
     from escort.integrations.onnx.network import build
 
-    return build(Path(path), rounding)
+    return build(path, rounding)
 
 
 def inputs_of(module: nn.Module) -> list[tuple[str, tuple[int | None, ...], torch.dtype]]:

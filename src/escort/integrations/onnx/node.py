@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from escort.integrations.onnx.attributes import check_unread
 from escort.integrations.onnx.builder import Builder
 from escort.integrations.onnx.errors import NotSupportedError
 from escort.integrations.onnx.values import Operand, Sizes, Value, Whole
@@ -48,6 +49,9 @@ class Node:
         self._inputs = inputs
         self._scope = _scope(proto)
         self._attributes: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
+        self._read: set[str] = set()  # of the attributes
+        if len(self._attributes) < len(proto.attribute):
+            raise NotSupportedError("it has two attributes of one name; export it anew")
 
     @property
     def arity(self) -> int:
@@ -113,6 +117,7 @@ class Node:
 
     def attribute_or_input(self, name: str, index: int) -> list[int] | None:
         """Whole numbers that older opsets have as an attribute, newer ones as an input; None where there are none."""
+        self._read.add(name)
         if name in self._attributes:
             return [int(each) for each in self._attributes[name]]
         if not self.has(index):
@@ -121,6 +126,7 @@ class Node:
 
     def get(self, name: str, default: Any = _DEFAULT) -> Any:
         """An attribute: a number, a list of numbers, or a tensor."""
+        self._read.add(name)
         if name not in self._attributes:
             if default is _DEFAULT:
                 raise NotSupportedError(f"it lacks its attribute {name}; export it anew")
@@ -130,11 +136,16 @@ class Node:
 
     def text(self, name: str, default: str, known: str) -> str:
         """An attribute that is one of a few words."""
+        self._read.add(name)
         value = self._attributes.get(name, default.encode())
         text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
         if text not in known.split():
             raise NotSupportedError(f"its {name} is {text[:50]!r}, and must be one of {', '.join(known.split())}")
         return text
+
+    def check_unread(self) -> None:
+        """Raises NotSupportedError for an attribute that was not read, and that asks for something."""
+        check_unread(self.op, self.version, self._attributes, self._read)
 
     def wants(self, index: int) -> bool:
         """Whether anybody reads a result."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from escort import prune, report
+from escort.arguments import is_number
 from escort.methods import by_name
 from escort.network.convert import convert
 from escort.network.forecast import page
@@ -113,11 +115,11 @@ class Forecast:
         """The forecast as JSON values: the network and each layer, at a few shares of zeros."""
         return page.to_json(self)
 
-    def write(self, path: str | Path) -> Path:
+    def write(self, path: str | os.PathLike[str]) -> Path:
         """Writes a self-contained page with the curves, and JSON beside it, whose path it returns.
 
         Raises:
-            ValueError: where `path` is no .html file.
+            ValueError, TypeError: where `path` is no .html file.
             ImportError: without matplotlib, which draws the curves.
             OSError: where a file cannot be written, as where its folder is not there.
         """
@@ -164,7 +166,7 @@ class Forecast:
 
     def _shares(self, sparsity: float | Mapping[str, float]) -> list[tuple[LayerForecast, float]]:
         given = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
-        if wrong := [share for share in given if not (isinstance(share, (int, float)) and 0.0 <= share <= 1.0)]:
+        if wrong := [share for share in given if not (is_number(share) and 0.0 <= share <= 1.0)]:
             raise ValueError(f"a share of zeros is between 0 and 1, got {wrong[0]!r}; write 0.9 for 90 %")
         if not isinstance(sparsity, Mapping):
             return [(layer, max(sparsity, layer.zeros) if layer.is_pruned else layer.zeros) for layer in self.layers]

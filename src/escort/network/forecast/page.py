@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from escort.arguments import path_of
 from escort.network.forecast.curve import SHARES, is_ahead, shares_from
 from escort.network.wording import convolution, machine_line, microseconds, percent
 from escort.report import Facts, Figure, Section, Table, Text, line_chart, write_html
@@ -135,9 +137,9 @@ def to_json(forecast: Forecast) -> dict[str, Any]:
     }
 
 
-def write(forecast: Forecast, path: str | Path) -> Path:
+def write(forecast: Forecast, path: str | os.PathLike[str]) -> Path:
     """Writes a page that stands alone, and JSON beside it, whose path is returned; raises as `Forecast.write` says."""
-    path = Path(path)
+    path = path_of(path, "forecast.html")
     write_html(path, "What pruning would gain", sections(forecast))
     beside = path.with_suffix(".json")
     beside.write_text(json.dumps(to_json(forecast), indent=2) + "\n", encoding="utf-8")

@@ -94,18 +94,37 @@ def rewrite(network: nn.Module, request: Request, expected: Sequence[Tensor] = (
 
 
 def _return_as(network: fx.GraphModule, expected: Sequence[Tensor]) -> None:
-    """Has maps that the original returns in NCHW returned so."""
+    """Has maps that the original returns in NCHW returned so. What returns several at once is given such maps."""
     (output,) = network.graph.find_nodes(op="output")
     returned = [leaf for leaf in tree_leaves(output.args) if isinstance(leaf, fx.Node)]
-    if len(returned) != len(expected):  # what else is returned holds tensors of its own
+    counts = [node.meta.get("holds", 1) for node in returned]
+    if sum(counts) != len(expected):
         return
-    with network.graph.inserting_before(output):
-        for node, x in dict(zip(returned, expected, strict=True)).items():
-            is_map = x.ndim == 4 and shape_of(node) is not None
-            is_map = is_map and not x.is_contiguous(memory_format=torch.channels_last)
-            if is_map and x.is_contiguous() and node.op != "placeholder":
-                output.replace_input_with(node, network.graph.call_method("contiguous", (node,)))
+    rest = iter(expected)
+    of_nodes = {node: [next(rest) for _ in range(count)] for node, count in zip(returned, counts, strict=True)}
+    for node, tensors in of_nodes.items():
+        are_maps = all(x.ndim == 4 and x.stride(3) < x.stride(1) for x in tensors)
+        if node.meta.get("holds") and are_maps:
+            _take_planes(network, node)
+        elif shape_of(node) is not None and are_maps and tensors[0].is_contiguous():
+            _replace_by_planes(network, output, node)
     network.recompile()
+
+
+def _take_planes(network: fx.GraphModule, node: fx.Node) -> None:
+    """Has a node take maps in NCHW, and so what makes the lists and tuples that it takes."""
+    for source in node.all_input_nodes:
+        shape = shape_of(source)
+        if shape is not None and len(shape[0]) == 4:
+            _replace_by_planes(network, node, source)
+        elif source.meta.get("holds"):
+            _take_planes(network, source)
+
+
+def _replace_by_planes(network: fx.GraphModule, user: fx.Node, source: fx.Node) -> None:
+    if source.op != "placeholder":
+        with network.graph.inserting_before(user):
+            user.replace_input_with(source, network.graph.call_method("contiguous", (source,)))
 
 
 def _alike(network: fx.GraphModule) -> list[list[fx.Node]]:

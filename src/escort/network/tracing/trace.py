@@ -22,7 +22,7 @@ from escort.network.example import Example
 from escort.network.tracing.conv_types import is_leaf
 from escort.network.tracing.state import State, same_draws
 from escort.network.tracing.tracer import Call, Tracer
-from escort.network.values import difference
+from escort.network.values import difference, tensors_of
 from escort.runtime import Program
 from escort.runtime.stand_in import adopt, is_patched
 
@@ -314,7 +314,7 @@ def _input_of_convolution(read: fx.Node, module: nn.Module) -> fx.Node | None:
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph as its code does, and notes in every node the shape and type of its result."""
+    """Runs a graph as its code does. A node notes the shape and type of its result, or how many tensors it holds."""
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
@@ -324,6 +324,8 @@ class _Shapes(fx.Interpreter):
         result = super().run_node(n)
         if isinstance(result, Tensor):
             n.meta["shape"] = result.shape, result.dtype
+        else:
+            n.meta["holds"] = len(tensors_of(result))
         return result
 
 

@@ -68,6 +68,7 @@ def mapped(node: Node) -> tuple[Any, ...]:
         raise NotSupportedError("it computes with numbers of a few bits, which only DequantizeLinear does here")
     function = sizes.OPERATORS[node.op] if _is_of_sizes(node) else OPERATORS[node.op]
     result = function(node)
+    node.check_unread()
     return result if isinstance(result, tuple) else (result,)
 
 

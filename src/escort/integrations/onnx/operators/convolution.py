@@ -23,9 +23,7 @@ def conv(node: Node) -> Operand:
     weight = node.input(1)
     if weight.ndim not in _CONVOLUTIONS:
         raise NotSupportedError(f"its filter is of shape {list(weight.shape)}, and must be of one to three dimensions")
-    size = tuple(node.known(each, "filter's sizes") for each in node.shape(weight)[2:])
-    if tuple(said := node.get("kernel_shape", list(size))) != size:
-        raise NotSupportedError(f"its kernel_shape {said} is not that of its filter, {list(size)}; export it anew")
+    size = _kernel_size(node, weight)
     window = Window.of(node, size, node.x)
     x, padding = (node.x, window.before) if window.is_symmetric else (window.padded(node, node.x), (0,) * len(size))
     settings: dict[str, Any] = {
@@ -44,6 +42,13 @@ def conv(node: Node) -> Operand:
         _state(x, weight, bias),
         x,
     )
+
+
+def _kernel_size(node: Node, weight: Tensor | Value) -> tuple[int, ...]:
+    size = tuple(node.known(each, "filter's sizes") for each in node.shape(weight)[2:])
+    if tuple(said := node.get("kernel_shape", list(size))) != size:
+        raise NotSupportedError(f"its kernel_shape {said} is not that of its filter, {list(size)}; export it anew")
+    return size
 
 
 def _groups(node: Node) -> int:
@@ -74,7 +79,7 @@ def conv_transpose(node: Node) -> Operand:
     x = node.variable()
     if weight.ndim not in _TRANSPOSED:
         raise NotSupportedError(f"its filter is of shape {list(weight.shape)}, and must be of one to three dimensions")
-    size, groups = tuple(weight.shape[2:]), _groups(node)
+    size, groups = _kernel_size(node, weight), _groups(node)
     more = tuple(node.get("output_padding", [0] * len(size)))
     window, before, after = _cut(node, size, more, x)
     both = tuple(min(pair) for pair in zip(before, after, strict=True))

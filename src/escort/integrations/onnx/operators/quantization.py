@@ -67,9 +67,10 @@ def _scaling(node: Node, output_type: int) -> tuple[Any, Any, Tensor]:
 
 def _shaped(node: Node, x: Any, numbers: Tensor) -> Tensor:
     """Scales or zero points in a shape that goes with x."""
+    axis, block = node.get("axis", 1), node.get("block_size", 0)
     if numbers.numel() == 1:
         return numbers.reshape(())
-    axis, block = node.axis(node.get("axis", 1), x.ndim), node.get("block_size", 0)
+    axis = node.axis(axis, x.ndim)
     if block:
         size = node.known(node.shape(x)[axis], "blocks")
         return numbers.repeat_interleave(block, axis).narrow(axis, 0, size)

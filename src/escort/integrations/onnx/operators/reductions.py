@@ -20,10 +20,8 @@ def _reduction(
 
     def mapped(node: Node) -> Operand:
         x = node.x
-        axes = node.attribute_or_input("axes", 1)
-        if not axes and node.get("noop_with_empty_axes", 0):
-            axes = []
-        elif not axes:
+        axes, all_if_none = node.attribute_or_input("axes", 1) or [], not node.get("noop_with_empty_axes", 0)
+        if not axes and all_if_none:
             axes = list(range(x.ndim))
         dims, keepdims, dtype = [node.axis(axis, x.ndim) for axis in axes], bool(node.get("keepdims", 1)), x.dtype
         result = x if before is None else node.call(before, x)

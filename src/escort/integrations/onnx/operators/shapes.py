@@ -99,14 +99,22 @@ def split(node: Node) -> tuple[Operand, ...]:
     """Into parts of sizes that are given, or as many equal ones as there are results; the last one may be smaller."""
     x, count = node.x, len(node.outputs)
     axis = node.axis(node.get("axis", 0), x.ndim)
-    sizes = node.attribute_or_input("split", 1)
+    length = node.shape(x)[axis]
+    sizes = parts_of(node, length)
     if sizes is None:
-        length = node.shape(x)[axis]
-        if length is None:
-            return node.parts(node.call(torch.chunk, x, count, axis), count)
-        each = -(-length // count)
-        sizes = [min(each, length - each * part) for part in range(count)]
+        return node.parts(node.call(torch.chunk, x, count, axis), count)
     return node.parts(node.call(torch.split, x, sizes, axis), count)
+
+
+def parts_of(node: Node, length: int | None) -> list[int] | None:
+    """The sizes of the parts that a node splits an axis of a length into; None where that is left open."""
+    sizes, count = node.attribute_or_input("split", 1), len(node.outputs)
+    if (wanted := node.get("num_outputs", count)) != count:
+        raise NotSupportedError(f"its num_outputs is {wanted}, and it has {count} results; export it anew")
+    if sizes is not None or length is None:
+        return sizes
+    each = -(-length // count)
+    return [min(each, length - each * part) for part in range(count)]
 
 
 def slices(node: Node) -> Operand:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from escort.integrations.onnx.errors import NotSupportedError
 from escort.integrations.onnx.node import Node
+from escort.integrations.onnx.operators.shapes import parts_of
 from escort.integrations.onnx.tensors import dtype_of
 from escort.integrations.onnx.values import Operand, Sizes, Value, product, sizes_of
 
@@ -98,6 +99,8 @@ def _gather(node: Node) -> Operand:
 
 def _slice(node: Node) -> Operand:
     start, end = (int(node.number(index, "part of a shape")) for index in (1, 2))
+    for axis in node.attribute_or_input("axes", 3) or ():
+        node.axis(axis, 1)
     step = (node.attribute_or_input("steps", 4) or [1])[0]
     return sizes_of(_array(node, 0)[start:end:step], _dtype(node))
 
@@ -108,10 +111,12 @@ def _concat(node: Node) -> Operand:
 
 
 def _split(node: Node) -> Any:
-    sizes = node.attribute_or_input("split", 1)
     array = _array(node, 0)
-    ends = np.cumsum(sizes)[:-1].tolist() if sizes else len(node.outputs)
-    return tuple(sizes_of(part, _dtype(node)) for part in np.array_split(array, ends))
+    axis = node.axis(node.get("axis", 0), array.ndim)
+    ends = np.cumsum(np.asarray(parts_of(node, array.shape[axis]), dtype=np.int64))
+    if ends[-1] != array.shape[axis]:
+        raise NotSupportedError(f"its parts are {ends[-1]} of {array.shape[axis]} sizes; export it anew")
+    return tuple(sizes_of(part, _dtype(node)) for part in np.split(array, ends[:-1].tolist(), axis))
 
 
 def _reshape(node: Node) -> Operand:
@@ -120,8 +125,12 @@ def _reshape(node: Node) -> Operand:
 
 
 def _reduce_product(node: Node) -> Operand:
-    result = np.asarray(product(_array(node, 0).reshape(-1).tolist()), dtype=object)
-    return sizes_of(result.reshape((1,) * _array(node, 0).ndim) if node.get("keepdims", 1) else result, _dtype(node))
+    array, axes, is_idle = _array(node, 0), _axes(node), bool(node.get("noop_with_empty_axes", 0))
+    over = {node.axis(axis, array.ndim) for axis in axes} or ({*()} if is_idle else {*range(array.ndim)})
+    if over != {*range(array.ndim)}:
+        raise NotSupportedError("it multiplies sizes along some axes only; export the network with fixed sizes")
+    result = np.asarray(product(array.reshape(-1).tolist()), dtype=object)
+    return sizes_of(result.reshape((1,) * array.ndim) if node.get("keepdims", 1) else result, _dtype(node))
 
 
 def _equal(node: Node) -> Operand:

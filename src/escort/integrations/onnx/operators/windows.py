@@ -58,20 +58,29 @@ class Window:
         if x.ndim != count + 2 or min(size, default=1) < 1 or max(size, default=0) > MAX_BYTES:
             raise NotSupportedError(f"its window of {size} does not go over a map of shape {list(node.shape(x))}")
         auto = node.text("auto_pad", "NOTSET", _AUTO)
+        pads = _numbers(node, "pads", [0] * (2 * count))
         if auto == "NOTSET":
-            pads = _numbers(node, "pads", [0] * (2 * count))
             return cls(size, stride, dilation, pads[:count], pads[count:])
-        if auto == "VALID":
-            return cls(size, stride, dilation, (0,) * count, (0,) * count)
+        window = cls(size, stride, dilation, (0,) * count, (0,) * count)
+        window = window if auto == "VALID" else window._same(node, auto, x)
+        if any(pads) and pads != (*window.before, *window.after):
+            raise NotSupportedError(
+                f"its pads {list(pads)} are not those of its auto_pad {auto}; export it with one of the two"
+            )
+        return window
+
+    def _same(self, node: Node, auto: str, x: Tensor | Value) -> Window:
+        """The window with "same" padding, the larger half of it at the end (SAME_UPPER) or in front."""
+        size, stride, dilation, count = self.size, self.stride, self.dilation, len(self.size)
         totals = []
         for known, (reach, step) in zip(node.shape(x)[2:], _reaches(size, stride, dilation), strict=True):
             if known is None and step > 1:
                 if auto == "SAME_LOWER":
                     node.known(known, "zeros in front (auto_pad)")
-                return cls(size, stride, dilation, (0,) * count, (0,) * count, same=True)
+                return Window(size, stride, dilation, (0,) * count, (0,) * count, same=True)
             totals.append(max(reach - 1 if known is None else (-(-known // step) - 1) * step + reach - known, 0))
         less, more = tuple(n // 2 for n in totals), tuple(n - n // 2 for n in totals)
-        return cls(size, stride, dilation, *((less, more) if auto == "SAME_UPPER" else (more, less)))
+        return Window(size, stride, dilation, *((less, more) if auto == "SAME_UPPER" else (more, less)))
 
     def padded(self, node: Node, x: Any, value: float = 0.0) -> Any:
         """x with everything around it that the window goes over."""

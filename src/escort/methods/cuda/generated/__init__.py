@@ -61,7 +61,7 @@ class Generated(Method):
             or math.prod(problem.input_shape[1:]) * 4 > _MOST_BYTES
         ):
             return "a sample exceeds 2 GiB; use a smaller input"
-        return unavailable(torch.device(problem.device))
+        return unavailable(torch.device(problem.device), per_filter=True)
 
     def configs(self, problem: Problem, sparse_filter: SparseFilter) -> Sequence[GeneratedConfig]:
         """The configs of least predicted time, no two of them alike."""
