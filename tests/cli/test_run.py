@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,25 @@ def test_every_format_that_pillow_reads_but_those_it_cannot_alone(saved: Path, i
         if not path.is_dir():
             path.unlink()
     assert ".jpg or .png, or one of its folders, cats.png/" in invoke("run", saved, images).stderr
+
+
+def test_images_of_folders_within(saved: Path, images: Path, tmp_path: Path) -> None:
+    inside = images / "2024" / "été"
+    inside.mkdir(parents=True)
+    for name in ("b.png", "c.png"):
+        shutil.copy(images / "b.png", inside / name)
+    (images / "link").symlink_to(images / "2024")
+    assert "2024/, link/, notes.txt: no images" in (flat := invoke("run", saved, images).stderr.replace("\n", " "))
+    assert "--recursive takes what folders hold, too" in flat.replace("  ", " ")
+    result = succeed("run", saved, images, "--recursive", "--output", tmp_path / "out.npz")
+    assert "left out link/, notes.txt: no images" in result.stderr.replace("\n", " ")
+    assert "--recursive" not in result.stderr
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as out:
+        assert [name for name in out["names"] if "/" in name] == ["2024/été/b.png", "2024/été/c.png"]
+        assert "b.png" in out["names"] and len(out["names"]) == 3 + 2
+    shutil.rmtree(inside)
+    one = invoke("run", saved, images / "b.png", "--recursive")
+    assert one.exit_code == 0
 
 
 def test_run_on_one_image(saved: Path, images: Path) -> None:

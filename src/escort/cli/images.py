@@ -130,6 +130,9 @@ class ImageOptions:
             help="Pixels are divided by it then. By default ImageNet's, 0.229,0.224,0.225; of grey images 1.",
         ),
     ] = ""
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Images of folders within the folder, too, named with these.")
+    ] = False
 
     def inputs(self, source: Path, shape: tuple[int, int, int], layer: Images | None = None) -> Inputs:
         """The inputs in a folder or a file, for a model that was planned for (C, H, W).
@@ -144,40 +147,53 @@ class ImageOptions:
             if self.size is not None:
                 height, width = _pair(self.size)
             mean, deviation = _floats(self.mean, "--mean"), _floats(self.deviation, "--std")
-            return Inputs.of_images(source, Preparation(channels, height, width, mean, deviation, layer))
+            preparation = Preparation(channels, height, width, mean, deviation, layer)
+            return Inputs.of_images(source, preparation, recursive=self.recursive)
         if self != ImageOptions():
-            raise ValueError("--size, --mean and --std are for images; an array goes in as it is")
+            raise ValueError("--size, --mean, --std and --recursive are for images; an array goes in as it is")
         return Inputs.of_file(source, channels, layer)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Named inputs that are read batch by batch; an image is opened when its turn comes."""
+    """Named inputs that are read batch by batch; an image is opened when its turn comes.
+
+    Attributes:
+        folder: where images lie; their names are paths from there.
+    """
 
     names: list[str]
     array: NDArray[Any] | None
     paths: list[Path]
     preparation: Preparation | None
+    folder: Path | None = None
 
     @classmethod
-    def of_images(cls, source: Path, preparation: Preparation) -> Inputs:
-        """An image, or the images of a folder by name; a note says what else is in it."""
-        suffixes, paths, left_out = _suffixes(), list[Path](), list[str]()
-        for path in sorted(source.iterdir()) if source.is_dir() else [source]:
+    def of_images(cls, source: Path, preparation: Preparation, *, recursive: bool = False) -> Inputs:
+        """An image, or the images of a folder by name; a note says what else is in it.
+
+        Args:
+            recursive: whether those of folders within it are taken, too; folders that are links are not looked into.
+        """
+        folder = source if source.is_dir() else source.parent
+        suffixes, images, left_out = _suffixes(), dict[str, Path](), list[str]()
+        for path in _entries(source, recursive=recursive) if source.is_dir() else [source]:
+            name = path.relative_to(folder).as_posix()
             if path.is_file() and path.suffix.lower() in suffixes:
-                paths.append(path)
+                images[name] = path
             else:
-                left_out.append(f"{path.name}/" if path.is_dir() else path.name)
-        if not paths:
-            folders = [name for name in left_out if name.endswith("/")]
-            inside = f", or one of its folders, {listing(folders)}" if folders else ""
+                left_out.append(f"{name}/" if path.is_dir() else name)
+        folders = [name for name in left_out if name.endswith("/")]
+        if not images:
+            inside = f", or one of its folders, {listing(folders)}, or pass --recursive" if folders else ""
             raise ValueError(
                 f"{source} holds no image and is no .npy or .npz batch; name images that Pillow reads, such as .jpg or "
                 f".png{inside}"
             )
         if left_out:
-            note(f"{source}: left out {listing(left_out)}: no images, or of formats that are not read here")
-        return cls([path.name for path in paths], None, paths, preparation)
+            remedy = "" if recursive or not folders else "; --recursive takes what folders hold, too"
+            note(f"{source}: left out {listing(left_out)}: no images, or of formats that are not read here{remedy}")
+        return cls(list(images), None, list(images.values()), preparation, folder)
 
     @classmethod
     def of_file(cls, path: Path, channels: int, layer: Images | None = None) -> Inputs:
@@ -223,6 +239,15 @@ class Inputs:
                 names, read = [], []
         if names:
             yield names, torch.stack(read)
+
+
+def _entries(folder: Path, *, recursive: bool) -> Iterator[Path]:
+    """What is in a folder, by name; in the place of a folder what is in that, where one looks into it."""
+    for path in sorted(folder.iterdir()):
+        if recursive and path.is_dir() and not path.is_symlink():
+            yield from _entries(path, recursive=True)
+        else:
+            yield path
 
 
 def _formats() -> list[str]:

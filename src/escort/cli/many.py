@@ -84,7 +84,7 @@ class ManyOptions:
         from escort.integrations.ray.job import Job, Workers
         from escort.integrations.ray.workers import Reader
 
-        if inputs.preparation is None:
+        if inputs.preparation is None or inputs.folder is None:
             raise ValueError("--engine ray takes images; leave it out for an array, which one process reads anyway")
         on_gpus = model.plan.device != "cpu"
         if on_gpus and self.threads is not None:
@@ -104,7 +104,7 @@ class ManyOptions:
         made_by = {
             "network": _digest(saved.saved.read_bytes()),
             "preparation": repr(preparation),
-            "folder of images": _digest(os.fsencode(inputs.paths[0].parent.resolve())),  # which has names of its own
+            "folder of images": _digest(os.fsencode(inputs.folder.resolve())),  # which has names of its own
         }
         blocks = Blocks(folder, made_by)
         job = Job(images, reader, predictor, blocks, batch, self.rows or _ROWS)

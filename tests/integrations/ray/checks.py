@@ -34,7 +34,9 @@ from escort.cli.images import Preparation
 from escort.integrations.ray.blocks import FAILED, Blocks
 from escort.integrations.ray.job import Job, Workers
 from escort.integrations.ray.workers import Reader
+from escort.report import printable
 from tests.cli.named import tiny
+from tests.integrations.ray.folder import make
 from tests.network.models import pruned
 
 BAD = {"017.jpg", "118.jpg"}
@@ -79,7 +81,8 @@ class Run:
         return self.out.with_suffix(".err").read_text()
 
     def report(self) -> dict[str, Any]:
-        assert self.process.wait(LIMIT_S) == 0, self.errors[-4000:]
+        """What it reports at its end. Some images are always damaged, so that the exit code is 1."""
+        assert self.process.wait(LIMIT_S) == 1, self.errors[-4000:]
         return json.loads(self.out.read_text())
 
     def check_runs(self) -> None:
@@ -124,6 +127,23 @@ def below(ancestor: int) -> Iterator[tuple[int, str]]:
 def workers_of(driver: Run) -> dict[int, bool]:
     """The workers that there are, and whether each is in the middle of a task, as Ray names them."""
     return {process: ".submit" in name for process, name in below(driver.process.pid) if "MapWorker(" in name}
+
+
+def kill_a_worker(driver: Run) -> None:
+    """Kills one that is in the middle of a task."""
+    while not (working := [process for process, works in workers_of(driver).items() if works]):
+        driver.check_runs()
+        time.sleep(0.02)
+    os.kill(min(working), signal.SIGKILL)
+
+
+def kill(driver: Run) -> None:
+    """Kills a job, and waits until what it started has ended with it."""
+    started = [process for process, _ in below(driver.process.pid)]
+    driver.process.kill()
+    driver.process.wait()
+    while any(Path(f"/proc/{process}/exe").exists() for process in started):
+        time.sleep(0.1)
 
 
 def check_all_there(output: Path, report: Mapping[str, object]) -> None:
@@ -209,11 +229,7 @@ def test_a_killed_job_goes_on(saved: Path, images: Path, tmp_path: Path) -> None
     output = tmp_path / "predictions"
     driver = start(saved, images, output)
     wait_for_files(output, 3, driver)
-    started = [process for process, _ in below(driver.process.pid)]
-    driver.process.kill()
-    driver.process.wait()
-    while any(Path(f"/proc/{process}/exe").exists() for process in started):
-        time.sleep(0.1)  # what the driver started ends with it
+    kill(driver)
     before = {path: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
     names = pq.read_table(output)["input"].to_pylist()
     assert 0 < len(names) == len(set(names)) < COUNT - len(BAD)
@@ -232,6 +248,40 @@ def test_a_killed_job_goes_on(saved: Path, images: Path, tmp_path: Path) -> None
         refused = start(saved, folder, output, *options)
         assert refused.process.wait(LIMIT_S) == 2
         assert f"was made by another {what}; name another folder" in refused.errors.replace("\n", " ")
+
+
+def test_a_folder_of_20_000_images(saved: Path, tmp_path: Path) -> None:
+    """Three workers and once the driver are killed; then all is there as one process without Ray predicts it."""
+    photos, output = tmp_path / "photos", tmp_path / "predictions"
+    made = make(photos, 20_000)
+    options = ("--recursive", "--batch", 32, "--rows", 256)
+    driver = start(saved, photos, output, *options)
+    for files in (4, 16):
+        wait_for_files(output, files, driver)
+        kill_a_worker(driver)
+    wait_for_files(output, 32, driver)  # of 256 each, less damaged ones
+    kill(driver)
+    done = len(pq.read_table(output, columns=["input"]))
+    assert 7_000 < done < len(made.good)
+    driver = start(saved, photos, output, *options)
+    kill_a_worker(driver)
+    report = driver.report()
+    assert (report["done_before"], report["done"]) == (done, len(made.good) - done)
+    reasons = report["failed"]
+    assert sorted(reasons) == sorted(made.bad + [printable(name) for name in made.nameless])
+    assert all(("is no readable image" in reason) == (name in made.bad) for name, reason in reasons.items())
+
+    table = pq.read_table(output)
+    names = table["input"].to_pylist()
+    assert sorted(names) == sorted(made.good), "each once"
+    here = tmp_path / "here.npz"
+    command = [sys.executable, "-m", "escort", "run", saved, photos, "--recursive", "--batch", "32", "--output", here]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+    with np.load(here) as plain:
+        places = {name: place for place, name in enumerate(plain["names"].tolist())}
+        expected = plain["outputs"][[places[name] for name in names]]
+    assert len(np.unique(expected[:, 0])) > 0.99 * len(expected), "each image has an output of its own"
+    np.testing.assert_allclose(table["outputs"].combine_chunks().to_numpy_ndarray(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_room_for_workers(saved: Path, images: Path, tmp_path: Path) -> None:
