@@ -127,7 +127,8 @@ def convert(
     reports = Progress()
     example = Example.of(example_inputs, example_kwargs)
     model = unwrap(model)
-    check_model(model, example)
+    with running_out("the example"):
+        check_model(model, example)
     if plan is not None:
         asked = {"methods": methods, "favor": favor, "remeasure": remeasure or None}
         check_pinned(plan, example, asked | {"effort": None if effort == "fast" else effort})
