@@ -276,7 +276,7 @@ def test_on_a_gpu_whatever_fails_becomes_a_reason() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_on_a_gpu_first_runs_may_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    first_us = iter([20.0, 70.0, 200.0])
+    first_us = iter([20.0, 160.0, 200.0])
     monkeypatch.setattr(timing, "glance_us", lambda run, device: next(first_us))
     plan = plan_layer(ON_GPU, a_filter(), methods=[Fake(name, lambda y: y) for name in ("a", "b", "c")])
     timed = {c.method: (c.time_us, c.timer) for c in plan.candidates}

@@ -172,11 +172,8 @@ VARIANTS |= {
         SparseTcConfig("flat", 128, across=1, m_blocks=2, cluster=2, memory_format=LAST, by_turns=True),
     ),
 }
+IN_TF32 += ("columns by turns, last",)
 VARIANTS |= {
-    "halo by turns, last": (
-        replace(RES4, epilogue=FULL, precision="tf32"),
-        SparseTcConfig("halo", 104, across=1, rows=7, memory_format=LAST, by_turns=True),
-    ),
     "flat shared, last": (
         replace(POINTWISE, epilogue=FULL),
         SparseTcConfig("flat", 48, across=1, memory_format=LAST, by_turns=True, split=2),

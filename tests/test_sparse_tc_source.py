@@ -473,7 +473,7 @@ def test_slopes_reach_their_channels(
 @pytest.mark.parametrize(
     ("name", "config", "memory_format", "precision"),
     [
-        ("3x3", SparseTcConfig("halo", 104, across=1, rows=7, by_turns=True), "channels_last", "tf32"),
+        ("dilation", SparseTcConfig("columns", 176, across=1, rows=11, by_turns=True), "channels_last", "tf32"),
         ("dilation and stride", SparseTcConfig("im2col", 40, across=1, by_turns=True), "contiguous", "bf16"),
         (
             "pointwise",

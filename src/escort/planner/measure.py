@@ -42,8 +42,8 @@ _BUSY = cores.BUSY
 _HAND_OVER_US = 10.0
 #: Bytes of inputs beyond which caches keep nothing of them from layer to layer on a CPU.
 _MOST_REWRITTEN = 32 << 20
-#: So many microseconds of a first run on a GPU may be waiting for the host, which the replay of a graph does not do.
-_HOST_US = 60.0
+#: So many microseconds of a first run on a GPU may be waiting for a busy host, which the replay of a graph does not do.
+_HOST_US = 150.0
 #: Inputs of a race on a GPU at most: a pass through so many fills a lap. Where more would fit twice the L2 cache, maps
 #: are so small that a network finds them in that cache.
 _MOST_INPUTS = 256

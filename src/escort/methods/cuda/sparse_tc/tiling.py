@@ -168,8 +168,10 @@ def _check(p: Problem, config: SparseTcConfig, element: Element) -> None:
         )
     if config.pixels % 8 or not 0 < config.pixels * config.m_blocks <= 2 * _MOST_SUMS:
         raise UnfitError(f"{config.pixels} pixels by {config.m_blocks} blocks of channels do not fit a warpgroup")
-    if config.by_turns and config.across != 1:
-        raise UnfitError("warpgroups take turns with the same channels; choose across=1")
+    if config.by_turns and (config.across != 1 or config.tap_group == "halo"):
+        raise UnfitError(
+            "warpgroups take turns with the same channels, and not with halo, which is slower than columns"
+        )
     if config.split > 1 and not (
         config.by_turns and config.takes_channels_last and config.samples == config.cluster == 1
     ):
