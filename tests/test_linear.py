@@ -22,9 +22,12 @@ from tests.test_planes import BOUNDS, emulated
 every_type = pytest.mark.parametrize("dtype", POOLED_ON_GPU, ids=str)
 
 
-def layer(columns: int, rows: int, name: Activation, dtype: torch.dtype, *, flattens: bool = False) -> FusedLinear:
+def layer(
+    columns: int, rows: int, name: Activation, dtype: torch.dtype, *, flattens: bool = False, device: str = "cpu"
+) -> FusedLinear:
     torch.manual_seed(columns)
-    return FusedLinear.of(nn.Linear(columns, rows).to(dtype).requires_grad_(False), name, flattens=flattens)
+    linear = nn.Linear(columns, rows, device=device).to(dtype).requires_grad_(False)
+    return FusedLinear.of(linear, name, flattens=flattens)
 
 
 def expected(of: FusedLinear, x: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ def test_other_shapes_and_gradients_are_those_of_torch(dtype: torch.dtype) -> No
 def test_every_shape_on_the_gpu(shape: tuple[int, ...], rows: int, dtype: torch.dtype) -> None:
     columns = torch.Size(shape).numel()
     for name in ("none", "relu"):
-        of = layer(columns, rows, name, dtype, flattens=len(shape) > 1).cuda()
+        of = layer(columns, rows, name, dtype, flattens=len(shape) > 1, device="cuda")
         for samples in (1, 2, 3, 4, 8, 9, 0):
             x = torch.randn(samples, *shape, device="cuda").to(dtype)
             also = [x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)]
@@ -122,6 +125,6 @@ def test_every_shape_on_the_gpu(shape: tuple[int, ...], rows: int, dtype: torch.
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_on_the_gpu(name: Activation) -> None:
     for dtype in (torch.float32, torch.float16):
-        of = layer(64, 24, name, dtype).cuda()
+        of = layer(64, 24, name, dtype, device="cuda")
         x = torch.randn(2, 64, device="cuda").to(dtype)
         assert of.binaries(x[:, :, None, None]) and compare(of(x), expected(of, x)) <= BOUNDS[dtype]

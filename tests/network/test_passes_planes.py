@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 from escort.cuda.gpu import H200
 from escort.layers import AdaptiveAvgPool2d, FusedLinear, NormedConcat, OnPlanes, Squeeze
 from escort.network.passes import PASSES, planes
+from escort.network.passes.classifiers import SLOWER
 from escort.network.passes.norms import join_norms
 from escort.network.passes.squeezes import ONE_LAUNCH, join_squeezes
 from escort.network.swap import find_layers
@@ -300,3 +302,13 @@ def test_what_others_read_stays() -> None:
     network = fused(Tapped(), torch.randn(2, 6, 2, 2))
     layers = {name: each for name, each in network.named_modules() if isinstance(each, FusedLinear)}
     assert [(name, each.activation, each.flattens) for name, each in layers.items()] == [("first", "none", False)]
+
+
+def test_a_layer_that_was_measured_stays_torchs() -> None:
+    model, x = Classifier(), torch.randn(1, 6, 6, 7)
+    reason = f"{SLOWER} 1.50 of its time"
+    pinned = SimpleNamespace(skipped={"5": reason, "8": "you asked to skip it"})
+    network, left_alone = planes.rewrite(traced(model.eval(), x), replace(ON_GPU, pinned=pinned))  # type: ignore[arg-type]
+    assert left_alone == {"5": reason}
+    assert [name for name, each in network.named_modules() if isinstance(each, FusedLinear)] == ["8"]
+    torch.testing.assert_close(network(x), model(x))

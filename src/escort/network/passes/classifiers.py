@@ -45,7 +45,8 @@ def fuse_linears(network: fx.GraphModule, request: Request) -> dict[str, str]:
         maps = _flattened(network, cast(fx.Node, node.args[0]))
         layer = FusedLinear.of(linear, name, flattens=maps is not None)
         shape = torch.Size((*noted[0], 1, 1)) if maps is None else cast(Any, shape_of(maps))[0]
-        reason = _measured(layer, shape) if request.pinned is None else request.pinned.skipped.get(str(node.target))
+        planned = None if request.pinned is None else request.pinned.skipped.get(str(node.target), "")
+        reason = _measured(layer, shape) if planned is None else planned if planned.startswith(SLOWER) else None
         if reason is not None:
             slower |= {str(node.target): reason} if reason else {}
             continue
