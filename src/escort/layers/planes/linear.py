@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from escort import reference
+from escort.cuda.binary import Binary
 from escort.cuda.compiler import Variant
 from escort.cuda.params import pack
 from escort.layers.planes.base import MOST, OnPlanes, Planes, Work
@@ -93,8 +94,14 @@ class FusedLinear(OnPlanes, _Linear):
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # noqa: A002
         if not self.flattens and input.ndim != 2:
             return self.by_torch(input)
-        result: Tensor = super().forward(input if self.flattens else input[:, :, None, None])
+        result: Tensor = super().forward(self._as_maps(input))
         return result
+
+    def binaries(self, *inputs: Tensor) -> tuple[Binary, ...]:
+        return super().binaries(*map(self._as_maps, inputs))
+
+    def _as_maps(self, x: Tensor) -> Tensor:
+        return x[:, :, None, None] if x.ndim == 2 and not self.flattens else x
 
     @staticmethod
     def work(settings: tuple[Any, ...], x: Planes, *others: Planes) -> Work | None:
