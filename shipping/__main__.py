@@ -22,6 +22,7 @@ from escort.layers.images import images_kernel
 from escort.layers.planes.average import average_kernel, mean_kernel
 from escort.layers.planes.concat import concat_kernel
 from escort.layers.planes.gate import gate_kernel
+from escort.layers.planes.linear import linear_kernel
 from escort.layers.planes.norm import local_response_kernel
 from escort.layers.planes.resize import resize_kernel
 from escort.layers.planes.squeeze import squeeze_kernel
@@ -30,12 +31,14 @@ from escort.methods import by_name, for_device
 from escort.planner.cores import on_all_cores
 from escort.planner.plan import Layer
 from escort.planner.search import Search
+from escort.problem import Activation
 from shipping.layers import common_layers, pixel_problems
 
 #: What is shipped for which GPU: compute capability 8.0 has no kernels of its successors' instructions.
 GPUS = (H200, Gpu(multiprocessors=108, shared_bytes=166912, capability=(8, 0)))
 _POOLED, _PYRAMID = ((2, 2), (3, 3)), (5, 5)  # windows, and that of pooling pyramids
 _NORMALIZED = 5  # channels
+_CLASSIFIERS: tuple[Activation, ...] = "none", "relu"  # the activations behind linear layers
 _AT_A_TIME = 64  # kernels that are compiled before it is seen whether more find room
 _log = logging.getLogger("shipping")
 
@@ -79,6 +82,7 @@ def plane_variants() -> Iterator[Variant]:
         yield mean_kernel(dtype, whole)
         yield from (images_kernel(dtype, pixels) for pixels in (1, 4))
         yield squeeze_kernel(dtype)
+        yield from (linear_kernel(dtype, whole, 1, activation) for activation in _CLASSIFIERS)
         yield from (concat_kernel(dtype, whole, norm=norm) for norm in (False, True))
         yield from (local_response_kernel(dtype, vector, False, _NORMALIZED) for vector in (1, 8 // dtype.itemsize))
         yield local_response_kernel(dtype, whole, True, _NORMALIZED)

@@ -42,7 +42,7 @@ struct Index { unsigned x, y, z; };
 struct float2 { float x, y; };
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-static Index blockIdx, gridDim;
+static Index blockIdx, blockDim, gridDim;
 static Index threadIdx;
 using std::max, std::min;
 enum State { READY, AT_WARP, AT_BLOCK, AT_CLUSTER, DONE };
@@ -113,6 +113,8 @@ static void copy16(u32 to, const void* from) { store16(to, __ldg((const uint4*)f
 static void copy16_or_zeros(u32 to, const void* from, bool is_read) {
   store16(to, is_read ? __ldg((const uint4*)from) : uint4());
 }
+static uint4 load16_once(const void* from) { return __ldg((const uint4*)from); }
+static void fetch_line(const void* from) { (void)*(const volatile char*)from; }
 static void meet_blocks() { pause_at(AT_CLUSTER); }
 static float of_block(const float* own, unsigned rank) {
   return *(const float*)((const char*)shared_of_blocks[rank] + shared_address(own));
@@ -247,7 +249,7 @@ static void run_cluster() {
 }
 extern "C" void run(void** args, unsigned x, unsigned y, unsigned z, unsigned block, unsigned shared_bytes,
                     unsigned cluster) {
-  arguments = args, gridDim = {x, y, z}, dynamic_bytes = shared_bytes, block_threads = block;
+  arguments = args, gridDim = {x, y, z}, blockDim = {block, 1, 1}, dynamic_bytes = shared_bytes, block_threads = block;
   threads.resize(cluster * block);
   for (blockIdx.z = 0; blockIdx.z < z; blockIdx.z++)
     for (blockIdx.y = 0; blockIdx.y < y; blockIdx.y++)

@@ -96,6 +96,7 @@ def plane_variants() -> list[Variant]:
         *(("gate.cu", macros | last, 32) for macros, last in both),
         *(("local_response_norm.cu", macros | last | {"SIZE": 5}, 80) for macros, last in both),
         *(("gemv.cu", macros | {"SAMPLES": samples}, 96) for macros in vectors for samples in (1, 8)),
+        *(("linear.cu", macros | {"SAMPLES": samples}, 64) for macros in vectors for samples in (1, 4)),
         *(("concat.cu", macros | {"NORM": norm}, 56) for macros in vectors for norm in (0, 1)),
     ]
 

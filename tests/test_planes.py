@@ -153,11 +153,13 @@ def emulated(layer: OnPlanes, inputs: Sequence[Tensor], folder: Path) -> Tensor 
     work = layer.work(layer.settings(), x, *others)
     if work is None:
         return None
-    y = torch.full(work.out_shape, float("nan"), dtype=x.dtype).contiguous(memory_format=x.torch_memory_format)
+    y = torch.full(work.out_shape, float("nan"), dtype=x.dtype)
+    if y.ndim == inputs[0].ndim:
+        y = y.contiguous(memory_format=x.torch_memory_format)
     given = [*inputs, *[None] * (work.inputs * len(work.launches) - len(inputs))]
     for i, (grid, args) in enumerate(work.launches):
         pointers = *given[i * work.inputs : (i + 1) * work.inputs], y, *(table.to(x.dtype) for table in layer.tables())
-        launch(work.variant, grid, base.THREADS, (*pointers, *args), folder, work.shared_bytes, work.cluster)
+        launch(work.variant, grid, work.threads, (*pointers, *args), folder, work.shared_bytes, work.cluster)
     return y
 
 

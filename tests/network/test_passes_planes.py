@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from escort.cuda.gpu import H200
-from escort.layers import NormedConcat, OnPlanes, Squeeze
-from escort.network.passes import planes
+from escort.layers import AdaptiveAvgPool2d, FusedLinear, NormedConcat, OnPlanes, Squeeze
+from escort.network.passes import PASSES, planes
+from escort.network.passes.classifiers import SLOWER
 from escort.network.passes.norms import join_norms
 from escort.network.passes.squeezes import ONE_LAUNCH, join_squeezes
 from escort.network.swap import find_layers
@@ -224,3 +226,89 @@ def test_norms_that_do_something_else_stay() -> None:
     training = fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(6)).train())
     join_norms(training)
     assert not any(isinstance(module, NormedConcat) for module in training.modules())
+
+
+class Classifier(nn.Sequential):
+    """A VGG's end: pooling that changes nothing, a flattening, and layers with dropout between them."""
+
+    def __init__(self, pool: int = 3, activation: nn.Module | None = None) -> None:
+        super().__init__(
+            *(nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(pool), nn.Flatten()),
+            *(nn.Linear(8 * pool * pool, 32), activation or nn.ReLU(inplace=True), nn.Dropout()),
+            *(nn.Linear(32, 10), nn.LogSoftmax(1)),
+        )
+
+
+def fused(model: nn.Module, x: Tensor) -> fx.GraphModule:
+    """What a model becomes by all passes of a GPU, on the CPU."""
+    network = traced(model.eval(), x)
+    for each in PASSES:
+        network, left_alone = each(network, ON_GPU)
+        assert not left_alone
+    for given in (x, torch.randn(3, *x.shape[1:]), torch.randn(1, *x.shape[1:]).to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(network(given), model(given))
+    return network
+
+
+def test_linear_layers_take_what_is_around_them() -> None:
+    model = Classifier()
+    network = fused(model, torch.randn(1, 6, 6, 7))
+    layers = [each for each in network.modules() if isinstance(each, FusedLinear)]
+    assert [(each.activation, each.flattens) for each in layers] == [("relu", True), ("none", False)]
+    assert layers[0].weight.data_ptr() != 0 and set(network.state_dict()) >= {"5.weight", "5.bias", "8.weight"}
+    called = [str(node.target) for node in network.graph.nodes if node.op == "call_module"]
+    assert called == ["0", "2", "3", "5", "8", "9"]
+
+
+def test_pooling_to_the_size_that_there_is_returns_its_input() -> None:
+    network = fused(Classifier(), torch.randn(1, 6, 6, 7))
+    pool = network.get_submodule("3")
+    x = torch.randn(1, 8, 3, 3)
+    assert isinstance(pool, AdaptiveAvgPool2d) and pool.aliases and pool(x) is x
+    assert torch.equal(pool(torch.ones(1, 8, 6, 6)), torch.ones(1, 8, 3, 3))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, g: (F.adaptive_avg_pool2d(x, (8, 9)), x),
+        lambda x, g: F.adaptive_avg_pool2d(x.relu(), (8, 9)).mul_(2),
+    ],
+)
+def test_pooling_whose_input_others_may_see_copies_it(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    network, _ = planes.rewrite(traced(Calls(function).eval(), x := torch.randn(2, 6, 8, 9)), ON_GPU)
+    assert not any(getattr(each, "aliases", False) for each in network.modules())
+    before = x.clone()
+    network(x)
+    assert torch.equal(x, before)
+
+
+class Tapped(nn.Module):
+    """Its flattened maps and the first layer's result are read by others, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.plain = nn.Linear(24, 5), nn.Linear(5, 5), nn.Linear(5, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.flatten(x, 1)
+        hidden = self.first(flat)
+        again = self.second(F.silu(self.second(hidden)))
+        result: Tensor = self.plain(again) + hidden.relu().sum(1, keepdim=True) + flat.sum(1, keepdim=True)
+        return result
+
+
+def test_what_others_read_stays() -> None:
+    network = fused(Tapped(), torch.randn(2, 6, 2, 2))
+    layers = {name: each for name, each in network.named_modules() if isinstance(each, FusedLinear)}
+    assert [(name, each.activation, each.flattens) for name, each in layers.items()] == [("first", "none", False)]
+
+
+def test_a_layer_that_was_measured_stays_torchs() -> None:
+    model, x = Classifier(), torch.randn(1, 6, 6, 7)
+    reason = f"{SLOWER} 1.50 of its time"
+    pinned = SimpleNamespace(skipped={"5": reason, "8": "you asked to skip it"})
+    network, left_alone = planes.rewrite(traced(model.eval(), x), replace(ON_GPU, pinned=pinned))  # type: ignore[arg-type]
+    assert left_alone == {"5": reason}
+    assert [name for name, each in network.named_modules() if isinstance(each, FusedLinear)] == ["8"]
+    torch.testing.assert_close(network(x), model(x))

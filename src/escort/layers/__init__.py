@@ -8,6 +8,7 @@ from escort.layers.planes.average import AdaptiveAvgPool2d, AvgPool2d
 from escort.layers.planes.base import OnPlanes
 from escort.layers.planes.concat import Concat, NormedConcat
 from escort.layers.planes.gate import Gate
+from escort.layers.planes.linear import FusedLinear
 from escort.layers.planes.norm import LocalResponseNorm
 from escort.layers.planes.resize import Upsample
 from escort.layers.planes.squeeze import Squeeze
@@ -22,6 +23,7 @@ __all__ = [
     "AvgPool2d",
     "Concat",
     "FusedConv2d",
+    "FusedLinear",
     "Gate",
     "Images",
     "LocalResponseNorm",

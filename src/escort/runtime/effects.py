@@ -48,7 +48,8 @@ def writes(network: Layers, step: Step) -> bool:
 
 def is_view(network: Layers, step: Step) -> bool:
     if step.kind == "layer":
-        return isinstance(network.get_submodule(step.target), _VIEWING_LAYERS)
+        layer = network.get_submodule(step.target)
+        return isinstance(layer, _VIEWING_LAYERS) or bool(getattr(layer, "aliases", False))
     return name_of(step) in _VIEWS
 
 

@@ -5,6 +5,19 @@ typedef unsigned int u32;
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// ------------------------------------------------------------------------------------------------- global memory ----
+// What nobody reads again soon and no kernel that may still run writes.
+__device__ __forceinline__ uint4 load16_once(const void* from) {
+  uint4 words;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from));
+  return words;
+}
+
+// Brings the line of 128 bytes into the level-2 cache.
+__device__ __forceinline__ void fetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // ------------------------------------------------------------------------------------------- barriers (mbarrier) ----
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");

@@ -11,6 +11,7 @@ from torch import nn
 from escort.cuda.compiler import Variant
 from escort.cuda.kernel import NATIVE_CAPABILITY
 from escort.cuda.params import Divisor, pack
+from escort.layers.observed import PLAIN, is_observed
 from escort.layers.planes.base import MOST, THREADS, OnPlanes, Planes, Work
 from escort.layers.pool import pair, pooled_size
 
@@ -115,7 +116,23 @@ class AvgPool2d(OnPlanes, nn.AvgPool2d):
 
 
 class AdaptiveAvgPool2d(OnPlanes, nn.AdaptiveAvgPool2d):
-    """torch's, on a GPU by kernels/cuda/average_pool.cu."""
+    """torch's, on a GPU by kernels/cuda/average_pool.cu.
+
+    Attributes:
+        aliases: whether x itself is returned where it has the pooled size: then nothing else may read it.
+    """
+
+    def __init__(self, output_size: int | tuple[int | None, int | None] | None, aliases: bool = False) -> None:
+        super().__init__(output_size)
+        self.aliases = aliases
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # noqa: A002
+        if self.aliases and input.ndim == 4 and not is_observed() and type(input) in PLAIN:
+            sizes = zip(self.settings(), input.shape[2:], strict=True)
+            if all(wanted in (None, own) for wanted, own in sizes):
+                return input
+        result: torch.Tensor = super().forward(input)
+        return result
 
     def settings(self) -> tuple[Any, ...]:
         size = self.output_size

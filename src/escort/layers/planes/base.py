@@ -80,12 +80,13 @@ class Work:
     Attributes:
         variant: the kernel, whose first parameters are inputs and the result.
         launches: the grid of each launch, and its further arguments, of the same types in all.
-        out_shape: of the result, which lies as the first input does.
+        out_shape: of the result. Where it has the first input's dimensions it lies as that does.
         alignment: bytes of which the inputs' addresses must be multiples.
         inputs: how many inputs each launch takes, one after the other; null pointers stand for those that are missing.
         tables: how many of the layer's own tensors each launch takes behind the result.
         cluster: blocks of a cluster, of which the grids are multiples.
         shared_bytes: of dynamic shared memory of a block.
+        threads: of a block.
     """
 
     variant: Variant
@@ -96,6 +97,7 @@ class Work:
     tables: int = 0
     cluster: int = 1
     shared_bytes: int = 0
+    threads: int = THREADS
 
 
 class OnPlanes(nn.Module):
@@ -163,12 +165,13 @@ def _runner(
         return None
     tensors = [torch.Tensor] * (work.inputs + 1 + work.tables)
     launches = [
-        (compiled.bind(THREADS, work.shared_bytes, (*tensors, *args), overlap=True, cluster=work.cluster), grid)
+        (compiled.bind(work.threads, work.shared_bytes, (*tensors, *args), overlap=True, cluster=work.cluster), grid)
         for grid, args in work.launches
     ]
     memory_format, alignment, taken = x.torch_memory_format, work.alignment, work.inputs
     out_shape = tuple(work.out_shape)
-    strides = torch.empty(out_shape, device="meta", memory_format=memory_format).stride()
+    out_format = memory_format if len(out_shape) == len(x.shape) else torch.contiguous_format
+    strides = torch.empty(out_shape, device="meta", memory_format=out_format).stride()
     allocate = allocator(x.dtype, x.device)
     missing = [None] * (taken * len(launches) - 1 - len(others))
 

@@ -1,4 +1,4 @@
-"""What stands between convolutions, by our kernels for GPUs: normalisation, averages, gates, joins and resizing."""
+"""What stands between convolutions, by our kernels for GPUs: norms, averages, gates, joins, resizing, linear layers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from escort.layers import AdaptiveAvgPool2d, AvgPool2d, Concat, Gate, LocalResponseNorm, Upsample
+from escort.layers import (
+    AdaptiveAvgPool2d,
+    AvgPool2d,
+    Concat,
+    FusedConv2d,
+    Gate,
+    LocalResponseNorm,
+    MaxPool2d,
+    Upsample,
+)
 from escort.layers.pool import POOLED_ON_GPU
 from escort.network.check import Request
+from escort.network.passes.classifiers import fuse_linears
 from escort.network.passes.operations import OPERATIONS, mutates, replace_module
 from escort.network.tracing.trace import shape_of
 from escort.runtime.stand_in import runs_more
@@ -43,7 +53,7 @@ def rewrite(network: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, 
     """Replaces what our kernels compute in a graph, which is written to, where it runs on a GPU.
 
     Returns:
-        The graph, and no convolution that was left alone.
+        The graph, and the linear layers that were measured and left alone.
     """
     if request.device.type != "cuda":
         return network, {}
@@ -59,9 +69,31 @@ def rewrite(network: fx.GraphModule, request: Request) -> tuple[fx.GraphModule, 
             _replace_join(network, node)
         elif OPERATIONS.get(node.target, ("",))[0] == "product":
             _replace_product(network, node)
+    left_alone = fuse_linears(network, request)
+    _pass_through(network)
     network.graph.lint()
     network.recompile()
-    return network, {}
+    return network, left_alone
+
+
+def _pass_through(network: fx.GraphModule) -> None:
+    """Lets adaptive pooling return its input where that has the pooled size already and nothing else reads it."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in network.graph.nodes:
+        if node.op == "call_module" and type(network.get_submodule(node.target)) is AdaptiveAvgPool2d:
+            calls.setdefault(node.target, []).append(node)
+    for name, nodes in calls.items():
+        sources = [node.args[0] for node in nodes]
+        pool = network.get_submodule(name)
+        if not runs_more(pool) and all(_is_made_for_one(network, source) for source in sources):
+            replace_module(network, name, AdaptiveAvgPool2d(pool.output_size, aliases=True).eval())  # type: ignore[arg-type]
+
+
+def _is_made_for_one(network: fx.GraphModule, node: Any) -> bool:
+    """Whether a node makes a tensor of its own, which one other reads."""
+    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
+        return False
+    return type(network.get_submodule(str(node.target))) in (FusedConv2d, MaxPool2d)
 
 
 def replace_modules(network: nn.Module) -> None:

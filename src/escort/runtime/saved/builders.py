@@ -15,6 +15,7 @@ from escort.layers import (
     AvgPool2d,
     Concat,
     FusedConv2d,
+    FusedLinear,
     Gate,
     Images,
     LocalResponseNorm,
@@ -58,7 +59,7 @@ LAYERS: dict[str, type[nn.Module]] = {
         f"escort.{cls.__name__}": cls
         for cls in (
             *(AdaptiveAvgPool2d, AvgPool2d, Concat, FusedConv2d, Gate, LocalResponseNorm, MaxPool2d, SamePad),
-            *(Images, NormedConcat, Squeeze, Upsample),
+            *(FusedLinear, Images, NormedConcat, Squeeze, Upsample),
         )
     },
 }
@@ -128,9 +129,9 @@ _ARGUMENTS: dict[str, Callable[[Any], bool]] = {
             _is_number,
         ),
         (
-            "add_bias_kv add_zero_attn affine align_corners batch_first bias bidirectional ceil_mode channels_last "
-            "count_include_pad elementwise_affine inplace recompute_scale_factor residual return_indices "
-            "scale_grad_by_freq sparse track_running_stats",
+            "add_bias_kv add_zero_attn affine aliases align_corners batch_first bias bidirectional ceil_mode "
+            "channels_last count_include_pad elementwise_affine flattens inplace recompute_scale_factor residual "
+            "return_indices scale_grad_by_freq sparse track_running_stats",
             lambda value: type(value) is bool,
         ),
         ("approximate mode nonlinearity padding_mode", lambda value: value in _WORDS),
