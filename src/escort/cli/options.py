@@ -32,6 +32,7 @@ from escort.planner.machine import find_device
 from escort.problem import TORCH_DTYPE
 from escort.runtime import Favor
 
+_MOST = (1 << 31) - 1  # of a size, or a number of samples
 #: What a saved model is, for messages.
 SAVED = "one that escort convert wrote"
 
@@ -183,7 +184,11 @@ class ModelOptions(SourceOptions):
         if not shapes and Path(self.model).suffix != models.ONNX_SUFFIX:
             raise ValueError("give the shape of a typical input, for example --input 1,3,224,224")
         model = self.load()
-        inputs = _drawn(shapes or models.declared_shapes(model), models.input_types(model))
+        shapes = shapes or models.declared_shapes(model)
+        try:
+            inputs = _drawn(shapes, models.input_types(model))
+        except RuntimeError as error:  # of torch, which has no type of its own for it
+            raise ValueError(f"inputs of {shapes} do not fit this machine's memory; give smaller ones") from error
         placed = place(model, inputs, self.device, self.precision)
         if is_timed:
             note_if_busy(placed[1][0].device.type)
@@ -373,8 +378,8 @@ def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if not values or min(values) < least:
-        raise ValueError(f"{option} takes integers from {least} up, separated by commas, got {text!r}")
+    if not values or min(values) < least or max(values) > _MOST:
+        raise ValueError(f"{option} takes integers from {least} to {_MOST}, separated by commas, got {text!r:.100}")
     return values
 
 
