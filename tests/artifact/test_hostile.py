@@ -58,6 +58,7 @@ ATTACKS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     ),
     "machine": (setting("plan", "machine", to={}), "not a machine"),
     "no plan for a layer": (lambda f: f.plan["layers"].pop("stem.0"), "layer stem.0: 'stem.0' is missing"),
+    "negative config": (setting("plan", "layers", "stem.0", "config", to={"parts": -5}), "stem.0: config cannot be"),
     "unknown method": (setting("plan", "layers", "stem.0", "method", to="magic"), "no method 'magic'"),
     "more channels": (asking(16, "out_channels"), "layer stem.0: tensor stem.0.weight: should be float32 of shape"),
     "fewer channels": (asking(4, "out_channels"), "layer stem.0: tensor stem.0.weight: should be float32 of shape"),
@@ -284,7 +285,7 @@ def test_the_forgeries_are_what_makes_them_refused(saved: Path, tmp_path: Path, 
     assert_same(load(tmp_path / "copy"), converted)
 
 
-@pytest.mark.parametrize("config", [{"channel_block": -5}, {"vectors": 10**6}, {"parts": 0}, {"isa": "none"}])
+@pytest.mark.parametrize("config", [{"channel_block": 1 << 30}, {"vectors": 10**6}, {"parts": 0}, {"isa": "none"}])
 def test_a_kernel_gets_no_config_that_it_does_not_offer(
     saved: Path, tmp_path: Path, converted: ConvertedModel, config: dict[str, Any]
 ) -> None:

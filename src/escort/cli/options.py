@@ -184,11 +184,7 @@ class ModelOptions(SourceOptions):
         if not shapes and Path(self.model).suffix != models.ONNX_SUFFIX:
             raise ValueError("give the shape of a typical input, for example --input 1,3,224,224")
         model = self.load()
-        shapes = shapes or models.declared_shapes(model)
-        try:
-            inputs = _drawn(shapes, models.input_types(model))
-        except RuntimeError as error:  # of torch, which has no type of its own for it
-            raise ValueError(f"inputs of {shapes} do not fit this machine's memory; give smaller ones") from error
+        inputs = _drawn(shapes or models.declared_shapes(model), models.input_types(model))
         placed = place(model, inputs, self.device, self.precision)
         if is_timed:
             note_if_busy(placed[1][0].device.type)
@@ -261,6 +257,8 @@ class EngineOptions:
 
 def _drawn(shapes: Sequence[tuple[int, ...]], types: Sequence[torch.dtype]) -> tuple[torch.Tensor, ...]:
     """Random inputs, the same each time: of float32 where the model says nothing of their types."""
+    if any(math.prod(shape) > _MOST for shape in shapes):
+        raise ValueError(f"no network takes inputs of {shapes[:4]}; give smaller ones")
     generator = torch.Generator().manual_seed(0)
     return tuple(
         torch.randint(256, shape, dtype=dtype, generator=generator)
