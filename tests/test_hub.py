@@ -31,6 +31,15 @@ def test_a_folder_there_and_back(fast: escort.ConvertedModel, tmp_path: Path) ->
     assert facts["library_name"] == "escort-sparse" and facts["input_shapes"] == [[2, 3, 16, 16]]
 
 
+def test_a_folder_of_several(fast: escort.ConvertedModel, tmp_path: Path) -> None:
+    """As on the Hub, `subfolder` says which."""
+    fast.save_pretrained(tmp_path / "small")
+    loaded = escort.from_pretrained(tmp_path, subfolder="small", remeasure=False)
+    assert torch.equal(loaded(X), fast(X))
+    with pytest.raises(FileNotFoundError, match="large has no model.escort"):
+        escort.from_pretrained(tmp_path, subfolder="large")
+
+
 def test_the_card(fast: escort.ConvertedModel, tmp_path: Path) -> None:
     fast.save_pretrained(tmp_path, repo_id="me/small")
     card = (tmp_path / "README.md").read_text()

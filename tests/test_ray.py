@@ -86,6 +86,14 @@ class Two(nn.Module):
         return (z, x) if self.both else z
 
 
+def test_arguments_that_are_none(saved: Path) -> None:
+    with pytest.raises(TypeError, match=r"columns is a list of names, got 'image'; write \['image'\]"):
+        escort.ray.Predictor(saved, columns="image", remeasure=False)
+    for threads in (0, True, "2", 1.5):
+        with pytest.raises(ValueError, match="threads is a whole number from 1 up, got .*; leave it out"):
+            escort.ray.Predictor(saved, threads=threads, remeasure=False)  # type: ignore[arg-type]
+
+
 def test_columns_are_the_inputs(tmp_path: Path) -> None:
     y = torch.ones(5, 4, 1, 1)
     path = saved_as(tmp_path, Two(both=False), torch.from_numpy(X), y)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from escort.cuda import shipped
+from escort.cuda import carried, compiler, kernel, shipped
 from escort.cuda.compiler import Variant, compile_source
 from escort.cuda.gpu import H200
+from escort.cuda.kernel import arch
 from escort.filter import SparseFilter
 from escort.methods import by_name
+from escort.planner import plan_layer
 from escort.planner.plan import Layer
 from escort.planner.search import Search, predict_us
 from escort.problem import Epilogue, Precision, Problem
@@ -128,6 +132,27 @@ def test_without_a_compiler_a_method_runs_what_is_shipped(monkeypatch: pytest.Mo
         assert refused["gemv"] == "no kernel for it came with this package or a file, and CUDA kernels need NVRTC"
         other = pixel("fp16", 8, 8, "relu")
         assert not predict_us(other, [method])
+
+
+@pytest.mark.gpu
+def test_without_a_compiler_what_is_shipped_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the configs of gemv is shipped, and is the only one that is tried; in another precision none is."""
+    method, layer, device = by_name("gemv", "cuda:0"), pixel("fp16", 64, 32, "relu"), torch.device("cuda:0")
+    eight = method.configs(layer.problem, layer.sparse_filter)[1]
+    (variant,) = method.kernels(layer.problem, eight)
+    binary = compile_source(variant.source, variant.defines, arch(device, native=variant.native))
+    (tmp_path / "shipped.kernels").write_bytes(shipped.pack([binary]))
+    monkeypatch.setattr(shipped, "FILE", tmp_path / "shipped.kernels")
+    monkeypatch.setattr(compiler, "_find_nvrtc", lambda: ImportError("no libnvrtc.so"))
+    monkeypatch.setattr(carried, "_binaries", {})
+    monkeypatch.setattr(kernel, "_kernels", {})
+    assert method.unsupported(layer.problem) is None
+    plan = plan_layer(layer.problem, layer.sparse_filter, layer.bias, methods=[method, by_name("cudnn", "cuda:0")])
+    timed = [each.config for each in plan.candidates if each.method == "gemv" and each.time_us is not None]
+    assert timed == [asdict(eight)]  # type: ignore[call-overload]
+    other = pixel("bf16", 64, 32, "relu")
+    refused = {each.method: each.reason for each in Search.of(other, [method], None).refused}
+    assert "no kernel for it came with this package" in str(refused["gemv"])
 
 
 def test_layers_are_of_every_kind() -> None:

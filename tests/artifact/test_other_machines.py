@@ -130,7 +130,7 @@ def test_a_plan_is_read_without_the_rest(saved: Path, converted: ConvertedModel,
     forgery = Forgery(saved.read_bytes())
     forgery.plan["layers"]["stem.0"]["method"] = "magic"
     (tmp_path / "forged").write_bytes(forgery.seal())
-    with pytest.raises(ArtifactError, match="forged: no method 'magic'"):
+    with pytest.raises(ArtifactError, match="forged: not a network plan: layer stem.0: no method 'magic'"):
         load_plan(tmp_path / "forged")
     with pytest.raises(FileNotFoundError):
         load_plan(tmp_path / "none")

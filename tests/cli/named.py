@@ -64,3 +64,7 @@ def not_a_model() -> str:
 
 
 number = 3
+
+
+def quits() -> nn.Module:
+    raise SystemExit(3)

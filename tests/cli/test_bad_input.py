@@ -23,6 +23,7 @@ from tests.cli.named import TINY
         ("tests.cli.named:not_a_model", "returned str, not an nn.Module"),
         ("tests.cli.named:needs_width", "without arguments failed: TypeError"),
         ("tests.cli.named:broken", "KeyError: 'no such layer'; mend it, or name a function that needs none"),
+        ("tests.cli.named:quits", "SystemExit: 3; mend it"),
         ("tests.cli.named:linear", "nothing to convert"),
         ("weights.safetensors", "is a checkpoint"),
         ("nowhere.pt2", "there is no such file"),
@@ -45,6 +46,12 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
         (["convert", "{tmp}/none.onnx"], "name an ONNX model"),
         (["prune", "net.onnx", "--sparsity", "0.9", "--output", "{tmp}/p.safetensors"], "before it is exported"),
         (["convert", TINY, "--input", "1,3,x,8", "--output", "{tmp}/m.escort"], "--input takes integers"),
+        (
+            ["convert", TINY, "--input", f"1,3,{1 << 31},8", "--output", "{tmp}/m.escort"],
+            "integers from 1 to 2147483647",
+        ),
+        (["convert", TINY, "--input", "1,3,9999999,9999999", "--output", "{tmp}/m.escort"], "give smaller ones"),
+        (["bench", TINY, "--input", "1,3,8,8", "--against", ","], "there is no rival"),
         (["convert", TINY, "--input", "1,4,8,8", "--output", "{tmp}/m.escort"], "4 channels"),
         (
             ["convert", TINY, "--input", "1,8,8,3", "--mean", "0,0,0", "--output", "{tmp}/m.escort"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +97,15 @@ def test_a_file_that_lies_about_its_format(saved: Path, images: Path) -> None:
     assert result.exit_code == 1 and "b.png is no readable image" in result.stderr
 
 
-def test_what_a_decoder_raises_names_the_image(saved: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damaged AVIF files are a RuntimeError of Pillow's, and some formats are not implemented."""
+@pytest.mark.parametrize("error", [RuntimeError, struct.error, IndexError, zlib.error, OverflowError])
+def test_what_a_decoder_raises_names_the_image(
+    error: type[Exception], saved: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged AVIF files are a RuntimeError of Pillow's, and its plugins raise others."""
     from PIL import Image
 
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("Failed to decode frame 0")
+        raise error("Failed to decode frame 0")
 
     monkeypatch.setattr(Image.Image, "convert", fail)
     result = invoke("run", saved, images / "b.png")
@@ -271,3 +276,20 @@ def test_what_many_workers_take(
     result = invoke("run", saved, images, *(str(option).format(images=images) for option in options))
     assert result.exit_code == (1 if "pip install" in says else 2)
     assert says in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("mean", ["nan,0,0", "inf,0,0", "0,0,x"])
+def test_means_are_finite_numbers(mean: str, saved: Path, images: Path) -> None:
+    result = invoke("run", saved, images, "--mean", mean)
+    assert result.exit_code == 2 and "--mean takes finite numbers separated by commas" in result.stderr
+
+
+def test_a_damaged_batch(saved: Path, tmp_path: Path) -> None:
+    """Whatever zipfile and zlib raise of it."""
+    np.savez_compressed(tmp_path / "x.npz", x=np.zeros((2, 3, 16, 16), np.float32))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    for place in range(60, 120):
+        content[place] ^= 0xFF
+    (tmp_path / "x.npz").write_bytes(content)
+    result = invoke("run", saved, tmp_path / "x.npz")
+    assert result.exit_code == 2 and "x.npz is no readable .npy or .npz batch" in result.stderr

@@ -82,6 +82,8 @@ def main(
         check_page(page)
     if kernels and find_device(options.device).type == "cpu":
         raise ValueError("--kernels is for GPUs; add --device cuda")
+    if kernels:
+        check_writable(beside(output_path), options.model, options.checkpoint)
     converted = options.convert(remeasure=remeasure, images=layer_of(normalise.mean, normalise.deviation))
     escort.save(converted, output_path, kernels=kernels)
     plan = converted.plan

@@ -9,7 +9,7 @@ import typer
 
 from escort import report
 from escort.cli.console import Output
-from escort.cli.options import ModelOptions, check_page, command, effort_of
+from escort.cli.options import ModelOptions, check_page, check_writable, command, effort_of
 from escort.network.forecast.forecast import forecast
 from escort.network.forecast.page import layer_table, network_table
 
@@ -37,6 +37,7 @@ def main(
     effort = effort_of(options.effort)
     if page is not None:
         check_page(page)
+        check_writable(page.with_suffix(".json"))
     model, inputs = options.load_with_inputs()
     found = forecast(
         model,

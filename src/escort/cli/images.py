@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,7 @@ class Preparation:
                 resized = image.convert(_MODES[self.channels]).resize(
                     (self.width, self.height), Image.Resampling.BILINEAR
                 )
-        except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, Image.DecompressionBombError) as error:
+        except Exception as error:  # of a damaged file Pillow's plugins raise anything
             raise ValueError(
                 f"{path} is no readable image ({error}); mend it, convert it to 8 bits, or leave it out"
             ) from error
@@ -277,7 +277,9 @@ def _read_array(path: Path) -> NDArray[Any]:
             if len(loaded.files) != 1:
                 raise ValueError(f"it holds {len(loaded.files)} arrays ({', '.join(loaded.files)}), not one")
             return loaded[loaded.files[0]]
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file numpy, zipfile and zlib raise anything
         raise ValueError(
             f"{path} is no readable .npy or .npz batch ({first_sentence(error)}); write it by numpy.save"
         ) from error
@@ -292,6 +294,9 @@ def _pair(size: str) -> tuple[int, int]:
 
 def _floats(text: str, option: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError as error:
-        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from error
+        values = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{option} takes finite numbers separated by commas, got {text!r}")
+    return values

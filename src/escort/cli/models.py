@@ -120,7 +120,7 @@ def attribute(spec: str) -> Any:
                 "run from the directory that holds it"
             ) from error
         raise ValueError(f"{spec}: importing {module_name} failed: {error}; install what it needs") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end the program
         raise ValueError(f"{spec}: importing {module_name} failed: {_with_type(error)}; mend it") from error
     try:
         return operator.attrgetter(name)(module)
@@ -139,7 +139,7 @@ def _from_factory(spec: str) -> nn.Module:
         )
     try:
         model = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"{spec}: calling it without arguments failed: {_with_type(error)}; mend it, or name a function "
             "that needs none"
@@ -196,5 +196,5 @@ def _weights_only() -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _with_type(error: Exception) -> str:
+def _with_type(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -32,6 +32,7 @@ from escort.planner.machine import find_device
 from escort.problem import TORCH_DTYPE
 from escort.runtime import Favor
 
+_MOST = (1 << 31) - 1  # of a size, or a number of samples
 #: What a saved model is, for messages.
 SAVED = "one that escort convert wrote"
 
@@ -256,6 +257,8 @@ class EngineOptions:
 
 def _drawn(shapes: Sequence[tuple[int, ...]], types: Sequence[torch.dtype]) -> tuple[torch.Tensor, ...]:
     """Random inputs, the same each time: of float32 where the model says nothing of their types."""
+    if any(math.prod(shape) > _MOST for shape in shapes):
+        raise ValueError(f"no network takes inputs of {shapes[:4]}; give smaller ones")
     generator = torch.Generator().manual_seed(0)
     return tuple(
         torch.randint(256, shape, dtype=dtype, generator=generator)
@@ -373,8 +376,8 @@ def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if not values or min(values) < least:
-        raise ValueError(f"{option} takes integers from {least} up, separated by commas, got {text!r}")
+    if not values or min(values) < least or max(values) > _MOST:
+        raise ValueError(f"{option} takes integers from {least} to {_MOST}, separated by commas, got {text!r:.100}")
     return values
 
 

@@ -184,9 +184,11 @@ def from_pretrained(
 def _in_folder(folder: str, name: str, download: dict[str, Any]) -> Path:
     if unknown := sorted(set(download) - _OF_DOWNLOADS):
         raise TypeError(f"from_pretrained takes no {', '.join(unknown)}")
-    path = Path(folder) / name
+    path = Path(folder, download.get("subfolder") or "", name)
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {name}; name a folder that a converted model's save_pretrained wrote")
+        raise FileNotFoundError(
+            f"{path.parent} has no {name}; name a folder that a converted model's save_pretrained wrote"
+        )
     return path
 
 

@@ -349,7 +349,7 @@ def test_blocks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was made by another network; name another folder"):
         Blocks(tmp_path, {"network": "b"}).settle()
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="damaged.parquet is no readable Parquet file"):
+    with pytest.raises(ValueError, match="damaged.parquet is no readable Parquet file of"):
         blocks.settle()
     pq.write_table(pa.table({"input": ["x"]}), tmp_path / "damaged.parquet")
     with pytest.raises(ValueError, match="holds something else than predictions of escort run"):

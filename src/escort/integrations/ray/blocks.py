@@ -81,11 +81,12 @@ class Blocks:
             with pq.ParquetFile(path) as file:
                 made_by = (file.schema_arrow.metadata or {}).get(_MADE_BY)
                 names = [] if made_by is None else file.read([ID])[ID].to_pylist()
-        except pa.ArrowException as error:
-            raise ValueError(f"{path} is no readable Parquet file ({error}); remove it") from error
-        if made_by is None:
+            made = None if made_by is None else json.loads(made_by)
+        except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no readable Parquet file of predictions ({error}); remove it") from error
+        if not isinstance(made, dict):
             raise ValueError(f"{path} holds something else than predictions of escort run; name another folder")
-        if (made := json.loads(made_by)) != self.made_by:
+        if made != self.made_by:
             differing = ", ".join(
                 sorted(key for key in {*made, *self.made_by} if made.get(key) != self.made_by.get(key))
             )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from escort import cache
+from escort.arguments import is_whole
 from escort.artifact.load import load
 from escort.runtime.graphs import Policy
 
@@ -44,7 +45,7 @@ class Predictor:
             have any size, so that others than powers of two are padded.
 
     Raises:
-        ArtifactError, ValueError, OSError: as :func:`escort.load`.
+        ArtifactError, ValueError, TypeError, OSError: as :func:`escort.load`, and for columns or threads that are none.
     """
 
     def __init__(
@@ -58,7 +59,11 @@ class Predictor:
         graphs: Policy = "buckets",
         **loading: Any,
     ) -> None:
+        if isinstance(columns, str):
+            raise TypeError(f"columns is a list of names, got {columns!r}; write [{columns!r}]")
         if threads is not None:
+            if not is_whole(threads) or threads < 1:
+                raise ValueError(f"threads is a whole number from 1 up, got {threads!r}; leave it out for torch's own")
             torch.set_num_threads(threads)
         with cache.turn("loading"):
             self.model = load(path, model, **loading)
