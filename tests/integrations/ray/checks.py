@@ -41,7 +41,7 @@ from tests.network.models import pruned
 
 BAD = {"017.jpg", "118.jpg"}
 COUNT = 120
-LIMIT_S = 150
+LIMIT_S = 300
 
 
 @pytest.fixture(scope="module")
