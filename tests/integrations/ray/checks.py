@@ -290,7 +290,9 @@ def test_room_for_workers(saved: Path, images: Path, tmp_path: Path) -> None:
     assert "error: Ray has room for 0 workers by its CPUs" in driver.errors
 
 
-def test_serving_in_batches(tmp_path: Path) -> None:
+def test_serving_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a busy machine the process that takes requests is not there within 5 s, and would be killed.
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     from examples.serve import MOST, Classifier
 
     path, pixels = tmp_path / "model.escort", torch.randint(256, (40, 16, 16, 3), dtype=torch.uint8)
