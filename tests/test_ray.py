@@ -178,10 +178,12 @@ def test_nobody_waits_without_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_rates_are_of_the_time_in_which_all_work() -> None:
     early = [[1, second, second + 1.0, 1] for second in range(10) for _ in range(8)]
     late = [[2, 4.5 + second, 5.5 + second, 1] for second in range(10) for _ in range(4)]
-    per_second, seconds = rate(np.array(early + late, np.float64))
+    per_second, seconds = rate(np.array(early + late, np.float64), 2)
     assert (per_second, seconds) == (12.0, 5.5)
     with pytest.raises(RuntimeError, match="never all at work"):
-        rate(np.array([[1, 0.0, 1.0, 1], [2, 2.0, 3.0, 1]]))
+        rate(np.array([[1, 0.0, 1.0, 1], [2, 2.0, 3.0, 1]]), 2)
+    with pytest.raises(RuntimeError, match="never all at work"):
+        rate(np.array(early + late, np.float64), 3)
 
 
 def test_the_table_of_workers() -> None:

@@ -22,6 +22,9 @@ from escort.layers import Images
 from escort.planner.cores import Watch
 
 _BLOCK_BYTES = 1 << 26  # of a block of samples at most
+_BLOCKS = 8  # of each worker at least: Ray gives some to the first ones before the last ones are there
+_WARM_UP = 4  # calls
+_READY_S = 120  # that workers wait for one another
 _MOST_ERROR = 1e-2  # of workers against a call, of any precision
 _PHOTO = 375, 500  # rows and columns of an image that is decoded, as in ImageNet
 
@@ -52,9 +55,28 @@ class ScalingRow:
 
 
 class Timed(Predictor):
-    """A Predictor that says when which process worked on how many samples."""
+    """A Predictor that says when which process worked on how many samples, and begins once all are there and warm.
+
+    Args:
+        ready: a folder, in which each worker leaves a file.
+        workers: how many there will be.
+        batch: samples of a batch.
+    """
+
+    def __init__(self, path: Path, *, ready: Path, workers: int, batch: int, **options: Any) -> None:
+        super().__init__(path, columns=["data"], **options)
+        x = sample(self.model, batch).numpy()
+        for _ in range(_WARM_UP):
+            super().__call__({"data": x})
+        (ready / str(os.getpid())).touch()
+        self._ready, self._workers = ready, workers
 
     def __call__(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        until = time.monotonic() + _READY_S
+        while len(list(self._ready.iterdir())) < self._workers:
+            if time.monotonic() > until:
+                raise RuntimeError(f"of {self._workers} workers not all began within {_READY_S} s; ask for fewer")
+            time.sleep(0.01)
         begin = time.time()
         result = super().__call__(batch)
         count = len(result["outputs"])
@@ -62,16 +84,17 @@ class Timed(Predictor):
         return {**result, "events": events}
 
 
-def rate(events: NDArray[np.float64]) -> tuple[float, float]:
+def rate(events: NDArray[np.float64], workers: int) -> tuple[float, float]:
     """Samples per second while all workers were at work, and for how many seconds that was.
 
     Args:
         events: of each sample its worker, when its batch began and ended, and 1.
+        workers: how many there were.
     """
-    workers = np.unique(events[:, 0])
-    begin = max(events[events[:, 0] == worker, 1].min() for worker in workers)
-    end = min(events[events[:, 0] == worker, 2].max() for worker in workers)
-    if end <= begin:
+    names = np.unique(events[:, 0])
+    begin = max(events[events[:, 0] == name, 1].min() for name in names)
+    end = min(events[events[:, 0] == name, 2].max() for name in names)
+    if end <= begin or len(names) != workers:
         raise RuntimeError("the workers were never all at work: measure for longer")
     inside = np.clip(np.minimum(events[:, 2], end) - np.maximum(events[:, 1], begin), 0.0, None)
     return float((inside / (events[:, 2] - events[:, 1])).sum() / (end - begin)), float(end - begin)
@@ -83,7 +106,7 @@ def calls(path: Path, batch: int, threads: int, seconds: float) -> tuple[float, 
         model = escort.load(path)
         x = sample(model, batch).to(model.plan.device)
         with torch.inference_mode():
-            for _ in range(4):
+            for _ in range(_WARM_UP):
                 model(x)
             _wait(x)
             watch, begin, count = Watch(), time.perf_counter(), 0
@@ -116,21 +139,24 @@ def arrays(path: Path, batch: int, workers: int, threads: int, samples: int) -> 
     with torch.inference_mode():
         expected = model(x.to(model.plan.device)).float().cpu().numpy()
     del model
-    batches = max(1, _BLOCK_BYTES // x.nbytes)
+    batches = max(1, min(_BLOCK_BYTES // x.nbytes, samples // (workers * _BLOCKS * batch)))
     block = ray.put(np.concatenate([x.numpy()] * batches))
-    dataset = ray.data.from_numpy_refs([block] * max(workers, -(-samples // (batches * batch)))).map_batches(
-        Timed,
-        fn_constructor_kwargs={"path": path, "columns": ["data"], "threads": None if on_gpus else threads},
-        batch_size=batch,
-        batch_format="numpy",
-        **actors(workers, threads, on_gpus=on_gpus),
-    )
+    blocks = max(workers * _BLOCKS, -(-samples // (batches * batch)))
     events = []
-    for part in dataset.iter_batches(batch_size=None):
-        error = np.linalg.norm(part["outputs"][:batch] - expected) / np.linalg.norm(expected)
-        check(float(error), _MOST_ERROR, f"{path.name} by workers")
-        events.append(part["events"])
-    return rate(np.concatenate(events))
+    with tempfile.TemporaryDirectory(dir=path.parent) as ready:
+        worker = {"path": path, "ready": Path(ready), "workers": workers, "batch": batch}
+        dataset = ray.data.from_numpy_refs([block] * blocks).map_batches(
+            Timed,
+            fn_constructor_kwargs={**worker, "threads": None if on_gpus else threads},
+            batch_size=batch,
+            batch_format="numpy",
+            **actors(workers, threads, on_gpus=on_gpus),
+        )
+        for part in dataset.iter_batches(batch_size=None):
+            error = np.linalg.norm(part["outputs"][:batch] - expected) / np.linalg.norm(expected)
+            check(float(error), _MOST_ERROR, f"{path.name} by workers")
+            events.append(part["events"])
+    return rate(np.concatenate(events), workers)
 
 
 def images(path: Path, batch: int, workers: int, threads: int, samples: int) -> tuple[float, float]:
