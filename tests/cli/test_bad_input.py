@@ -51,7 +51,6 @@ def test_bad_models(spec: str, message: str, tmp_path: Path) -> None:
             "integers from 1 to 2147483647",
         ),
         (["convert", TINY, "--input", "1,3,9999999,9999999", "--output", "{tmp}/m.escort"], "give smaller ones"),
-        (["bench", TINY, "--input", "1,3,8,8", "--against", ","], "there is no rival"),
         (["convert", TINY, "--input", "1,4,8,8", "--output", "{tmp}/m.escort"], "4 channels"),
         (
             ["convert", TINY, "--input", "1,8,8,3", "--mean", "0,0,0", "--output", "{tmp}/m.escort"],

@@ -35,7 +35,7 @@ def main(
 
     On the CPU each engine runs in processes of its own, one per round, while no other engine runs.
     """
-    names = engines.default(options.device) if against is None else [*dict.fromkeys(against.split(","))]
+    names = engines.default(options.device) if against is None else [*dict.fromkeys(filter(None, against.split(",")))]
     race = Race(
         names,
         options.precision.value,
