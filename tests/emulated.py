@@ -114,7 +114,6 @@ static void copy16_or_zeros(u32 to, const void* from, bool is_read) {
   store16(to, is_read ? __ldg((const uint4*)from) : uint4());
 }
 static uint4 load16_once(const void* from) { return __ldg((const uint4*)from); }
-static void fetch_line(const void* from) { (void)*(const volatile char*)from; }
 static void meet_blocks() { pause_at(AT_CLUSTER); }
 static float of_block(const float* own, unsigned rank) {
   return *(const float*)((const char*)shared_of_blocks[rank] + shared_address(own));

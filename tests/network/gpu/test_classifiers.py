@@ -26,6 +26,7 @@ def tiny_vgg() -> nn.Module:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*was planned for inputs")
 @each(*PRECISIONS)
 def test_a_classifier_is_right(precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifiers, "_measured", lambda *_: None)

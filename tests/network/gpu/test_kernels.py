@@ -88,7 +88,7 @@ def test_the_file_holds_the_kernels_of_layers_and_pools(tmp_path: Path) -> None:
     layers = [module for module in fast.network.modules() if isinstance(module, SparseConv2d)]
     expected = {binary.key for layer in layers for binary in layer.binaries()}
     assert expected <= {binary.key for binary in binaries}
-    between = {"average_pool.cu", "concat.cu", "max_pool.cu"}
+    between = {"average_pool.cu", "concat.cu", "linear.cu", "max_pool.cu"}
     assert {binary.source for binary in binaries if binary.key not in expected} <= between
     back = escort.load(tmp_path / "model", kernels=data)
     assert back.plan == fast.plan and back.plan.machine == Machine.here("cuda:0")

@@ -2,8 +2,8 @@
 // layers of a classifier. Weights and bias are the model's own tensors.
 //
 // Reading the weights bounds it. Each warp has a row of them, or shares it with others of its block, and keeps AHEAD
-// vectors of each lane on their way. The first of these come while the kernel before this one still runs, which did not
-// write them, and more are fetched into the level-2 cache meanwhile. x lies in shared memory, in the order of the
+// vectors of each lane on their way, the first of them while x is copied. It waits for the kernel before with all of
+// that: the weights are the model's own, and may have just been written. x lies in shared memory, in the order of the
 // weights' columns: maps in NHWC, which are flattened as NCHW, are transposed on their way there.
 // VECTOR     elements of 16 bytes at most, a divisor of the columns, and of the channels of maps in NHWC
 // SAMPLES    of x
@@ -16,7 +16,7 @@
 
 // The same in every launch; layers/planes/linear.py has a dataclass of the same fields that says what each means.
 struct Params {
-  int columns, rows, pixels, block_rows, split, fetched, bound;
+  int columns, rows, pixels, block_rows, split, bound;
 };
 
 #define LANE_VECTORS 4  // of a pixel, that neighbouring threads read: whole sectors, and no bank conflicts when stored
@@ -38,7 +38,8 @@ __device__ __forceinline__ void stage(Element* to, const Element* x, const Param
     return;
   }
   const int channels = p.columns / p.pixels, slab = LANE_VECTORS * p.pixels;
-  const int count = (channels / VECTOR + LANE_VECTORS - 1) / LANE_VECTORS * slab;  // some of the last beyond the channels
+  const int count =
+      (channels / VECTOR + LANE_VECTORS - 1) / LANE_VECTORS * slab;  // some of the last beyond the channels
 #pragma unroll
   for (int n = 0; n < SAMPLES; n++) {
 #pragma unroll 4
@@ -82,12 +83,10 @@ extern "C" __global__ void __launch_bounds__(1024)
   Element* const staged = (Element*)memory;
   float* const sums = (float*)(memory + (SAMPLES * p.columns * BYTES + 15) / 16);
   Vector ahead[AHEAD] = {};
+  wait_for_previous_kernel();
 #pragma unroll
   for (int i = 0; i < AHEAD; i++)
     if (first + i * step < p.columns) ahead[i] = load_weights(from + first + i * step);
-  for (int c = AHEAD * step + first / VECTOR * (128 / BYTES); c < p.fetched; c += p.split * 32 * (128 / BYTES))
-    fetch_line(from + c);
-  wait_for_previous_kernel();
   stage(staged, x, p);
   __syncthreads();
 

@@ -15,9 +15,6 @@ __device__ __forceinline__ uint4 load16_once(const void* from) {
   return words;
 }
 
-// Brings the line of 128 bytes into the level-2 cache.
-__device__ __forceinline__ void fetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
 // ------------------------------------------------------------------------------------------- barriers (mbarrier) ----
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");

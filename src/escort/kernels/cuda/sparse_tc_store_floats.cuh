@@ -1,5 +1,5 @@
-// Floats reach y through a staging of each warp, 32 pixels of its 16 channels at a time (SPLIT 16): in NCHW a lane stores
-// a pixel, so that the warp writes neighbouring pixels of a plane, in NHWC four channels of a pixel.
+// Floats reach y through a staging of each warp, 32 pixels of its 16 channels at a time (SPLIT 16): in NCHW a lane
+// stores a pixel, so that the warp writes neighbouring pixels of a plane, in NHWC four channels of a pixel.
 #pragma once
 
 #if OUT_NCHW
@@ -9,8 +9,9 @@ constexpr int CHANNEL_BYTES = 160, NEXT_BYTES = 4;  // from a channel, and a pix
 using Vector = float4;
 constexpr int CHANNEL_BYTES = 4, NEXT_BYTES = 80;
 #endif
-constexpr int STAGED = SPLIT ? 16 : 32, VECTORS = 16 * STAGED * sizeof(float) / sizeof(Vector) / 32;  // pixels; of a lane
-constexpr int PLACES = OUT_NCHW ? 1 : VECTORS;                                           // pixels of a lane
+constexpr int STAGED = SPLIT ? 16 : 32,
+              VECTORS = 16 * STAGED * sizeof(float) / sizeof(Vector) / 32;  // pixels; of a lane
+constexpr int PLACES = OUT_NCHW ? 1 : VECTORS;                              // pixels of a lane
 
 __device__ float add(float v, float w) { return v + w; }
 __device__ float4 add(float4 v, float4 w) { return make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w); }
@@ -137,7 +138,8 @@ struct Store {
   template <class D>
   __device__ void store(const D& d, const Bias& bias, int first_channel, int tile) {
 #pragma unroll
-    for (int i = 0; i < M_BLOCKS; i++) store_block(d, i, bias, first_channel + i * 64 + threadIdx.x / 32 % 4 * 16, tile);
+    for (int i = 0; i < M_BLOCKS; i++)
+      store_block(d, i, bias, first_channel + i * 64 + threadIdx.x / 32 % 4 * 16, tile);
   }
 
  private:

@@ -21,8 +21,6 @@ from escort.problem import Activation, Epilogue
 ACTIVATIONS: tuple[Activation, ...] = "none", "relu", "relu6", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid"
 _WARPS = 32  # of a block at most
 _MOST_SAMPLES = 4  # beyond, multiplying 16-bit weights takes longer than reading them, and registers do not suffice
-#: Of weights that come before the kernel in front is done: half of the level-2 cache, where some of it may lie twice.
-FETCHED_BYTES = 24 * 2**20
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ class Params:
         pixels: of a map that lies in NHWC; 1 where x lies as the weights' columns do.
         block_rows: of a block.
         split: warps that share a row.
-        fetched: columns of a row that are fetched before the kernel in front is done.
         bound: 0 none, 1 ReLU, 2 ReLU6.
     """
 
@@ -43,7 +40,6 @@ class Params:
     pixels: int
     block_rows: int
     split: int
-    fetched: int
     bound: int
 
 
@@ -116,9 +112,8 @@ class FusedLinear(OnPlanes, _Linear):
         shared_bytes = -(-samples * columns * size // 16) * 16 + 4 * block_rows * split * samples
         if samples > _MOST_SAMPLES or shared_bytes > gpu.shared_bytes or columns * samples > MOST:
             return None
-        fetched = min(columns, FETCHED_BYTES // size // rows)
         epilogue = Epilogue(activation=name)
-        params = Params(columns, rows, pixels, block_rows, split, fetched, activation.bound(epilogue))
+        params = Params(columns, rows, pixels, block_rows, split, activation.bound(epilogue))
         return Work(
             linear_kernel(x.dtype, vector, samples, name),
             (((-(-rows // block_rows), 1, 1), (pack(params),)),),
