@@ -107,6 +107,10 @@ def geometric_means(rows: Iterable[Row], ours: str) -> dict[str, dict[str, float
     }
 
 
+#: Variables that hold torch and OpenVINO to some instructions of the processor.
+_HELD_BY = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
 def header(command: str, device: str = "cpu") -> dict[str, Any]:
     """What a result is measured on and by: device, versions, commit, date and command.
 
@@ -118,6 +122,9 @@ def header(command: str, device: str = "cpu") -> dict[str, Any]:
         hardware: dict[str, Any] = {"device": "cpu", "cpu": machine.device, "isa": machine.isa}
         hardware["threads"] = machine.threads
         hardware["cores"] = sorted(os.sched_getaffinity(0))
+        hardware |= (
+            {"held_to": held} if (held := {name: os.environ[name] for name in _HELD_BY if name in os.environ}) else {}
+        )
         packages = "numpy", "onnxruntime", "openvino", "ai-edge-litert"
         libraries: dict[str, str | None] = {name: installed_version(name) for name in packages}
         timing = (
