@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from escort.integrations.onnx import OnnxError
 from escort.integrations.onnx.operators import OPERATORS
@@ -255,6 +256,8 @@ UNREAD: list[tuple[str, int, dict[str, Any], str]] = [
     ("Relu", 18, {"alpha": 0.5}, "'alpha' is none that ONNX knows"),
     ("Split", 18, {"num_outputs": 4}, "num_outputs is 4"),
     ("MaxPool", 18, {"auto_pad": "SAME_UPPER", "pads": [1, 0, 0, 0]}, "not those of its auto_pad"),
+    ("ConvTranspose", 18, {"auto_pad": "SAME_UPPER", "pads": [1] * 4, "strides": [2, 2]}, "not those of its auto_pad"),
+    ("DequantizeLinear", 23, {"output_dtype": 10}, "output_dtype is torch.float16"),
 ]
 
 
@@ -285,3 +288,110 @@ def test_attributes_that_change_nothing_are_read_over(tmp_path: Path) -> None:
         network = read(model_of(operator, arrays, **attributes), tmp_path)  # type: ignore[arg-type]
         expected = runtime(model_of(operator, arrays, **attributes), X)  # type: ignore[arg-type]
         np.testing.assert_allclose(outputs_of(network, X)[0], expected[0], rtol=1e-4, atol=2e-5)
+
+
+PADS, FACTORS = [0, 0, 1, 1, 0, 0, 1, 1], np.array([1, 1, 2, 2], np.float32)
+#: What exporters write by habit, and what changes nothing: operator, inputs, attributes, whether it is
+#: also read with all sizes but those of channels left open.
+HABITS: list[tuple[str, list[Array | None], dict[str, Any], bool]] = [
+    *(("Pad", [X], {"opset": 10, "mode": mode, "value": 0.5, "pads": PADS}, False) for mode in ("reflect", "edge")),
+    ("Pad", [X], {"opset": 10, "value": 0.5, "pads": [0] * 8}, False),
+    ("Conv", [X, KERNEL], {"auto_pad": "SAME_UPPER", "strides": [2, 2], "pads": [1, 0, 1, 1]}, True),
+    ("Conv", [X, KERNEL], {"auto_pad": "VALID", "pads": [0] * 4, "dilations": [1, 1], "group": 1}, True),
+    (
+        "ConvTranspose",
+        [X, WEIGHTS],
+        {"auto_pad": "SAME_UPPER", "strides": [2, 2], "pads": [0, 0, 1, 0], "output_padding": [0, 0]},
+        True,
+    ),
+    ("ConvTranspose", [X, WEIGHTS], {"auto_pad": "SAME_LOWER", "strides": [2, 2], "pads": [1, 0, 0, 0]}, True),
+    ("ConvTranspose", [X, WEIGHTS], {"auto_pad": "VALID", "pads": [0] * 4, "group": 1}, True),
+    ("MaxPool", [X], {"kernel_shape": [2, 2], "storage_order": 1, "ceil_mode": 0, "dilations": [1, 1]}, True),
+    ("AveragePool", [X], {"kernel_shape": [2, 2], "count_include_pad": 1, "auto_pad": "NOTSET", "opset": 19}, True),
+    ("AveragePool", [X], {"kernel_shape": [2, 2], "dilations": [1, 1], "opset": 19}, True),
+    ("LpPool", [X], {"kernel_shape": [2, 2], "dilations": [1, 1], "auto_pad": "VALID"}, True),
+    ("BatchNormalization", [X, *NORM], {"momentum": 0.7, "spatial": 1, "opset": 8}, True),
+    ("BatchNormalization", [X, *NORM], {"momentum": 0.7, "training_mode": 0}, True),
+    ("Gemm", [numbers(3, 4), numbers(4, 5)], {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}, True),
+    ("Softmax", [X], {"axis": -1}, True),
+    ("ArgMax", [X], {"axis": -1, "keepdims": 1, "select_last_index": 0}, True),
+    ("TopK", [X, whole(3)], {"axis": -1, "largest": 1, "sorted": 1, "outputs": 2}, True),
+    ("ReduceMean", [X], {"axes": [-1], "keepdims": 1, "opset": 13}, True),
+    ("ReduceSum", [X, whole(-1)], {"noop_with_empty_axes": 1}, True),
+    ("CumSum", [X, np.int64(2)], {"exclusive": 0, "reverse": 0}, True),
+    ("Cast", [X], {"to": TensorProto.FLOAT, "saturate": 1, "opset": 19}, True),
+    ("Mod", [X, np.float32(0.5)], {"fmod": 1}, True),
+    ("Reshape", [X, whole(2, -1)], {"allowzero": 1}, False),
+    ("LayerNormalization", [X, numbers(6)], {"axis": -1, "stash_type": 1}, False),
+    ("Resize", [X, None, FACTORS], {"coordinate_transformation_mode": "half_pixel_symmetric", "opset": 19}, True),
+    *(
+        (
+            "Resize",
+            [X, np.zeros(0, np.float32), FACTORS],
+            {"extrapolation_value": 0.0, "cubic_coeff_a": -0.5, **rule},
+            True,
+        )
+        for rule in (
+            {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "mode": "nearest"},
+            {"coordinate_transformation_mode": "pytorch_half_pixel", "nearest_mode": "floor", "mode": "linear"},
+            {"coordinate_transformation_mode": "align_corners", "nearest_mode": "ceil", "mode": "linear"},
+            {"coordinate_transformation_mode": "tf_half_pixel_for_nn", "nearest_mode": "floor", "opset": 11},
+        )
+    ),
+    ("Resize", [X, None, FACTORS**0], {"coordinate_transformation_mode": "asymmetric", "mode": "cubic"}, True),
+    ("DequantizeLinear", [np.arange(8, dtype=np.uint8), np.float32(0.5)], {"output_dtype": 1, "opset": 23}, False),
+    ("QuantizeLinear", [X, np.float32(0.1), np.int8(3)], {"precision": 1, "opset": 23}, False),
+]
+
+
+@pytest.mark.parametrize("case", HABITS, ids=lambda case: case[0])
+@pytest.mark.filterwarnings("ignore:.*model.onnx:UserWarning")
+def test_what_exporters_write_by_habit(
+    case: tuple[str, list[Array | None], dict[str, Any], bool], tmp_path: Path
+) -> None:
+    operator, arrays, attributes, free = case
+    first = arrays[0]
+    assert first is not None
+    theirs_too = {k: v for k, v in attributes.items() if k != "pads" or "auto_pad" not in attributes}  # not both
+    fixed = model_of(operator, arrays, **theirs_too)
+    runs = attributes.get("opset", 18) < 23  # what this runtime may not know
+    expected = runtime(fixed, first) if runs else ReferenceEvaluator(fixed).run(None, {"in0": first})
+    for is_open in (False, True)[: 1 + free]:
+        model = model_of(operator, arrays, **attributes)
+        dims = model.graph.input[0].type.tensor_type.shape.dim
+        for axis in range(first.ndim if is_open else 0):
+            if axis != 1:  # which are channels
+                dims[axis].Clear()
+        for ours, theirs in zip(outputs_of(read(model, tmp_path), first), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("operator", ["BatchNormalization", "Dropout"])
+def test_old_files_say_that_they_are_not_in_training(operator: str, tmp_path: Path) -> None:
+    arrays = [X, *NORM] if operator == "BatchNormalization" else [X]
+    expected = runtime(model_of(operator, arrays, opset=9), X)
+    found = outputs_of(read(model_of(operator, arrays, opset=9, is_test=1), tmp_path), X)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4, atol=2e-5)
+
+
+def test_idle_attributes_of_what_is_computed_of_sizes(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["sizes"]),
+        helper.make_node("Reshape", ["sizes", "all"], ["flat"], allowzero=1),
+        helper.make_node("Reshape", ["flat", "zero"], ["same"]),
+        helper.make_node("Mod", ["same", "large"], ["modulo"], fmod=1),
+        helper.make_node("Shape", ["modulo"], ["count"], start=-1, end=1),
+        helper.make_node("Reshape", ["modulo", "count"], ["again"]),
+        helper.make_node("Expand", ["one", "again"], ["ones"]),
+        helper.make_node("Add", ["x", "ones"], ["y"]),
+    ]
+    constants = {"all": whole(-1), "zero": whole(0), "large": whole(1 << 20), "one": numbers(1)}
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4, "h", 6])],
+        [helper.make_empty_tensor_value_info("y")],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    np.testing.assert_allclose(outputs_of(read(model, tmp_path), X)[0], runtime(model, X)[0], rtol=1e-6)

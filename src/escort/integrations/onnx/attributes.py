@@ -9,10 +9,10 @@ from escort.integrations.onnx.errors import NotSupportedError
 
 #: Attributes that change no number here: of training, of results or types that are refused anyway, or of any order.
 _IDLE = {
-    "BatchNormalization": "momentum",
+    "BatchNormalization": "momentum is_test",
     "Cast": "saturate round_mode",
     "CastLike": "saturate round_mode",
-    "Dropout": "ratio seed",
+    "Dropout": "ratio seed is_test",
     "MaxPool": "storage_order",
     "QuantizeLinear": "saturate",
     "Resize": "extrapolation_value",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from escort.integrations.onnx.errors import NotSupportedError
 from escort.integrations.onnx.node import Node
-from escort.integrations.onnx.operators.windows import Window
+from escort.integrations.onnx.operators.windows import Window, check_pads
 from escort.integrations.onnx.values import Operand, Value
 
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -80,7 +80,7 @@ def conv_transpose(node: Node) -> Operand:
     if weight.ndim not in _TRANSPOSED:
         raise NotSupportedError(f"its filter is of shape {list(weight.shape)}, and must be of one to three dimensions")
     size, groups = _kernel_size(node, weight), _groups(node)
-    more = tuple(node.get("output_padding", [0] * len(size)))
+    more = tuple(node.get("output_padding", None) or [0] * len(size))
     window, before, after = _cut(node, size, more, x)
     both = tuple(min(pair) for pair in zip(before, after, strict=True))
     module = node.module(
@@ -109,9 +109,11 @@ def _cut(
 ) -> tuple[Window, tuple[int, ...], tuple[int, ...]]:
     """The window, and what is cut off the result before and after the map."""
     auto = node.text("auto_pad", "NOTSET", "NOTSET SAME_UPPER SAME_LOWER VALID")
-    wanted = node.get("output_shape", None)
-    explicit = Window.of(node, size, x)
+    wanted = node.get("output_shape", None) or None
+    explicit = Window.of(node, size, x, explicit=True)
     if auto in ("NOTSET", "VALID") and wanted is None:
+        if auto == "VALID":
+            check_pads((*explicit.before, *explicit.after), (), auto)
         return explicit, explicit.before, explicit.after
     totals = []
     for axis, (reach, stride, extra) in enumerate(zip(explicit.reach, explicit.stride, more, strict=True)):
@@ -124,6 +126,8 @@ def _cut(
         totals.append(total)
     less, more_cut = tuple(n // 2 for n in totals), tuple(n - n // 2 for n in totals)
     before, after = (less, more_cut) if auto == "SAME_UPPER" else (more_cut, less)
+    if wanted is None:
+        check_pads((*explicit.before, *explicit.after), (*before, *after), auto)
     return explicit, before, after
 
 

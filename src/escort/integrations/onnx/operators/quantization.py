@@ -25,6 +25,7 @@ BOUNDED = "results between layers that the file rounds to integers are bounded a
 def quantize(node: Node) -> Operand:
     """Integers, and beside them the same numbers in float32, which is what is computed on with."""
     x, scale, zero = _scaling(node, node.get("output_dtype", 0))
+    _check_type(node, "precision", scale)
     if isinstance(x, Tensor):
         steps = node.call(torch.round, node.call(torch.div, x, scale))
         return _integers(node, node.call(torch.add, steps, zero.to(torch.float32)), zero.dtype)
@@ -42,6 +43,7 @@ def quantize(node: Node) -> Operand:
 
 def dequantize(node: Node) -> Operand:
     x, scale, zero = _scaling(node, 0)
+    _check_type(node, "output_dtype", scale)
     if isinstance(x, Tensor):
         node.notice(WEIGHTS)
         floats = (x.to(torch.float32) - zero.to(torch.float32)) * scale
@@ -63,6 +65,15 @@ def _scaling(node: Node, output_type: int) -> tuple[Any, Any, Tensor]:
     if zero.dtype.is_floating_point:
         raise NotSupportedError(f"it quantizes to {zero.dtype}, and integers are what is computed here")
     return x, _shaped(node, x, scale), _shaped(node, x, zero)
+
+
+def _check_type(node: Node, name: str, scale: Tensor) -> None:
+    """Raises NotSupportedError where a node asks for another type than its scale's, which is what is computed in."""
+    asked = node.get(name, 0)
+    if asked and dtype_of(asked) != scale.dtype:
+        raise NotSupportedError(
+            f"its {name} is {dtype_of(asked)}, and its scale of {scale.dtype}; export it with {name} 0"
+        )
 
 
 def _shaped(node: Node, x: Any, numbers: Tensor) -> Tensor:

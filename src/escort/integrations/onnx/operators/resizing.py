@@ -17,6 +17,7 @@ from escort.integrations.onnx.node import Node
 from escort.integrations.onnx.operators.weights import Rule, weights
 from escort.integrations.onnx.values import Operand, Value, Whole
 
+_HALVES = ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric")
 _LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
 
 
@@ -106,7 +107,9 @@ def _mode_of_torch(rule: Rule, x: Value, axes: dict[int, _Axis]) -> str | None:
         is_floor = rule.nearest == "floor" or (rule.nearest == "round_prefer_floor" and set(factors) == {2.0})
         # Where a map grows by a whole factor no new position lies in the middle of two old ones.
         is_whole = all(factor is not None and factor == int(factor) for factor in factors)
-        is_half = rule.coordinates in ("half_pixel", "pytorch_half_pixel") and rule.nearest.startswith("round")
+        is_half = (rule.coordinates in _HALVES and rule.nearest.startswith("round")) or (
+            rule.coordinates == "tf_half_pixel_for_nn" and rule.nearest == "floor"
+        )
         return "nearest" if (rule.coordinates == "asymmetric" and is_floor) or (is_whole and is_half) else None
     becomes_one = any(each.size == 1 for each in axes.values())  # for which one of the rules has an exception
     if rule.coordinates not in ("half_pixel", "align_corners") and (

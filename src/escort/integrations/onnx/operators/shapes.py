@@ -248,6 +248,7 @@ def pad(node: Node) -> Operand:
     """At either side of each axis; by numbers of the map as torch does it, or gathered."""
     x = node.x
     mode = node.text("mode", "constant", "constant reflect edge wrap")
+    value = node.get("value", 0.0)  # which other modes do not use
     amounts = node.wholes(1, "paddings") if node.has(1) else list(node.get("pads"))
     axes = [node.axis(axis, x.ndim) for axis in node.attribute_or_input("axes", 3) or range(len(amounts) // 2)]
     if len(amounts) != 2 * len(axes):
@@ -259,7 +260,7 @@ def pad(node: Node) -> Operand:
     if first == x.ndim:
         return x
     if mode == "constant":
-        value = node.number(2, "value") if node.has(2) else node.get("value", 0.0)
+        value = node.number(2, "value") if node.has(2) else value
         return node.call(F.pad, x, _flat(pairs[first:]), "constant", value)
     if mode in ("reflect", "edge") and x.ndim in (3, 4, 5) and first >= 2 and x.dtype.is_floating_point:
         return node.call(F.pad, x, _flat(pairs[2:]), "reflect" if mode == "reflect" else "replicate")

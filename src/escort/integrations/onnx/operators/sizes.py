@@ -66,6 +66,16 @@ def _divide(node: Node) -> Operand:
     return _pairs(operator.floordiv if not _dtype(node).is_floating_point else operator.truediv)(node)
 
 
+def _modulo(node: Node) -> Operand:
+    """Sizes are not negative, so that `fmod` is the same; it is left unread beside numbers that may be."""
+    arrays = _array(node, 0), _array(node, 1)
+    if not any(
+        number < 0 for array in arrays for number in array.reshape(-1).tolist() if not isinstance(number, Value)
+    ):
+        node.get("fmod", 0)
+    return _pairs(operator.mod)(node)
+
+
 def _cast(node: Node) -> Operand:
     dtype = dtype_of(node.get("to"))
     to_whole = _dtype(node).is_floating_point and not dtype.is_floating_point
@@ -120,8 +130,15 @@ def _split(node: Node) -> Any:
 
 
 def _reshape(node: Node) -> Operand:
-    shape = [int(size) for size in node.constant(1, "shape").reshape(-1).tolist()]
-    return sizes_of(_array(node, 0).reshape(shape), _dtype(node))
+    """A 0 stands for the size of its axis, unless `allowzero`."""
+    array, shape = _array(node, 0), [int(size) for size in node.constant(1, "shape").reshape(-1).tolist()]
+    if not node.get("allowzero", 0):
+        if any(size == 0 for size in shape[array.ndim :]):
+            raise NotSupportedError(
+                f"its shape {shape[:8]} keeps a size beyond {array.ndim} dimensions; export it anew"
+            )
+        shape = [array.shape[axis] if size == 0 else size for axis, size in enumerate(shape)]
+    return sizes_of(array.reshape(shape), _dtype(node))
 
 
 def _reduce_product(node: Node) -> Operand:
@@ -159,7 +176,8 @@ def _identity(node: Node) -> Operand:
 
 
 def _shape(node: Node) -> Operand:
-    return torch.tensor(_array(node, 0).shape, dtype=torch.int64)
+    shape = _array(node, 0).shape[node.get("start", 0) : node.get("end", None)]
+    return torch.tensor(shape, dtype=torch.int64)
 
 
 #: What is computed of sizes, by operator. What is not here takes them as numbers, as Reshape does, or not at all.
@@ -168,7 +186,7 @@ OPERATORS: dict[str, Callable[[Node], Any]] = {
     "Sub": _pairs(operator.sub),
     "Mul": _pairs(operator.mul),
     "Div": _divide,
-    "Mod": _pairs(operator.mod),
+    "Mod": _modulo,
     "Neg": _each(operator.neg),
     "Floor": _each(_floor),
     "Ceil": _each(_ceil),

@@ -42,13 +42,13 @@ class Rule:
         coordinates = node.text(
             "coordinate_transformation_mode",
             "half_pixel",
-            "half_pixel pytorch_half_pixel align_corners asymmetric half_pixel_symmetric",
+            "half_pixel pytorch_half_pixel align_corners asymmetric half_pixel_symmetric tf_half_pixel_for_nn",
         )
         nearest = node.text("nearest_mode", "round_prefer_floor", "round_prefer_floor round_prefer_ceil floor ceil")
-        exclude = bool(node.get("exclude_outside", 0))
-        return cls(
-            mode, coordinates, nearest, node.get("cubic_coeff_a", -0.75), bool(node.get("antialias", 0)), exclude
-        )
+        antialias = bool(node.get("antialias", 0)) and mode != "nearest"
+        # What lies outside is the border again, to which linear interpolation gives its weight either way.
+        exclude = bool(node.get("exclude_outside", 0)) and (mode == "cubic" or antialias)
+        return cls(mode, coordinates, nearest, node.get("cubic_coeff_a", -0.75), antialias, exclude)
 
 
 def weights(rule: Rule, size: int, target: int, factor: float) -> NDArray[Any]:
@@ -80,6 +80,8 @@ def _positions(rule: Rule, size: int, target: int, factor: float) -> NDArray[Any
             return new / factor
         case "align_corners":
             return new * (size - 1) / (target - 1) if target > 1 else new
+        case "tf_half_pixel_for_nn":
+            return (new + 0.5) / factor
         case "pytorch_half_pixel" if target == 1:
             return new
         case "half_pixel_symmetric":

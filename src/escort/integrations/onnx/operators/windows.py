@@ -51,22 +51,20 @@ class Window:
         return [n for pair in reversed(list(zip(self.before, self.after, strict=True))) for n in pair]
 
     @classmethod
-    def of(cls, node: Node, size: Sequence[int], x: Tensor | Value) -> Window:
-        """The window of a node that goes over x (N, C, *sizes)."""
+    def of(cls, node: Node, size: Sequence[int], x: Tensor | Value, explicit: bool = False) -> Window:
+        """The window of a node that goes over x (N, C, *sizes), if `explicit` with its pads whatever its auto_pad."""
         count, size = len(size), tuple(int(each) for each in size)
         stride, dilation = (_numbers(node, name, [1] * count, 1) for name in ("strides", "dilations"))
         if x.ndim != count + 2 or min(size, default=1) < 1 or max(size, default=0) > MAX_BYTES:
             raise NotSupportedError(f"its window of {size} does not go over a map of shape {list(node.shape(x))}")
         auto = node.text("auto_pad", "NOTSET", _AUTO)
         pads = _numbers(node, "pads", [0] * (2 * count))
-        if auto == "NOTSET":
+        if auto == "NOTSET" or explicit:
             return cls(size, stride, dilation, pads[:count], pads[count:])
         window = cls(size, stride, dilation, (0,) * count, (0,) * count)
         window = window if auto == "VALID" else window._same(node, auto, x)
-        if any(pads) and pads != (*window.before, *window.after):
-            raise NotSupportedError(
-                f"its pads {list(pads)} are not those of its auto_pad {auto}; export it with one of the two"
-            )
+        if not window.same:  # else nobody knows yet what its pads should be
+            check_pads(pads, (*window.before, *window.after), auto)
         return window
 
     def _same(self, node: Node, auto: str, x: Tensor | Value) -> Window:
@@ -93,8 +91,16 @@ class Window:
         return node.call(F.pad, x, self.padding, "constant", value)
 
 
+def check_pads(pads: tuple[int, ...], those: tuple[int, ...], auto: str) -> None:
+    """Raises NotSupportedError where a node has pads beside its auto_pad that are not those that it stands for."""
+    if any(pads) and pads != those:
+        raise NotSupportedError(
+            f"its pads {list(pads)} are not those of its auto_pad {auto}; export it with one of the two"
+        )
+
+
 def _numbers(node: Node, name: str, default: list[int], least: int = 0) -> tuple[int, ...]:
-    numbers = tuple(node.get(name, default))
+    numbers = tuple(node.get(name, default) or default)
     if len(numbers) != len(default) or min(numbers, default=least) < least:
         raise NotSupportedError(
             f"its {name} are {list(numbers)[:8]}, and must be {len(default)} numbers from {least} up; export it anew"
