@@ -17,8 +17,8 @@ from escort.planner.plan import Candidate, Layer
 #: What each further config of a method is expected to save, as a share of the layer's time: of committed timings the
 #: best of the first one, two, three and four is 8.8, 4.4, 2.9 and 1.3 % slower than the best of six.
 _FURTHER_SAVE = (0.044, 0.016, 0.016, 0.006, 0.006)
-#: A second of all cores must save this share of the layers' time; less is not worth waiting for. Of a ResNet-50 in strict
-#: fp32 what saves less takes as long as the rest, and is predicted to save 2 % in all.
+#: A second of all cores must save this share of the layers' time; less is not worth waiting for. In a ResNet-50 in
+#: strict fp32 what saves less takes as long as the rest, and is predicted to save 2 % in all.
 _LEAST_SAVED_PER_S = 3e-3
 #: No kernel is compiled that takes one core longer than this, or than a share of a large budget: all would wait for it.
 _LONGEST_S, _LONGEST_SHARE = 40.0, 1 / 8
