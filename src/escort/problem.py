@@ -65,7 +65,7 @@ class Epilogue:
     bias: bool = False
     residual: bool = False
     activation: Activation = "none"
-    negative_slope: float = 0.0
+    negative_slope: float = field(default=0.0, metadata={"signed": True})
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):

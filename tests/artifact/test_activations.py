@@ -34,7 +34,7 @@ MODULES = (
         nn.Tanh(),
         nn.SiLU(inplace=True),
     ),
-    *(nn.GELU(), nn.GELU("tanh"), nn.Hardsigmoid(), nn.Hardswish(inplace=True)),
+    *(nn.GELU(), nn.GELU("tanh"), nn.Hardsigmoid(), nn.Hardswish(inplace=True), nn.LeakyReLU(-0.2)),
 )
 
 

@@ -19,8 +19,8 @@ _Test = Callable[[Any], bool]
 def check_fields(value: Any) -> None:
     """Checks a dataclass and those in it.
 
-    Integers are from 0 to 2^31 - 1, floats finite and not negative, texts have up to 16,384 characters, tuples and
-    dicts as many items. What a dict says nothing of is a scalar.
+    Integers are from 0 to 2^31 - 1, floats finite and not negative but in fields whose metadata say "signed", texts have
+    up to 16,384 characters, tuples and dicts as many items. What a dict says nothing of is a scalar.
 
     Raises:
         ValueError: naming the field, and what it holds.
@@ -34,7 +34,9 @@ def check_fields(value: Any) -> None:
 def _tests(kind: Any) -> list[tuple[str, _Test]]:
     """What tells whether each field of a class is right, made once: a plan has hundreds of them."""
     hints = get_type_hints(kind)
-    return [(field.name, _test(hints[field.name])) for field in fields(kind)]
+    return [
+        (field.name, _is_finite if field.metadata.get("signed") else _test(hints[field.name])) for field in fields(kind)
+    ]
 
 
 def _test(kind: Any) -> _Test:
@@ -74,8 +76,12 @@ def _is_checked(kind: Any, value: Any) -> bool:
     return True
 
 
+def _is_finite(value: Any) -> bool:
+    return (isinstance(value, float) or type(value) is int) and math.isfinite(value)
+
+
 def _is_float(value: Any) -> bool:
-    return (isinstance(value, float) or type(value) is int) and value >= 0 and math.isfinite(value)
+    return _is_finite(value) and value >= 0
 
 
 def _is_text(value: Any) -> bool:
