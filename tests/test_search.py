@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -132,6 +133,14 @@ def test_where_kernels_for_the_filter_are_likely_to_win_little_else_is_tried() -
 def test_where_predictions_chose_time_to_compile_is_worth_another_search() -> None:
     search = Search.of(LAYER, [Modelled("only", 10.0)], None)
     assert search.cut_at_s == 0.0
+
+
+def test_more_than_all_time_is_worth_none() -> None:
+    """A plan whose search was cut at infinity could not be stored."""
+    methods = Modelled("near", 10.0, 8), Compiled(1.0)
+    (grant,) = share_out([replace(Offer.of(LAYER, methods), compiled_us=4.0, saved_us=6.0)], math.inf)
+    search = Search.of(LAYER, methods, replace(grant, seconds=math.inf))
+    assert tried(search) == {"near": 3, "compiled": 1} and search.cut_at_s is None
 
 
 def test_without_a_model_all_are_tried() -> None:

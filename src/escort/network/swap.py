@@ -289,7 +289,7 @@ def alternatives(swapped: Swapped, request: Request) -> list[Swapped]:
         for name, plan in (denser if len(sets) > 1 else close).items():
             made[name] = _rerun(swapped.network.get_submodule(name), plan, name)
         torch.cuda.current_stream(request.device).synchronize()  # any stream may read the tables from now on
-    except (RuntimeError, ValueError) as error:  # there may be no memory for more
+    except (ImportError, RuntimeError, ValueError) as error:  # there may be no memory for more
         _log.info("no layer was tried by a dense method in the network: %s", error)
         return [swapped]
     own = {name: swapped.network.get_submodule(name) for name in made}

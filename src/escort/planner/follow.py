@@ -11,6 +11,7 @@ from escort.planner.checked import check_fields
 from escort.planner.cores import on_all_cores
 from escort.planner.measure import Ahead, Allowance, check
 from escort.planner.plan import Layer, Plan, Planned
+from escort.planner.search import no_kernel, runs
 
 _REMEDY = "convert without a plan, which measures what is right"
 
@@ -52,5 +53,8 @@ def _refusal(layer: Layer, choice: tuple[Method, Config]) -> str | None:
     method, config = choice
     if reason := method.unsupported(layer.problem):
         return reason
-    offers = method.offers(layer.problem, layer.sparse_filter, config)
-    return None if offers else f"{config} is none of its configs for this layer"
+    if not method.offers(layer.problem, layer.sparse_filter, config):
+        return f"{config} is none of its configs for this layer"
+    if runs(method, layer, config):
+        return None
+    return f"{no_kernel()}, or load a network that was saved with its kernels by kernels=True"

@@ -100,7 +100,7 @@ class Ahead(dict[tuple[str, Config], Prepared]):
         self._begun.add((method.name, config))
         if method.compiles_per_filter and self._limit is not None:
             self._limit.begin()
-        with suppress(RuntimeError, ValueError):  # what fails will say so when it is tried
+        with suppress(ImportError, RuntimeError, ValueError):  # what fails will say so when it is tried
             prepared = _prepared(layer, method, config)
             if self._allowance is None or self._allowance.is_left:
                 self[method.name, config] = prepared
@@ -125,13 +125,13 @@ def kernels_of(layer: Layer, method: Method, config: Config) -> Sequence[Variant
     """The kernels that a candidate is prepared of; none where it cannot be, as it will say itself."""
     try:
         return method.kernels(layer.problem, config)
-    except (RuntimeError, ValueError):
+    except (ImportError, RuntimeError, ValueError):
         return ()
 
 
 def compile_kernel(layer: Layer, variant: Variant) -> None:
     """Compiles a kernel and loads it on the layer's GPU, where a candidate will find it. A failure shows there."""
-    with suppress(RuntimeError, ValueError):
+    with suppress(ImportError, RuntimeError, ValueError):
         kernel(variant.source, variant.defines, torch.device(layer.problem.device), native=variant.native)
 
 
@@ -205,7 +205,7 @@ def check(layer: Layer, plan: Plan, method: Method, ahead: Ahead) -> Planned | N
             prepared = ahead.take(layer, method, config)
             with runs:
                 error = trial.error(prepared)
-    except (RuntimeError, ValueError) as failure:
+    except (ImportError, RuntimeError, ValueError) as failure:
         if layer.problem.device_type == "cuda":
             timing.survived(failure)
         return None
@@ -329,7 +329,7 @@ def _first_run(
             outcome = replace(candidate, reason=f"relative error {error:.1e} exceeds {trial.bound:.0e}")
     except LateError as late:
         outcome = replace(candidate, reason=str(late))
-    except (RuntimeError, ValueError) as failure:
+    except (ImportError, RuntimeError, ValueError) as failure:
         if trial.problem.device_type == "cpu":
             raise
         outcome = replace(candidate, reason=timing.survived(failure))

@@ -18,7 +18,7 @@ from escort.planner.compile_budget import Grant, Offer, check_compile_budget, es
 from escort.planner.cores import Limit, on_all_cores, threads
 from escort.planner.measure import Ahead, Allowance, check, compile_kernel, kernels_of, measure
 from escort.planner.plan import Layer, Plan, Planned
-from escort.planner.search import Search, predict_compiled_us, predict_us
+from escort.planner.search import Search, predict_compiled_us, predict_us, runs
 from escort.problem import Problem
 
 #: Seconds after which a layer's race stops at three rounds per candidate.
@@ -364,7 +364,7 @@ def _known(task: _Task) -> store.Hint | None:
     if (hint := _remembered.get(task.key)) is not None or not task.reads_store:
         return hint
     hint = store.load(task.key)
-    if hint is None or (hint.imported and not _is_offered(hint.plan, task)):
+    if hint is None or not _can_run(hint, task):
         return None
     _remembered[task.key] = hint
     return hint
@@ -375,8 +375,13 @@ def _choice_of(plan: Plan, task: _Task) -> tuple[Method, Config]:
     return method, method.config_type(**plan.config)
 
 
-def _is_offered(plan: Plan, task: _Task) -> bool:
-    """Whether a plan's choice is one that the method itself offers for a layer. Kernels trust their configs."""
-    method, config = _choice_of(plan, task)
+def _can_run(hint: store.Hint, task: _Task) -> bool:
+    """Whether the method runs a layer here by a stored choice.
+
+    Of another's it must be one that the method itself offers for the layer: kernels trust their configs.
+    """
+    method, config = _choice_of(hint.plan, task)
     problem, sparse_filter = task.layer.problem, task.layer.sparse_filter
-    return method.unsupported(problem) is None and method.offers(problem, sparse_filter, config)
+    if method.unsupported(problem) or (hint.imported and not method.offers(problem, sparse_filter, config)):
+        return False
+    return runs(method, task.layer, config)

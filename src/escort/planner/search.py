@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -87,7 +88,8 @@ class Search:
                     refused.append(not_tried(method, len(configs) - most))
                 tried.append((method, tuple(configs[:most])))
         seconds = 0.0 if grant is None else grant.seconds
-        return cls(tuple(tried), tuple(refused), seconds if is_cut or late else None, tuple(late))
+        is_cut = math.isfinite(seconds) and (is_cut or bool(late))
+        return cls(tuple(tried), tuple(refused), seconds if is_cut else None, tuple(late))
 
 
 def unsupported(method: Method, layer: Layer) -> str | None:
@@ -95,18 +97,31 @@ def unsupported(method: Method, layer: Layer) -> str | None:
     problem = layer.problem
     if reason := method.unsupported(problem):
         return reason
-    if problem.device_type == "cpu" or method.compiles_per_filter or (reason := no_compiler()) is None:
+    if problem.device_type == "cpu" or method.compiles_per_filter or no_compiler() is None:
         return None
-    return None if _that_run(method, layer) else f"no kernel for it came with this package or a file, and {reason}"
+    return None if _that_run(method, layer) else no_kernel()
 
 
 def _that_run(method: Method, layer: Layer) -> list[Config]:
-    """The configs of a method whose kernels can be had: without a compiler those that are carried or shipped."""
+    """The configs of a method whose kernels can be had."""
+    configs = method.configs(layer.problem, layer.sparse_filter)
+    return [config for config in configs if runs(method, layer, config)]
+
+
+def runs(method: Method, layer: Layer, config: Config) -> bool:
+    """Whether the kernels of a config can be had: without a compiler those that are carried or shipped.
+
+    What is compiled for the filter is none of them: only preparing it tells.
+    """
     problem, device = layer.problem, torch.device(layer.problem.device)
-    configs = list(method.configs(problem, layer.sparse_filter))
     if problem.device_type == "cpu" or no_compiler() is None:
-        return configs
-    return [each for each in configs if all(is_had(variant, device) for variant in method.kernels(problem, each))]
+        return True
+    return all(is_had(variant, device) for variant in method.kernels(problem, config))
+
+
+def no_kernel() -> str:
+    """Why a config does not run of which :func:`runs` says so, with the remedy."""
+    return f"no kernel for it came with this package or a file, and {no_compiler()}"
 
 
 def not_tried(method: Method, configs: int) -> Candidate:
