@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
 import shutil
 import threading
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 import escort
 from escort import cache, methods
+from escort.artifact import export_plans, import_plans
 from escort.methods import by_name
 from escort.planner import Plan, cores, measure, plan_layer, planner, store, timing
+from escort.planner.follow import follow
 from escort.planner.machine import Machine
-from escort.planner.plan import Layer
+from escort.planner.plan import Candidate, Layer
+from escort.problem import Activation, Epilogue
 from tests.fakes import PROBLEM, Compiled, Fake, a_filter, plans_of
+from tests.fuzz.problems import draw
 
 pytestmark = pytest.mark.usefixtures("plan_store")
 
@@ -74,6 +79,40 @@ def test_a_later_process_takes_over_what_was_measured(fakes: tuple[Fake, Fake]) 
     assert [fake.prepared for fake in fakes] == [3, 1]  # the choice alone
     assert plan.dense_time_us == earlier.dense_time_us is not None
     assert plan_layer(PROBLEM, a_filter()).times_from == "plan store"  # wherever it is remembered by now
+
+
+EPILOGUES = (
+    *(Epilogue(True, True, activation) for activation in get_args(Activation) if activation != "prelu"),
+    *(Epilogue(False, False, "leaky_relu", slope) for slope in (-0.2, -1e30, 1e30, 5, -5, 1e-40, -0.0)),
+)
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+def test_plans_of_every_epilogue_are_stored_exported_and_followed(
+    fakes: tuple[Fake, Fake], epilogue: Epilogue, tmp_path: Path
+) -> None:
+    problem = replace(PROBLEM, epilogue=epilogue)
+    layer = Layer(problem, a_filter(), torch.ones(problem.out_channels) if epilogue.bias else None)
+    earlier = plan_layer(*layer)
+    assert export_plans(tmp_path / "plans.json") == 1
+    cache.clear("plan")
+    forget()
+    assert import_plans(tmp_path / "plans.json") == (1, 0, 0)
+    assert same(plan := plan_layer(*layer), earlier) and plan.times_from == "plan store"
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json(), allow_nan=False))) == plan
+    assert next(follow([layer], [plan])).plan == plan
+
+
+def test_plans_of_any_problem_and_of_any_config_are_read_again() -> None:
+    for seed in range(60):
+        drawn = draw(seed)
+        for method in methods.for_device("cpu"):
+            if method.unsupported(drawn.problem) is None:
+                for config in map(asdict, method.configs(drawn.problem, drawn.filter)):
+                    odd = Candidate(method.name, None, reason="odd: \0\ud800\n\u2028é\x1b[1m" * 10, rel_error=None)
+                    timed = Candidate(method.name, config, 0.0, 0.0, compile_s=0.0, code_bytes=0, remainder_share=0.0)
+                    plan = Plan(drawn.problem, method.name, config, (odd, timed), Machine.here())
+                    assert Plan.from_json(json.loads(json.dumps(plan.to_json(), allow_nan=False))) == plan
 
 
 def _plan_in_a_process(barrier: Any, results: Any) -> None:
@@ -184,7 +223,7 @@ def test_a_hint_that_computes_wrong_is_measured_anew_and_replaced(fakes: tuple[F
     assert (again.method, again.times_from) == ("second", "plan store")
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("error", [ImportError, ValueError, RuntimeError, torch.OutOfMemoryError])
 def test_a_hint_that_cannot_be_prepared_is_measured_anew(
     fakes: tuple[Fake, Fake], error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:

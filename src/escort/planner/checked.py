@@ -19,8 +19,8 @@ _Test = Callable[[Any], bool]
 def check_fields(value: Any) -> None:
     """Checks a dataclass and those in it.
 
-    Integers are from 0 to 2^31 - 1, floats finite and not negative but in fields whose metadata say "signed", texts have
-    up to 16,384 characters, tuples and dicts as many items. What a dict says nothing of is a scalar.
+    Integers are from 0 to 2^31 - 1, floats finite and not negative but in fields whose metadata say "signed", texts
+    have up to 16,384 characters, tuples and dicts as many items. What a dict says nothing of is a scalar.
 
     Raises:
         ValueError: naming the field, and what it holds.
