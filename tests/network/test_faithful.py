@@ -288,3 +288,12 @@ def test_modules_that_were_fused_away_say_so() -> None:
     fast = escort.convert(model, X)
     with pytest.raises(AttributeError, match="a converted model has no 1: .*fused into others; use 1 of the original"):
         getattr(fast, "1")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "compiled", [torch.jit.script, lambda module: torch.jit.trace(module, X)], ids=["script", "trace"]
+)
+def test_torchscript_within_a_model_is_called(compiled: Callable[[nn.Module], nn.Module]) -> None:
+    inner = compiled(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval())
+    agrees(pruned(Model(lambda m, x: m.inner(m.conv(x)), inner=inner)), (X,), (WIDE,))

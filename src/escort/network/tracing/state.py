@@ -91,7 +91,8 @@ def same_draws() -> Iterator[None]:
 
 
 def _attributes(module: nn.Module) -> _Attributes:
-    attributes = {} if isinstance(module, fx.GraphModule) else vars(module)  # a graph's own are torch.fx's
+    # A graph's own are torch.fx's; those of TorchScript's modules lie in C++, and cannot be copied one by one.
+    attributes = {} if isinstance(module, fx.GraphModule | torch.jit.ScriptModule) else vars(module)
     plain = {name: value for name, value in attributes.items() if name not in _OF_MODULES}
     return plain | {name: value for name, value in module._buffers.items() if value is not None}
 
