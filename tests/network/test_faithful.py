@@ -297,3 +297,8 @@ def test_modules_that_were_fused_away_say_so() -> None:
 def test_torchscript_within_a_model_is_called(compiled: Callable[[nn.Module], nn.Module]) -> None:
     inner = compiled(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval())
     agrees(pruned(Model(lambda m, x: m.inner(m.conv(x)), inner=inner)), (X,), (WIDE,))
+
+
+def test_a_model_that_is_one_convolution_is_named_once() -> None:
+    with pytest.raises(ValueError, match=r"nothing to convert; layer conv: its input .*; add a batch dimension$"):
+        escort.convert(nn.Conv2d(8, 8, 3).eval(), X[0])

@@ -107,7 +107,8 @@ def record_calls(network: nn.Module, skipped: dict[str, str], original: Original
             original.run_afresh(network)
     for name, module in original.model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd) and name not in shapes and name not in skipped:
-            used = any(other == name or other.startswith((f"{name}_", f"{name}.")) for other in (*shapes, *skipped))
+            below = (f"{name}_", f"{name}.") if name else ("",)  # a model that is a convolution has another name in a graph
+            used = any(other == name or other.startswith(below) for other in (*shapes, *skipped))
             skipped |= {} if used else {name: "is not called on the example"}
     for name in uses.found & shapes.keys():
         del shapes[name]
