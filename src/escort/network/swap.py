@@ -107,7 +107,7 @@ def record_calls(network: nn.Module, skipped: dict[str, str], original: Original
             original.run_afresh(network)
     for name, module in original.model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd) and name not in shapes and name not in skipped:
-            below = (f"{name}_", f"{name}.") if name else ("",)  # a model that is a convolution has another name in a graph
+            below = (f"{name}_", f"{name}.") if name else ("",)  # the model itself, which has a name in its graph
             used = any(other == name or other.startswith(below) for other in (*shapes, *skipped))
             skipped |= {} if used else {name: "is not called on the example"}
     for name in uses.found & shapes.keys():
