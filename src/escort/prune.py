@@ -35,8 +35,8 @@ def convolutions(model: nn.Module, *, skip: Skip = ()) -> dict[str, nn.Conv2d]:
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     if not convs:
         raise ValueError(
-            f"{type(model).__name__} has no nn.Conv2d to prune; prune the dense model, before escort.convert replaces "
-            "its convolutions"
+            f"{type(model).__name__} has no nn.Conv2d, which is all that this prunes: other layers by "
+            "torch.nn.utils.prune, and a model before escort.convert replaces its convolutions"
         )
     if callable(skip) and not isinstance(skip, nn.Module):
         kept = {name: conv for name, conv in convs.items() if not skip(name, conv)}

@@ -293,3 +293,12 @@ def test_a_damaged_batch(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(content)
     result = invoke("run", saved, tmp_path / "x.npz")
     assert result.exit_code == 2 and "x.npz is no readable .npy or .npz batch" in result.stderr
+
+
+def test_an_output_that_is_a_dangling_link_is_refused_before_the_work(
+    saved: Path, images: Path, tmp_path: Path
+) -> None:
+    link = tmp_path / "out.csv"
+    link.symlink_to(tmp_path / "gone" / "out.csv")
+    result = invoke("run", saved, images, "--output", link)
+    assert result.exit_code != 0 and f"there is no folder {tmp_path / 'gone'}" in result.stderr

@@ -185,13 +185,15 @@ class Inputs:
                 left_out.append(f"{name}/" if path.is_dir() else name)
         folders = [name for name in left_out if name.endswith("/")]
         if not images:
-            inside = f", or one of its folders, {listing(folders)}, or pass --recursive" if folders else ""
+            deeper = "to which links are not followed" if recursive else "or pass --recursive"
+            inside = f", or one of its folders, {listing(folders)}, {deeper}" if folders else ""
             raise ValueError(
                 f"{source} holds no image and is no .npy or .npz batch; name images that Pillow reads, such as .jpg or "
                 f".png{inside}"
             )
         if left_out:
-            remedy = "" if recursive or not folders else "; --recursive takes what folders hold, too"
+            deeper = "links to folders are not followed" if recursive else "--recursive takes what folders hold, too"
+            remedy = f"; {deeper}" if folders else ""
             note(f"{source}: left out {listing(left_out)}: no images, or of formats that are not read here{remedy}")
         return cls(list(images), None, list(images.values()), preparation, folder)
 

@@ -387,10 +387,10 @@ def check_writable(path: Path, *sources: str | Path | None) -> None:
         raise ValueError(f"{path} is what is read, and would be overwritten; name another file to write")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it or write elsewhere")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path}: the folder {path.parent} is not writable; write elsewhere")
+    if not (folder := (path.resolve() if path.is_symlink() else path).parent).is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {folder}; create it or write elsewhere")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{path}: the folder {folder} is not writable; write elsewhere")
 
 
 def check_page(path: Path) -> None:

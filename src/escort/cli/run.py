@@ -143,8 +143,9 @@ def _print(predictions: _Predictions, batch: int, console: Console) -> None:
         if len(rows) > _SHOWN:
             console.print(f"... and {len(rows) - _SHOWN} more")
     with_reading = len(predictions.names) / predictions.total_seconds
+    inputs = "1 input" if len(predictions.names) == 1 else f"{len(predictions.names)} inputs"
     console.print(
-        f"{len(predictions.names)} inputs at batch {batch}: {predictions.per_second:.1f} per second in the model, "
+        f"{inputs} at batch {batch}: {predictions.per_second:.1f} per second in the model, "
         f"{with_reading:.1f} with reading them"
     )
     for reason in list(predictions.failed.values())[:_SHOWN]:
