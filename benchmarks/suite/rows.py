@@ -122,9 +122,8 @@ def header(command: str, device: str = "cpu") -> dict[str, Any]:
         hardware: dict[str, Any] = {"device": "cpu", "cpu": machine.device, "isa": machine.isa}
         hardware["threads"] = machine.threads
         hardware["cores"] = sorted(os.sched_getaffinity(0))
-        hardware |= (
-            {"held_to": held} if (held := {name: os.environ[name] for name in _HELD_BY if name in os.environ}) else {}
-        )
+        if held := {name: os.environ[name] for name in _HELD_BY if name in os.environ}:
+            hardware["held_to"] = held
         packages = "numpy", "onnxruntime", "openvino", "ai-edge-litert"
         libraries: dict[str, str | None] = {name: installed_version(name) for name in packages}
         timing = (

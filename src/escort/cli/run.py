@@ -142,11 +142,11 @@ def _print(predictions: _Predictions, batch: int, console: Console) -> None:
         console.print(table)
         if len(rows) > _SHOWN:
             console.print(f"... and {len(rows) - _SHOWN} more")
-    with_reading = len(predictions.names) / predictions.total_seconds
-    inputs = "1 input" if len(predictions.names) == 1 else f"{len(predictions.names)} inputs"
+    count = len(predictions.names)
+    with_reading = count / predictions.total_seconds
     console.print(
-        f"{inputs} at batch {batch}: {predictions.per_second:.1f} per second in the model, "
-        f"{with_reading:.1f} with reading them"
+        f"{count} input{'' if count == 1 else 's'} at batch {batch}: {predictions.per_second:.1f} per second in the "
+        f"model, {with_reading:.1f} with reading them"
     )
     for reason in list(predictions.failed.values())[:_SHOWN]:
         note(f"set aside: {reason}")

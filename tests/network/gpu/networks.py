@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import escort
 from escort import prune, reference
+from escort.artifact import kernels
 from escort.network.choose import NETWORK_ERROR_BOUND
 from escort.network.model import ConvertedModel
 from escort.problem import TORCH_DTYPE, Precision
@@ -77,6 +79,14 @@ def converted(precision: Precision, model: nn.Module | None = None, *shape: int)
     fast = escort.convert(model, samples(precision, *shape), precision=precision, effort="best")
     assert not fast.plan.kept_dense and fast.plan.precision == precision
     return fast
+
+
+def saved_and_loaded(fast: ConvertedModel, path: Path) -> tuple[ConvertedModel, set[str]]:
+    """What a file with its kernels beside it gives back, and the sources of these."""
+    escort.save(fast, path, kernels=True)
+    data = kernels.beside(path)
+    sources = {binary.source for binary in kernels.read(data, kernels.digest(data.read_bytes()))}
+    return escort.load(path, kernels=True), sources
 
 
 def assert_close(fast: nn.Module, model: nn.Module, x: Tensor, precision: Precision) -> None:

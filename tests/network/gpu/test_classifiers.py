@@ -8,12 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-import escort
-from escort.artifact import kernels
 from escort.layers import FusedLinear
 from escort.network.passes import classifiers
 from escort.problem import Precision
-from tests.network.gpu.networks import PRECISIONS, assert_close, assert_same, converted, each, on_gpu, pruned, samples
+from tests.network.gpu.networks import (
+    PRECISIONS,
+    assert_close,
+    assert_same,
+    converted,
+    each,
+    on_gpu,
+    pruned,
+    samples,
+    saved_and_loaded,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -38,10 +46,8 @@ def test_a_classifier_is_right(precision: Precision, tmp_path: Path, monkeypatch
     for shape in ((1, 3, 28, 28), (3, 3, 28, 28), (9, 3, 28, 28), (2, 3, 40, 36)):  # also more samples than ours takes
         for _ in range(3):  # by the steps, and by replays
             assert_close(fast, model, samples(precision, *shape), precision)
-    escort.save(fast, tmp_path / "model", kernels=True)
-    data = kernels.beside(tmp_path / "model")
-    assert "linear.cu" in {binary.source for binary in kernels.read(data, kernels.digest(data.read_bytes()))}
-    back = escort.load(tmp_path / "model", kernels=True)
+    back, sources = saved_and_loaded(fast, tmp_path / "model")
+    assert "linear.cu" in sources
     with torch.inference_mode():
         assert_same(back(x), fast(x), precision)
 

@@ -9,11 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import escort
-from escort.artifact import kernels
 from escort.layers import OnPlanes
 from escort.problem import Precision
-from tests.network.gpu.networks import PRECISIONS, assert_close, assert_same, converted, each, on_gpu, pruned, samples
+from tests.network.gpu.networks import (
+    PRECISIONS,
+    assert_close,
+    assert_same,
+    converted,
+    each,
+    on_gpu,
+    pruned,
+    samples,
+    saved_and_loaded,
+)
 from tests.network.models import Between
 
 pytestmark = pytest.mark.gpu
@@ -34,11 +42,8 @@ def test_what_stands_between_convolutions_is_right(precision: Precision, tmp_pat
     for layer, method in (("depthwise.0", "depthwise"), ("reduce", "gemv")):
         candidates = [each for each in fast.plan.layers[layer].candidates if each.method == method]
         assert any(each.time_us is not None or "predicted" in str(each.reason) for each in candidates), candidates
-    escort.save(fast, tmp_path / "model", kernels=True)
-    data = kernels.beside(tmp_path / "model")
-    sources = {binary.source for binary in kernels.read(data, kernels.digest(data.read_bytes()))}
+    back, sources = saved_and_loaded(fast, tmp_path / "model")
     assert {"average_pool.cu", "gate.cu", "local_response_norm.cu", "resize.cu"} <= sources
-    back = escort.load(tmp_path / "model", kernels=True)
     with torch.inference_mode():
         assert_same(back(x), fast(x), precision)
 
@@ -54,10 +59,8 @@ def test_squeeze_excitation_is_one_launch(precision: Precision, tmp_path: Path) 
         pytest.skip("the network was kept in NCHW, which has no such kernel")
     assert "squeeze-excitation" in fast.plan.skipped["1.fc1"] and "1.fc2" not in fast.plan.layers
     assert fast.plan.not_captured is None and fast.plan.not_saved is None
-    escort.save(fast, tmp_path / "model", kernels=True)
-    data = kernels.beside(tmp_path / "model")
-    assert "squeeze.cu" in {binary.source for binary in kernels.read(data, kernels.digest(data.read_bytes()))}
-    back = escort.load(tmp_path / "model", kernels=True)
+    back, sources = saved_and_loaded(fast, tmp_path / "model")
+    assert "squeeze.cu" in sources
     with torch.inference_mode():
         assert_same(back(x), fast(x), precision)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from escort.layers.planes.base import Planes
 from escort.layers.planes.linear import ACTIVATIONS
 from escort.layers.pool import POOLED_ON_GPU
 from escort.network.check import Request
-from escort.network.passes.operations import OPERATIONS, mutates, replace_module
+from escort.network.passes.operations import OPERATIONS, mutates, replace_module, uses_of_paths
 from escort.network.tracing.trace import shape_of
 from escort.planner.timing import race_on_gpu
 from escort.problem import Activation
@@ -33,10 +32,10 @@ def fuse_linears(network: fx.GraphModule, request: Request) -> dict[str, str]:
         The layers that stay torch's as they were measured to be faster so, or were by the plan that is followed.
     """
     slower: dict[str, str] = {}
-    targets = Counter(node.target for node in network.graph.nodes if node.op in ("call_module", "get_attr"))
+    uses = uses_of_paths(network)
     for node in list(network.graph.nodes):
         linear = network.get_submodule(node.target) if node.op == "call_module" else None
-        if type(linear) is not nn.Linear or linear.bias is None or runs_more(linear) or targets[node.target] > 1:
+        if type(linear) is not nn.Linear or linear.bias is None or runs_more(linear) or uses[node.target] > 1:
             continue
         noted = shape_of(node.args[0]) if len(node.args) == 1 and not node.kwargs else None
         if noted is None or noted[1] not in POOLED_ON_GPU or noted[1] != linear.weight.dtype or len(noted[0]) != 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -171,6 +172,11 @@ def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
     """Puts a module where another is, so that a container keeps its order."""
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, module)
+
+
+def uses_of_paths(network: fx.GraphModule) -> Counter[Any]:
+    """How many nodes call the module, or read the tensor, at each path."""
+    return Counter(node.target for node in network.graph.nodes if node.op in ("call_module", "get_attr"))
 
 
 def per_axis(value: Any, default: int, axes: int = 2) -> Any:

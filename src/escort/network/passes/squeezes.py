@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from torch import fx, nn
 
 from escort.layers import AdaptiveAvgPool2d, FusedConv2d, Squeeze
 from escort.layers.planes.base import Planes
 from escort.layers.planes.squeeze import ACTIVATIONS
-from escort.network.passes.operations import replace_module
+from escort.network.passes.operations import replace_module, uses_of_paths
 from escort.network.tracing.trace import shape_of
 from escort.runtime.stand_in import runs_more
 
@@ -19,11 +17,11 @@ ONE_LAUNCH = "is computed in one launch with the mean before it, as squeeze-exci
 
 def join_squeezes(network: fx.GraphModule) -> None:
     """Replaces such layers in a network, which is written to, where a kernel takes them: paths and tensors stay."""
-    targets = Counter(node.target for node in network.graph.nodes if node.op in ("call_module", "get_attr"))
+    uses = uses_of_paths(network)
     for second in list(network.graph.nodes):
         first = _only_input(second)
         mean = None if first is None else _only_input(first)
-        if first is None or mean is None or any(targets[node.target] > 1 for node in (mean, first, second)):
+        if first is None or mean is None or any(uses[node.target] > 1 for node in (mean, first, second)):
             continue
         convs = _pointwise(network, first), _pointwise(network, second)
         pool = network.get_submodule(str(mean.target)) if mean.op == "call_module" else None
